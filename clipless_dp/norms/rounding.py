@@ -1,0 +1,93 @@
+"""What makes a float64 computation a certificate: exact scaling, isolation from settings, safe rounding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import NormError
+
+UNIT = 2.0**-53
+"""Unit roundoff u of float64."""
+
+_SMALLEST_NORMAL = 2.0**-1022
+
+
+def gamma(terms: int) -> float:
+    """Relative bound `8(n+4)u` for everything that happens to a sum of n products in float64.
+
+    A dot product of length n, in any order and with or without fused multiply-add, errs by at most
+    `γ_n = nu/(1-nu)` times the sum of the absolute products (Higham, *Accuracy and Stability of Numerical
+    Algorithms*, 2nd ed., §3.1); complex arithmetic multiplies the constant by less than 2√2 (§3.6). The
+    factor 8 and the 4 leave room for the few further roundings that each use names.
+    """
+    return 8.0 * (terms + 4) * UNIT
+
+
+def enlarge(value: float, roundings: int = 4) -> float:
+    """Enlarges a non-negative float by as many relative roundings, so that it stays above the exact value."""
+    return value * (1.0 + 2.0 * (roundings + 1) * UNIT) + 5e-324
+
+
+def scale_up(value: float, exponent: int) -> float:
+    """`value * 2**exponent` rounded upwards; infinity where float64 ends."""
+    try:
+        scaled = math.ldexp(value, exponent)
+    except OverflowError:
+        return math.inf
+    # Scaling by a power of two is exact except among the subnormals, where it may have rounded down.
+    return math.nextafter(scaled, math.inf) if value > 0.0 and scaled < _SMALLEST_NORMAL else scaled
+
+
+@contextmanager
+def certified_arithmetic(tensor: Tensor) -> Iterator[None]:
+    """Shields a computation on the tensor's device from autograd and autocast.
+
+    TF32 and the other reduced-precision switches of torch act on float32 products only; certificates use
+    float64.
+    """
+    with torch.no_grad(), torch.autocast(device_type=tensor.device.type, enabled=False):
+        yield
+
+
+def normalised(weight: Tensor, name: str = "weight") -> tuple[Tensor, int]:
+    """The weight in float64, divided by a power of two that brings its largest entry into [1/2, 1).
+
+    Every floating-point type converts to float64 exactly and dividing by a power of two is exact, except
+    that entries more than 2¹⁰⁷³ times smaller than the largest become zero. That moves the norm by less
+    than `√(size)·2⁻¹⁰⁷³` where the norm is at least 1/2: far inside every later rounding allowance. Entries
+    that the hardware itself reads as zero (subnormals under `torch.set_flush_denormal(True)`) count as
+    zero.
+
+    Args:
+        weight: Any shape, any strides, any floating-point type.
+        name: How the error calls it.
+
+    Returns:
+        The scaled tensor and the exponent `e`: `weight = scaled * 2**e`. An all-zero or empty weight comes
+        back unscaled with exponent 0.
+
+    Raises:
+        NormError: if the weight is no dense real floating-point tensor, or holds a NaN or an infinity.
+    """
+    if not isinstance(weight, Tensor) or weight.layout != torch.strided or not weight.dtype.is_floating_point:
+        raise NormError(f"{name} must be a dense tensor of a real floating-point type")
+    if weight.numel() == 0:
+        return weight.detach().to(torch.float64), 0
+    if weight.device.type not in ("cpu", "cuda"):
+        weight = weight.detach().to("cpu")
+    with certified_arithmetic(weight):
+        exact = weight.detach().to(torch.float64)
+        largest = float(exact.abs().max())
+        if not math.isfinite(largest):
+            raise NormError(f"{name} holds a NaN or an infinity; its operator norm has no bound")
+        if largest == 0.0:
+            return exact, 0
+        exponent = math.frexp(largest)[1]
+        # In two steps, because 2**-exponent itself may lie outside float64.
+        half = exponent // 2
+        return exact * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent), exponent
