@@ -1,0 +1,52 @@
+"""Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
+
+from clipless_dp import constraints, layers, losses
+from clipless_dp.errors import (
+    CheckpointError,
+    CliplessError,
+    ConfigurationError,
+    InputError,
+    LossBoundError,
+    NormError,
+    PrivacyError,
+    UnsupportedModuleError,
+)
+from clipless_dp.gating import gated
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import ReproducibleNoise, SystemNoise
+from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
+from clipless_dp.rules import LayerBounds, RuleContext, register_rule
+from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp.tracker import Sensitivity, SensitivityTracker
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CliplessDPOptimizer",
+    "CliplessDPSGD",
+    "CliplessError",
+    "ConfigurationError",
+    "DPLipModel",
+    "InputError",
+    "LayerBounds",
+    "LossBoundError",
+    "NormError",
+    "PoissonBatchSampler",
+    "PoissonBatches",
+    "PrivacyError",
+    "PrivacyWarning",
+    "ReproducibleNoise",
+    "RuleContext",
+    "Sensitivity",
+    "SensitivityTracker",
+    "SystemNoise",
+    "UnsupportedModuleError",
+    "__version__",
+    "constraints",
+    "gated",
+    "layers",
+    "losses",
+    "poisson_collate",
+    "register_rule",
+]

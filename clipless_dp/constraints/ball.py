@@ -1,0 +1,33 @@
+"""The ball constraint."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipless_dp.constraints.base import Constraint, scale_to_limit_
+from clipless_dp.norms.operators import Operator, VectorOperator
+
+
+class Ball(Constraint):
+    """Projects a parameter onto the Euclidean ball; meant for biases.
+
+    Args:
+        limit: the radius.
+
+    Guarantee:
+        ``‖b‖ ≤ limit``. For a weight the operator norm is at most ``p·‖W‖_F`` (``p`` the operator's perturbation
+        factor), so the weight is scaled until that product meets the limit.
+
+    Cost:
+        One pass over the parameter.
+    """
+
+    def __init__(self, limit: float = 1.0) -> None:
+        super().__init__(limit)
+
+    @torch.no_grad()
+    def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
+        """Projects the parameter in place."""
+        factor = max(operator.perturbation(weight) for operator in operators)
+        scale_to_limit_(weight, (VectorOperator(),), self.limit / factor)

@@ -1,0 +1,65 @@
+"""Typed errors. Each message says what is wrong and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class CliplessError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ConfigurationError(CliplessError, ValueError):
+    """An argument is outside its range, or two arguments contradict each other."""
+
+
+class NormError(CliplessError, ValueError):
+    """An operator norm cannot be certified (non-finite weight, unsupported padding mode, wrong shape)."""
+
+
+class InputError(CliplessError, ValueError):
+    """A batch has the wrong shape, dtype or device for the wrapped model."""
+
+
+class LossBoundError(CliplessError, TypeError):
+    """A loss does not state the bound of its gradient."""
+
+
+class PrivacyError(CliplessError, RuntimeError):
+    """Going on would release something without protection; the message says what."""
+
+
+class CheckpointError(CliplessError, RuntimeError):
+    """A checkpoint is damaged, foreign, or of an unknown format version; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """One part of a network for which no bound is known.
+
+    Attributes:
+        path: the module's dotted path, or the traced node's name for a function.
+        kind: type or function name.
+        remedy: what to use in its place.
+    """
+
+    path: str
+    kind: str
+    remedy: str
+
+
+class UnsupportedModuleError(CliplessError, TypeError):
+    """Every part of a network that has no sensitivity rule, each with its replacement.
+
+    Attributes:
+        parts: one :class:`Unsupported` for each offending path, all of them at once.
+    """
+
+    def __init__(self, parts: Sequence[Unsupported]) -> None:
+        self.parts = tuple(parts)
+        lines = "\n".join(f"  {part.path} ({part.kind}): {part.remedy}" for part in self.parts)
+        super().__init__(
+            f"{len(self.parts)} part(s) of the network have no sensitivity rule:\n{lines}\n"
+            "A rule for a layer of your own is one function: see clipless_dp.register_rule."
+        )

@@ -1,0 +1,210 @@
+"""Gates: what caps the norm of a sample's signal, forwards (activations) or backwards (cotangents).
+
+Every norm here is *per sample*: over all coordinates of one row of the batch axis, which is always axis 0.
+A gate's cap holds for the number that floating-point arithmetic returns only up to its rounding;
+:func:`rounding_slack` bounds that rounding, and the rules multiply every cap by it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.errors import ConfigurationError
+
+GateMode = Literal["clip", "normalize"]
+
+_LONG_SUM = 1 << 16
+"""Rows longer than this have their norm accumulated in float64, so that the slack stays below 1 %."""
+
+
+def rounding_slack(entries: int, dtype: torch.dtype = torch.float32) -> float:
+    """Upper bound of ``‖gated‖ / cap`` for a gate evaluated in floating point.
+
+    A sum of ``n`` squares in any order has relative error at most ``γ_n = nu/(1-nu)`` (Higham 2002, §4.2); the
+    square root halves it; division, product and the square root itself add one ``u`` each. Squares that
+    underflow are covered because caps and floors are at least 1e-8, against ``sqrt(n)·1e-19`` lost.
+
+    Args:
+        entries: number of entries in one sample.
+        dtype: the dtype that the gate computes in (float32 or float64).
+
+    Returns:
+        A factor that is at least 1.
+    """
+    unit = torch.finfo(dtype).eps / 2
+    summed = unit if entries <= _LONG_SUM else torch.finfo(torch.float64).eps / 2
+    underflow = 1e-11 * math.sqrt(max(entries, 1))
+    return 1.0 + 1.01 * (entries * summed + 8 * unit) + underflow
+
+
+def sample_norms(values: Tensor) -> Tensor:
+    """Euclidean norm of each sample: shape ``(B, ...)`` to ``(B,)``, in float32 or wider, TF32 or not."""
+    flat = values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+    if flat.shape[1] > _LONG_SUM:
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).to(_wide(values.dtype))
+    return torch.linalg.vector_norm(flat, dim=1, dtype=_wide(values.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _per_sample(factors: Tensor, like: Tensor) -> Tensor:
+    return factors.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def clip_factors(norms: Tensor, limit: float) -> Tensor:
+    """``min(1, limit/norm)`` per sample, without dividing by zero."""
+    return limit / norms.clamp(min=limit)
+
+
+def input_gate(inputs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
+    """Projects each sample onto the ball of the given radius; samples without a finite norm become zero.
+
+    Args:
+        inputs: ``(B, ...)``.
+        radius: the cap ``X₀``.
+
+    Returns:
+        The gated inputs and a boolean mask ``(B,)`` of the samples that had a finite norm.
+    """
+    norms = sample_norms(inputs)
+    finite = torch.isfinite(norms)
+    kept = torch.where(_per_sample(finite, inputs), inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
+    factors = clip_factors(torch.where(finite, norms, torch.zeros_like(norms)), radius)
+    return kept * _per_sample(factors, inputs).to(inputs.dtype), finite
+
+
+class _CotangentGateFunction(torch.autograd.Function):
+    """Identity forwards; caps or fixes each sample's cotangent norm backwards."""
+
+    @staticmethod
+    def forward(values: Tensor, limit: float, normalize: bool, floor: float) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.limit, ctx.normalize, ctx.floor = inputs
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
+        (cotangent,) = cotangents
+        norms = sample_norms(cotangent)
+        factors = ctx.limit / norms.clamp(min=ctx.floor if ctx.normalize else ctx.limit)
+        gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
+        finite = _per_sample(torch.isfinite(norms), cotangent)
+        return torch.where(finite, gated, torch.zeros_like(gated)), None, None, None
+
+
+def cotangent_gate(values: Tensor, limit: float, mode: GateMode = "clip", floor: float = 1e-8) -> Tensor:
+    """Functional form of :class:`CotangentGate`."""
+    gated: Tensor = _CotangentGateFunction.apply(values, limit, mode == "normalize", floor)  # type: ignore[no-untyped-call]
+    return gated
+
+
+def _checked_cap(name: str, value: float) -> float:
+    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 1e-8):
+        raise ConfigurationError(f"{name} must be a finite number of at least 1e-8, got {value!r}")
+    return float(value)
+
+
+class BallProjection(nn.Module):
+    """``x·min(1, r/‖x‖)`` per sample: the projection onto the ball of radius ``r``; 1-Lipschitz.
+
+    Args:
+        radius: ``r``, at least 1e-8.
+
+    Shape:
+        ``(B, ...)`` to the same shape.
+
+    Raises:
+        ConfigurationError: the radius is not a finite number of at least 1e-8.
+
+    Guarantee:
+        ``‖y‖ ≤ r·rounding_slack(entries)`` whatever the input, and ``‖y‖ ≤ ‖x‖``.
+    """
+
+    def __init__(self, radius: float = 1.0) -> None:
+        super().__init__()
+        self.radius = _checked_cap("radius", radius)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Projects each sample."""
+        return values * _per_sample(clip_factors(sample_norms(values), self.radius), values).to(values.dtype)
+
+    def extra_repr(self) -> str:
+        """The radius."""
+        return f"radius={self.radius:g}"
+
+
+class SphereScaling(nn.Module):
+    """``r·x/max(‖x‖, c)`` per sample: scales to the sphere of radius ``r``; (r/c)-Lipschitz.
+
+    Args:
+        radius: ``r``, at least 1e-8.
+        floor: ``c``, at least 1e-8; samples of smaller norm are scaled by ``r/c`` only.
+
+    Shape:
+        ``(B, ...)`` to the same shape.
+
+    Raises:
+        ConfigurationError: radius or floor is not a finite number of at least 1e-8.
+
+    Guarantee:
+        ``‖y‖ ≤ r·rounding_slack(entries)`` whatever the input.
+    """
+
+    def __init__(self, radius: float = 1.0, floor: float = 1e-3) -> None:
+        super().__init__()
+        self.radius = _checked_cap("radius", radius)
+        self.floor = _checked_cap("floor", floor)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Scales each sample."""
+        factors = self.radius / sample_norms(values).clamp(min=self.floor)
+        return values * _per_sample(factors, values).to(values.dtype)
+
+    def extra_repr(self) -> str:
+        """Radius and floor."""
+        return f"radius={self.radius:g}, floor={self.floor:g}"
+
+
+class CotangentGate(nn.Module):
+    """Identity forwards; backwards it caps each sample's cotangent at ``limit``.
+
+    Args:
+        limit: ``c``, at least 1e-8.
+        mode: ``"clip"``: ``g·min(1, c/‖g‖)``; ``"normalize"``: ``g·c/max(‖g‖, floor)``, so that samples which
+            the network already fits still contribute.
+        floor: for ``"normalize"``, at least 1e-8.
+
+    Shape:
+        ``(B, ...)`` to the same shape.
+
+    Raises:
+        ConfigurationError: limit or floor is not a finite number of at least 1e-8, or the mode is unknown.
+
+    Guarantee:
+        The cotangent that leaves the gate has norm at most ``c·rounding_slack(entries)`` per sample; a cotangent
+        without a finite norm becomes zero.
+    """
+
+    def __init__(self, limit: float, mode: GateMode = "clip", floor: float = 1e-8) -> None:
+        super().__init__()
+        if mode not in ("clip", "normalize"):
+            raise ConfigurationError(f"mode must be 'clip' or 'normalize', got {mode!r}")
+        self.limit = _checked_cap("limit", limit)
+        self.mode: GateMode = mode
+        self.floor = _checked_cap("floor", floor)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Returns the values unchanged."""
+        return cotangent_gate(values, self.limit, self.mode, self.floor)
+
+    def extra_repr(self) -> str:
+        """Limit and mode."""
+        return f"limit={self.limit:g}, mode={self.mode!r}"

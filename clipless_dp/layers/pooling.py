@@ -1,0 +1,48 @@
+"""L2-norm pooling."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipless_dp.errors import ConfigurationError
+
+
+class L2NormPool2d(nn.Module):
+    """The Euclidean norm of each window and channel (Boureau, Ponce and LeCun 2010).
+
+    ``sqrt(Σ x² + ε²) - ε`` with ``ε = 1e-6``, so that the gradient exists at zero; never above the norm itself.
+
+    Args:
+        kernel_size: window, an int or a pair.
+        stride: defaults to the window.
+        padding: zeros on each side.
+
+    Shape:
+        ``(B, C, H, W)`` to ``(B, C, H', W')``.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+    ) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+        if min(self.kernel_size) < 1:
+            raise ConfigurationError(f"kernel_size must be positive, got {kernel_size}")
+        stride = self.kernel_size if stride is None else stride
+        self.stride = stride if isinstance(stride, tuple) else (stride, stride)
+        self.padding = padding if isinstance(padding, tuple) else (padding, padding)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Pools each channel."""
+        squares = functional.avg_pool2d(
+            values.square(), self.kernel_size, self.stride, self.padding, divisor_override=1
+        )
+        return (squares + 1e-12).sqrt() - 1e-6
+
+    def extra_repr(self) -> str:
+        """Window, stride and padding."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"

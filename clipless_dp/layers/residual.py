@@ -1,0 +1,49 @@
+"""Residual blocks around any module that keeps its input's shape.
+
+They hold no parameters of their own and are traced through, so the graph rules bound them.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from clipless_dp.errors import ConfigurationError
+
+
+class Residual(nn.Module):
+    """``x + f(x)``; Lipschitz constant ``1 + K_f``."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Adds the block's output to its input."""
+        return values + self.block(values)
+
+
+class ConvexResidual(nn.Module):
+    """``(1-α)·x + α·f(x)`` with a fixed ``α`` in [0, 1]; 1-Lipschitz when ``f`` is.
+
+    Args:
+        block: ``f``.
+        alpha: the weight of the block.
+
+    Raises:
+        ConfigurationError: ``alpha`` is outside [0, 1].
+    """
+
+    def __init__(self, block: nn.Module, alpha: float = 0.5) -> None:
+        super().__init__()
+        if not 0.0 <= alpha <= 1.0:
+            raise ConfigurationError(f"alpha must lie in [0, 1], got {alpha}")
+        self.block = block
+        self.alpha = float(alpha)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The convex combination."""
+        return (1.0 - self.alpha) * values + self.alpha * self.block(values)
+
+    def extra_repr(self) -> str:
+        """The weight of the block."""
+        return f"alpha={self.alpha:g}"

@@ -1,0 +1,61 @@
+"""Sorting activations: permutations of the coordinates, hence exactly norm-preserving."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.errors import ConfigurationError
+
+
+class GroupSort(nn.Module):
+    """Sorts each group of adjacent channels in ascending order (Anil, Lucas and Grosse 2019, §4).
+
+    Args:
+        group_size: entries per group, at least 2; it must divide the number of channels.
+        dim: the channel axis; 1 for vectors and maps, -1 for token sequences ``(B, T, C)``. Never 0, the batch.
+
+    Shape:
+        ``(B, ...)`` to the same shape.
+
+    Raises:
+        ConfigurationError: the group size is below 2 or does not divide the channels, or ``dim`` is the batch axis.
+    """
+
+    def __init__(self, group_size: int = 2, dim: int = 1) -> None:
+        super().__init__()
+        if group_size < 2:
+            raise ConfigurationError(f"group_size must be at least 2, got {group_size}")
+        if dim == 0:
+            raise ConfigurationError("dim=0 is the batch axis: sorting along it would mix samples")
+        self.group_size = group_size
+        self.dim = dim
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Sorts within groups."""
+        dim = self.dim % values.dim()
+        channels = values.shape[dim]
+        if dim == 0:
+            raise ConfigurationError("dim is the batch axis: sorting along it would mix samples")
+        if channels % self.group_size:
+            raise ConfigurationError(
+                f"group_size={self.group_size} does not divide the {channels} channels of axis {dim}"
+            )
+        groups = values.unflatten(dim, (channels // self.group_size, self.group_size))
+        if self.group_size == 2:
+            first, second = groups.unbind(dim + 1)
+            ordered = torch.stack((torch.minimum(first, second), torch.maximum(first, second)), dim + 1)
+        else:
+            ordered = groups.sort(dim=dim + 1).values
+        return ordered.flatten(dim, dim + 1)
+
+    def extra_repr(self) -> str:
+        """Group size and axis."""
+        return f"group_size={self.group_size}, dim={self.dim}"
+
+
+class MaxMin(GroupSort):
+    """:class:`GroupSort` with groups of two."""
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__(2, dim)

@@ -1,0 +1,271 @@
+"""The wrapped model: input gate, the user's network, cotangent gate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.constraints import Constraint, ConstraintSpec, assign
+from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
+from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack
+from clipless_dp.losses import Loss
+from clipless_dp.norms.operators import Operator
+from clipless_dp.tracing import TracedNet, is_leaf, trace
+from clipless_dp.tracker import Relation, Sensitivity, SensitivityTracker, parameter_device_and_dtype
+
+
+class DPLipModel(nn.Module):
+    """A network whose per-sample gradients are bounded, whatever it is fed.
+
+    The network is traced with ``torch.fx`` and the traced graph is what runs, so the bounds are those of the code
+    that is executed. ``model.net`` is the network itself, trained in place under its own parameter names.
+
+    Args:
+        net: the network. It takes one tensor ``(B, *input_shape)`` and returns one tensor ``(B, ...)``.
+        input_shape: shape of one sample, without the batch axis.
+        input_norm: ``X₀``: samples of larger Euclidean norm are projected onto this ball.
+        loss: a loss that states the bound ``G`` of its gradient.
+        constraint: projections that bound the weights' norms, applied now and after each step: one for all, or a
+            mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
+            from the weights' values, or from gates.
+
+    Raises:
+        UnsupportedModuleError: lists every part of the network for which no bound is known.
+        LossBoundError: the loss is not a :class:`clipless_dp.losses.Loss`.
+        ConfigurationError: an argument is out of range or does not fit the network.
+
+    Guarantee:
+        For every batch, target, loss value and scale, each sample's gradient of the summed loss with respect to
+        parameter θ has norm at most ``sensitivity().per_parameter[θ]``, in real arithmetic over the stored
+        values, gates' rounding included. The samples do not interact. It covers gradients that reach the
+        parameters through this module's own ``forward``, each sample being passed once between two optimizer steps.
+
+    Attributes:
+        net: the user's network.
+        nonfinite_samples: how many samples :meth:`loss` has dropped because input, target or loss was not finite
+            or out of range: an int64 tensor, for the data's owner only (it is not protected by noise).
+    """
+
+    nonfinite_samples: Tensor
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        input_shape: tuple[int, ...],
+        input_norm: float,
+        loss: Loss,
+        constraint: ConstraintSpec = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(net, nn.Module):
+            raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+        if not isinstance(loss, Loss):
+            raise LossBoundError(
+                f"{loss!r} does not state the bound of its gradient; use one of clipless_dp.losses, or "
+                "losses.BoundedLoss(function, bound=...) around a per-sample function"
+            )
+        if not (isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8):
+            raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
+        self.net = net
+        self.input_shape = tuple(int(size) for size in input_shape)
+        self.input_norm = float(input_norm)
+        self.loss_function = loss
+        device, dtype = parameter_device_and_dtype(net)
+        self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self._trace(device, dtype)
+        self._constraints = assign(constraint, self._tracker.operators)
+        self._projected: dict[str, tuple[int, int]] = {}
+        for name, constraint in self._trainable_constraints():
+            constraint.initialize_(self._parameter(name), self._tracker.operators[name])
+        self.settle_()
+
+    def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
+        traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
+        self._traced: TracedNet = traced
+        self.output_shape = traced.shapes[traced.output]
+        bound = self.loss_function.gradient_bound(self.output_shape)
+        if not (math.isfinite(bound) and bound >= 1e-8):
+            raise LossBoundError(f"{self.loss_function!r} states the gradient bound {bound!r}; it must be at least 1e-8")
+        self.cotangent_norm = float(bound)
+        self._tracker = SensitivityTracker(
+            traced,
+            input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
+            cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
+        )
+        # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
+        self._graph = (traced.module,)
+        self._kept: tuple[object, Sensitivity] | None = None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Runs the gated network.
+
+        Args:
+            inputs: ``(B, *input_shape)``, of the parameters' dtype and device; ``B`` may be 0.
+
+        Returns:
+            ``(B, *output_shape)``. Rows of samples without a finite norm are NaN: they contribute no gradient.
+
+        Raises:
+            InputError: wrong shape, dtype or device.
+        """
+        self._check_inputs(inputs)
+        if inputs.shape[0] == 0:
+            return self._run(inputs.new_zeros(1, *self.input_shape))[:0]
+        return self._run(inputs)
+
+    def _run(self, inputs: Tensor) -> Tensor:
+        gated, finite = input_gate(inputs, self.input_norm)
+        outputs = self._graph[0](gated)
+        outputs = cotangent_gate(outputs, self.cotangent_norm)
+        rows = finite.reshape(-1, *([1] * len(self.output_shape)))
+        return torch.where(rows, outputs, torch.full((), math.nan, dtype=outputs.dtype, device=outputs.device))
+
+    def loss(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sum of the samples' losses.
+
+        Args:
+            output: what :meth:`forward` returned.
+            target: ``(B, ...)``, as the loss documents.
+            mask: boolean ``(B,)``, false for rows that are padding; ``None`` means that all rows count.
+
+        Returns:
+            A scalar: the sum, never the mean, over rows that count and whose loss is finite.
+
+        Raises:
+            InputError: the mask or the target does not fit the output.
+        """
+        if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):
+            raise InputError(
+                f"mask must be boolean of shape {tuple(output.shape[:1])}, got {mask.dtype} {tuple(mask.shape)}"
+            )
+        if target.shape[:1] != output.shape[:1] or target.device != output.device:
+            raise InputError(
+                f"target {tuple(target.shape)} on {target.device} does not fit output {tuple(output.shape)} "
+                f"on {output.device}"
+            )
+        losses = self.loss_function.per_sample(output, target)
+        counted = torch.isfinite(losses)
+        dropped = ~counted if mask is None else mask & ~counted
+        if torch.is_grad_enabled():
+            self.nonfinite_samples += dropped.sum()
+        if mask is not None:
+            counted = counted & mask
+        return torch.where(counted, losses, torch.zeros_like(losses)).sum()
+
+    def sensitivity(self, relation: Relation = "add-or-remove-one") -> Sensitivity:
+        """Per-sample gradient bounds at the current weights.
+
+        Args:
+            relation: ``"add-or-remove-one"`` or ``"replace-one"`` (twice as large).
+
+        Raises:
+            PrivacyError: a submodule was replaced after wrapping, or a bound is not finite.
+        """
+        self._check_structure()
+        limits = self._limits()
+        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in self.net.parameters()))
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        sensitivity, lasting = self._tracker.evaluate(limits, relation)
+        self._kept = (key, sensitivity) if lasting else None
+        return sensitivity
+
+    def project_(self) -> None:
+        """Applies the constraints to the trainable weights; frozen ones are left as they are and certified."""
+        self._projected = {}
+        for name, constraint in self._trainable_constraints():
+            constraint.project_(self._parameter(name), self._tracker.operators[name])
+            self._projected[name] = self._stamp(name)
+
+    def settle_(self) -> None:
+        """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
+        self._projected = {}
+        for name, constraint in self._trainable_constraints():
+            operators = self._tracker.operators[name]
+            if any(operator.norm(self._parameter(name)) > constraint.limit for operator in operators):
+                constraint.project_(self._parameter(name), operators)
+            self._projected[name] = self._stamp(name)
+
+    def _parameter(self, name: str) -> Tensor:
+        return self.net.get_parameter(name).detach()
+
+    def _stamp(self, name: str) -> tuple[int, int]:
+        parameter = self.net.get_parameter(name)
+        return parameter._version, parameter.data_ptr()
+
+    def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
+        return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)
+
+    @property
+    def constraints(self) -> dict[str, Constraint]:
+        """The constraint of each constrained parameter, by its name in ``net``."""
+        return dict(self._constraints)
+
+    def operators(self, name: str) -> tuple[Operator, ...]:
+        """The linear operators that a parameter of ``net`` acts as."""
+        return self._tracker.operators.get(name, ())
+
+    def _limits(self) -> dict[str, float]:
+        """Constraints' limits, for the parameters that have not changed since their projection."""
+        return {
+            name: self._constraints[name].limit
+            for name, stamp in self._projected.items()
+            if self._stamp(name) == stamp
+        }
+
+    def _check_structure(self) -> None:
+        for node in self._traced.module.graph.nodes:
+            if node.op == "call_module" and self._traced.leaf(node) is not _submodule(self.net, str(node.target)):
+                raise PrivacyError(
+                    f"the module {node.target!r} of model.net was replaced after wrapping: the bounds are not its own. "
+                    "Wrap the changed network in a new DPLipModel"
+                )
+
+    def _check_inputs(self, inputs: Tensor) -> None:
+        if tuple(inputs.shape[1:]) != self.input_shape or inputs.dim() == 0:
+            raise InputError(
+                f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
+            )
+        if not inputs.is_floating_point():
+            raise InputError(f"inputs are {inputs.dtype}; convert them first, e.g. images.float() / 255")
+        device, dtype = self._expected()
+        if inputs.dtype != dtype or inputs.device != device:
+            raise InputError(f"inputs are {inputs.dtype} on {inputs.device}, the model is {dtype} on {device}")
+        if torch.is_autocast_enabled(inputs.device.type):
+            raise PrivacyError(
+                "autocast rounds per-sample gradients more coarsely than the bounds cover; run the model without it"
+            )
+
+    def _expected(self) -> tuple[torch.device, torch.dtype]:
+        for parameter in self.net.parameters():
+            return parameter.device, parameter.dtype
+        return self.nonfinite_samples.device, torch.float32
+
+    def _apply(self, fn: Any, recurse: bool = True) -> DPLipModel:
+        super()._apply(fn, recurse)
+        self._trace(*parameter_device_and_dtype(self.net))
+        self.settle_()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = {"_traced", "_tracker", "_graph", "_kept", "_projected"}
+        return {name: value for name, value in self.__dict__.items() if name not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._trace(*parameter_device_and_dtype(self.net))
+        self.settle_()
+
+
+def _submodule(net: nn.Module, path: str) -> nn.Module | None:
+    if is_leaf(net):
+        return net
+    try:
+        return net.get_submodule(path)
+    except AttributeError:
+        return None

@@ -1,0 +1,157 @@
+"""Where the noise comes from, and how it is shared among the parameters."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import ConfigurationError
+
+Allocation = Literal["global", "per-layer", "min-variance"]
+
+
+def allocate(
+    sensitivities: Sequence[float], sizes: Sequence[int], noise_multiplier: float, scheme: Allocation = "global"
+) -> list[float]:
+    """Standard deviation of each parameter's noise, all schemes having the same effective noise multiplier.
+
+    * ``"global"``: ``σ_θ = σ·Δ`` with ``Δ² = Σ Δ_θ²``.
+    * ``"per-layer"``: ``σ_θ = σ·√D·Δ_θ`` over the ``D`` parameters.
+    * ``"min-variance"``: ``σ_θ² ∝ Δ_θ/√p_θ``, which minimises the total variance ``Σ p_θσ_θ²`` (Lagrange) at the
+      given effective noise multiplier.
+
+    Args:
+        sensitivities: ``Δ_θ``; a parameter of zero sensitivity needs no noise and gets none.
+        sizes: ``p_θ``, entries of each parameter.
+        noise_multiplier: ``σ``.
+        scheme: as above.
+
+    Raises:
+        ConfigurationError: the scheme is unknown.
+    """
+    active = [(delta, size) for delta, size in zip(sensitivities, sizes, strict=True) if delta > 0]
+    if scheme == "global":
+        total = math.hypot(*(delta for delta, _ in active))
+        return [noise_multiplier * total if delta > 0 else 0.0 for delta in sensitivities]
+    if scheme == "per-layer":
+        return [noise_multiplier * math.sqrt(len(active)) * delta for delta in sensitivities]
+    if scheme == "min-variance":
+        scale = noise_multiplier * math.sqrt(sum(delta * math.sqrt(size) for delta, size in active))
+        return [
+            scale * math.sqrt(delta / math.sqrt(size)) if delta > 0 else 0.0
+            for delta, size in zip(sensitivities, sizes, strict=True)
+        ]
+    raise ConfigurationError(f"allocation must be 'global', 'per-layer' or 'min-variance', got {scheme!r}")
+
+
+def effective_noise_multiplier(sensitivities: Sequence[float], deviations: Sequence[float]) -> float:
+    """``σ_eff = (Σ (Δ_θ/σ_θ)²)^(-½)``: the joint Gaussian mechanism's noise multiplier.
+
+    The parts are independent Gaussian mechanisms on one sample's joint contribution, so rescaling each part by
+    ``1/σ_θ`` makes them one mechanism of unit noise and sensitivity ``(Σ (Δ_θ/σ_θ)²)^½``.
+    """
+    ratio = math.hypot(*(d / s for d, s in zip(sensitivities, deviations, strict=True) if d > 0))
+    return math.inf if ratio == 0 else 1.0 / ratio
+
+
+class NoiseSource(Protocol):
+    """Fills tensors with independent standard normal numbers."""
+
+    reproducible: bool
+
+    def begin_step(self, step: int) -> None:
+        """Called once before the noise of each optimizer step, with its number."""
+        ...
+
+    def standard_normal_(self, out: Tensor) -> Tensor:
+        """Fills ``out`` in place."""
+        ...
+
+
+class SystemNoise:
+    """Private generators seeded by the operating system; nothing that user code seeds can make them predictable.
+
+    On the CPU, torch's generator takes a seed of 32 effective bits only, which can be searched. All of its state
+    is therefore overwritten with bytes of the operating system. Elsewhere the 64-bit seed of the counter-based
+    generator is drawn from it. The state is never saved: it would let a reader of a checkpoint subtract the noise.
+    """
+
+    reproducible = False
+
+    def __init__(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def begin_step(self, step: int) -> None:
+        """Nothing to do: the generators run on."""
+
+    def standard_normal_(self, out: Tensor) -> Tensor:
+        """See :class:`NoiseSource`."""
+        generator = self._generators.get(out.device)
+        if generator is None:
+            generator = self._generators[out.device] = system_generator(out.device)
+        return out.normal_(generator=generator)
+
+
+class ReproducibleNoise:
+    """Noise that is a function of a seed and the step number: for tests and research, never for a release.
+
+    Whoever knows the seed can remove the noise, so the guarantee holds only while the seed is secret.
+
+    Args:
+        seed: any integer.
+    """
+
+    reproducible = True
+
+    def __init__(self, seed: int) -> None:
+        self.seed = int(seed)
+        self._step = 0
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def begin_step(self, step: int) -> None:
+        """Restarts the generators from the seed and the step."""
+        self._step = step
+        self._generators.clear()
+
+    def standard_normal_(self, out: Tensor) -> Tensor:
+        """See :class:`NoiseSource`."""
+        generator = self._generators.get(out.device)
+        if generator is None:
+            generator = torch.Generator(out.device)
+            generator.manual_seed(derived_seed(self.seed, "noise", self._step))
+            self._generators[out.device] = generator
+        return out.normal_(generator=generator)
+
+
+def derived_seed(seed: int, *labels: str | int) -> int:
+    """A 63-bit seed for one purpose and step, by hashing."""
+    text = ":".join(map(str, (seed, *labels))).encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
+
+
+def system_generator(device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator that starts from the operating system's entropy.
+
+    The bytes of a CPU generator's state that depend on the seed are found by comparing differently seeded states,
+    so no layout is assumed, and all of them are replaced.
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device)
+    generator.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
+    if device.type != "cpu":
+        return generator
+    state = generator.get_state()
+    varying = torch.zeros_like(state, dtype=torch.bool)
+    for seed in range(16):
+        varying |= generator.manual_seed(seed).get_state() != state
+    entropy = torch.frombuffer(bytearray(os.urandom(state.numel())), dtype=torch.uint8)
+    generator.set_state(torch.where(varying, state ^ entropy, state))
+    # A few outputs mix the fresh state through the recurrence before any is used.
+    torch.empty(4096).normal_(generator=generator)
+    return generator

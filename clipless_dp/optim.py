@@ -1,0 +1,401 @@
+"""Optimizers that add calibrated noise, record what was released, and project back onto the constraints."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, Protocol, overload
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from accounting import create_accountant
+from clipless_dp import draws
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import Allocation, NoiseSource, SystemNoise, allocate, effective_noise_multiplier
+from clipless_dp.tracker import Sensitivity
+
+Sampling = Literal["announced", "poisson", "none"]
+
+STATE_FORMAT = 1
+_MARGIN = 1.0 + 1e-6
+"""Noise is drawn this much larger than planned, so that float32 rounding of its scale never falls below the plan."""
+
+
+class PrivacyWarning(UserWarning):
+    """Something costs more privacy than the user may expect."""
+
+
+class Accountant(Protocol):
+    """What the optimizer needs of an accountant: the interface of ``accounting`` (and of Opacus)."""
+
+    def step(self, *, noise_multiplier: float, sample_rate: float, steps: int = 1) -> None:
+        """Records steps."""
+        ...
+
+    def get_epsilon(self, delta: float) -> Any:
+        """ε spent so far, an upper bound."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The ledger as plain values."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a ledger."""
+        ...
+
+    @property
+    def history(self) -> list[tuple[float, float, int]]:
+        """Runs of equal steps: noise multiplier, sample rate, count."""
+        ...
+
+
+class CliplessDPOptimizer(Optimizer):
+    """Makes any first-order torch optimizer private.
+
+    Each :meth:`step` takes the summed gradients, adds Gaussian noise of standard deviation ``σ_θ`` to that of each
+    parameter, divides by the public expected batch size ``sample_rate·dataset_size``, lets the base optimizer
+    update, and projects onto the model's constraints (Béthune et al. 2024, Algorithm 1). The step's event is
+    recorded before anything is changed, so a crash can only over-count.
+
+    It shares ``param_groups`` and ``state`` with the base optimizer: schedulers work on it as on any other.
+    Gradients may come from several ``backward()`` calls, as long as each sample is in one of them only.
+
+    Args:
+        model: the wrapped model.
+        base_optimizer: any ``torch.optim.Optimizer`` over parameters of ``model.net`` that steps without a closure.
+        noise_multiplier: ``σ > 0``, in units of the joint sensitivity.
+        sample_rate: ``q`` in (0, 1]: each sample's probability of being in a batch.
+        dataset_size: public number of samples; fixes the divisor.
+        accountant: ``"prv"``, ``"rdp"``, ``"auto"``, or an object with their interface.
+        allocation: how the noise is shared among parameters: ``"global"``, ``"per-layer"`` or ``"min-variance"``.
+        sampling: ``"announced"``: a step is charged as Poisson-sampled only if a sampler of this package announced
+            its draw, else at ``q = 1``, with a warning. ``"poisson"``: you vouch for a Poisson sampler of your
+            own. ``"none"``: every step is charged at ``q = 1``.
+        noise: source of the noise; by default the operating system seeds it and it cannot be reproduced.
+
+    Raises:
+        ConfigurationError: an argument is out of range.
+        PrivacyError: the base optimizer holds parameters that the model does not protect.
+
+    Guarantee:
+        Under add-or-remove-one adjacency each step is a Gaussian mechanism of noise multiplier
+        ``(Σ (Δ_θ/σ_θ)²)^(-½)``, evaluated from this step's bounds and deviations, on a subsample of rate ``q``.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: DPLipModel,
+        base_optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        sample_rate: float,
+        dataset_size: int,
+        accountant: str | Accountant = "prv",
+        allocation: Allocation = "global",
+        sampling: Sampling = "announced",
+        noise: NoiseSource | None = None,
+    ) -> None:
+        if isinstance(base_optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
+            raise ConfigurationError(
+                f"{type(base_optimizer).__name__} evaluates gradients several times a step or needs sparse ones; "
+                "use SGD, Adam or another first-order optimizer"
+            )
+        if not 0.0 < sample_rate <= 1.0:
+            raise ConfigurationError(
+                f"sample_rate must lie in (0, 1], got {sample_rate!r}; a batch larger than the data set gives more than 1"
+            )
+        if not (isinstance(dataset_size, int) and dataset_size >= 1):
+            raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+        if sampling not in ("announced", "poisson", "none"):
+            raise ConfigurationError(f"sampling must be 'announced', 'poisson' or 'none', got {sampling!r}")
+        allocate([1.0], [1], 1.0, allocation)
+        self.model = model
+        self.base_optimizer = base_optimizer
+        self.noise_multiplier = noise_multiplier
+        self.sample_rate = float(sample_rate)
+        self.dataset_size = dataset_size
+        self.expected_batch_size = self.sample_rate * dataset_size
+        self.allocation: Allocation = allocation
+        self.sampling: Sampling = sampling
+        self.noise: NoiseSource = SystemNoise() if noise is None else noise
+        self.accountant: Accountant = create_accountant(accountant) if isinstance(accountant, str) else accountant
+        self.steps_taken = 0
+        self._draws_before = draws.snapshot()
+        self._draws_used = 0
+        self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self._share_state()
+        self._require_protected(p for group in self.param_groups for p in group["params"])
+        model.sensitivity()
+
+    @property
+    def noise_multiplier(self) -> float:
+        """``σ``; assign to it to follow a noise schedule: every step is accounted with its own value."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ConfigurationError(f"noise_multiplier must be finite and positive, got {value!r}")
+        self._noise_multiplier = float(value)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One private update.
+
+        Args:
+            closure: evaluated once, to compute the gradients; its value is returned and is not private.
+
+        Raises:
+            PrivacyError: a gradient would be released without protection.
+        """
+        loss: float | None = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            self._release()
+            self.base_optimizer.step()
+            self.model.project_()
+        return loss
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε spent so far at this δ, an upper bound, under add-or-remove-one adjacency."""
+        return float(self.accountant.get_epsilon(delta))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters of ``model.net``.
+
+        Raises:
+            PrivacyError: one of them is not protected by the model.
+        """
+        if any(param_group is group for group in self.base_optimizer.param_groups):
+            super().add_param_group(param_group)
+            return
+        params = param_group["params"]
+        self._require_protected([params] if isinstance(params, Tensor) else list(params))
+        self.base_optimizer.add_param_group(param_group)
+        self._share_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only."""
+        return {
+            **self.base_optimizer.state_dict(),
+            "clipless_dp": {
+                "format": STATE_FORMAT,
+                "steps_taken": self.steps_taken,
+                "accountant": self.accountant.state_dict(),
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the state and the ledger.
+
+        What this optimizer has already spent is never forgotten: unless it is the beginning of the loaded ledger,
+        both are composed.
+
+        Raises:
+            ConfigurationError: the state is not one of this class, or of an unknown format.
+        """
+        own = state_dict.get("clipless_dp")
+        if not isinstance(own, dict) or own.get("format") != STATE_FORMAT:
+            raise ConfigurationError(
+                "this is not the state of a clipless_dp optimizer of format "
+                f"{STATE_FORMAT}: its privacy ledger is missing or newer than this version"
+            )
+        spent = _expanded(self.accountant.history)
+        self.accountant.load_state_dict(own["accountant"])
+        if not _begins_with(self.accountant.history, spent):
+            for noise_multiplier, sample_rate, count in spent:
+                self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=count)
+        self.steps_taken = int(own["steps_taken"])
+        self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
+        self._share_state()
+
+    def _share_state(self) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+
+    def _require_protected(self, parameters: Iterable[Tensor]) -> None:
+        known = {id(parameter) for parameter in self.model.net.parameters()}
+        foreign = [tuple(parameter.shape) for parameter in parameters if id(parameter) not in known]
+        if foreign:
+            raise PrivacyError(
+                f"the optimizer holds {len(foreign)} parameter(s) that are not of model.net, of shapes {foreign}: "
+                "their gradients have no bound and would be released without noise"
+            )
+
+    def _release(self) -> None:
+        """Records the event, then turns the summed gradients into private averages."""
+        sensitivity = self.model.sensitivity()
+        deviations, spent = self._deviations(sensitivity)
+        self.accountant.step(noise_multiplier=spent, sample_rate=self._charged_rate())
+        self.noise.begin_step(self.steps_taken)
+        self.steps_taken += 1
+        gradients: list[Tensor] = []
+        for parameter in (p for group in self.param_groups for p in group["params"]):
+            deviation = deviations.get(id(parameter))
+            if deviation is None:
+                parameter.grad = None
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            noise = self.noise.standard_normal_(torch.empty_like(parameter.grad))
+            parameter.grad.add_(noise, alpha=deviation)
+            gradients.append(parameter.grad)
+        torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
+
+    def _deviations(self, sensitivity: Sensitivity) -> tuple[dict[int, float], float]:
+        """Standard deviations by parameter, and the effective noise multiplier that they amount to."""
+        names = {id(parameter): name for name, parameter in self.model.net.named_parameters()}
+        held = tuple(
+            id(parameter)
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.requires_grad and sensitivity.per_parameter.get(names[id(parameter)], 0.0) > 0.0
+        )
+        if self._plan is not None:
+            known, parameters, multiplier, deviations, spent = self._plan
+            if known is sensitivity and parameters == held and multiplier == self.noise_multiplier:
+                return deviations, spent
+        if not held:
+            raise PrivacyError("no trainable parameter of the optimizer takes part in the network: nothing to train")
+        sizes = {id(parameter): parameter.numel() for parameter in self.model.net.parameters()}
+        bounds = [sensitivity.per_parameter[names[key]] for key in held]
+        planned = allocate(bounds, [sizes[key] for key in held], self.noise_multiplier, self.allocation)
+        used = [deviation * _MARGIN for deviation in planned]
+        effective = effective_noise_multiplier(bounds, used)
+        if not (math.isfinite(effective) and effective > 0):
+            raise PrivacyError(f"the noise amounts to a multiplier of {effective!r}; nothing was released")
+        # The margin exceeds float64 rounding, so this is the planned value: equal steps stay one line in the ledger.
+        spent = self.noise_multiplier if effective >= self.noise_multiplier else effective
+        deviations = dict(zip(held, used, strict=True))
+        self._plan = sensitivity, held, self.noise_multiplier, deviations, spent
+        return deviations, spent
+
+    def _charged_rate(self) -> float:
+        if self.sampling == "none" or self.sample_rate == 1.0:
+            return 1.0
+        if self.sampling == "poisson":
+            return self.sample_rate
+        drawn = draws.snapshot() - self._draws_before
+        larger = [rate for rate in drawn if rate > self.sample_rate * (1.0 + 1e-12)]
+        if larger:
+            raise PrivacyError(
+                f"batches were drawn with sample rate {max(larger):.6g}, but the optimizer was told "
+                f"{self.sample_rate:.6g}: give both the same sample_rate"
+            )
+        if sum(drawn.values()) > self._draws_used:
+            self._draws_used += 1
+            return self.sample_rate
+        warnings.warn(
+            "no Poisson draw was announced for this step, so it is charged without amplification (q = 1): use "
+            "PoissonBatches or PoissonBatchSampler, or pass sampling='poisson' if your own sampler is one",
+            PrivacyWarning,
+            stacklevel=4,
+        )
+        return 1.0
+
+    @property
+    def found_inf(self) -> None:
+        """Never set: a ``GradScaler`` is refused."""
+        raise AttributeError("found_inf")
+
+    @found_inf.setter
+    def found_inf(self, value: object) -> None:
+        raise PrivacyError(
+            "GradScaler skips steps depending on the data, which the ledger cannot see: train without it "
+            "(bfloat16 and float32 need no loss scaling)"
+        )
+
+
+def _expanded(history: Iterable[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
+    return [(float(noise), float(rate), int(count)) for noise, rate, count in history]
+
+
+def _begins_with(history: Iterable[tuple[float, float, int]], start: list[tuple[float, float, int]]) -> bool:
+    """Whether one run-length compressed ledger is a beginning of another."""
+    longer = _expanded(history)
+    for index, (noise, rate, count) in enumerate(start):
+        if index >= len(longer) or longer[index][:2] != (noise, rate):
+            return False
+        last = index == len(start) - 1
+        if longer[index][2] < count or (longer[index][2] != count and not last):
+            return False
+    return True
+
+
+class CliplessDPSGD(CliplessDPOptimizer):
+    """:class:`CliplessDPOptimizer` around ``torch.optim.SGD``.
+
+    Args:
+        model: the wrapped model; all its trainable parameters are optimised.
+        lr: learning rate.
+        momentum: as in ``torch.optim.SGD``.
+        dampening: as in ``torch.optim.SGD``.
+        weight_decay: as in ``torch.optim.SGD``.
+        nesterov: as in ``torch.optim.SGD``.
+        noise_multiplier: see :class:`CliplessDPOptimizer`, as are the rest.
+        sample_rate: ``q``.
+        dataset_size: public number of samples.
+        accountant: its name or the object.
+        allocation: how noise is shared.
+        sampling: how batches are drawn.
+        noise: source of the noise.
+    """
+
+    def __init__(
+        self,
+        model: DPLipModel,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        noise_multiplier: float,
+        sample_rate: float,
+        dataset_size: int,
+        accountant: str | Accountant = "prv",
+        allocation: Allocation = "global",
+        sampling: Sampling = "announced",
+        noise: NoiseSource | None = None,
+    ) -> None:
+        parameters: list[nn.Parameter] = list(model.net.parameters())
+        if not parameters:
+            raise ConfigurationError("the network has no parameters to train")
+        base = torch.optim.SGD(
+            parameters,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        )
+        super().__init__(
+            model,
+            base,
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            dataset_size=dataset_size,
+            accountant=accountant,
+            allocation=allocation,
+            sampling=sampling,
+            noise=noise,
+        )

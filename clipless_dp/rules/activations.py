@@ -1,0 +1,76 @@
+"""Activations and other layers that act on the norm alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from clipless_dp.layers import GroupSort, Householder, LayerCentering, MaxMin
+from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
+
+
+def _non_expansive(context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm)
+
+
+def _tanh(context: RuleContext) -> LayerBounds:
+    cap = math.sqrt(math.prod(context.input_shape))
+    return LayerBounds(output_norm=lambda: min(context.input_norm, cap))
+
+
+@register_rule(nn.Identity, nn.ReLU, GroupSort, MaxMin, LayerCentering)
+def non_expansive_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    """``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections."""
+    if isinstance(module, LayerCentering) and module.dims is not None:
+        rank = len(context.input_shape) + 1
+        if 0 in {dim % rank for dim in module.dims}:
+            raise RuleError("dims include the batch axis: the mean would mix samples; leave axis 0 out")
+    return _non_expansive(context)
+
+
+@register_rule(nn.LeakyReLU)
+def leaky_relu_rule(module: nn.LeakyReLU, context: RuleContext) -> LayerBounds:
+    """``Y = max(1, |a|)·X``, ``K = max(1, |a|)`` for the negative slope a."""
+    slope = max(1.0, abs(module.negative_slope))
+    if module.inplace and slope > 1.0:
+        raise RuleError("inplace=True with a slope above 1 may stretch a value that others hold: use inplace=False")
+    return LayerBounds(output_norm=lambda: slope * context.input_norm, lipschitz=slope)
+
+
+@register_rule(nn.Tanh)
+def tanh_rule(module: nn.Tanh, context: RuleContext) -> LayerBounds:
+    """``Y = min(X, √n)``, ``K = 1``."""
+    return _tanh(context)
+
+
+@register_rule(Householder)
+def householder_rule(module: Householder, context: RuleContext) -> LayerBounds:
+    """Norm-preserving; ``Δ_θ = GX``: ``∂y/∂θ`` rotates or reflects each pair, so Cauchy–Schwarz over pairs and positions."""
+    return LayerBounds(output_norm=lambda: context.input_norm, gradients={"theta": lambda: context.input_norm})
+
+
+@register_rule(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+def dropout_rule(module: nn.Dropout, context: RuleContext) -> LayerBounds:
+    """``Y = X/(1-p)``, ``K = 1/(1-p)``: the bound while training, whatever the mode."""
+    if not module.p < 1.0:
+        raise RuleError("p must be below 1")
+    if module.inplace:
+        raise RuleError("inplace=True stretches a value that others may hold: use inplace=False")
+    stretch = 1.0 / (1.0 - module.p)
+    return LayerBounds(output_norm=lambda: stretch * context.input_norm, lipschitz=stretch)
+
+
+@register_function_rule(torch.relu, functional.relu, torch.relu_, "relu", "relu_", torch.abs, "abs", "contiguous")
+def contraction_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """Functional ReLU, absolute value, and layout changes."""
+    return _non_expansive(context)
+
+
+@register_function_rule(torch.tanh, functional.tanh, "tanh")
+def tanh_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """Functional tanh."""
+    return _tanh(context)

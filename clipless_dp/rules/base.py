@@ -1,0 +1,165 @@
+"""What a rule is, and the registry of rules.
+
+A rule says, for one layer type, how far the layer can stretch its input (``Y``), its cotangent (``K``), and how
+large the per-sample gradient of each of its parameters can be per unit of cotangent (``Δ_θ/G``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from torch import nn
+
+from clipless_dp.errors import Unsupported
+from clipless_dp.norms.operators import Operator
+
+Deferred = float | Callable[[], float]
+"""A number, or a function that computes it when (and only if) the tracker needs it."""
+
+
+def value_of(deferred: Deferred) -> float:
+    """Evaluates a :data:`Deferred`."""
+    return float(deferred()) if callable(deferred) else float(deferred)
+
+
+class RuleContext(Protocol):
+    """What a rule may ask the tracker. Shapes never include the batch axis."""
+
+    path: str
+    kind: str
+    input_shapes: tuple[tuple[int, ...], ...]
+    output_shape: tuple[int, ...]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of the first input."""
+        ...
+
+    @property
+    def input_norm(self) -> float:
+        """``X``: bound on the norm of the first input."""
+        ...
+
+    def input_norms(self) -> tuple[float, ...]:
+        """The bounds of all inputs."""
+        ...
+
+    @property
+    def free_input_norm(self) -> float:
+        """``X`` if it follows without reading a weight, else infinity: lets a gate skip costly certificates."""
+        ...
+
+    def norm(self, parameter: str, operator: Operator) -> float:
+        """Certified norm of a parameter of this layer: its constraint's limit, or computed from its value."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerBounds:
+    """The bounds of one layer; each number may be deferred.
+
+    Attributes:
+        output_norm: ``Y``, given the context's input norms.
+        lipschitz: ``K``; one number, or one for each input.
+        gradients: for each parameter, its per-sample gradient bound *per unit of cotangent norm*.
+        cotangent_cap: cap on the cotangent that leaves the layer's input side (a cotangent gate).
+        gradient_limits: caps on parameters' per-sample gradients themselves (gradient gates).
+        operators: the operator each parameter acts as, for constraints.
+        coverage: for windows, the coverage ``N``; reported only.
+    """
+
+    output_norm: Deferred
+    lipschitz: Deferred | Sequence[Deferred] = 1.0
+    gradients: Mapping[str, Deferred] = field(default_factory=dict)
+    cotangent_cap: float = math.inf
+    gradient_limits: Mapping[str, float] = field(default_factory=dict)
+    operators: Mapping[str, Operator] = field(default_factory=dict)
+    coverage: int | None = None
+
+
+class RuleError(Exception):
+    """Raised inside a rule to refuse a configuration; the tracker turns it into an ``UnsupportedModuleError``."""
+
+
+Rule = Callable[[Any, RuleContext], LayerBounds]
+FunctionRule = Callable[[RuleContext, tuple[Any, ...], dict[str, Any]], LayerBounds]
+RuleT = TypeVar("RuleT", bound=Rule)
+FunctionRuleT = TypeVar("FunctionRuleT", bound=FunctionRule)
+
+_RULES: dict[type[nn.Module], Rule] = {}
+_FUNCTION_RULES: dict[Any, FunctionRule] = {}
+_REMEDIES: dict[type[nn.Module], str] = {}
+
+
+def register_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
+    """Registers the decorated function as the rule of the given module types (exact types, not subclasses).
+
+    The function takes the module and a :class:`RuleContext` and returns :class:`LayerBounds`. Every parameter of
+    the module must appear in ``gradients``. The bounds must hold for *every* input of norm at most
+    ``context.input_norm``, and the module must not mix samples.
+
+    Example:
+        >>> @register_rule(Scale)                                   # doctest: +SKIP
+        ... def scale_rule(module, context):
+        ...     return LayerBounds(
+        ...         output_norm=abs(module.factor) * context.input_norm,
+        ...         lipschitz=abs(module.factor),
+        ...     )
+
+    Raises:
+        TypeError: an argument is not a subclass of ``torch.nn.Module``.
+    """
+    for module_type in module_types:
+        if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
+            raise TypeError(f"register_rule takes torch.nn.Module types, got {module_type!r}")
+
+    def decorate(rule: RuleT) -> RuleT:
+        for module_type in module_types:
+            _RULES[module_type] = rule
+        return rule
+
+    return decorate
+
+
+def register_function_rule(*targets: Any) -> Callable[[FunctionRuleT], FunctionRuleT]:
+    """Registers the rule of functions (``torch.relu``) or of tensor methods, by name (``"relu"``)."""
+
+    def decorate(rule: FunctionRuleT) -> FunctionRuleT:
+        for target in targets:
+            _FUNCTION_RULES[target] = rule
+        return rule
+
+    return decorate
+
+
+def register_remedy(remedy: str, *module_types: type[nn.Module]) -> None:
+    """Says what to use in place of module types that have no bound."""
+    for module_type in module_types:
+        _REMEDIES[module_type] = remedy
+
+
+def find_rule(module: nn.Module) -> Rule | None:
+    """The rule of a module's exact type: a subclass may compute something else and needs its own."""
+    return _RULES.get(type(module))
+
+
+def find_function_rule(target: Any) -> FunctionRule | None:
+    """The rule of a function or of a method's name."""
+    return _FUNCTION_RULES.get(target)
+
+
+def is_builtin(rule: Rule) -> bool:
+    """Whether a rule is this package's own, and so reads weights only through its context."""
+    return rule.__module__.startswith("clipless_dp.rules.")
+
+
+def unsupported_module(path: str, module: nn.Module) -> Unsupported:
+    """The refusal of a module, with its remedy."""
+    remedy = next(
+        (text for kind, text in _REMEDIES.items() if isinstance(module, kind)),
+        "write it from supported parts, or register a rule for it with @register_rule",
+    )
+    return Unsupported(path, type(module).__name__, remedy)

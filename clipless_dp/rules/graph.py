@@ -1,0 +1,79 @@
+"""Functions that join, scale and reshape values.
+
+The tracker has already checked that every value keeps the batch as its leading axis, at two batch sizes. A
+row-major reshape that keeps it therefore keeps each sample's entries together.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
+
+
+@register_rule(nn.Flatten, nn.Unflatten)
+def reshape_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    """``Y = X``, ``K = 1``."""
+    return LayerBounds(output_norm=lambda: context.input_norm)
+
+
+@register_function_rule(
+    torch.flatten, torch.reshape, torch.unflatten, torch.permute, torch.transpose, torch.swapaxes, torch.unsqueeze,
+    torch.neg, operator.neg,
+    "flatten", "reshape", "view", "unflatten", "permute", "transpose", "swapaxes", "unsqueeze", "neg",
+)
+def rearrangement_function_rule(
+    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LayerBounds:
+    """``Y = X``, ``K = 1``."""
+    return LayerBounds(output_norm=lambda: context.input_norm)
+
+
+@register_function_rule(operator.add, operator.sub, torch.add, torch.sub, "add", "sub")
+def sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """``a ± b``: ``Y = A + B``, ``G`` to each."""
+    if kwargs.get("alpha", 1) != 1:
+        raise RuleError("alpha is not supported: scale one operand instead")
+    shapes = context.input_shapes
+    if len(shapes) != 2 or shapes[0] != shapes[1]:
+        raise RuleError(f"needs two values of one shape, got {shapes}: broadcasting and constants have no bound")
+    return LayerBounds(output_norm=lambda: sum(context.input_norms()), lipschitz=(1.0, 1.0))
+
+
+@register_function_rule(operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div")
+def scale_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """``c·a`` and ``a/c`` for a number ``c`` written in the code: ``Y = |c|A``, ``K = |c|``."""
+    numbers = [value for value in args if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(context.input_shapes) != 1 or len(numbers) != 1 or kwargs:
+        raise RuleError("only a product with a number has a bound, not one of two values")
+    factor = abs(float(numbers[0]))
+    if "div" in context.kind:
+        if not isinstance(args[0], fx.Node):
+            raise RuleError("a number divided by a value has no bound")
+        factor = math.inf if factor == 0 else 1.0 / factor
+    if not math.isfinite(factor):
+        raise RuleError("the factor is not finite")
+    return LayerBounds(output_norm=lambda: factor * context.input_norm, lipschitz=factor)
+
+
+@register_function_rule(torch.cat, torch.concat, torch.concatenate, torch.stack)
+def concatenation_function_rule(
+    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LayerBounds:
+    """``Y = (Σ X_i²)^½``, ``G`` to each; the batch axis is excluded by the tracker's shape check."""
+    return LayerBounds(
+        output_norm=lambda: math.hypot(*context.input_norms()), lipschitz=(1.0,) * len(context.input_shapes)
+    )
+
+
+@register_function_rule(torch.mean, "mean")
+def mean_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """Mean over ``n`` entries: ``Y = X/√n``, ``K = 1/√n``."""
+    ratio = math.prod(context.output_shape) / math.prod(context.input_shape)
+    constant = math.sqrt(ratio) * (1.0 + 1e-12)
+    return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant)

@@ -1,0 +1,110 @@
+"""Pooling over windows, overlapping or not."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from clipless_dp.layers import L2NormPool2d
+from clipless_dp.norms import coverage
+from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    first, second = value
+    return first, second
+
+
+def _require_maps(context: RuleContext) -> tuple[int, int]:
+    if len(context.input_shape) != 3:
+        raise RuleError(f"needs inputs (batch, channels, height, width), got {context.input_shape} per sample")
+    return context.input_shape[1], context.input_shape[2]
+
+
+def _stretched(context: RuleContext, constant: float, windows: int | None) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant, coverage=windows)
+
+
+def _window_bounds(
+    context: RuleContext, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> LayerBounds:
+    windows = coverage(
+        _require_maps(context),
+        _pair(kernel),
+        stride=_pair(kernel if stride is None else stride),
+        padding=_pair(padding),
+        dilation=_pair(dilation),
+        ceil_mode=ceil_mode,
+    )
+    return _stretched(context, math.sqrt(windows), windows)
+
+
+def _average_bounds(context: RuleContext, pool: Any) -> LayerBounds:
+    """Schur's test: for a matrix A of non-negative weights ``‖A‖² ≤ max_j (AᵀA1)_j``.
+
+    For full windows this is the ``√N/√n_w`` of ``bounds.md``, and near borders it stays exact about divisors.
+    """
+    height, width = _require_maps(context)
+    with torch.enable_grad():
+        ones = torch.ones(1, 1, height, width, dtype=torch.float64, requires_grad=True)
+        rows = pool(ones)
+        (columns,) = torch.autograd.grad(rows, ones, rows.detach())
+    return _stretched(context, math.sqrt(float(columns.max())) * (1.0 + 1e-12), None)
+
+
+@register_rule(nn.MaxPool2d)
+def max_pool_rule(module: nn.MaxPool2d, context: RuleContext) -> LayerBounds:
+    """``K = √N``: each output is one of its window's entries, and an entry lies in at most N windows."""
+    if module.return_indices:
+        raise RuleError("return_indices=True is not supported: use return_indices=False")
+    return _window_bounds(
+        context, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
+    )
+
+
+@register_rule(L2NormPool2d)
+def l2_norm_pool_rule(module: L2NormPool2d, context: RuleContext) -> LayerBounds:
+    """``K = √N``: each window's norm is 1-Lipschitz in the window."""
+    return _window_bounds(context, module.kernel_size, module.stride, module.padding, 1, False)
+
+
+@register_rule(nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+def average_pool_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    """``K = √N/√n_w``, by Schur's test."""
+    return _average_bounds(context, module)
+
+
+@register_function_rule(functional.max_pool2d)
+def max_pool_function_rule(
+    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LayerBounds:
+    """Functional max pooling."""
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if given.get("return_indices"):
+        raise RuleError("return_indices=True is not supported: use return_indices=False")
+    return _window_bounds(
+        context,
+        given["kernel_size"],
+        given.get("stride"),
+        given.get("padding", 0),
+        given.get("dilation", 1),
+        given.get("ceil_mode", False),
+    )
+
+
+@register_function_rule(functional.avg_pool2d, functional.adaptive_avg_pool2d)
+def average_pool_function_rule(
+    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> LayerBounds:
+    """Functional average pooling."""
+    adaptive = context.kind == "adaptive_avg_pool2d"
+    pool = functional.adaptive_avg_pool2d if adaptive else functional.avg_pool2d
+    rest = {name: value for name, value in kwargs.items() if name != "input"}
+    return _average_bounds(context, lambda ones: pool(ones, *args[1:], **rest))

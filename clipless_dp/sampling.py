@@ -1,0 +1,219 @@
+"""Poisson sampling: each sample enters each batch with probability ``q``, independently of everything else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, TensorDataset, default_collate
+
+from clipless_dp import draws
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.noise import derived_seed
+
+
+class Batch(NamedTuple):
+    """One Poisson draw.
+
+    Attributes:
+        inputs: ``(rows, ...)``; rows beyond the draw are NaN (zero for integers), which contribute nothing.
+        targets: ``(rows, ...)``, zero beyond the draw.
+        mask: boolean ``(rows,)``, true for the samples drawn.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def split(self, rows: int) -> Iterator[Batch]:
+        """Micro-batches of this draw, for gradient accumulation: one ``backward()`` each, one ``step()`` for all."""
+        for inputs, targets, mask in zip(
+            self.inputs.split(rows), self.targets.split(rows), self.mask.split(rows), strict=True
+        ):
+            yield Batch(inputs, targets, mask)
+
+
+def _checked(sample_rate: float, steps: int, start: int) -> None:
+    if not 0.0 < sample_rate <= 1.0:
+        raise ConfigurationError(
+            f"sample_rate must lie in (0, 1], got {sample_rate!r}: the expected batch cannot exceed the data set"
+        )
+    if not (isinstance(steps, int) and steps >= 0 and 0 <= start <= steps):
+        raise ConfigurationError(f"steps and start must be integers with 0 ≤ start ≤ steps, got {steps!r}, {start!r}")
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Poisson batches of indices, for ``DataLoader(dataset, batch_sampler=…, collate_fn=poisson_collate(dataset))``.
+
+    Args:
+        dataset_size: number of samples.
+        sample_rate: ``q`` in (0, 1].
+        steps: number of batches.
+        seed: ``None`` draws from the operating system's entropy, which a release needs: the amplification relies
+            on the batches being secret. An integer makes draw ``i`` a function of the seed and ``i``.
+        start: number of the first draw, to resume a seeded run.
+
+    Raises:
+        ConfigurationError: an argument is out of range.
+    """
+
+    def __init__(
+        self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None, start: int = 0
+    ) -> None:
+        _checked(sample_rate, steps, start)
+        if not (isinstance(dataset_size, int) and dataset_size >= 1):
+            raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+        self.dataset_size = dataset_size
+        self.sample_rate = float(sample_rate)
+        self.steps = steps
+        self.seed = seed
+        self.start = start
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (indices.tolist() for indices in self.draws())
+
+    def draws(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+        """The drawn indices of each batch, ascending.
+
+        The size is binomial and, given the size, the subset uniform: the same law as one coin for each sample.
+        """
+        system = np.random.Generator(np.random.PCG64DXSM())
+        for step in range(self.start, self.steps):
+            generator = system
+            if self.seed is not None:
+                generator = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
+            size = int(generator.binomial(self.dataset_size, self.sample_rate))
+            indices = generator.choice(self.dataset_size, size=size, replace=False, shuffle=False)
+            draws.announce(self.sample_rate)
+            yield np.sort(indices).astype(np.int64, copy=False)
+
+
+def poisson_collate(dataset: Dataset[Any]) -> Callable[[list[Any]], Any]:
+    """A ``collate_fn`` that also handles the empty batch, which Poisson sampling does draw.
+
+    Args:
+        dataset: its first sample shows the shapes.
+
+    Returns:
+        A function that collates as torch does, and returns zero-length tensors for an empty list.
+    """
+    empty = default_collate([dataset[0]])
+
+    def emptied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:0]
+        if isinstance(value, dict):
+            return {key: emptied(item) for key, item in value.items()}
+        return type(value)(emptied(item) for item in value)
+
+    template = emptied(empty)
+
+    def collate(samples: list[Any]) -> Any:
+        return default_collate(samples) if samples else template
+
+    return collate
+
+
+def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a data set, stacked.
+
+    Args:
+        dataset: a pair of tensors or arrays, a ``TensorDataset``, or any map-style data set of (input, target).
+
+    Raises:
+        ConfigurationError: it is empty, or the two lengths differ, or it is none of these.
+    """
+    if isinstance(dataset, TensorDataset):
+        dataset = dataset.tensors
+    if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(hasattr(part, "shape") for part in dataset):
+        inputs, targets = (torch.as_tensor(part) for part in dataset)
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        if len(dataset) == 0:
+            raise ConfigurationError("the data set is empty")
+        inputs, targets = default_collate([dataset[index] for index in range(len(dataset))])
+    else:
+        raise ConfigurationError(
+            f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
+        )
+    if len(inputs) != len(targets) or len(inputs) == 0:
+        raise ConfigurationError(f"{len(inputs)} inputs and {len(targets)} targets: need as many of each, and some")
+    return inputs, targets
+
+
+class PoissonBatches:
+    """Poisson batches of a data set held on the device, in static shapes.
+
+    Each iteration yields one whole draw, never a part and never truncated. It is padded to
+    ``physical_batch_size`` rows, so that shapes stay static for compiled steps; a draw that does not fit takes the
+    next multiple (:meth:`Batch.split` cuts it into equal pieces). Empty draws are yielded like any other.
+
+    Args:
+        dataset: see :func:`as_tensors`; moved to the device once.
+        sample_rate: ``q`` in (0, 1].
+        steps: number of batches.
+        device: where to hold the data; by default where it is.
+        physical_batch_size: rows of a batch; by default four standard deviations above the mean, so that fewer
+            than 1 in 10⁴ draws need a second multiple.
+        seed: as in :class:`PoissonBatchSampler`.
+        start: as in :class:`PoissonBatchSampler`.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or the data set is empty.
+
+    Guarantee:
+        Every sample is in every batch with probability ``q``, independently; each draw is announced to the
+        optimizers of this process, which charge amplification only for announced draws.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Sequence[Tensor],
+        *,
+        sample_rate: float,
+        steps: int,
+        device: torch.device | str | None = None,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+        start: int = 0,
+    ) -> None:
+        inputs, targets = as_tensors(dataset)
+        self._inputs = inputs.to(device)
+        self._targets = targets.to(device)
+        self.sampler = PoissonBatchSampler(
+            len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start
+        )
+        if physical_batch_size is None:
+            mean = len(inputs) * sample_rate
+            physical_batch_size = min(8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), len(inputs))
+        if physical_batch_size < 1:
+            raise ConfigurationError(f"physical_batch_size must be positive, got {physical_batch_size}")
+        self.physical_batch_size = physical_batch_size
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for indices in self.sampler.draws():
+            yield self._gather(torch.from_numpy(indices))
+
+    def _gather(self, indices: Tensor) -> Batch:
+        count = len(indices)
+        rows = self.physical_batch_size * max(1, math.ceil(count / self.physical_batch_size))
+        indices = indices.to(self._inputs.device)
+        padding = math.nan if self._inputs.is_floating_point() else 0
+        mask = torch.arange(rows, device=self._inputs.device) < count
+        return Batch(_padded(self._inputs, indices, rows, padding), _padded(self._targets, indices, rows, 0), mask)
+
+
+def _padded(values: Tensor, indices: Tensor, rows: int, padding: float) -> Tensor:
+    batch = values.new_empty((rows, *values.shape[1:]))
+    torch.index_select(values, 0, indices, out=batch[: len(indices)])
+    batch[len(indices) :] = padding
+    return batch

@@ -1,0 +1,217 @@
+"""Turns a network into a graph of supported parts, with every value's shape, or says what stands in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+
+from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
+from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
+
+_BATCH_SIZES = (2, 3)
+_SHAPE_METHODS = {"size", "dim", "numel"}
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+@dataclass(frozen=True)
+class TracedNet:
+    """A network as a graph.
+
+    Attributes:
+        module: executes the graph; shares every submodule with the network.
+        shapes: the shape of each tensor-valued node, without the batch axis.
+        names: canonical parameter name (as in ``net.named_parameters()``) by ``id``.
+    """
+
+    module: fx.GraphModule
+    shapes: dict[fx.Node, tuple[int, ...]]
+    names: dict[int, str] = field(repr=False)
+
+    @property
+    def output(self) -> fx.Node:
+        """The node whose value the network returns."""
+        node = next(node for node in self.module.graph.nodes if node.op == "output").args[0]
+        assert isinstance(node, fx.Node)
+        return node
+
+    def tensor_nodes(self) -> Iterator[fx.Node]:
+        """Nodes with a tensor value, in the order of execution."""
+        return (node for node in self.module.graph.nodes if node in self.shapes)
+
+    def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
+        """The tensor-valued arguments of a node, in order, repeated where an argument is."""
+        found: list[fx.Node] = []
+        fx.node.map_arg((node.args, node.kwargs), lambda arg: found.append(arg) if arg in self.shapes else None)
+        return tuple(found)
+
+    def leaf(self, node: fx.Node) -> nn.Module:
+        """The module that a ``call_module`` node calls."""
+        return self.module.get_submodule(str(node.target))
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if find_rule(m) is not None or parametrize.is_parametrized(m):
+            return True
+        return type(m).__module__.startswith("torch.nn") and not isinstance(m, _CONTAINERS)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether a module is bounded as one piece rather than traced through."""
+    return _Tracer().is_leaf_module(module, "")
+
+
+def symbolic_trace(net: nn.Module) -> fx.GraphModule:
+    """Traces a network down to the modules that have a rule (and torch's own).
+
+    Raises:
+        UnsupportedModuleError: control flow that depends on data, or another construct that cannot be traced.
+    """
+    root = nn.Sequential(net) if is_leaf(net) else net
+    try:
+        graph = _Tracer().trace(root)
+    except Exception as error:
+        parts = [
+            unsupported_module(path, module)
+            for path, module in root.named_modules()
+            if is_leaf(module) and find_rule(module) is None
+        ]
+        parts.append(
+            Unsupported(
+                "forward",
+                type(net).__name__,
+                f"could not be traced ({type(error).__name__}: {error}); avoid control flow that depends on values, "
+                "or register a rule for the module that contains it",
+            )
+        )
+        raise UnsupportedModuleError(parts) from error
+    return fx.GraphModule(root, graph)
+
+
+def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> TracedNet:
+    """Traces a network and checks that each part is supported and keeps samples apart.
+
+    Args:
+        net: the network; it takes one tensor and returns one.
+        input_shape: shape of one sample, without the batch axis.
+        device: where the network's parameters are.
+        dtype: their dtype.
+
+    Raises:
+        UnsupportedModuleError: lists every part without a rule, or that mixes samples.
+        ConfigurationError: the network does not accept inputs of this shape.
+    """
+    module = symbolic_trace(net)
+    _refuse(list(_without_rule(module)))
+    runs = [_shapes(module, (size, *input_shape), device, dtype) for size in _BATCH_SIZES]
+    shapes: dict[fx.Node, tuple[int, ...]] = {}
+    mixing: list[Unsupported] = []
+    for node in module.graph.nodes:
+        if node not in runs[0]:
+            continue
+        first, second = runs[0][node], runs[1][node]
+        if first[:1] + second[:1] != _BATCH_SIZES or first[1:] != second[1:]:
+            mixing.append(
+                Unsupported(
+                    node.name, str(node.target), "it moves or merges the batch axis, which mixes samples; keep axis 0"
+                )
+            )
+        shapes[node] = first[1:]
+    _refuse(mixing)
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    traced = TracedNet(module, shapes, names)
+    if not isinstance(_output_value(module), fx.Node) or traced.output not in shapes:
+        raise ConfigurationError("the network must return one tensor")
+    return traced
+
+
+def _output_value(module: fx.GraphModule) -> Any:
+    return next(node for node in module.graph.nodes if node.op == "output").args[0]
+
+
+def _refuse(parts: list[Unsupported]) -> None:
+    if parts:
+        raise UnsupportedModuleError(parts)
+
+
+def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
+    inputs = 0
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            inputs += 1
+            if inputs > 1:
+                yield Unsupported(node.name, "argument", "the network must take exactly one tensor")
+        elif node.op == "get_attr":
+            yield Unsupported(
+                str(node.target),
+                "parameter or buffer used in forward",
+                "hold it in a torch module such as nn.Linear, or register a rule for the module that owns it",
+            )
+        elif node.op == "call_module":
+            leaf = module.get_submodule(str(node.target))
+            if parametrize.is_parametrized(leaf):
+                yield Unsupported(
+                    str(node.target),
+                    type(leaf).__name__,
+                    "a parametrisation amplifies gradients without a bound; remove it and pass a constraint instead",
+                )
+            elif find_rule(leaf) is None:
+                yield unsupported_module(str(node.target), leaf)
+            elif _hooked(leaf):
+                yield Unsupported(str(node.target), type(leaf).__name__, "its hooks may change values; remove them")
+        elif node.op in ("call_function", "call_method") and not _about_shapes(node):
+            if find_function_rule(node.target) is None:
+                yield Unsupported(
+                    node.name,
+                    getattr(node.target, "__name__", str(node.target)),
+                    "no bound is known for this function; use a module or function that has one",
+                )
+
+
+def _hooked(leaf: nn.Module) -> bool:
+    return bool(
+        leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks
+    )
+
+
+def _about_shapes(node: fx.Node) -> bool:
+    """Whether a node computes with shapes only: its value is public and the same for every sample."""
+    if node.op == "call_method":
+        return node.target in _SHAPE_METHODS
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim")
+    return bool(node.all_input_nodes) and all(
+        _about_shapes(source) if source.op.startswith("call_") and source.op != "call_module" else False
+        for source in node.all_input_nodes
+    )
+
+
+class _ShapeRecorder(fx.Interpreter):
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ConfigurationError(f"input_shape does not fit the network at {n.target} ({n.name}): {summary}") from error
+        if isinstance(value, Tensor) and n.op != "output":
+            self.shapes[n] = tuple(value.shape)
+        return value
+
+
+def _shapes(
+    module: fx.GraphModule, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> dict[fx.Node, tuple[int, ...]]:
+    recorder = _ShapeRecorder(module)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        recorder.run(torch.zeros(shape, device=device, dtype=dtype))
+    return recorder.shapes

@@ -1,0 +1,397 @@
+"""The sensitivity tracker: one sweep forwards for activation norms, one backwards for cotangents."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, fx, nn
+
+from clipless_dp.errors import ConfigurationError, NormError, PrivacyError, Unsupported, UnsupportedModuleError
+from clipless_dp.norms.operators import Operator
+from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
+from clipless_dp.tracing import TracedNet
+
+Relation = Literal["add-or-remove-one", "replace-one"]
+
+_RELATIONS: dict[str, float] = {"add-or-remove-one": 1.0, "replace-one": 2.0}
+_LARGEST = 1e30
+"""Bounds above this could overflow float32 activations into NaN, which no gate inside the network would stop."""
+_FLOAT64_ROUNDING = 1.0 + 1e-10
+"""Covers the rounding of the sweeps' own float64 arithmetic: a relative 2^-52 for each of under 10^5 operations."""
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One parametrised layer's line in the report.
+
+    Attributes:
+        path: where the layer is in the network.
+        kind: its type.
+        input_norm: ``X``.
+        cotangent_norm: ``G`` at its output.
+        coverage: ``N`` for windows, else ``None``.
+        certified_norm: of its weight, where the sweeps needed it, else ``None``.
+        sensitivity: ``Δ`` over the layer's trainable parameters, under the report's relation.
+    """
+
+    path: str
+    kind: str
+    input_norm: float
+    cotangent_norm: float
+    coverage: int | None
+    certified_norm: float | None
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much one sample can change the summed gradient.
+
+    Attributes:
+        per_parameter: ``Δ_θ`` for each trainable parameter, by its name in ``model.net``.
+        total: ``(Σ Δ_θ²)^½``.
+        relation: the neighbouring relation that the numbers hold for.
+        layers: the report, a line for each parametrised layer.
+
+    Guarantee:
+        For two batches that differ as the relation says, the summed gradient of each parameter θ differs by at
+        most ``per_parameter[θ]`` in Euclidean norm, whatever the samples, targets, loss values and scales.
+    """
+
+    per_parameter: Mapping[str, float]
+    total: float
+    relation: Relation
+    layers: tuple[LayerSensitivity, ...]
+
+    def __str__(self) -> str:
+        def shown(value: float | None) -> str:
+            return "–" if value is None else f"{value:.4g}"
+
+        rows = [
+            (
+                layer.path,
+                layer.kind,
+                shown(layer.input_norm),
+                shown(layer.cotangent_norm),
+                shown(layer.coverage),
+                shown(layer.certified_norm),
+                shown(layer.sensitivity),
+            )
+            for layer in self.layers
+        ]
+        table = tabulate(
+            rows,
+            headers=["layer", "type", "X", "G", "coverage", "norm", "Δ"],
+            disable_numparse=True,
+            colalign=("left", "left", "right", "right", "right", "right", "right"),
+        )
+        return f"{table}\ntotal Δ = {self.total:.6g} ({self.relation})"
+
+
+class _NeedsWeights(Exception):
+    """A bound cannot be had without reading a weight."""
+
+
+class SensitivityTracker:
+    """Composes the layers' bounds over a traced network.
+
+    Args:
+        traced: the network's graph.
+        input_norm: ``X₀``, the cap of the input gate, rounding included.
+        cotangent_norm: ``G``, the cap of the cotangent gate at the output, rounding included.
+
+    Raises:
+        UnsupportedModuleError: a rule refuses a layer's configuration, or leaves out one of its parameters.
+    """
+
+    def __init__(self, traced: TracedNet, *, input_norm: float, cotangent_norm: float) -> None:
+        self.traced = traced
+        self.input_norm = input_norm
+        self.cotangent_norm = cotangent_norm
+        self._certificates: dict[tuple[int, Operator], tuple[tuple[int, int], float]] = {}
+        self.operators = self._collect_operators()
+
+    def sensitivity(
+        self,
+        *,
+        limits: Mapping[str, float] | None = None,
+        relation: Relation = "add-or-remove-one",
+    ) -> Sensitivity:
+        """Runs the two sweeps.
+
+        Args:
+            limits: norms that constraints guarantee, by parameter name; other norms are certified from values.
+            relation: the neighbouring relation.
+
+        Raises:
+            ConfigurationError: the relation is unknown.
+            PrivacyError: a bound is not finite or so large that activations may overflow.
+        """
+        return self.evaluate(limits or {}, relation)[0]
+
+    def evaluate(self, limits: Mapping[str, float], relation: Relation) -> tuple[Sensitivity, bool]:
+        """The sensitivity, and whether it holds for as long as the limits do, whatever the weights become."""
+        if relation not in _RELATIONS:
+            raise ConfigurationError(f"relation must be one of {sorted(_RELATIONS)}, got {relation!r}")
+        sweep = _Sweep(self, limits)
+        with _deep_recursion(len(self.traced.shapes)):
+            return sweep.sensitivity(relation), not sweep.reads
+
+    def certify(self, parameter: Tensor, operator: Operator) -> float:
+        """Certified norm of a parameter; a frozen one is certified once for each of its versions."""
+        if parameter.requires_grad:
+            return operator.norm(parameter)
+        key, version = (id(parameter), operator), (parameter._version, parameter.data_ptr())
+        known = self._certificates.get(key)
+        if known is None or known[0] != version:
+            known = version, operator.norm(parameter)
+            self._certificates[key] = known
+        return known[1]
+
+    def _collect_operators(self) -> dict[str, tuple[Operator, ...]]:
+        sweep = _Sweep(self, {})
+        found: dict[str, tuple[Operator, ...]] = {}
+        parts: list[Unsupported] = []
+        with _deep_recursion(len(self.traced.shapes)):
+            for node in self.traced.tensor_nodes():
+                try:
+                    bounds = sweep.bounds(node)
+                except RuleError as refusal:
+                    kind = str(node.target) if node.op != "call_module" else type(self.traced.leaf(node)).__name__
+                    parts.append(Unsupported(str(node.target), kind, str(refusal)))
+                    continue
+                if bounds is None or node.op != "call_module":
+                    continue
+                leaf = self.traced.leaf(node)
+                own = dict(leaf.named_parameters())
+                for missing in sorted(own.keys() - bounds.gradients.keys()):
+                    remedy = f"its rule gives no gradient bound for the parameter {missing!r}; add it to `gradients`"
+                    parts.append(Unsupported(str(node.target), type(leaf).__name__, remedy))
+                for name, operator in bounds.operators.items():
+                    key = self.traced.names[id(own[name])]
+                    found[key] = (*found.get(key, ()), operator)
+        if parts:
+            raise UnsupportedModuleError(parts)
+        return found
+
+
+class _Sweep:
+    """One evaluation; memoises what it has computed and remembers which weights it read."""
+
+    def __init__(self, tracker: SensitivityTracker, limits: Mapping[str, float]) -> None:
+        self.tracker = tracker
+        self.traced = tracker.traced
+        self.limits = limits
+        self.reads: set[str] = set()
+        self.free_only = False
+        self._bounds: dict[fx.Node, LayerBounds | None] = {}
+        self._norms: dict[fx.Node, float] = {}
+        self._cotangents: dict[fx.Node, float] = {}
+        self._certified: dict[tuple[str, Operator], float] = {}
+        self._consumers: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
+        for node in self.traced.tensor_nodes():
+            for position, source in enumerate(self.traced.operands(node)):
+                self._consumers.setdefault(source, []).append((node, position))
+
+    def bounds(self, node: fx.Node) -> LayerBounds | None:
+        """The rule's answer for a node; ``None`` for the network's input."""
+        if node not in self._bounds:
+            self._bounds[node] = self._apply_rule(node)
+        return self._bounds[node]
+
+    def _apply_rule(self, node: fx.Node) -> LayerBounds | None:
+        if node.op == "placeholder":
+            return None
+        context = _Context(self, node)
+        if node.op == "call_module":
+            leaf = self.traced.leaf(node)
+            rule = find_rule(leaf)
+            assert rule is not None
+            if not is_builtin(rule):
+                self._count_as_read(leaf)
+            return rule(leaf, context)
+        function_rule = find_function_rule(node.target)
+        assert function_rule is not None
+        return function_rule(context, node.args, dict(node.kwargs))
+
+    def _count_as_read(self, leaf: nn.Module) -> None:
+        """A user's rule may read its weights directly, so nothing that it says may be kept for later steps."""
+        own = {self.traced.names[id(parameter)] for parameter in leaf.parameters()}
+        if own and self.free_only:
+            raise _NeedsWeights
+        self.reads |= own
+
+    def norm(self, node: fx.Node) -> float:
+        """``Y``: bound on the norm of a node's value."""
+        if node not in self._norms:
+            bounds = self.bounds(node)
+            self._norms[node] = self.tracker.input_norm if bounds is None else value_of(bounds.output_norm)
+        return self._norms[node]
+
+    def cotangent(self, node: fx.Node) -> float:
+        """``G``: bound on the norm of the cotangent that arrives at a node's value: its consumers' bounds add."""
+        if node not in self._cotangents:
+            total = self.tracker.cotangent_norm if node is self.traced.output else 0.0
+            for consumer, position in self._consumers.get(node, ()):
+                total += self._passed_back(consumer, position)
+            self._cotangents[node] = total
+        return self._cotangents[node]
+
+    def _passed_back(self, consumer: fx.Node, position: int) -> float:
+        bounds = self.bounds(consumer)
+        assert bounds is not None
+
+        def stretched() -> float:
+            lipschitz = bounds.lipschitz
+            factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
+            return value_of(factor) * self.cotangent(consumer)  # type: ignore[arg-type]
+
+        if math.isinf(bounds.cotangent_cap):
+            return stretched()
+        return min(self.free(stretched), bounds.cotangent_cap)
+
+    def free(self, evaluate: Callable[[], float]) -> float:
+        """A bound if it follows without reading weights, else infinity."""
+        previous, self.free_only = self.free_only, True
+        try:
+            return evaluate()
+        except _NeedsWeights:
+            return math.inf
+        finally:
+            self.free_only = previous
+
+    def certified(self, leaf: nn.Module, path: str, name: str, operator: Operator) -> float:
+        """Norm of a parameter as an operator: its constraint's limit, or certified from its value."""
+        parameter = dict(leaf.named_parameters())[name]
+        key = self.traced.names[id(parameter)]
+        if key in self.limits:
+            return self.limits[key]
+        if (key, operator) not in self._certified:
+            if self.free_only:
+                raise _NeedsWeights
+            self.reads.add(key)
+            try:
+                self._certified[key, operator] = self.tracker.certify(parameter, operator)
+            except NormError as error:
+                raise NormError(f"{path}.{name}: {error}") from error
+        return self._certified[key, operator]
+
+    def sensitivity(self, relation: Relation) -> Sensitivity:
+        scale = _RELATIONS[relation] * _FLOAT64_ROUNDING
+        per_parameter: dict[str, float] = {}
+        layers: list[LayerSensitivity] = []
+        for node in self.traced.tensor_nodes():
+            bounds = self.bounds(node)
+            if bounds is None or node.op != "call_module":
+                continue
+            leaf = self.traced.leaf(node)
+            trainable = {name: p for name, p in leaf.named_parameters() if p.requires_grad}
+            if not trainable:
+                continue
+            arriving = self.cotangent(node)
+            own: list[float] = []
+            for name, parameter in trainable.items():
+                unit = value_of(bounds.gradients[name])
+                cap = bounds.gradient_limits.get(name, math.inf)
+                own.append(scale * min(unit * arriving, cap))
+                key = self.traced.names[id(parameter)]
+                per_parameter[key] = per_parameter.get(key, 0.0) + own[-1]
+            layers.append(
+                LayerSensitivity(
+                    path=str(node.target),
+                    kind=type(leaf).__name__,
+                    input_norm=max(self.norm(source) for source in self.traced.operands(node)),
+                    cotangent_norm=arriving,
+                    coverage=bounds.coverage,
+                    certified_norm=self._known_norm(leaf, bounds),
+                    sensitivity=math.hypot(*own),
+                )
+            )
+        for name, bound in per_parameter.items():
+            if not bound < _LARGEST:
+                raise PrivacyError(
+                    f"the gradient bound of {name!r} is {bound:.3g}: activations may overflow, and then no finite "
+                    "noise protects them; constrain the weights or put gates around the layers"
+                )
+        return Sensitivity(per_parameter, math.hypot(*per_parameter.values()), relation, tuple(layers))
+
+    def _known_norm(self, leaf: nn.Module, bounds: LayerBounds) -> float | None:
+        for name, operator in bounds.operators.items():
+            if name == "weight":
+                parameter = dict(leaf.named_parameters())[name]
+                key = self.traced.names[id(parameter)]
+                return self.limits.get(key, self._certified.get((key, operator)))
+        return None
+
+
+class _Context:
+    """What a rule sees of the sweep."""
+
+    def __init__(self, sweep: _Sweep, node: fx.Node) -> None:
+        self._sweep = sweep
+        self._node = node
+        traced = sweep.traced
+        self._operands = traced.operands(node)
+        self.path = str(node.target) if node.op == "call_module" else node.name
+        if node.op == "call_module":
+            self.kind = type(traced.leaf(node)).__name__
+        else:
+            self.kind = getattr(node.target, "__name__", str(node.target))
+        self.input_shapes = tuple(traced.shapes[source] for source in self._operands)
+        self.output_shape = traced.shapes[node]
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.input_shapes[0]
+
+    @property
+    def input_norm(self) -> float:
+        return self._sweep.norm(self._operands[0])
+
+    def input_norms(self) -> tuple[float, ...]:
+        return tuple(self._sweep.norm(source) for source in self._operands)
+
+    @property
+    def free_input_norm(self) -> float:
+        return self._sweep.free(lambda: self.input_norm)
+
+    def norm(self, parameter: str, operator: Operator) -> float:
+        return self._sweep.certified(self._sweep.traced.leaf(self._node), self.path, parameter, operator)
+
+
+@contextmanager
+def _deep_recursion(nodes: int) -> Iterator[None]:
+    """The sweeps recurse through the graph, a few frames a node."""
+    previous = sys.getrecursionlimit()
+    sys.setrecursionlimit(max(previous, 1000 + 20 * nodes))
+    try:
+        yield
+    finally:
+        sys.setrecursionlimit(previous)
+
+
+def parameter_device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a network's parameters.
+
+    Raises:
+        ConfigurationError: they are spread over several, or the dtype is neither float32 nor float64.
+    """
+    kinds = {(parameter.device, parameter.dtype) for parameter in net.parameters()} or {
+        (torch.device("cpu"), torch.float32)
+    }
+    if len(kinds) != 1:
+        listed = ", ".join(sorted(f"{device}/{dtype}" for device, dtype in kinds))
+        raise ConfigurationError(f"the network's parameters must share one device and one dtype, found {listed}")
+    ((device, dtype),) = kinds
+    if dtype not in (torch.float32, torch.float64):
+        raise ConfigurationError(
+            f"parameters must be float32 or float64, got {dtype}: the bounds do not cover coarser rounding"
+        )
+    return device, dtype
