@@ -30,7 +30,7 @@ class Effort:
 
 _EFFORTS: dict[str, Effort] = {
     "cheap": Effort(factorise=False, tolerance=1e-1, riesz_slack=1e-1, explicit_flops=0.0),
-    "balanced": Effort(factorise=True, tolerance=1e-3, riesz_slack=5e-3, explicit_flops=1e8),
+    "balanced": Effort(factorise=True, tolerance=2.5e-4, riesz_slack=5e-3, explicit_flops=1e8),
     "tight": Effort(factorise=True, tolerance=1e-9, riesz_slack=5e-4, explicit_flops=1e10),
 }
 

@@ -89,7 +89,8 @@ def conv2d_norm(
     padded image. Where windows repeat (or padding copies a pixel) at most μ times, the norm grows by at
     most √μ.
 
-    (3) Writing the matrix out places entries and computes nothing, so
+    (3) Writing the matrix out places entries and computes nothing (circular padding is written out only where
+    no two taps of a window meet on one pixel), so
     :func:`~clipless_dp.norms.dense_norm`'s proof applies.
     """
     return _conv_norm(
@@ -172,10 +173,8 @@ def _conv_norm(
     padding_mode: str,
     effort: Effort,
 ) -> float:
-    if weight.ndim != axes + 2:
-        raise NormError(
-            f"a {axes}-d convolution's weight has {axes + 2} dimensions, got {tuple(weight.shape)}"
-        )
+    if not isinstance(weight, Tensor) or weight.ndim != axes + 2:
+        raise NormError(f"the weight of a {axes}-d convolution is a tensor of {axes + 2} dimensions")
     if padding_mode not in ("zeros", "circular"):
         raise NormError(
             f"padding_mode={padding_mode!r} has no certified norm (the padding itself may amplify); "
@@ -236,9 +235,7 @@ def _check_any_size(
     """Refuses the circular paddings whose norm no single symbol bounds for all sizes."""
     if padding_mode == "zeros":
         return
-    repeats = any(
-        low + high > d * (k - 1) for (low, high), k, d in zip(sides, kernel_size, dilations, strict=True)
-    )
+    repeats = any(low + high > d * (k - 1) for (low, high), k, d in zip(sides, kernel_size, dilations, strict=True))
     if repeats or any(s != 1 for s in strides):
         raise NormError(
             "circular padding with a stride, or wider than the kernel's reach, needs input_size for a bound"
@@ -272,52 +269,43 @@ def _polyphase(kernel: Tensor, strides: Sequence[int], dilations: Sequence[int])
 
 def _zero_padded_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort: Effort) -> float:
     """The least of the bounds (1), (2) and (3) of :func:`conv2d_norm`."""
-    cuts = [cut_to_incidence(axis, windows) for axis, windows in lines]
-    high, wide = cuts
+    high, wide = (cut_to_incidence(axis, windows) for axis, windows in lines)
     if high is None or wide is None:
         return 0.0
-    kernel = _cut_kernel(_cut_kernel(kernel, high, -2), wide, -1)
+    # Scaled again, because the taps that are left may be far smaller than those that were cut off.
+    kernel, exponent = normalised(_cut_kernel(_cut_kernel(kernel, high, -2), wide, -1))
     if not bool(kernel.any()):
         return 0.0
-    groups, out, channels = kernel.shape[:3]
-    rows = out * high.windows * wide.windows
-    columns = channels * high.size * wide.size
-    if groups * min(rows, columns) ** 2 * max(rows, columns) <= effort.explicit_flops:
-        return matrix_norm_bound(_explicit(kernel, high, wide), effort)
+    rows, columns = _reads(high), _reads(wide)
+    if _explicit_flops(kernel, rows, columns, (high.size, wide.size)) <= effort.explicit_flops:
+        matrices = _explicit(kernel, rows, columns, (high.size, wide.size))
+        return scale_up(matrix_norm_bound(matrices, effort), exponent)
 
+    taps = high.kernel * wide.kernel
     by_input, by_output = 1, 1
-    for cut in (high, wide):
-        reads = _reads(cut)
-        inside = (reads >= 0) & (reads < cut.size)
-        counts = torch.bincount(reads[inside])
-        by_input *= int(counts.max())
+    for reads in (rows, columns):
+        inside = reads >= 0
+        by_input *= int(torch.bincount(reads[inside]).max())
         by_output *= int(inside.sum(1).max())
     bounds = []
-    small_map = by_input < high.kernel * wide.kernel or by_output < high.kernel * wide.kernel
-    if not effort.factorise or small_map:
+    if not effort.factorise or by_input < taps or by_output < taps:
         forward = matrix_norm_bound(kernel.flatten(2), effort)
         backward = matrix_norm_bound(kernel.transpose(1, 2).flatten(2), effort)
         bounds += [enlarge(math.sqrt(by_input) * forward), enlarge(math.sqrt(by_output) * backward)]
     if effort.factorise:
-        torus = []
-        for cut in (high, wide):
-            step = cut.dilation // math.gcd(cut.stride, cut.dilation)
-            torus.append(math.ceil(torus_size(cut) / step))
-        bounds.append(
-            _symbol_bound(
-                kernel,
-                (high.stride, wide.stride),
-                (high.dilation, wide.dilation),
-                (torus[0], torus[1]),
-                effort,
-            )
-        )
-    return min(bounds)
+        torus = [
+            math.ceil(torus_size(cut) / (cut.dilation // math.gcd(cut.stride, cut.dilation))) for cut in (high, wide)
+        ]
+        strides, dilations = (high.stride, wide.stride), (high.dilation, wide.dilation)
+        bounds.append(_symbol_bound(kernel, strides, dilations, (torus[0], torus[1]), effort))
+    return scale_up(min(bounds), exponent)
 
 
 def _reads(cut: Incidence) -> Tensor:
+    """Pixel that each offset of each window reads, -1 where it reads padding; shape (windows, kernel)."""
     axis = Axis(cut.size, cut.kernel, cut.stride, cut.dilation, cut.low, 0)
-    return window_reads(axis, cut.windows)
+    reads = window_reads(axis, cut.windows)
+    return torch.where((reads >= 0) & (reads < cut.size), reads, -1)
 
 
 def _cut_kernel(kernel: Tensor, cut: Incidence, axis: int) -> Tensor:
@@ -329,40 +317,57 @@ def _cut_kernel(kernel: Tensor, cut: Incidence, axis: int) -> Tensor:
     return kept * (mask[:, None] if axis == -2 else mask)
 
 
-def _explicit(kernel: Tensor, high: Incidence, wide: Incidence) -> Tensor:
-    """The zero-padded convolution of each group as a matrix, shape (groups, out·windows, in·pixels)."""
+def _explicit_flops(kernel: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> float:
+    """Multiply-adds of the Gram matrix of the convolution written out."""
     groups, out, channels = kernel.shape[:3]
-    matrix = kernel.new_zeros(groups, out, high.windows, wide.windows, channels, high.size, wide.size)
-    rows, columns = _reads(high), _reads(wide)
-    for a in range(high.kernel):
-        ja = torch.nonzero((rows[:, a] >= 0) & (rows[:, a] < high.size)).flatten()
-        for b in range(wide.kernel):
-            jb = torch.nonzero((columns[:, b] >= 0) & (columns[:, b] < wide.size)).flatten()
-            # Advanced indices first in the result: (windows, windows, groups, out, channels).
-            matrix[:, :, ja[:, None], jb[None, :], :, rows[ja, a][:, None], columns[jb, b][None, :]] = kernel[
-                ..., a, b
-            ]
-    return matrix.reshape(groups, out * high.windows * wide.windows, -1)
+    high, wide = out * len(rows) * len(columns), channels * size[0] * size[1]
+    return float(groups) * min(high, wide) ** 2 * max(high, wide)
+
+
+def _explicit(kernel: Tensor, rows: Tensor, columns: Tensor, size: tuple[int, int]) -> Tensor:
+    """The convolution of each group as a matrix, shape (groups, out·windows, in·pixels).
+
+    `rows` and `columns` say which pixel each offset of each window reads (-1: none), no pixel twice.
+    """
+    groups, out, channels = kernel.shape[:3]
+    matrix = kernel.new_zeros(groups, out, len(rows), len(columns), channels, *size)
+    for a in range(rows.shape[1]):
+        up = torch.nonzero(rows[:, a] >= 0).flatten()
+        for b in range(columns.shape[1]):
+            left = torch.nonzero(columns[:, b] >= 0).flatten()
+            # torch puts the advanced indices first: (windows, windows, groups, out, channels).
+            places = (up[:, None], left[None, :], rows[up, a][:, None], columns[left, b][None, :])
+            matrix[:, :, places[0], places[1], :, places[2], places[3]] = kernel[..., a, b]
+    return matrix.reshape(groups, out * len(rows) * len(columns), -1)
 
 
 def _circular_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort: Effort) -> float:
     """Bound of a circularly padded convolution, see the last paragraph of (2) in :func:`conv2d_norm`."""
-    effort = effort if effort.factorise else Effort(True, effort.tolerance, effort.riesz_slack, 0.0)
+    for axis, _ in lines:
+        if axis.low > axis.size or axis.high > axis.size:
+            raise NormError(f"circular padding {(axis.low, axis.high)} exceeds the input's {axis.size} pixels")
+    high, wide = (axis for axis, _ in lines)
+    if all(axis.dilation * (axis.kernel - 1) < axis.size for axis in (high, wide)):
+        rows, columns = (window_reads(axis, windows) % axis.size for axis, windows in lines)
+        size = (high.size, wide.size)
+        if _explicit_flops(kernel, rows, columns, size) <= effort.explicit_flops:
+            return matrix_norm_bound(_explicit(kernel, rows, columns, size), effort)
+
     strides, torus, repeats, copies, padded = [], [], 1, 1, []
     for axis, windows in lines:
-        size, stride = axis.size, axis.stride
-        if axis.low > size or axis.high > size:
-            raise NormError(f"circular padding {(axis.low, axis.high)} exceeds the input's {size} pixels")
-        repeats *= math.ceil(windows / (size // math.gcd(size, stride)))
-        copies *= math.ceil((size + axis.low + axis.high) / size)
-        whole = size % stride == 0
-        strides.append(stride if whole else 1)
-        circle = size // strides[-1]
-        torus.append(circle // math.gcd(circle, axis.dilation // math.gcd(strides[-1], axis.dilation)))
-        padded.append((Axis(size + axis.low + axis.high, axis.kernel, stride, axis.dilation, 0, 0), windows))
-    dilations = [axis.dilation for axis, _ in lines]
-    bound = _symbol_bound(kernel, strides, dilations, (torus[0], torus[1]), effort)
-    bound = enlarge(bound * math.sqrt(repeats))
-    if strides != [axis.stride for axis, _ in lines]:
+        stride = axis.stride if axis.size % axis.stride == 0 else 1
+        circle = axis.size // stride
+        strides.append(stride)
+        torus.append(circle // math.gcd(circle, axis.dilation // math.gcd(stride, axis.dilation)))
+        repeats *= math.ceil(windows / (axis.size // math.gcd(axis.size, axis.stride)))
+        length = axis.size + axis.low + axis.high
+        copies *= math.ceil(length / axis.size)
+        padded.append((axis._replace(size=length, low=0, high=0), windows))
+    bound = math.inf
+    if effort.factorise:
+        dilations = [axis.dilation for axis, _ in lines]
+        bound = _symbol_bound(kernel, strides, dilations, (torus[0], torus[1]), effort)
+        bound = enlarge(bound * math.sqrt(repeats))
+    if not effort.factorise or strides != [axis.stride for axis, _ in lines]:
         bound = min(bound, enlarge(math.sqrt(copies) * _zero_padded_bound(kernel, padded, effort)))
     return bound

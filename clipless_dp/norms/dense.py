@@ -38,8 +38,8 @@ def dense_norm(weight: Tensor, *, budget: Budget = "balanced") -> float:
     errs by at most `γ_n|W||W|ᵀ` entry by entry, so by at most `γ_n‖W‖_F²` in norm, which is added.
     """
     effort = effort_of(budget)
-    if weight.ndim != 2:
-        raise NormError(f"a dense weight has shape (out, in), got {tuple(weight.shape)}")
+    if not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise NormError("a dense weight is a tensor of shape (out, in)")
     scaled, exponent = normalised(weight)
     return scale_up(matrix_norm_bound(scaled[None], effort), exponent)
 
@@ -60,16 +60,17 @@ def matrix_norm_bound(matrices: Tensor, effort: Effort) -> float:
         if matrices.shape[-2] > matrices.shape[-1]:
             matrices = matrices.mT
         rows, columns = matrices.shape[-2:]
-        squares = float(matrices.square().sum((-2, -1)).max()) * (1.0 + gamma(rows * columns))
+        grams = matrices @ matrices.mT
+        traces = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+        squares = float(traces.max()) * (1.0 + gamma(rows + columns))
         if squares == 0.0:
             return 0.0
-        frobenius = enlarge(math.sqrt(squares))
+        bound = enlarge(math.sqrt(squares))
         if rows == 1:
-            return frobenius
-        sizes = matrices.abs()
-        sums = sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)
-        mixed = enlarge(math.sqrt(float(sums.max()) * (1.0 + 2.0 * gamma(rows + columns))))
-        grams = matrices @ matrices.mT
+            return bound
+        if not effort.factorise:
+            sizes = matrices.abs()
+            sums = sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)
+            bound = min(bound, enlarge(math.sqrt(float(sums.max()) * (1.0 + gamma(rows + columns)))))
         largest = largest_eigenvalue_bound(grams, effort)
-        spectral = enlarge(math.sqrt(enlarge(largest + gamma(columns) * squares)))
-    return min(frobenius, mixed, spectral)
+    return min(bound, enlarge(math.sqrt(enlarge(largest + gamma(columns) * squares))))

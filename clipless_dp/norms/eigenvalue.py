@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.norms.budget import Effort
-from clipless_dp.norms.gram import gram_iteration_bound
+from clipless_dp.norms.gram import frobenius_bound, gram_iteration_bound
 from clipless_dp.norms.rounding import UNIT, enlarge, gamma
 
 _LANCZOS_FROM = 160
@@ -56,8 +56,8 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
     level = 0.0
     for attempt in range(_ROUNDS):
         candidates = grams[pending[:probes]]
-        if size >= _LANCZOS_FROM and len(grams) == 1 and attempt == 0:
-            estimate, step = lanczos_estimate(candidates[0], slack), slack
+        if size >= _LANCZOS_FROM and len(grams) == 1 and attempt < 2:
+            estimate, step = lanczos_estimate(candidates[0], slack * 0.01**attempt), slack
         else:
             estimate = float(torch.linalg.eigvalsh(candidates).max())
             step = slack if len(grams) > 1 else min(slack, 1e-9)
@@ -107,7 +107,7 @@ def trace_bounds(grams: Tensor) -> tuple[Tensor, Tensor]:
     deviation = grams.clone()
     deviation.diagonal(dim1=-2, dim2=-1).sub_(centre[:, None])
     drift = deviation.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    spread = torch.linalg.vector_norm(deviation, dim=(-2, -1)) * (1.0 + gamma(2 * size * size))
+    spread = frobenius_bound(deviation)
     shrink = (1.0 - 1.0 / size) ** 0.5
     upper = (centre + drift.abs() + shrink * spread) * (1.0 + gamma(0)) + gamma(2 * size) * trace
     square = spread.square() + size * centre.square()
@@ -135,7 +135,7 @@ def cholesky_certifies(grams: Tensor, level: float) -> Tensor:
     `2u·level`, `λ_max(S) ≤ level + ‖ΔA‖ + 2u·level ≤ level·(1 + r·8(r+4)u)`. The factor 8 covers complex
     arithmetic and diagonal entries that rounding made slightly negative.
     """
-    shifted = grams.neg()
+    shifted = -grams
     shifted.diagonal(dim1=-2, dim2=-1).add_(level)
     factor, info = torch.linalg.cholesky_ex(shifted)
     certain: Tensor = (info == 0) & (factor.diagonal(dim1=-2, dim2=-1).real.amin(-1) > 0.0)
@@ -161,7 +161,7 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
     alphas: list[Tensor] = []
     betas: list[Tensor] = []
     estimate = 0.0
-    for target in (12, 18, 27, 40, 60, 90):
+    for target in (12, 18, 27, 40, 60, 90, 135):
         while len(alphas) < min(target, size):
             image = gram @ vector - beta * previous
             alpha = image @ vector

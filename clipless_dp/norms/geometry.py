@@ -268,10 +268,6 @@ def torus_size(incidence: Incidence) -> int:
     into it: reads start at `-low`, so `L >= size + low`; they end at `last`, so `L >= last + 1`; pixels and
     windows stay distinct if `L >= size` and `q >= windows`.
     """
-    last = (
-        incidence.stride * (incidence.windows - 1)
-        + incidence.dilation * (incidence.kernel - 1)
-        - incidence.low
-    )
+    last = incidence.stride * (incidence.windows - 1) + incidence.dilation * (incidence.kernel - 1) - incidence.low
     length = max(incidence.size + max(incidence.low, 0), last + 1)
     return max(math.ceil(length / incidence.stride), incidence.windows)

@@ -82,12 +82,15 @@ def normalised(weight: Tensor, name: str = "weight") -> tuple[Tensor, int]:
         weight = weight.detach().to("cpu")
     with certified_arithmetic(weight):
         exact = weight.detach().to(torch.float64)
-        largest = float(exact.abs().max())
+        low, high = torch.aminmax(exact)
+        largest = max(-float(low), float(high))
         if not math.isfinite(largest):
             raise NormError(f"{name} holds a NaN or an infinity; its operator norm has no bound")
         if largest == 0.0:
             return exact, 0
         exponent = math.frexp(largest)[1]
+        if abs(exponent) < 1000:
+            return exact * math.ldexp(1.0, -exponent), exponent
         # In two steps, because 2**-exponent itself may lie outside float64.
         half = exponent // 2
         return exact * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent), exponent

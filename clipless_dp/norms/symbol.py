@@ -12,8 +12,8 @@ from clipless_dp.norms.dense import matrix_norm_bound
 from clipless_dp.norms.eigenvalue import largest_eigenvalue_bound
 from clipless_dp.norms.rounding import certified_arithmetic, enlarge, gamma
 
-_CHUNK_ENTRIES = 1 << 18
-"""Complex entries of Gram matrices held at once: 4 MiB, about a core's cache."""
+_CHUNK_ENTRIES = 1 << 17
+"""Complex entries of Gram matrices held at once: 2 MiB, about a core's cache."""
 
 
 def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effort: Effort) -> float:
@@ -83,7 +83,7 @@ def _grid(taps: int, torus: int | None, effort: Effort) -> tuple[int, float]:
     if taps == 1:
         return 1, 1.0
     points = math.ceil(math.pi * (taps - 1) / (2.0 * math.acos(1.0 / (1.0 + effort.riesz_slack))))
-    if torus is not None and torus <= points:
+    if torus is not None and torus <= 1.5 * points:
         return torus, 1.0
     # The angle is below π/2 with a wide margin, so that the cosine's relative rounding is a few u.
     return points, enlarge(1.0 / math.cos(math.pi * (taps - 1) / (2.0 * points)), 16)
