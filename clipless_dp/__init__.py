@@ -18,6 +18,7 @@ from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
+from clipless_dp.training import FitResult, evaluate, fit
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ __all__ = [
     "CliplessError",
     "ConfigurationError",
     "DPLipModel",
+    "FitResult",
     "InputError",
     "LayerBounds",
     "LossBoundError",
@@ -44,6 +46,8 @@ __all__ = [
     "UnsupportedModuleError",
     "__version__",
     "constraints",
+    "evaluate",
+    "fit",
     "gated",
     "layers",
     "losses",

@@ -8,7 +8,7 @@ A gate's cap holds for the number that floating-point arithmetic returns only up
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +45,8 @@ def sample_norms(values: Tensor) -> Tensor:
     """Euclidean norm of each sample: shape ``(B, ...)`` to ``(B,)``, in float32 or wider, TF32 or not."""
     flat = values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
     if flat.shape[1] > _LONG_SUM:
-        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64).to(_wide(values.dtype))
-    return torch.linalg.vector_norm(flat, dim=1, dtype=_wide(values.dtype))
+        return cast(Tensor, torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)).to(_wide(values.dtype))
+    return cast(Tensor, torch.linalg.vector_norm(flat, dim=1, dtype=_wide(values.dtype)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -118,9 +118,7 @@ class BinaryCrossEntropy(Loss):
         """See :meth:`Loss.per_sample`."""
         scores, labels = _matching(output, target)
         valid = ((labels >= 0) & (labels <= 1)).all(1)
-        losses = functional.binary_cross_entropy_with_logits(
-            self.tau * scores, labels.clamp(0, 1), reduction="none"
-        )
+        losses = functional.binary_cross_entropy_with_logits(self.tau * scores, labels.clamp(0, 1), reduction="none")
         return _invalid_as_nan(losses.mean(1) / self.tau, valid)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:

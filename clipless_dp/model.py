@@ -90,7 +90,9 @@ class DPLipModel(nn.Module):
         self.output_shape = traced.shapes[traced.output]
         bound = self.loss_function.gradient_bound(self.output_shape)
         if not (math.isfinite(bound) and bound >= 1e-8):
-            raise LossBoundError(f"{self.loss_function!r} states the gradient bound {bound!r}; it must be at least 1e-8")
+            raise LossBoundError(
+                f"{self.loss_function!r} states the gradient bound {bound!r}; it must be at least 1e-8"
+            )
         self.cotangent_norm = float(bound)
         self._tracker = SensitivityTracker(
             traced,
@@ -113,7 +115,7 @@ class DPLipModel(nn.Module):
         Raises:
             InputError: wrong shape, dtype or device.
         """
-        self._check_inputs(inputs)
+        self.check_inputs(inputs)
         if inputs.shape[0] == 0:
             return self._run(inputs.new_zeros(1, *self.input_shape))[:0]
         return self._run(inputs)
@@ -213,9 +215,7 @@ class DPLipModel(nn.Module):
     def _limits(self) -> dict[str, float]:
         """Constraints' limits, for the parameters that have not changed since their projection."""
         return {
-            name: self._constraints[name].limit
-            for name, stamp in self._projected.items()
-            if self._stamp(name) == stamp
+            name: self._constraints[name].limit for name, stamp in self._projected.items() if self._stamp(name) == stamp
         }
 
     def _check_structure(self) -> None:
@@ -226,14 +226,15 @@ class DPLipModel(nn.Module):
                     "Wrap the changed network in a new DPLipModel"
                 )
 
-    def _check_inputs(self, inputs: Tensor) -> None:
+    def check_inputs(self, inputs: Tensor) -> None:
+        """Raises :class:`InputError` where a batch's shape, dtype or device is not the model's."""
         if tuple(inputs.shape[1:]) != self.input_shape or inputs.dim() == 0:
             raise InputError(
                 f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
             )
         if not inputs.is_floating_point():
             raise InputError(f"inputs are {inputs.dtype}; convert them first, e.g. images.float() / 255")
-        device, dtype = self._expected()
+        device, dtype = self.device_and_dtype()
         if inputs.dtype != dtype or inputs.device != device:
             raise InputError(f"inputs are {inputs.dtype} on {inputs.device}, the model is {dtype} on {device}")
         if torch.is_autocast_enabled(inputs.device.type):
@@ -241,13 +242,14 @@ class DPLipModel(nn.Module):
                 "autocast rounds per-sample gradients more coarsely than the bounds cover; run the model without it"
             )
 
-    def _expected(self) -> tuple[torch.device, torch.dtype]:
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the parameters are, and their dtype: what inputs must have."""
         for parameter in self.net.parameters():
             return parameter.device, parameter.dtype
         return self.nonfinite_samples.device, torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> DPLipModel:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._trace(*parameter_device_and_dtype(self.net))
         self.settle_()
         return self
@@ -257,7 +259,7 @@ class DPLipModel(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._trace(*parameter_device_and_dtype(self.net))
         self.settle_()
 

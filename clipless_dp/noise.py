@@ -17,7 +17,10 @@ Allocation = Literal["global", "per-layer", "min-variance"]
 
 
 def allocate(
-    sensitivities: Sequence[float], sizes: Sequence[int], noise_multiplier: float, scheme: Allocation = "global"
+    sensitivities: Sequence[float],
+    sizes: Sequence[int],
+    noise_multiplier: float,
+    scheme: Allocation = "global",
 ) -> list[float]:
     """Standard deviation of each parameter's noise, all schemes having the same effective noise multiplier.
 

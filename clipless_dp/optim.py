@@ -109,7 +109,7 @@ class CliplessDPOptimizer(Optimizer):
             )
         if not 0.0 < sample_rate <= 1.0:
             raise ConfigurationError(
-                f"sample_rate must lie in (0, 1], got {sample_rate!r}; a batch larger than the data set gives more than 1"
+                f"sample_rate must lie in (0, 1], got {sample_rate!r}; above 1 the batch exceeds the data set"
             )
         if not (isinstance(dataset_size, int) and dataset_size >= 1):
             raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")

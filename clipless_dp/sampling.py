@@ -186,12 +186,12 @@ class PoissonBatches:
         inputs, targets = as_tensors(dataset)
         self._inputs = inputs.to(device)
         self._targets = targets.to(device)
-        self.sampler = PoissonBatchSampler(
-            len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start
-        )
+        self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         if physical_batch_size is None:
             mean = len(inputs) * sample_rate
-            physical_batch_size = min(8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), len(inputs))
+            physical_batch_size = min(
+                8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), len(inputs)
+            )
         if physical_batch_size < 1:
             raise ConfigurationError(f"physical_batch_size must be positive, got {physical_batch_size}")
         self.physical_batch_size = physical_batch_size

@@ -118,7 +118,9 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         if first[:1] + second[:1] != _BATCH_SIZES or first[1:] != second[1:]:
             mixing.append(
                 Unsupported(
-                    node.name, str(node.target), "it moves or merges the batch axis, which mixes samples; keep axis 0"
+                    node.name,
+                    str(node.target),
+                    "it moves or merges the batch axis, which mixes samples; keep axis 0",
                 )
             )
         shapes[node] = first[1:]
@@ -164,19 +166,18 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
                 yield unsupported_module(str(node.target), leaf)
             elif _hooked(leaf):
                 yield Unsupported(str(node.target), type(leaf).__name__, "its hooks may change values; remove them")
-        elif node.op in ("call_function", "call_method") and not _about_shapes(node):
-            if find_function_rule(node.target) is None:
-                yield Unsupported(
-                    node.name,
-                    getattr(node.target, "__name__", str(node.target)),
-                    "no bound is known for this function; use a module or function that has one",
-                )
+        elif node.op in ("call_function", "call_method"):
+            if _about_shapes(node) or find_function_rule(node.target) is not None:
+                continue
+            yield Unsupported(
+                node.name,
+                getattr(node.target, "__name__", str(node.target)),
+                "no bound is known for this function; use a module or function that has one",
+            )
 
 
 def _hooked(leaf: nn.Module) -> bool:
-    return bool(
-        leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks
-    )
+    return bool(leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks)
 
 
 def _about_shapes(node: fx.Node) -> bool:
@@ -201,7 +202,9 @@ class _ShapeRecorder(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             summary = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigurationError(f"input_shape does not fit the network at {n.target} ({n.name}): {summary}") from error
+            raise ConfigurationError(
+                f"input_shape does not fit the network at {n.target} ({n.name}): {summary}"
+            ) from error
         if isinstance(value, Tensor) and n.op != "output":
             self.shapes[n] = tuple(value.shape)
         return value

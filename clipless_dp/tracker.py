@@ -13,7 +13,13 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from clipless_dp.errors import ConfigurationError, NormError, PrivacyError, Unsupported, UnsupportedModuleError
+from clipless_dp.errors import (
+    ConfigurationError,
+    NormError,
+    PrivacyError,
+    Unsupported,
+    UnsupportedModuleError,
+)
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
 from clipless_dp.tracing import TracedNet

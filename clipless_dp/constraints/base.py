@@ -93,9 +93,7 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
             raise ConfigurationError(f"constraint for {pattern!r} must be a Constraint or None, got {constraint!r}")
         matches = [name for name in operators if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.weight")]
         if not matches:
-            raise ConfigurationError(
-                f"no parameter matches {pattern!r}; those with a bound are {sorted(operators)}"
-            )
+            raise ConfigurationError(f"no parameter matches {pattern!r}; those with a bound are {sorted(operators)}")
         for name in matches:
             if name not in settled:
                 settled.add(name)

@@ -19,7 +19,8 @@ class Residual(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Adds the block's output to its input."""
-        return values + self.block(values)
+        output: Tensor = values + self.block(values)
+        return output
 
 
 class ConvexResidual(nn.Module):
@@ -42,7 +43,8 @@ class ConvexResidual(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """The convex combination."""
-        return (1.0 - self.alpha) * values + self.alpha * self.block(values)
+        output: Tensor = (1.0 - self.alpha) * values + self.alpha * self.block(values)
+        return output
 
     def extra_repr(self) -> str:
         """The weight of the block."""

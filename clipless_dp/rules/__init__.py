@@ -20,20 +20,24 @@ from clipless_dp.rules.base import (
 
 _MIXES = "it mixes samples through batch statistics; use clipless_dp.layers.LayerCentering and BallProjection"
 register_remedy(
-    _MIXES, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, nn.LazyBatchNorm1d, nn.LazyBatchNorm2d
+    _MIXES,
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.LazyBatchNorm1d,
+    nn.LazyBatchNorm2d,
 )
 register_remedy(
     "it has no global Lipschitz constant; use clipless_dp.layers.LayerCentering followed by BallProjection",
     nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm,
 )  # fmt: skip
 register_remedy(
-    "dot-product attention has no global Lipschitz constant; mix tokens by linear maps (nn.Linear on the transposed axes)",
+    "attention has no global Lipschitz constant; mix tokens by linear maps (nn.Linear on the transposed axes)",
     nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer,
 )  # fmt: skip
 register_remedy("put the softmax into the loss, e.g. clipless_dp.losses.TauCrossEntropy", nn.Softmax, nn.LogSoftmax)
-register_remedy(
-    "use nn.ReLU, nn.Tanh or clipless_dp.layers.GroupSort", nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.ELU
-)
+register_remedy("use nn.ReLU, nn.Tanh or clipless_dp.layers.GroupSort", nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.ELU)
 
 __all__ = [
     "Deferred",

@@ -49,7 +49,7 @@ def tanh_rule(module: nn.Tanh, context: RuleContext) -> LayerBounds:
 
 @register_rule(Householder)
 def householder_rule(module: Householder, context: RuleContext) -> LayerBounds:
-    """Norm-preserving; ``Δ_θ = GX``: ``∂y/∂θ`` rotates or reflects each pair, so Cauchy–Schwarz over pairs and positions."""
+    """Norm-preserving; ``Δ_θ = GX``: ``∂y/∂θ`` is orthogonal on each pair: Cauchy–Schwarz over pairs and positions."""
     return LayerBounds(output_norm=lambda: context.input_norm, gradients={"theta": lambda: context.input_norm})
 
 

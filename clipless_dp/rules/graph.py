@@ -23,13 +23,26 @@ def reshape_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
 
 
 @register_function_rule(
-    torch.flatten, torch.reshape, torch.unflatten, torch.permute, torch.transpose, torch.swapaxes, torch.unsqueeze,
-    torch.neg, operator.neg,
-    "flatten", "reshape", "view", "unflatten", "permute", "transpose", "swapaxes", "unsqueeze", "neg",
+    torch.flatten,
+    torch.reshape,
+    torch.unflatten,
+    torch.permute,
+    torch.transpose,
+    torch.swapaxes,
+    torch.unsqueeze,
+    torch.neg,
+    operator.neg,
+    "flatten",
+    "reshape",
+    "view",
+    "unflatten",
+    "permute",
+    "transpose",
+    "swapaxes",
+    "unsqueeze",
+    "neg",
 )
-def rearrangement_function_rule(
-    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerBounds:
+def rearrangement_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """``Y = X``, ``K = 1``."""
     return LayerBounds(output_norm=lambda: context.input_norm)
 
@@ -62,9 +75,7 @@ def scale_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dic
 
 
 @register_function_rule(torch.cat, torch.concat, torch.concatenate, torch.stack)
-def concatenation_function_rule(
-    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerBounds:
+def concatenation_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """``Y = (Σ X_i²)^½``, ``G`` to each; the batch axis is excluded by the tracker's shape check."""
     return LayerBounds(
         output_norm=lambda: math.hypot(*context.input_norms()), lipschitz=(1.0,) * len(context.input_shapes)

@@ -63,9 +63,7 @@ def max_pool_rule(module: nn.MaxPool2d, context: RuleContext) -> LayerBounds:
     """``K = √N``: each output is one of its window's entries, and an entry lies in at most N windows."""
     if module.return_indices:
         raise RuleError("return_indices=True is not supported: use return_indices=False")
-    return _window_bounds(
-        context, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
-    )
+    return _window_bounds(context, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
 
 
 @register_rule(L2NormPool2d)
@@ -81,9 +79,7 @@ def average_pool_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
 
 
 @register_function_rule(functional.max_pool2d)
-def max_pool_function_rule(
-    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerBounds:
+def max_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional max pooling."""
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -100,9 +96,7 @@ def max_pool_function_rule(
 
 
 @register_function_rule(functional.avg_pool2d, functional.adaptive_avg_pool2d)
-def average_pool_function_rule(
-    context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> LayerBounds:
+def average_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional average pooling."""
     adaptive = context.kind == "adaptive_avg_pool2d"
     pool = functional.adaptive_avg_pool2d if adaptive else functional.avg_pool2d

@@ -1,0 +1,168 @@
+"""Named data sets and NPZ files, split into training and test data."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import ConfigurationError
+
+NAMES = ("digits", "mnist", "cifar10")
+_SPLIT_SEED = 20240507
+"""Fixes the held-out fifth of data sets that come without a test split; it does not depend on the data."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """A data set for classification.
+
+    Attributes:
+        inputs: ``(N, ...)`` float32.
+        targets: ``(N,)`` int64.
+        test_inputs: held out.
+        test_targets: held out.
+        classes: number of classes.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    test_inputs: Tensor
+    test_targets: Tensor
+    classes: int
+
+    @property
+    def train(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets to train on."""
+        return self.inputs, self.targets
+
+    @property
+    def test(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets to evaluate on."""
+        return self.test_inputs, self.test_targets
+
+
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Split:
+    """Loads ``"digits"``, ``"mnist"``, ``"cifar10"``, or an NPZ file.
+
+    Args:
+        name: one of the names, or the path of an NPZ file with ``x_train``, ``y_train``, ``x_test``, ``y_test``, or
+            with ``X`` and ``y``, of which a fixed random fifth is held out. Images are uint8 ``(N, H, W)`` or
+            ``(N, H, W, 3)`` and are divided by 255; anything else is taken as it is.
+        data_dir: folder that holds ``mnist.npz`` and ``cifar10_jpeg.npz``; without it scikit-learn downloads the
+            data set from OpenML.
+
+    Raises:
+        ConfigurationError: the name is unknown, or a file or one of its arrays is missing.
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        return _held_out(images.reshape(-1, 1, 8, 8).astype(np.float32) / 16.0, labels)
+    if name == "mnist":
+        return _mnist(data_dir)
+    if name == "cifar10":
+        return _cifar10(data_dir)
+    if name.endswith(".npz"):
+        arrays = _read_npz(Path(name))
+        if "x_train" in arrays:
+            return _split(*(_required(arrays, key, name) for key in ("x_train", "y_train", "x_test", "y_test")))
+        return _held_out(_required(arrays, "X", name), _required(arrays, "y", name))
+    raise ConfigurationError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or a path ending in .npz")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"cannot read {path}: {error}") from error
+
+
+def _required(arrays: dict[str, np.ndarray[Any, Any]], key: str, name: str) -> np.ndarray[Any, Any]:
+    if key not in arrays:
+        raise ConfigurationError(f"{name} has no array {key!r}; it holds {sorted(arrays)}")
+    return arrays[key]
+
+
+def _mnist(data_dir: str | os.PathLike[str] | None) -> Split:
+    if data_dir is not None:
+        path = Path(data_dir) / "mnist.npz"
+        arrays = _read_npz(path)
+        return _split(*(_required(arrays, key, str(path)) for key in ("x_train", "y_train", "x_test", "y_test")))
+    images, labels = _openml("mnist_784")
+    images = images.reshape(-1, 28, 28).astype(np.uint8)
+    return _split(images[:60_000], labels[:60_000], images[60_000:], labels[60_000:])
+
+
+def _cifar10(data_dir: str | os.PathLike[str] | None) -> Split:
+    if data_dir is None:
+        pixels, labels = _openml("CIFAR_10")
+        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).astype(np.uint8)
+        return _split(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
+    path = Path(data_dir) / "cifar10_jpeg.npz"
+    arrays = _read_npz(path)
+
+    def part(key: str) -> np.ndarray[Any, Any]:
+        return _decode_jpegs(
+            _required(arrays, f"{key}_jpeg", str(path)), _required(arrays, f"{key}_offsets", str(path))
+        )
+
+    return _split(part("train"), arrays["y_train"], part("test"), arrays["y_test"])
+
+
+def _decode_jpegs(data: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    from PIL import Image
+
+    raw = data.tobytes()
+    return np.stack(
+        [np.asarray(Image.open(io.BytesIO(raw[start:end])).convert("RGB")) for start, end in pairwise(offsets)]
+    )
+
+
+def _openml(name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    from sklearn.datasets import fetch_openml
+
+    values, labels = fetch_openml(name, version=1, return_X_y=True, as_frame=False, parser="liac-arff")
+    return values, labels.astype(np.int64)
+
+
+def _held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Split:
+    order = np.random.default_rng(_SPLIT_SEED).permutation(len(inputs))
+    cut = len(inputs) // 5
+    test, train = order[:cut], order[cut:]
+    return _split(inputs[train], targets[train], inputs[test], targets[test])
+
+
+def _split(
+    inputs: np.ndarray[Any, Any],
+    targets: np.ndarray[Any, Any],
+    test_inputs: np.ndarray[Any, Any],
+    test_targets: np.ndarray[Any, Any],
+) -> Split:
+    if len(inputs) != len(targets) or len(test_inputs) != len(test_targets) or not len(inputs):
+        raise ConfigurationError(f"{len(inputs)} inputs and {len(targets)} targets: need as many of each, and some")
+    if not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0:
+        raise ConfigurationError(f"targets must be class indices from 0, got {targets.dtype}")
+    return Split(
+        _as_inputs(inputs),
+        torch.from_numpy(targets.astype(np.int64)),
+        _as_inputs(test_inputs),
+        torch.from_numpy(test_targets.astype(np.int64)),
+        int(targets.max()) + 1,
+    )
+
+
+def _as_inputs(values: np.ndarray[Any, Any]) -> Tensor:
+    if values.dtype == np.uint8 and values.ndim in (3, 4):
+        images = values[:, None] if values.ndim == 3 else values.transpose(0, 3, 1, 2)
+        return torch.from_numpy(np.ascontiguousarray(images)).float() / 255.0
+    return torch.from_numpy(values.astype(np.float32))

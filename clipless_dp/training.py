@@ -1,0 +1,418 @@
+"""``fit``: calibration, training, progress, history and checkpoints in one call."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from accounting import calibrate_noise_multiplier
+from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
+from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.losses import BinaryCrossEntropy, CosineSimilarity, MulticlassHinge, TauCrossEntropy
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
+from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.sampling import Batch, PoissonBatches, as_tensors
+
+Data = Dataset[Any] | tuple[Tensor, Tensor]
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of a history.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        epsilon: spent so far, at the run's δ.
+        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only.
+        accuracy: share of correct predictions on the validation data, or ``None``.
+        validation_loss: mean loss on the validation data, or ``None``.
+    """
+
+    step: int
+    epsilon: float
+    loss: float
+    accuracy: float | None = None
+    validation_loss: float | None = None
+
+
+@dataclass
+class FitResult:
+    """What :func:`fit` has done.
+
+    Attributes:
+        epsilon: spent, an upper bound, under add-or-remove-one adjacency.
+        delta: the δ it holds for.
+        noise_multiplier: ``σ``.
+        sample_rate: ``q``.
+        steps: optimizer steps in all.
+        history: a record for each epoch.
+        optimizer: with its accountant.
+        checkpoint: the last checkpoint written, or ``None``.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    optimizer: CliplessDPOptimizer
+    history: list[EpochRecord] = field(default_factory=list)
+    checkpoint: Path | None = None
+
+    def __str__(self) -> str:
+        accuracy = self.history[-1].accuracy if self.history else None
+        shown = "" if accuracy is None else f"accuracy {100 * accuracy:.2f} %, "
+        saved = "" if self.checkpoint is None else f", checkpoint {self.checkpoint}"
+        return (
+            f"{shown}ε = {self.epsilon:.4f} at δ = {self.delta:g} (add-or-remove-one), "
+            f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.6g}, {self.steps} steps{saved}"
+        )
+
+
+def linear_decay(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Learning rate that rises over the first twentieth of the steps and falls linearly to zero."""
+    rise = max(1, steps // 20)
+    return LambdaLR(optimizer, lambda step: min((step + 1) / rise, (steps - step) / max(1, steps - rise), 1.0))
+
+
+def constant(optimizer: Optimizer, steps: int) -> LRScheduler:
+    """Learning rate that stays as it is."""
+    return LambdaLR(optimizer, lambda step: 1.0)
+
+
+def fit(
+    model: DPLipModel,
+    dataset: Data,
+    *,
+    epsilon: float,
+    delta: float,
+    epochs: float,
+    batch_size: int,
+    lr: float = 1.0,
+    momentum: float = 0.9,
+    optimizer: OptimizerFactory | None = None,
+    scheduler: SchedulerFactory = linear_decay,
+    accountant: str = "prv",
+    allocation: Allocation = "min-variance",
+    validation: Data | None = None,
+    dataset_size: int | None = None,
+    micro_batch_size: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1,
+    reproducible_seed: int | None = None,
+    noise: NoiseSource | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Trains a wrapped model to a target ε with Poisson-sampled batches.
+
+    The noise multiplier is calibrated so that ``ceil(epochs/q)`` steps at ``q = batch_size/dataset_size`` spend at
+    most ``epsilon`` at ``delta``. With a checkpoint that exists already, the run goes on from it.
+
+    Args:
+        model: the wrapped model, on the device to train on.
+        dataset: inputs and targets: a pair of tensors, or a data set of pairs.
+        epsilon: target ε > 0.
+        delta: target δ in (0, 1), below one over the number of samples.
+        epochs: passes over the data in expectation.
+        batch_size: *expected* batch size; draws vary around it.
+        lr: peak learning rate of SGD.
+        momentum: of SGD.
+        optimizer: builds another base optimizer from the parameters, e.g. ``lambda p: torch.optim.Adam(p, 1e-3)``.
+        scheduler: builds a scheduler from the optimizer and the number of steps, called once a step.
+        accountant: ``"prv"``, ``"rdp"`` or ``"auto"``.
+        allocation: how noise is shared among parameters, see ``clipless_dp.noise.allocate``.
+        validation: public or held-out data whose accuracy (or loss) enters the history.
+        dataset_size: public size that fixes ``q`` and the divisor; by default the number of samples, which is
+            then taken to be public.
+        micro_batch_size: rows that are processed at once; bounds the memory.
+        checkpoint: file to write to, and to resume from.
+        checkpoint_every: epochs between checkpoints.
+        reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
+            an uninterrupted one bit by bit. Whoever knows it can remove the noise.
+        noise: another noise source.
+        progress: show a progress bar.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or the batch is larger than the data set.
+        InputError: the data does not fit the model.
+        CheckpointError: the checkpoint is unreadable or belongs to another run.
+
+    Guarantee:
+        The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
+        respect to adding or removing one sample of ``dataset``. History and progress show training losses, which
+        are not.
+    """
+    inputs, targets = as_tensors(dataset)
+    device, _ = model.device_and_dtype()
+    model.check_inputs(inputs[:1].to(device))
+    size = len(inputs) if dataset_size is None else dataset_size
+    _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size)
+    sample_rate = batch_size / size
+    steps = math.ceil(epochs / sample_rate - 1e-9)
+    noise_multiplier = calibrate_noise_multiplier(
+        target_epsilon=epsilon, delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
+    )
+    if noise is None and reproducible_seed is not None:
+        noise = ReproducibleNoise(reproducible_seed)
+    parameters = list(model.net.parameters())
+    base = torch.optim.SGD(parameters, lr=lr, momentum=momentum) if optimizer is None else optimizer(parameters)
+    private = CliplessDPOptimizer(
+        model,
+        base,
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        dataset_size=size,
+        accountant=accountant,
+        allocation=allocation,
+        noise=noise,
+    )
+    run = _Run(
+        model=model,
+        optimizer=private,
+        scheduler=scheduler(private, steps),
+        delta=delta,
+        seed=reproducible_seed,
+        settings={
+            "epsilon": float(epsilon),
+            "delta": float(delta),
+            "steps": steps,
+            "batch_size": batch_size,
+            "dataset_size": size,
+            "noise_multiplier": noise_multiplier,
+            "allocation": allocation,
+            "reproducible": private.noise.reproducible,
+        },
+    )
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None and path.exists():
+        run.load(path)
+    batches = PoissonBatches(
+        (inputs, targets),
+        sample_rate=sample_rate,
+        steps=steps,
+        device=device,
+        physical_batch_size=micro_batch_size or max(8, math.isqrt(batch_size) // 2),
+        seed=reproducible_seed,
+        start=run.step,
+    )
+    held_out = None if validation is None else as_tensors(validation)
+    _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
+    return FitResult(
+        epsilon=private.get_epsilon(delta),
+        delta=delta,
+        noise_multiplier=noise_multiplier,
+        sample_rate=sample_rate,
+        steps=private.steps_taken,
+        optimizer=private,
+        history=run.history,
+        checkpoint=path,
+    )
+
+
+def _check(
+    epsilon: float,
+    delta: float,
+    epochs: float,
+    batch_size: int,
+    dataset_size: int,
+    checkpoint_every: int,
+    micro_batch_size: int | None,
+) -> None:
+    if not (math.isfinite(epsilon) and epsilon > 0):
+        raise ConfigurationError(f"epsilon must be finite and positive, got {epsilon!r}")
+    if not 0.0 < delta < 1.0:
+        raise ConfigurationError(f"delta must lie in (0, 1), got {delta!r}")
+    if not (math.isfinite(epochs) and epochs > 0):
+        raise ConfigurationError(f"epochs must be finite and positive, got {epochs!r}")
+    if not 1 <= batch_size <= dataset_size:
+        raise ConfigurationError(
+            f"batch_size must lie between 1 and the {dataset_size} samples of the data set, got {batch_size!r}"
+        )
+    if checkpoint_every < 1 or (micro_batch_size is not None and micro_batch_size < 1):
+        raise ConfigurationError("checkpoint_every and micro_batch_size must be positive")
+
+
+@dataclass
+class _Run:
+    """Everything that a checkpoint must hold to go on."""
+
+    model: DPLipModel
+    optimizer: CliplessDPOptimizer
+    scheduler: LRScheduler
+    delta: float
+    seed: int | None
+    settings: dict[str, Any]
+    history: list[EpochRecord] = field(default_factory=list)
+
+    @property
+    def step(self) -> int:
+        return self.optimizer.steps_taken
+
+    def save(self, path: Path) -> None:
+        save_checkpoint(
+            path,
+            {
+                "settings": self.settings,
+                "model": self.model.net.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.last_epoch,
+                "history": [vars(record) for record in self.history],
+            },
+        )
+
+    def load(self, path: Path) -> None:
+        device, _ = self.model.device_and_dtype()
+        content = load_checkpoint(path, device)
+        settings = content.get("settings", {})
+        differing = {
+            name: (settings.get(name), value) for name, value in self.settings.items() if settings.get(name) != value
+        }
+        if differing:
+            listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items())
+            raise CheckpointError(f"{path} belongs to a run with other settings ({listed}); choose another file")
+        try:
+            self.model.net.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.history = [EpochRecord(**record) for record in content["history"]]
+            done = int(content["scheduler"])
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{path} does not fit this model: {error}") from error
+        self.model.settle_()
+        # The schedule is a function of the step alone, so counting it forward restores it.
+        self.scheduler.last_epoch = done
+        for group, rate in zip(self.optimizer.param_groups, _rates(self.scheduler), strict=True):
+            group["lr"] = rate
+
+
+def _rates(scheduler: LRScheduler) -> list[float]:
+    return [float(rate) for rate in cast(Any, scheduler).get_lr()]
+
+
+def _train(
+    run: _Run,
+    batches: PoissonBatches,
+    validation: tuple[Tensor, Tensor] | None,
+    path: Path | None,
+    checkpoint_every: int,
+    micro_batch_size: int | None,
+    progress: bool,
+    epochs: float,
+) -> None:
+    total = run.settings["steps"]
+    per_epoch = max(1, math.ceil(total / epochs - 1e-9))
+    bar = tqdm(total=total, initial=run.step, disable=not progress, unit="step", dynamic_ncols=True)
+    run.model.train()
+    with bar, _deferred_interrupt() as interrupted:
+        for batch in batches:
+            if run.seed is not None:
+                torch.manual_seed(derived_seed(run.seed, "torch", run.step))
+            loss = _step(run, batch, micro_batch_size)
+            bar.update()
+            if run.step % per_epoch == 0 or run.step == total:
+                record = _record(run, loss, batch, validation)
+                run.history.append(record)
+                bar.set_postfix_str(_shown(record))
+                if path is not None and (len(run.history) % checkpoint_every == 0 or run.step == total):
+                    run.save(path)
+            if interrupted():
+                if path is not None:
+                    run.save(path)
+                raise KeyboardInterrupt
+
+
+def _step(run: _Run, batch: Batch, micro_batch_size: int | None) -> Tensor:
+    run.optimizer.zero_grad()
+    pieces = [batch] if micro_batch_size is None else batch.split(micro_batch_size)
+    total = torch.zeros((), device=batch.inputs.device)
+    for inputs, targets, mask in pieces:
+        loss = run.model.loss(run.model(inputs), targets, mask)
+        loss.backward()
+        total += loss.detach()
+    run.optimizer.step()
+    run.scheduler.step()
+    return total
+
+
+def _record(run: _Run, loss: Tensor, batch: Batch, validation: tuple[Tensor, Tensor] | None) -> EpochRecord:
+    rows = max(1, int(batch.mask.sum()))
+    epsilon = run.optimizer.get_epsilon(run.delta)
+    if validation is None:
+        return EpochRecord(run.step, epsilon, float(loss) / rows)
+    accuracy, validation_loss = evaluate(run.model, validation)
+    return EpochRecord(run.step, epsilon, float(loss) / rows, accuracy, validation_loss)
+
+
+def _shown(record: EpochRecord) -> str:
+    parts = [f"ε={record.epsilon:.3f}", f"loss={record.loss:.4f}"]
+    if record.accuracy is not None:
+        parts.append(f"accuracy={100 * record.accuracy:.2f}%")
+    return ", ".join(parts)
+
+
+@torch.no_grad()
+def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[float | None, float]:
+    """Accuracy and mean loss on data that is not part of the training set.
+
+    Args:
+        model: the wrapped model; evaluated in ``eval`` mode, put back afterwards.
+        dataset: as for :func:`fit`.
+        batch_size: rows at once.
+
+    Returns:
+        The share of correct predictions (``None`` unless the loss is one of classification), and the mean loss.
+    """
+    inputs, targets = as_tensors(dataset)
+    device, _ = model.device_and_dtype()
+    training = model.training
+    model.eval()
+    correct, total_loss = 0, 0.0
+    known = True
+    for some_inputs, some_targets in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+        truth = some_targets.to(device)
+        output = model(some_inputs.to(device))
+        total_loss += float(model.loss(output, truth))
+        hits = _hits(model, output, truth)
+        known = known and hits is not None
+        correct += hits or 0
+    model.train(training)
+    return (correct / len(inputs) if known else None), total_loss / len(inputs)
+
+
+def _hits(model: DPLipModel, output: Tensor, truth: Tensor) -> int | None:
+    loss = model.loss_function
+    if isinstance(loss, BinaryCrossEntropy):
+        return int(((output.flatten() > 0) == (truth.flatten() > 0.5)).sum()) if output.numel() == len(output) else None
+    if isinstance(loss, (TauCrossEntropy, MulticlassHinge, CosineSimilarity)) and truth.dim() == 1:
+        return int((output.argmax(1) == truth).sum())
+    return None
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Lets the current step finish when the user presses Ctrl-C, so that a checkpoint is never half a step."""
+    pending = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pending.is_set
+        return
+    previous = signal.signal(signal.SIGINT, lambda number, frame: pending.set())
+    try:
+        yield pending.is_set
+    finally:
+        signal.signal(signal.SIGINT, previous)
