@@ -1,0 +1,57 @@
+"""The result of a privacy computation."""
+
+from __future__ import annotations
+
+__all__ = ["PrivacyBound"]
+
+
+class PrivacyBound(float):
+    """An interval that certainly holds the tight ε (or δ); as a float it is the upper end.
+
+    Being a float it can be compared, formatted and stored as one.
+
+    Attributes:
+        lower: Certified lower bound of the tight value; 0 when the engine has none.
+        upper: Certified upper bound: what a guarantee may state.
+        delta: The δ that the value belongs to (for an ε), or the ε that was asked (for a δ).
+        relation: Neighbouring relation, `"add_or_remove_one"` or `"replace_one"`.
+        sampling: How batches were formed, as read from the ledger.
+        engine: Which engine answered.
+    """
+
+    lower: float
+    upper: float
+    delta: float
+    relation: str
+    sampling: str
+    engine: str
+
+    def __new__(
+        cls,
+        upper: float,
+        *,
+        lower: float = 0.0,
+        delta: float = 0.0,
+        relation: str = "add_or_remove_one",
+        sampling: str = "unknown",
+        engine: str = "unknown",
+    ) -> PrivacyBound:
+        """Makes a bound whose float value is `upper`."""
+        self = super().__new__(cls, upper)
+        self.upper = float(upper)
+        self.lower = min(float(lower), self.upper)
+        self.delta = delta
+        self.relation = relation
+        self.sampling = sampling
+        self.engine = engine
+        return self
+
+    def __repr__(self) -> str:
+        return (
+            f"PrivacyBound({self.lower:.6g} <= {self.upper:.6g}, delta={self.delta:g}, "
+            f"relation={self.relation!r}, sampling={self.sampling!r}, engine={self.engine!r})"
+        )
+
+    def __getnewargs_ex__(self) -> tuple[tuple[float], dict[str, object]]:
+        fields = ("lower", "delta", "relation", "sampling", "engine")
+        return (self.upper,), {name: getattr(self, name) for name in fields}
