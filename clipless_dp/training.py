@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -272,7 +272,7 @@ class _Run:
                 "settings": self.settings,
                 "model": self.model.net.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.last_epoch,
+                "scheduler": self.scheduler.state_dict(),
                 "history": [vars(record) for record in self.history],
             },
         )
@@ -291,18 +291,10 @@ class _Run:
             self.model.net.load_state_dict(content["model"])
             self.optimizer.load_state_dict(content["optimizer"])
             self.history = [EpochRecord(**record) for record in content["history"]]
-            done = int(content["scheduler"])
+            self.scheduler.load_state_dict(content["scheduler"])
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
-        # The schedule is a function of the step alone, so counting it forward restores it.
-        self.scheduler.last_epoch = done
-        for group, rate in zip(self.optimizer.param_groups, _rates(self.scheduler), strict=True):
-            group["lr"] = rate
-
-
-def _rates(scheduler: LRScheduler) -> list[float]:
-    return [float(rate) for rate in cast(Any, scheduler).get_lr()]
 
 
 def _train(

@@ -1,0 +1,39 @@
+# Everything runs in .venv. TORCH names the torch requirement, so that a CPU build can be chosen:
+#   make demo TORCH=torch==2.13.0
+PYTHON ?= python3
+TORCH ?= torch
+VENV := .venv
+PY := $(VENV)/bin/python
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test test-fast lint format clean
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(PY) examples/digits.py --checkpoint runs/digits.pt
+
+# A variable for the runner's own options: make test PYTEST_OPTIONS="-m 'not slow'"
+test: $(VENV)/.installed
+	$(PY) -m pytest $(PYTEST_OPTIONS)
+
+test-fast: $(VENV)/.installed
+	$(PY) -m pytest -m "not slow" $(PYTEST_OPTIONS)
+
+lint: $(VENV)/.installed
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(VENV)/.installed
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,447 @@
+from __future__ import annotations
+
+import math
+import warnings
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from accounting import RDPAccountant
+from clipless_dp import (
+    CliplessDPOptimizer,
+    CliplessDPSGD,
+    ConfigurationError,
+    DPLipModel,
+    PoissonBatches,
+    PrivacyError,
+    PrivacyWarning,
+    ReproducibleNoise,
+    constraints,
+    losses,
+)
+from clipless_dp import optim as optim_module
+from clipless_dp.noise import SystemNoise, effective_noise_multiplier
+
+from .support import gated_model, samples
+
+SETTINGS = {
+    "noise_multiplier": 1.3,
+    "sample_rate": 0.25,
+    "dataset_size": 40,
+    "accountant": "rdp",
+    "sampling": "poisson",
+}
+
+
+def sgd(model: DPLipModel, **changes: object) -> CliplessDPSGD:
+    return CliplessDPSGD(model, lr=1.0, **{**SETTINGS, **changes})  # type: ignore[arg-type]
+
+
+class NoNoise(SystemNoise):
+    def standard_normal_(self, out):
+        return out.zero_()
+
+
+def accumulate(model: DPLipModel, count: int = 10, seed: int = 0) -> None:
+    inputs, targets = samples(count, seed)
+    model.loss(model(inputs), targets).backward()
+
+
+def test_a_step_without_noise_is_the_summed_gradient_over_the_expected_batch_size():
+    model = gated_model()
+    before = {name: p.detach().clone() for name, p in model.net.named_parameters()}
+    accumulate(model, count=7)
+    summed = {name: p.grad.clone() for name, p in model.net.named_parameters()}
+    sgd(model, noise=NoNoise()).step()
+    for name, parameter in model.net.named_parameters():
+        expected = before[name] - summed[name] / (0.25 * 40)
+        torch.testing.assert_close(parameter.detach(), expected)
+
+
+def measured_multiplier(optimizer: CliplessDPSGD, model: DPLipModel, rounds: int = 1500) -> tuple[float, int]:
+    """``σ_eff`` from the spread of the noise that steps on zero gradients apply, and how many numbers it rests on."""
+    bounds = model.sensitivity().per_parameter
+    squares = dict.fromkeys(bounds, 0.0)
+    for _ in range(rounds):
+        optimizer.zero_grad()
+        optimizer.step()
+        for name, parameter in model.net.named_parameters():
+            squares[name] += float((parameter.grad * optimizer.expected_batch_size).square().sum())
+    counts = {name: rounds * p.numel() for name, p in model.net.named_parameters()}
+    deviations = [math.sqrt(squares[name] / counts[name]) for name in bounds]
+    return effective_noise_multiplier(list(bounds.values()), deviations), min(counts.values())
+
+
+def is_plausible(measured: float, planned: float, count: int) -> bool:
+    """A standard deviation from ``n`` numbers has relative deviation ``1/√(2n)``; five of them is 6 in 10⁷."""
+    return abs(measured / planned - 1.0) < 5.0 / math.sqrt(2 * count)
+
+
+@pytest.mark.parametrize("allocation", ["global", "per-layer", "min-variance"])
+def test_the_measured_noise_gives_back_the_noise_multiplier(allocation):
+    model = gated_model()
+    measured, count = measured_multiplier(sgd(model, allocation=allocation), model)
+    assert is_plausible(measured, 1.3, count)
+
+
+def scaled_noise(factor):
+    class Scaled(SystemNoise):
+        def standard_normal_(self, out):
+            return super().standard_normal_(out).mul_(factor)
+
+    return Scaled()
+
+
+@pytest.mark.parametrize("factor", [2 / 3, 3 / 2, 0.9, 1.1], ids=["2/3", "3/2", "0.9", "1.1"])
+def test_mutant_caught_noise_of_a_wrong_scale(factor):
+    model = gated_model()
+    measured, count = measured_multiplier(sgd(model, noise=scaled_noise(factor)), model)
+    assert not is_plausible(measured, 1.3, count)
+
+
+def test_mutant_caught_no_noise():
+    model = gated_model()
+    measured, count = measured_multiplier(sgd(model, noise=scaled_noise(1e-6)), model)
+    assert not is_plausible(measured, 1.3, count)
+
+
+def test_mutant_caught_sensitivity_off_by_the_batch_size(monkeypatch):
+    model = gated_model()
+    honest = optim_module.allocate
+
+    def divided(bounds, sizes, sigma, scheme="global"):
+        return honest([bound / 10 for bound in bounds], sizes, sigma, scheme)
+
+    optimizer = sgd(model)
+    monkeypatch.setattr(optim_module, "allocate", divided)
+    measured, count = measured_multiplier(optimizer, model)
+    assert not is_plausible(measured, 1.3, count)
+    assert optimizer.accountant.history[0][0] == pytest.approx(0.13, rel=1e-5), "the ledger must record what was used"
+
+
+def noise_of_two_steps(optimizer: CliplessDPSGD, model: DPLipModel) -> list[torch.Tensor]:
+    drawn = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        optimizer.step()
+        drawn.append(torch.cat([p.grad.flatten().clone() for p in model.net.parameters()]))
+    return drawn
+
+
+def is_fresh(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Independent draws of ``n`` numbers have correlation of deviation ``1/√n``."""
+    return abs(float(torch.corrcoef(torch.stack((first, second)))[0, 1])) < 6 / math.sqrt(len(first))
+
+
+@pytest.mark.parametrize("noise", [None, ReproducibleNoise(1)], ids=["system", "reproducible"])
+def test_noise_is_drawn_anew_for_each_step(noise):
+    model = gated_model()
+    assert is_fresh(*noise_of_two_steps(sgd(model, noise=noise), model))
+
+
+def test_mutant_caught_fixed_seed():
+    class Fixed(ReproducibleNoise):
+        def begin_step(self, step):
+            super().begin_step(0)
+
+    model = gated_model()
+    assert not is_fresh(*noise_of_two_steps(sgd(model, noise=Fixed(1)), model))
+
+
+def test_noise_of_different_parameters_is_independent():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
+    model = DPLipModel(
+        net, input_shape=(40,), input_norm=1.0, loss=losses.TauCrossEntropy(), constraint=constraints.Spectral()
+    )
+    optimizer = sgd(model)
+    optimizer.step()
+    assert is_fresh(*(p.grad.flatten() for p in net.parameters()))
+
+
+def test_the_applied_noise_is_gaussian():
+    model = gated_model()
+    optimizer = sgd(model)
+    drawn = []
+    for _ in range(100):
+        optimizer.zero_grad()
+        optimizer.step()
+        drawn.append(model.net.get_parameter("0.weight").grad.flatten().clone())
+    numbers = torch.cat(drawn) * optimizer.expected_batch_size
+    scale = 1.3 * model.sensitivity().total
+    # Fails by chance once in 10⁶ runs.
+    assert stats.kstest((numbers / scale).numpy(), "norm").pvalue > 1e-6
+
+
+def test_the_event_is_recorded_before_the_weights_change():
+    model = gated_model()
+
+    class Failing(torch.optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("power cut")
+
+    optimizer = CliplessDPOptimizer(model, Failing(model.net.parameters(), lr=1.0), **SETTINGS)
+    with pytest.raises(RuntimeError, match="power cut"):
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.3, 0.25, 1)]
+
+
+def test_equal_steps_are_one_line_in_the_ledger_even_when_bounds_move():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    optimizer = sgd(model, allocation="min-variance")
+    totals = set()
+    for _ in range(5):
+        accumulate(model)
+        totals.add(model.sensitivity().total)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(totals) == 5, "unconstrained bounds follow the weights"
+    assert optimizer.accountant.history == [(1.3, 0.25, 5)]
+
+
+def test_a_noise_schedule_is_recorded_step_by_step():
+    model = gated_model()
+    optimizer = sgd(model)
+    for sigma in (2.0, 2.0, 1.0):
+        optimizer.noise_multiplier = sigma
+        optimizer.step()
+    assert optimizer.accountant.history == [(2.0, 0.25, 2), (1.0, 0.25, 1)]
+
+
+def test_micro_batches_accumulate_to_the_same_step_as_one_batch():
+    inputs, targets = samples(12)
+    results = []
+    for pieces in (1, 4):
+        model = gated_model()
+        optimizer = sgd(model, noise=ReproducibleNoise(0))
+        for some_inputs, some_targets in zip(inputs.chunk(pieces), targets.chunk(pieces), strict=True):
+            model.loss(model(some_inputs), some_targets).backward()
+        optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.net.parameters()]))
+    torch.testing.assert_close(*results)
+
+
+def test_a_frozen_parameter_leaves_the_sensitivity_and_never_moves():
+    model = gated_model()
+    whole = model.sensitivity().total
+    accumulate(model)
+    frozen = model.net.get_parameter("0.weight")
+    frozen.requires_grad_(False)
+    before = frozen.detach().clone()
+    optimizer = sgd(model)
+    optimizer.step()
+    assert "0.weight" not in model.sensitivity().per_parameter
+    assert model.sensitivity().total < whole
+    assert torch.equal(frozen, before), "a gradient left from before freezing must not be applied"
+
+
+def test_an_unused_parameter_is_never_moved_even_if_it_has_a_gradient():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used = nn.Linear(6, 3)
+            self.unused = nn.Linear(6, 3)
+
+        def forward(self, values):
+            return self.used(values)
+
+    torch.manual_seed(0)
+    net = Net()
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    before = net.unused.weight.detach().clone()
+    net.unused.weight.grad = torch.ones_like(net.unused.weight)
+    sgd(model).step()
+    assert torch.equal(net.unused.weight, before)
+
+
+def test_a_parameter_without_a_gradient_still_gets_noise():
+    model = gated_model()
+    before = model.net.get_parameter("2.weight").detach().clone()
+    sgd(model).step()
+    assert not torch.equal(model.net.get_parameter("2.weight"), before)
+
+
+def test_parameters_that_the_model_does_not_protect_are_refused():
+    model = gated_model()
+    foreign = nn.Parameter(torch.zeros(5))
+    with pytest.raises(PrivacyError, match=r"\(5,\)"):
+        CliplessDPOptimizer(model, torch.optim.SGD([*model.net.parameters(), foreign], lr=0.1), **SETTINGS)
+    optimizer = sgd(model)
+    with pytest.raises(PrivacyError, match="no bound"):
+        optimizer.add_param_group({"params": [foreign]})
+
+
+def test_parameter_groups_and_schedulers_work():
+    model = gated_model()
+    base = torch.optim.SGD([{"params": [model.net.get_parameter("0.weight")], "lr": 0.5}], lr=0.1)
+    optimizer = CliplessDPOptimizer(model, base, **SETTINGS)
+    optimizer.add_param_group({"params": [model.net.get_parameter("2.weight")]})
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.1)
+    optimizer.step()
+    scheduler.step()
+    assert [group["lr"] for group in base.param_groups] == pytest.approx([0.05, 0.01])
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_first_order_optimizers_can_be_wrapped(base):
+    model = gated_model()
+    optimizer = CliplessDPOptimizer(model, base(model.net.parameters(), lr=0.01), **SETTINGS)
+    before = model.net.get_parameter("0.weight").detach().clone()
+    accumulate(model)
+    optimizer.step()
+    assert not torch.equal(model.net.get_parameter("0.weight"), before)
+
+
+def test_a_closure_is_evaluated_once_and_its_value_returned():
+    model = gated_model()
+    inputs, targets = samples(5)
+    calls = []
+
+    def closure():
+        loss = model.loss(model(inputs), targets)
+        loss.backward()
+        calls.append(float(loss.detach()))
+        return calls[-1]
+
+    assert sgd(model).step(closure) == calls[0]
+    assert len(calls) == 1
+
+
+def test_lbfgs_is_refused():
+    model = gated_model()
+    with pytest.raises(ConfigurationError, match="LBFGS"):
+        CliplessDPOptimizer(model, torch.optim.LBFGS(model.net.parameters()), **SETTINGS)
+
+
+def test_grad_scaler_is_refused_with_the_reason():
+    model = gated_model()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu")
+    inputs, targets = samples(5)
+    scaler.scale(model.loss(model(inputs), targets)).backward()
+    with pytest.raises(PrivacyError, match="GradScaler"):
+        scaler.step(optimizer)
+    assert len(optimizer.accountant.history) == 0
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf, "1"])
+def test_a_noise_multiplier_out_of_range_is_refused(sigma):
+    with pytest.raises(ConfigurationError, match="noise_multiplier"):
+        sgd(gated_model(), noise_multiplier=sigma)
+
+
+@pytest.mark.parametrize("rate", [0.0, -0.1, 1.5, math.nan])
+def test_a_sample_rate_out_of_range_is_refused(rate):
+    with pytest.raises(ConfigurationError, match="sample_rate"):
+        sgd(gated_model(), sample_rate=rate)
+
+
+@pytest.mark.parametrize("changes", [{"dataset_size": 0}, {"dataset_size": 2.5}, {"sampling": "shuffled"}])
+def test_other_arguments_out_of_range_are_refused(changes):
+    with pytest.raises(ConfigurationError, match=next(iter(changes))):
+        sgd(gated_model(), **changes)
+
+
+def test_constraints_hold_after_every_step():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model = DPLipModel(
+        net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(), constraint=constraints.Spectral()
+    )
+    optimizer = sgd(model, noise_multiplier=20.0)
+    for _ in range(3):
+        accumulate(model)
+        optimizer.step()
+        for layer in (net[0], net[2]):
+            # float64 SVD of the stored matrix; its own rounding is below 1e-14.
+            assert torch.linalg.matrix_norm(layer.weight.detach().double(), ord=2) <= 1.0 + 1e-14
+
+
+def test_announced_poisson_draws_are_amplified_and_anything_else_is_not():
+    model = gated_model()
+    optimizer = sgd(model, sampling="announced")
+    for inputs, targets, mask in PoissonBatches(samples(40), sample_rate=0.25, steps=3):
+        optimizer.zero_grad()
+        model.loss(model(inputs), targets, mask).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.3, 0.25, 3)]
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.3, 0.25, 3), (1.3, 1.0, 1)]
+
+
+def test_draws_from_before_the_optimizer_existed_do_not_count():
+    list(PoissonBatches(samples(40), sample_rate=0.25, steps=5))
+    optimizer = sgd(gated_model(), sampling="announced")
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        optimizer.step()
+
+
+def test_a_draw_of_a_higher_rate_than_declared_is_refused_before_anything_is_released():
+    model = gated_model()
+    optimizer = sgd(model, sampling="announced")
+    before = model.net.get_parameter("0.weight").detach().clone()
+    next(iter(PoissonBatches(samples(40), sample_rate=0.5, steps=1)))
+    with pytest.raises(PrivacyError, match="sample rate 0.5"):
+        optimizer.step()
+    assert torch.equal(model.net.get_parameter("0.weight"), before)
+
+
+def test_sampling_none_charges_full_batches():
+    optimizer = sgd(gated_model(), sampling="none")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.3, 1.0, 1)]
+
+
+def test_the_state_round_trips_through_a_file_read_with_weights_only(tmp_path):
+    model = gated_model()
+    optimizer = CliplessDPOptimizer(model, torch.optim.Adam(model.net.parameters(), lr=0.1), **SETTINGS)
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = CliplessDPOptimizer(model, torch.optim.Adam(model.net.parameters(), lr=0.1), **SETTINGS)
+    other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert other.accountant.history == optimizer.accountant.history
+    assert other.steps_taken == 1
+    assert other.get_epsilon(1e-5) == optimizer.get_epsilon(1e-5)
+    first = model.net.get_parameter("0.weight")
+    torch.testing.assert_close(other.state[first]["exp_avg"], optimizer.state[first]["exp_avg"])
+
+
+def test_loading_an_older_state_never_forgets_what_was_spent():
+    model = gated_model()
+    optimizer = sgd(model)
+    optimizer.step()
+    early = optimizer.state_dict()
+    for _ in range(4):
+        optimizer.step()
+    spent = optimizer.get_epsilon(1e-5)
+    optimizer.load_state_dict(early)
+    assert optimizer.get_epsilon(1e-5) >= spent
+
+
+def test_a_state_without_a_ledger_is_refused():
+    model = gated_model()
+    plain = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match="ledger"):
+        sgd(model).load_state_dict(plain.state_dict())
+
+
+def test_an_accountant_object_may_be_given():
+    accountant = RDPAccountant()
+    optimizer = sgd(gated_model(), accountant=accountant)
+    optimizer.step()
+    assert optimizer.get_epsilon(1e-5) == float(accountant.get_epsilon(1e-5))
+
+
+def test_a_network_with_nothing_to_train_is_refused_at_the_step():
+    model = gated_model()
+    for parameter in model.net.parameters():
+        parameter.requires_grad_(False)
+    with pytest.raises(PrivacyError, match="nothing to train"):
+        sgd(model).step()

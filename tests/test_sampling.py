@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch.utils.data import DataLoader, TensorDataset
+
+from clipless_dp import ConfigurationError, PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp.sampling import as_tensors
+
+from .support import gated_model, samples
+
+
+def draws(count, rate, steps, **options):
+    return [np.asarray(d) for d in PoissonBatchSampler(count, sample_rate=rate, steps=steps, **options).draws()]
+
+
+@pytest.mark.parametrize(("count", "rate"), [(200, 0.1), (50, 0.9), (1000, 0.003)])
+def test_batch_sizes_are_binomial(count, rate):
+    sizes = [len(d) for d in draws(count, rate, 4000)]
+    edges = np.unique(stats.binom.ppf(np.linspace(0.02, 0.98, 12), count, rate)).astype(int)
+    observed = np.histogram(sizes, [-1, *(edges + 0.5), count + 1])[0]
+    expected = 4000 * np.diff([0.0, *stats.binom.cdf(edges, count, rate), 1.0])
+    # Fails by chance once in 10⁶ runs.
+    assert stats.chisquare(observed, expected).pvalue > 1e-6
+
+
+def test_every_sample_is_drawn_equally_often_and_pairs_independently():
+    count, rate, steps = 30, 0.3, 20_000
+    hits = np.zeros((steps, count))
+    for row, drawn in zip(hits, draws(count, rate, steps), strict=True):
+        row[drawn] = 1.0
+    deviation = math.sqrt(rate * (1 - rate) / steps)
+    # Six standard deviations over 30 samples and 435 pairs: below 1e-6 by chance.
+    assert np.abs(hits.mean(0) - rate).max() < 6 * deviation
+    correlations = np.corrcoef(hits.T)[np.triu_indices(count, 1)]
+    assert np.abs(correlations).max() < 6 / math.sqrt(steps)
+
+
+def test_no_sample_is_drawn_twice_in_one_batch():
+    assert all(len(np.unique(d)) == len(d) for d in draws(50, 0.8, 200))
+
+
+def test_a_rate_of_one_draws_everything():
+    assert all(np.array_equal(d, np.arange(9)) for d in draws(9, 1.0, 3))
+
+
+def test_seeded_draws_resume_at_any_step():
+    whole = draws(100, 0.2, 10, seed=4)
+    resumed = draws(100, 0.2, 10, seed=4, start=6)
+    assert all(np.array_equal(a, b) for a, b in zip(whole[6:], resumed, strict=True))
+
+
+def test_unseeded_draws_differ_whatever_is_seeded():
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    first = draws(1000, 0.5, 1)[0]
+    np.random.seed(0)  # noqa: NPY002
+    torch.manual_seed(0)
+    assert not np.array_equal(first, draws(1000, 0.5, 1)[0])
+
+
+def test_batches_have_one_static_shape_and_lose_nothing():
+    inputs = torch.arange(500.0).unsqueeze(1)
+    batches = PoissonBatches((inputs, torch.arange(500)), sample_rate=0.1, steps=200)
+    shapes = set()
+    for values, targets, mask in batches:
+        shapes.add(tuple(values.shape))
+        drawn = values[mask, 0].long()
+        assert torch.equal(drawn, targets[mask])
+        assert len(torch.unique(drawn)) == len(drawn) == int(mask.sum())
+    assert len(batches) == 200
+    # A second shape needs a draw four deviations above the mean: expected 0.006 times in 200 draws.
+    assert len(shapes) <= 2
+
+
+def test_an_over_full_draw_takes_a_multiple_of_rows_and_is_never_truncated():
+    data = (torch.arange(100.0).unsqueeze(1), torch.arange(100))
+    for values, _, mask in PoissonBatches(data, sample_rate=1.0, steps=2, physical_batch_size=32):
+        assert len(values) == 128
+        assert torch.equal(values[mask, 0], torch.arange(100.0))
+
+
+def test_pieces_of_a_batch_cover_it():
+    data = (torch.arange(100.0).unsqueeze(1), torch.arange(100))
+    (batch,) = PoissonBatches(data, sample_rate=1.0, steps=1, physical_batch_size=32)
+    pieces = list(batch.split(32))
+    assert [len(piece.inputs) for piece in pieces] == [32] * 4
+    assert torch.equal(torch.cat([piece.inputs[piece.mask, 0] for piece in pieces]), torch.arange(100.0))
+
+
+def test_empty_draws_are_yielded():
+    batches = PoissonBatches(samples(5), sample_rate=1e-6, steps=20)
+    assert [int(mask.sum()) for _, _, mask in batches] == [0] * 20
+
+
+def test_padding_contributes_nothing_even_when_the_mask_is_forgotten():
+    gradients = []
+    for size in (8, 64):
+        model = gated_model()
+        (batch,) = PoissonBatches(samples(8), sample_rate=1.0, steps=1, physical_batch_size=size)
+        model.loss(model(batch.inputs), batch.targets).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.net.parameters()]))
+    # Sums over 8 and 64 rows round differently in float32.
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_a_data_loader_with_the_sampler_also_yields_empty_batches():
+    dataset = TensorDataset(*samples(10))
+    sampler = PoissonBatchSampler(len(dataset), sample_rate=0.1, steps=60)
+    loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=poisson_collate(dataset))
+    model = gated_model()
+    sizes = []
+    for inputs, targets in loader:
+        assert inputs.shape[1:] == (6,)
+        model.loss(model(inputs), targets).backward()
+        sizes.append(len(inputs))
+    # An empty batch has probability 0.35: 60 draws without one, 1e-11.
+    assert len(sizes) == len(loader) == 60
+    assert 0 in sizes
+
+
+def test_collate_handles_nested_samples():
+    dataset = [{"image": torch.zeros(2), "pair": (1, torch.ones(3))}]
+    empty = poisson_collate(dataset)([])  # type: ignore[arg-type]
+    assert empty["image"].shape == (0, 2)
+    assert [part.shape for part in empty["pair"]] == [(0,), (0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sample_rate": 0.0}, "sample_rate"),
+        ({"sample_rate": 1.01}, "sample_rate"),
+        ({"steps": -1}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"start": 9}, "start"),
+        ({"dataset_size": 0}, "dataset_size"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(changes, message):
+    arguments = {"dataset_size": 10, "sample_rate": 0.5, "steps": 3, **changes}
+    with pytest.raises(ConfigurationError, match=message):
+        PoissonBatchSampler(arguments.pop("dataset_size"), **arguments)
+
+
+@pytest.mark.parametrize("data", [(torch.zeros(0, 3), torch.zeros(0)), (torch.zeros(3, 3), torch.zeros(2)), [], 5])
+def test_data_that_is_empty_or_does_not_match_is_refused(data):
+    with pytest.raises(ConfigurationError):
+        as_tensors(data)
+
+
+def test_a_map_style_data_set_is_stacked():
+    dataset = TensorDataset(*samples(4))
+    inputs, targets = as_tensors([dataset[index] for index in range(4)])
+    assert torch.equal(inputs, dataset.tensors[0])
+    assert torch.equal(targets, dataset.tensors[1])
+
+
+def test_integer_inputs_are_padded_with_zeros():
+    data = (torch.ones(3, 2, dtype=torch.uint8), torch.ones(3, dtype=torch.int64))
+    (batch,) = PoissonBatches(data, sample_rate=1.0, steps=1, physical_batch_size=4)
+    assert batch.inputs[3].tolist() == [0, 0]

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from accounting import PRVAccountant
+from clipless_dp import CheckpointError, ConfigurationError, DPLipModel, InputError, constraints, evaluate, fit, losses
+from clipless_dp import training as training_module
+from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
+
+from .support import gated_model, samples
+
+RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 6, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.net.parameters()])
+
+
+def constrained_model(dropout: float = 0.0):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 3))
+    return DPLipModel(
+        net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0), constraint=constraints.Orthogonal()
+    )
+
+
+def test_fit_spends_no_more_than_the_target_and_almost_all_of_it():
+    result = fit(gated_model(), samples(300), **{**RUN, "accountant": "prv"})
+    assert 0.98 * 4.0 < result.epsilon <= 4.0
+    again = PRVAccountant()
+    again.step(noise_multiplier=result.noise_multiplier, sample_rate=50 / 300, steps=result.steps)
+    assert float(again.get_epsilon(1e-3)) == result.epsilon
+
+
+def test_no_step_is_lost_when_the_batch_does_not_divide_the_data():
+    result = fit(gated_model(), samples(310), **{**RUN, "epochs": 3})
+    assert result.steps == 19  # ceil(3·310/50)
+    assert result.optimizer.accountant.history == [(result.noise_multiplier, 50 / 310, 19)]
+
+
+def test_fit_learns_a_separable_task():
+    train, test = samples(4000, seed=1), samples(500, seed=2)
+    model = gated_model()
+    before, _ = evaluate(model, test)
+    result = fit(model, train, **{**RUN, "batch_size": 400, "epochs": 10, "validation": test})
+    assert result.history[-1].accuracy is not None
+    # Chance is 1/3; ordinary training of this network reaches 0.95.
+    assert result.history[-1].accuracy > 0.75 > (before or 0.0)
+    assert len(result.history) == 10
+    assert "accuracy" in str(result)
+
+
+@pytest.mark.parametrize("build", [gated_model, lambda: constrained_model(0.1)], ids=["gated", "orthogonal"])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, monkeypatch, build):
+    data = samples(300)
+    settings = {**RUN, "reproducible_seed": 7}
+    whole = build()
+    expected = fit(whole, data, **settings)
+
+    honest = training_module._step
+    path = tmp_path / "run.pt"
+
+    def failing(run, batch, size):
+        if run.step == 20:
+            raise RuntimeError("power cut")
+        return honest(run, batch, size)
+
+    monkeypatch.setattr(training_module, "_step", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(build(), data, checkpoint=path, **settings)
+    monkeypatch.setattr(training_module, "_step", honest)
+    resumed = build()
+    result = fit(resumed, data, checkpoint=path, **settings)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert result.history == expected.history
+    assert result.steps == expected.steps
+    assert result.epsilon == expected.epsilon
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    model = gated_model()
+    first = fit(model, samples(300), checkpoint=tmp_path / "run.pt", **RUN)
+    trained = weights(model)
+    second = fit(model, samples(300), checkpoint=tmp_path / "run.pt", **RUN)
+    assert torch.equal(weights(model), trained)
+    assert second.epsilon == first.epsilon
+
+
+def test_an_interrupt_finishes_the_step_and_saves_it(tmp_path, monkeypatch):
+    honest = training_module._step
+
+    def interrupting(run, batch, size):
+        if run.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(run, batch, size)
+
+    monkeypatch.setattr(training_module, "_step", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", **RUN)
+    content = load_checkpoint(tmp_path / "run.pt")
+    assert content["optimizer"]["clipless_dp"]["steps_taken"] == 8
+
+
+def test_fit_works_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(fit(gated_model(), samples(100), **RUN)))
+    thread.start()
+    thread.join()
+    assert results[0].epsilon <= 4.0
+
+
+def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path):
+    path = tmp_path / "run.pt"
+    fit(gated_model(), samples(300), checkpoint=path, **RUN)
+    with pytest.raises(CheckpointError, match=r"run\.pt.*batch_size: 50 there, 60 here"):
+        fit(gated_model(), samples(300), checkpoint=path, **{**RUN, "batch_size": 60})
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a checkpoint", None], ids=["empty", "foreign", "truncated"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, {"settings": {}})
+    path.write_bytes(path.read_bytes()[:-100] if damage is None else damage)
+    with pytest.raises(CheckpointError, match=r"run\.pt"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path):
+    torch.save({"format": 99}, tmp_path / "new.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(CheckpointError, match="99"):
+        load_checkpoint(tmp_path / "new.pt")
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        load_checkpoint(tmp_path / "list.pt")
+
+
+def test_a_failed_write_leaves_the_old_checkpoint_and_no_litter(tmp_path):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, {"value": 1})
+    with pytest.raises(AttributeError):
+        save_checkpoint(path, {"value": lambda: None})
+    assert load_checkpoint(path)["value"] == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_checkpoints_hold_neither_seed_nor_generator_state(tmp_path):
+    fit(gated_model(), samples(100), checkpoint=tmp_path / "run.pt", reproducible_seed=123456789, **RUN)
+    content = load_checkpoint(tmp_path / "run.pt")
+    assert "123456789" not in repr(content)
+    assert set(content) == {"format", "settings", "model", "optimizer", "scheduler", "history"}
+
+
+def test_micro_batches_change_the_run_by_rounding_only():
+    results = []
+    for size in (None, 16):
+        model = gated_model()
+        fit(model, samples(300), micro_batch_size=size, reproducible_seed=1, **{**RUN, "epochs": 1})
+        results.append(weights(model))
+    # Six steps of float32 sums in another order.
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_another_base_optimizer_and_schedule_can_be_given():
+    result = fit(
+        gated_model(),
+        samples(300),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
+        scheduler=training_module.constant,
+        **RUN,
+    )
+    assert isinstance(result.optimizer.base_optimizer, torch.optim.Adam)
+    assert result.optimizer.param_groups[0]["lr"] == 0.01
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"epsilon": float("nan")}, "epsilon"),
+        ({"delta": 0.0}, "delta"),
+        ({"delta": 1.0}, "delta"),
+        ({"epochs": 0}, "epochs"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 301}, "300 samples"),
+        ({"micro_batch_size": 0}, "micro_batch_size"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(changes, message):
+    with pytest.raises(ConfigurationError, match=message):
+        fit(gated_model(), samples(300), **{**RUN, **changes})
+
+
+def test_data_that_does_not_fit_the_model_is_refused_before_calibration(monkeypatch):
+    monkeypatch.setattr(training_module, "calibrate_noise_multiplier", None)
+    with pytest.raises(InputError, match=r"batch, 6"):
+        fit(gated_model(), (torch.zeros(10, 5), torch.zeros(10, dtype=torch.int64)), **RUN)
+    with pytest.raises(InputError, match="int64"):
+        fit(gated_model(), (torch.zeros(10, 6, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)), **RUN)
+
+
+def test_a_regression_reports_a_loss_and_no_accuracy():
+    torch.manual_seed(0)
+    net = nn.Linear(6, 1)
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.Huber())
+    inputs, _ = samples(200)
+    data = (inputs, inputs.sum(1, keepdim=True))
+    result = fit(model, data, validation=data, **RUN)
+    assert result.history[-1].accuracy is None
+    assert result.history[-1].validation_loss is not None
