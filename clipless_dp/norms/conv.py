@@ -22,7 +22,7 @@ from clipless_dp.norms.geometry import (
     torus_size,
     window_reads,
 )
-from clipless_dp.norms.rounding import certified_arithmetic, enlarge, normalised, scale_up
+from clipless_dp.norms.rounding import certified_arithmetic, enlarge, exact_float64, normalised, scale_up
 from clipless_dp.norms.symbol import symbol_norm_bound
 
 
@@ -192,8 +192,7 @@ def _conv_norm(
         return 0.0
     sides = as_padding(padding, kernel_size, strides, dilations)
     extras = as_tuple(output_padding, axes, "output_padding", minimum=0)
-    scaled, exponent = normalised(weight)
-    kernel = scaled.reshape(count, -1, *scaled.shape[1:]) if scaled.numel() else scaled
+    kernel = exact_float64(weight)
     if input_size is None:
         _check_any_size(padding_mode, strides, dilations, kernel_size, sides)
         sizes = None
@@ -209,20 +208,19 @@ def _conv_norm(
         if windows < 1:
             raise NormError(f"no window fits: kernel_size={kernel_size} on input_size={sizes}")
         lines.append((axis._replace(size=windows), sizes[i]) if transposed else (axis, windows))
-    if kernel.numel() == 0 or not bool(kernel.any()):
+    if kernel.numel() == 0:
         return 0.0
+    kernel = kernel.reshape(count, -1, *kernel.shape[1:])
     if axes == 1:
         kernel = kernel.unsqueeze(-2)
         strides, dilations = (1, *strides), (1, *dilations)
         lines = [(Axis(1, 1, 1, 1, 0, 0), 1), *lines] if lines else []
     with certified_arithmetic(kernel):
         if not lines:
-            bound = _symbol_bound(kernel, strides, dilations, (None, None), effort)
-        elif padding_mode == "zeros":
-            bound = _zero_padded_bound(kernel, lines, effort)
-        else:
-            bound = _circular_bound(kernel, lines, effort)
-    return scale_up(bound, exponent)
+            return _symbol_bound(kernel, strides, dilations, (None, None), effort)
+        if padding_mode == "zeros":
+            return _zero_padded_bound(kernel, lines, effort)
+        return _circular_bound(kernel, lines, effort)
 
 
 def _check_any_size(
@@ -250,7 +248,8 @@ def _symbol_bound(
     effort: Effort,
 ) -> float:
     """Symbol of the polyphase kernel; `torus` counts pixels of the reduced circle of each axis."""
-    return symbol_norm_bound(_polyphase(kernel, strides, dilations), torus, effort)
+    scaled, exponent = normalised(kernel)
+    return scale_up(symbol_norm_bound(_polyphase(scaled, strides, dilations), torus, effort), exponent)
 
 
 def _polyphase(kernel: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
@@ -272,7 +271,7 @@ def _zero_padded_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort
     high, wide = (cut_to_incidence(axis, windows) for axis, windows in lines)
     if high is None or wide is None:
         return 0.0
-    # Scaled again, because the taps that are left may be far smaller than those that were cut off.
+    # Scaled only now, because the taps that are left may be far smaller than those that were cut off.
     kernel, exponent = normalised(_cut_kernel(_cut_kernel(kernel, high, -2), wide, -1))
     if not bool(kernel.any()):
         return 0.0
@@ -351,7 +350,8 @@ def _circular_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort: E
         rows, columns = (window_reads(axis, windows) % axis.size for axis, windows in lines)
         size = (high.size, wide.size)
         if _explicit_flops(kernel, rows, columns, size) <= effort.explicit_flops:
-            return matrix_norm_bound(_explicit(kernel, rows, columns, size), effort)
+            scaled, exponent = normalised(kernel)
+            return scale_up(matrix_norm_bound(_explicit(scaled, rows, columns, size), effort), exponent)
 
     strides, torus, repeats, copies, padded = [], [], 1, 1, []
     for axis, windows in lines:

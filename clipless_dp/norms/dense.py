@@ -9,7 +9,7 @@ from torch import Tensor
 from clipless_dp.errors import NormError
 from clipless_dp.norms.budget import Budget, Effort, effort_of
 from clipless_dp.norms.eigenvalue import largest_eigenvalue_bound
-from clipless_dp.norms.rounding import certified_arithmetic, enlarge, gamma, normalised, scale_up
+from clipless_dp.norms.rounding import certified_arithmetic, enlarge, exact_float64, gamma, normalised, scale_up
 
 
 def dense_norm(weight: Tensor, *, budget: Budget = "balanced") -> float:
@@ -40,7 +40,7 @@ def dense_norm(weight: Tensor, *, budget: Budget = "balanced") -> float:
     effort = effort_of(budget)
     if not isinstance(weight, Tensor) or weight.ndim != 2:
         raise NormError("a dense weight is a tensor of shape (out, in)")
-    scaled, exponent = normalised(weight)
+    scaled, exponent = normalised(exact_float64(weight))
     return scale_up(matrix_norm_bound(scaled[None], effort), exponent)
 
 

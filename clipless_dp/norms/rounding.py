@@ -54,43 +54,55 @@ def certified_arithmetic(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def normalised(weight: Tensor, name: str = "weight") -> tuple[Tensor, int]:
-    """The weight in float64, divided by a power of two that brings its largest entry into [1/2, 1).
+def exact_float64(weight: Tensor, name: str = "weight") -> Tensor:
+    """The weight in float64, detached; every floating-point type converts exactly.
 
-    Every floating-point type converts to float64 exactly and dividing by a power of two is exact, except
-    that entries more than 2¹⁰⁷³ times smaller than the largest become zero. That moves the norm by less
-    than `√(size)·2⁻¹⁰⁷³` where the norm is at least 1/2: far inside every later rounding allowance. Entries
-    that the hardware itself reads as zero (subnormals under `torch.set_flush_denormal(True)`) count as
-    zero.
+    Entries that the hardware itself reads as zero (subnormals under `torch.set_flush_denormal(True)`) count as
+    zero. Devices without float64 hand over to the CPU.
 
     Args:
         weight: Any shape, any strides, any floating-point type.
         name: How the error calls it.
 
-    Returns:
-        The scaled tensor and the exponent `e`: `weight = scaled * 2**e`. An all-zero or empty weight comes
-        back unscaled with exponent 0.
-
     Raises:
         NormError: if the weight is no dense real floating-point tensor, or holds a NaN or an infinity.
     """
-    if not isinstance(weight, Tensor) or weight.layout != torch.strided or not weight.dtype.is_floating_point:
-        raise NormError(f"{name} must be a dense tensor of a real floating-point type")
-    if weight.numel() == 0:
-        return weight.detach().to(torch.float64), 0
-    if weight.device.type not in ("cpu", "cuda"):
-        weight = weight.detach().to("cpu")
-    with certified_arithmetic(weight):
-        exact = weight.detach().to(torch.float64)
-        low, high = torch.aminmax(exact)
-        largest = max(-float(low), float(high))
-        if not math.isfinite(largest):
-            raise NormError(f"{name} holds a NaN or an infinity; its operator norm has no bound")
-        if largest == 0.0:
-            return exact, 0
-        exponent = math.frexp(largest)[1]
-        if abs(exponent) < 1000:
-            return exact * math.ldexp(1.0, -exponent), exponent
-        # In two steps, because 2**-exponent itself may lie outside float64.
-        half = exponent // 2
-        return exact * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent), exponent
+    if weight.layout != torch.strided or not weight.dtype.is_floating_point:
+        raise NormError(f"{name} must be a dense tensor of a real floating-point type, got {weight.dtype}")
+    device = weight.device if weight.device.type in ("cpu", "cuda") else torch.device("cpu")
+    exact = weight.detach().to(device).to(torch.float64)
+    if not math.isfinite(_largest(exact)):
+        raise NormError(f"{name} holds a NaN or an infinity; its operator norm has no bound")
+    return exact
+
+
+def normalised(exact: Tensor) -> tuple[Tensor, int]:
+    """Divides by the power of two that brings the largest entry into [1/2, 1).
+
+    The division is exact, except that entries more than 2¹⁰⁷³ times smaller than the largest become
+    zero. That moves the norm by less than `√(size)·2⁻¹⁰⁷³` where the norm is at least 1/2: far inside
+    every later rounding allowance, as is every underflow after it.
+
+    Args:
+        exact: A finite float64 tensor.
+
+    Returns:
+        The scaled tensor and the exponent `e`: `exact = scaled * 2**e`; an all-zero or empty tensor unchanged.
+    """
+    largest = _largest(exact)
+    if largest == 0.0:
+        return exact, 0
+    exponent = math.frexp(largest)[1]
+    if abs(exponent) < 1000:
+        return exact * math.ldexp(1.0, -exponent), exponent
+    # In two steps, because 2**-exponent itself may lie outside float64.
+    half = exponent // 2
+    return exact * math.ldexp(1.0, -half) * math.ldexp(1.0, half - exponent), exponent
+
+
+def _largest(exact: Tensor) -> float:
+    """Size of the largest entry, 0.0 for an empty tensor; NaN if any entry is."""
+    if exact.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(exact)
+    return max(-float(low), float(high))

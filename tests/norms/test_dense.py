@@ -75,9 +75,7 @@ def test_default_is_within_a_thousandth_on_gaussian_512() -> None:
 
 @pytest.mark.parametrize("shape", [(512, 512), (128, 784), (784, 128)])
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_float32_orthogonal_matrices_are_certified_within_a_thousandth(
-    shape: tuple[int, int], budget: str
-) -> None:
+def test_float32_orthogonal_matrices_are_certified_within_a_thousandth(shape: tuple[int, int], budget: str) -> None:
     torch.manual_seed(0)
     weight = torch.linalg.qr(torch.randn(max(shape), min(shape)))[0]
     weight = weight if shape[0] >= shape[1] else weight.T
@@ -178,9 +176,7 @@ def test_a_certificate_touches_neither_the_weight_nor_its_graph_nor_the_random_s
 
 
 @pytest.mark.parametrize("answer", [0.0, 1e-3, 1.0, 1e9, math.inf, math.nan])
-def test_a_lying_guide_cannot_push_a_bound_below_the_truth(
-    answer: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lying_guide_cannot_push_a_bound_below_the_truth(answer: float, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = torch.randn(170, 190)
     truth = spectral(weight)

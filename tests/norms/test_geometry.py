@@ -63,9 +63,7 @@ def test_same_padding_puts_the_odd_pixel_where_torch_does() -> None:
 
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_output_size_equals_torch_pooling(ceil_mode: bool) -> None:
-    for size, kernel, stride, dilation in itertools.product(
-        range(1, 12), range(1, 5), range(1, 5), range(1, 3)
-    ):
+    for size, kernel, stride, dilation in itertools.product(range(1, 12), range(1, 5), range(1, 5), range(1, 3)):
         for padding in range(kernel // 2 + 1):
             try:
                 expected = functional.max_pool1d(
@@ -73,13 +71,9 @@ def test_output_size_equals_torch_pooling(ceil_mode: bool) -> None:
                 ).shape[-1]
             except RuntimeError:
                 with pytest.raises(NormError):
-                    output_size(
-                        size, kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode
-                    )
+                    output_size(size, kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode)
                 continue
-            got = output_size(
-                size, kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode
-            )
+            got = output_size(size, kernel, stride=stride, padding=padding, dilation=dilation, ceil_mode=ceil_mode)
             assert got == (expected,)
 
 

@@ -34,9 +34,7 @@ def conv_matrix(
     kernel = weight.to(torch.float64)
     if transposed:
         run = functional.conv_transpose2d if axes == 2 else functional.conv_transpose1d
-        images = run(
-            units, kernel, stride=stride, dilation=dilation, groups=groups, output_padding=output_padding
-        )
+        images = run(units, kernel, stride=stride, dilation=dilation, groups=groups, output_padding=output_padding)
         for axis, (low, high) in enumerate(sides):
             room = images.shape[2 + axis] - low - high
             if room < 1:

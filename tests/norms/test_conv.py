@@ -1,0 +1,276 @@
+"""The certified norm of a convolution is never below the truth, and close above it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import NormError
+from clipless_dp.norms import budget as budgets
+from clipless_dp.norms import conv1d_norm, conv2d_norm, coverage, dense_norm
+from tests.norms.convolutions import KINDS, random_cases
+from tests.norms.truth import (
+    TRUTH_ROUNDING,
+    conv_matrix,
+    exactly_bounds,
+    lanczos_conv_norm,
+    spectral,
+)
+
+BUDGETS = ("cheap", "balanced", "tight")
+
+
+@pytest.fixture
+def never_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small convolutions are certified from their matrix; this sends them through the symbol as well."""
+    for name, effort in list(budgets._EFFORTS.items()):
+        monkeypatch.setitem(budgets._EFFORTS, name, dataclasses.replace(effort, explicit_flops=0.0))
+
+
+def assert_never_below(count: int, seed: int, largest: int) -> None:
+    for case in random_cases(count, seed, largest):
+        for budget in BUDGETS:
+            bound = conv2d_norm(case.weight, input_size=case.size, budget=budget, **case.arguments())
+            assert bound >= case.truth * (1.0 - TRUTH_ROUNDING), (case, budget)
+            assert math.isfinite(bound)
+            try:
+                everywhere = conv2d_norm(case.weight, input_size=None, budget=budget, **case.arguments())
+            except NormError:
+                assert case.padding_mode == "circular"
+            else:
+                assert everywhere >= case.truth * (1.0 - TRUTH_ROUNDING), (case, budget, "any size")
+
+
+def test_no_bound_is_below_the_truth_for_any_geometry() -> None:
+    assert_never_below(250, seed=0, largest=7)
+
+
+@pytest.mark.usefixtures("never_written_out")
+def test_no_symbol_or_coverage_bound_is_below_the_truth_for_any_geometry() -> None:
+    assert_never_below(250, seed=1, largest=7)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("never_written_out")
+@pytest.mark.parametrize("seed", range(2, 6))
+def test_no_symbol_or_coverage_bound_is_below_the_truth_in_a_long_search(seed: int) -> None:
+    assert_never_below(1000, seed=seed, largest=11)
+
+
+@pytest.mark.usefixtures("never_written_out")
+@pytest.mark.parametrize("kind", KINDS)
+def test_tiny_maps_are_bounded_in_exact_rational_arithmetic(kind: str) -> None:
+    torch.manual_seed(0)
+    for shape, size, sides in [
+        ((1, 1, 3, 3), (2, 2), ((1, 1), (1, 1))),
+        ((1, 2, 2, 2), (2, 1), ((0, 1), (1, 1))),
+        ((2, 1, 1, 3), (1, 3), ((0, 0), (1, 1))),
+    ]:
+        weight = KINDS[kind](shape)
+        matrix = conv_matrix(weight, size, sides)
+        for budget in BUDGETS:
+            bound = conv2d_norm(weight, input_size=size, padding=sides, budget=budget)  # type: ignore[arg-type]
+            assert exactly_bounds(bound, matrix)
+
+
+def test_default_is_within_two_percent_on_gaussian_64_channels_of_32_by_32() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(64, 64, 3, 3)
+    # Lanczos approaches the truth from below, so the true gap is smaller still.
+    reached = lanczos_conv_norm(weight, (32, 32), padding=1, steps=25)
+    assert reached <= conv2d_norm(weight, input_size=(32, 32), padding=1) <= 1.02 * reached
+
+
+@pytest.mark.usefixtures("never_written_out")
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (4, 6), (6, 4)])
+def test_circular_convolutions_are_exact_on_their_own_torus(stride: int, dilation: int) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3, 2, 3, 3)
+    padding = dilation
+    matrix = conv_matrix(
+        weight,
+        (12, 12),
+        ((padding, padding),) * 2,
+        stride=stride,
+        dilation=dilation,
+        padding_mode="circular",
+    )
+    bound = conv2d_norm(
+        weight,
+        input_size=(12, 12),
+        padding=padding,
+        stride=stride,
+        dilation=dilation,
+        padding_mode="circular",
+        budget="tight",
+    )
+    # 1e-9 of slack for the search; the grid of 12 frequencies is evaluated in full.
+    assert bound <= spectral(matrix) * (1.0 + 1e-8)
+
+
+def test_small_maps_are_exact_at_the_tight_budget() -> None:
+    for case in random_cases(40, seed=8, largest=5):
+        if case.padding_mode == "zeros":
+            bound = conv2d_norm(case.weight, input_size=case.size, budget="tight", **case.arguments())
+            assert bound <= case.truth * (1.0 + 1e-8)
+
+
+@pytest.mark.usefixtures("never_written_out")
+def test_a_bound_for_any_size_covers_large_maps_and_is_close_to_them() -> None:
+    torch.manual_seed(0)
+    for kind in ("gaussian", "constant", "checkerboard", "wave"):
+        weight = KINDS[kind]((2, 1, 3, 3))
+        bound = conv2d_norm(weight, input_size=None)
+        truth = spectral(conv_matrix(weight, (26, 26), ((1, 1), (1, 1))))
+        # A 26-pixel window loses about (π/26)²/2 per axis on a smooth peak; the grid costs at most 1 %.
+        assert truth * (1.0 - TRUTH_ROUNDING) <= bound <= truth * 1.04
+
+
+def test_unit_kernels_have_the_norm_of_their_matrix() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 5, 1, 1)
+    # The same matrix through two routes, each with a slack of at most 1e-9.
+    assert conv2d_norm(weight, input_size=None) == pytest.approx(dense_norm(weight[..., 0, 0]), rel=1e-8)
+
+
+@pytest.mark.usefixtures("never_written_out")
+def test_stride_lets_only_the_taps_of_one_class_meet() -> None:
+    # A 2×2 mean of stride 2 has norm 1/2; without the polyphase split its symbol reaches 1.
+    weight = torch.full((1, 1, 2, 2), 0.25)
+    assert conv2d_norm(weight, input_size=(8, 8), stride=2) == pytest.approx(0.5, rel=1e-9)
+    assert conv2d_norm(weight, input_size=None, stride=2) == pytest.approx(0.5, rel=1e-9)
+
+
+def test_a_transposed_convolution_has_the_norm_of_its_adjoint() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 3, 3, 3)
+    forward = conv2d_norm(weight, input_size=(9, 9), stride=2, padding=1)
+    backward = conv2d_norm(weight, input_size=(5, 5), stride=2, padding=1, transposed=True)
+    assert forward == backward
+
+
+def test_the_norm_of_groups_is_the_largest_of_theirs() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(6, 2, 3, 3)
+    alone = [conv2d_norm(part, input_size=(6, 6), padding=1, budget="tight") for part in weight.split(2)]
+    together = conv2d_norm(weight, input_size=(6, 6), padding=1, groups=3, budget="tight")
+    # Two searches with a slack of 1e-9 each.
+    assert together == pytest.approx(max(alone), rel=1e-8)
+
+
+def test_one_dimensional_convolutions_are_bounded() -> None:
+    torch.manual_seed(0)
+    for kernel, size, stride, dilation, padding, transposed in [
+        (3, 10, 1, 1, (1, 1), False),
+        (4, 9, 2, 1, (1, 2), False),
+        (5, 12, 3, 2, (4, 4), False),
+        (3, 5, 2, 1, (1, 1), True),
+        (7, 2, 1, 1, (3, 3), False),
+    ]:
+        weight = torch.randn(3, 2, kernel)
+        matrix = conv_matrix(weight, (size,), (padding,), stride=stride, dilation=dilation, transposed=transposed)
+        options: dict[str, Any] = {
+            "stride": stride,
+            "dilation": dilation,
+            "padding": (padding,),
+            "transposed": transposed,
+        }
+        for budget in BUDGETS:
+            bound = conv1d_norm(weight, input_size=size, budget=budget, **options)  # type: ignore[arg-type]
+            assert bound >= spectral(matrix) * (1.0 - TRUTH_ROUNDING)
+        assert conv1d_norm(weight, input_size=None, **options) >= spectral(matrix) * (1.0 - TRUTH_ROUNDING)
+
+
+def test_every_way_to_give_a_padding_means_the_same() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(2, 2, 3, 5)
+    expected = conv2d_norm(weight, input_size=(7, 8), padding=((1, 1), (2, 2)))
+    assert conv2d_norm(weight, input_size=(7, 8), padding=(1, 2)) == expected
+    assert conv2d_norm(weight, input_size=(7, 8), padding="same") == expected
+    assert conv2d_norm(weight, input_size=(7, 8), padding="valid") == conv2d_norm(weight, input_size=(7, 8))
+
+
+def test_a_huge_tap_that_meets_only_padding_does_not_hide_the_others() -> None:
+    weight = torch.full((1, 1, 1, 3), 1e-200, dtype=torch.float64)
+    weight[..., 0] = 1e200
+    matrix = torch.tensor([[1e-200]], dtype=torch.float64)
+    for budget in BUDGETS:
+        bound = conv2d_norm(weight, input_size=(1, 1), padding=(0, 1), budget=budget)  # type: ignore[arg-type]
+        assert exactly_bounds(bound, matrix)
+        assert bound < 1.001e-200
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
+@pytest.mark.usefixtures("never_written_out")
+def test_types_scales_and_strides_of_memory_do_not_matter(dtype: torch.dtype, scale: float) -> None:
+    torch.manual_seed(0)
+    weight = (torch.randn(3, 3, 4, 4) * scale).to(dtype).permute(3, 1, 0, 2)
+    if not bool(torch.isfinite(weight).all()):
+        pytest.skip("the type cannot hold this scale")
+    truth = spectral(conv_matrix(weight.double(), (5, 5), ((1, 1), (1, 1))))
+    for budget in BUDGETS:
+        bound = conv2d_norm(weight, input_size=(5, 5), padding=1, budget=budget)  # type: ignore[arg-type]
+        assert bound >= truth * (1.0 - TRUTH_ROUNDING)
+        assert bound == conv2d_norm(weight.contiguous(), input_size=(5, 5), padding=1, budget=budget)  # type: ignore[arg-type]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert bound == conv2d_norm(weight, input_size=(5, 5), padding=1, budget=budget)  # type: ignore[arg-type]
+
+
+def test_the_cheap_bound_is_the_coverage_bound() -> None:
+    weight = torch.full((1, 1, 5, 5), 1.0)
+    # On a 2×2 map every pixel meets at most four windows and every window at most four pixels of nine taps.
+    assert coverage((2, 2), 5, padding=2) == 4
+    bound = conv2d_norm(weight, input_size=(2, 2), padding=2, budget="cheap")
+    assert bound == pytest.approx(2.0 * 3.0, rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 3, 3), (2, 0, 3, 3), (2, 3, 0, 3)])
+def test_an_empty_or_zero_kernel_has_norm_zero(shape: tuple[int, ...]) -> None:
+    assert conv2d_norm(torch.zeros(shape), input_size=(4, 4)) == 0.0
+    assert conv2d_norm(torch.zeros(2, 3, 3, 3), input_size=None) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"padding_mode": "reflect"}, "padding_mode"),
+        ({"padding_mode": "replicate"}, "padding_mode"),
+        ({"padding_mode": "circular", "padding": 7}, "circular padding"),
+        ({"padding_mode": "circular", "transposed": True}, "transposed"),
+        ({"padding_mode": "circular", "input_size": None, "stride": 2}, "input_size"),
+        ({"padding": "same", "stride": 2}, "same"),
+        ({"padding": "full"}, "padding"),
+        ({"padding": "same", "transposed": True}, "transposed"),
+        ({"groups": 3}, "groups"),
+        ({"groups": 0}, "groups"),
+        ({"stride": 0}, "stride"),
+        ({"dilation": (1, 2, 3)}, "dilation"),
+        ({"input_size": (2, 2)}, "no window fits"),
+        ({"input_size": (6,)}, "input_size"),
+        ({"budget": "none"}, "budget"),
+    ],
+)
+def test_malformed_convolutions_get_a_typed_error(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"input_size": (6, 6), **changes}
+    with pytest.raises(NormError, match=message):
+        conv2d_norm(torch.ones(4, 2, 3, 3), **arguments)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_non_finite_kernel_gets_a_typed_error_even_where_it_meets_no_pixel(bad: float) -> None:
+    weight = torch.ones(1, 1, 3, 3)
+    weight[0, 0, 0, 0] = bad
+    with pytest.raises(NormError, match="NaN or an infinity"):
+        conv2d_norm(weight, input_size=(1, 1), padding=1)
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 2), torch.ones(2, 2, 3), torch.ones(2, 2, 3, 3).int()])
+def test_anything_but_a_real_kernel_gets_a_typed_error(weight: Tensor) -> None:
+    with pytest.raises(NormError):
+        conv2d_norm(weight, input_size=(6, 6))
