@@ -14,7 +14,7 @@ from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, P
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
-from clipless_dp.tracing import TracedNet, is_leaf, trace
+from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
 from clipless_dp.tracker import Relation, Sensitivity, SensitivityTracker, parameter_device_and_dtype
 
 
@@ -102,6 +102,11 @@ class DPLipModel(nn.Module):
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
         self._kept: tuple[object, Sensitivity] | None = None
+        self._leaves = [
+            _Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
+            for node in traced.tensor_nodes()
+            if node.op == "call_module"
+        ]
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Runs the gated network.
@@ -168,7 +173,7 @@ class DPLipModel(nn.Module):
         Raises:
             PrivacyError: a submodule was replaced after wrapping, or a bound is not finite.
         """
-        self._check_structure()
+        self._follow_changes()
         limits = self._limits()
         key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in self.net.parameters()))
         if self._kept is not None and self._kept[0] == key:
@@ -218,13 +223,21 @@ class DPLipModel(nn.Module):
             name: self._constraints[name].limit for name, stamp in self._projected.items() if self._stamp(name) == stamp
         }
 
-    def _check_structure(self) -> None:
-        for node in self._traced.module.graph.nodes:
-            if node.op == "call_module" and self._traced.leaf(node) is not _submodule(self.net, str(node.target)):
+    def _follow_changes(self) -> None:
+        """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
+        for leaf in self._leaves:
+            if leaf.find(self.net) is not leaf.module or is_hooked(leaf.module):
                 raise PrivacyError(
-                    f"the module {node.target!r} of model.net was replaced after wrapping: the bounds are not its own. "
-                    "Wrap the changed network in a new DPLipModel"
+                    f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
+                    "bounds are not its own. Wrap the changed network in a new DPLipModel"
                 )
+        if any(id(parameter) not in self._traced.names for parameter in self.net.parameters()):
+            raise PrivacyError(
+                "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
+            )
+        if any(leaf.settings() != leaf.known for leaf in self._leaves):
+            self._trace(*parameter_device_and_dtype(self.net))
+            self.settle_()
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch's shape, dtype or device is not the model's."""
@@ -255,7 +268,7 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_kept", "_projected"}
+        derived = {"_traced", "_tracker", "_graph", "_kept", "_projected", "_leaves"}
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -264,10 +277,25 @@ class DPLipModel(nn.Module):
         self.settle_()
 
 
-def _submodule(net: nn.Module, path: str) -> nn.Module | None:
-    if is_leaf(net):
-        return net
-    try:
-        return net.get_submodule(path)
-    except AttributeError:
-        return None
+class _Leaf:
+    """A bounded module, where it was found, and the settings that its bounds rest on."""
+
+    def __init__(self, path: tuple[str, ...], module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self._names = [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, (int, float, str, tuple)) and name != "training"
+        ]
+        self.known = self.settings()
+
+    def settings(self) -> list[Any]:
+        values = vars(self.module)
+        return [values.get(name) for name in self._names]
+
+    def find(self, net: nn.Module) -> nn.Module | None:
+        found: nn.Module | None = net
+        for name in self.path:
+            found = None if found is None else found._modules.get(name)
+        return found

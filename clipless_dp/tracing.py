@@ -56,14 +56,14 @@ class TracedNet:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if find_rule(m) is not None or parametrize.is_parametrized(m):
-            return True
-        return type(m).__module__.startswith("torch.nn") and not isinstance(m, _CONTAINERS)
+        return is_leaf(m)
 
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether a module is bounded as one piece rather than traced through."""
-    return _Tracer().is_leaf_module(module, "")
+    if find_rule(module) is not None or parametrize.is_parametrized(module):
+        return True
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, _CONTAINERS)
 
 
 def symbolic_trace(net: nn.Module) -> fx.GraphModule:
@@ -164,7 +164,7 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
                 )
             elif find_rule(leaf) is None:
                 yield unsupported_module(str(node.target), leaf)
-            elif _hooked(leaf):
+            elif is_hooked(leaf):
                 yield Unsupported(str(node.target), type(leaf).__name__, "its hooks may change values; remove them")
         elif node.op in ("call_function", "call_method"):
             if _about_shapes(node) or find_function_rule(node.target) is not None:
@@ -176,7 +176,8 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
             )
 
 
-def _hooked(leaf: nn.Module) -> bool:
+def is_hooked(leaf: nn.Module) -> bool:
+    """Whether hooks may change what a module computes."""
     return bool(leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks)
 
 
