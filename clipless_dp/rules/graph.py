@@ -43,7 +43,9 @@ def reshape_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     "neg",
 )
 def rearrangement_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
-    """``Y = X``, ``K = 1``."""
+    """``Y = X``, ``K = 1``: reshapes, permutations of axes, sign changes."""
+    if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
+        raise RuleError("reading the bits of a value as another dtype has no bound")
     return LayerBounds(output_norm=lambda: context.input_norm)
 
 
