@@ -67,7 +67,7 @@ def conv2d_norm(
     small.
 
     Source: H. Sedghi, V. Gupta and P. Long, ICLR 2019 (symbol); Y. Tsuzuku, I. Sato and M. Sugiyama,
-    "Lipschitz-margin training", NeurIPS 2018, §3 (the coverage bound); the reduction below is elementary.
+    "Lipschitz-margin training", NeurIPS 2018 (the coverage bound); the reduction below is elementary.
 
     Guarantee: each of the three holds for the exact real operator, rounding included.
 
@@ -291,12 +291,10 @@ def _zero_padded_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort
         forward = matrix_norm_bound(kernel.flatten(2), effort)
         backward = matrix_norm_bound(kernel.transpose(1, 2).flatten(2), effort)
         bounds += [enlarge(math.sqrt(by_input) * forward), enlarge(math.sqrt(by_output) * backward)]
-    if effort.factorise:
-        torus = [
-            math.ceil(torus_size(cut) / (cut.dilation // math.gcd(cut.stride, cut.dilation))) for cut in (high, wide)
-        ]
-        strides, dilations = (high.stride, wide.stride), (high.dilation, wide.dilation)
-        bounds.append(_symbol_bound(kernel, strides, dilations, (torus[0], torus[1]), effort))
+    steps = [cut.dilation // math.gcd(cut.stride, cut.dilation) for cut in (high, wide)]
+    torus = (math.ceil(torus_size(high) / steps[0]), math.ceil(torus_size(wide) / steps[1]))
+    strides, dilations = (high.stride, wide.stride), (high.dilation, wide.dilation)
+    bounds.append(_symbol_bound(kernel, strides, dilations, torus, effort))
     return scale_up(min(bounds), exponent)
 
 
@@ -363,11 +361,9 @@ def _circular_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort: E
         length = axis.size + axis.low + axis.high
         copies *= math.ceil(length / axis.size)
         padded.append((axis._replace(size=length, low=0, high=0), windows))
-    bound = math.inf
-    if effort.factorise:
-        dilations = [axis.dilation for axis, _ in lines]
-        bound = _symbol_bound(kernel, strides, dilations, (torus[0], torus[1]), effort)
-        bound = enlarge(bound * math.sqrt(repeats))
-    if not effort.factorise or strides != [axis.stride for axis, _ in lines]:
+    dilations = [axis.dilation for axis, _ in lines]
+    bound = _symbol_bound(kernel, strides, dilations, (torus[0], torus[1]), effort)
+    bound = enlarge(bound * math.sqrt(repeats))
+    if strides != [axis.stride for axis, _ in lines]:
         bound = min(bound, enlarge(math.sqrt(copies) * _zero_padded_bound(kernel, padded, effort)))
     return bound

@@ -81,7 +81,8 @@ def trace_bounds(grams: Tensor) -> tuple[Tensor, Tensor]:
     """Bounds of the largest eigenvalue that need the traces of S and S² only, and a lower guide.
 
     Args:
-        grams: Shape (batch, r, r) as in :func:`largest_eigenvalue_bound`.
+        grams: Shape (batch, r, r) as in :func:`largest_eigenvalue_bound`, contiguous. Its diagonal is changed
+            for a while and restored bit by bit.
 
     Returns:
         `upper`, certified, and `lower`, a guide without certificate; float64 of shape (batch,).
@@ -104,10 +105,13 @@ def trace_bounds(grams: Tensor) -> tuple[Tensor, Tensor]:
     diagonal = grams.diagonal(dim1=-2, dim2=-1).real
     trace = diagonal.abs().sum(-1)
     centre = diagonal.mean(-1)
-    deviation = grams.clone()
-    deviation.diagonal(dim1=-2, dim2=-1).sub_(centre[:, None])
-    drift = deviation.diagonal(dim1=-2, dim2=-1).real.mean(-1)
-    spread = frobenius_bound(deviation)
+    shifted = diagonal - centre[:, None]
+    drift = shifted.mean(-1)
+    # A copy would cost as much as the sums, so the diagonal is lent out and put back.
+    kept = diagonal.clone()
+    diagonal.copy_(shifted)
+    spread = frobenius_bound(grams)
+    diagonal.copy_(kept)
     shrink = (1.0 - 1.0 / size) ** 0.5
     upper = (centre + drift.abs() + shrink * spread) * (1.0 + gamma(0)) + gamma(2 * size) * trace
     square = spread.square() + size * centre.square()
@@ -119,7 +123,7 @@ def cholesky_certifies(grams: Tensor, level: float) -> Tensor:
     """Whether `level·I - S` factorises, which proves `λ_max(S) <= level·(1 + r·8(r+4)u)`.
 
     Args:
-        grams: Shape (batch, r, r); the lower triangle is read.
+        grams: Shape (batch, r, r); the lower triangle is read. Overwritten, which saves a copy.
         level: A positive number, at least every diagonal entry's size up to rounding.
 
     Returns:
@@ -135,7 +139,7 @@ def cholesky_certifies(grams: Tensor, level: float) -> Tensor:
     `2u·level`, `λ_max(S) ≤ level + ‖ΔA‖ + 2u·level ≤ level·(1 + r·8(r+4)u)`. The factor 8 covers complex
     arithmetic and diagonal entries that rounding made slightly negative.
     """
-    shifted = -grams
+    shifted = grams.neg_()
     shifted.diagonal(dim1=-2, dim2=-1).add_(level)
     factor, info = torch.linalg.cholesky_ex(shifted)
     certain: Tensor = (info == 0) & (factor.diagonal(dim1=-2, dim2=-1).real.amin(-1) > 0.0)

@@ -23,7 +23,7 @@ def gram_iteration_bound(matrices: Tensor, rounds: int = 6) -> Tensor:
     `‖M‖ ≤ ‖H_T‖_F^(2^-T)`. Every `H_t` is first divided by a power of two, which is exact.
 
     Source: T. Delattre et al., "Efficient Bound of Lipschitz Constant for Convolutional Layers by Gram
-    Iteration", ICML 2023, §3; the treatment of rounding is added here.
+    Iteration", ICML 2023; the treatment of rounding is added here.
 
     Guarantee: the computed `Ĝ = fl(H Hᴴ)` satisfies `|Ĝ - H Hᴴ| ≤ γ_n |H||H|ᵀ` entry by entry, whose
     operator norm is at most `γ_n‖H‖_F²`. Hence `‖H‖² ≤ ‖Ĝ‖ + γ_n‖H‖_F²`, which is unwound from the last

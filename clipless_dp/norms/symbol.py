@@ -36,15 +36,16 @@ def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effo
     cost, the grid's maximum is divided by `cos(π(T-1)/(2M))` per axis, T being the number of taps.
 
     Source: H. Sedghi, V. Gupta and P. Long, "The singular values of convolutional layers", ICLR 2019,
-    Theorem 6, for the symbol. M. Riesz's lemma, in A. Zygmund, *Trigonometric Series*, vol. II, ch. X, for
-    the grid.
+    Theorem 6, for the symbol; M. Riesz, "Eine trigonometrische Interpolationsformel und einige
+    Ungleichungen für Polynome", Jahresbericht der DMV 23 (1914), for the grid.
 
-    Guarantee: *Grid.* Let `S = sup‖K̂‖`, attained at `ω*` with unit vectors u, v, and fix all axes but one.
-    Times a unit phase, `u*K̂v` is a trigonometric sum of frequencies within ±(T-1)/2 around its centre; its
-    real part f is bounded by S and reaches it at `ω*`. By the lemma `f(ω*+h) ≥ S·cos(h(T-1)/2)` while the
-    argument is below π/2; some grid point has `|h| ≤ π/M`. The same argument on the next axis starts from
-    that value. *Rounding.* The phases are found from exact integers modulo the grid, to 24u (a library
-    cosine within 4 units in the last place is assumed). With n products in each entry of `C_δ` and D
+    Guarantee: *Grid.* Let `S = sup‖K̂‖`, attained at `ω*` with unit vectors u, v; fix all axes but one.
+    Times a unit phase and centred, `u*K̂v` is a trigonometric sum of frequencies within ±m, `m = (T-1)/2`,
+    on that axis, and its real part f is bounded by S and equals S at `ω*`. The Bernstein–Szegő inequality
+    `f'² + m²f² ≤ m²S²` says that `arccos(f/S)` changes by at most m per unit, so `f(ω*+h) ≥ S·cos(mh)`
+    while `m|h| ≤ π/2`, and some grid point has `|h| ≤ π/M`. The same argument on the next axis starts from
+    that value. *Rounding.* The phases are found from exact integers modulo the grid and are good to 24u, if
+    the library's cosine is within 4 units in the last place. With n products in each entry of `C_δ` and D
     differences, each entry of the computed Gram matrix errs by at most `8(n+D+16)u·Σ_{t,s}|K_t||K_s|ᵀ`,
     whose operator norm is at most `8(n+D+16)u·(Σ_t‖K_t‖_F)² ≤ 8(n+D+16)u·T·‖K‖_F²`, T counting all taps.
     """

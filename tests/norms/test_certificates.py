@@ -75,8 +75,8 @@ def test_cholesky_refuses_a_level_below_the_largest_eigenvalue_and_accepts_one_a
     largest = torch.linalg.eigvalsh(grams)[:, -1]
     for i in range(len(grams)):
         # A shift of 1e-9 is far above the factorisation's own error, 8(r+4)u·r < 2e-13.
-        assert not bool(cholesky_certifies(grams[i : i + 1], float(largest[i]) * (1.0 - 1e-9))[0])
-        assert bool(cholesky_certifies(grams[i : i + 1], float(largest[i]) * (1.0 + 1e-9))[0])
+        assert not bool(cholesky_certifies(grams[i : i + 1].clone(), float(largest[i]) * (1.0 - 1e-9))[0])
+        assert bool(cholesky_certifies(grams[i : i + 1].clone(), float(largest[i]) * (1.0 + 1e-9))[0])
 
 
 def test_outward_rounding_never_rounds_down() -> None:

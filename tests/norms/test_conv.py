@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from clipless_dp.errors import NormError
 from clipless_dp.norms import budget as budgets
 from clipless_dp.norms import conv1d_norm, conv2d_norm, coverage, dense_norm
+from clipless_dp.norms.conv import _zero_padded_bound
+from clipless_dp.norms.geometry import Axis
 from tests.norms.convolutions import KINDS, random_cases
 from tests.norms.truth import (
     TRUTH_ROUNDING,
@@ -76,6 +80,22 @@ def test_tiny_maps_are_bounded_in_exact_rational_arithmetic(kind: str) -> None:
         for budget in BUDGETS:
             bound = conv2d_norm(weight, input_size=size, padding=sides, budget=budget)  # type: ignore[arg-type]
             assert exactly_bounds(bound, matrix)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.floats(-4.0, 4.0, width=16), min_size=18, max_size=18),
+    st.sampled_from([(1, 1), (1, 2), (2, 1), (2, 2)]),
+    st.sampled_from(BUDGETS),
+)
+def test_symbol_and_coverage_bounds_hold_in_exact_rational_arithmetic(
+    taps: list[float], size: tuple[int, int], budget: str
+) -> None:
+    weight = torch.tensor(taps, dtype=torch.float64).reshape(1, 2, 3, 3)
+    effort = dataclasses.replace(budgets.effort_of(budget), explicit_flops=0.0)
+    lines = [(Axis(n, 3, 1, 1, 1, 1), n) for n in size]
+    bound = _zero_padded_bound(weight[None], lines, effort)
+    assert exactly_bounds(bound, conv_matrix(weight, size, ((1, 1), (1, 1))))
 
 
 def test_default_is_within_two_percent_on_gaussian_64_channels_of_32_by_32() -> None:
@@ -222,12 +242,57 @@ def test_types_scales_and_strides_of_memory_do_not_matter(dtype: torch.dtype, sc
             assert bound == conv2d_norm(weight, input_size=(5, 5), padding=1, budget=budget)  # type: ignore[arg-type]
 
 
-def test_the_cheap_bound_is_the_coverage_bound() -> None:
+def test_the_coverage_of_a_tiny_map_tightens_the_cheap_bound() -> None:
     weight = torch.full((1, 1, 5, 5), 1.0)
-    # On a 2×2 map every pixel meets at most four windows and every window at most four pixels of nine taps.
+    # On a 2×2 map every pixel meets four windows, and only nine of the taps meet any pixel: √4·√9.
+    # The symbol alone gives the sum of the nine.
     assert coverage((2, 2), 5, padding=2) == 4
     bound = conv2d_norm(weight, input_size=(2, 2), padding=2, budget="cheap")
-    assert bound == pytest.approx(2.0 * 3.0, rel=1e-9)
+    assert bound == pytest.approx(6.0, rel=1e-9)
+
+
+@pytest.mark.usefixtures("never_written_out")
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_many_wide_groups_are_all_bounded(budget: str) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(3 * 170, 180, 1, 1)
+    weight[170:340] *= 1.5
+    truth = spectral(weight[170:340, :, 0, 0])
+    bound = conv2d_norm(weight, input_size=(4, 4), groups=3, budget=budget)  # type: ignore[arg-type]
+    assert bound >= truth * (1.0 - TRUTH_ROUNDING)
+
+
+@pytest.mark.usefixtures("never_written_out")
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_one_loud_frequency_among_many_equal_ones_is_found(budget: str) -> None:
+    # A shift has the same norm at every frequency; a weak wave lifts one of them a little.
+    size, kernel = 16, 5
+    weight = torch.zeros(4, 4, kernel, kernel, dtype=torch.float64)
+    weight[..., 2, 2] = torch.eye(4)
+    offsets = torch.arange(kernel) - 2
+    wave = torch.cos(2.0 * math.pi * (3 * offsets[:, None] + 5 * offsets[None, :]) / size)
+    weight[0, 0] += 0.01 * wave
+    matrix = conv_matrix(weight, (size, size), ((2, 2), (2, 2)), padding_mode="circular")
+    arguments: dict[str, Any] = {"input_size": (size, size), "padding": 2, "padding_mode": "circular"}
+    bound = conv2d_norm(weight, budget=budget, **arguments)  # type: ignore[arg-type]
+    truth = spectral(matrix)
+    assert truth > 1.1
+    assert bound >= truth * (1.0 - TRUTH_ROUNDING)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_weights_on_a_gpu_are_bounded_whatever_tf32_is_set_to() -> None:
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        weight = torch.randn(32, 16, 3, 3, device="cuda")
+        expected = conv2d_norm(weight.cpu(), input_size=(12, 12), padding=1)
+        # Two certificates with a slack of 2.5e-4 each, from different libraries.
+        assert conv2d_norm(weight, input_size=(12, 12), padding=1) == pytest.approx(expected, rel=1e-3)
+        matrix = torch.randn(300, 400, device="cuda")
+        assert dense_norm(matrix) >= spectral(matrix.cpu()) * (1.0 - TRUTH_ROUNDING)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 3, 3), (2, 0, 3, 3), (2, 3, 0, 3)])
