@@ -1,0 +1,248 @@
+"""The configurations under attack: every rule, on shapes where it is easy to get wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipless_dp import layers
+from tests.soundness.attack import Case, Traced
+
+
+def _linear(name: str, features: tuple[int, int], shape: tuple[int, ...], *, bias: bool = True) -> Case:
+    attained = (("layer.weight", 0.999),) + ((("layer.bias", 0.999),) if bias else ())
+    return Case(name, lambda: nn.Linear(*features, bias=bias), shape, attained=attained)
+
+
+def _conv(
+    name: str,
+    channels: tuple[int, int],
+    kernel: int | tuple[int, int],
+    size: tuple[int, int],
+    *,
+    weight: float | None = 0.7,
+    **options: Any,
+) -> Case:
+    attained = (("layer.bias", 0.999),) if options.get("bias", True) else ()
+    if weight is not None:
+        attained = (("layer.weight", weight), *attained)
+    return Case(name, lambda: nn.Conv2d(*channels, kernel, **options), (channels[0], *size), attained=attained)
+
+
+def _function(name: str, function: Callable[[Tensor], Tensor], shape: tuple[int, ...], **options: Any) -> Case:
+    return Case(name, lambda: Traced(function), shape, **options)
+
+
+LINEAR_CASES = (
+    _linear("linear", (6, 5), (6,)),
+    _linear("linear, wide output", (3, 8), (3,)),
+    _linear("linear, one number", (1, 1), (1,)),
+    _linear("linear, no bias", (5, 4), (5,), bias=False),
+    _linear("linear on 5 tokens", (4, 3), (5, 4)),
+    _linear("linear on 2×3 positions", (4, 3), (2, 3, 4)),
+)
+
+# √N is attained by an input whose pixels all lie in N windows, each offset of which sees the same pattern. Where
+# borders are as wide as the map no input is like that: such a geometry has weight=None and is only held to 1.
+CONV_CASES = (
+    _conv("conv 3×3, padding 1", (2, 3), 3, (8, 8), padding=1),
+    _conv("conv 5×5, valid", (1, 2), 5, (14, 14), padding="valid"),
+    _conv("conv 5×5, padding 2", (1, 2), 5, (12, 12), padding=2),
+    _conv("conv 5×5 on a 3×3 map", (2, 2), 5, (3, 3), padding=2),
+    _conv("conv 2×2, padding 'same'", (1, 2), 2, (6, 6), padding="same"),
+    _conv("conv 4×3, padding 'same', dilation 2", (1, 2), (4, 3), (9, 9), padding="same", dilation=2),
+    _conv("conv 3×3, stride 2, padding 1", (2, 2), 3, (9, 9), padding=1, stride=2),
+    _conv("conv 4×4, stride 2", (1, 2), 4, (12, 12), stride=2),
+    _conv("conv 5×5, stride 2, padding 2", (1, 2), 5, (12, 12), stride=2, padding=2),
+    _conv("conv 5×5, stride 4, few pixels covered twice", (1, 1), 5, (21, 21), stride=4),
+    _conv("conv 2×2, stride 3", (1, 2), 2, (8, 8), stride=3),
+    _conv("conv 3×3, dilation 2, stride 2", (1, 2), 3, (13, 13), stride=2, dilation=2),
+    _conv(
+        "conv 3×3, dilation 3, stride 2, padding 3", (1, 2), 3, (10, 10), stride=2, dilation=3, padding=3, weight=None
+    ),
+    _conv("conv 3×1, stride (1, 2)", (2, 2), (3, 1), (9, 7), stride=(1, 2), padding=(1, 0)),
+    _conv("conv 3×3, groups 2", (4, 4), 3, (8, 8), padding=1, groups=2),
+    _conv("conv 3×3, depthwise", (3, 3), 3, (8, 8), padding=1, groups=3),
+    _conv("conv 1×1", (3, 2), 1, (4, 4)),
+    _conv("conv 3×3 on one pixel", (2, 2), 3, (1, 1), padding=1),
+    _conv("conv 3×3, no bias", (2, 2), 3, (8, 8), padding=1, bias=False),
+)
+
+ACTIVATION_CASES = (
+    Case("ReLU", nn.ReLU, (6,)),
+    Case("ReLU in place", lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True)), (6,)),
+    Case("LeakyReLU", lambda: nn.LeakyReLU(0.2), (6,)),
+    Case("LeakyReLU, slope 3", lambda: nn.LeakyReLU(3.0), (6,)),
+    Case("LeakyReLU, slope -2", lambda: nn.LeakyReLU(-2.0), (6,)),
+    Case("tanh", nn.Tanh, (6,)),
+    Case("tanh, saturated", nn.Tanh, (6,), input_norm=50.0),
+    Case("identity", nn.Identity, (3, 2)),
+    Case("GroupSort 2", lambda: layers.GroupSort(2), (6,)),
+    Case("GroupSort 3", lambda: layers.GroupSort(3), (6,)),
+    Case("GroupSort 4 on maps", lambda: layers.GroupSort(4), (4, 3, 3)),
+    Case("MaxMin on maps", layers.MaxMin, (4, 3, 3)),
+    Case("MaxMin on tokens", lambda: layers.MaxMin(dim=-1), (3, 4)),
+    Case("Householder", lambda: layers.Householder(4), (4,), attained=(("layer.theta", 0.9),)),
+    Case("Householder on maps", lambda: layers.Householder(2), (2, 3, 3), attained=(("layer.theta", 0.999),)),
+    Case("Householder on tokens", lambda: layers.Householder(4, dim=-1), (3, 4)),
+    Case("centering", layers.LayerCentering, (2, 3, 3)),
+    Case("centering of each channel", lambda: layers.LayerCentering((-2, -1)), (2, 3, 3)),
+    Case("centering over channels", lambda: layers.LayerCentering((1,)), (4, 2)),
+)
+
+POOLING_CASES = (
+    Case("max pooling 2", lambda: nn.MaxPool2d(2), (2, 6, 6)),
+    Case("max pooling 3, stride 1", lambda: nn.MaxPool2d(3, stride=1), (1, 6, 6)),
+    Case("max pooling 3, stride 2, padding 1", lambda: nn.MaxPool2d(3, 2, padding=1), (2, 7, 7)),
+    Case("max pooling 3, stride 2, ceil_mode", lambda: nn.MaxPool2d(3, 2, ceil_mode=True), (1, 6, 6)),
+    Case("max pooling 2, dilation 2", lambda: nn.MaxPool2d(2, 1, dilation=2), (1, 6, 6)),
+    Case("average pooling 2", lambda: nn.AvgPool2d(2), (2, 6, 6)),
+    Case("average pooling 3, stride 1, padding 1", lambda: nn.AvgPool2d(3, 1, padding=1), (1, 6, 6)),
+    Case(
+        "average pooling without counting padding",
+        lambda: nn.AvgPool2d(3, 1, padding=1, count_include_pad=False),
+        (1, 4, 4),
+    ),
+    Case("average pooling 3, stride 2, ceil_mode", lambda: nn.AvgPool2d(3, 2, ceil_mode=True), (1, 6, 6)),
+    Case("average pooling, divisor 1", lambda: nn.AvgPool2d(2, 1, divisor_override=1), (1, 5, 5)),
+    Case("adaptive average pooling to 1", lambda: nn.AdaptiveAvgPool2d(1), (2, 5, 4)),
+    Case("adaptive average pooling 7×5 to 3×2", lambda: nn.AdaptiveAvgPool2d((3, 2)), (1, 7, 5)),
+    Case("adaptive average pooling upwards", lambda: nn.AdaptiveAvgPool2d((5, None)), (1, 3, 4)),
+    Case("L2-norm pooling 2", lambda: layers.L2NormPool2d(2), (2, 6, 6)),
+    Case("L2-norm pooling 3, stride 1, padding 1", lambda: layers.L2NormPool2d(3, 1, 1), (1, 6, 6)),
+)
+
+GATE_CASES = (
+    Case("ball projection that bites", lambda: layers.BallProjection(0.5), (5,), input_norm=2.0),
+    Case("ball projection that does not", lambda: layers.BallProjection(5.0), (5,), input_norm=2.0),
+    Case("sphere scaling", lambda: layers.SphereScaling(1.0, floor=0.1), (2, 3), input_norm=2.0),
+    Case("sphere scaling under its floor", lambda: layers.SphereScaling(2.0, floor=10.0), (5,)),
+    Case("cotangent gate that bites", lambda: layers.CotangentGate(0.3), (5,)),
+    Case("cotangent gate that does not", lambda: layers.CotangentGate(5.0), (5,)),
+    Case("normalising cotangent gate", lambda: layers.CotangentGate(0.5, mode="normalize", floor=0.1), (5,)),
+    Case("normalising cotangent gate, floor above G", lambda: layers.CotangentGate(3.0, "normalize", 4.0), (5,)),
+    Case(
+        "normalising cotangent gate that lifts",
+        lambda: layers.CotangentGate(0.5, mode="normalize", floor=0.01),
+        (5,),
+        cotangent_norm=0.05,
+    ),
+    Case(
+        "gates around a linear layer",
+        lambda: nn.Sequential(
+            nn.Linear(4, 6), layers.SphereScaling(1.0), nn.Linear(6, 5), layers.CotangentGate(0.5), nn.Linear(5, 3)
+        ),
+        (4,),
+    ),
+)
+
+DROPOUT_CASES = (
+    Case("dropout 0.5", lambda: nn.Dropout(0.5), (6,)),
+    Case("dropout 0.9", lambda: nn.Dropout(0.9), (6,)),
+    Case("dropout of channels", lambda: nn.Dropout2d(0.5), (4, 3, 3)),
+)
+
+
+class Tied(nn.Module):
+    """One linear layer used three times, its weight also serving another layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.second = nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, values: Tensor) -> Tensor:
+        values = self.first(self.first(values)) + self.first(values)
+        return self.second(values)  # type: ignore[no-any-return]
+
+
+class Parallel(nn.Module):
+    """One linear layer applied twice to one value: both uses see the same signals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Linear(4, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.shared(values) + self.shared(values)  # type: ignore[no-any-return]
+
+
+class TiedConvolutions(nn.Module):
+    """One kernel at two strides and paddings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fine = nn.Conv2d(1, 1, 3, padding=1)
+        self.coarse = nn.Conv2d(1, 1, 3, stride=2)
+        self.coarse.weight = self.fine.weight
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.coarse(self.fine(values))  # type: ignore[no-any-return]
+
+
+class FanOut(nn.Module):
+    """One value with three consumers, joined by concatenation and a mean."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        stem = self.stem(values)
+        return torch.cat([self.left(stem), self.right(stem), 0.5 * stem], dim=1)
+
+
+GRAPH_CASES = (
+    Case("residual sum", lambda: layers.Residual(nn.Linear(5, 5)), (5,)),
+    Case("residual of a residual", lambda: layers.Residual(layers.Residual(nn.Linear(4, 4))), (4,)),
+    Case("residual of the identity", lambda: layers.Residual(nn.Identity()), (4,)),
+    Case("convex residual", lambda: layers.ConvexResidual(nn.Linear(5, 5), alpha=0.3), (5,)),
+    Case("fan-out and concatenation", FanOut, (4,)),
+    Case("tied linear layers", Tied, (4,)),
+    Case("linear layer used twice", Parallel, (4,), attained=(("layer.shared.weight", 0.999),)),
+    Case("tied convolutions", TiedConvolutions, (1, 7, 7)),
+    Case(
+        "linear across tokens",
+        lambda: nn.Sequential(Traced(lambda x: x.transpose(1, 2)), nn.Linear(3, 2), nn.Flatten(), nn.Linear(8, 3)),
+        (3, 4),
+    ),
+    _function("sum with itself", lambda x: x + x, (4,)),
+    _function("difference", lambda x: x - functional.relu(x), (4,)),
+    _function("torch.add and torch.sub", lambda x: torch.add(torch.sub(x, -x), x), (4,)),
+    _function("scalar multiples", lambda x: (2.5 * x - x * 3.0) / 0.25, (4,)),
+    _function("torch.mul and torch.div", lambda x: torch.div(torch.mul(x, -3), 0.5), (4,)),
+    _function("mean over one axis", lambda x: x.mean(1), (3, 4)),
+    _function("mean over positions", lambda x: torch.mean(x, dim=(2, 3)), (2, 3, 3)),
+    _function("mean, keepdim", lambda x: x.mean(-1, keepdim=True), (3, 4)),
+    _function("concatenation with itself", lambda x: torch.cat([x, x, torch.relu(x)], dim=-1), (4,)),
+    _function("stack", lambda x: torch.stack([x, -x], dim=1), (4,)),
+    _function("flatten and view", lambda x: x.flatten(1).view(x.size(0), 2, -1), (2, 4, 3)),
+    _function("reshape and permute", lambda x: x.permute(0, 3, 1, 2).reshape(x.shape[0], -1), (2, 4, 3)),
+    _function("transpose and unflatten", lambda x: x.transpose(1, 2).unflatten(1, (2, 2)), (3, 4)),
+    _function("swapaxes and unsqueeze", lambda x: torch.swapaxes(x, 1, 2).unsqueeze(1).contiguous(), (3, 4)),
+    Case("flatten and unflatten modules", lambda: nn.Sequential(nn.Flatten(), nn.Unflatten(1, (4, 3))), (2, 3, 2)),
+    _function("functional activations", lambda x: torch.tanh(functional.relu(x)) + torch.abs(x).neg(), (5,)),
+    _function("functional max pooling", lambda x: functional.max_pool2d(x, 3, stride=1, padding=1), (1, 5, 5)),
+    _function("functional average pooling", lambda x: functional.avg_pool2d(x, 3, stride=2, padding=1), (1, 5, 5)),
+    _function("functional adaptive pooling", lambda x: functional.adaptive_avg_pool2d(x, (2, 3)), (2, 5, 4)),
+)
+
+CASES = (
+    *LINEAR_CASES,
+    *CONV_CASES,
+    *ACTIVATION_CASES,
+    *POOLING_CASES,
+    *GATE_CASES,
+    *DROPOUT_CASES,
+    *GRAPH_CASES,
+)
+
+
+def case_named(name: str) -> Case:
+    """The case of that name."""
+    return next(case for case in CASES if case.name == name)

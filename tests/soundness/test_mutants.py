@@ -1,0 +1,233 @@
+"""Each classic mistake in a bound is caught by the attack that the unchanged library withstands."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipless_dp import gates, model, tracker
+from clipless_dp.norms import operators
+from clipless_dp.rules import activations, conv, graph, linear, pooling
+from clipless_dp.rules import gates as gate_rules
+from tests.soundness.attack import BoundBroken, add_or_remove_one, attack, wrap
+from tests.soundness.cases import case_named
+from tests.soundness.mutation import Mutant
+
+Sweep = tracker._Sweep
+
+MUTANTS = (
+    (Mutant("√N dropped", conv, "conv2d_rule", "math.sqrt(windows) *", "1.0 *"), "conv 3×3, padding 1"),
+    (
+        Mutant("√P forgotten on a map's bias", conv, "conv2d_rule", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'),
+        "conv 3×3, padding 1",
+    ),
+    (
+        Mutant("√P forgotten in a map's norm", conv, "conv2d_rule", "shift = math.sqrt(positions) *", "shift ="),
+        "conv 5×5 on a 3×3 map",
+    ),
+    (
+        Mutant("√T forgotten", linear, "linear_rule", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'),
+        "linear on 5 tokens",
+    ),
+    (
+        Mutant("√T forgotten in the tokens' norm", linear, "linear_rule", "shift = math.sqrt(positions) *", "shift ="),
+        "linear on 5 tokens",
+    ),
+    (
+        Mutant("bias forgotten in the norm", linear, "linear_rule", "context.input_norm + shift", "context.input_norm"),
+        "linear",
+    ),
+    (
+        Mutant("a halved bound, linear", Sweep, "sensitivity", "own.append(scale *", "own.append(0.5 * scale *"),
+        "linear",
+    ),
+    (
+        Mutant("a halved bound, conv", Sweep, "sensitivity", "own.append(scale *", "own.append(0.5 * scale *"),
+        "conv 4×4, stride 2",
+    ),
+    (
+        Mutant(
+            "weight norm forgotten backwards",
+            linear,
+            "linear_rule",
+            'lipschitz=lambda: context.norm("weight", weight),',
+            "",
+        ),
+        "linear",
+    ),
+    (
+        Mutant("residual's K forgotten", graph, "sum_function_rule", "lipschitz=(1.0, 1.0)", "lipschitz=(1.0, 0.0)"),
+        "residual sum",
+    ),
+    (
+        Mutant(
+            "residual's Y forgotten", graph, "sum_function_rule", "sum(context.input_norms())", "context.input_norm"
+        ),
+        "residual sum",
+    ),
+    (
+        Mutant(
+            "fan-out not added",
+            Sweep,
+            "cotangent",
+            "total += self._passed_back(consumer, position)",
+            "total = max(total, self._passed_back(consumer, position))",
+        ),
+        "residual of the identity",
+    ),
+    (
+        Mutant("shared parameters not summed", Sweep, "sensitivity", "per_parameter.get(key, 0.0) +", "0.0 +"),
+        "linear layer used twice",
+    ),
+    (
+        Mutant("dropout's 1/(1-p) forgotten", activations, "dropout_rule", "1.0 / (1.0 - module.p)", "1.0"),
+        "dropout 0.5",
+    ),
+    (
+        Mutant(
+            "cotangent gate removed",
+            model.DPLipModel,
+            "_run",
+            "outputs = cotangent_gate(outputs, self.cotangent_norm)",
+            "",
+        ),
+        "linear",
+    ),
+    (
+        Mutant(
+            "input gate removed",
+            model.DPLipModel,
+            "_run",
+            "input_gate(inputs, self.input_norm)",
+            "(inputs, torch.ones(len(inputs), dtype=torch.bool))",
+        ),
+        "linear",
+    ),
+    (
+        Mutant("inner gate's cap ignored", gates.BallProjection, "forward", "self.radius", "2.0 * self.radius"),
+        "ball projection that bites",
+    ),
+    (
+        Mutant("sphere's slope forgotten", gate_rules, "sphere_scaling_rule", ", lipschitz=stretch", ""),
+        "sphere scaling",
+    ),
+    (
+        Mutant(
+            "normalising taken for clipping", gate_rules, "cotangent_gate_rule", 'module.mode == "normalize"', "False"
+        ),
+        "normalising cotangent gate that lifts",
+    ),
+    (
+        Mutant("leaky slope forgotten", activations, "leaky_relu_rule", "max(1.0, abs(module.negative_slope))", "1.0"),
+        "LeakyReLU, slope 3",
+    ),
+    (
+        Mutant("tanh's cap without its √n", activations, "_tanh", "math.sqrt(math.prod(context.input_shape))", "1.0"),
+        "tanh, saturated",
+    ),
+    (
+        Mutant(
+            "Householder's angle halved",
+            activations,
+            "householder_rule",
+            '{"theta": lambda: context.input_norm}',
+            '{"theta": lambda: 0.5 * context.input_norm}',
+        ),
+        "Householder on maps",
+    ),
+    (
+        Mutant("√N dropped in max pooling", pooling, "_window_bounds", "math.sqrt(windows)", "1.0"),
+        "max pooling 3, stride 1",
+    ),
+    (
+        Mutant("average overlap in average pooling", pooling, "_average_bounds", "columns.max()", "columns.min()"),
+        "average pooling 3, stride 1, padding 1",
+    ),
+    (
+        Mutant("√n taken for n in a mean", graph, "mean_function_rule", "math.sqrt(ratio)", "ratio"),
+        "mean over one axis",
+    ),
+    (
+        Mutant(
+            "largest part taken for a concatenation",
+            graph,
+            "concatenation_function_rule",
+            "math.hypot(*context.input_norms())",
+            "max(context.input_norms())",
+        ),
+        "stack",
+    ),
+    (
+        Mutant("factor below one forgotten", graph, "scale_function_rule", "1.0 / factor", "factor"),
+        "torch.mul and torch.div",
+    ),
+)
+
+
+@pytest.mark.parametrize(("mutant", "name"), MUTANTS, ids=lambda value: getattr(value, "name", value))
+def test_the_attack_catches(mutant: Mutant, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_named(name)
+    attack(case, singular=True)
+    mutant.apply(monkeypatch)
+    with pytest.raises(BoundBroken):
+        attack(case, singular=True)
+
+
+def test_the_attack_catches_an_average_in_place_of_the_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_named("conv 5×5, stride 4, few pixels covered twice")
+    attack(case)
+
+    def average(size: tuple[int, int], kernel: tuple[int, int], **geometry: object) -> float:
+        windows = [(pixels - taps) // 4 + 1 for pixels, taps in zip(size, kernel, strict=True)]
+        return math.prod(windows) * math.prod(kernel) / math.prod(size)
+
+    monkeypatch.setattr(conv, "coverage", average)
+    with pytest.raises(BoundBroken, match=r"layer\.weight"):
+        attack(case)
+
+
+@pytest.mark.parametrize(("function", "name"), [("dense_norm", "linear"), ("conv2d_norm", "conv 3×3, no bias")])
+def test_the_attack_catches_power_iteration_in_place_of_the_certificate(
+    function: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = case_named(name)
+    attack(case)
+
+    def power_iteration(weight: Tensor, **geometry: object) -> float:
+        if weight.dim() == 2:
+            matrix = weight.detach()
+        else:
+            matrix = torch.autograd.functional.jacobian(
+                lambda x: torch.nn.functional.conv2d(x, weight, padding=1).flatten(),
+                torch.zeros(1, 2, 8, 8, dtype=weight.dtype),
+            ).reshape(-1, 128)
+        vector = torch.ones(matrix.shape[1], dtype=matrix.dtype)
+        for _ in range(3):
+            vector = matrix.T @ (matrix @ (vector / vector.norm()))
+        return math.sqrt(float(vector.norm()))
+
+    monkeypatch.setattr(operators, function, power_iteration)
+    with pytest.raises(BoundBroken, match=r"shift|input"):
+        attack(case)
+
+
+def test_removing_an_outlier_catches_gates_that_see_the_batch_instead_of_its_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(1)
+    net = torch.nn.Linear(4, 3).double()
+    inputs = torch.randn(1, 4, dtype=torch.float64).repeat(6, 1)
+    targets = torch.randn(1, 3, dtype=torch.float64).repeat(6, 1)
+    inputs[-1] *= -1e6
+    targets[-1] *= 1e6
+    add_or_remove_one(wrap(net, (4,)), inputs, targets)
+
+    def of_the_batch(values: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(values).expand(len(values))
+
+    monkeypatch.setattr(gates, "sample_norms", of_the_batch)
+    with pytest.raises(BoundBroken):
+        add_or_remove_one(wrap(net, (4,)), inputs, targets)
