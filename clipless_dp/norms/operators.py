@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from clipless_dp.norms.conv import conv2d_norm
 from torch import Tensor
 
+from clipless_dp.norms.conv import conv2d_norm
 from clipless_dp.norms.dense import dense_norm
 
 Sides = tuple[tuple[int, int], tuple[int, int]]
