@@ -20,6 +20,9 @@ GateMode = Literal["clip", "normalize"]
 _LONG_SUM = 1 << 16
 """Rows longer than this have their norm accumulated in float64, so that the slack stays below 1 %."""
 
+_LARGEST_NORM = 1e18
+"""The square still fits float32 with room for the products of the backward pass."""
+
 
 def rounding_slack(entries: int, dtype: torch.dtype = torch.float32) -> float:
     """Upper bound of ``‖gated‖ / cap`` for a gate evaluated in floating point.
@@ -55,6 +58,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _per_sample(factors: Tensor, like: Tensor) -> Tensor:
     return factors.reshape(-1, *([1] * (like.dim() - 1)))
+
+
+def without_overflow(values: Tensor) -> Tensor:
+    """Samples of norm above 1e18, or without one, become zero: their squares could overflow, forwards or backwards."""
+    usable = sample_norms(values.detach()) <= _LARGEST_NORM
+    return torch.where(_per_sample(usable, values), values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 def clip_factors(norms: Tensor, limit: float) -> Tensor:
@@ -125,7 +134,8 @@ class BallProjection(nn.Module):
         ConfigurationError: the radius is not a finite number of at least 1e-8.
 
     Guarantee:
-        ``‖y‖ ≤ r·rounding_slack(entries)`` whatever the input, and ``‖y‖ ≤ ‖x‖``.
+        ``‖y‖ ≤ r·rounding_slack(entries)`` whatever the input, and ``‖y‖ ≤ ‖x‖``. A sample of norm above 1e18, or
+        without a finite norm, becomes zero.
     """
 
     def __init__(self, radius: float = 1.0) -> None:
@@ -134,6 +144,7 @@ class BallProjection(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Projects each sample."""
+        values = without_overflow(values)
         return values * _per_sample(clip_factors(sample_norms(values), self.radius), values).to(values.dtype)
 
     def extra_repr(self) -> str:
@@ -155,7 +166,8 @@ class SphereScaling(nn.Module):
         ConfigurationError: radius or floor is not a finite number of at least 1e-8.
 
     Guarantee:
-        ``‖y‖ ≤ r·rounding_slack(entries)`` whatever the input.
+        ``‖y‖ ≤ r·rounding_slack(entries)`` whatever the input. A sample of norm above 1e18, or without a finite
+        norm, becomes zero.
     """
 
     def __init__(self, radius: float = 1.0, floor: float = 1e-3) -> None:
@@ -165,6 +177,7 @@ class SphereScaling(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Scales each sample."""
+        values = without_overflow(values)
         factors = self.radius / sample_norms(values).clamp(min=self.floor)
         return values * _per_sample(factors, values).to(values.dtype)
 

@@ -10,7 +10,7 @@ from torch import fx, nn
 
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import BallProjection, CotangentGate, GateMode, SphereScaling
-from clipless_dp.tracing import symbolic_trace
+from clipless_dp.tracing import is_leaf, symbolic_trace
 
 
 def gated(
@@ -43,6 +43,8 @@ def gated(
         UnsupportedModuleError: the network cannot be traced.
         ConfigurationError: no layer matches, or a value is out of range.
     """
+    if is_leaf(net):
+        raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
     traced = symbolic_trace(net)
     chosen = [
         node
@@ -58,17 +60,43 @@ def gated(
         label = f"{index}_{str(node.target).replace('.', '_')}"
         traced.add_submodule(f"gates.{label}_input", before)
         traced.add_submodule(f"gates.{label}_cotangent", CotangentGate(cotangent_norm, cotangent_mode))
+        if len(node.all_input_nodes) != 1:
+            raise ConfigurationError(f"the layer {node.target!r} takes several values: put its gates by hand")
+        (source,) = node.all_input_nodes
         with traced.graph.inserting_before(node):
-            entry = traced.graph.call_module(f"gates.{label}_input", (node.args[0],))
-        node.update_arg(0, entry)
+            entry = traced.graph.call_module(f"gates.{label}_input", (source,))
+        node.replace_input_with(source, entry)
         with traced.graph.inserting_after(node):
             leaving = traced.graph.call_module(f"gates.{label}_cotangent", (node,))
         node.replace_all_uses_with(leaving, delete_user_cb=lambda user, gate=leaving: user is not gate)
+        for user in list(leaving.users):
+            if user.op == "call_module" and getattr(traced.get_submodule(str(user.target)), "inplace", False):
+                # Autograd refuses to overwrite what a gate returns.
+                with traced.graph.inserting_before(user):
+                    user.replace_input_with(leaving, traced.graph.call_method("clone", (leaving,)))
     traced.recompile()
-    for path, module in net.named_modules():
+    _keep_unused(net, traced)
+    return traced
+
+
+def _keep_unused(net: nn.Module, traced: fx.GraphModule) -> None:
+    """Brings over what the graph does not call, so that the state dict keeps every name."""
+    for path, module in net.named_modules(remove_duplicate=False):
         if path and not list(module.children()) and not _has(traced, path):
             traced.add_submodule(path, module)
-    return traced
+    saved = net.state_dict().keys()
+    for path, module in net.named_modules(remove_duplicate=False):
+        held = [*module._parameters.items(), *module._buffers.items()]
+        if not held:
+            continue
+        if not _has(traced, path):
+            traced.add_submodule(path, nn.Module())
+        owner = traced.get_submodule(path)
+        for name, tensor in held:
+            if isinstance(tensor, nn.Parameter) and name not in owner._parameters:
+                owner.register_parameter(name, tensor)
+            elif tensor is not None and name not in owner._buffers and name not in owner._parameters:
+                owner.register_buffer(name, tensor, persistent=f"{path}.{name}".lstrip(".") in saved)
 
 
 def _has(net: nn.Module, path: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import NoneType
 from typing import Any
 
 import torch
@@ -15,7 +16,14 @@ from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
-from clipless_dp.tracker import Relation, Sensitivity, SensitivityTracker, parameter_device_and_dtype
+from clipless_dp.tracker import (
+    Relation,
+    Sensitivity,
+    SensitivityTracker,
+    Stamp,
+    parameter_device_and_dtype,
+    stamp,
+)
 
 
 class DPLipModel(nn.Module):
@@ -72,14 +80,14 @@ class DPLipModel(nn.Module):
         if not (isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
         self.net = net
-        self.input_shape = tuple(int(size) for size in input_shape)
-        self.input_norm = float(input_norm)
+        self._input_shape = tuple(int(size) for size in input_shape)
+        self._input_norm = float(input_norm)
         self.loss_function = loss
         device, dtype = parameter_device_and_dtype(net)
         self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._trace(device, dtype)
         self._constraints = assign(constraint, self._tracker.operators)
-        self._projected: dict[str, tuple[int, int]] = {}
+        self._projected: dict[str, Stamp] = {}
         for name, constraint in self._trainable_constraints():
             constraint.initialize_(self._parameter(name), self._tracker.operators[name])
         self.settle_()
@@ -87,13 +95,14 @@ class DPLipModel(nn.Module):
     def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
         self._traced: TracedNet = traced
+        self._placed = device, dtype
         self.output_shape = traced.shapes[traced.output]
         bound = self.loss_function.gradient_bound(self.output_shape)
         if not (math.isfinite(bound) and bound >= 1e-8):
             raise LossBoundError(
                 f"{self.loss_function!r} states the gradient bound {bound!r}; it must be at least 1e-8"
             )
-        self.cotangent_norm = float(bound)
+        self._cotangent_norm = float(bound)
         self._tracker = SensitivityTracker(
             traced,
             input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
@@ -201,12 +210,26 @@ class DPLipModel(nn.Module):
     def _parameter(self, name: str) -> Tensor:
         return self.net.get_parameter(name).detach()
 
-    def _stamp(self, name: str) -> tuple[int, int]:
-        parameter = self.net.get_parameter(name)
-        return parameter._version, parameter.data_ptr()
+    def _stamp(self, name: str) -> Stamp:
+        return stamp(self.net.get_parameter(name))
 
     def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
         return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one sample; fixed, as the bounds rest on it."""
+        return self._input_shape
+
+    @property
+    def input_norm(self) -> float:
+        """``X₀``; fixed, as the bounds rest on it."""
+        return self._input_norm
+
+    @property
+    def cotangent_norm(self) -> float:
+        """``G``: the loss's bound, which the cotangent gate enforces; fixed, as the bounds rest on it."""
+        return self._cotangent_norm
 
     @property
     def constraints(self) -> dict[str, Constraint]:
@@ -226,11 +249,16 @@ class DPLipModel(nn.Module):
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
         for leaf in self._leaves:
-            if leaf.find(self.net) is not leaf.module or is_hooked(leaf.module):
+            if leaf.find(self.net) is not leaf.module or type(leaf.module) is not leaf.kind or is_hooked(leaf.module):
                 raise PrivacyError(
                     f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
                     "bounds are not its own. Wrap the changed network in a new DPLipModel"
                 )
+        if parameter_device_and_dtype(self.net) != self._placed:
+            raise PrivacyError(
+                "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
+                "wrapping model's own .to()"
+            )
         if any(id(parameter) not in self._traced.names for parameter in self.net.parameters()):
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
@@ -283,10 +311,11 @@ class _Leaf:
     def __init__(self, path: tuple[str, ...], module: nn.Module) -> None:
         self.path = path
         self.module = module
+        self.kind = type(module)
         self._names = [
             name
             for name, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple)) and name != "training"
+            if isinstance(value, (int, float, str, tuple, NoneType)) and name != "training" and name[0] != "_"
         ]
         self.known = self.settings()
 

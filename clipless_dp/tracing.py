@@ -115,7 +115,15 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         if node not in runs[0]:
             continue
         first, second = runs[0][node], runs[1][node]
-        if first[:1] + second[:1] != _BATCH_SIZES or first[1:] != second[1:]:
+        if node.op in ("call_function", "call_method") and find_function_rule(node.target) is None:
+            mixing.append(
+                Unsupported(
+                    node.name,
+                    getattr(node.target, "__name__", str(node.target)),
+                    "a tensor made inside forward has no bound; hold it in a module that has a rule",
+                )
+            )
+        elif first[:1] + second[:1] != _BATCH_SIZES or first[1:] != second[1:]:
             mixing.append(
                 Unsupported(
                     node.name,
@@ -165,7 +173,8 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
             elif find_rule(leaf) is None:
                 yield unsupported_module(str(node.target), leaf)
             elif is_hooked(leaf):
-                yield Unsupported(str(node.target), type(leaf).__name__, "its hooks may change values; remove them")
+                remedy = "its hooks, or a forward of its own, may change values or gradients; remove them"
+                yield Unsupported(str(node.target), type(leaf).__name__, remedy)
         elif node.op in ("call_function", "call_method"):
             if _about_shapes(node) or find_function_rule(node.target) is not None:
                 continue
@@ -177,8 +186,15 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
 
 
 def is_hooked(leaf: nn.Module) -> bool:
-    """Whether hooks may change what a module computes."""
-    return bool(leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks)
+    """Whether hooks, or a forward set on the instance, may change a module's values or its parameters' gradients."""
+    if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
+        return True
+    if "forward" in vars(leaf):
+        return True
+    return any(
+        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
+        for parameter in leaf.parameters()
+    )
 
 
 def _about_shapes(node: fx.Node) -> bool:
@@ -203,9 +219,11 @@ class _ShapeRecorder(fx.Interpreter):
             value = super().run_node(n)
         except Exception as error:
             summary = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConfigurationError(
-                f"input_shape does not fit the network at {n.target} ({n.name}): {summary}"
-            ) from error
+            if "modified inplace" in summary:
+                reason = "a gate's value cannot be overwritten, use inplace=False"
+            else:
+                reason = "input_shape does not fit the network"
+            raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
         if isinstance(value, Tensor) and n.op != "output":
             self.shapes[n] = tuple(value.shape)
         return value
@@ -216,6 +234,7 @@ def _shapes(
 ) -> dict[fx.Node, tuple[int, ...]]:
     recorder = _ShapeRecorder(module)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    # With gradients enabled, because autograd is what refuses in-place changes of gated values.
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
         recorder.run(torch.zeros(shape, device=device, dtype=dtype))
     return recorder.shapes

@@ -22,13 +22,12 @@ from clipless_dp.errors import (
 )
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
+from clipless_dp.rules.base import LARGEST
 from clipless_dp.tracing import TracedNet
 
 Relation = Literal["add-or-remove-one", "replace-one"]
 
 _RELATIONS: dict[str, float] = {"add-or-remove-one": 1.0, "replace-one": 2.0}
-_LARGEST = 1e30
-"""Bounds above this could overflow float32 activations into NaN, which no gate inside the network would stop."""
 _FLOAT64_ROUNDING = 1.0 + 1e-10
 """Covers the rounding of the sweeps' own float64 arithmetic: a relative 2^-52 for each of under 10^5 operations."""
 
@@ -101,6 +100,18 @@ class Sensitivity:
         return f"{table}\ntotal Δ = {self.total:.6g} ({self.relation})"
 
 
+Stamp = tuple[int, int, float]
+
+
+def stamp(parameter: Tensor) -> Stamp:
+    """Tells whether a parameter has changed: its version, its storage, and ``Σ w(w+1)``.
+
+    The sum is for changes through ``.data``, of which autograd's version counter knows nothing.
+    """
+    values = parameter.detach().double()
+    return parameter._version, parameter.data_ptr(), float((values * (values + 1.0)).sum())
+
+
 class _NeedsWeights(Exception):
     """A bound cannot be had without reading a weight."""
 
@@ -121,7 +132,7 @@ class SensitivityTracker:
         self.traced = traced
         self.input_norm = input_norm
         self.cotangent_norm = cotangent_norm
-        self._certificates: dict[tuple[int, Operator], tuple[tuple[int, int], float]] = {}
+        self._certificates: dict[tuple[int, Operator], tuple[Stamp, float]] = {}
         self.operators = self._collect_operators()
 
     def sensitivity(
@@ -154,7 +165,7 @@ class SensitivityTracker:
         """Certified norm of a parameter; a frozen one is certified once for each of its versions."""
         if parameter.requires_grad:
             return operator.norm(parameter)
-        key, version = (id(parameter), operator), (parameter._version, parameter.data_ptr())
+        key, version = (id(parameter), operator), stamp(parameter)
         known = self._certificates.get(key)
         if known is None or known[0] != version:
             known = version, operator.norm(parameter)
@@ -170,19 +181,23 @@ class SensitivityTracker:
                 try:
                     bounds = sweep.bounds(node)
                 except RuleError as refusal:
-                    kind = str(node.target) if node.op != "call_module" else type(self.traced.leaf(node)).__name__
-                    parts.append(Unsupported(str(node.target), kind, str(refusal)))
+                    called = node.op == "call_module"
+                    kind = type(self.traced.leaf(node)).__name__ if called else _function_name(node)
+                    parts.append(Unsupported(str(node.target) if called else node.name, kind, str(refusal)))
                     continue
                 if bounds is None or node.op != "call_module":
                     continue
                 leaf = self.traced.leaf(node)
-                own = dict(leaf.named_parameters())
+                own = _parameters(leaf)
+                for absent in sorted((bounds.gradients.keys() | bounds.operators.keys()) - own.keys()):
+                    remedy = f"its {absent!r} is not a parameter; make it one, frozen if it is not to be trained"
+                    parts.append(Unsupported(str(node.target), type(leaf).__name__, remedy))
                 for missing in sorted(own.keys() - bounds.gradients.keys()):
                     remedy = f"its rule gives no gradient bound for the parameter {missing!r}; add it to `gradients`"
                     parts.append(Unsupported(str(node.target), type(leaf).__name__, remedy))
-                for name, operator in bounds.operators.items():
+                for name in bounds.operators.keys() & own.keys():
                     key = self.traced.names[id(own[name])]
-                    found[key] = (*found.get(key, ()), operator)
+                    found[key] = (*found.get(key, ()), bounds.operators[name])
         if parts:
             raise UnsupportedModuleError(parts)
         return found
@@ -221,18 +236,18 @@ class _Sweep:
             rule = find_rule(leaf)
             assert rule is not None
             if not is_builtin(rule):
-                self._count_as_read(leaf)
+                self._count_as_read(leaf, context.path)
             return rule(leaf, context)
         function_rule = find_function_rule(node.target)
         assert function_rule is not None
         return function_rule(context, node.args, dict(node.kwargs))
 
-    def _count_as_read(self, leaf: nn.Module) -> None:
-        """A user's rule may read its weights directly, so nothing that it says may be kept for later steps."""
+    def _count_as_read(self, leaf: nn.Module, path: str) -> None:
+        """A user's rule may read weights, buffers or attributes, so nothing that it says is kept for later steps."""
         own = {self.traced.names[id(parameter)] for parameter in leaf.parameters()}
         if own and self.free_only:
             raise _NeedsWeights
-        self.reads |= own
+        self.reads |= own or {path}
 
     def norm(self, node: fx.Node) -> float:
         """``Y``: bound on the norm of a node's value."""
@@ -275,7 +290,7 @@ class _Sweep:
 
     def certified(self, leaf: nn.Module, path: str, name: str, operator: Operator) -> float:
         """Norm of a parameter as an operator: its constraint's limit, or certified from its value."""
-        parameter = dict(leaf.named_parameters())[name]
+        parameter = _parameters(leaf)[name]
         key = self.traced.names[id(parameter)]
         if key in self.limits:
             return self.limits[key]
@@ -298,7 +313,7 @@ class _Sweep:
             if bounds is None or node.op != "call_module":
                 continue
             leaf = self.traced.leaf(node)
-            trainable = {name: p for name, p in leaf.named_parameters() if p.requires_grad}
+            trainable = {name: p for name, p in _parameters(leaf).items() if p.requires_grad}
             if not trainable:
                 continue
             arriving = self.cotangent(node)
@@ -321,7 +336,7 @@ class _Sweep:
                 )
             )
         for name, bound in per_parameter.items():
-            if not bound < _LARGEST:
+            if not bound < LARGEST:
                 raise PrivacyError(
                     f"the gradient bound of {name!r} is {bound:.3g}: activations may overflow, and then no finite "
                     "noise protects them; constrain the weights or put gates around the layers"
@@ -331,10 +346,18 @@ class _Sweep:
     def _known_norm(self, leaf: nn.Module, bounds: LayerBounds) -> float | None:
         for name, operator in bounds.operators.items():
             if name == "weight":
-                parameter = dict(leaf.named_parameters())[name]
-                key = self.traced.names[id(parameter)]
+                key = self.traced.names[id(_parameters(leaf)[name])]
                 return self.limits.get(key, self._certified.get((key, operator)))
         return None
+
+
+def _function_name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _parameters(leaf: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's parameters, one that is held under two names under both: each use counts."""
+    return dict(leaf.named_parameters(remove_duplicate=False))
 
 
 class _Context:
@@ -349,7 +372,7 @@ class _Context:
         if node.op == "call_module":
             self.kind = type(traced.leaf(node)).__name__
         else:
-            self.kind = getattr(node.target, "__name__", str(node.target))
+            self.kind = _function_name(node)
         self.input_shapes = tuple(traced.shapes[source] for source in self._operands)
         self.output_shape = traced.shapes[node]
 

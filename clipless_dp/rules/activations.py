@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from clipless_dp.layers import GroupSort, Householder, LayerCentering, MaxMin
-from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
+from clipless_dp.rules.base import LARGEST, LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
 
 
 def _non_expansive(context: RuleContext) -> LayerBounds:
@@ -19,7 +19,13 @@ def _non_expansive(context: RuleContext) -> LayerBounds:
 
 def _tanh(context: RuleContext) -> LayerBounds:
     cap = math.sqrt(math.prod(context.input_shape))
-    return LayerBounds(output_norm=lambda: min(context.input_norm, cap))
+
+    def output_norm() -> float:
+        arriving = context.input_norm
+        # Where the input may overflow it may be NaN, which no saturation caps.
+        return min(arriving, cap) if arriving < LARGEST else math.inf
+
+    return LayerBounds(output_norm=output_norm)
 
 
 @register_rule(nn.Identity, nn.ReLU, GroupSort, MaxMin, LayerCentering)
@@ -27,6 +33,8 @@ def non_expansive_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     """``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections."""
     if isinstance(module, LayerCentering) and module.dims is not None:
         rank = len(context.input_shape) + 1
+        if not module.dims:
+            raise RuleError("dims=() means every axis, the batch too: the mean would mix samples; use dims=None")
         if 0 in {dim % rank for dim in module.dims}:
             raise RuleError("dims include the batch axis: the mean would mix samples; leave axis 0 out")
     return _non_expansive(context)
@@ -64,9 +72,11 @@ def dropout_rule(module: nn.Dropout, context: RuleContext) -> LayerBounds:
     return LayerBounds(output_norm=lambda: stretch * context.input_norm, lipschitz=stretch)
 
 
-@register_function_rule(torch.relu, functional.relu, torch.relu_, "relu", "relu_", torch.abs, "abs", "contiguous")
+@register_function_rule(
+    torch.relu, functional.relu, torch.relu_, "relu", "relu_", torch.abs, "abs", "contiguous", "clone"
+)
 def contraction_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
-    """Functional ReLU, absolute value, and layout changes."""
+    """Functional ReLU, absolute value, copies and layout changes."""
     return _non_expansive(context)
 
 

@@ -16,6 +16,9 @@ from torch import nn
 from clipless_dp.errors import Unsupported
 from clipless_dp.norms.operators import Operator
 
+LARGEST = 1e30
+"""Bounds above this could overflow float32 activations into NaN, which only a ball or sphere gate stops."""
+
 Deferred = float | Callable[[], float]
 """A number, or a function that computes it when (and only if) the tracker needs it."""
 

@@ -87,6 +87,8 @@ def concatenation_function_rule(context: RuleContext, args: tuple[Any, ...], kwa
 @register_function_rule(torch.mean, "mean")
 def mean_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Mean over ``n`` entries: ``Y = X/√n``, ``K = 1/√n``."""
+    if kwargs.get("dtype") is not None:
+        raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
     ratio = math.prod(context.output_shape) / math.prod(context.input_shape)
     constant = math.sqrt(ratio) * (1.0 + 1e-12)
     return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant)

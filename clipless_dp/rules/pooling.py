@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional
 
 from clipless_dp.layers import L2NormPool2d
 from clipless_dp.norms import coverage
-from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
+from clipless_dp.rules.base import (
+    LARGEST,
+    LayerBounds,
+    RuleContext,
+    RuleError,
+    register_function_rule,
+    register_rule,
+    value_of,
+)
 
 
 def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
@@ -45,6 +54,24 @@ def _window_bounds(
     return _stretched(context, math.sqrt(windows), windows)
 
 
+def _max_bounds(
+    context: RuleContext, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
+) -> LayerBounds:
+    bounds = _window_bounds(context, kernel, stride, padding, dilation, ceil_mode)
+    empty = torch.zeros(1, 1, *_require_maps(context))
+    if not functional.max_pool2d(empty, kernel, stride, padding, dilation, ceil_mode).isfinite().all():
+        raise RuleError("a window that reads nothing but padding returns -inf; use less padding or dilation")
+    return bounds
+
+
+def _require_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuses windows that the code computes from a shape, such as ``avg_pool2d(x, x.shape[2])``."""
+    computed: list[fx.Node] = []
+    fx.node.map_arg((args[1:], {name: value for name, value in kwargs.items() if name != "input"}), computed.append)
+    if computed:
+        raise RuleError("its window is computed from a shape; write numbers, or adaptive_avg_pool2d(x, 1) for all")
+
+
 def _average_bounds(context: RuleContext, pool: Any) -> LayerBounds:
     """Schur's test: for a matrix A of non-negative weights ``‖A‖² ≤ max_j (AᵀA1)_j``.
 
@@ -63,13 +90,19 @@ def max_pool_rule(module: nn.MaxPool2d, context: RuleContext) -> LayerBounds:
     """``K = √N``: each output is one of its window's entries, and an entry lies in at most N windows."""
     if module.return_indices:
         raise RuleError("return_indices=True is not supported: use return_indices=False")
-    return _window_bounds(context, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
+    return _max_bounds(context, module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode)
 
 
 @register_rule(L2NormPool2d)
 def l2_norm_pool_rule(module: L2NormPool2d, context: RuleContext) -> LayerBounds:
-    """``K = √N``: each window's norm is 1-Lipschitz in the window."""
-    return _window_bounds(context, module.kernel_size, module.stride, module.padding, 1, False)
+    """``K = √N``: each window's norm is 1-Lipschitz in the window. Squares must not overflow."""
+    bounds = _window_bounds(context, module.kernel_size, module.stride, module.padding, 1, False)
+
+    def output_norm() -> float:
+        bound = value_of(bounds.output_norm)
+        return bound if bound < math.sqrt(LARGEST) else math.inf
+
+    return replace(bounds, output_norm=output_norm)
 
 
 @register_rule(nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -81,11 +114,12 @@ def average_pool_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
 @register_function_rule(functional.max_pool2d)
 def max_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional max pooling."""
+    _require_numbers(args, kwargs)
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
     given = {**dict(zip(names, args, strict=False)), **kwargs}
     if given.get("return_indices"):
         raise RuleError("return_indices=True is not supported: use return_indices=False")
-    return _window_bounds(
+    return _max_bounds(
         context,
         given["kernel_size"],
         given.get("stride"),
@@ -98,6 +132,7 @@ def max_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: 
 @register_function_rule(functional.avg_pool2d, functional.adaptive_avg_pool2d)
 def average_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional average pooling."""
+    _require_numbers(args, kwargs)
     adaptive = context.kind == "adaptive_avg_pool2d"
     pool = functional.adaptive_avg_pool2d if adaptive else functional.avg_pool2d
     rest = {name: value for name, value in kwargs.items() if name != "input"}
