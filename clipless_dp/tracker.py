@@ -6,7 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -308,6 +308,7 @@ class _Sweep:
         scale = _RELATIONS[relation] * _FLOAT64_ROUNDING
         per_parameter: dict[str, float] = {}
         layers: list[LayerSensitivity] = []
+        owners: list[tuple[nn.Module, LayerBounds]] = []
         for node in self.traced.tensor_nodes():
             bounds = self.bounds(node)
             if bounds is None or node.op != "call_module":
@@ -331,17 +332,21 @@ class _Sweep:
                     input_norm=max(self.norm(source) for source in self.traced.operands(node)),
                     cotangent_norm=arriving,
                     coverage=bounds.coverage,
-                    certified_norm=self._known_norm(leaf, bounds),
+                    certified_norm=None,
                     sensitivity=math.hypot(*own),
                 )
             )
+            owners.append((leaf, bounds))
         for name, bound in per_parameter.items():
             if not bound < LARGEST:
                 raise PrivacyError(
                     f"the gradient bound of {name!r} is {bound:.3g}: activations may overflow, and then no finite "
                     "noise protects them; constrain the weights or put gates around the layers"
                 )
-        return Sensitivity(per_parameter, math.hypot(*per_parameter.values()), relation, tuple(layers))
+        report = (
+            replace(layer, certified_norm=self._known_norm(*owner)) for layer, owner in zip(layers, owners, strict=True)
+        )
+        return Sensitivity(per_parameter, math.hypot(*per_parameter.values()), relation, tuple(report))
 
     def _known_norm(self, leaf: nn.Module, bounds: LayerBounds) -> float | None:
         for name, operator in bounds.operators.items():
