@@ -7,6 +7,7 @@ and `norms.md`. `--quick` runs a tenth of the search and writes nothing.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import statistics
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -23,12 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clipless_dp.errors import NormError
 from clipless_dp.norms import conv2d_norm, dense_norm
+from clipless_dp.norms.budget import _EFFORTS
 from clipless_dp.norms.gram import gram_iteration_bound
 from tests.norms.convolutions import random_cases
 from tests.norms.matrices import FAMILIES
-from tests.norms.truth import lanczos_conv_norm, spectral
+from tests.norms.truth import TRUTH_ROUNDING, lanczos_conv_norm, spectral
 
 BUDGETS = ("cheap", "balanced", "tight")
+ROUTES = (*BUDGETS, "balanced, never written out")
+SYMBOL_ONLY = dataclasses.replace(_EFFORTS["balanced"], explicit_flops=0.0)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -135,10 +140,13 @@ def conv_rows() -> list[dict[str, Any]]:
 
 
 def search(scale: float) -> dict[str, Any]:
-    """Worst relative error below the truth, over random and adversarial operators."""
+    """Worst relative error below the truth, over random and adversarial operators.
+
+    Small convolutions are certified from the matrix written out. The last route forbids that, so that coverage and
+    symbol are searched on the same cases.
+    """
     torch.manual_seed(0)
-    worst: dict[str, float] = dict.fromkeys(BUDGETS, 0.0)
-    ratios: dict[str, list[float]] = {budget: [] for budget in BUDGETS}
+    errors: dict[str, list[float]] = {route: [] for route in ROUTES}
     dense = convolutions = 0
     for rows, columns in [(2, 2), (3, 40), (33, 33), (64, 10), (170, 200)]:
         for family in FAMILIES.values():
@@ -157,39 +165,41 @@ def search(scale: float) -> dict[str, Any]:
                 dense += 1
                 truth = spectral(weight)
                 for budget in BUDGETS:
-                    _record(worst, ratios, budget, dense_norm(weight, budget=budget), truth)
+                    errors[budget].append(_error(dense_norm(weight, budget=budget), truth))
+    anywhere: list[float] = []
     for case in random_cases(int(1500 * scale), seed=11, largest=10):
         convolutions += 1
-        for budget in BUDGETS:
-            arguments = case.arguments()
-            bound = conv2d_norm(case.weight, input_size=case.size, budget=budget, **arguments)
-            _record(worst, ratios, budget, bound, case.truth)
-            try:
-                bound = conv2d_norm(case.weight, input_size=None, budget=budget, **arguments)
-            except NormError:
-                continue
-            worst[budget] = max(worst[budget], _below(bound, case.truth))
+        for route in ROUTES:
+            with mock.patch.dict(_EFFORTS, {"balanced": SYMBOL_ONLY} if route == ROUTES[-1] else {}):
+                budget = route if route in BUDGETS else "balanced"
+                bound = conv2d_norm(case.weight, input_size=case.size, budget=budget, **case.arguments())
+                errors[route].append(_error(bound, case.truth))
+                try:
+                    bound = conv2d_norm(case.weight, input_size=None, budget=budget, **case.arguments())
+                except NormError:
+                    continue
+                anywhere.append(_error(bound, case.truth))
     return {
         "dense_cases": dense,
         "convolution_cases": convolutions,
-        "allowed_for_the_truth": 1e-13,
-        "worst_relative_error_below_truth": worst,
-        "median_relative_error_above": {b: statistics.median(r) - 1.0 for b, r in ratios.items()},
-        "largest_relative_error_above": {b: max(r) - 1.0 for b, r in ratios.items()},
+        "allowed_for_the_truth": TRUTH_ROUNDING,
+        "routes": {
+            route: {
+                "worst_below": max(0.0, -min(found) - TRUTH_ROUNDING),
+                "median_above": statistics.median(found),
+                "ninth_decile_above": statistics.quantiles(found, n=10)[-1],
+                "largest_above": max(found),
+            }
+            for route, found in [*errors.items(), ("any size, all budgets", anywhere)]
+        },
     }
 
 
-def _below(bound: float, truth: float) -> float:
-    """Relative error below the truth beyond the truth's own rounding, 1e-13."""
+def _error(bound: float, truth: float) -> float:
+    """Relative error of a bound; a zero operator must have the bound 0."""
     if truth == 0.0:
-        return 0.0
-    return max(0.0, 1.0 - 1e-13 - bound / truth)
-
-
-def _record(worst: dict[str, float], ratios: dict[str, list[float]], budget: str, bound: float, truth: float) -> None:
-    worst[budget] = max(worst[budget], _below(bound, truth))
-    if truth > 0.0:
-        ratios[budget].append(bound / truth)
+        return 0.0 if bound >= 0.0 else -1.0
+    return bound / truth - 1.0
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -204,17 +214,16 @@ def markdown(report: dict[str, Any]) -> str:
         f"{found['convolution_cases']} convolutions",
         "",
         "Truth: float64 SVD of the written-out operator, whose own rounding (1e-13) is allowed for. "
-        "Convolutions are on maps of at most 10×10, where borders weigh most. They are bounded both for their size "
-        "and for any size; the two columns on the right are for their size.",
+        "Convolutions are on maps of at most 10×10, where borders weigh most; a bound for any size "
+        "counts the taps that such a map never meets, however large.",
         "",
-        "| budget | worst error below | median error above | largest error above |",
-        "| --- | --- | --- | --- |",
+        "| budget | worst error below | median error above | 90 % quantile | largest |",
+        "| --- | --- | --- | --- | --- |",
     ]
     lines += [
-        f"| {budget} | {found['worst_relative_error_below_truth'][budget]:.1g} "
-        f"| {found['median_relative_error_above'][budget]:.1e} "
-        f"| {found['largest_relative_error_above'][budget]:.1e} |"
-        for budget in BUDGETS
+        f"| {route} | {row['worst_below']:.1g} | {row['median_above']:.1e} "
+        f"| {row['ninth_decile_above']:.1e} | {row['largest_above']:.1e} |"
+        for route, row in found["routes"].items()
     ]
     for title, key in [("Dense", "dense"), ("Convolution", "convolution")]:
         lines += [
@@ -255,7 +264,7 @@ def main() -> None:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "norms.json").write_text(json.dumps(report, indent=1) + "\n")
         (RESULTS / "norms.md").write_text(text)
-    if max(report["search"]["worst_relative_error_below_truth"].values()) > 0.0:
+    if any(row["worst_below"] > 0.0 for row in report["search"]["routes"].values()):
         raise SystemExit("a certified norm fell below the truth")
 
 

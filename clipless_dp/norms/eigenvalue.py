@@ -177,7 +177,7 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
         off = torch.stack(betas[:-1])
         ritz = torch.diag(torch.stack(alphas)) + torch.diag(off, 1) + torch.diag(off, -1)
         latest = float(torch.linalg.eigvalsh(ritz)[-1])
-        if latest <= estimate * (1.0 + 0.25 * tolerance) or len(alphas) >= size:
+        if latest <= estimate * (1.0 + 0.05 * tolerance) or len(alphas) >= size:
             return max(latest, estimate)
         estimate = latest
     return estimate * (1.0 + UNIT)
