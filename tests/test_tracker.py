@@ -1,0 +1,247 @@
+"""The sweeps: sums over uses, relations, reports, and what they read."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipless_dp import (
+    ConfigurationError,
+    LayerBounds,
+    PrivacyError,
+    RuleContext,
+    UnsupportedModuleError,
+    constraints,
+    gated,
+    layers,
+    register_rule,
+)
+from clipless_dp.norms import conv2d_norm, dense_norm
+from clipless_dp.rules import base
+from tests.soundness.attack import BoundBroken, Record, wrap
+
+
+@pytest.fixture(autouse=True)
+def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules that a test registers are gone after it."""
+    monkeypatch.setattr(base, "_RULES", dict(base._RULES))
+
+
+def test_replacing_one_sample_costs_twice_as_much_as_adding_or_removing_it() -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), (4,))
+    once, twice = model.sensitivity("add-or-remove-one"), model.sensitivity("replace-one")
+    assert twice.total == pytest.approx(2.0 * once.total, rel=1e-12)
+    assert twice.per_parameter == pytest.approx({k: 2.0 * v for k, v in once.per_parameter.items()}, rel=1e-12)
+    assert twice.relation == "replace-one"
+
+
+def test_an_unknown_relation_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="relation"):
+        wrap(nn.Linear(2, 2), (2,)).sensitivity("substitute")  # type: ignore[arg-type]
+
+
+def test_the_total_is_the_euclidean_norm_over_parameters_of_the_bounds_of_the_contract() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3)).double()
+    model = wrap(net, (1, 4, 4), input_norm=2.0, cotangent_norm=0.5)
+    sensitivity = model.sensitivity()
+    conv = conv2d_norm(net[0].weight, input_size=(4, 4), padding=1)
+    dense = dense_norm(net[3].weight)
+    activation = conv * 2.0 + 4.0 * float(net[0].bias.detach().norm())
+    expected = {
+        "0.weight": 3.0 * 0.5 * dense * 2.0,
+        "0.bias": 4.0 * 0.5 * dense,
+        "3.weight": 0.5 * activation,
+        "3.bias": 0.5,
+    }
+    # The gates' float64 slack and the sweeps' own rounding allowance, together below 1e-8.
+    assert sensitivity.per_parameter == pytest.approx(expected, rel=1e-8)
+    assert sensitivity.total == pytest.approx(math.hypot(*expected.values()), rel=1e-8)
+
+
+def test_a_layer_used_twice_gets_the_sum_and_the_same_layer_untied_the_parts() -> None:
+    class Twice(nn.Module):
+        def __init__(self, first: nn.Linear, second: nn.Linear) -> None:
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.first(values) + self.second(values)  # type: ignore[no-any-return]
+
+    layer = nn.Linear(3, 3, bias=False)
+    tied = wrap(Twice(layer, layer), (3,)).sensitivity().per_parameter
+    free = wrap(Twice(layer, nn.Linear(3, 3, bias=False)), (3,)).sensitivity().per_parameter
+    assert tied == pytest.approx({"first.weight": sum(free.values())}, rel=1e-12)
+
+
+def test_a_parameter_that_one_layer_holds_under_two_names_counts_twice() -> None:
+    class Doubled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left = nn.Parameter(torch.zeros(3))
+            self.right = self.left
+
+        def forward(self, values: Tensor) -> Tensor:
+            return values + self.left + self.right
+
+    @register_rule(Doubled)
+    def doubled_rule(module: Doubled, context: RuleContext) -> LayerBounds:
+        return LayerBounds(output_norm=lambda: context.input_norm, gradients={"left": 1.0, "right": 1.0})
+
+    model = wrap(Doubled().double(), (3,))
+    record = Record(model)
+    record.try_(torch.ones(3, dtype=torch.float64), torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
+    assert record.worst["left"] > 0.999
+
+
+def test_a_users_rule_is_used_for_its_exact_type_and_its_mistake_is_observable() -> None:
+    class Scale(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.factor * values
+
+    class Louder(Scale):
+        def forward(self, values: Tensor) -> Tensor:
+            return 10.0 * torch.sin(values)
+
+    @register_rule(Scale)
+    def scale_rule(module: Scale, context: RuleContext) -> LayerBounds:
+        return LayerBounds(output_norm=lambda: module.factor * context.input_norm, lipschitz=module.factor)
+
+    net = nn.Sequential(nn.Linear(3, 3), Scale(2.0), nn.Linear(3, 3)).double()
+    assert wrap(net, (3,)).sensitivity().total > 0.0
+    with pytest.raises(UnsupportedModuleError, match="sin"):
+        wrap(nn.Sequential(nn.Linear(3, 3), Louder(2.0)), (3,))
+
+    @register_rule(Scale)
+    def wrong_rule(module: Scale, context: RuleContext) -> LayerBounds:
+        return LayerBounds(output_norm=lambda: 0.1 * context.input_norm, lipschitz=0.1)
+
+    sample, target = net[2].weight.detach()[0], torch.eye(3, dtype=torch.float64)[0]
+    record = Record(wrap(net, (3,)))
+    with pytest.raises(BoundBroken):
+        record.try_(sample / sample.norm(), target)
+
+
+def test_a_rule_that_forgets_a_parameter_is_refused_by_name() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shift = nn.Parameter(torch.zeros(3))
+
+        def forward(self, values: Tensor) -> Tensor:
+            return values + self.shift
+
+    @register_rule(Shift)
+    def shift_rule(module: Shift, context: RuleContext) -> LayerBounds:
+        return LayerBounds(output_norm=lambda: context.input_norm)
+
+    with pytest.raises(UnsupportedModuleError, match="no gradient bound for the parameter 'shift'"):
+        wrap(nn.Sequential(Shift()), (3,))
+
+
+def test_a_users_rule_that_reads_a_buffer_is_followed_at_every_step() -> None:
+    class Scaled(nn.Module):
+        factor: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("factor", torch.tensor(1.0))
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.factor * values
+
+    @register_rule(Scaled)
+    def scaled_rule(module: Scaled, context: RuleContext) -> LayerBounds:
+        factor = float(module.factor)
+        return LayerBounds(output_norm=lambda: factor * context.input_norm, lipschitz=factor)
+
+    model = wrap(nn.Sequential(Scaled(), nn.Linear(3, 2)), (3,))
+    before = model.sensitivity().per_parameter["1.weight"]
+    model.net[0].factor.fill_(8.0)
+    assert model.sensitivity().per_parameter["1.weight"] == pytest.approx(8.0 * before, rel=1e-12)
+
+
+def test_register_rule_takes_module_types_only() -> None:
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        register_rule(nn.Linear(1, 1))  # type: ignore[arg-type]
+
+
+def test_weights_so_large_that_activations_may_overflow_give_no_sensitivity() -> None:
+    for activation in (nn.ReLU(), nn.Tanh(), layers.L2NormPool2d(1)):
+        pool = isinstance(activation, layers.L2NormPool2d)
+        net = nn.Sequential(nn.Conv2d(1, 1, 1), activation, nn.Conv2d(1, 1, 1))
+        with torch.no_grad():
+            net[0].weight.fill_(1e20 if pool else 3e38)
+        with pytest.raises(PrivacyError, match="overflow"):
+            wrap(net, (1, 2, 2)).sensitivity()
+
+
+def test_a_weight_that_is_not_finite_gives_no_sensitivity() -> None:
+    model = wrap(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), (3,))
+    with torch.no_grad():
+        model.net[1].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match=r"1\.weight"):
+        model.sensitivity()
+
+
+def test_a_gate_hides_the_norms_of_the_weights_before_it_and_behind_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(gated(nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))), (3,))
+    before = model.sensitivity().per_parameter
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.fill_(math.nan)
+    assert model.sensitivity().per_parameter == before
+
+
+def test_the_smaller_of_a_gates_cap_and_a_constraints_consequence_counts() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(3, 3, bias=False),
+        layers.BallProjection(50.0),
+        nn.Linear(3, 2, bias=False),
+        layers.CotangentGate(50.0),
+    )
+    model = wrap(net, (3,), constraint=constraints.Spectral())
+    # Gates' rounding: below 1e-4 in float32.
+    assert model.sensitivity().per_parameter["2.weight"] == pytest.approx(1.0, rel=1e-4)
+
+
+def test_dead_branches_have_no_sensitivity_and_no_gradient() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.dead = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, values: Tensor) -> Tensor:
+            self.dead(values)
+            return self.used(values)  # type: ignore[no-any-return]
+
+    bounds = wrap(Dead(), (3,)).sensitivity().per_parameter
+    assert bounds.get("dead.weight", 0.0) == 0.0
+    assert bounds["used.weight"] > 0.0
+
+
+def test_the_report_has_a_line_for_each_parametrised_layer() -> None:
+    net = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(32, 3))
+    model = wrap(net, (1, 4, 4), constraint=constraints.Spectral())
+    sensitivity = model.sensitivity()
+    conv, dense = sensitivity.layers
+    assert (conv.path, conv.kind, conv.coverage, conv.certified_norm) == ("0", "Conv2d", 9, 1.0)
+    assert (dense.path, dense.kind, dense.coverage, dense.certified_norm) == ("3", "Linear", None, 1.0)
+    assert math.hypot(conv.sensitivity, dense.sensitivity) == pytest.approx(sensitivity.total, rel=1e-12)
+    lines = str(sensitivity).splitlines()
+    assert lines[0].split() == ["layer", "type", "X", "G", "coverage", "norm", "Δ"]
+    assert lines[-1].startswith("total Δ = ")
+
+
+def test_a_deep_network_is_swept_without_running_out_of_stack() -> None:
+    net = nn.Sequential(*[nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()) for _ in range(400)])
+    model = wrap(net, (2,), constraint=constraints.Spectral())
+    assert len(model.sensitivity().per_parameter) == 400
