@@ -323,7 +323,7 @@ def add_or_remove_one(model: DPLipModel, inputs: Tensor, targets: Tensor) -> flo
         rest = torch.arange(len(inputs)) != index
         without = summed_gradients(model, inputs[rest], targets[rest])
         changes = {name: float(torch.linalg.vector_norm(full[name] - without[name])) for name in full}
-        pairs = {name: (change, sensitivity.per_parameter[name]) for name, change in changes.items()}
+        pairs = {name: (change, sensitivity.per_parameter.get(name, 0.0)) for name, change in changes.items()}
         pairs["total"] = math.hypot(*changes.values()), sensitivity.total
         for name, (change, bound) in pairs.items():
             if not change <= bound * (1.0 + slack):

@@ -1,0 +1,214 @@
+"""Each loss keeps the bound that it states, and says which samples it cannot judge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from clipless_dp import ConfigurationError, InputError, losses
+
+CLASSES = 5
+
+
+def labels(generator: torch.Generator) -> Tensor:
+    return torch.randint(0, CLASSES, (8,), generator=generator)
+
+
+def real_targets(generator: torch.Generator) -> Tensor:
+    return 3.0 * torch.randn(8, CLASSES, generator=generator, dtype=torch.float64)
+
+
+def fractions(generator: torch.Generator) -> Tensor:
+    return torch.rand(8, CLASSES, generator=generator, dtype=torch.float64).round(decimals=1)
+
+
+Targets = Callable[[torch.Generator], Tensor]
+LOSSES: tuple[tuple[losses.Loss, Targets], ...] = (
+    (losses.TauCrossEntropy(), labels),
+    (losses.TauCrossEntropy(0.01), labels),
+    (losses.TauCrossEntropy(256.0), labels),
+    (losses.BinaryCrossEntropy(), fractions),
+    (losses.BinaryCrossEntropy(50.0), fractions),
+    (losses.MulticlassHinge(), labels),
+    (losses.MulticlassHinge(1e-3), labels),
+    (losses.CosineSimilarity(), labels),
+    (losses.CosineSimilarity(0.1), real_targets),
+    (losses.MeanAbsoluteError(), real_targets),
+    (losses.Huber(), real_targets),
+    (losses.Huber(0.01), real_targets),
+)
+every_loss = pytest.mark.parametrize(("loss", "targets"), LOSSES, ids=lambda value: repr(value)[:45])
+
+
+def gradient_norms(loss: losses.Loss, output: Tensor, target: Tensor) -> Tensor:
+    output = output.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(loss.per_sample(output, target).sum(), output)
+    return torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+
+
+@every_loss
+def test_the_gradient_stays_below_the_stated_bound_for_outputs_of_any_size(loss: losses.Loss, targets: Targets) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bound = loss.gradient_bound((CLASSES,))
+    for size in (0.0, 1e-8, 1e-3, 0.1, 1.0, 30.0, 1e4, 1e8):
+        output = size * torch.randn(8, CLASSES, generator=generator, dtype=torch.float64)
+        # Sums of 5 float64 terms of size one.
+        assert float(gradient_norms(loss, output, targets(generator)).max()) <= bound * (1.0 + 1e-12)
+
+
+ATTAINED: tuple[tuple[losses.Loss, Tensor, Tensor], ...] = (
+    (losses.TauCrossEntropy(8.0), torch.tensor([[9.0, 0.0, 0.0, 0.0, 0.0]]), torch.tensor([1])),
+    (losses.BinaryCrossEntropy(8.0), torch.full((1, CLASSES), 9.0), torch.zeros(1, CLASSES)),
+    (losses.MulticlassHinge(), torch.zeros(1, CLASSES), torch.tensor([2])),
+    (losses.CosineSimilarity(0.5), torch.zeros(1, CLASSES), torch.tensor([2])),
+    (losses.MeanAbsoluteError(), torch.ones(1, CLASSES), torch.zeros(1, CLASSES)),
+    (losses.Huber(2.0), torch.full((1, CLASSES), 9.0), torch.zeros(1, CLASSES)),
+)
+
+
+@pytest.mark.parametrize(("loss", "output", "target"), ATTAINED, ids=lambda value: repr(value)[:30])
+def test_the_stated_bound_is_attained(loss: losses.Loss, output: Tensor, target: Tensor) -> None:
+    found = float(gradient_norms(loss, output.double(), target))
+    # sigmoid(72) and softmax(72) differ from one by e^-72.
+    assert found == pytest.approx(loss.gradient_bound((CLASSES,)), rel=1e-6)
+
+
+def test_stated_bounds_are_those_of_the_documentation() -> None:
+    assert losses.TauCrossEntropy(3.0).gradient_bound((4,)) == math.sqrt(2.0)
+    assert losses.BinaryCrossEntropy().gradient_bound(()) == 1.0
+    assert losses.BinaryCrossEntropy().gradient_bound((4,)) == 0.5
+    assert losses.MulticlassHinge().gradient_bound((4,)) == math.sqrt(0.75)
+    assert losses.CosineSimilarity(0.25).gradient_bound((4,)) == 4.0
+    assert losses.MeanAbsoluteError().gradient_bound((2, 2)) == 0.5
+    assert losses.Huber(3.0).gradient_bound((9,)) == 1.0
+    assert losses.BoundedLoss(lambda output, target: output.sum(1), bound=7.0).gradient_bound((3,)) == 7.0
+
+
+def test_values_are_those_of_torch() -> None:
+    generator = torch.Generator().manual_seed(1)
+    output = torch.randn(8, CLASSES, generator=generator, dtype=torch.float64)
+    target, real = labels(generator), real_targets(generator)
+    pairs = (
+        (
+            losses.TauCrossEntropy(4.0).per_sample(output, target),
+            functional.cross_entropy(4.0 * output, target, reduction="none") / 4.0,
+        ),
+        (
+            losses.MulticlassHinge(2.0).per_sample(output, target),
+            functional.multi_margin_loss(output, target, margin=2.0, reduction="none"),
+        ),
+        (
+            losses.MeanAbsoluteError().per_sample(output, real),
+            functional.l1_loss(output, real, reduction="none").mean(1),
+        ),
+        (
+            losses.Huber(0.5).per_sample(output, real),
+            functional.huber_loss(output, real, delta=0.5, reduction="none").mean(1),
+        ),
+        (
+            losses.CosineSimilarity(1e-6).per_sample(output, real),
+            -functional.cosine_similarity(output, real),
+        ),
+        (
+            losses.BinaryCrossEntropy().per_sample(output, real.sigmoid()),
+            functional.binary_cross_entropy_with_logits(output, real.sigmoid(), reduction="none").mean(1),
+        ),
+    )
+    for ours, theirs in pairs:
+        # The same float64 formula in another order of a few operations.
+        assert torch.allclose(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_cosine_similarity_with_labels_is_that_with_unit_vectors() -> None:
+    output = torch.randn(3, CLASSES, dtype=torch.float64)
+    loss = losses.CosineSimilarity(0.5)
+    index = torch.tensor([0, 4, 2])
+    directions = 7.0 * functional.one_hot(index, CLASSES).double()
+    assert torch.allclose(loss.per_sample(output, index), loss.per_sample(output, directions), rtol=1e-12)
+
+
+@every_loss
+def test_a_samples_loss_depends_on_that_sample_alone(loss: losses.Loss, targets: Targets) -> None:
+    generator = torch.Generator().manual_seed(2)
+    output = torch.randn(8, CLASSES, generator=generator, dtype=torch.float64)
+    target = targets(generator)
+    whole = loss.per_sample(output, target)
+    assert whole.shape == (8,)
+    for index in range(8):
+        alone = loss.per_sample(output[index : index + 1], target[index : index + 1])
+        # The same formula; vectorised float64 loops may round differently.
+        assert torch.allclose(alone, whole[index : index + 1], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("loss", "target"),
+    [
+        (losses.TauCrossEntropy(), torch.tensor([-1, 0, CLASSES])),
+        (losses.MulticlassHinge(), torch.tensor([-100, 1, 2**40])),
+        (losses.CosineSimilarity(), torch.tensor([-1, 2, CLASSES])),
+        (losses.CosineSimilarity(), torch.tensor([[0.0] * CLASSES, [1.0] * CLASSES, [math.nan] * CLASSES])),
+        (losses.BinaryCrossEntropy(), torch.tensor([[1.5] * CLASSES, [1.0] * CLASSES, [-0.1] * CLASSES])),
+        (losses.MeanAbsoluteError(), torch.tensor([[math.nan] * CLASSES, [1.0] * CLASSES, [math.inf] * CLASSES])),
+    ],
+    ids=lambda value: repr(value)[:25],
+)
+def test_targets_out_of_range_make_their_own_loss_not_finite_and_no_other(loss: losses.Loss, target: Tensor) -> None:
+    found = loss.per_sample(torch.randn(3, CLASSES), target)
+    assert found.isfinite().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("loss", [losses.TauCrossEntropy(), losses.MulticlassHinge()])
+def test_labels_of_another_shape_or_kind_are_refused(loss: losses.Loss) -> None:
+    output = torch.zeros(3, CLASSES)
+    for target in (torch.zeros(3), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(InputError, match="integer labels"):
+            loss.per_sample(output, target)
+    with pytest.raises(InputError, match="class scores"):
+        loss.per_sample(torch.zeros(3, CLASSES, 2), torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("loss", [losses.BinaryCrossEntropy(), losses.MeanAbsoluteError(), losses.Huber()])
+def test_real_targets_of_another_size_are_refused(loss: losses.Loss) -> None:
+    for target in (torch.zeros(3, CLASSES + 1), torch.zeros(4, CLASSES), torch.zeros(3)):
+        with pytest.raises(InputError, match="one size"):
+            loss.per_sample(torch.zeros(3, CLASSES), target)
+
+
+def test_a_loss_function_that_reduces_the_batch_is_refused() -> None:
+    loss = losses.BoundedLoss(lambda output, target: (output - target).abs().mean(), bound=1.0)
+    with pytest.raises(InputError, match="reduction='none'"):
+        loss.per_sample(torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf])
+def test_temperatures_margins_and_bounds_out_of_range_are_refused(value: float) -> None:
+    for build in (
+        losses.TauCrossEntropy,
+        losses.BinaryCrossEntropy,
+        losses.MulticlassHinge,
+        losses.CosineSimilarity,
+        losses.Huber,
+        lambda bound: losses.BoundedLoss(lambda output, target: output.sum(1), bound=bound),
+    ):
+        with pytest.raises(ConfigurationError, match="finite and positive"):
+            build(value)
+
+
+@given(st.integers(0, 2**16), st.floats(1e-3, 1e3), st.floats(1e-3, 100.0))
+@settings(max_examples=100, deadline=None, derandomize=True, database=None)
+def test_no_random_output_breaks_the_bound_of_cosine_similarity_near_its_floor(
+    seed: int, size: float, floor: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    output = size * torch.randn(4, CLASSES, generator=generator, dtype=torch.float64)
+    loss = losses.CosineSimilarity(floor)
+    target = torch.randn(4, CLASSES, generator=generator, dtype=torch.float64)
+    # Quotients of float64 sums of 5 terms.
+    assert float(gradient_norms(loss, output, target).max()) <= loss.gradient_bound((CLASSES,)) * (1.0 + 1e-12)
