@@ -116,9 +116,7 @@ class Accountant(ABC):
         fresh = type(self)()
         for entry in state["history"]:
             if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-                raise LedgerFormatError(
-                    f"history entry {entry!r} is not (noise_multiplier, sample_rate, steps)"
-                )
+                raise LedgerFormatError(f"history entry {entry!r} is not (noise_multiplier, sample_rate, steps)")
             fresh.step(noise_multiplier=entry[0], sample_rate=entry[1], steps=entry[2])
         self._history = fresh._history
 
@@ -188,15 +186,12 @@ class PRVAccountant(Accountant):
         epsilon, order = rdp_to_epsilon(phases_cumulant(phases), delta, max_order=_max_order(phases))
         guess = (epsilon, order - 1.0)
         try:
-            sides = [_parts(phases, adding) for adding in (False, True)]
-            uppers = [compose_epsilon(parts, delta, "upper", guess=guess) for parts in sides]
+            lower, upper = compose_epsilon(_directions(phases), delta, guess=guess)
         except EngineRangeError:
             return self._bound(epsilon, 0.0, delta, "rdp")
-        if max(uppers) >= epsilon:
+        if upper >= epsilon:
             return self._bound(epsilon, 0.0, delta, "rdp")
-        worst = sides[0] if uppers[0] >= uppers[1] else sides[1]
-        lower = compose_epsilon(worst, delta, "lower", guess=guess)
-        return self._bound(max(uppers), lower, delta, "prv")
+        return self._bound(upper, lower, delta, "prv")
 
     def _delta(self, phases: Phases, epsilon: float) -> PrivacyBound:
         mu = _gaussian_only(phases)
@@ -205,24 +200,19 @@ class PRVAccountant(Accountant):
         delta, order = rdp_to_delta(phases_cumulant(phases), epsilon, max_order=_max_order(phases))
         guess = (delta, order - 1.0)
         try:
-            sides = [_parts(phases, adding) for adding in (False, True)]
-            uppers = [compose_delta(parts, epsilon, "upper", guess=guess) for parts in sides]
+            lower, upper = compose_delta(_directions(phases), epsilon, guess=guess)
         except EngineRangeError:
             return self._bound(delta, 0.0, epsilon, "rdp")
-        if max(uppers) >= delta:
+        if upper >= delta:
             return self._bound(delta, 0.0, epsilon, "rdp")
-        worst = sides[0] if uppers[0] >= uppers[1] else sides[1]
-        lower = compose_delta(worst, epsilon, "lower", guess=guess)
-        return self._bound(max(uppers), lower, epsilon, "prv")
+        return self._bound(upper, lower, epsilon, "prv")
 
 
-def _parts(phases: Phases, adding: bool) -> list[tuple[DominatingPair, int]]:
+def _directions(phases: Phases) -> list[list[tuple[DominatingPair, int]]]:
     subsampled = {key: n for key, n in phases.items() if key[1] < 1.0}
-    parts = poisson_parts(subsampled, adding)
     mu = _gaussian_only({key: n for key, n in phases.items() if key[1] == 1.0})
-    if mu:
-        parts.append((GaussianPair(mu), 1))
-    return parts
+    rest: list[tuple[DominatingPair, int]] = [(GaussianPair(mu), 1)] if mu else []
+    return [poisson_parts(subsampled, adding) + rest for adding in (False, True)]
 
 
 class AutoAccountant(PRVAccountant):

@@ -32,7 +32,6 @@ Index = NDArray[np.int64]
 Side = Literal["upper", "lower"]
 
 _ULP = float(np.finfo(float).eps)
-_MAX_FFT = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,40 @@ class DiscreteLoss:
         index: Grid index of every atom, increasing, shape (atoms,).
         mass: P-mass of every atom, shape (atoms,).
         infinite: P-mass at +∞ (upper form only).
+        offset: Loss of the grid point of index 0.
     """
 
     width: float
     index: Index
     mass: Array
     infinite: float
+    offset: float = 0.0
+
+    @property
+    def loss(self) -> Array:
+        """Privacy loss of every atom, shape (atoms,)."""
+        return (self.index * self.width + self.offset).astype(np.float64)
 
     def cumulant(self, t: Array) -> Array:
         """Returns log Σ mass · e^{t·loss} for every t, shape (t,)."""
-        exponent = np.multiply.outer(t, self.index * self.width)
+        exponent = np.multiply.outer(t, self.loss)
         top = exponent.max(axis=1)
         total = np.exp(exponent - top[:, None]) @ self.mass
         result: Array = top + np.log(total)
         return result
 
+    def root_mean_square(self, t: float) -> float:
+        """Returns the root of the mean squared loss under the tilt t."""
+        value = self.loss
+        weight = self.mass * np.exp(t * (value - value.max()))
+        return math.sqrt(float(weight @ value**2) / float(weight.sum()))
 
-def loss_edges(low: float, high: float, width: float, t: float, tolerance: float) -> Index:
+
+def loss_edges(low: float, high: float, width: float, t: float, tolerance: float, core: float = 0.0) -> Index:
     """Returns increasing grid indices that cover [low, high], sparser where the loss is large.
 
-    A bin of width w at loss ℓ adds about t(t+1)w²/12 to the cumulant where the loss itself adds
+    Up to |ℓ| = core every grid point is an edge. Beyond, a bin of
+    width w at loss ℓ adds about t(t+1)w²/12 to the cumulant where the loss itself adds
     tℓ; w = min(|ℓ|/32, √(12·tolerance·|ℓ|/(t+1))), at least h, keeps their ratio at the tolerance.
     """
     sides = []
@@ -73,6 +86,7 @@ def loss_edges(low: float, high: float, width: float, t: float, tolerance: float
             continue
         position = np.concatenate(([0.0], np.geomspace(min(width, end) / 4.0, end, 600)))
         step = np.minimum(position / 32.0, np.sqrt(12.0 * tolerance * position / (t + 1.0)))
+        step = np.where(position <= core, 0.0, step)
         density = 1.0 / np.maximum(step, width)
         cells = np.concatenate(([0.0], np.cumsum(0.5 * (density[1:] + density[:-1]) * np.diff(position))))
         points = np.interp(np.arange(math.ceil(cells[-1])), cells, position)
@@ -84,7 +98,7 @@ def loss_edges(low: float, high: float, width: float, t: float, tolerance: float
     return index[first : last + 1]
 
 
-def discretise(pair: DominatingPair, index: Index, width: float, side: Side) -> DiscreteLoss:
+def discretise(pair: DominatingPair, index: Index, width: float, side: Side, offset: float = 0.0) -> DiscreteLoss:
     """Rounds the privacy loss of a pair to grid points, with a certified direction.
 
     Args:
@@ -92,12 +106,13 @@ def discretise(pair: DominatingPair, index: Index, width: float, side: Side) -> 
         index: Increasing grid indices, shape (points,), at least two.
         width: Grid width h.
         side: `"upper"` for a loss that dominates the pair's, `"lower"` for one it dominates.
+        offset: Loss of the grid point of index 0.
 
     Guarantee:
         For every composition, replacing the pair by the result moves δ(ε) only in the stated
         direction (module docstring). Rounding errors of the masses are pushed that way as well.
     """
-    loss: Array = (index * width).astype(np.float64)
+    loss: Array = (index * width + offset).astype(np.float64)
     bins = pair.masses(loss)
     p, q, p_error, q_error = bins.p, bins.q, bins.p_error, bins.q_error
     mass = np.zeros(len(index))
@@ -122,27 +137,61 @@ def discretise(pair: DominatingPair, index: Index, width: float, side: Side) -> 
             kept = (q[-1] - q_error[-1]) * growth[-1]
         kept = min(max(float(np.nan_to_num(kept, nan=0.0, posinf=0.0)), 0.0), top)
         mass[-1] += kept
-        return DiscreteLoss(width, index, mass, float(top - kept))
-    # Lower form: each grid point takes half of the bin above it (mean u below its own) and as much
-    # of half of the bin below it (mean u above its own) as keeps the mean u at or below its own;
-    # the rest of that half is lowered to the next point down. All u are relative to the point's.
+        return _loss(width, index, mass, float(top - kept), offset)
+    # Lower form. A share α of every bin goes to its lower end, whose u exceeds the bin's mean u, the
+    # rest to its upper end, whose u falls short of it; the mean at a point must not exceed its u.
     inner = np.maximum(inner - p_error[1:-1], 0.0)
     to_upper = np.clip(exact - error, 0.0, inner)
-    to_lower = np.clip(inner - exact - error, 0.0, inner)
+    # Amounts by which the mean u of a bin misses that of its ends, relative to the end's u.
+    shortfall = to_upper * gap
+    excess = (inner - to_upper) * np.expm1(np.diff(loss))
     with np.errstate(divide="ignore", invalid="ignore"):
-        # Shortfall of u in the half bin above a point, and excess in the half bin below it.
-        shortfall = 0.5 * to_upper * gap
-        excess = 0.5 * (inner - to_upper) * np.expm1(np.diff(loss))
-        del to_lower
-        share = np.where(excess[:-1] > 0.0, shortfall[1:] / excess[:-1], 1.0)
-    share = np.clip(np.nan_to_num(share, nan=0.0), 0.0, 1.0)
-    half = 0.5 * inner
-    mass[:-1] += half
-    mass[1:-1] += share * half[:-1]
-    mass[:-2] += (1.0 - share) * half[:-1]
-    mass[-2] += half[-1]
+        position = np.clip(np.nan_to_num(1.0 - to_upper / inner, nan=0.5), 0.0, 1.0)
+    share = np.asarray(_balanced_shares(shortfall.tolist(), excess.tolist(), position.tolist()))
+    down, up = share * inner, (1.0 - share) * inner
+    with np.errstate(divide="ignore", invalid="ignore"):
+        kept = (share * shortfall)[1:] / ((1.0 - share) * excess)[:-1]
+    kept = np.clip(np.nan_to_num(kept, nan=0.0, posinf=1.0), 0.0, 1.0)
+    mass[:-1] += down
+    # What the balance does not allow at a point is lowered to the next one; so is the last bin.
+    mass[1:-1] += kept * up[:-1]
+    mass[:-2] += (1.0 - kept) * up[:-1]
+    mass[-2] += up[-1]
     mass[-1] += max(float(p[-1] - p_error[-1]), 0.0)
-    return DiscreteLoss(width, index, mass, 0.0)
+    return _loss(width, index, mass, 0.0, offset)
+
+
+def _loss(width: float, index: Index, mass: Array, infinite: float, offset: float) -> DiscreteLoss:
+    occupied = mass > 0.0
+    if not occupied.any():
+        occupied[0] = True
+    return DiscreteLoss(width, index[occupied], mass[occupied], infinite, offset)
+
+
+def _balanced_shares(shortfall: list[float], excess: list[float], position: list[float]) -> list[float]:
+    """Shares α of the bins with α[j]·shortfall[j] ≈ (1 − α[j−1])·excess[j−1] at every inner point.
+
+    The recursion contracts towards heavier bins, so it climbs every peak from both of its sides.
+    Any α in [0, 1] is valid; where the recursion would drift, it is held near `position`, the
+    share that the mean of the bin suggests.
+    """
+    count = len(shortfall)
+    share = list(position)
+    for j in range(1, count):
+        if shortfall[j] >= shortfall[j - 1]:
+            value = (1.0 - share[j - 1]) * excess[j - 1]
+            share[j] = _held(value, shortfall[j], position[j])
+    for j in range(count - 1, 0, -1):
+        if shortfall[j - 1] > shortfall[j] and (j == 1 or shortfall[j - 1] < shortfall[j - 2]):
+            value = share[j] * shortfall[j]
+            share[j - 1] = 1.0 - _held(value, excess[j - 1], 1.0 - position[j - 1])
+    return share
+
+
+def _held(numerator: float, denominator: float, default: float) -> float:
+    if denominator <= 0.0:
+        return default
+    return min(max(numerator / denominator, 0.7 * default), 0.3 + 0.7 * default)
 
 
 class Composition:
@@ -159,6 +208,18 @@ class Composition:
         self.side: Side = side
         self.width = parts[0][0].width
         self.infinite = math.fsum(n * loss.infinite for loss, n in parts)
+        self.offset = math.fsum(n * loss.offset for loss, n in parts)
+
+    @property
+    def empty(self) -> bool:
+        """Whether some loss has no finite mass at all, so that the sum has none either."""
+        return any(not loss.mass.any() for loss, _ in self.parts)
+
+    @property
+    def maximum(self) -> float:
+        """Largest finite value of the sum, with room for the rounding of the grid."""
+        top = math.fsum(n * float(loss.loss[-1]) for loss, n in self.parts)
+        return top + 1e-12 * abs(top) + self.width
 
     def cumulant(self, t: Array) -> Array:
         """Returns K(t) of the finite part of the sum, shape (t,)."""
@@ -171,7 +232,7 @@ class Composition:
         """Returns mean and variance of the sum under the tilt t."""
         mean = variance = 0.0
         for loss, n in self.parts:
-            value = loss.index * loss.width
+            value = loss.loss
             exponent = t * value
             weight = loss.mass * np.exp(exponent - exponent.max())
             weight /= weight.sum()
@@ -180,7 +241,7 @@ class Composition:
             variance += n * float(weight @ (value - centre) ** 2)
         return mean, variance
 
-    def window(self, t: float, log_outside: float) -> tuple[float, float]:
+    def window(self, t: float, log_outside: float = -21.0) -> tuple[float, float]:
         """Returns (bottom, top): outside, the tilted sum has mass e^log_outside at most per side.
 
         Chernoff: P̃(L ≥ x) ≤ e^{K(t+s) − K(t) − sx} for every s > 0, and likewise below.
@@ -193,15 +254,15 @@ class Composition:
         bottom = float(np.max(-(k[13:] - k[0] - log_outside) / s))
         return min(bottom, mean - spread), max(top, mean + spread)
 
-    def size(self, t: float, log_outside: float) -> int:
+    def size(self, t: float, log_outside: float = -21.0) -> int:
         """Returns the length of the transform that `tilted` would use."""
         bottom, top = self.window(t, log_outside)
         return int((top - bottom) / self.width) + 3
 
-    def tilted(self, t: float, log_outside: float = -23.0) -> TiltedProfile:
+    def tilted(self, t: float, log_outside: float = -21.0) -> TiltedProfile:
         """Composes under the tilt t ≥ 0."""
         bottom, top = self.window(t, log_outside)
-        start = math.floor(bottom / self.width)
+        start = math.floor((bottom - self.offset) / self.width)
         size = int(fft.next_fast_len(int((top - bottom) / self.width) + 3, real=True))
         bins = size // 2 + 1
         log_total = np.zeros(bins)
@@ -214,7 +275,7 @@ class Composition:
         extreme = 0.0
         cumulant = 0.0
         for loss, n in self.parts:
-            exponent = t * loss.index * loss.width
+            exponent = t * loss.loss
             shift = float(exponent.max())
             weight = loss.mass * np.exp(exponent - shift)
             total = float(weight.sum())
@@ -232,9 +293,7 @@ class Composition:
         magnitude = np.exp(log_total)
         rotation = 8.0 * _ULP * (steps + 1.0)
         live = log_bound > -200.0
-        spectrum_error = np.where(
-            live, np.exp(log_bound) * -np.expm1(np.minimum(log_total - log_bound, 0.0)), 1e-80
-        )
+        spectrum_error = np.where(live, np.exp(log_bound) * -np.expm1(np.minimum(log_total - log_bound, 0.0)), 1e-80)
         spectrum_error += magnitude * (rotation + 4.0 * _ULP * np.abs(np.maximum(log_total, -200.0)))
         composed = fft.irfft(magnitude * np.exp(1j * phase), n=size)
         error = (2.0 * float(spectrum_error.sum()) + forward_error * 2.0 * float(magnitude.sum())) / size
@@ -244,7 +303,7 @@ class Composition:
             side=self.side,
             t=t,
             log_scale=cumulant,
-            loss=((start + np.arange(size)) * self.width).astype(np.float64),
+            loss=((start + np.arange(size)) * self.width + self.offset).astype(np.float64),
             mass=composed,
             error=error,
             outside=math.exp(log_outside),
@@ -305,12 +364,19 @@ class TiltedProfile:
         the lower end of the window the answer is that end (upper) or None (lower).
         """
         low, high = float(self.loss[0]), float(self.loss[-2])
+        if self.side == "lower":
+            # Far below the saddle point the bound is swallowed by what the window leaves out.
+            for fraction in (0.5, 0.4, 0.3, 0.6, 0.2, 0.7, 0.8):
+                point = low + fraction * (high - low)
+                if self.delta(point) > delta:
+                    low = point
+                    break
         f_low, f_high = self._excess(low, delta), self._excess(high, delta)
         if f_high > 0.0:
             return None if self.side == "upper" else high
         if f_low <= 0.0:
             return low if self.side == "upper" else None
-        resolution = 1e-9 * (high - low)
+        resolution = 1e-7 * (high - low)
         for iteration in range(100):
             if high - low <= resolution:
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,8 +18,10 @@ __all__ = ["compose_delta", "compose_epsilon"]
 Array = NDArray[np.float64]
 Parts = Sequence[tuple[DominatingPair, int]]
 
-_TOLERANCE = 1e-4
-_MAX_SIZE = 1 << 22
+_TOLERANCE = 2e-4
+_COARSE = 1e-2
+_MAX_SIZE = 1 << 21
+_LARGE = 1 << 16
 _ULP = float(np.finfo(float).eps)
 
 
@@ -28,137 +30,221 @@ def _discrete(
     pair: DominatingPair, width: float, t: float, log_tail: float, tolerance: float, side: Side
 ) -> DiscreteLoss:
     low, high = pair.reach(log_tail)
-    index = loss_edges(low, high, width, t, tolerance)
+    core = offset = 0.0
+    if side == "lower":
+        # Balancing the lower form needs equal bins where the mass is; its tails may be sparse.
+        upper = _discrete(pair, width, t, log_tail, tolerance, "upper")
+        core = 8.0 * upper.root_mean_square(t)
+        # With small q nearly all mass lies in one bin next to 0; its mean has to be a grid point.
+        bins = pair.masses(np.array([-0.5 * width, 0.5 * width]))
+        if bins.p[1] > 1e-3 and bins.q[1] > 1e-3:
+            offset = math.log(bins.p[1] / bins.q[1])
+    index = loss_edges(low - offset, high - offset, width, t, tolerance, core)
     if len(index) < 2:
         index = np.array([index[0], index[0] + 1])
-    return discretise(pair, index, width, side)
+    return discretise(pair, index, width, side, offset)
 
 
-def _build(
-    parts: Parts, width: float, t: float, log_tail: float, tolerance: float, side: Side
-) -> Composition:
-    # A power of two lets queries at nearby tilts share their discretisation.
-    coarse_t = 2.0 ** math.ceil(math.log2(max(t, 1e-6)))
-    return Composition(
-        [(_discrete(p, width, coarse_t, log_tail, tolerance, side), n) for p, n in parts], side
-    )
+class _Laboratory:
+    """Compositions of one ledger at varying tilt and grid width."""
 
+    def __init__(self, parts: Parts, side: Side, log_delta: float) -> None:
+        self.parts = parts
+        self.side: Side = side
+        self.steps = sum(n for _, n in parts)
+        # Truncated tails add their mass to δ: e^−12 of it at most.
+        self.log_tail = float(math.floor(log_delta - math.log(self.steps) - 12.0))
 
-def _width(steps: int, epsilon: float, t: float, tolerance: float) -> float:
-    """Grid width whose spread adds about tolerance·ε: n(t+1)h²/12 = tolerance·ε; a power of two."""
-    wanted = math.sqrt(12.0 * tolerance * max(epsilon, 1e-12) / (steps * (t + 1.0)))
-    return 2.0 ** math.floor(math.log2(min(wanted, 0.25 / (t + 1e-300), 1.0)))
+    def composition(self, epsilon: float, t: float, tolerance: float) -> Composition:
+        """Lays out the grid so that its spread adds about tolerance·ε: n(t+1)h²/12 = tolerance·ε."""
+        # ε may be small against the spread of the loss, about 3/t, which is what has to be resolved.
+        scale = max(epsilon, 0.1 / max(t, 1e-9), 1e-12)
+        wanted = math.sqrt(12.0 * tolerance * scale / (self.steps * (t + 1.0)))
+        # A coarse ladder of widths and tilts lets nearby queries share their discretisations.
+        width = 2.0 ** (0.5 * math.floor(2.0 * math.log2(min(wanted, 0.25 / max(t, 1e-9)))))
+        coarse_t = 2.0 ** math.ceil(math.log2(max(t, 1e-6)))
+        composition = self._at(width, coarse_t, tolerance)
+        size = composition.size(t)
+        while size > _LARGE:
+            # The formula is too careful where nearly all mass lies close to a grid point: measure.
+            wider = self._at(2.0 * width, coarse_t, tolerance)
+            point = np.array([max(t, 1e-6)])
+            growth = float((wider.cumulant(point) - composition.cumulant(point))[0]) / point[0]
+            if size <= _MAX_SIZE and not abs(growth) <= tolerance * scale:
+                break
+            width, composition = 2.0 * width, wider
+            size = composition.size(t)
+        return composition
 
+    def _at(self, width: float, t: float, tolerance: float) -> Composition:
+        losses = [(_discrete(pair, width, t, self.log_tail, tolerance, self.side), n) for pair, n in self.parts]
+        return Composition(losses, self.side)
 
-def _prepare(
-    parts: Parts, side: Side, epsilon: float, t: float, log_delta: float, tolerance: float
-) -> tuple[Composition, int]:
-    steps = sum(n for _, n in parts)
-    log_tail = float(math.floor(log_delta - math.log(steps) - 12.0))
-    width = _width(steps, epsilon, t, tolerance)
-    while True:
-        composition = _build(parts, width, t, log_tail, tolerance, side)
-        if composition.size(t, -23.0) <= _MAX_SIZE:
-            return composition, steps
-        width *= 2.0
+    def rounding(self, composition: Composition) -> float:
+        """Bound of the error in ε from the rounding of the bin edges, a few ulp of each loss a step."""
+        reach = max(float(np.abs(loss.loss[[0, -1]]).max()) for loss, _ in composition.parts)
+        return 8.0 * _ULP * self.steps * (1.0 + reach)
 
+    def epsilon(self, delta: float, epsilon: float, t: float, tolerance: float) -> tuple[float, float, bool]:
+        """Returns (ε, tilt, whether ε is bracketed or a certified 0)."""
+        for _ in range(60):
+            composition = self.composition(epsilon, t, tolerance)
+            if composition.empty:
+                return 0.0, t, True
+            profile = composition.tilted(t)
+            answer = profile.epsilon(delta)
+            slack = self.rounding(composition)
+            low, high = float(profile.loss[0]), float(profile.loss[-2])
+            if self.side == "upper":
+                if answer is None:
+                    t = 1.5 * max(t, 1e-6)
+                    continue
+                if answer > low or low <= 0.0 or t == 0.0:
+                    return max(answer, 0.0) + (slack if answer > 0.0 else 0.0), t, True
+            else:
+                if answer is not None and answer >= high:
+                    t = 1.5 * max(t, 1e-6)
+                    continue
+                if answer is not None or low <= 0.0 or t == 0.0:
+                    return max((answer or 0.0) - slack, 0.0), t, True
+            t = t / 3.0 if t > 1e-6 else 0.0
+        return 0.0, t, False
 
-def _rounding(composition: Composition, steps: int) -> float:
-    """Bound of the error in ε from the rounding of the bin edges, a few ulp of each loss a step."""
-    reach = max(float(np.abs(loss.index[[0, -1]]).max()) * loss.width for loss, _ in composition.parts)
-    return 8.0 * _ULP * steps * (1.0 + reach) if steps else 0.0
+    def saddle(self, epsilon: float, t: float) -> float:
+        """Returns a tilt under which the mean of the sum is near ε, starting from a guess."""
+        t = max(t, 1e-3)
+        for _ in range(4):
+            composition = self.composition(epsilon, t, _COARSE)
+            if composition.empty or composition.maximum <= epsilon:
+                return t
+            # The discretisation was laid out for t: trust it for a factor of eight at a time.
+            low, high = t / 8.0, 8.0 * t
+            if composition.moments(low)[0] >= epsilon:
+                t = low
+                continue
+            if composition.moments(high)[0] <= epsilon:
+                t = high
+                continue
+            for _ in range(12):
+                middle = math.sqrt(low * high)
+                low, high = (middle, high) if composition.moments(middle)[0] < epsilon else (low, middle)
+            return math.sqrt(low * high)
+        return t
+
+    def delta(self, epsilon: float, t: float, tolerance: float) -> tuple[float, float]:
+        """Returns (δ, mass at +∞ in it)."""
+        for _ in range(60):
+            composition = self.composition(epsilon, t, tolerance)
+            slack = self.rounding(composition)
+            point = max(epsilon - slack, 0.0) if self.side == "upper" else epsilon + slack
+            if composition.empty or composition.maximum <= point:
+                return (composition.infinite if self.side == "upper" else 0.0), composition.infinite
+            profile = composition.tilted(t)
+            if profile.loss[0] > point:
+                if t == 0.0:
+                    # Everything lies above ε: δ is 1 to the accuracy of the window.
+                    value = 1.0 if self.side == "upper" else profile.delta(float(profile.loss[0]))
+                    return value, composition.infinite
+                t = t / 3.0 if t > 1e-6 else 0.0
+            elif profile.loss[-2] < point:
+                if t > 1e9:
+                    return (composition.infinite if self.side == "upper" else 0.0), composition.infinite
+                t = 1.5 * max(t, 1e-6)
+            else:
+                return profile.delta(point), composition.infinite
+        raise EngineRangeError(f"numerical composition could not reach epsilon={epsilon!r}")
 
 
 def compose_epsilon(
-    parts: Parts,
-    delta: float,
-    side: Side,
-    *,
-    guess: tuple[float, float],
-    tolerance: float = _TOLERANCE,
-) -> float:
-    """Returns an ε of a composition that is certified from the given side.
+    directions: Sequence[Parts], delta: float, *, guess: tuple[float, float], tolerance: float = _TOLERANCE
+) -> tuple[float, float]:
+    """Returns certified (lower, upper) bounds of the ε of a composition.
 
     Args:
-        parts: Pairs (dominating pair, number of steps).
+        directions: For each direction of the neighbouring relation, the pairs (dominating pair, steps).
         delta: In (0, 1).
-        side: `"upper"` or `"lower"`.
         guess: Approximate (ε, tilt), from Rényi accounting.
         tolerance: Relative error that the grid is laid out for.
 
     Raises:
         EngineRangeError: When no tilt brackets δ.
     """
-    epsilon, t = max(guess[0], 1e-12), guess[1]
     log_delta = math.log(delta)
-    composition, steps = _prepare(parts, side, epsilon, t, log_delta, tolerance)
-    t = _best_tilt(composition, t, lambda k, s: (k - log_delta - np.log1p(s)) / s + np.log(s / (s + 1.0)))
-    for _ in range(40):
-        profile = composition.tilted(t)
-        answer = profile.epsilon(delta)
-        if answer is not None:
-            if side == "upper":
-                if answer > profile.loss[0] or answer <= 0.0:
-                    return max(answer, 0.0) + _rounding(composition, steps)
-            elif answer < profile.loss[-2]:
-                return max(answer - _rounding(composition, steps), 0.0)
-            else:
-                t *= 1.5
-                continue
-            t = t / 2.0 if t > 1e-8 else 0.0
-            if t == 0.0 and profile.t == 0.0:
-                return max(answer, 0.0) + _rounding(composition, steps)
-        elif side == "upper":
-            t = 1.5 * max(t, 1e-8)
-        else:
-            if profile.loss[0] <= 0.0 or profile.t == 0.0:
-                return 0.0
-            t = t / 2.0 if t > 1e-8 else 0.0
-    raise EngineRangeError(f"numerical composition could not bracket delta={delta!r}")
+    coarse = []
+    # The grid follows from the answer; a coarse composition finds both to a per cent, cheaply.
+    for parts in directions:
+        epsilon, t, found = _Laboratory(parts, "upper", log_delta).epsilon(delta, *guess, _COARSE)
+        if not found:
+            raise EngineRangeError(f"numerical composition could not bracket delta={delta!r}")
+        coarse.append((epsilon, t, parts))
+    coarse.sort(key=lambda entry: -entry[0])
+    upper, worst = 0.0, coarse[0]
+    for epsilon, t, parts in coarse:
+        # Coarse or not, these are upper bounds: the direction that matters less may stay coarse.
+        if epsilon <= upper or epsilon == 0.0:
+            continue
+        laboratory = _Laboratory(parts, "upper", log_delta)
+        if t > 0.0:
+            t = _best_tilt(laboratory.composition(epsilon, t, _COARSE), t, log_delta)
+        fine, t, found = laboratory.epsilon(delta, epsilon, t, tolerance)
+        if found and fine < epsilon:
+            epsilon = fine
+        if epsilon > upper:
+            upper, worst = epsilon, (epsilon, t, parts)
+    if upper == 0.0:
+        return 0.0, 0.0
+    epsilon, t, parts = worst
+    lower, _, found = _Laboratory(parts, "lower", log_delta).epsilon(delta, epsilon, t, tolerance)
+    return min(lower, upper) if found else 0.0, upper
 
 
 def compose_delta(
-    parts: Parts,
-    epsilon: float,
-    side: Side,
-    *,
-    guess: tuple[float, float],
-    tolerance: float = _TOLERANCE,
-) -> float:
-    """Returns a δ of a composition that is certified from the given side.
+    directions: Sequence[Parts], epsilon: float, *, guess: tuple[float, float], tolerance: float = _TOLERANCE
+) -> tuple[float, float]:
+    """Returns certified (lower, upper) bounds of the δ of a composition.
 
     Args:
-        parts: Pairs (dominating pair, number of steps).
+        directions: For each direction of the neighbouring relation, the pairs (dominating pair, steps).
         epsilon: At least 0.
-        side: `"upper"` or `"lower"`.
         guess: Approximate (δ, tilt), from Rényi accounting.
-        tolerance: Relative error that the grid is laid out for.
+        tolerance: Relative error in ε that the grid is laid out for.
+
+    Raises:
+        EngineRangeError: When no tilt reaches ε.
     """
-    t = guess[1]
-    log_delta = math.log(max(guess[0], 1e-300)) - 7.0
-    composition, steps = _prepare(parts, side, max(epsilon, 1e-6), t, log_delta, tolerance)
-    slack = _rounding(composition, steps)
-    epsilon = max(epsilon - slack, 0.0) if side == "upper" else epsilon + slack
-    t = _best_tilt(composition, t, lambda k, s: k - s * epsilon)
-    for _ in range(60):
-        profile = composition.tilted(t)
-        if profile.loss[0] > epsilon:
-            if t == 0.0:
-                # Everything that matters lies above ε: the trivial bounds are all the window can say.
-                return 1.0 if side == "upper" else profile.delta(float(profile.loss[0]))
-            t = t / 2.0 if t > 1e-8 else 0.0
-        elif profile.loss[-2] < epsilon:
-            if t > 1e8:
-                return composition.infinite if side == "upper" else 0.0
-            t = 1.5 * max(t, 1e-8)
-        else:
-            return profile.delta(epsilon)
-    raise EngineRangeError(f"numerical composition could not reach epsilon={epsilon!r}")
+    best: tuple[float, float, Parts, float] | None = None
+    for parts in directions:
+        log_delta = math.log(max(guess[0], 1e-290)) - 7.0
+        for _ in range(4):
+            laboratory = _Laboratory(parts, "upper", log_delta)
+            t = laboratory.saddle(epsilon, guess[1])
+            value, infinite = laboratory.delta(epsilon, t, _COARSE)
+            # The Rényi bound may exceed δ by orders of magnitude; tails are cut relative to δ.
+            if infinite <= 1e-3 * value or value < 1e-290:
+                break
+            log_delta = min(math.log(value), log_delta) - 12.0
+        if best is None or value > best[0]:
+            best = value, t, parts, log_delta
+    assert best is not None
+    coarse, t, worst, log_delta = best
+    if coarse == 0.0:
+        return 0.0, 0.0
+    upper = 0.0
+    for parts in directions:
+        # Each direction is bounded by its coarse value too, but only the fine ones are comparable.
+        value, _ = _Laboratory(parts, "upper", log_delta).delta(epsilon, t, tolerance)
+        upper = max(upper, value)
+    lower, _ = _Laboratory(worst, "lower", log_delta).delta(epsilon, t, tolerance)
+    return min(lower, upper), upper
 
 
-def _best_tilt(composition: Composition, t: float, objective: Callable[[Array, Array], Array]) -> float:
-    grid = t * np.geomspace(0.4, 2.5, 11)
-    return float(grid[int(np.argmin(objective(composition.cumulant(grid), grid)))])
+def _best_tilt(composition: Composition, t: float, log_delta: float) -> float:
+    """Returns the tilt near t that the Rényi conversion would choose for the composition."""
+    if composition.empty:
+        return t
+    s = t * np.geomspace(0.4, 2.5, 11)
+    objective = (composition.cumulant(s) - log_delta - np.log1p(s)) / s + np.log(s / (s + 1.0))
+    return float(s[int(np.argmin(objective))])
 
 
 def poisson_parts(phases: dict[tuple[float, float], int], adding: bool) -> list[tuple[DominatingPair, int]]:
