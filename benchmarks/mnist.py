@@ -34,8 +34,8 @@ class Recipe:
 
 RECIPES = {
     "gated": Recipe(epochs=30, batch_size=2048, lr=1.0, tau=8.0, input_norm=28.0),
-    "orthogonal": Recipe(epochs=30, batch_size=2048, lr=0.05, tau=8.0, input_norm=10.0),
-    "spectral": Recipe(epochs=30, batch_size=2048, lr=0.05, tau=8.0, input_norm=10.0),
+    "orthogonal": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
+    "spectral": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
 }
 
 
@@ -54,7 +54,11 @@ def network(route: str) -> nn.Sequential:
             nn.Linear(32, 10),
         )
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 128, bias=False), layers.GroupSort(2), nn.Linear(128, 10, bias=False)
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(196, 64, bias=False),
+        layers.GroupSort(2),
+        nn.Linear(64, 10, bias=False),
     )
 
 
