@@ -4,7 +4,12 @@ from __future__ import annotations
 
 from .accountants import Accountant, AutoAccountant, PRVAccountant, RDPAccountant, create_accountant
 from .bounds import PrivacyBound
-from .calibration import calibrate_noise_multiplier
+from .calibration import (
+    calibrate_ledger,
+    calibrate_noise_multiplier,
+    calibrate_sample_rate,
+    calibrate_steps,
+)
 from .errors import (
     AccountingError,
     AccountingWarning,
@@ -16,22 +21,55 @@ from .errors import (
     UnreachableTargetError,
     UnsupportedEventError,
 )
+from .events import (
+    ADD_OR_REMOVE_ONE,
+    REPLACE_ONE,
+    FixedSizeSampling,
+    GaussianRelease,
+    GaussianStep,
+    GaussianVectorStep,
+    LaplaceRelease,
+    NoSampling,
+    PoissonSampling,
+    Repeat,
+    ShuffledEpoch,
+    repeat,
+)
+from .ledger import Ledger
+from .selection import PrivateSelection
 
 __all__ = [
+    "ADD_OR_REMOVE_ONE",
+    "REPLACE_ONE",
     "Accountant",
     "AccountingError",
     "AccountingWarning",
     "AutoAccountant",
     "EngineRangeError",
     "FallbackWarning",
+    "FixedSizeSampling",
+    "GaussianRelease",
+    "GaussianStep",
+    "GaussianVectorStep",
     "InvalidParameterError",
+    "LaplaceRelease",
     "LargeDeltaWarning",
+    "Ledger",
     "LedgerFormatError",
+    "NoSampling",
     "PRVAccountant",
+    "PoissonSampling",
     "PrivacyBound",
+    "PrivateSelection",
     "RDPAccountant",
+    "Repeat",
+    "ShuffledEpoch",
     "UnreachableTargetError",
     "UnsupportedEventError",
+    "calibrate_ledger",
     "calibrate_noise_multiplier",
+    "calibrate_sample_rate",
+    "calibrate_steps",
     "create_accountant",
+    "repeat",
 ]

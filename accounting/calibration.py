@@ -1,4 +1,4 @@
-"""Noise and steps for a privacy target, on its safe side."""
+"""Noise, steps and sample rates for a privacy target, on its safe side."""
 
 from __future__ import annotations
 
@@ -6,13 +6,22 @@ import math
 from collections.abc import Callable
 
 from . import _validation as check
-from .accountants import create_accountant
-from .errors import UnreachableTargetError
+from .accountants import Accountant, create_accountant
+from .errors import InvalidParameterError, UnreachableTargetError
+from .events import ADD_OR_REMOVE_ONE, Relation
+from .ledger import Ledger
 
-__all__ = ["calibrate_noise_multiplier"]
+__all__ = [
+    "calibrate_ledger",
+    "calibrate_noise_multiplier",
+    "calibrate_sample_rate",
+    "calibrate_steps",
+]
 
 _MAX_NOISE = 1e9
-_RELATIVE = 2e-4
+_MIN_NOISE = 1e-3
+_MAX_STEPS = 10**9
+_RELATIVE = 1e-4
 
 
 def calibrate_noise_multiplier(
@@ -22,8 +31,9 @@ def calibrate_noise_multiplier(
     sample_rate: float,
     steps: int,
     accountant: str = "prv",
+    relation: Relation = ADD_OR_REMOVE_ONE,
 ) -> float:
-    """Returns the smallest σ, to 0.02 %, whose ε does not exceed the target.
+    """Returns the smallest σ, to 0.01 %, whose ε does not exceed the target.
 
     Args:
         target_epsilon: Positive, finite.
@@ -31,6 +41,7 @@ def calibrate_noise_multiplier(
         sample_rate: q in [0, 1].
         steps: Whole number of steps, at least 1.
         accountant: Name of the engine, as in `create_accountant`.
+        relation: Neighbouring relation of the guarantee.
 
     Raises:
         UnreachableTargetError: When even very large noise misses the target.
@@ -44,33 +55,177 @@ def calibrate_noise_multiplier(
     n = check.count(steps, minimum=1)
 
     def epsilon(sigma: float) -> float:
-        probe = create_accountant(accountant)
-        probe.step(noise_multiplier=sigma, sample_rate=q, steps=n)
+        return _epsilon_of_steps(accountant, relation, delta, sigma, q, n)
+
+    return _smallest_sufficient(epsilon, target)
+
+
+def calibrate_ledger(
+    ledger: Ledger, *, target_epsilon: float, delta: float, accountant: str = "auto"
+) -> tuple[float, Ledger]:
+    """Scales all noise multipliers of a planned ledger by one factor to meet the target.
+
+    Args:
+        ledger: The plan, with the noise multipliers in the wanted proportion.
+        target_epsilon: Positive, finite.
+        delta: In (0, 1).
+        accountant: Name of the engine, as in `create_accountant`.
+
+    Returns:
+        (factor, the scaled ledger): the smallest factor, to 0.01 %, that meets the target.
+
+    Raises:
+        UnreachableTargetError: When even very large noise misses the target.
+
+    Guarantee:
+        The accountant, asked about the returned ledger, answers at most `target_epsilon`.
+    """
+    target = check.target_epsilon(target_epsilon)
+    delta = check.delta(delta)
+
+    def epsilon(factor: float) -> float:
+        probe = create_accountant(accountant, relation=ledger.relation)
+        probe.ledger = ledger.scaled(factor)
         return float(probe.get_epsilon(delta))
 
-    return smallest_sufficient(epsilon, target)
+    factor = _smallest_sufficient(epsilon, target)
+    return factor, ledger.scaled(factor)
 
 
-def smallest_sufficient(epsilon: Callable[[float], float], target: float) -> float:
-    """Returns the smallest σ, to a relative 2e-4, with epsilon(σ) ≤ target, for a decreasing epsilon."""
+def calibrate_steps(
+    *,
+    target_epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    sample_rate: float,
+    accountant: str = "prv",
+    relation: Relation = ADD_OR_REMOVE_ONE,
+    spent: Accountant | None = None,
+) -> int:
+    """Returns the largest number of steps whose ε does not exceed the target.
+
+    Args:
+        target_epsilon: Positive, finite.
+        delta: In (0, 1).
+        noise_multiplier: σ of each step.
+        sample_rate: q of each step.
+        accountant: Name of the engine; ignored when `spent` is given.
+        relation: Neighbouring relation; ignored when `spent` is given.
+        spent: An accountant with what has been spent already; it is left as it is.
+
+    Raises:
+        UnreachableTargetError: When not even one step fits, or a billion do.
+    """
+    target = check.target_epsilon(target_epsilon)
+    delta = check.delta(delta)
+    sigma = check.noise_multiplier(noise_multiplier)
+    q = check.sample_rate(sample_rate)
+
+    def fits(steps: int) -> bool:
+        if spent is None:
+            probe = create_accountant(accountant, relation=relation)
+        else:
+            probe = create_accountant(spent.mechanism, relation=spent.relation)
+            probe.ledger = spent.ledger.merge(Ledger(spent.relation))
+        probe.step(noise_multiplier=sigma, sample_rate=q, steps=steps)
+        return float(probe.get_epsilon(delta)) <= target
+
+    if not fits(1):
+        raise UnreachableTargetError(
+            f"not one step with noise_multiplier={sigma!r}, sample_rate={q!r} fits epsilon={target!r}: "
+            "use more noise or a smaller sample_rate"
+        )
+    low, high = 1, 2
+    while fits(high):
+        low, high = high, 2 * high
+        if high > _MAX_STEPS:
+            raise UnreachableTargetError(f"more than {_MAX_STEPS} steps fit epsilon={target!r}: use less noise")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def calibrate_sample_rate(
+    *,
+    target_epsilon: float,
+    delta: float,
+    noise_multiplier: float,
+    steps: int,
+    accountant: str = "prv",
+    relation: Relation = ADD_OR_REMOVE_ONE,
+) -> float:
+    """Returns the largest q, to 0.01 %, whose ε does not exceed the target; 1 if every q does.
+
+    Raises:
+        UnreachableTargetError: When only a q below 1e-9 would.
+    """
+    target = check.target_epsilon(target_epsilon)
+    delta = check.delta(delta)
+    sigma = check.noise_multiplier(noise_multiplier)
+    n = check.count(steps, minimum=1)
+
+    def fits(q: float) -> bool:
+        return _epsilon_of_steps(accountant, relation, delta, sigma, q, n) <= target
+
+    if fits(1.0):
+        return 1.0
+    low, high = 1e-9, 1.0
+    if not fits(low):
+        raise UnreachableTargetError(
+            f"epsilon={target!r} is not reached with sample_rate={low!r}: use more noise or fewer steps"
+        )
+    while high - low > _RELATIVE * high:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _epsilon_of_steps(accountant: str, relation: Relation, delta: float, sigma: float, q: float, steps: int) -> float:
+    probe = create_accountant(accountant, relation=relation)
+    probe.step(noise_multiplier=sigma, sample_rate=q, steps=steps)
+    return float(probe.get_epsilon(delta))
+
+
+def _smallest_sufficient(epsilon: Callable[[float], float], target: float) -> float:
+    """Returns the smallest x, to a relative 1e-4, with epsilon(x) ≤ target, for a decreasing epsilon."""
     low, high = 0.0, 1.0
-    while epsilon(high) > target:
+    value_high = epsilon(high)
+    while value_high > target:
         low, high = high, 2.0 * high
         if high > _MAX_NOISE:
             raise UnreachableTargetError(
-                f"epsilon={target!r} is not reached with noise_multiplier={high!r}: "
+                f"epsilon={target!r} is not reached with noise times {high!r}: "
                 "take fewer steps, a smaller sample_rate, or a larger delta"
             )
+        value_high = epsilon(high)
     while low == 0.0:
-        middle = high / 2.0
-        if middle < 1e-3 or epsilon(middle) > target:
+        middle = 0.5 * high
+        if middle < _MIN_NOISE:
+            return high
+        value = epsilon(middle)
+        if value > target:
             low = middle
         else:
-            high = middle
-    while high - low > _RELATIVE * high:
+            high, value_high = middle, value
+    value_low = epsilon(low)
+    # ε is close to a power of σ: secant steps in the logarithms, kept inside the bracket.
+    for iteration in range(100):
+        if high - low <= _RELATIVE * high:
+            break
         middle = math.sqrt(low * high)
-        if epsilon(middle) <= target:
-            high = middle
+        if iteration % 3 != 2 and value_high > 0.0 and math.isfinite(value_low) and value_low > value_high:
+            share = math.log(value_low / target) / math.log(value_low / value_high)
+            guess = math.exp(math.log(low) + share * math.log(high / low))
+            nudge = 0.4 * _RELATIVE * (1.0 if iteration % 2 == 0 else -1.0)
+            guess *= 1.0 + nudge
+            if low < guess < high:
+                middle = guess
+        value = epsilon(middle)
+        if value <= target:
+            high, value_high = middle, value
         else:
-            low = middle
+            low, value_low = middle, value
+    if not epsilon(high) <= target:
+        raise InvalidParameterError("epsilon is not decreasing in the noise; please report this ledger")
     return high

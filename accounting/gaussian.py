@@ -7,25 +7,13 @@ import math
 import numpy as np
 from scipy.special import log_ndtr
 
-__all__ = ["gaussian_delta", "gaussian_epsilon", "gaussian_mu"]
+__all__ = ["gaussian_delta", "gaussian_epsilon"]
 
 _RELATIVE_MARGIN = 1e-12
 
 
-def gaussian_mu(noise_multipliers: list[tuple[float, int]]) -> float:
-    """Returns the μ of a composition of Gaussian mechanisms, √(Σ nᵢ/σᵢ²).
-
-    Args:
-        noise_multipliers: Pairs (σ, number of releases).
-
-    Source:
-        Dong, Roth, Su 2019, *Gaussian differential privacy*, Corollary 3.3.
-    """
-    return math.sqrt(math.fsum(n / sigma**2 for sigma, n in noise_multipliers))
-
-
-def gaussian_delta(mu: float, epsilon: float) -> float:
-    """Returns the exact δ(ε) of the Gaussian mechanism, rounded up.
+def gaussian_delta(mu: float, epsilon: float, *, lower: bool = False) -> float:
+    """Returns the exact δ(ε) of the Gaussian mechanism, rounded up (down if `lower`).
 
     δ(ε) = Φ(μ/2 − ε/μ) − e^ε Φ(−μ/2 − ε/μ), with μ = sensitivity / noise standard deviation.
 
@@ -36,7 +24,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
     Source:
         Balle and Wang 2018, *Improving the Gaussian mechanism*, Theorem 8.
     """
-    return _delta(mu, epsilon, sign=1.0)
+    return _delta(mu, epsilon, sign=-1.0 if lower else 1.0)
 
 
 def _delta(mu: float, epsilon: float, sign: float) -> float:

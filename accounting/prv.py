@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EngineRangeError
-from .pairs import DominatingPair, PoissonGaussianPair
+from .pairs import DominatingPair
 from .privacy_loss import Composition, DiscreteLoss, Side, discretise, loss_edges
 
 __all__ = ["compose_delta", "compose_epsilon"]
@@ -245,8 +245,3 @@ def _best_tilt(composition: Composition, t: float, log_delta: float) -> float:
     s = t * np.geomspace(0.4, 2.5, 11)
     objective = (composition.cumulant(s) - log_delta - np.log1p(s)) / s + np.log(s / (s + 1.0))
     return float(s[int(np.argmin(objective))])
-
-
-def poisson_parts(phases: dict[tuple[float, float], int], adding: bool) -> list[tuple[DominatingPair, int]]:
-    """Returns the dominating pairs of subsampled phases {(σ, q): steps} in one direction."""
-    return [(PoissonGaussianPair(sigma, q, adding), n) for (sigma, q), n in phases.items()]

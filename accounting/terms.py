@@ -1,0 +1,235 @@
+"""A ledger reduced to what the engines compose: counts of distinct mechanisms."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import UnsupportedEventError
+from .events import (
+    REPLACE_ONE,
+    FixedSizeSampling,
+    GaussianRelease,
+    GaussianStep,
+    GaussianVectorStep,
+    LaplaceRelease,
+    NoSampling,
+    PoissonSampling,
+    Relation,
+    ShuffledEpoch,
+    flatten,
+)
+from .pairs import (
+    DominatingPair,
+    FixedSizeGaussianPair,
+    GaussianPair,
+    LaplacePair,
+    PoissonGaussianPair,
+    ReplaceOnePoissonPair,
+)
+from .rdp import (
+    MAX_ORDER,
+    Cumulant,
+    laplace_cumulant,
+    largest_useful_order,
+    replace_one_cumulant,
+    subsampled_gaussian_cumulant,
+)
+from .selection import PrivateSelection
+
+__all__ = ["Terms", "collect"]
+
+Array = NDArray[np.float64]
+Phases = dict[tuple[float, float], int]
+
+
+@dataclass
+class Terms:
+    """Counts of distinct mechanisms under one neighbouring relation; order does not matter.
+
+    Attributes:
+        relation: The neighbouring relation.
+        mu: μ of all unsampled Gaussian releases together, √(Σ n (Δ/σ)²), Δ = 2 for replace-one.
+        poisson: {(σ, q): steps} with 0 < q < 1.
+        fixed: {(σ, q): steps} of fixed-size sampling.
+        laplace: {scale over sensitivity: releases}.
+        selections: (search, its trial, how often).
+    """
+
+    relation: Relation
+    mu: float = 0.0
+    poisson: Phases = field(default_factory=dict)
+    fixed: Phases = field(default_factory=dict)
+    laplace: dict[float, int] = field(default_factory=dict)
+    selections: list[tuple[PrivateSelection, Terms, int]] = field(default_factory=list)
+    grouping: float = 0.0
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was released."""
+        return not (self.mu or self.poisson or self.fixed or self.laplace or self.selections)
+
+    @property
+    def gaussian_only(self) -> bool:
+        """Whether everything together is one Gaussian mechanism."""
+        return not (self.poisson or self.fixed or self.laplace or self.selections)
+
+    @property
+    def sampling(self) -> str:
+        """How batches were formed, in a word."""
+        kinds = [name for name, there in (("poisson", self.poisson), ("fixed_size", self.fixed)) if there]
+        return "+".join(kinds) or "none"
+
+    @property
+    def max_order(self) -> float:
+        """Order up to which the Rényi grid starts out."""
+        stretch = 2.0 if self.relation == REPLACE_ONE else 1.0
+        orders = [largest_useful_order(sigma, q) for sigma, q in self.poisson] or [1e3]
+        return min(stretch * max(orders), MAX_ORDER)
+
+    def cumulant(self, *, fixed_as_guess: bool = False) -> Cumulant:
+        """Returns t ↦ Σ K(t), remembering what it was asked.
+
+        Args:
+            fixed_as_guess: Approximate fixed-size steps (no certified Rényi bound is offered for them).
+
+        Raises:
+            UnsupportedEventError: When fixed-size steps are present and may not be approximated.
+        """
+        if self.fixed and not fixed_as_guess:
+            raise UnsupportedEventError(
+                "Rényi accounting does not cover FixedSizeSampling here; ask the 'prv' or 'auto' accountant"
+            )
+        sampled = replace_one_cumulant if self.relation == REPLACE_ONE else subsampled_gaussian_cumulant
+        inner = [(search.cumulant(terms.cumulant()), n) for search, terms, n in self.selections]
+        memory: dict[bytes, Array] = {}
+
+        def cumulant(t: Array) -> Array:
+            t = np.ascontiguousarray(t, dtype=float)
+            key = t.tobytes()
+            if key not in memory:
+                total = 0.5 * self.mu**2 * t * (t + 1.0)
+                for (sigma, q), n in self.poisson.items():
+                    total = total + n * _memoised(sampled, sigma, q, t, key)
+                for (sigma, q), n in self.fixed.items():
+                    total = total + n * _memoised(subsampled_gaussian_cumulant, 0.5 * sigma, q, t, key)
+                for scale, n in self.laplace.items():
+                    total = total + n * laplace_cumulant(scale, t)
+                for search, n in inner:
+                    total = total + n * search(t)
+                memory[key] = total
+            return memory[key]
+
+        return cumulant
+
+    def directions(self) -> list[list[tuple[DominatingPair, int]]]:
+        """Returns, for each direction of the relation, the dominating pairs with their counts.
+
+        Raises:
+            UnsupportedEventError: When a private selection is present, which has no dominating pair.
+        """
+        if self.selections:
+            raise UnsupportedEventError(
+                "PrivateSelection is covered by Rényi accounting only; ask the 'rdp' or 'auto' accountant"
+            )
+        both: list[tuple[DominatingPair, int]] = []
+        if self.mu:
+            both.append((GaussianPair(self.mu), 1))
+        both += [(FixedSizeGaussianPair(sigma, q), n) for (sigma, q), n in self.fixed.items()]
+        both += [(LaplacePair(scale), n) for scale, n in self.laplace.items()]
+        if self.relation == REPLACE_ONE:
+            pairs = [(ReplaceOnePoissonPair(sigma, q), n) for (sigma, q), n in self.poisson.items()]
+            return [both + pairs]
+        if not self.poisson:
+            return [both]
+        return [
+            both + [(PoissonGaussianPair(sigma, q, adding), n) for (sigma, q), n in self.poisson.items()]
+            for adding in (False, True)
+        ]
+
+    def grouped(self, limit: int) -> Terms:
+        """Returns terms with at most `limit` distinct Poisson phases, never of smaller loss.
+
+        Each σ is rounded down and each q up on a geometric grid, the finest that is coarse enough;
+        the loss grows when σ falls and when q rises. `grouping` holds the relative grid width.
+        """
+        if len(self.poisson) <= limit:
+            return self
+        width = 2e-5
+        while True:
+            phases: Phases = {}
+            for (sigma, q), n in self.poisson.items():
+                key = _round_down(sigma, width), min(1.0 / _round_down(1.0 / q, width), 1.0 - 1e-12)
+                key = key[0], max(key[1], q)
+                phases[key] = phases.get(key, 0) + n
+            if len(phases) <= limit:
+                return Terms(self.relation, self.mu, phases, self.fixed, self.laplace, self.selections, grouping=width)
+            width *= 1.5
+
+
+def _round_down(value: float, width: float) -> float:
+    step = math.log1p(width)
+    return min(math.exp(math.floor(math.log(value) / step) * step), value)
+
+
+_memory: dict[tuple[Any, ...], Array] = {}
+
+
+def _memoised(function: Any, sigma: float, q: float, t: Array, key: bytes) -> Array:
+    entry = (function, sigma, q, key)
+    if entry not in _memory:
+        if len(_memory) > 2048:
+            _memory.clear()
+        _memory[entry] = function(sigma, q, t)
+    return _memory[entry]
+
+
+def collect(entries: Iterable[tuple[Any, int]], relation: Relation) -> Terms:
+    """Returns the terms of a ledger's lines.
+
+    Raises:
+        UnsupportedEventError: When an event, or its sampling under this relation, is not understood.
+    """
+    terms = Terms(relation)
+    sensitivity = 2.0 if relation == REPLACE_ONE else 1.0
+    squares = []
+    for event, n in flatten(entries):
+        if isinstance(event, (GaussianStep, GaussianVectorStep)):
+            sigma, sampling = event.noise_multiplier, event.sampling
+            if isinstance(sampling, PoissonSampling):
+                q = sampling.sample_rate
+                if 0.0 < q < 1.0:
+                    terms.poisson[sigma, q] = terms.poisson.get((sigma, q), 0) + n
+                elif q == 1.0:
+                    squares.append(n * (sensitivity / sigma) ** 2)
+            elif isinstance(sampling, NoSampling):
+                squares.append(n * (sensitivity / sigma) ** 2)
+            elif isinstance(sampling, FixedSizeSampling):
+                if relation != REPLACE_ONE:
+                    raise UnsupportedEventError(
+                        f"{event!r} under {relation!r}: a fixed batch size has no neighbours of another size; "
+                        "use a replace_one ledger, or draw the batches by Poisson sampling"
+                    )
+                q = sampling.sample_rate
+                if q == 1.0:
+                    squares.append(n * (sensitivity / sigma) ** 2)
+                elif q > 0.0:
+                    terms.fixed[sigma, q] = terms.fixed.get((sigma, q), 0) + n
+            else:
+                raise UnsupportedEventError(f"unknown sampling {sampling!r} of {event!r}")
+        elif isinstance(event, (GaussianRelease, ShuffledEpoch)):
+            squares.append(n * (sensitivity / event.noise_multiplier) ** 2)
+        elif isinstance(event, LaplaceRelease):
+            scale = event.noise_multiplier / sensitivity
+            terms.laplace[scale] = terms.laplace.get(scale, 0) + n
+        elif isinstance(event, PrivateSelection):
+            terms.selections.append((event, collect(event.trial, relation), n))
+        else:
+            raise UnsupportedEventError(f"no engine understands the event {event!r}")
+    terms.mu = math.sqrt(math.fsum(squares))
+    return terms
