@@ -1,6 +1,6 @@
 """Train privately on scikit-learn's digits: no download, seconds on a laptop.
 
-    python examples/digits.py --checkpoint runs/digits.pt
+python examples/digits.py --checkpoint runs/digits.pt
 """
 
 import argparse
