@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import getitem
 from typing import Any
 
 import torch
@@ -108,10 +109,17 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
     """
     module = symbolic_trace(net)
     _refuse(list(_without_rule(module)))
-    runs = [_shapes(module, (size, *input_shape), device, dtype) for size in _BATCH_SIZES]
+    recorders = [_record(module, (size, *input_shape), device, dtype) for size in _BATCH_SIZES]
+    runs = [recorder.shapes for recorder in recorders]
+    public = [recorder.public for recorder in recorders]
     shapes: dict[fx.Node, tuple[int, ...]] = {}
     mixing: list[Unsupported] = []
     for node in module.graph.nodes:
+        if isinstance(public[0].get(node), (int, float)) and node.op == "call_function" and node.target is not getitem:
+            if any(public[0].get(source) != public[1].get(source) for source in node.all_input_nodes):
+                remedy = "arithmetic on the batch size may regroup samples; use x.shape[0] as it is, or -1"
+                mixing.append(Unsupported(node.name, getattr(node.target, "__name__", str(node.target)), remedy))
+            continue
         if node not in runs[0]:
             continue
         first, second = runs[0][node], runs[1][node]
@@ -213,6 +221,7 @@ class _ShapeRecorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.public: dict[fx.Node, Any] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         try:
@@ -226,15 +235,15 @@ class _ShapeRecorder(fx.Interpreter):
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
         if isinstance(value, Tensor) and n.op != "output":
             self.shapes[n] = tuple(value.shape)
+        elif n.op.startswith("call_"):
+            self.public[n] = value
         return value
 
 
-def _shapes(
-    module: fx.GraphModule, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
-) -> dict[fx.Node, tuple[int, ...]]:
+def _record(module: fx.GraphModule, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> _ShapeRecorder:
     recorder = _ShapeRecorder(module)
     devices = [device] if device.type == "cuda" else []
     # With gradients enabled, because autograd is what refuses in-place changes of gated values.
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         recorder.run(torch.zeros(shape, device=device, dtype=dtype))
-    return recorder.shapes
+    return recorder

@@ -94,6 +94,8 @@ MIXING: dict[str, Callable[[Tensor], Tensor]] = {
     "quotient of numbers": lambda x: 1.0 / x,
     "division by a shape": lambda x: x / x.shape[1],
     "transpose attribute": lambda x: x.mT,
+    "rows that merge from ten samples on": lambda x: x.reshape(x.shape[0] - 5 * (x.shape[0] // 10), -1),
+    "as many columns as samples allow": lambda x: x.reshape(-1, x.numel() // x.shape[0]),
 }
 
 
@@ -206,6 +208,8 @@ def test_a_network_of_two_arguments_or_two_outputs_is_refused() -> None:
         wrap(TwoIn(), (4,))
     with pytest.raises(ConfigurationError, match="one tensor"):
         wrap(Traced(lambda x: (x, x)), (4,))  # type: ignore[arg-type, return-value]
+    with pytest.raises(ConfigurationError, match="one tensor"):
+        wrap(nn.Sequential(nn.MaxPool2d(2, return_indices=True)), (1, 4, 4))
 
 
 def test_an_activation_that_overwrites_a_gates_value_is_refused() -> None:
