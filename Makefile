@@ -11,8 +11,11 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --upgrade pip
 	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --editable ".[examples]"
+	touch $@
+
+$(VENV)/.developing: $(VENV)/.installed
 	$(PY) -m pip install --quiet --editable ".[dev]"
 	touch $@
 
@@ -20,18 +23,18 @@ demo: $(VENV)/.installed
 	$(PY) examples/digits.py --checkpoint runs/digits.pt
 
 # A variable for the runner's own options: make test PYTEST_OPTIONS="-m 'not slow'"
-test: $(VENV)/.installed
+test: $(VENV)/.developing
 	$(PY) -m pytest $(PYTEST_OPTIONS)
 
-test-fast: $(VENV)/.installed
+test-fast: $(VENV)/.developing
 	$(PY) -m pytest -m "not slow" $(PYTEST_OPTIONS)
 
-lint: $(VENV)/.installed
+lint: $(VENV)/.developing
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-format: $(VENV)/.installed
+format: $(VENV)/.developing
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
