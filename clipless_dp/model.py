@@ -87,7 +87,7 @@ class DPLipModel(nn.Module):
         self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._trace(device, dtype)
         self._constraints = assign(constraint, self._tracker.operators)
-        self._projected: dict[str, Stamp] = {}
+        self._projected: dict[str, tuple[Stamp, float]] = {}
         for name, constraint in self._trainable_constraints():
             constraint.initialize_(self._parameter(name), self._tracker.operators[name])
         self.settle_()
@@ -196,7 +196,7 @@ class DPLipModel(nn.Module):
         self._projected = {}
         for name, constraint in self._trainable_constraints():
             constraint.project_(self._parameter(name), self._tracker.operators[name])
-            self._projected[name] = self._stamp(name)
+            self._projected[name] = self._stamp(name), constraint.limit
 
     def settle_(self) -> None:
         """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
@@ -205,7 +205,7 @@ class DPLipModel(nn.Module):
             operators = self._tracker.operators[name]
             if any(operator.norm(self._parameter(name)) > constraint.limit for operator in operators):
                 constraint.project_(self._parameter(name), operators)
-            self._projected[name] = self._stamp(name)
+            self._projected[name] = self._stamp(name), constraint.limit
 
     def _parameter(self, name: str) -> Tensor:
         return self.net.get_parameter(name).detach()
@@ -241,10 +241,8 @@ class DPLipModel(nn.Module):
         return self._tracker.operators.get(name, ())
 
     def _limits(self) -> dict[str, float]:
-        """Constraints' limits, for the parameters that have not changed since their projection."""
-        return {
-            name: self._constraints[name].limit for name, stamp in self._projected.items() if self._stamp(name) == stamp
-        }
+        """Limits that projections established, for the parameters that have not changed since."""
+        return {name: limit for name, (stamp, limit) in self._projected.items() if self._stamp(name) == stamp}
 
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""

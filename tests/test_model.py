@@ -250,6 +250,21 @@ def test_a_constraint_is_trusted_only_until_the_weight_changes(how: str, frozen:
         assert model.sensitivity().per_parameter["0.weight"] <= math.sqrt(2.0) * (1.0 + 1e-4)
 
 
+def test_a_limit_that_is_lowered_counts_from_the_next_projection_on() -> None:
+    constraint = constraints.Spectral(2.0)
+    model = dense_model(constraint)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(100.0)
+    model.project_()
+    before = model.sensitivity().per_parameter["0.weight"]
+    constraint.limit = 0.5
+    assert model.sensitivity().per_parameter["0.weight"] == before
+    model.project_()
+    assert model.sensitivity().per_parameter["0.weight"] == pytest.approx(before / 4.0, rel=1e-12)
+    assert dense_norm(model.net[2].weight) <= 0.5
+
+
 def test_input_and_cotangent_caps_cannot_be_raised_after_wrapping() -> None:
     model = dense_model()
     for name in ("input_norm", "cotangent_norm", "input_shape"):
