@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-fast lint format clean
+.PHONY: demo test lint format clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -22,12 +22,9 @@ $(VENV)/.developing: $(VENV)/.installed
 demo: $(VENV)/.installed
 	$(PY) examples/digits.py --checkpoint runs/digits.pt
 
-# A variable for the runner's own options: make test PYTEST_OPTIONS="-m 'not slow'"
+# The default leaves out what is marked slow; make test PYTEST_OPTIONS="-m ''" runs everything.
 test: $(VENV)/.developing
 	$(PY) -m pytest $(PYTEST_OPTIONS)
-
-test-fast: $(VENV)/.developing
-	$(PY) -m pytest -m "not slow" $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.developing
 	$(PY) -m ruff check .
