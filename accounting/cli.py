@@ -1,0 +1,178 @@
+"""Command line: ε, noise, steps, privacy curves, and stored ledgers."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from .accountants import Accountant, create_accountant
+from .bounds import PrivacyBound
+from .calibration import calibrate_noise_multiplier, calibrate_steps
+from .errors import AccountingError
+from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
+from .ledger import Ledger
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status: 0, or 2 with the reason on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        print(options.run(options))
+    except (AccountingError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m accounting", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    epsilon = commands.add_parser("epsilon", help="the epsilon of a run")
+    _schedule(epsilon, noise=True, steps=True)
+    _common(epsilon)
+    epsilon.set_defaults(run=_epsilon)
+
+    noise = commands.add_parser("noise", help="the noise multiplier that meets a target epsilon")
+    noise.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+    _schedule(noise, noise=False, steps=True)
+    _common(noise)
+    noise.set_defaults(run=_noise)
+
+    steps = commands.add_parser("steps", help="the number of steps that a target epsilon allows")
+    steps.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+    _schedule(steps, noise=True, steps=False)
+    _common(steps)
+    steps.set_defaults(run=_steps)
+
+    curve = commands.add_parser("curve", help="epsilon against delta")
+    _schedule(curve, noise=True, steps=True)
+    _common(curve, delta=False)
+    curve.add_argument("--ledger", metavar="FILE", help="a stored ledger instead of a schedule")
+    curve.add_argument("--deltas", type=float, nargs="+", default=[10.0**-k for k in range(3, 13)])
+    curve.add_argument("--plot", metavar="FILE", help="also draw the curve (needs matplotlib)")
+    curve.set_defaults(run=_curve)
+
+    explain = commands.add_parser("explain", help="what a stored ledger holds and costs")
+    explain.add_argument("ledger", metavar="LEDGER.json")
+    explain.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
+    explain.add_argument("--delta", type=float, nargs="+", default=[1e-5, 1e-6, 1e-8])
+    explain.set_defaults(run=_explain)
+    return parser
+
+
+def _schedule(parser: argparse.ArgumentParser, *, noise: bool, steps: bool) -> None:
+    if noise:
+        parser.add_argument("--noise-multiplier", type=float, help="noise standard deviation over sensitivity")
+    parser.add_argument(
+        "--sample-rate",
+        type=float,
+        help="probability that a record joins a batch (Poisson sampling); 1 for any other way of batching",
+    )
+    if steps:
+        parser.add_argument("--steps", type=int, help="number of steps")
+
+
+def _common(parser: argparse.ArgumentParser, *, delta: bool = True) -> None:
+    if delta:
+        parser.add_argument("--delta", type=float, required=True, help="in (0, 1), well below 1 / dataset size")
+    parser.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
+    parser.add_argument("--relation", default=ADD_OR_REMOVE_ONE, choices=[ADD_OR_REMOVE_ONE, REPLACE_ONE])
+
+
+def _required(options: argparse.Namespace, *names: str) -> None:
+    missing = ["--" + name.replace("_", "-") for name in names if getattr(options, name) is None]
+    if missing:
+        raise AccountingError(f"missing {', '.join(missing)}")
+
+
+def _accountant(options: argparse.Namespace) -> Accountant:
+    _required(options, "noise_multiplier", "sample_rate", "steps")
+    accountant = create_accountant(options.accountant, relation=options.relation)
+    accountant.step(noise_multiplier=options.noise_multiplier, sample_rate=options.sample_rate, steps=options.steps)
+    return accountant
+
+
+def _line(bound: PrivacyBound) -> str:
+    lower = f"{bound.lower:.6g}" if bound.lower > 0.0 else "unknown"
+    return (
+        f"epsilon = {_up(bound.upper)} at delta = {bound.delta:g}  "
+        f"(at least {lower}; {bound.relation}, sampling {bound.sampling}, engine {bound.engine})"
+    )
+
+
+def _up(value: float) -> str:
+    """Six digits, never below the value."""
+    text = f"{value:.6g}"
+    return text if float(text) >= value else f"{value * (1.0 + 5e-6):.6g}"
+
+
+def _epsilon(options: argparse.Namespace) -> str:
+    return _line(_accountant(options).get_epsilon(options.delta))
+
+
+def _noise(options: argparse.Namespace) -> str:
+    _required(options, "sample_rate", "steps")
+    sigma = calibrate_noise_multiplier(
+        target_epsilon=options.epsilon,
+        delta=options.delta,
+        sample_rate=options.sample_rate,
+        steps=options.steps,
+        accountant=options.accountant,
+        relation=options.relation,
+    )
+    options.noise_multiplier = float(_up(sigma))
+    return f"noise multiplier = {_up(sigma)}\n" + _line(_accountant(options).get_epsilon(options.delta))
+
+
+def _steps(options: argparse.Namespace) -> str:
+    _required(options, "noise_multiplier", "sample_rate")
+    options.steps = calibrate_steps(
+        target_epsilon=options.epsilon,
+        delta=options.delta,
+        noise_multiplier=options.noise_multiplier,
+        sample_rate=options.sample_rate,
+        accountant=options.accountant,
+        relation=options.relation,
+    )
+    return f"steps = {options.steps}\n" + _line(_accountant(options).get_epsilon(options.delta))
+
+
+def _curve(options: argparse.Namespace) -> str:
+    if options.ledger is None:
+        accountant = _accountant(options)
+    else:
+        ledger = Ledger.load(options.ledger)
+        accountant = create_accountant(options.accountant, relation=ledger.relation)
+        accountant.ledger = ledger
+    bounds = accountant.epsilon_curve(options.deltas)
+    if options.plot:
+        _plot(bounds, options.plot)
+    return "\n".join(_line(bound) for bound in bounds)
+
+
+def _plot(bounds: list[PrivacyBound], path: str) -> None:
+    try:
+        matplotlib = importlib.import_module("matplotlib")
+        matplotlib.use("Agg")
+        pyplot = importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise AccountingError("drawing needs matplotlib: pip install matplotlib, or leave out --plot") from error
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    deltas = [bound.delta for bound in bounds]
+    axes.fill_between(deltas, [bound.lower for bound in bounds], [bound.upper for bound in bounds], alpha=0.3)
+    axes.plot(deltas, [bound.upper for bound in bounds])
+    axes.set(xscale="log", xlabel="δ", ylabel="ε")
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def _explain(options: argparse.Namespace) -> str:
+    ledger = Ledger.load(options.ledger)
+    accountant = create_accountant(options.accountant, relation=ledger.relation)
+    accountant.ledger = ledger
+    return "\n".join([ledger.table(), "", *(_line(bound) for bound in accountant.epsilon_curve(options.delta))])
