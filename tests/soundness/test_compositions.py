@@ -116,7 +116,7 @@ def test_a_random_composition_keeps_every_bound_and_its_total(network: tuple[str
 
 @pytest.mark.slow
 @given(networks())
-@settings(max_examples=1500, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=600, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 def test_many_random_compositions_keep_every_bound_and_their_totals(
     network: tuple[str, tuple[Step, ...], int],
 ) -> None:
