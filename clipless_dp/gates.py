@@ -20,6 +20,9 @@ GateMode = Literal["clip", "normalize"]
 _LONG_SUM = 1 << 16
 """Rows longer than this have their norm accumulated in float64, so that the slack stays below 1 %."""
 
+_LIFT = 1e-2
+"""Default floor over cap: the most by which a gate lifts a small signal, and its rounding with it, is a hundredfold."""
+
 _LARGEST_NORM = 1e18
 """The square still fits float32 with room for the products of the backward pass."""
 
@@ -157,7 +160,9 @@ class SphereScaling(nn.Module):
 
     Args:
         radius: ``r``, at least 1e-8.
-        floor: ``c``, at least 1e-8; samples of smaller norm are scaled by ``r/c`` only.
+        floor: ``c``, at least 1e-8; samples of smaller norm are scaled by ``r/c`` only. By default a hundredth of
+            the radius: what is nearly zero is mostly rounding, which differs from batch to batch and must not be
+            scaled to the size of a signal.
 
     Shape:
         ``(B, ...)`` to the same shape.
@@ -170,10 +175,10 @@ class SphereScaling(nn.Module):
         norm, becomes zero.
     """
 
-    def __init__(self, radius: float = 1.0, floor: float = 1e-3) -> None:
+    def __init__(self, radius: float = 1.0, floor: float | None = None) -> None:
         super().__init__()
         self.radius = _checked_cap("radius", radius)
-        self.floor = _checked_cap("floor", floor)
+        self.floor = _checked_cap("floor", max(_LIFT * self.radius, 1e-8) if floor is None else floor)
 
     def forward(self, values: Tensor) -> Tensor:
         """Scales each sample."""
@@ -193,7 +198,7 @@ class CotangentGate(nn.Module):
         limit: ``c``, at least 1e-8.
         mode: ``"clip"``: ``g·min(1, c/‖g‖)``; ``"normalize"``: ``g·c/max(‖g‖, floor)``, so that samples which
             the network already fits still contribute.
-        floor: for ``"normalize"``, at least 1e-8.
+        floor: for ``"normalize"``, at least 1e-8; by default a hundredth of the limit, as in :class:`SphereScaling`.
 
     Shape:
         ``(B, ...)`` to the same shape.
@@ -206,13 +211,13 @@ class CotangentGate(nn.Module):
         without a finite norm becomes zero.
     """
 
-    def __init__(self, limit: float, mode: GateMode = "clip", floor: float = 1e-8) -> None:
+    def __init__(self, limit: float, mode: GateMode = "clip", floor: float | None = None) -> None:
         super().__init__()
         if mode not in ("clip", "normalize"):
             raise ConfigurationError(f"mode must be 'clip' or 'normalize', got {mode!r}")
         self.limit = _checked_cap("limit", limit)
         self.mode: GateMode = mode
-        self.floor = _checked_cap("floor", floor)
+        self.floor = _checked_cap("floor", max(_LIFT * self.limit, 1e-8) if floor is None else floor)
 
     def forward(self, values: Tensor) -> Tensor:
         """Returns the values unchanged."""

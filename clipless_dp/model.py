@@ -15,6 +15,7 @@ from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, P
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
+from clipless_dp.precision import coarse_products
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
 from clipless_dp.tracker import (
     Relation,
@@ -56,6 +57,7 @@ class DPLipModel(nn.Module):
         net: the user's network.
         nonfinite_samples: how many samples :meth:`loss` has dropped because input, target or loss was not finite
             or out of range: an int64 tensor, for the data's owner only (it is not protected by noise).
+        changes: how often the settings of layers (a dropout rate, a gate's value) were found changed.
     """
 
     nonfinite_samples: Tensor
@@ -87,6 +89,7 @@ class DPLipModel(nn.Module):
         self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._trace(device, dtype)
         self._constraints = assign(constraint, self._tracker.operators)
+        self.changes = 0
         self._projected: dict[str, tuple[Stamp, float]] = {}
         for name, constraint in self._trainable_constraints():
             constraint.initialize_(self._parameter(name), self._tracker.operators[name])
@@ -252,6 +255,9 @@ class DPLipModel(nn.Module):
                     f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
                     "bounds are not its own. Wrap the changed network in a new DPLipModel"
                 )
+        remedy = coarse_products(self._placed[0])
+        if remedy is not None:
+            raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
         if parameter_device_and_dtype(self.net) != self._placed:
             raise PrivacyError(
                 "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
@@ -264,6 +270,7 @@ class DPLipModel(nn.Module):
         if any(leaf.settings() != leaf.known for leaf in self._leaves):
             self._trace(*parameter_device_and_dtype(self.net))
             self.settle_()
+            self.changes += 1
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch's shape, dtype or device is not the model's."""

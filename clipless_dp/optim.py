@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, Literal, Protocol, overload
 
 import torch
@@ -130,10 +131,11 @@ class CliplessDPOptimizer(Optimizer):
         self._draws_before = draws.snapshot()
         self._draws_used = 0
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
+        self._last: tuple[int, Sensitivity] | None = None
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share_state()
         self._require_protected(p for group in self.param_groups for p in group["params"])
-        model.sensitivity()
+        self._sensitivity()
 
     @property
     def noise_multiplier(self) -> float:
@@ -243,7 +245,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
-        sensitivity = self.model.sensitivity()
+        sensitivity = self._sensitivity()
         deviations, spent = self._deviations(sensitivity)
         self.accountant.step(noise_multiplier=spent, sample_rate=self._charged_rate())
         self.noise.begin_step(self.steps_taken)
@@ -260,6 +262,17 @@ class CliplessDPOptimizer(Optimizer):
             parameter.grad.add_(noise, alpha=deviation)
             gradients.append(parameter.grad)
         torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
+
+    def _sensitivity(self) -> Sensitivity:
+        """The model's bounds; after a change of settings the larger of old and new: either may have applied."""
+        current = self.model.sensitivity()
+        before, self._last = self._last, (self.model.changes, current)
+        if before is None or before[0] == self.model.changes:
+            return current
+        bounds = {
+            name: max(bound, before[1].per_parameter.get(name, 0.0)) for name, bound in current.per_parameter.items()
+        }
+        return replace(current, per_parameter=bounds, total=math.hypot(*bounds.values()))
 
     def _deviations(self, sensitivity: Sensitivity) -> tuple[dict[int, float], float]:
         """Standard deviations by parameter, and the effective noise multiplier that they amount to."""

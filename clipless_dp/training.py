@@ -26,6 +26,7 @@ from clipless_dp.losses import BinaryCrossEntropy, CosineSimilarity, MulticlassH
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Batch, PoissonBatches, as_tensors
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
@@ -311,7 +312,7 @@ def _train(
     per_epoch = max(1, math.ceil(total / epochs - 1e-9))
     bar = tqdm(total=total, initial=run.step, disable=not progress, unit="step", dynamic_ncols=True)
     run.model.train()
-    with bar, _deferred_interrupt() as interrupted:
+    with bar, full_precision(), _deferred_interrupt() as interrupted:
         for batch in batches:
             if run.seed is not None:
                 torch.manual_seed(derived_seed(run.seed, "torch", run.step))

@@ -159,7 +159,7 @@ def test_sample_norms_are_per_sample_over_all_other_axes() -> None:
     assert torch.allclose(sample_norms(torch.tensor([-2.0, 3.0])), torch.tensor([2.0, 3.0]))
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1e-9, "1", None])
+@pytest.mark.parametrize("value", [0.0, -1.0, math.nan, math.inf, 1e-9, "1"])
 def test_caps_and_floors_out_of_range_are_refused(value: object) -> None:
     for build in (
         lambda: BallProjection(value),  # type: ignore[arg-type]
@@ -170,6 +170,15 @@ def test_caps_and_floors_out_of_range_are_refused(value: object) -> None:
     ):
         with pytest.raises(ConfigurationError, match="at least 1e-8"):
             build()
+
+
+def test_gates_lift_small_signals_a_hundredfold_at_most_by_default() -> None:
+    signals = torch.full((1, 4), 1e-9)
+    for cap in (1e-3, 1.0, 50.0):
+        assert float(SphereScaling(cap)(signals)[0, 0]) <= 1e-7 * (1 + 1e-6)  # float32 rounding of one product
+        given = signals.clone().requires_grad_(True)
+        CotangentGate(cap, mode="normalize")(given).backward(signals)
+        assert float(given.grad[0, 0]) <= 1e-7 * (1 + 1e-6)
 
 
 def test_an_unknown_mode_is_refused() -> None:

@@ -19,10 +19,12 @@ from clipless_dp import (
     PrivacyWarning,
     ReproducibleNoise,
     constraints,
+    layers,
     losses,
 )
 from clipless_dp import optim as optim_module
 from clipless_dp.noise import SystemNoise, effective_noise_multiplier
+from clipless_dp.precision import coarse_products, full_precision
 
 from .support import gated_model, samples
 
@@ -445,3 +447,39 @@ def test_a_network_with_nothing_to_train_is_refused_at_the_step():
         parameter.requires_grad_(False)
     with pytest.raises(PrivacyError, match="nothing to train"):
         sgd(model).step()
+
+
+def test_a_gate_lowered_between_backward_and_step_still_counts_with_its_old_value():
+    model = gated_model()
+    optimizer = sgd(model)
+    before = model.sensitivity().total
+    accumulate(model)
+    for module in model.net.modules():
+        if isinstance(module, layers.CotangentGate):
+            module.limit = 0.01
+    assert model.sensitivity().total < before / 10
+    optimizer.step()
+    drawn = torch.cat([p.grad.flatten() for p in model.net.parameters()]) * optimizer.expected_batch_size
+    # 83 numbers of deviation 1.3·before, plus gradients; the new bounds would give a fiftieth of that.
+    assert float(drawn.std()) > 0.5 * 1.3 * before
+
+
+def test_coarser_float32_products_are_refused_before_anything_is_released():
+    model = gated_model()
+    optimizer = sgd(model)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with pytest.raises(PrivacyError, match="set_float32_matmul_precision"):
+            optimizer.step()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert optimizer.accountant.history == []
+
+
+def test_tf32_convolutions_are_refused_on_cuda():
+    assert torch.backends.cudnn.allow_tf32, "torch's default"
+    assert "allow_tf32" in str(coarse_products(torch.device("cuda")))
+    assert coarse_products(torch.device("cpu")) is None
+    with full_precision():
+        assert coarse_products(torch.device("cuda")) is None
+    assert torch.backends.cudnn.allow_tf32
