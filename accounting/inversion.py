@@ -13,6 +13,7 @@ certified; its error is estimated by what the last point still contributes. It s
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,30 +55,43 @@ class Inversion:
         total = float(values.real.sum()) - 0.5 * float(values[0].real)
         return math.exp(peak) * total * self._step / math.pi
 
+    def noise(self, epsilon: float) -> float:
+        """Returns an estimate of the rounding error of `delta`, 1e-12 of the absolute integrand."""
+        z = self._points
+        exponent = (self._log_moment - z * epsilon).real
+        values = np.exp(exponent) / np.abs(z * (z + 1.0))
+        return 1e-12 * float(values.sum()) * self._step / math.pi
 
-def invert(terms: Terms, t: float, *, max_points: int = 16384) -> list[Inversion]:
+
+def invert(terms: Terms, t: float, *, max_points: int = 16384, seconds: float = 2.0) -> list[Inversion]:
     """Returns one inversion for each direction of the relation.
 
     Args:
         terms: Gaussian and Poisson-subsampled terms; others are not covered.
-        t: The line, best near the Rényi order minus one that is optimal.
+        t: The Rényi order minus one that is optimal; the line is a quarter of it.
         max_points: Samples at most.
+        seconds: After that, no further points are added; `truncation` tells what is missing.
     """
     directions: Sequence[str] = ("replace",) if terms.relation == REPLACE_ONE else ("remove", "add")
     result = []
     for direction in directions:
-        # The rule adds aliases of e^{tε} δ(ε) at multiples of 2π/step: 30 spreads of the loss away.
-        step = t / 32.0
+        # The rule adds aliases of f(ε) = e^{tε} δ(ε), shifted by multiples of 2π/step: those to the
+        # left come with e^{−12π}; those to the right need a line well below the saddle point, so that
+        # f falls although the tail of the loss is heavy.
+        line = 0.25 * t
+        step = line / 6.0
         count = 256
+        start = time.perf_counter()
         while True:
-            z: Complex = (t + 1j * step * np.arange(count)).astype(np.complex128)
+            z: Complex = (line + 1j * step * np.arange(count)).astype(np.complex128)
             log_moment: Complex = (0.5 * terms.mu**2 * z * (z + 1.0)).astype(np.complex128)
             for (sigma, q), n in terms.poisson.items():
                 log_moment += n * _log_moment(z, sigma, q, direction)
-            inversion = Inversion(t, z, log_moment, step)
-            if inversion.truncation < 1e-14 or count >= max_points:
+            inversion = Inversion(line, z, log_moment, step)
+            # The cost grows with the square of the highest frequency.
+            if inversion.truncation < 1e-14 or count >= max_points or time.perf_counter() - start > seconds:
                 break
-            count *= 4
+            count *= 2
         result.append(inversion)
     return result
 

@@ -59,6 +59,15 @@ class _Laboratory:
         """Lays out the grid so that its spread adds about tolerance·ε: n(t+1)h²/12 = tolerance·ε."""
         # ε may be small against the spread of the loss, about 3/t, which is what has to be resolved.
         scale = max(epsilon, 0.1 / max(t, 1e-9), 1e-12)
+        for _ in range(8):
+            composition = self._laid_out(scale, t, tolerance)
+            spread = math.sqrt(composition.moments(t)[1]) if not composition.empty else 0.0
+            if spread == 0.0 or (scale <= max(epsilon, spread) and composition.width <= 0.25 * spread):
+                break
+            scale = min(0.1 * scale, max(epsilon, 0.1 * spread))
+        return composition
+
+    def _laid_out(self, scale: float, t: float, tolerance: float) -> Composition:
         wanted = math.sqrt(12.0 * tolerance * scale / (self.steps * (t + 1.0)))
         # A coarse ladder of widths and tilts lets nearby queries share their discretisations.
         width = 2.0 ** (0.5 * math.floor(2.0 * math.log2(min(wanted, 0.25 / max(t, 1e-9)))))
@@ -116,6 +125,9 @@ class _Laboratory:
         for _ in range(4):
             composition = self.composition(epsilon, t, _COARSE)
             if composition.empty or composition.maximum <= epsilon:
+                return t
+            mean, variance = composition.moments(t)
+            if abs(mean - epsilon) <= 0.5 * math.sqrt(variance):
                 return t
             # The discretisation was laid out for t: trust it for a factor of eight at a time.
             low, high = t / 8.0, 8.0 * t
@@ -213,6 +225,7 @@ def compose_delta(
         EngineRangeError: When no tilt reaches ε.
     """
     best: tuple[float, float, Parts, float] | None = None
+    coarse_values = []
     for parts in directions:
         log_delta = math.log(max(guess[0], 1e-290)) - 7.0
         for _ in range(4):
@@ -223,6 +236,7 @@ def compose_delta(
             if infinite <= 1e-3 * value or value < 1e-290:
                 break
             log_delta = min(math.log(value), log_delta) - 12.0
+        coarse_values.append(value)
         if best is None or value > best[0]:
             best = value, t, parts, log_delta
     assert best is not None
@@ -230,10 +244,10 @@ def compose_delta(
     if coarse == 0.0:
         return 0.0, 0.0
     upper = 0.0
-    for parts in directions:
-        # Each direction is bounded by its coarse value too, but only the fine ones are comparable.
+    for parts, rough in zip(directions, coarse_values, strict=True):
+        # Coarse or not, these are upper bounds.
         value, _ = _Laboratory(parts, "upper", log_delta).delta(epsilon, t, tolerance)
-        upper = max(upper, value)
+        upper = max(upper, min(value, rough))
     lower, _ = _Laboratory(worst, "lower", log_delta).delta(epsilon, t, tolerance)
     return min(lower, upper), upper
 

@@ -1,0 +1,314 @@
+"""Events, ledgers, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+
+import pytest
+
+from accounting import (
+    ADD_OR_REMOVE_ONE,
+    REPLACE_ONE,
+    FixedSizeSampling,
+    GaussianRelease,
+    GaussianStep,
+    GaussianVectorStep,
+    InvalidParameterError,
+    LaplaceRelease,
+    LargeDeltaWarning,
+    Ledger,
+    LedgerFormatError,
+    NoSampling,
+    PoissonSampling,
+    PrivacyBound,
+    PrivateSelection,
+    PRVAccountant,
+    RDPAccountant,
+    ShuffledEpoch,
+    UnsupportedEventError,
+    create_accountant,
+    repeat,
+)
+
+STEP = GaussianStep(1.0, PoissonSampling(0.01))
+EVERYTHING = [
+    STEP,
+    GaussianStep(2.0, NoSampling()),
+    GaussianStep(2.0, FixedSizeSampling(10, 1000)),
+    GaussianVectorStep((2.0, 3.0), PoissonSampling(0.1)),
+    GaussianRelease(5.0),
+    LaplaceRelease(10.0),
+    ShuffledEpoch(4.0),
+    PrivateSelection(((STEP, 100),), 5.0, 1.0),
+    PrivateSelection(((STEP, 100),), 5.0, "poisson"),
+]
+
+
+def test_a_million_equal_steps_are_one_line():
+    ledger = Ledger()
+    for _ in range(1000):
+        ledger.append(STEP, 1000)
+    assert ledger.entries == [(STEP, 1_000_000)]
+    assert len(ledger) == 1_000_000
+
+
+def test_repeat_is_the_event_many_times_over():
+    ledger = Ledger()
+    ledger.append(repeat(repeat(STEP, 3), 4), 5)
+    assert ledger.entries == [(STEP, 60)]
+
+
+@pytest.mark.parametrize("relation", [ADD_OR_REMOVE_ONE, REPLACE_ONE])
+def test_json_keeps_every_kind_of_event(relation):
+    ledger = Ledger(relation)
+    for count, event in enumerate(EVERYTHING, start=1):
+        ledger.append(event, count)
+    again = Ledger.from_json(ledger.to_json())
+    assert again == ledger
+    assert again.relation == relation
+    assert all(type(value) in (str, int, list) for value in json.loads(ledger.to_json()).values())
+
+
+def test_a_saved_ledger_is_read_back_and_leaves_no_other_file(tmp_path):
+    ledger = Ledger()
+    ledger.append(STEP, 7)
+    ledger.save(tmp_path / "ledger.json")
+    assert Ledger.load(tmp_path / "ledger.json") == ledger
+    assert [path.name for path in tmp_path.iterdir()] == ["ledger.json"]
+
+
+def test_a_truncated_ledger_is_refused():
+    ledger = Ledger()
+    ledger.append(STEP)
+    text = ledger.to_json()
+    with pytest.raises(LedgerFormatError, match="truncated"):
+        Ledger.from_json(text[: len(text) // 2])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: state.update(version=99),
+        lambda state: state.update(format="something else"),
+        lambda state: state.pop("entries"),
+        lambda state: state.pop("relation"),
+        lambda state: state["entries"][0].pop("count"),
+        lambda state: state["entries"][0]["event"].update(kind="unheard of"),
+        lambda state: state["entries"][0]["event"].pop("noise_multiplier"),
+        lambda state: state["entries"][0]["event"].update(extra=1),
+    ],
+)
+def test_a_damaged_ledger_is_refused(damage):
+    ledger = Ledger()
+    ledger.append(STEP)
+    state = ledger.state_dict()
+    damage(state)
+    with pytest.raises(LedgerFormatError):
+        Ledger.from_state_dict(state)
+
+
+def test_merging_is_sequential_composition():
+    first, second = Ledger(), Ledger()
+    first.append(STEP, 3)
+    second.append(STEP, 4)
+    second.append(LaplaceRelease(1.0))
+    assert first.merge(second).entries == [(STEP, 7), (LaplaceRelease(1.0), 1)]
+    assert first.entries == [(STEP, 3)]
+    with pytest.raises(InvalidParameterError, match="merged"):
+        first.merge(Ledger(REPLACE_ONE))
+
+
+def test_the_table_names_every_line():
+    ledger = Ledger()
+    for event in EVERYTHING:
+        ledger.append(event)
+    table = ledger.table()
+    assert all(event.kind in table for event in EVERYTHING)
+    assert "fixed size 10 of 1000" in table
+
+
+def test_accountant_states_are_plain_and_come_back():
+    accountant = PRVAccountant()
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=10)
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=5)
+    accountant.step(noise_multiplier=2.0, sample_rate=1.0)
+    state = json.loads(json.dumps(accountant.state_dict()))
+    again = PRVAccountant()
+    again.load_state_dict(state)
+    assert again.history == accountant.history == [(1.0, 0.01, 15), (2.0, 1.0, 1)]
+    assert len(again) == 16
+    assert float(again.get_epsilon(1e-5)) == float(accountant.get_epsilon(1e-5))
+
+
+def test_opacus_histories_load_and_save():
+    state = {"history": [(1.0, 0.01, 10), (2.0, 0.02, 5)], "mechanism": "rdp"}
+    accountant = RDPAccountant()
+    accountant.load_state_dict(state)
+    assert accountant.to_opacus() == state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        {"format": "other", "history": []},
+        {"format": "accounting.state", "version": 2, "ledger": {}},
+        {"format": "accounting.state", "version": 1},
+        {"history": [(1.0, 0.1)]},
+    ],
+)
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises(LedgerFormatError):
+        PRVAccountant().load_state_dict(state)
+
+
+def test_a_state_about_another_relation_is_refused():
+    with pytest.raises(LedgerFormatError, match="replace_one"):
+        PRVAccountant().load_state_dict(PRVAccountant(relation=REPLACE_ONE).state_dict())
+
+
+@pytest.mark.parametrize("sigma", [0.0, -1.0, math.nan, math.inf, "1", None, True])
+def test_noise_that_is_not_positive_and_finite_is_refused(sigma):
+    with pytest.raises(InvalidParameterError, match="noise_multiplier"):
+        PRVAccountant().step(noise_multiplier=sigma, sample_rate=0.1)
+
+
+@pytest.mark.parametrize("q", [-0.1, 1.1, math.nan, math.inf])
+def test_a_sample_rate_outside_the_unit_interval_is_refused(q):
+    with pytest.raises(InvalidParameterError, match="sample_rate"):
+        PRVAccountant().step(noise_multiplier=1.0, sample_rate=q)
+
+
+@pytest.mark.parametrize("steps", [-1, 1.5, math.nan, "3", True])
+def test_negative_and_fractional_steps_are_refused(steps):
+    with pytest.raises(InvalidParameterError, match="steps"):
+        PRVAccountant().step(noise_multiplier=1.0, sample_rate=0.1, steps=steps)
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, 2.0, math.nan])
+@pytest.mark.parametrize("kind", ["prv", "rdp", "auto"])
+def test_a_delta_outside_the_open_unit_interval_is_refused(kind, delta):
+    with pytest.raises(InvalidParameterError, match="delta"):
+        create_accountant(kind).get_epsilon(delta)
+
+
+@pytest.mark.parametrize("epsilon", [-1.0, math.nan])
+def test_a_negative_epsilon_is_refused(epsilon):
+    with pytest.raises(InvalidParameterError, match="epsilon"):
+        PRVAccountant().get_delta(epsilon)
+
+
+@pytest.mark.parametrize("kind", ["prv", "rdp", "auto"])
+def test_an_empty_ledger_costs_nothing(kind):
+    accountant = create_accountant(kind)
+    accountant.step(noise_multiplier=1.0, sample_rate=0.0, steps=100)
+    accountant.step(noise_multiplier=1.0, sample_rate=0.5, steps=0)
+    assert accountant.get_epsilon(1e-9) == 0.0
+    assert accountant.get_delta(0.0) == 0.0
+
+
+def test_a_delta_above_one_over_the_dataset_size_is_warned_about():
+    accountant = create_accountant("rdp", dataset_size=1000)
+    with pytest.warns(LargeDeltaWarning, match="1/1000"):
+        accountant.get_epsilon(0.01)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accountant.get_epsilon(1e-4)
+
+
+def test_unknown_engines_relations_and_events_are_refused_by_name():
+    with pytest.raises(InvalidParameterError, match="gdp"):
+        create_accountant("gdp")
+    with pytest.raises(InvalidParameterError, match="bounded"):
+        Ledger("bounded")
+    with pytest.raises(UnsupportedEventError, match="object"):
+        PRVAccountant().record(object())
+
+
+def test_fixed_size_batches_are_refused_where_the_size_is_public_and_by_renyi_accounting():
+    fixed = GaussianStep(1.0, FixedSizeSampling(10, 100))
+    with pytest.raises(UnsupportedEventError, match="fixed batch size"):
+        PRVAccountant().record(fixed)
+    rdp = RDPAccountant(relation=REPLACE_ONE)
+    rdp.record(fixed)
+    with pytest.raises(UnsupportedEventError, match="FixedSizeSampling"):
+        rdp.get_epsilon(1e-5)
+
+
+def test_private_selection_is_refused_by_numerical_composition_and_answered_by_auto():
+    search = PrivateSelection(((STEP, 100),), 5.0, 1.0)
+    prv, auto, single = PRVAccountant(), create_accountant("auto"), create_accountant("rdp")
+    prv.record(search)
+    auto.record(search)
+    single.record(STEP, 100)
+    with pytest.raises(UnsupportedEventError, match="PrivateSelection"):
+        prv.get_epsilon(1e-5)
+    once, five = float(single.get_epsilon(1e-5)), float(auto.get_epsilon(1e-5))
+    # Dearer than one run, cheaper than releasing five and more.
+    assert once < five < 5.0 * once
+
+
+@pytest.mark.parametrize("shape", [0.0, 0.5, 1.0, 3.0])
+@pytest.mark.parametrize("mean", [1.5, 10.0, 1000.0])
+def test_the_number_of_trials_has_the_mean_that_was_asked(mean, shape):
+    gamma = PrivateSelection(((STEP, 1),), mean, shape).gamma
+    if shape == 1.0:
+        assert gamma == pytest.approx(1.0 / mean, rel=1e-9)
+    k = range(1, 200_000)
+    if shape == 0.0:
+        weights = [math.exp(i * math.log1p(-gamma)) / i for i in k]
+    else:
+        weights = [
+            math.exp(i * math.log1p(-gamma) + math.lgamma(i + shape) - math.lgamma(shape) - math.lgamma(i + 1))
+            for i in k
+        ]
+    average = sum(i * w for i, w in zip(k, weights, strict=True)) / sum(weights)
+    assert average == pytest.approx(mean, rel=1e-3)  # the sum is cut at 200 000 trials
+
+
+def test_shuffled_passes_are_charged_without_amplification():
+    # σ = 0.5 and 10⁴ batches: at least 10.995 when shuffled, 1.95 when Poisson-sampled.
+    shuffled, sampled = PRVAccountant(), PRVAccountant()
+    shuffled.record(ShuffledEpoch(0.5))
+    sampled.step(noise_multiplier=0.5, sample_rate=1e-4, steps=10_000)
+    assert shuffled.get_epsilon(1e-6) >= 10.995
+    assert sampled.get_epsilon(1e-6) == pytest.approx(1.95, abs=0.01)  # the figure has two decimals
+    shuffled.record(ShuffledEpoch(0.5), 3)
+    gaussian = PRVAccountant()
+    gaussian.record(GaussianRelease(0.5 / math.sqrt(4.0)))
+    assert float(shuffled.get_epsilon(1e-6)) == pytest.approx(float(gaussian.get_epsilon(1e-6)), rel=1e-9)
+
+
+def test_replacing_is_neither_one_nor_two_times_adding_or_removing():
+    one, two = PRVAccountant(), PRVAccountant(relation=REPLACE_ONE)
+    for accountant in (one, two):
+        accountant.record(STEP, 1000)
+    assert one.get_epsilon(1e-5) == pytest.approx(1.828, abs=2e-3)  # three decimals and the grid's error
+    assert two.get_epsilon(1e-5) == pytest.approx(2.843, abs=2e-3)
+
+
+def test_bounds_are_floats_with_their_provenance():
+    accountant = PRVAccountant()
+    accountant.record(STEP, 100)
+    bound = accountant.get_epsilon(1e-5)
+    assert isinstance(bound, PrivacyBound)
+    assert float(bound) == bound.upper
+    assert bound.lower < bound.upper
+    assert (bound.delta, bound.relation, bound.sampling) == (1e-5, ADD_OR_REMOVE_ONE, "poisson")
+    assert bound.engine in repr(bound)
+    assert f"{bound:.2f}" == f"{bound.upper:.2f}"
+    assert json.loads(json.dumps(bound)) == bound.upper
+
+
+def test_events_are_frozen():
+    with pytest.raises(AttributeError):
+        STEP.noise_multiplier = 0.1
+
+
+def test_the_epsilon_curve_answers_each_delta():
+    accountant = RDPAccountant()
+    accountant.record(STEP, 100)
+    assert accountant.epsilon_curve([1e-5, 1e-6]) == [accountant.get_epsilon(1e-5), accountant.get_epsilon(1e-6)]
