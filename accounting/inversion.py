@@ -38,11 +38,14 @@ class Inversion:
         truncation: Size of the last sample relative to the first: how far the integrand has decayed.
     """
 
-    def __init__(self, t: float, points: Complex, log_moment: Complex, step: float) -> None:
+    def __init__(
+        self, t: float, points: Complex, log_moment: Complex, step: float, relative_error: float = 1e-12
+    ) -> None:
         self.t = t
         self._points = points
         self._log_moment = log_moment
         self._step = step
+        self._relative_error = relative_error
         self.truncation = math.exp(min(float((log_moment[-1] - log_moment[0]).real), 0.0))
 
     def delta(self, epsilon: float) -> float:
@@ -56,11 +59,11 @@ class Inversion:
         return math.exp(peak) * total * self._step / math.pi
 
     def noise(self, epsilon: float) -> float:
-        """Returns an estimate of the rounding error of `delta`, 1e-12 of the absolute integrand."""
+        """Returns an estimate of the rounding error of `delta`, relative to the absolute integrand."""
         z = self._points
         exponent = (self._log_moment - z * epsilon).real
         values = np.exp(exponent) / np.abs(z * (z + 1.0))
-        return 1e-12 * float(values.sum()) * self._step / math.pi
+        return self._relative_error * float(values.sum()) * self._step / math.pi
 
 
 def invert(terms: Terms, t: float, *, max_points: int = 16384, seconds: float = 2.0) -> list[Inversion]:
@@ -87,7 +90,9 @@ def invert(terms: Terms, t: float, *, max_points: int = 16384, seconds: float = 
             log_moment: Complex = (0.5 * terms.mu**2 * z * (z + 1.0)).astype(np.complex128)
             for (sigma, q), n in terms.poisson.items():
                 log_moment += n * _log_moment(z, sigma, q, direction)
-            inversion = Inversion(line, z, log_moment, step)
+            # Each step contributes the rounding of its log M, a few ulp.
+            relative_error = 1e-12 + 2e-15 * sum(terms.poisson.values())
+            inversion = Inversion(line, z, log_moment, step, relative_error)
             # The cost grows with the square of the highest frequency.
             if inversion.truncation < 1e-14 or count >= max_points or time.perf_counter() - start > seconds:
                 break
