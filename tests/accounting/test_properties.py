@@ -34,9 +34,9 @@ PHASES = st.tuples(SIGMAS, RATES, STEPS)
 KINDS = st.sampled_from(["rdp", "prv"])
 RELATIONS = st.sampled_from([ADD_OR_REMOVE_ONE, REPLACE_ONE])
 
-# Grids differ between neighbouring queries; each is laid out for a relative 2e-4 in ε (or, for
-# tiny ε, of the spread of the loss), and Rényi orders are refined to less.
-SLACK, FLOOR = 1.002, 1e-3
+# Grids differ between neighbouring queries; each is laid out for a relative 2e-4 in ε. Where ε is
+# tiny against rare large losses, the promise is an absolute 0.01.
+SLACK, FLOOR = 1.002, 1e-2
 
 
 def epsilon(kind, phases, delta, relation=ADD_OR_REMOVE_ONE):
