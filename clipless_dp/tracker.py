@@ -292,7 +292,8 @@ class _Sweep:
         """Norm of a parameter as an operator: its constraint's limit, or certified from its value."""
         parameter = _parameters(leaf)[name]
         key = self.traced.names[id(parameter)]
-        if key in self.limits:
+        # A limit speaks for the operators that the constraint knew of, not for whatever else a rule may ask about.
+        if key in self.limits and operator in self.tracker.operators.get(key, ()):
             return self.limits[key]
         if (key, operator) not in self._certified:
             if self.free_only:

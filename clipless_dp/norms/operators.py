@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from clipless_dp.norms.conv import conv2d_norm
+from clipless_dp.norms.conv import conv1d_norm, conv2d_norm
 from clipless_dp.norms.dense import dense_norm
+from clipless_dp.norms.geometry import PaddingMode
+from clipless_dp.norms.rounding import exact_float64
 
-Sides = tuple[tuple[int, int], tuple[int, int]]
+Sides = tuple[tuple[int, int], ...]
 
 
 class Operator(Protocol):
@@ -31,8 +33,12 @@ class Operator(Protocol):
         """Factor ``p`` with ``‖operator(E)‖ ≤ p·‖E‖_F`` for every ``E`` of this weight's shape."""
         ...
 
+    def kernel(self, weight: Tensor) -> Tensor:
+        """The weight as ``(groups, rows, columns, *taps)``, a view where possible; groups act on separate channels."""
+        ...
+
     def matrix(self, weight: Tensor) -> Tensor:
-        """The weight as a batch of matrices ``(groups, rows, columns)``, a view where possible."""
+        """:meth:`kernel` as a batch of matrices ``(groups, rows, columns·taps)``."""
         ...
 
 
@@ -48,40 +54,97 @@ class DenseOperator:
         """The spectral norm is at most the Frobenius norm."""
         return 1.0
 
+    def kernel(self, weight: Tensor) -> Tensor:
+        """``(1, out, in)``."""
+        return weight.unsqueeze(0)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """``(1, out, in)``."""
         return weight.unsqueeze(0)
 
 
 @dataclass(frozen=True)
-class Conv2dOperator:
-    """A zero-padded 2-d convolution on maps of one size."""
+class ConvOperator:
+    """A convolution, or a transposed one, on signals or maps of one size.
 
-    input_size: tuple[int, int]
-    stride: tuple[int, int]
+    Attributes:
+        input_size: pixels of each axis, one axis or two.
+        coverage: ``N``: of the input's pixels by the windows, or of the *output's* where transposed.
+    """
+
+    input_size: tuple[int, ...]
+    stride: tuple[int, ...]
     padding: Sides
-    dilation: tuple[int, int]
+    dilation: tuple[int, ...]
     groups: int
     coverage: int
+    padding_mode: PaddingMode = "zeros"
+    transposed: bool = False
+    output_padding: tuple[int, ...] | int = 0
 
     def norm(self, weight: Tensor) -> float:
         """Certified operator norm."""
-        return conv2d_norm(
-            weight,
-            input_size=self.input_size,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-        )
+        geometry: dict[str, Any] = {
+            "input_size": self.input_size,
+            "stride": self.stride,
+            "padding": self.padding,
+            "dilation": self.dilation,
+            "groups": self.groups,
+            "padding_mode": self.padding_mode,
+            "transposed": self.transposed,
+            "output_padding": self.output_padding,
+        }
+        return conv1d_norm(weight, **geometry) if len(self.input_size) == 1 else conv2d_norm(weight, **geometry)
 
     def perturbation(self, weight: Tensor) -> float:
-        """``√N``: the coverage bound of ``bounds.md`` with the Frobenius norm of the flattened kernel."""
+        """``√N``: unfolding a map into its windows has norm √N, and folding windows into a map is its adjoint.
+
+        Each group's operator is at most ``√N`` times the Frobenius norm of that group's own kernel.
+        """
         return math.sqrt(self.coverage)
 
+    def kernel(self, weight: Tensor) -> Tensor:
+        """``(groups, out/groups, in/groups, *k)``; transposed it is the adjoint's, rows of which are inputs."""
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, *weight.shape[1:])
+
     def matrix(self, weight: Tensor) -> Tensor:
-        """``(groups, out/groups, in/groups·k²)``."""
-        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        """:meth:`kernel` with its taps among the columns."""
+        return self.kernel(weight).flatten(2)
+
+
+@dataclass(frozen=True)
+class DiagonalOperator:
+    """Slopes that multiply one coordinate each."""
+
+    def norm(self, weight: Tensor) -> float:
+        """The largest size of a slope, exactly."""
+        slopes = exact_float64(weight)
+        return float(slopes.abs().max()) if slopes.numel() else 0.0
+
+    def perturbation(self, weight: Tensor) -> float:
+        """Exact for each slope by itself."""
+        return 1.0
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """Each slope a group: ``(n, 1, 1)``."""
+        return weight.reshape(-1, 1, 1)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Each slope a group: ``(n, 1, 1)``."""
+        return weight.reshape(-1, 1, 1)
+
+
+@dataclass(frozen=True)
+class SigmoidOperator(DiagonalOperator):
+    """Multiplication by ``sigmoid(sign·w)``; no constraint projects onto it, as it is not linear in ``w``."""
+
+    sign: int
+
+    def norm(self, weight: Tensor) -> float:
+        """The largest factor, rounded up."""
+        largest = float((self.sign * exact_float64(weight)).max())
+        # exp of a number below -700 underflows to a factor that the allowance covers.
+        return min(1.0, (1.0 + 1e-12) / (1.0 + math.exp(min(-largest, 700.0))))
 
 
 @dataclass(frozen=True)
@@ -97,6 +160,10 @@ class VectorOperator:
     def perturbation(self, weight: Tensor) -> float:
         """Exact."""
         return 1.0
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """``(1, 1, n)``."""

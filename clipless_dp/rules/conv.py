@@ -1,4 +1,4 @@
-"""Convolutions."""
+"""Convolutions and transposed convolutions, on signals and on maps."""
 
 from __future__ import annotations
 
@@ -7,39 +7,89 @@ import math
 from torch import nn
 
 from clipless_dp.norms import coverage
-from clipless_dp.norms.operators import Conv2dOperator, Operator, Sides, VectorOperator
+from clipless_dp.norms.operators import ConvOperator, Operator, Sides, VectorOperator
 from clipless_dp.rules.base import Deferred, LayerBounds, RuleContext, RuleError, register_rule
 
+Convolution = nn.Conv1d | nn.Conv2d
+TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d
 
-def _sides(module: nn.Conv2d) -> Sides:
+
+def _sides(module: Convolution | TransposedConvolution) -> Sides:
     if module.padding == "valid":
-        return ((0, 0), (0, 0))
+        return ((0, 0),) * len(module.kernel_size)
     if module.padding == "same":
         spans = [step * (size - 1) for step, size in zip(module.dilation, module.kernel_size, strict=True)]
-        return ((spans[0] // 2, spans[0] - spans[0] // 2), (spans[1] // 2, spans[1] - spans[1] // 2))
+        return tuple((span // 2, span - span // 2) for span in spans)
     assert not isinstance(module.padding, str)
-    rows, columns = module.padding
-    return ((rows, rows), (columns, columns))
+    return tuple((side, side) for side in module.padding)
 
 
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    first, second = values
-    return first, second
+def _input_size(module: Convolution | TransposedConvolution, context: RuleContext) -> tuple[int, ...]:
+    axes = len(module.kernel_size)
+    if len(context.input_shape) != axes + 1:
+        names = "length" if axes == 1 else "height, width"
+        raise RuleError(f"needs inputs (batch, channels, {names}), got {context.input_shape} per sample")
+    return context.input_shape[1:]
 
 
-@register_rule(nn.Conv2d)
-def conv2d_rule(module: nn.Conv2d, context: RuleContext) -> LayerBounds:
-    """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ_W = √N·GX``, ``Δ_b = √P·G``, P output positions, coverage N."""
-    if module.padding_mode != "zeros":
+@register_rule(nn.Conv1d, nn.Conv2d)
+def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
+    """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ_W = √N·GX``, ``Δ_b = √P·G``, P output positions, coverage N.
+
+    Circular padding: the slice of the gradient at offset τ is ``Σ_p g(p) x(sp+τ)ᵀ`` with indices on the torus, and
+    N counts each pixel as often as a window or a copy of the pixel in the padding reads it.
+    """
+    if module.padding_mode not in ("zeros", "circular"):
         raise RuleError(f"padding_mode={module.padding_mode!r} is not supported: use padding_mode='zeros'")
-    if len(context.input_shape) != 3:
-        raise RuleError(f"needs inputs (batch, channels, height, width), got {context.input_shape} per sample")
-    input_size = _pair(context.input_shape[1:])
-    kernel_size, stride, dilation = _pair(module.kernel_size), _pair(module.stride), _pair(module.dilation)
-    padding = _sides(module)
-    windows = coverage(input_size, kernel_size, stride=stride, padding=padding, dilation=dilation)
+    input_size, padding = _input_size(module, context), _sides(module)
+    windows = coverage(
+        input_size,
+        module.kernel_size,
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        padding_mode=module.padding_mode,
+    )
+    operator = ConvOperator(
+        input_size, module.stride, padding, module.dilation, module.groups, windows, padding_mode=module.padding_mode
+    )
+    return _bounds(module, context, operator)
+
+
+@register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d)
+def transposed_convolution_rule(module: TransposedConvolution, context: RuleContext) -> LayerBounds:
+    """The adjoint's norm; ``Δ_W = √N·GX`` with the coverage N of the *output*'s pixels, ``Δ_b = √P·G``.
+
+    Input and cotangent change places: the gradient's slice at offset τ is ``Σ_p x(p) g(sp+τ)ᵀ``, of norm at most
+    ``‖x‖‖g_τ‖``, and ``Σ_τ‖g_τ‖²`` counts each output pixel as often as a window reaches it, at most N times.
+    Windows that start in ``output_padding`` are counted too, which can only enlarge N.
+    """
+    input_size, padding = _input_size(module, context), _sides(module)
+    output_size = context.output_shape[1:]
+    windows = coverage(output_size, module.kernel_size, stride=module.stride, padding=padding, dilation=module.dilation)
+    # From the shapes and not from the module, because `output_size` may be given at the call.
+    extra = tuple(
+        made - ((size - 1) * step - low - high + dilation * (taps - 1) + 1)
+        for made, size, step, (low, high), dilation, taps in zip(
+            output_size, input_size, module.stride, padding, module.dilation, module.kernel_size, strict=True
+        )
+    )
+    operator = ConvOperator(
+        input_size,
+        module.stride,
+        padding,
+        module.dilation,
+        module.groups,
+        windows,
+        transposed=True,
+        output_padding=extra,
+    )
+    return _bounds(module, context, operator)
+
+
+def _bounds(module: Convolution | TransposedConvolution, context: RuleContext, weight: ConvOperator) -> LayerBounds:
+    windows = weight.coverage
     positions = math.prod(context.output_shape[1:])
-    weight = Conv2dOperator(input_size, stride, padding, dilation, module.groups, windows)
     bias = VectorOperator()
     operators: dict[str, Operator] = {"weight": weight}
     gradients: dict[str, Deferred] = {"weight": lambda: math.sqrt(windows) * context.input_norm}

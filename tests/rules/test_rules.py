@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp import UnsupportedModuleError, layers
+from clipless_dp.constraints import Spectral
+from clipless_dp.norms.operators import DenseOperator
+from clipless_dp.rules import base
 from tests.soundness.attack import Probed, Traced, bounds_of, wrap
 
 
@@ -30,6 +34,10 @@ def weighted(layer: nn.Module, weight: list[list[float]], bias: list[float]) -> 
     return layer
 
 
+def circular(taps: int) -> nn.Module:
+    return nn.Conv1d(1, 1, taps, padding="same", padding_mode="circular")
+
+
 R2, R3 = math.sqrt(2.0), math.sqrt(3.0)
 
 # (layer, shape, Y for X = 3, K): Y and K as the table of layer rules has them.
@@ -37,6 +45,9 @@ TABLE: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], float, float],
     ("linear", lambda: weighted(nn.Linear(2, 2), [[2.0, 0.0], [0.0, 1.0]], [3.0, 4.0]), (2,), 11.0, 2.0),
     ("linear, 4 tokens", lambda: weighted(nn.Linear(2, 2), [[2.0, 0.0], [0.0, 1.0]], [3.0, 4.0]), (4, 2), 16.0, 2.0),
     ("conv 1×1, 9 pixels", lambda: weighted(nn.Conv2d(1, 1, 1), [[2.0]], [1.0]), (1, 3, 3), 9.0, 2.0),
+    ("conv1d 1, 4 entries", lambda: weighted(nn.Conv1d(1, 1, 1), [[2.0]], [1.0]), (1, 4), 8.0, 2.0),
+    ("circular sum", lambda: weighted(circular(3), [[1.0, 1.0, 1.0]], [0.0]), (1, 5), 9.0, 3.0),
+    ("transposed, disjoint", lambda: weighted(nn.ConvTranspose1d(1, 1, 2, 2), [[3.0, 4.0]], [1.0]), (1, 2), 17.0, 5.0),
     ("relu", nn.ReLU, (4,), 3.0, 1.0),
     ("leaky relu", lambda: nn.LeakyReLU(0.5), (4,), 3.0, 1.0),
     ("leaky relu, steep", lambda: nn.LeakyReLU(-2.0), (4,), 6.0, 2.0),
@@ -96,6 +107,15 @@ def test_parameter_bounds_are_those_of_the_contract() -> None:
         {"weight": 3.0, "bias": 2.0}, rel=1e-8
     )
     assert of(nn.Conv2d(1, 1, 5, padding=2), (1, 2, 2)) == pytest.approx({"weight": 3.0, "bias": 1.0}, rel=1e-8)
+    assert of(nn.Conv1d(2, 3, 3, padding=1), (2, 9)) == pytest.approx({"weight": 1.5 * R3, "bias": 1.5}, rel=1e-8)
+    assert of(circular(3), (1, 4)) == pytest.approx({"weight": 1.5 * R3, "bias": 1.0}, rel=1e-8)
+    # Zero padding of a length of 2 lets a window of 3 read 2 entries; a circle lets it read one of them twice.
+    assert of(circular(3), (1, 2)) == pytest.approx({"weight": 1.5 * R3, "bias": 0.5 * R2}, rel=1e-8)
+    assert of(nn.Conv1d(1, 1, 3, padding=1), (1, 2)) == pytest.approx({"weight": 1.5 * R2, "bias": 0.5 * R2}, rel=1e-8)
+    assert of(nn.ConvTranspose2d(2, 1, 4, stride=2, padding=1), (2, 3, 3)) == pytest.approx(
+        {"weight": 3.0, "bias": 3.0}, rel=1e-8
+    )
+    assert of(nn.ConvTranspose2d(1, 1, 3), (1, 1, 1)) == pytest.approx({"weight": 1.5, "bias": 1.5}, rel=1e-8)
     assert of(layers.Householder(4), (4, 5, 5)) == pytest.approx({"theta": 1.5}, rel=1e-8)
 
 
@@ -106,7 +126,12 @@ def conv(**options: object) -> nn.Module:
 REFUSED: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], str], ...] = (
     ("reflecting padding", lambda: conv(padding_mode="reflect"), (1, 6, 6), "padding_mode"),
     ("replicating padding", lambda: conv(padding_mode="replicate"), (1, 6, 6), "padding_mode"),
-    ("circular padding", lambda: conv(padding_mode="circular"), (1, 6, 6), "padding_mode"),
+    (
+        "replicating padding of a signal",
+        lambda: nn.Conv1d(1, 1, 3, 1, 1, padding_mode="replicate"),
+        (1, 6),
+        "padding_mode",
+    ),
     ("centering over the batch", lambda: layers.LayerCentering((0, 1)), (4,), "batch axis"),
     ("centering over a negative batch axis", lambda: layers.LayerCentering((-2,)), (4,), "batch axis"),
     ("centering over no axis, which means all", lambda: layers.LayerCentering(()), (4,), "batch"),
@@ -124,3 +149,40 @@ def test_a_rule_refuses(name: str, build: Callable[[], nn.Module], shape: tuple[
     with pytest.raises(UnsupportedModuleError, match=message) as refusal:
         wrap(nn.Sequential(nn.Identity(), build()), shape)
     assert [part.path for part in refusal.value.parts] == ["1"]
+
+
+@dataclass(frozen=True)
+class TripleOperator(DenseOperator):
+    """``x ↦ 3Wx``."""
+
+    def norm(self, weight: Tensor) -> float:
+        return 3.0 * super().norm(weight)
+
+
+class Triple(nn.Linear):
+    def forward(self, values: Tensor) -> Tensor:
+        return 3.0 * super().forward(values)
+
+
+def test_a_limit_is_not_taken_for_the_norm_of_an_operator_that_its_constraint_never_saw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(base, "_RULES", dict(base._RULES))
+
+    @base.register_rule(Triple)
+    def triple_rule(module: Triple, context: base.RuleContext) -> base.LayerBounds:
+        stretch = lambda: context.norm("weight", TripleOperator())  # noqa: E731
+        return base.LayerBounds(
+            output_norm=lambda: stretch() * context.input_norm,
+            lipschitz=stretch,
+            gradients={"weight": lambda: 3.0 * context.input_norm},
+            operators={"weight": DenseOperator()},
+        )
+
+    torch.manual_seed(0)
+    layer = Triple(4, 4, bias=False).double()
+    model = wrap(Probed(layer, (4,), (4,)).double(), (4,), constraint={"layer": Spectral(0.5)})
+    # Initial weights of norm 1/2 or so: the truth is 3 times the norm that is left.
+    truth = 3.0 * float(torch.linalg.svdvals(layer.weight.detach())[0])
+    assert truth > 1.0
+    assert bounds_of(model)["before.shift"] >= truth

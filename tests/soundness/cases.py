@@ -72,6 +72,86 @@ CONV_CASES = (
     _conv("conv 3×3, no bias", (2, 2), 3, (8, 8), padding=1, bias=False),
 )
 
+
+def _signal(name: str, length: int, *settings: Any, weight: float | None = 0.7, **options: Any) -> Case:
+    attained = (("layer.bias", 0.999),)
+    if weight is not None:
+        attained = (("layer.weight", weight), *attained)
+    return Case(name, lambda: nn.Conv1d(*settings, **options), (settings[0], length), attained=attained)
+
+
+SIGNAL_CASES = (
+    _signal("conv1d 3, padding 1", 12, 2, 3, 3, padding=1),
+    _signal("conv1d 5, stride 2, padding 2", 17, 1, 2, 5, padding=2, stride=2),
+    _signal("conv1d 4, stride 3", 22, 2, 2, 4, stride=3),
+    _signal("conv1d 3, dilation 2, groups 2, padding 'same'", 11, 4, 2, 3, padding="same", dilation=2, groups=2),
+    _signal("conv1d 7 on a length of 3", 3, 1, 2, 7, padding=3, weight=None),
+)
+
+# On a torus a flat signal lies in as many windows everywhere, so √N is attained exactly at stride 1.
+CIRCULAR_CASES = (
+    _conv("circular conv 3×3, padding 1", (2, 2), 3, (6, 6), padding=1, padding_mode="circular", weight=0.999),
+    _conv(
+        "circular conv 3×3, padding 'same'", (1, 2), 3, (4, 5), padding="same", padding_mode="circular", weight=0.999
+    ),
+    _conv("circular conv 3×3, stride 2", (1, 2), 3, (8, 8), stride=2, padding=1, padding_mode="circular"),
+    _conv("circular conv 5×5 on a 3×3 map", (1, 2), 5, (3, 3), padding=2, padding_mode="circular", weight=0.999),
+    _conv("circular conv 3×3, padding 3 on a 3×3 map", (1, 1), 3, (3, 3), padding=3, padding_mode="circular"),
+    _signal("circular conv1d 3", 8, 2, 2, 3, padding=1, padding_mode="circular", weight=0.999),
+)
+
+
+def _transposed(name: str, channels: tuple[int, int], kernel: int, size: tuple[int, ...], **options: Any) -> Case:
+    kind = nn.ConvTranspose1d if len(size) == 1 else nn.ConvTranspose2d
+    weight = options.pop("weight", 0.7)
+    attained = (("layer.bias", 0.999),)
+    if weight is not None:
+        attained = (("layer.weight", weight), *attained)
+    return Case(name, lambda: kind(*channels, kernel, **options), (channels[0], *size), attained=attained)
+
+
+class Enlarged(nn.Module):
+    """A transposed convolution that is told its output's size at the call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.deconv = nn.ConvTranspose2d(1, 2, 3, stride=2)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.deconv(values, output_size=[10, 9])  # type: ignore[no-any-return]
+
+
+TRANSPOSED_CASES = (
+    _transposed("transposed conv 3×3", (2, 3), 3, (8, 8)),
+    _transposed("transposed conv 3×3, padding 1", (2, 2), 3, (8, 8), padding=1),
+    _transposed("transposed conv 4×4, stride 2, padding 1", (2, 2), 4, (5, 5), stride=2, padding=1),
+    _transposed("transposed conv 3×3, stride 2, output padding 1", (1, 2), 3, (6, 6), stride=2, output_padding=1),
+    _transposed("transposed conv 2×2, stride 2", (2, 1), 2, (4, 4), stride=2),
+    _transposed(
+        "transposed conv 3×3, dilation 3, output padding 2",
+        (1, 1),
+        3,
+        (7, 7),
+        dilation=3,
+        output_padding=2,
+        weight=None,
+    ),
+    _transposed("transposed conv 3×3, groups 2", (4, 2), 3, (6, 6), groups=2, padding=1),
+    _transposed("transposed conv 5×5 on one pixel", (2, 2), 5, (1, 1), padding=1),
+    _transposed(
+        "transposed conv 3×3, stride 2, padding 1, of one pixel",
+        (2, 2),
+        3,
+        (1, 1),
+        stride=2,
+        padding=1,
+        output_padding=1,
+    ),
+    _transposed("transposed conv1d 3", (2, 2), 3, (9,)),
+    _transposed("transposed conv1d 5, stride 3, output padding 2", (1, 2), 5, (7,), stride=3, output_padding=2),
+    Case("transposed conv with the output's size", Enlarged, (1, 4, 4)),
+)
+
 ACTIVATION_CASES = (
     Case("ReLU", nn.ReLU, (6,)),
     Case("ReLU in place", lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(inplace=True)), (6,)),
@@ -235,6 +315,9 @@ GRAPH_CASES = (
 CASES = (
     *LINEAR_CASES,
     *CONV_CASES,
+    *SIGNAL_CASES,
+    *CIRCULAR_CASES,
+    *TRANSPOSED_CASES,
     *ACTIVATION_CASES,
     *POOLING_CASES,
     *GATE_CASES,

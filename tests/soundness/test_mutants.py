@@ -19,13 +19,13 @@ from tests.soundness.mutation import Mutant
 Sweep = tracker._Sweep
 
 MUTANTS = (
-    (Mutant("√N dropped", conv, "conv2d_rule", "math.sqrt(windows) *", "1.0 *"), "conv 3×3, padding 1"),
+    (Mutant("√N dropped", conv, "_bounds", "math.sqrt(windows) *", "1.0 *"), "conv 3×3, padding 1"),
     (
-        Mutant("√P forgotten on a map's bias", conv, "conv2d_rule", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'),
+        Mutant("√P forgotten on a map's bias", conv, "_bounds", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'),
         "conv 3×3, padding 1",
     ),
     (
-        Mutant("√P forgotten in a map's norm", conv, "conv2d_rule", "shift = math.sqrt(positions) *", "shift ="),
+        Mutant("√P forgotten in a map's norm", conv, "_bounds", "shift = math.sqrt(positions) *", "shift ="),
         "conv 5×5 on a 3×3 map",
     ),
     (
@@ -47,6 +47,46 @@ MUTANTS = (
     (
         Mutant("a halved bound, conv", Sweep, "sensitivity", "own.append(scale *", "own.append(0.5 * scale *"),
         "conv 4×4, stride 2",
+    ),
+    (
+        Mutant(
+            "√N dropped in a transposed convolution",
+            conv,
+            "transposed_convolution_rule",
+            "windows,\n        transposed=True",
+            "1,\n        transposed=True",
+        ),
+        "transposed conv 3×3",
+    ),
+    (
+        Mutant(
+            "output padding forgotten",
+            conv,
+            "transposed_convolution_rule",
+            "output_padding=extra",
+            "output_padding=0",
+        ),
+        "transposed conv 3×3, stride 2, padding 1, of one pixel",
+    ),
+    (
+        Mutant(
+            "zero padding's coverage on a torus",
+            conv,
+            "convolution_rule",
+            "padding_mode=module.padding_mode,\n",
+            "padding_mode='zeros',\n",
+        ),
+        "circular conv 3×3, padding 3 on a 3×3 map",
+    ),
+    (
+        Mutant(
+            "zero padding's norm on a torus",
+            conv,
+            "convolution_rule",
+            "windows, padding_mode=module.padding_mode",
+            "windows, padding_mode='zeros'",
+        ),
+        "circular conv1d 3",
     ),
     (
         Mutant(
