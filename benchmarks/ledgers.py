@@ -1,8 +1,8 @@
 """Soundness grid and query times of `accounting`: writes benchmarks/results/accounting.{json,md}.
 
-    python benchmarks/accounting.py              # grid and times
-    python benchmarks/accounting.py --only grid --configurations 320
-    python benchmarks/accounting.py --only speed
+    python benchmarks/ledgers.py              # grid and times
+    python benchmarks/ledgers.py --only grid --configurations 320
+    python benchmarks/ledgers.py --only speed
 
 Every configuration of the grid is answered by the "auto" accountant and checked against references:
 δ at the reported ε by inverse Laplace transform (independent of all discretisation; used where its
@@ -17,7 +17,6 @@ import argparse
 import json
 import math
 import platform
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -26,11 +25,8 @@ from typing import Any
 import numpy as np
 from scipy.special import ndtr
 
-# Run as a script, this file's own folder comes first and would hide the package of the same name.
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
-
-import accounting  # noqa: E402
-from accounting import (  # noqa: E402
+import accounting
+from accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
     GaussianStep,
@@ -39,9 +35,9 @@ from accounting import (  # noqa: E402
     calibrate_noise_multiplier,
     create_accountant,
 )
-from accounting.inversion import invert  # noqa: E402
-from accounting.rdp import rdp_to_epsilon  # noqa: E402
-from accounting.terms import Terms, collect  # noqa: E402
+from accounting.inversion import invert
+from accounting.rdp import rdp_to_epsilon
+from accounting.terms import Terms, collect
 
 RESULTS = Path(__file__).parent / "results"
 
