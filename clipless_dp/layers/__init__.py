@@ -2,20 +2,32 @@
 
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.centering import LayerCentering
+from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
 from clipless_dp.layers.householder import Householder
-from clipless_dp.layers.pooling import L2NormPool2d
-from clipless_dp.layers.residual import ConvexResidual, Residual
-from clipless_dp.layers.sorting import GroupSort, MaxMin
+from clipless_dp.layers.mixing import MixerBlock, TokenMixing
+from clipless_dp.layers.pooling import L2NormPool2d, ScaledAvgPool2d
+from clipless_dp.layers.residual import ConvexResidual, GatedResidual, Residual, SigmoidMix
+from clipless_dp.layers.sorting import FullSort, GroupSort, MaxMin
+from clipless_dp.layers.spline import LinearSpline
 
 __all__ = [
     "BallProjection",
+    "ConvexPotential",
+    "ConvexPotentialConv2d",
     "ConvexResidual",
     "CotangentGate",
+    "FullSort",
+    "GatedResidual",
     "GroupSort",
     "Householder",
     "L2NormPool2d",
     "LayerCentering",
+    "LinearSpline",
     "MaxMin",
+    "MixerBlock",
     "Residual",
+    "ScaledAvgPool2d",
+    "SigmoidMix",
     "SphereScaling",
+    "TokenMixing",
 ]

@@ -1,6 +1,8 @@
-"""L2-norm pooling."""
+"""L2-norm pooling and scaled average pooling."""
 
 from __future__ import annotations
+
+import math
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -46,3 +48,33 @@ class L2NormPool2d(nn.Module):
     def extra_repr(self) -> str:
         """Window, stride and padding."""
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class ScaledAvgPool2d(nn.AvgPool2d):
+    """Average pooling times ``√n_w``, ``n_w`` entries in a window: 1-Lipschitz where windows do not overlap.
+
+    A plain average shrinks even a constant map by ``√n_w``; this one keeps its norm.
+
+    Args:
+        kernel_size: window, an int or a pair.
+        stride: defaults to the window.
+        padding: zeros on each side, counted in the average.
+        ceil_mode: adds the windows that overhang.
+
+    Shape:
+        ``(B, C, H, W)`` to ``(B, C, H', W')``.
+    """
+
+    def __init__(
+        self,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] | None = None,
+        padding: int | tuple[int, int] = 0,
+        ceil_mode: bool = False,
+    ) -> None:
+        super().__init__(kernel_size, stride, padding, ceil_mode)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Pools each channel."""
+        window = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
+        return math.sqrt(math.prod(window)) * super().forward(values)

@@ -1,10 +1,11 @@
 """Residual blocks around any module that keeps its input's shape.
 
-They hold no parameters of their own and are traced through, so the graph rules bound them.
+They are traced through, so the graph rules bound them; only :class:`SigmoidMix` holds a parameter and has its own rule.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError
@@ -49,3 +50,42 @@ class ConvexResidual(nn.Module):
     def extra_repr(self) -> str:
         """The weight of the block."""
         return f"alpha={self.alpha:g}"
+
+
+class SigmoidMix(nn.Module):
+    """``(1-α)·a + α·b`` with a learnable ``α = sigmoid(logit)``.
+
+    Args:
+        logit: where ``logit`` starts.
+
+    Shape:
+        Two tensors ``(B, ...)`` of one shape to the same shape; ``logit`` is a scalar.
+    """
+
+    def __init__(self, logit: float = 0.0) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(float(logit)))
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        """Mixes the two."""
+        alpha = torch.sigmoid(self.logit)
+        return (1.0 - alpha) * first + alpha * second
+
+
+class GatedResidual(nn.Module):
+    """``(1-α)·x + α·f(x)`` with a learnable ``α = sigmoid(logit)``; 1-Lipschitz when ``f`` is.
+
+    Args:
+        block: ``f``.
+        logit: where ``logit`` starts; 0 weighs both parts alike, -2 makes it nearly the identity.
+    """
+
+    def __init__(self, block: nn.Module, logit: float = 0.0) -> None:
+        super().__init__()
+        self.block = block
+        self.mix = SigmoidMix(logit)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The convex combination."""
+        output: Tensor = self.mix(values, self.block(values))
+        return output

@@ -59,3 +59,33 @@ class MaxMin(GroupSort):
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__(2, dim)
+
+
+class FullSort(nn.Module):
+    """Sorts all channels in ascending order: :class:`GroupSort` with a single group.
+
+    Args:
+        dim: the channel axis, as in :class:`GroupSort`.
+
+    Shape:
+        ``(B, ...)`` to the same shape.
+
+    Raises:
+        ConfigurationError: ``dim`` is the batch axis.
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        if dim == 0:
+            raise ConfigurationError("dim=0 is the batch axis: sorting along it would mix samples")
+        self.dim = dim
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Sorts the channels."""
+        if self.dim % values.dim() == 0:
+            raise ConfigurationError("dim is the batch axis: sorting along it would mix samples")
+        return values.sort(dim=self.dim).values
+
+    def extra_repr(self) -> str:
+        """The axis."""
+        return f"dim={self.dim}"

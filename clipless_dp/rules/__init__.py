@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from clipless_dp.rules import activations, conv, gates, graph, linear, pooling
+from clipless_dp.rules import activations, conv, gates, graph, linear, pooling, residual
 from clipless_dp.rules.base import (
     Deferred,
     LayerBounds,
@@ -56,6 +56,7 @@ __all__ = [
     "register_function_rule",
     "register_remedy",
     "register_rule",
+    "residual",
     "unsupported_module",
     "value_of",
 ]

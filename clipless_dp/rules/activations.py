@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from clipless_dp.layers import GroupSort, Householder, LayerCentering, MaxMin
+from clipless_dp.layers import FullSort, GroupSort, Householder, LayerCentering, LinearSpline, MaxMin
+from clipless_dp.norms.operators import DiagonalOperator
 from clipless_dp.rules.base import LARGEST, LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
 
 
@@ -28,7 +29,7 @@ def _tanh(context: RuleContext) -> LayerBounds:
     return LayerBounds(output_norm=output_norm)
 
 
-@register_rule(nn.Identity, nn.ReLU, GroupSort, MaxMin, LayerCentering)
+@register_rule(nn.Identity, nn.ReLU, GroupSort, MaxMin, FullSort, LayerCentering)
 def non_expansive_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     """``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections."""
     if isinstance(module, LayerCentering) and module.dims is not None:
@@ -47,6 +48,43 @@ def leaky_relu_rule(module: nn.LeakyReLU, context: RuleContext) -> LayerBounds:
     if module.inplace and slope > 1.0:
         raise RuleError("inplace=True with a slope above 1 may stretch a value that others hold: use inplace=False")
     return LayerBounds(output_norm=lambda: slope * context.input_norm, lipschitz=slope)
+
+
+@register_rule(nn.PReLU)
+def prelu_rule(module: nn.PReLU, context: RuleContext) -> LayerBounds:
+    """``Y = max(1, |a|)·X``, ``K = max(1, |a|)``, ``Δ_a = GX``, for the largest slope ``a`` of any channel.
+
+    The slope of a channel has the gradient ``Σ_p g_p·min(0, x_p)``, of size at most ``‖g_c‖‖x_c‖`` over the
+    channel's entries; over channels, ``Σ_c ‖g_c‖²‖x_c‖² ≤ ‖g‖²‖x‖²``. One slope for all entries is one channel.
+    """
+    slopes = DiagonalOperator()
+
+    def stretch() -> float:
+        return max(1.0, context.norm("weight", slopes))
+
+    return LayerBounds(
+        output_norm=lambda: stretch() * context.input_norm,
+        lipschitz=stretch,
+        gradients={"weight": lambda: context.input_norm},
+        operators={"weight": slopes},
+    )
+
+
+@register_rule(LinearSpline)
+def linear_spline_rule(module: LinearSpline, context: RuleContext) -> LayerBounds:
+    """``Y = max|s|·X``, ``K = max|s|``, ``Δ_s = GX``.
+
+    ``f(0) = 0`` and ``|f'| ≤ max|s|``. ``∂f/∂s_i = φ_i(x)``, the lengths into which the segments cut ``[0, x]``:
+    ``(Σφ_i²)^½ ≤ Σ|φ_i| = |x|``, so the gradient of a channel's slopes is at most ``Σ_p |g_p||x_p|``, and so on as for
+    PReLU.
+    """
+    slopes = DiagonalOperator()
+    return LayerBounds(
+        output_norm=lambda: context.norm("slopes", slopes) * context.input_norm,
+        lipschitz=lambda: context.norm("slopes", slopes),
+        gradients={"slopes": lambda: context.input_norm},
+        operators={"slopes": slopes},
+    )
 
 
 @register_rule(nn.Tanh)

@@ -22,6 +22,14 @@ def reshape_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     return LayerBounds(output_norm=lambda: context.input_norm)
 
 
+@register_rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
+def permutation_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    """``Y = X``, ``K = 1``: each output is one input, and each input one output."""
+    if len(context.input_shape) < 3:
+        raise RuleError(f"needs inputs (batch, channels, height, width), got {context.input_shape} per sample")
+    return LayerBounds(output_norm=lambda: context.input_norm)
+
+
 @register_function_rule(
     torch.flatten,
     torch.reshape,

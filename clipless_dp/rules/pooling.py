@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from clipless_dp.layers import L2NormPool2d
+from clipless_dp.layers import L2NormPool2d, ScaledAvgPool2d
 from clipless_dp.norms import coverage
 from clipless_dp.rules.base import (
     LARGEST,
@@ -105,9 +105,9 @@ def l2_norm_pool_rule(module: L2NormPool2d, context: RuleContext) -> LayerBounds
     return replace(bounds, output_norm=output_norm)
 
 
-@register_rule(nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+@register_rule(nn.AvgPool2d, nn.AdaptiveAvgPool2d, ScaledAvgPool2d)
 def average_pool_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
-    """``K = √N/√n_w``, by Schur's test."""
+    """``K = √N/√n_w``, by Schur's test on the layer itself: it is linear with weights of one sign."""
     return _average_bounds(context, module)
 
 

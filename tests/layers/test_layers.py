@@ -9,12 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, layers
+from clipless_dp.constraints import Spectral
+from clipless_dp.norms import conv2d_norm
+from tests.soundness.attack import wrap
 
 PRESERVING: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
     (layers.GroupSort(2), (4,)),
     (layers.GroupSort(3), (6, 2, 2)),
     (layers.GroupSort(4, dim=-1), (3, 8)),
     (layers.MaxMin(), (4, 3, 3)),
+    (layers.FullSort(), (5,)),
+    (layers.FullSort(), (4, 3, 3)),
+    (layers.FullSort(dim=-1), (3, 4)),
     (layers.MaxMin(dim=2), (3, 4)),
     (layers.Householder(4), (4, 3, 3)),
     (layers.Householder(4, dim=-1), (3, 4)),
@@ -109,6 +115,108 @@ def test_residual_blocks_add_and_mix() -> None:
     assert torch.equal(layers.ConvexResidual(block, alpha=1.0)(values), block(values))
 
 
+def test_a_fresh_spline_is_a_relu() -> None:
+    values = 3.0 * torch.randn(50, 4, dtype=torch.float64)
+    # The knots' values are cumulative sums of under 10 float64 numbers of size one.
+    assert torch.allclose(layers.LinearSpline(4).double()(values), torch.relu(values), atol=1e-14)
+
+
+@pytest.mark.parametrize(("channels", "dim", "shape"), [(1, 1, (5, 3)), (5, 1, (5, 3)), (3, -1, (5, 3)), (4, 1, (4,))])
+def test_a_spline_is_the_integral_of_its_slopes(channels: int, dim: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module = layers.LinearSpline(channels, 6, 1.5, dim).double()
+    nn.init.normal_(module.slopes)
+    values = 2.0 * torch.randn(40, *shape, dtype=torch.float64)
+    found = module(values)
+    knots = torch.linspace(-1.5, 1.5, 7, dtype=torch.float64)
+    lows, highs = knots[:-1].clone(), knots[1:].clone()
+    lows[0], highs[-1] = -math.inf, math.inf
+    spread = values.movedim(dim, -1).unsqueeze(-1)
+    lengths = spread.clamp(lows, highs) - torch.zeros(1, dtype=torch.float64).clamp(lows, highs)
+    expected = (lengths * module.slopes).sum(-1).movedim(-1, dim)
+    assert torch.allclose(found, expected, atol=1e-13)  # sums of 6 products of size at most ten
+
+
+def test_a_splines_gradient_reaches_the_slopes_by_the_lengths_that_each_segment_covers() -> None:
+    module = layers.LinearSpline(1, 4, 2.0).double()
+    module(torch.tensor([[2.5]], dtype=torch.float64)).sum().backward()
+    assert module.slopes.grad is not None
+    assert module.slopes.grad.tolist() == [[0.0, 0.0, 1.0, 1.5]]
+    module.zero_grad()
+    module(torch.tensor([[-1.25]], dtype=torch.float64)).sum().backward()
+    assert module.slopes.grad.tolist() == [[-0.25, -1.0, 0.0, 0.0]]
+
+
+def test_scaled_average_pooling_keeps_the_norm_of_a_constant_map() -> None:
+    values = torch.full((2, 3, 6, 6), 0.7, dtype=torch.float64)
+    found = layers.ScaledAvgPool2d((2, 3))(values)
+    assert torch.allclose(found.flatten(1).norm(dim=1), values.flatten(1).norm(dim=1), rtol=1e-13)  # 108 squares
+    assert torch.allclose(found, math.sqrt(6.0) * nn.functional.avg_pool2d(values, (2, 3)), rtol=1e-13)
+
+
+def test_token_mixing_applies_its_block_along_the_tokens() -> None:
+    block = nn.Linear(5, 3)
+    values = torch.randn(2, 5, 4)
+    expected = torch.einsum("st,btc->bsc", block.weight, values) + block.bias[:, None]
+    assert torch.allclose(layers.TokenMixing(block)(values), expected, atol=1e-6)  # sums of 5 float32 products
+
+
+def test_a_gated_residual_mixes_by_the_sigmoid_of_its_logit() -> None:
+    values = torch.randn(2, 3)
+    module = layers.GatedResidual(nn.Tanh(), logit=math.log(3.0))
+    assert torch.allclose(module(values), 0.25 * values + 0.75 * torch.tanh(values), atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (layers.ConvexPotential(5, 7), (5,)),
+        (layers.ConvexPotential(4, 3), (5, 4)),
+        (layers.ConvexPotentialConv2d(2, 3), (2, 5, 5)),
+        (layers.ConvexPotentialConv2d(2, 4, 3, padding=0), (2, 6, 6)),
+        (layers.MixerBlock(4, 6), (4, 6)),
+    ],
+    ids=repr,
+)
+def test_under_a_spectral_constraint_of_one_these_layers_never_increase_distances(
+    module: nn.Module, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    module = module.double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    wrap(nn.Sequential(module), shape, constraint=Spectral())
+    first, second = torch.randn(2, 60, *shape, dtype=torch.float64)
+    second[30:] = first[30:] + 1e-3 * second[30:]
+    with torch.no_grad():
+        distances = (module(first) - module(second)).flatten(1).norm(dim=1)
+    assert bool((distances <= (first - second).flatten(1).norm(dim=1) * (1.0 + 1e-10)).all())
+    assert float(distances.max()) > 0.1
+
+
+def test_a_layer_with_a_diagonal_between_folds_into_a_convex_potential() -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(7, 4, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
+    diagonal = (weight @ weight.t()).abs().sum(1)
+    values = torch.randn(6, 4, dtype=torch.float64)
+    expected = values - 2.0 * (torch.relu(values @ weight.t() + bias) / diagonal) @ weight
+    module = layers.ConvexPotential(4, 7).double()
+    assert module.bias is not None
+    with torch.no_grad():
+        module.weight.copy_(weight / diagonal.sqrt()[:, None])
+        module.bias.copy_(bias / diagonal.sqrt())
+    assert torch.allclose(module(values), expected, atol=1e-13)  # sums of 7 products of size one
+    assert float(torch.linalg.matrix_norm(module.weight.detach(), 2)) <= 1.0
+
+
+def test_fresh_convex_potentials_have_a_weight_of_norm_about_one() -> None:
+    torch.manual_seed(0)
+    dense = layers.ConvexPotential(20, 30).weight.detach()
+    assert float(torch.linalg.matrix_norm(dense, 2)) == pytest.approx(1.0, abs=1e-5)  # float32 QR of 20 columns
+    conv = layers.ConvexPotentialConv2d(16).weight.detach()
+    assert 0.3 < conv2d_norm(conv, input_size=(16, 16)) < 2.0
+
+
 def refusals() -> list[tuple[str, type[Exception], object]]:
     return [
         ("group_size", ConfigurationError, lambda: layers.GroupSort(1)),
@@ -121,6 +229,17 @@ def refusals() -> list[tuple[str, type[Exception], object]]:
         ("channels", ConfigurationError, lambda: layers.Householder(4)(torch.zeros(2, 6))),
         ("non-batch", ConfigurationError, lambda: layers.Householder(4, dim=-2)(torch.zeros(4, 6))),
         ("kernel_size", ConfigurationError, lambda: layers.L2NormPool2d(0)),
+        ("batch axis", ConfigurationError, lambda: layers.FullSort(dim=0)),
+        ("batch axis", ConfigurationError, lambda: layers.FullSort(dim=-2)(torch.zeros(4, 4))),
+        ("even", ConfigurationError, lambda: layers.LinearSpline(segments=3)),
+        ("channels", ConfigurationError, lambda: layers.LinearSpline(channels=0)),
+        ("reach", ConfigurationError, lambda: layers.LinearSpline(reach=math.inf)),
+        ("batch axis", ConfigurationError, lambda: layers.LinearSpline(dim=0)),
+        ("channels", ConfigurationError, lambda: layers.LinearSpline(3)(torch.zeros(2, 4))),
+        ("non-batch", ConfigurationError, lambda: layers.LinearSpline(4, dim=-2)(torch.zeros(4, 6))),
+        ("positive", ConfigurationError, lambda: layers.ConvexPotential(0)),
+        ("positive", ConfigurationError, lambda: layers.ConvexPotentialConv2d(2, 0)),
+        ("padding", ConfigurationError, lambda: layers.ConvexPotentialConv2d(2, padding=-1)),
         ("alpha", ConfigurationError, lambda: layers.ConvexResidual(nn.Identity(), alpha=1.5)),
         ("alpha", ConfigurationError, lambda: layers.ConvexResidual(nn.Identity(), alpha=-0.1)),
     ]

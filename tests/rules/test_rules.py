@@ -38,6 +38,22 @@ def circular(taps: int) -> nn.Module:
     return nn.Conv1d(1, 1, taps, padding="same", padding_mode="circular")
 
 
+def with_parameters(layer: nn.Module, **values: list[float]) -> nn.Module:
+    with torch.no_grad():
+        for name, entries in values.items():
+            parameter = layer.get_parameter(name)
+            parameter.copy_(torch.tensor(entries).reshape(parameter.shape))
+    return layer
+
+
+def potential(weight: list[list[float]], bias: list[float]) -> nn.Module:
+    return weighted(layers.ConvexPotential(2), weight, bias)
+
+
+def pixel_potential(weight: float, bias: float) -> nn.Module:
+    return weighted(layers.ConvexPotentialConv2d(1, 1), [[weight]], [bias])
+
+
 R2, R3 = math.sqrt(2.0), math.sqrt(3.0)
 
 # (layer, shape, Y for X = 3, K): Y and K as the table of layer rules has them.
@@ -49,6 +65,20 @@ TABLE: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], float, float],
     ("circular sum", lambda: weighted(circular(3), [[1.0, 1.0, 1.0]], [0.0]), (1, 5), 9.0, 3.0),
     ("transposed, disjoint", lambda: weighted(nn.ConvTranspose1d(1, 1, 2, 2), [[3.0, 4.0]], [1.0]), (1, 2), 17.0, 5.0),
     ("relu", nn.ReLU, (4,), 3.0, 1.0),
+    ("prelu", lambda: with_parameters(nn.PReLU(2), weight=[0.5, -3.0]), (2, 4), 9.0, 3.0),
+    ("gentle prelu", lambda: with_parameters(nn.PReLU(), weight=[0.5]), (2, 4), 3.0, 1.0),
+    ("spline", lambda: with_parameters(layers.LinearSpline(1, 2), slopes=[0.5, -2.0]), (4,), 6.0, 2.0),
+    ("gentle spline", lambda: with_parameters(layers.LinearSpline(1, 2), slopes=[0.5, -0.5]), (4,), 1.5, 0.5),
+    ("full sort", layers.FullSort, (4,), 3.0, 1.0),
+    ("pixel unshuffle", lambda: nn.PixelUnshuffle(2), (1, 4, 4), 3.0, 1.0),
+    ("channel shuffle", lambda: nn.ChannelShuffle(2), (4, 2, 2), 3.0, 1.0),
+    ("scaled pooling", lambda: layers.ScaledAvgPool2d(2), (1, 4, 4), 3.0, 1.0),
+    ("scaled pooling, overlapping", lambda: layers.ScaledAvgPool2d(3, 1), (1, 9, 9), 9.0, 3.0),
+    ("sigmoid-gated residual", lambda: layers.GatedResidual(nn.LeakyReLU(3.0), math.log(3.0)), (4,), 7.5, 2.5),
+    ("convex potential", lambda: potential([[1.0, 0.0], [0.0, 0.5]], [3.0, 4.0]), (2,), 13.0, 1.0),
+    ("convex potential, 4 tokens", lambda: potential([[1.0, 0.0], [0.0, 0.5]], [3.0, 4.0]), (4, 2), 23.0, 1.0),
+    ("steep convex potential", lambda: potential([[2.0, 0.0], [0.0, 1.0]], [0.0, 0.0]), (2,), 21.0, 7.0),
+    ("convex potential 1×1, 4 pixels", lambda: pixel_potential(2.0, 1.0), (1, 2, 2), 29.0, 7.0),
     ("leaky relu", lambda: nn.LeakyReLU(0.5), (4,), 3.0, 1.0),
     ("leaky relu, steep", lambda: nn.LeakyReLU(-2.0), (4,), 6.0, 2.0),
     ("tanh of 4", nn.Tanh, (4,), 2.0, 1.0),
@@ -116,6 +146,14 @@ def test_parameter_bounds_are_those_of_the_contract() -> None:
         {"weight": 3.0, "bias": 3.0}, rel=1e-8
     )
     assert of(nn.ConvTranspose2d(1, 1, 3), (1, 1, 1)) == pytest.approx({"weight": 1.5, "bias": 1.5}, rel=1e-8)
+    assert of(nn.PReLU(4), (4, 5, 5)) == pytest.approx({"weight": 1.5}, rel=1e-8)
+    assert of(layers.LinearSpline(4), (4, 5, 5)) == pytest.approx({"slopes": 1.5}, rel=1e-8)
+    assert of(layers.GatedResidual(nn.Identity()), (4,)) == pytest.approx({"mix.logit": 0.75}, rel=1e-8)
+    # 2G(2wX + ‖b‖) and 2wG with w = 2; on 4 pixels √P = 2 joins the bias.
+    assert of(potential([[2.0, 0.0], [0.0, 1.0]], [3.0, 4.0]), (2,)) == pytest.approx(
+        {"weight": 17.0, "bias": 2.0}, rel=1e-3
+    )
+    assert of(pixel_potential(2.0, 1.0), (1, 2, 2)) == pytest.approx({"weight": 14.0, "bias": 4.0}, rel=1e-3)
     assert of(layers.Householder(4), (4, 5, 5)) == pytest.approx({"theta": 1.5}, rel=1e-8)
 
 

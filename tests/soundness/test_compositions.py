@@ -35,6 +35,13 @@ UNARY: dict[str, Callable[[str], nn.Module]] = {
     "tanh": lambda family: nn.Tanh(),
     "leaky": lambda family: nn.LeakyReLU(-1.5),
     "group sort": lambda family: layers.GroupSort(4, dim=_channel_axis(family)),
+    "prelu": lambda family: nn.PReLU(),
+    "spline": lambda family: layers.LinearSpline(4, 4, 2.0, dim=_channel_axis(family)),
+    "full sort": lambda family: layers.FullSort(dim=_channel_axis(family)),
+    "gated residual": lambda family: layers.GatedResidual(_mixer(family, 4)),
+    "convex potential": lambda family: (
+        layers.ConvexPotentialConv2d(4, hidden=2) if family == "map" else layers.ConvexPotential(4, 2)
+    ),
     "householder": lambda family: layers.Householder(4, dim=_channel_axis(family)),
     "centering": lambda family: layers.LayerCentering(),
     "ball": lambda family: layers.BallProjection(0.7),
@@ -48,6 +55,9 @@ POOLING: dict[str, Callable[[str], nn.Module]] = {
     "max": lambda family: nn.MaxPool2d(3, 1, 1),
     "average": lambda family: nn.AvgPool2d(3, 1, 1),
     "norm": lambda family: layers.L2NormPool2d(3, 1, 1),
+    "scaled": lambda family: layers.ScaledAvgPool2d(3, 1, 1),
+    "transposed": lambda family: nn.ConvTranspose2d(4, 4, 3, padding=1),
+    "circular": lambda family: nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"),
 }
 BINARY = ("add", "subtract", "average of two", "concatenate", "shared")
 

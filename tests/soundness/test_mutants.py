@@ -10,7 +10,7 @@ from torch import Tensor
 
 from clipless_dp import gates, model, tracker
 from clipless_dp.norms import operators
-from clipless_dp.rules import activations, conv, graph, linear, pooling
+from clipless_dp.rules import activations, conv, graph, linear, pooling, residual
 from clipless_dp.rules import gates as gate_rules
 from tests.soundness.attack import BoundBroken, add_or_remove_one, attack, wrap
 from tests.soundness.cases import case_named
@@ -177,6 +177,120 @@ MUTANTS = (
             '{"theta": lambda: 0.5 * context.input_norm}',
         ),
         "Householder on maps",
+    ),
+    (
+        Mutant("PReLU's slopes forgotten", activations, "prelu_rule", 'context.norm("weight", slopes)', "0.0"),
+        "PReLU of each channel",
+    ),
+    (
+        Mutant(
+            "PReLU's gradient halved",
+            activations,
+            "prelu_rule",
+            '{"weight": lambda: context.input_norm}',
+            '{"weight": lambda: 0.5 * context.input_norm}',
+        ),
+        "PReLU",
+    ),
+    (
+        Mutant(
+            "a spline's slopes forgotten backwards",
+            activations,
+            "linear_spline_rule",
+            'lipschitz=lambda: context.norm("slopes", slopes),',
+            "",
+        ),
+        "linear spline of each channel",
+    ),
+    (
+        Mutant(
+            "a spline's slopes forgotten forwards",
+            activations,
+            "linear_spline_rule",
+            'context.norm("slopes", slopes) * context.input_norm',
+            "context.input_norm",
+        ),
+        "linear spline on tokens, two slopes",
+    ),
+    (
+        Mutant(
+            "a spline's gradient halved",
+            activations,
+            "linear_spline_rule",
+            '{"slopes": lambda: context.input_norm}',
+            '{"slopes": lambda: 0.5 * context.input_norm}',
+        ),
+        "linear spline",
+    ),
+    (
+        Mutant("the logit's gradient halved", residual, "sigmoid_mix_rule", "0.25 *", "0.125 *"),
+        "sigmoid-gated residual of a sign change",
+    ),
+    (
+        Mutant(
+            "the gate's own K for both", residual, "sigmoid_mix_rule", "(of_first, of_second)", "(of_second, of_second)"
+        ),
+        "sigmoid-gated residual of the identity",
+    ),
+    (
+        Mutant(
+            "a convex potential taken for 1-Lipschitz", residual, "_step_bounds", "max(1.0, (2.0 *", "min(1.0, (2.0 *"
+        ),
+        "convex potential",
+    ),
+    (
+        Mutant("a convex potential's √N dropped", residual, "_step_bounds", "math.sqrt(windows or 1)", "1.0"),
+        "convex potential 3×3",
+    ),
+    (
+        Mutant(
+            "a convex potential's √P dropped",
+            residual,
+            "_step_bounds",
+            "2.0 * math.sqrt(positions) * norm()",
+            "2.0 * norm()",
+        ),
+        "convex potential, narrow, on 5 tokens",
+    ),
+    (
+        Mutant(
+            "a convex potential's weight taken to act once",
+            residual,
+            "_step_bounds",
+            "(2.0 * norm() * context.input_norm",
+            "(norm() * context.input_norm",
+        ),
+        "convex potential, wide, no bias",
+    ),
+    (
+        Mutant(
+            "a convex potential's bias forgotten in its weight's gradient",
+            residual,
+            "_step_bounds",
+            "context.input_norm + shift())",
+            "context.input_norm)",
+        ),
+        "convex potential, narrow, on 5 tokens",
+    ),
+    (
+        Mutant(
+            "a convex potential's bias forgotten in its norm",
+            residual,
+            "_step_bounds",
+            "2.0 * norm() * shift()",
+            "0.0",
+        ),
+        "convex potential, narrow, on 5 tokens",
+    ),
+    (
+        Mutant(
+            "√P forgotten in a convex potential's norm",
+            residual,
+            "_step_bounds",
+            'math.sqrt(positions) * context.norm("bias", bias)',
+            'context.norm("bias", bias)',
+        ),
+        "convex potential, narrow, on 5 tokens",
     ),
     (
         Mutant("√N dropped in max pooling", pooling, "_window_bounds", "math.sqrt(windows)", "1.0"),
