@@ -16,6 +16,23 @@ from clipless_dp.errors import CheckpointError
 CHECKPOINT_FORMAT = 1
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Creates the folder of a checkpoint and tries to write there, so that a run does not end without one.
+
+    Raises:
+        CheckpointError: nothing can be written there.
+    """
+    target = Path(path)
+    if target.is_dir():
+        raise CheckpointError(f"{target} is a folder; name a file in it")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=target.parent):
+            pass
+    except OSError as error:
+        raise CheckpointError(f"{target} cannot be written: {error}") from error
+
+
 def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Writes a checkpoint so that a reader sees the old one or the new one, never a part.
 
@@ -24,10 +41,10 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
         content: tensors and plain values only.
 
     Raises:
-        OSError: the folder is not writable or the disk is full; an existing file is left as it was.
+        CheckpointError: the folder is not writable or the disk is full; an existing file is left as it was.
     """
+    check_writable(path)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -35,9 +52,10 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except BaseException:
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(f"{target} could not be written, what was there is left as it was: {error}") from error
+    finally:
         Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from clipless_dp import constraints, layers, losses
 from clipless_dp.datasets import NAMES, load_dataset
-from clipless_dp.errors import CliplessError
+from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gating import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.training import evaluate, fit
@@ -29,8 +29,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the checkpoint", file=sys.stderr)
+        saved = options.checkpoint is not None and options.checkpoint.exists()
+        hint = "the same command goes on from the checkpoint" if saved else "nothing was saved: pass --checkpoint FILE"
+        print(f"interrupted; {hint}", file=sys.stderr)
         return 130
+
+
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that there are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -42,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train a classifier privately",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_Formatter,
     )
     train.add_argument("--dataset", required=True, metavar="|".join((*NAMES, "PATH.npz")), help="data to train on")
     train.add_argument("--data-dir", type=Path, help="folder with local copies; otherwise named sets are downloaded")
@@ -56,9 +65,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
     train.add_argument("--tau", type=float, default=8.0, help="temperature of the cross-entropy")
     train.add_argument("--input-norm", type=float, help="cap of a sample's norm (default: √entries)")
-    train.add_argument("--accountant", choices=("prv", "rdp", "auto"), default="prv")
-    train.add_argument("--allocation", choices=("global", "per-layer", "min-variance"), default="min-variance")
-    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    train.add_argument("--accountant", choices=("prv", "rdp", "auto"), default="prv", help="engine")
+    train.add_argument(
+        "--allocation",
+        choices=("global", "per-layer", "min-variance"),
+        default="min-variance",
+        help="how noise is shared among the parameters",
+    )
+    train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on")
     train.add_argument("--checkpoint", type=Path, help="file to write to and to resume from")
     train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
     train.add_argument(
@@ -71,10 +85,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
+    _require_device(options.device)
     data = load_dataset(options.dataset, options.data_dir)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
     shape = tuple(data.inputs.shape[1:])
+    if len(shape) not in (1, 3):
+        raise ConfigurationError(
+            f"no network here takes samples of shape {shape}: give columns (N, columns), or images as uint8 (N, H, W) "
+            "or (N, H, W, 3), or as numbers (N, channels, H, W)"
+        )
     net: nn.Module = image_classifier(shape, data.classes) if len(shape) == 3 else table_classifier(shape, data.classes)
     constraint: constraints.Constraint | None = None
     if options.route == "gated":
@@ -116,6 +136,13 @@ def _train(options: argparse.Namespace) -> int:
     )
     print(f"checkpoint     {result.checkpoint if result.checkpoint is not None else 'none (pass --checkpoint FILE)'}")
     return 0
+
+
+def _require_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
 def image_classifier(shape: tuple[int, ...], classes: int) -> nn.Sequential:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import zipfile
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -81,9 +82,9 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> S
 
 def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
 
 
@@ -136,6 +137,7 @@ def _openml(name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
 
 
 def _held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Split:
+    _require_pairs(inputs, targets)
     order = np.random.default_rng(_SPLIT_SEED).permutation(len(inputs))
     cut = len(inputs) // 5
     test, train = order[:cut], order[cut:]
@@ -148,10 +150,10 @@ def _split(
     test_inputs: np.ndarray[Any, Any],
     test_targets: np.ndarray[Any, Any],
 ) -> Split:
-    if len(inputs) != len(targets) or len(test_inputs) != len(test_targets) or not len(inputs):
-        raise ConfigurationError(f"{len(inputs)} inputs and {len(targets)} targets: need as many of each, and some")
-    if not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0:
-        raise ConfigurationError(f"targets must be class indices from 0, got {targets.dtype}")
+    _require_pairs(inputs, targets)
+    _require_pairs(test_inputs, test_targets)
+    if inputs.shape[1:] != test_inputs.shape[1:]:
+        raise ConfigurationError(f"training inputs {inputs.shape} and test inputs {test_inputs.shape} differ in shape")
     return Split(
         _as_inputs(inputs),
         torch.from_numpy(targets.astype(np.int64)),
@@ -166,3 +168,17 @@ def _as_inputs(values: np.ndarray[Any, Any]) -> Tensor:
         images = values[:, None] if values.ndim == 3 else values.transpose(0, 3, 1, 2)
         return torch.from_numpy(np.ascontiguousarray(images)).float() / 255.0
     return torch.from_numpy(values.astype(np.float32))
+
+
+def _require_pairs(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> None:
+    if inputs.ndim < 2 or targets.shape != inputs.shape[:1] or not len(inputs):
+        raise ConfigurationError(
+            f"need inputs (N, ...) and as many targets (N,), for training and for testing; got shapes {inputs.shape} "
+            f"and {targets.shape}"
+        )
+    if not np.issubdtype(targets.dtype, np.integer) or targets.min() < 0:
+        raise ConfigurationError(
+            f"targets must be class indices, integers from 0; got {targets.dtype} from {targets.min()}"
+        )
+    if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_):
+        raise ConfigurationError(f"inputs must be numbers, got {inputs.dtype}")

@@ -6,16 +6,58 @@ of this package therefore announce each Poisson draw here, and the optimizer tak
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
+from typing import NamedTuple
+
+
+class Snapshot(NamedTuple):
+    """The draws of this process so far.
+
+    Attributes:
+        announced: draws by sample rate.
+        taken: how many of them a step has used up.
+    """
+
+    announced: Counter[float]
+    taken: int
+
+
+class _Held(threading.local):
+    """Draws in the hands of this thread: announced when they were needed, and not yet used by a step."""
+
+    count = 0
+
 
 _announced: Counter[float] = Counter()
+_taken = 0
+_held = _Held()
 
 
-def announce(sample_rate: float) -> None:
-    """Notes one Poisson draw in which every sample had this probability, independently."""
+def announce(sample_rate: float, *, ahead: bool = False) -> None:
+    """Notes one Poisson draw in which every sample had this probability, independently.
+
+    Args:
+        sample_rate: the probability.
+        ahead: the draw may be fetched long before its batch is used, as the workers of a ``DataLoader`` do.
+    """
     _announced[sample_rate] += 1
+    if not ahead:
+        _held.count += 1
 
 
-def snapshot() -> Counter[float]:
-    """How many draws have been announced so far, by sample rate."""
-    return Counter(_announced)
+def take() -> None:
+    """Uses up one draw: it amplifies no other step, of whichever optimizer."""
+    global _taken
+    _taken += 1
+    _held.count = max(0, _held.count - 1)
+
+
+def held() -> int:
+    """How many draws this thread has been handed one by one since its last steps."""
+    return _held.count
+
+
+def snapshot() -> Snapshot:
+    """The draws so far."""
+    return Snapshot(Counter(_announced), _taken)

@@ -83,18 +83,25 @@ class SystemNoise:
     On the CPU, torch's generator takes a seed of 32 effective bits only, which can be searched. All of its state
     is therefore overwritten with bytes of the operating system. Elsewhere the 64-bit seed of the counter-based
     generator is drawn from it. The state is never saved: it would let a reader of a checkpoint subtract the noise.
+    Nor is it copied: copies and forked processes start afresh, since noise that two runs share cancels between them.
     """
 
     reproducible = False
 
     def __init__(self) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
+        self._process = os.getpid()
+
+    def __reduce__(self) -> tuple[type[SystemNoise], tuple[()]]:
+        return type(self), ()
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: the generators run on."""
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         """See :class:`NoiseSource`."""
+        if os.getpid() != self._process:
+            self._generators, self._process = {}, os.getpid()
         generator = self._generators.get(out.device)
         if generator is None:
             generator = self._generators[out.device] = system_generator(out.device)

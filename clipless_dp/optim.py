@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import uuid
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Protocol, overload
+from typing import Any, Literal, NoReturn, Protocol, overload
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -64,7 +66,10 @@ class CliplessDPOptimizer(Optimizer):
     recorded before anything is changed, so a crash can only over-count.
 
     It shares ``param_groups`` and ``state`` with the base optimizer: schedulers work on it as on any other.
-    Gradients may come from several ``backward()`` calls, as long as each sample is in one of them only.
+    Gradients may come from several ``backward()`` calls, as long as each sample is in one of them only: one draw of a
+    sampler for each step. Gradients from before the optimizer existed, and those of parameters that it does not hold,
+    have no bound when they are stepped on later; they are dropped. Do not touch gradients between ``backward()`` and
+    ``step()``: clipping their common norm there is only sound with the ``"global"`` allocation.
 
     Args:
         model: the wrapped model.
@@ -126,16 +131,28 @@ class CliplessDPOptimizer(Optimizer):
         self.allocation: Allocation = allocation
         self.sampling: Sampling = sampling
         self.noise: NoiseSource = SystemNoise() if noise is None else noise
-        self.accountant: Accountant = create_accountant(accountant) if isinstance(accountant, str) else accountant
+        self.accountant: Accountant = (
+            create_accountant(accountant, dataset_size=dataset_size) if isinstance(accountant, str) else accountant
+        )
         self.steps_taken = 0
         self._draws_before = draws.snapshot()
-        self._draws_used = 0
+        self._held_before = draws.held()
+        self._run = uuid.uuid4().hex
+        self._counted: dict[str, int] = {}
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
         self._last: tuple[int, Sensitivity] | None = None
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share_state()
-        self._require_protected(p for group in self.param_groups for p in group["params"])
+        self._require_protected()
+        for parameter in self._parameters():
+            parameter.grad = None
         self._sensitivity()
+
+    def __getstate__(self) -> NoReturn:
+        raise ConfigurationError(
+            "an optimizer is not copied or pickled, since two copies would charge the same draws: save state_dict() "
+            "and load it into a new optimizer"
+        )
 
     @property
     def noise_multiplier(self) -> float:
@@ -178,7 +195,8 @@ class CliplessDPOptimizer(Optimizer):
         return float(self.accountant.get_epsilon(delta))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients."""
+        """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
+        self._held_before = max(self._held_before, draws.held() - 1)
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -191,8 +209,11 @@ class CliplessDPOptimizer(Optimizer):
             super().add_param_group(param_group)
             return
         params = param_group["params"]
-        self._require_protected([params] if isinstance(params, Tensor) else list(params))
-        self.base_optimizer.add_param_group(param_group)
+        params = [params] if isinstance(params, Tensor) else list(params)
+        self._require_protected(params)
+        for parameter in params:
+            parameter.grad = None
+        self.base_optimizer.add_param_group({**param_group, "params": params})
         self._share_state()
 
     def state_dict(self) -> dict[str, Any]:
@@ -203,14 +224,15 @@ class CliplessDPOptimizer(Optimizer):
                 "format": STATE_FORMAT,
                 "steps_taken": self.steps_taken,
                 "accountant": self.accountant.state_dict(),
+                "counted": dict(self._counted),
             },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state and the ledger.
 
-        What this optimizer has already spent is never forgotten: unless it is the beginning of the loaded ledger,
-        both are composed.
+        What this optimizer has already spent is never forgotten: where one of the two ledgers continues the other,
+        the longer one is kept; otherwise both are composed, even if they look alike.
 
         Raises:
             ConfigurationError: the state is not one of this class, or of an unknown format.
@@ -221,20 +243,37 @@ class CliplessDPOptimizer(Optimizer):
                 "this is not the state of a clipless_dp optimizer of format "
                 f"{STATE_FORMAT}: its privacy ledger is missing or newer than this version"
             )
-        spent = _expanded(self.accountant.history)
-        self.accountant.load_state_dict(own["accountant"])
-        if not _begins_with(self.accountant.history, spent):
-            for noise_multiplier, sample_rate, count in spent:
-                self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=count)
-        self.steps_taken = int(own["steps_taken"])
+        try:
+            steps_taken, accountant = int(own["steps_taken"]), own["accountant"]
+            counted = {str(run): int(count) for run, count in own["counted"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
+        self._join_ledger(accountant, counted)
+        self.steps_taken = steps_taken
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
+
+    def _join_ledger(self, state: dict[str, Any], counted: dict[str, int]) -> None:
+        spent, kept = _expanded(self.accountant.history), self.accountant.state_dict()
+        self.accountant.load_state_dict(state)
+        loaded = _expanded(self.accountant.history)
+        if _contains(self._counted, counted) and _begins_with(spent, loaded):
+            self.accountant.load_state_dict(kept)
+        elif not (_contains(counted, self._counted) and _begins_with(loaded, spent)):
+            for noise_multiplier, sample_rate, count in spent:
+                self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=count)
+        for run, count in counted.items():
+            self._counted[run] = max(count, self._counted.get(run, 0))
 
     def _share_state(self) -> None:
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
 
-    def _require_protected(self, parameters: Iterable[Tensor]) -> None:
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> None:
+        parameters = self._parameters() if parameters is None else parameters
         known = {id(parameter) for parameter in self.model.net.parameters()}
         foreign = [tuple(parameter.shape) for parameter in parameters if id(parameter) not in known]
         if foreign:
@@ -245,15 +284,19 @@ class CliplessDPOptimizer(Optimizer):
 
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
+        self._require_protected()
         sensitivity = self._sensitivity()
         deviations, spent = self._deviations(sensitivity)
         self.accountant.step(noise_multiplier=spent, sample_rate=self._charged_rate())
+        self._counted[self._run] = self._counted.get(self._run, 0) + 1
+        self._note_ledger()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         gradients: list[Tensor] = []
-        for parameter in (p for group in self.param_groups for p in group["params"]):
+        for parameter in self.model.net.parameters():
             deviation = deviations.get(id(parameter))
             if deviation is None:
+                # Not to be stepped on later, when it would hold several batches.
                 parameter.grad = None
                 continue
             if parameter.grad is None:
@@ -302,26 +345,48 @@ class CliplessDPOptimizer(Optimizer):
         self._plan = sensitivity, held, self.noise_multiplier, deviations, spent
         return deviations, spent
 
+    def _note_ledger(self) -> None:
+        """Warns if another optimizer's steps on this model are missing from this one's ledger."""
+        accountant, counted = _latest_ledger.get(self.model, (self.accountant, self._counted))
+        if accountant is not self.accountant and not _contains(self._counted, counted):
+            warnings.warn(
+                "another optimizer has already taken private steps on this model, which this one's ε does not "
+                "include: pass it accountant=other.accountant (both on one data set compose), or load its state_dict",
+                PrivacyWarning,
+                stacklevel=5,
+            )
+        _latest_ledger[self.model] = self.accountant, self._counted
+
     def _charged_rate(self) -> float:
+        held = draws.held() - self._held_before
+        if held > 1:
+            raise PrivacyError(
+                f"{held} Poisson draws were taken for this step: a sample may be in several of them, and its gradient "
+                "would count as often. Take one step for each draw (Batch.split cuts a draw into micro-batches), and "
+                "call zero_grad() after draws that are not used"
+            )
+        before, now = self._draws_before, draws.snapshot()
+        drawn = now.announced - before.announced
+        announced = drawn.total() > now.taken - before.taken
+        if announced:
+            draws.take()
         if self.sampling == "none" or self.sample_rate == 1.0:
             return 1.0
         if self.sampling == "poisson":
             return self.sample_rate
-        drawn = draws.snapshot() - self._draws_before
         larger = [rate for rate in drawn if rate > self.sample_rate * (1.0 + 1e-12)]
         if larger:
             raise PrivacyError(
                 f"batches were drawn with sample rate {max(larger):.6g}, but the optimizer was told "
                 f"{self.sample_rate:.6g}: give both the same sample_rate"
             )
-        if sum(drawn.values()) > self._draws_used:
-            self._draws_used += 1
+        if announced:
             return self.sample_rate
         warnings.warn(
             "no Poisson draw was announced for this step, so it is charged without amplification (q = 1): use "
             "PoissonBatches or PoissonBatchSampler, or pass sampling='poisson' if your own sampler is one",
             PrivacyWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
         return 1.0
 
@@ -336,6 +401,15 @@ class CliplessDPOptimizer(Optimizer):
             "GradScaler skips steps depending on the data, which the ledger cannot see: train without it "
             "(bfloat16 and float32 need no loss scaling)"
         )
+
+
+_latest_ledger: WeakKeyDictionary[DPLipModel, tuple[Accountant, dict[str, int]]] = WeakKeyDictionary()
+"""For each model, the accountant of the latest private step, and the steps that its ledger counts."""
+
+
+def _contains(counted: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Whether a ledger that counts so many steps of each optimizer has all those of another."""
+    return all(counted.get(run, 0) >= count for run, count in other.items())
 
 
 def _expanded(history: Iterable[tuple[float, float, int]]) -> list[tuple[float, float, int]]:

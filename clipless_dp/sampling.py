@@ -54,7 +54,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         seed: ``None`` draws from the operating system's entropy, which a release needs: the amplification relies
-            on the batches being secret. An integer makes draw ``i`` a function of the seed and ``i``.
+            on the batches being secret. An integer makes draw ``i`` a function of the seed and ``i``; such a sampler
+            serves one pass, since a second one would draw the same batches again.
         start: number of the first draw, to resume a seeded run.
 
     Raises:
@@ -72,18 +73,31 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.steps = steps
         self.seed = seed
         self.start = start
+        self._passed = False
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (indices.tolist() for indices in self.draws())
+        return (indices.tolist() for indices in self.draws(ahead=True))
 
-    def draws(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    def draws(self, *, ahead: bool = False) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """The drawn indices of each batch, ascending.
 
         The size is binomial and, given the size, the subset uniform: the same law as one coin for each sample.
+
+        Args:
+            ahead: whether draws may be fetched before their batches are used, see :func:`clipless_dp.draws.announce`.
+
+        Raises:
+            ConfigurationError: this is a second pass of a seeded sampler.
         """
+        if self.seed is not None and self._passed:
+            raise ConfigurationError(
+                "this sampler is seeded, so a second pass would draw the same batches again, which amplification "
+                "does not cover: make one sampler with the steps of all passes, or one without a seed"
+            )
+        self._passed = True
         system = np.random.Generator(np.random.PCG64DXSM())
         for step in range(self.start, self.steps):
             generator = system
@@ -91,7 +105,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
                 generator = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
             size = int(generator.binomial(self.dataset_size, self.sample_rate))
             indices = generator.choice(self.dataset_size, size=size, replace=False, shuffle=False)
-            draws.announce(self.sample_rate)
+            draws.announce(self.sample_rate, ahead=ahead)
             yield np.sort(indices).astype(np.int64, copy=False)
 
 
@@ -104,21 +118,25 @@ def poisson_collate(dataset: Dataset[Any]) -> Callable[[list[Any]], Any]:
     Returns:
         A function that collates as torch does, and returns zero-length tensors for an empty list.
     """
-    empty = default_collate([dataset[0]])
+    return _Collate(_emptied(default_collate([dataset[0]])))
 
-    def emptied(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value[:0]
-        if isinstance(value, dict):
-            return {key: emptied(item) for key, item in value.items()}
-        return type(value)(emptied(item) for item in value)
 
-    template = emptied(empty)
+def _emptied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value[:0]
+    if isinstance(value, dict):
+        return {key: _emptied(item) for key, item in value.items()}
+    return type(value)(_emptied(item) for item in value)
 
-    def collate(samples: list[Any]) -> Any:
-        return default_collate(samples) if samples else template
 
-    return collate
+class _Collate:
+    """A class, since a ``DataLoader`` that spawns its workers pickles it."""
+
+    def __init__(self, empty: Any) -> None:
+        self.empty = empty
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return default_collate(samples) if samples else self.empty
 
 
 def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
@@ -128,16 +146,23 @@ def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
         dataset: a pair of tensors or arrays, a ``TensorDataset``, or any map-style data set of (input, target).
 
     Raises:
-        ConfigurationError: it is empty, or the two lengths differ, or it is none of these.
+        ConfigurationError: it is empty, or the two lengths differ, its samples differ in shape, or it is none of
+            these.
     """
-    if isinstance(dataset, TensorDataset):
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
         dataset = dataset.tensors
     if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(hasattr(part, "shape") for part in dataset):
         inputs, targets = (torch.as_tensor(part) for part in dataset)
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         if len(dataset) == 0:
             raise ConfigurationError("the data set is empty")
-        inputs, targets = default_collate([dataset[index] for index in range(len(dataset))])
+        try:
+            inputs, targets = default_collate([dataset[index] for index in range(len(dataset))])
+            inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the samples of {type(dataset).__name__} are not pairs (input, target) of one shape and type: {error}"
+            ) from error
     else:
         raise ConfigurationError(
             f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"

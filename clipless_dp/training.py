@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accounting import calibrate_noise_multiplier
-from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
+from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.losses import BinaryCrossEntropy, CosineSimilarity, MulticlassHinge, TauCrossEntropy
 from clipless_dp.model import DPLipModel
@@ -65,7 +66,7 @@ class FitResult:
         steps: optimizer steps in all.
         history: a record for each epoch.
         optimizer: with its accountant.
-        checkpoint: the last checkpoint written, or ``None``.
+        checkpoint: the checkpoint file, or ``None`` if there is none or the last one could not be written.
     """
 
     epsilon: float
@@ -130,7 +131,7 @@ def fit(
         model: the wrapped model, on the device to train on.
         dataset: inputs and targets: a pair of tensors, or a data set of pairs.
         epsilon: target ε > 0.
-        delta: target δ in (0, 1), below one over the number of samples.
+        delta: target δ in (0, 1), below one over the number of samples (else there is a warning).
         epochs: passes over the data in expectation.
         batch_size: *expected* batch size; draws vary around it.
         lr: peak learning rate of SGD.
@@ -153,18 +154,26 @@ def fit(
     Raises:
         ConfigurationError: an argument is out of range, or the batch is larger than the data set.
         InputError: the data does not fit the model.
-        CheckpointError: the checkpoint is unreadable or belongs to another run.
+        CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
+            cannot be written later, on a full disk say, is a warning: training goes on.
 
     Guarantee:
         The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
         respect to adding or removing one sample of ``dataset``. History and progress show training losses, which
-        are not.
+        are not. Every call starts a ledger of its own, unless it resumes a checkpoint: calls on the same data compose,
+        and a second one on the same model warns.
     """
     inputs, targets = as_tensors(dataset)
+    held_out = None if validation is None else as_tensors(validation)
     device, _ = model.device_and_dtype()
-    model.check_inputs(inputs[:1].to(device))
+    for some_inputs, some_targets in filter(None, ((inputs, targets), held_out)):
+        # What does not fit shows on one sample, before anything is spent.
+        evaluate(model, (some_inputs[:1], some_targets[:1]))
     size = len(inputs) if dataset_size is None else dataset_size
     _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size)
+    path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        check_writable(path)
     sample_rate = batch_size / size
     steps = math.ceil(epochs / sample_rate - 1e-9)
     noise_multiplier = calibrate_noise_multiplier(
@@ -184,10 +193,17 @@ def fit(
         allocation=allocation,
         noise=noise,
     )
+    peak = [(float(group["lr"]), group.get("momentum")) for group in private.param_groups]
+    schedule = scheduler(private, steps)
+    if isinstance(schedule, ReduceLROnPlateau):
+        raise ConfigurationError(
+            "ReduceLROnPlateau follows the training loss, which is not private: use a schedule that depends on the "
+            "step alone"
+        )
     run = _Run(
         model=model,
         optimizer=private,
-        scheduler=scheduler(private, steps),
+        scheduler=schedule,
         delta=delta,
         seed=reproducible_seed,
         settings={
@@ -198,10 +214,11 @@ def fit(
             "dataset_size": size,
             "noise_multiplier": noise_multiplier,
             "allocation": allocation,
+            "optimizer": type(base).__name__,
+            "lr and momentum": peak,
             "reproducible": private.noise.reproducible,
         },
     )
-    path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.load(path)
     batches = PoissonBatches(
@@ -213,8 +230,16 @@ def fit(
         seed=reproducible_seed,
         start=run.step,
     )
-    held_out = None if validation is None else as_tensors(validation)
+    dropped = int(model.nonfinite_samples)
     _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
+    dropped = int(model.nonfinite_samples) - dropped
+    if dropped:
+        warnings.warn(
+            f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of range, "
+            "as a label beyond the last class is (this count is for the data's owner only)",
+            UserWarning,
+            stacklevel=2,
+        )
     return FitResult(
         epsilon=private.get_epsilon(delta),
         delta=delta,
@@ -223,7 +248,7 @@ def fit(
         steps=private.steps_taken,
         optimizer=private,
         history=run.history,
-        checkpoint=path,
+        checkpoint=path if run.saved else None,
     )
 
 
@@ -242,9 +267,9 @@ def _check(
         raise ConfigurationError(f"delta must lie in (0, 1), got {delta!r}")
     if not (math.isfinite(epochs) and epochs > 0):
         raise ConfigurationError(f"epochs must be finite and positive, got {epochs!r}")
-    if not 1 <= batch_size <= dataset_size:
+    if not (isinstance(batch_size, int) and 1 <= batch_size <= dataset_size):
         raise ConfigurationError(
-            f"batch_size must lie between 1 and the {dataset_size} samples of the data set, got {batch_size!r}"
+            f"batch_size must be an integer from 1 to the {dataset_size} samples of the data set, got {batch_size!r}"
         )
     if checkpoint_every < 1 or (micro_batch_size is not None and micro_batch_size < 1):
         raise ConfigurationError("checkpoint_every and micro_batch_size must be positive")
@@ -261,22 +286,27 @@ class _Run:
     seed: int | None
     settings: dict[str, Any]
     history: list[EpochRecord] = field(default_factory=list)
+    saved: bool = False
 
     @property
     def step(self) -> int:
         return self.optimizer.steps_taken
 
     def save(self, path: Path) -> None:
-        save_checkpoint(
-            path,
-            {
-                "settings": self.settings,
-                "model": self.model.net.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "history": [vars(record) for record in self.history],
-            },
-        )
+        content = {
+            "settings": self.settings,
+            "model": self.model.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "history": [vars(record) for record in self.history],
+        }
+        try:
+            save_checkpoint(path, content)
+            self.saved = True
+        except CheckpointError as error:
+            # What was learned and paid for is in memory still.
+            self.saved = False
+            warnings.warn(f"training goes on without a checkpoint of step {self.step}: {error}", stacklevel=2)
 
     def load(self, path: Path) -> None:
         device, _ = self.model.device_and_dtype()
@@ -296,6 +326,7 @@ class _Run:
         except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
+        self.saved = True
 
 
 def _train(
@@ -377,14 +408,16 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
     model.eval()
     correct, total_loss = 0, 0.0
     known = True
-    for some_inputs, some_targets in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        truth = some_targets.to(device)
-        output = model(some_inputs.to(device))
-        total_loss += float(model.loss(output, truth))
-        hits = _hits(model, output, truth)
-        known = known and hits is not None
-        correct += hits or 0
-    model.train(training)
+    try:
+        for some_inputs, some_targets in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            truth = some_targets.to(device)
+            output = model(some_inputs.to(device))
+            total_loss += float(model.loss(output, truth))
+            hits = _hits(model, output, truth)
+            known = known and hits is not None
+            correct += hits or 0
+    finally:
+        model.train(training)
     return (correct / len(inputs) if known else None), total_loss / len(inputs)
 
 

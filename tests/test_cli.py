@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from clipless_dp import training
+from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.cli import image_classifier, main
 from clipless_dp.datasets import load_dataset
 from clipless_dp.errors import ConfigurationError
@@ -57,6 +61,7 @@ def test_the_module_runs_as_a_program():
         (["--dataset", "digits", "--batch-size", "5000"], "batch_size"),
         (["--dataset", "digits", "--epsilon", "-1"], "epsilon"),
         (["--dataset", "digits", "--delta", "0"], "delta"),
+        (["--dataset", "digits", "--device", "nonsense"], "--device nonsense"),
     ],
 )
 def test_refusals_go_to_standard_error_with_status_2(capsys, arguments, message):
@@ -87,3 +92,90 @@ def test_the_image_classifier_takes_the_sizes_it_names(shape):
     import torch
 
     assert image_classifier(shape, 7)(torch.zeros(2, *shape)).shape == (2, 7)
+
+
+def test_help_names_no_default_that_is_none(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    assert "None" not in printed
+    assert "(default: 1024)" in printed
+
+
+def test_a_run_goes_on_from_its_checkpoint_after_an_interrupt(table, tmp_path, capsys, monkeypatch):
+    honest, checkpoint = training._step, tmp_path / "run.pt"
+
+    def interrupting(run, batch, size):
+        if run.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return honest(run, batch, size)
+
+    arguments = ["train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--epochs", "2"]
+    arguments += ["--batch-size", "64", "--quiet"]
+    monkeypatch.setattr(training, "_step", interrupting)
+    assert main(arguments) == 130
+    assert "nothing was saved" in capsys.readouterr().err
+    assert main([*arguments, "--checkpoint", str(checkpoint)]) == 130
+    assert "goes on from the checkpoint" in capsys.readouterr().err
+    monkeypatch.setattr(training, "_step", honest)
+    assert main([*arguments, "--checkpoint", str(checkpoint)]) == 0
+    ledger = load_checkpoint(checkpoint)["optimizer"]["clipless_dp"]
+    assert ledger["steps_taken"] == 10
+    assert len(ledger["counted"]) == 2, "two processes' optimizers share the ledger"
+    assert sum(ledger["counted"].values()) == 10
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"X": np.zeros(10), "y": np.zeros(10, int)}, "shapes"),
+        ({"X": np.zeros((10, 4)), "y": np.zeros((10, 1), int)}, "shapes"),
+        ({"X": np.zeros((10, 4)), "y": np.int64(3)}, "shapes"),
+        ({"X": np.zeros((3, 4)), "y": np.zeros(3, int)}, "for testing"),
+        ({"X": np.zeros((10, 4)), "y": np.arange(10) - 1}, "from -1"),
+        ({"X": np.full((10, 4), "a"), "y": np.zeros(10, int)}, "numbers"),
+        ({"X": np.zeros((10, 4, 4)), "y": np.zeros(10, int)}, "uint8"),
+        (
+            {
+                "x_train": np.zeros((9, 4)),
+                "y_train": np.zeros(9, int),
+                "x_test": np.zeros((9, 4)),
+                "y_test": np.ones(9),
+            },
+            "class indices",
+        ),
+        (
+            {"x_train": np.zeros((9, 4)), "y_train": np.zeros(9, int), "x_test": np.zeros((1, 3)), "y_test": [0]},
+            "differ in shape",
+        ),
+    ],
+    ids=[
+        "vector",
+        "column",
+        "scalar",
+        "no test data",
+        "negative",
+        "text",
+        "floats as images",
+        "test labels",
+        "columns",
+    ],
+)
+def test_arrays_that_are_no_classification_data_are_refused_in_words(tmp_path, capsys, arrays, message):
+    np.savez(tmp_path / "data.npz", **arrays)
+    arguments = ["train", "--dataset", str(tmp_path / "data.npz"), "--epsilon", "3", "--delta", "1e-3", "--quiet"]
+    assert main([*arguments, "--batch-size", "2"]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None, "npy"], ids=["empty", "foreign", "truncated", "npy"])
+def test_a_file_that_is_no_npz_archive_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "data.npz"
+    if content == "npy":
+        with path.open("wb") as file:
+            np.save(file, np.zeros(3))
+    else:
+        np.savez(path, X=np.zeros((10, 4)), y=np.zeros(10, int))
+        path.write_bytes(path.read_bytes()[:-50] if content is None else content)
+    with pytest.raises(ConfigurationError, match=r"cannot read .*data\.npz"):
+        load_dataset(str(path))

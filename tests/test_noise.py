@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import copy
 import math
+import os
+import pickle
 
 import numpy as np
 import pytest
@@ -91,3 +94,32 @@ def test_reproducible_noise_is_a_function_of_seed_and_step_and_differs_between_s
     assert torch.equal(draw(1, 5), draw(1, 5))
     assert not torch.equal(draw(1, 5), draw(1, 6))
     assert not torch.equal(draw(1, 5), draw(2, 5))
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda source: pickle.loads(pickle.dumps(source))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+def test_copies_of_system_noise_draw_other_noise(copied):
+    source = SystemNoise()
+    source.standard_normal_(torch.empty(1))
+    other = copied(source)
+    assert not torch.equal(source.standard_normal_(torch.empty(64)), other.standard_normal_(torch.empty(64)))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_draws_other_noise():
+    source = SystemNoise()
+    source.standard_normal_(torch.empty(1))
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writing, source.standard_normal_(torch.empty(64)).numpy().tobytes())
+        os._exit(0)
+    os.waitpid(child, 0)
+    theirs = np.frombuffer(os.read(reading, 4 * 64), dtype=np.float32)
+    os.close(reading)
+    os.close(writing)
+    assert len(theirs) == 64
+    assert not np.array_equal(theirs, source.standard_normal_(torch.empty(64)).numpy())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from accounting import RDPAccountant
+from accounting import LargeDeltaWarning, RDPAccountant
 from clipless_dp import (
     CliplessDPOptimizer,
     CliplessDPSGD,
@@ -54,9 +56,10 @@ def accumulate(model: DPLipModel, count: int = 10, seed: int = 0) -> None:
 def test_a_step_without_noise_is_the_summed_gradient_over_the_expected_batch_size():
     model = gated_model()
     before = {name: p.detach().clone() for name, p in model.net.named_parameters()}
+    optimizer = sgd(model, noise=NoNoise())
     accumulate(model, count=7)
     summed = {name: p.grad.clone() for name, p in model.net.named_parameters()}
-    sgd(model, noise=NoNoise()).step()
+    optimizer.step()
     for name, parameter in model.net.named_parameters():
         expected = before[name] - summed[name] / (0.25 * 40)
         torch.testing.assert_close(parameter.detach(), expected)
@@ -230,11 +233,11 @@ def test_micro_batches_accumulate_to_the_same_step_as_one_batch():
 def test_a_frozen_parameter_leaves_the_sensitivity_and_never_moves():
     model = gated_model()
     whole = model.sensitivity().total
+    optimizer = sgd(model)
     accumulate(model)
     frozen = model.net.get_parameter("0.weight")
     frozen.requires_grad_(False)
     before = frozen.detach().clone()
-    optimizer = sgd(model)
     optimizer.step()
     assert "0.weight" not in model.sensitivity().per_parameter
     assert model.sensitivity().total < whole
@@ -255,8 +258,9 @@ def test_an_unused_parameter_is_never_moved_even_if_it_has_a_gradient():
     net = Net()
     model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
     before = net.unused.weight.detach().clone()
+    optimizer = sgd(model)
     net.unused.weight.grad = torch.ones_like(net.unused.weight)
-    sgd(model).step()
+    optimizer.step()
     assert torch.equal(net.unused.weight, before)
 
 
@@ -483,3 +487,211 @@ def test_tf32_convolutions_are_refused_on_cuda():
     with full_precision():
         assert coarse_products(torch.device("cuda")) is None
     assert torch.backends.cudnn.allow_tf32
+
+
+def test_a_gradient_from_before_the_optimizer_existed_is_not_released():
+    model = gated_model()
+    weight = model.net.get_parameter("0.weight")
+    weight.grad = torch.full_like(weight, 1e6)
+    optimizer = sgd(model, noise=NoNoise())
+    before = weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight, before)
+
+
+def test_gradients_that_pile_up_on_parameters_of_no_optimizer_are_not_released_later():
+    model = gated_model()
+    head, body = model.net.get_parameter("2.weight"), model.net.get_parameter("0.weight")
+    first = CliplessDPOptimizer(model, torch.optim.SGD([head], lr=0.1), **SETTINGS)
+    for _ in range(3):
+        first.zero_grad()
+        accumulate(model)
+        first.step()
+        assert body.grad is None
+    first.add_param_group({"params": [body]})
+    assert body.grad is None
+
+
+def test_a_parameter_that_is_added_behind_the_optimizers_back_is_refused_at_the_step():
+    optimizer = sgd(gated_model())
+    optimizer.base_optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(5))]})
+    with pytest.raises(PrivacyError, match=r"\(5,\)"):
+        optimizer.step()
+    assert optimizer.accountant.history == []
+
+
+def test_one_draw_amplifies_the_step_of_one_optimizer_only():
+    model = gated_model()
+    parameters = list(model.net.parameters())
+    accountant = RDPAccountant()
+    body, head = (
+        CliplessDPOptimizer(
+            model, torch.optim.SGD(part, lr=0.1), **{**SETTINGS, "sampling": "announced", "accountant": accountant}
+        )
+        for part in (parameters[:2], parameters[2:])
+    )
+    next(iter(PoissonBatches(samples(40), sample_rate=0.25, steps=1)))
+    body.step()
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        head.step()
+    assert accountant.history == [(1.3, 0.25, 1), (1.3, 1.0, 1)]
+
+
+def test_models_trained_in_turns_take_their_own_draws():
+    optimizers = [sgd(gated_model(seed=seed), sampling="announced") for seed in (0, 1)]
+    batches = [iter(PoissonBatches(samples(40), sample_rate=0.25, steps=3)) for _ in optimizers]
+    for _ in range(3):
+        for optimizer, drawn in zip(optimizers, batches, strict=True):
+            next(drawn)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(optimizer.accountant.history == [(1.3, 0.25, 3)] for optimizer in optimizers)
+
+
+@pytest.mark.parametrize("sampling", ["announced", "poisson", "none"])
+@pytest.mark.parametrize("clears_first", [True, False])
+def test_gradients_of_several_draws_in_one_step_are_refused(sampling, clears_first):
+    model = gated_model()
+    optimizer = sgd(model, sampling=sampling)
+    batches = iter(PoissonBatches(samples(40), sample_rate=0.25, steps=9))
+
+    def accumulated(draws):
+        for index in range(draws):
+            inputs, targets, mask = next(batches)
+            if clears_first and index == 0:
+                optimizer.zero_grad()
+            model.loss(model(inputs), targets, mask).backward()
+        optimizer.step()
+        if not clears_first:
+            optimizer.zero_grad()
+
+    accumulated(1)
+    with pytest.raises(PrivacyError, match="2 Poisson draws"):
+        accumulated(2)
+    assert len(optimizer.accountant) == 1
+    optimizer.zero_grad()
+
+
+def test_a_draw_that_was_only_looked_at_is_forgotten_by_zero_grad():
+    model = gated_model()
+    optimizer = sgd(model, sampling="announced")
+    next(iter(PoissonBatches(samples(40), sample_rate=0.25, steps=3)))
+    for inputs, targets, mask in PoissonBatches(samples(40), sample_rate=0.25, steps=3):
+        optimizer.zero_grad()
+        model.loss(model(inputs), targets, mask).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.3, 0.25, 3)]
+
+
+def test_steps_of_another_run_are_not_mistaken_for_the_beginning_of_a_loaded_ledger():
+    former = sgd(gated_model())
+    for _ in range(10):
+        former.step()
+    optimizer = sgd(gated_model(seed=1))
+    for _ in range(5):
+        optimizer.step()
+    optimizer.load_state_dict(former.state_dict())
+    assert optimizer.accountant.history == [(1.3, 0.25, 15)]
+    later = sgd(gated_model())
+    later.load_state_dict(former.state_dict())
+    later.step()
+    former.load_state_dict(later.state_dict())
+    assert former.accountant.history == [(1.3, 0.25, 11)]
+
+
+def test_going_back_to_an_earlier_state_keeps_the_ledger_as_it_is():
+    optimizer = sgd(gated_model())
+    optimizer.step()
+    early = optimizer.state_dict()
+    for _ in range(3):
+        optimizer.step()
+        optimizer.load_state_dict(early)
+    assert optimizer.accountant.history == [(1.3, 0.25, 4)]
+
+
+def test_two_continuations_of_one_state_are_both_counted():
+    start = sgd(gated_model())
+    start.step()
+    first, second = sgd(gated_model()), sgd(gated_model())
+    for optimizer in (first, second):
+        optimizer.load_state_dict(start.state_dict())
+        optimizer.step()
+    first.load_state_dict(second.state_dict())
+    assert len(first.accountant) >= 3
+
+
+@pytest.mark.parametrize("damage", ["steps_taken", "accountant", "counted"])
+def test_an_incomplete_ledger_is_refused_and_the_own_one_kept(damage):
+    optimizer = sgd(gated_model())
+    optimizer.step()
+    state = optimizer.state_dict()
+    del state["clipless_dp"][damage]
+    with pytest.raises(ConfigurationError, match=damage):
+        optimizer.load_state_dict(state)
+    assert optimizer.accountant.history == [(1.3, 0.25, 1)]
+
+
+def test_training_on_with_a_ledger_of_its_own_warns_that_epsilon_leaves_out_the_former():
+    model = gated_model()
+    former = sgd(model)
+    former.step()
+    with pytest.warns(PrivacyWarning, match="accountant=other.accountant"):
+        sgd(model).step()
+    model = gated_model()
+    former = sgd(model)
+    former.step()
+    shared, resumed = sgd(model, accountant=former.accountant), sgd(model)
+    resumed.load_state_dict(former.state_dict())
+    resumed.step()
+    fresh = gated_model()
+    first = sgd(fresh)
+    first.step()
+    sgd(fresh, accountant=first.accountant).step()
+    assert len(first.accountant) == 2
+    assert len(resumed.accountant) == 2
+    assert len(shared.accountant) == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_copying_an_optimizer_is_refused_in_favour_of_its_state(copied):
+    with pytest.raises(ConfigurationError, match="state_dict"):
+        copied(sgd(gated_model()))
+
+
+def test_a_delta_above_one_over_the_data_set_warns():
+    optimizer = sgd(gated_model())
+    optimizer.step()
+    with pytest.warns(LargeDeltaWarning, match="1/40"):
+        optimizer.get_epsilon(0.1)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1.0, total_steps=4),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 0.1, 1.0, step_size_up=2),
+    ],
+    ids=["one-cycle", "cyclic"],
+)
+def test_schedulers_that_cycle_momentum_reach_the_base_optimizer(build):
+    optimizer = sgd(gated_model(), momentum=0.9)
+    scheduler = build(optimizer)
+    seen = set()
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+        seen.add((optimizer.base_optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]))
+    assert len(seen) >= 3
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}, {"maximize": True}])
+def test_variants_of_the_base_optimizer_step_on_the_private_gradient(options):
+    model = gated_model()
+    optimizer = CliplessDPOptimizer(model, torch.optim.SGD(model.net.parameters(), lr=1.0, **options), **SETTINGS)
+    before = [p.detach().clone() for p in model.net.parameters()]
+    optimizer.zero_grad(set_to_none=False)
+    accumulate(model)
+    optimizer.step()
+    sign = 1.0 if "maximize" in options else -1.0
+    for old, parameter in zip(before, model.net.parameters(), strict=True):
+        torch.testing.assert_close(parameter.detach(), old + sign * parameter.grad)

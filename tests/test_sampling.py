@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 from torch.utils.data import DataLoader, TensorDataset
 
-from clipless_dp import ConfigurationError, PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp import CliplessDPSGD, ConfigurationError, PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.sampling import as_tensors
 
 from .support import gated_model, samples
@@ -164,3 +164,56 @@ def test_integer_inputs_are_padded_with_zeros():
     data = (torch.ones(3, 2, dtype=torch.uint8), torch.ones(3, dtype=torch.int64))
     (batch,) = PoissonBatches(data, sample_rate=1.0, steps=1, physical_batch_size=4)
     assert batch.inputs[3].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("kind", ["sampler", "batches"])
+def test_a_second_pass_of_a_seeded_sampler_is_refused_since_it_would_repeat_the_batches(kind):
+    if kind == "sampler":
+        batches = PoissonBatchSampler(10, sample_rate=0.5, steps=2, seed=1)
+    else:
+        batches = PoissonBatches(samples(10), sample_rate=0.5, steps=2, seed=1)
+    assert len(list(batches)) == 2
+    with pytest.raises(ConfigurationError, match="second pass"):
+        list(batches)
+
+
+def test_passes_of_an_unseeded_sampler_draw_anew():
+    sampler = PoissonBatchSampler(1000, sample_rate=0.5, steps=1)
+    assert list(sampler) != list(sampler)
+
+
+def test_workers_that_fetch_ahead_keep_the_amplification():
+    dataset = TensorDataset(*samples(40))
+    sampler = PoissonBatchSampler(40, sample_rate=0.25, steps=5)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=poisson_collate(dataset),
+        num_workers=2,
+        persistent_workers=True,
+        multiprocessing_context="forkserver",
+    )
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.25, dataset_size=40, accountant="rdp")
+    for _ in range(2):
+        for inputs, targets in loader:
+            optimizer.zero_grad()
+            model.loss(model(inputs), targets).backward()
+            optimizer.step()
+    assert optimizer.accountant.history == [(1.0, 0.25, 10)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [(torch.zeros(2), 0, 0)],
+        [(torch.zeros(2), 0), (torch.zeros(3), 0)],
+        [(torch.zeros(2), "cat")],
+        {"inputs": torch.zeros(2), "targets": torch.zeros(2)},
+        TensorDataset(torch.zeros(4, 2), torch.zeros(4), torch.zeros(4)),
+    ],
+    ids=["triples", "ragged", "strings", "dict", "three tensors"],
+)
+def test_samples_that_are_not_pairs_of_one_shape_are_refused_in_words(data):
+    with pytest.raises(ConfigurationError, match="pairs"):
+        as_tensors(data)
