@@ -1,8 +1,22 @@
 """Constraints: projections of a parameter after the noisy step, which are free post-processing."""
 
+from clipless_dp.constraints.almost_orthogonal import AlmostOrthogonal
+from clipless_dp.constraints.assignment import assign
 from clipless_dp.constraints.ball import Ball
-from clipless_dp.constraints.base import Constraint, ConstraintSpec, assign
+from clipless_dp.constraints.base import Constraint, ConstraintSpec
+from clipless_dp.constraints.frobenius import Frobenius
 from clipless_dp.constraints.orthogonal import Orthogonal
+from clipless_dp.constraints.row_norm import RowNorm
 from clipless_dp.constraints.spectral import Spectral
 
-__all__ = ["Ball", "Constraint", "ConstraintSpec", "Orthogonal", "Spectral", "assign"]
+__all__ = [
+    "AlmostOrthogonal",
+    "Ball",
+    "Constraint",
+    "ConstraintSpec",
+    "Frobenius",
+    "Orthogonal",
+    "RowNorm",
+    "Spectral",
+    "assign",
+]

@@ -1,17 +1,17 @@
-"""What a constraint is, and which parameter gets which."""
+"""What a constraint is, and the divisions that constraints end with."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.norms.operators import Operator, VectorOperator
+from clipless_dp.norms.operators import Operator
+from clipless_dp.norms.rounding import exact_float64
 
 
 class Constraint(ABC):
@@ -63,40 +63,20 @@ def scale_to_limit_(weight: Tensor, operators: tuple[Operator, ...], limit: floa
         weight.mul_(limit / (norm + 2.0 * unit * norm + slack))
 
 
-def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) -> dict[str, Constraint]:
-    """Which constraint each parameter gets.
+def shrink_blocks_(weight: Tensor, operator: Operator, limit: float, *, rows: bool) -> None:
+    """Scales down each group of ``operator.matrix(weight)``, or each row, whose Euclidean norm is above the limit.
 
-    Args:
-        spec: one constraint for every weight that acts as a linear operator (biases are left alone), or a mapping
-            from patterns to constraints. A pattern (``fnmatch``) is matched against parameter names
-            (``"0.weight"``, ``"*.bias"``); one that matches a layer's path means its weight. The first match
-            counts; ``None`` leaves a parameter free.
-        operators: the operators each parameter acts as.
+    The norm is computed in float64, with a relative error below ``(n+8)·2⁻⁵³`` for the ``n`` entries of the weight;
+    the scaled entries are rounded once to the weight's dtype, relatively by its unit roundoff ``u``. The factor
+    ``limit/(norm·(1 + 4u + 2(n+8)·2⁻⁵³))`` covers both and its own rounding, so the exact norm of what is stored is at
+    most ``limit``. (Entries that round among the subnormals add less than ``u·limit`` for limits above 1e-30.)
 
     Raises:
-        ConfigurationError: a pattern matches nothing, or a value is not a constraint.
+        NormError: the weight is not finite.
     """
-    if spec is None:
-        return {}
-    if isinstance(spec, Constraint):
-        return {
-            name: spec
-            for name, acting in operators.items()
-            if not all(isinstance(operator, VectorOperator) for operator in acting)
-        }
-    if not isinstance(spec, Mapping):
-        raise ConfigurationError(f"constraint must be a Constraint, a mapping or None, got {type(spec).__name__}")
-    chosen: dict[str, Constraint] = {}
-    settled: set[str] = set()
-    for pattern, constraint in spec.items():
-        if not (constraint is None or isinstance(constraint, Constraint)):
-            raise ConfigurationError(f"constraint for {pattern!r} must be a Constraint or None, got {constraint!r}")
-        matches = [name for name in operators if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.weight")]
-        if not matches:
-            raise ConfigurationError(f"no parameter matches {pattern!r}; those with a bound are {sorted(operators)}")
-        for name in matches:
-            if name not in settled:
-                settled.add(name)
-                if constraint is not None:
-                    chosen[name] = constraint
-    return chosen
+    matrices = operator.matrix(exact_float64(weight))
+    norms = torch.linalg.vector_norm(matrices, dim=(2,) if rows else (1, 2), keepdim=True)
+    slack = 2.0 * torch.finfo(weight.dtype).eps + (weight.numel() + 8) * 2.0**-52
+    factors = limit / (norms * (1.0 + slack)).clamp(min=limit)
+    if bool((factors < 1.0).any()):
+        weight.copy_((matrices * factors).reshape(weight.shape))

@@ -10,9 +10,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, constraints, losses
-from clipless_dp.constraints import Ball, Constraint, Orthogonal, Spectral
+from clipless_dp import ConfigurationError, DPLipModel, constraints, layers, losses
+from clipless_dp.constraints import (
+    AlmostOrthogonal,
+    Ball,
+    Constraint,
+    Frobenius,
+    Orthogonal,
+    RowNorm,
+    Spectral,
+    almost_orthogonal,
+)
 from tests.soundness.attack import wrap
+from tests.soundness.mutation import Mutant
 
 TRUTH_ROUNDING = 1e-13
 """LAPACK's float64 singular values err by a small multiple of n·2^-53·‖A‖, below 1e-13 for n < 200."""
@@ -26,9 +36,25 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
     "strided conv": (nn.Conv2d(2, 4, 3, stride=2, padding=1), (2, 6, 6)),
     "dilated conv": (nn.Conv2d(1, 2, 3, dilation=2, padding=2), (1, 6, 6)),
     "grouped conv": (nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 4, 4)),
+    "conv1d": (nn.Conv1d(2, 3, 3, padding=1, dilation=2), (2, 7)),
+    "circular conv": (nn.Conv2d(1, 2, 3, padding=2, padding_mode="circular"), (1, 4, 4)),
+    "transposed conv": (nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1), (2, 4, 4)),
+    "grouped transposed conv1d": (nn.ConvTranspose1d(4, 6, 3, groups=2), (4, 5)),
     "large kernel on a small map": (nn.Conv2d(1, 2, 5, padding=2), (1, 3, 3)),
 }
-CONSTRAINTS: tuple[Constraint, ...] = (Spectral(), Spectral(0.3), Orthogonal(), Orthogonal(8, 2.0), Ball(0.7))
+CONSTRAINTS: tuple[Constraint, ...] = (
+    Spectral(),
+    Spectral(0.3),
+    Orthogonal(),
+    Orthogonal(8, 2.0),
+    Ball(0.7),
+    AlmostOrthogonal(),
+    AlmostOrthogonal(0.3),
+    Frobenius(0.7),
+    RowNorm(0.7),
+)
+
+KINDS: tuple[Constraint, ...] = (Spectral(), Orthogonal(), Ball(), AlmostOrthogonal(), Frobenius(), RowNorm())
 
 
 def true_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
@@ -62,7 +88,7 @@ def test_a_projection_brings_the_true_norm_within_the_limit(
     assert true_norm(layer, shape) <= constraint.limit * (1.0 + TRUTH_ROUNDING)
 
 
-@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal(), Ball()], ids=repr)
+@pytest.mark.parametrize("constraint", KINDS, ids=repr)
 @pytest.mark.parametrize("name", ["square", "strided conv"])
 def test_wrapping_brings_the_true_norm_within_the_limit(constraint: Constraint, name: str) -> None:
     layer, shape = fresh(name)
@@ -106,7 +132,7 @@ def test_the_orthogonal_constraint_makes_singular_values_nearly_equal_and_keeps_
         assert float(values[0]) <= 2.0
 
 
-@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal(), Ball()], ids=repr)
+@pytest.mark.parametrize("constraint", KINDS, ids=repr)
 def test_a_zero_weight_stays_finite(constraint: Constraint) -> None:
     layer = nn.Linear(4, 3)
     model = wrap(nn.Sequential(layer), (4,), constraint=constraint)
@@ -117,7 +143,7 @@ def test_a_zero_weight_stays_finite(constraint: Constraint) -> None:
     assert true_norm(layer, (4,)) <= 1.0
 
 
-@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal()], ids=repr)
+@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal(), AlmostOrthogonal(), Frobenius(), RowNorm()], ids=repr)
 def test_a_weight_that_is_not_finite_is_refused(constraint: Constraint) -> None:
     layer = nn.Linear(4, 3)
     model = wrap(nn.Sequential(layer), (4,), constraint=constraint)
@@ -133,6 +159,155 @@ def test_a_ball_on_a_bias_bounds_its_euclidean_norm() -> None:
         layer.bias.fill_(10.0)
     wrap(nn.Sequential(layer), (4,), constraint={"0.bias": Ball(0.5)})
     assert float(torch.linalg.vector_norm(layer.bias.detach().double())) <= 0.5
+
+
+@pytest.mark.parametrize("name", ["square", "wide", "tall", "conv", "dilated conv", "grouped conv", "conv1d"])
+def test_the_almost_orthogonal_diagonal_alone_brings_the_true_norm_to_one(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(almost_orthogonal, "scale_to_limit_", lambda *_: None)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        layer, shape = fresh(name)
+        model = wrap(nn.Sequential(layer.double()), shape, constraint={"0.weight": AlmostOrthogonal()})
+        with torch.no_grad():
+            layer.weight.copy_(10.0 ** (seed - 2) * torch.randn(layer.weight.shape))
+        model.project_()
+        # Sums of under 100 float64 products, and the truth's own rounding.
+        assert 0.3 < true_norm(layer, shape) <= 1.0 + 1e-12
+
+
+def test_the_almost_orthogonal_diagonal_is_that_of_the_definition() -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(2, 3, 2, 3, 2, dtype=torch.float64)
+    expected = torch.zeros(2, 2, dtype=torch.float64)
+    for group in range(2):
+        for first in range(2):
+            for second in range(2):
+                for down in range(-2, 3):
+                    for right in range(-1, 2):
+                        total = 0.0
+                        for a in range(3):
+                            for b in range(2):
+                                if 0 <= a + down < 3 and 0 <= b + right < 2:
+                                    pair = kernel[group, :, first, a, b] * kernel[group, :, second, a + down, b + right]
+                                    total += float(pair.sum())
+                        expected[group, first] += abs(total)
+    found = almost_orthogonal._correlation_sums(kernel)
+    assert torch.allclose(found, expected, rtol=1e-12)  # sums of 18 float64 products
+
+
+def test_the_almost_orthogonal_constraint_leaves_orthogonal_rows_alone_and_lifts_short_ones() -> None:
+    layer = nn.Linear(6, 3).double()
+    rows = torch.linalg.qr(torch.randn(6, 3, dtype=torch.float64))[0].t()
+    model = wrap(nn.Sequential(layer), (6,), constraint=AlmostOrthogonal())
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0], [0.01], [100.0]]) * rows)
+    model.project_()
+    # Off-diagonal entries of 1e-16·100 join sums of size 1e-4, and the division by the certificate takes 1e-3.
+    assert torch.allclose(layer.weight.detach(), rows, atol=2e-3)
+
+
+def test_the_frobenius_constraint_is_exact_for_each_group_of_rank_one_and_keeps_directions() -> None:
+    layer = nn.Linear(4, 5)
+    with torch.no_grad():
+        layer.weight.copy_(torch.outer(torch.arange(1.0, 6.0), torch.arange(1.0, 5.0)))
+    before = layer.weight.detach().clone()
+    wrap(nn.Sequential(layer), (4,), constraint=Frobenius(0.5))
+    assert true_norm(layer, (4,)) == pytest.approx(0.5, rel=1e-6)  # float32 rounding
+    assert torch.allclose(layer.weight / layer.weight[0, 0], before, rtol=1e-6)
+
+
+def test_the_row_norm_constraint_shortens_long_rows_only() -> None:
+    layer = nn.Linear(2, 4)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[3.0, 4.0], [0.3, 0.4], [0.0, -9.0], [0.1, 0.0]]))
+    wrap(nn.Sequential(layer), (2,), constraint=RowNorm(1.0))
+    expected = torch.tensor([[0.3, 0.4], [0.3, 0.4], [0.0, -0.5], [0.1, 0.0]])
+    assert torch.allclose(layer.weight.detach(), expected, atol=1e-6)  # float32
+
+
+@pytest.mark.parametrize("constraint", [Frobenius(), RowNorm()], ids=repr)
+def test_cheap_constraints_ask_for_no_certificate(constraint: Constraint, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, shape = fresh("conv")
+    model = wrap(nn.Sequential(layer), shape, constraint={"0.weight": constraint})
+
+    def refuse(*_: object, **__: object) -> float:
+        raise AssertionError("a certificate was computed")
+
+    monkeypatch.setattr("clipless_dp.norms.operators.conv2d_norm", refuse)
+    model.project_()
+    assert model.sensitivity().per_parameter["0.weight"] > 0.0
+
+
+CONSTRAINT_MUTANTS = (
+    (Mutant("Frobenius without √N", Frobenius, "project_", "self.limit / factor", "self.limit"), Frobenius(), "conv"),
+    (
+        Mutant("rows without √rows", RowNorm, "project_", "math.sqrt(operator.matrix(weight).shape[1])", "1.0"),
+        RowNorm(),
+        "tall",
+    ),
+    (Mutant("rows without √N", RowNorm, "project_", "operator.perturbation(weight) *", "1.0 *"), RowNorm(), "conv"),
+    (
+        Mutant(
+            "an orthogonal kernel taken for an orthogonal operator",
+            Orthogonal,
+            "project_",
+            "scale_to_limit_(weight",
+            "(lambda *_: 0)(weight",
+        ),
+        Orthogonal(),
+        "conv",
+    ),
+    (
+        Mutant(
+            "AOL without the correlations of shifts",
+            almost_orthogonal.AlmostOrthogonal,
+            "project_",
+            "_correlation_sums(kernel)",
+            "kernel.flatten(3).square().sum((1, 3))",
+        ),
+        AlmostOrthogonal(),
+        "conv",
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "constraint", "name"), CONSTRAINT_MUTANTS, ids=lambda value: getattr(value, "name", value)
+)
+def test_flat_weights_catch(mutant: Mutant, constraint: Constraint, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "AOL" in mutant.name:
+        # Its certified division would hide the mistake.
+        monkeypatch.setattr(almost_orthogonal, "scale_to_limit_", lambda *_: None)
+    layer, shape = fresh(name)
+    model = wrap(nn.Sequential(layer), shape, constraint={"0.weight": constraint})
+
+    def projected() -> float:
+        with torch.no_grad():
+            layer.weight.fill_(1.0)
+        model.project_()
+        return true_norm(layer, shape)
+
+    assert projected() <= constraint.limit * (1.0 + 1e-12)
+    mutant.apply(monkeypatch)
+    assert projected() > 1.1 * constraint.limit
+
+
+def test_one_constraint_for_all_clamps_slopes_one_by_one() -> None:
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.PReLU(3), layers.LinearSpline(3, 2))
+    with torch.no_grad():
+        net[1].weight.copy_(torch.tensor([0.25, -3.0, 1.0]))  # type: ignore[union-attr]
+    model = wrap(net, (3,), constraint=Orthogonal())
+    assert type(model.constraints["1.weight"]) is type(model.constraints["2.slopes"]) is Frobenius
+    clamped = net[1].weight.detach()  # type: ignore[union-attr]
+    assert clamped[0] == 0.25
+    assert clamped.abs().max() <= 1.0
+    assert float(clamped[1]) == pytest.approx(-1.0, abs=1e-6)  # float32
+    # Constants of the limits: X = G = 1 and every norm is 1, but for roundings of 1e-6 in all.
+    assert dict(model.sensitivity().per_parameter) == pytest.approx(
+        {"0.weight": 1.0, "1.weight": 1.0, "2.slopes": 1.0}, rel=1e-5
+    )
 
 
 def three_layers() -> nn.Sequential:
@@ -189,7 +364,9 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_names_that_exist() -
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize("kind", [Spectral, Ball, lambda limit: Orthogonal(limit=limit)])
+@pytest.mark.parametrize(
+    "kind", [Spectral, Ball, AlmostOrthogonal, Frobenius, RowNorm, lambda limit: Orthogonal(limit=limit)]
+)
 def test_limits_out_of_range_are_refused(kind: Any, limit: float) -> None:
     with pytest.raises(ConfigurationError, match="limit"):
         kind(limit)
