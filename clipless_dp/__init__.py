@@ -17,6 +17,7 @@ from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp.tightness import LayerTightness, TightnessReport
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
 from clipless_dp.training import FitResult, evaluate, fit
 
@@ -32,6 +33,7 @@ __all__ = [
     "FitResult",
     "InputError",
     "LayerBounds",
+    "LayerTightness",
     "LossBoundError",
     "NormError",
     "PoissonBatchSampler",
@@ -43,6 +45,7 @@ __all__ = [
     "Sensitivity",
     "SensitivityTracker",
     "SystemNoise",
+    "TightnessReport",
     "UnsupportedModuleError",
     "__version__",
     "constraints",

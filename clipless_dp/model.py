@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import NoneType
 from typing import Any
 
@@ -16,6 +16,7 @@ from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.precision import coarse_products
+from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
 from clipless_dp.tracker import (
     Relation,
@@ -137,9 +138,9 @@ class DPLipModel(nn.Module):
             return self._run(inputs.new_zeros(1, *self.input_shape))[:0]
         return self._run(inputs)
 
-    def _run(self, inputs: Tensor) -> Tensor:
+    def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         gated, finite = input_gate(inputs, self.input_norm)
-        outputs = self._graph[0](gated)
+        outputs: Tensor = self._graph[0](gated) if net is None else net(gated)
         outputs = cotangent_gate(outputs, self.cotangent_norm)
         rows = finite.reshape(-1, *([1] * len(self.output_shape)))
         return torch.where(rows, outputs, torch.full((), math.nan, dtype=outputs.dtype, device=outputs.device))
@@ -193,6 +194,40 @@ class DPLipModel(nn.Module):
         sensitivity, lasting = self._tracker.evaluate(limits, relation)
         self._kept = (key, sensitivity) if lasting else None
         return sensitivity
+
+    def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
+        """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
+
+        Runs the samples one at a time, in the model's own mode, and changes nothing: neither gradients nor counters
+        nor the state of random numbers.
+
+        Args:
+            batch: inputs ``(B, *input_shape)`` and targets ``(B, ...)``; public or synthetic, as the report tells
+                about them.
+
+        Returns:
+            Worst observed/bound for each layer's activations, cotangents and gradients; prints as a table.
+
+        Raises:
+            InputError: the batch is empty, or does not fit the model.
+            PrivacyError: an observation is above its bound: the rule of a layer is wrong.
+        """
+        inputs, targets = batch
+        self.check_inputs(inputs)
+        sensitivity = self.sensitivity()
+        trainable = {name: p for name, p in self.net.named_parameters() if name in sensitivity.per_parameter}
+
+        def loss(net: Callable[[Tensor], Tensor], index: int) -> Tensor:
+            row = slice(index, index + 1)
+            return self.loss(self._run(inputs[row], net), targets[row])
+
+        counted = self.nonfinite_samples.clone()
+        devices = [inputs.device] if inputs.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+                return measure(self._traced, sensitivity, len(inputs), loss, trainable)
+        finally:
+            self.nonfinite_samples.copy_(counted)
 
     def project_(self) -> None:
         """Applies the constraints to the trainable weights; frozen ones are left as they are and certified."""
