@@ -15,6 +15,7 @@ from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gating import gated
 from clipless_dp.model import DPLipModel
+from clipless_dp.precision import full_precision
 from clipless_dp.training import evaluate, fit
 
 ROUTES = ("gated", "spectral", "orthogonal")
@@ -109,7 +110,8 @@ def _train(options: argparse.Namespace) -> int:
         constraint=constraint,
     ).to(options.device)
     if not options.quiet:
-        print(model.sensitivity())
+        with full_precision():
+            print(model.sensitivity())
     result = fit(
         model,
         data.train,
@@ -134,7 +136,8 @@ def _train(options: argparse.Namespace) -> int:
     print(
         f"mechanism      {result.steps} Poisson steps, q = {result.sample_rate:.6g}, σ = {result.noise_multiplier:.4f}"
     )
-    print(f"checkpoint     {result.checkpoint if result.checkpoint is not None else 'none (pass --checkpoint FILE)'}")
+    missing = "none (pass --checkpoint FILE)" if options.checkpoint is None else "none: the last one was not written"
+    print(f"checkpoint     {result.checkpoint if result.checkpoint is not None else missing}")
     return 0
 
 

@@ -99,6 +99,7 @@ def constant(optimizer: Optimizer, steps: int) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
+@full_precision()
 def fit(
     model: DPLipModel,
     dataset: Data,
@@ -238,7 +239,7 @@ def fit(
             f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of range, "
             "as a label beyond the last class is (this count is for the data's owner only)",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
     return FitResult(
         epsilon=private.get_epsilon(delta),
@@ -343,7 +344,7 @@ def _train(
     per_epoch = max(1, math.ceil(total / epochs - 1e-9))
     bar = tqdm(total=total, initial=run.step, disable=not progress, unit="step", dynamic_ncols=True)
     run.model.train()
-    with bar, full_precision(), _deferred_interrupt() as interrupted:
+    with bar, _deferred_interrupt() as interrupted:
         for batch in batches:
             if run.seed is not None:
                 torch.manual_seed(derived_seed(run.seed, "torch", run.step))

@@ -155,13 +155,14 @@ def test_mutant_caught_fixed_seed():
     assert not is_fresh(*noise_of_two_steps(sgd(model, noise=Fixed(1)), model))
 
 
-def test_noise_of_different_parameters_is_independent():
+@pytest.mark.parametrize("noise", [None, ReproducibleNoise(1)], ids=["system", "reproducible"])
+def test_noise_of_different_parameters_is_independent(noise):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Linear(40, 40, bias=False))
     model = DPLipModel(
         net, input_shape=(40,), input_norm=1.0, loss=losses.TauCrossEntropy(), constraint=constraints.Spectral()
     )
-    optimizer = sgd(model)
+    optimizer = sgd(model, noise=noise)
     optimizer.step()
     assert is_fresh(*(p.grad.flatten() for p in net.parameters()))
 
@@ -695,3 +696,15 @@ def test_variants_of_the_base_optimizer_step_on_the_private_gradient(options):
     sign = 1.0 if "maximize" in options else -1.0
     for old, parameter in zip(before, model.net.parameters(), strict=True):
         torch.testing.assert_close(parameter.detach(), old + sign * parameter.grad)
+
+
+def test_a_parameter_group_added_between_steps_is_trained_with_noise():
+    model = gated_model()
+    first, second = model.net.get_parameter("0.weight"), model.net.get_parameter("2.weight")
+    optimizer = CliplessDPOptimizer(model, torch.optim.SGD([first], lr=0.1), **SETTINGS)
+    optimizer.step()
+    before = second.detach().clone()
+    optimizer.add_param_group({"params": second})
+    optimizer.step()
+    assert not torch.equal(second, before)
+    assert optimizer.accountant.history == [(1.3, 0.25, 2)]

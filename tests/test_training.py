@@ -294,13 +294,19 @@ def test_a_disk_that_fills_up_costs_the_checkpoint_and_not_the_training(tmp_path
 
 @pytest.mark.parametrize(
     "changes",
-    [{"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.5)}, {"lr": 0.1}, {"momentum": 0.5}],
-    ids=["optimizer", "lr", "momentum"],
+    [
+        {"optimizer": lambda parameters: torch.optim.Adam(parameters, lr=0.5)},
+        {"lr": 0.1},
+        {"momentum": 0.5},
+        {"allocation": "global"},
+        {"reproducible_seed": 1},
+    ],
+    ids=["optimizer", "lr", "momentum", "allocation", "reproducible"],
 )
 def test_a_checkpoint_of_another_optimizer_is_refused_rather_than_followed_silently(tmp_path, changes):
     path = tmp_path / "run.pt"
     fit(gated_model(), samples(300), checkpoint=path, **RUN)
-    with pytest.raises(CheckpointError, match=next(iter(changes))):
+    with pytest.raises(CheckpointError, match=next(iter(changes)).removesuffix("_seed")):
         fit(gated_model(), samples(300), checkpoint=path, **{**RUN, **changes})
 
 
@@ -342,3 +348,41 @@ def test_evaluation_that_fails_leaves_the_model_in_its_mode():
     with pytest.raises(InputError):
         evaluate(model, (torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64)))
     assert model.training
+
+
+def test_fit_trains_in_training_mode_and_evaluates_without_dropout(monkeypatch):
+    modes = []
+    honest = training_module._step
+
+    def watching(run, batch, size):
+        modes.append(run.model.training)
+        return honest(run, batch, size)
+
+    monkeypatch.setattr(training_module, "_step", watching)
+    model, test = constrained_model(0.5).eval(), samples(50, seed=1)
+    fit(model, samples(300), validation=test, **{**RUN, "epochs": 2})
+    assert modes == [True] * 12
+    assert evaluate(model, test) == evaluate(model, test), "dropout would make them differ"
+
+
+def test_fit_computes_in_full_precision_and_puts_the_setting_back():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert fit(gated_model(), samples(300), **{**RUN, "epochs": 1}).steps == 6
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def test_the_default_schedule_rises_to_the_peak_and_falls_to_zero():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = training_module.linear_decay(optimizer, 40)
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates[:3] == [1.0, 2.0, 2.0]
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 0.0 < rates[-1] < 0.1
+    assert optimizer.param_groups[0]["lr"] == 0.0
