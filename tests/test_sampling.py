@@ -54,6 +54,12 @@ def test_seeded_draws_resume_at_any_step():
     assert all(np.array_equal(a, b) for a, b in zip(whole[6:], resumed, strict=True))
 
 
+def test_seeded_draws_differ_between_steps_and_seeds():
+    first, second = draws(1000, 0.5, 2, seed=4)
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, draws(1000, 0.5, 1, seed=5)[0])
+
+
 def test_unseeded_draws_differ_whatever_is_seeded():
     np.random.seed(0)  # noqa: NPY002
     torch.manual_seed(0)
