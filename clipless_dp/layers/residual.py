@@ -68,8 +68,8 @@ class SigmoidMix(nn.Module):
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """Mixes the two."""
-        alpha = torch.sigmoid(self.logit)
-        return (1.0 - alpha) * first + alpha * second
+        # Not 1 - α, which cancels where α is nearly 1 and would then exceed what the rule says of it.
+        return torch.sigmoid(-self.logit) * first + torch.sigmoid(self.logit) * second
 
 
 class GatedResidual(nn.Module):
