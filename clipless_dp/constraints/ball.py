@@ -30,4 +30,6 @@ class Ball(Constraint):
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects the parameter in place."""
         factor = max(operator.perturbation(weight) for operator in operators)
-        scale_to_limit_(weight, (VectorOperator(),), self.limit / factor)
+        # A kernel whose windows read nothing but padding is the zero operator: any limit holds.
+        if factor > 0.0:
+            scale_to_limit_(weight, (VectorOperator(),), self.limit / factor)

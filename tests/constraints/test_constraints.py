@@ -133,6 +133,15 @@ def test_the_orthogonal_constraint_makes_singular_values_nearly_equal_and_keeps_
 
 
 @pytest.mark.parametrize("constraint", KINDS, ids=repr)
+def test_a_kernel_that_reads_nothing_but_padding_is_projected_without_error(constraint: Constraint) -> None:
+    layer = nn.Conv2d(1, 1, 1, stride=3, padding=1)
+    model = wrap(nn.Sequential(layer), (1, 1, 1), constraint={"0.weight": constraint})
+    model.project_()
+    assert bool(layer.weight.isfinite().all())
+    assert true_norm(layer, (1, 1, 1)) == 0.0
+
+
+@pytest.mark.parametrize("constraint", KINDS, ids=repr)
 def test_a_zero_weight_stays_finite(constraint: Constraint) -> None:
     layer = nn.Linear(4, 3)
     model = wrap(nn.Sequential(layer), (4,), constraint=constraint)
