@@ -30,19 +30,17 @@ class Recipe:
     lr: float
     tau: float
     input_norm: float
-    output_floor: float | None = None
 
 
 RECIPES = {
     "gated": Recipe(epochs=30, batch_size=2048, lr=0.25, tau=8.0, input_norm=28.0),
-    "gated-low-floor": Recipe(epochs=30, batch_size=2048, lr=0.5, tau=8.0, input_norm=28.0, output_floor=1e-6),
     "orthogonal": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
     "spectral": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
 }
 
 
 def network(route: str) -> nn.Sequential:
-    if route.startswith("gated"):
+    if route == "gated":
         return nn.Sequential(
             nn.Conv2d(1, 16, 8, stride=2, padding=3, bias=False),
             nn.ReLU(),
@@ -68,7 +66,7 @@ def wrapped(route: str, recipe: Recipe) -> DPLipModel:
     net = network(route)
     constraint = {"orthogonal": constraints.Orthogonal(), "spectral": constraints.Spectral()}.get(route)
     return DPLipModel(
-        gated(net, cotangent_mode="normalize", output_floor=recipe.output_floor) if constraint is None else net,
+        gated(net, cotangent_mode="normalize") if constraint is None else net,
         input_shape=(1, 28, 28),
         input_norm=recipe.input_norm,
         loss=losses.TauCrossEntropy(recipe.tau),

@@ -20,7 +20,6 @@ def gated(
     cotangent_norm: float = 1.0,
     input_mode: Literal["sphere", "ball"] = "sphere",
     cotangent_mode: GateMode = "clip",
-    output_floor: float | None = None,
     layers: Sequence[str] = ("*",),
 ) -> fx.GraphModule:
     """Puts a gate before and a cotangent gate behind each parametrised layer.
@@ -35,9 +34,6 @@ def gated(
         cotangent_norm: cap of the gate behind each layer.
         input_mode: ``"sphere"`` scales each sample to the radius, ``"ball"`` only projects larger ones.
         cotangent_mode: ``"clip"`` or ``"normalize"``.
-        output_floor: when normalising, the floor of the gate behind the last layer; by default a hundredth of the
-            cap, like every other. A lower one keeps samples that the network fits well in play, and lifts the float32
-            rounding of their loss gradient (about 1e-7) with it: below 1e-4 the bound no longer covers that rounding.
         layers: ``fnmatch`` patterns of the paths of the layers to gate.
 
     Returns:
@@ -63,10 +59,7 @@ def gated(
         before: nn.Module = SphereScaling(input_norm) if input_mode == "sphere" else BallProjection(input_norm)
         label = f"{index}_{str(node.target).replace('.', '_')}"
         traced.add_submodule(f"gates.{label}_input", before)
-        traced.add_submodule(
-            f"gates.{label}_cotangent",
-            CotangentGate(cotangent_norm, cotangent_mode, output_floor if node is chosen[-1] else None),
-        )
+        traced.add_submodule(f"gates.{label}_cotangent", CotangentGate(cotangent_norm, cotangent_mode))
         if len(node.all_input_nodes) != 1:
             raise ConfigurationError(f"the layer {node.target!r} takes several values: put its gates by hand")
         (source,) = node.all_input_nodes

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, UnsupportedModuleError, gated, layers, losses
+from clipless_dp import ConfigurationError, UnsupportedModuleError, gated, layers
 from clipless_dp.norms import operators
 from tests.soundness.attack import Record, add_or_remove_one, wrap
 
@@ -167,15 +167,3 @@ def test_patterns_that_match_nothing_values_out_of_range_and_untraceable_network
 
     with pytest.raises(UnsupportedModuleError, match="control flow"):
         gated(Branching())
-
-
-def test_the_output_floor_is_that_of_the_last_gate_only_and_changes_no_bound() -> None:
-    def wrapped(floor: float | None) -> DPLipModel:
-        net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
-        whole = gated(net, cotangent_mode="normalize", output_floor=floor)
-        return DPLipModel(whole, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
-
-    lowered, usual = wrapped(1e-4), wrapped(None)
-    floors = [gate.floor for gate in lowered.net.modules() if isinstance(gate, layers.CotangentGate)]
-    assert floors == [1e-2, 1e-4]
-    assert lowered.sensitivity().total == usual.sensitivity().total
