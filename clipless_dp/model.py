@@ -236,6 +236,13 @@ class DPLipModel(nn.Module):
             constraint.project_(self._parameter(name), self._tracker.operators[name])
             self._projected[name] = self._stamp(name), constraint.limit
 
+    def project_gradients_(self) -> None:
+        """Lets the constraints turn noisy gradients into directions that :meth:`project_` keeps: post-processing."""
+        for name, constraint in self._trainable_constraints():
+            gradient = self.net.get_parameter(name).grad
+            if gradient is not None:
+                constraint.project_gradient_(gradient, self._parameter(name), self._tracker.operators[name])
+
     def settle_(self) -> None:
         """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
         self._projected = {}

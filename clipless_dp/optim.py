@@ -305,6 +305,7 @@ class CliplessDPOptimizer(Optimizer):
             parameter.grad.add_(noise, alpha=deviation)
             gradients.append(parameter.grad)
         torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
+        self.model.project_gradients_()
 
     def _sensitivity(self) -> Sensitivity:
         """The model's bounds; after a change of settings the larger of old and new: either may have applied."""

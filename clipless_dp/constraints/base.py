@@ -38,6 +38,15 @@ class Constraint(ABC):
         """The projection of a fresh weight, where a costlier one pays; by default the same."""
         self.project_(weight, operators)
 
+    def project_gradient_(  # noqa: B027
+        self, gradient: Tensor, weight: Tensor, operators: tuple[Operator, ...]
+    ) -> None:
+        """Turns the noisy gradient, in place, into directions that the projection will keep; by default none is lost.
+
+        It is called once the noise is in and the step is in the ledger, so it is post-processing, whatever it does,
+        as long as it reads nothing but the gradient, the weight and what is public.
+        """
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(limit={self.limit:g})"
 
