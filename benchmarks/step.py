@@ -1,0 +1,409 @@
+"""One training step, sampling included: plain SGD, SGD with noise, this library's routes, and the clipping libraries.
+
+    python benchmarks/step.py                                   # all, 2 allocators; writes results/step.{json,md}
+    python benchmarks/step.py --quick --networks mlp --batches 256
+
+The same network, data, expected batch and device for all. Contenders take turns, in a new random order each round, so
+that what else the machine does hits all alike; the figures are medians over rounds of the time of one step, and of its
+ratio to plain SGD in the same round. Each network and batch size runs in a process of its own. Memory is the
+peak of the bytes that tensors hold during a step (weights, gradients and batch included, the data set not).
+
+On the CPU everything is run twice: with the C library's default allocator, which hands large blocks back to the system
+at every step and pays for their pages anew, and with one that keeps them, as a GPU's caching allocator does
+(``MALLOC_MMAP_MAX_=0``, ``MALLOC_TRIM_THRESHOLD_``). Libraries that allocate much are slowed more by the first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, losses
+from clipless_dp.precision import full_precision
+from clipless_dp.sampling import PoissonBatchSampler
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SAMPLES = 20_000
+STEPS = 100_000
+RATE_OF_LEARNING, NOISE = 0.1, 1.0
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    "keeps memory": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"},
+}
+BASELINE = "SGD"
+
+Step = Callable[[], None]
+Data = tuple[Tensor, Tensor]
+
+
+def network(kind: str) -> nn.Sequential:
+    """The two networks of the comparison: 784-512-512-10, and the convolutional one of ``benchmarks/mnist.py``."""
+    torch.manual_seed(0)
+    if kind == "mlp":
+        return nn.Sequential(
+            nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+        )
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 8, stride=2, padding=3, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(16, 32, 4, stride=2, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 32, bias=False),
+        nn.ReLU(),
+        nn.Linear(32, 10),
+    )
+
+
+def shuffled(data: Data, batch: int) -> Iterator[Data]:
+    """What plain training does: batches of one size from a permutation of the data, epoch after epoch."""
+    inputs, targets = data
+    while True:
+        for indices in torch.randperm(len(inputs), device=inputs.device).split(batch):
+            if len(indices) == batch:
+                yield inputs[indices], targets[indices]
+
+
+def poisson(data: Data, batch: int) -> Iterator[Data]:
+    """Poisson draws as they are, unpadded, for the clipping libraries."""
+    inputs, targets = data
+    for indices in PoissonBatchSampler(len(inputs), sample_rate=batch / len(inputs), steps=STEPS).draws():
+        chosen = torch.from_numpy(indices).to(inputs.device)
+        yield inputs[chosen], targets[chosen]
+
+
+def sgd(kind: str, data: Data, batch: int, *, noise: bool = False, compiled: bool = False) -> Step:
+    net = network(kind).to(data[0].device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE_OF_LEARNING)
+    batches = shuffled(data, batch)
+
+    def loss(inputs: Tensor, targets: Tensor) -> Tensor:
+        return functional.cross_entropy(net(inputs), targets)
+
+    loss = torch.compile(loss, fullgraph=True) if compiled else loss
+
+    def step() -> None:
+        inputs, targets = next(batches)
+        optimizer.zero_grad()
+        loss(inputs, targets).backward()
+        if noise:
+            for parameter in net.parameters():
+                parameter.grad.add_(torch.randn_like(parameter), alpha=NOISE / batch)
+        optimizer.step()
+
+    return step
+
+
+def clipless(kind: str, data: Data, batch: int, *, route: str, compiled: bool = False) -> Step:
+    net = network(kind)
+    model = DPLipModel(
+        gated(net) if route == "gated" else net,
+        input_shape=tuple(data[0].shape[1:]),
+        input_norm=28.0,
+        loss=losses.TauCrossEntropy(8.0),
+        constraint={"spectral": constraints.Spectral(), "orthogonal": constraints.Orthogonal()}.get(route),
+    ).to(data[0].device)
+    rate = batch / len(data[0])
+    optimizer = CliplessDPSGD(
+        model, lr=RATE_OF_LEARNING, noise_multiplier=NOISE, sample_rate=rate, dataset_size=len(data[0])
+    )
+    # The rows of `fit`: draws are padded to a small multiple.
+    rows = max(8, int(batch**0.5) // 2)
+    batches = iter(PoissonBatches(data, sample_rate=rate, steps=STEPS, physical_batch_size=rows))
+
+    def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return model.loss(model(inputs), targets, mask)
+
+    loss = torch.compile(loss, fullgraph=True, dynamic=True) if compiled else loss
+
+    def step() -> None:
+        inputs, targets, mask = next(batches)
+        optimizer.zero_grad()
+        loss(inputs, targets, mask).backward()
+        optimizer.step()
+
+    return step
+
+
+def opacus(kind: str, data: Data, batch: int, *, ghost: bool) -> Step:
+    from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
+    from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
+    from opacus.utils.fast_gradient_clipping_utils import DPLossFastGradientClipping
+
+    net = network(kind).to(data[0].device)
+    needed = 8 * batch * sum(parameter.numel() for parameter in net.parameters())
+    if (
+        not ghost
+        and data[0].device.type == "cpu"
+        and needed > os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGESIZE")
+    ):
+        raise MemoryError(f"per-sample gradients need about {needed / 1e9:.0f} GB")
+    base = torch.optim.SGD(net.parameters(), lr=RATE_OF_LEARNING)
+    settings: dict[str, Any] = {"noise_multiplier": NOISE, "max_grad_norm": 1.0, "expected_batch_size": batch}
+    if ghost:
+        module: Any = GradSampleModuleFastGradientClipping(net, max_grad_norm=1.0, use_ghost_clipping=True)
+        optimizer: Any = DPOptimizerFastGradientClipping(base, **settings)
+        criterion: Any = DPLossFastGradientClipping(module, optimizer, nn.CrossEntropyLoss())
+    else:
+        module = GradSampleModule(net)
+        optimizer = DPOptimizer(base, **settings)
+        criterion = nn.CrossEntropyLoss()
+    batches = poisson(data, batch)
+
+    def step() -> None:
+        inputs, targets = next(batches)
+        optimizer.zero_grad()
+        criterion(module(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+def fast_dp(kind: str, data: Data, batch: int) -> Step:
+    engine = importlib.import_module("fastDP").PrivacyEngine
+    net = network(kind).to(data[0].device)
+    optimizer = torch.optim.SGD(net.parameters(), lr=RATE_OF_LEARNING)
+    engine(
+        net,
+        batch_size=batch,
+        sample_size=len(data[0]),
+        epochs=1,
+        noise_multiplier=NOISE,
+        max_grad_norm=1.0,
+        clipping_mode="MixOpt",
+        clipping_style="all-layer",
+    ).attach(optimizer)
+    batches = shuffled(data, batch)
+
+    def step() -> None:
+        inputs, targets = next(batches)
+        optimizer.zero_grad()
+        functional.cross_entropy(net(inputs), targets).backward()
+        optimizer.step()
+
+    return step
+
+
+CONTENDERS: dict[str, Callable[[str, Data, int], Step]] = {
+    BASELINE: sgd,
+    "SGD, compiled": lambda *given: sgd(*given, compiled=True),
+    "SGD + noise": lambda *given: sgd(*given, noise=True),
+    "gated": lambda *given: clipless(*given, route="gated"),
+    "gated, compiled": lambda *given: clipless(*given, route="gated", compiled=True),
+    "spectral": lambda *given: clipless(*given, route="spectral"),
+    "spectral, compiled": lambda *given: clipless(*given, route="spectral", compiled=True),
+    "orthogonal": lambda *given: clipless(*given, route="orthogonal"),
+    "orthogonal, compiled": lambda *given: clipless(*given, route="orthogonal", compiled=True),
+    "Opacus, hooks": lambda *given: opacus(*given, ghost=False),
+    "Opacus, ghost": lambda *given: opacus(*given, ghost=True),
+    "fast-dp": fast_dp,
+}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def traffic(run: Callable[[], Any]) -> tuple[Any, int, int]:
+    """What a function returns, the bytes that it leaves allocated on the CPU, and the most that it held at once.
+
+    The CPU's allocator keeps no count of its own, but the profiler sees each block come and go.
+    """
+    with torch.profiler.profile(profile_memory=True) as profile:
+        result = run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return result, level, peak
+
+
+def peak_bytes(build: Callable[[], Step], device: torch.device, held: int) -> int:
+    """The most bytes that tensors hold during a step, less the ``held`` bytes of the data set."""
+
+    def built() -> Step:
+        step = build()
+        for _ in range(3):
+            step()
+        return step
+
+    if device.type == "cuda":
+        step = built()
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - held
+    step, kept, _ = traffic(built)
+    return kept + traffic(step)[2]
+
+
+def measure(
+    kind: str, batch: int, device: torch.device, rounds: int, repeats: int, chosen: list[str]
+) -> dict[str, Any]:
+    """Times of one step of each contender, taking turns."""
+    torch.manual_seed(0)
+    data = torch.rand(SAMPLES, 1, 28, 28, device=device), torch.randint(10, (SAMPLES,), device=device)
+    held = sum(part.numel() * part.element_size() for part in data)
+    steps: dict[str, Step] = {}
+    peaks: dict[str, int] = {}
+    skipped: dict[str, str] = {}
+    for name in chosen:
+        try:
+            step = CONTENDERS[name](kind, data, batch)
+            for _ in range(3):
+                step()
+            peaks[name] = peak_bytes(lambda build=CONTENDERS[name]: build(kind, data, batch), device, held)
+            steps[name] = step
+        except Exception as error:
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    times: dict[str, dict[int, float]] = {name: {} for name in steps}
+    order = list(steps)
+    shuffler = random.Random(0)
+    for turn in range(rounds):
+        shuffler.shuffle(order)
+        for name in order:
+            if turn % 4 and times[name][0] > 5.0 * times[BASELINE][0]:
+                continue
+            step = steps[name]
+            synchronize(device)
+            start = time.perf_counter()
+            for _ in range(repeats):
+                step()
+            synchronize(device)
+            times[name][turn] = (time.perf_counter() - start) / repeats
+    rows = []
+    for name in steps:
+        own, base = times[name], times[BASELINE]
+        ratios = [own[turn] / base[turn] for turn in own]
+        low, _, high = statistics.quantiles(ratios, n=4)
+        rows.append(
+            {
+                "contender": name,
+                "milliseconds": 1e3 * statistics.median(own.values()),
+                "fastest": 1e3 * min(own.values()),
+                "ratio": statistics.median(ratios),
+                "ratio_quartiles": [low, high],
+                "ratio_of_fastest": min(own.values()) / min(base.values()),
+                "peak_bytes": peaks[name],
+                "peak_ratio": peaks[name] / peaks[BASELINE],
+            }
+        )
+    return {"network": kind, "batch": batch, "rows": rows, "skipped": skipped}
+
+
+def markdown(report: dict[str, Any]) -> str:
+    lines = [
+        "# One training step",
+        "",
+        f"{report['machine']}, {report['threads']} thread(s), torch {report['torch']}, {report['rounds']} rounds of "
+        f"{report['repeats']} steps. Regenerate with `python benchmarks/step.py`.",
+        "",
+        "Time of a whole step, sampling included: median over interleaved rounds; ratios are to plain SGD in the same "
+        "round, with their quartiles; `of fastest` compares each one's fastest round. Peak: bytes held by tensors, the "
+        "data set left out. `keeps memory`: the C library's allocator told not to hand memory back.",
+    ]
+    for run in report["runs"]:
+        lines += [
+            "",
+            f"## {run['network']}, batch {run['batch']}, allocator: {run['allocator']}",
+            "",
+            "| contender | ms | ratio | quartiles | of fastest | peak MB | peak ratio |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        lines += [
+            f"| {row['contender']} | {row['milliseconds']:.2f} | {row['ratio']:.3f} "
+            f"| {row['ratio_quartiles'][0]:.2f}–{row['ratio_quartiles'][1]:.2f} | {row['ratio_of_fastest']:.3f} "
+            f"| {row['peak_bytes'] / 1e6:.1f} | {row['peak_ratio']:.2f} |"
+            for row in run["rows"]
+        ]
+        lines += [f"\nNot run: {name} ({reason})." for name, reason in run["skipped"].items()]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=["mlp", "cnn"], default=["mlp", "cnn"])
+    parser.add_argument("--batches", nargs="+", type=int, default=[256, 2048])
+    parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
+    parser.add_argument("--allocators", nargs="+", choices=list(ALLOCATORS), default=list(ALLOCATORS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--repeats", type=int, default=3, help="steps of each contender in each round")
+    parser.add_argument("--quick", action="store_true", help="few rounds, nothing compiled, nothing written")
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.quick:
+        options.rounds, options.repeats = 5, 2
+        options.contenders = [name for name in options.contenders if "compiled" not in name]
+    contenders = list(dict.fromkeys([BASELINE, *options.contenders]))
+    if options.child is not None:
+        kind, batch = options.child
+        torch.set_num_threads(options.threads)
+        warnings.simplefilter("ignore")
+        with full_precision():
+            device = torch.device(options.device)
+            print(json.dumps(measure(kind, int(batch), device, options.rounds, options.repeats, contenders)))
+        return
+    runs = []
+    allocators = options.allocators if options.device == "cpu" else ["default"]
+    for kind in options.networks:
+        for batch in options.batches:
+            for allocator in allocators:
+                settings = ["--threads", str(options.threads), "--rounds", str(options.rounds)]
+                settings += ["--repeats", str(options.repeats), "--device", options.device]
+                command = [
+                    sys.executable,
+                    __file__,
+                    "--child",
+                    kind,
+                    str(batch),
+                    *settings,
+                    "--contenders",
+                    *contenders,
+                ]
+                environment = {**os.environ, **ALLOCATORS[allocator]}
+                answer = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+                if answer.returncode:
+                    raise SystemExit(answer.stderr)
+                runs.append({**json.loads(answer.stdout.splitlines()[-1]), "allocator": allocator})
+                print(f"{kind}, batch {batch}, allocator {allocator}: done", file=sys.stderr)
+    report = {
+        "machine": f"{platform.machine()} CPU" if options.device == "cpu" else torch.cuda.get_device_name(),
+        "threads": options.threads,
+        "torch": torch.__version__,
+        "rounds": options.rounds,
+        "repeats": options.repeats,
+        "runs": runs,
+    }
+    text = markdown(report)
+    print(text)
+    if not options.quick:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "step.json").write_text(json.dumps(report, indent=1) + "\n")
+        (RESULTS / "step.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
