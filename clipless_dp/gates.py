@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.precision import outside_autocast
 
 GateMode = Literal["clip", "normalize"]
 
@@ -105,7 +106,8 @@ class _CotangentGateFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
         (cotangent,) = cotangents
-        norms = sample_norms(cotangent)
+        # Autograd runs the products behind the gate under the settings of whoever calls backward.
+        norms = outside_autocast(sample_norms(cotangent))
         factors = ctx.limit / norms.clamp(min=ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
         finite = _per_sample(torch.isfinite(norms), cotangent)
@@ -205,6 +207,8 @@ class CotangentGate(nn.Module):
 
     Raises:
         ConfigurationError: limit or floor is not a finite number of at least 1e-8, or the mode is unknown.
+
+        PrivacyError: gradients are computed under autocast.
 
     Guarantee:
         The cotangent that leaves the gate has norm at most ``c·rounding_slack(entries)`` per sample; a cotangent

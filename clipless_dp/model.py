@@ -15,7 +15,7 @@ from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, P
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
-from clipless_dp.precision import coarse_products
+from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
 from clipless_dp.tracker import (
@@ -132,6 +132,7 @@ class DPLipModel(nn.Module):
 
         Raises:
             InputError: wrong shape, dtype or device.
+            PrivacyError: autocast is on, now or while the gradients are computed.
         """
         self.check_inputs(inputs)
         if inputs.shape[0] == 0:
@@ -158,7 +159,9 @@ class DPLipModel(nn.Module):
 
         Raises:
             InputError: the mask or the target does not fit the output.
+            PrivacyError: autocast is on.
         """
+        refuse_autocast(output.device)
         if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):
             raise InputError(
                 f"mask must be boolean of shape {tuple(output.shape[:1])}, got {mask.dtype} {tuple(mask.shape)}"
@@ -315,7 +318,7 @@ class DPLipModel(nn.Module):
             self.changes += 1
 
     def check_inputs(self, inputs: Tensor) -> None:
-        """Raises :class:`InputError` where a batch's shape, dtype or device is not the model's."""
+        """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
         if tuple(inputs.shape[1:]) != self.input_shape or inputs.dim() == 0:
             raise InputError(
                 f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
@@ -325,10 +328,7 @@ class DPLipModel(nn.Module):
         device, dtype = self.device_and_dtype()
         if inputs.dtype != dtype or inputs.device != device:
             raise InputError(f"inputs are {inputs.dtype} on {inputs.device}, the model is {dtype} on {device}")
-        if torch.is_autocast_enabled(inputs.device.type):
-            raise PrivacyError(
-                "autocast rounds per-sample gradients more coarsely than the bounds cover; run the model without it"
-            )
+        refuse_autocast(device)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the parameters are, and their dtype: what inputs must have."""

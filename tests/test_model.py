@@ -79,10 +79,18 @@ def test_inputs_of_another_shape_dtype_or_device_are_refused(inputs: Tensor, mes
         dense_model()(inputs)
 
 
-def test_autocast_is_refused() -> None:
+def test_autocast_is_refused_in_forward_loss_and_backward() -> None:
     model = dense_model()
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(PrivacyError, match="autocast"):
-        model(torch.zeros(2, 4))
+    inputs, targets = torch.ones(2, 4), torch.zeros(2, dtype=torch.int64)
+    output = model(inputs)
+    loss = model.loss(output, targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for refused in (lambda: model(inputs), lambda: model.loss(output, targets), loss.backward):
+            with pytest.raises(PrivacyError, match="autocast"):
+                refused()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+    model.loss(model(inputs), targets).backward()
+    assert all(parameter.grad is not None for parameter in model.net.parameters())
 
 
 @pytest.mark.parametrize(
@@ -470,3 +478,18 @@ def test_the_compiled_module_is_gated_like_the_model() -> None:
     for name, parameter in model.net.named_parameters():
         assert parameter.grad is not None
         assert 0.0 < float(parameter.grad.norm()) <= model.sensitivity().per_parameter[name]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
+def test_autocast_around_the_backward_pass_of_a_compiled_model_is_refused(backend: str) -> None:
+    torch._dynamo.reset()
+    model = dense_model()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    inputs, targets = torch.randn(8, 4), torch.arange(8) % 2
+    model.loss(compiled(inputs), targets).backward()
+    model.zero_grad()
+    loss = model.loss(compiled(inputs), targets)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(PrivacyError, match="autocast"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
