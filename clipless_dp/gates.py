@@ -92,6 +92,21 @@ def input_gate(inputs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     return kept * _per_sample(factors, inputs).to(inputs.dtype), finite
 
 
+def token_gate(tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Replaces samples that hold a number outside ``[0, vocabulary)`` by zeros, so that no look-up fails.
+
+    Args:
+        tokens: integers ``(B, ...)``.
+        vocabulary: the number of tokens.
+
+    Returns:
+        The tokens and a boolean mask ``(B,)`` of the samples that were left as they are.
+    """
+    inside = (tokens >= 0) & (tokens < vocabulary)
+    known = inside.flatten(1).all(1) if tokens.dim() > 1 else inside
+    return torch.where(_per_sample(known, tokens), tokens, torch.zeros_like(tokens)), known
+
+
 class _CotangentGateFunction(torch.autograd.Function):
     """Identity forwards; caps or fixes each sample's cotangent norm backwards."""
 

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import BallProjection, CotangentGate, GateMode, SphereScaling
+from clipless_dp.rules.embedding import TABLES
 from clipless_dp.tracing import is_leaf, symbolic_trace
 
 
@@ -26,7 +27,8 @@ def gated(
 
     A layer between its gates has ``X ≤ input_norm`` and ``G ≤ cotangent_norm``, so its sensitivity is a constant
     that no weight enters. Gates change what flows: activations are rescaled, and cotangents of earlier layers are
-    clipped or normalised (a bias of the gradient, never of the guarantee).
+    clipped or normalised (a bias of the gradient, never of the guarantee). Embeddings read tokens, whose number bounds
+    ``X`` already: they get the cotangent gate only.
 
     Args:
         net: the network; its modules and parameters are shared with the result, under the same names.
@@ -56,16 +58,17 @@ def gated(
     if not chosen:
         raise ConfigurationError(f"no parametrised layer matches {list(layers)}")
     for index, node in enumerate(chosen):
-        before: nn.Module = SphereScaling(input_norm) if input_mode == "sphere" else BallProjection(input_norm)
         label = f"{index}_{str(node.target).replace('.', '_')}"
-        traced.add_submodule(f"gates.{label}_input", before)
         traced.add_submodule(f"gates.{label}_cotangent", CotangentGate(cotangent_norm, cotangent_mode))
         if len(node.all_input_nodes) != 1:
             raise ConfigurationError(f"the layer {node.target!r} takes several values: put its gates by hand")
-        (source,) = node.all_input_nodes
-        with traced.graph.inserting_before(node):
-            entry = traced.graph.call_module(f"gates.{label}_input", (source,))
-        node.replace_input_with(source, entry)
+        if not isinstance(traced.get_submodule(str(node.target)), TABLES):
+            before: nn.Module = SphereScaling(input_norm) if input_mode == "sphere" else BallProjection(input_norm)
+            traced.add_submodule(f"gates.{label}_input", before)
+            (source,) = node.all_input_nodes
+            with traced.graph.inserting_before(node):
+                entry = traced.graph.call_module(f"gates.{label}_input", (source,))
+            node.replace_input_with(source, entry)
         with traced.graph.inserting_after(node):
             leaving = traced.graph.call_module(f"gates.{label}_cotangent", (node,))
         node.replace_all_uses_with(leaving, delete_user_cb=lambda user, gate=leaving: user is not gate)

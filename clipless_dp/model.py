@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
-from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack
+from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, token_gate
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.precision import coarse_products, refuse_autocast
@@ -37,7 +37,8 @@ class DPLipModel(nn.Module):
     Args:
         net: the network. It takes one tensor ``(B, *input_shape)`` and returns one tensor ``(B, ...)``.
         input_shape: shape of one sample, without the batch axis.
-        input_norm: ``X₀``: samples of larger Euclidean norm are projected onto this ball.
+        input_norm: ``X₀``: samples of larger Euclidean norm are projected onto this ball. ``None`` where embeddings
+            read the input: samples are integers then, and one with a token that they do not know contributes nothing.
         loss: a loss that states the bound ``G`` of its gradient.
         constraint: projections that bound the weights' norms, applied now and after each step: one for all, or a
             mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
@@ -68,7 +69,7 @@ class DPLipModel(nn.Module):
         net: nn.Module,
         *,
         input_shape: tuple[int, ...],
-        input_norm: float,
+        input_norm: float | None = None,
         loss: Loss,
         constraint: ConstraintSpec = None,
     ) -> None:
@@ -80,11 +81,13 @@ class DPLipModel(nn.Module):
                 f"{loss!r} does not state the bound of its gradient; use one of clipless_dp.losses, or "
                 "losses.BoundedLoss(function, bound=...) around a per-sample function"
             )
-        if not (isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8):
+        if input_norm is not None and not (
+            isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
+        ):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
         self.net = net
         self._input_shape = tuple(int(size) for size in input_shape)
-        self._input_norm = float(input_norm)
+        self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         device, dtype = parameter_device_and_dtype(net)
         self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
@@ -98,7 +101,12 @@ class DPLipModel(nn.Module):
 
     def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
+        if traced.vocabulary is None and self._input_norm is None:
+            raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
+        if traced.vocabulary is not None and self._input_norm is not None:
+            raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
         self._traced: TracedNet = traced
+        self._vocabulary = traced.vocabulary
         self._placed = device, dtype
         self.output_shape = traced.shapes[traced.output]
         bound = self.loss_function.gradient_bound(self.output_shape)
@@ -125,10 +133,11 @@ class DPLipModel(nn.Module):
         """Runs the gated network.
 
         Args:
-            inputs: ``(B, *input_shape)``, of the parameters' dtype and device; ``B`` may be 0.
+            inputs: ``(B, *input_shape)``, of the parameters' dtype and device, or tokens: integers; ``B`` may be 0.
 
         Returns:
-            ``(B, *output_shape)``. Rows of samples without a finite norm are NaN: they contribute no gradient.
+            ``(B, *output_shape)``. Rows of samples without a finite norm, or with an unknown token, are NaN: they
+            contribute no gradient.
 
         Raises:
             InputError: wrong shape, dtype or device.
@@ -140,7 +149,10 @@ class DPLipModel(nn.Module):
         return self._run(inputs)
 
     def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        gated, finite = input_gate(inputs, self.input_norm)
+        if self._vocabulary is None:
+            gated, finite = input_gate(inputs, self.input_norm)
+        else:
+            gated, finite = token_gate(inputs, self._vocabulary)
         outputs: Tensor = self._graph[0](gated) if net is None else net(gated)
         outputs = cotangent_gate(outputs, self.cotangent_norm)
         rows = finite.reshape(-1, *([1] * len(self.output_shape)))
@@ -271,8 +283,8 @@ class DPLipModel(nn.Module):
 
     @property
     def input_norm(self) -> float:
-        """``X₀``; fixed, as the bounds rest on it."""
-        return self._input_norm
+        """``X₀``, for T tokens that of T one-hot rows, ``√T``; fixed, as the bounds rest on it."""
+        return math.sqrt(math.prod(self.input_shape)) if self._input_norm is None else self._input_norm
 
     @property
     def cotangent_norm(self) -> float:
@@ -323,9 +335,13 @@ class DPLipModel(nn.Module):
             raise InputError(
                 f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
             )
-        if not inputs.is_floating_point():
-            raise InputError(f"inputs are {inputs.dtype}; convert them first, e.g. images.float() / 255")
         device, dtype = self.device_and_dtype()
+        if self._vocabulary is not None:
+            if inputs.dtype not in (torch.int32, torch.int64):
+                raise InputError(f"tokens are {inputs.dtype}; convert the data set first, with tokens.long()")
+            dtype = inputs.dtype
+        elif not inputs.is_floating_point():
+            raise InputError(f"inputs are {inputs.dtype}; convert them first, e.g. images.float() / 255")
         if inputs.dtype != dtype or inputs.device != device:
             raise InputError(f"inputs are {inputs.dtype} on {inputs.device}, the model is {dtype} on {device}")
         refuse_autocast(device)

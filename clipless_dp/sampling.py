@@ -20,7 +20,8 @@ class Batch(NamedTuple):
     """One Poisson draw.
 
     Attributes:
-        inputs: ``(rows, ...)``; rows beyond the draw are NaN (zero for integers), which contribute nothing.
+        inputs: ``(rows, ...)``; rows beyond the draw are NaN, or -1 for signed integers: no number and no token, which
+            contribute nothing. (Zero for unsigned integers, where only the mask tells.)
         targets: ``(rows, ...)``, zero beyond the draw.
         mask: boolean ``(rows,)``, true for the samples drawn.
     """
@@ -232,7 +233,7 @@ class PoissonBatches:
         count = len(indices)
         rows = self.physical_batch_size * max(1, math.ceil(count / self.physical_batch_size))
         indices = indices.to(self._inputs.device)
-        padding = math.nan if self._inputs.is_floating_point() else 0
+        padding = math.nan if self._inputs.is_floating_point() else -int(self._inputs.dtype.is_signed)
         mask = torch.arange(rows, device=self._inputs.device) < count
         return Batch(_padded(self._inputs, indices, rows, padding), _padded(self._targets, indices, rows, 0), mask)
 

@@ -133,6 +133,11 @@ def _norm(values: Tensor) -> float:
     return float(torch.linalg.vector_norm(values.detach().double()))
 
 
+def _one_hot(values: Tensor) -> Tensor:
+    """Tokens are T one-hot rows, of norm ``√T``."""
+    return values if values.is_floating_point() else torch.ones_like(values)
+
+
 def _ratio(observed: float, bound: float, what: str) -> float:
     ratio = observed / bound if bound > 0.0 else (0.0 if observed == 0.0 else math.inf)
     if not ratio <= 1.0 + _ROUNDING:
@@ -215,7 +220,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n not in self.activations:
             return super().run_node(n)
-        arriving = max(_norm(self.env[source]) for source in self.traced.operands(n))
+        arriving = max(_norm(_one_hot(self.env[source])) for source in self.traced.operands(n))
         self.activations[n] = max(self.activations[n], arriving)
         value = super().run_node(n)
         self.outputs[n] = value

@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
+from clipless_dp.rules.embedding import TABLES, refusal
 
 _BATCH_SIZES = (2, 3)
 _SHAPE_METHODS = {"size", "dim", "numel"}
@@ -27,11 +28,13 @@ class TracedNet:
         module: executes the graph; shares every submodule with the network.
         shapes: the shape of each tensor-valued node, without the batch axis.
         names: canonical parameter name (as in ``net.named_parameters()``) by ``id``.
+        vocabulary: where the network reads tokens, how many of them every embedding knows; else ``None``.
     """
 
     module: fx.GraphModule
     shapes: dict[fx.Node, tuple[int, ...]]
     names: dict[int, str] = field(repr=False)
+    vocabulary: int | None = None
 
     @property
     def output(self) -> fx.Node:
@@ -98,7 +101,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
     """Traces a network and checks that each part is supported and keeps samples apart.
 
     Args:
-        net: the network; it takes one tensor and returns one.
+        net: the network; it takes one tensor and returns one. If it has embeddings, the tensor holds tokens.
         input_shape: shape of one sample, without the batch axis.
         device: where the network's parameters are.
         dtype: their dtype.
@@ -108,8 +111,10 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         ConfigurationError: the network does not accept inputs of this shape.
     """
     module = symbolic_trace(net)
-    _refuse(list(_without_rule(module)))
-    recorders = [_record(module, (size, *input_shape), device, dtype) for size in _BATCH_SIZES]
+    _refuse([*_without_rule(module), *_misused_tokens(module)])
+    vocabulary = min((leaf.weight.shape[0] for _, leaf in _tables(module)), default=None)
+    kind = dtype if vocabulary is None else torch.int64
+    recorders = [_record(module, (size, *input_shape), device, kind) for size in _BATCH_SIZES]
     runs = [recorder.shapes for recorder in recorders]
     public = [recorder.public for recorder in recorders]
     shapes: dict[fx.Node, tuple[int, ...]] = {}
@@ -142,7 +147,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         shapes[node] = first[1:]
     _refuse(mixing)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    traced = TracedNet(module, shapes, names)
+    traced = TracedNet(module, shapes, names, vocabulary)
     if not isinstance(_output_value(module), fx.Node) or traced.output not in shapes:
         raise ConfigurationError("the network must return one tensor")
     return traced
@@ -191,6 +196,32 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
                 getattr(node.target, "__name__", str(node.target)),
                 "no bound is known for this function; use a module or function that has one",
             )
+
+
+def _tables(module: fx.GraphModule) -> Iterator[tuple[fx.Node, nn.Embedding | nn.EmbeddingBag]]:
+    for node in module.graph.nodes:
+        leaf = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(leaf, TABLES):
+            yield node, leaf
+
+
+def _misused_tokens(module: fx.GraphModule) -> Iterator[Unsupported]:
+    """Embeddings whose settings leak, embeddings of anything but the input, and other uses of an input of tokens."""
+    tables = dict(_tables(module))
+    for node, leaf in tables.items():
+        remedy = refusal(leaf)
+        if node.kwargs or len(node.args) != 1 or getattr(node.args[0], "op", None) != "placeholder":
+            remedy = "it must be called with the network's input as it is, and nothing else (no offsets, no weights)"
+        if remedy is not None:
+            yield Unsupported(str(node.target), type(leaf).__name__, remedy)
+    if not tables:
+        return
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            for user in node.users:
+                if user not in tables and user.op != "output" and not _about_shapes(user):
+                    remedy = "the network's input holds tokens, since an embedding reads it: embed it everywhere"
+                    yield Unsupported(user.name, str(user.target), remedy)
 
 
 def is_hooked(leaf: nn.Module) -> bool:

@@ -39,7 +39,7 @@ class LayerSensitivity:
     Attributes:
         path: where the layer is in the network.
         kind: its type.
-        input_norm: ``X``.
+        input_norm: ``X``; of T tokens ``√T``, the norm of their one-hot rows.
         cotangent_norm: ``G`` at its output.
         coverage: ``N`` for windows, else ``None``.
         certified_norm: of its weight, where the sweeps needed it, else ``None``.

@@ -7,8 +7,9 @@ from fnmatch import fnmatchcase
 
 from clipless_dp.constraints.base import Constraint, ConstraintSpec
 from clipless_dp.constraints.frobenius import Frobenius
+from clipless_dp.constraints.row_norm import RowNorm
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.norms.operators import DiagonalOperator, Operator, VectorOperator
+from clipless_dp.norms.operators import DiagonalOperator, Operator, TableOperator, VectorOperator
 
 
 def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) -> dict[str, Constraint]:
@@ -16,7 +17,7 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
 
     Args:
         spec: one constraint for every weight that acts as a linear operator (biases are left alone; slopes of
-            activations are clamped to its limit), or a mapping
+            activations are clamped to its limit, and rows of embeddings shortened to it), or a mapping
             from patterns to constraints. A pattern (``fnmatch``) is matched against parameter names
             (``"0.weight"``, ``"*.bias"``); one that matches a layer's path means its weight. The first match
             counts; ``None`` leaves a parameter free.
@@ -29,8 +30,7 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
         return {}
     if isinstance(spec, Constraint):
         return {
-            # Each slope is a block of its own, so this clamps them one by one and leaves the small ones alone.
-            name: Frobenius(spec.limit) if all(isinstance(operator, DiagonalOperator) for operator in acting) else spec
+            name: _fitting(spec, acting)
             for name, acting in operators.items()
             if not all(isinstance(operator, VectorOperator) for operator in acting)
         }
@@ -50,3 +50,12 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
                 if constraint is not None:
                     chosen[name] = constraint
     return chosen
+
+
+def _fitting(spec: Constraint, acting: tuple[Operator, ...]) -> Constraint:
+    """Slopes and rows of a table are blocks of their own: they are shrunk one by one, and the small ones left alone."""
+    if all(isinstance(operator, DiagonalOperator) for operator in acting):
+        return Frobenius(spec.limit)
+    if all(isinstance(operator, TableOperator) for operator in acting):
+        return RowNorm(spec.limit)
+    return spec

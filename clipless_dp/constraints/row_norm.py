@@ -15,7 +15,8 @@ class RowNorm(Constraint):
     """Projects each row of a weight (each output's weights) on a ball, so that no output starves another.
 
     All rows get the same radius ``limit/(p·√rows)``. It suits a last layer of few outputs; with one row, as in a
-    network with a single score, it is the exact norm.
+    network with a single score, it is the exact norm. Rows of an embedding are looked up one at a time, each an
+    operator of its own: they get the radius ``limit``.
 
     Args:
         limit: the largest operator norm, 1 by default.

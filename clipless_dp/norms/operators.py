@@ -148,6 +148,29 @@ class SigmoidOperator(DiagonalOperator):
 
 
 @dataclass(frozen=True)
+class TableOperator:
+    """A table whose rows are looked up one at a time: its norm is that of its longest row."""
+
+    def norm(self, weight: Tensor) -> float:
+        """The largest Euclidean norm of a row in float64, rounded up."""
+        rows = torch.linalg.vector_norm(exact_float64(weight), dim=1)
+        # The absolute term is for squares that underflow.
+        return float(rows.max()) * (1.0 + (weight.shape[1] + 4) * 2.0**-52) + 1e-150
+
+    def perturbation(self, weight: Tensor) -> float:
+        """A row is no longer than the whole table."""
+        return 1.0
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """Each row a group: ``(rows, 1, d)``."""
+        return weight.unsqueeze(1)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Each row a group: ``(rows, 1, d)``."""
+        return weight.unsqueeze(1)
+
+
+@dataclass(frozen=True)
 class VectorOperator:
     """A vector that is added: its norm is Euclidean."""
 

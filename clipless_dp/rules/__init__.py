@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from clipless_dp.rules import activations, conv, gates, graph, linear, pooling, residual
+from clipless_dp.rules import activations, conv, embedding, gates, graph, linear, pooling, residual
 from clipless_dp.rules.base import (
     Deferred,
     LayerBounds,
@@ -46,6 +46,7 @@ __all__ = [
     "RuleError",
     "activations",
     "conv",
+    "embedding",
     "find_function_rule",
     "find_rule",
     "gates",
