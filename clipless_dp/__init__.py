@@ -11,7 +11,7 @@ from clipless_dp.errors import (
     PrivacyError,
     UnsupportedModuleError,
 )
-from clipless_dp.gating import gated
+from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
@@ -52,6 +52,7 @@ __all__ = [
     "evaluate",
     "fit",
     "gated",
+    "gradient_gated",
     "layers",
     "losses",
     "poisson_collate",

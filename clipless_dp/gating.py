@@ -1,4 +1,4 @@
-"""Signal gates around every parametrised layer: the route to a bound that asks nothing of the weights."""
+"""Gates for whole networks: signal gates around layers, gradient gates inside them; neither rests on weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Literal
 from torch import fx, nn
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates import BallProjection, CotangentGate, GateMode, SphereScaling
+from clipless_dp.gates import _LIFT, BallProjection, CotangentGate, GateMode, SphereScaling
+from clipless_dp.gradient_gates import can_be_gradient_gated, gradient_gated_layer
 from clipless_dp.rules.embedding import TABLES
 from clipless_dp.tracing import is_leaf, symbolic_trace
 
@@ -79,6 +80,70 @@ def gated(
                     user.replace_input_with(leaving, traced.graph.call_method("clone", (leaving,)))
     traced.recompile()
     _keep_unused(net, traced)
+    return traced
+
+
+def gradient_gated(
+    net: nn.Module,
+    *,
+    limit: float = 1.0,
+    bias_limit: float | None = None,
+    mode: GateMode = "normalize",
+    floor: float = _LIFT,
+    layers: Sequence[str] = ("*",),
+    chunk: int | None = None,
+) -> fx.GraphModule:
+    """Puts linear layers and convolutions behind gradient gates, which cap their parameters' per-sample gradients.
+
+    Nothing that flows is changed: activations and cotangents are the network's own, so no layer's gradient is biased
+    by another's gate. Only each sample's share of the gated parameter's own gradient is scaled. The layer's
+    sensitivity is then its caps, whatever weights and neighbours are, and no certificate is computed for it.
+
+    Linear layers on vectors cost two norms. Convolutions and linear layers at several positions form the samples'
+    gradients of their weight, in chunks of bounded memory, in place of their sum.
+
+    Args:
+        net: the network; its parameters are shared with the result, under the same names. Call again with other
+            ``layers`` for other caps, and combine with :func:`gated` as you like.
+        limit: cap ``c`` of each weight's per-sample gradient.
+        bias_limit: cap of each bias's; by default the same.
+        mode: ``"clip"``: ``G·min(1, c/‖G‖)``; ``"normalize"``: ``G·c/max(‖G‖, floor·c)``, so that samples which the
+            network already fits still contribute.
+        floor: for ``"normalize"``, the share of the cap below which a gradient is scaled by ``1/floor`` only: what
+            is nearly zero is mostly rounding, which differs from batch to batch.
+        layers: ``fnmatch`` patterns of the paths of the layers to gate; other parametrised layers are left alone.
+        chunk: samples whose gradients of one weight exist at once; by default as many as fit into a few megabytes.
+
+    Returns:
+        A traced network with the gated layers in place, to be wrapped by ``DPLipModel``.
+
+    Raises:
+        UnsupportedModuleError: the network cannot be traced.
+        ConfigurationError: a pattern matches no linear layer or convolution, or a value is out of range.
+
+    Guarantee:
+        Each sample's gradient of a gated weight has norm at most ``limit``, up to rounding that the rule includes,
+        and that of a gated bias at most ``bias_limit``; samples whose gradient is not finite contribute zero. A
+        layer that is used twice has both caps.
+    """
+    if is_leaf(net):
+        raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
+    traced = symbolic_trace(net)
+    candidates = {
+        str(node.target): traced.get_submodule(str(node.target))
+        for node in traced.graph.nodes
+        if node.op == "call_module" and can_be_gradient_gated(traced.get_submodule(str(node.target)))
+    }
+    for pattern in layers:
+        if not any(fnmatchcase(path, pattern) for path in candidates):
+            raise ConfigurationError(f"no linear layer or convolution matches {pattern!r}; there are {[*candidates]}")
+    _keep_unused(net, traced)
+    for path, layer in candidates.items():
+        if any(fnmatchcase(path, pattern) for pattern in layers):
+            gate = gradient_gated_layer(layer, limit, bias_limit=bias_limit, mode=mode, floor=floor, chunk=chunk)
+            for place, module in list(traced.named_modules(remove_duplicate=False)):
+                if module is layer:
+                    traced.set_submodule(place, gate)
     return traced
 
 

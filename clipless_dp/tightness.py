@@ -12,6 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, fx
 
 from clipless_dp.errors import InputError, PrivacyError
+from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated
 from clipless_dp.tracing import TracedNet
 from clipless_dp.tracker import LayerSensitivity, Sensitivity
 
@@ -32,11 +33,12 @@ class LayerTightness:
     Attributes:
         path: where the layer is in the network.
         kind: its type.
-        activation: of its input's norm.
-        cotangent: of the norm of the cotangent at its output.
+        activation: of its input's norm; 0 where gradient gates make its bound needless.
+        cotangent: of the norm of the cotangent at its output; 0 in the same cases.
         gradients: of each parameter's per-sample gradient, over all uses of that parameter.
         largest_activation: the largest norm of an input: what a gate before the layer should let pass.
         largest_cotangent: the largest norm of a cotangent: what a gate behind the layer should let pass.
+        largest_gradients: of each parameter, the largest norm of a sample's gradient.
         advice: which gate or constraint would make its bound smaller.
     """
 
@@ -47,6 +49,7 @@ class LayerTightness:
     gradients: Mapping[str, float]
     largest_activation: float
     largest_cotangent: float
+    largest_gradients: Mapping[str, float]
     advice: str
 
 
@@ -159,17 +162,27 @@ def _line(
     activation, cotangent = recorder.activations[node], recorder.cotangents[node]
     first = _ratio(activation, layer.input_norm, f"the input of {layer.path}")
     second = _ratio(cotangent, layer.cotangent_norm, f"the cotangent of {layer.path}")
-    gradients = {}
-    for name, parameter in traced.leaf(node).named_parameters():
+    leaf = traced.leaf(node)
+    gradients, largest = {}, {}
+    for name, parameter in leaf.named_parameters():
         if parameter.requires_grad:
             key = traced.names[id(parameter)]
+            largest[name] = largest_gradients[key]
             gradients[name] = _ratio(largest_gradients[key], sensitivity.per_parameter[key], f"the gradient of {key}")
     # Parameters whose bound is larger cost more noise: they decide.
     weights = {name: sensitivity.per_parameter[_key(traced, node, name)] for name in gradients}
     used = math.hypot(*(weights[name] * ratio for name, ratio in gradients.items()))
     whole = math.hypot(*weights.values())
-    advice = _advice(layer, activation, cotangent, first, second, used / whole if whole > 0.0 else 0.0)
-    return LayerTightness(layer.path, layer.kind, first, second, gradients, activation, cotangent, advice)
+    share = used / whole if whole > 0.0 else 0.0
+    if isinstance(leaf, GradientGated):
+        advice = "–" if share >= _TIGHT else f"gradient gates of a smaller limit ({_listed(largest)})"
+    else:
+        advice = _advice(layer, activation, cotangent, first, second, share, gateable=can_be_gradient_gated(leaf))
+    return LayerTightness(layer.path, layer.kind, first, second, gradients, activation, cotangent, largest, advice)
+
+
+def _listed(norms: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rounded_up(norm)}" for name, norm in norms.items())
 
 
 def _key(traced: TracedNet, node: fx.Node, name: str) -> str:
@@ -177,24 +190,33 @@ def _key(traced: TracedNet, node: fx.Node, name: str) -> str:
 
 
 def _advice(
-    layer: LayerSensitivity, activation: float, cotangent: float, first: float, second: float, used: float
+    layer: LayerSensitivity,
+    activation: float,
+    cotangent: float,
+    first: float,
+    second: float,
+    used: float,
+    *,
+    gateable: bool,
 ) -> str:
     if used >= _TIGHT:
         return "–"
     rest = used / (first * second) if first * second > 0.0 else 1.0
     if first <= min(second, rest):
         return (
-            f"BallProjection({_rounded_up(activation)}) before it, smaller biases, or Orthogonal weights in the layers "
+            f"BallProjection({rounded_up(activation)}) before it, smaller biases, or Orthogonal weights in the layers "
             "before it"
         )
     if second <= rest:
-        return f"CotangentGate({_rounded_up(cotangent)}) behind it, or Orthogonal weights in the layers behind it"
+        return f"CotangentGate({rounded_up(cotangent)}) behind it, or Orthogonal weights in the layers behind it"
+    gate = f"gradient_gated(net, layers=[{layer.path!r}])" if gateable else None
     if layer.coverage is not None and layer.coverage > 1:
-        return f"windows that overlap less (coverage {layer.coverage}): a larger stride or a smaller kernel"
-    return "nothing simple: its worst case needs signals that these samples do not align to"
+        fewer = f"windows that overlap less (coverage {layer.coverage}): a larger stride or a smaller kernel"
+        return fewer if gate is None else f"{gate}, or {fewer}"
+    return gate or "nothing simple: its worst case needs signals that these samples do not align to"
 
 
-def _rounded_up(norm: float) -> str:
+def rounded_up(norm: float) -> str:
     """Two digits, so that the advised gate touches none of the samples seen."""
     if norm <= 0.0:
         return "1e-8"

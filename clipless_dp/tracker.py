@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -39,8 +40,9 @@ class LayerSensitivity:
     Attributes:
         path: where the layer is in the network.
         kind: its type.
-        input_norm: ``X``; of T tokens ``√T``, the norm of their one-hot rows.
-        cotangent_norm: ``G`` at its output.
+        input_norm: ``X``; of T tokens ``√T``, the norm of their one-hot rows. Infinite where gradient gates bound all
+            that is trained and ``X`` would need weights.
+        cotangent_norm: ``G`` at its output; infinite in the same cases.
         coverage: ``N`` for windows, else ``None``.
         certified_norm: of its weight, where the sweeps needed it, else ``None``.
         sensitivity: ``Δ`` over the layer's trainable parameters, under the report's relation.
@@ -77,7 +79,7 @@ class Sensitivity:
 
     def __str__(self) -> str:
         def shown(value: float | None) -> str:
-            return "–" if value is None else f"{value:.4g}"
+            return "–" if value is None or math.isinf(value) else f"{value:.4g}"
 
         rows = [
             (
@@ -318,19 +320,22 @@ class _Sweep:
             trainable = {name: p for name, p in _parameters(leaf).items() if p.requires_grad}
             if not trainable:
                 continue
-            arriving = self.cotangent(node)
+            # Where caps bound every gradient, norms are asked for only as far as they cost no certificate.
+            capped = trainable.keys() <= bounds.gradient_limits.keys()
+            sources = self.traced.operands(node)
+            known = self.free if capped else value_of
+            arriving = known(partial(self.cotangent, node))
+            entering = known(partial(self._largest_norm, sources))
             own: list[float] = []
             for name, parameter in trainable.items():
-                unit = value_of(bounds.gradients[name])
-                cap = bounds.gradient_limits.get(name, math.inf)
-                own.append(scale * min(unit * arriving, cap))
+                own.append(scale * self._gradient(bounds, name, arriving))
                 key = self.traced.names[id(parameter)]
                 per_parameter[key] = per_parameter.get(key, 0.0) + own[-1]
             layers.append(
                 LayerSensitivity(
                     path=str(node.target),
                     kind=type(leaf).__name__,
-                    input_norm=max(self.norm(source) for source in self.traced.operands(node)),
+                    input_norm=entering,
                     cotangent_norm=arriving,
                     coverage=bounds.coverage,
                     certified_norm=None,
@@ -348,6 +353,16 @@ class _Sweep:
             replace(layer, certified_norm=self._known_norm(*owner)) for layer, owner in zip(layers, owners, strict=True)
         )
         return Sensitivity(per_parameter, math.hypot(*per_parameter.values()), relation, tuple(report))
+
+    def _largest_norm(self, sources: tuple[fx.Node, ...]) -> float:
+        return max(self.norm(source) for source in sources)
+
+    def _gradient(self, bounds: LayerBounds, name: str, arriving: float) -> float:
+        """``Δ_θ``: per unit of cotangent times the cotangent, or the cap of a gradient gate, whichever is smaller."""
+        unit, cap = bounds.gradients[name], bounds.gradient_limits.get(name)
+        if cap is None:
+            return value_of(unit) * arriving
+        return min(cap, self.free(lambda: value_of(unit) * arriving)) if math.isfinite(arriving) else cap
 
     def _known_norm(self, leaf: nn.Module, bounds: LayerBounds) -> float | None:
         for name, operator in bounds.operators.items():

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+
+from torch import Tensor
 
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling, rounding_slack
+from clipless_dp.gradient_gates import (
+    GradientGated,
+    GradientGatedConv1d,
+    GradientGatedConv2d,
+    GradientGatedConvTranspose1d,
+    GradientGatedConvTranspose2d,
+    GradientGatedLinear,
+)
 from clipless_dp.rules.base import LayerBounds, RuleContext, register_rule
+from clipless_dp.rules.conv import convolution_rule, transposed_convolution_rule
+from clipless_dp.rules.linear import linear_rule
 
 
 @register_rule(BallProjection)
@@ -32,3 +45,36 @@ def cotangent_gate_rule(module: CotangentGate, context: RuleContext) -> LayerBou
             output_norm=lambda: context.input_norm, lipschitz=module.limit / module.floor, cotangent_cap=cap
         )
     return LayerBounds(output_norm=lambda: context.input_norm, cotangent_cap=cap)
+
+
+@register_rule(GradientGatedLinear)
+def gradient_gated_linear_rule(module: GradientGatedLinear, context: RuleContext) -> LayerBounds:
+    """As the linear layer; the gradients themselves have the gates' caps."""
+    return _capped(linear_rule(module, context), module, module.weight, module.bias, context)
+
+
+@register_rule(GradientGatedConv1d, GradientGatedConv2d)
+def gradient_gated_convolution_rule(
+    module: GradientGatedConv1d | GradientGatedConv2d, context: RuleContext
+) -> LayerBounds:
+    """As the convolution; the gradients themselves have the gates' caps."""
+    return _capped(convolution_rule(module, context), module, module.weight, module.bias, context)
+
+
+@register_rule(GradientGatedConvTranspose1d, GradientGatedConvTranspose2d)
+def gradient_gated_transposed_convolution_rule(
+    module: GradientGatedConvTranspose1d | GradientGatedConvTranspose2d, context: RuleContext
+) -> LayerBounds:
+    """As the transposed convolution; the gradients themselves have the gates' caps."""
+    return _capped(transposed_convolution_rule(module, context), module, module.weight, module.bias, context)
+
+
+def _capped(
+    bounds: LayerBounds, module: GradientGated, weight: Tensor, bias: Tensor | None, context: RuleContext
+) -> LayerBounds:
+    """Adds the caps, each times what rounding can hide from it: of the product of two norms, or of one."""
+    lengths = rounding_slack(math.prod(context.input_shape)) * rounding_slack(math.prod(context.output_shape))
+    limits = {"weight": module.limit * lengths * rounding_slack(weight.numel())}
+    if bias is not None:
+        limits["bias"] = module.bias_limit * rounding_slack(bias.numel())
+    return replace(bounds, gradient_limits=limits)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp import layers
+from clipless_dp.gradient_gates import gradient_gated_layer
 from tests.soundness.attack import Case, Traced
 
 
@@ -235,6 +236,22 @@ GATE_CASES = (
     ),
 )
 
+
+def _gradient_gated(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], mode: str) -> Case:
+    attained = ("layer.weight", 0.999), ("layer.bias", 0.999)
+    return Case(name, lambda: gradient_gated_layer(build(), 0.05, mode=mode), shape, attained=attained)
+
+
+GRADIENT_GATE_CASES = (
+    _gradient_gated("clipped gradients, linear", lambda: nn.Linear(6, 5), (6,), "clip"),
+    _gradient_gated("normalised gradients, linear", lambda: nn.Linear(6, 5), (6,), "normalize"),
+    _gradient_gated("clipped gradients, linear on 2 tokens", lambda: nn.Linear(6, 8), (2, 6), "clip"),
+    _gradient_gated("normalised gradients, linear on 5 tokens", lambda: nn.Linear(4, 3), (5, 4), "normalize"),
+    _gradient_gated("clipped gradients, conv 3×3", lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 6, 6), "clip"),
+    _gradient_gated("normalised gradients, conv 3×3", lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 4, 4), "normalize"),
+    _gradient_gated("clipped gradients, transposed conv", lambda: nn.ConvTranspose2d(2, 2, 3, 2), (2, 3, 3), "clip"),
+)
+
 DROPOUT_CASES = (
     Case("dropout 0.5", lambda: nn.Dropout(0.5), (6,)),
     Case("dropout 0.9", lambda: nn.Dropout(0.9), (6,)),
@@ -366,6 +383,7 @@ CASES = (
     *ACTIVATION_CASES,
     *POOLING_CASES,
     *GATE_CASES,
+    *GRADIENT_GATE_CASES,
     *DROPOUT_CASES,
     *GRAPH_CASES,
 )

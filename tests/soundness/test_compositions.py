@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clipless_dp import layers
+from clipless_dp.gradient_gates import gradient_gated_layer
 from tests.soundness.attack import Record, add_or_remove_one, wrap
 
 Step = tuple[str, int, int]
@@ -31,6 +32,9 @@ def _mixer(family: str, channels: int, *, bias: bool = True) -> nn.Module:
 UNARY: dict[str, Callable[[str], nn.Module]] = {
     "mix": lambda family: _mixer(family, 4),
     "mix without bias": lambda family: _mixer(family, 4, bias=False),
+    "mix behind gradient gates": lambda family: gradient_gated_layer(
+        _mixer(family, 4), 0.3, bias_limit=0.2, mode="clip"
+    ),
     "relu": lambda family: nn.ReLU(),
     "tanh": lambda family: nn.Tanh(),
     "leaky": lambda family: nn.LeakyReLU(-1.5),

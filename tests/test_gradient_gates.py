@@ -1,0 +1,596 @@
+"""Gradient gates cap each sample's own gradient of one parameter, exactly, and leave everything else alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipless_dp import ConfigurationError, DPLipModel, gated, gradient_gated, gradient_gates, losses
+from clipless_dp.gates import rounding_slack
+from clipless_dp.gradient_gates import GradientGated, GradientGatedConv2d, GradientGatedLinear, gradient_gated_layer
+from clipless_dp.norms import operators
+from tests.soundness.attack import Record, add_or_remove_one, per_sample_gradients, wrap
+
+LIMIT, BIAS_LIMIT, FLOOR = 0.5, 0.3, 0.01
+SETTINGS: dict[str, Any] = {"limit": LIMIT, "bias_limit": BIAS_LIMIT, "floor": FLOOR}
+
+# Layers and the shape of one sample: both ways of computing a norm, groups, strides, dilation and every padding.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "vector": (lambda: nn.Linear(4, 3), (4,)),
+    "vector, no bias": (lambda: nn.Linear(4, 3, bias=False), (4,)),
+    "few tokens": (lambda: nn.Linear(8, 9), (2, 8)),
+    "many tokens": (lambda: nn.Linear(3, 4), (2, 5, 3)),
+    "map": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 5, 6)),
+    "map of one pixel": (lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 1, 1)),
+    "strides, dilation": (lambda: nn.Conv2d(1, 2, (2, 3), stride=(2, 1), padding=(1, 2), dilation=2), (1, 7, 6)),
+    "few positions": (lambda: nn.Conv2d(4, 6, 3), (4, 4, 4)),
+    "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 5, 5)),
+    "groups, few positions": (lambda: nn.Conv2d(8, 12, 3, groups=2), (8, 4, 3)),
+    "depthwise": (lambda: nn.Conv2d(3, 3, 3, groups=3, padding=1), (3, 4, 4)),
+    "same": (lambda: nn.Conv2d(2, 2, (4, 3), padding="same"), (2, 5, 5)),
+    "circular": (lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular", stride=2), (2, 6, 6)),
+    "signal": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 8)),
+    "transposed": (lambda: nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1), (2, 4, 4)),
+    "transposed, wide steps": (lambda: nn.ConvTranspose2d(2, 4, 2, dilation=3, output_padding=2, groups=2), (2, 3, 3)),
+    "transposed signal": (lambda: nn.ConvTranspose1d(3, 2, 4, stride=3, bias=False), (3, 5)),
+}
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel:UserWarning")
+every_layer = pytest.mark.parametrize("name", LAYERS)
+both_modes = pytest.mark.parametrize("mode", ["clip", "normalize"])
+
+
+def built(name: str, seed: int = 0) -> tuple[nn.Module, tuple[int, ...]]:
+    build, shape = LAYERS[name]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build().double(), shape
+
+
+def signals(layer: nn.Module, shape: tuple[int, ...], batch: int = 7, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs and cotangents whose gradients lie below the floor, between, and far above the caps."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        made = layer(values)
+    cotangents = torch.randn(made.shape, generator=generator, dtype=torch.float64)
+    sizes = 10.0 ** torch.linspace(-6.0, 3.0, batch, dtype=torch.float64)
+    return values, cotangents * sizes.reshape(-1, *[1] * (made.dim() - 1))
+
+
+def backward(layer: nn.Module, values: Tensor, cotangents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    values = values.detach().requires_grad_(True)
+    names = [name for name, _ in layer.named_parameters()]
+    passed, *found = torch.autograd.grad(layer(values), [values, *layer.parameters()], cotangents)
+    return passed, dict(zip(names, found, strict=True))
+
+
+def scaled(gradient: Tensor, limit: float, mode: str, floor: float = FLOOR) -> Tensor:
+    norm = float(gradient.norm())
+    return gradient * (min(1.0, limit / norm) if mode == "clip" else limit / max(norm, floor * limit))
+
+
+def one_by_one(layer: nn.Module, values: Tensor, cotangents: Tensor, mode: str) -> dict[str, Tensor]:
+    """What per-sample clipping or normalising of torch's own gradients gives."""
+    total = {name: torch.zeros_like(parameter) for name, parameter in layer.named_parameters()}
+    for index in range(len(values)):
+        _, alone = backward(layer, values[index : index + 1], cotangents[index : index + 1])
+        for name, gradient in alone.items():
+            total[name] += scaled(gradient, BIAS_LIMIT if name == "bias" else LIMIT, mode)
+    return total
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-11) -> None:
+    """float64 sums of under 10^3 products round by 10^3·2^-53 ≈ 1e-13 of their terms; the Gram form adds 1e-12."""
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert float((value - expected[name]).norm()) <= tolerance * max(1.0, float(expected[name].norm())), name
+
+
+@every_layer
+@both_modes
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_untouched(
+    name: str, mode: str, chunk: int | None
+) -> None:
+    layer, shape = built(name)
+    gate = gradient_gated_layer(layer, mode=mode, chunk=chunk, **SETTINGS)
+    values, cotangents = signals(layer, shape)
+    assert torch.equal(gate(values), layer(values))
+    passed, found = backward(gate, values, cotangents)
+    expected, _ = backward(layer, values, cotangents)
+    # The same matrix products; torch may order them differently for the input's gradient alone.
+    assert torch.allclose(passed, expected, rtol=1e-13, atol=1e-13)
+    assert_close(found, one_by_one(layer, values, cotangents, mode))
+
+
+def test_both_ways_of_computing_a_norm_are_among_the_layers_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: set[tuple[bool, bool]] = set()
+    prefers_gram = gradient_gates._prefers_gram
+
+    def noted(positions: int, inputs: int, outputs: int) -> bool:
+        answer = prefers_gram(positions, inputs, outputs)
+        ways.add((answer, "groups" in name))
+        return answer
+
+    monkeypatch.setattr(gradient_gates, "_prefers_gram", noted)
+    for name in LAYERS:
+        layer, shape = built(name)
+        backward(gradient_gated_layer(layer, 1.0), *signals(layer, shape))
+    assert ways == {(False, False), (False, True), (True, False), (True, True)}
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    axes, groups = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 1, 2]))
+    transposed = draw(st.booleans())
+    kernel, stride, dilation, padding = (
+        tuple(draw(st.integers(low, high)) for _ in range(axes)) for low, high in ((1, 3), (1, 3), (1, 2), (0, 2))
+    )
+    size = [draw(st.integers(max(1, d * (k - 1) + 1), 7)) for k, d in zip(kernel, dilation, strict=True)]
+    inputs, outputs = groups * draw(st.integers(1, 3)), groups * draw(st.integers(1, 3))
+    options: dict[str, Any] = {"stride": stride, "dilation": dilation, "groups": groups, "bias": draw(st.booleans())}
+    if transposed:
+        extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        kind: Any = nn.ConvTranspose1d if axes == 1 else nn.ConvTranspose2d
+        return kind(inputs, outputs, kernel, output_padding=extra, **options).double(), (inputs, *size)
+    kind = nn.Conv1d if axes == 1 else nn.Conv2d
+    return kind(inputs, outputs, kernel, padding=padding, **options).double(), (inputs, *size)
+
+
+@st.composite
+def linear_layers(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    leading = draw(st.lists(st.integers(1, 4), max_size=2))
+    inputs, outputs = draw(st.integers(1, 9)), draw(st.integers(1, 9))
+    return nn.Linear(inputs, outputs, bias=draw(st.booleans())).double(), (*leading, inputs)
+
+
+@given(
+    layer=st.one_of(convolutions(), linear_layers()),
+    mode=st.sampled_from(["clip", "normalize"]),
+    batch=st.integers(0, 5),
+    chunk=st.sampled_from([None, 1, 2]),
+    seed=st.integers(0, 2**16),
+)
+@settings(max_examples=50, deadline=None, derandomize=True, database=None)
+def test_any_geometry_gates_each_sample_and_no_single_gradient_passes_its_cap(
+    layer: tuple[nn.Module, tuple[int, ...]], mode: str, batch: int, chunk: int | None, seed: int
+) -> None:
+    plain, shape = layer
+    gate = gradient_gated_layer(plain, mode=mode, chunk=chunk, **SETTINGS)
+    values, cotangents = signals(plain, shape, batch, seed)
+    _, found = backward(gate, values, cotangents)
+    assert_close(found, one_by_one(plain, values, cotangents, mode))
+    for index in range(batch):
+        _, alone = backward(gate, values[index : index + 1], cotangents[index : index + 1])
+        for name, gradient in alone.items():
+            # Float64 products on top of what the norms certify.
+            assert float(gradient.norm()) <= (BIAS_LIMIT if name == "bias" else LIMIT) * (1.0 + 1e-12)
+
+
+@given(
+    name=st.sampled_from(sorted(LAYERS)),
+    mode=st.sampled_from(["clip", "normalize"]),
+    size=st.sampled_from([1e-30, 1e-19, 1e-9, 1.0, 1e9, 1e17]),
+    other=st.sampled_from([1e-30, 1e-19, 1e-9, 1.0, 1e9, 1e17]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_float32_gradients_of_any_size_stay_below_the_cap_and_its_slack(
+    name: str, mode: str, size: float, other: float, seed: int
+) -> None:
+    plain, shape = built(name)
+    gate = gradient_gated_layer(plain.float(), mode=mode, **SETTINGS)
+    values, cotangents = signals(plain.double(), shape, 1, seed)
+    values, cotangents = (values * size).float(), (cotangents / cotangents.norm() * other).float()
+    _, found = backward(gate.float(), values, cotangents)
+    for parameter, gradient in found.items():
+        cap = BIAS_LIMIT if parameter == "bias" else LIMIT
+        # The rule's slack, and float32 products of under 100 positions: γ_100 ≈ 6e-6.
+        slack = rounding_slack(values.numel()) * rounding_slack(cotangents.numel()) * rounding_slack(gradient.numel())
+        assert float(gradient.double().norm()) <= cap * slack * (1.0 + 1e-5)
+
+
+def gated_net(**options: Any) -> tuple[nn.Module, DPLipModel]:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, stride=2, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(3, 4, 2),
+        nn.Tanh(),
+        nn.Flatten(2),
+        nn.Linear(9, 6),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    ).double()
+    return net, wrap(gradient_gated(net, **{**SETTINGS, **options}), (1, 8, 8), input_norm=3.0)
+
+
+def net_samples(count: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(count, 1, 8, 8, generator=generator, dtype=torch.float64)
+    return inputs, torch.randn(count, 3, generator=generator, dtype=torch.float64)
+
+
+@both_modes
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_no_weight_breaks_the_bounds_of_a_gradient_gated_network(mode: str, size: float) -> None:
+    net, model = gated_net(mode=mode)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(size * torch.randn_like(parameter))
+    inputs, targets = net_samples()
+    inputs[1], targets[1] = -1e6 * inputs[0], 1e6 * targets[0]
+    record = Record(model)
+    for sample, target in zip(inputs, targets, strict=True):
+        record.try_(sample, target)
+    if size >= 1.0 or mode == "normalize":
+        assert max(record.worst.values()) > 0.5
+    add_or_remove_one(model, inputs, targets)
+
+
+@contextmanager
+def mutant(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> Iterator[None]:
+    with monkeypatch.context() as patched:
+        patched.setattr(gradient_gates, name, value)
+        yield
+
+
+def of_the_batch(norms: Tensor, limit: float, least: float) -> Tensor:
+    """Clips the batch, not its samples."""
+    return (limit / norms.norm().clamp(min=least)).expand_as(norms)
+
+
+def plain_bias(cotangents: Tensor, limit: float, least: float) -> Tensor:
+    return cotangents.sum((0, 2))
+
+
+def of_cotangent_alone(values: Tensor, cotangents: Tensor, limit: float, least: float) -> Tensor:
+    factors = limit / cotangents.norm(dim=1).clamp(min=least)
+    return (cotangents * factors[:, None]).t() @ values
+
+
+def each_group_by_itself(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
+    found = cotangents @ rows
+    return (found * (limit / found.flatten(2).norm(dim=2).clamp(min=least))[..., None, None]).sum(0)
+
+
+def positions_by_themselves(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
+    """Sums squares over positions, as if no two of them shared a direction."""
+    norms = (rows.norm(dim=3) * cotangents.norm(dim=2)).square().sum((1, 2)).sqrt()
+    return ((cotangents @ rows) * (limit / norms.clamp(min=least))[:, None, None, None]).sum(0)
+
+
+def drops_the_rest(values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int) -> Tensor:
+    whole = len(values) // chunk * chunk
+    return TOKENS(values[:whole], cotangents[:whole], limit, least, chunk)
+
+
+TOKENS = gradient_gates._token_weight_gradient
+
+MUTANTS = [
+    ("_factors", of_the_batch, "map"),
+    ("_bias_gradient", plain_bias, "vector"),
+    ("_vector_weight_gradient", of_cotangent_alone, "vector"),
+    ("_gated_sum", each_group_by_itself, "groups"),
+    ("_gated_sum", positions_by_themselves, "map"),
+    ("_gated_sum", positions_by_themselves, "few tokens"),
+    ("_token_weight_gradient", drops_the_rest, "many tokens"),
+]
+
+
+@both_modes
+@pytest.mark.parametrize(("place", "wrong", "name"), MUTANTS)
+def test_a_wrong_gate_is_caught(
+    place: str, wrong: Callable[..., Any], name: str, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, shape = built(name)
+    gate = gradient_gated_layer(layer, mode=mode, chunk=3, **SETTINGS)
+    values, cotangents = signals(layer, shape)
+    expected = one_by_one(layer, values, cotangents, mode)
+    assert_close(backward(gate, values, cotangents)[1], expected)
+    with mutant(monkeypatch, place, wrong), pytest.raises(AssertionError):
+        assert_close(backward(gate, values, cotangents)[1], expected)
+
+
+@pytest.mark.parametrize(("place", "wrong"), [("_bias_gradient", plain_bias), ("_factors", of_the_batch)])
+def test_removing_an_outlier_exposes_a_wrong_gate(
+    place: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = gradient_gated_layer(built("vector")[0], mode="clip", **SETTINGS)
+    values = torch.ones(10, 4, dtype=torch.float64)
+    cotangents = torch.ones(10, 3, dtype=torch.float64)
+    cotangents[-1] *= -1e6
+
+    def largest_excess() -> float:
+        full, without = backward(gate, values, cotangents)[1], backward(gate, values[:-1], cotangents[:-1])[1]
+        caps = {"weight": LIMIT, "bias": BIAS_LIMIT}
+        return max(float((full[name] - without[name]).norm()) / cap for name, cap in caps.items())
+
+    assert largest_excess() == pytest.approx(1.0, rel=1e-9)  # both caps are attained
+    with mutant(monkeypatch, place, wrong):
+        assert largest_excess() > 1.1
+
+
+@every_layer
+def test_samples_that_are_not_finite_contribute_zero_and_disturb_no_other(name: str) -> None:
+    layer, shape = built(name)
+    gate = gradient_gated_layer(layer, chunk=4, **SETTINGS)
+    values, cotangents = signals(layer, shape)
+    expected = backward(gate, values[2:], cotangents[2:])[1]
+    if "bias" in expected:
+        # The gradient of a bias does not see the input.
+        first = backward(gate, values[:1], cotangents[:1])[1]["bias"]
+        expected["bias"] = expected["bias"] + first
+    for bad in (math.nan, math.inf, 1e200):
+        values[0].flatten()[1] = bad
+        cotangents[1].flatten()[0] = bad
+        assert_close(backward(gate, values, cotangents)[1], expected)
+
+
+def test_masked_rows_and_rows_of_nan_leave_a_models_gradient_as_it_is() -> None:
+    net, model = gated_net()
+    inputs, targets = net_samples()
+    model.loss(model(inputs[:4]), targets[:4]).backward()
+    expected = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    inputs[5] = math.nan
+    mask = torch.tensor([True, True, True, True, False, True])
+    model.loss(model(inputs), targets, mask).backward()
+    assert_close({name: p.grad for name, p in net.named_parameters() if p.grad is not None}, expected)
+
+
+def test_an_empty_batch_and_accumulated_halves_sum_to_the_whole() -> None:
+    net, model = gated_net()
+    inputs, targets = net_samples()
+    model.loss(model(inputs), targets).backward()
+    expected = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for part in (slice(0, 2), slice(2, 2), slice(2, 6)):
+        model.loss(model(inputs[part]), targets[part]).backward()
+    assert_close({name: p.grad for name, p in net.named_parameters() if p.grad is not None}, expected)
+
+
+@every_layer
+def test_the_layout_of_memory_does_not_matter(name: str) -> None:
+    layer, shape = built(name)
+    gate = gradient_gated_layer(layer, **SETTINGS)
+    values, cotangents = signals(layer, shape)
+    expected = backward(gate, values, cotangents)[1]
+    if values.dim() == 4 and isinstance(layer, nn.Conv2d):
+        last = backward(gate, *(t.to(memory_format=torch.channels_last) for t in (values, cotangents)))
+        assert_close(last[1], expected)
+    strided = [torch.stack([t, t], -1)[..., 0] for t in (values, cotangents)]
+    assert_close(backward(gate, *strided)[1], expected)
+
+
+def test_a_layer_that_is_used_twice_has_the_sum_of_both_caps_and_needs_it() -> None:
+    torch.manual_seed(0)
+    shared = nn.Linear(4, 4)
+    net = nn.Sequential(shared, nn.Identity(), shared).double()
+    with torch.no_grad():
+        shared.weight.copy_(torch.eye(4))
+        shared.bias.zero_()
+    model = wrap(gradient_gated(net, **SETTINGS), (4,))
+    assert model.sensitivity().per_parameter["0.weight"] == pytest.approx(2.0 * LIMIT, rel=1e-4)
+    found = per_sample_gradients(model, torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64))
+    assert float(found["0.weight"].norm()) == pytest.approx(2.0 * LIMIT, rel=1e-9)
+
+
+class Largest(TorchDispatchMode):
+    """The largest number of entries of any tensor that an operator makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(tensor, Tensor):
+                self.entries = max(self.entries, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(40, 50), (20, 40)), (nn.Conv2d(8, 40, 3, padding=1), (8, 8, 8))]
+)
+def test_no_more_per_sample_gradients_exist_at_once_than_the_chunk_allows(
+    layer: nn.Module, shape: tuple[int, ...]
+) -> None:
+    values = torch.randn(16, *shape)
+    weight = next(layer.parameters())
+    for chunk in (1, 3):
+        output = gradient_gated_layer(layer, 1.0, chunk=chunk)(values)
+        cotangents = torch.randn_like(output)
+        with Largest() as largest:
+            torch.autograd.grad(output, weight, cotangents)
+        # Windows of a chunk are larger than its gradients in the convolution: 72·64 against 72·40.
+        of_chunk = chunk * max(weight.numel(), 72 * 64 if weight.dim() == 4 else 0)
+        assert largest.entries == max(of_chunk, output.numel(), values.numel())
+
+
+def test_gates_lift_small_gradients_and_those_that_cancel_no_further_than_their_floor() -> None:
+    layer = gradient_gated_layer(nn.Linear(3, 2), 1.0)
+    values = torch.ones(1, 4, 3)
+    tiny = torch.full((1, 4, 2), 1e-9)
+    assert float(backward(layer, values, tiny)[1]["weight"].norm()) <= 1e-6  # 100 · 1e-9·√(3·2)·4
+    # The sum over positions vanishes; what is left is rounding of products of size 1e6.
+    cotangents = 1e6 * torch.tensor([0.1, 0.7, -0.3, -0.5]).reshape(1, 4, 1).expand(1, 4, 2)
+    found = backward(layer, values, cotangents)[1]
+    # Float32 products round by 2^-24·1e6·√6·4 ≈ 0.6, the factor is at most 1/(1e-3·‖x‖‖g‖) ≈ 2e-4.
+    assert float(found["weight"].norm()) <= 2e-4
+    assert float(found["bias"].norm()) <= 2e-4
+
+
+def test_the_bound_is_the_smaller_of_cap_and_what_is_known_without_a_certificate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*args: object, **kwargs: object) -> float:
+        raise AssertionError("a certificate was computed")
+
+    monkeypatch.setattr(operators, "dense_norm", refuse)
+    monkeypatch.setattr(operators, "conv2d_norm", refuse)
+    _, model = gated_net()
+    sensitivity = model.sensitivity()
+    for name, bound in sensitivity.per_parameter.items():
+        # Float32 slack of three norms of under 300 entries.
+        assert bound == pytest.approx(BIAS_LIMIT if "bias" in name else LIMIT, rel=1e-4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1e3)
+    assert model.sensitivity() is sensitivity
+    assert "inf" not in str(sensitivity)
+    net = nn.Sequential(nn.Linear(4, 3))
+    single = wrap(gradient_gated(net, limit=100.0), (4,), input_norm=2.0, cotangent_norm=0.5)
+    assert single.sensitivity().per_parameter == pytest.approx({"0.weight": 1.0, "0.bias": 0.5}, rel=1e-4)
+
+
+def test_layers_outside_the_pattern_keep_their_own_bounds() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    plain = wrap(net, (4,)).sensitivity()
+    partly = wrap(gradient_gated(net, limit=1e-3, layers=["0"]), (4,)).sensitivity()
+    for name in ("2.weight", "2.bias"):
+        assert partly.per_parameter[name] == plain.per_parameter[name]
+    assert partly.per_parameter["0.weight"] == pytest.approx(1e-3, rel=1e-4)
+
+
+def test_frozen_parameters_get_no_gradient_and_leave_the_sensitivity() -> None:
+    net, _ = gated_net()
+    net[0].weight.requires_grad_(False)
+    net[2].bias.requires_grad_(False)
+    model = wrap(gradient_gated(net, **SETTINGS), (1, 8, 8))
+    inputs, targets = net_samples()
+    model.loss(model(inputs), targets).backward()
+    assert model.sensitivity().per_parameter.keys() == {n for n, p in net.named_parameters() if p.grad is not None}
+    assert net[0].weight.grad is None
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
+def test_a_gradient_gated_network_compiles_as_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    net, model = gated_net(chunk=2)
+    inputs, targets = net_samples()
+    inputs[2] = math.nan
+    model.loss(model(inputs), targets).backward()
+    expected = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    compiled = torch.compile(
+        lambda inputs, targets: model.loss(model(inputs), targets), fullgraph=True, backend=backend
+    )
+    compiled(inputs, targets).backward()
+    assert len(expected) == 8
+    assert_close({name: p.grad for name, p in net.named_parameters() if p.grad is not None}, expected)
+
+
+class Branches(nn.Module):
+    """Tied layers, an unused one and a keyword call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(4, 4)
+        self.alias = self.stem
+        self.head = nn.Sequential(nn.PReLU(), nn.Linear(4, 3))
+        self.unused = nn.Linear(2, 2)
+
+    def forward(self, values: Tensor) -> Tensor:
+        stem = self.stem(input=values)
+        return self.head(stem + self.alias(stem))  # type: ignore[no-any-return]
+
+
+def test_names_and_storage_are_the_networks_own_and_the_network_is_left_as_it_was() -> None:
+    net = Branches()
+    kinds = [type(module) for module in net.modules()]
+    result = gradient_gated(net)
+    assert [type(module) for module in net.modules()] == kinds
+    assert set(result.state_dict()) == set(net.state_dict())
+    for name, parameter in net.named_parameters():
+        assert result.get_parameter(name) is parameter
+    result.load_state_dict(net.state_dict())
+    assert isinstance(result.get_submodule("stem"), GradientGatedLinear)
+    assert result.get_submodule("alias") is result.get_submodule("stem")
+    assert not isinstance(result.get_submodule("unused"), GradientGated)
+    wrap(result, (4,)).sensitivity()
+
+
+def test_gradient_gates_go_with_signal_gates_in_either_order_and_with_later_calls() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    inner = gradient_gated(gradient_gated(net, limit=0.2, layers=["0"]), limit=0.1, layers=["2"], mode="clip")
+    for both in (gated(inner), gradient_gated(gated(inner), limit=0.1, layers=["2"])):
+        bounds = wrap(both, (4,)).sensitivity().per_parameter
+        assert bounds["0.weight"] == pytest.approx(0.2, rel=1e-4)
+        assert bounds["2.weight"] == pytest.approx(0.1, rel=1e-4)
+    assert [m.limit for m in inner.modules() if isinstance(m, GradientGated)] == [0.2, 0.1]
+
+
+def test_a_limit_that_is_changed_after_wrapping_changes_the_bound() -> None:
+    net, _ = gated_net()
+    result = gradient_gated(net, **SETTINGS)
+    model = wrap(result, (1, 8, 8))
+    before = model.sensitivity().per_parameter["0.weight"]
+    result.get_submodule("0").limit = 2.0 * LIMIT  # type: ignore[assignment]
+    assert model.sensitivity().per_parameter["0.weight"] == pytest.approx(2.0 * before)
+
+
+def test_models_with_gradient_gates_are_copied_and_pickled() -> None:
+    _, model = gated_net()
+    inputs, targets = net_samples()
+    model.loss(model(inputs), targets).backward()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.zero_grad()
+        twin.loss(twin(inputs), targets).backward()
+        for mine, other in zip(model.parameters(), twin.parameters(), strict=True):
+            assert torch.equal(mine.grad, other.grad)
+
+
+def test_what_cannot_be_gated_and_values_out_of_range_are_refused() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.PReLU())
+    with pytest.raises(ConfigurationError, match=r"matches 'conv\*'"):
+        gradient_gated(net, layers=["*", "conv*"])
+    with pytest.raises(ConfigurationError, match="matches '1'"):
+        gradient_gated(net, layers=["1"])
+    with pytest.raises(ConfigurationError, match=r"nn\.Sequential"):
+        gradient_gated(nn.Linear(4, 4))
+    with pytest.raises(ConfigurationError, match="only linear layers"):
+        gradient_gated_layer(nn.PReLU(), 1.0)
+    for wrong in (
+        {"limit": 0.0},
+        {"limit": math.inf},
+        {"bias_limit": 1e-9},
+        {"mode": "scale"},
+        {"floor": 0.0},
+        {"floor": 2.0},
+        {"chunk": 0},
+        {"chunk": 1.5},
+    ):
+        with pytest.raises(ConfigurationError, match=next(iter(wrong))):
+            gradient_gated(net, **wrong)  # type: ignore[arg-type]
+
+
+def test_the_loss_of_a_classifier_trains_through_the_gates() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+    model = DPLipModel(gradient_gated(net), input_shape=(1, 4, 4), input_norm=5.0, loss=losses.TauCrossEntropy(4.0))
+    assert isinstance(model.net.get_submodule("0"), GradientGatedConv2d)
+    inputs = torch.randn(64, 1, 4, 4)
+    targets = (inputs.mean((1, 2, 3)) > 0).long()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        model.loss(model(inputs), targets).backward()
+        for parameter in net.parameters():
+            parameter.grad /= 64  # type: ignore[operator]
+        optimizer.step()
+    assert float((model(inputs).argmax(1) == targets).float().mean()) > 0.9
