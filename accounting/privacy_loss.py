@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,9 @@ Index = NDArray[np.int64]
 Side = Literal["upper", "lower"]
 
 _ULP = float(np.finfo(float).eps)
+_NEGLIGIBLE = 50.0
+# The formats whose machine epsilon bounds each rounding: 80-bit and quadruple precision.
+_EXTENDED = np.longdouble if np.finfo(np.longdouble).nmant in (63, 112) else np.float64
 
 
 @dataclass(frozen=True)
@@ -171,27 +174,22 @@ def _loss(width: float, index: Index, mass: Array, infinite: float, offset: floa
 def _balanced_shares(shortfall: list[float], excess: list[float], position: list[float]) -> list[float]:
     """Shares α of the bins with α[j]·shortfall[j] ≈ (1 − α[j−1])·excess[j−1] at every inner point.
 
-    The recursion contracts towards heavier bins, so it climbs every peak from both of its sides.
-    Any α in [0, 1] is valid; where the recursion would drift, it is held near `position`, the
-    share that the mean of the bin suggests.
+    The recursion contracts towards heavier bins, so it climbs every peak from both of its sides,
+    starting in every valley from `position`, the share that the mean of the bin suggests. Any α in [0, 1] is valid.
     """
     count = len(shortfall)
     share = list(position)
+    # Outside the range there is nothing to balance with.
+    share[0], share[-1] = 0.0, 1.0
     for j in range(1, count):
         if shortfall[j] >= shortfall[j - 1]:
             value = (1.0 - share[j - 1]) * excess[j - 1]
-            share[j] = _held(value, shortfall[j], position[j])
+            share[j] = min(value / shortfall[j], 1.0) if shortfall[j] > 0.0 else position[j]
     for j in range(count - 1, 0, -1):
         if shortfall[j - 1] > shortfall[j] and (j == 1 or shortfall[j - 1] < shortfall[j - 2]):
             value = share[j] * shortfall[j]
-            share[j - 1] = 1.0 - _held(value, excess[j - 1], 1.0 - position[j - 1])
+            share[j - 1] = max(1.0 - value / excess[j - 1], 0.0) if excess[j - 1] > 0.0 else position[j - 1]
     return share
-
-
-def _held(numerator: float, denominator: float, default: float) -> float:
-    if denominator <= 0.0:
-        return default
-    return min(max(numerator / denominator, 0.7 * default), 0.3 + 0.7 * default)
 
 
 class Composition:
@@ -259,18 +257,20 @@ class Composition:
         bottom, top = self.window(t, log_outside)
         return int((top - bottom) / self.width) + 3
 
-    def tilted(self, t: float, log_outside: float = -21.0) -> TiltedProfile:
-        """Composes under the tilt t ≥ 0."""
+    def tilted(self, t: float, log_outside: float = -21.0, *, extended: bool = False) -> TiltedProfile:
+        """Composes under the tilt t ≥ 0, in extended precision on request, where the platform has it."""
+        real: Any = _EXTENDED if extended else np.float64
+        ulp = float(np.finfo(real).eps)
+        # π of the precision used: the phase is reduced by many turns.
+        turn = 8.0 * np.arctan(real(1.0))
         bottom, top = self.window(t, log_outside)
         start = math.floor((bottom - self.offset) / self.width)
         size = int(fft.next_fast_len(int((top - bottom) / self.width) + 3, real=True))
         bins = size // 2 + 1
-        log_total = np.zeros(bins)
-        log_bound = np.zeros(bins)
-        phase = np.zeros(bins)
+        log_total, log_bound, phase = (np.zeros(bins, dtype=real) for _ in range(3))
         # Every output of the transform is a sum of at most log2(size) rounded butterflies of
         # unit total weight; 8 ulp a level covers complex products and twiddle factors.
-        forward_error = 8.0 * _ULP * (math.log2(size) + 4.0)
+        forward_error = 8.0 * ulp * (math.log2(size) + 4.0)
         steps = 0
         extreme = 0.0
         cumulant = 0.0
@@ -281,23 +281,23 @@ class Composition:
             total = float(weight.sum())
             cumulant += n * (shift + math.log(total))
             image = np.bincount(loss.index % size, weights=weight / total, minlength=size)
-            spectrum = fft.rfft(image)
+            spectrum = fft.rfft(image.astype(real))
             modulus = np.abs(spectrum)
             with np.errstate(divide="ignore"):
                 log_total += n * np.log(modulus)
-            log_bound += n * np.log(modulus + forward_error + 4.0 * _ULP)
-            phase += np.remainder(n * np.angle(spectrum), 2.0 * math.pi)
+            log_bound += n * np.log(modulus + forward_error + 4.0 * ulp)
+            phase += np.remainder(n * np.angle(spectrum), turn)
             steps += n
             extreme = max(extreme, float(np.abs(exponent - shift).max()), abs(shift))
         # n·angle loses n·π·ulp; the exponential of n·log loses its own magnitude in ulp.
         magnitude = np.exp(log_total)
-        rotation = 8.0 * _ULP * (steps + 1.0)
+        rotation = 8.0 * ulp * (steps + 1.0)
         live = log_bound > -200.0
         spectrum_error = np.where(live, np.exp(log_bound) * -np.expm1(np.minimum(log_total - log_bound, 0.0)), 1e-80)
-        spectrum_error += magnitude * (rotation + 4.0 * _ULP * np.abs(np.maximum(log_total, -200.0)))
+        spectrum_error += magnitude * (rotation + 4.0 * ulp * np.abs(np.maximum(log_total, -200.0)))
         composed = fft.irfft(magnitude * np.exp(1j * phase), n=size)
         error = (2.0 * float(spectrum_error.sum()) + forward_error * 2.0 * float(magnitude.sum())) / size
-        composed = np.roll(composed, -(start % size))
+        composed = np.roll(composed.astype(np.float64), -(start % size))
         relative = 16.0 * _ULP * (steps + 1.0) * (1.0 + min(extreme, 700.0))
         return TiltedProfile(
             side=self.side,
@@ -338,16 +338,22 @@ class TiltedProfile:
     relative: float
     infinite: float
 
+    def _weights(self, epsilon: float) -> tuple[slice, Array]:
+        """Returns what in the window counts, and how much; beyond it weights are below e^−_NEGLIGIBLE."""
+        end = epsilon + _NEGLIGIBLE / self.t if self.t > 0.0 else math.inf
+        start, stop = (int(i) for i in np.searchsorted(self.loss, [epsilon, end], side="right"))
+        above = self.loss[start:stop] - epsilon
+        return slice(start, stop), -np.expm1(-above) * np.exp(-self.t * above)
+
     def delta(self, epsilon: float) -> float:
         """Returns a bound of δ(ε), for ε inside the window."""
-        start = int(np.searchsorted(self.loss, epsilon, side="right"))
-        above = self.loss[start:] - epsilon
-        weight = -np.expm1(-above) * np.exp(-self.t * above)
+        counted, weight = self._weights(epsilon)
         sign = 1.0 if self.side == "upper" else -1.0
-        total = float(weight @ np.maximum(self.mass[start:] + sign * self.error, 0.0))
+        total = float(weight @ np.maximum(self.mass[counted] + sign * self.error, 0.0))
         if self.side == "upper":
             # Mass above the window wraps into it from below and would be lost.
             total += self.outside * math.exp(-self.t * max(float(self.loss[-1]) - epsilon, 0.0))
+            total += math.exp(-_NEGLIGIBLE) * (1.0 + len(self.loss) * self.error)
         else:
             # Mass outside the window may have wrapped in; it counts at most once each.
             total -= 2.0 * self.outside
@@ -357,7 +363,13 @@ class TiltedProfile:
         log_value = self.log_scale - self.t * epsilon + math.log(total)
         return min(math.exp(min(log_value, 0.0)) + self.infinite, 1.0)
 
-    def epsilon(self, delta: float) -> float | None:
+    def uncertainty(self, epsilon: float) -> float:
+        """Returns how much of δ(ε) the rounding and what lies outside the window may amount to."""
+        _, weight = self._weights(epsilon)
+        total = self.error * float(weight.sum()) + self.outside
+        return math.exp(min(self.log_scale - self.t * epsilon + math.log(total), 0.0))
+
+    def epsilon(self, delta: float, guess: float = 0.0) -> float | None:
         """Returns an ε inside the window with δ(ε) on the certified side, or None if there is none.
 
         For `"upper"`, δ(ε) ≤ delta at the answer; for `"lower"`, δ(ε) > delta there. At or below
@@ -366,11 +378,11 @@ class TiltedProfile:
         low, high = float(self.loss[0]), float(self.loss[-2])
         if self.side == "lower":
             # Far below the saddle point the bound is swallowed by what the window leaves out.
-            for fraction in (0.5, 0.4, 0.3, 0.6, 0.2, 0.7, 0.8):
-                point = low + fraction * (high - low)
-                if self.delta(point) > delta:
-                    low = point
-                    break
+            base = max(low, 0.0)
+            shares = (0.999, 0.99, 0.97, 0.9, 0.8, 0.65, 0.5)
+            points = [base + share * (guess - base) for share in shares if low < guess < high]
+            points += [low + share * (high - low) for share in (0.5, 0.4, 0.3, 0.6, 0.2, 0.7, 0.8)]
+            low = next((point for point in points if self.delta(point) > delta), low)
         f_low, f_high = self._excess(low, delta), self._excess(high, delta)
         if f_high > 0.0:
             return None if self.side == "upper" else high

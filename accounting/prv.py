@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from .errors import EngineRangeError
 from .pairs import DominatingPair
-from .privacy_loss import Composition, DiscreteLoss, Side, discretise, loss_edges
+from .privacy_loss import Composition, DiscreteLoss, Side, TiltedProfile, discretise, loss_edges
 
 __all__ = ["compose_delta", "compose_epsilon"]
 
@@ -22,6 +22,8 @@ _TOLERANCE = 2e-4
 _COARSE = 1e-2
 _MAX_SIZE = 1 << 21
 _LARGE = 1 << 16
+_NEAR = 24
+_CONCENTRATED = 0.1
 _ULP = float(np.finfo(float).eps)
 
 
@@ -35,14 +37,35 @@ def _discrete(
         # Balancing the lower form needs equal bins where the mass is; its tails may be sparse.
         upper = _discrete(pair, width, t, log_tail, tolerance, "upper")
         core = 8.0 * upper.root_mean_square(t)
-        # With small q nearly all mass lies in one bin next to 0; its mean has to be a grid point.
-        bins = pair.masses(np.array([-0.5 * width, 0.5 * width]))
-        if bins.p[1] > 1e-3 and bins.q[1] > 1e-3:
-            offset = math.log(bins.p[1] / bins.q[1])
+        offset = _offset(pair, width)
     index = loss_edges(low - offset, high - offset, width, t, tolerance, core)
     if len(index) < 2:
         index = np.array([index[0], index[0] + 1])
     return discretise(pair, index, width, side, offset)
+
+
+@lru_cache(maxsize=1024)
+def _offset(pair: DominatingPair, width: float) -> float:
+    """Returns the shift of the grid under which the lower form loses least.
+
+    With small q nearly all mass lies within a cell of 0; merging it without loss needs a grid point at its mean.
+    """
+    index = np.arange(-_NEAR, _NEAR + 1)
+
+    def loss(offset: float) -> float:
+        """Mean u that rounding adds: none where everything is balanced."""
+        edges: Array = (index * width + offset).astype(np.float64)
+        bins = pair.masses(edges)
+        rounded = discretise(pair, index, width, "lower", offset)
+        exact = float(bins.q[1:-1].sum()) + float(bins.p[-1]) * math.exp(-float(edges[-1]))
+        return float(rounded.mass @ np.exp(-rounded.loss)) - exact
+
+    best, reach = 0.0, 0.5 * width
+    if float(pair.masses((index * width).astype(np.float64)).p[1:-1].max()) >= _CONCENTRATED:
+        for _ in range(4):
+            best = min((best + 0.2 * k * reach for k in (0, -4, -3, -2, -1, 1, 2, 3, 4, 5)), key=loss)
+            reach *= 0.2
+    return best
 
 
 class _Laboratory:
@@ -51,6 +74,7 @@ class _Laboratory:
     def __init__(self, parts: Parts, side: Side, log_delta: float) -> None:
         self.parts = parts
         self.side: Side = side
+        self.log_delta = log_delta
         self.steps = sum(n for _, n in parts)
         # Truncated tails add their mass to δ: e^−12 of it at most.
         self.log_tail = float(math.floor(log_delta - math.log(self.steps) - 12.0))
@@ -89,6 +113,17 @@ class _Laboratory:
         losses = [(_discrete(pair, width, t, self.log_tail, tolerance, self.side), n) for pair, n in self.parts]
         return Composition(losses, self.side)
 
+    def profile(self, composition: Composition, epsilon: float, t: float, tolerance: float) -> TiltedProfile:
+        """Composes under the tilt, in extended precision and on a wider window where δ near ε asks for it."""
+        profile = composition.tilted(t)
+        allowed = 5.0 * tolerance * math.exp(self.log_delta)
+        point = min(max(epsilon, float(profile.loss[0])), float(profile.loss[-2]))
+        if profile.uncertainty(point) > allowed:
+            log_outside = min(self.log_delta + t * point - profile.log_scale + math.log(tolerance), -21.0)
+            if composition.size(t, log_outside) <= _MAX_SIZE:
+                profile = composition.tilted(t, log_outside, extended=True)
+        return profile
+
     def rounding(self, composition: Composition) -> float:
         """Bound of the error in ε from the rounding of the bin edges, a few ulp of each loss a step."""
         reach = max(float(np.abs(loss.loss[[0, -1]]).max()) for loss, _ in composition.parts)
@@ -100,8 +135,8 @@ class _Laboratory:
             composition = self.composition(epsilon, t, tolerance)
             if composition.empty:
                 return 0.0, t, True
-            profile = composition.tilted(t)
-            answer = profile.epsilon(delta)
+            profile = self.profile(composition, epsilon, t, tolerance)
+            answer = profile.epsilon(delta, epsilon)
             slack = self.rounding(composition)
             low, high = float(profile.loss[0]), float(profile.loss[-2])
             if self.side == "upper":

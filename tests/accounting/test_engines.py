@@ -31,7 +31,8 @@ from accounting.pairs import (
     PoissonGaussianPair,
     ReplaceOnePoissonPair,
 )
-from accounting.privacy_loss import discretise, loss_edges
+from accounting.privacy_loss import Composition, discretise, loss_edges
+from accounting.prv import _discrete, _offset
 from accounting.rdp import rdp_to_epsilon, replace_one_cumulant, subsampled_gaussian_cumulant
 from accounting.terms import collect
 
@@ -95,6 +96,40 @@ def test_numerical_composition_brackets_the_inverse_laplace_transform(phases, de
     assert max(i.delta(bound.upper) - i.noise(bound.upper) for i in inversions) <= delta * (1.0 + 1e-6)
     assert max(i.delta(bound.lower) + i.noise(bound.lower) for i in inversions) >= delta * (1.0 - 1e-6)
     assert bound.upper <= 1.01 * bound.lower
+
+
+HEAVY_TAILS = [
+    ([(0.467, 0.0025, 62)], 2.6e-9, ADD_OR_REMOVE_ONE),
+    ([(0.3, 1e-5, 1000)], 1e-12, REPLACE_ONE),
+    ([(1.67, 9.6e-5, 3743), (9.37, 0.048, 17), (0.574, 1.2e-5, 9)], 1.3e-12, ADD_OR_REMOVE_ONE),
+    ([(88.0, 4e-4, 2), (4.9, 0.0016, 1952), (0.37, 9e-4, 107)], 3e-8, ADD_OR_REMOVE_ONE),
+    ([(1.8, 2.8e-5, 7181), (17.0, 0.034, 425)], 8e-10, REPLACE_ONE),
+    ([(8.8, 0.0065, 69_477), (0.49, 0.0034, 181_749)], 1e-9, REPLACE_ONE),
+]
+
+
+@pytest.mark.parametrize(("phases", "delta", "relation"), HEAVY_TAILS)
+def test_rare_large_losses_are_bounded_to_a_per_cent_from_both_sides(phases, delta, relation):
+    bound = accountant("prv", phases, relation).get_epsilon(delta)
+    assert bound.upper <= 1.01 * bound.lower
+
+
+def test_a_bound_where_float64_noise_exceeds_delta_agrees_with_published_distributions():
+    # dp-accounting 0.6.0, pessimistic, interval 1e-4; its own noise is about 1e-15 in δ.
+    phases, delta, _ = HEAVY_TAILS[2]
+    assert float(accountant("prv", phases).get_epsilon(delta)) == pytest.approx(0.4627, rel=5e-3)
+
+
+@pytest.mark.parametrize("t", [0.0, 1.5])
+def test_the_noise_of_the_transform_stays_within_its_bound_and_shrinks_in_extended_precision(t):
+    loss = _discrete(PoissonGaussianPair(0.6, 0.01, False), 2.0**-9, 2.0, -40.0, 1e-3, "upper")
+    composition = Composition([(loss, 5000)], "upper")
+    double, extended = (composition.tilted(t, extended=extended) for extended in (False, True))
+    if extended.error == double.error:
+        pytest.skip("no extended precision on this platform")
+    assert extended.error < 1e-3 * double.error
+    deviation = np.abs(double.mass - extended.mass).max()
+    assert 0.0 < deviation <= double.error + extended.error
 
 
 @pytest.mark.parametrize(("phases", "delta", "relation"), CASES)
@@ -174,6 +209,22 @@ def test_renyi_quadrature_holds_at_fractional_orders_for_both_relations(sigma, q
             assert float(function(sigma, q, t)[0]) == pytest.approx(exact, rel=1e-9, abs=1e-12)
 
 
+@pytest.mark.parametrize("function", [subsampled_gaussian_cumulant, replace_one_cumulant])
+@pytest.mark.parametrize(("sigma", "q"), [(0.3, 1e-3), (0.5, 1e-5), (3.0, 0.02)])
+def test_renyi_orders_are_as_precise_together_as_one_by_one(function, sigma, q):
+    orders = np.geomspace(1e-4, 60.0, 40)
+    alone = np.concatenate([function(sigma, q, orders[i : i + 1]) for i in range(len(orders))])
+    # 1e-9: twice the margin for rounding, which is relative to the exponent.
+    assert function(sigma, q, orders) == pytest.approx(alone, rel=1e-9, abs=1e-11)
+    if q < 1e-3:
+        assert alone[np.searchsorted(orders, 1.0)] < 1e-2
+
+
+def test_a_phase_of_little_noise_does_not_spoil_the_renyi_bound_of_the_others():
+    phases = [(0.38, 2e-5, 2071), (60.0, 2e-5, 7)]
+    assert accountant("rdp", phases).get_epsilon(1e-3) < 2.5
+
+
 def test_both_directions_are_composed_and_the_larger_one_is_reported():
     sigma, q, n, delta = 2.0, 0.3, 200, 1e-3
     engine = accountant("prv", [(sigma, q, n)])
@@ -215,6 +266,35 @@ def test_discretisation_moves_the_hockey_stick_divergence_only_in_its_direction(
         assert above >= exact - 1e-12
         assert below <= exact + spread * 1e-3 + 1e-9
         assert above <= below + 0.02
+
+
+CONCENTRATED = [
+    (PoissonGaussianPair(0.363, 1e-5, False), 1e-3),
+    (PoissonGaussianPair(0.467, 0.0025, False), 0.01),
+    (PoissonGaussianPair(0.467, 0.0025, True), 0.01),
+    (PoissonGaussianPair(47.7, 0.002, False), 0.005),
+    (ReplaceOnePoissonPair(51.0, 0.0013), 5e-4),
+    (ReplaceOnePoissonPair(0.3, 1e-5), 1e-3),
+]
+
+
+@pytest.mark.parametrize("shift", [None, 0.0, 0.37])
+@pytest.mark.parametrize(("pair", "width"), CONCENTRATED, ids=str)
+def test_a_loss_within_one_cell_is_rounded_down_everywhere_and_by_little_where_the_grid_is_shifted(pair, width, shift):
+    low, high = pair.reach(-40.0)
+    offset = _offset(pair, width) if shift is None else shift * width
+    index = loss_edges(low - offset, high - offset, width, 2.0, 1e-4, 20.0 * width)
+    rounded = discretise(pair, index, width, "lower", offset)
+    for epsilon in np.concatenate((np.linspace(-4.0 * width, 4.0 * width, 41), np.geomspace(4.0 * width, 5.0, 12))):
+        bins = pair.masses(np.array([epsilon]))
+        exact = float(bins.p[1] - math.exp(epsilon) * bins.q[1])
+        below = float(np.maximum(-np.expm1(epsilon - rounded.loss), 0.0) @ rounded.mass)
+        # 1e-15: cancellation of the two tail masses.
+        assert below <= exact * (1.0 + 1e-9) + 1e-15
+    excess = float(rounded.mass @ np.exp(-rounded.loss)) - 1.0
+    if shift is None:
+        # An unshifted grid adds up to a quarter of a cell to the mean of e^{−ℓ}.
+        assert excess < 5e-3 * width
 
 
 def test_fixed_size_one_step_matches_the_known_profile():
