@@ -50,10 +50,14 @@ def rounding_slack(entries: int, dtype: torch.dtype = torch.float32) -> float:
 
 def sample_norms(values: Tensor) -> Tensor:
     """Euclidean norm of each sample: shape ``(B, ...)`` to ``(B,)``, in float32 or wider, TF32 or not."""
-    flat = values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+    flat = _rows(values)
     if flat.shape[1] > _LONG_SUM:
         return cast(Tensor, torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)).to(_wide(values.dtype))
     return cast(Tensor, torch.linalg.vector_norm(flat, dim=1, dtype=_wide(values.dtype)))
+
+
+def _rows(values: Tensor) -> Tensor:
+    return values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -64,15 +68,57 @@ def _per_sample(factors: Tensor, like: Tensor) -> Tensor:
     return factors.reshape(-1, *([1] * (like.dim() - 1)))
 
 
-def without_overflow(values: Tensor) -> Tensor:
-    """Samples of norm above 1e18, or without one, become zero: their squares could overflow, forwards or backwards."""
-    usable = sample_norms(values.detach()) <= _LARGEST_NORM
-    return torch.where(_per_sample(usable, values), values, torch.zeros((), dtype=values.dtype, device=values.device))
+def _drop_rows_(values: Tensor, kept: Tensor) -> Tensor:
+    """Zeroes the rows of a fresh tensor where the mask ``(B,)`` is false, whatever they hold."""
+    if values.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Nearly always there is nothing to do, and the CPU can look without waiting for a device.
+        if not bool(kept.all()):
+            values[~kept] = 0.0
+        return values
+    return torch.where(_per_sample(kept, values), values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
-def clip_factors(norms: Tensor, limit: float) -> Tensor:
-    """``min(1, limit/norm)`` per sample, without dividing by zero."""
-    return limit / norms.clamp(min=limit)
+class _ScalingFunction(torch.autograd.Function):
+    """``cap·x/max(‖x‖, floor)`` and ``‖x‖`` per sample, in one pass over the values each way.
+
+    With ``m = max(‖x‖, floor)`` the Jacobian is ``(cap/m)(I - x̂x̂ᵀ)`` above the floor and ``(cap/m)I`` below it. The
+    result itself, which the next layer keeps anyway, serves as ``x̂`` on the way back: ``y = cap·x̂`` above the floor.
+    Samples of norm above ``largest``, or without one, become zero and pass nothing back.
+    """
+
+    @staticmethod
+    def forward(values: Tensor, cap: float, floor: float, largest: float) -> tuple[Tensor, Tensor]:
+        norms = sample_norms(values)
+        factors = _per_sample(cap / norms.clamp(min=floor), values).to(values.dtype)
+        return _drop_rows_(values * factors, norms <= largest), norms
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.cap, ctx.floor, ctx.largest = inputs
+        ctx.save_for_backward(*output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, None, None, None]:
+        cotangent, of_norms = cotangents
+        scaled, norms = ctx.saved_tensors
+        factors = ctx.cap / norms.clamp(min=ctx.floor)
+        passed = None
+        if cotangent is not None:
+            radial = torch.linalg.vecdot(_rows(scaled), _rows(cotangent)).to(norms.dtype) / ctx.cap**2
+            radial = torch.where(norms > ctx.floor, radial, torch.zeros_like(norms))
+            passed = torch.addcmul(cotangent, scaled, _per_sample(radial, scaled).to(scaled.dtype), value=-1)
+            passed = passed.mul_(_per_sample(factors, scaled).to(scaled.dtype))
+        if of_norms is not None:
+            # The norm's own gradient is x̂, which enters where the gate is differentiated twice.
+            unit = scaled * _per_sample(of_norms / (factors * norms.clamp(min=1e-30)), scaled).to(scaled.dtype)
+            passed = unit if passed is None else passed + unit
+        return None if passed is None else _drop_rows_(passed, norms <= ctx.largest), None, None, None
+
+
+def _scaled(values: Tensor, cap: float, floor: float, largest: float = _LARGEST_NORM) -> tuple[Tensor, Tensor]:
+    scaled, norms = _ScalingFunction.apply(values, cap, floor, largest)  # type: ignore[no-untyped-call]
+    return scaled, norms
 
 
 def input_gate(inputs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
@@ -85,11 +131,8 @@ def input_gate(inputs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     Returns:
         The gated inputs and a boolean mask ``(B,)`` of the samples that had a finite norm.
     """
-    norms = sample_norms(inputs)
-    finite = torch.isfinite(norms)
-    kept = torch.where(_per_sample(finite, inputs), inputs, torch.zeros((), dtype=inputs.dtype, device=inputs.device))
-    factors = clip_factors(torch.where(finite, norms, torch.zeros_like(norms)), radius)
-    return kept * _per_sample(factors, inputs).to(inputs.dtype), finite
+    gated, norms = _scaled(inputs, radius, radius, torch.finfo(inputs.dtype).max)
+    return gated, torch.isfinite(norms.detach())
 
 
 def token_gate(tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -125,8 +168,7 @@ class _CotangentGateFunction(torch.autograd.Function):
         norms = outside_autocast(sample_norms(cotangent))
         factors = ctx.limit / norms.clamp(min=ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
-        finite = _per_sample(torch.isfinite(norms), cotangent)
-        return torch.where(finite, gated, torch.zeros_like(gated)), None, None, None
+        return _drop_rows_(gated, torch.isfinite(norms)), None, None, None
 
 
 def cotangent_gate(values: Tensor, limit: float, mode: GateMode = "clip", floor: float = 1e-8) -> Tensor:
@@ -164,8 +206,7 @@ class BallProjection(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Projects each sample."""
-        values = without_overflow(values)
-        return values * _per_sample(clip_factors(sample_norms(values), self.radius), values).to(values.dtype)
+        return _scaled(values, self.radius, self.radius)[0]
 
     def extra_repr(self) -> str:
         """The radius."""
@@ -199,9 +240,7 @@ class SphereScaling(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Scales each sample."""
-        values = without_overflow(values)
-        factors = self.radius / sample_norms(values).clamp(min=self.floor)
-        return values * _per_sample(factors, values).to(values.dtype)
+        return _scaled(values, self.radius, self.floor)[0]
 
     def extra_repr(self) -> str:
         """Radius and floor."""

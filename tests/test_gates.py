@@ -140,6 +140,42 @@ def test_the_jacobian_of_a_gate_is_within_its_lipschitz_constant(gate: nn.Module
         assert float(torch.linalg.matrix_norm(jacobian, 2)) <= constant * (1.0 + 1e-12)
 
 
+@pytest.mark.parametrize("gate", [BallProjection(0.5), SphereScaling(2.0, floor=0.1)], ids=repr)
+@pytest.mark.parametrize("shape", [(6, 5), (6, 2, 3, 2), (6,)])
+def test_a_gates_own_backward_is_the_derivative_of_its_formula_once_and_twice(
+    gate: BallProjection | SphereScaling, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    sizes = torch.tensor([1e-3, 0.05, 0.3, 1.0, 30.0, 1e4], dtype=torch.float64)
+    values = torch.randn(shape, dtype=torch.float64)
+    values = (sizes / true_norms(values.reshape(6, -1))).reshape(-1, *[1] * (len(shape) - 1)) * values
+    values = torch.where(values.abs() < 1e-4, 1e-4, values).requires_grad_(True)
+    floor = gate.floor if isinstance(gate, SphereScaling) else gate.radius
+
+    def formula(x: Tensor) -> Tensor:
+        norms = x.reshape(6, -1).square().sum(1).sqrt().reshape(-1, *[1] * (x.dim() - 1))
+        return gate.radius * x / norms.clamp(min=floor)
+
+    probe, second = torch.randn_like(values), torch.randn_like(values)
+    found = []
+    for run in (gate, formula):
+        (first,) = torch.autograd.grad(run(values), values, probe, create_graph=True)
+        (twice,) = torch.autograd.grad(first, values, second)
+        found.append((first.detach(), twice))
+    # Differences of numbers of size 1/‖x‖ in float64.
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_input_gate_passes_no_gradient_to_samples_that_it_zeroed() -> None:
+    signals = torch.ones(3, 4)
+    signals[1] = math.nan
+    signals.requires_grad_(True)
+    input_gate(signals, 0.5)[0].sum().backward()
+    assert torch.equal(signals.grad[1], torch.zeros(4))  # type: ignore[index]
+    assert bool(signals.grad.isfinite().all())  # type: ignore[union-attr]
+
+
 def test_normalising_lifts_small_cotangents_to_the_limit_but_not_those_below_the_floor() -> None:
     gate = CotangentGate(2.0, mode="normalize", floor=1e-3)
     found = true_norms(passed_back(gate, torch.tensor([[1e-2, 0.0], [0.0, 1e-4], [0.0, 0.0]])))

@@ -147,7 +147,7 @@ MUTANTS = (
         "linear",
     ),
     (
-        Mutant("inner gate's cap ignored", gates.BallProjection, "forward", "self.radius", "2.0 * self.radius"),
+        Mutant("inner gate's cap ignored", gates.BallProjection, "forward", "(values, self", "(values, 2.0 * self"),
         "ball projection that bites",
     ),
     (
