@@ -68,14 +68,15 @@ def _per_sample(factors: Tensor, like: Tensor) -> Tensor:
     return factors.reshape(-1, *([1] * (like.dim() - 1)))
 
 
-def _drop_rows_(values: Tensor, kept: Tensor) -> Tensor:
-    """Zeroes the rows of a fresh tensor where the mask ``(B,)`` is false, whatever they hold."""
+def _drop_rows_(values: Tensor, norms: Tensor, largest: float) -> Tensor:
+    """Zeroes the rows of a fresh tensor whose norms ``(B,)`` are above ``largest`` or NaN, whatever they hold."""
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         # Nearly always there is nothing to do, and the CPU can look without waiting for a device.
-        if not bool(kept.all()):
-            values[~kept] = 0.0
+        if len(norms) and not float(norms.detach().max()) <= largest:
+            values[~(norms <= largest)] = 0.0
         return values
-    return torch.where(_per_sample(kept, values), values, torch.zeros((), dtype=values.dtype, device=values.device))
+    kept = _per_sample(norms <= largest, values)
+    return torch.where(kept, values, torch.zeros((), dtype=values.dtype, device=values.device))
 
 
 class _ScalingFunction(torch.autograd.Function):
@@ -87,16 +88,14 @@ class _ScalingFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(values: Tensor, cap: float, floor: float, largest: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, values: Tensor, cap: float, floor: float, largest: float) -> tuple[Tensor, Tensor]:
+        ctx.cap, ctx.floor, ctx.largest = cap, floor, largest
         norms = sample_norms(values)
         factors = _per_sample(cap / norms.clamp(min=floor), values).to(values.dtype)
-        return _drop_rows_(values * factors, norms <= largest), norms
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, ctx.cap, ctx.floor, ctx.largest = inputs
-        ctx.save_for_backward(*output)
+        scaled = _drop_rows_(values * factors, norms, largest)
+        ctx.save_for_backward(scaled, norms)
         ctx.set_materialize_grads(False)
+        return scaled, norms
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, None, None, None]:
@@ -113,7 +112,7 @@ class _ScalingFunction(torch.autograd.Function):
             # The norm's own gradient is x̂, which enters where the gate is differentiated twice.
             unit = scaled * _per_sample(of_norms / (factors * norms.clamp(min=1e-30)), scaled).to(scaled.dtype)
             passed = unit if passed is None else passed + unit
-        return None if passed is None else _drop_rows_(passed, norms <= ctx.largest), None, None, None
+        return None if passed is None else _drop_rows_(passed, norms, ctx.largest), None, None, None
 
 
 def _scaled(values: Tensor, cap: float, floor: float, largest: float = _LARGEST_NORM) -> tuple[Tensor, Tensor]:
@@ -131,7 +130,7 @@ def input_gate(inputs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     Returns:
         The gated inputs and a boolean mask ``(B,)`` of the samples that had a finite norm.
     """
-    gated, norms = _scaled(inputs, radius, radius, torch.finfo(inputs.dtype).max)
+    gated, norms = _scaled(inputs, radius, radius, torch.finfo(_wide(inputs.dtype)).max)
     return gated, torch.isfinite(norms.detach())
 
 
@@ -154,12 +153,9 @@ class _CotangentGateFunction(torch.autograd.Function):
     """Identity forwards; caps or fixes each sample's cotangent norm backwards."""
 
     @staticmethod
-    def forward(values: Tensor, limit: float, normalize: bool, floor: float) -> Tensor:
+    def forward(ctx: Any, values: Tensor, limit: float, normalize: bool, floor: float) -> Tensor:
+        ctx.limit, ctx.normalize, ctx.floor = limit, normalize, floor
         return values.view_as(values)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, ctx.limit, ctx.normalize, ctx.floor = inputs
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
@@ -168,7 +164,7 @@ class _CotangentGateFunction(torch.autograd.Function):
         norms = outside_autocast(sample_norms(cotangent))
         factors = ctx.limit / norms.clamp(min=ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
-        return _drop_rows_(gated, torch.isfinite(norms)), None, None, None
+        return _drop_rows_(gated, norms, torch.finfo(norms.dtype).max), None, None, None
 
 
 def cotangent_gate(values: Tensor, limit: float, mode: GateMode = "clip", floor: float = 1e-8) -> Tensor:

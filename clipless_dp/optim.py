@@ -18,7 +18,14 @@ from accounting import create_accountant
 from clipless_dp import draws
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import Allocation, NoiseSource, SystemNoise, allocate, effective_noise_multiplier
+from clipless_dp.noise import (
+    Allocation,
+    NoiseSource,
+    SystemNoise,
+    add_normal_,
+    allocate,
+    effective_noise_multiplier,
+)
 from clipless_dp.tracker import Sensitivity
 
 Sampling = Literal["announced", "poisson", "none"]
@@ -272,28 +279,32 @@ class CliplessDPOptimizer(Optimizer):
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
-    def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> None:
+    def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
+        """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
         parameters = self._parameters() if parameters is None else parameters
-        known = {id(parameter) for parameter in self.model.net.parameters()}
+        named = dict(self.model.net.named_parameters())
+        known = set(map(id, named.values()))
         foreign = [tuple(parameter.shape) for parameter in parameters if id(parameter) not in known]
         if foreign:
             raise PrivacyError(
                 f"the optimizer holds {len(foreign)} parameter(s) that are not of model.net, of shapes {foreign}: "
                 "their gradients have no bound and would be released without noise"
             )
+        return named
 
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
-        self._require_protected()
+        named = self._require_protected()
         sensitivity = self._sensitivity()
-        deviations, spent = self._deviations(sensitivity)
+        deviations, spent = self._deviations(sensitivity, named)
         self.accountant.step(noise_multiplier=spent, sample_rate=self._charged_rate())
         self._counted[self._run] = self._counted.get(self._run, 0) + 1
         self._note_ledger()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         gradients: list[Tensor] = []
-        for parameter in self.model.net.parameters():
+        scales: list[float] = []
+        for parameter in named.values():
             deviation = deviations.get(id(parameter))
             if deviation is None:
                 # Not to be stepped on later, when it would hold several batches.
@@ -301,9 +312,9 @@ class CliplessDPOptimizer(Optimizer):
                 continue
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            noise = self.noise.standard_normal_(torch.empty_like(parameter.grad))
-            parameter.grad.add_(noise, alpha=deviation)
             gradients.append(parameter.grad)
+            scales.append(deviation)
+        add_normal_(gradients, scales, self.noise)
         torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
 
@@ -318,9 +329,11 @@ class CliplessDPOptimizer(Optimizer):
         }
         return replace(current, per_parameter=bounds, total=math.hypot(*bounds.values()))
 
-    def _deviations(self, sensitivity: Sensitivity) -> tuple[dict[int, float], float]:
+    def _deviations(
+        self, sensitivity: Sensitivity, named: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[int, float], float]:
         """Standard deviations by parameter, and the effective noise multiplier that they amount to."""
-        names = {id(parameter): name for name, parameter in self.model.net.named_parameters()}
+        names = {id(parameter): name for name, parameter in named.items()}
         held = tuple(
             id(parameter)
             for group in self.param_groups
@@ -333,7 +346,7 @@ class CliplessDPOptimizer(Optimizer):
                 return deviations, spent
         if not held:
             raise PrivacyError("no trainable parameter of the optimizer takes part in the network: nothing to train")
-        sizes = {id(parameter): parameter.numel() for parameter in self.model.net.parameters()}
+        sizes = {id(parameter): parameter.numel() for parameter in named.values()}
         bounds = [sensitivity.per_parameter[names[key]] for key in held]
         planned = allocate(bounds, [sizes[key] for key in held], self.noise_multiplier, self.allocation)
         used = [deviation * _MARGIN for deviation in planned]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from clipless_dp import ConfigurationError, ReproducibleNoise, SystemNoise
-from clipless_dp.noise import allocate, effective_noise_multiplier, system_generator
+from clipless_dp import noise as noise_module
+from clipless_dp.noise import add_normal_, allocate, effective_noise_multiplier, system_generator
 
 SCHEMES = ("global", "per-layer", "min-variance")
 shares = st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=8)
@@ -123,3 +124,44 @@ def test_a_forked_process_draws_other_noise():
     os.close(writing)
     assert len(theirs) == 64
     assert not np.array_equal(theirs, source.standard_normal_(torch.empty(64)).numpy())
+
+
+class Counting:
+    """1, 2, 3, … so that it shows which number went where."""
+
+    reproducible = True
+
+    def __init__(self):
+        self.drawn = 0
+
+    def begin_step(self, step):
+        self.drawn = 0
+
+    def standard_normal_(self, out):
+        out.copy_(torch.arange(self.drawn + 1, self.drawn + 1 + out.numel()).view(out.shape))
+        self.drawn += out.numel()
+        return out
+
+
+@pytest.mark.parametrize("block", [1, 4, 7, 64, 1000])
+def test_every_number_drawn_enters_one_place_scaled_by_its_tensors_deviation(block, monkeypatch):
+    monkeypatch.setattr(noise_module, "_BLOCK", block)
+    shapes = [(3, 5), (), (2,), (4, 4), (0,), (1, 2, 3), (30,)]
+    tensors = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+    tensors[3] = tensors[3].t()
+    tensors[5] = torch.zeros(3, 2, 1, dtype=torch.float64).permute(2, 1, 0)
+    deviations = [10.0**index for index in range(len(shapes))]
+    source = Counting()
+    add_normal_(tensors, deviations, source)
+    numbers = torch.cat([(t / d).flatten() for t, d in zip(tensors, deviations, strict=True)]).round().long()
+    assert source.drawn == len(numbers)
+    assert sorted(numbers.tolist()) == list(range(1, len(numbers) + 1))
+
+
+def test_noise_of_a_parameter_longer_than_a_block_is_white():
+    (tensor,) = tensors = [torch.zeros(3 * noise_module._BLOCK + 5)]
+    add_normal_(tensors, [2.0], SystemNoise())
+    blocks = tensor[: 3 * noise_module._BLOCK].view(3, -1)
+    # Five deviations of a variance and of a correlation of that many numbers.
+    assert float(tensor.square().mean()) == pytest.approx(4.0, rel=5 * math.sqrt(2 / len(tensor)))
+    assert float((torch.corrcoef(blocks) - torch.eye(3)).abs().max()) < 5 / math.sqrt(noise_module._BLOCK)

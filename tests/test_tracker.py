@@ -21,6 +21,7 @@ from clipless_dp import (
 )
 from clipless_dp.norms import conv2d_norm, dense_norm
 from clipless_dp.rules import base
+from clipless_dp.tracker import stamp
 from tests.soundness.attack import BoundBroken, Record, wrap
 
 
@@ -245,3 +246,27 @@ def test_a_deep_network_is_swept_without_running_out_of_stack() -> None:
     net = nn.Sequential(*[nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()) for _ in range(400)])
     model = wrap(net, (2,), constraint=constraints.Spectral())
     assert len(model.sensitivity().per_parameter) == 400
+
+
+def least_change(values: Tensor) -> None:
+    values[-1, -1] = torch.nextafter(values[-1, -1], values.new_tensor(9.0))
+
+
+def two_signs(values: Tensor) -> None:
+    values[0, [1, 3]] *= -1.0
+
+
+@pytest.mark.parametrize("change", [least_change, two_signs, Tensor.neg_, Tensor.abs_, lambda w: w.mul_(2.0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "weight",
+    [lambda w: w, lambda w: w[1:], lambda w: w[:, :-1], lambda w: w.t(), lambda w: w.flatten()[1:-3].view(7, 8)],
+)
+def test_a_stamp_shows_changes_of_the_data_that_the_version_does_not(change, dtype, weight):
+    torch.manual_seed(0)
+    base = torch.randn(6, 10, dtype=dtype)
+    parameter = nn.Parameter(weight(base))
+    before = stamp(parameter)
+    assert stamp(parameter) == before
+    change(parameter.data)
+    assert stamp(parameter) != before
