@@ -6,6 +6,7 @@ from clipless_dp.constraints.ball import Ball
 from clipless_dp.constraints.base import Constraint, ConstraintSpec
 from clipless_dp.constraints.frobenius import Frobenius
 from clipless_dp.constraints.orthogonal import Orthogonal
+from clipless_dp.constraints.orthogonal_convolution import OrthogonalConvolution
 from clipless_dp.constraints.row_norm import RowNorm
 from clipless_dp.constraints.spectral import Spectral
 
@@ -16,6 +17,7 @@ __all__ = [
     "ConstraintSpec",
     "Frobenius",
     "Orthogonal",
+    "OrthogonalConvolution",
     "RowNorm",
     "Spectral",
     "assign",

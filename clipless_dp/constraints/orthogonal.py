@@ -69,31 +69,62 @@ class Orthogonal(Constraint):
         of its singular values, which for a kernel are far below the limit where windows overlap. ``P`` is linear, so
         that the sum and its noise are projected alike.
         """
-        if not self.tangent:
-            return
-        matrices, noisy = operators[0].matrix(weight), operators[0].matrix(gradient)
-        tall = matrices.shape[1] > matrices.shape[2]
-        if tall:
-            matrices, noisy = matrices.mT, noisy.mT
-        size = torch.linalg.matrix_norm(matrices, keepdim=True) / math.sqrt(max(1, matrices.shape[1]))
-        frame = matrices / size.clamp(min=torch.finfo(size.dtype).tiny)
-        inner = noisy @ frame.mT
-        kept = noisy - 0.5 * (inner + inner.mT) @ frame
-        gradient.copy_((kept.mT if tall else kept).reshape(gradient.shape))
+        if self.tangent:
+            frame, noisy = operators[0].matrix(weight), operators[0].matrix(gradient)
+            gradient.copy_(tangent_step(frame / typical_size(frame), noisy).reshape(gradient.shape))
 
     def _orthogonalize_(self, weight: Tensor, operator: Operator) -> None:
-        matrices = operator.matrix(weight) / self.limit
-        tall = matrices.shape[1] >= matrices.shape[2]
-        current = matrices if tall else matrices.transpose(1, 2)
-        # ‖W‖² ≤ ‖WᵀW‖_F: above 3 the iteration would diverge, so such a weight is scaled inside first.
-        gram = current.transpose(1, 2) @ current
-        size = torch.linalg.matrix_norm(gram, keepdim=True).sqrt()
-        scale = torch.where(size * size > 2.9, size.clamp(min=1.0), torch.ones_like(size))
-        current = current / scale
-        gram = gram / (scale * scale)
-        for step in range(self.iterations):
-            if step:
-                gram = current.transpose(1, 2) @ current
-            current = 1.5 * current - 0.5 * current @ gram
-        result = current if tall else current.transpose(1, 2)
-        weight.copy_((self.limit * result).reshape(weight.shape))
+        current = operator.matrix(weight) / self.limit
+        current = current / overshoot(current)
+        for _ in range(self.iterations):
+            current = bjorck_step(current)
+        weight.copy_((self.limit * current).reshape(weight.shape))
+
+
+def overshoot(matrices: Tensor) -> Tensor:
+    """By how much each matrix may lie outside of the region where Björck's iteration converges, at least 1.
+
+    Singular values above √3 diverge, and those next to it collapse. ``‖W‖⁴`` is at most ``‖G²‖_F`` with ``G = WᴴW``,
+    and ``‖W‖²`` at most ``1 + ‖(G - I)²‖_F^½``, which is the smaller one near orthogonality. Where both allow for
+    ``‖W‖² > 2`` the excess is taken from the smaller one.
+
+    Args:
+        matrices: ``(..., rows, columns)``, real or complex.
+    """
+    if matrices.shape[-2] < matrices.shape[-1]:
+        matrices = matrices.mH
+    # Large weights are brought to this size first: their fourth powers would overflow.
+    size = typical_size(matrices).clamp(min=1.0)
+    gram = (matrices / size).mH @ (matrices / size)
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    residual = (gram - identity) @ (gram - identity)
+    whole = torch.linalg.matrix_norm(residual + 2.0 * gram - identity, keepdim=True).sqrt()
+    beyond = 1.0 + torch.linalg.matrix_norm(residual, keepdim=True).sqrt()
+    return size * (torch.minimum(whole, beyond) / 2.0).clamp(min=1.0).sqrt()
+
+
+def bjorck_step(matrices: Tensor) -> Tensor:
+    """``W ← W(3I - WᴴW)/2``, for ``(..., rows, columns)``, real or complex."""
+    if matrices.shape[-2] < matrices.shape[-1]:
+        return bjorck_step(matrices.mH).mH
+    return 1.5 * matrices - 0.5 * matrices @ (matrices.mH @ matrices)
+
+
+def tangent_step(frames: Tensor, noisy: Tensor) -> Tensor:
+    """``Z - (ZVᴴ + VZᴴ)V/2``: drops the part of ``Z`` that is normal to the semi-orthogonal matrices at ``V``.
+
+    Args:
+        frames: ``V``, ``(..., rows, columns)``, with orthonormal rows (or columns, where these are fewer).
+        noisy: ``Z``, of the same shape.
+    """
+    if frames.shape[-2] > frames.shape[-1]:
+        return tangent_step(frames.mH, noisy.mH).mH
+    inner = noisy @ frames.mH
+    kept: Tensor = noisy - 0.5 * (inner + inner.mH) @ frames
+    return kept
+
+
+def typical_size(matrices: Tensor) -> Tensor:
+    """Root mean square of each matrix's singular values; the smallest positive number for zeros."""
+    size: Tensor = torch.linalg.matrix_norm(matrices, keepdim=True) / math.sqrt(max(1, min(matrices.shape[-2:])))
+    return size.clamp(min=torch.finfo(size.dtype).tiny)

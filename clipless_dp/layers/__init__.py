@@ -5,6 +5,7 @@ from clipless_dp.layers.centering import LayerCentering
 from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing
+from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
 from clipless_dp.layers.pooling import L2NormPool2d, ScaledAvgPool2d
 from clipless_dp.layers.residual import ConvexResidual, GatedResidual, Residual, SigmoidMix
 from clipless_dp.layers.sorting import FullSort, GroupSort, MaxMin
@@ -30,4 +31,7 @@ __all__ = [
     "SigmoidMix",
     "SphereScaling",
     "TokenMixing",
+    "adaptive_orthogonal_conv2d",
+    "from_orthogonium",
+    "orthogonal_",
 ]

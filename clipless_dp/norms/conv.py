@@ -249,10 +249,10 @@ def _symbol_bound(
 ) -> float:
     """Symbol of the polyphase kernel; `torus` counts pixels of the reduced circle of each axis."""
     scaled, exponent = normalised(kernel)
-    return scale_up(symbol_norm_bound(_polyphase(scaled, strides, dilations), torus, effort), exponent)
+    return scale_up(symbol_norm_bound(polyphase(scaled, strides, dilations), torus, effort), exponent)
 
 
-def _polyphase(kernel: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
+def polyphase(kernel: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
     """Moves the classes of taps `t mod stride/gcd(stride, dilation)` of each axis into the input channels."""
     for axis in (-2, -1):
         classes = strides[axis] // math.gcd(strides[axis], dilations[axis])

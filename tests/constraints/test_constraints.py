@@ -17,6 +17,7 @@ from clipless_dp.constraints import (
     Constraint,
     Frobenius,
     Orthogonal,
+    OrthogonalConvolution,
     RowNorm,
     Spectral,
     almost_orthogonal,
@@ -54,7 +55,15 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     RowNorm(0.7),
 )
 
-KINDS: tuple[Constraint, ...] = (Spectral(), Orthogonal(), Ball(), AlmostOrthogonal(), Frobenius(), RowNorm())
+KINDS: tuple[Constraint, ...] = (
+    Spectral(),
+    Orthogonal(),
+    OrthogonalConvolution(),
+    Ball(),
+    AlmostOrthogonal(),
+    Frobenius(),
+    RowNorm(),
+)
 
 
 def true_norm(layer: nn.Module, shape: tuple[int, ...]) -> float:
@@ -130,6 +139,20 @@ def test_the_orthogonal_constraint_makes_singular_values_nearly_equal_and_keeps_
         # Björck's steps converge quadratically from perturbations of 0.05·√13, and the certificate is within 1e-3.
         assert float(values[-1]) > 0.99 * 2.0
         assert float(values[0]) <= 2.0
+
+
+@pytest.mark.parametrize("size", [0.02, 0.2])
+def test_large_weights_stay_orthogonal_as_small_ones_do(size: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(200, 200, bias=False)
+    model = wrap(layer, (200,), constraint=Orthogonal())
+    for _ in range(2):
+        with torch.no_grad():
+            # Of operator norm near `size`.
+            layer.weight.add_(size * torch.randn_like(layer.weight) / (2.0 * math.sqrt(200)))
+        model.project_()
+    # What the certificate takes away.
+    assert float(torch.linalg.svdvals(layer.weight.detach().double())[-1]) > 0.999
 
 
 @pytest.mark.parametrize("constraint", KINDS, ids=repr)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import CliplessDPSGD, DPLipModel, ReproducibleNoise, losses
-from clipless_dp.constraints import Orthogonal
+from clipless_dp.constraints import Orthogonal, orthogonal
 from clipless_dp.noise import SystemNoise
 from tests.soundness.attack import per_sample_gradients, wrap
 from tests.soundness.mutation import Mutant
@@ -239,17 +239,14 @@ def test_no_projected_gradient_of_a_sample_exceeds_its_bound(name: str, limit: f
 
 
 NOT_NORMALISED = Mutant(
-    "projector not normalised",
-    Orthogonal,
-    "project_gradient_",
-    "matrices / size.clamp(min=torch.finfo(size.dtype).tiny)",
-    "matrices",
+    "projector not normalised", Orthogonal, "project_gradient_", "frame / typical_size(frame)", "frame"
 )
-TWICE = Mutant("the normal part subtracted twice", Orthogonal, "project_gradient_", "0.5 * (inner", "1.0 * (inner")
-HALF = Mutant("half of the normal part left", Orthogonal, "project_gradient_", "0.5 * (inner", "0.25 * (inner")
+TWICE = Mutant("the normal part subtracted twice", orthogonal, "tangent_step", "0.5 * (inner", "1.0 * (inner")
+HALF = Mutant("half of the normal part left", orthogonal, "tangent_step", "0.5 * (inner", "0.25 * (inner")
+ONE_SIDED = Mutant("one of the two terms forgotten", orthogonal, "tangent_step", "(inner + inner.mH)", "(2.0 * inner)")
 
 
-@pytest.mark.parametrize("mutant", [NOT_NORMALISED, TWICE, HALF], ids=lambda mutant: mutant.name)
+@pytest.mark.parametrize("mutant", [NOT_NORMALISED, TWICE, HALF, ONE_SIDED], ids=lambda mutant: mutant.name)
 def test_the_noises_energy_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     model = model_of("square", limit=2.0)
