@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import NoneType
 from typing import Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
-from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
+from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, token_gate
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
+from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
@@ -48,6 +50,7 @@ class DPLipModel(nn.Module):
         UnsupportedModuleError: lists every part of the network for which no bound is known.
         LossBoundError: the loss is not a :class:`clipless_dp.losses.Loss`.
         ConfigurationError: an argument is out of range or does not fit the network.
+        NormError: a parameter holds a NaN or an infinity.
 
     Guarantee:
         For every batch, target, loss value and scale, each sample's gradient of the summed loss with respect to
@@ -95,8 +98,11 @@ class DPLipModel(nn.Module):
         self._constraints = assign(constraint, self._tracker.operators)
         self.changes = 0
         self._projected: dict[str, tuple[Stamp, float]] = {}
+        for name, parameter in net.named_parameters():
+            exact_float64(parameter, name)
         for name, constraint in self._trainable_constraints():
-            constraint.initialize_(self._parameter(name), self._tracker.operators[name])
+            with _naming(name):
+                constraint.initialize_(self._parameter(name), self._tracker.operators[name])
         self.settle_()
 
     def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -248,7 +254,8 @@ class DPLipModel(nn.Module):
         """Applies the constraints to the trainable weights; frozen ones are left as they are and certified."""
         self._projected = {}
         for name, constraint in self._trainable_constraints():
-            constraint.project_(self._parameter(name), self._tracker.operators[name])
+            with _naming(name):
+                constraint.project_(self._parameter(name), self._tracker.operators[name])
             self._projected[name] = self._stamp(name), constraint.limit
 
     def project_gradients_(self) -> None:
@@ -263,8 +270,9 @@ class DPLipModel(nn.Module):
         self._projected = {}
         for name, constraint in self._trainable_constraints():
             operators = self._tracker.operators[name]
-            if any(operator.norm(self._parameter(name)) > constraint.limit for operator in operators):
-                constraint.project_(self._parameter(name), operators)
+            with _naming(name):
+                if any(operator.norm(self._parameter(name)) > constraint.limit for operator in operators):
+                    constraint.project_(self._parameter(name), operators)
             self._projected[name] = self._stamp(name), constraint.limit
 
     def _parameter(self, name: str) -> Tensor:
@@ -366,6 +374,15 @@ class DPLipModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._trace(*parameter_device_and_dtype(self.net))
         self.settle_()
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Says which parameter has no certified norm."""
+    try:
+        yield
+    except NormError as error:
+        raise NormError(f"{name}: {error}") from error
 
 
 class _Leaf:

@@ -123,7 +123,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         if isinstance(public[0].get(node), (int, float)) and node.op == "call_function" and node.target is not getitem:
             if any(public[0].get(source) != public[1].get(source) for source in node.all_input_nodes):
                 remedy = "arithmetic on the batch size may regroup samples; use x.shape[0] as it is, or -1"
-                mixing.append(Unsupported(node.name, getattr(node.target, "__name__", str(node.target)), remedy))
+                mixing.append(Unsupported(place(node), getattr(node.target, "__name__", str(node.target)), remedy))
             continue
         if node not in runs[0]:
             continue
@@ -131,7 +131,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         if node.op in ("call_function", "call_method") and find_function_rule(node.target) is None:
             mixing.append(
                 Unsupported(
-                    node.name,
+                    place(node),
                     getattr(node.target, "__name__", str(node.target)),
                     "a tensor made inside forward has no bound; hold it in a module that has a rule",
                 )
@@ -139,7 +139,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         elif first[:1] + second[:1] != _BATCH_SIZES or first[1:] != second[1:]:
             mixing.append(
                 Unsupported(
-                    node.name,
+                    place(node),
                     str(node.target),
                     "it moves or merges the batch axis, which mixes samples; keep axis 0",
                 )
@@ -151,6 +151,14 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
     if not isinstance(_output_value(module), fx.Node) or traced.output not in shapes:
         raise ConfigurationError("the network must return one tensor")
     return traced
+
+
+def place(node: fx.Node) -> str:
+    """A traced node's name, after the path of the module whose ``forward`` it is in."""
+    if node.op == "call_module":
+        return str(node.target)
+    around = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return f"{around[-1]}.{node.name}" if around else node.name
 
 
 def _output_value(module: fx.GraphModule) -> Any:
@@ -192,7 +200,7 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
             if _about_shapes(node) or find_function_rule(node.target) is not None:
                 continue
             yield Unsupported(
-                node.name,
+                place(node),
                 getattr(node.target, "__name__", str(node.target)),
                 "no bound is known for this function; use a module or function that has one",
             )

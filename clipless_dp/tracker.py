@@ -24,7 +24,7 @@ from clipless_dp.errors import (
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
 from clipless_dp.rules.base import LARGEST
-from clipless_dp.tracing import TracedNet
+from clipless_dp.tracing import TracedNet, place
 
 Relation = Literal["add-or-remove-one", "replace-one"]
 
@@ -195,7 +195,7 @@ class SensitivityTracker:
                 except RuleError as refusal:
                     called = node.op == "call_module"
                     kind = type(self.traced.leaf(node)).__name__ if called else _function_name(node)
-                    parts.append(Unsupported(str(node.target) if called else node.name, kind, str(refusal)))
+                    parts.append(Unsupported(place(node), kind, str(refusal)))
                     continue
                 if bounds is None or node.op != "call_module":
                     continue

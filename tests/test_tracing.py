@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipless_dp import ConfigurationError, UnsupportedModuleError, layers
+from clipless_dp import ConfigurationError, NormError, UnsupportedModuleError, constraints, layers
 from tests.soundness.attack import Traced, wrap
 
 FORBIDDEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -33,6 +34,82 @@ def test_an_unsupported_module_is_refused_with_its_path_and_its_replacement(kind
     with pytest.raises(UnsupportedModuleError, match=remedy) as refusal:
         wrap(net, (4,))
     assert [(part.path, part.kind) for part in refusal.value.parts] == [("1.1", kind)]
+
+
+class Sine(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.sin(values)
+
+
+def conv(**options: object) -> nn.Module:
+    return nn.Conv2d(1, 2, 3, padding=1, **options)  # type: ignore[arg-type]
+
+
+def with_entry(layer: nn.Module, name: str, value: float) -> nn.Module:
+    with torch.no_grad():
+        layer.get_parameter(name).view(-1)[0] = value
+    return layer
+
+
+BAD: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], type[Exception], str]] = {
+    "reflecting padding": (lambda: conv(padding_mode="reflect"), (1, 5, 5), UnsupportedModuleError, r"0\.1 \(Conv2d\)"),
+    "replicating padding": (lambda: conv(padding_mode="replicate"), (1, 5, 5), UnsupportedModuleError, r"0\.1 \("),
+    "groups that do not divide": (lambda: layers.GroupSort(3), (4,), ConfigurationError, r"at 0\.1 .* does not divide"),
+    "pairs of an odd number": (layers.MaxMin, (5,), ConfigurationError, r"at 0\.1 .*=2 does not divide the 5 channels"),
+    "channels that cannot be shuffled": (lambda: nn.ChannelShuffle(3), (4, 2, 2), ConfigurationError, r"at 0\.1 "),
+    "a weight that is no number": (
+        lambda: with_entry(nn.Linear(4, 4), "weight", math.nan),
+        (4,),
+        NormError,
+        r"0\.1\.weight holds a NaN",
+    ),
+    "an infinite bias": (
+        lambda: with_entry(conv(), "bias", math.inf),
+        (1, 5, 5),
+        NormError,
+        r"0\.1\.bias holds a NaN or an infinity",
+    ),
+    "an unknown layer in a residual": (
+        lambda: layers.Residual(nn.Sequential(nn.Linear(4, 4), nn.GELU())),
+        (4,),
+        UnsupportedModuleError,
+        r"0\.1\.block\.1 \(GELU\)",
+    ),
+    "an unknown layer in a convex residual": (
+        lambda: layers.ConvexResidual(nn.LayerNorm(4)),
+        (4,),
+        UnsupportedModuleError,
+        r"0\.1\.block \(LayerNorm\)",
+    ),
+    "an unknown layer in token mixing": (
+        lambda: layers.TokenMixing(nn.Sequential(nn.Linear(3, 3), nn.Softmax(-1))),
+        (3, 4),
+        UnsupportedModuleError,
+        r"0\.1\.block\.1 \(Softmax\)",
+    ),
+    "an unknown function in a residual": (
+        lambda: layers.Residual(Sine()),
+        (4,),
+        UnsupportedModuleError,
+        r"0\.1\.block\.sin \(sin\)",
+    ),
+    "a refused function in a residual": (
+        lambda: layers.Residual(Traced(lambda x: x + x.mean(1, keepdim=True))),
+        (4,),
+        UnsupportedModuleError,
+        r"0\.1\.block\.add",
+    ),
+}
+
+
+@pytest.mark.parametrize("constraint", [None, constraints.Orthogonal()], ids=["free", "constrained"])
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_gets_a_typed_error_that_names_the_modules_path(
+    kind: str, constraint: constraints.Constraint | None
+) -> None:
+    build, shape, error, message = BAD[kind]
+    with pytest.raises(error, match=message):
+        wrap(nn.Sequential(nn.Sequential(nn.ReLU(), build())), shape, constraint=constraint)
 
 
 def test_every_unsupported_part_is_in_one_error() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from clipless_dp.constraints.base import Constraint, scale_to_limit_
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.norms.operators import Operator
+from clipless_dp.norms.rounding import exact_float64
 
 
 class Orthogonal(Constraint):
@@ -54,8 +55,8 @@ class Orthogonal(Constraint):
     @torch.no_grad()
     def initialize_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Starts from the exact polar factor, which later projections only have to follow."""
-        matrices = operators[0].matrix(weight)
-        left, _, right = torch.linalg.svd(matrices.double(), full_matrices=False)
+        matrices = operators[0].matrix(exact_float64(weight))
+        left, _, right = torch.linalg.svd(matrices, full_matrices=False)
         weight.copy_((self.limit * (left @ right)).reshape(weight.shape))
         scale_to_limit_(weight, operators, self.limit)
 

@@ -11,6 +11,7 @@ from clipless_dp.constraints.base import scale_to_limit_
 from clipless_dp.constraints.orthogonal import Orthogonal, bjorck_step, overshoot, tangent_step
 from clipless_dp.norms.conv import polyphase
 from clipless_dp.norms.operators import ConvOperator, Operator
+from clipless_dp.norms.rounding import exact_float64
 
 _FRESH_ITERATIONS = 50
 
@@ -54,7 +55,7 @@ class OrthogonalConvolution(Orthogonal):
         """Keeps an orthogonal kernel as it is, and takes another as far as the iteration goes."""
         operator = operators[0]
         if isinstance(operator, ConvOperator):
-            exact = weight.double()
+            exact = exact_float64(weight)
             _Symbol(operator, exact.shape).orthogonalize_(exact, self.limit, _FRESH_ITERATIONS)
             weight.copy_(exact)
             scale_to_limit_(weight, operators, self.limit)

@@ -176,8 +176,7 @@ class VectorOperator:
 
     def norm(self, weight: Tensor) -> float:
         """Euclidean norm in float64, rounded up."""
-        with torch.no_grad():
-            exact = float(torch.linalg.vector_norm(weight.detach().double()))
+        exact = float(torch.linalg.vector_norm(exact_float64(weight)))
         return exact * (1.0 + (weight.numel() + 4) * 2.0**-52)
 
     def perturbation(self, weight: Tensor) -> float:

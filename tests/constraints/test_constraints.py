@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, constraints, layers, losses
+from clipless_dp import ConfigurationError, DPLipModel, NormError, constraints, layers, losses
 from clipless_dp.constraints import (
     AlmostOrthogonal,
     Ball,
@@ -175,14 +175,16 @@ def test_a_zero_weight_stays_finite(constraint: Constraint) -> None:
     assert true_norm(layer, (4,)) <= 1.0
 
 
-@pytest.mark.parametrize("constraint", [Spectral(), Orthogonal(), AlmostOrthogonal(), Frobenius(), RowNorm()], ids=repr)
-def test_a_weight_that_is_not_finite_is_refused(constraint: Constraint) -> None:
+@pytest.mark.parametrize("constraint", KINDS, ids=repr)
+@pytest.mark.parametrize("parameter", ["weight", "bias"])
+def test_a_parameter_that_is_not_finite_is_refused_by_name(constraint: Constraint, parameter: str) -> None:
     layer = nn.Linear(4, 3)
-    model = wrap(nn.Sequential(layer), (4,), constraint=constraint)
+    model = wrap(nn.Sequential(nn.ReLU(), layer), (4,), constraint={"1.*": constraint})
     with torch.no_grad():
-        layer.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="no bound"):
-        model.project_()
+        layer.get_parameter(parameter).view(-1)[0] = math.nan
+    for project in (model.project_, model.settle_):
+        with pytest.raises(NormError, match=rf"1\.{parameter}: .*no bound"):
+            project()
 
 
 def test_a_ball_on_a_bias_bounds_its_euclidean_norm() -> None:

@@ -98,6 +98,16 @@ def test_dense_mutant_falls_below_the_truth(mutant: Callable[[Tensor], float]) -
     assert worst_below(mutant, dense_cases()) > 10.0 * TRUTH_ROUNDING
 
 
+@pytest.mark.parametrize("scale", [1e-25, 1e6, 1e25])
+def test_a_float32_gram_iteration_fails_at_large_and_small_scale(scale: float) -> None:
+    torch.manual_seed(0)
+    matrix = scale * gaussian(60, 80).float()
+    cases = [(matrix, spectral(matrix))]
+    # Fourth powers overflow, or underflow to a bound of zero; the certificate scales exactly.
+    assert worst_below(float32_gram_iteration, cases) == 1.0
+    assert worst_below(dense_norm, cases) <= TRUTH_ROUNDING
+
+
 @pytest.mark.parametrize(
     "mutant", [fft_on_the_image, fft_on_the_kernel, without_the_coverage], ids=lambda f: f.__name__
 )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipless_dp import gates, model, tracker
+from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule, tracing, tracker
 from clipless_dp.norms import operators
-from clipless_dp.rules import activations, conv, graph, linear, pooling, residual
+from clipless_dp.rules import activations, base, conv, graph, linear, pooling, residual
 from clipless_dp.rules import gates as gate_rules
-from tests.soundness.attack import BoundBroken, add_or_remove_one, attack, wrap
+from tests.soundness.attack import BoundBroken, Record, add_or_remove_one, attack, wrap
 from tests.soundness.cases import case_named
 from tests.soundness.mutation import Mutant
 
@@ -385,3 +386,54 @@ def test_removing_an_outlier_catches_gates_that_see_the_batch_instead_of_its_sam
     monkeypatch.setattr(gates, "sample_norms", of_the_batch)
     with pytest.raises(BoundBroken):
         add_or_remove_one(wrap(net, (4,)), inputs, targets)
+
+
+class Polar(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        left, _, right = torch.linalg.svd(weight, full_matrices=False)
+        return left @ right
+
+
+REPARAMETRISED: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "polar factor": lambda layer: nn.utils.parametrize.register_parametrization(layer, "weight", Polar()),
+}
+
+
+@pytest.mark.parametrize("name", REPARAMETRISED)
+def test_brute_force_catches_a_gradient_that_flows_through_a_reparametrisation(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`W/σ(W)` is as Lipschitz as a constrained weight, but the gradient that reaches `W` is larger by up to `1/σ`."""
+    torch.manual_seed(0)
+    layer = REPARAMETRISED[name](nn.Linear(4, 4, bias=False)).double()
+    with torch.no_grad():
+        # The direction's own parameter is small: nothing in the computed weight's norm resists that.
+        list(layer.parameters())[-1].mul_(0.05)
+    net = nn.Sequential(layer)
+    with pytest.raises(UnsupportedModuleError, match=r"0 .*parametrisation amplifies gradients without a bound"):
+        wrap(net, (4,))
+
+    monkeypatch.setattr(tracing.parametrize, "is_parametrized", lambda module: False)
+    monkeypatch.setattr(base, "_RULES", dict(base._RULES))
+
+    @register_rule(type(layer))
+    def trusting_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+        """Takes the weight that the layer computes with for the parameter that is trained."""
+        norm = float(torch.linalg.matrix_norm(module.weight.detach(), ord=2))  # type: ignore[arg-type]
+        return LayerBounds(
+            output_norm=lambda: 1.001 * norm * context.input_norm,
+            lipschitz=1.001 * norm,
+            gradients={name: lambda: context.input_norm for name, _ in module.named_parameters()},
+        )
+
+    record = Record(wrap(net, (4,)))
+    generator = torch.Generator().manual_seed(2)
+
+    def brute_force() -> None:
+        for _ in range(50):
+            record.try_(*torch.randn(2, 4, generator=generator, dtype=torch.float64))
+
+    with pytest.raises(BoundBroken, match="parametrizations"):
+        brute_force()
