@@ -1,6 +1,6 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
-from clipless_dp import constraints, layers, losses
+from clipless_dp import architectures, constraints, layers, losses
 from clipless_dp.errors import (
     CheckpointError,
     CliplessError,
@@ -48,6 +48,7 @@ __all__ = [
     "TightnessReport",
     "UnsupportedModuleError",
     "__version__",
+    "architectures",
     "constraints",
     "evaluate",
     "fit",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from clipless_dp import constraints, layers, losses
+from clipless_dp import architectures, constraints, layers, losses
 from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gating import gated
@@ -19,6 +19,13 @@ from clipless_dp.precision import full_precision
 from clipless_dp.training import evaluate, fit
 
 ROUTES = ("gated", "spectral", "orthogonal")
+NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
+    "mlp": architectures.mlp,
+    "residual-mlp": architectures.residual_mlp,
+    "lipvgg": architectures.lipvgg,
+    "lipresnet": architectures.lipresnet,
+    "mixer": architectures.mixer,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--epsilon", type=float, required=True, help="target ε")
     train.add_argument("--delta", type=float, required=True, help="target δ, below one over the number of samples")
     train.add_argument("--route", choices=ROUTES, default="gated", help="what bounds the gradients")
+    train.add_argument(
+        "--network", choices=("small", *NETWORKS), default="small", help="architecture; small: few layers"
+    )
     train.add_argument("--epochs", type=float, default=20, help="passes over the data, in expectation")
     train.add_argument("--batch-size", type=int, default=1024, help="expected batch size")
     train.add_argument("--micro-batch-size", type=int, help="rows processed at once")
@@ -96,7 +106,8 @@ def _train(options: argparse.Namespace) -> int:
             f"no network here takes samples of shape {shape}: give columns (N, columns), or images as uint8 (N, H, W) "
             "or (N, H, W, 3), or as numbers (N, channels, H, W)"
         )
-    net: nn.Module = image_classifier(shape, data.classes) if len(shape) == 3 else table_classifier(shape, data.classes)
+    small = image_classifier if len(shape) == 3 else table_classifier
+    net: nn.Module = NETWORKS.get(options.network, small)(shape, data.classes)
     constraint: constraints.Constraint | None = None
     if options.route == "gated":
         net = gated(net, cotangent_mode="normalize")
@@ -111,7 +122,7 @@ def _train(options: argparse.Namespace) -> int:
     ).to(options.device)
     if not options.quiet:
         with full_precision():
-            print(model.sensitivity())
+            print(model.sensitivity(), architectures.summary(model), sep="\n")
     result = fit(
         model,
         data.train,

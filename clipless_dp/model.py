@@ -216,6 +216,15 @@ class DPLipModel(nn.Module):
         self._kept = (key, sensitivity) if lasting else None
         return sensitivity
 
+    def lipschitz_constant(self) -> float:
+        """Certified Lipschitz constant of the network at the current weights, in Euclidean norms.
+
+        Returns:
+            ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say).
+        """
+        self._follow_changes()
+        return self._tracker.lipschitz_constant(self._limits())
+
     def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
 

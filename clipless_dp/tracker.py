@@ -21,6 +21,7 @@ from clipless_dp.errors import (
     Unsupported,
     UnsupportedModuleError,
 )
+from clipless_dp.gates import CotangentGate
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
 from clipless_dp.rules.base import LARGEST
@@ -173,6 +174,13 @@ class SensitivityTracker:
         with _deep_recursion(len(self.traced.shapes)):
             return sweep.sensitivity(relation), not sweep.reads
 
+    def lipschitz_constant(self, limits: Mapping[str, float]) -> float:
+        """Bound on how far the output moves per unit of the input, in Euclidean norms; infinite where none is known."""
+        sweep = _Sweep(self, limits)
+        with _deep_recursion(len(self.traced.shapes)):
+            source = next(node for node in self.traced.tensor_nodes() if node.op == "placeholder")
+            return math.inf if self.traced.vocabulary is not None else sweep.slope(source) * _FLOAT64_ROUNDING
+
     def certify(self, parameter: Tensor, operator: Operator) -> float:
         """Certified norm of a parameter; a frozen one is certified once for each of its versions."""
         if parameter.requires_grad:
@@ -227,6 +235,7 @@ class _Sweep:
         self._bounds: dict[fx.Node, LayerBounds | None] = {}
         self._norms: dict[fx.Node, float] = {}
         self._cotangents: dict[fx.Node, float] = {}
+        self._slopes: dict[fx.Node, float] = {}
         self._certified: dict[tuple[str, Operator], float] = {}
         self._consumers: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         for node in self.traced.tensor_nodes():
@@ -282,13 +291,33 @@ class _Sweep:
         assert bounds is not None
 
         def stretched() -> float:
-            lipschitz = bounds.lipschitz
-            factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
-            return value_of(factor) * self.cotangent(consumer)  # type: ignore[arg-type]
+            return _factor(bounds, position) * self.cotangent(consumer)
 
         if math.isinf(bounds.cotangent_cap):
             return stretched()
         return min(self.free(stretched), bounds.cotangent_cap)
+
+    def slope(self, node: fx.Node) -> float:
+        """Bound on how far the output moves per unit of a node's value: its consumers' bounds add.
+
+        It differs from the cotangent's way back where a gate acts on cotangents alone.
+        """
+        if node not in self._slopes:
+            total = 1.0 if node is self.traced.output else 0.0
+            for consumer, position in self._consumers.get(node, ()):
+                beyond = self.slope(consumer)
+                if beyond > 0.0:
+                    total += self._forward_factor(consumer, position) * beyond
+            self._slopes[node] = total
+        return self._slopes[node]
+
+    def _forward_factor(self, node: fx.Node, position: int) -> float:
+        bounds = self.bounds(node)
+        assert bounds is not None
+        if node.op == "call_module" and isinstance(self.traced.leaf(node), CotangentGate):
+            return 1.0
+        # Any other rule that caps cotangents says nothing of the values that its layer returns.
+        return _factor(bounds, position) if math.isinf(bounds.cotangent_cap) else math.inf
 
     def free(self, evaluate: Callable[[], float]) -> float:
         """A bound if it follows without reading weights, else infinity."""
@@ -380,6 +409,12 @@ class _Sweep:
                 key = self.traced.names[id(_parameters(leaf)[name])]
                 return self.limits.get(key, self._certified.get((key, operator)))
         return None
+
+
+def _factor(bounds: LayerBounds, position: int) -> float:
+    lipschitz = bounds.lipschitz
+    factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
+    return value_of(factor)  # type: ignore[arg-type]
 
 
 def _function_name(node: fx.Node) -> str:

@@ -44,6 +44,21 @@ def test_training_on_a_table_prints_accuracy_and_what_was_spent(table, tmp_path,
     assert checkpoint.exists()
 
 
+@pytest.mark.parametrize("network", ["residual-mlp", "lipvgg"])
+def test_an_architecture_trains_from_the_command_line(network, tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    path = tmp_path / "images.npz"
+    np.savez(path, X=generator.integers(256, size=(100, 10, 12), dtype=np.uint8), y=np.arange(100) % 3)
+    arguments = [
+        "train", "--dataset", str(path), "--epsilon", "3", "--delta", "1e-3", "--epochs", "1", "--batch-size", "40",
+        "--network", network, "--accountant", "rdp",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"parameters, Δ = [\d.]+ \(.*\), Lipschitz constant", printed)
+    assert "test accuracy" in printed
+
+
 def test_the_module_runs_as_a_program():
     command = [sys.executable, "-m", "clipless_dp", "train", "--dataset", "digits", "--epsilon", "3"]
     command += ["--delta", "1e-4", "--epochs", "1", "--batch-size", "256"]
@@ -67,6 +82,11 @@ def test_the_module_runs_as_a_program():
 def test_refusals_go_to_standard_error_with_status_2(capsys, arguments, message):
     assert main(["train", "--epsilon", "3", "--delta", "1e-4", "--quiet", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_an_architecture_for_images_refuses_a_table(table, capsys):
+    assert main(["train", "--epsilon", "3", "--delta", "1e-4", "--dataset", str(table), "--network", "mixer"]) == 2
+    assert "input_shape must be (channels, height, width), got (5,)" in capsys.readouterr().err
 
 
 def test_an_npz_file_with_its_own_split_is_taken_as_it_is(tmp_path):

@@ -4,7 +4,7 @@ from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.centering import LayerCentering
 from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
 from clipless_dp.layers.householder import Householder
-from clipless_dp.layers.mixing import MixerBlock, TokenMixing
+from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
 from clipless_dp.layers.pooling import L2NormPool2d, ScaledAvgPool2d
 from clipless_dp.layers.residual import ConvexResidual, GatedResidual, Residual, SigmoidMix
@@ -31,6 +31,7 @@ __all__ = [
     "SigmoidMix",
     "SphereScaling",
     "TokenMixing",
+    "Tokens",
     "adaptive_orthogonal_conv2d",
     "from_orthogonium",
     "orthogonal_",

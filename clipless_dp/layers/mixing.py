@@ -30,6 +30,14 @@ class TokenMixing(nn.Module):
         return mixed.transpose(1, 2)
 
 
+class Tokens(nn.Module):
+    """Pixels as tokens: ``(B, C, H, W)`` to ``(B, H·W, C)``. It is traced through."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Rearranges the map."""
+        return values.flatten(2).transpose(1, 2)
+
+
 class MixerBlock(nn.Module):
     """An MLP-Mixer block with Lipschitz parts (Tolstikhin et al., "MLP-Mixer", NeurIPS 2021, §2).
 
@@ -42,6 +50,7 @@ class MixerBlock(nn.Module):
         hidden_tokens: width of the token-mixing MLP, even; ``2T`` by default.
         hidden_channels: width of the channel-mixing MLP, even; ``2C`` by default.
         alpha: weight of the MLPs in :class:`ConvexResidual`.
+        bias: whether the dense layers have biases: their gradients' bound grows with the root of ``T`` and ``C``.
 
     Shape:
         ``(B, T, C)`` to the same shape.
@@ -55,10 +64,11 @@ class MixerBlock(nn.Module):
         hidden_channels: int | None = None,
         *,
         alpha: float = 0.5,
+        bias: bool = True,
     ) -> None:
         super().__init__()
-        self.tokens = ConvexResidual(TokenMixing(_mlp(tokens, hidden_tokens)), alpha)
-        self.channels = ConvexResidual(_mlp(channels, hidden_channels), alpha)
+        self.tokens = ConvexResidual(TokenMixing(_mlp(tokens, hidden_tokens, bias)), alpha)
+        self.channels = ConvexResidual(_mlp(channels, hidden_channels, bias), alpha)
 
     def forward(self, values: Tensor) -> Tensor:
         """Mixes tokens, then channels."""
@@ -66,6 +76,8 @@ class MixerBlock(nn.Module):
         return output
 
 
-def _mlp(features: int, hidden: int | None) -> nn.Sequential:
+def _mlp(features: int, hidden: int | None, bias: bool) -> nn.Sequential:
     width = 2 * features if hidden is None else hidden
-    return nn.Sequential(nn.Linear(features, width), GroupSort(2, dim=-1), nn.Linear(width, features))
+    return nn.Sequential(
+        nn.Linear(features, width, bias=bias), GroupSort(2, dim=-1), nn.Linear(width, features, bias=bias)
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipless_dp import layers
+from clipless_dp import DPLipModel, layers
 from clipless_dp.gradient_gates import gradient_gated_layer
 from tests.soundness.attack import Record, add_or_remove_one, wrap
 
@@ -120,6 +121,19 @@ def check(family: str, steps: tuple[Step, ...], seed: int) -> None:
         for sample, target in zip(inputs, targets, strict=True):
             record.try_(sample, target)
         add_or_remove_one(model, inputs, targets)
+        check_lipschitz(model)
+
+
+def check_lipschitz(model: DPLipModel) -> None:
+    """No two points, near or far, move apart by more than the network's constant."""
+    points = torch.randn(6, *model.input_shape, dtype=torch.float64)
+    points[3:] = points[:3] + 1e-4 * points[3:]
+    values = model(points).detach().flatten(1)
+    constant = model.lipschitz_constant()
+    for first, second in itertools.combinations(range(6), 2):
+        moved, apart = (float((pair[first] - pair[second]).norm()) for pair in (values, points))
+        # float64 differences of size 1e-4 between values of size 10³ at most.
+        assert moved <= constant * apart + 1e-10
 
 
 @given(networks())

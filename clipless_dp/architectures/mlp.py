@@ -1,0 +1,64 @@
+"""Dense networks, for tables and small images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from clipless_dp.architectures.parts import isometric_, require_even, require_positive
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.layers import ConvexPotential, GroupSort
+
+
+def _entries(input_shape: tuple[int, ...]) -> int:
+    if not input_shape or min(input_shape) < 1:
+        raise ConfigurationError(f"input_shape must be (columns,) or (channels, height, width), got {input_shape}")
+    return math.prod(input_shape)
+
+
+def mlp(input_shape: tuple[int, ...], classes: int, *, widths: Sequence[int] = (128, 64)) -> nn.Sequential:
+    """Dense layers with GroupSort between them (Anil, Lucas and Grosse, "Sorting out Lipschitz function approximation",
+    ICML 2019).
+
+    Each layer's Δ is at most ``G·√(X² + 1)``: nothing is shared among positions.
+
+    Args:
+        input_shape: of one sample: a row of a table, or an image, which is flattened.
+        classes: number of outputs.
+        widths: of the hidden layers, even.
+
+    Raises:
+        ConfigurationError: a size is out of range.
+    """
+    require_positive(classes=classes)
+    require_even("widths", tuple(widths))
+    parts: list[nn.Module] = [nn.Flatten()] if len(input_shape) > 1 else []
+    size = _entries(input_shape)
+    for width in widths:
+        parts += [nn.Linear(size, width), GroupSort(2)]
+        size = width
+    return isometric_(nn.Sequential(*parts, nn.Linear(size, classes)))
+
+
+def residual_mlp(input_shape: tuple[int, ...], classes: int, *, width: int = 64, depth: int = 3) -> nn.Sequential:
+    """A dense layer, convex-potential residual layers, a dense layer (Meunier et al., "A dynamical system perspective
+    for Lipschitz neural networks", ICML 2022).
+
+    A residual layer reads its weight twice: its Δ is about four times that of a dense layer.
+
+    Args:
+        input_shape: of one sample: a row of a table, or an image, which is flattened.
+        classes: number of outputs.
+        width: of every hidden layer.
+        depth: number of residual layers.
+
+    Raises:
+        ConfigurationError: a size is out of range.
+    """
+    require_positive(classes=classes, width=width, depth=depth)
+    parts: list[nn.Module] = [nn.Flatten()] if len(input_shape) > 1 else []
+    parts.append(nn.Linear(_entries(input_shape), width))
+    parts += [ConvexPotential(width) for _ in range(depth)]
+    return isometric_(nn.Sequential(*parts, nn.Linear(width, classes)))
