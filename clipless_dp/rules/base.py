@@ -156,7 +156,7 @@ def find_function_rule(target: Any) -> FunctionRule | None:
 
 def is_builtin(rule: Rule) -> bool:
     """Whether a rule is this package's own, and so reads weights only through its context."""
-    return rule.__module__.startswith("clipless_dp.rules.")
+    return rule.__module__.partition(".")[0] == "clipless_dp"
 
 
 def unsupported_module(path: str, module: nn.Module) -> Unsupported:

@@ -15,8 +15,10 @@ from clipless_dp import DPLipModel, gates, losses
 from clipless_dp import model as model_module
 from clipless_dp.norms import operators
 from clipless_dp.rules import embedding
+from clipless_dp.testing import LipschitzLayerTestCase
 from tests.soundness.attack import (
     BoundBroken,
+    Case,
     Probe,
     Record,
     add_or_remove_one,
@@ -113,6 +115,20 @@ CASES = (
     TokenCase("two tables, one twice", TwoTables),
     TokenCase("tied head", TiedHead),
 )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+class TestEveryTable(LipschitzLayerTestCase):
+    @pytest.fixture(autouse=True)
+    def _choose(self, case: TokenCase) -> None:
+        self.case = Case(case.name, case.build, case.shape, vocabulary=TOKENS)
+
+    def cases(self) -> list[Case]:
+        return [self.case]
+
+    @pytest.mark.slow
+    def test_no_parameters_pass_a_bound(self) -> None:
+        super().test_no_parameters_pass_a_bound()
 
 
 def exhaust(case: TokenCase) -> dict[str, float]:
