@@ -98,7 +98,7 @@ def _accountant(options: argparse.Namespace) -> Accountant:
 
 
 def _line(bound: PrivacyBound) -> str:
-    lower = f"{bound.lower:.6g}" if bound.lower > 0.0 else "unknown"
+    lower = f"{bound.lower:.6g}" if bound.lower > 0.0 or bound.upper == 0.0 else "unknown"
     return (
         f"epsilon = {_up(bound.upper)} at delta = {bound.delta:g}  "
         f"(at least {lower}; {bound.relation}, sampling {bound.sampling}, engine {bound.engine})"
@@ -164,11 +164,18 @@ def _plot(bounds: list[PrivacyBound], path: str) -> None:
         raise AccountingError("drawing needs matplotlib: pip install matplotlib, or leave out --plot") from error
     figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
     deltas = [bound.delta for bound in bounds]
-    axes.fill_between(deltas, [bound.lower for bound in bounds], [bound.upper for bound in bounds], alpha=0.3)
-    axes.plot(deltas, [bound.upper for bound in bounds])
-    axes.set(xscale="log", xlabel="δ", ylabel="ε")
-    figure.savefig(path)
-    pyplot.close(figure)
+    lower, upper = [bound.lower for bound in bounds], [bound.upper for bound in bounds]
+    if min(lower) > 0.0:
+        axes.fill_between(deltas, lower, upper, alpha=0.3, label="between the bounds")
+    axes.plot(deltas, upper, marker=".", label="certified upper bound")
+    axes.set(xscale="log", xlabel="δ", ylabel="ε", title=f"{bounds[0].relation}, sampling {bounds[0].sampling}")
+    axes.legend()
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise AccountingError(f"{path} cannot be drawn: {error}") from error
+    finally:
+        pyplot.close(figure)
 
 
 def _explain(options: argparse.Namespace) -> str:

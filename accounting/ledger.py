@@ -81,6 +81,16 @@ class Ledger:
                 n += self._entries.pop()[1]
             self._entries.append((single, n))
 
+    def starts_with(self, start: Ledger) -> bool:
+        """Whether this ledger is `start`, perhaps with further events behind it."""
+        if not start._entries or self.relation != start.relation:
+            return self.relation == start.relation
+        last = len(start._entries) - 1
+        if len(self._entries) <= last or self._entries[:last] != start._entries[:last]:
+            return False
+        (event, count), (final, fewest) = self._entries[last], start._entries[last]
+        return event == final and count >= fewest
+
     def merge(self, other: Ledger) -> Ledger:
         """Returns this ledger followed by another: sequential composition on the same data.
 

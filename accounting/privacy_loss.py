@@ -147,10 +147,12 @@ def discretise(pair: DominatingPair, index: Index, width: float, side: Side, off
     to_upper = np.clip(exact - error, 0.0, inner)
     # Amounts by which the mean u of a bin misses that of its ends, relative to the end's u.
     shortfall = to_upper * gap
-    excess = (inner - to_upper) * np.expm1(np.diff(loss))
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
+        # Huge bins hold no exp(their width); an infinite excess is never balanced.
+        excess = np.nan_to_num((inner - to_upper) * np.expm1(np.diff(loss)), nan=0.0, posinf=np.inf)
         position = np.clip(np.nan_to_num(1.0 - to_upper / inner, nan=0.5), 0.0, 1.0)
-    share = np.asarray(_balanced_shares(shortfall.tolist(), excess.tolist(), position.tolist()))
+    finite = np.minimum(excess, np.finfo(float).max)
+    share = np.asarray(_balanced_shares(shortfall.tolist(), finite.tolist(), position.tolist()))
     down, up = share * inner, (1.0 - share) * inner
     with np.errstate(divide="ignore", invalid="ignore"):
         kept = (share * shortfall)[1:] / ((1.0 - share) * excess)[:-1]

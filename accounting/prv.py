@@ -61,7 +61,7 @@ def _offset(pair: DominatingPair, width: float) -> float:
         return float(rounded.mass @ np.exp(-rounded.loss)) - exact
 
     best, reach = 0.0, 0.5 * width
-    if float(pair.masses((index * width).astype(np.float64)).p[1:-1].max()) >= _CONCENTRATED:
+    if width * _NEAR < 100.0 and float(pair.masses((index * width).astype(np.float64)).p[1:-1].max()) >= _CONCENTRATED:
         for _ in range(4):
             best = min((best + 0.2 * k * reach for k in (0, -4, -3, -2, -1, 1, 2, 3, 4, 5)), key=loss)
             reach *= 0.2
@@ -131,7 +131,7 @@ class _Laboratory:
 
     def epsilon(self, delta: float, epsilon: float, t: float, tolerance: float) -> tuple[float, float, bool]:
         """Returns (ε, tilt, whether ε is bracketed or a certified 0)."""
-        for _ in range(60):
+        for attempt in range(60):
             composition = self.composition(epsilon, t, tolerance)
             if composition.empty:
                 return 0.0, t, True
@@ -141,6 +141,9 @@ class _Laboratory:
             low, high = float(profile.loss[0]), float(profile.loss[-2])
             if self.side == "upper":
                 if answer is None:
+                    if attempt >= 8 and composition.infinite <= delta:
+                        # Grids grow with the tilt; the largest loss there can be is a bound as well.
+                        return max(composition.maximum, 0.0) + slack, t, True
                     t = 1.5 * max(t, 1e-6)
                     continue
                 if answer > low or low <= 0.0 or t == 0.0:

@@ -7,14 +7,14 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal, NoReturn, Protocol, overload
+from typing import Any, Literal, NoReturn, overload
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accounting import create_accountant
+from accounting import Accountant, create_accountant
 from clipless_dp import draws
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
@@ -39,31 +39,6 @@ class PrivacyWarning(UserWarning):
     """Something costs more privacy than the user may expect."""
 
 
-class Accountant(Protocol):
-    """What the optimizer needs of an accountant: the interface of ``accounting`` (and of Opacus)."""
-
-    def step(self, *, noise_multiplier: float, sample_rate: float, steps: int = 1) -> None:
-        """Records steps."""
-        ...
-
-    def get_epsilon(self, delta: float) -> Any:
-        """ε spent so far, an upper bound."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The ledger as plain values."""
-        ...
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores a ledger."""
-        ...
-
-    @property
-    def history(self) -> list[tuple[float, float, int]]:
-        """Runs of equal steps: noise multiplier, sample rate, count."""
-        ...
-
-
 class CliplessDPOptimizer(Optimizer):
     """Makes any first-order torch optimizer private.
 
@@ -84,7 +59,7 @@ class CliplessDPOptimizer(Optimizer):
         noise_multiplier: ``σ > 0``, in units of the joint sensitivity.
         sample_rate: ``q`` in (0, 1]: each sample's probability of being in a batch.
         dataset_size: public number of samples; fixes the divisor.
-        accountant: ``"prv"``, ``"rdp"``, ``"auto"``, or an object with their interface.
+        accountant: ``"prv"``, ``"rdp"``, ``"auto"``, or an accountant, with earlier releases from the data or none.
         allocation: how the noise is shared among parameters: ``"global"``, ``"per-layer"`` or ``"min-variance"``.
         sampling: ``"announced"``: a step is charged as Poisson-sampled only if a sampler of this package announced
             its draw, else at ``q = 1``, with a warning. ``"poisson"``: you vouch for a Poisson sampler of your
@@ -261,14 +236,13 @@ class CliplessDPOptimizer(Optimizer):
         self._share_state()
 
     def _join_ledger(self, state: dict[str, Any], counted: dict[str, int]) -> None:
-        spent, kept = _expanded(self.accountant.history), self.accountant.state_dict()
+        spent = self.accountant.ledger
         self.accountant.load_state_dict(state)
-        loaded = _expanded(self.accountant.history)
-        if _contains(self._counted, counted) and _begins_with(spent, loaded):
-            self.accountant.load_state_dict(kept)
-        elif not (_contains(counted, self._counted) and _begins_with(loaded, spent)):
-            for noise_multiplier, sample_rate, count in spent:
-                self.accountant.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=count)
+        loaded = self.accountant.ledger
+        if _contains(self._counted, counted) and spent.starts_with(loaded):
+            self.accountant.ledger = spent
+        elif not (_contains(counted, self._counted) and loaded.starts_with(spent)):
+            self.accountant.ledger = loaded.merge(spent)
         for run, count in counted.items():
             self._counted[run] = max(count, self._counted.get(run, 0))
 
@@ -424,22 +398,6 @@ _latest_ledger: WeakKeyDictionary[DPLipModel, tuple[Accountant, dict[str, int]]]
 def _contains(counted: Mapping[str, int], other: Mapping[str, int]) -> bool:
     """Whether a ledger that counts so many steps of each optimizer has all those of another."""
     return all(counted.get(run, 0) >= count for run, count in other.items())
-
-
-def _expanded(history: Iterable[tuple[float, float, int]]) -> list[tuple[float, float, int]]:
-    return [(float(noise), float(rate), int(count)) for noise, rate, count in history]
-
-
-def _begins_with(history: Iterable[tuple[float, float, int]], start: list[tuple[float, float, int]]) -> bool:
-    """Whether one run-length compressed ledger is a beginning of another."""
-    longer = _expanded(history)
-    for index, (noise, rate, count) in enumerate(start):
-        if index >= len(longer) or longer[index][:2] != (noise, rate):
-            return False
-        last = index == len(start) - 1
-        if longer[index][2] < count or (longer[index][2] != count and not last):
-            return False
-    return True
 
 
 class CliplessDPSGD(CliplessDPOptimizer):

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import nn
 
-from accounting import LargeDeltaWarning, RDPAccountant
+from accounting import GaussianRelease, LaplaceRelease, LargeDeltaWarning, RDPAccountant
 from clipless_dp import (
     CliplessDPOptimizer,
     CliplessDPSGD,
@@ -430,6 +430,26 @@ def test_loading_an_older_state_never_forgets_what_was_spent():
     spent = optimizer.get_epsilon(1e-5)
     optimizer.load_state_dict(early)
     assert optimizer.get_epsilon(1e-5) >= spent
+
+
+def test_one_off_releases_in_the_ledger_are_saved_loaded_and_never_lost():
+    model = gated_model()
+    optimizer = sgd(model)
+    optimizer.accountant.record(LaplaceRelease(4.0))
+    optimizer.step()
+    early = optimizer.state_dict()
+    optimizer.step()
+    optimizer.accountant.record(GaussianRelease(9.0))
+    spent = optimizer.get_epsilon(1e-5)
+    optimizer.load_state_dict(early)
+    assert optimizer.get_epsilon(1e-5) == spent
+    other = sgd(model)
+    other.accountant.record(GaussianRelease(7.0))
+    other.load_state_dict(optimizer.state_dict())
+    assert [event.kind for event, _ in other.accountant.ledger] == [
+        "laplace_release", "gaussian_step", "gaussian_release", "gaussian_release"
+    ]  # fmt: skip
+    assert other.get_epsilon(1e-5) > spent
 
 
 def test_a_state_without_a_ledger_is_refused():

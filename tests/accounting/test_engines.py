@@ -101,7 +101,6 @@ def test_numerical_composition_brackets_the_inverse_laplace_transform(phases, de
 HEAVY_TAILS = [
     ([(0.467, 0.0025, 62)], 2.6e-9, ADD_OR_REMOVE_ONE),
     ([(0.3, 1e-5, 1000)], 1e-12, REPLACE_ONE),
-    ([(1.67, 9.6e-5, 3743), (9.37, 0.048, 17), (0.574, 1.2e-5, 9)], 1.3e-12, ADD_OR_REMOVE_ONE),
     ([(88.0, 4e-4, 2), (4.9, 0.0016, 1952), (0.37, 9e-4, 107)], 3e-8, ADD_OR_REMOVE_ONE),
     ([(1.8, 2.8e-5, 7181), (17.0, 0.034, 425)], 8e-10, REPLACE_ONE),
     ([(8.8, 0.0065, 69_477), (0.49, 0.0034, 181_749)], 1e-9, REPLACE_ONE),
@@ -115,9 +114,10 @@ def test_rare_large_losses_are_bounded_to_a_per_cent_from_both_sides(phases, del
 
 
 def test_a_bound_where_float64_noise_exceeds_delta_agrees_with_published_distributions():
-    # dp-accounting 0.6.0, pessimistic, interval 1e-4; its own noise is about 1e-15 in δ.
-    phases, delta, _ = HEAVY_TAILS[2]
-    assert float(accountant("prv", phases).get_epsilon(delta)) == pytest.approx(0.4627, rel=5e-3)
+    bound = accountant("prv", [(1.67, 9.6e-5, 3743), (9.37, 0.048, 17), (0.574, 1.2e-5, 9)]).get_epsilon(1.3e-12)
+    # dp-accounting 0.6.0, pessimistic, intervals 1e-4 and 3e-4; its own noise is about 1e-15 in δ.
+    assert float(bound) == pytest.approx(0.4627, rel=5e-3)
+    assert bound.upper <= 1.01 * bound.lower
 
 
 @pytest.mark.parametrize("t", [0.0, 1.5])
@@ -358,6 +358,8 @@ def test_extreme_steps_are_answered_finitely_and_never_below_zero():
         (50.0, 1e-3, 10**7, 1e-6),
         (1.0, 0.999999, 10, 1e-6),
         (1.0, 0.01, 10, 0.5),
+        (1e-3, 0.5, 10**6, 1e-12),
+        (0.2, 1e-9, 77, 1e-100),
     ]:
         for kind in ("prv", "rdp", "auto"):
             bound = accountant(kind, [(sigma, q, n)]).get_epsilon(delta)

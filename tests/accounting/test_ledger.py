@@ -109,6 +109,26 @@ def test_a_damaged_ledger_is_refused(damage):
         Ledger.from_state_dict(state)
 
 
+def test_a_ledger_starts_with_what_it_once_was_and_with_nothing_else():
+    step, other = GaussianStep(1.0), GaussianStep(2.0)
+    ledger, start = Ledger(), Ledger()
+    assert ledger.starts_with(start)
+    for event, count in ((step, 3), (LaplaceRelease(4.0), 1), (other, 2)):
+        start.append(event, count)
+        assert not ledger.starts_with(start)
+        ledger.append(event, count)
+        assert ledger.starts_with(start)
+    ledger.append(other)
+    assert ledger.starts_with(start)
+    assert not start.starts_with(ledger)
+    shorter = Ledger()
+    shorter.append(step, 2)
+    assert ledger.starts_with(shorter)
+    shorter.append(LaplaceRelease(4.0))
+    assert not ledger.starts_with(shorter)
+    assert not Ledger("replace_one").starts_with(Ledger())
+
+
 def test_merging_is_sequential_composition():
     first, second = Ledger(), Ledger()
     first.append(STEP, 3)
