@@ -7,8 +7,9 @@ import math
 from torch import nn
 
 from clipless_dp.norms import coverage
-from clipless_dp.norms.operators import ConvOperator, Operator, Sides, VectorOperator
-from clipless_dp.rules.base import Deferred, LayerBounds, RuleContext, RuleError, register_rule
+from clipless_dp.norms.operators import ConvOperator, Sides
+from clipless_dp.rules import linear
+from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_rule
 
 Convolution = nn.Conv1d | nn.Conv2d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d
@@ -88,23 +89,5 @@ def transposed_convolution_rule(module: TransposedConvolution, context: RuleCont
 
 
 def _bounds(module: Convolution | TransposedConvolution, context: RuleContext, weight: ConvOperator) -> LayerBounds:
-    windows = weight.coverage
     positions = math.prod(context.output_shape[1:])
-    bias = VectorOperator()
-    operators: dict[str, Operator] = {"weight": weight}
-    gradients: dict[str, Deferred] = {"weight": lambda: math.sqrt(windows) * context.input_norm}
-    if module.bias is not None:
-        operators["bias"] = bias
-        gradients["bias"] = math.sqrt(positions)
-
-    def output_norm() -> float:
-        shift = math.sqrt(positions) * context.norm("bias", bias) if module.bias is not None else 0.0
-        return context.norm("weight", weight) * context.input_norm + shift
-
-    return LayerBounds(
-        output_norm=output_norm,
-        lipschitz=lambda: context.norm("weight", weight),
-        gradients=gradients,
-        operators=operators,
-        coverage=windows,
-    )
+    return linear.affine_bounds(context, weight, positions, bias=module.bias is not None, coverage=weight.coverage)

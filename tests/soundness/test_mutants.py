@@ -20,25 +20,33 @@ from tests.soundness.mutation import Mutant
 Sweep = tracker._Sweep
 
 MUTANTS = (
-    (Mutant("√N dropped", conv, "_bounds", "math.sqrt(windows) *", "1.0 *"), "conv 3×3, padding 1"),
+    (Mutant("√N dropped", linear, "affine_bounds", "math.sqrt(windows) *", "1.0 *"), "conv 3×3, padding 1"),
     (
-        Mutant("√P forgotten on a map's bias", conv, "_bounds", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'),
+        Mutant(
+            "√P forgotten on a map's bias", linear, "affine_bounds", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'
+        ),
         "conv 3×3, padding 1",
     ),
     (
-        Mutant("√P forgotten in a map's norm", conv, "_bounds", "shift = math.sqrt(positions) *", "shift ="),
+        Mutant(
+            "√P forgotten in a map's norm", linear, "affine_bounds", "shifted = math.sqrt(positions) *", "shifted ="
+        ),
         "conv 5×5 on a 3×3 map",
     ),
     (
-        Mutant("√T forgotten", linear, "linear_rule", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'),
+        Mutant("√T forgotten", linear, "affine_bounds", '"bias"] = math.sqrt(positions)', '"bias"] = 1.0'),
         "linear on 5 tokens",
     ),
     (
-        Mutant("√T forgotten in the tokens' norm", linear, "linear_rule", "shift = math.sqrt(positions) *", "shift ="),
+        Mutant(
+            "√T forgotten in the tokens' norm", linear, "affine_bounds", "shifted = math.sqrt(positions) *", "shifted ="
+        ),
         "linear on 5 tokens",
     ),
     (
-        Mutant("bias forgotten in the norm", linear, "linear_rule", "context.input_norm + shift", "context.input_norm"),
+        Mutant(
+            "bias forgotten in the norm", linear, "affine_bounds", "context.input_norm + shifted", "context.input_norm"
+        ),
         "linear",
     ),
     (
@@ -93,7 +101,7 @@ MUTANTS = (
         Mutant(
             "weight norm forgotten backwards",
             linear,
-            "linear_rule",
+            "affine_bounds",
             'lipschitz=lambda: context.norm("weight", weight),',
             "",
         ),
