@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accounting import Accountant, create_accountant
+from accounting import Accountant, GaussianStep, create_accountant
 from clipless_dp import draws
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
@@ -120,7 +120,7 @@ class CliplessDPOptimizer(Optimizer):
         self._draws_before = draws.snapshot()
         self._held_before = draws.held()
         self._run = uuid.uuid4().hex
-        self._counted: dict[str, int] = {}
+        self._counted: dict[str, int] = {self._run: 0}
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
         self._last: tuple[int, Sensitivity] | None = None
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -239,9 +239,13 @@ class CliplessDPOptimizer(Optimizer):
         spent = self.accountant.ledger
         self.accountant.load_state_dict(state)
         loaded = self.accountant.ledger
-        if _contains(self._counted, counted) and spent.starts_with(loaded):
+        # Steps are known by the run that took them, one-off releases by nothing: where no run is shared, those of this
+        # ledger were drawn anew, however alike they look, and both count.
+        related = not self._counted.keys().isdisjoint(counted)
+        anew = not related and any(not isinstance(event, GaussianStep) for event, _ in spent)
+        if _contains(self._counted, counted) and spent.starts_with(loaded) and not anew:
             self.accountant.ledger = spent
-        elif not (_contains(counted, self._counted) and loaded.starts_with(spent)):
+        elif anew or not (_contains(counted, self._counted) and loaded.starts_with(spent)):
             self.accountant.ledger = loaded.merge(spent)
         for run, count in counted.items():
             self._counted[run] = max(count, self._counted.get(run, 0))

@@ -452,6 +452,24 @@ def test_one_off_releases_in_the_ledger_are_saved_loaded_and_never_lost():
     assert other.get_epsilon(1e-5) > spent
 
 
+def test_a_release_made_again_before_resuming_counts_again_however_alike_it_looks():
+    first = sgd(gated_model())
+    first.accountant.record(LaplaceRelease(4.0))
+    unstarted = first.state_dict()
+    first.step()
+    state = first.state_dict()
+    resumed = sgd(gated_model())
+    resumed.accountant.record(LaplaceRelease(4.0))
+    resumed.load_state_dict(state)
+    assert sum(count for event, count in resumed.accountant.ledger if event.kind == "laplace_release") == 2
+    fresh = sgd(gated_model())
+    fresh.accountant.record(LaplaceRelease(4.0))
+    fresh.load_state_dict(unstarted)
+    assert len(fresh.accountant.ledger) == 2
+    first.load_state_dict(unstarted)
+    assert len(first.accountant.ledger) == 2  # its own state: the release is the same, and the step stays
+
+
 def test_a_state_without_a_ledger_is_refused():
     model = gated_model()
     plain = torch.optim.SGD(model.net.parameters(), lr=0.1)
