@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from clipless_dp import DPLipModel, constraints, evaluate, fit, gated, layers, losses
+from clipless_dp import DPLipModel, constraints, evaluate, fit, gated, gradient_gated, layers, losses
 from clipless_dp.datasets import load_dataset
 
 
@@ -34,23 +34,25 @@ class Recipe:
 
 RECIPES = {
     "gated": Recipe(epochs=30, batch_size=2048, lr=0.25, tau=8.0, input_norm=28.0),
+    "gradient": Recipe(epochs=15, batch_size=2048, lr=0.5, tau=2.0, input_norm=28.0),
     "orthogonal": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
     "spectral": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
 }
 
 
 def network(route: str) -> nn.Sequential:
-    if route == "gated":
+    if route in ("gated", "gradient"):
+        activation = nn.ReLU if route == "gated" else nn.Tanh
         return nn.Sequential(
             nn.Conv2d(1, 16, 8, stride=2, padding=3, bias=False),
-            nn.ReLU(),
+            activation(),
             nn.MaxPool2d(2, 1),
             nn.Conv2d(16, 32, 4, stride=2, bias=False),
-            nn.ReLU(),
+            activation(),
             nn.MaxPool2d(2, 1),
             nn.Flatten(),
             nn.Linear(32 * 16, 32, bias=False),
-            nn.ReLU(),
+            activation(),
             nn.Linear(32, 10),
         )
     return nn.Sequential(
@@ -63,10 +65,14 @@ def network(route: str) -> nn.Sequential:
 
 
 def wrapped(route: str, recipe: Recipe) -> DPLipModel:
-    net = network(route)
+    net: nn.Module = network(route)
+    if route == "gated":
+        net = gated(net, cotangent_mode="normalize")
+    elif route == "gradient":
+        net = gradient_gated(net)
     constraint = {"orthogonal": constraints.Orthogonal(), "spectral": constraints.Spectral()}.get(route)
     return DPLipModel(
-        gated(net, cotangent_mode="normalize") if constraint is None else net,
+        net,
         input_shape=(1, 28, 28),
         input_norm=recipe.input_norm,
         loss=losses.TauCrossEntropy(recipe.tau),

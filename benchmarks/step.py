@@ -36,7 +36,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, losses
+from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, gradient_gated, losses
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler
 
@@ -116,8 +116,9 @@ def sgd(kind: str, data: Data, batch: int, *, noise: bool = False, compiled: boo
 
 def clipless(kind: str, data: Data, batch: int, *, route: str, compiled: bool = False) -> Step:
     net = network(kind)
+    gates = {"gated": gated, "gradient gates": gradient_gated}.get(route)
     model = DPLipModel(
-        gated(net) if route == "gated" else net,
+        net if gates is None else gates(net),
         input_shape=tuple(data[0].shape[1:]),
         input_norm=28.0,
         loss=losses.TauCrossEntropy(8.0),
@@ -210,6 +211,8 @@ CONTENDERS: dict[str, Callable[[str, Data, int], Step]] = {
     "SGD + noise": lambda *given: sgd(*given, noise=True),
     "gated": lambda *given: clipless(*given, route="gated"),
     "gated, compiled": lambda *given: clipless(*given, route="gated", compiled=True),
+    "gradient gates": lambda *given: clipless(*given, route="gradient gates"),
+    "gradient gates, compiled": lambda *given: clipless(*given, route="gradient gates", compiled=True),
     "spectral": lambda *given: clipless(*given, route="spectral"),
     "spectral, compiled": lambda *given: clipless(*given, route="spectral", compiled=True),
     "orthogonal": lambda *given: clipless(*given, route="orthogonal"),

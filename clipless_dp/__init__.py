@@ -17,6 +17,7 @@ from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
 from clipless_dp.tightness import LayerTightness, TightnessReport
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
 from clipless_dp.training import FitResult, evaluate, fit
@@ -31,6 +32,8 @@ __all__ = [
     "ConfigurationError",
     "DPLipModel",
     "FitResult",
+    "GateSuggestion",
+    "GateSuggestions",
     "InputError",
     "LayerBounds",
     "LayerTightness",
@@ -58,4 +61,5 @@ __all__ = [
     "losses",
     "poisson_collate",
     "register_rule",
+    "suggest_gates",
 ]

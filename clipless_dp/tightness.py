@@ -16,7 +16,7 @@ from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated
 from clipless_dp.tracing import TracedNet
 from clipless_dp.tracker import LayerSensitivity, Sensitivity
 
-_TIGHT = 0.5
+TIGHT = 0.5
 """A bound that is half used costs at most twice the noise it has to: no gate is advised."""
 
 _ROUNDING = 1e-3
@@ -175,7 +175,7 @@ def _line(
     whole = math.hypot(*weights.values())
     share = used / whole if whole > 0.0 else 0.0
     if isinstance(leaf, GradientGated):
-        advice = "–" if share >= _TIGHT else f"gradient gates of a smaller limit ({_listed(largest)})"
+        advice = "–" if share >= TIGHT else f"gradient gates of a smaller limit ({_listed(largest)})"
     else:
         advice = _advice(layer, activation, cotangent, first, second, share, gateable=can_be_gradient_gated(leaf))
     return LayerTightness(layer.path, layer.kind, first, second, gradients, activation, cotangent, largest, advice)
@@ -199,7 +199,7 @@ def _advice(
     *,
     gateable: bool,
 ) -> str:
-    if used >= _TIGHT:
+    if used >= TIGHT:
         return "–"
     rest = used / (first * second) if first * second > 0.0 else 1.0
     if first <= min(second, rest):

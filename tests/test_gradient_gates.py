@@ -251,12 +251,12 @@ def of_the_batch(norms: Tensor, limit: float, least: float) -> Tensor:
     return (limit / norms.norm().clamp(min=least)).expand_as(norms)
 
 
-def plain_bias(cotangents: Tensor, limit: float, least: float) -> Tensor:
-    return cotangents.sum((0, 2))
+def plain_bias(cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:
+    return cotangents.sum(0)
 
 
-def of_cotangent_alone(values: Tensor, cotangents: Tensor, limit: float, least: float) -> Tensor:
-    factors = limit / cotangents.norm(dim=1).clamp(min=least)
+def of_cotangent_alone(values: Tensor, cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:
+    factors = limit / sizes.clamp(min=least)
     return (cotangents * factors[:, None]).t() @ values
 
 
