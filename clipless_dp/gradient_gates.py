@@ -28,6 +28,9 @@ which depends on the rest of the batch and must not be scaled to the size of a s
 _UNDERFLOW = 1e-16
 """Above the norm that squares can lose to underflow, ``√n·1.1e-19``, for the rows that are summed in float32."""
 
+_LARGEST_RATIO = 1e37
+"""Factors of ``1e-37`` and above are normal numbers in float32: smaller ones would round by more than the slack."""
+
 _CHUNK_ENTRIES = {"cpu": 1 << 20}
 _CHUNK_ENTRIES_ELSEWHERE = 1 << 26
 """Entries of windows and per-sample gradients at once: 4 MiB on a CPU, elsewhere 256 MiB."""
@@ -47,9 +50,9 @@ def _zeroed(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _factors(norms: Tensor, limit: float, least: float) -> Tensor:
-    """``limit/max(norm, least)``; zero where the norm is not finite."""
+    """``limit/max(norm, least)``; zero where the norm is not finite, or so large that the factor would lose digits."""
     factors = limit / norms.clamp(min=least)
-    return torch.where(torch.isfinite(norms), factors, torch.zeros_like(factors))
+    return torch.where(norms <= min(_LARGEST_RATIO * limit, 3e38), factors, torch.zeros_like(factors))
 
 
 def _vector_weight_gradient(values: Tensor, cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:

@@ -201,6 +201,17 @@ def test_float32_gradients_of_any_size_stay_below_the_cap_and_its_slack(
         assert float(gradient.double().norm()) <= cap * slack * (1.0 + 1e-5)
 
 
+def test_factors_too_small_for_float32_drop_the_sample_rather_than_round_it_above_the_cap() -> None:
+    for size in (2.1e17, 5e17, 9e17):
+        gate = gradient_gated_layer(nn.Linear(1, 1, bias=False), 1e-8)
+        values = torch.full((1, 1), size)
+        found = float(backward(gate, values, values)[1]["weight"])
+        assert found == 0.0  # 1e-8/4e34 and below are subnormal
+        gate.set_gate(1.0)
+        # Three roundings of float32.
+        assert float(backward(gate, values, values)[1]["weight"]) == pytest.approx(1.0, rel=1e-6)
+
+
 def gated_net(**options: Any) -> tuple[nn.Module, DPLipModel]:
     torch.manual_seed(0)
     net = nn.Sequential(
