@@ -15,6 +15,7 @@ from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
+from clipless_dp.report import PrivacyStatement, report
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
@@ -42,6 +43,7 @@ __all__ = [
     "PoissonBatchSampler",
     "PoissonBatches",
     "PrivacyError",
+    "PrivacyStatement",
     "PrivacyWarning",
     "ReproducibleNoise",
     "RuleContext",
@@ -61,5 +63,6 @@ __all__ = [
     "losses",
     "poisson_collate",
     "register_rule",
+    "report",
     "suggest_gates",
 ]

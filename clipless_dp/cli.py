@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 from clipless_dp import architectures, constraints, layers, losses
+from clipless_dp.checkpoint import check_writable
 from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gating import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
+from clipless_dp.report import report, statement_files
 from clipless_dp.training import evaluate, fit
 
 ROUTES = ("gated", "spectral", "orthogonal")
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on")
     train.add_argument("--checkpoint", type=Path, help="file to write to and to resume from")
+    train.add_argument("--report", type=Path, metavar="PATH", help="write the privacy statement: PATH.md, .json, .html")
     train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
     train.add_argument(
         "--reproducible-seed",
@@ -97,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     _require_device(options.device)
+    for file in () if options.report is None else statement_files(options.report):
+        check_writable(file)
     data = load_dataset(options.dataset, options.data_dir)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
@@ -149,6 +154,9 @@ def _train(options: argparse.Namespace) -> int:
     )
     missing = "none (pass --checkpoint FILE)" if options.checkpoint is None else "none: the last one was not written"
     print(f"checkpoint     {result.checkpoint if result.checkpoint is not None else missing}")
+    if options.report is not None:
+        statement = report(result.optimizer, options.report, delta=result.delta)
+        print(f"statement      {', '.join(map(str, statement.files))}")
     return 0
 
 

@@ -77,6 +77,11 @@ class NoiseSource(Protocol):
         ...
 
 
+def source_name(source: NoiseSource) -> str:
+    """The name under which a source enters ledgers and statements."""
+    return f"{type(source).__module__}.{type(source).__qualname__}"
+
+
 _BLOCK = 1 << 16
 """Numbers drawn at once on the CPU: 256 KiB stay in a core's cache between the draw and the sum."""
 

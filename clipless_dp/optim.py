@@ -25,6 +25,7 @@ from clipless_dp.noise import (
     add_normal_,
     allocate,
     effective_noise_multiplier,
+    source_name,
 )
 from clipless_dp.tracker import Sensitivity
 
@@ -117,6 +118,7 @@ class CliplessDPOptimizer(Optimizer):
             create_accountant(accountant, dataset_size=dataset_size) if isinstance(accountant, str) else accountant
         )
         self.steps_taken = 0
+        self._noise_sources: set[str] = set()
         self._draws_before = draws.snapshot()
         self._held_before = draws.held()
         self._run = uuid.uuid4().hex
@@ -176,6 +178,22 @@ class CliplessDPOptimizer(Optimizer):
         """ε spent so far at this δ, an upper bound, under add-or-remove-one adjacency."""
         return float(self.accountant.get_epsilon(delta))
 
+    @property
+    def noise_sources(self) -> tuple[str, ...]:
+        """The sources that the noise of all steps came from, those of loaded states included."""
+        return tuple(sorted(self._noise_sources))
+
+    def noise_deviations(self) -> dict[str, float]:
+        """``σ_θ`` of the noise on each parameter's summed gradient, at the current bounds, by name in ``model.net``."""
+        named = self._require_protected()
+        deviations, _ = self._deviations(self._sensitivity(), named)
+        return {name: deviations[id(parameter)] for name, parameter in named.items() if id(parameter) in deviations}
+
+    def ledger_is_incomplete(self) -> bool:
+        """Whether the model's latest private step was another optimizer's, and this ledger lacks steps of that one."""
+        accountant, counted = _latest_ledger.get(self.model, (self.accountant, self._counted))
+        return accountant is not self.accountant and not _contains(self._counted, counted)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
         self._held_before = max(self._held_before, draws.held() - 1)
@@ -207,6 +225,7 @@ class CliplessDPOptimizer(Optimizer):
                 "steps_taken": self.steps_taken,
                 "accountant": self.accountant.state_dict(),
                 "counted": dict(self._counted),
+                "noise": list(self.noise_sources),
             },
         }
 
@@ -228,10 +247,12 @@ class CliplessDPOptimizer(Optimizer):
         try:
             steps_taken, accountant = int(own["steps_taken"]), own["accountant"]
             counted = {str(run): int(count) for run, count in own["counted"].items()}
+            sources = {str(name) for name in own["noise"]}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
         self._join_ledger(accountant, counted)
         self.steps_taken = steps_taken
+        self._noise_sources |= sources
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
 
@@ -278,6 +299,7 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant.step(noise_multiplier=spent, sample_rate=self._charged_rate())
         self._counted[self._run] = self._counted.get(self._run, 0) + 1
         self._note_ledger()
+        self._noise_sources.add(source_name(self.noise))
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         gradients: list[Tensor] = []
@@ -339,8 +361,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def _note_ledger(self) -> None:
         """Warns if another optimizer's steps on this model are missing from this one's ledger."""
-        accountant, counted = _latest_ledger.get(self.model, (self.accountant, self._counted))
-        if accountant is not self.accountant and not _contains(self._counted, counted):
+        if self.ledger_is_incomplete():
             warnings.warn(
                 "another optimizer has already taken private steps on this model, which this one's ε does not "
                 "include: pass it accountant=other.accountant (both on one data set compose), or load its state_dict",

@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+
+import accounting
+from clipless_dp import (
+    CheckpointError,
+    CliplessDPSGD,
+    ConfigurationError,
+    PoissonBatches,
+    PrivacyWarning,
+    ReproducibleNoise,
+    report,
+)
+from clipless_dp import report as report_function
+from clipless_dp.cli import main
+from clipless_dp.noise import SystemNoise
+from clipless_dp.report import _shown, statement_files
+
+from .support import gated_model, samples
+
+assert report is report_function
+
+
+def trained(steps=5, *, model=None, **options):
+    data = samples(500)
+    settings = {"noise_multiplier": 1.5, "sample_rate": 0.1, "dataset_size": 500, "accountant": "rdp", **options}
+    optimizer = CliplessDPSGD(model or gated_model(), lr=0.1, **settings)
+    for inputs, targets, mask in PoissonBatches(data, sample_rate=0.1, steps=steps):
+        optimizer.zero_grad()
+        optimizer.model.loss(optimizer.model(inputs), targets, mask).backward()
+        optimizer.step()
+    return optimizer
+
+
+class Page(HTMLParser):
+    """Collects text, and fails on tags that do not close what was opened last."""
+
+    VOID = frozenset({"meta", "line", "polyline", "circle", "br"})
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.words, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [(tag, *pair) for pair in attrs]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [(tag, *pair) for pair in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def parsed(page):
+    parser = Page()
+    parser.feed(page)
+    parser.close()
+    assert parser.open == []
+    return parser
+
+
+def test_the_json_suffices_to_compute_epsilon_again():
+    optimizer = trained(accountant="prv")
+    facts = json.loads(report(optimizer, delta=1e-4).to_json())
+    again = accounting.create_accountant("prv")
+    again.load_state_dict(facts["ledger"])
+    assert float(again.get_epsilon(1e-4)) == facts["epsilon"]["epsilon"] == optimizer.get_epsilon(1e-4)
+    curve = facts["epsilon"]["curve"]
+    assert [point["delta"] for point in curve] == [1e-4 * 10.0**-index for index in range(7)]
+    assert all(0.9 * point["epsilon"] < point["lower"] <= point["epsilon"] for point in curve)
+    assert curve == sorted(curve, key=lambda point: point["epsilon"])
+    assert facts["steps"]["recorded"] == 5
+    assert facts["sampling"] == {"declared": "announced", "sample_rate": 0.1, "expected_batch_size": 50.0}
+
+
+def test_bounds_and_noise_of_every_parameter_are_stated_and_amount_to_the_noise_multiplier():
+    optimizer = trained(allocation="min-variance")
+    facts = report(optimizer).facts
+    deltas, sigmas = facts["bounds"]["per_parameter"], facts["noise"]["deviations"]
+    assert set(deltas) == set(sigmas) == {name for name, _ in optimizer.model.net.named_parameters()}
+    joint = sum((deltas[name] / sigmas[name]) ** 2 for name in deltas) ** -0.5
+    # Noise is drawn a millionth larger than planned.
+    assert joint == pytest.approx(1.5, rel=2e-6)
+    assert joint >= 1.5
+
+
+def test_the_three_forms_say_the_same_and_the_page_needs_nothing_else(tmp_path):
+    statement = report(trained(), tmp_path / "out" / "statement.html", unit="one patient", notes=["<b>Read & me</b>"])
+    assert [file.name for file in statement.files] == ["statement.md", "statement.json", "statement.html"]
+    markdown, text, page = (file.read_text(encoding="utf-8") for file in statement.files)
+    assert json.loads(text) == json.loads(statement.to_json())
+    parser = parsed(page)
+    words = "".join(parser.words)
+    shown = f"ε = {_shown(statement.facts['epsilon']['epsilon'])} at δ = 0.001"
+    for form in (markdown, words):
+        assert shown in form
+        assert "one patient" in form
+        assert "<b>Read & me</b>" in form
+        assert "hyper-parameters" in form
+        assert "Poisson" in form
+        assert "adding or removing one unit" in form
+        assert "RDPAccountant" in form
+        for layer in statement.facts["bounds"]["layers"]:
+            assert layer["path"] in form
+    assert not [a for a in parser.attributes if a[1] in {"src", "href", "srcset", "onload"} or a[0] == "script"]
+    assert sum(tag == "circle" and name == "r" for tag, name, _ in parser.attributes) == 7
+
+
+def test_tables_in_markdown_have_as_many_cells_in_every_row():
+    lines = report(trained(), unit="a | b\nc").to_markdown().splitlines()
+    tables = "\n".join(line if line.startswith("|") else "" for line in lines).split("\n\n")
+    widths = [{len(re.findall(r"(?<!\\)\|", row)) for row in table.split("\n") if row} for table in tables]
+    assert len([width for width in widths if width]) >= 6
+    assert all(len(width) == 1 for width in widths if width)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(1.23401, "1.235"), (0.1, "0.1"), (2.0, "2"), (0.0, "0"), (1e-9, "1e-09"), (12345.0, "1.235e+04")],
+)
+def test_shown_numbers_are_rounded_up(value, shown):
+    assert _shown(value) == shown
+    assert float(shown) >= value
+
+
+def test_the_summary_bounds_what_a_guess_can_reach():
+    optimizer = trained(steps=40)
+    statement = report(optimizer, delta=1e-3)
+    stated = float(re.search(r"at most ([\d.]+) %", statement.to_markdown())[1]) / 100
+    epsilon = torch.tensor(optimizer.get_epsilon(1e-3), dtype=torch.float64).exp()
+    exact = float((epsilon + 1e-3) / (epsilon + 1))
+    assert exact <= stated <= exact + 1e-4
+
+
+class Foreign(SystemNoise):
+    pass
+
+
+@dataclass
+class Verdict:
+    passed: bool
+
+
+def test_a_sound_run_has_no_findings():
+    assert report(trained(), audit=Verdict(True)).findings == []
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "finding"),
+    [
+        (lambda: trained(noise=ReproducibleNoise(1)), {}, "reproducible"),
+        (lambda: trained(noise=Foreign()), {}, r"Foreign.*not checked"),
+        (lambda: trained(0), {}, "No step"),
+        (lambda: trained(noise_multiplier=0.05), {}, "above 10"),
+        (lambda: trained(sampling="none"), {}, "5 of 5 steps were charged without amplification"),
+        (lambda: trained(sampling="poisson"), {}, "vouches"),
+        (trained, {"delta": 0.01}, "exceeds 1/500"),
+        (trained, {"audit": [Verdict(True), Verdict(False)]}, r"audit failed \(Verdict\)"),
+    ],
+    ids=["reproducible", "foreign noise", "empty", "weak", "unsampled", "vouched", "delta", "audit"],
+)
+@pytest.mark.filterwarnings("ignore::accounting.AccountingWarning")
+def test_what_weakens_the_promise_is_a_finding(build, options, finding):
+    statement = report(build(), **options)
+    assert [text for text in statement.findings if re.search(finding, text)], statement.findings
+    assert re.search(finding, statement.to_markdown())
+
+
+def test_a_ledger_that_lacks_another_optimizers_steps_is_a_finding():
+    model = gated_model()
+    trained(model=model)
+    with pytest.warns(PrivacyWarning, match="another optimizer"):
+        second = trained(model=model)
+    assert report(second).findings == []
+    first_only = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.5, sample_rate=0.1, dataset_size=500)
+    assert any("too small" in text for text in report(first_only).findings)
+
+
+def test_reproducible_noise_stays_in_the_statement_of_a_run_that_went_on_without():
+    first = trained(noise=ReproducibleNoise(1))
+    model = gated_model()
+    second = CliplessDPSGD(
+        model, lr=0.1, noise_multiplier=1.5, sample_rate=0.1, dataset_size=500, accountant=first.accountant
+    )
+    second.load_state_dict(first.state_dict())
+    assert any("reproducible" in text for text in report(second).findings)
+
+
+def test_a_delta_out_of_range_is_refused():
+    with pytest.raises(ConfigurationError, match="delta"):
+        report(trained(0), delta=0.0)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="statement"):
+        report(trained(0), tmp_path / "file" / "statement")
+
+
+@pytest.mark.parametrize("name", ["a", "a.md", "a.html", "a.v2", "a.v2.json"])
+def test_only_its_own_endings_are_replaced(tmp_path, name):
+    base = "a.v2" if "v2" in name else "a"
+    assert [file.name for file in statement_files(tmp_path / name)] == [f"{base}.md", f"{base}.json", f"{base}.html"]
+
+
+def test_the_command_line_writes_the_statement_and_refuses_a_bad_path_first(tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    np.savez(tmp_path / "table.npz", X=generator.normal(size=(100, 3)), y=generator.integers(0, 2, 100))
+    arguments = ["train", "--dataset", str(tmp_path / "table.npz"), "--epsilon", "3", "--delta", "1e-3"]
+    arguments += ["--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--quiet", "--report"]
+    assert main([*arguments, str(tmp_path / "statement")]) == 0
+    printed = capsys.readouterr().out
+    epsilon = re.search(r"epsilon\s+([\d.]+)", printed)[1]
+    facts = json.loads((tmp_path / "statement.json").read_text(encoding="utf-8"))
+    assert f"{facts['epsilon']['epsilon']:.4f}" == epsilon
+    assert "statement.html" in printed
+    (tmp_path / "file").touch()
+    assert main([*arguments, str(tmp_path / "file" / "statement")]) == 2
+    assert "epsilon" not in capsys.readouterr().out
