@@ -18,6 +18,7 @@ from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
 from clipless_dp.report import PrivacyStatement, report
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp.secure_noise import SecureNoise
 from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
 from clipless_dp.tightness import LayerTightness, TightnessReport
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
@@ -47,6 +48,7 @@ __all__ = [
     "PrivacyWarning",
     "ReproducibleNoise",
     "RuleContext",
+    "SecureNoise",
     "Sensitivity",
     "SensitivityTracker",
     "SystemNoise",

@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--checkpoint", type=Path, help="file to write to and to resume from")
     train.add_argument("--report", type=Path, metavar="PATH", help="write the privacy statement: PATH.md, .json, .html")
     train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
+    train.add_argument("--noise", choices=("system", "secure"), help="generator of the noise (default: system)")
     train.add_argument(
         "--reproducible-seed",
         type=int,
@@ -142,6 +143,7 @@ def _train(options: argparse.Namespace) -> int:
         allocation=options.allocation,
         checkpoint=options.checkpoint,
         reproducible_seed=options.reproducible_seed,
+        noise=options.noise,
         progress=not options.quiet,
     )
     accuracy, _ = evaluate(model, data.test)

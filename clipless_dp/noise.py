@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.secure_noise import SecureNoise
 
 Allocation = Literal["global", "per-layer", "min-variance"]
 
@@ -77,9 +78,24 @@ class NoiseSource(Protocol):
         ...
 
 
-def source_name(source: NoiseSource) -> str:
-    """The name under which a source enters ledgers and statements."""
-    return f"{type(source).__module__}.{type(source).__qualname__}"
+def noise_source(noise: NoiseSource | str | None) -> NoiseSource:
+    """The source of a name: ``"system"`` (also ``None``) or ``"secure"``; a source is returned as it is.
+
+    Raises:
+        ConfigurationError: it is none of these, or a package is missing.
+    """
+    if noise is None or noise == "system":
+        return SystemNoise()
+    if noise == "secure":
+        return SecureNoise()
+    if isinstance(noise, str) or not (hasattr(noise, "standard_normal_") and hasattr(noise, "begin_step")):
+        raise ConfigurationError(f"noise must be 'system', 'secure' or a NoiseSource, got {noise!r}")
+    return noise
+
+
+def source_name(kind: type[NoiseSource]) -> str:
+    """The name under which a kind of source enters ledgers and statements."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 _BLOCK = 1 << 16
@@ -93,13 +109,17 @@ def add_normal_(tensors: Sequence[Tensor], deviations: Sequence[float], source: 
     """Adds independent Gaussian noise of its own standard deviation to each tensor, in place.
 
     The numbers are drawn in blocks, which cut large tensors and gather small ones: a draw and two fused operations a
-    block, and never a second tensor of a large parameter's size on the CPU.
+    block, and never a second tensor of a large parameter's size on the CPU. Secure noise forms its sums itself.
 
     Args:
         tensors: any shapes, of one device and dtype.
         deviations: the standard deviation for each.
         source: draws the numbers.
     """
+    if isinstance(source, SecureNoise):
+        for tensor, deviation in zip(tensors, deviations, strict=True):
+            source.add_(tensor, deviation)
+        return
     block = _BLOCK if tensors[0].device.type == "cpu" else _DEVICE_BLOCK
     pieces: list[tuple[Tensor, float]] = []
     for tensor, deviation in zip(tensors, deviations, strict=True):

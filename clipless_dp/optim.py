@@ -21,10 +21,10 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
     Allocation,
     NoiseSource,
-    SystemNoise,
     add_normal_,
     allocate,
     effective_noise_multiplier,
+    noise_source,
     source_name,
 )
 from clipless_dp.tracker import Sensitivity
@@ -65,7 +65,8 @@ class CliplessDPOptimizer(Optimizer):
         sampling: ``"announced"``: a step is charged as Poisson-sampled only if a sampler of this package announced
             its draw, else at ``q = 1``, with a warning. ``"poisson"``: you vouch for a Poisson sampler of your
             own. ``"none"``: every step is charged at ``q = 1``.
-        noise: source of the noise; by default the operating system seeds it and it cannot be reproduced.
+        noise: ``"system"``, the default: a private generator that the operating system seeds; ``"secure"``: a
+            cryptographic one, and sums without gaps (:class:`clipless_dp.SecureNoise`); or a source of your own.
 
     Raises:
         ConfigurationError: an argument is out of range.
@@ -89,7 +90,7 @@ class CliplessDPOptimizer(Optimizer):
         accountant: str | Accountant = "prv",
         allocation: Allocation = "global",
         sampling: Sampling = "announced",
-        noise: NoiseSource | None = None,
+        noise: NoiseSource | str | None = None,
     ) -> None:
         if isinstance(base_optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
             raise ConfigurationError(
@@ -113,7 +114,7 @@ class CliplessDPOptimizer(Optimizer):
         self.expected_batch_size = self.sample_rate * dataset_size
         self.allocation: Allocation = allocation
         self.sampling: Sampling = sampling
-        self.noise: NoiseSource = SystemNoise() if noise is None else noise
+        self.noise: NoiseSource = noise_source(noise)
         self.accountant: Accountant = (
             create_accountant(accountant, dataset_size=dataset_size) if isinstance(accountant, str) else accountant
         )
@@ -299,7 +300,7 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant.step(noise_multiplier=spent, sample_rate=self._charged_rate())
         self._counted[self._run] = self._counted.get(self._run, 0) + 1
         self._note_ledger()
-        self._noise_sources.add(source_name(self.noise))
+        self._noise_sources.add(source_name(type(self.noise)))
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         gradients: list[Tensor] = []
@@ -459,7 +460,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         accountant: str | Accountant = "prv",
         allocation: Allocation = "global",
         sampling: Sampling = "announced",
-        noise: NoiseSource | None = None,
+        noise: NoiseSource | str | None = None,
     ) -> None:
         parameters: list[nn.Parameter] = list(model.net.parameters())
         if not parameters:

@@ -26,6 +26,7 @@ from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.noise import ReproducibleNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.secure_noise import SecureNoise
 
 STATEMENT_FORMAT = 1
 SUFFIXES = (".md", ".json", ".html")
@@ -37,9 +38,11 @@ _RELATIONS = {
     "replace_one": "replacing one unit by another",
 }
 _NOISE = {
-    source_name(SystemNoise()): "a generator whose whole state comes from the operating system; seeds set by user code "
+    source_name(SystemNoise): "a generator whose whole state comes from the operating system; seeds set by user code "
     "do not reach it. It is statistically sound, not cryptographic",
-    source_name(ReproducibleNoise(0)): "REPRODUCIBLE: whoever knows the seed can remove the noise",
+    source_name(SecureNoise): "a cryptographic generator keyed by the operating system at every step, and sums rounded "
+    "to a public grid, so that floating point tells nothing about what the noise hides",
+    source_name(ReproducibleNoise): "REPRODUCIBLE: whoever knows the seed can remove the noise",
 }
 _UNCOVERED = (
     "Choices made by looking at results on this data: hyper-parameters, architecture, which run to keep. Each run that "
@@ -287,7 +290,7 @@ def _findings(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Itera
     if summary["delta"] > 1.0 / size:
         yield f"δ = {summary['delta']:g} exceeds 1/{size}: publishing one whole record at random would satisfy it."
     for name in facts["noise"]["sources"]:
-        if name == source_name(ReproducibleNoise(0)):
+        if name == source_name(ReproducibleNoise):
             yield (
                 "The noise was reproducible: it is a function of a seed. Whoever learns the seed can subtract the "
                 "noise, and the promise is void for them. Such a run is for experiments."

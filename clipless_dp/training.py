@@ -120,7 +120,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1,
     reproducible_seed: int | None = None,
-    noise: NoiseSource | None = None,
+    noise: NoiseSource | str | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Trains a wrapped model to a target ε with Poisson-sampled batches.
@@ -149,7 +149,7 @@ def fit(
         checkpoint_every: epochs between checkpoints.
         reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
             an uninterrupted one bit by bit. Whoever knows it can remove the noise.
-        noise: another noise source.
+        noise: ``"system"``, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         progress: show a progress bar.
 
     Raises:
@@ -180,8 +180,10 @@ def fit(
     noise_multiplier = calibrate_noise_multiplier(
         target_epsilon=epsilon, delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
     )
-    if noise is None and reproducible_seed is not None:
-        noise = ReproducibleNoise(reproducible_seed)
+    if reproducible_seed is not None:
+        if isinstance(noise, str):
+            raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
+        noise = ReproducibleNoise(reproducible_seed) if noise is None else noise
     parameters = list(model.net.parameters())
     base = torch.optim.SGD(parameters, lr=lr, momentum=momentum) if optimizer is None else optimizer(parameters)
     private = CliplessDPOptimizer(
