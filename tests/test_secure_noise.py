@@ -49,8 +49,8 @@ def test_secure_noise_is_standard_normal():
 @pytest.mark.parametrize(
     ("name", "mutant"),
     [
-        ("_DRAWS", lambda noise: noise * 1.01),
-        ("scale", lambda noise: noise + 0.01),
+        ("scale", lambda noise: noise * 1.02),
+        ("shift", lambda noise: noise + 0.02),
         ("tails", lambda noise: np.clip(noise, -3, 3)),
         ("uniform", lambda noise: math.sqrt(12) * (stats.norm.cdf(noise) - 0.5)),
     ],
