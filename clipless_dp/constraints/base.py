@@ -67,7 +67,7 @@ def scale_to_limit_(weight: Tensor, operators: tuple[Operator, ...], limit: floa
         if norm <= limit:
             continue
         unit = torch.finfo(weight.dtype).eps / 2
-        frobenius = float(torch.linalg.vector_norm(weight.double()))
+        frobenius = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
         slack = 2.0 * unit * operator.perturbation(weight) * frobenius + 1e-12 * norm
         weight.mul_(limit / (norm + 2.0 * unit * norm + slack))
 

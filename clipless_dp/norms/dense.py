@@ -9,6 +9,7 @@ from torch import Tensor
 from clipless_dp.errors import NormError
 from clipless_dp.norms.budget import Budget, Effort, effort_of
 from clipless_dp.norms.eigenvalue import largest_eigenvalue_bound
+from clipless_dp.norms.gram import gram_matrix
 from clipless_dp.norms.rounding import certified_arithmetic, enlarge, exact_float64, gamma, normalised, scale_up
 
 
@@ -60,7 +61,7 @@ def matrix_norm_bound(matrices: Tensor, effort: Effort) -> float:
         if matrices.shape[-2] > matrices.shape[-1]:
             matrices = matrices.mT
         rows, columns = matrices.shape[-2:]
-        grams = matrices @ matrices.mT
+        grams = gram_matrix(matrices)
         traces = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
         squares = float(traces.max()) * (1.0 + gamma(rows + columns))
         if squares == 0.0:

@@ -12,6 +12,9 @@ from clipless_dp.norms.rounding import UNIT, enlarge, gamma
 _LANCZOS_FROM = 160
 """Above this size a Lanczos estimate is cheaper than all eigenvalues (measured on one CPU core)."""
 
+_HALVED_FROM = 256
+"""From this size on a factorisation by halves is faster (measured on one CPU core)."""
+
 _ROUNDS = 48
 
 
@@ -57,7 +60,9 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
     for attempt in range(_ROUNDS):
         candidates = grams[pending[:probes]]
         if size >= _LANCZOS_FROM and len(grams) == 1 and attempt < 2:
-            estimate, step = lanczos_estimate(candidates[0], slack * 0.01**attempt), slack
+            tolerance = slack * 0.01**attempt
+            guide = candidates[0].float() if tolerance > 1e-5 else candidates[0]
+            estimate, step = lanczos_estimate(guide, tolerance), slack
         else:
             estimate = float(torch.linalg.eigvalsh(candidates).max())
             step = slack if len(grams) > 1 else min(slack, 1e-9)
@@ -141,25 +146,41 @@ def cholesky_certifies(grams: Tensor, level: float) -> Tensor:
     """
     shifted = grams.neg_()
     shifted.diagonal(dim1=-2, dim2=-1).add_(level)
-    factor, info = torch.linalg.cholesky_ex(shifted)
+    return _factorises(shifted)
+
+
+def _factorises(matrices: Tensor) -> Tensor:
+    """Whether Cholesky runs to completion, for each matrix of a batch.
+
+    A large matrix is halved: with `A₁₁ = L₁L₁ᵀ` and `X = L₁⁻¹A₁₂`, what is left is `A₂₂ - XᵀX`. These are the same sums
+    in another order, and a third of the time of LAPACK's own blocking.
+    """
+    size = matrices.shape[-1]
+    halved = size >= _HALVED_FROM and len(matrices) == 1
+    half = size // 2 if halved else size
+    factor, info = torch.linalg.cholesky_ex(matrices[:, :half, :half])
     certain: Tensor = (info == 0) & (factor.diagonal(dim1=-2, dim2=-1).real.amin(-1) > 0.0)
-    return certain
+    if not (halved and bool(certain)):
+        return certain
+    solved = torch.linalg.solve_triangular(factor, matrices[:, half:, :half].mH, upper=False)
+    return _factorises(matrices[:, half:, half:] - solved.mH @ solved)
 
 
 def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
     """A guess, from below, of the largest eigenvalue of one symmetric matrix. It guides and never certifies.
 
     Args:
-        gram: Shape (r, r), float64.
+        gram: Shape (r, r), float64, or float32 where that is precise enough for the tolerance.
         tolerance: Relative change of the estimate at which to stop.
 
     Formula: the Lanczos recurrence without reorthogonalisation (a copy of a converged Ritz value does no
     harm to the maximum), from a fixed start so that the same weight always gets the same bound.
     """
     size = gram.shape[-1]
-    steps = torch.arange(size, dtype=torch.float64, device=gram.device)
+    steps = torch.arange(size, dtype=gram.dtype, device=gram.device)
     vector = gram @ torch.cos(steps * steps)
-    vector = vector / torch.linalg.vector_norm(vector).clamp_min(1e-300)
+    smallest = torch.finfo(gram.dtype).tiny
+    vector = vector / torch.linalg.vector_norm(vector).clamp_min(smallest)
     previous = torch.zeros_like(vector)
     beta = vector.new_zeros(())
     alphas: list[Tensor] = []
@@ -173,7 +194,7 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
             beta = torch.linalg.vector_norm(image)
             alphas.append(alpha)
             betas.append(beta)
-            previous, vector = vector, image / beta.clamp_min(1e-300)
+            previous, vector = vector, image / beta.clamp_min(smallest)
         off = torch.stack(betas[:-1])
         ritz = torch.diag(torch.stack(alphas)) + torch.diag(off, 1) + torch.diag(off, -1)
         latest = float(torch.linalg.eigvalsh(ritz)[-1])

@@ -21,7 +21,9 @@ from clipless_dp.constraints import (
     RowNorm,
     Spectral,
     almost_orthogonal,
+    orthogonal,
 )
+from clipless_dp.norms.operators import DenseOperator
 from tests.soundness.attack import wrap
 from tests.soundness.mutation import Mutant
 
@@ -272,6 +274,103 @@ def test_cheap_constraints_ask_for_no_certificate(constraint: Constraint, monkey
     monkeypatch.setattr("clipless_dp.norms.operators.conv2d_norm", refuse)
     model.project_()
     assert model.sensitivity().per_parameter["0.weight"] > 0.0
+
+
+def near_orthogonal(rows: int, columns: int, spread: float) -> Tensor:
+    """Singular values of ``1 ± spread``."""
+    left, _ = torch.linalg.qr(torch.randn(rows, rows, dtype=torch.float64))
+    right, _ = torch.linalg.qr(torch.randn(columns, columns, dtype=torch.float64))
+    size = min(rows, columns)
+    return (left[:, :size] * (1.0 + spread * torch.linspace(-1, 1, size, dtype=torch.float64))) @ right[:, :size].mT
+
+
+DENSE_WEIGHTS: dict[str, Any] = {
+    "orthogonal": lambda m, n: near_orthogonal(m, n, 0.0),
+    "nearly": lambda m, n: near_orthogonal(m, n, 0.02),
+    "singular values up to √3": lambda m, n: near_orthogonal(m, n, 3.0**0.5 - 1.0),
+    "singular values up to 2": lambda m, n: near_orthogonal(m, n, 1.0),
+    "gaussian": lambda m, n: torch.randn(m, n, dtype=torch.float64) / n**0.5,
+    "equal entries": lambda m, n: torch.ones(m, n, dtype=torch.float64),
+    "one large entry": lambda m, n: torch.eye(m, n, dtype=torch.float64) + 1e6 * (torch.arange(n) == 1),
+    "a scaled row": lambda m, n: near_orthogonal(m, n, 0.0) * (1.0 + 2.0 * (torch.arange(m) == 0))[:, None],
+}
+
+
+@pytest.mark.parametrize("family", DENSE_WEIGHTS)
+@pytest.mark.parametrize("shape", [(6, 6), (20, 90), (90, 20), (1, 5), (64, 64), (300, 260), (257, 400)], ids=str)
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1.0), (torch.float32, 0.3), (torch.float64, 7.0)])
+def test_the_last_orthogonal_step_is_its_own_certificate(
+    family: str, shape: tuple[int, int], dtype: torch.dtype, limit: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    constraint = Orthogonal(limit=limit)
+    weight = (limit * DENSE_WEIGHTS[family](*shape)).to(dtype)
+    monkeypatch.setattr("clipless_dp.norms.operators.dense_norm", lambda _: pytest.fail("a certificate was computed"))
+    constraint.project_(weight, (DenseOperator(),))
+    values = torch.linalg.svdvals(weight.double())
+    assert float(values[0]) <= limit * (1.0 + TRUTH_ROUNDING)
+    if family in ("orthogonal", "nearly"):
+        # The allowance for rounding takes little; from afar four iterations may not arrive.
+        assert float(values[-1]) > 0.998 * limit
+
+
+def test_one_small_step_away_an_orthogonal_weight_is_taken_back_by_one_iteration(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    weight = (near_orthogonal(200, 200, 0.0) + 1e-3 * torch.randn(200, 200, dtype=torch.float64)).float()
+    calls = []
+    honest = orthogonal.gram_matrix
+    monkeypatch.setattr(orthogonal, "gram_matrix", lambda matrices: calls.append(1) or honest(matrices))
+    Orthogonal().project_(weight, (DenseOperator(),))
+    assert len(calls) == 1
+    values = torch.linalg.svdvals(weight.double())
+    # f(σ) = 1 - 3(σ-1)²/2 at σ = 1 ± 0.03; and the allowance for float32 products.
+    assert float(values[-1]) > 0.997
+    assert float(values[0]) <= 1.0
+
+
+def test_products_coarser_than_float32_are_not_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    honest = DenseOperator.norm
+    monkeypatch.setattr(DenseOperator, "norm", lambda self, weight: calls.append(1) or honest(self, weight))
+    weight = near_orthogonal(64, 64, 0.01).float()
+    Orthogonal().project_(weight.clone(), (DenseOperator(),))
+    assert not calls
+    torch.set_float32_matmul_precision("medium")
+    try:
+        Orthogonal().project_(weight, (DenseOperator(),))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert calls
+    assert float(torch.linalg.svdvals(weight.double())[0]) <= 1.0 + TRUTH_ROUNDING
+
+
+LAST_STEP_MUTANTS = (
+    (
+        Mutant(
+            "no division by the bound", Orthogonal, "_orthogonalize_dense_", "1.0 + growth if certain else 1.0", "1.0"
+        ),
+        0.0,
+    ),
+    (Mutant("iteration from beyond √3", Orthogonal, "_orthogonalize_dense_", "upper > 2.0", "upper > 1e9"), 2.5),
+    (Mutant("half a correction", orthogonal, "_last_step", "alpha=0.5", "alpha=0.25"), 0.02),
+)
+
+
+@pytest.mark.parametrize(("mutant", "spread"), LAST_STEP_MUTANTS, ids=lambda value: getattr(value, "name", value))
+def test_weights_near_the_limit_catch(mutant: Mutant, spread: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orthogonal, "scale_to_limit_", lambda *_: None)
+
+    def worst() -> float:
+        torch.manual_seed(0)
+        weight = near_orthogonal(40, 60, spread).float()
+        Orthogonal(1).project_(weight, (DenseOperator(),))
+        return float(torch.linalg.svdvals(weight.double())[0])
+
+    assert worst() <= 1.0 + TRUTH_ROUNDING
+    mutant.apply(monkeypatch)
+    assert not worst() <= 1.0 + TRUTH_ROUNDING
 
 
 CONSTRAINT_MUTANTS = (

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from clipless_dp.norms.eigenvalue import cholesky_certifies, trace_bounds
-from clipless_dp.norms.gram import gram_iteration_bound
-from clipless_dp.norms.rounding import enlarge, scale_up
+from clipless_dp.norms.gram import gram_iteration_bound, gram_matrix
+from clipless_dp.norms.rounding import enlarge, gamma, scale_up
 from tests.norms.matrices import FAMILIES
 from tests.norms.truth import TRUTH_ROUNDING, exactly_bounds, spectral
 
@@ -84,3 +84,26 @@ def test_outward_rounding_never_rounds_down() -> None:
     assert enlarge(0.0) > 0.0
     assert scale_up(1.0 + 2.0**-52, -1070) >= 2.0**-1070 + 2.0**-1074
     assert scale_up(1.0, 2000) == float("inf")
+
+
+@pytest.mark.parametrize("size", [255, 256, 300, 513])
+def test_large_matrices_factorise_by_halves_at_the_same_level(size: int) -> None:
+    torch.manual_seed(0)
+    grams = gram_matrix(torch.randn(1, size, size + 7, dtype=torch.float64) / size**0.5)
+    top = float(torch.linalg.eigvalsh(grams)[0, -1])
+    assert not bool(cholesky_certifies(grams.clone(), top * (1.0 - 1e-9))[0])
+    assert bool(cholesky_certifies(grams.clone(), top * (1.0 + 1e-9))[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 256, 300), (1, 301, 1100), (3, 300, 40), (1, 5, 9)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gram_matrix_built_from_blocks_is_symmetric_and_within_its_rounding(
+    shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    matrices = torch.randn(shape, dtype=dtype)
+    found, exact = gram_matrix(matrices), matrices.double() @ matrices.double().mT
+    sizes = matrices.double().abs()
+    # Both err by γ_n|M||M|ᵀ at most.
+    assert bool(((found - exact).abs() <= 2.0 * gamma(shape[-1]) * (sizes @ sizes.mT)).all())
+    assert shape[0] != 1 or torch.equal(found, found.mT)
