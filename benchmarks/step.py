@@ -43,7 +43,7 @@ from clipless_dp.sampling import PoissonBatchSampler
 RESULTS = Path(__file__).resolve().parent / "results"
 SAMPLES = 20_000
 STEPS = 100_000
-RATE_OF_LEARNING, NOISE = 0.1, 1.0
+RATE_OF_LEARNING, NOISE = 0.01, 1.0
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     "keeps memory": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"},
@@ -120,7 +120,7 @@ def clipless(kind: str, data: Data, batch: int, *, route: str, compiled: bool = 
     model = DPLipModel(
         net if gates is None else gates(net),
         input_shape=tuple(data[0].shape[1:]),
-        input_norm=28.0,
+        input_norm=8.0,
         loss=losses.TauCrossEntropy(8.0),
         constraint={"spectral": constraints.Spectral(), "orthogonal": constraints.Orthogonal()}.get(route),
     ).to(data[0].device)
