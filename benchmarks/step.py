@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, gradient_gated, losses
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler
+from clipless_dp.training import compiled_loss
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SAMPLES = 20_000
@@ -135,7 +136,7 @@ def clipless(kind: str, data: Data, batch: int, *, route: str, compiled: bool = 
     def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return model.loss(model(inputs), targets, mask)
 
-    loss = torch.compile(loss, fullgraph=True, dynamic=True) if compiled else loss
+    loss = compiled_loss(model) if compiled else loss
 
     def step() -> None:
         inputs, targets, mask = next(batches)

@@ -280,7 +280,7 @@ class DPLipModel(nn.Module):
         for name, constraint in self._trainable_constraints():
             operators = self._tracker.operators[name]
             with _naming(name):
-                if any(operator.norm(self._parameter(name)) > constraint.limit for operator in operators):
+                if not constraint.holds(self._parameter(name), operators):
                     constraint.project_(self._parameter(name), operators)
             self._projected[name] = self._stamp(name), constraint.limit
 

@@ -229,6 +229,10 @@ class PoissonBatches:
         for indices in self.sampler.draws():
             yield self._gather(torch.from_numpy(indices))
 
+    def padding(self) -> Batch:
+        """A batch of the usual shape with no sample in it: no draw, and nothing to announce."""
+        return self._gather(torch.zeros(0, dtype=torch.int64))
+
     def _gather(self, indices: Tensor) -> Batch:
         count = len(indices)
         rows = self.physical_batch_size * max(1, math.ceil(count / self.physical_batch_size))

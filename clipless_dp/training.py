@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from clipless_dp.sampling import Batch, PoissonBatches, as_tensors
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def fit(
     checkpoint_every: int = 1,
     reproducible_seed: int | None = None,
     noise: NoiseSource | str | None = None,
+    compile: bool | str = False,
     progress: bool = True,
 ) -> FitResult:
     """Trains a wrapped model to a target ε with Poisson-sampled batches.
@@ -150,6 +153,9 @@ def fit(
         reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
             an uninterrupted one bit by bit. Whoever knows it can remove the noise.
         noise: ``"system"``, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
+        compile: runs forward pass, loss and backward pass as one compiled graph, see :func:`compiled_loss`: ``True``,
+            or the name of a backend of ``torch.compile``. Noise, update and projections stay as they are: few large
+            operations, which draw from generators of their own.
         progress: show a progress bar.
 
     Raises:
@@ -224,15 +230,20 @@ def fit(
     )
     if path is not None and path.exists():
         run.load(path)
+    # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
+    one_shape = bool(compile) and device.type != "cpu"
     batches = PoissonBatches(
         (inputs, targets),
         sample_rate=sample_rate,
         steps=steps,
         device=device,
-        physical_batch_size=micro_batch_size or max(8, math.isqrt(batch_size) // 2),
+        physical_batch_size=micro_batch_size or (None if one_shape else max(8, math.isqrt(batch_size) // 2)),
         seed=reproducible_seed,
         start=run.step,
     )
+    if compile:
+        _compile(run, "inductor" if compile is True else compile, batches.padding())
+        micro_batch_size = micro_batch_size or (batches.physical_batch_size if one_shape else None)
     dropped = int(model.nonfinite_samples)
     _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
     dropped = int(model.nonfinite_samples) - dropped
@@ -290,6 +301,10 @@ class _Run:
     settings: dict[str, Any]
     history: list[EpochRecord] = field(default_factory=list)
     saved: bool = False
+    loss: BatchLoss = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss = lambda inputs, targets, mask: self.model.loss(self.model(inputs), targets, mask)
 
     @property
     def step(self) -> int:
@@ -332,6 +347,59 @@ class _Run:
         self.saved = True
 
 
+def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
+    """``model.loss(model(inputs), targets, mask)`` as one graph, gates included, which ``backward()`` follows.
+
+    It is compiled at the first call, once for batches of all sizes: the number of rows stays free. A layer's settings
+    that change later compile it anew.
+
+    Args:
+        model: the wrapped model.
+        backend: of ``torch.compile``; the default generates C++ or Triton, and needs their compiler.
+
+    Returns:
+        A function of inputs, targets and mask.
+    """
+
+    def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return model.loss(model(inputs), targets, mask)
+
+    # Compiled variants are counted, and limited, per code object, which all models would otherwise share.
+    own = FunctionType(loss.__code__.replace(), loss.__globals__, closure=loss.__closure__)
+    compiled: BatchLoss = torch.compile(own, fullgraph=True, backend=backend)
+
+    def with_free_rows(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        for part in (inputs, targets, mask):
+            torch._dynamo.maybe_mark_dynamic(part, 0)
+        return compiled(inputs, targets, mask)
+
+    return with_free_rows
+
+
+def _compile(run: _Run, backend: str, padding: Batch) -> None:
+    """Compiles, and runs on rows that count for nothing, so that what fails does so before anything is spent.
+
+    Raises:
+        ConfigurationError: the backend is unknown, or lacks a compiler, or cannot compile the model.
+    """
+    training = run.model.training
+    devices = [padding.inputs.device] if padding.inputs.device.type == "cuda" else []
+    try:
+        run.model.train()
+        with torch.random.fork_rng(devices=devices):
+            run.loss = compiled_loss(run.model, backend)
+            run.loss(*padding).backward()
+    except Exception as error:
+        summary = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise ConfigurationError(
+            f"the model could not be compiled ({type(error).__name__}: {summary}); the default backend needs a C++ "
+            "compiler on the CPU. Train with compile=False, or name another backend"
+        ) from error
+    finally:
+        run.optimizer.zero_grad()
+        run.model.train(training)
+
+
 def _train(
     run: _Run,
     batches: PoissonBatches,
@@ -369,7 +437,7 @@ def _step(run: _Run, batch: Batch, micro_batch_size: int | None) -> Tensor:
     pieces = [batch] if micro_batch_size is None else batch.split(micro_batch_size)
     total = torch.zeros((), device=batch.inputs.device)
     for inputs, targets, mask in pieces:
-        loss = run.model.loss(run.model(inputs), targets, mask)
+        loss = run.loss(inputs, targets, mask)
         loss.backward()
         total += loss.detach()
     run.optimizer.step()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import pickle
 import signal
@@ -9,6 +10,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from accounting import PRVAccountant
 from clipless_dp import (
@@ -16,10 +18,12 @@ from clipless_dp import (
     ConfigurationError,
     DPLipModel,
     InputError,
+    PoissonBatches,
     PrivacyWarning,
     constraints,
     evaluate,
     fit,
+    gated,
     losses,
 )
 from clipless_dp import checkpoint as checkpoint_module
@@ -386,3 +390,59 @@ def test_the_default_schedule_rises_to_the_peak_and_falls_to_zero():
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0.0 < rates[-1] < 0.1
     assert optimizer.param_groups[0]["lr"] == 0.0
+
+
+def normalised_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(16, 3))
+    gates = gated(net, cotangent_mode="normalize")
+    return DPLipModel(gates, input_shape=(1, 7, 7), input_norm=3.0, loss=losses.TauCrossEntropy(4.0))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("build", "micro_batch_size"), [(normalised_model, None), (constrained_model, 24)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
+def test_a_compiled_run_equals_an_eager_one_and_compiles_once_for_all_draws(build, micro_batch_size, backend):
+    generator = torch.Generator().manual_seed(0)
+    trained, sizes = [], set()
+    for compile in (False, backend):
+        torch._dynamo.reset()
+        counters.clear()
+        model = build()
+        inputs = torch.randn(300, *model.input_shape, generator=generator.manual_seed(0))
+        inputs[5] = math.nan
+        targets = torch.arange(300) % 3
+        options = {**RUN, "micro_batch_size": micro_batch_size, "reproducible_seed": 3, "compile": compile}
+        with pytest.warns(UserWarning, match="contributed nothing"):
+            result = fit(model, (inputs, targets), **options)
+        trained.append(weights(model))
+    for batch in PoissonBatches((inputs, targets), sample_rate=1 / 6, steps=36, seed=3, physical_batch_size=8):
+        sizes.add(len(batch.mask))
+    assert len(sizes) > 3, "draws of several shapes"
+    assert result.optimizer.accountant.history == [(result.noise_multiplier, 50 / 300, 36)]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    # 36 steps of float32 sums in another order.
+    torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
+def test_more_models_than_the_limit_of_recompilations_can_be_compiled():
+    torch._dynamo.reset()
+    inputs, targets = samples(8)
+    for width in range(3, 12):
+        net = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+        model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+        loss = training_module.compiled_loss(model, "eager")(inputs, targets, torch.ones(8, dtype=torch.bool))
+        torch.testing.assert_close(loss, model.loss(model(inputs), targets))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
+def test_what_cannot_be_compiled_is_refused_before_anything_is_spent(monkeypatch):
+    model = gated_model()
+    before = weights(model)
+    with pytest.raises(ConfigurationError, match="compile=False"):
+        fit(model, samples(300), **RUN, compile="no such backend")
+    assert torch.equal(weights(model), before)
+    assert all(parameter.grad is None for parameter in model.net.parameters())

@@ -38,6 +38,10 @@ class Constraint(ABC):
         """The projection of a fresh weight, where a costlier one pays; by default the same."""
         self.project_(weight, operators)
 
+    def holds(self, weight: Tensor, operators: tuple[Operator, ...]) -> bool:
+        """Whether a weight meets the limit for certain, as every projected one does: then it can stay as it is."""
+        return all(operator.norm(weight) <= self.limit for operator in operators)
+
     def project_gradient_(  # noqa: B027
         self, gradient: Tensor, weight: Tensor, operators: tuple[Operator, ...]
     ) -> None:

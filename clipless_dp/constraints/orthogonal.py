@@ -9,6 +9,7 @@ from torch import Tensor
 
 from clipless_dp.constraints.base import Constraint, scale_to_limit_
 from clipless_dp.errors import ConfigurationError, NormError
+from clipless_dp.norms.dense import dense_norm
 from clipless_dp.norms.eigenvalue import trace_bounds
 from clipless_dp.norms.gram import gram_matrix
 from clipless_dp.norms.operators import DenseOperator, Operator
@@ -72,6 +73,12 @@ class Orthogonal(Constraint):
         weight.copy_((self.limit * (left @ right)).reshape(weight.shape))
         scale_to_limit_(weight, operators, self.limit)
 
+    def holds(self, weight: Tensor, operators: tuple[Operator, ...]) -> bool:
+        """As for any constraint; for a dense weight with a certificate as tight as what its projection leaves."""
+        if all(type(operator) is DenseOperator for operator in operators):
+            return dense_norm(weight, budget="tight") <= self.limit
+        return super().holds(weight, operators)
+
     @torch.no_grad()
     def project_gradient_(self, gradient: Tensor, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects a noisy gradient on the tangent space, where ``tangent`` asks for it.
@@ -105,7 +112,7 @@ class Orthogonal(Constraint):
             rows, columns = current.shape
             # Away from the ends of the range first. Dividing by a power of two rounds nothing.
             current *= 2.0 ** -max(0, math.frexp(_largest_entry(current))[1])
-            for step in range(self.iterations):
+            for _ in range(self.iterations):
                 gram = gram_matrix(current[None])[0]
                 upper, squares = _largest_eigenvalue(gram, columns)
                 if upper > 2.0:

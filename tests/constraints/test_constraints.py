@@ -309,6 +309,7 @@ def test_the_last_orthogonal_step_is_its_own_certificate(
     constraint.project_(weight, (DenseOperator(),))
     values = torch.linalg.svdvals(weight.double())
     assert float(values[0]) <= limit * (1.0 + TRUTH_ROUNDING)
+    assert constraint.holds(weight, (DenseOperator(),)), "a weight that is loaded again must stay as it is"
     if family in ("orthogonal", "nearly"):
         # The allowance for rounding takes little; from afar four iterations may not arrive.
         assert float(values[-1]) > 0.998 * limit
