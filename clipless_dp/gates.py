@@ -64,6 +64,11 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _factors(cap: float, norms: Tensor, floor: float) -> Tensor:
+    """``cap/max(norm, floor)`` in one division, so that it is 1 exactly where both are the cap."""
+    return torch.full_like(norms, cap) / norms.clamp(min=floor)
+
+
 def _per_sample(factors: Tensor, like: Tensor) -> Tensor:
     return factors.reshape(-1, *([1] * (like.dim() - 1)))
 
@@ -91,7 +96,7 @@ class _ScalingFunction(torch.autograd.Function):
     def forward(ctx: Any, values: Tensor, cap: float, floor: float, largest: float) -> tuple[Tensor, Tensor]:
         ctx.cap, ctx.floor, ctx.largest = cap, floor, largest
         norms = sample_norms(values)
-        factors = _per_sample(cap / norms.clamp(min=floor), values).to(values.dtype)
+        factors = _per_sample(_factors(cap, norms, floor), values).to(values.dtype)
         scaled = _drop_rows_(values * factors, norms, largest)
         ctx.save_for_backward(scaled, norms)
         ctx.set_materialize_grads(False)
@@ -101,7 +106,7 @@ class _ScalingFunction(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         cotangent, of_norms = cotangents
         scaled, norms = ctx.saved_tensors
-        factors = ctx.cap / norms.clamp(min=ctx.floor)
+        factors = _factors(ctx.cap, norms, ctx.floor)
         passed = None
         if cotangent is not None:
             radial = torch.linalg.vecdot(_rows(scaled), _rows(cotangent)).to(norms.dtype) / ctx.cap**2
@@ -162,7 +167,7 @@ class _CotangentGateFunction(torch.autograd.Function):
         (cotangent,) = cotangents
         # Autograd runs the products behind the gate under the settings of whoever calls backward.
         norms = outside_autocast(sample_norms(cotangent))
-        factors = ctx.limit / norms.clamp(min=ctx.floor if ctx.normalize else ctx.limit)
+        factors = _factors(ctx.limit, norms, ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
         return _drop_rows_(gated, norms, torch.finfo(norms.dtype).max), None, None, None
 

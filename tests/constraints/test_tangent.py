@@ -179,7 +179,7 @@ def test_the_projection_after_the_step_undoes_the_dropped_part_to_first_order(na
             model.project_()
             results.append(weight.detach().clone())
         gaps.append(float(torch.linalg.vector_norm(results[0] - results[1])))
-    # A tenth of the step leaves a hundredth of the difference (a tenth, were it of first order); rounding of certificates
+    # A tenth of the step leaves a hundredth of the difference (of first order: a tenth); rounding of certificates,
     # and what the iteration leaves, of second order too, add to it.
     assert gaps[1] < gaps[0] / 20.0
 
