@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
+from clipless_dp.gates import BallProjection, SphereScaling
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 
@@ -256,22 +257,30 @@ def _about_shapes(node: fx.Node) -> bool:
     )
 
 
+_OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
+
+
 class _ShapeRecorder(fx.Interpreter):
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.public: dict[fx.Node, Any] = {}
+        self._gated: list[tuple[Tensor, int]] = []
 
     def run_node(self, n: fx.Node) -> Any:
         try:
             value = super().run_node(n)
         except Exception as error:
             summary = str(error).splitlines()[0] if str(error) else type(error).__name__
-            if "modified inplace" in summary:
-                reason = "a gate's value cannot be overwritten, use inplace=False"
-            else:
-                reason = "input_shape does not fit the network"
+            reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
+        if any(gated._version != version for gated, version in self._gated):
+            raise ConfigurationError(f"{_OVERWRITTEN} at {n.target} ({n.name})")
+        if n.op == "call_module" and isinstance(
+            self.module.get_submodule(str(n.target)), (BallProjection, SphereScaling)
+        ):
+            # Its backward rests on what it returned.
+            self._gated.append((value, value._version))
         if isinstance(value, Tensor) and n.op != "output":
             self.shapes[n] = tuple(value.shape)
         elif n.op.startswith("call_"):

@@ -289,10 +289,13 @@ def test_a_network_of_two_arguments_or_two_outputs_is_refused() -> None:
         wrap(nn.Sequential(nn.MaxPool2d(2, return_indices=True)), (1, 4, 4))
 
 
-def test_an_activation_that_overwrites_a_gates_value_is_refused() -> None:
-    net = nn.Sequential(nn.Linear(4, 4), layers.CotangentGate(1.0), nn.ReLU(inplace=True))
+@pytest.mark.parametrize("gate", [layers.CotangentGate(1.0), layers.BallProjection(), layers.SphereScaling()])
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Flatten()])
+def test_an_activation_that_overwrites_a_gates_value_is_refused(gate: nn.Module, between: nn.Module) -> None:
+    net = nn.Sequential(nn.Linear(4, 4), gate, between, nn.ReLU(inplace=True))
     with pytest.raises(ConfigurationError, match="inplace=False"):
         wrap(net, (4,))
+    wrap(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), gate), (4,))
 
 
 def test_shapes_may_be_computed_from_the_input() -> None:
