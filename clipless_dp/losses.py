@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -63,6 +64,14 @@ def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return target.clamp(0, output.shape[1] - 1), valid
 
 
+def class_scores(output: Tensor) -> Tensor:
+    """Scores of classes, ``(B, C)``: a single output ``f`` stands for two of them, ``(-f, f)``."""
+    if output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1):
+        column = output.reshape(-1, 1)
+        return torch.cat((-column, column), 1)
+    return output
+
+
 def _matching(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Output and target as ``(B, k)``."""
     if output.shape[0] != target.shape[0] or output.numel() != target.numel():
@@ -70,87 +79,243 @@ def _matching(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return output.reshape(output.shape[0], -1), target.reshape(target.shape[0], -1).to(output.dtype)
 
 
+def _public(name: str, values: object) -> tuple[float, ...]:
+    """Positive numbers, one for each class, fixed before any data is seen.
+
+    Raises:
+        ConfigurationError: they are anything else. Tensors, arrays and functions are refused, since what is computed
+            from a batch lets its samples enter each other's gradients, which no bound covers.
+    """
+    if not (isinstance(values, (tuple, list)) and all(isinstance(value, Real) for value in values)):
+        raise ConfigurationError(
+            f"{name} must be a tuple of public numbers, one for each class, got {type(values).__name__}: counts of a "
+            "batch mix its samples, and counts of the training data are private (release them with noise first)"
+        )
+    if len(values) < 2:
+        raise ConfigurationError(f"{name} must have one number for each of two or more classes, got {values!r}")
+    return tuple(_positive(name, float(value)) for value in values)
+
+
+def _public_priors(values: object) -> tuple[float, ...]:
+    priors = _public("priors", values)
+    if not math.isclose(sum(priors), 1.0, rel_tol=1e-6):
+        raise ConfigurationError(f"priors must add to one, got {sum(priors)!r}")
+    return tuple(prior / sum(priors) for prior in priors)
+
+
+def _public_weights(values: object) -> tuple[float, ...] | None:
+    return None if values is None else _public("class_weights", values)
+
+
+def _smoothing(value: float) -> float:
+    if not 0.0 <= value < 1.0:
+        raise ConfigurationError(f"label_smoothing must lie in [0, 1), got {value!r}")
+    return float(value)
+
+
+def _require_classes(name: str, values: Sequence[float], classes: int) -> None:
+    if len(values) != classes:
+        raise ConfigurationError(f"{len(values)} {name} were given for {classes} classes")
+
+
+def _weighted(losses: Tensor, labels: Tensor, weights: tuple[float, ...] | None, classes: int) -> Tensor:
+    """Each sample's loss times the weight of its class."""
+    if weights is None:
+        return losses
+    _require_classes("class_weights", weights, classes)
+    return losses * losses.new_tensor(weights)[labels]
+
+
+def _largest(weights: tuple[float, ...] | None, classes: int) -> float:
+    if weights is None:
+        return 1.0
+    _require_classes("class_weights", weights, classes)
+    return max(weights)
+
+
+def balanced_weights(priors: Sequence[float], power: float = 1.0) -> tuple[float, ...]:
+    """Class weights ``π_c^-p / Σ_k π_k^(1-p)``: rare classes count more, the mean weight of a sample is one.
+
+    The gradient's bound, and with it the noise, grows by the largest weight, so that full balance (``p = 1``:
+    ``1/(C·π_c)``) costs most where it is wanted most; ``p = ½`` is a compromise.
+
+    Args:
+        priors: public ``π_c``, positive, adding to one.
+        power: ``p`` in [0, 1].
+
+    Raises:
+        ConfigurationError: an argument is out of range, or the priors are not plain numbers.
+    """
+    known = _public_priors(priors)
+    if not 0.0 <= power <= 1.0:
+        raise ConfigurationError(f"power must lie in [0, 1], got {power!r}")
+    total = sum(prior ** (1.0 - power) for prior in known)
+    return tuple(prior**-power / total for prior in known)
+
+
 def _invalid_as_nan(losses: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, losses, torch.full_like(losses, math.nan))
 
 
 class TauCrossEntropy(Loss):
-    """``CE(τz, y)/τ``: cross-entropy at temperature ``1/τ`` (Béthune et al. 2024, §4).
+    """``w_y·CE(τz, t)/τ``: cross-entropy at temperature ``1/τ`` (Béthune et al. 2024, §4).
 
-    The gradient is ``softmax(τz) - e_y``, whose norm is below ``√2``. Larger ``τ`` sharpens the softmax, which a
+    ``t = (1-s)·e_y + s/C`` are the smoothed labels (Szegedy et al. 2016). Larger ``τ`` sharpens the softmax, which a
     network of small Lipschitz constant needs.
+
+    The gradient is ``w_y(p - t)`` with ``p = softmax(τz)``. ``‖p - t‖`` is convex in ``p``, so largest at a corner
+    ``e_c`` of the simplex, and there at one with ``c ≠ y``: ``‖e_c - t‖² = 1 + (1-s)² - s²/C``, against ``s² - s²/C``
+    at ``e_y``. Softmax comes as close to a corner as one likes, so the bound is the supremum.
 
     Args:
         tau: ``τ``, positive.
+        label_smoothing: ``s`` in [0, 1).
+        class_weights: ``w_c``, *public* numbers, such as :func:`balanced_weights` of public priors; by default 1.
 
     Shape:
         output ``(B, C)``, target ``(B,)`` integers in ``[0, C)``.
     """
 
-    def __init__(self, tau: float = 1.0) -> None:
+    def __init__(
+        self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+    ) -> None:
         self.tau = _positive("tau", tau)
+        self.label_smoothing = _smoothing(label_smoothing)
+        self.class_weights = _public_weights(class_weights)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
         labels, valid = _class_scores(output, target)
-        losses = functional.cross_entropy(self.tau * output, labels, reduction="none") / self.tau
-        return _invalid_as_nan(losses, valid)
+        losses = functional.cross_entropy(
+            self.tau * output, labels, reduction="none", label_smoothing=self.label_smoothing
+        )
+        return _invalid_as_nan(_weighted(losses / self.tau, labels, self.class_weights, output.shape[1]), valid)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
-        """``√2``."""
-        return math.sqrt(2.0)
+        """``max_c w_c·√(1 + (1-s)² - s²/C)``, which is ``√2`` without weights and smoothing."""
+        classes, kept = output_shape[-1], 1.0 - self.label_smoothing
+        norm = math.sqrt(1.0 + kept * kept - self.label_smoothing**2 / classes)
+        return _largest(self.class_weights, classes) * norm
 
 
 class BinaryCrossEntropy(Loss):
-    """``BCE(sigmoid(τz), y)/τ``, the mean over ``k`` outputs; gradient ``(sigmoid(τz) - y)/k``, bound ``1/√k``.
+    """``BCE(sigmoid(τz), t)/τ``, the mean over ``k`` outputs, with smoothed targets ``t = (1-s)y + s/2``.
+
+    The gradient of one output is ``w_0(1-t)p - w_1·t(1-p)`` over ``k``, ``p = sigmoid(τz)``: a difference of two
+    numbers that are not negative, the one at most ``w_0(1-s/2)``, the other ``w_1(1-s/2)``. Either is approached, as
+    ``z`` grows against a target of 0 or 1, so the bound is the supremum.
 
     Args:
         tau: ``τ``, positive.
+        label_smoothing: ``s`` in [0, 1).
+        class_weights: *public* ``(w_0, w_1)`` of negative and positive targets, for each output; by default 1.
 
     Shape:
         output ``(B,)`` or ``(B, k)``, target of the same size with entries in [0, 1].
     """
 
-    def __init__(self, tau: float = 1.0) -> None:
+    def __init__(
+        self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+    ) -> None:
         self.tau = _positive("tau", tau)
+        self.label_smoothing = _smoothing(label_smoothing)
+        self.class_weights = _public_weights(class_weights)
+        _largest(self.class_weights, 2)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
         scores, labels = _matching(output, target)
         valid = ((labels >= 0) & (labels <= 1)).all(1)
-        losses = functional.binary_cross_entropy_with_logits(self.tau * scores, labels.clamp(0, 1), reduction="none")
-        return _invalid_as_nan(losses.mean(1) / self.tau, valid)
+        smoothed = (1.0 - self.label_smoothing) * labels.clamp(0, 1) + self.label_smoothing / 2.0
+        negative, positive = (1.0, 1.0) if self.class_weights is None else self.class_weights
+        likelihoods = negative * (1.0 - smoothed) * functional.logsigmoid(-self.tau * scores)
+        likelihoods = likelihoods + positive * smoothed * functional.logsigmoid(self.tau * scores)
+        return _invalid_as_nan(-likelihoods.mean(1) / self.tau, valid)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
-        """``1/√k``."""
-        return 1.0 / math.sqrt(math.prod(output_shape))
+        """``max(w_0, w_1)·(1 - s/2)/√k``."""
+        return _largest(self.class_weights, 2) * (1.0 - self.label_smoothing / 2.0) / math.sqrt(math.prod(output_shape))
 
 
 class MulticlassHinge(Loss):
-    """``Σ_{c≠y} max(0, m - z_y + z_c)/C`` (Weston and Watkins 1999; torch's ``multi_margin_loss``).
+    """``w_y·Σ_{c≠y} max(0, m - z_y + z_c)/C`` (Weston and Watkins 1999; torch's ``multi_margin_loss``).
 
-    The gradient has at most ``C-1`` entries ``1/C`` and one ``-(C-1)/C``: norm at most ``√((C-1)/C)``.
+    The gradient has ``n ≤ C-1`` entries ``w_y/C`` and one ``-n·w_y/C``: norm at most ``w_y·√((C-1)/C)``, attained where
+    all margins are missed.
 
     Args:
         margin: ``m``, positive.
+        class_weights: ``w_c``, *public* numbers, such as :func:`balanced_weights` of public priors; by default 1.
 
     Shape:
         output ``(B, C)``, target ``(B,)`` integers in ``[0, C)``.
     """
 
-    def __init__(self, margin: float = 1.0) -> None:
+    def __init__(self, margin: float = 1.0, *, class_weights: Sequence[float] | None = None) -> None:
         self.margin = _positive("margin", margin)
+        self.class_weights = _public_weights(class_weights)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
         labels, valid = _class_scores(output, target)
         losses = functional.multi_margin_loss(output, labels, margin=self.margin, reduction="none")
+        return _invalid_as_nan(_weighted(losses, labels, self.class_weights, output.shape[1]), valid)
+
+    def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
+        """``max_c w_c·√((C-1)/C)``."""
+        classes = output_shape[-1]
+        return _largest(self.class_weights, classes) * math.sqrt(max(classes - 1, 1) / classes)
+
+
+class HingeKR(Loss):
+    """Kantorovich–Rubinstein term plus ``α`` times hinge, one class against all others (Serrurier et al. 2021).
+
+    ``(1/C)·(-z_y/π_y + Σ_{c≠y} z_c/(1-π_c)) + (α/C)·Σ_c max(0, m - s_c·z_c)``, with ``s_y = 1`` and ``s_c = -1`` else.
+    In the mean over samples with priors ``π`` the first part is ``-(1/C)·Σ_c (E[z_c | y=c] - E[z_c | y≠c])``: a
+    distance of the classes, for networks whose Lipschitz constant is constrained (else it falls without end). With
+    one output ``f`` instead of two, the scores are ``(-f, f)``.
+
+    The first part's gradient is constant, ``-1/π_y`` in entry ``y`` and ``1/(1-π_c)`` in the others, over ``C``. The
+    second's entries are 0 or ``-α·s_c``, over ``C``: of the same signs, so that the norm is largest where all margins
+    are missed, as at ``z = 0``. There the bound is attained. It is at most the sum of the parts' bounds.
+
+    Args:
+        priors: ``π_c``, the classes' shares: *public* numbers in (0, 1) that add to one. Shares of the batch would let
+            samples enter each other's gradients.
+        margin: ``m``, positive.
+        alpha: ``α``, positive.
+
+    Shape:
+        output ``(B, C)``, or ``(B,)`` or ``(B, 1)`` for two classes; target ``(B,)`` integers in ``[0, C)``.
+    """
+
+    def __init__(self, priors: Sequence[float], *, margin: float = 1.0, alpha: float = 1.0) -> None:
+        self.priors = _public_priors(priors)
+        self.margin = _positive("margin", margin)
+        self.alpha = _positive("alpha", alpha)
+
+    def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
+        """See :meth:`Loss.per_sample`."""
+        scores = class_scores(output)
+        labels, valid = _class_scores(scores, target)
+        _require_classes("priors", self.priors, scores.shape[1])
+        priors = scores.new_tensor(self.priors)
+        own = torch.arange(len(self.priors), device=scores.device) == labels.unsqueeze(1)
+        signed = torch.where(own, scores, -scores)
+        shares = torch.where(own, priors, 1.0 - priors)
+        losses = (self.alpha * functional.relu(self.margin - signed) - signed / shares).mean(1)
         return _invalid_as_nan(losses, valid)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
-        """``√((C-1)/C)``."""
-        classes = output_shape[-1]
-        return math.sqrt(max(classes - 1, 1) / classes)
+        """``max_y √((1/π_y + α)² + Σ_{c≠y} (1/(1-π_c) + α)²)/C``; for one output ``max_y 1/π_y + α``."""
+        classes = max(2, math.prod(output_shape))
+        _require_classes("priors", self.priors, classes)
+        if math.prod(output_shape) == 1:
+            # The one output moves both scores: the sum of two equal entries, over two.
+            return max(1.0 / prior + self.alpha for prior in self.priors)
+        squares = [(1.0 / (1.0 - prior) + self.alpha) ** 2 for prior in self.priors]
+        own = [(1.0 / prior + self.alpha) ** 2 for prior in self.priors]
+        return math.sqrt(max(sum(squares) - square + mine for square, mine in zip(squares, own, strict=True))) / classes
 
 
 class CosineSimilarity(Loss):

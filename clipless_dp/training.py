@@ -24,7 +24,14 @@ from tqdm.auto import tqdm
 from accounting import calibrate_noise_multiplier
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError
-from clipless_dp.losses import BinaryCrossEntropy, CosineSimilarity, MulticlassHinge, TauCrossEntropy
+from clipless_dp.losses import (
+    BinaryCrossEntropy,
+    CosineSimilarity,
+    HingeKR,
+    MulticlassHinge,
+    TauCrossEntropy,
+    class_scores,
+)
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
@@ -496,8 +503,9 @@ def _hits(model: DPLipModel, output: Tensor, truth: Tensor) -> int | None:
     loss = model.loss_function
     if isinstance(loss, BinaryCrossEntropy):
         return int(((output.flatten() > 0) == (truth.flatten() > 0.5)).sum()) if output.numel() == len(output) else None
-    if isinstance(loss, (TauCrossEntropy, MulticlassHinge, CosineSimilarity)) and truth.dim() == 1:
-        return int((output.argmax(1) == truth).sum())
+    if isinstance(loss, (TauCrossEntropy, MulticlassHinge, HingeKR, CosineSimilarity)) and truth.dim() == 1:
+        scores = class_scores(output) if isinstance(loss, HingeKR) else output
+        return int((scores.argmax(1) == truth).sum())
     return None
 
 

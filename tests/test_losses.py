@@ -29,6 +29,8 @@ def fractions(generator: torch.Generator) -> Tensor:
     return torch.rand(8, CLASSES, generator=generator, dtype=torch.float64).round(decimals=1)
 
 
+WEIGHTS = (0.1, 3.0, 1.0, 0.5, 2.0)
+PRIORS = (0.5, 0.05, 0.2, 0.1, 0.15)
 Targets = Callable[[torch.Generator], Tensor]
 LOSSES: tuple[tuple[losses.Loss, Targets], ...] = (
     (losses.TauCrossEntropy(), labels),
@@ -38,6 +40,13 @@ LOSSES: tuple[tuple[losses.Loss, Targets], ...] = (
     (losses.BinaryCrossEntropy(50.0), fractions),
     (losses.MulticlassHinge(), labels),
     (losses.MulticlassHinge(1e-3), labels),
+    (losses.TauCrossEntropy(3.0, label_smoothing=0.3), labels),
+    (losses.TauCrossEntropy(3.0, label_smoothing=0.1, class_weights=WEIGHTS), labels),
+    (losses.BinaryCrossEntropy(2.0, label_smoothing=0.2), fractions),
+    (losses.BinaryCrossEntropy(2.0, label_smoothing=0.2, class_weights=(0.2, 5.0)), fractions),
+    (losses.MulticlassHinge(0.5, class_weights=WEIGHTS), labels),
+    (losses.HingeKR(PRIORS), labels),
+    (losses.HingeKR(PRIORS, margin=0.1, alpha=20.0), labels),
     (losses.CosineSimilarity(), labels),
     (losses.CosineSimilarity(0.1), real_targets),
     (losses.MeanAbsoluteError(), real_targets),
@@ -50,7 +59,7 @@ every_loss = pytest.mark.parametrize(("loss", "targets"), LOSSES, ids=lambda val
 def gradient_norms(loss: losses.Loss, output: Tensor, target: Tensor) -> Tensor:
     output = output.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(loss.per_sample(output, target).sum(), output)
-    return torch.linalg.vector_norm(gradient.flatten(1), dim=1)
+    return torch.linalg.vector_norm(gradient.reshape(len(gradient), -1), dim=1)
 
 
 @every_loss
@@ -80,6 +89,136 @@ def test_the_stated_bound_is_attained(loss: losses.Loss, output: Tensor, target:
     assert found == pytest.approx(loss.gradient_bound((CLASSES,)), rel=1e-6)
 
 
+def worst(loss: losses.Loss, classes: int, target: Callable[[int], Tensor]) -> float:
+    """The largest gradient norm where those of convex and piecewise linear losses are largest: at corners, and at 0."""
+    corners = torch.cat((torch.eye(classes), -torch.eye(classes), torch.ones(1, classes), -torch.ones(1, classes)))
+    outputs = torch.cat((1e6 * corners, torch.zeros(1, classes))).double()
+    return max(
+        float(gradient_norms(loss, outputs, target(label).expand(len(outputs))).max()) for label in range(classes)
+    )
+
+
+@given(st.integers(0, 2**16), st.integers(2, 7), st.floats(0.0, 0.9), st.floats(1e-2, 1e2))
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+def test_bounds_of_weighted_smoothed_and_hinge_kr_losses_are_attained_and_never_passed(
+    seed: int, classes: int, smoothing: float, alpha: float
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shares = torch.softmax(2.0 * torch.randn(classes, generator=generator, dtype=torch.float64), 0).tolist()
+    weights = [1.0 / share for share in shares]
+    for loss in (
+        losses.TauCrossEntropy(0.5, label_smoothing=smoothing, class_weights=weights),
+        losses.MulticlassHinge(class_weights=weights),
+        losses.HingeKR(shares, alpha=alpha),
+    ):
+        found = worst(loss, classes, lambda label: torch.tensor([label]))
+        # A dozen float64 roundings in either; e^-500000 is zero.
+        assert found == pytest.approx(loss.gradient_bound((classes,)), rel=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("weights", [(0.2, 5.0), (5.0, 0.2), None])
+def test_the_bound_of_a_weighted_smoothed_binary_loss_is_attained(
+    outputs: int, weights: tuple[float, float] | None
+) -> None:
+    loss = losses.BinaryCrossEntropy(3.0, label_smoothing=0.3, class_weights=weights)
+    scores = torch.tensor([[1e6], [-1e6]], dtype=torch.float64).expand(2, outputs)
+    truth = torch.tensor([[0.0], [1.0]], dtype=torch.float64).expand(2, outputs)
+    # A few float64 roundings.
+    assert float(gradient_norms(loss, scores, truth).max()) == pytest.approx(loss.gradient_bound((outputs,)), rel=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_hinge_kr_of_one_output_attains_its_bound_and_is_that_of_two(shape: tuple[int, ...]) -> None:
+    loss = losses.HingeKR((0.1, 0.9), margin=0.5, alpha=2.0)
+    output = torch.linspace(-2.0, 2.0, 9, dtype=torch.float64)
+    for label in (0, 1):
+        target = torch.full((9,), label)
+        both = loss.per_sample(torch.stack((-output, output), 1), target)
+        assert torch.allclose(loss.per_sample(output.reshape(9, *shape), target), both, rtol=1e-12)
+    worst_of_one = gradient_norms(loss, torch.zeros(1, *shape, dtype=torch.float64), torch.tensor([0]))
+    # A few float64 roundings.
+    assert float(worst_of_one) == pytest.approx(loss.gradient_bound(shape), rel=1e-12)
+    assert loss.gradient_bound(shape) == pytest.approx(1 / 0.1 + 2.0, rel=1e-12)
+
+
+def test_mutants_caught_bounds_without_weights_smoothing_or_signs() -> None:
+    weights = (0.1, 3.0, 1.0)
+    weighted = losses.TauCrossEntropy(class_weights=weights)
+    assert worst(weighted, 3, lambda label: torch.tensor([label])) > 1.01 * math.sqrt(2.0)
+    kr = losses.HingeKR((0.5, 0.3, 0.2))
+    balanced = math.sqrt(3.0**2 + 2 * 1.5**2) / 3 + 1 / math.sqrt(3)
+    assert worst(kr, 3, lambda label: torch.tensor([label])) > 1.01 * balanced
+    opposed = math.sqrt((1 / 0.2 - 1.0) ** 2 + (2.0 - 1.0) ** 2 + (1 / 0.7 - 1.0) ** 2) / 3
+    assert worst(kr, 3, lambda label: torch.tensor([label])) > 1.01 * opposed
+    parts = math.sqrt((1 / 0.2) ** 2 + 2.0**2 + (1 / 0.7) ** 2) / 3 + 1 / math.sqrt(3)
+    assert kr.gradient_bound((3,)) <= parts, "the sum of the parts' bounds is a bound too"
+
+
+def test_the_kr_term_is_the_distance_of_the_classes_means() -> None:
+    generator = torch.Generator().manual_seed(3)
+    output = torch.randn(10, 3, generator=generator, dtype=torch.float64)
+    target = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2])
+    # A margin that all samples keep, so that the hinge is zero, and the shares of these very samples.
+    loss = losses.HingeKR((0.5, 0.3, 0.2), margin=1e-30)
+    offset = torch.where(functional.one_hot(target, 3).bool(), 10.0, -10.0)
+    found = loss.per_sample(output + offset, target).mean()
+    scores = output + offset
+    gaps = [scores[target == c, c].mean() - scores[target != c, c].mean() for c in range(3)]
+    # Means of ten float64 numbers.
+    assert float(found) == pytest.approx(-float(sum(gaps)) / 3, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "taken",
+    [
+        torch.tensor([0.5, 0.5]),
+        [torch.tensor(0.5), torch.tensor(0.5)],
+        lambda target: target.double().mean(),
+        torch.tensor([0.5, 0.5]).numpy(),
+        "batch",
+        None,
+        0.5,
+    ],
+    ids=["tensor", "tensors", "function", "array", "name", "none", "number"],
+)
+def test_priors_and_weights_taken_from_a_batch_are_refused(taken: object) -> None:
+    with pytest.raises(ConfigurationError, match="public numbers"):
+        losses.HingeKR(taken)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="public numbers"):
+        losses.balanced_weights(taken)  # type: ignore[arg-type]
+    if taken is not None:
+        for loss in (losses.TauCrossEntropy, losses.MulticlassHinge, losses.BinaryCrossEntropy):
+            with pytest.raises(ConfigurationError, match="public numbers"):
+                loss(class_weights=taken)  # type: ignore[arg-type]
+
+
+def test_priors_weights_and_smoothing_out_of_range_are_refused() -> None:
+    for priors in ((0.5, 0.4), (1.0, 0.0), (1.5, -0.5), (1.0,), (math.nan, 1.0)):
+        with pytest.raises(ConfigurationError):
+            losses.HingeKR(priors)
+    for smoothing in (-0.1, 1.0, math.nan):
+        with pytest.raises(ConfigurationError, match="label_smoothing"):
+            losses.TauCrossEntropy(label_smoothing=smoothing)
+    with pytest.raises(ConfigurationError, match="power"):
+        losses.balanced_weights((0.5, 0.5), power=2.0)
+    with pytest.raises(ConfigurationError, match="3 class_weights were given for 2 classes"):
+        losses.BinaryCrossEntropy(class_weights=(1.0, 1.0, 1.0))
+    for loss in (losses.TauCrossEntropy(class_weights=(1.0, 2.0)), losses.HingeKR((0.5, 0.5))):
+        with pytest.raises(ConfigurationError, match=r"2 \w+ were given for 3 classes"):
+            loss.gradient_bound((3,))
+
+
+def test_balanced_weights_have_mean_one_and_undo_the_imbalance() -> None:
+    priors = (0.9, 0.09, 0.01)
+    for power in (0.0, 0.5, 1.0):
+        weights = losses.balanced_weights(priors, power)
+        # A few float64 roundings.
+        assert sum(p * w for p, w in zip(priors, weights, strict=True)) == pytest.approx(1.0, rel=1e-12)
+    assert losses.balanced_weights(priors) == pytest.approx([1 / (3 * prior) for prior in priors], rel=1e-12)
+    assert losses.balanced_weights(priors, 0.0) == pytest.approx([1.0] * 3, rel=1e-12)
+
+
 def test_stated_bounds_are_those_of_the_documentation() -> None:
     assert losses.TauCrossEntropy(3.0).gradient_bound((4,)) == math.sqrt(2.0)
     assert losses.BinaryCrossEntropy().gradient_bound(()) == 1.0
@@ -99,6 +238,19 @@ def test_values_are_those_of_torch() -> None:
         (
             losses.TauCrossEntropy(4.0).per_sample(output, target),
             functional.cross_entropy(4.0 * output, target, reduction="none") / 4.0,
+        ),
+        (
+            losses.TauCrossEntropy(4.0, label_smoothing=0.2, class_weights=WEIGHTS).per_sample(output, target),
+            functional.cross_entropy(4.0 * output, target, reduction="none", label_smoothing=0.2)
+            * torch.tensor(WEIGHTS, dtype=torch.float64)[target]
+            / 4.0,
+        ),
+        (
+            losses.BinaryCrossEntropy(class_weights=(0.5, 3.0)).per_sample(output, real.sigmoid()),
+            0.5
+            * functional.binary_cross_entropy_with_logits(
+                output, real.sigmoid(), reduction="none", pos_weight=torch.tensor(6.0, dtype=torch.float64)
+            ).mean(1),
         ),
         (
             losses.MulticlassHinge(2.0).per_sample(output, target),
@@ -152,6 +304,8 @@ def test_a_samples_loss_depends_on_that_sample_alone(loss: losses.Loss, targets:
     [
         (losses.TauCrossEntropy(), torch.tensor([-1, 0, CLASSES])),
         (losses.MulticlassHinge(), torch.tensor([-100, 1, 2**40])),
+        (losses.HingeKR(PRIORS), torch.tensor([-1, 2, CLASSES])),
+        (losses.TauCrossEntropy(class_weights=WEIGHTS), torch.tensor([-1, 2, CLASSES])),
         (losses.CosineSimilarity(), torch.tensor([-1, 2, CLASSES])),
         (losses.CosineSimilarity(), torch.tensor([[0.0] * CLASSES, [1.0] * CLASSES, [math.nan] * CLASSES])),
         (losses.BinaryCrossEntropy(), torch.tensor([[1.5] * CLASSES, [1.0] * CLASSES, [-0.1] * CLASSES])),
@@ -164,7 +318,7 @@ def test_targets_out_of_range_make_their_own_loss_not_finite_and_no_other(loss: 
     assert found.isfinite().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("loss", [losses.TauCrossEntropy(), losses.MulticlassHinge()])
+@pytest.mark.parametrize("loss", [losses.TauCrossEntropy(), losses.MulticlassHinge(), losses.HingeKR(PRIORS)])
 def test_labels_of_another_shape_or_kind_are_refused(loss: losses.Loss) -> None:
     output = torch.zeros(3, CLASSES)
     for target in (torch.zeros(3), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)):
