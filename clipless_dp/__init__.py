@@ -2,6 +2,7 @@
 
 from clipless_dp import architectures, constraints, layers, losses
 from clipless_dp.errors import (
+    BudgetExhaustedError,
     CheckpointError,
     CliplessError,
     ConfigurationError,
@@ -27,6 +28,7 @@ from clipless_dp.training import FitResult, evaluate, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "BudgetExhaustedError",
     "CheckpointError",
     "CliplessDPOptimizer",
     "CliplessDPSGD",

@@ -1,11 +1,17 @@
-"""Checkpoints: written atomically, read without executing anything, versioned."""
+"""Checkpoints: written atomically, sealed by a digest, read without executing anything, versioned.
+
+A file is what ``torch.save`` writes, followed by its SHA-256: torch does not verify the checksums in its own files, so
+that a flipped bit in a ledger would go unnoticed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import os
-import pickle
 import tempfile
-import zipfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,10 @@ import torch
 
 from clipless_dp.errors import CheckpointError
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2
+_SEAL = b"clipless_dp sha256 "
+_SEAL_LENGTH = len(_SEAL) + 64
+_PARTIAL = ".partial"
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -33,6 +42,14 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{target} cannot be written: {error}") from error
 
 
+def discard_partial(path: str | os.PathLike[str]) -> None:
+    """Removes what writers that were killed have left beside a checkpoint."""
+    target = Path(path)
+    for left in target.parent.glob(f".{_escaped(target.name)}.*{_PARTIAL}"):
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
 def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
     """Writes a checkpoint so that a reader sees the old one or the new one, never a part.
 
@@ -45,44 +62,86 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
     """
     check_writable(path)
     target = Path(path)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    buffer = io.BytesIO()
+    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    buffer.write(_seal(buffer.getvalue()))
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written, what was there is left as it was: {error}") from error
     try:
         with os.fdopen(descriptor, "wb") as file:
-            torch.save({"format": CHECKPOINT_FORMAT, **content}, file)
+            file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise CheckpointError(f"{target} could not be written, what was there is left as it was: {error}") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
+    _sync_folder(target.parent)
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint with ``weights_only=True``.
+    """Reads a checkpoint with ``weights_only=True``, once its digest has been checked.
 
     Raises:
         CheckpointError: the file is damaged, foreign, or of an unknown format; it is named.
         FileNotFoundError: there is no such file.
     """
+    name = os.fspath(path)
     try:
-        content = torch.load(path, map_location=device, weights_only=True)
+        data = Path(path).read_bytes()
     except FileNotFoundError:
         raise
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        KeyError,
-        pickle.UnpicklingError,
-        zipfile.BadZipFile,
-    ) as error:
-        raise CheckpointError(f"{os.fspath(path)} is not a readable checkpoint: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error}") from error
+    payload, seal = data[:-_SEAL_LENGTH], data[-_SEAL_LENGTH:]
+    if not seal.startswith(_SEAL):
+        raise CheckpointError(
+            f"{name} is not a checkpoint of clipless_dp, or its end is missing: no digest of format "
+            f"{CHECKPOINT_FORMAT} is there"
+        )
+    if seal != _seal(payload):
+        raise CheckpointError(f"{name} is damaged: its content does not fit its digest. Use an older copy")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(io.BytesIO(payload), map_location=device, weights_only=True)
+    except Exception as error:  # Whatever the reader trips over: the file is at fault.
+        raise CheckpointError(f"{name} is not a readable checkpoint: {error}") from error
     if not isinstance(content, dict) or "format" not in content:
-        raise CheckpointError(f"{os.fspath(path)} is not a checkpoint of clipless_dp")
+        raise CheckpointError(f"{name} is not a checkpoint of clipless_dp")
     if content["format"] != CHECKPOINT_FORMAT:
         raise CheckpointError(
-            f"{os.fspath(path)} has checkpoint format {content['format']!r}, this version reads {CHECKPOINT_FORMAT}"
+            f"{name} has checkpoint format {content['format']!r}, this version reads {CHECKPOINT_FORMAT}"
         )
     return content
+
+
+def identity(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """Tells whether a file is the one that was there before; ``None`` where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _seal(payload: bytes) -> bytes:
+    return _SEAL + hashlib.sha256(payload).hexdigest().encode()
+
+
+def _escaped(name: str) -> str:
+    """A file name as a pattern that matches itself only."""
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the new name outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -30,6 +30,10 @@ class PrivacyError(CliplessError, RuntimeError):
     """Going on would release something without protection; the message says what."""
 
 
+class BudgetExhaustedError(PrivacyError):
+    """One more step would spend more than the budget of ε; nothing of it was released."""
+
+
 class CheckpointError(CliplessError, RuntimeError):
     """A checkpoint is damaged, foreign, or of an unknown format version; the message names the file."""
 

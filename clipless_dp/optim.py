@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 from weakref import WeakKeyDictionary
 
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from accounting import Accountant, GaussianStep, create_accountant
 from clipless_dp import draws
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
     Allocation,
@@ -67,6 +68,8 @@ class CliplessDPOptimizer(Optimizer):
             own. ``"none"``: every step is charged at ``q = 1``.
         noise: ``"system"``, the default: a private generator that the operating system seeds; ``"secure"``: a
             cryptographic one, and sums without gaps (:class:`clipless_dp.SecureNoise`); or a source of your own.
+        budget: ``(ε, δ)`` that the ledger is never to exceed: the step that would is refused with
+            :class:`BudgetExhaustedError` before anything of it is released. ``None``: no limit.
 
     Raises:
         ConfigurationError: an argument is out of range.
@@ -91,6 +94,7 @@ class CliplessDPOptimizer(Optimizer):
         allocation: Allocation = "global",
         sampling: Sampling = "announced",
         noise: NoiseSource | str | None = None,
+        budget: tuple[float, float] | None = None,
     ) -> None:
         if isinstance(base_optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
             raise ConfigurationError(
@@ -118,6 +122,8 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant: Accountant = (
             create_accountant(accountant, dataset_size=dataset_size) if isinstance(accountant, str) else accountant
         )
+        self.budget = _checked_budget(budget)
+        self._allowance = _Allowance()
         self.steps_taken = 0
         self._noise_sources: set[str] = set()
         self._draws_before = draws.snapshot()
@@ -251,16 +257,21 @@ class CliplessDPOptimizer(Optimizer):
             sources = {str(name) for name in own["noise"]}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
-        self._join_ledger(accountant, counted)
+        self._join_ledger(accountant, counted, steps_taken)
         self.steps_taken = steps_taken
         self._noise_sources |= sources
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
 
-    def _join_ledger(self, state: dict[str, Any], counted: dict[str, int]) -> None:
+    def _join_ledger(self, state: dict[str, Any], counted: dict[str, int], steps_taken: int) -> None:
         spent = self.accountant.ledger
         self.accountant.load_state_dict(state)
         loaded = self.accountant.ledger
+        if not 0 <= steps_taken <= len(loaded):
+            self.accountant.ledger = spent
+            raise ConfigurationError(
+                f"this state says that {steps_taken} steps were taken, its ledger holds {len(loaded)}: it was altered"
+            )
         # Steps are known by the run that took them, one-off releases by nothing: where no run is shared, those of this
         # ledger were drawn anew, however alike they look, and both count.
         related = not self._counted.keys().isdisjoint(counted)
@@ -297,7 +308,9 @@ class CliplessDPOptimizer(Optimizer):
         named = self._require_protected()
         sensitivity = self._sensitivity()
         deviations, spent = self._deviations(sensitivity, named)
-        self.accountant.step(noise_multiplier=spent, sample_rate=self._charged_rate())
+        rate = self._charged_rate()
+        self._require_budget(spent, rate)
+        self.accountant.step(noise_multiplier=spent, sample_rate=rate)
         self._counted[self._run] = self._counted.get(self._run, 0) + 1
         self._note_ledger()
         self._noise_sources.add(source_name(type(self.noise)))
@@ -360,6 +373,55 @@ class CliplessDPOptimizer(Optimizer):
         self._plan = sensitivity, held, self.noise_multiplier, deviations, spent
         return deviations, spent
 
+    def allows(self, steps: int, *, sample_rate: float | None = None) -> bool:
+        """Whether so many further steps at the current noise multiplier fit the budget, on top of the whole ledger.
+
+        Args:
+            steps: how many.
+            sample_rate: what each is charged at; by default the optimizer's own.
+        """
+        rate = self.sample_rate if sample_rate is None else sample_rate
+        return self._fits(self.noise_multiplier, rate, steps)
+
+    def _fits(self, noise_multiplier: float, sample_rate: float, steps: int) -> bool:
+        """Asks the accountant, and remembers a yes: so many steps need not ask again."""
+        if self.budget is None:
+            return True
+        epsilon, delta = self.budget
+        trial = copy.deepcopy(self.accountant)
+        if steps:
+            trial.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+        # Not "greater": a NaN fits no budget.
+        fits = float(trial.get_epsilon(delta)) <= epsilon
+        if fits:
+            self._allowance = _Allowance((noise_multiplier, sample_rate), steps, len(self.accountant), steps)
+        return fits
+
+    def _require_budget(self, noise_multiplier: float, sample_rate: float) -> None:
+        """Refuses a step beyond the budget.
+
+        Asked for one step, then two, four, …, and by halves where that is too many: an accountant answers some
+        2·log₂(steps) times in all, not once for each step.
+        """
+        if self.budget is None:
+            return
+        kept, recorded = self._allowance, len(self.accountant)
+        if kept.kind != (noise_multiplier, sample_rate) or kept.recorded != recorded:
+            kept = _Allowance()
+        if kept.steps == 0:
+            ahead = max(1, 2 * kept.granted)
+            while not self._fits(noise_multiplier, sample_rate, ahead):
+                ahead //= 2
+                if ahead == 0:
+                    epsilon, delta = self.budget
+                    raise BudgetExhaustedError(
+                        f"one more step would exceed the budget of ε = {epsilon:g} at δ = {delta:g}: "
+                        f"{self.get_epsilon(delta):.6g} is spent. Nothing of this step was "
+                        "released; stop here"
+                    )
+            kept = self._allowance
+        self._allowance = replace(kept, steps=kept.steps - 1, recorded=recorded + 1)
+
     def _note_ledger(self) -> None:
         """Warns if another optimizer's steps on this model are missing from this one's ledger."""
         if self.ledger_is_incomplete():
@@ -421,6 +483,35 @@ _latest_ledger: WeakKeyDictionary[DPLipModel, tuple[Accountant, dict[str, int]]]
 """For each model, the accountant of the latest private step, and the steps that its ledger counts."""
 
 
+@dataclass(frozen=True)
+class _Allowance:
+    """Steps that are known to fit the budget.
+
+    Attributes:
+        kind: noise multiplier and sample rate that they were asked for.
+        steps: how many are left.
+        recorded: steps that the ledger must hold for this to be true.
+        granted: how many were asked for at once.
+    """
+
+    kind: tuple[float, float] | None = None
+    steps: int = 0
+    recorded: int = 0
+    granted: int = 0
+
+
+def _checked_budget(budget: tuple[float, float] | None) -> tuple[float, float] | None:
+    if budget is None:
+        return None
+    try:
+        epsilon, delta = map(float, budget)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"budget must be a pair (epsilon, delta) or None, got {budget!r}") from error
+    if not (math.isfinite(epsilon) and epsilon > 0 and 0.0 < delta < 1.0):
+        raise ConfigurationError(f"budget needs a finite epsilon above 0 and a delta in (0, 1), got {budget!r}")
+    return epsilon, delta
+
+
 def _contains(counted: Mapping[str, int], other: Mapping[str, int]) -> bool:
     """Whether a ledger that counts so many steps of each optimizer has all those of another."""
     return all(counted.get(run, 0) >= count for run, count in other.items())
@@ -443,6 +534,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         allocation: how noise is shared.
         sampling: how batches are drawn.
         noise: source of the noise.
+        budget: ``(ε, δ)``.
     """
 
     def __init__(
@@ -461,6 +553,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         allocation: Allocation = "global",
         sampling: Sampling = "announced",
         noise: NoiseSource | str | None = None,
+        budget: tuple[float, float] | None = None,
     ) -> None:
         parameters: list[nn.Parameter] = list(model.net.parameters())
         if not parameters:
@@ -483,4 +576,5 @@ class CliplessDPSGD(CliplessDPOptimizer):
             allocation=allocation,
             sampling=sampling,
             noise=noise,
+            budget=budget,
         )

@@ -30,6 +30,7 @@ from clipless_dp.secure_noise import SecureNoise
 
 STATEMENT_FORMAT = 1
 SUFFIXES = (".md", ".json", ".html")
+_STEPS = ("gaussian_step", "gaussian_vector_step")
 _SHOWN_RUNS = 20
 """Lines of a noise schedule in the readable forms; the JSON holds all of them."""
 
@@ -219,7 +220,15 @@ def _facts(
     from clipless_dp import __version__
 
     sensitivity = optimizer.model.sensitivity()
-    history = [(float(noise), float(rate), int(count)) for noise, rate, count in optimizer.accountant.history]
+    entries = [
+        {
+            "event": event.kind,
+            "noise_multiplier": getattr(event, "noise_multiplier", None),
+            "sample_rate": getattr(getattr(event, "sampling", None), "sample_rate", 1.0),
+            "count": count,
+        }
+        for event, count in optimizer.accountant.ledger
+    ]
     accountant = type(optimizer.accountant)
     audits = [] if audit is None else list(audit) if isinstance(audit, (list, tuple)) else [audit]
     return {
@@ -237,10 +246,9 @@ def _facts(
             "expected_batch_size": optimizer.expected_batch_size,
         },
         "steps": {
-            "recorded": sum(count for _, _, count in history),
-            "runs": [
-                {"noise_multiplier": noise, "sample_rate": rate, "steps": count} for noise, rate, count in history
-            ],
+            "recorded": sum(entry["count"] for entry in entries if entry["event"] in _STEPS),
+            "taken": optimizer.steps_taken,
+            "entries": entries,
         },
         "noise": {
             "allocation": optimizer.allocation,
@@ -297,7 +305,9 @@ def _findings(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Itera
             )
         elif name not in _NOISE:
             yield f"The noise came from {name}, which is not a source of this package and was not checked."
-    unsampled = sum(run["steps"] for run in steps["runs"] if run["sample_rate"] == 1.0)
+    unsampled = sum(
+        entry["count"] for entry in steps["entries"] if entry["event"] in _STEPS and entry["sample_rate"] == 1.0
+    )
     if unsampled and optimizer.sample_rate < 1.0:
         yield (
             f"{unsampled} of {steps['recorded']} steps were charged without amplification by sampling (q = 1), since "
@@ -332,7 +342,10 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             ("Neighbouring data sets", f"differ by {relation}"),
             ("Size of the data set", f"{facts['dataset_size']}, taken to be public"),
             ("What is released", "the weights after every step, and whatever is computed from them alone"),
-            ("Uses of the data covered", f"the gradients of the {steps['recorded']} steps in the ledger"),
+            (
+                "Uses of the data covered",
+                f"the gradients of the {steps['recorded']} steps in the ledger, and its other entries",
+            ),
         ),
     )
     q = sampling["sample_rate"]
@@ -356,12 +369,20 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             *(("Source of the noise", f"{name}: {_noise(name)}") for name in facts["noise"]["sources"]),
         ),
     )
-    runs = [(f"{run['noise_multiplier']:.6g}", f"{run['sample_rate']:.6g}", str(run["steps"])) for run in steps["runs"]]
+    runs = [
+        (
+            entry["event"].replace("_", " "),
+            "–" if entry["noise_multiplier"] is None else f"{entry['noise_multiplier']:.6g}",
+            f"{entry['sample_rate']:.6g}",
+            str(entry["count"]),
+        )
+        for entry in steps["entries"]
+    ]
     more = len(runs) - _SHOWN_RUNS
     yield Section(
         "Ledger",
         (f"{more} further lines are in the JSON file.",) if more > 0 else (),
-        header=("noise multiplier", "q charged", "steps"),
+        header=("event", "noise multiplier", "q charged", "count"),
         rows=tuple(runs[:_SHOWN_RUNS]),
     )
     yield Section(

@@ -22,8 +22,8 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accounting import calibrate_noise_multiplier
-from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
-from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
+from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError
 from clipless_dp.losses import (
     BinaryCrossEntropy,
     CosineSimilarity,
@@ -208,6 +208,7 @@ def fit(
         accountant=accountant,
         allocation=allocation,
         noise=noise,
+        budget=(epsilon, delta),
     )
     peak = [(float(group["lr"]), group.get("momentum")) for group in private.param_groups]
     schedule = scheduler(private, steps)
@@ -239,6 +240,13 @@ def fit(
         run.load(path)
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
     one_shape = bool(compile) and device.type != "cpu"
+    if path is not None:
+        discard_partial(path)
+        if path.exists():
+            run.load(path)
+    # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
+    if run.step < steps:
+        private.allows(steps - run.step)
     batches = PoissonBatches(
         (inputs, targets),
         sample_rate=sample_rate,
@@ -313,6 +321,9 @@ class _Run:
     def __post_init__(self) -> None:
         self.loss = lambda inputs, targets, mask: self.model.loss(self.model(inputs), targets, mask)
 
+    saved_step: int = -1
+    seen: tuple[int, ...] | None = None
+
     @property
     def step(self) -> int:
         return self.optimizer.steps_taken
@@ -325,18 +336,30 @@ class _Run:
             "scheduler": self.scheduler.state_dict(),
             "history": [vars(record) for record in self.history],
         }
+        there = identity(path)
+        if there is not None and there != self.seen:
+            raise PrivacyError(
+                f"{path} was written by another process since this run read or wrote it: two runs that go on from one "
+                "checkpoint release more than either ledger counts. This run stops and leaves the file alone"
+            )
         try:
             save_checkpoint(path, content)
-            self.saved = True
+            self.saved, self.saved_step, self.seen = True, self.step, identity(path)
         except CheckpointError as error:
             # What was learned and paid for is in memory still.
             self.saved = False
-            warnings.warn(f"training goes on without a checkpoint of step {self.step}: {error}", stacklevel=2)
+            warnings.warn(
+                f"training goes on without a checkpoint of step {self.step} (the ledger of an older one lacks these "
+                f"steps: do not publish these weights and then go on from it): {error}",
+                stacklevel=2,
+            )
 
     def load(self, path: Path) -> None:
         device, _ = self.model.device_and_dtype()
+        self.seen = identity(path)
         content = load_checkpoint(path, device)
-        settings = content.get("settings", {})
+        settings = content.get("settings")
+        settings = settings if isinstance(settings, dict) else {}
         differing = {
             name: (settings.get(name), value) for name, value in self.settings.items() if settings.get(name) != value
         }
@@ -344,11 +367,12 @@ class _Run:
             listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items())
             raise CheckpointError(f"{path} belongs to a run with other settings ({listed}); choose another file")
         try:
-            self.model.net.load_state_dict(content["model"])
+            # The ledger first: weights without it would be free to train on.
             self.optimizer.load_state_dict(content["optimizer"])
             self.history = [EpochRecord(**record) for record in content["history"]]
             self.scheduler.load_state_dict(content["scheduler"])
-        except (KeyError, TypeError, RuntimeError, ValueError) as error:
+            self.model.net.load_state_dict(content["model"])
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
         self.saved = True
@@ -425,14 +449,23 @@ def _train(
         for batch in batches:
             if run.seed is not None:
                 torch.manual_seed(derived_seed(run.seed, "torch", run.step))
-            loss = _step(run, batch, micro_batch_size)
+            try:
+                loss = _step(run, batch, micro_batch_size)
+            except BudgetExhaustedError as error:
+                warnings.warn(f"training stops after {run.step} of {total} steps: {error}", UserWarning, stacklevel=4)
+                run.optimizer.zero_grad()
+                if path is not None:
+                    run.save(path)
+                break
             bar.update()
             if run.step % per_epoch == 0 or run.step == total:
                 record = _record(run, loss, batch, validation)
                 run.history.append(record)
-                bar.set_postfix_str(_shown(record))
                 if path is not None and (len(run.history) % checkpoint_every == 0 or run.step == total):
                     run.save(path)
+                if path is None or run.saved_step == run.step:
+                    # What is shown is released: a run that is killed now goes on from a ledger that counts it.
+                    bar.set_postfix_str(_shown(record))
             if interrupted():
                 if path is not None:
                     run.save(path)

@@ -199,6 +199,16 @@ def test_reproducible_noise_stays_in_the_statement_of_a_run_that_went_on_without
     assert any("reproducible" in text for text in report(second).findings)
 
 
+def test_one_off_releases_in_the_ledger_are_listed_beside_the_steps():
+    optimizer = trained()
+    optimizer.accountant.record(accounting.GaussianRelease(5.0))
+    statement = report(optimizer)
+    assert statement.facts["steps"]["recorded"] == 5
+    assert "| gaussian release | 5 | 1 | 1 |" in statement.to_markdown()
+    assert "| gaussian step | 1.5 | 0.1 | 5 |" in statement.to_markdown()
+    assert statement.findings == []
+
+
 def test_a_delta_out_of_range_is_refused():
     with pytest.raises(ConfigurationError, match="delta"):
         report(trained(0), delta=0.0)

@@ -148,13 +148,15 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, damage):
         load_checkpoint(path)
 
 
-def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path):
-    torch.save({"format": 99}, tmp_path / "new.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
+def test_a_checkpoint_of_an_unknown_format_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint_module, "CHECKPOINT_FORMAT", 99)
+    save_checkpoint(tmp_path / "new.pt", {})
+    monkeypatch.undo()
+    torch.save({"format": 1}, tmp_path / "old.pt")
     with pytest.raises(CheckpointError, match="99"):
         load_checkpoint(tmp_path / "new.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
-        load_checkpoint(tmp_path / "list.pt")
+        load_checkpoint(tmp_path / "old.pt")
 
 
 def test_a_failed_write_leaves_the_old_checkpoint_and_no_litter(tmp_path):

@@ -1,0 +1,294 @@
+"""Kills, full disks, damaged files, exhausted budgets: nothing is lost, and nothing is released that is not counted."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipless_dp import (
+    BudgetExhaustedError,
+    CheckpointError,
+    CliplessDPSGD,
+    ConfigurationError,
+    PoissonBatches,
+    PrivacyError,
+    fit,
+)
+from clipless_dp import checkpoint as checkpoint_module
+from clipless_dp import training as training_module
+from clipless_dp.checkpoint import discard_partial, load_checkpoint, save_checkpoint
+
+from .support import gated_model, samples
+
+RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 3, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
+SCRIPT = Path(__file__).with_name("kill_runs.py")
+
+
+def killed(folder, *arguments):
+    command = [sys.executable, str(SCRIPT), str(folder), *map(str, arguments)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def require_nothing_uncounted(seen, kills):
+    assert seen["kills"] == kills
+    assert seen["uncounted"] == 0, "results were shown that the ledger does not count"
+    assert seen["went_back"] == 0, "the ledger lost steps"
+    assert seen["litter"] == []
+    assert seen["final"] == 72
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_and_ends_as_if_it_had_not_been_killed(tmp_path):
+    seen = killed(tmp_path, "--kills", 3)
+    require_nothing_uncounted(seen, 3)
+    assert seen["equal"]
+    # Six steps are an epoch: what came after the last checkpoint.
+    assert max(seen["lost"]) <= 7
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("noise", "every"), [("reproducible", 1), ("reproducible", 3), ("system", 1), ("system", 3)])
+def test_dozens_of_kills_lose_nothing_that_was_released(tmp_path, noise, every):
+    seen = killed(tmp_path, "--kills", 20, "--noise", noise, "--every", every)
+    require_nothing_uncounted(seen, 20)
+    assert seen["equal"] == (noise == "reproducible"), "noise is drawn anew, and only then do weights differ"
+    assert max(seen["lost"]) <= 6 * every + 1
+
+
+def content():
+    ledger = {"format": 1, "steps_taken": 3, "counted": {"a": 3}, "entries": [["gaussian", 1.0, 3]]}
+    return {"model": {"weight": torch.arange(12.0).view(3, 4)}, "optimizer": {"clipless_dp": ledger}}
+
+
+def test_a_checkpoint_cut_anywhere_is_refused_by_name(tmp_path):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, content())
+    data = path.read_bytes()
+    cuts = {len(data) * share // 20 for share in range(20)} | {1, len(data) - 1, len(data) - 83, len(data) - 84}
+    for cut in sorted(cuts):
+        path.write_bytes(data[:cut])
+        with pytest.raises(CheckpointError, match=r"run\.pt"):
+            load_checkpoint(path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(CheckpointError, match=r"run\.pt"):
+        load_checkpoint(path)
+
+
+def test_any_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, content())
+    data = bytearray(path.read_bytes())
+    for index in range(0, len(data), 7):
+        data[index] ^= 1 << (index % 8)
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"run\.pt"):
+            load_checkpoint(path)
+        data[index] ^= 1 << (index % 8)
+    path.write_bytes(data)
+    assert torch.equal(load_checkpoint(path)["model"]["weight"], content()["model"]["weight"])
+
+
+def test_torch_alone_would_not_notice_a_flipped_byte_in_a_ledger(tmp_path):
+    """Why checkpoints carry a digest of their own."""
+    path = tmp_path / "plain.pt"
+    torch.save(content(), path)
+    data = path.read_bytes()
+    place = data.index(b"steps_taken") + len(b"steps_taken")
+    place = data.index(b"K\x03", place) + 1  # The pickled integer 3.
+    path.write_bytes(data[:place] + b"\x01" + data[place + 1 :])
+    assert torch.load(path, weights_only=True)["optimizer"]["clipless_dp"]["steps_taken"] == 1
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    path = tmp_path / "run.pt"
+    torch.save({"format": checkpoint_module.CHECKPOINT_FORMAT, "model": Bomb()}, path)
+    data = path.read_bytes()
+    path.write_bytes(data + checkpoint_module._seal(data))
+    with pytest.raises(CheckpointError, match=r"run\.pt"):
+        load_checkpoint(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_file_that_grows_beyond_the_disk_leaves_the_old_checkpoint(tmp_path):
+    """With the system's own refusal: a limit on the size of files cuts the write in the middle."""
+    path = tmp_path / "run.pt"
+    save_checkpoint(path, content())
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, hard))
+    try:
+        with pytest.raises(CheckpointError, match=r"run\.pt could not be written"):
+            save_checkpoint(path, content())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["run.pt"]
+
+
+def test_a_read_only_folder_is_refused_by_name(tmp_path):
+    tmp_path.chmod(0o500)
+    user = os.geteuid()
+    try:
+        if user == 0:  # Root writes anywhere.
+            os.seteuid(65534)
+        with pytest.raises(CheckpointError, match=r"run\.pt"):
+            checkpoint_module.check_writable(tmp_path / "run.pt")
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
+
+
+def test_parts_left_by_a_killed_writer_are_removed_and_nothing_else(tmp_path):
+    for name in (".run[1].pt.abc.partial", ".run1.pt.abc.partial", "run[1].pt", ".other.pt.abc.partial"):
+        (tmp_path / name).touch()
+    discard_partial(tmp_path / "run[1].pt")
+    kept = [".other.pt.abc.partial", ".run1.pt.abc.partial", "run[1].pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == kept
+
+
+def test_results_are_shown_only_after_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+    shown = []
+
+    def show(record):
+        on_disk = load_checkpoint(tmp_path / "run.pt")["optimizer"]["clipless_dp"]["steps_taken"]
+        shown.append((record.step, on_disk))
+        return ""
+
+    monkeypatch.setattr(training_module, "_shown", show)
+    fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", checkpoint_every=2, **RUN)
+    assert shown == [(12, 12), (18, 18)]
+
+
+def test_a_second_run_on_the_same_checkpoint_stops_the_first(tmp_path, monkeypatch):
+    path, honest = tmp_path / "run.pt", training_module._step
+    others = []
+
+    def interfering(run, batch, size):
+        if run.step == 8 and not others:
+            others.append(True)
+            save_checkpoint(path, {"another": "run"})
+        return honest(run, batch, size)
+
+    monkeypatch.setattr(training_module, "_step", interfering)
+    with pytest.raises(PrivacyError, match="another process"):
+        fit(gated_model(), samples(300), checkpoint=path, **RUN)
+    assert load_checkpoint(path)["another"] == "run"
+
+
+def step(optimizer, batch):
+    inputs, targets, mask = batch
+    optimizer.zero_grad()
+    optimizer.model.loss(optimizer.model(inputs), targets, mask).backward()
+    optimizer.step()
+
+
+def private(**options):
+    settings = {"noise_multiplier": 2.0, "sample_rate": 0.1, "dataset_size": 500, "accountant": "rdp", **options}
+    return CliplessDPSGD(gated_model(), lr=0.1, **settings)
+
+
+def spend(optimizer, steps):
+    """Steps until the budget refuses; how many were taken."""
+    for index, batch in enumerate(PoissonBatches(samples(500), sample_rate=0.1, steps=steps)):
+        try:
+            step(optimizer, batch)
+        except BudgetExhaustedError:
+            return index
+    return steps
+
+
+def test_training_stops_before_the_budget_is_exceeded_and_at_the_last_step_that_fits():
+    optimizer = private(budget=(1.0, 1e-4))
+    taken = spend(optimizer, 200)
+    assert 5 < taken < 200
+    assert optimizer.get_epsilon(1e-4) <= 1.0
+    assert len(optimizer.accountant) == taken == optimizer.steps_taken
+    optimizer.accountant.step(noise_multiplier=2.0, sample_rate=0.1)
+    assert optimizer.get_epsilon(1e-4) > 1.0
+
+
+def test_a_refused_step_changes_neither_weights_nor_ledger():
+    optimizer = private(budget=(1e-3, 1e-4))
+    before = [parameter.detach().clone() for parameter in optimizer.model.net.parameters()]
+    assert spend(optimizer, 3) == 0
+    assert all(map(torch.equal, before, optimizer.model.net.parameters()))
+    assert optimizer.accountant.history == []
+
+
+def test_the_accountant_is_asked_rarely(monkeypatch):
+    optimizer = private(budget=(2.0, 1e-4))
+    asked, honest = [], type(optimizer.accountant).get_epsilon
+    monkeypatch.setattr(type(optimizer.accountant), "get_epsilon", lambda *a: asked.append(1) or honest(*a))
+    taken = spend(optimizer, 300)
+    assert 50 < taken < 300
+    assert len(asked) < 25
+
+
+def test_a_budget_follows_changes_of_noise_and_steps_of_other_optimizers():
+    optimizer = private(budget=(1.0, 1e-4))
+    step(optimizer, next(iter(PoissonBatches(samples(500), sample_rate=0.1, steps=1))))
+    assert optimizer.allows(10)
+    optimizer.noise_multiplier = 1.0
+    assert not optimizer.allows(10)
+    optimizer.noise_multiplier = 2.0
+    # What else is charged to the same ledger counts at once.
+    optimizer.accountant.step(noise_multiplier=0.5, sample_rate=0.1, steps=20)
+    assert spend(optimizer, 3) == 0
+
+
+def test_a_loaded_ledger_counts_against_the_budget():
+    first = private()
+    spend(first, 60)
+    second = private(budget=(1.0, 1e-4))
+    second.load_state_dict(first.state_dict())
+    assert spend(second, 3) == 0
+
+
+def test_a_run_whose_ledger_holds_more_than_planned_stops_early_and_saves(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    honest = training_module._step
+
+    def spending(run, batch, size):
+        if run.step == 6:
+            run.optimizer.accountant.step(noise_multiplier=2.0, sample_rate=50 / 300, steps=2)
+        return honest(run, batch, size)
+
+    monkeypatch.setattr(training_module, "_step", spending)
+    with pytest.warns(UserWarning, match="training stops after"):
+        result = fit(gated_model(), samples(300), checkpoint=path, **RUN)
+    assert result.epsilon <= 4.0
+    assert 6 <= result.steps < 18
+    assert load_checkpoint(path)["optimizer"]["clipless_dp"]["steps_taken"] == result.steps
+
+
+@pytest.mark.parametrize(
+    "budget", [3.0, (0.0, 1e-5), (1.0, 0.0), (1.0, 1.0), (float("nan"), 1e-5), ("a", "b"), (1, 2, 3)]
+)
+def test_a_budget_out_of_range_is_refused(budget):
+    with pytest.raises(ConfigurationError, match="budget"):
+        private(budget=budget)
+
+
+@pytest.mark.parametrize("steps", [-1, 4])
+def test_a_state_whose_ledger_holds_fewer_steps_than_were_taken_is_refused_and_nothing_is_forgotten(steps):
+    optimizer = private()
+    spend(optimizer, 3)
+    altered = optimizer.state_dict()
+    altered["clipless_dp"]["steps_taken"] = steps
+    other = private()
+    spend(other, 1)
+    with pytest.raises(ConfigurationError, match="altered"):
+        other.load_state_dict(altered)
+    assert len(other.accountant) == 1
