@@ -32,7 +32,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         CheckpointError: nothing can be written there.
     """
     target = Path(path)
-    if target.is_dir():
+    if os.path.isdir(target):  # Unlike pathlib's, no error in a folder that may not be read.
         raise CheckpointError(f"{target} is a folder; name a file in it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

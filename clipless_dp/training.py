@@ -236,8 +236,6 @@ def fit(
             "reproducible": private.noise.reproducible,
         },
     )
-    if path is not None and path.exists():
-        run.load(path)
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
     one_shape = bool(compile) and device.type != "cpu"
     if path is not None:
@@ -316,13 +314,12 @@ class _Run:
     settings: dict[str, Any]
     history: list[EpochRecord] = field(default_factory=list)
     saved: bool = False
+    saved_step: int = -1
+    seen: tuple[int, ...] | None = None
     loss: BatchLoss = field(init=False)
 
     def __post_init__(self) -> None:
         self.loss = lambda inputs, targets, mask: self.model.loss(self.model(inputs), targets, mask)
-
-    saved_step: int = -1
-    seen: tuple[int, ...] | None = None
 
     @property
     def step(self) -> int:
