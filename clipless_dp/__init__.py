@@ -1,6 +1,6 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
-from clipless_dp import architectures, constraints, layers, losses
+from clipless_dp import architectures, constraints, distributed, layers, losses
 from clipless_dp.errors import (
     BudgetExhaustedError,
     CheckpointError,
@@ -10,6 +10,7 @@ from clipless_dp.errors import (
     LossBoundError,
     NormError,
     PrivacyError,
+    RankError,
     UnsupportedModuleError,
 )
 from clipless_dp.gating import gated, gradient_gated
@@ -48,6 +49,7 @@ __all__ = [
     "PrivacyError",
     "PrivacyStatement",
     "PrivacyWarning",
+    "RankError",
     "ReproducibleNoise",
     "RuleContext",
     "SecureNoise",
@@ -59,6 +61,7 @@ __all__ = [
     "__version__",
     "architectures",
     "constraints",
+    "distributed",
     "evaluate",
     "fit",
     "gated",

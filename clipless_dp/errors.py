@@ -34,6 +34,10 @@ class BudgetExhaustedError(PrivacyError):
     """One more step would spend more than the budget of ε; nothing of it was released."""
 
 
+class RankError(PrivacyError):
+    """Another process of a distributed run is gone, or differs from this one; no update may be applied."""
+
+
 class CheckpointError(CliplessError, RuntimeError):
     """A checkpoint is damaged, foreign, or of an unknown format version; the message names the file."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipless_dp import distributed
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, token_gate
@@ -88,6 +89,7 @@ class DPLipModel(nn.Module):
             isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
         ):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
+        distributed.refuse_wrappers(net)
         self.net = net
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)

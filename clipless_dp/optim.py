@@ -6,7 +6,7 @@ import copy
 import math
 import uuid
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 from weakref import WeakKeyDictionary
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, GaussianStep, create_accountant
-from clipless_dp import draws
-from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError
+from clipless_dp import distributed, draws
+from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
     Allocation,
@@ -28,7 +28,7 @@ from clipless_dp.noise import (
     noise_source,
     source_name,
 )
-from clipless_dp.tracker import Sensitivity
+from clipless_dp.tracker import Sensitivity, stamp
 
 Sampling = Literal["announced", "poisson", "none"]
 
@@ -55,6 +55,10 @@ class CliplessDPOptimizer(Optimizer):
     have no bound when they are stepped on later; they are dropped. Do not touch gradients between ``backward()`` and
     ``step()``: clipping their common norm there is only sound with the ``"global"`` allocation.
 
+    Of several processes (:mod:`clipless_dp.distributed`), each has an optimizer of its own around the whole model, and
+    all step together: the ranks' gradients are added up, rank 0 adds the noise, and all take the same update. Weights
+    start as those of rank 0. Before each update the ranks compare weights, bounds, noise and ledger.
+
     Args:
         model: the wrapped model.
         base_optimizer: any ``torch.optim.Optimizer`` over parameters of ``model.net`` that steps without a closure.
@@ -74,6 +78,7 @@ class CliplessDPOptimizer(Optimizer):
     Raises:
         ConfigurationError: an argument is out of range.
         PrivacyError: the base optimizer holds parameters that the model does not protect.
+        RankError: the ranks' arguments differ.
 
     Guarantee:
         Under add-or-remove-one adjacency each step is a Gaussian mechanism of noise multiplier
@@ -96,6 +101,7 @@ class CliplessDPOptimizer(Optimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
+        distributed.refuse_wrappers(model)
         if isinstance(base_optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
             raise ConfigurationError(
                 f"{type(base_optimizer).__name__} evaluates gradients several times a step or needs sparse ones; "
@@ -137,6 +143,11 @@ class CliplessDPOptimizer(Optimizer):
         self._require_protected()
         for parameter in self._parameters():
             parameter.grad = None
+        self._world = distributed.world()
+        self._stopped = False
+        self._lines_compared = 0
+        if self._world.size > 1:
+            self._join_ranks()
         self._sensitivity()
 
     def __getstate__(self) -> NoReturn:
@@ -170,6 +181,7 @@ class CliplessDPOptimizer(Optimizer):
 
         Raises:
             PrivacyError: a gradient would be released without protection.
+            RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
         """
         loss: float | None = None
         if closure is not None:
@@ -258,6 +270,7 @@ class CliplessDPOptimizer(Optimizer):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
         self._join_ledger(accountant, counted, steps_taken)
+        self._lines_compared = 0
         self.steps_taken = steps_taken
         self._noise_sources |= sources
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
@@ -305,6 +318,10 @@ class CliplessDPOptimizer(Optimizer):
 
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
+        if distributed.world() != self._world:
+            raise PrivacyError("the process group has changed since the optimizer was made: make it afterwards")
+        if self._stopped:
+            raise RankError("a step of this run has failed: start all ranks again from the last checkpoint")
         named = self._require_protected()
         sensitivity = self._sensitivity()
         deviations, spent = self._deviations(sensitivity, named)
@@ -328,9 +345,57 @@ class CliplessDPOptimizer(Optimizer):
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
             scales.append(deviation)
-        add_normal_(gradients, scales, self.noise)
+        if self._world.size == 1:
+            add_normal_(gradients, scales, self.noise)
+        else:
+            self._release_together(gradients, scales)
         torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
+
+    def _join_ranks(self) -> None:
+        """Makes sure that all ranks train the same model in the same way, from the weights of rank 0."""
+        parameters = [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in self.model.net.named_parameters()]
+        distributed.agree(
+            {
+                "parameters": parameters,
+                "noise_multiplier": self.noise_multiplier,
+                "sample_rate": self.sample_rate,
+                "dataset_size": self.dataset_size,
+                "allocation": self.allocation,
+                "sampling": self.sampling,
+                "noise": source_name(type(self.noise)),
+                "budget": self.budget,
+                "input_norm": self.model.input_norm,
+                "loss": self.model.cotangent_norm,
+                "ledger": self.accountant.ledger.entries,
+            }
+        )
+        distributed.copy_from_first_([*self.model.net.parameters(), *self.model.net.buffers()])
+        self.model.settle_()
+        # One run: its steps are counted once, whichever rank writes the checkpoint.
+        self._run = distributed.from_first(lambda: self._run)
+        self._counted = {self._run: 0}
+
+    def _release_together(self, gradients: Sequence[Tensor], scales: Sequence[float]) -> None:
+        """Replaces the gradients by the noisy sums over all ranks."""
+        lines = self.accountant.ledger.entries
+        self._stopped = True
+        try:
+            distributed.agree(
+                {
+                    "steps taken": self.steps_taken,
+                    "ledger": (len(lines), lines[self._lines_compared :]),
+                    "bounds or noise": scales,
+                    "weights": [stamp(parameter)[2:] for parameter in self.model.net.parameters()],
+                }
+            )
+            distributed.release_(gradients, lambda sums: add_normal_(sums, scales, self.noise))
+        except BaseException:
+            for parameter in self.model.net.parameters():
+                parameter.grad = None
+            raise
+        self._lines_compared = max(0, len(lines) - 1)
+        self._stopped = False
 
     def _sensitivity(self) -> Sensitivity:
         """The model's bounds; after a change of settings the larger of old and new: either may have applied."""
@@ -446,6 +511,12 @@ class CliplessDPOptimizer(Optimizer):
         announced = drawn.total() > now.taken - before.taken
         if announced:
             draws.take()
+        elif self._world.size > 1 and self.sampling == "announced":
+            raise PrivacyError(
+                "no Poisson draw was announced for this step, so a sample may be in the batches of several ranks: "
+                "use PoissonBatches or PoissonBatchSampler, or vouch with sampling='poisson' or 'none' that "
+                "each rank draws from samples of its own (a DistributedSampler repeats some)"
+            )
         if self.sampling == "none" or self.sample_rate == 1.0:
             return 1.0
         if self.sampling == "poisson":
@@ -555,6 +626,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
+        distributed.refuse_wrappers(model)
         parameters: list[nn.Parameter] = list(model.net.parameters())
         if not parameters:
             raise ConfigurationError("the network has no parameters to train")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, TensorDataset, default_collate
 
-from clipless_dp import draws
+from clipless_dp import distributed, draws
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.noise import derived_seed
 
@@ -55,12 +55,16 @@ class PoissonBatchSampler(Sampler[list[int]]):
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         seed: ``None`` draws from the operating system's entropy, which a release needs: the amplification relies
-            on the batches being secret. An integer makes draw ``i`` a function of the seed and ``i``; such a sampler
-            serves one pass, since a second one would draw the same batches again.
+            on the batches being secret. An integer makes draw ``i`` a function of the seed and ``i``, whatever the
+            number of processes; such a sampler serves one pass, since a second one would draw the same batches again.
         start: number of the first draw, to resume a seeded run.
 
+    Of several processes (:mod:`clipless_dp.distributed`), rank ``r`` of ``W`` draws from the samples ``r, r + W, …``
+    only, each with probability ``q``: together they draw a Poisson sample of the whole data set, which each is told
+    the size of.
+
     Raises:
-        ConfigurationError: an argument is out of range.
+        ConfigurationError: an argument is out of range, or there are more processes than samples.
     """
 
     def __init__(
@@ -75,6 +79,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.start = start
         self._passed = False
+        self.world = distributed.world()
+        if self.world.size > dataset_size:
+            raise ConfigurationError(f"{self.world.size} processes for {dataset_size} samples: start fewer of them")
 
     def __len__(self) -> int:
         return self.steps - self.start
@@ -91,23 +98,32 @@ class PoissonBatchSampler(Sampler[list[int]]):
             ahead: whether draws may be fetched before their batches are used, see :func:`clipless_dp.draws.announce`.
 
         Raises:
-            ConfigurationError: this is a second pass of a seeded sampler.
+            ConfigurationError: this is a second pass of a seeded sampler, or the process group has changed.
         """
+        if distributed.world() != self.world:
+            raise ConfigurationError("the process group has changed since this sampler was made: make it afterwards")
         if self.seed is not None and self._passed:
             raise ConfigurationError(
                 "this sampler is seeded, so a second pass would draw the same batches again, which amplification "
                 "does not cover: make one sampler with the steps of all passes, or one without a seed"
             )
         self._passed = True
+        rank, ranks = self.world
         system = np.random.Generator(np.random.PCG64DXSM())
         for step in range(self.start, self.steps):
-            generator = system
-            if self.seed is not None:
-                generator = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
-            size = int(generator.binomial(self.dataset_size, self.sample_rate))
-            indices = generator.choice(self.dataset_size, size=size, replace=False, shuffle=False)
+            if self.seed is None:
+                indices = self._draw(system, len(range(rank, self.dataset_size, ranks))) * ranks + rank
+            else:
+                # All ranks draw the same for the whole data set, and each keeps its own part.
+                seeded = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
+                indices = self._draw(seeded, self.dataset_size)
+                indices = indices[indices % ranks == rank]
             draws.announce(self.sample_rate, ahead=ahead)
             yield np.sort(indices).astype(np.int64, copy=False)
+
+    def _draw(self, generator: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        size = int(generator.binomial(count, self.sample_rate))
+        return generator.choice(count, size=size, replace=False, shuffle=False)
 
 
 def poisson_collate(dataset: Dataset[Any]) -> Callable[[list[Any]], Any]:
@@ -181,7 +197,8 @@ class PoissonBatches:
     next multiple (:meth:`Batch.split` cuts it into equal pieces). Empty draws are yielded like any other.
 
     Args:
-        dataset: see :func:`as_tensors`; moved to the device once.
+        dataset: the whole data set, see :func:`as_tensors`; moved to the device once, of several processes each one's
+            own part.
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         device: where to hold the data; by default where it is.
@@ -210,14 +227,14 @@ class PoissonBatches:
         start: int = 0,
     ) -> None:
         inputs, targets = as_tensors(dataset)
-        self._inputs = inputs.to(device)
-        self._targets = targets.to(device)
         self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
+        rank, ranks = self.sampler.world
+        self._inputs = inputs[rank::ranks].to(device)
+        self._targets = targets[rank::ranks].to(device)
         if physical_batch_size is None:
-            mean = len(inputs) * sample_rate
-            physical_batch_size = min(
-                8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), len(inputs)
-            )
+            count = len(self._inputs)
+            mean = count * sample_rate
+            physical_batch_size = min(8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), count)
         if physical_batch_size < 1:
             raise ConfigurationError(f"physical_batch_size must be positive, got {physical_batch_size}")
         self.physical_batch_size = physical_batch_size
@@ -227,7 +244,7 @@ class PoissonBatches:
 
     def __iter__(self) -> Iterator[Batch]:
         for indices in self.sampler.draws():
-            yield self._gather(torch.from_numpy(indices))
+            yield self._gather(torch.from_numpy(indices // self.sampler.world.size))
 
     def padding(self) -> Batch:
         """A batch of the usual shape with no sample in it: no draw, and nothing to announce."""

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accounting import calibrate_noise_multiplier
+from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError
 from clipless_dp.losses import (
@@ -138,6 +139,9 @@ def fit(
     The noise multiplier is calibrated so that ``ceil(epochs/q)`` steps at ``q = batch_size/dataset_size`` spend at
     most ``epsilon`` at ``delta``. With a checkpoint that exists already, the run goes on from it.
 
+    Under ``torchrun``, after ``torch.distributed.init_process_group()``, every rank calls it alike with the whole data
+    set, trains on its own part, and returns the same; rank 0 writes the checkpoint, which any number of ranks resumes.
+
     Args:
         model: the wrapped model, on the device to train on.
         dataset: inputs and targets: a pair of tensors, or a data set of pairs.
@@ -187,7 +191,7 @@ def fit(
     _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
-        check_writable(path)
+        distributed.from_first(lambda: check_writable(path))
     sample_rate = batch_size / size
     steps = math.ceil(epochs / sample_rate - 1e-9)
     noise_multiplier = calibrate_noise_multiplier(
@@ -238,10 +242,10 @@ def fit(
     )
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
     one_shape = bool(compile) and device.type != "cpu"
-    if path is not None:
-        discard_partial(path)
-        if path.exists():
-            run.load(path)
+    if distributed.world().size > 1:
+        distributed.agree(run.settings)
+    if path is not None and distributed.from_first(lambda: _found(path)):
+        run.load(path)
     # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
     if run.step < steps:
         private.allows(steps - run.step)
@@ -259,8 +263,8 @@ def fit(
         micro_batch_size = micro_batch_size or (batches.physical_batch_size if one_shape else None)
     dropped = int(model.nonfinite_samples)
     _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
-    dropped = int(model.nonfinite_samples) - dropped
-    if dropped:
+    dropped = int(distributed.total(model.nonfinite_samples - dropped))
+    if dropped and distributed.world().rank == 0:
         warnings.warn(
             f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of range, "
             "as a label beyond the last class is (this count is for the data's owner only)",
@@ -275,7 +279,7 @@ def fit(
         steps=private.steps_taken,
         optimizer=private,
         history=run.history,
-        checkpoint=path if run.saved else None,
+        checkpoint=path if distributed.from_first(lambda: run.saved) else None,
     )
 
 
@@ -302,6 +306,11 @@ def _check(
         raise ConfigurationError("checkpoint_every and micro_batch_size must be positive")
 
 
+def _found(path: Path) -> bool:
+    discard_partial(path)
+    return path.exists()
+
+
 @dataclass
 class _Run:
     """Everything that a checkpoint must hold to go on."""
@@ -326,6 +335,8 @@ class _Run:
         return self.optimizer.steps_taken
 
     def save(self, path: Path) -> None:
+        if distributed.world().rank > 0:
+            return
         content = {
             "settings": self.settings,
             "model": self.model.net.state_dict(),
@@ -354,7 +365,7 @@ class _Run:
     def load(self, path: Path) -> None:
         device, _ = self.model.device_and_dtype()
         self.seen = identity(path)
-        content = load_checkpoint(path, device)
+        content = distributed.from_first(lambda: load_checkpoint(path, device), device)
         settings = content.get("settings")
         settings = settings if isinstance(settings, dict) else {}
         differing = {
@@ -440,12 +451,13 @@ def _train(
 ) -> None:
     total = run.settings["steps"]
     per_epoch = max(1, math.ceil(total / epochs - 1e-9))
-    bar = tqdm(total=total, initial=run.step, disable=not progress, unit="step", dynamic_ncols=True)
+    shown = progress and distributed.world().rank == 0
+    bar = tqdm(total=total, initial=run.step, disable=not shown, unit="step", dynamic_ncols=True)
     run.model.train()
     with bar, _deferred_interrupt() as interrupted:
         for batch in batches:
             if run.seed is not None:
-                torch.manual_seed(derived_seed(run.seed, "torch", run.step))
+                torch.manual_seed(derived_seed(run.seed, "torch", run.step, distributed.world().rank))
             try:
                 loss = _step(run, batch, micro_batch_size)
             except BudgetExhaustedError as error:
@@ -463,7 +475,7 @@ def _train(
                 if path is None or run.saved_step == run.step:
                     # What is shown is released: a run that is killed now goes on from a ledger that counts it.
                     bar.set_postfix_str(_shown(record))
-            if interrupted():
+            if distributed.on_any(interrupted()):
                 if path is not None:
                     run.save(path)
                 raise KeyboardInterrupt
@@ -483,12 +495,14 @@ def _step(run: _Run, batch: Batch, micro_batch_size: int | None) -> Tensor:
 
 
 def _record(run: _Run, loss: Tensor, batch: Batch, validation: tuple[Tensor, Tensor] | None) -> EpochRecord:
-    rows = max(1, int(batch.mask.sum()))
+    local = torch.tensor([float(loss), float(batch.mask.sum())], dtype=torch.float64)
+    summed, count = distributed.total(local).tolist()
+    mean = summed / max(1.0, count)
     epsilon = run.optimizer.get_epsilon(run.delta)
     if validation is None:
-        return EpochRecord(run.step, epsilon, float(loss) / rows)
+        return EpochRecord(run.step, epsilon, mean)
     accuracy, validation_loss = evaluate(run.model, validation)
-    return EpochRecord(run.step, epsilon, float(loss) / rows, accuracy, validation_loss)
+    return EpochRecord(run.step, epsilon, mean, accuracy, validation_loss)
 
 
 def _shown(record: EpochRecord) -> str:

@@ -35,6 +35,13 @@ def test_the_loop_of_ones_own_learns(monkeypatch, capsys):
     assert "Linear" in printed
 
 
+def test_the_accelerate_loop_learns(monkeypatch, capsys):
+    pytest.importorskip("accelerate")
+    printed = run("examples/accelerate_loop.py", "--epochs", "10", monkeypatch=monkeypatch, capsys=capsys)
+    # Chance is 10 %.
+    assert float(re.search(r"accuracy ([\d.]+) %", printed)[1]) > 60
+
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,0 +1,207 @@
+"""Several processes that train one model: who holds which samples, and one noisy sum for all of them.
+
+Everything goes through the default process group of ``torch.distributed``, as ``torchrun`` and
+``torch.distributed.init_process_group`` start it. With one process nothing here communicates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from clipless_dp.errors import ConfigurationError, RankError
+
+Value = TypeVar("Value")
+
+
+class World(NamedTuple):
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number; rank 0 draws the noise and writes the checkpoints.
+        size: how many there are. Rank ``r`` holds the samples ``r, r + size, r + 2·size, …``.
+    """
+
+    rank: int
+    size: int
+
+
+def world() -> World:
+    """Where this process stands; ``World(0, 1)`` without a process group.
+
+    Raises:
+        ConfigurationError: ``torchrun`` started several processes that do not know of one another yet.
+    """
+    if dist.is_available() and dist.is_initialized():
+        return World(dist.get_rank(), dist.get_world_size())
+    if "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigurationError(
+            f"torchrun started {os.environ['WORLD_SIZE']} processes, which would each train and spend on their own: "
+            "call torch.distributed.init_process_group() first"
+        )
+    return World(0, 1)
+
+
+def release_(sums: Sequence[Tensor], add_noise_: Callable[[Sequence[Tensor]], None]) -> None:
+    """Replaces each rank's own sums by the noisy sums over all ranks, the same bits on each.
+
+    Rank 0 alone receives the exact sums; it adds the noise, once, and sends what is private then to the others. So
+    whatever a rank that fails leaves behind, none of the others has an exact sum to go on with.
+
+    Args:
+        sums: this rank's summed gradients, of one device and dtype, in the same order on all ranks.
+        add_noise_: adds the noise in place; called on rank 0.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    here = world()
+    with _together("the sum over the ranks"):
+        flat = _movable(torch.cat([part.reshape(-1) for part in sums]))
+        dist.reduce(flat, dst=0)
+    parts = [part.view(own.shape) for part, own in zip(flat.split([own.numel() for own in sums]), sums, strict=True)]
+    if here.rank == 0:
+        add_noise_(parts)
+    else:
+        # What a reduction leaves here is not private, and must not survive a broadcast that fails.
+        flat.fill_(torch.nan)
+    with _together("the noisy sum"):
+        dist.broadcast(flat, src=0)
+        for own, part in zip(sums, parts, strict=True):
+            own.copy_(part)
+
+
+def agree(fields: Mapping[str, object]) -> None:
+    """Compares values, by digests of their ``repr``, before anything rests on their being the same on all ranks.
+
+    Raises:
+        RankError: they differ; the message names which.
+    """
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in fields.values()]
+    with _together("the comparison of the ranks"):
+        own = _movable(torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]))
+        everyone = [torch.empty_like(own) for _ in range(world().size)]
+        dist.all_gather(everyone, own)
+        same = (torch.stack(everyone) == own).all(0).tolist()
+    differing = [name for name, equal in zip(fields, same, strict=True) if not equal]
+    if differing:
+        raise RankError(
+            f"the ranks differ in {', '.join(differing)}; nothing was released. Build model, optimizer and data alike "
+            "on all of them, and load the same state on all or none"
+        )
+
+
+def copy_from_first_(tensors: Iterable[Tensor]) -> None:
+    """Overwrites tensors by those of rank 0, in place.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    with _together("the weights of rank 0"), torch.no_grad():
+        for tensor in tensors:
+            sent = _movable(tensor.detach().clone(memory_format=torch.contiguous_format))
+            dist.broadcast(sent, src=0)
+            tensor.copy_(sent)
+
+
+def from_first(make: Callable[[], Value], device: torch.device | str = "cpu") -> Value:
+    """What rank 0 makes, on all ranks.
+
+    Args:
+        make: called on rank 0 only; returns tensors and plain values.
+        device: where the tensors go.
+
+    Raises:
+        RankError: it failed on rank 0, whose own error says why, or another rank is gone.
+    """
+    here = world()
+    if here.size == 1:
+        return make()
+    buffer = io.BytesIO()
+    failure: Exception | None = None
+    if here.rank == 0:
+        try:
+            made = make()
+            torch.save(made, buffer)
+        except Exception as error:
+            failure, buffer = error, io.BytesIO()
+    with _together("a message of rank 0"):
+        size = _movable(torch.tensor(len(buffer.getvalue())))
+        dist.broadcast(size, src=0)
+        content = torch.frombuffer(bytearray(buffer.getvalue() or bytes(int(size) or 1)), dtype=torch.uint8)
+        content = _movable(content)
+        dist.broadcast(content, src=0)
+    if failure is not None:
+        raise failure
+    if here.rank == 0:
+        return made
+    if not size:
+        raise RankError("rank 0 failed, and its own error says why; nothing was released")
+    received: Value = torch.load(io.BytesIO(content.cpu().numpy().tobytes()), map_location=device, weights_only=True)
+    return received
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the ranks, without noise: for the data's owner only.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    if world().size == 1:
+        return values
+    with _together("a sum over the ranks"):
+        summed = _movable(values.detach().clone())
+        dist.all_reduce(summed)
+    return summed.to(values.device)
+
+
+def on_any(condition: bool) -> bool:
+    """Whether a condition holds on any rank, so that all can act on it at the same step."""
+    return bool(total(torch.tensor(int(condition))))
+
+
+def refuse_wrappers(module: nn.Module) -> None:
+    """Refuses what shards or averages by itself.
+
+    Raises:
+        ConfigurationError: a module is wrapped for data parallelism, or holds a part of its parameters only.
+    """
+    for path, part in module.named_modules():
+        if isinstance(part, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            raise ConfigurationError(
+                f"{path or 'the model'} is wrapped in {type(part).__name__}: pass the module inside. The optimizer "
+                "sums the ranks' gradients by itself, and its noise is calibrated to the sum, not to an average"
+            )
+    sharded = [name for name, parameter in module.named_parameters() if hasattr(parameter, "placements")]
+    if sharded or any(hasattr(part, "set_requires_gradient_sync") for part in module.modules()):
+        raise ConfigurationError(
+            f"fully_shard splits parameters ({', '.join(sharded[:3]) or 'at the next forward pass'}) among the ranks, "
+            "but norms, projections and gradient bounds need whole ones: keep the model whole on each rank"
+        )
+
+
+def _movable(tensor: Tensor) -> Tensor:
+    """The tensor where the process group can move it: gloo through main memory, NCCL on the current device."""
+    backend = dist.get_backend()
+    if backend == "gloo":
+        return tensor.cpu()
+    return tensor.cuda() if backend == "nccl" else tensor
+
+
+@contextmanager
+def _together(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankError(
+            f"{what} did not arrive, because another rank failed, stopped or lags behind the timeout ({error}). This "
+            "step counts in the ledger and was not applied: start all ranks again from the last checkpoint"
+        ) from error
