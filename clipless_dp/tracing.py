@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.gates import BallProjection, SphereScaling
+from clipless_dp.layers import SampleGroupNorm
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 
@@ -277,7 +278,7 @@ class _ShapeRecorder(fx.Interpreter):
         if any(gated._version != version for gated, version in self._gated):
             raise ConfigurationError(f"{_OVERWRITTEN} at {n.target} ({n.name})")
         if n.op == "call_module" and isinstance(
-            self.module.get_submodule(str(n.target)), (BallProjection, SphereScaling)
+            self.module.get_submodule(str(n.target)), (BallProjection, SphereScaling, SampleGroupNorm)
         ):
             # Its backward rests on what it returned.
             self._gated.append((value, value._version))

@@ -16,7 +16,7 @@ from tests.soundness.attack import Traced, wrap
 FORBIDDEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "BatchNorm1d": (lambda: nn.BatchNorm1d(4), "mixes samples.*LayerCentering"),
     "LayerNorm": (lambda: nn.LayerNorm(4), "LayerCentering followed by BallProjection"),
-    "GroupNorm": (lambda: nn.GroupNorm(2, 4), "LayerCentering followed by BallProjection"),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), "SampleGroupNorm"),
     "Softmax": (lambda: nn.Softmax(1), "TauCrossEntropy"),
     "GELU": (nn.GELU, "GroupSort"),
     "SiLU": (nn.SiLU, "GroupSort"),

@@ -10,6 +10,7 @@ from clipless_dp.layers.pooling import L2NormPool2d, ScaledAvgPool2d
 from clipless_dp.layers.residual import ConvexResidual, GatedResidual, Residual, SigmoidMix
 from clipless_dp.layers.sorting import FullSort, GroupSort, MaxMin
 from clipless_dp.layers.spline import LinearSpline
+from clipless_dp.layers.standardisation import SampleGroupNorm
 
 __all__ = [
     "BallProjection",
@@ -27,6 +28,7 @@ __all__ = [
     "MaxMin",
     "MixerBlock",
     "Residual",
+    "SampleGroupNorm",
     "ScaledAvgPool2d",
     "SigmoidMix",
     "SphereScaling",

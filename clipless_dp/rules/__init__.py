@@ -30,8 +30,11 @@ register_remedy(
 )
 register_remedy(
     "it has no global Lipschitz constant; use clipless_dp.layers.LayerCentering followed by BallProjection",
-    nn.LayerNorm, nn.GroupNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm,
+    nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm,
 )  # fmt: skip
+register_remedy(
+    "it has no global Lipschitz constant; use clipless_dp.layers.SampleGroupNorm, with a floor", nn.GroupNorm
+)
 register_remedy(
     "attention has no global Lipschitz constant; mix tokens by linear maps (nn.Linear on the transposed axes)",
     nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer,

@@ -16,6 +16,7 @@ from clipless_dp.gradient_gates import (
     GradientGatedConvTranspose2d,
     GradientGatedLinear,
 )
+from clipless_dp.layers import SampleGroupNorm
 from clipless_dp.rules.base import LayerBounds, RuleContext, register_rule
 from clipless_dp.rules.conv import convolution_rule, transposed_convolution_rule
 from clipless_dp.rules.linear import linear_rule
@@ -33,6 +34,15 @@ def sphere_scaling_rule(module: SphereScaling, context: RuleContext) -> LayerBou
     """``Y = min(r, X·r/c)``, ``K = r/c``."""
     cap = module.radius * rounding_slack(math.prod(context.input_shape))
     stretch = module.radius / module.floor
+    return LayerBounds(output_norm=lambda: min(context.free_input_norm * stretch, cap), lipschitz=stretch)
+
+
+@register_rule(SampleGroupNorm)
+def sample_group_norm_rule(module: SampleGroupNorm, context: RuleContext) -> LayerBounds:
+    """``Y = min(√n, X/c)``, ``K = 1/c``: centering does not expand, and each group has a sphere of its own."""
+    entries = math.prod(context.input_shape)
+    cap = math.sqrt(entries) * rounding_slack(entries)
+    stretch = 1.0 / module.floor
     return LayerBounds(output_norm=lambda: min(context.free_input_norm * stretch, cap), lipschitz=stretch)
 
 
