@@ -210,6 +210,8 @@ class Accountant(ABC):
 
 def _from_history(history: Any) -> Ledger:
     ledger = Ledger()
+    if not isinstance(history, (list, tuple)):
+        raise LedgerFormatError(f"history is no list of (noise_multiplier, sample_rate, steps) but {history!r}")
     for entry in history:
         if not isinstance(entry, (list, tuple)) or len(entry) != 3:
             raise LedgerFormatError(f"history entry {entry!r} is not (noise_multiplier, sample_rate, steps)")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _validation as check
-from .errors import InvalidParameterError, LedgerFormatError, UnsupportedEventError
+from .errors import AccountingError, InvalidParameterError, LedgerFormatError, UnsupportedEventError
 from .events import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
@@ -158,7 +158,7 @@ class Ledger:
             ledger = cls(state["relation"])
             for line in state["entries"]:
                 ledger.append(from_dict(line["event"]), line["count"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, RecursionError) as error:
             raise LedgerFormatError(f"the ledger is incomplete: {error!r}") from error
         return ledger
 
@@ -175,7 +175,7 @@ class Ledger:
         """
         try:
             state = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # Overlong numbers and deep nesting are no JSON errors.
             raise LedgerFormatError(f"not JSON, perhaps a truncated file: {error}") from error
         return cls.from_state_dict(state)
 
@@ -188,8 +188,15 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
-        """Reads a ledger written by `save`."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Reads a ledger written by `save`.
+
+        Raises:
+            LedgerFormatError: When the file holds no ledger of a known version; it is named.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except (AccountingError, UnicodeDecodeError) as error:
+            raise LedgerFormatError(f"{path} is no ledger: {error}") from error
 
     def table(self) -> str:
         """Returns the ledger as aligned text, one line per run of equal events."""

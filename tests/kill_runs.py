@@ -125,7 +125,15 @@ def main() -> None:
     start = time.perf_counter()
     assert os.waitpid(child, 0)[1] == 0
     duration = time.perf_counter() - start
-    seen: dict[str, Any] = {"attempted": 0, "kills": 0, "lost": [], "uncounted": 0, "went_back": 0, "mid_write": 0}
+    seen: dict[str, Any] = {
+        "attempted": 0,
+        "kills": 0,
+        "lost": [],
+        "equal": True,
+        "uncounted": 0,
+        "went_back": 0,
+        "mid_write": 0,
+    }
     finished, before = 0, 0
     while seen["kills"] < options.kills:
         (folder / "taken").unlink(missing_ok=True)
@@ -147,11 +155,11 @@ def main() -> None:
         before = now
         if now == STEPS:
             finished += 1
-            seen["equal"] = seen.get("equal", True) and same(whole, folder, seed, options.every)
+            seen["equal"] = same(whole, folder, seed, options.every) and seen["equal"]
             for path in folder.iterdir():
                 path.unlink()
             before = 0
-    seen["equal"] = seen.get("equal", True) and same(whole, folder, seed, options.every)
+    seen["equal"] = same(whole, folder, seed, options.every) and seen["equal"]
     seen["finished"] = finished + 1
     seen["litter"] = sorted(
         path.name for path in folder.iterdir() if path.name not in {"run.pt", "weights.pt", "taken", "shown"}

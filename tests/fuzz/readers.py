@@ -1,0 +1,76 @@
+"""Coverage-guided fuzzing of what reads files: anything but a typed error is a crash. Needs ``pip install atheris``.
+
+python tests/fuzz/readers.py ledger -runs=200000
+python tests/fuzz/readers.py checkpoint -runs=20000
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import atheris
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+with atheris.instrument_imports(
+    include=["accounting", "clipless_dp.checkpoint", "torch._weights_only_unpickler", "json"]
+):
+    from accounting import AccountingError, GaussianStep, GaussianVectorStep, Ledger, PoissonSampling
+    from clipless_dp import CheckpointError
+    from clipless_dp import checkpoint as checkpoint_module
+
+FOLDER = Path(tempfile.mkdtemp())
+
+
+def ledger(content: bytes) -> None:
+    path = FOLDER / "ledger.json"
+    path.write_bytes(content)
+    try:
+        read = Ledger.load(path)
+    except AccountingError:
+        return
+    assert Ledger.from_json(read.to_json()) == read
+
+
+def checkpoint(content: bytes) -> None:
+    """With a digest that fits, or nothing behind it would ever be reached."""
+    path = FOLDER / "run.pt"
+    path.write_bytes(content + checkpoint_module._seal(content))
+    with contextlib.suppress(CheckpointError):
+        assert isinstance(checkpoint_module.load_checkpoint(path), dict)
+
+
+def seeds(kind: str) -> list[bytes]:
+    if kind == "ledger":
+        full = Ledger()
+        full.append(GaussianStep(1.5, PoissonSampling(0.1)), 7)
+        full.append(GaussianVectorStep((2.0, 3.0)), 2)
+        return [full.to_json().encode(), json.dumps(Ledger().state_dict()).encode()]
+    buffers = []
+    for content in ({"format": 2}, {"format": 2, "model": {"w": torch.ones(2)}, "history": [1.0, None, "x"]}):
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        buffers.append(buffer.getvalue())
+    return buffers
+
+
+def main() -> None:
+    kind, *options = sys.argv[1:]
+    corpus = FOLDER / "corpus"
+    corpus.mkdir()
+    for index, seed in enumerate(seeds(kind)):
+        (corpus / str(index)).write_bytes(seed)
+    warnings.simplefilter("ignore")
+    atheris.Setup([sys.argv[0], str(corpus), *options], {"ledger": ledger, "checkpoint": checkpoint}[kind])
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
