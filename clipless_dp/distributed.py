@@ -202,6 +202,6 @@ def _together(what: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise RankError(
-            f"{what} did not arrive, because another rank failed, stopped or lags behind the timeout ({error}). This "
-            "step counts in the ledger and was not applied: start all ranks again from the last checkpoint"
+            f"{what} did not arrive, because another rank failed, stopped or lags behind the timeout ({error}). No "
+            "update was applied without noise: start all ranks again from the last checkpoint"
         ) from error

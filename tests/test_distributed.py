@@ -80,7 +80,7 @@ def trained(steps: int = 4, mutant: str = "", through_ddp: bool = False):
     return weights(model), optimizer.get_epsilon(1e-3), optimizer.accountant.history
 
 
-def measured_deviation(rounds: int = 12, mutant: str = ""):
+def measured_deviation(rounds: int = 12, mutant: str = "", noise: str = "system"):
     """Standard deviation of the noise of steps without gradients, relative to the planned one, on this rank."""
     apply_mutant(mutant)
     model = DPLipModel(
@@ -89,7 +89,7 @@ def measured_deviation(rounds: int = 12, mutant: str = ""):
         input_norm=1.0,
         loss=losses.TauCrossEntropy(2.0),
     )
-    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson"})
+    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson", "noise": noise})
     changes = []
     for _ in range(rounds):
         before = weights(model)
@@ -184,8 +184,11 @@ def has_the_planned_noise(ratio: float) -> bool:
     return abs(ratio - 1.0) < 0.02
 
 
-def test_noise_of_the_planned_variance_enters_once(ranks):
-    first, second = ranks.run(measured_deviation)
+@pytest.mark.parametrize("noise", ["system", "secure"])
+def test_noise_of_the_planned_variance_enters_once(ranks, noise):
+    if noise == "secure":
+        pytest.importorskip("cryptography")
+    first, second = ranks.run(measured_deviation, 12, "", noise)
     assert has_the_planned_noise(first)
     # The weights are the same bits, and so are their changes.
     assert first == second
@@ -352,6 +355,8 @@ def made_by_first():
 
 
 def test_wrappers_that_average_or_split_are_refused_with_the_remedy(ranks):
+    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
+        pytest.skip("fully_shard came with torch 2.6")
     for averaged, split, split_later in ranks.run(wrapped):
         assert "DistributedDataParallel: pass the module inside" in averaged
         assert "keep the model whole on each rank" in split
