@@ -32,6 +32,7 @@ def calibrate_noise_multiplier(
     steps: int,
     accountant: str = "prv",
     relation: Relation = ADD_OR_REMOVE_ONE,
+    spent: Accountant | None = None,
 ) -> float:
     """Returns the smallest σ, to 0.01 %, whose ε does not exceed the target.
 
@@ -40,22 +41,31 @@ def calibrate_noise_multiplier(
         delta: In (0, 1).
         sample_rate: q in [0, 1].
         steps: Whole number of steps, at least 1.
-        accountant: Name of the engine, as in `create_accountant`.
-        relation: Neighbouring relation of the guarantee.
+        accountant: Name of the engine, as in `create_accountant`; ignored when `spent` is given.
+        relation: Neighbouring relation of the guarantee; ignored when `spent` is given.
+        spent: An accountant with what has been spent already, which counts too; it is left as it is.
 
     Raises:
-        UnreachableTargetError: When even very large noise misses the target.
+        UnreachableTargetError: When even very large noise misses the target, or it is spent already.
 
     Guarantee:
-        The accountant, asked about the returned σ, answers at most `target_epsilon`.
+        The accountant, asked about the returned σ and what was spent before, answers at most `target_epsilon`.
     """
     target = check.target_epsilon(target_epsilon)
     delta = check.delta(delta)
     q = check.sample_rate(sample_rate)
     n = check.count(steps, minimum=1)
 
+    before = create_accountant(accountant, relation=relation) if spent is None else spent
+    if not (already := float(_after(before).get_epsilon(delta))) < target:
+        raise UnreachableTargetError(
+            f"what was spent before amounts to epsilon={already!r} at this delta, which leaves nothing of {target!r}"
+        )
+
     def epsilon(sigma: float) -> float:
-        return _epsilon_of_steps(accountant, relation, delta, sigma, q, n)
+        probe = _after(before)
+        probe.step(noise_multiplier=sigma, sample_rate=q, steps=n)
+        return float(probe.get_epsilon(delta))
 
     return _smallest_sufficient(epsilon, target)
 
@@ -122,11 +132,7 @@ def calibrate_steps(
     q = check.sample_rate(sample_rate)
 
     def fits(steps: int) -> bool:
-        if spent is None:
-            probe = create_accountant(accountant, relation=relation)
-        else:
-            probe = create_accountant(spent.mechanism, relation=spent.relation)
-            probe.ledger = spent.ledger.merge(Ledger(spent.relation))
+        probe = create_accountant(accountant, relation=relation) if spent is None else _after(spent)
         probe.step(noise_multiplier=sigma, sample_rate=q, steps=steps)
         return float(probe.get_epsilon(delta)) <= target
 
@@ -179,6 +185,13 @@ def calibrate_sample_rate(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _after(spent: Accountant) -> Accountant:
+    """Another accountant that goes on from where this one is."""
+    probe = create_accountant(spent.mechanism, relation=spent.relation)
+    probe.ledger = spent.ledger.merge(Ledger(spent.relation))
+    return probe
 
 
 def _epsilon_of_steps(accountant: str, relation: Relation, delta: float, sigma: float, q: float, steps: int) -> float:

@@ -136,10 +136,17 @@ class GaussianVectorStep:
 
 @dataclass(frozen=True)
 class GaussianRelease:
-    """A statistic of all records, released once with Gaussian noise."""
+    """A statistic of all records, released once with Gaussian noise.
+
+    Attributes:
+        noise_multiplier: Noise standard deviation over the L2 sensitivity of the statistic.
+        identity: Tells this draw of noise from every other, so that a release which two ledgers hold is known to be
+            one; empty where nobody can tell.
+    """
 
     kind: ClassVar[str] = "gaussian_release"
     noise_multiplier: float
+    identity: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "noise_multiplier", check.noise_multiplier(self.noise_multiplier))

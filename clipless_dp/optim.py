@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accounting import Accountant, GaussianStep, create_accountant
+from accounting import Accountant, GaussianRelease, GaussianStep, create_accountant
 from clipless_dp import distributed, draws
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
@@ -285,10 +285,11 @@ class CliplessDPOptimizer(Optimizer):
             raise ConfigurationError(
                 f"this state says that {steps_taken} steps were taken, its ledger holds {len(loaded)}: it was altered"
             )
-        # Steps are known by the run that took them, one-off releases by nothing: where no run is shared, those of this
-        # ledger were drawn anew, however alike they look, and both count.
+        # Steps are known by the run that took them, one-off releases by their identity if they have one: where no run
+        # is shared, other ones of this ledger were drawn anew, however alike they look, and both count.
         related = not self._counted.keys().isdisjoint(counted)
-        anew = not related and any(not isinstance(event, GaussianStep) for event, _ in spent)
+        shared = [event for event, _ in loaded if isinstance(event, GaussianRelease) and event.identity]
+        anew = not related and any(not isinstance(event, GaussianStep) and event not in shared for event, _ in spent)
         if _contains(self._counted, counted) and spent.starts_with(loaded) and not anew:
             self.accountant.ledger = spent
         elif anew or not (_contains(counted, self._counted) and loaded.starts_with(spent)):

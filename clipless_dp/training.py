@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from accounting import calibrate_noise_multiplier
+from accounting import Accountant, calibrate_noise_multiplier
 from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError
@@ -122,7 +122,7 @@ def fit(
     momentum: float = 0.9,
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory = linear_decay,
-    accountant: str = "prv",
+    accountant: str | Accountant = "prv",
     allocation: Allocation = "min-variance",
     validation: Data | None = None,
     dataset_size: int | None = None,
@@ -153,7 +153,8 @@ def fit(
         momentum: of SGD.
         optimizer: builds another base optimizer from the parameters, e.g. ``lambda p: torch.optim.Adam(p, 1e-3)``.
         scheduler: builds a scheduler from the optimizer and the number of steps, called once a step.
-        accountant: ``"prv"``, ``"rdp"`` or ``"auto"``.
+        accountant: ``"prv"``, ``"rdp"`` or ``"auto"``, or an accountant whose ledger holds what was released from the
+            data before, by ``clipless_dp.statistics`` say: that counts towards ``epsilon``; the steps are added to it.
         allocation: how noise is shared among parameters, see ``clipless_dp.noise.allocate``.
         validation: public or held-out data whose accuracy (or loss) enters the history.
         dataset_size: public size that fixes ``q`` and the divisor; by default the number of samples, which is
@@ -178,8 +179,8 @@ def fit(
     Guarantee:
         The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
         respect to adding or removing one sample of ``dataset``. History and progress show training losses, which
-        are not. Every call starts a ledger of its own, unless it resumes a checkpoint: calls on the same data compose,
-        and a second one on the same model warns.
+        are not. Every call starts a ledger of its own, unless it resumes a checkpoint or is given an accountant: calls
+        on the same data compose, and a second one on the same model warns.
     """
     inputs, targets = as_tensors(dataset)
     held_out = None if validation is None else as_tensors(validation)
@@ -195,7 +196,11 @@ def fit(
     sample_rate = batch_size / size
     steps = math.ceil(epochs / sample_rate - 1e-9)
     noise_multiplier = calibrate_noise_multiplier(
-        target_epsilon=epsilon, delta=delta, sample_rate=sample_rate, steps=steps, accountant=accountant
+        target_epsilon=epsilon,
+        delta=delta,
+        sample_rate=sample_rate,
+        steps=steps,
+        **({"accountant": accountant} if isinstance(accountant, str) else {"spent": accountant}),
     )
     if reproducible_seed is not None:
         if isinstance(noise, str):

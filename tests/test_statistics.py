@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
+from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
+from clipless_dp.statistics import private_moments, private_quantile
+
+from .support import gated_model, samples
+
+RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "progress": False}
+
+
+class NoNoise:
+    reproducible = True
+
+    def begin_step(self, step: int) -> None:
+        pass
+
+    def standard_normal_(self, out: torch.Tensor) -> torch.Tensor:
+        return out.zero_()
+
+
+def largest_change(norm: float = 3.0) -> float:
+    """What one record changes in the sums that are released, at most: structured records and random ones."""
+    generator = torch.Generator().manual_seed(0)
+    rest = 5 * torch.randn(20, 4, 2, 3, generator=generator, dtype=torch.float64)
+    one_channel = torch.zeros(4, 2, 3, dtype=torch.float64)
+    one_channel[1] = 1e3
+    one_entry = torch.zeros(4, 2, 3, dtype=torch.float64)
+    one_entry[2, 0, 1] = -7.0
+    records = [one_channel, -one_channel, one_channel * 1e-6, one_entry, torch.ones_like(one_entry)]
+    records += list(torch.randn(20, 4, 2, 3, generator=generator, dtype=torch.float64))
+    records.append(torch.full_like(one_entry, math.nan))
+    records.append(torch.full_like(one_entry, math.inf))
+    before = statistics._moment_sums(rest, norm)
+    return max(
+        float((statistics._moment_sums(torch.cat([rest, record[None]]), norm) - before).norm()) for record in records
+    )
+
+
+def deviation_of_the_noise(noise_multiplier: float) -> float:
+    """Standard deviation of what is added to the sums, from 40 000 numbers."""
+    moments = private_moments(
+        torch.zeros(1, 20_000),
+        norm=1.0,
+        noise_multiplier=noise_multiplier,
+        accountant=PRVAccountant(),
+        noise=ReproducibleNoise(1),
+    )
+    return float(moments.mean.square().mean().sqrt())
+
+
+def check_noise_against_sensitivity() -> None:
+    # 20 000 numbers have a standard deviation to 0.5 %; four of these, and what brute force misses of the supremum.
+    assert deviation_of_the_noise(3.0) == pytest.approx(3.0 * largest_change(), rel=0.02)
+
+
+def test_one_record_changes_the_moments_by_the_sensitivity_and_no_more():
+    assert 0.999 * statistics._MOMENTS_SENSITIVITY < largest_change() <= statistics._MOMENTS_SENSITIVITY * (1 + 1e-12)
+
+
+def test_the_noise_is_the_recorded_multiple_of_the_sensitivity():
+    check_noise_against_sensitivity()
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.0, 0.9])
+def test_a_smaller_sensitivity_of_the_moments_is_caught(monkeypatch, factor):
+    monkeypatch.setattr(statistics, "_MOMENTS_SENSITIVITY", factor * math.sqrt(2.0))
+    with pytest.raises(AssertionError):
+        check_noise_against_sensitivity()
+    with pytest.raises(AssertionError):
+        test_one_record_changes_the_moments_by_the_sensitivity_and_no_more()
+
+
+def test_without_noise_the_moments_are_those_of_the_projected_records():
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(500, 3, 4, generator=generator, dtype=torch.float64) + torch.arange(3.0)[:, None]
+    lengths = values.flatten(1).norm(dim=1)
+    moments = private_moments(values, norm=5.0, noise_multiplier=1e-9, accountant=PRVAccountant(), noise=NoNoise())
+    projected = values * (5.0 / lengths).clamp(max=1.0)[:, None, None]
+    torch.testing.assert_close(moments.mean, projected.mean((0, 2)))
+    torch.testing.assert_close(moments.variance, projected.var((0, 2), correction=0), rtol=1e-6, atol=1e-6)
+    standardised = moments.standardise(projected)
+    torch.testing.assert_close(standardised.mean((0, 2)), torch.zeros(3).double(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(standardised.std((0, 2), correction=0), torch.ones(3).double(), rtol=1e-5, atol=0)
+
+
+def test_variances_below_their_own_noise_are_lifted_to_it():
+    moments = private_moments(
+        torch.zeros(100, 50), norm=2.0, noise_multiplier=3.0, accountant=PRVAccountant(), noise=ReproducibleNoise(0)
+    )
+    assert moments.floor == pytest.approx(2.0 * math.sqrt(math.sqrt(2.0) * 3.0 / 100))
+    assert float(moments.variance.min()) == pytest.approx(moments.floor**2)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_private_quantile_lies_near_the_true_one(seed):
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(seed)).exp()
+    found = private_quantile(
+        values,
+        0.9,
+        lower=1e-4,
+        upper=1e4,
+        noise_multiplier=5.0,
+        accountant=PRVAccountant(),
+        noise=ReproducibleNoise(seed),
+    )
+    # Counts have noise of deviation 5√20 = 22: ranks within 5 of these.
+    assert abs(float((values <= found).double().mean()) - 0.9) < 5 * 22.4 / 10_000
+
+
+def test_the_counts_of_a_quantile_have_the_noise_that_its_release_records():
+    seen = []
+
+    class Spy(ReproducibleNoise):
+        def standard_normal_(self, out):
+            seen.append(out.numel())
+            return out.fill_(1.0)
+
+    # With every draw at +1 the bisection ends where the count is the target less one deviation of the noise.
+    values = torch.arange(1.0, 10_001.0)
+    found = private_quantile(
+        values, 0.5, lower=1.0, upper=1e5, noise_multiplier=20.0, accountant=PRVAccountant(), noise=Spy(0)
+    )
+    assert seen == [20]
+    assert found == pytest.approx(5000 - 20.0 * math.sqrt(20), abs=1.5)
+
+
+def test_every_statistic_is_recorded_once_and_training_is_calibrated_on_top():
+    accountant = PRVAccountant()
+    inputs, labels = samples(300)
+    moments = private_moments(inputs, norm=3.0, noise_multiplier=8.0, accountant=accountant)
+    private_quantile(inputs.norm(dim=1), 0.5, lower=0.1, upper=10.0, noise_multiplier=9.0, accountant=accountant)
+    result = fit(gated_model(), (moments.standardise(inputs), labels), accountant=accountant, **RUN)
+    assert [(type(event), event.noise_multiplier, count) for event, count in accountant.ledger] == [
+        (GaussianRelease, 8.0, 1),
+        (GaussianRelease, 9.0, 1),
+        (GaussianStep, result.noise_multiplier, 12),
+    ]
+    assert result.optimizer.accountant is accountant
+    assert 0.98 * 4.0 < result.epsilon <= 4.0
+    alone = fit(gated_model(), (inputs, labels), accountant="prv", **RUN)
+    assert result.noise_multiplier > alone.noise_multiplier
+
+
+def test_a_statistic_that_is_not_charged_is_caught(monkeypatch):
+    monkeypatch.setattr(PRVAccountant, "record", lambda self, event, count=1: None)
+    with pytest.raises(AssertionError):
+        test_every_statistic_is_recorded_once_and_training_is_calibrated_on_top()
+
+
+def test_a_budget_that_statistics_have_used_up_is_refused_before_training():
+    accountant = RDPAccountant()
+    inputs, labels = samples(300)
+    private_moments(inputs, norm=3.0, noise_multiplier=0.5, accountant=accountant)
+    with pytest.raises(UnreachableTargetError, match="spent before"):
+        fit(gated_model(), (inputs, labels), accountant=accountant, **RUN)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["reread", "drawn anew"])
+def test_a_resumed_run_pays_once_for_what_it_rereads_and_again_for_what_it_draws_anew(tmp_path, kept):
+    inputs, labels = samples(300)
+    file = tmp_path / "moments.pt" if kept else None
+
+    def run():
+        accountant = RDPAccountant()
+        moments = private_moments(inputs, norm=3.0, noise_multiplier=8.0, accountant=accountant, file=file)
+        data = (moments.standardise(inputs), labels)
+        return moments, fit(gated_model(), data, accountant=accountant, checkpoint=tmp_path / "run.pt", **RUN)
+
+    (first, trained), (second, resumed) = run(), run()
+    releases = [event for event, _ in resumed.optimizer.accountant.ledger if isinstance(event, GaussianRelease)]
+    assert torch.equal(first.mean, second.mean) == kept
+    assert len(releases) == (1 if kept else 2)
+    assert (resumed.epsilon == trained.epsilon) == kept
+    assert resumed.epsilon >= trained.epsilon
+
+
+def test_a_file_of_other_settings_is_refused_and_nothing_is_recorded(tmp_path):
+    values = torch.randn(10, 3)
+    file = tmp_path / "moments.pt"
+    private_moments(values, norm=1.0, noise_multiplier=1.0, accountant=PRVAccountant(), file=file)
+    accountant = PRVAccountant()
+    for change in ({"norm": 2.0}, {"noise_multiplier": 2.0}):
+        settings = {"norm": 1.0, "noise_multiplier": 1.0, **change}
+        with pytest.raises(CheckpointError, match=r"moments\.pt"):
+            private_moments(values, accountant=accountant, file=file, **settings)
+    assert len(accountant.ledger) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"norm": 0.0}, {"norm": math.nan}, {"noise_multiplier": 0.0}, {"noise_multiplier": math.inf}, {"dataset_size": 0}],
+    ids=str,
+)
+def test_arguments_out_of_range_are_refused_before_anything_is_recorded(change):
+    accountant = PRVAccountant()
+    with pytest.raises(ConfigurationError, match=next(iter(change))):
+        private_moments(torch.zeros(4, 2), **{"norm": 1.0, "noise_multiplier": 1.0, "accountant": accountant, **change})
+    with pytest.raises(ConfigurationError, match="quantile"):
+        private_quantile(torch.ones(4), 1.0, lower=1.0, upper=2.0, noise_multiplier=1.0, accountant=accountant)
+    with pytest.raises(ConfigurationError, match="lower"):
+        private_quantile(torch.ones(4), 0.5, lower=2.0, upper=1.0, noise_multiplier=1.0, accountant=accountant)
+    for values in (torch.zeros(4), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(0, 2)):
+        with pytest.raises(InputError, match="floating-point"):
+            private_moments(values, norm=1.0, noise_multiplier=1.0, accountant=accountant)
+    assert len(accountant.ledger) == 0
