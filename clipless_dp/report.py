@@ -47,7 +47,7 @@ _NOISE = {
 }
 _UNCOVERED = (
     "Choices made by looking at results on this data: hyper-parameters, architecture, which run to keep. Each run that "
-    "looked at the data adds to ε, and only the runs in the ledger below are counted.",
+    "looked at the data adds to ε, and only the runs in the ledger are counted.",
     "Other uses of the same data: other models, statistics (means, vocabularies, normalisation constants) computed "
     "from it outside this training, features or initial weights that were trained on it.",
     "Data sets on which features or initial weights were trained before: their subjects get no promise from this one.",
@@ -170,8 +170,8 @@ def report(
     Args:
         optimizer: that trained; of :func:`clipless_dp.fit` it is ``result.optimizer``.
         path: where to write, without or with one of the endings ``.md``, ``.json``, ``.html``; ``None`` writes nothing.
-        delta: the δ in (0, 1) of the summary; by default the largest power of ten of at most one over the data set's
-            size.
+        delta: the δ in (0, 1) of the summary; by default that of the optimizer's budget (:func:`fit` sets one), or else
+            the largest power of ten of at most one over the data set's size.
         unit: whom or what one row stands for. Where a person may have contributed several rows, say so here.
         title: heading.
         notes: what else a reader must know, in your words.
@@ -202,7 +202,8 @@ def _facts(
     audit: object,
 ) -> dict[str, Any]:
     size = optimizer.dataset_size
-    delta = 10.0 ** min(-1, math.floor(-math.log10(size))) if delta is None else delta
+    if delta is None:
+        delta = 10.0 ** min(-1, math.floor(-math.log10(size))) if optimizer.budget is None else optimizer.budget[1]
     deltas = [delta * 10.0**-index for index in range(7)]
     curve = []
     for value in deltas:
@@ -520,13 +521,13 @@ def _curve(points: Sequence[Mapping[str, Any]]) -> str:
 
     def place(x: float, y: float) -> tuple[float, float]:
         share = (x - first) / (last - first) if last > first else 0.5
-        return left + share * (width - left - 16.0), (height - bottom) - (y / top) * (height - bottom - 16.0)
+        return left + share * (width - left - 28.0), (height - bottom) - (y / top) * (height - bottom - 16.0)
 
     parts = []
     for index in range(5):
         value = top * index / 4
         _, y = place(first, value)
-        parts.append(f'<line class="grid" x1="{left}" x2="{width - 16}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{left}" x2="{width - 28}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
     for point in points:
         x, _ = place(math.log10(point["delta"]), 0.0)

@@ -199,6 +199,11 @@ def test_reproducible_noise_stays_in_the_statement_of_a_run_that_went_on_without
     assert any("reproducible" in text for text in report(second).findings)
 
 
+def test_the_delta_of_the_summary_is_the_budgets_or_a_power_of_ten_below_one_over_the_size():
+    assert report(trained()).facts["epsilon"]["delta"] == 1e-3
+    assert report(trained(budget=(100.0, 2e-4))).facts["epsilon"]["delta"] == 2e-4
+
+
 def test_one_off_releases_in_the_ledger_are_listed_beside_the_steps():
     optimizer = trained()
     optimizer.accountant.record(accounting.GaussianRelease(5.0))
