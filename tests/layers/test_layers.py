@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, layers
+from clipless_dp import ConfigurationError, DPLipModel, InputError, layers, losses
 from clipless_dp.constraints import Spectral
 from clipless_dp.norms import conv2d_norm
 from tests.soundness.attack import wrap
@@ -258,3 +258,27 @@ def test_samples_do_not_interact(module: nn.Module, shape: tuple[int, ...]) -> N
     together = module(values)
     values[1:] = torch.randn(3, *shape)
     assert torch.equal(module(values)[0], together[0])
+
+
+def test_sample_group_norm_is_group_norm_above_its_floor_and_a_multiple_below():
+    torch.manual_seed(0)
+    values = 3.0 + torch.randn(5, 6, 4, 4, dtype=torch.float64)
+    expected = nn.functional.group_norm(values, 3, eps=0.0)
+    torch.testing.assert_close(layers.SampleGroupNorm(3, floor=0.1)(values), expected)
+    centered = values.reshape(5, 3, -1) - values.reshape(5, 3, -1).mean(2, keepdim=True)
+    below = layers.SampleGroupNorm(3, floor=10.0)(values)
+    torch.testing.assert_close(below.reshape(5, 3, -1), centered / 10.0)
+
+
+def test_sample_group_norm_refuses_groups_that_do_not_divide_and_floors_that_are_none():
+    with pytest.raises(InputError, match="4 groups"):
+        layers.SampleGroupNorm(4, floor=0.1)(torch.zeros(1, 6, 2))
+    for groups, floor in ((0, 0.1), (2, 0.0), (2, float("nan"))):
+        with pytest.raises(ConfigurationError):
+            layers.SampleGroupNorm(groups, floor=floor)
+
+
+def test_a_group_norm_whose_output_is_overwritten_is_refused():
+    net = nn.Sequential(nn.Linear(4, 4), layers.SampleGroupNorm(2, floor=0.1), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    with pytest.raises(ConfigurationError, match="inplace"):
+        DPLipModel(net, input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
