@@ -1,7 +1,8 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
-from clipless_dp import architectures, constraints, distributed, layers, losses
+from clipless_dp import architectures, audit, constraints, distributed, layers, losses
 from clipless_dp.errors import (
+    AuditError,
     BudgetExhaustedError,
     CheckpointError,
     CliplessError,
@@ -29,6 +30,7 @@ from clipless_dp.training import FitResult, evaluate, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "AuditError",
     "BudgetExhaustedError",
     "CheckpointError",
     "CliplessDPOptimizer",
@@ -60,6 +62,7 @@ __all__ = [
     "UnsupportedModuleError",
     "__version__",
     "architectures",
+    "audit",
     "constraints",
     "distributed",
     "evaluate",

@@ -38,6 +38,18 @@ class RankError(PrivacyError):
     """Another process of a distributed run is gone, or differs from this one; no update may be applied."""
 
 
+class AuditError(PrivacyError):
+    """An attack passed a bound that the noise is calibrated to: the model must not be trained with it.
+
+    Attributes:
+        report: what was observed, for each parameter; ``None`` where nothing could be measured.
+    """
+
+    def __init__(self, message: str, report: object = None) -> None:
+        self.report = report
+        super().__init__(message)
+
+
 class CheckpointError(CliplessError, RuntimeError):
     """A checkpoint is damaged, foreign, or of an unknown format version; the message names the file."""
 

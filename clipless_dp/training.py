@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from accounting import Accountant, calibrate_noise_multiplier
 from clipless_dp import distributed
+from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError
 from clipless_dp.losses import (
@@ -75,6 +76,7 @@ class FitResult:
         sample_rate: ``q``.
         steps: optimizer steps in all.
         history: a record for each epoch.
+        audits: what attacks on the bounds reached, before training and at each checkpoint, if they were asked for.
         optimizer: with its accountant.
         checkpoint: the checkpoint file, or ``None`` if there is none or the last one could not be written.
     """
@@ -86,6 +88,7 @@ class FitResult:
     steps: int
     optimizer: CliplessDPOptimizer
     history: list[EpochRecord] = field(default_factory=list)
+    audits: list[SensitivityAudit] = field(default_factory=list)
     checkpoint: Path | None = None
 
     def __str__(self) -> str:
@@ -132,6 +135,7 @@ def fit(
     reproducible_seed: int | None = None,
     noise: NoiseSource | str | None = None,
     compile: bool | str = False,
+    audit: bool = False,
     progress: bool = True,
 ) -> FitResult:
     """Trains a wrapped model to a target ε with Poisson-sampled batches.
@@ -168,9 +172,12 @@ def fit(
         compile: runs forward pass, loss and backward pass as one compiled graph, see :func:`compiled_loss`: ``True``,
             or the name of a backend of ``torch.compile``. Noise, update and projections stay as they are: few large
             operations, which draw from generators of their own.
+        audit: attack the bounds (:func:`clipless_dp.audit.sensitivity`) before training, and at the weights of each
+            ``checkpoint_every`` epochs, with or without a checkpoint file.
         progress: show a progress bar.
 
     Raises:
+        AuditError: an attack passed a bound. Before training, nothing was spent; later, no more is released.
         ConfigurationError: an argument is out of range, or the batch is larger than the data set.
         InputError: the data does not fit the model.
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
@@ -244,6 +251,7 @@ def fit(
             "lr and momentum": peak,
             "reproducible": private.noise.reproducible,
         },
+        audit=audit,
     )
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
     one_shape = bool(compile) and device.type != "cpu"
@@ -251,6 +259,7 @@ def fit(
         distributed.agree(run.settings)
     if path is not None and distributed.from_first(lambda: _found(path)):
         run.load(path)
+    run.attack()
     # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
     if run.step < steps:
         private.allows(steps - run.step)
@@ -284,6 +293,7 @@ def fit(
         steps=private.steps_taken,
         optimizer=private,
         history=run.history,
+        audits=run.audits,
         checkpoint=path if distributed.from_first(lambda: run.saved) else None,
     )
 
@@ -326,7 +336,9 @@ class _Run:
     delta: float
     seed: int | None
     settings: dict[str, Any]
+    audit: bool
     history: list[EpochRecord] = field(default_factory=list)
+    audits: list[SensitivityAudit] = field(default_factory=list)
     saved: bool = False
     saved_step: int = -1
     seen: tuple[int, ...] | None = None
@@ -338,6 +350,11 @@ class _Run:
     @property
     def step(self) -> int:
         return self.optimizer.steps_taken
+
+    def attack(self) -> None:
+        """Attacks the bounds at the current weights, if that was asked for."""
+        if self.audit:
+            self.audits.append(sensitivity(self.model))
 
     def save(self, path: Path) -> None:
         if distributed.world().rank > 0:
@@ -480,6 +497,9 @@ def _train(
                 if path is None or run.saved_step == run.step:
                     # What is shown is released: a run that is killed now goes on from a ledger that counts it.
                     bar.set_postfix_str(_shown(record))
+                if len(run.history) % checkpoint_every == 0 or run.step == total:
+                    # After the checkpoint, whose ledger counts the steps that an error would tell about.
+                    run.attack()
             if distributed.on_any(interrupted()):
                 if path is not None:
                     run.save(path)

@@ -49,6 +49,11 @@ def observed(
     return norms
 
 
+def whole_gradient(model: DPLipModel, sample: Tensor, target: Tensor) -> float:
+    """The norm of one sample's gradient with respect to all trainable parameters together."""
+    return math.hypot(*(float(g.norm()) for g in per_sample_gradients(model, sample, target).values()))
+
+
 def bounds_of(model: DPLipModel) -> dict[str, float]:
     """What the tracker says, under the keys of :func:`observed`."""
     sensitivity = model.sensitivity()

@@ -1,0 +1,164 @@
+"""Ways in which private training leaks more than it is accounted for, each as it would be written by mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from clipless_dp import CliplessDPSGD, PoissonBatches, SystemNoise
+from clipless_dp.audit.release import BatchesFactory, OptimizerFactory
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import NoiseSource
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A short training run: the real optimizer on real Poisson batches."""
+
+    noise_multiplier: float = 2.0
+    sample_rate: float = 0.25
+    steps: int = 4
+    dataset_size: int = 20_000
+    noise: Callable[[], NoiseSource] = SystemNoise
+    kind: type[CliplessDPSGD] = CliplessDPSGD
+    sampling: str = "announced"
+
+    def optimizer(self, model: DPLipModel) -> CliplessDPSGD:
+        return self.kind(
+            model,
+            lr=0.1,
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=self.sample_rate,
+            dataset_size=self.dataset_size,
+            sampling=self.sampling,  # type: ignore[arg-type]
+            noise=self.noise(),
+        )
+
+    def batches(self, data: tuple[Tensor, Tensor]) -> Iterable[Sequence[Tensor]]:
+        return PoissonBatches(data, sample_rate=self.sample_rate, steps=self.steps)
+
+
+Mutant = Callable[..., Iterator[tuple[OptimizerFactory, BatchesFactory]]]
+
+
+class ScaledNoise(SystemNoise):
+    factor = 0.0
+
+    def standard_normal_(self, out: Tensor) -> Tensor:
+        return super().standard_normal_(out).mul_(self.factor)
+
+
+class QuarterNoise(ScaledNoise):
+    factor = 0.25
+
+
+class RepeatedNoise(SystemNoise):
+    """Starts its generator anew for each step: secret, random, and the same each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seed = torch.seed()
+
+    def begin_step(self, step: int) -> None:
+        self._generators = {torch.device("cpu"): torch.Generator().manual_seed(self.seed)}
+
+
+@contextmanager
+def no_noise(**changes):
+    scenario = Scenario(noise=ScaledNoise, **changes)
+    yield scenario.optimizer, scenario.batches
+
+
+@contextmanager
+def quarter_of_the_noise(**changes):
+    scenario = Scenario(noise=QuarterNoise, **changes)
+    yield scenario.optimizer, scenario.batches
+
+
+@contextmanager
+def noise_used_again_in_each_step(**changes):
+    scenario = Scenario(noise=RepeatedNoise, **changes)
+    yield scenario.optimizer, scenario.batches
+
+
+@contextmanager
+def sensitivity_over_the_batch_size(**changes):
+    class Divided(CliplessDPSGD):
+        def _sensitivity(self):
+            honest = super()._sensitivity()
+            bounds = {name: bound / self.expected_batch_size for name, bound in honest.per_parameter.items()}
+            return replace(honest, per_parameter=bounds, total=honest.total / self.expected_batch_size)
+
+    scenario = Scenario(kind=Divided, **changes)
+    yield scenario.optimizer, scenario.batches
+
+
+@contextmanager
+def gates_off(**changes):
+    scenario = Scenario(**changes)
+
+    def open_input_gate(inputs, radius):
+        return inputs.nan_to_num(), torch.isfinite(inputs).flatten(1).all(1)
+
+    with (
+        mock.patch("clipless_dp.model.input_gate", open_input_gate),
+        mock.patch("clipless_dp.model.cotangent_gate", lambda values, limit: values),
+    ):
+        yield scenario.optimizer, scenario.batches
+
+
+@contextmanager
+def mean_over_the_actual_batch(**changes):
+    class Mean(CliplessDPSGD):
+        rows = 1.0
+
+        def _release(self) -> None:
+            for parameter in self.model.net.parameters():
+                parameter.grad *= self.expected_batch_size / self.rows
+            super()._release()
+
+    scenario = Scenario(kind=Mean, **changes)
+
+    def counted(data):
+        for batch in scenario.batches(data):
+            Mean.rows = max(1.0, float(batch.mask.sum()))
+            yield batch
+
+    yield scenario.optimizer, counted
+
+
+@contextmanager
+def shuffled_batches(**changes):
+    # Little noise: what Poisson sampling gives beyond a shuffle is a chance of never being drawn.
+    scenario = Scenario(sampling="poisson", **{"noise_multiplier": 0.3, **changes})
+
+    def shuffled(data):
+        inputs, targets = data
+        order = torch.randperm(len(inputs))
+        for rows in order.tensor_split(scenario.steps):
+            yield inputs[rows], targets[rows]
+
+    yield scenario.optimizer, shuffled
+
+
+@contextmanager
+def whole_data_in_each_batch(**changes):
+    scenario = Scenario(sampling="poisson", **changes)
+    yield scenario.optimizer, lambda data: [data] * scenario.steps
+
+
+MUTANTS: dict[str, Mutant] = {
+    "no noise": no_noise,
+    "a quarter of the noise": quarter_of_the_noise,
+    "sensitivity over the batch size": sensitivity_over_the_batch_size,
+    "gates off": gates_off,
+    "noise used again in each step": noise_used_again_in_each_step,
+    "mean over the actual batch": mean_over_the_actual_batch,
+    "whole data in each batch": whole_data_in_each_batch,
+    "shuffled batches": shuffled_batches,
+}
