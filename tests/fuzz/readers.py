@@ -12,20 +12,22 @@ import json
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import atheris
 import torch
+from torch._weights_only_unpickler import Unpickler
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-with atheris.instrument_imports(
-    include=["accounting", "clipless_dp.checkpoint", "torch._weights_only_unpickler", "json"]
-):
+with atheris.instrument_imports(include=["accounting", "clipless_dp.checkpoint", "json"]):
     from accounting import AccountingError, GaussianStep, GaussianVectorStep, Ledger, PoissonSampling
     from clipless_dp import CheckpointError
     from clipless_dp import checkpoint as checkpoint_module
 
+# Imported with torch already: the reader behind weights_only=True.
+Unpickler.load = atheris.instrument_func(Unpickler.load)
 FOLDER = Path(tempfile.mkdtemp())
 
 
@@ -40,11 +42,30 @@ def ledger(content: bytes) -> None:
 
 
 def checkpoint(content: bytes) -> None:
-    """With a digest that fits, or nothing behind it would ever be reached."""
+    """The pickle inside a valid archive, with a digest that fits: nothing behind them would be reached otherwise."""
     path = FOLDER / "run.pt"
-    path.write_bytes(content + checkpoint_module._seal(content))
+    archive = repacked(content)
+    path.write_bytes(archive + checkpoint_module._seal(archive))
     with contextlib.suppress(CheckpointError):
         assert isinstance(checkpoint_module.load_checkpoint(path), dict)
+
+
+def saved(content: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+TEMPLATE = saved({"format": 2, "model": {"w": torch.ones(2)}, "history": [1.0, None, "x"]})
+
+
+def repacked(pickled: bytes) -> bytes:
+    """The template's archive with another pickle in it."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(TEMPLATE)) as old, zipfile.ZipFile(buffer, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, pickled if name.endswith("/data.pkl") else old.read(name))
+    return buffer.getvalue()
 
 
 def seeds(kind: str) -> list[bytes]:
@@ -53,12 +74,11 @@ def seeds(kind: str) -> list[bytes]:
         full.append(GaussianStep(1.5, PoissonSampling(0.1)), 7)
         full.append(GaussianVectorStep((2.0, 3.0)), 2)
         return [full.to_json().encode(), json.dumps(Ledger().state_dict()).encode()]
-    buffers = []
+    pickles = []
     for content in ({"format": 2}, {"format": 2, "model": {"w": torch.ones(2)}, "history": [1.0, None, "x"]}):
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        buffers.append(buffer.getvalue())
-    return buffers
+        with zipfile.ZipFile(io.BytesIO(saved(content))) as archive:
+            pickles.append(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
+    return pickles
 
 
 def main() -> None:
