@@ -164,7 +164,7 @@ def _train(options: argparse.Namespace) -> int:
 
 def _require_device(name: str) -> None:
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).item()  # A meta device has no numbers to read.
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
 

@@ -198,7 +198,7 @@ def mutated(data, value):
         elif action == "double" and isinstance(owner, list):
             owner.append(owner[last])
         else:
-            owner[last] = data.draw(strange)
+            owner[last] = copy.deepcopy(data.draw(strange))  # What is drawn is shared by all examples.
     return value
 
 

@@ -77,6 +77,7 @@ def test_the_module_runs_as_a_program():
         (["--dataset", "digits", "--epsilon", "-1"], "epsilon"),
         (["--dataset", "digits", "--delta", "0"], "delta"),
         (["--dataset", "digits", "--device", "nonsense"], "--device nonsense"),
+        (["--dataset", "digits", "--device", "meta"], "--device meta"),
     ],
 )
 def test_refusals_go_to_standard_error_with_status_2(capsys, arguments, message):
