@@ -56,11 +56,7 @@ def calibrate_noise_multiplier(
     q = check.sample_rate(sample_rate)
     n = check.count(steps, minimum=1)
 
-    before = create_accountant(accountant, relation=relation) if spent is None else spent
-    if not (already := float(_after(before).get_epsilon(delta))) < target:
-        raise UnreachableTargetError(
-            f"what was spent before amounts to epsilon={already!r} at this delta, which leaves nothing of {target!r}"
-        )
+    before = _unspent(create_accountant(accountant, relation=relation) if spent is None else spent, target, delta)
 
     def epsilon(sigma: float) -> float:
         probe = _after(before)
@@ -71,7 +67,12 @@ def calibrate_noise_multiplier(
 
 
 def calibrate_ledger(
-    ledger: Ledger, *, target_epsilon: float, delta: float, accountant: str = "auto"
+    ledger: Ledger,
+    *,
+    target_epsilon: float,
+    delta: float,
+    accountant: str = "auto",
+    spent: Accountant | None = None,
 ) -> tuple[float, Ledger]:
     """Scales all noise multipliers of a planned ledger by one factor to meet the target.
 
@@ -79,23 +80,28 @@ def calibrate_ledger(
         ledger: The plan, with the noise multipliers in the wanted proportion.
         target_epsilon: Positive, finite.
         delta: In (0, 1).
-        accountant: Name of the engine, as in `create_accountant`.
+        accountant: Name of the engine, as in `create_accountant`; ignored when `spent` is given.
+        spent: An accountant with what has been spent already, which counts too, unscaled; it is left as it is.
 
     Returns:
         (factor, the scaled ledger): the smallest factor, to 0.01 %, that meets the target.
 
     Raises:
-        UnreachableTargetError: When even very large noise misses the target.
+        UnreachableTargetError: When even very large noise misses the target, or it is spent already.
 
     Guarantee:
-        The accountant, asked about the returned ledger, answers at most `target_epsilon`.
+        The accountant, asked about the returned ledger and what was spent before, answers at most `target_epsilon`.
     """
     target = check.target_epsilon(target_epsilon)
     delta = check.delta(delta)
 
+    before = _unspent(
+        create_accountant(accountant, relation=ledger.relation) if spent is None else spent, target, delta
+    )
+
     def epsilon(factor: float) -> float:
-        probe = create_accountant(accountant, relation=ledger.relation)
-        probe.ledger = ledger.scaled(factor)
+        probe = _after(before)
+        probe.ledger = probe.ledger.merge(ledger.scaled(factor))
         return float(probe.get_epsilon(delta))
 
     factor = _smallest_sufficient(epsilon, target)
@@ -185,6 +191,15 @@ def calibrate_sample_rate(
         middle = math.sqrt(low * high)
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _unspent(spent: Accountant, target: float, delta: float) -> Accountant:
+    """The accountant, once it is known to leave something of the target."""
+    if not (already := float(_after(spent).get_epsilon(delta))) < target:
+        raise UnreachableTargetError(
+            f"what was spent before amounts to epsilon={already!r} at this delta, which leaves nothing of {target!r}"
+        )
+    return spent
 
 
 def _after(spent: Accountant) -> Accountant:

@@ -1,6 +1,8 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses
+from clipless_dp.augmentation import RowAugmentation, ShiftAndFlip
+from clipless_dp.averaging import WeightAverage
 from clipless_dp.errors import (
     AuditError,
     BudgetExhaustedError,
@@ -53,13 +55,16 @@ __all__ = [
     "PrivacyWarning",
     "RankError",
     "ReproducibleNoise",
+    "RowAugmentation",
     "RuleContext",
     "SecureNoise",
     "Sensitivity",
     "SensitivityTracker",
+    "ShiftAndFlip",
     "SystemNoise",
     "TightnessReport",
     "UnsupportedModuleError",
+    "WeightAverage",
     "__version__",
     "architectures",
     "audit",

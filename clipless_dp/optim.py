@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from accounting import Accountant, GaussianRelease, GaussianStep, create_accountant
 from clipless_dp import distributed, draws
+from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
@@ -138,6 +139,7 @@ class CliplessDPOptimizer(Optimizer):
         self._counted: dict[str, int] = {self._run: 0}
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
         self._last: tuple[int, Sensitivity] | None = None
+        self._entered: list[Tensor] = []
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share_state()
         self._require_protected()
@@ -166,6 +168,86 @@ class CliplessDPOptimizer(Optimizer):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigurationError(f"noise_multiplier must be finite and positive, got {value!r}")
         self._noise_multiplier = float(value)
+
+    def accumulate(
+        self,
+        batch: tuple[Tensor, Tensor, Tensor],
+        *,
+        augment: Augmentation | None = None,
+        multiplicity: int = 1,
+        micro_batch_size: int | None = None,
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Adds the gradients of a draw, each sample's own being the mean over views of it (De et al. 2022, §3).
+
+        Every view is passed back at full scale, through all gates, and the mean is taken of the parameters' gradients:
+        a loss weighted by ``1/K`` instead would be undone by a gate that normalises, and count a sample ``K`` times.
+
+        Args:
+            batch: inputs, targets and mask of one draw, such as :class:`clipless_dp.sampling.Batch`.
+            augment: makes a view: a function of one sample, or a :class:`clipless_dp.RowAugmentation`. Each view must
+                depend on its sample and fresh randomness only.
+            multiplicity: ``K``, views of each sample.
+            micro_batch_size: rows processed at once; bounds the memory.
+            loss: another way to compute ``model.loss(model(inputs), targets, mask)``, such as a compiled one.
+
+        Returns:
+            The summed loss, a mean over views; it is not private.
+
+        Raises:
+            ConfigurationError: an argument is out of range, or a view has another shape than its sample.
+            PrivacyError: rows of this batch are in the gradients already; ``step()`` and ``zero_grad()`` forget them.
+
+        Guarantee:
+            Each sample's view has gradients within the model's bounds, hence so has the mean of its views: the
+            sensitivity is the same for every ``K``. After an error the gradients are as before.
+        """
+        if not (isinstance(multiplicity, int) and multiplicity >= 1):
+            raise ConfigurationError(f"multiplicity must be a positive integer, got {multiplicity!r}")
+        if multiplicity > 1 and augment is None:
+            raise ConfigurationError(f"multiplicity={multiplicity} without augment would repeat one view: give augment")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
+        inputs, targets, mask = batch
+        if any(_overlap(inputs, entered) for entered in self._entered):
+            raise PrivacyError(
+                "rows of this batch have entered the gradients of this step already, and would count twice: "
+                "accumulate each draw once, with multiplicity=K for several views of its samples, then step()"
+            )
+        if loss is None:
+            loss = self._loss
+        rows = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
+        parameters = list(self.model.net.parameters())
+        before = [parameter.grad for parameter in parameters]
+        total = torch.zeros((), device=inputs.device)
+        for parameter in parameters:
+            parameter.grad = None
+        try:
+            for _ in range(multiplicity):
+                for piece in zip(inputs.split(rows), targets.split(rows), mask.split(rows), strict=True):
+                    seen = piece[0] if augment is None else views(augment, piece[0], piece[2])
+                    value = loss(seen, piece[1], piece[2])
+                    value.backward()
+                    total += value.detach()
+        except BaseException:
+            # Views in part, not yet averaged, must not be stepped on.
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+            raise
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, before, strict=True):
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                    continue
+                if multiplicity > 1:
+                    parameter.grad /= multiplicity
+                if gradient is not None:
+                    parameter.grad += gradient
+        self._entered.append(inputs)
+        return total / multiplicity
+
+    def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return self.model.loss(self.model(inputs), targets, mask)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -216,6 +298,7 @@ class CliplessDPOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
         self._held_before = max(self._held_before, draws.held() - 1)
+        self._entered.clear()
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -334,6 +417,7 @@ class CliplessDPOptimizer(Optimizer):
         self._noise_sources.add(source_name(type(self.noise)))
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
+        self._entered.clear()
         gradients: list[Tensor] = []
         scales: list[float] = []
         for parameter in named.values():
@@ -582,6 +666,21 @@ def _checked_budget(budget: tuple[float, float] | None) -> tuple[float, float] |
     if not (math.isfinite(epsilon) and epsilon > 0 and 0.0 < delta < 1.0):
         raise ConfigurationError(f"budget needs a finite epsilon above 0 and a delta in (0, 1), got {budget!r}")
     return epsilon, delta
+
+
+def _overlap(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors have entries in common, as parts of one batch may."""
+    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr() or not first.numel() * second.numel():
+        return False
+    (start, end), (other_start, other_end) = _extent(first), _extent(second)
+    return start < other_end and other_start < end
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor's entries begin and end in their storage, in bytes."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    start = tensor.storage_offset() * tensor.element_size()
+    return int(start), int(start + (last + 1) * tensor.element_size())
 
 
 def _contains(counted: Mapping[str, int], other: Mapping[str, int]) -> bool:

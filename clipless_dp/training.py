@@ -7,9 +7,10 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -21,9 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from accounting import Accountant, calibrate_noise_multiplier
+from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
 from clipless_dp import distributed
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
+from clipless_dp.augmentation import Augmentation, views
+from clipless_dp.averaging import WeightAverage
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError
 from clipless_dp.losses import (
@@ -43,6 +46,7 @@ from clipless_dp.sampling import Batch, PoissonBatches, as_tensors
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
+NoiseSchedule = Callable[[int, int], float]
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -72,13 +76,15 @@ class FitResult:
     Attributes:
         epsilon: spent, an upper bound, under add-or-remove-one adjacency.
         delta: the δ it holds for.
-        noise_multiplier: ``σ``.
+        noise_multiplier: ``σ``; with a noise schedule, what its factors multiply.
         sample_rate: ``q``.
         steps: optimizer steps in all.
         history: a record for each epoch.
         audits: what attacks on the bounds reached, before training and at each checkpoint, if they were asked for.
         optimizer: with its accountant.
         checkpoint: the checkpoint file, or ``None`` if there is none or the last one could not be written.
+        last_weights: with ``ema``, the weights of the last step, by name, which the average has replaced in the model:
+            ``model.net.load_state_dict(result.last_weights, strict=False)`` puts them back.
     """
 
     epsilon: float
@@ -90,6 +96,7 @@ class FitResult:
     history: list[EpochRecord] = field(default_factory=list)
     audits: list[SensitivityAudit] = field(default_factory=list)
     checkpoint: Path | None = None
+    last_weights: dict[str, Tensor] | None = None
 
     def __str__(self) -> str:
         accuracy = self.history[-1].accuracy if self.history else None
@@ -136,6 +143,10 @@ def fit(
     noise: NoiseSource | str | None = None,
     compile: bool | str = False,
     audit: bool = False,
+    augment: Augmentation | None = None,
+    multiplicity: int = 1,
+    ema: float | None = None,
+    noise_schedule: NoiseSchedule | None = None,
     progress: bool = True,
 ) -> FitResult:
     """Trains a wrapped model to a target ε with Poisson-sampled batches.
@@ -174,6 +185,15 @@ def fit(
             operations, which draw from generators of their own.
         audit: attack the bounds (:func:`clipless_dp.audit.sensitivity`) before training, and at the weights of each
             ``checkpoint_every`` epochs, with or without a checkpoint file.
+        augment: makes random views of training samples: a function of one sample, or a
+            :class:`clipless_dp.RowAugmentation`; see :meth:`clipless_dp.CliplessDPOptimizer.accumulate`.
+        multiplicity: views of each sample in each step, averaged in its own gradient: ε is the same for any number,
+            time is proportional. Counts of rejected samples then count views.
+        ema: decay of an exponential moving average of the weights (:class:`clipless_dp.WeightAverage`), free of privacy
+            cost. The average, projected on the constraints, is what is evaluated, saved as the checkpoint's model, and
+            left in ``model`` at the end.
+        noise_schedule: maps a step's number, from 0, and the number of steps to a positive factor of its ``σ``. It must
+            not look at data. One ``σ`` is calibrated for all; few different factors keep the accounting fast.
         progress: show a progress bar.
 
     Raises:
@@ -197,18 +217,24 @@ def fit(
         evaluate(model, (some_inputs[:1], some_targets[:1]))
     size = len(inputs) if dataset_size is None else dataset_size
     _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size)
+    if augment is not None:
+        model.check_inputs(views(augment, inputs[:1].to(device), torch.ones(1, dtype=torch.bool, device=device)))
+    average = None if ema is None else WeightAverage(model, ema)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
         distributed.from_first(lambda: check_writable(path))
     sample_rate = batch_size / size
     steps = math.ceil(epochs / sample_rate - 1e-9)
-    noise_multiplier = calibrate_noise_multiplier(
-        target_epsilon=epsilon,
-        delta=delta,
-        sample_rate=sample_rate,
-        steps=steps,
-        **({"accountant": accountant} if isinstance(accountant, str) else {"spent": accountant}),
-    )
+    target: dict[str, Any] = {"target_epsilon": epsilon, "delta": delta}
+    spent: dict[str, Any] = {"accountant": accountant} if isinstance(accountant, str) else {"spent": accountant}
+    factors = _factors(noise_schedule, steps)
+    if factors is None:
+        noise_multiplier = calibrate_noise_multiplier(sample_rate=sample_rate, steps=steps, **target, **spent)
+    else:
+        planned = create_accountant("rdp")
+        for factor in factors:
+            planned.step(noise_multiplier=factor, sample_rate=sample_rate)
+        noise_multiplier, _ = calibrate_ledger(planned.ledger, **target, **spent)
     if reproducible_seed is not None:
         if isinstance(noise, str):
             raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
@@ -250,8 +276,16 @@ def fit(
             "optimizer": type(base).__name__,
             "lr and momentum": peak,
             "reproducible": private.noise.reproducible,
+            "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__qualname__),
+            "multiplicity": None if multiplicity == 1 else multiplicity,
+            "ema": ema,
+            "noise_schedule": factors and [(factor, len(list(run))) for factor, run in groupby(factors)],
         },
         audit=audit,
+        augment=augment,
+        multiplicity=multiplicity,
+        average=average,
+        factors=factors,
     )
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
     one_shape = bool(compile) and device.type != "cpu"
@@ -261,7 +295,7 @@ def fit(
         run.load(path)
     run.attack()
     # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
-    if run.step < steps:
+    if run.step < steps and factors is None:
         private.allows(steps - run.step)
     batches = PoissonBatches(
         (inputs, targets),
@@ -285,6 +319,7 @@ def fit(
             UserWarning,
             stacklevel=3,
         )
+    last_weights = None if average is None else average.apply_()
     return FitResult(
         epsilon=private.get_epsilon(delta),
         delta=delta,
@@ -295,7 +330,21 @@ def fit(
         history=run.history,
         audits=run.audits,
         checkpoint=path if distributed.from_first(lambda: run.saved) else None,
+        last_weights=last_weights,
     )
+
+
+def _factors(schedule: NoiseSchedule | None, steps: int) -> list[float] | None:
+    """The factor of each step's noise."""
+    if schedule is None:
+        return None
+    factors = [float(schedule(step, steps)) for step in range(steps)]
+    for step, factor in enumerate(factors):
+        if not (math.isfinite(factor) and factor > 0):
+            raise ConfigurationError(
+                f"noise_schedule must return finite positive factors, got {factor!r} at step {step}"
+            )
+    return factors
 
 
 def _check(
@@ -337,6 +386,11 @@ class _Run:
     seed: int | None
     settings: dict[str, Any]
     audit: bool
+    augment: Augmentation | None = None
+    multiplicity: int = 1
+    average: WeightAverage | None = None
+    factors: Sequence[float] | None = None
+    factor: float | None = None
     history: list[EpochRecord] = field(default_factory=list)
     audits: list[SensitivityAudit] = field(default_factory=list)
     saved: bool = False
@@ -356,16 +410,34 @@ class _Run:
         if self.audit:
             self.audits.append(sensitivity(self.model))
 
+    def follow_noise_schedule(self) -> None:
+        """Sets the noise of the step to come, and asks for the budget of all that have the same."""
+        if self.factors is None:
+            return
+        before, self.factor = self.factor, self.factors[self.step]
+        if self.factor != before:
+            self.optimizer.noise_multiplier = self.settings["noise_multiplier"] * self.factor
+            _, alike = next(groupby(self.factors[self.step :]))
+            self.optimizer.allows(len(list(alike)))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The model holds the average of its weights within, where one is kept."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     def save(self, path: Path) -> None:
         if distributed.world().rank > 0:
             return
+        with self.averaged():
+            weights = {name: value.clone() for name, value in self.model.net.state_dict().items()}
         content = {
             "settings": self.settings,
-            "model": self.model.net.state_dict(),
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "history": [vars(record) for record in self.history],
         }
+        if self.average is not None:
+            content |= {"average": self.average.state_dict(), "last": self.model.net.state_dict()}
         there = identity(path)
         if there is not None and there != self.seen:
             raise PrivacyError(
@@ -401,7 +473,9 @@ class _Run:
             self.optimizer.load_state_dict(content["optimizer"])
             self.history = [EpochRecord(**record) for record in content["history"]]
             self.scheduler.load_state_dict(content["scheduler"])
-            self.model.net.load_state_dict(content["model"])
+            if self.average is not None:
+                self.average.load_state_dict(content["average"])
+            self.model.net.load_state_dict(content["model" if self.average is None else "last"])
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
@@ -508,14 +582,18 @@ def _train(
 
 def _step(run: _Run, batch: Batch, micro_batch_size: int | None) -> Tensor:
     run.optimizer.zero_grad()
-    pieces = [batch] if micro_batch_size is None else batch.split(micro_batch_size)
-    total = torch.zeros((), device=batch.inputs.device)
-    for inputs, targets, mask in pieces:
-        loss = run.loss(inputs, targets, mask)
-        loss.backward()
-        total += loss.detach()
+    total = run.optimizer.accumulate(
+        batch,
+        augment=run.augment,
+        multiplicity=run.multiplicity,
+        micro_batch_size=micro_batch_size,
+        loss=run.loss,
+    )
+    run.follow_noise_schedule()
     run.optimizer.step()
     run.scheduler.step()
+    if run.average is not None:
+        run.average.update()
     return total
 
 
@@ -526,7 +604,8 @@ def _record(run: _Run, loss: Tensor, batch: Batch, validation: tuple[Tensor, Ten
     epsilon = run.optimizer.get_epsilon(run.delta)
     if validation is None:
         return EpochRecord(run.step, epsilon, mean)
-    accuracy, validation_loss = evaluate(run.model, validation)
+    with run.averaged():
+        accuracy, validation_loss = evaluate(run.model, validation)
     return EpochRecord(run.step, epsilon, mean, accuracy, validation_loss)
 
 

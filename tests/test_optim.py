@@ -746,3 +746,47 @@ def test_a_parameter_group_added_between_steps_is_trained_with_noise():
     optimizer.step()
     assert not torch.equal(second, before)
     assert optimizer.accountant.history == [(1.3, 0.25, 2)]
+
+
+REFERENCES = {
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.9, nesterov=True),
+    "weight decay": lambda p: torch.optim.SGD(p, lr=0.3, momentum=0.5, weight_decay=0.1),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.05, weight_decay=0.01),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("build", REFERENCES.values(), ids=REFERENCES)
+def test_momentum_decay_and_adam_see_the_private_gradient_and_nothing_else(build):
+    model, reference = gated_model(), gated_model().net
+    optimizer = CliplessDPOptimizer(model, build(model.net.parameters()), **SETTINGS)
+    plain = build(reference.parameters())
+    for step in range(4):
+        optimizer.zero_grad()
+        accumulate(model, seed=step)
+        optimizer.step()
+        # What step() leaves in the gradients is what was released: noisy, and divided by the public size.
+        for parameter, released in zip(reference.parameters(), model.net.parameters(), strict=True):
+            parameter.grad = released.grad.clone()
+        plain.step()
+    for parameter, released in zip(reference.parameters(), model.net.parameters(), strict=True):
+        assert torch.equal(parameter, released)
+    assert optimizer.accountant.history == [(1.3, 0.25, 4)]
+
+
+def test_a_parameter_frozen_and_thawed_during_training_is_charged_and_moved_only_while_it_is_trained():
+    model = gated_model()
+    optimizer = CliplessDPOptimizer(
+        model, torch.optim.Adam(model.net.parameters(), lr=0.1, weight_decay=0.1), **SETTINGS
+    )
+    weight, total = model.net.get_parameter("0.weight"), model.sensitivity().total
+    for trained in (True, False, True):
+        weight.requires_grad_(trained)
+        before = weight.detach().clone()
+        optimizer.zero_grad()
+        accumulate(model)
+        assert (model.sensitivity().total == total) == trained
+        optimizer.step()
+        # Decay and Adam's moments must leave a frozen weight alone too.
+        assert torch.equal(weight, before) != trained
+    assert optimizer.accountant.history == [(1.3, 0.25, 3)]

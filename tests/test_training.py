@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from accounting import PRVAccountant
+from accounting import PRVAccountant, RDPAccountant
 from clipless_dp import (
     CheckpointError,
     ConfigurationError,
@@ -448,3 +448,71 @@ def test_what_cannot_be_compiled_is_refused_before_anything_is_spent(monkeypatch
         fit(model, samples(300), **RUN, compile="no such backend")
     assert torch.equal(weights(model), before)
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def halving(step, steps):
+    return 1.0 if step < steps // 2 else 0.5
+
+
+def test_a_noise_schedule_is_calibrated_as_a_whole_and_recorded_step_by_step():
+    result = fit(gated_model(), samples(300), noise_schedule=halving, **RUN)
+    sigma = result.noise_multiplier
+    assert result.optimizer.accountant.history == [(sigma, 50 / 300, 18), (0.5 * sigma, 50 / 300, 18)]
+    assert 0.98 * 4.0 < result.epsilon <= 4.0
+    again = RDPAccountant()
+    again.step(noise_multiplier=sigma, sample_rate=50 / 300, steps=18)
+    again.step(noise_multiplier=0.5 * sigma, sample_rate=50 / 300, steps=18)
+    assert float(again.get_epsilon(1e-3)) == result.epsilon
+    flat = fit(gated_model(), samples(300), **RUN)
+    assert 0.5 * sigma < flat.noise_multiplier < sigma
+
+
+def test_a_noise_schedule_scales_the_noise_that_is_added(monkeypatch):
+    honest, added = training_module.CliplessDPOptimizer.step, []
+
+    def watching(optimizer):
+        added.append(optimizer.noise_deviations()["0.weight"])
+        honest(optimizer)
+
+    monkeypatch.setattr(training_module.CliplessDPOptimizer, "step", watching)
+    fit(gated_model(), samples(300), noise_schedule=halving, **RUN)
+    # Deviations are σ times bounds that do not move, in float64.
+    assert added == pytest.approx([added[0]] * 18 + [added[0] / 2] * 18, rel=1e-12)
+
+
+def test_a_noise_schedule_resumes_where_it_was(tmp_path, monkeypatch):
+    settings = {**RUN, "reproducible_seed": 7, "noise_schedule": halving}
+    whole, resumed = gated_model(), gated_model()
+    expected = fit(whole, samples(300), **settings)
+    honest = training_module._step
+
+    def failing(run, batch, size):
+        if run.step == 20:
+            raise RuntimeError("power cut")
+        return honest(run, batch, size)
+
+    monkeypatch.setattr(training_module, "_step", failing)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", **settings)
+    monkeypatch.setattr(training_module, "_step", honest)
+    result = fit(resumed, samples(300), checkpoint=tmp_path / "run.pt", **settings)
+    assert torch.equal(weights(whole), weights(resumed))
+    assert result.optimizer.accountant.history == expected.optimizer.accountant.history
+    with pytest.raises(CheckpointError, match="noise_schedule"):
+        fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", **{**settings, "noise_schedule": None})
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_noise_schedule_out_of_range_is_refused_before_calibration(monkeypatch, factor):
+    monkeypatch.setattr(training_module, "calibrate_ledger", None)
+    with pytest.raises(ConfigurationError, match="at step 3"):
+        fit(gated_model(), samples(300), noise_schedule=lambda step, steps: factor if step == 3 else 1.0, **RUN)
+
+
+def test_a_noise_schedule_leaves_room_for_what_was_released_before():
+    accountant = RDPAccountant()
+    accountant.step(noise_multiplier=2.0, sample_rate=1.0)
+    result = fit(gated_model(), samples(300), noise_schedule=halving, **{**RUN, "accountant": accountant})
+    sigma = result.noise_multiplier
+    assert accountant.history == [(2.0, 1.0, 1), (sigma, 50 / 300, 18), (0.5 * sigma, 50 / 300, 18)]
+    assert 0.98 * 4.0 < result.epsilon <= 4.0

@@ -1,0 +1,106 @@
+"""Averages of the weights over the steps: post-processing of what was released, free of privacy cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.model import DPLipModel
+
+
+class WeightAverage:
+    """Exponential moving average of a model's weights, without bias towards the first ones.
+
+    ``a_t = Σ_i β^(t-i)·w_i / Σ_i β^(t-i)`` over the steps ``i ≤ t`` (Polyak and Juditsky 1992; for private training
+    De et al. 2022, §3). In use, the average is projected on the model's constraints: averages of orthogonal matrices
+    are not orthogonal. It reads nothing but weights that the steps have released.
+
+    Args:
+        model: the wrapped model.
+        decay: ``β`` in [0, 1); about ``1/(1-β)`` steps enter.
+
+    Raises:
+        ConfigurationError: the decay is out of range.
+
+    Attributes:
+        updates: how many weights have entered.
+    """
+
+    def __init__(self, model: DPLipModel, decay: float) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ConfigurationError(f"the decay of an average must lie in [0, 1), got {decay!r}")
+        self.model = model
+        self.decay = float(decay)
+        self.updates = 0
+        self._average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Lets the current weights enter: once after each step."""
+        self.updates += 1
+        # The share of the newest weights in a_t; the first ones have all of it.
+        share = (1.0 - self.decay) / (1.0 - self.decay**self.updates)
+        for name, parameter in self.model.net.named_parameters():
+            known = self._average.get(name)
+            if known is None:
+                self._average[name] = parameter.detach().clone()
+            else:
+                known.lerp_(parameter.detach().to(known.device), share)
+
+    @torch.no_grad()
+    def apply_(self) -> dict[str, Tensor]:
+        """Puts the projected average into the model; before the first update nothing.
+
+        Returns:
+            The weights that it replaces, by name, for ``model.net.load_state_dict(weights, strict=False)``.
+        """
+        named = dict(self.model.net.named_parameters())
+        replaced = {name: parameter.detach().clone() for name, parameter in named.items()}
+        for name, average in self._average.items():
+            named[name].copy_(average)
+        if self._average:
+            self.model.project_()
+        return replaced
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The model holds the projected average within, and its own weights again, bit by bit, behind."""
+        replaced = self.apply_()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in self.model.net.named_parameters():
+                    parameter.copy_(replaced[name])
+            self.model.settle_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors: the average as it is before any projection."""
+        return {"decay": self.decay, "updates": self.updates, "average": dict(self._average)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what :meth:`state_dict` returned.
+
+        Raises:
+            ConfigurationError: it is of another network or of another decay, or incomplete.
+        """
+        named = dict(self.model.net.named_parameters())
+        average, updates = state.get("average"), state.get("updates")
+        if not (
+            isinstance(average, dict)
+            and isinstance(updates, int)
+            and updates >= 0
+            and average.keys() == (named.keys() if updates else set())
+            and all(isinstance(value, Tensor) and value.shape == named[key].shape for key, value in average.items())
+        ):
+            raise ConfigurationError("this is not the state of an average of this network's weights")
+        if not math.isclose(state.get("decay", math.nan), self.decay, rel_tol=0.0):
+            raise ConfigurationError(f"this average has the decay {state.get('decay')!r}, not {self.decay!r}")
+        self.updates = updates
+        self._average = {name: value.detach().to(named[name], copy=True) for name, value in average.items()}

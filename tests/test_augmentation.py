@@ -1,0 +1,271 @@
+"""Views of a sample share its one gradient: the bound is that of one view, whatever their number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipless_dp import (
+    CliplessDPSGD,
+    ConfigurationError,
+    DPLipModel,
+    InputError,
+    PoissonBatches,
+    PrivacyError,
+    RowAugmentation,
+    ShiftAndFlip,
+    fit,
+    gated,
+    gradient_gated,
+    losses,
+)
+from clipless_dp import optim as optim_module
+from clipless_dp.augmentation import views
+
+from .support import gated_model, samples
+
+SETTINGS = {
+    "noise_multiplier": 1.3,
+    "sample_rate": 0.25,
+    "dataset_size": 40,
+    "accountant": "rdp",
+    "sampling": "poisson",
+}
+RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
+MULTIPLICITY = 4
+
+
+def normalising_model(wrap=gated, **options) -> DPLipModel:
+    """Gates that lift each sample's gradient to its bound, so that whatever counts a view too often passes it."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    return DPLipModel(wrap(net, **options), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+
+
+MODELS = {
+    "cotangents": lambda: normalising_model(cotangent_mode="normalize"),
+    "gradients": lambda: normalising_model(gradient_gated, mode="normalize"),
+    "clipping": lambda: normalising_model(),
+}
+
+
+def jitter(sample: Tensor) -> Tensor:
+    return sample + 0.3 * torch.randn_like(sample)
+
+
+def batch_of(inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return inputs, targets, torch.ones(len(inputs), dtype=torch.bool)
+
+
+def gradients(model: DPLipModel) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.net.named_parameters() if p.grad is not None}
+
+
+def largest_ratio(model: DPLipModel, accumulate=optim_module.CliplessDPOptimizer.accumulate) -> float:
+    """Largest observed/bound over parameters and samples, one sample at a time in float64."""
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    inputs, targets = samples(24)
+    inputs = torch.cat((inputs.double(), 1e3 * inputs[:6].double(), 1e-3 * inputs[:6].double()))
+    targets = torch.cat((targets, targets[:12]))
+    bounds = model.sensitivity().per_parameter
+    worst = 0.0
+    for index in range(len(inputs)):
+        optimizer.zero_grad()
+        row = slice(index, index + 1)
+        accumulate(optimizer, batch_of(inputs[row], targets[row]), augment=jitter, multiplicity=MULTIPLICITY)
+        found = gradients(model)
+        worst = max(worst, *(float(found[name].norm()) / bound for name, bound in bounds.items()))
+    return worst
+
+
+@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
+def test_the_mean_over_views_of_each_sample_keeps_the_bound_of_one(build):
+    # float64 sums of a few dozen terms.
+    assert largest_ratio(build()) <= 1.0 + 1e-9
+
+
+def summed(optimizer, batch, *, augment, multiplicity):
+    for _ in range(multiplicity):
+        optimizer._loss(views(augment, batch[0], batch[2]), batch[1], batch[2]).backward()
+
+
+def weighted_before_the_gates(optimizer, batch, *, augment, multiplicity):
+    for _ in range(multiplicity):
+        (optimizer._loss(views(augment, batch[0], batch[2]), batch[1], batch[2]) / multiplicity).backward()
+
+
+@pytest.mark.parametrize("mutant", [summed, weighted_before_the_gates])
+@pytest.mark.parametrize("build", [MODELS["cotangents"], MODELS["gradients"]], ids=["cotangents", "gradients"])
+def test_mutant_caught_views_that_are_not_averaged_behind_the_gates(build, mutant):
+    assert largest_ratio(build(), mutant) > 1.5
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 5])
+def test_gradients_are_those_of_all_views_over_their_number(micro_batch_size):
+    model = normalising_model(cotangent_mode="normalize")
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    inputs, targets = samples(12)
+    inputs = inputs.double()
+    shifts = (1.0, -2.0, 0.5)
+    # All views at once, each a sample of its own.
+    loss = model.loss(model(torch.cat([inputs + shift for shift in shifts])), targets.repeat(3))
+    loss.backward()
+    expected = {name: gradient / 3 for name, gradient in gradients(model).items()}
+    optimizer.zero_grad()
+    sequence = iter([shift for shift in shifts for _ in range(1 if micro_batch_size is None else 3)])
+
+    class Shift(RowAugmentation):
+        def __call__(self, inputs: Tensor) -> Tensor:
+            return inputs + next(sequence)
+
+    total = optimizer.accumulate(
+        batch_of(inputs, targets), augment=Shift(), multiplicity=3, micro_batch_size=micro_batch_size
+    )
+    assert float(total) == pytest.approx(float(loss.detach()) / 3, rel=1e-6), "kept in float32"
+    for name, gradient in gradients(model).items():
+        # float64 sums of a few dozen terms in another order.
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-9, atol=1e-12)
+
+
+def test_one_view_without_augmentation_is_an_ordinary_backward():
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    inputs, targets = samples(12)
+    model.loss(model(inputs), targets).backward()
+    expected = gradients(model)
+    optimizer.zero_grad()
+    optimizer.accumulate(batch_of(inputs, targets))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
+
+
+def test_parts_of_one_draw_add_up_and_none_enters_twice():
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    inputs, targets, mask = batch_of(*samples(12))
+    optimizer.accumulate((inputs, targets, mask), augment=lambda sample: -sample, multiplicity=2)
+    expected = gradients(model)
+    for again in (inputs, inputs[3:5], inputs.view(12, 6), inputs.T[:2].T):
+        with pytest.raises(PrivacyError, match="count twice"):
+            optimizer.accumulate((again, targets[: len(again)], mask[: len(again)]))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
+
+    optimizer.zero_grad()
+    for part in (slice(0, 7), slice(7, 12)):
+        optimizer.accumulate((inputs[part], targets[part], mask[part]), augment=lambda sample: -sample, multiplicity=2)
+    for name, gradient in gradients(model).items():
+        # float32 sums of a dozen terms.
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-6)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.accumulate((inputs, targets, mask))
+
+
+def test_an_error_within_the_views_leaves_the_gradients_as_they_were():
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    inputs, targets, mask = batch_of(*samples(12))
+    optimizer.accumulate((inputs[:6], targets[:6], mask[:6]))
+    expected = gradients(model)
+    calls = 0
+
+    def failing(sample: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 9:
+            raise RuntimeError("out of memory")
+        return sample
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        optimizer.accumulate((inputs[6:], targets[6:], mask[6:]), augment=failing, multiplicity=3)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
+    optimizer.accumulate((inputs[6:], targets[6:], mask[6:]))
+
+
+def test_a_function_of_one_sample_sees_each_drawn_sample_alone_and_never_the_padding():
+    inputs, _ = samples(5)
+    seen = []
+
+    def note(sample: Tensor) -> Tensor:
+        seen.append(sample.clone())
+        return sample.zero_()
+
+    kept = inputs.clone()
+    mask = torch.tensor([True, True, False, True, False])
+    made = views(note, inputs, mask)
+    assert torch.equal(torch.stack(seen), inputs[mask])
+    assert torch.equal(inputs, kept), "the sample itself is not changed"
+    assert torch.equal(made[mask], torch.zeros(3, 6))
+    assert views(note, inputs[:0], mask[:0]).shape == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"multiplicity": 0}, "positive integer"),
+        ({"multiplicity": 2.0, "augment": jitter}, "positive integer"),
+        ({"multiplicity": 2}, "give augment"),
+        ({"augment": lambda sample: sample[:3]}, "shape"),
+        ({"augment": lambda sample: sample.tolist()}, "a list"),
+        ({"augment": ShiftAndFlip(1)}, "images"),
+    ],
+    ids=["zero", "float", "no augment", "shape", "list", "images"],
+)
+def test_augmentations_that_cannot_work_are_refused(arguments, message):
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    with pytest.raises(ConfigurationError, match=message):
+        optimizer.accumulate(batch_of(*samples(4)), **arguments)
+    with pytest.raises(ConfigurationError, match=message):
+        fit(model, samples(300), **{**RUN, **arguments})
+    assert optimizer.steps_taken == 0
+    with pytest.raises(ConfigurationError, match="shift"):
+        ShiftAndFlip(-1)
+    with pytest.raises(InputError):
+        fit(model, samples(300), augment=lambda sample: sample.double(), **RUN)
+
+
+def test_shifts_and_flips_make_every_view_of_an_image_and_no_other():
+    image = torch.arange(1.0, 13.0).view(1, 1, 3, 4)
+    torch.manual_seed(0)
+    seen = {tuple(view.flatten().tolist()) for view in ShiftAndFlip(1)(image.expand(2000, -1, -1, -1))}
+    padded = nn.functional.pad(image, (1, 1, 1, 1))
+    crops = [padded[0, 0, i : i + 3, j : j + 4] for i in range(3) for j in range(3)]
+    # Of 18 views none is missing among 2000 draws but with probability 18·e^-111.
+    assert seen == {tuple(view.flatten().tolist()) for crop in crops for view in (crop, crop.flip(1))}
+    assert torch.equal(ShiftAndFlip(0, flip=False)(image), image)
+
+
+def test_each_image_is_shifted_by_itself():
+    first, second = torch.rand(2, 2, 3, 5, 5)
+    results = []
+    for other in (second, torch.zeros_like(second)):
+        torch.manual_seed(3)
+        results.append(ShiftAndFlip(2)(torch.cat((first, other)))[:2])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 16])
+def test_fit_spends_the_same_for_any_number_of_views(micro_batch_size):
+    results = [
+        fit(gated_model(), samples(300), augment=jitter, multiplicity=k, micro_batch_size=micro_batch_size, **RUN)
+        for k in (1, 3)
+    ]
+    assert results[0].epsilon == results[1].epsilon
+    assert results[0].optimizer.accountant.history == results[1].optimizer.accountant.history
+
+
+def test_an_own_loop_takes_one_draw_for_each_step_with_any_number_of_views():
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "announced"})
+    for batch in PoissonBatches(samples(40), sample_rate=0.25, steps=3):
+        optimizer.zero_grad()
+        optimizer.accumulate(batch, augment=jitter, multiplicity=3)
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.3, 0.25, 3)]
+    draws = iter(PoissonBatches(samples(40), sample_rate=0.25, steps=2))
+    optimizer.zero_grad()
+    for batch in draws:
+        optimizer.accumulate(batch, augment=jitter, multiplicity=3)
+    with pytest.raises(PrivacyError, match="2 Poisson draws"):
+        optimizer.step()
