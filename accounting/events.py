@@ -89,6 +89,11 @@ class FixedSizeSampling:
 Sampling = PoissonSampling | NoSampling | FixedSizeSampling
 
 
+def _require_sampling(sampling: object) -> None:
+    if not isinstance(sampling, Sampling):
+        raise InvalidParameterError(f"sampling must be one of the classes of accounting.events, got {sampling!r}")
+
+
 @dataclass(frozen=True)
 class GaussianStep:
     """A sum over the drawn records, plus Gaussian noise: one step of DP-SGD.
@@ -104,6 +109,7 @@ class GaussianStep:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "noise_multiplier", check.noise_multiplier(self.noise_multiplier))
+        _require_sampling(self.sampling)
 
 
 @dataclass(frozen=True)
@@ -127,6 +133,7 @@ class GaussianVectorStep:
         if not parts:
             raise InvalidParameterError("noise_multipliers must not be empty")
         object.__setattr__(self, "noise_multipliers", parts)
+        _require_sampling(self.sampling)
 
     @property
     def noise_multiplier(self) -> float:

@@ -239,6 +239,15 @@ def test_thousands_of_mutated_ledgers_are_ledgers_or_refused(data):
     require_ledger_or_refusal(data)
 
 
+@pytest.mark.parametrize("line", [0, 1])
+@pytest.mark.parametrize("sampling", [math.nan, None, "poisson", 0.1, []])
+def test_a_ledger_whose_sampling_is_no_sampling_is_refused(line, sampling):
+    state = ledger_state()
+    state["entries"][line]["event"]["sampling"] = sampling
+    with pytest.raises(AccountingError):
+        Ledger.from_state_dict(state)
+
+
 @quick
 @given(st.binary(max_size=200) | st.text(max_size=50).map(str.encode))
 def test_bytes_that_are_no_ledger_are_refused(tmp_path, content):
