@@ -37,9 +37,9 @@ class Recipe:
 
 RECIPES = {
     "gated": Recipe(epochs=30, batch_size=4096, lr=0.02, tau=8.0, input_norm=28.0, optimizer="adam"),
-    "gradient": Recipe(epochs=15, batch_size=2048, lr=0.5, tau=2.0, input_norm=28.0),
-    "orthogonal": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
-    "spectral": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=8.0),
+    "gradient": Recipe(epochs=20, batch_size=2048, lr=0.01, tau=8.0, input_norm=28.0, optimizer="adam"),
+    "orthogonal": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=28.0),
+    "spectral": Recipe(epochs=30, batch_size=2048, lr=0.2, tau=8.0, input_norm=28.0),
 }
 
 
@@ -61,20 +61,25 @@ def network(route: str) -> nn.Sequential:
         )
     if route == "gradient":
         return nn.Sequential(
+            layers.LayerCentering(),
+            layers.SphereScaling(),
             nn.Conv2d(1, 16, 8, stride=2, padding=3, bias=False),
-            nn.Tanh(),
-            nn.MaxPool2d(2, 1),
+            nn.ReLU(),
+            layers.LayerCentering(),
+            layers.SphereScaling(),
             nn.Conv2d(16, 32, 4, stride=2, bias=False),
-            nn.Tanh(),
+            nn.ReLU(),
             nn.MaxPool2d(2, 1),
             nn.Flatten(),
-            nn.Linear(32 * 16, 32, bias=False),
-            nn.Tanh(),
-            nn.Linear(32, 10),
+            layers.LayerCentering(),
+            layers.SphereScaling(),
+            nn.Linear(32 * 25, 10),
         )
     return nn.Sequential(
         nn.AvgPool2d(2),
         nn.Flatten(),
+        layers.LayerCentering(),
+        layers.SphereScaling(4.0),
         nn.Linear(196, 64, bias=False),
         layers.GroupSort(2),
         nn.Linear(64, 10, bias=False),
@@ -86,7 +91,7 @@ def wrapped(route: str, recipe: Recipe) -> DPLipModel:
     if route == "gated":
         net = gated(net, cotangent_norm=0.3)
     elif route == "gradient":
-        net = gradient_gated(net)
+        net = gradient_gated(net, floor=0.3)
     constraint = {"orthogonal": constraints.Orthogonal(), "spectral": constraints.Spectral()}.get(route)
     return DPLipModel(
         net,
