@@ -51,7 +51,7 @@ def test_secure_noise_is_standard_normal():
     [
         ("scale", lambda noise: noise * 1.02),
         ("shift", lambda noise: noise + 0.02),
-        ("tails", lambda noise: np.clip(noise, -3, 3)),
+        ("tails", lambda noise: np.clip(noise, -2.5, 2.5)),
         ("uniform", lambda noise: math.sqrt(12) * (stats.norm.cdf(noise) - 0.5)),
     ],
 )
