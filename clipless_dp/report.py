@@ -70,6 +70,7 @@ class Section:
         header: column titles of a table; empty where it is of names and values.
         rows: of the table.
         figure: whether the curve stands here.
+        printed: what other parts of the library print as tables, kept as it is.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Section:
     header: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
     figure: bool = False
+    printed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class PrivacyStatement:
             if section.rows:
                 header = section.header or ("", "")
                 lines += [_row(header), _row(("---",) * len(header)), *map(_row, section.rows), ""]
+            lines += [line for table in section.printed for line in ("```", table, "```", "")]
         return "\n".join(lines)
 
     def to_html(self) -> str:
@@ -123,6 +126,7 @@ class PrivacyStatement:
                 body.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in section.items) + "</ul>")
             if section.rows:
                 body.append(_table(section))
+            body += [f"<pre>{html.escape(table)}</pre>" for table in section.printed]
             if section.figure:
                 body.append(f"<figure>{_curve(self.facts['epsilon']['curve'])}</figure>")
             body.append("</section>")
@@ -438,7 +442,7 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     yield Section(
         "Audit",
         ("No audit was handed to this statement: the promise rests on the proofs and on the code.",) * (not audits),
-        tuple(f"{one['kind']}: {one['text']}" for one in audits),
+        printed=tuple(f"{one['kind']}\n\n{one['text']}" for one in audits),
     )
     yield Section(
         "How to check this",
@@ -567,7 +571,8 @@ h2 {{ margin-top: 2.2rem; font-size: 1.2rem; }}
 table {{ border-collapse: collapse; width: 100%; font-size: 0.92rem; font-variant-numeric: tabular-nums; }}
 th, td {{ text-align: left; padding: 0.35rem 0.6rem; border-bottom: 1px solid var(--line); vertical-align: top; }}
 th {{ font-weight: 600; }}
-td, th {{ overflow-wrap: anywhere; }}
+td {{ overflow-wrap: anywhere; }}
+pre {{ overflow-x: auto; font-size: 0.85rem; line-height: 1.35; }}
 li {{ margin: 0.35rem 0; white-space: pre-line; }}
 figure {{ margin: 1.2rem 0; }}
 svg {{ width: 100%; height: auto; font: 12px system-ui, sans-serif; fill: currentColor; }}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 import re
 from dataclasses import dataclass
@@ -155,7 +156,10 @@ class Verdict:
 
 
 def test_a_sound_run_has_no_findings():
-    assert report(trained(), audit=Verdict(True)).findings == []
+    statement = report(trained(), audit=Verdict(True))
+    assert statement.findings == []
+    # As it prints itself: a table stays one.
+    assert f"<pre>Verdict\n\n{Verdict(True)}</pre>" in html.unescape(statement.to_html())
 
 
 @pytest.mark.parametrize(
