@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on")
     train.add_argument("--checkpoint", type=Path, help="file to write to and to resume from")
     train.add_argument("--report", type=Path, metavar="PATH", help="write the privacy statement: PATH.md, .json, .html")
+    train.add_argument("--audit", action="store_true", help="attack the bounds before training and at checkpoints")
     train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
     train.add_argument("--noise", choices=("system", "secure"), help="generator of the noise (default: system)")
     train.add_argument(
@@ -144,6 +145,7 @@ def _train(options: argparse.Namespace) -> int:
         checkpoint=options.checkpoint,
         reproducible_seed=options.reproducible_seed,
         noise=options.noise,
+        audit=options.audit,
         progress=not options.quiet,
     )
     accuracy, _ = evaluate(model, data.test)
@@ -156,8 +158,10 @@ def _train(options: argparse.Namespace) -> int:
     )
     missing = "none (pass --checkpoint FILE)" if options.checkpoint is None else "none: the last one was not written"
     print(f"checkpoint     {result.checkpoint if result.checkpoint is not None else missing}")
+    if result.audits:
+        print(f"audit          {str(result.audits[-1]).splitlines()[-1]}")
     if options.report is not None:
-        statement = report(result.optimizer, options.report, delta=result.delta)
+        statement = report(result.optimizer, options.report, delta=result.delta, audit=result.audits[-1:])
         print(f"statement      {', '.join(map(str, statement.files))}")
     return 0
 

@@ -27,6 +27,17 @@ def table(tmp_path):
     return path
 
 
+def test_an_audit_is_shown_and_enters_the_statement(table, tmp_path, capsys):
+    arguments = [
+        "train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--epochs", "1",
+        "--batch-size", "64", "--audit", "--report", str(tmp_path / "statement"), "--quiet",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    shown = re.search(r"audit\s+(\d+ attempts, worst ratio ([\d.]+).*)", capsys.readouterr().out)
+    assert 0.0 < float(shown[2]) <= 1.0
+    assert shown[1] in (tmp_path / "statement.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("route", ["gated", "spectral", "orthogonal"])
 def test_training_on_a_table_prints_accuracy_and_what_was_spent(table, tmp_path, capsys, route):
     checkpoint = tmp_path / "table.pt"
