@@ -64,8 +64,12 @@ def target_epsilon(value: SupportsFloat, name: str = "target_epsilon") -> float:
     return e
 
 
+_LARGEST_COUNT = 10**15
+"""Whole numbers up to here are exact in float64, and thousands of them add up to what `len` can return."""
+
+
 def count(value: object, name: str = "steps", minimum: int = 0) -> int:
-    """Returns a whole number as an int, or raises if it is fractional or below `minimum`."""
+    """Returns a whole number as an int, or raises if it is fractional, below `minimum` or beyond 10¹⁵."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidParameterError(f"{name} must be a whole number, got {value!r}")
     number = float(value)
@@ -75,4 +79,6 @@ def count(value: object, name: str = "steps", minimum: int = 0) -> int:
         )
     if number < minimum:
         raise InvalidParameterError(f"{name} must be at least {minimum}, got {value!r}")
+    if number > _LARGEST_COUNT:
+        raise InvalidParameterError(f"{name} must be at most 10**15, got {value!r}")
     return int(number)

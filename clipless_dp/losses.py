@@ -55,7 +55,7 @@ def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Valid class indices, and a mask of the samples whose label is one."""
     if output.dim() != 2:
         raise InputError(f"expected class scores (batch, classes), got {tuple(output.shape)}")
-    if target.shape != output.shape[:1] or target.is_floating_point():
+    if target.shape != output.shape[:1] or target.is_floating_point() or target.is_complex():
         raise InputError(
             f"expected integer labels of shape {tuple(output.shape[:1])}, got {target.dtype} {tuple(target.shape)}"
         )
@@ -76,6 +76,8 @@ def _matching(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """Output and target as ``(B, k)``."""
     if output.shape[0] != target.shape[0] or output.numel() != target.numel():
         raise InputError(f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one size")
+    if target.is_complex():
+        raise InputError(f"expected real targets, got {target.dtype}")
     return output.reshape(output.shape[0], -1), target.reshape(target.shape[0], -1).to(output.dtype)
 
 
@@ -335,7 +337,7 @@ class CosineSimilarity(Loss):
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
-        if target.dim() == 1 and not target.is_floating_point():
+        if target.dim() == 1 and not (target.is_floating_point() or target.is_complex()):
             labels, valid = _class_scores(output, target)
             products = output.gather(1, labels.unsqueeze(1)).squeeze(1)
         else:

@@ -118,6 +118,12 @@ def test_shapes_other_than_the_models_own_are_refused_in_words(shape):
             MODELS["gated"](inputs)
 
 
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_complex_targets_are_refused_instead_of_halved(name):
+    with pytest.raises(InputError, match="complex64"):
+        MODELS[name].loss(MODELS[name](torch.ones(3, 4)), torch.zeros(3, dtype=torch.complex64))
+
+
 @quick
 @given(
     st.sampled_from(sorted(MODELS)),

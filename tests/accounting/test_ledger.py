@@ -202,8 +202,8 @@ def test_a_sample_rate_outside_the_unit_interval_is_refused(q):
         PRVAccountant().step(noise_multiplier=1.0, sample_rate=q)
 
 
-@pytest.mark.parametrize("steps", [-1, 1.5, math.nan, "3", True])
-def test_negative_and_fractional_steps_are_refused(steps):
+@pytest.mark.parametrize("steps", [-1, 1.5, math.nan, "3", True, 2.0**63])
+def test_negative_fractional_and_uncountable_steps_are_refused(steps):
     with pytest.raises(InvalidParameterError, match="steps"):
         PRVAccountant().step(noise_multiplier=1.0, sample_rate=0.1, steps=steps)
 
