@@ -1,7 +1,8 @@
-"""Coverage-guided fuzzing of what reads files: anything but a typed error is a crash. Needs ``pip install atheris``.
+"""Coverage-guided fuzzing of what reads files and words: anything but a typed error is a crash. Needs ``atheris``.
 
 python tests/fuzz/readers.py ledger -runs=200000
 python tests/fuzz/readers.py checkpoint -runs=20000
+python tests/fuzz/readers.py command -runs=20000
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import sys
 import tempfile
 import warnings
@@ -22,7 +24,7 @@ from torch._weights_only_unpickler import Unpickler
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["accounting", "clipless_dp.checkpoint", "json"]):
-    from accounting import AccountingError, GaussianStep, GaussianVectorStep, Ledger, PoissonSampling
+    from accounting import AccountingError, GaussianStep, GaussianVectorStep, Ledger, PoissonSampling, cli
     from clipless_dp import CheckpointError
     from clipless_dp import checkpoint as checkpoint_module
 
@@ -50,6 +52,18 @@ def checkpoint(content: bytes) -> None:
         assert isinstance(checkpoint_module.load_checkpoint(path), dict)
 
 
+def command(content: bytes) -> None:
+    """A line is a word of ``python -m accounting``."""
+    # No shell can pass a NUL.
+    words = content.decode("utf-8", "replace").replace("\0", "").split("\n")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            status = cli.main(words)
+        except SystemExit as refusal:
+            status = refusal.code
+    assert status in (0, 2), words
+
+
 def saved(content: object) -> bytes:
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -74,6 +88,11 @@ def seeds(kind: str) -> list[bytes]:
         full.append(GaussianStep(1.5, PoissonSampling(0.1)), 7)
         full.append(GaussianVectorStep((2.0, 3.0)), 2)
         return [full.to_json().encode(), json.dumps(Ledger().state_dict()).encode()]
+    if kind == "command":
+        run = ["--noise-multiplier", "2", "--sample-rate", "1e-2", "--steps", "9", "--delta", "1e-5"]
+        target = ["--epsilon", "2", "--sample-rate", "1e-2", "--delta", "1e-5"]
+        lines = [["epsilon", *run], ["noise", *target, "--steps", "9"], ["steps", *target, "--noise-multiplier", "2"]]
+        return ["\n".join(line).encode() for line in [*lines, ["curve", *run[:-2]], ["explain", "ledger.json"]]]
     pickles = []
     for content in ({"format": 2}, {"format": 2, "model": {"w": torch.ones(2)}, "history": [1.0, None, "x"]}):
         with zipfile.ZipFile(io.BytesIO(saved(content))) as archive:
@@ -87,8 +106,10 @@ def main() -> None:
     corpus.mkdir()
     for index, seed in enumerate(seeds(kind)):
         (corpus / str(index)).write_bytes(seed)
+    os.chdir(FOLDER)
     warnings.simplefilter("ignore")
-    atheris.Setup([sys.argv[0], str(corpus), *options], {"ledger": ledger, "checkpoint": checkpoint}[kind])
+    targets = {"ledger": ledger, "checkpoint": checkpoint, "command": command}
+    atheris.Setup([sys.argv[0], str(corpus), *options], targets[kind])
     atheris.Fuzz()
 
 
