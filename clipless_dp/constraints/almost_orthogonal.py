@@ -32,9 +32,6 @@ class AlmostOrthogonal(Constraint):
         One Gram product, or one correlation of the kernel with itself, and one certificate per weight and step.
     """
 
-    def __init__(self, limit: float = 1.0) -> None:
-        super().__init__(limit)
-
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects the weight in place."""

@@ -23,9 +23,6 @@ class Ball(Constraint):
         One pass over the parameter.
     """
 
-    def __init__(self, limit: float = 1.0) -> None:
-        super().__init__(limit)
-
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects the parameter in place."""

@@ -18,14 +18,14 @@ class Constraint(ABC):
     """A projection onto parameters whose operator norm is at most :attr:`limit`.
 
     Args:
-        limit: the norm guaranteed after :meth:`project_`.
+        limit: the norm guaranteed after :meth:`project_`, 1 by default.
 
     Guarantee:
         After ``project_(weight, operators)`` the exact real operator stored in ``weight`` has norm at most
         ``limit``, for each of the operators, rounding included.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float = 1.0) -> None:
         if not (math.isfinite(limit) and limit > 0):
             raise ConfigurationError(f"the limit of a constraint must be finite and positive, got {limit!r}")
         self.limit = float(limit)

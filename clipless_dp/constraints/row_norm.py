@@ -31,9 +31,6 @@ class RowNorm(Constraint):
         A pass over the weight; no certificate is computed.
     """
 
-    def __init__(self, limit: float = 1.0) -> None:
-        super().__init__(limit)
-
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects the weight in place."""

@@ -22,9 +22,6 @@ class Spectral(Constraint):
         One certificate per weight and step; independent of the batch.
     """
 
-    def __init__(self, limit: float = 1.0) -> None:
-        super().__init__(limit)
-
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects the weight in place."""
