@@ -27,6 +27,9 @@ _LIFT = 1e-2
 _LARGEST_NORM = 1e18
 """The square still fits float32 with room for the products of the backward pass."""
 
+_LARGEST_RATIO = 1e37
+"""Factors of ``1e-37`` and above are normal numbers in float32: smaller ones would round by more than the slack."""
+
 
 def rounding_slack(entries: int, dtype: torch.dtype = torch.float32) -> float:
     """Upper bound of ``‖gated‖ / cap`` for a gate evaluated in floating point.
@@ -69,6 +72,11 @@ def _factors(cap: float, norms: Tensor, floor: float) -> Tensor:
     return torch.full_like(norms, cap) / norms.clamp(min=floor)
 
 
+def _largest(cap: float, dtype: torch.dtype) -> float:
+    """The largest norm that a gate of this cap scales: what is above has no factor that is exact up to one rounding."""
+    return min(_LARGEST_RATIO * cap, torch.finfo(_wide(dtype)).max)
+
+
 def _per_sample(factors: Tensor, like: Tensor) -> Tensor:
     return factors.reshape(-1, *([1] * (like.dim() - 1)))
 
@@ -78,7 +86,7 @@ def _drop_rows_(values: Tensor, norms: Tensor, largest: float) -> Tensor:
     if values.device.type == "cpu" and not torch.compiler.is_compiling():
         # Nearly always there is nothing to do, and the CPU can look without waiting for a device.
         if len(norms) and not float(norms.detach().max()) <= largest:
-            values[~(norms <= largest)] = 0.0
+            values.index_fill_(0, (~(norms.detach() <= largest)).nonzero().flatten(), 0.0)
         return values
     kept = _per_sample(norms <= largest, values)
     return torch.where(kept, values, torch.zeros((), dtype=values.dtype, device=values.device))
@@ -128,15 +136,18 @@ def _scaled(values: Tensor, cap: float, floor: float, largest: float = _LARGEST_
 def input_gate(inputs: Tensor, radius: float) -> tuple[Tensor, Tensor]:
     """Projects each sample onto the ball of the given radius; samples without a finite norm become zero.
 
+    So do those of more than 1e37 times the radius, for which float32 has no factor.
+
     Args:
         inputs: ``(B, ...)``.
         radius: the cap ``X₀``.
 
     Returns:
-        The gated inputs and a boolean mask ``(B,)`` of the samples that had a finite norm.
+        The gated inputs and a boolean mask ``(B,)`` of the samples that had such a norm.
     """
-    gated, norms = _scaled(inputs, radius, radius, torch.finfo(_wide(inputs.dtype)).max)
-    return gated, torch.isfinite(norms.detach())
+    largest = _largest(radius, inputs.dtype)
+    gated, norms = _scaled(inputs, radius, radius, largest)
+    return gated, norms.detach() <= largest
 
 
 def token_gate(tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -169,7 +180,7 @@ class _CotangentGateFunction(torch.autograd.Function):
         norms = outside_autocast(sample_norms(cotangent))
         factors = _factors(ctx.limit, norms, ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
-        return _drop_rows_(gated, norms, torch.finfo(norms.dtype).max), None, None, None
+        return _drop_rows_(gated, norms, _largest(ctx.limit, norms.dtype)), None, None, None
 
 
 def cotangent_gate(values: Tensor, limit: float, mode: GateMode = "clip", floor: float = 1e-8) -> Tensor:

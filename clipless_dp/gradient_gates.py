@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates import _LARGEST_NORM, _LIFT, GateMode, _checked_cap, sample_norms
+from clipless_dp.gates import _LARGEST_NORM, _LARGEST_RATIO, _LIFT, GateMode, _checked_cap, sample_norms
 
 _CANCELLED = 1e-3
 """A sum over positions that is smaller than this share of ``‖g‖‖x‖`` counts as this large: the rest is mostly rounding,
@@ -27,9 +27,6 @@ which depends on the rest of the batch and must not be scaled to the size of a s
 
 _UNDERFLOW = 1e-16
 """Above the norm that squares can lose to underflow, ``√n·1.1e-19``, for the rows that are summed in float32."""
-
-_LARGEST_RATIO = 1e37
-"""Factors of ``1e-37`` and above are normal numbers in float32: smaller ones would round by more than the slack."""
 
 _CHUNK_ENTRIES = {"cpu": 1 << 20}
 _CHUNK_ENTRIES_ELSEWHERE = 1 << 26

@@ -62,6 +62,19 @@ def test_no_gate_lets_more_through_than_its_cap_times_the_rounding_slack(
         assert bool((true_norms(output) <= limit).all())
 
 
+@pytest.mark.parametrize("size", [2e35, 1e36, 9e36, 2.3e37, 1e38, 3e38])
+def test_long_samples_whose_factor_float32_cannot_hold_become_zero(size: float) -> None:
+    signals = torch.full((2, 70_000), size / math.sqrt(70_000))
+    signals[1] = 1e-6
+    for cap in (1e-8, 1e-2, 1.0):
+        gated, finite = input_gate(signals, cap)
+        assert bool(finite[0]) == (size <= 1e37 * cap)
+        for output in (gated, passed_back(CotangentGate(cap), signals)):
+            assert bool((true_norms(output) <= cap * rounding_slack(70_000)).all())
+            assert bool(output[0].any()) == (size <= 1e37 * cap)
+            assert bool(output[1].any())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_rounding_slack_stays_below_one_percent_for_any_image(dtype: torch.dtype) -> None:
     assert all(1.0 < rounding_slack(entries, dtype) < 1.01 for entries in (1, 784, 65_536, 65_537, 3 * 512 * 512))
