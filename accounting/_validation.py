@@ -19,11 +19,15 @@ def _as_float(name: str, value: SupportsFloat) -> float:
 
 
 def noise_multiplier(value: SupportsFloat, name: str = "noise_multiplier") -> float:
-    """Returns σ as a float, or raises if it is not positive and finite."""
+    """Returns σ as a float, or raises if it is not positive and finite, or if σ² would leave the range of floats."""
     sigma = _as_float(name, value)
     if not (math.isfinite(sigma) and sigma > 0.0):
         raise InvalidParameterError(
             f"{name} must be positive and finite, got {value!r}: without noise there is no guarantee"
+        )
+    if not 1e-100 <= sigma <= 1e100:
+        raise InvalidParameterError(
+            f"{name} must lie in [1e-100, 1e100], got {value!r}: it is relative to the sensitivity, usually 0.3 to 100"
         )
     return sigma
 

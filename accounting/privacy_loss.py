@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft
 
+from .errors import EngineRangeError
 from .pairs import DominatingPair
 
 __all__ = ["Composition", "DiscreteLoss", "Side", "discretise", "loss_edges"]
@@ -33,6 +34,7 @@ Side = Literal["upper", "lower"]
 
 _ULP = float(np.finfo(float).eps)
 _NEGLIGIBLE = 50.0
+_MAX_EDGES = 1 << 22
 # The formats whose machine epsilon bounds each rounding: 80-bit and quadruple precision.
 _EXTENDED = np.longdouble if np.finfo(np.longdouble).nmant in (63, 112) else np.float64
 
@@ -92,6 +94,8 @@ def loss_edges(low: float, high: float, width: float, t: float, tolerance: float
         step = np.where(position <= core, 0.0, step)
         density = 1.0 / np.maximum(step, width)
         cells = np.concatenate(([0.0], np.cumsum(0.5 * (density[1:] + density[:-1]) * np.diff(position))))
+        if not (cells[-1] <= _MAX_EDGES and end <= 2.0**52 * width):
+            raise EngineRangeError(f"losses up to {end:.3g} do not fit on a grid of width {width:.3g}")
         points = np.interp(np.arange(math.ceil(cells[-1])), cells, position)
         sides.append(np.append(np.round(points / width), math.ceil(end / width)).astype(np.int64))
     index = np.unique(np.concatenate((-sides[1], sides[0])))

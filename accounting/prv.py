@@ -22,6 +22,7 @@ _TOLERANCE = 2e-4
 _COARSE = 1e-2
 _MAX_SIZE = 1 << 21
 _LARGE = 1 << 16
+_LARGEST_EPSILON = 1e8
 _NEAR = 24
 _CONCENTRATED = 0.1
 _ULP = float(np.finfo(float).eps)
@@ -217,8 +218,10 @@ def compose_epsilon(
         tolerance: Relative error that the grid is laid out for.
 
     Raises:
-        EngineRangeError: When no tilt brackets δ.
+        EngineRangeError: When no tilt brackets δ, or ε is beyond use.
     """
+    if guess[0] > _LARGEST_EPSILON:
+        raise EngineRangeError(f"numerical composition is not tried at an epsilon of {guess[0]:.3g}")
     log_delta = math.log(delta)
     coarse = []
     # The grid follows from the answer; a coarse composition finds both to a per cent, cheaply.

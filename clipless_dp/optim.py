@@ -350,7 +350,7 @@ class CliplessDPOptimizer(Optimizer):
             steps_taken, accountant = int(own["steps_taken"]), own["accountant"]
             counted = {str(run): int(count) for run, count in own["counted"].items()}
             sources = {str(name) for name in own["noise"]}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
         self._join_ledger(accountant, counted, steps_taken)
         self._lines_compared = 0

@@ -476,7 +476,7 @@ class _Run:
             if self.average is not None:
                 self.average.load_state_dict(content["average"])
             self.model.net.load_state_dict(content["model" if self.average is None else "last"])
-        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError) as error:
+        except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
         self.saved = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from accounting import (
     FixedSizeSampling,
     GaussianRelease,
     GaussianStep,
+    InvalidParameterError,
     LaplaceRelease,
     NoSampling,
     PoissonSampling,
@@ -378,3 +380,21 @@ def test_unsampled_phases_mixed_with_sampled_ones_are_merged():
     merged.record(GaussianStep(1.0, NoSampling()))
     merged.record(GaussianStep(1.0, PoissonSampling(0.01)), 1000)
     assert float(whole) == pytest.approx(float(merged.get_epsilon(1e-6)), rel=1e-9)
+
+
+@pytest.mark.parametrize("accountant", [RDPAccountant, PRVAccountant])
+@pytest.mark.parametrize("sigma", [1e-100, 1e-20, 1e-5, 1e20, 1e100])
+def test_noise_of_any_size_has_an_answer_in_order(accountant, sigma):
+    spent = accountant()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        spent.step(noise_multiplier=sigma, sample_rate=0.1, steps=10)
+        epsilon = float(spent.get_epsilon(1e-5))
+    # One step alone reveals about 1/(2σ²) where there is hardly any noise, and nothing where there is nothing else.
+    assert epsilon >= 0.4 / sigma**2 if sigma < 1 else epsilon <= 1e-3
+
+
+@pytest.mark.parametrize("sigma", [1e-101, 1e101, 1e308, 5e-324])
+def test_noise_whose_square_is_no_float_is_refused(sigma):
+    with pytest.raises(InvalidParameterError, match="1e-100"):
+        GaussianStep(sigma, PoissonSampling(0.1))
