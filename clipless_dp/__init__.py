@@ -1,6 +1,6 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
-from clipless_dp import architectures, audit, constraints, distributed, layers, losses
+from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets
 from clipless_dp.augmentation import RowAugmentation, ShiftAndFlip
 from clipless_dp.averaging import WeightAverage
 from clipless_dp.errors import (
@@ -77,6 +77,7 @@ __all__ = [
     "layers",
     "losses",
     "poisson_collate",
+    "presets",
     "register_rule",
     "report",
     "suggest_gates",

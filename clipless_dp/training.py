@@ -45,6 +45,7 @@ from clipless_dp.sampling import Batch, PoissonBatches, as_tensors
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+OPTIMIZERS = ("sgd", "adam")
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 NoiseSchedule = Callable[[int, int], float]
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -130,7 +131,7 @@ def fit(
     batch_size: int,
     lr: float = 1.0,
     momentum: float = 0.9,
-    optimizer: OptimizerFactory | None = None,
+    optimizer: OptimizerFactory | str = "sgd",
     scheduler: SchedulerFactory = linear_decay,
     accountant: str | Accountant = "prv",
     allocation: Allocation = "min-variance",
@@ -164,9 +165,10 @@ def fit(
         delta: target δ in (0, 1), below one over the number of samples (else there is a warning).
         epochs: passes over the data in expectation.
         batch_size: *expected* batch size; draws vary around it.
-        lr: peak learning rate of SGD.
+        lr: peak learning rate of SGD or Adam.
         momentum: of SGD.
-        optimizer: builds another base optimizer from the parameters, e.g. ``lambda p: torch.optim.Adam(p, 1e-3)``.
+        optimizer: ``"sgd"``, ``"adam"``, or a function that builds another base optimizer from the parameters, e.g.
+            ``lambda p: torch.optim.AdamW(p, 1e-3)``.
         scheduler: builds a scheduler from the optimizer and the number of steps, called once a step.
         accountant: ``"prv"``, ``"rdp"`` or ``"auto"``, or an accountant whose ledger holds what was released from the
             data before, by ``clipless_dp.statistics`` say: that counts towards ``epsilon``; the steps are added to it.
@@ -217,6 +219,10 @@ def fit(
         evaluate(model, (some_inputs[:1], some_targets[:1]))
     size = len(inputs) if dataset_size is None else dataset_size
     _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size)
+    if not callable(optimizer) and optimizer not in OPTIMIZERS:
+        raise ConfigurationError(
+            f"optimizer must be one of {OPTIMIZERS}, or a function of the parameters, got {optimizer!r}"
+        )
     if augment is not None:
         model.check_inputs(views(augment, inputs[:1].to(device), torch.ones(1, dtype=torch.bool, device=device)))
     average = None if ema is None else WeightAverage(model, ema)
@@ -240,7 +246,7 @@ def fit(
             raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
         noise = ReproducibleNoise(reproducible_seed) if noise is None else noise
     parameters = list(model.net.parameters())
-    base = torch.optim.SGD(parameters, lr=lr, momentum=momentum) if optimizer is None else optimizer(parameters)
+    base = _base(optimizer, parameters, lr, momentum)
     private = CliplessDPOptimizer(
         model,
         base,
@@ -332,6 +338,12 @@ def fit(
         checkpoint=path if distributed.from_first(lambda: run.saved) else None,
         last_weights=last_weights,
     )
+
+
+def _base(optimizer: OptimizerFactory | str, parameters: list[nn.Parameter], lr: float, momentum: float) -> Optimizer:
+    if callable(optimizer):
+        return optimizer(parameters)
+    return torch.optim.Adam(parameters, lr=lr) if optimizer == "adam" else torch.optim.SGD(parameters, lr, momentum)
 
 
 def _factors(schedule: NoiseSchedule | None, steps: int) -> list[float] | None:

@@ -516,3 +516,13 @@ def test_a_noise_schedule_leaves_room_for_what_was_released_before():
     sigma = result.noise_multiplier
     assert accountant.history == [(2.0, 1.0, 1), (sigma, 50 / 300, 18), (0.5 * sigma, 50 / 300, 18)]
     assert 0.98 * 4.0 < result.epsilon <= 4.0
+
+
+def test_an_optimizer_may_be_named():
+    named, built = gated_model(), gated_model()
+    settings = {**RUN, "reproducible_seed": 3, "epochs": 1, "lr": 0.01}
+    fit(named, samples(300), optimizer="adam", **settings)
+    fit(built, samples(300), optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01), **settings)
+    assert torch.equal(weights(named), weights(built))
+    with pytest.raises(ConfigurationError, match="'adam'"):
+        fit(gated_model(), samples(300), optimizer="lion", **RUN)

@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from clipless_dp import ConfigurationError, evaluate, fit, presets
+
+SHAPES = {"transfer": (12,)}
+"""Samples that a preset takes, where they are no small grey images."""
+
+
+def data(shape, count=40, outputs=3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, *shape, generator=generator), torch.arange(count) % outputs
+
+
+def shape_of(name):
+    return SHAPES.get(name, (1, 16, 16))
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_trains_to_the_target_with_its_own_settings(name):
+    preset, (inputs, targets) = presets.get(name), data(shape_of(name))
+    settings = {"epochs": 1, "batch_size": 20, "accountant": "rdp", "progress": False}
+    trained = preset.fit((inputs, targets), epsilon=3.0, delta=1e-3, outputs=3, **settings)
+    assert 2.9 < trained.result.epsilon <= 3.0
+    assert trained.result.steps == 2
+    (group,) = trained.result.optimizer.param_groups
+    assert group["initial_lr"] == preset.settings["lr"]
+    assert trained.evaluate((inputs, targets)) == evaluate(trained.model, (preset.features(inputs), targets))
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_a_preset_holds_arguments_of_fit_only_and_can_not_be_changed(name):
+    preset = presets.get(name)
+    assert preset.name == name
+    assert set(preset.arguments(1000)) <= set(inspect.signature(fit).parameters)
+    assert {"epochs", "batch_size"} <= set(preset.arguments(1000))
+    with pytest.raises(TypeError):
+        preset.settings["epochs"] = 1
+
+
+def test_a_sample_rate_stands_for_a_batch_size_and_yields_to_one():
+    preset = presets.get("transfer")
+    rate = preset.settings["sample_rate"]
+    assert preset.arguments(1000)["batch_size"] == round(1000 * rate)
+    assert preset.arguments(3)["batch_size"] == 1
+    assert preset.arguments(1000, batch_size=7)["batch_size"] == 7
+
+
+def test_features_are_computed_once(tmp_path):
+    preset, (images, labels) = presets.get("features-linear"), data((1, 8, 8))
+    trained = preset.fit(
+        (images, labels), epsilon=3.0, delta=1e-3, outputs=3, validation=(images, labels), cache_dir=tmp_path,
+        epochs=1, batch_size=20, accountant="rdp", progress=False,
+    )  # fmt: skip
+    assert len(list(tmp_path.glob("*.npy"))) == 1
+    assert trained.result.history[-1].accuracy == trained.evaluate((images, labels))[0]
+    torch.testing.assert_close(preset.features(images), trained.prepare(images), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        *((name, (5,)) for name in ("mnist-gradient", "mnist-gated", "mnist-orthogonal", "features-linear")),
+        *((name, (1, 2, 2)) for name in ("mnist-gradient", "mnist-gated")),
+    ],
+)
+def test_a_shape_that_a_preset_does_not_take_is_refused_by_name(name, shape):
+    with pytest.raises(ConfigurationError, match=name):
+        presets.get(name).fit(data(shape), epsilon=3.0, delta=1e-3, outputs=3)
+
+
+def test_an_unknown_preset_is_refused_with_those_that_there_are():
+    with pytest.raises(ConfigurationError, match=r"unknown preset 'mnist'.*mnist-gated"):
+        presets.get("mnist")
+
+
+def test_an_own_front_end_takes_the_place_of_a_presets():
+    preset = dataclasses.replace(presets.get("transfer"), front=lambda shape: nn.Sequential(nn.Flatten(), nn.Tanh()))
+    inputs, targets = data((1, 4, 4))
+    trained = preset.fit(
+        (inputs, targets), epsilon=3.0, delta=1e-3, outputs=3, epochs=1, accountant="rdp", progress=False
+    )
+    assert trained.model.input_shape == (16,)
