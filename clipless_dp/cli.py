@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from clipless_dp import architectures, constraints, layers, losses
+from clipless_dp import architectures, constraints, layers, losses, presets
+from clipless_dp.augmentation import ShiftAndFlip
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
@@ -18,7 +21,7 @@ from clipless_dp.gating import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
 from clipless_dp.report import report, statement_files
-from clipless_dp.training import evaluate, fit
+from clipless_dp.training import OPTIMIZERS, constant, evaluate, fit, linear_decay, noise_stages
 
 ROUTES = ("gated", "spectral", "orthogonal")
 NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
@@ -30,9 +33,25 @@ NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
 }
 
 
+SCHEDULES = {"linear": linear_decay, "constant": constant}
+_OF_PRESETS = ("route", "network", "tau", "input_norm")
+"""What a preset decides, and is not changed beside it."""
+
+_TUNED = (
+    "epochs", "batch_size", "lr", "momentum", "optimizer", "lr_schedule", "noise_schedule", "allocation", "ema",
+    "augment", "flip", "multiplicity",
+)  # fmt: skip
+"""What a preset proposes, and an option replaces."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, or 2 after a refusal on standard error."""
-    options = _parser().parse_args(arguments)
+    parser, train = _parser()
+    options = parser.parse_args(arguments)
+    if options.preset is not None:
+        # Read again, so that what was given is told from what is a default.
+        train.set_defaults(**dict.fromkeys((*_OF_PRESETS, *_TUNED)))
+        options = parser.parse_args(arguments)
     try:
         return _train(options)
     except (CliplessError, ValueError, ImportError, OSError) as error:
@@ -52,7 +71,15 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _factors(text: str) -> tuple[float, float]:
+    first, _, last = text.partition(":")
+    try:
+        return float(first), float(last)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, two factors such as 1.5:0.7") from None
+
+
+def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     parser = argparse.ArgumentParser(
         prog="python -m clipless_dp",
         description="Differentially private training without per-sample clipping.",
@@ -67,6 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data-dir", type=Path, help="folder with local copies; otherwise named sets are downloaded")
     train.add_argument("--epsilon", type=float, required=True, help="target ε")
     train.add_argument("--delta", type=float, required=True, help="target δ, below one over the number of samples")
+    train.add_argument(
+        "--preset", choices=tuple(presets.PRESETS), help="front-end, network, bounds and settings; options change these"
+    )
+    train.add_argument("--cache-dir", type=Path, help="folder for the features of a preset; it holds private data then")
     train.add_argument("--route", choices=ROUTES, default="gated", help="what bounds the gradients")
     train.add_argument(
         "--network", choices=("small", *NETWORKS), default="small", help="architecture; small: few layers"
@@ -74,8 +105,22 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--epochs", type=float, default=20, help="passes over the data, in expectation")
     train.add_argument("--batch-size", type=int, default=1024, help="expected batch size")
     train.add_argument("--micro-batch-size", type=int, help="rows processed at once")
+    train.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="what takes the noisy gradients")
     train.add_argument("--lr", type=float, default=0.5, help="peak learning rate")
+    train.add_argument(
+        "--lr-schedule", choices=tuple(SCHEDULES), default="linear", help="linear: rises briefly, then falls to zero"
+    )
     train.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
+    train.add_argument(
+        "--noise-schedule",
+        type=_factors,
+        metavar="FIRST:LAST",
+        help="factors between which the noise goes in ten stages; ε stays the same",
+    )
+    train.add_argument("--ema", type=float, metavar="DECAY", help="moving average of the weights, 0.99 say")
+    train.add_argument("--augment", type=int, metavar="PIXELS", help="views shifted by up to so many pixels")
+    train.add_argument("--flip", action="store_true", default=None, help="views mirrored left and right, every other")
+    train.add_argument("--multiplicity", type=int, default=1, help="views of a sample averaged in its own gradient")
     train.add_argument("--tau", type=float, default=8.0, help="temperature of the cross-entropy")
     train.add_argument("--input-norm", type=float, help="cap of a sample's norm (default: √entries)")
     train.add_argument("--accountant", choices=("prv", "rdp", "auto"), default="prv", help="engine")
@@ -97,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         help="makes noise and batches predictable: for experiments, not for releases",
     )
     train.add_argument("--quiet", action="store_true", help="no progress bar, no table")
-    return parser
+    return parser, train
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -107,48 +152,42 @@ def _train(options: argparse.Namespace) -> int:
     data = load_dataset(options.dataset, options.data_dir)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
-    shape = tuple(data.inputs.shape[1:])
-    if len(shape) not in (1, 3):
-        raise ConfigurationError(
-            f"no network here takes samples of shape {shape}: give columns (N, columns), or images as uint8 (N, H, W) "
-            "or (N, H, W, 3), or as numbers (N, channels, H, W)"
-        )
-    small = image_classifier if len(shape) == 3 else table_classifier
-    net: nn.Module = NETWORKS.get(options.network, small)(shape, data.classes)
-    constraint: constraints.Constraint | None = None
-    if options.route == "gated":
-        net = gated(net, cotangent_mode="normalize")
+    preset = None if options.preset is None else presets.get(options.preset)
+    train, test = data.train, data.test
+    if preset is None:
+        model = _model(options, tuple(data.inputs.shape[1:]), data.classes)
     else:
-        constraint = constraints.Spectral() if options.route == "spectral" else constraints.Orthogonal()
-    model = DPLipModel(
-        net,
-        input_shape=shape,
-        input_norm=options.input_norm if options.input_norm is not None else float(data.inputs[0].numel()) ** 0.5,
-        loss=losses.TauCrossEntropy(options.tau),
-        constraint=constraint,
-    ).to(options.device)
+        fixed = [f"--{name.replace('_', '-')}" for name in _OF_PRESETS if getattr(options, name) is not None]
+        if fixed:
+            raise ConfigurationError(
+                f"--preset {preset.name} decides what {', '.join(fixed)} would: leave out one or the other"
+            )
+        train, test = (
+            (preset.features(inputs, cache_dir=options.cache_dir), targets) for inputs, targets in (train, test)
+        )
+        model = preset.model(tuple(train[0].shape[1:]), data.classes)
+        if not options.quiet:
+            print(f"preset {preset.name}: {preset.summary}", f"chosen on: {preset.provenance}", sep="\n", end="\n\n")
+    model = model.to(options.device)
+    tuned = _tuned(options)
     if not options.quiet:
         with full_precision():
             print(model.sensitivity(), architectures.summary(model), sep="\n")
     result = fit(
         model,
-        data.train,
+        train,
         epsilon=options.epsilon,
         delta=options.delta,
-        epochs=options.epochs,
-        batch_size=options.batch_size,
         micro_batch_size=options.micro_batch_size,
-        lr=options.lr,
-        momentum=options.momentum,
         accountant=options.accountant,
-        allocation=options.allocation,
         checkpoint=options.checkpoint,
         reproducible_seed=options.reproducible_seed,
         noise=options.noise,
         audit=options.audit,
         progress=not options.quiet,
+        **(tuned if preset is None else preset.arguments(len(train[0]), **tuned)),
     )
-    accuracy, _ = evaluate(model, data.test)
+    accuracy, _ = evaluate(model, test)
     assert accuracy is not None
     print(f"test accuracy  {100 * accuracy:.2f} % of {len(data.test_targets)} held-out samples")
     print(f"epsilon        {result.epsilon:.4f} (add-or-remove-one, {options.accountant} accountant)")
@@ -161,9 +200,50 @@ def _train(options: argparse.Namespace) -> int:
     if result.audits:
         print(f"audit          {str(result.audits[-1]).splitlines()[-1]}")
     if options.report is not None:
-        statement = report(result.optimizer, options.report, delta=result.delta, audit=result.audits[-1:])
+        statement = report(
+            result.optimizer,
+            options.report,
+            delta=result.delta,
+            audit=result.audits[-1:],
+            notes=() if preset is None else (f"Hyper-parameters, of the preset {preset.name}: {preset.provenance}",),
+        )
         print(f"statement      {', '.join(map(str, statement.files))}")
     return 0
+
+
+def _model(options: argparse.Namespace, shape: tuple[int, ...], classes: int) -> DPLipModel:
+    if len(shape) not in (1, 3):
+        raise ConfigurationError(
+            f"no network here takes samples of shape {shape}: give columns (N, columns), or images as uint8 (N, H, W) "
+            "or (N, H, W, 3), or as numbers (N, channels, H, W)"
+        )
+    small = image_classifier if len(shape) == 3 else table_classifier
+    net: nn.Module = NETWORKS.get(options.network, small)(shape, classes)
+    constraint: constraints.Constraint | None = None
+    if options.route == "gated":
+        net = gated(net, cotangent_mode="normalize")
+    else:
+        constraint = constraints.Spectral() if options.route == "spectral" else constraints.Orthogonal()
+    return DPLipModel(
+        net,
+        input_shape=shape,
+        input_norm=options.input_norm if options.input_norm is not None else math.sqrt(math.prod(shape)),
+        loss=losses.TauCrossEntropy(options.tau),
+        constraint=constraint,
+    )
+
+
+def _tuned(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of ``fit`` that were given, or have a default."""
+    tuned = {name: value for name in _TUNED if (value := getattr(options, name)) is not None}
+    if (schedule := tuned.pop("lr_schedule", None)) is not None:
+        tuned["scheduler"] = SCHEDULES[schedule]
+    if (factors := tuned.pop("noise_schedule", None)) is not None:
+        tuned["noise_schedule"] = noise_stages(*factors)
+    flip = tuned.pop("flip", False)
+    if flip or "augment" in tuned:
+        tuned["augment"] = ShiftAndFlip(tuned.get("augment", 0), flip=flip)
+    return tuned
 
 
 def _require_device(name: str) -> None:

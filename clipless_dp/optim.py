@@ -33,6 +33,9 @@ from clipless_dp.tracker import Sensitivity, stamp
 
 Sampling = Literal["announced", "poisson", "none"]
 
+Rates = tuple[float | None, ...]
+"""Learning rate of each parameter group; ``None`` where the base optimizer has none."""
+
 STATE_FORMAT = 1
 _MARGIN = 1.0 + 1e-6
 """Noise is drawn this much larger than planned, so that float32 rounding of its scale never falls below the plan."""
@@ -133,6 +136,7 @@ class CliplessDPOptimizer(Optimizer):
         self._allowance = _Allowance()
         self.steps_taken = 0
         self._noise_sources: set[str] = set()
+        self._learning_rates: list[tuple[Rates, int]] = []
         self._draws_before = draws.snapshot()
         self._held_before = draws.held()
         self._run = uuid.uuid4().hex
@@ -284,6 +288,11 @@ class CliplessDPOptimizer(Optimizer):
         """The sources that the noise of all steps came from, those of loaded states included."""
         return tuple(sorted(self._noise_sources))
 
+    @property
+    def learning_rates(self) -> list[tuple[Rates, int]]:
+        """The learning rates of all steps, those of loaded states included: rates, and for how many steps in a row."""
+        return list(self._learning_rates)
+
     def noise_deviations(self) -> dict[str, float]:
         """``σ_θ`` of the noise on each parameter's summed gradient, at the current bounds, by name in ``model.net``."""
         named = self._require_protected()
@@ -328,6 +337,7 @@ class CliplessDPOptimizer(Optimizer):
                 "accountant": self.accountant.state_dict(),
                 "counted": dict(self._counted),
                 "noise": list(self.noise_sources),
+                "learning_rates": [[list(rates), count] for rates, count in self._learning_rates],
             },
         }
 
@@ -350,12 +360,18 @@ class CliplessDPOptimizer(Optimizer):
             steps_taken, accountant = int(own["steps_taken"]), own["accountant"]
             counted = {str(run): int(count) for run, count in own["counted"].items()}
             sources = {str(name) for name in own["noise"]}
+            # States of before they were recorded have none.
+            rates = [
+                (tuple(None if rate is None else float(rate) for rate in some), int(count))
+                for some, count in own.get("learning_rates", [])
+            ]
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
         self._join_ledger(accountant, counted, steps_taken)
         self._lines_compared = 0
         self.steps_taken = steps_taken
         self._noise_sources |= sources
+        self._learning_rates = rates
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
 
@@ -415,6 +431,7 @@ class CliplessDPOptimizer(Optimizer):
         self._counted[self._run] = self._counted.get(self._run, 0) + 1
         self._note_ledger()
         self._noise_sources.add(source_name(type(self.noise)))
+        self._note_learning_rates()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         self._entered.clear()
@@ -436,6 +453,11 @@ class CliplessDPOptimizer(Optimizer):
             self._release_together(gradients, scales)
         torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
+
+    def _note_learning_rates(self) -> None:
+        rates = tuple(None if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
+        before = self._learning_rates.pop() if self._learning_rates else (rates, 0)
+        self._learning_rates += [(rates, before[1] + 1)] if before[0] == rates else [before, (rates, 1)]
 
     def _join_ranks(self) -> None:
         """Makes sure that all ranks train the same model in the same way, from the weights of rank 0."""

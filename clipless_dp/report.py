@@ -255,6 +255,10 @@ def _facts(
             "taken": optimizer.steps_taken,
             "entries": entries,
         },
+        "learning_rates": [
+            {"rates": [None if rate is None else _number(rate) for rate in rates], "count": count}
+            for rates, count in optimizer.learning_rates
+        ],
         "noise": {
             "allocation": optimizer.allocation,
             "sources": list(optimizer.noise_sources),
@@ -391,6 +395,11 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
         rows=tuple(runs[:_SHOWN_RUNS]),
     )
     yield Section(
+        "Learning rate",
+        ("Of each step, as it was taken; the JSON file has all of them. A schedule must not look at the data.",),
+        rows=tuple(_rates(facts["learning_rates"], steps["taken"])),
+    )
+    yield Section(
         "Bounds by layer",
         (
             "The most that one sample can change each layer's summed gradient, whatever the sample is: certified from "
@@ -453,6 +462,17 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
         ),
         rows=(*((name, version) for name, version in facts["versions"].items()), ("written", facts["created"])),
     )
+
+
+def _rates(runs: Sequence[Mapping[str, Any]], taken: int) -> Iterator[tuple[str, str]]:
+    recorded = sum(run["count"] for run in runs)
+    yield "Steps whose rate is recorded", f"{recorded} of {taken}"
+    for name, choose in (("First", lambda rates: rates[0]), ("Largest", max), ("Last", lambda rates: rates[-1])):
+        # Of each group of parameters by itself.
+        groups = zip(*([-1.0 if rate is None else rate for rate in run["rates"]] for run in runs), strict=False)
+        shown = [choose(list(rates)) for rates in groups]
+        if shown:
+            yield name, ", ".join("–" if rate < 0.0 else f"{rate:.6g}" for rate in shown)
 
 
 def _promise(facts: Mapping[str, Any]) -> Iterator[str]:

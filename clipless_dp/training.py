@@ -120,6 +120,31 @@ def constant(optimizer: Optimizer, steps: int) -> LRScheduler:
     return LambdaLR(optimizer, lambda step: 1.0)
 
 
+def noise_stages(first: float, last: float, count: int = 10) -> NoiseSchedule:
+    """Factors of the noise that go from one value to another in equal stages, each the same multiple of the one before.
+
+    ``fit(noise_schedule=noise_stages(1.5, 0.7))`` learns roughly first and finely at the end, at the same ε in all.
+
+    Args:
+        first: positive factor of the first stage.
+        last: positive factor of the last stage.
+        count: stages, at least 2; few keep the accounting fast.
+
+    Raises:
+        ConfigurationError: an argument is out of range.
+    """
+    if not (0.0 < first < math.inf and 0.0 < last < math.inf and isinstance(count, int) and count >= 2):
+        raise ConfigurationError(
+            f"noise_stages needs positive factors and at least 2 stages, got {first!r}, {last!r}, {count!r}"
+        )
+
+    def factor(step: int, steps: int) -> float:
+        stages = min(count, steps)
+        return first * math.pow(last / first, step * stages // steps / max(1, stages - 1))
+
+    return factor
+
+
 @full_precision()
 def fit(
     model: DPLipModel,

@@ -360,12 +360,17 @@ def test_bytes_that_are_no_checkpoint_are_refused_even_with_a_digest(tmp_path, c
 OPTIONS = [
     "--epsilon", "--delta", "--epochs", "--batch-size", "--micro-batch-size", "--lr", "--momentum", "--tau",
     "--input-norm", "--route", "--accountant", "--allocation", "--device", "--noise", "--init-seed",
-    "--reproducible-seed", "--report", "--checkpoint", "--data-dir",
+    "--reproducible-seed", "--report", "--checkpoint", "--data-dir", "--preset", "--cache-dir", "--optimizer",
+    "--lr-schedule", "--noise-schedule", "--ema", "--augment", "--multiplicity",
 ]  # fmt: skip
 WORDS = ["", "0", "-1", "1", "3", "1e-3", "1e400", "-0.0", "nan", "inf", "1e-320", "64", "99999999999999999999"]
 WORDS += [
     "x",
     "gated",
+    "transfer",
+    "adam",
+    "1.5:0.7",
+    "1e-320:1e300",
     "spectral",
     "rdp",
     "auto",

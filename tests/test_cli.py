@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from clipless_dp import training
+from clipless_dp import presets, training
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.cli import image_classifier, main
 from clipless_dp.datasets import load_dataset
@@ -55,13 +56,79 @@ def test_training_on_a_table_prints_accuracy_and_what_was_spent(table, tmp_path,
     assert checkpoint.exists()
 
 
-@pytest.mark.parametrize("network", ["residual-mlp", "lipvgg"])
-def test_an_architecture_trains_from_the_command_line(network, tmp_path, capsys):
+@pytest.fixture
+def images(tmp_path):
     generator = np.random.default_rng(0)
     path = tmp_path / "images.npz"
     np.savez(path, X=generator.integers(256, size=(100, 10, 12), dtype=np.uint8), y=np.arange(100) % 3)
+    return path
+
+
+def test_a_preset_brings_network_and_settings_which_options_change(images, tmp_path, capsys):
+    checkpoint, statement = tmp_path / "run.pt", tmp_path / "statement"
     arguments = [
-        "train", "--dataset", str(path), "--epsilon", "3", "--delta", "1e-3", "--epochs", "1", "--batch-size", "40",
+        "train", "--dataset", str(images), "--epsilon", "3", "--delta", "1e-3", "--preset", "mnist-orthogonal",
+        "--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--checkpoint", str(checkpoint),
+        "--report", str(statement),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "preset mnist-orthogonal" in printed
+    assert presets.get("mnist-orthogonal").provenance in printed
+    settings = load_checkpoint(checkpoint)["settings"]
+    assert settings["steps"] == 2
+    assert settings["lr and momentum"] == [(presets.get("mnist-orthogonal").settings["lr"], 0.9)]
+    assert "Hyper-parameters, of the preset mnist-orthogonal" in (tmp_path / "statement.md").read_text("utf-8")
+    assert main([*arguments, "--route", "gated", "--tau", "3"]) == 2
+    assert "--preset mnist-orthogonal decides what --route, --tau would" in capsys.readouterr().err
+
+
+def test_the_front_end_of_a_preset_stands_before_training_and_test(images, tmp_path, capsys):
+    arguments = [
+        "train", "--dataset", str(images), "--epsilon", "3", "--delta", "1e-3", "--preset", "features-linear",
+        "--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--quiet",
+        "--cache-dir", str(tmp_path / "features"),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    assert "held-out samples" in capsys.readouterr().out
+    assert len(list((tmp_path / "features").glob("*.npy"))) == 2
+
+
+def test_options_of_training_reach_it(images, tmp_path, capsys):
+    checkpoint = tmp_path / "run.pt"
+    arguments = [
+        "train", "--dataset", str(images), "--epsilon", "3", "--delta", "1e-3", "--epochs", "1", "--batch-size", "40",
+        "--accountant", "rdp", "--optimizer", "adam", "--lr", "0.01", "--lr-schedule", "constant", "--quiet",
+        "--noise-schedule", "1.5:0.75", "--ema", "0.9", "--augment", "1", "--flip", "--multiplicity", "2",
+        "--checkpoint", str(checkpoint), "--report", str(tmp_path / "statement"),
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    settings = load_checkpoint(checkpoint)["settings"]
+    assert (settings["optimizer"], settings["ema"], settings["multiplicity"]) == ("Adam", 0.9, 2)
+    assert settings["augment"] == "ShiftAndFlip"
+    factors = [factor for factor, _ in settings["noise_schedule"]]
+    assert (factors[0], factors[-1]) == pytest.approx((1.5, 0.75))
+    facts = json.loads((tmp_path / "statement.json").read_text("utf-8"))
+    assert facts["learning_rates"] == [{"rates": [0.01], "count": 2}]
+    # σ of each step follows the factors; their shared multiple is calibrated.
+    noise = [entry["noise_multiplier"] for entry in facts["steps"]["entries"]]
+    assert noise[0] / noise[-1] == pytest.approx(2.0)
+
+
+def test_a_noise_schedule_that_is_none_is_refused(table, capsys):
+    arguments = ["train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--noise-schedule"]
+    for bad, message in (("1.5", "FIRST:LAST"), ("x:y", "FIRST:LAST")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, bad])
+        assert message in capsys.readouterr().err
+    assert main([*arguments, "1:0"]) == 2
+    assert "positive factors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("network", ["residual-mlp", "lipvgg"])
+def test_an_architecture_trains_from_the_command_line(network, images, capsys):
+    arguments = [
+        "train", "--dataset", str(images), "--epsilon", "3", "--delta", "1e-3", "--epochs", "1", "--batch-size", "40",
         "--network", network, "--accountant", "rdp",
     ]  # fmt: skip
     assert main(arguments) == 0

@@ -790,3 +790,27 @@ def test_a_parameter_frozen_and_thawed_during_training_is_charged_and_moved_only
         # Decay and Adam's moments must leave a frozen weight alone too.
         assert torch.equal(weight, before) != trained
     assert optimizer.accountant.history == [(1.3, 0.25, 3)]
+
+
+def test_learning_rates_are_recorded_step_by_step_and_go_with_the_state():
+    model = gated_model()
+    base = torch.optim.SGD(
+        [{"params": [p], "lr": rate} for p, rate in zip(model.net.parameters(), (1, 2, 3, 4), strict=True)]
+    )
+    first = CliplessDPOptimizer(model, base, **SETTINGS)
+    halving = torch.optim.lr_scheduler.StepLR(first, step_size=2, gamma=0.5)
+    for _ in range(3):
+        accumulate(model)
+        first.step()
+        halving.step()
+    expected = [((1.0, 2.0, 3.0, 4.0), 2), ((0.5, 1.0, 1.5, 2.0), 1)]
+    assert first.learning_rates == expected
+    second = CliplessDPOptimizer(model, torch.optim.SGD(model.net.parameters(), lr=1.0), **SETTINGS)
+    state = first.state_dict()
+    state["param_groups"] = second.state_dict()["param_groups"]
+    second.load_state_dict(state)
+    assert second.learning_rates == expected
+    assert sum(count for _, count in second.learning_rates) == second.steps_taken
+    del state["clipless_dp"]["learning_rates"]
+    second.load_state_dict(state)
+    assert second.learning_rates == []

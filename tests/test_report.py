@@ -249,3 +249,23 @@ def test_the_command_line_writes_the_statement_and_refuses_a_bad_path_first(tmp_
     (tmp_path / "file").touch()
     assert main([*arguments, str(tmp_path / "file" / "statement")]) == 2
     assert "epsilon" not in capsys.readouterr().out
+
+
+def test_learning_rates_are_stated_in_full_and_in_brief():
+    optimizer = trained(steps=0, sampling="poisson")
+    for rate in (0.05, 0.2, 0.2, 0.1):
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+    statement = report(optimizer)
+    assert statement.facts["learning_rates"] == [
+        {"rates": [0.05], "count": 1},
+        {"rates": [0.2], "count": 2},
+        {"rates": [0.1], "count": 1},
+    ]
+    shown = statement.to_markdown()
+    assert "| Steps whose rate is recorded | 4 of 4 |" in shown
+    assert [re.search(rf"\| {name} \| (.*) \|", shown)[1] for name in ("First", "Largest", "Last")] == [
+        "0.05",
+        "0.2",
+        "0.1",
+    ]

@@ -98,6 +98,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, monkeypa
     assert result.history == expected.history
     assert result.steps == expected.steps
     assert result.epsilon == expected.epsilon
+    assert result.optimizer.learning_rates == expected.optimizer.learning_rates
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path):
