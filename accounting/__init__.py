@@ -36,7 +36,7 @@ from .events import (
     repeat,
 )
 from .ledger import Ledger
-from .selection import PrivateSelection
+from .selection import AnyOf, PrivateSelection
 
 __all__ = [
     "ADD_OR_REMOVE_ONE",
@@ -44,6 +44,7 @@ __all__ = [
     "Accountant",
     "AccountingError",
     "AccountingWarning",
+    "AnyOf",
     "AutoAccountant",
     "EngineRangeError",
     "FallbackWarning",

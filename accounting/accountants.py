@@ -310,16 +310,16 @@ class AutoAccountant(PRVAccountant):
     """The smallest certified bound among the engines that are valid for the ledger.
 
     The analytic Gaussian mechanism where nothing is sampled; else the smaller of numerical composition
-    and Rényi accounting; Rényi accounting alone for private selection.
+    and Rényi accounting; Rényi accounting alone for private selection and choices.
     """
 
     mechanism = "auto"
 
     def _epsilon(self, terms: Terms, delta: float) -> PrivacyBound:
-        return _rdp_epsilon(self, terms, delta) if terms.selections else super()._epsilon(terms, delta)
+        return _rdp_epsilon(self, terms, delta) if terms.renyi_only else super()._epsilon(terms, delta)
 
     def _delta(self, terms: Terms, epsilon: float) -> PrivacyBound:
-        return _rdp_delta(self, terms, epsilon) if terms.selections else super()._delta(terms, epsilon)
+        return _rdp_delta(self, terms, epsilon) if terms.renyi_only else super()._delta(terms, epsilon)
 
 
 def create_accountant(

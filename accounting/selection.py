@@ -14,9 +14,37 @@ from .errors import InvalidParameterError
 from .events import register
 from .rdp import Cumulant, rdp_to_delta
 
-__all__ = ["PrivateSelection"]
+__all__ = ["AnyOf", "PrivateSelection"]
 
 Array = NDArray[np.float64]
+
+
+@register
+@dataclass(frozen=True)
+class AnyOf:
+    """One of several mechanisms, chosen without looking at the data, at random or not.
+
+    Its Rényi divergence is at most the largest of theirs at each order, whether or not the choice is released: Rényi
+    divergences are quasi-convex. So a trial of a search may draw its hyper-parameters, batch sizes and steps included.
+
+    Attributes:
+        alternatives: The events of each mechanism, pairs (event, count).
+
+    Source:
+        Van Erven and Harremoës 2014, *Rényi divergence and Kullback-Leibler divergence*, Theorem 13.
+    """
+
+    kind: ClassVar[str] = "any_of"
+    alternatives: tuple[tuple[tuple[Any, int], ...], ...]
+
+    def __post_init__(self) -> None:
+        if not self.alternatives:
+            raise InvalidParameterError("alternatives must not be empty")
+        object.__setattr__(
+            self,
+            "alternatives",
+            tuple(tuple((event, check.count(n, "count")) for event, n in events) for events in self.alternatives),
+        )
 
 
 @register
@@ -70,6 +98,33 @@ class PrivateSelection:
             else:
                 low = middle
         return low if low > 0.0 else high
+
+    def quantile(self, share: float) -> int:
+        """Returns K for a `share` drawn uniformly from [0, 1) by a cryptographic generator.
+
+        K must stay secret, and so must the share, the other runs, and how long all of them took.
+        """
+        if not 0.0 <= share < 1.0:
+            raise InvalidParameterError(f"share must lie in [0, 1), got {share!r}")
+        if self.shape == "poisson":
+            first, shape, fail, log_probability = 0, 0.0, 0.0, -self.mean
+        else:
+            gamma = self.gamma
+            first, shape, fail = 1, float(self.shape), 1.0 - gamma
+            odds = -shape * math.log(gamma)
+            # log of γ^(-η) - 1 over η, which is log(1/γ) where η vanishes.
+            total = math.log(-math.log(gamma)) if shape == 0.0 else odds + math.log(-math.expm1(-odds) / shape)
+            log_probability = math.log(fail) - total
+        count, below = first, math.exp(log_probability)
+        while below <= share:
+            factor = (self.mean if first == 0 else fail * (count + shape)) / (count + 1)
+            count += 1
+            log_probability += math.log(factor)
+            more = math.exp(log_probability)
+            if 0.0 < below == below + more and factor < 1.0:
+                break  # What is left is below rounding.
+            below += more
+        return count
 
     def cumulant(self, trial: Cumulant) -> Cumulant:
         """Returns the bound of K(t) of the search, given that of one run."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from .rdp import (
     replace_one_cumulant,
     subsampled_gaussian_cumulant,
 )
-from .selection import PrivateSelection
+from .selection import AnyOf, PrivateSelection
 
 __all__ = ["Terms", "collect"]
 
@@ -59,6 +59,7 @@ class Terms:
         fixed: {(σ, q): steps} of fixed-size sampling.
         laplace: {scale over sensitivity: releases}.
         selections: (search, its trial, how often).
+        choices: (the alternatives, how often).
     """
 
     relation: Relation
@@ -67,17 +68,23 @@ class Terms:
     fixed: Phases = field(default_factory=dict)
     laplace: dict[float, int] = field(default_factory=dict)
     selections: list[tuple[PrivateSelection, Terms, int]] = field(default_factory=list)
+    choices: list[tuple[list[Terms], int]] = field(default_factory=list)
     grouping: float = 0.0
 
     @property
     def empty(self) -> bool:
         """Whether nothing was released."""
-        return not (self.mu or self.poisson or self.fixed or self.laplace or self.selections)
+        return not (self.mu or self.poisson or self.fixed or self.laplace or self.renyi_only)
 
     @property
     def gaussian_only(self) -> bool:
         """Whether everything together is one Gaussian mechanism."""
-        return not (self.poisson or self.fixed or self.laplace or self.selections)
+        return not (self.poisson or self.fixed or self.laplace or self.renyi_only)
+
+    @property
+    def renyi_only(self) -> bool:
+        """Whether something is there that has no dominating pair."""
+        return bool(self.selections or self.choices)
 
     @property
     def sampling(self) -> str:
@@ -107,6 +114,7 @@ class Terms:
             )
         sampled = replace_one_cumulant if self.relation == REPLACE_ONE else subsampled_gaussian_cumulant
         inner = [(search.cumulant(terms.cumulant()), n) for search, terms, n in self.selections]
+        inner += [(_largest([terms.cumulant() for terms in alternatives]), n) for alternatives, n in self.choices]
         memory: dict[bytes, Array] = {}
 
         def cumulant(t: Array) -> Array:
@@ -120,8 +128,8 @@ class Terms:
                     total = total + n * _memoised(subsampled_gaussian_cumulant, 0.5 * sigma, q, t, key)
                 for scale, n in self.laplace.items():
                     total = total + n * laplace_cumulant(scale, t)
-                for search, n in inner:
-                    total = total + n * search(t)
+                for several, n in inner:
+                    total = total + n * several(t)
                 memory[key] = total
             return memory[key]
 
@@ -131,11 +139,12 @@ class Terms:
         """Returns, for each direction of the relation, the dominating pairs with their counts.
 
         Raises:
-            UnsupportedEventError: When a private selection is present, which has no dominating pair.
+            UnsupportedEventError: When a private selection or a choice is present, which have no dominating pair.
         """
-        if self.selections:
+        if self.renyi_only:
             raise UnsupportedEventError(
-                "PrivateSelection is covered by Rényi accounting only; ask the 'rdp' or 'auto' accountant"
+                f"{'PrivateSelection' if self.selections else 'AnyOf'} is covered by Rényi accounting only; ask the "
+                "'rdp' or 'auto' accountant"
             )
         both: list[tuple[DominatingPair, int]] = []
         if self.mu:
@@ -168,8 +177,16 @@ class Terms:
                 key = key[0], max(key[1], q)
                 phases[key] = phases.get(key, 0) + n
             if len(phases) <= limit:
-                return Terms(self.relation, self.mu, phases, self.fixed, self.laplace, self.selections, grouping=width)
+                return replace(self, poisson=phases, grouping=width)
             width *= 1.5
+
+
+def _largest(cumulants: list[Cumulant]) -> Cumulant:
+    def cumulant(t: Array) -> Array:
+        value: Array = np.max([one(t) for one in cumulants], axis=0)
+        return value
+
+    return cumulant
 
 
 def _round_down(value: float, width: float) -> float:
@@ -229,6 +246,8 @@ def collect(entries: Iterable[tuple[Any, int]], relation: Relation) -> Terms:
             terms.laplace[scale] = terms.laplace.get(scale, 0) + n
         elif isinstance(event, PrivateSelection):
             terms.selections.append((event, collect(event.trial, relation), n))
+        elif isinstance(event, AnyOf):
+            terms.choices.append(([collect(events, relation) for events in event.alternatives], n))
         else:
             raise UnsupportedEventError(f"no engine understands the event {event!r}")
     terms.mu = math.sqrt(math.fsum(squares))
