@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from clipless_dp import distributed
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
-from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, token_gate
+from clipless_dp.fusion import FusedNet
+from clipless_dp.gates import _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -130,6 +131,7 @@ class DPLipModel(nn.Module):
         )
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
+        self._fused = FusedNet(traced)
         self._kept: tuple[object, Sensitivity] | None = None
         self._leaves = [
             _Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
@@ -157,11 +159,18 @@ class DPLipModel(nn.Module):
         return self._run(inputs)
 
     def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        if self._vocabulary is None:
-            gated, finite = input_gate(inputs, self.input_norm)
+        fused = self._fused if net is None and FusedNet.can_run(inputs) else None
+        outputs: Tensor
+        if fused is not None and fused.takes_entry and not inputs.requires_grad:
+            norms = sample_norms(inputs)
+            finite = norms <= _largest(self.input_norm, norms.dtype)
+            outputs = fused.module(inputs, (norms, self.input_norm))
         else:
-            gated, finite = token_gate(inputs, self._vocabulary)
-        outputs: Tensor = self._graph[0](gated) if net is None else net(gated)
+            if self._vocabulary is None:
+                gated, finite = input_gate(inputs, self.input_norm)
+            else:
+                gated, finite = token_gate(inputs, self._vocabulary)
+            outputs = (net or (self._graph[0] if fused is None else fused.module))(gated)
         outputs = cotangent_gate(outputs, self.cotangent_norm)
         rows = finite.reshape(-1, *([1] * len(self.output_shape)))
         return torch.where(rows, outputs, torch.full((), math.nan, dtype=outputs.dtype, device=outputs.device))
@@ -378,7 +387,7 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_kept", "_projected", "_leaves"}
+        derived = {"_traced", "_tracker", "_graph", "_fused", "_kept", "_projected", "_leaves"}
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

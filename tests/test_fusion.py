@@ -1,0 +1,342 @@
+"""What a CPU runs in place of the traced graph: the same numbers, from one pass over each activation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from clipless_dp import DPLipModel, PrivacyError, fusion, gated, layers
+from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
+from tests.soundness.mutation import Mutant
+
+
+class Branches(nn.Module):
+    """A value with two consumers, and functional ReLUs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.left, self.right = nn.Linear(5, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        stem = functional.relu(self.stem(values))
+        return self.right(torch.relu(self.left(stem)) + stem)  # type: ignore[no-any-return]
+
+
+def dense() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)
+    )
+
+
+def bare() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(6, 20, bias=False), nn.ReLU(), nn.Linear(20, 18), nn.Linear(18, 16, bias=False), nn.ReLU()
+    )
+
+
+def convolutional() -> nn.Module:
+    # No maximum: where two entries tie up to rounding, the gradient may go to either.
+    return nn.Sequential(
+        nn.Conv2d(2, 6, 3, padding=1, stride=2, bias=False),
+        nn.ReLU(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(6, 8, 2, padding=1, groups=2),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 6, 2, bias=False),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(54, 3, bias=False),
+    )
+
+
+def tokens() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 5), nn.Flatten(), nn.Linear(15, 3))
+
+
+def sequences() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Conv1d(8, 3, 2, dilation=2), nn.Flatten(), nn.Linear(15, 3))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = {
+    "dense": (dense, (3, 4), [3]),
+    "bare": (bare, (6,), [3]),
+    "convolutional": (convolutional, (2, 14, 14), [1, 2, 1]),
+    "tokens": (tokens, (3, 4), [2, 1]),
+    "sequences": (sequences, (2, 9), [2, 1]),
+    "branches": (Branches, (5,), [1, 1, 1]),
+}
+GATES: dict[str, dict[str, Any]] = {
+    "sphere": {},
+    "ball": {"input_mode": "ball"},
+    "normalising": {"cotangent_mode": "normalize", "cotangent_norm": 0.05},
+    "wide": {"input_norm": 50.0, "cotangent_norm": 1e12},
+}
+
+
+def model_of(name: str, gates: str = "sphere", dtype: torch.dtype = torch.float64, scale: float = 1.0) -> DPLipModel:
+    build, shape, _ = NETWORKS[name]
+    torch.manual_seed(0)
+    net = build().to(dtype)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(scale * (torch.randn_like(parameter) if parameter.dim() < 2 else 2.0 * parameter))
+    return wrap(gated(net, **GATES[gates]), shape, input_norm=3.0)
+
+
+def batch_of(model: DPLipModel, rows: int, bad: str = "tail", scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    dtype = model.device_and_dtype()[1]
+    inputs = scale * torch.randn(rows, *model.input_shape, generator=generator, dtype=dtype)
+    inputs[0], inputs[1] = 1e-4 * inputs[0], 0.0
+    if bad == "tail":
+        inputs[-2:] = math.nan
+    elif bad == "middle":
+        inputs[2], inputs[-1] = math.inf, math.nan
+    return inputs, torch.randn(rows, *model.output_shape, generator=generator, dtype=dtype)
+
+
+def results(model: DPLipModel, inputs: Tensor, targets: Tensor, *, fused: bool) -> dict[str, Tensor]:
+    wanted = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
+    wanted |= {"inputs": inputs} if inputs.requires_grad else {}
+    output = model(inputs) if fused else model._run(inputs, model._graph[0])
+    found = torch.autograd.grad(model.loss(output, targets), list(wanted.values()), materialize_grads=True)
+    return {"output": output.detach(), **dict(zip(wanted, found, strict=True))}
+
+
+def check_agreement(model: DPLipModel, inputs: Tensor, targets: Tensor, tolerance: float) -> None:
+    left, right = (results(model, inputs, targets, fused=fused) for fused in (True, False))
+    for name, value in left.items():
+        expected = right[name]
+        assert torch.equal(value.isnan(), expected.isnan()), name
+        value, expected = value.nan_to_num(), expected.nan_to_num()
+        # By samples where there are samples: a small one must not hide behind a large one, unless it has cancelled.
+        rows = (value, expected) if name in ("output", "inputs") else (value.unsqueeze(0), expected.unsqueeze(0))
+        difference, size = ((rows[0] - rows[1]).flatten(1).norm(dim=1), rows[1].flatten(1).norm(dim=1))
+        assert bool((difference <= tolerance * (size + 1e-2 * size.max())).all()), (name, difference, size)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_layers_between_gates_run_as_chains_as_long_as_values_have_one_consumer(name: str) -> None:
+    model = model_of(name)
+    chains = [module for module in model._fused.module.children() if isinstance(module, fusion.Chain)]
+    assert [len(chain.stages) for chain in chains] == NETWORKS[name][2]
+    assert model._fused.takes_entry
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_values_and_gradients_are_those_of_the_traced_graph(name: str, gates: str) -> None:
+    # Rounding of some hundred products, times what gates lift small signals by.
+    for dtype, tolerance in ((torch.float64, 1e-10), (torch.float32, 1e-2 if gates == "normalising" else 5e-4)):
+        model = model_of(name, gates, dtype)
+        for rows, bad in ((5, "none"), (7, "tail"), (6, "middle"), (600, "tail")):
+            for differentiated in (False, True):
+                inputs, targets = batch_of(model, rows, bad)
+                check_agreement(model, inputs.requires_grad_(differentiated), targets, tolerance)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_blocks_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusion, "_BLOCK_ROWS", (1, 2))
+    model = model_of(name)
+    for bad in ("tail", "middle"):
+        inputs, targets = batch_of(model, 7, bad)
+        check_agreement(model, inputs, targets, 1e-10)
+        check_agreement(model, inputs.requires_grad_(True), targets, 1e-10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_frozen_parameters_other_strides_and_expanded_cotangents_give_the_same(name: str) -> None:
+    model = model_of(name)
+    inputs, targets = batch_of(model, 6)
+    strided = inputs.transpose(0, -1).contiguous().transpose(0, -1)
+    check_agreement(model, strided, targets, 1e-10)
+    check_agreement(model, inputs[:1].expand_as(inputs), targets[:1].expand_as(targets), 1e-12)
+    if inputs.dim() == 4:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        check_agreement(model, inputs.contiguous(memory_format=torch.channels_last), targets, 1e-10)
+    for index, parameter in enumerate(model.net.parameters()):
+        parameter.requires_grad_(index % 2 == 0)
+    check_agreement(model, inputs, targets, 1e-10)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_can_be_differentiated_again(name: str) -> None:
+    # Gates that never bite: what a gate does to a second derivative depends on where flows are added up.
+    model = model_of(name, "wide")
+    found = []
+    for run in (model, lambda values: model._run(values, model._graph[0])):
+        inputs, targets = batch_of(model, 4, "none")
+        inputs.requires_grad_(True)
+        wanted = [inputs, *model.net.parameters()]
+        first = torch.autograd.grad(model.loss(run(inputs), targets), wanted, create_graph=True)
+        total = sum((value.square().sum() for value in first), start=torch.zeros(()).double())
+        found.append(torch.autograd.grad(total, wanted, materialize_grads=True))
+    for one, other in zip(*found, strict=True):
+        # Two runs of the same float64 operations up to the order of sums.
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_bounds_hold_at_extreme_scales_of_inputs_weights_and_losses(name: str) -> None:
+    for gates in ("sphere", "normalising"):
+        for weights in (1e-30, 1.0, 1e30):
+            model = model_of(name, gates, torch.float32, weights)
+            bounds = bounds_of(model)
+            for scale in (1e-30, 1.0, 1e18, 1e30):
+                inputs, targets = batch_of(model, 4, "none", scale)
+                for row, factor in enumerate((1.0, 1e-20, 1e20, 1e35)):
+                    for key, value in per_sample_gradients(model, inputs[row], targets[row], scale=factor).items():
+                        norm = float(torch.linalg.vector_norm(value.double()))
+                        # Float32 rounding of the products themselves: sums of under 100 of them.
+                        assert norm <= bounds[key] * (1.0 + 1e-5), (key, weights, scale, factor)
+
+
+def test_samples_that_overflow_within_a_chain_add_exactly_nothing_to_others() -> None:
+    model = model_of("dense", dtype=torch.float32)
+    with torch.no_grad():
+        model.net.get_parameter("1.weight").mul_(1e30)
+        model.net.get_parameter("1.bias").fill_(1.0)
+    inputs, targets = batch_of(model, 6, "none")
+    inputs = inputs * torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 1.0]).reshape(-1, 1, 1)
+    check_agreement(model, inputs, targets, 2e-4)
+    overflown = inputs.flatten(1).any(1)
+    assert 0 < int(overflown.sum()) < 6
+    found = results(model, inputs, targets, fused=True)
+    only = results(model, inputs[~overflown], targets[~overflown], fused=True)
+    assert torch.equal(found["3.weight"], only["3.weight"])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_cotangents_without_a_norm_become_zero(bad: float) -> None:
+    for name in ("bare", "convolutional", "tokens", "sequences", "branches"):
+        model = model_of(name)
+        inputs, _ = batch_of(model, 4, "none")
+        chains = [chain for chain in model._fused.module.children() if isinstance(chain, fusion.Chain)]
+        seen = inputs.clone().requires_grad_(True)
+        output = chains[0](seen)
+        cotangent = torch.ones_like(output)
+        cotangent[2] = bad
+        found = torch.autograd.grad(output, [seen, chains[0].stages[0].layer.weight], cotangent)
+        assert all(bool(value.isfinite().all()) for value in found)
+        assert not found[0][2].any()
+
+
+def test_padding_leaves_a_chain_as_zero_samples_do() -> None:
+    for name in ("bare", "convolutional", "tokens"):
+        model = model_of(name)
+        chain = next(chain for chain in model._fused.module.children() if isinstance(chain, fusion.Chain))
+        inputs, _ = batch_of(model, 5, "tail")
+        found = chain(inputs, (fusion.sample_norms(inputs), 3.0))
+        expected = chain(inputs.nan_to_num(), (fusion.sample_norms(inputs.nan_to_num()), 3.0))
+        assert torch.equal(found, expected)
+
+
+def test_what_a_chain_keeps_is_its_input_and_the_relus() -> None:
+    model = wrap(
+        gated(nn.Sequential(nn.Linear(40, 50), nn.ReLU(), nn.Linear(50, 60), nn.ReLU(), nn.Linear(60, 3))), (40,)
+    )
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    inputs, targets = torch.randn(100, 40), torch.randn(100, 3)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.loss(model(inputs), targets)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    activations = sum(size for pointer, size in kept.items() if pointer not in parameters)
+    # Besides: some numbers for each of 100 samples, and the loss's own (100, 3).
+    assert 4 * 100 * (40 + 50 + 60) <= activations <= 4 * 100 * (40 + 50 + 60 + 40)
+
+
+def test_neither_compiled_models_nor_other_dtypes_and_devices_run_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not fusion.FusedNet.can_run(torch.zeros(1, device="meta"))
+    assert not fusion.FusedNet.can_run(torch.zeros(1, dtype=torch.float16))
+    assert fusion.FusedNet.can_run(torch.zeros(1))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not fusion.FusedNet.can_run(torch.zeros(1))
+
+
+def test_a_backward_pass_under_autocast_is_refused() -> None:
+    chain = next(
+        m for m in model_of("bare", dtype=torch.float32)._fused.module.children() if isinstance(m, fusion.Chain)
+    )
+    output = chain(torch.randn(2, 6, requires_grad=True)).sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(PrivacyError, match="autocast"):
+        output.backward()
+
+
+def test_weights_that_changed_since_the_forward_pass_are_refused() -> None:
+    model = model_of("dense")
+    inputs, targets = batch_of(model, 4)
+    loss = model.loss(model(inputs), targets)
+    with torch.no_grad():
+        model.net.get_parameter("3.weight").mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_settings_of_gates_that_are_changed_after_wrapping_are_followed() -> None:
+    model = model_of("dense")
+    inputs, targets = batch_of(model, 4)
+    for module in model.net.modules():
+        if isinstance(module, layers.SphereScaling):
+            module.radius *= 3.0
+        elif isinstance(module, layers.CotangentGate):
+            module.limit *= 0.1
+    check_agreement(model, inputs, targets, 1e-10)
+
+
+MUTANTS = (
+    Mutant(
+        "no factor of the gate in the gradient",
+        fusion,
+        "_arrived",
+        "torch.mul(cotangents, _per_sample(scales, into), out=into)",
+        "into",
+    ),
+    Mutant("a larger cap", fusion, "_arrived", "_factors(gate.limit, norms", "_factors(2.0 * gate.limit, norms"),
+    Mutant("normalised instead of clipped", fusion, "_arrived", "else gate.limit)", "else gate.floor)"),
+    Mutant("no ReLU on the way back", fusion, "_arrived", "if stage.rectified:", "if False:"),
+    Mutant("the wrong floor", fusion, "_project_", "norms > floor", "norms > 0.0"),
+    Mutant("nothing projected", fusion, "_project_", "value=-1", "value=0"),
+    Mutant("projected twice", fusion, "_project_", "value=-1", "value=-2"),
+    Mutant("the input gate forgotten", fusion, "_entered", "scales.mul_(ball)", "scales"),
+    Mutant("the input gate's norm forgotten", fusion, "_entered", "raw * ball, torch.nan", "raw, torch.nan"),
+    Mutant("dropped samples kept", fusion, "_entered", "scales = scales.index_fill(0, lost, 0.0)", "pass"),
+    Mutant("dropped rows left in the input", fusion, "_entered", "values = values.index_fill(0, lost, 0.0)", "pass"),
+    Mutant(
+        "bias scaled",
+        fusion,
+        "_left",
+        "torch.addcmul(stage.broadcast(bias), block, scales, out=block)",
+        "block.add_(stage.broadcast(bias)).mul_(scales)",
+    ),
+    Mutant("rows of another block", fusion, "_passed_linear", "kept.scales[rows]", "kept.scales[: len(arriving)]"),
+    Mutant(
+        "products of another block", fusion, "_passed_convolution", "kept.norms)[rows]", "kept.norms)[: len(leaving)]"
+    ),
+    Mutant("only the last block's bias", fusion, "_total", "parts[0].add_(part)", "parts[0].copy_(part)"),
+)
+
+
+def check_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gates in GATES:
+        for name in NETWORKS:
+            test_blocks_of_any_size_give_the_same(name, monkeypatch)
+            test_values_and_gradients_are_those_of_the_traced_graph(name, gates)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mistakes_are_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant.apply(monkeypatch)
+    with pytest.raises((AssertionError, RuntimeError)):
+        check_all(monkeypatch)
