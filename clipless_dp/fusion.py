@@ -287,8 +287,8 @@ class _ChainFunction(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(parameters)
         output, owned, slope = states.pop(), False, None
         for index in reversed(range(len(stages))):
-            signal, *state = states[4 * index : 4 * index + 4]
-            kept = _Kept(values if signal is None else signal, *state, ctx.rows[index])
+            signal, scales, norms, lost = states[4 * index : 4 * index + 4]
+            kept = _Kept(values if signal is None else signal, scales, norms, lost, ctx.rows[index])
             needed = index > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
             passed = _passed_convolution if not isinstance(stages[index].layer, nn.Linear) else _passed_linear
             weight = parameters[2 * index]
