@@ -37,6 +37,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, gradient_gated, losses
+from clipless_dp.memory import traffic
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler
 from clipless_dp.training import compiled_loss
@@ -229,23 +230,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def traffic(run: Callable[[], Any]) -> tuple[Any, int, int]:
-    """What a function returns, the bytes that it leaves allocated on the CPU, and the most that it held at once.
-
-    The CPU's allocator keeps no count of its own, but the profiler sees each block come and go.
-    """
-    with torch.profiler.profile(profile_memory=True) as profile:
-        result = run()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return result, level, peak
-
-
-def peak_bytes(build: Callable[[], Step], device: torch.device, held: int) -> int:
-    """The most bytes that tensors hold during a step, less the ``held`` bytes of the data set."""
+def peak_bytes(build: Callable[[], Step], device: torch.device) -> int:
+    """The most bytes that tensors hold during a step, those that the contender keeps between steps included."""
 
     def built() -> Step:
         step = build()
@@ -253,13 +239,8 @@ def peak_bytes(build: Callable[[], Step], device: torch.device, held: int) -> in
             step()
         return step
 
-    if device.type == "cuda":
-        step = built()
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return torch.cuda.max_memory_allocated(device) - held
-    step, kept, _ = traffic(built)
-    return kept + traffic(step)[2]
+    step, kept, _ = traffic(built, device)
+    return kept + traffic(step, device).peak
 
 
 def measure(
@@ -268,7 +249,6 @@ def measure(
     """Times of one step of each contender, taking turns."""
     torch.manual_seed(0)
     data = torch.rand(SAMPLES, 1, 28, 28, device=device), torch.randint(10, (SAMPLES,), device=device)
-    held = sum(part.numel() * part.element_size() for part in data)
     steps: dict[str, Step] = {}
     peaks: dict[str, int] = {}
     skipped: dict[str, str] = {}
@@ -277,7 +257,7 @@ def measure(
             step = CONTENDERS[name](kind, data, batch)
             for _ in range(3):
                 step()
-            peaks[name] = peak_bytes(lambda build=CONTENDERS[name]: build(kind, data, batch), device, held)
+            peaks[name] = peak_bytes(lambda build=CONTENDERS[name]: build(kind, data, batch), device)
             steps[name] = step
         except Exception as error:
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

@@ -105,6 +105,9 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     train.add_argument("--epochs", type=float, default=20, help="passes over the data, in expectation")
     train.add_argument("--batch-size", type=int, default=1024, help="expected batch size")
     train.add_argument("--micro-batch-size", type=int, help="rows processed at once")
+    train.add_argument(
+        "--memory-budget", type=float, metavar="BYTES", help="chooses --micro-batch-size: memory of a step's gradients"
+    )
     train.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="what takes the noisy gradients")
     train.add_argument("--lr", type=float, default=0.5, help="peak learning rate")
     train.add_argument(
@@ -179,6 +182,7 @@ def _train(options: argparse.Namespace) -> int:
         epsilon=options.epsilon,
         delta=options.delta,
         micro_batch_size=options.micro_batch_size,
+        memory_budget=options.memory_budget,
         accountant=options.accountant,
         checkpoint=options.checkpoint,
         reproducible_seed=options.reproducible_seed,

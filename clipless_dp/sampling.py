@@ -189,6 +189,12 @@ def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
+def usual_rows(count: int, sample_rate: float) -> int:
+    """Rows that hold all but one in 10⁴ draws from so many samples: four standard deviations above the mean."""
+    mean = count * sample_rate
+    return min(8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), count)
+
+
 class PoissonBatches:
     """Poisson batches of a data set held on the device, in static shapes.
 
@@ -232,9 +238,7 @@ class PoissonBatches:
         self._inputs = inputs[rank::ranks].to(device)
         self._targets = targets[rank::ranks].to(device)
         if physical_batch_size is None:
-            count = len(self._inputs)
-            mean = count * sample_rate
-            physical_batch_size = min(8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), count)
+            physical_batch_size = usual_rows(len(self._inputs), sample_rate)
         if physical_batch_size < 1:
             raise ConfigurationError(f"physical_batch_size must be positive, got {physical_batch_size}")
         self.physical_batch_size = physical_batch_size
@@ -245,10 +249,6 @@ class PoissonBatches:
     def __iter__(self) -> Iterator[Batch]:
         for indices in self.sampler.draws():
             yield self._gather(torch.from_numpy(indices // self.sampler.world.size))
-
-    def padding(self) -> Batch:
-        """A batch of the usual shape with no sample in it: no draw, and nothing to announce."""
-        return self._gather(torch.zeros(0, dtype=torch.int64))
 
     def _gather(self, indices: Tensor) -> Batch:
         count = len(indices)

@@ -37,11 +37,12 @@ from clipless_dp.losses import (
     TauCrossEntropy,
     class_scores,
 )
+from clipless_dp.memory import rows_within, traffic
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
-from clipless_dp.sampling import Batch, PoissonBatches, as_tensors
+from clipless_dp.sampling import Batch, PoissonBatches, as_tensors, usual_rows
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -84,6 +85,7 @@ class FitResult:
         audits: what attacks on the bounds reached, before training and at each checkpoint, if they were asked for.
         optimizer: with its accountant.
         checkpoint: the checkpoint file, or ``None`` if there is none or the last one could not be written.
+        micro_batch_size: rows that were processed at once, as given or chosen for the memory budget, or ``None``.
         last_weights: with ``ema``, the weights of the last step, by name, which the average has replaced in the model:
             ``model.net.load_state_dict(result.last_weights, strict=False)`` puts them back.
     """
@@ -97,6 +99,7 @@ class FitResult:
     history: list[EpochRecord] = field(default_factory=list)
     audits: list[SensitivityAudit] = field(default_factory=list)
     checkpoint: Path | None = None
+    micro_batch_size: int | None = None
     last_weights: dict[str, Tensor] | None = None
 
     def __str__(self) -> str:
@@ -163,6 +166,7 @@ def fit(
     validation: Data | None = None,
     dataset_size: int | None = None,
     micro_batch_size: int | None = None,
+    memory_budget: float | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1,
     reproducible_seed: int | None = None,
@@ -202,6 +206,9 @@ def fit(
         dataset_size: public size that fixes ``q`` and the divisor; by default the number of samples, which is
             then taken to be public.
         micro_batch_size: rows that are processed at once; bounds the memory.
+        memory_budget: bytes that computing a step's gradients may take on the model's device: the draw, activations and
+            gradients, on top of weights, optimizer state and data set. Chooses ``micro_batch_size``, of equal parts of
+            a usual draw, by measuring passes over zeros.
         checkpoint: file to write to, and to resume from.
         checkpoint_every: epochs between checkpoints.
         reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
@@ -225,7 +232,8 @@ def fit(
 
     Raises:
         AuditError: an attack passed a bound. Before training, nothing was spent; later, no more is released.
-        ConfigurationError: an argument is out of range, or the batch is larger than the data set.
+        ConfigurationError: an argument is out of range, the batch is larger than the data set, or not even one row fits
+            the memory budget.
         InputError: the data does not fit the model.
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
@@ -243,7 +251,7 @@ def fit(
         # What does not fit shows on one sample, before anything is spent.
         evaluate(model, (some_inputs[:1], some_targets[:1]))
     size = len(inputs) if dataset_size is None else dataset_size
-    _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size)
+    _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size, memory_budget)
     if not callable(optimizer) and optimizer not in OPTIMIZERS:
         raise ConfigurationError(
             f"optimizer must be one of {OPTIMIZERS}, or a function of the parameters, got {optimizer!r}"
@@ -328,18 +336,26 @@ def fit(
     # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
     if run.step < steps and factors is None:
         private.allows(steps - run.step)
+    usual = usual_rows(math.ceil(len(inputs) / distributed.world().size), sample_rate)
+    padding = usual if one_shape else max(8, math.isqrt(batch_size) // 2)
+    if compile:
+        blank = _blank((inputs, targets), micro_batch_size or padding, device)
+        _compile(run, "inductor" if compile is True else compile, blank)
+    if memory_budget is not None:
+        micro_batch_size = _micro_batch_size(run, memory_budget, (inputs, targets), usual)
+    if one_shape:
+        micro_batch_size = micro_batch_size or usual
+    if micro_batch_size is not None and (one_shape or micro_batch_size < usual):
+        padding = micro_batch_size
     batches = PoissonBatches(
         (inputs, targets),
         sample_rate=sample_rate,
         steps=steps,
         device=device,
-        physical_batch_size=micro_batch_size or (None if one_shape else max(8, math.isqrt(batch_size) // 2)),
+        physical_batch_size=padding,
         seed=reproducible_seed,
         start=run.step,
     )
-    if compile:
-        _compile(run, "inductor" if compile is True else compile, batches.padding())
-        micro_batch_size = micro_batch_size or (batches.physical_batch_size if one_shape else None)
     dropped = int(model.nonfinite_samples)
     _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
     dropped = int(distributed.total(model.nonfinite_samples - dropped))
@@ -361,6 +377,7 @@ def fit(
         history=run.history,
         audits=run.audits,
         checkpoint=path if distributed.from_first(lambda: run.saved) else None,
+        micro_batch_size=micro_batch_size,
         last_weights=last_weights,
     )
 
@@ -392,6 +409,7 @@ def _check(
     dataset_size: int,
     checkpoint_every: int,
     micro_batch_size: int | None,
+    memory_budget: float | None,
 ) -> None:
     if not (math.isfinite(epsilon) and epsilon > 0):
         raise ConfigurationError(f"epsilon must be finite and positive, got {epsilon!r}")
@@ -405,6 +423,11 @@ def _check(
         )
     if checkpoint_every < 1 or (micro_batch_size is not None and micro_batch_size < 1):
         raise ConfigurationError("checkpoint_every and micro_batch_size must be positive")
+    if memory_budget is not None:
+        if micro_batch_size is not None:
+            raise ConfigurationError("memory_budget chooses micro_batch_size: give one of them")
+        if not (isinstance(memory_budget, (int, float)) and math.isfinite(memory_budget) and memory_budget > 0):
+            raise ConfigurationError(f"memory_budget must be a finite number of bytes, got {memory_budget!r}")
 
 
 def _found(path: Path) -> bool:
@@ -548,28 +571,86 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
     return with_free_rows
 
 
-def _compile(run: _Run, backend: str, padding: Batch) -> None:
+def _blank(shown: tuple[Tensor, Tensor], rows: int, device: torch.device) -> Batch:
+    """Rows of zeros in the shapes and types of those shown, none of which counts: no draw, nothing to announce."""
+    inputs, targets = (part.new_zeros(rows, *part.shape[1:], device=device) for part in shown)
+    return Batch(inputs, targets, torch.zeros(rows, dtype=torch.bool, device=device))
+
+
+@contextmanager
+def _rehearsal(run: _Run) -> Iterator[None]:
+    """Forward and backward passes within leave nothing behind: no gradients, no mode, no state of random numbers."""
+    training = run.model.training
+    device, _ = run.model.device_and_dtype()
+    try:
+        run.model.train()
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        run.optimizer.zero_grad()
+        run.model.train(training)
+
+
+def _compile(run: _Run, backend: str, blank: Batch) -> None:
     """Compiles, and runs on rows that count for nothing, so that what fails does so before anything is spent.
 
     Raises:
         ConfigurationError: the backend is unknown, or lacks a compiler, or cannot compile the model.
     """
-    training = run.model.training
-    devices = [padding.inputs.device] if padding.inputs.device.type == "cuda" else []
     try:
-        run.model.train()
-        with torch.random.fork_rng(devices=devices):
+        with _rehearsal(run):
             run.loss = compiled_loss(run.model, backend)
-            run.loss(*padding).backward()
+            run.loss(*blank).backward()
     except Exception as error:
         summary = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigurationError(
             f"the model could not be compiled ({type(error).__name__}: {summary}); the default backend needs a C++ "
             "compiler on the CPU. Train with compile=False, or name another backend"
         ) from error
-    finally:
+
+
+def _micro_batch_size(run: _Run, budget: float, shown: tuple[Tensor, Tensor], usual: int) -> int:
+    """Equal parts of a usual draw, the fewest whose peak is within the budget.
+
+    The peak is measured with two micro-batches (or views), since the second finds the gradients of the first in memory;
+    the rest of the draw, which waits there for its turn, is added.
+
+    Raises:
+        ConfigurationError: one row does not fit, or the device does not tell.
+    """
+    device, _ = run.model.device_and_dtype()
+    row = sum(part.element_size() * part[0].numel() for part in _blank(shown, 1, device))
+    peaks: dict[int, float] = {}
+
+    def gradients(rows: int) -> None:
+        run.optimizer.accumulate(
+            _blank(shown, min(2 * rows, usual), device),
+            augment=run.augment,
+            multiplicity=min(2, run.multiplicity),
+            micro_batch_size=rows,
+            loss=run.loss,
+        )
         run.optimizer.zero_grad()
-        run.model.train(training)
+
+    def peak(rows: int) -> float:
+        try:
+            measured: float = traffic(lambda: gradients(rows), device).peak
+        except torch.cuda.OutOfMemoryError:
+            run.optimizer.zero_grad()
+            measured = math.inf
+        peaks[rows] = measured + row * max(0, usual - 2 * rows)
+        return peaks[rows]
+
+    with _rehearsal(run):
+        # What is set up once, by libraries and by layers, is no part of a step.
+        gradients(min(2, usual))
+        fits = rows_within(budget, peak, usual)
+    if fits == 0:
+        raise ConfigurationError(
+            f"one row at a time takes {peaks[1]:.4g} bytes, {row * usual:.4g} of them for a usual draw of {usual} "
+            f"rows, and memory_budget is {budget:.4g}: raise it, or choose a smaller batch_size or network"
+        )
+    return math.ceil(usual / math.ceil(usual / fits))
 
 
 def _train(
@@ -601,7 +682,7 @@ def _train(
                 break
             bar.update()
             if run.step % per_epoch == 0 or run.step == total:
-                record = _record(run, loss, batch, validation)
+                record = _record(run, loss, batch, validation, min(1024, micro_batch_size or 1024))
                 run.history.append(record)
                 if path is not None and (len(run.history) % checkpoint_every == 0 or run.step == total):
                     run.save(path)
@@ -634,7 +715,7 @@ def _step(run: _Run, batch: Batch, micro_batch_size: int | None) -> Tensor:
     return total
 
 
-def _record(run: _Run, loss: Tensor, batch: Batch, validation: tuple[Tensor, Tensor] | None) -> EpochRecord:
+def _record(run: _Run, loss: Tensor, batch: Batch, validation: tuple[Tensor, Tensor] | None, rows: int) -> EpochRecord:
     local = torch.tensor([float(loss), float(batch.mask.sum())], dtype=torch.float64)
     summed, count = distributed.total(local).tolist()
     mean = summed / max(1.0, count)
@@ -642,7 +723,7 @@ def _record(run: _Run, loss: Tensor, batch: Batch, validation: tuple[Tensor, Ten
     if validation is None:
         return EpochRecord(run.step, epsilon, mean)
     with run.averaged():
-        accuracy, validation_loss = evaluate(run.model, validation)
+        accuracy, validation_loss = evaluate(run.model, validation, rows)
     return EpochRecord(run.step, epsilon, mean, accuracy, validation_loss)
 
 
