@@ -27,6 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,26 @@ Data = tuple[Tensor, Tensor]
 
 
 def network(kind: str) -> nn.Sequential:
-    """The two networks of the comparison: 784-512-512-10, and the convolutional one of ``benchmarks/mnist.py``."""
+    """A network for 28×28 images in ten classes, with the same weights at each call.
+
+    Args:
+        kind: ``"mlp"``: 784-512-512-10; ``"cnn"``: the convolutional one of ``benchmarks/mnist.py``;
+            ``"mlp-256x3"``: three hidden layers of 256; ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14.
+    """
     torch.manual_seed(0)
-    if kind == "mlp":
+    family, _, size = kind.partition("-")
+    if family == "mlp":
+        width, depth = map(int, (size or "512x2").split("x"))
+        widths = [784, *[width] * depth]
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+        return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
+    if size:
+        width, depth = map(int, size.split("x"))
+        maps = [nn.Conv2d(1, width, 5, stride=2, padding=2, bias=False), nn.ReLU()]
+        for _ in range(depth - 1):
+            maps += [nn.Conv2d(width, width, 3, padding=1, bias=False), nn.ReLU()]
         return nn.Sequential(
-            nn.Flatten(), nn.Linear(784, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10)
+            *maps, nn.MaxPool2d(2), nn.Flatten(), nn.Linear(49 * width, 32), nn.ReLU(), nn.Linear(32, 10)
         )
     return nn.Sequential(
         nn.Conv2d(1, 16, 8, stride=2, padding=3, bias=False),
