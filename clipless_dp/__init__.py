@@ -24,6 +24,7 @@ from clipless_dp.report import PrivacyStatement, report
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.secure_noise import SecureNoise
+from clipless_dp.streaming import StreamedBatches
 from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
 from clipless_dp.tightness import LayerTightness, TightnessReport
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
@@ -61,6 +62,7 @@ __all__ = [
     "Sensitivity",
     "SensitivityTracker",
     "ShiftAndFlip",
+    "StreamedBatches",
     "SystemNoise",
     "TightnessReport",
     "UnsupportedModuleError",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -100,6 +101,16 @@ class PoissonBatchSampler(Sampler[list[int]]):
         Raises:
             ConfigurationError: this is a second pass of a seeded sampler, or the process group has changed.
         """
+        for indices in self.unannounced():
+            draws.announce(self.sample_rate, ahead=ahead)
+            yield indices
+
+    def unannounced(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+        """As :meth:`draws`, for code that announces each draw when it hands its batch over.
+
+        Raises:
+            ConfigurationError: as :meth:`draws` does.
+        """
         if distributed.world() != self.world:
             raise ConfigurationError("the process group has changed since this sampler was made: make it afterwards")
         if self.seed is not None and self._passed:
@@ -118,7 +129,6 @@ class PoissonBatchSampler(Sampler[list[int]]):
                 seeded = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
                 indices = self._draw(seeded, self.dataset_size)
                 indices = indices[indices % ranks == rank]
-            draws.announce(self.sample_rate, ahead=ahead)
             yield np.sort(indices).astype(np.int64, copy=False)
 
     def _draw(self, generator: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
@@ -166,27 +176,84 @@ def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
         ConfigurationError: it is empty, or the two lengths differ, its samples differ in shape, or it is none of
             these.
     """
-    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-        dataset = dataset.tensors
-    if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(hasattr(part, "shape") for part in dataset):
-        inputs, targets = (torch.as_tensor(part) for part in dataset)
-    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        if len(dataset) == 0:
-            raise ConfigurationError("the data set is empty")
-        try:
-            inputs, targets = default_collate([dataset[index] for index in range(len(dataset))])
-            inputs, targets = torch.as_tensor(inputs), torch.as_tensor(targets)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    samples = Samples(dataset)
+    return samples.read(range(len(samples)))
+
+
+class Samples:
+    """The samples of a data set, by number; nothing but the first one is read until it is asked for.
+
+    Args:
+        dataset: see :func:`as_tensors`. Arrays may be memory-mapped files, of which no more is read than the rows asked
+            for. A map-style data set is asked for several samples at once, by ``__getitems__``, where it can.
+
+    Raises:
+        ConfigurationError: it is empty, or no data set, or its first sample is not a pair.
+
+    Attributes:
+        tensors: inputs and targets where the data set is a pair of them, else ``None``.
+        first: input and target of the first sample, with a batch axis of length one.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self.tensors: tuple[Tensor, Tensor] | None = None
+        if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+            dataset = dataset.tensors
+        if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(hasattr(part, "shape") for part in dataset):
+            with warnings.catch_warnings():
+                # A file that is mapped for reading only: nothing here writes to it.
+                warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+                inputs, targets = (torch.as_tensor(part) for part in dataset)
+            if len(inputs) != len(targets) or len(inputs) == 0:
+                raise ConfigurationError(
+                    f"{len(inputs)} inputs and {len(targets)} targets: need as many of each, and some"
+                )
+            self.tensors = inputs, targets
+        elif not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
             raise ConfigurationError(
-                f"the samples of {type(dataset).__name__} are not pairs (input, target) of one shape and type: {error}"
-            ) from error
-    else:
-        raise ConfigurationError(
-            f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
+                f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
+            )
+        elif len(dataset) == 0:
+            raise ConfigurationError("the data set is empty")
+        self._dataset = dataset
+        try:
+            self.first = self.read(range(1))
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise error if isinstance(error, ConfigurationError) else self._refused(error) from error
+
+    def __len__(self) -> int:
+        return len(self._dataset if self.tensors is None else self.tensors[0])
+
+    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of some samples, stacked; a range of rows of a tensor is not copied.
+
+        Raises:
+            ConfigurationError: they are not pairs, or differ in shape. What the data set itself raises passes.
+        """
+        if not len(indices):
+            return self.first[0][:0], self.first[1][:0]
+        if self.tensors is not None:
+            inputs, targets = self.tensors
+            rows = slice(indices.start, indices.stop) if isinstance(indices, range) else torch.as_tensor(indices)
+            return inputs[rows], targets[rows]
+        several = getattr(self._dataset, "__getitems__", None)
+        samples = [self._dataset[index] for index in indices] if several is None else several(list(indices))
+        try:
+            inputs, targets = default_collate(samples)
+            return torch.as_tensor(inputs), torch.as_tensor(targets)
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise self._refused(error) from error
+
+    def _refused(self, error: Exception) -> ConfigurationError:
+        return ConfigurationError(
+            f"the samples of {type(self._dataset).__name__} are not pairs (input, target) of one shape and type: "
+            f"{error}"
         )
-    if len(inputs) != len(targets) or len(inputs) == 0:
-        raise ConfigurationError(f"{len(inputs)} inputs and {len(targets)} targets: need as many of each, and some")
-    return inputs, targets
+
+    def parts(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples in order, so many at a time."""
+        for start in range(0, len(self), rows):
+            yield self.read(range(start, min(start + rows, len(self))))
 
 
 def usual_rows(count: int, sample_rate: float) -> int:
@@ -246,17 +313,23 @@ class PoissonBatches:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Generator[Batch, None, None]:
         for indices in self.sampler.draws():
-            yield self._gather(torch.from_numpy(indices // self.sampler.world.size))
+            chosen = torch.from_numpy(indices // self.sampler.world.size)
+            yield padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
 
-    def _gather(self, indices: Tensor) -> Batch:
-        count = len(indices)
-        rows = self.physical_batch_size * max(1, math.ceil(count / self.physical_batch_size))
-        indices = indices.to(self._inputs.device)
-        padding = math.nan if self._inputs.is_floating_point() else -int(self._inputs.dtype.is_signed)
-        mask = torch.arange(rows, device=self._inputs.device) < count
-        return Batch(_padded(self._inputs, indices, rows, padding), _padded(self._targets, indices, rows, 0), mask)
+
+def padded_batch(inputs: Tensor, targets: Tensor, indices: Tensor, multiple: int) -> Batch:
+    """The rows of some indices, on the device of the data, padded to the next multiple of so many rows."""
+    count = len(indices)
+    rows = multiple * max(1, math.ceil(count / multiple))
+    if inputs.device.type == "cuda":
+        # From pageable memory the copy would wait for the device.
+        indices = indices.pin_memory()
+    indices = indices.to(inputs.device, non_blocking=True)
+    padding = math.nan if inputs.is_floating_point() else -int(inputs.dtype.is_signed)
+    mask = torch.arange(rows, device=inputs.device) < count
+    return Batch(_padded(inputs, indices, rows, padding), _padded(targets, indices, rows, 0), mask)
 
 
 def _padded(values: Tensor, indices: Tensor, rows: int, padding: float) -> Tensor:

@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -42,7 +42,8 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
-from clipless_dp.sampling import Batch, PoissonBatches, as_tensors, usual_rows
+from clipless_dp.sampling import Batch, PoissonBatches, Samples, as_tensors, usual_rows
+from clipless_dp.streaming import AHEAD, StreamedBatches
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -167,6 +168,7 @@ def fit(
     dataset_size: int | None = None,
     micro_batch_size: int | None = None,
     memory_budget: float | None = None,
+    stream: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: int = 1,
     reproducible_seed: int | None = None,
@@ -209,6 +211,9 @@ def fit(
         memory_budget: bytes that computing a step's gradients may take on the model's device: the draw, activations and
             gradients, on top of weights, optimizer state and data set. Chooses ``micro_batch_size``, of equal parts of
             a usual draw, by measuring passes over zeros.
+        stream: whether the data stays where it is, and a thread reads each draw ahead
+            (:class:`clipless_dp.StreamedBatches`), or is held on the model's device as a whole. By default data sets
+            stream, and pairs of tensors or arrays do where they would fill more than half of a device's free memory.
         checkpoint: file to write to, and to resume from.
         checkpoint_every: epochs between checkpoints.
         reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
@@ -244,20 +249,20 @@ def fit(
         are not. Every call starts a ledger of its own, unless it resumes a checkpoint or is given an accountant: calls
         on the same data compose, and a second one on the same model warns.
     """
-    inputs, targets = as_tensors(dataset)
-    held_out = None if validation is None else as_tensors(validation)
+    samples = Samples(dataset)
+    held_out = None if validation is None else Samples(validation)
     device, _ = model.device_and_dtype()
-    for some_inputs, some_targets in filter(None, ((inputs, targets), held_out)):
+    for some in filter(None, (samples, held_out)):
         # What does not fit shows on one sample, before anything is spent.
-        evaluate(model, (some_inputs[:1], some_targets[:1]))
-    size = len(inputs) if dataset_size is None else dataset_size
+        evaluate(model, some.first)
+    size = len(samples) if dataset_size is None else dataset_size
     _check(epsilon, delta, epochs, batch_size, size, checkpoint_every, micro_batch_size, memory_budget)
     if not callable(optimizer) and optimizer not in OPTIMIZERS:
         raise ConfigurationError(
             f"optimizer must be one of {OPTIMIZERS}, or a function of the parameters, got {optimizer!r}"
         )
     if augment is not None:
-        model.check_inputs(views(augment, inputs[:1].to(device), torch.ones(1, dtype=torch.bool, device=device)))
+        model.check_inputs(views(augment, samples.first[0].to(device), torch.ones(1, dtype=torch.bool, device=device)))
     average = None if ema is None else WeightAverage(model, ema)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None:
@@ -336,25 +341,24 @@ def fit(
     # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
     if run.step < steps and factors is None:
         private.allows(steps - run.step)
-    usual = usual_rows(math.ceil(len(inputs) / distributed.world().size), sample_rate)
+    if stream is None:
+        stream = not _fits(samples, device)
+    usual = usual_rows(math.ceil(len(samples) / distributed.world().size), sample_rate)
     padding = usual if one_shape else max(8, math.isqrt(batch_size) // 2)
     if compile:
-        blank = _blank((inputs, targets), micro_batch_size or padding, device)
+        blank = _blank(samples.first, micro_batch_size or padding, device)
         _compile(run, "inductor" if compile is True else compile, blank)
     if memory_budget is not None:
-        micro_batch_size = _micro_batch_size(run, memory_budget, (inputs, targets), usual)
+        micro_batch_size = _micro_batch_size(run, memory_budget, samples.first, usual, AHEAD if stream else 1)
     if one_shape:
         micro_batch_size = micro_batch_size or usual
     if micro_batch_size is not None and (one_shape or micro_batch_size < usual):
         padding = micro_batch_size
-    batches = PoissonBatches(
-        (inputs, targets),
-        sample_rate=sample_rate,
-        steps=steps,
-        device=device,
-        physical_batch_size=padding,
-        seed=reproducible_seed,
-        start=run.step,
+    shape: dict[str, Any] = {"steps": steps, "start": run.step, "physical_batch_size": padding, "device": device}
+    batches = (
+        StreamedBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
+        if stream
+        else PoissonBatches(as_tensors(dataset), sample_rate=sample_rate, seed=reproducible_seed, **shape)
     )
     dropped = int(model.nonfinite_samples)
     _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
@@ -609,11 +613,19 @@ def _compile(run: _Run, backend: str, blank: Batch) -> None:
         ) from error
 
 
-def _micro_batch_size(run: _Run, budget: float, shown: tuple[Tensor, Tensor], usual: int) -> int:
+def _fits(samples: Samples, device: torch.device) -> bool:
+    """Whether the data is in memory and half of what the device has left holds this rank's part of it."""
+    if samples.tensors is None or device.type != "cuda":
+        return samples.tensors is not None
+    own = sum(part.element_size() * part.numel() for part in samples.tensors) / distributed.world().size
+    return samples.tensors[0].device == device or own <= 0.5 * torch.cuda.mem_get_info(device)[0]
+
+
+def _micro_batch_size(run: _Run, budget: float, shown: tuple[Tensor, Tensor], usual: int, held: int) -> int:
     """Equal parts of a usual draw, the fewest whose peak is within the budget.
 
     The peak is measured with two micro-batches (or views), since the second finds the gradients of the first in memory;
-    the rest of the draw, which waits there for its turn, is added.
+    the rest of the draw, which waits there for its turn, is added, and so are the other draws held there.
 
     Raises:
         ConfigurationError: one row does not fit, or the device does not tell.
@@ -638,7 +650,7 @@ def _micro_batch_size(run: _Run, budget: float, shown: tuple[Tensor, Tensor], us
         except torch.cuda.OutOfMemoryError:
             run.optimizer.zero_grad()
             measured = math.inf
-        peaks[rows] = measured + row * max(0, usual - 2 * rows)
+        peaks[rows] = measured + row * (max(0, usual - 2 * rows) + (held - 1) * usual)
         return peaks[rows]
 
     with _rehearsal(run):
@@ -647,16 +659,16 @@ def _micro_batch_size(run: _Run, budget: float, shown: tuple[Tensor, Tensor], us
         fits = rows_within(budget, peak, usual)
     if fits == 0:
         raise ConfigurationError(
-            f"one row at a time takes {peaks[1]:.4g} bytes, {row * usual:.4g} of them for a usual draw of {usual} "
-            f"rows, and memory_budget is {budget:.4g}: raise it, or choose a smaller batch_size or network"
+            f"one row at a time takes {peaks[1]:.4g} bytes, {row * usual * held:.4g} of them for {held} usual draw(s) "
+            f"of {usual} rows, and memory_budget is {budget:.4g}: raise it, or choose a smaller batch_size or network"
         )
     return math.ceil(usual / math.ceil(usual / fits))
 
 
 def _train(
     run: _Run,
-    batches: PoissonBatches,
-    validation: tuple[Tensor, Tensor] | None,
+    batches: PoissonBatches | StreamedBatches,
+    validation: Samples | None,
     path: Path | None,
     checkpoint_every: int,
     micro_batch_size: int | None,
@@ -668,8 +680,8 @@ def _train(
     shown = progress and distributed.world().rank == 0
     bar = tqdm(total=total, initial=run.step, disable=not shown, unit="step", dynamic_ncols=True)
     run.model.train()
-    with bar, _deferred_interrupt() as interrupted:
-        for batch in batches:
+    with bar, closing(iter(batches)) as drawn, _deferred_interrupt() as interrupted:
+        for batch in drawn:
             if run.seed is not None:
                 torch.manual_seed(derived_seed(run.seed, "torch", run.step, distributed.world().rank))
             try:
@@ -715,7 +727,7 @@ def _step(run: _Run, batch: Batch, micro_batch_size: int | None) -> Tensor:
     return total
 
 
-def _record(run: _Run, loss: Tensor, batch: Batch, validation: tuple[Tensor, Tensor] | None, rows: int) -> EpochRecord:
+def _record(run: _Run, loss: Tensor, batch: Batch, validation: Samples | None, rows: int) -> EpochRecord:
     local = torch.tensor([float(loss), float(batch.mask.sum())], dtype=torch.float64)
     summed, count = distributed.total(local).tolist()
     mean = summed / max(1.0, count)
@@ -735,7 +747,7 @@ def _shown(record: EpochRecord) -> str:
 
 
 @torch.no_grad()
-def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[float | None, float]:
+def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024) -> tuple[float | None, float]:
     """Accuracy and mean loss on data that is not part of the training set.
 
     Args:
@@ -746,14 +758,14 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
     Returns:
         The share of correct predictions (``None`` unless the loss is one of classification), and the mean loss.
     """
-    inputs, targets = as_tensors(dataset)
+    samples = dataset if isinstance(dataset, Samples) else Samples(dataset)
     device, _ = model.device_and_dtype()
     training = model.training
     model.eval()
     correct, total_loss = 0, 0.0
     known = True
     try:
-        for some_inputs, some_targets in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+        for some_inputs, some_targets in samples.parts(batch_size):
             truth = some_targets.to(device)
             output = model(some_inputs.to(device))
             total_loss += float(model.loss(output, truth))
@@ -762,7 +774,7 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
             correct += hits or 0
     finally:
         model.train(training)
-    return (correct / len(inputs) if known else None), total_loss / len(inputs)
+    return (correct / len(samples) if known else None), total_loss / len(samples)
 
 
 def _hits(model: DPLipModel, output: Tensor, truth: Tensor) -> int | None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from scipy import stats
 from torch import nn
+from torch.utils.data import Dataset
 
 from clipless_dp import (
     CliplessDPSGD,
@@ -78,6 +79,31 @@ def trained(steps: int = 4, mutant: str = "", through_ddp: bool = False):
         model.loss(forward(inputs), targets, mask).backward()
         optimizer.step()
     return weights(model), optimizer.get_epsilon(1e-3), optimizer.accountant.history
+
+
+class Noting(Dataset):  # type: ignore[type-arg]
+    """Samples one by one, noting which were asked for."""
+
+    def __init__(self) -> None:
+        self.inputs, self.targets = samples(300)
+        self.asked: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        self.asked.append(index)
+        return self.inputs[index], int(self.targets[index])
+
+
+def read_and_fitted(**options: object):
+    model, data = gated_model(), Noting()
+    result = fit(model, data, reproducible_seed=1, **{**RUN, **options})
+    return weights(model), result.optimizer.accountant.history, set(data.asked[1:]), result.micro_batch_size
+
+
+def fitted_in_pieces():
+    return read_and_fitted(batch_size=90, stream=False, memory_budget=8_000)
 
 
 def measured_deviation(rounds: int = 12, mutant: str = "", noise: str = "system"):
@@ -617,3 +643,25 @@ def test_torchrun_starts_a_run_that_ends_alike_on_all_ranks(tmp_path):
     lines = sorted(line for line in ended.stdout.splitlines() if line[:2] in ("0:", "1:"))
     assert len(lines) == 2
     assert lines[0][2:] == lines[1][2:]
+
+
+def test_ranks_stream_their_own_samples_only(ranks) -> None:
+    (first, history, even, _), (second, _, odd, _) = ranks.run(read_and_fitted)
+    alone, expected, _, _ = read_and_fitted(stream=False)
+    assert torch.equal(first, second)
+    assert history == expected
+    # Float32 sums in another order, over twelve steps.
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)
+    assert even <= set(range(0, 300, 2))
+    assert odd <= set(range(1, 300, 2))
+    assert min(len(even), len(odd)) > 80, "missing half of them in twelve draws has probability below 1e-9"
+
+
+def test_ranks_split_their_parts_within_a_budget_and_account_one_step(ranks) -> None:
+    (first, history, _, size), (second, *_) = ranks.run(fitted_in_pieces)
+    alone, expected, _, _ = read_and_fitted(batch_size=90, stream=False)
+    assert torch.equal(first, second)
+    assert history == expected
+    assert 1 <= size <= 36, "at least two pieces of a usual draw of 72 rows on a rank"
+    # Float32 sums in another order, over seven steps.
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,140 @@
+"""Poisson batches of data that stays where it is, read ahead of the step by a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipless_dp import draws
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.sampling import Batch, PoissonBatchSampler, Samples, padded_batch, usual_rows
+
+AHEAD = 3
+"""Draws that a stream holds on the device at once: one in use, one waiting, one arriving."""
+
+
+class StreamedBatches:
+    """:class:`clipless_dp.PoissonBatches` of a data set that fits neither the device nor, perhaps, memory.
+
+    A thread draws, reads the samples of one draw, pads them, and copies them to the device while the step before is
+    computed: through pinned memory on a stream of its own, where the device is a CUDA one. It never has more than two
+    draws beyond the one in use, and ends with the iteration, whether that is exhausted, closed or fails.
+
+    A draw is announced to the optimizers when its batch is handed over, in the thread that asks for it. So one that was
+    read ahead and is never used amplifies no step and is not charged; it is dropped and never handed out again.
+    (Seeded, a sampler that starts at a step draws that step's batch, which no step has used.)
+
+    Args:
+        dataset: any map-style data set of pairs, a pair of tensors, or of arrays, memory-mapped files included; see
+            :class:`clipless_dp.sampling.Samples`. It is asked from the thread. Of several processes each reads the
+            samples of its own part only.
+        sample_rate: ``q`` in (0, 1].
+        steps: number of batches.
+        device: where batches go; by default they stay where they are read.
+        physical_batch_size: rows of a batch, as in :class:`clipless_dp.PoissonBatches`.
+        seed: as in :class:`clipless_dp.PoissonBatchSampler`; random transforms of the data set itself are not covered.
+        start: as in :class:`clipless_dp.PoissonBatchSampler`.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or the data set is empty, not one of pairs, or on a device
+            already. What the data set raises while it is read is raised while iterating, as it is, once the batches
+            read before it are used up.
+
+    Guarantee:
+        As :class:`clipless_dp.PoissonBatches`.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Sequence[Any] | Samples,
+        *,
+        sample_rate: float,
+        steps: int,
+        device: torch.device | str | None = None,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+        start: int = 0,
+    ) -> None:
+        self._samples = dataset if isinstance(dataset, Samples) else Samples(dataset)
+        if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
+            raise ConfigurationError(
+                "the data is on a device already, so there is nothing to stream: use PoissonBatches"
+            )
+        count = len(self._samples)
+        self.sampler = PoissonBatchSampler(count, sample_rate=sample_rate, steps=steps, seed=seed, start=start)
+        rank, ranks = self.sampler.world
+        if physical_batch_size is None:
+            physical_batch_size = usual_rows(len(range(rank, count, ranks)), sample_rate)
+        if physical_batch_size < 1:
+            raise ConfigurationError(f"physical_batch_size must be positive, got {physical_batch_size}")
+        self.physical_batch_size = physical_batch_size
+        self._device = None if device is None else torch.device(device)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        ready: queue.Queue[_Read] = queue.Queue(maxsize=AHEAD - 2)
+        ended = threading.Event()
+        reader = threading.Thread(target=self._read_ahead, args=(ready, ended), name="clipless_dp data", daemon=True)
+        reader.start()
+        try:
+            while (read := ready.get()).batch is not None:
+                if read.arrival is not None:
+                    stream = torch.cuda.current_stream(read.batch.mask.device)
+                    stream.wait_event(read.arrival)
+                    for part in read.batch:
+                        # Its memory goes back to the thread's stream, which must not overwrite it under the step.
+                        part.record_stream(stream)
+                draws.announce(self.sampler.sample_rate)
+                yield read.batch
+            if read.error is not None:
+                raise read.error
+        finally:
+            ended.set()
+            # At most one item is put after this, by a thread that waits for room; then it sees the end.
+            while not ready.empty():
+                ready.get()
+            reader.join()
+
+    def _read_ahead(self, ready: queue.Queue[_Read], ended: threading.Event) -> None:
+        try:
+            arrivals = None
+            if self._device is not None and self._device.type == "cuda":
+                arrivals = torch.cuda.Stream(self._device)
+            for indices in self.sampler.unannounced():
+                if ended.is_set():
+                    return
+                ready.put(self._moved(self._read(indices.tolist()), arrivals))
+            last = _Read()
+        except BaseException as error:
+            last = _Read(error=error)
+        if not ended.is_set():
+            ready.put(last)
+
+    def _read(self, indices: list[int]) -> Batch:
+        inputs, targets = self._samples.read(indices)
+        return padded_batch(inputs, targets, torch.arange(len(indices)), self.physical_batch_size)
+
+    def _moved(self, batch: Batch, arrivals: torch.cuda.Stream | None) -> _Read:
+        if arrivals is None:
+            return _Read(Batch(*(part.to(self._device) for part in batch)))
+        with torch.cuda.stream(arrivals):
+            moved: list[Tensor] = [part.pin_memory().to(self._device, non_blocking=True) for part in batch]
+            return _Read(Batch(*moved), arrival=arrivals.record_event())
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What the thread hands over: a batch and the event of its arrival, or the end, with the error that made it."""
+
+    batch: Batch | None = None
+    arrival: torch.cuda.Event | None = None
+    error: BaseException | None = None
