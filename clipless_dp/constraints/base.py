@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.norms.operators import Operator
+from clipless_dp.norms.dense import dense_norm
+from clipless_dp.norms.operators import DenseOperator, Operator
 from clipless_dp.norms.rounding import exact_float64
+from clipless_dp.norms.single import single_precision_norm
 
 
 class Constraint(ABC):
@@ -40,7 +42,12 @@ class Constraint(ABC):
 
     def holds(self, weight: Tensor, operators: tuple[Operator, ...]) -> bool:
         """Whether a weight meets the limit for certain, as every projected one does: then it can stay as it is."""
-        return all(operator.norm(weight) <= self.limit for operator in operators)
+        return all(
+            # Projections of dense weights have certificates of their own, tighter than the default one here and there.
+            (type(operator) is DenseOperator and dense_norm(weight, budget="tight") <= self.limit)
+            or operator.norm(weight) <= self.limit
+            for operator in operators
+        )
 
     def project_gradient_(  # noqa: B027
         self, gradient: Tensor, weight: Tensor, operators: tuple[Operator, ...]
@@ -67,7 +74,8 @@ def scale_to_limit_(weight: Tensor, operators: tuple[Operator, ...], limit: floa
     the factor's own rounding).
     """
     for operator in operators:
-        norm = operator.norm(weight)
+        norm = single_precision_norm(weight) if type(operator) is DenseOperator else None
+        norm = operator.norm(weight) if norm is None else norm
         if norm <= limit:
             continue
         unit = torch.finfo(weight.dtype).eps / 2

@@ -197,6 +197,9 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
             previous, vector = vector, image / beta.clamp_min(smallest)
         off = torch.stack(betas[:-1])
         ritz = torch.diag(torch.stack(alphas)) + torch.diag(off, 1) + torch.diag(off, -1)
+        if not bool(ritz.isfinite().all()):
+            # Squares of what is left of tiny matrices have underflowed.
+            return estimate
         latest = float(torch.linalg.eigvalsh(ritz)[-1])
         if latest <= estimate * (1.0 + 0.05 * tolerance) or len(alphas) >= size:
             return max(latest, estimate)

@@ -14,6 +14,9 @@ from clipless_dp.errors import NormError
 UNIT = 2.0**-53
 """Unit roundoff u of float64."""
 
+SINGLE_UNIT = 2.0**-24
+"""Unit roundoff u of float32."""
+
 _SMALLEST_NORMAL = 2.0**-1022
 
 
@@ -26,6 +29,12 @@ def gamma(terms: int) -> float:
     factor 8 and the 4 leave room for the few further roundings that each use names.
     """
     return 8.0 * (terms + 4) * UNIT
+
+
+def product_error(terms: int, unit: float = SINGLE_UNIT) -> float:
+    """Relative bound `γ_n = nu/(1-nu)` of a sum of n products at unit roundoff u, float32's; infinity if `nu ≥ ½`."""
+    share = terms * unit
+    return share / (1.0 - share) * (1.0 + 4.0 * UNIT) if share < 0.5 else math.inf
 
 
 def enlarge(value: float, roundings: int = 4) -> float:
