@@ -156,42 +156,38 @@ def _train(options: argparse.Namespace) -> int:
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
     preset = None if options.preset is None else presets.get(options.preset)
-    train, test = data.train, data.test
+    arguments: dict[str, Any] = {
+        "epsilon": options.epsilon,
+        "delta": options.delta,
+        "micro_batch_size": options.micro_batch_size,
+        "memory_budget": options.memory_budget,
+        "accountant": options.accountant,
+        "checkpoint": options.checkpoint,
+        "reproducible_seed": options.reproducible_seed,
+        "noise": options.noise,
+        "audit": options.audit,
+        "progress": not options.quiet,
+        **_tuned(options),
+    }
     if preset is None:
-        model = _model(options, tuple(data.inputs.shape[1:]), data.classes)
+        model = _model(options, tuple(data.inputs.shape[1:]), data.classes).to(options.device)
+        _show(model, options)
+        result = fit(model, data.train, **arguments)
+        accuracy, _ = evaluate(model, data.test)
     else:
         fixed = [f"--{name.replace('_', '-')}" for name in _OF_PRESETS if getattr(options, name) is not None]
         if fixed:
             raise ConfigurationError(
                 f"--preset {preset.name} decides what {', '.join(fixed)} would: leave out one or the other"
             )
-        train, test = (
-            (preset.features(inputs, cache_dir=options.cache_dir), targets) for inputs, targets in (train, test)
-        )
-        model = preset.model(tuple(train[0].shape[1:]), data.classes)
         if not options.quiet:
             print(f"preset {preset.name}: {preset.summary}", f"chosen on: {preset.provenance}", sep="\n", end="\n\n")
-    model = model.to(options.device)
-    tuned = _tuned(options)
-    if not options.quiet:
-        with full_precision():
-            print(model.sensitivity(), architectures.summary(model), sep="\n")
-    result = fit(
-        model,
-        train,
-        epsilon=options.epsilon,
-        delta=options.delta,
-        micro_batch_size=options.micro_batch_size,
-        memory_budget=options.memory_budget,
-        accountant=options.accountant,
-        checkpoint=options.checkpoint,
-        reproducible_seed=options.reproducible_seed,
-        noise=options.noise,
-        audit=options.audit,
-        progress=not options.quiet,
-        **(tuned if preset is None else preset.arguments(len(train[0]), **tuned)),
-    )
-    accuracy, _ = evaluate(model, test)
+        trained = preset.fit(
+            data.train, outputs=data.classes, cache_dir=options.cache_dir, device=options.device, **arguments
+        )
+        result = trained.result
+        _show(trained.model, options)
+        accuracy, _ = trained.evaluate(data.test)
     assert accuracy is not None
     print(f"test accuracy  {100 * accuracy:.2f} % of {len(data.test_targets)} held-out samples")
     print(f"epsilon        {result.epsilon:.4f} (add-or-remove-one, {options.accountant} accountant)")
@@ -213,6 +209,12 @@ def _train(options: argparse.Namespace) -> int:
         )
         print(f"statement      {', '.join(map(str, statement.files))}")
     return 0
+
+
+def _show(model: DPLipModel, options: argparse.Namespace) -> None:
+    if not options.quiet:
+        with full_precision():
+            print(model.sensitivity(), architectures.summary(model), sep="\n")
 
 
 def _model(options: argparse.Namespace, shape: tuple[int, ...], classes: int) -> DPLipModel:

@@ -10,21 +10,50 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from accounting import Accountant, create_accountant
 from clipless_dp import constraints, layers, losses
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.features import FrozenFeatures, Scattering2d
 from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
+from clipless_dp.noise import ReproducibleNoise, derived_seed
 from clipless_dp.sampling import as_tensors
 from clipless_dp.training import Data, FitResult, evaluate, fit
 
 Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Releases:
+    """How a preset's statistics of the data are charged: arguments of :mod:`clipless_dp.statistics`.
+
+    Attributes:
+        accountant: to which training will be added.
+        dataset_size: public number of samples.
+        checkpoint: of training; what is released is kept beside it, so that a run that goes on pays once.
+        seed: of a reproducible run, or ``None``.
+    """
+
+    accountant: Accountant
+    dataset_size: int
+    checkpoint: str | os.PathLike[str] | None = None
+    seed: int | None = None
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """``accountant``, ``dataset_size``, ``noise`` and ``file`` of the release of this name."""
+        return {
+            "accountant": self.accountant,
+            "dataset_size": self.dataset_size,
+            "noise": None if self.seed is None else ReproducibleNoise(derived_seed(self.seed, name)),
+            "file": None if self.checkpoint is None else Path(f"{os.fspath(self.checkpoint)}.{name}"),
+        }
 
 
 @dataclass(frozen=True)
@@ -33,8 +62,8 @@ class Trained:
 
     Attributes:
         model: the trained model, behind the front-end.
-        result: of :func:`clipless_dp.fit`.
-        prepare: the front-end: maps samples ``(B, ...)`` to what the model takes.
+        result: of :func:`clipless_dp.fit`; its ledger holds the statistics too.
+        prepare: front-end and statistics: maps samples ``(B, ...)`` to what the model takes.
     """
 
     model: DPLipModel
@@ -61,6 +90,8 @@ class Preset:
         front: makes the front-end from the shape of a sample: a module that no private data entered, run once on each
             sample by itself (:class:`clipless_dp.features.FrozenFeatures`). ``None``: the model takes samples as they
             are.
+        statistics: releases statistics of the training data behind the front-end, charged to the accountant that it is
+            given, and returns what they do to samples: standardise them, say. ``None``: nothing.
     """
 
     name: str
@@ -70,6 +101,7 @@ class Preset:
     settings: Mapping[str, Any]
     provenance: str
     front: Callable[[Shape], nn.Module] | None = None
+    statistics: Callable[[Tensor, Releases], Callable[[Tensor], Tensor]] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "settings", MappingProxyType(dict(self.settings)))
@@ -121,7 +153,7 @@ class Preset:
         device: torch.device | str = "cpu",
         **changes: Any,
     ) -> Trained:
-        """Runs the front-end, builds the model, and trains it with these settings.
+        """Runs the front-end, releases statistics, builds the model, and trains it with these settings.
 
         Args:
             dataset: inputs as they are before the front-end, and targets.
@@ -137,14 +169,26 @@ class Preset:
             ConfigurationError: the preset does not take this data, or an argument is out of range.
 
         Guarantee:
-            That of :func:`clipless_dp.fit`, whose arguments these are: the front-end sees each sample by itself.
+            That of :func:`clipless_dp.fit`, whose arguments these are: the front-end sees each sample by itself, and
+            the noise of training is calibrated on top of what the statistics cost.
         """
         inputs, targets = as_tensors(dataset)
+        size = changes.get("dataset_size") or len(inputs)
+        features = self.features(inputs, cache_dir=cache_dir)
+        change: Callable[[Tensor], Tensor] | None = None
+        if self.statistics is not None:
+            accountant = changes.get("accountant", self.settings.get("accountant", "prv"))
+            if isinstance(accountant, str):
+                accountant = create_accountant(accountant, dataset_size=size)
+            changes["accountant"] = accountant
+            releases = Releases(accountant, size, changes.get("checkpoint"), changes.get("reproducible_seed"))
+            change = self.statistics(features, releases)
 
         def prepare(samples: Tensor) -> Tensor:
-            return self.features(samples, cache_dir=cache_dir)
+            behind = self.features(samples, cache_dir=cache_dir)
+            return behind if change is None else change(behind)
 
-        prepared = prepare(inputs)
+        prepared = features if change is None else change(features)
         held_out = None
         if validation is not None:
             held_inputs, held_targets = as_tensors(validation)
@@ -156,7 +200,7 @@ class Preset:
             epsilon=epsilon,
             delta=delta,
             validation=held_out,
-            **self.arguments(changes.get("dataset_size") or len(inputs), **changes),
+            **self.arguments(size, **changes),
         )
         return Trained(model, result, prepare)
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from clipless_dp import ConfigurationError, evaluate, fit, presets
+from clipless_dp.statistics import private_moments
 
 SHAPES = {"transfer": (12,)}
 """Samples that a preset takes, where they are no small grey images."""
@@ -87,3 +88,26 @@ def test_an_own_front_end_takes_the_place_of_a_presets():
         (inputs, targets), epsilon=3.0, delta=1e-3, outputs=3, epochs=1, accountant="rdp", progress=False
     )
     assert trained.model.input_shape == (16,)
+
+
+def centred(features, releases):
+    moments = private_moments(features, norm=4.0, noise_multiplier=9.0, **releases.arguments("moments"))
+    return lambda samples: samples - moments.mean.to(samples)
+
+
+def test_statistics_of_a_preset_are_charged_once_with_training_on_top(tmp_path):
+    preset = dataclasses.replace(presets.get("transfer"), statistics=centred)
+    inputs, targets = data((12,), count=1000)
+    settings = {
+        "epsilon": 3.0, "delta": 1e-3, "outputs": 3, "epochs": 1, "accountant": "rdp", "progress": False,
+        "reproducible_seed": 1, "checkpoint": tmp_path / "run.pt",
+    }  # fmt: skip
+    trained = preset.fit((inputs, targets), **settings)
+    (release, times), *steps = trained.result.optimizer.accountant.ledger
+    assert (release.kind, release.noise_multiplier, times) == ("gaussian_release", 9.0, 1)
+    assert sum(count for _, count in steps) == trained.result.steps
+    assert 2.9 < trained.result.epsilon <= 3.0
+    assert trained.prepare(inputs).mean(0).norm() < inputs.mean(0).norm() / 2
+    again = preset.fit((inputs, targets), **settings)
+    assert again.result.optimizer.accountant.ledger == trained.result.optimizer.accountant.ledger
+    assert torch.equal(again.prepare(inputs), trained.prepare(inputs))
