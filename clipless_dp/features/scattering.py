@@ -173,6 +173,57 @@ class Scattering2d(nn.Module):
         return f"image_size={self.image_size}, scales={self.scales}, angles={self.angles}, padding={self.padding!r}"
 
 
+class NaturalStandardisation(nn.Module):
+    """Standardises scattering coefficients by what they are on random images with the spectrum of natural ones.
+
+    Amplitudes of natural images fall as ``1/f`` (Field 1987). Means and deviations of a transform's coefficients over
+    such Gaussian images, of mean ½ and deviation ¼, depend on no data: each is one number for a coefficient, alike for
+    all places and channels. Without it the averages of order 0 outweigh all others by far.
+
+    Args:
+        transform: whose coefficients are standardised.
+        images: how many are drawn.
+        seed: of their generator.
+
+    Shape:
+        ``(B, C·K, h, w)`` to the same shape.
+
+    Raises:
+        ConfigurationError: fewer than two images.
+        InputError: the channels are no multiple of the transform's coefficients.
+    """
+
+    def __init__(self, transform: Scattering2d, *, images: int = 256, seed: int = 0) -> None:
+        super().__init__()
+        if not (isinstance(images, int) and images >= 2):
+            raise ConfigurationError(f"images must be an integer of at least 2, got {images!r}")
+        self.coefficients = transform.coefficients
+        height, width = transform.image_size
+        noise = torch.randn(images, 1, height, width, generator=torch.Generator().manual_seed(seed))
+        down, right = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)
+        # The constant part gets the amplitude of the longest wave.
+        frequencies = torch.hypot(down, right).clamp(min=1.0 / max(height, width))
+        pink = torch.fft.ifft2(torch.fft.fft2(noise) / frequencies).real
+        drawn = torch.cat([transform(some) for some in (0.5 + 0.25 * pink / pink.std()).split(32)])
+        deviations, means = torch.std_mean(drawn, dim=(0, 2, 3))
+        self.register_buffer("means", means[:, None, None])
+        self.register_buffer("deviations", deviations[:, None, None])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Subtracts the means, divides by the deviations."""
+        if features.dim() != 4 or features.shape[1] % self.coefficients:
+            raise InputError(
+                f"expected features (batch, channels·{self.coefficients}, h, w), got {tuple(features.shape)}"
+            )
+        means, deviations = (cast(Tensor, part).to(features.dtype) for part in (self.means, self.deviations))
+        standardised: Tensor = (features.unflatten(1, (-1, self.coefficients)) - means) / deviations
+        return standardised.flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        """The number of coefficients."""
+        return f"coefficients={self.coefficients}"
+
+
 def littlewood_paley(averages: tuple[Tensor, Tensor], wavelets: Tensor) -> Tensor:
     """``|φ̂(ω)|² + ½Σ(|ψ̂(ω)|² + |ψ̂(-ω)|²)`` of filters with real spectra.
 
