@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -24,6 +25,9 @@ from clipless_dp.norms.geometry import (
 )
 from clipless_dp.norms.rounding import certified_arithmetic, enlarge, exact_float64, normalised, scale_up
 from clipless_dp.norms.symbol import symbol_norm_bound
+
+_PLACES_TO = 1 << 14
+"""Entries of a kernel up to which the places of its phases are kept for the next step."""
 
 
 def conv2d_norm(
@@ -254,15 +258,30 @@ def _symbol_bound(
 
 def polyphase(kernel: Tensor, strides: Sequence[int], dilations: Sequence[int]) -> Tensor:
     """Moves the classes of taps `t mod stride/gcd(stride, dilation)` of each axis into the input channels."""
-    for axis in (-2, -1):
-        classes = strides[axis] // math.gcd(strides[axis], dilations[axis])
-        classes = min(classes, kernel.shape[axis])
-        if classes > 1:
-            kernel = kernel.movedim(axis, -1)
-            missing = -kernel.shape[-1] % classes
-            kernel = torch.nn.functional.pad(kernel, (0, missing))
-            kernel = kernel.reshape(*kernel.shape[:-1], -1, classes).movedim(-1, 3)
-            kernel = kernel.flatten(2, 3).movedim(-1, axis)
+    high, wide = (
+        min(stride // math.gcd(stride, dilation), taps)
+        for stride, dilation, taps in zip(strides, dilations, kernel.shape[-2:], strict=True)
+    )
+    classes = (high, wide)
+    if max(classes) <= 1:
+        return kernel
+    if kernel.numel() > _PLACES_TO:
+        return _split_phases(kernel, classes)
+    return torch.nn.functional.pad(kernel.flatten(), (1, 0))[_phase_places(kernel.shape, classes).to(kernel.device)]
+
+
+@functools.lru_cache(maxsize=64)
+def _phase_places(shape: torch.Size, classes: tuple[int, int]) -> Tensor:
+    """Where each entry of the polyphase kernel is in the flat kernel, counted from one; zero for none."""
+    return _split_phases(torch.arange(1, math.prod(shape) + 1, device="cpu").reshape(shape), classes).contiguous()
+
+
+def _split_phases(kernel: Tensor, classes: tuple[int, int]) -> Tensor:
+    for axis, count in zip((-2, -1), classes, strict=True):
+        kernel = kernel.movedim(axis, -1)
+        kernel = torch.nn.functional.pad(kernel, (0, -kernel.shape[-1] % count))
+        kernel = kernel.reshape(*kernel.shape[:-1], -1, count).movedim(-1, 3)
+        kernel = kernel.flatten(2, 3).movedim(-1, axis)
     return kernel
 
 
@@ -280,14 +299,11 @@ def _zero_padded_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort
         matrices = _explicit(kernel, rows, columns, (high.size, wide.size))
         return scale_up(matrix_norm_bound(matrices, effort), exponent)
 
-    taps = high.kernel * wide.kernel
-    by_input, by_output = 1, 1
-    for reads in (rows, columns):
-        inside = reads >= 0
-        by_input *= int(torch.bincount(reads[inside]).max())
-        by_output *= int(inside.sum(1).max())
+    by_input, by_output, taps, phase = _most_reads(high, wide)
     bounds = []
-    if not effort.factorise or by_input < taps or by_output < taps:
+    # The symbol is at most √taps times the norm of the unfolded kernel, taps counted in one phase of the stride (or in
+    # all, for the adjoint): where unfolding makes no fewer copies than that, its bound is never the smaller one.
+    if not effort.factorise or by_input < phase or by_output < taps:
         forward = matrix_norm_bound(kernel.flatten(2), effort)
         backward = matrix_norm_bound(kernel.transpose(1, 2).flatten(2), effort)
         bounds += [enlarge(math.sqrt(by_input) * forward), enlarge(math.sqrt(by_output) * backward)]
@@ -298,11 +314,26 @@ def _zero_padded_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort
     return scale_up(min(bounds), exponent)
 
 
+@functools.lru_cache(maxsize=256)
 def _reads(cut: Incidence) -> Tensor:
     """Pixel that each offset of each window reads, -1 where it reads padding; shape (windows, kernel)."""
     axis = Axis(cut.size, cut.kernel, cut.stride, cut.dilation, cut.low, 0)
     reads = window_reads(axis, cut.windows)
     return torch.where((reads >= 0) & (reads < cut.size), reads, -1)
+
+
+@functools.lru_cache(maxsize=256)
+def _most_reads(high: Incidence, wide: Incidence) -> tuple[int, int, int, int]:
+    """Most windows that read one pixel, most pixels that one window reads, offsets, and those of one phase."""
+    by_input, by_output, taps, phase = 1, 1, 1, 1
+    for cut in (high, wide):
+        reads = _reads(cut)
+        inside = reads >= 0
+        by_input *= int(torch.bincount(reads[inside]).max())
+        by_output *= int(inside.sum(1).max())
+        taps *= cut.kernel
+        phase *= -(-cut.kernel // (cut.stride // math.gcd(cut.stride, cut.dilation)))
+    return by_input, by_output, taps, phase
 
 
 def _cut_kernel(kernel: Tensor, cut: Incidence, axis: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,11 @@ _LANCZOS_FROM = 160
 
 _HALVED_FROM = 256
 """From this size on a factorisation by halves is faster (measured on one CPU core)."""
+
+_SMALL_ENTRIES = 1 << 15
+"""Entries of all matrices together up to which factorising all costs less than choosing (measured likewise)."""
+
+_POWER_STEPS, _STARTS = 8, 8
 
 _ROUNDS = 48
 
@@ -31,10 +38,10 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
         each of its entries is one that was given, or the mean of one and its mirror image's conjugate. The
         caller adds the distance between `S` and the exact Gram matrix.
 
-    Formula: first what can be read off the entries (:func:`trace_bounds`). Matrices that it leaves loose
-    are checked by :func:`cholesky_certifies` at a level a little above an estimate of the largest
-    eigenvalue. The estimate comes from below (Lanczos, or LAPACK's eigenvalues of a few matrices) and only
-    guides: too low a level fails the check and is raised.
+    Formula: few small matrices are checked by :func:`cholesky_certifies` at once, at a level a little above an
+    estimate of the largest eigenvalue. Of others, first what can be read off the entries (:func:`trace_bounds`);
+    those that it leaves loose are checked. The estimate comes from below (Lanczos, power steps, or LAPACK's
+    eigenvalues of a few matrices) and only guides: too low a level fails the check and is raised.
 
     Guarantee: each matrix of the batch is covered by a trace bound, by a completed factorisation, or by
     :func:`~clipless_dp.norms.gram.gram_iteration_bound`; the result is the largest of these.
@@ -42,10 +49,14 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
     size = grams.shape[-1]
     if size == 1:
         return max(floor, float(grams.real.max()))
+    slack = 2.0 * effort.tolerance
+    if effort.factorise and grams.numel() <= _SMALL_ENTRIES and size < _LANCZOS_FROM:
+        level = max(floor, _small_estimate(grams) * (1.0 + (slack if len(grams) > 1 else min(slack, 1e-9))))
+        if 0.0 < level < math.inf and bool(cholesky_certifies(grams.clone(), level).all()):
+            return enlarge(level * (1.0 + size * gamma(size)))
     upper, lower = trace_bounds(grams)
     if not effort.factorise:
         return max(floor, float(upper.max()))
-    slack = 2.0 * effort.tolerance
     reached = max(floor, float(lower.max()))
     loose = upper > reached * (1.0 + slack)
     bound = max(floor, float(torch.where(loose, 0.0, upper).max()))
@@ -122,6 +133,23 @@ def trace_bounds(grams: Tensor) -> tuple[Tensor, Tensor]:
     square = spread.square() + size * centre.square()
     lower = torch.maximum(square / trace.clamp_min(5e-324), diagonal.amax(-1))
     return upper, torch.where(trace > 0.0, lower, 0.0)
+
+
+def _small_estimate(grams: Tensor) -> float:
+    """A guess, from below, of the largest eigenvalue over a batch of small matrices. It guides and never certifies.
+
+    A few power steps say which matrix it may be in, LAPACK its eigenvalues.
+    """
+    chosen = 0
+    if len(grams) > 1:
+        steps = torch.arange(grams.shape[-1], dtype=torch.float64, device=grams.device)
+        starts = torch.cos(torch.outer(steps * steps, 1.0 + steps[:_STARTS]))
+        vectors = starts.to(grams.dtype).expand(len(grams), -1, -1)
+        for _ in range(_POWER_STEPS):
+            before, vectors = vectors, grams @ vectors
+        sizes = torch.linalg.vector_norm(vectors, dim=(1, 2)) / torch.linalg.vector_norm(before, dim=(1, 2))
+        chosen = int(sizes.nan_to_num().argmax())
+    return float(torch.linalg.eigvalsh(grams[chosen])[-1])
 
 
 def cholesky_certifies(grams: Tensor, level: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from operator import index
@@ -58,7 +59,8 @@ def as_tuple(value: IntOrTuple, axes: int, name: str, *, minimum: int) -> tuple[
         NormError: if the value is no integer or tuple of `axes` integers, or an entry is too small.
     """
     try:
-        entries = tuple(index(v) for v in value) if isinstance(value, Sequence) else (index(value),) * axes
+        # Tuples first: the abstract class answers slowly, and certificates ask at every step.
+        entries = tuple(map(index, value)) if isinstance(value, (tuple, Sequence)) else (index(value),) * axes
     except TypeError as error:
         raise NormError(f"{name} must be an integer or a tuple of integers, got {value!r}") from error
     if len(entries) != axes:
@@ -88,8 +90,8 @@ def as_padding(
             raise NormError("padding='same' is only defined for stride 1; give the padding of each side")
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
-    if isinstance(padding, Sequence) and any(isinstance(side, Sequence) for side in padding):
-        if len(padding) != axes or not all(isinstance(side, Sequence) for side in padding):
+    if isinstance(padding, (tuple, Sequence)) and any(isinstance(side, (tuple, Sequence)) for side in padding):
+        if len(padding) != axes or not all(isinstance(side, (tuple, Sequence)) for side in padding):
             raise NormError(f"padding per side must be one (low, high) pair per axis, got {padding!r}")
         pairs = [as_tuple(cast(IntOrTuple, side), 2, "padding", minimum=0) for side in padding]
         return tuple((low, high) for low, high in pairs)
@@ -237,6 +239,7 @@ class Incidence(NamedTuple):
     used: tuple[bool, ...]
 
 
+@functools.lru_cache(maxsize=256)
 def cut_to_incidence(axis: Axis, windows: int) -> Incidence | None:
     """Drops the windows, offsets and pixels of a zero-padded axis that meet nothing; None if all do."""
     reads = window_reads(axis, windows)

@@ -59,6 +59,9 @@ def certified_arithmetic(tensor: Tensor) -> Iterator[None]:
     TF32 and the other reduced-precision switches of torch act on float32 products only; certificates use
     float64.
     """
+    if not (torch.is_grad_enabled() or torch.is_autocast_enabled(tensor.device.type)):
+        yield
+        return
     with torch.no_grad(), torch.autocast(device_type=tensor.device.type, enabled=False):
         yield
 

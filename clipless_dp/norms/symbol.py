@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +17,12 @@ from clipless_dp.norms.rounding import certified_arithmetic, enlarge, gamma
 
 _CHUNK_ENTRIES = 1 << 17
 """Complex entries of Gram matrices held at once: 2 MiB, about a core's cache."""
+
+_CACHED_ENTRIES = 1 << 16
+"""Entries of phases, half a MiB for each of sine and cosine, that are kept for the next step."""
+
+_PAIRED_TAPS, _PAIRED_ROWS = 25, 512
+"""Taps, and rows times taps, up to which all products of two taps cost less than a product for each difference."""
 
 
 def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effort: Effort) -> float:
@@ -60,19 +69,16 @@ def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effo
         if kernel.shape[1] > kernel.shape[2]:
             kernel = kernel.transpose(1, 2)
         groups, rows, columns = kernel.shape[:3]
-        steps, correlations = _correlations(kernel)
+        correlations = _correlations(kernel)
         count = taps[0] * taps[1]
         squares = float(kernel.square().flatten(1).sum(-1).max()) * (1.0 + gamma(kernel[0].numel()))
-        error = gamma(columns * count + len(steps) + 16) * count * squares
+        error = gamma(columns * count + correlations.shape[1] + 16) * count * squares
         even = (correlations + correlations.mT).flatten(2)
         even[:, 0] *= 0.5
         odd = (correlations - correlations.mT).flatten(2)
-        frequencies = _half_plane(grid_high, grid_wide, kernel.device)
-        differences = torch.tensor(steps, dtype=torch.int64, device=kernel.device)
         chunk = max(1, _CHUNK_ENTRIES // (groups * rows * rows))
         bound = 0.0
-        for part in torch.split(frequencies, chunk):
-            cosine, sine = _phases(part, differences, grid_high, grid_wide)
+        for cosine, sine in _phases(grid_high, grid_wide, taps, chunk, kernel.device):
             real, imaginary = cosine @ even, sine @ odd
             grams = torch.complex(real, imaginary) if rows > 1 else real
             bound = largest_eigenvalue_bound(grams.reshape(-1, rows, rows), effort, bound)
@@ -90,16 +96,39 @@ def _grid(taps: int, torus: int | None, effort: Effort) -> tuple[int, float]:
     return points, enlarge(1.0 / math.cos(math.pi * (taps - 1) / (2.0 * points)), 16)
 
 
-def _correlations(kernel: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
-    """`C_δ = Σ_t K_{t+δ}K_tᵀ` for δ = 0 and half of the others; shape (groups, differences, rows, rows)."""
+def _correlations(kernel: Tensor) -> Tensor:
+    """`C_δ = Σ_t K_{t+δ}K_tᵀ` for the δ of :func:`_steps`; shape (groups, differences, rows, rows)."""
+    groups, rows = kernel.shape[:2]
     high, wide = kernel.shape[-2:]
-    steps = [(0, b) for b in range(wide)] + [(a, b) for a in range(1, high) for b in range(1 - wide, wide)]
+    if high * wide <= _PAIRED_TAPS and rows * high * wide <= _PAIRED_ROWS:
+        # All products of two taps at once, then those of each difference added up: zeros elsewhere round nothing.
+        taps = kernel.permute(0, 3, 4, 1, 2).flatten(1, 3)
+        pairs = (taps @ taps.mT).reshape(groups, high * wide, rows, high * wide, rows).transpose(2, 3)
+        summed = _pairs(high, wide).to(kernel.device) @ pairs.reshape(groups, (high * wide) ** 2, rows * rows)
+        return summed.reshape(groups, -1, rows, rows)
     products = []
-    for a, b in steps:
+    for a, b in _steps(high, wide):
         ahead = kernel[..., a:, max(b, 0) : wide + min(b, 0)]
         behind = kernel[..., : high - a, max(-b, 0) : wide + min(-b, 0)]
         products.append(ahead.flatten(2) @ behind.flatten(2).mT)
-    return steps, torch.stack(products, 1)
+    return torch.stack(products, 1)
+
+
+def _steps(high: int, wide: int) -> list[tuple[int, int]]:
+    """Differences of two of high×wide taps: zero, and one of each pair ±δ."""
+    return [(0, b) for b in range(wide)] + [(a, b) for a in range(1, high) for b in range(1 - wide, wide)]
+
+
+@functools.lru_cache(maxsize=32)
+def _pairs(high: int, wide: int) -> Tensor:
+    """Ones where a pair of taps (t + δ, t) has a difference δ of :func:`_steps`; shape (differences, pairs)."""
+    places = {step: place for place, step in enumerate(_steps(high, wide))}
+    chosen = torch.zeros(len(places), (high * wide) ** 2, dtype=torch.float64, device="cpu")
+    for ahead, behind in itertools.product(range(high * wide), repeat=2):
+        step = (ahead // wide - behind // wide, ahead % wide - behind % wide)
+        if step in places:
+            chosen[places[step], ahead * high * wide + behind] = 1.0
+    return chosen
 
 
 def _half_plane(high: int, wide: int, device: torch.device) -> Tensor:
@@ -111,7 +140,26 @@ def _half_plane(high: int, wide: int, device: torch.device) -> Tensor:
     return grid[~own_mirror | (2 * grid[:, 0] <= high)]
 
 
-def _phases(frequencies: Tensor, differences: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
+def _phases(
+    high: int, wide: int, taps: tuple[int, int], chunk: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """cos(ω·δ) and sin(ω·δ), shape (frequencies, differences), of so many frequencies at a time."""
+    frequencies = high * (wide // 2 + 1)
+    if frequencies <= min(chunk, _CACHED_ENTRIES // len(_steps(*taps))):
+        yield _all_phases(high, wide, taps, device)
+        return
+    differences = torch.tensor(_steps(*taps), dtype=torch.int64, device=device)
+    for part in torch.split(_half_plane(high, wide, device), chunk):
+        yield _phases_at(part, differences, high, wide)
+
+
+@functools.lru_cache(maxsize=32)
+def _all_phases(high: int, wide: int, taps: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    differences = torch.tensor(_steps(*taps), dtype=torch.int64, device=device)
+    return _phases_at(_half_plane(high, wide, device), differences, high, wide)
+
+
+def _phases_at(frequencies: Tensor, differences: Tensor, high: int, wide: int) -> tuple[Tensor, Tensor]:
     """cos(ω·δ) and sin(ω·δ), shape (frequencies, differences), from the exact residue of the angle."""
     turns = (
         frequencies[:, None, 0] * differences[None, :, 0] * wide

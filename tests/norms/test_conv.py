@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipless_dp.errors import NormError
 from clipless_dp.norms import budget as budgets
-from clipless_dp.norms import conv1d_norm, conv2d_norm, coverage, dense_norm
+from clipless_dp.norms import conv, conv1d_norm, conv2d_norm, coverage, dense_norm, eigenvalue, symbol
 from clipless_dp.norms.conv import _zero_padded_bound
 from clipless_dp.norms.geometry import Axis
 from tests.norms.convolutions import KINDS, random_cases
@@ -340,3 +340,49 @@ def test_a_non_finite_kernel_gets_a_typed_error_even_where_it_meets_no_pixel(bad
 def test_anything_but_a_real_kernel_gets_a_typed_error(weight: Tensor) -> None:
     with pytest.raises(NormError):
         conv2d_norm(weight, input_size=(6, 6))
+
+
+@pytest.mark.parametrize("answer", [0.0, 0.3, 0.999, 1e9, math.inf, math.nan])
+def test_a_lying_guide_cannot_push_the_bound_of_a_small_symbol_below_the_truth(
+    answer: float, monkeypatch: pytest.MonkeyPatch, never_written_out: None
+) -> None:
+    honest = eigenvalue._small_estimate
+    monkeypatch.setattr(eigenvalue, "_small_estimate", lambda grams: answer * honest(grams))
+    for case in random_cases(20, 5, 6):
+        bound = conv2d_norm(case.weight, input_size=case.size, **case.arguments())
+        assert bound >= case.truth * (1.0 - TRUTH_ROUNDING)
+
+
+def test_what_is_kept_of_a_geometry_says_nothing_of_kernels() -> None:
+    torch.manual_seed(0)
+    kernels = [torch.randn(4, 2, 4, 4) * 10.0**i for i in range(3)]
+
+    def bounds() -> list[float]:
+        return [conv2d_norm(kernel, input_size=(14, 13), stride=(2, 1), padding=3) for kernel in kernels]
+
+    fresh = bounds()
+    assert bounds() == fresh
+    for kept in (conv._reads, conv._most_reads, conv._phase_places, symbol._pairs, symbol._all_phases):
+        kept.cache_clear()
+    assert bounds()[::-1] == fresh[::-1]
+    truths = [spectral(conv_matrix(kernel, (14, 13), ((3, 3), (3, 3)), stride=(2, 1))) for kernel in kernels]
+    assert all(truth <= bound <= 1.1 * truth for truth, bound in zip(truths, fresh, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 3, 3), (1, 5, 2, 1, 4), (1, 1, 1, 5, 5)])
+def test_all_products_of_taps_at_once_are_those_of_each_difference(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(shape, dtype=torch.float64)
+    together = symbol._correlations(kernel)
+    monkeypatch.setattr(symbol, "_PAIRED_TAPS", 0)
+    # Sums of under 200 products of float64.
+    torch.testing.assert_close(together, symbol._correlations(kernel), rtol=1e-12, atol=1e-12)
+
+
+def test_phases_are_found_in_large_kernels_as_in_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = torch.randn(2, 3, 2, 5, 4, dtype=torch.float64)
+    small = conv.polyphase(kernel, (2, 3), (1, 2))
+    monkeypatch.setattr(conv, "_PLACES_TO", 0)
+    assert torch.equal(small, conv.polyphase(kernel, (2, 3), (1, 2)))
