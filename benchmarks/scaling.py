@@ -49,8 +49,8 @@ QUICK: dict[str, dict[str, list[int]]] = {
     "cnn": {"width": [4, 16], "batch": [64]},
 }
 PROCESSES = {"one process, one thread": (1, 1), "one process, two threads": (1, 2), "two processes": (2, 1)}
-LIMIT = 128 * 2**20
-LARGEST = SAMPLES // 2
+LIMIT = 64 * 2**20
+LARGEST = 8192
 
 Point = dict[str, Any]
 

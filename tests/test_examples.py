@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import dataclasses
+import io
 import re
 import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from clipless_dp import presets
+
 pytest.importorskip("sklearn")
+Image = pytest.importorskip("PIL.Image")
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,6 +46,58 @@ def test_the_accelerate_loop_learns(monkeypatch, capsys):
     printed = run("examples/accelerate_loop.py", "--epochs", "10", monkeypatch=monkeypatch, capsys=capsys)
     # Chance is 10 %.
     assert float(re.search(r"accuracy ([\d.]+) %", printed)[1]) > 60
+
+
+def test_the_recipe_for_mnist_writes_a_statement(tmp_path, monkeypatch, capsys):
+    images = np.random.default_rng(0).integers(256, size=(100, 28, 28), dtype=np.uint8)
+    np.savez(
+        tmp_path / "mnist.npz", x_train=images, y_train=np.arange(100) % 10, x_test=images, y_test=np.arange(100) % 10
+    )
+    path = tmp_path / "run.pt"
+    arguments = ["--preset", "mnist-orthogonal", "--data-dir", str(tmp_path), "--delta", "1e-3", "--epochs", "1"]
+    monkeypatch.setattr(presets, "get", smaller(presets.get))
+    printed = run("examples/mnist.py", *arguments, "--checkpoint", str(path), monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(r"accuracy [\d.]+ % of 100 test images", printed)
+    assert "Hyper-parameters: MNIST" in (tmp_path / "run.pt.statement.md").read_text("utf-8")
+
+
+def test_the_recipe_for_cifar_runs(tmp_path, monkeypatch, capsys):
+    images = np.random.default_rng(0).integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
+    stored = {}
+    for part in ("train", "test"):
+        encoded = [encode(image) for image in images]
+        stored[f"{part}_jpeg"] = np.frombuffer(b"".join(encoded), np.uint8)
+        stored[f"{part}_offsets"] = np.cumsum([0, *map(len, encoded)])
+        stored[f"y_{part}"] = np.arange(30) % 10
+    np.savez(tmp_path / "cifar10_jpeg.npz", **stored)
+    arguments = ["--data-dir", str(tmp_path), "--delta", "1e-3", "--epochs", "1"]
+    monkeypatch.setattr(presets, "get", smaller(presets.get))
+    printed = run("examples/cifar10.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    assert re.search(r"accuracy [\d.]+ % of 30 test images", printed)
+
+
+def smaller(get):
+    """Presets whose batches fit a few samples."""
+    return lambda name: dataclasses.replace(get(name), settings={**get(name).settings, "batch_size": 20})
+
+
+def encode(image):
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_the_recipe_for_transfer_learns(monkeypatch, capsys):
+    printed = run("examples/transfer.py", monkeypatch=monkeypatch, capsys=capsys)
+    # Chance is 10 %.
+    assert float(re.search(r"accuracy ([\d.]+) %", printed)[1]) > 60
+
+
+def test_the_recipe_for_regression_learns(monkeypatch, capsys):
+    arguments = ["--samples", "4000", "--epochs", "20", "--delta", "1e-4"]
+    printed = run("examples/regression.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    # The mean of all targets reaches 0.
+    assert float(re.search(r"R² (-?[\d.]+)", printed)[1]) > 0.4
 
 
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 from clipless_dp import ConfigurationError, evaluate, fit, presets
 from clipless_dp.statistics import private_moments
 
-SHAPES = {"transfer": (12,)}
+SHAPES = {"transfer": (12,), "regression": (12,)}
 """Samples that a preset takes, where they are no small grey images."""
 
 
@@ -19,13 +19,18 @@ def data(shape, count=40, outputs=3, seed=0):
     return torch.rand(count, *shape, generator=generator), torch.arange(count) % outputs
 
 
+def targets_of(name, classes):
+    return torch.eye(3)[classes] if name == "regression" else classes
+
+
 def shape_of(name):
     return SHAPES.get(name, (1, 16, 16))
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_a_preset_trains_to_the_target_with_its_own_settings(name):
-    preset, (inputs, targets) = presets.get(name), data(shape_of(name))
+    preset, (inputs, classes) = presets.get(name), data(shape_of(name))
+    targets = targets_of(name, classes)
     settings = {"epochs": 1, "batch_size": 20, "accountant": "rdp", "progress": False}
     trained = preset.fit((inputs, targets), epsilon=3.0, delta=1e-3, outputs=3, **settings)
     assert 2.9 < trained.result.epsilon <= 3.0

@@ -25,9 +25,10 @@ class Scattering2d(nn.Module):
 
         S₀ = x * φ,    S₁ = |x * ψ₁| * φ,    S₂ = ||x * ψ₁| * ψ₂| * φ    with a coarser scale in ψ₂ than in ψ₁,
 
-    sampled at every ``2^J``-th pixel. Convolutions are circular, on an image with ``2^J`` pixels or more around it, and
-    intermediate results are sampled as coarsely as their scale. It has no parameters and depends on no data: the
-    features of a sample cost no privacy.
+    sampled at the centre of each block of ``2^J`` pixels. Convolutions are circular, on an image with ``2^J`` pixels or
+    more around it, and intermediate results are sampled as coarsely as their scale. Where blocks fill the image, its
+    mirror image has the mirrored features, up to aliasing, with the angle ``-l`` in place of ``l``. There are no
+    parameters, and no data enters: the features of a sample cost no privacy.
 
     Args:
         image_size: height and width.
@@ -75,7 +76,7 @@ class Scattering2d(nn.Module):
         self.padding: Padding = padding
         self.output_size = (-(-height // step), -(-width // step))
         self.coefficients = 1 + scales * angles + angles**2 * scales * (scales - 1) // 2
-        # The image starts at pixel 2^J, hence at pixel 1 of what is sampled.
+        # The image starts at pixel 2^J, hence in block 1 of what is sampled.
         self._frame = tuple(side for size in (width, height) for side in self._sides(size))
         if padding == "reflect" and max(self._frame) >= min(height, width):
             raise ConfigurationError(
@@ -85,7 +86,7 @@ class Scattering2d(nn.Module):
         grid = (height + sum(self._frame[2:]), width + sum(self._frame[:2]))
         for level, (averages, wavelets) in enumerate(_filter_bank(grid, scales, angles)):
             for name, spectrum, size in zip(("rows", "columns"), averages, self.output_size, strict=True):
-                matrix = _sampled_convolution(spectrum, step >> level)[1 : 1 + size]
+                matrix = _sampled_convolution(spectrum, step >> level, 0.5 * (step - 1) / (1 << level))[1 : 1 + size]
                 self.register_buffer(f"{name}_{level}", matrix.float(), persistent=False)
             self.register_buffer(f"wavelets_{level}", wavelets.float(), persistent=False)
 
@@ -126,6 +127,31 @@ class Scattering2d(nn.Module):
         rows = [part.reshape(batch, channels, -1, *self.output_size) for order in orders for part in order]
         return torch.cat(rows, 2).flatten(1, 2)
 
+    def mirrored(self, features: Tensor) -> Tensor:
+        """Features of the images' mirror images (left and right), from those of the images, up to aliasing.
+
+        Their mean is what both have in common: half as many numbers for data whose labels no mirror changes.
+
+        Args:
+            features: ``(B, C·K, h, w)``, as :meth:`forward` returns them, for a width that ``2^J`` divides.
+
+        Raises:
+            InputError: the features have another shape.
+        """
+        if features.dim() != 4 or features.shape[1] % self.coefficients or features.shape[2:] != self.output_size:
+            raise InputError(
+                f"expected features (batch, channels·{self.coefficients}, {self.output_size[0]}, "
+                f"{self.output_size[1]}), got {tuple(features.shape)}"
+            )
+        scales, angles = self.scales, self.angles
+        turned = -torch.arange(angles) % angles
+        first = 1 + angles * torch.arange(scales)[:, None] + turned
+        pairs = 1 + angles * scales + angles**2 * torch.arange(scales * (scales - 1) // 2)[:, None, None]
+        second = pairs + angles * turned[:, None] + turned
+        order = torch.cat([torch.zeros(1, dtype=torch.int64), first.flatten(), second.flatten()])
+        channels = self.coefficients * torch.arange(features.shape[1] // self.coefficients)
+        return features[:, (channels[:, None] + order).flatten()].flip(-1)
+
     def _moduli(self, pixels: Tensor, level: int, scale: int) -> Tensor:
         """``|u * ψ|`` for the wavelets of one scale, sampled at it: ``(..., m, n)`` to ``(..., L, m', n')``."""
         wavelets = self._filter(f"wavelets_{level}", pixels)[scale - level]
@@ -145,6 +171,57 @@ class Scattering2d(nn.Module):
     def extra_repr(self) -> str:
         """The arguments."""
         return f"image_size={self.image_size}, scales={self.scales}, angles={self.angles}, padding={self.padding!r}"
+
+
+class NaturalStandardisation(nn.Module):
+    """Standardises scattering coefficients by what they are on random images with the spectrum of natural ones.
+
+    Amplitudes of natural images fall as ``1/f`` (Field 1987). Means and deviations of a transform's coefficients over
+    such Gaussian images, of mean ½ and deviation ¼, depend on no data: each is one number for a coefficient, alike for
+    all places and channels. Without it the averages of order 0 outweigh all others by far.
+
+    Args:
+        transform: whose coefficients are standardised.
+        images: how many are drawn.
+        seed: of their generator.
+
+    Shape:
+        ``(B, C·K, h, w)`` to the same shape.
+
+    Raises:
+        ConfigurationError: fewer than two images.
+        InputError: the channels are no multiple of the transform's coefficients.
+    """
+
+    def __init__(self, transform: Scattering2d, *, images: int = 256, seed: int = 0) -> None:
+        super().__init__()
+        if not (isinstance(images, int) and images >= 2):
+            raise ConfigurationError(f"images must be an integer of at least 2, got {images!r}")
+        self.coefficients = transform.coefficients
+        height, width = transform.image_size
+        noise = torch.randn(images, 1, height, width, generator=torch.Generator().manual_seed(seed))
+        down, right = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)
+        # The constant part gets the amplitude of the longest wave.
+        frequencies = torch.hypot(down, right).clamp(min=1.0 / max(height, width))
+        pink = torch.fft.ifft2(torch.fft.fft2(noise) / frequencies).real
+        drawn = torch.cat([transform(some) for some in (0.5 + 0.25 * pink / pink.std()).split(32)])
+        deviations, means = torch.std_mean(drawn, dim=(0, 2, 3))
+        self.register_buffer("means", means[:, None, None])
+        self.register_buffer("deviations", deviations[:, None, None])
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Subtracts the means, divides by the deviations."""
+        if features.dim() != 4 or features.shape[1] % self.coefficients:
+            raise InputError(
+                f"expected features (batch, channels·{self.coefficients}, h, w), got {tuple(features.shape)}"
+            )
+        means, deviations = (cast(Tensor, part).to(features.dtype) for part in (self.means, self.deviations))
+        standardised: Tensor = (features.unflatten(1, (-1, self.coefficients)) - means) / deviations
+        return standardised.flatten(1, 2)
+
+    def extra_repr(self) -> str:
+        """The number of coefficients."""
+        return f"coefficients={self.coefficients}"
 
 
 def littlewood_paley(averages: tuple[Tensor, Tensor], wavelets: Tensor) -> Tensor:
@@ -224,11 +301,14 @@ def _low_frequencies(spectra: Tensor, level: int, axis: int) -> Tensor:
     return spectra.index_select(axis, torch.fft.fftfreq(size, 1.0 / size).long() % spectra.shape[axis])
 
 
-def _sampled_convolution(spectrum: Tensor, step: int) -> Tensor:
-    """Matrix ``(m/step, m)`` of the circular convolution with an even filter ``(m,)``, at every ``step``-th place."""
-    kernel: Tensor = torch.fft.ifft(spectrum).real
-    positions = torch.arange(len(kernel))
-    return kernel[(positions[::step, None] - positions) % len(kernel)]
+def _sampled_convolution(spectrum: Tensor, step: int, offset: float) -> Tensor:
+    """Matrix ``(m/step, m)`` of the circular convolution with an even filter ``(m,)``, at ``offset`` and every
+    ``step`` places behind it."""
+    size = len(spectrum)
+    phases = torch.exp(2j * math.pi * offset * torch.fft.fftfreq(size, dtype=torch.float64))
+    kernel: Tensor = torch.fft.ifft(spectrum * phases).real
+    positions = torch.arange(size)
+    return kernel[(positions[::step, None] - positions) % size]
 
 
 def _filtered(spectra: Tensor, filters: Tensor, step: int) -> Tensor:

@@ -22,15 +22,15 @@ def norm(values: torch.Tensor) -> float:
 
 
 def kernel(transform: Scattering2d, axis: str, level: int = 0) -> torch.Tensor:
-    """The average's kernel along an axis: it is even, so a row of its matrix is the kernel moved to a position."""
-    return getattr(transform, f"{axis}_{level}")[0].double().roll(-(1 << (transform.scales - level)))
+    """The average's kernel along an axis: a row of its matrix is the kernel read backwards from a position."""
+    return getattr(transform, f"{axis}_{level}")[0].double().flip(0).roll(1 + (1 << (transform.scales - level)))
 
 
 def sums(transform: Scattering2d) -> list[float]:
     """Largest value of the Littlewood-Paley sum on each grid."""
     largest = []
     for level in range(transform.scales):
-        rows, columns = (torch.fft.fft(kernel(transform, name, level)).real for name in ("rows", "columns"))
+        rows, columns = (torch.fft.fft(kernel(transform, name, level)).abs() for name in ("rows", "columns"))
         bands = getattr(transform, f"wavelets_{level}").double()
         largest.append(float(scattering.littlewood_paley((rows, columns), bands).max()))
     return largest
@@ -109,7 +109,7 @@ def test_the_coefficients_are_those_of_the_definition(size, scales, angles):
     image = torch.rand(size, dtype=torch.float64)
     padded = torch.zeros([step * (-(-n // step) + 2) for n in size], dtype=torch.float64)
     padded[step : step + size[0], step : step + size[1]] = image
-    average = torch.outer(*(torch.fft.fft(kernel(transform, axis)).real for axis in ("rows", "columns")))
+    average = torch.outer(*(torch.fft.fft(kernel(transform, axis)) for axis in ("rows", "columns")))
 
     def convolved(pixels, spectrum):
         return torch.fft.ifft2(torch.fft.fft2(pixels) * spectrum)
@@ -137,6 +137,20 @@ def test_the_coefficients_are_those_of_the_definition(size, scales, angles):
     for index in range(1 + angles, transform.coefficients):
         nearest = min(range(1, transform.coefficients), key=lambda k: norm(actual[index] - expected[k]))
         assert nearest == index
+
+
+@pytest.mark.parametrize(("scales", "angles", "padding"), [(1, 4, "zeros"), (2, 8, "reflect"), (3, 2, "zeros")])
+def test_a_mirror_image_has_mirrored_features_up_to_aliasing(scales, angles, padding):
+    transform = Scattering2d((16, 32), scales, angles, padding)
+    images = torch.rand(2, 3, 16, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features, turned = transform(images.flip(-1)), transform.mirrored(transform(images))
+    difference = (features - turned).reshape(2, 3, transform.coefficients, -1).flatten(3)
+    # Order 0 and the finest of order 1 are sampled once, with the average.
+    assert norm(difference[:, :, : 1 + angles]) < 1e-6 * norm(features)
+    assert norm(difference) < 0.02 * norm(features)
+    assert norm(features - transform(images)) > 0.05 * norm(features), "images are not far from their mirror images"
+    with pytest.raises(InputError, match="expected features"):
+        transform.mirrored(features[:, 1:])
 
 
 def test_each_sample_and_channel_is_transformed_by_itself_on_any_dtype():
