@@ -110,8 +110,10 @@ def poisson(data: Data, batch: int) -> Iterator[Data]:
         yield inputs[chosen], targets[chosen]
 
 
-def sgd(kind: str, data: Data, batch: int, *, noise: bool = False, compiled: bool = False) -> Step:
-    net = network(kind).to(data[0].device)
+def sgd(
+    kind: str, data: Data, batch: int, *, noise: bool = False, compiled: bool = False, channels_last: bool = False
+) -> Step:
+    net = network(kind).to(data[0].device, memory_format=torch.channels_last if channels_last else None)
     optimizer = torch.optim.SGD(net.parameters(), lr=RATE_OF_LEARNING)
     batches = shuffled(data, batch)
 
@@ -132,8 +134,10 @@ def sgd(kind: str, data: Data, batch: int, *, noise: bool = False, compiled: boo
     return step
 
 
-def clipless(kind: str, data: Data, batch: int, *, route: str, compiled: bool = False) -> Step:
-    net = network(kind)
+def clipless(
+    kind: str, data: Data, batch: int, *, route: str, compiled: bool = False, channels_last: bool = False
+) -> Step:
+    net = network(kind).to(memory_format=torch.channels_last if channels_last else None)
     gates = {"gated": gated, "gradient gates": gradient_gated}.get(route)
     model = DPLipModel(
         net if gates is None else gates(net),
@@ -226,12 +230,15 @@ def fast_dp(kind: str, data: Data, batch: int) -> Step:
 CONTENDERS: dict[str, Callable[[str, Data, int], Step]] = {
     BASELINE: sgd,
     "SGD, compiled": lambda *given: sgd(*given, compiled=True),
+    "SGD, channels last": lambda *given: sgd(*given, channels_last=True),
     "SGD + noise": lambda *given: sgd(*given, noise=True),
     "gated": lambda *given: clipless(*given, route="gated"),
+    "gated, channels last": lambda *given: clipless(*given, route="gated", channels_last=True),
     "gated, compiled": lambda *given: clipless(*given, route="gated", compiled=True),
     "gradient gates": lambda *given: clipless(*given, route="gradient gates"),
     "gradient gates, compiled": lambda *given: clipless(*given, route="gradient gates", compiled=True),
     "spectral": lambda *given: clipless(*given, route="spectral"),
+    "spectral, channels last": lambda *given: clipless(*given, route="spectral", channels_last=True),
     "spectral, compiled": lambda *given: clipless(*given, route="spectral", compiled=True),
     "orthogonal": lambda *given: clipless(*given, route="orthogonal"),
     "orthogonal, compiled": lambda *given: clipless(*given, route="orthogonal", compiled=True),
