@@ -90,7 +90,8 @@ class DPLipModel(nn.Module):
             isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
         ):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
-        distributed.refuse_wrappers(net)
+        distributed.refuse_averages(net)
+        distributed.refuse_shards(net)
         self.net = net
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
@@ -154,6 +155,8 @@ class DPLipModel(nn.Module):
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
         self.check_inputs(inputs)
+        if distributed.is_sharded(self):
+            distributed.sum_shards_(self)
         if inputs.shape[0] == 0:
             return self._run(inputs.new_zeros(1, *self.input_shape))[:0]
         return self._run(inputs)
@@ -223,7 +226,8 @@ class DPLipModel(nn.Module):
         key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in self.net.parameters()))
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        sensitivity, lasting = self._tracker.evaluate(limits, relation)
+        whole = not distributed.is_sharded(self)
+        sensitivity, lasting = self._tracker.evaluate(limits, relation, whole=whole)
         self._kept = (key, sensitivity) if lasting else None
         return sensitivity
 
@@ -348,7 +352,10 @@ class DPLipModel(nn.Module):
                 "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
                 "wrapping model's own .to()"
             )
-        if any(id(parameter) not in self._traced.names for parameter in self.net.parameters()):
+        unknown = any(id(parameter) not in self._traced.names for parameter in self.net.parameters())
+        if unknown and distributed.is_sharded(self):
+            self._adopt_shards()
+        elif unknown:
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
@@ -356,6 +363,18 @@ class DPLipModel(nn.Module):
             self._trace(*parameter_device_and_dtype(self.net))
             self.settle_()
             self.changes += 1
+
+    def _adopt_shards(self) -> None:
+        """Knows the parameters, after ``fully_shard(model)``, by the parts that this rank holds."""
+        named = {id(parameter): name for name, parameter in self.net.named_parameters()}
+        distributed.check_shards(self, self.net.parameters())
+        if self._constraints or sorted(named.values()) != sorted(self._traced.names.values()):
+            raise ConfigurationError(
+                "no rank holds the whole weights of a sharded model, which constraints would project: use gates in "
+                "their place (clipless_dp.gated), or keep the model whole on each rank"
+            )
+        self._traced.names.clear()
+        self._traced.names.update(named)
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
@@ -381,6 +400,8 @@ class DPLipModel(nn.Module):
         return self.nonfinite_samples.device, torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> DPLipModel:
+        if distributed.is_sharded(self):
+            raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._trace(*parameter_device_and_dtype(self.net))
         self.settle_()

@@ -8,7 +8,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, NoReturn, cast, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -105,7 +105,7 @@ class CliplessDPOptimizer(Optimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
-        distributed.refuse_wrappers(model)
+        distributed.refuse_averages(model)
         if isinstance(base_optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
             raise ConfigurationError(
                 f"{type(base_optimizer).__name__} evaluates gradients several times a step or needs sparse ones; "
@@ -150,6 +150,12 @@ class CliplessDPOptimizer(Optimizer):
         for parameter in self._parameters():
             parameter.grad = None
         self._world = distributed.world()
+        self._sharded = distributed.is_sharded(model)
+        if self._sharded and self.noise.reproducible:
+            raise ConfigurationError(
+                "each rank of a sharded model adds noise to its own part, and reproducible noise would be the same in "
+                "all of them: leave out noise="
+            )
         self._stopped = False
         self._lines_compared = 0
         if self._world.size > 1:
@@ -448,7 +454,7 @@ class CliplessDPOptimizer(Optimizer):
             gradients.append(parameter.grad)
             scales.append(deviation)
         if self._world.size == 1:
-            add_normal_(gradients, scales, self.noise)
+            self._add_noise(gradients, scales)
         else:
             self._release_together(gradients, scales)
         torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
@@ -477,8 +483,9 @@ class CliplessDPOptimizer(Optimizer):
                 "ledger": self.accountant.ledger.entries,
             }
         )
-        distributed.copy_from_first_([*self.model.net.parameters(), *self.model.net.buffers()])
-        self.model.settle_()
+        if not self._sharded:
+            distributed.copy_from_first_([*self.model.net.parameters(), *self.model.net.buffers()])
+            self.model.settle_()
         # One run: its steps are counted once, whichever rank writes the checkpoint.
         self._run = distributed.from_first(lambda: self._run)
         self._counted = {self._run: 0}
@@ -493,16 +500,25 @@ class CliplessDPOptimizer(Optimizer):
                     "steps taken": self.steps_taken,
                     "ledger": (len(lines), lines[self._lines_compared :]),
                     "bounds or noise": scales,
-                    "weights": [stamp(parameter)[2:] for parameter in self.model.net.parameters()],
+                    "weights": self._sharded or [stamp(parameter)[2:] for parameter in self.model.net.parameters()],
                 }
             )
-            distributed.release_(gradients, lambda sums: add_normal_(sums, scales, self.noise))
+            if self._sharded:
+                self._add_noise(gradients, scales)
+            else:
+                distributed.release_(gradients, lambda sums: add_normal_(sums, scales, self.noise))
         except BaseException:
             for parameter in self.model.net.parameters():
                 parameter.grad = None
             raise
         self._lines_compared = max(0, len(lines) - 1)
         self._stopped = False
+
+    def _add_noise(self, gradients: Sequence[Tensor], scales: Sequence[float]) -> None:
+        """Adds the noise to the sums, or to this rank's part of them, which no other rank holds."""
+        if self._sharded:
+            gradients = [cast(Any, gradient).to_local() for gradient in gradients]
+        add_normal_(gradients, scales, self.noise)
 
     def _sensitivity(self) -> Sensitivity:
         """The model's bounds; after a change of settings the larger of old and new: either may have applied."""
@@ -748,7 +764,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
-        distributed.refuse_wrappers(model)
+        distributed.refuse_averages(model)
         parameters: list[nn.Parameter] = list(model.net.parameters())
         if not parameters:
             raise ConfigurationError("the network has no parameters to train")

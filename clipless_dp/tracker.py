@@ -166,13 +166,26 @@ class SensitivityTracker:
         """
         return self.evaluate(limits or {}, relation)[0]
 
-    def evaluate(self, limits: Mapping[str, float], relation: Relation) -> tuple[Sensitivity, bool]:
-        """The sensitivity, and whether it holds for as long as the limits do, whatever the weights become."""
+    def evaluate(
+        self, limits: Mapping[str, float], relation: Relation, *, whole: bool = True
+    ) -> tuple[Sensitivity, bool]:
+        """The sensitivity, and whether it holds for as long as the limits do, whatever the weights become.
+
+        Raises:
+            PrivacyError: as :meth:`sensitivity`; or the weights are not whole here, and a bound rests on them.
+        """
         if relation not in _RELATIONS:
             raise ConfigurationError(f"relation must be one of {sorted(_RELATIONS)}, got {relation!r}")
         sweep = _Sweep(self, limits)
-        with _deep_recursion(len(self.traced.shapes)):
-            return sweep.sensitivity(relation), not sweep.reads
+        sweep.free_only = not whole
+        try:
+            with _deep_recursion(len(self.traced.shapes)):
+                return sweep.sensitivity(relation), not sweep.reads
+        except _NeedsWeights:
+            raise PrivacyError(
+                "a bound rests on weights of which each rank holds a part only: put gates around every layer "
+                "(clipless_dp.gated), or keep the model whole on each rank"
+            ) from None
 
     def lipschitz_constant(self, limits: Mapping[str, float]) -> float:
         """Bound on how far the output moves per unit of the input, in Euclidean norms; infinite where none is known."""

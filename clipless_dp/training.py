@@ -249,6 +249,11 @@ def fit(
         are not. Every call starts a ledger of its own, unless it resumes a checkpoint or is given an accountant: calls
         on the same data compose, and a second one on the same model warns.
     """
+    if distributed.is_sharded(model):
+        raise ConfigurationError(
+            "fit keeps whole weights on each rank, as its checkpoints do: leave out fully_shard, or write the loop "
+            "with PoissonBatches and CliplessDPOptimizer (docs/distributed.md)"
+        )
     samples = Samples(dataset)
     held_out = None if validation is None else Samples(validation)
     device, _ = model.device_and_dtype()

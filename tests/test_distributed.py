@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from clipless_dp import (
+    CliplessDPOptimizer,
     CliplessDPSGD,
     ConfigurationError,
     DPLipModel,
@@ -29,9 +30,11 @@ from clipless_dp import (
     distributed,
     fit,
     gated,
+    gradient_gated,
     layers,
     losses,
 )
+from clipless_dp import optim as optim_module
 from clipless_dp import training as training_module
 from clipless_dp.distributed import World
 
@@ -380,33 +383,178 @@ def made_by_first():
     return distributed.from_first(lambda: {"rank": distributed.world().rank, "values": torch.arange(3)})
 
 
-def test_wrappers_that_average_or_split_are_refused_with_the_remedy(ranks):
-    if not hasattr(pytest.importorskip("torch.distributed.fsdp"), "fully_shard"):
-        pytest.skip("fully_shard came with torch 2.6")
+def fully_shard(module: nn.Module, **options: object) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard as shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return shard(module, **{"mesh": mesh, **options})  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def sharding():
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
+        pytest.skip("this torch cannot sum sharded gradients")
+
+
+def test_wrappers_that_average_or_split_are_refused_with_the_remedy(ranks, sharding):
     for averaged, split, split_later in ranks.run(wrapped):
         assert "DistributedDataParallel: pass the module inside" in averaged
-        assert "keep the model whole on each rank" in split
-        assert "keep the model whole on each rank" in split_later
+        assert "wrap the whole network first" in split
+        assert "call fully_shard(model) once" in split_later
 
 
 def wrapped():
-    from torch.distributed.fsdp import fully_shard
-
-    refused = []
     model = gated_model()
     sharded = fully_shard(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
     later = gated_model()
     fully_shard(later.net)
-    for attempt in (
-        lambda: sgd(nn.parallel.DistributedDataParallel(model)),  # type: ignore[arg-type]
-        lambda: DPLipModel(sharded, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0)),
-        lambda: sgd(later),
-    ):
-        try:
-            attempt()
-        except ConfigurationError as error:
-            refused.append(str(error))
-    return refused
+    return [
+        refusal_to_build(lambda: sgd(nn.parallel.DistributedDataParallel(model))),  # type: ignore[arg-type]
+        refusal_to_build(
+            lambda: DPLipModel(sharded, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+        ),
+        refusal_to_build(lambda: (fully_shard(later), sgd(later))),
+    ]
+
+
+def refusal_to_build(attempt):
+    try:
+        attempt()
+    except (ConfigurationError, PrivacyError) as error:
+        return str(error)
+    return "no error"
+
+
+# Models of which each rank holds a part.
+
+
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+
+
+def whole_weights(model: DPLipModel) -> torch.Tensor:
+    return torch.cat([whole(parameter).flatten() for parameter in model.net.parameters()])
+
+
+def trained_in_parts(sharded: bool, mutant: str = "", adam: bool = False, gate_gradients: bool = False):
+    """Four steps without noise, which no two runs would share: what is left is the arithmetic."""
+    apply_mutant("")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim_module, "add_normal_", lambda *_: None)
+        if mutant == "mean in place of the sum":
+            patch.setattr(distributed, "sum_shards_", lambda _: None)
+        model = gated_model()
+        if gate_gradients:
+            torch.manual_seed(0)
+            net = gradient_gated(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
+            model = DPLipModel(net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0))
+        if sharded:
+            fully_shard(model)
+        if adam:
+            base = torch.optim.Adam(model.net.parameters(), lr=0.05)
+            optimizer = CliplessDPOptimizer(model, base, **SETTINGS)  # type: ignore[arg-type]
+        else:
+            optimizer = sgd(model)
+        for step, batch in enumerate(PoissonBatches(samples(90), sample_rate=0.25, steps=4, seed=5)):
+            optimizer.zero_grad()
+            if sharded and step == 1:
+                # What loops that accumulate do: it would keep this step's gradients for the next one.
+                model.set_requires_gradient_sync(False)  # type: ignore[operator]
+            if step == 2:
+                optimizer.accumulate(batch, multiplicity=2, augment=lambda sample: sample, micro_batch_size=16)
+            else:
+                model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+            optimizer.step()
+        held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.net.parameters())
+        return whole_weights(model), optimizer.get_epsilon(1e-3), model.sensitivity().total, held
+
+
+@pytest.mark.parametrize("options", [(False, False), (True, False), (False, True)])
+def test_ranks_that_hold_parts_train_as_one_process_that_holds_all(ranks, sharding, options):
+    alone, epsilon, total, size = trained_in_parts(False, "", *options)
+    held = 0
+    for changed, spent, bound, part in ranks.run(trained_in_parts, True, "", *options):
+        assert same_weights(changed, alone)
+        assert (spent, bound) == (epsilon, total)
+        held += part
+    assert held == size
+
+
+def test_the_mean_over_ranks_that_hold_parts_would_show(ranks, sharding):
+    alone, *_ = trained_in_parts(False)
+    assert not any(
+        same_weights(result[0], alone) for result in ranks.run(trained_in_parts, True, "mean in place of the sum")
+    )
+
+
+def noise_in_parts(seeded: bool, rounds: int = 12):
+    """Noise of steps without samples: its deviation relative to the planned one, and how much the parts correlate."""
+    apply_mutant("")
+    model = DPLipModel(
+        gated(nn.Sequential(nn.Linear(64, 64, bias=False))),
+        input_shape=(64,),
+        input_norm=1.0,
+        loss=losses.TauCrossEntropy(2.0),
+    )
+    fully_shard(model)
+    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson"})
+    if seeded:
+        optimizer.noise = ReproducibleNoise(3)
+    changes = []
+    for _ in range(rounds):
+        before = whole_weights(model)
+        optimizer.step()
+        changes.append(whole_weights(model) - before)
+    planned = SETTINGS["noise_multiplier"] * model.sensitivity().total / (0.25 * 90)
+    moved = torch.stack(changes).double()
+    top, bottom = (half.reshape(-1) for half in moved.chunk(2, dim=1))
+    return float(moved.std()) / planned, float(torch.corrcoef(torch.stack((top, bottom)))[0, 1])
+
+
+def test_each_part_gets_noise_of_its_own_and_of_the_planned_variance(ranks, sharding):
+    (ratio, correlation), other = ranks.run(noise_in_parts, False)
+    assert (ratio, correlation) == other
+    assert has_the_planned_noise(ratio)
+    # Of 24576 pairs: one standard deviation is 0.0064.
+    assert abs(correlation) < 0.04
+
+
+def test_noise_that_the_parts_share_would_show_and_is_refused(ranks, sharding):
+    for ratio, correlation in ranks.run(noise_in_parts, True):
+        assert has_the_planned_noise(ratio)
+        assert correlation > 0.99
+    for refusals in ranks.run(refused_parts):
+        assert isinstance(refusals, dict), refusals
+        assert "reproducible noise would be the same" in refusals["noise"]
+        assert "constraints would project" in refusals["constraint"]
+        assert "put gates around every layer" in refusals["no gates"]
+        assert "lower precision" in refusals["precision"]
+        assert "without ignored_params" in refusals["left out"]
+        assert "before fully_shard" in refusals["moved"]
+        assert "write the loop" in refusals["fit"]
+
+
+def refused_parts():
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    bare = DPLipModel(plain, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    left_out = gated_model()
+    ignored = {next(iter(left_out.net.parameters()))}
+    return {
+        "noise": refusal_to_build(lambda: sgd(fully_shard(gated_model()), noise=ReproducibleNoise(1))),
+        "constraint": refusal_to_build(lambda: sgd(fully_shard(orthogonal_model()))),
+        "no gates": refusal_to_build(lambda: sgd(fully_shard(bare))),
+        "precision": refusal_to_build(
+            lambda: sgd(fully_shard(gated_model(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
+        ),
+        "left out": refusal_to_build(lambda: sgd(fully_shard(left_out, ignored_params=ignored))),
+        "moved": refusal_to_build(lambda: fully_shard(gated_model()).to(torch.float64)),
+        "fit": refusal_to_build(lambda: fit(fully_shard(gated_model()), samples(300), **RUN)),
+    }
 
 
 # A rank that dies.
