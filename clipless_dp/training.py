@@ -173,6 +173,7 @@ def fit(
     checkpoint_every: int = 1,
     reproducible_seed: int | None = None,
     noise: NoiseSource | str | None = None,
+    noise_multiplier: float | None = None,
     compile: bool | str = False,
     audit: bool = False,
     augment: Augmentation | None = None,
@@ -219,6 +220,8 @@ def fit(
         reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
             an uninterrupted one bit by bit. Whoever knows it can remove the noise.
         noise: ``"system"``, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
+        noise_multiplier: ``σ`` that was calibrated elsewhere, in place of the smallest that meets the target; the step
+            that would exceed the target is refused still.
         compile: runs forward pass, loss and backward pass as one compiled graph, see :func:`compiled_loss`: ``True``,
             or the name of a backend of ``torch.compile``. Noise, update and projections stay as they are: few large
             operations, which draw from generators of their own.
@@ -276,8 +279,10 @@ def fit(
     steps = math.ceil(epochs / sample_rate - 1e-9)
     target: dict[str, Any] = {"target_epsilon": epsilon, "delta": delta}
     spent: dict[str, Any] = {"accountant": accountant} if isinstance(accountant, str) else {"spent": accountant}
-    factors = _factors(noise_schedule, steps)
-    if factors is None:
+    factors = noise_factors(noise_schedule, steps)
+    if noise_multiplier is not None:
+        pass
+    elif factors is None:
         noise_multiplier = calibrate_noise_multiplier(sample_rate=sample_rate, steps=steps, **target, **spent)
     else:
         planned = create_accountant("rdp")
@@ -397,8 +402,12 @@ def _base(optimizer: OptimizerFactory | str, parameters: list[nn.Parameter], lr:
     return torch.optim.Adam(parameters, lr=lr) if optimizer == "adam" else torch.optim.SGD(parameters, lr, momentum)
 
 
-def _factors(schedule: NoiseSchedule | None, steps: int) -> list[float] | None:
-    """The factor of each step's noise."""
+def noise_factors(schedule: NoiseSchedule | None, steps: int) -> list[float] | None:
+    """The factor of each step's noise, or ``None`` where all are alike.
+
+    Raises:
+        ConfigurationError: one is not finite and positive.
+    """
     if schedule is None:
         return None
     factors = [float(schedule(step, steps)) for step in range(steps)]

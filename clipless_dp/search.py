@@ -1,0 +1,256 @@
+"""Private hyper-parameter search: a random, secret number of runs, of which the best one is released."""
+
+from __future__ import annotations
+
+import math
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor
+
+from accounting import (
+    ADD_OR_REMOVE_ONE,
+    Accountant,
+    AnyOf,
+    GaussianRelease,
+    GaussianStep,
+    Ledger,
+    PrivateSelection,
+    calibrate_ledger,
+    create_accountant,
+)
+from clipless_dp import distributed
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import noise_source
+from clipless_dp.sampling import as_tensors
+from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
+
+SETTINGS = frozenset(
+    {
+        "epochs", "batch_size", "lr", "momentum", "optimizer", "scheduler", "allocation", "micro_batch_size",
+        "memory_budget", "augment", "multiplicity", "ema", "noise_schedule",
+    }
+)  # fmt: skip
+"""Arguments of ``fit`` in which candidates may differ."""
+
+_MARGIN = 1.0 + 1e-6
+"""Noise of a score is drawn this much larger, so that rounding of it never makes it smaller than recorded."""
+
+_random = secrets.SystemRandom()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to train.
+
+    Attributes:
+        build: makes a new wrapped model on its device, without looking at the data or at what was trained before.
+        settings: arguments of :func:`clipless_dp.fit`, among them ``epochs`` and ``batch_size``.
+    """
+
+    build: Callable[[], DPLipModel]
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What :func:`private_search` releases. The number of runs is not in it, and neither are the other runs.
+
+    Attributes:
+        model: of the best run.
+        candidate: how it was trained.
+        score: by which it was the best; minus infinity where, with the Poisson distribution, nothing was run.
+        epsilon: spent by the whole search and what the accountant held before, an upper bound.
+        delta: the δ it holds for.
+        accountant: whose ledger holds the search as one event. The ledgers of single runs say too little.
+    """
+
+    model: DPLipModel
+    candidate: Candidate
+    score: float
+    epsilon: float
+    delta: float
+    accountant: Accountant
+
+
+def private_search(
+    candidates: Sequence[Candidate],
+    dataset: Data,
+    *,
+    epsilon: float,
+    delta: float,
+    mean_runs: float,
+    shape: float | str = 1.0,
+    validation: Data | None = None,
+    score_noise_multiplier: float | None = None,
+    accountant: Accountant | None = None,
+    dataset_size: int | None = None,
+    noise: str | None = None,
+) -> SearchResult:
+    """Trains a random number of randomly drawn candidates, and returns the best one, within one budget.
+
+    The number K of runs follows :class:`accounting.PrivateSelection`, each run draws a candidate uniformly, and the
+    noise of all candidates is scaled by one factor so that the search as a whole spends at most ``epsilon``. Time is
+    that of K runs. ``docs/search.md`` says what it costs, and when it is not worth it.
+
+    Args:
+        candidates: to draw from.
+        dataset: as for :func:`clipless_dp.fit`.
+        epsilon: target ε of everything together.
+        delta: target δ.
+        mean_runs: E[K], at least 1 (positive for Poisson): ``m`` candidates are tried with a chance of about
+            ``1 - exp(-mean_runs/m)`` each.
+        shape: ``η`` of the truncated negative binomial distribution, 1 for the geometric one, 0 for the logarithmic
+            one, which costs least and varies most; or ``"poisson"``.
+        validation: *public* data, or data that is protected by nothing, by whose accuracy (or loss) runs are compared.
+        score_noise_multiplier: in place of ``validation``: runs are compared by the number of training samples they
+            classify correctly, with noise of at least this standard deviation, which is charged.
+        accountant: ``"rdp"`` or ``"auto"``, made by :func:`accounting.create_accountant`, whose ledger holds what was
+            released before; the search is recorded there.
+        dataset_size: public number of samples.
+        noise: ``"system"`` or ``"secure"``.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or a candidate has settings that are not :data:`SETTINGS`.
+        PrivacyError: a run has spent otherwise than planned: nothing is returned.
+        UnreachableTargetError: no noise meets the target.
+
+    Guarantee:
+        Model, candidate and score are together (``epsilon``, ``delta``)-differentially private under adding or removing
+        one sample of ``dataset``, which ``validation`` is no part of. Nothing else may be released: not K, which the
+        search's duration tells, not what a run prints, and no checkpoint.
+
+    Source:
+        Papernot and Steinke 2022, *Hyperparameter tuning with Rényi differential privacy*, Theorems 2 and 6.
+    """
+    if distributed.world().size > 1:
+        raise ConfigurationError("a search draws secret numbers, which several ranks would draw differently: run one")
+    if (validation is None) == (score_noise_multiplier is None):
+        raise ConfigurationError("give either validation, public data, or score_noise_multiplier")
+    accountant = create_accountant("rdp") if accountant is None else accountant
+    if accountant.mechanism == "prv" or accountant.relation != ADD_OR_REMOVE_ONE:
+        raise ConfigurationError(
+            "a search is covered by Rényi accounting of adding or removing one sample: make the accountant by "
+            "create_accountant('rdp') or ('auto')"
+        )
+    source = noise_source(noise)
+    inputs, targets = as_tensors(dataset)
+    size = len(inputs) if dataset_size is None else dataset_size
+    if not candidates:
+        raise ConfigurationError("there are no candidates to draw from")
+    multipliers, trials = [], []
+    for candidate in candidates:
+        _check(candidate)
+        built: list[ReferenceType[Tensor]] = []
+        _require_new(candidate.build(), built)
+        known, _ = evaluate(_require_new(candidate.build(), built), (inputs[:1], targets[:1]))
+        if known is None and validation is None:
+            raise ConfigurationError("score_noise_multiplier counts correct predictions: the loss is of no classifier")
+        multiplier, planned = calibrate_ledger(
+            _unit_ledger(candidate.settings, size), target_epsilon=epsilon, delta=delta, accountant="rdp"
+        )
+        if score_noise_multiplier is not None:
+            planned.append(GaussianRelease(score_noise_multiplier))
+        multipliers.append(multiplier)
+        trials.append(tuple(planned.entries))
+    planned = Ledger()
+    planned.append(PrivateSelection(((AnyOf(tuple(trials)), 1),), mean_runs, shape))
+    factor, planned = calibrate_ledger(planned, target_epsilon=epsilon, delta=delta, spent=accountant)
+    ((search, _),) = planned.entries
+    assert isinstance(search, PrivateSelection)
+    ((choice, _),) = search.trial
+    # Before the first run: what fails later has been paid for.
+    accountant.record(search)
+    best: tuple[float, int, DPLipModel] | None = None
+    trained: list[ReferenceType[Tensor]] = []
+    # How often something warns, or what a run says of its batches, would tell about the number of runs.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(search.quantile(_random.random())):
+            index = _random.randrange(len(candidates))
+            model = _require_new(candidates[index].build(), trained)
+            result = fit(
+                model,
+                (inputs, targets),
+                epsilon=epsilon,
+                delta=delta,
+                noise_multiplier=multipliers[index] * factor,
+                accountant="rdp",
+                dataset_size=size,
+                noise=source,
+                progress=False,
+                **candidates[index].settings,
+            )
+            *steps, last = choice.alternatives[index]
+            if score_noise_multiplier is None:
+                steps.append(last)
+            _require_as_planned(result.optimizer.accountant.ledger, steps)
+            if validation is not None:
+                accuracy, loss = evaluate(model, validation)
+                score = -loss if accuracy is None else accuracy
+            else:
+                accuracy, _ = evaluate(model, (inputs, targets))
+                assert accuracy is not None
+                draw = float(source.standard_normal_(torch.empty(1, dtype=torch.float64)))
+                score = (round(accuracy * len(inputs)) + last[0].noise_multiplier * _MARGIN * draw) / size
+            score = -math.inf if math.isnan(score) else score
+            if best is None or score > best[0]:
+                best = score, index, model
+    if best is None:
+        index = _random.randrange(len(candidates))
+        best = -math.inf, index, candidates[index].build()
+    score, index, model = best
+    return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+
+
+def _check(candidate: Candidate) -> None:
+    unknown = sorted(set(candidate.settings) - SETTINGS)
+    if unknown:
+        raise ConfigurationError(f"candidates cannot set {', '.join(unknown)}: only {', '.join(sorted(SETTINGS))}")
+    missing = sorted({"epochs", "batch_size"} - set(candidate.settings))
+    if missing:
+        raise ConfigurationError(f"candidates need {' and '.join(missing)}: no results may choose them later")
+
+
+def _require_new(model: DPLipModel, before: list[ReferenceType[Tensor]]) -> DPLipModel:
+    """The model, once it is seen that it shares no weight with earlier ones: runs must not learn from each other."""
+    parameters = list(model.parameters())
+    if any(reference() is parameter for reference in before for parameter in parameters):
+        raise ConfigurationError("build() must make a new model each time: runs of a search must not share weights")
+    before += [ref(parameter) for parameter in parameters]
+    return model
+
+
+def _unit_ledger(settings: Mapping[str, Any], size: int) -> Ledger:
+    """The steps of a run whose noise multiplier is 1."""
+    batch_size, epochs = settings["batch_size"], settings["epochs"]
+    if not (isinstance(batch_size, int) and 1 <= batch_size <= size and 0.0 < epochs < math.inf):
+        raise ConfigurationError(
+            f"a candidate needs positive epochs and a batch_size from 1 to {size}, got {epochs!r} and {batch_size!r}"
+        )
+    rate = batch_size / size
+    steps = math.ceil(epochs / rate - 1e-9)
+    schedule: NoiseSchedule | None = settings.get("noise_schedule")
+    planned = create_accountant("rdp")
+    for multiplier in noise_factors(schedule, steps) or [1.0] * steps:
+        planned.step(noise_multiplier=multiplier, sample_rate=rate)
+    return planned.ledger
+
+
+def _require_as_planned(spent: Ledger, planned: Sequence[tuple[Any, int]]) -> None:
+    as_planned = len(spent.entries) == len(planned) and all(
+        count == wanted_count
+        and isinstance(event, GaussianStep)
+        and event.sampling == wanted.sampling
+        # Factors of a schedule are multiplied in another order here and there.
+        and event.noise_multiplier >= wanted.noise_multiplier * (1.0 - 1e-12)
+        for (event, count), (wanted, wanted_count) in zip(spent.entries, planned, strict=True)
+    )
+    if not as_planned:
+        raise PrivacyError("a run of the search has spent otherwise than planned: what it learned is not released")
