@@ -61,7 +61,7 @@ def network(kind: str) -> nn.Sequential:
     """A network for 28×28 images in ten classes, with the same weights at each call.
 
     Args:
-        kind: ``"mlp"``: 784-512-512-10; ``"cnn"``: the convolutional one of ``benchmarks/mnist.py``;
+        kind: ``"mlp"``: 784-512-512-10; ``"cnn"``: the convolutional one of ``benchmarks/accuracy.py``;
             ``"mlp-256x3"``: three hidden layers of 256; ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14.
     """
     torch.manual_seed(0)

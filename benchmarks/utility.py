@@ -76,7 +76,7 @@ def comparison(name: str) -> Comparison:
         }
         return Comparison(1e-5, contenders)
     if name == "cifar10":
-        features = presets.get("features-linear")
+        features = presets.get("photographs-linear")
         return Comparison(1e-5, {"features": features, f"{OPACUS} on features": Clipping(features, norm=0.1, lr=8.0)})
     return Comparison(1e-4, _digits())
 
@@ -116,7 +116,7 @@ def _digits() -> dict[str, Preset | Clipping]:
             bound=lambda net, shape: wrapped(gradient_gated(net), shape),
             settings={**signal.settings, "lr": 0.05},
         ),
-        "features": dataclasses.replace(features, settings={**signal.settings, "lr": 20.0}),
+        "features": dataclasses.replace(features, settings={**signal.settings, "lr": 1.0}),
         OPACUS: Clipping(signal, norm=0.1, lr=1.0),
     }
 

@@ -11,7 +11,7 @@ from clipless_dp.datasets import load_dataset
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--preset", default="features-linear")
+    parser.add_argument("--preset", default="photographs-linear")
     parser.add_argument("--epsilon", type=float, default=3.0)
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--epochs", type=float, help="fewer than the preset's, for a first look")

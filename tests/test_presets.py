@@ -37,7 +37,8 @@ def test_a_preset_trains_to_the_target_with_its_own_settings(name):
     assert trained.result.steps == 2
     (group,) = trained.result.optimizer.param_groups
     assert group["initial_lr"] == preset.settings["lr"]
-    assert trained.evaluate((inputs, targets)) == evaluate(trained.model, (preset.features(inputs), targets))
+    if preset.statistics is None:
+        assert trained.evaluate((inputs, targets)) == evaluate(trained.model, (preset.features(inputs), targets))
 
 
 @pytest.mark.parametrize("name", presets.PRESETS)
@@ -59,7 +60,7 @@ def test_a_sample_rate_stands_for_a_batch_size_and_yields_to_one():
 
 
 def test_features_are_computed_once(tmp_path):
-    preset, (images, labels) = presets.get("features-linear"), data((1, 8, 8))
+    preset, (images, labels) = dataclasses.replace(presets.get("features-linear"), statistics=None), data((1, 8, 8))
     trained = preset.fit(
         (images, labels), epsilon=3.0, delta=1e-3, outputs=3, validation=(images, labels), cache_dir=tmp_path,
         epochs=1, batch_size=20, accountant="rdp", progress=False,
@@ -69,10 +70,28 @@ def test_features_are_computed_once(tmp_path):
     torch.testing.assert_close(preset.features(images), trained.prepare(images), rtol=0.0, atol=0.0)
 
 
+@pytest.mark.parametrize("name", ["features-linear", "photographs-linear"])
+def test_features_lose_their_mean_which_is_charged_and_new_samples_lose_that_of_the_training_data(name):
+    preset, (images, labels) = presets.get(name), data((1, 8, 8), count=2000)
+    settings = {"epochs": 0.1, "batch_size": 200, "reproducible_seed": 0, "accountant": "rdp", "progress": False}
+    trained = preset.fit((images, labels), epsilon=3.0, delta=1e-5, outputs=3, **settings)
+    (first, count), *steps = trained.result.optimizer.accountant.ledger
+    assert (first.noise_multiplier, count) == (20.0, 1)
+    assert steps
+    features, new = preset.features(images), data((1, 8, 8), seed=1)[0]
+    centred = features - features.mean(0)
+    for given, left in ((images, centred), (new, preset.features(new) - features.mean(0))):
+        expected = left / left.norm(dim=1, keepdim=True)
+        # Noise of 20·√2 in each of 324 sums over 2000 records: a quarter of the norm of unit vectors.
+        assert float((trained.prepare(given) * expected).sum(1).mean()) > 0.5
+    assert float(trained.prepare(images).norm(dim=1).sub(1).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [
-        *((name, (5,)) for name in ("mnist-gradient", "mnist-gated", "mnist-orthogonal", "features-linear")),
+        *((name, (5,)) for name in ("mnist-gradient", "mnist-gated", "mnist-orthogonal")),
+        *((name, (5,)) for name in ("features-linear", "photographs-linear")),
         *((name, (1, 2, 2)) for name in ("mnist-gradient", "mnist-gated")),
     ],
 )

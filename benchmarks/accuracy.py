@@ -1,8 +1,9 @@
-"""MNIST at ε = 3, δ = 1e-5: the presets side by side.
+"""MNIST and CIFAR-10 at ε = 3, δ = 1e-5: the presets side by side.
 
-    python benchmarks/mnist.py --data-dir DIR --preset mnist-gated --seeds 0 1 2
+    python benchmarks/accuracy.py --data-dir DIR --preset mnist-gated --seeds 0 1 2
+    python benchmarks/accuracy.py --data-set cifar10 --data-dir DIR --cache-dir DIR --preset photographs-linear
 
-Hyper-parameters were chosen on 10 000 held-out training images (``--validate`` shows them), never on the test set.
+Hyper-parameters were chosen on held-out training images (``--validate`` shows them), never on the test set.
 Without ``--data-dir`` the images are downloaded from OpenML; with ``--cache-dir`` features are computed once. Writes
 JSON with ``--out``.
 """
@@ -21,9 +22,12 @@ import torch
 from clipless_dp import presets
 from clipless_dp.datasets import load_dataset
 
+HELD_OUT = {"mnist": 10_000, "cifar10": 5_000}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-set", choices=sorted(HELD_OUT), default="mnist")
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--cache-dir", type=Path)
     parser.add_argument("--preset", choices=sorted(presets.PRESETS), default="mnist-gated")
@@ -31,17 +35,18 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--epochs", type=float, help="in place of the preset's")
-    parser.add_argument("--validate", action="store_true", help="train on 50 000, evaluate on the other 10 000")
+    parser.add_argument("--validate", action="store_true", help="evaluate on the last training images, held out")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
 
     preset = presets.get(options.preset)
     changes = {} if options.epochs is None else {"epochs": options.epochs}
-    data = load_dataset("mnist", options.data_dir)
+    data = load_dataset(options.data_set, options.data_dir)
     train, test = data.train, data.test
     if options.validate:
-        test = (train[0][50_000:], train[1][50_000:])
-        train = (train[0][:50_000], train[1][:50_000])
+        cut = len(train[0]) - HELD_OUT[options.data_set]
+        test = (train[0][cut:], train[1][cut:])
+        train = (train[0][:cut], train[1][:cut])
     runs = []
     for seed in options.seeds:
         torch.manual_seed(seed)
@@ -68,6 +73,7 @@ def main() -> None:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         summary = {
+            "data set": options.data_set,
             "preset": preset.name,
             "split": "validation" if options.validate else "test",
             "delta": options.delta,
