@@ -74,12 +74,17 @@ def scale_to_limit_(weight: Tensor, operators: tuple[Operator, ...], limit: floa
     the factor's own rounding).
     """
     for operator in operators:
-        norm = single_precision_norm(weight) if type(operator) is DenseOperator else None
+        dense = type(operator) is DenseOperator
+        norm = single_precision_norm(weight) if dense else None
         norm = operator.norm(weight) if norm is None else norm
         if norm <= limit:
             continue
         unit = torch.finfo(weight.dtype).eps / 2
-        frobenius = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
+        if dense:
+            # ‖W‖_F ≤ √rank·‖W‖, which takes no pass over the weight.
+            frobenius = math.sqrt(min(weight.shape)) * norm
+        else:
+            frobenius = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
         slack = 2.0 * unit * operator.perturbation(weight) * frobenius + 1e-12 * norm
         weight.mul_(limit / (norm + 2.0 * unit * norm + slack))
 

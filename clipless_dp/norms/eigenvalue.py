@@ -20,8 +20,6 @@ _HALVED_FROM = 256
 _SMALL_ENTRIES = 1 << 15
 """Entries of all matrices together up to which factorising all costs less than choosing (measured likewise)."""
 
-_POWER_STEPS, _STARTS = 8, 8
-
 _ROUNDS = 48
 
 
@@ -40,7 +38,7 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
 
     Formula: few small matrices are checked by :func:`cholesky_certifies` at once, at a level a little above an
     estimate of the largest eigenvalue. Of others, first what can be read off the entries (:func:`trace_bounds`);
-    those that it leaves loose are checked. The estimate comes from below (Lanczos, power steps, or LAPACK's
+    those that it leaves loose are checked. The estimate comes from below (Lanczos, or LAPACK's
     eigenvalues of a few matrices) and only guides: too low a level fails the check and is raised.
 
     Guarantee: each matrix of the batch is covered by a trace bound, by a completed factorisation, or by
@@ -138,17 +136,15 @@ def trace_bounds(grams: Tensor) -> tuple[Tensor, Tensor]:
 def _small_estimate(grams: Tensor) -> float:
     """A guess, from below, of the largest eigenvalue over a batch of small matrices. It guides and never certifies.
 
-    A few power steps say which matrix it may be in, LAPACK its eigenvalues.
+    The Frobenius norm of its eighth power says which matrix it may be in, LAPACK its eigenvalues.
     """
     chosen = 0
     if len(grams) > 1:
-        steps = torch.arange(grams.shape[-1], dtype=torch.float64, device=grams.device)
-        starts = torch.cos(torch.outer(steps * steps, 1.0 + steps[:_STARTS]))
-        vectors = starts.to(grams.dtype).expand(len(grams), -1, -1)
-        for _ in range(_POWER_STEPS):
-            before, vectors = vectors, grams @ vectors
-        sizes = torch.linalg.vector_norm(vectors, dim=(1, 2)) / torch.linalg.vector_norm(before, dim=(1, 2))
-        chosen = int(sizes.nan_to_num().argmax())
+        powers = grams.to(torch.complex64 if grams.is_complex() else torch.float32)
+        for _ in range(3):
+            powers = powers @ powers
+        entries = torch.view_as_real(powers) if powers.is_complex() else powers
+        chosen = int(torch.linalg.vector_norm(entries.flatten(1), dim=1, dtype=torch.float64).nan_to_num().argmax())
     return float(torch.linalg.eigvalsh(grams[chosen])[-1])
 
 
