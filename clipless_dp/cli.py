@@ -173,7 +173,7 @@ def _train(options: argparse.Namespace) -> int:
         model = _model(options, tuple(data.inputs.shape[1:]), data.classes).to(options.device)
         _show(model, options)
         result = fit(model, data.train, **arguments)
-        accuracy, _ = evaluate(model, data.test)
+        accuracy, loss = evaluate(model, data.test)
     else:
         fixed = [f"--{name.replace('_', '-')}" for name in _OF_PRESETS if getattr(options, name) is not None]
         if fixed:
@@ -187,9 +187,9 @@ def _train(options: argparse.Namespace) -> int:
         )
         result = trained.result
         _show(trained.model, options)
-        accuracy, _ = trained.evaluate(data.test)
-    assert accuracy is not None
-    print(f"test accuracy  {100 * accuracy:.2f} % of {len(data.test_targets)} held-out samples")
+        accuracy, loss = trained.evaluate(data.test)
+    reached = f"loss      {loss:.6f} on" if accuracy is None else f"accuracy  {100 * accuracy:.2f} % of"
+    print(f"test {reached} {len(data.test_targets)} held-out samples")
     print(f"epsilon        {result.epsilon:.4f} (add-or-remove-one, {options.accountant} accountant)")
     print(f"delta          {result.delta:g}")
     print(

@@ -94,6 +94,17 @@ def test_the_front_end_of_a_preset_stands_before_training_and_test(images, tmp_p
     assert len(list((tmp_path / "features").glob("*.npy"))) == 2
 
 
+def test_a_preset_for_regression_prints_its_loss_and_takes_no_classes(tmp_path, capsys):
+    arguments = ["--epsilon", "3", "--delta", "1e-3", "--preset", "regression", "--epochs", "1", "--accountant", "rdp"]
+    inputs = np.random.default_rng(0).normal(size=(100, 4))
+    for name, targets in (("one", np.zeros(100, int)), ("three", np.arange(100) % 3)):
+        np.savez(tmp_path / f"{name}.npz", X=inputs, y=targets)
+    assert main(["train", "--dataset", str(tmp_path / "one.npz"), "--quiet", *arguments]) == 0
+    assert re.search(r"test loss +[\d.]+ on 20 held-out samples", capsys.readouterr().out)
+    assert main(["train", "--dataset", str(tmp_path / "three.npz"), "--quiet", *arguments]) == 2
+    assert "must have one size" in capsys.readouterr().err
+
+
 def test_options_of_training_reach_it(images, tmp_path, capsys):
     checkpoint = tmp_path / "run.pt"
     arguments = [
