@@ -100,6 +100,16 @@ def test_the_recipe_for_regression_learns(monkeypatch, capsys):
     assert float(re.search(r"R² (-?[\d.]+)", printed)[1]) > 0.4
 
 
+def test_the_table_example_prints_the_area_and_the_ledger(tmp_path, monkeypatch, capsys):
+    statement = tmp_path / "statement"
+    printed = run("examples/tables.py", "--statement", str(statement), monkeypatch=monkeypatch, capsys=capsys)
+    # 97 to 99 % as a rule, and 50 % by chance.
+    assert float(re.search(r"AUROC\s+([\d.]+)", printed)[1]) > 90
+    assert 1.9 < float(re.search(r"epsilon\s+([\d.]+)", printed)[1]) <= 2.0
+    assert re.search(r"ledger\s+1 × GaussianRelease", printed)
+    assert "gaussian release" in statement.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")

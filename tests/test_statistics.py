@@ -7,7 +7,7 @@ import torch
 
 from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
 from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
-from clipless_dp.statistics import private_moments, private_quantile
+from clipless_dp.statistics import private_moments, private_quantile, private_standardisation
 
 from .support import gated_model, samples
 
@@ -209,3 +209,134 @@ def test_arguments_out_of_range_are_refused_before_anything_is_recorded(change):
         with pytest.raises(InputError, match="floating-point"):
             private_moments(values, norm=1.0, noise_multiplier=1.0, accountant=accountant)
     assert len(accountant.ledger) == 0
+
+
+def table(rows: int = 20_000) -> torch.Tensor:
+    """Columns whose scales differ by nine orders: one with an offset, one with heavy tails, one of rare ones."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randn(rows, 4, generator=generator, dtype=torch.float64)
+    columns[:, 1] += 5.0
+    columns[:, 2] = columns[:, 2] ** 3
+    rare = (torch.rand(rows, 1, generator=generator, dtype=torch.float64) < 0.005).double()
+    return torch.cat([columns * torch.tensor([1e-4, 1.0, 3.0, 1e5]).double(), rare], 1)
+
+
+def standardised(rows: torch.Tensor, **changes) -> statistics.Standardisation:
+    settings = {"noise_multiplier": 10.0, "accountant": PRVAccountant(), "noise": ReproducibleNoise(0), **changes}
+    return private_standardisation(rows, **settings)
+
+
+def test_standardised_columns_have_one_scale_whatever_theirs_was():
+    rows = table()
+    out = standardised(rows, noise_multiplier=2.0)(rows)
+    assert float(out.abs().max()) <= 4.0
+    # Noise is a few percent of the variance; heavy tails are cut, too.
+    torch.testing.assert_close(out[:, :4].mean(0), torch.zeros(4), rtol=0, atol=0.1)
+    torch.testing.assert_close(out[:, :4].std(0), torch.ones(4), rtol=0, atol=0.15)
+    rare = rows[:, 4] == 1
+    assert float(out[rare, 4].min()) > float(out[~rare, 4].max())
+
+
+def test_without_noise_the_caps_are_twice_a_high_quantile():
+    scales = torch.tensor([1e-3, 1.0, 1e2])
+    magnitudes = torch.arange(1.0, 1001.0)[:, None] * scales
+    caps = standardised(magnitudes, noise=NoNoise(), noise_multiplier=1e-9).caps
+    # The range is halved to an eighth of a unit of the logarithm.
+    torch.testing.assert_close(caps.log(), (2.0 * 980.0 * scales).double().log(), rtol=0, atol=0.125)
+
+
+def test_missing_cells_become_the_mean_and_infinite_ones_are_cut():
+    rows = table(2000)
+    rows[0, 0], rows[1, 1], rows[2, 2] = math.nan, math.inf, -math.inf
+    out = standardised(rows)(rows)
+    assert torch.isfinite(out).all()
+    assert float(out[0, 0]) == 0.0
+    assert float(out[1, 1]) > 0 > float(out[2, 2])
+
+
+def largest_change_of_the_counts(columns: int) -> float:
+    """What one record changes in the counts of all columns, at most."""
+    generator = torch.Generator().manual_seed(0)
+    rest = torch.randn(20, columns, generator=generator, dtype=torch.float64)
+    thresholds = torch.rand(columns, generator=generator, dtype=torch.float64)
+    records = [torch.full((columns,), value).double() for value in (0.0, 1e9, math.nan, math.inf, -math.inf)]
+    records += list(torch.randn(5, columns, generator=generator, dtype=torch.float64))
+    before = statistics._counts(rest, thresholds)
+    return max(
+        float((statistics._counts(torch.cat([rest, record[None]]), thresholds) - before).norm()) for record in records
+    )
+
+
+def check_the_noise_of_a_standardisation() -> None:
+    """Both parts have noise of at least ``σ√2`` times what one record changes: they compose to ``σ``."""
+    columns, sigma = 10_000, 3.0
+    part = math.sqrt(2.0) * sigma
+    # The range is halved twice. All counts are 1, and the rank is 0.7 of the size: one deviation above them.
+    deviation = part * math.sqrt(2.0) * largest_change_of_the_counts(columns)
+    size = round((1.0 + deviation) / 0.7)
+    made = standardised(
+        torch.full((1, columns), 1e-3), noise_multiplier=sigma, lower=1.0, upper=math.exp(0.5), dataset_size=size
+    )
+    in_the_upper_half = float((made.caps > 2.0 * math.exp(0.26)).double().mean())
+    # Φ(1); four standard deviations of a share of 10 000.
+    assert in_the_upper_half == pytest.approx(0.8413, abs=0.015)
+    noise = made.mean * size / (math.sqrt(columns) / 2.0)
+    # Of 10 000 numbers the standard deviation is known to 0.7 %, and brute force misses the supremum by less.
+    assert float(noise.std()) == pytest.approx(part * largest_change(), rel=0.03)
+
+
+def test_a_record_changes_the_counts_of_all_columns_by_the_root_of_their_number_at_most():
+    assert largest_change_of_the_counts(7) == pytest.approx(math.sqrt(7.0))
+
+
+def test_the_noise_of_a_standardisation_is_the_recorded_multiple_of_what_a_record_changes():
+    check_the_noise_of_a_standardisation()
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant"),
+    [
+        ("_counts_sensitivity", lambda columns: 1.0),
+        ("_counts_sensitivity", lambda columns: math.sqrt(columns / 2.0)),
+        ("_MOMENTS_SENSITIVITY", 1.0),
+        ("_MARGIN", math.sqrt(0.5)),
+    ],
+    ids=["one column", "halvings forgotten", "first moments only", "each part alone"],
+)
+def test_less_noise_on_a_standardisation_is_caught(monkeypatch, name, mutant):
+    monkeypatch.setattr(statistics, name, mutant)
+    with pytest.raises(AssertionError):
+        check_the_noise_of_a_standardisation()
+
+
+def test_a_standardisation_is_one_release_recorded_before_the_data_is_read(tmp_path, monkeypatch):
+    accountant = PRVAccountant()
+    rows = table(500)
+    first = standardised(rows, accountant=accountant, file=tmp_path / "columns.pt")
+    assert [(event.noise_multiplier, count) for event, count in accountant.ledger] == [(10.0, 1)]
+    again = standardised(rows, accountant=accountant, file=tmp_path / "columns.pt", noise=ReproducibleNoise(1))
+    assert len(accountant.ledger) == 1
+    assert torch.equal(first(rows), again(rows))
+    with pytest.raises(CheckpointError, match=r"columns\.pt"):
+        standardised(rows[:, :3], file=tmp_path / "columns.pt")
+
+    def broken(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(statistics, "_counts", broken)
+    with pytest.raises(KeyboardInterrupt):
+        standardised(rows, accountant=accountant)
+    assert sum(count for _, count in accountant.ledger) == 2
+
+
+@pytest.mark.parametrize("change", [{"lower": 0.0}, {"upper": 1e-7}, {"upper": math.inf}, {"lower": math.nan}], ids=str)
+def test_a_range_of_magnitudes_that_is_none_is_refused_before_anything_is_recorded(change):
+    accountant = PRVAccountant()
+    with pytest.raises(ConfigurationError, match="lower"):
+        standardised(table(10), accountant=accountant, **change)
+    for rows in (torch.zeros(4), torch.zeros(4, 2, 2), torch.zeros(4, 2, dtype=torch.int64)):
+        with pytest.raises(InputError):
+            standardised(rows, accountant=accountant)
+    assert len(accountant.ledger) == 0
+    with pytest.raises(InputError, match="5"):
+        standardised(table(10))(torch.zeros(1, 4))

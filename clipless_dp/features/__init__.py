@@ -1,7 +1,15 @@
 """What comes before a private model and costs no privacy: features of each sample by itself, that no data entered."""
 
+from clipless_dp.features.cosines import RandomCosines
 from clipless_dp.features.frozen import FrozenFeatures
 from clipless_dp.features.scattering import NaturalStandardisation, Scattering2d
 from clipless_dp.features.vectors import GroupedScattering, MirroredScattering
 
-__all__ = ["FrozenFeatures", "GroupedScattering", "MirroredScattering", "NaturalStandardisation", "Scattering2d"]
+__all__ = [
+    "FrozenFeatures",
+    "GroupedScattering",
+    "MirroredScattering",
+    "NaturalStandardisation",
+    "RandomCosines",
+    "Scattering2d",
+]

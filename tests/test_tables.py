@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from accounting import GaussianRelease, GaussianStep
+from clipless_dp import ConfigurationError, InputError, tables
+from clipless_dp.tables import LARGEST_BATCH, STATISTICS_SHARE, fit_table, learning_rate, number_of_steps
+
+BUDGET = {"epsilon": 2.0, "delta": 1e-4, "progress": False, "reproducible_seed": 0, "cosines": 128}
+
+
+def table(rows: int = 4000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns of scales 1e-3 to 1e4; the label is whether two of them have one sign, which no linear score tells."""
+    columns = torch.randn(rows, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = (columns[:, 0] * columns[:, 1] > 0).long()
+    return columns * torch.tensor([1e-3, 1.0, 1e4, 1.0]).double(), labels
+
+
+def share_of_ordered_pairs(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """The area under the ROC curve."""
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    return float((positive[:, None] > negative).double().mean())
+
+
+def test_a_table_of_any_scales_is_learnt_from_within_the_budget():
+    rows, labels = table()
+    rows[5, 2], rows[3999, 1] = math.nan, math.nan
+    trained = fit_table(rows[:3000], labels[:3000], validation=(rows[3000:], labels[3000:]), **BUDGET)
+    scores = trained.scores(rows[3000:])
+    assert torch.isfinite(scores).all()
+    # 0.9 as a rule; 0.5 by chance, and by any linear score.
+    assert share_of_ordered_pairs(scores, labels[3000:]) > 0.85
+    assert trained.result.history[-1].accuracy == float(((scores > 0) == (labels[3000:] == 1)).double().mean())
+    assert 0.98 * BUDGET["epsilon"] < trained.result.epsilon <= BUDGET["epsilon"]
+
+
+def test_statistics_and_training_are_in_one_ledger_with_their_shares():
+    trained = fit_table(*table(500), **BUDGET)
+    (release, once), (step, count) = trained.result.optimizer.accountant.ledger
+    assert (type(release), once, type(step), count) == (GaussianRelease, 1, GaussianStep, 100)
+    assert step.noise_multiplier == pytest.approx(trained.result.noise_multiplier)
+    # At sample rate 1 squared inverse multipliers add up; calibration is to 0.01 %.
+    statistics, training = release.noise_multiplier**-2, 100 * step.noise_multiplier**-2
+    assert statistics / (statistics + training) == pytest.approx(STATISTICS_SHARE, rel=1e-2)
+
+
+def test_a_run_with_a_checkpoint_pays_for_its_statistics_once(tmp_path):
+    rows, labels = table(500)
+    settings = {**BUDGET, "checkpoint": tmp_path / "run.pt", "reproducible_seed": None}
+    first = fit_table(rows, labels, **settings)
+    again = fit_table(rows, labels, **settings)
+    assert again.result.epsilon == first.result.epsilon
+    assert torch.equal(again.scores(rows), first.scores(rows))
+
+
+def test_the_settings_follow_from_public_numbers_alone():
+    rows, labels = table(300)
+    one, other = (
+        fit_table(values, labels, dataset_size=1000, **BUDGET).result for values in (rows, torch.ones(300, 4))
+    )
+    assert one.noise_multiplier == other.noise_multiplier
+    assert one.sample_rate == other.sample_rate == 1.0
+    assert one.optimizer.param_groups[0]["lr"] == learning_rate(1000, BUDGET["epsilon"])
+    assert learning_rate(10**9, 1.0) == 60.0
+    assert [number_of_steps(rows, 0.5) for rows in (1, 240_000, 10**9)] == [100, 200, 300]
+    assert LARGEST_BATCH > 1000
+
+
+def test_what_is_no_table_is_refused_before_anything_is_spent(monkeypatch):
+    def released(*arguments, **settings):
+        raise AssertionError("statistics were released")
+
+    monkeypatch.setattr(tables, "private_standardisation", released)
+    rows, labels = table(50)
+    for bad in (rows[0], rows.long(), rows[:, :0]):
+        with pytest.raises(InputError, match="rows"):
+            fit_table(bad, labels, **BUDGET)
+    for bad in (labels[:10], labels[:, None], labels.to(torch.complex64)):
+        with pytest.raises(InputError, match="labels"):
+            fit_table(rows, bad, **BUDGET)
+    with pytest.raises(InputError, match="0 or 1"):
+        fit_table(rows, 2 * labels - 1, **BUDGET)
+    for name, value in {"dataset_size": 0, "cosines": 0, "learning_rate": 1.0, "noise": "secure"}.items():
+        with pytest.raises(ConfigurationError, match=name):
+            fit_table(rows, labels, **{**BUDGET, name: value})
