@@ -116,7 +116,7 @@ def _digits() -> dict[str, Preset | Clipping]:
             bound=lambda net, shape: wrapped(gradient_gated(net), shape),
             settings={**signal.settings, "lr": 0.05},
         ),
-        "features": dataclasses.replace(features, settings={**signal.settings, "lr": 1.0}),
+        "features": dataclasses.replace(features, settings={**signal.settings, "lr": 0.15}),
         OPACUS: Clipping(signal, norm=0.1, lr=1.0),
     }
 
