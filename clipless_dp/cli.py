@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from scipy.stats import rankdata
+from torch import Tensor, nn
 
 from clipless_dp import architectures, constraints, layers, losses, presets
 from clipless_dp.augmentation import ShiftAndFlip
@@ -21,6 +22,7 @@ from clipless_dp.gating import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
 from clipless_dp.report import report, statement_files
+from clipless_dp.tables import fit_table
 from clipless_dp.training import OPTIMIZERS, constant, evaluate, fit, linear_decay, noise_stages
 
 ROUTES = ("gated", "spectral", "orthogonal")
@@ -32,6 +34,11 @@ NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "mixer": architectures.mixer,
 }
 
+
+TABLES = "tables"
+"""The preset whose settings follow from the number of rows and ε: :func:`clipless_dp.tables.fit_table`."""
+
+_TABLES_PROVENANCE = "held-out training rows of eight public tables, once for all of them (benchmarks/tables.py)"
 
 SCHEDULES = {"linear": linear_decay, "constant": constant}
 _OF_PRESETS = ("route", "network", "tau", "input_norm")
@@ -95,7 +102,9 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     train.add_argument("--epsilon", type=float, required=True, help="target ε")
     train.add_argument("--delta", type=float, required=True, help="target δ, below one over the number of samples")
     train.add_argument(
-        "--preset", choices=tuple(presets.PRESETS), help="front-end, network, bounds and settings; options change these"
+        "--preset",
+        choices=(*presets.PRESETS, TABLES),
+        help="front-end, network, bounds and settings; options change these",
     )
     train.add_argument("--cache-dir", type=Path, help="folder for the features of a preset; it holds private data then")
     train.add_argument("--route", choices=ROUTES, default="gated", help="what bounds the gradients")
@@ -155,7 +164,6 @@ def _train(options: argparse.Namespace) -> int:
     data = load_dataset(options.dataset, options.data_dir)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
-    preset = None if options.preset is None else presets.get(options.preset)
     arguments: dict[str, Any] = {
         "epsilon": options.epsilon,
         "delta": options.delta,
@@ -169,26 +177,35 @@ def _train(options: argparse.Namespace) -> int:
         "progress": not options.quiet,
         **_tuned(options),
     }
-    if preset is None:
+    provenance: str | None = None
+    if options.preset is None:
         model = _model(options, tuple(data.inputs.shape[1:]), data.classes).to(options.device)
         _show(model, options)
         result = fit(model, data.train, **arguments)
-        accuracy, loss = evaluate(model, data.test)
+        reached = _reached(*evaluate(model, data.test))
     else:
         fixed = [f"--{name.replace('_', '-')}" for name in _OF_PRESETS if getattr(options, name) is not None]
         if fixed:
             raise ConfigurationError(
-                f"--preset {preset.name} decides what {', '.join(fixed)} would: leave out one or the other"
+                f"--preset {options.preset} decides what {', '.join(fixed)} would: leave out one or the other"
             )
+        if options.preset == TABLES:
+            provenance, summary = _TABLES_PROVENANCE, "rows of any scale, labels 0 and 1: charged statistics, one layer"
+            classifier = fit_table(data.inputs.to(options.device), data.targets.to(options.device), **arguments)
+            result = classifier.result
+            scores = classifier.scores(data.test_inputs.to(options.device)).cpu()
+            reached = f"AUROC     {100 * _auroc(scores, data.test_targets):.2f} % on"
+        else:
+            preset = presets.get(options.preset)
+            provenance, summary = preset.provenance, preset.summary
+            trained = preset.fit(
+                data.train, outputs=data.classes, cache_dir=options.cache_dir, device=options.device, **arguments
+            )
+            result = trained.result
+            reached = _reached(*trained.evaluate(data.test))
         if not options.quiet:
-            print(f"preset {preset.name}: {preset.summary}", f"chosen on: {preset.provenance}", sep="\n", end="\n\n")
-        trained = preset.fit(
-            data.train, outputs=data.classes, cache_dir=options.cache_dir, device=options.device, **arguments
-        )
-        result = trained.result
-        _show(trained.model, options)
-        accuracy, loss = trained.evaluate(data.test)
-    reached = f"loss      {loss:.6f} on" if accuracy is None else f"accuracy  {100 * accuracy:.2f} % of"
+            print(f"preset {options.preset}: {summary}", f"chosen on: {provenance}", sep="\n", end="\n\n")
+        _show(result.optimizer.model, options)
     print(f"test {reached} {len(data.test_targets)} held-out samples")
     print(f"epsilon        {result.epsilon:.4f} (add-or-remove-one, {options.accountant} accountant)")
     print(f"delta          {result.delta:g}")
@@ -205,10 +222,23 @@ def _train(options: argparse.Namespace) -> int:
             options.report,
             delta=result.delta,
             audit=result.audits[-1:],
-            notes=() if preset is None else (f"Hyper-parameters, of the preset {preset.name}: {preset.provenance}",),
+            notes=() if provenance is None else (f"Hyper-parameters, of the preset {options.preset}: {provenance}",),
         )
         print(f"statement      {', '.join(map(str, statement.files))}")
     return 0
+
+
+def _reached(accuracy: float | None, loss: float) -> str:
+    return f"loss      {loss:.6f} on" if accuracy is None else f"accuracy  {100 * accuracy:.2f} % of"
+
+
+def _auroc(scores: Tensor, labels: Tensor) -> float:
+    """Share of pairs of a positive and a negative row that the scores order rightly, ties counting half."""
+    positive = labels == 1
+    pairs = int(positive.sum()) * int((~positive).sum())
+    ranks = torch.from_numpy(rankdata(scores.double().numpy()))
+    above = float(ranks[positive].sum()) - int(positive.sum()) * (int(positive.sum()) + 1) / 2
+    return above / pairs if pairs else math.nan
 
 
 def _show(model: DPLipModel, options: argparse.Namespace) -> None:

@@ -9,10 +9,11 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from clipless_dp import presets, training
 from clipless_dp.checkpoint import load_checkpoint
-from clipless_dp.cli import image_classifier, main
+from clipless_dp.cli import _auroc, image_classifier, main
 from clipless_dp.datasets import load_dataset
 from clipless_dp.errors import ConfigurationError
 
@@ -103,6 +104,26 @@ def test_a_preset_for_regression_prints_its_loss_and_takes_no_classes(tmp_path, 
     assert re.search(r"test loss +[\d.]+ on 20 held-out samples", capsys.readouterr().out)
     assert main(["train", "--dataset", str(tmp_path / "three.npz"), "--quiet", *arguments]) == 2
     assert "must have one size" in capsys.readouterr().err
+
+
+def test_the_preset_for_tables_charges_its_statistics_and_states_where_it_is_from(table, tmp_path, capsys):
+    arguments = ["--epsilon", "3", "--delta", "1e-3", "--preset", "tables", "--epochs", "1", "--accountant", "rdp"]
+    assert main(["train", "--dataset", str(table), *arguments, "--report", str(tmp_path / "statement")]) == 0
+    printed = capsys.readouterr().out
+    assert float(re.search(r"test AUROC +([\d.]+) % on 80 held-out samples", printed)[1]) > 60  # Chance is 50 %.
+    facts = json.loads((tmp_path / "statement.json").read_text("utf-8"))
+    assert facts["steps"]["entries"][0]["event"] == "gaussian_release"
+    assert any("eight public tables" in note for note in facts["notes"])
+    assert main(["train", "--dataset", "digits", "--quiet", *arguments]) == 2
+    assert "rows (N, columns)" in capsys.readouterr().err
+
+
+def test_the_area_under_the_curve_counts_pairs():
+    generator = torch.Generator().manual_seed(0)
+    scores, labels = torch.randint(5, (40,), generator=generator), torch.randint(2, (40,), generator=generator)
+    above, below = scores[labels == 1].double(), scores[labels == 0].double()
+    pairs = (above[:, None] > below).double() + 0.5 * (above[:, None] == below)
+    assert _auroc(scores.float(), labels) == pytest.approx(float(pairs.mean()))
 
 
 def test_options_of_training_reach_it(images, tmp_path, capsys):
@@ -199,8 +220,6 @@ def test_an_npz_file_without_the_arrays_is_refused(tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (1, 28, 28), (3, 32, 32), (3, 64, 64)])
 def test_the_image_classifier_takes_the_sizes_it_names(shape):
-    import torch
-
     assert image_classifier(shape, 7)(torch.zeros(2, *shape)).shape == (2, 7)
 
 
