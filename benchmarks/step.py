@@ -254,7 +254,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def peak_bytes(build: Callable[[], Step], device: torch.device) -> int:
-    """The most bytes that tensors hold during a step, those that the contender keeps between steps included."""
+    """The most bytes that tensors hold during a step, those that the contender keeps between steps included.
+
+    A mean over steps, as draws are not all of one size.
+    """
 
     def built() -> Step:
         step = build()
@@ -263,7 +266,7 @@ def peak_bytes(build: Callable[[], Step], device: torch.device) -> int:
         return step
 
     step, kept, _ = traffic(built, device)
-    return kept + traffic(step, device).peak
+    return kept + round(statistics.fmean(traffic(step, device).peak for _ in range(8)))
 
 
 def measure(
