@@ -242,7 +242,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, grid = pyplot.subplots(len(CENTRE), 4, figsize=(15, 7), layout="constrained")
     for panels, (family, centre) in zip(grid, CENTRE.items(), strict=True):
@@ -265,9 +265,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
             for contender, curve in curves.items():
                 if curve:
                     panel.plot(*zip(*sorted(curve), strict=True), marker="o", markersize=4, label=contender)
+            ticks = sorted({x for curve in curves.values() for x, _ in curve})
             panel.set_xscale("log", base=2)
-            panel.set_yscale("symlog" if axis == "largest" else "log")
-            panel.set_ylim(bottom=0 if axis == "largest" else None)
+            panel.set_xticks(ticks, [str(tick) for tick in ticks])
+            if axis == "largest":
+                panel.set_ylim(bottom=0)
+            else:
+                panel.set_yscale("log")
+                for labels in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+                    labels(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
             panel.set_xlabel("width" if axis == "largest" else axis)
             limit = f"largest batch within {report['limit'] / 2**20:.0f} MiB"
             panel.set_ylabel(limit if axis == "largest" else "µs per example")
