@@ -49,6 +49,8 @@ QUICK: dict[str, dict[str, list[int]]] = {
     "cnn": {"width": [4, 16], "batch": [64]},
 }
 PROCESSES = {"one process, one thread": (1, 1), "one process, two threads": (1, 2), "two processes": (2, 1)}
+EXAMPLES = 2048
+"""Each contender's steps in one round hold so many: a round should outlast what else the machine does at a moment."""
 LIMIT = 64 * 2**20
 LARGEST = 8192
 
@@ -81,10 +83,21 @@ def data_set(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(SAMPLES, 1, 28, 28, device=device), torch.randint(10, (SAMPLES,), device=device)
 
 
+def repeats(batch: int) -> int:
+    return max(1, EXAMPLES // batch)
+
+
 def times(point: Point, options: argparse.Namespace) -> dict[str, Any]:
     """What ``benchmarks/step.py`` measures of one network and batch size."""
     command = [sys.executable, str(Path(__file__).with_name("step.py")), "--child", point["kind"], str(point["batch"])]
-    command += ["--threads", str(options.threads), "--rounds", str(options.rounds), "--repeats", str(options.repeats)]
+    command += [
+        "--threads",
+        str(options.threads),
+        "--rounds",
+        str(options.rounds),
+        "--repeats",
+        str(repeats(point["batch"])),
+    ]
     command += ["--device", options.device, "--contenders", *CHOSEN]
     measured = json.loads(_answer(command))
     return {"rows": measured["rows"], "skipped": measured["skipped"]}
@@ -153,14 +166,15 @@ def _rank(rank: int, ranks: int, threads: int, point: Point, store: str, end: Co
             end.send(None)
 
 
-def processes(point: Point, rounds: int, repeats: int) -> dict[str, Any]:
+def processes(point: Point, rounds: int) -> dict[str, Any]:
     """Time of a gated step, sampling and sums over ranks included, relative to one process of one thread."""
+    steps = repeats(point["batch"])
     with tempfile.TemporaryDirectory() as folder:
         groups = {name: Group(*sizes, point, folder) for name, sizes in PROCESSES.items()}
         taken: dict[str, list[float]] = {name: [] for name in groups}
         for _ in range(rounds):
             for name, group in groups.items():
-                taken[name].append(group.steps(repeats) / repeats)
+                taken[name].append(group.steps(steps) / steps)
         for group in groups.values():
             group.stop()
     alone = taken[next(iter(PROCESSES))]
@@ -189,9 +203,9 @@ def markdown(report: dict[str, Any]) -> str:
         "# How a step scales",
         "",
         f"{report['machine']}, {report['threads']} thread(s), torch {report['torch']}, medians over {report['rounds']} "
-        f"interleaved rounds of {report['repeats']} step(s). Regenerate with `python benchmarks/scaling.py`; plot: "
-        "`scaling.png`. Networks: `mlp-WxD` has D hidden layers of W, `cnn-WxD` D convolutions of W channels, both for "
-        "28×28 images. Times include sampling; ratios are to plain SGD in the same round.",
+        f"interleaved rounds of {report['examples']} examples or a step. Regenerate by `python benchmarks/scaling.py`. "
+        "Plot: `scaling.png`. Networks: `mlp-WxD` has D hidden layers of W, `cnn-WxD` D convolutions of W channels; "
+        "images are 28×28. Times include sampling; ratios are to plain SGD in the same round.",
         "",
         "| network | batch | " + " | ".join(f"{name}: µs per example, ratio" for name in CHOSEN) + " |",
         "| --- | ---: |" + " ---: |" * len(CHOSEN),
@@ -281,7 +295,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
             shown = [f"{other} {value}" for other, value in others if other != axis and axis != "largest"]
             panel.set_title(f"{family}, {', '.join(shown) or f'depth {centre[1]}'}", fontsize=10)
             panel.grid(alpha=0.3, which="both")
-    grid[0][0].legend()
+    next(panel for panel in grid.flat if panel.lines).legend()
     figure.suptitle(f"One training step, sampling included ({report['machine']}, {report['threads']} thread)")
     figure.savefig(path, dpi=110)
 
@@ -290,8 +304,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=7, help="at least 5")
-    parser.add_argument("--repeats", type=int, default=1, help="steps of each contender in each round")
+    parser.add_argument("--rounds", type=int, default=9, help="at least 5")
     parser.add_argument("--what", nargs="+", choices=["time", "largest", "processes"], help="only these figures")
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling", help="without suffix")
     parser.add_argument("--quick", action="store_true", help="small networks, few rounds, nothing written")
@@ -305,13 +318,13 @@ def main() -> None:
             print(json.dumps(largest(json.loads(options.child), device)))
         return
     if options.quick:
-        options.rounds, options.repeats = 5, 1
+        options.rounds = 5
     report: dict[str, Any] = {
         "machine": f"{platform.machine()} CPU" if device.type == "cpu" else torch.cuda.get_device_name(),
         "threads": options.threads,
         "torch": torch.__version__,
         "rounds": options.rounds,
-        "repeats": options.repeats,
+        "examples": EXAMPLES,
         "limit": LIMIT,
         "points": [],
     }
@@ -332,7 +345,7 @@ def main() -> None:
         if point["what"] == "time":
             found = times(point, options)
         elif point["what"] == "processes":
-            found = processes(point, options.rounds, options.repeats)
+            found = processes(point, options.rounds)
         else:
             own = ["--child", json.dumps(point), "--device", options.device, "--threads", str(options.threads)]
             found = json.loads(_answer([sys.executable, __file__, *own]))
