@@ -5,9 +5,10 @@
 
 Each finished run is added to the JSON file at once, and what is there already is not run again: an interrupted
 comparison goes on where it was. Routes are the library's presets; ``DP-SGD (Opacus)`` trains the network of one of
-them with the same draws, steps, ε and schedule, clipping each sample's whole gradient. Clipping norm and learning rate
-are its own, chosen on held-out training data (``--validate``); so were the presets' settings. The picture needs
-matplotlib (extra ``plot``).
+them with the same draws, steps, ε and schedule, clipping each sample's whole gradient, with a clipping norm and a
+learning rate of its own. All settings come from held-out training data, at ε = 3 (digits: 1 and 3); for Opacus on MNIST
+one was tried, the preset's rate with a norm of 0.1. The picture needs matplotlib (extra ``plot``). Tables have a
+comparison of their own, ``benchmarks/tables.py``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 EPSILONS = (1.0, 3.0, 8.0)
 OPACUS = "DP-SGD (Opacus)"
 DATA_SETS = ("digits", "mnist", "cifar10")
+ROUTES = ("constrained", "signal gates", "gradient gates", "features")
+"""In the order of their colours."""
 
 Data = tuple[Tensor, Tensor]
 Run = dict[str, Any]
@@ -259,12 +262,19 @@ def mean_and_deviation(runs: list[Run]) -> tuple[float, float]:
     return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def shown(runs: list[Run]) -> str:
+    if len(runs) < 2:
+        return f"{100 * runs[0]['accuracy']:.2f} (1)" if runs else "–"
+    mean, deviation = mean_and_deviation(runs)
+    return f"{mean:.2f} ± {deviation:.2f} ({len(runs)})"
+
+
 def markdown(runs: list[Run]) -> str:
     lines = [
         "# Accuracy for each ε",
         "",
         "Test accuracy in per cent, mean ± standard deviation over seeds (number of seeds), and the median of the wall",
-        "time of a run in seconds, on one thread of a machine that others used too: times compare within a factor.",
+        "time of a run in seconds, on one thread of a machine that others used more or less: times compare poorly.",
         "Made by `benchmarks/utility.py`; the JSON file beside this one has every run. Epochs below a preset's own",
         "were chosen for time (`--share`), not for accuracy.",
         "",
@@ -278,8 +288,7 @@ def markdown(runs: list[Run]) -> str:
             row = [method]
             for epsilon in epsilons:
                 there = by_epsilon.get(epsilon, [])
-                mean, deviation = mean_and_deviation(there) if there else (0.0, 0.0)
-                row.append(f"{mean:.2f} ± {deviation:.2f} ({len(there)})" if there else "–")
+                row.append(shown(there))
             every = [run for some in by_epsilon.values() for run in some]
             row.append(", ".join(f"{epochs:g}" for epochs in sorted({run["epochs"] for run in every})))
             row.append(f"{statistics.median(run['seconds'] for run in every):.0f}")
@@ -300,10 +309,10 @@ def picture(runs: list[Run], path: Path) -> None:
     for axis, (name, methods) in zip(axes[0], panels, strict=True):
         for method, by_epsilon in methods.items():
             values = [mean_and_deviation(some) for some in by_epsilon.values()]
-            dashed = "--" if method.startswith(OPACUS) else "-"
+            dashed, colour = ("-", f"C{ROUTES.index(method)}") if method in ROUTES else ("--", "C4")
             axis.errorbar(
                 list(by_epsilon), [mean for mean, _ in values], [deviation for _, deviation in values],
-                label=method, marker="o", markersize=4, capsize=3, linewidth=1.5, linestyle=dashed,
+                label=method, marker="o", markersize=4, capsize=3, linewidth=1.5, linestyle=dashed, color=colour,
             )  # fmt: skip
         axis.set_xscale("log")
         ticks = sorted({epsilon for by_epsilon in methods.values() for epsilon in by_epsilon})
