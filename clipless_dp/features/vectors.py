@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.features.scattering import NaturalStandardisation, Scattering2d
 from clipless_dp.layers.standardisation import SampleGroupNorm
 
@@ -36,14 +37,19 @@ class MirroredScattering(nn.Sequential):
     of a unit vector, and of a gradient that is as long as it, tells the classes apart.
 
     Args:
-        image_size: height and width, of which 4 divides the latter; two scales and eight angles make 81 coefficients of
+        image_size: height and width, the latter a multiple of 4; two scales and eight angles make 81 coefficients of
             each channel.
 
     Shape:
         ``(B, C, H, W)`` to ``(B, 81·C·⌈H/4⌉·⌈W/8⌉)``, of unit norm.
+
+    Raises:
+        ConfigurationError: 4 does not divide the width, so that mirror images fall between the places that are kept.
     """
 
     def __init__(self, image_size: tuple[int, int]) -> None:
+        if image_size[1] % 4:
+            raise ConfigurationError(f"the width must be a multiple of 4, got {image_size[1]}: crop or pad the images")
         transform = Scattering2d(image_size, padding="reflect")
         super().__init__(transform, NaturalStandardisation(transform))
 

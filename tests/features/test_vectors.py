@@ -61,3 +61,5 @@ def test_an_image_and_its_mirror_image_have_nearly_one_vector():
     apart = (vectors - front(images.flip(-1))).norm(dim=1)
     others = (vectors - vectors.roll(1, 0)).norm(dim=1)
     assert float(apart.max()) < 0.1 * float(others.min()), "only aliasing tells them apart"
+    with pytest.raises(ConfigurationError, match="multiple of 4"):
+        MirroredScattering((16, 18))
