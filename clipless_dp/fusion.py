@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from clipless_dp.gates import (
     _LARGEST_NORM,
+    _LARGEST_RATIO,
     BallProjection,
     CotangentGate,
     SphereScaling,
@@ -35,15 +36,18 @@ from clipless_dp.gates import (
 from clipless_dp.precision import refuse_autocast
 from clipless_dp.tracing import TracedNet
 
-_BLOCK_ENTRIES = 1 << 20
-_BLOCK_ROWS = 32, 256
-"""Rows at once: as many as have so many entries, within these limits."""
+_BLOCK_ENTRIES = 1 << 17
+"""Entries of an activation at once: in float32 half a megabyte, so that two of them fit a core's cache."""
+
+_CONVOLUTION_ENTRIES = 1 << 20
+"""The same for the backward pass of a convolution, each call of which costs a fixed time."""
 
 Entry = tuple[Tensor, float]
 """Norms ``(B,)`` of the network's inputs, and the radius of the input gate that they have yet to pass."""
 
-Slope = tuple[Tensor, float, Tensor | None]
-"""What the Jacobian of a gate before a layer needs: norms ``(B,)``, floor, and ``⟨x, cotangent⟩`` where it is known."""
+Slope = tuple[Tensor, Tensor | None]
+"""What the Jacobian of a gate before a layer needs for each sample ``x``: ``1/‖x‖²``, or zero where the gate is linear;
+and its product with the cotangent where it is known."""
 
 
 class Stage(NamedTuple):
@@ -118,12 +122,11 @@ class Chain(nn.Module):
         return output
 
 
-def _blocks(values: Tensor) -> Iterator[slice]:
-    """Rows of a batch in parts of about one size."""
-    least, most = _BLOCK_ROWS
+def _blocks(values: Tensor, limit: int = 0) -> Iterator[slice]:
+    """Rows of a batch in parts of about one size, with so many entries."""
     batch = len(values)
-    rows = max(least, min(most, _BLOCK_ENTRIES * batch // max(1, values.numel())))
-    step = math.ceil(batch / max(1, round(batch / rows)))
+    count = max(1, min(batch, round(values.numel() / (limit or _BLOCK_ENTRIES))))
+    step = math.ceil(batch / count)
     return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
 
 
@@ -201,7 +204,12 @@ def _left(
     return output, torch.cat(norms) if measured else None
 
 
-def _project_(cotangents: Tensor, values: Tensor, slope: Slope, rows: slice) -> Tensor:
+def _slope(stage: Stage, norms: Tensor, products: Tensor | None = None) -> Slope:
+    """The Jacobian of the gate before a layer; a norm of at most 1e18 has a square, and a NaN is above no floor."""
+    return torch.where(norms > stage.floor, norms.square().reciprocal_(), 0.0), products
+
+
+def _project_(cotangents: Tensor, values: Tensor, slope: Slope, rows: slice) -> None:
     """``u - x⟨x, u⟩/‖x‖²`` in place where a gate has scaled a sample to its sphere: nothing goes along ``x``.
 
     Args:
@@ -210,11 +218,9 @@ def _project_(cotangents: Tensor, values: Tensor, slope: Slope, rows: slice) -> 
         slope: of all rows.
         rows: which these are.
     """
-    norms, floor, products = slope[0][rows], slope[1], slope[2]
+    shares, products = slope
     radial = torch.linalg.vecdot(_rows(values), _rows(cotangents)) if products is None else products[rows]
-    # A norm of at most 1e18 has a square; below the floor, and where there is no norm, the gate is linear or zero.
-    shares = torch.where(norms > floor, radial / norms.square(), 0.0)
-    return cotangents.addcmul_(values, _per_sample(shares, values), value=-1)
+    cotangents.addcmul_(values, _per_sample(radial * shares[rows], values), value=-1)
 
 
 def _arrived(
@@ -236,22 +242,30 @@ def _arrived(
         into: where the result goes; may be ``cotangents``.
         biased: whether the bias's gradient is wanted.
         wanted: whether ``⟨x, u⟩`` is, ``u`` being the cotangent of ``x`` that will follow; without a bias it is
-            ``⟨y, g⟩``, since ``y`` is ``s·Wx`` wherever ``g`` is not zero.
+            ``⟨y, g⟩/s``, since ``y`` is ``s·Wx`` wherever ``g`` is not zero.
 
     Returns:
         The result, the bias's gradient and the products.
     """
     if stage.rectified:
         cotangents = torch.ops.aten.threshold_backward.grad_input(cotangents, output, 0, grad_input=into)
+    gradient, products, unscaled = None, None, scales
     if stage.behind is not None:
         gate, norms = stage.behind, sample_norms(cotangents)
         factors = _factors(gate.limit, norms, gate.floor if gate.mode == "normalize" else gate.limit)
+        if scales is not None and not biased:
+            # One pass for both factors. Where float32 has no exact product of them, the sample passes nothing.
+            factors.mul_(scales)
+            factors, unscaled = torch.where(factors >= 1.0 / _LARGEST_RATIO, factors, 0.0), None
         cotangents = torch.mul(cotangents, _per_sample(factors, into), out=into)
         _drop_rows_(cotangents, norms, _largest(gate.limit, norms.dtype))
-    gradient = stage.bias_gradient(cotangents) if biased else None
-    products = torch.linalg.vecdot(_rows(cast(Tensor, output)), _rows(cotangents)) if wanted else None
-    if scales is not None:
-        cotangents = torch.mul(cotangents, _per_sample(scales, into), out=into)
+    if biased:
+        gradient = stage.bias_gradient(cotangents)
+    if unscaled is not None:
+        cotangents = torch.mul(cotangents, _per_sample(unscaled, into), out=into)
+    if wanted:
+        products = torch.linalg.vecdot(_rows(cast(Tensor, output)), _rows(cotangents))
+        products = torch.where(cast(Tensor, scales) > 0.0, products / scales, 0.0)
     return cotangents, gradient, products
 
 
@@ -359,7 +373,7 @@ def _passed_linear(
     passed = gated @ weight
     if kept.lost is not None:
         passed.index_fill_(0, kept.lost, 0.0)
-    left = None if stage.before is None else (cast(Tensor, kept.norms), stage.floor, None)
+    left = None if stage.before is None else _slope(stage, cast(Tensor, kept.norms))
     return passed, gradient, _total(biases), left
 
 
@@ -378,7 +392,8 @@ def _passed_convolution(
     weights: list[Tensor] = []
     passed: Tensor | None = None
     wanted = needed[0] and stage.before is not None and stage.rectified and stage.layer.bias is None
-    for rows in _blocks(cotangents):
+    larger = max(cotangents, kept.values, key=Tensor.numel)
+    for rows in _blocks(larger, _CONVOLUTION_ENTRIES):
         arriving, made = cotangents[rows], None if output is None else output[rows]
         if slope is not None:
             _project_(arriving, cast(Tensor, made), slope, rows)
@@ -402,7 +417,7 @@ def _passed_convolution(
             continue
         if stage.before is not None:
             norms = cast(Tensor, kept.norms)[rows]
-            _project_(leaving, kept.values[rows], (norms, stage.floor, products), slice(None))
+            _project_(leaving, kept.values[rows], _slope(stage, norms, products), slice(None))
         if len(leaving) == len(cotangents):
             passed = leaving
             continue

@@ -143,7 +143,8 @@ def test_values_and_gradients_are_those_of_the_traced_graph(name: str, gates: st
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_blocks_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "_BLOCK_ROWS", (1, 2))
+    monkeypatch.setattr(fusion, "_BLOCK_ENTRIES", 40)
+    monkeypatch.setattr(fusion, "_CONVOLUTION_ENTRIES", 800)
     model = model_of(name)
     for bad in ("tail", "middle"):
         inputs, targets = batch_of(model, 7, bad)
@@ -300,13 +301,15 @@ MUTANTS = (
         "no factor of the gate in the gradient",
         fusion,
         "_arrived",
-        "torch.mul(cotangents, _per_sample(scales, into), out=into)",
+        "torch.mul(cotangents, _per_sample(unscaled, into), out=into)",
         "into",
     ),
     Mutant("a larger cap", fusion, "_arrived", "_factors(gate.limit, norms", "_factors(2.0 * gate.limit, norms"),
     Mutant("normalised instead of clipped", fusion, "_arrived", "else gate.limit)", "else gate.floor)"),
     Mutant("no ReLU on the way back", fusion, "_arrived", "if stage.rectified:", "if False:"),
-    Mutant("the wrong floor", fusion, "_project_", "norms > floor", "norms > 0.0"),
+    Mutant("the wrong floor", fusion, "_slope", "norms > stage.floor", "norms > 0.0"),
+    Mutant("no factor of the gate without a bias", fusion, "_arrived", "factors.mul_(scales)", "pass"),
+    Mutant("products scaled", fusion, "_arrived", "products / scales", "products"),
     Mutant("nothing projected", fusion, "_project_", "value=-1", "value=0"),
     Mutant("projected twice", fusion, "_project_", "value=-1", "value=-2"),
     Mutant("the input gate forgotten", fusion, "_entered", "scales.mul_(ball)", "scales"),
