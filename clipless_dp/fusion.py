@@ -33,6 +33,8 @@ from clipless_dp.gates import (
     input_gate,
     sample_norms,
 )
+from clipless_dp.gradient_gates import _UNDERFLOW, GradientGatedLinear, _bias_gradient, _zeroed
+from clipless_dp.gradient_gates import _factors as _gradient_factors
 from clipless_dp.precision import refuse_autocast
 from clipless_dp.tracing import TracedNet
 
@@ -54,7 +56,7 @@ class Stage(NamedTuple):
     """One layer with what is around it.
 
     Attributes:
-        layer: a linear layer or a convolution.
+        layer: a linear layer, which may have gradient gates, or a convolution.
         before: the gate on its input.
         behind: the gate on its output's cotangent.
         rectified: whether a ReLU follows.
@@ -64,6 +66,16 @@ class Stage(NamedTuple):
     before: BallProjection | SphereScaling | None
     behind: CotangentGate | None
     rectified: bool
+
+    @property
+    def gradient_gate(self) -> GradientGatedLinear | None:
+        """The layer, where it caps the gradients of its own parameters."""
+        return self.layer if isinstance(self.layer, GradientGatedLinear) else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether it needs the norms of its input."""
+        return self.before is not None or self.gradient_gate is not None
 
     @property
     def floor(self) -> float:
@@ -156,7 +168,7 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
         ball = _factors(radius, raw, radius)
         norms = torch.where(raw <= _largest(radius, raw.dtype), raw * ball, torch.nan)
     if stage.before is None and ball is None:
-        return _Kept(values, None, None, None, len(values))
+        return _Kept(values, None, norms, None, len(values))
     if norms is None:
         norms = sample_norms(values)
     if stage.before is None:
@@ -263,6 +275,8 @@ def _arrived(
         gradient = stage.bias_gradient(cotangents)
     if unscaled is not None:
         cotangents = torch.mul(cotangents, _per_sample(unscaled, into), out=into)
+    if cotangents.data_ptr() != into.data_ptr():
+        cotangents = into.copy_(cotangents)
     if wanted:
         products = torch.linalg.vecdot(_rows(cast(Tensor, output)), _rows(cotangents))
         products = torch.where(cast(Tensor, scales) > 0.0, products / scales, 0.0)
@@ -284,7 +298,7 @@ class _ChainFunction(torch.autograd.Function):
             ctx.rows.append(kept.rows)
             saved += [None if kept.values is values else kept.values, kept.scales, kept.norms, kept.lost]
             weight, bias = parameters[2 * index : 2 * index + 2]
-            measured = index + 1 < len(stages) and stages[index + 1].before is not None
+            measured = index + 1 < len(stages) and stages[index + 1].measures
             signal, norms = _left(stage, kept, cast(Tensor, weight), bias, measured)
         ctx.save_for_backward(*saved, signal if stages[-1].rectified else None)
         return signal
@@ -355,26 +369,62 @@ def _passed_linear(
     needed: Needed,
 ) -> Passed:
     """One linear layer; the gate's Jacobian is left to whoever reads the result next."""
+    gate = stage.gradient_gate
     gated = cotangents if owned else torch.empty_like(cotangents, memory_format=torch.contiguous_format)
+    lengths = None if gate is None or not needed[1] else _lengths(stage, kept)
     biases: list[Tensor] = []
+    factors: list[Tensor] = []
     for rows in _blocks(gated):
-        arriving, made = cotangents[rows], None if output is None else output[rows]
+        arriving, made, into = cotangents[rows], None if output is None else output[rows], gated[rows]
         if slope is not None:
             _project_(arriving, cast(Tensor, made), slope, rows)
         scales = None if kept.scales is None else kept.scales[rows]
-        _, bias, _ = _arrived(stage, arriving, made, scales, gated[rows], needed[2], False)
-        biases += [] if bias is None else [bias]
-    gradient = None
-    if needed[1]:
-        counted = gated[: kept.rows].flatten(0, -2), kept.values[: kept.rows].flatten(0, -2)
-        gradient = counted[0].t() @ counted[1]
-    if not needed[0]:
-        return gated, gradient, _total(biases), None
-    passed = gated @ weight
-    if kept.lost is not None:
+        if gate is None:
+            _, bias, _ = _arrived(stage, arriving, made, scales, into, needed[2], False)
+            biases += [] if bias is None else [bias]
+            continue
+        _arrived(stage, arriving, made, None, into, False, False)
+        counted, sizes = _zeroed(into)
+        if needed[2]:
+            biases.append(_bias_gradient(counted, sizes, *gate.gates()[1]))
+        if lengths is not None:
+            factors.append(_gradient_factors((lengths[rows] + _UNDERFLOW) * (sizes + _UNDERFLOW), *gate.gates()[0]))
+            if counted is not into:
+                factors[-1].masked_fill_(~(sample_norms(into) <= _LARGEST_NORM), torch.nan)
+        if scales is not None:
+            into.mul_(_per_sample(scales, into))
+    gradient = _outer(gated, kept.values, kept.rows) if gate is None and needed[1] else None
+    passed = gated @ weight if needed[0] else None
+    if passed is not None and kept.lost is not None:
         passed.index_fill_(0, kept.lost, 0.0)
-    left = None if stage.before is None else _slope(stage, cast(Tensor, kept.norms))
-    return passed, gradient, _total(biases), left
+    if lengths is not None:
+        gradient = _gated_outer(gated, kept, lengths, torch.cat(factors))
+    left = None if passed is None or stage.before is None else _slope(stage, cast(Tensor, kept.norms))
+    return gated if passed is None else passed, gradient, _total(biases), left
+
+
+def _outer(cotangents: Tensor, values: Tensor, rows: int) -> Tensor:
+    """``Σ g xᵀ`` over the first rows and all positions."""
+    return cotangents[:rows].flatten(0, -2).t() @ values[:rows].flatten(0, -2)
+
+
+def _lengths(stage: Stage, kept: _Kept) -> Tensor:
+    """Norms ``(B,)`` of what the weight meets, behind the gates; NaN where they are no number up to 1e18."""
+    norms = sample_norms(kept.values) if kept.norms is None else kept.norms
+    if stage.before is not None:
+        norms = norms * _factors(stage.before.radius, norms, stage.floor)
+    return torch.where(norms <= _LARGEST_NORM, norms, torch.nan)
+
+
+def _gated_outer(cotangents: Tensor, kept: _Kept, lengths: Tensor, factors: Tensor) -> Tensor:
+    """The gated gradient of a weight, from cotangents that are overwritten; a NaN drops the sample."""
+    values, counted = kept.values, slice(0, kept.rows)
+    cotangents.mul_(factors.unsqueeze(1))
+    if bool(factors.isnan().any()):
+        cotangents.index_fill_(0, factors.isnan().nonzero().flatten(), 0.0)
+    if bool(lengths[counted].isnan().any()):
+        values = values.index_fill(0, lengths.isnan().nonzero().flatten(), 0.0)
+    return _outer(cotangents, values, kept.rows)
 
 
 def _passed_convolution(
@@ -506,9 +556,11 @@ def _chains(traced: TracedNet) -> list[tuple[list[fx.Node], tuple[Stage, ...]]]:
 
 
 def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | None:
-    """The stage around a layer's node, if it is one that can be fused and has a gate."""
+    """The stage around a layer's node, if it is one that can be fused and has something to be fused with."""
     layer = _leaf(traced, node)
-    if type(layer) not in (nn.Linear, nn.Conv1d, nn.Conv2d) or len(node.all_input_nodes) != 1:
+    if type(layer) not in (nn.Linear, GradientGatedLinear, nn.Conv1d, nn.Conv2d) or len(node.all_input_nodes) != 1:
+        return None
+    if isinstance(layer, GradientGatedLinear) and len(traced.shapes[node]) != 1:
         return None
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return None
@@ -523,14 +575,14 @@ def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | No
         behind = _leaf(traced, following)
         nodes.append(following)
         following = _only_user(following)
-    if before is None and behind is None:
-        return None
     skipped = []
     if following is not None and following.op == "call_method" and following.target == "clone":
         skipped, following = [following], _only_user(following)
     if following is not None and _rectifies(traced, following):
         nodes += [*skipped, following]
         rectified = True
+    if before is None and behind is None and not rectified and type(layer) is not GradientGatedLinear:
+        return None
     return nodes, Stage(cast(Any, layer), cast(Any, before), cast(Any, behind), rectified)
 
 
