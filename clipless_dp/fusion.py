@@ -221,18 +221,19 @@ def _slope(stage: Stage, norms: Tensor, products: Tensor | None = None) -> Slope
     return torch.where(norms > stage.floor, norms.square().reciprocal_(), 0.0), products
 
 
-def _project_(cotangents: Tensor, values: Tensor, slope: Slope, rows: slice) -> None:
-    """``u - x⟨x, u⟩/‖x‖²`` in place where a gate has scaled a sample to its sphere: nothing goes along ``x``.
+def _project(cotangents: Tensor, values: Tensor, slope: Slope, rows: slice, into: Tensor) -> None:
+    """``u - x⟨x, u⟩/‖x‖²`` where a gate has scaled a sample to its sphere: nothing goes along ``x``.
 
     Args:
         cotangents: rows of ``u``, already multiplied by the gate's factor.
         values: the same rows of ``x``.
         slope: of all rows.
         rows: which these are.
+        into: where the result goes; may be ``cotangents``.
     """
     shares, products = slope
     radial = torch.linalg.vecdot(_rows(values), _rows(cotangents)) if products is None else products[rows]
-    cotangents.addcmul_(values, _per_sample(radial * shares[rows], values), value=-1)
+    torch.addcmul(cotangents, values, _per_sample(radial * shares[rows], values), value=-1, out=into)
 
 
 def _arrived(
@@ -326,7 +327,7 @@ class _ChainFunction(torch.autograd.Function):
             output, owned = kept.values, True
         if slope is not None:
             for rows in _blocks(cotangents):
-                _project_(cotangents[rows], output[rows], slope, rows)
+                _project(cotangents[rows], output[rows], slope, rows, cotangents[rows])
         return cotangents if ctx.needs_input_grad[0] else None, None, None, *gradients
 
 
@@ -377,7 +378,7 @@ def _passed_linear(
     for rows in _blocks(gated):
         arriving, made, into = cotangents[rows], None if output is None else output[rows], gated[rows]
         if slope is not None:
-            _project_(arriving, cast(Tensor, made), slope, rows)
+            _project(arriving, cast(Tensor, made), slope, rows, arriving)
         scales = None if kept.scales is None else kept.scales[rows]
         if gate is None:
             _, bias, _ = _arrived(stage, arriving, made, scales, into, needed[2], False)
@@ -446,16 +447,16 @@ def _passed_convolution(
     for rows in _blocks(larger, _CONVOLUTION_ENTRIES):
         arriving, made = cotangents[rows], None if output is None else output[rows]
         if slope is not None:
-            _project_(arriving, cast(Tensor, made), slope, rows)
+            _project(arriving, cast(Tensor, made), slope, rows, arriving)
         scales = None if kept.scales is None else kept.scales[rows]
         into = arriving if owned else torch.empty_like(arriving)
-        gated, bias, products = _arrived(stage, arriving, made, scales, into, needed[2], wanted)
+        _, bias, products = _arrived(stage, arriving, made, scales, into, needed[2], wanted)
         biases += [] if bias is None else [bias]
         counted = slice(rows.start, min(rows.stop, kept.rows))
         if not any(needed[:2]) or counted.start >= counted.stop:
             continue
         leaving, gradient, _ = torch.ops.aten.convolution_backward(
-            gated[: counted.stop - counted.start],
+            into[: counted.stop - counted.start],
             kept.values[counted],
             weight,
             None,
@@ -465,14 +466,13 @@ def _passed_convolution(
         weights += [gradient] if needed[1] else []
         if not needed[0]:
             continue
+        whole = len(leaving) == len(cotangents)
+        passed = leaving if whole else torch.empty_like(kept.values) if passed is None else passed
         if stage.before is not None:
             norms = cast(Tensor, kept.norms)[rows]
-            _project_(leaving, kept.values[rows], _slope(stage, norms, products), slice(None))
-        if len(leaving) == len(cotangents):
-            passed = leaving
-            continue
-        passed = torch.empty_like(kept.values) if passed is None else passed
-        passed[rows] = leaving
+            _project(leaving, kept.values[rows], _slope(stage, norms, products), slice(None), passed[rows])
+        elif not whole:
+            passed[rows] = leaving
     if passed is not None and kept.lost is not None:
         passed.index_fill_(0, kept.lost, 0.0)
     return cotangents if passed is None else passed, _total(weights), _total(biases), None
