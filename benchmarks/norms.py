@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import platform
 import statistics
 import sys
@@ -27,11 +28,13 @@ from clipless_dp.errors import NormError
 from clipless_dp.norms import conv2d_norm, dense_norm
 from clipless_dp.norms.budget import _EFFORTS
 from clipless_dp.norms.gram import gram_iteration_bound
+from clipless_dp.norms.single import single_precision_norm
 from tests.norms.convolutions import random_cases
 from tests.norms.matrices import FAMILIES
 from tests.norms.truth import TRUTH_ROUNDING, lanczos_conv_norm, spectral
 
 BUDGETS = ("cheap", "balanced", "tight")
+SINGLE = "float32 products"
 ROUTES = (*BUDGETS, "balanced, never written out")
 SYMBOL_ONLY = dataclasses.replace(_EFFORTS["balanced"], explicit_flops=0.0)
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -61,6 +64,7 @@ def dense_methods() -> dict[str, Callable[[Tensor], float]]:
     methods: dict[str, Callable[[Tensor], float]] = {
         f"dense_norm {budget}": lambda w, b=budget: dense_norm(w, budget=b) for budget in BUDGETS
     }
+    methods[f"{SINGLE}, in projections"] = lambda w: single_precision_norm(w) or math.nan
     methods["Gram iteration, 4 rounds"] = lambda w: float(gram_iteration_bound(_small_side(w), 4)[0])
     methods["Gram iteration, 7 rounds"] = lambda w: float(gram_iteration_bound(_small_side(w), 7)[0])
     methods["Frobenius"] = lambda w: float(w.double().norm()) * (1.0 + 1e-9)
@@ -91,6 +95,8 @@ def dense_rows() -> list[dict[str, Any]]:
         truth = spectral(weight)
         for name, method in dense_methods().items():
             answer, milliseconds = timed(lambda m=method, w=weight: m(w), 3 if max(shape) > 1000 else 7)
+            if math.isnan(answer):
+                continue
             rows.append(
                 {
                     "shape": f"{family} {shape[0]}×{shape[1]}",
@@ -146,7 +152,7 @@ def search(scale: float) -> dict[str, Any]:
     symbol are searched on the same cases.
     """
     torch.manual_seed(0)
-    errors: dict[str, list[float]] = {route: [] for route in ROUTES}
+    errors: dict[str, list[float]] = {route: [] for route in (*ROUTES, SINGLE)}
     dense = convolutions = 0
     for rows, columns in [(2, 2), (3, 40), (33, 33), (64, 10), (170, 200)]:
         for family in FAMILIES.values():
@@ -154,6 +160,7 @@ def search(scale: float) -> dict[str, Any]:
                 (torch.float64, 1.0),
                 (torch.float64, 1e-30),
                 (torch.float64, 1e30),
+                (torch.float32, 1.0),
                 (torch.float32, 1e18),
                 (torch.float32, 1e-18),
                 (torch.bfloat16, 1.0),
@@ -166,6 +173,9 @@ def search(scale: float) -> dict[str, Any]:
                 truth = spectral(weight)
                 for budget in BUDGETS:
                     errors[budget].append(_error(dense_norm(weight, budget=budget), truth))
+                bound = single_precision_norm(weight)
+                if bound is not None:
+                    errors[SINGLE].append(_error(bound, truth))
     anywhere: list[float] = []
     for case in random_cases(int(1500 * scale), seed=11, largest=10):
         convolutions += 1

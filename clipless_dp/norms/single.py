@@ -12,7 +12,7 @@ from clipless_dp.norms.gram import single_gram_matrix
 from clipless_dp.norms.rounding import SINGLE_UNIT, certified_arithmetic, enlarge, product_error
 from clipless_dp.precision import coarse_products
 
-_FROM, _TO = 160, 4096
+_FROM, _TO = 160, 2048
 """Rows from which it pays, and up to which the rounding stays below one per cent."""
 
 _CHUNK = 128
