@@ -527,3 +527,18 @@ def test_an_optimizer_may_be_named():
     assert torch.equal(weights(named), weights(built))
     with pytest.raises(ConfigurationError, match="'adam'"):
         fit(gated_model(), samples(300), optimizer="lion", **RUN)
+
+
+def test_noise_that_was_calibrated_elsewhere_is_used_within_the_budget():
+    calibrated = fit(gated_model(), samples(300), **RUN)
+    noisier = fit(gated_model(), samples(300), noise_multiplier=2.0 * calibrated.noise_multiplier, **RUN)
+    assert noisier.noise_multiplier == 2.0 * calibrated.noise_multiplier
+    assert noisier.steps == calibrated.steps
+    assert noisier.epsilon < 0.6 * calibrated.epsilon
+    with pytest.warns(UserWarning, match="training stops"):
+        cut = fit(gated_model(), samples(300), noise_multiplier=0.7 * calibrated.noise_multiplier, **RUN)
+    assert cut.steps < calibrated.steps
+    assert cut.epsilon <= RUN["epsilon"]
+    for bad in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigurationError, match="noise_multiplier"):
+            fit(gated_model(), samples(300), noise_multiplier=bad, **RUN)
