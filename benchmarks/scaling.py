@@ -205,7 +205,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['machine']}, {report['threads']} thread(s), torch {report['torch']}, medians over {report['rounds']} "
         f"interleaved rounds of {report['examples']} examples or a step. Regenerate by `python benchmarks/scaling.py`. "
         "Plot: `scaling.png`. Networks: `mlp-WxD` has D hidden layers of W, `cnn-WxD` D convolutions of W channels; "
-        "images are 28×28. Times include sampling; ratios are to plain SGD in the same round.",
+        "images are 28×28. Times include sampling; ratios are to plain SGD in the same round, "
+        "and tell more than times do where a machine is shared.",
         "",
         "| network | batch | " + " | ".join(f"{name}: µs per example, ratio" for name in CHOSEN) + " |",
         "| --- | ---: |" + " ---: |" * len(CHOSEN),
