@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from accounting import Accountant, GaussianRelease
+from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
@@ -93,7 +94,7 @@ def private_moments(
             recorded: a run that goes on from a checkpoint pays once.
 
     Raises:
-        ConfigurationError: an argument is out of range.
+        ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
         InputError: the values are not floating-point numbers of shape ``(N, C, ...)``, or hold no record.
         CheckpointError: the file belongs to other settings, is damaged or cannot be written.
 
@@ -166,7 +167,7 @@ def private_quantile(
         file: as for :func:`private_moments`.
 
     Raises:
-        ConfigurationError: an argument is out of range.
+        ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
         InputError: the values are not ``(N,)`` floating-point numbers, or there are none.
         CheckpointError: as for :func:`private_moments`.
 
@@ -291,7 +292,7 @@ def private_standardisation(
         file: as for :func:`private_moments`.
 
     Raises:
-        ConfigurationError: an argument is out of range.
+        ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
         InputError: the values are not floating-point numbers of shape ``(N, C)``, or there are none.
         CheckpointError: as for :func:`private_moments`.
 
@@ -398,6 +399,11 @@ def _moment_sums(values: Tensor, norm: float) -> Tensor:
 
 def _recorded(noise_multiplier: float, accountant: Accountant, path: Path | None) -> GaussianRelease:
     """The event of a new release, in the ledger before there is anything to release."""
+    if distributed.world().size > 1:
+        raise ConfigurationError(
+            "each of several processes would release a statistic of its own, and each ledger count one: release it in "
+            "one process with file=..., which all ranks then read"
+        )
     if path is not None:
         check_writable(path)
     release = GaussianRelease(noise_multiplier, identity=uuid.uuid4().hex)

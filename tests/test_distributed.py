@@ -14,6 +14,7 @@ from scipy import stats
 from torch import nn
 from torch.utils.data import Dataset
 
+from accounting import RDPAccountant
 from clipless_dp import (
     CliplessDPOptimizer,
     CliplessDPSGD,
@@ -37,6 +38,7 @@ from clipless_dp import (
 from clipless_dp import optim as optim_module
 from clipless_dp import training as training_module
 from clipless_dp.distributed import World
+from clipless_dp.statistics import private_moments
 
 from .ranks import Failure, Ranks
 from .support import gated_model, samples
@@ -555,6 +557,21 @@ def refused_parts():
         "moved": refusal_to_build(lambda: fully_shard(gated_model()).to(torch.float64)),
         "fit": refusal_to_build(lambda: fit(fully_shard(gated_model()), samples(300), **RUN)),
     }
+
+
+def test_statistics_that_each_rank_would_release_are_refused_and_read_from_one_file(ranks, tmp_path):
+    for failure in ranks.run(statistics_of, None):
+        assert (failure.kind, "file=" in failure.message) == ("ConfigurationError", True)
+    mean = statistics_of(tmp_path / "moments")[0]
+    for read, releases in ranks.run(statistics_of, tmp_path / "moments"):
+        assert torch.equal(read, mean)
+        assert releases == 1
+
+
+def statistics_of(path: Path | None):
+    accountant = RDPAccountant()
+    moments = private_moments(samples(90)[0], norm=3.0, noise_multiplier=5.0, accountant=accountant, file=path)
+    return moments.mean, len(accountant)
 
 
 # A rank that dies.
