@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,30 +58,58 @@ def coarse_products(device: torch.device) -> str | None:
     On CUDA, torch's default lets convolutions use TF32, whose operands keep 11 bits: a gradient could exceed its
     bound by about a thousandth.
     """
-    if torch.get_float32_matmul_precision() != "highest":
-        return "call torch.set_float32_matmul_precision('highest')"
-    if device.type == "cuda" and _convolutions_use_tf32():
-        return "set torch.backends.cudnn.allow_tf32 = False"
+    if device.type == "cpu" and _onednn_mode() != "STRICT":
+        return "unset ONEDNN_DEFAULT_FPMATH_MODE, which lets products on a CPU use bfloat16, and start again"
+    try:
+        if torch.get_float32_matmul_precision() != "highest":
+            return "call torch.set_float32_matmul_precision('highest')"
+        if device.type == "cuda" and torch.backends.cudnn.allow_tf32:
+            return "set torch.backends.cudnn.allow_tf32 = False"
+    except RuntimeError:
+        # Newer versions refuse to read the old settings once the finer ones below differ from them.
+        pass
+    for name, setting in _fine_settings(device.type):
+        if setting.fp32_precision not in ("none", "ieee"):
+            return f"set torch.backends.{name}.fp32_precision = 'ieee'"
     return None
 
 
-def _convolutions_use_tf32() -> bool:
-    try:
-        return bool(torch.backends.cudnn.allow_tf32)
-    except RuntimeError:
-        # Newer versions refuse to read the old flag where the finer ones differ from it.
-        return bool(getattr(torch.backends.cudnn, "conv").fp32_precision == "tf32")  # noqa: B009
+def _onednn_mode() -> str:
+    names = "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"
+    return next((os.environ[name].upper() for name in names if name in os.environ), "STRICT")
+
+
+def _fine_settings(*devices: str) -> list[tuple[str, Any]]:
+    """Where newer versions of torch keep the precision of products and convolutions on devices, by name."""
+    backends = torch.backends
+    settings: list[tuple[str, Any]] = []
+    if "cpu" in devices:
+        settings += [(f"mkldnn.{name}", getattr(backends.mkldnn, name, None)) for name in ("matmul", "conv")]
+    if "cuda" in devices:
+        settings += [("cuda.matmul", backends.cuda.matmul), ("cudnn.conv", getattr(backends.cudnn, "conv", None))]
+    return [(name, setting) for name, setting in settings if hasattr(setting, "fp32_precision")]
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Computes float32 products in float32, and puts the settings back afterwards."""
-    matmul = torch.get_float32_matmul_precision()
-    convolutions = _convolutions_use_tf32()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    fine = [(setting, setting.fp32_precision) for _, setting in _fine_settings("cpu", "cuda")]
+    older: tuple[str, bool] | None
     try:
+        older = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    except RuntimeError:
+        # As above: then the finer ones are all that is asked.
+        older = None
+    try:
+        if older is not None:
+            torch.set_float32_matmul_precision("highest")
+            torch.backends.cudnn.allow_tf32 = False
+        for setting, _ in fine:
+            setting.fp32_precision = "ieee"
         yield
     finally:
-        torch.set_float32_matmul_precision(matmul)
-        torch.backends.cudnn.allow_tf32 = convolutions
+        for setting, value in fine:
+            setting.fp32_precision = value
+        if older is not None:
+            torch.set_float32_matmul_precision(older[0])
+            torch.backends.cudnn.allow_tf32 = older[1]

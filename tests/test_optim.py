@@ -3,6 +3,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -526,6 +528,40 @@ def test_tf32_convolutions_are_refused_on_cuda():
     with full_precision():
         assert coarse_products(torch.device("cuda")) is None
     assert torch.backends.cudnn.allow_tf32
+
+
+FINE = ["mkldnn.fp32_precision", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision", "fp32_precision"]
+
+
+@pytest.mark.parametrize("setting", FINE)
+@pytest.mark.parametrize("value", ["bf16", "tf32"])
+def test_finer_settings_of_precision_are_refused_and_put_back(setting, value):
+    if not hasattr(torch.backends, "fp32_precision"):
+        pytest.skip("this torch has the old settings only")
+    # In a process of its own: torch does not go back to the old settings once these were used.
+    code = f"""
+import torch
+from clipless_dp.precision import coarse_products, full_precision
+assert coarse_products(torch.device("cpu")) is None
+torch.backends.{setting} = "{value}"
+found = coarse_products(torch.device("cpu"))
+assert found is not None and "fp32_precision = 'ieee'" in found, found
+with full_precision():
+    assert coarse_products(torch.device("cpu")) is None
+    assert coarse_products(torch.device("cuda")) is None
+assert coarse_products(torch.device("cpu")) == found
+torch.backends.mkldnn.matmul.fp32_precision = torch.backends.mkldnn.conv.fp32_precision = "ieee"
+assert coarse_products(torch.device("cpu")) is None
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_products_that_the_environment_makes_coarse_are_refused(monkeypatch):
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
+    with pytest.raises(PrivacyError, match="ONEDNN_DEFAULT_FPMATH_MODE"):
+        gated_model().sensitivity()
+    monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "strict")
+    assert gated_model().sensitivity().total > 0.0
 
 
 def test_a_gradient_from_before_the_optimizer_existed_is_not_released():
