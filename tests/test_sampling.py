@@ -195,7 +195,7 @@ def test_workers_that_fetch_ahead_keep_the_amplification():
         dataset,
         batch_sampler=sampler,
         collate_fn=poisson_collate(dataset),
-        num_workers=2,
+        num_workers=1,
         persistent_workers=True,
         multiprocessing_context="forkserver",
     )

@@ -12,6 +12,7 @@ from scipy.special import ndtr
 from accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
+    FallbackWarning,
     FixedSizeSampling,
     GaussianRelease,
     GaussianStep,
@@ -364,7 +365,10 @@ def test_extreme_steps_are_answered_finitely_and_never_below_zero():
         (0.2, 1e-9, 77, 1e-100),
     ]:
         for kind in ("prv", "rdp", "auto"):
-            bound = accountant(kind, [(sigma, q, n)]).get_epsilon(delta)
+            with warnings.catch_warnings():
+                # At an ε of 5e11 the Rényi bound answers.
+                warnings.simplefilter("ignore", FallbackWarning)
+                bound = accountant(kind, [(sigma, q, n)]).get_epsilon(delta)
             assert 0.0 <= bound.lower <= bound.upper < math.inf
 
 
