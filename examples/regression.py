@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     options = parser.parse_args()
 
-    inputs, targets = made(5_000, seed=1)
+    inputs, targets = made(5_000, seed=2)
     trained = presets.get("regression").fit(
         made(options.samples, seed=0),
         epsilon=options.epsilon,
