@@ -791,14 +791,15 @@ def fitted_with_holes():
 def test_torchrun_starts_a_run_that_ends_alike_on_all_ranks(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
-        "import torch, torch.distributed as dist\n"
+        "import os, torch, torch.distributed as dist\n"
         "from clipless_dp import fit\n"
         "from tests.support import gated_model, samples\n"
         "dist.init_process_group('gloo')\n"
         "model = gated_model(seed=dist.get_rank())\n"
         "result = fit(model, samples(200), epsilon=4.0, delta=1e-3, epochs=2, batch_size=50, accountant='rdp')\n"
         "total = float(sum(p.detach().double().sum() for p in model.net.parameters()))\n"
-        "print(f'{dist.get_rank()}: {result.epsilon!r} {total!r}')\n"
+        # One write each, or two lines may mix.
+        "os.write(1, f'{dist.get_rank()}: {result.epsilon!r} {total!r}\\n'.encode())\n"
         "dist.destroy_process_group()\n"
     )
     root = Path(__file__).parent.parent
