@@ -28,10 +28,11 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step import ALLOCATORS, RESULTS, network, traffic
+from step import ALLOCATORS, RESULTS, network
 
 from clipless_dp import gradient_gated
 from clipless_dp.gradient_gates import gradient_gated_layer
+from clipless_dp.memory import traffic
 
 Run = Callable[[], Any]
 
@@ -57,7 +58,7 @@ def compared(runs: dict[str, Run], rounds: int) -> dict[str, Any]:
             run()
             times[name].append(time.process_time() - start)
     ratios = [gated / plain for plain, gated in zip(times["plain"], times["gated"], strict=True)]
-    peaks = {name: traffic(run)[2] for name, run in runs.items()}
+    peaks = {name: traffic(run, torch.device("cpu")).peak for name, run in runs.items()}
     return {
         "plain_ms": 1e3 * statistics.median(times["plain"]),
         "gated_ms": 1e3 * statistics.median(times["gated"]),

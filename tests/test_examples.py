@@ -4,6 +4,7 @@ import dataclasses
 import io
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -117,3 +118,23 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     assert len(blocks) == 2
     exec("\n".join(blocks), {"__name__": "readme"})
     assert (tmp_path / "runs" / "model.pt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["step.py", "--quick", "--networks", "mlp", "--batches", "64", "--contenders", "SGD", "gated", "spectral"],
+        ["gradient_gates.py", "--quick"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_quick_benchmark_runs_and_prints_ratios(command):
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / command[0]), *command[1:]],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    assert "ratio" in ended.stdout
