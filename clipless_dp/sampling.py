@@ -262,6 +262,14 @@ def usual_rows(count: int, sample_rate: float) -> int:
     return min(8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), count)
 
 
+def checked_rows(rows: int | None, count: int, sample_rate: float) -> int:
+    """A positive number of rows for draws from so many samples, by default the usual one."""
+    rows = usual_rows(count, sample_rate) if rows is None else rows
+    if rows < 1:
+        raise ConfigurationError(f"physical_batch_size must be positive, got {rows}")
+    return rows
+
+
 class PoissonBatches:
     """Poisson batches of a data set held on the device, in static shapes.
 
@@ -304,11 +312,7 @@ class PoissonBatches:
         rank, ranks = self.sampler.world
         self._inputs = inputs[rank::ranks].to(device)
         self._targets = targets[rank::ranks].to(device)
-        if physical_batch_size is None:
-            physical_batch_size = usual_rows(len(self._inputs), sample_rate)
-        if physical_batch_size < 1:
-            raise ConfigurationError(f"physical_batch_size must be positive, got {physical_batch_size}")
-        self.physical_batch_size = physical_batch_size
+        self.physical_batch_size = checked_rows(physical_batch_size, len(self._inputs), sample_rate)
 
     def __len__(self) -> int:
         return len(self.sampler)

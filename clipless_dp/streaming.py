@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from clipless_dp import draws
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.sampling import Batch, PoissonBatchSampler, Samples, padded_batch, usual_rows
+from clipless_dp.sampling import Batch, PoissonBatchSampler, Samples, checked_rows, padded_batch
 
 AHEAD = 3
 """Draws that a stream holds on the device at once: one in use, one waiting, one arriving."""
@@ -70,11 +70,8 @@ class StreamedBatches:
         count = len(self._samples)
         self.sampler = PoissonBatchSampler(count, sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world
-        if physical_batch_size is None:
-            physical_batch_size = usual_rows(len(range(rank, count, ranks)), sample_rate)
-        if physical_batch_size < 1:
-            raise ConfigurationError(f"physical_batch_size must be positive, got {physical_batch_size}")
-        self.physical_batch_size = physical_batch_size
+        own = len(range(rank, count, ranks))
+        self.physical_batch_size = checked_rows(physical_batch_size, own, sample_rate)
         self._device = None if device is None else torch.device(device)
 
     def __len__(self) -> int:

@@ -61,8 +61,12 @@ def orthogonal_model(seed: int = 0) -> DPLipModel:
     )
 
 
+def whole(parameter: torch.Tensor) -> torch.Tensor:
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+
+
 def weights(model: DPLipModel) -> torch.Tensor:
-    return torch.cat([parameter.detach().flatten() for parameter in model.net.parameters()])
+    return torch.cat([whole(parameter).flatten() for parameter in model.net.parameters()])
 
 
 def sgd(model: DPLipModel, **changes: object) -> CliplessDPSGD:
@@ -114,20 +118,29 @@ def fitted_in_pieces():
 def measured_deviation(rounds: int = 12, mutant: str = "", noise: str = "system"):
     """Standard deviation of the noise of steps without gradients, relative to the planned one, on this rank."""
     apply_mutant(mutant)
-    model = DPLipModel(
+    model = square_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson", "noise": noise})
+    return float(noise_of_steps(model, optimizer, rounds).std())
+
+
+def square_model() -> DPLipModel:
+    return DPLipModel(
         gated(nn.Sequential(nn.Linear(64, 64, bias=False))),
         input_shape=(64,),
         input_norm=1.0,
         loss=losses.TauCrossEntropy(2.0),
     )
-    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson", "noise": noise})
+
+
+def noise_of_steps(model: DPLipModel, optimizer: CliplessDPSGD, rounds: int) -> torch.Tensor:
+    """What steps without gradients added to all weights, ``(rounds, weights)``, in planned deviations."""
     changes = []
     for _ in range(rounds):
         before = weights(model)
         optimizer.step()
         changes.append(weights(model) - before)
     planned = SETTINGS["noise_multiplier"] * model.sensitivity().total / (0.25 * 90)
-    return float(torch.cat(changes).double().std()) / planned
+    return torch.stack(changes).double() / planned
 
 
 def noise_once_per_rank(sums, add_noise_):
@@ -432,14 +445,6 @@ def refusal_to_build(attempt):
 # Models of which each rank holds a part.
 
 
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
-
-
-def whole_weights(model: DPLipModel) -> torch.Tensor:
-    return torch.cat([whole(parameter).flatten() for parameter in model.net.parameters()])
-
-
 def trained_in_parts(sharded: bool, mutant: str = "", adam: bool = False, gate_gradients: bool = False):
     """Four steps without noise, which no two runs would share: what is left is the arithmetic."""
     apply_mutant("")
@@ -470,7 +475,7 @@ def trained_in_parts(sharded: bool, mutant: str = "", adam: bool = False, gate_g
                 model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
             optimizer.step()
         held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.net.parameters())
-        return whole_weights(model), optimizer.get_epsilon(1e-3), model.sensitivity().total, held
+        return weights(model), optimizer.get_epsilon(1e-3), model.sensitivity().total, held
 
 
 @pytest.mark.parametrize("options", [(False, False), (True, False), (False, True)])
@@ -494,25 +499,14 @@ def test_the_mean_over_ranks_that_hold_parts_would_show(ranks, sharding):
 def noise_in_parts(seeded: bool, rounds: int = 12):
     """Noise of steps without samples: its deviation relative to the planned one, and how much the parts correlate."""
     apply_mutant("")
-    model = DPLipModel(
-        gated(nn.Sequential(nn.Linear(64, 64, bias=False))),
-        input_shape=(64,),
-        input_norm=1.0,
-        loss=losses.TauCrossEntropy(2.0),
-    )
+    model = square_model()
     fully_shard(model)
     optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson"})
     if seeded:
         optimizer.noise = ReproducibleNoise(3)
-    changes = []
-    for _ in range(rounds):
-        before = whole_weights(model)
-        optimizer.step()
-        changes.append(whole_weights(model) - before)
-    planned = SETTINGS["noise_multiplier"] * model.sensitivity().total / (0.25 * 90)
-    moved = torch.stack(changes).double()
+    moved = noise_of_steps(model, optimizer, rounds)
     top, bottom = (half.reshape(-1) for half in moved.chunk(2, dim=1))
-    return float(moved.std()) / planned, float(torch.corrcoef(torch.stack((top, bottom)))[0, 1])
+    return float(moved.std()), float(torch.corrcoef(torch.stack((top, bottom)))[0, 1])
 
 
 def test_each_part_gets_noise_of_its_own_and_of_the_planned_variance(ranks, sharding):

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 import traceback
@@ -27,7 +26,7 @@ from clipless_dp import (
 from clipless_dp import training as training_module
 from clipless_dp.sampling import Samples
 
-from .support import gated_model, samples
+from .support import gated_model, keyboard_interrupt, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 3, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 DRAWS = {"sample_rate": 0.2, "steps": 6}
@@ -196,22 +195,13 @@ def test_an_iteration_that_is_left_ends_its_thread() -> None:
         assert readers() == []
 
 
-def test_an_interrupted_streamed_run_resumes_bit_by_bit(tmp_path, monkeypatch) -> None:
+def test_an_interrupted_streamed_run_resumes_bit_by_bit(tmp_path) -> None:
     settings = {**RUN, "reproducible_seed": 7}
     whole, resumed = gated_model(), gated_model()
     expected = fit(whole, Listed(), **settings)
-    honest = training_module._step
-
-    def interrupting(run, batch, size):
-        if run.step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return honest(run, batch, size)
-
-    monkeypatch.setattr(training_module, "_step", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+    with keyboard_interrupt(7):
         fit(gated_model(), Listed(), checkpoint=tmp_path / "run.pt", **settings)
     assert readers() == []
-    monkeypatch.setattr(training_module, "_step", honest)
     result = fit(resumed, Listed(), checkpoint=tmp_path / "run.pt", **settings)
     assert torch.equal(weights(whole), weights(resumed))
     assert result.optimizer.accountant.history == expected.optimizer.accountant.history

@@ -26,8 +26,9 @@ from clipless_dp import (
     gated,
     losses,
 )
-from clipless_dp import training as training_module
 from tests.soundness.attack import summed_gradients
+
+from .support import power_cut
 
 WORDS, LENGTH = 24, 10
 
@@ -76,21 +77,12 @@ def test_fit_learns_to_tell_two_kinds_of_text_apart(kind: str, route: str) -> No
     assert int(model.nonfinite_samples) == 0
 
 
-def test_a_run_on_texts_resumes_bit_by_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_on_texts_resumes_bit_by_bit(tmp_path: Path) -> None:
     data, settings = texts(600), {**RUN, "reproducible_seed": 3}
     whole = text_model()
     expected = fit(whole, data, **settings)
-    honest = training_module._step
-
-    def failing(run: Any, batch: Any, size: Any) -> Tensor:
-        if run.step == 7:
-            raise RuntimeError("power cut")
-        return honest(run, batch, size)
-
-    monkeypatch.setattr(training_module, "_step", failing)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(7):
         fit(text_model(), data, checkpoint=tmp_path / "texts.pt", **settings)
-    monkeypatch.setattr(training_module, "_step", honest)
     resumed = text_model()
     result = fit(resumed, data, checkpoint=tmp_path / "texts.pt", **settings)
     assert result.epsilon == expected.epsilon

@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import errno
 import math
-import os
 import pickle
-import signal
 import threading
 
 import pytest
@@ -30,7 +28,7 @@ from clipless_dp import checkpoint as checkpoint_module
 from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 
-from .support import gated_model, samples
+from .support import gated_model, keyboard_interrupt, power_cut, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 6, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 
@@ -74,24 +72,15 @@ def test_fit_learns_a_separable_task():
 
 
 @pytest.mark.parametrize("build", [gated_model, lambda: constrained_model(0.1)], ids=["gated", "orthogonal"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, monkeypatch, build):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_by_bit(tmp_path, build):
     data = samples(300)
     settings = {**RUN, "reproducible_seed": 7}
     whole = build()
     expected = fit(whole, data, **settings)
 
-    honest = training_module._step
     path = tmp_path / "run.pt"
-
-    def failing(run, batch, size):
-        if run.step == 20:
-            raise RuntimeError("power cut")
-        return honest(run, batch, size)
-
-    monkeypatch.setattr(training_module, "_step", failing)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(20):
         fit(build(), data, checkpoint=path, **settings)
-    monkeypatch.setattr(training_module, "_step", honest)
     resumed = build()
     result = fit(resumed, data, checkpoint=path, **settings)
     assert torch.equal(weights(whole), weights(resumed))
@@ -110,16 +99,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     assert second.epsilon == first.epsilon
 
 
-def test_an_interrupt_finishes_the_step_and_saves_it(tmp_path, monkeypatch):
-    honest = training_module._step
-
-    def interrupting(run, batch, size):
-        if run.step == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-        return honest(run, batch, size)
-
-    monkeypatch.setattr(training_module, "_step", interrupting)
-    with pytest.raises(KeyboardInterrupt):
+def test_an_interrupt_finishes_the_step_and_saves_it(tmp_path):
+    with keyboard_interrupt(7):
         fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", **RUN)
     content = load_checkpoint(tmp_path / "run.pt")
     assert content["optimizer"]["clipless_dp"]["steps_taken"] == 8
@@ -481,21 +462,12 @@ def test_a_noise_schedule_scales_the_noise_that_is_added(monkeypatch):
     assert added == pytest.approx([added[0]] * 18 + [added[0] / 2] * 18, rel=1e-12)
 
 
-def test_a_noise_schedule_resumes_where_it_was(tmp_path, monkeypatch):
+def test_a_noise_schedule_resumes_where_it_was(tmp_path):
     settings = {**RUN, "reproducible_seed": 7, "noise_schedule": halving}
     whole, resumed = gated_model(), gated_model()
     expected = fit(whole, samples(300), **settings)
-    honest = training_module._step
-
-    def failing(run, batch, size):
-        if run.step == 20:
-            raise RuntimeError("power cut")
-        return honest(run, batch, size)
-
-    monkeypatch.setattr(training_module, "_step", failing)
-    with pytest.raises(RuntimeError, match="power cut"):
+    with power_cut(20):
         fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", **settings)
-    monkeypatch.setattr(training_module, "_step", honest)
     result = fit(resumed, samples(300), checkpoint=tmp_path / "run.pt", **settings)
     assert torch.equal(weights(whole), weights(resumed))
     assert result.optimizer.accountant.history == expected.optimizer.accountant.history
