@@ -70,7 +70,7 @@ def test_features_are_computed_once(tmp_path):
     torch.testing.assert_close(preset.features(images), trained.prepare(images), rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("name", ["features-linear", "photographs-linear"])
+@pytest.mark.parametrize("name", ["features-linear", "photographs-linear", "transfer"])
 def test_features_lose_their_mean_which_is_charged_and_new_samples_lose_that_of_the_training_data(name):
     preset, (images, labels) = presets.get(name), data((1, 8, 8), count=2000)
     settings = {"epochs": 0.1, "batch_size": 200, "reproducible_seed": 0, "accountant": "rdp", "progress": False}
@@ -78,9 +78,9 @@ def test_features_lose_their_mean_which_is_charged_and_new_samples_lose_that_of_
     (first, count), *steps = trained.result.optimizer.accountant.ledger
     assert (first.noise_multiplier, count) == (20.0, 1)
     assert steps
-    features, new = preset.features(images), data((1, 8, 8), seed=1)[0]
-    centred = features - features.mean(0)
-    for given, left in ((images, centred), (new, preset.features(new) - features.mean(0))):
+    new = data((1, 8, 8), seed=1)[0]
+    features, of_new = (torch.nn.functional.normalize(preset.features(samples).flatten(1)) for samples in (images, new))
+    for given, left in ((images, features - features.mean(0)), (new, of_new - features.mean(0))):
         expected = left / left.norm(dim=1, keepdim=True)
         # Noise of 20·√2 in each of 324 sums over 2000 records: a quarter of the norm of unit vectors.
         assert float((trained.prepare(given) * expected).sum(1).mean()) > 0.5
@@ -103,6 +103,17 @@ def test_a_shape_that_a_preset_does_not_take_is_refused_by_name(name, shape):
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
     with pytest.raises(ConfigurationError, match=r"unknown preset 'mnist'.*mnist-gated"):
         presets.get("mnist")
+
+
+def test_only_the_direction_of_transferred_features_counts():
+    preset, (features, classes) = presets.get("transfer"), data((3, 4), count=1000)
+    settings = {"epsilon": 3.0, "delta": 1e-4, "outputs": 3, "epochs": 0.1, "accountant": "rdp", "progress": False}
+    prepared = [
+        preset.fit((size * features, classes), reproducible_seed=0, **settings).prepare(size * features)
+        for size in (1.0, 1024.0)
+    ]
+    assert prepared[0].norm(dim=1).sub(1.0).abs().max() < 1e-5
+    torch.testing.assert_close(prepared[0], prepared[1], rtol=0.0, atol=1e-6)
 
 
 def test_an_own_front_end_takes_the_place_of_a_presets():
