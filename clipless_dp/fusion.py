@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from clipless_dp.gates import (
@@ -29,11 +30,11 @@ from clipless_dp.gates import (
     _factors,
     _largest,
     _per_sample,
-    _rows,
+    _products,
     input_gate,
     sample_norms,
 )
-from clipless_dp.gradient_gates import _UNDERFLOW, GradientGatedLinear, _bias_gradient, _zeroed
+from clipless_dp.gradient_gates import _UNDERFLOW, GradientGatedConv2d, GradientGatedLinear, _bias_gradient, _zeroed
 from clipless_dp.gradient_gates import _factors as _gradient_factors
 from clipless_dp.precision import refuse_autocast
 from clipless_dp.tracing import TracedNet
@@ -60,12 +61,14 @@ class Stage(NamedTuple):
         before: the gate on its input.
         behind: the gate on its output's cotangent.
         rectified: whether a ReLU follows.
+        interleaved: whether maps are to lie in memory channels last.
     """
 
     layer: nn.Linear | nn.Conv1d | nn.Conv2d
     before: BallProjection | SphereScaling | None
     behind: CotangentGate | None
     rectified: bool
+    interleaved: bool
 
     @property
     def gradient_gate(self) -> GradientGatedLinear | None:
@@ -132,6 +135,26 @@ class Chain(nn.Module):
         parameters = [parameter for stage in self.stages for parameter in (stage.layer.weight, stage.layer.bias)]
         output: Tensor = _ChainFunction.apply(values, entry, self.stages, *parameters)  # type: ignore[no-untyped-call]
         return output
+
+
+class Interleaved(nn.Module):
+    """A convolution whose maps lie in memory channels last, because a max pooling follows.
+
+    Torch pools such maps several times faster on a CPU, and what a convolution returns lies as its weight does.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values: Tensor) -> Tensor:
+        """As the layer itself."""
+        output: Tensor = functional_call(self.layer, {"weight": _interleaved(self.layer.weight)}, (values,))
+        return output
+
+
+def _interleaved(weight: Tensor) -> Tensor:
+    return weight.to(memory_format=torch.channels_last)
 
 
 def _blocks(values: Tensor, limit: int = 0) -> Iterator[slice]:
@@ -232,7 +255,7 @@ def _project(cotangents: Tensor, values: Tensor, slope: Slope, rows: slice, into
         into: where the result goes; may be ``cotangents``.
     """
     shares, products = slope
-    radial = torch.linalg.vecdot(_rows(values), _rows(cotangents)) if products is None else products[rows]
+    radial = _products(values, cotangents) if products is None else products[rows]
     torch.addcmul(cotangents, values, _per_sample(radial * shares[rows], values), value=-1, out=into)
 
 
@@ -279,8 +302,9 @@ def _arrived(
     if cotangents.data_ptr() != into.data_ptr():
         cotangents = into.copy_(cotangents)
     if wanted:
-        products = torch.linalg.vecdot(_rows(cast(Tensor, output)), _rows(cotangents))
-        products = torch.where(cast(Tensor, scales) > 0.0, products / scales, 0.0)
+        assert scales is not None
+        products = _products(cast(Tensor, output), cotangents)
+        products = torch.where(scales > 0.0, products / scales, 0.0)
     return cotangents, gradient, products
 
 
@@ -299,6 +323,7 @@ class _ChainFunction(torch.autograd.Function):
             ctx.rows.append(kept.rows)
             saved += [None if kept.values is values else kept.values, kept.scales, kept.norms, kept.lost]
             weight, bias = parameters[2 * index : 2 * index + 2]
+            weight = _interleaved(cast(Tensor, weight)) if stage.interleaved else weight
             measured = index + 1 < len(stages) and stages[index + 1].measures
             signal, norms = _left(stage, kept, cast(Tensor, weight), bias, measured)
         ctx.save_for_backward(*saved, signal if stages[-1].rectified else None)
@@ -320,7 +345,7 @@ class _ChainFunction(torch.autograd.Function):
             kept = _Kept(values if signal is None else signal, scales, norms, lost, ctx.rows[index])
             needed = index > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
             passed = _passed_convolution if not isinstance(stages[index].layer, nn.Linear) else _passed_linear
-            weight = parameters[2 * index]
+            weight = _interleaved(parameters[2 * index]) if stages[index].interleaved else parameters[2 * index]
             cotangents, gradients[2 * index], gradients[2 * index + 1], slope = passed(
                 stages[index], kept, weight, output, cotangents, slope, owned, needed
             )
@@ -507,7 +532,13 @@ class FusedNet:
                 name = f"chain_{len(modules)}"
                 modules[name] = Chain(stages)
                 copies[node] = graph.call_module(name, (copies[source], entry) if heading else (copies[source],))
-            elif node not in fused:
+            elif node in fused:
+                continue
+            elif type(_leaf(traced, node)) in (nn.Conv2d, GradientGatedConv2d) and _pooled(traced, node):
+                name = f"interleaved_{len(modules)}"
+                modules[name] = Interleaved(cast(nn.Conv2d, traced.leaf(node)))
+                copies[node] = graph.call_module(name, (copies[node.all_input_nodes[0]],))
+            else:
                 copies[node] = graph.node_copy(node, lambda given: copies[given])
                 if node.op == "placeholder":
                     entry = graph.placeholder("entry", default_value=None)
@@ -581,9 +612,10 @@ def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | No
     if following is not None and _rectifies(traced, following):
         nodes += [*skipped, following]
         rectified = True
+    interleaved = isinstance(layer, nn.Conv2d) and _pooled(traced, node)
     if before is None and behind is None and not rectified and type(layer) is not GradientGatedLinear:
         return None
-    return nodes, Stage(cast(Any, layer), cast(Any, before), cast(Any, behind), rectified)
+    return nodes, Stage(cast(Any, layer), cast(Any, before), cast(Any, behind), rectified, interleaved)
 
 
 def _leaf(traced: TracedNet, node: fx.Node) -> nn.Module | None:
@@ -592,6 +624,16 @@ def _leaf(traced: TracedNet, node: fx.Node) -> nn.Module | None:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _pooled(traced: TracedNet, node: fx.Node) -> bool:
+    """Whether a max pooling follows, with nothing but gates and ReLUs between."""
+    following = _only_user(node)
+    while following is not None and (
+        type(_leaf(traced, following)) is CotangentGate or _rectifies(traced, following) or following.target == "clone"
+    ):
+        following = _only_user(following)
+    return following is not None and type(_leaf(traced, following)) is nn.MaxPool2d
 
 
 def _rectifies(traced: TracedNet, node: fx.Node) -> bool:

@@ -53,7 +53,7 @@ def rounding_slack(entries: int, dtype: torch.dtype = torch.float32) -> float:
 
 def sample_norms(values: Tensor) -> Tensor:
     """Euclidean norm of each sample: shape ``(B, ...)`` to ``(B,)``, in float32 or wider, TF32 or not."""
-    flat = _rows(values)
+    flat = _rows(values.permute(0, 2, 3, 1) if _is_interleaved(values) else values)
     if flat.shape[1] > _LONG_SUM:
         return cast(Tensor, torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64)).to(_wide(values.dtype))
     return cast(Tensor, torch.linalg.vector_norm(flat, dim=1, dtype=_wide(values.dtype)))
@@ -61,6 +61,23 @@ def sample_norms(values: Tensor) -> Tensor:
 
 def _rows(values: Tensor) -> Tensor:
     return values.flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+
+
+def _is_interleaved(values: Tensor) -> bool:
+    """Whether maps lie in memory channels last, so that they are read in that order; compiled graphs do not ask."""
+    return (
+        values.dim() == 4
+        and not torch.compiler.is_compiling()
+        and not values.is_contiguous()
+        and values.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _products(first: Tensor, second: Tensor) -> Tensor:
+    """Inner product of each sample of one tensor with that of another: ``(B, ...)`` twice to ``(B,)``."""
+    if _is_interleaved(first) and _is_interleaved(second):
+        first, second = first.permute(0, 2, 3, 1), second.permute(0, 2, 3, 1)
+    return cast(Tensor, torch.linalg.vecdot(_rows(first), _rows(second)))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -117,7 +134,7 @@ class _ScalingFunction(torch.autograd.Function):
         factors = _factors(ctx.cap, norms, ctx.floor)
         passed = None
         if cotangent is not None:
-            radial = torch.linalg.vecdot(_rows(scaled), _rows(cotangent)).to(norms.dtype) / ctx.cap**2
+            radial = _products(scaled, cotangent).to(norms.dtype) / ctx.cap**2
             radial = torch.where(norms > ctx.floor, radial, torch.zeros_like(norms))
             passed = torch.addcmul(cotangent, scaled, _per_sample(radial, scaled).to(scaled.dtype), value=-1)
             passed = passed.mul_(_per_sample(factors, scaled).to(scaled.dtype))

@@ -19,7 +19,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates import _LARGEST_NORM, _LARGEST_RATIO, _LIFT, GateMode, _checked_cap, sample_norms
+from clipless_dp.gates import (
+    _LARGEST_NORM,
+    _LARGEST_RATIO,
+    _LIFT,
+    GateMode,
+    _checked_cap,
+    _is_interleaved,
+    sample_norms,
+)
 
 _CANCELLED = 1e-3
 """A sum over positions that is smaller than this share of ``‖g‖‖x‖`` counts as this large: the rest is mostly rounding,
@@ -123,6 +131,11 @@ def _token_weight_gradient(values: Tensor, cotangents: Tensor, limit: float, lea
     return total.squeeze(0)
 
 
+def _positions_last(maps: Tensor) -> Tensor:
+    """``(B, C, H, W)`` to ``(B, C, H·W)``, without a copy where the maps lie in memory channels last."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).mT if _is_interleaved(maps) else maps.flatten(2)
+
+
 def _convolution_weight_gradient(
     values: Tensor,
     cotangents: Tensor,
@@ -157,7 +170,7 @@ def _convolution_weight_gradient(
         windows = windows.unflatten(3, (groups, channels // groups)).permute(0, 3, 1, 2, 5, 6, 4)
         total = total + _gated_sum(
             windows.reshape(len(some), groups, positions, inputs),
-            arriving.reshape(len(some), groups, outputs // groups, positions),
+            _positions_last(arriving).unflatten(1, (groups, outputs // groups)),
             scales,
             limit,
             least,

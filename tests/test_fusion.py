@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
+from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, gradient_gates, layers
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
 from tests.soundness.mutation import Mutant
 
@@ -55,6 +55,20 @@ def convolutional() -> nn.Module:
     )
 
 
+def pooled() -> nn.Module:
+    """Maxima of distinct numbers, or of a ReLU's zeros, which pass nothing back."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(4, 6, 2, stride=2),
+        nn.MaxPool2d(2),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(24, 3),
+    )
+
+
 def tokens() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 5), nn.Flatten(), nn.Linear(15, 3))
 
@@ -76,6 +90,23 @@ def clipped() -> nn.Module:
     return gradient_gated(net, limit=0.1, bias_limit=0.05, mode="clip")
 
 
+def capped_maps() -> nn.Module:
+    """Gradient gates on maps that are pooled: from whole gradients, and from products of positions."""
+    net = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Conv2d(4, 48, 4, stride=3, padding=1, groups=2),
+        nn.MaxPool2d(2, 1),
+        nn.ReLU(),
+        nn.Conv2d(48, 4, 1),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        nn.Linear(4, 3),
+    )
+    return gradient_gated(net, layers=["0", "3", "9"], limit=0.3)
+
+
 def sequences() -> nn.Module:
     return nn.Sequential(nn.Conv1d(2, 8, 3), nn.ReLU(), nn.Conv1d(8, 3, 2, dilation=2), nn.Flatten(), nn.Linear(15, 3))
 
@@ -84,6 +115,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] 
     "dense": (dense, (3, 4), [3]),
     "bare": (bare, (6,), [3]),
     "convolutional": (convolutional, (2, 14, 14), [1, 2, 1]),
+    "pooled": (pooled, (1, 9, 9), [1, 1, 1]),
     "tokens": (tokens, (3, 4), [2, 1]),
     "sequences": (sequences, (2, 9), [2, 1]),
     "branches": (Branches, (5,), [1, 1, 1]),
@@ -92,6 +124,7 @@ UNGATED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] =
     "plain": (plain, (1, 5, 5), [1, 1]),
     "capped": (capped, (6,), [4]),
     "clipped": (clipped, (6,), [2]),
+    "capped maps": (capped_maps, (1, 11, 11), [1]),
 }
 ALL = {**NETWORKS, **UNGATED}
 GATES: dict[str, dict[str, Any]] = {
@@ -149,7 +182,29 @@ def test_layers_between_gates_run_as_chains_as_long_as_values_have_one_consumer(
     model = model_of(name)
     chains = [module for module in model._fused.module.children() if isinstance(module, fusion.Chain)]
     assert [len(chain.stages) for chain in chains] == ALL[name][2]
-    assert model._fused.takes_entry
+    assert model._fused.takes_entry == (name != "capped maps")
+
+
+@pytest.mark.parametrize("name", ["pooled", "capped maps"])
+def test_maps_that_are_pooled_lie_channels_last_and_parameters_as_before(name: str) -> None:
+    model = model_of(name, dtype=torch.float32)
+    pools: list[Tensor] = []
+
+    class Recorder(fx.Interpreter):
+        def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if isinstance(self.fetch_attr(str(target)), nn.MaxPool2d):
+                pools.append(args[0])
+            return super().call_module(target, args, kwargs)
+
+    inputs, targets = batch_of(model, 4, "none")
+    Recorder(model._fused.module).run(inputs)
+    assert len(pools) == (2 if name == "pooled" else 3)
+    assert all(pool.is_contiguous(memory_format=torch.channels_last) for pool in pools)
+    model.loss(model(inputs), targets).backward()
+    for parameter in model.net.parameters():
+        assert parameter.is_contiguous()
+        assert parameter.grad is not None
+        assert parameter.grad.is_contiguous()
 
 
 @pytest.mark.parametrize("gates", GATES)
@@ -380,6 +435,7 @@ MUTANTS = (
     Mutant(
         "capped cotangents go on", fusion, "_passed_linear", "into, False, False)", "into, False, False)[0].mul_(0.5)"
     ),
+    Mutant("positions in another order", gradient_gates, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
     Mutant("only the last block's bias", fusion, "_total", "parts[0].add_(part)", "parts[0].copy_(part)"),
 )
 

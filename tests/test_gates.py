@@ -15,6 +15,7 @@ from clipless_dp.gates import (
     BallProjection,
     CotangentGate,
     SphereScaling,
+    _products,
     cotangent_gate,
     input_gate,
     rounding_slack,
@@ -233,3 +234,14 @@ def test_gates_lift_small_signals_a_hundredfold_at_most_by_default() -> None:
 def test_an_unknown_mode_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="mode"):
         CotangentGate(1.0, mode="scale")  # type: ignore[arg-type]
+
+
+def test_norms_and_products_do_not_depend_on_how_maps_lie_in_memory() -> None:
+    first, second = torch.randn(2, 3, 5, 4, 6, dtype=torch.float64)
+    expected = (first * second).sum((1, 2, 3))
+    orders = (torch.contiguous_format, torch.channels_last)
+    for one in orders:
+        left = first.contiguous(memory_format=one)
+        torch.testing.assert_close(sample_norms(left), true_norms(first))
+        for other in orders:
+            torch.testing.assert_close(_products(left, second.contiguous(memory_format=other)), expected)
