@@ -11,7 +11,7 @@ import io
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -180,66 +180,6 @@ def refuse_averages(module: nn.Module) -> None:
                 f"{path or 'the model'} is wrapped in {type(part).__name__}: pass the module inside. The optimizer "
                 "sums the ranks' gradients by itself, and its noise is calibrated to the sum, not to an average"
             )
-
-
-def refuse_shards(net: nn.Module) -> None:
-    """Refuses parameters that are split among the ranks.
-
-    Raises:
-        ConfigurationError: ``fully_shard`` was called on the module or a part of it.
-    """
-    sharded = [name for name, parameter in net.named_parameters() if hasattr(parameter, "placements")]
-    if sharded or any(is_sharded(part) for part in net.modules()):
-        raise ConfigurationError(
-            f"fully_shard splits parameters ({', '.join(sharded[:3]) or 'at the next forward pass'}) among the ranks, "
-            "but norms, projections and many gradient bounds need whole ones: wrap the whole network first, and then "
-            "call fully_shard(model) once, on the DPLipModel of a gated network"
-        )
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` splits the module's parameters among the ranks, and gathers them for each pass only."""
-    return hasattr(module, "set_requires_gradient_sync")
-
-
-def check_shards(model: nn.Module, parameters: Iterable[Tensor]) -> None:
-    """Makes sure that each entry of each gradient is on one rank only, summed without loss over all of them.
-
-    Raises:
-        ConfigurationError: a part of the model is sharded by itself, parameters are replicated or left out, or passes
-            or sums are in a lower precision.
-    """
-    if any(is_sharded(part) for part in model.modules() if part is not model):
-        raise ConfigurationError("a part of the model is sharded by itself: call fully_shard(model) once, on the whole")
-    for parameter in parameters:
-        placements: Any = getattr(parameter, "placements", ())
-        mesh: Any = getattr(parameter, "device_mesh", None)
-        if mesh is None or mesh.size() != world().size or len(placements) != 1 or not placements[0].is_shard():
-            raise ConfigurationError(
-                "a parameter is whole or repeated on some ranks, where its noise would be drawn more than once: call "
-                "fully_shard(model) with a one-dimensional mesh of all ranks and without ignored_params"
-            )
-    try:
-        policy = model._get_fsdp_state()._mp_policy  # type: ignore[operator]
-        lowered = {policy.param_dtype, policy.reduce_dtype, policy.output_dtype} - {None}
-    except AttributeError:
-        lowered = {"unknown"}
-    if lowered:
-        raise ConfigurationError("bounds do not cover lower precision: call fully_shard(model) without an mp_policy")
-
-
-def sum_shards_(model: nn.Module) -> None:
-    """Makes each backward pass of a sharded model add the *sum* over the ranks, not the mean, to each rank's part.
-
-    Raises:
-        ConfigurationError: torch is too old for that.
-    """
-    try:
-        model.set_requires_gradient_sync(True)  # type: ignore[operator]
-        model.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-        model.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-    except AttributeError as error:
-        raise ConfigurationError(f"this version of torch cannot sum sharded gradients ({error}): update it") from error
 
 
 def _movable(tensor: Tensor) -> Tensor:

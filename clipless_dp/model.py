@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed
+from clipless_dp import distributed, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import FusedNet
@@ -20,6 +20,7 @@ from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
+from clipless_dp.rules.base import kind_of
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
 from clipless_dp.tracker import (
@@ -91,7 +92,7 @@ class DPLipModel(nn.Module):
         ):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
         distributed.refuse_averages(net)
-        distributed.refuse_shards(net)
+        sharding.refuse_shards(net)
         self.net = net
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
@@ -133,6 +134,7 @@ class DPLipModel(nn.Module):
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
         self._fused = FusedNet(traced)
+        self._gathering: tuple[nn.Module | None] | None = None
         self._kept: tuple[object, Sensitivity] | None = None
         self._leaves = [
             _Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
@@ -155,13 +157,16 @@ class DPLipModel(nn.Module):
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
         self.check_inputs(inputs)
-        if distributed.is_sharded(self):
-            distributed.sum_shards_(self)
+        if sharding.is_sharded(self):
+            sharding.sum_shards_(self)
+            if self._gathering is None:
+                self._gathering = (sharding.gathering(self._graph[0], self),)
         if inputs.shape[0] == 0:
             return self._run(inputs.new_zeros(1, *self.input_shape))[:0]
         return self._run(inputs)
 
     def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        net = net or (self._gathering and self._gathering[0])
         fused = self._fused if net is None and FusedNet.can_run(inputs) else None
         outputs: Tensor
         if fused is not None and fused.takes_entry and not inputs.requires_grad:
@@ -226,7 +231,7 @@ class DPLipModel(nn.Module):
         key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in self.net.parameters()))
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        whole = not distributed.is_sharded(self)
+        whole = not sharding.is_sharded(self)
         sensitivity, lasting = self._tracker.evaluate(limits, relation, whole=whole)
         self._kept = (key, sensitivity) if lasting else None
         return sensitivity
@@ -238,6 +243,7 @@ class DPLipModel(nn.Module):
             ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say).
         """
         self._follow_changes()
+        self._require_whole("lipschitz_constant")
         return self._tracker.lipschitz_constant(self._limits())
 
     def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
@@ -259,6 +265,7 @@ class DPLipModel(nn.Module):
         """
         inputs, targets = batch
         self.check_inputs(inputs)
+        self._require_whole("tightness")
         sensitivity = self.sensitivity()
         trainable = {name: p for name, p in self.net.named_parameters() if name in sensitivity.per_parameter}
 
@@ -338,8 +345,11 @@ class DPLipModel(nn.Module):
 
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
+        sharding.part_(self)
         for leaf in self._leaves:
-            if leaf.find(self.net) is not leaf.module or type(leaf.module) is not leaf.kind or is_hooked(leaf.module):
+            known = sharding.hooks_of_sharding(leaf.module)
+            replaced = leaf.find(self.net) is not leaf.module or kind_of(leaf.module) is not leaf.kind
+            if replaced or is_hooked(leaf.module, besides=known):
                 raise PrivacyError(
                     f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
                     "bounds are not its own. Wrap the changed network in a new DPLipModel"
@@ -353,28 +363,44 @@ class DPLipModel(nn.Module):
                 "wrapping model's own .to()"
             )
         unknown = any(id(parameter) not in self._traced.names for parameter in self.net.parameters())
-        if unknown and distributed.is_sharded(self):
-            self._adopt_shards()
+        if sharding.has_shards(self):
+            self._check_shards(adopt=unknown)
         elif unknown:
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
         if any(leaf.settings() != leaf.known for leaf in self._leaves):
+            if sharding.is_sharded(self):
+                raise ConfigurationError(
+                    "change the settings of layers before fully_shard, which no rank traces behind"
+                )
             self._trace(*parameter_device_and_dtype(self.net))
             self.settle_()
             self.changes += 1
 
-    def _adopt_shards(self) -> None:
+    def _check_shards(self, *, adopt: bool) -> None:
         """Knows the parameters, after ``fully_shard(model)``, by the parts that this rank holds."""
-        named = {id(parameter): name for name, parameter in self.net.named_parameters()}
-        distributed.check_shards(self, self.net.parameters())
-        if self._constraints or sorted(named.values()) != sorted(self._traced.names.values()):
+        sharding.check_shards(self, self.net.parameters())
+        if self._constraints:
             raise ConfigurationError(
                 "no rank holds the whole weights of a sharded model, which constraints would project: use gates in "
                 "their place (clipless_dp.gated), or keep the model whole on each rank"
             )
+        if not adopt:
+            return
+        named = {id(parameter): name for name, parameter in self.net.named_parameters()}
+        if sorted(named.values()) != sorted(self._traced.names.values()):
+            raise ConfigurationError(
+                "a parameter that two layers share was split apart: call fully_shard on a module that holds both"
+            )
         self._traced.names.clear()
         self._traced.names.update(named)
+
+    def _require_whole(self, name: str) -> None:
+        if sharding.is_sharded(self):
+            raise ConfigurationError(
+                f"{name} reads whole weights, of which each rank holds a part: ask before fully_shard"
+            )
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
@@ -400,7 +426,7 @@ class DPLipModel(nn.Module):
         return self.nonfinite_samples.device, torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> DPLipModel:
-        if distributed.is_sharded(self):
+        if sharding.is_sharded(self):
             raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._trace(*parameter_device_and_dtype(self.net))
@@ -408,7 +434,7 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_kept", "_projected", "_leaves"}
+        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves"}
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -432,7 +458,7 @@ class _Leaf:
     def __init__(self, path: tuple[str, ...], module: nn.Module) -> None:
         self.path = path
         self.module = module
-        self.kind = type(module)
+        self.kind = kind_of(module)
         self._names = [
             name
             for name, value in vars(module).items()

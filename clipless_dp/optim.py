@@ -8,7 +8,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn, cast, overload
+from typing import Any, Literal, NoReturn, overload
 from weakref import WeakKeyDictionary
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, GaussianRelease, GaussianStep, create_accountant
-from clipless_dp import distributed, draws
+from clipless_dp import distributed, draws, sharding
 from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
@@ -150,7 +150,9 @@ class CliplessDPOptimizer(Optimizer):
         for parameter in self._parameters():
             parameter.grad = None
         self._world = distributed.world()
-        self._sharded = distributed.is_sharded(model)
+        self._sharded = sharding.has_shards(model)
+        if self._sharded:
+            sharding.check_shards(model, model.net.parameters())
         if self._sharded and self.noise.reproducible:
             raise ConfigurationError(
                 "each rank of a sharded model adds noise to its own part, and reproducible noise would be the same in "
@@ -227,6 +229,7 @@ class CliplessDPOptimizer(Optimizer):
         if loss is None:
             loss = self._loss
         rows = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
+        sharding.part_(self.model)
         parameters = list(self.model.net.parameters())
         before = [parameter.grad for parameter in parameters]
         total = torch.zeros((), device=inputs.device)
@@ -411,6 +414,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
         """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
+        sharding.part_(self.model)
         parameters = self._parameters() if parameters is None else parameters
         named = dict(self.model.net.named_parameters())
         known = set(map(id, named.values()))
@@ -429,6 +433,8 @@ class CliplessDPOptimizer(Optimizer):
         if self._stopped:
             raise RankError("a step of this run has failed: start all ranks again from the last checkpoint")
         named = self._require_protected()
+        if self._sharded:
+            sharding.require_sums(self.model)
         sensitivity = self._sensitivity()
         deviations, spent = self._deviations(sensitivity, named)
         rate = self._charged_rate()
@@ -471,6 +477,7 @@ class CliplessDPOptimizer(Optimizer):
         distributed.agree(
             {
                 "parameters": parameters,
+                "parts": sharding.layout(self.model),
                 "noise_multiplier": self.noise_multiplier,
                 "sample_rate": self.sample_rate,
                 "dataset_size": self.dataset_size,
@@ -517,7 +524,7 @@ class CliplessDPOptimizer(Optimizer):
     def _add_noise(self, gradients: Sequence[Tensor], scales: Sequence[float]) -> None:
         """Adds the noise to the sums, or to this rank's part of them, which no other rank holds."""
         if self._sharded:
-            gradients = [cast(Any, gradient).to_local() for gradient in gradients]
+            gradients = [sharding.local(gradient) for gradient in gradients]
         add_normal_(gradients, scales, self.noise)
 
     def _sensitivity(self) -> Sensitivity:
@@ -765,6 +772,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         budget: tuple[float, float] | None = None,
     ) -> None:
         distributed.refuse_averages(model)
+        sharding.part_(model)
         parameters: list[nn.Parameter] = list(model.net.parameters())
         if not parameters:
             raise ConfigurationError("the network has no parameters to train")

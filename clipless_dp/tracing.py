@@ -234,10 +234,17 @@ def _misused_tokens(module: fx.GraphModule) -> Iterator[Unsupported]:
                     yield Unsupported(user.name, str(user.target), remedy)
 
 
-def is_hooked(leaf: nn.Module) -> bool:
-    """Whether hooks, or a forward set on the instance, may change a module's values or its parameters' gradients."""
-    if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
-        return True
+def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
+    """Whether hooks, or a forward set on the instance, may change a module's values or its parameters' gradients.
+
+    Args:
+        leaf: the module.
+        besides: hooks that are methods of this object are known and left out.
+    """
+    kinds = (leaf._forward_hooks, leaf._forward_pre_hooks, leaf._backward_hooks, leaf._backward_pre_hooks)
+    for hook in (hook for hooks in kinds for hook in hooks.values()):
+        if besides is None or getattr(hook, "__self__", None) is not besides:
+            return True
     if "forward" in vars(leaf):
         return True
     return any(

@@ -24,7 +24,7 @@ from clipless_dp.errors import (
 from clipless_dp.gates import CotangentGate
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
-from clipless_dp.rules.base import LARGEST
+from clipless_dp.rules.base import LARGEST, kind_of
 from clipless_dp.tracing import TracedNet, place
 
 Relation = Literal["add-or-remove-one", "replace-one"]
@@ -386,7 +386,7 @@ class _Sweep:
             layers.append(
                 LayerSensitivity(
                     path=str(node.target),
-                    kind=type(leaf).__name__,
+                    kind=kind_of(leaf).__name__,
                     input_norm=entering,
                     cotangent_norm=arriving,
                     coverage=bounds.coverage,
@@ -449,7 +449,7 @@ class _Context:
         self._operands = traced.operands(node)
         self.path = str(node.target) if node.op == "call_module" else node.name
         if node.op == "call_module":
-            self.kind = type(traced.leaf(node)).__name__
+            self.kind = kind_of(traced.leaf(node)).__name__
         else:
             self.kind = _function_name(node)
         self.input_shapes = tuple(traced.shapes[source] for source in self._operands)

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
-from clipless_dp import distributed
+from clipless_dp import distributed, sharding
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.averaging import WeightAverage
@@ -252,7 +252,7 @@ def fit(
         are not. Every call starts a ledger of its own, unless it resumes a checkpoint or is given an accountant: calls
         on the same data compose, and a second one on the same model warns.
     """
-    if distributed.is_sharded(model):
+    if sharding.is_sharded(model):
         raise ConfigurationError(
             "fit keeps whole weights on each rank, as its checkpoints do: leave out fully_shard, or write the loop "
             "with PoissonBatches and CliplessDPOptimizer (docs/distributed.md)"

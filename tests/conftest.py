@@ -2,8 +2,18 @@
 
 import os
 
+import pytest
 from hypothesis import settings
 
 # A loaded machine must not fail a property; continuous integration must not fail by luck.
 settings.register_profile("unhurried", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("unhurried")
+
+
+@pytest.fixture(scope="session")
+def ranks():
+    """Two processes that form a process group: starting them takes seconds, so all tests share them."""
+    from .ranks import Ranks
+
+    with Ranks() as both:
+        yield both

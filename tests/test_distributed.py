@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 
 from accounting import RDPAccountant
 from clipless_dp import (
-    CliplessDPOptimizer,
     CliplessDPSGD,
     ConfigurationError,
     DPLipModel,
@@ -30,27 +29,28 @@ from clipless_dp import (
     constraints,
     distributed,
     fit,
-    gated,
-    gradient_gated,
     layers,
     losses,
 )
-from clipless_dp import optim as optim_module
 from clipless_dp import training as training_module
 from clipless_dp.distributed import World
 from clipless_dp.statistics import private_moments
 
-from .ranks import Failure, Ranks
+from .ranks import (
+    SETTINGS,
+    Failure,
+    Ranks,
+    has_the_planned_noise,
+    noise_of_steps,
+    refusal_to_build,
+    same_weights,
+    sgd,
+    square_model,
+    weights,
+)
 from .support import gated_model, samples
 
-SETTINGS = {"noise_multiplier": 1.3, "sample_rate": 0.25, "dataset_size": 90, "accountant": "rdp"}
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as both:
-        yield both
 
 
 def orthogonal_model(seed: int = 0) -> DPLipModel:
@@ -59,18 +59,6 @@ def orthogonal_model(seed: int = 0) -> DPLipModel:
     return DPLipModel(
         net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0), constraint=constraints.Orthogonal()
     )
-
-
-def whole(parameter: torch.Tensor) -> torch.Tensor:
-    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
-
-
-def weights(model: DPLipModel) -> torch.Tensor:
-    return torch.cat([whole(parameter).flatten() for parameter in model.net.parameters()])
-
-
-def sgd(model: DPLipModel, **changes: object) -> CliplessDPSGD:
-    return CliplessDPSGD(model, lr=0.5, momentum=0.5, **{**SETTINGS, **changes})  # type: ignore[arg-type]
 
 
 # What runs on the ranks. Seeds are fixed, so that one process can do the same.
@@ -121,26 +109,6 @@ def measured_deviation(rounds: int = 12, mutant: str = "", noise: str = "system"
     model = square_model()
     optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson", "noise": noise})
     return float(noise_of_steps(model, optimizer, rounds).std())
-
-
-def square_model() -> DPLipModel:
-    return DPLipModel(
-        gated(nn.Sequential(nn.Linear(64, 64, bias=False))),
-        input_shape=(64,),
-        input_norm=1.0,
-        loss=losses.TauCrossEntropy(2.0),
-    )
-
-
-def noise_of_steps(model: DPLipModel, optimizer: CliplessDPSGD, rounds: int) -> torch.Tensor:
-    """What steps without gradients added to all weights, ``(rounds, weights)``, in planned deviations."""
-    changes = []
-    for _ in range(rounds):
-        before = weights(model)
-        optimizer.step()
-        changes.append(weights(model) - before)
-    planned = SETTINGS["noise_multiplier"] * model.sensitivity().total / (0.25 * 90)
-    return torch.stack(changes).double() / planned
 
 
 def noise_once_per_rank(sums, add_noise_):
@@ -202,11 +170,6 @@ def as_one_process(steps: int = 4):
     return trained(steps)
 
 
-def same_weights(one, other) -> bool:
-    # Only the order of float32 sums differs, amplified by four steps of lr 0.5; updates are of order 1.
-    return torch.allclose(one, other, atol=1e-4, rtol=0)
-
-
 def test_two_ranks_train_as_one_process_on_the_union_of_their_batches(ranks):
     alone, epsilon, history = as_one_process()
     (first, *spent), (second, *also_spent) = ranks.run(trained)
@@ -221,11 +184,6 @@ def test_two_ranks_train_as_one_process_on_the_union_of_their_batches(ranks):
 def test_a_wrong_sum_or_noise_would_show_in_the_weights(ranks, mutant):
     alone, _, _ = as_one_process()
     assert not any(same_weights(result[0], alone) for result in ranks.run(trained, 4, mutant))
-
-
-def has_the_planned_noise(ratio: float) -> bool:
-    # 12 rounds of 4096 numbers: one standard deviation is 0.32 %, so that 2 % is passed once in 10⁹ runs.
-    return abs(ratio - 1.0) < 0.02
 
 
 @pytest.mark.parametrize("noise", ["system", "secure"])
@@ -398,159 +356,14 @@ def made_by_first():
     return distributed.from_first(lambda: {"rank": distributed.world().rank, "values": torch.arange(3)})
 
 
-def fully_shard(module: nn.Module, **options: object) -> nn.Module:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard as shard
-
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return shard(module, **{"mesh": mesh, **options})  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def sharding():
-    fsdp = pytest.importorskip("torch.distributed.fsdp")
-    if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
-        pytest.skip("this torch cannot sum sharded gradients")
-
-
-def test_wrappers_that_average_or_split_are_refused_with_the_remedy(ranks, sharding):
-    for averaged, split, split_later in ranks.run(wrapped):
+def test_wrappers_that_average_are_refused_with_the_remedy(ranks):
+    for averaged in ranks.run(wrapped):
         assert "DistributedDataParallel: pass the module inside" in averaged
-        assert "wrap the whole network first" in split
-        assert "call fully_shard(model) once" in split_later
 
 
 def wrapped():
-    model = gated_model()
-    sharded = fully_shard(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
-    later = gated_model()
-    fully_shard(later.net)
-    return [
-        refusal_to_build(lambda: sgd(nn.parallel.DistributedDataParallel(model))),  # type: ignore[arg-type]
-        refusal_to_build(
-            lambda: DPLipModel(sharded, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
-        ),
-        refusal_to_build(lambda: (fully_shard(later), sgd(later))),
-    ]
-
-
-def refusal_to_build(attempt):
-    try:
-        attempt()
-    except (ConfigurationError, PrivacyError) as error:
-        return str(error)
-    return "no error"
-
-
-# Models of which each rank holds a part.
-
-
-def trained_in_parts(sharded: bool, mutant: str = "", adam: bool = False, gate_gradients: bool = False):
-    """Four steps without noise, which no two runs would share: what is left is the arithmetic."""
-    apply_mutant("")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(optim_module, "add_normal_", lambda *_: None)
-        if mutant == "mean in place of the sum":
-            patch.setattr(distributed, "sum_shards_", lambda _: None)
-        model = gated_model()
-        if gate_gradients:
-            torch.manual_seed(0)
-            net = gradient_gated(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)))
-            model = DPLipModel(net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0))
-        if sharded:
-            fully_shard(model)
-        if adam:
-            base = torch.optim.Adam(model.net.parameters(), lr=0.05)
-            optimizer = CliplessDPOptimizer(model, base, **SETTINGS)  # type: ignore[arg-type]
-        else:
-            optimizer = sgd(model)
-        for step, batch in enumerate(PoissonBatches(samples(90), sample_rate=0.25, steps=4, seed=5)):
-            optimizer.zero_grad()
-            if sharded and step == 1:
-                # What loops that accumulate do: it would keep this step's gradients for the next one.
-                model.set_requires_gradient_sync(False)  # type: ignore[operator]
-            if step == 2:
-                optimizer.accumulate(batch, multiplicity=2, augment=lambda sample: sample, micro_batch_size=16)
-            else:
-                model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
-            optimizer.step()
-        held = sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.net.parameters())
-        return weights(model), optimizer.get_epsilon(1e-3), model.sensitivity().total, held
-
-
-@pytest.mark.parametrize("options", [(False, False), (True, False), (False, True)])
-def test_ranks_that_hold_parts_train_as_one_process_that_holds_all(ranks, sharding, options):
-    alone, epsilon, total, size = trained_in_parts(False, "", *options)
-    held = 0
-    for changed, spent, bound, part in ranks.run(trained_in_parts, True, "", *options):
-        assert same_weights(changed, alone)
-        assert (spent, bound) == (epsilon, total)
-        held += part
-    assert held == size
-
-
-def test_the_mean_over_ranks_that_hold_parts_would_show(ranks, sharding):
-    alone, *_ = trained_in_parts(False)
-    assert not any(
-        same_weights(result[0], alone) for result in ranks.run(trained_in_parts, True, "mean in place of the sum")
-    )
-
-
-def noise_in_parts(seeded: bool, rounds: int = 12):
-    """Noise of steps without samples: its deviation relative to the planned one, and how much the parts correlate."""
-    apply_mutant("")
-    model = square_model()
-    fully_shard(model)
-    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson"})
-    if seeded:
-        optimizer.noise = ReproducibleNoise(3)
-    moved = noise_of_steps(model, optimizer, rounds)
-    top, bottom = (half.reshape(-1) for half in moved.chunk(2, dim=1))
-    return float(moved.std()), float(torch.corrcoef(torch.stack((top, bottom)))[0, 1])
-
-
-def test_each_part_gets_noise_of_its_own_and_of_the_planned_variance(ranks, sharding):
-    (ratio, correlation), other = ranks.run(noise_in_parts, False)
-    assert (ratio, correlation) == other
-    assert has_the_planned_noise(ratio)
-    # Of 24576 pairs: one standard deviation is 0.0064.
-    assert abs(correlation) < 0.04
-
-
-def test_noise_that_the_parts_share_would_show_and_is_refused(ranks, sharding):
-    for ratio, correlation in ranks.run(noise_in_parts, True):
-        assert has_the_planned_noise(ratio)
-        assert correlation > 0.99
-    for refusals in ranks.run(refused_parts):
-        assert isinstance(refusals, dict), refusals
-        assert "reproducible noise would be the same" in refusals["noise"]
-        assert "constraints would project" in refusals["constraint"]
-        assert "put gates around every layer" in refusals["no gates"]
-        assert "lower precision" in refusals["precision"]
-        assert "without ignored_params" in refusals["left out"]
-        assert "before fully_shard" in refusals["moved"]
-        assert "write the loop" in refusals["fit"]
-
-
-def refused_parts():
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    bare = DPLipModel(plain, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
-    left_out = gated_model()
-    ignored = {next(iter(left_out.net.parameters()))}
-    return {
-        "noise": refusal_to_build(lambda: sgd(fully_shard(gated_model()), noise=ReproducibleNoise(1))),
-        "constraint": refusal_to_build(lambda: sgd(fully_shard(orthogonal_model()))),
-        "no gates": refusal_to_build(lambda: sgd(fully_shard(bare))),
-        "precision": refusal_to_build(
-            lambda: sgd(fully_shard(gated_model(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)))
-        ),
-        "left out": refusal_to_build(lambda: sgd(fully_shard(left_out, ignored_params=ignored))),
-        "moved": refusal_to_build(lambda: fully_shard(gated_model()).to(torch.float64)),
-        "fit": refusal_to_build(lambda: fit(fully_shard(gated_model()), samples(300), **RUN)),
-    }
+    model = nn.parallel.DistributedDataParallel(gated_model())
+    return refusal_to_build(lambda: sgd(model))  # type: ignore[arg-type]
 
 
 def test_statistics_that_each_rank_would_release_are_refused_and_read_from_one_file(ranks, tmp_path):

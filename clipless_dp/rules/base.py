@@ -144,9 +144,16 @@ def register_remedy(remedy: str, *module_types: type[nn.Module]) -> None:
         _REMEDIES[module_type] = remedy
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """A module's type without what torch's ``fully_shard`` mixes in, which gathers parameters and computes nothing."""
+    own, *bases = type(module).__mro__
+    mixed = bases[0].__name__ == "FSDPModule" and bases[0].__module__.startswith("torch.distributed.")
+    return bases[1] if mixed else own
+
+
 def find_rule(module: nn.Module) -> Rule | None:
     """The rule of a module's exact type: a subclass may compute something else and needs its own."""
-    return _RULES.get(type(module))
+    return _RULES.get(kind_of(module))
 
 
 def find_function_rule(target: Any) -> FunctionRule | None:

@@ -1,0 +1,271 @@
+"""Models of which each rank holds a part: what ``fully_shard`` may split, how its parts add up, when they are whole.
+
+``fully_shard(module)`` makes a *unit* of a module: its parameters are gathered when it is called, and freed behind it.
+The model is one; layers or blocks may be units of their own, so that a rank holds one or two of them whole at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from clipless_dp.distributed import world
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.tracing import is_hooked
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` splits the module's parameters among the ranks, and gathers them for each pass only."""
+    return hasattr(module, "set_requires_gradient_sync")
+
+
+def has_shards(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` was called on a module or a part of it."""
+    return any(is_sharded(part) for part in model.modules())
+
+
+def hooks_of_sharding(module: nn.Module) -> object:
+    """Whose methods the hooks are that gather a unit's parameters; ``None`` of a module that is no unit."""
+    return module._get_fsdp_state() if is_sharded(module) else None  # type: ignore[operator]
+
+
+def refuse_shards(net: nn.Module) -> None:
+    """Refuses parameters that are split among the ranks.
+
+    Raises:
+        ConfigurationError: ``fully_shard`` was called on the module or a part of it.
+    """
+    sharded = [name for name, parameter in net.named_parameters() if hasattr(parameter, "placements")]
+    if sharded or has_shards(net):
+        raise ConfigurationError(
+            f"fully_shard splits parameters ({', '.join(sharded[:3]) or 'at the next forward pass'}) among the ranks, "
+            "but norms, projections and many gradient bounds need whole ones: wrap the whole network first, and then "
+            "shard parts of model.net, and last the DPLipModel of a gated network"
+        )
+
+
+def check_shards(model: nn.Module, parameters: Iterable[Tensor]) -> None:
+    """Makes sure that each entry of each gradient is on one rank only, summed without loss over all of them.
+
+    Raises:
+        ConfigurationError: the whole model is no unit, parameters are replicated or left out or elsewhere, or passes or
+            sums are in a lower precision, or a unit is hooked or made of several modules.
+    """
+    units = list(_units(model))
+    if not is_sharded(model):
+        raise ConfigurationError(
+            "only parts of the model are sharded: call fully_shard(model) last, on the whole, so that the rest is, too"
+        )
+    for parameter in parameters:
+        placements: Any = getattr(parameter, "placements", ())
+        mesh: Any = getattr(parameter, "device_mesh", None)
+        if mesh is None or mesh.size() != world().size or len(placements) != 1 or not placements[0].is_shard():
+            raise ConfigurationError(
+                "a parameter is whole or repeated on some ranks, where its noise would be drawn more than once: call "
+                "fully_shard, for each part and the model, with a one-dimensional mesh of all ranks and without "
+                "ignored_params"
+            )
+    for path, unit in units:
+        where = path or "the model"
+        try:
+            state = unit._get_fsdp_state()
+            policy, modules = state._mp_policy, state._modules
+            lowered = {policy.param_dtype, policy.reduce_dtype, policy.output_dtype} - {None}
+            groups = _groups(unit)
+            offloaded = any(parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params)
+            altered = any(group._all_reduce_hook is not None for group in groups)
+        except AttributeError as error:
+            raise ConfigurationError(
+                f"this version of torch shards in a way that is not known here ({error})"
+            ) from error
+        if lowered:
+            raise ConfigurationError(
+                f"bounds do not cover lower precision: call fully_shard on {where} without an mp_policy"
+            )
+        if offloaded:
+            raise ConfigurationError(
+                f"{where} moves its parts to main memory after each pass, which is not supported: call fully_shard "
+                "without an offload_policy"
+            )
+        if len(modules) != 1:
+            raise ConfigurationError(
+                f"{where} is sharded together with other modules: call fully_shard on each, or on one that holds them"
+            )
+        if altered or (unit is not model and is_hooked(unit, besides=state)):
+            raise ConfigurationError(f"hooks on {where} may change values or gradients: remove them")
+
+
+def layout(model: nn.Module) -> list[object]:
+    """Which rank holds which part of each parameter, and what is gathered together: plain values to compare."""
+    named: Iterable[tuple[str, Any]] = model.named_parameters()
+    split = [(n, str(p.placements), p.device_mesh.mesh.tolist()) for n, p in named if hasattr(p, "placements")]
+    return [*split, *(path for path, _ in _units(model))]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a split tensor, sharing its memory; others are returned as they are."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def sum_shards_(model: nn.Module) -> None:
+    """Makes each backward pass of a sharded model add the *sum* over the ranks, not the mean, to each rank's part.
+
+    Raises:
+        ConfigurationError: torch is too old for that.
+    """
+    try:
+        model.set_is_last_backward(True)  # type: ignore[operator]
+        model.set_requires_gradient_sync(True)  # type: ignore[operator]
+        for _, unit in _units(model):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    except AttributeError as error:
+        raise ConfigurationError(f"this version of torch cannot sum sharded gradients ({error}): update it") from error
+
+
+def require_sums(model: nn.Module) -> None:
+    """Makes sure that no gradient waits to be summed, which would enter a later step as well, or unnoticed.
+
+    Raises:
+        PrivacyError: some do; they are dropped.
+    """
+    waiting = False
+    for _, unit in _units(model):
+        waiting |= not unit._get_fsdp_state()._state_ctx.is_last_backward
+        for parameter in (parameter for group in _groups(unit) for parameter in group.fsdp_params):
+            whole = getattr(parameter, "_unsharded_param", None)
+            if parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+                waiting, parameter.unsharded_accumulated_grad = True, None
+                if whole is not None:
+                    whole.grad = None
+    if waiting:
+        raise PrivacyError(
+            "gradients of a backward pass were not summed over the ranks yet, and would count in a later step: leave "
+            "set_requires_gradient_sync and set_is_last_backward alone. They are dropped; nothing was released"
+        )
+
+
+def part_(model: nn.Module) -> None:
+    """Gives back the whole weights that a pass without a backward pass has left on a rank."""
+    if is_sharded(model):
+        for _, unit in _units(model):
+            unit.reshard()
+
+
+def gathering(traced: fx.GraphModule, model: nn.Module) -> fx.GraphModule | None:
+    """The traced graph with the nodes of each unit run as one call of it, so that its hooks gather its parameters.
+
+    A unit that the graph calls gathers by itself. One that was traced through is a stretch of the graph, from the first
+    node that reads its parameters to the last.
+
+    Args:
+        traced: what runs otherwise.
+        model: its units are in it.
+
+    Returns:
+        ``None`` where the model is the only unit, whose caller gathers everything.
+
+    Raises:
+        ConfigurationError: two units are used in turn.
+    """
+    units = [(path, unit) for path, unit in _units(model) if unit is not model]
+    if not units:
+        return None
+    graph = fx.Graph()
+    output = graph.graph_copy(traced.graph, {})
+    graph.output(output)
+    modules: dict[str, nn.Module] = dict(traced.named_modules())
+    reading = {
+        node: modules[str(node.target)]
+        for node in graph.nodes
+        if node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters())
+    }
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    stretches: list[tuple[str, nn.Module, list[fx.Node]]] = []
+    for path, unit in units:
+        inside = set(unit.modules())
+        own = [order[node] for node, leaf in reading.items() if leaf in inside and leaf is not unit]
+        if own:
+            stretches.append((path, unit, list(graph.nodes)[min(own) : max(own) + 1]))
+    # The shortest first, and of equal ones the innermost: the longer hold it as one node then.
+    stretches.sort(key=lambda stretch: (len(stretch[2]), len(list(stretch[1].modules()))))
+    for index, (path, unit, nodes) in enumerate(stretches):
+        name = f"unit_{index}"
+        made = _fold(graph, nodes, name, unit, modules)
+        for other_path, _, others in stretches[index + 1 :]:
+            shared = [node for node in nodes if node in others]
+            if shared and len(shared) < len(nodes):
+                raise ConfigurationError(
+                    f"{path} and {other_path} are sharded by themselves, but used in turn: call fully_shard on a "
+                    "module that holds both"
+                )
+            if shared:
+                first = others.index(shared[0])
+                others[first : first + len(shared)] = made
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    return fx.GraphModule({path: module for path, module in modules.items() if path in called}, graph)
+
+
+def _fold(
+    graph: fx.Graph, nodes: list[fx.Node], name: str, unit: nn.Module, modules: dict[str, nn.Module]
+) -> list[fx.Node]:
+    """Replaces nodes of a graph by a call of a unit, which runs them; returns the new nodes."""
+    within = set(nodes)
+    sources = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in within))
+    results = [node for node in nodes if any(user not in within for user in node.users)]
+    part = fx.Graph()
+    copies = {source: part.placeholder(source.name) for source in sources}
+    for node in nodes:
+        copies[node] = part.node_copy(node, lambda given: copies[given])
+    part.output(copies[results[0]] if len(results) == 1 else tuple(copies[result] for result in results))
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    modules[name] = _Stretch(unit, fx.GraphModule({path: modules[path] for path in called}, part))
+    made = []
+    with graph.inserting_after(nodes[-1]):
+        made.append(graph.call_module(name, tuple(sources)))
+    for index, result in enumerate(results):
+        if len(results) == 1:
+            replacement = made[0]
+        else:
+            with graph.inserting_after(made[-1]):
+                replacement = graph.call_function(_GET, (made[0], index))
+            made.append(replacement)
+        result.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in within)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return made
+
+
+def _GET(values: tuple[Tensor, ...], index: int) -> Tensor:
+    return values[index]
+
+
+class _Stretch(nn.Module):
+    """A stretch of the traced graph, run between the hooks of the unit it was traced from, in place of its own code."""
+
+    def __init__(self, unit: nn.Module, part: fx.GraphModule) -> None:
+        super().__init__()
+        # In a tuple: not registered, so that the unit keeps its one place in the model.
+        self._held = unit, part
+
+    def forward(self, *values: Any) -> Any:
+        unit, part = self._held
+        unit.forward = part.forward
+        try:
+            return unit(*values)
+        finally:
+            del unit.forward
+
+
+def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, part) for path, part in model.named_modules() if is_sharded(part))
+
+
+def _groups(unit: Any) -> list[Any]:
+    """Parameters of a unit that are gathered together; newer versions of torch know several."""
+    state = unit._get_fsdp_state()
+    group = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+    return [some for some in group if some is not None]

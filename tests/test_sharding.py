@@ -1,0 +1,409 @@
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from clipless_dp import (
+    CliplessDPOptimizer,
+    CliplessDPSGD,
+    DPLipModel,
+    PoissonBatches,
+    ReproducibleNoise,
+    constraints,
+    distributed,
+    fit,
+    gated,
+    gates,
+    gradient_gated,
+    losses,
+    sharding,
+)
+from clipless_dp import optim as optim_module
+from clipless_dp.memory import traffic
+
+from .ranks import (
+    SETTINGS,
+    Failure,
+    Ranks,
+    noise_of_steps,
+    refusal_to_build,
+    same_weights,
+    sgd,
+    weights,
+)
+from .support import gated_model, samples
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
+if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
+    pytest.skip("this torch cannot sum sharded gradients", allow_module_level=True)
+
+
+def fully_shard(module: nn.Module, **options: object) -> nn.Module:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard as shard
+
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return shard(module, **{"mesh": mesh, **options})  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Two layers around a slope, whose only entry is on one rank, and a way past them."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.slope = nn.PReLU()
+        self.second = nn.Linear(width, width)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return values + self.second(self.slope(self.first(values)))
+
+
+class TwoPaths(nn.Module):
+    """Blocks whose layers are called by what holds them, one of them twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(8), Block(8)])
+        self.entry = nn.Linear(6, 8)
+        self.exit = nn.Linear(8, 3)
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        values = self.entry(values)
+        for block in self.blocks:
+            values = block(values)
+        return self.exit(torch.relu(self.blocks[0](values)))
+
+
+def nets() -> dict[str, nn.Module]:
+    torch.manual_seed(0)
+    own = nn.Sequential(
+        nn.Sequential(nn.Linear(6, 8), nn.ReLU()),
+        nn.Sequential(gates.SphereScaling(1.0), nn.Linear(8, 8, bias=False), gates.CotangentGate(1.0), nn.ReLU()),
+        nn.Linear(8, 3),
+    )
+    deep = nn.Sequential(nn.Linear(6, 8), Block(8), nn.Sequential(Block(8), nn.ReLU()), nn.Linear(8, 3))
+    return {
+        "signal gates": gated(deep),
+        "gradient gates": gradient_gated(nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 3)))),
+        "gates by hand": gated(own, layers=("0.*", "2")),
+        "blocks used twice": gated(TwoPaths()),
+    }
+
+
+UNITS = {
+    "the model": lambda net: [],
+    "layers": lambda net: [part for part in net.modules() if part._parameters],
+    "blocks": lambda net: list(net.children()),
+    "blocks, their layers and the net": lambda net: [*reversed(list(net.modules()))],
+}
+"""Which parts of a network are sharded by themselves, inner ones first."""
+
+
+def model_of(net: str, units: str | None) -> DPLipModel:
+    model = DPLipModel(nets()[net], input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0))
+    if units is not None:
+        for part in UNITS[units](model.net):
+            fully_shard(part)
+        fully_shard(model)
+    return model
+
+
+def trained(net: str, units: str | None, mutant: str = ""):
+    """Five steps without noise, which no two runs would share: what is left is the arithmetic."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optim_module, "add_normal_", lambda *_: None)
+        if mutant == "mean in place of the sum":
+            patch.setattr(sharding, "sum_shards_", lambda _: None)
+        elif mutant == "sums in the model's own unit only":
+            patch.setattr(sharding, "sum_shards_", lambda model: model.set_gradient_divide_factor(1.0))
+        model = model_of(net, units)
+        optimizer = sgd(model)
+        if net == "gradient gates":
+            base = torch.optim.Adam(model.net.parameters(), lr=0.05)
+            optimizer = CliplessDPOptimizer(model, base, **SETTINGS)  # type: ignore[arg-type,assignment]
+        for step, batch in enumerate(PoissonBatches(samples(90), sample_rate=0.25, steps=5, seed=5)):
+            optimizer.zero_grad()
+            if step == 1 and units is not None and not mutant:
+                # What loops that accumulate do: it would keep this step's gradients for the next one.
+                model.set_requires_gradient_sync(False)  # type: ignore[operator]
+            if step == 3:
+                # A pass without gradients leaves whole weights behind.
+                with torch.no_grad():
+                    model(batch.inputs)
+            if step == 2:
+                optimizer.accumulate(batch, multiplicity=2, augment=lambda sample: sample, micro_batch_size=16)
+            else:
+                model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+            optimizer.step()
+        held = sum(sharding.local(parameter).numel() for parameter in model.net.parameters())
+        return weights(model), optimizer.get_epsilon(1e-3), model.sensitivity().total, held
+
+
+def succeeded(results):
+    for result in results:
+        assert not isinstance(result, Failure), result.message
+    return results
+
+
+def trained_in_all_ways():
+    return {(net, units): trained(net, units) for net in nets() for units in UNITS}
+
+
+def test_ranks_that_hold_parts_train_as_one_process_that_holds_all(ranks):
+    first, second = succeeded(ranks.run(trained_in_all_ways))
+    for net in nets():
+        alone, epsilon, total, size = trained(net, None)
+        for units in UNITS:
+            (one, *spent, held), (other, *also_spent, rest) = first[net, units], second[net, units]
+            assert same_weights(one, alone), (net, units)
+            assert torch.equal(one, other)
+            assert spent == also_spent == [epsilon, total]
+            assert held + rest == size
+
+
+MUTANTS = [
+    ("the model", "mean in place of the sum"),
+    ("layers", "mean in place of the sum"),
+    ("layers", "sums in the model's own unit only"),
+]
+
+
+def trained_by_mutants():
+    return {(units, mutant): trained("signal gates", units, mutant)[0] for units, mutant in MUTANTS}
+
+
+def test_means_over_the_ranks_would_show_for_each_unit(ranks):
+    alone, *_ = trained("signal gates", None)
+    for wrong in succeeded(ranks.run(trained_by_mutants)):
+        assert not any(same_weights(changed, alone) for changed in wrong.values())
+
+
+def peaks():
+    """Bytes of a step's passes beyond what was held before, as one unit and as one for each layer; and of all weights.
+
+    The least of three: what gloo's threads still hold varies.
+    """
+    found = []
+    for by_layer in (False, True):
+        torch.manual_seed(0)
+        net = gated(nn.Sequential(*(nn.Linear(256, 256) for _ in range(10))))
+        model = DPLipModel(net, input_shape=(256,), input_norm=1.0, loss=losses.TauCrossEntropy(1.0))
+        size = sum(4 * parameter.numel() for parameter in net.parameters())
+        for part in net.children() if by_layer else ():
+            fully_shard(part)
+        fully_shard(model)
+        optimizer = sgd(model)
+        inputs, targets = torch.randn(4, 256), torch.zeros(4, dtype=torch.int64)
+
+        def passes(model=model, inputs=inputs, targets=targets):
+            model.loss(model(inputs), targets).backward()
+
+        tried = []
+        for _ in range(4):
+            optimizer.zero_grad()
+            tried.append(traffic(passes, torch.device("cpu")).peak)
+        found.append(min(tried[1:]))
+    return *found, size
+
+
+def test_layers_that_are_units_take_less_memory_than_a_model_that_is_one(ranks):
+    for as_one, by_layer, size in succeeded(ranks.run(peaks)):
+        # All weights whole, and all their gradients; then half of the gradients, and a few layers whole.
+        assert as_one > 2 * size
+        assert by_layer < 1.5 * size
+
+
+def noise_in_parts(units: str, mutant: str = "", rounds: int = 12):
+    """Noise of steps without samples, relative to the planned one: its deviation in each rank's part of each layer."""
+    net = gated(nn.Sequential(*(nn.Linear(64, 64, bias=False) for _ in range(3))))
+    model = DPLipModel(net, input_shape=(64,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    for part in UNITS[units](net):
+        fully_shard(part)
+    fully_shard(model)
+    optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson"})  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        honest = optim_module.add_normal_
+        if mutant == "on one rank only" and distributed.world().rank == 1:
+            patch.setattr(optim_module, "add_normal_", lambda *_: None)
+        elif mutant == "twice":
+            patch.setattr(optim_module, "add_normal_", lambda *given: (honest(*given), honest(*given)))
+        elif mutant == "the same on all ranks":
+            optimizer.noise = ReproducibleNoise(3)
+        parts = noise_of_steps(model, optimizer, rounds).reshape(rounds, 6, -1).transpose(0, 1).flatten(1)
+    return parts.std(1), torch.corrcoef(parts) - torch.eye(6)
+
+
+def noise_in_all_ways():
+    honest = [noise_in_parts(units) for units in UNITS]
+    mutants = ("on one rank only", "twice", "the same on all ranks")
+    return honest, {mutant: noise_in_parts("layers", mutant) for mutant in mutants}
+
+
+def test_each_part_gets_noise_of_its_own_and_of_the_planned_variance(ranks):
+    def as_planned(deviations: torch.Tensor) -> bool:
+        # 24576 numbers each: one standard deviation is 0.45 %, so that 3 % is passed once in 10¹⁰ parts.
+        return bool(((deviations - 1.0).abs() < 0.03).all())
+
+    def unrelated(correlations: torch.Tensor) -> bool:
+        # One standard deviation is 0.0064.
+        return bool((correlations.abs() < 0.045).all())
+
+    for honest, mutants in succeeded(ranks.run(noise_in_all_ways)):
+        assert all(as_planned(deviations) and unrelated(correlations) for deviations, correlations in honest)
+        assert not as_planned(mutants["on one rank only"][0])
+        assert not as_planned(mutants["twice"][0])
+        assert not unrelated(mutants["the same on all ranks"][1])
+
+
+def refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+    from torch.distributed.fsdp import fully_shard as shard
+    from torch.distributed.tensor import Shard
+
+    def units(change):
+        model = gated_model()
+        change(model.net.get_submodule("0"))
+        return fully_shard(model)
+
+    def halves(parameter):
+        # The first rank holds rows of a weight and the second columns: as many entries as there are, but some twice.
+        return Shard(distributed.world().rank * (parameter.dim() - 1))
+
+    def hooked(layer):
+        fully_shard(layer).register_forward_hook(lambda *_: None)
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    bare = DPLipModel(plain, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    constrained = DPLipModel(
+        gated(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))),
+        input_shape=(6,),
+        input_norm=1.0,
+        loss=losses.TauCrossEntropy(2.0),
+        constraint=constraints.Spectral(),
+    )
+    own = init_device_mesh("cpu", (2, 1), mesh_dim_names=("rows", "columns"))["columns"]
+    lowered = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    left_out, tied, changed, together, sums = (gated_model() for _ in range(5))
+    tied.net.get_submodule("2").bias = tied.net.get_submodule("0").bias
+    return {
+        "reproducible": refusal_to_build(lambda: sgd(fully_shard(gated_model()), noise=ReproducibleNoise(1))),
+        "project": refusal_to_build(lambda: sgd(fully_shard(constrained))),
+        "put gates around every layer": refusal_to_build(lambda: sgd(fully_shard(bare))),
+        "wrap the whole network first": refusal_to_build(
+            lambda: DPLipModel(fully_shard(nn.Linear(6, 3)), input_shape=(6,), loss=losses.TauCrossEntropy(2.0))
+        ),
+        "last, on the whole": refusal_to_build(lambda: (fully_shard(changed.net), sgd(changed))),
+        "the model without an mp_policy": refusal_to_build(lambda: sgd(fully_shard(gated_model(), mp_policy=lowered))),
+        "net.0 without an mp_policy": refusal_to_build(
+            lambda: sgd(units(lambda layer: fully_shard(layer, mp_policy=lowered)))
+        ),
+        "an offload_policy": refusal_to_build(
+            lambda: sgd(units(lambda layer: fully_shard(layer, offload_policy=CPUOffloadPolicy(pin_memory=False))))
+        ),
+        "mesh of all ranks": refusal_to_build(lambda: sgd(units(lambda layer: shard(layer, mesh=own)))),
+        "ignored_params": refusal_to_build(
+            lambda: sgd(fully_shard(left_out, ignored_params={next(iter(left_out.net.parameters()))}))
+        ),
+        "hooks": refusal_to_build(lambda: sgd(units(hooked))),
+        "together with other": refusal_to_build(
+            lambda: (
+                fully_shard([together.net.get_submodule("0"), together.net.get_submodule("2")]),  # type: ignore[arg-type]
+                sgd(fully_shard(together)),
+            )
+        ),
+        "before fully_shard": refusal_to_build(lambda: fully_shard(gated_model()).to(torch.float64)),
+        "of which each rank holds a part": refusal_to_build(lambda: fully_shard(gated_model()).lipschitz_constant()),
+        "not summed": refusal_to_build(lambda: kept_back(sums)),
+        "write the loop": refusal_to_build(
+            lambda: fit(fully_shard(gated_model()), samples(300), epsilon=4.0, delta=1e-3, epochs=1, batch_size=50)
+        ),
+        "ranks differ in parts": refusal_to_build(lambda: sgd(fully_shard(gated_model(), shard_placement_fn=halves))),
+        "used in turn": refusal_to_build(used_in_turn),
+    }
+
+
+def kept_back(model: DPLipModel) -> None:
+    """Gradients that one rank keeps for itself after the forward pass, which a later step would find."""
+    fully_shard(model.net.get_submodule("0"))
+    fully_shard(model)
+    optimizer = sgd(model, sampling="poisson")
+    inputs, targets = samples(8)
+    loss = model.loss(model(inputs), targets)
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    loss.backward()
+    before = weights(model)
+    try:
+        optimizer.step()
+    finally:
+        assert torch.equal(before, weights(model))
+        optimizer.zero_grad()
+        optimizer.step()
+
+
+class InTurn(nn.Module):
+    """Two holders whose layers are used in turn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.even = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+        self.odd = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 3)])
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        for even, odd in zip(self.even, self.odd, strict=True):
+            values = odd(even(values))
+        return values
+
+
+def used_in_turn() -> None:
+    model = DPLipModel(gated(InTurn()), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    fully_shard(model.net.get_submodule("even"))
+    fully_shard(model.net.get_submodule("odd"))
+    fully_shard(model)
+    model(samples(8)[0])
+
+
+def test_what_the_bounds_or_the_noise_do_not_cover_is_refused_in_words(ranks):
+    for refusals in succeeded(ranks.run(refused)):
+        for words, refusal in refusals.items():
+            assert words in refusal
+
+
+def killed():
+    """The second rank dies after its forward pass of the second step."""
+    model = model_of("signal gates", "layers")
+    optimizer = sgd(model, sampling="poisson")
+    inputs, targets = samples(8)
+    for step in range(2):
+        loss = model.loss(model(inputs), targets)
+        before = [sharding.local(parameter).clone() for parameter in model.net.parameters()]
+        if step == 1 and distributed.world().rank == 1:
+            os._exit(1)
+        try:
+            loss.backward()
+            optimizer.step()
+        except RuntimeError:
+            break
+    failures = [refusal_to_build(optimizer.step), refusal_to_build(optimizer.step)]
+    after = [sharding.local(parameter) for parameter in model.net.parameters()]
+    held = any(parameter.grad is not None for parameter in model.net.parameters())
+    counted = sum(count for *_, count in optimizer.accountant.history)
+    return failures, all(map(torch.equal, before, after)), held, counted
+
+
+def test_when_a_rank_dies_in_a_pass_no_update_is_applied_and_the_ledger_counts_what_was_tried():
+    with Ranks() as both:
+        result, lost = both.run(killed)
+    assert lost == Failure("EOFError", "the process ended")
+    failures, unchanged, held, counted = succeeded([result])[0]
+    assert "did not arrive" in failures[0]
+    assert "start all ranks again" in failures[1]
+    assert unchanged
+    assert not held
+    assert counted == 2
