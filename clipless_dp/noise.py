@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
+from clipless_dp.box_muller import Words, can_fill, fill_normal_, seeded_words, system_words
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.secure_noise import SecureNoise
 
@@ -98,8 +99,8 @@ def source_name(kind: type[NoiseSource]) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-_BLOCK = 1 << 16
-"""Numbers drawn at once on the CPU: 256 KiB stay in a core's cache between the draw and the sum."""
+_BLOCK = 1 << 18
+"""Numbers drawn at once on the CPU: they stay in the cache until they are added, and threads share each operation."""
 
 _DEVICE_BLOCK = 1 << 26
 """Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads."""
@@ -146,20 +147,26 @@ def add_normal_(tensors: Sequence[Tensor], deviations: Sequence[float], source: 
 class SystemNoise:
     """Private generators seeded by the operating system; nothing that user code seeds can make them predictable.
 
-    On the CPU, torch's generator takes a seed of 32 effective bits only, which can be searched. All of its state
-    is therefore overwritten with bytes of the operating system. Elsewhere the 64-bit seed of the counter-based
-    generator is drawn from it. The state is never saved: it would let a reader of a checkpoint subtract the noise.
-    Nor is it copied: copies and forked processes start afresh, since noise that two runs share cancels between them.
+    Numbers in float32 on the CPU, which is what gradients take there, come from
+    :func:`clipless_dp.box_muller.system_words`. In float64 they are torch's own: the seed of its generator has 32
+    effective bits only, which can be searched, so all of its state is overwritten with bytes of the operating system.
+    Elsewhere the 64-bit seed of the counter-based generator is drawn from it. No state is ever saved: it would let a
+    reader of a checkpoint subtract the noise. Nor is it copied: copies and forked processes start afresh, since noise
+    that two runs share cancels between them.
     """
 
     reproducible = False
 
     def __init__(self) -> None:
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._process = os.getpid()
+        self._start_afresh()
 
     def __reduce__(self) -> tuple[type[SystemNoise], tuple[()]]:
         return type(self), ()
+
+    def _start_afresh(self) -> None:
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._words: Words | None = None
+        self._process = os.getpid()
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: the generators run on."""
@@ -167,7 +174,10 @@ class SystemNoise:
     def standard_normal_(self, out: Tensor) -> Tensor:
         """See :class:`NoiseSource`."""
         if os.getpid() != self._process:
-            self._generators, self._process = {}, os.getpid()
+            self._start_afresh()
+        if can_fill(out):
+            self._words = self._words or system_words()
+            return fill_normal_(out, self._words)
         generator = self._generators.get(out.device)
         if generator is None:
             generator = self._generators[out.device] = system_generator(out.device)
@@ -187,21 +197,24 @@ class ReproducibleNoise:
 
     def __init__(self, seed: int) -> None:
         self.seed = int(seed)
-        self._step = 0
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self.begin_step(0)
 
     def begin_step(self, step: int) -> None:
         """Restarts the generators from the seed and the step."""
         self._step = step
-        self._generators.clear()
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._words: Words | None = None
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         """See :class:`NoiseSource`."""
+        seed = derived_seed(self.seed, "noise", self._step)
+        if can_fill(out):
+            self._words = self._words or seeded_words(seed)
+            return fill_normal_(out, self._words)
         generator = self._generators.get(out.device)
         if generator is None:
-            generator = torch.Generator(out.device)
-            generator.manual_seed(derived_seed(self.seed, "noise", self._step))
-            self._generators[out.device] = generator
+            generator = self._generators[out.device] = torch.Generator(out.device)
+            generator.manual_seed(seed)
         return out.normal_(generator=generator)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gated, losses, training
@@ -59,3 +62,19 @@ def _happening_at(step: int, event: Callable[[], None]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_step", watching)
         yield
+
+
+def looks_standard_normal(numbers: Any) -> bool:
+    """Kolmogorov–Smirnov at 10⁻⁶, and four moments within five and a half of their standard errors (4·10⁻⁸ each)."""
+    n = len(numbers)
+    errors = {1: 1.0, 2: math.sqrt(2), 3: math.sqrt(15), 4: math.sqrt(96)}
+    moments = {1: 0.0, 2: 1.0, 3: 0.0, 4: 3.0}
+    near = all(abs((numbers**k).mean() - moments[k]) < 5.5 * errors[k] / math.sqrt(n) for k in errors)
+    return near and stats.kstest(numbers, "norm").pvalue > 1e-6
+
+
+def uncorrelated(first: Any, second: Any) -> bool:
+    """Neither the numbers nor their squares, within five and a half standard errors."""
+    n = min(len(first), len(second))
+    squares = np.corrcoef(first[:n] ** 2, second[:n] ** 2)[0, 1]
+    return max(abs(np.corrcoef(first[:n], second[:n])[0, 1]), abs(squares)) < 5.5 / math.sqrt(n)

@@ -16,7 +16,7 @@ from clipless_dp import secure_noise as module
 from clipless_dp.cli import main
 from clipless_dp.noise import add_normal_
 
-from .support import gated_model, samples
+from .support import gated_model, looks_standard_normal, samples, uncorrelated
 
 pytest.importorskip("cryptography")
 
@@ -25,21 +25,6 @@ MANY = 400_000
 
 def drawn(source=None, count=MANY):
     return (source or SecureNoise()).standard_normal_(torch.empty(count, dtype=torch.float64)).numpy()
-
-
-def looks_standard_normal(numbers) -> bool:
-    """Kolmogorov–Smirnov at 10⁻⁶, and four moments within five and a half of their standard errors (4·10⁻⁸ each)."""
-    n = len(numbers)
-    errors = {1: 1.0, 2: math.sqrt(2), 3: math.sqrt(15), 4: math.sqrt(96)}
-    moments = {1: 0.0, 2: 1.0, 3: 0.0, 4: 3.0}
-    near = all(abs((numbers**k).mean() - moments[k]) < 5.5 * errors[k] / math.sqrt(n) for k in errors)
-    return near and stats.kstest(numbers, "norm").pvalue > 1e-6
-
-
-def uncorrelated(first, second) -> bool:
-    n = min(len(first), len(second))
-    squares = np.corrcoef(first[:n] ** 2, second[:n] ** 2)[0, 1]
-    return max(abs(np.corrcoef(first[:n], second[:n])[0, 1]), abs(squares)) < 5.5 / math.sqrt(n)
 
 
 def test_secure_noise_is_standard_normal():

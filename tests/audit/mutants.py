@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipless_dp import CliplessDPSGD, PoissonBatches, SystemNoise
 from clipless_dp.audit.release import BatchesFactory, OptimizerFactory
+from clipless_dp.box_muller import seeded_words
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource
 
@@ -65,7 +66,7 @@ class RepeatedNoise(SystemNoise):
         self.seed = torch.seed()
 
     def begin_step(self, step: int) -> None:
-        self._generators = {torch.device("cpu"): torch.Generator().manual_seed(self.seed)}
+        self._words = seeded_words(self.seed)
 
 
 @contextmanager
