@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipless_dp import sharding
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 
@@ -44,6 +45,7 @@ class WeightAverage:
     def update(self) -> None:
         """Lets the current weights enter: once after each step."""
         self.updates += 1
+        sharding.part_(self.model)
         # The share of the newest weights in a_t; the first ones have all of it.
         share = (1.0 - self.decay) / (1.0 - self.decay**self.updates)
         for name, parameter in self.model.net.named_parameters():
@@ -60,6 +62,7 @@ class WeightAverage:
         Returns:
             The weights that it replaces, by name, for ``model.net.load_state_dict(weights, strict=False)``.
         """
+        sharding.part_(self.model)
         named = dict(self.model.net.named_parameters())
         replaced = {name: parameter.detach().clone() for name, parameter in named.items()}
         for name, average in self._average.items():
@@ -75,6 +78,7 @@ class WeightAverage:
         try:
             yield
         finally:
+            sharding.part_(self.model)
             with torch.no_grad():
                 for name, parameter in self.model.net.named_parameters():
                     parameter.copy_(replaced[name])

@@ -64,7 +64,7 @@ def release_(sums: Sequence[Tensor], add_noise_: Callable[[Sequence[Tensor]], No
         RankError: another rank is gone.
     """
     here = world()
-    with _together("the sum over the ranks"):
+    with together("the sum over the ranks"):
         flat = _movable(torch.cat([part.reshape(-1) for part in sums]))
         dist.reduce(flat, dst=0)
     parts = [part.view(own.shape) for part, own in zip(flat.split([own.numel() for own in sums]), sums, strict=True)]
@@ -73,7 +73,7 @@ def release_(sums: Sequence[Tensor], add_noise_: Callable[[Sequence[Tensor]], No
     else:
         # What a reduction leaves here is not private, and must not survive a broadcast that fails.
         flat.fill_(torch.nan)
-    with _together("the noisy sum"):
+    with together("the noisy sum"):
         dist.broadcast(flat, src=0)
         for own, part in zip(sums, parts, strict=True):
             own.copy_(part)
@@ -86,7 +86,7 @@ def agree(fields: Mapping[str, object]) -> None:
         RankError: they differ; the message names which.
     """
     digests = [hashlib.sha256(repr(value).encode()).digest() for value in fields.values()]
-    with _together("the comparison of the ranks"):
+    with together("the comparison of the ranks"):
         own = _movable(torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]))
         everyone = [torch.empty_like(own) for _ in range(world().size)]
         dist.all_gather(everyone, own)
@@ -105,7 +105,7 @@ def copy_from_first_(tensors: Iterable[Tensor]) -> None:
     Raises:
         RankError: another rank is gone.
     """
-    with _together("the weights of rank 0"), torch.no_grad():
+    with together("the weights of rank 0"), torch.no_grad():
         for tensor in tensors:
             sent = _movable(tensor.detach().clone(memory_format=torch.contiguous_format))
             dist.broadcast(sent, src=0)
@@ -133,7 +133,7 @@ def from_first(make: Callable[[], Value], device: torch.device | str = "cpu") ->
             torch.save(made, buffer)
         except Exception as error:
             failure, buffer = error, io.BytesIO()
-    with _together("a message of rank 0"):
+    with together("a message of rank 0"):
         size = _movable(torch.tensor(len(buffer.getvalue())))
         dist.broadcast(size, src=0)
         content = torch.frombuffer(bytearray(buffer.getvalue() or bytes(int(size) or 1)), dtype=torch.uint8)
@@ -157,10 +157,24 @@ def total(values: Tensor) -> Tensor:
     """
     if world().size == 1:
         return values
-    with _together("a sum over the ranks"):
+    with together("a sum over the ranks"):
         summed = _movable(values.detach().clone())
         dist.all_reduce(summed)
     return summed.to(values.device)
+
+
+def largest(count: int) -> int:
+    """The largest of the ranks' numbers.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    if world().size == 1:
+        return count
+    with together("a comparison of the ranks"):
+        found = _movable(torch.tensor(count))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)
 
 
 def on_any(condition: bool) -> bool:
@@ -191,7 +205,12 @@ def _movable(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _together(what: str) -> Iterator[None]:
+def together(what: str) -> Iterator[None]:
+    """Says what did not arrive where the ranks cannot communicate.
+
+    Raises:
+        RankError: another rank is gone.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -162,7 +162,8 @@ class DPLipModel(nn.Module):
             if self._gathering is None:
                 self._gathering = (sharding.gathering(self._graph[0], self),)
         if inputs.shape[0] == 0:
-            return self._run(inputs.new_zeros(1, *self.input_shape))[:0]
+            # A copy: what hooks on a view are told may be lost.
+            return self._run(inputs.new_zeros(1, *self.input_shape))[:0].clone()
         return self._run(inputs)
 
     def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import uuid
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
 from weakref import WeakKeyDictionary
@@ -153,11 +154,6 @@ class CliplessDPOptimizer(Optimizer):
         self._sharded = sharding.has_shards(model)
         if self._sharded:
             sharding.check_shards(model, model.net.parameters())
-        if self._sharded and self.noise.reproducible:
-            raise ConfigurationError(
-                "each rank of a sharded model adds noise to its own part, and reproducible noise would be the same in "
-                "all of them: leave out noise="
-            )
         self._stopped = False
         self._lines_compared = 0
         if self._world.size > 1:
@@ -209,6 +205,7 @@ class CliplessDPOptimizer(Optimizer):
         Raises:
             ConfigurationError: an argument is out of range, or a view has another shape than its sample.
             PrivacyError: rows of this batch are in the gradients already; ``step()`` and ``zero_grad()`` forget them.
+            RankError: the model is sharded, and another rank is gone.
 
         Guarantee:
             Each sample's view has gradients within the model's bounds, hence so has the mean of its views: the
@@ -236,12 +233,18 @@ class CliplessDPOptimizer(Optimizer):
         for parameter in parameters:
             parameter.grad = None
         try:
-            for _ in range(multiplicity):
-                for piece in zip(inputs.split(rows), targets.split(rows), mask.split(rows), strict=True):
-                    seen = piece[0] if augment is None else views(augment, piece[0], piece[2])
-                    value = loss(seen, piece[1], piece[2])
-                    value.backward()
-                    total += value.detach()
+            pieces = list(zip(inputs.split(rows), targets.split(rows), mask.split(rows), strict=True))
+            if self._sharded:
+                # Ranks pass together, each gathering what the others hold: empty ones where there are no more rows.
+                missing = distributed.largest(len(pieces)) - len(pieces)
+                pieces += [(inputs[:0], targets[:0], mask[:0])] * missing
+            with sharding.passing() if self._sharded else nullcontext():
+                for _ in range(multiplicity):
+                    for piece in pieces:
+                        seen = piece[0] if augment is None or not len(piece[0]) else views(augment, piece[0], piece[2])
+                        value = loss(seen, piece[1], piece[2])
+                        value.backward()
+                        total += value.detach()
         except BaseException:
             # Views in part, not yet averaged, must not be stepped on.
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -523,9 +526,14 @@ class CliplessDPOptimizer(Optimizer):
 
     def _add_noise(self, gradients: Sequence[Tensor], scales: Sequence[float]) -> None:
         """Adds the noise to the sums, or to this rank's part of them, which no other rank holds."""
-        if self._sharded:
-            gradients = [sharding.local(gradient) for gradient in gradients]
-        add_normal_(gradients, scales, self.noise)
+        if self._sharded and self.noise.reproducible:
+            # All ranks draw the same numbers, for the whole, and each takes those of its part.
+            drawn = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in gradients]
+            add_normal_(drawn, scales, self.noise)
+            for gradient, whole in zip(gradients, drawn, strict=True):
+                sharding.local(gradient).add_(sharding.local(sharding.split(whole, gradient)))
+            return
+        add_normal_([sharding.local(gradient) for gradient in gradients], scales, self.noise)
 
     def _sensitivity(self) -> Sensitivity:
         """The model's bounds; after a change of settings the larger of old and new: either may have applied."""

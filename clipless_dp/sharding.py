@@ -6,14 +6,20 @@ The model is one; layers or blocks may be units of their own, so that a rank hol
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, fx, nn
 
-from clipless_dp.distributed import world
+from clipless_dp.distributed import copy_from_first_, from_first, together, world
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.tracing import is_hooked
+
+Value = TypeVar("Value")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -153,6 +159,93 @@ def part_(model: nn.Module) -> None:
     if is_sharded(model):
         for _, unit in _units(model):
             unit.reshard()
+
+
+@contextmanager
+def passing() -> Iterator[None]:
+    """Passes within gather and sum parts of the model: says so where another rank is gone.
+
+    Raises:
+        RankError: the ranks could not communicate. Other errors pass as they are.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any(Path(frame.f_code.co_filename).name == "distributed_c10d.py" for frame, _ in frames):
+            raise
+        with together("a part of the model, or of its gradients,"):
+            raise
+
+
+def split(whole: Tensor, like: Tensor) -> Tensor:
+    """The part of a whole tensor that this rank holds of another one, as a tensor that is split alike."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    pattern: Any = like
+    copies = DTensor.from_local(whole, pattern.device_mesh, [Replicate()], run_check=False)
+    return copies.redistribute(placements=pattern.placements)
+
+
+def gathered(state: Value) -> Value:
+    """A state with whole tensors in place of those that are split, one after the other, in main memory of rank 0.
+
+    Args:
+        state: nested dictionaries and lists, in the same order on all ranks.
+
+    Returns:
+        On rank 0 the state; on the others whatever.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+
+    def whole(tensor: Any, place: tuple[Any, ...]) -> Any:
+        if not hasattr(tensor, "full_tensor"):
+            return tensor
+        with together("the parts of the model"):
+            joined = tensor.detach().full_tensor()
+        return joined.cpu() if world().rank == 0 else None
+
+    return cast(Value, _mapped(whole, state))
+
+
+def scattered(make: Callable[[], Value], like: Callable[[tuple[Any, ...]], Tensor | None]) -> Value:
+    """What rank 0 makes, on all ranks, each of which keeps its own part of tensors: one after the other is sent.
+
+    Args:
+        make: called on rank 0 only; returns nested dictionaries and lists of tensors and plain values.
+        like: given the keys of a tensor, the parameter that it is to be split like, or ``None``.
+
+    Raises:
+        RankError: it failed on rank 0, whose own error says why, or another rank is gone.
+    """
+    wholes: list[Tensor] = []
+
+    def outlined(tensor: Tensor, place: tuple[Any, ...]) -> Tensor:
+        wholes.append(tensor)
+        return tensor.to("meta")
+
+    def sent(outline: Tensor, place: tuple[Any, ...]) -> Tensor:
+        whole = wholes.pop(0) if wholes else torch.empty_like(outline, device="cpu")
+        copy_from_first_([whole])
+        parameter = like(place)
+        if parameter is None or parameter.shape != whole.shape or not hasattr(parameter, "placements"):
+            return whole
+        return split(whole.to(parameter.device), parameter)
+
+    return cast(Value, _mapped(sent, from_first(lambda: _mapped(outlined, make()))))
+
+
+def _mapped(change: Callable[[Tensor, tuple[Any, ...]], Any], value: Any, place: tuple[Any, ...] = ()) -> Any:
+    """Changes the tensors in nested dictionaries, lists and tuples, given the keys that lead to each."""
+    if isinstance(value, Tensor):
+        return change(value, place)
+    if isinstance(value, dict):
+        return {key: _mapped(change, item, (*place, key)) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)([_mapped(change, item, (*place, index)) for index, item in enumerate(value)])
+    return value
 
 
 def gathering(traced: fx.GraphModule, model: nn.Module) -> fx.GraphModule | None:

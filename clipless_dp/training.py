@@ -189,6 +189,7 @@ def fit(
 
     Under ``torchrun``, after ``torch.distributed.init_process_group()``, every rank calls it alike with the whole data
     set, trains on its own part, and returns the same; rank 0 writes the checkpoint, which any number of ranks resumes.
+    Of a gated model that ``fully_shard`` has split, each rank trains and keeps its part; the checkpoint holds it whole.
 
     Args:
         model: the wrapped model, on the device to train on.
@@ -252,11 +253,13 @@ def fit(
         are not. Every call starts a ledger of its own, unless it resumes a checkpoint or is given an accountant: calls
         on the same data compose, and a second one on the same model warns.
     """
-    if sharding.is_sharded(model):
-        raise ConfigurationError(
-            "fit keeps whole weights on each rank, as its checkpoints do: leave out fully_shard, or write the loop "
-            "with PoissonBatches and CliplessDPOptimizer (docs/distributed.md)"
-        )
+    if sharding.has_shards(model):
+        sharding.check_shards(model, model.net.parameters())
+        if compile or audit or memory_budget is not None:
+            raise ConfigurationError(
+                "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
+                "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
+            )
     samples = Samples(dataset)
     held_out = None if validation is None else Samples(validation)
     device, _ = model.device_and_dtype()
@@ -293,6 +296,7 @@ def fit(
         if isinstance(noise, str):
             raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
         noise = ReproducibleNoise(reproducible_seed) if noise is None else noise
+    sharding.part_(model)
     parameters = list(model.net.parameters())
     base = _base(optimizer, parameters, lr, momentum)
     private = CliplessDPOptimizer(
@@ -503,19 +507,24 @@ class _Run:
         return nullcontext() if self.average is None else self.average.applied()
 
     def save(self, path: Path) -> None:
+        if distributed.world().rank > 0 and not sharding.has_shards(self.model):
+            return
+        sharding.part_(self.model)
+        with self.averaged():
+            weights = sharding.gathered({name: value.clone() for name, value in self.model.net.state_dict().items()})
+        tensors = {"optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            tensors |= {"average": self.average.state_dict(), "last": self.model.net.state_dict()}
+        tensors = sharding.gathered(tensors)
         if distributed.world().rank > 0:
             return
-        with self.averaged():
-            weights = {name: value.clone() for name, value in self.model.net.state_dict().items()}
         content = {
             "settings": self.settings,
             "model": weights,
-            "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "history": [vars(record) for record in self.history],
+            **tensors,
         }
-        if self.average is not None:
-            content |= {"average": self.average.state_dict(), "last": self.model.net.state_dict()}
         there = identity(path)
         if there is not None and there != self.seen:
             raise PrivacyError(
@@ -537,7 +546,10 @@ class _Run:
     def load(self, path: Path) -> None:
         device, _ = self.model.device_and_dtype()
         self.seen = identity(path)
-        content = distributed.from_first(lambda: load_checkpoint(path, device), device)
+        if sharding.has_shards(self.model):
+            content = sharding.scattered(lambda: load_checkpoint(path), self._parameter_of)
+        else:
+            content = distributed.from_first(lambda: load_checkpoint(path, device), device)
         settings = content.get("settings")
         settings = settings if isinstance(settings, dict) else {}
         differing = {
@@ -558,6 +570,15 @@ class _Run:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
         self.saved = True
+
+    def _parameter_of(self, place: tuple[Any, ...]) -> Tensor | None:
+        """The parameter that a tensor of a checkpoint belongs to, given the keys that lead to it."""
+        kind, *keys = place
+        if kind == "optimizer" and keys[0] == "state":
+            held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            return held[keys[1]] if isinstance(keys[1], int) and keys[1] < len(held) else None
+        named = dict(self.model.net.named_parameters(remove_duplicate=False))
+        return named.get(str(keys[-1])) if kind in ("model", "last", "average") else None
 
 
 def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:

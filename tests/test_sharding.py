@@ -13,6 +13,7 @@ from clipless_dp import (
     DPLipModel,
     PoissonBatches,
     ReproducibleNoise,
+    SystemNoise,
     constraints,
     distributed,
     fit,
@@ -23,6 +24,8 @@ from clipless_dp import (
     sharding,
 )
 from clipless_dp import optim as optim_module
+from clipless_dp import training as training_module
+from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.memory import traffic
 
 from .ranks import (
@@ -95,6 +98,9 @@ def nets() -> dict[str, nn.Module]:
     }
 
 
+RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 75, "lr": 0.5, "progress": False, "accountant": "rdp"}
+
+
 UNITS = {
     "the model": lambda net: [],
     "layers": lambda net: [part for part in net.modules() if part._parameters],
@@ -136,7 +142,9 @@ def trained(net: str, units: str | None, mutant: str = ""):
                 with torch.no_grad():
                     model(batch.inputs)
             if step == 2:
-                optimizer.accumulate(batch, multiplicity=2, augment=lambda sample: sample, micro_batch_size=16)
+                # Ranks that pass different numbers of pieces would wait for one another.
+                rows = 16 - 9 * distributed.world().rank
+                optimizer.accumulate(batch, multiplicity=2, augment=lambda sample: sample, micro_batch_size=rows)
             else:
                 model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
             optimizer.step()
@@ -234,6 +242,7 @@ def noise_in_parts(units: str, mutant: str = "", rounds: int = 12):
             patch.setattr(optim_module, "add_normal_", lambda *given: (honest(*given), honest(*given)))
         elif mutant == "the same on all ranks":
             optimizer.noise = ReproducibleNoise(3)
+            optimizer.noise.reproducible = False
         parts = noise_of_steps(model, optimizer, rounds).reshape(rounds, 6, -1).transpose(0, 1).flatten(1)
     return parts.std(1), torch.corrcoef(parts) - torch.eye(6)
 
@@ -293,7 +302,6 @@ def refused():
     left_out, tied, changed, together, sums = (gated_model() for _ in range(5))
     tied.net.get_submodule("2").bias = tied.net.get_submodule("0").bias
     return {
-        "reproducible": refusal_to_build(lambda: sgd(fully_shard(gated_model()), noise=ReproducibleNoise(1))),
         "project": refusal_to_build(lambda: sgd(fully_shard(constrained))),
         "put gates around every layer": refusal_to_build(lambda: sgd(fully_shard(bare))),
         "wrap the whole network first": refusal_to_build(
@@ -321,8 +329,8 @@ def refused():
         "before fully_shard": refusal_to_build(lambda: fully_shard(gated_model()).to(torch.float64)),
         "of which each rank holds a part": refusal_to_build(lambda: fully_shard(gated_model()).lipschitz_constant()),
         "not summed": refusal_to_build(lambda: kept_back(sums)),
-        "write the loop": refusal_to_build(
-            lambda: fit(fully_shard(gated_model()), samples(300), epsilon=4.0, delta=1e-3, epochs=1, batch_size=50)
+        "audit before fully_shard": refusal_to_build(
+            lambda: fit(fully_shard(gated_model()), samples(300), **RUN, audit=True)  # type: ignore[arg-type]
         ),
         "ranks differ in parts": refusal_to_build(lambda: sgd(fully_shard(gated_model(), shard_placement_fn=halves))),
         "used in turn": refusal_to_build(used_in_turn),
@@ -407,3 +415,104 @@ def test_when_a_rank_dies_in_a_pass_no_update_is_applied_and_the_ledger_counts_w
     assert unchanged
     assert not held
     assert counted == 2
+
+
+# fit.
+
+
+def fitted(units: str | None, path: str | None = None, stop_after: int | None = None, **options: object):
+    """Weights, ε, history and steps; a step beyond ``stop_after`` fails."""
+    honest = training_module._step
+
+    def failing(run, batch, size):
+        if run.step == stop_after:
+            raise InterruptedError("power cut")
+        return honest(run, batch, size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_module, "_step", failing)
+        settings: dict[str, object] = {
+            "reproducible_seed": 3,
+            "micro_batch_size": 24,
+            "checkpoint": path,
+            **RUN,
+            **options,
+        }
+        model = model_of("signal gates", units)
+        try:
+            result = fit(model, samples(300), validation=samples(60, 1), **settings)  # type: ignore[arg-type]
+        except InterruptedError:
+            return None
+        return weights(model), result.epsilon, result.history, result.steps
+
+
+AVERAGED = {"optimizer": "adam", "lr": 0.05, "ema": 0.8}
+
+
+def fitted_and_resumed(folder: str):
+    """Runs without and with a power cut in the second epoch, gone on with in different ways."""
+    for name, units, options in (
+        ("parts", "layers", {}),
+        ("other parts", "blocks", {}),
+        ("averaged", "layers", AVERAGED),
+    ):
+        assert fitted(units, f"{folder}/{name}", stop_after=6, **options) is None
+    return {
+        "whole": fitted("layers"),
+        "parts": fitted("layers", f"{folder}/parts"),
+        "other parts": fitted("the model", f"{folder}/other parts"),
+        "from one process": fitted("layers", f"{folder}/from one process"),
+        "from replicas": fitted(None, f"{folder}/whole on each rank", stop_after=6)
+        or fitted("layers", f"{folder}/whole on each rank"),
+        "averaged, whole": fitted("layers", **AVERAGED),
+        "averaged": fitted("layers", f"{folder}/averaged", **AVERAGED),
+        "left for one process": fitted("blocks", f"{folder}/for one process", stop_after=6),
+    }
+
+
+def test_fit_goes_on_from_parts_in_parts_and_in_one_process_as_if_nothing_had_happened(ranks, tmp_path):
+    assert fitted(None, str(tmp_path / "from one process"), stop_after=6) is None
+    alone, averaged = fitted(None), fitted(None, **AVERAGED)
+    first, second = succeeded(ranks.run(fitted_and_resumed, str(tmp_path)))
+    assert first.pop("left for one process") is second.pop("left for one process") is None
+    first["to one process"] = second["to one process"] = fitted(None, str(tmp_path / "for one process"))
+    for way, (changed, epsilon, history, steps) in first.items():
+        expected = averaged if way.startswith("averaged") else alone
+        assert same_weights(changed, expected[0]), way
+        assert (epsilon, steps) == (expected[1], expected[3]), way
+        assert [record.step for record in history] == [record.step for record in expected[2]]
+        # Losses of the same batches at nearly the same weights, added up in another order.
+        assert [record.loss for record in history] == pytest.approx([record.loss for record in expected[2]], rel=1e-3)
+        assert torch.equal(changed, second[way][0]), way
+    # The same parts: the same bits, momentum and averages included.
+    assert torch.equal(first["parts"][0], first["whole"][0])
+    assert torch.equal(first["averaged"][0], first["averaged, whole"][0])
+
+
+class Deadly(SystemNoise):
+    """Ends the second rank's process where noise is drawn in the sixth step."""
+
+    step = 0
+
+    def begin_step(self, step):
+        self.step = step
+
+    def standard_normal_(self, out):
+        return os._exit(1) if self.step == 5 and distributed.world().rank == 1 else super().standard_normal_(out)
+
+
+def killed_in_fit(path: str):
+    fitted("layers", path, reproducible_seed=None, noise=Deadly())
+
+
+def test_when_a_rank_dies_in_fit_the_run_stops_and_goes_on_from_its_checkpoint(tmp_path):
+    path = str(tmp_path / "model.pt")
+    with Ranks() as both:
+        result, lost = both.run(killed_in_fit, path)
+    assert lost == Failure("EOFError", "the process ended")
+    assert (result.kind, "did not arrive" in result.message) == ("RankError", True)
+    saved = load_checkpoint(path)["optimizer"]["clipless_dp"]
+    assert saved["steps_taken"] == 4
+    _, epsilon, history, steps = fitted(None, path, reproducible_seed=None, noise=Deadly())
+    assert (steps, [record.step for record in history]) == (8, [4, 8])
+    assert epsilon <= 4.0
