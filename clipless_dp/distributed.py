@@ -99,16 +99,16 @@ def agree(fields: Mapping[str, object]) -> None:
         )
 
 
-def copy_from_first_(tensors: Iterable[Tensor]) -> None:
-    """Overwrites tensors by those of rank 0, in place.
+def copy_from_(tensors: Iterable[Tensor], rank: int = 0) -> None:
+    """Overwrites tensors by those of one rank, in place.
 
     Raises:
         RankError: another rank is gone.
     """
-    with together("the weights of rank 0"), torch.no_grad():
+    with together(f"the weights of rank {rank}"), torch.no_grad():
         for tensor in tensors:
             sent = _movable(tensor.detach().clone(memory_format=torch.contiguous_format))
-            dist.broadcast(sent, src=0)
+            dist.broadcast(sent, src=rank)
             tensor.copy_(sent)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import NoneType
 from typing import Any
 
@@ -244,7 +245,6 @@ class DPLipModel(nn.Module):
             ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say).
         """
         self._follow_changes()
-        self._require_whole("lipschitz_constant")
         return self._tracker.lipschitz_constant(self._limits())
 
     def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
@@ -266,7 +266,10 @@ class DPLipModel(nn.Module):
         """
         inputs, targets = batch
         self.check_inputs(inputs)
-        self._require_whole("tightness")
+        if sharding.is_sharded(self):
+            raise ConfigurationError(
+                "tightness runs on whole weights, of which each rank holds a part: ask before fully_shard"
+            )
         sensitivity = self.sensitivity()
         trainable = {name: p for name, p in self.net.named_parameters() if name in sensitivity.per_parameter}
 
@@ -284,28 +287,44 @@ class DPLipModel(nn.Module):
 
     def project_(self) -> None:
         """Applies the constraints to the trainable weights; frozen ones are left as they are and certified."""
-        self._projected = {}
-        for name, constraint in self._trainable_constraints():
-            with _naming(name):
-                constraint.project_(self._parameter(name), self._tracker.operators[name])
-            self._projected[name] = self._stamp(name), constraint.limit
+        self._project_(_project_)
 
     def project_gradients_(self) -> None:
         """Lets the constraints turn noisy gradients into directions that :meth:`project_` keeps: post-processing."""
+        changes: list[_Change] = []
         for name, constraint in self._trainable_constraints():
             gradient = self.net.get_parameter(name).grad
-            if gradient is not None:
-                constraint.project_gradient_(gradient, self._parameter(name), self._tracker.operators[name])
+            if gradient is not None and type(constraint).project_gradient_ is not Constraint.project_gradient_:
+                change = partial(_project_gradient_, constraint, self._tracker.operators[name])
+                changes.append((name, change, (gradient, self._parameter(name))))
+        self._change_(changes)
 
     def settle_(self) -> None:
         """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
+        self._project_(_settle_)
+
+    def _project_(self, project: Callable[[Constraint, tuple[Operator, ...], Tensor], None]) -> None:
         self._projected = {}
-        for name, constraint in self._trainable_constraints():
-            operators = self._tracker.operators[name]
+        constraints = list(self._trainable_constraints())
+        changes: list[_Change] = [
+            (name, partial(project, constraint, self._tracker.operators[name]), (self._parameter(name),))
+            for name, constraint in constraints
+        ]
+        self._change_(changes)
+        self._projected = {name: (self._stamp(name), constraint.limit) for name, constraint in constraints}
+
+    def _change_(self, changes: list[_Change]) -> None:
+        """Changes tensors in place, those of which each rank holds a part as wholes."""
+
+        def named(name: str, change: Callable[..., None], *tensors: Tensor) -> None:
             with _naming(name):
-                if not constraint.holds(self._parameter(name), operators):
-                    constraint.project_(self._parameter(name), operators)
-            self._projected[name] = self._stamp(name), constraint.limit
+                change(*tensors)
+
+        if sharding.is_sharded(self):
+            sharding.change_wholes_([(partial(named, name, change), tensors) for name, change, tensors in changes])
+            return
+        for name, change, tensors in changes:
+            named(name, change, *tensors)
 
     def _parameter(self, name: str) -> Tensor:
         return self.net.get_parameter(name).detach()
@@ -342,7 +361,13 @@ class DPLipModel(nn.Module):
 
     def _limits(self) -> dict[str, float]:
         """Limits that projections established, for the parameters that have not changed since."""
-        return {name: limit for name, (stamp, limit) in self._projected.items() if self._stamp(name) == stamp}
+        changed = [self._stamp(name) != stamp for name, (stamp, _) in self._projected.items()]
+        if changed and sharding.is_sharded(self):
+            # What one rank finds changed is certified anew by all of them, together.
+            changed = distributed.total(torch.tensor(changed).long()).bool().tolist()
+        return {
+            name: limit for (name, (_, limit)), new in zip(self._projected.items(), changed, strict=True) if not new
+        }
 
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
@@ -382,11 +407,6 @@ class DPLipModel(nn.Module):
     def _check_shards(self, *, adopt: bool) -> None:
         """Knows the parameters, after ``fully_shard(model)``, by the parts that this rank holds."""
         sharding.check_shards(self, self.net.parameters())
-        if self._constraints:
-            raise ConfigurationError(
-                "no rank holds the whole weights of a sharded model, which constraints would project: use gates in "
-                "their place (clipless_dp.gated), or keep the model whole on each rank"
-            )
         if not adopt:
             return
         named = {id(parameter): name for name, parameter in self.net.named_parameters()}
@@ -396,12 +416,8 @@ class DPLipModel(nn.Module):
             )
         self._traced.names.clear()
         self._traced.names.update(named)
-
-    def _require_whole(self, name: str) -> None:
-        if sharding.is_sharded(self):
-            raise ConfigurationError(
-                f"{name} reads whole weights, of which each rank holds a part: ask before fully_shard"
-            )
+        # The ranks may have started from different weights.
+        self.settle_()
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
@@ -451,6 +467,25 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except NormError as error:
         raise NormError(f"{name}: {error}") from error
+
+
+def _project_(constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
+    constraint.project_(weight, operators)
+
+
+def _settle_(constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
+    if not constraint.holds(weight, operators):
+        constraint.project_(weight, operators)
+
+
+def _project_gradient_(
+    constraint: Constraint, operators: tuple[Operator, ...], gradient: Tensor, weight: Tensor
+) -> None:
+    constraint.project_gradient_(gradient, weight, operators)
+
+
+_Change = tuple[str, Callable[..., None], tuple[Tensor, ...]]
+"""A parameter's name, and a function with the tensors that it takes, of which it changes the first."""
 
 
 class _Leaf:

@@ -494,7 +494,7 @@ class CliplessDPOptimizer(Optimizer):
             }
         )
         if not self._sharded:
-            distributed.copy_from_first_([*self.model.net.parameters(), *self.model.net.buffers()])
+            distributed.copy_from_([*self.model.net.parameters(), *self.model.net.buffers()])
             self.model.settle_()
         # One run: its steps are counted once, whichever rank writes the checkpoint.
         self._run = distributed.from_first(lambda: self._run)

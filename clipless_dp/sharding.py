@@ -7,7 +7,7 @@ The model is one; layers or blocks may be units of their own, so that a rank hol
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -15,8 +15,8 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, fx, nn
 
-from clipless_dp.distributed import copy_from_first_, from_first, together, world
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.distributed import copy_from_, from_first, on_any, together, world
+from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
 from clipless_dp.tracing import is_hooked
 
 Value = TypeVar("Value")
@@ -178,13 +178,65 @@ def passing() -> Iterator[None]:
             raise
 
 
-def split(whole: Tensor, like: Tensor) -> Tensor:
+def split(joined: Tensor, like: Tensor) -> Tensor:
     """The part of a whole tensor that this rank holds of another one, as a tensor that is split alike."""
     from torch.distributed.tensor import DTensor, Replicate
 
     pattern: Any = like
-    copies = DTensor.from_local(whole, pattern.device_mesh, [Replicate()], run_check=False)
+    copies = DTensor.from_local(joined, pattern.device_mesh, [Replicate()], run_check=False)
     return copies.redistribute(placements=pattern.placements)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A split tensor with the parts of all ranks, on each of them; others are returned as they are.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    if not hasattr(tensor, "placements"):
+        return tensor
+    parts: Any = tensor.detach()
+    with together("the parts of the model"):
+        return cast(Tensor, parts.full_tensor())
+
+
+def on_any_part(tensor: Tensor, condition: bool) -> bool:
+    """Whether a condition holds on any rank that holds a part of a tensor."""
+    return on_any(condition) if hasattr(tensor, "placements") else condition
+
+
+def change_wholes_(changes: Sequence[tuple[Callable[..., object], Sequence[Tensor]]]) -> None:
+    """Changes split tensors as wholes: each is gathered, changed on one rank, and sent to all, which keep their parts.
+
+    The ranks share the work, and what all of them hold then are parts of one result, whatever they compute with.
+
+    Args:
+        changes: functions, and the split tensors whose wholes they take; they change the first one in place.
+
+    Raises:
+        RankError: a function failed on another rank, whose own error says why, or another rank is gone.
+    """
+    here = world()
+    for start in range(0, len(changes), here.size):
+        group = changes[start : start + here.size]
+        changed: Tensor | None = None
+        failure: Exception | None = None
+        for owner, (change, parts) in enumerate(group):
+            wholes = [whole(part) for part in parts]
+            if owner == here.rank:
+                mine, changed = (change, wholes), wholes[0]
+        if changed is not None:
+            try:
+                mine[0](*mine[1])
+            except Exception as error:
+                failure = error
+        if on_any(failure is not None):
+            raise failure or RankError("another rank could not project its weights, and its own error says why")
+        for owner, (_, (target, *_)) in enumerate(group):
+            sent = changed if changed is not None and owner == here.rank else None
+            received = torch.empty(target.shape, dtype=target.dtype, device=target.device) if sent is None else sent
+            copy_from_([received], owner)
+            local(target).copy_(local(split(received, target)))
 
 
 def gathered(state: Value) -> Value:
@@ -200,14 +252,11 @@ def gathered(state: Value) -> Value:
         RankError: another rank is gone.
     """
 
-    def whole(tensor: Any, place: tuple[Any, ...]) -> Any:
-        if not hasattr(tensor, "full_tensor"):
-            return tensor
-        with together("the parts of the model"):
-            joined = tensor.detach().full_tensor()
-        return joined.cpu() if world().rank == 0 else None
+    def kept(tensor: Tensor, place: tuple[Any, ...]) -> Tensor | None:
+        joined = whole(tensor)
+        return joined if joined is tensor else joined.cpu() if world().rank == 0 else None
 
-    return cast(Value, _mapped(whole, state))
+    return cast(Value, _mapped(kept, state))
 
 
 def scattered(make: Callable[[], Value], like: Callable[[tuple[Any, ...]], Tensor | None]) -> Value:
@@ -227,12 +276,12 @@ def scattered(make: Callable[[], Value], like: Callable[[tuple[Any, ...]], Tenso
         return tensor.to("meta")
 
     def sent(outline: Tensor, place: tuple[Any, ...]) -> Tensor:
-        whole = wholes.pop(0) if wholes else torch.empty_like(outline, device="cpu")
-        copy_from_first_([whole])
+        joined = wholes.pop(0) if wholes else torch.empty_like(outline, device="cpu")
+        copy_from_([joined])
         parameter = like(place)
-        if parameter is None or parameter.shape != whole.shape or not hasattr(parameter, "placements"):
-            return whole
-        return split(whole.to(parameter.device), parameter)
+        if parameter is None or parameter.shape != joined.shape or not hasattr(parameter, "placements"):
+            return joined
+        return split(joined.to(parameter.device), parameter)
 
     return cast(Value, _mapped(sent, from_first(lambda: _mapped(outlined, make()))))
 

@@ -14,6 +14,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from clipless_dp import sharding
 from clipless_dp.errors import (
     ConfigurationError,
     NormError,
@@ -114,7 +115,7 @@ def stamp(parameter: Tensor) -> Stamp:
     changes cancel, as in an exchange of places or an even number of sign changes at odd ones. The other adds the
     weights, where signs count.
     """
-    values = parameter.detach()
+    values = sharding.local(parameter.detach())
     if values.dtype == torch.float64:
         bits = values.view(torch.int64)
     elif values.is_contiguous() and values.numel() % 2 == 0 and values.storage_offset() % 2 == 0:
@@ -122,7 +123,7 @@ def stamp(parameter: Tensor) -> Stamp:
         bits = values.view(-1).view(torch.int64)
     else:
         bits = values.view(torch.int32)
-    return parameter._version, parameter.data_ptr(), int(bits.sum()), float(values.sum())
+    return values._version, values.data_ptr(), int(bits.sum()), float(values.sum())
 
 
 class _NeedsWeights(Exception):
@@ -172,19 +173,19 @@ class SensitivityTracker:
         """The sensitivity, and whether it holds for as long as the limits do, whatever the weights become.
 
         Raises:
-            PrivacyError: as :meth:`sensitivity`; or the weights are not whole here, and a bound rests on them.
+            PrivacyError: as :meth:`sensitivity`; or the weights are not whole here, and a user's rule may read them.
         """
         if relation not in _RELATIONS:
             raise ConfigurationError(f"relation must be one of {sorted(_RELATIONS)}, got {relation!r}")
         sweep = _Sweep(self, limits)
-        sweep.free_only = not whole
+        sweep.whole = whole
         try:
             with _deep_recursion(len(self.traced.shapes)):
                 return sweep.sensitivity(relation), not sweep.reads
         except _NeedsWeights:
             raise PrivacyError(
-                "a bound rests on weights of which each rank holds a part only: put gates around every layer "
-                "(clipless_dp.gated), or keep the model whole on each rank"
+                "a rule of your own may read weights, of which each rank holds a part only: put a gradient gate inside "
+                "its layer or signal gates around it that bound what it does without them, or keep the model whole"
             ) from None
 
     def lipschitz_constant(self, limits: Mapping[str, float]) -> float:
@@ -197,11 +198,11 @@ class SensitivityTracker:
     def certify(self, parameter: Tensor, operator: Operator) -> float:
         """Certified norm of a parameter; a frozen one is certified once for each of its versions."""
         if parameter.requires_grad:
-            return operator.norm(parameter)
+            return operator.norm(sharding.whole(parameter))
         key, version = (id(parameter), operator), stamp(parameter)
         known = self._certificates.get(key)
-        if known is None or known[0] != version:
-            known = version, operator.norm(parameter)
+        if known is None or sharding.on_any_part(parameter, known[0] != version):
+            known = version, operator.norm(sharding.whole(parameter))
             self._certificates[key] = known
         return known[1]
 
@@ -245,6 +246,7 @@ class _Sweep:
         self.limits = limits
         self.reads: set[str] = set()
         self.free_only = False
+        self.whole = True
         self._bounds: dict[fx.Node, LayerBounds | None] = {}
         self._norms: dict[fx.Node, float] = {}
         self._cotangents: dict[fx.Node, float] = {}
@@ -279,7 +281,7 @@ class _Sweep:
     def _count_as_read(self, leaf: nn.Module, path: str) -> None:
         """A user's rule may read weights, buffers or attributes, so nothing that it says is kept for later steps."""
         own = {self.traced.names[id(parameter)] for parameter in leaf.parameters()}
-        if own and self.free_only:
+        if own and (self.free_only or not self.whole):
             raise _NeedsWeights
         self.reads |= own or {path}
 

@@ -189,7 +189,7 @@ def fit(
 
     Under ``torchrun``, after ``torch.distributed.init_process_group()``, every rank calls it alike with the whole data
     set, trains on its own part, and returns the same; rank 0 writes the checkpoint, which any number of ranks resumes.
-    Of a gated model that ``fully_shard`` has split, each rank trains and keeps its part; the checkpoint holds it whole.
+    Of a model that ``fully_shard`` has split, each rank trains and keeps its part; the checkpoint holds it whole.
 
     Args:
         model: the wrapped model, on the device to train on.

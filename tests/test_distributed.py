@@ -123,7 +123,7 @@ def mean_in_place_of_the_sum(sums, add_noise_):
         part.div_(dist.get_world_size())
     if dist.get_rank() == 0:
         add_noise_(sums)
-    distributed.copy_from_first_(sums)
+    distributed.copy_from_(sums)
 
 
 def averaged_with_the_noise(sums, add_noise_):
@@ -135,7 +135,7 @@ def averaged_with_the_noise(sums, add_noise_):
 def forgotten_reduction(sums, add_noise_):
     if dist.get_rank() == 0:
         add_noise_(sums)
-    distributed.copy_from_first_(sums)
+    distributed.copy_from_(sums)
 
 
 def noise_shared_among_ranks_and_one_forgotten(sums, add_noise_):

@@ -20,13 +20,16 @@ from clipless_dp import (
     gated,
     gates,
     gradient_gated,
+    layers,
     losses,
+    register_rule,
     sharding,
 )
 from clipless_dp import optim as optim_module
 from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.memory import traffic
+from clipless_dp.rules.linear import linear_rule
 
 from .ranks import (
     SETTINGS,
@@ -82,23 +85,41 @@ class TwoPaths(nn.Module):
         return self.exit(torch.relu(self.blocks[0](values)))
 
 
-def nets() -> dict[str, nn.Module]:
-    torch.manual_seed(0)
+def nets(seed: int = 0) -> dict[str, nn.Module]:
+    torch.manual_seed(seed)
     own = nn.Sequential(
         nn.Sequential(nn.Linear(6, 8), nn.ReLU()),
         nn.Sequential(gates.SphereScaling(1.0), nn.Linear(8, 8, bias=False), gates.CotangentGate(1.0), nn.ReLU()),
         nn.Linear(8, 3),
     )
+    constrained = nn.Sequential(
+        nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3, padding=1), layers.GroupSort(2), nn.Flatten()),
+        nn.Sequential(nn.Linear(24, 8), layers.GroupSort(2), nn.Linear(8, 8)),
+        nn.Linear(8, 3),
+    )
+    constrained[2].bias.requires_grad_(False)
     deep = nn.Sequential(nn.Linear(6, 8), Block(8), nn.Sequential(Block(8), nn.ReLU()), nn.Linear(8, 3))
     return {
         "signal gates": gated(deep),
         "gradient gates": gradient_gated(nn.Sequential(nn.Linear(6, 8), nn.Sequential(nn.ReLU(), nn.Linear(8, 3)))),
         "gates by hand": gated(own, layers=("0.*", "2")),
         "blocks used twice": gated(TwoPaths()),
+        "constraints": constrained,
     }
 
 
-RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 75, "lr": 0.5, "progress": False, "accountant": "rdp"}
+CONSTRAINTS = {
+    "constraints": {
+        "0.*.weight": constraints.Spectral(),
+        "1.*.weight": constraints.Orthogonal(tangent=True),
+        "*.bias": constraints.Ball(2.0),
+        "1.2.bias": None,
+        "2.*": None,
+    }
+}
+
+
+RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 100, "lr": 0.5, "progress": False, "accountant": "rdp"}
 
 
 UNITS = {
@@ -110,8 +131,14 @@ UNITS = {
 """Which parts of a network are sharded by themselves, inner ones first."""
 
 
-def model_of(net: str, units: str | None) -> DPLipModel:
-    model = DPLipModel(nets()[net], input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0))
+def model_of(net: str, units: str | None, seed: int = 0) -> DPLipModel:
+    model = DPLipModel(
+        nets(seed)[net],
+        input_shape=(6,),
+        input_norm=3.0,
+        loss=losses.TauCrossEntropy(4.0),
+        constraint=CONSTRAINTS.get(net),
+    )
     if units is not None:
         for part in UNITS[units](model.net):
             fully_shard(part)
@@ -120,25 +147,32 @@ def model_of(net: str, units: str | None) -> DPLipModel:
 
 
 def trained(net: str, units: str | None, mutant: str = ""):
-    """Five steps without noise, which no two runs would share: what is left is the arithmetic."""
+    """Four steps without noise, which no two runs would share: what is left is the arithmetic."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optim_module, "add_normal_", lambda *_: None)
         if mutant == "mean in place of the sum":
             patch.setattr(sharding, "sum_shards_", lambda _: None)
         elif mutant == "sums in the model's own unit only":
             patch.setattr(sharding, "sum_shards_", lambda model: model.set_gradient_divide_factor(1.0))
+        elif mutant == "each part projected by itself":
+
+            def apart(changes):
+                for change, parts in changes:
+                    change(*map(sharding.local, parts))
+
+            patch.setattr(sharding, "change_wholes_", apart)
         model = model_of(net, units)
         optimizer = sgd(model)
         if net == "gradient gates":
             base = torch.optim.Adam(model.net.parameters(), lr=0.05)
             optimizer = CliplessDPOptimizer(model, base, **SETTINGS)  # type: ignore[arg-type,assignment]
-        for step, batch in enumerate(PoissonBatches(samples(90), sample_rate=0.25, steps=5, seed=5)):
+        for step, batch in enumerate(PoissonBatches(samples(90), sample_rate=0.25, steps=4, seed=5)):
             optimizer.zero_grad()
             if step == 1 and units is not None and not mutant:
                 # What loops that accumulate do: it would keep this step's gradients for the next one.
                 model.set_requires_gradient_sync(False)  # type: ignore[operator]
             if step == 3:
-                # A pass without gradients leaves whole weights behind.
+                # A pass without gradients leaves whole weights.
                 with torch.no_grad():
                     model(batch.inputs)
             if step == 2:
@@ -158,37 +192,48 @@ def succeeded(results):
     return results
 
 
+WAYS = [
+    *(("signal gates", units) for units in UNITS),
+    *(("constraints", units) for units in UNITS),
+    ("gradient gates", "layers"),
+    ("gates by hand", "blocks"),
+    ("blocks used twice", "blocks, their layers and the net"),
+]
+
+
 def trained_in_all_ways():
-    return {(net, units): trained(net, units) for net in nets() for units in UNITS}
+    return {way: trained(*way) for way in WAYS}
 
 
 def test_ranks_that_hold_parts_train_as_one_process_that_holds_all(ranks):
     first, second = succeeded(ranks.run(trained_in_all_ways))
-    for net in nets():
-        alone, epsilon, total, size = trained(net, None)
-        for units in UNITS:
-            (one, *spent, held), (other, *also_spent, rest) = first[net, units], second[net, units]
-            assert same_weights(one, alone), (net, units)
-            assert torch.equal(one, other)
-            assert spent == also_spent == [epsilon, total]
-            assert held + rest == size
+    alone = {net: trained(net, None) for net in nets()}
+    for net, units in WAYS:
+        expected, epsilon, total, size = alone[net]
+        (one, *spent, held), (other, *also_spent, rest) = first[net, units], second[net, units]
+        assert same_weights(one, expected), (net, units)
+        assert torch.equal(one, other)
+        # Norms that follow from weights follow from rounded ones.
+        assert spent == also_spent == [epsilon, pytest.approx(total, rel=1e-6)]
+        assert held + rest == size
 
 
 MUTANTS = [
-    ("the model", "mean in place of the sum"),
-    ("layers", "mean in place of the sum"),
-    ("layers", "sums in the model's own unit only"),
+    ("signal gates", "the model", "mean in place of the sum"),
+    ("signal gates", "layers", "mean in place of the sum"),
+    ("signal gates", "layers", "sums in the model's own unit only"),
+    ("constraints", "layers", "each part projected by itself"),
 ]
 
 
 def trained_by_mutants():
-    return {(units, mutant): trained("signal gates", units, mutant)[0] for units, mutant in MUTANTS}
+    return {mutant: trained(*mutant)[0] for mutant in MUTANTS}
 
 
-def test_means_over_the_ranks_would_show_for_each_unit(ranks):
-    alone, *_ = trained("signal gates", None)
+def test_means_over_the_ranks_and_projections_of_parts_would_show(ranks):
+    alone = {net: trained(net, None)[0] for net, *_ in MUTANTS}
     for wrong in succeeded(ranks.run(trained_by_mutants)):
-        assert not any(same_weights(changed, alone) for changed in wrong.values())
+        assert not any(same_weights(changed, alone[net]) for (net, *_), changed in wrong.items())
 
 
 def peaks():
@@ -287,23 +332,11 @@ def refused():
     def hooked(layer):
         fully_shard(layer).register_forward_hook(lambda *_: None)
 
-    torch.manual_seed(0)
-    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
-    bare = DPLipModel(plain, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
-    constrained = DPLipModel(
-        gated(nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))),
-        input_shape=(6,),
-        input_norm=1.0,
-        loss=losses.TauCrossEntropy(2.0),
-        constraint=constraints.Spectral(),
-    )
     own = init_device_mesh("cpu", (2, 1), mesh_dim_names=("rows", "columns"))["columns"]
     lowered = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     left_out, tied, changed, together, sums = (gated_model() for _ in range(5))
     tied.net.get_submodule("2").bias = tied.net.get_submodule("0").bias
     return {
-        "project": refusal_to_build(lambda: sgd(fully_shard(constrained))),
-        "put gates around every layer": refusal_to_build(lambda: sgd(fully_shard(bare))),
         "wrap the whole network first": refusal_to_build(
             lambda: DPLipModel(fully_shard(nn.Linear(6, 3)), input_shape=(6,), loss=losses.TauCrossEntropy(2.0))
         ),
@@ -327,7 +360,10 @@ def refused():
             )
         ),
         "before fully_shard": refusal_to_build(lambda: fully_shard(gated_model()).to(torch.float64)),
-        "of which each rank holds a part": refusal_to_build(lambda: fully_shard(gated_model()).lipschitz_constant()),
+        "of which each rank holds a part": refusal_to_build(
+            lambda: fully_shard(gated_model()).tightness(samples(4))  # type: ignore[operator]
+        ),
+        "a rule of your own": refusal_to_build(lambda: sgd(fully_shard(with_own_rule()))),
         "not summed": refusal_to_build(lambda: kept_back(sums)),
         "audit before fully_shard": refusal_to_build(
             lambda: fit(fully_shard(gated_model()), samples(300), **RUN, audit=True)  # type: ignore[arg-type]
@@ -353,6 +389,19 @@ def kept_back(model: DPLipModel) -> None:
         assert torch.equal(before, weights(model))
         optimizer.zero_grad()
         optimizer.step()
+
+
+class Own(nn.Linear):
+    """A layer with a rule of the user's, which may read what it likes."""
+
+
+def with_own_rule() -> DPLipModel:
+    @register_rule(Own)
+    def rule(module, context):
+        return linear_rule(module, context)
+
+    net = nn.Sequential(Own(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    return DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
 
 
 class InTurn(nn.Module):
@@ -381,6 +430,35 @@ def test_what_the_bounds_or_the_noise_do_not_cover_is_refused_in_words(ranks):
     for refusals in succeeded(ranks.run(refused)):
         for words, refusal in refusals.items():
             assert words in refusal
+
+
+def started_apart():
+    """Weights that differ between ranks, of which each takes its part; then one of them loses a number."""
+    rank = distributed.world().rank
+    model = model_of("constraints", "layers", seed=rank)
+    sgd(model)
+    named = {name: sharding.whole(model.net.get_parameter(name)) for name in model.constraints}
+    hold = [constraint.holds(named[name], model.operators(name)) for name, constraint in model.constraints.items()]
+    bounds = model.sensitivity().total, model.lipschitz_constant()
+    alone = model_of("constraints", None)
+    alone.net.load_state_dict({name: sharding.whole(values) for name, values in model.net.state_dict().items()})
+    alone.settle_()
+    same = bounds == (alone.sensitivity().total, alone.lipschitz_constant())
+    if rank == 0:
+        with torch.no_grad():
+            sharding.local(model.net.get_parameter("1.0.weight")).fill_(float("nan"))
+    return hold, same, refusal_to_build(model.project_)
+
+
+def test_constraints_hold_whatever_the_ranks_start_from_and_a_weight_that_is_lost_is_named(ranks):
+    results = succeeded(ranks.run(started_apart))
+    for hold, same, _ in results:
+        assert len(hold) >= 4
+        assert all(hold)
+        assert same
+    refusals = sorted(refusal for *_, refusal in results)
+    assert refusals[0].startswith("1.0.weight: ")
+    assert "another rank could not project" in refusals[1]
 
 
 def killed():
@@ -420,7 +498,13 @@ def test_when_a_rank_dies_in_a_pass_no_update_is_applied_and_the_ledger_counts_w
 # fit.
 
 
-def fitted(units: str | None, path: str | None = None, stop_after: int | None = None, **options: object):
+def fitted(
+    units: str | None,
+    path: str | None = None,
+    stop_after: int | None = None,
+    net: str = "signal gates",
+    **options: object,
+):
     """Weights, ε, history and steps; a step beyond ``stop_after`` fails."""
     honest = training_module._step
 
@@ -433,12 +517,12 @@ def fitted(units: str | None, path: str | None = None, stop_after: int | None = 
         patch.setattr(training_module, "_step", failing)
         settings: dict[str, object] = {
             "reproducible_seed": 3,
-            "micro_batch_size": 24,
+            "micro_batch_size": 32,
             "checkpoint": path,
             **RUN,
             **options,
         }
-        model = model_of("signal gates", units)
+        model = model_of(net, units)
         try:
             result = fit(model, samples(300), validation=samples(60, 1), **settings)  # type: ignore[arg-type]
         except InterruptedError:
@@ -446,7 +530,7 @@ def fitted(units: str | None, path: str | None = None, stop_after: int | None = 
         return weights(model), result.epsilon, result.history, result.steps
 
 
-AVERAGED = {"optimizer": "adam", "lr": 0.05, "ema": 0.8}
+AVERAGED = {"net": "constraints", "optimizer": "adam", "lr": 0.05, "ema": 0.8}
 
 
 def fitted_and_resumed(folder: str):
@@ -456,22 +540,22 @@ def fitted_and_resumed(folder: str):
         ("other parts", "blocks", {}),
         ("averaged", "layers", AVERAGED),
     ):
-        assert fitted(units, f"{folder}/{name}", stop_after=6, **options) is None
+        assert fitted(units, f"{folder}/{name}", stop_after=4, **options) is None
     return {
         "whole": fitted("layers"),
         "parts": fitted("layers", f"{folder}/parts"),
         "other parts": fitted("the model", f"{folder}/other parts"),
         "from one process": fitted("layers", f"{folder}/from one process"),
-        "from replicas": fitted(None, f"{folder}/whole on each rank", stop_after=6)
+        "from replicas": fitted(None, f"{folder}/whole on each rank", stop_after=4)
         or fitted("layers", f"{folder}/whole on each rank"),
         "averaged, whole": fitted("layers", **AVERAGED),
         "averaged": fitted("layers", f"{folder}/averaged", **AVERAGED),
-        "left for one process": fitted("blocks", f"{folder}/for one process", stop_after=6),
+        "left for one process": fitted("blocks", f"{folder}/for one process", stop_after=4),
     }
 
 
 def test_fit_goes_on_from_parts_in_parts_and_in_one_process_as_if_nothing_had_happened(ranks, tmp_path):
-    assert fitted(None, str(tmp_path / "from one process"), stop_after=6) is None
+    assert fitted(None, str(tmp_path / "from one process"), stop_after=4) is None
     alone, averaged = fitted(None), fitted(None, **AVERAGED)
     first, second = succeeded(ranks.run(fitted_and_resumed, str(tmp_path)))
     assert first.pop("left for one process") is second.pop("left for one process") is None
@@ -490,7 +574,7 @@ def test_fit_goes_on_from_parts_in_parts_and_in_one_process_as_if_nothing_had_ha
 
 
 class Deadly(SystemNoise):
-    """Ends the second rank's process where noise is drawn in the sixth step."""
+    """Ends the second rank's process where noise is drawn in the fifth step."""
 
     step = 0
 
@@ -498,7 +582,7 @@ class Deadly(SystemNoise):
         self.step = step
 
     def standard_normal_(self, out):
-        return os._exit(1) if self.step == 5 and distributed.world().rank == 1 else super().standard_normal_(out)
+        return os._exit(1) if self.step == 4 and distributed.world().rank == 1 else super().standard_normal_(out)
 
 
 def killed_in_fit(path: str):
@@ -512,7 +596,7 @@ def test_when_a_rank_dies_in_fit_the_run_stops_and_goes_on_from_its_checkpoint(t
     assert lost == Failure("EOFError", "the process ended")
     assert (result.kind, "did not arrive" in result.message) == ("RankError", True)
     saved = load_checkpoint(path)["optimizer"]["clipless_dp"]
-    assert saved["steps_taken"] == 4
+    assert saved["steps_taken"] == 3
     _, epsilon, history, steps = fitted(None, path, reproducible_seed=None, noise=Deadly())
-    assert (steps, [record.step for record in history]) == (8, [4, 8])
+    assert (steps, [record.step for record in history]) == (6, [3, 6])
     assert epsilon <= 4.0
