@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Words = Callable[[int], Tensor]
-"""Draws a number of 64-bit words: int32, twice as many entries, on the CPU."""
+Words = Callable[[Tensor], None]
+"""Fills an int32 tensor on the CPU, without gaps, with random bits."""
 
 _HALF_STEP = torch.tensor(2.0**-33, dtype=torch.float32, device="cpu")
-_ZEROS = bytes(1 << 16)
-_TAIL = 4
-"""Entries behind the words: a cipher wants room for a block more than it writes."""
+_ZEROS = bytes(1 << 18)
+_CIPHER_BLOCK = 16
 
 
 def can_fill(out: Tensor) -> bool:
@@ -47,13 +46,14 @@ def fill_normal_(out: Tensor, words: Words) -> Tensor:
     if count % 2:
         flat.copy_(fill_normal_(flat.new_empty(count + 1), words)[:count])
         return out
-    sines, cosines = flat.view(2, count // 2)
-    integers = words(count // 2).view(2, count // 2)
-    radius = sines.copy_(integers[0].view(torch.uint32))
+    # All in the memory of the result, but for the cosines: the integers become floats where they are.
+    words(flat.view(torch.int32))
+    radius, angle = flat.view(2, count // 2)
+    radius.copy_(radius.view(torch.uint32))
     torch.add(_HALF_STEP, radius, alpha=2.0**-32, out=radius).log_().mul_(-2.0).sqrt_()
-    angle = torch.empty_like(radius).copy_(integers[1]).mul_(math.pi * 2.0**-31)
-    torch.cos(angle, out=cosines).mul_(radius)
-    radius.mul_(angle.sin_())
+    cosine = torch.cos(angle.copy_(angle.view(torch.int32)).mul_(math.pi * 2.0**-31))
+    angle.sin_().mul_(radius)
+    radius.mul_(cosine)
     return out
 
 
@@ -70,26 +70,29 @@ def system_words() -> Words:
         return _words_of(np.random.SeedSequence(int.from_bytes(os.urandom(32), "big"), pool_size=8))
     encryptor = Cipher(algorithms.AES128(os.urandom(16)), modes.CTR(os.urandom(16))).encryptor()
 
-    def words(count: int) -> Tensor:
-        drawn = torch.empty(2 * count + _TAIL, dtype=torch.int32, device="cpu")
-        room = drawn.numpy().data.cast("B")
-        for start in range(0, 8 * count, len(_ZEROS)):
-            encryptor.update_into(_ZEROS[: 8 * count - start], room[start:])
-        return drawn[: 2 * count]
+    def words(out: Tensor) -> None:
+        room = out.numpy().data.cast("B")
+        size = len(room)
+        # The cipher wants room for a block beyond what it writes, so the last ones are copied.
+        whole = max(0, size - _CIPHER_BLOCK) // _CIPHER_BLOCK * _CIPHER_BLOCK
+        for start in range(0, whole, len(_ZEROS)):
+            encryptor.update_into(_ZEROS[: whole - start], room[start:])
+        room[whole:] = encryptor.update(_ZEROS[: size - whole])
 
     return words
 
 
 def seeded_words(seed: int) -> Words:
-    """Words that are a function of a seed, the same on every machine, by numpy's SFC64."""
+    """Words that are a function of a seed and of how many were drawn, on every machine, by numpy's SFC64."""
     return _words_of(np.random.SeedSequence(seed))
 
 
 def _words_of(seed: np.random.SeedSequence) -> Words:
     generator = np.random.Generator(np.random.SFC64(seed))
 
-    def words(count: int) -> Tensor:
-        drawn = generator.integers(0, (1 << 64) - 1, size=count, dtype=np.uint64, endpoint=True)
-        return torch.from_numpy(drawn.view(np.int32))
+    def words(out: Tensor) -> None:
+        count = len(out)
+        drawn = generator.integers(0, (1 << 64) - 1, size=(count + 1) // 2, dtype=np.uint64, endpoint=True)
+        out.numpy()[:] = drawn.view(np.int32)[:count]
 
     return words
