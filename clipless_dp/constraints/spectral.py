@@ -20,7 +20,7 @@ class Spectral(Constraint):
 
     Cost:
         One certificate per weight and step; independent of the batch. Large dense weights get one from float32 products
-        (:mod:`clipless_dp.norms.single`), after which their norm is 0.3 to 0.6 % below the limit.
+        (:mod:`clipless_dp.norms.single`), after which their norm is 0.5 to 1.2 % below the limit.
     """
 
     @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -195,37 +197,84 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
 
     Args:
         gram: Shape (r, r), float64, or float32 where that is precise enough for the tolerance.
-        tolerance: Relative change of the estimate at which to stop.
+        tolerance: Relative residual at which to stop, or twenty times the relative change of the estimate.
+    """
+    estimate = 0.0
+    for latest, residual in ritz_values(gram):
+        if latest <= estimate * (1.0 + 0.05 * tolerance) or residual <= tolerance * latest:
+            return max(latest, estimate)
+        estimate = latest
+    return estimate * (1.0 + UNIT)
+
+
+def ritz_values(gram: Tensor) -> Iterator[tuple[float, float]]:
+    """Larger and larger guesses, from below, of the largest eigenvalue of one symmetric matrix.
+
+    Args:
+        gram: Shape (r, r), float64 or float32.
+
+    Returns:
+        Pairs of an estimate and the norm of its residual: some eigenvalue is that close, mostly the largest. They end
+        where nothing but rounding is left of the vectors, or squares of tiny ones underflow.
 
     Formula: the Lanczos recurrence without reorthogonalisation (a copy of a converged Ritz value does no
     harm to the maximum), from a fixed start so that the same weight always gets the same bound.
     """
     size = gram.shape[-1]
-    steps = torch.arange(size, dtype=gram.dtype, device=gram.device)
-    vector = gram @ torch.cos(steps * steps)
-    smallest = torch.finfo(gram.dtype).tiny
-    vector = vector / torch.linalg.vector_norm(vector).clamp_min(smallest)
+    vector = gram @ _start(size, gram.dtype, gram.device)
+    vector = vector / torch.linalg.vector_norm(vector).clamp_min(torch.finfo(gram.dtype).tiny)
     previous = torch.zeros_like(vector)
-    beta = vector.new_zeros(())
-    alphas: list[Tensor] = []
-    betas: list[Tensor] = []
-    estimate = 0.0
+    rounding = size * torch.finfo(gram.dtype).eps
+    beta, exhausted = 0.0, False
+    alphas: list[float] = []
+    betas: list[float] = []
     for target in (12, 18, 27, 40, 60, 90, 135):
-        while len(alphas) < min(target, size):
-            image = gram @ vector - beta * previous
-            alpha = image @ vector
-            image = image - alpha * vector
-            beta = torch.linalg.vector_norm(image)
+        while len(alphas) < min(target, size) and not exhausted:
+            image = torch.addmv(previous, gram, vector, beta=-beta)
+            alpha = float(torch.dot(image, vector))
+            image.add_(vector, alpha=-alpha)
+            beta = float(torch.linalg.vector_norm(image))
+            if not math.isfinite(alpha + beta):
+                return
             alphas.append(alpha)
             betas.append(beta)
-            previous, vector = vector, image / beta.clamp_min(smallest)
-        off = torch.stack(betas[:-1])
-        ritz = torch.diag(torch.stack(alphas)) + torch.diag(off, 1) + torch.diag(off, -1)
-        if not bool(ritz.isfinite().all()):
-            # Squares of what is left of tiny matrices have underflowed.
-            return estimate
-        latest = float(torch.linalg.eigvalsh(ritz)[-1])
-        if latest <= estimate * (1.0 + 0.05 * tolerance) or len(alphas) >= size:
-            return max(latest, estimate)
-        estimate = latest
-    return estimate * (1.0 + UNIT)
+            exhausted = beta <= rounding * max(alphas) or len(alphas) == size
+            previous, vector = vector, image if exhausted else image.div_(beta)
+        value, slope = _tridiagonal_top(alphas, betas)
+        yield value, beta / math.sqrt(slope)
+        if exhausted:
+            return
+
+
+@functools.lru_cache(maxsize=32)
+def _start(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    steps = torch.arange(size, dtype=dtype, device=device)
+    return torch.cos(steps * steps)
+
+
+def _tridiagonal_top(alphas: list[float], betas: list[float]) -> tuple[float, float]:
+    """The largest eigenvalue of a symmetric tridiagonal matrix, and one over its vector's last entry squared.
+
+    Args:
+        alphas: Diagonal.
+        betas: Beside it; the last one is not read.
+
+    Formula: Newton's method from a bound above all eigenvalues, on the determinant `Π q_i` of `x - T` with
+    `q_i = x - α_i - β²_{i-1}/q_{i-1}`, whose roots it meets from above; there the last `q_i` vanishes, and the entry's
+    square is one over its derivative.
+    """
+    beside = [0.0, *betas[:-1], 0.0]
+    point = max(a + b + c for a, b, c in zip(alphas, beside, beside[1:], strict=False))
+    smallest = 1e-300 + 2.0**-52 * abs(point)
+    slope = 1.0
+    for _ in range(100):
+        pivot, slope, logarithmic = math.inf, 0.0, 0.0
+        for alpha, beta in zip(alphas, beside, strict=False):
+            ratio = beta / pivot
+            pivot = max(point - alpha - beta * ratio, smallest)
+            slope = 1.0 + ratio * ratio * slope
+            logarithmic += slope / pivot
+        if logarithmic * max(smallest, 1e-13 * abs(point)) >= 0.25:
+            break
+        point -= 1.0 / logarithmic
+    return point, slope

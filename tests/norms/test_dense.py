@@ -191,6 +191,35 @@ def test_a_lying_guide_cannot_push_a_bound_below_the_truth(answer: float, monkey
     assert dense_norm(weight[:20]) >= spectral(weight[:20]) * (1.0 - TRUTH_ROUNDING)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_guides_approach_the_largest_eigenvalue_from_below_and_know_how_far(family: str) -> None:
+    torch.manual_seed(0)
+    matrix = FAMILIES[family](150, 170)
+    gram = matrix @ matrix.mT
+    values = torch.linalg.eigvalsh(gram)
+    found = list(eigenvalue.ritz_values(gram))
+    # Rounding is relative to the largest; copies of converged values are lost orthogonality.
+    rounding = 1e-8 * float(values[-1])
+    assert float(values[-1]) == 0.0 or family == "hidden_top" or found[-1][0] >= 0.999 * float(values[-1])
+    for value, residual in found[:3]:
+        assert value <= float(values[-1]) + rounding
+        assert float((values - value).abs().min()) <= 1.01 * residual + rounding
+
+
+def test_the_largest_eigenvalue_of_a_tridiagonal_matrix_is_that_of_lapack() -> None:
+    torch.manual_seed(0)
+    for size in (1, 2, 12, 60):
+        for scale in (0.0, 1e-12, 1.0, 1e9):
+            diagonal, beside = torch.randn(2, size, dtype=torch.float64)
+            beside = beside.abs() * scale
+            matrix = torch.diag(diagonal) + torch.diag(beside[:-1], 1) + torch.diag(beside[:-1], -1)
+            expected = torch.linalg.eigvalsh(matrix)
+            value, slope = eigenvalue._tridiagonal_top(diagonal.tolist(), beside.tolist())
+            # Newton's method stops at 1e-13.
+            assert abs(value - float(expected[-1])) <= 1e-11 * float(expected.abs().max())
+            assert slope >= 1.0
+
+
 def test_when_no_factorisation_succeeds_the_products_still_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     weight = torch.randn(30, 40)
