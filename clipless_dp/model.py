@@ -372,10 +372,12 @@ class DPLipModel(nn.Module):
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
         sharding.part_(self)
+        sharded = sharding.is_sharded(self)
         for leaf in self._leaves:
-            known = sharding.hooks_of_sharding(leaf.module)
-            replaced = leaf.find(self.net) is not leaf.module or kind_of(leaf.module) is not leaf.kind
-            if replaced or is_hooked(leaf.module, besides=known):
+            kind, known = type(leaf.module), None
+            if sharded:
+                kind, known = kind_of(leaf.module), sharding.hooks_of_sharding(leaf.module)
+            if leaf.find(self.net) is not leaf.module or kind is not leaf.kind or is_hooked(leaf.module, besides=known):
                 raise PrivacyError(
                     f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
                     "bounds are not its own. Wrap the changed network in a new DPLipModel"
@@ -389,14 +391,14 @@ class DPLipModel(nn.Module):
                 "wrapping model's own .to()"
             )
         unknown = any(id(parameter) not in self._traced.names for parameter in self.net.parameters())
-        if sharding.has_shards(self):
+        if sharded or (unknown and sharding.has_shards(self)):
             self._check_shards(adopt=unknown)
         elif unknown:
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
         if any(leaf.settings() != leaf.known for leaf in self._leaves):
-            if sharding.is_sharded(self):
+            if sharded:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
                 )

@@ -241,9 +241,10 @@ def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
         leaf: the module.
         besides: hooks that are methods of this object are known and left out.
     """
-    kinds = (leaf._forward_hooks, leaf._forward_pre_hooks, leaf._backward_hooks, leaf._backward_pre_hooks)
-    for hook in (hook for hooks in kinds for hook in hooks.values()):
-        if besides is None or getattr(hook, "__self__", None) is not besides:
+    if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
+        kinds = (leaf._forward_hooks, leaf._forward_pre_hooks, leaf._backward_hooks, leaf._backward_pre_hooks)
+        owners = {getattr(hook, "__self__", None) for hooks in kinds for hook in hooks.values()}
+        if besides is None or owners != {besides}:
             return True
     if "forward" in vars(leaf):
         return True

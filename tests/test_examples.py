@@ -126,6 +126,7 @@ def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     [
         ["step.py", "--quick", "--networks", "mlp", "--batches", "64", "--contenders", "SGD", "gated", "spectral"],
         ["gradient_gates.py", "--quick"],
+        ["sharding.py", "--quick"],
     ],
     ids=lambda command: command[0],
 )

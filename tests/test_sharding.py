@@ -14,6 +14,7 @@ from clipless_dp import (
     PoissonBatches,
     ReproducibleNoise,
     SystemNoise,
+    audit,
     constraints,
     distributed,
     fit,
@@ -365,6 +366,9 @@ def refused():
         ),
         "a rule of your own": refusal_to_build(lambda: sgd(fully_shard(with_own_rule()))),
         "not summed": refusal_to_build(lambda: kept_back(sums)),
+        "an audit attacks whole weights": refusal_to_build(
+            lambda: audit.sensitivity(fully_shard(gated_model()))  # type: ignore[arg-type]
+        ),
         "audit before fully_shard": refusal_to_build(
             lambda: fit(fully_shard(gated_model()), samples(300), **RUN, audit=True)  # type: ignore[arg-type]
         ),

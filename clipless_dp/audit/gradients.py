@@ -10,6 +10,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from clipless_dp import sharding
 from clipless_dp.errors import AuditError, ConfigurationError
 from clipless_dp.losses import BoundedLoss
 from clipless_dp.model import DPLipModel
@@ -118,13 +119,17 @@ def sensitivity(model: DPLipModel, batch: tuple[Tensor, Tensor] | None = None, *
     Raises:
         AuditError: an attack passed a bound: a rule, a certificate or a gate is wrong. It holds the report.
         InputError: the batch does not fit the model.
-        ConfigurationError: ``steps`` is negative.
+        ConfigurationError: ``steps`` is negative, or each rank holds a part of the model only.
 
     Guarantee:
         None: an attack that fails proves nothing. What it refutes is wrong.
     """
     if not (isinstance(steps, int) and steps >= 0):
         raise ConfigurationError(f"steps must be an integer of at least 0, got {steps!r}")
+    if sharding.has_shards(model):
+        raise ConfigurationError(
+            "an audit attacks whole weights, of which each rank holds a part: audit before fully_shard"
+        )
     if batch is not None:
         model.check_inputs(batch[0])
     victim = copy.deepcopy(model).to(device="cpu", dtype=torch.float64)
