@@ -40,17 +40,28 @@ from clipless_dp.precision import refuse_autocast
 from clipless_dp.tracing import TracedNet
 
 _BLOCK_ENTRIES = 1 << 17
-"""Entries of an activation at once: in float32 half a megabyte, so that two of them fit a core's cache."""
+"""Entries of an activation at once on each thread: in float32 half a megabyte, so that two fit a core's cache."""
 
 _CONVOLUTION_ENTRIES = 1 << 20
 """The same for the backward pass of a convolution, each call of which costs a fixed time."""
 
-Entry = tuple[Tensor, float]
-"""Norms ``(B,)`` of the network's inputs, and the radius of the input gate that they have yet to pass."""
-
 Slope = tuple[Tensor, Tensor | None]
 """What the Jacobian of a gate before a layer needs for each sample ``x``: ``1/‖x‖²``, or zero where the gate is linear;
 and its product with the cotangent where it is known."""
+
+
+class Entry(NamedTuple):
+    """The input gate that the network's inputs have yet to pass.
+
+    Attributes:
+        norms: of the inputs, ``(B,)``.
+        radius: of the gate.
+        whole: whether none of them is lost in the gate.
+    """
+
+    norms: Tensor
+    radius: float
+    whole: bool
 
 
 class Stage(NamedTuple):
@@ -101,10 +112,10 @@ class Stage(NamedTuple):
         """A bias in a shape that fits the output."""
         return bias if isinstance(self.layer, nn.Linear) else bias.reshape(-1, *[1] * len(self.layer.kernel_size))
 
-    def bias_gradient(self, cotangents: Tensor) -> Tensor:
-        """The sum over samples and positions."""
-        axes = range(cotangents.dim() - 1) if isinstance(self.layer, nn.Linear) else (0, *range(2, cotangents.dim()))
-        return cotangents.sum(tuple(axes))
+    def totals(self, maps: Tensor) -> Tensor:
+        """Sums over positions: what is of the output's shape, to ``(B, O)``."""
+        positions = range(1, maps.dim() - 1) if isinstance(self.layer, nn.Linear) else range(2, maps.dim())
+        return maps.sum(tuple(positions)) if positions else maps
 
     def reference(self, values: Tensor) -> Tensor:
         """The same by the modules themselves."""
@@ -160,7 +171,7 @@ def _interleaved(weight: Tensor) -> Tensor:
 def _blocks(values: Tensor, limit: int = 0) -> Iterator[slice]:
     """Rows of a batch in parts of about one size, with so many entries."""
     batch = len(values)
-    count = max(1, min(batch, round(values.numel() / (limit or _BLOCK_ENTRIES))))
+    count = max(1, min(batch, round(values.numel() / ((limit or _BLOCK_ENTRIES) * torch.get_num_threads()))))
     step = math.ceil(batch / count)
     return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
 
@@ -187,9 +198,9 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
     """The factors of the gates before a layer, and its input without the samples that they drop."""
     ball: Tensor | None = None
     if entry is not None:
-        raw, radius = entry
+        raw, radius, whole = entry
         ball = _factors(radius, raw, radius)
-        norms = torch.where(raw <= _largest(radius, raw.dtype), raw * ball, torch.nan)
+        norms = raw * ball if whole else torch.where(raw <= _largest(radius, raw.dtype), raw * ball, torch.nan)
     if stage.before is None and ball is None:
         return _Kept(values, None, norms, None, len(values))
     if norms is None:
@@ -267,7 +278,7 @@ def _arrived(
     into: Tensor,
     biased: bool,
     wanted: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Takes cotangents of some rows back through ReLU, cotangent gate and scaling.
 
     Args:
@@ -281,31 +292,35 @@ def _arrived(
             ``⟨y, g⟩/s``, since ``y`` is ``s·Wx`` wherever ``g`` is not zero.
 
     Returns:
-        The result, the bias's gradient and the products.
+        The bias's gradient and the products.
     """
     if stage.rectified:
         cotangents = torch.ops.aten.threshold_backward.grad_input(cotangents, output, 0, grad_input=into)
-    gradient, products, unscaled = None, None, scales
+    factors, shares, gradient, products = scales, None, None, None
     if stage.behind is not None:
         gate, norms = stage.behind, sample_norms(cotangents)
-        factors = _factors(gate.limit, norms, gate.floor if gate.mode == "normalize" else gate.limit)
-        if scales is not None and not biased:
-            # One pass for both factors. Where float32 has no exact product of them, the sample passes nothing.
-            factors.mul_(scales)
-            factors, unscaled = torch.where(factors >= 1.0 / _LARGEST_RATIO, factors, 0.0), None
-        cotangents = torch.mul(cotangents, _per_sample(factors, into), out=into)
-        _drop_rows_(cotangents, norms, _largest(gate.limit, norms.dtype))
+        most, largest = float(norms.max()), _largest(gate.limit, norms.dtype)
+        if not most <= largest:
+            cotangents = _drop_rows_(into.copy_(cotangents), norms, largest)
+            norms = torch.where(norms <= largest, norms, 0.0)
+        if gate.mode == "normalize" or not most <= gate.limit:
+            shares = factors = _factors(gate.limit, norms, gate.floor if gate.mode == "normalize" else gate.limit)
+            if scales is not None:
+                # One pass for both factors. Where float32 has no exact product of them, the sample passes nothing.
+                factors = shares * scales
+                factors = torch.where(factors >= 1.0 / _LARGEST_RATIO, factors, 0.0)
     if biased:
-        gradient = stage.bias_gradient(cotangents)
-    if unscaled is not None:
-        cotangents = torch.mul(cotangents, _per_sample(unscaled, into), out=into)
-    if cotangents.data_ptr() != into.data_ptr():
-        cotangents = into.copy_(cotangents)
+        totals = stage.totals(cotangents)
+        gradient = totals.sum(0) if shares is None else shares @ totals
+    if factors is not None:
+        torch.mul(cotangents, _per_sample(factors, into), out=into)
+    elif cotangents.data_ptr() != into.data_ptr():
+        into.copy_(cotangents)
     if wanted:
         assert scales is not None
-        products = _products(cast(Tensor, output), cotangents)
+        products = _products(cast(Tensor, output), into)
         products = torch.where(scales > 0.0, products / scales, 0.0)
-    return cotangents, gradient, products
+    return gradient, products
 
 
 class _ChainFunction(torch.autograd.Function):
@@ -315,7 +330,7 @@ class _ChainFunction(torch.autograd.Function):
     def forward(
         ctx: Any, values: Tensor, entry: Entry | None, stages: tuple[Stage, ...], *parameters: Tensor | None
     ) -> Tensor:
-        ctx.stages, ctx.radius, ctx.rows = stages, None if entry is None else entry[1], []
+        ctx.stages, ctx.radius, ctx.rows = stages, None if entry is None else entry.radius, []
         saved: list[Tensor | None] = [values, *parameters]
         signal, norms = values, None
         for index, stage in enumerate(stages):
@@ -397,36 +412,57 @@ def _passed_linear(
     """One linear layer; the gate's Jacobian is left to whoever reads the result next."""
     gate = stage.gradient_gate
     gated = cotangents if owned else torch.empty_like(cotangents, memory_format=torch.contiguous_format)
-    lengths = None if gate is None or not needed[1] else _lengths(stage, kept)
     biases: list[Tensor] = []
-    factors: list[Tensor] = []
+    sizes: list[Tensor] = []
     for rows in _blocks(gated):
         arriving, made, into = cotangents[rows], None if output is None else output[rows], gated[rows]
         if slope is not None:
             _project(arriving, cast(Tensor, made), slope, rows, arriving)
-        scales = None if kept.scales is None else kept.scales[rows]
-        if gate is None:
-            _, bias, _ = _arrived(stage, arriving, made, scales, into, needed[2], False)
-            biases += [] if bias is None else [bias]
-            continue
-        _arrived(stage, arriving, made, None, into, False, False)
-        counted, sizes = _zeroed(into)
-        if needed[2]:
-            biases.append(_bias_gradient(counted, sizes, *gate.gates()[1]))
-        if lengths is not None:
-            factors.append(_gradient_factors((lengths[rows] + _UNDERFLOW) * (sizes + _UNDERFLOW), *gate.gates()[0]))
-            if counted is not into:
-                factors[-1].masked_fill_(~(sample_norms(into) <= _LARGEST_NORM), torch.nan)
-        if scales is not None:
-            into.mul_(_per_sample(scales, into))
-    gradient = _outer(gated, kept.values, kept.rows) if gate is None and needed[1] else None
+        scales = None if kept.scales is None or gate is not None else kept.scales[rows]
+        bias, _ = _arrived(stage, arriving, made, scales, into, needed[2] and gate is None, False)
+        biases += [] if bias is None else [bias]
+        sizes += [] if gate is None else [sample_norms(into)]
+    if gate is not None:
+        return _passed_gated(stage, gate, kept, weight, gated, torch.cat(sizes), needed)
+    gradient = _outer(gated, kept.values, kept.rows) if needed[1] else None
     passed = gated @ weight if needed[0] else None
     if passed is not None and kept.lost is not None:
         passed.index_fill_(0, kept.lost, 0.0)
-    if lengths is not None:
-        gradient = _gated_outer(gated, kept, lengths, torch.cat(factors))
-    left = None if passed is None or stage.before is None else _slope(stage, cast(Tensor, kept.norms))
-    return gated if passed is None else passed, gradient, _total(biases), left
+    return gated if passed is None else passed, gradient, _total(biases), _left_over(stage, kept, passed)
+
+
+def _passed_gated(
+    stage: Stage,
+    gate: GradientGatedLinear,
+    kept: _Kept,
+    weight: Tensor,
+    cotangents: Tensor,
+    norms: Tensor,
+    needed: Needed,
+) -> Passed:
+    """What is left of a layer with gradient gates, from cotangents ``(B, O)`` of these norms, which are overwritten."""
+    gradient, bias, factors = None, None, None
+    counted, sizes = _zeroed(cotangents, norms)
+    if needed[2]:
+        bias = _bias_gradient(counted, sizes, *gate.gates()[1])
+    if needed[1]:
+        lengths = _lengths(stage, kept)
+        factors = _gradient_factors((lengths + _UNDERFLOW) * (sizes + _UNDERFLOW), *gate.gates()[0])
+        if counted is not cotangents:
+            factors.masked_fill_(~(norms <= _LARGEST_NORM), torch.nan)
+    if kept.scales is not None:
+        cotangents.mul_(_per_sample(kept.scales, cotangents))
+    passed = cotangents @ weight if needed[0] else None
+    if passed is not None and kept.lost is not None:
+        passed.index_fill_(0, kept.lost, 0.0)
+    if factors is not None:
+        gradient = _gated_outer(cotangents, kept, lengths, factors)
+    return cotangents if passed is None else passed, gradient, bias, _left_over(stage, kept, passed)
+
+
+def _left_over(stage: Stage, kept: _Kept, passed: Tensor | None) -> Slope | None:
+    """The Jacobian of the gate before the layer, which is applied by whoever reads the result next."""
+    return None if passed is None or stage.before is None else _slope(stage, cast(Tensor, kept.norms))
 
 
 def _outer(cotangents: Tensor, values: Tensor, rows: int) -> Tensor:
@@ -475,7 +511,7 @@ def _passed_convolution(
             _project(arriving, cast(Tensor, made), slope, rows, arriving)
         scales = None if kept.scales is None else kept.scales[rows]
         into = arriving if owned else torch.empty_like(arriving)
-        _, bias, products = _arrived(stage, arriving, made, scales, into, needed[2], wanted)
+        bias, products = _arrived(stage, arriving, made, scales, into, needed[2], wanted)
         biases += [] if bias is None else [bias]
         counted = slice(rows.start, min(rows.stop, kept.rows))
         if not any(needed[:2]) or counted.start >= counted.stop:

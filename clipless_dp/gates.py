@@ -98,10 +98,15 @@ def _per_sample(factors: Tensor, like: Tensor) -> Tensor:
     return factors.reshape(-1, *([1] * (like.dim() - 1)))
 
 
+def _can_look(values: Tensor) -> bool:
+    """Whether numbers can be looked at: on a CPU nothing is waited for, and in a compiled graph there are none."""
+    return values.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def _drop_rows_(values: Tensor, norms: Tensor, largest: float) -> Tensor:
     """Zeroes the rows of a fresh tensor whose norms ``(B,)`` are above ``largest`` or NaN, whatever they hold."""
-    if values.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Nearly always there is nothing to do, and the CPU can look without waiting for a device.
+    if _can_look(values):
+        # Nearly always there is nothing to do.
         if len(norms) and not float(norms.detach().max()) <= largest:
             values.index_fill_(0, (~(norms.detach() <= largest)).nonzero().flatten(), 0.0)
         return values
@@ -195,6 +200,8 @@ class _CotangentGateFunction(torch.autograd.Function):
         (cotangent,) = cotangents
         # Autograd runs the products behind the gate under the settings of whoever calls backward.
         norms = outside_autocast(sample_norms(cotangent))
+        if not ctx.normalize and _can_look(norms) and len(norms) and float(norms.detach().max()) <= ctx.limit:
+            return cotangent, None, None, None
         factors = _factors(ctx.limit, norms, ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
         return _drop_rows_(gated, norms, _largest(ctx.limit, norms.dtype)), None, None, None

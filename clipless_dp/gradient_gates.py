@@ -44,9 +44,9 @@ _GRAM_GAIN = 8.0
 """Products of matrices that take as long as an entry of a per-sample gradient takes to be written and read twice."""
 
 
-def _zeroed(values: Tensor) -> tuple[Tensor, Tensor]:
+def _zeroed(values: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Rows of norm above 1e18, or without one, become zero; and the norms of the result."""
-    norms = sample_norms(values)
+    norms = sample_norms(values) if norms is None else norms
     usable = norms <= _LARGEST_NORM
     if not torch.compiler.is_compiling() and values.device.type == "cpu" and bool(usable.all()):
         return values, norms

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.gates import _can_look
 
 
 class Loss(ABC):
@@ -51,8 +52,8 @@ def _positive(name: str, value: float) -> float:
     return float(value)
 
 
-def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Valid class indices, and a mask of the samples whose label is one."""
+def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Valid class indices, and a mask of the samples whose label is one; ``None`` where all are seen to be."""
     if output.dim() != 2:
         raise InputError(f"expected class scores (batch, classes), got {tuple(output.shape)}")
     if target.shape != output.shape[:1] or target.is_floating_point() or target.is_complex():
@@ -60,6 +61,8 @@ def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
             f"expected integer labels of shape {tuple(output.shape[:1])}, got {target.dtype} {tuple(target.shape)}"
         )
     target = target.long()
+    if _can_look(target) and len(target) and int(target.min()) >= 0 and int(target.max()) < output.shape[1]:
+        return target, None
     valid = (target >= 0) & (target < output.shape[1])
     return target.clamp(0, output.shape[1] - 1), valid
 
@@ -155,8 +158,8 @@ def balanced_weights(priors: Sequence[float], power: float = 1.0) -> tuple[float
     return tuple(prior**-power / total for prior in known)
 
 
-def _invalid_as_nan(losses: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid, losses, torch.full_like(losses, math.nan))
+def _invalid_as_nan(losses: Tensor, valid: Tensor | None) -> Tensor:
+    return losses if valid is None else torch.where(valid, losses, torch.full_like(losses, math.nan))
 
 
 class TauCrossEntropy(Loss):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from clipless_dp import distributed, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
-from clipless_dp.fusion import FusedNet
-from clipless_dp.gates import _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.fusion import Entry, FusedNet
+from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -174,16 +174,20 @@ class DPLipModel(nn.Module):
         if fused is not None and fused.takes_entry and not inputs.requires_grad:
             norms = sample_norms(inputs)
             finite = norms <= _largest(self.input_norm, norms.dtype)
-            outputs = fused.module(inputs, (norms, self.input_norm))
+            whole = bool(finite.all())
+            outputs = fused.module(inputs, Entry(norms, self.input_norm, whole))
         else:
             if self._vocabulary is None:
                 gated, finite = input_gate(inputs, self.input_norm)
             else:
                 gated, finite = token_gate(inputs, self._vocabulary)
+            whole = _can_look(finite) and bool(finite.all())
             outputs = (net or (self._graph[0] if fused is None else fused.module))(gated)
         outputs = cotangent_gate(outputs, self.cotangent_norm)
-        rows = finite.reshape(-1, *([1] * len(self.output_shape)))
-        return torch.where(rows, outputs, torch.full((), math.nan, dtype=outputs.dtype, device=outputs.device))
+        if whole:
+            # Not the gate's view: what is returned may be overwritten.
+            return outputs.clone()
+        return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
 
     def loss(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Sum of the samples' losses.
@@ -211,6 +215,10 @@ class DPLipModel(nn.Module):
                 f"on {output.device}"
             )
         losses = self.loss_function.per_sample(output, target)
+        if _can_look(losses):
+            total = losses.sum() if mask is None else losses.masked_fill(~mask, 0.0).sum()
+            if math.isfinite(total.detach()):
+                return total
         counted = torch.isfinite(losses)
         dropped = ~counted if mask is None else mask & ~counted
         if torch.is_grad_enabled():

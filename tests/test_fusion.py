@@ -336,8 +336,8 @@ def test_padding_leaves_a_chain_as_zero_samples_do() -> None:
         model = model_of(name)
         chain = next(chain for chain in model._fused.module.children() if isinstance(chain, fusion.Chain))
         inputs, _ = batch_of(model, 5, "tail")
-        found = chain(inputs, (fusion.sample_norms(inputs), 3.0))
-        expected = chain(inputs.nan_to_num(), (fusion.sample_norms(inputs.nan_to_num()), 3.0))
+        found = chain(inputs, fusion.Entry(fusion.sample_norms(inputs), 3.0, False))
+        expected = chain(inputs.nan_to_num(), fusion.Entry(fusion.sample_norms(inputs.nan_to_num()), 3.0, True))
         assert torch.equal(found, expected)
 
 
@@ -403,14 +403,16 @@ MUTANTS = (
         "no factor of the gate in the gradient",
         fusion,
         "_arrived",
-        "torch.mul(cotangents, _per_sample(unscaled, into), out=into)",
-        "into",
+        "torch.mul(cotangents, _per_sample(factors, into), out=into)",
+        "into.copy_(cotangents)",
     ),
     Mutant("a larger cap", fusion, "_arrived", "_factors(gate.limit, norms", "_factors(2.0 * gate.limit, norms"),
     Mutant("normalised instead of clipped", fusion, "_arrived", "else gate.limit)", "else gate.floor)"),
     Mutant("no ReLU on the way back", fusion, "_arrived", "if stage.rectified:", "if False:"),
     Mutant("the wrong floor", fusion, "_slope", "norms > stage.floor", "norms > 0.0"),
-    Mutant("no factor of the gate without a bias", fusion, "_arrived", "factors.mul_(scales)", "pass"),
+    Mutant("no factor of the gate before", fusion, "_arrived", "factors = shares * scales", "pass"),
+    Mutant("a bias that is not capped", fusion, "_arrived", "shares @ totals", "totals.sum(0)"),
+    Mutant("a looser look", fusion, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"),
     Mutant("products scaled", fusion, "_arrived", "products / scales", "products"),
     Mutant("nothing projected", fusion, "_project", "value=-1", "value=0"),
     Mutant("projected twice", fusion, "_project", "value=-1", "value=-2"),
@@ -431,9 +433,13 @@ MUTANTS = (
     ),
     Mutant("lengths before the gate", fusion, "_lengths", "if stage.before is not None:", "if False:"),
     Mutant("weights not capped", fusion, "_gated_outer", "cotangents.mul_(factors.unsqueeze(1))", "pass"),
-    Mutant("lengths of another block", fusion, "_passed_linear", "lengths[rows]", "lengths[: len(into)]"),
+    Mutant("the bias's gate for the weight", fusion, "_passed_gated", "*gate.gates()[0])", "*gate.gates()[1])"),
     Mutant(
-        "capped cotangents go on", fusion, "_passed_linear", "into, False, False)", "into, False, False)[0].mul_(0.5)"
+        "capped cotangents go on",
+        fusion,
+        "_passed_gated",
+        "passed = cotangents @ weight",
+        "passed = (cotangents * factors.unsqueeze(1)) @ weight",
     ),
     Mutant("positions in another order", gradient_gates, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
     Mutant("only the last block's bias", fusion, "_total", "parts[0].add_(part)", "parts[0].copy_(part)"),

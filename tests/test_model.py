@@ -176,6 +176,21 @@ def test_a_label_out_of_range_contributes_nothing_and_is_counted(label: int) -> 
     assert_same(found, gradients(model, inputs[kept], targets[kept]))
 
 
+@pytest.mark.parametrize("bad", [0.0, math.nan])
+def test_finite_rows_that_a_mask_leaves_out_contribute_nothing_and_outputs_may_be_overwritten(bad: float) -> None:
+    model = dense_model()
+    inputs, targets = torch.randn(4, 4), torch.tensor([0, 1, 2, 0])
+    inputs[3] = bad
+    mask = torch.tensor([True, False, True, False])
+    expected = gradients(model, inputs[mask], targets[mask])
+    model.zero_grad(set_to_none=True)
+    output = model(inputs)
+    assert not math.isnan(bad) or bool(output[3].isnan().all())
+    output[1] = 100.0
+    model.loss(output, targets, mask).backward()
+    assert_same({name: p.grad for name, p in model.net.named_parameters() if p.grad is not None}, expected)
+
+
 def test_masked_rows_contribute_nothing_whatever_they_hold_and_are_not_counted() -> None:
     model = dense_model()
     inputs, targets = torch.randn(4, 4), torch.tensor([0, 1, 99, 2])
