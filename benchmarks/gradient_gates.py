@@ -5,8 +5,9 @@
 
 Networks of ``benchmarks/step.py``. Contenders take turns, so that what else the machine does hits all alike; figures
 are medians over rounds of the processor time of one forward and backward pass, and of its ratio to plain torch in
-the same round. Peak: bytes held by tensors during one pass. The C library's allocator is told to keep its memory, as
-a GPU's does, unless ``--default-allocator``. ``step.py`` has whole private steps, sampling and noise included.
+the same round. Networks with gates run as they are trained, in a ``DPLipModel``, its input gate and its loss included.
+Peak: bytes held by tensors during one pass. The C library's allocator is told to keep its memory, as a GPU's does,
+unless ``--default-allocator``. ``step.py`` has whole private steps, sampling and noise included.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from step import ALLOCATORS, RESULTS, network
 
-from clipless_dp import gradient_gated
+from clipless_dp import DPLipModel, gradient_gated, losses
 from clipless_dp.gradient_gates import gradient_gated_layer
 from clipless_dp.memory import traffic
 
@@ -48,15 +50,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def compared(runs: dict[str, Run], rounds: int) -> dict[str, Any]:
-    """Processor times of ``plain`` and ``gated``, in turns, and their peaks."""
+    """Times of ``plain`` and ``gated``, in turns, and their peaks."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in runs}
     for run in runs.values():
         run()
     for _ in range(rounds):
         for name, run in runs.items():
-            start = time.process_time()
+            start = clock()
             run()
-            times[name].append(time.process_time() - start)
+            times[name].append(clock() - start)
     ratios = [gated / plain for plain, gated in zip(times["plain"], times["gated"], strict=True)]
     peaks = {name: traffic(run, torch.device("cpu")).peak for name, run in runs.items()}
     return {
@@ -71,12 +74,17 @@ def compared(runs: dict[str, Run], rounds: int) -> dict[str, Any]:
 def of_network(kind: str, batch: int, rounds: int) -> dict[str, Any]:
     inputs, targets = torch.rand(batch, 1, 28, 28), torch.randint(10, (batch,))
 
-    def passes(net: nn.Module) -> None:
-        net.zero_grad()
-        functional.cross_entropy(net(inputs), targets, reduction="sum").backward()
+    plain = network(kind)
+    gated = DPLipModel(
+        gradient_gated(network(kind)), input_shape=(1, 28, 28), input_norm=8.0, loss=losses.TauCrossEntropy()
+    )
 
-    plain, gated = network(kind), gradient_gated(network(kind))
-    found = compared({"plain": lambda: passes(plain), "gated": lambda: passes(gated)}, rounds)
+    def passes(net: nn.Module, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        net.zero_grad()
+        loss(net(inputs), targets).backward()
+
+    summed = partial(functional.cross_entropy, reduction="sum")
+    found = compared({"plain": lambda: passes(plain, summed), "gated": lambda: passes(gated, gated.loss)}, rounds)
     return {"network": kind, "batch": batch, **found}
 
 
@@ -98,6 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=[256, 2048])
     parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--threads", type=int, default=1, help="with more than one, elapsed time")
     parser.add_argument("--quick", action="store_true", help="few rounds, the smaller batch, nothing written")
     parser.add_argument("--default-allocator", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "gradient-gates.json")
@@ -108,7 +117,7 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **kept})
     if options.quick:
         options.batches, options.rounds = options.batches[:1], 3
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     rows = [of_network(kind, batch, options.rounds) for kind in ("mlp", "cnn") for batch in options.batches]
     rows += [of_layer(name, 128, options.rounds) for name in LAYERS]
@@ -122,7 +131,7 @@ def main() -> None:
         report = {
             "machine": platform.machine(),
             "torch": torch.__version__,
-            "threads": 1,
+            "threads": options.threads,
             "rounds": options.rounds,
             "allocator": "default" if options.default_allocator else "keeps memory",
             "rows": rows,

@@ -246,6 +246,16 @@ class DPLipModel(nn.Module):
         self._kept = (key, sensitivity) if lasting else None
         return sensitivity
 
+    @property
+    def compiling_pays(self) -> bool:
+        """Whether a compiled graph may be faster than ``forward`` as it is.
+
+        Not on a CPU with signal gates around layers, or with convolutions in front of a max pooling: what is fused for
+        the CPU is not for compiled graphs, which take 1.5 times and more of its time.
+        """
+        device, dtype = self.device_and_dtype()
+        return not (self._fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
+
     def lipschitz_constant(self) -> float:
         """Certified Lipschitz constant of the network at the current weights, in Euclidean norms.
 

@@ -225,7 +225,8 @@ def fit(
             that would exceed the target is refused still.
         compile: runs forward pass, loss and backward pass as one compiled graph, see :func:`compiled_loss`: ``True``,
             or the name of a backend of ``torch.compile``. Noise, update and projections stay as they are: few large
-            operations, which draw from generators of their own.
+            operations, which draw from generators of their own. ``True`` compiles where that pays
+            (:attr:`DPLipModel.compiling_pays`); a name always does.
         audit: attack the bounds (:func:`clipless_dp.audit.sensitivity`) before training, and at the weights of each
             ``checkpoint_every`` epochs, with or without a checkpoint file.
         augment: makes random views of training samples: a function of one sample, or a
@@ -345,6 +346,7 @@ def fit(
         average=average,
         factors=factors,
     )
+    compile = compile if isinstance(compile, str) or model.compiling_pays else False
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
     one_shape = bool(compile) and device.type != "cpu"
     if distributed.world().size > 1:

@@ -22,6 +22,7 @@ from clipless_dp import (
     evaluate,
     fit,
     gated,
+    gradient_gated,
     losses,
 )
 from clipless_dp import checkpoint as checkpoint_module
@@ -420,6 +421,32 @@ def test_more_models_than_the_limit_of_recompilations_can_be_compiled():
         model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
         loss = training_module.compiled_loss(model, "eager")(inputs, targets, torch.ones(8, dtype=torch.bool))
         torch.testing.assert_close(loss, model.loss(model(inputs), targets))
+
+
+def pooled_model():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, stride=2), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten(), nn.Linear(16, 3))
+    net = gradient_gated(net, layers=["0"])
+    return DPLipModel(net, input_shape=(1, 7, 7), input_norm=3.0, loss=losses.TauCrossEntropy(4.0))
+
+
+@pytest.mark.parametrize(
+    ("build", "compiled"),
+    [(gated_model, False), (normalised_model, False), (pooled_model, False), (constrained_model, True)],
+)
+def test_on_a_cpu_what_runs_fused_is_compiled_by_name_only(build, compiled, monkeypatch):
+    asked = []
+
+    def compiled_loss(model, backend):
+        asked.append(backend)
+        return lambda inputs, targets, mask: model.loss(model(inputs), targets, mask)
+
+    monkeypatch.setattr(training_module, "compiled_loss", compiled_loss)
+    for compile in (True, "inductor"):
+        model = build()
+        data = torch.randn(300, *model.input_shape), torch.arange(300) % 3
+        fit(model, data, compile=compile, **RUN)
+    assert asked == ["inductor"] * (1 + compiled)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
