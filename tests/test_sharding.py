@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -542,7 +545,7 @@ def fitted_and_resumed(folder: str):
     for name, units, options in (
         ("parts", "layers", {}),
         ("other parts", "blocks", {}),
-        ("averaged", "layers", AVERAGED),
+        ("averaged", "the model", AVERAGED),
     ):
         assert fitted(units, f"{folder}/{name}", stop_after=4, **options) is None
     return {
@@ -552,8 +555,8 @@ def fitted_and_resumed(folder: str):
         "from one process": fitted("layers", f"{folder}/from one process"),
         "from replicas": fitted(None, f"{folder}/whole on each rank", stop_after=4)
         or fitted("layers", f"{folder}/whole on each rank"),
-        "averaged, whole": fitted("layers", **AVERAGED),
-        "averaged": fitted("layers", f"{folder}/averaged", **AVERAGED),
+        "averaged, whole": fitted("the model", **AVERAGED),
+        "averaged": fitted("the model", f"{folder}/averaged", **AVERAGED),
         "left for one process": fitted("blocks", f"{folder}/for one process", stop_after=4),
     }
 
@@ -604,3 +607,28 @@ def test_when_a_rank_dies_in_fit_the_run_stops_and_goes_on_from_its_checkpoint(t
     _, epsilon, history, steps = fitted(None, path, reproducible_seed=None, noise=Deadly())
     assert (steps, [record.step for record in history]) == (6, [3, 6])
     assert epsilon <= 4.0
+
+
+@pytest.mark.slow
+def test_torchrun_trains_uneven_parts_on_three_ranks_as_one_process_does(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, torch, torch.distributed as dist\n"
+        "from torch.distributed.fsdp import fully_shard\n"
+        "from tests import test_sharding as shared\n"
+        "dist.init_process_group('gloo')\n"
+        # Without a mesh: torch's default one.
+        "shared.fully_shard = fully_shard\n"
+        "changed, epsilon, *_ = shared.fitted('layers')\n"
+        "torch.save((changed, epsilon), f'{sys.argv[1]}/{dist.get_rank()}.pt')\n"
+        "dist.destroy_process_group()\n"
+    )
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(script)]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path)], cwd=root, env=environment, timeout=300, check=True)
+    alone, epsilon, *_ = fitted(None)
+    for rank in range(3):
+        changed, spent = torch.load(tmp_path / f"{rank}.pt")
+        assert same_weights(changed, alone)
+        assert spent == epsilon
