@@ -23,7 +23,7 @@ from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.rules.base import kind_of
 from clipless_dp.tightness import TightnessReport, measure
-from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, trace
+from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, parameters_of, trace
 from clipless_dp.tracker import (
     Relation,
     Sensitivity,
@@ -238,7 +238,7 @@ class DPLipModel(nn.Module):
         """
         self._follow_changes()
         limits = self._limits()
-        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in self.net.parameters()))
+        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self.net)))
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
         whole = not sharding.is_sharded(self)
@@ -408,7 +408,7 @@ class DPLipModel(nn.Module):
                 "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
                 "wrapping model's own .to()"
             )
-        unknown = any(id(parameter) not in self._traced.names for parameter in self.net.parameters())
+        unknown = any(id(parameter) not in self._traced.names for parameter in parameters_of(self.net))
         if sharded or (unknown and sharding.has_shards(self)):
             self._check_shards(adopt=unknown)
         elif unknown:

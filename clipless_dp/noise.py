@@ -107,8 +107,10 @@ _DEVICE_BLOCK = 1 << 26
 """Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads."""
 
 
-def add_normal_(tensors: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource) -> None:
-    """Adds independent Gaussian noise of its own standard deviation to each tensor, in place.
+def add_normal_(
+    tensors: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource, factor: float = 1.0
+) -> None:
+    """Adds independent Gaussian noise of its own standard deviation to each tensor, then scales the sums, in place.
 
     The numbers are drawn in blocks, which cut large tensors and gather small ones: never a second tensor of a large
     parameter's size on the CPU. Secure noise forms its sums itself.
@@ -117,10 +119,12 @@ def add_normal_(tensors: Sequence[Tensor], deviations: Sequence[float], source: 
         tensors: any shapes, of one device and dtype.
         deviations: the standard deviation for each.
         source: draws the numbers.
+        factor: of all sums.
     """
     if isinstance(source, SecureNoise):
         for tensor, deviation in zip(tensors, deviations, strict=True):
             source.add_(tensor, deviation)
+        torch._foreach_mul_(list(tensors), factor)
         return
     sizes = [tensor.numel() for tensor in tensors]
     block = max(_BLOCK, sum(sizes) // 16) if tensors[0].device.type == "cpu" else _DEVICE_BLOCK
@@ -130,7 +134,7 @@ def add_normal_(tensors: Sequence[Tensor], deviations: Sequence[float], source: 
     for tensor, deviation, size in zip(tensors, deviations, sizes, strict=True):
         if 8 * size <= block or not tensor.is_contiguous():
             if waiting + size > block:
-                _add_gathered_(gathered, source)
+                _add_gathered_(gathered, source, factor)
                 gathered, waiting = [], 0
             gathered.append((tensor, deviation, size))
             waiting += size
@@ -142,11 +146,11 @@ def add_normal_(tensors: Sequence[Tensor], deviations: Sequence[float], source: 
             room = len(part)
             buffer = buffer if len(buffer) >= room else buffer.new_empty(room)
             drawn = source.standard_normal_(buffer if len(buffer) == room else buffer[:room])
-            part.add_(drawn, alpha=deviation)
-    _add_gathered_(gathered, source)
+            part.add_(drawn, alpha=deviation).mul_(factor)
+    _add_gathered_(gathered, source, factor)
 
 
-def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSource) -> None:
+def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSource, factor: float) -> None:
     """The same for tensors with their deviations and sizes, from one draw."""
     if not parts:
         return
@@ -156,10 +160,11 @@ def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSour
         part if target.dim() == 1 else part.view(target.shape) for part, target in zip(drawn, targets, strict=True)
     ]
     if len(set(deviations)) == 1:
-        torch._foreach_add_(list(targets), shaped, alpha=deviations[0])
-        return
-    torch._foreach_mul_(shaped, list(deviations))
-    torch._foreach_add_(list(targets), shaped)
+        torch._foreach_add_(targets, shaped, alpha=deviations[0])
+    else:
+        torch._foreach_mul_(shaped, deviations)
+        torch._foreach_add_(targets, shaped)
+    torch._foreach_mul_(targets, factor)
 
 
 class SystemNoise:

@@ -30,6 +30,7 @@ from clipless_dp.noise import (
     noise_source,
     source_name,
 )
+from clipless_dp.tracing import parameters_of
 from clipless_dp.tracker import Sensitivity, stamp
 
 Sampling = Literal["announced", "poisson", "none"]
@@ -145,6 +146,7 @@ class CliplessDPOptimizer(Optimizer):
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
         self._last: tuple[int, Sensitivity] | None = None
         self._entered: list[Tensor] = []
+        self._named: dict[str, nn.Parameter] = {}
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share_state()
         self._require_protected()
@@ -419,8 +421,11 @@ class CliplessDPOptimizer(Optimizer):
         """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
         sharding.part_(self.model)
         parameters = self._parameters() if parameters is None else parameters
-        named = dict(self.model.net.named_parameters())
-        known = set(map(id, named.values()))
+        held = parameters_of(self.model.net)
+        if [*map(id, self._named.values())] != [*map(id, held)]:
+            self._named = dict(self.model.net.named_parameters())
+        named = self._named
+        known = set(map(id, held))
         foreign = [tuple(parameter.shape) for parameter in parameters if id(parameter) not in known]
         if foreign:
             raise PrivacyError(
@@ -463,10 +468,10 @@ class CliplessDPOptimizer(Optimizer):
             gradients.append(parameter.grad)
             scales.append(deviation)
         if self._world.size == 1:
-            self._add_noise(gradients, scales)
+            self._add_noise(gradients, scales, 1.0 / self.expected_batch_size)
         else:
             self._release_together(gradients, scales)
-        torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
+            torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
 
     def _note_learning_rates(self) -> None:
@@ -524,16 +529,16 @@ class CliplessDPOptimizer(Optimizer):
         self._lines_compared = max(0, len(lines) - 1)
         self._stopped = False
 
-    def _add_noise(self, gradients: Sequence[Tensor], scales: Sequence[float]) -> None:
-        """Adds the noise to the sums, or to this rank's part of them, which no other rank holds."""
+    def _add_noise(self, gradients: Sequence[Tensor], scales: Sequence[float], factor: float = 1.0) -> None:
+        """Adds the noise to the sums, or to this rank's part of them, which no other rank holds, and scales them."""
         if self._sharded and self.noise.reproducible:
             # All ranks draw the same numbers, for the whole, and each takes those of its part.
             drawn = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in gradients]
             add_normal_(drawn, scales, self.noise)
             for gradient, whole in zip(gradients, drawn, strict=True):
-                sharding.local(gradient).add_(sharding.local(sharding.split(whole, gradient)))
+                sharding.local(gradient).add_(sharding.local(sharding.split(whole, gradient))).mul_(factor)
             return
-        add_normal_([sharding.local(gradient) for gradient in gradients], scales, self.noise)
+        add_normal_([sharding.local(gradient) for gradient in gradients], scales, self.noise, factor)
 
     def _sensitivity(self) -> Sensitivity:
         """The model's bounds; after a change of settings the larger of old and new: either may have applied."""

@@ -17,19 +17,20 @@ from torch import Tensor, fx, nn
 
 from clipless_dp.distributed import copy_from_, from_first, on_any, together, world
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
-from clipless_dp.tracing import is_hooked
+from clipless_dp.tracing import is_hooked, modules_of
 
 Value = TypeVar("Value")
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether ``fully_shard`` splits the module's parameters among the ranks, and gathers them for each pass only."""
-    return hasattr(module, "set_requires_gradient_sync")
+    # A class is asked faster than a module, which looks among its parameters and parts first.
+    return hasattr(type(module), "set_requires_gradient_sync")
 
 
 def has_shards(model: nn.Module) -> bool:
     """Whether ``fully_shard`` was called on a module or a part of it."""
-    return any(is_sharded(part) for part in model.modules())
+    return any(is_sharded(part) for part in modules_of(model))
 
 
 def hooks_of_sharding(module: nn.Module) -> object:

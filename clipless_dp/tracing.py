@@ -234,6 +234,26 @@ def _misused_tokens(module: fx.GraphModule) -> Iterator[Unsupported]:
                     yield Unsupported(user.name, str(user.target), remedy)
 
 
+def modules_of(net: nn.Module) -> list[nn.Module]:
+    """What ``net.modules()`` yields, in its order, without a name for each: every step asks."""
+    found: dict[nn.Module, None] = {}
+
+    def collect(module: nn.Module) -> None:
+        found[module] = None
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                collect(child)
+
+    collect(net)
+    return list(found)
+
+
+def parameters_of(net: nn.Module) -> list[nn.Parameter]:
+    """What ``net.parameters()`` yields, in its order, without a name for each: every step asks."""
+    held = (parameter for module in modules_of(net) for parameter in module._parameters.values())
+    return list({id(parameter): parameter for parameter in held if parameter is not None}.values())
+
+
 def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
     """Whether hooks, or a forward set on the instance, may change a module's values or its parameters' gradients.
 
@@ -248,9 +268,11 @@ def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
             return True
     if "forward" in vars(leaf):
         return True
+    if not (leaf._parameters or leaf._modules):
+        return False
     return any(
         parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-        for parameter in leaf.parameters()
+        for parameter in parameters_of(leaf)
     )
 
 

@@ -26,7 +26,7 @@ from clipless_dp.gates import CotangentGate
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
 from clipless_dp.rules.base import LARGEST, kind_of
-from clipless_dp.tracing import TracedNet, place
+from clipless_dp.tracing import TracedNet, parameters_of, place
 
 Relation = Literal["add-or-remove-one", "replace-one"]
 
@@ -493,7 +493,7 @@ def parameter_device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtyp
     Raises:
         ConfigurationError: they are spread over several, or the dtype is neither float32 nor float64.
     """
-    kinds = {(parameter.device, parameter.dtype) for parameter in net.parameters()} or {
+    kinds = {(parameter.device, parameter.dtype) for parameter in parameters_of(net)} or {
         (torch.device("cpu"), torch.float32)
     }
     if len(kinds) != 1:

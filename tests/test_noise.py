@@ -14,7 +14,7 @@ from scipy import stats
 
 from clipless_dp import ConfigurationError, ReproducibleNoise, SystemNoise
 from clipless_dp import noise as noise_module
-from clipless_dp.noise import add_normal_, allocate, effective_noise_multiplier, system_generator
+from clipless_dp.noise import add_normal_, allocate, effective_noise_multiplier, noise_source, system_generator
 
 SCHEMES = ("global", "per-layer", "min-variance")
 shares = st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=8)
@@ -156,6 +156,26 @@ def test_every_number_drawn_enters_one_place_scaled_by_its_tensors_deviation(blo
     numbers = torch.cat([(t / d).flatten() for t, d in zip(tensors, deviations, strict=True)]).round().long()
     assert source.drawn == len(numbers)
     assert sorted(numbers.tolist()) == list(range(1, len(numbers) + 1))
+
+
+@pytest.mark.parametrize("source", [SystemNoise(), ReproducibleNoise(1), "secure"], ids=["system", "seeded", "secure"])
+def test_sums_are_scaled_once_noise_and_all(source, monkeypatch):
+    if source == "secure":
+        pytest.importorskip("cryptography")
+    source = noise_source(source)
+    monkeypatch.setattr(noise_module, "_BLOCK", 256)
+    # Cut, whole and gathered ones; noise that hardly shows beside the sums, or all there is.
+    shapes = [(40, 50), (15, 15), (3, 3), (2,)]
+    for sums, deviation, tolerance in ((8.0, 1e-6, 1e-5), (0.0, 4.0, None)):
+        tensors = [torch.full(shape, sums) for shape in shapes]
+        source.begin_step(0)
+        add_normal_(tensors, [deviation] * 4, source, 0.25)
+        entries = torch.cat([tensor.flatten() for tensor in tensors])
+        if tolerance is not None:
+            assert float((entries - 2.0).abs().max()) < tolerance
+        else:
+            # Five deviations of a variance of so many numbers.
+            assert float(entries.square().mean()) == pytest.approx(1.0, rel=5 * math.sqrt(2 / len(entries)))
 
 
 def test_noise_of_a_parameter_longer_than_a_block_is_white():

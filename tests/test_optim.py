@@ -850,3 +850,19 @@ def test_learning_rates_are_recorded_step_by_step_and_go_with_the_state():
     del state["clipless_dp"]["learning_rates"]
     second.load_state_dict(state)
     assert second.learning_rates == []
+
+
+def test_a_parameter_replaced_between_steps_is_refused_before_anything_is_released():
+    model = gated_model()
+    optimizer = sgd(model)
+    accumulate(model)
+    optimizer.step()
+    layer = model.net.get_submodule("0")
+    new = nn.Parameter(layer.weight.detach().clone())
+    layer.weight = new
+    for group in optimizer.param_groups:
+        group["params"] = [new if p.shape == new.shape else p for p in group["params"]]
+    accumulate(model)
+    with pytest.raises(PrivacyError, match="added or replaced"):
+        optimizer.step()
+    assert optimizer.steps_taken == len(optimizer.accountant) == 1
