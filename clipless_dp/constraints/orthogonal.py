@@ -102,10 +102,16 @@ class Orthogonal(Constraint):
             gradient.copy_(tangent_step(frame / typical_size(frame), noisy).reshape(gradient.shape))
 
     def _orthogonalize_(self, weight: Tensor, operator: Operator) -> None:
-        current = operator.matrix(weight) / self.limit
+        current = operator.matrix(weight)
+        # The division by the certified norm left all singular values at one size, far below the limit for kernels.
+        current = current / typical_size(current)
         current = current / overshoot(current)
+        enough = 0.5 * _SMALL * math.sqrt(min(current.shape[1:]))
         for _ in range(self.iterations):
-            current = bjorck_step(current)
+            before, current = current, bjorck_step(current)
+            # V - W is W(I - WᵀW)/2: near orthogonality half of what is left to do, before the step.
+            if float(torch.linalg.vector_norm(current - before, dim=(1, 2)).amax()) <= enough:
+                break
         weight.copy_((self.limit * current).reshape(weight.shape))
 
     def _orthogonalize_dense_(self, weight: Tensor) -> bool:
@@ -115,19 +121,18 @@ class Orthogonal(Constraint):
             NormError: an entry is not finite.
         """
         with certified_arithmetic(weight):
-            largest = _largest_entry(weight, self.limit)
-            if self.limit != 1.0:
-                weight /= self.limit
-            if largest >= 1.0:
-                # Away from the ends of the range first. Dividing by a power of two rounds nothing.
-                weight *= 2.0 ** -math.frexp(largest)[1]
             current = weight if weight.shape[0] <= weight.shape[1] else weight.mT
+            # Near orthogonality the Gram matrix alone says that no entry is large.
+            difference = _difference_in_single(current) if self.limit == 1.0 else None
+            if difference is None:
+                self._bring_into_range_(weight)
             for _ in range(self.iterations):
-                difference = _difference_in_single(current)
+                difference = _difference_in_single(current) if difference is None else difference
                 difference = _difference_(current) if difference is None else difference
                 growth = _last_step_(current, difference)
                 if difference.residual <= _SMALL * math.sqrt(len(current)):
                     break
+                difference = None
             # A tight certificate, of 1e-9, must find the weight within the limit when it is loaded again.
             growth = max(growth, 1e-8)
             certain = growth < 0.01 and _SMALLEST_LIMIT < self.limit < 1.0 / _SMALLEST_LIMIT
@@ -136,6 +141,18 @@ class Orthogonal(Constraint):
             if self.limit != 1.0:
                 weight *= self.limit
         return certain
+
+    def _bring_into_range_(self, weight: Tensor) -> None:
+        """Divides a weight by the limit, and by a power of two that brings large entries below one: it rounds nothing.
+
+        Raises:
+            NormError: an entry is not finite.
+        """
+        largest = _largest_entry(weight, self.limit)
+        if self.limit != 1.0:
+            weight /= self.limit
+        if largest >= 1.0:
+            weight *= 2.0 ** -math.frexp(largest)[1]
 
 
 def overshoot(matrices: Tensor) -> Tensor:
@@ -228,8 +245,16 @@ def _difference_in_single(matrix: Tensor) -> _Difference | None:
 def _difference_(matrix: Tensor) -> _Difference:
     """From float64 products; the matrix is scaled down first where ``‖W‖² ≤ 2`` is not certain."""
     gram = gram_matrix(matrix[None])[0]
-    upper, squares = _largest_eigenvalue(gram, matrix.shape[1])
+    diagonal = gram.diagonal()
+    squares = float(diagonal.sum()) * (1.0 + gamma(sum(matrix.shape)))
     error = gamma(matrix.shape[1]) * squares
+    kept = diagonal.clone()
+    diagonal.sub_(1.0)
+    residual = float(torch.linalg.vector_norm(gram))
+    if residual + error < 0.999:
+        return _Difference(gram, residual, squares, error)
+    diagonal.copy_(kept)
+    upper = float(trace_bounds(gram[None])[0]) + error
     if upper > 2.0:
         # Beyond √3 the iteration would diverge, and next to it singular values collapse.
         scale = math.sqrt(2.0 / min(upper, _near_identity(gram, error)))
@@ -238,15 +263,8 @@ def _difference_(matrix: Tensor) -> _Difference:
             gram *= scale**2
             squares *= scale**2
             error += 4.0 * torch.finfo(matrix.dtype).eps * squares
-    gram.diagonal().sub_(1.0)
+    diagonal.sub_(1.0)
     return _Difference(gram, float(torch.linalg.matrix_norm(gram)), squares, error)
-
-
-def _largest_eigenvalue(gram: Tensor, columns: int) -> tuple[float, float]:
-    """Upper bounds of the largest eigenvalue and of the trace of the exact Gram matrix."""
-    upper, _ = trace_bounds(gram[None])
-    squares = float(gram.diagonal().sum()) * (1.0 + gamma(len(gram) + columns))
-    return float(upper) + gamma(columns) * squares, squares
 
 
 def _near_identity(gram: Tensor, error: float) -> float:

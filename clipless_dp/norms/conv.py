@@ -310,7 +310,7 @@ def _zero_padded_bound(kernel: Tensor, lines: Sequence[tuple[Axis, int]], effort
     steps = [cut.dilation // math.gcd(cut.stride, cut.dilation) for cut in (high, wide)]
     torus = (math.ceil(torus_size(high) / steps[0]), math.ceil(torus_size(wide) / steps[1]))
     strides, dilations = (high.stride, wide.stride), (high.dilation, wide.dilation)
-    bounds.append(_symbol_bound(kernel, strides, dilations, torus, effort))
+    bounds.append(symbol_norm_bound(polyphase(kernel, strides, dilations), torus, effort))
     return scale_up(min(bounds), exponent)
 
 

@@ -51,9 +51,18 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
         return max(floor, float(grams.real.max()))
     slack = 2.0 * effort.tolerance
     if effort.factorise and grams.numel() <= _SMALL_ENTRIES and size < _LANCZOS_FROM:
-        level = max(floor, _small_estimate(grams) * (1.0 + (slack if len(grams) > 1 else min(slack, 1e-9))))
-        if 0.0 < level < math.inf and bool(cholesky_certifies(grams.clone(), level).all()):
-            return enlarge(level * (1.0 + size * gamma(size)))
+        estimate = _small_estimate(grams)
+        for _ in range(2):
+            level = max(floor, estimate * (1.0 + (slack if len(grams) > 1 else min(slack, 1e-9))))
+            if not 0.0 < level < math.inf:
+                break
+            certain = cholesky_certifies(grams.clone(), level)
+            bound = enlarge(level * (1.0 + size * gamma(size)))
+            if bool(certain.all()):
+                return bound
+            # Those that are left are few, and one of them has the largest eigenvalue.
+            floor, grams = bound, grams[~certain]
+            estimate = float(torch.linalg.eigvalsh(grams).max())
     upper, lower = trace_bounds(grams)
     if not effort.factorise:
         return max(floor, float(upper.max()))

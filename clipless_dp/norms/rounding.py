@@ -89,20 +89,20 @@ def exact_float64(weight: Tensor, name: str = "weight") -> Tensor:
 
 
 def normalised(exact: Tensor) -> tuple[Tensor, int]:
-    """Divides by the power of two that brings the largest entry into [1/2, 1).
+    """Divides by the power of two that brings the largest entry into [1/2, 1), unless it is in [2⁻⁸, 1] already.
 
     The division is exact, except that entries more than 2¹⁰⁷³ times smaller than the largest become
-    zero. That moves the norm by less than `√(size)·2⁻¹⁰⁷³` where the norm is at least 1/2: far inside
+    zero. That moves the norm by less than `√(size)·2⁻¹⁰⁷³` where the norm is at least 2⁻⁸: far inside
     every later rounding allowance, as is every underflow after it.
 
     Args:
         exact: A finite float64 tensor.
 
     Returns:
-        The scaled tensor and the exponent `e`: `exact = scaled * 2**e`; an all-zero or empty tensor unchanged.
+        The scaled tensor, or the given one, and the exponent `e`: `exact = scaled * 2**e`.
     """
     largest = _largest(exact)
-    if largest == 0.0:
+    if largest == 0.0 or 2.0**-8 <= largest <= 1.0:
         return exact, 0
     exponent = math.frexp(largest)[1]
     if abs(exponent) < 1000:

@@ -77,9 +77,6 @@ def single_precision_norm(weight: Tensor) -> float | None:
     if len(matrix) > _TO:
         return None
     with certified_arithmetic(matrix):
-        # A NaN or an infinity fails the comparison as well.
-        if not 2.0**-12 <= float(torch.linalg.vector_norm(matrix)) <= 2.0**12:
-            return None
         for slack, enough in _ATTEMPTS:
             squared = _squared_norm_bound(matrix, slack, enough)
             if squared < math.inf:
@@ -88,12 +85,15 @@ def single_precision_norm(weight: Tensor) -> float | None:
 
 
 def _squared_norm_bound(matrix: Tensor, slack: float, enough: float) -> float:
-    """A bound of ``‖W‖²``; infinity if there is no estimate, or no factorisation at this slack above it.
+    """A bound of ``‖W‖²``; infinity if sizes are extreme, there is no estimate, or no factorisation so far above it.
 
     Proof: :func:`single_precision_norm`.
     """
     gram, relative = single_gram_matrix(matrix, min(_CHUNK, _ROUNDED // len(matrix)))
     squares = float(gram.diagonal().sum(dtype=torch.float64)) / (1.0 - relative)
+    # A NaN or an infinity fails the comparison as well.
+    if not 2.0**-24 <= squares <= 2.0**24:
+        return math.inf
     estimate = 0.0
     for estimate, residual in ritz_values(gram):
         if residual <= enough * estimate:

@@ -24,7 +24,7 @@ from clipless_dp.constraints import (
     orthogonal,
 )
 from clipless_dp.norms.gram import single_gram_matrix
-from clipless_dp.norms.operators import DenseOperator
+from clipless_dp.norms.operators import ConvOperator, DenseOperator
 from tests.soundness.attack import wrap
 from tests.soundness.mutation import Mutant
 
@@ -332,6 +332,31 @@ def test_one_small_step_away_an_orthogonal_weight_is_taken_back_by_one_iteration
     # f(σ) = 1 - 3(σ-1)²/2 at σ = 1 ± 0.015; and the allowance for float32 products.
     assert float(values[-1]) > 0.997
     assert float(values[0]) <= 1.0
+
+
+def test_a_kernel_one_small_step_away_is_taken_back_by_one_iteration_whatever_its_size(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    operator = ConvOperator((9, 9), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=2, coverage=9)
+    start = torch.stack([near_orthogonal(4, 27, 0.0) for _ in range(2)])
+    calls: list[Tensor] = []
+    honest = orthogonal.bjorck_step
+
+    def counted(matrices: Tensor) -> Tensor:
+        # Of wide matrices it takes the transposed ones.
+        calls.extend([matrices] if matrices.shape[-2] >= matrices.shape[-1] else [])
+        return honest(matrices)
+
+    monkeypatch.setattr(orthogonal, "bjorck_step", counted)
+    for size in (1e-6, 0.4, 1.0, 1e6):
+        kernel = (size * (start + 5e-4 * torch.randn(2, 4, 27, dtype=torch.float64))).float().reshape(8, 3, 3, 3)
+        calls.clear()
+        Orthogonal().project_(kernel, (operator,))
+        assert len(calls) == 1
+        values = torch.linalg.svdvals(kernel.double().reshape(2, 4, 27))
+        assert float(values.min()) >= 0.999 * float(values.max())
+        assert 0.99 < operator.norm(kernel) <= 1.0
 
 
 def test_products_coarser_than_float32_are_not_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:

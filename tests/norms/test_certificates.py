@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from clipless_dp.norms import eigenvalue
+from clipless_dp.norms.budget import effort_of
 from clipless_dp.norms.eigenvalue import cholesky_certifies, trace_bounds
 from clipless_dp.norms.gram import gram_iteration_bound, gram_matrix
 from clipless_dp.norms.rounding import enlarge, gamma, scale_up
 from tests.norms.matrices import FAMILIES
 from tests.norms.truth import TRUTH_ROUNDING, exactly_bounds, spectral
+from tests.soundness.mutation import Mutant
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,3 +112,33 @@ def test_a_gram_matrix_built_from_blocks_is_symmetric_and_within_its_rounding(
     # Both err by γ_n|M||M|ᵀ at most.
     assert bool(((found - exact).abs() <= 2.0 * gamma(shape[-1]) * (sizes @ sizes.mT)).all())
     assert shape[0] != 1 or torch.equal(found, found.mT)
+
+
+def worst_of_misled_batches(monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Relative errors below and above the truth of batches of small matrices whose guide is wrong."""
+    torch.manual_seed(0)
+    below = above = 0.0
+    for kind in (torch.float64, torch.complex128):
+        for spread in (1.0, 1e-3):
+            factors = torch.randn(12, 6, 9, dtype=kind)
+            grams = (1.0 - spread) * torch.eye(6, dtype=kind) + spread * (factors @ factors.mH) / 9.0
+            truth = float(torch.linalg.eigvalsh(grams).max())
+            for share in (0.0, 0.3, 0.9, 0.9999, 1.0, 1e9, math.inf, math.nan):
+                monkeypatch.setattr(eigenvalue, "_small_estimate", lambda _, guess=share * truth: guess)
+                bound = eigenvalue.largest_eigenvalue_bound(grams.clone(), effort_of("balanced"))
+                below = max(below, 1.0 - bound / truth)
+                above = above if 1.0 < share < math.inf else max(above, bound / truth - 1.0)
+    return below, above
+
+
+def test_matrices_that_a_guide_misses_are_certified_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    below, above = worst_of_misled_batches(monkeypatch)
+    assert below <= TRUTH_ROUNDING
+    # The slack of the square.
+    assert above <= 2.0 * effort_of("balanced").tolerance * (1.0 + 1e-6)
+
+
+def test_misled_batches_catch_a_certificate_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = "grams = bound, grams[~certain]", "grams = bound, grams[certain] if certain.any() else grams[:1]"
+    Mutant("others", eigenvalue, "largest_eigenvalue_bound", old, new).apply(monkeypatch)
+    assert worst_of_misled_batches(monkeypatch)[0] > 1e-6
