@@ -64,6 +64,7 @@ class CliplessDPOptimizer(Optimizer):
     Of several processes (:mod:`clipless_dp.distributed`), each has an optimizer of its own around the whole model, and
     all step together: the ranks' gradients are added up, rank 0 adds the noise, and all take the same update. Weights
     start as those of rank 0. Before each update the ranks compare weights, bounds, noise and ledger.
+    Of a model that ``fully_shard`` has split, each rank adds noise to its own part of the sum, and updates that.
 
     Args:
         model: the wrapped model.

@@ -134,24 +134,29 @@ def sum_shards_(model: nn.Module) -> None:
 
 
 def require_sums(model: nn.Module) -> None:
-    """Makes sure that no gradient waits to be summed, which would enter a later step as well, or unnoticed.
+    """Makes sure that gradients are sums over the ranks, and none waits to be summed, which a later step would find.
 
     Raises:
-        PrivacyError: some do; they are dropped.
+        PrivacyError: some are not, or wait; all are dropped.
     """
-    waiting = False
+    amiss = False
     for _, unit in _units(model):
-        waiting |= not unit._get_fsdp_state()._state_ctx.is_last_backward
-        for parameter in (parameter for group in _groups(unit) for parameter in group.fsdp_params):
-            whole = getattr(parameter, "_unsharded_param", None)
-            if parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
-                waiting, parameter.unsharded_accumulated_grad = True, None
-                if whole is not None:
-                    whole.grad = None
-    if waiting:
+        amiss |= not unit._get_fsdp_state()._state_ctx.is_last_backward
+        for group in _groups(unit):
+            # ``None`` before the first pass.
+            amiss |= group.gradient_divide_factor not in (None, 1.0)
+            for parameter in group.fsdp_params:
+                whole = getattr(parameter, "_unsharded_param", None)
+                if parameter.unsharded_accumulated_grad is not None or (whole is not None and whole.grad is not None):
+                    amiss, parameter.unsharded_accumulated_grad = True, None
+                    if whole is not None:
+                        whole.grad = None
+    if amiss:
+        for parameter in model.parameters():
+            parameter.grad = None
         raise PrivacyError(
-            "gradients of a backward pass were not summed over the ranks yet, and would count in a later step: leave "
-            "set_requires_gradient_sync and set_is_last_backward alone. They are dropped; nothing was released"
+            "gradients of a backward pass were not summed over the ranks, or scaled: leave set_requires_gradient_sync, "
+            "set_is_last_backward and set_gradient_divide_factor alone. They are dropped; nothing was released"
         )
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -342,8 +343,15 @@ def refused():
 
     own = init_device_mesh("cpu", (2, 1), mesh_dim_names=("rows", "columns"))["columns"]
     lowered = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    left_out, tied, changed, together, sums = (gated_model() for _ in range(5))
-    tied.net.get_submodule("2").bias = tied.net.get_submodule("0").bias
+    left_out, changed, together, sums, scaled = (gated_model() for _ in range(5))
+    first, second = nn.Linear(6, 6), nn.Linear(6, 6)
+    second.weight = first.weight
+    tied = DPLipModel(
+        gated(nn.Sequential(first, nn.ReLU(), second)),
+        input_shape=(6,),
+        input_norm=1.0,
+        loss=losses.TauCrossEntropy(2.0),
+    )
     return {
         "wrap the whole network first": refusal_to_build(
             lambda: DPLipModel(fully_shard(nn.Linear(6, 3)), input_shape=(6,), loss=losses.TauCrossEntropy(2.0))
@@ -360,6 +368,9 @@ def refused():
         "ignored_params": refusal_to_build(
             lambda: sgd(fully_shard(left_out, ignored_params={next(iter(left_out.net.parameters()))}))
         ),
+        "split apart": refusal_to_build(
+            lambda: (fully_shard(first), fully_shard(second), fully_shard(tied), sgd(tied))  # type: ignore[arg-type]
+        ),
         "hooks": refusal_to_build(lambda: sgd(units(hooked))),
         "together with other": refusal_to_build(
             lambda: (
@@ -372,7 +383,8 @@ def refused():
             lambda: fully_shard(gated_model()).tightness(samples(4))  # type: ignore[operator]
         ),
         "a rule of your own": refusal_to_build(lambda: sgd(fully_shard(with_own_rule()))),
-        "not summed": refusal_to_build(lambda: kept_back(sums)),
+        "not summed": refusal_to_build(lambda: altered(sums, lambda: sums.set_requires_gradient_sync(False))),
+        "or scaled": refusal_to_build(lambda: altered(scaled, lambda: scaled.set_gradient_divide_factor(0.5))),
         "an audit attacks whole weights": refusal_to_build(
             lambda: audit.sensitivity(fully_shard(gated_model()))  # type: ignore[arg-type]
         ),
@@ -384,21 +396,22 @@ def refused():
     }
 
 
-def kept_back(model: DPLipModel) -> None:
-    """Gradients that one rank keeps for itself after the forward pass, which a later step would find."""
+def altered(model: DPLipModel, alter: Callable[[], None]) -> None:
+    """Gradients that ranks keep for themselves, for a later step to find, or scale, once the forward pass is done."""
     fully_shard(model.net.get_submodule("0"))
     fully_shard(model)
     optimizer = sgd(model, sampling="poisson")
     inputs, targets = samples(8)
     loss = model.loss(model(inputs), targets)
-    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    alter()
     loss.backward()
     before = weights(model)
     try:
         optimizer.step()
     finally:
         assert torch.equal(before, weights(model))
-        optimizer.zero_grad()
+        assert all(parameter.grad is None for parameter in model.net.parameters())
+        model.loss(model(inputs), targets).backward()
         optimizer.step()
 
 
