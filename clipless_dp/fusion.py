@@ -332,16 +332,22 @@ class _ChainFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.stages, ctx.radius, ctx.rows = stages, None if entry is None else entry.radius, []
         saved: list[Tensor | None] = [values, *parameters]
+        hidden: list[Tensor] = []
         signal, norms = values, None
         for index, stage in enumerate(stages):
             kept = _entered(stage, signal, norms, entry if index == 0 else None, owned=index > 0)
             ctx.rows.append(kept.rows)
-            saved += [None if kept.values is values else kept.values, kept.scales, kept.norms, kept.lost]
+            if index > 0:
+                hidden.append(kept.values)
+            changed = index == 0 and kept.values is not values
+            saved += [kept.values if changed else None, kept.scales, kept.norms, kept.lost]
             weight, bias = parameters[2 * index : 2 * index + 2]
             weight = _interleaved(cast(Tensor, weight)) if stage.interleaved else weight
             measured = index + 1 < len(stages) and stages[index + 1].measures
             signal, norms = _left(stage, kept, cast(Tensor, weight), bias, measured)
         ctx.save_for_backward(*saved, signal if stages[-1].rectified else None)
+        # Nobody else knows them. Each is let go on the way back once it is used, as between modules of their own.
+        ctx.hidden = hidden
         return signal
 
     @staticmethod
@@ -351,12 +357,15 @@ class _ChainFunction(torch.autograd.Function):
         stages: tuple[Stage, ...] = ctx.stages
         values, *saved = ctx.saved_tensors
         parameters, states = saved[: 2 * len(stages)], saved[2 * len(stages) :]
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or ctx.hidden is None:
             return _differentiable(ctx, values, parameters, cotangents)
         gradients: list[Tensor | None] = [None] * len(parameters)
         output, owned, slope = states.pop(), False, None
+        hidden, ctx.hidden = ctx.hidden, None
         for index in reversed(range(len(stages))):
             signal, scales, norms, lost = states[4 * index : 4 * index + 4]
+            if index > 0:
+                signal = hidden.pop()
             kept = _Kept(values if signal is None else signal, scales, norms, lost, ctx.rows[index])
             needed = index > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
             passed = _passed_convolution if not isinstance(stages[index].layer, nn.Linear) else _passed_linear
@@ -374,13 +383,15 @@ class _ChainFunction(torch.autograd.Function):
 def _differentiable(
     ctx: Any, values: Tensor, parameters: list[Tensor | None], cotangents: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """The gradients by the modules' own operations, to be differentiated again."""
+    """The gradients by the modules' own operations: to be differentiated again, or where the graph is passed again."""
+    further = torch.is_grad_enabled()
     tensors = [values, None, None, *parameters]
     wanted = [tensor for tensor, needed in zip(tensors, ctx.needs_input_grad, strict=True) if needed]
-    signal = values if ctx.radius is None else input_gate(values, ctx.radius)[0]
-    for stage in ctx.stages:
-        signal = stage.reference(signal)
-    found = iter(torch.autograd.grad(signal, cast("list[Tensor]", wanted), cotangents, create_graph=True))
+    with torch.enable_grad():
+        signal = values if ctx.radius is None else input_gate(values, ctx.radius)[0]
+        for stage in ctx.stages:
+            signal = stage.reference(signal)
+        found = iter(torch.autograd.grad(signal, cast("list[Tensor]", wanted), cotangents, create_graph=further))
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
@@ -621,13 +632,13 @@ def _chains(traced: TracedNet) -> list[tuple[list[fx.Node], tuple[Stage, ...]]]:
         (source,) = nodes[0].all_input_nodes
         if found and found[-1][0][-1] is source and len(source.users) == 1:
             found[-1] = [*found[-1][0], *nodes], (*found[-1][1], made)
-        else:
+        elif len(nodes) > 1 or isinstance(made.layer, GradientGatedLinear):
             found.append((nodes, (made,)))
     return found
 
 
 def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | None:
-    """The stage around a layer's node, if it is one that can be fused and has something to be fused with."""
+    """The stage around a layer's node, if it is one that can be fused; a dense one may stand alone behind another."""
     layer = _leaf(traced, node)
     if type(layer) not in (nn.Linear, GradientGatedLinear, nn.Conv1d, nn.Conv2d) or len(node.all_input_nodes) != 1:
         return None
@@ -653,7 +664,7 @@ def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | No
         nodes += [*skipped, following]
         rectified = True
     interleaved = isinstance(layer, nn.Conv2d) and _pooled(traced, node)
-    if before is None and behind is None and not rectified and type(layer) is not GradientGatedLinear:
+    if len(nodes) == 1 and isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         return None
     return nodes, Stage(cast(Any, layer), cast(Any, before), cast(Any, behind), rectified, interleaved)
 
