@@ -157,10 +157,7 @@ def total(values: Tensor) -> Tensor:
     """
     if world().size == 1:
         return values
-    with together("a sum over the ranks"):
-        summed = _movable(values.detach().clone())
-        dist.all_reduce(summed)
-    return summed.to(values.device)
+    return _reduced(values, dist.ReduceOp.SUM, "a sum over the ranks").to(values.device)
 
 
 def largest(count: int) -> int:
@@ -171,10 +168,7 @@ def largest(count: int) -> int:
     """
     if world().size == 1:
         return count
-    with together("a comparison of the ranks"):
-        found = _movable(torch.tensor(count))
-        dist.all_reduce(found, op=dist.ReduceOp.MAX)
-    return int(found)
+    return int(_reduced(torch.tensor(count), dist.ReduceOp.MAX, "a comparison of the ranks"))
 
 
 def on_any(condition: bool) -> bool:
@@ -194,6 +188,13 @@ def refuse_averages(module: nn.Module) -> None:
                 f"{path or 'the model'} is wrapped in {type(part).__name__}: pass the module inside. The optimizer "
                 "sums the ranks' gradients by itself, and its noise is calibrated to the sum, not to an average"
             )
+
+
+def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> Tensor:
+    with together(what):
+        found = _movable(values.detach().clone())
+        dist.all_reduce(found, op=operation)
+    return found
 
 
 def _movable(tensor: Tensor) -> Tensor:

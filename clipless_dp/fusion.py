@@ -332,15 +332,13 @@ class _ChainFunction(torch.autograd.Function):
     ) -> Tensor:
         ctx.stages, ctx.radius, ctx.rows = stages, None if entry is None else entry.radius, []
         saved: list[Tensor | None] = [values, *parameters]
-        hidden: list[Tensor] = []
+        hidden: list[Tensor | None] = []
         signal, norms = values, None
         for index, stage in enumerate(stages):
             kept = _entered(stage, signal, norms, entry if index == 0 else None, owned=index > 0)
             ctx.rows.append(kept.rows)
-            if index > 0:
-                hidden.append(kept.values)
-            changed = index == 0 and kept.values is not values
-            saved += [kept.values if changed else None, kept.scales, kept.norms, kept.lost]
+            hidden.append(None if kept.values is values else kept.values)
+            saved += [kept.scales, kept.norms, kept.lost]
             weight, bias = parameters[2 * index : 2 * index + 2]
             weight = _interleaved(cast(Tensor, weight)) if stage.interleaved else weight
             measured = index + 1 < len(stages) and stages[index + 1].measures
@@ -363,9 +361,7 @@ class _ChainFunction(torch.autograd.Function):
         output, owned, slope = states.pop(), False, None
         hidden, ctx.hidden = ctx.hidden, None
         for index in reversed(range(len(stages))):
-            signal, scales, norms, lost = states[4 * index : 4 * index + 4]
-            if index > 0:
-                signal = hidden.pop()
+            signal, (scales, norms, lost) = hidden.pop(), states[3 * index : 3 * index + 3]
             kept = _Kept(values if signal is None else signal, scales, norms, lost, ctx.rows[index])
             needed = index > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
             passed = _passed_convolution if not isinstance(stages[index].layer, nn.Linear) else _passed_linear

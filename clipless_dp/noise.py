@@ -224,20 +224,19 @@ class ReproducibleNoise:
 
     def begin_step(self, step: int) -> None:
         """Restarts the generators from the seed and the step."""
-        self._step = step
+        self._seed_of_step = derived_seed(self.seed, "noise", step)
         self._generators: dict[torch.device, torch.Generator] = {}
         self._words: Words | None = None
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         """See :class:`NoiseSource`."""
-        seed = derived_seed(self.seed, "noise", self._step)
         if can_fill(out):
-            self._words = self._words or seeded_words(seed)
+            self._words = self._words or seeded_words(self._seed_of_step)
             return fill_normal_(out, self._words)
         generator = self._generators.get(out.device)
         if generator is None:
             generator = self._generators[out.device] = torch.Generator(out.device)
-            generator.manual_seed(seed)
+            generator.manual_seed(self._seed_of_step)
         return out.normal_(generator=generator)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -83,6 +85,17 @@ def _serve(rank: int, count: int, store: str, end: Connection) -> None:
             end.send(function(*arguments))
         except Exception as error:
             end.send(Failure(type(error).__name__, str(error) + "\n" + traceback.format_exc()))
+
+
+def torchrun(script: Path, count: int, *arguments: object) -> str:
+    """Runs a script on so many ranks as ``torchrun`` starts them, and returns what it printed."""
+    root = Path(__file__).parent.parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*launcher, str(script), *map(str, arguments)],
+        cwd=root, env=environment, stdout=subprocess.PIPE, text=True, timeout=300, check=True,
+    ).stdout  # fmt: skip
 
 
 # What tests run on the ranks.

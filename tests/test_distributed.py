@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +44,7 @@ from .ranks import (
     same_weights,
     sgd,
     square_model,
+    torchrun,
     weights,
 )
 from .support import gated_model, samples
@@ -609,11 +608,8 @@ def test_torchrun_starts_a_run_that_ends_alike_on_all_ranks(tmp_path):
         "os.write(1, f'{dist.get_rank()}: {result.epsilon!r} {total!r}\\n'.encode())\n"
         "dist.destroy_process_group()\n"
     )
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    ended = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    lines = sorted(line for line in ended.stdout.splitlines() if line[:2] in ("0:", "1:"))
+    printed = torchrun(script, 2)
+    lines = sorted(line for line in printed.splitlines() if line[:2] in ("0:", "1:"))
     assert len(lines) == 2
     assert lines[0][2:] == lines[1][2:]
 

@@ -1,10 +1,7 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +41,7 @@ from .ranks import (
     refusal_to_build,
     same_weights,
     sgd,
+    torchrun,
     weights,
 )
 from .support import gated_model, samples
@@ -640,10 +638,7 @@ def test_torchrun_trains_uneven_parts_on_three_ranks_as_one_process_does(tmp_pat
         "torch.save((changed, epsilon), f'{sys.argv[1]}/{dist.get_rank()}.pt')\n"
         "dist.destroy_process_group()\n"
     )
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3", str(script)]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path)], cwd=root, env=environment, timeout=300, check=True)
+    torchrun(script, 3, tmp_path)
     alone, epsilon, *_ = fitted(None)
     for rank in range(3):
         changed, spent = torch.load(tmp_path / f"{rank}.pt")
