@@ -68,7 +68,8 @@ RUN: dict[str, Any] = {
 @pytest.mark.parametrize(("kind", "route"), [("bag", "rows"), ("embedding", "gated")])
 def test_fit_learns_to_tell_two_kinds_of_text_apart(kind: str, route: str) -> None:
     model = text_model(kind, route)
-    result = fit(model, texts(2000), validation=texts(500, seed=1), **RUN)
+    # Left to chance, one run in several ends below.
+    result = fit(model, texts(2000), validation=texts(500, seed=1), reproducible_seed=0, **RUN)
     accuracy = result.history[-1].accuracy
     # Chance is 1/2; counting words of either half is right in about 0.95.
     assert accuracy is not None
