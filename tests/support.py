@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -78,3 +80,38 @@ def uncorrelated(first: Any, second: Any) -> bool:
     n = min(len(first), len(second))
     squares = np.corrcoef(first[:n] ** 2, second[:n] ** 2)[0, 1]
     return max(abs(np.corrcoef(first[:n], second[:n])[0, 1]), abs(squares)) < 5.5 / math.sqrt(n)
+
+
+_FORK = """
+import os, torch
+from clipless_dp import {source}
+
+source = {source}()
+draw = lambda: source.standard_normal_(torch.empty(64)).numpy().tobytes()
+draw()
+reading, writing = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writing, draw())
+    os._exit(0)
+os.waitpid(child, 0)
+print(os.read(reading, 4 * 64).hex(), draw().hex())
+"""
+
+
+def drawn_on_both_sides_of_a_fork(source: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a source of this class draws in a forked process, and in the one that it came from.
+
+    In a new interpreter: a fork copies one thread only, and would wait forever for others that computed before.
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", _FORK.format(source=source)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    theirs, ours = (np.frombuffer(bytes.fromhex(part), dtype=np.float32) for part in run.stdout.split())
+    assert len(theirs) == len(ours) == 64
+    return theirs, ours

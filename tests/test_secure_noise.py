@@ -16,7 +16,7 @@ from clipless_dp import secure_noise as module
 from clipless_dp.cli import main
 from clipless_dp.noise import add_normal_
 
-from .support import gated_model, looks_standard_normal, samples, uncorrelated
+from .support import drawn_on_both_sides_of_a_fork, gated_model, looks_standard_normal, samples, uncorrelated
 
 pytest.importorskip("cryptography")
 
@@ -71,18 +71,8 @@ def test_steps_runs_copies_and_processes_draw_independent_noise():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_draws_other_noise():
-    source = SecureNoise()
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(writing, drawn(source, 64).tobytes())
-        os._exit(0)
-    os.waitpid(child, 0)
-    theirs = np.frombuffer(os.read(reading, 8 * 64))
-    os.close(reading)
-    os.close(writing)
-    assert len(theirs) == 64
-    assert not np.array_equal(theirs, drawn(source, 64))
+    theirs, ours = drawn_on_both_sides_of_a_fork("SecureNoise")
+    assert not np.array_equal(theirs, ours)
 
 
 def test_every_step_has_a_key_of_its_own_from_the_operating_system(monkeypatch):
