@@ -3,13 +3,14 @@
 from clipless_dp.features.cosines import RandomCosines
 from clipless_dp.features.frozen import FrozenFeatures
 from clipless_dp.features.scattering import NaturalStandardisation, Scattering2d
-from clipless_dp.features.vectors import GroupedScattering, MirroredScattering
+from clipless_dp.features.vectors import GroupedScattering, MirroredScattering, OpponentColours
 
 __all__ = [
     "FrozenFeatures",
     "GroupedScattering",
     "MirroredScattering",
     "NaturalStandardisation",
+    "OpponentColours",
     "RandomCosines",
     "Scattering2d",
 ]

@@ -184,44 +184,60 @@ class NaturalStandardisation(nn.Module):
         transform: whose coefficients are standardised.
         images: how many are drawn.
         seed: of their generator.
+        offset: ``c > 0`` takes ``ln(c + u)`` of the averaged moduli ``u``, orders 1 and 2, in place of ``u``: contrast
+            then adds to them instead of multiplying them, and strong edges outweigh others less.
 
     Shape:
         ``(B, C·K, h, w)`` to the same shape.
 
     Raises:
-        ConfigurationError: fewer than two images.
+        ConfigurationError: fewer than two images, or an offset that is not positive.
         InputError: the channels are no multiple of the transform's coefficients.
     """
 
-    def __init__(self, transform: Scattering2d, *, images: int = 256, seed: int = 0) -> None:
+    def __init__(
+        self, transform: Scattering2d, *, images: int = 256, seed: int = 0, offset: float | None = None
+    ) -> None:
         super().__init__()
         if not (isinstance(images, int) and images >= 2):
             raise ConfigurationError(f"images must be an integer of at least 2, got {images!r}")
+        if offset is not None and not 0 < offset < math.inf:
+            raise ConfigurationError(f"offset must be a positive number, got {offset!r}")
         self.coefficients = transform.coefficients
+        self.offset = offset
         height, width = transform.image_size
         noise = torch.randn(images, 1, height, width, generator=torch.Generator().manual_seed(seed))
         down, right = torch.fft.fftfreq(height)[:, None], torch.fft.fftfreq(width)
         # The constant part gets the amplitude of the longest wave.
         frequencies = torch.hypot(down, right).clamp(min=1.0 / max(height, width))
         pink = torch.fft.ifft2(torch.fft.fft2(noise) / frequencies).real
-        drawn = torch.cat([transform(some) for some in (0.5 + 0.25 * pink / pink.std()).split(32)])
-        deviations, means = torch.std_mean(drawn, dim=(0, 2, 3))
+        drawn = torch.cat([self._scaled(transform(some)) for some in (0.5 + 0.25 * pink / pink.std()).split(32)])
+        deviations, means = torch.std_mean(drawn, dim=(0, 1, 3, 4))
         self.register_buffer("means", means[:, None, None])
         self.register_buffer("deviations", deviations[:, None, None])
 
     def forward(self, features: Tensor) -> Tensor:
-        """Subtracts the means, divides by the deviations."""
+        """Takes logarithms if there is an offset, subtracts the means, divides by the deviations."""
         if features.dim() != 4 or features.shape[1] % self.coefficients:
             raise InputError(
                 f"expected features (batch, channels·{self.coefficients}, h, w), got {tuple(features.shape)}"
             )
         means, deviations = (cast(Tensor, part).to(features.dtype) for part in (self.means, self.deviations))
-        standardised: Tensor = (features.unflatten(1, (-1, self.coefficients)) - means) / deviations
+        standardised: Tensor = (self._scaled(features) - means) / deviations
         return standardised.flatten(1, 2)
 
+    def _scaled(self, features: Tensor) -> Tensor:
+        """``(B, C·K, h, w)`` to ``(B, C, K, h, w)``, with logarithms of the moduli."""
+        coefficients: Tensor = features.unflatten(1, (-1, self.coefficients))
+        if self.offset is None:
+            return coefficients
+        # Averages of moduli are not negative but for rounding and the tails of the average's filter.
+        moduli = coefficients[:, :, 1:].clamp(min=0.0).add(self.offset).log()
+        return torch.cat([coefficients[:, :, :1], moduli], 2)
+
     def extra_repr(self) -> str:
-        """The number of coefficients."""
-        return f"coefficients={self.coefficients}"
+        """The number of coefficients, and the offset."""
+        return f"coefficients={self.coefficients}, offset={self.offset}"
 
 
 def littlewood_paley(averages: tuple[Tensor, Tensor], wavelets: Tensor) -> Tensor:

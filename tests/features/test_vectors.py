@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from clipless_dp.features import (
     GroupedScattering,
     MirroredScattering,
     NaturalStandardisation,
+    OpponentColours,
     Scattering2d,
 )
 
@@ -20,9 +23,10 @@ def pink(count: int, size: tuple[int, int], seed: int) -> torch.Tensor:
     return 0.5 + 0.25 * images / images.std()
 
 
-def test_coefficients_of_other_images_of_that_spectrum_have_mean_zero_and_deviation_one():
+@pytest.mark.parametrize("offset", [None, 0.01])
+def test_coefficients_of_other_images_of_that_spectrum_have_mean_zero_and_deviation_one(offset):
     transform = Scattering2d((16, 24), angles=4, padding="reflect")
-    standardise = NaturalStandardisation(transform)
+    standardise = NaturalStandardisation(transform, offset=offset)
     features = standardise(transform(pink(200, (16, 24), seed=9).expand(-1, 2, -1, -1)))
     assert features.shape == (200, 2 * transform.coefficients, 4, 6)
     deviations, means = torch.std_mean(features, dim=(0, 2, 3))
@@ -40,8 +44,66 @@ def test_standardisation_is_the_same_each_time_and_refuses_what_it_does_not_fit(
     assert torch.equal(first.deviations, second.deviations)
     with pytest.raises(ConfigurationError, match="at least 2"):
         NaturalStandardisation(transform, images=1)
+    for offset in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigurationError, match="offset must be a positive number"):
+            NaturalStandardisation(transform, offset=offset)
     with pytest.raises(InputError, match="expected features"):
         first(torch.zeros(1, 4, 4, 4))
+
+
+def test_with_an_offset_contrast_moves_all_logarithms_of_moduli_alike_and_brightness_none():
+    transform = Scattering2d((16, 16), padding="reflect")
+    standardise = NaturalStandardisation(transform, offset=1e-6)
+    images = pink(4, (16, 16), seed=2)
+    features = standardise(transform(images))
+    moved = standardise(transform(0.5 * images + 0.3)) - features
+    expected = math.log(0.5) / standardise.deviations[1:]
+    torch.testing.assert_close(moved[:, 1:], expected.expand(4, -1, 4, 4), atol=0.02, rtol=0)
+    # The average of order 0 stays as it is: no logarithm.
+    average = transform(images)[:, :1]
+    torch.testing.assert_close(features[:, :1] * standardise.deviations[0] + standardise.means[0], average)
+
+
+def test_opponent_colours_follow_the_formula_and_leave_other_images_alone():
+    images = torch.rand(5, 3, 4, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    red, green, blue = images.unbind(1)
+    expected = torch.stack(
+        [
+            (red + green + blue) / 3,
+            0.5 + 2.0 * (red - blue) / math.sqrt(2),
+            0.5 + 2.0 * (red - 2 * green + blue) / math.sqrt(6),
+        ],
+        1,
+    )
+    torch.testing.assert_close(OpponentColours(2.0)(images), expected, atol=1e-6, rtol=0)
+    for channels in (1, 2, 4):
+        other = torch.rand(2, channels, 4, 4)
+        assert OpponentColours()(other) is other
+
+
+def test_of_grey_photographs_the_colour_part_of_a_vector_tells_nothing():
+    front = MirroredScattering((16, 16))
+    grey = pink(6, (16, 16), seed=4)
+    vectors = front(grey.expand(-1, 3, -1, -1)).unflatten(1, (3, -1))
+    colour = torch.nn.functional.normalize(vectors[:, 1:].flatten(1))
+    torch.testing.assert_close(colour, colour[:1].expand_as(colour), atol=1e-4, rtol=0)
+    lightness = torch.nn.functional.normalize(vectors[:, 0])
+    assert float((lightness - lightness.roll(1, 0)).norm(dim=1).min()) > 0.1
+    # It is what the image has without colours.
+    torch.testing.assert_close(lightness, front(grey), atol=1e-4, rtol=0)
+
+
+def test_colour_differences_weigh_double_in_averages_and_half_in_moduli():
+    front = MirroredScattering((16, 16))
+    colours, transform, standardise = front
+    images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    plain = standardise(transform(colours(images)))
+    both = (plain + transform.mirrored(plain))[..., :2].unflatten(1, (3, 81))
+    vectors = front(images).unflatten(1, (3, 81, 4, 2))
+    ratios = vectors / both
+    for channel, coefficients, weight in ((1, slice(0, 1), 2.0), (1, slice(1, 81), 0.5), (2, slice(0, 1), 2.0)):
+        ratio = ratios[:, channel, coefficients] / ratios[:, 0, :1]
+        torch.testing.assert_close(ratio, torch.full_like(ratio, weight), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize(
