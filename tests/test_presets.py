@@ -100,6 +100,12 @@ def test_a_shape_that_a_preset_does_not_take_is_refused_by_name(name, shape):
         presets.get(name).fit(data(shape), epsilon=3.0, delta=1e-3, outputs=3)
 
 
+@pytest.mark.parametrize(("size", "coefficients", "places"), [((32, 32), 217, 4 * 2), ((28, 28), 81, 7 * 4)])
+def test_photographs_are_seen_at_three_scales_where_their_size_allows(size, coefficients, places):
+    features = presets.get("photographs-linear").features(torch.rand(2, 3, *size))
+    assert features.shape == (2, 3 * coefficients * places)
+
+
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
     with pytest.raises(ConfigurationError, match=r"unknown preset 'mnist'.*mnist-gated"):
         presets.get("mnist")

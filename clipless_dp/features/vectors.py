@@ -76,23 +76,26 @@ class MirroredScattering(nn.Sequential):
     mirror image, so that more of a unit vector, and of a gradient that is as long as it, tells the classes apart.
 
     Args:
-        image_size: height and width, the latter a multiple of 4; two scales and eight angles make 81 coefficients of
-            each channel.
+        image_size: height and width, the latter a multiple of ``2^J``.
+        scales: ``J``; with eight angles, 2 make 81 coefficients of each channel, and 3 make 217 at fewer places.
 
     Shape:
-        ``(B, C, H, W)``, pixels in [0, 1], to ``(B, 81·C·⌈H/4⌉·⌈W/8⌉)``, of unit norm.
+        ``(B, C, H, W)``, pixels in [0, 1], to ``(B, K·C·⌈H/2^J⌉·⌈W/2^(J+1)⌉)``, of unit norm.
 
     Raises:
-        ConfigurationError: 4 does not divide the width, so that mirror images fall between the places that are kept.
+        ConfigurationError: ``2^J`` does not divide the width, so that mirror images fall between the places that are
+            kept; or the image is too small for so many scales.
 
     Chosen by:
         Contrast 3, offset 0.01 and these weights are from CIFAR-10's training images, at ε = 3.
     """
 
-    def __init__(self, image_size: tuple[int, int]) -> None:
-        if image_size[1] % 4:
-            raise ConfigurationError(f"the width must be a multiple of 4, got {image_size[1]}: crop or pad the images")
-        transform = Scattering2d(image_size, padding="reflect")
+    def __init__(self, image_size: tuple[int, int], scales: int = 2) -> None:
+        transform = Scattering2d(image_size, scales, padding="reflect")
+        if image_size[1] % 2**scales:
+            raise ConfigurationError(
+                f"the width must be a multiple of {2**scales}, got {image_size[1]}: crop or pad the images"
+            )
         super().__init__(OpponentColours(), transform, NaturalStandardisation(transform, offset=0.01))
         weights = torch.ones(3, transform.coefficients)
         weights[1:] = 0.5

@@ -125,3 +125,15 @@ def test_an_image_and_its_mirror_image_have_nearly_one_vector():
     assert float(apart.max()) < 0.1 * float(others.min()), "only aliasing tells them apart"
     with pytest.raises(ConfigurationError, match="multiple of 4"):
         MirroredScattering((16, 18))
+
+
+def test_more_scales_make_more_coefficients_at_fewer_places_and_need_as_even_a_width():
+    images = pink(4, (20, 24), seed=6).expand(-1, 3, -1, -1)
+    front = MirroredScattering((20, 24), 3)
+    vectors = front(images)
+    assert vectors.shape == (4, 3 * 217 * 3 * 2)
+    assert float((vectors - front(images.flip(-1))).norm(dim=1).max()) < 0.2
+    with pytest.raises(ConfigurationError, match="multiple of 8"):
+        MirroredScattering((20, 28), 3)
+    with pytest.raises(ConfigurationError, match="too small"):
+        MirroredScattering((8, 8), 3)
