@@ -212,6 +212,55 @@ def private_quantile(
 _HALVINGS = 20
 
 
+def private_fraction(
+    flags: Tensor,
+    *,
+    noise_multiplier: float,
+    accountant: Accountant,
+    dataset_size: int | None = None,
+    noise: NoiseSource | None = None,
+    file: str | os.PathLike[str] | None = None,
+) -> float:
+    """The share of records that have a property, a positive label say, by one noisy count.
+
+    Args:
+        flags: ``(N,)``, ``True`` or 1 where a record has it, ``False`` or 0 where not.
+        noise_multiplier: ``σ``: the count gets noise of standard deviation ``σ``; a record changes it by at most 1.
+        accountant: records the release, under its own neighbouring relation.
+        dataset_size: public number of records; by default ``N``, which is then taken to be public.
+        noise: source of the noise; by default the operating system seeds it.
+        file: as for :func:`private_moments`.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
+        InputError: the flags are not ``(N,)`` zeros and ones, or there are none.
+        CheckpointError: as for :func:`private_moments`.
+
+    Returns:
+        The noisy count over ``dataset_size``, moved into ``[s, 1-s]`` with ``s = min(½, σ/N)``: nearer to 0 or 1 it is
+        not told from noise.
+
+    Guarantee:
+        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record.
+    """
+    if flags.dim() != 1 or flags.is_complex() or not bool(((flags == 0) | (flags == 1)).all()):
+        raise InputError(f"expected zeros and ones, (N,), got {flags.dtype} {tuple(flags.shape)}")
+    size = _checked_values(flags[:, None].double(), dataset_size, noise_multiplier)
+    settings: dict[str, object] = {
+        "statistic": "fraction",
+        "noise_multiplier": float(noise_multiplier),
+        "dataset_size": size,
+    }
+    path = None if file is None else Path(file)
+    if path is not None and path.exists():
+        count, _ = _reread(path, settings, accountant)
+    else:
+        exact = flags.detach().double().sum()
+        count, _ = _release(exact, 1.0, noise_multiplier, accountant, noise, path, settings)
+    least = min(0.5, noise_multiplier / size)
+    return min(max(float(count) / size, least), 1.0 - least)
+
+
 class Standardisation(nn.Module):
     """``(clip(x, ±c)/c - μ)/s`` of each column of a table, cut at ±4: a public function once its numbers are released.
 

@@ -7,7 +7,7 @@ import torch
 
 from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
 from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
-from clipless_dp.statistics import private_moments, private_quantile, private_standardisation
+from clipless_dp.statistics import private_fraction, private_moments, private_quantile, private_standardisation
 
 from .support import gated_model, samples
 
@@ -208,6 +208,67 @@ def test_arguments_out_of_range_are_refused_before_anything_is_recorded(change):
     for values in (torch.zeros(4), torch.zeros(4, 2, dtype=torch.int64), torch.zeros(0, 2)):
         with pytest.raises(InputError, match="floating-point"):
             private_moments(values, norm=1.0, noise_multiplier=1.0, accountant=accountant)
+    assert len(accountant.ledger) == 0
+
+
+def check_the_noise_of_a_fraction() -> None:
+    flags, drawn = torch.arange(10_000) % 4 == 0, []
+    for seed in range(2000):
+        accountant = RDPAccountant()
+        found = private_fraction(flags, noise_multiplier=30.0, accountant=accountant, noise=ReproducibleNoise(seed))
+        drawn.append(found * 10_000 - 2500)
+    assert [(event.noise_multiplier, count) for event, count in accountant.ledger] == [(30.0, 1)]
+    errors = torch.tensor(drawn)
+    # Of 2000 numbers the mean is known to 0.7, the deviation to 1.6 %: four of these.
+    assert abs(float(errors.mean())) < 2.7
+    assert float(errors.std()) == pytest.approx(30.0, rel=0.065)
+
+
+def test_a_private_fraction_is_the_share_with_the_noise_that_is_recorded():
+    check_the_noise_of_a_fraction()
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.9, 1.1])
+def test_other_noise_on_a_fraction_is_caught(monkeypatch, factor):
+    honest = ReproducibleNoise.standard_normal_
+    monkeypatch.setattr(ReproducibleNoise, "standard_normal_", lambda self, out: honest(self, out).mul_(factor))
+    with pytest.raises(AssertionError):
+        check_the_noise_of_a_fraction()
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.0, 0.05), (1.0, 0.95), (0.25, 0.25)])
+def test_a_fraction_that_is_not_told_from_none_or_all_is_moved_away_from_them(share, kept):
+    flags = (torch.arange(100) < 100 * share).float()
+    settings = {"accountant": PRVAccountant(), "noise": NoNoise()}
+    assert private_fraction(flags, noise_multiplier=5.0, **settings) == pytest.approx(kept)
+    assert private_fraction(flags, noise_multiplier=500.0, **settings) == 0.5
+
+
+def test_a_fraction_is_reread_from_its_file_and_paid_once(tmp_path):
+    flags, accountant = torch.arange(100) % 2, RDPAccountant()
+    settings = {"noise_multiplier": 5.0, "accountant": accountant, "file": tmp_path / "labels.pt"}
+    first = private_fraction(flags, **settings)
+    assert private_fraction(flags, **settings) == first
+    assert len(list(accountant.ledger)) == 1
+    with pytest.raises(CheckpointError, match=r"labels\.pt"):
+        private_fraction(flags, **{**settings, "noise_multiplier": 6.0})
+
+
+def test_what_is_no_flag_is_refused_before_anything_is_recorded():
+    accountant = PRVAccountant()
+    wrong = (
+        torch.tensor([0.0, 0.5]),
+        torch.tensor([0, 2]),
+        torch.tensor([math.nan]),
+        torch.zeros(3, 1),
+        torch.zeros(0),
+    )
+    for flags in (*wrong, torch.zeros(0)):
+        with pytest.raises(InputError):
+            private_fraction(flags, noise_multiplier=1.0, accountant=accountant)
+    for change in ({"noise_multiplier": 0.0}, {"dataset_size": 0}):
+        with pytest.raises(ConfigurationError, match=next(iter(change))):
+            private_fraction(torch.ones(3), **{"noise_multiplier": 1.0, "accountant": accountant, **change})
     assert len(accountant.ledger) == 0
 
 

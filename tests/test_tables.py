@@ -7,7 +7,7 @@ import torch
 
 from accounting import GaussianRelease, GaussianStep
 from clipless_dp import ConfigurationError, InputError, tables
-from clipless_dp.tables import LARGEST_BATCH, STATISTICS_SHARE, fit_table, learning_rate, number_of_steps
+from clipless_dp.tables import LABELS_SHARE, LARGEST_BATCH, STATISTICS_SHARE, fit_table, learning_rate, number_of_steps
 
 BUDGET = {"epsilon": 2.0, "delta": 1e-4, "progress": False, "reproducible_seed": 0, "cosines": 128}
 
@@ -39,12 +39,25 @@ def test_a_table_of_any_scales_is_learnt_from_within_the_budget():
 
 def test_statistics_and_training_are_in_one_ledger_with_their_shares():
     trained = fit_table(*table(500), **BUDGET)
-    (release, once), (step, count) = trained.result.optimizer.accountant.ledger
-    assert (type(release), once, type(step), count) == (GaussianRelease, 1, GaussianStep, 100)
+    (columns, once), (labels, one), (step, count) = trained.result.optimizer.accountant.ledger
+    assert (type(columns), once, type(labels), one) == (GaussianRelease, 1, GaussianRelease, 1)
+    assert (type(step), count) == (GaussianStep, 100)
     assert step.noise_multiplier == pytest.approx(trained.result.noise_multiplier)
     # At sample rate 1 squared inverse multipliers add up; calibration is to 0.01 %.
-    statistics, training = release.noise_multiplier**-2, 100 * step.noise_multiplier**-2
-    assert statistics / (statistics + training) == pytest.approx(STATISTICS_SHARE, rel=1e-2)
+    paid = [columns.noise_multiplier**-2, labels.noise_multiplier**-2, 100 * step.noise_multiplier**-2]
+    assert paid[0] / sum(paid) == pytest.approx(STATISTICS_SHARE, rel=1e-2)
+    assert paid[1] / sum(paid) == pytest.approx(LABELS_SHARE, rel=1e-2)
+
+
+@pytest.mark.parametrize("positive", [0.02, 0.3, 0.9])
+def test_scores_are_log_odds_of_the_share_of_positive_labels_where_columns_tell_nothing(positive):
+    rows = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(1))
+    labels = torch.arange(20_000) % 100 < 100 * positive
+    trained = fit_table(rows, labels, **{**BUDGET, "delta": 1e-5})
+    predicted = torch.sigmoid(trained.scores(rows))
+    # The count has noise of 13 rows at ε = 2; weights learn noise only.
+    assert float(predicted.mean()) == pytest.approx(positive, abs=0.03)
+    assert not any(name.endswith("bias") for name, p in trained.net.named_parameters() if p.requires_grad)
 
 
 def test_a_run_with_a_checkpoint_pays_for_its_statistics_once(tmp_path):
@@ -74,6 +87,7 @@ def test_what_is_no_table_is_refused_before_anything_is_spent(monkeypatch):
         raise AssertionError("statistics were released")
 
     monkeypatch.setattr(tables, "private_standardisation", released)
+    monkeypatch.setattr(tables, "private_fraction", released)
     rows, labels = table(50)
     for bad in (rows[0], rows.long(), rows[:, :0]):
         with pytest.raises(InputError, match="rows"):
