@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from accounting import Accountant, create_accountant
 from clipless_dp import constraints, layers, losses
 from clipless_dp.errors import CliplessError, ConfigurationError
-from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering
+from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
 from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, derived_seed
@@ -270,6 +270,25 @@ def _scaled_convolutions(shape: Shape, outputs: int) -> nn.Sequential:
     return nn.Sequential(*features, nn.Linear(_width(features, shape), outputs))
 
 
+def _pooled_convolutions(shape: Shape, outputs: int) -> nn.Sequential:
+    features = nn.Sequential(
+        layers.LayerCentering(),
+        layers.SphereScaling(),
+        nn.Conv2d(shape[0], 32, 6, stride=2, padding=2, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        layers.LayerCentering(),
+        layers.SphereScaling(),
+        nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False),
+        nn.ReLU(),
+        nn.MaxPool2d(2, 1),
+        nn.Flatten(),
+        layers.LayerCentering(),
+        layers.SphereScaling(),
+    )
+    return nn.Sequential(*features, nn.Linear(_width(features, shape), outputs))
+
+
 def _small_convolutions(shape: Shape, outputs: int) -> nn.Sequential:
     """Small coverage and few weights: Δ√p, summed over layers, is what the noise of signal gates costs.
 
@@ -298,6 +317,16 @@ def _pooled_dense(shape: Shape, outputs: int) -> nn.Sequential:
         layers.GroupSort(2),
         nn.Linear(64, outputs, bias=False),
         layers.CotangentGate(0.1),
+    )
+
+
+def _gradient_gated_colours(net: nn.Module, shape: Shape) -> DPLipModel:
+    # Colour differences of contrast 3 lie within 4: no image is cut.
+    return DPLipModel(
+        gradient_gated(net, floor=0.3),
+        input_shape=shape,
+        input_norm=4.0 * _root_of_entries(shape),
+        loss=losses.TauCrossEntropy(8.0),
     )
 
 
@@ -410,6 +439,17 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "CIFAR-10 itself, that search is not accounted.",
                 front=_mirrored,
                 statistics=_without_mean,
+            ),
+            Preset(
+                name="photographs-gradient",
+                summary="small photographs end to end, as lightness and colour differences: two convolutions and a "
+                "dense layer behind gradient gates",
+                network=_pooled_convolutions,
+                bound=_gradient_gated_colours,
+                settings={"epochs": 15, "batch_size": 2048, "lr": 0.01, "optimizer": "adam"},
+                provenance="CIFAR-10 at ε = 8: on 5 000 held-out training images, never on the test set. Trained on "
+                "CIFAR-10 itself, that search is not accounted.",
+                front=lambda shape: OpponentColours(),
             ),
             Preset(
                 name="transfer",

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from clipless_dp import ConfigurationError, evaluate, fit, presets
+from clipless_dp.features import OpponentColours
 from clipless_dp.statistics import private_moments
 
 SHAPES = {"transfer": (12,), "regression": (12,)}
@@ -91,8 +92,8 @@ def test_features_lose_their_mean_which_is_charged_and_new_samples_lose_that_of_
     ("name", "shape"),
     [
         *((name, (5,)) for name in ("mnist-gradient", "mnist-gated", "mnist-orthogonal")),
-        *((name, (5,)) for name in ("features-linear", "photographs-linear")),
-        *((name, (1, 2, 2)) for name in ("mnist-gradient", "mnist-gated")),
+        *((name, (5,)) for name in ("features-linear", "photographs-linear", "photographs-gradient")),
+        *((name, (1, 2, 2)) for name in ("mnist-gradient", "mnist-gated", "photographs-gradient")),
     ],
 )
 def test_a_shape_that_a_preset_does_not_take_is_refused_by_name(name, shape):
@@ -104,6 +105,17 @@ def test_a_shape_that_a_preset_does_not_take_is_refused_by_name(name, shape):
 def test_photographs_are_seen_at_three_scales_where_their_size_allows(size, coefficients, places):
     features = presets.get("photographs-linear").features(torch.rand(2, 3, *size))
     assert features.shape == (2, 3 * coefficients * places)
+
+
+def test_photographs_end_to_end_are_lightness_and_colour_differences_that_the_input_gate_lets_through():
+    preset = presets.get("photographs-gradient")
+    # Primary colours: the largest differences that pixels in [0, 1] have.
+    images = torch.eye(3)[:, :, None, None].expand(3, 3, 32, 32)
+    images = torch.cat([images, 1 - images])
+    behind = preset.features(images)
+    torch.testing.assert_close(behind, OpponentColours()(images))
+    model = preset.model((3, 32, 32), 10)
+    assert float(behind.flatten(1).norm(dim=1).max()) <= model.input_norm
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
