@@ -1,7 +1,8 @@
-"""MNIST and CIFAR-10 at ε = 3, δ = 1e-5: the presets side by side.
+"""MNIST and CIFAR-10 at δ = 1e-5, and ε = 3 unless told otherwise: the presets side by side.
 
     python benchmarks/accuracy.py --data-dir DIR --preset mnist-gated --seeds 0 1 2
     python benchmarks/accuracy.py --data-set cifar10 --data-dir DIR --cache-dir DIR --preset photographs-linear
+    python benchmarks/accuracy.py --data-set cifar10 --data-dir DIR --preset photographs-gradient --epsilon 8
 
 Hyper-parameters were chosen on held-out training images (``--validate`` shows them), never on the test set.
 Without ``--data-dir`` the images are downloaded from OpenML; with ``--cache-dir`` features are computed once. Writes
