@@ -36,8 +36,9 @@ from accounting import Accountant, calibrate_noise_multiplier, create_accountant
 from clipless_dp import DPLipModel, constraints, gated, gradient_gated, layers, losses, presets
 from clipless_dp.datasets import load_dataset
 from clipless_dp.gates import CotangentGate
-from clipless_dp.presets import Preset, Releases
+from clipless_dp.presets import Preset
 from clipless_dp.sampling import PoissonBatchSampler
+from clipless_dp.statistics import Releases
 from clipless_dp.training import linear_decay
 
 RESULTS = Path(__file__).resolve().parent / "results"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 import os
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
-from clipless_dp.noise import NoiseSource, SystemNoise
+from clipless_dp.noise import NoiseSource, ReproducibleNoise, SystemNoise, derived_seed, noise_source
 
 _MARGIN = 1.0 + 1e-6
 """Noise is drawn this much larger, so that rounding of sums and factors never makes it smaller than recorded."""
@@ -29,6 +31,35 @@ _CHUNK = 1 << 24
 """Entries that are converted to float64 at once."""
 
 _MOMENTS_SENSITIVITY = math.sqrt(2.0)
+
+
+@dataclass(frozen=True)
+class Releases:
+    """How the statistics before one training are charged and drawn: arguments of the functions of this module.
+
+    Attributes:
+        accountant: to which training will be added.
+        dataset_size: public number of samples.
+        checkpoint: of training; what is released is kept beside it, so that a run that goes on pays once.
+        seed: of a reproducible run, or ``None``.
+        noise: a source's name or a source, where there is no seed.
+    """
+
+    accountant: Accountant
+    dataset_size: int
+    checkpoint: str | os.PathLike[str] | None = None
+    seed: int | None = None
+    noise: NoiseSource | str | None = None
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """``accountant``, ``dataset_size``, ``noise`` and ``file`` of the release of this name."""
+        seed = None if self.seed is None else derived_seed(self.seed, name)
+        return {
+            "accountant": self.accountant,
+            "dataset_size": self.dataset_size,
+            "noise": noise_source(self.noise) if seed is None else ReproducibleNoise(seed),
+            "file": None if self.checkpoint is None else Path(f"{os.fspath(self.checkpoint)}.{name}"),
+        }
 
 
 @dataclass(frozen=True)
@@ -114,12 +145,9 @@ def private_moments(
         "dataset_size": size,
         "shape": list(values.shape[1:]),
     }
-    path = None if file is None else Path(file)
-    if path is not None and path.exists():
-        released, release = _reread(path, settings, accountant)
-    else:
-        sums = _moment_sums(values, norm)
-        released, release = _release(sums, _MOMENTS_SENSITIVITY, noise_multiplier, accountant, noise, path, settings)
+    released, release = _released(
+        lambda: _moment_sums(values, norm), _MOMENTS_SENSITIVITY, noise_multiplier, accountant, noise, file, settings
+    )
     return _moments(released.cpu(), norm, size, values[0, 0].numel(), noise_multiplier, release)
 
 
@@ -245,18 +273,14 @@ def private_fraction(
     """
     if flags.dim() != 1 or flags.is_complex() or not bool(((flags == 0) | (flags == 1)).all()):
         raise InputError(f"expected zeros and ones, (N,), got {flags.dtype} {tuple(flags.shape)}")
-    size = _checked_values(flags[:, None].double(), dataset_size, noise_multiplier)
+    exact = flags.detach().double()
+    size = _checked_values(exact[:, None], dataset_size, noise_multiplier)
     settings: dict[str, object] = {
         "statistic": "fraction",
         "noise_multiplier": float(noise_multiplier),
         "dataset_size": size,
     }
-    path = None if file is None else Path(file)
-    if path is not None and path.exists():
-        count, _ = _reread(path, settings, accountant)
-    else:
-        exact = flags.detach().double().sum()
-        count, _ = _release(exact, 1.0, noise_multiplier, accountant, noise, path, settings)
+    count, _ = _released(exact.sum, 1.0, noise_multiplier, accountant, noise, file, settings)
     least = min(0.5, noise_multiplier / size)
     return min(max(float(count) / size, least), 1.0 - least)
 
@@ -466,15 +490,20 @@ def _started(noise: NoiseSource | None) -> NoiseSource:
     return source
 
 
-def _release(
-    sums: Tensor,
+def _released(
+    exact: Callable[[], Tensor],
     sensitivity: float,
     noise_multiplier: float,
     accountant: Accountant,
     noise: NoiseSource | None,
-    path: Path | None,
+    file: str | os.PathLike[str] | None,
     settings: dict[str, object],
 ) -> tuple[Tensor, GaussianRelease]:
+    """Sums with noise, and the event that paid for them: from the file if it is there, else in a new release."""
+    path = None if file is None else Path(file)
+    if path is not None and path.exists():
+        return _reread(path, settings, accountant)
+    sums = exact()
     release = _recorded(noise_multiplier, accountant, path)
     drawn = _started(noise).standard_normal_(torch.empty_like(sums))
     released = sums + noise_multiplier * sensitivity * _MARGIN * drawn

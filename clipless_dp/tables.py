@@ -6,7 +6,6 @@ import inspect
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,10 +18,9 @@ from clipless_dp.features.cosines import RandomCosines
 from clipless_dp.gating import gated
 from clipless_dp.losses import BinaryCrossEntropy
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import ReproducibleNoise, derived_seed, noise_source
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import as_tensors
-from clipless_dp.statistics import Standardisation, private_fraction, private_standardisation
+from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
 from clipless_dp.training import FitResult, constant, fit
 
 LARGEST_BATCH = 4096
@@ -132,30 +130,18 @@ def fit_table(
         raise ConfigurationError(f"fit has no arguments {unknown}")
     if noise is not None and reproducible_seed is not None:
         raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
-    sources = {name: noise_source(noise) for name in ("statistics", "labels")}
-    if reproducible_seed is not None:
-        sources = {name: ReproducibleNoise(derived_seed(reproducible_seed, name)) for name in sources}
     size = len(rows) if dataset_size is None else dataset_size
     if not (isinstance(size, int) and size >= 1):
         raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
     ledger = create_accountant(accountant, dataset_size=size)
     whole = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
+    releases = Releases(ledger, size, checkpoint, reproducible_seed, noise)
     standardise: Standardisation = private_standardisation(
-        rows,
-        noise_multiplier=whole / math.sqrt(STATISTICS_SHARE),
-        accountant=ledger,
-        dataset_size=size,
-        noise=sources["statistics"],
-        file=None if checkpoint is None else f"{Path(checkpoint)}.statistics",
+        rows, noise_multiplier=whole / math.sqrt(STATISTICS_SHARE), **releases.arguments("statistics")
     )
     positive = private_fraction(
-        labels,
-        noise_multiplier=whole / math.sqrt(LABELS_SHARE),
-        accountant=ledger,
-        dataset_size=size,
-        noise=sources["labels"],
-        file=None if checkpoint is None else f"{Path(checkpoint)}.labels",
+        labels, noise_multiplier=whole / math.sqrt(LABELS_SHARE), **releases.arguments("labels")
     )
     linear = nn.Linear(rows.shape[1] + cosines, 1)
     nn.init.zeros_(linear.weight)
