@@ -155,7 +155,9 @@ class Preset:
             if isinstance(accountant, str):
                 accountant = create_accountant(accountant, dataset_size=size)
             changes["accountant"] = accountant
-            releases = Releases(accountant, size, changes.get("checkpoint"), changes.get("reproducible_seed"))
+            releases = Releases(
+                accountant, size, changes.get("checkpoint"), changes.get("reproducible_seed"), changes.get("noise")
+            )
             change = self.statistics(features, releases)
 
         def prepare(samples: Tensor) -> Tensor:

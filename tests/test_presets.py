@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipless_dp import ConfigurationError, evaluate, fit, presets
+from clipless_dp import ConfigurationError, SystemNoise, evaluate, fit, presets
 from clipless_dp.features import OpponentColours
 from clipless_dp.statistics import private_moments
 
@@ -86,6 +86,22 @@ def test_features_lose_their_mean_which_is_charged_and_new_samples_lose_that_of_
         # Noise of 20·√2 in each of 324 sums over 2000 records: a quarter of the norm of unit vectors.
         assert float((trained.prepare(given) * expected).sum(1).mean()) > 0.5
     assert float(trained.prepare(images).norm(dim=1).sub(1).abs().max()) < 1e-5
+
+
+def test_the_noise_that_training_is_told_to_take_is_that_of_its_statistics_too():
+    class Counting(SystemNoise):
+        drawn = 0
+
+        def standard_normal_(self, out):
+            type(self).drawn += out.numel()
+            return super().standard_normal_(out)
+
+    preset, dataset = presets.get("features-linear"), data((1, 8, 8), count=200)
+    settings = {"epochs": 0.5, "batch_size": 100, "accountant": "rdp", "progress": False, "noise": Counting()}
+    trained = preset.fit(dataset, epsilon=3.0, delta=1e-4, outputs=3, **settings)
+    weights = sum(p.numel() for p in trained.model.parameters())
+    # Sums of features and of their squares, then one step.
+    assert Counting.drawn == 2 * preset.features(dataset[0]).shape[1] + trained.result.steps * weights
 
 
 @pytest.mark.parametrize(
