@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed, passes, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
@@ -104,6 +104,8 @@ class DPLipModel(nn.Module):
         self._constraints = assign(constraint, self._tracker.operators)
         self.changes = 0
         self._projected: dict[str, tuple[Stamp, float]] = {}
+        self.register = passes.Register(self)
+        self.register.follow(net)
         for name, parameter in net.named_parameters():
             exact_float64(parameter, name)
         for name, constraint in self._trainable_constraints():
@@ -136,7 +138,7 @@ class DPLipModel(nn.Module):
         self._graph = (traced.module,)
         self._fused = FusedNet(traced)
         self._gathering: tuple[nn.Module | None] | None = None
-        self._kept: tuple[object, Sensitivity] | None = None
+        self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
         self._leaves = [
             _Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
             for node in traced.tensor_nodes()
@@ -162,12 +164,33 @@ class DPLipModel(nn.Module):
             sharding.sum_shards_(self)
             if self._gathering is None:
                 self._gathering = (sharding.gathering(self._graph[0], self),)
+            self.register.sharded = True
+        opened: passes.Pass | Tensor | None = None
+        if passes.is_witnessed():
+            if torch.compiler.is_compiling():
+                # An exported program is nobody's pass: a step refuses what it adds to a gradient.
+                opened = None if _is_exporting() else passes.open_operator(inputs, self.register.key)
+            else:
+                opened = self.register.open(inputs)
         if inputs.shape[0] == 0:
             # A copy: what hooks on a view are told may be lost.
-            return self._run(inputs.new_zeros(1, *self.input_shape))[:0].clone()
-        return self._run(inputs)
+            return self._run(inputs.new_zeros(1, *self.input_shape), opened=opened)[:0].clone()
+        return self._run(inputs, opened=opened)
 
-    def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def _run(
+        self,
+        inputs: Tensor,
+        net: Callable[[Tensor], Tensor] | None = None,
+        opened: passes.Pass | Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(opened, passes.Pass) and not self.register.sharded:
+            with self.register.running(opened):
+                return self._gated(inputs, net, opened)
+        return self._gated(inputs, net, opened)
+
+    def _gated(
+        self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None, opened: passes.Pass | Tensor | None
+    ) -> Tensor:
         net = net or (self._gathering and self._gathering[0])
         fused = self._fused if net is None and FusedNet.can_run(inputs) else None
         outputs: Tensor
@@ -183,7 +206,10 @@ class DPLipModel(nn.Module):
                 gated, finite = token_gate(inputs, self._vocabulary)
             whole = _can_look(finite) and bool(finite.all())
             outputs = (net or (self._graph[0] if fused is None else fused.module))(gated)
-        outputs = cotangent_gate(outputs, self.cotangent_norm)
+        if opened is None:
+            outputs = cotangent_gate(outputs, self.cotangent_norm)
+        else:
+            outputs = passes.outermost_gate(outputs, self.cotangent_norm, opened)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
@@ -237,14 +263,63 @@ class DPLipModel(nn.Module):
             PrivacyError: a submodule was replaced after wrapping, or a bound is not finite.
         """
         self._follow_changes()
-        limits = self._limits()
+        return self._sensitivity(relation)[0]
+
+    def _sensitivity(self, relation: Relation = "add-or-remove-one") -> tuple[Sensitivity, dict[str, Stamp]]:
+        """The bounds, and stamps of the weights that they rest on."""
+        limits, stamps = self._limits()
         key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self.net)))
-        if self._kept is not None and self._kept[0] == key:
-            return self._kept[1]
+        known = self._kept.get(relation)
+        if known is not None and known[0] == key:
+            _, sensitivity, read = known
+            now = {name: self._stamp(name) for name in read}
+            if now == read:
+                return sensitivity, {**stamps, **now}
         whole = not sharding.is_sharded(self)
-        sensitivity, lasting = self._tracker.evaluate(limits, relation, whole=whole)
-        self._kept = (key, sensitivity) if lasting else None
-        return sensitivity
+        sensitivity, read_names = self._tracker.evaluate(limits, relation, whole=whole)
+        self._kept.pop(relation, None)
+        # What a rule of the user's own may have read is known to nobody.
+        named = None if sharding.is_sharded(self) else {name for name, _ in self.net.named_parameters()}
+        read = {name: self._stamp(name) for name in read_names} if named and read_names <= named else {}
+        if len(read) == len(read_names):
+            self._kept[relation] = key, sensitivity, read
+        return sensitivity, {**stamps, **read}
+
+    def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
+        """The bounds that hold for a pass that begins now, and a fingerprint of what they rest on.
+
+        Of a model of which each rank holds a part, the bounds are those of the step.
+
+        Raises:
+            PrivacyError: as :meth:`sensitivity`.
+        """
+        if sharding.is_sharded(self):
+            return None, None
+        self._follow_changes()
+        sensitivity, stamps = self._sensitivity()
+        return sensitivity, (self.changes, stamps)
+
+    def check_pass(self, fingerprint: object) -> None:
+        """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.
+
+        Raises:
+            PrivacyError: it does not.
+        """
+        if fingerprint is None:
+            return
+        changes, stamps = cast("tuple[int, dict[str, Stamp]]", fingerprint)
+        self._refuse_interference()
+        if changes != self.changes or any(leaf.settings() != leaf.known for leaf in self._leaves):
+            raise PrivacyError(
+                "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
+                "no one bound holds for it: change them between steps"
+            )
+        changed = next((name for name, known in stamps.items() if self._stamp(name) != known), None)
+        if changed is not None:
+            raise PrivacyError(
+                f"the weight {changed!r} was changed between a forward pass and its backward pass, so that no one "
+                "bound holds for it: change weights before the forward pass, and put them back after the backward pass"
+            )
 
     @property
     def compiling_pays(self) -> bool:
@@ -263,7 +338,7 @@ class DPLipModel(nn.Module):
             ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say).
         """
         self._follow_changes()
-        return self._tracker.lipschitz_constant(self._limits())
+        return self._tracker.lipschitz_constant(self._limits()[0])
 
     def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
@@ -377,32 +452,23 @@ class DPLipModel(nn.Module):
         """The linear operators that a parameter of ``net`` acts as."""
         return self._tracker.operators.get(name, ())
 
-    def _limits(self) -> dict[str, float]:
-        """Limits that projections established, for the parameters that have not changed since."""
-        changed = [self._stamp(name) != stamp for name, (stamp, _) in self._projected.items()]
+    def _limits(self) -> tuple[dict[str, float], dict[str, Stamp]]:
+        """Limits that projections established, for the parameters that have not changed since; and stamps of all."""
+        stamps = {name: self._stamp(name) for name in self._projected}
+        changed = [stamps[name] != stamp for name, (stamp, _) in self._projected.items()]
         if changed and sharding.is_sharded(self):
             # What one rank finds changed is certified anew by all of them, together.
             changed = distributed.total(torch.tensor(changed).long()).bool().tolist()
-        return {
+        limits = {
             name: limit for (name, (_, limit)), new in zip(self._projected.items(), changed, strict=True) if not new
         }
+        return limits, stamps
 
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
         sharding.part_(self)
         sharded = sharding.is_sharded(self)
-        for leaf in self._leaves:
-            kind, known = type(leaf.module), None
-            if sharded:
-                kind, known = kind_of(leaf.module), sharding.hooks_of_sharding(leaf.module)
-            if leaf.find(self.net) is not leaf.module or kind is not leaf.kind or is_hooked(leaf.module, besides=known):
-                raise PrivacyError(
-                    f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
-                    "bounds are not its own. Wrap the changed network in a new DPLipModel"
-                )
-        remedy = coarse_products(self._placed[0])
-        if remedy is not None:
-            raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
+        self._refuse_interference()
         if parameter_device_and_dtype(self.net) != self._placed:
             raise PrivacyError(
                 "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
@@ -424,6 +490,22 @@ class DPLipModel(nn.Module):
             self.settle_()
             self.changes += 1
 
+    def _refuse_interference(self) -> None:
+        """Refuses layers that were replaced or hooked, and settings under which products round more coarsely."""
+        sharded = sharding.is_sharded(self)
+        for leaf in self._leaves:
+            kind, known = type(leaf.module), None
+            if sharded:
+                kind, known = kind_of(leaf.module), sharding.hooks_of_sharding(leaf.module)
+            if leaf.find(self.net) is not leaf.module or kind is not leaf.kind or is_hooked(leaf.module, besides=known):
+                raise PrivacyError(
+                    f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
+                    "bounds are not its own. Wrap the changed network in a new DPLipModel"
+                )
+        remedy = coarse_products(self._placed[0])
+        if remedy is not None:
+            raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
+
     def _check_shards(self, *, adopt: bool) -> None:
         """Knows the parameters, after ``fully_shard(model)``, by the parts that this rank holds."""
         sharding.check_shards(self, self.net.parameters())
@@ -436,6 +518,7 @@ class DPLipModel(nn.Module):
             )
         self._traced.names.clear()
         self._traced.names.update(named)
+        self.register.follow(self.net)
         # The ranks may have started from different weights.
         self.settle_()
 
@@ -472,12 +555,20 @@ class DPLipModel(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves"}
+        derived.add("register")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.register = passes.Register(self)
+        self.register.follow(self.net)
         self._trace(*parameter_device_and_dtype(self.net))
         self.settle_()
+
+
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` traces a program; older versions of torch do not tell."""
+    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
 
 
 @contextmanager

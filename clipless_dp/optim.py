@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, GaussianRelease, GaussianStep, create_accountant
-from clipless_dp import distributed, draws, sharding
+from clipless_dp import distributed, draws, passes, sharding
 from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
@@ -140,19 +140,15 @@ class CliplessDPOptimizer(Optimizer):
         self.steps_taken = 0
         self._noise_sources: set[str] = set()
         self._learning_rates: list[tuple[Rates, int]] = []
-        self._draws_before = draws.snapshot()
-        self._held_before = draws.held()
+        self._draw_before = draws.in_hand()
         self._run = uuid.uuid4().hex
         self._counted: dict[str, int] = {self._run: 0}
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
-        self._last: tuple[int, Sensitivity] | None = None
-        self._entered: list[Tensor] = []
         self._named: dict[str, nn.Parameter] = {}
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share_state()
         self._require_protected()
-        for parameter in self._parameters():
-            parameter.grad = None
+        model.register.drop()
         self._world = distributed.world()
         self._sharded = sharding.has_shards(model)
         if self._sharded:
@@ -161,7 +157,7 @@ class CliplessDPOptimizer(Optimizer):
         self._lines_compared = 0
         if self._world.size > 1:
             self._join_ranks()
-        self._sensitivity()
+        self.model.sensitivity()
 
     def __getstate__(self) -> NoReturn:
         raise ConfigurationError(
@@ -221,26 +217,26 @@ class CliplessDPOptimizer(Optimizer):
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
         inputs, targets, mask = batch
-        if any(_overlap(inputs, entered) for entered in self._entered):
+        register = self.model.register
+        rows, altered = passes.origin(inputs)
+        register.reconcile()
+        entered = [some.rows for some in register.passes if some.rows is not None]
+        if draws.overlapping([*entered, rows]):
             raise PrivacyError(
                 "rows of this batch have entered the gradients of this step already, and would count twice: "
                 "accumulate each draw once, with multiplicity=K for several views of its samples, then step()"
             )
         if loss is None:
             loss = self._loss
-        rows = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
+        size = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
         sharding.part_(self.model)
-        parameters = list(self.model.net.parameters())
-        before = [parameter.grad for parameter in parameters]
         total = torch.zeros((), device=inputs.device)
-        for parameter in parameters:
-            parameter.grad = None
-        try:
-            pieces = list(zip(inputs.split(rows), targets.split(rows), mask.split(rows), strict=True))
-            if self._sharded:
-                # Ranks pass together, each gathering what the others hold: empty ones where there are no more rows.
-                missing = distributed.largest(len(pieces)) - len(pieces)
-                pieces += [(inputs[:0], targets[:0], mask[:0])] * missing
+        pieces = list(zip(inputs.split(size), targets.split(size), mask.split(size), strict=True))
+        if self._sharded:
+            # Ranks pass together, each gathering what the others hold: empty ones where there are no more rows.
+            missing = distributed.largest(len(pieces)) - len(pieces)
+            pieces += [(inputs[:0], targets[:0], mask[:0])] * missing
+        with register.apart(rows, altered, views=multiplicity):
             with sharding.passing() if self._sharded else nullcontext():
                 for _ in range(multiplicity):
                     for piece in pieces:
@@ -248,22 +244,38 @@ class CliplessDPOptimizer(Optimizer):
                         value = loss(seen, piece[1], piece[2])
                         value.backward()
                         total += value.detach()
-        except BaseException:
-            # Views in part, not yet averaged, must not be stepped on.
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = gradient
-            raise
-        with torch.no_grad():
-            for parameter, gradient in zip(parameters, before, strict=True):
-                if parameter.grad is None:
-                    parameter.grad = gradient
-                    continue
-                if multiplicity > 1:
-                    parameter.grad /= multiplicity
-                if gradient is not None:
-                    parameter.grad += gradient
-        self._entered.append(inputs)
         return total / multiplicity
+
+    def accumulate_public(
+        self,
+        batch: tuple[Tensor, Tensor],
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Adds the gradients of public rows: nobody's data, such as noise, or what a private model has generated.
+
+        They are charged to nobody and count as rows of no draw; their gradients join the sum, gated as all.
+
+        Args:
+            batch: inputs and targets.
+            loss: another way to compute ``model.loss(model(inputs), targets)``. It must not read anything of the
+                training data.
+
+        Returns:
+            The summed loss.
+
+        Raises:
+            InputError: a row is one of the draw in hand.
+        """
+        inputs, targets = batch
+        with self.model.register.apart(None, False, public=True):
+            value = self.model.loss(self.model(inputs), targets) if loss is None else loss(inputs, targets)
+            value.backward()
+        return value.detach()
+
+    def skip_draw(self) -> None:
+        """Says that the draw in hand is not trained on, so that other rows may be: on public data, say."""
+        draws.skip()
 
     def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return self.model.loss(self.model(inputs), targets, mask)
@@ -289,7 +301,12 @@ class CliplessDPOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
-            self._release()
+            try:
+                self._release()
+            except PrivacyError:
+                # What is refused now must not be released together with what comes next.
+                self.model.register.drop()
+                raise
             self.base_optimizer.step()
             self.model.project_()
         return loss
@@ -311,7 +328,7 @@ class CliplessDPOptimizer(Optimizer):
     def noise_deviations(self) -> dict[str, float]:
         """``σ_θ`` of the noise on each parameter's summed gradient, at the current bounds, by name in ``model.net``."""
         named = self._require_protected()
-        deviations, _ = self._deviations(self._sensitivity(), named)
+        deviations, _ = self._deviations(self.model.sensitivity(), named)
         return {name: deviations[id(parameter)] for name, parameter in named.items() if id(parameter) in deviations}
 
     def ledger_is_incomplete(self) -> bool:
@@ -321,9 +338,9 @@ class CliplessDPOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
-        self._held_before = max(self._held_before, draws.held() - 1)
-        self._entered.clear()
+        draws.skip(latest=False)
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self.model.register.reconcile()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of ``model.net``.
@@ -444,9 +461,11 @@ class CliplessDPOptimizer(Optimizer):
         named = self._require_protected()
         if self._sharded:
             sharding.require_sums(self.model)
-        sensitivity = self._sensitivity()
+        register = self.model.register
+        passed = register.witnessed()
+        sensitivity = passes.joined(passed, self.model.sensitivity)
         deviations, spent = self._deviations(sensitivity, named)
-        rate = self._charged_rate()
+        rate = self._charged_rate([some for some in passed if not some.public])
         self._require_budget(spent, rate)
         self.accountant.step(noise_multiplier=spent, sample_rate=rate)
         self._counted[self._run] = self._counted.get(self._run, 0) + 1
@@ -455,7 +474,7 @@ class CliplessDPOptimizer(Optimizer):
         self._note_learning_rates()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
-        self._entered.clear()
+        register.forget()
         gradients: list[Tensor] = []
         scales: list[float] = []
         for parameter in named.values():
@@ -474,6 +493,7 @@ class CliplessDPOptimizer(Optimizer):
             self._release_together(gradients, scales)
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
+        register.note_all()
 
     def _note_learning_rates(self) -> None:
         rates = tuple(None if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
@@ -540,17 +560,6 @@ class CliplessDPOptimizer(Optimizer):
                 sharding.local(gradient).add_(sharding.local(sharding.split(whole, gradient))).mul_(factor)
             return
         add_normal_([sharding.local(gradient) for gradient in gradients], scales, self.noise, factor)
-
-    def _sensitivity(self) -> Sensitivity:
-        """The model's bounds; after a change of settings the larger of old and new: either may have applied."""
-        current = self.model.sensitivity()
-        before, self._last = self._last, (self.model.changes, current)
-        if before is None or before[0] == self.model.changes:
-            return current
-        bounds = {
-            name: max(bound, before[1].per_parameter.get(name, 0.0)) for name, bound in current.per_parameter.items()
-        }
-        return replace(current, per_parameter=bounds, total=math.hypot(*bounds.values()))
 
     def _deviations(
         self, sensitivity: Sensitivity, named: Mapping[str, nn.Parameter]
@@ -642,20 +651,17 @@ class CliplessDPOptimizer(Optimizer):
             )
         _latest_ledger[self.model] = self.accountant, self._counted
 
-    def _charged_rate(self) -> float:
-        held = draws.held() - self._held_before
-        if held > 1:
-            raise PrivacyError(
-                f"{held} Poisson draws were taken for this step: a sample may be in several of them, and its gradient "
-                "would count as often. Take one step for each draw (Batch.split cuts a draw into micro-batches), and "
-                "call zero_grad() after draws that are not used"
-            )
-        before, now = self._draws_before, draws.snapshot()
-        drawn = now.announced - before.announced
-        announced = drawn.total() > now.taken - before.taken
-        if announced:
-            draws.take()
-        elif self._world.size > 1 and self.sampling == "announced":
+    def _charged_rate(self, passed: Sequence[passes.Pass]) -> float:
+        """What the step is charged at, given the passes of private rows that its gradients consist of.
+
+        Raises:
+            PrivacyError: a row may be in several of them, or rows are not those of their draw.
+        """
+        draw = self._witnessed_draw(passed)
+        amplified = draw is not None and draw.amplifies and not draw.used
+        if draw is not None and not draw.used:
+            draws.use(draw)
+        if not amplified and self._world.size > 1 and self.sampling == "announced":
             raise PrivacyError(
                 "no Poisson draw was announced for this step, so a sample may be in the batches of several ranks: "
                 "use PoissonBatches or PoissonBatchSampler, or vouch with sampling='poisson' or 'none' that "
@@ -665,21 +671,66 @@ class CliplessDPOptimizer(Optimizer):
             return 1.0
         if self.sampling == "poisson":
             return self.sample_rate
-        larger = [rate for rate in drawn if rate > self.sample_rate * (1.0 + 1e-12)]
-        if larger:
+        if draw is not None and draw.sample_rate > self.sample_rate * (1.0 + 1e-12):
             raise PrivacyError(
-                f"batches were drawn with sample rate {max(larger):.6g}, but the optimizer was told "
+                f"batches were drawn with sample rate {draw.sample_rate:.6g}, but the optimizer was told "
                 f"{self.sample_rate:.6g}: give both the same sample_rate"
             )
-        if announced:
+        if amplified:
             return self.sample_rate
         warnings.warn(
             "no Poisson draw was announced for this step, so it is charged without amplification (q = 1): use "
-            "PoissonBatches or PoissonBatchSampler, or pass sampling='poisson' if your own sampler is one",
+            "PoissonBatches, or PoissonBatchSampler with poisson_collate, and each draw for one step; or pass "
+            "sampling='poisson' if your own sampler is one",
             PrivacyWarning,
             stacklevel=5,
         )
         return 1.0
+
+    def _witnessed_draw(self, passed: Sequence[passes.Pass]) -> draws.Draw | None:
+        """The draw that the passes are of, all of it and nothing else; ``None`` if their rows are of no draw."""
+        drawn = passes.drawn_by(passed)
+        if len(drawn) > 1:
+            raise PrivacyError(
+                f"the gradients of {len(drawn)} Poisson draws are in this step: a sample may be in several of them, and "
+                "its gradient would count as often. Take one step for each draw (Batch.split cuts a draw into "
+                "micro-batches)"
+            )
+        spans = [some.rows for some in passed if some.rows is not None]
+        if draws.overlapping(spans):
+            raise PrivacyError(
+                "rows entered this step twice, in two passes: their samples would count twice. Pass each row once, with "
+                "one loss that adds all terms; accumulate(..., multiplicity=K) averages several views of a sample"
+            )
+        if not passed:
+            waiting = draws.in_hand()
+            return None if waiting is self._draw_before else waiting
+        if self.sampling == "announced":
+            self._refuse_other_rows(passed, drawn[0] if drawn else None, spans)
+        return drawn[0] if drawn else None
+
+    def _refuse_other_rows(
+        self, passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows]
+    ) -> None:
+        vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
+        if any(some.altered for some in passed) or (draw is not None and any(some.draw is not draw for some in spans)):
+            raise PrivacyError(
+                "rows entered this step that are not those of the draw in hand, as they were drawn: changed, mixed, "
+                "reordered or repeated rows let a sample count for more than its bound. Change rows one by one with "
+                "accumulate(batch, augment=...) or in the data set, leave rows out with the mask, and call skip_draw() "
+                f"for a draw that is not trained on. {vouch}"
+            )
+        if draw is not None and not draws.covered(list(spans), draw.rows):
+            raise PrivacyError(
+                "rows of the draw were left out of this step, so that whether a sample enters depends on how many "
+                "others were drawn: pass the whole draw (Batch.split cuts it into micro-batches), and leave rows out "
+                f"with the mask. {vouch}"
+            )
+        if draw is None and len({some.base for some in spans}) > 1:
+            raise PrivacyError(
+                "batches of unknown origin entered this step together: a sample may be in several of them. Take one "
+                f"step for each, or draw them with PoissonBatches. {vouch}"
+            )
 
     @property
     def found_inf(self) -> None:
@@ -725,21 +776,6 @@ def _checked_budget(budget: tuple[float, float] | None) -> tuple[float, float] |
     if not (math.isfinite(epsilon) and epsilon > 0 and 0.0 < delta < 1.0):
         raise ConfigurationError(f"budget needs a finite epsilon above 0 and a delta in (0, 1), got {budget!r}")
     return epsilon, delta
-
-
-def _overlap(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have entries in common, as parts of one batch may."""
-    if first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr() or not first.numel() * second.numel():
-        return False
-    (start, end), (other_start, other_end) = _extent(first), _extent(second)
-    return start < other_end and other_start < end
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor's entries begin and end in their storage, in bytes."""
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.storage_offset() * tensor.element_size()
-    return int(start), int(start + (last + 1) * tensor.element_size())
 
 
 def _contains(counted: Mapping[str, int], other: Mapping[str, int]) -> bool:

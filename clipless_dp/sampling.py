@@ -88,28 +88,19 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (indices.tolist() for indices in self.draws(ahead=True))
+        return (draws.upcoming(self.draw(), indices.tolist()) for indices in self.draws())
 
-    def draws(self, *, ahead: bool = False) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+    def draw(self) -> draws.Draw:
+        """What a batch of drawn samples is delivered as, see :func:`clipless_dp.draws.deliver`."""
+        return draws.Draw(self.sample_rate, seeded=self.seed is not None)
+
+    def draws(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """The drawn indices of each batch, ascending.
 
         The size is binomial and, given the size, the subset uniform: the same law as one coin for each sample.
 
-        Args:
-            ahead: whether draws may be fetched before their batches are used, see :func:`clipless_dp.draws.announce`.
-
         Raises:
             ConfigurationError: this is a second pass of a seeded sampler, or the process group has changed.
-        """
-        for indices in self.unannounced():
-            draws.announce(self.sample_rate, ahead=ahead)
-            yield indices
-
-    def unannounced(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
-        """As :meth:`draws`, for code that announces each draw when it hands its batch over.
-
-        Raises:
-            ConfigurationError: as :meth:`draws` does.
         """
         if distributed.world() != self.world:
             raise ConfigurationError("the process group has changed since this sampler was made: make it afterwards")
@@ -163,7 +154,7 @@ class _Collate:
         self.empty = empty
 
     def __call__(self, samples: list[Any]) -> Any:
-        return default_collate(samples) if samples else self.empty
+        return draws.arrived(default_collate(samples) if samples else _emptied(self.empty), len(samples))
 
 
 def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
@@ -320,7 +311,9 @@ class PoissonBatches:
     def __iter__(self) -> Generator[Batch, None, None]:
         for indices in self.sampler.draws():
             chosen = torch.from_numpy(indices // self.sampler.world.size)
-            yield padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
+            batch = padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
+            draws.deliver(self.sampler.draw(), batch, len(indices))
+            yield batch
 
 
 def padded_batch(inputs: Tensor, targets: Tensor, indices: Tensor, multiple: int) -> Batch:

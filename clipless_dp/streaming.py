@@ -90,7 +90,7 @@ class StreamedBatches:
                     for part in read.batch:
                         # Its memory goes back to the thread's stream, which must not overwrite it under the step.
                         part.record_stream(stream)
-                draws.announce(self.sampler.sample_rate)
+                draws.deliver(self.sampler.draw(), read.batch, read.rows)
                 yield read.batch
             if read.error is not None:
                 raise read.error
@@ -106,10 +106,10 @@ class StreamedBatches:
             arrivals = None
             if self._device is not None and self._device.type == "cuda":
                 arrivals = torch.cuda.Stream(self._device)
-            for indices in self.sampler.unannounced():
+            for indices in self.sampler.draws():
                 if ended.is_set():
                     return
-                ready.put(self._moved(self._read(indices.tolist()), arrivals))
+                ready.put(self._moved(self._read(indices.tolist()), len(indices), arrivals))
             last = _Read()
         except BaseException as error:
             last = _Read(error=error)
@@ -120,12 +120,12 @@ class StreamedBatches:
         inputs, targets = self._samples.read(indices)
         return padded_batch(inputs, targets, torch.arange(len(indices)), self.physical_batch_size)
 
-    def _moved(self, batch: Batch, arrivals: torch.cuda.Stream | None) -> _Read:
+    def _moved(self, batch: Batch, rows: int, arrivals: torch.cuda.Stream | None) -> _Read:
         if arrivals is None:
-            return _Read(Batch(*(part.to(self._device) for part in batch)))
+            return _Read(Batch(*(part.to(self._device) for part in batch)), rows)
         with torch.cuda.stream(arrivals):
             moved: list[Tensor] = [part.pin_memory().to(self._device, non_blocking=True) for part in batch]
-            return _Read(Batch(*moved), arrival=arrivals.record_event())
+            return _Read(Batch(*moved), rows, arrivals.record_event())
 
 
 @dataclass(frozen=True)
@@ -133,5 +133,6 @@ class _Read:
     """What the thread hands over: a batch and the event of its arrival, or the end, with the error that made it."""
 
     batch: Batch | None = None
+    rows: int = 0
     arrival: torch.cuda.Event | None = None
     error: BaseException | None = None

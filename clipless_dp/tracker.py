@@ -79,6 +79,14 @@ class Sensitivity:
     relation: Relation
     layers: tuple[LayerSensitivity, ...]
 
+    def joined(self, *others: Sensitivity) -> Sensitivity:
+        """The bounds that hold for rows of any of several passes: for each parameter the largest."""
+        bounds = dict(self.per_parameter)
+        for other in others:
+            for name, bound in other.per_parameter.items():
+                bounds[name] = max(bound, bounds.get(name, 0.0))
+        return replace(self, per_parameter=bounds, total=math.hypot(*bounds.values()))
+
     def __str__(self) -> str:
         def shown(value: float | None) -> str:
             return "–" if value is None or math.isinf(value) else f"{value:.4g}"
@@ -123,7 +131,9 @@ def stamp(parameter: Tensor) -> Stamp:
         bits = values.view(-1).view(torch.int64)
     else:
         bits = values.view(torch.int32)
-    return values._version, values.data_ptr(), int(bits.sum()), float(values.sum())
+    # Of the parameter itself: within an opaque operator what is detached from it has a counter of its own.
+    counted = values if hasattr(parameter, "placements") else parameter
+    return counted._version, values.data_ptr(), int(bits.sum()), float(values.sum())
 
 
 class _NeedsWeights(Exception):
@@ -169,8 +179,8 @@ class SensitivityTracker:
 
     def evaluate(
         self, limits: Mapping[str, float], relation: Relation, *, whole: bool = True
-    ) -> tuple[Sensitivity, bool]:
-        """The sensitivity, and whether it holds for as long as the limits do, whatever the weights become.
+    ) -> tuple[Sensitivity, set[str]]:
+        """The sensitivity, and the names of what it was read from besides the limits: of none, it holds for any weights.
 
         Raises:
             PrivacyError: as :meth:`sensitivity`; or the weights are not whole here, and a user's rule may read them.
@@ -181,7 +191,7 @@ class SensitivityTracker:
         sweep.whole = whole
         try:
             with _deep_recursion(len(self.traced.shapes)):
-                return sweep.sensitivity(relation), not sweep.reads
+                return sweep.sensitivity(relation), sweep.reads
         except _NeedsWeights:
             raise PrivacyError(
                 "a rule of your own may read weights, of which each rank holds a part only: put a gradient gate inside "
@@ -283,7 +293,7 @@ class _Sweep:
         own = {self.traced.names[id(parameter)] for parameter in leaf.parameters()}
         if own and (self.free_only or not self.whole):
             raise _NeedsWeights
-        self.reads |= own or {path}
+        self.reads |= {*own, f"the rule of {path}"}
 
     def norm(self, node: fx.Node) -> float:
         """``Y``: bound on the norm of a node's value."""

@@ -262,7 +262,11 @@ def test_an_unused_parameter_is_never_moved_even_if_it_has_a_gradient():
     model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
     before = net.unused.weight.detach().clone()
     optimizer = sgd(model)
+    optimizer.step()
+    assert torch.equal(net.unused.weight, before)
     net.unused.weight.grad = torch.ones_like(net.unused.weight)
+    with pytest.raises(PrivacyError, match="something else than passes"):
+        optimizer.step()
     optimizer.step()
     assert torch.equal(net.unused.weight, before)
 
@@ -862,7 +866,8 @@ def test_a_parameter_replaced_between_steps_is_refused_before_anything_is_releas
     layer.weight = new
     for group in optimizer.param_groups:
         group["params"] = [new if p.shape == new.shape else p for p in group["params"]]
-    accumulate(model)
+    with pytest.raises(PrivacyError, match="added or replaced"):
+        accumulate(model)
     with pytest.raises(PrivacyError, match="added or replaced"):
         optimizer.step()
     assert optimizer.steps_taken == len(optimizer.accountant) == 1

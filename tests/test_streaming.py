@@ -147,11 +147,11 @@ def test_a_draw_that_was_read_ahead_amplifies_no_step_until_it_is_handed_over() 
 
 
 def test_two_draws_handed_over_for_one_step_are_refused() -> None:
-    optimizer = CliplessDPSGD(
-        gated_model(), lr=0.1, noise_multiplier=1.0, sample_rate=0.2, dataset_size=300, accountant="rdp"
-    )
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.2, dataset_size=300, accountant="rdp")
     batches = iter(StreamedBatches(samples(300), **DRAWS))
-    next(batches), next(batches)
+    for inputs, targets, mask in (next(batches), next(batches)):
+        model.loss(model(inputs), targets, mask).backward()
     with pytest.raises(PrivacyError, match="2 Poisson draws"):
         optimizer.step()
     batches.close()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.model import DPLipModel
+from clipless_dp.passes import unwitnessed
 from clipless_dp.testing.probes import Case, Fill, Probe, own_parameters
 from clipless_dp.testing.signals import sequences, sized_signals
 
@@ -32,7 +33,8 @@ def per_sample_gradients(
 ) -> dict[str, Tensor]:
     """The gradient of one sample, as a batch of one, for each trainable parameter that it reaches."""
     named = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
-    loss = scale * model.loss(model(sample.unsqueeze(0)), target.unsqueeze(0))
+    with unwitnessed():
+        loss = scale * model.loss(model(sample.unsqueeze(0)), target.unsqueeze(0))
     found = torch.autograd.grad(loss, list(named.values()), create_graph=differentiable, allow_unused=True)
     return {name: gradient for name, gradient in zip(named, found, strict=True) if gradient is not None}
 

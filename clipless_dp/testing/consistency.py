@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model import DPLipModel
+from clipless_dp.passes import unwitnessed
 from clipless_dp.testing.attacks import TOLERANCE, Record, try_all
 from clipless_dp.testing.probes import Case, Probed
 
@@ -181,7 +182,7 @@ def _run(model: DPLipModel, forward: Callable[[Tensor], Tensor], inputs: Tensor,
     inputs = inputs.detach().requires_grad_(inputs.is_floating_point())
     reached = {"the cotangent passed back": inputs} if inputs.requires_grad else {}
     reached.update({f"the gradient of {name}": p for name, p in model.net.named_parameters() if p.requires_grad})
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), unwitnessed():
         torch.manual_seed(5)
         output = forward(inputs)
         found = torch.autograd.grad(model.loss(output, targets), list(reached.values()), materialize_grads=True)

@@ -1,0 +1,614 @@
+"""The register of passes: what entered the gradients of a step is witnessed, not inferred.
+
+Each forward pass of a wrapped model with gradients on opens a :class:`Pass`. It notes the bounds at its weights and
+settings, and which rows came in. The network runs on aliases of its parameters, which lead back to them through one
+:class:`_Door`; at its output stands the outermost gate. A backward pass enters by the gate, once and at first order,
+and ends at the door, which alone adds to ``.grad``. So whatever else adds to a gradient, or changes one, shows.
+
+A compiled graph has the gate, as opaque operators, but no door: there each ``.grad`` may change once for each pass that
+entered by the gate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol, cast
+from weakref import WeakValueDictionary, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as modules
+from torch.utils._device import DeviceContext
+
+from clipless_dp import draws
+from clipless_dp.draws import Draw, Rows
+from clipless_dp.errors import InputError, PrivacyError
+from clipless_dp.gates import _drop_rows_, _factors, _largest, _per_sample, sample_norms
+from clipless_dp.precision import outside_autocast
+from clipless_dp.tracker import Sensitivity
+
+_SAMPLED = 64
+"""Entries of each gradient that are looked at again before they are released."""
+
+_DROPPED = "The gradients are dropped; nothing was released"
+
+
+class Watched(Protocol):
+    """What a register asks of the model whose passes it keeps."""
+
+    def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
+        """The bounds that hold now, and a fingerprint of all that they rest on."""
+        ...
+
+    def check_pass(self, fingerprint: object) -> None:
+        """Raises :class:`PrivacyError` where what the bounds of a pass rest on is not what it was."""
+        ...
+
+
+class Pass:
+    """One forward pass, and the backward pass through it.
+
+    Attributes:
+        sensitivity: the bounds that hold for each of its rows; ``None`` where they are those of the step.
+        fingerprint: of what they rest on.
+        rows: what came in; ``None`` of public rows.
+        altered: whether a draw was in hand and what came in was not of it.
+        public: whether the rows are declared to be no one's.
+    """
+
+    def __init__(
+        self,
+        register: Register,
+        sensitivity: Sensitivity | None,
+        fingerprint: object,
+        rows: Rows | None,
+        *,
+        altered: bool,
+        public: bool,
+    ) -> None:
+        self.register = register
+        self.sensitivity = sensitivity
+        self.fingerprint = fingerprint
+        self.rows = rows
+        self.altered = altered
+        self.public = public
+        self.entered = False
+
+
+class _Held(NamedTuple):
+    """A gradient as the register left it."""
+
+    gradient: ref[Tensor]
+    version: int
+    sample: Tensor | None
+
+
+class _Declared(threading.local):
+    """What the passes of this thread are told about their rows, and whether they are passes at all."""
+
+    rows: Rows | None = None
+    known = False
+    altered = False
+    public = False
+    unwitnessed = False
+
+
+_declared = _Declared()
+_registers: WeakValueDictionary[int, Register] = WeakValueDictionary()
+_keys = itertools.count(1)
+
+
+class Register:
+    """The passes of one model since its gradients were last empty.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        passes: those that have added to the gradients.
+        lock: held while the network runs on aliases of its parameters.
+        key: names it in compiled graphs.
+    """
+
+    def __init__(self, model: Watched) -> None:
+        self._model = ref(model)
+        self.passes: list[Pass] = []
+        self.lock = threading.RLock()
+        self.key = next(_keys)
+        self._parameters: list[nn.Parameter] = []
+        self._places: list[tuple[dict[str, nn.Parameter | None], str, int]] = []
+        self._held: dict[nn.Parameter, _Held] = {}
+        self._taint: str | None = None
+        self._by_engine = 0
+        self._open: dict[int, Pass] = {}
+        self._task: tuple[int, bool] | None = None
+        self.sharded = False
+        _registers[self.key] = self
+
+    def follow(self, net: nn.Module) -> None:
+        """Notes where the parameters of the network are held."""
+        found: dict[int, int] = {}
+        self._parameters, self._places = [], []
+        for part in net.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in found:
+                    found[id(parameter)] = len(self._parameters)
+                    self._parameters.append(parameter)
+                self._places.append((cast(Any, part._parameters), name, found[id(parameter)]))
+
+    def open(self, inputs: Tensor) -> Pass:
+        """A pass of these rows.
+
+        Raises:
+            PrivacyError: hooks or modes in force may change what the network computes.
+            InputError: rows that were declared public are those of the draw in hand.
+        """
+        refuse_interference()
+        model = self._model()
+        assert model is not None
+        sensitivity, fingerprint = model.bounds_of_pass()
+        if _declared.public:
+            _refuse_private_rows(inputs)
+            return Pass(self, sensitivity, fingerprint, None, altered=False, public=True)
+        if _declared.known:
+            return Pass(self, sensitivity, fingerprint, _declared.rows, altered=_declared.altered, public=False)
+        rows, altered = origin(inputs)
+        return Pass(self, sensitivity, fingerprint, rows, altered=altered, public=False)
+
+    @contextmanager
+    def running(self, opened: Pass) -> Iterator[None]:
+        """The network reads aliases of its parameters within, through which gradients come back to the door."""
+        parameters = self._parameters
+        if not parameters:
+            yield
+            return
+        with self.lock:
+            if any(held.get(name) is not parameters[index] for held, name, index in self._places):
+                raise PrivacyError(
+                    "a parameter of model.net was removed or replaced after wrapping: wrap the network in a new DPLipModel"
+                )
+            aliases = _Door.apply(opened, *parameters)  # type: ignore[no-untyped-call]
+            try:
+                for held, name, index in self._places:
+                    held[name] = aliases[index]
+                yield
+            finally:
+                for held, name, index in self._places:
+                    held[name] = parameters[index]
+
+    def enter(self, entering: Pass) -> None:
+        """A backward pass begins at the outermost gate.
+
+        Raises:
+            PrivacyError: it has been there before, or is to be differentiated itself, or what the bounds rest on has
+                changed, or private and public rows come back together.
+        """
+        try:
+            if torch.is_grad_enabled():
+                raise PrivacyError(
+                    "a second derivative through the wrapped model (a gradient penalty, a Jacobian, create_graph=True) "
+                    "passes by the gates, and no bound holds for it. A constraint on the weights "
+                    "(constraints.Spectral, constraints.Orthogonal) bounds the slope of the network without one. "
+                    + _DROPPED
+                )
+            if entering.entered:
+                raise PrivacyError(
+                    "a pass was back-propagated twice, so that its samples would count twice: back-propagate one loss "
+                    "that adds both terms, without retain_graph. " + _DROPPED
+                )
+            refuse_interference()
+            model = self._model()
+            if model is not None:
+                model.check_pass(entering.fingerprint)
+            task = torch._C._current_graph_task_id()
+            if self._task is not None and self._task[0] == task and self._task[1] != entering.public:
+                raise PrivacyError(
+                    "public and private rows came back from one loss, through which private ones may change what "
+                    "public ones contribute: call backward() once for each kind. " + _DROPPED
+                )
+            self._task = task, entering.public
+            entering.entered = True
+            if self.sharded:
+                self.reconcile()
+                self.passes.append(entering)
+        except BaseException:
+            self.drop()
+            raise
+
+    @torch.no_grad()
+    def deliver(self, closing: Pass, gradients: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
+        """Adds the gradients of a pass to those of the parameters; returns those that somebody else asked for.
+
+        Args:
+            closing: the pass.
+            gradients: one for each parameter.
+            nodes: through which autograd would add them.
+        """
+        returned: list[Tensor | None] = [None] * len(gradients)
+        self.reconcile()
+        added: list[tuple[nn.Parameter, Tensor]] = []
+        given: set[int] = set()
+        for index, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
+            if gradient is None:
+                continue
+            try:
+                if not torch._C._will_engine_execute_node(nodes[index]):
+                    continue
+            except RuntimeError:
+                # autograd.grad, which fills no .grad.
+                returned[index] = gradient
+                continue
+            if parameter.grad is not None:
+                added.append((parameter, gradient))
+            else:
+                own = gradient.stride() == parameter.stride() and gradient.data_ptr() not in given
+                parameter.grad = gradient.detach() if own else torch.empty_like(parameter).copy_(gradient)
+                given.add(gradient.data_ptr())
+                self._note(parameter)
+        if added:
+            torch._foreach_add_([parameter.grad for parameter, _ in added], [gradient for _, gradient in added])
+            for parameter, _ in added:
+                self._note(parameter)
+        if added or given:
+            self.passes.append(closing)
+        return returned
+
+    def entered_compiled(self, entering: Pass) -> None:
+        """As :meth:`enter`, for a graph whose gradients autograd adds afterwards."""
+        self.enter(entering)
+        self.reconcile()
+        self._by_engine += 1
+        self.passes.append(entering)
+
+    def reconcile(self) -> None:
+        """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
+        if self.sharded:
+            # What ``fully_shard`` sums and splits goes by no door.
+            if all(parameter.grad is None for parameter in self._parameters):
+                self.forget()
+            return
+        allowed, self._by_engine = self._by_engine, 0
+        kept, altered = False, None
+        for parameter in self._parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                self._held.pop(parameter, None)
+                continue
+            known = self._held.get(parameter)
+            if known is not None and known.gradient() is gradient and known.version == gradient._version:
+                if known.sample is None or torch.equal(known.sample, _sample(gradient)):
+                    kept = True
+                    continue
+                altered = parameter
+            elif allowed and self._is_addition(known, gradient, allowed):
+                self._note(parameter)
+                kept = True
+            elif not bool(gradient.any()):
+                self._note(parameter)
+            else:
+                altered = parameter
+        if altered is not None:
+            self._taint = (
+                "gradients were changed, or added to, by something else than passes through the wrapped model: a loss "
+                "of model.net or of an exported copy, a hook, clip_grad_norm_, a scaled .grad. Scale the learning rate "
+                "instead, and call model(...) for all that is trained on"
+            )
+        elif not kept:
+            self.forget()
+
+    @staticmethod
+    def _is_addition(known: _Held | None, gradient: Tensor, allowed: int) -> bool:
+        if known is None or known.gradient() is None:
+            return gradient._version < allowed
+        return known.gradient() is gradient and known.version < gradient._version <= known.version + allowed
+
+    def _note(self, parameter: nn.Parameter) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        self._held[parameter] = _Held(ref(gradient), gradient._version, _sample(gradient))
+
+    def note_all(self) -> None:
+        """Takes the gradients as they are for the register's own."""
+        self._by_engine = 0
+        if not self.sharded:
+            self._held.clear()
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    self._note(parameter)
+
+    def forget(self) -> None:
+        """No pass is in the gradients any more."""
+        self.passes, self._taint, self._by_engine = [], None, 0
+
+    def drop(self) -> None:
+        """Drops the gradients, so that no later step releases them."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._held.clear()
+        self.forget()
+
+    @contextmanager
+    def apart(self, rows: Rows | None, altered: bool, *, views: int = 1, public: bool = False) -> Iterator[None]:
+        """Passes within start from empty gradients and count as one pass of these rows, which joins those before.
+
+        After an error the gradients are as before.
+
+        Args:
+            rows: what comes in.
+            altered: see :class:`Pass`.
+            views: how often each row comes in; the gradients are divided by it.
+            public: see :class:`Pass`.
+        """
+        self.reconcile()
+        parameters = self._parameters
+        before = [parameter.grad for parameter in parameters]
+        earlier, self.passes = self.passes, []
+        taint = self._taint
+        held, self._held = self._held, {}
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            with _declaring(rows=rows, known=True, altered=altered, public=public):
+                yield
+            self.reconcile()
+            if views > 1:
+                torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], views)
+        except BaseException:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+            self.passes, self._held, self._taint, self._by_engine = earlier, held, taint, 0
+            raise
+        made, self.passes = self.passes, earlier
+        if made:
+            known = (
+                None if made[0].sensitivity is None else joined(made, lambda: cast(Sensitivity, made[0].sensitivity))
+            )
+            self.passes.append(Pass(self, known, None, rows, altered=altered, public=public))
+        self._taint = self._taint or taint
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, before, strict=True):
+                if gradient is None:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                else:
+                    parameter.grad += gradient
+        self.note_all()
+
+    def witnessed(self) -> list[Pass]:
+        """The passes that the gradients consist of.
+
+        Raises:
+            PrivacyError: something else is in them.
+        """
+        self.reconcile()
+        if self._taint is not None:
+            reason = self._taint
+            self.drop()
+            raise PrivacyError(f"{reason}. {_DROPPED}")
+        return list(self.passes)
+
+
+def _sample(gradient: Tensor) -> Tensor | None:
+    """Some entries of a gradient, where looking at them waits for no device."""
+    if gradient.device.type != "cpu" or not gradient.is_contiguous():
+        return None
+    flat = gradient.detach().view(-1)
+    return flat[:: max(1, len(flat) // _SAMPLED)].clone()
+
+
+class _Door(torch.autograd.Function):
+    """The parameters as the network sees them; what comes back goes to the register."""
+
+    @staticmethod
+    def forward(ctx: Any, opened: Pass, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.opened = opened
+        ctx.set_materialize_grads(False)
+        return parameters
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        opened: Pass = ctx.opened
+        nodes = [node for node, _ in ctx.next_functions]
+        return None, *opened.register.deliver(opened, gradients, nodes[-len(gradients) :])
+
+
+class _OutermostGate(torch.autograd.Function):
+    """The cotangent gate at the output, by which a backward pass enters."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, limit: float, opened: Pass | None, token: Tensor | None) -> Tensor:
+        ctx.limit, ctx.opened = limit, opened
+        ctx.save_for_backward(token)
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
+        (cotangent,) = cotangents
+        norms = sample_norms(cotangent)
+        (token,) = ctx.saved_tensors
+        if token is not None:
+            norms = _enter_operator(norms, token)
+        else:
+            ctx.opened.register.enter(ctx.opened)
+        norms = outside_autocast(norms)
+        looks = norms.device.type == "cpu" and token is None
+        if looks and len(norms) and float(norms.max()) <= ctx.limit:
+            return cotangent, None, None, None
+        factors = _factors(ctx.limit, norms, ctx.limit)
+        gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
+        return _drop_rows_(gated, norms, _largest(ctx.limit, norms.dtype)), None, None, None
+
+
+def outermost_gate(values: Tensor, limit: float, opened: Pass | Tensor) -> Tensor:
+    """Caps each sample's cotangent at ``limit``, and lets a backward pass through a pass once.
+
+    Args:
+        values: ``(B, ...)``.
+        limit: the cap.
+        opened: the pass, or in a compiled graph its token.
+    """
+    seen, token = (None, opened) if isinstance(opened, Tensor) else (opened, None)
+    gated: Tensor = _OutermostGate.apply(values, limit, seen, token)  # type: ignore[no-untyped-call]
+    return gated
+
+
+def _open_compiled(inputs: Tensor, key: int) -> Tensor:
+    register = _registers[key]
+    opened = register.open(inputs)
+    number = next(_keys)
+    register._open[number] = opened
+    while len(register._open) > _MOST_OPEN:
+        del register._open[next(iter(register._open))]
+    return torch.tensor([key, number])
+
+
+def _enter_compiled(norms: Tensor, token: Tensor) -> Tensor:
+    key, number = token.tolist()
+    opened = _registers[key]._open.get(number)
+    if opened is None:
+        raise PrivacyError("this pass was opened too long ago to be back-propagated: run it again")
+    opened.register.entered_compiled(opened)
+    return norms.clone()
+
+
+_MOST_OPEN = 4096
+"""Compiled passes that wait for a backward pass; those that never get one are forgotten."""
+
+# Opaque to compilers: what is written in Python runs while a graph is traced, and never again.
+open_operator = torch.library.custom_op(
+    "clipless_dp::open_pass", _open_compiled, mutates_args=(), schema="(Tensor inputs, int key) -> Tensor"
+)
+_enter_operator = torch.library.custom_op(
+    "clipless_dp::enter_pass", _enter_compiled, mutates_args=(), schema="(Tensor norms, Tensor token) -> Tensor"
+)
+
+
+@open_operator.register_fake
+def _(inputs: Tensor, key: int) -> Tensor:
+    return torch.empty(2, dtype=torch.int64, device="cpu")
+
+
+@_enter_operator.register_fake
+def _(norms: Tensor, token: Tensor) -> Tensor:
+    return torch.empty_like(norms)
+
+
+def origin(inputs: Tensor) -> tuple[Rows, bool]:
+    """Where rows come from, and whether they are others than those of the draw in hand."""
+    found = draws.find(inputs)
+    if found.draw is None:
+        found = draws.matching(inputs) or found
+    return found, found.draw is None and draws.in_hand() is not None
+
+
+@contextmanager
+def _declaring(**values: Any) -> Iterator[None]:
+    before = {name: getattr(_declared, name) for name in values}
+    vars(_declared).update(values)
+    try:
+        yield
+    finally:
+        vars(_declared).update(before)
+
+
+@contextmanager
+def public() -> Iterator[None]:
+    """Passes within are of rows that are nobody's: they are charged to none and count as rows of no draw."""
+    with _declaring(public=True):
+        yield
+
+
+@contextmanager
+def unwitnessed() -> Iterator[None]:
+    """Passes within may be differentiated as often as one likes; what they add to a ``.grad`` is refused by a step."""
+    with _declaring(unwitnessed=True):
+        yield
+
+
+def is_witnessed() -> bool:
+    """Whether a pass now is one that the register keeps."""
+    return torch.is_grad_enabled() and not _declared.unwitnessed
+
+
+def refuse_interference() -> None:
+    """Refuses what may change values or gradients within a pass, anywhere in the process.
+
+    Raises:
+        PrivacyError: a global module hook, a function or dispatch mode, or a hook on saved tensors is in force.
+    """
+    if modules._has_any_global_hook():
+        raise PrivacyError(
+            "a global module hook is registered (torch.nn.modules.module.register_module_…_hook), which may change what "
+            "the network computes: remove it around the passes of a wrapped model"
+        )
+    for length, at in (
+        (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
+        (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
+    ):
+        for index in range(length):
+            mode = at(index)
+            kind = type(mode)
+            if not (isinstance(mode, DeviceContext) or kind.__module__.partition(".")[0] in ("torch", "clipless_dp")):
+                raise PrivacyError(
+                    f"the mode {kind.__module__}.{kind.__qualname__} is in force, which may change what the network "
+                    "computes: leave it around the passes of a wrapped model"
+                )
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:
+        owners = {getattr(hook, "__module__", None) for hook in hooks}
+        if not owners <= {"torch.utils.checkpoint", "torch.autograd.graph"}:
+            raise PrivacyError(
+                "hooks on saved tensors are in force (saved_tensors_hooks), which may change what gradients are made "
+                "of: use torch.utils.checkpoint or torch.autograd.graph.save_on_cpu to save memory"
+            )
+
+
+def _refuse_private_rows(inputs: Tensor) -> None:
+    drawn = draws.in_hand()
+    private = (
+        next((tensor for tensor in drawn.tensors if tensor.shape[1:] == inputs.shape[1:]), None) if drawn else None
+    )
+    if drawn is None or private is None or not len(inputs):
+        return
+    ours, theirs = (
+        {row.tobytes() for row in values.detach().flatten(1).cpu().numpy()}
+        for values in (inputs, private[: drawn.rows].to(inputs.dtype))
+    )
+    if ours & theirs:
+        raise InputError(
+            "a row that was declared public is a row of the draw in hand: public rows are nobody's data, such as noise "
+            "or what a model trained privately has generated"
+        )
+
+
+def joined(passed: Sequence[Pass], now: Callable[[], Sensitivity]) -> Sensitivity:
+    """The bounds that hold for the rows of all passes: for each parameter the largest.
+
+    Args:
+        passed: the passes; public ones do not count.
+        now: the bounds to take where there is none.
+    """
+    kinds: list[Sensitivity] = []
+    for some in passed:
+        if some.public:
+            continue
+        if some.sensitivity is None:
+            kinds = []
+            break
+        if all(some.sensitivity is not known for known in kinds):
+            kinds.append(some.sensitivity)
+    if not kinds:
+        return now()
+    return kinds[0] if len(kinds) == 1 else kinds[0].joined(*kinds[1:])
+
+
+def drawn_by(passed: Sequence[Pass]) -> list[Draw]:
+    """The draws that the rows of the passes are of."""
+    found = {id(some.rows.draw): some.rows.draw for some in passed if some.rows is not None and some.rows.draw}
+    return list(found.values())
