@@ -128,7 +128,7 @@ def find(inputs: Tensor) -> Rows:
     """Which rows of memory a batch is, and of which draw, if they are rows of it as they were handed out.
 
     A batch is rows of a tensor where axis 0 steps from one row of that to the next, and all other axes stay within a
-    row: slices, ``split``, and views that reshape or permute the other axes. Any other view counts as all of its tensor.
+    row: slices, ``split``, and views that reshape or permute the other axes. Any other view counts as the whole tensor.
     """
     # A batch that was handed out as a view of something larger is known by itself.
     base = inputs if inputs._base is None or inputs in _delivered else inputs._base
@@ -190,7 +190,7 @@ class Indices(list[int]):
         super().__init__(indices)
         self._draw = draw
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:  # type: ignore[override]
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
         # Pickled by a loader that sends them to a worker: the draw itself stays here.
         number = next(_numbers)
         _travelling[number] = self._draw

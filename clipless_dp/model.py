@@ -23,7 +23,16 @@ from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.rules.base import kind_of
 from clipless_dp.tightness import TightnessReport, measure
-from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, parameters_of, trace
+from clipless_dp.tracing import (
+    TracedNet,
+    has_hooks,
+    is_hooked,
+    is_leaf,
+    modules_of,
+    parameters_of,
+    runs_hooks,
+    trace,
+)
 from clipless_dp.tracker import (
     Relation,
     Sensitivity,
@@ -469,12 +478,14 @@ class DPLipModel(nn.Module):
         sharding.part_(self)
         sharded = sharding.is_sharded(self)
         self._refuse_interference()
-        if parameter_device_and_dtype(self.net) != self._placed:
+        held = parameters_of(self.net)
+        device, dtype = self._placed
+        if any(parameter.device != device or parameter.dtype != dtype for parameter in held):
             raise PrivacyError(
                 "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
                 "wrapping model's own .to()"
             )
-        unknown = any(id(parameter) not in self._traced.names for parameter in parameters_of(self.net))
+        unknown = any(id(parameter) not in self._traced.names for parameter in held)
         if sharded or (unknown and sharding.has_shards(self)):
             self._check_shards(adopt=unknown)
         elif unknown:
@@ -494,10 +505,7 @@ class DPLipModel(nn.Module):
         """Refuses layers that were replaced or hooked, and settings under which products round more coarsely."""
         sharded = sharding.is_sharded(self)
         for leaf in self._leaves:
-            kind, known = type(leaf.module), None
-            if sharded:
-                kind, known = kind_of(leaf.module), sharding.hooks_of_sharding(leaf.module)
-            if leaf.find(self.net) is not leaf.module or kind is not leaf.kind or is_hooked(leaf.module, besides=known):
+            if leaf.is_altered(self.net, sharded):
                 raise PrivacyError(
                     f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: the "
                     "bounds are not its own. Wrap the changed network in a new DPLipModel"
@@ -606,6 +614,8 @@ class _Leaf:
         self.path = path
         self.module = module
         self.kind = kind_of(module)
+        self._parts = modules_of(module)
+        self._parameters = parameters_of(module)
         self._names = [
             name
             for name, value in vars(module).items()
@@ -617,8 +627,18 @@ class _Leaf:
         values = vars(self.module)
         return [values.get(name) for name in self._names]
 
-    def find(self, net: nn.Module) -> nn.Module | None:
+    def is_altered(self, net: nn.Module, sharded: bool) -> bool:
+        """Whether the module was replaced, or anything in it hooked, that ``fully_shard`` has not."""
         found: nn.Module | None = net
         for name in self.path:
             found = None if found is None else found._modules.get(name)
-        return found
+        module = self.module
+        if found is not module:
+            return True
+        if sharded:
+            known = sharding.hooks_of_sharding(module)
+            inside = any(is_hooked(part) for part in modules_of(module)[1:])
+            return kind_of(module) is not self.kind or is_hooked(module, besides=known) or inside
+        if type(module) is not self.kind or any(runs_hooks(part) for part in self._parts):
+            return True
+        return any(has_hooks(parameter) for parameter in self._parameters)

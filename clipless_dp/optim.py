@@ -218,7 +218,7 @@ class CliplessDPOptimizer(Optimizer):
             raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
         inputs, targets, mask = batch
         register = self.model.register
-        rows, altered = passes.origin(inputs)
+        rows, beside = passes.origin(inputs)
         register.reconcile()
         entered = [some.rows for some in register.passes if some.rows is not None]
         if draws.overlapping([*entered, rows]):
@@ -236,14 +236,14 @@ class CliplessDPOptimizer(Optimizer):
             # Ranks pass together, each gathering what the others hold: empty ones where there are no more rows.
             missing = distributed.largest(len(pieces)) - len(pieces)
             pieces += [(inputs[:0], targets[:0], mask[:0])] * missing
-        with register.apart(rows, altered, views=multiplicity):
-            with sharding.passing() if self._sharded else nullcontext():
-                for _ in range(multiplicity):
-                    for piece in pieces:
-                        seen = piece[0] if augment is None or not len(piece[0]) else views(augment, piece[0], piece[2])
-                        value = loss(seen, piece[1], piece[2])
-                        value.backward()
-                        total += value.detach()
+        passing = sharding.passing() if self._sharded else nullcontext()
+        with register.apart(rows, beside, views=multiplicity), passing:
+            for _ in range(multiplicity):
+                for piece in pieces:
+                    seen = piece[0] if augment is None or not len(piece[0]) else views(augment, piece[0], piece[2])
+                    value = loss(seen, piece[1], piece[2])
+                    value.backward()
+                    total += value.detach()
         return total / multiplicity
 
     def accumulate_public(
@@ -268,7 +268,7 @@ class CliplessDPOptimizer(Optimizer):
             InputError: a row is one of the draw in hand.
         """
         inputs, targets = batch
-        with self.model.register.apart(None, False, public=True):
+        with self.model.register.apart(None, None, public=True):
             value = self.model.loss(self.model(inputs), targets) if loss is None else loss(inputs, targets)
             value.backward()
         return value.detach()
@@ -463,7 +463,7 @@ class CliplessDPOptimizer(Optimizer):
             sharding.require_sums(self.model)
         register = self.model.register
         passed = register.witnessed()
-        sensitivity = passes.joined(passed, self.model.sensitivity)
+        sensitivity = self._sensitivity(passed)
         deviations, spent = self._deviations(sensitivity, named)
         rate = self._charged_rate([some for some in passed if not some.public])
         self._require_budget(spent, rate)
@@ -493,7 +493,7 @@ class CliplessDPOptimizer(Optimizer):
             self._release_together(gradients, scales)
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
-        register.note_all()
+        register.note_all(sampled=False)
 
     def _note_learning_rates(self) -> None:
         rates = tuple(None if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
@@ -560,6 +560,10 @@ class CliplessDPOptimizer(Optimizer):
                 sharding.local(gradient).add_(sharding.local(sharding.split(whole, gradient))).mul_(factor)
             return
         add_normal_([sharding.local(gradient) for gradient in gradients], scales, self.noise, factor)
+
+    def _sensitivity(self, passed: Sequence[passes.Pass]) -> Sensitivity:
+        """The bounds of the passes that the gradients consist of."""
+        return passes.joined(passed, self.model.sensitivity)
 
     def _deviations(
         self, sensitivity: Sensitivity, named: Mapping[str, nn.Parameter]
@@ -692,15 +696,15 @@ class CliplessDPOptimizer(Optimizer):
         drawn = passes.drawn_by(passed)
         if len(drawn) > 1:
             raise PrivacyError(
-                f"the gradients of {len(drawn)} Poisson draws are in this step: a sample may be in several of them, and "
-                "its gradient would count as often. Take one step for each draw (Batch.split cuts a draw into "
+                f"the gradients of {len(drawn)} Poisson draws are in this step: a sample may be in several of them, "
+                "and its gradient would count as often. Take one step for each draw (Batch.split cuts a draw into "
                 "micro-batches)"
             )
         spans = [some.rows for some in passed if some.rows is not None]
         if draws.overlapping(spans):
             raise PrivacyError(
-                "rows entered this step twice, in two passes: their samples would count twice. Pass each row once, with "
-                "one loss that adds all terms; accumulate(..., multiplicity=K) averages several views of a sample"
+                "rows entered this step twice, in two passes: their samples would count twice. Pass each row once, "
+                "with one loss that adds all terms; accumulate(..., multiplicity=K) averages several views of a sample"
             )
         if not passed:
             waiting = draws.in_hand()
@@ -713,7 +717,8 @@ class CliplessDPOptimizer(Optimizer):
         self, passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows]
     ) -> None:
         vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
-        if any(some.altered for some in passed) or (draw is not None and any(some.draw is not draw for some in spans)):
+        others = any(some.beside not in (None, self._draw_before) for some in passed)
+        if others or (draw is not None and any(some.draw is not draw for some in spans)):
             raise PrivacyError(
                 "rows entered this step that are not those of the draw in hand, as they were drawn: changed, mixed, "
                 "reordered or repeated rows let a sample count for more than its bound. Change rows one by one with "

@@ -12,6 +12,7 @@ entered by the gate.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,13 @@ from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
-from torch.utils._device import DeviceContext
 
 from clipless_dp import draws
 from clipless_dp.draws import Draw, Rows
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import _drop_rows_, _factors, _largest, _per_sample, sample_norms
 from clipless_dp.precision import outside_autocast
+from clipless_dp.surroundings import refuse_interference
 from clipless_dp.tracker import Sensitivity
 
 _SAMPLED = 64
@@ -55,7 +55,7 @@ class Pass:
         sensitivity: the bounds that hold for each of its rows; ``None`` where they are those of the step.
         fingerprint: of what they rest on.
         rows: what came in; ``None`` of public rows.
-        altered: whether a draw was in hand and what came in was not of it.
+        beside: the draw that was in hand while what came in was of none.
         public: whether the rows are declared to be no one's.
     """
 
@@ -66,14 +66,14 @@ class Pass:
         fingerprint: object,
         rows: Rows | None,
         *,
-        altered: bool,
+        beside: Draw | None,
         public: bool,
     ) -> None:
         self.register = register
         self.sensitivity = sensitivity
         self.fingerprint = fingerprint
         self.rows = rows
-        self.altered = altered
+        self.beside = beside
         self.public = public
         self.entered = False
 
@@ -83,7 +83,7 @@ class _Held(NamedTuple):
 
     gradient: ref[Tensor]
     version: int
-    sample: Tensor | None
+    sample: float | None
 
 
 class _Declared(threading.local):
@@ -91,7 +91,7 @@ class _Declared(threading.local):
 
     rows: Rows | None = None
     known = False
-    altered = False
+    beside: Draw | None = None
     public = False
     unwitnessed = False
 
@@ -154,11 +154,11 @@ class Register:
         sensitivity, fingerprint = model.bounds_of_pass()
         if _declared.public:
             _refuse_private_rows(inputs)
-            return Pass(self, sensitivity, fingerprint, None, altered=False, public=True)
+            return Pass(self, sensitivity, fingerprint, None, beside=None, public=True)
         if _declared.known:
-            return Pass(self, sensitivity, fingerprint, _declared.rows, altered=_declared.altered, public=False)
-        rows, altered = origin(inputs)
-        return Pass(self, sensitivity, fingerprint, rows, altered=altered, public=False)
+            return Pass(self, sensitivity, fingerprint, _declared.rows, beside=_declared.beside, public=False)
+        rows, beside = origin(inputs)
+        return Pass(self, sensitivity, fingerprint, rows, beside=beside, public=False)
 
     @contextmanager
     def running(self, opened: Pass) -> Iterator[None]:
@@ -170,7 +170,7 @@ class Register:
         with self.lock:
             if any(held.get(name) is not parameters[index] for held, name, index in self._places):
                 raise PrivacyError(
-                    "a parameter of model.net was removed or replaced after wrapping: wrap the network in a new DPLipModel"
+                    "a parameter of model.net was removed or replaced after wrapping: wrap the network anew"
                 )
             aliases = _Door.apply(opened, *parameters)  # type: ignore[no-untyped-call]
             try:
@@ -251,7 +251,7 @@ class Register:
                 given.add(gradient.data_ptr())
                 self._note(parameter)
         if added:
-            torch._foreach_add_([parameter.grad for parameter, _ in added], [gradient for _, gradient in added])
+            torch._foreach_add_([cast(Tensor, parameter.grad) for parameter, _ in added], [own for _, own in added])
             for parameter, _ in added:
                 self._note(parameter)
         if added or given:
@@ -281,7 +281,7 @@ class Register:
                 continue
             known = self._held.get(parameter)
             if known is not None and known.gradient() is gradient and known.version == gradient._version:
-                if known.sample is None or torch.equal(known.sample, _sample(gradient)):
+                if known.sample is None or known.sample == _sample(gradient):
                     kept = True
                     continue
                 altered = parameter
@@ -307,19 +307,19 @@ class Register:
             return gradient._version < allowed
         return known.gradient() is gradient and known.version < gradient._version <= known.version + allowed
 
-    def _note(self, parameter: nn.Parameter) -> None:
+    def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        self._held[parameter] = _Held(ref(gradient), gradient._version, _sample(gradient))
+        self._held[parameter] = _Held(ref(gradient), gradient._version, _sample(gradient) if sampled else None)
 
-    def note_all(self) -> None:
-        """Takes the gradients as they are for the register's own."""
+    def note_all(self, *, sampled: bool = True) -> None:
+        """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
         self._by_engine = 0
         if not self.sharded:
             self._held.clear()
             for parameter in self._parameters:
                 if parameter.grad is not None:
-                    self._note(parameter)
+                    self._note(parameter, sampled=sampled)
 
     def forget(self) -> None:
         """No pass is in the gradients any more."""
@@ -333,14 +333,14 @@ class Register:
         self.forget()
 
     @contextmanager
-    def apart(self, rows: Rows | None, altered: bool, *, views: int = 1, public: bool = False) -> Iterator[None]:
+    def apart(self, rows: Rows | None, beside: Draw | None, *, views: int = 1, public: bool = False) -> Iterator[None]:
         """Passes within start from empty gradients and count as one pass of these rows, which joins those before.
 
         After an error the gradients are as before.
 
         Args:
             rows: what comes in.
-            altered: see :class:`Pass`.
+            beside: see :class:`Pass`.
             views: how often each row comes in; the gradients are divided by it.
             public: see :class:`Pass`.
         """
@@ -353,7 +353,7 @@ class Register:
         try:
             for parameter in parameters:
                 parameter.grad = None
-            with _declaring(rows=rows, known=True, altered=altered, public=public):
+            with _declaring(rows=rows, known=True, beside=beside, public=public):
                 yield
             self.reconcile()
             if views > 1:
@@ -368,7 +368,7 @@ class Register:
             known = (
                 None if made[0].sensitivity is None else joined(made, lambda: cast(Sensitivity, made[0].sensitivity))
             )
-            self.passes.append(Pass(self, known, None, rows, altered=altered, public=public))
+            self.passes.append(Pass(self, known, None, rows, beside=beside, public=public))
         self._taint = self._taint or taint
         with torch.no_grad():
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -394,12 +394,13 @@ class Register:
         return list(self.passes)
 
 
-def _sample(gradient: Tensor) -> Tensor | None:
-    """Some entries of a gradient, where looking at them waits for no device."""
+def _sample(gradient: Tensor) -> float | None:
+    """The sum of some entries of a gradient, where no device is waited for: ``.data`` counts no versions."""
     if gradient.device.type != "cpu" or not gradient.is_contiguous():
         return None
     flat = gradient.detach().view(-1)
-    return flat[:: max(1, len(flat) // _SAMPLED)].clone()
+    total = float(flat[:: max(1, len(flat) // _SAMPLED)].sum())
+    return total if math.isfinite(total) else None
 
 
 class _Door(torch.autograd.Function):
@@ -499,12 +500,12 @@ def _(norms: Tensor, token: Tensor) -> Tensor:
     return torch.empty_like(norms)
 
 
-def origin(inputs: Tensor) -> tuple[Rows, bool]:
-    """Where rows come from, and whether they are others than those of the draw in hand."""
+def origin(inputs: Tensor) -> tuple[Rows, Draw | None]:
+    """Where rows come from; and the draw in hand, if they are of none."""
     found = draws.find(inputs)
     if found.draw is None:
         found = draws.matching(inputs) or found
-    return found, found.draw is None and draws.in_hand() is not None
+    return found, draws.in_hand() if found.draw is None else None
 
 
 @contextmanager
@@ -536,49 +537,14 @@ def is_witnessed() -> bool:
     return torch.is_grad_enabled() and not _declared.unwitnessed
 
 
-def refuse_interference() -> None:
-    """Refuses what may change values or gradients within a pass, anywhere in the process.
-
-    Raises:
-        PrivacyError: a global module hook, a function or dispatch mode, or a hook on saved tensors is in force.
-    """
-    if modules._has_any_global_hook():
-        raise PrivacyError(
-            "a global module hook is registered (torch.nn.modules.module.register_module_…_hook), which may change what "
-            "the network computes: remove it around the passes of a wrapped model"
-        )
-    for length, at in (
-        (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
-        (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
-    ):
-        for index in range(length):
-            mode = at(index)
-            kind = type(mode)
-            if not (isinstance(mode, DeviceContext) or kind.__module__.partition(".")[0] in ("torch", "clipless_dp")):
-                raise PrivacyError(
-                    f"the mode {kind.__module__}.{kind.__qualname__} is in force, which may change what the network "
-                    "computes: leave it around the passes of a wrapped model"
-                )
-    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    if hooks is not None:
-        owners = {getattr(hook, "__module__", None) for hook in hooks}
-        if not owners <= {"torch.utils.checkpoint", "torch.autograd.graph"}:
-            raise PrivacyError(
-                "hooks on saved tensors are in force (saved_tensors_hooks), which may change what gradients are made "
-                "of: use torch.utils.checkpoint or torch.autograd.graph.save_on_cpu to save memory"
-            )
-
-
 def _refuse_private_rows(inputs: Tensor) -> None:
     drawn = draws.in_hand()
-    private = (
-        next((tensor for tensor in drawn.tensors if tensor.shape[1:] == inputs.shape[1:]), None) if drawn else None
-    )
-    if drawn is None or private is None or not len(inputs):
+    fitting = [] if drawn is None else [tensor for tensor in drawn.tensors if tensor.shape[1:] == inputs.shape[1:]]
+    if drawn is None or not fitting or not len(inputs):
         return
     ours, theirs = (
         {row.tobytes() for row in values.detach().flatten(1).cpu().numpy()}
-        for values in (inputs, private[: drawn.rows].to(inputs.dtype))
+        for values in (inputs, fitting[0][: drawn.rows].to(inputs.dtype))
     )
     if ours & theirs:
         raise InputError(

@@ -261,19 +261,28 @@ def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
         leaf: the module.
         besides: hooks that are methods of this object are known and left out.
     """
-    if leaf._forward_hooks or leaf._forward_pre_hooks or leaf._backward_hooks or leaf._backward_pre_hooks:
+    if runs_hooks(leaf):
         kinds = (leaf._forward_hooks, leaf._forward_pre_hooks, leaf._backward_hooks, leaf._backward_pre_hooks)
         owners = {getattr(hook, "__self__", None) for hooks in kinds for hook in hooks.values()}
-        if besides is None or owners != {besides}:
+        if "forward" in vars(leaf) or besides is None or owners != {besides}:
             return True
-    if "forward" in vars(leaf):
-        return True
-    if not (leaf._parameters or leaf._modules):
-        return False
-    return any(
-        parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None)
-        for parameter in parameters_of(leaf)
+    return bool(leaf._parameters or leaf._modules) and any(map(has_hooks, parameters_of(leaf)))
+
+
+def runs_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module runs hooks, or a forward set on the instance."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
     )
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether hooks may change a parameter's gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _about_shapes(node: fx.Node) -> bool:

@@ -180,7 +180,7 @@ class SensitivityTracker:
     def evaluate(
         self, limits: Mapping[str, float], relation: Relation, *, whole: bool = True
     ) -> tuple[Sensitivity, set[str]]:
-        """The sensitivity, and the names of what it was read from besides the limits: of none, it holds for any weights.
+        """The sensitivity, and what it was read from besides the limits: if nothing, it holds for any weights.
 
         Raises:
             PrivacyError: as :meth:`sensitivity`; or the weights are not whole here, and a user's rule may read them.

@@ -5,9 +5,17 @@ import os
 import pytest
 from hypothesis import settings
 
+from clipless_dp import draws
+
 # A loaded machine must not fail a property; continuous integration must not fail by luck.
 settings.register_profile("unhurried", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True)
+def no_draw_in_hand():
+    """A draw that one test has left is not in the hands of the next."""
+    draws.skip()
 
 
 @pytest.fixture(scope="session")

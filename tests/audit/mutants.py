@@ -90,8 +90,8 @@ def noise_used_again_in_each_step(**changes):
 @contextmanager
 def sensitivity_over_the_batch_size(**changes):
     class Divided(CliplessDPSGD):
-        def _sensitivity(self):
-            honest = super()._sensitivity()
+        def _sensitivity(self, passed):
+            honest = super()._sensitivity(passed)
             bounds = {name: bound / self.expected_batch_size for name, bound in honest.per_parameter.items()}
             return replace(honest, per_parameter=bounds, total=honest.total / self.expected_batch_size)
 
@@ -108,7 +108,7 @@ def gates_off(**changes):
 
     with (
         mock.patch("clipless_dp.model.input_gate", open_input_gate),
-        mock.patch("clipless_dp.model.cotangent_gate", lambda values, limit: values),
+        mock.patch("clipless_dp.passes.outermost_gate", lambda values, limit, opened: values),
     ):
         yield scenario.optimizer, scenario.batches
 
@@ -121,6 +121,8 @@ def mean_over_the_actual_batch(**changes):
         def _release(self) -> None:
             for parameter in self.model.net.parameters():
                 parameter.grad *= self.expected_batch_size / self.rows
+            # Else the step is refused.
+            self.model.register.note_all()
             super()._release()
 
     scenario = Scenario(kind=Mean, **changes)

@@ -1,0 +1,53 @@
+"""What is in force in the whole process and may change what a network computes: hooks and modes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as modules
+from torch.utils._device import DeviceContext
+
+from clipless_dp.errors import PrivacyError
+
+
+def refuse_interference() -> None:
+    """Refuses what may change values or gradients within a pass, anywhere in the process.
+
+    Raises:
+        PrivacyError: a global module hook, a function or dispatch mode, or a hook on saved tensors is in force, or
+            the model is called through DDP. Modes of torch itself, activation checkpointing and ``save_on_cpu`` are let
+            through.
+    """
+    if modules._has_any_global_hook():
+        raise PrivacyError(
+            "a global module hook is registered (torch.nn.modules.module.register_module_…_hook), which may change "
+            "what the network computes: remove it around the passes of a wrapped model"
+        )
+    for length, at in (
+        (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
+        (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
+    ):
+        for index in range(length):
+            mode = at(index)
+            kind = type(mode)
+            if not (isinstance(mode, DeviceContext) or kind.__module__.partition(".")[0] in ("torch", "clipless_dp")):
+                raise PrivacyError(
+                    f"the mode {kind.__module__}.{kind.__qualname__} is in force, which may change what the network "
+                    "computes: leave it around the passes of a wrapped model"
+                )
+    active = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", lambda: None)
+    if active() is not None:
+        raise PrivacyError(
+            "DistributedDataParallel averages gradients before they are private: call the wrapped model itself, whose "
+            "optimizer adds up those of all ranks"
+        )
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    if hooks is not None:
+        owners = {getattr(hook, "__module__", None) for hook in hooks}
+        if not owners <= {"torch.utils.checkpoint", "torch.autograd.graph"}:
+            raise PrivacyError(
+                "hooks on saved tensors are in force (saved_tensors_hooks), which may change what gradients are made "
+                "of: use torch.utils.checkpoint or torch.autograd.graph.save_on_cpu to save memory"
+            )
