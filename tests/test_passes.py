@@ -1,0 +1,894 @@
+"""What enters a step: one pass for each row, of one draw, at first order, at the bounds of the pass."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import queue
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from accounting import create_accountant
+from clipless_dp import (
+    CliplessDPOptimizer,
+    CliplessDPSGD,
+    DPLipModel,
+    PoissonBatches,
+    PoissonBatchSampler,
+    PrivacyError,
+    PrivacyWarning,
+    StreamedBatches,
+    WeightAverage,
+    constraints,
+    draws,
+    gated,
+    gradient_gated,
+    layers,
+    losses,
+    passes,
+    poisson_collate,
+)
+from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.sampling import Batch
+
+SIZE, RATE = 40, 0.25
+ROUTES = ("constraint", "signal gates", "gradient gates", "weights")
+
+
+class NoNoise:
+    """Shows the sums that are released."""
+
+    reproducible = False
+
+    def begin_step(self, step: int) -> None:
+        pass
+
+    def standard_normal_(self, out: Tensor) -> Tensor:
+        return out.zero_()
+
+
+def data(count: int = SIZE) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, 6, generator=generator), torch.randint(3, (count,), generator=generator)
+
+
+def model_of(route: str = "signal gates", *, fused: bool = True) -> DPLipModel:
+    torch.manual_seed(0)
+    between = nn.ReLU() if fused else layers.GroupSort(2)
+    net: nn.Module = nn.Sequential(nn.Linear(6, 8), between, nn.Linear(8, 3))
+    net = {"signal gates": gated, "gradient gates": gradient_gated}.get(route, lambda plain: plain)(net)
+    constraint = constraints.Spectral() if route == "constraint" else None
+    return DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(), constraint=constraint)
+
+
+def sgd(model: DPLipModel, **options: object) -> CliplessDPSGD:
+    settings = {"noise_multiplier": 1.0, "sample_rate": RATE, "dataset_size": SIZE, "accountant": "rdp", **options}
+    return CliplessDPSGD(model, lr=0.1, **settings)  # type: ignore[arg-type]
+
+
+def drawn(steps: int = 1, rate: float = RATE) -> PoissonBatches:
+    return PoissonBatches(data(), sample_rate=rate, steps=steps)
+
+
+def loss_of(model: DPLipModel, batch: Batch) -> Tensor:
+    return model.loss(model(batch.inputs), batch.targets, batch.mask)
+
+
+def refused(optimizer: CliplessDPOptimizer, match: str) -> None:
+    """The step is refused, nothing is charged, and no later step finds the gradients."""
+    before = len(optimizer.accountant)
+    weights = [parameter.detach().clone() for parameter in optimizer.model.net.parameters()]
+    with pytest.raises(PrivacyError, match=match):
+        optimizer.step()
+    assert len(optimizer.accountant) == before
+    assert all(parameter.grad is None for parameter in optimizer.model.net.parameters())
+    assert all(map(torch.equal, weights, optimizer.model.net.parameters()))
+
+
+# One pass, back-propagated once, at first order.
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_second_derivative_is_refused_before_it_reaches_a_gradient(route: str) -> None:
+    model = model_of(route)
+    inputs = data()[0].requires_grad_()
+    output = model(inputs)
+    with pytest.raises(PrivacyError, match=r"constraints\.Spectral"):
+        torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_pass_that_is_back_propagated_twice_is_refused_and_drops_the_gradients(route: str) -> None:
+    model = model_of(route)
+    (batch,) = drawn()
+    loss = loss_of(model, batch)
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="adds both terms"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_two_passes_of_one_draw_are_refused(together: bool) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    first, second = loss_of(model, batch), loss_of(model, batch)
+    if together:
+        (first + second).backward()
+    else:
+        first.backward()
+        second.backward()
+    refused(optimizer, "rows entered this step twice")
+
+
+@pytest.mark.parametrize("rows", [slice(0, 5), slice(2, 9)])
+def test_rows_that_enter_in_two_pieces_that_overlap_are_refused(rows: slice) -> None:
+    model = model_of()
+    optimizer = sgd(model, sample_rate=1.0)
+    (batch,) = drawn(rate=1.0)
+    loss_of(model, batch).backward()
+    loss_of(model, Batch(*(part[rows] for part in batch))).backward()
+    refused(optimizer, "rows entered this step twice")
+
+
+def test_two_terms_of_one_output_are_one_pass() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    output = model(batch.inputs)
+    (model.loss(output, batch.targets, batch.mask) + 0.1 * output.nan_to_num().square().sum()).backward()
+    optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 1)]
+
+
+def test_a_slope_of_the_input_fills_nobodys_gradient_and_costs_nothing() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for batch in drawn():
+        seen = batch.inputs.clone().requires_grad_()
+        torch.autograd.grad(model.loss(model(seen), batch.targets, batch.mask), seen)
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 1)]
+
+
+# One draw, all of it, as it was handed out.
+
+
+def cut(batch: Batch) -> Batch:
+    return Batch(batch.inputs[:4], batch.targets[:4], batch.mask[:4])
+
+
+def longest(batch: Batch) -> Batch:
+    order = batch.inputs.norm(dim=1).nan_to_num(0.0).argsort(descending=True)[:4]
+    return Batch(*(part[order] for part in batch))
+
+
+def mixed(batch: Batch) -> Batch:
+    return batch._replace(inputs=0.5 * batch.inputs + 0.5 * batch.inputs.roll(1, 0))
+
+
+def centred(batch: Batch) -> Batch:
+    return batch._replace(inputs=batch.inputs - batch.inputs[batch.mask].mean(0))
+
+
+def centred_in_place(batch: Batch) -> Batch:
+    batch.inputs.sub_(batch.inputs[batch.mask].mean(0))
+    return batch
+
+
+def repeated(batch: Batch) -> Batch:
+    return Batch(*(torch.cat([part, part]) for part in batch))
+
+
+CHANGES = (cut, longest, mixed, centred, centred_in_place, repeated)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("source", [PoissonBatches, StreamedBatches])
+def test_a_draw_that_is_changed_in_the_loop_is_refused(change: Callable[[Batch], Batch], source: type) -> None:
+    model = model_of()
+    optimizer = sgd(model, sample_rate=0.5)
+    (batch,) = source(data(), sample_rate=0.5, steps=1)
+    assert batch.mask.sum() > 4
+    loss_of(model, change(batch)).backward()
+    refused(optimizer, r"rows .*(of the draw in hand|were left out)")
+
+
+def test_what_the_register_does_not_look_at_shows_as_a_larger_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutant: origins unknown, nothing in hand. Then repeated rows are released, at twice the bound."""
+    monkeypatch.setattr(passes, "origin", lambda inputs: (draws.find(inputs), None))
+    model = model_of()
+    optimizer = sgd(model, sample_rate=1.0, noise=NoNoise())
+    (batch,) = PoissonBatches((data()[0][:1], data()[1][:1]), sample_rate=1.0, steps=1)
+    loss_of(model, repeated(batch)).backward()
+    twice = torch.cat([p.grad.flatten() for p in model.net.parameters()])
+    optimizer.step()
+    other = model_of()
+    loss_of(other, batch).backward()
+    # float32 sums of two equal terms.
+    torch.testing.assert_close(twice, 2.0 * torch.cat([p.grad.flatten() for p in other.net.parameters()]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda inputs, count: inputs.clone(),
+        lambda inputs, count: inputs[:count],
+        lambda inputs, count: inputs[:count].clone(),
+        lambda inputs, count: inputs.view(len(inputs), 2, 3).view(len(inputs), 6),
+    ],
+    ids=["copy", "without padding", "copied without padding", "views"],
+)
+def test_rows_of_a_draw_are_known_by_what_they_hold(change: Callable[[Tensor, int], Tensor]) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for batch in drawn(3):
+        optimizer.zero_grad()
+        count = int(batch.mask.sum())
+        seen = change(batch.inputs, count)
+        model.loss(model(seen), batch.targets[: len(seen)], batch.mask[: len(seen)]).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 3)]
+
+
+def test_a_draw_in_another_dtype_is_the_same_draw() -> None:
+    model = model_of().double()
+    optimizer = sgd(model)
+    for batch in drawn(2):
+        optimizer.zero_grad()
+        model.loss(model(batch.inputs.double()), batch.targets, batch.mask).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
+def test_one_row_more_or_less_of_a_draw_is_not_the_draw() -> None:
+    for rows in (slice(1, None), slice(0, -1)):
+        model = model_of()
+        optimizer = sgd(model, sample_rate=1.0)
+        (batch,) = PoissonBatches(data(), sample_rate=1.0, steps=1, physical_batch_size=SIZE)
+        loss_of(model, Batch(*(part[rows] for part in batch))).backward()
+        refused(optimizer, "left out")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_gradients_of_several_draws_of_a_data_loader_are_refused(workers: int) -> None:
+    dataset = TensorDataset(*data())
+    loader = DataLoader(
+        dataset,
+        batch_sampler=PoissonBatchSampler(SIZE, sample_rate=RATE, steps=4),
+        collate_fn=poisson_collate(dataset),
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+    )
+    model = model_of()
+    optimizer = sgd(model)
+    for index, (inputs, targets) in enumerate(loader):
+        model.loss(model(inputs), targets).backward()
+        if index == 1:
+            refused(optimizer, "2 Poisson draws")
+        elif index == 2:
+            optimizer.step()
+            break
+    assert optimizer.accountant.history == [(1.0, RATE, 1)]
+
+
+def test_zipped_samplers_and_a_prefetching_thread_are_refused_where_draws_are_merged() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for first, second in zip(drawn(1), drawn(1), strict=True):
+        optimizer.zero_grad()
+        loss_of(model, first).backward()
+        loss_of(model, second).backward()
+        refused(optimizer, "2 Poisson draws")
+
+    box: queue.Queue[Batch | None] = queue.Queue()
+
+    def prefetch() -> None:
+        for batch in drawn(4):
+            box.put(batch)
+        box.put(None)
+
+    thread = threading.Thread(target=prefetch)
+    thread.start()
+    thread.join()
+    optimizer.zero_grad()
+    taken = 0
+    while (batch := box.get()) is not None:
+        loss_of(model, batch).backward()
+        taken += 1
+        if taken == 2:
+            refused(optimizer, "2 Poisson draws")
+        elif taken > 2:
+            # One at a time is what a prefetching thread is for.
+            optimizer.step()
+            optimizer.zero_grad()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
+def test_two_draws_concatenated_are_refused() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for first, second in zip(drawn(1), drawn(1), strict=True):
+        loss_of(model, Batch(*(torch.cat(parts) for parts in zip(first, second, strict=True)))).backward()
+        refused(optimizer, "draw in hand")
+
+
+def shuffled(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    inputs, targets = data()
+    rows = torch.randperm(SIZE)[:10]
+    model.loss(model(inputs[rows]), targets[rows]).backward()
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def loader_of(steps: int) -> DataLoader[tuple[Tensor, Tensor]]:
+    dataset = TensorDataset(*data())
+    sampler = PoissonBatchSampler(SIZE, sample_rate=RATE, steps=steps)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=poisson_collate(dataset))
+
+
+def test_draws_that_were_looked_at_with_gradients_off_amplify_nothing() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    with torch.no_grad():
+        for batch in drawn(5):
+            model(batch.inputs)
+        for inputs, _ in loader_of(5):
+            model(inputs)
+    shuffled(model, optimizer)
+    assert optimizer.accountant.history == [(1.0, 1.0, 1)]
+
+
+def test_draws_that_were_skipped_amplify_nothing_once_that_is_said() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for batch in drawn(5):
+        model(batch.inputs)
+    inputs, targets = data()
+    model.loss(model(inputs), targets).backward()
+    refused(optimizer, "skip_draw")
+    optimizer.skip_draw()
+    shuffled(model, optimizer)
+    assert optimizer.accountant.history == [(1.0, 1.0, 1)]
+
+
+def test_a_draw_amplifies_one_step_however_often_it_is_passed() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    loss_of(model, batch).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss_of(model, batch).backward()
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 1), (1.0, 1.0, 1)]
+
+
+def test_batches_of_unknown_origin_are_charged_in_full_one_by_one_and_refused_together() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    shuffled(model, optimizer)
+    inputs, targets = data()
+    for rows in (torch.arange(0, 10), torch.arange(10, 20)):
+        model.loss(model(inputs[rows]), targets[rows]).backward()
+    refused(optimizer, "unknown origin")
+    for start in (0, 10, 20):
+        rows = slice(start, start + 10)
+        model.loss(model(inputs[rows]), targets[rows]).backward()
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        optimizer.step()
+
+
+def test_whoever_vouches_for_their_batches_is_believed_but_for_two_draws_of_ours() -> None:
+    model = model_of()
+    optimizer = sgd(model, sampling="poisson")
+    inputs, targets = data()
+    for rows in (torch.arange(0, 10), torch.arange(10, 20)):
+        model.loss(model(inputs[rows]), targets[rows]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    for batch in (*drawn(1), *drawn(1)):
+        loss_of(model, batch).backward()
+    refused(optimizer, "2 Poisson draws")
+
+
+# Nothing else adds to a gradient, or changes one.
+
+
+def by_the_net(model: DPLipModel, batch: Batch) -> None:
+    nn.functional.cross_entropy(model.net(batch.inputs.nan_to_num()), batch.targets).backward()
+
+
+def by_one_loss(model: DPLipModel, batch: Batch) -> None:
+    model.register.drop()
+    (loss_of(model, batch) + model.net(batch.inputs.nan_to_num()).square().sum()).backward()
+
+
+def by_one_loss_the_other_way(model: DPLipModel, batch: Batch) -> None:
+    model.register.drop()
+    (model.net(batch.inputs.nan_to_num()).square().sum() + loss_of(model, batch)).backward()
+
+
+def by_export(model: DPLipModel, batch: Batch) -> None:
+    exported = torch.export.export(model, (torch.rand(5, 6),), dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
+    exported(batch.inputs.nan_to_num()).square().sum().backward()
+
+
+def by_functional_call(model: DPLipModel, batch: Batch) -> None:
+    named = dict(model.net.named_parameters())
+    torch.func.functional_call(model.net, named, (batch.inputs.nan_to_num(),)).square().sum().backward()
+
+
+def by_scaling(model: DPLipModel, batch: Batch) -> None:
+    for parameter in model.net.parameters():
+        parameter.grad.mul_(100.0)
+
+
+def by_scaling_data(model: DPLipModel, batch: Batch) -> None:
+    for parameter in model.net.parameters():
+        parameter.grad.data.mul_(100.0)
+
+
+def by_clipping(model: DPLipModel, batch: Batch) -> None:
+    nn.utils.clip_grad_norm_(model.net.parameters(), 1e-3)
+
+
+def by_replacing(model: DPLipModel, batch: Batch) -> None:
+    for parameter in model.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+
+
+@pytest.mark.parametrize(
+    "interfere",
+    [
+        by_the_net,
+        by_one_loss,
+        by_one_loss_the_other_way,
+        by_export,
+        by_functional_call,
+        by_scaling,
+        by_scaling_data,
+        by_clipping,
+        by_replacing,
+    ],
+    ids=lambda interfere: interfere.__name__,
+)
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_else_changes_a_gradient_is_refused(interfere: Callable[[DPLipModel, Batch], None], route: str) -> None:
+    model = model_of(route)
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    loss_of(model, batch).backward()
+    interfere(model, batch)
+    refused(optimizer, "something else than passes")
+    loss_of(model, *[batch]).backward()
+
+
+def test_gradients_that_were_emptied_by_hand_are_forgotten() -> None:
+    empty: list[Callable[[DPLipModel], None]] = [
+        lambda model: model.zero_grad(),
+        lambda model: model.zero_grad(set_to_none=False),
+        lambda model: [parameter.grad.zero_() for parameter in model.net.parameters()],
+    ]
+    for forget in empty:
+        model = model_of()
+        optimizer = sgd(model)
+        for batch in drawn(3):
+            loss_of(model, batch).backward()
+            forget(model)
+            loss_of(model, batch).backward()
+            optimizer.step()
+            forget(model)
+        assert optimizer.accountant.history == [(1.0, RATE, 3)]
+
+
+# Hooks, modes and settings, at both ends of a pass.
+
+
+class Scaling(torch.overrides.TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        return result * 100 if function is nn.functional.linear else result
+
+
+def global_hooks() -> Iterator[torch.utils.hooks.RemovableHandle]:
+    module = torch.nn.modules.module
+    yield module.register_module_forward_hook(lambda part, args, out: out * 100)
+    yield module.register_module_forward_pre_hook(lambda part, args: tuple(value * 100 for value in args))
+    yield module.register_module_full_backward_hook(lambda part, inner, outer: inner)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("index", range(3))
+def test_global_hooks_are_refused(index: int, fused: bool) -> None:
+    model = model_of("weights", fused=fused)
+    (batch,) = drawn()
+    output = model(batch.inputs)
+    for number, hook in enumerate(global_hooks()):
+        try:
+            if number == index:
+                with pytest.raises(PrivacyError, match="global module hook"):
+                    model(batch.inputs)
+                with pytest.raises(PrivacyError, match="global module hook"):
+                    model.loss(output, batch.targets, batch.mask).backward()
+        finally:
+            hook.remove()
+
+
+def test_modes_and_hooks_on_saved_tensors_are_refused_but_for_checkpointing_and_devices() -> None:
+    model = model_of("weights", fused=False)
+    (batch,) = drawn()
+    with Scaling(), pytest.raises(PrivacyError, match="Scaling is in force"):
+        model(batch.inputs)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda kept: kept * 10, lambda kept: kept),
+        pytest.raises(PrivacyError, match="saved_tensors_hooks"),
+    ):
+        model(batch.inputs)
+    with torch.device("cpu"), torch.autograd.graph.save_on_cpu():
+        loss_of(model, batch).backward()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_hooks_set_for_a_pass_only_are_refused(route: str) -> None:
+    model = model_of(route, fused=False)
+    (batch,) = drawn()
+    layer = next(part for part in model.net.modules() if isinstance(part, nn.Linear))
+    hook = layer.register_forward_pre_hook(lambda part, args: (args[0] * 100,))
+    with pytest.raises(PrivacyError, match="given hooks"):
+        model(batch.inputs)
+    hook.remove()
+    output = model(batch.inputs)
+    hook = layer.weight.register_hook(lambda gradient: gradient * 100)
+    with pytest.raises(PrivacyError, match="given hooks"):
+        model.loss(output, batch.targets, batch.mask).backward()
+    hook.remove()
+    with (
+        mock.patch.object(layer, "forward", lambda values: 100 * nn.functional.linear(values, layer.weight)),
+        pytest.raises(PrivacyError, match="given hooks"),
+    ):
+        model(batch.inputs)
+
+
+def test_hooks_on_a_part_of_a_layer_are_refused() -> None:
+    inner = nn.Linear(6, 6)
+    net = nn.Sequential(layers.ConvexResidual(inner), nn.Linear(6, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    hook = inner.register_forward_hook(lambda part, args, out: out * 100)
+    with pytest.raises(PrivacyError, match="given hooks"):
+        model(data()[0])
+    hook.remove()
+
+
+def test_precision_that_is_lowered_during_a_pass_is_refused() -> None:
+    model = model_of("weights")
+    (batch,) = drawn()
+    output = model(batch.inputs)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(PrivacyError, match="more coarsely"):
+            model(batch.inputs)
+        with pytest.raises(PrivacyError, match="more coarsely"):
+            model.loss(output, batch.targets, batch.mask).backward()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_data_parallel_wrappers_are_refused_by_name() -> None:
+    model = model_of()
+    with (
+        mock.patch.object(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", return_value=object()),
+        pytest.raises(PrivacyError, match="DistributedDataParallel"),
+    ):
+        model(data()[0])
+
+
+# Bounds are those of the pass.
+
+
+def contribution(model: DPLipModel) -> float:
+    """The largest norm that a sample's whole gradient has at the current weights."""
+    found = 0.0
+    inputs, targets = data()
+    with passes.unwitnessed():
+        for row in range(SIZE):
+            loss = model.loss(model(inputs[row : row + 1]), targets[row : row + 1])
+            parts = torch.autograd.grad(loss, list(model.net.parameters()))
+            found = max(found, float(torch.cat([part.flatten() for part in parts]).norm()))
+    return found
+
+
+@pytest.mark.parametrize("route", ["weights", "constraint"])
+@pytest.mark.parametrize("through_data", [True, False])
+def test_weights_perturbed_for_a_pass_and_restored_are_charged_at_the_bounds_of_the_pass(
+    route: str, through_data: bool
+) -> None:
+    model = model_of(route)
+    optimizer = sgd(model, sample_rate=1.0)
+    quiet = model.sensitivity().total
+    kept = [parameter.detach().clone() for parameter in model.net.parameters()]
+    for parameter in model.net.parameters():
+        (parameter.data if through_data else parameter.detach()).mul_(30.0)
+    inputs, targets = data()
+    model.loss(model(inputs), targets).backward()
+    loud, seen = model.sensitivity().total, contribution(model)
+    for parameter, before in zip(model.net.parameters(), kept, strict=True):
+        (parameter.data if through_data else parameter.detach()).copy_(before)
+    assert seen > quiet
+    assert loud > 5.0 * quiet
+    with mock.patch.object(optimizer, "_deviations", wraps=optimizer._deviations) as planned:
+        optimizer.step()
+    assert planned.call_args.args[0].total == loud
+
+
+@pytest.mark.parametrize("through_data", [True, False])
+def test_weights_changed_between_forward_and_backward_are_refused(through_data: bool) -> None:
+    model = model_of("constraint")
+    (batch,) = drawn()
+    loss = loss_of(model, batch)
+    weight = next(model.net.parameters())
+    (weight.data if through_data else weight.detach()).mul_(0.1)
+    with pytest.raises(PrivacyError, match="was changed between a forward pass and its backward pass"):
+        loss.backward()
+
+
+def test_loading_weights_between_backward_and_step_changes_no_bound_of_the_pass() -> None:
+    model = model_of("weights")
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.mul_(5.0)
+    optimizer = sgd(model, sample_rate=1.0)
+    loud = model.sensitivity().total
+    inputs, targets = data()
+    model.loss(model(inputs), targets).backward()
+    model.net.load_state_dict({name: value * 0.02 for name, value in model.net.state_dict().items()})
+    assert model.sensitivity().total < loud
+    with mock.patch.object(optimizer, "_deviations", wraps=optimizer._deviations) as planned:
+        optimizer.step()
+    assert planned.call_args.args[0].total == loud
+
+
+def test_a_gate_that_is_opened_for_a_pass_is_charged_as_it_was_in_the_pass() -> None:
+    model = model_of()
+    optimizer = sgd(model, sample_rate=1.0)
+    gates = [part for part in model.net.modules() if isinstance(part, layers.CotangentGate)]
+    limits = [gate.limit for gate in gates]
+    for gate in gates:
+        gate.limit = 50.0
+    inputs, targets = data()
+    model.loss(model(inputs), targets).backward()
+    loud = model.sensitivity().total
+    for gate, limit in zip(gates, limits, strict=True):
+        gate.limit = limit
+    assert model.sensitivity().total < loud
+    with mock.patch.object(optimizer, "_deviations", wraps=optimizer._deviations) as planned:
+        optimizer.step()
+    assert planned.call_args.args[0].total == loud
+    loss = model.loss(model(inputs), targets)
+    gates[0].limit = 50.0
+    with pytest.raises(PrivacyError, match="changed between a forward pass and its backward pass"):
+        loss.backward()
+
+
+# Public rows.
+
+
+def test_public_rows_join_the_sum_and_are_charged_to_nobody() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    noise = torch.randn(7, 6), torch.zeros(7, dtype=torch.long)
+    for batch in drawn(2):
+        optimizer.zero_grad()
+        optimizer.accumulate(batch)
+        alone = [parameter.grad.clone() for parameter in model.net.parameters()]
+        optimizer.accumulate_public(noise)
+        assert any(not torch.equal(a, p.grad) for a, p in zip(alone, model.net.parameters(), strict=True))
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
+def test_a_row_of_the_draw_in_hand_is_not_public() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = drawn(rate=1.0)
+    with pytest.raises(InputError, match="row of the draw in hand"):
+        optimizer.accumulate_public((batch.inputs[3:5].clone(), batch.targets[3:5]))
+
+
+def test_public_and_private_rows_share_no_loss() -> None:
+    model = model_of()
+    (batch,) = drawn()
+    with passes.public():
+        output = model(torch.randn(2, 6))
+    with pytest.raises(PrivacyError, match="once for each kind"):
+        (loss_of(model, batch) + output.sum()).backward()
+
+
+# Right loops go on working.
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_right_loops_go_on_working(route: str) -> None:
+    model = model_of(route)
+    optimizer = sgd(model, sample_rate=0.5)
+    average = WeightAverage(model, 0.9)
+    public = torch.randn(5, 6), torch.zeros(5, dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for index, batch in enumerate(PoissonBatches(data(), sample_rate=0.5, steps=6)):
+            optimizer.zero_grad()
+            if index == 0:
+                loss_of(model, batch).backward()
+            elif index == 1:
+                for piece in batch.split(7):
+                    loss_of(model, piece).backward()
+            elif index == 2:
+                optimizer.accumulate(batch, augment=lambda sample: sample, multiplicity=2, micro_batch_size=9)
+            elif index == 3:
+                output = checkpoint(model, batch.inputs, use_reentrant=False)
+                model.loss(output, batch.targets, batch.mask).backward()
+            elif index == 4:
+                model(public[0])  # A forgotten no_grad.
+                with torch.no_grad():
+                    model(batch.inputs)
+                loss_of(model, batch).backward()
+                model.loss(model(batch.inputs[:0]), batch.targets[:0], batch.mask[:0]).backward()
+            else:
+                optimizer.accumulate(batch)
+            optimizer.step()
+            average.update()
+            with average.applied(), torch.no_grad():
+                model(public[0])
+    assert optimizer.accountant.history == [(1.0, 0.5, 6)]
+
+
+def test_two_heads_with_one_loss_are_one_pass() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.one, self.other = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+
+        def forward(self, values: Tensor) -> Tensor:
+            hidden = torch.relu(self.body(values))
+            return torch.cat([self.one(hidden), self.other(hidden)], 1)
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        both = output.split((3, 2), dim=1)
+        terms = [nn.functional.cross_entropy(part, target % part.shape[1], reduction="none") for part in both]
+        return terms[0] + terms[1]
+
+    torch.manual_seed(0)
+    model = DPLipModel(gated(Heads()), input_shape=(6,), input_norm=1.0, loss=losses.BoundedLoss(loss, bound=2.0))
+    optimizer = sgd(model)
+    for batch in drawn(2):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
+def test_passes_that_get_no_backward_pass_are_not_kept() -> None:
+    model = model_of()
+    inputs, _ = data()
+    opened: list[weakref.ref[passes.Pass]] = []
+    honest = passes.Register.open
+
+    def noting(register: passes.Register, rows: Tensor) -> passes.Pass:
+        made = honest(register, rows)
+        opened.append(weakref.ref(made))
+        return made
+
+    with mock.patch.object(passes.Register, "open", noting):
+        for _ in range(3):
+            model(inputs)
+    gc.collect()
+    assert len(opened) == 3
+    assert all(one() is None for one in opened)
+
+
+def test_copies_of_a_model_have_registers_of_their_own() -> None:
+    model = model_of()
+    twin = copy.deepcopy(model)
+    (batch,) = drawn()
+    loss_of(model, batch).backward()
+    assert len(model.register.passes) == 1
+    assert twin.register.passes == []
+    loss_of(twin, batch).backward()
+    assert len(twin.register.passes) == 1
+
+
+# Compiled models.
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_compiled_passes_are_witnessed_too(route: str) -> None:
+    model = model_of(route)
+    optimizer = sgd(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda inputs, targets, mask: model.loss(model(inputs), targets, mask), backend="aot_eager", fullgraph=True
+    )
+    batches = PoissonBatches(data(), sample_rate=RATE, steps=4, physical_batch_size=32)
+    for index, batch in enumerate(batches):
+        optimizer.zero_grad()
+        compiled(*batch).backward()
+        if index == 0:
+            compiled(*batch).backward()
+            refused(optimizer, "rows entered this step twice")
+        elif index == 1:
+            next(model.net.parameters()).grad.mul_(2.0)
+            refused(optimizer, "something else than passes")
+        elif index == 2:
+            nn.functional.cross_entropy(model.net(batch.inputs.nan_to_num()), batch.targets).backward()
+            refused(optimizer, "something else than passes")
+        else:
+            optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 1)]
+    torch._dynamo.reset()
+
+
+def test_a_compiled_pass_is_back_propagated_once_at_first_order() -> None:
+    model = model_of()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda inputs: model(inputs), backend="aot_eager", fullgraph=True)
+    (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=32)
+    loss = model.loss(compiled(batch.inputs), batch.targets, batch.mask)
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="adds both terms"):
+        loss.backward()
+    torch._dynamo.reset()
+
+
+def test_an_exported_copy_holds_none_of_our_operators() -> None:
+    model = model_of("weights")
+    program = torch.export.export(model, (torch.rand(5, 6),))
+    assert not [node for node in program.graph.nodes if "open_pass" in str(node.target)]
+
+
+# Two optimizers.
+
+
+def test_the_second_optimizer_of_one_pass_gets_no_gradient_that_it_did_not_charge() -> None:
+    model = model_of()
+    parameters = list(model.net.parameters())
+    settings = {"noise_multiplier": 1.0, "sample_rate": RATE, "dataset_size": SIZE, "noise": NoNoise()}
+    settings["accountant"] = create_accountant("rdp")
+    body, head = (
+        CliplessDPOptimizer(model, torch.optim.SGD(part, lr=0.1), **settings)  # type: ignore[arg-type]
+        for part in (parameters[:2], parameters[2:])
+    )
+    (batch,) = drawn()
+    loss_of(model, batch).backward()
+    body.step()
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        head.step()
+    assert all(not parameter.grad.any() for parameter in parameters[2:])
+
+
+@pytest.mark.parametrize("bad", [0, -1])
+def test_errors_of_arguments_leave_the_register_as_it_was(bad: int) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    optimizer.accumulate(batch)
+    with pytest.raises(ConfigurationError):
+        optimizer.accumulate(batch, micro_batch_size=bad) if bad else optimizer.accumulate(batch, multiplicity=0)
+    with nullcontext():
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 1)]
