@@ -61,7 +61,8 @@ def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None
             f"expected integer labels of shape {tuple(output.shape[:1])}, got {target.dtype} {tuple(target.shape)}"
         )
     target = target.long()
-    if _can_look(target) and len(target) and int(target.min()) >= 0 and int(target.max()) < output.shape[1]:
+    looks = _can_look(target) and not torch._C._functorch.is_batchedtensor(target)
+    if looks and len(target) and int(target.min()) >= 0 and int(target.max()) < output.shape[1]:
         return target, None
     valid = (target >= 0) & (target < output.shape[1])
     return target.clamp(0, output.shape[1] - 1), valid

@@ -21,6 +21,7 @@ from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
+from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, parameters_of, trace
@@ -98,6 +99,7 @@ class DPLipModel(nn.Module):
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
+        self._row_losses = RowLosses()
         device, dtype = parameter_device_and_dtype(net)
         self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._trace(device, dtype)
@@ -201,8 +203,9 @@ class DPLipModel(nn.Module):
             A scalar: the sum, never the mean, over rows that count and whose loss is finite.
 
         Raises:
-            InputError: the mask or the target does not fit the output.
-            PrivacyError: autocast is on.
+            InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
+            PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
+                (:class:`clipless_dp.rowwise.RowLosses`).
         """
         refuse_autocast(output.device)
         if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):
@@ -214,7 +217,7 @@ class DPLipModel(nn.Module):
                 f"target {tuple(target.shape)} on {target.device} does not fit output {tuple(output.shape)} "
                 f"on {output.device}"
             )
-        losses = self.loss_function.per_sample(output, target)
+        losses = self._row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         if _can_look(losses):
             total = losses.sum() if mask is None else losses.masked_fill(~mask, 0.0).sum()
             if math.isfinite(total.detach()):
