@@ -67,6 +67,7 @@ class DPLipModel(nn.Module):
         net: the user's network.
         nonfinite_samples: how many samples :meth:`loss` has dropped because input, target or loss was not finite
             or out of range: an int64 tensor, for the data's owner only (it is not protected by noise).
+        row_losses: what evaluates the loss, so that rows do not meet in it.
         changes: how often the settings of layers (a dropout rate, a gate's value) were found changed.
     """
 
@@ -99,7 +100,7 @@ class DPLipModel(nn.Module):
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
-        self._row_losses = RowLosses()
+        self.row_losses = RowLosses()
         device, dtype = parameter_device_and_dtype(net)
         self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._trace(device, dtype)
@@ -217,7 +218,7 @@ class DPLipModel(nn.Module):
                 f"target {tuple(target.shape)} on {target.device} does not fit output {tuple(output.shape)} "
                 f"on {output.device}"
             )
-        losses = self._row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
+        losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         if _can_look(losses):
             total = losses.sum() if mask is None else losses.masked_fill(~mask, 0.0).sum()
             if math.isfinite(total.detach()):

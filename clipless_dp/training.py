@@ -28,12 +28,17 @@ from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.averaging import WeightAverage
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
-from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError
+from clipless_dp.errors import (
+    BudgetExhaustedError,
+    CheckpointError,
+    CliplessError,
+    ConfigurationError,
+    PrivacyError,
+)
 from clipless_dp.losses import (
     BinaryCrossEntropy,
     CosineSimilarity,
     HingeKR,
-    Loss,
     MulticlassHinge,
     TauCrossEntropy,
     class_scores,
@@ -43,7 +48,6 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
-from clipless_dp.rowwise import require_mappable
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, as_tensors, usual_rows
 from clipless_dp.streaming import AHEAD, StreamedBatches
 
@@ -596,10 +600,9 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
         backend: of ``torch.compile``; the default generates C++ or Triton, and needs their compiler.
 
     Returns:
-        A function of inputs, targets and mask. It raises ConfigurationError for a loss that cannot be mapped over rows
-        (:func:`clipless_dp.rowwise.require_mappable`).
+        A function of inputs, targets and mask. It raises ConfigurationError for a loss that cannot be mapped over rows,
+        see :meth:`clipless_dp.rowwise.RowLosses.rehearse`.
     """
-    known: Loss | None = None
 
     def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return model.loss(model(inputs), targets, mask)
@@ -609,12 +612,8 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
     compiled: BatchLoss = torch.compile(own, fullgraph=True, backend=backend)
 
     def with_free_rows(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
-        nonlocal known
-        if model.loss_function is not known:
-            device, dtype = model.device_and_dtype()
-            outputs = torch.zeros(len(targets), *model.output_shape, device=device, dtype=dtype)
-            require_mappable(model.loss_function, outputs, targets)
-            known = model.loss_function
+        outputs = inputs.new_zeros(len(inputs), *model.output_shape, dtype=model.device_and_dtype()[1])
+        model.row_losses.rehearse(model.loss_function, outputs, targets, mask, bound=model.cotangent_norm)
         for part in (inputs, targets, mask):
             torch._dynamo.maybe_mark_dynamic(part, 0)
         return compiled(inputs, targets, mask)
@@ -652,7 +651,7 @@ def _compile(run: _Run, backend: str, blank: Batch) -> None:
         with _rehearsal(run):
             run.loss = compiled_loss(run.model, backend)
             run.loss(*blank).backward()
-    except ConfigurationError:
+    except CliplessError:
         raise
     except Exception as error:
         summary = str(error).strip().splitlines()[0] if str(error).strip() else ""
