@@ -27,7 +27,7 @@ from clipless_dp.losses import (
     TauCrossEntropy,
 )
 
-_PROVED = {
+_PROVED: dict[type[Loss], object] = {
     kind: kind.per_sample
     for kind in (
         TauCrossEntropy,
