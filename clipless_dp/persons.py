@@ -139,14 +139,16 @@ def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Itera
         else:
             place = start + step * np.asarray(chosen)
         yield _Piece(inputs.untyped_storage().data_ptr(), place, rows)
-    elif by_memory and type(dataset) in (list, tuple):
-        # Samples of plain numbers are left out: equal constants are one object in Python.
-        objects = [(id(dataset[index]), row) for index, row in zip(chosen, rows, strict=True) if _holds(dataset[index])]
-        if objects:
-            numbers = np.asarray(objects)
-            yield _Piece("objects", numbers[:, 0], numbers[:, 1])
     else:
         yield _Piece(id(dataset), chosen, rows)
+        if by_memory and type(dataset) in (list, tuple):
+            # Samples of plain numbers are left out: equal constants are one object in Python.
+            same = [
+                (id(dataset[index]), row) for index, row in zip(chosen, rows, strict=True) if _holds(dataset[index])
+            ]
+            if same:
+                numbers = np.asarray(same)
+                yield _Piece("objects", numbers[:, 0], numbers[:, 1])
 
 
 def _has_address(values: Tensor) -> bool:
