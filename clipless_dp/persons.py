@@ -43,8 +43,8 @@ _INSTEAD = (
 def refuse_repeats(dataset: Any) -> None:
     """Refuses a data set in which a row is there more than once, for certain.
 
-    ``Subset`` (``random_split`` too) and ``ConcatDataset``, nested in each other, are followed to what they choose from;
-    there a row is known by its number, in tensors by its place in memory, and in a list of samples by the sample.
+    ``Subset`` (``random_split`` too) and ``ConcatDataset``, nested in each other, are followed to what they choose
+    from; there a row is known by its number, in tensors by its place in memory, and in a list of samples by the sample.
     Tensors are looked at by their inputs: targets may be shared.
 
     Args:
@@ -278,9 +278,9 @@ def _hash_of_rows(values: Tensor, count: int) -> int:
     return _digest(content)
 
 
-def _bytes(values: Tensor) -> npt.NDArray[np.uint8]:
+def _bytes(values: Tensor) -> bytes:
     flat = values.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy()
+    return flat.view(torch.uint8).numpy().tobytes()
 
 
 def _read(read: Callable[[int], Sequence[Any]], positions: Indices, parts: int) -> Tensor:
