@@ -29,7 +29,7 @@ Rows = range | Indices
 HASHED = 1 << 30
 """Bytes of tensors up to which the ranks compare all rows: about a second."""
 
-_ROWS, _READS = 4096, 32
+ROWS, READS = 4096, 32
 """Rows that are compared of larger tensors, and samples of data sets that are read one by one."""
 
 _CHUNK = 1 << 26
@@ -217,12 +217,12 @@ def require_alike(dataset: Any, tensors: Sequence[Tensor] | None, read: Callable
         random_parts = torch.zeros(len(tensors), dtype=torch.bool)
         differing = _differing(own)[0]
     else:
-        positions = _positions(count, _READS)
-        own = _read(read, positions, len(parts))
+        numbers = positions(count, READS)
+        own = _read(read, numbers, len(parts))
         differing = _differing(own)
         random_parts = torch.zeros(len(parts), dtype=torch.bool)
         if bool(differing.any()):
-            again = torch.stack([_read(read, positions, len(parts)) for _ in range(3)])
+            again = torch.stack([_read(read, numbers, len(parts)) for _ in range(3)])
             random_parts = distributed.total((again != own).any(0).any(0).long()).bool()
         differing = differing.any(0)
     if bool((differing & ~random_parts).any()):
@@ -254,7 +254,7 @@ def _differing(own: Tensor) -> Tensor:
     return (everyone != everyone[0]).any(0) & (everyone != 0).all(0)
 
 
-def _positions(count: int, some: int) -> Indices:
+def positions(count: int, some: int) -> Indices:
     """Numbers of samples that do not depend on rank or run, the first and the last among them."""
     chosen = np.random.Generator(np.random.PCG64(20240507)).choice(count, min(some, count), replace=False)
     return np.unique([0, count - 1, *chosen])
@@ -273,7 +273,7 @@ def _hash_of_rows(values: Tensor, count: int) -> int:
         for start in range(0, count, chunk):
             content.update(_bytes(values[start : start + chunk]))
     else:
-        for some in np.array_split(_positions(count, _ROWS), 16):
+        for some in np.array_split(positions(count, ROWS), 16):
             content.update(_bytes(values[torch.from_numpy(some).to(values.device)]))
     return _digest(content)
 
@@ -283,10 +283,10 @@ def _bytes(values: Tensor) -> bytes:
     return flat.view(torch.uint8).numpy().tobytes()
 
 
-def _read(read: Callable[[int], Sequence[Any]], positions: Indices, parts: int) -> Tensor:
+def _read(read: Callable[[int], Sequence[Any]], numbers: Indices, parts: int) -> Tensor:
     """A number for each part of some samples; zeros where one cannot be read, since each rank may hold its own only."""
-    found = torch.zeros(len(positions), parts, dtype=torch.int64)
-    for k, index in enumerate(positions.tolist()):
+    found = torch.zeros(len(numbers), parts, dtype=torch.int64)
+    for k, index in enumerate(numbers.tolist()):
         try:
             with _seeded(index):
                 sample = read(index)

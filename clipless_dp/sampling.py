@@ -339,7 +339,7 @@ class PoissonBatches:
 
     Args:
         dataset: the whole data set, see :func:`as_tensors`; moved to the device once, of several processes each one's
-            own part.
+            own part. They compare it, so that all of them make this together.
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         device: where to hold the data; by default where it is.

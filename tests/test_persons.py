@@ -316,7 +316,7 @@ def test_everything_that_draws_compares_the_ranks(ranks, how: str) -> None:
 def beyond_what_is_hashed(kind: str, how: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(persons, "HASHED", 100)
-        patch.setattr(persons, "_ROWS", 8)
+        patch.setattr(persons, "ROWS", 8)
         return drawn(kind, how)
 
 
