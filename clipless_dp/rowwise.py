@@ -211,7 +211,7 @@ class RowLosses:
                 f"{loss!r} takes the whole batch, but not one row of it ({type(error).__name__}: {error}), so that "
                 "nothing tells whether its rows depend on one another: write it for batches of any size"
             ) from error
-        sizes = bound * (1.0 + torch.linalg.vector_norm(_rows(output[rows]).double().cpu(), dim=1))
+        sizes = bound * (1.0 + torch.linalg.vector_norm(_rows(output[rows]).cpu().double(), dim=1))
         return int((_differ(batch[0][rows], values, sizes) | _differ(batch[1][rows], gradients, bound)).sum())
 
 
