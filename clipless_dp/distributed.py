@@ -79,24 +79,34 @@ def release_(sums: Sequence[Tensor], add_noise_: Callable[[Sequence[Tensor]], No
             own.copy_(part)
 
 
-def agree(fields: Mapping[str, object]) -> None:
+_ALIKE = "Build model, optimizer and data alike on all of them, and load the same state on all or none"
+
+
+def agree(fields: Mapping[str, object], remedy: str = _ALIKE) -> None:
     """Compares values, by digests of their ``repr``, before anything rests on their being the same on all ranks.
 
     Raises:
-        RankError: they differ; the message names which.
+        RankError: they differ; the message names which, and the remedy.
     """
     digests = [hashlib.sha256(repr(value).encode()).digest() for value in fields.values()]
-    with together("the comparison of the ranks"):
-        own = _movable(torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]))
-        everyone = [torch.empty_like(own) for _ in range(world().size)]
-        dist.all_gather(everyone, own)
-        same = (torch.stack(everyone) == own).all(0).tolist()
+    everyone = gathered(torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]))
+    same = (everyone == everyone[0]).all(0).tolist()
     differing = [name for name, equal in zip(fields, same, strict=True) if not equal]
     if differing:
-        raise RankError(
-            f"the ranks differ in {', '.join(differing)}; nothing was released. Build model, optimizer and data alike "
-            "on all of them, and load the same state on all or none"
-        )
+        raise RankError(f"the ranks differ in {', '.join(differing)}; nothing was released. {remedy}")
+
+
+def gathered(numbers: Tensor) -> Tensor:
+    """The numbers of all ranks, ``(W, ...)``.
+
+    Raises:
+        RankError: another rank is gone.
+    """
+    with together("the comparison of the ranks"):
+        own = _movable(numbers.contiguous())
+        everyone = [torch.empty_like(own) for _ in range(world().size)]
+        dist.all_gather(everyone, own)
+        return torch.stack(everyone).cpu()
 
 
 def copy_from_(tensors: Iterable[Tensor], rank: int = 0) -> None:

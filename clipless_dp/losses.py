@@ -22,7 +22,8 @@ from clipless_dp.gates import _can_look
 class Loss(ABC):
     """A per-sample loss with a bounded gradient.
 
-    Subclasses supply :meth:`per_sample` and :meth:`gradient_bound`. They hold no parameters.
+    Subclasses supply :meth:`per_sample` and :meth:`gradient_bound`. They hold no parameters. What a subclass of yours
+    computes is called on rows alone, or held against that: see :class:`clipless_dp.rowwise.RowLosses`.
     """
 
     @abstractmethod
@@ -61,7 +62,8 @@ def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None
             f"expected integer labels of shape {tuple(output.shape[:1])}, got {target.dtype} {tuple(target.shape)}"
         )
     target = target.long()
-    if _can_look(target) and len(target) and int(target.min()) >= 0 and int(target.max()) < output.shape[1]:
+    looks = _can_look(target) and not torch._C._functorch.is_batchedtensor(target)
+    if looks and len(target) and int(target.min()) >= 0 and int(target.max()) < output.shape[1]:
         return target, None
     valid = (target >= 0) & (target < output.shape[1])
     return target.clamp(0, output.shape[1] - 1), valid
@@ -400,7 +402,10 @@ class BoundedLoss(Loss):
     """Any per-sample loss, with the bound at which its gradient is to be gated.
 
     Args:
-        function: maps output ``(B, ...)`` and target to ``(B,)``; entry ``i`` must depend on sample ``i`` alone.
+        function: maps output ``(B, ...)`` and target to ``(B,)`` for any ``B``, one row included; entry ``i`` must
+            depend on sample ``i`` alone, which :class:`clipless_dp.rowwise.RowLosses` sees to: it maps the function
+            over rows by ``torch.func.vmap`` where that is cheap, and refuses one whose rows it finds to meet. Without
+            control flow that depends on numbers it can be mapped, and compiled. It is called more than once a batch.
         bound: ``G``; cotangents above it are clipped, so a wrong bound biases but never leaks.
     """
 

@@ -21,6 +21,7 @@ from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
+from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import (
@@ -75,6 +76,7 @@ class DPLipModel(nn.Module):
         net: the user's network.
         nonfinite_samples: how many samples :meth:`loss` has dropped because input, target or loss was not finite
             or out of range: an int64 tensor, for the data's owner only (it is not protected by noise).
+        row_losses: what evaluates the loss, so that rows do not meet in it.
         changes: how often the settings of layers (a dropout rate, a gate's value) were found changed.
     """
 
@@ -107,6 +109,7 @@ class DPLipModel(nn.Module):
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
+        self.row_losses = RowLosses()
         device, dtype = parameter_device_and_dtype(net)
         self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
         self._trace(device, dtype)
@@ -236,8 +239,9 @@ class DPLipModel(nn.Module):
             A scalar: the sum, never the mean, over rows that count and whose loss is finite.
 
         Raises:
-            InputError: the mask or the target does not fit the output.
-            PrivacyError: autocast is on.
+            InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
+            PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
+                (:class:`clipless_dp.rowwise.RowLosses`).
         """
         refuse_autocast(output.device)
         if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):
@@ -249,7 +253,7 @@ class DPLipModel(nn.Module):
                 f"target {tuple(target.shape)} on {target.device} does not fit output {tuple(output.shape)} "
                 f"on {output.device}"
             )
-        losses = self.loss_function.per_sample(output, target)
+        losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         if _can_look(losses):
             total = losses.sum() if mask is None else losses.masked_fill(~mask, 0.0).sum()
             if math.isfinite(total.detach()):

@@ -23,7 +23,7 @@ from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
 from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
-from clipless_dp.sampling import as_tensors
+from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.statistics import Releases, private_moments
 from clipless_dp.training import Data, FitResult, evaluate, fit
 
@@ -146,7 +146,7 @@ class Preset:
             That of :func:`clipless_dp.fit`, whose arguments these are: the front-end sees each sample by itself, and
             the noise of training is calibrated on top of what the statistics cost.
         """
-        inputs, targets = as_tensors(dataset)
+        inputs, targets = Samples.to_train_on(dataset).all()
         size = changes.get("dataset_size") or len(inputs)
         features = self.features(inputs, cache_dir=cache_dir)
         change: Callable[[Tensor], Tensor] | None = None

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate
 
-from clipless_dp import distributed, draws
-from clipless_dp.errors import ConfigurationError
+from clipless_dp import distributed, draws, persons
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
 
 
@@ -131,12 +131,41 @@ def poisson_collate(dataset: Dataset[Any]) -> Callable[[list[Any]], Any]:
     """A ``collate_fn`` that also handles the empty batch, which Poisson sampling does draw.
 
     Args:
-        dataset: its first sample shows the shapes.
+        dataset: its first sample shows the shapes. Of several processes all call this, after the process group was
+            made: they compare what they hold, see :func:`clipless_dp.persons.require_alike`.
 
     Returns:
         A function that collates as torch does, and returns zero-length tensors for an empty list.
+
+    Raises:
+        PrivacyError: a sample is there more than once, see :func:`clipless_dp.persons.refuse_repeats`.
+        RankError: the data of the ranks differs.
     """
-    return _Collate(_emptied(default_collate([dataset[0]])))
+    empty = _emptied(default_collate([dataset[0]]))
+    if hasattr(dataset, "__len__"):
+        persons.refuse_repeats(dataset)
+        tensors = dataset.tensors if isinstance(dataset, TensorDataset) else None
+        persons.require_alike(dataset, tensors, lambda index: list(_leaves(dataset[index])))
+    return _Collate(empty, by_memory=_is_made_of_tensors(dataset))
+
+
+def _is_made_of_tensors(dataset: Any) -> bool:
+    """Whether each sample is a view of a row of its own."""
+    if type(dataset) is Subset:
+        return _is_made_of_tensors(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(_is_made_of_tensors, dataset.datasets))
+    return type(dataset) is TensorDataset and bool(dataset.tensors[0].numel())
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
 
 
 def _emptied(value: Any) -> Any:
@@ -150,10 +179,16 @@ def _emptied(value: Any) -> Any:
 class _Collate:
     """A class, since a ``DataLoader`` that spawns its workers pickles it."""
 
-    def __init__(self, empty: Any) -> None:
+    def __init__(self, empty: Any, by_memory: bool) -> None:
         self.empty = empty
+        self.by_memory = by_memory
 
     def __call__(self, samples: list[Any]) -> Any:
+        if self.by_memory and len({sample[0].data_ptr() for sample in samples}) < len(samples):
+            raise PrivacyError(
+                "a batch holds a sample more than once: the indices of a Poisson draw were repeated on their way, by a "
+                "sampler around it say. Hand them to the DataLoader as they are, as batch_sampler"
+            )
         return draws.arrived(default_collate(samples) if samples else _emptied(self.empty), len(samples))
 
 
@@ -167,8 +202,7 @@ def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
         ConfigurationError: it is empty, or the two lengths differ, its samples differ in shape, or it is none of
             these.
     """
-    samples = Samples(dataset)
-    return samples.read(range(len(samples)))
+    return Samples.of(dataset).all()
 
 
 class Samples:
@@ -207,10 +241,36 @@ class Samples:
         elif len(dataset) == 0:
             raise ConfigurationError("the data set is empty")
         self._dataset = dataset
+        self._checked = False
         try:
             self.first = self.read(range(1))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise error if isinstance(error, ConfigurationError) else self._refused(error) from error
+
+    @classmethod
+    def of(cls, dataset: Any) -> Samples:
+        """The samples of a data set, or these themselves."""
+        return dataset if isinstance(dataset, Samples) else cls(dataset)
+
+    @classmethod
+    def to_train_on(cls, dataset: Any) -> Samples:
+        """The samples of a data set in which each is there once, and that all ranks hold alike.
+
+        Raises:
+            ConfigurationError: as the constructor does.
+            PrivacyError: a sample is there more than once, see :func:`clipless_dp.persons.refuse_repeats`.
+            RankError: the data of the ranks differs, see :func:`clipless_dp.persons.require_alike`.
+        """
+        samples = cls.of(dataset)
+        if not samples._checked:
+            persons.refuse_repeats(samples._dataset if samples.tensors is None else samples.tensors)
+            persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
+            samples._checked = True
+        return samples
+
+    def all(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of all samples, stacked."""
+        return self.read(range(len(self)))
 
     def __len__(self) -> int:
         return len(self._dataset if self.tensors is None else self.tensors[0])
@@ -270,7 +330,7 @@ class PoissonBatches:
 
     Args:
         dataset: the whole data set, see :func:`as_tensors`; moved to the device once, of several processes each one's
-            own part.
+            own part. They compare it, so that all of them make this together.
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         device: where to hold the data; by default where it is.
@@ -281,6 +341,8 @@ class PoissonBatches:
 
     Raises:
         ConfigurationError: an argument is out of range, or the data set is empty.
+        PrivacyError: a sample is in the data set more than once, see :func:`clipless_dp.persons.refuse_repeats`.
+        RankError: the data of the ranks differs, see :func:`clipless_dp.persons.require_alike`.
 
     Guarantee:
         Every sample is in every batch with probability ``q``, independently; each draw is announced to the
@@ -289,7 +351,7 @@ class PoissonBatches:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | Sequence[Tensor],
+        dataset: Dataset[Any] | Sequence[Tensor] | Samples,
         *,
         sample_rate: float,
         steps: int,
@@ -298,7 +360,7 @@ class PoissonBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
-        inputs, targets = as_tensors(dataset)
+        inputs, targets = Samples.to_train_on(dataset).all()
         self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world
         self._inputs = inputs[rank::ranks].to(device)

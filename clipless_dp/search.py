@@ -28,7 +28,7 @@ from clipless_dp import distributed
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import noise_source
-from clipless_dp.sampling import as_tensors
+from clipless_dp.sampling import Samples
 from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
 
 SETTINGS = frozenset(
@@ -140,7 +140,7 @@ def private_search(
             "create_accountant('rdp') or ('auto')"
         )
     source = noise_source(noise)
-    inputs, targets = as_tensors(dataset)
+    inputs, targets = Samples.to_train_on(dataset).all()
     size = len(inputs) if dataset_size is None else dataset_size
     if not candidates:
         raise ConfigurationError("there are no candidates to draw from")

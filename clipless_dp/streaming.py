@@ -34,7 +34,7 @@ class StreamedBatches:
     Args:
         dataset: any map-style data set of pairs, a pair of tensors, or of arrays, memory-mapped files included; see
             :class:`clipless_dp.sampling.Samples`. It is asked from the thread. Of several processes each reads the
-            samples of its own part only.
+            samples of its own part, and the few that all compare.
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         device: where batches go; by default they stay where they are read.
@@ -46,6 +46,8 @@ class StreamedBatches:
         ConfigurationError: an argument is out of range, or the data set is empty, not one of pairs, or on a device
             already. What the data set raises while it is read is raised while iterating, as it is, once the batches
             read before it are used up.
+        PrivacyError: as :class:`clipless_dp.PoissonBatches`.
+        RankError: as :class:`clipless_dp.PoissonBatches`.
 
     Guarantee:
         As :class:`clipless_dp.PoissonBatches`.
@@ -62,11 +64,12 @@ class StreamedBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
-        self._samples = dataset if isinstance(dataset, Samples) else Samples(dataset)
+        self._samples = Samples.of(dataset)
         if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
             raise ConfigurationError(
                 "the data is on a device already, so there is nothing to stream: use PoissonBatches"
             )
+        Samples.to_train_on(self._samples)
         count = len(self._samples)
         self.sampler = PoissonBatchSampler(count, sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world

@@ -19,7 +19,7 @@ from clipless_dp.gating import gated
 from clipless_dp.losses import BinaryCrossEntropy
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
-from clipless_dp.sampling import as_tensors
+from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
 from clipless_dp.training import FitResult, constant, fit
 
@@ -119,6 +119,7 @@ def fit_table(
         raise InputError(f"expected floating-point rows (N, columns), got {rows.dtype} {tuple(rows.shape)}")
     if labels.shape != rows.shape[:1] or labels.is_complex():
         raise InputError(f"expected {len(rows)} labels 0 or 1, got {labels.dtype} {tuple(labels.shape)}")
+    Samples.to_train_on((rows, labels))
     if not bool(((labels == 0) | (labels == 1)).all()):
         raise InputError("labels must be 0 or 1; others would contribute nothing")
     if distributed.world().size > 1:

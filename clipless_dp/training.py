@@ -28,7 +28,13 @@ from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.averaging import WeightAverage
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
-from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError
+from clipless_dp.errors import (
+    BudgetExhaustedError,
+    CheckpointError,
+    CliplessError,
+    ConfigurationError,
+    PrivacyError,
+)
 from clipless_dp.losses import (
     BinaryCrossEntropy,
     CosineSimilarity,
@@ -42,7 +48,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
-from clipless_dp.sampling import Batch, PoissonBatches, Samples, as_tensors, usual_rows
+from clipless_dp.sampling import Batch, PoissonBatches, Samples, usual_rows
 from clipless_dp.streaming import AHEAD, StreamedBatches
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
@@ -245,6 +251,9 @@ def fit(
         ConfigurationError: an argument is out of range, the batch is larger than the data set, or not even one row fits
             the memory budget.
         InputError: the data does not fit the model.
+        PrivacyError: a sample is in the data more than once (:func:`clipless_dp.persons.refuse_repeats`), or samples
+            meet in the loss (:class:`clipless_dp.rowwise.RowLosses`).
+        RankError: the data of the ranks differs (:func:`clipless_dp.persons.require_alike`).
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
 
@@ -261,7 +270,7 @@ def fit(
                 "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
                 "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
             )
-    samples = Samples(dataset)
+    samples = Samples.to_train_on(dataset)
     held_out = None if validation is None else Samples(validation)
     device, _ = model.device_and_dtype()
     for some in filter(None, (samples, held_out)):
@@ -374,7 +383,7 @@ def fit(
     batches = (
         StreamedBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
         if stream
-        else PoissonBatches(as_tensors(dataset), sample_rate=sample_rate, seed=reproducible_seed, **shape)
+        else PoissonBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
     )
     dropped = int(model.nonfinite_samples)
     _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
@@ -594,7 +603,8 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
         backend: of ``torch.compile``; the default generates C++ or Triton, and needs their compiler.
 
     Returns:
-        A function of inputs, targets and mask.
+        A function of inputs, targets and mask. It raises ConfigurationError for a loss that cannot be mapped over rows,
+        see :meth:`clipless_dp.rowwise.RowLosses.rehearse`.
     """
 
     def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -605,6 +615,8 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
     compiled: BatchLoss = torch.compile(own, fullgraph=True, backend=backend)
 
     def with_free_rows(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        outputs = inputs.new_zeros(len(inputs), *model.output_shape, dtype=model.device_and_dtype()[1])
+        model.row_losses.rehearse(model.loss_function, outputs, targets, mask, bound=model.cotangent_norm)
         for part in (inputs, targets, mask):
             torch._dynamo.maybe_mark_dynamic(part, 0)
         return compiled(inputs, targets, mask)
@@ -642,6 +654,8 @@ def _compile(run: _Run, backend: str, blank: Batch) -> None:
         with _rehearsal(run):
             run.loss = compiled_loss(run.model, backend)
             run.loss(*blank).backward()
+    except CliplessError:
+        raise
     except Exception as error:
         summary = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise ConfigurationError(
@@ -795,7 +809,7 @@ def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024)
     Returns:
         The share of correct predictions (``None`` unless the loss is one of classification), and the mean loss.
     """
-    samples = dataset if isinstance(dataset, Samples) else Samples(dataset)
+    samples = Samples.of(dataset)
     device, _ = model.device_and_dtype()
     training = model.training
     model.eval()

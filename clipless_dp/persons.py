@@ -1,0 +1,316 @@
+"""What training data must be: nobody in it twice, and the same on all ranks.
+
+Noise is calibrated to one row, of one rank. A person whose row is in the data twice, or at another place on each rank,
+enters a batch several times. Rows that are equal by value may be two persons' and pass; refused is what is one row for
+certain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
+
+from clipless_dp import distributed
+from clipless_dp.errors import PrivacyError, RankError
+
+Indices = npt.NDArray[np.int64]
+Rows = range | Indices
+
+HASHED = 1 << 30
+"""Bytes of tensors up to which the ranks compare all rows: about a second."""
+
+ROWS, READS = 4096, 32
+"""Rows that are compared of larger tensors, and samples of data sets that are read one by one."""
+
+_CHUNK = 1 << 26
+
+_INSTEAD = (
+    "each person may be one row, once: a person's rows, windows or views together (fit's augment= and multiplicity= "
+    "average views), rare classes by class_weights of the loss"
+)
+
+
+def refuse_repeats(dataset: Any) -> None:
+    """Refuses a data set in which a row is there more than once, for certain.
+
+    ``Subset`` (``random_split`` too) and ``ConcatDataset``, nested in each other, are followed to what they choose
+    from; there a row is known by its number, in tensors by its place in memory, and in a list of samples by the sample.
+    Tensors are looked at by their inputs: targets may be shared.
+
+    Args:
+        dataset: a map-style data set, or a pair of tensors, inputs first.
+
+    Raises:
+        PrivacyError: it has.
+    """
+    if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(isinstance(part, Tensor) for part in dataset):
+        dataset = TensorDataset(dataset[0])
+    pieces = list(_pieces(dataset, range(len(dataset)), range(len(dataset)), by_memory=True))
+    if any(rows_overlap(tensor) for tensor in {id(inputs): inputs for inputs in _inputs(dataset)}.values()):
+        raise PrivacyError(
+            "rows of the inputs lie on one another in memory (an expanded tensor, windows that overlap), so that what "
+            f"is one person's enters a batch more than once: {_INSTEAD}"
+        )
+    for owner in {piece.owner for piece in pieces}:
+        own = [piece for piece in pieces if piece.owner == owner]
+        if len(own) == 1 and isinstance(own[0].place, range):
+            continue
+        place = np.concatenate([np.asarray(piece.place, dtype=np.int64) for piece in own])
+        order = np.argsort(place, kind="stable")
+        twice = np.diff(place[order]) == 0
+        if twice.any():
+            rows = np.concatenate([np.asarray(piece.rows) for piece in own])[order]
+            at = int(twice.argmax())
+            first, second = sorted((int(rows[at]), int(rows[at + 1])))
+            raise PrivacyError(
+                f"samples {first} and {second} of the data set are one and the same, and {int(twice.sum())} in all are "
+                "repeated (a Subset with an index twice, as sampling with replacement gives; a data set twice in a "
+                f"ConcatDataset), so that a person would enter a batch more than once: {_INSTEAD}"
+            )
+
+
+def rows_overlap(values: Tensor) -> bool:
+    """Whether a row of a tensor shares memory with the next one."""
+    if values.layout != torch.strided or len(values) < 2 or values.numel() == 0:
+        return False
+    step = values.stride(0)
+    inner = [(stride, size) for stride, size in zip(values.stride()[1:], values.shape[1:], strict=True) if stride]
+    reach = 0
+    for stride, size in sorted([(step, len(values)), *inner]):
+        if size > 1 and stride <= reach:
+            break
+        reach += stride * (size - 1)
+    else:
+        return step == 0
+    places = np.zeros(1, dtype=np.int64)
+    for stride, size in inner:
+        places = np.unique(places[:, None] + stride * np.arange(size))
+    return bool(np.isin(places + step, places).any())
+
+
+def _inputs(dataset: Any) -> Iterator[Tensor]:
+    if isinstance(dataset, TensorDataset):
+        yield dataset.tensors[0]
+    elif isinstance(dataset, Subset):
+        yield from _inputs(dataset.dataset)
+    elif isinstance(dataset, ConcatDataset):
+        for part in dataset.datasets:
+            yield from _inputs(part)
+
+
+class _Piece(NamedTuple):
+    """Rows of a data set that are taken from one thing: what it is, where they are there, and their own numbers."""
+
+    owner: Any
+    place: Rows
+    rows: Rows
+
+
+def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Iterator[_Piece]:
+    """Where some samples come from; ranges stay ranges, since data sets may be larger than memory."""
+    if isinstance(dataset, Subset) and (listed := _integers(dataset.indices)) is not None:
+        listed = np.where(listed < 0, listed + len(dataset.dataset), listed)  # type: ignore[arg-type]
+        yield from _pieces(dataset.dataset, listed[np.asarray(chosen, dtype=np.int64)], rows, by_memory=by_memory)
+    elif isinstance(dataset, ConcatDataset):
+        ends = [0, *dataset.cumulative_sizes]
+        if isinstance(chosen, range):
+            for part, start, end in zip(dataset.datasets, ends, ends[1:], strict=False):
+                yield from _pieces(part, range(end - start), rows[start:end], by_memory=by_memory)
+            return
+        which = np.searchsorted(ends[1:], chosen, side="right")
+        order = np.argsort(which, kind="stable")
+        groups = np.split(order, np.searchsorted(which[order], np.arange(1, len(ends) - 1)))
+        for part, start, some in zip(dataset.datasets, ends, groups, strict=False):
+            yield from _pieces(part, chosen[some] - start, np.asarray(rows)[some], by_memory=by_memory)
+    elif by_memory and isinstance(dataset, TensorDataset) and _has_address(inputs := dataset.tensors[0]):
+        start, step = inputs.data_ptr(), inputs.stride(0) * inputs.element_size()
+        if isinstance(chosen, range) and step:
+            place: Rows = range(start, start + step * len(chosen), step)
+        else:
+            place = start + step * np.asarray(chosen)
+        yield _Piece(inputs.untyped_storage().data_ptr(), place, rows)
+    else:
+        yield _Piece(id(dataset), chosen, rows)
+        if by_memory and type(dataset) in (list, tuple):
+            # Samples of plain numbers are left out: equal constants are one object in Python.
+            same = [
+                (id(dataset[index]), row) for index, row in zip(chosen, rows, strict=True) if _holds(dataset[index])
+            ]
+            if same:
+                numbers = np.asarray(same)
+                yield _Piece("objects", numbers[:, 0], numbers[:, 1])
+
+
+def _has_address(values: Tensor) -> bool:
+    return values.layout == torch.strided and bool(values.numel()) and bool(values.data_ptr())
+
+
+def _holds(sample: Any) -> bool:
+    """Whether a sample, or a part of it, is a tensor or an array."""
+    parts = sample.values() if isinstance(sample, dict) else sample if isinstance(sample, (tuple, list)) else [sample]
+    return any(isinstance(part, (Tensor, np.ndarray)) for part in parts)
+
+
+def _order(dataset: Any) -> str:
+    """A digest of the indices of ``Subset`` and the parts of ``ConcatDataset``, whatever they are taken from."""
+    owners: dict[Any, int] = {}
+    content = hashlib.sha256()
+    for piece in _pieces(dataset, range(len(dataset)), range(len(dataset)), by_memory=False):
+        content.update(repr(owners.setdefault(piece.owner, len(owners))).encode())
+        for numbers in (piece.place, piece.rows):
+            content.update(repr(numbers).encode() if isinstance(numbers, range) else numbers.tobytes())
+    return content.hexdigest()
+
+
+def _integers(indices: Any) -> Indices | None:
+    try:
+        found = np.asarray(indices)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    if found.size == 0:
+        return np.zeros(0, dtype=np.int64)
+    return found.astype(np.int64) if found.ndim == 1 and found.dtype.kind in "iu" else None
+
+
+def require_alike(dataset: Any, tensors: Sequence[Tensor] | None, read: Callable[[int], Sequence[Any]]) -> None:
+    """Compares the data of the ranks, which each train on rows of other numbers: of one and the same list.
+
+    Of tensors all rows are compared up to :data:`HASHED` bytes, else 4096, chosen by a public seed. Of other data sets,
+    types, sizes and the indices of ``Subset`` are compared, and 32 samples, chosen so, are read on each rank. Where two
+    copies differ by a shuffle or by a row more, that misses it with a probability of about one over the number of
+    samples to the 32nd; two exchanged rows among many, that it does not read, it misses. Reads are seeded, so that
+    random transforms do alike on all ranks; parts that differ at each read nonetheless are left out, with a warning.
+
+    Args:
+        dataset: the data set.
+        tensors: what it consists of, if it is tensors.
+        read: returns the parts of a sample, by its number.
+
+    Raises:
+        RankError: the data differs.
+    """
+    if distributed.world().size == 1:
+        return
+    count = len(dataset) if tensors is None else len(tensors[0])
+    parts = tensors if tensors is not None else read(0)
+    distributed.agree(
+        {
+            "the data set's type": type(dataset).__qualname__,
+            "the number of samples": count,
+            "shape and type of its samples": [_form(part if tensors is None else part[:0]) for part in parts],
+            "the indices of its subsets": None if tensors is not None else _order(dataset),
+        },
+        remedy=_REMEDY,
+    )
+    if tensors is not None:
+        own = torch.tensor([[_hash_of_rows(part, count) for part in tensors]])
+        random_parts = torch.zeros(len(tensors), dtype=torch.bool)
+        differing = _differing(own)[0]
+    else:
+        numbers = positions(count, READS)
+        own = _read(read, numbers, len(parts))
+        differing = _differing(own)
+        random_parts = torch.zeros(len(parts), dtype=torch.bool)
+        if bool(differing.any()):
+            again = torch.stack([_read(read, numbers, len(parts)) for _ in range(3)])
+            random_parts = distributed.total((again != own).any(0).any(0).long()).bool()
+        differing = differing.any(0)
+    if bool((differing & ~random_parts).any()):
+        raise RankError(f"the ranks hold different data, or the same in another order; nothing was released. {_REMEDY}")
+    if bool((differing & random_parts).any()):
+        warnings.warn(
+            "samples differ at each read, so that the ranks could not compare all of them: only the number of samples, "
+            "their form and what does not change. See to it that sample i is the same person's on all ranks",
+            UserWarning,
+            stacklevel=4,
+        )
+
+
+_REMEDY = (
+    "All ranks need the whole data set in one order, since rank r trains on the samples r, r + W, r + 2W, …: else a "
+    "person is on several ranks, or on none. Usual causes: a shuffle or random_split without a seed that all ranks "
+    "share, file names in the order of os.listdir or glob (sort them), a part of the data for each rank (the sampler "
+    "divides it), features that each rank computed for itself (compute them once, and load them)"
+)
+
+
+def _form(part: Any) -> tuple[Any, ...]:
+    return (str(part.dtype), tuple(part.shape)) if isinstance(part, Tensor) else (type(part).__name__,)
+
+
+def _differing(own: Tensor) -> Tensor:
+    """Which numbers are not the same on all ranks, among those that none of them lacks (as zero)."""
+    everyone = distributed.gathered(own)
+    return (everyone != everyone[0]).any(0) & (everyone != 0).all(0)
+
+
+def positions(count: int, some: int) -> Indices:
+    """Numbers of samples that do not depend on rank or run, the first and the last among them."""
+    chosen = np.random.Generator(np.random.PCG64(20240507)).choice(count, min(some, count), replace=False)
+    return np.unique([0, count - 1, *chosen])
+
+
+def _digest(content: Any) -> int:
+    """A number for each content, which is not zero."""
+    return int.from_bytes(content.digest()[:8], "big", signed=True) or 1
+
+
+def _hash_of_rows(values: Tensor, count: int) -> int:
+    content = hashlib.sha256()
+    row = values.element_size() * values[0].numel()
+    if row * count <= HASHED:
+        chunk = max(1, _CHUNK // max(1, row))
+        for start in range(0, count, chunk):
+            content.update(_bytes(values[start : start + chunk]))
+    else:
+        for some in np.array_split(positions(count, ROWS), 16):
+            content.update(_bytes(values[torch.from_numpy(some).to(values.device)]))
+    return _digest(content)
+
+
+def _bytes(values: Tensor) -> bytes:
+    flat = values.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def _read(read: Callable[[int], Sequence[Any]], numbers: Indices, parts: int) -> Tensor:
+    """A number for each part of some samples; zeros where one cannot be read, since each rank may hold its own only."""
+    found = torch.zeros(len(numbers), parts, dtype=torch.int64)
+    for k, index in enumerate(numbers.tolist()):
+        try:
+            with _seeded(index):
+                sample = read(index)
+            digests = []
+            for part in sample:
+                content = hashlib.sha256(repr(_form(part) if isinstance(part, Tensor) else part).encode())
+                content.update(_bytes(part) if isinstance(part, Tensor) else b"")
+                digests.append(_digest(content))
+            found[k] = torch.tensor(digests)
+        except Exception:
+            continue
+    return found
+
+
+@contextmanager
+def _seeded(number: int) -> Iterator[None]:
+    """The same global random numbers within on all ranks, and those that come next as if nothing had been drawn."""
+    kept = torch.default_generator.get_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
+    torch.default_generator.manual_seed(number)
+    random.seed(number)
+    np.random.seed(number % 2**32)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(kept[0])
+        random.setstate(kept[1])
+        np.random.set_state(kept[2])  # noqa: NPY002

@@ -1,0 +1,337 @@
+"""Training data holds nobody twice, and is the same on all ranks."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    Subset,
+    TensorDataset,
+    WeightedRandomSampler,
+    random_split,
+)
+
+from clipless_dp import (
+    PoissonBatches,
+    PoissonBatchSampler,
+    PrivacyError,
+    StreamedBatches,
+    distributed,
+    fit,
+    persons,
+    poisson_collate,
+)
+from clipless_dp.persons import refuse_repeats, rows_overlap
+
+from .support import gated_model, samples
+
+RUN: dict[str, Any] = {
+    "epsilon": 4.0, "delta": 1e-3, "epochs": 1, "batch_size": 10, "progress": False, "accountant": "rdp"
+}  # fmt: skip
+
+
+class Listed(Dataset):  # type: ignore[type-arg]
+    """Samples one by one; what is done to an input may differ at each read."""
+
+    def __init__(self, data: tuple[Tensor, Tensor], change: Callable[[Tensor], Tensor] = lambda row: row) -> None:
+        self.inputs, self.targets = data
+        self.change = change
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.change(self.inputs[index]), int(self.targets[index])
+
+
+def split() -> list[Subset[Any]]:
+    return random_split(Listed(samples(40)), [20, 20], generator=torch.Generator().manual_seed(0))
+
+
+INPUTS, TARGETS = samples(40)
+LISTED, OTHER = Listed(samples(40)), Listed(samples(40))
+TENSORS = TensorDataset(INPUTS, TARGETS)
+SPLIT = split()
+SAMPLES = [(row, 0) for row in INPUTS]
+
+REPEATED: dict[str, Any] = {
+    "a subset with an index twice": Subset(LISTED, [0, 1, 2, 1]),
+    "an index and its negative": Subset(LISTED, [39, -1]),
+    "indices in a tensor": Subset(LISTED, torch.tensor([3, 3])),  # type: ignore[arg-type]
+    "sampling with replacement": Subset(TENSORS, list(WeightedRandomSampler([1.0] * 40, 80, replacement=True))),
+    "a data set twice": ConcatDataset([LISTED, LISTED]),
+    "a data set and a part of it": ConcatDataset([Subset(LISTED, [7]), LISTED]),
+    "subsets that share an index": ConcatDataset([Subset(LISTED, [1, 2]), Subset(LISTED, [2, 3])]),
+    "a split and its source": ConcatDataset([SPLIT[0], SPLIT[0].dataset]),
+    "nested": Subset(ConcatDataset([OTHER, ConcatDataset([LISTED, Subset(LISTED, [5])])]), [0, 45, 80]),
+    "two tensor data sets of the same tensors": ConcatDataset([TensorDataset(INPUTS, TARGETS), TENSORS]),
+    "tensors that share rows": ConcatDataset(
+        [TensorDataset(INPUTS[:30], TARGETS[:30]), TensorDataset(INPUTS[20:], TARGETS[20:])]
+    ),
+    "other targets": ConcatDataset([TENSORS, TensorDataset(INPUTS, 1 - TARGETS)]),
+    "an expanded tensor": (torch.randn(1, 6).expand(40, 6), TARGETS),
+    "an expanded tensor in a data set": TensorDataset(torch.randn(1, 6).expand(40, 6), TARGETS),
+    "an expanded array": (np.broadcast_to(np.zeros((1, 6), dtype=np.float32), (40, 6)), TARGETS.numpy()),
+    "windows that overlap": (torch.randn(45).unfold(0, 6, 1), TARGETS),
+    "windows that overlap in a subset": Subset(TensorDataset(torch.randn(45).unfold(0, 6, 1), TARGETS), [0, 1]),
+    "a list of samples twice": SAMPLES + SAMPLES,
+    "a list with an index twice": Subset([(0.0, 1), (1.0, 0)], [1, 1]),  # type: ignore[arg-type]
+}
+
+DISTINCT: dict[str, Any] = {
+    "equal rows": (torch.zeros(40, 6), TARGETS),
+    "equal data sets": ConcatDataset([LISTED, OTHER]),
+    "a split put together": ConcatDataset(random_split(LISTED, [30, 10])),
+    "nested": Subset(ConcatDataset([Subset(LISTED, [3, 1]), ConcatDataset([OTHER, Subset(LISTED, [5])])]), [42, 0, 1]),
+    "halves of tensors": ConcatDataset(
+        [TensorDataset(INPUTS[:30], TARGETS[:30]), TensorDataset(INPUTS[30:], TARGETS[30:])]
+    ),
+    "shared targets": ConcatDataset([TensorDataset(part, TARGETS) for part in (INPUTS, INPUTS.clone())]),
+    "expanded targets": (INPUTS, torch.zeros(1, dtype=torch.int64).expand(40)),
+    "expanded columns": (torch.randn(40, 1).expand(40, 6), TARGETS),
+    "transposed": (torch.randn(6, 40).t(), TARGETS),
+    "every other row": TensorDataset(samples(80)[0][::2], TARGETS),
+    "windows side by side": (torch.randn(240).unfold(0, 6, 6), TARGETS),
+    "channels last": (torch.randn(40, 3, 4, 4).to(memory_format=torch.channels_last), TARGETS),
+    "equal constants": [(0.0, 1), (0.0, 1)],
+    "a list of samples": SAMPLES,
+    "one row": (torch.randn(1, 6).expand(1, 6), TARGETS[:1]),
+    "no row": Subset(LISTED, []),
+}
+
+
+def tensors_of(data: Any) -> Any:
+    return tuple(map(torch.as_tensor, data)) if isinstance(data, tuple) else data
+
+
+@pytest.mark.parametrize("name", REPEATED)
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_one_row_twice_is_refused(name: str) -> None:
+    with pytest.raises(PrivacyError, match=r"one and the same|lie on one another"):
+        refuse_repeats(tensors_of(REPEATED[name]))
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_rows_that_are_only_equal_or_only_interleaved_pass(name: str) -> None:
+    refuse_repeats(tensors_of(DISTINCT[name]))
+
+
+@pytest.mark.parametrize("name", ["sampling with replacement", "a data set twice", "an expanded array"])
+def test_whatever_draws_from_data_refuses_one_row_twice(name: str) -> None:
+    data = REPEATED[name]
+    for draw in (PoissonBatches, StreamedBatches):
+        with pytest.raises(PrivacyError, match="one row, once"):
+            draw(data, sample_rate=0.5, steps=2)
+    with pytest.raises(PrivacyError, match="one row, once"):
+        fit(gated_model(), data, **RUN)
+    if not isinstance(data, tuple):
+        with pytest.raises(PrivacyError, match="one row, once"):
+            poisson_collate(data)
+
+
+def test_public_data_may_repeat_its_rows() -> None:
+    result = fit(gated_model(), samples(40), validation=REPEATED["a data set twice"], **RUN)
+    assert result.history[0].accuracy is not None
+
+
+def test_millions_of_rows_are_followed_as_arrays() -> None:
+    count = 1_000_000
+    whole = TensorDataset(torch.arange(count).unsqueeze(1), torch.zeros(count))
+    order = np.random.default_rng(0).permutation(count)
+    parts = ConcatDataset([Subset(whole, order[: count // 2]), Subset(whole, order[count // 2 :])])  # type: ignore[arg-type]
+    refuse_repeats(parts)
+    order[-1] = order[0]
+    with pytest.raises(PrivacyError, match=f"samples 0 and {count - 1} "):
+        refuse_repeats(parts)
+
+
+def test_data_beyond_memory_is_not_listed() -> None:
+    class Endless(Listed):
+        def __len__(self) -> int:
+            return 1 << 40
+
+    refuse_repeats(ConcatDataset([Endless(samples(1)), Endless(samples(1))]))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_overlap_of_rows_is_that_of_their_elements(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    shape = tuple(generator.integers(1, 4, size=3).tolist())
+    strides = tuple(generator.integers(0, 8, size=3).tolist())
+    values = torch.zeros(64).as_strided(shape, strides)
+    places = torch.arange(64).as_strided(shape, strides)
+    neighbours = [set(row.flatten().tolist()) for row in places]
+    meet = any(first & second for first, second in pairwise(neighbours))
+    assert rows_overlap(values) == meet
+
+
+class Twice(PoissonBatchSampler):
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return (indices + indices for indices in super().__iter__())
+
+
+def test_a_sampler_that_repeats_what_was_drawn_is_refused_where_rows_are_in_memory() -> None:
+    data = Subset(TENSORS, list(range(30)))
+    loader = DataLoader(data, batch_sampler=Twice(30, sample_rate=0.9, steps=1), collate_fn=poisson_collate(data))
+    with pytest.raises(PrivacyError, match="more than once"):
+        list(loader)
+
+
+# What runs on the ranks.
+
+
+def outcome(attempt: Callable[[], Any]) -> str:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            attempt()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    return "".join(str(warning.message) for warning in told) or "taken"
+
+
+def rolled(data: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return tuple(torch.roll(part, distributed.world().rank, 0) for part in data)
+
+
+def own_order(count: int = 40) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(distributed.world().rank)).tolist()
+
+
+def on_ranks(kind: str) -> Any:
+    rank = distributed.world().rank
+    data = samples(40)
+    inputs, targets = data
+    if kind == "swapped":
+        inputs = inputs.clone()
+        if rank:
+            inputs[[3, 4]] = inputs[[4, 3]]
+    if kind == "another sample":
+        targets = targets.clone()
+        targets[-1] += rank
+    made: dict[str, Callable[[], Any]] = {
+        "tensors": lambda: data,
+        "shuffled tensors": lambda: rolled(data),
+        "swapped": lambda: (inputs, targets),
+        "another sample": lambda: (inputs, targets),
+        "parts": lambda: (inputs[rank::2], targets[rank::2]) if rank else (inputs[:21], targets[:21]),
+        "another type": lambda: (inputs.double() if rank else inputs, targets),
+        "listed": lambda: Listed(data),
+        "shuffled samples": lambda: Listed(rolled(data)),  # type: ignore[arg-type]
+        "a shuffled subset": lambda: Subset(TENSORS, own_order()),
+        "a shuffled subset of equal rows": lambda: Subset(
+            TensorDataset(torch.zeros(40, 6), torch.zeros(40)), own_order()
+        ),
+        "a seeded split": lambda: split()[0],
+        "parts in another order": lambda: ConcatDataset(split()[:: -1 if rank else 1]),
+        "augmented by global numbers": lambda: Listed(
+            data,
+            lambda row: row + torch.randn(6) + random.random() + np.random.rand(),  # noqa: NPY002
+        ),
+        "augmented by numbers of its own": lambda: Listed(data, Own()),
+        "augmented and shuffled": lambda: Listed(rolled(data), Own()),  # type: ignore[arg-type]
+        "own part only": lambda: Unreadable(data),
+        "own part only, shuffled": lambda: Unreadable(rolled(data)),  # type: ignore[arg-type]
+    }
+    return made[kind]()
+
+
+class Own:
+    """A generator that nobody seeds."""
+
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng()
+
+    def __call__(self, row: Tensor) -> Tensor:
+        return row * float(self.generator.normal())
+
+
+class Unreadable(Listed):
+    """Samples of which a rank can read its own, and the first and last few."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        if 4 < index < 36 and index % 2 != distributed.world().rank:
+            raise FileNotFoundError(index)
+        return super().__getitem__(index)
+
+
+def drawn(kind: str, how: str) -> str:
+    data = on_ranks(kind)
+    if how == "collate":
+        data = TensorDataset(*data) if isinstance(data, tuple) else data
+        return outcome(lambda: poisson_collate(data))
+    if how == "fit":
+        return outcome(lambda: fit(gated_model(), data, **RUN))
+    draw = PoissonBatches if how == "held" else StreamedBatches
+    return outcome(lambda: draw(data, sample_rate=0.5, steps=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("tensors", "taken"),
+        ("shuffled tensors", "another order"),
+        ("swapped", "another order"),
+        ("another sample", "another order"),
+        ("parts", "the number of samples"),
+        ("another type", "shape and type"),
+        ("listed", "taken"),
+        ("shuffled samples", "another order"),
+        ("a shuffled subset", "indices of its subsets"),
+        ("a shuffled subset of equal rows", "indices of its subsets"),
+        ("a seeded split", "taken"),
+        ("parts in another order", "indices of its subsets"),
+        ("augmented by global numbers", "taken"),
+        ("augmented by numbers of its own", "differ at each read"),
+        ("augmented and shuffled", "another order"),
+        ("own part only", "taken"),
+        ("own part only, shuffled", "another order"),
+    ],
+)
+def test_ranks_that_hold_other_data_are_refused(ranks, kind: str, expected: str) -> None:
+    for how in ("collate", "streamed"):
+        for said in ranks.run(drawn, kind, how):
+            assert expected in said
+            assert ("RankError" in said) == (expected not in ("taken", "differ at each read"))
+            assert ("os.listdir" in said) == ("RankError" in said)
+
+
+@pytest.mark.parametrize("how", ["held", "fit"])
+def test_everything_that_draws_compares_the_ranks(ranks, how: str) -> None:
+    assert all("os.listdir" in said for said in ranks.run(drawn, "shuffled tensors", how))
+    assert ranks.run(drawn, "tensors", how) == ["taken", "taken"]
+
+
+def beyond_what_is_hashed(kind: str, how: str) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(persons, "HASHED", 100)
+        patch.setattr(persons, "ROWS", 8)
+        return drawn(kind, how)
+
+
+def test_of_large_tensors_the_ranks_compare_some_rows(ranks) -> None:
+    assert all("os.listdir" in said for said in ranks.run(beyond_what_is_hashed, "shuffled tensors", "held"))
+    assert ranks.run(beyond_what_is_hashed, "tensors", "held") == ["taken", "taken"]
+
+
+def test_reading_for_the_comparison_leaves_global_generators_as_they_are(ranks) -> None:
+    # The first sample is read for its shape before, as ever, by generators as they are.
+    assert ranks.run(unchanged_by_reads) == [True, True]
+
+
+def unchanged_by_reads() -> bool:
+    data = on_ranks("augmented by global numbers")
+    state = torch.get_rng_state()
+    persons._read(lambda index: data[index], np.arange(3), 2)
+    return torch.equal(state, torch.get_rng_state())
