@@ -412,11 +412,14 @@ class _Sweep:
         return max(self.norm(source) for source in sources)
 
     def _gradient(self, bounds: LayerBounds, name: str, arriving: float) -> float:
-        """``Δ_θ``: per unit of cotangent times the cotangent, or the cap of a gradient gate, whichever is smaller."""
+        """``Δ_θ``: per unit of cotangent times the cotangent; behind a gradient gate ``min(c, Δ_θ·stretch)``."""
         unit, cap = bounds.gradients[name], bounds.gradient_limits.get(name)
         if cap is None:
             return value_of(unit) * arriving
-        return min(cap, self.free(lambda: value_of(unit) * arriving)) if math.isfinite(arriving) else cap
+        stretch = bounds.gradient_stretches.get(name)
+        if stretch is None or not math.isfinite(arriving):
+            return cap
+        return min(cap, self.free(lambda: value_of(unit) * arriving * stretch))
 
     def _known_norm(self, leaf: nn.Module, bounds: LayerBounds) -> float | None:
         for name, operator in bounds.operators.items():

@@ -70,6 +70,8 @@ class LayerBounds:
         gradients: for each parameter, its per-sample gradient bound *per unit of cotangent norm*.
         cotangent_cap: cap on the cotangent that leaves the layer's input side (a cotangent gate).
         gradient_limits: caps on parameters' per-sample gradients themselves (gradient gates).
+        gradient_stretches: the most by which such a gate may enlarge a small gradient, for those parameters of which it
+            is known: 1 where the gate clips. Where it is not said, the cap alone bounds the gradient.
         operators: the operator each parameter acts as, for constraints.
         coverage: for windows, the coverage ``N``; reported only.
     """
@@ -79,6 +81,7 @@ class LayerBounds:
     gradients: Mapping[str, Deferred] = field(default_factory=dict)
     cotangent_cap: float = math.inf
     gradient_limits: Mapping[str, float] = field(default_factory=dict)
+    gradient_stretches: Mapping[str, float] = field(default_factory=dict)
     operators: Mapping[str, Operator] = field(default_factory=dict)
     coverage: int | None = None
 
