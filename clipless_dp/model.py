@@ -216,7 +216,8 @@ class DPLipModel(nn.Module):
             )
         losses = self.loss_function.per_sample(output, target)
         if _can_look(losses):
-            total = losses.sum() if mask is None else losses.masked_fill(~mask, 0.0).sum()
+            # The product lets the same arrive at the losses as below: one number each, not one that all share.
+            total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
             if math.isfinite(total.detach()):
                 return total
         counted = torch.isfinite(losses)
