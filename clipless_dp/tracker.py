@@ -276,11 +276,16 @@ class _Sweep:
             return rule(leaf, context)
         function_rule = find_function_rule(node.target)
         assert function_rule is not None
+        if not is_builtin(function_rule):
+            self._count_as_read(None, context.path)
         return function_rule(context, node.args, dict(node.kwargs))
 
-    def _count_as_read(self, leaf: nn.Module, path: str) -> None:
-        """A user's rule may read weights, buffers or attributes, so nothing that it says is kept for later steps."""
-        own = {self.traced.names[id(parameter)] for parameter in leaf.parameters()}
+    def _count_as_read(self, leaf: nn.Module | None, path: str) -> None:
+        """A user's rule may read whatever changes, so nothing that it says is kept for later steps.
+
+        Not even where no bound rests on it, as behind gates: what is computed without weights would be kept for good.
+        """
+        own = set() if leaf is None else {self.traced.names[id(parameter)] for parameter in leaf.parameters()}
         if own and (self.free_only or not self.whole):
             raise _NeedsWeights
         self.reads |= own or {path}
