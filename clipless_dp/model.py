@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.rules.base import kind_of
+from clipless_dp.settings import settings_of
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, parameters_of, trace
 from clipless_dp.tracker import (
@@ -416,7 +416,7 @@ class DPLipModel(nn.Module):
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
-        if any(leaf.settings() != leaf.known for leaf in self._leaves):
+        if any(settings_of(leaf.module) != leaf.known for leaf in self._leaves):
             if sharded:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
@@ -516,16 +516,7 @@ class _Leaf:
         self.path = path
         self.module = module
         self.kind = kind_of(module)
-        self._names = [
-            name
-            for name, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple, NoneType)) and name != "training" and name[0] != "_"
-        ]
-        self.known = self.settings()
-
-    def settings(self) -> list[Any]:
-        values = vars(self.module)
-        return [values.get(name) for name in self._names]
+        self.known = settings_of(module)
 
     def find(self, net: nn.Module) -> nn.Module | None:
         found: nn.Module | None = net
