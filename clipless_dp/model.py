@@ -19,6 +19,7 @@ from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, r
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
+from clipless_dp.overlaps import places, refuse_overlaps
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.rules.base import kind_of
 from clipless_dp.settings import settings_of
@@ -53,7 +54,7 @@ class DPLipModel(nn.Module):
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
         LossBoundError: the loss is not a :class:`clipless_dp.losses.Loss`.
-        ConfigurationError: an argument is out of range or does not fit the network.
+        ConfigurationError: an argument is out of range or does not fit the network, or parameters share memory.
         NormError: a parameter holds a NaN or an infinity.
 
     Guarantee:
@@ -113,6 +114,8 @@ class DPLipModel(nn.Module):
 
     def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
+        refuse_overlaps(self.net)
+        self._places = places(parameters_of(self.net))
         if traced.vocabulary is None and self._input_norm is None:
             raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
         if traced.vocabulary is not None and self._input_norm is not None:
@@ -329,8 +332,10 @@ class DPLipModel(nn.Module):
             (name, partial(project, constraint, self._tracker.operators[name]), (self._parameter(name),))
             for name, constraint in constraints
         ]
-        self._change_(changes)
-        self._projected = {name: (self._stamp(name), constraint.limit) for name, constraint in constraints}
+        # Each weight is stamped before another is touched: what changes it from here on shows.
+        for some in [changes] if sharding.is_sharded(self) else [[change] for change in changes]:
+            self._change_(some)
+            self._projected |= {name: (self._stamp(name), self._constraints[name].limit) for name, *_ in some}
 
     def _change_(self, changes: list[_Change]) -> None:
         """Changes tensors in place, those of which each rank holds a part as wholes."""
@@ -416,6 +421,9 @@ class DPLipModel(nn.Module):
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
+        if not sharded and places(parameters_of(self.net)) != self._places:
+            refuse_overlaps(self.net)
+            self._places = places(parameters_of(self.net))
         if any(settings_of(leaf.module) != leaf.known for leaf in self._leaves):
             if sharded:
                 raise ConfigurationError(
@@ -472,7 +480,7 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves"}
+        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves", "_places"}
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -375,3 +375,82 @@ def test_a_function_rule_of_a_users_is_asked_anew_each_time(disguise, monkeypatc
         assert model.sensitivity().per_parameter["head.weight"] == pytest.approx(10.0 * first, rel=1e-12)
     finally:
         FACTOR[0] = 1.0
+
+
+def shuffled(values: Tensor) -> None:
+    values.copy_(values.flatten()[torch.randperm(values.numel(), generator=torch.Generator().manual_seed(1))].view_as(values))
+
+
+def two_exchanged(values: Tensor) -> None:
+    values[0, 1], values[1, 2] = values[1, 2].clone(), values[0, 1].clone()
+
+
+def two_rows_exchanged(values: Tensor) -> None:
+    values[[0, 3]] = values[[3, 0]].clone()
+
+
+def four_signs_moved(values: Tensor) -> None:
+    """Of entries of size one: every row and every column keeps its sum, and its sum of patterns."""
+    values[:2, :4] = torch.tensor([[-1.0, 1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0]], dtype=values.dtype)
+
+
+def two_signs_exchanged(values: Tensor) -> None:
+    values[0, 1], values[0, 3] = -1.0, 1.0
+
+
+ORDERS = {
+    "shuffled": (shuffled, None),
+    "sorted": (lambda w: w.copy_(w.flatten().sort().values.view_as(w)), None),
+    "two exchanged": (two_exchanged, None),
+    "rows exchanged": (two_rows_exchanged, None),
+    "transposed": (lambda w: w.copy_(w.flip(0)), None),
+    "signs exchanged": (two_signs_exchanged, [[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, 1.0, 1.0]]),
+    "signs moved": (four_signs_moved, [[1.0, -1.0, -1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 8), (5, 9), (64, 33), (80, 64), (70, 3, 5, 5)])
+def test_a_stamp_shows_what_was_put_in_another_order(name, dtype, shape):
+    change, beginning = ORDERS[name]
+    torch.manual_seed(0)
+    base = torch.randn(shape, dtype=dtype)
+    if len(shape) == 4:
+        base = base.contiguous(memory_format=torch.channels_last)
+        if beginning is not None:
+            return
+    if beginning is not None:
+        base = base.sign()
+        base[:2, :4] = torch.tensor(beginning, dtype=dtype)
+    parameter = nn.Parameter(base)
+    before, version = stamp(parameter), parameter._version
+    change(parameter.data)
+    assert parameter._version == version
+    assert stamp(parameter)[2:] != before[2:]
+    assert torch.equal(parameter.data.flatten().sort().values, base.flatten().sort().values)
+
+
+def test_a_stamp_is_the_same_under_autocast_and_for_equal_numbers_elsewhere():
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(80, 64))
+    before = stamp(parameter)
+    with torch.autocast("cpu"):
+        assert stamp(parameter) == before
+    assert stamp(nn.Parameter(parameter.detach().clone()))[2:] == before[2:]
+
+
+def test_a_constrained_weight_whose_entries_are_shuffled_is_certified_anew():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False)).double()
+    model = wrap(net, (16,), constraint=constraints.Spectral())
+    with torch.no_grad():
+        net[2].weight.copy_(torch.eye(4, 16))
+    model.project_()
+    assert model.sensitivity().per_parameter["0.weight"] == pytest.approx(1.0, rel=1e-6)
+    weight = net[2].weight.data
+    # The four ones in one row: a matrix of norm two.
+    weight.copy_(weight.flatten().sort(descending=True).values.view_as(weight))
+    true = float(torch.linalg.matrix_norm(weight, 2))
+    assert true > 1.99
+    assert model.sensitivity().per_parameter["0.weight"] >= true
