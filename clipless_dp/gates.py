@@ -209,10 +209,10 @@ class _CotangentGateFunction(torch.autograd.Function):
         (cotangent,) = cotangents
         # Autograd runs the products behind the gate under the settings of whoever calls backward.
         norms = outside_autocast(sample_norms(cotangent))
-        if not ctx.normalize and _can_look(norms) and len(norms) and float(norms.detach().max()) <= ctx.limit:
+        looked_at = not ctx.normalize and _can_look(norms) and len(norms) > 0 and _is_dense(cotangent)
+        if looked_at and float(norms.detach().max()) <= ctx.limit:
             # All factors below would be 1 exactly, and the product lie in memory as this does.
-            if _is_dense(cotangent):
-                return cotangent, None, None, None
+            return cotangent, None, None, None
         factors = _factors(ctx.limit, norms, ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
         return _drop_rows_(gated, norms, _largest(ctx.limit, norms.dtype)), None, None, None

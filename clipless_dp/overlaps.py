@@ -40,8 +40,8 @@ def refuse_overlaps(net: nn.Module) -> None:
     for one in held:
         if one.trained and _repeats(one.tensor):
             raise ConfigurationError(
-                f"entries of the parameter {one.name!r} share memory with one another, as expand() makes them: a change of "
-                "one changes others. Give it memory of its own: nn.Parameter(weight.clone())"
+                f"entries of the parameter {one.name!r} share memory with one another, as expand() makes them: a "
+                "change of one changes others. Give it memory of its own: nn.Parameter(weight.clone())"
             )
     for device in {one.tensor.device for one in held}:
         open_: list[_Held] = []
@@ -51,8 +51,8 @@ def refuse_overlaps(net: nn.Module) -> None:
                 if (one.trained or other.trained) and _meet(one, other):
                     first, second = sorted((one.name, other.name))
                     raise ConfigurationError(
-                        f"{first!r} and {second!r} share memory without being one parameter: what is done to one after a "
-                        "step undoes what is known of the other. Use the same nn.Parameter in both places, or "
+                        f"{first!r} and {second!r} share memory without being one parameter: what is done to one "
+                        "after a step undoes what is known of the other. Use the same nn.Parameter in both places, or "
                         "nn.Parameter(weight.clone())"
                     )
             open_.append(one)
@@ -69,7 +69,9 @@ def _has_memory(tensor: Tensor) -> bool:
 
 def _repeats(tensor: Tensor) -> bool:
     reach = 0
-    for step, size in sorted((step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1):
+    for step, size in sorted(
+        (step, size) for size, step in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    ):
         if step <= reach:
             # Either entries meet, or they interlock: only a look at all of them tells.
             offsets = _offsets(tensor)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 _TORCHS_OWN = frozenset({*vars(nn.Module()), "_is_fsdp_managed_module", "_fsdp_use_orig_params"})
-"""Parameters, buffers, children and hooks, which are looked at elsewhere, and the mode, which bounds do not rest on; and
-what ``fully_shard`` leaves on a module."""
+"""Parameters, buffers, children and hooks, which are looked at elsewhere, and the mode, which bounds do not rest on;
+and what ``fully_shard`` leaves on a module."""
 
 _PLAIN = {NoneType, bool, int, float, complex, str, bytes, type, range, torch.dtype, torch.device, torch.Size}
 _BY_IDENTITY = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, torch.Generator)
@@ -72,7 +72,9 @@ def snapshot(value: Any, depth: int = _DEPTH) -> Any:
         return type(value), [snapshot(entry, depth - 1) for entry in value] if depth else _Same(value)
     if isinstance(value, Mapping):
         # In its order, which may decide what is computed.
-        pairs = [(snapshot(key, depth - 1), snapshot(entry, depth - 1)) for key, entry in value.items()] if depth else []
+        pairs = (
+            [(snapshot(key, depth - 1), snapshot(entry, depth - 1)) for key, entry in value.items()] if depth else []
+        )
         return type(value), pairs
     if isinstance(value, (set, frozenset)):
         return type(value), frozenset(value)

@@ -114,17 +114,17 @@ _BLOCK = 2048
 def stamp(parameter: Tensor) -> Stamp:
     """Tells whether a parameter has changed: its version, its place in memory, and two digests of its numbers.
 
-    The digests are for changes through ``.data``, of which autograd's version counter knows nothing. One is of the sums of
-    bit patterns over blocks of 2048 entries, in the order of memory, as integers modulo 2⁶⁴ (of float32, pairs as one),
-    without rounding. The other is of weighted sums ``Σ_i r_i w_{in+k}`` of every n-th entry, for n blocks, with fixed
-    pseudo-random ``r``. Up to collisions of a 128-bit hash:
+    The digests are for changes through ``.data``, of which autograd's version counter knows nothing. One is of the sums
+    of bit patterns over blocks of 2048 entries, in the order of memory, as integers modulo 2⁶⁴ (of float32, pairs as
+    one), without rounding. The other is of weighted sums ``Σ_i r_i w_{in+k}`` of every n-th entry, for n blocks, with
+    fixed pseudo-random ``r``. Up to collisions of a 128-bit hash:
 
-    * a change of one pattern is always noticed, and so is any change, exchange or shuffle after which some block's patterns
-      have another sum: in particular what moves different patterns between two blocks;
-    * what keeps all these sums, a shuffle within blocks or an even number of sign changes, say, is noticed where it moves
-      some weighted sum by more than that sum's rounding. For a change ``d`` of the 2048 entries of one sum, and weights
-      uniform in an interval of length 1, ``Σ r_i d_i`` has a density of at most ``1/max|d_i|``: to stay within a
-      rounding ``e`` has a probability of at most ``2e/max|d_i|``, for each of the n sums.
+    * a change of one pattern is always noticed, and so is any change, exchange or shuffle after which some block's
+      patterns have another sum: in particular what moves different patterns between two blocks;
+    * what keeps all these sums, a shuffle within blocks or an even number of sign changes, say, is noticed where it
+      moves some weighted sum by more than that sum's rounding. For a change ``d`` of the 2048 entries of one sum, and
+      weights uniform in an interval of length 1, ``Σ r_i d_i`` has a density of at most ``1/max|d_i|``: to stay within
+      a rounding ``e`` has a probability of at most ``2e/max|d_i|``, for each of the n sums.
     """
     values = sharding.local(parameter.detach())
     place = values.data_ptr(), *values.stride()

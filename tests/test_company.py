@@ -1,4 +1,4 @@
-"""A row never decides what becomes of others: wherever code looks at a batch, the row that flips the look changes nothing else.
+"""A row never decides what becomes of others: where code looks at a batch, the row that flips the look changes none.
 
 Each row has columns of the first weight to itself, since it is zero elsewhere: there a gradient is that row's own, and
 is compared bit for bit between batches of one size.
@@ -26,7 +26,9 @@ WIDTH = ROWS * OWN
 
 
 def dense(bias: bool = True) -> nn.Module:
-    return nn.Sequential(nn.Linear(WIDTH, 8, bias=bias), nn.ReLU(), nn.Linear(8, 6, bias=bias), nn.ReLU(), nn.Linear(6, 3))
+    return nn.Sequential(
+        nn.Linear(WIDTH, 8, bias=bias), nn.ReLU(), nn.Linear(8, 6, bias=bias), nn.ReLU(), nn.Linear(6, 3)
+    )
 
 
 def tokens() -> nn.Module:
@@ -46,14 +48,22 @@ def transposed() -> nn.Module:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "one layer": (lambda: gated(nn.Sequential(nn.Linear(WIDTH, 3)), cotangent_norm=0.6), (WIDTH,)),
     "clipping signal gates": (lambda: gated(dense(), cotangent_norm=0.6), (WIDTH,)),
-    "clipping signal gates, no bias": (lambda: gated(dense(bias=False), input_mode="ball", cotangent_norm=0.6), (WIDTH,)),
+    "clipping signal gates, no bias": (
+        lambda: gated(dense(bias=False), input_mode="ball", cotangent_norm=0.6),
+        (WIDTH,),
+    ),
     "normalising signal gates": (
         lambda: gated(dense(), cotangent_norm=0.6, cotangent_mode="normalize"),
         (WIDTH,),
     ),
     "cotangent gates alone": (
         lambda: nn.Sequential(
-            nn.Linear(WIDTH, 8), layers.CotangentGate(0.6), nn.ReLU(), nn.Linear(8, 3), layers.CotangentGate(0.6), nn.Tanh()
+            nn.Linear(WIDTH, 8),
+            layers.CotangentGate(0.6),
+            nn.ReLU(),
+            nn.Linear(8, 3),
+            layers.CotangentGate(0.6),
+            nn.Tanh(),
         ),
         (WIDTH,),
     ),
@@ -209,7 +219,8 @@ def test_both_sides_of_a_look_return_the_same_bits_in_the_same_places_of_memory(
 
 
 @pytest.mark.parametrize(
-    "loss", [losses.TauCrossEntropy(4.0), losses.MulticlassHinge(), losses.CosineSimilarity(), losses.HingeKR((0.2, 0.3, 0.5))]
+    "loss",
+    [losses.TauCrossEntropy(4.0), losses.MulticlassHinge(), losses.CosineSimilarity(), losses.HingeKR((0.2, 0.3, 0.5))],
 )
 def test_a_label_out_of_range_or_a_loss_that_is_not_finite_changes_no_bit_of_other_rows(loss: losses.Loss) -> None:
     torch.manual_seed(0)
@@ -229,7 +240,13 @@ def test_a_label_out_of_range_or_a_loss_that_is_not_finite_changes_no_bit_of_oth
     expected = found(0)
     assert bool(expected.any())
     every = torch.ones(ROWS, dtype=torch.bool)
-    for last, value, mask in [(-1, 1.0, None), (3, 1.0, None), (0, math.nan, None), (0, 1.0, every), (7, math.inf, every)]:
+    for last, value, mask in [
+        (-1, 1.0, None),
+        (3, 1.0, None),
+        (0, math.nan, None),
+        (0, 1.0, every),
+        (7, math.inf, every),
+    ]:
         assert torch.equal(found(last, value, mask), expected), (last, value, mask)
 
 
@@ -242,11 +259,27 @@ MUTANTS = (
         "<= ctx.limit",
         "<= 3.0 * ctx.limit",
     ),
-    Mutant("every row dropped", gates, "_drop_rows_", "~(norms.detach() <= largest)", "norms.detach() == norms.detach()"),
+    Mutant(
+        "every row dropped", gates, "_drop_rows_", "~(norms.detach() <= largest)", "norms.detach() == norms.detach()"
+    ),
     Mutant("lost rows at the end of the batch assumed", fusion, "_entered", "or int(lost[0]) < rows", ""),
-    Mutant("every row lost where one is", fusion, "_entered", "index_fill(0, lost, 0.0)\n    rows", "mul(0.0)\n    rows"),
-    Mutant("every row without a gradient", gradient_gates, "_zeroed", "torch.where(rows, values,", "torch.where(rows.all(), values,"),
-    Mutant("the batch's output lost", model.DPLipModel, "_run", "~finite.reshape(", "~finite.all().expand(len(finite)).reshape("),
+    Mutant(
+        "every row lost where one is", fusion, "_entered", "index_fill(0, lost, 0.0)\n    rows", "mul(0.0)\n    rows"
+    ),
+    Mutant(
+        "every row without a gradient",
+        gradient_gates,
+        "_zeroed",
+        "torch.where(rows, values,",
+        "torch.where(rows.all(), values,",
+    ),
+    Mutant(
+        "the batch's output lost",
+        model.DPLipModel,
+        "_run",
+        "~finite.reshape(",
+        "~finite.all().expand(len(finite)).reshape(",
+    ),
 )
 
 

@@ -1,4 +1,4 @@
-"""Parameters that share memory are refused by name; one parameter in several places, and views that do not meet, are not."""
+"""Parameters that share memory are refused by name; one in several places, and views that do not meet, are not."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, constraints, losses, model as wrapping
+from clipless_dp import ConfigurationError, DPLipModel, constraints, losses
+from clipless_dp import model as wrapping
 from clipless_dp.overlaps import refuse_overlaps
 
 
 def two_layers(first: Tensor, second: Tensor) -> nn.Sequential:
-    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False))
+    net = nn.Sequential(
+        nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
+    )
     net[0].weight, net[2].weight = nn.Parameter(first), nn.Parameter(second)
     return net
 

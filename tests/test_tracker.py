@@ -378,7 +378,9 @@ def test_a_function_rule_of_a_users_is_asked_anew_each_time(disguise, monkeypatc
 
 
 def shuffled(values: Tensor) -> None:
-    values.copy_(values.flatten()[torch.randperm(values.numel(), generator=torch.Generator().manual_seed(1))].view_as(values))
+    values.copy_(
+        values.flatten()[torch.randperm(values.numel(), generator=torch.Generator().manual_seed(1))].view_as(values)
+    )
 
 
 def two_exchanged(values: Tensor) -> None:

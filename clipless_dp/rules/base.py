@@ -211,7 +211,7 @@ def find_function_rule(target: Any) -> FunctionRule | None:
 
 
 def is_builtin(rule: Rule | FunctionRule) -> bool:
-    """Whether a rule is this package's own, and so reads weights only through its context, and nothing else that changes.
+    """Whether a rule is this package's own: it reads weights through its context only, and nothing else that changes.
 
     What a function says of its module is not enough: ``functools.wraps`` copies it.
     """

@@ -130,10 +130,19 @@ def max_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: 
     )
 
 
-@register_function_rule(
-    functional.avg_pool2d,
-    call=lambda input, kernel_size, stride=None, padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None: None,
-)
+def _average_call(
+    input: object,
+    kernel_size: object,
+    stride: object = None,
+    padding: object = 0,
+    ceil_mode: object = False,
+    count_include_pad: object = True,
+    divisor_override: object = None,
+) -> None:
+    """What torch's function takes."""
+
+
+@register_function_rule(functional.avg_pool2d, call=_average_call)
 @register_function_rule(functional.adaptive_avg_pool2d, call=lambda input, output_size: None)
 def average_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional average pooling."""

@@ -64,7 +64,9 @@ ACCEPTED: dict[str, Call] = {
     "avg_pool2d": lambda a, b: (
         functional.avg_pool2d(a, 2, 1, 0, False, True, 3) + functional.avg_pool2d(b, 2, 1, divisor_override=3)
     ),
-    "adaptive_avg_pool2d": lambda a, b: functional.adaptive_avg_pool2d(a, 2) + functional.adaptive_avg_pool2d(b, (2, 2)),
+    "adaptive_avg_pool2d": lambda a, b: (
+        functional.adaptive_avg_pool2d(a, 2) + functional.adaptive_avg_pool2d(b, (2, 2))
+    ),
 }
 
 REFUSED: dict[str, Call] = {
@@ -145,7 +147,9 @@ def test_a_users_rule_may_name_its_arguments_too(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_rule_that_takes_calls_as_they_come_is_caught_by_the_attack(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base._Called, "__call__", lambda self, context, args, kwargs: self.rule(context, args, {"alpha": 1}))
+    monkeypatch.setattr(
+        base._Called, "__call__", lambda self, context, args, kwargs: self.rule(context, args, {"alpha": 1})
+    )
     torch.manual_seed(0)
     model = wrap(Two(lambda a, b: torch.add(a, 30, b)).double(), SHAPE)
     inputs, targets = torch.randn(6, *SHAPE).double(), 1e3 * torch.randn(6, *model.output_shape).double()

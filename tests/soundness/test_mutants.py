@@ -170,9 +170,7 @@ MUTANTS = (
         "normalising cotangent gate that lifts",
     ),
     (
-        Mutant(
-            "gradients below the cap of a normalising gate taken as they are", Sweep, "_gradient", " * stretch", ""
-        ),
+        Mutant("gradients below the cap of a normalising gate taken as they are", Sweep, "_gradient", " * stretch", ""),
         "normalised gradients below the cap, linear",
     ),
     (

@@ -1,7 +1,7 @@
 """Random networks of every route against hostile samples: no sample adds more to a gradient than is stated.
 
-Alone, and as the difference that it makes to a batch. Limits, norms of inputs and cotangents, and weights are drawn over
-decades, so that each gate is met on both sides of its cap and of its floor, in both modes.
+Alone, and as the difference that it makes to a batch. Limits, norms of inputs and cotangents, and weights are drawn
+over decades, so that each gate is met on both sides of its cap and of its floor, in both modes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,14 @@ class Drawn:
         )
 
     def activation(self, channels: int, axis: int) -> nn.Module:
-        found = [nn.ReLU(), nn.ReLU(inplace=True), nn.LeakyReLU(self.choice(0.1, -1.5)), nn.Tanh(), nn.PReLU(), nn.Identity()]
+        found = [
+            nn.ReLU(),
+            nn.ReLU(inplace=True),
+            nn.LeakyReLU(self.choice(0.1, -1.5)),
+            nn.Tanh(),
+            nn.PReLU(),
+            nn.Identity(),
+        ]
         found += [layers.LinearSpline(), layers.FullSort(dim=axis), layers.LayerCentering()]
         found += [layers.GroupSort(2, dim=axis), layers.Householder(channels, dim=axis)] if channels % 2 == 0 else []
         return self.choice(*found)  # type: ignore[no-any-return]
@@ -103,7 +110,11 @@ class Drawn:
         shape, parts = (width,), []
         for _ in range(self.random.randint(1, 3)):
             made = self.choice(1, 2, 6)
-            parts += [*self.maybe(self.gate), nn.Linear(width, made, bias=self.choice(True, False)), *self.maybe(self.gate)]
+            parts += [
+                *self.maybe(self.gate),
+                nn.Linear(width, made, bias=self.choice(True, False)),
+                *self.maybe(self.gate),
+            ]
             parts += [self.activation(made, 1)]
             if self.random.random() < 0.3:
                 parts += [self.choice(layers.Residual(nn.Linear(made, made)), layers.ConvexPotential(made))]
@@ -121,7 +132,9 @@ class Drawn:
             else:
                 layer = nn.ConvTranspose2d(channels, made, taps, self.choice(1, 2), bias=self.choice(True, False))
             parts += [*self.maybe(self.gate), layer, *self.maybe(self.gate), self.activation(made, 1)]
-            parts += self.maybe(lambda: self.choice(nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), layers.L2NormPool2d(2, padding=1)))
+            parts += self.maybe(
+                lambda: self.choice(nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), layers.L2NormPool2d(2, padding=1))
+            )
             channels = made
         net = nn.Sequential(*parts, nn.Flatten())
         try:
@@ -161,7 +174,9 @@ class Drawn:
                 elif kind == "zero":
                     parameter.zero_()
                 elif kind == "rank one" and parameter.dim() > 1:
-                    parameter.copy_(parameter.flatten(1).sum(1).reshape(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter))
+                    parameter.copy_(
+                        parameter.flatten(1).sum(1).reshape(-1, *[1] * (parameter.dim() - 1)).expand_as(parameter)
+                    )
 
     def gradient_gates(self, net: nn.Module) -> nn.Module:
         names = [name for name, part in net.named_modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
@@ -180,7 +195,17 @@ class Drawn:
     def model(self) -> tuple[DPLipModel, bool]:
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            make = self.choice(self.dense, self.dense, self.maps, self.maps, self.signals, self.tied, self.vectors, self.tokens, self.bag)
+            make = self.choice(
+                self.dense,
+                self.dense,
+                self.maps,
+                self.maps,
+                self.signals,
+                self.tied,
+                self.vectors,
+                self.tokens,
+                self.bag,
+            )
             net, shape, tokens = make()
             net = net.double()
             self.fill(net)
@@ -259,7 +284,10 @@ def ratios(seed: int) -> Iterator[tuple[float, str]]:
             for value, what in ((alone[name], "alone"), (whole[name] - without[name], "in company")):
                 norm = float(torch.linalg.vector_norm(value))
                 # A bound of zero, of a layer behind weights of zero, is met by exact zeros alone.
-                yield norm / bound if bound > 0.0 else (0.0 if norm == 0.0 else math.inf), f"{name}, {what}, seed {seed}"
+                yield (
+                    norm / bound if bound > 0.0 else (0.0 if norm == 0.0 else math.inf),
+                    f"{name}, {what}, seed {seed}",
+                )
 
 
 def attack(seeds: range) -> tuple[float, str, int]:
@@ -290,9 +318,7 @@ def test_no_sample_of_many_random_networks_passes_a_bound() -> None:
     check(range(1000, 1700))
 
 
-MUTANTS = (
-    Mutant("min(c, Δ_free) of gates that normalise", tracker._Sweep, "_gradient", " * stretch", ""),
-)
+MUTANTS = (Mutant("min(c, Δ_free) of gates that normalise", tracker._Sweep, "_gradient", " * stretch", ""),)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
