@@ -45,6 +45,10 @@ _BLOCK_ENTRIES = 1 << 17
 _CONVOLUTION_ENTRIES = 1 << 20
 """The same for the backward pass of a convolution, each call of which costs a fixed time."""
 
+_SMALLEST_SCALE = 1e-27
+"""What input gate and gate may shrink a sample by together. A float32 cotangent times this, and then a sample so large,
+has lost at most ``1e27·2^-150`` of the sample's norm behind the gates to underflow: nothing against caps of 1e-8."""
+
 Slope = tuple[Tensor, Tensor | None]
 """What the Jacobian of a gate before a layer needs for each sample ``x``: ``1/‖x‖²``, or zero where the gate is linear;
 and its product with the cotangent where it is known."""
@@ -183,7 +187,7 @@ class _Kept(NamedTuple):
         values: its input; the rows that count come first, ``rows`` of them, and the rest is scaled by zero.
         scales: what the gates multiply each sample by, ``(B,)``.
         norms: of its input, ``(B,)``.
-        lost: indices of the samples that a gate made zero.
+        lost: indices of the samples that the gates made zero, or would shrink by more than 1e27.
         rows: as above.
     """
 
@@ -211,9 +215,11 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
         scales, limit = _factors(stage.before.radius, norms, stage.floor), _LARGEST_NORM
         scales = scales if ball is None else scales.mul_(ball)
     assert scales is not None
-    if float(norms.max()) <= limit:
+    # Each row's own numbers decide what becomes of it; the look at all of them only saves the search. Without an input
+    # gate no scale is this small: caps are at least 1e-8, norms at most 1e18.
+    if float(norms.max()) <= limit and (ball is None or float(scales.min()) >= _SMALLEST_SCALE):
         return _Kept(values, scales, norms, None, len(values))
-    lost = (~(norms <= limit)).nonzero().flatten()
+    lost = (~((norms <= limit) & (scales >= _SMALLEST_SCALE))).nonzero().flatten()
     scales = scales.index_fill(0, lost, 0.0)
     rows = len(values) - len(lost)
     if owned:
@@ -306,9 +312,12 @@ def _arrived(
         if gate.mode == "normalize" or not most <= gate.limit:
             shares = factors = _factors(gate.limit, norms, gate.floor if gate.mode == "normalize" else gate.limit)
             if scales is not None:
-                # One pass for both factors. Where float32 has no exact product of them, the sample passes nothing.
+                # One pass for both factors. Where float32 has no exact product of them, the sample passes nothing: none
+                # whose share is 1, so that what is done where nothing is clipped is the same.
                 factors = shares * scales
                 factors = torch.where(factors >= 1.0 / _LARGEST_RATIO, factors, 0.0)
+        else:
+            shares = torch.ones_like(norms)
     if biased:
         totals = stage.totals(cotangents)
         gradient = totals.sum(0) if shares is None else shares @ totals

@@ -103,6 +103,15 @@ def _can_look(values: Tensor) -> bool:
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def _is_dense(values: Tensor) -> bool:
+    """Whether values lie in memory without gaps and repetitions, so that an elementwise product lies as they do."""
+    return (
+        values.is_contiguous()
+        or (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last))
+        or (values.dim() == 3 and values.mT.is_contiguous())
+    )
+
+
 def _drop_rows_(values: Tensor, norms: Tensor, largest: float) -> Tensor:
     """Zeroes the rows of a fresh tensor whose norms ``(B,)`` are above ``largest`` or NaN, whatever they hold."""
     if _can_look(values):
@@ -200,7 +209,9 @@ class _CotangentGateFunction(torch.autograd.Function):
         (cotangent,) = cotangents
         # Autograd runs the products behind the gate under the settings of whoever calls backward.
         norms = outside_autocast(sample_norms(cotangent))
-        if not ctx.normalize and _can_look(norms) and len(norms) and float(norms.detach().max()) <= ctx.limit:
+        looked_at = not ctx.normalize and _can_look(norms) and len(norms) > 0 and _is_dense(cotangent)
+        if looked_at and float(norms.detach().max()) <= ctx.limit:
+            # All factors below would be 1 exactly, and the product lie in memory as this does.
             return cotangent, None, None, None
         factors = _factors(ctx.limit, norms, ctx.floor if ctx.normalize else ctx.limit)
         gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)

@@ -24,7 +24,9 @@ from clipless_dp.gates import (
     _LARGEST_RATIO,
     _LIFT,
     GateMode,
+    _can_look,
     _checked_cap,
+    _is_dense,
     _is_interleaved,
     sample_norms,
 )
@@ -48,7 +50,8 @@ def _zeroed(values: Tensor, norms: Tensor | None = None) -> tuple[Tensor, Tensor
     """Rows of norm above 1e18, or without one, become zero; and the norms of the result."""
     norms = sample_norms(values) if norms is None else norms
     usable = norms <= _LARGEST_NORM
-    if not torch.compiler.is_compiling() and values.device.type == "cpu" and bool(usable.all()):
+    if _can_look(values) and _is_dense(values) and bool(usable.all()):
+        # What follows would return the same values, in the same order in memory.
         return values, norms
     rows = usable.reshape(-1, *([1] * (values.dim() - 1)))
     return torch.where(rows, values, torch.zeros_like(values)), torch.where(usable, norms, torch.zeros_like(norms))

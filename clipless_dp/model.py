@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -20,9 +19,11 @@ from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, r
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
+from clipless_dp.overlaps import places, refuse_overlaps
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
+from clipless_dp.settings import settings_of
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import (
     TracedNet,
@@ -63,7 +64,7 @@ class DPLipModel(nn.Module):
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
         LossBoundError: the loss is not a :class:`clipless_dp.losses.Loss`.
-        ConfigurationError: an argument is out of range or does not fit the network.
+        ConfigurationError: an argument is out of range or does not fit the network, or parameters share memory.
         NormError: a parameter holds a NaN or an infinity.
 
     Guarantee:
@@ -127,6 +128,8 @@ class DPLipModel(nn.Module):
 
     def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
+        refuse_overlaps(self.net)
+        self._places = places(parameters_of(self.net))
         if traced.vocabulary is None and self._input_norm is None:
             raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
         if traced.vocabulary is not None and self._input_norm is not None:
@@ -255,7 +258,8 @@ class DPLipModel(nn.Module):
             )
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         if _can_look(losses):
-            total = losses.sum() if mask is None else losses.masked_fill(~mask, 0.0).sum()
+            # The product lets the same arrive at the losses as below: one number each, not one that all share.
+            total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
             if math.isfinite(total.detach()):
                 return total
         counted = torch.isfinite(losses)
@@ -322,7 +326,7 @@ class DPLipModel(nn.Module):
             return
         changes, stamps = cast("tuple[int, dict[str, Stamp]]", fingerprint)
         self._refuse_interference()
-        if changes != self.changes or any(leaf.settings() != leaf.known for leaf in self._leaves):
+        if changes != self.changes or any(settings_of(leaf.module) != leaf.known for leaf in self._leaves):
             raise PrivacyError(
                 "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
                 "no one bound holds for it: change them between steps"
@@ -416,8 +420,10 @@ class DPLipModel(nn.Module):
             (name, partial(project, constraint, self._tracker.operators[name]), (self._parameter(name),))
             for name, constraint in constraints
         ]
-        self._change_(changes)
-        self._projected = {name: (self._stamp(name), constraint.limit) for name, constraint in constraints}
+        # Each weight is stamped before another is touched: what changes it from here on shows.
+        for some in [changes] if sharding.is_sharded(self) else [[change] for change in changes]:
+            self._change_(some)
+            self._projected |= {name: (self._stamp(name), self._constraints[name].limit) for name, *_ in some}
 
     def _change_(self, changes: list[_Change]) -> None:
         """Changes tensors in place, those of which each rank holds a part as wholes."""
@@ -496,7 +502,10 @@ class DPLipModel(nn.Module):
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
-        if any(leaf.settings() != leaf.known for leaf in self._leaves):
+        if not sharded and places(parameters_of(self.net)) != self._places:
+            refuse_overlaps(self.net)
+            self._places = places(parameters_of(self.net))
+        if any(settings_of(leaf.module) != leaf.known for leaf in self._leaves):
             if sharded:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
@@ -566,7 +575,7 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves"}
+        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves", "_places"}
         derived.add("register")
         return {name: value for name, value in self.__dict__.items() if name not in derived}
 
@@ -620,16 +629,7 @@ class _Leaf:
         self.kind = kind_of(module)
         self._parts = modules_of(module)
         self._parameters = parameters_of(module)
-        self._names = [
-            name
-            for name, value in vars(module).items()
-            if isinstance(value, (int, float, str, tuple, NoneType)) and name != "training" and name[0] != "_"
-        ]
-        self.known = self.settings()
-
-    def settings(self) -> list[Any]:
-        values = vars(self.module)
-        return [values.get(name) for name in self._names]
+        self.known = settings_of(module)
 
     def is_altered(self, net: nn.Module, sharded: bool) -> bool:
         """Whether the module was replaced, or anything in it hooked, that ``fully_shard`` has not."""

@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from clipless_dp.gates import _LIFT
 from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
 from clipless_dp.model import DPLipModel
 from clipless_dp.tightness import TIGHT, rounded_up
@@ -136,7 +137,8 @@ def suggest_gates(model: DPLipModel, batch: tuple[Tensor, Tensor]) -> GateSugges
             bound = math.hypot(*(sensitivity.per_parameter[key] for key in names.values()))
             pays = math.hypot(*caps.values()) <= TIGHT * bound
             if pays:
-                suggested |= {key: min(suggested[key], caps[name]) for name, key in names.items()}
+                # As the tracker bounds a gate that normalises, which is what the call that is suggested makes.
+                suggested |= {key: min(suggested[key] / _LIFT, caps[name]) for name, key in names.items()}
             extra = _extra_seconds(layer, len(inputs), traced.shapes[traced.operands(node)[0]])
             lines[path] = GateSuggestion(
                 path=path,

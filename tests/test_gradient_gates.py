@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipless_dp import ConfigurationError, DPLipModel, gated, gradient_gated, gradient_gates, losses
-from clipless_dp.gates import rounding_slack
+from clipless_dp.gates import GateMode, rounding_slack
 from clipless_dp.gradient_gates import GradientGated, GradientGatedConv2d, GradientGatedLinear, gradient_gated_layer
 from clipless_dp.norms import operators
 from tests.soundness.attack import Record, add_or_remove_one, per_sample_gradients, wrap
@@ -463,8 +463,52 @@ def test_the_bound_is_the_smaller_of_cap_and_what_is_known_without_a_certificate
     assert model.sensitivity() is sensitivity
     assert "inf" not in str(sensitivity)
     net = nn.Sequential(nn.Linear(4, 3))
-    single = wrap(gradient_gated(net, limit=100.0), (4,), input_norm=2.0, cotangent_norm=0.5)
-    assert single.sensitivity().per_parameter == pytest.approx({"0.weight": 1.0, "0.bias": 0.5}, rel=1e-4)
+    # Of gradients of norm 1 and 0.5, against a cap of 100: a gate that clips leaves them, one that normalises lifts
+    # them, at most by 1/floor and at most to the cap.
+    for settings_, expected in (
+        ({"mode": "clip"}, {"0.weight": 1.0, "0.bias": 0.5}),
+        ({"floor": 0.5}, {"0.weight": 2.0, "0.bias": 1.0}),
+        ({"floor": 0.015}, {"0.weight": 1.0 / 0.015, "0.bias": 0.5 / 0.015}),
+        ({"floor": 0.008}, {"0.weight": 100.0, "0.bias": 0.5 / 0.008}),
+        ({"floor": 1e-8}, {"0.weight": 100.0, "0.bias": 100.0}),
+    ):
+        single = wrap(gradient_gated(net, limit=100.0, **settings_), (4,), input_norm=2.0, cotangent_norm=0.5)
+        # Float32 slack as above.
+        assert single.sensitivity().per_parameter == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["clip", "normalize"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_below_its_cap_a_gate_stretches_a_gradient_as_far_as_the_bound_says_and_no_further(
+    name: str, mode: GateMode
+) -> None:
+    """Of one entry and one cotangent, whose gradient norms are the layer's own bounds where nothing overlaps."""
+    layer, shape = built(name)
+    net = nn.Sequential(layer)
+    limit, floor, radius, cotangent_norm = 10.0, 0.05, 0.4, 0.3
+    model = wrap(
+        gradient_gated(net, limit=limit, mode=mode, floor=floor),
+        shape,
+        input_norm=radius,
+        cotangent_norm=cotangent_norm,
+    )
+    plain = wrap(nn.Sequential(layer), shape, input_norm=radius, cotangent_norm=cotangent_norm)
+    free = plain.sensitivity().per_parameter
+    stated = model.sensitivity().per_parameter
+    stretch = 1.0 / floor if mode == "normalize" else 1.0
+    # Two slacks of float32, of a few hundred entries.
+    assert stated == pytest.approx({key: min(limit, stretch * bound) for key, bound in free.items()}, rel=1e-4)
+    values = torch.zeros(shape, dtype=torch.float64)
+    values.view(-1)[values.numel() // 2] = radius
+    size = model.output_shape
+    worst = dict.fromkeys(stated, 0.0)
+    for place in range(math.prod(size)):
+        cotangent = torch.zeros(size, dtype=torch.float64)
+        cotangent.view(-1)[place] = cotangent_norm
+        for key, gradient in per_sample_gradients(model, values, cotangent).items():
+            worst[key] = max(worst[key], float(gradient.norm()) / stated[key])
+    # A single entry and a single cotangent reach 1/√N of a bound over windows, 1/√P of one over positions.
+    assert all(0.99 / math.sqrt(max(9, math.prod(size))) <= ratio <= 1.0 for ratio in worst.values()), worst
 
 
 def test_layers_outside_the_pattern_keep_their_own_bounds() -> None:

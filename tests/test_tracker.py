@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import threading
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from clipless_dp import (
     ConfigurationError,
@@ -20,7 +24,8 @@ from clipless_dp import (
     register_rule,
 )
 from clipless_dp.norms import conv2d_norm, dense_norm
-from clipless_dp.rules import base
+from clipless_dp.rules import base, graph, register_function_rule
+from clipless_dp.settings import settings_of
 from clipless_dp.tracker import stamp
 from tests.soundness.attack import BoundBroken, Record, wrap
 
@@ -270,3 +275,184 @@ def test_a_stamp_shows_changes_of_the_data_that_the_version_does_not(change, dty
     assert stamp(parameter) == before
     change(parameter.data)
     assert stamp(parameter) != before
+
+
+def rebound(module: nn.Module) -> None:
+    module.kernel_size, module.stride = [3, 3], [1, 1]
+
+
+def rewritten(module: nn.Module) -> None:
+    module.kernel_size[:], module.stride[0], module.stride[1] = [3, 3], 1, 1
+
+
+@pytest.mark.parametrize("change", [rebound, rewritten])
+@pytest.mark.parametrize("kind", [nn.MaxPool2d, nn.AvgPool2d])
+def test_settings_that_are_lists_are_followed_when_they_are_changed(kind, change):
+    def model_of(pool):
+        return wrap(nn.Sequential(pool, nn.Flatten()), (1, 6, 6))
+
+    model = model_of(kind([2, 2], stride=[2, 2]))
+    assert model.sensitivity().total == 0.0
+    before = model.lipschitz_constant()
+    change(model.net[0])
+    changed = kind([3, 3], stride=[1, 1])
+    assert model.lipschitz_constant() == model_of(changed).lipschitz_constant() != before
+    assert model.changes == 1
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.inner = {"factors": [1.0, [2.0]]}
+
+
+SETTINGS = {
+    "list in a list": (lambda: [1, [2]], lambda value: value[1].append(3)),
+    "dictionary": (lambda: {"a": [1]}, lambda value: value["a"].append(2)),
+    "dictionary's order": (lambda: {"a": 1, "b": 2}, lambda value: value.update(a=value.pop("a"))),
+    "set": (lambda: {1, 2}, lambda value: value.add(3)),
+    "tensor": (lambda: torch.tensor([1.0, math.nan]), lambda value: value[0].fill_(2.0)),
+    "tensor's data": (lambda: torch.ones(2), lambda value: value.data.fill_(2.0)),
+    "array": (lambda: np.ones(3), lambda value: value.fill(2.0)),
+    "object": (Holder, lambda value: value.inner["factors"][1].append(0)),
+    "object that cannot be pickled": (
+        lambda: SimpleNamespace(lock=threading.Lock(), factor=1.0),
+        lambda value: setattr(value, "factor", 2.0),
+    ),
+    "modules in a list": (lambda: [nn.ReLU(), nn.Dropout(0.1)], lambda value: setattr(value[1], "p", 0.5)),
+    "functions in a list": (lambda: [math.sin, lambda x: x], lambda value: value.__setitem__(1, lambda x: 2 * x)),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_setting_of_any_type_equals_itself_until_something_within_is_changed(name):
+    make, change = SETTINGS[name]
+    module = nn.Linear(2, 2)
+    module.setting = make()
+    known = settings_of(module)
+    assert settings_of(module) == known
+    assert settings_of(nn.Linear(2, 2)) != known
+    change(module.setting)
+    assert settings_of(module) != known
+
+
+FACTOR = [1.0]
+
+
+def amplify(values):
+    return values * FACTOR[0]
+
+
+fx.wrap("amplify")
+
+
+class Amplified(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = layers.BallProjection(1.0), nn.Linear(6, 3)
+
+    def forward(self, values):
+        return self.head(amplify(self.gate(values)))
+
+
+def wrapped_like(rule):
+    return functools.wraps(graph.rearrangement_function_rule)(rule)
+
+
+@pytest.mark.parametrize("disguise", [lambda rule: rule, wrapped_like])
+def test_a_function_rule_of_a_users_is_asked_anew_each_time(disguise, monkeypatch):
+    monkeypatch.setattr(base, "_FUNCTION_RULES", dict(base._FUNCTION_RULES))
+
+    @register_function_rule(amplify)
+    @disguise
+    def rule(context, args, kwargs):
+        factor = FACTOR[0]
+        return LayerBounds(output_norm=lambda: factor * context.input_norm, lipschitz=factor)
+
+    model = wrap(Amplified().double(), (6,))
+    first = model.sensitivity().per_parameter["head.weight"]
+    FACTOR[0] = 10.0
+    try:
+        assert model.sensitivity().per_parameter["head.weight"] == pytest.approx(10.0 * first, rel=1e-12)
+    finally:
+        FACTOR[0] = 1.0
+
+
+def shuffled(values: Tensor) -> None:
+    values.copy_(
+        values.flatten()[torch.randperm(values.numel(), generator=torch.Generator().manual_seed(1))].view_as(values)
+    )
+
+
+def two_exchanged(values: Tensor) -> None:
+    values[0, 1], values[1, 2] = values[1, 2].clone(), values[0, 1].clone()
+
+
+def two_rows_exchanged(values: Tensor) -> None:
+    values[[0, 3]] = values[[3, 0]].clone()
+
+
+def four_signs_moved(values: Tensor) -> None:
+    """Of entries of size one: every row and every column keeps its sum, and its sum of patterns."""
+    values[:2, :4] = torch.tensor([[-1.0, 1.0, 1.0, -1.0], [1.0, -1.0, -1.0, 1.0]], dtype=values.dtype)
+
+
+def two_signs_exchanged(values: Tensor) -> None:
+    values[0, 1], values[0, 3] = -1.0, 1.0
+
+
+ORDERS = {
+    "shuffled": (shuffled, None),
+    "sorted": (lambda w: w.copy_(w.flatten().sort().values.view_as(w)), None),
+    "two exchanged": (two_exchanged, None),
+    "rows exchanged": (two_rows_exchanged, None),
+    "transposed": (lambda w: w.copy_(w.flip(0)), None),
+    "signs exchanged": (two_signs_exchanged, [[1.0, 1.0, 1.0, -1.0], [1.0, 1.0, 1.0, 1.0]]),
+    "signs moved": (four_signs_moved, [[1.0, -1.0, -1.0, 1.0], [-1.0, 1.0, 1.0, -1.0]]),
+}
+
+
+@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(6, 8), (5, 9), (64, 33), (80, 64), (70, 3, 5, 5)])
+def test_a_stamp_shows_what_was_put_in_another_order(name, dtype, shape):
+    change, beginning = ORDERS[name]
+    torch.manual_seed(0)
+    base = torch.randn(shape, dtype=dtype)
+    if len(shape) == 4:
+        base = base.contiguous(memory_format=torch.channels_last)
+        if beginning is not None:
+            return
+    if beginning is not None:
+        base = base.sign()
+        base[:2, :4] = torch.tensor(beginning, dtype=dtype)
+    parameter = nn.Parameter(base)
+    before, version = stamp(parameter), parameter._version
+    change(parameter.data)
+    assert parameter._version == version
+    assert stamp(parameter)[2:] != before[2:]
+    assert torch.equal(parameter.data.flatten().sort().values, base.flatten().sort().values)
+
+
+def test_a_stamp_is_the_same_under_autocast_and_for_equal_numbers_elsewhere():
+    torch.manual_seed(0)
+    parameter = nn.Parameter(torch.randn(80, 64))
+    before = stamp(parameter)
+    with torch.autocast("cpu"):
+        assert stamp(parameter) == before
+    assert stamp(nn.Parameter(parameter.detach().clone()))[2:] == before[2:]
+
+
+def test_a_constrained_weight_whose_entries_are_shuffled_is_certified_anew():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 4, bias=False)).double()
+    model = wrap(net, (16,), constraint=constraints.Spectral())
+    with torch.no_grad():
+        net[2].weight.copy_(torch.eye(4, 16))
+    model.project_()
+    assert model.sensitivity().per_parameter["0.weight"] == pytest.approx(1.0, rel=1e-6)
+    weight = net[2].weight.data
+    # The four ones in one row: a matrix of norm two.
+    weight.copy_(weight.flatten().sort(descending=True).values.view_as(weight))
+    true = float(torch.linalg.matrix_norm(weight, 2))
+    assert true > 1.99
+    assert model.sensitivity().per_parameter["0.weight"] >= true

@@ -110,15 +110,15 @@ def dropout_rule(module: nn.Dropout, context: RuleContext) -> LayerBounds:
     return LayerBounds(output_norm=lambda: stretch * context.input_norm, lipschitz=stretch)
 
 
-@register_function_rule(
-    torch.relu, functional.relu, torch.relu_, "relu", "relu_", torch.abs, "abs", "contiguous", "clone"
-)
+@register_function_rule(torch.relu, torch.relu_, torch.abs, "relu", "relu_", "abs", call=lambda input: None)
+@register_function_rule(functional.relu, call=lambda input, inplace=False: None)
+@register_function_rule("contiguous", "clone", call=lambda input, *, memory_format=None: None)
 def contraction_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional ReLU, absolute value, copies and layout changes."""
     return _non_expansive(context)
 
 
-@register_function_rule(torch.tanh, functional.tanh, "tanh")
+@register_function_rule(torch.tanh, functional.tanh, "tanh", call=lambda input: None)
 def tanh_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional tanh."""
     return _tanh(context)

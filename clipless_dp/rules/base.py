@@ -6,7 +6,9 @@ large the per-sample gradient of each of its parameters can be per unit of cotan
 
 from __future__ import annotations
 
+import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
@@ -70,6 +72,8 @@ class LayerBounds:
         gradients: for each parameter, its per-sample gradient bound *per unit of cotangent norm*.
         cotangent_cap: cap on the cotangent that leaves the layer's input side (a cotangent gate).
         gradient_limits: caps on parameters' per-sample gradients themselves (gradient gates).
+        gradient_stretches: the most by which such a gate may enlarge a small gradient, for those parameters of which it
+            is known: 1 where the gate clips. Where it is not said, the cap alone bounds the gradient.
         operators: the operator each parameter acts as, for constraints.
         coverage: for windows, the coverage ``N``; reported only.
     """
@@ -79,6 +83,7 @@ class LayerBounds:
     gradients: Mapping[str, Deferred] = field(default_factory=dict)
     cotangent_cap: float = math.inf
     gradient_limits: Mapping[str, float] = field(default_factory=dict)
+    gradient_stretches: Mapping[str, float] = field(default_factory=dict)
     operators: Mapping[str, Operator] = field(default_factory=dict)
     coverage: int | None = None
 
@@ -127,12 +132,56 @@ def register_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
     return decorate
 
 
-def register_function_rule(*targets: Any) -> Callable[[FunctionRuleT], FunctionRuleT]:
-    """Registers the rule of functions (``torch.relu``) or of tensor methods, by name (``"relu"``)."""
+_OTHER_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "a": "input", "x1": "input", "x2": "other"}
+"""What torch takes for its own names, for the sake of numpy's."""
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A function rule that is given the arguments of a call by their names, and sees no call with any others."""
+
+    rule: FunctionRule
+    calls: tuple[inspect.Signature, ...]
+
+    def __call__(self, context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+        named = {_OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
+        for call in self.calls:
+            try:
+                bound = call.bind(*args, **named)
+            except TypeError:
+                continue
+            bound.apply_defaults()
+            return self.rule(context, (), dict(bound.arguments))
+        known = " or ".join(map(str, self.calls))
+        raise RuleError(f"it is called with arguments that its bound does not cover: only {known} has one")
+
+
+def register_function_rule(
+    *targets: Any, call: Callable[..., object] | Sequence[Callable[..., object]] | None = None
+) -> Callable[[FunctionRuleT], FunctionRuleT]:
+    """Registers the rule of functions (``torch.relu``) or of tensor methods, by name (``"relu"``).
+
+    Args:
+        targets: functions and names; of a method's call the tensor itself is the first argument.
+        call: a function, or several, with the parameters that the rule knows of; what it returns is of no account. The
+            rule is then given all arguments by name, defaults included, in ``kwargs``, and calls that fit no such
+            signature are refused. Without it the rule is given arguments as they were written, and must look at all of
+            them: torch has positional factors, ``torch.add(a, 30, b)``, and others that change what is computed.
+
+    Example:
+        >>> @register_function_rule(torch.square, "square", call=lambda input: None)        # doctest: +SKIP
+        ... def square_rule(context, args, kwargs):
+        ...     return LayerBounds(
+        ...         output_norm=lambda: context.input_norm**2,
+        ...         lipschitz=lambda: 2.0 * context.input_norm,
+        ...     )
+    """
+    calls = () if call is None else (call,) if callable(call) else tuple(call)
+    signatures = tuple(inspect.signature(known) for known in calls)
 
     def decorate(rule: FunctionRuleT) -> FunctionRuleT:
         for target in targets:
-            _FUNCTION_RULES[target] = rule
+            _FUNCTION_RULES[target] = _Called(rule, signatures) if signatures else rule
         return rule
 
     return decorate
@@ -161,9 +210,15 @@ def find_function_rule(target: Any) -> FunctionRule | None:
     return _FUNCTION_RULES.get(target)
 
 
-def is_builtin(rule: Rule) -> bool:
-    """Whether a rule is this package's own, and so reads weights only through its context."""
-    return rule.__module__.partition(".")[0] == "clipless_dp"
+def is_builtin(rule: Rule | FunctionRule) -> bool:
+    """Whether a rule is this package's own: it reads weights through its context only, and nothing else that changes.
+
+    What a function says of its module is not enough: ``functools.wraps`` copies it.
+    """
+    own: Any = rule.rule if isinstance(rule, _Called) else rule
+    name = getattr(own, "__module__", None) or ""
+    at_home = getattr(own, "__globals__", None) is vars(sys.modules.get(name, math))
+    return at_home and name.partition(".")[0] == "clipless_dp"
 
 
 def unsupported_module(path: str, module: nn.Module) -> Unsupported:

@@ -82,9 +82,19 @@ def gradient_gated_transposed_convolution_rule(
 def _capped(
     bounds: LayerBounds, module: GradientGated, weight: Tensor, bias: Tensor | None, context: RuleContext
 ) -> LayerBounds:
-    """Adds the caps, each times what rounding can hide from it: of the product of two norms, or of one."""
+    """Adds the caps, each times what rounding can hide from it: of the product of two norms, or of one.
+
+    And how far the gates stretch: ``G`` becomes ``G·c/max(n, least)`` with some number ``n ≥ 0``, so its norm is at
+    most ``‖G‖·c/least`` whatever ``n`` is: a norm, one that rounding made too small, or the share of ``‖g‖‖x‖`` that a
+    sum over positions counts as. A factor's own rounding is within the slack of one entry.
+    """
     lengths = rounding_slack(math.prod(context.input_shape)) * rounding_slack(math.prod(context.output_shape))
+    stretches = [limit / least * rounding_slack(1) for limit, least in module.gates()]
     limits = {"weight": module.limit * lengths * rounding_slack(weight.numel())}
     if bias is not None:
         limits["bias"] = module.bias_limit * rounding_slack(bias.numel())
-    return replace(bounds, gradient_limits=limits)
+    return replace(
+        bounds,
+        gradient_limits=limits,
+        gradient_stretches=dict(zip(("weight", "bias"), stretches, strict=True)),
+    )

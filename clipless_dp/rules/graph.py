@@ -30,37 +30,30 @@ def permutation_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     return LayerBounds(output_norm=lambda: context.input_norm)
 
 
-@register_function_rule(
-    torch.flatten,
-    torch.reshape,
-    torch.unflatten,
-    torch.permute,
-    torch.transpose,
-    torch.swapaxes,
-    torch.unsqueeze,
-    torch.neg,
-    operator.neg,
-    "flatten",
-    "reshape",
-    "view",
-    "unflatten",
-    "permute",
-    "transpose",
-    "swapaxes",
-    "unsqueeze",
-    "neg",
-)
+_SIZES = (lambda input, *sizes: None, lambda input, shape: None, lambda input, size: None)
+
+
+@register_function_rule(torch.flatten, "flatten", call=lambda input, start_dim=0, end_dim=-1: None)
+@register_function_rule(torch.reshape, "reshape", "view", call=_SIZES)
+@register_function_rule(torch.unflatten, "unflatten", call=lambda input, dim, sizes: None)
+@register_function_rule(torch.permute, "permute", call=(lambda input, *axes: None, lambda input, dims: None))
+@register_function_rule(torch.transpose, "transpose", call=lambda input, dim0, dim1: None)
+@register_function_rule(torch.swapaxes, "swapaxes", call=lambda input, axis0, axis1: None)
+@register_function_rule(torch.unsqueeze, "unsqueeze", call=lambda input, dim: None)
+@register_function_rule(torch.neg, operator.neg, "neg", call=lambda input: None)
 def rearrangement_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """``Y = X``, ``K = 1``: reshapes, permutations of axes, sign changes."""
-    if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())):
+    if any(isinstance(value, torch.dtype) for value in kwargs.get("sizes", ())):
         raise RuleError("reading the bits of a value as another dtype has no bound")
     return LayerBounds(output_norm=lambda: context.input_norm)
 
 
-@register_function_rule(operator.add, operator.sub, torch.add, torch.sub, "add", "sub")
+@register_function_rule(
+    operator.add, operator.sub, torch.add, torch.sub, "add", "sub", call=lambda input, other, *, alpha=1: None
+)
 def sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """``a ± b``: ``Y = A + B``, ``G`` to each."""
-    if kwargs.get("alpha", 1) != 1:
+    if kwargs["alpha"] != 1:
         raise RuleError("alpha is not supported: scale one operand instead")
     shapes = context.input_shapes
     if len(shapes) != 2 or shapes[0] != shapes[1]:
@@ -68,15 +61,17 @@ def sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[
     return LayerBounds(output_norm=lambda: sum(context.input_norms()), lipschitz=(1.0, 1.0))
 
 
-@register_function_rule(operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div")
+@register_function_rule(
+    operator.mul, operator.truediv, torch.mul, torch.div, "mul", "div", call=lambda input, other: None
+)
 def scale_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """``c·a`` and ``a/c`` for a number ``c`` written in the code: ``Y = |c|A``, ``K = |c|``."""
-    numbers = [value for value in args if isinstance(value, (int, float)) and not isinstance(value, bool)]
-    if len(context.input_shapes) != 1 or len(numbers) != 1 or kwargs:
+    numbers = [value for value in kwargs.values() if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if len(context.input_shapes) != 1 or len(numbers) != 1:
         raise RuleError("only a product with a number has a bound, not one of two values")
     factor = abs(float(numbers[0]))
     if "div" in context.kind:
-        if not isinstance(args[0], fx.Node):
+        if not isinstance(kwargs["input"], fx.Node):
             raise RuleError("a number divided by a value has no bound")
         factor = math.inf if factor == 0 else 1.0 / factor
     if not math.isfinite(factor):
@@ -84,7 +79,7 @@ def scale_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dic
     return LayerBounds(output_norm=lambda: factor * context.input_norm, lipschitz=factor)
 
 
-@register_function_rule(torch.cat, torch.concat, torch.concatenate, torch.stack)
+@register_function_rule(torch.cat, torch.concat, torch.concatenate, torch.stack, call=lambda tensors, dim=0: None)
 def concatenation_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """``Y = (Σ X_i²)^½``, ``G`` to each; the batch axis is excluded by the tracker's shape check."""
     return LayerBounds(
@@ -92,10 +87,10 @@ def concatenation_function_rule(context: RuleContext, args: tuple[Any, ...], kwa
     )
 
 
-@register_function_rule(torch.mean, "mean")
+@register_function_rule(torch.mean, "mean", call=lambda input, dim=None, keepdim=False, *, dtype=None: None)
 def mean_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Mean over ``n`` entries: ``Y = X/√n``, ``K = 1/√n``."""
-    if kwargs.get("dtype") is not None:
+    if kwargs["dtype"] is not None:
         raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
     ratio = math.prod(context.output_shape) / math.prod(context.input_shape)
     constant = math.sqrt(ratio) * (1.0 + 1e-12)

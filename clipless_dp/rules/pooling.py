@@ -64,10 +64,10 @@ def _max_bounds(
     return bounds
 
 
-def _require_numbers(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _require_numbers(given: dict[str, Any]) -> None:
     """Refuses windows that the code computes from a shape, such as ``avg_pool2d(x, x.shape[2])``."""
     computed: list[fx.Node] = []
-    fx.node.map_arg((args[1:], {name: value for name, value in kwargs.items() if name != "input"}), computed.append)
+    fx.node.map_arg({name: value for name, value in given.items() if name != "input"}, computed.append)
     if computed:
         raise RuleError("its window is computed from a shape; write numbers, or adaptive_avg_pool2d(x, 1) for all")
 
@@ -111,29 +111,43 @@ def average_pool_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     return _average_bounds(context, module)
 
 
-@register_function_rule(functional.max_pool2d)
+@register_function_rule(
+    functional.max_pool2d,
+    call=lambda input, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=False, return_indices=False: None,
+)
 def max_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional max pooling."""
-    _require_numbers(args, kwargs)
-    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    if given.get("return_indices"):
+    _require_numbers(kwargs)
+    if kwargs["return_indices"]:
         raise RuleError("return_indices=True is not supported: use return_indices=False")
     return _max_bounds(
         context,
-        given["kernel_size"],
-        given.get("stride"),
-        given.get("padding", 0),
-        given.get("dilation", 1),
-        given.get("ceil_mode", False),
+        kwargs["kernel_size"],
+        kwargs["stride"],
+        kwargs["padding"],
+        kwargs["dilation"],
+        kwargs["ceil_mode"],
     )
 
 
-@register_function_rule(functional.avg_pool2d, functional.adaptive_avg_pool2d)
+def _average_call(
+    input: object,
+    kernel_size: object,
+    stride: object = None,
+    padding: object = 0,
+    ceil_mode: object = False,
+    count_include_pad: object = True,
+    divisor_override: object = None,
+) -> None:
+    """What torch's function takes."""
+
+
+@register_function_rule(functional.avg_pool2d, call=_average_call)
+@register_function_rule(functional.adaptive_avg_pool2d, call=lambda input, output_size: None)
 def average_pool_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Functional average pooling."""
-    _require_numbers(args, kwargs)
+    _require_numbers(kwargs)
     adaptive = context.kind == "adaptive_avg_pool2d"
-    pool = functional.adaptive_avg_pool2d if adaptive else functional.avg_pool2d
+    pool: Any = functional.adaptive_avg_pool2d if adaptive else functional.avg_pool2d
     rest = {name: value for name, value in kwargs.items() if name != "input"}
-    return _average_bounds(context, lambda ones: pool(ones, *args[1:], **rest))
+    return _average_bounds(context, lambda ones: pool(ones, **rest))

@@ -240,9 +240,11 @@ GATE_CASES = (
 )
 
 
-def _gradient_gated(name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], mode: str) -> Case:
+def _gradient_gated(
+    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], mode: str, limit: float = 0.05, **floor: float
+) -> Case:
     attained = ("layer.weight", 0.999), ("layer.bias", 0.999)
-    return Case(name, lambda: gradient_gated_layer(build(), 0.05, mode=mode), shape, attained=attained)
+    return Case(name, lambda: gradient_gated_layer(build(), limit, mode=mode, **floor), shape, attained=attained)
 
 
 GRADIENT_GATE_CASES = (
@@ -253,6 +255,21 @@ GRADIENT_GATE_CASES = (
     _gradient_gated("clipped gradients, conv 3×3", lambda: nn.Conv2d(2, 3, 3, padding=1), (2, 6, 6), "clip"),
     _gradient_gated("normalised gradients, conv 3×3", lambda: nn.Conv2d(4, 6, 3, groups=2), (4, 4, 4), "normalize"),
     _gradient_gated("clipped gradients, transposed conv", lambda: nn.ConvTranspose2d(2, 2, 3, 2), (2, 3, 3), "clip"),
+    _gradient_gated("gradients below the cap of a gate that clips", lambda: nn.Linear(6, 5), (6,), "clip", 20.0),
+    _gradient_gated(
+        "normalised gradients below the cap, linear", lambda: nn.Linear(6, 5), (6,), "normalize", 20.0, floor=0.1
+    ),
+    _gradient_gated(
+        "normalised gradients below the cap, linear on 5 tokens", lambda: nn.Linear(4, 3), (5, 4), "normalize", 9.0
+    ),
+    _gradient_gated(
+        "normalised gradients below floor and cap, conv 1×1",
+        lambda: nn.Conv2d(3, 2, 1),
+        (3, 3, 2),
+        "normalize",
+        50.0,
+        floor=0.1,
+    ),
 )
 
 DROPOUT_CASES = (

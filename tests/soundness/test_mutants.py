@@ -170,6 +170,16 @@ MUTANTS = (
         "normalising cotangent gate that lifts",
     ),
     (
+        Mutant("gradients below the cap of a normalising gate taken as they are", Sweep, "_gradient", " * stretch", ""),
+        "normalised gradients below the cap, linear",
+    ),
+    (
+        Mutant(
+            "gradient gates that normalise taken for ones that clip", gate_rules, "_capped", "limit / least *", "1.0 *"
+        ),
+        "normalised gradients below floor and cap, conv 1×1",
+    ),
+    (
         Mutant("leaky slope forgotten", activations, "leaky_relu_rule", "max(1.0, abs(module.negative_slope))", "1.0"),
         "LeakyReLU, slope 3",
     ),

@@ -1,0 +1,93 @@
+"""What a module is set to, as a value that can be compared later, whatever the settings' types are."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TORCHS_OWN = frozenset({*vars(nn.Module()), "_is_fsdp_managed_module", "_fsdp_use_orig_params"})
+"""Parameters, buffers, children and hooks, which are looked at elsewhere, and the mode, which bounds do not rest on;
+and what ``fully_shard`` leaves on a module."""
+
+_PLAIN = {NoneType, bool, int, float, complex, str, bytes, type, range, torch.dtype, torch.device, torch.Size}
+_BY_IDENTITY = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, torch.Generator)
+_DEPTH = 12
+"""How far objects within objects are followed."""
+
+
+class _Same:
+    """Compares an object with itself only, and keeps it, so that no other takes its place in memory."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self._value is other._value
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Copy:
+    """A tensor's numbers, compared bit by bit, so that a NaN is what it was."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._kind = values.shape, values.dtype, values.device, values.layout
+        self._bits = values.detach().clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Copy) and self._kind == other._kind and torch.equal(self._bits, other._bits)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def settings_of(module: nn.Module) -> dict[str, Any]:
+    """Every attribute of a module that is its own, as :func:`snapshot` has it; not its parameters, buffers, children.
+
+    Names that torch's tools reserve for themselves (``__…``) are left out.
+    """
+    return {
+        name: snapshot(value)
+        for name, value in vars(module).items()
+        if name not in _TORCHS_OWN and not name.startswith("__")
+    }
+
+
+def snapshot(value: Any, depth: int = _DEPTH) -> Any:
+    """A value equal to a later one as long as nothing within has changed: lists, tensors and objects are copied.
+
+    Functions, generators of random numbers, and what can neither be pickled nor looked into, are compared by identity.
+    """
+    kind = type(value)
+    if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
+        return value
+    if isinstance(value, Enum):
+        return _Same(value)
+    if isinstance(value, (tuple, list)):
+        return type(value), [snapshot(entry, depth - 1) for entry in value] if depth else _Same(value)
+    if isinstance(value, Mapping):
+        # In its order, which may decide what is computed.
+        pairs = (
+            [(snapshot(key, depth - 1), snapshot(entry, depth - 1)) for key, entry in value.items()] if depth else []
+        )
+        return type(value), pairs
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(value)
+    if isinstance(value, Tensor) and value.layout == torch.strided and value.device.type != "meta":
+        return _Copy(value)
+    if isinstance(value, _BY_IDENTITY):
+        return _Same(value)
+    if not isinstance(value, nn.Module):
+        try:
+            return type(value), pickle.dumps(value)
+        except Exception:
+            pass
+    held = getattr(value, "__dict__", None)
+    if held is None or not depth:
+        return _Same(value)
+    return type(value), {name: snapshot(entry, depth - 1) for name, entry in held.items()}
