@@ -491,6 +491,7 @@ class DPLipModel(nn.Module):
         held = parameters_of(self.net)
         device, dtype = self._placed
         if any(parameter.device != device or parameter.dtype != dtype for parameter in held):
+            parameter_device_and_dtype(self.net)
             raise PrivacyError(
                 "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
                 "wrapping model's own .to()"
