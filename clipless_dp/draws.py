@@ -17,10 +17,14 @@ class Snapshot(NamedTuple):
     Attributes:
         announced: draws by sample rate.
         taken: how many of them a step has used up.
+        seeded: how many were functions of a seed.
+        seeded_taken: how many of these a step has used up.
     """
 
     announced: Counter[float]
     taken: int
+    seeded: int = 0
+    seeded_taken: int = 0
 
 
 class _Held(threading.local):
@@ -31,25 +35,31 @@ class _Held(threading.local):
 
 _announced: Counter[float] = Counter()
 _taken = 0
+_seeded = 0
+_seeded_taken = 0
 _held = _Held()
 
 
-def announce(sample_rate: float, *, ahead: bool = False) -> None:
+def announce(sample_rate: float, *, ahead: bool = False, seeded: bool = False) -> None:
     """Notes one Poisson draw in which every sample had this probability, independently.
 
     Args:
         sample_rate: the probability.
         ahead: the draw may be fetched long before its batch is used, as the workers of a ``DataLoader`` do.
+        seeded: the draw is a function of a seed, so that it is secret only as long as the seed is.
     """
+    global _seeded
+    _seeded += seeded
     _announced[sample_rate] += 1
     if not ahead:
         _held.count += 1
 
 
-def take() -> None:
-    """Uses up one draw: it amplifies no other step, of whichever optimizer."""
-    global _taken
+def take(*, seeded: bool = False) -> None:
+    """Uses up one draw, a seeded one or not: it amplifies no other step, of whichever optimizer."""
+    global _taken, _seeded_taken
     _taken += 1
+    _seeded_taken += seeded
     _held.count = max(0, _held.count - 1)
 
 
@@ -60,4 +70,4 @@ def held() -> int:
 
 def snapshot() -> Snapshot:
     """The draws so far."""
-    return Snapshot(Counter(_announced), _taken)
+    return Snapshot(Counter(_announced), _taken, _seeded, _seeded_taken)

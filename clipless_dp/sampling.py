@@ -102,7 +102,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
             ConfigurationError: this is a second pass of a seeded sampler, or the process group has changed.
         """
         for indices in self.unannounced():
-            draws.announce(self.sample_rate, ahead=ahead)
+            draws.announce(self.sample_rate, ahead=ahead, seeded=self.seed is not None)
             yield indices
 
     def unannounced(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:

@@ -90,7 +90,7 @@ class StreamedBatches:
                     for part in read.batch:
                         # Its memory goes back to the thread's stream, which must not overwrite it under the step.
                         part.record_stream(stream)
-                draws.announce(self.sampler.sample_rate)
+                draws.announce(self.sampler.sample_rate, seeded=self.sampler.seed is not None)
                 yield read.batch
             if read.error is not None:
                 raise read.error
