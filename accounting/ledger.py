@@ -156,7 +156,7 @@ class Ledger:
         return dict(self._counts)
 
     def starts_with(self, start: Ledger) -> bool:
-        """Whether the same was released first as in `start`, by the same runs, perhaps with further events behind it."""
+        """Whether this ledger is `start`, of the same runs, perhaps with further events behind it."""
         return self.relation == start.relation and _begins(self._lines, start._lines)
 
     def merge(self, other: Ledger) -> Ledger:
@@ -202,9 +202,7 @@ class Ledger:
         """Returns the ledger with this provenance on the lines that have none."""
         attributed = Ledger(self.relation)
         for line in self._lines:
-            attributed.append(
-                line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance
-            )
+            attributed.append(line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance)
         return attributed
 
     def scaled(self, factor: float) -> Ledger:
