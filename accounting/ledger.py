@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import _validation as check
 from .errors import AccountingError, InvalidParameterError, LedgerFormatError, UnsupportedEventError
@@ -35,7 +35,8 @@ _READ = (1, VERSION)
 _UNKNOWN = Provenance()
 
 
-class Line(NamedTuple):
+@dataclass(frozen=True)
+class Line:
     """Equal events of one provenance, one after the other.
 
     Attributes:
@@ -76,8 +77,10 @@ class Ledger:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["relation"])  # type: ignore[misc]
         # Pickles of before lines had a provenance hold pairs.
-        for line in state.get("_lines", state.get("_entries", ())):
-            self.append(*line)
+        for event, count in state.get("_entries", ()):
+            self.append(event, count)
+        for line in state.get("_lines", ()):
+            self.append(line.event, line.count, line.provenance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         return self.copy()
@@ -91,10 +94,11 @@ class Ledger:
     def entries(self) -> list[tuple[Event, int]]:
         """What was released: (event, count), equal neighbours together, whosever they are."""
         entries: list[tuple[Event, int]] = []
-        for event, count, _ in self._lines:
-            if entries and entries[-1][0] == event:
+        for line in self._lines:
+            count = line.count
+            if entries and entries[-1][0] == line.event:
                 count += entries.pop()[1]
-            entries.append((event, count))
+            entries.append((line.event, count))
         return entries
 
     def __iter__(self) -> Iterator[tuple[Event, int]]:
@@ -239,9 +243,9 @@ class Ledger:
             "version": VERSION,
             "relation": self.relation,
             "entries": [
-                {"event": to_dict(event), "count": count}
-                | ({"provenance": provenance.to_dict()} if provenance != _UNKNOWN else {})
-                for event, count, provenance in self._lines
+                {"event": to_dict(line.event), "count": line.count}
+                | ({"provenance": line.provenance.to_dict()} if line.provenance != _UNKNOWN else {})
+                for line in self._lines
             ],
         }
 
@@ -307,12 +311,13 @@ class Ledger:
     def table(self) -> str:
         """Returns the ledger as aligned text: what was released, and where that is known, whose it is."""
         rows = [("count", "event", "noise multiplier", "sampling", "drawn", "source of the noise", "run")]
-        for event, count, provenance in self._lines:
+        for line in self._lines:
+            event, provenance = line.event, line.provenance
             sampling = getattr(event, "sampling", None)
             noise = getattr(event, "noise_multiplier", None)
             rows.append(
                 (
-                    str(count),
+                    str(line.count),
                     event.kind,
                     "" if noise is None else f"{noise:.6g}",
                     "" if sampling is None else _describe(sampling),

@@ -236,17 +236,17 @@ def _facts(
     sensitivity = optimizer.model.sensitivity()
     entries = [
         {
-            "event": event.kind,
-            "noise_multiplier": getattr(event, "noise_multiplier", None),
-            "sample_rate": (rate := getattr(getattr(event, "sampling", None), "sample_rate", 1.0)),
-            "count": count,
+            "event": line.event.kind,
+            "noise_multiplier": getattr(line.event, "noise_multiplier", None),
+            "sample_rate": (rate := getattr(getattr(line.event, "sampling", None), "sample_rate", 1.0)),
+            "count": line.count,
             # Whoever claims nothing need not be believed.
-            "drawn": "none" if event.kind in _STEPS and rate == 1.0 else provenance.sampling or "unknown",
-            "seeded_masks": provenance.seeded_masks,
-            "noise": provenance.noise or None,
-            "run": provenance.run or None,
+            "drawn": "none" if line.event.kind in _STEPS and rate == 1.0 else line.provenance.sampling or "unknown",
+            "seeded_masks": line.provenance.seeded_masks,
+            "noise": line.provenance.noise or None,
+            "run": line.provenance.run or None,
         }
-        for event, count, provenance in optimizer.accountant.ledger.lines
+        for line in optimizer.accountant.ledger.lines
     ]
     accountant = type(optimizer.accountant)
     audits = [] if audit is None else list(audit) if isinstance(audit, (list, tuple)) else [audit]
@@ -355,8 +355,9 @@ def _findings(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Itera
     drawn = facts["sampling"]["drawn"]
     if "seeded" in drawn:
         yield (
-            f"The batches of {drawn['seeded']} of {steps['recorded']} steps are a function of a seed: whoever learns it "
-            "knows who was in which batch, and amplification by sampling is void for them. Such a run is for experiments."
+            f"The batches of {drawn['seeded']} of {steps['recorded']} steps are a function of a seed: whoever learns "
+            "the seed knows who was in which batch, and sampling amplifies nothing for them. Such a run is for "
+            "experiments."
         )
     if "vouched" in drawn:
         yield (
@@ -365,19 +366,20 @@ def _findings(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Itera
         )
     if "unknown" in drawn:
         yield (
-            f"The records of {drawn['unknown']} of {steps['recorded']} steps do not say who drew their batches: they were "
-            "made by hand or by an earlier version, and were not checked."
+            f"The records of {drawn['unknown']} of {steps['recorded']} steps do not say how batches were drawn: they "
+            "were made by hand or by an earlier version, and were not checked."
         )
     if masks := _steps_of(entries, "seeded_masks", True):
         yield (
-            f"Dropout masks and random views of {masks} of {steps['recorded']} steps, if there were any, are a function "
-            "of a seed: the bounds hold for masks that do not depend on who else is in a batch, which a seed makes known."
+            f"Dropout masks and random views of {masks} of {steps['recorded']} steps, if there were any, are a "
+            "function of a seed: for whoever learns it they depend on who else is in a batch, and a sample may change "
+            "those of all others. Such a run is for experiments."
         )
     weights = facts["weights"]
     if not weights["as_counted"]:
         yield (
-            "The model's weights are not those that the last recorded step left: something else has set or trained them "
-            "since. Unless that read none of the data, the ε shown is not that of these weights."
+            "The model's weights are not those that the last recorded step left: something else has set or trained "
+            "them since. Unless that read none of the data, the ε shown is not that of these weights."
         )
     if weights["uncounted_changes"]:
         yield (
@@ -475,8 +477,8 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             f"the network, not measured. All layers together: {_shown(bounds['total'])} ({bounds['relation']}). Where "
             "bounds follow from the weights they change from step to step; these are the latest, and each step was "
             "charged by its own."
-            + " Replacing one unit changes it twice as much at most: the ledger's noise multipliers are relative to the "
-            "bounds shown, and ε counts the factor." * (facts["relation"] == "replace_one"),
+            + " Replacing one unit changes it twice as much at most: the ledger's noise multipliers are relative to "
+            "the bounds shown, and ε counts the factor." * (facts["relation"] == "replace_one"),
         ),
         header=("layer", "type", "input at most", "cotangent at most", "gradient at most"),
         rows=tuple(

@@ -249,16 +249,17 @@ def fit(
         InputError: the data does not fit the model.
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
-        Whatever interrupts training after a step (what the data set raises, Ctrl-C, ...) leaves weights in ``model`` that
-        only the latest ledger counts. It is raised as it is; before that, a checkpoint with that ledger is written, if
-        there is a path, and the exception is given ``private_optimizer``, the optimizer with its ledger: pass
-        ``accountant=error.private_optimizer.accountant`` to whatever goes on from these weights or this data.
+        Whatever interrupts training after a step (what the data set raises, Ctrl-C, ...) leaves weights in ``model``
+        that only the latest ledger counts. It is raised as it is; before that, a checkpoint with that ledger is
+        written, if there is a path, and the exception is given the optimizer as ``private_optimizer``: pass
+        ``accountant=error.private_optimizer.accountant`` to what goes on from these weights, or uses the same data.
 
     Guarantee:
         The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
-        respect to adding or removing one sample of ``dataset``, or replacing one if ``accountant`` is about that. History and progress show training losses, which
-        are not. Every call starts a ledger of its own, unless it resumes a checkpoint or is given an accountant: calls
-        on the same data compose, and a second one on the same model warns.
+        respect to adding or removing one sample of ``dataset`` (replacing one, if ``accountant`` is about that).
+        History and progress show training losses, which are not. Every call starts a ledger of its own, unless it
+        resumes a checkpoint or is given an accountant: calls on the same data compose, and a second one on the same
+        model warns.
     """
     if sharding.has_shards(model):
         sharding.check_shards(model, model.net.parameters())
@@ -391,8 +392,8 @@ def fit(
         dropped = int(distributed.total(model.nonfinite_samples - dropped))
         if dropped and distributed.world().rank == 0:
             warnings.warn(
-                f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of range, "
-                "as a label beyond the last class is (this count is for the data's owner only)",
+                f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of "
+                "range, as a label beyond the last class is (this count is for the data's owner only)",
                 UserWarning,
                 stacklevel=3,
             )
@@ -752,8 +753,8 @@ def _interruptions_counted(run: _Run, path: Path | None) -> Iterator[None]:
                 error.add_note(
                     f"clipless_dp: {run.step} private steps were taken. "
                     + (f"{path} counts them. " if path is not None and saved else "No file counts all of them. ")
-                    + "The ledger is this exception's private_optimizer.accountant: what goes on from these weights, or "
-                    "uses the same data, composes with it"
+                    + "The ledger is this exception's private_optimizer.accountant: what goes on from these weights, "
+                    "or uses the same data, composes with it"
                 )
         raise
 
