@@ -264,20 +264,16 @@ def _unit_ledger(settings: Mapping[str, Any], size: int) -> Ledger:
 
 
 def _require_as_planned(spent: Ledger, planned: Sequence[tuple[Any, int]], source: str) -> None:
-    as_planned = (
-        len(spent.entries) == len(planned)
-        and all(
-            count == wanted_count
-            and isinstance(event, GaussianStep)
-            and event.sampling == wanted.sampling
-            # Factors of a schedule are multiplied in another order here and there.
-            and event.noise_multiplier >= wanted.noise_multiplier * (1.0 - 1e-12)
-            for (event, count), (wanted, wanted_count) in zip(spent.entries, planned, strict=True)
-        )
-        and all(
-            provenance.noise == source and provenance.sampling in ("announced", "none")
-            for _, _, provenance in spent.lines
-        )
+    as_planned = len(spent.entries) == len(planned) and all(
+        count == wanted_count
+        and isinstance(event, GaussianStep)
+        and event.sampling == wanted.sampling
+        # Factors of a schedule are multiplied in another order here and there.
+        and event.noise_multiplier >= wanted.noise_multiplier * (1.0 - 1e-12)
+        for (event, count), (wanted, wanted_count) in zip(spent.entries, planned, strict=True)
     )
-    if not as_planned:
+    of_this_source = all(
+        line.provenance.noise == source and line.provenance.sampling in ("announced", "none") for line in spent.lines
+    )
+    if not (as_planned and of_this_source):
         raise PrivacyError("a run of the search has spent otherwise than planned: what it learned is not released")
