@@ -418,18 +418,20 @@ def test_a_full_disk_does_not_hide_the_error_that_interrupted_training(tmp_path,
         assert any("interrupted at step 8" in str(warning.message) for warning in seen)
 
 
-def test_an_interrupted_run_leaves_a_checkpoint_of_another_process_alone(tmp_path):
+def test_an_interrupted_run_leaves_a_checkpoint_of_another_process_alone(tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
 
-    def cut(run):
-        save_checkpoint(path, {"another": "run"})
-        raise Fault
+    honest = training_module._step
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Fault) as raised:
-        honest = training_module._step
-        patch.setattr(training_module, "_step", lambda run, *rest: cut(run) if run.step == 8 else honest(run, *rest))
-        with pytest.warns(UserWarning, match="could not be written"):
-            fit(gated_model(), samples(300), checkpoint=path, **QUICK)
+    def step_or_fault(run, *rest):
+        if run.step == 8:
+            save_checkpoint(path, {"another": "run"})
+            raise Fault
+        return honest(run, *rest)
+
+    monkeypatch.setattr(training_module, "_step", step_or_fault)
+    with pytest.warns(UserWarning, match="could not be written"), pytest.raises(Fault) as raised:
+        fit(gated_model(), samples(300), checkpoint=path, **QUICK)
     assert load_checkpoint(path)["another"] == "run"
     assert len(raised.value.private_optimizer.accountant) == 8
 
