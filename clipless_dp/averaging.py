@@ -98,7 +98,12 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors: the average as it is before any projection."""
-        return {"decay": self.decay, "updates": self.updates, "average": dict(self._average)}
+        return {
+            "decay": self.decay,
+            "updates": self.updates,
+            "average": dict(self._average),
+            "counted": self._counted,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
@@ -119,4 +124,5 @@ class WeightAverage:
         if not math.isclose(state.get("decay", math.nan), self.decay, rel_tol=0.0):
             raise ConfigurationError(f"this average has the decay {state.get('decay')!r}, not {self.decay!r}")
         self.updates = updates
+        self._counted = bool(state.get("counted", True))
         self._average = {name: value.detach().to(named[name], copy=True) for name, value in average.items()}
