@@ -34,6 +34,7 @@ from clipless_dp import (
     PrivacyWarning,
     ReproducibleNoise,
     WeightAverage,
+    constraints,
     fit,
     gated,
     losses,
@@ -43,7 +44,7 @@ from clipless_dp.noise import SystemNoise, source_name
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile
 from clipless_dp.streaming import StreamedBatches
 
-from .support import gated_model, samples
+from .support import gated_model, power_cut, samples
 
 DATA = Path(__file__).with_name("data")
 RUN = {
@@ -466,6 +467,23 @@ def test_averages_of_counted_weights_are_counted_and_those_of_others_are_not():
     average.update()
     average.apply_()
     assert found(optimizer, OTHERS)
+
+
+def test_a_resumed_run_goes_on_from_the_weights_that_were_counted(tmp_path):
+    def build():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+        settings = {"loss": losses.TauCrossEntropy(2.0), "constraint": constraints.Orthogonal()}
+        return DPLipModel(net, input_shape=(6,), input_norm=1.0, **settings)
+
+    settings = {**RUN, "ema": 0.9, "checkpoint": tmp_path / "run.pt"}
+    with power_cut(8):
+        fit(build(), samples(300), **settings)
+    resumed = fit(build(), samples(300), **settings).optimizer
+    assert len(resumed.accountant.ledger.runs) == 2
+    assert report(resumed).findings == []
+    finished = fit(build(), samples(300), **settings).optimizer
+    assert report(finished).findings == []
 
 
 def test_optimizers_of_parts_of_a_model_leave_each_other_in_peace():
