@@ -57,7 +57,7 @@ class Lineage:
     def expect(self, bits: Bits | None) -> None:
         """Weights of a loaded state may come next; ``None`` if it does not tell which: any may."""
         self._versions = None
-        self._known = [] if bits is None else [*(self._known if self._counted else []), bits]
+        self._known = [] if bits is None else [*(self._known[:1] if self._counted else []), bits]
         self._counted = bits is not None
 
     def add_runs(self, runs: Mapping[str, int]) -> None:

@@ -298,9 +298,12 @@ class CliplessDPOptimizer(Optimizer):
                 loss = closure()
         with torch.no_grad():
             self._release()
-            self.base_optimizer.step()
-            self.model.project_()
-            lineage.of(self.model).settle(self._named)
+            try:
+                self.base_optimizer.step()
+                self.model.project_()
+            finally:
+                # Whatever part of the update was applied, the ledger counts it.
+                lineage.of(self.model).settle(self._named)
         return loss
 
     def get_epsilon(self, delta: float) -> float:
@@ -515,18 +518,12 @@ class CliplessDPOptimizer(Optimizer):
             # Another ledger was put in place of the one that holds this run. All ranks derive the same.
             self._run = hashlib.sha256(f"{self._run} {self._taken}".encode()).hexdigest()[:32]
             self._taken = 0
-        return Provenance(
-            self._run,
-            sampling="none"
-            if rate == 1.0
-            else "seeded"
-            if self._seeded_draw
-            else "vouched"
-            if self.sampling == "poisson"
-            else "announced",
-            noise=source_name(type(self.noise)),
-            seeded_masks=self._seeded_masks,
-        )
+        known = Provenance(self._run, noise=source_name(type(self.noise)), seeded_masks=self._seeded_masks)
+        if rate == 1.0:
+            return replace(known, sampling="none")
+        if self._seeded_draw:
+            return replace(known, sampling="seeded")
+        return replace(known, sampling="vouched" if self.sampling == "poisson" else "announced")
 
     def _note_learning_rates(self) -> None:
         rates = tuple(None if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
