@@ -35,7 +35,8 @@ from .events import (
     ShuffledEpoch,
     repeat,
 )
-from .ledger import Ledger
+from .ledger import Ledger, Line
+from .provenance import Provenance, new_run
 from .selection import AnyOf, PrivateSelection
 
 __all__ = [
@@ -57,11 +58,13 @@ __all__ = [
     "LargeDeltaWarning",
     "Ledger",
     "LedgerFormatError",
+    "Line",
     "NoSampling",
     "PRVAccountant",
     "PoissonSampling",
     "PrivacyBound",
     "PrivateSelection",
+    "Provenance",
     "RDPAccountant",
     "Repeat",
     "ShuffledEpoch",
@@ -72,5 +75,6 @@ __all__ = [
     "calibrate_sample_rate",
     "calibrate_steps",
     "create_accountant",
+    "new_run",
     "repeat",
 ]

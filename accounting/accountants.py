@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from . import _validation as check
@@ -22,6 +24,7 @@ from .events import ADD_OR_REMOVE_ONE, Event, GaussianStep, NoSampling, PoissonS
 from .gaussian import gaussian_delta, gaussian_epsilon
 from .ledger import FORMAT as LEDGER_FORMAT
 from .ledger import Ledger
+from .provenance import Provenance, new_run
 from .prv import compose_delta, compose_epsilon
 from .rdp import rdp_to_delta, rdp_to_epsilon
 from .terms import Terms, collect
@@ -30,6 +33,7 @@ __all__ = ["Accountant", "AutoAccountant", "PRVAccountant", "RDPAccountant", "cr
 
 _FORMAT = "accounting.state"
 _VERSION = 1
+_OF_THE_LEDGER = ("ledger", "_ledger", "_by_hand", "_process")
 _RDP_PHASES = 1024
 _PRV_PHASES = 256
 
@@ -54,6 +58,30 @@ class Accountant(ABC):
         self.ledger = Ledger(relation)
         self.dataset_size = None if dataset_size is None else check.count(dataset_size, "dataset_size", 1)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copy goes on by itself, under an identity of its own. Older pickles name the ledger without the underscore.
+        self.ledger = state["ledger"] if "ledger" in state else state["_ledger"]
+        vars(self).update({name: value for name, value in state.items() if name not in _OF_THE_LEDGER})
+
+    @property
+    def ledger(self) -> Ledger:
+        """Everything recorded. A ledger that is assigned is gone on from, under an identity of its own."""
+        return self._ledger
+
+    @ledger.setter
+    def ledger(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._by_hand: Provenance | None = None
+        self._process = os.getpid()
+
+    def _provenance(self, given: Provenance | None) -> Provenance:
+        """The provenance of an event: what nobody else takes is this accountant's, of this process."""
+        if given is not None and given.run:
+            return given
+        if self._by_hand is None or self._process != os.getpid():
+            self._by_hand, self._process = Provenance(new_run()), os.getpid()
+        return self._by_hand if given is None else replace(given, run=self._by_hand.run)
+
     @property
     def relation(self) -> Relation:
         """The neighbouring relation of the guarantee."""
@@ -71,7 +99,9 @@ class Accountant(ABC):
     def __len__(self) -> int:
         return len(self.ledger)
 
-    def step(self, *, noise_multiplier: float, sample_rate: float, steps: int = 1) -> None:
+    def step(
+        self, *, noise_multiplier: float, sample_rate: float, steps: int = 1, provenance: Provenance | None = None
+    ) -> None:
         """Records steps of DP-SGD.
 
         Args:
@@ -79,22 +109,23 @@ class Accountant(ABC):
             sample_rate: q, the probability with which each record joins the batch, in [0, 1]; 1 for
                 batches that were formed in any other way than by Poisson sampling.
             steps: How many such steps, a whole number.
+            provenance: Whose they are; without a run, this accountant's own.
 
         Raises:
             InvalidParameterError: When a value lies outside its range.
         """
         q = check.sample_rate(sample_rate)
         sampling = NoSampling() if q == 1.0 else PoissonSampling(q)
-        self.ledger.append(GaussianStep(noise_multiplier, sampling), check.count(steps))
+        self.ledger.append(GaussianStep(noise_multiplier, sampling), check.count(steps), self._provenance(provenance))
 
-    def record(self, event: Event, count: int = 1) -> None:
-        """Records `count` further events.
+    def record(self, event: Event, count: int = 1, *, provenance: Provenance | None = None) -> None:
+        """Records `count` further events; `provenance` as for `step`.
 
         Raises:
             UnsupportedEventError: When the event is not understood under this relation.
         """
         collect([(event, 1)], self.relation)
-        self.ledger.append(event, count)
+        self.ledger.append(event, count, self._provenance(provenance))
 
     def get_epsilon(self, delta: float) -> PrivacyBound:
         """Returns the ε of everything recorded, at δ.
@@ -144,7 +175,7 @@ class Accountant(ABC):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replaces the ledger by that of a `state_dict`.
+        """Replaces the ledger by that of a `state_dict`; to keep both, merge it with `ledger_of`.
 
         Opacus' state dicts, {"history": [(σ, q, steps), …], "mechanism": …}, are understood too: they
         are about adding or removing one record of Poisson-sampled batches.
@@ -152,6 +183,14 @@ class Accountant(ABC):
         Raises:
             LedgerFormatError: When the state is incomplete, of an unknown version, no state at all, or
                 about another neighbouring relation than this accountant.
+        """
+        self.ledger = self.ledger_of(state)
+
+    def ledger_of(self, state: Mapping[str, Any]) -> Ledger:
+        """Returns the ledger of a `state_dict`, and leaves this accountant as it is.
+
+        Raises:
+            LedgerFormatError: As `load_state_dict` does.
         """
         if not isinstance(state, Mapping):
             raise LedgerFormatError(f"not an accountant state but {type(state).__name__}")
@@ -173,7 +212,7 @@ class Accountant(ABC):
                 f"the state is about {ledger.relation!r}, this accountant about {self.relation!r}: "
                 f"create it with relation={ledger.relation!r}"
             )
-        self.ledger = ledger
+        return ledger
 
     def to_opacus(self) -> dict[str, Any]:
         """Returns the state dict of Opacus' accountant of the same kind.

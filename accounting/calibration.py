@@ -205,7 +205,7 @@ def _unspent(spent: Accountant, target: float, delta: float) -> Accountant:
 def _after(spent: Accountant) -> Accountant:
     """Another accountant that goes on from where this one is."""
     probe = create_accountant(spent.mechanism, relation=spent.relation)
-    probe.ledger = spent.ledger.merge(Ledger(spent.relation))
+    probe.ledger = spent.ledger.copy()
     return probe
 
 

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     curve.add_argument("--plot", metavar="FILE", help="also draw the curve (needs matplotlib)")
     curve.set_defaults(run=_curve)
 
-    explain = commands.add_parser("explain", help="what a stored ledger holds and costs")
-    explain.add_argument("ledger", metavar="LEDGER.json")
+    explain = commands.add_parser("explain", help="what stored ledgers about one data set hold and cost together")
+    explain.add_argument("ledger", metavar="LEDGER.json", nargs="+", help="what several hold of one run counts once")
     explain.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
     explain.add_argument("--delta", type=float, nargs="+", default=[1e-5, 1e-6, 1e-8])
     explain.set_defaults(run=_explain)
@@ -179,7 +179,9 @@ def _plot(bounds: list[PrivacyBound], path: str) -> None:
 
 
 def _explain(options: argparse.Namespace) -> str:
-    ledger = Ledger.load(options.ledger)
+    ledger, *others = map(Ledger.load, options.ledger)
+    for other in others:
+        ledger = ledger.merge(other)
     accountant = create_accountant(options.accountant, relation=ledger.relation)
     accountant.ledger = ledger
     return "\n".join([ledger.table(), "", *(_line(bound) for bound in accountant.epsilon_curve(options.delta))])

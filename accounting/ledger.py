@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from .events import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
     Event,
+    GaussianRelease,
     GaussianStep,
     GaussianVectorStep,
     NoSampling,
@@ -22,15 +25,39 @@ from .events import (
     from_dict,
     to_dict,
 )
+from .provenance import Provenance
 
-__all__ = ["FORMAT", "VERSION", "Ledger"]
+__all__ = ["FORMAT", "VERSION", "Ledger", "Line"]
 
 FORMAT = "accounting.ledger"
-VERSION = 1
+VERSION = 2
+_READ = (1, VERSION)
+_UNKNOWN = Provenance()
+
+
+@dataclass(frozen=True)
+class Line:
+    """Equal events of one provenance, one after the other.
+
+    Attributes:
+        event: What was released.
+        count: How often.
+        provenance: Whose it is, and what it rests on.
+    """
+
+    event: Event
+    count: int
+    provenance: Provenance = _UNKNOWN
+
+    @property
+    def key(self) -> str:
+        """What tells in two ledgers whether they hold the same: the release's own identity, or its run; or empty."""
+        identity = self.event.identity if isinstance(self.event, GaussianRelease) else ""
+        return f"release {identity}" if identity else self.provenance.run
 
 
 class Ledger:
-    """Events in the order in which they happened, equal neighbours counted on one line.
+    """Events in the order in which they happened, equal neighbours of one run counted on one line.
 
     Args:
         relation: The neighbouring relation that the guarantee is about: two data sets are neighbours
@@ -43,29 +70,64 @@ class Ledger:
                 f"unknown neighbouring relation {relation!r}: {ADD_OR_REMOVE_ONE!r} or {REPLACE_ONE!r}"
             )
         self.relation: Relation = relation
-        self._entries: list[tuple[Event, int]] = []
+        self._lines: list[Line] = []
+        self._counts: Counter[str] = Counter()
+        self._length = 0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["relation"])  # type: ignore[misc]
+        # Pickles of before lines had a provenance hold pairs.
+        for event, count in state.get("_entries", ()):
+            self.append(event, count)
+        for line in state.get("_lines", ()):
+            self.append(line.event, line.count, line.provenance)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
+        return self.copy()
+
+    @property
+    def lines(self) -> list[Line]:
+        """The lines as they are kept: equal events of different provenance apart."""
+        return list(self._lines)
 
     @property
     def entries(self) -> list[tuple[Event, int]]:
-        """The lines: (event, count)."""
-        return list(self._entries)
+        """What was released: (event, count), equal neighbours together, whosever they are."""
+        entries: list[tuple[Event, int]] = []
+        for line in self._lines:
+            count = line.count
+            if entries and entries[-1][0] == line.event:
+                count += entries.pop()[1]
+            entries.append((line.event, count))
+        return entries
 
     def __iter__(self) -> Iterator[tuple[Event, int]]:
         return iter(self.entries)
 
     def __len__(self) -> int:
         """Number of events, each repetition counted."""
-        return sum(count for _, count in self._entries)
+        return self._length
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ledger):
             return NotImplemented
-        return self.relation == other.relation and self._entries == other._entries
+        return self.relation == other.relation and self._lines == other._lines
 
     __hash__ = None  # type: ignore[assignment]
 
-    def append(self, event: Event, count: int = 1) -> None:
+    def copy(self) -> Ledger:
+        """Returns a ledger of its own with the same lines."""
+        copied = Ledger(self.relation)
+        copied._lines, copied._counts, copied._length = list(self._lines), self._counts.copy(), self._length
+        return copied
+
+    def append(self, event: Event, count: int = 1, provenance: Provenance = _UNKNOWN) -> None:
         """Records `count` further events.
+
+        Args:
+            event: What was released.
+            count: How often.
+            provenance: Whose it is. Only who takes a run's events may append under its identity.
 
         Raises:
             InvalidParameterError: When `count` is negative or fractional.
@@ -77,37 +139,80 @@ class Ledger:
                 raise UnsupportedEventError(f"{single!r} is not an event; see accounting.events")
             if n == 0:
                 continue
-            if self._entries and self._entries[-1][0] == single:
-                n += self._entries.pop()[1]
-            self._entries.append((single, n))
+            self._length += n
+            before = self._lines[-1] if self._lines else None
+            if before is not None and before.event == single and before.provenance == provenance:
+                self._lines.pop()
+                line = Line(single, n + before.count, provenance)
+            else:
+                line = Line(single, n, provenance)
+            self._lines.append(line)
+            if line.key:
+                self._counts[line.key] += n
+
+    def count(self, run: str) -> int:
+        """Number of events of a run."""
+        return self._counts[run] if run else 0
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """Number of events of each run, and of each release that has an identity."""
+        return dict(self._counts)
 
     def starts_with(self, start: Ledger) -> bool:
-        """Whether this ledger is `start`, perhaps with further events behind it."""
-        if not start._entries or self.relation != start.relation:
-            return self.relation == start.relation
-        last = len(start._entries) - 1
-        if len(self._entries) <= last or self._entries[:last] != start._entries[:last]:
-            return False
-        (event, count), (final, fewest) = self._entries[last], start._entries[last]
-        return event == final and count >= fewest
+        """Whether this ledger is `start`, of the same runs, perhaps with further events behind it."""
+        return self.relation == start.relation and _begins(self._lines, start._lines)
 
     def merge(self, other: Ledger) -> Ledger:
-        """Returns this ledger followed by another: sequential composition on the same data.
+        """Returns what happened according to either ledger: sequential composition on the same data.
+
+        Of a run, or of a release with an identity, that is in both, the longer record is taken. What has no identity,
+        and a run of whose two records neither is the beginning of the other, is added, however alike it looks.
 
         Raises:
             InvalidParameterError: When the two are about different neighbouring relations.
+
+        Guarantee:
+            The result holds every event of either ledger, provided that runs with one identity are one run.
         """
         if other.relation != self.relation:
             raise InvalidParameterError(f"ledgers about {self.relation!r} and {other.relation!r} cannot be merged")
-        merged = Ledger(self.relation)
-        for event, count in (*self._entries, *other._entries):
-            merged.append(event, count)
+        merged = self.copy()
+        known: dict[str, int] = {}
+        conflicting = set()
+        for run in self._counts.keys() & other._counts.keys():
+            own, its = self._of(run), other._of(run)
+            if _begins(own, its) or _begins(its, own):
+                known[run] = self._counts[run]
+            else:
+                conflicting.add(run)
+        for line in other._lines:
+            held = min(line.count, known.get(line.key, 0))
+            if held:
+                known[line.key] -= held
+            provenance = replace(line.provenance, run="") if line.key in conflicting else line.provenance
+            merged.append(line.event, line.count - held, provenance)
         return merged
 
+    def _of(self, run: str) -> list[Line]:
+        """What a run released, equal neighbours together; of a release its identity tells enough."""
+        own = Ledger(self.relation)
+        for line in self._lines:
+            if line.key == run:
+                own.append(line.event, line.count, line.provenance if run == line.provenance.run else _UNKNOWN)
+        return own._lines
+
+    def attributed(self, provenance: Provenance) -> Ledger:
+        """Returns the ledger with this provenance on the lines that have none."""
+        attributed = Ledger(self.relation)
+        for line in self._lines:
+            attributed.append(line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance)
+        return attributed
+
     def scaled(self, factor: float) -> Ledger:
-        """Returns the ledger with every noise multiplier times `factor`."""
+        """Returns the ledger with every noise multiplier times `factor`: a plan, which nobody has carried out yet."""
         scaled = Ledger(self.relation)
-        for event, count in self._entries:
+        for event, count in self.entries:
             data = to_dict(event)
             scaled.append(from_dict(_scale(data, factor)), count)
         return scaled
@@ -119,7 +224,7 @@ class Ledger:
             UnsupportedEventError: When a line is not a step with Poisson or no sampling.
         """
         lines = []
-        for event, count in self._entries:
+        for event, count in self.entries:
             if not isinstance(event, (GaussianStep, GaussianVectorStep)):
                 raise UnsupportedEventError(f"{event!r} has no place in a (σ, q, steps) history; use the ledger")
             if isinstance(event.sampling, NoSampling):
@@ -137,7 +242,11 @@ class Ledger:
             "format": FORMAT,
             "version": VERSION,
             "relation": self.relation,
-            "entries": [{"event": to_dict(event), "count": count} for event, count in self._entries],
+            "entries": [
+                {"event": to_dict(line.event), "count": line.count}
+                | ({"provenance": line.provenance.to_dict()} if line.provenance != _UNKNOWN else {})
+                for line in self._lines
+            ],
         }
 
     @classmethod
@@ -149,16 +258,17 @@ class Ledger:
         """
         if not isinstance(state, Mapping) or state.get("format") != FORMAT:
             raise LedgerFormatError(f"not a ledger: expected a mapping with format {FORMAT!r}")
-        if state.get("version") != VERSION:
+        if state.get("version") not in _READ:
             raise LedgerFormatError(
-                f"unknown ledger version {state.get('version')!r}: this release reads version {VERSION}; "
+                f"unknown ledger version {state.get('version')!r}: this release reads up to version {VERSION}; "
                 "update the package that reads it"
             )
         try:
             ledger = cls(state["relation"])
             for line in state["entries"]:
-                ledger.append(from_dict(line["event"]), line["count"])
-        except (KeyError, TypeError, RecursionError) as error:
+                provenance = Provenance.from_dict(line.get("provenance", {}))
+                ledger.append(from_dict(line["event"]), line["count"], provenance)
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise LedgerFormatError(f"the ledger is incomplete: {error!r}") from error
         return ledger
 
@@ -199,28 +309,47 @@ class Ledger:
             raise LedgerFormatError(f"{path} is no ledger: {error}") from error
 
     def table(self) -> str:
-        """Returns the ledger as aligned text, one line per run of equal events."""
-        rows = [("count", "event", "noise multiplier", "sampling")]
-        for event, count in self._entries:
+        """Returns the ledger as aligned text: what was released, and where that is known, whose it is."""
+        rows = [("count", "event", "noise multiplier", "sampling", "drawn", "source of the noise", "run")]
+        for line in self._lines:
+            event, provenance = line.event, line.provenance
             sampling = getattr(event, "sampling", None)
             noise = getattr(event, "noise_multiplier", None)
             rows.append(
                 (
-                    str(count),
+                    str(line.count),
                     event.kind,
                     "" if noise is None else f"{noise:.6g}",
                     "" if sampling is None else _describe(sampling),
+                    provenance.sampling,
+                    provenance.noise.rpartition(".")[2],
+                    provenance.run[:8],
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+        shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or column[0] in rows[0][:4]]
+        widths = [max(map(len, column)) for column in shown]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in zip(*shown, strict=True)
+        ]
         return "\n".join([f"relation: {self.relation}", *lines])
 
     def __str__(self) -> str:
         return self.table()
 
     def __repr__(self) -> str:
-        return f"Ledger(relation={self.relation!r}, lines={len(self._entries)}, events={len(self)})"
+        return f"Ledger(relation={self.relation!r}, lines={len(self._lines)}, events={len(self)})"
+
+
+def _begins(lines: Sequence[Line], start: Sequence[Line]) -> bool:
+    """Whether lines are these ones, perhaps with further events behind them."""
+    if not start:
+        return True
+    last = len(start) - 1
+    if len(lines) <= last or lines[:last] != start[:last]:
+        return False
+    mine, its = lines[last], start[last]
+    return (mine.event, mine.provenance) == (its.event, its.provenance) and mine.count >= its.count
 
 
 def _describe(sampling: Any) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipless_dp import sharding
+from clipless_dp import lineage, sharding
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 
@@ -40,6 +40,7 @@ class WeightAverage:
         self.decay = float(decay)
         self.updates = 0
         self._average: dict[str, Tensor] = {}
+        self._counted = True
 
     @torch.no_grad()
     def update(self) -> None:
@@ -48,7 +49,9 @@ class WeightAverage:
         sharding.part_(self.model)
         # The share of the newest weights in a_t; the first ones have all of it.
         share = (1.0 - self.decay) / (1.0 - self.decay**self.updates)
-        for name, parameter in self.model.net.named_parameters():
+        named = dict(self.model.net.named_parameters())
+        self._counted = self._counted and lineage.of(self.model).unchanged(named, quick=True)
+        for name, parameter in named.items():
             known = self._average.get(name)
             if known is None:
                 self._average[name] = parameter.detach().clone()
@@ -65,28 +68,42 @@ class WeightAverage:
         sharding.part_(self.model)
         named = dict(self.model.net.named_parameters())
         replaced = {name: parameter.detach().clone() for name, parameter in named.items()}
+        # An average of weights that steps left is as well counted as they are.
+        counted = self._counted and lineage.of(self.model).unchanged(named)
         for name, average in self._average.items():
             named[name].copy_(average)
         if self._average:
             self.model.project_()
+            if counted:
+                lineage.of(self.model).follow(named)
         return replaced
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the projected average within, and its own weights again, bit by bit, behind."""
+        sharding.part_(self.model)
+        named = dict(self.model.net.named_parameters())
+        counted = lineage.of(self.model).unchanged(named)
         replaced = self.apply_()
         try:
             yield
         finally:
             sharding.part_(self.model)
             with torch.no_grad():
-                for name, parameter in self.model.net.named_parameters():
+                for name, parameter in named.items():
                     parameter.copy_(replaced[name])
             self.model.settle_()
+            if counted:
+                lineage.of(self.model).follow(named)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors: the average as it is before any projection."""
-        return {"decay": self.decay, "updates": self.updates, "average": dict(self._average)}
+        return {
+            "decay": self.decay,
+            "updates": self.updates,
+            "average": dict(self._average),
+            "counted": self._counted,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what :meth:`state_dict` returned.
@@ -107,4 +124,5 @@ class WeightAverage:
         if not math.isclose(state.get("decay", math.nan), self.decay, rel_tol=0.0):
             raise ConfigurationError(f"this average has the decay {state.get('decay')!r}, not {self.decay!r}")
         self.updates = updates
+        self._counted = bool(state.get("counted", True))
         self._average = {name: value.detach().to(named[name], copy=True) for name, value in average.items()}

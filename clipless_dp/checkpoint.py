@@ -19,7 +19,8 @@ import torch
 
 from clipless_dp.errors import CheckpointError
 
-CHECKPOINT_FORMAT = 2
+CHECKPOINT_FORMAT = 3
+_READ_FORMATS = (2, CHECKPOINT_FORMAT)
 _SEAL = b"clipless_dp sha256 "
 _SEAL_LENGTH = len(_SEAL) + 64
 _PARTIAL = ".partial"
@@ -112,9 +113,9 @@ def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "
         raise CheckpointError(f"{name} is not a readable checkpoint: {error}") from error
     if not isinstance(content, dict) or "format" not in content:
         raise CheckpointError(f"{name} is not a checkpoint of clipless_dp")
-    if content["format"] != CHECKPOINT_FORMAT:
+    if content["format"] not in _READ_FORMATS:
         raise CheckpointError(
-            f"{name} has checkpoint format {content['format']!r}, this version reads {CHECKPOINT_FORMAT}"
+            f"{name} has checkpoint format {content['format']!r}, this version reads up to {CHECKPOINT_FORMAT}"
         )
     return content
 

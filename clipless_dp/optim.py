@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
-import uuid
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accounting import Accountant, GaussianRelease, GaussianStep, create_accountant
-from clipless_dp import distributed, draws, passes, sharding
+from accounting import Accountant, Provenance, create_accountant, new_run
+from clipless_dp import distributed, draws, lineage, passes, sharding
 from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
@@ -38,7 +38,8 @@ Sampling = Literal["announced", "poisson", "none"]
 Rates = tuple[float | None, ...]
 """Learning rate of each parameter group; ``None`` where the base optimizer has none."""
 
-STATE_FORMAT = 1
+STATE_FORMAT = 2
+_READ_FORMATS = (1, STATE_FORMAT)
 _MARGIN = 1.0 + 1e-6
 """Noise is drawn this much larger than planned, so that float32 rounding of its scale never falls below the plan."""
 
@@ -141,8 +142,11 @@ class CliplessDPOptimizer(Optimizer):
         self._noise_sources: set[str] = set()
         self._learning_rates: list[tuple[Rates, int]] = []
         self._draw_before = draws.in_hand()
-        self._run = uuid.uuid4().hex
-        self._counted: dict[str, int] = {self._run: 0}
+        self._run, self._taken, self._process = new_run(), 0, os.getpid()
+        self._seeded_draw = False
+        self._seeded_masks = False
+        self._inherited: dict[str, int] = {}
+        self._missing: set[str] = set()
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
         self._named: dict[str, nn.Parameter] = {}
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -158,6 +162,10 @@ class CliplessDPOptimizer(Optimizer):
         if self._world.size > 1:
             self._join_ranks()
         self.model.sensitivity()
+        self._settings = lineage.settings_of(model)
+        self._other_settings: list[str] = []
+        if not lineage.of(model).started:
+            lineage.of(model).settle(self._require_protected(), counted=False)
 
     def __getstate__(self) -> NoReturn:
         raise ConfigurationError(
@@ -307,8 +315,12 @@ class CliplessDPOptimizer(Optimizer):
                 # What is refused now must not be released together with what comes next.
                 self.model.register.drop()
                 raise
-            self.base_optimizer.step()
-            self.model.project_()
+            try:
+                self.base_optimizer.step()
+                self.model.project_()
+            finally:
+                # Whatever part of the update was applied, the ledger counts it.
+                lineage.of(self.model).settle(self._named)
         return loss
 
     def get_epsilon(self, delta: float) -> float:
@@ -317,8 +329,9 @@ class CliplessDPOptimizer(Optimizer):
 
     @property
     def noise_sources(self) -> tuple[str, ...]:
-        """The sources that the noise of all steps came from, those of loaded states included."""
-        return tuple(sorted(self._noise_sources))
+        """The sources that the noise of all entries of the ledger came from, as far as they are known."""
+        recorded = {line.provenance.noise for line in self.accountant.ledger.lines if line.provenance.noise}
+        return tuple(sorted(recorded | self._noise_sources))
 
     @property
     def learning_rates(self) -> list[tuple[Rates, int]]:
@@ -332,9 +345,25 @@ class CliplessDPOptimizer(Optimizer):
         return {name: deviations[id(parameter)] for name, parameter in named.items() if id(parameter) in deviations}
 
     def ledger_is_incomplete(self) -> bool:
-        """Whether the model's latest private step was another optimizer's, and this ledger lacks steps of that one."""
-        accountant, counted = _latest_ledger.get(self.model, (self.accountant, self._counted))
-        return accountant is not self.accountant and not _contains(self._counted, counted)
+        """Whether private steps were taken on the model, by whichever optimizer, that this ledger lacks."""
+        return bool(self._missing_runs())
+
+    def _missing_runs(self) -> set[str]:
+        ledger = self.accountant.ledger
+        return {run for run, count in lineage.of(self.model).runs.items() if ledger.count(run) < count}
+
+    def weights_are_counted(self) -> bool:
+        """Whether the model's weights are those that the last step left, bit by bit, or an average of such."""
+        return lineage.of(self.model).unchanged(self._require_protected())
+
+    @property
+    def uncounted_changes(self) -> int:
+        """Before how many steps the weights were not those that the step before had left."""
+        return lineage.of(self.model).changed
+
+    def changed_settings(self) -> list[str]:
+        """Which settings of the model differ between earlier steps and now: caps, loss, layers, in words."""
+        return [*self._other_settings, *lineage.differences(self._settings, lineage.settings_of(self.model))]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
@@ -361,72 +390,77 @@ class CliplessDPOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only."""
+        known = lineage.of(self.model)
         return {
             **self.base_optimizer.state_dict(),
             "clipless_dp": {
                 "format": STATE_FORMAT,
                 "steps_taken": self.steps_taken,
                 "accountant": self.accountant.state_dict(),
-                "counted": dict(self._counted),
                 "noise": list(self.noise_sources),
                 "learning_rates": [[list(rates), count] for rates, count in self._learning_rates],
+                "weights": None if self._sharded else known.bits(),
+                "uncounted_changes": known.changed,
+                "settings": lineage.settings_of(self.model),
+                "changed_settings": self.changed_settings(),
             },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state and the ledger.
 
-        What this optimizer has already spent is never forgotten: where one of the two ledgers continues the other,
-        the longer one is kept; otherwise both are composed, even if they look alike.
+        What this optimizer has already spent is never forgotten: of a run that both ledgers know, the longer record is
+        kept; all else is composed, even if it looks alike. A ledger that an earlier version wrote knows no runs: it is
+        one by itself, known only to be the same when the very same state is loaded twice.
 
         Raises:
             ConfigurationError: the state is not one of this class, or of an unknown format.
         """
         own = state_dict.get("clipless_dp")
-        if not isinstance(own, dict) or own.get("format") != STATE_FORMAT:
+        if not isinstance(own, dict) or own.get("format") not in _READ_FORMATS:
             raise ConfigurationError(
                 "this is not the state of a clipless_dp optimizer of format "
                 f"{STATE_FORMAT}: its privacy ledger is missing or newer than this version"
             )
         try:
-            steps_taken, accountant = int(own["steps_taken"]), own["accountant"]
-            counted = {str(run): int(count) for run, count in own["counted"].items()}
+            steps_taken, loaded = int(own["steps_taken"]), self.accountant.ledger_of(own["accountant"])
             sources = {str(name) for name in own["noise"]}
             # States of before they were recorded have none.
             rates = [
                 (tuple(None if rate is None else float(rate) for rate in some), int(count))
                 for some, count in own.get("learning_rates", [])
             ]
+            if own["format"] == 1:
+                counted = sorted((str(run), int(count)) for run, count in own["counted"].items())
+                digest = hashlib.sha256(f"{loaded.to_json()}{counted}".encode()).hexdigest()[:32]
+                # Where there were several sources, nothing tells which noise was whose.
+                loaded = loaded.attributed(
+                    Provenance(f"state {digest}", noise=min(sources) if len(sources) == 1 else "")
+                )
+            weights = own.get("weights")
+            bits = None if weights is None else {str(name): int(value) for name, value in weights.items()}
+            changes = int(own.get("uncounted_changes", 0))
+            settings, changed = own.get("settings"), list(map(str, own.get("changed_settings", ())))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
-        self._join_ledger(accountant, counted, steps_taken)
+        if not 0 <= steps_taken <= len(loaded):
+            raise ConfigurationError(
+                f"this state says that {steps_taken} steps were taken, its ledger holds {len(loaded)}: it was altered"
+            )
+        self._inherited = loaded.runs
+        self.accountant.ledger = loaded.merge(self.accountant.ledger)
         self._lines_compared = 0
         self.steps_taken = steps_taken
         self._noise_sources |= sources
         self._learning_rates = rates
+        known = lineage.of(self.model)
+        known.expect(bits)
+        known.changed = max(known.changed, changes)
+        if isinstance(settings, dict):
+            changed += lineage.differences(settings, self._settings)
+        self._other_settings += [line for line in changed if line not in self._other_settings]
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
-
-    def _join_ledger(self, state: dict[str, Any], counted: dict[str, int], steps_taken: int) -> None:
-        spent = self.accountant.ledger
-        self.accountant.load_state_dict(state)
-        loaded = self.accountant.ledger
-        if not 0 <= steps_taken <= len(loaded):
-            self.accountant.ledger = spent
-            raise ConfigurationError(
-                f"this state says that {steps_taken} steps were taken, its ledger holds {len(loaded)}: it was altered"
-            )
-        # Steps are known by the run that took them, one-off releases by their identity if they have one: where no run
-        # is shared, other ones of this ledger were drawn anew, however alike they look, and both count.
-        related = not self._counted.keys().isdisjoint(counted)
-        shared = [event for event, _ in loaded if isinstance(event, GaussianRelease) and event.identity]
-        anew = not related and any(not isinstance(event, GaussianStep) and event not in shared for event, _ in spent)
-        if _contains(self._counted, counted) and spent.starts_with(loaded) and not anew:
-            self.accountant.ledger = spent
-        elif anew or not (_contains(counted, self._counted) and loaded.starts_with(spent)):
-            self.accountant.ledger = loaded.merge(spent)
-        for run, count in counted.items():
-            self._counted[run] = max(count, self._counted.get(run, 0))
 
     def _share_state(self) -> None:
         self.param_groups = self.base_optimizer.param_groups
@@ -467,10 +501,10 @@ class CliplessDPOptimizer(Optimizer):
         deviations, spent = self._deviations(sensitivity, named)
         rate = self._charged_rate([some for some in passed if not some.public])
         self._require_budget(spent, rate)
-        self.accountant.step(noise_multiplier=spent, sample_rate=rate)
-        self._counted[self._run] = self._counted.get(self._run, 0) + 1
+        self.accountant.step(noise_multiplier=spent, sample_rate=rate, provenance=self._provenance(rate))
+        self._taken += 1
         self._note_ledger()
-        self._noise_sources.add(source_name(type(self.noise)))
+        lineage.of(self.model).changed += not lineage.of(self.model).unchanged(named, quick=True)
         self._note_learning_rates()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
@@ -494,6 +528,22 @@ class CliplessDPOptimizer(Optimizer):
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
         register.note_all(sampled=False)
+
+    def _provenance(self, rate: float) -> Provenance:
+        """Of the step to come: whose it is, and what its charge rests on."""
+        if self._process != os.getpid():
+            # The other side of the fork goes on too.
+            self._run, self._taken, self._process = new_run(), 0, os.getpid()
+        elif self.accountant.ledger.count(self._run) != self._taken:
+            # Another ledger was put in place of the one that holds this run. All ranks derive the same.
+            self._run = hashlib.sha256(f"{self._run} {self._taken}".encode()).hexdigest()[:32]
+            self._taken = 0
+        known = Provenance(self._run, noise=source_name(type(self.noise)), seeded_masks=self._seeded_masks)
+        if rate == 1.0:
+            return replace(known, sampling="none")
+        if self._seeded_draw:
+            return replace(known, sampling="seeded")
+        return replace(known, sampling="vouched" if self.sampling == "poisson" else "announced")
 
     def _note_learning_rates(self) -> None:
         rates = tuple(None if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
@@ -524,7 +574,6 @@ class CliplessDPOptimizer(Optimizer):
             self.model.settle_()
         # One run: its steps are counted once, whichever rank writes the checkpoint.
         self._run = distributed.from_first(lambda: self._run)
-        self._counted = {self._run: 0}
 
     def _release_together(self, gradients: Sequence[Tensor], scales: Sequence[float]) -> None:
         """Replaces the gradients by the noisy sums over all ranks."""
@@ -595,6 +644,10 @@ class CliplessDPOptimizer(Optimizer):
         self._plan = sensitivity, held, self.noise_multiplier, deviations, spent
         return deviations, spent
 
+    def declare_seeded_masks(self, seeded: bool) -> None:
+        """Whether dropout masks and random views of the steps to come are drawn from a seed, which statements tell."""
+        self._seeded_masks = seeded
+
     def allows(self, steps: int, *, sample_rate: float | None = None) -> bool:
         """Whether so many further steps at the current noise multiplier fit the budget, on top of the whole ledger.
 
@@ -646,14 +699,17 @@ class CliplessDPOptimizer(Optimizer):
 
     def _note_ledger(self) -> None:
         """Warns if another optimizer's steps on this model are missing from this one's ledger."""
-        if self.ledger_is_incomplete():
+        missing = self._missing_runs()
+        if not missing <= self._missing:
             warnings.warn(
                 "another optimizer has already taken private steps on this model, which this one's ε does not "
                 "include: pass it accountant=other.accountant (both on one data set compose), or load its state_dict",
                 PrivacyWarning,
                 stacklevel=5,
             )
-        _latest_ledger[self.model] = self.accountant, self._counted
+        self._missing |= missing
+        lineage.of(self.model).add_runs({**self._inherited, self._run: self._taken})
+        self._inherited = {}
 
     def _charged_rate(self, passed: Sequence[passes.Pass]) -> float:
         """What the step is charged at, given the passes of private rows that its gradients consist of.
@@ -663,6 +719,7 @@ class CliplessDPOptimizer(Optimizer):
         """
         draw = self._witnessed_draw(passed)
         amplified = draw is not None and draw.amplifies and not draw.used
+        self._seeded_draw = draw is not None and amplified and draw.seeded
         if draw is not None and not draw.used:
             draws.use(draw)
         if not amplified and self._world.size > 1 and self.sampling == "announced":
@@ -750,10 +807,6 @@ class CliplessDPOptimizer(Optimizer):
         )
 
 
-_latest_ledger: WeakKeyDictionary[DPLipModel, tuple[Accountant, dict[str, int]]] = WeakKeyDictionary()
-"""For each model, the accountant of the latest private step, and the steps that its ledger counts."""
-
-
 @dataclass(frozen=True)
 class _Allowance:
     """Steps that are known to fit the budget.
@@ -781,11 +834,6 @@ def _checked_budget(budget: tuple[float, float] | None) -> tuple[float, float] |
     if not (math.isfinite(epsilon) and epsilon > 0 and 0.0 < delta < 1.0):
         raise ConfigurationError(f"budget needs a finite epsilon above 0 and a delta in (0, 1), got {budget!r}")
     return epsilon, delta
-
-
-def _contains(counted: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """Whether a ledger that counts so many steps of each optimizer has all those of another."""
-    return all(counted.get(run, 0) >= count for run, count in other.items())
 
 
 class CliplessDPSGD(CliplessDPOptimizer):

@@ -28,7 +28,7 @@ from clipless_dp.noise import ReproducibleNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.secure_noise import SecureNoise
 
-STATEMENT_FORMAT = 1
+STATEMENT_FORMAT = 2
 SUFFIXES = (".md", ".json", ".html")
 _STEPS = ("gaussian_step", "gaussian_vector_step")
 _SHOWN_RUNS = 20
@@ -45,6 +45,15 @@ _NOISE = {
     "to a public grid, so that floating point tells nothing about what the noise hides",
     source_name(ReproducibleNoise): "REPRODUCIBLE: whoever knows the seed can remove the noise",
 }
+_DRAWN = {
+    "seeded": "Poisson, from a seed: secret only as long as the seed is",
+    "unknown": "Poisson, as was recorded by hand or by an earlier version, not checked",
+    "vouched": "Poisson, by a sampler of the user's, not checked",
+    "announced": "Poisson: each sample joins each batch by a coin flip of its own; checked where it was charged",
+    "none": "none claimed: charged as if every step read all the data",
+}
+"""How batches were drawn, the least trustworthy first."""
+
 _UNCOVERED = (
     "Choices made by looking at results on this data: hyper-parameters, architecture, which run to keep. Each run that "
     "looked at the data adds to ε, and only the runs in the ledger are counted.",
@@ -227,12 +236,17 @@ def _facts(
     sensitivity = optimizer.model.sensitivity()
     entries = [
         {
-            "event": event.kind,
-            "noise_multiplier": getattr(event, "noise_multiplier", None),
-            "sample_rate": getattr(getattr(event, "sampling", None), "sample_rate", 1.0),
-            "count": count,
+            "event": line.event.kind,
+            "noise_multiplier": getattr(line.event, "noise_multiplier", None),
+            "sample_rate": (rate := getattr(getattr(line.event, "sampling", None), "sample_rate", 1.0)),
+            "count": line.count,
+            # Whoever claims nothing need not be believed.
+            "drawn": "none" if line.event.kind in _STEPS and rate == 1.0 else line.provenance.sampling or "unknown",
+            "seeded_masks": line.provenance.seeded_masks,
+            "noise": line.provenance.noise or None,
+            "run": line.provenance.run or None,
         }
-        for event, count in optimizer.accountant.ledger
+        for line in optimizer.accountant.ledger.lines
     ]
     accountant = type(optimizer.accountant)
     audits = [] if audit is None else list(audit) if isinstance(audit, (list, tuple)) else [audit]
@@ -249,6 +263,7 @@ def _facts(
             "declared": optimizer.sampling,
             "sample_rate": optimizer.sample_rate,
             "expected_batch_size": optimizer.expected_batch_size,
+            "drawn": {kind: count for kind in _DRAWN if (count := _steps_of(entries, "drawn", kind))},
         },
         "steps": {
             "recorded": sum(entry["count"] for entry in entries if entry["event"] in _STEPS),
@@ -263,6 +278,11 @@ def _facts(
             "allocation": optimizer.allocation,
             "sources": list(optimizer.noise_sources),
             "deviations": optimizer.noise_deviations(),
+        },
+        "weights": {
+            "as_counted": optimizer.weights_are_counted(),
+            "uncounted_changes": optimizer.uncounted_changes,
+            "changed_settings": optimizer.changed_settings(),
         },
         "bounds": {
             "relation": sensitivity.relation,
@@ -286,6 +306,11 @@ def _facts(
             {"kind": type(one).__name__, "passed": getattr(one, "passed", None), "text": str(one)} for one in audits
         ],
     }
+
+
+def _steps_of(entries: Sequence[Mapping[str, Any]], name: str, value: object) -> int:
+    """How many steps have this property."""
+    return sum(entry["count"] for entry in entries if entry["event"] in _STEPS and entry[name] == value)
 
 
 def _number(value: float) -> float | None:
@@ -314,16 +339,60 @@ def _findings(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Itera
             )
         elif name not in _NOISE:
             yield f"The noise came from {name}, which is not a source of this package and was not checked."
-    unsampled = sum(
-        entry["count"] for entry in steps["entries"] if entry["event"] in _STEPS and entry["sample_rate"] == 1.0
-    )
+    entries = steps["entries"]
+    unnamed = sum(entry["count"] for entry in entries if entry["noise"] is None)
+    if unnamed:
+        yield (
+            f"The records of {unnamed} of {sum(entry['count'] for entry in entries)} entries do not say where their "
+            "noise came from: they were made by hand or by an earlier version, and were not checked."
+        )
+    unsampled = sum(entry["count"] for entry in entries if entry["event"] in _STEPS and entry["sample_rate"] == 1.0)
     if unsampled and optimizer.sample_rate < 1.0:
         yield (
             f"{unsampled} of {steps['recorded']} steps were charged without amplification by sampling (q = 1), since "
             "no Poisson draw was announced for them: the ε shown holds, and is larger than it need be."
         )
-    if optimizer.sampling == "poisson" and optimizer.sample_rate < 1.0:
-        yield "Whoever ran the training vouches for Poisson sampling by a sampler of their own; it was not checked."
+    drawn = facts["sampling"]["drawn"]
+    if "seeded" in drawn:
+        yield (
+            f"The batches of {drawn['seeded']} of {steps['recorded']} steps are a function of a seed: whoever learns "
+            "the seed knows who was in which batch, and sampling amplifies nothing for them. Such a run is for "
+            "experiments."
+        )
+    if "vouched" in drawn:
+        yield (
+            "Whoever ran the training vouches for Poisson sampling by a sampler of their own in "
+            f"{drawn['vouched']} of {steps['recorded']} steps; it was not checked."
+        )
+    if "unknown" in drawn:
+        yield (
+            f"The records of {drawn['unknown']} of {steps['recorded']} steps do not say how batches were drawn: they "
+            "were made by hand or by an earlier version, and were not checked."
+        )
+    if masks := _steps_of(entries, "seeded_masks", True):
+        yield (
+            f"Dropout masks and random views of {masks} of {steps['recorded']} steps, if there were any, are a "
+            "function of a seed: for whoever learns it they depend on who else is in a batch, and a sample may change "
+            "those of all others. Such a run is for experiments."
+        )
+    weights = facts["weights"]
+    if not weights["as_counted"]:
+        yield (
+            "The model's weights are not those that the last recorded step left: something else has set or trained "
+            "them since. Unless that read none of the data, the ε shown is not that of these weights."
+        )
+    if weights["uncounted_changes"]:
+        yield (
+            f"Before {weights['uncounted_changes']} of the steps the weights were not those that a step had left: "
+            "something else had set or trained them. Unless that read none of the data, the ε shown is too small."
+        )
+    if weights["changed_settings"]:
+        yield (
+            "Earlier steps were taken under other settings of the model ("
+            + "; ".join(weights["changed_settings"])
+            + "): "
+            "each was charged by its own bounds, and the bounds shown here are the latest."
+        )
     if optimizer.ledger_is_incomplete():
         yield (
             "Another optimizer took private steps on this model that this ledger does not hold: the ε shown is too "
@@ -358,11 +427,10 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
         ),
     )
     q = sampling["sample_rate"]
-    drawn = {
-        "announced": "Poisson: each sample joins each batch by a coin flip of its own; checked where it was charged",
-        "poisson": "Poisson, by a sampler of the user's, not checked",
-        "none": "none claimed: every step is charged as if it read all the data",
-    }[sampling["declared"]]
+    declared = {"poisson": "vouched"}.get(sampling["declared"], sampling["declared"])
+    drawn = "; ".join(
+        f"{_DRAWN[kind]} ({count} of {steps['recorded']} steps)" for kind, count in sampling["drawn"].items()
+    )
     yield Section(
         "How the noise was added",
         (
@@ -370,7 +438,7 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             "noise multiplier: standard deviation over the most that one sample can change the sum.",
         ),
         rows=(
-            ("Sampling", drawn),
+            ("Sampling", drawn or _DRAWN[declared]),
             ("Sample rate q", f"{q:.6g}"),
             ("Expected batch size", f"{sampling['expected_batch_size']:.6g}; the sum is divided by this public number"),
             ("Steps", str(steps["recorded"])),
@@ -384,6 +452,9 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             "–" if entry["noise_multiplier"] is None else f"{entry['noise_multiplier']:.6g}",
             f"{entry['sample_rate']:.6g}",
             str(entry["count"]),
+            entry["drawn"],
+            (entry["noise"] or "unknown").rpartition(".")[2],
+            (entry["run"] or "–")[:8],
         )
         for entry in steps["entries"]
     ]
@@ -391,7 +462,7 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     yield Section(
         "Ledger",
         (f"{more} further lines are in the JSON file.",) if more > 0 else (),
-        header=("event", "noise multiplier", "q charged", "count"),
+        header=("event", "noise multiplier", "q charged", "count", "batches", "source of the noise", "run"),
         rows=tuple(runs[:_SHOWN_RUNS]),
     )
     yield Section(
@@ -405,7 +476,9 @@ def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             "The most that one sample can change each layer's summed gradient, whatever the sample is: certified from "
             f"the network, not measured. All layers together: {_shown(bounds['total'])} ({bounds['relation']}). Where "
             "bounds follow from the weights they change from step to step; these are the latest, and each step was "
-            "charged by its own.",
+            "charged by its own."
+            + " Replacing one unit changes it twice as much at most: the ledger's noise multipliers are relative to "
+            "the bounds shown, and ε counts the factor." * (facts["relation"] == "replace_one"),
         ),
         header=("layer", "type", "input at most", "cotangent at most", "gradient at most"),
         rows=tuple(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
@@ -21,13 +22,15 @@ from accounting import (
     GaussianStep,
     Ledger,
     PrivateSelection,
+    Provenance,
     calibrate_ledger,
     create_accountant,
+    new_run,
 )
 from clipless_dp import distributed
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import noise_source
+from clipless_dp.noise import noise_source, source_name
 from clipless_dp.sampling import Samples
 from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
 
@@ -120,6 +123,8 @@ def private_search(
         ConfigurationError: an argument is out of range, or a candidate has settings that are not :data:`SETTINGS`.
         PrivacyError: a run has spent otherwise than planned: nothing is returned.
         UnreachableTargetError: no noise meets the target.
+        What interrupts a run is raised as it is, with the search's ``accountant`` as its ``private_accountant``: the
+        whole search is paid for.
 
     Guarantee:
         Model, candidate and score are together (``epsilon``, ``delta``)-differentially private under adding or removing
@@ -166,11 +171,12 @@ def private_search(
     assert isinstance(search, PrivateSelection)
     ((choice, _),) = search.trial
     # Before the first run: what fails later has been paid for.
-    accountant.record(search)
+    name = source_name(type(source))
+    accountant.record(search, provenance=Provenance(new_run(), sampling="announced", noise=name))
     best: tuple[float, int, DPLipModel] | None = None
     trained: list[ReferenceType[Tensor]] = []
     # How often something warns, or what a run says of its batches, would tell about the number of runs.
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _paid(accountant):
         warnings.simplefilter("ignore")
         for _ in range(search.quantile(_random.random())):
             index = _random.randrange(len(candidates))
@@ -190,7 +196,7 @@ def private_search(
             *steps, last = choice.alternatives[index]
             if score_noise_multiplier is None:
                 steps.append(last)
-            _require_as_planned(result.optimizer.accountant.ledger, steps)
+            _require_as_planned(result.optimizer.accountant.ledger, steps, name)
             if validation is not None:
                 accuracy, loss = evaluate(model, validation)
                 score = -loss if accuracy is None else accuracy
@@ -207,6 +213,20 @@ def private_search(
         best = -math.inf, index, candidates[index].build()
     score, index, model = best
     return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+
+
+@contextmanager
+def _paid(accountant: Accountant) -> Iterator[None]:
+    """Hands the ledger of the search on with an exception, in place of that of the run which it came from."""
+    try:
+        yield
+    except BaseException as error:
+        # The ledger of one run says too little, and how long it was tells of how many there were.
+        for name in ("private_optimizer", "__notes__"):
+            if hasattr(error, name):
+                delattr(error, name)
+        error.private_accountant = accountant  # type: ignore[attr-defined]
+        raise
 
 
 def _check(candidate: Candidate) -> None:
@@ -243,7 +263,7 @@ def _unit_ledger(settings: Mapping[str, Any], size: int) -> Ledger:
     return planned.ledger
 
 
-def _require_as_planned(spent: Ledger, planned: Sequence[tuple[Any, int]]) -> None:
+def _require_as_planned(spent: Ledger, planned: Sequence[tuple[Any, int]], source: str) -> None:
     as_planned = len(spent.entries) == len(planned) and all(
         count == wanted_count
         and isinstance(event, GaussianStep)
@@ -252,5 +272,8 @@ def _require_as_planned(spent: Ledger, planned: Sequence[tuple[Any, int]]) -> No
         and event.noise_multiplier >= wanted.noise_multiplier * (1.0 - 1e-12)
         for (event, count), (wanted, wanted_count) in zip(spent.entries, planned, strict=True)
     )
-    if not as_planned:
+    of_this_source = all(
+        line.provenance.noise == source and line.provenance.sampling in ("announced", "none") for line in spent.lines
+    )
+    if not (as_planned and of_this_source):
         raise PrivacyError("a run of the search has spent otherwise than planned: what it learned is not released")

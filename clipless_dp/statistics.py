@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accounting import Accountant, GaussianRelease
+from accounting import Accountant, GaussianRelease, Provenance, new_run
 from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
-from clipless_dp.noise import NoiseSource, ReproducibleNoise, SystemNoise, derived_seed, noise_source
+from clipless_dp.noise import NoiseSource, ReproducibleNoise, SystemNoise, derived_seed, noise_source, source_name
 
 _MARGIN = 1.0 + 1e-6
 """Noise is drawn this much larger, so that rounding of sums and factors never makes it smaller than recorded."""
@@ -223,8 +222,8 @@ def private_quantile(
     path = None if file is None else Path(file)
     if path is not None and path.exists():
         return float(_reread(path, settings, accountant)[0])
-    release = _recorded(noise_multiplier, accountant, path)
     source = _started(noise)
+    release = _recorded(noise_multiplier, accountant, path, source)
     draws = source.standard_normal_(torch.empty(_HALVINGS, dtype=torch.float64))
     low, high = math.log(lower), math.log(upper)
     exact = values.detach().double()
@@ -233,7 +232,7 @@ def private_quantile(
         count = int((exact <= math.exp(middle)).sum()) + noise_multiplier * math.sqrt(_HALVINGS) * _MARGIN * draw
         low, high = (middle, high) if count < quantile * size else (low, middle)
     result = torch.tensor(math.exp(0.5 * (low + high)), dtype=torch.float64)
-    _keep(path, result, release, settings)
+    _keep(path, result, release, settings, source)
     return float(result)
 
 
@@ -393,15 +392,15 @@ def private_standardisation(
     if path is not None and path.exists():
         released, release = _reread(path, settings, accountant)
     else:
-        release = _recorded(noise_multiplier, accountant, path)
         source = _started(noise)
+        release = _recorded(noise_multiplier, accountant, path, source)
         caps = 2.0 * _noisy_magnitudes(values, size, lower, upper, part, source)
         sums = torch.zeros(2, columns, dtype=torch.float64, device=values.device)
         for rows in values.detach().split(max(1, _CHUNK // columns)):
             sums += _moment_sums(_capped(rows.double(), caps).nan_to_num(0.0), norm)
         drawn = source.standard_normal_(torch.empty_like(sums))
         released = torch.cat([caps[None], sums + part * _MOMENTS_SENSITIVITY * _MARGIN * drawn])
-        _keep(path, released, release, settings)
+        _keep(path, released, release, settings, source)
     caps, sums = released[0].cpu(), released[1:].cpu()
     return Standardisation(caps, _moments(sums, norm, size, 1, part, release)).to(values.device)
 
@@ -470,7 +469,9 @@ def _moment_sums(values: Tensor, norm: float) -> Tensor:
     return sums
 
 
-def _recorded(noise_multiplier: float, accountant: Accountant, path: Path | None) -> GaussianRelease:
+def _recorded(
+    noise_multiplier: float, accountant: Accountant, path: Path | None, source: NoiseSource
+) -> GaussianRelease:
     """The event of a new release, in the ledger before there is anything to release."""
     if distributed.world().size > 1:
         raise ConfigurationError(
@@ -479,9 +480,13 @@ def _recorded(noise_multiplier: float, accountant: Accountant, path: Path | None
         )
     if path is not None:
         check_writable(path)
-    release = GaussianRelease(noise_multiplier, identity=uuid.uuid4().hex)
-    accountant.record(release)
+    release = GaussianRelease(noise_multiplier, identity=new_run())
+    accountant.record(release, provenance=_provenance(release, source_name(type(source))))
     return release
+
+
+def _provenance(release: GaussianRelease, source: str) -> Provenance:
+    return Provenance(release.identity, sampling="none", noise=source)
 
 
 def _started(noise: NoiseSource | None) -> NoiseSource:
@@ -504,16 +509,20 @@ def _released(
     if path is not None and path.exists():
         return _reread(path, settings, accountant)
     sums = exact()
-    release = _recorded(noise_multiplier, accountant, path)
-    drawn = _started(noise).standard_normal_(torch.empty_like(sums))
+    source = _started(noise)
+    release = _recorded(noise_multiplier, accountant, path, source)
+    drawn = source.standard_normal_(torch.empty_like(sums))
     released = sums + noise_multiplier * sensitivity * _MARGIN * drawn
-    _keep(path, released, release, settings)
+    _keep(path, released, release, settings, source)
     return released, release
 
 
-def _keep(path: Path | None, released: Tensor, release: GaussianRelease, settings: dict[str, object]) -> None:
+def _keep(
+    path: Path | None, released: Tensor, release: GaussianRelease, settings: dict[str, object], source: NoiseSource
+) -> None:
     if path is not None:
-        save_checkpoint(path, {"settings": settings, "released": released.cpu(), "identity": release.identity})
+        kept = {"identity": release.identity, "noise": source_name(type(source))}
+        save_checkpoint(path, {"settings": settings, "released": released.cpu(), **kept})
 
 
 def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
@@ -523,5 +532,6 @@ def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> 
         raise CheckpointError(f"{path} does not hold this statistic: {kept!r} there, {settings!r} here; choose another")
     release = GaussianRelease(float(kept["noise_multiplier"]), identity=str(content["identity"]))
     if all(event != release for event, _ in accountant.ledger):
-        accountant.record(release)
+        # Files of before sources were kept tell none.
+        accountant.record(release, provenance=_provenance(release, str(content.get("noise", ""))))
     return content["released"], release

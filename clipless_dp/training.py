@@ -8,7 +8,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed, lineage, sharding
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.averaging import WeightAverage
@@ -83,7 +83,7 @@ class FitResult:
     """What :func:`fit` has done.
 
     Attributes:
-        epsilon: spent, an upper bound, under add-or-remove-one adjacency.
+        epsilon: spent, an upper bound, under the accountant's neighbouring relation: by default adding or removing one.
         delta: the δ it holds for.
         noise_multiplier: ``σ``; with a noise schedule, what its factors multiply.
         sample_rate: ``q``.
@@ -113,8 +113,9 @@ class FitResult:
         accuracy = self.history[-1].accuracy if self.history else None
         shown = "" if accuracy is None else f"accuracy {100 * accuracy:.2f} %, "
         saved = "" if self.checkpoint is None else f", checkpoint {self.checkpoint}"
+        relation = self.optimizer.accountant.relation.replace("_", "-")
         return (
-            f"{shown}ε = {self.epsilon:.4f} at δ = {self.delta:g} (add-or-remove-one), "
+            f"{shown}ε = {self.epsilon:.4f} at δ = {self.delta:g} ({relation}), "
             f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.6g}, {self.steps} steps{saved}"
         )
 
@@ -211,6 +212,7 @@ def fit(
         scheduler: builds a scheduler from the optimizer and the number of steps, called once a step.
         accountant: ``"prv"``, ``"rdp"`` or ``"auto"``, or an accountant whose ledger holds what was released from the
             data before, by ``clipless_dp.statistics`` say: that counts towards ``epsilon``; the steps are added to it.
+            Its neighbouring relation is that of ``epsilon``: about replacing one sample, the same noise costs more.
         allocation: how noise is shared among parameters, see ``clipless_dp.noise.allocate``.
         validation: public or held-out data whose accuracy (or loss) enters the history.
         dataset_size: public size that fixes ``q`` and the divisor; by default the number of samples, which is
@@ -256,12 +258,17 @@ def fit(
         RankError: the data of the ranks differs (:func:`clipless_dp.persons.require_alike`).
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
+        Whatever interrupts training after a step (what the data set raises, Ctrl-C, ...) leaves weights in ``model``
+        that only the latest ledger counts. It is raised as it is; before that, a checkpoint with that ledger is
+        written, if there is a path, and the exception is given the optimizer as ``private_optimizer``: pass
+        ``accountant=error.private_optimizer.accountant`` to what goes on from these weights, or uses the same data.
 
     Guarantee:
         The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
-        respect to adding or removing one sample of ``dataset``. History and progress show training losses, which
-        are not. Every call starts a ledger of its own, unless it resumes a checkpoint or is given an accountant: calls
-        on the same data compose, and a second one on the same model warns.
+        respect to adding or removing one sample of ``dataset`` (replacing one, if ``accountant`` is about that).
+        History and progress show training losses, which are not. Every call starts a ledger of its own, unless it
+        resumes a checkpoint or is given an accountant: calls on the same data compose, and a second one on the same
+        model warns.
     """
     if sharding.has_shards(model):
         sharding.check_shards(model, model.net.parameters())
@@ -320,6 +327,7 @@ def fit(
         noise=noise,
         budget=(epsilon, delta),
     )
+    private.declare_seeded_masks(reproducible_seed is not None)
     peak = [(float(group["lr"]), group.get("momentum")) for group in private.param_groups]
     schedule = scheduler(private, steps)
     if isinstance(schedule, ReduceLROnPlateau):
@@ -348,6 +356,8 @@ def fit(
             "multiplicity": None if multiplicity == 1 else multiplicity,
             "ema": ema,
             "noise_schedule": factors and [(factor, len(list(run))) for factor, run in groupby(factors)],
+            "relation": private.accountant.relation,
+            "model": lineage.settings_of(model),
         },
         audit=audit,
         augment=augment,
@@ -386,29 +396,30 @@ def fit(
         else PoissonBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
     )
     dropped = int(model.nonfinite_samples)
-    _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
-    dropped = int(distributed.total(model.nonfinite_samples - dropped))
-    if dropped and distributed.world().rank == 0:
-        warnings.warn(
-            f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of range, "
-            "as a label beyond the last class is (this count is for the data's owner only)",
-            UserWarning,
-            stacklevel=3,
+    with _interruptions_counted(run, path):
+        _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
+        dropped = int(distributed.total(model.nonfinite_samples - dropped))
+        if dropped and distributed.world().rank == 0:
+            warnings.warn(
+                f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of "
+                "range, as a label beyond the last class is (this count is for the data's owner only)",
+                UserWarning,
+                stacklevel=3,
+            )
+        last_weights = None if average is None else average.apply_()
+        return FitResult(
+            epsilon=private.get_epsilon(delta),
+            delta=delta,
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            steps=private.steps_taken,
+            optimizer=private,
+            history=run.history,
+            audits=run.audits,
+            checkpoint=path if distributed.from_first(lambda: run.saved) else None,
+            micro_batch_size=micro_batch_size,
+            last_weights=last_weights,
         )
-    last_weights = None if average is None else average.apply_()
-    return FitResult(
-        epsilon=private.get_epsilon(delta),
-        delta=delta,
-        noise_multiplier=noise_multiplier,
-        sample_rate=sample_rate,
-        steps=private.steps_taken,
-        optimizer=private,
-        history=run.history,
-        audits=run.audits,
-        checkpoint=path if distributed.from_first(lambda: run.saved) else None,
-        micro_batch_size=micro_batch_size,
-        last_weights=last_weights,
-    )
 
 
 def _base(optimizer: OptimizerFactory | str, parameters: list[nn.Parameter], lr: float, momentum: float) -> Optimizer:
@@ -468,6 +479,12 @@ def _found(path: Path) -> bool:
     return path.exists()
 
 
+_FORMAT_WITH_MODEL = 3
+"""The first format of checkpoints that tells by which caps, loss and layers the run was bounded."""
+
+_SHOWN_DIFFERENCES = 6
+
+
 @dataclass
 class _Run:
     """Everything that a checkpoint must hold to go on."""
@@ -488,6 +505,7 @@ class _Run:
     audits: list[SensitivityAudit] = field(default_factory=list)
     saved: bool = False
     saved_step: int = -1
+    saved_events: int = -1
     seen: tuple[int, ...] | None = None
     loss: BatchLoss = field(init=False)
 
@@ -545,6 +563,7 @@ class _Run:
         try:
             save_checkpoint(path, content)
             self.saved, self.saved_step, self.seen = True, self.step, identity(path)
+            self.saved_events = len(self.optimizer.accountant)
         except CheckpointError as error:
             # What was learned and paid for is in memory still.
             self.saved = False
@@ -563,11 +582,12 @@ class _Run:
             content = distributed.from_first(lambda: load_checkpoint(path, device), device)
         settings = content.get("settings")
         settings = settings if isinstance(settings, dict) else {}
-        differing = {
-            name: (settings.get(name), value) for name, value in self.settings.items() if settings.get(name) != value
-        }
+        if content["format"] < _FORMAT_WITH_MODEL:
+            settings = {**{name: self.settings[name] for name in ("relation", "model")}, **settings}
+        differing = lineage.differences({name: settings.get(name) for name in self.settings}, self.settings)
         if differing:
-            listed = ", ".join(f"{name}: {old!r} there, {new!r} here" for name, (old, new) in differing.items())
+            more = len(differing) - _SHOWN_DIFFERENCES
+            listed = ", ".join(differing[:_SHOWN_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
             raise CheckpointError(f"{path} belongs to a run with other settings ({listed}); choose another file")
         try:
             # The ledger first: weights without it would be free to train on.
@@ -580,7 +600,7 @@ class _Run:
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
-        self.saved = True
+        self.saved, self.saved_step, self.saved_events = True, self.step, len(self.optimizer.accountant)
 
     def _parameter_of(self, place: tuple[Any, ...]) -> Tensor | None:
         """The parameter that a tensor of a checkpoint belongs to, given the keys that lead to it."""
@@ -714,6 +734,43 @@ def _micro_batch_size(run: _Run, budget: float, shown: tuple[Tensor, Tensor], us
             f"of {usual} rows, and memory_budget is {budget:.4g}: raise it, or choose a smaller batch_size or network"
         )
     return math.ceil(usual / math.ceil(usual / fits))
+
+
+@contextmanager
+def _interruptions_counted(run: _Run, path: Path | None) -> Iterator[None]:
+    """Lets no exception leave steps behind that no ledger in reach counts, and never hides it."""
+    before = len(run.optimizer.accountant)
+    try:
+        yield
+    except BaseException as error:
+        events = len(run.optimizer.accountant)
+        if events == before:
+            raise
+        with _deferred_interrupt():
+            saved = run.saved_events == events
+            # Ranks that hold parts write together, and others may be gone.
+            if path is not None and not saved and not sharding.has_shards(run.model):
+                # Warnings may be errors too.
+                with suppress(BaseException):
+                    run.save(path)
+                saved = run.saved_events == events
+                if not saved and distributed.world().rank == 0:
+                    with suppress(Warning):
+                        warnings.warn(
+                            f"training was interrupted at step {run.step}, and {path} could not be written: its ledger "
+                            "lacks steps that the model's weights have taken",
+                            UserWarning,
+                            stacklevel=5,
+                        )
+            error.private_optimizer = run.optimizer  # type: ignore[attr-defined]
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(
+                    f"clipless_dp: {run.step} private steps were taken. "
+                    + (f"{path} counts them. " if path is not None and saved else "No file counts all of them. ")
+                    + "The ledger is this exception's private_optimizer.accountant: what goes on from these weights, "
+                    "or uses the same data, composes with it"
+                )
+        raise
 
 
 def _train(

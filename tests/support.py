@@ -35,14 +35,14 @@ def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def power_cut(step: int) -> Iterator[None]:
+def power_cut(step: int) -> Iterator[pytest.ExceptionInfo[RuntimeError]]:
     """Lets ``fit`` fail before a step, and expects that it does."""
 
     def cut() -> None:
         raise RuntimeError("power cut")
 
-    with _happening_at(step, cut), pytest.raises(RuntimeError, match="power cut"):
-        yield
+    with _happening_at(step, cut), pytest.raises(RuntimeError, match="power cut") as failure:
+        yield failure
 
 
 @contextmanager

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import subprocess
 import sys
+import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from accounting import Ledger, create_accountant
 from clipless_dp import (
     BudgetExhaustedError,
     CheckpointError,
+    CliplessDPOptimizer,
     CliplessDPSGD,
     ConfigurationError,
+    DPLipModel,
     PoissonBatches,
     PrivacyError,
     fit,
@@ -24,8 +30,10 @@ from clipless_dp import (
 from clipless_dp import checkpoint as checkpoint_module
 from clipless_dp import training as training_module
 from clipless_dp.checkpoint import discard_partial, load_checkpoint, save_checkpoint
+from clipless_dp.noise import SystemNoise
+from clipless_dp.search import Candidate, private_search
 
-from .support import gated_model, samples
+from .support import gated_model, power_cut, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 3, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 SCRIPT = Path(__file__).with_name("kill_runs.py")
@@ -292,3 +300,157 @@ def test_a_state_whose_ledger_holds_fewer_steps_than_were_taken_is_refused_and_n
     with pytest.raises(ConfigurationError, match="altered"):
         other.load_state_dict(altered)
     assert len(other.accountant) == 1
+
+
+QUICK = {**RUN, "noise_multiplier": 2.0, "epochs": 2}
+"""Twelve steps, six an epoch, without calibration."""
+
+
+class Failing(torch.utils.data.Dataset):
+    """A data set that cannot be read any more after so many samples."""
+
+    def __init__(self, allowed, error):
+        self.inputs, self.targets = samples(300)
+        self.allowed, self.error = allowed, error
+
+    def __len__(self):
+        return 300
+
+    def __getitem__(self, index):
+        self.allowed -= 1
+        if self.allowed < 0:
+            raise self.error
+        return self.inputs[index], self.targets[index]
+
+
+class Fault(Exception):
+    pass
+
+
+def counted(path):
+    return load_checkpoint(path)["optimizer"]["clipless_dp"]["steps_taken"]
+
+
+@pytest.mark.parametrize(
+    "error", [Fault("unreadable"), KeyboardInterrupt(), SystemExit(3)], ids=lambda e: type(e).__name__
+)
+def test_an_error_of_the_data_set_is_raised_as_it_is_and_every_step_before_it_is_counted(tmp_path, error):
+    path, model = tmp_path / "run.pt", gated_model()
+    with pytest.raises(type(error)) as raised:
+        fit(model, Failing(400, error), checkpoint=path, **QUICK)
+    assert raised.value is error
+    optimizer = error.private_optimizer
+    assert 6 < optimizer.steps_taken < 12, "within the second epoch, after whose first there is a checkpoint"
+    assert counted(path) == len(optimizer.accountant) == optimizer.steps_taken
+    saved = load_checkpoint(path)["model"]
+    assert all(torch.equal(value, saved[name]) for name, value in model.net.state_dict().items())
+    result = fit(gated_model(), samples(300), checkpoint=path, **QUICK)
+    assert (result.steps, len(result.optimizer.accountant)) == (12, 12)
+    assert not result.optimizer.uncounted_changes
+
+
+def test_without_a_checkpoint_the_ledger_of_an_interrupted_run_goes_with_the_exception():
+    model = gated_model()
+    with power_cut(4) as raised:
+        fit(model, samples(300), **QUICK)
+    former = raised.value.private_optimizer
+    assert former.accountant.history == [(2.0, 50 / 300, 4)]
+    if hasattr(raised.value, "__notes__"):
+        assert "4 private steps were taken. No file counts all of them." in raised.value.__notes__[0]
+    result = fit(model, samples(300), **{**QUICK, "accountant": former.accountant})
+    assert len(result.optimizer.accountant) == 16
+    assert not result.optimizer.ledger_is_incomplete()
+
+
+def test_an_error_before_the_first_step_leaves_nothing_behind(tmp_path):
+    with power_cut(0) as raised:
+        fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", **QUICK)
+    assert not hasattr(raised.value, "private_optimizer")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", ["update", "projection", "schedule", "noise", "pass"])
+def test_a_step_that_fails_in_the_middle_is_counted_as_soon_as_its_noise_may_be_out(tmp_path, monkeypatch, place):
+    path, taken = tmp_path / "run.pt", []
+
+    def failing(honest, *before):
+        def call(*arguments, **options):
+            taken.append(1)
+            if len(taken) == 3:
+                raise Fault(place)
+            return honest(*arguments, **options)
+
+        return call
+
+    target, name = {
+        "update": (torch.optim.SGD, "step"),
+        "projection": (DPLipModel, "project_"),
+        "schedule": (torch.optim.lr_scheduler.LambdaLR, "step"),
+        "noise": (SystemNoise, "begin_step"),
+        "pass": (CliplessDPOptimizer, "accumulate"),
+    }[place]
+    monkeypatch.setattr(target, name, failing(getattr(target, name)))
+    with pytest.raises(Fault) as raised:
+        fit(gated_model(), samples(300), checkpoint=path, **QUICK)
+    monkeypatch.undo()
+    # A scheduler steps once when it is made, too.
+    expected = {"pass": 2, "schedule": 2}.get(place, 3)
+    ledger = load_checkpoint(path)["optimizer"]["clipless_dp"]["accountant"]["ledger"]
+    assert len(Ledger.from_state_dict(ledger)) == len(raised.value.private_optimizer.accountant) == expected
+    result = fit(gated_model(), samples(300), checkpoint=path, **QUICK)
+    # Without its noise a step was charged and not taken.
+    assert len(result.optimizer.accountant) == 12 + (place == "noise")
+    assert not result.optimizer.uncounted_changes
+
+
+def full(descriptor):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["warnings", "warnings are errors"])
+def test_a_full_disk_does_not_hide_the_error_that_interrupted_training(tmp_path, monkeypatch, strict):
+    path, honest = tmp_path / "run.pt", os.fsync
+    monkeypatch.setattr(checkpoint_module.os, "fsync", lambda file: honest(file) if not path.exists() else full(file))
+    with warnings.catch_warnings(record=not strict) as seen, power_cut(8) as raised:
+        warnings.simplefilter("error" if strict else "always")
+        fit(gated_model(), samples(300), checkpoint=path, **QUICK)
+    assert counted(path) == 6
+    assert raised.value.private_optimizer.steps_taken == 8
+    if not strict:
+        assert any("interrupted at step 8" in str(warning.message) for warning in seen)
+
+
+def test_an_interrupted_run_leaves_a_checkpoint_of_another_process_alone(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+
+    honest = training_module._step
+
+    def step_or_fault(run, *rest):
+        if run.step == 8:
+            save_checkpoint(path, {"another": "run"})
+            raise Fault
+        return honest(run, *rest)
+
+    monkeypatch.setattr(training_module, "_step", step_or_fault)
+    with pytest.warns(UserWarning, match="could not be written"), pytest.raises(Fault) as raised:
+        fit(gated_model(), samples(300), checkpoint=path, **QUICK)
+    assert load_checkpoint(path)["another"] == "run"
+    assert len(raised.value.private_optimizer.accountant) == 8
+
+
+def test_mutant_caught_an_interrupted_run_that_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(training_module, "_interruptions_counted", lambda run, path: nullcontext())
+    with pytest.raises((AssertionError, AttributeError)):
+        test_an_error_of_the_data_set_is_raised_as_it_is_and_every_step_before_it_is_counted(tmp_path, Fault())
+
+
+def test_an_interrupted_search_hands_on_its_own_ledger(monkeypatch):
+    accountant = create_accountant("rdp")
+    candidate = Candidate(gated_model, {"epochs": 1, "batch_size": 50})
+    settings = {"epsilon": 4.0, "delta": 1e-3, "mean_runs": 2.0, "validation": samples(20), "accountant": accountant}
+    with power_cut(3) as raised:
+        private_search([candidate], samples(300), **settings)
+    assert raised.value.private_accountant is accountant
+    assert len(accountant) == 1
+    assert not hasattr(raised.value, "private_optimizer")
+    assert not getattr(raised.value, "__notes__", [])

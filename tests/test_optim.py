@@ -699,7 +699,7 @@ def test_two_continuations_of_one_state_are_both_counted():
     assert len(first.accountant) >= 3
 
 
-@pytest.mark.parametrize("damage", ["steps_taken", "accountant", "counted"])
+@pytest.mark.parametrize("damage", ["steps_taken", "accountant", "noise"])
 def test_an_incomplete_ledger_is_refused_and_the_own_one_kept(damage):
     optimizer = sgd(gated_model())
     optimizer.step()

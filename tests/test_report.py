@@ -84,7 +84,12 @@ def test_the_json_suffices_to_compute_epsilon_again():
     assert all(0.9 * point["epsilon"] < point["lower"] <= point["epsilon"] for point in curve)
     assert curve == sorted(curve, key=lambda point: point["epsilon"])
     assert facts["steps"]["recorded"] == 5
-    assert facts["sampling"] == {"declared": "announced", "sample_rate": 0.1, "expected_batch_size": 50.0}
+    assert facts["sampling"] == {
+        "declared": "announced",
+        "sample_rate": 0.1,
+        "expected_batch_size": 50.0,
+        "drawn": {"announced": 5},
+    }
 
 
 def test_bounds_and_noise_of_every_parameter_are_stated_and_amount_to_the_noise_multiplier():
@@ -188,9 +193,9 @@ def test_a_ledger_that_lacks_another_optimizers_steps_is_a_finding():
     trained(model=model)
     with pytest.warns(PrivacyWarning, match="another optimizer"):
         second = trained(model=model)
-    assert report(second).findings == []
-    first_only = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.5, sample_rate=0.1, dataset_size=500)
-    assert any("too small" in text for text in report(first_only).findings)
+    third = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.5, sample_rate=0.1, dataset_size=500)
+    for optimizer in (second, third):
+        assert any("too small" in text for text in report(optimizer).findings)
 
 
 def test_reproducible_noise_stays_in_the_statement_of_a_run_that_went_on_without():
@@ -214,8 +219,9 @@ def test_one_off_releases_in_the_ledger_are_listed_beside_the_steps():
     statement = report(optimizer)
     assert statement.facts["steps"]["recorded"] == 5
     assert "| gaussian release | 5 | 1 | 1 |" in statement.to_markdown()
-    assert "| gaussian step | 1.5 | 0.1 | 5 |" in statement.to_markdown()
-    assert statement.findings == []
+    assert "| gaussian step | 1.5 | 0.1 | 5 | announced | SystemNoise |" in statement.to_markdown()
+    (finding,) = statement.findings
+    assert "1 of 6 entries do not say where their noise came from" in finding
 
 
 def test_a_delta_out_of_range_is_refused():

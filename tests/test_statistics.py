@@ -148,7 +148,7 @@ def test_every_statistic_is_recorded_once_and_training_is_calibrated_on_top():
 
 
 def test_a_statistic_that_is_not_charged_is_caught(monkeypatch):
-    monkeypatch.setattr(PRVAccountant, "record", lambda self, event, count=1: None)
+    monkeypatch.setattr(PRVAccountant, "record", lambda self, event, count=1, *, provenance=None: None)
     with pytest.raises(AssertionError):
         test_every_statistic_is_recorded_once_and_training_is_calibrated_on_top()
 

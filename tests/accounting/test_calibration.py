@@ -16,6 +16,7 @@ from accounting import (
     InvalidParameterError,
     Ledger,
     PoissonSampling,
+    Provenance,
     UnreachableTargetError,
     calibrate_ledger,
     calibrate_noise_multiplier,
@@ -134,6 +135,14 @@ def test_the_command_line_answers_steps_curves_and_ledgers(capsys, tmp_path):
     assert status == 0
     assert "gaussian_step" in out
     assert "engine" in out
+    both = Ledger()
+    both.append(GaussianStep(1.0, PoissonSampling(0.01)), 10, Provenance("a"))
+    both.append(GaussianStep(1.0, PoissonSampling(0.01)), 5, Provenance("b"))
+    both.save(tmp_path / "both.json")
+    files = [str(tmp_path / name) for name in ("ledger.json", "both.json", "both.json")]
+    status, out, _ = run(capsys, "explain", *files, "--delta", "1e-5")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines() if "gaussian_step" in line] == ["10", "10", "5"]
 
 
 def test_the_command_line_says_what_is_wrong(capsys, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
+import pickle
 import warnings
 
 import pytest
@@ -20,10 +22,12 @@ from accounting import (
     LargeDeltaWarning,
     Ledger,
     LedgerFormatError,
+    Line,
     NoSampling,
     PoissonSampling,
     PrivacyBound,
     PrivateSelection,
+    Provenance,
     PRVAccountant,
     RDPAccountant,
     ShuffledEpoch,
@@ -138,6 +142,105 @@ def test_merging_is_sequential_composition():
     assert first.entries == [(STEP, 3)]
     with pytest.raises(InvalidParameterError, match="merged"):
         first.merge(Ledger(REPLACE_ONE))
+
+
+ONE, TWO = Provenance("one", "announced", "some.Noise"), Provenance("two", "vouched", "other.Noise")
+
+
+def ledger_of(*lines):
+    ledger = Ledger()
+    for line in lines:
+        ledger.append(*line)
+    return ledger
+
+
+def test_of_a_run_in_both_ledgers_the_longer_record_is_taken_and_all_else_added():
+    release = GaussianRelease(5.0, identity="a")
+    early = ledger_of((STEP, 3, ONE), (release, 1), (LaplaceRelease(1.0), 1))
+    late = ledger_of((STEP, 3, ONE), (STEP, 2, TWO), (STEP, 4, ONE), (release, 1, TWO), (LaplaceRelease(1.0), 1))
+    for merged in (early.merge(late), late.merge(early)):
+        assert merged.runs == {"one": 7, "two": 2, "release a": 1}
+        assert len(merged) == 7 + 2 + 1 + 2
+        assert merged.starts_with(early) == (merged == early.merge(late))
+        assert len(merged.merge(early)) == len(merged) + 1, "what has no identity is added again"
+
+
+def test_equal_events_of_different_runs_are_kept_apart_and_counted_together():
+    ledger = ledger_of((STEP, 3, ONE), (STEP, 2, TWO), (STEP, 1, TWO), (STEP, 1))
+    assert ledger.lines == [Line(STEP, 3, ONE), Line(STEP, 3, TWO), Line(STEP, 1)]
+    assert ledger.entries == [(STEP, 7)]
+    assert ledger.history() == [(1.0, 0.01, 7)]
+    assert [ledger.count(run) for run in ("one", "two", "", "three")] == [3, 3, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ([(STEP, 3, ONE), (LaplaceRelease(1.0), 1, ONE)], [(STEP, 3, ONE), (LaplaceRelease(2.0), 1, ONE)]),
+        ([(STEP, 3, ONE), (LaplaceRelease(1.0), 1, ONE)], [(STEP, 4, ONE)]),
+        ([(GaussianRelease(1.0, "a"), 1)], [(GaussianRelease(2.0, "a"), 1)]),
+        ([(STEP, 3, ONE)], [(STEP, 3, Provenance("one", "vouched"))]),
+    ],
+    ids=["other events", "neither is longer", "a release of two kinds", "another provenance"],
+)
+def test_records_of_one_run_of_which_neither_begins_the_other_are_both_counted(first, second):
+    one, two = ledger_of(*first), ledger_of(*second)
+    for merged in (one.merge(two), two.merge(one)):
+        assert len(merged) == len(one) + len(two)
+
+
+def test_a_plan_that_is_made_from_a_ledger_is_no_part_of_it():
+    ledger = ledger_of((STEP, 3, ONE))
+    assert len(ledger.merge(ledger)) == 3
+    assert len(ledger.merge(ledger.scaled(1.0))) == 6
+
+
+def test_provenance_is_stored_and_what_is_none_is_refused():
+    ledger = ledger_of((STEP, 3, ONE), (STEP, 1), (LaplaceRelease(2.0), 1, Provenance("x", "none", "y", True)))
+    for again in (Ledger.from_json(ledger.to_json()), pickle.loads(pickle.dumps(ledger)), copy.deepcopy(ledger)):
+        assert again == ledger
+        assert again.runs == ledger.runs
+        assert len(again) == 5
+    for wrong in (1, {"run": 3}, {"sampling": "guessed"}, {"unknown": ""}, {"seeded_masks": "no"}):
+        state = ledger.state_dict()
+        state["entries"][0]["provenance"] = wrong
+        with pytest.raises(LedgerFormatError):
+            Ledger.from_state_dict(state)
+    former = Ledger.__new__(Ledger)
+    former.__setstate__({"relation": ADD_OR_REMOVE_ONE, "_entries": [(STEP, 3)]})
+    assert former.entries == [(STEP, 3)]
+
+
+def test_what_an_accountant_records_by_itself_is_known_again_and_a_copy_goes_on_under_its_own_name():
+    accountant = PRVAccountant(dataset_size=10)
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01, steps=3)
+    before = copy.deepcopy(accountant.ledger)
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01)
+    assert len(accountant.ledger.merge(before)) == 4
+    for other in (copy.copy(accountant), copy.deepcopy(accountant), pickle.loads(pickle.dumps(accountant))):
+        other.ledger = other.ledger.copy()
+        other.step(noise_multiplier=1.0, sample_rate=0.01)
+        assert other.dataset_size == 10
+        accountant.step(noise_multiplier=1.0, sample_rate=0.01)
+        # Four and one here, what was taken meanwhile there.
+        assert len(accountant.ledger.merge(other.ledger)) == len(accountant) + 1
+    accountant.load_state_dict({"format": "accounting.ledger", **before.state_dict()})
+    accountant.step(noise_multiplier=1.0, sample_rate=0.01)
+    assert len(accountant.ledger.runs) == 2
+
+
+def test_pickles_of_accountants_of_before_they_had_an_identity_load():
+    ledger = ledger_of((STEP, 3))
+    former = PRVAccountant.__new__(PRVAccountant)
+    former.__setstate__({"ledger": ledger, "dataset_size": 7})
+    former.step(noise_multiplier=1.0, sample_rate=0.01)
+    assert (len(former), former.dataset_size, former.relation) == (4, 7, ADD_OR_REMOVE_ONE)
+
+
+def test_the_table_names_runs_and_sources_where_they_are_known():
+    assert "drawn" not in ledger_of((STEP, 1)).table()
+    *_, last = ledger_of((STEP, 1, ONE), (STEP, 1, TWO)).table().splitlines()
+    assert last.split() == ["1", "gaussian_step", "1", "poisson", "q=0.01", "vouched", "Noise", "two"]
 
 
 def test_the_table_names_every_line():
