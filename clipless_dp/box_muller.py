@@ -1,9 +1,9 @@
 """Standard normal numbers from random words, whose tail does not end where those of usual samplers do.
 
-torch's own samplers take one word for a radius: of 32 bits on CUDA devices, which ends at 6.7 standard deviations, or of
+torch's own samplers take one word for a radius: of 32 bits on CUDA devices, which ends at 6.8 standard deviations, or of
 53 in float64, which ends at 8.6. An output beyond the end tells a sample from its absence whatever ε says: the missing
-mass belongs to δ. Here a radius has further words where the first one leaves the tail open. On the CPU, torch also draws
-one number after the other, whatever the number of threads; here all but the words is element by element.
+mass belongs to δ. Here the tail is drawn apart, with as many bits as it needs. On the CPU, torch also draws one number
+after the other, whatever the number of threads; here all but the words is element by element.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -19,90 +20,100 @@ from torch import Tensor
 Words = Callable[[Tensor], None]
 """Fills an int32 tensor of one dimension, without gaps, with random bits."""
 
-_HALF_STEP = torch.tensor(2.0**-33, dtype=torch.float32, device="cpu")
-_REFINED = 256
-"""First words below this, of the tail beyond 5.8 standard deviations, get further ones: one draw in 2²⁴."""
-_FURTHER = 4
-"""Words that refine a first one."""
-_POSITIVE = (1 << 63) - 1
-_SMALLEST = 2.0**-126
-"""The least normal number of float32: some devices take smaller ones for zero, whose logarithm is not finite."""
+_TAIL = 2.0**-24
+"""Share of the pairs whose radius is drawn apart: those beyond 5.77. Few, as each costs some operations; and enough for
+the 2⁸ radii of 32 bits next to them to be as good as a continuum."""
+_TAIL_WORDS = 4
+"""For the place of a radius in the tail."""
 _ZEROS = bytes(1 << 18)
 _CIPHER_BLOCK = 16
 
 
-def fill_normal_(out: Tensor, words: Words) -> Tensor:
-    """Fills a tensor with independent standard normal numbers, by pairs.
+class NormalNumbers:
+    """Independent standard normal numbers: ``√(-2 ln u)·cos θ`` and ``√(-2 ln u)·sin θ`` for pairs of words.
 
-    They are ``√(-2 ln u)·cos θ`` and ``√(-2 ln u)·sin θ`` for independent ``u`` in (0, 1) and ``θ``. Float32 numbers on
-    the CPU take 32 bits for each: ``u = (k + v)/2³²``, where ``v`` is ½ for ``k ≥ 256``, and else has 128 further bits:
-    none exceeds 14.9 in absolute value, which an ideal one does with probability 10⁻⁵⁰. Others take 126 bits for ``u``,
-    63 for ``θ``, and never look at a number: none exceeds 13.2 (float64: 13.2 too), ideally 10⁻³⁹. Beyond any ``t`` below
-    12 lies the mass of a Gaussian's tail to one part in 250. The numbers do not depend on how many threads compute them.
+    With probability ``p = 2⁻²⁴`` a pair is one of the tail: ``u = pv``, where ``v`` has 128 bits. Else
+    ``u = p + (1-p)(k+½)/2ᵇ`` for a word ``k``, of 32 bits for float32 on the CPU, 31 on other devices, 63 for float64.
+    How many pairs come before the next one of the tail is a geometric number, drawn in advance: no number is ever looked
+    at, which would cost a pass over the memory, and on devices a wait.
+
+    No number exceeds 14.5 in absolute value, which an ideal one does with probability 10⁻⁴⁷. Below that, the mass beyond
+    any ``t`` is a Gaussian's to one part in 500. The numbers do not depend on how many threads compute them.
 
     Args:
-        out: floating-point numbers of any shape, dtype and device; of fewer bits than float32's they are rounded.
-        words: where the random bits come from, on the tensor's device.
+        words: where the bits of usual pairs come from, on the device of the tensors to fill.
+        tail_words: where those of the tail come from, on the CPU; by default ``words``.
 
     Source:
         Box and Muller 1958, "A note on the generation of random normal deviates".
     """
-    if not out.is_contiguous() or out.dtype not in (torch.float32, torch.float64):
-        dtype = out.dtype if out.dtype == torch.float64 else torch.float32
-        return out.copy_(fill_normal_(torch.empty(out.shape, dtype=dtype, device=out.device), words))
-    flat = out.view(-1)
-    count = len(flat)
-    if count % 2:
-        flat.copy_(fill_normal_(flat.new_empty(count + 1), words)[:count])
+
+    def __init__(self, words: Words, tail_words: Words | None = None) -> None:
+        self._words = words
+        self._tail_words = words if tail_words is None else tail_words
+        self._ahead = self._pairs_between()
+
+    def fill_(self, out: Tensor) -> Tensor:
+        """Fills a tensor of any floating-point dtype; where that has fewer bits than float32, numbers are rounded."""
+        if not (out.is_contiguous() and out.dtype in (torch.float32, torch.float64)):
+            dtype = out.dtype if out.dtype == torch.float64 else torch.float32
+            return out.copy_(self.fill_(torch.empty(out.shape, dtype=dtype, device=out.device)))
+        flat = out.view(-1)
+        count = len(flat)
+        if count % 2:
+            flat.copy_(self.fill_(flat.new_empty(count + 1))[:count])
+            return out
+        # All in the memory of the result, but for the cosines: the integers become floats where they are.
+        self._words(flat.view(torch.int32))
+        pairs = count // 2
+        radius, angle = flat.view(2, pairs)
+        step, offset = _scale(_uniform_(radius), _TAIL)
+        torch.add(offset, radius, alpha=step, out=radius).log_().mul_(-2.0).sqrt_()
+        while self._ahead < pairs:
+            radius[self._ahead] = math.sqrt(-2.0 * math.log(_TAIL * self._uniform(_TAIL_WORDS)))
+            self._ahead += 1 + self._pairs_between()
+        self._ahead -= pairs
+        integers, turn = (torch.int64, 2.0**-63) if out.dtype == torch.float64 else (torch.int32, 2.0**-31)
+        cosine = torch.cos(angle.copy_(angle.view(integers)).mul_(math.pi * turn))
+        angle.sin_().mul_(radius)
+        radius.mul_(cosine)
         return out
-    if out.device.type == "cpu" and out.dtype == torch.float32:
-        _fill_looking_(flat, words)
-    elif count:
-        _fill_blindly_(flat, words)
-    return out
+
+    def _pairs_between(self) -> int:
+        """How many pairs come before the next one of the tail: ``P(n) = p(1-p)ⁿ``, by inversion."""
+        return int(math.log1p(-min(self._uniform(2), 1.0 - 2.0**-53)) / math.log1p(-_TAIL))
+
+    def _uniform(self, count: int) -> float:
+        """``(k + ½)/2³²ⁿ`` for an integer of ``n`` words, the first one of which is the most significant."""
+        drawn = torch.empty(count, dtype=torch.int32)
+        self._tail_words(drawn)
+        value = 0.5
+        for word in reversed(drawn.tolist()):
+            value = (value + word % 2**32) * 2.0**-32
+        return value
 
 
-def _fill_looking_(flat: Tensor, words: Words) -> None:
-    """A word for each number; the rare ones that end in the tail draw further ones."""
-    # All in the memory of the result, but for the cosines: the integers become floats where they are.
-    words(flat.view(torch.int32))
-    radius, angle = flat.view(2, -1)
-    radius.copy_(radius.view(torch.uint32))
-    tail = None
-    if len(radius) and radius.numpy().min() < _REFINED:
-        (rare,) = torch.nonzero(radius < _REFINED, as_tuple=True)
-        tail = rare, _refined_radii(radius[rare], words)
-    torch.add(_HALF_STEP, radius, alpha=2.0**-32, out=radius).log_().mul_(-2.0).sqrt_()
-    if tail is not None:
-        radius[tail[0]] = tail[1]
-    cosine = torch.cos(angle.copy_(angle.view(torch.int32)).mul_(math.pi * 2.0**-31))
-    angle.sin_().mul_(radius)
-    radius.mul_(cosine)
+@lru_cache
+def _scale(bits: int, tail: float) -> tuple[float, Tensor]:
+    """``(1-p)/2ᵇ`` and ``p + ½(1-p)/2ᵇ``; the second as a tensor, which takes 12 µs to make."""
+    step = (1.0 - tail) * 2.0**-bits
+    return step, torch.tensor(tail + 0.5 * step, dtype=torch.float64 if bits == 63 else torch.float32, device="cpu")
 
 
-def _refined_radii(first: Tensor, words: Words) -> Tensor:
-    """``√(-2 ln u)`` with ``u = (k + v)/2³²`` for first words ``k``, and further ones for ``v``."""
-    further = torch.empty(_FURTHER * len(first), dtype=torch.int32)
-    words(further)
-    fraction = torch.full((len(first),), 0.5, dtype=torch.float64)
-    for word in further.view(_FURTHER, -1):
-        fraction.add_(word.view(torch.uint32)).mul_(2.0**-32)
-    # In float64, as float32 ends before.
-    return fraction.add_(first).mul_(2.0**-32).log_().mul_(-2.0).sqrt_().float()
+def _has_unsigned_integers(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
-def _fill_blindly_(flat: Tensor, words: Words) -> None:
-    """Three words of 63 bits for each pair, whatever they are: on other devices, to look means to wait."""
-    pairs = len(flat) // 2
-    bits = torch.empty(3, pairs, dtype=torch.int64, device=flat.device)
-    words(bits.view(-1).view(torch.int32))
-    first, second = bits[:2].bitwise_and_(_POSITIVE)
-    radius, angle = flat.view(2, pairs)
-    radius.copy_(second).add_(0.5).mul_(2.0**-63).add_(first).mul_(2.0**-63)
-    radius.clamp_(min=_SMALLEST).log_().mul_(-2.0).sqrt_()
-    cosine = torch.cos(angle.copy_(bits[2]).mul_(math.pi * 2.0**-63))
-    angle.sin_().mul_(radius)
-    radius.mul_(cosine)
+def _uniform_(radius: Tensor) -> int:
+    """Turns words into the uniform integers that they hold, as floats, in place; of how many bits these are."""
+    if radius.dtype == torch.float64:
+        radius.copy_(radius.view(torch.int64).bitwise_and_((1 << 63) - 1))
+        return 63
+    if _has_unsigned_integers(radius.device):
+        radius.copy_(radius.view(torch.uint32))
+        return 32
+    radius.copy_(radius.view(torch.int32).bitwise_and_((1 << 31) - 1))
+    return 31
 
 
 def system_words() -> Words:
@@ -140,8 +151,13 @@ def generator_words(generator: torch.Generator) -> Words:
 
     def words(out: Tensor) -> None:
         count = len(out)
-        drawn = torch.empty((count + 1) // 2, dtype=torch.int64, device=out.device)
-        out.copy_(drawn.random_(-(1 << 63), None, generator=generator).view(torch.int32)[:count])
+        if count % 2 or out.storage_offset() % 2:
+            room = out.new_empty(count + count % 2)
+            words(room)
+            out.copy_(room[:count])
+        else:
+            # From and to None: all of the 64 bits.
+            out.view(torch.int64).random_(-(1 << 63), None, generator=generator)
 
     return words
 

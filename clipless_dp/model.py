@@ -64,12 +64,8 @@ class DPLipModel(nn.Module):
 
     Attributes:
         net: the user's network.
-        nonfinite_samples: how many samples :meth:`loss` has dropped because input, target or loss was not finite
-            or out of range: an int64 tensor, for the data's owner only (it is not protected by noise).
         changes: how often the settings of layers (a dropout rate, a gate's value) were found changed.
     """
-
-    nonfinite_samples: Tensor
 
     def __init__(
         self,
@@ -99,7 +95,7 @@ class DPLipModel(nn.Module):
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         device, dtype = parameter_device_and_dtype(net)
-        self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
         self._trace(device, dtype)
         self._constraints = assign(constraint, self._tracker.operators)
         self.changes = 0
@@ -221,11 +217,23 @@ class DPLipModel(nn.Module):
                 return total
         counted = torch.isfinite(losses)
         dropped = ~counted if mask is None else mask & ~counted
-        if torch.is_grad_enabled():
-            self.nonfinite_samples += dropped.sum()
+        if torch.is_grad_enabled() and not _is_exported():
+            if self._dropped_samples.device != dropped.device:
+                # What moves parameters by itself, as fully_shard does, knows nothing of it.
+                self._dropped_samples = self._dropped_samples.to(dropped.device)
+            self._dropped_samples.add_(dropped.sum())
         if mask is not None:
             counted = counted & mask
         return torch.where(counted, losses, torch.zeros_like(losses)).sum()
+
+    @property
+    def nonfinite_samples(self) -> Tensor:
+        """How many samples :meth:`loss` has dropped because input, target or loss was not finite or out of range.
+
+        An int64 tensor, for the data's owner only: an exact count, which no noise protects. It stays in this object: no
+        buffer and no part of pickles, copies, state dicts, exported graphs or results of a search, which start from zero.
+        """
+        return self._dropped_samples
 
     def sensitivity(self, relation: Relation = "add-or-remove-one") -> Sensitivity:
         """Per-sample gradient bounds at the current weights.
@@ -466,18 +474,31 @@ class DPLipModel(nn.Module):
         if sharding.is_sharded(self):
             raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._trace(*parameter_device_and_dtype(self.net))
+        device, dtype = parameter_device_and_dtype(self.net)
+        self._dropped_samples = self._dropped_samples.to(device)
+        self._trace(device, dtype)
         self.settle_()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves"}
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+        # Who gets a copy or a file is not the data's owner, whom alone the count is for.
+        return {name: value for name, value in self.__dict__.items() if name not in {*derived, "_dropped_samples"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._trace(*parameter_device_and_dtype(self.net))
+        # Files of former versions hold the count as a buffer, which would go on into new ones.
+        self._buffers.pop("nonfinite_samples", None)
+        device, dtype = parameter_device_and_dtype(self.net)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
+        self._trace(device, dtype)
         self.settle_()
+
+
+def _is_exported() -> bool:
+    """Whether this is recorded for a graph of its own, in which the count would be a constant."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return torch.jit.is_tracing() or (exporting is not None and exporting())
 
 
 @contextmanager

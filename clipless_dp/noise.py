@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from clipless_dp.box_muller import Words, fill_normal_, generator_words, seeded_words, system_words
+from clipless_dp.box_muller import NormalNumbers, Words, generator_words, seeded_words, system_words
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.secure_noise import SecureNoise
 
@@ -201,9 +201,9 @@ class SystemNoise:
     """Private generators seeded by the operating system; nothing that user code seeds can make them predictable.
 
     On the CPU the words come from :func:`clipless_dp.box_muller.system_words`; elsewhere from the counter-based generator
-    of the device, whose 64-bit seed the operating system draws. :func:`clipless_dp.box_muller.fill_normal_` makes numbers
-    of them. No state is ever saved: it would let a reader of a checkpoint subtract the noise. Nor is it copied: copies
-    and forked processes start afresh, since noise that two runs share cancels between them.
+    of the device, whose 64-bit seed the operating system draws. :class:`clipless_dp.box_muller.NormalNumbers` makes
+    numbers of them. No state is ever saved: it would let a reader of a checkpoint subtract the noise. Nor is it copied:
+    copies and forked processes start afresh, since noise that two runs share cancels between them.
     """
 
     reproducible = False
@@ -215,7 +215,7 @@ class SystemNoise:
         return type(self), ()
 
     def _start_afresh(self) -> None:
-        self._words: dict[torch.device, Words] = {}
+        self._numbers: dict[torch.device, NormalNumbers] = {}
         self._process = os.getpid()
 
     def begin_step(self, step: int) -> None:
@@ -225,11 +225,11 @@ class SystemNoise:
         """See :class:`NoiseSource`."""
         if os.getpid() != self._process:
             self._start_afresh()
-        words = self._words.get(out.device)
-        if words is None:
-            words = system_words() if out.device.type == "cpu" else generator_words(system_generator(out.device))
-            self._words[out.device] = words
-        return fill_normal_(out, words)
+        numbers = self._numbers.get(out.device)
+        if numbers is None:
+            own = None if out.device.type == "cpu" else system_generator(out.device)
+            numbers = self._numbers[out.device] = _numbers(system_words(), own)
+        return numbers.fill_(out)
 
 
 class ReproducibleNoise:
@@ -250,17 +250,21 @@ class ReproducibleNoise:
     def begin_step(self, step: int) -> None:
         """Restarts the generators from the seed and the step."""
         self._seed_of_step = derived_seed(self.seed, "noise", step)
-        self._words: dict[torch.device, Words] = {}
+        self._numbers: dict[torch.device, NormalNumbers] = {}
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         """See :class:`NoiseSource`."""
-        words = self._words.get(out.device)
-        if words is None and out.device.type == "cpu":
-            words = seeded_words(self._seed_of_step)
-        elif words is None:
-            words = generator_words(torch.Generator(out.device).manual_seed(self._seed_of_step))
-        self._words[out.device] = words
-        return fill_normal_(out, words)
+        numbers = self._numbers.get(out.device)
+        if numbers is None:
+            seed = self._seed_of_step
+            own = None if out.device.type == "cpu" else torch.Generator(out.device).manual_seed(seed)
+            numbers = self._numbers[out.device] = _numbers(seeded_words(seed), own)
+        return numbers.fill_(out)
+
+
+def _numbers(words: Words, own: torch.Generator | None) -> NormalNumbers:
+    """Of words on the CPU; on another device of its own generator, and the words for the tail."""
+    return NormalNumbers(words) if own is None else NormalNumbers(generator_words(own), words)
 
 
 def derived_seed(seed: int, *labels: str | int) -> int:

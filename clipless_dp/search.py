@@ -189,6 +189,8 @@ def private_search(
                 progress=False,
                 **candidates[index].settings,
             )
+            # An exact count of the data: what is released is the model.
+            model.nonfinite_samples.zero_()
             *steps, last = choice.alternatives[index]
             if score_noise_multiplier is None:
                 steps.append(last)
