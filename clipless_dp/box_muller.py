@@ -1,9 +1,9 @@
 """Standard normal numbers from random words, whose tail does not end where those of usual samplers do.
 
-torch's own samplers take one word for a radius: of 32 bits on CUDA devices, which ends at 6.8 standard deviations, or of
-53 in float64, which ends at 8.6. An output beyond the end tells a sample from its absence whatever ε says: the missing
-mass belongs to δ. Here the tail is drawn apart, with as many bits as it needs. On the CPU, torch also draws one number
-after the other, whatever the number of threads; here all but the words is element by element.
+torch's own samplers take one word for a radius: of 32 bits on CUDA devices, which ends at 6.8 standard deviations, or
+of 53 in float64, which ends at 8.6. An output beyond the end tells a sample from its absence whatever ε says: the
+missing mass belongs to δ. Here the tail is drawn apart, with as many bits as it needs. On the CPU, torch also draws one
+number after the other, whatever the number of threads; here all but the words is element by element.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class NormalNumbers:
 
     With probability ``p = 2⁻²⁴`` a pair is one of the tail: ``u = pv``, where ``v`` has 128 bits. Else
     ``u = p + (1-p)(k+½)/2ᵇ`` for a word ``k``, of 32 bits for float32 on the CPU, 31 on other devices, 63 for float64.
-    How many pairs come before the next one of the tail is a geometric number, drawn in advance: no number is ever looked
-    at, which would cost a pass over the memory, and on devices a wait.
+    How many pairs come before the next one of the tail is a geometric number, drawn in advance: no number is ever
+    looked at, which would cost a pass over the memory, and on devices a wait.
 
-    No number exceeds 14.5 in absolute value, which an ideal one does with probability 10⁻⁴⁷. Below that, the mass beyond
-    any ``t`` is a Gaussian's to one part in 500. The numbers do not depend on how many threads compute them.
+    No number exceeds 14.6 in absolute value, which an ideal one does with probability 10⁻⁴⁷. Below that, the mass
+    beyond any ``t`` is a Gaussian's to one part in 500. The numbers do not depend on how many threads compute them.
 
     Args:
         words: where the bits of usual pairs come from, on the device of the tensors to fill.

@@ -230,8 +230,8 @@ class DPLipModel(nn.Module):
     def nonfinite_samples(self) -> Tensor:
         """How many samples :meth:`loss` has dropped because input, target or loss was not finite or out of range.
 
-        An int64 tensor, for the data's owner only: an exact count, which no noise protects. It stays in this object: no
-        buffer and no part of pickles, copies, state dicts, exported graphs or results of a search, which start from zero.
+        An int64 tensor, for the data's owner only: an exact count, which no noise protects. It stays in this object: it
+        is no buffer, and no part of pickles, copies, state dicts, exported graphs or results of a search.
         """
         return self._dropped_samples
 

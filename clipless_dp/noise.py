@@ -109,9 +109,8 @@ _BLOCK = 1 << 17
 """Numbers drawn at once on the CPU: enough for two threads in each operation, few enough to stay in their caches and
 not to add to the peak of memory, which lies in the backward pass. Where there are many more, a sixteenth of them."""
 
-_DEVICE_BLOCK = 1 << 23
-"""Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads: with the words that they
-are made of, 132 MiB."""
+_DEVICE_BLOCK = 1 << 26
+"""Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads."""
 
 MARGIN = 1.0 + 1e-6
 """Noise is drawn this much larger than recorded, so that the rounding of sums, scales and factors never makes it
@@ -200,10 +199,11 @@ def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSour
 class SystemNoise:
     """Private generators seeded by the operating system; nothing that user code seeds can make them predictable.
 
-    On the CPU the words come from :func:`clipless_dp.box_muller.system_words`; elsewhere from the counter-based generator
-    of the device, whose 64-bit seed the operating system draws. :class:`clipless_dp.box_muller.NormalNumbers` makes
-    numbers of them. No state is ever saved: it would let a reader of a checkpoint subtract the noise. Nor is it copied:
-    copies and forked processes start afresh, since noise that two runs share cancels between them.
+    On the CPU the words come from :func:`clipless_dp.box_muller.system_words`; elsewhere from the counter-based
+    generator of the device, whose 64-bit seed the operating system draws. Numbers are made of them by
+    :class:`clipless_dp.box_muller.NormalNumbers`. No state is ever saved: it would let a reader of a checkpoint
+    subtract the noise. Nor is it copied: copies and forked processes start afresh, since noise that two runs share
+    cancels between them.
     """
 
     reproducible = False

@@ -217,7 +217,7 @@ def fit(
         stream: whether the data stays where it is, and a thread reads each draw ahead
             (:class:`clipless_dp.StreamedBatches`), or is held on the model's device as a whole. By default data sets
             stream, and pairs of tensors or arrays do where they would fill more than half of a device's free memory.
-        checkpoint: file to write to, and to resume from. It holds nothing that noise does not protect: no training losses.
+        checkpoint: file to write to, and to resume from; it holds no training losses, which nothing protects.
         checkpoint_every: epochs between checkpoints.
         reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
             an uninterrupted one bit by bit. Whoever knows it can remove the noise.

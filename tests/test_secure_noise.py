@@ -16,7 +16,7 @@ from clipless_dp import secure_noise as module
 from clipless_dp.cli import main
 from clipless_dp.noise import add_normal_
 
-from .support import noise_on_both_sides_of_a_fork, gated_model, looks_standard_normal, samples, uncorrelated
+from .support import gated_model, looks_standard_normal, noise_on_both_sides_of_a_fork, samples, uncorrelated
 
 pytest.importorskip("cryptography")
 
