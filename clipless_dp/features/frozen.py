@@ -21,7 +21,7 @@ from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 
 _TOLERANCE = 1e-5
-"""Of a sample's norm: in batches of the same size, at the same place, most kernels return the same bits."""
+"""Of a sample's norm: in batches of one size, most kernels return the same bits at every place, and others round."""
 
 _LOUD = 1e4
 """Times the largest entry seen: rows that would shift any statistic, scale or capacity that samples share."""
@@ -41,8 +41,8 @@ class FrozenFeatures(nn.Module):
     models of ``transformers`` do, in a module of your own that picks it.
 
     A module that lets samples enter each other's features (statistics or one quantisation scale of the batch, experts
-    of limited capacity, a state that runs on) has no bound for what one sample changes. So :meth:`compute` computes every
-    sample twice, in other company, and refuses a module whose features differ.
+    of limited capacity, a state that runs on) has no bound for what one sample changes. So :meth:`compute` computes
+    each sample twice, in other company, and refuses a module whose features differ.
 
     Args:
         module: any module that takes a batch and returns a tensor ``(B, ...)``. It is put into evaluation mode, and its
@@ -94,12 +94,13 @@ class FrozenFeatures(nn.Module):
     def compute(self, inputs: Tensor) -> Tensor:
         """Features of a data set, from the cache if they are there.
 
-        They are computed twice, which the cache spares later. The second time each sample is at the same place of a
-        batch of the same size, but with samples of other batches, and with rows unlike the data: zeros, and entries of
-        ten thousand times the largest. Features must be the same up to rounding, and buffers must not change. What this
-        proves: with either company of these data, no sample's features depended on it by more than rounding. What it
-        does not: that a module does so for any data and any company; one that mixes samples only where something rare
-        happens, which happened in neither, passes. Modules of this library alone are computed once: they are known.
+        They are computed twice, which the cache spares later. The second time each sample is at another place of a
+        batch of the same size, with samples of other batches; the first batch also with rows unlike the data: zeros,
+        and entries of ten thousand times the largest. Features must be the same up to rounding, a relative 1e-5, and
+        buffers must not change. What this proves: of these data, no sample's features depended on its company, its
+        place or its turn by more than rounding, in the companies tried. What it does not: that the module's never do;
+        one that mixes samples only where something rare happens, which did not happen, passes. Modules that consist of
+        this library's features and layers are computed once: they are known to take each sample by itself.
 
         The cache's key is a hash of the module (its weights and buffers, its structure and settings, the source files
         of its classes) and of the inputs. A damaged file is computed again, with a warning.
@@ -119,7 +120,7 @@ class FrozenFeatures(nn.Module):
             raise InputError("inputs must be a tensor (N, ...) with at least one sample")
         if self.cache_dir is None:
             features = torch.cat(list(self._parts(inputs)))
-            self._require_independence(inputs, features)
+            self._require_independence_of_all(inputs, features)
             return features
         path = self.cache_dir / f"{fingerprint(self.module, inputs)}.npy"
         if path.exists():
@@ -163,21 +164,34 @@ class FrozenFeatures(nn.Module):
             return rows.fill_(int(some.max() if kind == "loud" else some.min()))
         return rows
 
-    def _require_independence(self, inputs: Tensor, features: Tensor, kinds: Sequence[str] = _KINDS) -> None:
-        """Computes the samples again, at the same places, among others, and among strangers of these kinds in turn.
+    def _require_independence_of_all(self, inputs: Tensor, features: Tensor) -> None:
+        """The same of all batches, once the first one has passed, which may have filled caches of the module."""
+        before = _versions(self.module)
+        if len(inputs) > self.batch_size:
+            self._require_independence(inputs, features)
+        changed = [name for name, version in _versions(self.module).items() if before.get(name, version) != version]
+        if changed:
+            raise PrivacyError(
+                f"{changed} changed while features were computed in evaluation mode: a sample's features depend on "
+                "those before it. Freeze this state"
+            )
 
-        Batch ``d`` of ``M``, one more than there were, has at place ``i`` the sample that was there in batch
-        ``(d - 1 - i) mod M``, and a stranger where that is the batch too many or beyond the end.
+    def _require_independence(self, inputs: Tensor, features: Tensor, kinds: Sequence[str] = _KINDS) -> None:
+        """Computes samples again, at other places, among others, and among strangers of these kinds in turn.
+
+        Batch ``d`` of ``M``, one more than there were, has at place ``j`` the sample that was at place
+        ``i = j - shift mod size`` of batch ``(d - 1 - i) mod M``, and a stranger where that is the batch too many or
+        beyond the end: what was in one batch is spread evenly.
 
         Raises:
-            PrivacyError: features differ, or buffers have changed.
+            PrivacyError: features differ.
+            InputError: the module fails on the strangers.
         """
         if _is_known(self.module):
             return
         size, count = self.batch_size, len(inputs)
-        before = _versions(self.module)
         batches = math.ceil(count / size) + 1
-        places = torch.arange(size)
+        places = (torch.arange(size) - ((size // 2 + 1) % size or 1)) % size
         strangers = [self._strangers(inputs, kind) for kind in kinds]
         for number in range(batches):
             rows = (number - 1 - places) % batches * size + places
@@ -201,12 +215,6 @@ class FrozenFeatures(nn.Module):
                     "first, are other ones in other company: the module mixes samples, is random, or has a state. Use "
                     "running statistics, static quantisation, experts without a capacity, no randomness"
                 )
-        changed = [name for name, version in _versions(self.module).items() if before.get(name, version) != version]
-        if changed and count > size:
-            raise PrivacyError(
-                f"{changed} changed while features were computed in evaluation mode: a sample's features depend on "
-                "those before it. Freeze this state"
-            )
 
     def _tolerance(self) -> float:
         kinds = {part.dtype for part in (*self.module.parameters(), *self.module.buffers()) if part.is_floating_point()}
@@ -228,7 +236,7 @@ class FrozenFeatures(nn.Module):
                 target[start : start + len(features)] = features
                 start += len(features)
             assert isinstance(target, np.memmap)
-            self._require_independence(inputs, torch.from_numpy(target))
+            self._require_independence_of_all(inputs, torch.from_numpy(target))
             target.flush()
             del target
             # The digest first: features without their own digest count as damaged.
