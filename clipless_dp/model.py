@@ -498,7 +498,7 @@ class DPLipModel(nn.Module):
 def _is_exported() -> bool:
     """Whether this is recorded for a graph of its own, in which the count would be a constant."""
     exporting = getattr(torch.compiler, "is_exporting", None)
-    return torch.jit.is_tracing() or (exporting is not None and exporting())
+    return exporting is not None and bool(exporting())
 
 
 @contextmanager

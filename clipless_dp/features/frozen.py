@@ -270,7 +270,8 @@ def _differing(first: Tensor, second: Tensor, tolerance: float) -> Tensor:
     same = (first == second) | (first.isnan() & second.isnan())
     differences = torch.where(same, 0.0, first - second).norm(dim=1)
     lengths = torch.maximum(*(part.nan_to_num(0.0, 0.0, 0.0).norm(dim=1) for part in (first, second)))
-    return ~(differences <= tolerance * lengths)
+    same_rows: Tensor = differences <= tolerance * lengths
+    return ~same_rows
 
 
 def fingerprint(module: nn.Module, inputs: Tensor) -> str:
