@@ -67,8 +67,8 @@ class NormalNumbers:
         self._words(flat.view(torch.int32))
         pairs = count // 2
         radius, angle = flat.view(2, pairs)
-        step, offset = _scale(_uniform_(radius), _TAIL)
-        torch.add(offset, radius, alpha=step, out=radius).log_().mul_(-2.0).sqrt_()
+        _uniform_(radius)
+        radius.log_().mul_(-2.0).sqrt_()
         while self._ahead < pairs:
             radius[self._ahead] = math.sqrt(-2.0 * math.log(_TAIL * self._uniform(_TAIL_WORDS)))
             self._ahead += 1 + self._pairs_between()
@@ -94,26 +94,27 @@ class NormalNumbers:
 
 
 @lru_cache
-def _scale(bits: int, tail: float) -> tuple[float, Tensor]:
-    """``(1-p)/2ᵇ`` and ``p + ½(1-p)/2ᵇ``; the second as a tensor, which takes 12 µs to make."""
+def _scale(bits: int, tail: float) -> tuple[float, float, Tensor]:
+    """``(1-p)/2ᵇ`` and ``p + ½(1-p)/2ᵇ``; the second also as a tensor, which takes 12 µs to make."""
     step = (1.0 - tail) * 2.0**-bits
-    return step, torch.tensor(tail + 0.5 * step, dtype=torch.float64 if bits == 63 else torch.float32, device="cpu")
+    offset = tail + 0.5 * step
+    return step, offset, torch.tensor(offset, dtype=torch.float32, device="cpu")
 
 
 def _has_unsigned_integers(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _uniform_(radius: Tensor) -> int:
-    """Turns words into the uniform integers that they hold, as floats, in place; of how many bits these are."""
-    if radius.dtype == torch.float64:
-        radius.copy_(radius.view(torch.int64).bitwise_and_((1 << 63) - 1))
-        return 63
-    if _has_unsigned_integers(radius.device):
+def _uniform_(radius: Tensor) -> None:
+    """Turns words ``k`` into ``u`` in place."""
+    if radius.dtype == torch.float32 and _has_unsigned_integers(radius.device):
         radius.copy_(radius.view(torch.uint32))
-        return 32
-    radius.copy_(radius.view(torch.int32).bitwise_and_((1 << 31) - 1))
-    return 31
+        step, _, offset = _scale(32, _TAIL)
+        torch.add(offset, radius, alpha=step, out=radius)
+        return
+    bits, integers = (63, torch.int64) if radius.dtype == torch.float64 else (31, torch.int32)
+    step, least, _ = _scale(bits, _TAIL)
+    radius.copy_(radius.view(integers).bitwise_and_((1 << bits) - 1)).mul_(step).add_(least)
 
 
 def system_words() -> Words:

@@ -234,6 +234,14 @@ def test_other_types_and_layouts_are_filled_like_contiguous_float32(dtype):
     assert abs(numbers.mean()) < 5.5 / math.sqrt(len(numbers))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_no_number_is_looked_at_on_other_devices_for_which_the_host_would_wait(dtype):
+    numbers = NormalNumbers(lambda out: None, seeded_words(0))
+    numbers._ahead = 3
+    assert numbers.fill_(torch.empty(7, 9, dtype=dtype, device="meta")).shape == (7, 9)
+    assert numbers._ahead != 3
+
+
 def test_any_shape_and_count_is_filled_to_the_last_entry(words):
     for shape in [(), (0,), (1,), (2,), (3,), (5, 7), (1 << 13,), ((1 << 15) + 1,)]:
         out = torch.full(shape, math.nan)
