@@ -67,7 +67,12 @@ class NormalNumbers:
         self._words(flat.view(torch.int32))
         pairs = count // 2
         radius, angle = flat.view(2, pairs)
-        _uniform_(radius)
+        if out.dtype == torch.float32 and _has_unsigned_integers(out.device):
+            step, _, offset = _scale(32, _TAIL)
+            radius.copy_(radius.view(torch.uint32))
+            torch.add(offset, radius, alpha=step, out=radius)
+        else:
+            _uniform_(radius)
         radius.log_().mul_(-2.0).sqrt_()
         while self._ahead < pairs:
             radius[self._ahead] = math.sqrt(-2.0 * math.log(_TAIL * self._uniform(_TAIL_WORDS)))
@@ -106,12 +111,7 @@ def _has_unsigned_integers(device: torch.device) -> bool:
 
 
 def _uniform_(radius: Tensor) -> None:
-    """Turns words ``k`` into ``u`` in place."""
-    if radius.dtype == torch.float32 and _has_unsigned_integers(radius.device):
-        radius.copy_(radius.view(torch.uint32))
-        step, _, offset = _scale(32, _TAIL)
-        torch.add(offset, radius, alpha=step, out=radius)
-        return
+    """Turns words ``k`` into ``u`` in place, without unsigned integers and tensors of another device."""
     bits, integers = (63, torch.int64) if radius.dtype == torch.float64 else (31, torch.int32)
     step, least, _ = _scale(bits, _TAIL)
     radius.copy_(radius.view(integers).bitwise_and_((1 << bits) - 1)).mul_(step).add_(least)
