@@ -75,13 +75,9 @@ class DPLipModel(nn.Module):
 
     Attributes:
         net: the user's network.
-        nonfinite_samples: how many samples :meth:`loss` has dropped because input, target or loss was not finite
-            or out of range: an int64 tensor, for the data's owner only (it is not protected by noise).
         row_losses: what evaluates the loss, so that rows do not meet in it.
         changes: how often the settings of layers (a dropout rate, a gate's value) were found changed.
     """
-
-    nonfinite_samples: Tensor
 
     def __init__(
         self,
@@ -112,7 +108,7 @@ class DPLipModel(nn.Module):
         self.loss_function = loss
         self.row_losses = RowLosses()
         device, dtype = parameter_device_and_dtype(net)
-        self.register_buffer("nonfinite_samples", torch.zeros((), dtype=torch.int64, device=device), persistent=False)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
         self._trace(device, dtype)
         self._constraints = assign(constraint, self._tracker.operators)
         self.changes = 0
@@ -184,7 +180,7 @@ class DPLipModel(nn.Module):
         if passes.is_witnessed():
             if torch.compiler.is_compiling():
                 # An exported program is nobody's pass: a step refuses what it adds to a gradient.
-                opened = None if _is_exporting() else passes.open_operator(inputs, self.register.key)
+                opened = None if _is_exported() else passes.open_operator(inputs, self.register.key)
             else:
                 opened = self.register.open(inputs)
         if inputs.shape[0] == 0:
@@ -264,11 +260,23 @@ class DPLipModel(nn.Module):
                 return total
         counted = torch.isfinite(losses)
         dropped = ~counted if mask is None else mask & ~counted
-        if torch.is_grad_enabled():
-            self.nonfinite_samples += dropped.sum()
+        if torch.is_grad_enabled() and not _is_exported():
+            if self._dropped_samples.device != dropped.device:
+                # What moves parameters by itself, as fully_shard does, knows nothing of it.
+                self._dropped_samples = self._dropped_samples.to(dropped.device)
+            self._dropped_samples.add_(dropped.sum())
         if mask is not None:
             counted = counted & mask
         return torch.where(counted, losses, torch.zeros_like(losses)).sum()
+
+    @property
+    def nonfinite_samples(self) -> Tensor:
+        """How many samples :meth:`loss` has dropped because input, target or loss was not finite or out of range.
+
+        An int64 tensor, for the data's owner only: an exact count, which no noise protects. It stays in this object: it
+        is no buffer, and no part of pickles, copies, state dicts, exported graphs or results of a search.
+        """
+        return self._dropped_samples
 
     def sensitivity(self, relation: Relation = "add-or-remove-one") -> Sensitivity:
         """Per-sample gradient bounds at the current weights.
@@ -571,26 +579,34 @@ class DPLipModel(nn.Module):
         if sharding.is_sharded(self):
             raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._trace(*parameter_device_and_dtype(self.net))
+        device, dtype = parameter_device_and_dtype(self.net)
+        self._dropped_samples = self._dropped_samples.to(device)
+        self._trace(device, dtype)
         self.settle_()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves", "_places"}
-        derived.add("register")
-        return {name: value for name, value in self.__dict__.items() if name not in derived}
+        # Who gets a copy or a file is not the data's owner, whom alone the count is for.
+        left = {*derived, "register", "_dropped_samples"}
+        return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # Files of former versions hold the count as a buffer, which would go on into new ones.
+        self._buffers.pop("nonfinite_samples", None)
+        device, dtype = parameter_device_and_dtype(self.net)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
         self.register = passes.Register(self)
         self.register.follow(self.net)
-        self._trace(*parameter_device_and_dtype(self.net))
+        self._trace(device, dtype)
         self.settle_()
 
 
-def _is_exporting() -> bool:
-    """Whether ``torch.export`` traces a program; older versions of torch do not tell."""
-    return bool(getattr(torch.compiler, "is_exporting", lambda: False)())
+def _is_exported() -> bool:
+    """Whether this is recorded for a graph of its own, in which the count would be a constant, and a pass nobody's."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return exporting is not None and bool(exporting())
 
 
 @contextmanager

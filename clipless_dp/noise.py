@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from clipless_dp.box_muller import Words, can_fill, fill_normal_, seeded_words, system_words
+from clipless_dp.box_muller import NormalNumbers, Words, generator_words, seeded_words, system_words
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.secure_noise import SecureNoise
 
@@ -83,14 +83,20 @@ def noise_source(noise: NoiseSource | str | None) -> NoiseSource:
     """The source of a name: ``"system"`` (also ``None``) or ``"secure"``; a source is returned as it is.
 
     Raises:
-        ConfigurationError: it is none of these, or a package is missing.
+        ConfigurationError: it is none of these, a source that lacks a part of :class:`NoiseSource`, or a package is
+            missing.
     """
     if noise is None or noise == "system":
         return SystemNoise()
     if noise == "secure":
         return SecureNoise()
-    if isinstance(noise, str) or not (hasattr(noise, "standard_normal_") and hasattr(noise, "begin_step")):
+    if isinstance(noise, (str, type)):
         raise ConfigurationError(f"noise must be 'system', 'secure' or a NoiseSource, got {noise!r}")
+    lacking = [part for part in ("reproducible", "begin_step", "standard_normal_") if not hasattr(noise, part)]
+    if lacking:
+        raise ConfigurationError(
+            f"noise must be 'system', 'secure' or a NoiseSource, got {noise!r}, which has no {', no '.join(lacking)}"
+        )
     return noise
 
 
@@ -106,14 +112,37 @@ not to add to the peak of memory, which lies in the backward pass. Where there a
 _DEVICE_BLOCK = 1 << 26
 """Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads."""
 
+MARGIN = 1.0 + 1e-6
+"""Noise is drawn this much larger than recorded, so that the rounding of sums, scales and factors never makes it
+smaller."""
+
+
+def noisy(exact: Tensor | float, deviation: float, source: NoiseSource) -> Tensor:
+    """Exact sums of a release with the noise that was recorded for it: ``exact + N(0, (MARGIN·deviation)²)``.
+
+    Statistics and scores are released through this function; steps, whose deviations have the margin already, through
+    :func:`add_normal_`, which it calls.
+
+    Args:
+        exact: any shape; counts and other numbers become float64.
+        deviation: recorded standard deviation, positive.
+        source: draws the numbers.
+
+    Returns:
+        A new tensor of the same shape and device, float64.
+    """
+    sums = torch.as_tensor(exact).detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    add_normal_([sums], [deviation * MARGIN], source)
+    return sums
+
 
 def add_normal_(
     tensors: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource, factor: float = 1.0
 ) -> None:
     """Adds independent Gaussian noise of its own standard deviation to each tensor, then scales the sums, in place.
 
-    The numbers are drawn in blocks, which cut large tensors and gather small ones: never a second tensor of a large
-    parameter's size on the CPU. Secure noise forms its sums itself.
+    All that is released goes through here. The numbers are drawn in blocks, which cut large tensors and gather small
+    ones: never a second tensor of a large parameter's size on the CPU. Secure noise forms its sums itself, on a grid.
 
     Args:
         tensors: any shapes, of one device and dtype.
@@ -170,12 +199,11 @@ def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSour
 class SystemNoise:
     """Private generators seeded by the operating system; nothing that user code seeds can make them predictable.
 
-    Numbers in float32 on the CPU, which is what gradients take there, come from
-    :func:`clipless_dp.box_muller.system_words`. In float64 they are torch's own: the seed of its generator has 32
-    effective bits only, which can be searched, so all of its state is overwritten with bytes of the operating system.
-    Elsewhere the 64-bit seed of the counter-based generator is drawn from it. No state is ever saved: it would let a
-    reader of a checkpoint subtract the noise. Nor is it copied: copies and forked processes start afresh, since noise
-    that two runs share cancels between them.
+    On the CPU the words come from :func:`clipless_dp.box_muller.system_words`; elsewhere from the counter-based
+    generator of the device, whose 64-bit seed the operating system draws. Numbers are made of them by
+    :class:`clipless_dp.box_muller.NormalNumbers`. No state is ever saved: it would let a reader of a checkpoint
+    subtract the noise. Nor is it copied: copies and forked processes start afresh, since noise that two runs share
+    cancels between them.
     """
 
     reproducible = False
@@ -187,8 +215,7 @@ class SystemNoise:
         return type(self), ()
 
     def _start_afresh(self) -> None:
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._words: Words | None = None
+        self._numbers: dict[torch.device, NormalNumbers] = {}
         self._process = os.getpid()
 
     def begin_step(self, step: int) -> None:
@@ -198,13 +225,11 @@ class SystemNoise:
         """See :class:`NoiseSource`."""
         if os.getpid() != self._process:
             self._start_afresh()
-        if can_fill(out):
-            self._words = self._words or system_words()
-            return fill_normal_(out, self._words)
-        generator = self._generators.get(out.device)
-        if generator is None:
-            generator = self._generators[out.device] = system_generator(out.device)
-        return out.normal_(generator=generator)
+        numbers = self._numbers.get(out.device)
+        if numbers is None:
+            own = None if out.device.type == "cpu" else system_generator(out.device)
+            numbers = self._numbers[out.device] = _numbers(system_words(), own)
+        return numbers.fill_(out)
 
 
 class ReproducibleNoise:
@@ -225,19 +250,21 @@ class ReproducibleNoise:
     def begin_step(self, step: int) -> None:
         """Restarts the generators from the seed and the step."""
         self._seed_of_step = derived_seed(self.seed, "noise", step)
-        self._generators: dict[torch.device, torch.Generator] = {}
-        self._words: Words | None = None
+        self._numbers: dict[torch.device, NormalNumbers] = {}
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         """See :class:`NoiseSource`."""
-        if can_fill(out):
-            self._words = self._words or seeded_words(self._seed_of_step)
-            return fill_normal_(out, self._words)
-        generator = self._generators.get(out.device)
-        if generator is None:
-            generator = self._generators[out.device] = torch.Generator(out.device)
-            generator.manual_seed(self._seed_of_step)
-        return out.normal_(generator=generator)
+        numbers = self._numbers.get(out.device)
+        if numbers is None:
+            seed = self._seed_of_step
+            own = None if out.device.type == "cpu" else torch.Generator(out.device).manual_seed(seed)
+            numbers = self._numbers[out.device] = _numbers(seeded_words(seed), own)
+        return numbers.fill_(out)
+
+
+def _numbers(words: Words, own: torch.Generator | None) -> NormalNumbers:
+    """Of words on the CPU; on another device of its own generator, and the words for the tail."""
+    return NormalNumbers(words) if own is None else NormalNumbers(generator_words(own), words)
 
 
 def derived_seed(seed: int, *labels: str | int) -> int:

@@ -22,6 +22,7 @@ from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
+    MARGIN,
     Allocation,
     NoiseSource,
     add_normal_,
@@ -40,8 +41,6 @@ Rates = tuple[float | None, ...]
 
 STATE_FORMAT = 2
 _READ_FORMATS = (1, STATE_FORMAT)
-_MARGIN = 1.0 + 1e-6
-"""Noise is drawn this much larger than planned, so that float32 rounding of its scale never falls below the plan."""
 
 
 class PrivacyWarning(UserWarning):
@@ -634,7 +633,7 @@ class CliplessDPOptimizer(Optimizer):
         sizes = {id(parameter): parameter.numel() for parameter in named.values()}
         bounds = [sensitivity.per_parameter[names[key]] for key in held]
         planned = allocate(bounds, [sizes[key] for key in held], self.noise_multiplier, self.allocation)
-        used = [deviation * _MARGIN for deviation in planned]
+        used = [deviation * MARGIN for deviation in planned]
         effective = effective_noise_multiplier(bounds, used)
         if not (math.isfinite(effective) and effective > 0):
             raise PrivacyError(f"the noise amounts to a multiplier of {effective!r}; nothing was released")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -111,8 +112,11 @@ class PoissonBatchSampler(Sampler[list[int]]):
             )
         self._passed = True
         rank, ranks = self.world
-        system = np.random.Generator(np.random.PCG64DXSM())
+        system, process = np.random.Generator(np.random.PCG64DXSM()), os.getpid()
         for step in range(self.start, self.steps):
+            if os.getpid() != process:
+                # Forked within this loop: parent and child would draw the same batches.
+                system, process = np.random.Generator(np.random.PCG64DXSM()), os.getpid()
             if self.seed is None:
                 indices = self._draw(system, len(range(rank, self.dataset_size, ranks))) * ranks + rank
             else:

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor
 
 from accounting import (
@@ -30,7 +29,7 @@ from accounting import (
 from clipless_dp import distributed
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import noise_source, source_name
+from clipless_dp.noise import NoiseSource, noise_source, noisy, source_name
 from clipless_dp.sampling import Samples
 from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
 
@@ -41,9 +40,6 @@ SETTINGS = frozenset(
     }
 )  # fmt: skip
 """Arguments of ``fit`` in which candidates may differ."""
-
-_MARGIN = 1.0 + 1e-6
-"""Noise of a score is drawn this much larger, so that rounding of it never makes it smaller than recorded."""
 
 _random = secrets.SystemRandom()
 
@@ -94,7 +90,7 @@ def private_search(
     score_noise_multiplier: float | None = None,
     accountant: Accountant | None = None,
     dataset_size: int | None = None,
-    noise: str | None = None,
+    noise: NoiseSource | str | None = None,
 ) -> SearchResult:
     """Trains a random number of randomly drawn candidates, and returns the best one, within one budget.
 
@@ -117,10 +113,11 @@ def private_search(
         accountant: ``"rdp"`` or ``"auto"``, made by :func:`accounting.create_accountant`, whose ledger holds what was
             released before; the search is recorded there.
         dataset_size: public number of samples.
-        noise: ``"system"`` or ``"secure"``.
+        noise: ``"system"``, ``"secure"`` or a source of your own that is not reproducible.
 
     Raises:
-        ConfigurationError: an argument is out of range, or a candidate has settings that are not :data:`SETTINGS`.
+        ConfigurationError: an argument is out of range, or a candidate has settings that are not :data:`SETTINGS`, or
+            the noise is reproducible.
         PrivacyError: a run has spent otherwise than planned: nothing is returned.
         UnreachableTargetError: no noise meets the target.
         What interrupts a run is raised as it is, with the search's ``accountant`` as its ``private_accountant``: the
@@ -145,6 +142,11 @@ def private_search(
             "create_accountant('rdp') or ('auto')"
         )
     source = noise_source(noise)
+    if source.reproducible:
+        raise ConfigurationError(
+            "reproducible noise is a function of the step, so all runs of a search would share it, and it cancels "
+            "between them: use noise='system' or 'secure'"
+        )
     inputs, targets = Samples.to_train_on(dataset).all()
     size = len(inputs) if dataset_size is None else dataset_size
     if not candidates:
@@ -193,6 +195,8 @@ def private_search(
                 progress=False,
                 **candidates[index].settings,
             )
+            # An exact count of the data: what is released is the model.
+            model.nonfinite_samples.zero_()
             *steps, last = choice.alternatives[index]
             if score_noise_multiplier is None:
                 steps.append(last)
@@ -203,8 +207,8 @@ def private_search(
             else:
                 accuracy, _ = evaluate(model, (inputs, targets))
                 assert accuracy is not None
-                draw = float(source.standard_normal_(torch.empty(1, dtype=torch.float64)))
-                score = (round(accuracy * len(inputs)) + last[0].noise_multiplier * _MARGIN * draw) / size
+                hits = float(round(accuracy * len(inputs)))
+                score = float(noisy(hits, last[0].noise_multiplier, source)) / size
             score = -math.inf if math.isnan(score) else score
             if best is None or score > best[0]:
                 best = score, index, model

@@ -21,10 +21,7 @@ from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
-from clipless_dp.noise import NoiseSource, ReproducibleNoise, SystemNoise, derived_seed, noise_source, source_name
-
-_MARGIN = 1.0 + 1e-6
-"""Noise is drawn this much larger, so that rounding of sums and factors never makes it smaller than recorded."""
+from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, noisy, source_name
 
 _CHUNK = 1 << 24
 """Entries that are converted to float64 at once."""
@@ -102,7 +99,7 @@ def private_moments(
     noise_multiplier: float,
     accountant: Accountant,
     dataset_size: int | None = None,
-    noise: NoiseSource | None = None,
+    noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> Moments:
     """Mean and variance of each channel, by one Gaussian release of first and second moments.
@@ -119,7 +116,7 @@ def private_moments(
         noise_multiplier: ``σ``: the sums get noise of standard deviation ``√2·σ``.
         accountant: records the release, under its own neighbouring relation.
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: source of the noise; by default the operating system seeds it.
+        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: keeps what was released. If it exists, it is read in place of a new release, and the same release is
             recorded: a run that goes on from a checkpoint pays once.
 
@@ -171,7 +168,7 @@ def private_quantile(
     noise_multiplier: float,
     accountant: Accountant,
     dataset_size: int | None = None,
-    noise: NoiseSource | None = None,
+    noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> float:
     """A quantile of one positive number for each record, norms say, by bisection with noisy counts.
@@ -190,7 +187,7 @@ def private_quantile(
         noise_multiplier: ``σ`` of all counts together.
         accountant: records the release.
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: source of the noise; by default the operating system seeds it.
+        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: as for :func:`private_moments`.
 
     Raises:
@@ -224,12 +221,12 @@ def private_quantile(
         return float(_reread(path, settings, accountant)[0])
     source = _started(noise)
     release = _recorded(noise_multiplier, accountant, path, source)
-    draws = source.standard_normal_(torch.empty(_HALVINGS, dtype=torch.float64))
+    deviation = noise_multiplier * math.sqrt(_HALVINGS)
     low, high = math.log(lower), math.log(upper)
     exact = values.detach().double()
-    for draw in draws.tolist():
+    for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
-        count = int((exact <= math.exp(middle)).sum()) + noise_multiplier * math.sqrt(_HALVINGS) * _MARGIN * draw
+        count = float(noisy((exact <= math.exp(middle)).sum(), deviation, source))
         low, high = (middle, high) if count < quantile * size else (low, middle)
     result = torch.tensor(math.exp(0.5 * (low + high)), dtype=torch.float64)
     _keep(path, result, release, settings, source)
@@ -245,7 +242,7 @@ def private_fraction(
     noise_multiplier: float,
     accountant: Accountant,
     dataset_size: int | None = None,
-    noise: NoiseSource | None = None,
+    noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> float:
     """The share of records that have a property, a positive label say, by one noisy count.
@@ -255,7 +252,7 @@ def private_fraction(
         noise_multiplier: ``σ``: the count gets noise of standard deviation ``σ``; a record changes it by at most 1.
         accountant: records the release, under its own neighbouring relation.
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: source of the noise; by default the operating system seeds it.
+        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: as for :func:`private_moments`.
 
     Raises:
@@ -336,7 +333,7 @@ def private_standardisation(
     lower: float = 1e-6,
     upper: float = 1e6,
     dataset_size: int | None = None,
-    noise: NoiseSource | None = None,
+    noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> Standardisation:
     """What brings the columns of a table to one scale, whatever theirs are: caps, means and deviations, in one release.
@@ -360,7 +357,7 @@ def private_standardisation(
         upper: public upper end, above ``lower``. A wide range costs little: ``h`` grows with the logarithm of the
             number of octaves.
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: source of the noise; by default the operating system seeds it.
+        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: as for :func:`private_moments`.
 
     Raises:
@@ -398,8 +395,7 @@ def private_standardisation(
         sums = torch.zeros(2, columns, dtype=torch.float64, device=values.device)
         for rows in values.detach().split(max(1, _CHUNK // columns)):
             sums += _moment_sums(_capped(rows.double(), caps).nan_to_num(0.0), norm)
-        drawn = source.standard_normal_(torch.empty_like(sums))
-        released = torch.cat([caps[None], sums + part * _MOMENTS_SENSITIVITY * _MARGIN * drawn])
+        released = torch.cat([caps[None], noisy(sums, part * _MOMENTS_SENSITIVITY, source)])
         _keep(path, released, release, settings, source)
     caps, sums = released[0].cpu(), released[1:].cpu()
     return Standardisation(caps, _moments(sums, norm, size, 1, part, release)).to(values.device)
@@ -417,12 +413,11 @@ def _noisy_magnitudes(
     low = torch.full((columns,), math.log(lower), dtype=torch.float64, device=values.device)
     high = torch.full_like(low, math.log(upper))
     halvings = max(1, math.ceil(math.log2(math.log(upper / lower) / _RESOLUTION)))
-    deviation = noise_multiplier * math.sqrt(halvings) * _counts_sensitivity(columns) * _MARGIN
+    deviation = noise_multiplier * math.sqrt(halvings) * _counts_sensitivity(columns)
     rank = size * (1.0 - min(0.3, max(0.02, 3.0 * deviation / size)))
     for _ in range(halvings):
         middle = 0.5 * (low + high)
-        counts = deviation * source.standard_normal_(torch.empty_like(middle)) + _counts(values, middle.exp())
-        above = counts < rank
+        above = noisy(_counts(values, middle.exp()), deviation, source) < rank
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return high.exp()
 
@@ -489,8 +484,8 @@ def _provenance(release: GaussianRelease, source: str) -> Provenance:
     return Provenance(release.identity, sampling="none", noise=source)
 
 
-def _started(noise: NoiseSource | None) -> NoiseSource:
-    source = SystemNoise() if noise is None else noise
+def _started(noise: NoiseSource | str | None) -> NoiseSource:
+    source = noise_source(noise)
     source.begin_step(0)
     return source
 
@@ -500,7 +495,7 @@ def _released(
     sensitivity: float,
     noise_multiplier: float,
     accountant: Accountant,
-    noise: NoiseSource | None,
+    noise: NoiseSource | str | None,
     file: str | os.PathLike[str] | None,
     settings: dict[str, object],
 ) -> tuple[Tensor, GaussianRelease]:
@@ -508,11 +503,10 @@ def _released(
     path = None if file is None else Path(file)
     if path is not None and path.exists():
         return _reread(path, settings, accountant)
-    sums = exact()
     source = _started(noise)
+    sums = exact()
     release = _recorded(noise_multiplier, accountant, path, source)
-    drawn = source.standard_normal_(torch.empty_like(sums))
-    released = sums + noise_multiplier * sensitivity * _MARGIN * drawn
+    released = noisy(sums, noise_multiplier * sensitivity, source)
     _keep(path, released, release, settings, source)
     return released, release
 

@@ -18,6 +18,7 @@ from clipless_dp.features.cosines import RandomCosines
 from clipless_dp.gating import gated
 from clipless_dp.losses import BinaryCrossEntropy
 from clipless_dp.model import DPLipModel
+from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
@@ -77,7 +78,7 @@ def fit_table(
     cosines: int = 512,
     accountant: str = "prv",
     checkpoint: str | os.PathLike[str] | None = None,
-    noise: str | None = None,
+    noise: NoiseSource | str | None = None,
     reproducible_seed: int | None = None,
     **changes: Any,
 ) -> TableClassifier:
@@ -101,7 +102,7 @@ def fit_table(
         cosines: number of random cosines; memory is ``4N(columns + cosines)`` bytes.
         accountant: ``"prv"``, ``"rdp"`` or ``"auto"``.
         checkpoint: file of the training; the statistics are kept beside it, so that a run that goes on pays once.
-        noise: ``"system"`` or ``"secure"``, for statistics and training.
+        noise: ``"system"``, ``"secure"`` or a source, for statistics and training.
         reproducible_seed: as for :func:`clipless_dp.fit`; it covers the statistics, too.
         changes: further arguments of :func:`clipless_dp.fit`, in place of these settings; ``validation`` is rows as
             they are, with labels.

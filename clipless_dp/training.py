@@ -66,14 +66,15 @@ class EpochRecord:
     Attributes:
         step: optimizer steps taken so far.
         epsilon: spent so far, at the run's δ.
-        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only.
-        accuracy: share of correct predictions on the validation data, or ``None``.
+        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only, so no file
+            holds it. ``None`` for epochs that a checkpoint was read of.
+        accuracy: share of correct predictions on the validation data, or ``None``. Nothing protects validation data.
         validation_loss: mean loss on the validation data, or ``None``.
     """
 
     step: int
     epsilon: float
-    loss: float
+    loss: float | None
     accuracy: float | None = None
     validation_loss: float | None = None
 
@@ -224,7 +225,7 @@ def fit(
         stream: whether the data stays where it is, and a thread reads each draw ahead
             (:class:`clipless_dp.StreamedBatches`), or is held on the model's device as a whole. By default data sets
             stream, and pairs of tensors or arrays do where they would fill more than half of a device's free memory.
-        checkpoint: file to write to, and to resume from.
+        checkpoint: file to write to, and to resume from; it holds no training losses, which nothing protects.
         checkpoint_every: epochs between checkpoints.
         reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
             an uninterrupted one bit by bit. Whoever knows it can remove the noise.
@@ -551,7 +552,8 @@ class _Run:
             "settings": self.settings,
             "model": weights,
             "scheduler": self.scheduler.state_dict(),
-            "history": [vars(record) for record in self.history],
+            # A checkpoint is what a released model is read from: an exact loss of private samples must not be in it.
+            "history": [{**vars(record), "loss": None} for record in self.history],
             **tensors,
         }
         there = identity(path)
@@ -592,7 +594,7 @@ class _Run:
         try:
             # The ledger first: weights without it would be free to train on.
             self.optimizer.load_state_dict(content["optimizer"])
-            self.history = [EpochRecord(**record) for record in content["history"]]
+            self.history = [EpochRecord(**{**record, "loss": None}) for record in content["history"]]
             self.scheduler.load_state_dict(content["scheduler"])
             if self.average is not None:
                 self.average.load_state_dict(content["average"])
@@ -848,7 +850,9 @@ def _record(run: _Run, loss: Tensor, batch: Batch, validation: Samples | None, r
 
 
 def _shown(record: EpochRecord) -> str:
-    parts = [f"ε={record.epsilon:.3f}", f"loss={record.loss:.4f}"]
+    parts = [f"ε={record.epsilon:.3f}"]
+    if record.loss is not None:
+        parts.append(f"loss={record.loss:.4f}")
     if record.accuracy is not None:
         parts.append(f"accuracy={100 * record.accuracy:.2f}%")
     return ", ".join(parts)

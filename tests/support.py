@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,11 @@ def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, 6, generator=generator)
     return inputs, inputs[:, :3].argmax(1)
+
+
+def protected(history: list[training.EpochRecord]) -> list[training.EpochRecord]:
+    """The records without training losses, which no checkpoint holds."""
+    return [replace(record, loss=None) for record in history]
 
 
 @contextmanager
@@ -84,10 +90,10 @@ def uncorrelated(first: Any, second: Any) -> bool:
 
 _FORK = """
 import os, torch
-from clipless_dp import {source}
+import numpy as np
+from clipless_dp import PoissonBatches, PoissonBatchSampler, SecureNoise, SystemNoise
 
-source = {source}()
-draw = lambda: source.standard_normal_(torch.empty(64)).numpy().tobytes()
+{draw}
 draw()
 reading, writing = os.pipe()
 child = os.fork()
@@ -95,23 +101,38 @@ if child == 0:
     os.write(writing, draw())
     os._exit(0)
 os.waitpid(child, 0)
-print(os.read(reading, 4 * 64).hex(), draw().hex())
+print(os.read(reading, 1 << 12).hex(), draw().hex())
 """
 
 
-def drawn_on_both_sides_of_a_fork(source: str) -> tuple[np.ndarray, np.ndarray]:
-    """What a source of this class draws in a forked process, and in the one that it came from.
+def drawn_on_both_sides_of_a_fork(draw: str) -> tuple[bytes, bytes]:
+    """What a function ``draw()``, of bytes, returns in a forked process, and in the one that it came from.
 
     In a new interpreter: a fork copies one thread only, and would wait forever for others that computed before.
+
+    Args:
+        draw: source code that defines it.
     """
     run = subprocess.run(
-        [sys.executable, "-c", _FORK.format(source=source)],
+        [sys.executable, "-c", _FORK.format(draw=draw)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert run.returncode == 0, run.stderr
-    theirs, ours = (np.frombuffer(bytes.fromhex(part), dtype=np.float32) for part in run.stdout.split())
-    assert len(theirs) == len(ours) == 64
+    theirs, ours = (bytes.fromhex(part) for part in run.stdout.split())
     return theirs, ours
+
+
+def noise_on_both_sides_of_a_fork(source: str) -> list[tuple[bytes, bytes]]:
+    """What a source of this class draws there, in float32 and in float64."""
+    draw = (
+        "source = {source}()\n"
+        "def draw():\n"
+        "    kinds = (torch.float32, torch.float64)\n"
+        "    return b''.join(source.standard_normal_(torch.empty(32, dtype=k)).numpy().tobytes() for k in kinds)\n"
+    )
+    theirs, ours = drawn_on_both_sides_of_a_fork(draw.format(source=source))
+    assert len(theirs) == len(ours) == 32 * 12
+    return [(theirs[:128], ours[:128]), (theirs[128:], ours[128:])]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from clipless_dp import CliplessDPSGD, ConfigurationError, PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.sampling import as_tensors
 
-from .support import gated_model, samples
+from .support import drawn_on_both_sides_of_a_fork, gated_model, samples
 
 
 def draws(count, rate, steps, **options):
@@ -223,3 +224,20 @@ def test_workers_that_fetch_ahead_keep_the_amplification():
 def test_samples_that_are_not_pairs_of_one_shape_are_refused_in_words(data):
     with pytest.raises(ConfigurationError, match="pairs"):
         as_tensors(data)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_fork_within_a_samplers_loop_leaves_two_processes_that_draw_other_batches():
+    """The announcing iterator and the batches of tensors draw from the same generator."""
+    theirs, ours = drawn_on_both_sides_of_a_fork(
+        "batches = iter(PoissonBatchSampler(1000, sample_rate=0.1, steps=3))\n"
+        "rows = iter(PoissonBatches((torch.arange(1000)[:, None], torch.zeros(1000)), sample_rate=0.1, steps=3))\n"
+        "def draw():\n"
+        "    whole = next(rows)\n"
+        "    parts = np.array(next(batches)[:40]), whole.inputs[whole.mask][:40, 0].numpy()\n"
+        "    return b''.join(part.astype(np.int64).tobytes() for part in parts)\n"
+    )
+    # 40 of some 100 numbers of each: never fewer by chance.
+    assert len(theirs) == len(ours) == 2 * 40 * 8
+    assert theirs[:320] != ours[:320]
+    assert theirs[320:] != ours[320:]

@@ -11,7 +11,7 @@ from accounting import AnyOf, GaussianRelease, PrivateSelection, RDPAccountant, 
 from clipless_dp import CliplessDPSGD, ConfigurationError, PrivacyError, PrivacyWarning, evaluate, losses
 from clipless_dp import search as search_module
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import SystemNoise
+from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.search import Candidate, private_search
 
 from .support import gated_model, samples
@@ -119,6 +119,21 @@ def test_scores_from_training_data_are_noisy_counts_and_charged(five_runs, runs,
     hits = 300 * max(evaluate(model, data)[0] for model, _, _ in runs)
     assert result.score == pytest.approx((hits + 2.0 * release.noise_multiplier) / 300, rel=1e-5)
     assert 3.9 < result.epsilon <= 4.0
+
+
+def test_secure_scores_lie_on_a_public_grid(five_runs):
+    pytest.importorskip("cryptography")
+    result = private_search([SMALL], samples(256), score_noise_multiplier=10.0, noise="secure", **SEARCH)
+    ((search, _),) = result.accountant.ledger
+    ((choice, _),) = search.trial
+    ((_, _), (release, _)) = choice.alternatives[0]
+    steps = result.score * 256 / 2.0 ** (math.floor(math.log2(release.noise_multiplier * 1.000001)) - 20)
+    assert steps == round(steps)
+
+
+def test_runs_of_a_search_do_not_share_their_noise():
+    with pytest.raises(ConfigurationError, match="reproducible"):
+        private_search([SMALL], samples(300), validation=samples(20), noise=ReproducibleNoise(1), **SEARCH)
 
 
 @pytest.mark.parametrize("shape", [0.0, 1.0, "poisson"])

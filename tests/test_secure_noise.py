@@ -16,7 +16,7 @@ from clipless_dp import secure_noise as module
 from clipless_dp.cli import main
 from clipless_dp.noise import add_normal_
 
-from .support import drawn_on_both_sides_of_a_fork, gated_model, looks_standard_normal, samples, uncorrelated
+from .support import gated_model, looks_standard_normal, noise_on_both_sides_of_a_fork, samples, uncorrelated
 
 pytest.importorskip("cryptography")
 
@@ -71,8 +71,7 @@ def test_steps_runs_copies_and_processes_draw_independent_noise():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
 def test_a_forked_process_draws_other_noise():
-    theirs, ours = drawn_on_both_sides_of_a_fork("SecureNoise")
-    assert not np.array_equal(theirs, ours)
+    assert all(theirs != ours for theirs, ours in noise_on_both_sides_of_a_fork("SecureNoise"))
 
 
 def test_every_step_has_a_key_of_its_own_from_the_operating_system(monkeypatch):
@@ -100,6 +99,29 @@ def test_the_sum_is_rounded_once_to_a_grid_that_the_gradient_does_not_move(monke
     # Elementary functions of two libraries may differ in the last bit: at most one step of the grid, and rarely.
     np.testing.assert_allclose(target.double().numpy(), expected, atol=grid)
     assert (target.double().numpy() == expected).mean() >= 0.9
+
+
+def test_no_number_is_beyond_seventeen_deviations_and_the_least_integers_get_there(monkeypatch):
+    def largest(radius, angle):
+        monkeypatch.setattr(
+            SecureNoise, "_integers", lambda self, count: torch.tensor([radius] * (count // 2) + [angle] * (count // 2))
+        )
+        numbers = SecureNoise()._normal(2)
+        assert torch.isfinite(numbers).all()
+        return float(numbers.abs().max())
+
+    top = (1 << 53) - 1
+    # Four Gaussians of √(106 ln 2) each, over 2.
+    assert largest(0, 0) == pytest.approx(2.0 * math.sqrt(106.0 * math.log(2.0)), rel=1e-12)
+    assert 17.0 < largest(0, 0) < 17.2
+    assert largest(top, 0) == 0.0
+    # Radii fall as the integers grow, and each is the quantile of its integer: (k+1)/2⁵³ of all are beyond.
+    radii = [largest(k, 0) for k in (0, 1, 7, 1 << 10, 1 << 30, 1 << 50, top)]
+    assert radii == sorted(radii, reverse=True)
+    for k, radius in zip((0, 1, 7, 1 << 10, 1 << 30, 1 << 50), radii, strict=False):
+        assert math.exp(-0.5 * (radius / 2.0) ** 2) == pytest.approx((k + 1) / 2.0**53, rel=1e-9)
+    for angle in (1, top, 1 << 52, 1 << 51):
+        assert largest(0, angle) <= largest(0, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -587,8 +587,10 @@ def test_fit_goes_on_from_parts_in_parts_and_in_one_process_as_if_nothing_had_ha
         assert same_weights(changed, expected[0]), way
         assert (epsilon, steps) == (expected[1], expected[3]), way
         assert [record.step for record in history] == [record.step for record in expected[2]]
-        # Losses of the same batches at nearly the same weights, added up in another order.
-        assert [record.loss for record in history] == pytest.approx([record.loss for record in expected[2]], rel=1e-3)
+        # Losses of the same batches at nearly the same weights, added up in another order; no checkpoint keeps one.
+        for record, other in zip(history, expected[2], strict=True):
+            assert record.loss is None or record.loss == pytest.approx(other.loss, rel=1e-3)
+        assert history[-1].loss is not None
         assert torch.equal(changed, second[way][0]), way
     # The same parts: the same bits, momentum and averages included.
     assert torch.equal(first["parts"][0], first["whole"][0])

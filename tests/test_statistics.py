@@ -7,6 +7,7 @@ import torch
 
 from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
 from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
+from clipless_dp import noise as noise_module
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile, private_standardisation
 
 from .support import gated_model, samples
@@ -126,7 +127,7 @@ def test_the_counts_of_a_quantile_have_the_noise_that_its_release_records():
     found = private_quantile(
         values, 0.5, lower=1.0, upper=1e5, noise_multiplier=20.0, accountant=PRVAccountant(), noise=Spy(0)
     )
-    assert seen == [20]
+    assert seen == [1] * 20
     assert found == pytest.approx(5000 - 20.0 * math.sqrt(20), abs=1.5)
 
 
@@ -360,12 +361,12 @@ def test_the_noise_of_a_standardisation_is_the_recorded_multiple_of_what_a_recor
         ("_counts_sensitivity", lambda columns: 1.0),
         ("_counts_sensitivity", lambda columns: math.sqrt(columns / 2.0)),
         ("_MOMENTS_SENSITIVITY", 1.0),
-        ("_MARGIN", math.sqrt(0.5)),
+        ("MARGIN", math.sqrt(0.5)),
     ],
     ids=["one column", "halvings forgotten", "first moments only", "each part alone"],
 )
 def test_less_noise_on_a_standardisation_is_caught(monkeypatch, name, mutant):
-    monkeypatch.setattr(statistics, name, mutant)
+    monkeypatch.setattr(noise_module if name == "MARGIN" else statistics, name, mutant)
     with pytest.raises(AssertionError):
         check_the_noise_of_a_standardisation()
 
@@ -401,3 +402,65 @@ def test_a_range_of_magnitudes_that_is_none_is_refused_before_anything_is_record
     assert len(accountant.ledger) == 0
     with pytest.raises(InputError, match="5"):
         standardised(table(10))(torch.zeros(1, 4))
+
+
+STATISTICS = {
+    "moments": lambda rows, **given: private_moments(rows, norm=1.0, noise_multiplier=3.0, **given).mean,
+    "quantile": lambda rows, **given: private_quantile(
+        rows.norm(dim=1), 0.5, lower=0.1, upper=10.0, noise_multiplier=3.0, **given
+    ),
+    "fraction": lambda rows, **given: private_fraction(rows[:, 0] > 0.3, noise_multiplier=3.0, **given),
+    "standardisation": lambda rows, **given: private_standardisation(rows, noise_multiplier=3.0, **given).mean,
+}
+
+
+def share_off_the_grid(statistic, monkeypatch, add=noise_module.noisy):
+    """Of the noisy numbers that a statistic is made of, how many are no multiples of their deviation's grid."""
+    off, honest = [], add
+
+    def watched(exact, deviation, source):
+        sums = honest(exact, deviation, source)
+        steps = sums / 2.0 ** (math.floor(math.log2(deviation * noise_module.MARGIN)) - 20)
+        off.extend((steps != steps.round()).flatten().tolist())
+        return sums
+
+    monkeypatch.setattr(statistics, "noisy", watched)
+    rows = torch.rand(50, 4, generator=torch.Generator().manual_seed(0)) * math.pi
+    STATISTICS[statistic](rows, accountant=PRVAccountant(), noise="secure")
+    assert len(off) > 0
+    return sum(off) / len(off)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+def test_secure_noise_rounds_every_number_that_a_statistic_releases_to_a_public_grid(statistic, monkeypatch):
+    pytest.importorskip("cryptography")
+    assert share_off_the_grid(statistic, monkeypatch) == 0.0
+    monkeypatch.undo()
+
+    def plain(exact, deviation, source):
+        return exact + deviation * source.standard_normal_(torch.empty(exact.shape, dtype=torch.float64))
+
+    # The grid is what makes it so: of plain sums hardly one lies there.
+    assert share_off_the_grid(statistic, monkeypatch, plain) > 0.5
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("noise", [None, "system", "secure", ReproducibleNoise(1)], ids=str)
+def test_every_statistic_takes_noise_by_name_or_source(statistic, noise):
+    if noise == "secure":
+        pytest.importorskip("cryptography")
+    rows = torch.rand(50, 4, generator=torch.Generator().manual_seed(0))
+    first, second = (
+        torch.as_tensor(STATISTICS[statistic](rows, accountant=PRVAccountant(), noise=noise)) for _ in range(2)
+    )
+    assert torch.isfinite(first).all()
+    assert torch.equal(first, second) == isinstance(noise, ReproducibleNoise)
+
+
+@pytest.mark.parametrize("statistic", STATISTICS)
+@pytest.mark.parametrize("noise", ["secret", 3, object(), ReproducibleNoise], ids=str)
+def test_what_is_no_source_of_noise_is_refused_before_anything_is_charged(statistic, noise):
+    accountant = PRVAccountant()
+    with pytest.raises(ConfigurationError, match="noise must be"):
+        STATISTICS[statistic](torch.ones(50, 4), accountant=accountant, noise=noise)
+    assert len(accountant.ledger) == 0

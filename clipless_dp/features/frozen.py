@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,14 @@ from torch import Tensor, nn
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 
-_CHECKED = 4
-"""Samples that are computed alone too, to see whether their neighbours enter."""
+_TOLERANCE = 1e-5
+"""Of a sample's norm: in batches of one size, most kernels return the same bits at every place, and others round."""
 
-_TOLERANCE = 1e-3
-"""Of a sample's norm: what other batch sizes change by rounding stays below it, also with TF32."""
+_LOUD = 1e4
+"""Times the largest entry seen: rows that would shift any statistic, scale or capacity that samples share."""
+
+_KINDS = ("silent", "loud", "louder samples")
+"""Rows unlike the data: zeros, one large number everywhere, and samples times as much."""
 
 _BLOCK = 1 << 24
 """Bytes hashed at once."""
@@ -35,11 +40,15 @@ class FrozenFeatures(nn.Module):
     trained on public data, or a scattering transform. Wrap a module that returns something else than one tensor, as
     models of ``transformers`` do, in a module of your own that picks it.
 
+    A module that lets samples enter each other's features (statistics or one quantisation scale of the batch, experts
+    of limited capacity, a state that runs on) has no bound for what one sample changes. So :meth:`compute` computes
+    each sample twice, in other company, and refuses a module whose features differ.
+
     Args:
         module: any module that takes a batch and returns a tensor ``(B, ...)``. It is put into evaluation mode, and its
             parameters are frozen.
         cache_dir: folder for the features; ``None`` computes them anew each time.
-        batch_size: samples at once.
+        batch_size: samples at once: every batch of :meth:`compute` has this size, padding included.
 
     Raises:
         ConfigurationError: the module is none, the batch size is below 1, or the folder cannot be written.
@@ -85,6 +94,14 @@ class FrozenFeatures(nn.Module):
     def compute(self, inputs: Tensor) -> Tensor:
         """Features of a data set, from the cache if they are there.
 
+        They are computed twice, which the cache spares later. The second time each sample is at another place of a
+        batch of the same size, with samples of other batches; the first batch also with rows unlike the data: zeros,
+        and entries of ten thousand times the largest. Features must be the same up to rounding, a relative 1e-5, and
+        buffers must not change. What this proves: of these data, no sample's features depended on its company, its
+        place or its turn by more than rounding, in the companies tried. What it does not: that the module's never do;
+        one that mixes samples only where something rare happens, which did not happen, passes. Modules that consist of
+        this library's features and layers are computed once: they are known to take each sample by itself.
+
         The cache's key is a hash of the module (its weights and buffers, its structure and settings, the source files
         of its classes) and of the inputs. A damaged file is computed again, with a warning.
 
@@ -95,14 +112,16 @@ class FrozenFeatures(nn.Module):
             ``(N, ...)`` on the CPU; with a cache, mapped from the file: changes of it stay in memory.
 
         Raises:
-            PrivacyError: the features of a sample depend on its neighbours in the batch, or on chance; a few samples
-                are tried.
-            InputError: there is no sample, or the module's output is not as in :meth:`forward`.
+            PrivacyError: the features of a sample depend on its company, on chance, or on what was computed before.
+            InputError: there is no sample, the module's output is not as in :meth:`forward`, or it fails on rows unlike
+                the data.
         """
         if not isinstance(inputs, Tensor) or inputs.dim() == 0 or len(inputs) == 0:
             raise InputError("inputs must be a tensor (N, ...) with at least one sample")
         if self.cache_dir is None:
-            return torch.cat([self._batch(some) for some in self._checked(inputs)])
+            features = torch.cat(list(self._parts(inputs)))
+            self._require_independence_of_all(inputs, features)
+            return features
         path = self.cache_dir / f"{fingerprint(self.module, inputs)}.npy"
         if path.exists():
             kept = _read(path)
@@ -121,25 +140,86 @@ class FrozenFeatures(nn.Module):
         # NumPy, which maps the files, has no bfloat16.
         return features.cpu().float() if features.dtype == torch.bfloat16 else features.cpu()
 
-    def _checked(self, inputs: Tensor) -> tuple[Tensor, ...]:
-        """The batches, once it is seen that the first samples have the same features alone and among others."""
-        some = inputs[: min(self.batch_size, 32)]
-        if len(some) == 1:
-            some = torch.cat([some, torch.zeros_like(some)])
-        together = self._batch(some)[:_CHECKED]
-        for index, among in enumerate(together):
+    def _parts(self, inputs: Tensor) -> Iterator[Tensor]:
+        """The features, batch by batch; those of the first one are checked at once, as all of them may take hours."""
+        for number, some in enumerate(inputs.split(self.batch_size)):
+            batch = some
+            if len(some) < self.batch_size:
+                batch = torch.cat([some, self._strangers(inputs, "silent")[len(some) :]])
+            features = self._batch(batch)[: len(some)]
+            if number == 0:
+                for kind in _KINDS:
+                    self._require_independence(some, features, [kind])
+            yield features
+
+    def _strangers(self, inputs: Tensor, kind: str) -> Tensor:
+        """A batch of rows of a kind. Of integers, which may be tokens, only some that are in the data."""
+        some = inputs[: self.batch_size]
+        rows = some[torch.arange(self.batch_size, device=some.device) % len(some)].clone()
+        if some.is_floating_point():
+            largest = float(some.abs().nan_to_num(0.0, 0.0, 0.0).max()) or 1.0
+            factor = min(_LOUD, torch.finfo(some.dtype).max / (4.0 * largest))
+            return rows.mul_(factor) if kind == "louder samples" else rows.fill_(-factor * largest * (kind == "loud"))
+        if some.dtype != torch.bool and not some.is_complex() and kind != "louder samples":
+            return rows.fill_(int(some.max() if kind == "loud" else some.min()))
+        return rows
+
+    def _require_independence_of_all(self, inputs: Tensor, features: Tensor) -> None:
+        """The same of all batches, once the first one has passed, which may have filled caches of the module."""
+        before = _versions(self.module)
+        if len(inputs) > self.batch_size:
+            self._require_independence(inputs, features)
+        changed = [name for name, version in _versions(self.module).items() if before.get(name, version) != version]
+        if changed:
+            raise PrivacyError(
+                f"{changed} changed while features were computed in evaluation mode: a sample's features depend on "
+                "those before it. Freeze this state"
+            )
+
+    def _require_independence(self, inputs: Tensor, features: Tensor, kinds: Sequence[str] = _KINDS) -> None:
+        """Computes samples again, at other places, among others, and among strangers of these kinds in turn.
+
+        Batch ``d`` of ``M``, one more than there were, has at place ``j`` the sample that was at place
+        ``i = j - shift mod size`` of batch ``(d - 1 - i) mod M``, and a stranger where that is the batch too many or
+        beyond the end: what was in one batch is spread evenly.
+
+        Raises:
+            PrivacyError: features differ.
+            InputError: the module fails on the strangers.
+        """
+        if _is_known(self.module):
+            return
+        size, count = self.batch_size, len(inputs)
+        batches = math.ceil(count / size) + 1
+        places = (torch.arange(size) - ((size // 2 + 1) % size or 1)) % size
+        strangers = [self._strangers(inputs, kind) for kind in kinds]
+        for number in range(batches):
+            rows = (number - 1 - places) % batches * size + places
+            known = rows < count
+            rows = rows[known]
+            if len(rows) == 0:
+                continue
+            batch = strangers[number % len(kinds)].clone()
+            batch[known.to(batch.device)] = inputs[rows.to(inputs.device)]
             try:
-                alone = self._batch(some[index : index + 1])[0]
-            except (ValueError, RuntimeError) as error:
-                raise PrivacyError(f"the module does not take one sample alone, so it mixes them: {error}") from error
-            difference = float((alone.double() - among.double()).norm())
-            if not difference <= _TOLERANCE * max(float(alone.double().norm()), float(among.double().norm())):
+                again = self._batch(batch)[known]
+            except (ValueError, RuntimeError, IndexError) as error:
+                raise InputError(
+                    f"the module fails on rows unlike the data, of zeros or of large numbers: {error}. Let it take "
+                    "them (clamp its inputs, say), so that samples can be computed in other company"
+                ) from error
+            differing = _differing(features[rows], again, self._tolerance())
+            if bool(differing.any()):
                 raise PrivacyError(
-                    f"the features of sample {index} alone and in a batch differ by {difference:.3g}: the module mixes "
-                    "samples, is random, or returns no finite numbers; batch norm needs running statistics"
+                    f"the features of {int(differing.sum())} of {len(rows)} samples, number {int(rows[differing][0])} "
+                    "first, are other ones in other company: the module mixes samples, is random, or has a state. Use "
+                    "running statistics, static quantisation, experts without a capacity, no randomness"
                 )
-        batches: tuple[Tensor, ...] = inputs.split(self.batch_size)
-        return batches
+
+    def _tolerance(self) -> float:
+        kinds = {part.dtype for part in (*self.module.parameters(), *self.module.buffers()) if part.is_floating_point()}
+        # The one rounding that other kernels do otherwise, carried on through some layers.
+        return max([_TOLERANCE, *(4.0 * torch.finfo(kind).eps for kind in kinds)])
 
     def _write(self, path: Path, inputs: Tensor) -> None:
         descriptor, name = tempfile.mkstemp(suffix=".partial", dir=path.parent)
@@ -148,14 +228,15 @@ class FrozenFeatures(nn.Module):
         try:
             target: np.ndarray[Any, Any] | None = None
             start = 0
-            for some in self._checked(inputs):
-                features = self._batch(some).contiguous().numpy()
+            for part in self._parts(inputs):
+                features = part.contiguous().numpy()
                 if target is None:
                     shape = (len(inputs), *features.shape[1:])
                     target = np.lib.format.open_memmap(temporary, "w+", features.dtype, shape)
                 target[start : start + len(features)] = features
                 start += len(features)
             assert isinstance(target, np.memmap)
+            self._require_independence_of_all(inputs, torch.from_numpy(target))
             target.flush()
             del target
             # The digest first: features without their own digest count as damaged.
@@ -165,9 +246,37 @@ class FrozenFeatures(nn.Module):
             temporary.unlink(missing_ok=True)
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether a module consists of this library's features and layers alone, which take each sample by itself."""
+
+    def known(part: nn.Module) -> bool:
+        own = type(part).__module__.startswith(("clipless_dp.features.", "clipless_dp.layers."))
+        changed = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+        return not changed and (own or type(part) in (nn.Sequential, nn.Flatten, nn.Identity))
+
+    return all(known(part) for part in module.modules())
+
+
+def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Which tensor each buffer is, and how often it was written to."""
+    return {name: (id(buffer), buffer._version) for name, buffer in module.named_buffers()}
+
+
+def _differing(first: Tensor, second: Tensor, tolerance: float) -> Tensor:
+    """``(B,)``: rows that differ by more than rounding; numbers that are not finite must be the same ones."""
+    if torch.equal(first, second):
+        return torch.zeros(len(first), dtype=torch.bool)
+    first, second = (part.double().flatten(1) for part in (first, second))
+    same = (first == second) | (first.isnan() & second.isnan())
+    differences = torch.where(same, 0.0, first - second).norm(dim=1)
+    lengths = torch.maximum(*(part.nan_to_num(0.0, 0.0, 0.0).norm(dim=1) for part in (first, second)))
+    same_rows: Tensor = differences <= tolerance * lengths
+    return ~same_rows
+
+
 def fingerprint(module: nn.Module, inputs: Tensor) -> str:
     """Hash of what decides the features: weights, buffers, structure, settings, source files, and the inputs."""
-    digest = hashlib.sha256(f"clipless_dp features 1, torch {torch.__version__}".encode())
+    digest = hashlib.sha256(f"clipless_dp features 2, torch {torch.__version__}".encode())
     for name, part in module.named_modules():
         kind = type(part)
         settings = {key: repr(value) for key, value in vars(part).items() if _is_plain(value)}

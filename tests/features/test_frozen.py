@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from clipless_dp import ConfigurationError, InputError, PrivacyError
-from clipless_dp.features import FrozenFeatures
+from clipless_dp.features import FrozenFeatures, RandomCosines
 from clipless_dp.features.frozen import fingerprint
 
 
@@ -90,15 +92,193 @@ class Noisy(nn.Module):
         return nn.functional.dropout(inputs, 0.5, training=True)
 
 
-@pytest.mark.parametrize(
-    "module", [Centered(), nn.BatchNorm1d(5, track_running_stats=False), Noisy()], ids=["mean", "batch norm", "random"]
-)
-@pytest.mark.parametrize("count", [1, 11])
-def test_modules_that_mix_samples_or_are_random_are_refused_and_nothing_is_kept(tmp_path, module, count):
+class Quantised(nn.Module):
+    """One scale for all numbers of a batch, as dynamic quantisation has."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        scale = inputs.abs().max() / 127.0
+        return (inputs / scale).round() * scale
+
+
+class CenteredIfMany(nn.Module):
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs - inputs.mean(0) if len(inputs) > 32 else inputs
+
+
+class Experts(nn.Module):
+    """The samples beyond the capacity of their expert come out as zeros."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        chosen, capacity = inputs.argmax(1), int(1.25 * len(inputs) / inputs.shape[1])
+        out = torch.zeros_like(inputs)
+        for expert in range(inputs.shape[1]):
+            rows = (chosen == expert).nonzero().flatten()[:capacity]
+            out[rows] = inputs[rows] + expert
+        return out
+
+
+class Running(nn.Module):
+    """Adds what it has seen in all batches but the first ones."""
+
+    def __init__(self, spared: int = 0, *, buffer: bool = True) -> None:
+        super().__init__()
+        self.spared, self.calls = spared, 0
+        if buffer:
+            self.register_buffer("seen", torch.zeros(()))
+        else:
+            self.seen = torch.zeros(())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if self.calls > self.spared:
+            self.seen += inputs.sum()
+        return inputs + self.seen
+
+
+def outgoing(count: int) -> torch.Tensor:
+    """Rows in which all batches have the same largest number, so that a scale of the batch is always the same."""
+    rows = torch.rand(count, 5, generator=torch.Generator().manual_seed(1))
+    rows[:, 0] = 1.0
+    return rows
+
+
+MIXERS = {
+    "mean": Centered,
+    "batch norm": lambda: nn.BatchNorm1d(5, track_running_stats=False),
+    "random": Noisy,
+    "one scale": Quantised,
+    "mean of more than 32": CenteredIfMany,
+    "experts of limited capacity": Experts,
+    "running state": Running,
+    "running state after the first batch": lambda: Running(8),
+    "running state that is no buffer": lambda: Running(8, buffer=False),
+}
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+@pytest.mark.parametrize("count", [1, 11, 40, 200])
+def test_modules_that_mix_samples_or_are_random_are_refused_and_nothing_is_kept(tmp_path, kind, count):
     torch.manual_seed(0)
-    with pytest.raises(PrivacyError, match="alone"):
-        FrozenFeatures(module, cache_dir=tmp_path).compute(INPUTS[:count])
+    if (count < 200 and kind.startswith("running state ")) or (count == 1 and kind.startswith("experts")):
+        pytest.skip("nothing has happened yet")
+    with pytest.raises(PrivacyError, match=r"in other company|changed while"):
+        FrozenFeatures(MIXERS[kind](), cache_dir=tmp_path, batch_size=40).compute(outgoing(count))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif("x86" not in torch.backends.quantized.supported_engines, reason="needs quantised products")
+@pytest.mark.filterwarnings("ignore")
+def test_dynamically_quantised_modules_are_refused():
+    module = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(5, 4)), {nn.Linear})
+    with pytest.raises(PrivacyError, match="static quantisation"):
+        FrozenFeatures(module).compute(outgoing(50))
+
+
+@pytest.mark.parametrize("mutant", ["small batches", "no strangers", "the same company"])
+def test_a_weaker_check_lets_mixers_through(monkeypatch, mutant):
+    """Why it looks at whole batches, at rows unlike the data, and at each sample twice."""
+    module = {"small batches": CenteredIfMany, "no strangers": Quantised, "the same company": Centered}[mutant]()
+    if mutant == "small batches":
+        features = FrozenFeatures(module, batch_size=16)
+    else:
+        features = FrozenFeatures(module, batch_size=40)
+    if mutant == "no strangers":
+        monkeypatch.setattr(
+            FrozenFeatures, "_strangers", lambda self, inputs, kind: inputs[:1].expand(self.batch_size, -1)
+        )
+    if mutant == "the same company":
+        monkeypatch.setattr(FrozenFeatures, "_require_independence", lambda self, inputs, features, kinds=(): None)
+    features.compute(outgoing(200))
+
+
+class Remembering(nn.Module):
+    """What it was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[torch.Tensor] = []
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.asked.append(inputs.clone())
+        return 2.0 * inputs
+
+
+@pytest.mark.parametrize(("count", "size"), [(200, 40), (190, 40), (41, 40), (40, 40), (7, 40), (1, 40), (30, 4)])
+def test_every_sample_is_computed_twice_in_whole_batches_at_other_places_with_hardly_a_neighbour_in_common(count, size):
+    module, inputs = Remembering(), torch.rand(count, 3)
+    FrozenFeatures(module, batch_size=size).compute(inputs)
+    assert all(len(batch) == size for batch in module.asked)
+    first, batches = 1 + 2 * 3, -(-count // size)
+    passes = [module.asked[:1] + module.asked[first : first + batches - 1], module.asked[first + batches - 1 :]]
+    if count <= size:
+        passes = [module.asked[:1], module.asked[1:3]]
+    where = [
+        {tuple(row.tolist()): (number, place) for number, batch in enumerate(one) for place, row in enumerate(batch)}
+        for one in passes
+    ]
+    # The second time batches are one more, among which samples that were together are spread evenly.
+    together = -(-size // (batches + 1))
+    for index in range(0, count, 7):
+        places = [one[tuple(inputs[index].tolist())] for one in where]
+        assert places[0] == (index // size, index % size)
+        assert places[1][1] != places[0][1]
+        number = places[1][0]
+        same = sum(where[1][tuple(row.tolist())][0] == number for row in inputs[places[0][0] * size :][:size])
+        assert same <= together
+
+
+def test_numbers_that_are_not_finite_stay_with_their_sample():
+    inputs = outgoing(50)
+    inputs[3, 2], inputs[20, 1] = math.nan, math.inf
+    features = FrozenFeatures(nn.Linear(5, 4), batch_size=16).compute(inputs)
+    assert torch.isfinite(features).all(1).tolist() == [index not in (3, 20) for index in range(50)]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.float16, torch.bfloat16])
+def test_inputs_of_other_types_are_checked_in_other_company_too(dtype):
+    inputs = (torch.rand(50, 6, generator=torch.Generator().manual_seed(0)) * 5).floor().clamp(min=1).sub(1).to(dtype)
+
+    class Halves(nn.Module):
+        def forward(self, some: torch.Tensor) -> torch.Tensor:
+            return some.float() / 2
+
+    class Mixed(Halves):
+        def forward(self, some: torch.Tensor) -> torch.Tensor:
+            return super().forward(some) - some.float().mean(0)
+
+    torch.testing.assert_close(FrozenFeatures(Halves(), batch_size=16).compute(inputs), inputs.float() / 2)
+    with pytest.raises(PrivacyError, match="company"):
+        FrozenFeatures(Mixed(), batch_size=16).compute(inputs)
+
+
+def test_a_module_that_fails_on_rows_unlike_the_data_is_told_what_to_do():
+    class Ranged(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            if inputs.abs().max() > 10:
+                raise ValueError("pixels lie in [0, 1]")
+            return inputs
+
+    with pytest.raises(InputError, match=r"pixels lie in \[0, 1\].*clamp"):
+        FrozenFeatures(Ranged()).compute(outgoing(5))
+
+
+def test_modules_of_this_library_are_computed_once_and_changed_ones_are_not(monkeypatch):
+    calls = []
+    honest = FrozenFeatures._batch
+    monkeypatch.setattr(FrozenFeatures, "_batch", lambda self, inputs: calls.append(1) or honest(self, inputs))
+
+    class Own(RandomCosines):
+        pass
+
+    cosines = RandomCosines(5, 8)
+    hooked = RandomCosines(5, 8)
+    hooked.register_forward_hook(lambda module, inputs, output: output - output.mean(0))
+    FrozenFeatures(nn.Sequential(cosines, nn.Flatten()), batch_size=10).compute(INPUTS)
+    assert len(calls) == 2
+    FrozenFeatures(Own(5, 8), batch_size=10).compute(INPUTS)
+    assert len(calls) == 2 + 2 + 6 + 3
+    with pytest.raises(PrivacyError, match="company"):
+        FrozenFeatures(hooked, batch_size=10).compute(INPUTS)
 
 
 def test_a_part_in_training_mode_is_refused():

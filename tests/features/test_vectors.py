@@ -13,6 +13,7 @@ from clipless_dp.features import (
     NaturalStandardisation,
     OpponentColours,
     Scattering2d,
+    frozen,
 )
 
 
@@ -109,10 +110,11 @@ def test_colour_differences_weigh_double_in_averages_and_half_in_moduli():
 @pytest.mark.parametrize(
     ("front", "channels", "width"), [(GroupedScattering, 1, 81 * 9), (MirroredScattering, 3, 243 * 6)]
 )
-def test_vectors_have_unit_norm_and_see_each_sample_by_itself(front, channels, width):
+def test_vectors_have_unit_norm_and_see_each_sample_by_itself(front, channels, width, monkeypatch):
+    # As if it were another's module: those that mix samples are refused.
+    monkeypatch.setattr(frozen, "_is_known", lambda module: False)
     images = torch.rand(6, channels, 12, 12, generator=torch.Generator().manual_seed(0))
-    # FrozenFeatures refuses modules that mix samples.
-    features = FrozenFeatures(front((12, 12))).compute(images)
+    features = FrozenFeatures(front((12, 12)), batch_size=4).compute(images)
     assert features.shape == (6, width)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(6))
 
