@@ -21,6 +21,7 @@ from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
+from clipless_dp.randomness import Randomness, may_draw, replace_dropout_
 from clipless_dp.rules.base import kind_of
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import TracedNet, is_hooked, is_leaf, parameters_of, trace
@@ -67,6 +68,7 @@ class DPLipModel(nn.Module):
         nonfinite_samples: how many samples :meth:`loss` has dropped because input, target or loss was not finite
             or out of range: an int64 tensor, for the data's owner only (it is not protected by noise).
         changes: how often the settings of layers (a dropout rate, a gate's value) were found changed.
+        randomness: what dropout and layers of your own draw from: the operating system, whatever was seeded.
     """
 
     nonfinite_samples: Tensor
@@ -95,6 +97,7 @@ class DPLipModel(nn.Module):
         distributed.refuse_averages(net)
         sharding.refuse_shards(net)
         self.net = net
+        self.randomness = Randomness()
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
@@ -117,6 +120,8 @@ class DPLipModel(nn.Module):
             raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
         if traced.vocabulary is not None and self._input_norm is not None:
             raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
+        replace_dropout_(traced.module, self.randomness)
+        self._may_draw = may_draw(traced.module)
         self._traced: TracedNet = traced
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
@@ -165,6 +170,8 @@ class DPLipModel(nn.Module):
         if inputs.shape[0] == 0:
             # A copy: what hooks on a view are told may be lost.
             return self._run(inputs.new_zeros(1, *self.input_shape))[:0].clone()
+        if self._may_draw and not self.randomness.visiting and (self.training or torch.is_grad_enabled()):
+            return self.randomness.run(self._run, inputs)
         return self._run(inputs)
 
     def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -139,6 +139,8 @@ class CliplessDPOptimizer(Optimizer):
         self._allowance = _Allowance()
         self.steps_taken = 0
         self._noise_sources: set[str] = set()
+        self._randomness_sources: set[str] = set()
+        self._drawn_before = model.randomness.draws.copy()
         self._learning_rates: list[tuple[Rates, int]] = []
         self._draws_before = draws.snapshot()
         self._held_before = draws.held()
@@ -244,7 +246,7 @@ class CliplessDPOptimizer(Optimizer):
             with sharding.passing() if self._sharded else nullcontext():
                 for _ in range(multiplicity):
                     for piece in pieces:
-                        seen = piece[0] if augment is None or not len(piece[0]) else views(augment, piece[0], piece[2])
+                        seen = piece[0] if augment is None or not len(piece[0]) else self._views(augment, piece)
                         value = loss(seen, piece[1], piece[2])
                         value.backward()
                         total += value.detach()
@@ -264,6 +266,9 @@ class CliplessDPOptimizer(Optimizer):
                     parameter.grad += gradient
         self._entered.append(inputs)
         return total / multiplicity
+
+    def _views(self, augment: Augmentation, piece: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return views(augment, piece[0], piece[2], self.model.randomness)
 
     def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return self.model.loss(self.model(inputs), targets, mask)
@@ -302,6 +307,16 @@ class CliplessDPOptimizer(Optimizer):
     def noise_sources(self) -> tuple[str, ...]:
         """The sources that the noise of all steps came from, those of loaded states included."""
         return tuple(sorted(self._noise_sources))
+
+    @property
+    def randomness_sources(self) -> tuple[str, ...]:
+        """Where masks of dropout and random views of all steps came from, those of loaded states included.
+
+        ``"system"``, which a release needs; ``"reproducible"`` (a ``reproducible_seed``, or
+        :meth:`clipless_dp.randomness.Randomness.seeded`); ``"unrecorded"`` where a loaded state does not say. None
+        where nothing was drawn.
+        """
+        return tuple(sorted(self._randomness_sources))
 
     @property
     def learning_rates(self) -> list[tuple[Rates, int]]:
@@ -352,6 +367,7 @@ class CliplessDPOptimizer(Optimizer):
                 "accountant": self.accountant.state_dict(),
                 "counted": dict(self._counted),
                 "noise": list(self.noise_sources),
+                "randomness": list(self.randomness_sources),
                 "learning_rates": [[list(rates), count] for rates, count in self._learning_rates],
             },
         }
@@ -375,6 +391,7 @@ class CliplessDPOptimizer(Optimizer):
             steps_taken, accountant = int(own["steps_taken"]), own["accountant"]
             counted = {str(run): int(count) for run, count in own["counted"].items()}
             sources = {str(name) for name in own["noise"]}
+            randomness = {str(name) for name in own.get("randomness", ["unrecorded"])}
             # States of before they were recorded have none.
             rates = [
                 (tuple(None if rate is None else float(rate) for rate in some), int(count))
@@ -386,6 +403,7 @@ class CliplessDPOptimizer(Optimizer):
         self._lines_compared = 0
         self.steps_taken = steps_taken
         self._noise_sources |= sources
+        self._randomness_sources |= randomness
         self._learning_rates = rates
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
@@ -452,6 +470,7 @@ class CliplessDPOptimizer(Optimizer):
         self._counted[self._run] = self._counted.get(self._run, 0) + 1
         self._note_ledger()
         self._noise_sources.add(source_name(type(self.noise)))
+        self._note_randomness()
         self._note_learning_rates()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
@@ -474,6 +493,12 @@ class CliplessDPOptimizer(Optimizer):
             self._release_together(gradients, scales)
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
+
+    def _note_randomness(self) -> None:
+        source, before = self.model.randomness, self._drawn_before
+        self._drawn_before = source.draws.copy()
+        self._randomness_sources.update(source.draws - before)
+        source.forget()
 
     def _note_learning_rates(self) -> None:
         rates = tuple(None if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)
