@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -160,9 +160,9 @@ class Randomness:
         state = self._state
         if state.origin == "system" and state.process != os.getpid():
             state = self._state = _State("system", system_streams())
-        module = torch if device.type == "cpu" else torch.get_device_module(device)
-        place = () if device.type == "cpu" else (device,)
-        mark = hashlib.blake2b(module.get_rng_state(*place).numpy().tobytes(), digest_size=16).digest()
+        module = _own_generators(device)
+        current = torch.get_rng_state() if module is None else module.get_rng_state(device)
+        mark = hashlib.blake2b(current.numpy().tobytes(), digest_size=16).digest()
         if torch._C._current_graph_task_id() != -1:
             known = state.known.get(mark, ())
             if len(known) != 1:
@@ -178,7 +178,7 @@ class Randomness:
             number = next(state.numbers)
             state.known[mark] = (*state.known.get(mark, ())[:1], number)
         # So that the next pass finds another state, as behind torch's own dropout.
-        torch.empty((), dtype=torch.int64, device=device).random_()
+        torch.empty((), dtype=torch.int64, device="cpu" if module is None else device).random_()
         self.draws[state.origin] += 1
         return state.streams(number)
 
@@ -195,17 +195,16 @@ class Randomness:
             PrivacyError: as :meth:`words`.
         """
         words = self.words(device)
-        accelerated = device.type != "cpu"
-        devices = [device] if accelerated else []
-        with _global, torch.random.fork_rng(devices, device_type=device.type if accelerated else "cuda"):
+        module = _own_generators(device)
+        kind = {} if module is None else {"device_type": device.type}
+        with _global, torch.random.fork_rng([] if module is None else [device], **kind):
             before = random.getstate(), np.random.get_state(), self._visitor
             self._visitor = threading.get_ident()
             _visits.depth += 1
             try:
                 torch.set_rng_state(random_state(words))
-                if accelerated:
-                    generator = _seeded_generator(words, device)
-                    torch.get_device_module(device).set_rng_state(generator.get_state(), device)
+                if module is not None:
+                    module.set_rng_state(_seeded_generator(words, device).get_state(), device)
                 bits = torch.empty(16, dtype=torch.int32)
                 words(bits)
                 random.seed(int.from_bytes(bits[:8].numpy().tobytes(), "little"))
@@ -235,6 +234,11 @@ _handles = itertools.count()
 _live: WeakValueDictionary[int, Randomness] = WeakValueDictionary()
 shared = Randomness()
 """For what is drawn outside of any model's passes."""
+
+
+def _own_generators(device: torch.device) -> Any:
+    """The module of an accelerator with random numbers of its own, or ``None``."""
+    return None if device.type in ("cpu", "meta") else torch.get_device_module(device)
 
 
 def _seeded_generator(words: Words, device: torch.device) -> torch.Generator:
