@@ -212,9 +212,11 @@ class DPLipModel(nn.Module):
 
     def _chooses_rows(self, inputs: Tensor) -> bool:
         """Whether this pass may run at other numbers of rows than the one that it is given."""
-        wanted = inputs.device.type == "cpu" if self._row_invariant is None else self._row_invariant
-        known = wanted and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        return known and not sharding.is_sharded(self)
+        return torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._wants_rows(inputs.device)
+
+    def _wants_rows(self, device: torch.device) -> bool:
+        wanted = device.type == "cpu" if self._row_invariant is None else self._row_invariant
+        return wanted and not sharding.is_sharded(self)
 
     def _twin(self, fused: bool) -> Twin:
         """A copy of the network with random weights, which shows how the library computes."""
@@ -295,6 +297,15 @@ class DPLipModel(nn.Module):
         """
         device, dtype = self.device_and_dtype()
         return not (self._fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
+
+    @property
+    def row_invariant(self) -> bool | None:
+        """Whether all passes so far ran where no sample's activations depend on its company; ``None`` before the first.
+
+        False where no such numbers of rows were found, or it was switched off; compiled passes do not count.
+        """
+        device, _ = self.device_and_dtype()
+        return self._rows.found if self._wants_rows(device) else False
 
     def lipschitz_constant(self) -> float:
         """Certified Lipschitz constant of the network at the current weights, in Euclidean norms.

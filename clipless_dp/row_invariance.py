@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class RowInvariance:
     def __init__(self, *, backward: bool) -> None:
         self._backward = backward
         self._agreeing: dict[tuple[int, int], bool] = {}
+        self._met: Counter[int] = Counter()
         self._reference: dict[int, tuple[int, tuple[Tensor, ...]] | None] = {}
 
     def __reduce__(self) -> tuple[Callable[[bool], RowInvariance], tuple[bool]]:
@@ -73,7 +75,7 @@ class RowInvariance:
 
     @property
     def found(self) -> bool | None:
-        """Whether sizes that agree were found; ``None`` before any pass."""
+        """Whether sizes that agree were found for all passes so far; ``None`` before the first."""
         return all(known is not None for known in self._reference.values()) if self._reference else None
 
     def run(self, run: Run, inputs: Tensor, twin: Callable[[], Twin]) -> Values:
@@ -101,9 +103,17 @@ class RowInvariance:
         """Sizes that agree and hold so many rows, which are all of one size but for the last."""
         if self._agreeing.get((torch.get_num_threads(), count)):
             return [count]
+        self._met[count] += 1
         ask = _Once(twin)
+        try:
+            return self._chosen(count, ask)
+        finally:
+            ask.release()
+
+    def _chosen(self, count: int, ask: _Once) -> list[int]:
         least = self._least(ask)
-        if least is None:
+        # A size that comes back is worth a question of its own, in place of padding.
+        if least is None or (self._met[count] > 1 and self._agrees(count, ask)):
             return [count]
         size = _STEP * math.ceil(count / _STEP)
         largest = max(size + size * _LARGER, least)
@@ -169,6 +179,10 @@ class _Once:
             self._twin = self._make()
         return self._twin
 
+    def release(self) -> None:
+        if self._twin is not None:
+            self._twin.release()
+
 
 class Twin:
     """A network to ask: the same layers with random weights, and samples that depend on nothing private.
@@ -191,8 +205,13 @@ class Twin:
                 drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * spread
                 parameter.copy_(drawn.to(parameter.dtype))
         self._run = run
+        self._net = net
         self._samples = samples(_SAMPLES, generator).to(device)
-        self._generator = generator
+
+    def release(self) -> None:
+        """Frees the weights now: graphs hold themselves until garbage is collected."""
+        for parameter in self._net.parameters():
+            parameter.data = parameter.data.new_empty(0)
 
     def values(self, size: int, shift: int, backward: bool) -> tuple[Tensor, ...]:
         """Outputs, and the cotangents at the input if they are wanted, of the samples in a cycle that begins at one."""
