@@ -179,7 +179,8 @@ class DPLipModel(nn.Module):
             # A copy: what hooks on a view are told may be lost.
             return self._run(inputs.new_zeros(1, *self.input_shape))[:0].clone()
         if self._may_draw and not self.randomness.visiting and (self.training or torch.is_grad_enabled()):
-            return self.randomness.run(self._run, inputs)
+            output: Tensor = self.randomness.run(self._run, inputs)
+            return output
         return self._run(inputs)
 
     def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -284,6 +284,7 @@ def _faked(values: Tensor, kind: int, p: float, handle: int) -> Tensor:
 _library.impl("dropout_noise", _drawn, "CompositeExplicitAutograd")
 torch.library.register_fake("clipless_dp_randomness::dropout_noise", _faked, lib=_library)
 
+_Dropout = nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 
 
@@ -298,7 +299,7 @@ class DrawnDropout(nn.Module):
         ``(B, ...)`` to the same shape.
     """
 
-    def __init__(self, layer: nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d, source: Randomness) -> None:
+    def __init__(self, layer: _Dropout, source: Randomness) -> None:
         super().__init__()
         self.layer = layer
         self._source = source
@@ -314,8 +315,8 @@ class DrawnDropout(nn.Module):
             # Torch takes these for one sample without a batch axis, whose channels they are.
             kind = _BY_SAMPLE
         if torch.compiler.is_compiling():
-            detached = values.detach()
-            noise = torch.ops.clipless_dp_randomness.dropout_noise(detached, kind, float(layer.p), self._handle)
+            drawn = torch.ops.clipless_dp_randomness.dropout_noise
+            noise: Tensor = drawn(values.detach(), kind, float(layer.p), self._handle)
         else:
             with torch.no_grad():
                 noise = self._source.dropout_noise(values, kind, layer.p)
@@ -330,7 +331,7 @@ def replace_dropout_(graph: fx.GraphModule, source: Randomness) -> None:
         leaf = graph.get_submodule(str(node.target))
         if type(leaf) in _DROPOUTS:
             above, _, name = str(node.target).rpartition(".")
-            setattr(graph.get_submodule(above), name, DrawnDropout(leaf, source))
+            setattr(graph.get_submodule(above), name, DrawnDropout(cast(_Dropout, leaf), source))
 
 
 def may_draw(graph: fx.GraphModule) -> bool:

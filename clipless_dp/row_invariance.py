@@ -15,10 +15,11 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _REFERENCES = (64, 48, 96, 72, 32, 24, 16)
 """Rows of the pass that others must agree with; the first in which all places agree. Never of a draw's size, which is
@@ -33,6 +34,13 @@ _LARGER = 1 / 16
 _SAMPLES = 61
 """Different samples to ask with: a prime, so that each meets every place of a kernel's block; and so many numbers that
 two orders of summation do not round alike in all of them."""
+
+
+_ALIGNMENT = 64
+"""Bytes: torch aligns new tensors so, and a kernel may treat what lies otherwise differently."""
+
+_Kind = tuple[int, torch.memory_format]
+"""What the choice of kernels depends on besides the network and the number of rows: threads, and the input's layout."""
 
 
 class Values(NamedTuple):
@@ -52,6 +60,10 @@ class Values(NamedTuple):
 Run = Callable[[Tensor], Values]
 
 
+_ROUNDED = ("mm", "convolution", "linear", "norm")
+"""In the names of operations that sum in an order of their own."""
+
+
 class RowInvariance:
     """Runs passes at sizes that agree with each other to the last bit.
 
@@ -66,9 +78,9 @@ class RowInvariance:
 
     def __init__(self, *, backward: bool) -> None:
         self._backward = backward
-        self._agreeing: dict[tuple[int, int], bool] = {}
+        self._agreeing: dict[tuple[_Kind, int], bool] = {}
         self._met: Counter[int] = Counter()
-        self._reference: dict[int, tuple[int, tuple[Tensor, ...]] | None] = {}
+        self._reference: dict[_Kind, tuple[int, tuple[Tensor, ...]] | None] = {}
 
     def __reduce__(self) -> tuple[Callable[[bool], RowInvariance], tuple[bool]]:
         return _made, (self._backward,)
@@ -87,77 +99,82 @@ class RowInvariance:
             twin: makes a copy of the network to ask.
         """
         count = len(inputs)
-        sizes = self._sizes(count, twin)
-        if sizes == [count]:
-            return run(inputs)
+        spatial = inputs.dim() == 4 and not inputs.is_contiguous()
+        last = spatial and inputs.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if last else torch.contiguous_format
+        sizes = self._sizes(count, (torch.get_num_threads(), layout), twin)
         missing = sum(sizes) - count
         if missing:
             # Zeros, whose outputs are dropped: nothing flows back to them.
             inputs = torch.cat((inputs, inputs.new_zeros(missing, *inputs.shape[1:])))
+        inputs = inputs.contiguous(memory_format=layout)
+        if inputs.data_ptr() % _ALIGNMENT:
+            inputs = inputs.clone()
+        if sizes == [count]:
+            return run(inputs)
         parts = [run(part) for part in inputs.split(sizes)]
         outputs = torch.cat([part.outputs for part in parts]) if len(parts) > 1 else parts[0].outputs
         finite = torch.cat([part.finite for part in parts]) if len(parts) > 1 else parts[0].finite
         return Values(outputs[:count], finite[:count], all(part.whole for part in parts))
 
-    def _sizes(self, count: int, twin: Callable[[], Twin]) -> list[int]:
+    def _sizes(self, count: int, kind: _Kind, twin: Callable[[], Twin]) -> list[int]:
         """Sizes that agree and hold so many rows, which are all of one size but for the last."""
-        if self._agreeing.get((torch.get_num_threads(), count)):
+        if self._agreeing.get((kind, count)):
             return [count]
         self._met[count] += 1
         ask = _Once(twin)
         try:
-            return self._chosen(count, ask)
+            return self._chosen(count, kind, ask)
         finally:
             ask.release()
 
-    def _chosen(self, count: int, ask: _Once) -> list[int]:
-        least = self._least(ask)
+    def _chosen(self, count: int, kind: _Kind, ask: _Once) -> list[int]:
+        least = self._least(kind, ask)
         # A size that comes back is worth a question of its own, in place of padding.
-        if least is None or (self._met[count] > 1 and self._agrees(count, ask)):
+        if least is None or (self._met[count] > 1 and self._agrees(count, kind, ask)):
             return [count]
         size = _STEP * math.ceil(count / _STEP)
         largest = max(size + size * _LARGER, least)
-        larger = next((some for some in range(size, int(largest) + 1, _STEP) if self._agrees(some, ask)), None)
+        larger = next((some for some in range(size, int(largest) + 1, _STEP) if self._agrees(some, kind, ask)), None)
         if larger is not None:
             return [larger]
         for parts in range(2, math.ceil(size / least)):
             smaller = _STEP * math.ceil(size / parts / _STEP)
             for some in range(smaller, int(smaller + smaller * _LARGER) + 1, _STEP):
-                if some < size and self._agrees(some, ask):
+                if some < size and self._agrees(some, kind, ask):
                     return [some] * math.ceil(count / some)
         return [least] * math.ceil(count / least)
 
-    def _least(self, ask: _Once) -> int | None:
+    def _least(self, kind: _Kind, ask: _Once) -> int | None:
         """The size of the reference, or ``None`` where there is none."""
-        threads = torch.get_num_threads()
-        if threads not in self._reference:
+        if kind not in self._reference:
             found = None
             for size in _REFERENCES:
-                values = ask().values(size, 0, self._backward)
-                first = tuple(value[:_SAMPLES] for value in values)
-                if len(first[0]) < _SAMPLES:
-                    # The samples that it has no room for, in a second pass.
-                    rest = ask().values(size, size, self._backward)
-                    first = tuple(torch.cat((one, two))[:_SAMPLES] for one, two in zip(first, rest, strict=True))
-                if len(first[0]) == _SAMPLES and self._equal(size, first, ask):
+                starts = range(0, _SAMPLES, size)
+                passes = [ask().values(size, start, kind, self._backward) for start in starts]
+                first = tuple(torch.cat(parts)[:_SAMPLES] for parts in zip(*passes, strict=True))
+                if self._equal(size, kind, first, ask):
                     found = size, first
-                    self._agreeing[threads, size] = True
+                    self._agreeing[kind, size] = True
                     break
-            self._reference[threads] = found
-        known = self._reference[threads]
+            self._reference[kind] = found
+        known = self._reference[kind]
         return None if known is None else known[0]
 
-    def _agrees(self, size: int, ask: _Once) -> bool:
-        key = torch.get_num_threads(), size
+    def _agrees(self, size: int, kind: _Kind, ask: _Once) -> bool:
+        key = kind, size
         if key not in self._agreeing:
-            reference = self._reference[key[0]]
-            self._agreeing[key] = reference is not None and self._equal(size, reference[1], ask)
+            reference = self._reference[kind]
+            self._agreeing[key] = reference is not None and self._equal(size, kind, reference[1], ask)
         return self._agreeing[key]
 
-    def _equal(self, size: int, reference: tuple[Tensor, ...], ask: _Once) -> bool:
+    def _equal(self, size: int, kind: _Kind, reference: tuple[Tensor, ...], ask: _Once) -> bool:
         for shift in (0, 17, 40):
             places = (torch.arange(size) + shift) % _SAMPLES
-            for found, expected in zip(ask().values(size, shift, self._backward), reference, strict=True):
+            values = ask().values(size, shift, kind, self._backward)
+            if len(values) != len(reference):
+                return False
+            for found, expected in zip(values, reference, strict=True):
                 if not torch.equal(_bits(found), _bits(expected[places.to(expected.device)])):
                     return False
         return True
@@ -213,19 +230,45 @@ class Twin:
         for parameter in self._net.parameters():
             parameter.data = parameter.data.new_empty(0)
 
-    def values(self, size: int, shift: int, backward: bool) -> tuple[Tensor, ...]:
+    def values(self, size: int, shift: int, kind: _Kind, backward: bool) -> tuple[Tensor, ...]:
         """Outputs, and the cotangents at the input if they are wanted, of the samples in a cycle that begins at one."""
         places = ((torch.arange(size) + shift) % _SAMPLES).to(self._samples.device)
-        inputs = self._samples[places]
+        inputs = self._samples[places].contiguous(memory_format=kind[1])
         backward = backward and inputs.is_floating_point()
         with torch.enable_grad():
-            outputs = self._run(inputs.requires_grad_(backward)).outputs
+            with _Digests(size) as digests:
+                outputs = self._run(inputs.requires_grad_(backward)).outputs
+            seen = (outputs.detach(), *digests.found)
             if not backward:
-                return (outputs.detach(),)
+                return seen
             cotangents = torch.randn(
                 (_SAMPLES, *outputs.shape[1:]), generator=torch.Generator().manual_seed(1), dtype=torch.float64
             ).to(outputs)
-            return outputs.detach(), *torch.autograd.grad(outputs, inputs, cotangents[places])
+            return *seen, *torch.autograd.grad(outputs, inputs, cotangents[places])
+
+
+class _Digests(TorchDispatchMode):
+    """Sums up what products and norms return for each sample, since a last bit may not show in the outputs.
+
+    Args:
+        rows: samples in the pass.
+    """
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: list[Tensor] = []
+        self._rows = rows
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not isinstance(result, Tensor) or not any(name in str(func) for name in _ROUNDED):
+            return result
+        if result.dim() > 0 and result.numel() > 0 and len(result) % self._rows == 0:
+            bits = _bits(result).reshape(self._rows, -1).long()
+            # Different odd factors, modulo 2⁶⁴: a change of one number always shows.
+            factors = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C2 + 1
+            self.found.append((bits * factors).sum(1))
+        return result
 
 
 def copied(*modules: nn.Module) -> tuple[nn.Module, ...]:

@@ -112,6 +112,11 @@ def test_a_sample_has_the_same_outputs_at_every_place_and_in_every_company(name,
         assert torch.equal(model(inputs[:count]), expected[:count]), count
         assert torch.equal(model(inputs[5:][:count]), expected[5:][:count]), count
     assert torch.equal(model(inputs.flip(0)), expected.flip(0))
+    strided = inputs.transpose(0, -1).contiguous().transpose(0, -1)
+    assert torch.equal(model(strided[:33]), expected[:33])
+    if name == "maps":
+        turned = inputs.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(model(turned[:33]), model(turned)[:33])
     others = inputs.clone()
     others[1:] = inputs[:-1]
     assert torch.equal(model(others)[0], expected[0])
@@ -202,7 +207,7 @@ def test_sizes_are_chosen_by_what_a_library_returns(kernels):
 def test_where_no_size_agrees_passes_run_as_they_are_and_the_model_says_so(monkeypatch):
     calls = 0
 
-    def differing(self, size, shift, backward):
+    def differing(self, size, shift, kind, backward):
         nonlocal calls
         calls += 1
         return (torch.full((size, 1), float(calls)),)
