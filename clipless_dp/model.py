@@ -179,8 +179,7 @@ class DPLipModel(nn.Module):
             # A copy: what hooks on a view are told may be lost.
             return self._run(inputs.new_zeros(1, *self.input_shape))[:0].clone()
         if self._may_draw and not self.randomness.visiting and (self.training or torch.is_grad_enabled()):
-            output: Tensor = self.randomness.run(self._run, inputs)
-            return output
+            return self.randomness.run(self._run, inputs)  # type: ignore[no-any-return]
         return self._run(inputs)
 
     def _run(self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -213,7 +212,9 @@ class DPLipModel(nn.Module):
 
     def _chooses_rows(self, inputs: Tensor) -> bool:
         """Whether this pass may run at other numbers of rows than the one that it is given."""
-        return torch.is_grad_enabled() and not torch.compiler.is_compiling() and self._wants_rows(inputs.device)
+        # Without gradients too, while training: a checkpointed pass is computed so first.
+        enabled = torch.is_grad_enabled() or self.training
+        return enabled and not torch.compiler.is_compiling() and self._wants_rows(inputs.device)
 
     def _wants_rows(self, device: torch.device) -> bool:
         wanted = device.type == "cpu" if self._row_invariant is None else self._row_invariant

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,8 +24,11 @@ _REFERENCES = (64, 48, 96, 72, 32, 24, 16)
 """Rows of the pass that others must agree with; the first in which all places agree. Never of a draw's size, which is
 private."""
 
+_OWN = 64
+"""So many different sizes are asked about as they are, each at the cost of a step or so."""
+
 _STEP = 8
-"""Sizes are multiples of it: few to ask about, and few rows of padding."""
+"""All others are multiples of it: few to ask about, and few rows of padding."""
 
 _LARGER = 1 / 16
 """Share of rows that may be added to meet a size that agrees, before a pass is cut."""
@@ -79,7 +81,8 @@ class RowInvariance:
     def __init__(self, *, backward: bool) -> None:
         self._backward = backward
         self._agreeing: dict[tuple[_Kind, int], bool] = {}
-        self._met: Counter[int] = Counter()
+        # A pass that is computed again, under activation checkpointing, takes what it took first.
+        self._chosen: dict[tuple[_Kind, int], list[int]] = {}
         self._reference: dict[_Kind, tuple[int, tuple[Tensor, ...]] | None] = {}
 
     def __reduce__(self) -> tuple[Callable[[bool], RowInvariance], tuple[bool]]:
@@ -119,19 +122,17 @@ class RowInvariance:
 
     def _sizes(self, count: int, kind: _Kind, twin: Callable[[], Twin]) -> list[int]:
         """Sizes that agree and hold so many rows, which are all of one size but for the last."""
-        if self._agreeing.get((kind, count)):
-            return [count]
-        self._met[count] += 1
-        ask = _Once(twin)
-        try:
-            return self._chosen(count, kind, ask)
-        finally:
-            ask.release()
+        if (kind, count) not in self._chosen:
+            ask = _Once(twin)
+            try:
+                self._chosen[kind, count] = self._choose(count, kind, ask)
+            finally:
+                ask.release()
+        return self._chosen[kind, count]
 
-    def _chosen(self, count: int, kind: _Kind, ask: _Once) -> list[int]:
+    def _choose(self, count: int, kind: _Kind, ask: _Once) -> list[int]:
         least = self._least(kind, ask)
-        # A size that comes back is worth a question of its own, in place of padding.
-        if least is None or (self._met[count] > 1 and self._agrees(count, kind, ask)):
+        if least is None or (len(self._chosen) < _OWN and self._agrees(count, kind, ask)):
             return [count]
         size = _STEP * math.ceil(count / _STEP)
         largest = max(size + size * _LARGER, least)
@@ -235,7 +236,9 @@ class Twin:
         places = ((torch.arange(size) + shift) % _SAMPLES).to(self._samples.device)
         inputs = self._samples[places].contiguous(memory_format=kind[1])
         backward = backward and inputs.is_floating_point()
-        with torch.enable_grad():
+        # Nothing is kept for a way back but here: hooks of activation checkpointing would count what they see.
+        own = torch.autograd.graph.saved_tensors_hooks(lambda kept: kept, lambda kept: kept)
+        with own, torch.set_grad_enabled(backward):
             with _Digests(size) as digests:
                 outputs = self._run(inputs.requires_grad_(backward)).outputs
             seen = (outputs.detach(), *digests.found)

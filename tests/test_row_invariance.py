@@ -244,6 +244,7 @@ def test_asking_changes_neither_weights_nor_modes_nor_random_numbers_and_copies_
 
 def test_evaluation_runs_as_it_is():
     model, inputs = case("dense", gated, torch.float32)
+    model.eval()
     with torch.no_grad():
         model(inputs[:3])
     assert model.row_invariant is None
