@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.randomness import Randomness, current_generator
+from clipless_dp.randomness import shared as shared_randomness
 
 
 class RowAugmentation(ABC):
@@ -60,12 +62,14 @@ class ShiftAndFlip(RowAugmentation):
             raise ConfigurationError(f"ShiftAndFlip takes images (rows, C, H, W), got {tuple(inputs.shape)}")
         count, channels, height, width = inputs.shape
         device = inputs.device
+        generator = current_generator(device)
         padded = functional.pad(inputs, (self.shift,) * 4)
-        down, right = torch.randint(2 * self.shift + 1, (2, count, 1), device=device)
+        down, right = torch.randint(2 * self.shift + 1, (2, count, 1), generator=generator, device=device)
         rows = torch.arange(height, device=device) + down
         columns = torch.arange(width, device=device).expand(count, -1)
         if self.flip:
-            columns = torch.where(torch.rand(count, 1, device=device) < 0.5, columns, width - 1 - columns)
+            mirrored = torch.rand(count, 1, generator=generator, device=device) < 0.5
+            columns = torch.where(mirrored, width - 1 - columns, columns)
         columns = columns + right
         return padded[
             torch.arange(count, device=device).view(-1, 1, 1, 1),
@@ -76,18 +80,27 @@ class ShiftAndFlip(RowAugmentation):
 
 
 @torch.no_grad()
-def views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
+def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomness | None = None) -> Tensor:
     """One view of each sample.
+
+    The global generators of torch, numpy and Python are seeded from the source before, and restored afterwards: what a
+    user seeds reaches no view.
 
     Args:
         augment: a function of one sample, called once for each, so that it cannot see two of them; or a
             :class:`RowAugmentation`.
         inputs: ``(rows, *input_shape)``.
         mask: boolean ``(rows,)``; padding is not shown to a function of one sample.
+        source: of the random numbers; by default one that the operating system seeds.
 
     Raises:
         ConfigurationError: a view has another shape than its sample, or is no tensor.
     """
+    with (source or shared_randomness).visit(inputs.device):
+        return _views(augment, inputs, mask)
+
+
+def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
     if isinstance(augment, RowAugmentation):
         made = augment(inputs)
         if not isinstance(made, Tensor) or made.shape != inputs.shape:

@@ -25,6 +25,9 @@ _TAIL = 2.0**-24
 the 2⁸ radii of 32 bits next to them to be as good as a continuum."""
 _TAIL_WORDS = 4
 """For the place of a radius in the tail."""
+Streams = Callable[[int], Words]
+"""Independent words for each number of at least 0: the same ones for the same number."""
+
 _ZEROS = bytes(1 << 18)
 _CIPHER_BLOCK = 16
 
@@ -124,22 +127,33 @@ def system_words() -> Words:
     installed: no feasible computation tells more of them from some. Else numpy's SFC64 from 256 bits of entropy, which
     is statistically sound.
     """
+    return system_streams()(0)
+
+
+def system_streams() -> Streams:
+    """The same for any number of streams, which share one key, or one pool of entropy."""
     try:
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
     except ImportError:
-        return _words_of(np.random.SeedSequence(int.from_bytes(os.urandom(32), "big"), pool_size=8))
-    encryptor = Cipher(algorithms.AES128(os.urandom(16)), modes.CTR(os.urandom(16))).encryptor()
+        return seeded_streams(int.from_bytes(os.urandom(32), "big"))
+    key = algorithms.AES128(os.urandom(16))
 
-    def words(out: Tensor) -> None:
-        room = out.numpy().data.cast("B")
-        size = len(room)
-        # The cipher wants room for a block beyond what it writes, so the last ones are copied.
-        whole = max(0, size - _CIPHER_BLOCK) // _CIPHER_BLOCK * _CIPHER_BLOCK
-        for start in range(0, whole, len(_ZEROS)):
-            encryptor.update_into(_ZEROS[: whole - start], room[start:])
-        room[whole:] = encryptor.update(_ZEROS[: size - whole])
+    def stream(number: int) -> Words:
+        # The lower half of the counter is the stream's own, which it does not come to the end of.
+        encryptor = Cipher(key, modes.CTR(number.to_bytes(8, "big") + bytes(8))).encryptor()
 
-    return words
+        def words(out: Tensor) -> None:
+            room = out.numpy().data.cast("B")
+            size = len(room)
+            # The cipher wants room for a block beyond what it writes, so the last ones are copied.
+            whole = max(0, size - _CIPHER_BLOCK) // _CIPHER_BLOCK * _CIPHER_BLOCK
+            for start in range(0, whole, len(_ZEROS)):
+                encryptor.update_into(_ZEROS[: whole - start], room[start:])
+            room[whole:] = encryptor.update(_ZEROS[: size - whole])
+
+        return words
+
+    return stream
 
 
 def seeded_words(seed: int) -> Words:
@@ -161,6 +175,11 @@ def generator_words(generator: torch.Generator) -> Words:
             out.view(torch.int64).random_(-(1 << 63), None, generator=generator)
 
     return words
+
+
+def seeded_streams(seed: int) -> Streams:
+    """Streams that are a function of a seed, as :func:`seeded_words`."""
+    return lambda number: _words_of(np.random.SeedSequence(seed, spawn_key=(number,), pool_size=8))
 
 
 def _words_of(seed: np.random.SeedSequence) -> Words:

@@ -599,7 +599,7 @@ class FusedNet:
                 if node.op == "placeholder":
                     entry = graph.placeholder("entry", default_value=None)
                 elif node.op == "call_module":
-                    modules[str(node.target)] = traced.leaf(node)
+                    modules[str(node.target)] = traced.executed(node)
         self.module = fx.GraphModule(modules, graph)
 
     @staticmethod

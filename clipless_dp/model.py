@@ -21,6 +21,8 @@ from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.overlaps import places, refuse_overlaps
 from clipless_dp.precision import coarse_products, refuse_autocast
+from clipless_dp.randomness import Randomness, may_draw, replace_dropout_
+from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
 from clipless_dp.settings import settings_of
@@ -60,6 +62,10 @@ class DPLipModel(nn.Module):
         constraint: projections that bound the weights' norms, applied now and after each step: one for all, or a
             mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
             from the weights' values, or from gates.
+        row_invariant: whether passes with gradients run at numbers of rows at which the library returns the same bits
+            for a sample whatever its place and its company (:mod:`clipless_dp.row_invariance`). ``None``, the default:
+            the same activations, on a CPU. ``True``: also the same cotangents, on any device. ``False``: neither.
+            Compiled and sharded passes run at the sizes that they are given.
 
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
@@ -77,6 +83,7 @@ class DPLipModel(nn.Module):
         net: the user's network.
         row_losses: what evaluates the loss, so that rows do not meet in it.
         changes: how often the settings of layers (a dropout rate, a gate's value) were found changed.
+        randomness: what dropout and layers of your own draw from: the operating system, whatever was seeded.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class DPLipModel(nn.Module):
         input_norm: float | None = None,
         loss: Loss,
         constraint: ConstraintSpec = None,
+        row_invariant: bool | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):
@@ -103,6 +111,8 @@ class DPLipModel(nn.Module):
         distributed.refuse_averages(net)
         sharding.refuse_shards(net)
         self.net = net
+        self.randomness = Randomness()
+        self._row_invariant = row_invariant
         self._input_shape = tuple(int(size) for size in input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
@@ -130,6 +140,8 @@ class DPLipModel(nn.Module):
             raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
         if traced.vocabulary is not None and self._input_norm is not None:
             raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
+        replace_dropout_(traced.module, self.randomness)
+        self._may_draw = may_draw(traced.module)
         self._traced: TracedNet = traced
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
@@ -148,6 +160,7 @@ class DPLipModel(nn.Module):
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
         self._fused = FusedNet(traced)
+        self._rows = RowInvariance(backward=self._row_invariant is True)
         self._gathering: tuple[nn.Module | None] | None = None
         self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
         self._leaves = [
@@ -186,6 +199,8 @@ class DPLipModel(nn.Module):
         if inputs.shape[0] == 0:
             # A copy: what hooks on a view are told may be lost.
             return self._run(inputs.new_zeros(1, *self.input_shape), opened=opened)[:0].clone()
+        if self._may_draw and not self.randomness.visiting and (self.training or torch.is_grad_enabled()):
+            return self.randomness.run(partial(self._run, opened=opened), inputs)  # type: ignore[no-any-return]
         return self._run(inputs, opened=opened)
 
     def _run(
@@ -202,21 +217,14 @@ class DPLipModel(nn.Module):
     def _gated(
         self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None, opened: passes.Pass | Tensor | None
     ) -> Tensor:
+        own = net is None and self._gathering is None
         net = net or (self._gathering and self._gathering[0])
-        fused = self._fused if net is None and FusedNet.can_run(inputs) else None
-        outputs: Tensor
-        if fused is not None and fused.takes_entry and not inputs.requires_grad:
-            norms = sample_norms(inputs)
-            finite = norms <= _largest(self.input_norm, norms.dtype)
-            whole = bool(finite.all())
-            outputs = fused.module(inputs, Entry(norms, self.input_norm, whole))
+        fused = own and FusedNet.can_run(inputs)
+        values = partial(self._values, net or (self._fused.module if fused else self._graph[0]), fused)
+        if own and self._chooses_rows(inputs):
+            outputs, finite, whole = self._rows.run(values, inputs, partial(self._twin, fused))
         else:
-            if self._vocabulary is None:
-                gated, finite = input_gate(inputs, self.input_norm)
-            else:
-                gated, finite = token_gate(inputs, self._vocabulary)
-            whole = _can_look(finite) and bool(finite.all())
-            outputs = (net or (self._graph[0] if fused is None else fused.module))(gated)
+            outputs, finite, whole = values(inputs)
         if opened is None:
             outputs = cotangent_gate(outputs, self.cotangent_norm)
         else:
@@ -225,6 +233,43 @@ class DPLipModel(nn.Module):
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
+
+    def _values(self, net: Callable[..., Tensor], fused: bool, inputs: Tensor) -> Values:
+        """Input gate and network."""
+        if fused and self._fused.takes_entry and not inputs.requires_grad:
+            norms = sample_norms(inputs)
+            finite = norms <= _largest(self.input_norm, norms.dtype)
+            whole = bool(finite.all())
+            return Values(net(inputs, Entry(norms, self.input_norm, whole)), finite, whole)
+        if self._vocabulary is None:
+            gated, finite = input_gate(inputs, self.input_norm)
+        else:
+            gated, finite = token_gate(inputs, self._vocabulary)
+        return Values(net(gated), finite, _can_look(finite) and bool(finite.all()))
+
+    def _chooses_rows(self, inputs: Tensor) -> bool:
+        """Whether this pass may run at other numbers of rows than the one that it is given."""
+        # Without gradients too, while training: a checkpointed pass is computed so first.
+        enabled = torch.is_grad_enabled() or self.training
+        return enabled and not torch.compiler.is_compiling() and self._wants_rows(inputs.device)
+
+    def _wants_rows(self, device: torch.device) -> bool:
+        wanted = device.type == "cpu" if self._row_invariant is None else self._row_invariant
+        return wanted and not sharding.is_sharded(self)
+
+    def _twin(self, fused: bool) -> Twin:
+        """A copy of the network with random weights, which shows how the library computes."""
+        with self.register.resting():
+            net, run = copied(self.net, self._fused.module if fused else self._graph[0])
+        device, dtype = self.device_and_dtype()
+
+        def samples(count: int, generator: torch.Generator) -> Tensor:
+            shape = count, *self.input_shape
+            if self._vocabulary is not None:
+                return torch.randint(self._vocabulary, shape, generator=generator)
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        return Twin(partial(self._values, run, fused), net, samples, device)
 
     def loss(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Sum of the samples' losses.
@@ -355,6 +400,15 @@ class DPLipModel(nn.Module):
         """
         device, dtype = self.device_and_dtype()
         return not (self._fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
+
+    @property
+    def row_invariant(self) -> bool | None:
+        """Whether all passes so far ran where no sample's activations depend on its company; ``None`` before the first.
+
+        False where no such numbers of rows were found, or it was switched off; compiled passes do not count.
+        """
+        device, _ = self.device_and_dtype()
+        return self._rows.found if self._wants_rows(device) else False
 
     def lipschitz_constant(self) -> float:
         """Certified Lipschitz constant of the network at the current weights, in Euclidean norms.
@@ -586,9 +640,9 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_kept", "_projected", "_leaves", "_places"}
+        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_rows", "_kept", "_projected", "_leaves"}
         # Who gets a copy or a file is not the data's owner, whom alone the count is for.
-        left = {*derived, "register", "_dropped_samples"}
+        left = {*derived, "_places", "register", "_dropped_samples"}
         return {name: value for name, value in self.__dict__.items() if name not in left}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import os
@@ -281,15 +282,28 @@ def system_generator(device: torch.device | str = "cpu") -> torch.Generator:
     """
     device = torch.device(device)
     generator = torch.Generator(device)
-    generator.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
     if device.type != "cpu":
-        return generator
-    state = generator.get_state()
-    varying = torch.zeros_like(state, dtype=torch.bool)
-    for seed in range(16):
-        varying |= generator.manual_seed(seed).get_state() != state
-    entropy = torch.frombuffer(bytearray(os.urandom(state.numel())), dtype=torch.uint8)
-    generator.set_state(torch.where(varying, state ^ entropy, state))
+        return generator.manual_seed(int.from_bytes(os.urandom(8), "big") >> 1)
+    generator.set_state(random_state(system_words()))
     # A few outputs mix the fresh state through the recurrence before any is used.
     torch.empty(4096).normal_(generator=generator)
     return generator
+
+
+def random_state(words: Words) -> Tensor:
+    """A state for a generator of the CPU, as ``set_state`` takes it, that random words determine alone."""
+    state, varying = _set_by_seeds()
+    entropy = torch.empty(math.ceil(state.numel() / 4), dtype=torch.int32)
+    words(entropy)
+    return torch.where(varying, state ^ entropy.view(torch.uint8)[: state.numel()], state)
+
+
+@functools.cache
+def _set_by_seeds() -> tuple[Tensor, Tensor]:
+    """A seeded state, and which of its bytes depend on the seed."""
+    generator = torch.Generator()
+    state = generator.manual_seed(0).get_state()
+    varying = torch.zeros_like(state, dtype=torch.bool)
+    for seed in range(1, 17):
+        varying |= generator.manual_seed(seed).get_state() != state
+    return state, varying

@@ -139,11 +139,14 @@ class CliplessDPOptimizer(Optimizer):
         self._allowance = _Allowance()
         self.steps_taken = 0
         self._noise_sources: set[str] = set()
+        self._randomness_sources: set[str] = set()
+        self._drawn_before = model.randomness.draws.copy()
         self._learning_rates: list[tuple[Rates, int]] = []
         self._draw_before = draws.in_hand()
         self._run, self._taken, self._process = new_run(), 0, os.getpid()
         self._seeded_draw = False
         self._seeded_masks = False
+        self._drew_from_a_seed = False
         self._inherited: dict[str, int] = {}
         self._missing: set[str] = set()
         self._plan: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
@@ -247,7 +250,7 @@ class CliplessDPOptimizer(Optimizer):
         with register.apart(rows, beside, views=multiplicity), passing:
             for _ in range(multiplicity):
                 for piece in pieces:
-                    seen = piece[0] if augment is None or not len(piece[0]) else views(augment, piece[0], piece[2])
+                    seen = piece[0] if augment is None or not len(piece[0]) else self._views(augment, piece)
                     value = loss(seen, piece[1], piece[2])
                     value.backward()
                     total += value.detach()
@@ -283,6 +286,9 @@ class CliplessDPOptimizer(Optimizer):
     def skip_draw(self) -> None:
         """Says that the draw in hand is not trained on, so that other rows may be: on public data, say."""
         draws.skip()
+
+    def _views(self, augment: Augmentation, piece: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return views(augment, piece[0], piece[2], self.model.randomness)
 
     def _loss(self, inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return self.model.loss(self.model(inputs), targets, mask)
@@ -331,6 +337,16 @@ class CliplessDPOptimizer(Optimizer):
         """The sources that the noise of all entries of the ledger came from, as far as they are known."""
         recorded = {line.provenance.noise for line in self.accountant.ledger.lines if line.provenance.noise}
         return tuple(sorted(recorded | self._noise_sources))
+
+    @property
+    def randomness_sources(self) -> tuple[str, ...]:
+        """Where masks of dropout and random views of all steps came from, those of loaded states included.
+
+        ``"system"``, which a release needs; ``"reproducible"`` (a ``reproducible_seed``, or
+        :meth:`clipless_dp.randomness.Randomness.seeded`); ``"unrecorded"`` where a loaded state does not say. None
+        where nothing was drawn.
+        """
+        return tuple(sorted(self._randomness_sources))
 
     @property
     def learning_rates(self) -> list[tuple[Rates, int]]:
@@ -397,6 +413,7 @@ class CliplessDPOptimizer(Optimizer):
                 "steps_taken": self.steps_taken,
                 "accountant": self.accountant.state_dict(),
                 "noise": list(self.noise_sources),
+                "randomness": list(self.randomness_sources),
                 "learning_rates": [[list(rates), count] for rates, count in self._learning_rates],
                 "weights": None if self._sharded else known.bits(),
                 "uncounted_changes": known.changed,
@@ -424,6 +441,7 @@ class CliplessDPOptimizer(Optimizer):
         try:
             steps_taken, loaded = int(own["steps_taken"]), self.accountant.ledger_of(own["accountant"])
             sources = {str(name) for name in own["noise"]}
+            randomness = {str(name) for name in own.get("randomness", ["unrecorded"])}
             # States of before they were recorded have none.
             rates = [
                 (tuple(None if rate is None else float(rate) for rate in some), int(count))
@@ -451,6 +469,7 @@ class CliplessDPOptimizer(Optimizer):
         self._lines_compared = 0
         self.steps_taken = steps_taken
         self._noise_sources |= sources
+        self._randomness_sources |= randomness
         self._learning_rates = rates
         known = lineage.of(self.model)
         known.expect(bits)
@@ -500,6 +519,7 @@ class CliplessDPOptimizer(Optimizer):
         deviations, spent = self._deviations(sensitivity, named)
         rate = self._charged_rate([some for some in passed if not some.public])
         self._require_budget(spent, rate)
+        self._note_randomness()
         self.accountant.step(noise_multiplier=spent, sample_rate=rate, provenance=self._provenance(rate))
         self._taken += 1
         self._note_ledger()
@@ -537,12 +557,23 @@ class CliplessDPOptimizer(Optimizer):
             # Another ledger was put in place of the one that holds this run. All ranks derive the same.
             self._run = hashlib.sha256(f"{self._run} {self._taken}".encode()).hexdigest()[:32]
             self._taken = 0
-        known = Provenance(self._run, noise=source_name(type(self.noise)), seeded_masks=self._seeded_masks)
+        known = Provenance(
+            self._run, noise=source_name(type(self.noise)), seeded_masks=self._seeded_masks or self._drew_from_a_seed
+        )
         if rate == 1.0:
             return replace(known, sampling="none")
         if self._seeded_draw:
             return replace(known, sampling="seeded")
         return replace(known, sampling="vouched" if self.sampling == "poisson" else "announced")
+
+    def _note_randomness(self) -> None:
+        """Where the masks and views of the step to come were drawn from."""
+        source, before = self.model.randomness, self._drawn_before
+        self._drawn_before = source.draws.copy()
+        drawn = source.draws - before
+        self._randomness_sources.update(drawn)
+        self._drew_from_a_seed = "reproducible" in drawn
+        source.forget()
 
     def _note_learning_rates(self) -> None:
         rates = tuple(None if (rate := group.get("lr")) is None else float(rate) for group in self.param_groups)

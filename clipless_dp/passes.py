@@ -181,6 +181,18 @@ class Register:
                 for held, name, index in self._places:
                     held[name] = parameters[index]
 
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """The network holds its parameters within, in the middle of a pass too."""
+        kept = [held.get(name) for held, name, _ in self._places]
+        for held, name, index in self._places:
+            held[name] = self._parameters[index]
+        try:
+            yield
+        finally:
+            for (held, name, _), value in zip(self._places, kept, strict=True):
+                held[name] = value
+
     def enter(self, entering: Pass) -> None:
         """A backward pass begins at the outermost gate.
 

@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.gates import BallProjection, SphereScaling
 from clipless_dp.layers import SampleGroupNorm
+from clipless_dp.randomness import DrawnDropout
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 
@@ -56,7 +57,12 @@ class TracedNet:
         return tuple(found)
 
     def leaf(self, node: fx.Node) -> nn.Module:
-        """The module that a ``call_module`` node calls."""
+        """The network's module that a ``call_module`` node calls."""
+        run = self.executed(node)
+        return run.layer if isinstance(run, DrawnDropout) else run
+
+    def executed(self, node: fx.Node) -> nn.Module:
+        """What runs there: the same, but for what takes its random numbers from elsewhere."""
         return self.module.get_submodule(str(node.target))
 
 

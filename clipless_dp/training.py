@@ -227,8 +227,9 @@ def fit(
             stream, and pairs of tensors or arrays do where they would fill more than half of a device's free memory.
         checkpoint: file to write to, and to resume from; it holds no training losses, which nothing protects.
         checkpoint_every: epochs between checkpoints.
-        reproducible_seed: makes batches, noise and dropout a function of this number, so that a resumed run equals
-            an uninterrupted one bit by bit. Whoever knows it can remove the noise.
+        reproducible_seed: makes batches, noise, dropout and views a function of this number, so that a resumed run
+            equals an uninterrupted one bit by bit. Whoever knows it can remove the noise. Nothing else makes any of
+            them predictable: what ``torch.manual_seed`` sets reaches the initial weights only.
         noise: ``"system"``, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         noise_multiplier: ``σ`` that was calibrated elsewhere, in place of the smallest that meets the target; the step
             that would exceed the target is refused still.
@@ -641,7 +642,9 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
         model.row_losses.rehearse(model.loss_function, outputs, targets, mask, bound=model.cotangent_norm)
         for part in (inputs, targets, mask):
             torch._dynamo.maybe_mark_dynamic(part, 0)
-        return compiled(inputs, targets, mask)
+        # A compiled graph draws from torch's own generator for layers that are not known.
+        with model.randomness.visit(inputs.device) if model._may_draw else nullcontext():
+            return compiled(inputs, targets, mask)
 
     return with_free_rows
 
@@ -792,10 +795,9 @@ def _train(
     run.model.train()
     with bar, closing(iter(batches)) as drawn, _deferred_interrupt() as interrupted:
         for batch in drawn:
-            if run.seed is not None:
-                torch.manual_seed(derived_seed(run.seed, "torch", run.step, distributed.world().rank))
             try:
-                loss = _step(run, batch, micro_batch_size)
+                with _drawing(run):
+                    loss = _step(run, batch, micro_batch_size)
             except BudgetExhaustedError as error:
                 warnings.warn(f"training stops after {run.step} of {total} steps: {error}", UserWarning, stacklevel=4)
                 run.optimizer.zero_grad()
@@ -818,6 +820,13 @@ def _train(
                 if path is not None:
                     run.save(path)
                 raise KeyboardInterrupt
+
+
+def _drawing(run: _Run) -> AbstractContextManager[None]:
+    """Of a reproducible run, makes what the next step's passes draw a function of its seed."""
+    if run.seed is None:
+        return nullcontext()
+    return run.model.randomness.seeded(derived_seed(run.seed, "passes", run.step, distributed.world().rank))
 
 
 def _step(run: _Run, batch: Batch, micro_batch_size: int | None) -> Tensor:

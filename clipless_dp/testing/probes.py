@@ -142,6 +142,8 @@ def wrap(
     cotangent_norm: float = 1.0,
     constraint: ConstraintSpec = None,
 ) -> DPLipModel:
-    """A model whose target is the cotangent, of any size."""
+    """A model whose target is the cotangent, of any size, and which runs the rows that it is given."""
     loss = BoundedLoss(inner_product, bound=cotangent_norm)
-    return DPLipModel(net, input_shape=shape, input_norm=input_norm, loss=loss, constraint=constraint)
+    return DPLipModel(
+        net, input_shape=shape, input_norm=input_norm, loss=loss, constraint=constraint, row_invariant=False
+    )
