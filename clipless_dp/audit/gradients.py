@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import islice, takewhile
 
 import torch
 from tabulate import tabulate
@@ -49,7 +49,7 @@ _QUICK_SECONDS = 2.0
 _QUICK_PAIRS = (("random", "huge"), ("huge", "random"), ("tiny", "NaN"), ("random", "repeated"), ("repeated", "random"))
 """Rows that are there several times, and rows that join them, in the quick form."""
 
-_FEWEST_SINGLES = 5
+_FEWEST_SINGLES = 2
 """Samples that the quick form tries one at a time, however few attempts it is given."""
 
 _COMPARED = 16
@@ -230,7 +230,7 @@ class _Attack:
             vocabulary=model._vocabulary or 0,
         )
         generator = torch.Generator().manual_seed(29)
-        rows = hostile_rows(model, generator)
+        rows = hostile_rows(model, generator, annihilated=self.attempts is None)
         if self.attempts is None:
             jacobian = math.prod(model.input_shape) * math.prod(model.output_shape)
             try_all(record, case, singular=jacobian <= _LARGEST_JACOBIAN)
@@ -254,20 +254,25 @@ class _Attack:
         record = self.record
         kinds = [row.kind for row in rows]
         pairs = [(kinds.index(crowd), kinds.index(one)) for crowd, one in _QUICK_PAIRS if {crowd, one} <= {*kinds}]
-        # A row more takes three passes, some of which are shared.
-        singles = max(_FEWEST_SINGLES, self.attempts - 2 * len(pairs))
-        for sample, target, scale in islice(self._quick_pairs(case, generator), singles):
+        # A row more takes three passes.
+        pairs = pairs[: max(1, (self.attempts - _FEWEST_SINGLES) // 3)]
+        singles = max(_FEWEST_SINGLES, self.attempts - 3 * len(pairs))
+        for sample, target, scale in islice(self._quick_pairs(case, rows, generator), singles):
             self.total = max(self.total, record.try_(sample, target, scale=scale))
-            if record.broken() or time.monotonic() > self.deadline:
-                break
-        for pair in pairs:
-            if not record.broken() and time.monotonic() <= self.deadline:
-                check_company(self.model, rows, [pair], on_pass=record.count)
+            if record.broken() or self._late():
+                return
+        check_company(self.model, rows, takewhile(lambda pair: not self._late(), pairs), on_pass=record.count)
 
-    def _quick_pairs(self, case: Case, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor, float]]:
+    def _late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def _quick_pairs(
+        self, case: Case, rows: list[Row], generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """What the network stretches most, as far as two rounds of the power method find it, then structured pairs."""
         if not case.vocabulary:
             yield from _aligned(self.model, generator)
+        yield rows[0].sample, rows[0].target, SCALES[-1]
         pairs = list(structured_pairs(self.model, case))
         # A stride that shares no factor with the number of pairs visits signals, cotangents and scales alike.
         stride = next(s for s in range(max(1, int(0.38 * len(pairs))), len(pairs) + 2) if math.gcd(s, len(pairs)) == 1)
@@ -282,7 +287,7 @@ class _Attack:
         found: list[Inconsistent] = []
         for targets in formats:
             try:
-                check_loss_rows_apart(self.own_loss, outputs, targets)
+                check_loss_rows_apart(self.own_loss, outputs, targets, singles=8 if self.attempts is None else 2)
             except Inconsistent as mixing:
                 found.append(mixing)
                 self.notes.append(f"with targets of shape {tuple(targets.shape)} the loss compares rows")
