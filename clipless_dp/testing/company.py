@@ -81,11 +81,19 @@ def hostile_rows(model: DPLipModel, generator: torch.Generator, *, annihilated: 
         null = _annihilated(model, generator) if annihilated else None
         if null is not None:
             samples["annihilated"] = null
-    rows = [Row(kind, sample, target(3.0), kind not in _TIES) for kind, sample in samples.items()]
-    for kind, size in (("huge", _NEAR), ("small", 0.1), ("tiny", 1e-30), ("zero", 0.0), ("NaN", math.nan)):
-        rows.append(Row(f"{kind} cotangent", samples["random"], target(size)))
+    rows = [
+        Row(kind + suffix, sample, target(size), kind not in _TIES)
+        for suffix, size in (("", _LARGE), (f" and {_SMALL:g} G", _SMALL))
+        for kind, sample in samples.items()
+    ]
+    for kind, size in (("huge", _NEAR), ("immense", _BEYOND), ("tiny", 1e-30), ("zero", 0.0), ("NaN", math.nan)):
+        rows.append(Row(f"random and {kind} cotangent", samples["random"], target(size)))
     return rows
 
+
+_LARGE, _SMALL = 3.0, 0.05
+"""Multiples of the cotangent's cap: gates around layers, whose caps are no larger, are closed by the one and not by the
+other."""
 
 _TIES = ("zero", "annihilated", "repeated")
 """Samples whose signals may tie, as ReLU's zero and a maximum's equals do: which one wins may be the last bit's choice."""
@@ -117,7 +125,8 @@ def check_company(
     Args:
         model: in float64 on the CPU.
         rows: with targets that the model's loss takes.
-        pairs: the row that is there several times, and the row that joins; by default all pairs.
+        pairs: the row that is there several times, and the row that joins, as places in ``rows``; by default each joins
+            the first, and the first joins each.
         on_pass: called before each forward and backward pass.
 
     Raises:
@@ -138,7 +147,7 @@ def check_company(
             known[which] = [g.detach() for g in torch.autograd.grad(loss, list(named.values()), materialize_grads=True)]
         return known[which]
 
-    everyone = [(i, j) for i in range(len(rows)) for j in range(len(rows))]
+    everyone = [(0, one) for one in range(len(rows))] + [(crowd, 0) for crowd in range(1, len(rows))]
 
     def compare() -> None:
         for crowd, newcomer in everyone if pairs is None else pairs:
