@@ -97,7 +97,7 @@ def excesses(method: str, mu: float, confidence: float, repetitions: int = 200, 
     for _ in range(repetitions):
         views, inside = synthetic(mu, trials, generator)
         if method == "one-run":
-            bound, _ = release._guess(views, inside, trials // 3, DELTA, confidence)
+            bound, _ = release.guess(views, inside, trials // 3, DELTA, confidence)
         else:
             bound, _ = release._test(views, inside, trials // 3, DELTA, confidence, claim if method == "f-dp" else None)
         count += bound > truth
