@@ -234,11 +234,12 @@ def fit(
             or the name of a backend of ``torch.compile``. Noise, update and projections stay as they are: few large
             operations, which draw from generators of their own. ``True`` compiles where that pays
             (:attr:`DPLipModel.compiling_pays`); a name always does.
-        audit: attacks on the bounds (:func:`clipless_dp.audit.sensitivity`). ``"quick"``: 5 to 48 passes before training,
-            as many as one for each thousand samples that it will see, on a copy in float64 on the CPU, for two seconds
-            at most; not for models of more than 2^27 parameters, or of which each rank holds a part. ``"full"`` or
-            ``True``: all of them, before training and at the weights of each ``checkpoint_every`` epochs, with or
-            without a checkpoint file. ``False``: none.
+        audit: attacks on the bounds (:func:`clipless_dp.audit.sensitivity`). ``"quick"``: 5 to 48 passes before
+            training, one for each thousand samples that it will see, on a copy in float64 on the CPU, none of them
+            begun after two seconds; left out for models of more than 2^27 parameters or of which each rank holds a
+            part, and, with a warning, for those that a CPU cannot run. ``"full"`` or ``True``: all of them, before
+            training and at the weights of each ``checkpoint_every`` epochs, with or without a checkpoint file.
+            ``False``: none.
         augment: makes random views of training samples: a function of one sample, or a
             :class:`clipless_dp.RowAugmentation`; see :meth:`clipless_dp.CliplessDPOptimizer.accumulate`.
         multiplicity: views of each sample in each step, averaged in its own gradient: ε is the same for any number,
@@ -526,6 +527,16 @@ class _Run:
             self.audits.append(sensitivity(model, attempts=attempts, like=self.shown[1][0]))
         except AuditError as error:
             failure = error
+        except Exception as error:
+            # What nobody asked for must not stop what works: layers of one device only, or that cannot be copied.
+            if attempts is None:
+                raise
+            warnings.warn(
+                f"the bounds were not attacked before training: the quick audit, on a float64 copy on the CPU, failed "
+                f"with {type(error).__name__}: {error}. audit=False leaves it out",
+                UserWarning,
+                stacklevel=4,
+            )
         # Ranks may have got through different numbers of attempts: they stop together.
         if distributed.on_any(failure is not None):
             raise failure or AuditError("an attack on another rank's copy of the model passed a bound: see its error")

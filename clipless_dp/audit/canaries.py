@@ -70,7 +70,7 @@ class CanaryAudit:
             f"canary audit (one run): ε ≥ {self.lower_bound:.3f} with {100 * self.confidence:g} % confidence, "
             f"stated ε = {self.epsilon:.3f}, at δ = {self.delta:g}: {verdict}\n"
             f"{self.canaries} canaries among the training samples, each in by the toss of a coin; {self.evidence}\n"
-            f"the run is charged like any: the model that it trained has spent ε = {self.epsilon:.3f} of its real samples"
+            f"the run is charged like any: its model has spent ε = {self.epsilon:.3f} of the real samples"
         )
 
 
@@ -183,7 +183,7 @@ def _given(model: DPLipModel, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tens
 
 
 def _absent(inputs: Tensor, out: Tensor) -> Tensor:
-    """The canaries, those that are out made into samples which contribute nothing: not a number, or an unknown token."""
+    """The canaries, those that are out made into samples which contribute nothing: NaN, or an unknown token."""
     marked = inputs.clone()
     rows = out.to(marked.device).nonzero().flatten()
     marked.flatten(1)[rows, 0] = math.nan if marked.is_floating_point() else -1
@@ -202,8 +202,8 @@ def _joined(dataset: Data, shown: tuple[Tensor, Tensor], inputs: Tensor, targets
 def _views(start: DPLipModel, end: DPLipModel, inputs: Tensor, targets: Tensor) -> dict[str, Numbers]:
     """Several numbers for each canary ``(m,)``, larger where it seems to have been in.
 
-    Losses before and after, and the loss's slope along the weights' change, which for one step of plain SGD is the inner
-    product of the canary's gradient with the noisy sum.
+    Losses before and after, and the loss's slope along the weights' change, which for one step of plain SGD is the
+    inner product of the canary's gradient with the noisy sum.
     """
     before, after = _losses(start, inputs, targets), _losses(end, inputs, targets)
     for moving, reached in zip(start.net.parameters(), end.net.parameters(), strict=True):

@@ -30,6 +30,7 @@ from clipless_dp.testing.attacks import (
 from clipless_dp.testing.company import (
     Row,
     check_company,
+    check_counts,
     check_loss_rows_apart,
     hostile_rows,
     plausible_targets,
@@ -138,6 +139,7 @@ def sensitivity(
     steps: int = 4,
     attempts: int | None = None,
     like: Tensor | None = None,
+    counts: bool = False,
 ) -> SensitivityAudit:
     """Tries to break the bounds of a model as it is: its own layers, rules, constraints, gates and current weights.
 
@@ -167,6 +169,8 @@ def sensitivity(
         like: the target of one sample, of which only the shape and whether it holds integers are looked at; else
             targets of the usual formats are tried on the loss, and it is refuted where it mixes rows in all that it
             takes.
+        counts: whether rows that the first layer maps to zero are also summed in batches of many sizes: at the sizes
+            where a library's products change their kernels, the last bit of each row may change.
 
     Returns:
         The worst observation for each parameter, against its bound.
@@ -194,7 +198,7 @@ def sensitivity(
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         attack = _Attack(model, attempts)
         try:
-            attack.run(batch, steps, like)
+            attack.run(batch, steps, like, counts)
         except (BoundBroken, Inconsistent) as broken:
             raise AuditError(f"{broken}. Do not train with it: a step would release more than is stated") from broken
         report = attack.report()
@@ -219,7 +223,7 @@ class _Attack:
         self.record = _Record(self.model)
         self.notes: list[str] = []
 
-    def run(self, batch: tuple[Tensor, Tensor] | None, steps: int, like: Tensor | None) -> None:
+    def run(self, batch: tuple[Tensor, Tensor] | None, steps: int, like: Tensor | None, counts: bool) -> None:
         model, record, own_loss = self.model, self.record, self.own_loss
         if batch is not None:
             like = batch[1][0] if len(batch[1]) else like
@@ -247,6 +251,8 @@ class _Attack:
                 check_company(model, rows, on_pass=record.count)
         else:
             self._hurry(case, rows, generator)
+        if counts:
+            check_counts(model, generator, on_pass=record.count)
         if batch is not None:
             model.loss_function, record.attack = own_loss, "given samples"
             self._try_given(*(values.detach().cpu() for values in batch))

@@ -1,8 +1,8 @@
 """Whether a row's contribution depends on its company: sums of gradients with one row more, and losses of rows.
 
-A bound speaks of one sample. It bounds a *batch's* change by one sample only where the others contribute what they would
-contribute without it, whatever it holds: a shortcut that asks about the whole batch ("is any row clipped?"), a layer or
-a loss that compares rows, or a product whose last bit depends on the number of rows, breaks that.
+A bound speaks of one sample. It bounds a *batch's* change by one sample only where the others contribute what they
+would contribute without it, whatever it holds: a shortcut that asks about the whole batch ("is any row clipped?"), a
+layer or a loss that compares rows, or a product whose last bit depends on the number of rows, breaks that.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def hostile_rows(model: DPLipModel, generator: torch.Generator, *, annihilated: 
         for kind, value in (("NaN", math.nan), ("infinite", math.inf)):
             samples[kind] = samples["random"].clone()
             samples[kind].view(-1)[0] = value
-        null = _annihilated(model, generator) if annihilated else None
+        null = _annihilated(model, 1, generator) if annihilated else None
         if null is not None:
-            samples["annihilated"] = null
+            samples["annihilated"] = null[0]
     rows = [
         Row(kind + suffix, sample, target(size), kind not in _TIES)
         for suffix, size in (("", _LARGE), (f" and {_SMALL:g} G", _SMALL))
@@ -96,11 +96,11 @@ _LARGE, _SMALL = 3.0, 0.05
 other."""
 
 _TIES = ("zero", "annihilated", "repeated")
-"""Samples whose signals may tie, as ReLU's zero and a maximum's equals do: which one wins may be the last bit's choice."""
+"""Samples whose signals may tie, as ReLU's zero and a maximum's equals do: the last bit may choose which one wins."""
 
 
-def _annihilated(model: DPLipModel, generator: torch.Generator) -> Tensor | None:
-    """A sample that the first linear layer maps to zero, up to rounding; ``None`` where there is none."""
+def _annihilated(model: DPLipModel, count: int, generator: torch.Generator) -> Tensor | None:
+    """Samples that the first linear layer maps to zero, up to rounding; ``None`` where there are none."""
     entries = math.prod(model.input_shape)
     for leaf in model.net.modules():
         if isinstance(leaf, nn.Linear):
@@ -108,9 +108,54 @@ def _annihilated(model: DPLipModel, generator: torch.Generator) -> Tensor | None
             if columns != entries or rows >= columns or entries > 1 << 11:
                 return None
             free = torch.linalg.svd(leaf.weight.detach().double())[2][rows:]
-            mixed = torch.randn(len(free), generator=generator, dtype=torch.float64) @ free
-            return (mixed * (model.input_norm / mixed.norm())).reshape(model.input_shape)
+            mixed: Tensor = torch.randn(count, len(free), generator=generator, dtype=torch.float64) @ free
+            mixed = mixed * (model.input_norm / torch.linalg.vector_norm(mixed, dim=1, keepdim=True))
+            return mixed.reshape(count, *model.input_shape)
     return None
+
+
+_COUNTS = (1, 2, 3, 7, 8, 15, 16, 31, 63, 127, 191, 255)
+"""Rows of a batch at which products of matrices are known to go over to another kernel."""
+
+
+def check_counts(model: DPLipModel, generator: torch.Generator, *, on_pass: Callable[[], None] = lambda: None) -> None:
+    """One row more among rows that the first layer maps to zero, at numbers of rows where kernels change.
+
+    What such rows contribute hangs on the last bit of a product, as ReLU's derivative at zero does; where the number of
+    rows decides that bit, one row more changes the contributions of all.
+
+    Args:
+        model: in float64 on the CPU, whose target is the cotangent.
+        generator: draws the rows.
+        on_pass: called before each forward and backward pass.
+
+    Raises:
+        BoundBroken: the sum of gradients changes by more than the total of the bounds.
+    """
+    rows = _annihilated(model, max(_COUNTS) + 1, generator)
+    if rows is None:
+        return
+    total = model.sensitivity().total
+    cotangent = torch.randn(model.output_shape, generator=generator, dtype=torch.float64)
+    targets = (cotangent * (model.cotangent_norm / cotangent.norm())).expand(len(rows), *model.output_shape)
+    trainable = [p for p in model.net.parameters() if p.requires_grad]
+
+    def summed(count: int) -> list[Tensor]:
+        on_pass()
+        loss = model.loss(model(rows[:count]), targets[:count])
+        return [g.detach() for g in torch.autograd.grad(loss, trainable, materialize_grads=True)]
+
+    with quiet(model):
+        if _is_random(model, rows[:2]):
+            return
+        for count in _COUNTS:
+            pairs = zip(summed(count), summed(count + 1), strict=True)
+            change = math.hypot(*(float(torch.linalg.vector_norm(more - less)) for less, more in pairs))
+            if not change <= total * (1.0 + TOLERANCE * (count + 1)):
+                raise BoundBroken(
+                    f"one row more beside {count}, all mapped to zero by the first layer, changes the sum of gradients "
+                    f"by {change:.6g}, above the total of the bounds, {total:.6g}: the number of rows decides a product"
+                )
 
 
 def check_company(
@@ -120,7 +165,7 @@ def check_company(
     *,
     on_pass: Callable[[], None] = lambda: None,
 ) -> None:
-    """Adds one row to several equal ones: the sum of gradients changes by the row's own, and by no more than the bounds.
+    """Adds one row to several equal ones: the sum of gradients changes by the row's own, no more than the bounds.
 
     Args:
         model: in float64 on the CPU.
@@ -302,8 +347,8 @@ def check_loss_rows_apart(loss: Loss, outputs: Tensor, targets: Tensor, *, singl
             apart = float((together - single).norm())
             if not apart <= TOLERANCE * size:
                 raise Inconsistent(
-                    f"the {what} of a sample depends on the other samples of its batch ({apart:.3g} of {size:.3g}): the "
-                    "loss compares rows, or broadcasts targets against outputs of another shape, and one sample more "
+                    f"the {what} of a sample depends on the other samples of its batch ({apart:.3g} of {size:.3g}): "
+                    "the loss compares rows, or broadcasts targets against outputs of another shape, and one sample more "
                     "changes all others' gradients. Compare samples with public rows, or give targets the output's "
                     "shape"
                 )

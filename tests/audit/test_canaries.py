@@ -53,13 +53,11 @@ def trained_with(noise, epsilon: float = 1.0):
 
 
 def test_honest_training_is_not_refuted():
-    found = audit.canaries(
-        trained_with(None), wide_model(), real_data(), delta=DELTA, canaries=600, confidence=CERTAIN
-    )
+    found = audit.canaries(trained_with(None), wide_model(), real_data(), delta=DELTA, canaries=600, confidence=CERTAIN)
     assert found.passed
     assert found.epsilon == found.trained.epsilon <= 1.0
     assert "not refuted" in str(found)
-    assert "spent ε = " in str(found)
+    assert "has spent ε = " in str(found)
 
 
 @pytest.mark.parametrize("noise", [ScaledNoise, TenthOfTheNoise])
@@ -107,7 +105,9 @@ def test_a_loop_of_ones_own_is_audited_with_canaries_of_ones_own():
     assert found.passed
     assert found.canaries == 40
     with pytest.raises(InputError):
-        audit.canaries(trained_with_optimizer, gated_model(), samples(50), delta=DELTA, canaries=(inputs[:, :3], targets))
+        audit.canaries(
+            trained_with_optimizer, gated_model(), samples(50), delta=DELTA, canaries=(inputs[:, :3], targets)
+        )
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -149,6 +149,12 @@ def test_data_sets_and_tokens_take_canaries():
     ],
 )
 def test_what_cannot_be_audited_is_refused(wrong, words):
-    settings = {"train": trained_with_optimizer, "model": gated_model(), "dataset": samples(50), "delta": DELTA, **wrong}
+    settings = {
+        "train": trained_with_optimizer,
+        "model": gated_model(),
+        "dataset": samples(50),
+        "delta": DELTA,
+        **wrong,
+    }
     with pytest.raises(ConfigurationError, match=words):
         audit.canaries(**settings)

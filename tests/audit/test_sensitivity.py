@@ -194,9 +194,31 @@ def doubled_rule(module: Doubled, context: RuleContext) -> LayerBounds:
 @pytest.mark.parametrize("attempts", [None, 5])
 def test_mutant_caught_a_shortcut_that_one_large_row_flips_for_all(attempts, monkeypatch):
     # What is flipped lies behind the input gate, which no large row passes: the gate is taken away.
-    monkeypatch.setattr("clipless_dp.model.input_gate", lambda values, radius: (values, values.new_ones(len(values)) > 0))
+    monkeypatch.setattr(
+        "clipless_dp.model.input_gate", lambda values, radius: (values, values.new_ones(len(values)) > 0)
+    )
     with pytest.raises(AuditError):
         audit.sensitivity(model_with(Doubled()), attempts=attempts)
+
+
+class Wobbling(nn.Module):
+    """Errs by a last bit that the number of rows decides, as a product does whose kernel changes."""
+
+    def forward(self, values):
+        return values + (1.0 - 2.0 * (len(values) % 2)) * 1e-14
+
+
+@register_rule(Wobbling)
+def wobbling_rule(module: Wobbling, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm)
+
+
+def test_mutant_caught_products_that_the_number_of_rows_decides():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 8, bias=False), Wobbling(), nn.ReLU(), nn.Linear(8, 3, bias=False))
+    model = DPLipModel(gated(net), input_shape=(20,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    with pytest.raises(AuditError, match="the number of rows decides"):
+        audit.sensitivity(model, attempts=5, counts=True)
 
 
 def batch_hard(outputs, targets):
