@@ -348,7 +348,7 @@ def check_loss_rows_apart(loss: Loss, outputs: Tensor, targets: Tensor, *, singl
             if not apart <= TOLERANCE * size:
                 raise Inconsistent(
                     f"the {what} of a sample depends on the other samples of its batch ({apart:.3g} of {size:.3g}): "
-                    "the loss compares rows, or broadcasts targets against outputs of another shape, and one sample more "
-                    "changes all others' gradients. Compare samples with public rows, or give targets the output's "
-                    "shape"
+                    "the loss compares rows, or broadcasts targets against outputs of another shape, and one sample "
+                    "more changes all others' gradients. Compare samples with public rows, or give targets the shape "
+                    "of outputs"
                 )
