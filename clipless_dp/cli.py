@@ -145,7 +145,14 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on")
     train.add_argument("--checkpoint", type=Path, help="file to write to and to resume from")
     train.add_argument("--report", type=Path, metavar="PATH", help="write the privacy statement: PATH.md, .json, .html")
-    train.add_argument("--audit", action="store_true", help="attack the bounds before training and at checkpoints")
+    train.add_argument(
+        "--audit",
+        choices=("off", "quick", "full"),
+        nargs="?",
+        const="full",
+        default="quick",
+        help="attacks on the bounds: quick, before training; full, which --audit alone means, at checkpoints too",
+    )
     train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
     train.add_argument("--noise", choices=("system", "secure"), help="generator of the noise (default: system)")
     train.add_argument(
@@ -173,7 +180,7 @@ def _train(options: argparse.Namespace) -> int:
         "checkpoint": options.checkpoint,
         "reproducible_seed": options.reproducible_seed,
         "noise": options.noise,
-        "audit": options.audit,
+        "audit": options.audit != "off" and options.audit,
         "progress": not options.quiet,
         **_tuned(options),
     }

@@ -29,6 +29,7 @@ from clipless_dp.augmentation import Augmentation, views
 from clipless_dp.averaging import WeightAverage
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import (
+    AuditError,
     BudgetExhaustedError,
     CheckpointError,
     CliplessError,
@@ -54,6 +55,13 @@ from clipless_dp.streaming import AHEAD, StreamedBatches
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 OPTIMIZERS = ("sgd", "adam")
+
+_FEWEST_ATTEMPTS, _MOST_ATTEMPTS = 5, 48
+"""Passes of a quick audit."""
+
+_LARGEST_COPY = 1 << 27
+"""Parameters of which a quick audit makes a copy: a gibibyte in float64."""
+
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 NoiseSchedule = Callable[[int, int], float]
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,7 +98,7 @@ class FitResult:
         sample_rate: ``q``.
         steps: optimizer steps in all.
         history: a record for each epoch.
-        audits: what attacks on the bounds reached, before training and at each checkpoint, if they were asked for.
+        audits: what attacks on the bounds reached, before training and, if that was asked for, at each checkpoint.
         optimizer: with its accountant.
         checkpoint: the checkpoint file, or ``None`` if there is none or the last one could not be written.
         micro_batch_size: rows that were processed at once, as given or chosen for the memory budget, or ``None``.
@@ -183,7 +191,7 @@ def fit(
     noise: NoiseSource | str | None = None,
     noise_multiplier: float | None = None,
     compile: bool | str = False,
-    audit: bool = False,
+    audit: bool | str = "quick",
     augment: Augmentation | None = None,
     multiplicity: int = 1,
     ema: float | None = None,
@@ -237,8 +245,12 @@ def fit(
             or the name of a backend of ``torch.compile``. Noise, update and projections stay as they are: few large
             operations, which draw from generators of their own. ``True`` compiles where that pays
             (:attr:`DPLipModel.compiling_pays`); a name always does.
-        audit: attack the bounds (:func:`clipless_dp.audit.sensitivity`) before training, and at the weights of each
-            ``checkpoint_every`` epochs, with or without a checkpoint file.
+        audit: attacks on the bounds (:func:`clipless_dp.audit.sensitivity`). ``"quick"``: 5 to 48 passes before
+            training, one for each thousand samples that it will see, on a copy in float64 on the CPU, none of them
+            begun after two seconds; left out for models of more than 2^27 parameters or of which each rank holds a
+            part, and, with a warning, for those that a CPU cannot run. ``"full"`` or ``True``: all of them, before
+            training and at the weights of each ``checkpoint_every`` epochs, with or without a checkpoint file.
+            ``False``: none.
         augment: makes random views of training samples: a function of one sample, or a
             :class:`clipless_dp.RowAugmentation`; see :meth:`clipless_dp.CliplessDPOptimizer.accumulate`.
         multiplicity: views of each sample in each step, averaged in its own gradient: ε is the same for any number,
@@ -251,7 +263,8 @@ def fit(
         progress: show a progress bar.
 
     Raises:
-        AuditError: an attack passed a bound. Before training, nothing was spent; later, no more is released.
+        AuditError: an attack passed a bound, or showed that samples of a batch interact. Before training, no step was
+            taken or charged; later, no more is released.
         ConfigurationError: an argument is out of range, the batch is larger than the data set, or not even one row fits
             the memory budget.
         InputError: the data does not fit the model.
@@ -272,9 +285,10 @@ def fit(
         resumes a checkpoint or is given an accountant: calls on the same data compose, and a second one on the same
         model warns.
     """
+    audit = _audit_form(audit)
     if sharding.has_shards(model):
         sharding.check_shards(model, model.net.parameters())
-        if compile or audit or memory_budget is not None:
+        if compile or audit == "full" or memory_budget is not None:
             raise ConfigurationError(
                 "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
                 "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
@@ -362,6 +376,7 @@ def fit(
             "model": lineage.settings_of(model),
         },
         audit=audit,
+        shown=samples.first,
         augment=augment,
         multiplicity=multiplicity,
         average=average,
@@ -374,7 +389,7 @@ def fit(
         distributed.agree(run.settings)
     if path is not None and distributed.from_first(lambda: _found(path)):
         run.load(path)
-    run.attack()
+    run.attack(at_start=True)
     # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
     if run.step < steps and factors is None:
         private.allows(steps - run.step)
@@ -422,6 +437,14 @@ def fit(
             micro_batch_size=micro_batch_size,
             last_weights=last_weights,
         )
+
+
+def _audit_form(audit: bool | str) -> str:
+    if isinstance(audit, bool):
+        return "full" if audit else "off"
+    if audit not in ("quick", "full"):
+        raise ConfigurationError(f"audit must be 'quick', 'full' (or True) or False, got {audit!r}")
+    return audit
 
 
 def _base(optimizer: OptimizerFactory | str, parameters: list[nn.Parameter], lr: float, momentum: float) -> Optimizer:
@@ -497,7 +520,8 @@ class _Run:
     delta: float
     seed: int | None
     settings: dict[str, Any]
-    audit: bool
+    audit: str
+    shown: tuple[Tensor, Tensor]
     augment: Augmentation | None = None
     multiplicity: int = 1
     average: WeightAverage | None = None
@@ -518,10 +542,34 @@ class _Run:
     def step(self) -> int:
         return self.optimizer.steps_taken
 
-    def attack(self) -> None:
-        """Attacks the bounds at the current weights, if that was asked for."""
-        if self.audit:
-            self.audits.append(sensitivity(self.model))
+    def attack(self, *, at_start: bool = False) -> None:
+        """Attacks the bounds at the current weights, as far as that was asked for."""
+        model, attempts = self.model, None
+        if self.audit != "full":
+            if self.audit == "off" or not at_start or sharding.has_shards(model):
+                return
+            if sum(parameter.numel() for parameter in model.net.parameters()) > _LARGEST_COPY:
+                return
+            seen = self.settings["steps"] * self.settings["batch_size"]
+            attempts = min(max(seen // 1000, _FEWEST_ATTEMPTS), _MOST_ATTEMPTS)
+        failure: AuditError | None = None
+        try:
+            self.audits.append(sensitivity(model, attempts=attempts, like=self.shown[1][0]))
+        except AuditError as error:
+            failure = error
+        except Exception as error:
+            # What nobody asked for must not stop what works: layers of one device only, or that cannot be copied.
+            if attempts is None:
+                raise
+            warnings.warn(
+                f"the bounds were not attacked before training: the quick audit, on a float64 copy on the CPU, failed "
+                f"with {type(error).__name__}: {error}. audit=False leaves it out",
+                UserWarning,
+                stacklevel=4,
+            )
+        # Ranks may have got through different numbers of attempts: they stop together.
+        if distributed.on_any(failure is not None):
+            raise failure or AuditError("an attack on another rank's copy of the model passed a bound: see its error")
 
     def follow_noise_schedule(self) -> None:
         """Sets the noise of the step to come, and asks for the budget of all that have the same."""

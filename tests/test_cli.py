@@ -41,6 +41,19 @@ def test_an_audit_is_shown_and_enters_the_statement(table, tmp_path, capsys):
     assert shown[1] in (tmp_path / "statement.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("form", "shown"), [("off", None), ("quick", "quick form"), ("full", "attempts")])
+def test_the_form_of_the_audit_is_chosen(table, capsys, form, shown):
+    arguments = [
+        "train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--epochs", "1",
+        "--batch-size", "64", "--audit", form, "--quiet",
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("audit")]
+    assert len(lines) == (shown is not None)
+    assert all(shown in line for line in lines)
+    assert form == "quick" or not any("quick" in line for line in lines)
+
+
 @pytest.mark.parametrize("route", ["gated", "spectral", "orthogonal"])
 def test_training_on_a_table_prints_accuracy_and_what_was_spent(table, tmp_path, capsys, route):
     checkpoint = tmp_path / "table.pt"

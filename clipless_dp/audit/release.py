@@ -152,7 +152,7 @@ def privacy(
     inside = np.concatenate(members)
     part = len(inside) // 3
     if method == "one-run":
-        bound, evidence = _guess(views, inside, part, delta, confidence)
+        bound, evidence = guess(views, inside, part, delta, confidence)
     else:
         bound, evidence = _test(views, inside, part, delta, confidence, None if method == "clopper-pearson" else claim)
     return PrivacyAudit(method, bound, float(stated), delta, confidence, runs, canaries, evidence)
@@ -335,8 +335,20 @@ def _errors(values: Numbers, members: Flags, confidence: float, growth: float) -
     )
 
 
-def _guess(views: dict[str, Numbers], inside: Flags, part: int, delta: float, confidence: float) -> tuple[float, str]:
-    """Guesses about the canaries with the largest and the smallest numbers, and the ε that their success implies."""
+def guess(views: dict[str, Numbers], inside: Flags, part: int, delta: float, confidence: float) -> tuple[float, str]:
+    """Guesses about the canaries with the largest and the smallest numbers, and the ε that their success implies.
+
+    Args:
+        views: several numbers for each canary ``(m,)``, larger where it seems to have been in.
+        inside: whether it was.
+        part: so many canaries at the beginning choose the view, and of how many nothing is said. Given their coins, the
+            others' are fair still, and the release is as private with regard to them.
+        delta: δ.
+        confidence: of the bound.
+
+    Returns:
+        The lower bound on ε, and what it rests on.
+    """
 
     def outcome(values: Numbers, members: Flags, share_in: float, share_out: float) -> tuple[int, int]:
         order = np.argsort(values)

@@ -16,6 +16,7 @@ from clipless_dp.testing.attacks import (
     per_sample_gradients,
     summed_gradients,
 )
+from clipless_dp.testing.company import Row, check_company, check_counts, check_loss_rows_apart, hostile_rows
 from clipless_dp.testing.consistency import Inconsistent
 from clipless_dp.testing.layer_test_case import BoundTooLoose, LipschitzLayerTestCase
 from clipless_dp.testing.probes import Case, Probe, Probed, inner_product, wrap
@@ -30,12 +31,17 @@ __all__ = [
     "Probe",
     "Probed",
     "Record",
+    "Row",
     "add_or_remove_one",
     "ascend",
     "attack",
     "attack_parameters",
     "bounds_of",
     "brute_force",
+    "check_company",
+    "check_counts",
+    "check_loss_rows_apart",
+    "hostile_rows",
     "inner_product",
     "observed",
     "per_sample_gradients",

@@ -6,7 +6,7 @@ Every attack goes through the real forward, loss and backward of :class:`cliples
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -90,13 +90,17 @@ class Record:
         self.worst: dict[str, float] = {}
         self.signals: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def try_(self, sample: Tensor, target: Tensor, *, scale: float = 1.0) -> None:
+    def try_(self, sample: Tensor, target: Tensor, *, scale: float = 1.0) -> float:
         """Adds one attempt.
+
+        Returns:
+            The norm of the whole gradient.
 
         Raises:
             BoundBroken: an observation is above its bound.
         """
-        for key, norm in observed(self.model, sample, target, scale=scale).items():
+        norms = observed(self.model, sample, target, scale=scale)
+        for key, norm in norms.items():
             bound, value = self.bounds[key], float(norm.detach())
             ratio = value / bound if bound > 0 else (0.0 if value == 0 else math.inf)
             if not ratio <= 1.0 + self.tolerance:
@@ -106,6 +110,7 @@ class Record:
             if ratio >= self.worst.get(key, -1.0):
                 self.worst[key] = ratio
                 self.signals[key] = sample.detach(), target.detach()
+        return math.hypot(*(float(norm.detach()) for key, norm in norms.items() if not key.endswith(".input")))
 
 
 def _described(key: str) -> str:
@@ -130,7 +135,14 @@ def brute_force(case: Case, *, singular: bool = True) -> Record:
 
 def try_all(record: Record, case: Case, *, singular: bool = True, every: int = 1) -> None:
     """:func:`brute_force` on a model of the case that is at hand, with one structured signal in ``every``."""
-    model = record.model
+    for sample, target, scale in structured_pairs(record.model, case, singular=singular, every=every):
+        record.try_(sample, target, scale=scale)
+
+
+def structured_pairs(
+    model: DPLipModel, case: Case, *, singular: bool = False, every: int = 1
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Every structured input with every structured cotangent, and a factor of the loss."""
     _, dtype = model.device_and_dtype()
     generator = torch.Generator().manual_seed(11)
     if case.vocabulary:
@@ -145,7 +157,7 @@ def try_all(record: Record, case: Case, *, singular: bool = True, every: int = 1
             targets.append(last * case.cotangent_norm)
     for i, sample in enumerate(inputs):
         for j, target in enumerate(targets):
-            record.try_(sample, target.to(dtype), scale=SCALES[(i + j) % len(SCALES)])
+            yield sample, target.to(dtype), SCALES[(i + j) % len(SCALES)]
 
 
 def ascend(record: Record, case: Case, key: str, *, steps: int) -> None:

@@ -131,7 +131,8 @@ def own_parameters(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def inner_product(output: Tensor, target: Tensor) -> Tensor:
     """A loss whose cotangent is the target itself."""
-    return (output * target).flatten(1).sum(1)
+    products = output * target
+    return products.flatten(1).sum(1) if products.dim() > 1 else products
 
 
 def wrap(

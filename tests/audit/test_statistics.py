@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -67,6 +68,48 @@ def test_the_one_run_epsilon_is_where_the_p_value_crosses():
     assert one_run_epsilon(1000, 200, 100, DELTA, 0.95) == 0.0
 
 
+@pytest.mark.parametrize("epsilon", [0.0, 0.7, 2.0])
+def test_the_one_run_bound_is_the_exact_chance_of_randomised_response(epsilon):
+    # All 2^r outcomes of answers that are right with probability e^ε/(1 + e^ε), one by one.
+    guesses, chance = 8, math.exp(epsilon) / (1.0 + math.exp(epsilon))
+    for correct in range(guesses + 1):
+        exact = sum(
+            math.prod(chance if right else 1.0 - chance for right in outcome)
+            for outcome in itertools.product((True, False), repeat=guesses)
+            if sum(outcome) >= correct
+        )
+        assert one_run_p_value(20, guesses, correct, epsilon, 0.0) == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 0.05])
+@pytest.mark.parametrize("epsilon", [0.0, 1.0])
+def test_no_private_mechanism_beats_the_one_run_bound(epsilon, delta):
+    canaries, chance = 40, math.exp(epsilon) / (1.0 + math.exp(epsilon))
+    told = delta + (1.0 - delta) * chance
+    for correct in range(canaries + 1):
+        allowed = one_run_p_value(canaries, canaries, correct, epsilon, delta)
+        # Each coin told with probability δ, a noisy answer else; and all coins told at once with probability δ.
+        each = float(stats.binom.sf(correct - 1, canaries, told))
+        together = delta + (1.0 - delta) * float(stats.binom.sf(correct - 1, canaries, chance))
+        assert max(each, together) <= allowed + 1e-12
+
+
+def test_the_one_run_bound_covers_randomised_response_as_often_as_it_says():
+    # The tightest case there is: every answer leaks ε in full, and all are used.
+    generator, epsilon, repetitions = np.random.default_rng(8), 1.0, 400
+    chance = math.exp(epsilon) / (1.0 + math.exp(epsilon))
+    above = 0
+    for _ in range(repetitions):
+        inside = generator.random(300) < 0.5
+        answers = np.where(generator.random(300) < chance, inside, ~inside)
+        # Ties are broken at random, as an adversary without more to go by would.
+        views = {"answer": answers + 1e-3 * generator.random(300)}
+        bound, _ = release.guess(views, inside, 100, 0.0, 0.95)
+        above += bound > epsilon
+    # 38 of 400 at a true chance of 5 % has probability 2e-4, and the seed is fixed; some are, or the test sees nothing.
+    assert 1 <= above <= 37
+
+
 @pytest.mark.parametrize("mu", [0.5, 1.0, 3.0])
 def test_exact_rates_of_a_gaussian_explain_its_own_epsilon(mu):
     claim = Claim([(1.0 / mu, 1.0, 1)])
@@ -97,7 +140,7 @@ def excesses(method: str, mu: float, confidence: float, repetitions: int = 200, 
     for _ in range(repetitions):
         views, inside = synthetic(mu, trials, generator)
         if method == "one-run":
-            bound, _ = release._guess(views, inside, trials // 3, DELTA, confidence)
+            bound, _ = release.guess(views, inside, trials // 3, DELTA, confidence)
         else:
             bound, _ = release._test(views, inside, trials // 3, DELTA, confidence, claim if method == "f-dp" else None)
         count += bound > truth

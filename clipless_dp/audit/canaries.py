@@ -1,0 +1,222 @@
+"""Canaries among a user's own data: one training run, and what its weights tell about who was in."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+
+from clipless_dp.audit.release import Flags, guess
+from clipless_dp.audit.statistics import Numbers
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.model import DPLipModel
+from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.testing.company import plausible_targets
+
+Data = Dataset[Any] | tuple[Tensor, Tensor]
+Train = Callable[[DPLipModel, Any], Any]
+
+_FEWEST = 30
+"""Of which the first third chooses how to guess about the rest."""
+
+_LARGEST_ANGLES = 1 << 13
+"""Entries of a sample up to which canaries are put at right angles to each other."""
+
+_STEP = 1e-3
+"""The part of the weights' change over which slopes are taken."""
+
+_ROWS = 256
+"""Canaries whose losses are computed at once."""
+
+
+@dataclass(frozen=True)
+class CanaryAudit:
+    """What an adversary who sees the trained weights alone told about the canaries; prints in a few lines.
+
+    Attributes:
+        lower_bound: ε is at least this at ``delta``, with ``confidence``.
+        epsilon: what the accountant states at ``delta``.
+        delta: δ.
+        confidence: of the lower bound.
+        canaries: how many there were; each was in by the toss of a coin.
+        evidence: what the bound rests on, in words.
+        trained: what the training function returned.
+    """
+
+    lower_bound: float
+    epsilon: float
+    delta: float
+    confidence: float
+    canaries: int
+    evidence: str
+    trained: Any = field(repr=False, compare=False)
+
+    @property
+    def passed(self) -> bool:
+        """False where the measured lower bound is above the stated ε: training leaks more than it is accounted for."""
+        return self.lower_bound <= self.epsilon
+
+    def __str__(self) -> str:
+        verdict = "not refuted" if self.passed else "REFUTED: it leaks more than is stated"
+        return (
+            f"canary audit (one run): ε ≥ {self.lower_bound:.3f} with {100 * self.confidence:g} % confidence, "
+            f"stated ε = {self.epsilon:.3f}, at δ = {self.delta:g}: {verdict}\n"
+            f"{self.canaries} canaries among the training samples, each in by the toss of a coin; {self.evidence}\n"
+            f"the run is charged like any: its model has spent ε = {self.epsilon:.3f} of the real samples"
+        )
+
+
+def canaries(
+    train: Train,
+    model: DPLipModel,
+    dataset: Data,
+    *,
+    delta: float,
+    canaries: int | tuple[Tensor, Tensor] = 1000,
+    confidence: float = 0.95,
+) -> CanaryAudit:
+    """Puts canaries into a user's own data, trains once, and bounds ε from below by how well they are told apart.
+
+    Canaries are samples that nobody is, put behind the real ones. Each is in by the toss of a fair coin; in place of
+    one that is out lies a sample that contributes nothing, so that the data's size, and with it sampling rate and
+    divisor, tell nothing about the coins. After one run an adversary, who knows the canaries, the weights before and
+    after, and nothing else, guesses of some of them whether they were in, by their losses; of the others nothing. With
+    ``v`` of ``r`` guesses right, ε is bounded by :func:`clipless_dp.audit.statistics.one_run_p_value`.
+
+    Args:
+        train: trains a model on data, both of which it is given, and returns a :class:`clipless_dp.training.FitResult`
+            or the optimizer: ``lambda model, data: fit(model, data, epsilon=3.0, …)``. Called once.
+        model: the wrapped model before training; it is what ``train`` trains.
+        dataset: inputs and targets: a pair of tensors, or a data set of pairs. A public ``dataset_size`` that ``train``
+            states counts the canaries too.
+        delta: δ in [0, 1).
+        canaries: how many are made: noise beyond the model's input gate (or random tokens) with random targets; or
+            inputs ``(m, *input_shape)`` and targets ``(m, ...)`` of your own, which no real sample may enter.
+        confidence: of the lower bound.
+
+    Returns:
+        The lower bound beside the stated ε, and what ``train`` returned.
+
+    Raises:
+        ConfigurationError: an argument is out of range, there are fewer than 30 canaries, no targets can be made for
+            the model's loss, or ``train`` did not train the model.
+
+    Guarantee:
+        If training is (ε, δ)-private as stated, ``passed`` is false with probability at most ``1 - confidence``, with
+        any data and canaries. An audit that passes proves nothing. The run is private for the real samples as any other
+        is, and spends as much; what is printed follows from its weights and the coins.
+
+    Source:
+        Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run".
+    """
+    if not 0.0 <= delta < 1.0 or not 0.5 <= confidence < 1.0:
+        raise ConfigurationError(f"delta must lie in [0, 1) and confidence in [0.5, 1), got {delta!r}, {confidence!r}")
+    shown = _first(dataset)
+    inputs, targets = _made(model, shown, canaries) if isinstance(canaries, int) else _given(model, canaries)
+    if len(inputs) < _FEWEST:
+        raise ConfigurationError(f"{len(inputs)} canaries say nothing: take at least {_FEWEST}")
+    start = copy.deepcopy(model)
+    inside: Flags = np.random.default_rng().random(len(inputs)) < 0.5
+    with warnings.catch_warnings():
+        # Those that are out contribute nothing on purpose.
+        warnings.filterwarnings("ignore", r"\d+ samples in batches contributed nothing", UserWarning)
+        trained = train(model, _joined(dataset, shown, _absent(inputs, torch.from_numpy(~inside)), targets))
+    optimizer = trained if isinstance(trained, CliplessDPOptimizer) else getattr(trained, "optimizer", None)
+    if not isinstance(optimizer, CliplessDPOptimizer) or optimizer.model is not model:
+        raise ConfigurationError(
+            "train must train the model that it is given, and return the result of fit or the optimizer, got "
+            f"{type(trained).__name__}"
+        )
+    device, _ = model.device_and_dtype()
+    views = _views(start, copy.deepcopy(model), inputs.to(device), targets.to(device))
+    bound, evidence = guess(views, inside, len(inside) // 3, delta, confidence)
+    stated = optimizer.get_epsilon(delta) if delta else math.inf
+    return CanaryAudit(bound, float(stated), delta, confidence, len(inputs), evidence, trained)
+
+
+def _first(dataset: Data) -> tuple[Tensor, Tensor]:
+    if isinstance(dataset, (tuple, list)):
+        inputs, targets = (torch.as_tensor(part) for part in dataset)
+        return inputs[0], targets[0]
+    sample, target = dataset[0]
+    return torch.as_tensor(sample), torch.as_tensor(target)
+
+
+def _made(model: DPLipModel, shown: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Random inputs beyond the input gate's radius with random targets: of the data, only shapes and types enter."""
+    generator = torch.Generator()
+    generator.seed()
+    sample, target = shown
+    formats = plausible_targets(model.loss_function, model.output_shape, count, generator, target)
+    if not formats:
+        raise ConfigurationError(
+            f"{model.loss_function!r} takes no usual targets of shape {tuple(target.shape)} and type {target.dtype}: "
+            "give canaries of your own, as a pair of inputs and targets"
+        )
+    if model._vocabulary is not None:
+        inputs = torch.randint(model._vocabulary, (count, *model.input_shape), generator=generator)
+    else:
+        directions = torch.randn(count, math.prod(model.input_shape), generator=generator)
+        if count <= directions.shape[1] <= _LARGEST_ANGLES:
+            # At right angles no canary looks like another.
+            directions = torch.linalg.qr(directions.mT).Q.mT
+        directions = directions / torch.linalg.vector_norm(directions, dim=1, keepdim=True)
+        inputs = (2.0 * model.input_norm * directions).reshape(count, *model.input_shape)
+    return inputs.to(sample), formats[0].to(target)
+
+
+def _given(model: DPLipModel, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    inputs, targets = pair
+    device, _ = model.device_and_dtype()
+    model.check_inputs(inputs.to(device))
+    if len(inputs) != len(targets):
+        raise ConfigurationError(f"{len(inputs)} inputs of canaries do not fit {len(targets)} targets")
+    return inputs, targets
+
+
+def _absent(inputs: Tensor, out: Tensor) -> Tensor:
+    """The canaries, those that are out made into samples which contribute nothing: NaN, or an unknown token."""
+    marked = inputs.clone()
+    rows = out.to(marked.device).nonzero().flatten()
+    marked.flatten(1)[rows, 0] = math.nan if marked.is_floating_point() else -1
+    return marked
+
+
+def _joined(dataset: Data, shown: tuple[Tensor, Tensor], inputs: Tensor, targets: Tensor) -> Data:
+    inputs, targets = inputs.to(shown[0]), targets.to(shown[1])
+    if isinstance(dataset, (tuple, list)):
+        known, labels = (torch.as_tensor(part) for part in dataset)
+        return torch.cat([known, inputs]), torch.cat([labels, targets])
+    return ConcatDataset([dataset, TensorDataset(inputs, targets)])
+
+
+@torch.no_grad()
+def _views(start: DPLipModel, end: DPLipModel, inputs: Tensor, targets: Tensor) -> dict[str, Numbers]:
+    """Several numbers for each canary ``(m,)``, larger where it seems to have been in.
+
+    Losses before and after, and the loss's slope along the weights' change, which for one step of plain SGD is the
+    inner product of the canary's gradient with the noisy sum.
+    """
+    before, after = _losses(start, inputs, targets), _losses(end, inputs, targets)
+    for moving, reached in zip(start.net.parameters(), end.net.parameters(), strict=True):
+        moving.add_(reached - moving, alpha=_STEP)
+    slopes = (before - _losses(start, inputs, targets)) / _STEP
+    return {"the loss": -after, "the fall of the loss": before - after, "the slope of the loss": slopes}
+
+
+def _losses(model: DPLipModel, inputs: Tensor, targets: Tensor) -> Numbers:
+    model.eval()
+    _, dtype = model.device_and_dtype()
+    found = []
+    for some, truth in zip(inputs.split(_ROWS), targets.split(_ROWS), strict=True):
+        some = some.to(dtype) if some.is_floating_point() else some
+        found.append(model.loss_function.per_sample(model(some), truth).nan_to_num().double().cpu())
+    return torch.cat(found).numpy()
