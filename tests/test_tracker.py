@@ -24,6 +24,7 @@ from clipless_dp import (
     register_rule,
 )
 from clipless_dp.norms import conv2d_norm, dense_norm
+from clipless_dp.norms.operators import DenseOperator
 from clipless_dp.rules import base, graph, register_function_rule
 from clipless_dp.settings import settings_of
 from clipless_dp.tracker import stamp
@@ -456,3 +457,26 @@ def test_a_constrained_weight_whose_entries_are_shuffled_is_certified_anew():
     true = float(torch.linalg.matrix_norm(weight, 2))
     assert true > 1.99
     assert model.sensitivity().per_parameter["0.weight"] >= true
+
+
+@pytest.mark.parametrize(
+    ("stretches", "expected"), [({}, 5.0), ({"weight": 1.0}, 2.0), ({"weight": 2.0}, 4.0), ({"weight": 9.0}, 5.0)]
+)
+def test_a_gradient_gate_of_a_users_counts_as_its_cap_unless_it_says_how_far_it_stretches(stretches, expected):
+    class Gated(nn.Linear):
+        pass
+
+    @register_rule(Gated)
+    def rule(module, context):
+        return LayerBounds(
+            output_norm=lambda: context.norm("weight", DenseOperator()) * context.input_norm,
+            lipschitz=lambda: context.norm("weight", DenseOperator()),
+            gradients={"weight": lambda: context.input_norm},
+            gradient_limits={"weight": 5.0},
+            gradient_stretches=stretches,
+            operators={"weight": DenseOperator()},
+        )
+
+    model = wrap(nn.Sequential(Gated(4, 3, bias=False)), (4,), input_norm=2.0)
+    # The input gate's float32 slack.
+    assert model.sensitivity().total == pytest.approx(expected, rel=1e-5)
