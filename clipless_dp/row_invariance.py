@@ -126,6 +126,9 @@ class RowInvariance:
             ask = _Once(twin)
             try:
                 self._chosen[kind, count] = self._choose(count, kind, ask)
+            except Exception:
+                # A layer that cannot be copied, or takes no samples but real ones: nothing is known.
+                self._chosen[kind, count], self._reference[kind] = [count], None
             finally:
                 ask.release()
         return self._chosen[kind, count]

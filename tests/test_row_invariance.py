@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, PoissonBatches, gated, gradient_gated, losses
+from clipless_dp import DPLipModel, PoissonBatches, gated, gradient_gated, losses, register_rule
 from clipless_dp import row_invariance as row_invariance_module
 from clipless_dp.row_invariance import RowInvariance, Twin, Values
+from clipless_dp.rules import base
 
 WRAPS = {"signal gates": gated, "gradient gates": gradient_gated}
 SIZES = {torch.float32: 15, torch.float64: 191}
@@ -217,6 +218,21 @@ def test_where_no_size_agrees_passes_run_as_they_are_and_the_model_says_so(monke
     assert model.row_invariant is None
     assert torch.equal(model(inputs[:5]), case("dense", gated, torch.float32, row_invariant=False)[0](inputs[:5]))
     assert model.row_invariant is False
+
+
+def test_a_network_that_cannot_be_copied_runs_as_it_is_and_the_model_says_so():
+    class Copied(nn.Linear):
+        def __deepcopy__(self, memo):
+            raise RuntimeError("not copied")
+
+    register_rule(Copied)(base.find_rule(nn.Linear(1, 1)))
+    try:
+        net = nn.Sequential(Copied(4, 3))
+        model = DPLipModel(net, input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+        assert model(torch.randn(5, 4)).shape == (5, 3)
+        assert model.row_invariant is False
+    finally:
+        del base._RULES[Copied]
 
 
 def test_the_reference_does_not_depend_on_the_first_draw():

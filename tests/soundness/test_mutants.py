@@ -149,7 +149,7 @@ MUTANTS = (
         Mutant(
             "input gate removed",
             model.DPLipModel,
-            "_run",
+            "_values",
             "input_gate(inputs, self.input_norm)",
             "(inputs, torch.ones(len(inputs), dtype=torch.bool))",
         ),
