@@ -382,7 +382,8 @@ class DPLipModel(nn.Module):
         if changes != self.changes or any(settings_of(leaf.module) != leaf.known for leaf in self._leaves):
             raise PrivacyError(
                 "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
-                "no one bound holds for it: change them between steps"
+                "no one bound holds for it: change them between steps, and let a layer of your own keep what it has "
+                "seen in a buffer"
             )
         changed = next((name for name, known in stamps.items() if self._stamp(name) != known), None)
         if changed is not None:
