@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakValueDictionary, ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -293,7 +294,7 @@ class Register:
                 continue
             known = self._held.get(parameter)
             if known is not None and known.gradient() is gradient and known.version == gradient._version:
-                if known.sample is None or known.sample == _sample(gradient):
+                if known.sample is None or known.sample == sample(gradient):
                     kept = True
                     continue
                 altered = parameter
@@ -322,7 +323,7 @@ class Register:
     def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        self._held[parameter] = _Held(ref(gradient), gradient._version, _sample(gradient) if sampled else None)
+        self._held[parameter] = _Held(ref(gradient), gradient._version, sample(gradient) if sampled else None)
 
     def note_all(self, *, sampled: bool = True) -> None:
         """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
@@ -406,12 +407,13 @@ class Register:
         return list(self.passes)
 
 
-def _sample(gradient: Tensor) -> float | None:
-    """The sum of some entries of a gradient, where no device is waited for: ``.data`` counts no versions."""
-    if gradient.device.type != "cpu" or not gradient.is_contiguous():
+def sample(values: Tensor) -> float | None:
+    """The sum of some entries, where no device is waited for: ``.data`` counts no versions."""
+    if values.device.type != "cpu" or not values.is_contiguous():
         return None
-    flat = gradient.detach().view(-1)
-    total = float(flat[:: max(1, len(flat) // _SAMPLED)].sum())
+    flat = values.detach().numpy().reshape(-1)
+    with np.errstate(all="ignore"):
+        total = float(flat[:: max(1, len(flat) // _SAMPLED)].sum())
     return total if math.isfinite(total) else None
 
 
