@@ -9,10 +9,13 @@ draw up (:func:`use`), so that it amplifies one step.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
@@ -27,6 +30,8 @@ class Draw:
     Attributes:
         sample_rate: the probability.
         seeded: whether a seed determines it.
+        series: the iteration of a sampler that it comes from.
+        place: its number there.
         rows: how many rows of its batch are samples; they come first.
         amplifies: whether it was handed out where gradients are on. What is only looked at amplifies nothing.
         used: whether a step has used it up.
@@ -34,6 +39,8 @@ class Draw:
 
     sample_rate: float
     seeded: bool = False
+    series: object = None
+    place: int = 0
     rows: int = 0
     amplifies: bool = True
     used: bool = False
@@ -59,6 +66,48 @@ class Rows(NamedTuple):
 class _Delivered(NamedTuple):
     draw: Draw
     version: int
+    sample: int | None
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is as it was handed out."""
+        return tensor._version == self.version and sample(tensor) == self.sample
+
+
+_MOST_HELD = 4
+"""Draws in hand whose batches are kept, to know copies of them by what they hold."""
+
+_SAMPLED = 512
+
+
+@lru_cache(maxsize=256)
+def _step(size: int) -> int:
+    """Steps from one entry to the next that is looked at: without a common factor with any axis, so as to meet all rows
+    and columns."""
+    step = max(1, size // _SAMPLED)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
+def sample(values: Tensor) -> int | None:
+    """The sum of the bits of some entries, where no device is waited for: what is written through ``.data`` or an array
+    that shares memory counts no versions."""
+    values = values.detach()
+    if values.device.type != "cpu" or values.layout != torch.strided or not values.numel():
+        return None
+    if not values.is_contiguous():
+        if not (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)):
+            return None
+        values = values.permute(0, 2, 3, 1)
+    if values.dtype in _UNKNOWN_TO_NUMPY:
+        values = values.view(torch.int16)
+    flat = values.numpy().reshape(-1)
+    bits = flat if flat.dtype.kind in "iub" else flat.view(_BITS.get(flat.dtype.itemsize, np.uint8))
+    return int(bits[:: _step(len(bits))].sum(dtype=np.uint64))
+
+
+_UNKNOWN_TO_NUMPY = (torch.bfloat16,)
+_BITS: dict[int, Any] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 _delivered: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -87,15 +136,20 @@ def deliver(draw: Draw, batch: Any, rows: int) -> None:
         rows: how many of them count; further ones are padding.
     """
     draw.rows, draw.amplifies = rows, torch.is_grad_enabled()
-    tensors = tuple(part for part in tree_leaves(batch) if isinstance(part, Tensor) and part.dim() > 0)
+    tensors = tuple(part for part in tree_leaves(batch) if _is_batch(part))
     with _lock:
         for tensor in tensors:
-            _delivered[tensor] = _Delivered(draw, tensor._version)
+            _delivered[tensor] = _Delivered(draw, tensor._version, sample(tensor))
         if draw.amplifies:
-            for earlier in _in_hand:
-                earlier.tensors = ()
             draw.tensors = tensors
             _in_hand.append(draw)
+            for earlier in _in_hand[:-_MOST_HELD]:
+                earlier.tensors = ()
+
+
+def _is_batch(part: Any) -> bool:
+    # What inference mode makes cannot be trained on.
+    return isinstance(part, Tensor) and part.dim() > 0 and not part.is_inference()
 
 
 def in_hand() -> Draw | None:
@@ -105,23 +159,26 @@ def in_hand() -> Draw | None:
 
 
 def use(draw: Draw) -> None:
-    """Uses up a draw, and skips those that were handed out before it."""
+    """Uses up a draw."""
     draw.used, draw.tensors = True, ()
     with _lock:
-        if draw in _in_hand:
-            del _in_hand[: _in_hand.index(draw) + 1]
+        _in_hand[:] = [other for other in _in_hand if other is not draw]
 
 
-def skip(*, latest: bool = True) -> None:
-    """Forgets the draws in hand: what they drew is not trained on.
-
-    Args:
-        latest: the latest one, too.
-    """
+def passed_over(draw: Draw) -> int:
+    """How many draws of the same iteration were handed out before this one, and neither used nor skipped."""
     with _lock:
-        for draw in _in_hand if latest else _in_hand[:-1]:
+        return sum(other.series is draw.series and other.place < draw.place for other in _in_hand)
+
+
+def skip() -> int:
+    """Forgets the draws in hand: what they drew is not trained on. Returns how many there were."""
+    with _lock:
+        count = len(_in_hand)
+        for draw in _in_hand:
             draw.tensors = ()
-        del _in_hand[: len(_in_hand) - (not latest and bool(_in_hand))]
+        _in_hand.clear()
+    return count
 
 
 def find(inputs: Tensor) -> Rows:
@@ -129,32 +186,39 @@ def find(inputs: Tensor) -> Rows:
 
     A batch is rows of a tensor where axis 0 steps from one row of that to the next, and all other axes stay within a
     row: slices, ``split``, and views that reshape or permute the other axes. Any other view counts as the whole tensor.
+    A copy, on another device say, is known by what it holds, if its draw is one of the latest in hand.
     """
     # A batch that was handed out as a view of something larger is known by itself.
     base = inputs if inputs._base is None or inputs in _delivered else inputs._base
-    known = _delivered.get(base)
     span = _span(inputs, base)
+    known = _delivered.get(base)
+    draw = known.draw if known is not None and known.holds(base) else None
     if span is None:
-        return Rows(WeakIdRef(base), 0, len(base) if base.dim() else 1)
-    return Rows(WeakIdRef(base), *span, None if known is None or base._version != known.version else known.draw)
+        return _matching(inputs) or Rows(WeakIdRef(base), 0, len(base) if base.dim() else 1)
+    if draw is None and known is None:
+        copy = _matching(base) if base.dim() else None
+        if copy is not None:
+            # Its other pieces are known at once.
+            _delivered[base] = _Delivered(copy.draw, base._version, sample(base))  # type: ignore[arg-type]
+            draw = copy.draw
+    return Rows(WeakIdRef(base), *span, draw) if draw is not None else _matching(inputs) or Rows(WeakIdRef(base), *span)
 
 
-def matching(inputs: Tensor) -> Rows | None:
-    """The draw in hand if a batch holds its first rows, entry by entry, in another place, dtype or shape.
-
-    That is so of a copy on another device, or of the drawn rows without their padding.
-    """
-    draw = in_hand()
-    if draw is None or len(inputs) not in (draw.rows, *(len(tensor) for tensor in draw.tensors[:1])):
-        return None
-    for tensor in draw.tensors:
-        known = _delivered.get(tensor)
-        rows = tensor[: len(inputs)]
-        if known is None or known.version != tensor._version or rows.numel() != inputs.numel():
+def _matching(inputs: Tensor) -> Rows | None:
+    """A draw in hand if a batch holds its first rows, entry by entry, in another place, dtype or shape."""
+    with _lock:
+        held = _in_hand[: -_MOST_HELD - 1 : -1]
+    for draw in held:
+        if len(inputs) not in (draw.rows, *(len(tensor) for tensor in draw.tensors[:1])):
             continue
-        copy = rows.to(inputs.device, inputs.dtype).reshape(inputs.shape)
-        if bool(((copy == inputs.detach()) | (copy.isnan() & inputs.detach().isnan())).all()):
-            return Rows(WeakIdRef(tensor), 0, len(inputs), draw)
+        for tensor in draw.tensors:
+            known = _delivered.get(tensor)
+            rows = tensor[: len(inputs)]
+            if known is None or not known.holds(tensor) or rows.numel() != inputs.numel():
+                continue
+            copy = rows.detach().to(inputs.device, inputs.dtype).reshape(inputs.shape)
+            if bool(((copy == inputs.detach()) | (copy.isnan() & inputs.detach().isnan())).all()):
+                return Rows(WeakIdRef(tensor), 0, len(inputs), draw)
     return None
 
 
@@ -205,28 +269,46 @@ def _read_in_worker(indices: list[int], number: int) -> list[int]:
 def arrived(batch: Any, count: int) -> Any:
     """Delivers a batch that a ``collate_fn`` has made of so many samples: here, or once a worker has sent it here."""
     draw, _current.draw = _current.draw, None
-    if draw is None or count != _current.count:
+    if draw is None:
         return batch
+    # Samples were left out or added on the way here: there is a draw, and this is not it.
+    whole = count == _current.count
     if isinstance(draw, Draw):
-        deliver(draw, batch, count)
+        deliver(draw, batch if whole else (), _current.count)
         return batch
-    return batch if get_worker_info() is None else _Sent(batch, draw, count)
+    kind = _SENT.get(type(batch))
+    if get_worker_info() is None or kind is None:
+        return batch
+    sent = kind(batch)
+    sent.arrival = draw, _current.count, whole
+    return sent
 
 
-class _Sent:
-    """A batch on its way from a worker, which becomes itself where it is unpickled."""
+class _SentList(list[Any]):
+    """A batch on its way from a worker, which is delivered where it is unpickled."""
 
-    def __init__(self, batch: Any, number: int, count: int) -> None:
-        self._arguments = batch, number, count
+    arrival: tuple[int, int, bool]
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return _unpacked, self._arguments
+        return _unpacked, (list(self), *self.arrival)
 
 
-def _unpacked(batch: Any, number: int, count: int) -> Any:
+class _SentDict(dict[Any, Any]):
+    """The same for a dictionary."""
+
+    arrival: tuple[int, int, bool]
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _unpacked, (dict(self), *self.arrival)
+
+
+_SENT: dict[type, Any] = {list: _SentList, dict: _SentDict}
+
+
+def _unpacked(batch: Any, number: int, count: int, whole: bool) -> Any:
     draw = _travelling.pop(number, None)
     if draw is not None:
-        deliver(draw, batch, count)
+        deliver(draw, batch if whole else (), count)
     return batch
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, passes, sharding
+from clipless_dp import distributed, draws, passes, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
@@ -333,8 +333,9 @@ class DPLipModel(nn.Module):
         Raises:
             PrivacyError: a submodule was replaced after wrapping, or a bound is not finite.
         """
-        self._follow_changes()
-        return self._sensitivity(relation)[0]
+        with self.register.lock:
+            self._follow_changes()
+            return self._sensitivity(relation)[0]
 
     def _sensitivity(self, relation: Relation = "add-or-remove-one") -> tuple[Sensitivity, dict[str, Stamp]]:
         """The bounds, and stamps of the weights that they rest on."""
@@ -511,7 +512,7 @@ class DPLipModel(nn.Module):
     def _mark(self, name: str) -> object:
         """As a stamp, from some of a weight's entries: for the time between a forward pass and its backward pass."""
         parameter = self.net.get_parameter(name)
-        return parameter._version, parameter.data_ptr(), passes.sample(parameter)
+        return parameter._version, parameter.data_ptr(), draws.sample(parameter)
 
     def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
         return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)
@@ -556,6 +557,7 @@ class DPLipModel(nn.Module):
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
         sharding.part_(self)
         sharded = sharding.is_sharded(self)
+        self.register.unhook()
         self._refuse_interference()
         held = parameters_of(self.net)
         device, dtype = self._placed

@@ -143,6 +143,7 @@ class CliplessDPOptimizer(Optimizer):
         self._drawn_before = model.randomness.draws.copy()
         self._learning_rates: list[tuple[Rates, int]] = []
         self._draw_before = draws.in_hand()
+        self.skipped_draws = 0
         self._run, self._taken, self._process = new_run(), 0, os.getpid()
         self._seeded_draw = False
         self._seeded_masks = False
@@ -247,11 +248,12 @@ class CliplessDPOptimizer(Optimizer):
             missing = distributed.largest(len(pieces)) - len(pieces)
             pieces += [(inputs[:0], targets[:0], mask[:0])] * missing
         passing = sharding.passing() if self._sharded else nullcontext()
-        with register.apart(rows, beside, views=multiplicity), passing:
+        with register.apart(rows, beside, pieces=len(pieces), views=multiplicity), passing:
             for _ in range(multiplicity):
                 for piece in pieces:
                     seen = piece[0] if augment is None or not len(piece[0]) else self._views(augment, piece)
-                    value = loss(seen, piece[1], piece[2])
+                    with register.rows(seen):
+                        value = loss(seen, piece[1], piece[2])
                     value.backward()
                     total += value.detach()
         return total / multiplicity
@@ -284,8 +286,12 @@ class CliplessDPOptimizer(Optimizer):
         return value.detach()
 
     def skip_draw(self) -> None:
-        """Says that the draw in hand is not trained on, so that other rows may be: on public data, say."""
-        draws.skip()
+        """Says that the draws in hand are not trained on, so that other rows may be: on public data, say.
+
+        Whether a draw is skipped must not depend on what is in it: no amplification covers that. The statement says how
+        many were.
+        """
+        self.skipped_draws += draws.skip()
 
     def _views(self, augment: Augmentation, piece: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return views(augment, piece[0], piece[2], self.model.randomness)
@@ -316,9 +322,10 @@ class CliplessDPOptimizer(Optimizer):
         with torch.no_grad():
             try:
                 self._release()
-            except PrivacyError:
-                # What is refused now must not be released together with what comes next.
+            except BaseException:
+                # What is refused, or was interrupted, must not be released together with what comes next.
                 self.model.register.drop()
+                draws.skip()
                 raise
             try:
                 self.base_optimizer.step()
@@ -382,7 +389,6 @@ class CliplessDPOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
-        draws.skip(latest=False)
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
         self.model.register.reconcile()
 
@@ -531,6 +537,9 @@ class CliplessDPOptimizer(Optimizer):
         gradients: list[Tensor] = []
         scales: list[float] = []
         for parameter in named.values():
+            if not passed:
+                # Whatever is there, no pass has left it.
+                parameter.grad = None
             deviation = deviations.get(id(parameter))
             if deviation is None:
                 # Not to be stepped on later, when it would hold several batches.
@@ -546,7 +555,7 @@ class CliplessDPOptimizer(Optimizer):
             self._release_together(gradients, scales)
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
-        register.note_all(sampled=False)
+        register.note_all()
 
     def _provenance(self, rate: float) -> Provenance:
         """Of the step to come: whose it is, and what its charge rests on."""
@@ -751,6 +760,13 @@ class CliplessDPOptimizer(Optimizer):
         amplified = draw is not None and draw.amplifies and not draw.used
         self._seeded_draw = draw is not None and amplified and draw.seeded
         if draw is not None and not draw.used:
+            over = draws.passed_over(draw)
+            if over and passed and self.sampling == "announced":
+                raise PrivacyError(
+                    f"{over} draw(s) before this one were handed out and not trained on: a draw that is left out for "
+                    "what is in it (its size, its loss) lets its samples decide what is released. Take a step for each "
+                    "draw, an empty one too, or call skip_draw() for one that is left out for another reason"
+                )
             draws.use(draw)
         if not amplified and self._world.size > 1 and self.sampling == "announced":
             raise PrivacyError(

@@ -12,14 +12,12 @@ entered by the gate.
 from __future__ import annotations
 
 import itertools
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
 from weakref import WeakValueDictionary, ref
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -30,9 +28,6 @@ from clipless_dp.gates import _drop_rows_, _factors, _largest, _per_sample, samp
 from clipless_dp.precision import outside_autocast
 from clipless_dp.surroundings import refuse_interference
 from clipless_dp.tracker import Sensitivity
-
-_SAMPLED = 64
-"""Entries of each gradient that are looked at again before they are released."""
 
 _DROPPED = "The gradients are dropped; nothing was released"
 
@@ -58,6 +53,8 @@ class Pass:
         rows: what came in; ``None`` of public rows.
         beside: the draw that was in hand while what came in was of none.
         public: whether the rows are declared to be no one's.
+        entered: whether a backward pass has come through it.
+        declared: whether the rows are those that :meth:`Register.rows` announced.
     """
 
     def __init__(
@@ -69,6 +66,7 @@ class Pass:
         *,
         beside: Draw | None,
         public: bool,
+        inputs: Tensor | None = None,
     ) -> None:
         self.register = register
         self.sensitivity = sensitivity
@@ -77,6 +75,17 @@ class Pass:
         self.beside = beside
         self.public = public
         self.entered = False
+        self.declared = _declared.tensor is not None and inputs is _declared.tensor
+        self._inputs = None if inputs is None else (inputs, draws.sample(inputs))
+
+    def refuse_other_inputs(self) -> None:
+        """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again."""
+        kept, self._inputs = self._inputs, None
+        if kept is not None and draws.sample(kept[0]) != kept[1]:
+            raise PrivacyError(
+                "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
+                f"for what they were: give each batch memory of its own. {_DROPPED}"
+            )
 
 
 class _Held(NamedTuple):
@@ -84,14 +93,14 @@ class _Held(NamedTuple):
 
     gradient: ref[Tensor]
     version: int
-    sample: float | None
+    sample: int | None
 
 
 class _Declared(threading.local):
     """What the passes of this thread are told about their rows, and whether they are passes at all."""
 
+    tensor: Tensor | None = None
     rows: Rows | None = None
-    known = False
     beside: Draw | None = None
     public = False
     unwitnessed = False
@@ -123,7 +132,9 @@ class Register:
         self._places: list[tuple[dict[str, nn.Parameter | None], str, int]] = []
         self._held: dict[nn.Parameter, _Held] = {}
         self._taint: str | None = None
-        self._by_engine = 0
+        self._handles: list[Any] = []
+        self._awaited: set[int] = set()
+        self._compiled_task: int | None = None
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
         self.sharded = False
@@ -152,14 +163,16 @@ class Register:
         refuse_interference()
         model = self._model()
         assert model is not None
-        sensitivity, fingerprint = model.bounds_of_pass()
+        with self.lock:
+            sensitivity, fingerprint = model.bounds_of_pass()
         if _declared.public:
             _refuse_private_rows(inputs)
-            return Pass(self, sensitivity, fingerprint, None, beside=None, public=True)
-        if _declared.known:
-            return Pass(self, sensitivity, fingerprint, _declared.rows, beside=_declared.beside, public=False)
-        rows, beside = origin(inputs)
-        return Pass(self, sensitivity, fingerprint, rows, beside=beside, public=False)
+            return Pass(self, sensitivity, fingerprint, None, beside=None, public=True, inputs=inputs)
+        if inputs is _declared.tensor:
+            rows, beside = _declared.rows, _declared.beside
+        else:
+            rows, beside = origin(inputs)
+        return Pass(self, sensitivity, fingerprint, rows, beside=beside, public=False, inputs=inputs)
 
     @contextmanager
     def running(self, opened: Pass) -> Iterator[None]:
@@ -215,6 +228,7 @@ class Register:
                     "that adds both terms, without retain_graph. " + _DROPPED
                 )
             refuse_interference()
+            entering.refuse_other_inputs()
             model = self._model()
             if model is not None:
                 model.check_pass(entering.fingerprint)
@@ -244,6 +258,7 @@ class Register:
         """
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
+        counted = False
         added: list[tuple[nn.Parameter, Tensor]] = []
         given: set[int] = set()
         for index, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
@@ -256,6 +271,15 @@ class Register:
                 # autograd.grad, which fills no .grad.
                 returned[index] = gradient
                 continue
+            if not counted:
+                # Before anything is added: what fails half-way has come in all the same.
+                counted = True
+                self.passes.append(closing)
+                if not closing.entered:
+                    self._taint = (
+                        "a gradient came back from within the network, around the gate at its output: from a value "
+                        "that a layer has kept, say. Let all that is trained on be a loss of the model's output"
+                    )
             if parameter.grad is not None:
                 added.append((parameter, gradient))
             else:
@@ -267,16 +291,41 @@ class Register:
             torch._foreach_add_([cast(Tensor, parameter.grad) for parameter, _ in added], [own for _, own in added])
             for parameter, _ in added:
                 self._note(parameter)
-        if added or given:
-            self.passes.append(closing)
         return returned
 
     def entered_compiled(self, entering: Pass) -> None:
         """As :meth:`enter`, for a graph whose gradients autograd adds afterwards."""
+        task = torch._C._current_graph_task_id()
+        self.unhook()
+        if task != self._compiled_task:
+            # Of several passes in one backward pass none has added to a gradient yet.
+            self.reconcile()
+        self._compiled_task = task
         self.enter(entering)
-        self.reconcile()
-        self._by_engine += 1
         self.passes.append(entering)
+        self._awaited = {id(parameter) for parameter in self._parameters}
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._added_by_engine)
+            for parameter in self._parameters
+            if parameter.requires_grad
+        ]
+
+    def _added_by_engine(self, parameter: Tensor) -> None:
+        """Notes a gradient right where autograd has added to it, once for a backward pass."""
+        held = cast(nn.Parameter, parameter)
+        if id(held) not in self._awaited:
+            return
+        self._awaited.discard(id(held))
+        known, gradient = self._held.get(held), cast(Tensor, held.grad)
+        if known is None or known.gradient() is None or known.version == gradient._version - 1:
+            self._note(held)
+
+    def unhook(self) -> None:
+        """Removes what was to note the gradients of a compiled pass: it is over."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._awaited.clear()
 
     def reconcile(self) -> None:
         """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
@@ -285,7 +334,7 @@ class Register:
             if all(parameter.grad is None for parameter in self._parameters):
                 self.forget()
             return
-        allowed, self._by_engine = self._by_engine, 0
+        self.unhook()
         kept, altered = False, None
         for parameter in self._parameters:
             gradient = parameter.grad
@@ -294,13 +343,10 @@ class Register:
                 continue
             known = self._held.get(parameter)
             if known is not None and known.gradient() is gradient and known.version == gradient._version:
-                if known.sample is None or known.sample == sample(gradient):
+                if known.sample is None or known.sample == draws.sample(gradient):
                     kept = True
                     continue
                 altered = parameter
-            elif allowed and self._is_addition(known, gradient, allowed):
-                self._note(parameter)
-                kept = True
             elif not bool(gradient.any()):
                 self._note(parameter)
             else:
@@ -314,29 +360,22 @@ class Register:
         elif not kept:
             self.forget()
 
-    @staticmethod
-    def _is_addition(known: _Held | None, gradient: Tensor, allowed: int) -> bool:
-        if known is None or known.gradient() is None:
-            return gradient._version < allowed
-        return known.gradient() is gradient and known.version < gradient._version <= known.version + allowed
-
-    def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
+    def _note(self, parameter: nn.Parameter) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        self._held[parameter] = _Held(ref(gradient), gradient._version, sample(gradient) if sampled else None)
+        self._held[parameter] = _Held(ref(gradient), gradient._version, draws.sample(gradient))
 
-    def note_all(self, *, sampled: bool = True) -> None:
-        """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
-        self._by_engine = 0
+    def note_all(self) -> None:
+        """Takes the gradients as they are for the register's own."""
         if not self.sharded:
             self._held.clear()
             for parameter in self._parameters:
                 if parameter.grad is not None:
-                    self._note(parameter, sampled=sampled)
+                    self._note(parameter)
 
     def forget(self) -> None:
         """No pass is in the gradients any more."""
-        self.passes, self._taint, self._by_engine = [], None, 0
+        self.passes, self._taint = [], None
 
     def drop(self) -> None:
         """Drops the gradients, so that no later step releases them."""
@@ -346,7 +385,9 @@ class Register:
         self.forget()
 
     @contextmanager
-    def apart(self, rows: Rows | None, beside: Draw | None, *, views: int = 1, public: bool = False) -> Iterator[None]:
+    def apart(
+        self, rows: Rows | None, beside: Draw | None, *, pieces: int = 1, views: int = 1, public: bool = False
+    ) -> Iterator[None]:
         """Passes within start from empty gradients and count as one pass of these rows, which joins those before.
 
         After an error the gradients are as before.
@@ -354,6 +395,7 @@ class Register:
         Args:
             rows: what comes in.
             beside: see :class:`Pass`.
+            pieces: how many passes the rows come in by, each announced by :meth:`rows`.
             views: how often each row comes in; the gradients are divided by it.
             public: see :class:`Pass`.
         """
@@ -366,15 +408,21 @@ class Register:
         try:
             for parameter in parameters:
                 parameter.grad = None
-            with _declaring(rows=rows, known=True, beside=beside, public=public):
+            with _declaring(rows=rows, beside=beside, public=public):
                 yield
             self.reconcile()
+            others = len(self.passes) > pieces * views or not all(some.declared for some in self.passes)
+            if others and not public:
+                raise PrivacyError(
+                    "the loss passed the model other rows than those that it was given, or passed them more than once, "
+                    "so that they would count twice: call the model once, on the very tensor that comes in"
+                )
             if views > 1:
                 torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], views)
         except BaseException:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
-            self.passes, self._held, self._taint, self._by_engine = earlier, held, taint, 0
+            self.passes, self._held, self._taint = earlier, held, taint
             raise
         made, self.passes = self.passes, earlier
         if made:
@@ -393,6 +441,12 @@ class Register:
                     parameter.grad += gradient
         self.note_all()
 
+    @contextmanager
+    def rows(self, seen: Tensor) -> Iterator[None]:
+        """The next pass within :meth:`apart` is of this tensor."""
+        with _declaring(tensor=seen):
+            yield
+
     def witnessed(self) -> list[Pass]:
         """The passes that the gradients consist of.
 
@@ -405,16 +459,6 @@ class Register:
             self.drop()
             raise PrivacyError(f"{reason}. {_DROPPED}")
         return list(self.passes)
-
-
-def sample(values: Tensor) -> float | None:
-    """The sum of some entries, where no device is waited for: ``.data`` counts no versions."""
-    if values.device.type != "cpu" or not values.is_contiguous():
-        return None
-    flat = values.detach().numpy().reshape(-1)
-    with np.errstate(all="ignore"):
-        total = float(flat[:: max(1, len(flat) // _SAMPLED)].sum())
-    return total if math.isfinite(total) else None
 
 
 class _Door(torch.autograd.Function):
@@ -488,8 +532,10 @@ def _enter_compiled(norms: Tensor, token: Tensor) -> Tensor:
     opened = _registers[key]._open.get(number)
     if opened is None:
         raise PrivacyError("this pass was opened too long ago to be back-propagated: run it again")
-    opened.register.entered_compiled(opened)
-    return norms.clone()
+    # Within the operator gradients are off, whatever they are around it.
+    with torch.set_grad_enabled(norms.requires_grad):
+        opened.register.entered_compiled(opened)
+    return norms.detach().clone()
 
 
 _MOST_OPEN = 4096
@@ -517,8 +563,6 @@ def _(norms: Tensor, token: Tensor) -> Tensor:
 def origin(inputs: Tensor) -> tuple[Rows, Draw | None]:
     """Where rows come from; and the draw in hand, if they are of none."""
     found = draws.find(inputs)
-    if found.draw is None:
-        found = draws.matching(inputs) or found
     return found, draws.in_hand() if found.draw is None else None
 
 

@@ -398,6 +398,11 @@ def _findings(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Itera
             "Another optimizer took private steps on this model that this ledger does not hold: the ε shown is too "
             "small. Compose the two ledgers."
         )
+    if optimizer.skipped_draws:
+        yield (
+            f"{optimizer.skipped_draws} draws were skipped by hand (skip_draw): the promise holds if what was in them "
+            "did not decide that."
+        )
     for one in facts["audits"]:
         if one["passed"] is False:
             yield f"An audit failed ({one['kind']}): do not rely on the promise until it is explained."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import warnings
@@ -89,11 +90,14 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (draws.upcoming(self.draw(), indices.tolist()) for indices in self.draws())
+        made = self.numbered()
+        return (draws.upcoming(next(made), indices.tolist()) for indices in self.draws())
 
-    def draw(self) -> draws.Draw:
-        """What a batch of drawn samples is delivered as, see :func:`clipless_dp.draws.deliver`."""
-        return draws.Draw(self.sample_rate, seeded=self.seed is not None)
+    def numbered(self) -> Iterator[draws.Draw]:
+        """What the batches of one iteration are delivered as, see :func:`clipless_dp.draws.deliver`."""
+        series = object()
+        for place in itertools.count():
+            yield draws.Draw(self.sample_rate, seeded=self.seed is not None, series=series, place=place)
 
     def draws(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """The drawn indices of each batch, ascending.
@@ -375,10 +379,11 @@ class PoissonBatches:
         return len(self.sampler)
 
     def __iter__(self) -> Generator[Batch, None, None]:
+        made = self.sampler.numbered()
         for indices in self.sampler.draws():
             chosen = torch.from_numpy(indices // self.sampler.world.size)
             batch = padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
-            draws.deliver(self.sampler.draw(), batch, len(indices))
+            draws.deliver(next(made), batch, len(indices))
             yield batch
 
 

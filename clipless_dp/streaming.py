@@ -85,6 +85,7 @@ class StreamedBatches:
         ended = threading.Event()
         reader = threading.Thread(target=self._read_ahead, args=(ready, ended), name="clipless_dp data", daemon=True)
         reader.start()
+        made = self.sampler.numbered()
         try:
             while (read := ready.get()).batch is not None:
                 if read.arrival is not None:
@@ -93,7 +94,7 @@ class StreamedBatches:
                     for part in read.batch:
                         # Its memory goes back to the thread's stream, which must not overwrite it under the step.
                         part.record_stream(stream)
-                draws.deliver(self.sampler.draw(), read.batch, read.rows)
+                draws.deliver(next(made), read.batch, read.rows)
                 yield read.batch
             if read.error is not None:
                 raise read.error
