@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from types import CellType
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -114,6 +117,41 @@ def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
             raise _misshapen(augment, view, row.shape)
         rows.append(view)
     return torch.stack(rows) if rows else inputs
+
+
+def refuse_own_generators(augment: Augmentation) -> None:
+    """Refuses an augmentation that holds a generator of random numbers of its own.
+
+    Its draws would follow from a seed and a sample's place in the batch, so that one more sample changes the views of
+    all others.
+
+    Raises:
+        ConfigurationError: it is an attribute, in a closure, or an argument of a ``partial``.
+    """
+    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
+    function = getattr(augment, "__func__", augment)
+    held: list[object] = [*getattr(augment, "__dict__", {}).values(), getattr(augment, "__self__", None)]
+    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    held += [*getattr(augment, "args", ()), *getattr(augment, "keywords", {}).values()]
+    held += [
+        *(getattr(function, "__defaults__", None) or ()),
+        *(getattr(function, "__kwdefaults__", None) or {}).values(),
+    ]
+    for value in [*held, *(part for own in held for part in getattr(own, "__dict__", {}).values())]:
+        if isinstance(value, kinds):
+            raise ConfigurationError(
+                f"augment={augment!r} draws from a generator of its own ({type(value).__name__}), so that one more "
+                "sample changes the views of all others: draw from torch's, numpy's or Python's global generators, "
+                "which follow the model's own source of randomness while views are made"
+            )
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
 
 
 def _misshapen(augment: object, made: object, wanted: torch.Size) -> ConfigurationError:

@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from clipless_dp.errors import CheckpointError
@@ -64,7 +65,7 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
     check_writable(path)
     target = Path(path)
     buffer = io.BytesIO()
-    torch.save({"format": CHECKPOINT_FORMAT, **content}, buffer)
+    torch.save({"format": CHECKPOINT_FORMAT, **_plain(content)}, buffer)
     buffer.write(_seal(buffer.getvalue()))
     try:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent)
@@ -81,6 +82,17 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
     finally:
         Path(temporary).unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+def _plain(value: Any) -> Any:
+    """The same with plain numbers in place of numpy's, which a reader that executes nothing refuses."""
+    if isinstance(value, np.generic):
+        return value.item()
+    if type(value) is dict:
+        return {_plain(key): _plain(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_plain, value))
+    return value
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import sharding
+from clipless_dp import draws, sharding
 
 Bits = dict[str, int]
 """For each parameter by name the sum of its bit patterns, modulo 2³², the same in every layout and on every device."""
@@ -36,7 +36,7 @@ class Lineage:
         self.changed = 0
         self._known: list[Mapping[str, Tensor | int]] = []
         self._counted = False
-        self._versions: list[tuple[int, int]] | None = None
+        self._versions: list[_Mark] | None = None
 
     @property
     def started(self) -> bool:
@@ -71,7 +71,7 @@ class Lineage:
 
         Args:
             named: the network's parameters.
-            quick: trust autograd's counters of changes where they say that there was none.
+            quick: trust autograd's counters of changes, and some of the entries, where they say that there was none.
         """
         if not self._known or (quick and self._versions == _versions(named.values())):
             return True
@@ -87,15 +87,19 @@ _lineages: WeakKeyDictionary[nn.Module, Lineage] = WeakKeyDictionary()
 
 
 def of(model: nn.Module) -> Lineage:
-    """The lineage of a wrapped model in this process."""
-    lineage = _lineages.get(model)
+    """The lineage of a wrapped model in this process: of its network, which may be wrapped more than once."""
+    net: nn.Module = getattr(model, "net", model)
+    lineage = _lineages.get(net)
     if lineage is None:
-        lineage = _lineages[model] = Lineage()
+        lineage = _lineages[net] = Lineage()
     return lineage
 
 
-def _versions(parameters: Iterable[nn.Parameter]) -> list[tuple[int, int]]:
-    return [(part._version, part.data_ptr()) for part in map(sharding.local, parameters)]
+_Mark = tuple[int, int, int | None]
+
+
+def _versions(parameters: Iterable[nn.Parameter]) -> list[_Mark]:
+    return [(part._version, part.data_ptr(), draws.sample(part)) for part in map(sharding.local, parameters)]
 
 
 def _sum_of_bits(parameter: nn.Parameter) -> Tensor:

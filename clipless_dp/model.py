@@ -369,7 +369,7 @@ class DPLipModel(nn.Module):
             return None, None
         self._follow_changes()
         sensitivity, stamps = self._sensitivity()
-        return sensitivity, (self.changes, {name: self._mark(name) for name in stamps})
+        return sensitivity, (self._leaves, {name: self._mark(name) for name in stamps})
 
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.
@@ -379,13 +379,13 @@ class DPLipModel(nn.Module):
         """
         if fingerprint is None:
             return
-        changes, marks = cast("tuple[int, dict[str, object]]", fingerprint)
+        leaves, marks = cast("tuple[list[_Leaf], dict[str, object]]", fingerprint)
         self._refuse_interference()
-        if changes != self.changes or any(settings_of(leaf.module) != leaf.known for leaf in self._leaves):
+        # A layer of a user's own may keep what it has seen.
+        if any(leaf.is_ours and settings_of(leaf.module) != leaf.known for leaf in leaves):
             raise PrivacyError(
                 "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
-                "no one bound holds for it: change them between steps, and let a layer of your own keep what it has "
-                "seen in a buffer"
+                "no one bound holds for it: change them between steps"
             )
         changed = next((name for name, known in marks.items() if self._mark(name) != known), None)
         if changed is not None:
@@ -643,6 +643,7 @@ class DPLipModel(nn.Module):
         if sharding.is_sharded(self):
             raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.register.follow(self.net)
         device, dtype = parameter_device_and_dtype(self.net)
         self._dropped_samples = self._dropped_samples.to(device)
         self._trace(device, dtype)
@@ -712,6 +713,8 @@ class _Leaf:
         self._parts = modules_of(module)
         self._parameters = parameters_of(module)
         self.known = settings_of(module)
+        origin = self.kind.__module__
+        self.is_ours = origin.partition(".")[0] in ("torch", "clipless_dp") and "testing" not in origin
 
     def is_altered(self, net: nn.Module, sharded: bool) -> bool:
         """Whether the module was replaced, or anything in it hooked, that ``fully_shard`` has not."""

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from accounting import Accountant, Provenance, create_accountant, new_run
 from clipless_dp import distributed, draws, lineage, passes, sharding
-from clipless_dp.augmentation import Augmentation, views
+from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
@@ -135,8 +135,7 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant: Accountant = (
             create_accountant(accountant, dataset_size=dataset_size) if isinstance(accountant, str) else accountant
         )
-        self.budget = _checked_budget(budget)
-        self._allowance = _Allowance()
+        self.budget = budget
         self.steps_taken = 0
         self._noise_sources: set[str] = set()
         self._randomness_sources: set[str] = set()
@@ -187,6 +186,17 @@ class CliplessDPOptimizer(Optimizer):
             raise ConfigurationError(f"noise_multiplier must be finite and positive, got {value!r}")
         self._noise_multiplier = float(value)
 
+    @property
+    def budget(self) -> tuple[float, float] | None:
+        """``(ε, δ)`` that the ledger is never to exceed; may be assigned to, for the steps to come."""
+        return self._budget
+
+    @budget.setter
+    def budget(self, value: tuple[float, float] | None) -> None:
+        self._budget = _checked_budget(value)
+        # What was asked for another budget says nothing of this one.
+        self._allowance = _Allowance()
+
     def accumulate(
         self,
         batch: tuple[Tensor, Tensor, Tensor],
@@ -227,6 +237,8 @@ class CliplessDPOptimizer(Optimizer):
             raise ConfigurationError(f"multiplicity={multiplicity} without augment would repeat one view: give augment")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
+        if augment is not None:
+            refuse_own_generators(augment)
         inputs, targets, mask = batch
         register = self.model.register
         rows, beside = passes.origin(inputs)

@@ -16,7 +16,7 @@ _TORCHS_OWN = frozenset({*vars(nn.Module()), "_is_fsdp_managed_module", "_fsdp_u
 and what ``fully_shard`` leaves on a module."""
 
 _PLAIN = {NoneType, bool, int, float, complex, str, bytes, type, range, torch.dtype, torch.device, torch.Size}
-_BY_IDENTITY = (FunctionType, BuiltinFunctionType, MethodType, ModuleType, torch.Generator)
+_BY_IDENTITY = (FunctionType, BuiltinFunctionType, MethodType, ModuleType)
 _DEPTH = 12
 """How far objects within objects are followed."""
 
@@ -66,6 +66,9 @@ def snapshot(value: Any, depth: int = _DEPTH) -> Any:
     kind = type(value)
     if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
         return value
+    if isinstance(value, torch.Generator):
+        # One of a user's own draws for a batch from a seed: its state changes as it does.
+        return _Same(value), _Copy(value.get_state())
     if isinstance(value, Enum):
         return _Same(value)
     if isinstance(value, (tuple, list)):

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
 from clipless_dp import distributed, lineage, sharding
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
-from clipless_dp.augmentation import Augmentation, views
+from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.averaging import WeightAverage
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import (
@@ -306,6 +306,7 @@ def fit(
             f"optimizer must be one of {OPTIMIZERS}, or a function of the parameters, got {optimizer!r}"
         )
     if augment is not None:
+        refuse_own_generators(augment)
         model.check_inputs(views(augment, samples.first[0].to(device), torch.ones(1, dtype=torch.bool, device=device)))
     average = None if ema is None else WeightAverage(model, ema)
     path = None if checkpoint is None else Path(checkpoint)
@@ -389,6 +390,8 @@ def fit(
         distributed.agree(run.settings)
     if path is not None and distributed.from_first(lambda: _found(path)):
         run.load(path)
+        if run.saved_events < 0:
+            run.save(path)
     run.attack(at_start=True)
     # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
     if run.step < steps and factors is None:
@@ -640,7 +643,9 @@ class _Run:
             more = len(differing) - _SHOWN_DIFFERENCES
             listed = ", ".join(differing[:_SHOWN_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
             raise CheckpointError(f"{path} belongs to a run with other settings ({listed}); choose another file")
+        there = -1
         try:
+            there = len(self.optimizer.accountant.ledger_of(content["optimizer"]["clipless_dp"]["accountant"]))
             # The ledger first: weights without it would be free to train on.
             self.optimizer.load_state_dict(content["optimizer"])
             self.history = [EpochRecord(**{**record, "loss": None}) for record in content["history"]]
@@ -651,7 +656,9 @@ class _Run:
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
-        self.saved, self.saved_step, self.saved_events = True, self.step, len(self.optimizer.accountant)
+        self.saved, self.saved_step = True, self.step
+        # Of a ledger that was handed on, the file lacks what is not its own.
+        self.saved_events = len(self.optimizer.accountant) if len(self.optimizer.accountant) == there else -1
 
     def _parameter_of(self, place: tuple[Any, ...]) -> Tensor | None:
         """The parameter that a tensor of a checkpoint belongs to, given the keys that lead to it."""

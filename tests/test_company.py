@@ -276,7 +276,7 @@ MUTANTS = (
     Mutant(
         "the batch's output lost",
         model.DPLipModel,
-        "_run",
+        "_gated",
         "~finite.reshape(",
         "~finite.all().expand(len(finite)).reshape(",
     ),

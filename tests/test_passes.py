@@ -23,10 +23,12 @@ from clipless_dp import (
     CliplessDPOptimizer,
     CliplessDPSGD,
     DPLipModel,
+    LayerBounds,
     PoissonBatches,
     PoissonBatchSampler,
     PrivacyError,
     PrivacyWarning,
+    RuleContext,
     StreamedBatches,
     WeightAverage,
     constraints,
@@ -37,6 +39,8 @@ from clipless_dp import (
     losses,
     passes,
     poisson_collate,
+    register_rule,
+    report,
 )
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.sampling import Batch
@@ -892,3 +896,224 @@ def test_errors_of_arguments_leave_the_register_as_it_was(bad: int) -> None:
     with nullcontext():
         optimizer.step()
     assert optimizer.accountant.history == [(1.0, RATE, 1)]
+
+
+# What attackers found in an earlier form of the register.
+
+
+def twice(model: DPLipModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda inputs, targets, mask: (
+        model.loss(model(inputs), targets, mask) + model.loss(model(inputs), targets, mask)
+    )
+
+
+def mixing(model: DPLipModel) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda inputs, targets, mask: model.loss(model(0.5 * (inputs + inputs.roll(1, 0))), targets, mask)
+
+
+@pytest.mark.parametrize("loss_for", [twice, mixing], ids=["rows twice", "rows mixed"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 5}, {"augment": lambda row: row, "multiplicity": 2}])
+def test_a_loss_of_ones_own_passes_the_rows_that_it_is_given_once(
+    loss_for: Callable[[DPLipModel], Callable[..., Tensor]], options: dict[str, object]
+) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    with pytest.raises(PrivacyError, match="the very tensor that comes in"):
+        optimizer.accumulate(batch, loss=loss_for(model), **options)
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def through_an_array(batch: Batch) -> None:
+    rows = batch.inputs.numpy()
+    rows -= rows[batch.mask.numpy()].mean(0)
+
+
+def through_data(batch: Batch) -> None:
+    batch.inputs.data.sub_(1.0)
+
+
+def padding_filled(batch: Batch) -> None:
+    rows = batch.inputs.numpy()
+    rows[~batch.mask.numpy()] = rows[0]
+
+
+@pytest.mark.parametrize("change", [through_an_array, through_data, padding_filled], ids=lambda one: one.__name__)
+def test_rows_that_were_written_to_beneath_the_version_counter_are_no_draw(change: Callable[[Batch], None]) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=32)
+    change(batch)
+    loss_of(model, batch).backward()
+    refused(optimizer, "draw in hand")
+
+
+def test_a_buffer_that_is_filled_again_before_the_backward_pass_is_refused() -> None:
+    model = model_of()
+    buffer = data()[0].numpy().copy()
+    inputs = torch.from_numpy(buffer)
+    loss = model.loss(model(inputs), data()[1])
+    buffer *= 1e3
+    with pytest.raises(PrivacyError, match="overwritten between"):
+        loss.backward()
+
+
+def test_a_draw_that_is_passed_over_is_refused_at_the_next_step_unless_that_is_said() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for index, batch in enumerate(drawn(4)):
+        if index == 1:
+            continue
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        if index == 2:
+            refused(optimizer, "not trained on")
+        else:
+            optimizer.step()
+    for index, batch in enumerate(drawn(3)):
+        if index == 1:
+            optimizer.skip_draw()
+            continue
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+    assert optimizer.skipped_draws == 1
+    assert any("skipped by hand" in finding for finding in report(optimizer).findings)
+
+
+@pytest.mark.parametrize("columns", [784, 64])
+def test_no_layout_hides_what_is_written_into_a_gradient(columns: int) -> None:
+    net = nn.Sequential(nn.Linear(columns, 128, bias=False), nn.ReLU(), nn.Linear(128, 3, bias=False))
+    model = DPLipModel(gated(net), input_shape=(columns,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    inputs, targets = torch.rand(SIZE, columns), data()[1]
+    inputs[:, 0] = 0.0
+    optimizer = sgd(model)
+    (batch,) = PoissonBatches((inputs, targets), sample_rate=RATE, steps=1)
+    loss_of(model, batch).backward()
+    next(model.net.parameters()).grad.data.mul_(100.0)
+    refused(optimizer, "something else than passes")
+
+
+def test_a_step_without_a_pass_releases_noise_alone() -> None:
+    model = model_of()
+    optimizer = sgd(model, noise=NoNoise())
+    for batch in drawn(1):
+        loss_of(model, batch).backward()
+        optimizer.step()
+    for parameter in model.net.parameters():
+        parameter.grad.data.copy_(torch.ones_like(parameter))
+    try:
+        with pytest.warns(PrivacyWarning):
+            optimizer.step()
+    except PrivacyError:
+        return
+    assert all(not parameter.grad.any() for parameter in model.net.parameters())
+
+
+class Interrupted(NoNoise):
+    def standard_normal_(self, out: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+
+def test_a_step_that_is_interrupted_in_its_noise_drops_the_gradients() -> None:
+    model = model_of()
+    optimizer = sgd(model, noise=Interrupted())
+    for batch in drawn(1):
+        loss_of(model, batch).backward()
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+class Leaking(nn.Module):
+    """A layer of a user's own that keeps what it has computed, out of sight of the rules."""
+
+    kept: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        type(self).kept = []
+
+    def forward(self, values: Tensor) -> Tensor:
+        out = self.layer(values)
+        type(self).kept.append(out)
+        return out
+
+
+@register_rule(Leaking)
+def leaking_rule(module: Leaking, context: RuleContext) -> LayerBounds:
+    return LayerBounds(
+        output_norm=10.0, lipschitz=10.0, gradients={"layer.weight": context.input_norm, "layer.bias": 1.0}
+    )
+
+
+def test_gradients_from_within_the_network_that_go_around_its_gate_are_refused() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Leaking(), nn.Linear(6, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    model(batch.inputs)
+    Leaking.kept[-1].square().sum().backward()
+    refused(optimizer, "around the gate")
+
+
+def test_two_draws_in_one_backward_pass_of_a_compiled_model_are_refused() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda *batch: model.loss(model(batch[0]), *batch[1:]), backend="aot_eager", fullgraph=True
+    )
+    batches = [*PoissonBatches(data(), sample_rate=RATE, steps=2, physical_batch_size=32)]
+    (compiled(*batches[0]) + compiled(*batches[1])).backward()
+    refused(optimizer, "2 Poisson draws")
+    (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=32)
+    (compiled(*batch) + compiled(*batch)).backward()
+    refused(optimizer, "rows entered this step twice")
+    (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=32)
+    compiled(*batch).backward()
+    for parameter in model.net.parameters():
+        parameter.grad = 100.0 * parameter.grad
+    refused(optimizer, "something else than passes")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[:2], lambda rows: rows + rows[:1]], ids=["cut", "repeated"])
+def test_a_draw_that_is_changed_on_its_way_to_the_collate_function_is_refused(
+    change: Callable[[list[object]], list[object]],
+) -> None:
+    dataset = TensorDataset(*data())
+    own = poisson_collate(dataset)
+    sampler = PoissonBatchSampler(SIZE, sample_rate=0.5, steps=1)
+    # Copies, which share no memory.
+    loader = DataLoader(
+        dataset, batch_sampler=sampler, collate_fn=lambda rows: own(change([(x.clone(), y) for x, y in rows]))
+    )
+    model = model_of()
+    optimizer = sgd(model, sample_rate=0.5)
+    for inputs, targets in loader:
+        model.loss(model(inputs), targets).backward()
+        refused(optimizer, "draw in hand")
+
+
+def test_pieces_of_a_copy_are_pieces_of_the_draw_and_looking_ahead_is_no_skipping() -> None:
+    model = model_of().double()
+    optimizer = sgd(model)
+    ahead = [batch._replace(inputs=batch.inputs.double()) for batch in drawn(3)]
+    for batch in ahead:
+        optimizer.zero_grad()
+        for piece in batch.split(7):
+            loss_of(model, piece).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 3)]
+
+
+def test_draws_may_be_looked_at_in_inference_mode() -> None:
+    model = model_of()
+    with torch.inference_mode():
+        for batch in drawn(2):
+            model(batch.inputs)
+        for inputs, _ in loader_of(2):
+            model(inputs)

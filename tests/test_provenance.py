@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from accounting import (
     GaussianStep,
@@ -25,6 +26,7 @@ from accounting import (
     create_accountant,
 )
 from clipless_dp import (
+    BudgetExhaustedError,
     CheckpointError,
     CliplessDPOptimizer,
     CliplessDPSGD,
@@ -38,6 +40,7 @@ from clipless_dp import (
     fit,
     gated,
     losses,
+    poisson_collate,
     report,
 )
 from clipless_dp.noise import SystemNoise, source_name
@@ -366,9 +369,10 @@ def test_batches_from_a_seed_are_a_finding(kind):
     optimizer = private()
     settings = {"sample_rate": 0.1, "steps": 3, "seed": 0}
     if kind == "sampler":
-        inputs, targets = samples(300)
-        for indices in PoissonBatchSampler(300, **settings):
-            step(optimizer, (inputs[indices], targets[indices], torch.ones(len(indices), dtype=torch.bool)))
+        dataset = TensorDataset(*samples(300))
+        sampler = PoissonBatchSampler(300, **settings)
+        for inputs, targets in DataLoader(dataset, batch_sampler=sampler, collate_fn=poisson_collate(dataset)):
+            step(optimizer, (inputs, targets, torch.ones(len(inputs), dtype=torch.bool)))
     else:
         for batch in {"batches": PoissonBatches, "stream": StreamedBatches}[kind](samples(300), **settings):
             step(optimizer, batch)
@@ -566,3 +570,28 @@ def test_a_ledger_about_replacing_one_charges_twice_the_sensitivity_and_says_so(
     assert replacing.epsilon <= 4.0
     adding_one = fit(gated_model(), samples(300), **{**settings, "accountant": "prv"})
     assert replacing.noise_multiplier > 1.05 * adding_one.noise_multiplier
+
+
+def test_a_network_that_is_wrapped_again_is_known_by_its_weights():
+    first = train(private(), 2)
+    model = DPLipModel(first.model.net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(1.0))
+    second = private(model)
+    with pytest.warns(PrivacyWarning, match="another optimizer"):
+        train(second, 1)
+    assert second.ledger_is_incomplete()
+
+
+def test_training_through_data_between_steps_is_a_finding():
+    optimizer = train(private(), 1)
+    for parameter in optimizer.model.net.parameters():
+        parameter.data.sub_(0.01)
+    train(optimizer, 1)
+    assert found(optimizer, "weights")
+
+
+def test_a_budget_that_is_tightened_holds_at_once():
+    optimizer = private(budget=(50.0, 1e-3))
+    train(optimizer, 2)
+    optimizer.budget = (float(optimizer.get_epsilon(1e-3)), 1e-3)
+    with pytest.raises(BudgetExhaustedError):
+        train(optimizer, 1)

@@ -9,6 +9,8 @@ import os
 import pickle
 import random
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pytest
@@ -386,3 +388,25 @@ def test_the_global_lock_is_free_after_a_pass():
     model(samples(8)[0])
     assert randomness_module._global.acquire(blocking=False)
     randomness_module._global.release()
+
+
+class Seeded:
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        return sample + float(self.generator.normal())
+
+
+def closed_over() -> Callable[[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return lambda sample: sample + torch.randn((), generator=generator)
+
+
+@pytest.mark.parametrize("augment", [Seeded(), closed_over(), partial(lambda rng, sample: sample, random.Random(0))])
+def test_views_that_draw_from_a_seeded_generator_of_their_own_are_refused(augment: Callable[[Tensor], Tensor]) -> None:
+    model = DPLipModel(gated(nn.Linear(4, 2)), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=1.0, dataset_size=6)
+    batch = torch.rand(6, 4), torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.bool)
+    with pytest.raises(ConfigurationError, match="generator of its own"):
+        optimizer.accumulate(batch, augment=augment)

@@ -211,6 +211,7 @@ def test_fit_names_the_broadcast_instead_of_dropping_all_samples() -> None:
             delta=1e-3,
             epochs=1,
             batch_size=50,
+            audit=False,
             accountant="rdp",
             progress=False,
         )

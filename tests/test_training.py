@@ -6,6 +6,7 @@ import pickle
 import struct
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -558,3 +559,12 @@ def test_noise_that_was_calibrated_elsewhere_is_used_within_the_budget():
     for bad in (0.0, -1.0, math.nan):
         with pytest.raises(ConfigurationError, match="noise_multiplier"):
             fit(gated_model(), samples(300), noise_multiplier=bad, **RUN)
+
+
+def test_numbers_of_numpy_in_the_settings_leave_a_checkpoint_that_can_be_read(tmp_path):
+    path = tmp_path / "run.pt"
+    options = {"lr": np.float64(0.1), "momentum": np.float64(0.5), "ema": np.float64(0.5)}
+    run = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 50, "progress": False, "accountant": "rdp"}
+    fit(gated_model(), samples(100), checkpoint=path, **options, **run)
+    again = fit(gated_model(), samples(100), checkpoint=path, **options, **run)
+    assert again.steps == 2

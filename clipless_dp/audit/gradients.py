@@ -340,8 +340,7 @@ def _in_float64(model: DPLipModel) -> DPLipModel:
     state["_buffers"] = {name: None if held is None else held.cpu() for name, held in state["_buffers"].items()}
     twin = DPLipModel.__new__(DPLipModel)
     # Many samples by themselves, whose bounds hold at any number of rows: none are added.
-    twin._row_invariant = False
-    twin.__setstate__(state)
+    twin.__setstate__({**state, "_row_invariant": False})
     return twin
 
 

@@ -10,11 +10,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from clipless_dp import CliplessDPSGD, PoissonBatches, SystemNoise
+from clipless_dp import CliplessDPSGD, PoissonBatches, SystemNoise, passes
 from clipless_dp.audit.release import BatchesFactory, OptimizerFactory
 from clipless_dp.box_muller import seeded_words
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import NoiseSource
+from clipless_dp.noise import NoiseSource, _numbers
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class RepeatedNoise(SystemNoise):
         self.seed = torch.seed()
 
     def begin_step(self, step: int) -> None:
-        self._words = seeded_words(self.seed)
+        self._numbers = {torch.device("cpu"): _numbers(seeded_words(self.seed), None)}
 
 
 @contextmanager
@@ -102,13 +102,14 @@ def sensitivity_over_the_batch_size(**changes):
 @contextmanager
 def gates_off(**changes):
     scenario = Scenario(**changes)
+    witnessed = passes.outermost_gate
 
     def open_input_gate(inputs, radius):
         return inputs.nan_to_num(), torch.isfinite(inputs).flatten(1).all(1)
 
     with (
         mock.patch("clipless_dp.model.input_gate", open_input_gate),
-        mock.patch("clipless_dp.passes.outermost_gate", lambda values, limit, opened: values),
+        mock.patch("clipless_dp.passes.outermost_gate", lambda values, limit, opened: witnessed(values, 1e30, opened)),
     ):
         yield scenario.optimizer, scenario.batches
 

@@ -139,9 +139,9 @@ MUTANTS = (
         Mutant(
             "cotangent gate removed",
             model.DPLipModel,
-            "_run",
+            "_gated",
             "outputs = cotangent_gate(outputs, self.cotangent_norm)",
-            "",
+            "pass",
         ),
         "linear",
     ),
