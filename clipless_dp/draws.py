@@ -95,6 +95,9 @@ def sample(values: Tensor) -> int | None:
     values = values.detach()
     if values.device.type != "cpu" or values.layout != torch.strided or not values.numel():
         return None
+    if hasattr(values, "placements"):
+        values = values.to_local()
+        return sample(values)
     if not values.is_contiguous():
         if not (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)):
             return None

@@ -251,7 +251,7 @@ class DPLipModel(nn.Module):
     def _chooses_rows(self, inputs: Tensor) -> bool:
         """Whether this pass may run at other numbers of rows than the one that it is given."""
         # Without gradients too, while training: a checkpointed pass is computed so first.
-        enabled = torch.is_grad_enabled() or self.training
+        enabled = (torch.is_grad_enabled() or self.training) and not passes.is_unwitnessed()
         return enabled and not torch.compiler.is_compiling() and self._wants_rows(inputs.device)
 
     def _wants_rows(self, device: torch.device) -> bool:

@@ -590,6 +590,11 @@ def unwitnessed() -> Iterator[None]:
         yield
 
 
+def is_unwitnessed() -> bool:
+    """Whether passes now are nobody's, so that no step may release what they add."""
+    return _declared.unwitnessed
+
+
 def is_witnessed() -> bool:
     """Whether a pass now is one that the register keeps."""
     return torch.is_grad_enabled() and not _declared.unwitnessed

@@ -24,6 +24,7 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
+from torch._compile import _disable_dynamo
 
 from clipless_dp.box_muller import Streams, Words, seeded_streams, system_streams
 from clipless_dp.errors import PrivacyError
@@ -216,7 +217,7 @@ class Randomness:
                 self._visitor = before[2]
                 _visits.depth -= 1
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_disable_dynamo  # Not torch.compiler.disable, which imports the compiler along with this module.
     def run(self, function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
         """A function's value in a :meth:`visit`."""
         with self.visit(inputs.device):

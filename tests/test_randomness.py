@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipless_dp import (
     CliplessDPSGD,
+    ConfigurationError,
     DPLipModel,
     LayerBounds,
     PoissonBatches,
@@ -405,7 +406,9 @@ def closed_over() -> Callable[[Tensor], Tensor]:
 
 @pytest.mark.parametrize("augment", [Seeded(), closed_over(), partial(lambda rng, sample: sample, random.Random(0))])
 def test_views_that_draw_from_a_seeded_generator_of_their_own_are_refused(augment: Callable[[Tensor], Tensor]) -> None:
-    model = DPLipModel(gated(nn.Linear(4, 2)), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    model = DPLipModel(
+        gated(nn.Sequential(nn.Linear(4, 2))), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy()
+    )
     optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=1.0, dataset_size=6)
     batch = torch.rand(6, 4), torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.bool)
     with pytest.raises(ConfigurationError, match="generator of its own"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -142,6 +143,7 @@ class FrozenFeatures(nn.Module):
 
     def _parts(self, inputs: Tensor) -> Iterator[Tensor]:
         """The features, batch by batch; those of the first one are checked at once, as all of them may take hours."""
+        untouched = self._copied()
         for number, some in enumerate(inputs.split(self.batch_size)):
             batch = some
             if len(some) < self.batch_size:
@@ -150,7 +152,33 @@ class FrozenFeatures(nn.Module):
             if number == 0:
                 for kind in _KINDS:
                     self._require_independence(some, features, [kind])
+                self._require_no_beginning(untouched, batch, features)
             yield features
+
+    def _copied(self) -> nn.Module | None:
+        """The module before it has seen anything, if it can be copied."""
+        if _is_known(self.module):
+            return None
+        try:
+            return copy.deepcopy(self.module)
+        except Exception:
+            return None
+
+    def _require_no_beginning(self, untouched: nn.Module | None, batch: Tensor, features: Tensor) -> None:
+        """Refuses a module that takes something from the first batch that comes: another one came to its copy."""
+        if untouched is None:
+            return
+        kept, self.module = self.module, untouched
+        try:
+            self._batch(batch[:1].expand_as(batch).clone())
+            again = self._batch(batch)[: len(features)]
+        finally:
+            self.module = kept
+        if bool(_differing(features, again, self._tolerance()).any()):
+            raise PrivacyError(
+                "features depend on the batch that came first: the module takes its scale, a codebook or another state "
+                "from it, so that one sample changes the features of all. Initialise it on public data and freeze it"
+            )
 
     def _strangers(self, inputs: Tensor, kind: str) -> Tensor:
         """A batch of rows of a kind. Of integers, which may be tokens, only some that are in the data."""

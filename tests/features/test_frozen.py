@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, InputError, PrivacyError
 from clipless_dp.features import FrozenFeatures, RandomCosines
@@ -276,7 +276,7 @@ def test_modules_of_this_library_are_computed_once_and_changed_ones_are_not(monk
     FrozenFeatures(nn.Sequential(cosines, nn.Flatten()), batch_size=10).compute(INPUTS)
     assert len(calls) == 2
     FrozenFeatures(Own(5, 8), batch_size=10).compute(INPUTS)
-    assert len(calls) == 2 + 2 + 6 + 3
+    assert len(calls) == 2 + 2 + 6 + 3 + 2
     with pytest.raises(PrivacyError, match="company"):
         FrozenFeatures(hooked, batch_size=10).compute(INPUTS)
 
@@ -298,3 +298,23 @@ def test_bad_arguments_are_refused(tmp_path):
         FrozenFeatures(Backbone()).compute(INPUTS[:0])
     with pytest.raises(InputError, match="one tensor"):
         FrozenFeatures(nn.Flatten(0)).compute(INPUTS)
+
+
+class FromTheFirstBatch(nn.Module):
+    """A normalisation that begins with the statistics of what comes first, as flows do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(8))
+        self.register_buffer("begun", torch.tensor(0))
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not int(self.begun):
+            self.scale.copy_(values.std(0))
+            self.begun.fill_(1)
+        return values / self.scale
+
+
+def test_a_module_that_takes_a_state_from_its_first_batch_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="the batch that came first"):
+        FrozenFeatures(FromTheFirstBatch(), batch_size=64).compute(torch.randn(300, 8))
