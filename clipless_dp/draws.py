@@ -96,8 +96,8 @@ def sample(values: Tensor) -> int | None:
     if values.device.type != "cpu" or values.layout != torch.strided or not values.numel():
         return None
     if hasattr(values, "placements"):
-        values = values.to_local()
-        return sample(values)
+        part: Any = values
+        return sample(part.to_local())
     if not values.is_contiguous():
         if not (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)):
             return None

@@ -201,7 +201,7 @@ class DPLipModel(nn.Module):
             # A copy: what hooks on a view are told may be lost.
             return self._run(inputs.new_zeros(1, *self.input_shape), opened=opened)[:0].clone()
         if self._may_draw and not self.randomness.visiting and (self.training or torch.is_grad_enabled()):
-            return self.randomness.run(partial(self._run, opened=opened), inputs)  # type: ignore[no-any-return]
+            return self.randomness.run(partial(self._run, opened=opened), inputs)
         return self._run(inputs, opened=opened)
 
     def _run(
