@@ -76,7 +76,8 @@ class _Delivered(NamedTuple):
 _MOST_HELD = 4
 """Draws in hand whose batches are kept, to know copies of them by what they hold."""
 
-_SAMPLED = 512
+_SAMPLED = 128
+"""Entries that are looked at: each is a miss of the cache."""
 
 
 @lru_cache(maxsize=256)

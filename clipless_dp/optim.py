@@ -567,7 +567,7 @@ class CliplessDPOptimizer(Optimizer):
             self._release_together(gradients, scales)
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
-        register.note_all()
+        register.note_all(sampled=False)
 
     def _provenance(self, rate: float) -> Provenance:
         """Of the step to come: whose it is, and what its charge rests on."""

@@ -360,18 +360,18 @@ class Register:
         elif not kept:
             self.forget()
 
-    def _note(self, parameter: nn.Parameter) -> None:
+    def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        self._held[parameter] = _Held(ref(gradient), gradient._version, draws.sample(gradient))
+        self._held[parameter] = _Held(ref(gradient), gradient._version, draws.sample(gradient) if sampled else None)
 
-    def note_all(self) -> None:
-        """Takes the gradients as they are for the register's own."""
+    def note_all(self, *, sampled: bool = True) -> None:
+        """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
         if not self.sharded:
             self._held.clear()
             for parameter in self._parameters:
                 if parameter.grad is not None:
-                    self._note(parameter)
+                    self._note(parameter, sampled=sampled)
 
     def forget(self) -> None:
         """No pass is in the gradients any more."""
