@@ -318,9 +318,10 @@ def _unpacked(batch: Any, number: int, count: int, whole: bool) -> Any:
 
 def overlapping(passed: list[Rows]) -> bool:
     """Whether a row is in two of these."""
-    kept: dict[WeakIdRef, list[tuple[int, int]]] = {}
+    # Copies of a draw are the draw.
+    kept: dict[Draw | WeakIdRef, list[tuple[int, int]]] = {}
     for rows in passed:
-        kept.setdefault(rows.base, []).append((rows.start, rows.stop))
+        kept.setdefault(rows.draw or rows.base, []).append((rows.start, rows.stop))
     return any(first[1] > second[0] for spans in kept.values() for first, second in itertools.pairwise(sorted(spans)))
 
 

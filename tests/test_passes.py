@@ -1117,3 +1117,14 @@ def test_draws_may_be_looked_at_in_inference_mode() -> None:
             model(batch.inputs)
         for inputs, _ in loader_of(2):
             model(inputs)
+
+
+@pytest.mark.parametrize("copied", [lambda rows: rows.clone(), lambda rows: rows[:7].clone()], ids=["all", "a piece"])
+def test_a_draw_and_a_copy_of_it_are_the_same_rows(copied: Callable[[Tensor], Tensor]) -> None:
+    model = model_of()
+    optimizer = sgd(model, sample_rate=1.0)
+    (batch,) = drawn(rate=1.0)
+    loss_of(model, batch).backward()
+    again = copied(batch.inputs)
+    model.loss(model(again), batch.targets[: len(again)], batch.mask[: len(again)]).backward()
+    refused(optimizer, "twice|draw in hand")
