@@ -66,7 +66,7 @@ class Rows(NamedTuple):
 class _Delivered(NamedTuple):
     draw: Draw
     version: int
-    sample: int | None
+    sample: bytes | None
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is as it was handed out."""
@@ -76,42 +76,50 @@ class _Delivered(NamedTuple):
 _MOST_HELD = 4
 """Draws in hand whose batches are kept, to know copies of them by what they hold."""
 
-_SAMPLED = 128
+SAMPLED = 128
 """Entries that are looked at: each is a miss of the cache."""
 
 
-@lru_cache(maxsize=256)
-def _step(size: int) -> int:
+@lru_cache(maxsize=512)
+def _step(size: int, entries: int) -> int:
     """Steps from one entry to the next that is looked at: without a common factor with any axis, so as to meet all rows
     and columns."""
-    step = max(1, size // _SAMPLED)
+    step = max(1, size // entries)
     while math.gcd(step, size) > 1:
         step += 1
     return step
 
 
-def sample(values: Tensor) -> int | None:
-    """The sum of the bits of some entries, where no device is waited for: what is written through ``.data`` or an array
-    that shares memory counts no versions."""
-    values = values.detach()
-    if values.device.type != "cpu" or values.layout != torch.strided or not values.numel():
+def sample(values: Tensor) -> bytes | None:
+    """Some entries, bit by bit, where no device is waited for: what is written through ``.data`` or an array that
+    shares memory counts no versions."""
+    some = sampled(values)
+    return None if some is None else some.tobytes()
+
+
+def sampled(values: Tensor, entries: int = SAMPLED) -> np.ndarray[Any, Any] | None:
+    """The entries that :func:`sample` looks at, in the memory that they are in.
+
+    Args:
+        values: any tensor.
+        entries: about how many.
+    """
+    if not values.is_cpu or values.layout is not torch.strided:
         return None
-    if hasattr(values, "placements"):
-        part: Any = values
-        return sample(part.to_local())
+    values = values.detach()
+    if hasattr(values, "to_local"):
+        return sampled(values.to_local(), entries)
     if not values.is_contiguous():
         if not (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)):
             return None
         values = values.permute(0, 2, 3, 1)
     if values.dtype in _UNKNOWN_TO_NUMPY:
         values = values.view(torch.int16)
-    flat = values.numpy().reshape(-1)
-    bits = flat if flat.dtype.kind in "iub" else flat.view(_BITS.get(flat.dtype.itemsize, np.uint8))
-    return int(bits[:: _step(len(bits))].sum(dtype=np.uint64))
+    flat: np.ndarray[Any, Any] = values.numpy().reshape(-1)
+    return flat[:: _step(flat.size, entries)]
 
 
 _UNKNOWN_TO_NUMPY = (torch.bfloat16,)
-_BITS: dict[int, Any] = {2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 _delivered: WeakIdKeyDictionary = WeakIdKeyDictionary()

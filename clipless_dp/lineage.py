@@ -6,7 +6,7 @@ that was loaded) are not those that a ledger is about. Nothing prevents that, bu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from types import NoneType
 from typing import Any
@@ -36,7 +36,8 @@ class Lineage:
         self.changed = 0
         self._known: list[Mapping[str, Tensor | int]] = []
         self._counted = False
-        self._versions: list[_Mark] | None = None
+        self._marks: list[_Mark] | None = None
+        self._numbers: dict[str, _Numbers] = {}
 
     @property
     def started(self) -> bool:
@@ -46,9 +47,10 @@ class Lineage:
     def settle(self, named: Mapping[str, nn.Parameter], *, counted: bool = True) -> None:
         """These are the weights that the last step left, or what was computed from such; without a step, the first."""
         # Sums stay on the device, so that nothing waits for it.
-        self._known = [{name: _sum_of_bits(parameter) for name, parameter in named.items()}]
+        numbers = self._found(named)
+        self._known = [{name: some.sum_of_bits() for name, some in numbers.items()}]
         self._counted = counted
-        self._versions = _versions(named.values())
+        self._marks = [numbers[name].mark(parameter) for name, parameter in named.items()]
 
     def follow(self, named: Mapping[str, nn.Parameter]) -> None:
         """These weights were computed from those that were known, and from nothing else."""
@@ -57,7 +59,7 @@ class Lineage:
 
     def expect(self, bits: Bits | None) -> None:
         """Weights of a loaded state may come next; ``None`` if it does not tell which: any may."""
-        self._versions = None
+        self._marks = None
         self._known = [] if bits is None else [*(self._known[:1] if self._counted else []), bits]
         self._counted = bits is not None
 
@@ -73,10 +75,23 @@ class Lineage:
             named: the network's parameters.
             quick: trust autograd's counters of changes, and some of the entries, where they say that there was none.
         """
-        if not self._known or (quick and self._versions == _versions(named.values())):
+        if not self._known:
             return True
-        now = {name: int(_sum_of_bits(parameter)) for name, parameter in named.items()}
+        numbers = self._found(named)
+        if quick and self._marks == [numbers[name].mark(parameter) for name, parameter in named.items()]:
+            return True
+        now = {name: int(some.sum_of_bits()) for name, some in numbers.items()}
         return any(now == {name: int(value) for name, value in known.items()} for known in self._known)
+
+    def _found(self, named: Mapping[str, nn.Parameter]) -> dict[str, _Numbers]:
+        known = self._numbers
+        self._numbers = {
+            name: found
+            if (found := known.get(name)) and found.place == _place(sharding.local(part))
+            else _Numbers(part)
+            for name, part in named.items()
+        }
+        return self._numbers
 
     def bits(self) -> Bits | None:
         """The sums of the weights that the last step left, for a state; ``None`` where they are not known."""
@@ -95,17 +110,30 @@ def of(model: nn.Module) -> Lineage:
     return lineage
 
 
-_Mark = tuple[int, int, int | None]
+class _Numbers:
+    """One parameter's numbers in the memory where they lie, found once: every step asks."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        values = sharding.local(parameter.detach())
+        self.place = _place(values)
+        self._patterns = values.view(_INTEGERS[values.element_size()])
+        self._dtype = torch.int64 if values.element_size() == 8 else torch.int32
+        self._sampled = draws.sampled(values)
+
+    def mark(self, parameter: nn.Parameter) -> _Mark:
+        """What tells, without a look at all numbers, that they may have changed."""
+        some = self._sampled
+        return sharding.local(parameter)._version, self.place[0], None if some is None else some.tobytes()
+
+    def sum_of_bits(self) -> Tensor:
+        return self._patterns.sum(dtype=self._dtype)
 
 
-def _versions(parameters: Iterable[nn.Parameter]) -> list[_Mark]:
-    return [(part._version, part.data_ptr(), draws.sample(part)) for part in map(sharding.local, parameters)]
+_Mark = tuple[int, int, bytes | None]
 
 
-def _sum_of_bits(parameter: nn.Parameter) -> Tensor:
-    values = sharding.local(parameter.detach())
-    patterns = values.view(_INTEGERS[values.element_size()])
-    return patterns.sum(dtype=torch.int64 if values.element_size() == 8 else torch.int32)
+def _place(values: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+    return values.data_ptr(), values.shape, values.stride()
 
 
 def settings_of(model: Any) -> dict[str, Any]:

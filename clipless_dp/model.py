@@ -25,7 +25,7 @@ from clipless_dp.randomness import Randomness, may_draw, replace_dropout_
 from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
-from clipless_dp.settings import settings_of
+from clipless_dp.settings import Settings
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import (
     TracedNet,
@@ -248,6 +248,10 @@ class DPLipModel(nn.Module):
             gated, finite = token_gate(inputs, self._vocabulary)
         return Values(net(gated), finite, _can_look(finite) and bool(finite.all()))
 
+    def expect_rows(self, count: float) -> None:
+        """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
+        self._rows.expect(count)
+
     def _chooses_rows(self, inputs: Tensor) -> bool:
         """Whether this pass may run at other numbers of rows than the one that it is given."""
         # Without gradients too, while training: a checkpointed pass is computed so first.
@@ -382,7 +386,7 @@ class DPLipModel(nn.Module):
         leaves, marks = cast("tuple[list[_Leaf], dict[str, object]]", fingerprint)
         self._refuse_interference()
         # A layer of a user's own may keep what it has seen.
-        if any(leaf.is_ours and settings_of(leaf.module) != leaf.known for leaf in leaves):
+        if not all(leaf.settings.hold() for leaf in leaves if leaf.is_ours):
             raise PrivacyError(
                 "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
                 "no one bound holds for it: change them between steps"
@@ -577,7 +581,7 @@ class DPLipModel(nn.Module):
         if not sharded and places(held) != self._places:
             refuse_overlaps(self.net)
             self._places = places(held)
-        if any(settings_of(leaf.module) != leaf.known for leaf in self._leaves):
+        if not all(leaf.settings.hold() for leaf in self._leaves):
             if sharded:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
@@ -712,7 +716,7 @@ class _Leaf:
         self.kind = kind_of(module)
         self._parts = modules_of(module)
         self._parameters = parameters_of(module)
-        self.known = settings_of(module)
+        self.settings = Settings(module)
         origin = self.kind.__module__
         self.is_ours = origin.partition(".")[0] in ("torch", "clipless_dp") and "testing" not in origin
 

@@ -155,6 +155,7 @@ class CliplessDPOptimizer(Optimizer):
         self._share_state()
         self._require_protected()
         model.register.drop()
+        model.expect_rows(self.expected_batch_size)
         self._world = distributed.world()
         self._sharded = sharding.has_shards(model)
         if self._sharded:

@@ -93,7 +93,7 @@ class _Held(NamedTuple):
 
     gradient: ref[Tensor]
     version: int
-    sample: int | None
+    sample: bytes | None
 
 
 class _Declared(threading.local):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -79,6 +80,7 @@ def _onednn_mode() -> str:
     return next((os.environ[name].upper() for name in names if name in os.environ), "STRICT")
 
 
+@lru_cache
 def _fine_settings(*devices: str) -> list[tuple[str, Any]]:
     """Where newer versions of torch keep the precision of products and convolutions on devices, by name."""
     backends = torch.backends

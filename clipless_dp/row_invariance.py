@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _REFERENCES = (64, 48, 96, 72, 32, 24, 16)
-"""Rows of the pass that others must agree with; the first in which all places agree. Never of a draw's size, which is
-private."""
+"""Rows of the pass that others must agree with, if nothing is said of how many are expected; the first in which all
+places agree. Never of a draw's size, which is private."""
+
+_EXPECTED = 512
+"""At most so many rows of the reference are of the expected number: larger ones are computed alike, and take longer."""
 
 _OWN = 64
 """So many different sizes are asked about as they are, each at the cost of a step or so."""
@@ -80,6 +83,7 @@ class RowInvariance:
 
     def __init__(self, *, backward: bool) -> None:
         self._backward = backward
+        self._references = _REFERENCES
         self._agreeing: dict[tuple[_Kind, int], bool] = {}
         # A pass that is computed again, under activation checkpointing, takes what it took first.
         self._chosen: dict[tuple[_Kind, int], list[int]] = {}
@@ -87,6 +91,15 @@ class RowInvariance:
 
     def __reduce__(self) -> tuple[Callable[[bool], RowInvariance], tuple[bool]]:
         return _made, (self._backward,)
+
+    def expect(self, count: float) -> None:
+        """Passes will have about so many rows, which is public: sizes are chosen to agree with passes of that size.
+
+        Before the first pass; later it says nothing.
+        """
+        if not self._reference:
+            likely = min(_EXPECTED, _STEP * math.ceil(count / _STEP))
+            self._references = (likely, *_REFERENCES)
 
     @property
     def found(self) -> bool | None:
@@ -153,7 +166,7 @@ class RowInvariance:
         """The size of the reference, or ``None`` where there is none."""
         if kind not in self._reference:
             found = None
-            for size in _REFERENCES:
+            for size in self._references:
                 starts = range(0, _SAMPLES, size)
                 passes = [ask().values(size, start, kind, self._backward) for start in starts]
                 first = tuple(torch.cat(parts)[:_SAMPLES] for parts in zip(*passes, strict=True))
@@ -173,7 +186,8 @@ class RowInvariance:
         return self._agreeing[key]
 
     def _equal(self, size: int, kind: _Kind, reference: tuple[Tensor, ...], ask: _Once) -> bool:
-        for shift in (0, 17, 40):
+        # Larger passes have each sample at several places already.
+        for shift in (0, 17, 40)[: 3 if size < 2 * _SAMPLES else 2]:
             places = (torch.arange(size) + shift) % _SAMPLES
             values = ask().values(size, shift, kind, self._backward)
             if len(values) != len(reference):
@@ -264,17 +278,34 @@ class _Digests(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[Tensor] = []
         self._rows = rows
+        self._parts: dict[str, list[Tensor]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if not isinstance(result, Tensor) or not any(name in str(func) for name in _ROUNDED):
             return result
-        if result.dim() > 0 and result.numel() > 0 and len(result) % self._rows == 0:
-            bits = _bits(result).reshape(self._rows, -1).long()
-            # Different odd factors, modulo 2⁶⁴: a change of one number always shows.
-            factors = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C2 + 1
-            self.found.append((bits * factors).sum(1))
+        if result.dim() > 0 and result.numel() > 0:
+            if len(result) % self._rows == 0:
+                self.found.append(self._digest(result))
+            elif len(result) < self._rows:
+                self._gather(f"{func} {tuple(result.shape[1:])}", result)
         return result
+
+    def _gather(self, kind: str, part: Tensor) -> None:
+        """Of what is computed by blocks of rows, one after the other, the rows together."""
+        parts = self._parts.setdefault(kind, [])
+        parts.append(part.clone())
+        count = sum(map(len, parts))
+        if count >= self._rows:
+            del self._parts[kind]
+        if count == self._rows:
+            self.found.append(self._digest(torch.cat(parts)))
+
+    def _digest(self, values: Tensor) -> Tensor:
+        bits = _bits(values).reshape(self._rows, -1).long()
+        # Different odd factors, modulo 2⁶⁴: a change of one number always shows.
+        factors = torch.arange(bits.shape[1], device=bits.device) * 0x9E3779B97F4A7C2 + 1
+        return (bits * factors).sum(1)
 
 
 def copied(*modules: nn.Module) -> tuple[nn.Module, ...]:

@@ -58,13 +58,52 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     }
 
 
+class Settings:
+    """The settings of a module at one time.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._known = settings_of(module)
+        values = vars(module)
+        self._count = len(values)
+        own = [(name, values[name]) for name in self._known]
+        # What cannot change in place is the same as long as it is the same object.
+        self._fixed = [(name, value) for name, value in own if _is_fixed(value)]
+        self._lists = [(value, list(value)) for _, value in own if type(value) is list and all(map(_is_fixed, value))]
+        self._fixed += [(name, value) for name, value in own if any(value is some for some, _ in self._lists)]
+        self._quick = len(self._fixed) == len(own)
+
+    def hold(self) -> bool:
+        """Whether the module is still set so."""
+        values = vars(self._module)
+        if self._quick and len(values) == self._count:
+            for name, value in self._fixed:
+                if values.get(name, self) is not value:
+                    break
+            else:
+                for value, entries in self._lists:
+                    if value != entries:
+                        break
+                else:
+                    return True
+        return settings_of(self._module) == self._known
+
+
+def _is_fixed(value: object) -> bool:
+    kind = type(value)
+    return kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value))  # type: ignore[attr-defined]
+
+
 def snapshot(value: Any, depth: int = _DEPTH) -> Any:
     """A value equal to a later one as long as nothing within has changed: lists, tensors and objects are copied.
 
     Functions, generators of random numbers, and what can neither be pickled nor looked into, are compared by identity.
     """
-    kind = type(value)
-    if kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value)):
+    if _is_fixed(value):
         return value
     if isinstance(value, torch.Generator):
         # One of a user's own draws for a batch from a seed: its state changes as it does.
