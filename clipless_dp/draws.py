@@ -13,14 +13,54 @@ import math
 import threading
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, NamedTuple
+from hashlib import blake2b
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import get_worker_info
-from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
+from torch.utils.weak import WeakIdKeyDictionary
+
+
+class Series:
+    """One iteration of a sampler: which of its draws have been used or skipped.
+
+    Attributes:
+        started: when its first draw was made, on the clock of all draws.
+    """
+
+    def __init__(self) -> None:
+        self.started = next(_clock)
+        self._reached = 0
+        self._closed: set[int] = set()
+
+    def close(self, place: int) -> None:
+        """The draw at a place was used or skipped, or nothing is to be said of it."""
+        if place >= self._reached:
+            self._closed.add(place)
+        while self._reached in self._closed:
+            self._closed.discard(self._reached)
+            self._reached += 1
+
+    def is_closed(self, place: int) -> bool:
+        """Whether that was said of the draw at a place."""
+        return place < self._reached or place in self._closed
+
+    def close_before(self, place: int) -> int:
+        """The same for all draws before one; returns how many of them had not been."""
+        count = self.open_before(place)
+        self._reached = max(self._reached, place)
+        self._closed = {other for other in self._closed if other >= self._reached}
+        return count
+
+    def open_before(self, place: int) -> int:
+        """How many draws before one were neither used nor skipped, handed out or not."""
+        return max(0, place - self._reached - sum(other < place for other in self._closed))
+
+
+_clock = itertools.count(1)
 
 
 @dataclass(eq=False)
@@ -35,94 +75,144 @@ class Draw:
         rows: how many rows of its batch are samples; they come first.
         amplifies: whether it was handed out where gradients are on. What is only looked at amplifies nothing.
         used: whether a step has used it up.
+        delivered: when it was handed out, in turns of a clock that all draws share.
+        tensors: its batch, while it is in hand.
+        matched: behind which of its rows copies of others are sought first.
     """
 
     sample_rate: float
     seeded: bool = False
-    series: object = None
+    series: Series = field(default_factory=lambda: Series())
     place: int = 0
     rows: int = 0
     amplifies: bool = True
     used: bool = False
+    delivered: int = 0
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)
+    matched: int = field(default=0, repr=False)
 
 
 class Rows(NamedTuple):
     """Rows of a tensor in memory.
 
     Attributes:
-        base: the tensor that they are a part of.
+        base: names the tensor that they are a part of, also when it is gone.
         start: the first one.
         stop: the one behind the last.
+        size: how many the tensor has.
         draw: what ``base`` is a draw of, if it is one.
     """
 
-    base: WeakIdRef
+    base: int
     start: int
     stop: int
+    size: int
     draw: Draw | None = None
 
 
 class _Delivered(NamedTuple):
     draw: Draw
     version: int
-    sample: bytes | None
+    fingerprint: object
 
     def holds(self, tensor: Tensor) -> bool:
         """Whether a tensor is as it was handed out."""
-        return tensor._version == self.version and sample(tensor) == self.sample
+        return tensor._version == self.version and fingerprint(tensor) == self.fingerprint
 
 
-_MOST_HELD = 4
-"""Draws in hand whose batches are kept, to know copies of them by what they hold."""
+_MOST_HELD = 64
+"""Draws in hand whose batches are kept, to know copies of them by what they hold: a loader's threads copy ahead."""
 
-SAMPLED = 128
+_SAMPLED = 128
 """Entries that are looked at: each is a miss of the cache."""
+
+_SPARSE = 0.75
+"""Where so large a share of the entries that are looked at is zero, all others count, each at its place."""
 
 
 @lru_cache(maxsize=512)
-def _step(size: int, entries: int) -> int:
+def _step(size: int) -> int:
     """Steps from one entry to the next that is looked at: without a common factor with any axis, so as to meet all rows
     and columns."""
-    step = max(1, size // entries)
+    step = max(1, size // _SAMPLED)
     while math.gcd(step, size) > 1:
         step += 1
     return step
 
 
-def sample(values: Tensor) -> bytes | None:
-    """Some entries, bit by bit, where no device is waited for: what is written through ``.data`` or an array that
-    shares memory counts no versions."""
-    some = sampled(values)
-    return None if some is None else some.tobytes()
+def fingerprint(values: Tensor) -> object:
+    """Tells tensors apart by all their bits, where no device is waited for: their sum, and some entries in order.
 
-
-def sampled(values: Tensor, entries: int = SAMPLED) -> np.ndarray[Any, Any] | None:
-    """The entries that :func:`sample` looks at, in the memory that they are in.
-
-    Args:
-        values: any tensor.
-        entries: about how many.
+    What is written through ``.data``, or an array that shares memory, counts no versions. ``None`` on other devices.
     """
+    flat = _in_memory(values)
+    if flat is None:
+        return None
+    some = _some(flat)
+    return (_filled(flat) if _is_sparse(some) else _sum_of_bits(flat)), some.tobytes()
+
+
+def sample(values: Tensor) -> object:
+    """As :func:`fingerprint`, for values of which few are zero, by some of the entries."""
+    flat = _in_memory(values)
+    if flat is None:
+        return None
+    some = _some(flat)
+    return _filled(flat) if _is_sparse(some) else some.tobytes()
+
+
+def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
+    """The entries that :func:`sample` looks at, in the memory that they are in; ``None`` where that has gaps."""
+    flat = _in_memory(values)
+    if flat is None or flat.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+        return None
+    return _some(flat)
+
+
+def _is_sparse(some: np.ndarray[Any, Any]) -> bool:
+    return np.count_nonzero(some) < (1.0 - _SPARSE) * some.size
+
+
+def _filled(flat: Tensor) -> bytes:
+    """A digest of the entries that are not zero, and of their places."""
+    patterns = flat.view(_INTEGERS[flat.element_size()])
+    places = patterns.nonzero()
+    return blake2b(patterns[places].numpy().tobytes(), key=blake2b(places.numpy().tobytes()).digest()).digest()
+
+
+def _some(flat: Tensor) -> np.ndarray[Any, Any]:
+    entries: np.ndarray[Any, Any] = (flat.view(torch.int16) if flat.dtype in _UNKNOWN_TO_NUMPY else flat).numpy()
+    return entries[:: _step(entries.size)]
+
+
+def _in_memory(values: Tensor) -> Tensor | None:
+    """All entries in the order in which they lie in memory, if that is the processor's; copied if there are gaps."""
     if not values.is_cpu or values.layout is not torch.strided:
         return None
     values = values.detach()
     if hasattr(values, "to_local"):
-        return sampled(values.to_local(), entries)
+        return _in_memory(values.to_local())
     if not values.is_contiguous():
-        if not (values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last)):
-            return None
-        values = values.permute(0, 2, 3, 1)
-    if values.dtype in _UNKNOWN_TO_NUMPY:
-        values = values.view(torch.int16)
-    flat: np.ndarray[Any, Any] = values.numpy().reshape(-1)
-    return flat[:: _step(flat.size, entries)]
+        values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
+    return values.reshape(-1)
 
 
+def _sum_of_bits(flat: Tensor) -> int:
+    size = flat.element_size()
+    for patterns in (torch.int64, torch.int32, torch.int16):
+        # The widest first: torch converts half-width integers one by one.
+        width = patterns.itemsize
+        if width >= size and not (flat.numel() * size % width or flat.storage_offset() * size % width):
+            return int(flat.view(patterns).sum(dtype=torch.int64))
+    return int(flat.view(_INTEGERS[size]).sum(dtype=torch.int64))
+
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
 _UNKNOWN_TO_NUMPY = (torch.bfloat16,)
 
 
 _delivered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _in_hand: list[Draw] = []
 _travelling: dict[int, Draw] = {}
 _numbers = itertools.count()
@@ -147,11 +237,11 @@ def deliver(draw: Draw, batch: Any, rows: int) -> None:
         batch: tensors, in any nesting, whose axis 0 is that of the samples.
         rows: how many of them count; further ones are padding.
     """
-    draw.rows, draw.amplifies = rows, torch.is_grad_enabled()
+    draw.rows, draw.amplifies, draw.delivered = rows, torch.is_grad_enabled(), next(_clock)
     tensors = tuple(part for part in tree_leaves(batch) if _is_batch(part))
     with _lock:
         for tensor in tensors:
-            _delivered[tensor] = _Delivered(draw, tensor._version, sample(tensor))
+            _delivered[tensor] = _Delivered(draw, tensor._version, fingerprint(tensor))
         if draw.amplifies:
             draw.tensors = tensors
             _in_hand.append(draw)
@@ -170,24 +260,54 @@ def in_hand() -> Draw | None:
         return _in_hand[-1] if _in_hand else None
 
 
+def now() -> int:
+    """The time on the clock of all draws."""
+    return next(_clock)
+
+
+def disregard() -> None:
+    """Nothing is to be said of the draws that were handed out up to now, though they may still be used."""
+    with _lock:
+        for draw in _in_hand:
+            draw.series.close_before(draw.place)
+            draw.series.close(draw.place)
+
+
+def batches_in_hand() -> list[tuple[Tensor, int]]:
+    """The first tensors of the draws in hand, as far as they are kept, and how many of their rows are samples."""
+    with _lock:
+        return [(draw.tensors[0], draw.rows) for draw in _in_hand if draw.tensors]
+
+
 def use(draw: Draw) -> None:
     """Uses up a draw."""
     draw.used, draw.tensors = True, ()
+    draw.series.close(draw.place)
     with _lock:
         _in_hand[:] = [other for other in _in_hand if other is not draw]
 
 
 def passed_over(draw: Draw) -> int:
-    """How many draws of the same iteration were handed out before this one, and neither used nor skipped."""
+    """How many draws before this one were neither used nor skipped: of its iteration, and of those that were left for
+    it."""
     with _lock:
-        return sum(other.series is draw.series and other.place < draw.place for other in _in_hand)
+        left = [
+            other
+            for other in _in_hand
+            if other.series is not draw.series
+            and other.delivered < draw.series.started
+            and not other.series.is_closed(other.place)
+        ]
+        return draw.series.open_before(draw.place) + len(left)
 
 
 def skip() -> int:
-    """Forgets the draws in hand: what they drew is not trained on. Returns how many there were."""
+    """Forgets the draws in hand, and those before them: they are not trained on. Returns how many there were."""
     with _lock:
-        count = len(_in_hand)
+        count = 0
         for draw in _in_hand:
+            count += draw.series.close_before(draw.place) + (not draw.series.is_closed(draw.place))
+            draw.series.close(draw.place)
             draw.tensors = ()
         _in_hand.clear()
     return count
@@ -205,32 +325,67 @@ def find(inputs: Tensor) -> Rows:
     span = _span(inputs, base)
     known = _delivered.get(base)
     draw = known.draw if known is not None and known.holds(base) else None
+    size = len(base) if base.dim() else 1
     if span is None:
-        return _matching(inputs) or Rows(WeakIdRef(base), 0, len(base) if base.dim() else 1)
-    if draw is None and known is None:
-        copy = _matching(base) if base.dim() else None
+        return _matching(inputs) or Rows(_name(base), 0, size, size)
+    if draw is None and base.dim() and base is not inputs:
+        copy = _matching(base)
         if copy is not None:
             # Its other pieces are known at once.
-            _delivered[base] = _Delivered(copy.draw, base._version, sample(base))  # type: ignore[arg-type]
+            _delivered[base] = _Delivered(cast(Draw, copy.draw), base._version, fingerprint(base))
             draw = copy.draw
-    return Rows(WeakIdRef(base), *span, draw) if draw is not None else _matching(inputs) or Rows(WeakIdRef(base), *span)
+    return (
+        Rows(_name(base), *span, size, draw)
+        if draw is not None
+        else _matching(inputs) or Rows(_name(base), *span, size)
+    )
+
+
+def _name(base: Tensor) -> int:
+    """A number of its own for each tensor."""
+    with _lock:
+        if base not in _names:
+            _names[base] = next(_numbers)
+        return cast(int, _names[base])
 
 
 def _matching(inputs: Tensor) -> Rows | None:
-    """A draw in hand if a batch holds its first rows, entry by entry, in another place, dtype or shape."""
+    """Rows of a draw in hand that a batch holds, entry by entry, in another place, dtype or shape; the oldest first."""
+    if not inputs.dim() or not len(inputs):
+        return None
     with _lock:
-        held = _in_hand[: -_MOST_HELD - 1 : -1]
+        held = [draw for draw in _in_hand if draw.tensors]
     for draw in held:
-        if len(inputs) not in (draw.rows, *(len(tensor) for tensor in draw.tensors[:1])):
-            continue
         for tensor in draw.tensors:
+            fits = len(inputs) <= len(tensor) and inputs[0].numel() == (tensor[0].numel() if len(tensor) else -1)
             known = _delivered.get(tensor)
-            rows = tensor[: len(inputs)]
-            if known is None or not known.holds(tensor) or rows.numel() != inputs.numel():
+            if not fits or known is None or not known.holds(tensor):
                 continue
-            copy = rows.detach().to(inputs.device, inputs.dtype).reshape(inputs.shape)
-            if bool(((copy == inputs.detach()) | (copy.isnan() & inputs.detach().isnan())).all()):
-                return Rows(WeakIdRef(tensor), 0, len(inputs), draw)
+            start = _place_of(inputs.detach(), tensor.detach(), draw)
+            if start is not None:
+                draw.matched = start + len(inputs)
+                return Rows(_name(tensor), start, start + len(inputs), len(tensor), draw)
+    return None
+
+
+_MOST_TRIED = 16
+"""Places at which a piece of a draw is tried: more rows that begin alike are of one kind, and not told apart."""
+
+
+def _place_of(inputs: Tensor, batch: Tensor, draw: Draw) -> int | None:
+    """Where a batch holds these rows, behind those that were found last if they are there as well."""
+    last = len(batch) - len(inputs)
+    firsts = [0]
+    if last:
+        column = batch[: last + 1].reshape(last + 1, -1)[:, 0].to(inputs.device, inputs.dtype)
+        first = inputs.reshape(len(inputs), -1)[0, 0]
+        firsts = ((column == first) | (column.isnan() & first.isnan())).nonzero().flatten().tolist()
+        firsts.sort(key=lambda start: (start != draw.matched, start))
+    for start in firsts[:_MOST_TRIED]:
+        part = batch[start : start + len(inputs)]
+        copy = part.to(inputs.device, inputs.dtype).reshape(inputs.shape)
+        if bool(((copy == inputs) | (copy.isnan() & inputs.isnan())).all()):
+            return int(start)
     return None
 
 
@@ -248,7 +403,7 @@ def _span(inputs: Tensor, base: Tensor) -> tuple[int, int] | None:
     within = sum((length - 1) * stride for length, stride in zip(inputs.shape[1:], inputs.stride()[1:], strict=True))
     if rows > 1 and inputs.stride(0) != size:
         return None
-    if size == 0 or step % size or inputs[0].numel() != size or within >= size:
+    if size == 0 or step < 0 or step % size + within >= size:
         return None
     return step // size, step // size + rows
 
@@ -327,7 +482,7 @@ def _unpacked(batch: Any, number: int, count: int, whole: bool) -> Any:
 def overlapping(passed: list[Rows]) -> bool:
     """Whether a row is in two of these."""
     # Copies of a draw are the draw.
-    kept: dict[Draw | WeakIdRef, list[tuple[int, int]]] = {}
+    kept: dict[Draw | int, list[tuple[int, int]]] = {}
     for rows in passed:
         kept.setdefault(rows.draw or rows.base, []).append((rows.start, rows.stop))
     return any(first[1] > second[0] for spans in kept.values() for first, second in itertools.pairwise(sorted(spans)))

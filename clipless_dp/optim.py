@@ -141,7 +141,8 @@ class CliplessDPOptimizer(Optimizer):
         self._randomness_sources: set[str] = set()
         self._drawn_before = model.randomness.draws.copy()
         self._learning_rates: list[tuple[Rates, int]] = []
-        self._draw_before = draws.in_hand()
+        self._made = draws.now()
+        draws.disregard()
         self.skipped_draws = 0
         self._run, self._taken, self._process = new_run(), 0, os.getpid()
         self._seeded_draw = False
@@ -261,13 +262,13 @@ class CliplessDPOptimizer(Optimizer):
             missing = distributed.largest(len(pieces)) - len(pieces)
             pieces += [(inputs[:0], targets[:0], mask[:0])] * missing
         passing = sharding.passing() if self._sharded else nullcontext()
-        with register.apart(rows, beside, pieces=len(pieces), views=multiplicity), passing:
+        with register.apart(rows, beside, views=multiplicity), passing:
             for _ in range(multiplicity):
                 for piece in pieces:
                     seen = piece[0] if augment is None or not len(piece[0]) else self._views(augment, piece)
-                    with register.rows(seen):
+                    with register.rows(seen, piece[2]):
                         value = loss(seen, piece[1], piece[2])
-                    value.backward()
+                        value.backward()
                     total += value.detach()
         return total / multiplicity
 
@@ -301,10 +302,11 @@ class CliplessDPOptimizer(Optimizer):
     def skip_draw(self) -> None:
         """Says that the draws in hand are not trained on, so that other rows may be: on public data, say.
 
-        Whether a draw is skipped must not depend on what is in it: no amplification covers that. The statement says how
-        many were.
+        Drops the gradients. Whether a draw is skipped must not depend on what is in it: no amplification covers that.
+        The statement says how many were.
         """
         self.skipped_draws += draws.skip()
+        self.model.register.drop()
 
     def _views(self, augment: Augmentation, piece: tuple[Tensor, Tensor, Tensor]) -> Tensor:
         return views(augment, piece[0], piece[2], self.model.randomness)
@@ -337,8 +339,7 @@ class CliplessDPOptimizer(Optimizer):
                 self._release()
             except BaseException:
                 # What is refused, or was interrupted, must not be released together with what comes next.
-                self.model.register.drop()
-                draws.skip()
+                self.skip_draw()
                 raise
             try:
                 self.base_optimizer.step()
@@ -536,7 +537,8 @@ class CliplessDPOptimizer(Optimizer):
         passed = register.witnessed()
         sensitivity = self._sensitivity(passed)
         deviations, spent = self._deviations(sensitivity, named)
-        rate = self._charged_rate([some for some in passed if not some.public])
+        rate, share = self._charged([some for some in passed if not some.public])
+        spent *= share
         self._require_budget(spent, rate)
         self._note_randomness()
         self.accountant.step(noise_multiplier=spent, sample_rate=rate, provenance=self._provenance(rate))
@@ -763,8 +765,12 @@ class CliplessDPOptimizer(Optimizer):
         lineage.of(self.model).add_runs({**self._inherited, self._run: self._taken})
         self._inherited = {}
 
-    def _charged_rate(self, passed: Sequence[passes.Pass]) -> float:
+    def _charged(self, passed: Sequence[passes.Pass]) -> tuple[float, float]:
         """What the step is charged at, given the passes of private rows that its gradients consist of.
+
+        Returns:
+            The sample rate, and what the noise multiplier counts for: a half where one sample more may move all others
+            to other batches, so that one enters each and one leaves it.
 
         Raises:
             PrivacyError: a row may be in several of them, or rows are not those of their draw.
@@ -774,11 +780,12 @@ class CliplessDPOptimizer(Optimizer):
         self._seeded_draw = draw is not None and amplified and draw.seeded
         if draw is not None and not draw.used:
             over = draws.passed_over(draw)
-            if over and passed and self.sampling == "announced":
+            if over and self.sampling == "announced":
                 raise PrivacyError(
-                    f"{over} draw(s) before this one were handed out and not trained on: a draw that is left out for "
-                    "what is in it (its size, its loss) lets its samples decide what is released. Take a step for each "
-                    "draw, an empty one too, or call skip_draw() for one that is left out for another reason"
+                    f"{over} draw(s) before this one were made and not trained on: a draw that is left out for what is "
+                    "in it (its size, its loss) lets its samples decide what is released. Take a step for each draw, "
+                    "an empty one too; look at draws under torch.no_grad(); bound a loop by the sampler's steps or by "
+                    "itertools.islice; or call skip_draw() for one that is left out for another reason"
                 )
             draws.use(draw)
         if not amplified and self._world.size > 1 and self.sampling == "announced":
@@ -787,25 +794,34 @@ class CliplessDPOptimizer(Optimizer):
                 "use PoissonBatches or PoissonBatchSampler, or vouch with sampling='poisson' or 'none' that "
                 "each rank draws from samples of its own (a DistributedSampler repeats some)"
             )
-        if self.sampling == "none" or self.sample_rate == 1.0:
-            return 1.0
+        whole = draw is not None or not passed or self._is_whole(passed)
+        if self.sampling == "none" or (self.sample_rate == 1.0 and whole):
+            return 1.0, 1.0
         if self.sampling == "poisson":
-            return self.sample_rate
+            return self.sample_rate, 1.0
         if draw is not None and draw.sample_rate > self.sample_rate * (1.0 + 1e-12):
             raise PrivacyError(
                 f"batches were drawn with sample rate {draw.sample_rate:.6g}, but the optimizer was told "
                 f"{self.sample_rate:.6g}: give both the same sample_rate"
             )
         if amplified:
-            return self.sample_rate
+            return self.sample_rate, 1.0
         warnings.warn(
-            "no Poisson draw was announced for this step, so it is charged without amplification (q = 1): use "
-            "PoissonBatches, or PoissonBatchSampler with poisson_collate, and each draw for one step; or pass "
-            "sampling='poisson' if your own sampler is one",
+            "no Poisson draw was announced for this step, so it is charged without amplification (q = 1)"
+            + ("" if whole else ", and for two samples, as one more shifts what is in which batch (σ/2)")
+            + ": use PoissonBatches, or PoissonBatchSampler with poisson_collate, and each draw for one step; or pass "
+            "sampling='poisson' if your own sampler is one, or sampling='none' if no sample has a say in which batches "
+            "others are",
             PrivacyWarning,
             stacklevel=5,
         )
-        return 1.0
+        return 1.0, 1.0 if whole else 0.5
+
+    def _is_whole(self, passed: Sequence[passes.Pass]) -> bool:
+        """Whether the passes are of one tensor of as many rows as the data set has, and of all of them."""
+        spans = [some.rows for some in passed if some.rows is not None]
+        sizes = {some.size for some in spans}
+        return sizes == {self.dataset_size} and draws.covered(spans, self.dataset_size)
 
     def _witnessed_draw(self, passed: Sequence[passes.Pass]) -> draws.Draw | None:
         """The draw that the passes are of, all of it and nothing else; ``None`` if their rows are of no draw."""
@@ -824,7 +840,15 @@ class CliplessDPOptimizer(Optimizer):
             )
         if not passed:
             waiting = draws.in_hand()
-            return None if waiting is self._draw_before else waiting
+            if waiting is None or waiting.delivered < self._made:
+                return None
+            if waiting.rows:
+                raise PrivacyError(
+                    "a draw is in hand, and none of its rows entered this step: a batch that is left out for what is "
+                    "in it, as where its loss is large, lets its samples decide what is released. Take the step with "
+                    "what was drawn, or call skip_draw() and no step for a draw that is left out for another reason"
+                )
+            return waiting
         if self.sampling == "announced":
             self._refuse_other_rows(passed, drawn[0] if drawn else None, spans)
         return drawn[0] if drawn else None
@@ -833,7 +857,7 @@ class CliplessDPOptimizer(Optimizer):
         self, passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows]
     ) -> None:
         vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
-        others = any(some.beside not in (None, self._draw_before) for some in passed)
+        others = any(some.beside is not None and some.beside.delivered > self._made for some in passed)
         if others or (draw is not None and any(some.draw is not draw for some in spans)):
             raise PrivacyError(
                 "rows entered this step that are not those of the draw in hand, as they were drawn: changed, mixed, "

@@ -30,6 +30,11 @@ from clipless_dp.surroundings import refuse_interference
 from clipless_dp.tracker import Sensitivity
 
 _DROPPED = "The gradients are dropped; nothing was released"
+_SPENT = (
+    "What is done with private gradients, their norm or their direction, would decide what a step releases (skipped "
+    "batches, sharpness-aware steps), and no noise covers that. Take the step with what came in; skip_draw() says that "
+    "a batch is left out for another reason, passes.unwitnessed() that nothing of a pass is used in training"
+)
 
 
 class Watched(Protocol):
@@ -76,12 +81,12 @@ class Pass:
         self.public = public
         self.entered = False
         self.declared = _declared.tensor is not None and inputs is _declared.tensor
-        self._inputs = None if inputs is None else (inputs, draws.sample(inputs))
+        self._inputs = None if inputs is None else (inputs, draws.fingerprint(inputs))
 
     def refuse_other_inputs(self) -> None:
         """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again."""
         kept, self._inputs = self._inputs, None
-        if kept is not None and draws.sample(kept[0]) != kept[1]:
+        if kept is not None and draws.fingerprint(kept[0]) != kept[1]:
             raise PrivacyError(
                 "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
                 f"for what they were: give each batch memory of its own. {_DROPPED}"
@@ -93,13 +98,14 @@ class _Held(NamedTuple):
 
     gradient: ref[Tensor]
     version: int
-    sample: bytes | None
+    sample: object
 
 
 class _Declared(threading.local):
     """What the passes of this thread are told about their rows, and whether they are passes at all."""
 
     tensor: Tensor | None = None
+    fingerprint: object = None
     rows: Rows | None = None
     beside: Draw | None = None
     public = False
@@ -126,6 +132,8 @@ class Register:
     def __init__(self, model: Watched) -> None:
         self._model = ref(model)
         self.passes: list[Pass] = []
+        self._computed: list[Pass] = []
+        self._filled: set[int] = set()
         self.lock = threading.RLock()
         self.key = next(_keys)
         self._parameters: list[nn.Parameter] = []
@@ -169,6 +177,11 @@ class Register:
             _refuse_private_rows(inputs)
             return Pass(self, sensitivity, fingerprint, None, beside=None, public=True, inputs=inputs)
         if inputs is _declared.tensor:
+            if _fingerprint(inputs) != _declared.fingerprint:
+                raise PrivacyError(
+                    "the loss changed the rows that it was given before the model saw them, so that a sample may count "
+                    f"for more than its bound: change rows one by one with augment=..., or in the data set. {_DROPPED}"
+                )
             rows, beside = _declared.rows, _declared.beside
         else:
             rows, beside = origin(inputs)
@@ -242,6 +255,7 @@ class Register:
             entering.entered = True
             if self.sharded:
                 self.reconcile()
+                self._note_computed(entering)
                 self.passes.append(entering)
         except BaseException:
             self.drop()
@@ -259,6 +273,7 @@ class Register:
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
         counted = False
+        self._note_computed(closing)
         added: list[tuple[nn.Parameter, Tensor]] = []
         given: set[int] = set()
         for index, (parameter, gradient) in enumerate(zip(self._parameters, gradients, strict=True)):
@@ -280,6 +295,7 @@ class Register:
                         "a gradient came back from within the network, around the gate at its output: from a value "
                         "that a layer has kept, say. Let all that is trained on be a loss of the model's output"
                     )
+            self._filled.add(id(parameter))
             if parameter.grad is not None:
                 added.append((parameter, gradient))
             else:
@@ -293,6 +309,11 @@ class Register:
                 self._note(parameter)
         return returned
 
+    def _note_computed(self, computed: Pass) -> None:
+        """Private gradients exist from here on, whatever becomes of them."""
+        if not computed.public and all(computed is not other for other in self._computed):
+            self._computed.append(computed)
+
     def entered_compiled(self, entering: Pass) -> None:
         """As :meth:`enter`, for a graph whose gradients autograd adds afterwards."""
         task = torch._C._current_graph_task_id()
@@ -302,6 +323,7 @@ class Register:
             self.reconcile()
         self._compiled_task = task
         self.enter(entering)
+        self._note_computed(entering)
         self.passes.append(entering)
         self._awaited = {id(parameter) for parameter in self._parameters}
         self._handles = [
@@ -316,6 +338,7 @@ class Register:
         if id(held) not in self._awaited:
             return
         self._awaited.discard(id(held))
+        self._filled.add(id(held))
         known, gradient = self._held.get(held), cast(Tensor, held.grad)
         if known is None or known.gradient() is None or known.version == gradient._version - 1:
             self._note(held)
@@ -335,11 +358,12 @@ class Register:
                 self.forget()
             return
         self.unhook()
-        kept, altered = False, None
+        kept, altered, emptied = False, None, False
         for parameter in self._parameters:
             gradient = parameter.grad
             if gradient is None:
                 self._held.pop(parameter, None)
+                emptied |= id(parameter) in self._filled
                 continue
             known = self._held.get(parameter)
             if known is not None and known.gradient() is gradient and known.version == gradient._version:
@@ -349,6 +373,7 @@ class Register:
                 altered = parameter
             elif not bool(gradient.any()):
                 self._note(parameter)
+                emptied |= id(parameter) in self._filled
             else:
                 altered = parameter
         if altered is not None:
@@ -358,7 +383,10 @@ class Register:
                 "instead, and call model(...) for all that is trained on"
             )
         elif not kept:
-            self.forget()
+            self.passes, self._taint = [], None
+            self._filled.clear()
+        elif emptied:
+            self._taint = "the gradients of some parameters were dropped, and those of others kept. " + _SPENT
 
     def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
         gradient = parameter.grad
@@ -374,8 +402,9 @@ class Register:
                     self._note(parameter, sampled=sampled)
 
     def forget(self) -> None:
-        """No pass is in the gradients any more."""
-        self.passes, self._taint = [], None
+        """No pass is in the gradients any more, and none is missing from them."""
+        self.passes, self._computed, self._taint = [], [], None
+        self._filled.clear()
 
     def drop(self) -> None:
         """Drops the gradients, so that no later step releases them."""
@@ -385,9 +414,7 @@ class Register:
         self.forget()
 
     @contextmanager
-    def apart(
-        self, rows: Rows | None, beside: Draw | None, *, pieces: int = 1, views: int = 1, public: bool = False
-    ) -> Iterator[None]:
+    def apart(self, rows: Rows | None, beside: Draw | None, *, views: int = 1, public: bool = False) -> Iterator[None]:
         """Passes within start from empty gradients and count as one pass of these rows, which joins those before.
 
         After an error the gradients are as before.
@@ -395,7 +422,6 @@ class Register:
         Args:
             rows: what comes in.
             beside: see :class:`Pass`.
-            pieces: how many passes the rows come in by, each announced by :meth:`rows`.
             views: how often each row comes in; the gradients are divided by it.
             public: see :class:`Pass`.
         """
@@ -403,6 +429,8 @@ class Register:
         parameters = self._parameters
         before = [parameter.grad for parameter in parameters]
         earlier, self.passes = self.passes, []
+        computed, self._computed = self._computed, []
+        filled, self._filled = self._filled, set()
         taint = self._taint
         held, self._held = self._held, {}
         try:
@@ -411,25 +439,26 @@ class Register:
             with _declaring(rows=rows, beside=beside, public=public):
                 yield
             self.reconcile()
-            others = len(self.passes) > pieces * views or not all(some.declared for some in self.passes)
-            if others and not public:
-                raise PrivacyError(
-                    "the loss passed the model other rows than those that it was given, or passed them more than once, "
-                    "so that they would count twice: call the model once, on the very tensor that comes in"
-                )
+            if self._taint is None and not public and len(self._computed) != len(self.passes):
+                self._taint = "the loss computed private gradients and did not leave them in place. " + _SPENT
+            if self._taint is not None and taint is None:
+                raise PrivacyError(f"{self._taint}. Of this batch nothing was added")
             if views > 1:
                 torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], views)
         except BaseException:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
             self.passes, self._held, self._taint = earlier, held, taint
+            self._computed, self._filled = computed, filled
             raise
         made, self.passes = self.passes, earlier
+        self._computed, self._filled = computed, self._filled | filled
         if made:
             known = (
                 None if made[0].sensitivity is None else joined(made, lambda: cast(Sensitivity, made[0].sensitivity))
             )
             self.passes.append(Pass(self, known, None, rows, beside=beside, public=public))
+            self._note_computed(self.passes[-1])
         self._taint = self._taint or taint
         with torch.no_grad():
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -442,10 +471,30 @@ class Register:
         self.note_all()
 
     @contextmanager
-    def rows(self, seen: Tensor) -> Iterator[None]:
-        """The next pass within :meth:`apart` is of this tensor."""
-        with _declaring(tensor=seen):
+    def rows(self, seen: Tensor, counts: Tensor) -> Iterator[None]:
+        """Within :meth:`apart`, one pass of this tensor and nothing else, forth and back.
+
+        Args:
+            seen: the rows.
+            counts: boolean, which of them count; a loss may leave a piece out of which none does.
+
+        Raises:
+            PrivacyError: the model was passed other rows, or these more than once or not at all.
+        """
+        before = len(self.passes)
+        with _declaring(tensor=seen, fingerprint=_fingerprint(seen)):
             yield
+        made = self.passes[before:]
+        if len(made) > 1 or not all(some.declared for some in made):
+            raise PrivacyError(
+                "the loss passed the model other rows than those that it was given, or passed them more than once, "
+                "so that they would count twice: call the model once, on the very tensor that comes in"
+            )
+        if not made and bool(counts.any()):
+            raise PrivacyError(
+                "the loss left rows out that it was given: whether a sample enters may then depend on others. Pass the "
+                "model the very tensor that comes in, and leave rows out with the mask"
+            )
 
     def witnessed(self) -> list[Pass]:
         """The passes that the gradients consist of.
@@ -454,8 +503,10 @@ class Register:
             PrivacyError: something else is in them.
         """
         self.reconcile()
-        if self._taint is not None:
-            reason = self._taint
+        reason = self._taint
+        if reason is None and any(all(one is not other for other in self.passes) for one in self._computed):
+            reason = "private gradients were computed that are not in this step: they were dropped or read. " + _SPENT
+        if reason is not None:
             self.drop()
             raise PrivacyError(f"{reason}. {_DROPPED}")
         return list(self.passes)
@@ -492,7 +543,7 @@ class _OutermostGate(torch.autograd.Function):
         norms = sample_norms(cotangent)
         (token,) = ctx.saved_tensors
         if token is not None:
-            norms = _enter_operator(norms, token)
+            norms = torch.ops.clipless_dp_passes.enter_pass(norms, token)
         else:
             ctx.opened.register.enter(ctx.opened)
         norms = outside_autocast(norms)
@@ -541,29 +592,35 @@ def _enter_compiled(norms: Tensor, token: Tensor) -> Tensor:
 _MOST_OPEN = 4096
 """Compiled passes that wait for a backward pass; those that never get one are forgotten."""
 
-# Opaque to compilers: what is written in Python runs while a graph is traced, and never again.
-open_operator = torch.library.custom_op(
-    "clipless_dp::open_pass", _open_compiled, mutates_args=(), schema="(Tensor inputs, int key) -> Tensor"
+# Opaque to compilers: what is written in Python runs while a graph is traced, and never again. The tag keeps two passes
+# of the same rows apart, which would be merged into one.
+_library = torch.library.Library("clipless_dp_passes", "DEF")
+_library.define("open_pass(Tensor inputs, int key) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.define("enter_pass(Tensor norms, Tensor token) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,))
+_library.impl("open_pass", _open_compiled, "CompositeExplicitAutograd")
+_library.impl("enter_pass", _enter_compiled, "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "clipless_dp_passes::open_pass", lambda inputs, key: torch.empty(2, dtype=torch.int64, device="cpu"), lib=_library
 )
-_enter_operator = torch.library.custom_op(
-    "clipless_dp::enter_pass", _enter_compiled, mutates_args=(), schema="(Tensor norms, Tensor token) -> Tensor"
+torch.library.register_fake(
+    "clipless_dp_passes::enter_pass", lambda norms, token: torch.empty_like(norms), lib=_library
 )
 
 
-@open_operator.register_fake
-def _(inputs: Tensor, key: int) -> Tensor:
-    return torch.empty(2, dtype=torch.int64, device="cpu")
-
-
-@_enter_operator.register_fake
-def _(norms: Tensor, token: Tensor) -> Tensor:
-    return torch.empty_like(norms)
+def open_operator(inputs: Tensor, key: int) -> Tensor:
+    """Opens a pass in a compiled graph, and returns its token."""
+    token: Tensor = torch.ops.clipless_dp_passes.open_pass(inputs, key)
+    return token
 
 
 def origin(inputs: Tensor) -> tuple[Rows, Draw | None]:
     """Where rows come from; and the draw in hand, if they are of none."""
     found = draws.find(inputs)
     return found, draws.in_hand() if found.draw is None else None
+
+
+def _fingerprint(rows: Tensor) -> object:
+    return rows._version, draws.fingerprint(rows)
 
 
 @contextmanager
@@ -601,19 +658,18 @@ def is_witnessed() -> bool:
 
 
 def _refuse_private_rows(inputs: Tensor) -> None:
-    drawn = draws.in_hand()
-    fitting = [] if drawn is None else [tensor for tensor in drawn.tensors if tensor.shape[1:] == inputs.shape[1:]]
-    if drawn is None or not fitting or not len(inputs):
+    if not len(inputs):
         return
-    ours, theirs = (
-        {row.tobytes() for row in values.detach().flatten(1).cpu().numpy()}
-        for values in (inputs, fitting[0][: drawn.rows].to(inputs.dtype))
-    )
-    if ours & theirs:
-        raise InputError(
-            "a row that was declared public is a row of the draw in hand: public rows are nobody's data, such as noise "
-            "or what a model trained privately has generated"
-        )
+    ours = {row.tobytes() for row in inputs.detach().flatten(1).cpu().numpy()}
+    for tensor, rows in draws.batches_in_hand():
+        if tensor.shape[1:] != inputs.shape[1:]:
+            continue
+        theirs = tensor[:rows].to(inputs.dtype).detach().flatten(1).cpu().numpy()
+        if any(row.tobytes() in ours for row in theirs):
+            raise InputError(
+                "a row that was declared public is a row of a draw in hand: public rows are nobody's data, such as "
+                "noise or what a model trained privately has generated"
+            )
 
 
 def joined(passed: Sequence[Pass], now: Callable[[], Sensitivity]) -> Sensitivity:

@@ -95,7 +95,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def numbered(self) -> Iterator[draws.Draw]:
         """What the batches of one iteration are delivered as, see :func:`clipless_dp.draws.deliver`."""
-        series = object()
+        series = draws.Series()
         for place in itertools.count():
             yield draws.Draw(self.sample_rate, seeded=self.seed is not None, series=series, place=place)
 

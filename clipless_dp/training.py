@@ -720,7 +720,8 @@ def _rehearsal(run: _Run) -> Iterator[None]:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        run.optimizer.zero_grad()
+        # What was passed is no one's.
+        run.model.register.drop()
         run.model.train(training)
 
 

@@ -398,6 +398,7 @@ def test_weights_that_no_step_left_are_a_finding():
     assert report(optimizer).findings == []
     plain(optimizer.model)
     assert found(optimizer, OTHERS)
+    optimizer.skip_draw()
     train(optimizer, 1)
     assert not found(optimizer, OTHERS)
     assert found(optimizer, "Before 1 of the steps the weights were not")
