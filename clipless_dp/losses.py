@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates import _can_look
 
@@ -45,12 +46,6 @@ class Loss(ABC):
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
         return f"{type(self).__name__}({values})"
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigurationError(f"{name} must be finite and positive, got {value!r}")
-    return float(value)
 
 
 def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +95,7 @@ def _public(name: str, values: object) -> tuple[float, ...]:
         )
     if len(values) < 2:
         raise ConfigurationError(f"{name} must have one number for each of two or more classes, got {values!r}")
-    return tuple(_positive(name, float(value)) for value in values)
+    return tuple(positive(name, float(value)) for value in values)
 
 
 def _public_priors(values: object) -> tuple[float, ...]:
@@ -186,7 +181,7 @@ class TauCrossEntropy(Loss):
     def __init__(
         self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
     ) -> None:
-        self.tau = _positive("tau", tau)
+        self.tau = positive("tau", tau)
         self.label_smoothing = _smoothing(label_smoothing)
         self.class_weights = _public_weights(class_weights)
 
@@ -224,7 +219,7 @@ class BinaryCrossEntropy(Loss):
     def __init__(
         self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
     ) -> None:
-        self.tau = _positive("tau", tau)
+        self.tau = positive("tau", tau)
         self.label_smoothing = _smoothing(label_smoothing)
         self.class_weights = _public_weights(class_weights)
         _largest(self.class_weights, 2)
@@ -259,7 +254,7 @@ class MulticlassHinge(Loss):
     """
 
     def __init__(self, margin: float = 1.0, *, class_weights: Sequence[float] | None = None) -> None:
-        self.margin = _positive("margin", margin)
+        self.margin = positive("margin", margin)
         self.class_weights = _public_weights(class_weights)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
@@ -298,8 +293,8 @@ class HingeKR(Loss):
 
     def __init__(self, priors: Sequence[float], *, margin: float = 1.0, alpha: float = 1.0) -> None:
         self.priors = _public_priors(priors)
-        self.margin = _positive("margin", margin)
-        self.alpha = _positive("alpha", alpha)
+        self.margin = positive("margin", margin)
+        self.alpha = positive("alpha", alpha)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
@@ -338,7 +333,7 @@ class CosineSimilarity(Loss):
     """
 
     def __init__(self, floor: float = 1.0) -> None:
-        self.floor = _positive("floor", floor)
+        self.floor = positive("floor", floor)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
@@ -386,7 +381,7 @@ class Huber(Loss):
     """
 
     def __init__(self, delta: float = 1.0) -> None:
-        self.delta = _positive("delta", delta)
+        self.delta = positive("delta", delta)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
@@ -411,7 +406,7 @@ class BoundedLoss(Loss):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], bound: float) -> None:
         self.function = function
-        self.bound = _positive("bound", bound)
+        self.bound = positive("bound", bound)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
