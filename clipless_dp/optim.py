@@ -6,7 +6,6 @@ import copy
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, Provenance, create_accountant, new_run
+from accounting.errors import warn_caller
 from clipless_dp import distributed, draws, lineage, passes, sharding
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
-from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
+from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
     MARGIN,
@@ -41,10 +41,6 @@ Rates = tuple[float | None, ...]
 
 STATE_FORMAT = 2
 _READ_FORMATS = (1, STATE_FORMAT)
-
-
-class PrivacyWarning(UserWarning):
-    """Something costs more privacy than the user may expect."""
 
 
 class CliplessDPOptimizer(Optimizer):
@@ -752,11 +748,10 @@ class CliplessDPOptimizer(Optimizer):
         """Warns if another optimizer's steps on this model are missing from this one's ledger."""
         missing = self._missing_runs()
         if not missing <= self._missing:
-            warnings.warn(
+            warn_caller(
                 "another optimizer has already taken private steps on this model, which this one's ε does not "
                 "include: pass it accountant=other.accountant (both on one data set compose), or load its state_dict",
                 PrivacyWarning,
-                stacklevel=5,
             )
         self._missing |= missing
         lineage.of(self.model).add_runs({**self._inherited, self._run: self._taken})
@@ -797,12 +792,11 @@ class CliplessDPOptimizer(Optimizer):
             )
         if amplified:
             return self.sample_rate
-        warnings.warn(
+        warn_caller(
             "no Poisson draw was announced for this step, so it is charged without amplification (q = 1): use "
             "PoissonBatches, or PoissonBatchSampler with poisson_collate, and each draw for one step; or pass "
             "sampling='poisson' if your own sampler is one",
             PrivacyWarning,
-            stacklevel=5,
         )
         return 1.0
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
+from accounting.errors import warn_caller
 from clipless_dp import distributed
 from clipless_dp.errors import PrivacyError, RankError
 
@@ -228,11 +228,10 @@ def require_alike(dataset: Any, tensors: Sequence[Tensor] | None, read: Callable
     if bool((differing & ~random_parts).any()):
         raise RankError(f"the ranks hold different data, or the same in another order; nothing was released. {_REMEDY}")
     if bool((differing & random_parts).any()):
-        warnings.warn(
+        warn_caller(
             "samples differ at each read, so that the ranks could not compare all of them: only the number of samples, "
             "their form and what does not change. See to it that sample i is the same person's on all ranks",
             UserWarning,
-            stacklevel=4,
         )
 
 

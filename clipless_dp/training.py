@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
+from accounting.errors import warn_caller
 from clipless_dp import distributed, lineage, sharding
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
@@ -414,11 +414,10 @@ def fit(
         _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
         dropped = int(distributed.total(model.nonfinite_samples - dropped))
         if dropped and distributed.world().rank == 0:
-            warnings.warn(
+            warn_caller(
                 f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of "
                 "range, as a label beyond the last class is (this count is for the data's owner only)",
                 UserWarning,
-                stacklevel=3,
             )
         last_weights = None if average is None else average.apply_()
         return FitResult(
@@ -558,11 +557,10 @@ class _Run:
             # What nobody asked for must not stop what works: layers of one device only, or that cannot be copied.
             if attempts is None:
                 raise
-            warnings.warn(
+            warn_caller(
                 f"the bounds were not attacked before training: the quick audit, on a float64 copy on the CPU, failed "
                 f"with {type(error).__name__}: {error}. audit=False leaves it out",
                 UserWarning,
-                stacklevel=4,
             )
         # Ranks may have got through different numbers of attempts: they stop together.
         if distributed.on_any(failure is not None):
@@ -615,10 +613,10 @@ class _Run:
         except CheckpointError as error:
             # What was learned and paid for is in memory still.
             self.saved = False
-            warnings.warn(
+            warn_caller(
                 f"training goes on without a checkpoint of step {self.step} (the ledger of an older one lacks these "
                 f"steps: do not publish these weights and then go on from it): {error}",
-                stacklevel=2,
+                UserWarning,
             )
 
     def load(self, path: Path) -> None:
@@ -810,11 +808,10 @@ def _interruptions_counted(run: _Run, path: Path | None) -> Iterator[None]:
                 saved = run.saved_events == events
                 if not saved and distributed.world().rank == 0:
                     with suppress(Warning):
-                        warnings.warn(
+                        warn_caller(
                             f"training was interrupted at step {run.step}, and {path} could not be written: its ledger "
                             "lacks steps that the model's weights have taken",
                             UserWarning,
-                            stacklevel=5,
                         )
             error.private_optimizer = run.optimizer  # type: ignore[attr-defined]
             if hasattr(error, "add_note"):  # Python 3.11
@@ -848,7 +845,7 @@ def _train(
                 with _drawing(run):
                     loss = _step(run, batch, micro_batch_size)
             except BudgetExhaustedError as error:
-                warnings.warn(f"training stops after {run.step} of {total} steps: {error}", UserWarning, stacklevel=4)
+                warn_caller(f"training stops after {run.step} of {total} steps: {error}", UserWarning)
                 run.optimizer.zero_grad()
                 if path is not None:
                     run.save(path)
