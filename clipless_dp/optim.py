@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -320,6 +321,7 @@ class CliplessDPOptimizer(Optimizer):
             closure: evaluated once, to compute the gradients; its value is returned and is not private.
 
         Raises:
+            ConfigurationError: another optimizer of the model has taken the gradients.
             PrivacyError: a gradient would be released without protection.
             RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
         """
@@ -529,6 +531,8 @@ class CliplessDPOptimizer(Optimizer):
             sharding.require_sums(self.model)
         register = self.model.register
         passed = register.witnessed()
+        if not passed:
+            self._refuse_to_step_after_another(register)
         sensitivity = self._sensitivity(passed)
         deviations, spent = self._deviations(sensitivity, named)
         rate = self._charged_rate([some for some in passed if not some.public])
@@ -542,6 +546,8 @@ class CliplessDPOptimizer(Optimizer):
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         register.forget()
+        if passed:
+            register.taker = ref(self)
         gradients: list[Tensor] = []
         scales: list[float] = []
         for parameter in named.values():
@@ -564,6 +570,29 @@ class CliplessDPOptimizer(Optimizer):
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
         register.note_all(sampled=False)
+
+    def _refuse_to_step_after_another(self, register: passes.Register) -> None:
+        """Refuses, or where the sampler is vouched for tells, that another optimizer took the gradients of the pass.
+
+        Each step releases, or drops, the gradients of all parameters of the model: a second optimizer's step would be
+        noise alone, and charged.
+
+        Raises:
+            ConfigurationError: no draw is in hand that might just be an empty one.
+        """
+        taker = None if register.taker is None else register.taker()
+        waiting = draws.in_hand()
+        fresh = waiting is not None and not waiting.used and waiting is not self._draw_before
+        if taker is None or taker is self or fresh:
+            return
+        said = (
+            "this step has no gradients: another optimizer of the model has taken those of the last pass. Make one "
+            "optimizer of all parameters, with parameter groups for different settings, or pass the rows of a draw of "
+            "its own back before each optimizer's step"
+        )
+        if self.sampling == "announced":
+            raise ConfigurationError(f"{said}. Nothing was charged")
+        warn_caller(f"{said}. It is noise alone, and charged, as is right only for an empty batch", PrivacyWarning)
 
     def _provenance(self, rate: float) -> Provenance:
         """Of the step to come: whose it is, and what its charge rests on."""

@@ -68,17 +68,26 @@ class EpochRecord:
     Attributes:
         step: optimizer steps taken so far.
         epsilon: spent so far, at the run's δ.
-        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only, so no file
-            holds it. ``None`` for epochs that a checkpoint was read of.
+        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only, so no file,
+            pickles among them, holds it, and it is not shown. ``None`` for epochs that a checkpoint was read of.
         accuracy: share of correct predictions on the validation data, or ``None``. Nothing protects validation data.
         validation_loss: mean loss on the validation data, or ``None``.
     """
 
     step: int
     epsilon: float
-    loss: float | None
+    loss: float | None = field(repr=False)
     accuracy: float | None = None
     validation_loss: float | None = None
+
+    def __reduce__(self) -> tuple[type[EpochRecord], tuple[float | None, ...]]:
+        return type(self), (self.step, self.epsilon, None, self.accuracy, self.validation_loss)
+
+    def __copy__(self) -> EpochRecord:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpochRecord:
+        return self
 
 
 @dataclass
@@ -280,6 +289,10 @@ def fit(
         model warns.
     """
     audit = _audit_form(audit)
+    if not any(parameter.requires_grad for parameter in model.net.parameters()):
+        raise ConfigurationError(
+            "the network has no parameters to train: there are none, or all are frozen, and requires_grad_() thaws them"
+        )
     if sharding.has_shards(model):
         sharding.check_shards(model, model.net.parameters())
         if compile or audit == "full" or memory_budget is not None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import pickle
@@ -20,6 +21,7 @@ from clipless_dp import (
     InputError,
     PoissonBatches,
     PrivacyWarning,
+    audit,
     constraints,
     evaluate,
     fit,
@@ -626,3 +628,30 @@ def test_numbers_of_numpy_in_the_settings_leave_a_checkpoint_that_can_be_read(tm
     fit(gated_model(), samples(100), checkpoint=path, **options, **run)
     again = fit(gated_model(), samples(100), checkpoint=path, **options, **run)
     assert again.steps == 2
+
+
+@pytest.mark.parametrize("trainable", ["none", "frozen"])
+def test_a_network_without_parameters_to_train_is_refused_before_anything_is_charged(trainable):
+    if trainable == "none":
+        model = DPLipModel(nn.Flatten(), input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy())
+    else:
+        model = gated_model()
+        model.net.requires_grad_(False)
+    accountant = RDPAccountant()
+    with pytest.raises(ConfigurationError, match="no parameters to train"):
+        fit(model, samples(60), **{**RUN, "accountant": accountant})
+    assert len(accountant) == 0
+    with pytest.raises(ConfigurationError, match="no parameters to train"):
+        audit.sensitivity(model)
+
+
+def test_training_losses_are_neither_shown_nor_pickled_with_the_history_and_stay_in_its_copies():
+    result = fit(gated_model(), samples(60), **{**RUN, "epochs": 2, "validation": samples(40)})
+    records = result.history
+    assert all(record.loss is not None for record in records)
+    for shown in (repr(records), repr(result), str(result)):
+        assert not any(str(record.loss) in shown for record in records)
+    stored = pickle.dumps(records)
+    assert not any(struct.pack(">d", record.loss) in stored for record in records)
+    assert pickle.loads(stored) == protected(records)
+    assert copy.deepcopy(records) == copy.copy(records) == records
