@@ -32,7 +32,7 @@ def whole(name: str, value: object, least: int = 1) -> int:
     Raises:
         ConfigurationError: it is anything else, truth values and floats among it.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and value >= least:
+    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
         return int(value)
     raise ConfigurationError(f"{name} must be a whole number, at least {least}, got {value!r}")
 

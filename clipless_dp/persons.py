@@ -120,7 +120,7 @@ def _inputs(dataset: Any) -> Iterator[Tensor]:
             yield from _inputs(part)
 
 
-def _first_of(dataset: StackDataset) -> Any:
+def _first_of(dataset: StackDataset[Any]) -> Any:
     """What the first part of each sample is taken from."""
     parts = dataset.datasets
     first = next(iter(parts.values())) if isinstance(parts, dict) else parts[0]
