@@ -147,7 +147,7 @@ class DPLipModel(nn.Module):
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
         self.output_shape = traced.shapes[traced.output]
-        bound = self.loss_function.gradient_bound(self.output_shape)
+        bound: Any = self.loss_function.gradient_bound(self.output_shape)
         if not (isinstance(bound, Real) and math.isfinite(bound) and float(bound) >= 1e-8):
             raise LossBoundError(
                 f"{self.loss_function!r} states the gradient bound {bound!r}; gradient_bound must return a finite "
