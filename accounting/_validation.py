@@ -16,6 +16,8 @@ def _as_float(name: str, value: SupportsFloat) -> float:
         return float(value)
     except (TypeError, ValueError) as error:
         raise InvalidParameterError(f"{name} must be a real number, got {value!r}") from error
+    except OverflowError as error:
+        raise InvalidParameterError(f"{name} must be a number within the range of floats, got a larger one") from error
 
 
 def noise_multiplier(value: SupportsFloat, name: str = "noise_multiplier") -> float:
@@ -76,7 +78,7 @@ def count(value: object, name: str = "steps", minimum: int = 0) -> int:
     """Returns a whole number as an int, or raises if it is fractional, below `minimum` or beyond 10¹⁵."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise InvalidParameterError(f"{name} must be a whole number, got {value!r}")
-    number = float(value)
+    number = _as_float(name, value)
     if not (math.isfinite(number) and number.is_integer()):
         raise InvalidParameterError(
             f"{name} must be a whole number, got {value!r}: round up (math.ceil), a lost step is lost privacy"

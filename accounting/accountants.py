@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -19,6 +18,7 @@ from .errors import (
     LargeDeltaWarning,
     LedgerFormatError,
     UnsupportedEventError,
+    warn_caller,
 )
 from .events import ADD_OR_REMOVE_ONE, Event, GaussianStep, NoSampling, PoissonSampling, Relation
 from .gaussian import gaussian_delta, gaussian_epsilon
@@ -142,11 +142,10 @@ class Accountant(ABC):
         """
         delta = check.delta(delta)
         if self.dataset_size is not None and delta > 1.0 / self.dataset_size:
-            warnings.warn(
+            warn_caller(
                 f"delta={delta:g} exceeds 1/{self.dataset_size}: publishing one record at random would "
                 "satisfy it; choose it well below one over the number of records",
                 LargeDeltaWarning,
-                stacklevel=2,
             )
         terms = collect(self.ledger, self.relation)
         if terms.empty:
@@ -234,10 +233,9 @@ class Accountant(ABC):
         )
 
     def _fallback(self, reason: str) -> None:
-        warnings.warn(
+        warn_caller(
             f"the {self.mechanism} engine has no certified answer ({reason}); the Rényi bound is returned",
             FallbackWarning,
-            stacklevel=4,
         )
 
     @abstractmethod

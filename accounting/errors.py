@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from types import FrameType
+
 __all__ = [
     "AccountingError",
     "AccountingWarning",
@@ -12,7 +16,11 @@ __all__ = [
     "LedgerFormatError",
     "UnreachableTargetError",
     "UnsupportedEventError",
+    "warn_caller",
 ]
+
+_INSIDE = frozenset({"", "accelerate", "accounting", "clipless_dp", "contextlib", "functools", "torch"})
+"""Packages whose lines are nobody's own: this one, and what calls it in between; code without a name was generated."""
 
 
 class AccountingError(ValueError):
@@ -49,3 +57,28 @@ class FallbackWarning(AccountingWarning):
 
 class LargeDeltaWarning(AccountingWarning):
     """δ exceeds one over the number of records: the guarantee would allow publishing a record."""
+
+
+def warn_caller(message: str, category: type[Warning]) -> None:
+    """Warns at the line of the user's code that led here, however many calls of these packages lie in between.
+
+    Args:
+        message: What is wrong, and what to do about it.
+        category: The kind of warning.
+    """
+    frame: FrameType = sys._getframe(1)
+    while _package(frame) in _INSIDE and frame.f_back is not None:
+        frame = frame.f_back
+    place = frame.f_globals
+    warnings.warn_explicit(
+        message,
+        category,
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        module=place.get("__name__", "<unknown>"),
+        registry=place.setdefault("__warningregistry__", {}),
+    )
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__") or "").partition(".")[0]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import RLock
 from typing import Any
 
 from . import _validation as check
@@ -73,6 +74,11 @@ class Ledger:
         self._lines: list[Line] = []
         self._counts: Counter[str] = Counter()
         self._length = 0
+        # Threads may share a ledger: a line that one of them overwrites would be a release that nothing counts.
+        self._lock = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["relation"])  # type: ignore[misc]
@@ -118,7 +124,8 @@ class Ledger:
     def copy(self) -> Ledger:
         """Returns a ledger of its own with the same lines."""
         copied = Ledger(self.relation)
-        copied._lines, copied._counts, copied._length = list(self._lines), self._counts.copy(), self._length
+        with self._lock:
+            copied._lines, copied._counts, copied._length = list(self._lines), self._counts.copy(), self._length
         return copied
 
     def append(self, event: Event, count: int = 1, provenance: Provenance = _UNKNOWN) -> None:
@@ -139,16 +146,17 @@ class Ledger:
                 raise UnsupportedEventError(f"{single!r} is not an event; see accounting.events")
             if n == 0:
                 continue
-            self._length += n
-            before = self._lines[-1] if self._lines else None
-            if before is not None and before.event == single and before.provenance == provenance:
-                self._lines.pop()
-                line = Line(single, n + before.count, provenance)
-            else:
-                line = Line(single, n, provenance)
-            self._lines.append(line)
-            if line.key:
-                self._counts[line.key] += n
+            with self._lock:
+                self._length += n
+                before = self._lines[-1] if self._lines else None
+                # In one move: who reads meanwhile must not find the line gone.
+                if before is not None and before.event == single and before.provenance == provenance:
+                    line = self._lines[-1] = Line(single, n + before.count, provenance)
+                else:
+                    line = Line(single, n, provenance)
+                    self._lines.append(line)
+                if line.key:
+                    self._counts[line.key] += n
 
     def count(self, run: str) -> int:
         """Number of events of a run."""
@@ -265,7 +273,10 @@ class Ledger:
             )
         try:
             ledger = cls(state["relation"])
-            for line in state["entries"]:
+            entries = state["entries"]
+            if not isinstance(entries, (list, tuple)):
+                raise LedgerFormatError(f"the entries of a ledger are a list, got {type(entries).__name__}")
+            for line in entries:
                 provenance = Provenance.from_dict(line.get("provenance", {}))
                 ledger.append(from_dict(line["event"]), line["count"], provenance)
         except (AttributeError, KeyError, TypeError, RecursionError) as error:

@@ -50,6 +50,10 @@ class AuditError(PrivacyError):
         super().__init__(message)
 
 
+class PrivacyWarning(UserWarning):
+    """Something costs more privacy than the user may expect."""
+
+
 class CheckpointError(CliplessError, RuntimeError):
     """A checkpoint is damaged, foreign, or of an unknown format version; the message names the file."""
 

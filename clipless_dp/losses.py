@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates import _can_look
 
@@ -42,15 +43,22 @@ class Loss(ABC):
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``G``: sup over outputs and targets of ``‖∂loss/∂output‖`` for one sample, finite and positive."""
 
+    def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
+        """Which predictions are right, for :func:`clipless_dp.evaluate`; training never asks.
+
+        Args:
+            output: ``(B, *output_shape)``.
+            target: ``(B, ...)``, as the loss documents.
+
+        Returns:
+            ``(B,)``: truth values, or numbers in [0, 1] where a prediction may be right in part. ``None``, the default,
+            where the loss has no notion of it: no accuracy is reported then.
+        """
+        return None
+
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
         return f"{type(self).__name__}({values})"
-
-
-def _positive(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value > 0):
-        raise ConfigurationError(f"{name} must be finite and positive, got {value!r}")
-    return float(value)
 
 
 def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -69,12 +77,22 @@ def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None
     return target.clamp(0, output.shape[1] - 1), valid
 
 
+def described(value: object) -> str:
+    """What a function of a user's own has returned, for messages: type and shape, never numbers."""
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
 def class_scores(output: Tensor) -> Tensor:
     """Scores of classes, ``(B, C)``: a single output ``f`` stands for two of them, ``(-f, f)``."""
     if output.dim() == 1 or (output.dim() == 2 and output.shape[1] == 1):
         column = output.reshape(-1, 1)
         return torch.cat((-column, column), 1)
     return output
+
+
+def _right_class(scores: Tensor, target: Tensor) -> Tensor | None:
+    """Where the largest score is that of the label; labels out of range are none."""
+    return scores.argmax(1) == target if target.dim() == 1 else None
 
 
 def _matching(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +118,7 @@ def _public(name: str, values: object) -> tuple[float, ...]:
         )
     if len(values) < 2:
         raise ConfigurationError(f"{name} must have one number for each of two or more classes, got {values!r}")
-    return tuple(_positive(name, float(value)) for value in values)
+    return tuple(positive(name, float(value)) for value in values)
 
 
 def _public_priors(values: object) -> tuple[float, ...]:
@@ -186,7 +204,7 @@ class TauCrossEntropy(Loss):
     def __init__(
         self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
     ) -> None:
-        self.tau = _positive("tau", tau)
+        self.tau = positive("tau", tau)
         self.label_smoothing = _smoothing(label_smoothing)
         self.class_weights = _public_weights(class_weights)
 
@@ -197,6 +215,10 @@ class TauCrossEntropy(Loss):
             self.tau * output, labels, reduction="none", label_smoothing=self.label_smoothing
         )
         return _invalid_as_nan(_weighted(losses / self.tau, labels, self.class_weights, output.shape[1]), valid)
+
+    def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
+        """Where the largest score is that of the label."""
+        return _right_class(output, target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max_c w_c·√(1 + (1-s)² - s²/C)``, which is ``√2`` without weights and smoothing."""
@@ -224,7 +246,7 @@ class BinaryCrossEntropy(Loss):
     def __init__(
         self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
     ) -> None:
-        self.tau = _positive("tau", tau)
+        self.tau = positive("tau", tau)
         self.label_smoothing = _smoothing(label_smoothing)
         self.class_weights = _public_weights(class_weights)
         _largest(self.class_weights, 2)
@@ -238,6 +260,12 @@ class BinaryCrossEntropy(Loss):
         likelihoods = negative * (1.0 - smoothed) * functional.logsigmoid(-self.tau * scores)
         likelihoods = likelihoods + positive * smoothed * functional.logsigmoid(self.tau * scores)
         return _invalid_as_nan(-likelihoods.mean(1) / self.tau, valid)
+
+    def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
+        """Where the score is above zero and the target above one half, or neither; ``None`` for several outputs."""
+        if output.numel() != len(output):
+            return None
+        return (output.flatten() > 0) == (target.flatten() > 0.5)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max(w_0, w_1)·(1 - s/2)/√k``."""
@@ -259,7 +287,7 @@ class MulticlassHinge(Loss):
     """
 
     def __init__(self, margin: float = 1.0, *, class_weights: Sequence[float] | None = None) -> None:
-        self.margin = _positive("margin", margin)
+        self.margin = positive("margin", margin)
         self.class_weights = _public_weights(class_weights)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
@@ -267,6 +295,10 @@ class MulticlassHinge(Loss):
         labels, valid = _class_scores(output, target)
         losses = functional.multi_margin_loss(output, labels, margin=self.margin, reduction="none")
         return _invalid_as_nan(_weighted(losses, labels, self.class_weights, output.shape[1]), valid)
+
+    def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
+        """Where the largest score is that of the label."""
+        return _right_class(output, target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max_c w_c·√((C-1)/C)``."""
@@ -298,8 +330,8 @@ class HingeKR(Loss):
 
     def __init__(self, priors: Sequence[float], *, margin: float = 1.0, alpha: float = 1.0) -> None:
         self.priors = _public_priors(priors)
-        self.margin = _positive("margin", margin)
-        self.alpha = _positive("alpha", alpha)
+        self.margin = positive("margin", margin)
+        self.alpha = positive("alpha", alpha)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
@@ -312,6 +344,10 @@ class HingeKR(Loss):
         shares = torch.where(own, priors, 1.0 - priors)
         losses = (self.alpha * functional.relu(self.margin - signed) - signed / shares).mean(1)
         return _invalid_as_nan(losses, valid)
+
+    def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
+        """Where the largest score is that of the label; of one output ``f``, the larger of ``(-f, f)``."""
+        return _right_class(class_scores(output), target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max_y √((1/π_y + α)² + Σ_{c≠y} (1/(1-π_c) + α)²)/C``; for one output ``max_y 1/π_y + α``."""
@@ -338,7 +374,7 @@ class CosineSimilarity(Loss):
     """
 
     def __init__(self, floor: float = 1.0) -> None:
-        self.floor = _positive("floor", floor)
+        self.floor = positive("floor", floor)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
@@ -352,6 +388,10 @@ class CosineSimilarity(Loss):
             products = (scores * directions).sum(1) / torch.where(valid, lengths, torch.ones_like(lengths))
         norms = torch.linalg.vector_norm(output.flatten(1), dim=1).clamp(min=self.floor)
         return _invalid_as_nan(-products / norms, valid)
+
+    def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
+        """Where the largest score is that of the label; ``None`` for targets that are directions."""
+        return _right_class(output, target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``1/K``."""
@@ -386,7 +426,7 @@ class Huber(Loss):
     """
 
     def __init__(self, delta: float = 1.0) -> None:
-        self.delta = _positive("delta", delta)
+        self.delta = positive("delta", delta)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
@@ -411,15 +451,15 @@ class BoundedLoss(Loss):
 
     def __init__(self, function: Callable[[Tensor, Tensor], Tensor], bound: float) -> None:
         self.function = function
-        self.bound = _positive("bound", bound)
+        self.bound = positive("bound", bound)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
         losses = self.function(output, target)
-        if losses.shape != output.shape[:1]:
+        if not isinstance(losses, Tensor) or losses.shape != output.shape[:1]:
             raise InputError(
-                f"the loss function must return one value a sample, shape {tuple(output.shape[:1])}, "
-                f"got {tuple(losses.shape)}; use reduction='none'"
+                f"the loss function must return a tensor with one value a sample, shape {tuple(output.shape[:1])}, "
+                f"got {described(losses)}; use reduction='none'"
             )
         return losses
 

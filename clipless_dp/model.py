@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from numbers import Real
 from typing import Any, cast
 
 import torch
@@ -146,10 +147,11 @@ class DPLipModel(nn.Module):
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
         self.output_shape = traced.shapes[traced.output]
-        bound = self.loss_function.gradient_bound(self.output_shape)
-        if not (math.isfinite(bound) and bound >= 1e-8):
+        bound: Any = self.loss_function.gradient_bound(self.output_shape)
+        if not (isinstance(bound, Real) and math.isfinite(bound) and float(bound) >= 1e-8):
             raise LossBoundError(
-                f"{self.loss_function!r} states the gradient bound {bound!r}; it must be at least 1e-8"
+                f"{self.loss_function!r} states the gradient bound {bound!r}; gradient_bound must return a finite "
+                "number, at least 1e-8"
             )
         self._cotangent_norm = float(bound)
         self._tracker = SensitivityTracker(

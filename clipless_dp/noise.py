@@ -7,7 +7,8 @@ import hashlib
 import math
 import os
 from collections.abc import Sequence
-from typing import Literal, Protocol
+from threading import Lock
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -204,7 +205,7 @@ class SystemNoise:
     generator of the device, whose 64-bit seed the operating system draws. Numbers are made of them by
     :class:`clipless_dp.box_muller.NormalNumbers`. No state is ever saved: it would let a reader of a checkpoint
     subtract the noise. Nor is it copied: copies and forked processes start afresh, since noise that two runs share
-    cancels between them.
+    cancels between them. Threads that share a source draw one after the other.
     """
 
     reproducible = False
@@ -215,22 +216,34 @@ class SystemNoise:
     def __reduce__(self) -> tuple[type[SystemNoise], tuple[()]]:
         return type(self), ()
 
-    def _start_afresh(self) -> None:
-        self._numbers: dict[torch.device, NormalNumbers] = {}
-        self._process = os.getpid()
+    def _start_afresh(self) -> _Generators:
+        # Lock and generators in one object: after a fork, no thread meets those of one with the lock of another.
+        self._generators = _Generators(os.getpid(), Lock(), {})
+        return self._generators
 
     def begin_step(self, step: int) -> None:
         """Nothing to do: the generators run on."""
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         """See :class:`NoiseSource`."""
-        if os.getpid() != self._process:
-            self._start_afresh()
-        numbers = self._numbers.get(out.device)
-        if numbers is None:
-            own = None if out.device.type == "cpu" else system_generator(out.device)
-            numbers = self._numbers[out.device] = _numbers(system_words(), own)
-        return numbers.fill_(out)
+        known = self._generators
+        if os.getpid() != known.process:
+            known = self._start_afresh()
+        # Numbers are drawn into buffers of their generator's own, which two threads would fill with one another's.
+        with known.lock:
+            numbers = known.numbers.get(out.device)
+            if numbers is None:
+                own = None if out.device.type == "cpu" else system_generator(out.device)
+                numbers = known.numbers[out.device] = _numbers(system_words(), own)
+            return numbers.fill_(out)
+
+
+class _Generators(NamedTuple):
+    """The generators of a process, by device, and the lock that is held while one of them draws."""
+
+    process: int
+    lock: Lock
+    numbers: dict[torch.device, NormalNumbers]
 
 
 class ReproducibleNoise:

@@ -6,20 +6,21 @@ import copy
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, overload
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, Provenance, create_accountant, new_run
+from accounting.errors import warn_caller
 from clipless_dp import distributed, draws, lineage, passes, sharding
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
-from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
+from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
     MARGIN,
@@ -41,10 +42,6 @@ Rates = tuple[float | None, ...]
 
 STATE_FORMAT = 2
 _READ_FORMATS = (1, STATE_FORMAT)
-
-
-class PrivacyWarning(UserWarning):
-    """Something costs more privacy than the user may expect."""
 
 
 class CliplessDPOptimizer(Optimizer):
@@ -327,6 +324,7 @@ class CliplessDPOptimizer(Optimizer):
             closure: evaluated once, to compute the gradients; its value is returned and is not private.
 
         Raises:
+            ConfigurationError: another optimizer of the model has taken the gradients.
             PrivacyError: a gradient would be released without protection.
             RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
         """
@@ -535,6 +533,8 @@ class CliplessDPOptimizer(Optimizer):
             sharding.require_sums(self.model)
         register = self.model.register
         passed = register.witnessed()
+        if not passed:
+            self._refuse_to_step_after_another(register)
         sensitivity = self._sensitivity(passed)
         deviations, spent = self._deviations(sensitivity, named)
         rate, share = self._charged([some for some in passed if not some.public])
@@ -549,6 +549,8 @@ class CliplessDPOptimizer(Optimizer):
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         register.forget()
+        if passed:
+            register.taker = ref(self)
         gradients: list[Tensor] = []
         scales: list[float] = []
         for parameter in named.values():
@@ -571,6 +573,29 @@ class CliplessDPOptimizer(Optimizer):
             torch._foreach_mul_(gradients, 1.0 / self.expected_batch_size)
         self.model.project_gradients_()
         register.note_all(sampled=False)
+
+    def _refuse_to_step_after_another(self, register: passes.Register) -> None:
+        """Refuses, or where the sampler is vouched for tells, that another optimizer took the gradients of the pass.
+
+        Each step releases, or drops, the gradients of all parameters of the model: a second optimizer's step would be
+        noise alone, and charged.
+
+        Raises:
+            ConfigurationError: no draw is in hand that might just be an empty one.
+        """
+        taker = None if register.taker is None else register.taker()
+        waiting = draws.in_hand()
+        fresh = waiting is not None and not waiting.used and waiting.delivered > self._made
+        if taker is None or taker is self or fresh:
+            return
+        said = (
+            "this step has no gradients: another optimizer of the model has taken those of the last pass. Make one "
+            "optimizer of all parameters, with parameter groups for different settings, or pass the rows of a draw of "
+            "its own back before each optimizer's step"
+        )
+        if self.sampling == "announced":
+            raise ConfigurationError(f"{said}. Nothing was charged")
+        warn_caller(f"{said}. It is noise alone, and charged, as is right only for an empty batch", PrivacyWarning)
 
     def _provenance(self, rate: float) -> Provenance:
         """Of the step to come: whose it is, and what its charge rests on."""
@@ -755,11 +780,10 @@ class CliplessDPOptimizer(Optimizer):
         """Warns if another optimizer's steps on this model are missing from this one's ledger."""
         missing = self._missing_runs()
         if not missing <= self._missing:
-            warnings.warn(
+            warn_caller(
                 "another optimizer has already taken private steps on this model, which this one's ε does not "
                 "include: pass it accountant=other.accountant (both on one data set compose), or load its state_dict",
                 PrivacyWarning,
-                stacklevel=5,
             )
         self._missing |= missing
         lineage.of(self.model).add_runs({**self._inherited, self._run: self._taken})
@@ -806,14 +830,13 @@ class CliplessDPOptimizer(Optimizer):
             )
         if amplified:
             return self.sample_rate, 1.0
-        warnings.warn(
+        warn_caller(
             "no Poisson draw was announced for this step, so it is charged without amplification (q = 1)"
             + ("" if whole else ", and for two samples, as one more shifts what is in which batch (σ/2)")
             + ": use PoissonBatches, or PoissonBatchSampler with poisson_collate, and each draw for one step; or pass "
             "sampling='poisson' if your own sampler is one, or sampling='none' if no sample has a say in which batches "
             "others are",
             PrivacyWarning,
-            stacklevel=5,
         )
         return 1.0, 1.0 if whole else 0.5
 

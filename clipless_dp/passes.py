@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol, cast
-from weakref import WeakValueDictionary, ref
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -127,7 +127,10 @@ class Register:
         passes: those that have added to the gradients.
         lock: held while the network runs on aliases of its parameters.
         key: names it in compiled graphs.
+        taker: the optimizer that the last gradients of passes went to, as long as it lives.
     """
+
+    taker: ReferenceType[object] | None = None
 
     def __init__(self, model: Watched) -> None:
         self._model = ref(model)

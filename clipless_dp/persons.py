@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Subset, TensorDataset
+from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
+from accounting.errors import warn_caller
 from clipless_dp import distributed
 from clipless_dp.errors import PrivacyError, RankError
 
@@ -34,6 +34,9 @@ ROWS, READS = 4096, 32
 
 _CHUNK = 1 << 26
 
+_SMALL_TARGET = 16
+"""Numbers of a target up to which targets of one value are one."""
+
 _INSTEAD = (
     "each person may be one row, once: a person's rows, windows or views together (fit's augment= and multiplicity= "
     "average views), rare classes by class_weights of the loss"
@@ -43,9 +46,10 @@ _INSTEAD = (
 def refuse_repeats(dataset: Any) -> None:
     """Refuses a data set in which a row is there more than once, for certain.
 
-    ``Subset`` (``random_split`` too) and ``ConcatDataset``, nested in each other, are followed to what they choose
-    from; there a row is known by its number, in tensors by its place in memory, and in a list of samples by the sample.
-    Tensors are looked at by their inputs: targets may be shared.
+    ``Subset`` (``random_split`` too), ``ConcatDataset`` and ``StackDataset``, nested in each other, are followed to
+    what they choose from, the last by its first part; there a row is known by its number, in tensors by its place in
+    memory, and in a list of samples by the sample, or by the memory of its inputs together with its target. Tensors
+    are looked at by their inputs: targets may be shared.
 
     Args:
         dataset: a map-style data set, or a pair of tensors, inputs first.
@@ -80,10 +84,12 @@ def refuse_repeats(dataset: Any) -> None:
 
 
 def rows_overlap(values: Tensor) -> bool:
-    """Whether a row of a tensor shares memory with the next one."""
+    """Whether a row of a tensor shares memory with another one."""
     if values.layout != torch.strided or len(values) < 2 or values.numel() == 0:
         return False
     step = values.stride(0)
+    if step == 0:
+        return True
     inner = [(stride, size) for stride, size in zip(values.stride()[1:], values.shape[1:], strict=True) if stride]
     reach = 0
     for stride, size in sorted([(step, len(values)), *inner]):
@@ -91,11 +97,15 @@ def rows_overlap(values: Tensor) -> bool:
             break
         reach += stride * (size - 1)
     else:
-        return step == 0
+        return False
     places = np.zeros(1, dtype=np.int64)
     for stride, size in inner:
         places = np.unique(places[:, None] + stride * np.arange(size))
-    return bool(np.isin(places + step, places).any())
+    # Two places whose distance is k steps are one and the same in two rows that are k apart. Of all pairs with one
+    # remainder the nearest are neighbours.
+    order = np.lexsort((places, places % step))
+    same = np.diff((places % step)[order]) == 0
+    return bool((np.diff(places[order])[same] < step * len(values)).any())
 
 
 def _inputs(dataset: Any) -> Iterator[Tensor]:
@@ -103,9 +113,18 @@ def _inputs(dataset: Any) -> Iterator[Tensor]:
         yield dataset.tensors[0]
     elif isinstance(dataset, Subset):
         yield from _inputs(dataset.dataset)
+    elif isinstance(dataset, StackDataset):
+        yield from _inputs(_first_of(dataset))
     elif isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
             yield from _inputs(part)
+
+
+def _first_of(dataset: StackDataset[Any]) -> Any:
+    """What the first part of each sample is taken from."""
+    parts = dataset.datasets
+    first = next(iter(parts.values())) if isinstance(parts, dict) else parts[0]
+    return TensorDataset(first) if isinstance(first, Tensor) else first
 
 
 class _Piece(NamedTuple):
@@ -119,8 +138,11 @@ class _Piece(NamedTuple):
 def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Iterator[_Piece]:
     """Where some samples come from; ranges stay ranges, since data sets may be larger than memory."""
     if isinstance(dataset, Subset) and (listed := _integers(dataset.indices)) is not None:
-        listed = np.where(listed < 0, listed + len(dataset.dataset), listed)  # type: ignore[arg-type]
+        if (listed < 0).any():
+            listed = np.where(listed < 0, listed + len(dataset.dataset), listed)  # type: ignore[arg-type]
         yield from _pieces(dataset.dataset, listed[np.asarray(chosen, dtype=np.int64)], rows, by_memory=by_memory)
+    elif isinstance(dataset, StackDataset):
+        yield from _pieces(_first_of(dataset), chosen, rows, by_memory=by_memory)
     elif isinstance(dataset, ConcatDataset):
         ends = [0, *dataset.cumulative_sizes]
         if isinstance(chosen, range):
@@ -144,7 +166,7 @@ def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Itera
         if by_memory and type(dataset) in (list, tuple):
             # Samples of plain numbers are left out: equal constants are one object in Python.
             same = [
-                (id(dataset[index]), row) for index, row in zip(chosen, rows, strict=True) if _holds(dataset[index])
+                (_mark(dataset[index]), row) for index, row in zip(chosen, rows, strict=True) if _holds(dataset[index])
             ]
             if same:
                 numbers = np.asarray(same)
@@ -159,6 +181,31 @@ def _holds(sample: Any) -> bool:
     """Whether a sample, or a part of it, is a tensor or an array."""
     parts = sample.values() if isinstance(sample, dict) else sample if isinstance(sample, (tuple, list)) else [sample]
     return any(isinstance(part, (Tensor, np.ndarray)) for part in parts)
+
+
+def _mark(sample: Any) -> int:
+    """A number that is the same for one and the same sample: its inputs' memory and its target, in whatever tuple."""
+    if not isinstance(sample, (tuple, list)) or (place := _address(sample[0])) is None:
+        return _address(sample) or id(sample)
+    return hash((place, *map(_content, sample[1:])))
+
+
+def _address(values: Any) -> int | None:
+    """Where the numbers of a tensor or an array begin in memory; ``None`` if they have no place."""
+    if isinstance(values, Tensor):
+        return values.data_ptr() if _has_address(values) else None
+    return int(values.__array_interface__["data"][0]) if isinstance(values, np.ndarray) and values.size else None
+
+
+def _content(target: Any) -> Any:
+    """A target by its value where that is small, else by its place."""
+    if isinstance(target, Tensor) and target.device.type == "cpu" and target.numel() <= _SMALL_TARGET:
+        return tuple(target.detach().reshape(-1).tolist())
+    if isinstance(target, np.ndarray) and target.size <= _SMALL_TARGET:
+        return tuple(target.reshape(-1).tolist())
+    if isinstance(target, (bool, int, float, str, np.generic)):
+        return target
+    return _address(target) or id(target)
 
 
 def _order(dataset: Any) -> str:
@@ -228,11 +275,10 @@ def require_alike(dataset: Any, tensors: Sequence[Tensor] | None, read: Callable
     if bool((differing & ~random_parts).any()):
         raise RankError(f"the ranks hold different data, or the same in another order; nothing was released. {_REMEDY}")
     if bool((differing & random_parts).any()):
-        warnings.warn(
+        warn_caller(
             "samples differ at each read, so that the ranks could not compare all of them: only the number of samples, "
             "their form and what does not change. See to it that sample i is the same person's on all ranks",
             UserWarning,
-            stacklevel=4,
         )
 
 

@@ -25,6 +25,7 @@ from clipless_dp.losses import (
     MeanAbsoluteError,
     MulticlassHinge,
     TauCrossEntropy,
+    described,
 )
 
 _PROVED: dict[type[Loss], object] = {
@@ -262,10 +263,10 @@ def _cannot_be_mapped(loss: Loss, output: Tensor, target: Tensor, *, slowly: boo
 
 def _together(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
     losses = loss.per_sample(output, target)
-    if losses.shape != output.shape[:1] or not losses.is_floating_point():
+    if not isinstance(losses, Tensor) or losses.shape != output.shape[:1] or not losses.is_floating_point():
         raise InputError(
-            f"{loss!r} must return one real number a row, shape {tuple(output.shape[:1])}, got {losses.dtype} "
-            f"{tuple(losses.shape)}; use reduction='none'"
+            f"{loss!r} must return a tensor with one real number a row, shape {tuple(output.shape[:1])}, got "
+            f"{described(losses)}; use reduction='none'"
         )
     return losses
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,15 +65,14 @@ class SecureNoise:
             return Cipher(algorithms.AES256(os.urandom(32)), modes.CTR(os.urandom(16))).encryptor()
 
         self._new_stream: Callable[[], Any] = stream
-        self._stream = stream()
-        self._process = os.getpid()
+        self.begin_step(0)
 
     def __reduce__(self) -> tuple[type[SecureNoise], tuple[()]]:
         return type(self), ()
 
     def begin_step(self, step: int) -> None:
         """Forgets the key and takes a new one from the operating system."""
-        self._stream, self._process = self._new_stream(), os.getpid()
+        self._stream = _Stream(os.getpid(), Lock(), self._new_stream())
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         """Fills ``out`` with independent standard normal numbers, rounded to its dtype; :meth:`add_` leaves no gaps."""
@@ -108,7 +108,18 @@ class SecureNoise:
 
     def _integers(self, count: int) -> Tensor:
         """``(count,)`` int64, uniform on 0 … 2⁵³-1."""
-        if os.getpid() != self._process:
+        if os.getpid() != self._stream.process:
             self.begin_step(0)
-        stream: bytes = self._stream.update(bytes(8 * count))
+        known = self._stream
+        # A cipher serves one thread at a time.
+        with known.lock:
+            stream: bytes = known.cipher.update(bytes(8 * count))
         return torch.frombuffer(bytearray(stream), dtype=torch.int64) & ((1 << _BITS) - 1)
+
+
+class _Stream(NamedTuple):
+    """The cipher of a process, and the lock that is held while it is drawn from."""
+
+    process: int
+    lock: Lock
+    cipher: Any

@@ -118,7 +118,8 @@ def private_moments(
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
         noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: keeps what was released. If it exists, it is read in place of a new release, and the same release is
-            recorded: a run that goes on from a checkpoint pays once.
+            recorded: a run that goes on from a checkpoint pays once. What is public is compared (arguments, shape of a
+            record, type of the numbers), not the data: for other data choose another file.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -139,6 +140,7 @@ def private_moments(
         "norm": float(norm),
         "noise_multiplier": float(noise_multiplier),
         "dataset_size": size,
+        "dtype": str(values.dtype),
         "shape": list(values.shape[1:]),
     }
     released, release = _released(
@@ -215,6 +217,7 @@ def private_quantile(
         "range": [float(lower), float(upper)],
         "noise_multiplier": float(noise_multiplier),
         "dataset_size": size,
+        "dtype": str(values.dtype),
     }
     path = None if file is None else Path(file)
     if path is not None and path.exists():
@@ -275,6 +278,7 @@ def private_fraction(
         "statistic": "fraction",
         "noise_multiplier": float(noise_multiplier),
         "dataset_size": size,
+        "dtype": str(flags.dtype),
     }
     count, _ = _released(exact.sum, 1.0, noise_multiplier, accountant, noise, file, settings)
     least = min(0.5, noise_multiplier / size)
@@ -381,6 +385,7 @@ def private_standardisation(
         "range": [float(lower), float(upper)],
         "noise_multiplier": float(noise_multiplier),
         "dataset_size": size,
+        "dtype": str(values.dtype),
         "columns": columns,
     }
     path = None if file is None else Path(file)
@@ -522,6 +527,9 @@ def _keep(
 def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
     content = load_checkpoint(path)
     kept = content.get("settings")
+    # The data itself is not compared, as a digest of it would be a release. Files of before hold no type of numbers.
+    if isinstance(kept, dict):
+        kept = {"dtype": settings["dtype"], **kept}
     if kept != settings or not isinstance(content.get("released"), Tensor) or not content.get("identity"):
         raise CheckpointError(f"{path} does not hold this statistic: {kept!r} there, {settings!r} here; choose another")
     release = GaussianRelease(float(kept["noise_multiplier"]), identity=str(content["identity"]))

@@ -6,7 +6,6 @@ import math
 import os
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
+from accounting.errors import warn_caller
 from clipless_dp import distributed, lineage, sharding
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
@@ -34,16 +34,10 @@ from clipless_dp.errors import (
     CheckpointError,
     CliplessError,
     ConfigurationError,
+    InputError,
     PrivacyError,
 )
-from clipless_dp.losses import (
-    BinaryCrossEntropy,
-    CosineSimilarity,
-    HingeKR,
-    MulticlassHinge,
-    TauCrossEntropy,
-    class_scores,
-)
+from clipless_dp.losses import Loss, described
 from clipless_dp.memory import rows_within, traffic
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
@@ -74,17 +68,26 @@ class EpochRecord:
     Attributes:
         step: optimizer steps taken so far.
         epsilon: spent so far, at the run's δ.
-        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only, so no file
-            holds it. ``None`` for epochs that a checkpoint was read of.
+        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only, so no file,
+            pickles among them, holds it, and it is not shown. ``None`` for epochs that a checkpoint was read of.
         accuracy: share of correct predictions on the validation data, or ``None``. Nothing protects validation data.
         validation_loss: mean loss on the validation data, or ``None``.
     """
 
     step: int
     epsilon: float
-    loss: float | None
+    loss: float | None = field(repr=False)
     accuracy: float | None = None
     validation_loss: float | None = None
+
+    def __reduce__(self) -> tuple[type[EpochRecord], tuple[float | None, ...]]:
+        return type(self), (self.step, self.epsilon, None, self.accuracy, self.validation_loss)
+
+    def __copy__(self) -> EpochRecord:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpochRecord:
+        return self
 
 
 @dataclass
@@ -286,6 +289,10 @@ def fit(
         model warns.
     """
     audit = _audit_form(audit)
+    if not any(parameter.requires_grad for parameter in model.net.parameters()):
+        raise ConfigurationError(
+            "the network has no parameters to train: there are none, or all are frozen, and requires_grad_() thaws them"
+        )
     if sharding.has_shards(model):
         sharding.check_shards(model, model.net.parameters())
         if compile or audit == "full" or memory_budget is not None:
@@ -420,11 +427,10 @@ def fit(
         _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
         dropped = int(distributed.total(model.nonfinite_samples - dropped))
         if dropped and distributed.world().rank == 0:
-            warnings.warn(
+            warn_caller(
                 f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of "
                 "range, as a label beyond the last class is (this count is for the data's owner only)",
                 UserWarning,
-                stacklevel=3,
             )
         last_weights = None if average is None else average.apply_()
         return FitResult(
@@ -564,11 +570,10 @@ class _Run:
             # What nobody asked for must not stop what works: layers of one device only, or that cannot be copied.
             if attempts is None:
                 raise
-            warnings.warn(
+            warn_caller(
                 f"the bounds were not attacked before training: the quick audit, on a float64 copy on the CPU, failed "
                 f"with {type(error).__name__}: {error}. audit=False leaves it out",
                 UserWarning,
-                stacklevel=4,
             )
         # Ranks may have got through different numbers of attempts: they stop together.
         if distributed.on_any(failure is not None):
@@ -621,10 +626,10 @@ class _Run:
         except CheckpointError as error:
             # What was learned and paid for is in memory still.
             self.saved = False
-            warnings.warn(
+            warn_caller(
                 f"training goes on without a checkpoint of step {self.step} (the ledger of an older one lacks these "
                 f"steps: do not publish these weights and then go on from it): {error}",
-                stacklevel=2,
+                UserWarning,
             )
 
     def load(self, path: Path) -> None:
@@ -817,11 +822,10 @@ def _interruptions_counted(run: _Run, path: Path | None) -> Iterator[None]:
                 saved = run.saved_events == events
                 if not saved and distributed.world().rank == 0:
                     with suppress(Warning):
-                        warnings.warn(
+                        warn_caller(
                             f"training was interrupted at step {run.step}, and {path} could not be written: its ledger "
                             "lacks steps that the model's weights have taken",
                             UserWarning,
-                            stacklevel=5,
                         )
             error.private_optimizer = run.optimizer  # type: ignore[attr-defined]
             if hasattr(error, "add_note"):  # Python 3.11
@@ -855,7 +859,7 @@ def _train(
                 with _drawing(run):
                     loss = _step(run, batch, micro_batch_size)
             except BudgetExhaustedError as error:
-                warnings.warn(f"training stops after {run.step} of {total} steps: {error}", UserWarning, stacklevel=4)
+                warn_caller(f"training stops after {run.step} of {total} steps: {error}", UserWarning)
                 run.optimizer.zero_grad()
                 if path is not None:
                     run.save(path)
@@ -933,35 +937,47 @@ def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024)
         batch_size: rows at once.
 
     Returns:
-        The share of correct predictions (``None`` unless the loss is one of classification), and the mean loss.
+        The share of correct predictions, by the loss's own :meth:`~clipless_dp.losses.Loss.correct` (``None`` where it
+        has no notion of it), and the mean loss.
+
+    Raises:
+        InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
     """
     samples = Samples.of(dataset)
     device, _ = model.device_and_dtype()
     training = model.training
     model.eval()
-    correct, total_loss = 0, 0.0
+    correct, total_loss = 0.0, 0.0
     known = True
     try:
         for some_inputs, some_targets in samples.parts(batch_size):
             truth = some_targets.to(device)
             output = model(some_inputs.to(device))
             total_loss += float(model.loss(output, truth))
-            hits = _hits(model, output, truth)
+            hits = _hits(model.loss_function, output, truth)
             known = known and hits is not None
-            correct += hits or 0
+            correct += hits or 0.0
     finally:
         model.train(training)
     return (correct / len(samples) if known else None), total_loss / len(samples)
 
 
-def _hits(model: DPLipModel, output: Tensor, truth: Tensor) -> int | None:
-    loss = model.loss_function
-    if isinstance(loss, BinaryCrossEntropy):
-        return int(((output.flatten() > 0) == (truth.flatten() > 0.5)).sum()) if output.numel() == len(output) else None
-    if isinstance(loss, (TauCrossEntropy, MulticlassHinge, HingeKR, CosineSimilarity)) and truth.dim() == 1:
-        scores = class_scores(output) if isinstance(loss, HingeKR) else output
-        return int((scores.argmax(1) == truth).sum())
-    return None
+def _hits(loss: Loss, output: Tensor, truth: Tensor) -> float | None:
+    """How many predictions are right by the loss's own notion; ``None`` where it has none."""
+    right = loss.correct(output, truth)
+    if right is None:
+        return None
+    said = described(right)
+    fits = isinstance(right, Tensor) and right.shape == output.shape[:1]
+    if fits and (right.dtype == torch.bool or right.is_floating_point()):
+        # Asked this way around, since a NaN is no share.
+        if bool(((right >= 0) & (right <= 1)).all()):
+            return float(right.sum(dtype=torch.float64))
+        said = "numbers outside of [0, 1]"
+    raise InputError(
+        f"correct() of {loss!r} must return None, or for each row a truth value or a number in [0, 1], shape "
+        f"{tuple(output.shape[:1])}; got {said}"
+    )
 
 
 @contextmanager

@@ -366,3 +366,41 @@ def test_no_random_output_breaks_the_bound_of_cosine_similarity_near_its_floor(
     target = torch.randn(4, CLASSES, generator=generator, dtype=torch.float64)
     # Quotients of float64 sums of 5 terms.
     assert float(gradient_norms(loss, output, target).max()) <= loss.gradient_bound((CLASSES,)) * (1.0 + 1e-12)
+
+
+SCORES = [[2.0, 1.0, 0.0], [0.0, 1.0, 2.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.0]]
+RIGHT = [True, False, True, False]
+"""For the labels 0, 0, 1, and 3, which is none of the classes."""
+
+
+@pytest.mark.parametrize(
+    ("loss", "output", "target", "right"),
+    [
+        (losses.TauCrossEntropy(2.0), SCORES, [0, 0, 1, 3], RIGHT),
+        (losses.MulticlassHinge(), SCORES, [0, 0, 1, 3], RIGHT),
+        (losses.HingeKR((0.2, 0.3, 0.5)), SCORES, [0, 0, 1, 3], RIGHT),
+        (losses.CosineSimilarity(), SCORES, [0, 0, 1, 3], RIGHT),
+        (losses.HingeKR((0.2, 0.8)), [[1.0], [-1.0], [1.0]], [1, 1, 0], [True, False, False]),
+        (losses.HingeKR((0.2, 0.8)), [-1.0, 1.0], [0, 1], [True, True]),
+        (losses.BinaryCrossEntropy(), [1.0, -1.0, 1.0, -1.0], [1.0, 0.0, 0.0, 0.9], [True, True, False, False]),
+        (losses.BinaryCrossEntropy(), [[1.0], [-1.0]], [1, 1], [True, False]),
+        (losses.BinaryCrossEntropy(), [[1.0, -1.0]], [[1.0, 0.0]], None),
+        (losses.CosineSimilarity(), SCORES, SCORES, None),
+        (losses.MeanAbsoluteError(), SCORES, SCORES, None),
+        (losses.Huber(), SCORES, SCORES, None),
+        (losses.BoundedLoss(lambda output, target: output.sum(1), bound=1.0), SCORES, [0, 0, 1, 1], None),
+    ],
+    ids=lambda value: repr(value)[:30] if isinstance(value, losses.Loss) else "",
+)
+def test_each_loss_says_which_predictions_are_right_or_that_it_does_not_know(
+    loss: losses.Loss, output: list[object], target: list[object], right: list[bool] | None
+) -> None:
+    found = loss.correct(torch.tensor(output), torch.tensor(target))
+    assert (None if found is None else found.tolist()) == right
+
+
+@pytest.mark.parametrize("returned", [None, 1.0, (1.0,), "no tensor"])
+def test_loss_functions_that_return_no_tensor_are_told_what_to_return(returned: object) -> None:
+    loss = losses.BoundedLoss(lambda output, target: returned, bound=1.0)  # type: ignore[arg-type,return-value]
+    with pytest.raises(InputError, match=r"tensor with one value a sample, shape \(3,\)"):
+        loss.per_sample(torch.zeros(3, 2), torch.zeros(3, 2))

@@ -118,7 +118,7 @@ def test_a_loss_without_a_stated_bound_is_refused(loss: object) -> None:
         DPLipModel(nn.Linear(2, 2), input_shape=(2,), input_norm=1.0, loss=loss)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("bound", [0.0, math.inf, math.nan, -1.0, 1e-12])
+@pytest.mark.parametrize("bound", [0.0, math.inf, math.nan, -1.0, 1e-12, None, "1", 1j, (1.0,)])
 def test_a_loss_whose_bound_is_no_positive_number_is_refused(bound: float) -> None:
     class Strange(losses.MeanAbsoluteError):
         def gradient_bound(self, output_shape: tuple[int, ...]) -> float:

@@ -4,6 +4,9 @@ import copy
 import math
 import os
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -175,3 +178,34 @@ def test_noise_of_a_parameter_longer_than_a_block_is_white():
     # Five deviations of a variance and of a correlation of that many numbers.
     assert float(tensor.square().mean()) == pytest.approx(4.0, rel=5 * math.sqrt(2 / len(tensor)))
     assert float((torch.corrcoef(blocks) - torch.eye(3)).abs().max()) < 5 / math.sqrt(noise_module._BLOCK)
+
+
+def test_threads_that_share_a_source_draw_one_after_the_other(monkeypatch):
+    source, together, inside, most = SystemNoise(), Barrier(4), [], []
+    honest = noise_module.NormalNumbers.fill_
+
+    def watched(self, out):
+        inside.append(self)
+        most.append(len(inside))
+        time.sleep(1e-3)
+        inside.pop()
+        return honest(self, out)
+
+    monkeypatch.setattr(noise_module.NormalNumbers, "fill_", watched)
+
+    def draw(_):
+        together.wait()
+        return [source.standard_normal_(torch.empty(101, dtype=torch.float64)) for _ in range(5)]
+
+    with ThreadPoolExecutor(4) as pool:
+        drawn = torch.stack([some for of_thread in pool.map(draw, range(4)) for some in of_thread])
+    assert max(most) == 1
+    # Two of 2020 numbers of 53 bits are equal with a probability below 1e-9.
+    assert len(drawn.unique()) == drawn.numel()
+
+
+def test_a_source_that_threads_share_is_copied_and_pickled_as_before():
+    source = SystemNoise()
+    source.standard_normal_(torch.empty(4))
+    for other in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
+        assert bool(torch.isfinite(other.standard_normal_(torch.empty(4))).all())

@@ -856,3 +856,61 @@ def test_a_parameter_replaced_between_steps_is_refused_before_anything_is_releas
     with pytest.raises(PrivacyError, match="added or replaced"):
         optimizer.step()
     assert optimizer.steps_taken == len(optimizer.accountant) == 1
+
+
+def two_optimizers(**changes):
+    """One of each layer, and draws for both."""
+    model = gated_model()
+    parameters = list(model.net.parameters())
+    settings = {"noise_multiplier": 1.0, "sample_rate": 0.5, "dataset_size": 100, "accountant": RDPAccountant()}
+    pair = [
+        CliplessDPOptimizer(model, torch.optim.SGD(part, lr=0.1), **{**settings, **changes})
+        for part in (parameters[:2], parameters[2:])
+    ]
+    return model, pair, iter(PoissonBatches(samples(100), sample_rate=0.5, steps=8))
+
+
+def test_a_second_optimizer_whose_gradients_the_first_took_is_refused_before_it_is_charged():
+    model, (first, second), batches = two_optimizers()
+    first.accumulate(next(batches))
+    first.step()
+    before = [parameter.detach().clone() for parameter in model.net.parameters()]
+    with pytest.raises(ConfigurationError, match="one optimizer of all parameters"):
+        second.step()
+    assert len(second.accountant) == 1
+    assert all(map(torch.equal, before, model.net.parameters()))
+    assert second.steps_taken == 0
+
+
+def test_a_vouched_step_after_another_optimizers_warns_that_it_is_noise_alone():
+    _, (first, second), batches = two_optimizers(sampling="poisson")
+    first.accumulate(next(batches))
+    first.step()
+    with pytest.warns(PrivacyWarning, match="noise alone"):
+        second.step()
+    assert len(second.accountant) == 2
+
+
+def test_optimizers_that_each_step_on_a_draw_of_their_own_go_on_empty_draws_among_them():
+    _, (first, second), batches = two_optimizers()
+    for _ in range(2):
+        for optimizer in (first, second):
+            optimizer.accumulate(next(batches))
+            optimizer.step()
+    first.accumulate(next(batches))
+    first.step()
+    # A draw whose rows are not passed back, as is right for an empty one.
+    drawn = next(iter(PoissonBatches(samples(2), sample_rate=1e-9, steps=1)))
+    assert not bool(drawn.mask.any())
+    second.step()
+    assert len(first.accountant) == 6
+
+
+def test_an_optimizer_that_comes_after_one_that_is_done_steps_as_any_other():
+    model, (first, _), batches = two_optimizers()
+    first.accumulate(next(batches))
+    first.step()
+    later = sgd(model, accountant=first.accountant, sample_rate=0.5, dataset_size=100)
+    later.accumulate(next(batches))
+    later.step()
+    assert len(first.accountant) == 2

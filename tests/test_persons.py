@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import (
     ConcatDataset,
     DataLoader,
     Dataset,
+    StackDataset,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
@@ -55,6 +56,13 @@ class Listed(Dataset):  # type: ignore[type-arg]
         return self.change(self.inputs[index]), int(self.targets[index])
 
 
+class Unmeasured(Dataset):  # type: ignore[type-arg]
+    """Samples on demand, without end."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.full((6,), float(index)), 0
+
+
 def split() -> list[Subset[Any]]:
     return random_split(Listed(samples(40)), [20, 20], generator=torch.Generator().manual_seed(0))
 
@@ -86,6 +94,18 @@ REPEATED: dict[str, Any] = {
     "windows that overlap": (torch.randn(45).unfold(0, 6, 1), TARGETS),
     "windows that overlap in a subset": Subset(TensorDataset(torch.randn(45).unfold(0, 6, 1), TARGETS), [0, 1]),
     "a list of samples twice": SAMPLES + SAMPLES,
+    "a list of samples twice, in tuples of their own": [(row, 0) for row in INPUTS] + [(row, 0) for row in INPUTS],
+    "rows of one tensor by index": [(INPUTS[k], TARGETS[k]) for k in (0, 3, 0)],
+    "rows of one array by index": [(INPUTS.numpy()[k], int(TARGETS[k])) for k in (0, 3, 0)],
+    "dilated windows, which meet a row further off": (torch.randn(52).as_strided((40, 6), (1, 2)), TARGETS),
+    "two stacks of one data set": ConcatDataset(
+        [StackDataset(LISTED, OTHER), StackDataset(LISTED, Subset(OTHER, range(40)))]
+    ),
+    "two stacks of one tensor": ConcatDataset([StackDataset(INPUTS, TARGETS), StackDataset(INPUTS, 1 - TARGETS)]),
+    "a stack of a subset with an index twice": StackDataset(Subset(LISTED, [1, 1]), TARGETS[:2]),
+    "a stack by names": StackDataset(inputs=Subset(LISTED, [1, 1]), targets=TARGETS[:2]),
+    "a stack of windows that overlap": StackDataset(torch.randn(45).unfold(0, 6, 1), TARGETS),
+    "an index twice of a data set of unknown length": Subset(Unmeasured(), [4, 4]),
     "a list with an index twice": Subset([(0.0, 1), (1.0, 0)], [1, 1]),  # type: ignore[arg-type]
 }
 
@@ -104,6 +124,10 @@ DISTINCT: dict[str, Any] = {
     "every other row": TensorDataset(samples(80)[0][::2], TARGETS),
     "windows side by side": (torch.randn(240).unfold(0, 6, 6), TARGETS),
     "channels last": (torch.randn(40, 3, 4, 4).to(memory_format=torch.channels_last), TARGETS),
+    "stacks of two data sets": ConcatDataset([StackDataset(LISTED, TARGETS), StackDataset(OTHER, TARGETS)]),
+    "a data set of unknown length": Subset(Unmeasured(), [4, 5]),
+    "one input under two targets, equal for two persons": [(INPUTS[0], 0), (INPUTS[0], 1)],
+    "tuples of equal rows": [(row.clone(), 0) for row in (INPUTS[0], INPUTS[0])],
     "equal constants": [(0.0, 1), (0.0, 1)],
     "a list of samples": SAMPLES,
     "one row": (torch.randn(1, 6).expand(1, 6), TARGETS[:1]),
@@ -164,15 +188,15 @@ def test_data_beyond_memory_is_not_listed() -> None:
     refuse_repeats(ConcatDataset([Endless(samples(1)), Endless(samples(1))]))
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(80))
 def test_overlap_of_rows_is_that_of_their_elements(seed: int) -> None:
     generator = np.random.default_rng(seed)
     shape = tuple(generator.integers(1, 4, size=3).tolist())
     strides = tuple(generator.integers(0, 8, size=3).tolist())
     values = torch.zeros(64).as_strided(shape, strides)
     places = torch.arange(64).as_strided(shape, strides)
-    neighbours = [set(row.flatten().tolist()) for row in places]
-    meet = any(first & second for first, second in pairwise(neighbours))
+    rows = [set(row.flatten().tolist()) for row in places]
+    meet = any(first & second for first, second in combinations(rows, 2))
     assert rows_overlap(values) == meet
 
 

@@ -381,7 +381,9 @@ def test_more_rows_than_a_look_takes_are_chosen_at_random(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    "function", [lambda o, t: o.sum(), lambda o, t: o, lambda o, t: t], ids=["a scalar", "a matrix", "integers"]
+    "function",
+    [lambda o, t: o.sum(), lambda o, t: o, lambda o, t: t, lambda o, t: None, lambda o, t: 1.0],
+    ids=["a scalar", "a matrix", "integers", "nothing", "a number"],
 )
 def test_a_loss_that_is_not_one_real_number_a_row_is_refused(function: Function) -> None:
     class Own(losses.Loss):

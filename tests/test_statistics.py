@@ -8,6 +8,7 @@ import torch
 from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
 from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
 from clipless_dp import noise as noise_module
+from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile, private_standardisation
 
 from .support import gated_model, samples
@@ -464,3 +465,17 @@ def test_what_is_no_source_of_noise_is_refused_before_anything_is_charged(statis
     with pytest.raises(ConfigurationError, match="noise must be"):
         STATISTICS[statistic](torch.ones(50, 4), accountant=accountant, noise=noise)
     assert len(accountant.ledger) == 0
+
+
+def test_a_file_of_numbers_of_another_type_is_refused_and_one_of_before_types_were_kept_is_read(tmp_path):
+    file, values = tmp_path / "moments.pt", torch.randn(50, 3)
+    settings = {"norm": 1.0, "noise_multiplier": 1.0, "accountant": RDPAccountant(), "file": file}
+    first = private_moments(values, **settings)
+    with pytest.raises(CheckpointError, match=r"float64.*choose another"):
+        private_moments(values.double(), **settings)
+    content = load_checkpoint(file)
+    del content["settings"]["dtype"]
+    save_checkpoint(file, content)
+    for form in (values, values.double()):
+        assert torch.equal(private_moments(form, **settings).mean, first.mean)
+    assert len(settings["accountant"]) == 1

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import errno
 import math
 import pickle
@@ -20,6 +21,7 @@ from clipless_dp import (
     InputError,
     PoissonBatches,
     PrivacyWarning,
+    audit,
     constraints,
     evaluate,
     fit,
@@ -350,6 +352,64 @@ def test_full_batches_and_a_single_sample_train():
     assert fit(gated_model(), samples(1), **{**RUN, "batch_size": 1}).steps == 6
 
 
+class NearEnough(losses.MeanAbsoluteError):
+    """A loss of a user's own, by whose notion a prediction may be right in part."""
+
+    def __init__(self, returned=lambda output: (output.abs() < 0.5).double().mean(1)):
+        self.returned = returned
+
+    def correct(self, output, target):
+        return self.returned(output - target)
+
+
+def of_distances(loss):
+    torch.manual_seed(0)
+    return DPLipModel(gradient_gated(nn.Sequential(nn.Linear(6, 2))), input_shape=(6,), input_norm=3.0, loss=loss)
+
+
+def test_a_loss_of_a_users_own_reports_accuracy_in_evaluate_and_in_the_history_of_fit():
+    inputs, targets = samples(300)[0], torch.rand(300, 2)
+    model = of_distances(NearEnough())
+    expected = float(((model(inputs) - targets).abs() < 0.5).double().mean())
+    assert 0.0 < expected < 1.0
+    assert evaluate(model, (inputs, targets), batch_size=70)[0] == pytest.approx(expected, rel=1e-12)  # order of sums
+    result = fit(model, (inputs, targets), **{**RUN, "epochs": 1, "validation": (inputs, targets)})
+    assert result.history[-1].accuracy == evaluate(model, (inputs, targets))[0]
+    assert "accuracy" in str(result)
+
+
+def test_no_accuracy_is_reported_for_a_loss_without_a_notion_of_it():
+    data = samples(60)[0], torch.rand(60, 2)
+    result = fit(of_distances(losses.Huber()), data, **{**RUN, "epochs": 1, "validation": data})
+    assert result.history[-1].accuracy is None
+    assert result.history[-1].validation_loss is not None
+    assert "accuracy" not in str(result)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda off: 0.5,
+        lambda off: off < 1,
+        lambda off: off.sum().abs() < 1,
+        lambda off: torch.ones(len(off), dtype=torch.int64),
+        lambda off: torch.full((len(off),), 1.5),
+        lambda off: torch.full((len(off),), -0.5),
+        lambda off: torch.full((len(off),), math.nan),
+    ],
+    ids=["a number", "one for each output", "one for all", "integers", "above one", "below zero", "NaN"],
+)
+def test_what_correct_returns_must_be_a_share_for_each_row_and_is_refused_before_a_step_is_charged(returned):
+    accountant = RDPAccountant()
+    with pytest.raises(InputError, match=r"correct\(\) of .*\[0, 1\]"):
+        fit(
+            of_distances(NearEnough(returned)),
+            (samples(60)[0], torch.rand(60, 2)),
+            **{**RUN, "accountant": accountant},
+        )
+    assert len(accountant) == 0
+
+
 def test_evaluation_that_fails_leaves_the_model_in_its_mode():
     model = gated_model().train()
     with pytest.raises(InputError):
@@ -568,3 +628,30 @@ def test_numbers_of_numpy_in_the_settings_leave_a_checkpoint_that_can_be_read(tm
     fit(gated_model(), samples(100), checkpoint=path, **options, **run)
     again = fit(gated_model(), samples(100), checkpoint=path, **options, **run)
     assert again.steps == 2
+
+
+@pytest.mark.parametrize("trainable", ["none", "frozen"])
+def test_a_network_without_parameters_to_train_is_refused_before_anything_is_charged(trainable):
+    if trainable == "none":
+        model = DPLipModel(nn.Flatten(), input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy())
+    else:
+        model = gated_model()
+        model.net.requires_grad_(False)
+    accountant = RDPAccountant()
+    with pytest.raises(ConfigurationError, match="no parameters to train"):
+        fit(model, samples(60), **{**RUN, "accountant": accountant})
+    assert len(accountant) == 0
+    with pytest.raises(ConfigurationError, match="no parameters to train"):
+        audit.sensitivity(model)
+
+
+def test_training_losses_are_neither_shown_nor_pickled_with_the_history_and_stay_in_its_copies():
+    result = fit(gated_model(), samples(60), **{**RUN, "epochs": 2, "validation": samples(40)})
+    records = result.history
+    assert all(record.loss is not None for record in records)
+    for shown in (repr(records), repr(result), str(result)):
+        assert not any(str(record.loss) in shown for record in records)
+    stored = pickle.dumps(records)
+    assert not any(struct.pack(">d", record.loss) in stored for record in records)
+    assert pickle.loads(stored) == protected(records)
+    assert copy.deepcopy(records) == copy.copy(records) == records

@@ -179,7 +179,8 @@ def sensitivity(
         AuditError: an attack passed a bound: a rule, a certificate or a gate is wrong, or samples interact. Where a
             bound was passed it holds the report.
         InputError: the batch does not fit the model.
-        ConfigurationError: ``steps`` or ``attempts`` is out of range, or each rank holds a part of the model only.
+        ConfigurationError: ``steps`` or ``attempts`` is out of range, no parameter is trainable, or each rank holds a
+            part of the model only.
 
     Guarantee:
         None: an attack that fails proves nothing. What it refutes is wrong.
@@ -188,6 +189,8 @@ def sensitivity(
         raise ConfigurationError(f"steps must be an integer of at least 0, got {steps!r}")
     if attempts is not None and not (isinstance(attempts, int) and attempts >= 1):
         raise ConfigurationError(f"attempts must be a positive integer, or None for all of them, got {attempts!r}")
+    if not any(parameter.requires_grad for parameter in model.net.parameters()):
+        raise ConfigurationError("an audit attacks bounds of gradients, and the network has no parameters to train")
     if sharding.has_shards(model):
         raise ConfigurationError(
             "an audit attacks whole weights, of which each rank holds a part: audit before fully_shard"

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.arguments import positive
 from clipless_dp.norms.dense import dense_norm
 from clipless_dp.norms.operators import DenseOperator, Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -20,7 +20,10 @@ class Constraint(ABC):
     """A projection onto parameters whose operator norm is at most :attr:`limit`.
 
     Args:
-        limit: the norm guaranteed after :meth:`project_`, 1 by default.
+        limit: the norm guaranteed after :meth:`project_`, 1 by default. Further arguments of a constraint are named.
+
+    Raises:
+        ConfigurationError: an argument is out of range or of another type, here rather than in a step that is charged.
 
     Guarantee:
         After ``project_(weight, operators)`` the exact real operator stored in ``weight`` has norm at most
@@ -28,9 +31,7 @@ class Constraint(ABC):
     """
 
     def __init__(self, limit: float = 1.0) -> None:
-        if not (math.isfinite(limit) and limit > 0):
-            raise ConfigurationError(f"the limit of a constraint must be finite and positive, got {limit!r}")
-        self.limit = float(limit)
+        self.limit = positive("the limit of a constraint", limit)
 
     @abstractmethod
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:

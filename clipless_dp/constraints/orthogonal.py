@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from clipless_dp.arguments import flag, whole
 from clipless_dp.constraints.base import Constraint, scale_to_limit_
-from clipless_dp.errors import ConfigurationError, NormError
+from clipless_dp.errors import NormError
 from clipless_dp.norms.eigenvalue import trace_bounds
 from clipless_dp.norms.gram import gram_matrix, single_gram_matrix
 from clipless_dp.norms.operators import DenseOperator, Operator
@@ -42,8 +43,8 @@ class Orthogonal(Constraint):
     orthogonalisation).
 
     Args:
-        iterations: most Björck steps for each projection.
         limit: the largest operator norm, 1 by default.
+        iterations: most Björck steps for each projection.
         tangent: whether to project the noisy gradient on the tangent space of the semi-orthogonal matrices (the
             Stiefel manifold) at the weight. What it drops, noise above all, the projection after the step would
             undo to first order, but momentum and adaptive step sizes would remember. For an ``n × n`` weight it
@@ -63,12 +64,10 @@ class Orthogonal(Constraint):
         to 0.003 of the limit up to 512 rows, up to 0.005 above.
     """
 
-    def __init__(self, iterations: int = 4, limit: float = 1.0, *, tangent: bool = False) -> None:
+    def __init__(self, limit: float = 1.0, *, iterations: int = 4, tangent: bool = False) -> None:
         super().__init__(limit)
-        if iterations < 1:
-            raise ConfigurationError(f"iterations must be at least 1, got {iterations}")
-        self.iterations = iterations
-        self.tangent = tangent
+        self.iterations = whole("iterations", iterations)
+        self.tangent = flag("tangent", tangent)
 
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:

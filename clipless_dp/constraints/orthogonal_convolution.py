@@ -30,8 +30,8 @@ class OrthogonalConvolution(Orthogonal):
     are treated as by :class:`Orthogonal`.
 
     Args:
-        iterations: steps for each projection.
         limit: the largest operator norm, 1 by default.
+        iterations: steps for each projection.
         tangent: as in :class:`Orthogonal`. The noise's normal part, most of a kernel's, is not dropped at once but
             shrunk in ``iterations`` linearised steps.
 

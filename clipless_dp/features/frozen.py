@@ -9,7 +9,6 @@ import json
 import math
 import os
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from accounting.errors import warn_caller
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 
@@ -128,7 +128,7 @@ class FrozenFeatures(nn.Module):
             kept = _read(path)
             if kept is not None and len(kept) == len(inputs):
                 return kept
-            warnings.warn(f"{path} is damaged; the features are computed again", UserWarning, stacklevel=2)
+            warn_caller(f"{path} is damaged; the features are computed again", UserWarning)
         self._write(path, inputs)
         written = _read(path)
         if written is None:

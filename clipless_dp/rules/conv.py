@@ -43,16 +43,18 @@ def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
     if module.padding_mode not in ("zeros", "circular"):
         raise RuleError(f"padding_mode={module.padding_mode!r} is not supported: use padding_mode='zeros'")
     input_size, padding = _input_size(module, context), _sides(module)
+    # Lists, which torch takes as well, could not be looked up.
+    stride, dilation = tuple(module.stride), tuple(module.dilation)
     windows = coverage(
         input_size,
         module.kernel_size,
-        stride=module.stride,
+        stride=stride,
         padding=padding,
-        dilation=module.dilation,
+        dilation=dilation,
         padding_mode=module.padding_mode,
     )
     operator = ConvOperator(
-        input_size, module.stride, padding, module.dilation, module.groups, windows, padding_mode=module.padding_mode
+        input_size, stride, padding, dilation, module.groups, windows, padding_mode=module.padding_mode
     )
     return _bounds(module, context, operator)
 
@@ -66,20 +68,22 @@ def transposed_convolution_rule(module: TransposedConvolution, context: RuleCont
     Windows that start in ``output_padding`` are counted too, which can only enlarge N.
     """
     input_size, padding = _input_size(module, context), _sides(module)
+    # Lists, which torch takes as well, could not be looked up.
+    stride, dilation = tuple(module.stride), tuple(module.dilation)
     output_size = context.output_shape[1:]
-    windows = coverage(output_size, module.kernel_size, stride=module.stride, padding=padding, dilation=module.dilation)
+    windows = coverage(output_size, module.kernel_size, stride=stride, padding=padding, dilation=dilation)
     # From the shapes and not from the module, because `output_size` may be given at the call.
     extra = tuple(
-        made - ((size - 1) * step - low - high + dilation * (taps - 1) + 1)
-        for made, size, step, (low, high), dilation, taps in zip(
-            output_size, input_size, module.stride, padding, module.dilation, module.kernel_size, strict=True
+        made - ((size - 1) * step - low - high + spread * (taps - 1) + 1)
+        for made, size, step, (low, high), spread, taps in zip(
+            output_size, input_size, stride, padding, dilation, module.kernel_size, strict=True
         )
     )
     operator = ConvOperator(
         input_size,
-        module.stride,
+        stride,
         padding,
-        module.dilation,
+        dilation,
         module.groups,
         windows,
         transposed=True,

@@ -6,13 +6,16 @@ import copy
 import json
 import math
 import pickle
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
+    AccountingError,
     FixedSizeSampling,
     GaussianRelease,
     GaussianStep,
@@ -35,6 +38,7 @@ from accounting import (
     create_accountant,
     repeat,
 )
+from accounting import ledger as ledger_module
 
 STEP = GaussianStep(1.0, PoissonSampling(0.01))
 EVERYTHING = [
@@ -435,3 +439,53 @@ def test_the_epsilon_curve_answers_each_delta():
     accountant = RDPAccountant()
     accountant.record(STEP, 100)
     assert accountant.epsilon_curve([1e-5, 1e-6]) == [accountant.get_epsilon(1e-5), accountant.get_epsilon(1e-6)]
+
+
+def test_threads_that_share_a_ledger_lose_no_line_and_no_reader_finds_less_than_before(monkeypatch):
+    ledger, honest = Ledger(), ledger_module.Line
+
+    def slow(*given):
+        time.sleep(1e-4)
+        return honest(*given)
+
+    monkeypatch.setattr(ledger_module, "Line", slow)
+
+    def record(_):
+        seen = []
+        for step in range(25):
+            ledger.append(GaussianStep(1.0 + step % 5, PoissonSampling(0.1)), 1)
+            seen.append(sum(line.count for line in ledger.lines))
+        return seen
+
+    with ThreadPoolExecutor(8) as pool:
+        seen = list(pool.map(record, range(8)))
+    assert sum(line.count for line in ledger.lines) == len(ledger) == 8 * 25
+    assert all(some == sorted(some) for some in seen)
+
+
+@pytest.mark.parametrize("entries", [{}, {"0": 1}, "", "steps", None, 0])
+def test_a_ledger_whose_entries_are_no_list_is_refused(entries):
+    state = {**Ledger().state_dict(), "entries": entries}
+    with pytest.raises(LedgerFormatError, match="entries"):
+        Ledger.from_state_dict(state)
+    with pytest.raises(LedgerFormatError, match="entries"):
+        Ledger.from_json(json.dumps(state))
+
+
+@pytest.mark.parametrize("where", ["count", "noise_multiplier"])
+def test_numbers_beyond_floats_in_a_stored_ledger_are_refused(where):
+    ledger = Ledger()
+    ledger.append(GaussianStep(1.0, PoissonSampling(0.1)), 3)
+    state = ledger.state_dict()
+    (line,) = state["entries"]
+    (line if where == "count" else line["event"])[where] = 10**400
+    with pytest.raises(AccountingError, match=where):
+        Ledger.from_json(json.dumps(state))
+
+
+def test_numbers_beyond_floats_are_refused_as_arguments():
+    accountant = create_accountant("rdp")
+    for given in ({"noise_multiplier": 10**400}, {"sample_rate": 10**400}, {"steps": 10**400}):
+        with pytest.raises(InvalidParameterError, match=next(iter(given))):
+            accountant.step(**{"noise_multiplier": 1.0, "sample_rate": 0.1, **given})
+    assert len(accountant) == 0

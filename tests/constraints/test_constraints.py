@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -50,7 +53,7 @@ CONSTRAINTS: tuple[Constraint, ...] = (
     Spectral(),
     Spectral(0.3),
     Orthogonal(),
-    Orthogonal(8, 2.0),
+    Orthogonal(2.0, iterations=8),
     Ball(0.7),
     AlmostOrthogonal(),
     AlmostOrthogonal(0.3),
@@ -394,7 +397,7 @@ def test_weights_near_the_limit_catch(mutant: Mutant, spread: float, monkeypatch
     def worst() -> float:
         torch.manual_seed(0)
         weight = near_orthogonal(40, 60, spread).float()
-        Orthogonal(1).project_(weight, (DenseOperator(),))
+        Orthogonal(iterations=1).project_(weight, (DenseOperator(),))
         return float(torch.linalg.svdvals(weight.double())[0])
 
     assert worst() <= 1.0 + TRUTH_ROUNDING
@@ -416,7 +419,7 @@ def worst_of_unlucky_products(monkeypatch: pytest.MonkeyPatch) -> float:
 
     monkeypatch.setattr(orthogonal, "single_gram_matrix", unlucky)
     monkeypatch.setattr(orthogonal, "scale_to_limit_", lambda *_: None)
-    Orthogonal(1).project_(weight, (DenseOperator(),))
+    Orthogonal(iterations=1).project_(weight, (DenseOperator(),))
     return float(torch.linalg.svdvals(weight.double())[0])
 
 
@@ -560,18 +563,55 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_names_that_exist() -
         wrap(three_layers(), (4,), constraint={"conv*": Spectral()})
 
 
-@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan, math.inf])
-@pytest.mark.parametrize(
-    "kind", [Spectral, Ball, AlmostOrthogonal, Frobenius, RowNorm, lambda limit: Orthogonal(limit=limit)]
-)
-def test_limits_out_of_range_are_refused(kind: Any, limit: float) -> None:
+KINDS = [Spectral, Ball, AlmostOrthogonal, Frobenius, RowNorm, Orthogonal, OrthogonalConvolution]
+NO_LIMITS = [0.0, -1.0, math.nan, math.inf, 10**400, Fraction(1, 10**400), True, np.True_, None, "1", (1.0,), 1j]
+NO_LIMITS += [torch.tensor(1.0), np.ones(1), np.float64(math.nan)]
+
+
+@pytest.mark.parametrize("limit", NO_LIMITS, ids=repr)
+@pytest.mark.parametrize("kind", KINDS)
+def test_limits_that_are_no_finite_positive_numbers_are_refused_when_the_constraint_is_made(
+    kind: Any, limit: object
+) -> None:
     with pytest.raises(ConfigurationError, match="limit"):
         kind(limit)
 
 
-def test_orthogonal_needs_at_least_one_iteration() -> None:
-    with pytest.raises(ConfigurationError, match="iterations"):
-        Orthogonal(iterations=0)
+@pytest.mark.parametrize("limit", [2, np.int64(2), np.float32(2.0), Fraction(4, 2)], ids=repr)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_first_argument_of_each_constraint_is_its_limit_a_real_number_of_any_kind(kind: Any, limit: Any) -> None:
+    assert type(kind(limit).limit) is float
+    assert kind(limit).limit == kind(limit=limit).limit == 2.0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_beside_the_limit_are_named(kind: Any) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        kind(1.0, 4)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"iterations": value} for value in (0, -1, 1.0, True, "4", None, math.inf, torch.tensor(4))]
+    + [{"tangent": value} for value in (1, 0, None, "no", torch.tensor(True))],
+    ids=repr,
+)
+@pytest.mark.parametrize("kind", [Orthogonal, OrthogonalConvolution])
+def test_iterations_are_whole_numbers_and_tangent_is_a_truth_value(kind: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError, match=next(iter(arguments))):
+        kind(**arguments)
+
+
+def test_settings_of_constraints_are_the_plain_values_that_earlier_states_hold() -> None:
+    made = Orthogonal(np.float32(2.0), iterations=np.int64(8))
+    assert vars(made) == {"limit": 2.0, "iterations": 8, "tangent": False}
+    assert [type(value) for value in vars(made).values()] == [float, int, bool]
+    # A pickle of a time when the number of iterations came first: it restores attributes and calls no constructor.
+    before = pickle.loads(
+        b"\x80\x04cclipless_dp.constraints.orthogonal\nOrthogonal\n)\x81}(\x8c\x05limitG@\x00\x00\x00\x00\x00"
+        b"\x00\x00\x8c\niterationsK\x08\x8c\x07tangent\x89ub."
+    )
+    assert vars(before) == vars(made)
 
 
 def test_one_kernel_at_two_strides_is_within_the_limit_of_both_operators() -> None:

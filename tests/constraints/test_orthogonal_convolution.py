@@ -219,7 +219,7 @@ MUTANTS = (
 
 def test_a_kernel_believed_orthogonal_without_the_certificate_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[0].apply(monkeypatch)
-    found = noisy_steps("square 3×3", OrthogonalConvolution(1), steps=2, size=0.1, cases=ON_A_CIRCLE)
+    found = noisy_steps("square 3×3", OrthogonalConvolution(iterations=1), steps=2, size=0.1, cases=ON_A_CIRCLE)
     assert max(high for _, high in found) > 1.0 + 1e-4
 
 

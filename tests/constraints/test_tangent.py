@@ -170,7 +170,7 @@ def test_the_projection_after_the_step_undoes_the_dropped_part_to_first_order(na
         for tangent in (False, True):
             torch.manual_seed(0)
             layer = build().double()
-            model = wrap(layer, shape, constraint=Orthogonal(8, tangent=tangent))
+            model = wrap(layer, shape, constraint=Orthogonal(iterations=8, tangent=tangent))
             weight = model.net.get_parameter("weight")
             weight.grad = torch.randn(weight.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
             model.project_gradients_()
@@ -229,7 +229,7 @@ def attacked(name: str, limit: float) -> DPLipModel:
     torch.manual_seed(0)
     build, shape = LAYERS[name]
     net = nn.Sequential(build(), nn.Flatten()).double()
-    return wrap(net, shape, constraint={"0": Orthogonal(8, limit=limit, tangent=True)})
+    return wrap(net, shape, constraint={"0": Orthogonal(iterations=8, limit=limit, tangent=True)})
 
 
 @pytest.mark.parametrize("name", ["square", "wide", "tall", "conv"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -224,3 +225,18 @@ def test_a_limit_is_not_taken_for_the_norm_of_an_operator_that_its_constraint_ne
     truth = 3.0 * float(torch.linalg.svdvals(layer.weight.detach())[0])
     assert truth > 1.0
     assert bounds_of(model)["before.shift"] >= truth
+
+
+@pytest.mark.parametrize("kind", [nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("constraint", [None, Spectral()], ids=["free", "constrained"])
+def test_strides_and_dilations_that_are_lists_are_as_good_as_tuples(
+    kind: type[nn.Module], constraint: Spectral | None
+) -> None:
+    axes = 1 if kind in (nn.Conv1d, nn.ConvTranspose1d) else 2
+    totals = []
+    for form in (tuple, list):
+        torch.manual_seed(0)
+        layer: Any = kind(2, 2, 3)
+        layer.stride, layer.dilation = form([2] * axes), form([1] * axes)
+        totals.append(wrap(nn.Sequential(layer), (2, *[6] * axes), constraint=constraint).sensitivity().total)
+    assert totals[0] == totals[1] > 0.0
