@@ -74,13 +74,7 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, c
         ConfigurationError: the name is unknown, or a file or one of its arrays is missing, or ``classes`` is missing or
             no number that all targets lie below.
     """
-    own = name.endswith(".npz") and name not in NAMES
-    if own and not (isinstance(classes, int) and classes >= 1):
-        raise ConfigurationError(
-            f"say how many classes {name} has (classes=…, --classes), a positive integer, got {classes!r}: read from "
-            "the targets, it would tell about one row"
-        )
-    if not own and classes not in (None, _CLASSES):
+    if name in NAMES and classes not in (None, _CLASSES):
         raise ConfigurationError(f"{name} has {_CLASSES} classes, got classes={classes!r}")
     if name == "digits":
         from sklearn.datasets import load_digits
@@ -95,15 +89,32 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, c
     if name == "cifar10":
         return _cifar10(data_dir)
     if name.endswith(".npz"):
-        arrays = _read_npz(Path(name))
-        if "x_train" in arrays:
-            parts = (_required(arrays, key, name) for key in ("x_train", "y_train", "x_test", "y_test"))
-            return _split(*parts, classes=classes)
-        inputs, targets = _required(arrays, "X", name), _required(arrays, "y", name)
-        _require_pairs(inputs, targets)
-        held_out = _held_out(inputs, targets)
-        return _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes=classes)
+        return _file(name, classes)
     raise ConfigurationError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or a path ending in .npz")
+
+
+def _file(name: str, classes: int | None) -> Split:
+    if not (isinstance(classes, int) and classes >= 1):
+        raise ConfigurationError(
+            f"say how many classes {name} has (classes=…, --classes), a positive integer, got {classes!r}: read from "
+            "the targets, it would tell about one row"
+        )
+    arrays = _read_npz(Path(name))
+    if "x_train" in arrays:
+        return _split(*_parts(arrays, name), classes)
+    inputs, targets = _required(arrays, "X", name), _required(arrays, "y", name)
+    _require_pairs(inputs, targets)
+    held_out = _held_out(inputs, targets)
+    return _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
+
+
+def _parts(
+    arrays: dict[str, np.ndarray[Any, Any]], name: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    x_train, y_train, x_test, y_test = (
+        _required(arrays, key, name) for key in ("x_train", "y_train", "x_test", "y_test")
+    )
+    return x_train, y_train, x_test, y_test
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -124,7 +135,7 @@ def _mnist(data_dir: str | os.PathLike[str] | None) -> Split:
     if data_dir is not None:
         path = Path(data_dir) / "mnist.npz"
         arrays = _read_npz(path)
-        return _split(*(_required(arrays, key, str(path)) for key in ("x_train", "y_train", "x_test", "y_test")))
+        return _split(*_parts(arrays, str(path)))
     images, labels = _openml("mnist_784")
     images = images.reshape(-1, 28, 28).astype(np.uint8)
     return _split(images[:60_000], labels[:60_000], images[60_000:], labels[60_000:])
