@@ -13,10 +13,12 @@ import itertools
 import math
 import sys
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +27,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import get_worker_info
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.weak import WeakIdKeyDictionary, WeakIdRef
 
 
@@ -86,12 +89,14 @@ class _Drawn:
         draw: what its batch is delivered as.
         key: digest of its indices, whatever their order.
         count: how many they are.
+        loader: the iterator of a ``DataLoader`` that asked for it, if one did.
         arrived: whether a batch was made of it.
     """
 
     draw: Draw
     key: bytes
     count: int
+    loader: weakref.ref[Any] | None = None
     arrived: bool = False
 
 
@@ -285,7 +290,9 @@ def _span(inputs: Tensor, base: Tensor) -> tuple[int, int] | None:
 
 def upcoming(draw: Draw, indices: list[int]) -> list[int]:
     """The indices of a draw, for a ``DataLoader``, whose ``collate_fn`` is to hand its batch to :func:`arrived`."""
-    drawn = _Drawn(draw, _key(indices) or b"", len(indices))
+    asking = _frame(_NEXT_INDEX)
+    loader = None if asking is None else weakref.ref(asking.f_locals["self"])
+    drawn = _Drawn(draw, _key(indices) or b"", len(indices), loader)
     _current.drawn = drawn
     with _lock:
         _handed_out.append(drawn)
@@ -347,11 +354,13 @@ class Fetch(NamedTuple):
         indices: what its sampler gave it.
         samples: what the data set gave for them.
         whole: whether that is one batch (``batch_size=None``), and not a list of samples.
+        loader: its iterator, where no worker fetches.
     """
 
     indices: Any
     samples: Any
     whole: bool
+    loader: Any
 
     def repeats(self) -> bool:
         """Whether an index is there more than once."""
@@ -373,6 +382,15 @@ class Fetch(NamedTuple):
 
 
 _FETCH = _MapDatasetFetcher.fetch.__code__
+_NEXT_INDEX = _BaseDataLoaderIter._next_index.__code__
+
+
+def _frame(code: CodeType) -> FrameType | None:
+    """The innermost call of a function that this is called within."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
 
 
 def fetching() -> Fetch | None:
@@ -381,20 +399,19 @@ def fetching() -> Fetch | None:
     A loader hands its ``collate_fn`` samples and not their indices, so those are read from the frame of its call: what
     a sampler handed out tells nothing about what was fetched.
     """
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _FETCH:
-        frame = frame.f_back  # type: ignore[assignment]
+    frame = _frame(_FETCH)
     if frame is None:
         return None
-    known = frame.f_locals
-    return Fetch(known["possibly_batched_index"], known["data"], not known["self"].auto_collation)
+    known, caller = frame.f_locals, frame.f_back
+    loader = None if caller is None else caller.f_locals.get("self")
+    return Fetch(known["possibly_batched_index"], known["data"], not known["self"].auto_collation, loader)
 
 
 def arrived(batch: Any, samples: Any) -> Any:
     """Delivers a batch that a ``collate_fn`` has made of samples: here, or once a worker has sent it here.
 
     It is a draw if the indices that were fetched are those of one that a sampler has handed out, in any order. Where no
-    loader fetches, it is taken for the latest one in this thread, if as many samples are there.
+    loader is at work, it is taken for the latest one in this thread, if as many samples are there.
 
     Returns:
         The batch; in a worker its tensors say, when they are unpickled, what they are.
@@ -404,13 +421,16 @@ def arrived(batch: Any, samples: Any) -> Any:
         return batch if fetch is None else _marked(batch, fetch, fetch.made_of(samples))
     if fetch is None:
         drawn = _current.drawn
-        if drawn is not None:
+        if drawn is not None and drawn.loader is None:
             _arrive(drawn, batch if len(samples) == drawn.count else ())
         return batch
     key = _key(fetch.indices)
-    drawn = _drawn_as(fetch.indices.drawn if isinstance(fetch.indices, Indices) else None, key) or _current.drawn
+    drawn = _drawn_as(fetch.indices.drawn if isinstance(fetch.indices, Indices) else None, key)
+    if drawn is None and _current.drawn is not None and _current.drawn.loader is not None:
+        # What this loader has just asked for, whatever became of it on the way; a loader beside it asked for nothing.
+        drawn = _current.drawn if _current.drawn.loader() is fetch.loader else None
     if drawn is not None:
-        # Else indices or samples were changed on the way here: there is a draw, and this is not it.
+        # Where indices or samples were changed on the way there is a draw, and this is not it.
         _arrive(drawn, batch if drawn.key == key and fetch.made_of(samples) else ())
     return batch
 

@@ -394,6 +394,29 @@ def test_a_list_of_draws_leaves_none_to_a_shuffled_loader():
         assert charged(shuffling) == [(1.0, 1.0, 2)]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_for_evaluation_beside_it_takes_no_draw_away(workers):
+    rows = Rows()
+    beside = DataLoader(rows, batch_size=32, collate_fn=poisson_collate(rows))
+
+    def evaluated(batches):
+        for batch in batches:
+            yield batch
+            with torch.no_grad():
+                list(beside)
+
+    assert charged(evaluated(loader(PoissonBatchSampler(COUNT, sample_rate=RATE, steps=6), workers))) == [
+        (1.0, RATE, 6)
+    ]
+
+
+def test_a_draw_that_is_collated_by_hand_keeps_the_amplification():
+    rows = Rows()
+    collate = poisson_collate(rows)
+    sampler = PoissonBatchSampler(COUNT, sample_rate=RATE, steps=3)
+    assert charged(collate([rows[index] for index in indices]) for indices in sampler) == [(1.0, RATE, 3)]
+
+
 def resampled(rows):
     return [rows[0], *rows[:-1]] if rows else rows
 
