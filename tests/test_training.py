@@ -568,3 +568,17 @@ def test_numbers_of_numpy_in_the_settings_leave_a_checkpoint_that_can_be_read(tm
     fit(gated_model(), samples(100), checkpoint=path, **options, **run)
     again = fit(gated_model(), samples(100), checkpoint=path, **options, **run)
     assert again.steps == 2
+
+
+def test_where_a_public_size_is_given_the_number_of_rows_chooses_no_padding(monkeypatch):
+    usual, counts = training_module.usual_rows, []
+
+    def noted(count, sample_rate):
+        counts.append(count)
+        return usual(count, sample_rate)
+
+    monkeypatch.setattr(training_module, "usual_rows", noted)
+    settings = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 50, "dataset_size": 100}
+    for rows in (100, 101):
+        fit(gated_model(), samples(rows), accountant="rdp", audit=False, progress=False, **settings)
+    assert counts == [100, 100]
