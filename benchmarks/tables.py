@@ -21,11 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from clipless_dp.datasets import load_dataset
 from clipless_dp.tables import fit_table
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tables.json"
@@ -55,6 +55,23 @@ PUBLISHED = {
 
 Rows = tuple[Tensor, Tensor]
 
+SPLIT_SEED = 20240507
+"""Fixes the test rows of these tables. They are public: of private ones a row more would change the whole permutation,
+see `clipless_dp.datasets`."""
+
+
+def train_and_test(path: Path) -> tuple[Rows, Rows]:
+    """Four fifths of the rows, and the fifth that is held out."""
+    with np.load(path, allow_pickle=False) as archive:
+        rows, labels = archive["X"].astype(np.float32), archive["y"].astype(np.int64)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(rows))
+    test, train = order[: len(order) // 5], order[len(order) // 5 :]
+
+    def part(some: np.ndarray[Any, Any]) -> Rows:
+        return torch.from_numpy(rows[some]), torch.from_numpy(labels[some])
+
+    return part(train), part(test)
+
 
 def split(table: str, data_dir: Path, part: str, number: int) -> tuple[Rows, Rows]:
     """Training and held-out rows with their labels.
@@ -66,15 +83,15 @@ def split(table: str, data_dir: Path, part: str, number: int) -> tuple[Rows, Row
             test rows.
         number: seed of the validation split, or of the fifth.
     """
-    data = load_dataset(str(data_dir / f"{table}.npz"))
+    train, test = train_and_test(data_dir / f"{table}.npz")
     if part == "test":
-        return data.train, data.test
-    rows, labels = data.train
+        return train, test
+    rows, labels = train
     if part == "validation":
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(number))
         held_out, kept = order[: len(order) // 5], order[len(order) // 5 :]
     else:
-        rows, labels = torch.cat([data.test[0], rows]), torch.cat([data.test[1], labels])
+        rows, labels = torch.cat([test[0], rows]), torch.cat([test[1], labels])
         fifths = torch.arange(len(rows)).tensor_split(5)
         held_out, kept = fifths[number], torch.cat([*fifths[:number], *fifths[number + 1 :]])
     return (rows[kept], labels[kept]), (rows[held_out], labels[held_out])

@@ -99,6 +99,12 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     train.add_argument("--dataset", required=True, metavar="|".join((*NAMES, "PATH.npz")), help="data to train on")
     train.add_argument("--data-dir", type=Path, help="folder with local copies; otherwise named sets are downloaded")
+    train.add_argument(
+        "--classes", type=int, help="number of classes of an NPZ file, which must be public (--preset tables: 2)"
+    )
+    train.add_argument(
+        "--dataset-size", type=int, help="public number of training samples (default: their number, taken to be public)"
+    )
     train.add_argument("--epsilon", type=float, required=True, help="target ε")
     train.add_argument("--delta", type=float, required=True, help="target δ, below one over the number of samples")
     train.add_argument(
@@ -168,7 +174,10 @@ def _train(options: argparse.Namespace) -> int:
     _require_device(options.device)
     for file in () if options.report is None else statement_files(options.report):
         check_writable(file)
-    data = load_dataset(options.dataset, options.data_dir)
+    classes = options.classes
+    if classes is None and options.preset == TABLES and options.dataset not in NAMES:
+        classes = 2
+    data = load_dataset(options.dataset, options.data_dir, classes=classes)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
     arguments: dict[str, Any] = {
@@ -184,6 +193,8 @@ def _train(options: argparse.Namespace) -> int:
         "progress": not options.quiet,
         **_tuned(options),
     }
+    if options.dataset_size is not None:
+        arguments["dataset_size"] = options.dataset_size
     provenance: str | None = None
     if options.preset is None:
         model = _model(options, tuple(data.inputs.shape[1:]), data.classes).to(options.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import zipfile
@@ -17,8 +18,14 @@ from torch import Tensor
 from clipless_dp.errors import ConfigurationError
 
 NAMES = ("digits", "mnist", "cifar10")
+_CLASSES = 10
+"""Of each of these."""
+
 _SPLIT_SEED = 20240507
-"""Fixes the held-out fifth of data sets that come without a test split; it does not depend on the data."""
+"""Fixes the held-out fifth of the digits, which are public."""
+
+_SPLIT_KEY = b"clipless_dp.datasets: held-out fifth"
+"""Public key of the hash that decides by itself about each row of a file whether it is held out."""
 
 
 @dataclass(frozen=True)
@@ -50,34 +57,64 @@ class Split:
         return self.test_inputs, self.test_targets
 
 
-def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None) -> Split:
+def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, classes: int | None = None) -> Split:
     """Loads ``"digits"``, ``"mnist"``, ``"cifar10"``, or an NPZ file.
 
     Args:
         name: one of the names, or the path of an NPZ file with ``x_train``, ``y_train``, ``x_test``, ``y_test``, or
-            with ``X`` and ``y``, of which a fixed random fifth is held out. Images are uint8 ``(N, H, W)`` or
-            ``(N, H, W, 3)`` and are divided by 255; anything else is taken as it is.
+            with ``X`` and ``y``, of which about a fifth is held out: a keyed hash of a row and its target decides about
+            that row alone, so that one row more changes no other's part, and equal rows fall together. Images are uint8
+            ``(N, H, W)`` or ``(N, H, W, 3)`` and are divided by 255; anything else is taken as it is.
         data_dir: folder that holds ``mnist.npz`` and ``cifar10_jpeg.npz``; without it scikit-learn downloads the
             data set from OpenML.
+        classes: number of classes, 10 in the named data sets. Of a file it must be said: the largest target is that of
+            one row, and would tell about it.
 
     Raises:
-        ConfigurationError: the name is unknown, or a file or one of its arrays is missing.
+        ConfigurationError: the name is unknown, or a file or one of its arrays is missing, or ``classes`` is missing or
+            no number that all targets lie below.
     """
+    if name in NAMES and classes not in (None, _CLASSES):
+        raise ConfigurationError(f"{name} has {_CLASSES} classes, got classes={classes!r}")
     if name == "digits":
         from sklearn.datasets import load_digits
 
         images, labels = load_digits(return_X_y=True)
-        return _held_out(images.reshape(-1, 1, 8, 8).astype(np.float32) / 16.0, labels)
+        images = images.reshape(-1, 1, 8, 8).astype(np.float32) / 16.0
+        order = np.random.default_rng(_SPLIT_SEED).permutation(len(images))
+        test, train = order[: len(images) // 5], order[len(images) // 5 :]
+        return _split(images[train], labels[train], images[test], labels[test])
     if name == "mnist":
         return _mnist(data_dir)
     if name == "cifar10":
         return _cifar10(data_dir)
     if name.endswith(".npz"):
-        arrays = _read_npz(Path(name))
-        if "x_train" in arrays:
-            return _split(*(_required(arrays, key, name) for key in ("x_train", "y_train", "x_test", "y_test")))
-        return _held_out(_required(arrays, "X", name), _required(arrays, "y", name))
+        return _file(name, classes)
     raise ConfigurationError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or a path ending in .npz")
+
+
+def _file(name: str, classes: int | None) -> Split:
+    if not (isinstance(classes, int) and classes >= 1):
+        raise ConfigurationError(
+            f"say how many classes {name} has (classes=…, --classes), a positive integer, got {classes!r}: read from "
+            "the targets, it would tell about one row"
+        )
+    arrays = _read_npz(Path(name))
+    if "x_train" in arrays:
+        return _split(*_parts(arrays, name), classes)
+    inputs, targets = _required(arrays, "X", name), _required(arrays, "y", name)
+    _require_pairs(inputs, targets)
+    held_out = _held_out(inputs, targets)
+    return _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
+
+
+def _parts(
+    arrays: dict[str, np.ndarray[Any, Any]], name: str
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    x_train, y_train, x_test, y_test = (
+        _required(arrays, key, name) for key in ("x_train", "y_train", "x_test", "y_test")
+    )
+    return x_train, y_train, x_test, y_test
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
@@ -98,7 +135,7 @@ def _mnist(data_dir: str | os.PathLike[str] | None) -> Split:
     if data_dir is not None:
         path = Path(data_dir) / "mnist.npz"
         arrays = _read_npz(path)
-        return _split(*(_required(arrays, key, str(path)) for key in ("x_train", "y_train", "x_test", "y_test")))
+        return _split(*_parts(arrays, str(path)))
     images, labels = _openml("mnist_784")
     images = images.reshape(-1, 28, 28).astype(np.uint8)
     return _split(images[:60_000], labels[:60_000], images[60_000:], labels[60_000:])
@@ -136,12 +173,16 @@ def _openml(name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return values, labels.astype(np.int64)
 
 
-def _held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> Split:
-    _require_pairs(inputs, targets)
-    order = np.random.default_rng(_SPLIT_SEED).permutation(len(inputs))
-    cut = len(inputs) // 5
-    test, train = order[:cut], order[cut:]
-    return _split(inputs[train], targets[train], inputs[test], targets[test])
+def _held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which rows are held out, about a fifth: each by a coin of its own, which its content tosses."""
+    rows = np.ascontiguousarray(inputs)
+    labels = np.ascontiguousarray(targets.astype(np.int64))
+
+    def drawn(row: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> bool:
+        digest = hashlib.blake2b(row.tobytes() + label.tobytes(), digest_size=8, key=_SPLIT_KEY).digest()
+        return int.from_bytes(digest, "little") < (1 << 64) // 5
+
+    return np.fromiter(map(drawn, rows, labels), np.bool_, len(rows))
 
 
 def _split(
@@ -149,9 +190,12 @@ def _split(
     targets: np.ndarray[Any, Any],
     test_inputs: np.ndarray[Any, Any],
     test_targets: np.ndarray[Any, Any],
+    classes: int = _CLASSES,
 ) -> Split:
     _require_pairs(inputs, targets)
     _require_pairs(test_inputs, test_targets)
+    if max(targets.max(), test_targets.max()) >= classes:
+        raise ConfigurationError(f"targets must be class indices below {classes}, the number of classes")
     if inputs.shape[1:] != test_inputs.shape[1:]:
         raise ConfigurationError(f"training inputs {inputs.shape} and test inputs {test_inputs.shape} differ in shape")
     return Split(
@@ -159,7 +203,7 @@ def _split(
         torch.from_numpy(targets.astype(np.int64)),
         _as_inputs(test_inputs),
         torch.from_numpy(test_targets.astype(np.int64)),
-        int(targets.max()) + 1,
+        classes,
     )
 
 

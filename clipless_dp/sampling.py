@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
 from clipless_dp import distributed, draws, persons
 from clipless_dp.errors import ConfigurationError, PrivacyError
@@ -91,7 +91,9 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         made = self.numbered()
-        return (draws.upcoming(next(made), indices.tolist()) for indices in self.draws())
+        for indices in self.draws():
+            yield draws.upcoming(next(made), indices.tolist())
+        draws.ended()
 
     def numbered(self) -> Iterator[draws.Draw]:
         """What the batches of one iteration are delivered as, see :func:`clipless_dp.draws.deliver`."""
@@ -181,6 +183,8 @@ def _emptied(value: Any) -> Any:
         return value[:0]
     if isinstance(value, dict):
         return {key: _emptied(item) for key, item in value.items()}
+    if hasattr(value, "_fields"):
+        return type(value)(*map(_emptied, value))
     return type(value)(_emptied(item) for item in value)
 
 
@@ -191,13 +195,20 @@ class _Collate:
         self.empty = empty
         self.by_memory = by_memory
 
-    def __call__(self, samples: list[Any]) -> Any:
-        if self.by_memory and len({sample[0].data_ptr() for sample in samples}) < len(samples):
+    def __call__(self, samples: Any) -> Any:
+        fetch = draws.fetching()
+        whole = fetch is not None and fetch.whole
+        rows = self.by_memory and not whole and [sample[0].data_ptr() for sample in samples]
+        if (fetch is not None and fetch.repeats()) or (rows and len(set(rows)) < len(rows)):
             raise PrivacyError(
                 "a batch holds a sample more than once: the indices of a Poisson draw were repeated on their way, by a "
                 "sampler around it say. Hand them to the DataLoader as they are, as batch_sampler"
             )
-        return draws.arrived(default_collate(samples) if samples else _emptied(self.empty), len(samples))
+        if whole:
+            # The data set was asked for a draw at once.
+            samples = default_convert(samples)
+            return draws.arrived(samples, samples)
+        return draws.arrived(default_collate(samples) if samples else _emptied(self.empty), samples)
 
 
 def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:

@@ -405,7 +405,7 @@ def fit(
         private.allows(steps - run.step)
     if stream is None:
         stream = not _fits(samples, device)
-    usual = usual_rows(math.ceil(len(samples) / distributed.world().size), sample_rate)
+    usual = usual_rows(math.ceil(size / distributed.world().size), sample_rate)
     padding = usual if one_shape else max(8, math.isqrt(batch_size) // 2)
     if compile:
         blank = _blank(samples.first, micro_batch_size or padding, device)

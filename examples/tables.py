@@ -2,7 +2,7 @@
 
 python examples/tables.py --table donors.npz --epsilon 1 --delta 1e-6
 
-A fifth of the rows is held out. Columns may have any scales and missing cells: what brings them to one scale is
+About a fifth of the rows is held out. Columns may have any scales and missing cells: what brings them to one scale is
 released with noise, and charged like the training to one ledger, which the statement is made from. Without --table,
 scikit-learn's breast-cancer table is used.
 """
@@ -19,7 +19,7 @@ from clipless_dp.tables import fit_table
 
 def rows_and_labels(path: str | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     if path is not None:
-        data = load_dataset(path)
+        data = load_dataset(path, classes=2)
         return data.inputs, data.targets, data.test_inputs, data.test_targets
     from sklearn.datasets import load_breast_cancer
 

@@ -361,7 +361,7 @@ OPTIONS = [
     "--epsilon", "--delta", "--epochs", "--batch-size", "--micro-batch-size", "--lr", "--momentum", "--tau",
     "--input-norm", "--route", "--accountant", "--allocation", "--device", "--noise", "--init-seed",
     "--reproducible-seed", "--report", "--checkpoint", "--data-dir", "--preset", "--cache-dir", "--optimizer",
-    "--lr-schedule", "--noise-schedule", "--ema", "--augment", "--multiplicity",
+    "--lr-schedule", "--noise-schedule", "--ema", "--augment", "--multiplicity", "--classes", "--dataset-size",
 ]  # fmt: skip
 WORDS = ["", "0", "-1", "1", "3", "1e-3", "1e400", "-0.0", "nan", "inf", "1e-320", "64", "99999999999999999999"]
 WORDS += [
@@ -400,7 +400,7 @@ def require_status(arguments, table, folder, monkeypatch):
     monkeypatch.setattr(training_module, "_train", lambda *given: None)
     base = ["train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--batch-size", "40", "--quiet"]
     try:
-        status = main([*base, "--accountant", "rdp", *arguments])
+        status = main([*base, "--classes", "2", "--accountant", "rdp", *arguments])
     except SystemExit as refusal:
         status = refusal.code
     assert status in (0, 2), arguments

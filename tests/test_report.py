@@ -245,7 +245,7 @@ def test_the_command_line_writes_the_statement_and_refuses_a_bad_path_first(tmp_
     generator = np.random.default_rng(0)
     np.savez(tmp_path / "table.npz", X=generator.normal(size=(100, 3)), y=generator.integers(0, 2, 100))
     arguments = ["train", "--dataset", str(tmp_path / "table.npz"), "--epsilon", "3", "--delta", "1e-3"]
-    arguments += ["--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--quiet", "--report"]
+    arguments += ["--classes", "2", "--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--quiet", "--report"]
     assert main([*arguments, str(tmp_path / "statement")]) == 0
     printed = capsys.readouterr().out
     epsilon = re.search(r"epsilon\s+([\d.]+)", printed)[1]

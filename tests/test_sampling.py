@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import os
+import random
+from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from clipless_dp import CliplessDPSGD, ConfigurationError, PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp import (
+    CliplessDPSGD,
+    ConfigurationError,
+    PoissonBatches,
+    PoissonBatchSampler,
+    PrivacyError,
+    poisson_collate,
+)
+from clipless_dp import draws as draws_module
 from clipless_dp.sampling import as_tensors
 
 from .support import drawn_on_both_sides_of_a_fork, gated_model, samples
@@ -241,3 +253,257 @@ def test_a_fork_within_a_samplers_loop_leaves_two_processes_that_draw_other_batc
     assert len(theirs) == len(ours) == 2 * 40 * 8
     assert theirs[:320] != ours[:320]
     assert theirs[320:] != ours[320:]
+
+
+RATE, COUNT = 0.25, 64
+Pair = namedtuple("Pair", "inputs targets")
+
+
+class Rows(Dataset):
+    """Samples that are made when they are asked for."""
+
+    def __init__(self, form="tuple"):
+        self.rows = samples(COUNT)
+        self.form = form
+
+    def __len__(self):
+        return COUNT
+
+    def __getitem__(self, index):
+        row, target = (part[index].clone() for part in self.rows)
+        if self.form == "tensor":
+            return row
+        return {"tuple": (row, target), "named": Pair(row, target), "mapping": {"in": row, "out": target}}[self.form]
+
+
+class Between:
+    """A sampler around another, which changes each of its lists."""
+
+    def __init__(self, change, steps=3):
+        self.change, self.sampler = change, PoissonBatchSampler(COUNT, sample_rate=RATE, steps=steps)
+
+    def __iter__(self):
+        return map(self.change, self.sampler)
+
+    def __len__(self):
+        return len(self.sampler)
+
+
+class Around:
+    """A ``collate_fn`` around another, which changes what goes in or comes out."""
+
+    def __init__(self, collate, before=None, after=None):
+        self.collate, self.before, self.after = collate, before, after
+
+    def __call__(self, rows):
+        batch = self.collate(rows if self.before is None else self.before(rows))
+        return batch if self.after is None else self.after(batch)
+
+
+def charged(batches, steps_of=lambda batch: batch):
+    """The ledger of one step for each batch."""
+    draws_module.skip()
+    model = gated_model()
+    optimizer = CliplessDPSGD(
+        model, lr=0.1, noise_multiplier=1.0, sample_rate=RATE, dataset_size=COUNT, accountant="rdp"
+    )
+    for batch in batches:
+        inputs, targets = steps_of(batch)
+        optimizer.zero_grad()
+        model.loss(model(inputs), targets).backward()
+        optimizer.step()
+    return optimizer.accountant.history
+
+
+def loader(sampler, workers, *, form="tuple", before=None, after=None, **options):
+    rows = Rows(form)
+    collate = Around(poisson_collate(rows), before, after)
+    return DataLoader(rows, batch_sampler=sampler, collate_fn=collate, num_workers=workers, **options)
+
+
+def dropped(indices):
+    del indices[-2:]
+    return indices
+
+
+def exchanged(indices):
+    indices[-1] = next(index for index in range(COUNT) if index not in indices)
+    return indices
+
+
+def exchanged_in_a_copy(indices):
+    return exchanged(list(indices))
+
+
+def doubled(indices):
+    indices += indices
+    return indices
+
+
+def tripled_in_a_copy(indices):
+    return list(indices) * 3
+
+
+def shuffled(indices):
+    random.shuffle(indices)
+    return indices
+
+
+@pytest.mark.parametrize(
+    ("change", "workers", "message"),
+    [
+        (dropped, 0, "not those of the draw"),
+        (exchanged, 0, "not those of the draw"),
+        (exchanged_in_a_copy, 0, "not those of the draw"),
+        (doubled, 0, "more than once"),
+        (tripled_in_a_copy, 0, "more than once"),
+        (dropped, 1, "not those of the draw"),
+        (exchanged, 1, "not those of the draw"),
+        (doubled, 1, "more than once"),
+    ],
+)
+def test_indices_that_are_changed_between_sampler_and_loader_are_refused(change, workers, message):
+    with pytest.raises(PrivacyError, match=message):
+        charged(loader(Between(change), workers))
+
+
+def test_a_draw_whose_indices_a_copy_exchanges_amplifies_no_step_behind_a_worker():
+    with pytest.warns(UserWarning, match="Poisson"):
+        assert charged(loader(Between(exchanged_in_a_copy), 1)) == [(0.5, 1.0, 3)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("change", [shuffled, sorted, list, copy.copy, copy.deepcopy])
+def test_indices_that_are_copied_or_reordered_are_the_draw(change, workers):
+    assert charged(loader(Between(change), workers)) == [(1.0, RATE, 3)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_list_of_draws_is_the_draws_in_one_epoch_and_none_in_the_next(workers):
+    listed = list(PoissonBatchSampler(COUNT, sample_rate=RATE, steps=4))
+    assert charged(loader(listed, workers)) == [(1.0, RATE, 4)]
+    with pytest.warns(UserWarning, match="Poisson"):
+        assert charged(loader(listed, workers)) == [(0.5, 1.0, 4)]
+
+
+def test_a_list_of_draws_leaves_none_to_a_shuffled_loader():
+    list(PoissonBatchSampler(COUNT, sample_rate=RATE, steps=4))
+    rows = Rows()
+    shuffling = DataLoader(rows, batch_size=32, shuffle=True, collate_fn=poisson_collate(rows))
+    with pytest.warns(UserWarning, match="Poisson"):
+        assert charged(shuffling) == [(0.5, 1.0, 2)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_for_evaluation_beside_it_takes_no_draw_away(workers):
+    rows = Rows()
+    beside = DataLoader(rows, batch_size=32, collate_fn=poisson_collate(rows))
+
+    def evaluated(batches):
+        for batch in batches:
+            yield batch
+            with torch.no_grad():
+                list(beside)
+
+    assert charged(evaluated(loader(PoissonBatchSampler(COUNT, sample_rate=RATE, steps=6), workers))) == [
+        (1.0, RATE, 6)
+    ]
+
+
+def test_a_draw_that_is_collated_by_hand_keeps_the_amplification():
+    rows = Rows()
+    collate = poisson_collate(rows)
+    sampler = PoissonBatchSampler(COUNT, sample_rate=RATE, steps=3)
+    assert charged(collate([rows[index] for index in indices]) for indices in sampler) == [(1.0, RATE, 3)]
+
+
+def resampled(rows):
+    return [rows[0], *rows[:-1]] if rows else rows
+
+
+def centred(batch):
+    batch[0] = batch[0] - batch[0].mean(0)
+    return batch
+
+
+def centred_in_place(batch):
+    batch[0].sub_(batch[0].mean(0))
+    return batch
+
+
+def first_row_repeated(batch):
+    batch[0].data[1:] = batch[0].data[:1]
+    return batch
+
+
+def copies(batch):
+    return [batch[0] * 1.0, batch[1].clone()]
+
+
+def one_copy(batch):
+    return batch[0].clone(), batch[1]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "change",
+    [{"before": resampled}, {"after": centred}, {"after": centred_in_place}, {"after": first_row_repeated}],
+    ids=lambda change: next(iter(change.values())).__name__,
+)
+def test_batches_that_are_changed_around_the_collate_function_are_refused(change, workers):
+    with pytest.raises(PrivacyError, match="not those of the draw"):
+        charged(loader(PoissonBatchSampler(COUNT, sample_rate=RATE, steps=3), workers, **change))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("after", [tuple, one_copy])
+def test_batches_that_are_packed_anew_or_copied_in_part_are_the_draw(after, workers):
+    assert charged(loader(PoissonBatchSampler(COUNT, sample_rate=RATE, steps=3), workers, after=after)) == [
+        (1.0, RATE, 3)
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("form", ["tensor", "named", "mapping"])
+def test_samples_of_any_form_keep_the_amplification(form, workers):
+    def parts(batch):
+        if form == "mapping":
+            return batch["in"], batch["out"]
+        return (batch, torch.zeros(len(batch), dtype=torch.int64)) if form == "tensor" else (batch.inputs, batch[1])
+
+    sampler = PoissonBatchSampler(COUNT, sample_rate=RATE, steps=3)
+    assert charged(loader(sampler, workers, form=form), parts) == [(1.0, RATE, 3)]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_data_set_that_is_asked_for_a_whole_draw_keeps_the_amplification(workers):
+    rows = TensorDataset(*samples(COUNT))
+    sampler = PoissonBatchSampler(COUNT, sample_rate=RATE, steps=3)
+    whole = DataLoader(rows, batch_size=None, sampler=sampler, collate_fn=poisson_collate(rows), num_workers=workers)
+    assert charged(whole) == [(1.0, RATE, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "instead", "script"),
+    [
+        ("arrived", "drawn.key == key and ", "", lambda: loader(Between(exchanged), 0)),
+        ("_unpacked", "whole and drawn.key == key", "whole", lambda: loader(Between(exchanged), 1)),
+        ("arrived", " and fetch.made_of(samples)", "", lambda: loader(Between(list), 0, before=resampled)),
+    ],
+    ids=["other indices", "other indices in a worker", "other samples"],
+)
+def test_a_weakened_look_at_what_was_fetched_is_caught(monkeypatch, name, there, instead, script):
+    source = inspect.getsource(getattr(draws_module, name))
+    assert source.count(there) == 1
+    weakened = {}
+    exec(source.replace(there, instead), draws_module.__dict__, weakened)
+    monkeypatch.setattr(draws_module, name, weakened[name])
+    assert charged(script()) == [(1.0, RATE, 3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_entries_of_short_floats_are_looked_at(dtype):
+    values = torch.ones(64).to(dtype)
+    before = draws_module.sample(values)
+    values.view(torch.int8)[0] += 1
+    assert draws_module.sample(values) != before

@@ -193,7 +193,7 @@ def test_the_command_line_takes_the_noise_by_name(tmp_path, capsys):
     generator = np.random.default_rng(0)
     np.savez(tmp_path / "table.npz", X=generator.normal(size=(100, 3)), y=generator.integers(0, 2, 100))
     arguments = ["train", "--dataset", str(tmp_path / "table.npz"), "--epsilon", "3", "--delta", "1e-3", "--quiet"]
-    arguments += ["--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--noise", "secure"]
+    arguments += ["--classes", "2", "--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--noise", "secure"]
     assert main([*arguments, "--report", str(tmp_path / "statement")]) == 0
     assert "SecureNoise" in (tmp_path / "statement.md").read_text(encoding="utf-8")
     assert main([*arguments, "--reproducible-seed", "1"]) == 2

@@ -655,3 +655,17 @@ def test_training_losses_are_neither_shown_nor_pickled_with_the_history_and_stay
     assert not any(struct.pack(">d", record.loss) in stored for record in records)
     assert pickle.loads(stored) == protected(records)
     assert copy.deepcopy(records) == copy.copy(records) == records
+
+
+def test_where_a_public_size_is_given_the_number_of_rows_chooses_no_padding(monkeypatch):
+    usual, counts = training_module.usual_rows, []
+
+    def noted(count, sample_rate):
+        counts.append(count)
+        return usual(count, sample_rate)
+
+    monkeypatch.setattr(training_module, "usual_rows", noted)
+    settings = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 50, "dataset_size": 100}
+    for rows in (100, 101):
+        fit(gated_model(), samples(rows), accountant="rdp", audit=False, progress=False, **settings)
+    assert counts == [100, 100]
