@@ -398,7 +398,8 @@ def fit(
         private.allows(steps - run.step)
     if stream is None:
         stream = not _fits(samples, device)
-    usual = usual_rows(math.ceil(len(samples) / distributed.world().size), sample_rate)
+    # Of the public size: the exact number of samples is not to show in the result.
+    usual = usual_rows(math.ceil(size / distributed.world().size), sample_rate)
     padding = usual if one_shape else max(8, math.isqrt(batch_size) // 2)
     if compile:
         blank = _blank(samples.first, micro_batch_size or padding, device)
@@ -656,6 +657,7 @@ class _Run:
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
+        self.optimizer.weights_were_loaded()
         self.saved, self.saved_step = True, self.step
         # Of a ledger that was handed on, the file lacks what is not its own.
         self.saved_events = len(self.optimizer.accountant) if len(self.optimizer.accountant) == there else -1
