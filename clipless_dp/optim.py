@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from accounting import Accountant, Ledger, Provenance, create_accountant, new_run
 from clipless_dp import distributed, draws, lineage, passes, sharding
+from clipless_dp.arguments import require_accountant
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
@@ -38,6 +39,9 @@ Sampling = Literal["announced", "poisson", "none"]
 
 Rates = tuple[float | None, ...]
 """Learning rate of each parameter group; ``None`` where the base optimizer has none."""
+
+_ROOM = 2.0**-10
+"""Share of the largest number that a deviation may be: normal numbers and sums of some are larger."""
 
 STATE_FORMAT = 2
 _READ_FORMATS = (1, STATE_FORMAT)
@@ -133,7 +137,7 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant: Accountant = (
             create_accountant(accountant, dataset_size=dataset_size)
             if isinstance(accountant, str)
-            else require_accountant(accountant)
+            else require_accountant(accountant, or_name=True)
         )
         self.budget = budget
         self.steps_taken = 0
@@ -717,6 +721,12 @@ class CliplessDPOptimizer(Optimizer):
         # The margin exceeds float64 rounding, so this is the planned value: equal steps stay one line in the ledger.
         spent = self.noise_multiplier if effective >= self.noise_multiplier else effective
         deviations = dict(zip(held, used, strict=True))
+        for name, parameter in named.items():
+            if deviations.get(id(parameter), 0.0) > torch.finfo(parameter.dtype).max * _ROOM:
+                raise PrivacyError(
+                    f"noise of standard deviation {deviations[id(parameter)]:.4g} does not fit the {parameter.dtype} "
+                    f"numbers of {name}: choose a smaller noise_multiplier; nothing was released"
+                )
         self._plan = sensitivity, held, self.noise_multiplier, deviations, spent
         return deviations, spent
 
@@ -937,23 +947,6 @@ class _Allowance:
     steps: int = 0
     recorded: _Recorded | None = None
     granted: int = 0
-
-
-def require_accountant(accountant: object, but: str = "its name, or ") -> Accountant:
-    """The accountant, once it is known to be one.
-
-    Args:
-        accountant: what was given.
-        but: what else it might have been, in words.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
-    if not isinstance(accountant, Accountant):
-        raise ConfigurationError(
-            f"accountant must be {but}an accountant, which create_accountant('prv') makes, got {accountant!r:.80}"
-        )
-    return accountant
 
 
 def _checked_budget(budget: tuple[float, float] | None) -> tuple[float, float] | None:

@@ -26,11 +26,11 @@ from accounting import (
     create_accountant,
     new_run,
 )
-from clipless_dp import distributed, lineage
+from clipless_dp import distributed, lineage, passes, randomness
+from clipless_dp.arguments import require_accountant
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource, noise_source, noisy, source_name
-from clipless_dp.optim import require_accountant
 from clipless_dp.sampling import Samples
 from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
 
@@ -136,7 +136,7 @@ def private_search(
         raise ConfigurationError("a search draws secret numbers, which several ranks would draw differently: run one")
     if (validation is None) == (score_noise_multiplier is None):
         raise ConfigurationError("give either validation, public data, or score_noise_multiplier")
-    accountant = create_accountant("rdp") if accountant is None else require_accountant(accountant, "")
+    accountant = create_accountant("rdp") if accountant is None else require_accountant(accountant)
     if accountant.mechanism == "prv" or accountant.relation != ADD_OR_REMOVE_ONE:
         raise ConfigurationError(
             "a search is covered by Rényi accounting of adding or removing one sample: make the accountant by "
@@ -184,6 +184,9 @@ def private_search(
         warnings.simplefilter("ignore")
         for _ in range(search.quantile(_random.random())):
             index = _random.randrange(len(candidates))
+            # Numbers that a process counts on would tell which of the runs the best one was.
+            passes.count_from(_random.getrandbits(48))
+            randomness.count_from(_random.getrandbits(48))
             model = _require_new(candidates[index].build(), trained)
             result = fit(
                 model,

@@ -18,7 +18,6 @@ from typing import Any
 import pytest
 
 import accounting.ledger as ledger_code
-
 from accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
