@@ -83,7 +83,8 @@ class WeightAverage:
             named[name].copy_(average)
         if self._average:
             self.model.project_()
-            lineage.of(self.model).add_runs(self._runs)
+            frozen = any(not one.requires_grad and not torch.equal(one, replaced[name]) for name, one in named.items())
+            lineage.of(self.model).add_runs(self._runs, frozen=frozen)
             if counted:
                 lineage.of(self.model).follow(named)
         return replaced

@@ -130,10 +130,9 @@ class Lineage:
 
     @changed.setter
     def changed(self, changed: int) -> None:
-        if changed != self.changed:
-            self._changed = changed
-            for parameter in self._parameters():
-                _trace_of(parameter).changed = changed
+        self._changed = changed
+        for parameter in self._parameters():
+            _trace_of(parameter).changed = changed
 
     @property
     def started(self) -> bool:
@@ -153,17 +152,11 @@ class Lineage:
     def _hold(self, named: Mapping[str, nn.Parameter]) -> None:
         self._names = {name: (ref(parameter), _trace_of(parameter)) for name, parameter in named.items()}
 
-    def settle(self, named: Mapping[str, nn.Parameter], *, counted: bool = True, or_before: bool = False) -> None:
-        """These are the weights that the last step left, or what was computed from such.
-
-        Args:
-            named: the network's parameters.
-            counted: whether a step left them.
-            or_before: those that were known before are as good.
-        """
+    def settle(self, named: Mapping[str, nn.Parameter]) -> None:
+        """These are the weights that the last step left."""
         # Sums stay on the device, so that nothing waits for it.
         for parameter in named.values():
-            _settle(_trace_of(parameter), parameter, counted=counted, or_before=or_before)
+            _settle(_trace_of(parameter), parameter, counted=True)
         if len(named) != len(self._names) or any(
             (held := self._names.get(name)) is None or held[0]() is not parameter for name, parameter in named.items()
         ):
@@ -171,7 +164,7 @@ class Lineage:
         self._loaded = {}, {}
 
     def follow(self, named: Mapping[str, nn.Parameter]) -> None:
-        """These weights were computed from those that were known and from counted ones, which are as good."""
+        """These weights were computed from those that were known and from counted ones; both are as good."""
         for parameter in named.values():
             trace = _trace_of(parameter)
             if trace.known:
@@ -210,10 +203,12 @@ class Lineage:
             runs: how many steps of each.
             frozen: whether that is true of parameters that take no gradients, too.
         """
-        self._runs = joined = _joined([self.runs, runs])
-        for parameter in self._parameters():
+        self._notice_loaded()
+        traces = [(parameter, _trace_of(parameter)) for parameter in self._parameters()]
+        self._runs = joined = _joined([self._runs, *(trace.runs for _, trace in traces), runs])
+        for parameter, trace in traces:
             if frozen or parameter.requires_grad:
-                _trace_of(parameter).runs = joined
+                trace.runs = joined
 
     def restart(self, runs: Mapping[str, int]) -> None:
         """The weights come from these runs, and what else is known of their past is part of them."""

@@ -570,7 +570,8 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant.step(noise_multiplier=spent, sample_rate=rate, provenance=self._provenance(rate))
         self._taken += 1
         self._note_ledger()
-        lineage.of(self.model).changed += not lineage.of(self.model).unchanged(named, quick=True)
+        if not lineage.of(self.model).unchanged(named, quick=True):
+            lineage.of(self.model).changed += 1
         self._note_learning_rates()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1

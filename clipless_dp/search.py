@@ -185,8 +185,8 @@ def private_search(
         for _ in range(search.quantile(_random.random())):
             index = _random.randrange(len(candidates))
             # Numbers that a process counts on would tell which of the runs the best one was.
-            passes.count_from(_random.getrandbits(48))
-            randomness.count_from(_random.getrandbits(48))
+            passes.count_from(secrets.randbits(48))
+            randomness.count_from(secrets.randbits(48))
             model = _require_new(candidates[index].build(), trained)
             result = fit(
                 model,

@@ -116,7 +116,12 @@ def test_a_trunk_under_a_new_head_brings_its_runs_with_it_and_hands_them_on_to_t
 def test_heads_on_a_frozen_trunk_know_nothing_of_each_other():
     trunk = nn.Sequential(nn.Linear(6, 8), nn.ReLU()).requires_grad_(False)
     train(private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3)))), 2)
-    assert begins(train(private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3)))), 2))
+    second = private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3))))
+    average = WeightAverage(second.model, 0.9)
+    train(second, 2, average)
+    average.apply_()
+    assert begins(second)
+    assert begins(train(private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3)))), 1))
 
 
 def test_wrapping_a_net_again_does_not_forget_a_change_that_no_step_made():
