@@ -184,9 +184,7 @@ def private_search(
         warnings.simplefilter("ignore")
         for _ in range(search.quantile(_random.random())):
             index = _random.randrange(len(candidates))
-            # Numbers that a process counts on would tell which of the runs the best one was.
-            passes.count_from(secrets.randbits(48))
-            randomness.count_from(secrets.randbits(48))
+            _count_from_anywhere()
             model = _require_new(candidates[index].build(), trained)
             result = fit(
                 model,
@@ -217,6 +215,7 @@ def private_search(
             score = -math.inf if math.isnan(score) else score
             if best is None or score > best[0]:
                 best = score, index, model
+    _count_from_anywhere()
     if best is None:
         index = _random.randrange(len(candidates))
         best = -math.inf, index, candidates[index].build()
@@ -224,6 +223,12 @@ def private_search(
     # The ledger of the search holds what the model's own run released, as one event.
     lineage.of(model).restart({run: 1})
     return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+
+
+def _count_from_anywhere() -> None:
+    """Numbers that a process counts on would tell how many runs there were, and which of them was the best."""
+    passes.count_from(secrets.randbits(48))
+    randomness.count_from(secrets.randbits(48))
 
 
 @contextmanager

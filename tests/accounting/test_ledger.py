@@ -10,7 +10,7 @@ import pickle
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -502,6 +502,25 @@ def test_an_interruption_anywhere_in_recording_or_reading_loses_no_event(
             assert len(ledger) == 1009
             break
     assert count > 50
+
+
+def test_what_is_recorded_while_lines_are_put_together_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, honest, nested = Ledger(), ledger_code._together, []
+
+    def interrupted(lines: Iterable[Line]) -> list[Line]:
+        together = honest(lines)
+        if not nested:
+            # As a signal handler or another thread does, which reads too.
+            nested.append(1)
+            ledger.append(GaussianStep(1.0), 7)
+            nested.append(len(ledger))
+        return together
+
+    ledger.append(GaussianStep(1.0), 2)
+    ledger.append(GaussianStep(1.0), 3)
+    monkeypatch.setattr(ledger_code, "_together", interrupted)
+    len(ledger)
+    assert nested[1] == len(ledger) == sum(count for _, count in ledger.entries) == 12
 
 
 def test_threads_that_share_an_accountant_lose_no_step() -> None:
