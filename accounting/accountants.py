@@ -78,9 +78,12 @@ class Accountant(ABC):
         """The provenance of an event: what nobody else takes is this accountant's, of this process."""
         if given is not None and given.run:
             return given
-        if self._by_hand is None or self._process != os.getpid():
-            self._by_hand, self._process = Provenance(new_run()), os.getpid()
-        return self._by_hand if given is None else replace(given, run=self._by_hand.run)
+        # Another thread may assign a ledger meanwhile.
+        own = self._by_hand
+        if own is None or self._process != os.getpid():
+            own = self._by_hand = Provenance(new_run())
+            self._process = os.getpid()
+        return own if given is None else replace(given, run=own.run)
 
     @property
     def relation(self) -> Relation:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from threading import RLock
 from typing import Any
 
 from . import _validation as check
@@ -34,6 +35,8 @@ FORMAT = "accounting.ledger"
 VERSION = 2
 _READ = (1, VERSION)
 _UNKNOWN = Provenance()
+_LOOSE = 64
+"""Lines that may wait for being put together."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,27 @@ class Line:
         return f"release {identity}" if identity else self.provenance.run
 
 
+@dataclass(frozen=True)
+class _Closed:
+    """The first lines of a ledger, which do not change any more, and what they amount to."""
+
+    lines: int = 0
+    events: int = 0
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    def and_then(self, lines: Sequence[Line]) -> _Closed:
+        counts = Counter(self.counts)
+        for line in lines:
+            if line.key:
+                counts[line.key] += line.count
+        return _Closed(self.lines + len(lines), self.events + sum(line.count for line in lines), counts)
+
+
 class Ledger:
     """Events in the order in which they happened, equal neighbours of one run counted on one line.
+
+    Several threads may append to it, and an exception may come in at any place, such as that of Ctrl-C: what was
+    recorded stays, and an event is recorded wholly or not at all.
 
     Args:
         relation: The neighbouring relation that the guarantee is about: two data sets are neighbours
@@ -71,14 +93,14 @@ class Ledger:
                 f"unknown neighbouring relation {relation!r}: {ADD_OR_REMOVE_ONE!r} or {REPLACE_ONE!r}"
             )
         self.relation: Relation = relation
-        self._lines: list[Line] = []
-        self._counts: Counter[str] = Counter()
-        self._length = 0
-        # Threads may share a ledger: a line that one of them overwrites would be a release that nothing counts.
-        self._lock = RLock()
+        # What happened goes to the end, in one operation. What reads puts equal neighbours together, in one operation
+        # too, which changes nothing of what is read. So nothing is ever taken away to be put back.
+        self._record: list[Line] = []
+        self._closed = _Closed()
+        self._compacting = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_lock"}
+        return {"relation": self.relation, "_lines": self.lines}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(state["relation"])  # type: ignore[misc]
@@ -94,13 +116,16 @@ class Ledger:
     @property
     def lines(self) -> list[Line]:
         """The lines as they are kept: equal events of different provenance apart."""
-        return list(self._lines)
+        self._compact()
+        closed = self._closed.lines
+        record = self._record[:]
+        return record[:closed] + _together(record[closed:])
 
     @property
     def entries(self) -> list[tuple[Event, int]]:
         """What was released: (event, count), equal neighbours together, whosever they are."""
         entries: list[tuple[Event, int]] = []
-        for line in self._lines:
+        for line in self.lines:
             count = line.count
             if entries and entries[-1][0] == line.event:
                 count += entries.pop()[1]
@@ -112,20 +137,20 @@ class Ledger:
 
     def __len__(self) -> int:
         """Number of events, each repetition counted."""
-        return self._length
+        closed, open_lines = self._totals()
+        return closed.events + sum(line.count for line in open_lines)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Ledger):
             return NotImplemented
-        return self.relation == other.relation and self._lines == other._lines
+        return self.relation == other.relation and self.lines == other.lines
 
     __hash__ = None  # type: ignore[assignment]
 
     def copy(self) -> Ledger:
         """Returns a ledger of its own with the same lines."""
         copied = Ledger(self.relation)
-        with self._lock:
-            copied._lines, copied._counts, copied._length = list(self._lines), self._counts.copy(), self._length
+        copied._record = self.lines
         return copied
 
     def append(self, event: Event, count: int = 1, provenance: Provenance = _UNKNOWN) -> None:
@@ -141,35 +166,52 @@ class Ledger:
             UnsupportedEventError: When `event` is not an event.
         """
         count = check.count(count, "count")
+        lines = []
         for single, n in flatten([(event, count)]):
             if not hasattr(single, "kind") or isinstance(single, (str, bytes)):
                 raise UnsupportedEventError(f"{single!r} is not an event; see accounting.events")
-            if n == 0:
-                continue
-            with self._lock:
-                self._length += n
-                before = self._lines[-1] if self._lines else None
-                # In one move: who reads meanwhile must not find the line gone.
-                if before is not None and before.event == single and before.provenance == provenance:
-                    line = self._lines[-1] = Line(single, n + before.count, provenance)
-                else:
-                    line = Line(single, n, provenance)
-                    self._lines.append(line)
-                if line.key:
-                    self._counts[line.key] += n
+            if n:
+                lines.append(Line(single, n, provenance))
+        self._record.extend(lines)
+        if len(self._record) - self._closed.lines > _LOOSE:
+            self._compact()
+
+    def _totals(self) -> tuple[_Closed, list[Line]]:
+        """What the closed lines amount to, and the lines behind them."""
+        self._compact()
+        closed = self._closed
+        return closed, self._record[closed.lines :]
+
+    def _compact(self) -> None:
+        """Puts equal neighbours together, unless that is being done already, by a thread or below a signal handler."""
+        if len(self._record) - self._closed.lines < 2 or not self._compacting.acquire(blocking=False):
+            return
+        try:
+            first = self._closed.lines
+            loose = self._record[first:]
+            lines = _together(loose)
+            # What others append meanwhile is behind these.
+            self._record[first : first + len(loose)] = lines
+            self._closed = self._closed.and_then(lines[:-1])
+        finally:
+            self._compacting.release()
 
     def count(self, run: str) -> int:
         """Number of events of a run."""
-        return self._counts[run] if run else 0
+        if not run:
+            return 0
+        closed, open_lines = self._totals()
+        return closed.counts.get(run, 0) + sum(line.count for line in open_lines if line.key == run)
 
     @property
     def runs(self) -> dict[str, int]:
         """Number of events of each run, and of each release that has an identity."""
-        return dict(self._counts)
+        closed, open_lines = self._totals()
+        return dict(closed.and_then(open_lines).counts)
 
     def starts_with(self, start: Ledger) -> bool:
         """Whether this ledger is `start`, of the same runs, perhaps with further events behind it."""
-        return self.relation == start.relation and _begins(self._lines, start._lines)
+        return self.relation == start.relation and _begins(self.lines, start.lines)
 
     def merge(self, other: Ledger) -> Ledger:
         """Returns what happened according to either ledger: sequential composition on the same data.
@@ -188,13 +230,14 @@ class Ledger:
         merged = self.copy()
         known: dict[str, int] = {}
         conflicting = set()
-        for run in self._counts.keys() & other._counts.keys():
-            own, its = self._of(run), other._of(run)
+        own_runs = merged.runs
+        for run in own_runs.keys() & other.runs.keys():
+            own, its = merged._of(run), other._of(run)
             if _begins(own, its) or _begins(its, own):
-                known[run] = self._counts[run]
+                known[run] = own_runs[run]
             else:
                 conflicting.add(run)
-        for line in other._lines:
+        for line in other.lines:
             held = min(line.count, known.get(line.key, 0))
             if held:
                 known[line.key] -= held
@@ -205,15 +248,15 @@ class Ledger:
     def _of(self, run: str) -> list[Line]:
         """What a run released, equal neighbours together; of a release its identity tells enough."""
         own = Ledger(self.relation)
-        for line in self._lines:
+        for line in self.lines:
             if line.key == run:
                 own.append(line.event, line.count, line.provenance if run == line.provenance.run else _UNKNOWN)
-        return own._lines
+        return own.lines
 
     def attributed(self, provenance: Provenance) -> Ledger:
         """Returns the ledger with this provenance on the lines that have none."""
         attributed = Ledger(self.relation)
-        for line in self._lines:
+        for line in self.lines:
             attributed.append(line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance)
         return attributed
 
@@ -253,7 +296,7 @@ class Ledger:
             "entries": [
                 {"event": to_dict(line.event), "count": line.count}
                 | ({"provenance": line.provenance.to_dict()} if line.provenance != _UNKNOWN else {})
-                for line in self._lines
+                for line in self.lines
             ],
         }
 
@@ -304,8 +347,13 @@ class Ledger:
         """Writes the ledger as JSON, replacing the file in one move."""
         path = Path(path)
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(self.to_json() + "\n", encoding="utf-8")
-        partial.replace(path)
+        try:
+            partial.write_text(self.to_json() + "\n", encoding="utf-8")
+            partial.replace(path)
+        except BaseException:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
@@ -322,7 +370,7 @@ class Ledger:
     def table(self) -> str:
         """Returns the ledger as aligned text: what was released, and where that is known, whose it is."""
         rows = [("count", "event", "noise multiplier", "sampling", "drawn", "source of the noise", "run")]
-        for line in self._lines:
+        for line in self.lines:
             event, provenance = line.event, line.provenance
             sampling = getattr(event, "sampling", None)
             noise = getattr(event, "noise_multiplier", None)
@@ -349,7 +397,19 @@ class Ledger:
         return self.table()
 
     def __repr__(self) -> str:
-        return f"Ledger(relation={self.relation!r}, lines={len(self._lines)}, events={len(self)})"
+        return f"Ledger(relation={self.relation!r}, lines={len(self.lines)}, events={len(self)})"
+
+
+def _together(lines: Iterable[Line]) -> list[Line]:
+    """The same lines, equal neighbours of one provenance on one."""
+    together: list[Line] = []
+    for line in lines:
+        before = together[-1] if together else None
+        if before is not None and before.event == line.event and before.provenance == line.provenance:
+            together[-1] = Line(line.event, before.count + line.count, line.provenance)
+        else:
+            together.append(line)
+    return together
 
 
 def _begins(lines: Sequence[Line], start: Sequence[Line]) -> bool:

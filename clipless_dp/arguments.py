@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from numbers import Integral, Real
 
+from accounting import Accountant
 from clipless_dp.errors import ConfigurationError
 
 
@@ -46,3 +47,21 @@ def flag(name: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
     raise ConfigurationError(f"{name} must be True or False, got {value!r}")
+
+
+def require_accountant(accountant: object, *, or_name: bool = False) -> Accountant:
+    """The accountant, once it is known to be one.
+
+    Args:
+        accountant: what was given.
+        or_name: whether the name of one would have done.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(accountant, Accountant):
+        raise ConfigurationError(
+            f"accountant must be {'a name, or ' if or_name else ''}an object such as create_accountant('prv') makes, "
+            f"got {accountant!r:.80}"
+        )
+    return accountant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,7 @@ class WeightAverage:
         self.updates = 0
         self._average: dict[str, Tensor] = {}
         self._counted = True
+        self._runs: dict[str, int] = {}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -50,13 +51,21 @@ class WeightAverage:
         # The share of the newest weights in a_t; the first ones have all of it.
         share = (1.0 - self.decay) / (1.0 - self.decay**self.updates)
         named = dict(self.model.net.named_parameters())
-        self._counted = self._counted and lineage.of(self.model).unchanged(named, quick=True)
+        known = lineage.of(self.model)
+        # Of weights that no optimizer has seen nobody knows where they come from.
+        self._counted = self._counted and known.started and known.unchanged(named, quick=True)
+        self._enter(known.runs)
         for name, parameter in named.items():
-            known = self._average.get(name)
-            if known is None:
+            average = self._average.get(name)
+            if average is None:
                 self._average[name] = parameter.detach().clone()
             else:
-                known.lerp_(parameter.detach().to(known.device), share)
+                average.lerp_(parameter.detach().to(average.device), share)
+
+    def _enter(self, runs: Mapping[str, int]) -> None:
+        """Notes how many steps of which runs the average comes from."""
+        for run, count in runs.items():
+            self._runs[run] = max(count, self._runs.get(run, 0))
 
     @torch.no_grad()
     def apply_(self) -> dict[str, Tensor]:
@@ -74,6 +83,8 @@ class WeightAverage:
             named[name].copy_(average)
         if self._average:
             self.model.project_()
+            frozen = any(not one.requires_grad and not torch.equal(one, replaced[name]) for name, one in named.items())
+            lineage.of(self.model).add_runs(self._runs, frozen=frozen)
             if counted:
                 lineage.of(self.model).follow(named)
         return replaced
@@ -97,32 +108,40 @@ class WeightAverage:
                 lineage.of(self.model).follow(named)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors: the average as it is before any projection."""
+        """Plain values and tensors: the average as it is before any projection, and of which runs it is.
+
+        ``"runs"`` tells how many steps of each run have entered, ``"counted"`` whether nothing else has.
+        """
         return {
             "decay": self.decay,
             "updates": self.updates,
             "average": dict(self._average),
             "counted": self._counted,
+            "runs": dict(self._runs),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned.
+        """Restores what :meth:`state_dict` returned; a state that does not tell its runs is of unknown origin.
 
         Raises:
             ConfigurationError: it is of another network or of another decay, or incomplete.
         """
         named = dict(self.model.net.named_parameters())
-        average, updates = state.get("average"), state.get("updates")
+        average, updates, runs = state.get("average"), state.get("updates"), state.get("runs", {})
         if not (
             isinstance(average, dict)
             and isinstance(updates, int)
             and updates >= 0
             and average.keys() == (named.keys() if updates else set())
+            and isinstance(runs, dict)
+            and all(isinstance(run, str) and isinstance(count, int) for run, count in runs.items())
             and all(isinstance(value, Tensor) and value.shape == named[key].shape for key, value in average.items())
         ):
             raise ConfigurationError("this is not the state of an average of this network's weights")
         if not math.isclose(state.get("decay", math.nan), self.decay, rel_tol=0.0):
             raise ConfigurationError(f"this average has the decay {state.get('decay')!r}, not {self.decay!r}")
         self.updates = updates
-        self._counted = bool(state.get("counted", True))
+        # States of before this was kept do not tell which weights have entered.
+        self._counted = bool(state.get("counted", True)) and (not updates or "runs" in state)
+        self._runs = dict(runs)
         self._average = {name: value.detach().to(named[name], copy=True) for name, value in average.items()}

@@ -6,16 +6,18 @@ that was loaded) are not those that a ledger is about. Nothing prevents that, bu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from types import NoneType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
 
 from clipless_dp import draws, sharding
+from clipless_dp.tracing import parameters_of
 
 Bits = dict[str, int]
 """For each parameter by name the sum of its bit patterns, modulo 2³², the same in every layout and on every device."""
@@ -23,50 +25,226 @@ Bits = dict[str, int]
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
-class Lineage:
-    """What is known of one model's weights.
+@dataclass
+class _Trace:
+    """What is known of one parameter, whichever networks it is in.
 
     Attributes:
-        runs: how many private steps each run took on this model, those of loaded states included.
-        changed: before how many of the steps the weights were not those that a step had left.
+        runs: how many private steps of each run its values come from; not changed in place, so that many may share it.
+        changed: before how many steps weights were not those that a step had left.
+        known: sums of the values that a step left; of several, each is as good.
+        counted: whether they are those of a step, and not the first ones.
+        mark: of the last of them.
+        numbers: where they lie.
     """
 
-    def __init__(self) -> None:
-        self.runs: dict[str, int] = {}
-        self.changed = 0
-        self._known: list[Mapping[str, Tensor | int]] = []
-        self._counted = False
-        self._marks: list[_Mark] | None = None
-        self._numbers: dict[str, _Numbers] = {}
+    runs: Mapping[str, int] = field(default_factory=dict)
+    changed: int = 0
+    known: list[Tensor | int] = field(default_factory=list)
+    counted: bool = False
+    mark: _Mark | None = None
+    numbers: _Numbers | None = None
+
+    def found(self, parameter: nn.Parameter) -> _Numbers:
+        if self.numbers is None or self.numbers.place != _place(sharding.local(parameter)):
+            self.numbers = _Numbers(parameter)
+        return self.numbers
+
+
+_traces: dict[int, tuple[ReferenceType[Tensor], _Trace]] = {}
+"""By the identity of a parameter, as long as it lives: a network may be wrapped again, with new gates or a new head."""
+
+
+def _known_of(parameter: Tensor) -> _Trace | None:
+    entry = _traces.get(id(parameter))
+    return entry[1] if entry is not None and entry[0]() is parameter else None
+
+
+def _trace_of(parameter: Tensor) -> _Trace:
+    trace = _known_of(parameter)
+    if trace is None:
+        trace = _Trace()
+        _traces[id(parameter)] = ref(parameter, partial(_forget, id(parameter))), trace
+    return trace
+
+
+def _forget(key: int, dead: ReferenceType[Tensor]) -> None:
+    entry = _traces.get(key)
+    if entry is not None and entry[0] is dead:
+        # A network that the parameter was in may know the trace still; the memory is not to live on in it.
+        entry[1].numbers = None
+        del _traces[key]
+
+
+def _sum(trace: _Trace, parameter: nn.Parameter) -> int:
+    return int(trace.found(parameter).sum_of_bits())
+
+
+def _settle(trace: _Trace, parameter: nn.Parameter, *, counted: bool, or_before: bool = False) -> None:
+    numbers = trace.found(parameter)
+    trace.known = [*(trace.known[-1:] if or_before else []), numbers.sum_of_bits()]
+    trace.counted, trace.mark = counted, numbers.mark(parameter)
+
+
+def _joined(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Of each run the larger number of steps."""
+    joined: dict[str, int] = {}
+    for runs in {id(runs): runs for runs in several}.values():
+        for run, count in runs.items():
+            joined[run] = max(count, joined.get(run, 0))
+    return joined
+
+
+class Lineage:
+    """What is known of one model's weights: of its network, and of each of its parameters.
+
+    Args:
+        net: the network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = ref(net)
+        self._runs: Mapping[str, int] = {}
+        self._changed = 0
+        # The parameters that a step left here, and what is known of them: others may take their places.
+        self._names: dict[str, tuple[ReferenceType[nn.Parameter], _Trace]] = {}
+        self._loaded: tuple[Bits | None, Mapping[str, int]] = {}, {}
+
+    def _parameters(self) -> list[nn.Parameter]:
+        net = self._net()
+        return [] if net is None else parameters_of(net)
+
+    def _traced(self) -> list[_Trace]:
+        return [trace for parameter in self._parameters() if (trace := _known_of(parameter)) is not None]
+
+    @property
+    def runs(self) -> dict[str, int]:
+        """How many private steps each run took on these weights, those of loaded states included."""
+        self._notice_loaded()
+        return _joined([self._runs, *(trace.runs for trace in self._traced())])
+
+    @property
+    def changed(self) -> int:
+        """Before how many of the steps the weights were not those that a step had left."""
+        return max([self._changed, *(trace.changed for trace in self._traced())])
+
+    @changed.setter
+    def changed(self, changed: int) -> None:
+        self._changed = changed
+        for parameter in self._parameters():
+            _trace_of(parameter).changed = changed
 
     @property
     def started(self) -> bool:
-        """Whether weights are known that others can be compared with."""
-        return bool(self._known)
+        """Whether something is known of these weights in this network, that others can be compared with."""
+        return bool(self._names)
 
-    def settle(self, named: Mapping[str, nn.Parameter], *, counted: bool = True) -> None:
-        """These are the weights that the last step left, or what was computed from such; without a step, the first."""
+    def start(self, named: Mapping[str, nn.Parameter]) -> None:
+        """These are the first weights that are seen here; what is known of some from elsewhere stays so."""
+        if self.started:
+            return
+        for parameter in named.values():
+            trace = _trace_of(parameter)
+            if not trace.known:
+                _settle(trace, parameter, counted=False)
+        self._hold(named)
+
+    def _hold(self, named: Mapping[str, nn.Parameter]) -> None:
+        self._names = {name: (ref(parameter), _trace_of(parameter)) for name, parameter in named.items()}
+
+    def settle(self, named: Mapping[str, nn.Parameter]) -> None:
+        """These are the weights that the last step left."""
         # Sums stay on the device, so that nothing waits for it.
-        numbers = self._found(named)
-        self._known = [{name: some.sum_of_bits() for name, some in numbers.items()}]
-        self._counted = counted
-        self._marks = [numbers[name].mark(parameter) for name, parameter in named.items()]
+        for parameter in named.values():
+            _settle(_trace_of(parameter), parameter, counted=True)
+        if len(named) != len(self._names) or any(
+            (held := self._names.get(name)) is None or held[0]() is not parameter for name, parameter in named.items()
+        ):
+            self._hold(named)
+        self._loaded = {}, {}
 
     def follow(self, named: Mapping[str, nn.Parameter]) -> None:
-        """These weights were computed from those that were known, and from nothing else."""
-        if self.started:
-            self.settle(named, counted=self._counted)
+        """These weights were computed from those that were known and from counted ones; both are as good."""
+        for parameter in named.values():
+            trace = _trace_of(parameter)
+            if trace.known:
+                _settle(trace, parameter, counted=trace.counted, or_before=True)
 
-    def expect(self, bits: Bits | None) -> None:
-        """Weights of a loaded state may come next; ``None`` if it does not tell which: any may."""
-        self._marks = None
-        self._known = [] if bits is None else [*(self._known[:1] if self._counted else []), bits]
-        self._counted = bits is not None
+    def expect(self, bits: Bits | None, runs: Mapping[str, int]) -> None:
+        """Weights of a loaded state, and of its runs, may come next; ``None`` if it does not tell which: any may."""
+        self._loaded = bits, dict(runs)
+        net = self._net()
+        for name, parameter in () if net is None else net.named_parameters():
+            trace = _trace_of(parameter)
+            trace.mark = None
+            if bits is None:
+                trace.known, trace.counted = [], False
+            elif name in bits:
+                trace.known = [*(trace.known[:2] if trace.counted else []), bits[name]]
+                trace.counted = True
 
-    def add_runs(self, runs: Mapping[str, int]) -> None:
-        """Notes steps of runs."""
-        for run, count in runs.items():
-            self.runs[run] = max(count, self.runs.get(run, 0))
+    def _notice_loaded(self) -> None:
+        """Notes the runs of a loaded state once the weights are those of it."""
+        bits, runs = self._loaded
+        net = self._net()
+        if not (bits and runs) or net is None:
+            return
+        named = dict(net.named_parameters())
+        if named.keys() == bits.keys() and all(
+            _sum(_trace_of(parameter), parameter) == bits[name] for name, parameter in named.items()
+        ):
+            self._loaded = {}, {}
+            self.add_runs(runs)
+
+    def add_runs(self, runs: Mapping[str, int], *, frozen: bool = True) -> None:
+        """Notes that these weights come from steps of runs, each from the past of all.
+
+        Args:
+            runs: how many steps of each.
+            frozen: whether that is true of parameters that take no gradients, too.
+        """
+        self._notice_loaded()
+        traces = [(parameter, _trace_of(parameter)) for parameter in self._parameters()]
+        self._runs = joined = _joined([self._runs, *(trace.runs for _, trace in traces), runs])
+        for parameter, trace in traces:
+            if frozen or parameter.requires_grad:
+                trace.runs = joined
+
+    def restart(self, runs: Mapping[str, int]) -> None:
+        """The weights come from these runs, and what else is known of their past is part of them."""
+        self._runs = {}
+        for trace in self._traced():
+            trace.runs = {}
+        self.add_runs(runs)
+
+    def record(self) -> dict[str, Any]:
+        """What copies and files of the model hold of this: plain values."""
+        net = self._net()
+        return {
+            "runs": self.runs,
+            "changed": self.changed,
+            "parameters": {
+                name: {
+                    "runs": dict(trace.runs),
+                    "changed": trace.changed,
+                    "known": [int(value) for value in trace.known],
+                    "counted": trace.counted,
+                }
+                for name, parameter in (() if net is None else net.named_parameters())
+                if (trace := _known_of(parameter)) is not None
+            },
+        }
+
+    def restore(self, record: Mapping[str, Any]) -> None:
+        """The model is the copy of one of which `record` told this."""
+        net = self._net()
+        named = {} if net is None else dict(net.named_parameters())
+        self._runs, self._changed = _joined([self._runs, record["runs"]]), max(self._changed, record["changed"])
+        for name, known in record["parameters"].items():
+            if name in named and _known_of(named[name]) is None:
+                trace = _trace_of(named[name])
+                trace.runs, trace.changed = dict(known["runs"]), known["changed"]
+                trace.known, trace.counted = list(known["known"]), known["counted"]
 
     def unchanged(self, named: Mapping[str, nn.Parameter], *, quick: bool = False) -> bool:
         """Whether the weights are such as a step left; true where nothing is known.
@@ -75,27 +253,38 @@ class Lineage:
             named: the network's parameters.
             quick: trust autograd's counters of changes, and some of the entries, where they say that there was none.
         """
-        if not self._known:
-            return True
-        numbers = self._found(named)
-        if quick and self._marks == [numbers[name].mark(parameter) for name, parameter in named.items()]:
-            return True
-        now = {name: int(some.sum_of_bits()) for name, some in numbers.items()}
-        return any(now == {name: int(value) for name, value in known.items()} for known in self._known)
+        if self.started and named.keys() != self._names.keys():
+            return False
+        return all(self._as_known(name, parameter, quick=quick) for name, parameter in named.items())
 
-    def _found(self, named: Mapping[str, nn.Parameter]) -> dict[str, _Numbers]:
-        known = self._numbers
-        self._numbers = {
-            name: found
-            if (found := known.get(name)) and found.place == _place(sharding.local(part))
-            else _Numbers(part)
-            for name, part in named.items()
-        }
-        return self._numbers
+    def _as_known(self, name: str, parameter: nn.Parameter, *, quick: bool) -> bool:
+        trace, held = _known_of(parameter), self._names.get(name)
+        if held is None or held[0]() is parameter:
+            if trace is None or not trace.known:
+                return True
+            if quick and trace.mark is not None and trace.mark == trace.found(parameter).mark(parameter):
+                return True
+            candidates = trace.known
+        elif held[1].known:
+            # Another object than that which the last step left: it has the same values, or those of other steps.
+            candidates = [*held[1].known, *(trace.known if trace is not None and trace.counted else [])]
+        else:
+            return True
+        now = _sum(_trace_of(parameter), parameter)
+        return any(now == int(known) for known in candidates)
 
     def bits(self) -> Bits | None:
         """The sums of the weights that the last step left, for a state; ``None`` where they are not known."""
-        return {name: int(value) for name, value in self._known[-1].items()} if self._known and self._counted else None
+        net = self._net()
+        sums: Bits = {}
+        for name, parameter in () if net is None else net.named_parameters():
+            trace = _known_of(parameter)
+            if trace is None or not (trace.known and trace.counted):
+                return None
+            known = [int(value) for value in trace.known]
+            # Of an average and the weights that it has replaced, those that are there.
+            sums[name] = now if len(known) > 1 and (now := _sum(trace, parameter)) in known else known[-1]
+        return sums or None
 
 
 _lineages: WeakKeyDictionary[nn.Module, Lineage] = WeakKeyDictionary()
@@ -106,7 +295,7 @@ def of(model: nn.Module) -> Lineage:
     net: nn.Module = getattr(model, "net", model)
     lineage = _lineages.get(net)
     if lineage is None:
-        lineage = _lineages[net] = Lineage()
+        lineage = _lineages[net] = Lineage(net)
     return lineage
 
 

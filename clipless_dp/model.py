@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, draws, passes, sharding
+from clipless_dp import distributed, draws, lineage, passes, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
@@ -661,9 +661,12 @@ class DPLipModel(nn.Module):
         derived.add("_watch")
         # Who gets a copy or a file is not the data's owner, whom alone the count is for.
         left = {*derived, "_places", "register", "_dropped_samples"}
-        return {name: value for name, value in self.__dict__.items() if name not in left}
+        state = {name: value for name, value in self.__dict__.items() if name not in left}
+        return {**state, "lineage": lineage.of(self).record()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        past = state.pop("lineage", None)
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
@@ -673,6 +676,8 @@ class DPLipModel(nn.Module):
         self.register.follow(self.net)
         self._trace(device, dtype)
         self.settle_()
+        if past is not None:
+            lineage.of(self).restore(past)
 
 
 def _is_exported() -> bool:

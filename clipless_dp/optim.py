@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from accounting import Accountant, Provenance, create_accountant, new_run
+from accounting import Accountant, Ledger, Provenance, create_accountant, new_run
 from accounting.errors import warn_caller
 from clipless_dp import distributed, draws, lineage, passes, sharding
+from clipless_dp.arguments import require_accountant
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
 from clipless_dp.model import DPLipModel
@@ -39,6 +40,9 @@ Sampling = Literal["announced", "poisson", "none"]
 
 Rates = tuple[float | None, ...]
 """Learning rate of each parameter group; ``None`` where the base optimizer has none."""
+
+_ROOM = 2.0**-10
+"""Share of the largest number that a deviation may be: normal numbers and sums of some are larger."""
 
 STATE_FORMAT = 2
 _READ_FORMATS = (1, STATE_FORMAT)
@@ -117,8 +121,6 @@ class CliplessDPOptimizer(Optimizer):
             )
         if not (isinstance(dataset_size, int) and dataset_size >= 1):
             raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
-        if sampling not in ("announced", "poisson", "none"):
-            raise ConfigurationError(f"sampling must be 'announced', 'poisson' or 'none', got {sampling!r}")
         allocate([1.0], [1], 1.0, allocation)
         self.model = model
         self.base_optimizer = base_optimizer
@@ -127,10 +129,12 @@ class CliplessDPOptimizer(Optimizer):
         self.dataset_size = dataset_size
         self.expected_batch_size = self.sample_rate * dataset_size
         self.allocation: Allocation = allocation
-        self.sampling: Sampling = sampling
-        self.noise: NoiseSource = noise_source(noise)
+        self.sampling = sampling
+        self.noise = noise
         self.accountant: Accountant = (
-            create_accountant(accountant, dataset_size=dataset_size) if isinstance(accountant, str) else accountant
+            create_accountant(accountant, dataset_size=dataset_size)
+            if isinstance(accountant, str)
+            else require_accountant(accountant, or_name=True)
         )
         self.budget = budget
         self.steps_taken = 0
@@ -165,8 +169,7 @@ class CliplessDPOptimizer(Optimizer):
         self.model.sensitivity()
         self._settings = lineage.settings_of(model)
         self._other_settings: list[str] = []
-        if not lineage.of(model).started:
-            lineage.of(model).settle(self._require_protected(), counted=False)
+        lineage.of(model).start(self._require_protected())
 
     def __getstate__(self) -> NoReturn:
         raise ConfigurationError(
@@ -184,6 +187,26 @@ class CliplessDPOptimizer(Optimizer):
         if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
             raise ConfigurationError(f"noise_multiplier must be finite and positive, got {value!r}")
         self._noise_multiplier = float(value)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How batches are drawn; may be assigned to, for the steps to come."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, value: Sampling) -> None:
+        if value not in ("announced", "poisson", "none"):
+            raise ConfigurationError(f"sampling must be 'announced', 'poisson' or 'none', got {value!r}")
+        self._sampling = value
+
+    @property
+    def noise(self) -> NoiseSource:
+        """Source of the noise; may be assigned to, as the constructor's argument, for the steps to come."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, value: NoiseSource | str | None) -> None:
+        self._noise = noise_source(value)
 
     @property
     def budget(self) -> tuple[float, float] | None:
@@ -431,6 +454,7 @@ class CliplessDPOptimizer(Optimizer):
                 "steps_taken": self.steps_taken,
                 "accountant": self.accountant.state_dict(),
                 "noise": list(self.noise_sources),
+                "skipped_draws": self.skipped_draws,
                 "randomness": list(self.randomness_sources),
                 "learning_rates": [[list(rates), count] for rates, count in self._learning_rates],
                 "weights": None if self._sharded else known.bits(),
@@ -475,6 +499,7 @@ class CliplessDPOptimizer(Optimizer):
             weights = own.get("weights")
             bits = None if weights is None else {str(name): int(value) for name, value in weights.items()}
             changes = int(own.get("uncounted_changes", 0))
+            skipped = int(own.get("skipped_draws", 0))
             settings, changed = own.get("settings"), list(map(str, own.get("changed_settings", ())))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
@@ -490,8 +515,10 @@ class CliplessDPOptimizer(Optimizer):
         self._randomness_sources |= randomness
         self._learning_rates = rates
         known = lineage.of(self.model)
-        known.expect(bits)
+        known.expect(bits, loaded.runs)
         known.changed = max(known.changed, changes)
+        # Other draws than those skipped here.
+        self.skipped_draws += skipped
         if isinstance(settings, dict):
             changed += lineage.differences(settings, self._settings)
         self._other_settings += [line for line in changed if line not in self._other_settings]
@@ -540,11 +567,13 @@ class CliplessDPOptimizer(Optimizer):
         rate, share = self._charged([some for some in passed if not some.public])
         spent *= share
         self._require_budget(spent, rate)
+        self._warn_of_missing_runs()
         self._note_randomness()
         self.accountant.step(noise_multiplier=spent, sample_rate=rate, provenance=self._provenance(rate))
         self._taken += 1
         self._note_ledger()
-        lineage.of(self.model).changed += not lineage.of(self.model).unchanged(named, quick=True)
+        if not lineage.of(self.model).unchanged(named, quick=True):
+            lineage.of(self.model).changed += 1
         self._note_learning_rates()
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
@@ -720,6 +749,12 @@ class CliplessDPOptimizer(Optimizer):
         # The margin exceeds float64 rounding, so this is the planned value: equal steps stay one line in the ledger.
         spent = self.noise_multiplier if effective >= self.noise_multiplier else effective
         deviations = dict(zip(held, used, strict=True))
+        for name, parameter in named.items():
+            if deviations.get(id(parameter), 0.0) > torch.finfo(parameter.dtype).max * _ROOM:
+                raise PrivacyError(
+                    f"noise of standard deviation {deviations[id(parameter)]:.4g} does not fit the {parameter.dtype} "
+                    f"numbers of {name}: choose a smaller noise_multiplier; nothing was released"
+                )
         self._plan = sensitivity, held, self.noise_multiplier, deviations, spent
         return deviations, spent
 
@@ -748,8 +783,11 @@ class CliplessDPOptimizer(Optimizer):
         # Not "greater": a NaN fits no budget.
         fits = float(trial.get_epsilon(delta)) <= epsilon
         if fits:
-            self._allowance = _Allowance((noise_multiplier, sample_rate), steps, len(self.accountant), steps)
+            self._allowance = _Allowance((noise_multiplier, sample_rate), steps, self._recorded(), steps)
         return fits
+
+    def _recorded(self, more: int = 0) -> _Recorded:
+        return _Recorded(self.accountant, self.accountant.ledger, len(self.accountant) + more)
 
     def _require_budget(self, noise_multiplier: float, sample_rate: float) -> None:
         """Refuses a step beyond the budget.
@@ -759,7 +797,7 @@ class CliplessDPOptimizer(Optimizer):
         """
         if self.budget is None:
             return
-        kept, recorded = self._allowance, len(self.accountant)
+        kept, recorded = self._allowance, self._recorded()
         if kept.kind != (noise_multiplier, sample_rate) or kept.recorded != recorded:
             kept = _Allowance()
         if kept.steps == 0:
@@ -774,20 +812,32 @@ class CliplessDPOptimizer(Optimizer):
                         "released; stop here"
                     )
             kept = self._allowance
-        self._allowance = replace(kept, steps=kept.steps - 1, recorded=recorded + 1)
+        self._allowance = replace(kept, steps=kept.steps - 1, recorded=self._recorded(1))
 
-    def _note_ledger(self) -> None:
-        """Warns if another optimizer's steps on this model are missing from this one's ledger."""
+    def _warn_of_missing_runs(self) -> None:
+        """Warns if another optimizer's steps on this model are missing from this one's ledger, once of each.
+
+        Before the step is charged: where warnings are errors, the next one goes through.
+        """
         missing = self._missing_runs()
-        if not missing <= self._missing:
+        new, self._missing = not missing <= self._missing, self._missing | missing
+        if new:
             warn_caller(
                 "another optimizer has already taken private steps on this model, which this one's ε does not "
                 "include: pass it accountant=other.accountant (both on one data set compose), or load its state_dict",
                 PrivacyWarning,
             )
-        self._missing |= missing
-        lineage.of(self.model).add_runs({**self._inherited, self._run: self._taken})
+
+    def _note_ledger(self) -> None:
+        """Notes on the model which runs the step makes it depend on."""
+        if self._inherited:
+            lineage.of(self.model).add_runs(self._inherited)
+        lineage.of(self.model).add_runs({self._run: self._taken}, frozen=False)
         self._inherited = {}
+
+    def weights_were_loaded(self) -> None:
+        """The model has the weights of the state that was loaded."""
+        lineage.of(self.model).add_runs(self._inherited)
 
     def _charged(self, passed: Sequence[passes.Pass]) -> tuple[float, float]:
         """What the step is charged at, given the passes of private rows that its gradients consist of.
@@ -913,6 +963,23 @@ class CliplessDPOptimizer(Optimizer):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Recorded:
+    """A state of a ledger: the same object, as long as it was; it only grows."""
+
+    accountant: Accountant
+    ledger: Ledger
+    events: int
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, _Recorded)
+            and self.accountant is other.accountant
+            and self.ledger is other.ledger
+            and self.events == other.events
+        )
+
+
 @dataclass(frozen=True)
 class _Allowance:
     """Steps that are known to fit the budget.
@@ -920,13 +987,13 @@ class _Allowance:
     Attributes:
         kind: noise multiplier and sample rate that they were asked for.
         steps: how many are left.
-        recorded: steps that the ledger must hold for this to be true.
+        recorded: the ledger for which this is true.
         granted: how many were asked for at once.
     """
 
     kind: tuple[float, float] | None = None
     steps: int = 0
-    recorded: int = 0
+    recorded: _Recorded | None = None
     granted: int = 0
 
 

@@ -117,6 +117,12 @@ _registers: WeakValueDictionary[int, Register] = WeakValueDictionary()
 _keys = itertools.count(1)
 
 
+def count_from(start: int) -> None:
+    """Registers and passes to come are numbered from here on, so that no number tells how many there were."""
+    global _keys
+    _keys = itertools.count(start)
+
+
 class Register:
     """The passes of one model since its gradients were last empty.
 

@@ -232,6 +232,14 @@ class _Visits(threading.local):
 
 _visits = _Visits()
 _handles = itertools.count()
+
+
+def count_from(start: int) -> None:
+    """Objects to come are numbered from here on, so that no number tells how many there were."""
+    global _handles
+    _handles = itertools.count(start)
+
+
 _live: WeakValueDictionary[int, Randomness] = WeakValueDictionary()
 shared = Randomness()
 """For what is drawn outside of any model's passes."""

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 
 from clipless_dp.checkpoint import check_writable
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.noise import ReproducibleNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.secure_noise import SecureNoise
@@ -145,13 +146,23 @@ class PrivacyStatement:
         """Writes ``path.md``, ``path.json`` and ``path.html``; one of these endings in ``path`` is left out first.
 
         Raises:
-            CheckpointError: the folder is not writable.
+            CheckpointError: the folder is not writable or the disk is full; existing files are left as they were.
         """
         files = statement_files(path)
         contents = (self.to_markdown(), self.to_json(), self.to_html())
-        for file, content in zip(files, contents, strict=True):
-            check_writable(file)
-            file.write_text(content, encoding="utf-8")
+        beside = [file.with_name(file.name + ".partial") for file in files]
+        try:
+            for file, part, content in zip(files, beside, contents, strict=True):
+                check_writable(file)
+                part.write_text(content, encoding="utf-8")
+            for file, part in zip(files, beside, strict=True):
+                part.replace(file)
+        except OSError as error:
+            raise CheckpointError(f"{files[0]} could not be written: {error}") from error
+        finally:
+            for part in beside:
+                with suppress(OSError):
+                    part.unlink(missing_ok=True)
         return dataclasses.replace(self, files=files)
 
     def __str__(self) -> str:

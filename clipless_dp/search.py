@@ -26,7 +26,8 @@ from accounting import (
     create_accountant,
     new_run,
 )
-from clipless_dp import distributed
+from clipless_dp import distributed, lineage, passes, randomness
+from clipless_dp.arguments import require_accountant
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource, noise_source, noisy, source_name
@@ -135,7 +136,7 @@ def private_search(
         raise ConfigurationError("a search draws secret numbers, which several ranks would draw differently: run one")
     if (validation is None) == (score_noise_multiplier is None):
         raise ConfigurationError("give either validation, public data, or score_noise_multiplier")
-    accountant = create_accountant("rdp") if accountant is None else accountant
+    accountant = create_accountant("rdp") if accountant is None else require_accountant(accountant)
     if accountant.mechanism == "prv" or accountant.relation != ADD_OR_REMOVE_ONE:
         raise ConfigurationError(
             "a search is covered by Rényi accounting of adding or removing one sample: make the accountant by "
@@ -174,7 +175,8 @@ def private_search(
     ((choice, _),) = search.trial
     # Before the first run: what fails later has been paid for.
     name = source_name(type(source))
-    accountant.record(search, provenance=Provenance(new_run(), sampling="announced", noise=name))
+    run = new_run()
+    accountant.record(search, provenance=Provenance(run, sampling="announced", noise=name))
     best: tuple[float, int, DPLipModel] | None = None
     trained: list[ReferenceType[Tensor]] = []
     # How often something warns, or what a run says of its batches, would tell about the number of runs.
@@ -182,6 +184,7 @@ def private_search(
         warnings.simplefilter("ignore")
         for _ in range(search.quantile(_random.random())):
             index = _random.randrange(len(candidates))
+            _count_from_anywhere()
             model = _require_new(candidates[index].build(), trained)
             result = fit(
                 model,
@@ -212,11 +215,20 @@ def private_search(
             score = -math.inf if math.isnan(score) else score
             if best is None or score > best[0]:
                 best = score, index, model
+    _count_from_anywhere()
     if best is None:
         index = _random.randrange(len(candidates))
         best = -math.inf, index, candidates[index].build()
     score, index, model = best
+    # The ledger of the search holds what the model's own run released, as one event.
+    lineage.of(model).restart({run: 1})
     return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+
+
+def _count_from_anywhere() -> None:
+    """Numbers that a process counts on would tell how many runs there were, and which of them was the best."""
+    passes.count_from(secrets.randbits(48))
+    randomness.count_from(secrets.randbits(48))
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from accounting import Accountant, GaussianRelease, Provenance, new_run
 from clipless_dp import distributed
+from clipless_dp.arguments import require_accountant
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
@@ -450,7 +452,7 @@ def _checked_values(values: Tensor, dataset_size: int | None, noise_multiplier: 
     size = len(values) if dataset_size is None else dataset_size
     if not (isinstance(size, int) and size >= 1):
         raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
-    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
+    if not (isinstance(noise_multiplier, Real) and math.isfinite(noise_multiplier) and noise_multiplier > 0):
         raise ConfigurationError(f"noise_multiplier must be finite and positive, got {noise_multiplier!r}")
     return size
 
@@ -473,6 +475,7 @@ def _recorded(
     noise_multiplier: float, accountant: Accountant, path: Path | None, source: NoiseSource
 ) -> GaussianRelease:
     """The event of a new release, in the ledger before there is anything to release."""
+    require_accountant(accountant)
     if distributed.world().size > 1:
         raise ConfigurationError(
             "each of several processes would release a statistic of its own, and each ledger count one: release it in "
@@ -525,6 +528,7 @@ def _keep(
 
 
 def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
+    require_accountant(accountant)
     content = load_checkpoint(path)
     kept = content.get("settings")
     # The data itself is not compared, as a digest of it would be a release. Files of before hold no type of numbers.

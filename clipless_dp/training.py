@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
 from accounting.errors import warn_caller
 from clipless_dp import distributed, lineage, sharding
+from clipless_dp.arguments import require_accountant
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.averaging import WeightAverage
@@ -293,6 +294,8 @@ def fit(
         raise ConfigurationError(
             "the network has no parameters to train: there are none, or all are frozen, and requires_grad_() thaws them"
         )
+    if not isinstance(accountant, str):
+        require_accountant(accountant, or_name=True)
     if sharding.has_shards(model):
         sharding.check_shards(model, model.net.parameters())
         if compile or audit == "full" or memory_budget is not None:
@@ -395,33 +398,35 @@ def fit(
     one_shape = bool(compile) and device.type != "cpu"
     if distributed.world().size > 1:
         distributed.agree(run.settings)
-    if path is not None and distributed.from_first(lambda: _found(path)):
-        run.load(path)
-        if run.saved_events < 0:
-            run.save(path)
-    run.attack(at_start=True)
-    # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
-    if run.step < steps and factors is None:
-        private.allows(steps - run.step)
-    if stream is None:
-        stream = not _fits(samples, device)
-    usual = usual_rows(math.ceil(size / distributed.world().size), sample_rate)
-    padding = usual if one_shape else max(8, math.isqrt(batch_size) // 2)
-    if compile:
-        blank = _blank(samples.first, micro_batch_size or padding, device)
-        _compile(run, "inductor" if compile is True else compile, blank)
-    if memory_budget is not None:
-        micro_batch_size = _micro_batch_size(run, memory_budget, samples.first, usual, AHEAD if stream else 1)
-    if one_shape:
-        micro_batch_size = micro_batch_size or usual
-    if micro_batch_size is not None and (one_shape or micro_batch_size < usual):
-        padding = micro_batch_size
-    shape: dict[str, Any] = {"steps": steps, "start": run.step, "physical_batch_size": padding, "device": device}
-    batches = (
-        StreamedBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
-        if stream
-        else PoissonBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
-    )
+    with _ledger_handed_on(run):
+        if path is not None and distributed.from_first(lambda: _found(path)):
+            run.load(path)
+            if run.saved_events < 0:
+                run.save(path)
+        run.attack(at_start=True)
+        # One question for the whole run; where the ledger holds more than this run's steps, each step asks.
+        if run.step < steps and factors is None:
+            private.allows(steps - run.step)
+        if stream is None:
+            stream = not _fits(samples, device)
+        # Of the public size: the exact number of samples is not to show in the result.
+        usual = usual_rows(math.ceil(size / distributed.world().size), sample_rate)
+        padding = usual if one_shape else max(8, math.isqrt(batch_size) // 2)
+        if compile:
+            blank = _blank(samples.first, micro_batch_size or padding, device)
+            _compile(run, "inductor" if compile is True else compile, blank)
+        if memory_budget is not None:
+            micro_batch_size = _micro_batch_size(run, memory_budget, samples.first, usual, AHEAD if stream else 1)
+        if one_shape:
+            micro_batch_size = micro_batch_size or usual
+        if micro_batch_size is not None and (one_shape or micro_batch_size < usual):
+            padding = micro_batch_size
+        shape: dict[str, Any] = {"steps": steps, "start": run.step, "physical_batch_size": padding, "device": device}
+        batches = (
+            StreamedBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
+            if stream
+            else PoissonBatches(samples, sample_rate=sample_rate, seed=reproducible_seed, **shape)
+        )
     dropped = int(model.nonfinite_samples)
     with _interruptions_counted(run, path):
         _train(run, batches, held_out, path, checkpoint_every, micro_batch_size, progress, epochs)
@@ -647,7 +652,10 @@ class _Run:
         if differing:
             more = len(differing) - _SHOWN_DIFFERENCES
             listed = ", ".join(differing[:_SHOWN_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
-            raise CheckpointError(f"{path} belongs to a run with other settings ({listed}); choose another file")
+            raise CheckpointError(
+                f"{path} belongs to a run with other settings ({listed}); choose another file"
+                f"{self._handed_twice(content)}"
+            )
         there = -1
         try:
             there = len(self.optimizer.accountant.ledger_of(content["optimizer"]["clipless_dp"]["accountant"]))
@@ -661,9 +669,24 @@ class _Run:
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
+        self.optimizer.weights_were_loaded()
         self.saved, self.saved_step = True, self.step
         # Of a ledger that was handed on, the file lacks what is not its own.
         self.saved_events = len(self.optimizer.accountant) if len(self.optimizer.accountant) == there else -1
+
+    def _handed_twice(self, content: dict[str, Any]) -> str:
+        """What to do where the accountant holds the steps of the checkpoint already, for which noise is calibrated."""
+        try:
+            theirs = self.optimizer.accountant.ledger_of(content["optimizer"]["clipless_dp"]["accountant"]).runs
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return ""
+        if not theirs.keys() & self.optimizer.accountant.ledger.runs.keys():
+            return ""
+        return (
+            ". The accountant holds steps of this checkpoint already. To go on with its run, give the checkpoint, and "
+            "the accountant as at its start: its ledger is in the file. For a new run on the same data, give the "
+            "accountant, and another file"
+        )
 
     def _parameter_of(self, place: tuple[Any, ...]) -> Tensor | None:
         """The parameter that a tensor of a checkpoint belongs to, given the keys that lead to it."""
@@ -800,6 +823,18 @@ def _micro_batch_size(run: _Run, budget: float, shown: tuple[Tensor, Tensor], us
             f"of {usual} rows, and memory_budget is {budget:.4g}: raise it, or choose a smaller batch_size or network"
         )
     return math.ceil(usual / math.ceil(usual / fits))
+
+
+@contextmanager
+def _ledger_handed_on(run: _Run) -> Iterator[None]:
+    """Gives exceptions the optimizer once a ledger was loaded: the weights of its steps may be in the model."""
+    before = len(run.optimizer.accountant)
+    try:
+        yield
+    except BaseException as error:
+        if len(run.optimizer.accountant) != before:
+            error.private_optimizer = run.optimizer  # type: ignore[attr-defined]
+        raise
 
 
 @contextmanager

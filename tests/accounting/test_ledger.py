@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import pickle
+import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
+import accounting.ledger as ledger_code
 from accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
@@ -489,3 +497,122 @@ def test_numbers_beyond_floats_are_refused_as_arguments():
         with pytest.raises(InvalidParameterError, match=next(iter(given))):
             accountant.step(**{"noise_multiplier": 1.0, "sample_rate": 0.1, **given})
     assert len(accountant) == 0
+
+
+def interrupted_at(operation: int, call: Callable[[], object]) -> bool:
+    """Whether `call` had so many operations in the ledger's own code that it was interrupted before this one."""
+    left = operation
+
+    def tracer(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal left
+        if frame.f_code.co_filename != ledger_code.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            left -= 1
+            if left < 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return tracer
+
+    before = sys.gettrace()
+    try:
+        sys.settrace(tracer)
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("loose", [0, 64])
+def test_an_interruption_anywhere_in_recording_or_reading_loses_no_event(
+    loose: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger_code, "_LOOSE", loose)
+    own = Provenance("run")
+    for count in itertools.count():
+        ledger = Ledger()
+        ledger.append(GaussianStep(2.0), 5, own)
+        ledger.append(GaussianStep(1.0), 1000, own)
+        len(ledger)
+        ledger.append(GaussianStep(1.0), 1, own)
+
+        def call(ledger: Ledger = ledger) -> None:
+            ledger.append(GaussianStep(1.0), 1, own)
+            ledger.append(GaussianStep(3.0), 1, own)
+            ledger.count("run")
+
+        interrupted = interrupted_at(count, call)
+        assert sum(n for _, n in ledger.entries) == len(ledger) == ledger.count("run") == ledger.runs["run"]
+        assert len(ledger) >= 1006
+        before = len(ledger)
+        ledger.append(GaussianStep(3.0), 1, own)
+        assert len(ledger) == before + 1
+        assert [event.noise_multiplier for event, _ in ledger.entries] == [2.0, 1.0, 3.0]
+        assert len(pickle.loads(pickle.dumps(ledger))) == len(ledger.copy()) == len(ledger)
+        if not interrupted:
+            assert len(ledger) == 1009
+            break
+    assert count > 50
+
+
+def test_what_is_recorded_while_lines_are_put_together_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger, honest, nested = Ledger(), ledger_code._together, []
+
+    def interrupted(lines: Iterable[Line]) -> list[Line]:
+        together = honest(lines)
+        if not nested:
+            # As a signal handler or another thread does, which reads too.
+            nested.append(1)
+            ledger.append(GaussianStep(1.0), 7)
+            nested.append(len(ledger))
+        return together
+
+    ledger.append(GaussianStep(1.0), 2)
+    ledger.append(GaussianStep(1.0), 3)
+    monkeypatch.setattr(ledger_code, "_together", interrupted)
+    len(ledger)
+    assert nested[1] == len(ledger) == sum(count for _, count in ledger.entries) == 12
+
+
+def test_threads_that_share_an_accountant_lose_no_step() -> None:
+    accountant = create_accountant("rdp")
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+
+        def work(multiplier: float) -> None:
+            for step in range(2000):
+                accountant.step(noise_multiplier=multiplier + step % 3, sample_rate=0.1)
+                if step % 50 == 0:
+                    assert len(accountant) > step
+
+        threads = [threading.Thread(target=work, args=(multiplier,)) for multiplier in (1.0, 1.0, 2.0)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert sum(count for _, count in accountant.ledger.entries) == len(accountant) == 6000
+    assert sum(accountant.ledger.runs.values()) == 6000
+
+
+def test_a_ledger_that_cannot_be_written_leaves_the_old_file_and_nothing_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ledger.json"
+    Ledger().save(path)
+    written = Path.write_text
+
+    def full(self: Path, text: str, **arguments: Any) -> int:
+        written(self, text[:10], **arguments)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        Ledger().save(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["ledger.json"]
+    assert len(Ledger.load(path)) == 0

@@ -1,0 +1,436 @@
+"""Where weights come from is known of parameters, whichever network, copy, file or average they are in."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from accounting import Ledger, create_accountant
+from clipless_dp import (
+    BudgetExhaustedError,
+    CheckpointError,
+    CliplessDPSGD,
+    ConfigurationError,
+    DPLipModel,
+    PoissonBatches,
+    PrivacyError,
+    PrivacyWarning,
+    WeightAverage,
+    fit,
+    gated,
+    lineage,
+    losses,
+    report,
+)
+from clipless_dp.noise import SystemNoise
+from clipless_dp.search import Candidate, private_search
+from clipless_dp.statistics import private_fraction
+
+from .support import gated_model, power_cut, samples
+
+RUN = {
+    "epsilon": 50.0, "delta": 1e-3, "epochs": 1, "batch_size": 75, "lr": 0.5, "progress": False, "accountant": "rdp",
+    "noise_multiplier": 2.0, "audit": False,
+}  # fmt: skip
+LACKS, FOREIGN, BEFORE = "Another optimizer took", "The model's weights are not", "Before .* of the steps the weights"
+
+
+def base_net(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def wrapped(net):
+    return DPLipModel(gated(net), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+
+
+def private(model, **options):
+    settings = {"noise_multiplier": 1.5, "sample_rate": 0.1, "dataset_size": 300, "accountant": "rdp", **options}
+    return CliplessDPSGD(model, lr=0.1, **settings)
+
+
+def train(optimizer, steps, average=None):
+    for inputs, targets, mask in PoissonBatches(samples(300), sample_rate=0.1, steps=steps):
+        optimizer.zero_grad()
+        optimizer.model.loss(optimizer.model(inputs), targets, mask).backward()
+        optimizer.step()
+        if average is not None:
+            average.update()
+    return optimizer
+
+
+def begins(optimizer, *starts):
+    """Whether the findings are these, by their beginnings."""
+    texts = report(optimizer).findings
+    words = [start.split(" .* ")[0] for start in starts]
+    return len(texts) == len(words) and all(map(str.startswith, texts, words))
+
+
+# Networks that share parameters.
+
+
+def test_a_net_that_is_gated_again_keeps_the_runs_of_its_weights():
+    base = base_net()
+    first = train(private(wrapped(base)), 3)
+    again = private(wrapped(base))
+    with pytest.warns(PrivacyWarning, match="already taken private steps"):
+        train(again, 1)
+    assert begins(again, LACKS)
+    # With the ledger of both it is told of nothing.
+    together = private(wrapped(base), accountant=first.accountant)
+    together.accountant.ledger = together.accountant.ledger.merge(again.accountant.ledger)
+    train(together, 1)
+    assert begins(together)
+
+
+def test_a_second_fit_of_a_net_that_is_gated_again_warns():
+    base = base_net()
+    first = fit(wrapped(base), samples(300), **RUN)
+    with pytest.warns(PrivacyWarning, match="already taken private steps"):
+        second = fit(wrapped(base), samples(300), **RUN)
+    assert begins(second.optimizer, LACKS)
+    third = fit(wrapped(base_net(seed=1)), samples(300), **{**RUN, "accountant": first.optimizer.accountant})
+    assert begins(third.optimizer)
+
+
+def test_a_trunk_under_a_new_head_brings_its_runs_with_it_and_hands_them_on_to_the_head():
+    trunk, head = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 3)
+    train(private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3)))), 2)
+    second = private(wrapped(nn.Sequential(trunk, head)))
+    with pytest.warns(PrivacyWarning):
+        train(second, 1)
+    assert begins(second, LACKS)
+    on_another = private(wrapped(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), head)), accountant=second.accountant)
+    with pytest.warns(PrivacyWarning):
+        train(on_another, 1)
+    assert begins(on_another, LACKS)
+
+
+def test_heads_on_a_frozen_trunk_know_nothing_of_each_other():
+    trunk = nn.Sequential(nn.Linear(6, 8), nn.ReLU()).requires_grad_(False)
+    train(private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3)))), 2)
+    second = private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3))))
+    average = WeightAverage(second.model, 0.9)
+    train(second, 2, average)
+    average.apply_()
+    assert begins(second)
+    assert begins(train(private(wrapped(nn.Sequential(trunk, nn.Linear(8, 3)))), 1))
+
+
+def test_wrapping_a_net_again_does_not_forget_a_change_that_no_step_made():
+    base = base_net()
+    first = train(private(wrapped(base)), 2)
+    with torch.no_grad():
+        base[0].weight.add_(0.1)
+    train(first, 1)
+    assert begins(first, BEFORE)
+    assert begins(train(private(wrapped(base), accountant=first.accountant), 1), BEFORE)
+
+
+def test_two_models_that_share_their_net_may_take_turns_with_one_accountant():
+    base = base_net()
+    first = private(wrapped(base))
+    second = private(wrapped(base), accountant=first.accountant)
+    for _ in range(2):
+        train(first, 1)
+        train(second, 1)
+    assert begins(first)
+    assert begins(second)
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_parameter_that_takes_the_place_of_another_is_known_by_its_values(keep):
+    optimizer = train(private(gated_model()), 2)
+    layer = next(part for part in optimizer.model.net.modules() if isinstance(part, nn.Linear))
+    values = layer.bias.detach().clone()
+    layer.bias = nn.Parameter(values if keep else values + 1.0)
+    assert lineage.of(optimizer.model).unchanged(dict(optimizer.model.net.named_parameters())) is keep
+
+
+def test_what_is_known_of_parameters_lives_no_longer_than_they_do():
+    gc.collect()
+    before = len(lineage._traces)
+    optimizer = train(private(gated_model()), 1)
+    model = optimizer.model
+    numbers = [weakref.ref(trace.numbers) for trace in lineage.of(model)._traced()]
+    assert len(lineage._traces) == before + len(numbers) == before + 4
+    del optimizer, model
+    gc.collect()
+    assert len(lineage._traces) == before
+    assert not any(number() for number in numbers)
+
+
+# Copies and files.
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_of_a_model_comes_from_the_same_runs(copied):
+    first = train(private(gated_model()), 2)
+    model = copied(first.model)
+    alone = private(model)
+    with pytest.warns(PrivacyWarning):
+        train(alone, 1)
+    assert begins(alone, LACKS)
+    assert begins(train(private(copied(first.model), accountant=first.accountant), 1))
+    changed = copied(first.model)
+    with torch.no_grad():
+        next(changed.net.parameters()).add_(0.1)
+    assert begins(train(private(changed, accountant=first.accountant), 1), BEFORE)
+
+
+def test_a_fit_after_one_that_found_its_checkpoint_finished_knows_of_its_steps(tmp_path):
+    path = tmp_path / "run.pt"
+    fit(gated_model(), samples(300), checkpoint=path, **RUN)
+    model = gated_model()
+    fit(model, samples(300), checkpoint=path, **RUN)
+    with pytest.warns(PrivacyWarning, match="already taken private steps"):
+        second = fit(model, samples(300), **RUN)
+    assert begins(second.optimizer, LACKS)
+
+
+def test_runs_of_a_loaded_state_are_those_of_the_model_once_its_weights_are_there():
+    first = train(private(gated_model()), 2)
+    state, weights = first.state_dict(), first.model.net.state_dict()
+    model = gated_model(seed=1)
+    private(model).load_state_dict(copy.deepcopy(state))
+    assert lineage.of(model).runs == {}
+    model.net.load_state_dict(weights)
+    assert list(lineage.of(model).runs.values()) == [2]
+    assert private(model).ledger_is_incomplete()
+    right = private(gated_model(seed=1))
+    right.load_state_dict(copy.deepcopy(state))
+    right.model.net.load_state_dict(weights)
+    assert begins(train(right, 1))
+
+
+def test_an_error_between_loading_and_the_first_step_hands_the_ledger_on(tmp_path, monkeypatch):
+    path = tmp_path / "run.pt"
+    with power_cut(2):
+        fit(gated_model(), samples(300), checkpoint=path, **RUN)
+    content = path.read_bytes()
+
+    def fails(*arguments, **options):
+        raise RuntimeError("no memory for the data")
+
+    monkeypatch.setattr("clipless_dp.training.PoissonBatches", fails)
+    with pytest.raises(RuntimeError, match="no memory") as failure:
+        fit(gated_model(), samples(300), checkpoint=path, **RUN)
+    assert len(failure.value.private_optimizer.accountant) == 2
+    assert path.read_bytes() == content
+
+
+def test_a_checkpoint_with_the_accountant_of_its_own_run_is_told_which_of_them_to_give(tmp_path):
+    path = tmp_path / "run.pt"
+    calibrated = {name: value for name, value in RUN.items() if name != "noise_multiplier"}
+    with power_cut(2) as failure:
+        fit(gated_model(), samples(300), checkpoint=path, **calibrated)
+    again = {**calibrated, "accountant": failure.value.private_optimizer.accountant}
+    with pytest.raises(CheckpointError, match="holds steps of this checkpoint already"):
+        fit(gated_model(), samples(300), checkpoint=path, **again)
+    assert fit(gated_model(), samples(300), checkpoint=path, **calibrated).steps == 4
+
+
+# Averages.
+
+
+def test_an_average_brings_the_runs_that_entered_it():
+    first = private(gated_model())
+    theirs = WeightAverage(first.model, 0.9)
+    train(first, 3, theirs)
+    second = private(gated_model(seed=1))
+    train(second, 1)
+    mine = WeightAverage(second.model, 0.9)
+    mine.load_state_dict(theirs.state_dict())
+    mine.apply_()
+    assert begins(second, LACKS)
+    second.accountant.ledger = second.accountant.ledger.merge(first.accountant.ledger)
+    assert begins(second)
+
+
+def test_an_average_of_a_later_step_than_the_ledger_holds_is_found():
+    first = train(private(gated_model()), 2)
+    early, weights = copy.deepcopy(first.state_dict()), copy.deepcopy(first.model.net.state_dict())
+    average = WeightAverage(first.model, 0.9)
+    train(first, 2, average)
+    for state, expected in ((early, (LACKS,)), (first.state_dict(), ())):
+        resumed = private(gated_model(seed=1))
+        resumed.load_state_dict(copy.deepcopy(state))
+        resumed.model.net.load_state_dict(weights if state is early else first.model.net.state_dict())
+        loaded = WeightAverage(resumed.model, 0.9)
+        loaded.load_state_dict(average.state_dict())
+        loaded.apply_()
+        assert begins(resumed, *expected)
+
+
+def test_an_average_whose_state_tells_no_runs_is_of_unknown_origin():
+    optimizer = private(gated_model())
+    average = WeightAverage(optimizer.model, 0.9)
+    train(optimizer, 2, average)
+    state = {name: value for name, value in average.state_dict().items() if name != "runs"}
+    average.load_state_dict(state)
+    average.apply_()
+    assert begins(optimizer, FOREIGN)
+
+
+def test_weights_that_no_optimizer_has_seen_do_not_count_in_an_average():
+    model = gated_model()
+    average = WeightAverage(model, 0.9)
+    average.update()
+    model.net.load_state_dict(gated_model(seed=1).net.state_dict())
+    optimizer = train(private(model), 1)
+    average.apply_()
+    assert begins(optimizer, FOREIGN)
+
+
+def test_the_last_weights_may_be_put_back_in_place_of_their_average():
+    result = fit(gated_model(), samples(300), ema=0.9, **RUN)
+    optimizer = result.optimizer
+    assert begins(optimizer)
+    optimizer.model.net.load_state_dict(result.last_weights, strict=False)
+    assert begins(optimizer)
+    state, weights = copy.deepcopy(optimizer.state_dict()), optimizer.model.net.state_dict()
+    other = private(gated_model())
+    other.load_state_dict(state)
+    other.model.net.load_state_dict(weights)
+    assert begins(other)
+    with torch.no_grad():
+        next(optimizer.model.net.parameters()).add_(1e-3)
+    assert begins(optimizer, FOREIGN)
+
+
+# The search.
+
+
+def search():
+    candidates = [Candidate(gated_model, {"epochs": 0.5, "batch_size": 75})]
+    options = {"epsilon": 8.0, "delta": 1e-3, "mean_runs": 1.0, "validation": samples(50)}
+    return private_search(candidates, samples(300), **options)
+
+
+def test_a_model_that_a_search_found_is_counted_by_the_ledger_of_the_search_alone():
+    result = search()
+    assert begins(train(private(copy.deepcopy(result.model), accountant=result.accountant), 1))
+    alone = private(result.model)
+    with pytest.warns(PrivacyWarning):
+        train(alone, 1)
+    assert begins(alone, LACKS)
+
+
+def test_no_number_of_the_process_tells_which_run_of_a_search_was_the_best():
+    model, after = search().model, gated_model()
+    assert abs(after.register.key - model.register.key) > 10**6
+    # Of 48 random bits: below a million once in 2·10⁸ times.
+    assert model.register.key > 10**6
+    assert model.randomness.handle > 10**6
+
+
+# What is assigned later, and what is no argument.
+
+
+def test_what_is_assigned_later_is_checked_as_the_arguments_are():
+    optimizer = private(gated_model())
+    with pytest.raises(ConfigurationError, match="sampling must be"):
+        optimizer.sampling = "shuffled"
+    with pytest.raises(ConfigurationError, match="noise must be"):
+        optimizer.noise = "none"
+    optimizer.sampling, optimizer.noise = "poisson", "system"
+    assert optimizer.sampling == "poisson"
+    assert isinstance(optimizer.noise, SystemNoise)
+
+
+def test_steps_that_a_budget_allowed_are_not_those_of_another_ledger_as_long():
+    optimizer = private(gated_model(), budget=(20.0, 1e-3))
+    train(optimizer, 1)
+    assert optimizer.allows(5)
+    spent = create_accountant("rdp")
+    spent.step(noise_multiplier=0.05, sample_rate=1.0)
+    assert len(spent) == len(optimizer.accountant)
+    optimizer.accountant = spent
+    with pytest.raises(BudgetExhaustedError):
+        train(optimizer, 1)
+
+
+def test_where_warnings_are_errors_a_step_is_not_charged_and_the_next_one_goes_through():
+    base = base_net()
+    train(private(wrapped(base)), 1)
+    second = private(wrapped(base))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(PrivacyWarning):
+            train(second, 1)
+        assert len(second.accountant) == 0
+        train(second, 1)
+    assert len(second.accountant) == 1
+
+
+def test_draws_skipped_in_either_run_are_in_the_statement_of_what_goes_on_from_both():
+    first, second = train(private(gated_model()), 1), private(gated_model())
+    first.skipped_draws, second.skipped_draws = 2, 1
+    second.load_state_dict(first.state_dict())
+    assert second.skipped_draws == 3
+    assert any(text.startswith("3 draws were skipped") for text in report(second).findings)
+
+
+@pytest.mark.parametrize("accountant", [3, None, Ledger()])
+def test_what_is_no_accountant_is_refused(accountant):
+    with pytest.raises(ConfigurationError, match="accountant must be"):
+        fit(gated_model(), samples(300), **{**RUN, "accountant": accountant})
+    with pytest.raises(ConfigurationError, match="accountant must be"):
+        private(gated_model(), accountant=accountant)
+    with pytest.raises(ConfigurationError, match="accountant must be"):
+        private_fraction(torch.ones(9) > 0, noise_multiplier=1.0, accountant=accountant)
+
+
+def test_statistics_and_a_search_take_no_names_of_accountants():
+    with pytest.raises(ConfigurationError, match="accountant must be"):
+        private_fraction(torch.ones(9) > 0, noise_multiplier=1.0, accountant="rdp")
+    candidates = [Candidate(gated_model, {"epochs": 1, "batch_size": 75})]
+    options = {"epsilon": 8.0, "delta": 1e-3, "mean_runs": 1.0, "validation": samples(50)}
+    with pytest.raises(ConfigurationError, match="accountant must be"):
+        private_search(candidates, samples(300), accountant="rdp", **options)
+
+
+def test_a_noise_multiplier_that_is_no_number_is_refused_by_statistics():
+    with pytest.raises(ConfigurationError, match="noise_multiplier must be"):
+        private_fraction(torch.ones(9) > 0, noise_multiplier="3", accountant=create_accountant("rdp"))
+
+
+def test_noise_that_the_parameters_cannot_hold_is_refused_before_it_is_charged():
+    optimizer = private(gated_model(), noise_multiplier=1e39)
+    with pytest.raises(PrivacyError, match="does not fit"):
+        train(optimizer, 1)
+    assert len(optimizer.accountant) == 0
+    optimizer.noise_multiplier = 1e30
+    train(optimizer, 1)
+    assert len(optimizer.accountant) == 1
+
+
+def test_a_statement_that_cannot_be_written_leaves_the_old_files_and_nothing_beside_them(tmp_path, monkeypatch):
+    optimizer = train(private(gated_model()), 1)
+    report(optimizer, tmp_path / "statement")
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    written = type(tmp_path).write_text
+
+    def full(self, text, **options):
+        if ".json" in self.name:
+            written(self, text[:10], **options)
+            raise OSError(28, "No space left on device")
+        return written(self, text, **options)
+
+    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    with pytest.raises(CheckpointError, match="No space"):
+        report(train(optimizer, 1), tmp_path / "statement")
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_rows_processed_at_once_follow_the_public_size():
+    options = {**RUN, "dataset_size": 300, "memory_budget": 1e9}
+    sizes = {fit(gated_model(), samples(count), **options).micro_batch_size for count in (200, 300, 301)}
+    assert len(sizes) == 1
