@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import distributed, draws, passes, sharding
+from clipless_dp.apart import join_, set_apart_
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
@@ -142,6 +143,7 @@ class DPLipModel(nn.Module):
             raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
+        set_apart_(traced.module, passes.is_witnessed)
         self._traced: TracedNet = traced
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
@@ -188,6 +190,7 @@ class DPLipModel(nn.Module):
         if sharding.is_sharded(self):
             sharding.sum_shards_(self)
             if self._gathering is None:
+                join_(self._graph[0])
                 self._gathering = (sharding.gathering(self._graph[0], self),)
             self.register.sharded = True
         opened: passes.Pass | Tensor | None = None
