@@ -15,6 +15,7 @@ from clipless_dp import distributed, draws, passes, sharding
 from clipless_dp.apart import join_, set_apart_
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
+from clipless_dp.factors import Factors
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.losses import Loss
@@ -118,6 +119,7 @@ class DPLipModel(nn.Module):
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         self.row_losses = RowLosses()
+        self._factors = Factors()
         device, dtype = parameter_device_and_dtype(net)
         self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
         self._trace(device, dtype)
@@ -200,6 +202,7 @@ class DPLipModel(nn.Module):
                 opened = None if _is_exported() else passes.open_operator(inputs, self.register.key)
             else:
                 opened = self.register.open(inputs)
+                self._factors.begin()
         if inputs.shape[0] == 0:
             # A copy: what hooks on a view are told may be lost.
             return self._run(inputs.new_zeros(1, *self.input_shape), opened=opened)[:0].clone()
@@ -288,7 +291,9 @@ class DPLipModel(nn.Module):
             mask: boolean ``(B,)``, false for rows that are padding; ``None`` means that all rows count.
 
         Returns:
-            A scalar: the sum, never the mean, over rows that count and whose loss is finite.
+            A scalar: the sum, never the mean, over rows that count and whose loss is finite; times
+            :attr:`loss_weight`. On a CPU its backward pass refuses, with a ``PrivacyError``, a factor other than in the
+            passes before: a function of the sum, or of the batch's size.
 
         Raises:
             InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
@@ -310,7 +315,7 @@ class DPLipModel(nn.Module):
             # The product lets the same arrive at the losses as below: one number each, not one that all share.
             total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
             if math.isfinite(total.detach()):
-                return total
+                return self._watched(total)
         counted = torch.isfinite(losses)
         dropped = ~counted if mask is None else mask & ~counted
         if torch.is_grad_enabled() and not _is_exported():
@@ -320,7 +325,29 @@ class DPLipModel(nn.Module):
             self._dropped_samples.add_(dropped.sum())
         if mask is not None:
             counted = counted & mask
-        return torch.where(counted, losses, torch.zeros_like(losses)).sum()
+        return self._watched(torch.where(counted, losses, torch.zeros_like(losses)).sum())
+
+    def _watched(self, total: Tensor) -> Tensor:
+        # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
+        if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and passes.is_witnessed()):
+            return total if self.loss_weight == 1.0 else total * self.loss_weight
+        return self._factors.watched(total, self.register)
+
+    @property
+    def loss_weight(self) -> float:
+        """What :meth:`loss` multiplies the sum by, 1 at first: for a public schedule, which must not follow the data.
+
+        Whatever else a loop multiplies the sum by must be the same positive number in every pass; on a CPU, outside
+        of compiled graphs, another one is refused on the way back.
+
+        Raises:
+            ConfigurationError: it is set to anything but a positive finite number.
+        """
+        return self._factors.weight
+
+    @loss_weight.setter
+    def loss_weight(self, weight: float) -> None:
+        self._factors.set_weight(weight)
 
     @property
     def nonfinite_samples(self) -> Tensor:
@@ -462,7 +489,7 @@ class DPLipModel(nn.Module):
         counted = self.nonfinite_samples.clone()
         devices = [inputs.device] if inputs.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            with torch.random.fork_rng(devices=devices), torch.enable_grad(), passes.unwitnessed():
                 return measure(self._traced, sensitivity, len(inputs), loss, trainable)
         finally:
             self.nonfinite_samples.copy_(counted)
@@ -668,6 +695,7 @@ class DPLipModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
+        self.__dict__.setdefault("_factors", Factors())
         device, dtype = parameter_device_and_dtype(self.net)
         self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
         self.register = passes.Register(self)
