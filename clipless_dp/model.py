@@ -112,10 +112,11 @@ class DPLipModel(nn.Module):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
         distributed.refuse_averages(net)
         sharding.refuse_shards(net)
+        _refuse_valueless(net)
         self.net = net
         self.randomness = Randomness()
         self._row_invariant = row_invariant
-        self._input_shape = tuple(int(size) for size in input_shape)
+        self._input_shape = _checked_shape(input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         self.row_losses = RowLosses()
@@ -656,6 +657,10 @@ class DPLipModel(nn.Module):
             raise InputError(
                 f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
             )
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(inputs)
+        if inputs.layout != torch.strided:
+            raise InputError(f"inputs are {inputs.layout}; make them dense first, with inputs.to_dense()")
         device, dtype = self.device_and_dtype()
         if self._vocabulary is not None:
             if inputs.dtype not in (torch.int32, torch.int64):
@@ -702,6 +707,52 @@ class DPLipModel(nn.Module):
         self.register.follow(self.net)
         self._trace(device, dtype)
         self.settle_()
+
+
+def _checked_shape(shape: object) -> tuple[int, ...]:
+    kinds = isinstance(shape, (tuple, list)) and all(hasattr(size, "__index__") for size in shape)
+    if not kinds or any(isinstance(size, bool) or int(size) < 1 for size in cast("tuple[int, ...]", shape)):
+        raise ConfigurationError(
+            "input_shape must be a tuple of positive integers, the shape of one sample without the batch axis, such as "
+            f"(3, 32, 32) or (8,), got {shape!r}"
+        )
+    return tuple(int(size) for size in cast("tuple[int, ...]", shape))
+
+
+def _refuse_valueless(net: nn.Module) -> None:
+    """Refuses parameters without values to certify, or that autograd cannot follow."""
+    for name, parameter in net.named_parameters():
+        if parameter.is_meta:
+            raise ConfigurationError(
+                f"the parameter {name!r} is on the meta device, without values: give the network memory and weights "
+                "first, e.g. net.to_empty(device='cpu') and an initialisation"
+            )
+        if parameter.is_inference():
+            raise ConfigurationError(
+                f"the parameter {name!r} was made in torch.inference_mode(), which cannot be trained: build the "
+                "network outside of it"
+            )
+    if torch.is_inference_mode_enabled():
+        raise ConfigurationError("wrap the network outside of torch.inference_mode(), in which nothing can be trained")
+
+
+def _refuse_transforms(inputs: Tensor) -> None:
+    """Refuses what runs a model in another way than a pass."""
+    if torch.jit.is_tracing():
+        raise ConfigurationError(
+            "torch.jit.trace records one pass of a wrapped model, with its checks as constants: trace model.net, or "
+            "use torch.export"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(inputs) and not passes.is_unwitnessed():
+        raise ConfigurationError(
+            "torch.func (vmap, jvp, grad) cannot run a wrapped model, whose gates are for one pass of a batch: "
+            "transform model.net, whose gradients no step releases"
+        )
+    if inputs.is_inference() and torch.is_grad_enabled():
+        raise InputError(
+            "inputs were made in torch.inference_mode(), which cannot be trained on: make them outside of it, or "
+            "clone() them there"
+        )
 
 
 def _is_exported() -> bool:

@@ -112,6 +112,9 @@ class RowLosses:
             InputError: the loss does not return one real number a row.
         """
         if is_proved(loss):
+            if mask is not None:
+                # Padding is NaN, which anomaly detection would find on the way back.
+                output = output.masked_fill(~mask.reshape(-1, *[1] * (output.dim() - 1)), 1.0)
             return loss.per_sample(output, target)
         if output.shape[0] == 0:
             return _rows(output).sum(1)
