@@ -653,12 +653,12 @@ class DPLipModel(nn.Module):
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(inputs)
         if tuple(inputs.shape[1:]) != self.input_shape or inputs.dim() == 0:
             raise InputError(
                 f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
             )
-        if not torch.compiler.is_compiling():
-            _refuse_transforms(inputs)
         if inputs.layout != torch.strided:
             raise InputError(f"inputs are {inputs.layout}; make them dense first, with inputs.to_dense()")
         device, dtype = self.device_and_dtype()
@@ -738,7 +738,7 @@ def _refuse_valueless(net: nn.Module) -> None:
 
 def _refuse_transforms(inputs: Tensor) -> None:
     """Refuses what runs a model in another way than a pass."""
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         raise ConfigurationError(
             "torch.jit.trace records one pass of a wrapped model, with its checks as constants: trace model.net, or "
             "use torch.export"

@@ -325,7 +325,8 @@ def _with_gradient(losses: Callable[[Tensor], Tensor], output: Tensor, usable: T
 
 def _sizes(output: Tensor, bound: float) -> Tensor:
     """How large the terms may be that a row's loss is added up of, as its gradient is cut to the bound: ``(B,)``."""
-    return bound * (1.0 + torch.linalg.vector_norm(_rows(output.detach()).cpu().double(), dim=1))
+    lengths: Tensor = torch.linalg.vector_norm(_rows(output.detach()).cpu().double(), dim=1)
+    return bound * (1.0 + lengths)
 
 
 def _rows_differ(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], output: Tensor, bound: float) -> Tensor:
@@ -333,7 +334,8 @@ def _rows_differ(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], ou
 
     def cut(gradients: Tensor) -> Tensor:
         rows = _rows(gradients.detach()).cpu().double()
-        return rows * (bound / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=bound))
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows * (bound / lengths.clamp(min=bound))
 
     values = _differ(first[0], second[0], _sizes(output, bound))
     return values | _differ(cut(first[1]), cut(second[1]), bound)
