@@ -174,7 +174,7 @@ class RowLosses:
             # On copies, so that nothing is left in a loss that is refused.
             _refuse_beginning(loss, output, target, bound)
         with torch.enable_grad():
-            refuse_trained(loss, _together(loss, output.clone(), target.clone()))
+            refuse_trained(loss, _together(loss, output.clone(), target.detach().clone()))
         with torch.no_grad():
             first, second = (_together(loss, output.clone(), target.clone()) for _ in range(2))
             if known and bool(_differ(first, second, _sizes(output, bound)).any()):
@@ -196,7 +196,7 @@ class RowLosses:
         if bool((_differ(first, second, sizes) | _differ(used, second, sizes))[rows.cpu()].any()):
             raise _impure(loss)
         with torch.enable_grad():
-            refuse_trained(loss, _together(loss, output[rows], target[rows].clone()))
+            refuse_trained(loss, _together(loss, output[rows], target.detach()[rows]))
         if len(rows) < 2:
             return
         if not self._mapped and len(rows) > _ROWS:
