@@ -722,6 +722,9 @@ def _checked_shape(shape: object) -> tuple[int, ...]:
 def _refuse_valueless(net: nn.Module) -> None:
     """Refuses parameters without values to certify, or that autograd cannot follow."""
     for name, parameter in net.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            # Its module is refused by name.
+            continue
         if parameter.is_meta:
             raise ConfigurationError(
                 f"the parameter {name!r} is on the meta device, without values: give the network memory and weights "
