@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import random
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import CellType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp import draws
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.randomness import Randomness, current_generator
 from clipless_dp.randomness import shared as shared_randomness
 
@@ -21,7 +27,7 @@ class RowAugmentation(ABC):
     """Views of a whole batch at once, for speed; each row's view must come from that row and fresh randomness alone.
 
     A view that sees other rows (mixup, statistics of the batch) puts one sample into several gradients, which no bound
-    covers. Where that cannot be vouched for, give a function of one sample instead.
+    covers: where one is seen, it is refused (:func:`views`). A function of one sample sees no other.
     """
 
     @abstractmethod
@@ -96,19 +102,22 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
         mask: boolean ``(rows,)``; padding is not shown to a function of one sample.
         source: of the random numbers; by default one that the operating system seeds.
 
+    A :class:`RowAugmentation` is looked at in the first batch of two rows and in one of :data:`EVERY` later ones: half
+    of the rows are overwritten, then the other half, and under the same random numbers all other views must be the same
+    bits.
+
     Raises:
-        ConfigurationError: a view has another shape than its sample, or is no tensor.
+        ConfigurationError: a view has another shape than its sample, or is no tensor, or a batch is held.
+        PrivacyError: a view depends on other rows, or the argument was changed.
     """
+    _refuse_held_batches(augment)
     with (source or shared_randomness).visit(inputs.device):
         return _views(augment, inputs, mask)
 
 
 def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
     if isinstance(augment, RowAugmentation):
-        made = augment(inputs)
-        if not isinstance(made, Tensor) or made.shape != inputs.shape:
-            raise _misshapen(augment, made, inputs.shape)
-        return made
+        return _views_of_rows(augment, inputs, mask)
     rows = []
     for row, counts in zip(inputs, mask.tolist(), strict=True):
         # A copy, since what is changed in place would change the sample's other views.
@@ -117,6 +126,117 @@ def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
             raise _misshapen(augment, view, row.shape)
         rows.append(view)
     return torch.stack(rows) if rows else inputs
+
+
+EVERY = 32
+"""One batch in so many is looked at, in expectation."""
+
+_passed: Any = WeakIdKeyDictionary()
+"""The augmentations that were looked at."""
+
+
+def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Tensor:
+    due = inputs.device.type != "meta" and (augment not in _passed or secrets.randbelow(EVERY) == 0)
+    rows = mask.nonzero().flatten() if due else mask[:0]
+    looks = len(rows) > 1
+    before = _random_states(inputs.device) if looks else None
+    kept = inputs.clone() if looks else None
+    # Each look starts from the attributes that this call starts from.
+    copies = [_copied(augment) for _ in range(3)] if looks else []
+    version = inputs._version
+    made = augment(inputs)
+    if not isinstance(made, Tensor) or made.shape != inputs.shape:
+        raise _misshapen(augment, made, inputs.shape)
+    if inputs._version != version or (kept is not None and not bool(_same(inputs, kept).all())):
+        raise PrivacyError(
+            f"augment={augment!r} changes its argument in place, which other views and other passes read: return a new "
+            "tensor. Nothing was released"
+        )
+    if kept is None or before is None:
+        return made
+    after = _random_states(inputs.device)
+    try:
+        halves = rows[torch.randperm(len(rows), device=rows.device)].tensor_split(2)
+        for copy_, changed, other in zip(copies, halves, halves[::-1], strict=False):
+            strange = kept.clone()
+            strange[changed] = 0
+            strange[changed] += (kept[changed].flatten(1) == 0).all(1).reshape(-1, *[1] * (kept.dim() - 1)).to(kept)
+            if bool(_same(_repeated(copy_, strange, before), made)[other].all()):
+                continue
+            if not bool(_same(_repeated(copies[2], kept, before), made)[other].all()):
+                raise PrivacyError(
+                    f"augment={augment!r} gives two views of the same rows under the same random numbers: it keeps a "
+                    "state outside of its own attributes, through which rows may meet, or draws from elsewhere. Draw "
+                    "from torch's, numpy's or Python's global generators. Nothing was released"
+                )
+            raise PrivacyError(
+                f"in augment={augment!r} the view of a row depends on other rows of the batch (mixup, statistics of "
+                "the batch), so that one sample would enter the gradients of others, which no bound covers. Make each "
+                "view from its row alone, or give a function of one sample. Nothing was released"
+            )
+    finally:
+        _set_random_states(after, inputs.device)
+    _passed[augment] = True
+    return made
+
+
+def _repeated(augment: RowAugmentation, inputs: Tensor, states: tuple[Any, ...]) -> Tensor:
+    _set_random_states(states, inputs.device)
+    return augment(inputs.clone())
+
+
+def _copied(augment: RowAugmentation) -> RowAugmentation:
+    try:
+        return copy.deepcopy(augment)
+    except Exception:
+        return augment
+
+
+def _same(first: Tensor, second: Tensor) -> Tensor:
+    """Which rows are the same, ``(rows,)``; a NaN is the same as another."""
+    return ((first == second) | ((first != first) & (second != second))).flatten(1).all(1)
+
+
+def _random_states(device: torch.device) -> tuple[Any, ...]:
+    own = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
+    return torch.get_rng_state(), own, random.getstate(), np.random.get_state()  # noqa: NPY002
+
+
+def _set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if states[1] is not None:
+        torch.get_device_module(device).set_rng_state(states[1], device)
+    random.setstate(states[2])
+    np.random.set_state(states[3])  # noqa: NPY002
+
+
+def _refuse_held_batches(augment: Augmentation) -> None:
+    """Refuses an augmentation that holds a batch that was handed out, whose rows would enter the views of others."""
+    function = getattr(augment, "__func__", augment)
+    if isinstance(augment, RowAugmentation):
+        function = type(augment).__call__
+    code, reachable = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    held = [*_held(augment), *(_held(function) if function is not augment else ())]
+    held += [reachable[name] for name in (() if code is None else code.co_names) if name in reachable]
+    for value in tree_leaves(held):
+        if isinstance(value, Tensor) and draws.is_delivered(value):
+            raise ConfigurationError(
+                f"augment={augment!r} holds a batch of samples (in a closure, a default, an attribute or a global), "
+                "through which rows enter the views of others: make each view from its row alone"
+            )
+
+
+def _held(augment: Any) -> list[object]:
+    """Attributes, contents of a closure, arguments of a ``partial``, and defaults."""
+    function = getattr(augment, "__func__", augment)
+    held: list[object] = [*getattr(augment, "__dict__", {}).values(), getattr(augment, "__self__", None)]
+    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    held += [*getattr(augment, "args", ()), *getattr(augment, "keywords", {}).values()]
+    held += [
+        *(getattr(function, "__defaults__", None) or ()),
+        *(getattr(function, "__kwdefaults__", None) or {}).values(),
+    ]
+    return held
 
 
 def refuse_own_generators(augment: Augmentation) -> None:
@@ -129,14 +249,7 @@ def refuse_own_generators(augment: Augmentation) -> None:
         ConfigurationError: it is an attribute, in a closure, or an argument of a ``partial``.
     """
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    function = getattr(augment, "__func__", augment)
-    held: list[object] = [*getattr(augment, "__dict__", {}).values(), getattr(augment, "__self__", None)]
-    held += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-    held += [*getattr(augment, "args", ()), *getattr(augment, "keywords", {}).values()]
-    held += [
-        *(getattr(function, "__defaults__", None) or ()),
-        *(getattr(function, "__kwdefaults__", None) or {}).values(),
-    ]
+    held = _held(augment)
     for value in [*held, *(part for own in held for part in getattr(own, "__dict__", {}).values())]:
         if isinstance(value, kinds):
             raise ConfigurationError(

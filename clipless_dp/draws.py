@@ -342,6 +342,11 @@ def skip() -> int:
     return count
 
 
+def is_delivered(tensor: Tensor) -> bool:
+    """Whether a tensor is a batch that was handed out, or a view of one."""
+    return tensor in _delivered or (tensor._base is not None and tensor._base in _delivered)
+
+
 def find(inputs: Tensor) -> Rows:
     """Which rows of memory a batch is, and of which draw, if they are rows of it as they were handed out.
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import distributed, draws, lineage, passes, sharding
+from clipless_dp.apart import join_, set_apart_
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
+from clipless_dp.factors import Factors
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.losses import Loss
@@ -111,13 +113,15 @@ class DPLipModel(nn.Module):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
         distributed.refuse_averages(net)
         sharding.refuse_shards(net)
+        _refuse_valueless(net)
         self.net = net
         self.randomness = Randomness()
         self._row_invariant = row_invariant
-        self._input_shape = tuple(int(size) for size in input_shape)
+        self._input_shape = _checked_shape(input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         self.row_losses = RowLosses()
+        self._factors = Factors()
         device, dtype = parameter_device_and_dtype(net)
         self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
         self._trace(device, dtype)
@@ -143,6 +147,7 @@ class DPLipModel(nn.Module):
             raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
+        set_apart_(traced.module, passes.is_witnessed)
         self._traced: TracedNet = traced
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
@@ -190,6 +195,7 @@ class DPLipModel(nn.Module):
         if sharding.is_sharded(self):
             sharding.sum_shards_(self)
             if self._gathering is None:
+                join_(self._graph[0])
                 self._gathering = (sharding.gathering(self._graph[0], self),)
             self.register.sharded = True
         opened: passes.Pass | Tensor | None = None
@@ -199,6 +205,7 @@ class DPLipModel(nn.Module):
                 opened = None if _is_exported() else passes.open_operator(inputs, self.register.key)
             else:
                 opened = self.register.open(inputs)
+                self._factors.begin()
         if inputs.shape[0] == 0:
             # A copy: what hooks on a view are told may be lost.
             return self._run(inputs.new_zeros(1, *self.input_shape), opened=opened)[:0].clone()
@@ -287,7 +294,9 @@ class DPLipModel(nn.Module):
             mask: boolean ``(B,)``, false for rows that are padding; ``None`` means that all rows count.
 
         Returns:
-            A scalar: the sum, never the mean, over rows that count and whose loss is finite.
+            A scalar: the sum, never the mean, over rows that count and whose loss is finite; times
+            :attr:`loss_weight`. On a CPU its backward pass refuses, with a ``PrivacyError``, a factor other than in the
+            passes before: a function of the sum, or of the batch's size.
 
         Raises:
             InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
@@ -309,7 +318,7 @@ class DPLipModel(nn.Module):
             # The product lets the same arrive at the losses as below: one number each, not one that all share.
             total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
             if math.isfinite(total.detach()):
-                return total
+                return self._watched(total)
         counted = torch.isfinite(losses)
         dropped = ~counted if mask is None else mask & ~counted
         if torch.is_grad_enabled() and not _is_exported():
@@ -319,7 +328,29 @@ class DPLipModel(nn.Module):
             self._dropped_samples.add_(dropped.sum())
         if mask is not None:
             counted = counted & mask
-        return torch.where(counted, losses, torch.zeros_like(losses)).sum()
+        return self._watched(torch.where(counted, losses, torch.zeros_like(losses)).sum())
+
+    def _watched(self, total: Tensor) -> Tensor:
+        # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
+        if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and passes.is_witnessed()):
+            return total if self.loss_weight == 1.0 else total * self.loss_weight
+        return self._factors.watched(total, self.register)
+
+    @property
+    def loss_weight(self) -> float:
+        """What :meth:`loss` multiplies the sum by, 1 at first: for a public schedule, which must not follow the data.
+
+        Whatever else a loop multiplies the sum by must be the same positive number in every pass; on a CPU, outside
+        of compiled graphs, another one is refused on the way back.
+
+        Raises:
+            ConfigurationError: it is set to anything but a positive finite number.
+        """
+        return self._factors.weight
+
+    @loss_weight.setter
+    def loss_weight(self, weight: float) -> None:
+        self._factors.set_weight(weight)
 
     @property
     def nonfinite_samples(self) -> Tensor:
@@ -461,7 +492,7 @@ class DPLipModel(nn.Module):
         counted = self.nonfinite_samples.clone()
         devices = [inputs.device] if inputs.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=devices), torch.enable_grad():
+            with torch.random.fork_rng(devices=devices), torch.enable_grad(), passes.unwitnessed():
                 return measure(self._traced, sensitivity, len(inputs), loss, trainable)
         finally:
             self.nonfinite_samples.copy_(counted)
@@ -624,10 +655,14 @@ class DPLipModel(nn.Module):
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
+        if not torch.compiler.is_compiling():
+            _refuse_transforms(inputs)
         if tuple(inputs.shape[1:]) != self.input_shape or inputs.dim() == 0:
             raise InputError(
                 f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
             )
+        if inputs.layout != torch.strided:
+            raise InputError(f"inputs are {inputs.layout}; make them dense first, with inputs.to_dense()")
         device, dtype = self.device_and_dtype()
         if self._vocabulary is not None:
             if inputs.dtype not in (torch.int32, torch.int64):
@@ -670,6 +705,7 @@ class DPLipModel(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
+        self.__dict__.setdefault("_factors", Factors())
         device, dtype = parameter_device_and_dtype(self.net)
         self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
         self.register = passes.Register(self)
@@ -678,6 +714,55 @@ class DPLipModel(nn.Module):
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)
+
+
+def _checked_shape(shape: object) -> tuple[int, ...]:
+    kinds = isinstance(shape, (tuple, list)) and all(hasattr(size, "__index__") for size in shape)
+    if not kinds or any(isinstance(size, bool) or int(size) < 1 for size in cast("tuple[int, ...]", shape)):
+        raise ConfigurationError(
+            "input_shape must be a tuple of positive integers, the shape of one sample without the batch axis, such as "
+            f"(3, 32, 32) or (8,), got {shape!r}"
+        )
+    return tuple(int(size) for size in cast("tuple[int, ...]", shape))
+
+
+def _refuse_valueless(net: nn.Module) -> None:
+    """Refuses parameters without values to certify, or that autograd cannot follow."""
+    for name, parameter in net.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            # Its module is refused by name.
+            continue
+        if parameter.is_meta:
+            raise ConfigurationError(
+                f"the parameter {name!r} is on the meta device, without values: give the network memory and weights "
+                "first, e.g. net.to_empty(device='cpu') and an initialisation"
+            )
+        if parameter.is_inference():
+            raise ConfigurationError(
+                f"the parameter {name!r} was made in torch.inference_mode(), which cannot be trained: build the "
+                "network outside of it"
+            )
+    if torch.is_inference_mode_enabled():
+        raise ConfigurationError("wrap the network outside of torch.inference_mode(), in which nothing can be trained")
+
+
+def _refuse_transforms(inputs: Tensor) -> None:
+    """Refuses what runs a model in another way than a pass."""
+    if torch._C._is_tracing():
+        raise ConfigurationError(
+            "torch.jit.trace records one pass of a wrapped model, with its checks as constants: trace model.net, or "
+            "use torch.export"
+        )
+    if torch._C._functorch.is_functorch_wrapped_tensor(inputs) and not passes.is_unwitnessed():
+        raise ConfigurationError(
+            "torch.func (vmap, jvp, grad) cannot run a wrapped model, whose gates are for one pass of a batch: "
+            "transform model.net, whose gradients no step releases"
+        )
+    if inputs.is_inference() and torch.is_grad_enabled():
+        raise InputError(
+            "inputs were made in torch.inference_mode(), which cannot be trained on: make them outside of it, or "
+            "clone() them there"
+        )
 
 
 def _is_exported() -> bool:

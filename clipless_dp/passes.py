@@ -157,6 +157,11 @@ class Register:
         self.sharded = False
         _registers[self.key] = self
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters whose gradients it keeps."""
+        return self._parameters
+
     def follow(self, net: nn.Module) -> None:
         """Notes where the parameters of the network are held."""
         found: dict[int, int] = {}

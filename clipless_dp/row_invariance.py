@@ -83,7 +83,7 @@ class RowInvariance:
 
     def __init__(self, *, backward: bool) -> None:
         self._backward = backward
-        self._references = _REFERENCES
+        self._references: tuple[int, ...] = _REFERENCES
         self._agreeing: dict[tuple[_Kind, int], bool] = {}
         # A pass that is computed again, under activation checkpointing, takes what it took first.
         self._chosen: dict[tuple[_Kind, int], list[int]] = {}

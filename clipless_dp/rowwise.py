@@ -7,14 +7,17 @@ evaluated such that rows cannot meet where that is cheap, and held against that 
 
 from __future__ import annotations
 
+import copy
 import secrets
 import warnings
 from collections.abc import Callable
+from types import CellType, FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipless_dp.errors import CliplessError, ConfigurationError, InputError, PrivacyError
+from clipless_dp.errors import CliplessError, ConfigurationError, InputError, LossBoundError, PrivacyError
 from clipless_dp.gates import _can_look, _rows
 from clipless_dp.losses import (
     BinaryCrossEntropy,
@@ -44,6 +47,9 @@ _PROVED: dict[type[Loss], object] = {
 
 EVERY = 32
 """One batch in so many is looked at, in expectation."""
+
+_SINGLE = 16
+"""Rows that a look evaluates one by one where the function can be mapped over rows."""
 
 _ROWS = 256
 """Rows that a look evaluates one by one, where the function cannot be mapped over rows: a hundredth of a second."""
@@ -103,9 +109,13 @@ class RowLosses:
 
         Raises:
             PrivacyError: the loss of a row depends on other rows, on chance or on earlier calls.
+            LossBoundError: the loss has trained parameters of its own.
             InputError: the loss does not return one real number a row.
         """
         if is_proved(loss):
+            if mask is not None:
+                # Padding is NaN, which anomaly detection would find on the way back.
+                output = output.masked_fill(~mask.reshape(-1, *[1] * (output.dim() - 1)), 1.0)
             return loss.per_sample(output, target)
         if output.shape[0] == 0:
             return _rows(output).sum(1)
@@ -146,18 +156,29 @@ class RowLosses:
             # A graph that is replayed cannot be looked at.
             return mapped(loss, output, target)
         if loss is not self._loss:
-            self._meet(loss, output.detach(), target)
+            self._meet(loss, output.detach(), target, bound)
         losses = mapped(loss, output, target) if self._mapped and len(output) > 1 else _together(loss, output, target)
         trains = torch.is_grad_enabled() and output.requires_grad and output.device.type != "meta"
         if trains and (self._due or secrets.randbelow(EVERY) == 0):
             self._look(loss, output.detach(), target, usable, losses.detach(), bound)
         return losses
 
-    def _meet(self, loss: Loss, output: Tensor, target: Tensor) -> None:
-        """Finds out how a loss that was not called before is to be called."""
+    def _meet(self, loss: Loss, output: Tensor, target: Tensor, bound: float) -> None:
+        """Finds out how a loss that was not called before is to be called.
+
+        Raises:
+            PrivacyError: it takes a state from what comes first, or gives two values for the same rows.
+            LossBoundError: it has parameters of its own that are trained.
+        """
+        known = output.device.type != "meta"
+        if known:
+            # On copies, so that nothing is left in a loss that is refused.
+            _refuse_beginning(loss, output, target, bound)
+        with torch.enable_grad():
+            refuse_trained(loss, _together(loss, output.clone(), target.detach().clone()))
         with torch.no_grad():
             first, second = (_together(loss, output.clone(), target.clone()) for _ in range(2))
-            if output.device.type != "meta" and bool(_differ(first, second).any()):
+            if known and bool(_differ(first, second, _sizes(output, bound)).any()):
                 raise _impure(loss)
             self._mapped = _cannot_be_mapped(loss, output, target, slowly=False) is None
         self._loss, self._due = loss, True
@@ -172,8 +193,11 @@ class RowLosses:
             first, second = (_together(loss, output.clone(), target.clone()) for _ in range(2))
         rows = usable.nonzero().flatten()
         used = first if self._mapped and len(output) > 1 else losses
-        if bool((_differ(first, second) | _differ(used, second))[rows.cpu()].any()):
+        sizes = _sizes(output, bound)
+        if bool((_differ(first, second, sizes) | _differ(used, second, sizes))[rows.cpu()].any()):
             raise _impure(loss)
+        with torch.enable_grad():
+            refuse_trained(loss, _together(loss, output[rows], target.detach()[rows]))
         if len(rows) < 2:
             return
         if not self._mapped and len(rows) > _ROWS:
@@ -196,24 +220,33 @@ class RowLosses:
     def _differing(self, loss: Loss, output: Tensor, target: Tensor, usable: Tensor, rows: Tensor, bound: float) -> int:
         """How many of some rows have another loss in the batch than alone, or another gradient of the summed loss."""
 
-        def one_by_one(leaf: Tensor) -> Tensor:
-            pairs = zip(leaf.split(1), target[rows].split(1), strict=True)
-            return torch.cat([_together(loss, one, label.clone()) for one, label in pairs])
+        def one_by_one(some: Tensor) -> Callable[[Tensor], Tensor]:
+            labels = target[some].split(1)
+
+            def losses(leaf: Tensor) -> Tensor:
+                pairs = zip(leaf.split(1), labels, strict=True)
+                return torch.cat([_together(loss, one, label.clone()) for one, label in pairs])
+
+            return losses
 
         batch = _with_gradient(lambda leaf: _together(loss, leaf, target.clone()), output, usable)
+        single = rows
+        differing = torch.zeros(len(output), dtype=torch.bool)
         try:
             if self._mapped:
                 alone = _with_gradient(lambda leaf: mapped(loss, leaf, target), output, usable)
-                values, gradients = (part[rows] for part in alone)
-            else:
-                values, gradients = _with_gradient(one_by_one, output[rows], usable[rows])
+                differing[rows.cpu()] |= _rows_differ(batch, alone, output, bound)[rows.cpu()]
+                # An operation may have a rule for vmap of its own, in which rows meet.
+                single = rows[_random(torch.randperm, len(rows))[:_SINGLE].to(rows.device)]
+            alone = _with_gradient(one_by_one(single), output[single], usable[single])
         except Exception as error:
             raise PrivacyError(
                 f"{loss!r} takes the whole batch, but not one row of it ({type(error).__name__}: {error}), so that "
                 "nothing tells whether its rows depend on one another: write it for batches of any size"
             ) from error
-        sizes = bound * (1.0 + torch.linalg.vector_norm(_rows(output[rows]).cpu().double(), dim=1))
-        return int((_differ(batch[0][rows], values, sizes) | _differ(batch[1][rows], gradients, bound)).sum())
+        together = batch[0][single], batch[1][single]
+        differing[single.cpu()] |= _rows_differ(together, alone, output[single], bound)
+        return int(differing.sum())
 
 
 def mapped(loss: Loss, output: Tensor, target: Tensor) -> Tensor:
@@ -291,15 +324,109 @@ def _with_gradient(losses: Callable[[Tensor], Tensor], output: Tensor, usable: T
     return values.detach(), torch.zeros_like(output) if gradient is None else gradient
 
 
-def _differ(first: Tensor, second: Tensor, size: Tensor | float = 0.0) -> Tensor:
-    """Which rows of two tensors differ by more than rounding, given the size of the terms that were added: ``(B,)``."""
+def _sizes(output: Tensor, bound: float) -> Tensor:
+    """How large the terms may be that a row's loss is added up of, as its gradient is cut to the bound: ``(B,)``."""
+    lengths: Tensor = torch.linalg.vector_norm(_rows(output.detach()).cpu().double(), dim=1)
+    return bound * (1.0 + lengths)
+
+
+def _rows_differ(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], output: Tensor, bound: float) -> Tensor:
+    """Which rows have other values, or other gradients once these are cut to the bound: ``(B,)``."""
+
+    def cut(gradients: Tensor) -> Tensor:
+        rows = _rows(gradients.detach()).cpu().double()
+        lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        return rows * (bound / lengths.clamp(min=bound))
+
+    values = _differ(first[0], second[0], _sizes(output, bound))
+    return values | _differ(cut(first[1]), cut(second[1]), bound)
+
+
+def _differ(first: Tensor, second: Tensor, size: Tensor | float) -> Tensor:
+    """Which rows of two tensors differ by more than rounding, given the size of the terms that were added: ``(B,)``.
+
+    Of a row's own numbers only: what others are must not decide how far this one may be off.
+    """
     first, second = (_rows(part.detach().cpu().double()) for part in (first, second))
     lengths = torch.linalg.vector_norm(first, dim=1) + torch.linalg.vector_norm(second, dim=1)
-    usual = torch.nan_to_num(lengths.nanmedian(), posinf=0.0)
-    tolerated = _RELATIVE * lengths + _ABSOLUTE * (usual + size)
-    unequal = torch.linalg.vector_norm(first - second, dim=1) > tolerated
+    unequal = torch.linalg.vector_norm(first - second, dim=1) > _RELATIVE * lengths + _ABSOLUTE * size
     finite = [torch.isfinite(part).all(1) for part in (first, second)]
     return torch.where(finite[0] & finite[1], unequal, finite[0] != finite[1])
+
+
+def refuse_trained(loss: Loss, values: Tensor) -> None:
+    """Refuses a loss whose values, of outputs without a gradient, have one.
+
+    Raises:
+        LossBoundError: it has trained parameters of its own.
+    """
+    if values.requires_grad:
+        raise LossBoundError(
+            f"{loss!r} has parameters of its own that are trained: their gradients are neither bounded nor made "
+            "private. Let them be a layer of the network (prototypes are the weight of an nn.Linear), or freeze them "
+            "with requires_grad_(False)"
+        )
+
+
+def _copied(loss: Loss) -> Loss | None:
+    """A loss as it is before it has seen anything, with what its functions hold, if it can be copied."""
+    memo: dict[int, Any] = {}
+    try:
+        for value in list(vars(loss).values()):
+            if isinstance(value, FunctionType):
+                memo[id(value)] = _copied_function(value)
+        return copy.deepcopy(loss, memo)
+    except Exception:
+        return None
+
+
+def _copied_function(function: FunctionType) -> FunctionType:
+    """A function with copies of what it closes over, and of the lists, mappings and tensors that it finds globally."""
+    names, held = function.__code__.co_names, function.__globals__
+    kept = {name: held[name] for name in names if isinstance(held.get(name), (list, dict, set, Tensor))}
+    cells = tuple(CellType(_copied_value(cell.cell_contents)) for cell in function.__closure__ or ())
+    made = FunctionType(
+        function.__code__,
+        {**held, **copy.deepcopy(kept)},
+        function.__name__,
+        copy.deepcopy(function.__defaults__),
+        cells,
+    )
+    made.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__)
+    return made
+
+
+def _copied_value(value: Any) -> Any:
+    return _copied_function(value) if isinstance(value, FunctionType) else copy.deepcopy(value)
+
+
+@torch.no_grad()
+def _refuse_beginning(loss: Loss, output: Tensor, target: Tensor, bound: float) -> None:
+    """Refuses a loss that takes something from the first batch that comes: another one comes to a copy of it.
+
+    Raises:
+        PrivacyError: copies that saw other rows first give other values.
+    """
+    copies = [_copied(loss) for _ in range(2)]
+    if copies[0] is None or copies[1] is None:
+        return
+    label = target[:1].expand_as(target).clone()
+    try:
+        values, second = (_together(copies[0], output.clone(), target.clone()) for _ in range(2))
+        # What lies in [0, 1] stays there.
+        _together(copies[1], 0.5 * output[:1].expand_as(output), label)
+        again = _together(copies[1], output.clone(), target.clone())
+    except Exception:
+        return
+    sizes = _sizes(output, bound)
+    if bool(_differ(values, second, sizes).any()):
+        raise _impure(loss)
+    if bool(_differ(values, again, sizes).any()):
+        raise PrivacyError(
+            f"{loss!r} depends on the batch that came first: it takes a centre, a scale or another state from it, so "
+            "that one sample changes the gradients of all. Compute the state from public data, or privately "
+            "(clipless_dp.statistics), before training; nothing was released"
+        )
 
 
 def _random(draw: Callable[..., Tensor], *size: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from clipless_dp.apart import Apart
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.gates import BallProjection, SphereScaling
 from clipless_dp.layers import SampleGroupNorm
@@ -59,10 +60,10 @@ class TracedNet:
     def leaf(self, node: fx.Node) -> nn.Module:
         """The network's module that a ``call_module`` node calls."""
         run = self.executed(node)
-        return run.layer if isinstance(run, DrawnDropout) else run
+        return run.layer if isinstance(run, (DrawnDropout, Apart)) else run
 
     def executed(self, node: fx.Node) -> nn.Module:
-        """What runs there: the same, but for what takes its random numbers from elsewhere."""
+        """What runs there: the same, but for what draws its random numbers elsewhere, or runs in a graph of its own."""
         return self.module.get_submodule(str(node.target))
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from unittest import mock
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ from clipless_dp import (
     gradient_gated,
     losses,
 )
+from clipless_dp import augmentation as augmentation_module
 from clipless_dp import optim as optim_module
 from clipless_dp.augmentation import views
 from clipless_dp.randomness import Randomness
@@ -117,8 +122,11 @@ def test_gradients_are_those_of_all_views_over_their_number(micro_batch_size):
     sequence = iter([shift for shift in shifts for _ in range(1 if micro_batch_size is None else 3)])
 
     class Shift(RowAugmentation):
+        def __init__(self) -> None:
+            self.sequence = sequence
+
         def __call__(self, inputs: Tensor) -> Tensor:
-            return inputs + next(sequence)
+            return inputs + next(self.sequence)
 
     total = optimizer.accumulate(
         batch_of(inputs, targets), augment=Shift(), multiplicity=3, micro_batch_size=micro_batch_size
@@ -271,3 +279,132 @@ def test_an_own_loop_takes_one_draw_for_each_step_with_any_number_of_views():
         optimizer.accumulate(batch, augment=jitter, multiplicity=3)
     with pytest.raises(PrivacyError, match="2 Poisson draws"):
         optimizer.step()
+
+
+class Mixup(RowAugmentation):
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return 0.5 * inputs + 0.5 * inputs.roll(1, 0)
+
+
+class Standardised(RowAugmentation):
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return (inputs - inputs.mean(0)) / inputs.std(0)
+
+
+class FirstRow(RowAugmentation):
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return inputs[:1].expand_as(inputs)
+
+
+class Rejecting(RowAugmentation):
+    """How many numbers a row takes from the generator follows from the row."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return torch.stack([row + torch.randn(1 + int(bool(row.any())))[0] for row in inputs])
+
+
+class Stateful(RowAugmentation):
+    count = 0
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        type(self).count += 1
+        return inputs + self.count
+
+
+class Noisy(RowAugmentation):
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return inputs + torch.randn_like(inputs) + float(np.random.rand()) + random.random()  # noqa: NPY002
+
+
+class Stepped(RowAugmentation):
+    """A schedule in an attribute of its own."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        return inputs + 1.0 / self.calls
+
+
+def accumulated(augment) -> DPLipModel:
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    optimizer.accumulate(batch_of(*samples(12)), augment=augment)
+    return model
+
+
+@pytest.mark.parametrize("augment", [Mixup, Standardised, FirstRow, Rejecting])
+def test_views_of_whole_batches_that_depend_on_other_rows_are_refused(augment):
+    with pytest.raises(PrivacyError, match="depends on other rows"):
+        accumulated(augment())
+
+
+def test_views_that_keep_a_state_elsewhere_are_refused():
+    with pytest.raises(PrivacyError, match="keeps a state outside"):
+        accumulated(Stateful())
+
+
+@pytest.mark.parametrize("through_numpy", [False, True])
+def test_views_made_in_place_are_refused(through_numpy):
+    class InPlace(RowAugmentation):
+        def __call__(self, inputs: Tensor) -> Tensor:
+            if through_numpy:
+                inputs.numpy()[:] = 0.0
+                return inputs
+            return inputs.mul_(2.0)
+
+    with pytest.raises(PrivacyError, match="in place"):
+        accumulated(InPlace())
+
+
+@pytest.mark.parametrize("augment", [Noisy, Stepped])
+def test_views_of_each_row_alone_are_accepted_and_looking_draws_nothing(augment):
+    inputs, _ = samples(12)
+    mask = torch.ones(12, dtype=torch.bool)
+    made = []
+    for looks in (True, False):
+        augmentation_module._passed.clear()
+        used = augment()
+        if not looks:
+            augmentation_module._passed[used] = True
+        source = Randomness()
+        with source.seeded(3), mock.patch.object(augmentation_module.secrets, "randbelow", return_value=1):
+            made += [views(used, inputs, mask, source) for _ in range(2)]
+    assert torch.equal(made[0], made[2])
+    assert torch.equal(made[1], made[3])
+    accumulated(augment())
+
+
+def test_without_the_look_mixed_rows_would_be_accepted(monkeypatch):
+    monkeypatch.setattr(augmentation_module, "_same", lambda first, second: torch.ones(len(first), dtype=torch.bool))
+    accumulated(Mixup())
+
+
+def _closing_over(batch):
+    return lambda row: row - batch.inputs.mean(0)
+
+
+def _by_default(batch):
+    return lambda row, mean=batch.inputs: row - mean.mean(0)
+
+
+class Holding(RowAugmentation):
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return inputs - self.rows.mean(0)
+
+
+@pytest.mark.parametrize("hold", [_closing_over, _by_default, lambda batch: Holding(batch.inputs[:4])])
+def test_an_augmentation_that_holds_a_batch_is_refused(hold):
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    (batch,) = PoissonBatches(samples(40), sample_rate=0.25, steps=1, physical_batch_size=40)
+    with pytest.raises(ConfigurationError, match="holds a batch"):
+        optimizer.accumulate(batch, augment=hold(batch))
+
+
+def test_an_augmentation_may_hold_tensors_that_are_no_batch():
+    accumulated(Holding(torch.ones(4, 6)))

@@ -43,6 +43,7 @@ from clipless_dp import (
     register_rule,
     report,
 )
+from clipless_dp.apart import join_
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.sampling import Batch
 
@@ -1420,6 +1421,12 @@ def test_gradients_from_within_the_network_that_go_around_its_gate_are_refused()
     model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
     optimizer = sgd(model)
     (batch,) = drawn()
+    model(batch.inputs)
+    with pytest.raises(PrivacyError, match="around the gate"):
+        Leaking.kept[-1].square().sum().backward()
+    # The register sees it too, where layers do not run apart.
+    join_(model._graph[0])
+    join_(model._fused.module)
     model(batch.inputs)
     Leaking.kept[-1].square().sum().backward()
     refused(optimizer, "around the gate")

@@ -14,6 +14,7 @@ from clipless_dp import (
     ConfigurationError,
     DPLipModel,
     InputError,
+    LossBoundError,
     PoissonBatches,
     PrivacyError,
     fit,
@@ -432,3 +433,125 @@ def test_what_cannot_be_looked_at_once_compiled_is_refused_in_words() -> None:
     run = {"epsilon": 3.0, "delta": 1e-2, "epochs": 1, "batch_size": 10, "compile": "eager", "progress": False}
     with pytest.raises(ConfigurationError, match="write it without what vmap refuses"):
         fit(model_with(with_control_flow), data(), **run)
+
+
+class Centred:
+    """Deep SVDD with a centre from the first batch."""
+
+    def __init__(self) -> None:
+        self.centre: Tensor | None = None
+
+    def __call__(self, output: Tensor, target: Tensor) -> Tensor:
+        if self.centre is None:
+            self.centre = output.detach().mean(0)
+        return (output - self.centre).norm(dim=1)
+
+
+def centred_by_a_closure() -> Function:
+    kept: list[Tensor] = []
+
+    def centred(output: Tensor, target: Tensor) -> Tensor:
+        if not kept:
+            kept.append(output.detach().mean(0))
+        return (output - kept[0]).norm(dim=1)
+
+    return centred
+
+
+KEPT: list[Tensor] = []
+
+
+def centred_by_a_global(output: Tensor, target: Tensor) -> Tensor:
+    if not KEPT:
+        KEPT.append(output.detach().mean(0))
+    return (output - KEPT[0]).norm(dim=1)
+
+
+BEGINNINGS: dict[str, Callable[[], Function]] = {
+    "an attribute": Centred,
+    "a method": lambda: Centred().__call__,
+    "a closure": centred_by_a_closure,
+    "a global": lambda: centred_by_a_global,
+}
+
+
+def batch_of(function: Function, bound: float = 1.0) -> tuple[DPLipModel, Tensor, Tensor]:
+    torch.manual_seed(0)
+    loss = losses.BoundedLoss(function, bound=bound)
+    model = DPLipModel(nn.Linear(8, CLASSES), input_shape=(8,), input_norm=1.0, loss=loss)
+    return model, model(torch.randn(40, 8)), torch.randint(CLASSES, (40,))
+
+
+@pytest.mark.parametrize("kept_in", BEGINNINGS)
+def test_a_state_from_the_first_batch_is_refused_and_not_left_behind(kept_in: str) -> None:
+    model, output, target = batch_of(BEGINNINGS[kept_in]())
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match="came first"):
+            model.loss(output, target)
+    assert not KEPT
+
+
+def test_a_state_from_public_data_is_accepted() -> None:
+    function = Centred()
+    function(torch.randn(20, CLASSES), torch.zeros(20))
+    model, output, target = batch_of(function)
+    model.loss(output, target).backward()
+
+
+class Prototypes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(CLASSES, CLASSES))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (output - self.places[target]).square().sum(1)
+
+
+def test_trained_parameters_of_a_loss_are_refused_and_frozen_ones_accepted() -> None:
+    function = Prototypes()
+    model, output, target = batch_of(function)
+    with pytest.raises(LossBoundError, match="parameters of its own"):
+        model.loss(output, target)
+    assert function.places.grad is None
+    function.requires_grad_(False)
+    model.loss(output, target).backward()
+
+
+class CentredGradient(torch.autograd.Function):
+    """Its own rule for vmap lets rows meet."""
+
+    @staticmethod
+    def forward(values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor) -> Tensor:
+        return cotangent - cotangent.mean(0)
+
+    @staticmethod
+    def vmap(info, in_dims, values):
+        return CentredGradient.apply(values), in_dims[0]
+
+
+def test_a_rule_for_vmap_that_lets_rows_meet_is_refused() -> None:
+    model, output, target = batch_of(lambda o, t: cross_entropy(CentredGradient.apply(o), t))
+    with pytest.raises(PrivacyError, match="depends on other rows"):
+        model.loss(output, target)
+    assert model.row_losses._mapped
+
+
+def test_large_losses_of_other_rows_hide_no_difference_of_one() -> None:
+    def leaking(output: Tensor, target: Tensor) -> Tensor:
+        # Rows of class 0 get what the others' outputs decide; those have losses of a million.
+        loud = 1e6 * (1.0 + output.square().sum(1))
+        return torch.where(target == 0, output[:, 0] * output.detach().max(), loud)
+
+    model, output, _ = batch_of(leaking, bound=1.0)
+    target = torch.ones(40, dtype=torch.int64)
+    target[7] = 0
+    with pytest.raises(PrivacyError, match="depends on other rows"):
+        model.loss(output, target)

@@ -66,12 +66,13 @@ class LinearSpline(nn.Module):
         right = torch.cumsum(self.slopes[:, half:], 1) * step
         left = torch.cumsum(self.slopes[:, :half].flip(1), 1) * -step
         knots = torch.cat((left.flip(1), torch.zeros_like(left[:, :1]), right), 1)
-        channel = torch.zeros((), dtype=torch.long, device=values.device)
-        if self.channels > 1:
+        if self.channels == 1:
+            # No tensor as an index of the one channel, whose value a compiler would ask for.
+            slope, value = self.slopes[0][segment + half], knots[0][start + half]
+        else:
             channel = torch.arange(self.channels, device=values.device)
             channel = channel.reshape(-1, *([1] * (values.dim() - dim - 1)))
-        slope = self.slopes[channel, segment + half]
-        value = knots[channel, start + half]
+            slope, value = self.slopes[channel, segment + half], knots[channel, start + half]
         return value + slope * (values - step * start.to(values.dtype))
 
     def extra_repr(self) -> str:

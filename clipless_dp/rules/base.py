@@ -207,7 +207,7 @@ def find_rule(module: nn.Module) -> Rule | None:
 
 def find_function_rule(target: Any) -> FunctionRule | None:
     """The rule of a function or of a method's name."""
-    return _FUNCTION_RULES.get(target)
+    return _FUNCTION_RULES.get(getattr(target, "stands_for", target))
 
 
 def is_builtin(rule: Rule | FunctionRule) -> bool:

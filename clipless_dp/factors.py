@@ -1,0 +1,109 @@
+"""The factor that a loop multiplies the summed loss by must be public: a constant.
+
+A scalar function of the sum (``(loss - b).abs()``, ``loss / len(batch)``, ``loss * (loss < t)``) has the samples' whole
+gradients multiplied by a number that every sample has a part in. What it is shows on the way back, as the number that
+arrives at the sum.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import ConfigurationError, PrivacyError
+
+if TYPE_CHECKING:
+    from clipless_dp.passes import Register
+
+
+class Factors:
+    """What the sums of one model were multiplied by, each at its place among those of one pass.
+
+    Attributes:
+        weight: what the library multiplies each sum by.
+    """
+
+    def __init__(self) -> None:
+        self.weight = 1.0
+        self._known: dict[int, float] = {}
+        self._count = 0
+        self._pass = 0
+        self._first: int | None = None
+
+    def set_weight(self, weight: float) -> None:
+        """Multiplies the sums from now on.
+
+        Raises:
+            ConfigurationError: it is not a positive finite number.
+        """
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0.0 < weight < math.inf:
+            raise ConfigurationError(f"loss_weight must be a positive finite number, got {weight!r}")
+        self.weight = float(weight)
+
+    def begin(self) -> None:
+        """A pass begins; sums are counted from here."""
+        self._count = 0
+        self._pass += 1
+
+    def watched(self, total: Tensor, register: Register) -> Tensor:
+        """The sum times :attr:`weight`, whose backward pass says by what a loop has multiplied it."""
+        place, number = self._count, self._pass
+        self._count += 1
+
+        def look(cotangent: Tensor) -> None:
+            if not _fills(register.parameters):
+                return
+            try:
+                self.meet(float(cotangent), place, number)
+            except PrivacyError:
+                register.drop()
+                raise
+
+        watched = total if self.weight == 1.0 else total * self.weight
+        # A hook, since an operation written in Python takes ten times as long.
+        watched.register_hook(look)
+        return watched
+
+    def meet(self, factor: float, place: int, number: int) -> None:
+        """Compares a factor with those before it.
+
+        Raises:
+            PrivacyError: it is another one, or not positive and finite.
+        """
+        self._count = 0
+        if not 0.0 < factor < math.inf:
+            raise _refusal(f"the summed loss was multiplied by {factor:g}", "a positive number")
+        known = self._known.get(place)
+        if known is None:
+            # Terms of one loss may have weights of their own; they are known from the first pass.
+            if self._first in (None, number) or factor in self._known.values():
+                self._first = number if self._first is None else self._first
+                self._known[place] = factor
+                return
+            known = self._known[min(self._known)]
+        if factor != known:
+            raise _refusal(f"the summed loss was multiplied by {factor:g}, by {known:g} before", "the same number")
+
+
+def _refusal(found: str, wanted: str) -> PrivacyError:
+    return PrivacyError(
+        f"{found}: a factor that follows from the batch (its size, its loss: flooding, a threshold, a ratio of losses) "
+        f"puts one sample into the gradients of all others, which no bound covers. Multiply by {wanted} in every pass; "
+        "the optimizer divides by the expected batch size itself, and a schedule belongs to the learning rate, or, if "
+        "it is public, to model.loss_weight. The gradients are dropped; nothing was released"
+    )
+
+
+def _fills(parameters: list[torch.nn.Parameter]) -> bool:
+    """Whether this backward pass adds to the gradient of a parameter; ``autograd.grad`` does not."""
+    for parameter in parameters:
+        if parameter.requires_grad:
+            try:
+                if torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(parameter).node):
+                    return True
+            except RuntimeError:
+                continue
+    return False

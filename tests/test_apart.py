@@ -1,0 +1,294 @@
+"""What a layer of a user's own keeps leads to no parameter."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
+
+from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, PrivacyError, losses
+from clipless_dp.apart import join_
+from clipless_dp.rules import LayerBounds, RuleContext, register_function_rule, register_rule
+
+ROWS, RATE = 64, 0.5
+STORE: list[Tensor] = []
+
+
+@pytest.fixture(autouse=True)
+def emptied() -> Iterator[None]:
+    yield
+    STORE.clear()
+
+
+class Own(nn.Module):
+    """A layer of a user's own: twice the input."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * 2.0
+
+
+class InAttribute(Own):
+    def forward(self, values: Tensor) -> Tensor:
+        self.__dict__["kept"] = values
+        return super().forward(values)
+
+
+class InBuffer(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.zeros(1), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.kept = super().forward(values)
+        return self.kept
+
+
+class InGlobal(Own):
+    def forward(self, values: Tensor) -> Tensor:
+        STORE.append(values)
+        return super().forward(values)
+
+
+class Itself(Own):
+    def forward(self, values: Tensor) -> Tensor:
+        return values
+
+
+class View(Own):
+    def forward(self, values: Tensor) -> Tensor:
+        return values.view(len(values), -1)
+
+
+class InPlace(Own):
+    def forward(self, values: Tensor) -> Tensor:
+        return values.mul_(2.0)
+
+
+class Scaled(Own):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.full((8,), 0.7))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return torch.sigmoid(values) * self.scale
+
+
+class WithHead(Own):
+    """An auxiliary head beside the layer's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, values: Tensor) -> Tensor:
+        made = super().forward(values)
+        self.__dict__["kept"] = self.head(made)
+        return made
+
+
+for _kind in (Own, InAttribute, InBuffer, InGlobal, Itself, View, InPlace, WithHead):
+
+    @register_rule(_kind)
+    def _own_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+        unused = {name: 0.0 for name, _ in module.named_parameters()}
+        return LayerBounds(output_norm=lambda: 2.0 * context.input_norm, lipschitz=2.0, gradients=unused)
+
+
+@register_rule(Scaled)
+def _scaled_rule(module: Scaled, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=10.0, lipschitz=1.0, gradients={"scale": 10.0})
+
+
+@fx.wrap
+def joined_by_own_function(first: Tensor, second: Tensor) -> Tensor:
+    STORE.append(first)
+    return first + second
+
+
+@register_function_rule(joined_by_own_function, call=lambda first, second: None)
+def _joined_rule(context: RuleContext, args: object, kwargs: object) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: sum(context.input_norms()), lipschitz=(1.0, 1.0))
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        hidden = self.layer(values)
+        return self.last(joined_by_own_function(hidden, torch.relu(hidden)))
+
+
+def net_of(layer: nn.Module, activation: nn.Module | None = None) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), layer, activation or nn.ReLU(), nn.Linear(8, 3))
+
+
+def model_of(net: nn.Module) -> DPLipModel:
+    return DPLipModel(net, input_shape=(8,), input_norm=1.0, loss=losses.TauCrossEntropy())
+
+
+def sgd(model: DPLipModel) -> CliplessDPSGD:
+    return CliplessDPSGD(model, 0.1, noise_multiplier=1.0, sample_rate=RATE, dataset_size=ROWS)
+
+
+def data() -> tuple[Tensor, Tensor]:
+    return torch.randn(ROWS, 8), torch.randint(3, (ROWS,))
+
+
+def last_kept(model: DPLipModel) -> Tensor:
+    return STORE[-1] if STORE else model.net[1].kept
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "an attribute": lambda: net_of(InAttribute()),
+    "a buffer": lambda: net_of(InBuffer()),
+    "a global": lambda: net_of(InGlobal()),
+    "an auxiliary head": lambda: net_of(WithHead()),
+    "a function's global": Branches,
+}
+
+
+@pytest.mark.parametrize("kept_in", NETS)
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_a_side_loss_on_what_a_layer_keeps_is_refused_and_adds_nothing(kept_in: str, accumulated: bool) -> None:
+    model = model_of(NETS[kept_in]())
+    optimizer = sgd(model)
+
+    def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        value = model.loss(model(inputs), targets, mask)
+        return value + 100.0 * last_kept(model).square().sum()
+
+    for batch in PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=ROWS):
+        if accumulated:
+            with pytest.raises(PrivacyError, match="around the gate"):
+                optimizer.accumulate(batch, loss=loss)
+            continue
+        total = loss(*batch)
+        with pytest.raises(PrivacyError, match="around the gate"):
+            total.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_without_layers_apart_a_side_loss_would_enter_with_the_main_loss() -> None:
+    model = model_of(net_of(InAttribute()))
+    join_(model._graph[0])
+    join_(model._fused.module)
+    inputs, targets = data()
+    (model.loss(model(inputs), targets) + 100.0 * last_kept(model).square().sum()).backward()
+    total = torch.stack([p.grad.norm() for p in model.net.parameters() if p.grad is not None]).norm()
+    assert total > ROWS * model.sensitivity().total
+
+
+@pytest.mark.parametrize("first", ["main", "side"])
+def test_a_side_loss_in_a_backward_pass_of_its_own_is_refused(first: str) -> None:
+    model = model_of(net_of(WithHead()))
+    inputs, targets = data()
+    main = model.loss(model(inputs), targets)
+    side = last_kept(model).square().sum()
+    if first == "main":
+        main.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="around the gate"):
+        side.backward(retain_graph=True)
+    assert torch.autograd.grad(side, model.net[0].weight, allow_unused=True) == (None,)
+
+
+PLAIN: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module] | None]] = {
+    "without parameters": (Own, None),
+    "with parameters": (Scaled, None),
+    "returns its input": (Itself, None),
+    "returns a view": (View, None),
+    "overwrites its input": (InPlace, None),
+    "its output is overwritten": (Own, lambda: nn.ReLU(inplace=True)),
+    "its input returned is overwritten": (Itself, lambda: nn.ReLU(inplace=True)),
+    "a view returned is overwritten": (View, lambda: nn.ReLU(inplace=True)),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_gradients_of_a_layer_apart_are_those_of_the_network(kind: str) -> None:
+    layer, activation = PLAIN[kind]
+    net = net_of(layer(), activation and activation())
+    model = model_of(deepcopy(net))
+    optimizer = sgd(model)
+    for inputs, targets, mask in PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=ROWS):
+        model.loss(model(inputs), targets, mask).backward()
+        rows = inputs[mask]
+        rows = rows / rows.norm(dim=1, keepdim=True).clamp(min=1.0)
+        out = net(rows)
+        model.loss_function.per_sample(out, targets[mask]).sum().backward()
+        for (name, ours), theirs in zip(model.net.named_parameters(), net.parameters(), strict=True):
+            if theirs.grad is None:
+                assert ours.grad is None, name
+            else:
+                # The same float32 sums in other orders.
+                torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+        optimizer.step()
+    with torch.no_grad():
+        assert model(inputs).grad_fn is None
+    model.eval()
+    assert model.tightness((inputs[mask][:2], targets[mask][:2])).samples == 2
+
+
+def test_a_function_of_a_users_own_takes_several_inputs_apart() -> None:
+    torch.manual_seed(0)
+    net = Branches()
+    model = model_of(deepcopy(net))
+    inputs, targets = data()
+    inputs = inputs / inputs.norm(dim=1, keepdim=True)
+    model.loss(model(inputs), targets).backward()
+    model.loss_function.per_sample(net(inputs), targets).sum().backward()
+    for ours, theirs in zip(model.net.parameters(), net.parameters(), strict=True):
+        # The same float32 sums in other orders.
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_apart_can_be_checkpointed() -> None:
+    model = model_of(net_of(Scaled()))
+    optimizer = sgd(model)
+    for inputs, targets, mask in PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=ROWS):
+        model.loss(checkpoint(model, inputs, use_reentrant=False), targets, mask).backward()
+        found = [None if p.grad is None else p.grad.clone() for p in model.net.parameters()]
+        optimizer.zero_grad()
+        model.loss(model(inputs), targets, mask).backward()
+        for gradient, parameter in zip(found, model.net.parameters(), strict=True):
+            assert (gradient is None) == (parameter.grad is None)
+            assert gradient is None or torch.equal(gradient, parameter.grad)
+        optimizer.step()
+
+
+class Watching(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        saved = values * 1.0
+        STORE.append(weakref.ref(saved))
+        ctx.save_for_backward(saved)
+        return values * 2.0
+
+    @staticmethod
+    def backward(ctx, cotangent: Tensor) -> Tensor:
+        return 2.0 * cotangent
+
+
+class Saving(Own):
+    def forward(self, values: Tensor) -> Tensor:
+        return Watching.apply(values)
+
+
+register_rule(Saving)(_own_rule)
+
+
+def test_what_a_layer_apart_saved_is_freed_by_the_backward_pass() -> None:
+    model = model_of(net_of(Saving()))
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    saved = STORE[-1]
+    assert saved() is not None
+    loss.backward()
+    assert saved() is None
