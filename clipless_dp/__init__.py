@@ -18,12 +18,11 @@ from clipless_dp.errors import (
 )
 from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import ReproducibleNoise, SystemNoise
+from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
 from clipless_dp.report import PrivacyStatement, report
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
-from clipless_dp.secure_noise import SecureNoise
 from clipless_dp.streaming import StreamedBatches
 from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
 from clipless_dp.tightness import LayerTightness, TightnessReport

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.randomness import Randomness, current_generator
-from clipless_dp.randomness import shared as shared_randomness
+from clipless_dp.noise.randomness import Randomness, current_generator
+from clipless_dp.noise.randomness import shared as shared_randomness
 
 
 class RowAugmentation(ABC):

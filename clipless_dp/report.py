@@ -24,9 +24,8 @@ import torch
 
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.noise import ReproducibleNoise, SystemNoise, source_name
+from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
-from clipless_dp.secure_noise import SecureNoise
 
 STATEMENT_FORMAT = 2
 SUFFIXES = (".md", ".json", ".html")

@@ -22,7 +22,7 @@ from clipless_dp import (
 )
 from clipless_dp import optim as optim_module
 from clipless_dp.augmentation import views
-from clipless_dp.randomness import Randomness
+from clipless_dp.noise.randomness import Randomness
 
 from .support import gated_model, samples
 

@@ -7,7 +7,7 @@ import torch
 
 from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
 from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
-from clipless_dp import noise as noise_module
+from clipless_dp.noise import adding
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile, private_standardisation
 
 from .support import gated_model, samples
@@ -361,12 +361,12 @@ def test_the_noise_of_a_standardisation_is_the_recorded_multiple_of_what_a_recor
         ("_counts_sensitivity", lambda columns: 1.0),
         ("_counts_sensitivity", lambda columns: math.sqrt(columns / 2.0)),
         ("_MOMENTS_SENSITIVITY", 1.0),
-        ("MARGIN", math.sqrt(0.5)),
+        ("RELEASE_MARGIN", math.sqrt(0.5)),
     ],
     ids=["one column", "halvings forgotten", "first moments only", "each part alone"],
 )
 def test_less_noise_on_a_standardisation_is_caught(monkeypatch, name, mutant):
-    monkeypatch.setattr(noise_module if name == "MARGIN" else statistics, name, mutant)
+    monkeypatch.setattr(adding if name == "RELEASE_MARGIN" else statistics, name, mutant)
     with pytest.raises(AssertionError):
         check_the_noise_of_a_standardisation()
 
@@ -414,13 +414,13 @@ STATISTICS = {
 }
 
 
-def share_off_the_grid(statistic, monkeypatch, add=noise_module.noisy):
+def share_off_the_grid(statistic, monkeypatch, add=adding.noisy):
     """Of the noisy numbers that a statistic is made of, how many are no multiples of their deviation's grid."""
     off, honest = [], add
 
     def watched(exact, deviation, source):
         sums = honest(exact, deviation, source)
-        steps = sums / 2.0 ** (math.floor(math.log2(deviation * noise_module.MARGIN)) - 20)
+        steps = sums / 2.0 ** (math.floor(math.log2(deviation * adding.RELEASE_MARGIN)) - 20)
         off.extend((steps != steps.round()).flatten().tolist())
         return sums
 
