@@ -1,0 +1,139 @@
+"""How a statistic is charged, drawn and kept: in the ledger before there is anything to release."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from accounting import Accountant, GaussianRelease, Provenance, new_run
+from clipless_dp import distributed
+from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
+from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
+from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, noisy, source_name
+
+CHUNK = 1 << 24
+"""Entries that are converted to float64 at once."""
+
+
+@dataclass(frozen=True)
+class Releases:
+    """How the statistics before one training are charged and drawn: arguments of the functions that release them.
+
+    Attributes:
+        accountant: to which training will be added.
+        dataset_size: public number of samples.
+        checkpoint: of training; what is released is kept beside it, so that a run that goes on pays once.
+        seed: of a reproducible run, or ``None``.
+        noise: a source's name or a source, where there is no seed.
+    """
+
+    accountant: Accountant
+    dataset_size: int
+    checkpoint: str | os.PathLike[str] | None = None
+    seed: int | None = None
+    noise: NoiseSource | str | None = None
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """``accountant``, ``dataset_size``, ``noise`` and ``file`` of the release of this name."""
+        seed = None if self.seed is None else derived_seed(self.seed, name)
+        return {
+            "accountant": self.accountant,
+            "dataset_size": self.dataset_size,
+            "noise": noise_source(self.noise) if seed is None else ReproducibleNoise(seed),
+            "file": None if self.checkpoint is None else Path(f"{os.fspath(self.checkpoint)}.{name}"),
+        }
+
+
+def checked_size(values: Tensor, dataset_size: int | None, noise_multiplier: float) -> int:
+    """The public number of records.
+
+    Raises:
+        InputError: the values are not floating-point numbers of shape ``(N, C, ...)``, or hold no record.
+        ConfigurationError: the number of records or the noise multiplier is out of range.
+    """
+    if values.dim() < 2 or not values.is_floating_point() or values.numel() == 0:
+        raise InputError(
+            f"expected floating-point values (records, channels, ...), got {values.dtype} {tuple(values.shape)}"
+        )
+    size = len(values) if dataset_size is None else dataset_size
+    if not (isinstance(size, int) and size >= 1):
+        raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+    if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
+        raise ConfigurationError(f"noise_multiplier must be finite and positive, got {noise_multiplier!r}")
+    return size
+
+
+def recorded_release(
+    noise_multiplier: float, accountant: Accountant, path: Path | None, source: NoiseSource
+) -> GaussianRelease:
+    """The event of a new release, in the ledger before there is anything to release."""
+    if distributed.world().size > 1:
+        raise ConfigurationError(
+            "each of several processes would release a statistic of its own, and each ledger count one: release it in "
+            "one process with file=..., which all ranks then read"
+        )
+    if path is not None:
+        check_writable(path)
+    release = GaussianRelease(noise_multiplier, identity=new_run())
+    accountant.record(release, provenance=_provenance(release, source_name(type(source))))
+    return release
+
+
+def _provenance(release: GaussianRelease, source: str) -> Provenance:
+    return Provenance(release.identity, sampling="none", noise=source)
+
+
+def started_source(noise: NoiseSource | str | None) -> NoiseSource:
+    """The source of a name, ready to draw."""
+    source = noise_source(noise)
+    source.begin_step(0)
+    return source
+
+
+def released_sums(
+    exact: Callable[[], Tensor],
+    sensitivity: float,
+    noise_multiplier: float,
+    accountant: Accountant,
+    noise: NoiseSource | str | None,
+    file: str | os.PathLike[str] | None,
+    settings: dict[str, object],
+) -> tuple[Tensor, GaussianRelease]:
+    """Sums with noise, and the event that paid for them: from the file if it is there, else in a new release."""
+    path = None if file is None else Path(file)
+    if path is not None and path.exists():
+        return reread(path, settings, accountant)
+    source = started_source(noise)
+    sums = exact()
+    release = recorded_release(noise_multiplier, accountant, path, source)
+    released = noisy(sums, noise_multiplier * sensitivity, source)
+    keep_released(path, released, release, settings, source)
+    return released, release
+
+
+def keep_released(
+    path: Path | None, released: Tensor, release: GaussianRelease, settings: dict[str, object], source: NoiseSource
+) -> None:
+    """Writes what was released, if there is a file for it."""
+    if path is not None:
+        kept = {"identity": release.identity, "noise": source_name(type(source))}
+        save_checkpoint(path, {"settings": settings, "released": released.cpu(), **kept})
+
+
+def reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
+    """What a file holds, and the event that paid for it, recorded unless it is in the ledger."""
+    content = load_checkpoint(path)
+    kept = content.get("settings")
+    if kept != settings or not isinstance(content.get("released"), Tensor) or not content.get("identity"):
+        raise CheckpointError(f"{path} does not hold this statistic: {kept!r} there, {settings!r} here; choose another")
+    release = GaussianRelease(float(kept["noise_multiplier"]), identity=str(content["identity"]))
+    if all(event != release for event, _ in accountant.ledger):
+        # Files of before sources were kept tell none.
+        accountant.record(release, provenance=_provenance(release, str(content.get("noise", ""))))
+    return content["released"], release
