@@ -20,16 +20,15 @@ from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
-from clipless_dp.report import PrivacyStatement, report
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
+from clipless_dp.statement import PrivacyStatement, report
 from clipless_dp.streaming import StreamedBatches
 from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
 from clipless_dp.tightness import LayerTightness, TightnessReport
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
 from clipless_dp.training import FitResult, evaluate, fit
-
-__version__ = "0.1.0"
+from clipless_dp.version import __version__
 
 __all__ = [
     "AuditError",

@@ -21,7 +21,7 @@ from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gating import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
-from clipless_dp.report import report, statement_files
+from clipless_dp.statement import report, statement_files
 from clipless_dp.tables import fit_table
 from clipless_dp.training import OPTIMIZERS, constant, evaluate, fit, linear_decay, noise_stages
 
