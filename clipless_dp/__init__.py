@@ -16,6 +16,7 @@ from clipless_dp.errors import (
     RankError,
     UnsupportedModuleError,
 )
+from clipless_dp.former import alias_modules
 from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
@@ -29,6 +30,8 @@ from clipless_dp.tightness import LayerTightness, TightnessReport
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
 from clipless_dp.training import FitResult, evaluate, fit
 from clipless_dp.version import __version__
+
+alias_modules()
 
 __all__ = [
     "AuditError",

@@ -413,3 +413,7 @@ def test_views_that_draw_from_a_seeded_generator_of_their_own_are_refused(augmen
     batch = torch.rand(6, 4), torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.bool)
     with pytest.raises(ConfigurationError, match="generator of its own"):
         optimizer.accumulate(batch, augment=augment)
+
+
+def test_a_source_that_was_pickled_under_its_modules_former_name_is_found():
+    assert type(pickle.loads(b"cclipless_dp.randomness\nRandomness\n(tR.")) is Randomness
