@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import draws, sharding
+from clipless_dp import sharding
+from clipless_dp.sampling import draws
 
 Bits = dict[str, int]
 """For each parameter by name the sum of its bit patterns, modulo 2³², the same in every layout and on every device."""

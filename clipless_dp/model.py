@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, draws, passes, sharding
+from clipless_dp import distributed, passes, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
@@ -26,6 +26,7 @@ from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
+from clipless_dp.sampling import draws
 from clipless_dp.settings import settings_of
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import (

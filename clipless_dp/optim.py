@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, Provenance, create_accountant, new_run
-from clipless_dp import distributed, draws, lineage, passes, sharding
-from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
+from clipless_dp import distributed, lineage, passes, sharding
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
@@ -31,6 +30,8 @@ from clipless_dp.noise import (
     noise_source,
     source_name,
 )
+from clipless_dp.sampling import draws
+from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.tracing import parameters_of
 from clipless_dp.tracker import Sensitivity, stamp
 

@@ -198,7 +198,7 @@ def _curve(facts: Mapping[str, Any]) -> Section:
 
 
 def _relation(facts: Mapping[str, Any]) -> str:
-    return _RELATIONS.get(facts["relation"], facts["relation"])
+    return _RELATIONS.get(facts["relation"], str(facts["relation"]))
 
 
 def _rates(runs: Sequence[Mapping[str, Any]], taken: int) -> Iterator[tuple[str, str]]:

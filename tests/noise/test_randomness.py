@@ -33,12 +33,12 @@ from clipless_dp import (
     losses,
     register_rule,
 )
-from clipless_dp.augmentation import views
 from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.noise import randomness
 from clipless_dp.noise.box_muller import seeded_streams, system_streams
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.rules import base
+from clipless_dp.sampling.augmentation import views
 from clipless_dp.training import compiled_loss
 from tests.support import samples
 

@@ -11,8 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from clipless_dp import CliplessDPSGD, ConfigurationError, PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.sampling import as_tensors
-
-from .support import drawn_on_both_sides_of_a_fork, gated_model, samples
+from tests.support import drawn_on_both_sides_of_a_fork, gated_model, samples
 
 
 def draws(count, rate, steps, **options):

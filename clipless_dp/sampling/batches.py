@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate
 
-from clipless_dp import distributed, draws, persons
+from clipless_dp import distributed
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
+from clipless_dp.sampling import draws, persons
 
 
 class Batch(NamedTuple):
@@ -94,7 +95,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return (draws.upcoming(next(made), indices.tolist()) for indices in self.draws())
 
     def numbered(self) -> Iterator[draws.Draw]:
-        """What the batches of one iteration are delivered as, see :func:`clipless_dp.draws.deliver`."""
+        """What the batches of one iteration are delivered as, see :func:`clipless_dp.sampling.draws.deliver`."""
         series = object()
         for place in itertools.count():
             yield draws.Draw(self.sample_rate, seeded=self.seed is not None, series=series, place=place)
@@ -140,13 +141,13 @@ def poisson_collate(dataset: Dataset[Any]) -> Callable[[list[Any]], Any]:
 
     Args:
         dataset: its first sample shows the shapes. Of several processes all call this, after the process group was
-            made: they compare what they hold, see :func:`clipless_dp.persons.require_alike`.
+            made: they compare what they hold, see :func:`clipless_dp.sampling.persons.require_alike`.
 
     Returns:
         A function that collates as torch does, and returns zero-length tensors for an empty list.
 
     Raises:
-        PrivacyError: a sample is there more than once, see :func:`clipless_dp.persons.refuse_repeats`.
+        PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
         RankError: the data of the ranks differs.
     """
     empty = _emptied(default_collate([dataset[0]]))
@@ -266,8 +267,8 @@ class Samples:
 
         Raises:
             ConfigurationError: as the constructor does.
-            PrivacyError: a sample is there more than once, see :func:`clipless_dp.persons.refuse_repeats`.
-            RankError: the data of the ranks differs, see :func:`clipless_dp.persons.require_alike`.
+            PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
+            RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
         """
         samples = cls.of(dataset)
         if not samples._checked:
@@ -349,8 +350,9 @@ class PoissonBatches:
 
     Raises:
         ConfigurationError: an argument is out of range, or the data set is empty.
-        PrivacyError: a sample is in the data set more than once, see :func:`clipless_dp.persons.refuse_repeats`.
-        RankError: the data of the ranks differs, see :func:`clipless_dp.persons.require_alike`.
+        PrivacyError: a sample is in the data set more than once, see
+            :func:`clipless_dp.sampling.persons.refuse_repeats`.
+        RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
 
     Guarantee:
         Every sample is in every batch with probability ``q``, independently; each draw is announced to the
