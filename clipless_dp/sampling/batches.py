@@ -214,6 +214,18 @@ def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
     return Samples.of(dataset).all()
 
 
+def public_size(dataset_size: int | None, rows: int) -> int:
+    """The public number of samples: as it was stated, or of the data, which is then taken to be public.
+
+    Raises:
+        ConfigurationError: it is not a positive integer.
+    """
+    size = rows if dataset_size is None else dataset_size
+    if not (isinstance(size, int) and size >= 1):
+        raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+    return size
+
+
 class Samples:
     """The samples of a data set, by number; nothing but the first one is read until it is asked for.
 

@@ -16,6 +16,7 @@ from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, noisy, source_name
+from clipless_dp.sampling.batches import public_size
 
 CHUNK = 1 << 24
 """Entries that are converted to float64 at once."""
@@ -61,9 +62,7 @@ def checked_size(values: Tensor, dataset_size: int | None, noise_multiplier: flo
         raise InputError(
             f"expected floating-point values (records, channels, ...), got {values.dtype} {tuple(values.shape)}"
         )
-    size = len(values) if dataset_size is None else dataset_size
-    if not (isinstance(size, int) and size >= 1):
-        raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+    size = public_size(dataset_size, len(values))
     if not (math.isfinite(noise_multiplier) and noise_multiplier > 0):
         raise ConfigurationError(f"noise_multiplier must be finite and positive, got {noise_multiplier!r}")
     return size
