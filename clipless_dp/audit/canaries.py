@@ -169,7 +169,7 @@ def _absent(inputs: Tensor, out: Tensor) -> Tensor:
     return marked
 
 
-def _joined(dataset: Data, samples: Samples, inputs: Tensor, targets: Tensor) -> Data:
+def _joined(dataset: Any, samples: Samples, inputs: Tensor, targets: Tensor) -> Data:
     """The real samples with the canaries behind them."""
     inputs, targets = inputs.to(samples.first[0]), targets.to(samples.first[1])
     if samples.tensors is not None:
