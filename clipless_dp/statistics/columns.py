@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from accounting import Accountant
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.statistics.moments import MOMENTS_SENSITIVITY, Moments, moment_sums, moments_of
-from clipless_dp.statistics.release import CHUNK, checked_size, keep_released, recorded_release, reread, started_source
+from clipless_dp.statistics.release import CHUNK, checked_size, released
 
 
 class Standardisation(nn.Module):
@@ -118,21 +117,18 @@ def private_standardisation(
         "dataset_size": size,
         "columns": columns,
     }
-    path = None if file is None else Path(file)
     part = noise_multiplier * math.sqrt(2.0)
     norm = math.sqrt(columns) / 2.0
-    if path is not None and path.exists():
-        released, release = reread(path, settings, accountant)
-    else:
-        source = started_source(noise)
-        release = recorded_release(noise_multiplier, accountant, path, source)
-        caps = 2.0 * _noisy_magnitudes(values, size, lower, upper, part, source)
-        sums = torch.zeros(2, columns, dtype=torch.float64, device=values.device)
-        for rows in values.detach().split(max(1, CHUNK // columns)):
+
+    def drawn(exact: Tensor, source: NoiseSource) -> Tensor:
+        caps = 2.0 * _noisy_magnitudes(exact, size, lower, upper, part, source)
+        sums = torch.zeros(2, columns, dtype=torch.float64, device=exact.device)
+        for rows in exact.split(max(1, CHUNK // columns)):
             sums += moment_sums(_capped(rows.double(), caps).nan_to_num(0.0), norm)
-        released = torch.cat([caps[None], noisy(sums, part * MOMENTS_SENSITIVITY, source)])
-        keep_released(path, released, release, settings, source)
-    caps, sums = released[0].cpu(), released[1:].cpu()
+        return torch.cat([caps[None], noisy(sums, part * MOMENTS_SENSITIVITY, source)])
+
+    numbers, release = released(values.detach, drawn, noise_multiplier, accountant, noise, file, settings)
+    caps, sums = numbers[0].cpu(), numbers[1:].cpu()
     return Standardisation(caps, moments_of(sums, norm, size, 1, part, release)).to(values.device)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,14 +11,7 @@ from torch import Tensor
 from accounting import Accountant
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
-from clipless_dp.statistics.release import (
-    checked_size,
-    keep_released,
-    recorded_release,
-    released_sums,
-    reread,
-    started_source,
-)
+from clipless_dp.statistics.release import checked_size, released
 
 _HALVINGS = 20
 
@@ -81,21 +73,18 @@ def private_quantile(
         "noise_multiplier": float(noise_multiplier),
         "dataset_size": size,
     }
-    path = None if file is None else Path(file)
-    if path is not None and path.exists():
-        return float(reread(path, settings, accountant)[0])
-    source = started_source(noise)
-    release = recorded_release(noise_multiplier, accountant, path, source)
     deviation = noise_multiplier * math.sqrt(_HALVINGS)
-    low, high = math.log(lower), math.log(upper)
-    exact = values.detach().double()
-    for _ in range(_HALVINGS):
-        middle = 0.5 * (low + high)
-        count = float(noisy((exact <= math.exp(middle)).sum(), deviation, source))
-        low, high = (middle, high) if count < quantile * size else (low, middle)
-    result = torch.tensor(math.exp(0.5 * (low + high)), dtype=torch.float64)
-    keep_released(path, result, release, settings, source)
-    return float(result)
+
+    def bisected(exact: Tensor, source: NoiseSource) -> Tensor:
+        low, high = math.log(lower), math.log(upper)
+        for _ in range(_HALVINGS):
+            middle = 0.5 * (low + high)
+            count = float(noisy((exact <= math.exp(middle)).sum(), deviation, source))
+            low, high = (middle, high) if count < quantile * size else (low, middle)
+        return torch.tensor(math.exp(0.5 * (low + high)), dtype=torch.float64)
+
+    found, _ = released(values.detach().double, bisected, noise_multiplier, accountant, noise, file, settings)
+    return float(found)
 
 
 def private_fraction(
@@ -138,6 +127,14 @@ def private_fraction(
         "noise_multiplier": float(noise_multiplier),
         "dataset_size": size,
     }
-    count, _ = released_sums(exact.sum, 1.0, noise_multiplier, accountant, noise, file, settings)
+    count, _ = released(
+        exact.sum,
+        lambda count, source: noisy(count, noise_multiplier, source),
+        noise_multiplier,
+        accountant,
+        noise,
+        file,
+        settings,
+    )
     least = min(0.5, noise_multiplier / size)
     return min(max(float(count) / size, least), 1.0 - least)

@@ -12,8 +12,8 @@ from torch import Tensor
 from accounting import Accountant, GaussianRelease
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
-from clipless_dp.noise import NoiseSource
-from clipless_dp.statistics.release import CHUNK, checked_size, released_sums
+from clipless_dp.noise import NoiseSource, noisy
+from clipless_dp.statistics.release import CHUNK, checked_size, released
 
 MOMENTS_SENSITIVITY = math.sqrt(2.0)
 
@@ -101,10 +101,16 @@ def private_moments(
         "dataset_size": size,
         "shape": list(values.shape[1:]),
     }
-    released, release = released_sums(
-        lambda: moment_sums(values, norm), MOMENTS_SENSITIVITY, noise_multiplier, accountant, noise, file, settings
+    sums, release = released(
+        lambda: moment_sums(values, norm),
+        lambda exact, source: noisy(exact, noise_multiplier * MOMENTS_SENSITIVITY, source),
+        noise_multiplier,
+        accountant,
+        noise,
+        file,
+        settings,
     )
-    return moments_of(released.cpu(), norm, size, values[0, 0].numel(), noise_multiplier, release)
+    return moments_of(sums.cpu(), norm, size, values[0, 0].numel(), noise_multiplier, release)
 
 
 def moments_of(

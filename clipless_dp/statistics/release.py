@@ -15,7 +15,7 @@ from accounting import Accountant, GaussianRelease, Provenance, new_run
 from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
-from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, noisy, source_name
+from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, source_name
 from clipless_dp.sampling.batches import public_size
 
 CHUNK = 1 << 24
@@ -68,10 +68,35 @@ def checked_size(values: Tensor, dataset_size: int | None, noise_multiplier: flo
     return size
 
 
-def recorded_release(
-    noise_multiplier: float, accountant: Accountant, path: Path | None, source: NoiseSource
-) -> GaussianRelease:
-    """The event of a new release, in the ledger before there is anything to release."""
+def released(
+    exact: Callable[[], Tensor],
+    draw: Callable[[Tensor, NoiseSource], Tensor],
+    noise_multiplier: float,
+    accountant: Accountant,
+    noise: NoiseSource | str | None,
+    file: str | os.PathLike[str] | None,
+    settings: dict[str, object],
+) -> tuple[Tensor, GaussianRelease]:
+    """What a statistic releases, and the event that paid for it: from the file if it is there, else in a new release.
+
+    Args:
+        exact: what is computed of the data beforehand: where that fails, nothing has been charged.
+        draw: makes what is released of it, with noise of a source, once the release is in the ledger.
+        noise_multiplier: ``σ`` of all that ``draw`` releases.
+        accountant: records the release.
+        noise: as for :func:`clipless_dp.statistics.private_moments`.
+        file: as there.
+        settings: what the file must agree with, ``noise_multiplier`` among it.
+
+    Raises:
+        ConfigurationError: the noise is no source, or several processes train together and there is no file yet.
+        CheckpointError: the file belongs to other settings, is damaged or cannot be written.
+    """
+    path = None if file is None else Path(file)
+    if path is not None and path.exists():
+        return _reread(path, settings, accountant)
+    source = noise_source(noise)
+    source.begin_step(0)
     if distributed.world().size > 1:
         raise ConfigurationError(
             "each of several processes would release a statistic of its own, and each ledger count one: release it in "
@@ -79,53 +104,18 @@ def recorded_release(
         )
     if path is not None:
         check_writable(path)
+    prepared = exact()
+    name = source_name(type(source))
     release = GaussianRelease(noise_multiplier, identity=new_run())
-    accountant.record(release, provenance=_provenance(release, source_name(type(source))))
-    return release
-
-
-def _provenance(release: GaussianRelease, source: str) -> Provenance:
-    return Provenance(release.identity, sampling="none", noise=source)
-
-
-def started_source(noise: NoiseSource | str | None) -> NoiseSource:
-    """The source of a name, ready to draw."""
-    source = noise_source(noise)
-    source.begin_step(0)
-    return source
-
-
-def released_sums(
-    exact: Callable[[], Tensor],
-    sensitivity: float,
-    noise_multiplier: float,
-    accountant: Accountant,
-    noise: NoiseSource | str | None,
-    file: str | os.PathLike[str] | None,
-    settings: dict[str, object],
-) -> tuple[Tensor, GaussianRelease]:
-    """Sums with noise, and the event that paid for them: from the file if it is there, else in a new release."""
-    path = None if file is None else Path(file)
-    if path is not None and path.exists():
-        return reread(path, settings, accountant)
-    source = started_source(noise)
-    sums = exact()
-    release = recorded_release(noise_multiplier, accountant, path, source)
-    released = noisy(sums, noise_multiplier * sensitivity, source)
-    keep_released(path, released, release, settings, source)
-    return released, release
-
-
-def keep_released(
-    path: Path | None, released: Tensor, release: GaussianRelease, settings: dict[str, object], source: NoiseSource
-) -> None:
-    """Writes what was released, if there is a file for it."""
+    accountant.record(release, provenance=_provenance(release, name))
+    drawn = draw(prepared, source)
     if path is not None:
-        kept = {"identity": release.identity, "noise": source_name(type(source))}
-        save_checkpoint(path, {"settings": settings, "released": released.cpu(), **kept})
+        kept = {"settings": settings, "released": drawn.cpu(), "identity": release.identity, "noise": name}
+        save_checkpoint(path, kept)
+    return drawn, release
 
 
-def reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
+def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
     """What a file holds, and the event that paid for it, recorded unless it is in the ledger."""
     content = load_checkpoint(path)
     kept = content.get("settings")
@@ -136,3 +126,7 @@ def reread(path: Path, settings: dict[str, object], accountant: Accountant) -> t
         # Files of before sources were kept tell none.
         accountant.record(release, provenance=_provenance(release, str(content.get("noise", ""))))
     return content["released"], release
+
+
+def _provenance(release: GaussianRelease, source: str) -> Provenance:
+    return Provenance(release.identity, sampling="none", noise=source)

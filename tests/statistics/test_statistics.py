@@ -429,7 +429,7 @@ def share_off_the_grid(statistic, monkeypatch, add=adding.noisy):
         off.extend((steps != steps.round()).flatten().tolist())
         return sums
 
-    for room in (statistics.release, statistics.counts, statistics.columns):
+    for room in (statistics.moments, statistics.counts, statistics.columns):
         monkeypatch.setattr(room, "noisy", watched)
     rows = torch.rand(50, 4, generator=torch.Generator().manual_seed(0)) * math.pi
     STATISTICS[statistic](rows, accountant=PRVAccountant(), noise="secure")
