@@ -31,7 +31,7 @@ from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource, noise_source, noisy, source_name
 from clipless_dp.sampling import Samples
-from clipless_dp.sampling.batches import public_size
+from clipless_dp.sampling.samples import public_size
 from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
 
 SETTINGS = frozenset(

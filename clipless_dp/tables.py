@@ -21,7 +21,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples, as_tensors
-from clipless_dp.sampling.batches import public_size
+from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
 from clipless_dp.training import FitResult, constant, fit
 

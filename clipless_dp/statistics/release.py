@@ -16,7 +16,7 @@ from clipless_dp import distributed
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, source_name
-from clipless_dp.sampling.batches import public_size
+from clipless_dp.sampling.samples import public_size
 
 CHUNK = 1 << 24
 """Entries that are converted to float64 at once."""
