@@ -23,6 +23,7 @@ from .errors import (
 )
 from .events import (
     ADD_OR_REMOVE_ONE,
+    CHANGE_OF_A_SUM,
     REPLACE_ONE,
     FixedSizeSampling,
     GaussianRelease,
@@ -41,6 +42,7 @@ from .selection import AnyOf, PrivateSelection
 
 __all__ = [
     "ADD_OR_REMOVE_ONE",
+    "CHANGE_OF_A_SUM",
     "REPLACE_ONE",
     "Accountant",
     "AccountingError",

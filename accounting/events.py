@@ -17,6 +17,7 @@ from .errors import InvalidParameterError, LedgerFormatError
 
 __all__ = [
     "ADD_OR_REMOVE_ONE",
+    "CHANGE_OF_A_SUM",
     "REPLACE_ONE",
     "Event",
     "FixedSizeSampling",
@@ -36,6 +37,8 @@ __all__ = [
 Relation = Literal["add_or_remove_one", "replace_one"]
 ADD_OR_REMOVE_ONE: Relation = "add_or_remove_one"
 REPLACE_ONE: Relation = "replace_one"
+CHANGE_OF_A_SUM: Mapping[Relation, float] = {ADD_OR_REMOVE_ONE: 1.0, REPLACE_ONE: 2.0}
+"""By how many records' bounds neighbours differ in a sum: a replaced record is once out and once in."""
 
 
 class Event(Protocol):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from .errors import UnsupportedEventError
 from .events import (
+    CHANGE_OF_A_SUM,
     REPLACE_ONE,
     FixedSizeSampling,
     GaussianRelease,
@@ -95,9 +96,8 @@ class Terms:
     @property
     def max_order(self) -> float:
         """Order up to which the Rényi grid starts out."""
-        stretch = 2.0 if self.relation == REPLACE_ONE else 1.0
         orders = [largest_useful_order(sigma, q) for sigma, q in self.poisson] or [1e3]
-        return min(stretch * max(orders), MAX_ORDER)
+        return min(CHANGE_OF_A_SUM[self.relation] * max(orders), MAX_ORDER)
 
     def cumulant(self, *, fixed_as_guess: bool = False) -> Cumulant:
         """Returns t ↦ Σ K(t), remembering what it was asked.
@@ -213,7 +213,7 @@ def collect(entries: Iterable[tuple[Any, int]], relation: Relation) -> Terms:
         UnsupportedEventError: When an event, or its sampling under this relation, is not understood.
     """
     terms = Terms(relation)
-    sensitivity = 2.0 if relation == REPLACE_ONE else 1.0
+    sensitivity = CHANGE_OF_A_SUM[relation]
     squares = []
     for event, n in flatten(entries):
         if isinstance(event, (GaussianStep, GaussianVectorStep)):

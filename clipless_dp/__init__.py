@@ -1,7 +1,6 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets
-from clipless_dp.augmentation import RowAugmentation, ShiftAndFlip
 from clipless_dp.averaging import WeightAverage
 from clipless_dp.errors import (
     AuditError,
@@ -17,21 +16,28 @@ from clipless_dp.errors import (
     RankError,
     UnsupportedModuleError,
 )
+from clipless_dp.former import alias_modules
 from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import ReproducibleNoise, SystemNoise
+from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
-from clipless_dp.report import PrivacyStatement, report
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
-from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
-from clipless_dp.secure_noise import SecureNoise
-from clipless_dp.streaming import StreamedBatches
+from clipless_dp.sampling import (
+    PoissonBatches,
+    PoissonBatchSampler,
+    RowAugmentation,
+    ShiftAndFlip,
+    StreamedBatches,
+    poisson_collate,
+)
+from clipless_dp.statement import PrivacyStatement, report
 from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
 from clipless_dp.tightness import LayerTightness, TightnessReport
 from clipless_dp.tracker import Sensitivity, SensitivityTracker
 from clipless_dp.training import FitResult, evaluate, fit
+from clipless_dp.version import __version__
 
-__version__ = "0.1.0"
+alias_modules()
 
 __all__ = [
     "AuditError",

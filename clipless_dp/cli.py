@@ -14,14 +14,14 @@ from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from clipless_dp import architectures, constraints, layers, losses, presets
-from clipless_dp.augmentation import ShiftAndFlip
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gating import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
-from clipless_dp.report import report, statement_files
+from clipless_dp.sampling.augmentation import ShiftAndFlip
+from clipless_dp.statement import report, statement_files
 from clipless_dp.tables import fit_table
 from clipless_dp.training import OPTIMIZERS, constant, evaluate, fit, linear_decay, noise_stages
 

@@ -16,7 +16,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import draws, sharding
+from clipless_dp import sharding
+from clipless_dp.sampling import draws
 from clipless_dp.tracing import parameters_of
 
 Bits = dict[str, int]

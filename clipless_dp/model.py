@@ -12,22 +12,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, draws, lineage, passes, sharding
+from clipless_dp import distributed, lineage, passes, sharding
 from clipless_dp.apart import join_, set_apart_
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.factors import Factors
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.losses import Loss
+from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.overlaps import places, refuse_overlaps
 from clipless_dp.precision import coarse_products, refuse_autocast
-from clipless_dp.randomness import Randomness, may_draw, replace_dropout_
 from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
+from clipless_dp.sampling import draws
 from clipless_dp.settings import Settings
 from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import (

@@ -18,13 +18,12 @@ from torch.optim import Optimizer
 
 from accounting import Accountant, Ledger, Provenance, create_accountant, new_run
 from accounting.errors import warn_caller
-from clipless_dp import distributed, draws, lineage, passes, sharding
+from clipless_dp import distributed, lineage, passes, sharding
 from clipless_dp.arguments import require_accountant
-from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
-    MARGIN,
+    RELEASE_MARGIN,
     Allocation,
     NoiseSource,
     add_normal_,
@@ -33,6 +32,8 @@ from clipless_dp.noise import (
     noise_source,
     source_name,
 )
+from clipless_dp.sampling import draws
+from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.tracing import parameters_of
 from clipless_dp.tracker import Sensitivity, stamp
 
@@ -385,8 +386,8 @@ class CliplessDPOptimizer(Optimizer):
         """Where masks of dropout and random views of all steps came from, those of loaded states included.
 
         ``"system"``, which a release needs; ``"reproducible"`` (a ``reproducible_seed``, or
-        :meth:`clipless_dp.randomness.Randomness.seeded`); ``"unrecorded"`` where a loaded state does not say. None
-        where nothing was drawn.
+        :meth:`clipless_dp.noise.randomness.Randomness.seeded`); ``"unrecorded"`` where a loaded state does not say.
+        None where nothing was drawn.
         """
         return tuple(sorted(self._randomness_sources))
 
@@ -742,7 +743,7 @@ class CliplessDPOptimizer(Optimizer):
         sizes = {id(parameter): parameter.numel() for parameter in named.values()}
         bounds = [sensitivity.per_parameter[names[key]] for key in held]
         planned = allocate(bounds, [sizes[key] for key in held], self.noise_multiplier, self.allocation)
-        used = [deviation * MARGIN for deviation in planned]
+        used = [deviation * RELEASE_MARGIN for deviation in planned]
         effective = effective_noise_multiplier(bounds, used)
         if not (math.isfinite(effective) and effective > 0):
             raise PrivacyError(f"the noise amounts to a multiplier of {effective!r}; nothing was released")

@@ -26,12 +26,13 @@ from accounting import (
     create_accountant,
     new_run,
 )
-from clipless_dp import distributed, lineage, passes, randomness
+from clipless_dp import distributed, lineage, passes
 from clipless_dp.arguments import require_accountant
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import NoiseSource, noise_source, noisy, source_name
+from clipless_dp.noise import NoiseSource, noise_source, noisy, randomness, source_name
 from clipless_dp.sampling import Samples
+from clipless_dp.sampling.samples import public_size
 from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
 
 SETTINGS = frozenset(
@@ -149,7 +150,7 @@ def private_search(
             "between them: use noise='system' or 'secure'"
         )
     inputs, targets = Samples.to_train_on(dataset).all()
-    size = len(inputs) if dataset_size is None else dataset_size
+    size = public_size(dataset_size, len(inputs))
     if not candidates:
         raise ConfigurationError("there are no candidates to draw from")
     multipliers, trials = [], []

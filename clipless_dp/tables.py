@@ -21,6 +21,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples, as_tensors
+from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
 from clipless_dp.training import FitResult, constant, fit
 
@@ -132,9 +133,7 @@ def fit_table(
         raise ConfigurationError(f"fit has no arguments {unknown}")
     if noise is not None and reproducible_seed is not None:
         raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
-    size = len(rows) if dataset_size is None else dataset_size
-    if not (isinstance(size, int) and size >= 1):
-        raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+    size = public_size(dataset_size, len(rows))
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
     ledger = create_accountant(accountant, dataset_size=size)
     whole = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)

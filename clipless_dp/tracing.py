@@ -14,8 +14,8 @@ from torch.nn.utils import parametrize
 from clipless_dp.apart import Apart
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.gates import BallProjection, SphereScaling
+from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.layers import SampleGroupNorm
-from clipless_dp.randomness import DrawnDropout
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 

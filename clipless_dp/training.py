@@ -26,7 +26,6 @@ from accounting.errors import warn_caller
 from clipless_dp import distributed, lineage, sharding
 from clipless_dp.arguments import require_accountant
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
-from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.averaging import WeightAverage
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import (
@@ -44,8 +43,10 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
-from clipless_dp.sampling import Batch, PoissonBatches, Samples, usual_rows
-from clipless_dp.streaming import AHEAD, StreamedBatches
+from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches
+from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
+from clipless_dp.sampling.batches import usual_rows
+from clipless_dp.sampling.streaming import AHEAD
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
@@ -272,9 +273,9 @@ def fit(
         ConfigurationError: an argument is out of range, the batch is larger than the data set, or not even one row fits
             the memory budget.
         InputError: the data does not fit the model.
-        PrivacyError: a sample is in the data more than once (:func:`clipless_dp.persons.refuse_repeats`), or samples
-            meet in the loss (:class:`clipless_dp.rowwise.RowLosses`).
-        RankError: the data of the ranks differs (:func:`clipless_dp.persons.require_alike`).
+        PrivacyError: a sample is in the data more than once (:func:`clipless_dp.sampling.persons.refuse_repeats`), or
+            samples meet in the loss (:class:`clipless_dp.rowwise.RowLosses`).
+        RankError: the data of the ranks differs (:func:`clipless_dp.sampling.persons.require_alike`).
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
         Whatever interrupts training after a step (what the data set raises, Ctrl-C, ...) leaves weights in ``model``

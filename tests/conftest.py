@@ -5,7 +5,7 @@ import os
 import pytest
 from hypothesis import settings
 
-from clipless_dp import draws
+from clipless_dp.sampling import draws
 
 # A loaded machine must not fail a property; continuous integration must not fail by luck.
 settings.register_profile("unhurried", deadline=None, derandomize=bool(os.environ.get("CI")))

@@ -26,14 +26,13 @@ from clipless_dp import (
     SystemNoise,
     constraints,
     distributed,
-    draws,
     fit,
     layers,
     losses,
-    persons,
 )
 from clipless_dp import training as training_module
 from clipless_dp.distributed import World
+from clipless_dp.sampling import draws, persons
 from clipless_dp.statistics import private_moments
 
 from .ranks import (

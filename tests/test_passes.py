@@ -33,7 +33,6 @@ from clipless_dp import (
     StreamedBatches,
     WeightAverage,
     constraints,
-    draws,
     gated,
     gradient_gated,
     layers,
@@ -45,7 +44,7 @@ from clipless_dp import (
 )
 from clipless_dp.apart import join_
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.sampling import Batch
+from clipless_dp.sampling import Batch, draws
 
 SIZE, RATE = 40, 0.25
 ROUTES = ("constraint", "signal gates", "gradient gates", "weights")

@@ -44,8 +44,8 @@ from clipless_dp import (
     report,
 )
 from clipless_dp.noise import SystemNoise, source_name
+from clipless_dp.sampling.streaming import StreamedBatches
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile
-from clipless_dp.streaming import StreamedBatches
 
 from .support import gated_model, power_cut, samples
 

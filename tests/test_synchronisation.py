@@ -25,8 +25,8 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp import gates as gates_module
-from clipless_dp import sampling as sampling_module
 from clipless_dp.precision import full_precision
+from clipless_dp.sampling import batches as batches_module
 
 GATES: dict[str, Callable[[nn.Module], nn.Module]] = {
     "clipping": gated,
@@ -100,7 +100,7 @@ def test_nothing_in_sampling_and_step_looks_at_a_number(meta, gate) -> None:
 
 @pytest.mark.parametrize("mutant", ["a mask as an index", "rows that depend on the data", "a finite check", "a log"])
 def test_what_looks_at_a_number_is_caught(meta, monkeypatch, mutant) -> None:
-    honest_norms, honest_batch = gates_module.sample_norms, sampling_module.padded_batch
+    honest_norms, honest_batch = gates_module.sample_norms, batches_module.padded_batch
 
     def norms(values: Tensor) -> Tensor:
         found = honest_norms(values)
@@ -113,13 +113,13 @@ def test_what_looks_at_a_number_is_caught(meta, monkeypatch, mutant) -> None:
             found.max().item()
         return found
 
-    def batch(inputs: Tensor, targets: Tensor, indices: Tensor, multiple: int) -> sampling_module.Batch:
+    def batch(inputs: Tensor, targets: Tensor, indices: Tensor, multiple: int) -> batches_module.Batch:
         if mutant == "rows that depend on the data":
             indices = torch.nonzero(torch.rand(len(inputs), device=inputs.device) < 0.2)[:, 0]
         return honest_batch(inputs, targets, indices, multiple)
 
     monkeypatch.setattr(gates_module, "sample_norms", norms)
-    monkeypatch.setattr(sampling_module, "padded_batch", batch)
+    monkeypatch.setattr(batches_module, "padded_batch", batch)
     # NotImplementedError is a RuntimeError; what fails while the network is traced is named by this package.
     with pytest.raises((RuntimeError, ConfigurationError), match="meta"):
         train(gated, meta, steps=1)

@@ -15,10 +15,12 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 from clipless_dp.audit.release import Flags, guess
+from clipless_dp.audit.result import EpsilonAudit, check_levels
 from clipless_dp.audit.statistics import Numbers
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.sampling import Samples
 from clipless_dp.testing.company import plausible_targets
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
@@ -38,37 +40,22 @@ _ROWS = 256
 
 
 @dataclass(frozen=True)
-class CanaryAudit:
+class CanaryAudit(EpsilonAudit):
     """What an adversary who sees the trained weights alone told about the canaries; prints in a few lines.
 
     Attributes:
-        lower_bound: ε is at least this at ``delta``, with ``confidence``.
-        epsilon: what the accountant states at ``delta``.
-        delta: δ.
-        confidence: of the lower bound.
         canaries: how many there were; each was in by the toss of a coin.
         evidence: what the bound rests on, in words.
         trained: what the training function returned.
     """
 
-    lower_bound: float
-    epsilon: float
-    delta: float
-    confidence: float
     canaries: int
     evidence: str
     trained: Any = field(repr=False, compare=False)
 
-    @property
-    def passed(self) -> bool:
-        """False where the measured lower bound is above the stated ε: training leaks more than it is accounted for."""
-        return self.lower_bound <= self.epsilon
-
     def __str__(self) -> str:
-        verdict = "not refuted" if self.passed else "REFUTED: it leaks more than is stated"
         return (
-            f"canary audit (one run): ε ≥ {self.lower_bound:.3f} with {100 * self.confidence:g} % confidence, "
-            f"stated ε = {self.epsilon:.3f}, at δ = {self.delta:g}: {verdict}\n"
+            f"{self.headline('canary audit (one run)')}\n"
             f"{self.canaries} canaries among the training samples, each in by the toss of a coin; {self.evidence}\n"
             f"the run is charged like any: its model has spent ε = {self.epsilon:.3f} of the real samples"
         )
@@ -117,9 +104,9 @@ def canaries(
     Source:
         Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run".
     """
-    if not 0.0 <= delta < 1.0 or not 0.5 <= confidence < 1.0:
-        raise ConfigurationError(f"delta must lie in [0, 1) and confidence in [0.5, 1), got {delta!r}, {confidence!r}")
-    shown = _first(dataset)
+    check_levels(delta, confidence)
+    samples = Samples(dataset)
+    shown = samples.first[0][0], samples.first[1][0]
     inputs, targets = _made(model, shown, canaries) if isinstance(canaries, int) else _given(model, canaries)
     if len(inputs) < _FEWEST:
         raise ConfigurationError(f"{len(inputs)} canaries say nothing: take at least {_FEWEST}")
@@ -128,7 +115,7 @@ def canaries(
     with warnings.catch_warnings():
         # Those that are out contribute nothing on purpose.
         warnings.filterwarnings("ignore", r"\d+ samples in batches contributed nothing", UserWarning)
-        trained = train(model, _joined(dataset, shown, _absent(inputs, torch.from_numpy(~inside)), targets))
+        trained = train(model, _joined(dataset, samples, _absent(inputs, torch.from_numpy(~inside)), targets))
     optimizer = trained if isinstance(trained, CliplessDPOptimizer) else getattr(trained, "optimizer", None)
     if not isinstance(optimizer, CliplessDPOptimizer) or optimizer.model is not model:
         raise ConfigurationError(
@@ -140,14 +127,6 @@ def canaries(
     bound, evidence = guess(views, inside, len(inside) // 3, delta, confidence)
     stated = optimizer.get_epsilon(delta) if delta else math.inf
     return CanaryAudit(bound, float(stated), delta, confidence, len(inputs), evidence, trained)
-
-
-def _first(dataset: Data) -> tuple[Tensor, Tensor]:
-    if isinstance(dataset, (tuple, list)):
-        inputs, targets = (torch.as_tensor(part) for part in dataset)
-        return inputs[0], targets[0]
-    sample, target = dataset[0]
-    return torch.as_tensor(sample), torch.as_tensor(target)
 
 
 def _made(model: DPLipModel, shown: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
@@ -190,10 +169,11 @@ def _absent(inputs: Tensor, out: Tensor) -> Tensor:
     return marked
 
 
-def _joined(dataset: Data, shown: tuple[Tensor, Tensor], inputs: Tensor, targets: Tensor) -> Data:
-    inputs, targets = inputs.to(shown[0]), targets.to(shown[1])
-    if isinstance(dataset, (tuple, list)):
-        known, labels = (torch.as_tensor(part) for part in dataset)
+def _joined(dataset: Any, samples: Samples, inputs: Tensor, targets: Tensor) -> Data:
+    """The real samples with the canaries behind them."""
+    inputs, targets = inputs.to(samples.first[0]), targets.to(samples.first[1])
+    if samples.tensors is not None:
+        known, labels = samples.tensors
         return torch.cat([known, inputs]), torch.cat([labels, targets])
     return ConcatDataset([dataset, TensorDataset(inputs, targets)])
 

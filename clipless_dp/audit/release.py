@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from clipless_dp.audit.result import EpsilonAudit, check_levels
 from clipless_dp.audit.statistics import Claim, Numbers, epsilon_of_rates, highest_rate, one_run_epsilon
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.losses import BoundedLoss
@@ -40,40 +41,25 @@ _SHARES = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 
 
 @dataclass(frozen=True)
-class PrivacyAudit:
-    """What an adversary who sees every noisy gradient achieved.
+class PrivacyAudit(EpsilonAudit):
+    """What an adversary who sees every noisy gradient achieved; its lower bound is ∞ if no amount of the recorded
+    noise explains what was seen.
 
     Attributes:
         method: see :func:`privacy`.
-        lower_bound: ε is at least this at ``delta``, with ``confidence``; ∞ if no amount of the recorded noise
-            explains what was seen.
-        epsilon: what the accountant states at ``delta``.
-        delta: δ.
-        confidence: of the lower bound.
         runs: how often the training was run.
         canaries: in each run.
         evidence: what the bound rests on, in words.
     """
 
     method: Method
-    lower_bound: float
-    epsilon: float
-    delta: float
-    confidence: float
     runs: int
     canaries: int
     evidence: str
 
-    @property
-    def passed(self) -> bool:
-        """False where the measured lower bound is above the stated ε: training leaks more than it is accounted for."""
-        return self.lower_bound <= self.epsilon
-
     def __str__(self) -> str:
-        verdict = "not refuted" if self.passed else "REFUTED: it leaks more than is stated"
         return (
-            f"privacy audit ({self.method}): ε ≥ {self.lower_bound:.3f} with {100 * self.confidence:g} % confidence, "
-            f"stated ε = {self.epsilon:.3f}, at δ = {self.delta:g}: {verdict}\n"
+            f"{self.headline(f'privacy audit ({self.method})')}\n"
             f"{self.runs} run(s) with {self.canaries} canary sample(s) each; {self.evidence}"
         )
 
@@ -128,8 +114,7 @@ def privacy(
         ``1 - confidence``. An audit that passes proves nothing.
     """
     runs, canaries = _sizes(method, runs, canaries)
-    if not 0.0 <= delta < 1.0 or not 0.5 <= confidence < 1.0:
-        raise ConfigurationError(f"delta must lie in [0, 1) and confidence in [0.5, 1), got {delta!r}, {confidence!r}")
+    check_levels(delta, confidence)
     stage = _Stage(_worst_case(canaries) if model is None else copy.deepcopy(model), canaries, plain=model is None)
     claim, stated = None, 0.0
     scores: list[Numbers] = []
@@ -155,7 +140,7 @@ def privacy(
         bound, evidence = guess(views, inside, part, delta, confidence)
     else:
         bound, evidence = _test(views, inside, part, delta, confidence, None if method == "clopper-pearson" else claim)
-    return PrivacyAudit(method, bound, float(stated), delta, confidence, runs, canaries, evidence)
+    return PrivacyAudit(bound, float(stated), delta, confidence, method, runs, canaries, evidence)
 
 
 def _sizes(method: str, runs: int | None, canaries: int | None) -> tuple[int, int]:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.model import DPLipModel
 from clipless_dp.passes import unwitnessed
-from clipless_dp.randomness import DrawnDropout
 from clipless_dp.testing.attacks import TOLERANCE, Record, try_all
 from clipless_dp.testing.probes import Case, Probed
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from clipless_dp import CliplessDPSGD, PoissonBatches, SystemNoise, passes
 from clipless_dp.audit.release import BatchesFactory, OptimizerFactory
-from clipless_dp.box_muller import seeded_words
 from clipless_dp.model import DPLipModel
-from clipless_dp.noise import NoiseSource, _numbers
+from clipless_dp.noise import NoiseSource
+from clipless_dp.noise.box_muller import seeded_words
+from clipless_dp.noise.sources import normal_numbers
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class RepeatedNoise(SystemNoise):
         self.seed = torch.seed()
 
     def begin_step(self, step: int) -> None:
-        self._numbers = {torch.device("cpu"): _numbers(seeded_words(self.seed), None)}
+        self._numbers = {torch.device("cpu"): normal_numbers(seeded_words(self.seed), None)}
 
 
 @contextmanager

@@ -18,19 +18,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from clipless_dp.box_muller import Streams, Words, seeded_streams, system_streams
 from clipless_dp.errors import PrivacyError
-from clipless_dp.noise import random_state
-from clipless_dp.rules import find_function_rule, find_rule
-from clipless_dp.rules.base import is_builtin, kind_of
+from clipless_dp.noise.box_muller import Streams, Words, seeded_streams, system_streams
+from clipless_dp.noise.sources import random_state
 
 Origin = Literal["system", "reproducible"]
 
@@ -40,7 +38,7 @@ _BLOCK = 1 << 16
 _MOST_REMEMBERED = 1 << 16
 """Draws that are remembered for a recomputation; a step that makes more of them is not checkpointed, or not ended."""
 
-_EVERY_ENTRY, _BY_CHANNEL, _BY_SAMPLE = 0, 1, 2
+EVERY_ENTRY, BY_CHANNEL, BY_SAMPLE = 0, 1, 2
 
 _global = threading.RLock()
 """Held while the generators that all code of a process shares are in use for one pass."""
@@ -70,8 +68,8 @@ class Randomness:
     """The source of what a model draws in its passes: a key of the operating system, or a declared seed.
 
     Each draw has a stream of its own: of AES-128 in counter mode under a key that never leaves the process, or of what
-    :func:`clipless_dp.box_muller.system_streams` takes where the cipher is not installed; on accelerators it seeds
-    torch's generator with 63 bits. Copies and forked processes start afresh.
+    :func:`clipless_dp.noise.box_muller.system_streams` takes where the cipher is not installed; on accelerators it
+    seeds torch's generator with 63 bits. Copies and forked processes start afresh.
 
     A forward pass that activation checkpointing repeats within the backward pass takes the stream that it took first:
     it is known by the state of torch's own generator, which checkpointing restores. (The state is only compared: no
@@ -87,7 +85,7 @@ class Randomness:
         self.handle = next(_handles)
         self._state = _State("system", system_streams())
         self._visitor: int | None = None
-        _live[self.handle] = self
+        live[self.handle] = self
 
     def __reduce__(self) -> tuple[type[Randomness], tuple[()]]:
         return type(self), ()
@@ -136,7 +134,7 @@ class Randomness:
             PrivacyError: as :meth:`words`.
         """
         words = self.words(values.device)
-        noise = _empty_noise(values, kind)
+        noise = empty_noise(values, kind)
         if noise.device.type != "cpu":
             return noise.bernoulli_(1.0 - p, generator=_seeded_generator(words, noise.device)).div_(1.0 - p)
         flat = noise.as_strided((noise.numel(),), (1,))
@@ -240,7 +238,8 @@ def count_from(start: int) -> None:
     _handles = itertools.count(start)
 
 
-_live: WeakValueDictionary[int, Randomness] = WeakValueDictionary()
+live: WeakValueDictionary[int, Randomness] = WeakValueDictionary()
+"""The sources of this process by their handles."""
 shared = Randomness()
 """For what is drawn outside of any model's passes."""
 
@@ -267,93 +266,9 @@ def current_generator(device: torch.device) -> torch.Generator | None:
     return _seeded_generator(shared.words(device), device)
 
 
-def _empty_noise(values: Tensor, kind: int) -> Tensor:
-    if kind == _EVERY_ENTRY:
+def empty_noise(values: Tensor, kind: int) -> Tensor:
+    """Room for what :meth:`Randomness.dropout_noise` draws."""
+    if kind == EVERY_ENTRY:
         return torch.empty_like(values)
-    kept = 2 if kind == _BY_CHANNEL else 1
+    kept = 2 if kind == BY_CHANNEL else 1
     return values.new_empty((*values.shape[:kept], *[1] * (values.dim() - kept)))
-
-
-# Opaque to compilers: they would run torch's own dropout from torch's own generator, and might fold a draw into a
-# constant or draw once for two layers, were it not for the tag.
-_library = torch.library.Library("clipless_dp_randomness", "DEF")
-_library.define(
-    "dropout_noise(Tensor values, int kind, float p, int handle) -> Tensor", tags=(torch.Tag.nondeterministic_seeded,)
-)
-
-
-def _drawn(values: Tensor, kind: int, p: float, handle: int) -> Tensor:
-    return _live[handle].dropout_noise(values, kind, p)
-
-
-def _faked(values: Tensor, kind: int, p: float, handle: int) -> Tensor:
-    return _empty_noise(values, kind)
-
-
-_library.impl("dropout_noise", _drawn, "CompositeExplicitAutograd")
-torch.library.register_fake("clipless_dp_randomness::dropout_noise", _faked, lib=_library)
-
-_Dropout = nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-
-
-class DrawnDropout(nn.Module):
-    """A dropout layer as the executed graph runs it: with masks from a :class:`Randomness`.
-
-    Args:
-        layer: torch's layer, whose rate and mode are followed.
-        source: draws the masks.
-
-    Shape:
-        ``(B, ...)`` to the same shape.
-    """
-
-    def __init__(self, layer: _Dropout, source: Randomness) -> None:
-        super().__init__()
-        self.layer = layer
-        self._source = source
-        self._handle = source.handle
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Drops entries (channels of the layers that say so) while the layer is in training mode."""
-        layer = self.layer
-        if not layer.training or layer.p == 0.0:
-            return values
-        kind = _EVERY_ENTRY if isinstance(layer, nn.Dropout) else _BY_CHANNEL
-        if values.dim() == {nn.Dropout1d: 2, nn.Dropout3d: 4}.get(type(layer)):
-            # Torch takes these for one sample without a batch axis, whose channels they are.
-            kind = _BY_SAMPLE
-        if torch.compiler.is_compiling():
-            drawn = torch.ops.clipless_dp_randomness.dropout_noise
-            noise: Tensor = drawn(values.detach(), kind, float(layer.p), self._handle)
-        else:
-            with torch.no_grad():
-                noise = self._source.dropout_noise(values, kind, layer.p)
-        return values * noise
-
-
-def replace_dropout_(graph: fx.GraphModule, source: Randomness) -> None:
-    """Lets a traced graph, not the network that it shares its layers with, run dropout from a source."""
-    for node in graph.graph.nodes:
-        if node.op != "call_module":
-            continue
-        leaf = graph.get_submodule(str(node.target))
-        if type(leaf) in _DROPOUTS:
-            above, _, name = str(node.target).rpartition(".")
-            setattr(graph.get_submodule(above), name, DrawnDropout(cast(_Dropout, leaf), source))
-
-
-def may_draw(graph: fx.GraphModule) -> bool:
-    """Whether a part of a traced graph is not torch's or this package's own, and so may draw random numbers itself."""
-    for node in graph.graph.nodes:
-        if node.op == "call_module":
-            leaf = graph.get_submodule(str(node.target))
-            rule = None if isinstance(leaf, DrawnDropout) else find_rule(leaf)
-            package = kind_of(leaf).__module__.partition(".")[0]
-            if package not in ("torch", "clipless_dp") or not (rule is None or is_builtin(rule)):
-                return True
-        elif node.op in ("call_function", "call_method"):
-            rule_of_function = find_function_rule(node.target)
-            if rule_of_function is not None and rule_of_function.__module__.partition(".")[0] != "clipless_dp":
-                return True
-    return False

@@ -15,11 +15,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from clipless_dp import ConfigurationError, ReproducibleNoise, SystemNoise
-from clipless_dp import noise as noise_module
-from clipless_dp.noise import add_normal_, allocate, effective_noise_multiplier, noise_source, system_generator
-
-from .support import noise_on_both_sides_of_a_fork
+from clipless_dp import ConfigurationError, ReproducibleNoise, SecureNoise, SystemNoise
+from clipless_dp.noise import (
+    add_normal_,
+    adding,
+    allocate,
+    box_muller,
+    effective_noise_multiplier,
+    noise_source,
+    source_name,
+    system_generator,
+)
+from tests.support import noise_on_both_sides_of_a_fork
 
 SCHEMES = ("global", "per-layer", "min-variance")
 shares = st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=8)
@@ -138,7 +145,7 @@ class Counting:
 
 @pytest.mark.parametrize("block", [1, 4, 7, 64, 1000])
 def test_every_number_drawn_enters_one_place_scaled_by_its_tensors_deviation(block, monkeypatch):
-    monkeypatch.setattr(noise_module, "_BLOCK", block)
+    monkeypatch.setattr(adding, "_BLOCK", block)
     shapes = [(3, 5), (), (2,), (4, 4), (0,), (1, 2, 3), (30,)]
     tensors = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     tensors[3] = tensors[3].t()
@@ -156,7 +163,7 @@ def test_sums_are_scaled_once_noise_and_all(source, monkeypatch):
     if source == "secure":
         pytest.importorskip("cryptography")
     source = noise_source(source)
-    monkeypatch.setattr(noise_module, "_BLOCK", 256)
+    monkeypatch.setattr(adding, "_BLOCK", 256)
     # Cut, whole and gathered ones; noise that hardly shows beside the sums, or all there is.
     shapes = [(40, 50), (15, 15), (3, 3), (2,)]
     for sums, deviation, tolerance in ((8.0, 1e-6, 1e-5), (0.0, 4.0, None)):
@@ -172,17 +179,17 @@ def test_sums_are_scaled_once_noise_and_all(source, monkeypatch):
 
 
 def test_noise_of_a_parameter_longer_than_a_block_is_white():
-    (tensor,) = tensors = [torch.zeros(3 * noise_module._BLOCK + 5)]
+    (tensor,) = tensors = [torch.zeros(3 * adding._BLOCK + 5)]
     add_normal_(tensors, [2.0], SystemNoise())
-    blocks = tensor[: 3 * noise_module._BLOCK].view(3, -1)
+    blocks = tensor[: 3 * adding._BLOCK].view(3, -1)
     # Five deviations of a variance and of a correlation of that many numbers.
     assert float(tensor.square().mean()) == pytest.approx(4.0, rel=5 * math.sqrt(2 / len(tensor)))
-    assert float((torch.corrcoef(blocks) - torch.eye(3)).abs().max()) < 5 / math.sqrt(noise_module._BLOCK)
+    assert float((torch.corrcoef(blocks) - torch.eye(3)).abs().max()) < 5 / math.sqrt(adding._BLOCK)
 
 
 def test_threads_that_share_a_source_draw_one_after_the_other(monkeypatch):
     source, together, inside, most = SystemNoise(), Barrier(4), [], []
-    honest = noise_module.NormalNumbers.fill_
+    honest = box_muller.NormalNumbers.fill_
 
     def watched(self, out):
         inside.append(self)
@@ -191,7 +198,7 @@ def test_threads_that_share_a_source_draw_one_after_the_other(monkeypatch):
         inside.pop()
         return honest(self, out)
 
-    monkeypatch.setattr(noise_module.NormalNumbers, "fill_", watched)
+    monkeypatch.setattr(box_muller.NormalNumbers, "fill_", watched)
 
     def draw(_):
         together.wait()
@@ -209,3 +216,14 @@ def test_a_source_that_threads_share_is_copied_and_pickled_as_before():
     source.standard_normal_(torch.empty(4))
     for other in (copy.deepcopy(source), pickle.loads(pickle.dumps(source))):
         assert bool(torch.isfinite(other.standard_normal_(torch.empty(4))).all())
+
+
+def test_sources_keep_the_names_that_ledgers_and_statements_carry():
+    class Derived(SystemNoise):
+        pass
+
+    names = [
+        f"clipless_dp.{name}" for name in ("noise.SystemNoise", "noise.ReproducibleNoise", "secure_noise.SecureNoise")
+    ]
+    assert [source_name(kind) for kind in (SystemNoise, ReproducibleNoise, SecureNoise)] == names
+    assert source_name(Derived) == f"{__name__}.{Derived.__qualname__}", "what is derived is not the package's own"

@@ -33,14 +33,14 @@ from clipless_dp import (
     losses,
     register_rule,
 )
-from clipless_dp import randomness as randomness_module
-from clipless_dp.augmentation import views
-from clipless_dp.box_muller import seeded_streams, system_streams
-from clipless_dp.randomness import DrawnDropout, Randomness
+from clipless_dp.graph.dropout import DrawnDropout
+from clipless_dp.noise import randomness
+from clipless_dp.noise.box_muller import seeded_streams, system_streams
+from clipless_dp.noise.randomness import Randomness
 from clipless_dp.rules import base
+from clipless_dp.sampling.augmentation import views
 from clipless_dp.training import compiled_loss
-
-from .support import samples
+from tests.support import samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 SETTINGS = {"noise_multiplier": 1.3, "sample_rate": 1.0, "dataset_size": 40, "accountant": "rdp", "sampling": "none"}
@@ -387,8 +387,8 @@ def test_one_row_less_moves_no_step_predictably(kind):
 def test_the_global_lock_is_free_after_a_pass():
     model = model_with(Jitter())
     model(samples(8)[0])
-    assert randomness_module._global.acquire(blocking=False)
-    randomness_module._global.release()
+    assert randomness._global.acquire(blocking=False)
+    randomness._global.release()
 
 
 class Seeded:
@@ -413,3 +413,7 @@ def test_views_that_draw_from_a_seeded_generator_of_their_own_are_refused(augmen
     batch = torch.rand(6, 4), torch.zeros(6, dtype=torch.long), torch.ones(6, dtype=torch.bool)
     with pytest.raises(ConfigurationError, match="generator of its own"):
         optimizer.accumulate(batch, augment=augment)
+
+
+def test_a_source_that_was_pickled_under_its_modules_former_name_is_found():
+    assert type(pickle.loads(b"cclipless_dp.randomness\nRandomness\n(tR.")) is Randomness

@@ -17,10 +17,10 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from clipless_dp import draws
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.randomness import Randomness, current_generator
-from clipless_dp.randomness import shared as shared_randomness
+from clipless_dp.noise.randomness import Randomness, current_generator
+from clipless_dp.noise.randomness import shared as shared_randomness
+from clipless_dp.sampling import draws
 
 
 class RowAugmentation(ABC):

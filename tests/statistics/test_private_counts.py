@@ -13,8 +13,7 @@ from torch import nn
 from clipless_dp import fit
 from clipless_dp.model import DPLipModel
 from clipless_dp.search import Candidate, private_search
-
-from .support import gated_model, samples
+from tests.support import gated_model, samples
 
 MANY = 0x5EED_0F_BAD
 

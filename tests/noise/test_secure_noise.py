@@ -14,11 +14,10 @@ import torch
 from scipy import stats
 
 from clipless_dp import CliplessDPSGD, ConfigurationError, PoissonBatches, SecureNoise, fit, report
-from clipless_dp import secure_noise as module
 from clipless_dp.cli import main
 from clipless_dp.noise import add_normal_
-
-from .support import gated_model, looks_standard_normal, noise_on_both_sides_of_a_fork, samples, uncorrelated
+from clipless_dp.noise import secure as module
+from tests.support import gated_model, looks_standard_normal, noise_on_both_sides_of_a_fork, samples, uncorrelated
 
 pytest.importorskip("cryptography")
 

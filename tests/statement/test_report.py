@@ -20,14 +20,11 @@ from clipless_dp import (
     ReproducibleNoise,
     report,
 )
-from clipless_dp import report as report_function
 from clipless_dp.cli import main
 from clipless_dp.noise import SystemNoise
-from clipless_dp.report import _shown, statement_files
-
-from .support import gated_model, samples
-
-assert report is report_function
+from clipless_dp.statement import statement_files
+from clipless_dp.statement.facts import shown as shown_number
+from tests.support import gated_model, samples
 
 
 def trained(steps=5, *, model=None, **options):
@@ -110,7 +107,7 @@ def test_the_three_forms_say_the_same_and_the_page_needs_nothing_else(tmp_path):
     assert json.loads(text) == json.loads(statement.to_json())
     parser = parsed(page)
     words = "".join(parser.words)
-    shown = f"ε = {_shown(statement.facts['epsilon']['epsilon'])} at δ = 0.001"
+    shown = f"ε = {shown_number(statement.facts['epsilon']['epsilon'])} at δ = 0.001"
     for form in (markdown, words):
         assert shown in form
         assert "one patient" in form
@@ -138,7 +135,7 @@ def test_tables_in_markdown_have_as_many_cells_in_every_row():
     [(1.23401, "1.235"), (0.1, "0.1"), (2.0, "2"), (0.0, "0"), (1e-9, "1e-09"), (12345.0, "1.235e+04")],
 )
 def test_shown_numbers_are_rounded_up(value, shown):
-    assert _shown(value) == shown
+    assert shown_number(value) == shown
     assert float(shown) >= value
 
 

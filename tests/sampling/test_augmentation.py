@@ -26,10 +26,9 @@ from clipless_dp import (
 )
 from clipless_dp import augmentation as augmentation_module
 from clipless_dp import optim as optim_module
-from clipless_dp.augmentation import views
-from clipless_dp.randomness import Randomness
-
-from .support import gated_model, samples
+from clipless_dp.noise.randomness import Randomness
+from clipless_dp.sampling.augmentation import views
+from tests.support import gated_model, samples
 
 SETTINGS = {
     "noise_multiplier": 1.3,

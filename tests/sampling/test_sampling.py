@@ -21,10 +21,9 @@ from clipless_dp import (
     PrivacyError,
     poisson_collate,
 )
-from clipless_dp import draws as draws_module
 from clipless_dp.sampling import as_tensors
-
-from .support import drawn_on_both_sides_of_a_fork, gated_model, samples
+from clipless_dp.sampling import draws as draws_module
+from tests.support import drawn_on_both_sides_of_a_fork, gated_model, samples
 
 
 def draws(count, rate, steps, **options):

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipless_dp import draws
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.sampling import Batch, PoissonBatchSampler, Samples, checked_rows, padded_batch
+from clipless_dp.sampling import draws
+from clipless_dp.sampling.batches import Batch, checked_rows, padded_batch
+from clipless_dp.sampling.sampler import PoissonBatchSampler
+from clipless_dp.sampling.samples import Samples
 
 AHEAD = 3
 """Draws that a stream holds on the device at once: one in use, one waiting, one arriving."""

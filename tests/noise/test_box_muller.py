@@ -8,10 +8,10 @@ import pytest
 import torch
 from scipy import stats
 
-from clipless_dp import SystemNoise, box_muller
-from clipless_dp.box_muller import NormalNumbers, generator_words, seeded_words, system_words
-
-from .support import looks_standard_normal, uncorrelated
+from clipless_dp import SystemNoise
+from clipless_dp.noise import box_muller
+from clipless_dp.noise.box_muller import NormalNumbers, generator_words, seeded_words, system_words
+from tests.support import looks_standard_normal, uncorrelated
 
 MANY = 400_000
 CIPHERS = "cryptography.hazmat.primitives.ciphers"

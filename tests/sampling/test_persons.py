@@ -30,12 +30,11 @@ from clipless_dp import (
     StreamedBatches,
     distributed,
     fit,
-    persons,
     poisson_collate,
 )
-from clipless_dp.persons import refuse_repeats, rows_overlap
-
-from .support import gated_model, samples
+from clipless_dp.sampling import persons
+from clipless_dp.sampling.persons import refuse_repeats, rows_overlap
+from tests.support import gated_model, samples
 
 RUN: dict[str, Any] = {
     "epsilon": 4.0, "delta": 1e-3, "epochs": 1, "batch_size": 10, "progress": False, "accountant": "rdp"

@@ -7,11 +7,10 @@ import torch
 
 from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
 from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
-from clipless_dp import noise as noise_module
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
+from clipless_dp.noise import adding
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile, private_standardisation
-
-from .support import gated_model, samples
+from tests.support import gated_model, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "progress": False}
 
@@ -38,9 +37,10 @@ def largest_change(norm: float = 3.0) -> float:
     records += list(torch.randn(20, 4, 2, 3, generator=generator, dtype=torch.float64))
     records.append(torch.full_like(one_entry, math.nan))
     records.append(torch.full_like(one_entry, math.inf))
-    before = statistics._moment_sums(rest, norm)
+    before = statistics.moments.moment_sums(rest, norm)
     return max(
-        float((statistics._moment_sums(torch.cat([rest, record[None]]), norm) - before).norm()) for record in records
+        float((statistics.moments.moment_sums(torch.cat([rest, record[None]]), norm) - before).norm())
+        for record in records
     )
 
 
@@ -62,7 +62,11 @@ def check_noise_against_sensitivity() -> None:
 
 
 def test_one_record_changes_the_moments_by_the_sensitivity_and_no_more():
-    assert 0.999 * statistics._MOMENTS_SENSITIVITY < largest_change() <= statistics._MOMENTS_SENSITIVITY * (1 + 1e-12)
+    assert (
+        0.999 * statistics.moments.MOMENTS_SENSITIVITY
+        < largest_change()
+        <= statistics.moments.MOMENTS_SENSITIVITY * (1 + 1e-12)
+    )
 
 
 def test_the_noise_is_the_recorded_multiple_of_the_sensitivity():
@@ -71,7 +75,7 @@ def test_the_noise_is_the_recorded_multiple_of_the_sensitivity():
 
 @pytest.mark.parametrize("factor", [0.5, 0.0, 0.9])
 def test_a_smaller_sensitivity_of_the_moments_is_caught(monkeypatch, factor):
-    monkeypatch.setattr(statistics, "_MOMENTS_SENSITIVITY", factor * math.sqrt(2.0))
+    monkeypatch.setattr(statistics.moments, "MOMENTS_SENSITIVITY", factor * math.sqrt(2.0))
     with pytest.raises(AssertionError):
         check_noise_against_sensitivity()
     with pytest.raises(AssertionError):
@@ -324,9 +328,10 @@ def largest_change_of_the_counts(columns: int) -> float:
     thresholds = torch.rand(columns, generator=generator, dtype=torch.float64)
     records = [torch.full((columns,), value).double() for value in (0.0, 1e9, math.nan, math.inf, -math.inf)]
     records += list(torch.randn(5, columns, generator=generator, dtype=torch.float64))
-    before = statistics._counts(rest, thresholds)
+    before = statistics.columns._counts(rest, thresholds)
     return max(
-        float((statistics._counts(torch.cat([rest, record[None]]), thresholds) - before).norm()) for record in records
+        float((statistics.columns._counts(torch.cat([rest, record[None]]), thresholds) - before).norm())
+        for record in records
     )
 
 
@@ -361,13 +366,13 @@ def test_the_noise_of_a_standardisation_is_the_recorded_multiple_of_what_a_recor
     [
         ("_counts_sensitivity", lambda columns: 1.0),
         ("_counts_sensitivity", lambda columns: math.sqrt(columns / 2.0)),
-        ("_MOMENTS_SENSITIVITY", 1.0),
-        ("MARGIN", math.sqrt(0.5)),
+        ("MOMENTS_SENSITIVITY", 1.0),
+        ("RELEASE_MARGIN", math.sqrt(0.5)),
     ],
     ids=["one column", "halvings forgotten", "first moments only", "each part alone"],
 )
 def test_less_noise_on_a_standardisation_is_caught(monkeypatch, name, mutant):
-    monkeypatch.setattr(noise_module if name == "MARGIN" else statistics, name, mutant)
+    monkeypatch.setattr(adding if name == "RELEASE_MARGIN" else statistics.columns, name, mutant)
     with pytest.raises(AssertionError):
         check_the_noise_of_a_standardisation()
 
@@ -386,7 +391,7 @@ def test_a_standardisation_is_one_release_recorded_before_the_data_is_read(tmp_p
     def broken(*arguments):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(statistics, "_counts", broken)
+    monkeypatch.setattr(statistics.columns, "_counts", broken)
     with pytest.raises(KeyboardInterrupt):
         standardised(rows, accountant=accountant)
     assert sum(count for _, count in accountant.ledger) == 2
@@ -415,17 +420,18 @@ STATISTICS = {
 }
 
 
-def share_off_the_grid(statistic, monkeypatch, add=noise_module.noisy):
+def share_off_the_grid(statistic, monkeypatch, add=adding.noisy):
     """Of the noisy numbers that a statistic is made of, how many are no multiples of their deviation's grid."""
     off, honest = [], add
 
     def watched(exact, deviation, source):
         sums = honest(exact, deviation, source)
-        steps = sums / 2.0 ** (math.floor(math.log2(deviation * noise_module.MARGIN)) - 20)
+        steps = sums / 2.0 ** (math.floor(math.log2(deviation * adding.RELEASE_MARGIN)) - 20)
         off.extend((steps != steps.round()).flatten().tolist())
         return sums
 
-    monkeypatch.setattr(statistics, "noisy", watched)
+    for room in (statistics.moments, statistics.counts, statistics.columns):
+        monkeypatch.setattr(room, "noisy", watched)
     rows = torch.rand(50, 4, generator=torch.Generator().manual_seed(0)) * math.pi
     STATISTICS[statistic](rows, accountant=PRVAccountant(), noise="secure")
     assert len(off) > 0

@@ -25,8 +25,7 @@ from clipless_dp import (
 )
 from clipless_dp import training as training_module
 from clipless_dp.sampling import Samples
-
-from .support import gated_model, keyboard_interrupt, samples
+from tests.support import gated_model, keyboard_interrupt, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 3, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 DRAWS = {"sample_rate": 0.2, "steps": 6}

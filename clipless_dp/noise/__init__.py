@@ -1,0 +1,33 @@
+"""Noise: where random numbers come from, how noise is shared among parameters, and the one way to add it."""
+
+from clipless_dp.noise.adding import RELEASE_MARGIN, add_normal_, noisy
+from clipless_dp.noise.allocation import Allocation, allocate, effective_noise_multiplier
+from clipless_dp.noise.secure import SecureNoise
+from clipless_dp.noise.sources import (
+    NoiseSource,
+    ReproducibleNoise,
+    SystemNoise,
+    derived_seed,
+    noise_source,
+    random_state,
+    source_name,
+    system_generator,
+)
+
+__all__ = [
+    "RELEASE_MARGIN",
+    "Allocation",
+    "NoiseSource",
+    "ReproducibleNoise",
+    "SecureNoise",
+    "SystemNoise",
+    "add_normal_",
+    "allocate",
+    "derived_seed",
+    "effective_noise_multiplier",
+    "noise_source",
+    "noisy",
+    "random_state",
+    "source_name",
+    "system_generator",
+]

@@ -1,0 +1,102 @@
+"""The one way to add noise to what is released."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from clipless_dp.noise.secure import SecureNoise
+from clipless_dp.noise.sources import NoiseSource
+
+_BLOCK = 1 << 17
+"""Numbers drawn at once on the CPU: enough for two threads in each operation, few enough to stay in their caches and
+not to add to the peak of memory, which lies in the backward pass. Where there are many more, a sixteenth of them."""
+
+_DEVICE_BLOCK = 1 << 26
+"""Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads."""
+
+RELEASE_MARGIN = 1.0 + 1e-6
+"""Noise is drawn this much larger than recorded, so that the rounding of sums, scales and factors never makes it
+smaller."""
+
+
+def noisy(exact: Tensor | float, deviation: float, source: NoiseSource) -> Tensor:
+    """Exact sums of a release with the noise that was recorded for it: ``exact + N(0, (RELEASE_MARGIN·deviation)²)``.
+
+    Statistics and scores are released through this function; steps, whose deviations have the margin already, through
+    :func:`add_normal_`, which it calls.
+
+    Args:
+        exact: any shape; counts and other numbers become float64.
+        deviation: recorded standard deviation, positive.
+        source: draws the numbers.
+
+    Returns:
+        A new tensor of the same shape and device, float64.
+    """
+    sums = torch.as_tensor(exact).detach().to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+    add_normal_([sums], [deviation * RELEASE_MARGIN], source)
+    return sums
+
+
+def add_normal_(
+    tensors: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource, factor: float = 1.0
+) -> None:
+    """Adds independent Gaussian noise of its own standard deviation to each tensor, then scales the sums, in place.
+
+    All that is released goes through here. The numbers are drawn in blocks, which cut large tensors and gather small
+    ones: never a second tensor of a large parameter's size on the CPU. Secure noise forms its sums itself, on a grid.
+
+    Args:
+        tensors: any shapes, of one device and dtype.
+        deviations: the standard deviation for each.
+        source: draws the numbers.
+        factor: of all sums.
+    """
+    if isinstance(source, SecureNoise):
+        for tensor, deviation in zip(tensors, deviations, strict=True):
+            source.add_(tensor, deviation)
+        torch._foreach_mul_(list(tensors), factor)
+        return
+    sizes = [tensor.numel() for tensor in tensors]
+    block = max(_BLOCK, sum(sizes) // 16) if tensors[0].device.type == "cpu" else _DEVICE_BLOCK
+    buffer = tensors[0].new_empty(0)
+    gathered: list[tuple[Tensor, float, int]] = []
+    waiting = 0
+    for tensor, deviation, size in zip(tensors, deviations, sizes, strict=True):
+        if 8 * size <= block or not tensor.is_contiguous():
+            if waiting + size > block:
+                _add_gathered_(gathered, source, factor)
+                gathered, waiting = [], 0
+            gathered.append((tensor, deviation, size))
+            waiting += size
+            continue
+        flat = tensor.view(-1)
+        # Even, as numbers come in pairs.
+        length = 2 * math.ceil(size / max(1, round(size / block)) / 2)
+        for part in flat.split(length) if length < size else (flat,):
+            room = len(part)
+            buffer = buffer if len(buffer) >= room else buffer.new_empty(room)
+            drawn = source.standard_normal_(buffer if len(buffer) == room else buffer[:room])
+            part.add_(drawn, alpha=deviation).mul_(factor)
+    _add_gathered_(gathered, source, factor)
+
+
+def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSource, factor: float) -> None:
+    """The same for tensors with their deviations and sizes, from one draw."""
+    if not parts:
+        return
+    targets, deviations, sizes = zip(*parts, strict=True)
+    drawn = source.standard_normal_(targets[0].new_empty(sum(sizes))).split_with_sizes(sizes)
+    shaped = [
+        part if target.dim() == 1 else part.view(target.shape) for part, target in zip(drawn, targets, strict=True)
+    ]
+    if len(set(deviations)) == 1:
+        torch._foreach_add_(targets, shaped, alpha=deviations[0])
+    else:
+        torch._foreach_mul_(shaped, deviations)
+        torch._foreach_add_(targets, shaped)
+    torch._foreach_mul_(targets, factor)

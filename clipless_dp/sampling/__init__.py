@@ -1,0 +1,20 @@
+"""Data on its way to a step: read once, drawn by Poisson sampling, delivered as draws, and viewed sample by sample."""
+
+from clipless_dp.sampling.augmentation import Augmentation, RowAugmentation, ShiftAndFlip
+from clipless_dp.sampling.batches import Batch, PoissonBatches
+from clipless_dp.sampling.sampler import PoissonBatchSampler, poisson_collate
+from clipless_dp.sampling.samples import Samples, as_tensors
+from clipless_dp.sampling.streaming import StreamedBatches
+
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "PoissonBatchSampler",
+    "PoissonBatches",
+    "RowAugmentation",
+    "Samples",
+    "ShiftAndFlip",
+    "StreamedBatches",
+    "as_tensors",
+    "poisson_collate",
+]

@@ -1,0 +1,131 @@
+"""Poisson batches of data that is held on the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.sampling import draws
+from clipless_dp.sampling.sampler import PoissonBatchSampler
+from clipless_dp.sampling.samples import Samples
+
+
+class Batch(NamedTuple):
+    """One Poisson draw.
+
+    Attributes:
+        inputs: ``(rows, ...)``; rows beyond the draw are NaN, or -1 for signed integers: no number and no token, which
+            contribute nothing. (Zero for unsigned integers, where only the mask tells.)
+        targets: ``(rows, ...)``, zero beyond the draw.
+        mask: boolean ``(rows,)``, true for the samples drawn.
+    """
+
+    inputs: Tensor
+    targets: Tensor
+    mask: Tensor
+
+    def split(self, rows: int) -> Iterator[Batch]:
+        """Micro-batches of this draw, for gradient accumulation: one ``backward()`` each, one ``step()`` for all."""
+        for inputs, targets, mask in zip(
+            self.inputs.split(rows), self.targets.split(rows), self.mask.split(rows), strict=True
+        ):
+            yield Batch(inputs, targets, mask)
+
+
+def usual_rows(count: int, sample_rate: float) -> int:
+    """Rows that hold all but one in 10⁴ draws from so many samples: four standard deviations above the mean."""
+    mean = count * sample_rate
+    return min(8 * math.ceil((mean + 4.0 * math.sqrt(mean * (1 - sample_rate))) / 8), count)
+
+
+def checked_rows(rows: int | None, count: int, sample_rate: float) -> int:
+    """A positive number of rows for draws from so many samples, by default the usual one."""
+    rows = usual_rows(count, sample_rate) if rows is None else rows
+    if rows < 1:
+        raise ConfigurationError(f"physical_batch_size must be positive, got {rows}")
+    return rows
+
+
+class PoissonBatches:
+    """Poisson batches of a data set held on the device, in static shapes.
+
+    Each iteration yields one whole draw, never a part and never truncated. It is padded to
+    ``physical_batch_size`` rows, so that shapes stay static for compiled steps; a draw that does not fit takes the
+    next multiple (:meth:`Batch.split` cuts it into equal pieces). Empty draws are yielded like any other.
+
+    Args:
+        dataset: the whole data set, see :func:`as_tensors`; moved to the device once, of several processes each one's
+            own part. They compare it, so that all of them make this together.
+        sample_rate: ``q`` in (0, 1].
+        steps: number of batches.
+        device: where to hold the data; by default where it is.
+        physical_batch_size: rows of a batch; by default four standard deviations above the mean, so that fewer
+            than 1 in 10⁴ draws need a second multiple.
+        seed: as in :class:`PoissonBatchSampler`.
+        start: as in :class:`PoissonBatchSampler`.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or the data set is empty.
+        PrivacyError: a sample is in the data set more than once, see
+            :func:`clipless_dp.sampling.persons.refuse_repeats`.
+        RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
+
+    Guarantee:
+        Every sample is in every batch with probability ``q``, independently; each draw is announced to the
+        optimizers of this process, which charge amplification only for announced draws.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Sequence[Tensor] | Samples,
+        *,
+        sample_rate: float,
+        steps: int,
+        device: torch.device | str | None = None,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+        start: int = 0,
+    ) -> None:
+        inputs, targets = Samples.to_train_on(dataset).all()
+        self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
+        rank, ranks = self.sampler.world
+        self._inputs = inputs[rank::ranks].to(device)
+        self._targets = targets[rank::ranks].to(device)
+        self.physical_batch_size = checked_rows(physical_batch_size, len(self._inputs), sample_rate)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        made = self.sampler.numbered()
+        for indices in self.sampler.draws():
+            chosen = torch.from_numpy(indices // self.sampler.world.size)
+            batch = padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
+            draws.deliver(next(made), batch, len(indices))
+            yield batch
+
+
+def padded_batch(inputs: Tensor, targets: Tensor, indices: Tensor, multiple: int) -> Batch:
+    """The rows of some indices, on the device of the data, padded to the next multiple of so many rows."""
+    count = len(indices)
+    rows = multiple * max(1, math.ceil(count / multiple))
+    if inputs.device.type == "cuda":
+        # From pageable memory the copy would wait for the device.
+        indices = indices.pin_memory()
+    indices = indices.to(inputs.device, non_blocking=True)
+    padding = math.nan if inputs.is_floating_point() else -int(inputs.dtype.is_signed)
+    mask = torch.arange(rows, device=inputs.device) < count
+    return Batch(_padded(inputs, indices, rows, padding), _padded(targets, indices, rows, 0), mask)
+
+
+def _padded(values: Tensor, indices: Tensor, rows: int, padding: float) -> Tensor:
+    batch = values.new_empty((rows, *values.shape[1:]))
+    torch.index_select(values, 0, indices, out=batch[: len(indices)])
+    batch[len(indices) :] = padding
+    return batch

@@ -1,0 +1,188 @@
+"""Which samples are in which batch: each with probability ``q``, independently of everything else."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
+
+from clipless_dp import distributed
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.noise import derived_seed
+from clipless_dp.sampling import draws, persons
+
+
+def _checked(sample_rate: float, steps: int, start: int) -> None:
+    if not 0.0 < sample_rate <= 1.0:
+        raise ConfigurationError(
+            f"sample_rate must lie in (0, 1], got {sample_rate!r}: the expected batch cannot exceed the data set"
+        )
+    if not (isinstance(steps, int) and steps >= 0 and 0 <= start <= steps):
+        raise ConfigurationError(f"steps and start must be integers with 0 ≤ start ≤ steps, got {steps!r}, {start!r}")
+
+
+class PoissonBatchSampler(Sampler[list[int]]):
+    """Poisson batches of indices, for ``DataLoader(dataset, batch_sampler=…, collate_fn=poisson_collate(dataset))``.
+
+    Args:
+        dataset_size: number of samples.
+        sample_rate: ``q`` in (0, 1].
+        steps: number of batches.
+        seed: ``None`` draws from the operating system's entropy, which a release needs: the amplification relies
+            on the batches being secret. An integer makes draw ``i`` a function of the seed and ``i``, whatever the
+            number of processes; such a sampler serves one pass, since a second one would draw the same batches again.
+        start: number of the first draw, to resume a seeded run.
+
+    Of several processes (:mod:`clipless_dp.distributed`), rank ``r`` of ``W`` draws from the samples ``r, r + W, …``
+    only, each with probability ``q``: together they draw a Poisson sample of the whole data set, which each is told
+    the size of.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or there are more processes than samples.
+    """
+
+    def __init__(
+        self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None, start: int = 0
+    ) -> None:
+        _checked(sample_rate, steps, start)
+        if not (isinstance(dataset_size, int) and dataset_size >= 1):
+            raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+        self.dataset_size = dataset_size
+        self.sample_rate = float(sample_rate)
+        self.steps = steps
+        self.seed = seed
+        self.start = start
+        self._passed = False
+        self.world = distributed.world()
+        if self.world.size > dataset_size:
+            raise ConfigurationError(f"{self.world.size} processes for {dataset_size} samples: start fewer of them")
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        made = self.numbered()
+        for indices in self.draws():
+            yield draws.upcoming(next(made), indices.tolist())
+        draws.ended()
+
+    def numbered(self) -> Iterator[draws.Draw]:
+        """What the batches of one iteration are delivered as, see :func:`clipless_dp.sampling.draws.deliver`."""
+        series = draws.Series()
+        for place in itertools.count():
+            yield draws.Draw(self.sample_rate, seeded=self.seed is not None, series=series, place=place)
+
+    def draws(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
+        """The drawn indices of each batch, ascending.
+
+        The size is binomial and, given the size, the subset uniform: the same law as one coin for each sample.
+
+        Raises:
+            ConfigurationError: this is a second pass of a seeded sampler, or the process group has changed.
+        """
+        if distributed.world() != self.world:
+            raise ConfigurationError("the process group has changed since this sampler was made: make it afterwards")
+        if self.seed is not None and self._passed:
+            raise ConfigurationError(
+                "this sampler is seeded, so a second pass would draw the same batches again, which amplification "
+                "does not cover: make one sampler with the steps of all passes, or one without a seed"
+            )
+        self._passed = True
+        rank, ranks = self.world
+        system, process = np.random.Generator(np.random.PCG64DXSM()), os.getpid()
+        for step in range(self.start, self.steps):
+            if os.getpid() != process:
+                # Forked within this loop: parent and child would draw the same batches.
+                system, process = np.random.Generator(np.random.PCG64DXSM()), os.getpid()
+            if self.seed is None:
+                indices = self._draw(system, len(range(rank, self.dataset_size, ranks))) * ranks + rank
+            else:
+                # All ranks draw the same for the whole data set, and each keeps its own part.
+                seeded = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
+                indices = self._draw(seeded, self.dataset_size)
+                indices = indices[indices % ranks == rank]
+            yield np.sort(indices).astype(np.int64, copy=False)
+
+    def _draw(self, generator: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        size = int(generator.binomial(count, self.sample_rate))
+        return generator.choice(count, size=size, replace=False, shuffle=False)
+
+
+def poisson_collate(dataset: Dataset[Any]) -> Callable[[list[Any]], Any]:
+    """A ``collate_fn`` that also handles the empty batch, which Poisson sampling does draw.
+
+    Args:
+        dataset: its first sample shows the shapes. Of several processes all call this, after the process group was
+            made: they compare what they hold, see :func:`clipless_dp.sampling.persons.require_alike`.
+
+    Returns:
+        A function that collates as torch does, and returns zero-length tensors for an empty list.
+
+    Raises:
+        PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
+        RankError: the data of the ranks differs.
+    """
+    empty = _emptied(default_collate([dataset[0]]))
+    if hasattr(dataset, "__len__"):
+        persons.refuse_repeats(dataset)
+        tensors = dataset.tensors if isinstance(dataset, TensorDataset) else None
+        persons.require_alike(dataset, tensors, lambda index: list(_leaves(dataset[index])))
+    return _Collate(empty, by_memory=_is_made_of_tensors(dataset))
+
+
+def _is_made_of_tensors(dataset: Any) -> bool:
+    """Whether each sample is a view of a row of its own."""
+    if type(dataset) is Subset:
+        return _is_made_of_tensors(dataset.dataset)
+    if type(dataset) is ConcatDataset:
+        return all(map(_is_made_of_tensors, dataset.datasets))
+    return type(dataset) is TensorDataset and bool(dataset.tensors[0].numel())
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _leaves(part)
+    else:
+        yield torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
+
+
+def _emptied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value[:0]
+    if isinstance(value, dict):
+        return {key: _emptied(item) for key, item in value.items()}
+    if hasattr(value, "_fields"):
+        return type(value)(*map(_emptied, value))
+    return type(value)(_emptied(item) for item in value)
+
+
+class _Collate:
+    """A class, since a ``DataLoader`` that spawns its workers pickles it."""
+
+    def __init__(self, empty: Any, by_memory: bool) -> None:
+        self.empty = empty
+        self.by_memory = by_memory
+
+    def __call__(self, samples: Any) -> Any:
+        fetch = draws.fetching()
+        whole = fetch is not None and fetch.whole
+        rows = self.by_memory and not whole and [sample[0].data_ptr() for sample in samples]
+        if (fetch is not None and fetch.repeats()) or (rows and len(set(rows)) < len(rows)):
+            raise PrivacyError(
+                "a batch holds a sample more than once: the indices of a Poisson draw were repeated on their way, by a "
+                "sampler around it say. Hand them to the DataLoader as they are, as batch_sampler"
+            )
+        if whole:
+            # The data set was asked for a draw at once.
+            samples = default_convert(samples)
+            return draws.arrived(samples, samples)
+        return draws.arrived(default_collate(samples) if samples else _emptied(self.empty), samples)

@@ -1,0 +1,122 @@
+"""The statement itself, in three forms, and the function that makes it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipless_dp.checkpoint import check_writable
+from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.statement import render
+from clipless_dp.statement.facts import facts_of
+
+SUFFIXES = (".md", ".json", ".html")
+
+
+@dataclass(frozen=True)
+class PrivacyStatement:
+    """What :func:`report` found, in three forms.
+
+    Attributes:
+        facts: plain values, as in the JSON.
+        files: what was written.
+    """
+
+    facts: Mapping[str, Any]
+    files: tuple[Path, ...] = ()
+
+    @property
+    def findings(self) -> list[str]:
+        """What weakens the promise, or should be looked at before relying on it."""
+        return list(self.facts["findings"])
+
+    def to_json(self) -> str:
+        """The facts, the whole ledger included."""
+        return json.dumps(self.facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+    def to_markdown(self) -> str:
+        """The readable statement; the curve is a table there."""
+        return render.to_markdown(self.facts)
+
+    def to_html(self) -> str:
+        """One page that loads nothing else, with the curve as a picture."""
+        return render.to_html(self.facts)
+
+    def save(self, path: str | os.PathLike[str]) -> PrivacyStatement:
+        """Writes ``path.md``, ``path.json`` and ``path.html``; one of these endings in ``path`` is left out first.
+
+        Raises:
+            CheckpointError: the folder is not writable or the disk is full; existing files are left as they were.
+        """
+        files = statement_files(path)
+        contents = (self.to_markdown(), self.to_json(), self.to_html())
+        beside = [file.with_name(file.name + ".partial") for file in files]
+        try:
+            for file, part, content in zip(files, beside, contents, strict=True):
+                check_writable(file)
+                part.write_text(content, encoding="utf-8")
+            for file, part in zip(files, beside, strict=True):
+                part.replace(file)
+        except OSError as error:
+            raise CheckpointError(f"{files[0]} could not be written: {error}") from error
+        finally:
+            for part in beside:
+                with suppress(OSError):
+                    part.unlink(missing_ok=True)
+        return dataclasses.replace(self, files=files)
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+
+def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """The three files that :meth:`PrivacyStatement.save` writes."""
+    base = Path(path)
+    base = base.with_suffix("") if base.suffix in SUFFIXES else base
+    return tuple(base.with_name(base.name + suffix) for suffix in SUFFIXES)
+
+
+def report(
+    optimizer: CliplessDPOptimizer,
+    path: str | os.PathLike[str] | None = None,
+    *,
+    delta: float | None = None,
+    unit: str = "one sample: one row of the training data, its target included",
+    title: str = "Privacy statement",
+    notes: Sequence[str] = (),
+    audit: object = None,
+) -> PrivacyStatement:
+    """States what the steps taken so far guarantee, and writes it as Markdown, JSON and one HTML page.
+
+    It reads the ledger, the current bounds and public settings: nothing of the training data, so that it may be
+    published with the weights.
+
+    Args:
+        optimizer: that trained; of :func:`clipless_dp.fit` it is ``result.optimizer``.
+        path: where to write, without or with one of the endings ``.md``, ``.json``, ``.html``; ``None`` writes nothing.
+        delta: the δ in (0, 1) of the summary; by default that of the optimizer's budget (:func:`fit` sets one), or else
+            the largest power of ten of at most one over the data set's size.
+        unit: whom or what one row stands for. Where a person may have contributed several rows, say so here.
+        title: heading.
+        notes: what else a reader must know, in your words.
+        audit: what an audit returned (or several, in a list): printed as it prints itself; one whose ``passed`` is
+            false is a finding.
+
+    Raises:
+        ConfigurationError: δ lies outside (0, 1).
+        CheckpointError: the folder is not writable.
+
+    Source:
+        Ponomareva et al. 2023, "How to DP-fy ML", sections 5.2 (which ε are meaningful) and 5.3 (what to report).
+    """
+    if delta is not None and not (isinstance(delta, float) and 0.0 < delta < 1.0):
+        raise ConfigurationError(f"delta must be a number in (0, 1), got {delta!r}")
+    statement = PrivacyStatement(facts_of(optimizer, delta, unit, title, notes, audit))
+    return statement if path is None else statement.save(path)

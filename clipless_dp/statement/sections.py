@@ -1,0 +1,245 @@
+"""The parts of a readable privacy statement, in words and tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import ROUND_FLOOR
+from typing import Any
+
+from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE
+from clipless_dp.statement.facts import DRAWN, noise_in_words, shown
+
+_SHOWN_RUNS = 20
+"""Lines of a noise schedule in the readable forms; the JSON holds all of them."""
+
+_RELATIONS: dict[str, str] = {
+    ADD_OR_REMOVE_ONE: "adding or removing one unit",
+    REPLACE_ONE: "replacing one unit by another",
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a readable statement.
+
+    Attributes:
+        title: its heading.
+        text: paragraphs.
+        items: a list below them.
+        header: column titles of a table; empty where it is of names and values.
+        rows: of the table.
+        figure: whether the curve stands here.
+        printed: what other parts of the library print as tables, kept as it is.
+    """
+
+    title: str
+    text: tuple[str, ...] = ()
+    items: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    figure: bool = False
+    printed: tuple[str, ...] = ()
+
+
+def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
+    """The parts of a readable statement, in their order."""
+    yield Section("What is promised", tuple(_promise(facts)))
+    yield Section(
+        "Findings",
+        () if facts["findings"] else ("None: nothing in the records weakens the promise above.",),
+        tuple(facts["findings"]),
+    )
+    yield _terms(facts)
+    yield _added_noise(facts)
+    yield _ledger(facts)
+    yield Section(
+        "Learning rate",
+        ("Of each step, as it was taken; the JSON file has all of them. A schedule must not look at the data.",),
+        rows=tuple(_rates(facts["learning_rates"], facts["steps"]["taken"])),
+    )
+    yield _bounds(facts)
+    yield Section(
+        "Noise by parameter",
+        header=("parameter", "one sample changes at most", "standard deviation of the noise"),
+        rows=tuple(
+            (name, shown(facts["bounds"]["per_parameter"][name]), f"{deviation:.6g}")
+            for name, deviation in facts["noise"]["deviations"].items()
+        ),
+    )
+    yield _curve(facts)
+    yield Section("What is not covered", items=(*facts["not_covered"], *facts["notes"]))
+    audits = facts["audits"]
+    yield Section(
+        "Audit",
+        ("No audit was handed to this statement: the promise rests on the proofs and on the code.",) * (not audits),
+        printed=tuple(f"{one['kind']}\n\n{one['text']}" for one in audits),
+    )
+    yield Section(
+        "How to check this",
+        (
+            "The JSON file holds the ledger: anyone can compute ε from it again, with the `accounting` package that "
+            "comes with clipless_dp or with another accountant. That the steps were what the ledger says is shown by "
+            "the code of the training, which is open, and by audits.",
+        ),
+        rows=(*((name, version) for name, version in facts["versions"].items()), ("written", facts["created"])),
+    )
+
+
+def _terms(facts: Mapping[str, Any]) -> Section:
+    return Section(
+        "Terms",
+        rows=(
+            ("Setting", "central: whoever trains sees the data, whoever gets the weights does not"),
+            ("Unit of privacy", facts["unit"]),
+            ("Neighbouring data sets", f"differ by {_relation(facts)}"),
+            ("Size of the data set", f"{facts['dataset_size']}, taken to be public"),
+            ("What is released", "the weights after every step, and whatever is computed from them alone"),
+            (
+                "Uses of the data covered",
+                f"the gradients of the {facts['steps']['recorded']} steps in the ledger, and its other entries",
+            ),
+        ),
+    )
+
+
+def _added_noise(facts: Mapping[str, Any]) -> Section:
+    steps, sampling = facts["steps"], facts["sampling"]
+    declared = {"poisson": "vouched"}.get(sampling["declared"], sampling["declared"])
+    drawn = "; ".join(
+        f"{DRAWN[kind]} ({count} of {steps['recorded']} steps)" for kind, count in sampling["drawn"].items()
+    )
+    return Section(
+        "How the noise was added",
+        (
+            "Before each update, Gaussian noise was added to the sum of the samples' gradients. Its strength is the "
+            "noise multiplier: standard deviation over the most that one sample can change the sum.",
+        ),
+        rows=(
+            ("Sampling", drawn or DRAWN[declared]),
+            ("Sample rate q", f"{sampling['sample_rate']:.6g}"),
+            ("Expected batch size", f"{sampling['expected_batch_size']:.6g}; the sum is divided by this public number"),
+            ("Steps", str(steps["recorded"])),
+            ("Noise shared by", f"the {facts['noise']['allocation']!r} allocation"),
+            *(("Source of the noise", f"{name}: {noise_in_words(name)}") for name in facts["noise"]["sources"]),
+        ),
+    )
+
+
+def _ledger(facts: Mapping[str, Any]) -> Section:
+    runs = [
+        (
+            entry["event"].replace("_", " "),
+            "–" if entry["noise_multiplier"] is None else f"{entry['noise_multiplier']:.6g}",
+            f"{entry['sample_rate']:.6g}",
+            str(entry["count"]),
+            entry["drawn"],
+            (entry["noise"] or "unknown").rpartition(".")[2],
+            (entry["run"] or "–")[:8],
+        )
+        for entry in facts["steps"]["entries"]
+    ]
+    more = len(runs) - _SHOWN_RUNS
+    return Section(
+        "Ledger",
+        (f"{more} further lines are in the JSON file.",) if more > 0 else (),
+        header=("event", "noise multiplier", "q charged", "count", "batches", "source of the noise", "run"),
+        rows=tuple(runs[:_SHOWN_RUNS]),
+    )
+
+
+def _bounds(facts: Mapping[str, Any]) -> Section:
+    bounds = facts["bounds"]
+    return Section(
+        "Bounds by layer",
+        (
+            "The most that one sample can change each layer's summed gradient, whatever the sample is: certified from "
+            f"the network, not measured. All layers together: {shown(bounds['total'])} ({bounds['relation']}). Where "
+            "bounds follow from the weights they change from step to step; these are the latest, and each step was "
+            "charged by its own."
+            + " Replacing one unit changes it twice as much at most: the ledger's noise multipliers are relative to "
+            "the bounds shown, and ε counts the factor." * (facts["relation"] == REPLACE_ONE),
+        ),
+        header=("layer", "type", "input at most", "cotangent at most", "gradient at most"),
+        rows=tuple(
+            (
+                layer["path"] or "(network)",
+                layer["kind"],
+                shown(layer["input_norm"]),
+                shown(layer["cotangent_norm"]),
+                shown(layer["sensitivity"]),
+            )
+            for layer in bounds["layers"]
+        ),
+    )
+
+
+def _curve(facts: Mapping[str, Any]) -> Section:
+    return Section(
+        "ε at several δ",
+        (
+            "The same training, read at other δ. A smaller δ asks for a promise with fewer exceptions, and ε grows. "
+            f"Computed by {facts['accountant']['class']} of clipless_dp {facts['versions']['clipless_dp']}; the tight "
+            "value lies between the last two columns, where both are given.",
+        ),
+        header=("δ", "engine", "ε at least", "ε at most (the promise)"),
+        rows=tuple(
+            (
+                f"{point['delta']:.3g}",
+                point["engine"] or "–",
+                shown(point["lower"], ROUND_FLOOR),
+                shown(point["epsilon"]),
+            )
+            for point in facts["epsilon"]["curve"]
+        ),
+        figure=True,
+    )
+
+
+def _relation(facts: Mapping[str, Any]) -> str:
+    return _RELATIONS.get(facts["relation"], str(facts["relation"]))
+
+
+def _rates(runs: Sequence[Mapping[str, Any]], taken: int) -> Iterator[tuple[str, str]]:
+    recorded = sum(run["count"] for run in runs)
+    yield "Steps whose rate is recorded", f"{recorded} of {taken}"
+    for name, choose in (("First", lambda rates: rates[0]), ("Largest", max), ("Last", lambda rates: rates[-1])):
+        # Of each group of parameters by itself.
+        groups = zip(*([-1.0 if rate is None else rate for rate in run["rates"]] for run in runs), strict=False)
+        chosen = [choose(list(rates)) for rates in groups]
+        if chosen:
+            yield name, ", ".join("–" if rate < 0.0 else f"{rate:.6g}" for rate in chosen)
+
+
+def _promise(facts: Mapping[str, Any]) -> Iterator[str]:
+    summary = facts["epsilon"]
+    epsilon, delta = summary["epsilon"], summary["delta"]
+    if epsilon is None:
+        yield f"No finite ε is certified at δ = {delta:g}."
+        return
+    yield (
+        f"The training is (ε, δ)-differentially private with ε = {shown(epsilon)} at δ = {delta:g}, with respect to "
+        f"{_relation(facts)}. The unit of privacy is {facts['unit']}."
+    )
+    best = (1.0 + delta * math.exp(-epsilon)) / (1.0 + math.exp(-epsilon))
+    yield (
+        "In words: take any one unit, and someone who knows all other data and the training method, and who sees the "
+        "weights of every step. Asked whether that unit was in the data, with even odds beforehand, they are right "
+        f"with probability at most {_percent(best)} (guessing: 50 %). This holds for every unit, however unusual, and "
+        "whatever else is known or becomes known. It does not hide what is learned about everybody from everybody "
+        "else's data."
+    )
+    tier = (
+        "a strong formal guarantee"
+        if epsilon <= 1.0
+        else "a reasonable guarantee"
+        if epsilon <= 10.0
+        else "weak as a formal guarantee"
+    )
+    yield f"By the scale of Ponomareva et al. 2023 (ε ≤ 1 strong, ε ≤ 10 reasonable) this is {tier}."
+
+
+def _percent(share: float) -> str:
+    """Rounded up, as every bound is: 99.99 % stays below certainty as long as it can."""
+    return f"{min(100.0, math.ceil(1e4 * share) / 100):.2f} %"

@@ -1,0 +1,138 @@
+"""How a statistic is charged, drawn and kept: in the ledger before there is anything to release."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from accounting import Accountant, GaussianRelease, Provenance, new_run
+from clipless_dp import distributed
+from clipless_dp.arguments import require_accountant
+from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
+from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
+from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, source_name
+from clipless_dp.sampling.samples import public_size
+
+CHUNK = 1 << 24
+"""Entries that are converted to float64 at once."""
+
+
+@dataclass(frozen=True)
+class Releases:
+    """How the statistics before one training are charged and drawn: arguments of the functions that release them.
+
+    Attributes:
+        accountant: to which training will be added.
+        dataset_size: public number of samples.
+        checkpoint: of training; what is released is kept beside it, so that a run that goes on pays once.
+        seed: of a reproducible run, or ``None``.
+        noise: a source's name or a source, where there is no seed.
+    """
+
+    accountant: Accountant
+    dataset_size: int
+    checkpoint: str | os.PathLike[str] | None = None
+    seed: int | None = None
+    noise: NoiseSource | str | None = None
+
+    def arguments(self, name: str) -> dict[str, Any]:
+        """``accountant``, ``dataset_size``, ``noise`` and ``file`` of the release of this name."""
+        seed = None if self.seed is None else derived_seed(self.seed, name)
+        return {
+            "accountant": self.accountant,
+            "dataset_size": self.dataset_size,
+            "noise": noise_source(self.noise) if seed is None else ReproducibleNoise(seed),
+            "file": None if self.checkpoint is None else Path(f"{os.fspath(self.checkpoint)}.{name}"),
+        }
+
+
+def checked_size(values: Tensor, dataset_size: int | None, noise_multiplier: float) -> int:
+    """The public number of records.
+
+    Raises:
+        InputError: the values are not floating-point numbers of shape ``(N, C, ...)``, or hold no record.
+        ConfigurationError: the number of records or the noise multiplier is out of range.
+    """
+    if values.dim() < 2 or not values.is_floating_point() or values.numel() == 0:
+        raise InputError(
+            f"expected floating-point values (records, channels, ...), got {values.dtype} {tuple(values.shape)}"
+        )
+    size = public_size(dataset_size, len(values))
+    if not (isinstance(noise_multiplier, Real) and math.isfinite(noise_multiplier) and noise_multiplier > 0):
+        raise ConfigurationError(f"noise_multiplier must be finite and positive, got {noise_multiplier!r}")
+    return size
+
+
+def released(
+    exact: Callable[[], Tensor],
+    draw: Callable[[Tensor, NoiseSource], Tensor],
+    noise_multiplier: float,
+    accountant: Accountant,
+    noise: NoiseSource | str | None,
+    file: str | os.PathLike[str] | None,
+    settings: dict[str, object],
+) -> tuple[Tensor, GaussianRelease]:
+    """What a statistic releases, and the event that paid for it: from the file if it is there, else in a new release.
+
+    Args:
+        exact: what is computed of the data beforehand: where that fails, nothing has been charged.
+        draw: makes what is released of it, with noise of a source, once the release is in the ledger.
+        noise_multiplier: ``σ`` of all that ``draw`` releases.
+        accountant: records the release.
+        noise: as for :func:`clipless_dp.statistics.private_moments`.
+        file: as there.
+        settings: what the file must agree with, ``noise_multiplier`` among it.
+
+    Raises:
+        ConfigurationError: the noise is no source, or several processes train together and there is no file yet.
+        CheckpointError: the file belongs to other settings, is damaged or cannot be written.
+    """
+    require_accountant(accountant)
+    path = None if file is None else Path(file)
+    if path is not None and path.exists():
+        return _reread(path, settings, accountant)
+    source = noise_source(noise)
+    source.begin_step(0)
+    if distributed.world().size > 1:
+        raise ConfigurationError(
+            "each of several processes would release a statistic of its own, and each ledger count one: release it in "
+            "one process with file=..., which all ranks then read"
+        )
+    if path is not None:
+        check_writable(path)
+    prepared = exact()
+    name = source_name(type(source))
+    release = GaussianRelease(noise_multiplier, identity=new_run())
+    accountant.record(release, provenance=_provenance(release, name))
+    drawn = draw(prepared, source)
+    if path is not None:
+        kept = {"settings": settings, "released": drawn.cpu(), "identity": release.identity, "noise": name}
+        save_checkpoint(path, kept)
+    return drawn, release
+
+
+def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
+    """What a file holds, and the event that paid for it, recorded unless it is in the ledger."""
+    content = load_checkpoint(path)
+    kept = content.get("settings")
+    # The data itself is not compared, as a digest of it would be a release. Files of before hold no type of numbers.
+    if isinstance(kept, dict):
+        kept = {"dtype": settings["dtype"], **kept}
+    if kept != settings or not isinstance(content.get("released"), Tensor) or not content.get("identity"):
+        raise CheckpointError(f"{path} does not hold this statistic: {kept!r} there, {settings!r} here; choose another")
+    release = GaussianRelease(float(kept["noise_multiplier"]), identity=str(content["identity"]))
+    if all(event != release for event, _ in accountant.ledger):
+        # Files of before sources were kept tell none.
+        accountant.record(release, provenance=_provenance(release, str(content.get("noise", ""))))
+    return content["released"], release
+
+
+def _provenance(release: GaussianRelease, source: str) -> Provenance:
+    return Provenance(release.identity, sampling="none", noise=source)
