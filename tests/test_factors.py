@@ -102,7 +102,7 @@ def test_a_public_schedule_goes_by_the_loss_weight() -> None:
     (batch,) = batches(1)
     loss_of(model, batch).backward()
     plain = model.net.weight.grad.clone()
-    optimizer.zero_grad()
+    model.register.drop()
     model.loss_weight = 0.5
     loss_of(model, batch).backward()
     assert torch.equal(model.net.weight.grad, 0.5 * plain)
@@ -120,7 +120,8 @@ def test_what_fills_no_gradient_is_no_factor() -> None:
     model = model_of()
     optimizer = sgd(model)
     for step, batch in enumerate(batches()):
-        torch.autograd.grad((step + 2.0) * loss_of(model, batch), model.net.weight)
+        seen = batch.inputs.clone().requires_grad_()
+        torch.autograd.grad((step + 2.0) * model.loss(model(seen), batch.targets, batch.mask), seen)
         model.tightness((batch.inputs[batch.mask][:2], batch.targets[batch.mask][:2]))
         loss_of(model, batch).backward()
         optimizer.step()
