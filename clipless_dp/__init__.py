@@ -13,13 +13,14 @@ from clipless_dp.errors import (
     LossBoundError,
     NormError,
     PrivacyError,
+    PrivacyWarning,
     RankError,
     UnsupportedModuleError,
 )
 from clipless_dp.gating import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, SystemNoise
-from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
+from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
 from clipless_dp.report import PrivacyStatement, report
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate

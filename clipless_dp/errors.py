@@ -1,4 +1,4 @@
-"""Typed errors. Each message says what is wrong and what to do about it."""
+"""Typed errors and the warning. Each message says what is wrong and what to do about it."""
 
 from __future__ import annotations
 
@@ -48,6 +48,10 @@ class AuditError(PrivacyError):
     def __init__(self, message: str, report: object = None) -> None:
         self.report = report
         super().__init__(message)
+
+
+class PrivacyWarning(UserWarning):
+    """Something costs more privacy than the user may expect."""
 
 
 class CheckpointError(CliplessError, RuntimeError):

@@ -17,6 +17,15 @@ from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, N
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.losses import Loss
+from clipless_dp.modules import (
+    has_hooks,
+    is_hooked,
+    kind_of,
+    modules_of,
+    parameter_device_and_dtype,
+    parameters_of,
+    runs_hooks,
+)
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.overlaps import places, refuse_overlaps
@@ -24,27 +33,10 @@ from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.randomness import Randomness, may_draw, replace_dropout_
 from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
-from clipless_dp.rules.base import kind_of
 from clipless_dp.settings import settings_of
 from clipless_dp.tightness import TightnessReport, measure
-from clipless_dp.tracing import (
-    TracedNet,
-    has_hooks,
-    is_hooked,
-    is_leaf,
-    modules_of,
-    parameters_of,
-    runs_hooks,
-    trace,
-)
-from clipless_dp.tracker import (
-    Relation,
-    Sensitivity,
-    SensitivityTracker,
-    Stamp,
-    parameter_device_and_dtype,
-    stamp,
-)
+from clipless_dp.tracing import TracedNet, is_leaf, trace
+from clipless_dp.tracker import Relation, Sensitivity, SensitivityTracker, Stamp, stamp
 
 
 class DPLipModel(nn.Module):

@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from accounting import Accountant, Provenance, create_accountant, new_run
 from clipless_dp import distributed, draws, lineage, passes, sharding
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
-from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
+from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
 from clipless_dp.model import DPLipModel
+from clipless_dp.modules import parameters_of
 from clipless_dp.noise import (
     MARGIN,
     Allocation,
@@ -31,7 +32,6 @@ from clipless_dp.noise import (
     noise_source,
     source_name,
 )
-from clipless_dp.tracing import parameters_of
 from clipless_dp.tracker import Sensitivity, stamp
 
 Sampling = Literal["announced", "poisson", "none"]
@@ -41,10 +41,6 @@ Rates = tuple[float | None, ...]
 
 STATE_FORMAT = 2
 _READ_FORMATS = (1, STATE_FORMAT)
-
-
-class PrivacyWarning(UserWarning):
-    """Something costs more privacy than the user may expect."""
 
 
 class CliplessDPOptimizer(Optimizer):

@@ -28,9 +28,10 @@ from torch._compile import _disable_dynamo
 
 from clipless_dp.box_muller import Streams, Words, seeded_streams, system_streams
 from clipless_dp.errors import PrivacyError
+from clipless_dp.modules import kind_of
 from clipless_dp.noise import random_state
 from clipless_dp.rules import find_function_rule, find_rule
-from clipless_dp.rules.base import is_builtin, kind_of
+from clipless_dp.rules.base import is_builtin
 
 Origin = Literal["system", "reproducible"]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +64,6 @@ TO_MOVE = {
 """Modules that lie at the root, and the rooms that they belong to."""
 
 BREACHES = {
-    "distributed -> graph",
     "features -> gates._scaled",
     "fusion -> gates._LARGEST_NORM",
     "fusion -> gates._LARGEST_RATIO",
@@ -100,6 +100,7 @@ class Import(NamedTuple):
     name: str
 
 
+@cache
 def imports(root: Path, package: str) -> list[Import]:
     """Every import of one package's modules from each other, wherever in a file it is."""
     paths = {}
@@ -132,8 +133,14 @@ def _imports_of(module: str, is_package: bool, tree: ast.Module, known: Iterable
                 elif source in known:
                     found.append(Import(module, source, alias.name))
     # What is reached through an imported module is imported, too.
-    reached = ((ast.unparse(node.value), node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    reached = ((_path(node.value), node.attr) for node in ast.walk(tree) if isinstance(node, ast.Attribute))
     return [*found, *(Import(module, bound[owner], name) for owner, name in reached if owner in bound)]
+
+
+def _path(node: ast.expr) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{_path(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
 
 
 def room(module: str) -> str:

@@ -15,11 +15,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from clipless_dp.audit.statistics import Claim, Numbers, epsilon_of_rates, highest_rate, one_run_epsilon
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.losses import BoundedLoss
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import allocate
-from clipless_dp.optim import CliplessDPOptimizer, PrivacyWarning
+from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.testing.attacks import whole_gradient
 from clipless_dp.testing.probes import inner_product
 from clipless_dp.testing.signals import sequences, sized_signals
