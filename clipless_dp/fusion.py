@@ -20,7 +20,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from clipless_dp.gates import (
+from clipless_dp.gates.gradient import _UNDERFLOW, GradientGatedConv2d, GradientGatedLinear, _bias_gradient, _zeroed
+from clipless_dp.gates.gradient import _factors as _gradient_factors
+from clipless_dp.gates.signal import (
     _LARGEST_NORM,
     _LARGEST_RATIO,
     BallProjection,
@@ -34,8 +36,6 @@ from clipless_dp.gates import (
     input_gate,
     sample_norms,
 )
-from clipless_dp.gradient_gates import _UNDERFLOW, GradientGatedConv2d, GradientGatedLinear, _bias_gradient, _zeroed
-from clipless_dp.gradient_gates import _factors as _gradient_factors
 from clipless_dp.precision import refuse_autocast
 from clipless_dp.tracing import TracedNet
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates import _can_look
+from clipless_dp.gates.signal import _can_look
 
 
 class Loss(ABC):

@@ -15,7 +15,15 @@ from clipless_dp import distributed, draws, passes, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
-from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.gates.signal import (
+    _can_look,
+    _largest,
+    cotangent_gate,
+    input_gate,
+    rounding_slack,
+    sample_norms,
+    token_gate,
+)
 from clipless_dp.losses import Loss
 from clipless_dp.modules import (
     has_hooks,

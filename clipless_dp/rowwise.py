@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError, PrivacyError
-from clipless_dp.gates import _can_look, _rows
+from clipless_dp.gates.signal import _can_look, _rows
 from clipless_dp.losses import (
     BinaryCrossEntropy,
     CosineSimilarity,

@@ -13,8 +13,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from clipless_dp.gates import _LIFT
-from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
+from clipless_dp.gates.gradient import GradientGated, can_be_gradient_gated, gradient_gated_layer
+from clipless_dp.gates.signal import _LIFT
 from clipless_dp.model import DPLipModel
 from clipless_dp.tightness import TIGHT, rounded_up
 

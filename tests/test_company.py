@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, fusion, gated, gates, gradient_gated, gradient_gates, layers, losses, model
+from clipless_dp import DPLipModel, fusion, gated, gradient_gated, layers, losses, model
+from clipless_dp.gates import gradient as gradient_gates
+from clipless_dp.gates import signal as gates
 from tests.soundness.attack import bounds_of, wrap
 from tests.soundness.mutation import Mutant
 

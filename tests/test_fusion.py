@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, gradient_gates, layers
+from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
+from clipless_dp.gates import gradient as gradient_gates
 from clipless_dp.memory import traffic
 from clipless_dp.passes import unwitnessed
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap

@@ -49,7 +49,6 @@ TO_MOVE = {
     "box_muller": "noise",
     "draws": "sampling",
     "gating": "graph",
-    "gradient_gates": "gates",
     "memory": "training",
     "passes": "model",
     "report": "statement",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates import _scaled
+from clipless_dp.gates.signal import _scaled
 
 _LARGEST_SET = 4
 """Columns that a cosine of few columns looks at, at most."""

@@ -7,7 +7,7 @@ import math
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates import _checked_cap, _scaled
+from clipless_dp.gates.signal import _checked_cap, _scaled
 
 
 class SampleGroupNorm(nn.Module):

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling, rounding_slack
-from clipless_dp.gradient_gates import (
+from clipless_dp.gates.gradient import (
     GradientGated,
     GradientGatedConv1d,
     GradientGatedConv2d,

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError
-from clipless_dp.gates import (
+from clipless_dp.gates.signal import (
     BallProjection,
     CotangentGate,
     SphereScaling,

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipless_dp import ConfigurationError, DPLipModel, gated, gradient_gated, gradient_gates, losses
+from clipless_dp import ConfigurationError, DPLipModel, gated, gradient_gated, losses
 from clipless_dp.gates import GateMode, rounding_slack
-from clipless_dp.gradient_gates import GradientGated, GradientGatedConv2d, GradientGatedLinear, gradient_gated_layer
+from clipless_dp.gates import gradient as gradient_gates
+from clipless_dp.gates.gradient import GradientGated, GradientGatedConv2d, GradientGatedLinear, gradient_gated_layer
 from clipless_dp.norms import operators
 from tests.soundness.attack import Record, add_or_remove_one, per_sample_gradients, wrap
 

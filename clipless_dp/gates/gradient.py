@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates import (
+from clipless_dp.gates.signal import (
     _LARGEST_NORM,
     _LARGEST_RATIO,
     _LIFT,
