@@ -20,22 +20,27 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from clipless_dp.gates.gradient import _UNDERFLOW, GradientGatedConv2d, GradientGatedLinear, _bias_gradient, _zeroed
-from clipless_dp.gates.gradient import _factors as _gradient_factors
-from clipless_dp.gates.signal import (
-    _LARGEST_NORM,
-    _LARGEST_RATIO,
+from clipless_dp.gates import (
     BallProjection,
     CotangentGate,
+    GradientGatedConv2d,
+    GradientGatedLinear,
     SphereScaling,
-    _drop_rows_,
-    _factors,
-    _largest,
-    _per_sample,
-    _products,
     input_gate,
-    sample_norms,
 )
+from clipless_dp.gates.arithmetic import (
+    LARGEST_NORM,
+    LARGEST_RATIO,
+    drop_rows_,
+    largest_norm,
+    per_sample,
+    sample_norms,
+    sample_products,
+    scale_factors,
+    tangent_part,
+    zeroed_rows,
+)
+from clipless_dp.gates.gradient import bias_gradient, vector_weight_gradient
 from clipless_dp.precision import refuse_autocast
 from clipless_dp.tracing import TracedNet
 
@@ -48,10 +53,6 @@ _CONVOLUTION_ENTRIES = 1 << 20
 _SMALLEST_SCALE = 1e-27
 """What input gate and gate may shrink a sample by together. A float32 cotangent times this, and then a sample so large,
 has lost at most ``1e27·2^-150`` of the sample's norm behind the gates to underflow: nothing against caps of 1e-8."""
-
-Slope = tuple[Tensor, Tensor | None]
-"""What the Jacobian of a gate before a layer needs for each sample ``x``: ``1/‖x‖²``, or zero where the gate is linear;
-and its product with the cotangent where it is known."""
 
 
 class Entry(NamedTuple):
@@ -184,7 +185,7 @@ class _Kept(NamedTuple):
     """What a stage keeps for the way back.
 
     Attributes:
-        values: its input; the rows that count come first, ``rows`` of them, and the rest is scaled by zero.
+        values: its input; the rows that count come first, ``rows`` of them, and the rest is left out of gradients.
         scales: what the gates multiply each sample by, ``(B,)``.
         norms: of its input, ``(B,)``.
         lost: indices of the samples that the gates made zero, or would shrink by more than 1e27.
@@ -203,8 +204,8 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
     ball: Tensor | None = None
     if entry is not None:
         raw, radius, whole = entry
-        ball = _factors(radius, raw, radius)
-        norms = raw * ball if whole else torch.where(raw <= _largest(radius, raw.dtype), raw * ball, torch.nan)
+        ball = scale_factors(raw, cap=radius, floor=radius)
+        norms = raw * ball if whole else torch.where(raw <= largest_norm(radius, raw.dtype), raw * ball, torch.nan)
     if stage.before is None and ball is None:
         return _Kept(values, None, norms, None, len(values))
     if norms is None:
@@ -212,7 +213,7 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
     if stage.before is None:
         scales, limit = ball, torch.finfo(norms.dtype).max
     else:
-        scales, limit = _factors(stage.before.radius, norms, stage.floor), _LARGEST_NORM
+        scales, limit = scale_factors(norms, cap=stage.before.radius, floor=stage.floor), LARGEST_NORM
         scales = scales if ball is None else scales.mul_(ball)
     assert scales is not None
     # Each row's own numbers decide what becomes of it; the look at all of them only saves the search. Without an input
@@ -220,7 +221,6 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
     if float(norms.max()) <= limit and (ball is None or float(scales.min()) >= _SMALLEST_SCALE):
         return _Kept(values, scales, norms, None, len(values))
     lost = (~((norms <= limit) & (scales >= _SMALLEST_SCALE))).nonzero().flatten()
-    scales = scales.index_fill(0, lost, 0.0)
     rows = len(values) - len(lost)
     if owned:
         values.index_fill_(0, lost, 0.0)
@@ -244,7 +244,7 @@ def _left(
     for rows in _blocks(output):
         block = output[rows]
         if kept.scales is not None:
-            scales = _per_sample(kept.scales[rows], block)
+            scales = per_sample(kept.scales[rows], block)
             if bias is None:
                 block.mul_(scales)
             else:
@@ -256,24 +256,9 @@ def _left(
     return output, torch.cat(norms) if measured else None
 
 
-def _slope(stage: Stage, norms: Tensor, products: Tensor | None = None) -> Slope:
-    """The Jacobian of the gate before a layer; a norm of at most 1e18 has a square, and a NaN is above no floor."""
-    return torch.where(norms > stage.floor, norms.square().reciprocal_(), 0.0), products
-
-
-def _project(cotangents: Tensor, values: Tensor, slope: Slope, rows: slice, into: Tensor) -> None:
-    """``u - x⟨x, u⟩/‖x‖²`` where a gate has scaled a sample to its sphere: nothing goes along ``x``.
-
-    Args:
-        cotangents: rows of ``u``, already multiplied by the gate's factor.
-        values: the same rows of ``x``.
-        slope: of all rows.
-        rows: which these are.
-        into: where the result goes; may be ``cotangents``.
-    """
-    shares, products = slope
-    radial = _products(values, cotangents) if products is None else products[rows]
-    torch.addcmul(cotangents, values, _per_sample(radial * shares[rows], values), value=-1, out=into)
+def _shares(stage: Stage, norms: Tensor) -> Tensor:
+    """``1/‖x‖²`` where the gate before a layer scales to its sphere; it exists up to 1e18, NaN is above no floor."""
+    return torch.where(norms > stage.floor, norms.square().reciprocal_(), 0.0)
 
 
 def _arrived(
@@ -305,29 +290,30 @@ def _arrived(
     factors, shares, gradient, products = scales, None, None, None
     if stage.behind is not None:
         gate, norms = stage.behind, sample_norms(cotangents)
-        most, largest = float(norms.max()), _largest(gate.limit, norms.dtype)
+        most, largest = float(norms.max()), largest_norm(gate.limit, norms.dtype)
         if not most <= largest:
-            cotangents = _drop_rows_(into.copy_(cotangents), norms, largest)
+            cotangents = drop_rows_(into.copy_(cotangents), norms, largest)
             norms = torch.where(norms <= largest, norms, 0.0)
         if gate.mode == "normalize" or not most <= gate.limit:
-            shares = factors = _factors(gate.limit, norms, gate.floor if gate.mode == "normalize" else gate.limit)
+            floor = gate.floor if gate.mode == "normalize" else gate.limit
+            shares = factors = scale_factors(norms, cap=gate.limit, floor=floor)
             if scales is not None:
                 # One pass for both factors. Where float32 has no exact product of them, the sample passes nothing: none
                 # whose share is 1, so that what is done where nothing is clipped is the same.
                 factors = shares * scales
-                factors = torch.where(factors >= 1.0 / _LARGEST_RATIO, factors, 0.0)
+                factors = torch.where(factors >= 1.0 / LARGEST_RATIO, factors, 0.0)
         else:
             shares = torch.ones_like(norms)
     if biased:
         totals = stage.totals(cotangents)
         gradient = totals.sum(0) if shares is None else shares @ totals
     if factors is not None:
-        torch.mul(cotangents, _per_sample(factors, into), out=into)
+        torch.mul(cotangents, per_sample(factors, into), out=into)
     elif cotangents.data_ptr() != into.data_ptr():
         into.copy_(cotangents)
     if wanted:
         assert scales is not None
-        products = _products(cast(Tensor, output), into)
+        products = sample_products(cast(Tensor, output), into)
         products = torch.where(scales > 0.0, products / scales, 0.0)
     return gradient, products
 
@@ -367,7 +353,7 @@ class _ChainFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or ctx.hidden is None:
             return _differentiable(ctx, values, parameters, cotangents)
         gradients: list[Tensor | None] = [None] * len(parameters)
-        output, owned, slope = states.pop(), False, None
+        output, owned, shares = states.pop(), False, None
         hidden, ctx.hidden = ctx.hidden, None
         for index in reversed(range(len(stages))):
             signal, (scales, norms, lost) = hidden.pop(), states[3 * index : 3 * index + 3]
@@ -375,13 +361,13 @@ class _ChainFunction(torch.autograd.Function):
             needed = index > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
             passed = _passed_convolution if not isinstance(stages[index].layer, nn.Linear) else _passed_linear
             weight = _interleaved(parameters[2 * index]) if stages[index].interleaved else parameters[2 * index]
-            cotangents, gradients[2 * index], gradients[2 * index + 1], slope = passed(
-                stages[index], kept, weight, output, cotangents, slope, owned, needed
+            cotangents, gradients[2 * index], gradients[2 * index + 1], shares = passed(
+                stages[index], kept, weight, output, cotangents, shares, owned, needed
             )
             output, owned = kept.values, True
-        if slope is not None:
+        if shares is not None:
             for rows in _blocks(cotangents):
-                _project(cotangents[rows], output[rows], slope, rows, cotangents[rows])
+                tangent_part(cotangents[rows], output[rows], shares[rows], into=cotangents[rows])
         return cotangents if ctx.needs_input_grad[0] else None, None, None, *gradients
 
 
@@ -400,8 +386,9 @@ def _differentiable(
     return tuple(next(found) if needed else None for needed in ctx.needs_input_grad)
 
 
-Passed = tuple[Tensor, Tensor | None, Tensor | None, Slope | None]
-"""The cotangent of a stage's input, the gradients of weight and bias, and what is left to be done to the first."""
+Passed = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""The cotangent of a stage's input, the gradients of weight and bias, and the shares with which the first has yet to
+pass the gate before the layer: see :func:`tangent_part`."""
 
 Needed = tuple[bool, bool, bool]
 """Which of input, weight and bias need gradients."""
@@ -421,7 +408,7 @@ def _passed_linear(
     weight: Tensor,
     output: Tensor | None,
     cotangents: Tensor,
-    slope: Slope | None,
+    shares: Tensor | None,
     owned: bool,
     needed: Needed,
 ) -> Passed:
@@ -432,8 +419,8 @@ def _passed_linear(
     sizes: list[Tensor] = []
     for rows in _blocks(gated):
         arriving, made, into = cotangents[rows], None if output is None else output[rows], gated[rows]
-        if slope is not None:
-            _project(arriving, cast(Tensor, made), slope, rows, arriving)
+        if shares is not None:
+            tangent_part(arriving, cast(Tensor, made), shares[rows], into=arriving)
         scales = None if kept.scales is None or gate is not None else kept.scales[rows]
         bias, _ = _arrived(stage, arriving, made, scales, into, needed[2] and gate is None, False)
         biases += [] if bias is None else [bias]
@@ -457,28 +444,29 @@ def _passed_gated(
     needed: Needed,
 ) -> Passed:
     """What is left of a layer with gradient gates, from cotangents ``(B, O)`` of these norms, which are overwritten."""
-    gradient, bias, factors = None, None, None
-    counted, sizes = _zeroed(cotangents, norms)
+    gradient, bias = None, None
+    counted, sizes = zeroed_rows(cotangents, norms)
     if needed[2]:
-        bias = _bias_gradient(counted, sizes, *gate.gates()[1])
-    if needed[1]:
-        lengths = _lengths(stage, kept)
-        factors = _gradient_factors((lengths + _UNDERFLOW) * (sizes + _UNDERFLOW), *gate.gates()[0])
-        if counted is not cotangents:
-            factors.masked_fill_(~(norms <= _LARGEST_NORM), torch.nan)
+        bias = bias_gradient(counted, sizes, *gate.gates()[1])
     if kept.scales is not None:
-        cotangents.mul_(_per_sample(kept.scales, cotangents))
+        cotangents.mul_(per_sample(kept.scales, cotangents))
     passed = cotangents @ weight if needed[0] else None
     if passed is not None and kept.lost is not None:
         passed.index_fill_(0, kept.lost, 0.0)
-    if factors is not None:
-        gradient = _gated_outer(cotangents, kept, lengths, factors)
+    if needed[1]:
+        lengths, values, rows = _lengths(stage, kept), kept.values, slice(0, kept.rows)
+        if bool(lengths[rows].isnan().any()):
+            values = values.index_fill(0, lengths.isnan().nonzero().flatten(), 0.0)
+        arrived = drop_rows_(cotangents, norms, LARGEST_NORM)[rows]
+        gradient = vector_weight_gradient(
+            values[rows], arrived, lengths[rows], sizes[rows], *gate.gates()[0], into=arrived
+        )
     return cotangents if passed is None else passed, gradient, bias, _left_over(stage, kept, passed)
 
 
-def _left_over(stage: Stage, kept: _Kept, passed: Tensor | None) -> Slope | None:
+def _left_over(stage: Stage, kept: _Kept, passed: Tensor | None) -> Tensor | None:
     """The Jacobian of the gate before the layer, which is applied by whoever reads the result next."""
-    return None if passed is None or stage.before is None else _slope(stage, cast(Tensor, kept.norms))
+    return None if passed is None or stage.before is None else _shares(stage, cast(Tensor, kept.norms))
 
 
 def _outer(cotangents: Tensor, values: Tensor, rows: int) -> Tensor:
@@ -490,19 +478,8 @@ def _lengths(stage: Stage, kept: _Kept) -> Tensor:
     """Norms ``(B,)`` of what the weight meets, behind the gates; NaN where they are no number up to 1e18."""
     norms = sample_norms(kept.values) if kept.norms is None else kept.norms
     if stage.before is not None:
-        norms = norms * _factors(stage.before.radius, norms, stage.floor)
-    return torch.where(norms <= _LARGEST_NORM, norms, torch.nan)
-
-
-def _gated_outer(cotangents: Tensor, kept: _Kept, lengths: Tensor, factors: Tensor) -> Tensor:
-    """The gated gradient of a weight, from cotangents that are overwritten; a NaN drops the sample."""
-    values, counted = kept.values, slice(0, kept.rows)
-    cotangents.mul_(factors.unsqueeze(1))
-    if bool(factors.isnan().any()):
-        cotangents.index_fill_(0, factors.isnan().nonzero().flatten(), 0.0)
-    if bool(lengths[counted].isnan().any()):
-        values = values.index_fill(0, lengths.isnan().nonzero().flatten(), 0.0)
-    return _outer(cotangents, values, kept.rows)
+        norms = norms * scale_factors(norms, cap=stage.before.radius, floor=stage.floor)
+    return torch.where(norms <= LARGEST_NORM, norms, torch.nan)
 
 
 def _passed_convolution(
@@ -511,7 +488,7 @@ def _passed_convolution(
     weight: Tensor,
     output: Tensor | None,
     cotangents: Tensor,
-    slope: Slope | None,
+    shares: Tensor | None,
     owned: bool,
     needed: Needed,
 ) -> Passed:
@@ -523,8 +500,8 @@ def _passed_convolution(
     larger = max(cotangents, kept.values, key=Tensor.numel)
     for rows in _blocks(larger, _CONVOLUTION_ENTRIES):
         arriving, made = cotangents[rows], None if output is None else output[rows]
-        if slope is not None:
-            _project(arriving, cast(Tensor, made), slope, rows, arriving)
+        if shares is not None:
+            tangent_part(arriving, cast(Tensor, made), shares[rows], into=arriving)
         scales = None if kept.scales is None else kept.scales[rows]
         into = arriving if owned else torch.empty_like(arriving)
         bias, products = _arrived(stage, arriving, made, scales, into, needed[2], wanted)
@@ -547,7 +524,7 @@ def _passed_convolution(
         passed = leaving if whole else torch.empty_like(kept.values) if passed is None else passed
         if stage.before is not None:
             norms = cast(Tensor, kept.norms)[rows]
-            _project(leaving, kept.values[rows], _slope(stage, norms, products), slice(None), passed[rows])
+            tangent_part(leaving, kept.values[rows], _shares(stage, norms), products, into=passed[rows])
         elif not whole:
             passed[rows] = leaving
     if passed is not None and kept.lost is not None:

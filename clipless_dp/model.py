@@ -15,15 +15,8 @@ from clipless_dp import distributed, draws, passes, sharding
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
-from clipless_dp.gates.signal import (
-    _can_look,
-    _largest,
-    cotangent_gate,
-    input_gate,
-    rounding_slack,
-    sample_norms,
-    token_gate,
-)
+from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.gates.arithmetic import can_look, largest_norm
 from clipless_dp.losses import Loss
 from clipless_dp.modules import (
     has_hooks,
@@ -239,14 +232,14 @@ class DPLipModel(nn.Module):
         """Input gate and network."""
         if fused and self._fused.takes_entry and not inputs.requires_grad:
             norms = sample_norms(inputs)
-            finite = norms <= _largest(self.input_norm, norms.dtype)
+            finite = norms <= largest_norm(self.input_norm, norms.dtype)
             whole = bool(finite.all())
             return Values(net(inputs, Entry(norms, self.input_norm, whole)), finite, whole)
         if self._vocabulary is None:
             gated, finite = input_gate(inputs, self.input_norm)
         else:
             gated, finite = token_gate(inputs, self._vocabulary)
-        return Values(net(gated), finite, _can_look(finite) and bool(finite.all()))
+        return Values(net(gated), finite, can_look(finite) and bool(finite.all()))
 
     def _chooses_rows(self, inputs: Tensor) -> bool:
         """Whether this pass may run at other numbers of rows than the one that it is given."""
@@ -299,7 +292,7 @@ class DPLipModel(nn.Module):
                 f"on {output.device}"
             )
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
-        if _can_look(losses):
+        if can_look(losses):
             # The product lets the same arrive at the losses as below: one number each, not one that all share.
             total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
             if math.isfinite(total.detach()):

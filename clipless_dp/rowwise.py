@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError, PrivacyError
-from clipless_dp.gates.signal import _can_look, _rows
+from clipless_dp.gates.arithmetic import can_look, flat_rows
 from clipless_dp.losses import (
     BinaryCrossEntropy,
     CosineSimilarity,
@@ -107,13 +107,13 @@ class RowLosses:
         if is_proved(loss):
             return loss.per_sample(output, target)
         if output.shape[0] == 0:
-            return _rows(output).sum(1)
-        usable = torch.isfinite(_rows(output)).all(1)
+            return flat_rows(output).sum(1)
+        usable = torch.isfinite(flat_rows(output)).all(1)
         if mask is not None:
             usable = usable & mask
-        if _can_look(usable):
+        if can_look(usable):
             if not bool(usable.any()):
-                sums = _rows(output).sum(1)
+                sums = flat_rows(output).sum(1)
                 return torch.where(usable, sums, torch.full_like(sums, torch.nan))
             if bool(usable.all()):
                 return self._of(loss, output, target, usable, bound)
@@ -211,7 +211,7 @@ class RowLosses:
                 f"{loss!r} takes the whole batch, but not one row of it ({type(error).__name__}: {error}), so that "
                 "nothing tells whether its rows depend on one another: write it for batches of any size"
             ) from error
-        sizes = bound * (1.0 + torch.linalg.vector_norm(_rows(output[rows]).cpu().double(), dim=1))
+        sizes = bound * (1.0 + torch.linalg.vector_norm(flat_rows(output[rows]).cpu().double(), dim=1))
         return int((_differ(batch[0][rows], values, sizes) | _differ(batch[1][rows], gradients, bound)).sum())
 
 
@@ -292,7 +292,7 @@ def _with_gradient(losses: Callable[[Tensor], Tensor], output: Tensor, usable: T
 
 def _differ(first: Tensor, second: Tensor, size: Tensor | float = 0.0) -> Tensor:
     """Which rows of two tensors differ by more than rounding, given the size of the terms that were added: ``(B,)``."""
-    first, second = (_rows(part.detach().cpu().double()) for part in (first, second))
+    first, second = (flat_rows(part.detach().cpu().double()) for part in (first, second))
     lengths = torch.linalg.vector_norm(first, dim=1) + torch.linalg.vector_norm(second, dim=1)
     usual = torch.nan_to_num(lengths.nanmedian(), posinf=0.0)
     tolerated = _RELATIVE * lengths + _ABSOLUTE * (usual + size)

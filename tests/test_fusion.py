@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
-from clipless_dp.gates import gradient as gradient_gates
+from clipless_dp.gates import gradient
 from clipless_dp.memory import traffic
 from clipless_dp.passes import unwitnessed
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
@@ -472,22 +472,29 @@ MUTANTS = (
         "no factor of the gate in the gradient",
         fusion,
         "_arrived",
-        "torch.mul(cotangents, _per_sample(factors, into), out=into)",
+        "torch.mul(cotangents, per_sample(factors, into), out=into)",
         "into.copy_(cotangents)",
     ),
-    Mutant("a larger cap", fusion, "_arrived", "_factors(gate.limit, norms", "_factors(2.0 * gate.limit, norms"),
-    Mutant("normalised instead of clipped", fusion, "_arrived", "else gate.limit)", "else gate.floor)"),
+    Mutant("a larger cap", fusion, "_arrived", "cap=gate.limit", "cap=2.0 * gate.limit"),
+    Mutant("normalised instead of clipped", fusion, "_arrived", "else gate.limit", "else gate.floor"),
     Mutant("no ReLU on the way back", fusion, "_arrived", "if stage.rectified:", "if False:"),
-    Mutant("the wrong floor", fusion, "_slope", "norms > stage.floor", "norms > 0.0"),
+    Mutant("the wrong floor", fusion, "_shares", "norms > stage.floor", "norms > 0.0"),
     Mutant("no factor of the gate before", fusion, "_arrived", "factors = shares * scales", "pass"),
     Mutant("a bias that is not capped", fusion, "_arrived", "shares @ totals", "totals.sum(0)"),
     Mutant("a looser look", fusion, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"),
     Mutant("products scaled", fusion, "_arrived", "products / scales", "products"),
-    Mutant("nothing projected", fusion, "_project", "value=-1", "value=0"),
-    Mutant("projected twice", fusion, "_project", "value=-1", "value=-2"),
+    Mutant("nothing projected", fusion, "tangent_part", "value=-1", "value=0"),
+    Mutant("projected twice", fusion, "tangent_part", "value=-1", "value=-2"),
     Mutant("the input gate forgotten", fusion, "_entered", "scales.mul_(ball)", "scales"),
     Mutant("the input gate's norm forgotten", fusion, "_entered", "raw * ball, torch.nan", "raw, torch.nan"),
-    Mutant("dropped samples kept", fusion, "_entered", "scales = scales.index_fill(0, lost, 0.0)", "pass"),
+    Mutant(
+        "dropped cotangents kept",
+        fusion,
+        "_passed_gated",
+        "drop_rows_(cotangents, norms, LARGEST_NORM)[rows]",
+        "cotangents[rows]",
+    ),
+    Mutant("dropped outputs kept", fusion, "_left", "output.index_fill_(0, kept.lost, 0.0)", "pass"),
     Mutant("dropped rows left in the input", fusion, "_entered", "values = values.index_fill(0, lost, 0.0)", "pass"),
     Mutant(
         "bias scaled",
@@ -501,16 +508,22 @@ MUTANTS = (
         "products of another block", fusion, "_passed_convolution", "kept.norms)[rows]", "kept.norms)[: len(leaving)]"
     ),
     Mutant("lengths before the gate", fusion, "_lengths", "if stage.before is not None:", "if False:"),
-    Mutant("weights not capped", fusion, "_gated_outer", "cotangents.mul_(factors.unsqueeze(1))", "pass"),
-    Mutant("the bias's gate for the weight", fusion, "_passed_gated", "*gate.gates()[0])", "*gate.gates()[1])"),
     Mutant(
-        "capped cotangents go on",
+        "weights not capped",
+        fusion,
+        "vector_weight_gradient",
+        "torch.mul(cotangents, factors.unsqueeze(1), out=into)",
+        "cotangents",
+    ),
+    Mutant("the bias's gate for the weight", fusion, "_passed_gated", "*gate.gates()[0]", "*gate.gates()[1]"),
+    Mutant(
+        "cotangents that go on scaled",
         fusion,
         "_passed_gated",
         "passed = cotangents @ weight",
-        "passed = (cotangents * factors.unsqueeze(1)) @ weight",
+        "passed = (0.5 * cotangents) @ weight",
     ),
-    Mutant("positions in another order", gradient_gates, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
+    Mutant("positions in another order", gradient, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
     Mutant("only the last block's bias", fusion, "_total", "parts[0].add_(part)", "parts[0].copy_(part)"),
 )
 

@@ -1,6 +1,7 @@
-"""Gates: what caps the norm of a sample's signal, forwards or backwards, or of its gradients of a layer's parameters."""
+"""Gates: what caps a sample's signal, forwards or backwards, or its gradients of a layer's parameters."""
 
-from clipless_dp.gates.gradient import (
+from clipless_dp.gates.arithmetic import rounding_slack, sample_norms
+from clipless_dp.gates.gradient_layers import (
     GradientGated,
     GradientGatedConv1d,
     GradientGatedConv2d,
@@ -17,8 +18,6 @@ from clipless_dp.gates.signal import (
     SphereScaling,
     cotangent_gate,
     input_gate,
-    rounding_slack,
-    sample_norms,
     token_gate,
 )
 
