@@ -252,7 +252,9 @@ def test_a_label_out_of_range_or_a_loss_that_is_not_finite_changes_no_bit_of_oth
 
 
 MUTANTS = (
-    Mutant("a looser look in chains", fusion, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"),
+    Mutant(
+        "a looser look in chains", fusion.backward, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"
+    ),
     Mutant(
         "a looser look in cotangent gates",
         signal._CotangentGateFunction,
@@ -263,10 +265,10 @@ MUTANTS = (
     Mutant(
         "every row dropped", signal, "drop_rows_", "~(norms.detach() <= largest)", "norms.detach() == norms.detach()"
     ),
-    Mutant("lost rows at the end of the batch assumed", fusion, "_entered", "or int(lost[0]) < rows", ""),
+    Mutant("lost rows at the end of the batch assumed", fusion.chain, "_entered", "or int(lost[0]) < rows", ""),
     Mutant(
         "every row lost where one is",
-        fusion,
+        fusion.chain,
         "_entered",
         "(norms <= limit) & (scales >= _SMALLEST_SCALE)",
         "norms.isnan()",
@@ -303,6 +305,6 @@ def test_looks_that_decide_for_others_are_noticed(mutant: Mutant, monkeypatch: p
 
 
 def test_underflow_that_is_dropped_only_where_some_row_is_clipped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "_SMALLEST_SCALE", 0.0)
+    monkeypatch.setattr(fusion.chain, "_SMALLEST_SCALE", 0.0)
     with pytest.raises(AssertionError):
         check_bits("one layer", torch.float64)
