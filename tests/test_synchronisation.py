@@ -24,8 +24,8 @@ from clipless_dp import (
     gradient_gated,
     losses,
 )
-from clipless_dp import gates as gates_module
 from clipless_dp import sampling as sampling_module
+from clipless_dp.gates import signal as gates_module
 from clipless_dp.precision import full_precision
 
 GATES: dict[str, Callable[[nn.Module], nn.Module]] = {

@@ -488,14 +488,6 @@ MUTANTS = (
     Mutant("the input gate forgotten", fusion.chain, "_entered", "scales.mul_(ball)", "scales"),
     Mutant("the input gate's norm forgotten", fusion.chain, "_entered", "raw * ball, torch.nan", "raw, torch.nan"),
     Mutant(
-        "dropped cotangents kept",
-        fusion.backward,
-        "_passed_gated",
-        "drop_rows_(cotangents, norms, LARGEST_NORM)[rows]",
-        "cotangents[rows]",
-    ),
-    Mutant("dropped outputs kept", fusion.chain, "_left", "output.index_fill_(0, kept.lost, 0.0)", "pass"),
-    Mutant(
         "dropped rows left in the input", fusion.chain, "_entered", "values = values.index_fill(0, lost, 0.0)", "pass"
     ),
     Mutant(
@@ -547,3 +539,31 @@ def test_mistakes_are_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -
     mutant.apply(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         check_all(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"),
+    [
+        (
+            Mutant(
+                "cotangents",
+                fusion.backward,
+                "_passed_gated",
+                "drop_rows_(cotangents, norms, LARGEST_NORM)[rows]",
+                "cotangents[rows]",
+            ),
+            test_cotangents_that_overflow_within_a_chain_are_dropped_by_gradient_gates,
+        ),
+        (
+            Mutant("outputs", fusion.chain, "_left", "output.index_fill_(0, kept.lost, 0.0)", "pass"),
+            test_padding_leaves_a_chain_as_zero_samples_do,
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_is_left_of_dropped_samples_is_noticed(
+    mutant: Mutant, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant.apply(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()
