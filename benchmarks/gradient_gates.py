@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from step import ALLOCATORS, RESULTS, network
 
 from clipless_dp import DPLipModel, gradient_gated, losses
-from clipless_dp.gradient_gates import gradient_gated_layer
+from clipless_dp.gates import gradient_gated_layer
 from clipless_dp.memory import traffic
 
 Run = Callable[[], Any]

@@ -19,7 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from clipless_dp.errors import PrivacyError
-from clipless_dp.rules.base import find_function_rule, kind_of
+from clipless_dp.modules import kind_of
+from clipless_dp.rules.base import find_function_rule
 
 
 def is_known(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Typed errors. Each message says what is wrong and what to do about it."""
+"""Typed errors and the warning. Each message says what is wrong and what to do about it."""
 
 from __future__ import annotations
 

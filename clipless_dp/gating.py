@@ -9,8 +9,15 @@ from typing import Literal
 from torch import fx, nn
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates import _LIFT, BallProjection, CotangentGate, GateMode, SphereScaling
-from clipless_dp.gradient_gates import can_be_gradient_gated, gradient_gated_layer
+from clipless_dp.gates import (
+    BallProjection,
+    CotangentGate,
+    GateMode,
+    SphereScaling,
+    can_be_gradient_gated,
+    gradient_gated_layer,
+)
+from clipless_dp.gates.arithmetic import FLOOR_SHARE
 from clipless_dp.rules.embedding import TABLES
 from clipless_dp.tracing import is_leaf, symbolic_trace
 
@@ -89,7 +96,7 @@ def gradient_gated(
     limit: float = 1.0,
     bias_limit: float | None = None,
     mode: GateMode = "normalize",
-    floor: float = _LIFT,
+    floor: float = FLOOR_SHARE,
     layers: Sequence[str] = ("*",),
     chunk: int | None = None,
 ) -> fx.GraphModule:

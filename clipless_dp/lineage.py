@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import sharding
+from clipless_dp.modules import parameters_of
 from clipless_dp.sampling import draws
-from clipless_dp.tracing import parameters_of
 
 Bits = dict[str, int]
 """For each parameter by name the sum of its bit patterns, modulo 2³², the same in every layout and on every device."""

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates import _can_look
+from clipless_dp.gates.arithmetic import can_look
 
 
 class Loss(ABC):
@@ -70,7 +70,7 @@ def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None
             f"expected integer labels of shape {tuple(output.shape[:1])}, got {target.dtype} {tuple(target.shape)}"
         )
     target = target.long()
-    looks = _can_look(target) and not torch._C._functorch.is_batchedtensor(target)
+    looks = can_look(target) and not torch._C._functorch.is_batchedtensor(target)
     if looks and len(target) and int(target.min()) >= 0 and int(target.max()) < output.shape[1]:
         return target, None
     valid = (target >= 0) & (target < output.shape[1])

@@ -18,9 +18,19 @@ from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.factors import Factors
 from clipless_dp.fusion import Entry, FusedNet
-from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.gates.arithmetic import can_look, largest_norm
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.losses import Loss
+from clipless_dp.modules import (
+    has_hooks,
+    is_hooked,
+    kind_of,
+    modules_of,
+    parameter_device_and_dtype,
+    parameters_of,
+    runs_hooks,
+)
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -28,28 +38,11 @@ from clipless_dp.overlaps import places, refuse_overlaps
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
-from clipless_dp.rules.base import kind_of
 from clipless_dp.sampling import draws
 from clipless_dp.settings import Settings
 from clipless_dp.tightness import TightnessReport, measure
-from clipless_dp.tracing import (
-    TracedNet,
-    has_hooks,
-    is_hooked,
-    is_leaf,
-    modules_of,
-    parameters_of,
-    runs_hooks,
-    trace,
-)
-from clipless_dp.tracker import (
-    Relation,
-    Sensitivity,
-    SensitivityTracker,
-    Stamp,
-    parameter_device_and_dtype,
-    stamp,
-)
+from clipless_dp.tracing import TracedNet, is_leaf, trace
+from clipless_dp.tracker import Relation, Sensitivity, SensitivityTracker, Stamp, stamp
 
 
 class DPLipModel(nn.Module):
@@ -250,14 +243,14 @@ class DPLipModel(nn.Module):
         """Input gate and network."""
         if fused and self._fused.takes_entry and not inputs.requires_grad:
             norms = sample_norms(inputs)
-            finite = norms <= _largest(self.input_norm, norms.dtype)
+            finite = norms <= largest_norm(self.input_norm, norms.dtype)
             whole = bool(finite.all())
             return Values(net(inputs, Entry(norms, self.input_norm, whole)), finite, whole)
         if self._vocabulary is None:
             gated, finite = input_gate(inputs, self.input_norm)
         else:
             gated, finite = token_gate(inputs, self._vocabulary)
-        return Values(net(gated), finite, _can_look(finite) and bool(finite.all()))
+        return Values(net(gated), finite, can_look(finite) and bool(finite.all()))
 
     def expect_rows(self, count: float) -> None:
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
@@ -316,7 +309,7 @@ class DPLipModel(nn.Module):
                 f"on {output.device}"
             )
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
-        if _can_look(losses):
+        if can_look(losses):
             # The product lets the same arrive at the losses as below: one number each, not one that all share.
             total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
             if math.isfinite(total.detach()):

@@ -22,6 +22,7 @@ from clipless_dp import distributed, lineage, passes, sharding
 from clipless_dp.arguments import require_accountant
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
 from clipless_dp.model import DPLipModel
+from clipless_dp.modules import parameters_of
 from clipless_dp.noise import (
     RELEASE_MARGIN,
     Allocation,
@@ -34,7 +35,6 @@ from clipless_dp.noise import (
 )
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
-from clipless_dp.tracing import parameters_of
 from clipless_dp.tracker import Sensitivity, stamp
 
 Sampling = Literal["announced", "poisson", "none"]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import InputError, PrivacyError
-from clipless_dp.gates import _drop_rows_, _factors, _largest, _per_sample, sample_norms
+from clipless_dp.gates.arithmetic import drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
 from clipless_dp.precision import outside_autocast
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.draws import Draw, Rows
@@ -564,9 +564,9 @@ class _OutermostGate(torch.autograd.Function):
         looks = norms.device.type == "cpu" and token is None
         if looks and len(norms) and float(norms.max()) <= ctx.limit:
             return cotangent, None, None, None
-        factors = _factors(ctx.limit, norms, ctx.limit)
-        gated = cotangent * _per_sample(factors, cotangent).to(cotangent.dtype)
-        return _drop_rows_(gated, norms, _largest(ctx.limit, norms.dtype)), None, None, None
+        factors = scale_factors(norms, cap=ctx.limit, floor=ctx.limit)
+        gated = cotangent * per_sample(factors, cotangent).to(cotangent.dtype)
+        return drop_rows_(gated, norms, largest_norm(ctx.limit, norms.dtype)), None, None, None
 
 
 def outermost_gate(values: Tensor, limit: float, opened: Pass | Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError, LossBoundError, PrivacyError
-from clipless_dp.gates import _can_look, _rows
+from clipless_dp.gates.arithmetic import can_look, flat_rows
 from clipless_dp.losses import (
     BinaryCrossEntropy,
     CosineSimilarity,
@@ -118,13 +118,13 @@ class RowLosses:
                 output = output.masked_fill(~mask.reshape(-1, *[1] * (output.dim() - 1)), 1.0)
             return loss.per_sample(output, target)
         if output.shape[0] == 0:
-            return _rows(output).sum(1)
-        usable = torch.isfinite(_rows(output)).all(1)
+            return flat_rows(output).sum(1)
+        usable = torch.isfinite(flat_rows(output)).all(1)
         if mask is not None:
             usable = usable & mask
-        if _can_look(usable):
+        if can_look(usable):
             if not bool(usable.any()):
-                sums = _rows(output).sum(1)
+                sums = flat_rows(output).sum(1)
                 return torch.where(usable, sums, torch.full_like(sums, torch.nan))
             if bool(usable.all()):
                 return self._of(loss, output, target, usable, bound)
@@ -326,7 +326,7 @@ def _with_gradient(losses: Callable[[Tensor], Tensor], output: Tensor, usable: T
 
 def _sizes(output: Tensor, bound: float) -> Tensor:
     """How large the terms may be that a row's loss is added up of, as its gradient is cut to the bound: ``(B,)``."""
-    lengths: Tensor = torch.linalg.vector_norm(_rows(output.detach()).cpu().double(), dim=1)
+    lengths: Tensor = torch.linalg.vector_norm(flat_rows(output.detach()).cpu().double(), dim=1)
     return bound * (1.0 + lengths)
 
 
@@ -334,7 +334,7 @@ def _rows_differ(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor], ou
     """Which rows have other values, or other gradients once these are cut to the bound: ``(B,)``."""
 
     def cut(gradients: Tensor) -> Tensor:
-        rows = _rows(gradients.detach()).cpu().double()
+        rows = flat_rows(gradients.detach()).cpu().double()
         lengths: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
         return rows * (bound / lengths.clamp(min=bound))
 
@@ -347,7 +347,7 @@ def _differ(first: Tensor, second: Tensor, size: Tensor | float) -> Tensor:
 
     Of a row's own numbers only: what others are must not decide how far this one may be off.
     """
-    first, second = (_rows(part.detach().cpu().double()) for part in (first, second))
+    first, second = (flat_rows(part.detach().cpu().double()) for part in (first, second))
     lengths = torch.linalg.vector_norm(first, dim=1) + torch.linalg.vector_norm(second, dim=1)
     unequal = torch.linalg.vector_norm(first - second, dim=1) > _RELATIVE * lengths + _ABSOLUTE * size
     finite = [torch.isfinite(part).all(1) for part in (first, second)]

@@ -13,8 +13,8 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from clipless_dp.gates import _LIFT
-from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
+from clipless_dp.gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
+from clipless_dp.gates.arithmetic import FLOOR_SHARE
 from clipless_dp.model import DPLipModel
 from clipless_dp.tightness import TIGHT, rounded_up
 
@@ -138,7 +138,7 @@ def suggest_gates(model: DPLipModel, batch: tuple[Tensor, Tensor]) -> GateSugges
             pays = math.hypot(*caps.values()) <= TIGHT * bound
             if pays:
                 # As the tracker bounds a gate that normalises, which is what the call that is suggested makes.
-                suggested |= {key: min(suggested[key] / _LIFT, caps[name]) for name, key in names.items()}
+                suggested |= {key: min(suggested[key] / FLOOR_SHARE, caps[name]) for name, key in names.items()}
             extra = _extra_seconds(layer, len(inputs), traced.shapes[traced.operands(node)[0]])
             lines[path] = GateSuggestion(
                 path=path,

@@ -12,7 +12,7 @@ from tabulate import tabulate
 from torch import Tensor, fx
 
 from clipless_dp.errors import InputError, PrivacyError
-from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated
+from clipless_dp.gates import GradientGated, can_be_gradient_gated
 from clipless_dp.tracing import TracedNet
 from clipless_dp.tracker import LayerSensitivity, Sensitivity
 

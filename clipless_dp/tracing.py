@@ -16,6 +16,7 @@ from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModul
 from clipless_dp.gates import BallProjection, SphereScaling
 from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.layers import SampleGroupNorm
+from clipless_dp.modules import is_hooked
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 
@@ -239,57 +240,6 @@ def _misused_tokens(module: fx.GraphModule) -> Iterator[Unsupported]:
                 if user not in tables and user.op != "output" and not _about_shapes(user):
                     remedy = "the network's input holds tokens, since an embedding reads it: embed it everywhere"
                     yield Unsupported(user.name, str(user.target), remedy)
-
-
-def modules_of(net: nn.Module) -> list[nn.Module]:
-    """What ``net.modules()`` yields, in its order, without a name for each: every step asks."""
-    found: dict[nn.Module, None] = {}
-
-    def collect(module: nn.Module) -> None:
-        found[module] = None
-        for child in module._modules.values():
-            if child is not None and child not in found:
-                collect(child)
-
-    collect(net)
-    return list(found)
-
-
-def parameters_of(net: nn.Module) -> list[nn.Parameter]:
-    """What ``net.parameters()`` yields, in its order, without a name for each: every step asks."""
-    held = (parameter for module in modules_of(net) for parameter in module._parameters.values())
-    return list({id(parameter): parameter for parameter in held if parameter is not None}.values())
-
-
-def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
-    """Whether hooks, or a forward set on the instance, may change a module's values or its parameters' gradients.
-
-    Args:
-        leaf: the module.
-        besides: hooks that are methods of this object are known and left out.
-    """
-    if runs_hooks(leaf):
-        kinds = (leaf._forward_hooks, leaf._forward_pre_hooks, leaf._backward_hooks, leaf._backward_pre_hooks)
-        owners = {getattr(hook, "__self__", None) for hooks in kinds for hook in hooks.values()}
-        if "forward" in vars(leaf) or besides is None or owners != {besides}:
-            return True
-    return bool(leaf._parameters or leaf._modules) and any(map(has_hooks, parameters_of(leaf)))
-
-
-def runs_hooks(module: nn.Module) -> bool:
-    """Whether a call of a module runs hooks, or a forward set on the instance."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
-
-
-def has_hooks(parameter: Tensor) -> bool:
-    """Whether hooks may change a parameter's gradient."""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _about_shapes(node: fx.Node) -> bool:

@@ -24,10 +24,11 @@ from clipless_dp.errors import (
     UnsupportedModuleError,
 )
 from clipless_dp.gates import CotangentGate
+from clipless_dp.modules import kind_of
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, RuleError, find_function_rule, find_rule, is_builtin, value_of
-from clipless_dp.rules.base import LARGEST, kind_of
-from clipless_dp.tracing import TracedNet, parameters_of, place
+from clipless_dp.rules.base import LARGEST
+from clipless_dp.tracing import TracedNet, place
 
 Relation = Literal["add-or-remove-one", "replace-one"]
 
@@ -550,23 +551,3 @@ def _deep_recursion(nodes: int) -> Iterator[None]:
         yield
     finally:
         sys.setrecursionlimit(previous)
-
-
-def parameter_device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype of a network's parameters.
-
-    Raises:
-        ConfigurationError: they are spread over several, or the dtype is neither float32 nor float64.
-    """
-    kinds = {(parameter.device, parameter.dtype) for parameter in parameters_of(net)} or {
-        (torch.device("cpu"), torch.float32)
-    }
-    if len(kinds) != 1:
-        listed = ", ".join(sorted(f"{device}/{dtype}" for device, dtype in kinds))
-        raise ConfigurationError(f"the network's parameters must share one device and one dtype, found {listed}")
-    ((device, dtype),) = kinds
-    if dtype not in (torch.float32, torch.float64):
-        raise ConfigurationError(
-            f"parameters must be float32 or float64, got {dtype}: the bounds do not cover coarser rounding"
-        )
-    return device, dtype

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, fusion, gated, gates, gradient_gated, gradient_gates, layers, losses, model
+from clipless_dp import DPLipModel, fusion, gated, gradient_gated, layers, losses, model
+from clipless_dp.gates import gradient_layers, signal
 from tests.soundness.attack import bounds_of, wrap
 from tests.soundness.mutation import Mutant
 
@@ -193,13 +194,13 @@ def looks() -> dict[str, Callable[[Tensor], Tensor]]:
         limit, normalize, floor = 100.0, False, 1.0
 
     def clipped(cotangents: Tensor) -> Tensor:
-        return gates._CotangentGateFunction.backward(Settings, cotangents)[0]
+        return signal._CotangentGateFunction.backward(Settings, cotangents)[0]
 
     return {
         "cotangent gate": clipped,
-        "dropped rows": lambda values: gates._drop_rows_(values * 1.0, gates.sample_norms(values), 100.0),
-        "rows of a gradient gate": lambda values: gradient_gates._zeroed(values)[0],
-        "norms of a gradient gate": lambda values: gradient_gates._zeroed(values)[1],
+        "dropped rows": lambda values: signal.drop_rows_(values * 1.0, signal.sample_norms(values), 100.0),
+        "rows of a gradient gate": lambda values: gradient_layers.zeroed_rows(values)[0],
+        "norms of a gradient gate": lambda values: gradient_layers.zeroed_rows(values)[1],
     }
 
 
@@ -251,25 +252,31 @@ def test_a_label_out_of_range_or_a_loss_that_is_not_finite_changes_no_bit_of_oth
 
 
 MUTANTS = (
-    Mutant("a looser look in chains", fusion, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"),
+    Mutant(
+        "a looser look in chains", fusion.backward, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"
+    ),
     Mutant(
         "a looser look in cotangent gates",
-        gates._CotangentGateFunction,
+        signal._CotangentGateFunction,
         "backward",
         "<= ctx.limit",
         "<= 3.0 * ctx.limit",
     ),
     Mutant(
-        "every row dropped", gates, "_drop_rows_", "~(norms.detach() <= largest)", "norms.detach() == norms.detach()"
+        "every row dropped", signal, "drop_rows_", "~(norms.detach() <= largest)", "norms.detach() == norms.detach()"
     ),
-    Mutant("lost rows at the end of the batch assumed", fusion, "_entered", "or int(lost[0]) < rows", ""),
+    Mutant("lost rows at the end of the batch assumed", fusion.chain, "_entered", "or int(lost[0]) < rows", ""),
     Mutant(
-        "every row lost where one is", fusion, "_entered", "index_fill(0, lost, 0.0)\n    rows", "mul(0.0)\n    rows"
+        "every row lost where one is",
+        fusion.chain,
+        "_entered",
+        "(norms <= limit) & (scales >= _SMALLEST_SCALE)",
+        "norms.isnan()",
     ),
     Mutant(
         "every row without a gradient",
-        gradient_gates,
-        "_zeroed",
+        gradient_layers,
+        "zeroed_rows",
         "torch.where(rows, values,",
         "torch.where(rows.all(), values,",
     ),
@@ -298,6 +305,6 @@ def test_looks_that_decide_for_others_are_noticed(mutant: Mutant, monkeypatch: p
 
 
 def test_underflow_that_is_dropped_only_where_some_row_is_clipped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "_SMALLEST_SCALE", 0.0)
+    monkeypatch.setattr(fusion.chain, "_SMALLEST_SCALE", 0.0)
     with pytest.raises(AssertionError):
         check_bits("one layer", torch.float64)

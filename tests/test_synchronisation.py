@@ -24,7 +24,7 @@ from clipless_dp import (
     gradient_gated,
     losses,
 )
-from clipless_dp import gates as gates_module
+from clipless_dp.gates import signal as gates_module
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import batches as batches_module
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp import ConfigurationError, NormError, UnsupportedModuleError, constraints, layers
-from clipless_dp.tracing import modules_of, parameters_of
 from tests.soundness.attack import Traced, wrap
 
 FORBIDDEN: dict[str, tuple[Callable[[], nn.Module], str]] = {
@@ -332,16 +331,3 @@ def test_tracing_draws_no_random_number() -> None:
     net = nn.Sequential(nn.Dropout(0.5))
     wrap(net, (4,))
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_modules_and_parameters_are_those_that_torch_finds_in_its_order() -> None:
-    shared = nn.Linear(3, 3)
-    net = nn.Sequential(shared, nn.Sequential(nn.ReLU(), shared, nn.Linear(3, 3, bias=False)), nn.Bilinear(3, 3, 3))
-    net.register_module("absent", None)
-    net[2].weight = nn.Parameter(torch.zeros(3, 3, 3))
-    net[1][2].weight = shared.weight
-    net.register_parameter("own", nn.Parameter(torch.zeros(2)))
-    for part in net.modules():
-        assert [*map(id, modules_of(part))] == [*map(id, part.modules())]
-        assert [*map(id, parameters_of(part))] == [*map(id, part.parameters())]
-    assert parameters_of(nn.ReLU()) == []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates import _scaled
+from clipless_dp.gates.signal import scale_samples
 
 _LARGEST_SET = 4
 """Columns that a cosine of few columns looks at, at most."""
@@ -79,8 +79,8 @@ class RandomCosines(nn.Module):
         for some, out in zip(rows.split(size), features.split(size), strict=True):
             waves = torch.addmm(self.phases.to(rows.dtype), some, self.frequencies.to(rows.dtype)).cos_()
             waves -= self.means.to(rows.dtype)
-            out[:, : self.columns] = _scaled(some, math.sqrt(_LINEAR_SHARE), 1e-3)[0]
-            out[:, self.columns :] = _scaled(waves, math.sqrt(1.0 - _LINEAR_SHARE), 1e-3)[0]
+            out[:, : self.columns] = scale_samples(some, math.sqrt(_LINEAR_SHARE), 1e-3)[0]
+            out[:, self.columns :] = scale_samples(waves, math.sqrt(1.0 - _LINEAR_SHARE), 1e-3)[0]
         return features
 
     def extra_repr(self) -> str:

@@ -7,9 +7,10 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from clipless_dp.modules import kind_of
 from clipless_dp.noise.randomness import BY_CHANNEL, BY_SAMPLE, EVERY_ENTRY, Randomness, empty_noise, live
 from clipless_dp.rules import find_function_rule, find_rule
-from clipless_dp.rules.base import is_builtin, kind_of
+from clipless_dp.rules.base import is_builtin
 
 # Opaque to compilers: they would run torch's own dropout from torch's own generator, and might fold a draw into a
 # constant or draw once for two layers, were it not for the tag.

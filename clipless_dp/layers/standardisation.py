@@ -7,7 +7,8 @@ import math
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates import _checked_cap, _scaled
+from clipless_dp.gates.arithmetic import checked_cap
+from clipless_dp.gates.signal import scale_samples
 
 
 class SampleGroupNorm(nn.Module):
@@ -37,7 +38,7 @@ class SampleGroupNorm(nn.Module):
         if not (isinstance(groups, int) and groups >= 1):
             raise ConfigurationError(f"groups must be a positive integer, got {groups!r}")
         self.groups = groups
-        self.floor = _checked_cap("floor", floor)
+        self.floor = checked_cap("floor", floor)
 
     def forward(self, values: Tensor) -> Tensor:
         """Standardises each group of each sample."""
@@ -45,7 +46,7 @@ class SampleGroupNorm(nn.Module):
             raise InputError(f"channels of {tuple(values.shape)} cannot be divided into {self.groups} groups")
         grouped = values.reshape(values.shape[0] * self.groups, -1)
         radius = math.sqrt(grouped.shape[1])
-        scaled, _ = _scaled(grouped - grouped.mean(1, keepdim=True), radius, radius * self.floor)
+        scaled, _ = scale_samples(grouped - grouped.mean(1, keepdim=True), radius, radius * self.floor)
         return scaled.reshape(values.shape)
 
     def extra_repr(self) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from torch import nn
 
 from clipless_dp.errors import Unsupported
+from clipless_dp.modules import kind_of
 from clipless_dp.norms.operators import Operator
 
 LARGEST = 1e30
@@ -191,13 +192,6 @@ def register_remedy(remedy: str, *module_types: type[nn.Module]) -> None:
     """Says what to use in place of module types that have no bound."""
     for module_type in module_types:
         _REMEDIES[module_type] = remedy
-
-
-def kind_of(module: nn.Module) -> type[nn.Module]:
-    """A module's type without what torch's ``fully_shard`` mixes in, which gathers parameters and computes nothing."""
-    own, *bases = type(module).__mro__
-    mixed = bases[0].__name__ == "FSDPModule" and bases[0].__module__.startswith("torch.distributed.")
-    return bases[1] if mixed else own
 
 
 def find_rule(module: nn.Module) -> Rule | None:

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling, rounding_slack
-from clipless_dp.gradient_gates import (
+from clipless_dp.gates import (
+    BallProjection,
+    CotangentGate,
     GradientGated,
     GradientGatedConv1d,
     GradientGatedConv2d,
     GradientGatedConvTranspose1d,
     GradientGatedConvTranspose2d,
     GradientGatedLinear,
+    SphereScaling,
+    rounding_slack,
 )
 from clipless_dp.layers import SampleGroupNorm
 from clipless_dp.rules.base import LayerBounds, RuleContext, register_rule

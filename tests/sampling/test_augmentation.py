@@ -24,9 +24,9 @@ from clipless_dp import (
     gradient_gated,
     losses,
 )
-from clipless_dp import augmentation as augmentation_module
 from clipless_dp import optim as optim_module
 from clipless_dp.noise.randomness import Randomness
+from clipless_dp.sampling import augmentation as augmentation_module
 from clipless_dp.sampling.augmentation import views
 from tests.support import gated_model, samples
 

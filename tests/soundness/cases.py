@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp import layers
-from clipless_dp.gradient_gates import gradient_gated_layer
+from clipless_dp.gates import gradient_gated_layer
 from tests.soundness.attack import Case, Traced
 
 

@@ -36,7 +36,7 @@ class Mutant:
         original = inspect.getattr_static(self.owner, self.function)
         source = textwrap.dedent(inspect.getsource(getattr(original, "__func__", original)))
         assert source.count(self.old) == 1, f"{self.name}: {self.old!r} does not occur once in {self.function}"
-        module = self.owner if inspect.ismodule(self.owner) else sys.modules[self.owner.__module__]
+        module = sys.modules[inspect.unwrap(getattr(original, "__func__", original)).__module__]
         monkeypatch.setattr(base, "_RULES", dict(base._RULES))
         monkeypatch.setattr(base, "_FUNCTION_RULES", dict(base._FUNCTION_RULES))
         names: dict[str, Any] = {}

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, layers
-from clipless_dp.gradient_gates import gradient_gated_layer
+from clipless_dp.gates import gradient_gated_layer
 from tests.soundness.attack import Record, add_or_remove_one, wrap
 
 Step = tuple[str, int, int]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule, tracing, tracker
+from clipless_dp.gates import signal
 from clipless_dp.norms import operators
 from clipless_dp.rules import activations, base, conv, graph, linear, pooling, residual
 from clipless_dp.rules import gates as gate_rules
@@ -401,7 +402,7 @@ def test_removing_an_outlier_catches_gates_that_see_the_batch_instead_of_its_sam
     def of_the_batch(values: Tensor) -> Tensor:
         return torch.linalg.vector_norm(values).expand(len(values))
 
-    monkeypatch.setattr(gates, "sample_norms", of_the_batch)
+    monkeypatch.setattr(signal, "sample_norms", of_the_batch)
     with pytest.raises(BoundBroken):
         add_or_remove_one(wrap(net, (4,)), inputs, targets)
 

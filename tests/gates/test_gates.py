@@ -15,12 +15,12 @@ from clipless_dp.gates import (
     BallProjection,
     CotangentGate,
     SphereScaling,
-    _products,
     cotangent_gate,
     input_gate,
     rounding_slack,
     sample_norms,
 )
+from clipless_dp.gates.arithmetic import sample_products
 
 SIZES = st.sampled_from([1e-30, 1e-8, 1e-3, 1.0, 1e3, 1e8, 1e15])
 FORWARD = (BallProjection(0.5), SphereScaling(0.5, floor=1e-2))
@@ -244,4 +244,4 @@ def test_norms_and_products_do_not_depend_on_how_maps_lie_in_memory() -> None:
         left = first.contiguous(memory_format=one)
         torch.testing.assert_close(sample_norms(left), true_norms(first))
         for other in orders:
-            torch.testing.assert_close(_products(left, second.contiguous(memory_format=other)), expected)
+            torch.testing.assert_close(sample_products(left, second.contiguous(memory_format=other)), expected)

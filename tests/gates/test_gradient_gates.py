@@ -16,9 +16,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipless_dp import ConfigurationError, DPLipModel, gated, gradient_gated, gradient_gates, losses
-from clipless_dp.gates import GateMode, rounding_slack
-from clipless_dp.gradient_gates import GradientGated, GradientGatedConv2d, GradientGatedLinear, gradient_gated_layer
+from clipless_dp import ConfigurationError, DPLipModel, gated, gradient_gated, losses
+from clipless_dp.gates import (
+    GateMode,
+    GradientGated,
+    GradientGatedConv2d,
+    GradientGatedLinear,
+    gradient_gated_layer,
+    gradient_layers,
+    rounding_slack,
+)
+from clipless_dp.gates import gradient as gated_sums
 from clipless_dp.norms import operators
 from tests.soundness.attack import Record, add_or_remove_one, per_sample_gradients, wrap
 
@@ -116,14 +124,14 @@ def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_unto
 
 def test_both_ways_of_computing_a_norm_are_among_the_layers_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: set[tuple[bool, bool]] = set()
-    prefers_gram = gradient_gates._prefers_gram
+    prefers_gram = gated_sums._prefers_gram
 
     def noted(positions: int, inputs: int, outputs: int) -> bool:
         answer = prefers_gram(positions, inputs, outputs)
         ways.add((answer, "groups" in name))
         return answer
 
-    monkeypatch.setattr(gradient_gates, "_prefers_gram", noted)
+    monkeypatch.setattr(gated_sums, "_prefers_gram", noted)
     for name in LAYERS:
         layer, shape = built(name)
         backward(gradient_gated_layer(layer, 1.0), *signals(layer, shape))
@@ -253,20 +261,24 @@ def test_no_weight_breaks_the_bounds_of_a_gradient_gated_network(mode: str, size
 @contextmanager
 def mutant(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> Iterator[None]:
     with monkeypatch.context() as patched:
-        patched.setattr(gradient_gates, name, value)
+        for place in (gated_sums, gradient_layers):
+            if hasattr(place, name):
+                patched.setattr(place, name, value)
         yield
 
 
-def of_the_batch(norms: Tensor, limit: float, least: float) -> Tensor:
+def of_the_batch(norms: Tensor, *, cap: float, floor: float) -> Tensor:
     """Clips the batch, not its samples."""
-    return (limit / norms.norm().clamp(min=least)).expand_as(norms)
+    return (cap / norms.norm().clamp(min=floor)).expand_as(norms)
 
 
 def plain_bias(cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:
     return cotangents.sum(0)
 
 
-def of_cotangent_alone(values: Tensor, cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:
+def of_cotangent_alone(
+    values: Tensor, cotangents: Tensor, lengths: Tensor, sizes: Tensor, limit: float, least: float
+) -> Tensor:
     factors = limit / sizes.clamp(min=least)
     return (cotangents * factors[:, None]).t() @ values
 
@@ -287,16 +299,16 @@ def drops_the_rest(values: Tensor, cotangents: Tensor, limit: float, least: floa
     return TOKENS(values[:whole], cotangents[:whole], limit, least, chunk)
 
 
-TOKENS = gradient_gates._token_weight_gradient
+TOKENS = gated_sums.token_weight_gradient
 
 MUTANTS = [
-    ("_factors", of_the_batch, "map"),
-    ("_bias_gradient", plain_bias, "vector"),
-    ("_vector_weight_gradient", of_cotangent_alone, "vector"),
+    ("scale_factors", of_the_batch, "map"),
+    ("bias_gradient", plain_bias, "vector"),
+    ("vector_weight_gradient", of_cotangent_alone, "vector"),
     ("_gated_sum", each_group_by_itself, "groups"),
     ("_gated_sum", positions_by_themselves, "map"),
     ("_gated_sum", positions_by_themselves, "few tokens"),
-    ("_token_weight_gradient", drops_the_rest, "many tokens"),
+    ("token_weight_gradient", drops_the_rest, "many tokens"),
 ]
 
 
@@ -314,7 +326,7 @@ def test_a_wrong_gate_is_caught(
         assert_close(backward(gate, values, cotangents)[1], expected)
 
 
-@pytest.mark.parametrize(("place", "wrong"), [("_bias_gradient", plain_bias), ("_factors", of_the_batch)])
+@pytest.mark.parametrize(("place", "wrong"), [("bias_gradient", plain_bias), ("scale_factors", of_the_batch)])
 def test_removing_an_outlier_exposes_a_wrong_gate(
     place: str, wrong: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

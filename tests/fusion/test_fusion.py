@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, gradient_gates, layers
+from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
+from clipless_dp.gates import gradient, sample_norms
 from clipless_dp.memory import traffic
 from clipless_dp.passes import unwitnessed
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
@@ -267,8 +268,8 @@ def test_any_network_gives_the_numbers_of_its_traced_graph(built: Any, rows: int
 
 @pytest.mark.parametrize("name", ALL)
 def test_blocks_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fusion, "_BLOCK_ENTRIES", 40)
-    monkeypatch.setattr(fusion, "_CONVOLUTION_ENTRIES", 800)
+    monkeypatch.setattr(fusion.stages, "_BLOCK_ENTRIES", 40)
+    monkeypatch.setattr(fusion.backward, "_CONVOLUTION_ENTRIES", 800)
     # Spheres make what precedes them free of its scale; balls do not.
     for gates in ("sphere", "ball"):
         model = model_of(name, gates)
@@ -382,8 +383,8 @@ def test_padding_leaves_a_chain_as_zero_samples_do() -> None:
         model = model_of(name)
         chain = next(chain for chain in model._fused.module.children() if isinstance(chain, fusion.Chain))
         inputs, _ = batch_of(model, 5, "tail")
-        found = chain(inputs, fusion.Entry(fusion.sample_norms(inputs), 3.0, False))
-        expected = chain(inputs.nan_to_num(), fusion.Entry(fusion.sample_norms(inputs.nan_to_num()), 3.0, True))
+        found = chain(inputs, fusion.Entry(sample_norms(inputs), 3.0, False))
+        expected = chain(inputs.nan_to_num(), fusion.Entry(sample_norms(inputs.nan_to_num()), 3.0, True))
         assert torch.equal(found, expected)
 
 
@@ -469,48 +470,59 @@ def test_settings_of_gates_that_are_changed_after_wrapping_are_followed() -> Non
 MUTANTS = (
     Mutant(
         "no factor of the gate in the gradient",
-        fusion,
+        fusion.backward,
         "_arrived",
-        "torch.mul(cotangents, _per_sample(factors, into), out=into)",
+        "torch.mul(cotangents, per_sample(factors, into), out=into)",
         "into.copy_(cotangents)",
     ),
-    Mutant("a larger cap", fusion, "_arrived", "_factors(gate.limit, norms", "_factors(2.0 * gate.limit, norms"),
-    Mutant("normalised instead of clipped", fusion, "_arrived", "else gate.limit)", "else gate.floor)"),
-    Mutant("no ReLU on the way back", fusion, "_arrived", "if stage.rectified:", "if False:"),
-    Mutant("the wrong floor", fusion, "_slope", "norms > stage.floor", "norms > 0.0"),
-    Mutant("no factor of the gate before", fusion, "_arrived", "factors = shares * scales", "pass"),
-    Mutant("a bias that is not capped", fusion, "_arrived", "shares @ totals", "totals.sum(0)"),
-    Mutant("a looser look", fusion, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"),
-    Mutant("products scaled", fusion, "_arrived", "products / scales", "products"),
-    Mutant("nothing projected", fusion, "_project", "value=-1", "value=0"),
-    Mutant("projected twice", fusion, "_project", "value=-1", "value=-2"),
-    Mutant("the input gate forgotten", fusion, "_entered", "scales.mul_(ball)", "scales"),
-    Mutant("the input gate's norm forgotten", fusion, "_entered", "raw * ball, torch.nan", "raw, torch.nan"),
-    Mutant("dropped samples kept", fusion, "_entered", "scales = scales.index_fill(0, lost, 0.0)", "pass"),
-    Mutant("dropped rows left in the input", fusion, "_entered", "values = values.index_fill(0, lost, 0.0)", "pass"),
+    Mutant("a larger cap", fusion.backward, "_arrived", "cap=gate.limit", "cap=2.0 * gate.limit"),
+    Mutant("normalised instead of clipped", fusion.backward, "_arrived", "else gate.limit", "else gate.floor"),
+    Mutant("no ReLU on the way back", fusion.backward, "_arrived", "if stage.rectified:", "if False:"),
+    Mutant("the wrong floor", fusion.backward, "_shares", "norms > stage.floor", "norms > 0.0"),
+    Mutant("no factor of the gate before", fusion.backward, "_arrived", "factors = shares * scales", "pass"),
+    Mutant("a bias that is not capped", fusion.backward, "_arrived", "shares @ totals", "totals.sum(0)"),
+    Mutant("a looser look", fusion.backward, "_arrived", "not most <= gate.limit", "not most <= 2.0 * gate.limit"),
+    Mutant("products scaled", fusion.backward, "_arrived", "products / scales", "products"),
+    Mutant("nothing projected", fusion.backward, "tangent_part", "value=-1", "value=0"),
+    Mutant("projected twice", fusion.backward, "tangent_part", "value=-1", "value=-2"),
+    Mutant("the input gate forgotten", fusion.chain, "_entered", "scales.mul_(ball)", "scales"),
+    Mutant("the input gate's norm forgotten", fusion.chain, "_entered", "raw * ball, torch.nan", "raw, torch.nan"),
+    Mutant(
+        "dropped rows left in the input", fusion.chain, "_entered", "values = values.index_fill(0, lost, 0.0)", "pass"
+    ),
     Mutant(
         "bias scaled",
-        fusion,
+        fusion.chain,
         "_left",
         "torch.addcmul(stage.broadcast(bias), block, scales, out=block)",
         "block.add_(stage.broadcast(bias)).mul_(scales)",
     ),
-    Mutant("rows of another block", fusion, "_passed_linear", "kept.scales[rows]", "kept.scales[: len(arriving)]"),
+    Mutant("rows of another block", fusion.chain, "passed_linear", "kept.scales[rows]", "kept.scales[: len(arriving)]"),
     Mutant(
-        "products of another block", fusion, "_passed_convolution", "kept.norms)[rows]", "kept.norms)[: len(leaving)]"
+        "products of another block",
+        fusion.chain,
+        "passed_convolution",
+        "kept.norms)[rows]",
+        "kept.norms)[: len(leaving)]",
     ),
-    Mutant("lengths before the gate", fusion, "_lengths", "if stage.before is not None:", "if False:"),
-    Mutant("weights not capped", fusion, "_gated_outer", "cotangents.mul_(factors.unsqueeze(1))", "pass"),
-    Mutant("the bias's gate for the weight", fusion, "_passed_gated", "*gate.gates()[0])", "*gate.gates()[1])"),
+    Mutant("lengths before the gate", fusion.backward, "_lengths", "if stage.before is not None:", "if False:"),
     Mutant(
-        "capped cotangents go on",
-        fusion,
+        "weights not capped",
+        fusion.backward,
+        "vector_weight_gradient",
+        "torch.mul(cotangents, factors.unsqueeze(1), out=into)",
+        "cotangents",
+    ),
+    Mutant("the bias's gate for the weight", fusion.backward, "_passed_gated", "*gate.gates()[0]", "*gate.gates()[1]"),
+    Mutant(
+        "cotangents that go on scaled",
+        fusion.backward,
         "_passed_gated",
         "passed = cotangents @ weight",
-        "passed = (cotangents * factors.unsqueeze(1)) @ weight",
+        "passed = (0.5 * cotangents) @ weight",
     ),
-    Mutant("positions in another order", gradient_gates, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
-    Mutant("only the last block's bias", fusion, "_total", "parts[0].add_(part)", "parts[0].copy_(part)"),
+    Mutant("positions in another order", gradient, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
+    Mutant("only the last block's bias", fusion.backward, "_total", "parts[0].add_(part)", "parts[0].copy_(part)"),
 )
 
 
@@ -527,3 +539,31 @@ def test_mistakes_are_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -
     mutant.apply(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):
         check_all(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("mutant", "check"),
+    [
+        (
+            Mutant(
+                "cotangents",
+                fusion.backward,
+                "_passed_gated",
+                "drop_rows_(cotangents, norms, LARGEST_NORM)[rows]",
+                "cotangents[rows]",
+            ),
+            test_cotangents_that_overflow_within_a_chain_are_dropped_by_gradient_gates,
+        ),
+        (
+            Mutant("outputs", fusion.chain, "_left", "output.index_fill_(0, kept.lost, 0.0)", "pass"),
+            test_padding_leaves_a_chain_as_zero_samples_do,
+        ),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_is_left_of_dropped_samples_is_noticed(
+    mutant: Mutant, check: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutant.apply(monkeypatch)
+    with pytest.raises(AssertionError):
+        check()

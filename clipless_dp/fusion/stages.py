@@ -1,0 +1,139 @@
+"""The stages of a chain: one layer with the gates and the ReLU around it, and what it keeps for the way back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from clipless_dp.gates import BallProjection, CotangentGate, GradientGatedLinear, SphereScaling
+
+_BLOCK_ENTRIES = 1 << 17
+"""Entries of an activation at once on each thread: in float32 half a megabyte, so that two fit a core's cache."""
+
+
+class Entry(NamedTuple):
+    """The input gate that the network's inputs have yet to pass.
+
+    Attributes:
+        norms: of the inputs, ``(B,)``.
+        radius: of the gate.
+        whole: whether none of them is lost in the gate.
+    """
+
+    norms: Tensor
+    radius: float
+    whole: bool
+
+
+class Stage(NamedTuple):
+    """One layer with what is around it.
+
+    Attributes:
+        layer: a linear layer, which may have gradient gates, or a convolution.
+        before: the gate on its input.
+        behind: the gate on its output's cotangent.
+        rectified: whether a ReLU follows.
+        interleaved: whether maps are to lie in memory channels last.
+    """
+
+    layer: nn.Linear | nn.Conv1d | nn.Conv2d
+    before: BallProjection | SphereScaling | None
+    behind: CotangentGate | None
+    rectified: bool
+    interleaved: bool
+
+    @property
+    def gradient_gate(self) -> GradientGatedLinear | None:
+        """The layer, where it caps the gradients of its own parameters."""
+        return self.layer if isinstance(self.layer, GradientGatedLinear) else None
+
+    @property
+    def measures(self) -> bool:
+        """Whether it needs the norms of its input."""
+        return self.before is not None or self.gradient_gate is not None
+
+    @property
+    def floor(self) -> float:
+        """The norm below which the gate before the layer stretches by a constant."""
+        return self.before.floor if isinstance(self.before, SphereScaling) else cast(BallProjection, self.before).radius
+
+    def geometry(self) -> tuple[Any, ...]:
+        """Arguments of a convolution."""
+        layer = cast(nn.Conv2d, self.layer)
+        return layer.stride, layer.padding, layer.dilation, False, (0,) * len(layer.kernel_size), layer.groups
+
+    def apply(self, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer alone."""
+        if isinstance(self.layer, nn.Linear):
+            return functional.linear(values, weight, bias)
+        output: Tensor = torch.ops.aten.convolution(values, weight, bias, *self.geometry())
+        return output
+
+    def broadcast(self, bias: Tensor) -> Tensor:
+        """A bias in a shape that fits the output."""
+        return bias if isinstance(self.layer, nn.Linear) else bias.reshape(-1, *[1] * len(self.layer.kernel_size))
+
+    def totals(self, maps: Tensor) -> Tensor:
+        """Sums over positions: what is of the output's shape, to ``(B, O)``."""
+        positions = range(1, maps.dim() - 1) if isinstance(self.layer, nn.Linear) else range(2, maps.dim())
+        return maps.sum(tuple(positions)) if positions else maps
+
+    def reference(self, values: Tensor) -> Tensor:
+        """The same by the modules themselves."""
+        values = values if self.before is None else self.before(values)
+        values = self.layer(values)
+        values = values if self.behind is None else self.behind(values)
+        return torch.relu(values) if self.rectified else values
+
+
+class Interleaved(nn.Module):
+    """A convolution whose maps lie in memory channels last, because a max pooling follows.
+
+    Torch pools such maps several times faster on a CPU, and what a convolution returns lies as its weight does.
+    """
+
+    def __init__(self, layer: nn.Conv2d) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, values: Tensor) -> Tensor:
+        """As the layer itself."""
+        output: Tensor = functional_call(self.layer, {"weight": channels_last(self.layer.weight)}, (values,))
+        return output
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """A weight that lies in memory channels last, as then does what a convolution by it returns."""
+    return weight.to(memory_format=torch.channels_last)
+
+
+def blocks(values: Tensor, limit: int = 0) -> Iterator[slice]:
+    """Rows of a batch in parts of about one size, with so many entries."""
+    batch = len(values)
+    count = max(1, min(batch, round(values.numel() / ((limit or _BLOCK_ENTRIES) * torch.get_num_threads()))))
+    step = math.ceil(batch / count)
+    return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+
+
+class Kept(NamedTuple):
+    """What a stage keeps for the way back.
+
+    Attributes:
+        values: its input; the rows that count come first, ``rows`` of them, and the rest is left out of gradients.
+        scales: what the gates multiply each sample by, ``(B,)``.
+        norms: of its input, ``(B,)``.
+        lost: indices of the samples that the gates made zero, or would shrink by more than 1e27.
+        rows: as above.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    norms: Tensor | None
+    lost: Tensor | None
+    rows: int

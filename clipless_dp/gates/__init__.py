@@ -1,0 +1,42 @@
+"""Gates: what caps a sample's signal, forwards or backwards, or its gradients of a layer's parameters."""
+
+from clipless_dp.gates.arithmetic import rounding_slack, sample_norms
+from clipless_dp.gates.gradient_layers import (
+    GradientGated,
+    GradientGatedConv1d,
+    GradientGatedConv2d,
+    GradientGatedConvTranspose1d,
+    GradientGatedConvTranspose2d,
+    GradientGatedLinear,
+    can_be_gradient_gated,
+    gradient_gated_layer,
+)
+from clipless_dp.gates.signal import (
+    BallProjection,
+    CotangentGate,
+    GateMode,
+    SphereScaling,
+    cotangent_gate,
+    input_gate,
+    token_gate,
+)
+
+__all__ = [
+    "BallProjection",
+    "CotangentGate",
+    "GateMode",
+    "GradientGated",
+    "GradientGatedConv1d",
+    "GradientGatedConv2d",
+    "GradientGatedConvTranspose1d",
+    "GradientGatedConvTranspose2d",
+    "GradientGatedLinear",
+    "SphereScaling",
+    "can_be_gradient_gated",
+    "cotangent_gate",
+    "gradient_gated_layer",
+    "input_gate",
+    "rounding_slack",
+    "sample_norms",
+    "token_gate",
+]

@@ -1,0 +1,203 @@
+"""Gated sums: what gradient gates return in place of the sum of the samples' gradients of a weight or a bias.
+
+A weight that meets one vector of each sample has the gradient ``g xᵀ``, of norm ``‖g‖‖x‖`` in closed form. A weight
+that meets several (tokens, pixels) has ``Σ_t g_t x_tᵀ``, whose norm is computed for a chunk of samples at a time: from
+the samples' gradients themselves, or, where a sample has few positions, from ``Σ_ts ⟨g_t, g_s⟩⟨x_t, x_s⟩``. The chunk's
+scaled sum is all that is kept of it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clipless_dp.gates.arithmetic import (
+    UNDERFLOW,
+    is_interleaved,
+    sample_norms,
+    scale_factors,
+    zeroed_rows,
+)
+
+_CANCELLED = 1e-3
+"""A sum over positions that is smaller than this share of ``‖g‖‖x‖`` counts as this large: the rest is mostly rounding,
+which depends on the rest of the batch and must not be scaled to the size of a signal."""
+
+_CHUNK_ENTRIES = {"cpu": 1 << 20}
+_CHUNK_ENTRIES_ELSEWHERE = 1 << 26
+"""Entries of windows and per-sample gradients at once: 4 MiB on a CPU, elsewhere 256 MiB."""
+
+_GRAM_GAIN = 8.0
+"""Products of matrices that take as long as an entry of a per-sample gradient takes to be written and read twice."""
+
+
+def vector_weight_gradient(
+    values: Tensor,
+    cotangents: Tensor,
+    lengths: Tensor,
+    sizes: Tensor,
+    limit: float,
+    least: float,
+    *,
+    into: Tensor | None = None,
+) -> Tensor:
+    """The gated sum for one vector a sample, whose gradient ``g xᵀ`` has the norm ``‖g‖‖x‖``.
+
+    Args:
+        values: ``(B, K)``, zero where ``x`` has no norm.
+        cotangents: ``(B, O)``, zero where ``g`` has none. A number that scales ``x`` may be in these instead.
+        lengths: ``‖x‖``, of shape ``(B,)``; NaN drops a sample.
+        sizes: ``‖g‖``, of shape ``(B,)``; NaN drops a sample.
+        limit: the cap.
+        least: the norm below which samples are not scaled further up.
+        into: where the gated cotangents go; may be ``cotangents``.
+
+    Returns:
+        ``(O, K)``.
+    """
+    factors = scale_factors((lengths + UNDERFLOW) * (sizes + UNDERFLOW), cap=limit, floor=least)
+    return torch.mul(cotangents, factors.unsqueeze(1), out=into).t() @ values
+
+
+def bias_gradient(cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:
+    """The gated sum of a bias: ``(B, O, T)`` of norms ``(B,)``, or ``(B, O)``, to ``(O,)``."""
+    if cotangents.dim() == 2:
+        return scale_factors(sizes, cap=limit, floor=least) @ cotangents
+    gradients = cotangents.sum(2)
+    return scale_factors(torch.maximum(sample_norms(gradients), _CANCELLED * sizes), cap=limit, floor=least) @ gradients
+
+
+def _gated_sum(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
+    """``Σ_b factor_b·G_b`` for one chunk.
+
+    Args:
+        rows: ``(b, groups, T, K)``, what the weight meets.
+        cotangents: ``(b, groups, O, T)``.
+        scales: ``(b,)``, ``‖x‖‖g‖``.
+        limit: the cap.
+        least: the norm below which samples are not scaled further up.
+
+    Returns:
+        ``(groups, O, K)``.
+    """
+    batch, groups, positions, inputs = rows.shape
+    outputs = cotangents.shape[2]
+    if _prefers_gram(positions, inputs, outputs):
+        grams = rows @ rows.mT, cotangents.mT @ cotangents
+        first, second = (gram.diagonal(dim1=-2, dim2=-1).sum((1, 2)) for gram in grams)
+        # What the sums of products may have lost is added: the root is then at least the true norm.
+        rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
+        lost = rounding * (first + 1e-28) * (second + 1e-28)
+        norms = ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
+        factors = scale_factors(torch.maximum(norms, _CANCELLED * scales), cap=limit, floor=least)
+        scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
+        return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
+    gradients = torch.bmm(cotangents.flatten(0, 1), rows.flatten(0, 1)).reshape(batch, groups * outputs * inputs)
+    norms = torch.maximum(sample_norms(gradients), _CANCELLED * scales)
+    return (scale_factors(norms, cap=limit, floor=least) @ gradients).reshape(groups, outputs, inputs)
+
+
+def _prefers_gram(positions: int, inputs: int, outputs: int) -> bool:
+    return 2 * positions**2 * (inputs + outputs) <= _GRAM_GAIN * inputs * outputs
+
+
+def _chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
+    """Samples at once: as asked for, or as many as the default memory holds."""
+    return chunk if chunk > 0 else max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES_ELSEWHERE) // entries)
+
+
+def token_weight_gradient(values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int) -> Tensor:
+    """The gated sum for several vectors a sample: ``(B, T, K)`` and ``(B, T, O)`` to ``(O, K)``."""
+    _, positions, inputs = values.shape
+    outputs = cotangents.shape[2]
+    gram = _prefers_gram(positions, inputs, outputs)
+    held = 2 * positions**2 + positions * outputs if gram else inputs * outputs
+    rows = _chunk_rows(chunk, held, values.device)
+    values, lengths = zeroed_rows(values)
+    cotangents, sizes = zeroed_rows(cotangents)
+    total = values.new_zeros(1, outputs, inputs)
+    for some, arriving, scales in zip(
+        values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
+    ):
+        total = total + _gated_sum(some.unsqueeze(1), arriving.mT.unsqueeze(1), scales, limit, least)
+    return total.squeeze(0)
+
+
+def _positions_last(maps: Tensor) -> Tensor:
+    """``(B, C, H, W)`` to ``(B, C, H·W)``, without a copy where the maps lie in memory channels last."""
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).mT if is_interleaved(maps) else maps.flatten(2)
+
+
+def convolution_weight_gradient(
+    values: Tensor,
+    cotangents: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    limit: float,
+    least: float,
+    chunk: int,
+) -> Tensor:
+    """The gated sum for a convolution of maps: ``(B, C, H, W)`` and ``(B, O, h, w)`` to ``(O, C/groups, *kernel)``."""
+    channels, outputs = values.shape[1], cotangents.shape[1]
+    height, width = cotangents.shape[2:]
+    positions, inputs = height * width, channels // groups * math.prod(kernel)
+    gram = _prefers_gram(positions, inputs, outputs // groups)
+    held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
+    rows = _chunk_rows(chunk, held, values.device)
+    spans = [step * (taps - 1) + 1 for step, taps in zip(dilation, kernel, strict=True)]
+    values, lengths = zeroed_rows(values)
+    cotangents, sizes = zeroed_rows(cotangents)
+    total = values.new_zeros(groups, outputs // groups, inputs)
+    for some, arriving, scales in zip(
+        values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
+    ):
+        # Channels last: what one row of a window reads lies together, and is copied at once.
+        some = functional.pad(some.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
+        windows = some.contiguous().unfold(1, spans[0], stride[0]).unfold(2, spans[1], stride[1])
+        windows = windows[:, :height, :width, :, :: dilation[0], :: dilation[1]]
+        # (b, h, w, C, k, k) to (b, groups, h·w, k·k·C/groups).
+        windows = windows.unflatten(3, (groups, channels // groups)).permute(0, 3, 1, 2, 5, 6, 4)
+        total = total + _gated_sum(
+            windows.reshape(len(some), groups, positions, inputs),
+            _positions_last(arriving).unflatten(1, (groups, outputs // groups)),
+            scales,
+            limit,
+            least,
+        )
+    return total.reshape(outputs, *kernel, channels // groups).permute(0, 3, 1, 2).contiguous()
+
+
+# Loops over chunks depend on the batch size: compiled graphs hold them as one opaque operator.
+token_operator = torch.library.custom_op(
+    "clipless_dp::token_weight_gradient",
+    token_weight_gradient,
+    mutates_args=(),
+    schema="(Tensor values, Tensor cotangents, float limit, float least, int chunk) -> Tensor",
+)
+convolution_operator = torch.library.custom_op(
+    "clipless_dp::convolution_weight_gradient",
+    convolution_weight_gradient,
+    mutates_args=(),
+    schema=(
+        "(Tensor values, Tensor cotangents, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
+        "float limit, float least, int chunk) -> Tensor"
+    ),
+)
+
+
+@token_operator.register_fake
+def _(values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int) -> Tensor:
+    return values.new_empty(cotangents.shape[2], values.shape[2])
+
+
+@convolution_operator.register_fake
+def _(values: Tensor, cotangents: Tensor, kernel: list[int], *settings: Any) -> Tensor:
+    groups = settings[3]
+    return values.new_empty(cotangents.shape[1], values.shape[1] // groups, *kernel)

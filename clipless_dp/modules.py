@@ -1,0 +1,86 @@
+"""Walks over modules and their parameters, and what a module is: its kind, its hooks, device and dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.errors import ConfigurationError
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """A module's type without what torch's ``fully_shard`` mixes in, which gathers parameters and computes nothing."""
+    own, *bases = type(module).__mro__
+    mixed = bases[0].__name__ == "FSDPModule" and bases[0].__module__.startswith("torch.distributed.")
+    return bases[1] if mixed else own
+
+
+def modules_of(net: nn.Module) -> list[nn.Module]:
+    """What ``net.modules()`` yields, in its order, without a name for each: every step asks."""
+    found: dict[nn.Module, None] = {}
+
+    def collect(module: nn.Module) -> None:
+        found[module] = None
+        for child in module._modules.values():
+            if child is not None and child not in found:
+                collect(child)
+
+    collect(net)
+    return list(found)
+
+
+def parameters_of(net: nn.Module) -> list[nn.Parameter]:
+    """What ``net.parameters()`` yields, in its order, without a name for each: every step asks."""
+    held = (parameter for module in modules_of(net) for parameter in module._parameters.values())
+    return list({id(parameter): parameter for parameter in held if parameter is not None}.values())
+
+
+def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
+    """Whether hooks, or a forward set on the instance, may change a module's values or its parameters' gradients.
+
+    Args:
+        leaf: the module.
+        besides: hooks that are methods of this object are known and left out.
+    """
+    if runs_hooks(leaf):
+        kinds = (leaf._forward_hooks, leaf._forward_pre_hooks, leaf._backward_hooks, leaf._backward_pre_hooks)
+        owners = {getattr(hook, "__self__", None) for hooks in kinds for hook in hooks.values()}
+        if "forward" in vars(leaf) or besides is None or owners != {besides}:
+            return True
+    return bool(leaf._parameters or leaf._modules) and any(map(has_hooks, parameters_of(leaf)))
+
+
+def runs_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module runs hooks, or a forward set on the instance."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def has_hooks(parameter: Tensor) -> bool:
+    """Whether hooks may change a parameter's gradient."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def parameter_device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a network's parameters.
+
+    Raises:
+        ConfigurationError: they are spread over several, or the dtype is neither float32 nor float64.
+    """
+    kinds = {(parameter.device, parameter.dtype) for parameter in parameters_of(net)} or {
+        (torch.device("cpu"), torch.float32)
+    }
+    if len(kinds) != 1:
+        listed = ", ".join(sorted(f"{device}/{dtype}" for device, dtype in kinds))
+        raise ConfigurationError(f"the network's parameters must share one device and one dtype, found {listed}")
+    ((device, dtype),) = kinds
+    if dtype not in (torch.float32, torch.float64):
+        raise ConfigurationError(
+            f"parameters must be float32 or float64, got {dtype}: the bounds do not cover coarser rounding"
+        )
+    return device, dtype
