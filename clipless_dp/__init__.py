@@ -3,6 +3,7 @@
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets
 from clipless_dp.augmentation import RowAugmentation, ShiftAndFlip
 from clipless_dp.averaging import WeightAverage
+from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.errors import (
     AuditError,
     BudgetExhaustedError,
@@ -26,8 +27,6 @@ from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_co
 from clipless_dp.secure_noise import SecureNoise
 from clipless_dp.streaming import StreamedBatches
 from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
-from clipless_dp.tightness import LayerTightness, TightnessReport
-from clipless_dp.tracker import Sensitivity, SensitivityTracker
 from clipless_dp.training import FitResult, evaluate, fit
 
 __version__ = "0.1.0"

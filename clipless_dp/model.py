@@ -12,6 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import distributed, draws, passes, sharding
+from clipless_dp.bounds.tightness import TightnessReport, measure
+from clipless_dp.bounds.tracker import (
+    Relation,
+    Sensitivity,
+    SensitivityTracker,
+    Stamp,
+    parameter_device_and_dtype,
+    stamp,
+)
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
@@ -26,7 +35,6 @@ from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
 from clipless_dp.settings import settings_of
-from clipless_dp.tightness import TightnessReport, measure
 from clipless_dp.tracing import (
     TracedNet,
     has_hooks,
@@ -36,14 +44,6 @@ from clipless_dp.tracing import (
     parameters_of,
     runs_hooks,
     trace,
-)
-from clipless_dp.tracker import (
-    Relation,
-    Sensitivity,
-    SensitivityTracker,
-    Stamp,
-    parameter_device_and_dtype,
-    stamp,
 )
 
 

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import draws
+from clipless_dp.bounds.tracker import Sensitivity
 from clipless_dp.draws import Draw, Rows
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import _drop_rows_, _factors, _largest, _per_sample, sample_norms
 from clipless_dp.precision import outside_autocast
 from clipless_dp.surroundings import refuse_interference
-from clipless_dp.tracker import Sensitivity
 
 _DROPPED = "The gradients are dropped; nothing was released"
 

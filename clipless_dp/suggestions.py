@@ -13,10 +13,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from clipless_dp.bounds.tightness import TIGHT, rounded_up
 from clipless_dp.gates import _LIFT
 from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
 from clipless_dp.model import DPLipModel
-from clipless_dp.tightness import TIGHT, rounded_up
 
 _ROUNDS = 5
 """Passes of which the median is taken."""

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule, tracing, tracker
+from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule, tracing
+from clipless_dp.bounds import tracker
 from clipless_dp.norms import operators
 from clipless_dp.rules import activations, base, conv, graph, linear, pooling, residual
 from clipless_dp.rules import gates as gate_rules

@@ -23,11 +23,11 @@ from clipless_dp import (
     layers,
     register_rule,
 )
+from clipless_dp.bounds.tracker import stamp
 from clipless_dp.norms import conv2d_norm, dense_norm
 from clipless_dp.norms.operators import DenseOperator
 from clipless_dp.rules import base, graph, register_function_rule
 from clipless_dp.settings import settings_of
-from clipless_dp.tracker import stamp
 from tests.soundness.attack import BoundBroken, Record, wrap
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from clipless_dp import LayerBounds, RuleContext, constraints, layers, losses, register_rule, tracker
+from clipless_dp import LayerBounds, RuleContext, constraints, layers, losses, register_rule
+from clipless_dp.bounds import tracker
 from clipless_dp.model import DPLipModel
 from clipless_dp.rules import base
 from tests.soundness.attack import wrap
