@@ -12,15 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import distributed, draws, passes, sharding
+from clipless_dp.bounds.sensitivity import Relation, Sensitivity
+from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.tightness import TightnessReport, measure
-from clipless_dp.bounds.tracker import (
-    Relation,
-    Sensitivity,
-    SensitivityTracker,
-    Stamp,
-    parameter_device_and_dtype,
-    stamp,
-)
+from clipless_dp.bounds.tracker import SensitivityTracker, parameter_device_and_dtype
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
@@ -156,6 +151,7 @@ class DPLipModel(nn.Module):
             traced,
             input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
+            weights=sharding,
         )
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
@@ -507,7 +503,7 @@ class DPLipModel(nn.Module):
         return self.net.get_parameter(name).detach()
 
     def _stamp(self, name: str) -> Stamp:
-        return stamp(self.net.get_parameter(name))
+        return stamp(sharding.held(self.net.get_parameter(name)))
 
     def _mark(self, name: str) -> object:
         """As a stamp, from some of a weight's entries: for the time between a forward pass and its backward pass."""

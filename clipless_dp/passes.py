@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import draws
-from clipless_dp.bounds.tracker import Sensitivity
+from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.draws import Draw, Rows
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import _drop_rows_, _factors, _largest, _per_sample, sample_norms

@@ -11,7 +11,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx
 
-from clipless_dp.bounds.tracker import LayerSensitivity, Sensitivity
+from clipless_dp.bounds.sensitivity import LayerSensitivity, Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated
 from clipless_dp.tracing import TracedNet

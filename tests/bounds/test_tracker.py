@@ -23,7 +23,7 @@ from clipless_dp import (
     layers,
     register_rule,
 )
-from clipless_dp.bounds.tracker import stamp
+from clipless_dp.bounds.stamp import stamp
 from clipless_dp.norms import conv2d_norm, dense_norm
 from clipless_dp.norms.operators import DenseOperator
 from clipless_dp.rules import base, graph, register_function_rule
