@@ -17,7 +17,8 @@ from clipless_dp.errors import (
     RankError,
     UnsupportedModuleError,
 )
-from clipless_dp.gating import gated, gradient_gated
+from clipless_dp.former import alias_modules
+from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
@@ -30,6 +31,8 @@ from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gat
 from clipless_dp.training import FitResult, evaluate, fit
 
 __version__ = "0.1.0"
+
+alias_modules()
 
 __all__ = [
     "AuditError",

@@ -18,7 +18,7 @@ from clipless_dp.augmentation import ShiftAndFlip
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
-from clipless_dp.gating import gated
+from clipless_dp.graph import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
 from clipless_dp.report import report, statement_files

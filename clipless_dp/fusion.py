@@ -36,8 +36,8 @@ from clipless_dp.gates import (
 )
 from clipless_dp.gradient_gates import _UNDERFLOW, GradientGatedConv2d, GradientGatedLinear, _bias_gradient, _zeroed
 from clipless_dp.gradient_gates import _factors as _gradient_factors
+from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.precision import refuse_autocast
-from clipless_dp.tracing import TracedNet
 
 _BLOCK_ENTRIES = 1 << 17
 """Entries of an activation at once on each thread: in float32 half a megabyte, so that two fit a core's cache."""

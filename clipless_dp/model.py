@@ -20,6 +20,16 @@ from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import _can_look, _largest, cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.graph.tracing import (
+    TracedNet,
+    has_hooks,
+    is_hooked,
+    is_leaf,
+    modules_of,
+    parameters_of,
+    runs_hooks,
+    trace,
+)
 from clipless_dp.losses import Loss
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -30,16 +40,6 @@ from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
 from clipless_dp.settings import settings_of
-from clipless_dp.tracing import (
-    TracedNet,
-    has_hooks,
-    is_hooked,
-    is_leaf,
-    modules_of,
-    parameters_of,
-    runs_hooks,
-    trace,
-)
 
 
 class DPLipModel(nn.Module):

@@ -22,6 +22,7 @@ from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
+from clipless_dp.graph.tracing import parameters_of
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import (
     MARGIN,
@@ -33,7 +34,6 @@ from clipless_dp.noise import (
     noise_source,
     source_name,
 )
-from clipless_dp.tracing import parameters_of
 
 Sampling = Literal["announced", "poisson", "none"]
 

@@ -21,7 +21,7 @@ from accounting import create_accountant
 from clipless_dp import constraints, layers, losses
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
-from clipless_dp.gating import gated, gradient_gated
+from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.statistics import Releases, private_moments

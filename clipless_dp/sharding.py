@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from clipless_dp.distributed import copy_from_, from_first, on_any, together, world
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
-from clipless_dp.tracing import is_hooked, modules_of
+from clipless_dp.graph.tracing import is_hooked, modules_of
 
 Value = TypeVar("Value")
 

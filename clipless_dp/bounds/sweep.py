@@ -14,10 +14,10 @@ from torch import Tensor, fx, nn
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import CotangentGate
+from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, find_function_rule, find_rule, is_builtin, value_of
 from clipless_dp.rules.base import LARGEST, kind_of
-from clipless_dp.tracing import TracedNet
 
 FLOAT64_ROUNDING = 1.0 + 1e-10
 """Covers the rounding of the sweeps' own float64 arithmetic: a relative 2^-52 for each of under 10^5 operations."""

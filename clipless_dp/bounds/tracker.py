@@ -20,9 +20,9 @@ from clipless_dp.bounds.sweep import (
     named_parameters,
 )
 from clipless_dp.errors import ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
+from clipless_dp.graph.tracing import TracedNet, parameters_of, place
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import RuleError
-from clipless_dp.tracing import TracedNet, parameters_of, place
 
 
 class Weights(Protocol):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp import ConfigurationError, NormError, UnsupportedModuleError, constraints, layers
-from clipless_dp.tracing import modules_of, parameters_of
+from clipless_dp.graph.tracing import modules_of, parameters_of
 from tests.soundness.attack import Traced, wrap
 
 FORBIDDEN: dict[str, tuple[Callable[[], nn.Module], str]] = {

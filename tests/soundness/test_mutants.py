@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule, tracing
+from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule
 from clipless_dp.bounds.sweep import Sweep
+from clipless_dp.graph import tracing
 from clipless_dp.norms import operators
 from clipless_dp.rules import activations, base, conv, graph, linear, pooling, residual
 from clipless_dp.rules import gates as gate_rules

@@ -11,8 +11,8 @@ from torch import fx, nn
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import _LIFT, BallProjection, CotangentGate, GateMode, SphereScaling
 from clipless_dp.gradient_gates import can_be_gradient_gated, gradient_gated_layer
+from clipless_dp.graph.tracing import is_leaf, symbolic_trace
 from clipless_dp.rules.embedding import TABLES
-from clipless_dp.tracing import is_leaf, symbolic_trace
 
 
 def gated(
