@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import CotangentGate
-from clipless_dp.graph.tracing import TracedNet
+from clipless_dp.graph.tracing import TracedNet, function_name
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, find_function_rule, find_rule, is_builtin, value_of
 from clipless_dp.rules.base import LARGEST, kind_of
@@ -261,11 +261,6 @@ def _factor(bounds: LayerBounds, position: int) -> float:
     lipschitz = bounds.lipschitz
     factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
     return value_of(factor)  # type: ignore[arg-type]
-
-
-def function_name(node: fx.Node) -> str:
-    """What a node calls, as its own name says."""
-    return getattr(node.target, "__name__", str(node.target))
 
 
 def named_parameters(leaf: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,11 +16,10 @@ from clipless_dp.bounds.sweep import (
     NeedsWeights,
     Sweep,
     deep_recursion,
-    function_name,
     named_parameters,
 )
 from clipless_dp.errors import ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
-from clipless_dp.graph.tracing import TracedNet, parameters_of, place
+from clipless_dp.graph.tracing import TracedNet, function_name, parameters_of, place
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import RuleError
 
