@@ -2,7 +2,6 @@
 
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets
 from clipless_dp.augmentation import RowAugmentation, ShiftAndFlip
-from clipless_dp.averaging import WeightAverage
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.errors import (
     AuditError,
@@ -19,7 +18,7 @@ from clipless_dp.errors import (
 )
 from clipless_dp.former import alias_modules
 from clipless_dp.graph import gated, gradient_gated
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, GateSuggestion, GateSuggestions, WeightAverage, passes, suggest_gates
 from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD, PrivacyWarning
 from clipless_dp.report import PrivacyStatement, report
@@ -27,7 +26,6 @@ from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.secure_noise import SecureNoise
 from clipless_dp.streaming import StreamedBatches
-from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
 from clipless_dp.training import FitResult, evaluate, fit
 
 __version__ = "0.1.0"
@@ -80,6 +78,7 @@ __all__ = [
     "gradient_gated",
     "layers",
     "losses",
+    "passes",
     "poisson_collate",
     "presets",
     "register_rule",

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, Provenance, create_accountant, new_run
-from clipless_dp import distributed, draws, lineage, passes, sharding
+from clipless_dp import distributed, draws, sharding
 from clipless_dp.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, RankError
 from clipless_dp.graph.tracing import parameters_of
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import (
     MARGIN,
     Allocation,

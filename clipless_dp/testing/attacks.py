@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.model import DPLipModel
-from clipless_dp.passes import unwitnessed
+from clipless_dp.model.passes import unwitnessed
 from clipless_dp.testing.probes import Case, Fill, Probe, own_parameters
 from clipless_dp.testing.signals import sequences, sized_signals
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model import DPLipModel
-from clipless_dp.passes import unwitnessed
+from clipless_dp.model.passes import unwitnessed
 from clipless_dp.randomness import DrawnDropout
 from clipless_dp.testing.attacks import TOLERANCE, Record, try_all
 from clipless_dp.testing.probes import Case, Probed

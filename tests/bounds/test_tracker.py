@@ -24,10 +24,10 @@ from clipless_dp import (
     register_rule,
 )
 from clipless_dp.bounds.stamp import stamp
+from clipless_dp.model.settings import settings_of
 from clipless_dp.norms import conv2d_norm, dense_norm
 from clipless_dp.norms.operators import DenseOperator
 from clipless_dp.rules import base, graph, register_function_rule
-from clipless_dp.settings import settings_of
 from tests.soundness.attack import BoundBroken, Record, wrap
 
 

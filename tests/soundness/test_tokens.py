@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gates, losses
-from clipless_dp import model as model_module
+from clipless_dp.model import wrapped as model_module
 from clipless_dp.norms import operators
 from clipless_dp.rules import embedding
 from clipless_dp.testing import LipschitzLayerTestCase

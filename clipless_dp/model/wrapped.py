@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, draws, passes, sharding
+from clipless_dp import distributed, draws, sharding
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
 from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.tightness import TightnessReport, measure
@@ -31,15 +31,16 @@ from clipless_dp.graph.tracing import (
     trace,
 )
 from clipless_dp.losses import Loss
+from clipless_dp.model import passes
+from clipless_dp.model.overlaps import places, refuse_overlaps
+from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
+from clipless_dp.model.rowwise import RowLosses
+from clipless_dp.model.settings import settings_of
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
-from clipless_dp.overlaps import places, refuse_overlaps
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.randomness import Randomness, may_draw, replace_dropout_
-from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
-from clipless_dp.rowwise import RowLosses
 from clipless_dp.rules.base import kind_of
-from clipless_dp.settings import settings_of
 
 
 class DPLipModel(nn.Module):
@@ -58,9 +59,9 @@ class DPLipModel(nn.Module):
             mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
             from the weights' values, or from gates.
         row_invariant: whether passes with gradients run at numbers of rows at which the library returns the same bits
-            for a sample whatever its place and its company (:mod:`clipless_dp.row_invariance`). ``None``, the default:
-            the same activations, on a CPU. ``True``: also the same cotangents, on any device. ``False``: neither.
-            Compiled and sharded passes run at the sizes that they are given.
+            for a sample whatever its place and its company (:mod:`clipless_dp.model.row_invariance`). ``None``, the
+            default: the same activations, on a CPU. ``True``: also the same cotangents, on any device. ``False``:
+            neither. Compiled and sharded passes run at the sizes that they are given.
 
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
@@ -282,7 +283,7 @@ class DPLipModel(nn.Module):
         Raises:
             InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
-                (:class:`clipless_dp.rowwise.RowLosses`).
+                (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
         refuse_autocast(output.device)
         if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):

@@ -26,8 +26,8 @@ from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.draws import Draw, Rows
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import _drop_rows_, _factors, _largest, _per_sample, sample_norms
+from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.precision import outside_autocast
-from clipless_dp.surroundings import refuse_interference
 
 _DROPPED = "The gradients are dropped; nothing was released"
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from clipless_dp.bounds.tightness import TIGHT, rounded_up
 from clipless_dp.gates import _LIFT
 from clipless_dp.gradient_gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
-from clipless_dp.model import DPLipModel
+from clipless_dp.model.wrapped import DPLipModel
 
 _ROUNDS = 5
 """Passes of which the median is taken."""
