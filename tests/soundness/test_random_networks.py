@@ -26,6 +26,7 @@ from clipless_dp import (
     layers,
     losses,
 )
+from clipless_dp.bounds.sweep import Sweep
 from tests.soundness.mutation import Mutant
 
 ROWS = 5
