@@ -114,7 +114,7 @@ def suggest_gates(model: DPLipModel, batch: tuple[Tensor, Tensor]) -> GateSugges
     def step() -> None:
         torch.autograd.grad(model.loss(model(inputs), targets), parameters, allow_unused=True)
 
-    traced = model._traced
+    traced = model.graph
     called = [traced.leaf(node) for node in traced.tensor_nodes() if node.op == "call_module"]
     uses = Counter(id(parameter) for leaf in called for parameter in leaf.parameters())
     suggested = dict(sensitivity.per_parameter)

@@ -67,7 +67,7 @@ def singular_pair(model: DPLipModel, point: Tensor) -> tuple[Tensor, Tensor]:
     """Top singular vectors of the network's Jacobian at a point: the input and the cotangent it stretches most."""
 
     def run(values: Tensor) -> Tensor:
-        output: Tensor = model._graph[0](values.unsqueeze(0))
+        output: Tensor = model.graph.module(values.unsqueeze(0))
         return output.squeeze(0)
 
     jacobian = torch.autograd.functional.jacobian(run, point)
