@@ -698,7 +698,7 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
         for part in (inputs, targets, mask):
             torch._dynamo.maybe_mark_dynamic(part, 0)
         # A compiled graph draws from torch's own generator for layers that are not known.
-        with model.randomness.visit(inputs.device) if model._may_draw else nullcontext():
+        with model.randomness.visit(inputs.device) if model.may_draw else nullcontext():
             return compiled(inputs, targets, mask)
 
     return with_free_rows

@@ -521,6 +521,11 @@ class DPLipModel(nn.Module):
         return self._vocabulary
 
     @property
+    def may_draw(self) -> bool:
+        """Whether passes may draw random numbers: in dropout, or in layers that are not known."""
+        return self._may_draw
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one sample; fixed, as the bounds rest on it."""
         return self._input_shape
