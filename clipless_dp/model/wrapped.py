@@ -522,7 +522,7 @@ class DPLipModel(nn.Module):
 
     @property
     def may_draw(self) -> bool:
-        """Whether passes may draw random numbers: in dropout, or in layers that are not known."""
+        """Whether layers that are not known may draw random numbers by themselves in passes; dropout does not."""
         return self._may_draw
 
     @property
