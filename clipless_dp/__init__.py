@@ -1,7 +1,7 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets
-from clipless_dp.averaging import WeightAverage
+from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.errors import (
     AuditError,
     BudgetExhaustedError,
@@ -17,8 +17,8 @@ from clipless_dp.errors import (
     UnsupportedModuleError,
 )
 from clipless_dp.former import alias_modules
-from clipless_dp.gating import gated, gradient_gated
-from clipless_dp.model import DPLipModel
+from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.model import DPLipModel, GateSuggestion, GateSuggestions, WeightAverage, passes, suggest_gates
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
@@ -31,9 +31,6 @@ from clipless_dp.sampling import (
     poisson_collate,
 )
 from clipless_dp.statement import PrivacyStatement, report
-from clipless_dp.suggestions import GateSuggestion, GateSuggestions, suggest_gates
-from clipless_dp.tightness import LayerTightness, TightnessReport
-from clipless_dp.tracker import Sensitivity, SensitivityTracker
 from clipless_dp.training import FitResult, evaluate, fit
 from clipless_dp.version import __version__
 
@@ -85,6 +82,7 @@ __all__ = [
     "gradient_gated",
     "layers",
     "losses",
+    "passes",
     "poisson_collate",
     "presets",
     "register_rule",

@@ -13,11 +13,12 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor, nn
 
-from clipless_dp import architectures, constraints, layers, losses, presets
+from clipless_dp import architectures, constraints, losses, presets
+from clipless_dp.architectures.small import image_classifier, two_hidden_layers
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
-from clipless_dp.gating import gated
+from clipless_dp.graph import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling.augmentation import ShiftAndFlip
@@ -271,7 +272,7 @@ def _model(options: argparse.Namespace, shape: tuple[int, ...], classes: int) ->
             f"no network here takes samples of shape {shape}: give columns (N, columns), or images as uint8 (N, H, W) "
             "or (N, H, W, 3), or as numbers (N, channels, H, W)"
         )
-    small = image_classifier if len(shape) == 3 else table_classifier
+    small = image_classifier if len(shape) == 3 else two_hidden_layers
     net: nn.Module = NETWORKS.get(options.network, small)(shape, classes)
     constraint: constraints.Constraint | None = None
     if options.route == "gated":
@@ -305,34 +306,3 @@ def _require_device(name: str) -> None:
         torch.zeros(1, device=name).item()  # A meta device has no numbers to read.
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
-
-
-def image_classifier(shape: tuple[int, ...], classes: int) -> nn.Sequential:
-    """Two convolutions and two dense layers, for images of 8×8 to 64×64.
-
-    No layer has a bias on a map: its sensitivity grows with the root of the number of positions.
-    """
-    channels, height, width = shape
-    kernel = 8 if min(height, width) >= 16 else 3
-    features = nn.Sequential(
-        nn.Conv2d(channels, 16, kernel, stride=2, padding=kernel // 2 - (kernel % 2 == 0), bias=False),
-        nn.ReLU(),
-        nn.Conv2d(16, 32, 4 if kernel == 8 else 3, stride=2, padding=1, bias=False),
-        nn.ReLU(),
-        nn.Flatten(),
-    )
-    with torch.no_grad():
-        width_out = features(torch.zeros(1, channels, height, width)).shape[1]
-    return nn.Sequential(*features, nn.Linear(width_out, 32, bias=False), nn.ReLU(), nn.Linear(32, classes, bias=False))
-
-
-def table_classifier(shape: tuple[int, ...], classes: int) -> nn.Sequential:
-    """Two hidden layers of 64."""
-    (columns,) = shape
-    return nn.Sequential(
-        nn.Linear(columns, 64),
-        layers.GroupSort(2),
-        nn.Linear(64, 64),
-        layers.GroupSort(2),
-        nn.Linear(64, classes),
-    )

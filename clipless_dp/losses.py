@@ -24,7 +24,7 @@ class Loss(ABC):
     """A per-sample loss with a bounded gradient.
 
     Subclasses supply :meth:`per_sample` and :meth:`gradient_bound`. They hold no parameters. What a subclass of yours
-    computes is called on rows alone, or held against that: see :class:`clipless_dp.rowwise.RowLosses`.
+    computes is called on rows alone, or held against that: see :class:`clipless_dp.model.rowwise.RowLosses`.
     """
 
     @abstractmethod
@@ -443,9 +443,10 @@ class BoundedLoss(Loss):
 
     Args:
         function: maps output ``(B, ...)`` and target to ``(B,)`` for any ``B``, one row included; entry ``i`` must
-            depend on sample ``i`` alone, which :class:`clipless_dp.rowwise.RowLosses` sees to: it maps the function
-            over rows by ``torch.func.vmap`` where that is cheap, and refuses one whose rows it finds to meet. Without
-            control flow that depends on numbers it can be mapped, and compiled. It is called more than once a batch.
+            depend on sample ``i`` alone, which :class:`clipless_dp.model.rowwise.RowLosses` sees to: it maps the
+            function over rows by ``torch.func.vmap`` where that is cheap, and refuses one whose rows it finds to meet.
+            Without control flow that depends on numbers it can be mapped, and compiled. It is called more than once a
+            batch.
         bound: ``G``; cotangents above it are clipped, so a wrong bound biases but never leaks.
     """
 

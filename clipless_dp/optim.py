@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 
 from accounting import Accountant, Ledger, Provenance, create_accountant, new_run
 from accounting.errors import warn_caller
-from clipless_dp import distributed, lineage, passes, sharding
+from clipless_dp import distributed, sharding
 from clipless_dp.arguments import require_accountant
+from clipless_dp.bounds.sensitivity import Sensitivity
+from clipless_dp.bounds.stamp import stamp
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.modules import parameters_of
 from clipless_dp.noise import (
     RELEASE_MARGIN,
@@ -35,7 +37,6 @@ from clipless_dp.noise import (
 )
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
-from clipless_dp.tracker import Sensitivity, stamp
 
 Sampling = Literal["announced", "poisson", "none"]
 

@@ -18,16 +18,23 @@ import torch
 from torch import Tensor, nn
 
 from accounting import create_accountant
-from clipless_dp import constraints, layers, losses
+from clipless_dp import constraints, losses
+from clipless_dp.architectures.small import (
+    Shape,
+    linear_from_zero,
+    pooled_convolutions,
+    pooled_dense,
+    scaled_convolutions,
+    small_convolutions,
+    two_hidden_layers,
+)
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
-from clipless_dp.gating import gated, gradient_gated
+from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.statistics import Releases, private_moments
 from clipless_dp.training import Data, FitResult, evaluate, fit
-
-Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -222,68 +229,6 @@ def _wrapped(
     )
 
 
-def _width(features: nn.Sequential, shape: Shape) -> int:
-    with torch.no_grad():
-        output: Tensor = features(torch.zeros(1, *shape))
-    return output.numel()
-
-
-def _standardised(*modules: nn.Module) -> tuple[nn.Module, ...]:
-    """Modules behind what takes each sample's mean and norm away."""
-    return layers.LayerCentering(), layers.SphereScaling(), *modules
-
-
-def _scaled_convolutions(shape: Shape, outputs: int) -> nn.Sequential:
-    features = nn.Sequential(
-        *_standardised(nn.Conv2d(shape[0], 16, 8, stride=2, padding=3, bias=False), nn.ReLU()),
-        *_standardised(nn.Conv2d(16, 32, 4, stride=2, bias=False), nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten()),
-        *_standardised(),
-    )
-    return nn.Sequential(*features, nn.Linear(_width(features, shape), outputs))
-
-
-def _pooled_convolutions(shape: Shape, outputs: int) -> nn.Sequential:
-    first = nn.Conv2d(shape[0], 32, 6, stride=2, padding=2, bias=False)
-    second = nn.Conv2d(32, 64, 4, stride=2, padding=1, bias=False)
-    features = nn.Sequential(
-        *_standardised(first, nn.ReLU(), nn.MaxPool2d(2, 1)),
-        *_standardised(second, nn.ReLU(), nn.MaxPool2d(2, 1), nn.Flatten()),
-        *_standardised(),
-    )
-    return nn.Sequential(*features, nn.Linear(_width(features, shape), outputs))
-
-
-def _small_convolutions(shape: Shape, outputs: int) -> nn.Sequential:
-    """Small coverage and few weights: Δ√p, summed over layers, is what the noise of signal gates costs.
-
-    Centering takes away what all samples share, so that more of each layer's unit norm tells them apart.
-    """
-    features = nn.Sequential(
-        layers.LayerCentering(),
-        nn.Conv2d(shape[0], 16, 6, stride=2, padding=2, bias=False),
-        nn.ReLU(),
-        layers.LayerCentering(),
-        nn.Conv2d(16, 64, 2, stride=2, bias=False),
-        nn.ReLU(),
-        nn.MaxPool2d(3, 2),
-        nn.Flatten(),
-        layers.LayerCentering(),
-    )
-    return nn.Sequential(*features, nn.Linear(_width(features, shape), outputs))
-
-
-def _pooled_dense(shape: Shape, outputs: int) -> nn.Sequential:
-    features = nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), layers.LayerCentering(), layers.SphereScaling(4.0))
-    # The loss's gradient, at most √2, is far smaller for most samples: capped at 0.1, it takes a 14th of the noise.
-    return nn.Sequential(
-        *features,
-        nn.Linear(_width(features, shape), 64, bias=False),
-        layers.GroupSort(2),
-        nn.Linear(64, outputs, bias=False),
-        layers.CotangentGate(0.1),
-    )
-
-
 def _without_mean(features: Tensor, releases: Releases) -> Callable[[Tensor], Tensor]:
     """Vectors of unit norm less their mean, scaled to unit norm again: what all share only takes from what differs."""
     moments = private_moments(features, norm=1.0, noise_multiplier=20.0, **releases.arguments("mean"))
@@ -311,22 +256,6 @@ def _mirrored(shape: Shape) -> MirroredScattering:
     return MirroredScattering((height, width), 3 if width % 8 == 0 and min(height, width) >= 32 else 2)
 
 
-def _linear_from_zero(shape: Shape, outputs: int) -> nn.Sequential:
-    linear = nn.Linear(math.prod(shape), outputs, bias=False)
-    nn.init.zeros_(linear.weight)
-    return nn.Sequential(nn.Flatten(), linear)
-
-
-def _hidden_layers(shape: Shape, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(math.prod(shape), 64),
-        layers.GroupSort(2),
-        nn.Linear(64, 64),
-        layers.GroupSort(2),
-        nn.Linear(64, outputs),
-    )
-
-
 def _gradient_gated_regression(net: nn.Module, shape: Shape) -> DPLipModel:
     return DPLipModel(
         gradient_gated(net, floor=0.3), input_shape=shape, input_norm=_root_of_entries(shape), loss=losses.Huber(1.0)
@@ -351,7 +280,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="mnist-gradient",
                 summary="small grey images end to end: two convolutions and a dense layer behind gradient gates",
-                network=_scaled_convolutions,
+                network=scaled_convolutions,
                 bound=lambda net, shape: _wrapped(gradient_gated(net, floor=0.3), shape),
                 settings={"epochs": 20, "batch_size": 2048, "lr": 0.01, "optimizer": "adam"},
                 provenance=_MNIST,
@@ -359,7 +288,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="mnist-gated",
                 summary="small grey images end to end: two convolutions and a dense layer behind signal gates",
-                network=_small_convolutions,
+                network=small_convolutions,
                 bound=lambda net, shape: _wrapped(gated(net, cotangent_norm=0.3), shape),
                 settings={"epochs": 30, "batch_size": 4096, "lr": 0.02, "optimizer": "adam"},
                 provenance=_MNIST,
@@ -367,7 +296,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="mnist-orthogonal",
                 summary="small grey images: two orthogonal dense layers, no gates between them, certificates follow",
-                network=_pooled_dense,
+                network=pooled_dense,
                 bound=lambda net, shape: _wrapped(net, shape, constraint=constraints.Orthogonal()),
                 settings={"epochs": 30, "batch_size": 2048, "lr": 2.0},
                 provenance=_MNIST,
@@ -375,7 +304,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="features-linear",
                 summary="digits and the like: scattering features, less their mean (charged), and a gated linear layer",
-                network=_linear_from_zero,
+                network=linear_from_zero,
                 bound=partial(_normalised_gradients, floor=0.05),
                 settings={"epochs": 40, "batch_size": 1024, "lr": 0.8},
                 provenance=_MNIST,
@@ -386,7 +315,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 name="photographs-linear",
                 summary="photographs: scattering features of image and mirror image, less their mean (charged), and a "
                 "gated linear layer",
-                network=_linear_from_zero,
+                network=linear_from_zero,
                 bound=partial(_normalised_gradients, floor=0.1),
                 settings={"epochs": 30, "batch_size": 4096, "lr": 4.0},
                 provenance="CIFAR-10 at ε = 3: on 10 000 held-out training images, never on the test set. Trained on "
@@ -398,7 +327,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 name="photographs-gradient",
                 summary="small photographs end to end, as lightness and colour differences: two convolutions and a "
                 "dense layer behind gradient gates",
-                network=_pooled_convolutions,
+                network=pooled_convolutions,
                 # Colour differences of contrast 3 lie within 4.
                 bound=lambda net, shape: _wrapped(gradient_gated(net, floor=0.3), shape, largest_entry=4.0),
                 settings={"epochs": 15, "batch_size": 2048, "lr": 0.01, "optimizer": "adam"},
@@ -410,7 +339,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 name="transfer",
                 summary="features of a frozen backbone of yours: directions, less their mean (charged), and a gated "
                 "linear layer",
-                network=_linear_from_zero,
+                network=linear_from_zero,
                 bound=partial(_normalised_gradients, floor=0.1),
                 settings={"epochs": 20, "sample_rate": 0.07, "lr": 0.6},
                 provenance="Two backbones at ε = 1 and 3, on a fifth of the training data: of MNIST for the digits of "
@@ -420,7 +349,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             Preset(
                 name="regression",
                 summary="columns scaled to [-1, 1] and targets to about as much: two hidden layers, Huber's loss",
-                network=_hidden_layers,
+                network=two_hidden_layers,
                 bound=_gradient_gated_regression,
                 settings={"epochs": 30, "sample_rate": 0.05, "lr": 0.01, "optimizer": "adam"},
                 provenance="Made-up data (examples/regression.py), 20 000 samples at ε = 1: free for any other.",

@@ -26,10 +26,10 @@ from accounting import (
     create_accountant,
     new_run,
 )
-from clipless_dp import distributed, lineage, passes
+from clipless_dp import distributed
 from clipless_dp.arguments import require_accountant
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import NoiseSource, noise_source, noisy, randomness, source_name
 from clipless_dp.sampling import Samples
 from clipless_dp.sampling.samples import public_size

@@ -117,6 +117,11 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
+def held(parameter: Tensor) -> Tensor:
+    """A parameter, or of a split one this rank's part, detached: what is stamped."""
+    return local(parameter.detach()) if hasattr(parameter, "placements") else parameter
+
+
 def sum_shards_(model: nn.Module) -> None:
     """Makes each backward pass of a sharded model add the *sum* over the ranks, not the mean, to each rank's part.
 

@@ -15,7 +15,7 @@ from accounting import calibrate_noise_multiplier, create_accountant
 from clipless_dp import distributed
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features.cosines import RandomCosines
-from clipless_dp.gating import gated
+from clipless_dp.graph import gated
 from clipless_dp.losses import BinaryCrossEntropy
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource

@@ -23,10 +23,9 @@ from tqdm.auto import tqdm
 
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
 from accounting.errors import warn_caller
-from clipless_dp import distributed, lineage, sharding
+from clipless_dp import distributed, sharding
 from clipless_dp.arguments import require_accountant
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
-from clipless_dp.averaging import WeightAverage
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.errors import (
     AuditError,
@@ -39,7 +38,8 @@ from clipless_dp.errors import (
 )
 from clipless_dp.losses import Loss, described
 from clipless_dp.memory import rows_within, traffic
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
@@ -274,7 +274,7 @@ def fit(
             the memory budget.
         InputError: the data does not fit the model.
         PrivacyError: a sample is in the data more than once (:func:`clipless_dp.sampling.persons.refuse_repeats`), or
-            samples meet in the loss (:class:`clipless_dp.rowwise.RowLosses`).
+            samples meet in the loss (:class:`clipless_dp.model.rowwise.RowLosses`).
         RankError: the data of the ranks differs (:func:`clipless_dp.sampling.persons.require_alike`).
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
@@ -711,7 +711,7 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
 
     Returns:
         A function of inputs, targets and mask. It raises ConfigurationError for a loss that cannot be mapped over rows,
-        see :meth:`clipless_dp.rowwise.RowLosses.rehearse`.
+        see :meth:`clipless_dp.model.rowwise.RowLosses.rehearse`.
     """
 
     def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
@@ -727,7 +727,7 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
         for part in (inputs, targets, mask):
             torch._dynamo.maybe_mark_dynamic(part, 0)
         # A compiled graph draws from torch's own generator for layers that are not known.
-        with model.randomness.visit(inputs.device) if model._may_draw else nullcontext():
+        with model.randomness.visit(inputs.device) if model.may_draw else nullcontext():
             return compiled(inputs, targets, mask)
 
     return with_free_rows

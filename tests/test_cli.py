@@ -13,8 +13,9 @@ import torch
 
 from accounting import Ledger
 from clipless_dp import presets, training
+from clipless_dp.architectures.small import image_classifier
 from clipless_dp.checkpoint import load_checkpoint
-from clipless_dp.cli import _auroc, image_classifier, main
+from clipless_dp.cli import _auroc, main
 from clipless_dp.datasets import load_dataset
 from clipless_dp.errors import ConfigurationError
 

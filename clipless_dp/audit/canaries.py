@@ -140,8 +140,8 @@ def _made(model: DPLipModel, shown: tuple[Tensor, Tensor], count: int) -> tuple[
             f"{model.loss_function!r} takes no usual targets of shape {tuple(target.shape)} and type {target.dtype}: "
             "give canaries of your own, as a pair of inputs and targets"
         )
-    if model._vocabulary is not None:
-        inputs = torch.randint(model._vocabulary, (count, *model.input_shape), generator=generator)
+    if model.vocabulary is not None:
+        inputs = torch.randint(model.vocabulary, (count, *model.input_shape), generator=generator)
     else:
         directions = torch.randn(count, math.prod(model.input_shape), generator=generator)
         if count <= directions.shape[1] <= _LARGEST_ANGLES:

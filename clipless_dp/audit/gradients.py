@@ -238,7 +238,7 @@ class _Attack:
             model.input_shape,
             model.input_norm,
             model.cotangent_norm,
-            vocabulary=model._vocabulary or 0,
+            vocabulary=model.vocabulary or 0,
         )
         generator = torch.Generator().manual_seed(29)
         rows = hostile_rows(model, generator, annihilated=self.attempts is None)
@@ -353,13 +353,13 @@ def _aligned(model: DPLipModel, generator: torch.Generator) -> Iterator[tuple[Te
     cotangent = torch.randn(model.output_shape, generator=generator, dtype=torch.float64)
     for scale in SCALES[:2]:
         point = (point * (model.input_norm / point.norm())).requires_grad_()
-        output = model._graph[0](point.unsqueeze(0)).squeeze(0)
+        output = model.graph.module(point.unsqueeze(0)).squeeze(0)
         (slope,) = torch.autograd.grad((output * cotangent).sum(), point, materialize_grads=True)
         sample = point.detach()
         if float(slope.norm()) > 0.0:
             sample = slope * (model.input_norm / slope.norm())
             with torch.no_grad():
-                moved = model._graph[0]((point + 1e-4 * sample).unsqueeze(0)).squeeze(0) - output
+                moved = model.graph.module((point + 1e-4 * sample).unsqueeze(0)).squeeze(0) - output
             if float(moved.norm()) > 0.0:
                 cotangent = moved.detach()
         cotangent = cotangent * (model.cotangent_norm / cotangent.norm().clamp(min=1e-300))

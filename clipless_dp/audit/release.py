@@ -361,8 +361,8 @@ def _canaries(model: DPLipModel, count: int) -> tuple[Tensor, Tensor]:
     """
     device, dtype = model.device_and_dtype()
     targets = torch.randn(count, *model.output_shape, device=device, dtype=dtype)
-    if model._vocabulary is not None:
-        inputs = torch.randint(model._vocabulary, (count, *model.input_shape), device=device)
+    if model.vocabulary is not None:
+        inputs = torch.randint(model.vocabulary, (count, *model.input_shape), device=device)
     else:
         inputs = torch.randn(count, *model.input_shape, device=device, dtype=dtype)
     if count == 1:
@@ -374,8 +374,8 @@ def _canaries(model: DPLipModel, count: int) -> tuple[Tensor, Tensor]:
 
 def _structured(model: DPLipModel, sample: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    if model._vocabulary is not None:
-        inputs = list(sequences(model.input_shape, model._vocabulary, generator))
+    if model.vocabulary is not None:
+        inputs = list(sequences(model.input_shape, model.vocabulary, generator))
     else:
         inputs = list(sized_signals(model.input_shape, model.input_norm, generator))
     for signal in inputs:

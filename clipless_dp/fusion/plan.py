@@ -11,7 +11,7 @@ from torch.nn import functional
 from clipless_dp.fusion.chain import Chain
 from clipless_dp.fusion.stages import Interleaved, Stage
 from clipless_dp.gates import BallProjection, CotangentGate, GradientGatedConv2d, GradientGatedLinear, SphereScaling
-from clipless_dp.tracing import TracedNet
+from clipless_dp.graph.tracing import TracedNet
 
 
 class FusedNet:

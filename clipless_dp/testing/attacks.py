@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.model import DPLipModel
-from clipless_dp.passes import unwitnessed
+from clipless_dp.model.passes import unwitnessed
 from clipless_dp.testing.probes import Case, Fill, Probe, own_parameters
 from clipless_dp.testing.signals import sequences, sized_signals
 
@@ -67,7 +67,7 @@ def singular_pair(model: DPLipModel, point: Tensor) -> tuple[Tensor, Tensor]:
     """Top singular vectors of the network's Jacobian at a point: the input and the cotangent it stretches most."""
 
     def run(values: Tensor) -> Tensor:
-        output: Tensor = model._graph[0](values.unsqueeze(0))
+        output: Tensor = model.graph.module(values.unsqueeze(0))
         return output.squeeze(0)
 
     jacobian = torch.autograd.functional.jacobian(run, point)

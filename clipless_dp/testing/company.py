@@ -60,13 +60,13 @@ def hostile_rows(model: DPLipModel, generator: torch.Generator, *, annihilated: 
         values = torch.randn(model.output_shape, generator=generator, dtype=torch.float64)
         return values * (size * model.cotangent_norm / max(float(values.norm()), 1e-300))
 
-    if model._vocabulary is not None:
-        known = torch.randint(model._vocabulary, model.input_shape, generator=generator)
+    if model.vocabulary is not None:
+        known = torch.randint(model.vocabulary, model.input_shape, generator=generator)
         unknown = known.clone()
-        unknown.view(-1)[0] = model._vocabulary
+        unknown.view(-1)[0] = model.vocabulary
         samples = {
             "random": known,
-            "repeated": torch.full(model.input_shape, model._vocabulary - 1),
+            "repeated": torch.full(model.input_shape, model.vocabulary - 1),
             "unknown": unknown,
         }
     else:

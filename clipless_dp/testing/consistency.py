@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from clipless_dp.errors import PrivacyError
 from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.model import DPLipModel
-from clipless_dp.passes import unwitnessed
+from clipless_dp.model.passes import unwitnessed
 from clipless_dp.testing.attacks import TOLERANCE, Record, try_all
 from clipless_dp.testing.probes import Case, Probed
 
@@ -73,14 +73,14 @@ def check_tracing(case: Case) -> None:
     """
     model = case.model()
     # The module by itself draws its masks elsewhere.
-    masked = any(isinstance(part, DrawnDropout) for part in model._graph[0].modules())
+    masked = any(isinstance(part, DrawnDropout) for part in model.graph.module.modules())
     for mode in (False,) if masked else (True, False):
         model.train(mode)
         for size in (1, 4):
             inputs, targets = case.batch(model, size)
             name = "train()" if mode else "eval()"
             _compare(
-                _run(model, model._graph[0], inputs, targets),
+                _run(model, model.graph.module, inputs, targets),
                 _run(model, model.net, inputs, targets),
                 f"in {name} the traced graph and the module differ",
             )

@@ -109,8 +109,10 @@ def gates_off(**changes):
         return inputs.nan_to_num(), torch.isfinite(inputs).flatten(1).all(1)
 
     with (
-        mock.patch("clipless_dp.model.input_gate", open_input_gate),
-        mock.patch("clipless_dp.passes.outermost_gate", lambda values, limit, opened: witnessed(values, 1e30, opened)),
+        mock.patch("clipless_dp.model.wrapped.input_gate", open_input_gate),
+        mock.patch(
+            "clipless_dp.model.passes.outermost_gate", lambda values, limit, opened: witnessed(values, 1e30, opened)
+        ),
     ):
         yield scenario.optimizer, scenario.batches
 

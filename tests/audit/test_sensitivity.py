@@ -25,8 +25,8 @@ from clipless_dp import (
     layers,
     losses,
     register_rule,
-    tracker,
 )
+from clipless_dp.bounds.sweep import Sweep
 from clipless_dp.rules.base import value_of
 from tests.support import gated_model, samples
 
@@ -165,7 +165,7 @@ def test_mutant_caught_a_cap_that_forgets_what_normalising_lifts(monkeypatch):
         unit, cap = value_of(bounds.gradients[name]), bounds.gradient_limits.get(name)
         return unit * arriving if cap is None else min(cap, unit * arriving)
 
-    monkeypatch.setattr(tracker._Sweep, "_gradient", forgetful)
+    monkeypatch.setattr(Sweep, "_gradient", forgetful)
     model = gradient_gated(nn.Sequential(nn.Linear(8, 3)), limit=1.0)
     lifted = DPLipModel(model, input_shape=(8,), input_norm=0.1, loss=losses.TauCrossEntropy())
     for attempts in (None, 20):
@@ -174,8 +174,8 @@ def test_mutant_caught_a_cap_that_forgets_what_normalising_lifts(monkeypatch):
 
 
 def test_mutant_caught_a_gate_that_a_scaled_loss_passes(monkeypatch):
-    monkeypatch.setattr("clipless_dp.model.cotangent_gate", lambda values, limit: values)
-    monkeypatch.setattr("clipless_dp.passes.outermost_gate", lambda values, limit, opened: values)
+    monkeypatch.setattr("clipless_dp.model.wrapped.cotangent_gate", lambda values, limit: values)
+    monkeypatch.setattr("clipless_dp.model.passes.outermost_gate", lambda values, limit, opened: values)
     with pytest.raises(AuditError):
         audit.sensitivity(model_with(nn.ReLU()), attempts=5)
 
@@ -196,7 +196,7 @@ def doubled_rule(module: Doubled, context: RuleContext) -> LayerBounds:
 def test_mutant_caught_a_shortcut_that_one_large_row_flips_for_all(attempts, monkeypatch):
     # What is flipped lies behind the input gate, which no large row passes: the gate is taken away.
     monkeypatch.setattr(
-        "clipless_dp.model.input_gate", lambda values, radius: (values, values.new_ones(len(values)) > 0)
+        "clipless_dp.model.wrapped.input_gate", lambda values, radius: (values, values.new_ones(len(values)) > 0)
     )
     with pytest.raises(AuditError):
         audit.sensitivity(model_with(Doubled()), attempts=attempts)

@@ -16,7 +16,7 @@ from torch.nn import functional
 from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
 from clipless_dp.gates import gradient, sample_norms
 from clipless_dp.memory import traffic
-from clipless_dp.passes import unwitnessed
+from clipless_dp.model.passes import unwitnessed
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
 from tests.soundness.mutation import Mutant
 
@@ -165,7 +165,7 @@ def batch_of(model: DPLipModel, rows: int, bad: str = "tail", scale: float = 1.0
 def results(model: DPLipModel, inputs: Tensor, targets: Tensor, *, fused: bool) -> dict[str, Tensor]:
     wanted = {name: p for name, p in model.net.named_parameters() if p.requires_grad}
     wanted |= {"inputs": inputs} if inputs.requires_grad else {}
-    output = model(inputs) if fused else model._run(inputs, model._graph[0])
+    output = model(inputs) if fused else model._run(inputs, model.graph.module)
     found = torch.autograd.grad(model.loss(output, targets), list(wanted.values()), materialize_grads=True)
     return {"output": output.detach(), **dict(zip(wanted, found, strict=True))}
 
@@ -299,7 +299,7 @@ def test_gradients_can_be_differentiated_again(name: str) -> None:
     # Gates that never bite: what a gate does to a second derivative depends on where flows are added up.
     model = model_of(name, "wide")
     found = []
-    for run in (model, lambda values: model._run(values, model._graph[0])):
+    for run in (model, lambda values: model._run(values, model.graph.module)):
         inputs, targets = batch_of(model, 4, "none")
         inputs.requires_grad_(True)
         wanted = [inputs, *model.net.parameters()]
@@ -353,7 +353,7 @@ def test_cotangents_that_overflow_within_a_chain_are_dropped_by_gradient_gates()
         model = model_of("clipped", dtype=torch.float32)
         inputs, _ = batch_of(model, 5, "none")
         found = []
-        for run in (model._fused.module, model._graph[0]):
+        for run in (model._fused.module, model.graph.module):
             output = run(inputs)
             cotangent = torch.ones_like(output)
             cotangent[2] = bad

@@ -98,7 +98,7 @@ def test_no_seed_of_torch_makes_a_pass_predictable(layer, wrap):
 
 
 def test_mutant_caught_dropout_left_to_torch(monkeypatch):
-    monkeypatch.setattr("clipless_dp.model.replace_dropout_", lambda graph, source: None)
+    monkeypatch.setattr("clipless_dp.model.wrapped.replace_dropout_", lambda graph, source: None)
     with pytest.raises(AssertionError):
         test_no_seed_of_torch_makes_a_pass_predictable(nn.Dropout(0.5), gated)
 

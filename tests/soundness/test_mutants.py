@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule, tracing, tracker
+from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates, model, register_rule
+from clipless_dp.bounds.sweep import Sweep
 from clipless_dp.gates import signal
+from clipless_dp.graph import tracing
 from clipless_dp.norms import operators
 from clipless_dp.rules import activations, base, conv, graph, linear, pooling, residual
 from clipless_dp.rules import gates as gate_rules
 from tests.soundness.attack import BoundBroken, Record, add_or_remove_one, attack, wrap
 from tests.soundness.cases import case_named
 from tests.soundness.mutation import Mutant
-
-Sweep = tracker._Sweep
 
 MUTANTS = (
     (Mutant("√N dropped", linear, "affine_bounds", "math.sqrt(windows) *", "1.0 *"), "conv 3×3, padding 1"),

@@ -25,8 +25,8 @@ from clipless_dp import (
     gradient_gated,
     layers,
     losses,
-    tracker,
 )
+from clipless_dp.bounds.sweep import Sweep
 from tests.soundness.mutation import Mutant
 
 ROWS = 5
@@ -318,7 +318,7 @@ def test_no_sample_of_many_random_networks_passes_a_bound() -> None:
     check(range(1000, 1700))
 
 
-MUTANTS = (Mutant("min(c, Δ_free) of gates that normalise", tracker._Sweep, "_gradient", " * stretch", ""),)
+MUTANTS = (Mutant("min(c, Δ_free) of gates that normalise", Sweep, "_gradient", " * stretch", ""),)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

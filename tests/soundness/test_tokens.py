@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gates, losses
-from clipless_dp import model as model_module
+from clipless_dp.model import wrapped as model_module
 from clipless_dp.norms import operators
 from clipless_dp.rules import embedding
 from clipless_dp.testing import LipschitzLayerTestCase
@@ -220,7 +220,7 @@ def test_gradients_divided_by_counts_over_the_batch_would_mix_samples(monkeypatc
     targets = torch.zeros(3, 4, 2, dtype=torch.float64)
     targets[:, :, 0] = torch.tensor([0.5, 0.5, -0.5]).unsqueeze(1)
     monkeypatch.setattr(embedding, "refusal", lambda module: None)
-    monkeypatch.setattr("clipless_dp.tracing.refusal", lambda module: None)
+    monkeypatch.setattr("clipless_dp.graph.tracing.refusal", lambda module: None)
     for by_count in (False, True):
         table = nn.Embedding(TOKENS, 2, scale_grad_by_freq=by_count).double()
         model = DPLipModel(nn.Sequential(table), input_shape=(4,), loss=losses.BoundedLoss(inner_product, bound=1.0))

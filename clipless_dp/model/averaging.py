@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipless_dp import lineage, sharding
+from clipless_dp import sharding
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import lineage
+from clipless_dp.model.wrapped import DPLipModel
 
 
 class WeightAverage:

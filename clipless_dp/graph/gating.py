@@ -18,8 +18,8 @@ from clipless_dp.gates import (
     gradient_gated_layer,
 )
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
+from clipless_dp.graph.tracing import is_leaf, symbolic_trace
 from clipless_dp.rules.embedding import TABLES
-from clipless_dp.tracing import is_leaf, symbolic_trace
 
 
 def gated(

@@ -21,13 +21,13 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 import torch
 from torch import Tensor, nn
 
+from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates.arithmetic import drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
+from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.precision import outside_autocast
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.draws import Draw, Rows
-from clipless_dp.surroundings import refuse_interference
-from clipless_dp.tracker import Sensitivity
 
 _DROPPED = "The gradients are dropped; nothing was released"
 _SPENT = (

@@ -13,10 +13,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from clipless_dp.bounds.tightness import TIGHT, rounded_up
 from clipless_dp.gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
-from clipless_dp.model import DPLipModel
-from clipless_dp.tightness import TIGHT, rounded_up
+from clipless_dp.model.wrapped import DPLipModel
 
 _ROUNDS = 5
 """Passes of which the median is taken."""
@@ -114,7 +114,7 @@ def suggest_gates(model: DPLipModel, batch: tuple[Tensor, Tensor]) -> GateSugges
     def step() -> None:
         torch.autograd.grad(model.loss(model(inputs), targets), parameters, allow_unused=True)
 
-    traced = model._traced
+    traced = model.graph
     called = [traced.leaf(node) for node in traced.tensor_nodes() if node.op == "call_module"]
     uses = Counter(id(parameter) for leaf in called for parameter in leaf.parameters())
     suggested = dict(sensitivity.per_parameter)

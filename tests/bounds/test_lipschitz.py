@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from clipless_dp import LayerBounds, RuleContext, constraints, layers, losses, register_rule, tracker
+from clipless_dp import LayerBounds, RuleContext, constraints, layers, losses, register_rule
+from clipless_dp.bounds.sweep import Sweep
 from clipless_dp.model import DPLipModel
 from clipless_dp.rules import base
 from tests.soundness.attack import wrap
@@ -67,7 +68,7 @@ MUTANTS = (
     (
         Mutant(
             "the larger of two ways instead of their sum",
-            tracker._Sweep,
+            Sweep,
             "slope",
             "total += self._forward_factor(consumer, position) * beyond",
             "total = max(total, self._forward_factor(consumer, position) * beyond)",
@@ -77,7 +78,7 @@ MUTANTS = (
     (
         Mutant(
             "a gate's cap taken for its slope",
-            tracker._Sweep,
+            Sweep,
             "_forward_factor",
             "return 1.0",
             "return bounds.cotangent_cap",

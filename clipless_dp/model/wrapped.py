@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from numbers import Real
 from typing import Any, cast
@@ -12,37 +11,33 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, lineage, passes, sharding
-from clipless_dp.apart import join_, set_apart_
+from clipless_dp import distributed, sharding
+from clipless_dp.bounds.sensitivity import Relation, Sensitivity
+from clipless_dp.bounds.stamp import Stamp, stamp
+from clipless_dp.bounds.tightness import TightnessReport, measure
+from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
-from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, NormError, PrivacyError
-from clipless_dp.factors import Factors
+from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.gates.arithmetic import can_look, largest_norm
+from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
+from clipless_dp.graph.tracing import TracedNet, is_leaf, trace
 from clipless_dp.losses import Loss
-from clipless_dp.modules import (
-    has_hooks,
-    is_hooked,
-    kind_of,
-    modules_of,
-    parameter_device_and_dtype,
-    parameters_of,
-    runs_hooks,
-)
+from clipless_dp.model import lineage, passes, weights
+from clipless_dp.model.factors import Factors
+from clipless_dp.model.overlaps import places, refuse_overlaps
+from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
+from clipless_dp.model.rowwise import RowLosses
+from clipless_dp.model.watch import Leaf, Watch
+from clipless_dp.model.weights import Change, naming
+from clipless_dp.modules import parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
-from clipless_dp.overlaps import places, refuse_overlaps
 from clipless_dp.precision import coarse_products, refuse_autocast
-from clipless_dp.row_invariance import RowInvariance, Twin, Values, copied
-from clipless_dp.rowwise import RowLosses
 from clipless_dp.sampling import draws
-from clipless_dp.settings import Settings
-from clipless_dp.tightness import TightnessReport, measure
-from clipless_dp.tracing import TracedNet, is_leaf, trace
-from clipless_dp.tracker import Relation, Sensitivity, SensitivityTracker, Stamp, stamp
 
 
 class DPLipModel(nn.Module):
@@ -61,9 +56,9 @@ class DPLipModel(nn.Module):
             mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
             from the weights' values, or from gates.
         row_invariant: whether passes with gradients run at numbers of rows at which the library returns the same bits
-            for a sample whatever its place and its company (:mod:`clipless_dp.row_invariance`). ``None``, the default:
-            the same activations, on a CPU. ``True``: also the same cotangents, on any device. ``False``: neither.
-            Compiled and sharded passes run at the sizes that they are given.
+            for a sample whatever its place and its company (:mod:`clipless_dp.model.row_invariance`). ``None``, the
+            default: the same activations, on a CPU. ``True``: also the same cotangents, on any device. ``False``:
+            neither. Compiled and sharded passes run at the sizes that they are given.
 
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
@@ -128,7 +123,7 @@ class DPLipModel(nn.Module):
         for name, parameter in net.named_parameters():
             exact_float64(parameter, name)
         for name, constraint in self._trainable_constraints():
-            with _naming(name):
+            with naming(name):
                 constraint.initialize_(self._parameter(name), self._tracker.operators[name])
         self.settle_()
 
@@ -158,6 +153,7 @@ class DPLipModel(nn.Module):
             traced,
             input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
+            weights=sharding,
         )
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
@@ -166,11 +162,11 @@ class DPLipModel(nn.Module):
         self._gathering: tuple[nn.Module | None] | None = None
         self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
         self._leaves = [
-            _Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
+            Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
             for node in traced.tensor_nodes()
             if node.op == "call_module"
         ]
-        self._watch = _Watch(self.net, self._leaves)
+        self._watch = Watch(self.net, self._leaves)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Runs the gated network.
@@ -296,7 +292,7 @@ class DPLipModel(nn.Module):
         Raises:
             InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
-                (:class:`clipless_dp.rowwise.RowLosses`).
+                (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
         refuse_autocast(output.device)
         if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):
@@ -411,7 +407,7 @@ class DPLipModel(nn.Module):
         """
         if fingerprint is None:
             return
-        leaves, marks = cast("tuple[list[_Leaf], dict[str, object]]", fingerprint)
+        leaves, marks = cast("tuple[list[Leaf], dict[str, object]]", fingerprint)
         self._refuse_interference()
         # A layer of a user's own may keep what it has seen.
         if not all(leaf.settings.hold() for leaf in leaves if leaf.is_ours):
@@ -494,26 +490,26 @@ class DPLipModel(nn.Module):
 
     def project_(self) -> None:
         """Applies the constraints to the trainable weights; frozen ones are left as they are and certified."""
-        self._project_(_project_)
+        self._project_(weights.project_)
 
     def project_gradients_(self) -> None:
         """Lets the constraints turn noisy gradients into directions that :meth:`project_` keeps: post-processing."""
-        changes: list[_Change] = []
+        changes: list[Change] = []
         for name, constraint in self._trainable_constraints():
             gradient = self.net.get_parameter(name).grad
             if gradient is not None and type(constraint).project_gradient_ is not Constraint.project_gradient_:
-                change = partial(_project_gradient_, constraint, self._tracker.operators[name])
+                change = partial(weights.project_gradient_, constraint, self._tracker.operators[name])
                 changes.append((name, change, (gradient, self._parameter(name))))
         self._change_(changes)
 
     def settle_(self) -> None:
         """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
-        self._project_(_settle_)
+        self._project_(weights.settle_)
 
     def _project_(self, project: Callable[[Constraint, tuple[Operator, ...], Tensor], None]) -> None:
         self._projected = {}
         constraints = list(self._trainable_constraints())
-        changes: list[_Change] = [
+        changes: list[Change] = [
             (name, partial(project, constraint, self._tracker.operators[name]), (self._parameter(name),))
             for name, constraint in constraints
         ]
@@ -522,11 +518,11 @@ class DPLipModel(nn.Module):
             self._change_(some)
             self._projected |= {name: (self._stamp(name), self._constraints[name].limit) for name, *_ in some}
 
-    def _change_(self, changes: list[_Change]) -> None:
+    def _change_(self, changes: list[Change]) -> None:
         """Changes tensors in place, those of which each rank holds a part as wholes."""
 
         def named(name: str, change: Callable[..., None], *tensors: Tensor) -> None:
-            with _naming(name):
+            with naming(name):
                 change(*tensors)
 
         if sharding.is_sharded(self):
@@ -539,7 +535,7 @@ class DPLipModel(nn.Module):
         return self.net.get_parameter(name).detach()
 
     def _stamp(self, name: str) -> Stamp:
-        return stamp(self.net.get_parameter(name))
+        return stamp(sharding.held(self.net.get_parameter(name)))
 
     def _mark(self, name: str) -> object:
         """As a stamp, but faster: for the time between a forward pass and its backward pass."""
@@ -548,6 +544,21 @@ class DPLipModel(nn.Module):
 
     def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
         return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)
+
+    @property
+    def graph(self) -> TracedNet:
+        """The network as the graph that runs between the gates, and that the bounds are of; it is not to be changed."""
+        return self._traced
+
+    @property
+    def vocabulary(self) -> int | None:
+        """How many tokens all of the network's embeddings know; ``None`` where it reads numbers."""
+        return self._vocabulary
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether layers that are not known may draw random numbers by themselves in passes; dropout does not."""
+        return self._may_draw
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -764,99 +775,3 @@ def _is_exported() -> bool:
     """Whether this is recorded for a graph of its own, in which the count would be a constant, and a pass nobody's."""
     exporting = getattr(torch.compiler, "is_exporting", None)
     return exporting is not None and bool(exporting())
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Says which parameter has no certified norm."""
-    try:
-        yield
-    except NormError as error:
-        raise NormError(f"{name}: {error}") from error
-
-
-def _project_(constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
-    constraint.project_(weight, operators)
-
-
-def _settle_(constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
-    if not constraint.holds(weight, operators):
-        constraint.project_(weight, operators)
-
-
-def _project_gradient_(
-    constraint: Constraint, operators: tuple[Operator, ...], gradient: Tensor, weight: Tensor
-) -> None:
-    constraint.project_gradient_(gradient, weight, operators)
-
-
-_Change = tuple[str, Callable[..., None], tuple[Tensor, ...]]
-"""A parameter's name, and a function with the tensors that it takes, of which it changes the first."""
-
-
-class _Leaf:
-    """A bounded module, where it was found, and the settings that its bounds rest on."""
-
-    def __init__(self, path: tuple[str, ...], module: nn.Module) -> None:
-        self.path = path
-        self.module = module
-        self.kind = kind_of(module)
-        self._parts = modules_of(module)
-        self._parameters = parameters_of(module)
-        self.settings = Settings(module)
-        origin = self.kind.__module__
-        self.is_ours = origin.partition(".")[0] in ("torch", "clipless_dp") and "testing" not in origin
-
-    def is_altered(self, net: nn.Module, sharded: bool) -> bool:
-        """Whether the module was replaced, or anything in it hooked, that ``fully_shard`` has not."""
-        found: nn.Module | None = net
-        for name in self.path:
-            found = None if found is None else found._modules.get(name)
-        module = self.module
-        if found is not module:
-            return True
-        if sharded:
-            known = sharding.hooks_of_sharding(module)
-            inside = any(is_hooked(part) for part in modules_of(module)[1:])
-            return kind_of(module) is not self.kind or is_hooked(module, besides=known) or inside
-        if type(module) is not self.kind or any(runs_hooks(part) for part in self._parts):
-            return True
-        return any(has_hooks(parameter) for parameter in self._parameters)
-
-
-class _Watch:
-    """Looks at all leaves at once, as each pass does twice: faster than one by one where nothing was altered."""
-
-    def __init__(self, net: nn.Module, leaves: list[_Leaf]) -> None:
-        edges: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
-        for leaf in leaves:
-            above = net
-            for name in leaf.path:
-                below = cast(nn.Module, above._modules[name])
-                edges[id(above), name] = above._modules, name, below
-                above = below
-        parts = list(dict.fromkeys(part for leaf in leaves for part in modules_of(leaf.module)))
-        self._edges = list(edges.values())
-        self._kinds = [(leaf.module, leaf.kind) for leaf in leaves]
-        self._hooks = [
-            hooks
-            for part in parts
-            for hooks in (
-                part._forward_hooks,
-                part._forward_pre_hooks,
-                part._backward_hooks,
-                part._backward_pre_hooks,
-            )
-        ]
-        self._attributes = [vars(part) for part in parts]
-        self._parameters = list(dict.fromkeys(p for leaf in leaves for p in parameters_of(leaf.module)))
-
-    def is_quiet(self) -> bool:
-        """Whether all modules are where they were, of their kinds, and nothing is hooked."""
-        return not (
-            any(self._hooks)
-            or any("forward" in own for own in self._attributes)
-            or any(type(module) is not kind for module, kind in self._kinds)
-            or any(held.get(name) is not below for held, name, below in self._edges)
-            or any(has_hooks(parameter) for parameter in self._parameters)
-        )

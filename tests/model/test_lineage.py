@@ -25,15 +25,14 @@ from clipless_dp import (
     WeightAverage,
     fit,
     gated,
-    lineage,
     losses,
     report,
 )
+from clipless_dp.model import lineage
 from clipless_dp.noise import SystemNoise
 from clipless_dp.search import Candidate, private_search
 from clipless_dp.statistics import private_fraction
-
-from .support import gated_model, power_cut, samples
+from tests.support import gated_model, power_cut, samples
 
 RUN = {
     "epsilon": 50.0, "delta": 1e-3, "epochs": 1, "batch_size": 75, "lr": 0.5, "progress": False, "accountant": "rdp",

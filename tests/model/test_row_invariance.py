@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, PoissonBatches, gated, gradient_gated, losses, register_rule
-from clipless_dp import row_invariance as row_invariance_module
-from clipless_dp.row_invariance import RowInvariance, Twin, Values
+from clipless_dp.model import row_invariance as row_invariance_module
+from clipless_dp.model.row_invariance import RowInvariance, Twin, Values
 from clipless_dp.rules import base
 
 WRAPS = {"signal gates": gated, "gradient gates": gradient_gated}

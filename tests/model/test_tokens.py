@@ -27,8 +27,7 @@ from clipless_dp import (
     losses,
 )
 from tests.soundness.attack import summed_gradients
-
-from .support import power_cut
+from tests.support import power_cut
 
 WORDS, LENGTH = 24, 10
 

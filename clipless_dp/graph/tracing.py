@@ -8,14 +8,13 @@ from operator import getitem
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from clipless_dp.apart import Apart
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
-from clipless_dp.gates import BallProjection, SphereScaling
+from clipless_dp.graph.apart import Apart
 from clipless_dp.graph.dropout import DrawnDropout
-from clipless_dp.layers import SampleGroupNorm
+from clipless_dp.graph.shapes import record
 from clipless_dp.modules import is_hooked
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
@@ -124,7 +123,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
     _refuse([*_without_rule(module), *_misused_tokens(module)])
     vocabulary = min((leaf.weight.shape[0] for _, leaf in _tables(module)), default=None)
     kind = dtype if vocabulary is None else torch.int64
-    recorders = [_record(module, (size, *input_shape), device, kind) for size in _BATCH_SIZES]
+    recorders = [record(module, (size, *input_shape), device, kind) for size in _BATCH_SIZES]
     runs = [recorder.shapes for recorder in recorders]
     public = [recorder.public for recorder in recorders]
     shapes: dict[fx.Node, tuple[int, ...]] = {}
@@ -133,7 +132,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         if isinstance(public[0].get(node), (int, float)) and node.op == "call_function" and node.target is not getitem:
             if any(public[0].get(source) != public[1].get(source) for source in node.all_input_nodes):
                 remedy = "arithmetic on the batch size may regroup samples; use x.shape[0] as it is, or -1"
-                mixing.append(Unsupported(place(node), getattr(node.target, "__name__", str(node.target)), remedy))
+                mixing.append(Unsupported(place(node), function_name(node), remedy))
             continue
         if node not in runs[0]:
             continue
@@ -142,7 +141,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
             mixing.append(
                 Unsupported(
                     place(node),
-                    getattr(node.target, "__name__", str(node.target)),
+                    function_name(node),
                     "a tensor made inside forward has no bound; hold it in a module that has a rule",
                 )
             )
@@ -169,6 +168,11 @@ def place(node: fx.Node) -> str:
         return str(node.target)
     around = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return f"{around[-1]}.{node.name}" if around else node.name
+
+
+def function_name(node: fx.Node) -> str:
+    """What a node calls, as its own name says."""
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def _output_value(module: fx.GraphModule) -> Any:
@@ -211,7 +215,7 @@ def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
                 continue
             yield Unsupported(
                 place(node),
-                getattr(node.target, "__name__", str(node.target)),
+                function_name(node),
                 "no bound is known for this function; use a module or function that has one",
             )
 
@@ -252,43 +256,3 @@ def _about_shapes(node: fx.Node) -> bool:
         _about_shapes(source) if source.op.startswith("call_") and source.op != "call_module" else False
         for source in node.all_input_nodes
     )
-
-
-_OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
-
-
-class _ShapeRecorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
-        self.public: dict[fx.Node, Any] = {}
-        self._gated: list[tuple[Tensor, int]] = []
-
-    def run_node(self, n: fx.Node) -> Any:
-        try:
-            value = super().run_node(n)
-        except Exception as error:
-            summary = str(error).splitlines()[0] if str(error) else type(error).__name__
-            reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
-            raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
-        if any(gated._version != version for gated, version in self._gated):
-            raise ConfigurationError(f"{_OVERWRITTEN} at {n.target} ({n.name})")
-        if n.op == "call_module" and isinstance(
-            self.module.get_submodule(str(n.target)), (BallProjection, SphereScaling, SampleGroupNorm)
-        ):
-            # Its backward rests on what it returned.
-            self._gated.append((value, value._version))
-        if isinstance(value, Tensor) and n.op != "output":
-            self.shapes[n] = tuple(value.shape)
-        elif n.op.startswith("call_"):
-            self.public[n] = value
-        return value
-
-
-def _record(module: fx.GraphModule, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> _ShapeRecorder:
-    recorder = _ShapeRecorder(module)
-    devices = [device] if device.type == "cuda" else []
-    # With gradients enabled, because autograd is what refuses in-place changes of gated values.
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        recorder.run(torch.zeros(shape, device=device, dtype=dtype))
-    return recorder

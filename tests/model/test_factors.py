@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import CliplessDPSGD, ConfigurationError, DPLipModel, PoissonBatches, PrivacyError, losses
-from clipless_dp.factors import Factors
+from clipless_dp.model.factors import Factors
 from clipless_dp.sampling import Batch
 
 ROWS, RATE = 64, 0.5

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, InputError, gradient_gated, layers, losses, suggest_gates, suggestions
+from clipless_dp import DPLipModel, InputError, gradient_gated, layers, losses, suggest_gates
+from clipless_dp.model import suggestions
 from tests.soundness.attack import per_sample_gradients
 
 

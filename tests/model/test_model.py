@@ -25,6 +25,7 @@ from clipless_dp import (
 )
 from clipless_dp.norms import dense_norm
 from tests.soundness.attack import Record, summed_gradients, wrap
+from tests.support import gated_model
 
 
 def dense_model(constraint: constraints.ConstraintSpec = None, *, bias: bool = True) -> DPLipModel:
@@ -508,3 +509,16 @@ def test_autocast_around_the_backward_pass_of_a_compiled_model_is_refused(backen
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(PrivacyError, match="autocast"):
         loss.backward()
     assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_a_model_tells_its_graph_and_its_vocabulary() -> None:
+    numbers = gated_model()
+    called = {numbers.graph.leaf(node) for node in numbers.graph.tensor_nodes() if node.op == "call_module"}
+    assert called == {part for part in numbers.net.modules() if not list(part.children())}
+    assert numbers.vocabulary is None
+    tokens = DPLipModel(
+        gated(nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(12, 2))),
+        input_shape=(3,),
+        loss=losses.TauCrossEntropy(8.0),
+    )
+    assert tokens.vocabulary == 7

@@ -20,8 +20,7 @@ from clipless_dp import (
 )
 from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint
-
-from .support import gated_model, power_cut, protected, samples
+from tests.support import gated_model, power_cut, protected, samples
 
 SETTINGS = {"noise_multiplier": 1.3, "sample_rate": 0.25, "dataset_size": 40, "accountant": "rdp", "sampling": "none"}
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 6, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}

@@ -11,10 +11,10 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, fx
 
+from clipless_dp.bounds.sensitivity import LayerSensitivity, Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import GradientGated, can_be_gradient_gated
-from clipless_dp.tracing import TracedNet
-from clipless_dp.tracker import LayerSensitivity, Sensitivity
+from clipless_dp.graph.tracing import TracedNet
 
 TIGHT = 0.5
 """A bound that is half used costs at most twice the noise it has to: no gate is advised."""

@@ -23,11 +23,13 @@ from clipless_dp import (
     layers,
     register_rule,
 )
+from clipless_dp.bounds import SensitivityTracker
+from clipless_dp.bounds.stamp import stamp
+from clipless_dp.graph import trace
+from clipless_dp.model.settings import settings_of
 from clipless_dp.norms import conv2d_norm, dense_norm
 from clipless_dp.norms.operators import DenseOperator
 from clipless_dp.rules import base, graph, register_function_rule
-from clipless_dp.settings import settings_of
-from clipless_dp.tracker import stamp
 from tests.soundness.attack import BoundBroken, Record, wrap
 
 
@@ -480,3 +482,33 @@ def test_a_gradient_gate_of_a_users_counts_as_its_cap_unless_it_says_how_far_it_
     model = wrap(nn.Sequential(Gated(4, 3, bias=False)), (4,), input_norm=2.0)
     # The input gate's float32 slack.
     assert model.sensitivity().total == pytest.approx(expected, rel=1e-5)
+
+
+def test_norms_are_of_whole_weights_wherever_their_parts_are() -> None:
+    class Halves:
+        """Of each weight a half is held here, and another process finds each changed."""
+
+        def __init__(self) -> None:
+            self.gathered = 0
+
+        def held(self, parameter: Tensor) -> Tensor:
+            return parameter[: len(parameter) // 2]
+
+        def whole(self, tensor: Tensor) -> Tensor:
+            self.gathered += 1
+            return torch.cat([tensor, tensor])
+
+        def on_any_part(self, tensor: Tensor, condition: bool) -> bool:
+            return True
+
+    net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
+    net[2].requires_grad_(False)
+    traced = trace(net, (4,), device=torch.device("cpu"), dtype=torch.float32)
+    caps = {"input_norm": 1.0, "cotangent_norm": 1.0}
+    halves = Halves()
+    parted, whole = SensitivityTracker(traced, **caps, weights=halves), SensitivityTracker(traced, **caps)
+    # A matrix above itself has √2 times its norm; certificates are above norms by less than 1e-4.
+    assert parted.sensitivity().total == pytest.approx(math.sqrt(2.0) * whole.sensitivity().total, rel=1e-3)
+    first = halves.gathered
+    parted.sensitivity()
+    assert halves.gathered == 2 * first == 2

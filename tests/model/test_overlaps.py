@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, DPLipModel, constraints, losses
-from clipless_dp import model as wrapping
-from clipless_dp.overlaps import refuse_overlaps
+from clipless_dp.model import wrapped as wrapping
+from clipless_dp.model.overlaps import refuse_overlaps
 
 
 def two_layers(first: Tensor, second: Tensor) -> nn.Sequential:

@@ -42,8 +42,8 @@ from clipless_dp import (
     register_rule,
     report,
 )
-from clipless_dp.apart import join_
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.graph.apart import join_
 from clipless_dp.sampling import Batch, draws
 
 SIZE, RATE = 40, 0.25

@@ -19,9 +19,9 @@ from clipless_dp import (
     PrivacyError,
     fit,
     losses,
-    rowwise,
 )
-from clipless_dp.rowwise import RowLosses, is_proved
+from clipless_dp.model import rowwise
+from clipless_dp.model.rowwise import RowLosses, is_proved
 from clipless_dp.training import compiled_loss
 
 CLASSES = 5

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, PrivacyError, losses
-from clipless_dp.apart import join_
+from clipless_dp.graph.apart import join_
 from clipless_dp.rules import LayerBounds, RuleContext, register_function_rule, register_rule
 
 ROWS, RATE = 64, 0.5

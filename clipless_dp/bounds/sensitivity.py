@@ -1,0 +1,92 @@
+"""What the sweeps find: how much one sample can change the summed gradient, and each layer's line in the report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from tabulate import tabulate
+
+Relation = Literal["add-or-remove-one", "replace-one"]
+
+RELATIONS: dict[str, float] = {"add-or-remove-one": 1.0, "replace-one": 2.0}
+"""By how much more a sample moves the sum than its own gradient's norm: replaced, once out and once in."""
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """One parametrised layer's line in the report.
+
+    Attributes:
+        path: where the layer is in the network.
+        kind: its type.
+        input_norm: ``X``; of T tokens ``√T``, the norm of their one-hot rows. Infinite where gradient gates bound all
+            that is trained and ``X`` would need weights.
+        cotangent_norm: ``G`` at its output; infinite in the same cases.
+        coverage: ``N`` for windows, else ``None``.
+        certified_norm: of its weight, where the sweeps needed it, else ``None``.
+        sensitivity: ``Δ`` over the layer's trainable parameters, under the report's relation.
+    """
+
+    path: str
+    kind: str
+    input_norm: float
+    cotangent_norm: float
+    coverage: int | None
+    certified_norm: float | None
+    sensitivity: float
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much one sample can change the summed gradient.
+
+    Attributes:
+        per_parameter: ``Δ_θ`` for each trainable parameter, by its name in ``model.net``.
+        total: ``(Σ Δ_θ²)^½``.
+        relation: the neighbouring relation that the numbers hold for.
+        layers: the report, a line for each parametrised layer.
+
+    Guarantee:
+        For two batches that differ as the relation says, the summed gradient of each parameter θ differs by at
+        most ``per_parameter[θ]`` in Euclidean norm, whatever the samples, targets, loss values and scales.
+    """
+
+    per_parameter: Mapping[str, float]
+    total: float
+    relation: Relation
+    layers: tuple[LayerSensitivity, ...]
+
+    def joined(self, *others: Sensitivity) -> Sensitivity:
+        """The bounds that hold for rows of any of several passes: for each parameter the largest."""
+        bounds = dict(self.per_parameter)
+        for other in others:
+            for name, bound in other.per_parameter.items():
+                bounds[name] = max(bound, bounds.get(name, 0.0))
+        return replace(self, per_parameter=bounds, total=math.hypot(*bounds.values()))
+
+    def __str__(self) -> str:
+        def shown(value: float | None) -> str:
+            return "–" if value is None or math.isinf(value) else f"{value:.4g}"
+
+        rows = [
+            (
+                layer.path,
+                layer.kind,
+                shown(layer.input_norm),
+                shown(layer.cotangent_norm),
+                shown(layer.coverage),
+                shown(layer.certified_norm),
+                shown(layer.sensitivity),
+            )
+            for layer in self.layers
+        ]
+        table = tabulate(
+            rows,
+            headers=["layer", "type", "X", "G", "coverage", "norm", "Δ"],
+            disable_numparse=True,
+            colalign=("left", "left", "right", "right", "right", "right", "right"),
+        )
+        return f"{table}\ntotal Δ = {self.total:.6g} ({self.relation})"

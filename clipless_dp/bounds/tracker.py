@@ -1,0 +1,174 @@
+"""The sensitivity tracker: a network, its caps and the norms of its weights, for as many sweeps as are asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+from torch import Tensor
+
+from clipless_dp.bounds.sensitivity import RELATIONS, Relation, Sensitivity
+from clipless_dp.bounds.stamp import Stamp, stamp
+from clipless_dp.bounds.sweep import (
+    FLOAT64_ROUNDING,
+    NeedsWeights,
+    Sweep,
+    deep_recursion,
+    named_parameters,
+)
+from clipless_dp.errors import ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
+from clipless_dp.graph.tracing import TracedNet, function_name, place
+from clipless_dp.norms.operators import Operator
+from clipless_dp.rules import RuleError
+
+
+class Weights(Protocol):
+    """Where weights are: what is asked of a tensor of which this process may hold a part only."""
+
+    def held(self, parameter: Tensor, /) -> Tensor:
+        """What this process holds of it."""
+        ...
+
+    def whole(self, tensor: Tensor, /) -> Tensor:
+        """All of it."""
+        ...
+
+    def on_any_part(self, tensor: Tensor, condition: bool, /) -> bool:
+        """Whether a condition holds in any process that holds a part of it."""
+        ...
+
+
+class _Here:
+    """All weights are whole, in this process."""
+
+    def held(self, parameter: Tensor, /) -> Tensor:
+        return parameter
+
+    def whole(self, tensor: Tensor, /) -> Tensor:
+        return tensor
+
+    def on_any_part(self, tensor: Tensor, condition: bool, /) -> bool:
+        return condition
+
+
+class SensitivityTracker:
+    """Composes the layers' bounds over a traced network.
+
+    Args:
+        traced: the network's graph.
+        input_norm: ``X₀``, the cap of the input gate, rounding included.
+        cotangent_norm: ``G``, the cap of the cotangent gate at the output, rounding included.
+        weights: where the weights are; by default whole, in this process.
+
+    Raises:
+        UnsupportedModuleError: a rule refuses a layer's configuration, or leaves out one of its parameters.
+    """
+
+    def __init__(
+        self, traced: TracedNet, *, input_norm: float, cotangent_norm: float, weights: Weights | None = None
+    ) -> None:
+        self.traced = traced
+        self.input_norm = input_norm
+        self.cotangent_norm = cotangent_norm
+        self._weights = _Here() if weights is None else weights
+        self._certificates: dict[tuple[int, Operator], tuple[Stamp, float]] = {}
+        self.operators: dict[str, tuple[Operator, ...]] = {}
+        self.operators = self._collect_operators()
+
+    def sensitivity(
+        self,
+        *,
+        limits: Mapping[str, float] | None = None,
+        relation: Relation = "add-or-remove-one",
+    ) -> Sensitivity:
+        """Runs the two sweeps.
+
+        Args:
+            limits: norms that constraints guarantee, by parameter name; other norms are certified from values.
+            relation: the neighbouring relation.
+
+        Raises:
+            ConfigurationError: the relation is unknown.
+            PrivacyError: a bound is not finite or so large that activations may overflow.
+        """
+        return self.evaluate(limits or {}, relation)[0]
+
+    def evaluate(
+        self, limits: Mapping[str, float], relation: Relation, *, whole: bool = True
+    ) -> tuple[Sensitivity, set[str]]:
+        """The sensitivity, and what it was read from besides the limits: if nothing, it holds for any weights.
+
+        Raises:
+            PrivacyError: as :meth:`sensitivity`; or the weights are not whole here, and a user's rule may read them.
+        """
+        if relation not in RELATIONS:
+            raise ConfigurationError(f"relation must be one of {sorted(RELATIONS)}, got {relation!r}")
+        sweep = self._sweep(limits, whole=whole)
+        try:
+            with deep_recursion(len(self.traced.shapes)):
+                return sweep.sensitivity(relation), sweep.reads
+        except NeedsWeights:
+            raise PrivacyError(
+                "a rule of your own may read weights, of which each rank holds a part only: put a gradient gate inside "
+                "its layer or signal gates around it that bound what it does without them, or keep the model whole"
+            ) from None
+
+    def lipschitz_constant(self, limits: Mapping[str, float]) -> float:
+        """Bound on how far the output moves per unit of the input, in Euclidean norms; infinite where none is known."""
+        sweep = self._sweep(limits)
+        with deep_recursion(len(self.traced.shapes)):
+            source = next(node for node in self.traced.tensor_nodes() if node.op == "placeholder")
+            return math.inf if self.traced.vocabulary is not None else sweep.slope(source) * FLOAT64_ROUNDING
+
+    def certify(self, parameter: Tensor, operator: Operator) -> float:
+        """Certified norm of a parameter; a frozen one is certified once for each of its versions."""
+        if parameter.requires_grad:
+            return operator.norm(self._weights.whole(parameter))
+        key, version = (id(parameter), operator), stamp(self._weights.held(parameter))
+        known = self._certificates.get(key)
+        if known is None or self._weights.on_any_part(parameter, known[0] != version):
+            known = version, operator.norm(self._weights.whole(parameter))
+            self._certificates[key] = known
+        return known[1]
+
+    def _sweep(self, limits: Mapping[str, float], *, whole: bool = True) -> Sweep:
+        return Sweep(
+            self.traced,
+            input_norm=self.input_norm,
+            cotangent_norm=self.cotangent_norm,
+            limits=limits,
+            operators=self.operators,
+            certify=self.certify,
+            whole=whole,
+        )
+
+    def _collect_operators(self) -> dict[str, tuple[Operator, ...]]:
+        sweep = self._sweep({})
+        found: dict[str, tuple[Operator, ...]] = {}
+        parts: list[Unsupported] = []
+        with deep_recursion(len(self.traced.shapes)):
+            for node in self.traced.tensor_nodes():
+                try:
+                    bounds = sweep.bounds(node)
+                except RuleError as refusal:
+                    called = node.op == "call_module"
+                    kind = type(self.traced.leaf(node)).__name__ if called else function_name(node)
+                    parts.append(Unsupported(place(node), kind, str(refusal)))
+                    continue
+                if bounds is None or node.op != "call_module":
+                    continue
+                leaf = self.traced.leaf(node)
+                own = named_parameters(leaf)
+                for absent in sorted((bounds.gradients.keys() | bounds.operators.keys()) - own.keys()):
+                    remedy = f"its {absent!r} is not a parameter; make it one, frozen if it is not to be trained"
+                    parts.append(Unsupported(str(node.target), type(leaf).__name__, remedy))
+                for missing in sorted(own.keys() - bounds.gradients.keys()):
+                    remedy = f"its rule gives no gradient bound for the parameter {missing!r}; add it to `gradients`"
+                    parts.append(Unsupported(str(node.target), type(leaf).__name__, remedy))
+                for name in bounds.operators.keys() & own.keys():
+                    key = self.traced.names[id(own[name])]
+                    found[key] = (*found.get(key, ()), bounds.operators[name])
+        if parts:
+            raise UnsupportedModuleError(parts)
+        return found

@@ -1,0 +1,63 @@
+"""The shape of every value in a graph, from a run on zeros."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates import BallProjection, SphereScaling
+from clipless_dp.layers import SampleGroupNorm
+
+_OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
+
+
+class ShapeRecorder(fx.Interpreter):
+    """Runs a graph and keeps what each node returns: a tensor's shape, or a value that is public.
+
+    Attributes:
+        shapes: of each tensor-valued node, the batch axis included.
+        public: what other calls return, sizes say.
+
+    Raises:
+        ConfigurationError: a node does not take what it is given, or overwrites a gate's value.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.public: dict[fx.Node, Any] = {}
+        self._gated: list[tuple[Tensor, int]] = []
+
+    def run_node(self, n: fx.Node) -> Any:
+        """Runs one node."""
+        try:
+            value = super().run_node(n)
+        except Exception as error:
+            summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
+            raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
+        if any(gated._version != version for gated, version in self._gated):
+            raise ConfigurationError(f"{_OVERWRITTEN} at {n.target} ({n.name})")
+        if n.op == "call_module" and isinstance(
+            self.module.get_submodule(str(n.target)), (BallProjection, SphereScaling, SampleGroupNorm)
+        ):
+            # Its backward rests on what it returned.
+            self._gated.append((value, value._version))
+        if isinstance(value, Tensor) and n.op != "output":
+            self.shapes[n] = tuple(value.shape)
+        elif n.op.startswith("call_"):
+            self.public[n] = value
+        return value
+
+
+def record(module: fx.GraphModule, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> ShapeRecorder:
+    """Runs a graph on zeros; draws no random number of the caller's."""
+    recorder = ShapeRecorder(module)
+    devices = [device] if device.type == "cuda" else []
+    # With gradients enabled, because autograd is what refuses in-place changes of gated values.
+    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+        recorder.run(torch.zeros(shape, device=device, dtype=dtype))
+    return recorder

@@ -1,0 +1,79 @@
+"""Whether the modules whose bounds a model knows are still those, as they were, and run nothing else."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import nn
+
+from clipless_dp import sharding
+from clipless_dp.model.settings import Settings
+from clipless_dp.modules import has_hooks, is_hooked, kind_of, modules_of, parameters_of, runs_hooks
+
+
+class Leaf:
+    """A bounded module, where it was found, and the settings that its bounds rest on."""
+
+    def __init__(self, path: tuple[str, ...], module: nn.Module) -> None:
+        self.path = path
+        self.module = module
+        self.kind = kind_of(module)
+        self._parts = modules_of(module)
+        self._parameters = parameters_of(module)
+        self.settings = Settings(module)
+        origin = self.kind.__module__
+        self.is_ours = origin.partition(".")[0] in ("torch", "clipless_dp") and "testing" not in origin
+
+    def is_altered(self, net: nn.Module, sharded: bool) -> bool:
+        """Whether the module was replaced, or anything in it hooked, that ``fully_shard`` has not."""
+        found: nn.Module | None = net
+        for name in self.path:
+            found = None if found is None else found._modules.get(name)
+        module = self.module
+        if found is not module:
+            return True
+        if sharded:
+            known = sharding.hooks_of_sharding(module)
+            inside = any(is_hooked(part) for part in modules_of(module)[1:])
+            return kind_of(module) is not self.kind or is_hooked(module, besides=known) or inside
+        if type(module) is not self.kind or any(runs_hooks(part) for part in self._parts):
+            return True
+        return any(has_hooks(parameter) for parameter in self._parameters)
+
+
+class Watch:
+    """Looks at all leaves at once, as each pass does twice: faster than one by one where nothing was altered."""
+
+    def __init__(self, net: nn.Module, leaves: list[Leaf]) -> None:
+        edges: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
+        for leaf in leaves:
+            above = net
+            for name in leaf.path:
+                below = cast(nn.Module, above._modules[name])
+                edges[id(above), name] = above._modules, name, below
+                above = below
+        parts = list(dict.fromkeys(part for leaf in leaves for part in modules_of(leaf.module)))
+        self._edges = list(edges.values())
+        self._kinds = [(leaf.module, leaf.kind) for leaf in leaves]
+        self._hooks = [
+            hooks
+            for part in parts
+            for hooks in (
+                part._forward_hooks,
+                part._forward_pre_hooks,
+                part._backward_hooks,
+                part._backward_pre_hooks,
+            )
+        ]
+        self._attributes = [vars(part) for part in parts]
+        self._parameters = list(dict.fromkeys(p for leaf in leaves for p in parameters_of(leaf.module)))
+
+    def is_quiet(self) -> bool:
+        """Whether all modules are where they were, of their kinds, and nothing is hooked."""
+        return not (
+            any(self._hooks)
+            or any("forward" in own for own in self._attributes)
+            or any(type(module) is not kind for module, kind in self._kinds)
+            or any(held.get(name) is not below for held, name, below in self._edges)
+            or any(has_hooks(parameter) for parameter in self._parameters)
+        )
