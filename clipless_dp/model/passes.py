@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
-from clipless_dp.gates.arithmetic import drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
+from clipless_dp.gates.arithmetic import can_look, drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
 from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.precision import outside_autocast
 from clipless_dp.sampling import draws
@@ -155,6 +155,7 @@ class Register:
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
         self.sharded = False
+        self._latest: ref[Pass] | None = None
         _registers[self.key] = self
 
     @property
@@ -199,7 +200,25 @@ class Register:
             rows, beside = _declared.rows, _declared.beside
         else:
             rows, beside = origin(inputs)
-        return Pass(self, sensitivity, fingerprint, rows, beside=beside, public=False, inputs=inputs)
+        opened = Pass(self, sensitivity, fingerprint, rows, beside=beside, public=False, inputs=inputs)
+        self._latest = ref(opened)
+        return opened
+
+    def refuse_padding(self, losses: Tensor) -> None:
+        """Refuses losses of the rows behind the samples of a draw, where no mask leaves them out and they are numbers.
+
+        Padding is NaN, whose loss does not count; of integers it is not, and counts once they are made floats.
+        """
+        latest = None if self._latest is None else self._latest()
+        rows = None if latest is None else latest.rows
+        if rows is None or rows.draw is None or rows.stop <= rows.draw.rows or rows.stop - rows.start != len(losses):
+            return
+        padding = losses[max(0, rows.draw.rows - rows.start) :]
+        if can_look(padding) and bool(torch.isfinite(padding).any()):
+            raise PrivacyError(
+                "rows that pad a draw count in this loss: give it the mask of the batch, or pass the rows that are "
+                "samples only"
+            )
 
     @contextmanager
     def running(self, opened: Pass) -> Iterator[None]:

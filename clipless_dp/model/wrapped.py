@@ -32,7 +32,7 @@ from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.watch import Leaf, Watch
 from clipless_dp.model.weights import Change, naming
-from clipless_dp.modules import parameter_device_and_dtype, parameters_of
+from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -57,8 +57,8 @@ class DPLipModel(nn.Module):
             from the weights' values, or from gates.
         row_invariant: whether passes with gradients run at numbers of rows at which the library returns the same bits
             for a sample whatever its place and its company (:mod:`clipless_dp.model.row_invariance`). ``None``, the
-            default: the same activations, on a CPU. ``True``: also the same cotangents, on any device. ``False``:
-            neither. Compiled and sharded passes run at the sizes that they are given.
+            default: the same activations, on a CPU, and the same cotangents where gates normalise. ``True``: both, on
+            any device. ``False``: neither. Compiled and sharded passes run at the sizes that they are given.
 
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
@@ -158,7 +158,9 @@ class DPLipModel(nn.Module):
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
         self._fused = FusedNet(traced)
-        self._rows = RowInvariance(backward=self._row_invariant is True)
+        # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
+        lifts = any(getattr(part, "mode", None) == "normalize" for part in modules_of(self.net))
+        self._rows = RowInvariance(backward=self._row_invariant is True or lifts)
         self._gathering: tuple[nn.Module | None] | None = None
         self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
         self._leaves = [
@@ -305,6 +307,8 @@ class DPLipModel(nn.Module):
                 f"on {output.device}"
             )
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
+        if mask is None and not torch.compiler.is_compiling():
+            self.register.refuse_padding(losses)
         if can_look(losses):
             # The product lets the same arrive at the losses as below: one number each, not one that all share.
             total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
@@ -675,7 +679,7 @@ class DPLipModel(nn.Module):
                 raise InputError(f"tokens are {inputs.dtype}; convert the data set first, with tokens.long()")
             dtype = inputs.dtype
         elif not inputs.is_floating_point():
-            raise InputError(f"inputs are {inputs.dtype}; convert them first, e.g. images.float() / 255")
+            raise InputError(f"inputs are {inputs.dtype}; convert the data set first, e.g. images.float() / 255")
         if inputs.dtype != dtype or inputs.device != device:
             raise InputError(f"inputs are {inputs.dtype} on {inputs.device}, the model is {dtype} on {device}")
         refuse_autocast(device)

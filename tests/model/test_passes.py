@@ -1288,6 +1288,22 @@ def test_pieces_that_a_loss_leaves_out_or_passes_in_place_of_others_are_refused(
     optimizer.step()
 
 
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_of_integers_does_not_count(masked: bool) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    inputs = torch.randint(1, 9, (SIZE, 6), dtype=torch.uint8)
+    (batch,) = PoissonBatches((inputs, data()[1]), sample_rate=RATE, steps=1, physical_batch_size=SIZE)
+    output = model(batch.inputs.float())
+    if masked:
+        model.loss(output, batch.targets, batch.mask).backward()
+        optimizer.step()
+        assert optimizer.accountant.history == [(1.0, RATE, 1)]
+    else:
+        with pytest.raises(PrivacyError, match="mask of the batch"):
+            model.loss(output, batch.targets)
+
+
 def through_an_array(batch: Batch) -> None:
     rows = batch.inputs.numpy()
     rows -= rows[batch.mask.numpy()].mean(0)
