@@ -52,6 +52,15 @@ class _Trace:
         return self.numbers
 
 
+_noted = 0
+"""How often runs were noted on any parameter: as long as it is the same, those of all are."""
+
+
+def _note() -> None:
+    global _noted
+    _noted += 1
+
+
 _traces: dict[int, tuple[ReferenceType[Tensor], _Trace]] = {}
 """By the identity of a parameter, as long as it lives: a network may be wrapped again, with new gates or a new head."""
 
@@ -110,6 +119,8 @@ class Lineage:
         # The parameters that a step left here, and what is known of them: others may take their places.
         self._names: dict[str, tuple[ReferenceType[nn.Parameter], _Trace]] = {}
         self._loaded: tuple[Bits | None, Mapping[str, int]] = {}, {}
+        # The parameters that runs were found of, when, and these.
+        self._found: tuple[list[nn.Parameter], int, dict[str, int]] | None = None
 
     def _parameters(self) -> list[nn.Parameter]:
         net = self._net()
@@ -122,7 +133,12 @@ class Lineage:
     def runs(self) -> dict[str, int]:
         """How many private steps each run took on these weights, those of loaded states included."""
         self._notice_loaded()
-        return _joined([self._runs, *(trace.runs for trace in self._traced())])
+        parameters = self._parameters()
+        found = self._found
+        if found is None or found[1] != _noted or [*map(id, found[0])] != [*map(id, parameters)]:
+            found = parameters, _noted, _joined([self._runs, *(trace.runs for trace in self._traced())])
+            self._found = found
+        return dict(found[2])
 
     @property
     def changed(self) -> int:
@@ -210,6 +226,8 @@ class Lineage:
         for parameter, trace in traces:
             if frozen or parameter.requires_grad:
                 trace.runs = joined
+        _note()
+        self._found = [parameter for parameter, _ in traces], _noted, dict(joined)
 
     def restart(self, runs: Mapping[str, int]) -> None:
         """The weights come from these runs, and what else is known of their past is part of them."""
@@ -246,6 +264,7 @@ class Lineage:
                 trace = _trace_of(named[name])
                 trace.runs, trace.changed = dict(known["runs"]), known["changed"]
                 trace.known, trace.counted = list(known["known"]), known["counted"]
+        _note()
 
     def unchanged(self, named: Mapping[str, nn.Parameter], *, quick: bool = False) -> bool:
         """Whether the weights are such as a step left; true where nothing is known.

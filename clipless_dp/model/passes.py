@@ -81,7 +81,7 @@ class Pass:
         self.public = public
         self.entered = False
         self.declared = _declared.tensor is not None and inputs is _declared.tensor
-        self._inputs = None if inputs is None else (inputs, draws.fingerprint(inputs))
+        self._inputs = None if inputs is None else (inputs, _fingerprint_of(rows, inputs))
 
     def refuse_other_inputs(self) -> None:
         """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again."""
@@ -91,6 +91,10 @@ class Pass:
                 "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
                 f"for what they were: give each batch memory of its own. {_DROPPED}"
             )
+
+
+def _fingerprint_of(rows: Rows | None, inputs: Tensor) -> object:
+    return draws.fingerprint(inputs) if rows is None else draws.fingerprint_of(rows, inputs)
 
 
 class _Held(NamedTuple):

@@ -176,6 +176,14 @@ def fingerprint(values: Tensor) -> object:
     return None if flat is None else _sums_of_bits(flat)
 
 
+def fingerprint_of(rows: Rows, inputs: Tensor) -> object:
+    """The same of a batch of which :func:`find` has just said what it is."""
+    known = _delivered.get(inputs)
+    if known is not None and rows.draw is known.draw and rows.base == _names.get(inputs):
+        return known.fingerprint
+    return fingerprint(inputs)
+
+
 def sample(values: Tensor) -> object:
     """As :func:`fingerprint`, by some of the entries, where few of them are zero."""
     flat = _in_memory(values)
@@ -216,6 +224,9 @@ def _in_memory(values: Tensor) -> Tensor | None:
 def _sums_of_bits(flat: Tensor) -> bytes:
     size = flat.element_size()
     patterns = flat.view(_INTEGERS[size])
+    if flat.numel() * size <= 8 * _PRIME:
+        short: bytes = patterns.numpy().tobytes()
+        return short
     if size in (1, 2, 4) and not (flat.numel() * size % 8 or flat.storage_offset() * size % 8):
         # torch converts narrower integers one by one.
         patterns = flat.view(torch.int64)
