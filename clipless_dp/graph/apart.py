@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from types import FunctionType
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -33,23 +32,31 @@ def _is_known(origin: str | None) -> bool:
     return package in ("torch", "clipless_dp") and "testing" not in rest
 
 
-def set_apart_(graph: fx.GraphModule, wanted: Callable[[], bool]) -> None:
+def _origin(function: Any) -> str | None:
+    origin = getattr(function, "__module__", None)
+    # Of Python's own operators nothing is kept either.
+    return "torch" if origin in ("_operator", "operator", "builtins", "math", None) else origin
+
+
+def set_apart_(
+    graph: fx.GraphModule, wanted: Callable[[], bool], resting: Callable[[], AbstractContextManager[None]]
+) -> None:
     """Lets a traced graph, not the network that it shares its layers with, run layers of a user's own apart.
 
     Args:
         graph: the graph.
         wanted: asked at each pass whether they are to run apart.
+        resting: within, all other layers hold their parameters, and not what stands for these in a pass: what a layer
+            of a user's own reads of them, by a reference of its own, leads around the pass and shows.
     """
     for node in graph.graph.nodes:
         if node.op == "call_module":
             above, _, name = str(node.target).rpartition(".")
             leaf = graph.get_submodule(str(node.target))
             if not isinstance(leaf, Apart) and not is_known(leaf):
-                setattr(graph.get_submodule(above), name, Apart(leaf, wanted))
-        elif node.op == "call_function" and isinstance(node.target, FunctionType):
-            rule = find_function_rule(node.target)
-            if rule is not None and not _is_known(node.target.__module__):
-                node.target = _apart(node.target, wanted)
+                setattr(graph.get_submodule(above), name, Apart(leaf, wanted, resting))
+        elif node.op == "call_function" and not _is_known(_origin(node.target)) and find_function_rule(node.target):
+            node.target = _apart(node.target, wanted, resting)
     graph.recompile()
 
 
@@ -67,43 +74,56 @@ class Apart(nn.Module):
     Args:
         layer: the layer.
         wanted: asked at each call whether it is to run apart.
+        resting: see :func:`set_apart_`.
 
     Shape:
         As the layer's.
     """
 
-    def __init__(self, layer: nn.Module, wanted: Callable[[], bool]) -> None:
+    def __init__(
+        self, layer: nn.Module, wanted: Callable[[], bool], resting: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         super().__init__()
         self.layer = layer
         self._wanted = wanted
+        self._resting = resting
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's value; in a compiled graph the layer itself."""
         if torch.compiler.is_compiling() or not self._wanted():
             return self.layer(*args, **kwargs)
-        return _run_apart(self.layer, self.layer, args, kwargs)
+        return _run_apart(self.layer, self.layer, self._resting, args, kwargs)
 
 
-def _apart(function: Callable[..., Any], wanted: Callable[[], bool]) -> Callable[..., Any]:
+def _apart(
+    function: Callable[..., Any], wanted: Callable[[], bool], resting: Callable[[], AbstractContextManager[None]]
+) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or not wanted():
             return function(*args, **kwargs)
-        return _run_apart(function, None, args, kwargs)
+        return _run_apart(function, None, resting, args, kwargs)
 
     # Rules are found by it.
     run.stands_for = function  # type: ignore[attr-defined]
     return run
 
 
-def _run_apart(call: Callable[..., Any], layer: nn.Module | None, args: Any, kwargs: Any) -> Any:
+def _run_apart(
+    call: Callable[..., Any],
+    layer: nn.Module | None,
+    resting: Callable[[], AbstractContextManager[None]],
+    args: Any,
+    kwargs: Any,
+) -> Any:
     given, structure = pytree.tree_flatten((args, kwargs))
     places = [index for index, value in enumerate(given) if isinstance(value, Tensor)]
     inputs = [cast(Tensor, given[index]) for index in places]
     held = _held(layer)
     parameters = list({id(value): value for _, _, value in held}.values())
     if not any(value.requires_grad for value in (*inputs, *parameters)):
-        return call(*args, **kwargs)
+        with resting():
+            return call(*args, **kwargs)
     returned: list[Any] = []
 
     def run(inner: tuple[Tensor, ...]) -> list[Tensor]:
@@ -112,7 +132,7 @@ def _run_apart(call: Callable[..., Any], layer: nn.Module | None, args: Any, kwa
             values[index] = value
         own = {id(old): new for old, new in zip(parameters, inner[len(inputs) :], strict=True)}
         arguments, named = pytree.tree_unflatten(values, structure)
-        with _holding(held, own):
+        with resting(), _holding(held, own):
             flat, spec = pytree.tree_flatten(call(*arguments, **named))
         returned[:] = [flat, spec]
         return [value for value in flat if isinstance(value, Tensor)]

@@ -43,6 +43,10 @@ class Factors:
             raise ConfigurationError(f"loss_weight must be a positive finite number, got {weight!r}")
         self.weight = float(weight)
 
+    def forget(self) -> None:
+        """What comes next may have other factors."""
+        self._known, self._first = {}, None
+
     def begin(self) -> None:
         """A pass begins; sums are counted from here."""
         self._count = 0

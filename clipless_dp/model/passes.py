@@ -417,7 +417,7 @@ class Register:
             self._taint = (
                 "gradients were changed, or added to, by something else than passes through the wrapped model: a loss "
                 "of model.net or of an exported copy, a hook, clip_grad_norm_, a scaled .grad. Scale the learning rate "
-                "instead, and call model(...) for all that is trained on"
+                "by a public number instead, and call model(...) for all that is trained on"
             )
         elif not kept:
             self.passes, self._taint = [], None
@@ -533,6 +533,17 @@ class Register:
                 "model the very tensor that comes in, and leave rows out with the mask"
             )
 
+    def _matters(self, missing: Pass) -> bool:
+        """Whether rows of a pass that is not in the gradients are of a draw, or also come in by another pass.
+
+        Others are none of the training data, as far as one can know: what a generator made, or rows of a test.
+        """
+        rows = missing.rows
+        if rows is None or rows.draw is not None or missing.beside is not None:
+            return True
+        entered = [one.rows for one in self.passes if one.rows is not None]
+        return any(draws.overlapping([rows, other]) for other in entered)
+
     def witnessed(self) -> list[Pass]:
         """The passes that the gradients consist of.
 
@@ -541,7 +552,8 @@ class Register:
         """
         self.reconcile()
         reason = self._taint
-        if reason is None and any(all(one is not other for other in self.passes) for one in self._computed):
+        missing = [one for one in self._computed if all(one is not other for other in self.passes)]
+        if reason is None and any(self._matters(one) for one in missing):
             reason = "private gradients were computed that are not in this step: they were dropped or read. " + _SPENT
         if reason is not None:
             self.drop()
@@ -687,6 +699,11 @@ def unwitnessed() -> Iterator[None]:
 def is_unwitnessed() -> bool:
     """Whether passes now are nobody's, so that no step may release what they add."""
     return _declared.unwitnessed
+
+
+def is_private() -> bool:
+    """Whether a pass now is one that the register keeps, and of somebody's rows."""
+    return is_witnessed() and not _declared.public
 
 
 def is_witnessed() -> bool:

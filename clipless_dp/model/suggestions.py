@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clipless_dp.bounds.tightness import TIGHT, rounded_up
 from clipless_dp.gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
+from clipless_dp.model import passes
 from clipless_dp.model.wrapped import DPLipModel
 
 _ROUNDS = 5
@@ -112,7 +113,8 @@ def suggest_gates(model: DPLipModel, batch: tuple[Tensor, Tensor]) -> GateSugges
     counted = model.nonfinite_samples.clone()
 
     def step() -> None:
-        torch.autograd.grad(model.loss(model(inputs), targets), parameters, allow_unused=True)
+        with passes.unwitnessed():
+            torch.autograd.grad(model.loss(model(inputs), targets), parameters, allow_unused=True)
 
     traced = model.graph
     called = [traced.leaf(node) for node in traced.tensor_nodes() if node.op == "call_module"]

@@ -137,7 +137,7 @@ class DPLipModel(nn.Module):
             raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        set_apart_(traced.module, passes.is_witnessed)
+        set_apart_(traced.module, passes.is_witnessed, lambda: self.register.resting())
         self._traced: TracedNet = traced
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
@@ -327,7 +327,7 @@ class DPLipModel(nn.Module):
 
     def _watched(self, total: Tensor) -> Tensor:
         # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
-        if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and passes.is_witnessed()):
+        if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and passes.is_private()):
             return total if self.loss_weight == 1.0 else total * self.loss_weight
         return self._factors.watched(total, self.register)
 

@@ -31,15 +31,39 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 from torch.utils.weak import WeakIdKeyDictionary
 
 
+class Source:
+    """A sampler, as its draws know it.
+
+    Attributes:
+        user: the optimizer that used a draw of it last, as long as it lives.
+    """
+
+    user: weakref.ref[object] | None = None
+
+    def __reduce__(self) -> tuple[type[Source], tuple[()]]:
+        return Source, ()
+
+    def is_for(self, user: object) -> bool:
+        """Whether nobody else has used a draw of it."""
+        known = None if self.user is None else self.user()
+        return known is None or known is user
+
+
 class Series:
     """One iteration of a sampler: which of its draws have been used or skipped.
 
+    Args:
+        source: the sampler.
+
     Attributes:
         started: when its first draw was made, on the clock of all draws.
+        ended: whether the iteration is over, or was left.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source | None = None) -> None:
+        self.source = source or Source()
         self.started = next(_clock)
+        self.ended = False
         self._reached = 0
         self._closed: set[int] = set()
 
@@ -83,6 +107,8 @@ class Draw:
         amplifies: whether it was handed out where gradients are on. What is only looked at amplifies nothing.
         used: whether a step has used it up.
         delivered: when it was handed out, in turns of a clock that all draws share.
+        thread: in which thread.
+        reached: whether a loop is known to have it: a loader's workers may be ahead.
         tensors: its batch, while it is in hand.
         matched: behind which of its rows copies of others are sought first.
     """
@@ -95,6 +121,8 @@ class Draw:
     amplifies: bool = True
     used: bool = False
     delivered: int = 0
+    thread: int = 0
+    reached: bool = True
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)
     matched: int = field(default=0, repr=False)
 
@@ -278,11 +306,14 @@ def deliver(draw: Draw, batch: Any, rows: int) -> None:
         rows: how many of them count; further ones are padding.
     """
     draw.rows, draw.amplifies, draw.delivered = rows, torch.is_grad_enabled(), next(_clock)
+    draw.thread = threading.get_ident()
     tensors = tuple(part for part in tree_leaves(batch) if _is_batch(part))
     with _lock:
         for tensor in tensors:
             _delivered[tensor] = _Delivered(draw, tensor._version, fingerprint(tensor))
-        if draw.amplifies:
+        if not draw.amplifies:
+            draw.series.close(draw.place)
+        else:
             draw.tensors = tensors
             _in_hand.append(draw)
             for earlier in _in_hand[:-_MOST_HELD]:
@@ -319,37 +350,69 @@ def batches_in_hand() -> list[tuple[Tensor, int]]:
         return [(draw.tensors[0], draw.rows) for draw in _in_hand if draw.tensors]
 
 
-def use(draw: Draw) -> None:
-    """Uses up a draw."""
+def next_for(user: object, since: int) -> Draw | None:
+    """The draw that is an optimizer's next one: of the iteration that it uses, or else the latest in this thread.
+
+    Args:
+        user: the optimizer.
+        since: when it was made.
+    """
+    with _lock:
+        own = [draw for draw in _in_hand if draw.delivered > since and draw.series.source.is_for(user)]
+        begun = [draw for draw in own if draw.series.source.user is not None and not draw.series.ended]
+        if begun:
+            return min(begun, key=lambda draw: (-draw.series.started, draw.place))
+        here = [draw for draw in own if draw.thread == threading.get_ident()]
+        return max(here, key=lambda draw: draw.delivered, default=None)
+
+
+def use(draw: Draw, user: object | None = None) -> None:
+    """Uses up a draw, for an optimizer."""
     draw.used, draw.tensors = True, ()
     draw.series.close(draw.place)
+    if user is not None:
+        draw.series.source.user = weakref.ref(user)
     with _lock:
         _in_hand[:] = [other for other in _in_hand if other is not draw]
 
 
-def passed_over(draw: Draw) -> int:
+def passed_over(draw: Draw, user: object | None = None) -> int:
     """How many draws before this one were neither used nor skipped: of its iteration, and of those that were left for
-    it."""
+    it.
+
+    Iterations of other optimizers' samplers, and of other threads, are none that were left for it.
+
+    Args:
+        draw: the draw that is to be used.
+        user: the optimizer.
+    """
+    series, here = draw.series, threading.get_ident()
+
+    def is_left(other: Draw) -> bool:
+        earlier = other.series is not series and other.delivered < series.started and other.reached
+        if not earlier or other.series.is_closed(other.place):
+            return False
+        source = other.series.source
+        return source is series.source or (source.is_for(user) and other.series.ended and other.thread == here)
+
     with _lock:
-        left = [
-            other
-            for other in _in_hand
-            if other.series is not draw.series
-            and other.delivered < draw.series.started
-            and not other.series.is_closed(other.place)
-        ]
-        return draw.series.open_before(draw.place) + len(left)
+        return series.open_before(draw.place) + sum(map(is_left, _in_hand))
 
 
-def skip() -> int:
-    """Forgets the draws in hand, and those before them: they are not trained on. Returns how many there were."""
+def skip(user: object | None = None) -> int:
+    """Forgets the draws in hand, and those before them: they are not trained on. Returns how many there were.
+
+    Args:
+        user: the optimizer, whose draws they are, unless another one uses their sampler.
+    """
     with _lock:
+        skipped = [draw for draw in _in_hand if draw.series.source.is_for(user)]
         count = 0
-        for draw in _in_hand:
+        for draw in skipped:
             count += draw.series.close_before(draw.place) + (not draw.series.is_closed(draw.place))
             draw.series.close(draw.place)
             draw.tensors = ()
-        _in_hand.clear()
+        _in_hand[:] = [draw for draw in _in_hand if draw not in skipped]
     return count
 
 
@@ -370,6 +433,8 @@ def find(inputs: Tensor) -> Rows:
     span = _span(inputs, base)
     known = _delivered.get(base)
     draw = known.draw if known is not None and known.holds(base) else None
+    if draw is not None:
+        draw.reached = True
     size = len(base) if base.dim() else 1
     if span is None:
         return _matching(inputs) or Rows(_name(base), 0, size, size)
@@ -408,6 +473,7 @@ def _matching(inputs: Tensor) -> Rows | None:
                 continue
             start = _place_of(inputs.detach(), tensor.detach(), draw)
             if start is not None:
+                draw.reached = True
                 draw.matched = start + len(inputs)
                 return Rows(_name(tensor), start, start + len(inputs), len(tensor), draw)
     return None
@@ -427,9 +493,10 @@ def _place_of(inputs: Tensor, batch: Tensor, draw: Draw) -> int | None:
         firsts = ((column == first) | (column.isnan() & first.isnan())).nonzero().flatten().tolist()
         firsts.sort(key=lambda start: (start != draw.matched, start))
     for start in firsts[:_MOST_TRIED]:
-        part = batch[start : start + len(inputs)]
-        copy = part.to(inputs.device, inputs.dtype).reshape(inputs.shape)
-        if bool(((copy == inputs) | (copy.isnan() & inputs.isnan())).all()):
+        # What pads a draw may have been filled: it does not count.
+        count = min(len(inputs), draw.rows - start) if start < draw.rows else len(inputs)
+        copy = batch[start : start + count].to(inputs.device, inputs.dtype).reshape(count, *inputs.shape[1:])
+        if bool(((copy == inputs[:count]) | (copy.isnan() & inputs[:count].isnan())).all()):
             return int(start)
     return None
 
@@ -543,7 +610,8 @@ class Fetch(NamedTuple):
             return all(len(leaf) == len(self.indices) for leaf in tree_leaves(samples) if _is_batch(leaf))
         fetched = sorted(map(id, self.samples))
         given = sorted(map(id, samples))
-        return len(given) == len(fetched) and (given == fetched or not set(given) <= set(fetched))
+        once = len(set(given)) == len(given) or len(set(fetched)) < len(fetched)
+        return len(given) == len(fetched) and (given == fetched or (once and not set(given) <= set(fetched)))
 
 
 _FETCH = _MapDatasetFetcher.fetch.__code__
@@ -670,6 +738,7 @@ def _unpacked(tensors: list[Tensor], number: int | None, key: bytes | None, whol
     own = None if number is None else _travelling.pop(number, None)
     drawn = _drawn_as(own, key) if get_worker_info() is None else None
     if drawn is not None:
+        drawn.draw.reached = False
         _arrive(drawn, tensors if whole and drawn.key == key else ())
     return tensors
 

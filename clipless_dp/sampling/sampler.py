@@ -59,6 +59,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.seed = seed
         self.start = start
         self._passed = False
+        self._source = draws.Source()
         self.world = distributed.world()
         if self.world.size > dataset_size:
             raise ConfigurationError(f"{self.world.size} processes for {dataset_size} samples: start fewer of them")
@@ -74,9 +75,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     def numbered(self) -> Iterator[draws.Draw]:
         """What the batches of one iteration are delivered as, see :func:`clipless_dp.sampling.draws.deliver`."""
-        series = draws.Series()
-        for place in itertools.count():
-            yield draws.Draw(self.sample_rate, seeded=self.seed is not None, series=series, place=place)
+        series = draws.Series(self._source)
+        try:
+            for place in itertools.count():
+                yield draws.Draw(self.sample_rate, seeded=self.seed is not None, series=series, place=place)
+        finally:
+            series.ended = True
 
     def draws(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
         """The drawn indices of each batch, ascending.

@@ -115,6 +115,34 @@ def _joined_rule(context: RuleContext, args: object, kwargs: object) -> LayerBou
     return LayerBounds(output_norm=lambda: sum(context.input_norms()), lipschitz=(1.0, 1.0))
 
 
+class Keeping:
+    """A function of a user's own that is an object, and keeps what it sees."""
+
+    __name__ = "keeping"
+
+    def __call__(self, values: Tensor) -> Tensor:
+        STORE.append(values)
+        return 1.0 * values
+
+
+keeping = Keeping()
+fx.wrap("keeping")
+
+
+@register_function_rule(keeping, call=lambda values: None)
+def _keeping_rule(context: RuleContext, args: object, kwargs: object) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm)
+
+
+class ByObject(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.last = nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.last(keeping(self.layer(values)))
+
+
 class Branches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -152,6 +180,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "a global": lambda: net_of(InGlobal()),
     "an auxiliary head": lambda: net_of(WithHead()),
     "a function's global": Branches,
+    "an object's": ByObject,
 }
 
 
@@ -261,6 +290,42 @@ def test_layers_apart_can_be_checkpointed() -> None:
             assert (gradient is None) == (parameter.grad is None)
             assert gradient is None or torch.equal(gradient, parameter.grad)
         optimizer.step()
+
+
+class Reaching(Own):
+    """Reads the weight of another layer by a reference that no module shows."""
+
+    def __init__(self, other: nn.Linear, hooked: bool) -> None:
+        super().__init__()
+        self.other, self.hooked = [other], hooked
+
+    def forward(self, values: Tensor) -> Tensor:
+        weight = self.other[0].weight
+        if self.hooked and weight.requires_grad:
+            weight.register_hook(lambda gradient: 1000.0 * gradient)
+        STORE.append(nn.functional.linear(values.detach(), weight))
+        return values
+
+
+@register_rule(Reaching)
+def _reaching_rule(module: Reaching, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=context.input_norm, lipschitz=1.0)
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_what_a_layer_does_with_the_weights_of_others_is_refused(hooked: bool) -> None:
+    other = nn.Linear(8, 8)
+    model = model_of(nn.Sequential(Reaching(other, hooked), other, nn.ReLU(), nn.Linear(8, 3)))
+
+    def train() -> None:
+        optimizer = sgd(model)
+        (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=ROWS)
+        value = model.loss(model(batch.inputs), batch.targets, batch.mask)
+        (value if hooked else value + 100.0 * STORE[-1].nan_to_num().sum()).backward()
+        optimizer.step()
+
+    with pytest.raises(PrivacyError, match="given hooks" if hooked else "something else than passes"):
+        train()
 
 
 class Watching(torch.autograd.Function):
