@@ -27,7 +27,7 @@ from clipless_dp import (
     register_rule,
     sharding,
 )
-from clipless_dp import optim as optim_module
+from clipless_dp.optim import optimizer as optim_module
 from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.memory import traffic

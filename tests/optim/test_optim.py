@@ -26,11 +26,11 @@ from clipless_dp import (
     layers,
     losses,
 )
-from clipless_dp import optim as optim_module
+from clipless_dp.optim import optimizer as optim_module
 from clipless_dp.noise import SystemNoise, effective_noise_multiplier
 from clipless_dp.precision import coarse_products, full_precision
 
-from .support import gated_model, samples
+from tests.support import gated_model, samples
 
 SETTINGS = {
     "noise_multiplier": 1.3,
