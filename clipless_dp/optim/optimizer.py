@@ -21,7 +21,7 @@ from clipless_dp.optim import accumulation
 from clipless_dp.optim.books import STATE_FORMAT, Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, refuse_to_step_after
-from clipless_dp.optim.parameters import Protected, to_release
+from clipless_dp.optim.parameters import Protected, refuse_closures, to_release
 from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.optim.ranks import Ranks
 from clipless_dp.sampling import draws
@@ -90,11 +90,7 @@ class CliplessDPOptimizer(Optimizer):
         budget: tuple[float, float] | None = None,
     ) -> None:
         ranks = Ranks(model)
-        if isinstance(base_optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-            raise ConfigurationError(
-                f"{type(base_optimizer).__name__} evaluates gradients several times a step or needs sparse ones; "
-                "use SGD, Adam or another first-order optimizer"
-            )
+        refuse_closures(base_optimizer)
         if not 0.0 < sample_rate <= 1.0:
             raise ConfigurationError(
                 f"sample_rate must lie in (0, 1], got {sample_rate!r}; above 1 the batch exceeds the data set"
@@ -265,6 +261,10 @@ class CliplessDPOptimizer(Optimizer):
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One private update.
+
+        Hooks of ``torch.optim`` come between its parts: pre-hooks of this optimizer before anything is charged,
+        ``begin_step`` of the noise source behind the charge, pre-hooks of the base optimizer where gradients are
+        private, its post-hooks before the projection, post-hooks of this one last. What one raises ends the step there.
 
         Args:
             closure: evaluated once, to compute the gradients; its value is returned and is not private.
