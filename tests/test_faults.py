@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
 import subprocess
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from accounting import Ledger, create_accountant
 from clipless_dp import (
@@ -22,7 +24,6 @@ from clipless_dp import (
     CliplessDPOptimizer,
     CliplessDPSGD,
     ConfigurationError,
-    DPLipModel,
     PoissonBatches,
     PrivacyError,
     fit,
@@ -369,32 +370,49 @@ def test_an_error_before_the_first_step_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("place", ["update", "projection", "schedule", "noise", "pass"])
-def test_a_step_that_fails_in_the_middle_is_counted_as_soon_as_its_noise_may_be_out(tmp_path, monkeypatch, place):
-    path, taken = tmp_path / "run.pt", []
+HOOKS = {
+    "before the charge": (register_optimizer_step_pre_hook, CliplessDPOptimizer),
+    "update": (register_optimizer_step_pre_hook, torch.optim.SGD),
+    "projection": (register_optimizer_step_post_hook, torch.optim.SGD),
+    "after the step": (register_optimizer_step_post_hook, CliplessDPOptimizer),
+}
+METHODS = {
+    "schedule": (torch.optim.lr_scheduler.LambdaLR, "step"),
+    "noise": (SystemNoise, "begin_step"),
+    "pass": (CliplessDPOptimizer, "accumulate"),
+}
 
-    def failing(honest, *before):
-        def call(*arguments, **options):
-            taken.append(1)
-            if len(taken) == 3:
-                raise Fault(place)
-            return honest(*arguments, **options)
 
-        return call
+@contextmanager
+def failing_the_third_time(place):
+    times = itertools.count(1)
 
-    target, name = {
-        "update": (torch.optim.SGD, "step"),
-        "projection": (DPLipModel, "project_"),
-        "schedule": (torch.optim.lr_scheduler.LambdaLR, "step"),
-        "noise": (SystemNoise, "begin_step"),
-        "pass": (CliplessDPOptimizer, "accumulate"),
-    }[place]
-    monkeypatch.setattr(target, name, failing(getattr(target, name)))
-    with pytest.raises(Fault) as raised:
+    def fail():
+        if next(times) == 3:
+            raise Fault(place)
+
+    if place in HOOKS:
+        register, kind = HOOKS[place]
+        handle = register(lambda optimizer, *_: fail() if isinstance(optimizer, kind) else None)
+        try:
+            yield
+        finally:
+            handle.remove()
+        return
+    target, name = METHODS[place]
+    honest = getattr(target, name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, lambda *given, **options: fail() or honest(*given, **options))
+        yield
+
+
+@pytest.mark.parametrize("place", [*HOOKS, *METHODS])
+def test_a_step_that_fails_in_the_middle_is_counted_as_soon_as_its_noise_may_be_out(tmp_path, place):
+    path = tmp_path / "run.pt"
+    with failing_the_third_time(place), pytest.raises(Fault) as raised:
         fit(gated_model(), samples(300), checkpoint=path, **QUICK)
-    monkeypatch.undo()
     # A scheduler steps once when it is made, too.
-    expected = {"pass": 2, "schedule": 2}.get(place, 3)
+    expected = {"before the charge": 2, "pass": 2, "schedule": 2}.get(place, 3)
     ledger = load_checkpoint(path)["optimizer"]["clipless_dp"]["accountant"]["ledger"]
     assert len(Ledger.from_state_dict(ledger)) == len(raised.value.private_optimizer.accountant) == expected
     result = fit(gated_model(), samples(300), checkpoint=path, **QUICK)

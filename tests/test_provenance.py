@@ -20,7 +20,6 @@ from accounting import (
     Ledger,
     NoSampling,
     PoissonSampling,
-    Provenance,
     PRVAccountant,
     RDPAccountant,
     create_accountant,
@@ -44,6 +43,7 @@ from clipless_dp import (
     report,
 )
 from clipless_dp.noise import SystemNoise, source_name
+from clipless_dp.optim.books import Run
 from clipless_dp.sampling.streaming import StreamedBatches
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile
 
@@ -227,7 +227,7 @@ _honest_merge = Ledger.merge
     [
         lambda patch: patch.setattr(Ledger, "merge", by_looks),
         # A run that goes on although its ledger was put back.
-        lambda patch: patch.setattr(CliplessDPOptimizer, "_provenance", lambda self, rate: Provenance(self._run)),
+        lambda patch: patch.setattr(Run, "follow", lambda self, ledger: self.name),
         # Accountants that keep their identity when their ledger is put back, or when they are copied.
         lambda patch: patch.setattr("accounting.accountants.new_run", lambda: "always the same"),
         # Entries by hand without an identity count twice.

@@ -1,7 +1,7 @@
 """Noise: where random numbers come from, how noise is shared among parameters, and the one way to add it."""
 
 from clipless_dp.noise.adding import RELEASE_MARGIN, add_normal_, noisy
-from clipless_dp.noise.allocation import Allocation, allocate, effective_noise_multiplier
+from clipless_dp.noise.allocation import Allocation, allocate, drawn_deviations, effective_noise_multiplier
 from clipless_dp.noise.secure import SecureNoise
 from clipless_dp.noise.sources import (
     NoiseSource,
@@ -24,6 +24,7 @@ __all__ = [
     "add_normal_",
     "allocate",
     "derived_seed",
+    "drawn_deviations",
     "effective_noise_multiplier",
     "noise_source",
     "noisy",

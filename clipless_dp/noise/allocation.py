@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.noise.adding import RELEASE_MARGIN
 
 Allocation = Literal["global", "per-layer", "min-variance"]
 
@@ -56,3 +57,28 @@ def effective_noise_multiplier(sensitivities: Sequence[float], deviations: Seque
     """
     ratio = math.hypot(*(d / s for d, s in zip(sensitivities, deviations, strict=True) if d > 0))
     return math.inf if ratio == 0 else 1.0 / ratio
+
+
+def drawn_deviations(
+    sensitivities: Sequence[float], sizes: Sequence[int], noise_multiplier: float, scheme: Allocation = "global"
+) -> tuple[list[float], float]:
+    """The deviations that a step's noise is drawn with, and the noise multiplier that they are to be recorded with.
+
+    Args:
+        sensitivities: ``Δ_θ``, positive.
+        sizes: ``p_θ``, entries of each parameter.
+        noise_multiplier: ``σ``.
+        scheme: as in :func:`allocate`.
+
+    Returns:
+        ``RELEASE_MARGIN`` times what was allocated, and ``σ``, or less if rounding made it less.
+
+    Raises:
+        PrivacyError: they amount to no positive, finite noise multiplier.
+    """
+    drawn = [deviation * RELEASE_MARGIN for deviation in allocate(sensitivities, sizes, noise_multiplier, scheme)]
+    effective = effective_noise_multiplier(sensitivities, drawn)
+    if not (math.isfinite(effective) and effective > 0):
+        raise PrivacyError(f"the noise amounts to a multiplier of {effective!r}; nothing was released")
+    # The margin exceeds float64 rounding, so this is the planned value: equal steps stay one line in the ledger.
+    return drawn, noise_multiplier if effective >= noise_multiplier else effective

@@ -119,24 +119,28 @@ def gates_off(**changes):
 
 @contextmanager
 def mean_over_the_actual_batch(**changes):
-    class Mean(CliplessDPSGD):
-        rows = 1.0
+    rows = 1.0
 
-        def _release(self) -> None:
-            for parameter in self.model.net.parameters():
-                parameter.grad *= self.expected_batch_size / self.rows
-            # Else the step is refused.
-            self.model.register.note_all()
-            super()._release()
+    def rescale(optimizer, args, kwargs) -> None:
+        for parameter in optimizer.model.net.parameters():
+            parameter.grad *= optimizer.expected_batch_size / rows
+        # Else the step is refused.
+        optimizer.model.register.note_all()
 
-    scenario = Scenario(kind=Mean, **changes)
+    def averaging(model: DPLipModel) -> CliplessDPSGD:
+        optimizer = scenario.optimizer(model)
+        optimizer.register_step_pre_hook(rescale)
+        return optimizer
+
+    scenario = Scenario(**changes)
 
     def counted(data):
+        nonlocal rows
         for batch in scenario.batches(data):
-            Mean.rows = max(1.0, float(batch.mask.sum()))
+            rows = max(1.0, float(batch.mask.sum()))
             yield batch
 
-    yield scenario.optimizer, counted
+    yield averaging, counted
 
 
 @contextmanager

@@ -26,11 +26,9 @@ from clipless_dp import (
     layers,
     losses,
 )
-from clipless_dp import optim as optim_module
-from clipless_dp.noise import SystemNoise, effective_noise_multiplier
+from clipless_dp.noise import SystemNoise, allocation, effective_noise_multiplier
 from clipless_dp.precision import coarse_products, full_precision
-
-from .support import gated_model, samples
+from tests.support import gated_model, samples
 
 SETTINGS = {
     "noise_multiplier": 1.3,
@@ -116,13 +114,13 @@ def test_mutant_caught_no_noise():
 
 def test_mutant_caught_sensitivity_off_by_the_batch_size(monkeypatch):
     model = gated_model()
-    honest = optim_module.allocate
+    honest = allocation.allocate
 
     def divided(bounds, sizes, sigma, scheme="global"):
         return honest([bound / 10 for bound in bounds], sizes, sigma, scheme)
 
     optimizer = sgd(model)
-    monkeypatch.setattr(optim_module, "allocate", divided)
+    monkeypatch.setattr(allocation, "allocate", divided)
     measured, count = measured_multiplier(optimizer, model)
     assert not is_plausible(measured, 1.3, count)
     assert optimizer.accountant.history[0][0] == pytest.approx(0.13, rel=1e-5), "the ledger must record what was used"

@@ -1,0 +1,9 @@
+"""Optimizers that add calibrated noise, record what was released, and project back onto the constraints."""
+
+from clipless_dp.errors import PrivacyWarning
+from clipless_dp.optim.books import STATE_FORMAT, Rates
+from clipless_dp.optim.charging import Sampling
+from clipless_dp.optim.optimizer import CliplessDPOptimizer
+from clipless_dp.optim.sgd import CliplessDPSGD
+
+__all__ = ["STATE_FORMAT", "CliplessDPOptimizer", "CliplessDPSGD", "PrivacyWarning", "Rates", "Sampling"]

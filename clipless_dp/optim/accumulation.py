@@ -1,0 +1,72 @@
+"""The gradients of a draw, passed in micro-batches and as several views of each sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.model import DPLipModel, passes
+from clipless_dp.optim.ranks import Ranks
+from clipless_dp.sampling import draws
+from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
+
+BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def accumulate(
+    model: DPLipModel,
+    ranks: Ranks,
+    batch: tuple[Tensor, Tensor, Tensor],
+    *,
+    augment: Augmentation | None,
+    multiplicity: int,
+    micro_batch_size: int | None,
+    loss: BatchLoss | None,
+) -> Tensor:
+    """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate`."""
+    if not (isinstance(multiplicity, int) and multiplicity >= 1):
+        raise ConfigurationError(f"multiplicity must be a positive integer, got {multiplicity!r}")
+    if multiplicity > 1 and augment is None:
+        raise ConfigurationError(f"multiplicity={multiplicity} without augment would repeat one view: give augment")
+    if micro_batch_size is not None and micro_batch_size < 1:
+        raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
+    if augment is not None:
+        refuse_own_generators(augment)
+    inputs, targets, mask = batch
+    register = model.register
+    rows, beside = passes.origin(inputs)
+    register.reconcile()
+    entered = [some.rows for some in register.passes if some.rows is not None]
+    if draws.overlapping([*entered, rows]):
+        raise PrivacyError(
+            "rows of this batch have entered the gradients of this step already, and would count twice: "
+            "accumulate each draw once, with multiplicity=K for several views of its samples, then step()"
+        )
+    size = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
+    ranks.reshard_()
+    total = torch.zeros((), device=inputs.device)
+    pieces = list(zip(inputs.split(size), targets.split(size), mask.split(size), strict=True))
+    pieces += [(inputs[:0], targets[:0], mask[:0])] * (ranks.most(len(pieces)) - len(pieces))
+    with register.apart(rows, beside, views=multiplicity), ranks.passing():
+        for _ in range(multiplicity):
+            for some, wanted, counts in pieces:
+                seen = some if augment is None or not len(some) else views(augment, some, counts, model.randomness)
+                with register.rows(seen, counts):
+                    value = model.loss(model(seen), wanted, counts) if loss is None else loss(seen, wanted, counts)
+                    value.backward()
+                total += value.detach()
+    return total / multiplicity
+
+
+def accumulate_public(
+    model: DPLipModel, batch: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor] | None
+) -> Tensor:
+    """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate_public`."""
+    inputs, targets = batch
+    with model.register.apart(None, None, public=True):
+        value = model.loss(model(inputs), targets) if loss is None else loss(inputs, targets)
+        value.backward()
+    return value.detach()

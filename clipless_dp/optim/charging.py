@@ -1,0 +1,196 @@
+"""What a step is charged at, by what entered it: which draw its gradients are of, all of it and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from accounting.errors import warn_caller
+from clipless_dp.errors import ConfigurationError, PrivacyError, PrivacyWarning
+from clipless_dp.model import passes
+from clipless_dp.sampling import draws
+
+Sampling = Literal["announced", "poisson", "none"]
+
+Witness = Literal["announced", "vouched", "seeded", "none"]
+"""What the sample rate of a step rests on."""
+
+
+class Terms(NamedTuple):
+    """What steps are judged by.
+
+    Attributes:
+        sampling: how batches are drawn, as the user says.
+        sample_rate: each sample's probability of being in a batch, as the user says.
+        dataset_size: public number of samples.
+        since: when the optimizer was made, on the clock of all draws.
+        several: whether several ranks step together.
+    """
+
+    sampling: Sampling
+    sample_rate: float
+    dataset_size: int
+    since: int
+    several: bool
+
+
+class Charge(NamedTuple):
+    """What one step is charged at.
+
+    Attributes:
+        sample_rate: ``q``.
+        share: what the noise multiplier counts for: a half where one sample more may move all others to other batches,
+            so that one enters each and one leaves it.
+        witness: what the sample rate rests on.
+    """
+
+    sample_rate: float
+    share: float
+    witness: Witness
+
+
+def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
+    """The charge of a step, given the passes of private rows that its gradients consist of; uses up their draw.
+
+    Raises:
+        PrivacyError: a row may be in several of them, or rows are not those of their draw.
+    """
+    draw = _witnessed_draw(passed, terms)
+    amplified = draw is not None and draw.amplifies and not draw.used
+    seeded = draw is not None and amplified and draw.seeded
+    if draw is not None and not draw.used:
+        over = draws.passed_over(draw)
+        if over and terms.sampling == "announced":
+            raise PrivacyError(
+                f"{over} draw(s) before this one were made and not trained on: a draw that is left out for what is "
+                "in it (its size, its loss) lets its samples decide what is released. Take a step for each draw, "
+                "an empty one too; look at draws under torch.no_grad(); bound a loop by the sampler's steps or by "
+                "itertools.islice; or call skip_draw() for one that is left out for another reason"
+            )
+        draws.use(draw)
+    if not amplified and terms.several and terms.sampling == "announced":
+        raise PrivacyError(
+            "no Poisson draw was announced for this step, so a sample may be in the batches of several ranks: "
+            "use PoissonBatches or PoissonBatchSampler, or vouch with sampling='poisson' or 'none' that "
+            "each rank draws from samples of its own (a DistributedSampler repeats some)"
+        )
+    rate, share = _rate_and_share(passed, draw, amplified, terms)
+    if rate == 1.0:
+        return Charge(rate, share, "none")
+    return Charge(rate, share, "seeded" if seeded else "vouched" if terms.sampling == "poisson" else "announced")
+
+
+def _rate_and_share(
+    passed: Sequence[passes.Pass], draw: draws.Draw | None, amplified: bool, terms: Terms
+) -> tuple[float, float]:
+    whole = draw is not None or not passed or _is_whole(passed, terms.dataset_size)
+    if terms.sampling == "none" or (terms.sample_rate == 1.0 and whole):
+        return 1.0, 1.0
+    if terms.sampling == "poisson":
+        return terms.sample_rate, 1.0
+    if draw is not None and draw.sample_rate > terms.sample_rate * (1.0 + 1e-12):
+        raise PrivacyError(
+            f"batches were drawn with sample rate {draw.sample_rate:.6g}, but the optimizer was told "
+            f"{terms.sample_rate:.6g}: give both the same sample_rate"
+        )
+    if amplified:
+        return terms.sample_rate, 1.0
+    warn_caller(
+        "no Poisson draw was announced for this step, so it is charged without amplification (q = 1)"
+        + ("" if whole else ", and for two samples, as one more shifts what is in which batch (σ/2)")
+        + ": use PoissonBatches, or PoissonBatchSampler with poisson_collate, and each draw for one step; or pass "
+        "sampling='poisson' if your own sampler is one, or sampling='none' if no sample has a say in which batches "
+        "others are",
+        PrivacyWarning,
+    )
+    return 1.0, 1.0 if whole else 0.5
+
+
+def _is_whole(passed: Sequence[passes.Pass], dataset_size: int) -> bool:
+    """Whether the passes are of one tensor of as many rows as the data set has, and of all of them."""
+    spans = [some.rows for some in passed if some.rows is not None]
+    return {some.size for some in spans} == {dataset_size} and draws.covered(spans, dataset_size)
+
+
+def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> draws.Draw | None:
+    """The draw that the passes are of, all of it and nothing else; ``None`` if their rows are of no draw."""
+    drawn = passes.drawn_by(passed)
+    if len(drawn) > 1:
+        raise PrivacyError(
+            f"the gradients of {len(drawn)} Poisson draws are in this step: a sample may be in several of them, "
+            "and its gradient would count as often. Take one step for each draw (Batch.split cuts a draw into "
+            "micro-batches)"
+        )
+    spans = [some.rows for some in passed if some.rows is not None]
+    if draws.overlapping(spans):
+        raise PrivacyError(
+            "rows entered this step twice, in two passes: their samples would count twice. Pass each row once, "
+            "with one loss that adds all terms; accumulate(..., multiplicity=K) averages several views of a sample"
+        )
+    if not passed:
+        waiting = draws.in_hand()
+        if waiting is None or waiting.delivered < terms.since:
+            return None
+        if waiting.rows:
+            raise PrivacyError(
+                "a draw is in hand, and none of its rows entered this step: a batch that is left out for what is "
+                "in it, as where its loss is large, lets its samples decide what is released. Take the step with "
+                "what was drawn, or call skip_draw() and no step for a draw that is left out for another reason"
+            )
+        return waiting
+    draw = drawn[0] if drawn else None
+    if terms.sampling == "announced":
+        _refuse_other_rows(passed, draw, spans, terms.since)
+    return draw
+
+
+def _refuse_other_rows(
+    passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows], since: int
+) -> None:
+    vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
+    others = any(some.beside is not None and some.beside.delivered > since for some in passed)
+    if others or (draw is not None and any(some.draw is not draw for some in spans)):
+        raise PrivacyError(
+            "rows entered this step that are not those of the draw in hand, as they were drawn: changed, mixed, "
+            "reordered or repeated rows let a sample count for more than its bound. Change rows one by one with "
+            "accumulate(batch, augment=...) or in the data set, leave rows out with the mask, and call skip_draw() "
+            f"for a draw that is not trained on. {vouch}"
+        )
+    if draw is not None and not draws.covered(list(spans), draw.rows):
+        raise PrivacyError(
+            "rows of the draw were left out of this step, so that whether a sample enters depends on how many "
+            "others were drawn: pass the whole draw (Batch.split cuts it into micro-batches), and leave rows out "
+            f"with the mask. {vouch}"
+        )
+    if draw is None and len({some.base for some in spans}) > 1:
+        raise PrivacyError(
+            "batches of unknown origin entered this step together: a sample may be in several of them. Take one "
+            f"step for each, or draw them with PoissonBatches. {vouch}"
+        )
+
+
+def refuse_to_step_after(taker: object, terms: Terms) -> None:
+    """Refuses, or where the sampler is vouched for tells, that another optimizer took the gradients of the pass.
+
+    Each step releases, or drops, the gradients of all parameters of the model: a second optimizer's step would be
+    noise alone, and charged.
+
+    Args:
+        taker: the other optimizer, if there is one.
+        terms: of the step, which has no gradients.
+
+    Raises:
+        ConfigurationError: no draw is in hand that might just be an empty one.
+    """
+    waiting = draws.in_hand()
+    fresh = waiting is not None and not waiting.used and waiting.delivered > terms.since
+    if taker is None or fresh:
+        return
+    said = (
+        "this step has no gradients: another optimizer of the model has taken those of the last pass. Make one "
+        "optimizer of all parameters, with parameter groups for different settings, or pass the rows of a draw of "
+        "its own back before each optimizer's step"
+    )
+    if terms.sampling == "announced":
+        raise ConfigurationError(f"{said}. Nothing was charged")
+    warn_caller(f"{said}. It is noise alone, and charged, as is right only for an empty batch", PrivacyWarning)

@@ -1,0 +1,499 @@
+"""Optimizers that add calibrated noise, record what was released, and project back onto the constraints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn, overload
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from accounting import Accountant, create_accountant
+from clipless_dp.arguments import require_accountant
+from clipless_dp.bounds.sensitivity import Sensitivity
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.model import DPLipModel, lineage, passes
+from clipless_dp.noise import Allocation, NoiseSource, allocate, noise_source, source_name
+from clipless_dp.optim import accumulation
+from clipless_dp.optim.books import STATE_FORMAT, Books, Rates, SavedBooks
+from clipless_dp.optim.budget import Budget
+from clipless_dp.optim.charging import Sampling, Terms, charge, refuse_to_step_after
+from clipless_dp.optim.parameters import Protected, refuse_closures, to_release
+from clipless_dp.optim.plan import NoisePlan
+from clipless_dp.optim.ranks import Ranks
+from clipless_dp.sampling import draws
+from clipless_dp.sampling.augmentation import Augmentation
+
+
+class CliplessDPOptimizer(Optimizer):
+    """Makes any first-order torch optimizer private.
+
+    Each :meth:`step` takes the summed gradients, adds Gaussian noise of standard deviation ``σ_θ`` to that of each
+    parameter, divides by the public expected batch size ``sample_rate·dataset_size``, lets the base optimizer
+    update, and projects onto the model's constraints (Béthune et al. 2024, Algorithm 1). The step's event is
+    recorded before anything is changed, so a crash can only over-count.
+
+    It shares ``param_groups`` and ``state`` with the base optimizer: schedulers work on it as on any other.
+    Gradients may come from several ``backward()`` calls, as long as each sample is in one of them only: one draw of a
+    sampler for each step. Gradients from before the optimizer existed, and those of parameters that it does not hold,
+    have no bound when they are stepped on later; they are dropped. Do not touch gradients between ``backward()`` and
+    ``step()``: clipping their common norm there is only sound with the ``"global"`` allocation.
+
+    Of several processes (:mod:`clipless_dp.distributed`), each has an optimizer of its own around the whole model, and
+    all step together: the ranks' gradients are added up, rank 0 adds the noise, and all take the same update. Weights
+    start as those of rank 0. Before each update the ranks compare weights, bounds, noise and ledger.
+    Of a model that ``fully_shard`` has split, each rank adds noise to its own part of the sum, and updates that.
+
+    Args:
+        model: the wrapped model.
+        base_optimizer: any ``torch.optim.Optimizer`` over parameters of ``model.net`` that steps without a closure.
+        noise_multiplier: ``σ > 0``, in units of the joint sensitivity.
+        sample_rate: ``q`` in (0, 1]: each sample's probability of being in a batch.
+        dataset_size: public number of samples; fixes the divisor.
+        accountant: ``"prv"``, ``"rdp"``, ``"auto"``, or an accountant, with earlier releases from the data or none.
+        allocation: how the noise is shared among parameters: ``"global"``, ``"per-layer"`` or ``"min-variance"``.
+        sampling: ``"announced"``: a step is charged as Poisson-sampled only if a sampler of this package announced
+            its draw, else at ``q = 1``, with a warning. ``"poisson"``: you vouch for a Poisson sampler of your
+            own. ``"none"``: every step is charged at ``q = 1``.
+        noise: ``"system"``, the default: a private generator that the operating system seeds; ``"secure"``: a
+            cryptographic one, and sums without gaps (:class:`clipless_dp.SecureNoise`); or a source of your own.
+        budget: ``(ε, δ)`` that the ledger is never to exceed: the step that would is refused with
+            :class:`BudgetExhaustedError` before anything of it is released. ``None``: no limit.
+
+    Raises:
+        ConfigurationError: an argument is out of range.
+        PrivacyError: the base optimizer holds parameters that the model does not protect.
+        RankError: the ranks' arguments differ.
+
+    Guarantee:
+        Under add-or-remove-one adjacency each step is a Gaussian mechanism of noise multiplier
+        ``(Σ (Δ_θ/σ_θ)²)^(-½)``, evaluated from this step's bounds and deviations, on a subsample of rate ``q``.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        model: DPLipModel,
+        base_optimizer: Optimizer,
+        *,
+        noise_multiplier: float,
+        sample_rate: float,
+        dataset_size: int,
+        accountant: str | Accountant = "prv",
+        allocation: Allocation = "global",
+        sampling: Sampling = "announced",
+        noise: NoiseSource | str | None = None,
+        budget: tuple[float, float] | None = None,
+    ) -> None:
+        ranks = Ranks(model)
+        refuse_closures(base_optimizer)
+        if not 0.0 < sample_rate <= 1.0:
+            raise ConfigurationError(
+                f"sample_rate must lie in (0, 1], got {sample_rate!r}; above 1 the batch exceeds the data set"
+            )
+        if not (isinstance(dataset_size, int) and dataset_size >= 1):
+            raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
+        allocate([1.0], [1], 1.0, allocation)
+        self.model = model
+        self.base_optimizer = base_optimizer
+        self.noise_multiplier = noise_multiplier
+        self.sample_rate = float(sample_rate)
+        self.dataset_size = dataset_size
+        self.expected_batch_size = self.sample_rate * dataset_size
+        self.allocation: Allocation = allocation
+        self.sampling = sampling
+        self.noise = noise
+        self.accountant: Accountant = (
+            create_accountant(accountant, dataset_size=dataset_size)
+            if isinstance(accountant, str)
+            else require_accountant(accountant, or_name=True)
+        )
+        self.budget = budget
+        self.steps_taken = 0
+        self.skipped_draws = 0
+        self._ranks = ranks
+        self._books = Books(model)
+        self._plan = NoisePlan()
+        self._protected = Protected(model)
+        self._made = draws.now()
+        draws.disregard()
+        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
+        self._share_state()
+        self._require_protected()
+        model.register.drop()
+        model.expect_rows(self.expected_batch_size)
+        run = self._books.run
+        run.name = ranks.join(self._shared_settings, run.name)
+        model.sensitivity()
+        self._books.open(self._require_protected())
+
+    def __getstate__(self) -> NoReturn:
+        raise ConfigurationError(
+            "an optimizer is not copied or pickled, since two copies would charge the same draws: save state_dict() "
+            "and load it into a new optimizer"
+        )
+
+    @property
+    def noise_multiplier(self) -> float:
+        """``σ``; assign to it to follow a noise schedule: every step is accounted with its own value."""
+        return self._noise_multiplier
+
+    @noise_multiplier.setter
+    def noise_multiplier(self, value: float) -> None:
+        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+            raise ConfigurationError(f"noise_multiplier must be finite and positive, got {value!r}")
+        self._noise_multiplier = float(value)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How batches are drawn; may be assigned to, for the steps to come."""
+        return self._sampling
+
+    @sampling.setter
+    def sampling(self, value: Sampling) -> None:
+        if value not in ("announced", "poisson", "none"):
+            raise ConfigurationError(f"sampling must be 'announced', 'poisson' or 'none', got {value!r}")
+        self._sampling = value
+
+    @property
+    def noise(self) -> NoiseSource:
+        """Source of the noise; may be assigned to, as the constructor's argument, for the steps to come."""
+        return self._noise
+
+    @noise.setter
+    def noise(self, value: NoiseSource | str | None) -> None:
+        self._noise = noise_source(value)
+
+    @property
+    def budget(self) -> tuple[float, float] | None:
+        """``(ε, δ)`` that the ledger is never to exceed; may be assigned to, for the steps to come."""
+        return self._budget.limit
+
+    @budget.setter
+    def budget(self, value: tuple[float, float] | None) -> None:
+        self._budget = Budget(value)
+
+    def accumulate(
+        self,
+        batch: tuple[Tensor, Tensor, Tensor],
+        *,
+        augment: Augmentation | None = None,
+        multiplicity: int = 1,
+        micro_batch_size: int | None = None,
+        loss: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Adds the gradients of a draw, each sample's own being the mean over views of it (De et al. 2022, §3).
+
+        Every view is passed back at full scale, through all gates, and the mean is taken of the parameters' gradients:
+        a loss weighted by ``1/K`` instead would be undone by a gate that normalises, and count a sample ``K`` times.
+
+        Args:
+            batch: inputs, targets and mask of one draw, such as :class:`clipless_dp.sampling.Batch`.
+            augment: makes a view: a function of one sample, or a :class:`clipless_dp.RowAugmentation`. Each view must
+                depend on its sample and fresh randomness only.
+            multiplicity: ``K``, views of each sample.
+            micro_batch_size: rows processed at once; bounds the memory.
+            loss: another way to compute ``model.loss(model(inputs), targets, mask)``, such as a compiled one.
+
+        Returns:
+            The summed loss, a mean over views; it is not private.
+
+        Raises:
+            ConfigurationError: an argument is out of range, or a view has another shape than its sample.
+            PrivacyError: rows of this batch are in the gradients already; ``step()`` and ``zero_grad()`` forget them.
+            RankError: the model is sharded, and another rank is gone.
+
+        Guarantee:
+            Each sample's view has gradients within the model's bounds, hence so has the mean of its views: the
+            sensitivity is the same for every ``K``. After an error the gradients are as before.
+        """
+        return accumulation.accumulate(
+            self.model,
+            self._ranks,
+            batch,
+            augment=augment,
+            multiplicity=multiplicity,
+            micro_batch_size=micro_batch_size,
+            loss=loss,
+        )
+
+    def accumulate_public(
+        self,
+        batch: tuple[Tensor, Tensor],
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Adds the gradients of public rows: nobody's data, such as noise, or what a private model has generated.
+
+        They are charged to nobody and count as rows of no draw; their gradients join the sum, gated as all.
+
+        Args:
+            batch: inputs and targets.
+            loss: another way to compute ``model.loss(model(inputs), targets)``. It must not read anything of the
+                training data.
+
+        Returns:
+            The summed loss.
+
+        Raises:
+            InputError: a row is one of the draw in hand.
+        """
+        return accumulation.accumulate_public(self.model, batch, loss)
+
+    def skip_draw(self) -> None:
+        """Says that the draws in hand are not trained on, so that other rows may be: on public data, say.
+
+        Drops the gradients. Whether a draw is skipped must not depend on what is in it: no amplification covers that.
+        The statement says how many were.
+        """
+        self.skipped_draws += draws.skip()
+        self.model.register.drop()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One private update.
+
+        Hooks of ``torch.optim`` come between its parts: pre-hooks of this optimizer before anything is charged,
+        ``begin_step`` of the noise source behind the charge, pre-hooks of the base optimizer where gradients are
+        private, its post-hooks before the projection, post-hooks of this one last. What one raises ends the step there.
+
+        Args:
+            closure: evaluated once, to compute the gradients; its value is returned and is not private.
+
+        Raises:
+            ConfigurationError: another optimizer of the model has taken the gradients.
+            PrivacyError: a gradient would be released without protection.
+            RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
+        """
+        loss: float | None = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            try:
+                self._release()
+            except BaseException:
+                # What is refused, or was interrupted, must not be released together with what comes next.
+                self.skip_draw()
+                raise
+            try:
+                self.base_optimizer.step()
+                self.model.project_()
+            finally:
+                # Whatever part of the update was applied, the ledger counts it.
+                lineage.of(self.model).settle(self._protected.named)
+        return loss
+
+    def get_epsilon(self, delta: float) -> float:
+        """ε spent so far at this δ, an upper bound, under add-or-remove-one adjacency."""
+        return float(self.accountant.get_epsilon(delta))
+
+    @property
+    def noise_sources(self) -> tuple[str, ...]:
+        """The sources that the noise of all entries of the ledger came from, as far as they are known."""
+        return self._books.noise_sources(self.accountant.ledger)
+
+    @property
+    def randomness_sources(self) -> tuple[str, ...]:
+        """Where masks of dropout and random views of all steps came from, those of loaded states included.
+
+        ``"system"``, which a release needs; ``"reproducible"`` (a ``reproducible_seed``, or
+        :meth:`clipless_dp.noise.randomness.Randomness.seeded`); ``"unrecorded"`` where a loaded state does not say.
+        None where nothing was drawn.
+        """
+        return self._books.randomness_sources()
+
+    @property
+    def learning_rates(self) -> list[tuple[Rates, int]]:
+        """The learning rates of all steps, those of loaded states included: rates, and for how many steps in a row."""
+        return list(self._books.learning_rates)
+
+    def noise_deviations(self) -> dict[str, float]:
+        """``σ_θ`` of the noise on each parameter's summed gradient, at the current bounds, by name in ``model.net``."""
+        named = self._require_protected()
+        deviations, _ = self._deviations(self.model.sensitivity(), named)
+        return {name: deviations[id(parameter)] for name, parameter in named.items() if id(parameter) in deviations}
+
+    def ledger_is_incomplete(self) -> bool:
+        """Whether private steps were taken on the model, by whichever optimizer, that this ledger lacks."""
+        return bool(self._books.missing_runs(self.accountant.ledger))
+
+    def weights_are_counted(self) -> bool:
+        """Whether the model's weights are those that the last step left, bit by bit, or an average of such."""
+        return lineage.of(self.model).unchanged(self._require_protected())
+
+    @property
+    def uncounted_changes(self) -> int:
+        """Before how many steps the weights were not those that the step before had left."""
+        return self._books.uncounted_changes()
+
+    def changed_settings(self) -> list[str]:
+        """Which settings of the model differ between earlier steps and now: caps, loss, layers, in words."""
+        return self._books.changed_settings()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self.model.register.reconcile()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters of ``model.net``.
+
+        Raises:
+            PrivacyError: one of them is not protected by the model.
+        """
+        if any(param_group is group for group in self.base_optimizer.param_groups):
+            super().add_param_group(param_group)
+            return
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        self._require_protected(params)
+        for parameter in params:
+            parameter.grad = None
+        self.base_optimizer.add_param_group({**param_group, "params": params})
+        self._share_state()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only."""
+        return {
+            **self.base_optimizer.state_dict(),
+            "clipless_dp": {
+                "format": STATE_FORMAT,
+                "steps_taken": self.steps_taken,
+                "accountant": self.accountant.state_dict(),
+                "skipped_draws": self.skipped_draws,
+                **self._books.state(self.accountant.ledger, bits=self._ranks.whole),
+            },
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the state and the ledger.
+
+        What this optimizer has already spent is never forgotten: of a run that both ledgers know, the longer record is
+        kept; all else is composed, even if it looks alike. A ledger that an earlier version wrote knows no runs: it is
+        one by itself, known only to be the same when the very same state is loaded twice.
+
+        Raises:
+            ConfigurationError: the state is not one of this class, or of an unknown format.
+        """
+        saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
+        self.accountant.ledger = saved.ledger.merge(self.accountant.ledger)
+        self._ranks.compare_anew()
+        self.steps_taken = saved.steps_taken
+        self._books.take(saved)
+        # Other draws than those skipped here.
+        self.skipped_draws += saved.skipped_draws
+        self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
+        self._share_state()
+
+    def _share_state(self) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+
+    def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
+        """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
+        self._ranks.reshard_()
+        if parameters is None:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        return self._protected.including(parameters)
+
+    def _release(self) -> None:
+        """Records the event, then turns the summed gradients into private averages."""
+        self._ranks.require_same()
+        named = self._require_protected()
+        self._ranks.require_sums()
+        register = self.model.register
+        passed = register.witnessed()
+        terms = Terms(self._sampling, self.sample_rate, self.dataset_size, self._made, self._ranks.several)
+        if not passed:
+            taker = None if register.taker is None else register.taker()
+            refuse_to_step_after(None if taker is self else taker, terms)
+        deviations, spent = self._deviations(self._sensitivity(passed), named)
+        charged = charge([some for some in passed if not some.public], terms)
+        spent *= charged.share
+        ledger = self.accountant.ledger
+        self._budget.require(self.accountant, spent, charged.sample_rate)
+        self._books.warn_of_missing_runs(ledger)
+        self._books.note_randomness()
+        provenance = self._books.provenance(ledger, self.noise, charged.witness)
+        self.accountant.step(noise_multiplier=spent, sample_rate=charged.sample_rate, provenance=provenance)
+        self._books.note_step(named, self.param_groups)
+        self.noise.begin_step(self.steps_taken)
+        self.steps_taken += 1
+        register.forget()
+        if passed:
+            register.taker = ref(self)
+        gradients, scales = to_release(named, deviations, passed=bool(passed))
+        self._ranks.release_(
+            gradients,
+            scales,
+            self.noise,
+            1.0 / self.expected_batch_size,
+            steps_taken=self.steps_taken,
+            ledger=self.accountant.ledger,
+        )
+        self.model.project_gradients_()
+        register.note_all(sampled=False)
+
+    def _shared_settings(self) -> dict[str, object]:
+        """What must be the same on all ranks."""
+        return {
+            "noise_multiplier": self.noise_multiplier,
+            "sample_rate": self.sample_rate,
+            "dataset_size": self.dataset_size,
+            "allocation": self.allocation,
+            "sampling": self.sampling,
+            "noise": source_name(type(self.noise)),
+            "budget": self.budget,
+            "input_norm": self.model.input_norm,
+            "loss": self.model.cotangent_norm,
+            "ledger": self.accountant.ledger.entries,
+        }
+
+    def _sensitivity(self, passed: Sequence[passes.Pass]) -> Sensitivity:
+        """The bounds of the passes that the gradients consist of."""
+        return passes.joined(passed, self.model.sensitivity)
+
+    def _deviations(
+        self, sensitivity: Sensitivity, named: Mapping[str, nn.Parameter]
+    ) -> tuple[dict[int, float], float]:
+        return self._plan.of(sensitivity, named, self.param_groups, self.noise_multiplier, self.allocation)
+
+    def declare_seeded_masks(self, seeded: bool) -> None:
+        """Whether dropout masks and random views of the steps to come are drawn from a seed, which statements tell."""
+        self._books.seeded_masks = seeded
+
+    def allows(self, steps: int, *, sample_rate: float | None = None) -> bool:
+        """Whether so many further steps at the current noise multiplier fit the budget, on top of the whole ledger.
+
+        Args:
+            steps: how many.
+            sample_rate: what each is charged at; by default the optimizer's own.
+        """
+        rate = self.sample_rate if sample_rate is None else sample_rate
+        return self._budget.allows(self.accountant, self.noise_multiplier, rate, steps)
+
+    def weights_were_loaded(self) -> None:
+        """The model has the weights of the state that was loaded."""
+        self._books.join_weights()
+
+    @property
+    def found_inf(self) -> None:
+        """Never set: a ``GradScaler`` is refused."""
+        raise AttributeError("found_inf")
+
+    @found_inf.setter
+    def found_inf(self, value: object) -> None:
+        raise PrivacyError(
+            "GradScaler skips steps depending on the data, which the ledger cannot see: train without it "
+            "(bfloat16 and float32 need no loss scaling)"
+        )

@@ -1,0 +1,76 @@
+"""The optimizer around plain SGD."""
+
+from __future__ import annotations
+
+import torch
+
+from accounting import Accountant
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import Allocation, NoiseSource
+from clipless_dp.optim.charging import Sampling
+from clipless_dp.optim.optimizer import CliplessDPOptimizer
+from clipless_dp.optim.ranks import own_parameters
+
+
+class CliplessDPSGD(CliplessDPOptimizer):
+    """:class:`CliplessDPOptimizer` around ``torch.optim.SGD``.
+
+    Args:
+        model: the wrapped model; all its trainable parameters are optimised.
+        lr: learning rate.
+        momentum: as in ``torch.optim.SGD``.
+        dampening: as in ``torch.optim.SGD``.
+        weight_decay: as in ``torch.optim.SGD``.
+        nesterov: as in ``torch.optim.SGD``.
+        noise_multiplier: see :class:`CliplessDPOptimizer`, as are the rest.
+        sample_rate: ``q``.
+        dataset_size: public number of samples.
+        accountant: its name or the object.
+        allocation: how noise is shared.
+        sampling: how batches are drawn.
+        noise: source of the noise.
+        budget: ``(ε, δ)``.
+    """
+
+    def __init__(
+        self,
+        model: DPLipModel,
+        lr: float,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        noise_multiplier: float,
+        sample_rate: float,
+        dataset_size: int,
+        accountant: str | Accountant = "prv",
+        allocation: Allocation = "global",
+        sampling: Sampling = "announced",
+        noise: NoiseSource | str | None = None,
+        budget: tuple[float, float] | None = None,
+    ) -> None:
+        parameters = own_parameters(model)
+        if not parameters:
+            raise ConfigurationError("the network has no parameters to train")
+        base = torch.optim.SGD(
+            parameters,
+            lr=lr,
+            momentum=momentum,
+            dampening=dampening,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+        )
+        super().__init__(
+            model,
+            base,
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            dataset_size=dataset_size,
+            accountant=accountant,
+            allocation=allocation,
+            sampling=sampling,
+            noise=noise,
+            budget=budget,
+        )
