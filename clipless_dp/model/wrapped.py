@@ -254,6 +254,10 @@ class DPLipModel(nn.Module):
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
         self._rows.expect(count)
 
+    def forget_factors(self) -> None:
+        """What losses are multiplied by from now on may differ from what it was."""
+        self._factors.forget()
+
     def _chooses_rows(self, inputs: Tensor) -> bool:
         """Whether this pass may run at other numbers of rows than the one that it is given."""
         # Without gradients too, while training: a checkpointed pass is computed so first.

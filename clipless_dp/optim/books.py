@@ -57,7 +57,7 @@ class SavedBooks:
         noise: names of sources.
         randomness: names of sources.
         learning_rates: rates, and for how many steps in a row.
-        skipped_draws: draws that were not trained on.
+        skipped: draws that were not trained on, by run.
         weights: sums of the bits that the last step left, by parameter; ``None`` if it does not tell.
         uncounted_changes: before how many steps the weights were not those that the step before had left.
         settings: of the model; ``None`` if it does not tell.
@@ -69,7 +69,7 @@ class SavedBooks:
     noise: set[str]
     randomness: set[str]
     learning_rates: list[tuple[Rates, int]]
-    skipped_draws: int
+    skipped: dict[str, int]
     weights: lineage.Bits | None
     uncounted_changes: int
     settings: dict[str, Any] | None
@@ -101,7 +101,7 @@ class SavedBooks:
                     (tuple(None if rate is None else float(rate) for rate in some), int(count))
                     for some, count in own.get("learning_rates", [])
                 ],
-                skipped_draws=int(own.get("skipped_draws", 0)),
+                skipped={str(run): int(count) for run, count in own.get("skipped", {}).items()},
                 weights=None if weights is None else {str(name): int(value) for name, value in weights.items()},
                 uncounted_changes=int(own.get("uncounted_changes", 0)),
                 settings=settings if isinstance(settings, dict) else None,
@@ -150,6 +150,13 @@ class Books:
         self._missing: set[str] = set()
         self._settings: dict[str, Any] = {}
         self._other_settings: list[str] = []
+        self._name = new_run()
+        self.skipped: dict[str, int] = {}
+
+    def note_skipped(self, count: int) -> None:
+        """Notes draws that are not trained on."""
+        if count:
+            self.skipped[self._name] = self.skipped.get(self._name, 0) + count
 
     @property
     def _lineage(self) -> lineage.Lineage:
@@ -244,6 +251,7 @@ class Books:
             "learning_rates": [[list(rates), count] for rates, count in self.learning_rates],
             "weights": self._lineage.bits() if bits else None,
             "uncounted_changes": self.uncounted_changes(),
+            "skipped": dict(self.skipped),
             "settings": lineage.settings_of(self._model),
             "changed_settings": self.changed_settings(),
         }
@@ -254,6 +262,8 @@ class Books:
         self._noise |= saved.noise
         self._randomness |= saved.randomness
         self.learning_rates = saved.learning_rates
+        for name, count in saved.skipped.items():
+            self.skipped[name] = max(count, self.skipped.get(name, 0))
         known = self._lineage
         known.expect(saved.weights, saved.ledger.runs)
         known.changed = max(known.changed, saved.uncounted_changes)

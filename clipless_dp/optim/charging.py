@@ -22,16 +22,16 @@ class Terms(NamedTuple):
     Attributes:
         sampling: how batches are drawn, as the user says.
         sample_rate: each sample's probability of being in a batch, as the user says.
-        dataset_size: public number of samples.
         since: when the optimizer was made, on the clock of all draws.
         several: whether several ranks step together.
+        user: the optimizer.
     """
 
     sampling: Sampling
     sample_rate: float
-    dataset_size: int
     since: int
     several: bool
+    user: object
 
 
 class Charge(NamedTuple):
@@ -56,18 +56,24 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
         PrivacyError: a row may be in several of them, or rows are not those of their draw.
     """
     draw = _witnessed_draw(passed, terms)
-    amplified = draw is not None and draw.amplifies and not draw.used
+    if draw is not None and not draw.amplifies and terms.sampling == "announced":
+        raise PrivacyError(
+            "the rows of this step are of a draw that was handed out under torch.no_grad(), to be looked at: what is "
+            "in it may have decided that it is trained on. Train on draws that are fetched with gradients on, each one"
+        )
+    amplified = draw is not None and not draw.used
     seeded = draw is not None and amplified and draw.seeded
     if draw is not None and not draw.used:
-        over = draws.passed_over(draw)
+        over = draws.passed_over(draw, terms.user)
         if over and terms.sampling == "announced":
             raise PrivacyError(
                 f"{over} draw(s) before this one were made and not trained on: a draw that is left out for what is "
                 "in it (its size, its loss) lets its samples decide what is released. Take a step for each draw, "
-                "an empty one too; look at draws under torch.no_grad(); bound a loop by the sampler's steps or by "
-                "itertools.islice; or call skip_draw() for one that is left out for another reason"
+                "an empty one too; fetch what is only looked at under torch.no_grad(); bound a loop by the sampler's "
+                "steps or by itertools.islice; or call optimizer.skip_draw() for one that is left out for another reason, as "
+                "after an interruption"
             )
-        draws.use(draw)
+        draws.use(draw, terms.user)
     if not amplified and terms.several and terms.sampling == "announced":
         raise PrivacyError(
             "no Poisson draw was announced for this step, so a sample may be in the batches of several ranks: "
@@ -83,8 +89,8 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
 def _rate_and_share(
     passed: Sequence[passes.Pass], draw: draws.Draw | None, amplified: bool, terms: Terms
 ) -> tuple[float, float]:
-    whole = draw is not None or not passed or _is_whole(passed, terms.dataset_size)
-    if terms.sampling == "none" or (terms.sample_rate == 1.0 and whole):
+    drawn = draw is not None or not passed
+    if terms.sampling == "none" or (terms.sample_rate == 1.0 and drawn):
         return 1.0, 1.0
     if terms.sampling == "poisson":
         return terms.sample_rate, 1.0
@@ -97,19 +103,13 @@ def _rate_and_share(
         return terms.sample_rate, 1.0
     warn_caller(
         "no Poisson draw was announced for this step, so it is charged without amplification (q = 1)"
-        + ("" if whole else ", and for two samples, as one more shifts what is in which batch (σ/2)")
+        + ("" if drawn else ", and for two samples, as one more shifts what is in which batch (σ/2)")
         + ": use PoissonBatches, or PoissonBatchSampler with poisson_collate, and each draw for one step; or pass "
         "sampling='poisson' if your own sampler is one, or sampling='none' if no sample has a say in which batches "
-        "others are",
+        "others are, as where each step has all of them",
         PrivacyWarning,
     )
-    return 1.0, 1.0 if whole else 0.5
-
-
-def _is_whole(passed: Sequence[passes.Pass], dataset_size: int) -> bool:
-    """Whether the passes are of one tensor of as many rows as the data set has, and of all of them."""
-    spans = [some.rows for some in passed if some.rows is not None]
-    return {some.size for some in spans} == {dataset_size} and draws.covered(spans, dataset_size)
+    return 1.0, 1.0 if drawn else 0.5
 
 
 def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> draws.Draw | None:
@@ -128,8 +128,8 @@ def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> draws.Draw |
             "with one loss that adds all terms; accumulate(..., multiplicity=K) averages several views of a sample"
         )
     if not passed:
-        waiting = draws.in_hand()
-        if waiting is None or waiting.delivered < terms.since:
+        waiting = draws.next_for(terms.user, terms.since)
+        if waiting is None:
             return None
         if waiting.rows:
             raise PrivacyError(
@@ -140,15 +140,18 @@ def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> draws.Draw |
         return waiting
     draw = drawn[0] if drawn else None
     if terms.sampling == "announced":
-        _refuse_other_rows(passed, draw, spans, terms.since)
+        _refuse_other_rows(passed, draw, spans, terms)
     return draw
 
 
 def _refuse_other_rows(
-    passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows], since: int
+    passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows], terms: Terms
 ) -> None:
     vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
-    others = any(some.beside is not None and some.beside.delivered > since for some in passed)
+    others = any(
+        some.beside is not None and some.beside.delivered > terms.since and some.beside.series.source.is_for(terms.user)
+        for some in passed
+    )
     if others or (draw is not None and any(some.draw is not draw for some in spans)):
         raise PrivacyError(
             "rows entered this step that are not those of the draw in hand, as they were drawn: changed, mixed, "
@@ -182,9 +185,7 @@ def refuse_to_step_after(taker: object, terms: Terms) -> None:
     Raises:
         ConfigurationError: no draw is in hand that might just be an empty one.
     """
-    waiting = draws.in_hand()
-    fresh = waiting is not None and not waiting.used and waiting.delivered > terms.since
-    if taker is None or fresh:
+    if taker is None or draws.next_for(terms.user, terms.since) is not None:
         return
     said = (
         "this step has no gradients: another optimizer of the model has taken those of the last pass. Make one "

@@ -114,7 +114,6 @@ class CliplessDPOptimizer(Optimizer):
         )
         self.budget = budget
         self.steps_taken = 0
-        self.skipped_draws = 0
         self._ranks = ranks
         self._books = Books(model)
         self._plan = NoisePlan()
@@ -126,6 +125,7 @@ class CliplessDPOptimizer(Optimizer):
         self._require_protected()
         model.register.drop()
         model.expect_rows(self.expected_batch_size)
+        model.forget_factors()
         run = self._books.run
         run.name = ranks.join(self._shared_settings, run.name)
         model.sensitivity()
@@ -250,8 +250,13 @@ class CliplessDPOptimizer(Optimizer):
         Drops the gradients. Whether a draw is skipped must not depend on what is in it: no amplification covers that.
         The statement says how many were.
         """
-        self.skipped_draws += draws.skip()
+        self._books.note_skipped(draws.skip(self))
         self.model.register.drop()
+
+    @property
+    def skipped_draws(self) -> int:
+        """How many draws were skipped by hand, or lost with refused steps, in all runs of the ledger."""
+        return sum(self._books.skipped.values())
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -370,7 +375,6 @@ class CliplessDPOptimizer(Optimizer):
                 "format": STATE_FORMAT,
                 "steps_taken": self.steps_taken,
                 "accountant": self.accountant.state_dict(),
-                "skipped_draws": self.skipped_draws,
                 **self._books.state(self.accountant.ledger, bits=self._ranks.whole),
             },
         }
@@ -390,8 +394,6 @@ class CliplessDPOptimizer(Optimizer):
         self._ranks.compare_anew()
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
-        # Other draws than those skipped here.
-        self.skipped_draws += saved.skipped_draws
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
 
@@ -413,7 +415,7 @@ class CliplessDPOptimizer(Optimizer):
         self._ranks.require_sums()
         register = self.model.register
         passed = register.witnessed()
-        terms = Terms(self._sampling, self.sample_rate, self.dataset_size, self._made, self._ranks.several)
+        terms = Terms(self._sampling, self.sample_rate, self._made, self._ranks.several, self)
         if not passed:
             taker = None if register.taker is None else register.taker()
             refuse_to_step_after(None if taker is self else taker, terms)

@@ -351,7 +351,8 @@ def batches_in_hand() -> list[tuple[Tensor, int]]:
 
 
 def next_for(user: object, since: int) -> Draw | None:
-    """The draw that is an optimizer's next one: of the iteration that it uses, or else the latest in this thread.
+    """The draw that is an optimizer's next one: the first of the iteration that it uses, or else of the latest in this
+    thread.
 
     Args:
         user: the optimizer.
@@ -359,11 +360,9 @@ def next_for(user: object, since: int) -> Draw | None:
     """
     with _lock:
         own = [draw for draw in _in_hand if draw.delivered > since and draw.series.source.is_for(user)]
-        begun = [draw for draw in own if draw.series.source.user is not None and not draw.series.ended]
-        if begun:
-            return min(begun, key=lambda draw: (-draw.series.started, draw.place))
-        here = [draw for draw in own if draw.thread == threading.get_ident()]
-        return max(here, key=lambda draw: draw.delivered, default=None)
+        begun = [draw for draw in own if draw.series.source.user is not None]
+        candidates = begun or [draw for draw in own if draw.thread == threading.get_ident()]
+        return min(candidates, key=lambda draw: (-draw.series.started, draw.place), default=None)
 
 
 def use(draw: Draw, user: object | None = None) -> None:

@@ -41,6 +41,7 @@ from clipless_dp import (
     poisson_collate,
     register_rule,
     report,
+    suggest_gates,
 )
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.graph.apart import join_
@@ -674,16 +675,139 @@ def test_a_batch_in_order_is_charged_for_the_sample_that_enters_and_the_one_that
 
 
 @pytest.mark.parametrize("rate", [RATE, 1.0])
-def test_the_whole_data_set_at_once_is_charged_for_one_sample(rate: float) -> None:
-    model = model_of()
-    optimizer = sgd(model, sample_rate=rate)
+def test_rows_of_no_draw_are_charged_for_one_sample_only_if_that_is_vouched_for(rate: float) -> None:
+    """A batch of as many rows as the data set has may be a sample with repetitions."""
     inputs, targets = data()
-    for part in zip(inputs.split(15), targets.split(15), strict=True):
-        model.loss(model(part[0]), part[1]).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore" if rate < 1.0 else "error")
+    for rows, sampling in ((torch.arange(SIZE), "none"), (torch.zeros(SIZE, dtype=torch.long), "announced")):
+        model = model_of()
+        optimizer = sgd(model, sample_rate=rate, sampling=sampling)
+        model.loss(model(inputs[rows]), targets[rows]).backward()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            optimizer.step()
+        assert optimizer.accountant.history == [(1.0 if sampling == "none" else 0.5, 1.0, 1)]
+        assert len(told) == (sampling != "none")
+
+
+def test_a_draw_that_was_fetched_to_be_looked_at_is_not_trained_on() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    with torch.no_grad():
+        looked_at = [*drawn(5)]
+    loss_of(model, max(looked_at, key=lambda batch: int(batch.mask.sum()))).backward()
+    refused(optimizer, "to be looked at")
+
+
+# Others' loops and threads are not one's own.
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_loops_side_by_side_in_any_order_are_apart(order: tuple[int, int]) -> None:
+    models = model_of(), model_of()
+    optimizers = [sgd(model) for model in models]
+    for pair in zip(drawn(3), drawn(3), strict=True):
+        for index in order:
+            optimizers[index].zero_grad()
+            loss_of(models[index], pair[index]).backward()
+            optimizers[index].step()
+    assert all(optimizer.accountant.history == [(1.0, RATE, 3)] for optimizer in optimizers)
+
+
+def test_a_loop_within_a_loop_and_one_after_a_loop_that_was_broken_off_are_apart() -> None:
+    models = model_of(), model_of()
+    outer, inner = (sgd(model) for model in models)
+    for batch in drawn(2):
+        for other in drawn(3):
+            inner.zero_grad()
+            loss_of(models[1], other).backward()
+            inner.step()
+        outer.zero_grad()
+        loss_of(models[0], batch).backward()
+        outer.step()
+    for batch in drawn(3):
+        if len(outer.accountant) == 3:
+            break
+        outer.zero_grad()
+        loss_of(models[0], batch).backward()
+        outer.step()
+    for other in drawn(3):
+        inner.zero_grad()
+        loss_of(models[1], other).backward()
+        inner.step()
+    assert outer.accountant.history == [(1.0, RATE, 3)]
+    assert inner.accountant.history == [(1.0, RATE, 9)]
+
+
+def test_loops_in_threads_are_apart() -> None:
+    failed: list[BaseException] = []
+
+    def train() -> None:
+        try:
+            model = model_of()
+            optimizer = sgd(model)
+            for batch in drawn(10):
+                optimizer.zero_grad()
+                loss_of(model, batch).backward()
+                optimizer.step()
+            assert optimizer.accountant.history == [(1.0, RATE, 10)]
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=train) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+
+
+def test_an_empty_draw_takes_its_step_while_later_ones_wait() -> None:
+    inputs, targets = data()
+    model = model_of()
+    optimizer = sgd(model, sample_rate=0.05)
+    ahead = [*PoissonBatches((inputs, targets), sample_rate=0.05, steps=60)]
+    assert any(not batch.mask.any() for batch in ahead)
+    for batch in ahead:
+        optimizer.zero_grad()
+        if batch.mask.any():
+            loss_of(model, batch).backward()
         optimizer.step()
-    assert optimizer.accountant.history == [(1.0, 1.0, 1)]
+    assert optimizer.accountant.history == [(1.0, 0.05, 60)]
+
+
+def test_gradients_of_rows_that_are_nobodys_may_be_dropped() -> None:
+    """As those of a critic are when a generator is trained through it, or where adversarial rows are made of a test."""
+    model = model_of()
+    optimizer = sgd(model)
+    for batch in drawn(3):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model(torch.randn(5, 6, requires_grad=True)).sum().backward()
+        optimizer.zero_grad()
+    assert optimizer.accountant.history == [(1.0, RATE, 3)]
+
+
+def test_filled_padding_of_a_copy_is_the_draw() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for batch in PoissonBatches(data(), sample_rate=RATE, steps=3, physical_batch_size=SIZE):
+        optimizer.zero_grad()
+        model.loss(model(batch.inputs.nan_to_num()), batch.targets, batch.mask).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 3)]
+
+
+def test_suggestions_between_two_steps_leave_no_pass_behind() -> None:
+    model = model_of("weights")
+    optimizer = sgd(model)
+    for batch in drawn(2):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        optimizer.step()
+        suggest_gates(model, (torch.randn(6, 6), torch.zeros(6, dtype=torch.long)))
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
 
 
 def test_rows_that_enter_twice_are_known_after_their_memory_is_gone() -> None:
@@ -938,7 +1062,7 @@ def test_weights_perturbed_for_a_pass_and_restored_are_charged_at_the_bounds_of_
     route: str, through_data: bool
 ) -> None:
     model = model_of(route)
-    optimizer = sgd(model, sample_rate=1.0)
+    optimizer = sgd(model, sample_rate=1.0, sampling="none")
     quiet = model.sensitivity().total
     kept = [parameter.detach().clone() for parameter in model.net.parameters()]
     for parameter in model.net.parameters():
@@ -971,7 +1095,7 @@ def test_loading_weights_between_backward_and_step_changes_no_bound_of_the_pass(
     with torch.no_grad():
         for parameter in model.net.parameters():
             parameter.mul_(5.0)
-    optimizer = sgd(model, sample_rate=1.0)
+    optimizer = sgd(model, sample_rate=1.0, sampling="none")
     loud = model.sensitivity().total
     inputs, targets = data()
     model.loss(model(inputs), targets).backward()
@@ -984,7 +1108,7 @@ def test_loading_weights_between_backward_and_step_changes_no_bound_of_the_pass(
 
 def test_a_gate_that_is_opened_for_a_pass_is_charged_as_it_was_in_the_pass() -> None:
     model = model_of()
-    optimizer = sgd(model, sample_rate=1.0)
+    optimizer = sgd(model, sample_rate=1.0, sampling="none")
     gates = [part for part in model.net.modules() if isinstance(part, layers.CotangentGate)]
     limits = [gate.limit for gate in gates]
     for gate in gates:
