@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from step import ALLOCATORS, BASELINE, CONTENDERS, RESULTS, SAMPLES, peak_bytes
 
-from clipless_dp.memory import rows_within
+from clipless_dp.training.memory import rows_within
 from clipless_dp.precision import full_precision
 
 CHOSEN = [BASELINE, "gated", "spectral", "Opacus, ghost"]

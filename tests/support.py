@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gated, losses, training
 
+step_module: Any = sys.modules["clipless_dp.training.fit"]
+
 
 def gated_model(*, bias: bool = True, seed: int = 0) -> DPLipModel:
     """Two gated linear layers, 6 inputs and 3 classes: constant sensitivity."""
@@ -60,7 +62,7 @@ def keyboard_interrupt(step: int) -> Iterator[None]:
 
 @contextmanager
 def _happening_at(step: int, event: Callable[[], None]) -> Iterator[None]:
-    honest = training._step
+    honest = step_module._step
 
     def watching(run: Any, batch: Any, size: Any) -> Tensor:
         if run.step == step:
@@ -68,7 +70,7 @@ def _happening_at(step: int, event: Callable[[], None]) -> Iterator[None]:
         return honest(run, batch, size)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_step", watching)
+        patch.setattr(step_module, "_step", watching)
         yield
 
 

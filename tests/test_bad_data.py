@@ -30,7 +30,7 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp import checkpoint as checkpoint_module
-from clipless_dp import training as training_module
+training_module = __import__("importlib").import_module("clipless_dp.training.fit")
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.cli import main
 

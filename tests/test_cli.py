@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from accounting import Ledger
-from clipless_dp import presets, training
+from clipless_dp import presets
 from clipless_dp.architectures.small import image_classifier
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.cli import _auroc, main
 from clipless_dp.datasets import load_dataset
 from clipless_dp.errors import ConfigurationError
 
+step_module = sys.modules["clipless_dp.training.fit"]
 pytest.importorskip("sklearn")
 
 
@@ -298,7 +299,7 @@ def test_help_names_no_default_that_is_none(capsys):
 
 
 def test_a_run_goes_on_from_its_checkpoint_after_an_interrupt(table, tmp_path, capsys, monkeypatch):
-    honest, checkpoint = training._step, tmp_path / "run.pt"
+    honest, checkpoint = step_module._step, tmp_path / "run.pt"
 
     def interrupting(run, batch, size):
         if run.step == 3:
@@ -308,12 +309,12 @@ def test_a_run_goes_on_from_its_checkpoint_after_an_interrupt(table, tmp_path, c
     arguments = ["train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--epochs", "2"]
     arguments += ["--classes", "2", "--dataset-size", "320"]
     arguments += ["--batch-size", "64", "--quiet"]
-    monkeypatch.setattr(training, "_step", interrupting)
+    monkeypatch.setattr(step_module, "_step", interrupting)
     assert main(arguments) == 130
     assert "nothing was saved" in capsys.readouterr().err
     assert main([*arguments, "--checkpoint", str(checkpoint)]) == 130
     assert "goes on from the checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(training, "_step", honest)
+    monkeypatch.setattr(step_module, "_step", honest)
     assert main([*arguments, "--checkpoint", str(checkpoint)]) == 0
     ledger = load_checkpoint(checkpoint)["optimizer"]["clipless_dp"]
     assert ledger["steps_taken"] == 10

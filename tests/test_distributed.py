@@ -30,7 +30,7 @@ from clipless_dp import (
     layers,
     losses,
 )
-from clipless_dp import training as training_module
+training_module = __import__("importlib").import_module("clipless_dp.training.fit")
 from clipless_dp.distributed import World
 from clipless_dp.sampling import draws, persons
 from clipless_dp.statistics import private_moments

@@ -28,7 +28,7 @@ from clipless_dp import (
     fit,
 )
 from clipless_dp import checkpoint as checkpoint_module
-from clipless_dp import training as training_module
+training_module = __import__("importlib").import_module("clipless_dp.training.fit")
 from clipless_dp.checkpoint import discard_partial, load_checkpoint, save_checkpoint
 from clipless_dp.noise import SystemNoise
 from clipless_dp.search import Candidate, private_search

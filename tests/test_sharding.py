@@ -28,9 +28,9 @@ from clipless_dp import (
     sharding,
 )
 from clipless_dp import optim as optim_module
-from clipless_dp import training as training_module
+training_module = __import__("importlib").import_module("clipless_dp.training.fit")
 from clipless_dp.checkpoint import load_checkpoint
-from clipless_dp.memory import traffic
+from clipless_dp.training.memory import traffic
 from clipless_dp.rules.linear import linear_rule
 
 from .ranks import (

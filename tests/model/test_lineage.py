@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import sys
 import warnings
 import weakref
 
@@ -218,7 +219,7 @@ def test_an_error_between_loading_and_the_first_step_hands_the_ledger_on(tmp_pat
     def fails(*arguments, **options):
         raise RuntimeError("no memory for the data")
 
-    monkeypatch.setattr("clipless_dp.training.PoissonBatches", fails)
+    monkeypatch.setattr(sys.modules["clipless_dp.training.fit"], "PoissonBatches", fails)
     with pytest.raises(RuntimeError, match="no memory") as failure:
         fit(gated_model(), samples(300), checkpoint=path, **RUN)
     assert len(failure.value.private_optimizer.accountant) == 2

@@ -37,7 +37,7 @@ from clipless_dp.errors import (
     PrivacyError,
 )
 from clipless_dp.losses import Loss, described
-from clipless_dp.memory import rows_within, traffic
+from clipless_dp.training.memory import rows_within, traffic
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise, derived_seed
