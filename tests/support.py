@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gated, losses, training
 
-step_module: Any = sys.modules["clipless_dp.training.fit"]
-
 
 def gated_model(*, bias: bool = True, seed: int = 0) -> DPLipModel:
     """Two gated linear layers, 6 inputs and 3 classes: constant sensitivity."""
@@ -40,6 +38,18 @@ def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def protected(history: list[training.EpochRecord]) -> list[training.EpochRecord]:
     """The records without training losses, which no checkpoint holds."""
     return [replace(record, loss=None) for record in history]
+
+
+@contextmanager
+def before_steps(event: Callable[[Any], object]) -> Iterator[None]:
+    """Lets something happen before each step of ``fit``, given its run."""
+
+    class Before(training.Watcher):
+        def before_step(self, run: Any, batch: Any) -> None:
+            event(run)
+
+    with training.watched_by(Before()):
+        yield
 
 
 @contextmanager
@@ -62,15 +72,7 @@ def keyboard_interrupt(step: int) -> Iterator[None]:
 
 @contextmanager
 def _happening_at(step: int, event: Callable[[], None]) -> Iterator[None]:
-    honest = step_module._step
-
-    def watching(run: Any, batch: Any, size: Any) -> Tensor:
-        if run.step == step:
-            event()
-        return honest(run, batch, size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_module, "_step", watching)
+    with before_steps(lambda run: event() if run.step == step else None):
         yield
 
 

@@ -30,7 +30,6 @@ from clipless_dp import (
     layers,
     losses,
 )
-training_module = __import__("importlib").import_module("clipless_dp.training.fit")
 from clipless_dp.distributed import World
 from clipless_dp.sampling import draws, persons
 from clipless_dp.statistics import private_moments
@@ -48,7 +47,7 @@ from .ranks import (
     torchrun,
     weights,
 )
-from .support import gated_model, samples
+from .support import before_steps, gated_model, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 
@@ -533,21 +532,17 @@ def test_torchrun_without_a_process_group_is_refused(monkeypatch):
 def fitted(path: str | None, stop_after: int | None = None):
     """Weights, ε, steps, history and whether there is a checkpoint; a step beyond ``stop_after`` fails."""
     apply_mutant("")
-    taken = training_module._step
 
-    def failing(run, batch, size):
+    def failing(run):
         if run.step == stop_after:
             raise InterruptedError("power cut")
-        return taken(run, batch, size)
 
     model = orthogonal_model(seed=distributed.world().rank)
-    training_module._step = failing
     try:
-        result = fit(model, samples(300), checkpoint=path, reproducible_seed=3, validation=samples(60, 1), **RUN)
+        with before_steps(failing):
+            result = fit(model, samples(300), checkpoint=path, reproducible_seed=3, validation=samples(60, 1), **RUN)
     except InterruptedError:
         return None
-    finally:
-        training_module._step = taken
     return weights(model), result.epsilon, result.steps, result.history, result.checkpoint
 
 

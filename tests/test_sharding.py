@@ -28,10 +28,9 @@ from clipless_dp import (
     sharding,
 )
 from clipless_dp import optim as optim_module
-training_module = __import__("importlib").import_module("clipless_dp.training.fit")
 from clipless_dp.checkpoint import load_checkpoint
-from clipless_dp.training.memory import traffic
 from clipless_dp.rules.linear import linear_rule
+from clipless_dp.training.memory import traffic
 
 from .ranks import (
     SETTINGS,
@@ -44,7 +43,7 @@ from .ranks import (
     torchrun,
     weights,
 )
-from .support import gated_model, samples
+from .support import before_steps, gated_model, samples
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
@@ -528,15 +527,12 @@ def fitted(
     **options: object,
 ):
     """Weights, ε, history and steps; a step beyond ``stop_after`` fails."""
-    honest = training_module._step
 
-    def failing(run, batch, size):
+    def failing(run):
         if run.step == stop_after:
             raise InterruptedError("power cut")
-        return honest(run, batch, size)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_module, "_step", failing)
+    with before_steps(failing):
         settings: dict[str, object] = {
             "reproducible_seed": 3,
             "micro_batch_size": 32,
