@@ -71,10 +71,6 @@ def fit(
     The noise multiplier is calibrated so that ``ceil(epochs/q)`` steps at ``q = batch_size/dataset_size`` spend at
     most ``epsilon`` at ``delta``. With a checkpoint that exists already, the run goes on from it.
 
-    Under ``torchrun``, after ``torch.distributed.init_process_group()``, every rank calls it alike with the whole data
-    set, trains on its own part, and returns the same; rank 0 writes the checkpoint, which any number of ranks resumes.
-    Of a model that ``fully_shard`` has split, each rank trains and keeps its part; the checkpoint holds it whole.
-
     Args:
         model: the wrapped model, on the device to train on.
         dataset: inputs and targets: a pair of tensors, or a data set of pairs.
@@ -82,10 +78,8 @@ def fit(
             see :class:`clipless_dp.training.Privacy`.
         epochs, batch_size, lr, momentum, optimizer, scheduler, allocation, augment, multiplicity, ema, noise_schedule:
             how to learn, see :class:`clipless_dp.training.Learning`.
-        micro_batch_size, memory_budget, stream, compile: how to compute, see
-            :class:`clipless_dp.training.Execution`.
-        validation, checkpoint, checkpoint_every, progress: what is kept and shown, see
-            :class:`clipless_dp.training.Keeping`.
+        micro_batch_size, memory_budget, stream, compile: how to compute, :class:`clipless_dp.training.Execution`.
+        validation, checkpoint, checkpoint_every, progress: what is kept, :class:`clipless_dp.training.Keeping`.
 
     Raises:
         AuditError: an attack passed a bound, or showed that samples of a batch interact. Before training, no step was
@@ -112,11 +106,7 @@ def fit(
     """
     asked = Asked.of(locals())
     checked = _check(model, dataset, asked)
-    privacy, learning = asked.privacy, asked.learning
-    plan = Plan.of(learning.epochs, learning.batch_size, checked.size, learning.noise_schedule)
-    sigma = privacy.noise_multiplier
-    if sigma is None:
-        sigma = plan.noise_multiplier(privacy.epsilon, privacy.delta, privacy.accountant)
+    plan, sigma = _plan(asked, checked.size)
     run = _build(model, asked, checked, plan, sigma)
     with ledger_handed_on(run):
         run.begin()
@@ -171,6 +161,15 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
     if path is not None:
         distributed.from_first(lambda: check_writable(path))
     return _Checked(samples, held_out, size, average)
+
+
+def _plan(asked: Asked, size: int) -> tuple[Plan, float]:
+    """The steps, and the noise multiplier that was given, or is the smallest that meets the target."""
+    privacy, learning = asked.privacy, asked.learning
+    plan = Plan.of(learning.epochs, learning.batch_size, size, learning.noise_schedule)
+    if privacy.noise_multiplier is not None:
+        return plan, privacy.noise_multiplier
+    return plan, plan.noise_multiplier(privacy.epsilon, privacy.delta, privacy.accountant)
 
 
 def _build(model: DPLipModel, asked: Asked, checked: _Checked, plan: Plan, sigma: float) -> Run:

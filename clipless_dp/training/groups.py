@@ -118,6 +118,11 @@ class Learning:
 class Execution:
     """How a run computes: its memory and its speed. The steps are the same, to within rounding.
 
+    Under ``torchrun``, after ``torch.distributed.init_process_group()``, every rank calls ``fit`` alike with the whole
+    data set, trains on its own part, and returns the same; rank 0 writes the checkpoint, which any number of ranks
+    resumes. Of a model that ``fully_shard`` has split, each rank trains and keeps its part; the checkpoint holds it
+    whole.
+
     Attributes:
         micro_batch_size: rows that are processed at once; bounds the memory.
         memory_budget: bytes that computing a step's gradients may take on the model's device: the draw, activations and

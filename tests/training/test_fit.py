@@ -33,8 +33,7 @@ from clipless_dp import (
 from clipless_dp import checkpoint as checkpoint_module
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 from clipless_dp.training import compiled_loss, constant, linear_decay, plan, sizing
-
-from .support import before_steps, gated_model, keyboard_interrupt, power_cut, protected, samples
+from tests.support import before_steps, gated_model, keyboard_interrupt, power_cut, protected, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 6, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 

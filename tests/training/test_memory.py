@@ -21,8 +21,7 @@ from clipless_dp import (
 )
 from clipless_dp.training import Watcher, sizing, watched_by
 from clipless_dp.training.memory import rows_within, traffic
-
-from .support import gated_model, samples
+from tests.support import gated_model, samples
 
 CPU = torch.device("cpu")
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 90, "lr": 0.5, "progress": False, "accountant": "rdp"}
