@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -543,7 +544,9 @@ def fitted(path: str | None, stop_after: int | None = None):
             result = fit(model, samples(300), checkpoint=path, reproducible_seed=3, validation=samples(60, 1), **RUN)
     except InterruptedError:
         return None
-    return weights(model), result.epsilon, result.steps, result.history, result.checkpoint
+    # Records on their way to another process lose their losses.
+    history = [SimpleNamespace(**vars(record)) for record in result.history]
+    return weights(model), result.epsilon, result.steps, history, result.checkpoint
 
 
 def test_fit_goes_on_with_another_number_of_ranks_as_if_nothing_had_happened(ranks, tmp_path):

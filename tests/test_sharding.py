@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -545,7 +546,9 @@ def fitted(
             result = fit(model, samples(300), validation=samples(60, 1), **settings)  # type: ignore[arg-type]
         except InterruptedError:
             return None
-        return weights(model), result.epsilon, result.history, result.steps
+        # Records on their way to another process lose their losses.
+        history = [SimpleNamespace(**vars(record)) for record in result.history]
+        return weights(model), result.epsilon, history, result.steps
 
 
 AVERAGED = {"net": "constraints", "optimizer": "adam", "lr": 0.05, "ema": 0.8}
