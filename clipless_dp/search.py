@@ -136,7 +136,6 @@ def private_search(
         raise ConfigurationError("there are no candidates to draw from")
     multipliers, trials = [], []
     for candidate in candidates:
-        _check(candidate)
         _rehearse(candidate, (inputs[:1], targets[:1]), scored=validation is None)
         multiplier, trial = _trial(_plan(candidate.settings, size), epsilon, delta, score_noise_multiplier)
         multipliers.append(multiplier)
@@ -292,6 +291,7 @@ def _require_new(model: DPLipModel, before: list[ReferenceType[Tensor]]) -> DPLi
 
 def _rehearse(candidate: Candidate, sample: tuple[Tensor, Tensor], *, scored: bool) -> None:
     """Builds two models, so that what they share, or what does not fit the data, shows before anything is paid for."""
+    _check(candidate)
     built: list[ReferenceType[Tensor]] = []
     _require_new(candidate.build(), built)
     known, _ = evaluate(_require_new(candidate.build(), built), sample)
