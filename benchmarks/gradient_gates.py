@@ -34,7 +34,7 @@ from step import ALLOCATORS, RESULTS, network
 
 from clipless_dp import DPLipModel, gradient_gated, losses
 from clipless_dp.gates import gradient_gated_layer
-from clipless_dp.memory import traffic
+from clipless_dp.training.memory import traffic
 
 Run = Callable[[], Any]
 

@@ -35,8 +35,8 @@ import torch
 import torch.distributed as dist
 from step import ALLOCATORS, BASELINE, CONTENDERS, RESULTS, SAMPLES, peak_bytes
 
-from clipless_dp.memory import rows_within
 from clipless_dp.precision import full_precision
+from clipless_dp.training.memory import rows_within
 
 CHOSEN = [BASELINE, "gated", "spectral", "Opacus, ghost"]
 CENTRE = {"mlp": (512, 2, 1024), "cnn": (16, 2, 256)}

@@ -39,10 +39,10 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, gradient_gated, losses
-from clipless_dp.memory import traffic
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler
 from clipless_dp.training import compiled_loss
+from clipless_dp.training.memory import traffic
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SAMPLES = 20_000

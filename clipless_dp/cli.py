@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from scipy.stats import rankdata
@@ -20,11 +20,25 @@ from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.graph import gated
 from clipless_dp.model import DPLipModel
+from clipless_dp.noise import Allocation
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling.augmentation import ShiftAndFlip
 from clipless_dp.statement import report, statement_files
 from clipless_dp.tables import fit_table
-from clipless_dp.training import OPTIMIZERS, constant, evaluate, fit, linear_decay, noise_stages
+from clipless_dp.training import (
+    OPTIMIZERS,
+    Execution,
+    FitResult,
+    Keeping,
+    Learning,
+    Privacy,
+    constant,
+    evaluate,
+    fit,
+    linear_decay,
+    noise_stages,
+)
+from clipless_dp.training.groups import names
 
 ROUTES = ("gated", "spectral", "orthogonal")
 NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
@@ -45,10 +59,10 @@ SCHEDULES = {"linear": linear_decay, "constant": constant}
 _OF_PRESETS = ("route", "network", "tau", "input_norm")
 """What a preset decides, and is not changed beside it."""
 
-_TUNED = (
-    "epochs", "batch_size", "lr", "momentum", "optimizer", "lr_schedule", "noise_schedule", "allocation", "ema",
-    "augment", "flip", "multiplicity",
-)  # fmt: skip
+_SCHEDULE = "lr_schedule"
+"""The option that names a ``scheduler``."""
+
+_TUNED = (*(_SCHEDULE if name == "scheduler" else name for name in names(Learning)), "flip")
 """What a preset proposes, and an option replaces."""
 
 
@@ -98,6 +112,12 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         help="train a classifier privately",
         formatter_class=_Formatter,
     )
+    for add in (_add_data, _add_privacy, _add_model, _add_learning, _add_execution, _add_keeping):
+        add(train)
+    return parser, train
+
+
+def _add_data(train: argparse.ArgumentParser) -> None:
     train.add_argument("--dataset", required=True, metavar="|".join((*NAMES, "PATH.npz")), help="data to train on")
     train.add_argument("--data-dir", type=Path, help="folder with local copies; otherwise named sets are downloaded")
     train.add_argument(
@@ -106,8 +126,29 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     train.add_argument(
         "--dataset-size", type=int, help="public number of training samples (default: their number, taken to be public)"
     )
+
+
+def _add_privacy(train: argparse.ArgumentParser) -> None:
     train.add_argument("--epsilon", type=float, required=True, help="target ε")
     train.add_argument("--delta", type=float, required=True, help="target δ, below one over the number of samples")
+    train.add_argument("--accountant", choices=("prv", "rdp", "auto"), default=Privacy.accountant, help="engine")
+    train.add_argument(
+        "--audit",
+        choices=("off", "quick", "full"),
+        nargs="?",
+        const="full",
+        default=Privacy.audit,
+        help="attacks on the bounds: quick, before training; full, which --audit alone means, at checkpoints too",
+    )
+    train.add_argument("--noise", choices=("system", "secure"), help="generator of the noise (default: system)")
+    train.add_argument(
+        "--reproducible-seed",
+        type=int,
+        help="makes noise and batches predictable: for experiments, not for releases",
+    )
+
+
+def _add_model(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--preset",
         choices=(*presets.PRESETS, TABLES),
@@ -118,57 +159,54 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     train.add_argument(
         "--network", choices=("small", *NETWORKS), default="small", help="architecture; small: few layers"
     )
+    train.add_argument("--tau", type=float, default=8.0, help="temperature of the cross-entropy")
+    train.add_argument("--input-norm", type=float, help="cap of a sample's norm (default: √entries)")
+    train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
+
+
+def _add_learning(train: argparse.ArgumentParser) -> None:
     train.add_argument("--epochs", type=float, default=20, help="passes over the data, in expectation")
     train.add_argument("--batch-size", type=int, default=1024, help="expected batch size")
-    train.add_argument("--micro-batch-size", type=int, help="rows processed at once")
     train.add_argument(
-        "--memory-budget", type=float, metavar="BYTES", help="chooses --micro-batch-size: memory of a step's gradients"
+        "--optimizer", choices=OPTIMIZERS, default=Learning.optimizer, help="what takes the noisy gradients"
     )
-    train.add_argument("--optimizer", choices=OPTIMIZERS, default="sgd", help="what takes the noisy gradients")
     train.add_argument("--lr", type=float, default=0.5, help="peak learning rate")
     train.add_argument(
         "--lr-schedule", choices=tuple(SCHEDULES), default="linear", help="linear: rises briefly, then falls to zero"
     )
-    train.add_argument("--momentum", type=float, default=0.9, help="momentum of SGD")
+    train.add_argument("--momentum", type=float, default=Learning.momentum, help="momentum of SGD")
     train.add_argument(
         "--noise-schedule",
         type=_factors,
         metavar="FIRST:LAST",
         help="factors between which the noise goes in ten stages; ε stays the same",
     )
+    train.add_argument(
+        "--allocation",
+        choices=get_args(Allocation),
+        default=Learning.allocation,
+        help="how noise is shared among the parameters",
+    )
     train.add_argument("--ema", type=float, metavar="DECAY", help="moving average of the weights, 0.99 say")
     train.add_argument("--augment", type=int, metavar="PIXELS", help="views shifted by up to so many pixels")
     train.add_argument("--flip", action="store_true", default=None, help="views mirrored left and right, every other")
-    train.add_argument("--multiplicity", type=int, default=1, help="views of a sample averaged in its own gradient")
-    train.add_argument("--tau", type=float, default=8.0, help="temperature of the cross-entropy")
-    train.add_argument("--input-norm", type=float, help="cap of a sample's norm (default: √entries)")
-    train.add_argument("--accountant", choices=("prv", "rdp", "auto"), default="prv", help="engine")
     train.add_argument(
-        "--allocation",
-        choices=("global", "per-layer", "min-variance"),
-        default="min-variance",
-        help="how noise is shared among the parameters",
+        "--multiplicity", type=int, default=Learning.multiplicity, help="views of a sample averaged in its own gradient"
+    )
+
+
+def _add_execution(train: argparse.ArgumentParser) -> None:
+    train.add_argument("--micro-batch-size", type=int, help="rows processed at once")
+    train.add_argument(
+        "--memory-budget", type=float, metavar="BYTES", help="chooses --micro-batch-size: memory of a step's gradients"
     )
     train.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to train on")
+
+
+def _add_keeping(train: argparse.ArgumentParser) -> None:
     train.add_argument("--checkpoint", type=Path, help="file to write to and to resume from")
     train.add_argument("--report", type=Path, metavar="PATH", help="write the privacy statement: PATH.md, .json, .html")
-    train.add_argument(
-        "--audit",
-        choices=("off", "quick", "full"),
-        nargs="?",
-        const="full",
-        default="quick",
-        help="attacks on the bounds: quick, before training; full, which --audit alone means, at checkpoints too",
-    )
-    train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
-    train.add_argument("--noise", choices=("system", "secure"), help="generator of the noise (default: system)")
-    train.add_argument(
-        "--reproducible-seed",
-        type=int,
-        help="makes noise and batches predictable: for experiments, not for releases",
-    )
     train.add_argument("--quiet", action="store_true", help="no progress bar, no table")
-    return parser, train
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -181,21 +219,11 @@ def _train(options: argparse.Namespace) -> int:
     data = load_dataset(options.dataset, options.data_dir, classes=classes)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
-    arguments: dict[str, Any] = {
-        "epsilon": options.epsilon,
-        "delta": options.delta,
-        "micro_batch_size": options.micro_batch_size,
-        "memory_budget": options.memory_budget,
-        "accountant": options.accountant,
-        "checkpoint": options.checkpoint,
-        "reproducible_seed": options.reproducible_seed,
-        "noise": options.noise,
-        "audit": options.audit != "off" and options.audit,
-        "progress": not options.quiet,
-        **_tuned(options),
-    }
-    if options.dataset_size is not None:
-        arguments["dataset_size"] = options.dataset_size
+    # The command line has an option for most arguments: some go by another name, or in other words.
+    known = names(Privacy, Execution, Keeping)
+    given = {name: value for name, value in vars(options).items() if name in known}
+    given |= {"audit": options.audit != "off" and options.audit, "progress": not options.quiet}
+    arguments: dict[str, Any] = {**given, **_tuned(options)}
     provenance: str | None = None
     if options.preset is None:
         model = _model(options, tuple(data.inputs.shape[1:]), data.classes).to(options.device)
@@ -225,7 +253,13 @@ def _train(options: argparse.Namespace) -> int:
         if not options.quiet:
             print(f"preset {options.preset}: {summary}", f"chosen on: {provenance}", sep="\n", end="\n\n")
         _show(result.optimizer.model, options)
-    print(f"test {reached} {len(data.test_targets)} held-out samples")
+    _tell(options, result, f"test {reached} {len(data.test_targets)} held-out samples", provenance)
+    return 0
+
+
+def _tell(options: argparse.Namespace, result: FitResult, reached: str, provenance: str | None) -> None:
+    """Prints what was reached and spent, and writes the statement."""
+    print(reached)
     print(f"epsilon        {result.epsilon:.4f} (add-or-remove-one, {options.accountant} accountant)")
     print(f"delta          {result.delta:g}")
     print(
@@ -244,7 +278,6 @@ def _train(options: argparse.Namespace) -> int:
             notes=() if provenance is None else (f"Hyper-parameters, of the preset {options.preset}: {provenance}",),
         )
         print(f"statement      {', '.join(map(str, statement.files))}")
-    return 0
 
 
 def _reached(accuracy: float | None, loss: float) -> str:
@@ -291,7 +324,7 @@ def _model(options: argparse.Namespace, shape: tuple[int, ...], classes: int) ->
 def _tuned(options: argparse.Namespace) -> dict[str, Any]:
     """Arguments of ``fit`` that were given, or have a default."""
     tuned = {name: value for name in _TUNED if (value := getattr(options, name)) is not None}
-    if (schedule := tuned.pop("lr_schedule", None)) is not None:
+    if (schedule := tuned.pop(_SCHEDULE, None)) is not None:
         tuned["scheduler"] = SCHEDULES[schedule]
     if (factors := tuned.pop("noise_schedule", None)) is not None:
         tuned["noise_schedule"] = noise_stages(*factors)

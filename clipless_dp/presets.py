@@ -33,8 +33,10 @@ from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScat
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.sampling import Samples, as_tensors
+from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, private_moments
 from clipless_dp.training import Data, FitResult, evaluate, fit
+from clipless_dp.training.groups import require_known
 
 
 @dataclass(frozen=True)
@@ -153,8 +155,9 @@ class Preset:
             That of :func:`clipless_dp.fit`, whose arguments these are: the front-end sees each sample by itself, and
             the noise of training is calibrated on top of what the statistics cost.
         """
+        require_known(changes.keys() - {"sample_rate"})
         inputs, targets = Samples.to_train_on(dataset).all()
-        size = changes.get("dataset_size") or len(inputs)
+        size = public_size(changes.get("dataset_size"), len(inputs))
         features = self.features(inputs, cache_dir=cache_dir)
         change: Callable[[Tensor], Tensor] | None = None
         if self.statistics is not None:
@@ -187,7 +190,7 @@ class Preset:
         )
         return Trained(model, result, prepare)
 
-    def arguments(self, dataset_size: int, **changes: Any) -> dict[str, Any]:
+    def arguments(self, dataset_size: int, /, **changes: Any) -> dict[str, Any]:
         """Keyword arguments of :func:`clipless_dp.fit` for so many samples.
 
         Args:

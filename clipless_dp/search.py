@@ -33,15 +33,11 @@ from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import NoiseSource, noise_source, noisy, randomness, source_name
 from clipless_dp.sampling import Samples
 from clipless_dp.sampling.samples import public_size
-from clipless_dp.training import Data, NoiseSchedule, evaluate, fit, noise_factors
+from clipless_dp.training import Data, Execution, Learning, Plan, evaluate, fit
+from clipless_dp.training.groups import names
 
-SETTINGS = frozenset(
-    {
-        "epochs", "batch_size", "lr", "momentum", "optimizer", "scheduler", "allocation", "micro_batch_size",
-        "memory_budget", "augment", "multiplicity", "ema", "noise_schedule",
-    }
-)  # fmt: skip
-"""Arguments of ``fit`` in which candidates may differ."""
+SETTINGS = frozenset(names(Learning, Execution)) - {"stream", "compile"}
+"""Arguments of ``fit`` in which candidates may differ: not by where data lies, which all share, or what is compiled."""
 
 _random = secrets.SystemRandom()
 
@@ -133,6 +129,42 @@ def private_search(
     Source:
         Papernot and Steinke 2022, *Hyperparameter tuning with Rényi differential privacy*, Theorems 2 and 6.
     """
+    source, accountant = _check_search(validation, score_noise_multiplier, accountant, noise)
+    inputs, targets = Samples.to_train_on(dataset).all()
+    size = public_size(dataset_size, len(inputs))
+    if not candidates:
+        raise ConfigurationError("there are no candidates to draw from")
+    multipliers, trials = [], []
+    for candidate in candidates:
+        _rehearse(candidate, (inputs[:1], targets[:1]), scored=validation is None)
+        multiplier, trial = _trial(_plan(candidate.settings, size), epsilon, delta, score_noise_multiplier)
+        multipliers.append(multiplier)
+        trials.append(trial)
+    planned = Ledger()
+    planned.append(PrivateSelection(((AnyOf(tuple(trials)), 1),), mean_runs, shape))
+    factor, planned = calibrate_ledger(planned, target_epsilon=epsilon, delta=delta, spent=accountant)
+    ((event, _),) = planned.entries
+    assert isinstance(event, PrivateSelection)
+    # Before the first run: what fails later has been paid for.
+    run = new_run()
+    accountant.record(event, provenance=Provenance(run, sampling="announced", noise=source_name(type(source))))
+    search = _Search(candidates, (inputs, targets), size, validation, source, event, multipliers, factor)
+    # How often something warns, or what a run says of its batches, would tell about the number of runs.
+    with warnings.catch_warnings(), _paid(accountant):
+        warnings.simplefilter("ignore")
+        score, index, model = search.best(epsilon, delta)
+    # The ledger of the search holds what the model's own run released, as one event.
+    lineage.of(model).restart({run: 1})
+    return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+
+
+def _check_search(
+    validation: Data | None,
+    score_noise_multiplier: float | None,
+    accountant: Accountant | None,
+    noise: NoiseSource | str | None,
+) -> tuple[NoiseSource, Accountant]:
+    """The noise and the accountant of a search, once they are known to cover it."""
     if distributed.world().size > 1:
         raise ConfigurationError("a search draws secret numbers, which several ranks would draw differently: run one")
     if (validation is None) == (score_noise_multiplier is None):
@@ -149,81 +181,74 @@ def private_search(
             "reproducible noise is a function of the step, so all runs of a search would share it, and it cancels "
             "between them: use noise='system' or 'secure'"
         )
-    inputs, targets = Samples.to_train_on(dataset).all()
-    size = public_size(dataset_size, len(inputs))
-    if not candidates:
-        raise ConfigurationError("there are no candidates to draw from")
-    multipliers, trials = [], []
-    for candidate in candidates:
-        _check(candidate)
-        built: list[ReferenceType[Tensor]] = []
-        _require_new(candidate.build(), built)
-        known, _ = evaluate(_require_new(candidate.build(), built), (inputs[:1], targets[:1]))
-        if known is None and validation is None:
-            raise ConfigurationError("score_noise_multiplier counts correct predictions: the loss is of no classifier")
-        multiplier, planned = calibrate_ledger(
-            _unit_ledger(candidate.settings, size), target_epsilon=epsilon, delta=delta, accountant="rdp"
-        )
-        if score_noise_multiplier is not None:
-            planned.append(GaussianRelease(score_noise_multiplier))
-        multipliers.append(multiplier)
-        trials.append(tuple(planned.entries))
-    planned = Ledger()
-    planned.append(PrivateSelection(((AnyOf(tuple(trials)), 1),), mean_runs, shape))
-    factor, planned = calibrate_ledger(planned, target_epsilon=epsilon, delta=delta, spent=accountant)
-    ((search, _),) = planned.entries
-    assert isinstance(search, PrivateSelection)
-    ((choice, _),) = search.trial
-    # Before the first run: what fails later has been paid for.
-    name = source_name(type(source))
-    run = new_run()
-    accountant.record(search, provenance=Provenance(run, sampling="announced", noise=name))
-    best: tuple[float, int, DPLipModel] | None = None
-    trained: list[ReferenceType[Tensor]] = []
-    # How often something warns, or what a run says of its batches, would tell about the number of runs.
-    with warnings.catch_warnings(), _paid(accountant):
-        warnings.simplefilter("ignore")
-        for _ in range(search.quantile(_random.random())):
-            index = _random.randrange(len(candidates))
+    return source, accountant
+
+
+@dataclass(frozen=True)
+class _Search:
+    """Runs that are planned and paid for.
+
+    Attributes:
+        event: what the ledger holds of them all.
+        multipliers: of each candidate, times ``factor`` the noise of its runs.
+    """
+
+    candidates: Sequence[Candidate]
+    data: tuple[Tensor, Tensor]
+    size: int
+    validation: Data | None
+    source: NoiseSource
+    event: PrivateSelection
+    multipliers: Sequence[float]
+    factor: float
+
+    def best(self, epsilon: float, delta: float) -> tuple[float, int, DPLipModel]:
+        """Score, candidate and model of the best run, untrained where there was none."""
+        best: tuple[float, int, DPLipModel] | None = None
+        trained: list[ReferenceType[Tensor]] = []
+        for _ in range(self.event.quantile(_random.random())):
+            index = _random.randrange(len(self.candidates))
             _count_from_anywhere()
-            model = _require_new(candidates[index].build(), trained)
+            model = _require_new(self.candidates[index].build(), trained)
             result = fit(
                 model,
-                (inputs, targets),
+                self.data,
                 epsilon=epsilon,
                 delta=delta,
-                noise_multiplier=multipliers[index] * factor,
+                noise_multiplier=self.multipliers[index] * self.factor,
                 accountant="rdp",
-                dataset_size=size,
-                noise=source,
+                dataset_size=self.size,
+                noise=self.source,
                 progress=False,
-                **candidates[index].settings,
+                **self.candidates[index].settings,
             )
-            # An exact count of the data: what is released is the model.
-            model.nonfinite_samples.zero_()
-            *steps, last = choice.alternatives[index]
-            if score_noise_multiplier is None:
-                steps.append(last)
-            _require_as_planned(result.optimizer.accountant.ledger, steps, name)
-            if validation is not None:
-                accuracy, loss = evaluate(model, validation)
-                score = -loss if accuracy is None else accuracy
-            else:
-                accuracy, _ = evaluate(model, (inputs, targets))
-                assert accuracy is not None
-                hits = float(round(accuracy * len(inputs)))
-                score = float(noisy(hits, last[0].noise_multiplier, source)) / size
-            score = -math.inf if math.isnan(score) else score
+            score = self._score(model, index, result.optimizer.accountant.ledger)
             if best is None or score > best[0]:
                 best = score, index, model
-    _count_from_anywhere()
-    if best is None:
-        index = _random.randrange(len(candidates))
-        best = -math.inf, index, candidates[index].build()
-    score, index, model = best
-    # The ledger of the search holds what the model's own run released, as one event.
-    lineage.of(model).restart({run: 1})
-    return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+        _count_from_anywhere()
+        if best is None:
+            index = _random.randrange(len(self.candidates))
+            best = -math.inf, index, self.candidates[index].build()
+        return best
+
+    def _score(self, model: DPLipModel, index: int, spent: Ledger) -> float:
+        """By what a run is compared, once it is seen that it has spent what was planned."""
+        # An exact count of the data: what is released is the model.
+        model.nonfinite_samples.zero_()
+        ((choice, _),) = self.event.trial
+        *steps, last = choice.alternatives[index]
+        if self.validation is not None:
+            steps.append(last)
+        _require_as_planned(spent, steps, source_name(type(self.source)))
+        if self.validation is not None:
+            accuracy, loss = evaluate(model, self.validation)
+            score = -loss if accuracy is None else accuracy
+        else:
+            accuracy, _ = evaluate(model, self.data)
+            assert accuracy is not None
+            hits = float(round(accuracy * len(self.data[0])))
+            score = float(noisy(hits, last[0].noise_multiplier, self.source)) / self.size
+        return -math.inf if math.isnan(score) else score
 
 
 def _count_from_anywhere() -> None:
@@ -264,20 +289,31 @@ def _require_new(model: DPLipModel, before: list[ReferenceType[Tensor]]) -> DPLi
     return model
 
 
-def _unit_ledger(settings: Mapping[str, Any], size: int) -> Ledger:
-    """The steps of a run whose noise multiplier is 1."""
+def _rehearse(candidate: Candidate, sample: tuple[Tensor, Tensor], *, scored: bool) -> None:
+    """Builds two models, so that what they share, or what does not fit the data, shows before anything is paid for."""
+    _check(candidate)
+    built: list[ReferenceType[Tensor]] = []
+    _require_new(candidate.build(), built)
+    known, _ = evaluate(_require_new(candidate.build(), built), sample)
+    if known is None and scored:
+        raise ConfigurationError("score_noise_multiplier counts correct predictions: the loss is of no classifier")
+
+
+def _plan(settings: Mapping[str, Any], size: int) -> Plan:
     batch_size, epochs = settings["batch_size"], settings["epochs"]
     if not (isinstance(batch_size, int) and 1 <= batch_size <= size and 0.0 < epochs < math.inf):
         raise ConfigurationError(
             f"a candidate needs positive epochs and a batch_size from 1 to {size}, got {epochs!r} and {batch_size!r}"
         )
-    rate = batch_size / size
-    steps = math.ceil(epochs / rate - 1e-9)
-    schedule: NoiseSchedule | None = settings.get("noise_schedule")
-    planned = create_accountant("rdp")
-    for multiplier in noise_factors(schedule, steps) or [1.0] * steps:
-        planned.step(noise_multiplier=multiplier, sample_rate=rate)
-    return planned.ledger
+    return Plan.of(epochs, batch_size, size, settings.get("noise_schedule"))
+
+
+def _trial(plan: Plan, epsilon: float, delta: float, score: float | None) -> tuple[float, tuple[Any, ...]]:
+    """The noise by which one run alone meets the target, and the events of that run, of its score among them."""
+    multiplier, planned = calibrate_ledger(plan.ledger, target_epsilon=epsilon, delta=delta, accountant="rdp")
+    if score is not None:
+        planned.append(GaussianRelease(score))
+    return multiplier, tuple(planned.entries)
 
 
 def _require_as_planned(spent: Ledger, planned: Sequence[tuple[Any, int]], source: str) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
 from clipless_dp.training import FitResult, constant, fit
+from clipless_dp.training.groups import require_known
+from clipless_dp.training.plan import epochs_of
 
 LARGEST_BATCH = 4096
 """Expected batch size, or the whole table. At ε = 1 the mean's noise is 4 % above that of full batches for 30 000 rows,
@@ -117,22 +119,7 @@ def fit_table(
         The classifier, statistics included, is (``epsilon``, ``delta``)-differentially private with respect to adding
         or removing one row with its label.
     """
-    if rows.dim() != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
-        raise InputError(f"expected floating-point rows (N, columns), got {rows.dtype} {tuple(rows.shape)}")
-    if labels.shape != rows.shape[:1] or labels.is_complex():
-        raise InputError(f"expected {len(rows)} labels 0 or 1, got {labels.dtype} {tuple(labels.shape)}")
-    Samples.to_train_on((rows, labels))
-    if not bool(((labels == 0) | (labels == 1)).all()):
-        raise InputError("labels must be 0 or 1; others would contribute nothing")
-    if distributed.world().size > 1:
-        raise ConfigurationError(
-            "fit_table runs in one process: release the statistics once, and call fit on all ranks"
-        )
-    unknown = sorted(changes.keys() - inspect.signature(fit).parameters.keys())
-    if unknown:
-        raise ConfigurationError(f"fit has no arguments {unknown}")
-    if noise is not None and reproducible_seed is not None:
-        raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
+    _check(rows, labels, changes, noise, reproducible_seed)
     size = public_size(dataset_size, len(rows))
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
     ledger = create_accountant(accountant, dataset_size=size)
@@ -144,23 +131,9 @@ def fit_table(
     positive = private_fraction(
         labels, noise_multiplier=whole / math.sqrt(LABELS_SHARE), **releases.arguments("labels")
     )
-    linear = nn.Linear(rows.shape[1] + cosines, 1)
-    nn.init.zeros_(linear.weight)
-    nn.init.constant_(linear.bias.requires_grad_(False), math.log(positive / (1.0 - positive)))
-    model = DPLipModel(
-        gated(nn.Sequential(linear), cotangent_norm=_GATE),
-        input_shape=(linear.in_features,),
-        input_norm=1.0,
-        loss=BinaryCrossEntropy(),
-    ).to(rows.device)
-    batch_size = min(size, LARGEST_BATCH)
+    model = _model(rows.shape[1] + cosines, positive).to(rows.device)
     settings: dict[str, Any] = {
-        "epochs": number_of_steps(size, epsilon) * batch_size / size,
-        "batch_size": batch_size,
-        "lr": learning_rate(size, epsilon),
-        "momentum": 0.9,
-        "scheduler": constant,
-        "ema": 0.97,
+        **_learning(size, epsilon),
         "checkpoint": checkpoint,
         "noise": noise,
         "reproducible_seed": reproducible_seed,
@@ -174,3 +147,53 @@ def fit_table(
         model, (features, labels.float()), epsilon=epsilon, delta=delta, accountant=ledger, **{**settings, **changes}
     )
     return TableClassifier(nn.Sequential(standardise, expand, model.net, nn.Flatten(0)), result)
+
+
+def _check(
+    rows: Tensor,
+    labels: Tensor,
+    changes: Mapping[str, Any],
+    noise: NoiseSource | str | None,
+    reproducible_seed: int | None,
+) -> None:
+    """Refuses what cannot be trained on, before a statistic is released."""
+    if rows.dim() != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
+        raise InputError(f"expected floating-point rows (N, columns), got {rows.dtype} {tuple(rows.shape)}")
+    if labels.shape != rows.shape[:1] or labels.is_complex():
+        raise InputError(f"expected {len(rows)} labels 0 or 1, got {labels.dtype} {tuple(labels.shape)}")
+    Samples.to_train_on((rows, labels))
+    if not bool(((labels == 0) | (labels == 1)).all()):
+        raise InputError("labels must be 0 or 1; others would contribute nothing")
+    if distributed.world().size > 1:
+        raise ConfigurationError(
+            "fit_table runs in one process: release the statistics once, and call fit on all ranks"
+        )
+    require_known(changes)
+    if noise is not None and reproducible_seed is not None:
+        raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
+
+
+def _learning(size: int, epsilon: float) -> dict[str, Any]:
+    """Arguments of ``fit`` that follow from the public number of rows and ε."""
+    batch_size = min(size, LARGEST_BATCH)
+    return {
+        "epochs": epochs_of(number_of_steps(size, epsilon), batch_size, size),
+        "batch_size": batch_size,
+        "lr": learning_rate(size, epsilon),
+        "momentum": 0.9,
+        "scheduler": constant,
+        "ema": 0.97,
+    }
+
+
+def _model(inputs: int, positive: float) -> DPLipModel:
+    """One gated layer that starts from zero weights, and from the log-odds of a share of positive labels."""
+    linear = nn.Linear(inputs, 1)
+    nn.init.zeros_(linear.weight)
+    nn.init.constant_(linear.bias.requires_grad_(False), math.log(positive / (1.0 - positive)))
+    return DPLipModel(
+        gated(nn.Sequential(linear), cotangent_norm=_GATE),
+        input_shape=(inputs,),
+        input_norm=1.0,
+        loss=BinaryCrossEntropy(),
+    )

@@ -42,30 +42,29 @@ def model() -> DPLipModel:
 def run(folder: Path, seed: int | None, every: int) -> None:
     """Trains to the end, and writes the weights."""
     taken, shown = (os.open(folder / name, os.O_CREAT | os.O_APPEND | os.O_WRONLY) for name in ("taken", "shown"))
-    honest_step, honest_shown, honest_sync = training._step, training._shown, os.fsync
+    honest_sync = os.fsync
 
-    def step(state: Any, batch: Any, size: int | None) -> Any:
-        loss = honest_step(state, batch, size)
-        os.write(taken, b"%d\n" % state.step)
-        return loss
+    class Witness(training.Watcher):
+        def after_step(self, run: Any) -> None:
+            os.write(taken, b"%d\n" % run.step)
 
-    def show(record: Any) -> str:
-        os.write(shown, b"%d\n" % record.step)
-        return honest_shown(record)
+        def before_showing(self, run: Any) -> None:
+            os.write(shown, b"%d\n" % run.step)
 
     def slow(descriptor: int) -> None:
         time.sleep(0.02)
         honest_sync(descriptor)
 
-    training._step, training._shown, checkpoint_module.os.fsync = step, show, slow
-    # Calibration takes longer than all the rest.
-    training.calibrate_noise_multiplier = lambda **settings: SIGMA
+    checkpoint_module.os.fsync = slow
     inputs = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
     wrapped = model()
-    fit(
-        wrapped, (inputs, inputs[:, :3].argmax(1)), epsilon=4.0, delta=1e-3, epochs=12, batch_size=50, lr=0.5,
-        accountant="rdp", progress=False, checkpoint=folder / "run.pt", checkpoint_every=every, reproducible_seed=seed,
-    )  # fmt: skip
+    with training.watched_by(Witness()):
+        # Calibration takes longer than all the rest.
+        fit(
+            wrapped, (inputs, inputs[:, :3].argmax(1)), epsilon=4.0, delta=1e-3, noise_multiplier=SIGMA, epochs=12,
+            batch_size=50, lr=0.5, accountant="rdp", progress=False, checkpoint=folder / "run.pt",
+            checkpoint_every=every, reproducible_seed=seed,
+        )  # fmt: skip
     torch.save([p.detach() for p in wrapped.net.parameters()], folder / "weights.pt")
 
 

@@ -41,6 +41,18 @@ def protected(history: list[training.EpochRecord]) -> list[training.EpochRecord]
 
 
 @contextmanager
+def before_steps(event: Callable[[Any], object]) -> Iterator[None]:
+    """Lets something happen before each step of ``fit``, given its run."""
+
+    class Before(training.Watcher):
+        def before_step(self, run: Any, batch: Any) -> None:
+            event(run)
+
+    with training.watched_by(Before()):
+        yield
+
+
+@contextmanager
 def power_cut(step: int) -> Iterator[pytest.ExceptionInfo[RuntimeError]]:
     """Lets ``fit`` fail before a step, and expects that it does."""
 
@@ -60,15 +72,7 @@ def keyboard_interrupt(step: int) -> Iterator[None]:
 
 @contextmanager
 def _happening_at(step: int, event: Callable[[], None]) -> Iterator[None]:
-    honest = training._step
-
-    def watching(run: Any, batch: Any, size: Any) -> Tensor:
-        if run.step == step:
-            event()
-        return honest(run, batch, size)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_step", watching)
+    with before_steps(lambda run: event() if run.step == step else None):
         yield
 
 

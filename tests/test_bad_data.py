@@ -17,6 +17,7 @@ from torch import nn
 
 from accounting import AccountingError, GaussianStep, GaussianVectorStep, Ledger, PoissonSampling, RDPAccountant
 from clipless_dp import (
+    BudgetExhaustedError,
     CheckpointError,
     CliplessDPSGD,
     CliplessError,
@@ -30,9 +31,9 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp import checkpoint as checkpoint_module
-from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.cli import main
+from clipless_dp.training import Watcher, plan, watched_by
 
 from .support import gated_model, samples
 
@@ -303,7 +304,7 @@ def sealed(path, content):
 def calibrated(written, monkeypatch):
     """What was written, whose noise ``fit`` need not calibrate again for each example."""
     multiplier = written["settings"]["noise_multiplier"]
-    monkeypatch.setattr(training_module, "calibrate_noise_multiplier", lambda **known: multiplier)
+    monkeypatch.setattr(plan, "calibrate_noise_multiplier", lambda **known: multiplier)
     return written
 
 
@@ -394,13 +395,18 @@ def table(tmp_path_factory):
     return path
 
 
+class NoStep(Watcher):
+    def before_step(self, run, batch):
+        raise BudgetExhaustedError("none is taken")
+
+
 def require_status(arguments, table, folder, monkeypatch):
     monkeypatch.chdir(folder)
-    # Everything but the steps themselves, of which there may be millions.
-    monkeypatch.setattr(training_module, "_train", lambda *given: None)
     base = ["train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--batch-size", "40", "--quiet"]
     try:
-        status = main([*base, "--classes", "2", "--accountant", "rdp", *arguments])
+        # Everything but the steps themselves, of which there may be millions.
+        with watched_by(NoStep()):
+            status = main([*base, "--classes", "2", "--accountant", "rdp", *arguments])
     except SystemExit as refusal:
         status = refusal.code
     assert status in (0, 2), arguments

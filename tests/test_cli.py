@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from accounting import Ledger
-from clipless_dp import presets, training
+from clipless_dp import presets
 from clipless_dp.architectures.small import image_classifier
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.cli import _auroc, main
 from clipless_dp.datasets import load_dataset
 from clipless_dp.errors import ConfigurationError
+
+from .support import before_steps
 
 pytest.importorskip("sklearn")
 
@@ -297,23 +299,21 @@ def test_help_names_no_default_that_is_none(capsys):
     assert "(default: 1024)" in printed
 
 
-def test_a_run_goes_on_from_its_checkpoint_after_an_interrupt(table, tmp_path, capsys, monkeypatch):
-    honest, checkpoint = training._step, tmp_path / "run.pt"
+def test_a_run_goes_on_from_its_checkpoint_after_an_interrupt(table, tmp_path, capsys):
+    checkpoint = tmp_path / "run.pt"
 
-    def interrupting(run, batch, size):
+    def interrupting(run):
         if run.step == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return honest(run, batch, size)
 
     arguments = ["train", "--dataset", str(table), "--epsilon", "3", "--delta", "1e-3", "--epochs", "2"]
     arguments += ["--classes", "2", "--dataset-size", "320"]
     arguments += ["--batch-size", "64", "--quiet"]
-    monkeypatch.setattr(training, "_step", interrupting)
-    assert main(arguments) == 130
-    assert "nothing was saved" in capsys.readouterr().err
-    assert main([*arguments, "--checkpoint", str(checkpoint)]) == 130
-    assert "goes on from the checkpoint" in capsys.readouterr().err
-    monkeypatch.setattr(training, "_step", honest)
+    with before_steps(interrupting):
+        assert main(arguments) == 130
+        assert "nothing was saved" in capsys.readouterr().err
+        assert main([*arguments, "--checkpoint", str(checkpoint)]) == 130
+        assert "goes on from the checkpoint" in capsys.readouterr().err
     assert main([*arguments, "--checkpoint", str(checkpoint)]) == 0
     ledger = load_checkpoint(checkpoint)["optimizer"]["clipless_dp"]
     assert ledger["steps_taken"] == 10

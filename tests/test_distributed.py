@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,6 @@ from clipless_dp import (
     layers,
     losses,
 )
-from clipless_dp import training as training_module
 from clipless_dp.distributed import World
 from clipless_dp.sampling import draws, persons
 from clipless_dp.statistics import private_moments
@@ -48,7 +48,7 @@ from .ranks import (
     torchrun,
     weights,
 )
-from .support import gated_model, samples
+from .support import before_steps, gated_model, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 
@@ -533,22 +533,20 @@ def test_torchrun_without_a_process_group_is_refused(monkeypatch):
 def fitted(path: str | None, stop_after: int | None = None):
     """Weights, ε, steps, history and whether there is a checkpoint; a step beyond ``stop_after`` fails."""
     apply_mutant("")
-    taken = training_module._step
 
-    def failing(run, batch, size):
+    def failing(run):
         if run.step == stop_after:
             raise InterruptedError("power cut")
-        return taken(run, batch, size)
 
     model = orthogonal_model(seed=distributed.world().rank)
-    training_module._step = failing
     try:
-        result = fit(model, samples(300), checkpoint=path, reproducible_seed=3, validation=samples(60, 1), **RUN)
+        with before_steps(failing):
+            result = fit(model, samples(300), checkpoint=path, reproducible_seed=3, validation=samples(60, 1), **RUN)
     except InterruptedError:
         return None
-    finally:
-        training_module._step = taken
-    return weights(model), result.epsilon, result.steps, result.history, result.checkpoint
+    # Records on their way to another process lose their losses.
+    history = [SimpleNamespace(**vars(record)) for record in result.history]
+    return weights(model), result.epsilon, result.steps, history, result.checkpoint
 
 
 def test_fit_goes_on_with_another_number_of_ranks_as_if_nothing_had_happened(ranks, tmp_path):

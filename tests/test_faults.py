@@ -29,12 +29,12 @@ from clipless_dp import (
     fit,
 )
 from clipless_dp import checkpoint as checkpoint_module
-from clipless_dp import training as training_module
 from clipless_dp.checkpoint import discard_partial, load_checkpoint, save_checkpoint
 from clipless_dp.noise import SystemNoise
 from clipless_dp.search import Candidate, private_search
+from clipless_dp.training import Watcher, loop, watched_by
 
-from .support import gated_model, power_cut, samples
+from .support import before_steps, gated_model, power_cut, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 3, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 SCRIPT = Path(__file__).with_name("kill_runs.py")
@@ -167,31 +167,29 @@ def test_parts_left_by_a_killed_writer_are_removed_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == kept
 
 
-def test_results_are_shown_only_after_the_checkpoint_that_counts_them(tmp_path, monkeypatch):
+def test_results_are_shown_only_after_the_checkpoint_that_counts_them(tmp_path):
     shown = []
 
-    def show(record):
-        on_disk = load_checkpoint(tmp_path / "run.pt")["optimizer"]["clipless_dp"]["steps_taken"]
-        shown.append((record.step, on_disk))
-        return ""
+    class Showing(Watcher):
+        def before_showing(self, run):
+            on_disk = load_checkpoint(tmp_path / "run.pt")["optimizer"]["clipless_dp"]["steps_taken"]
+            shown.append((run.history[-1].step, on_disk))
 
-    monkeypatch.setattr(training_module, "_shown", show)
-    fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", checkpoint_every=2, **RUN)
+    with watched_by(Showing()):
+        fit(gated_model(), samples(300), checkpoint=tmp_path / "run.pt", checkpoint_every=2, **RUN)
     assert shown == [(12, 12), (18, 18)]
 
 
-def test_a_second_run_on_the_same_checkpoint_stops_the_first(tmp_path, monkeypatch):
-    path, honest = tmp_path / "run.pt", training_module._step
+def test_a_second_run_on_the_same_checkpoint_stops_the_first(tmp_path):
+    path = tmp_path / "run.pt"
     others = []
 
-    def interfering(run, batch, size):
+    def interfering(run):
         if run.step == 8 and not others:
             others.append(True)
             save_checkpoint(path, {"another": "run"})
-        return honest(run, batch, size)
 
-    monkeypatch.setattr(training_module, "_step", interfering)
-    with pytest.raises(PrivacyError, match="another process"):
+    with before_steps(interfering), pytest.raises(PrivacyError, match="another process"):
         fit(gated_model(), samples(300), checkpoint=path, **RUN)
     assert load_checkpoint(path)["another"] == "run"
 
@@ -265,17 +263,14 @@ def test_a_loaded_ledger_counts_against_the_budget():
     assert spend(second, 3) == 0
 
 
-def test_a_run_whose_ledger_holds_more_than_planned_stops_early_and_saves(tmp_path, monkeypatch):
+def test_a_run_whose_ledger_holds_more_than_planned_stops_early_and_saves(tmp_path):
     path = tmp_path / "run.pt"
-    honest = training_module._step
 
-    def spending(run, batch, size):
+    def spending(run):
         if run.step == 6:
             run.optimizer.accountant.step(noise_multiplier=2.0, sample_rate=50 / 300, steps=2)
-        return honest(run, batch, size)
 
-    monkeypatch.setattr(training_module, "_step", spending)
-    with pytest.warns(UserWarning, match="training stops after"):
+    with before_steps(spending), pytest.warns(UserWarning, match="training stops after"):
         result = fit(gated_model(), samples(300), checkpoint=path, **RUN)
     assert result.epsilon <= 4.0
     assert 6 <= result.steps < 18
@@ -438,26 +433,23 @@ def test_a_full_disk_does_not_hide_the_error_that_interrupted_training(tmp_path,
         assert any("interrupted at step 8" in str(warning.message) for warning in seen)
 
 
-def test_an_interrupted_run_leaves_a_checkpoint_of_another_process_alone(tmp_path, monkeypatch):
+def test_an_interrupted_run_leaves_a_checkpoint_of_another_process_alone(tmp_path):
     path = tmp_path / "run.pt"
 
-    honest = training_module._step
-
-    def step_or_fault(run, *rest):
+    def fault(run):
         if run.step == 8:
             save_checkpoint(path, {"another": "run"})
             raise Fault
-        return honest(run, *rest)
 
-    monkeypatch.setattr(training_module, "_step", step_or_fault)
-    with pytest.warns(UserWarning, match="could not be written"), pytest.raises(Fault) as raised:
+    warned = pytest.warns(UserWarning, match="could not be written")
+    with before_steps(fault), warned, pytest.raises(Fault) as raised:
         fit(gated_model(), samples(300), checkpoint=path, **QUICK)
     assert load_checkpoint(path)["another"] == "run"
     assert len(raised.value.private_optimizer.accountant) == 8
 
 
 def test_mutant_caught_an_interrupted_run_that_is_not_saved(tmp_path, monkeypatch):
-    monkeypatch.setattr(training_module, "_interruptions_counted", lambda run, path: nullcontext())
+    monkeypatch.setattr(loop, "_interruptions_counted", lambda run, path: nullcontext())
     with pytest.raises((AssertionError, AttributeError)):
         test_an_error_of_the_data_set_is_raised_as_it_is_and_every_step_before_it_is_counted(tmp_path, Fault())
 

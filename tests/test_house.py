@@ -43,7 +43,6 @@ FLOORS = (
 """Rooms of the package, floor by floor from the ground up."""
 
 TO_MOVE = {
-    "memory": "training",
     "sharding": "distributed",
 }
 """Modules that lie at the root, and the rooms that they belong to."""

@@ -70,8 +70,8 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
                 f"{over} draw(s) before this one were made and not trained on: a draw that is left out for what is "
                 "in it (its size, its loss) lets its samples decide what is released. Take a step for each draw, "
                 "an empty one too; fetch what is only looked at under torch.no_grad(); bound a loop by the sampler's "
-                "steps or by itertools.islice; or call optimizer.skip_draw() for one that is left out for another reason, as "
-                "after an interruption"
+                "steps or by itertools.islice; or call optimizer.skip_draw() for one that is left out for another "
+                "reason, as after an interruption"
             )
         draws.use(draw, terms.user)
     if not amplified and terms.several and terms.sampling == "announced":

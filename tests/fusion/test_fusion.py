@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
 from clipless_dp.gates import gradient, sample_norms
-from clipless_dp.memory import traffic
 from clipless_dp.model.passes import unwitnessed
+from clipless_dp.training.memory import traffic
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
 from tests.soundness.mutation import Mutant
 

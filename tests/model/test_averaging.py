@@ -18,8 +18,8 @@ from clipless_dp import (
     fit,
     losses,
 )
-from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint
+from clipless_dp.training import plan
 from tests.support import gated_model, power_cut, protected, samples
 
 SETTINGS = {"noise_multiplier": 1.3, "sample_rate": 0.25, "dataset_size": 40, "accountant": "rdp", "sampling": "none"}
@@ -144,7 +144,7 @@ def test_a_checkpoint_of_another_average_is_refused(tmp_path):
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_out_of_range_is_refused_before_calibration(monkeypatch, decay):
-    monkeypatch.setattr(training_module, "calibrate_noise_multiplier", None)
+    monkeypatch.setattr(plan, "calibrate_noise_multiplier", None)
     with pytest.raises(ConfigurationError, match="decay"):
         fit(gated_model(), samples(300), ema=decay, **RUN)
 

@@ -33,6 +33,7 @@ from clipless_dp.model import lineage
 from clipless_dp.noise import SystemNoise
 from clipless_dp.search import Candidate, private_search
 from clipless_dp.statistics import private_fraction
+from clipless_dp.training import sizing
 from tests.support import gated_model, power_cut, samples
 
 RUN = {
@@ -219,7 +220,7 @@ def test_an_error_between_loading_and_the_first_step_hands_the_ledger_on(tmp_pat
     def fails(*arguments, **options):
         raise RuntimeError("no memory for the data")
 
-    monkeypatch.setattr("clipless_dp.training.PoissonBatches", fails)
+    monkeypatch.setattr(sizing, "PoissonBatches", fails)
     with pytest.raises(RuntimeError, match="no memory") as failure:
         fit(gated_model(), samples(300), checkpoint=path, **RUN)
     assert len(failure.value.private_optimizer.accountant) == 2

@@ -40,6 +40,7 @@ def with_gradients(hooks):
         sample_rate=1.0,
         dataset_size=8,
         accountant="rdp",
+        sampling="none",
         noise=Source(call("noise")),
     )
     optimizer.register_step_pre_hook(call("before"))

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 from accounting import PRVAccountant, RDPAccountant
 from clipless_dp import (
     CheckpointError,
+    CliplessDPOptimizer,
     ConfigurationError,
     DPLipModel,
     InputError,
@@ -30,10 +31,9 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp import checkpoint as checkpoint_module
-from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
-
-from .support import gated_model, keyboard_interrupt, power_cut, protected, samples
+from clipless_dp.training import compiled_loss, constant, linear_decay, plan, sizing
+from tests.support import before_steps, gated_model, keyboard_interrupt, power_cut, protected, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 6, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 
@@ -193,7 +193,7 @@ def test_another_base_optimizer_and_schedule_can_be_given():
         gated_model(),
         samples(300),
         optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.01),
-        scheduler=training_module.constant,
+        scheduler=constant,
         **RUN,
     )
     assert isinstance(result.optimizer.base_optimizer, torch.optim.Adam)
@@ -220,7 +220,7 @@ def test_arguments_out_of_range_are_refused(changes, message):
 
 
 def test_data_that_does_not_fit_the_model_is_refused_before_calibration(monkeypatch):
-    monkeypatch.setattr(training_module, "calibrate_noise_multiplier", None)
+    monkeypatch.setattr(plan, "calibrate_noise_multiplier", None)
     with pytest.raises(InputError, match=r"batch, 6"):
         fit(gated_model(), (torch.zeros(10, 5), torch.zeros(10, dtype=torch.int64)), **RUN)
     with pytest.raises(InputError, match="int64"):
@@ -240,14 +240,14 @@ def test_a_regression_reports_a_loss_and_no_accuracy():
 
 @pytest.mark.parametrize("targets", ["float", "column"])
 def test_targets_that_do_not_fit_the_loss_are_refused_before_calibration(monkeypatch, targets):
-    monkeypatch.setattr(training_module, "calibrate_noise_multiplier", None)
+    monkeypatch.setattr(plan, "calibrate_noise_multiplier", None)
     inputs, labels = samples(300)
     with pytest.raises(InputError, match="integer labels"):
         fit(gated_model(), (inputs, labels.float() if targets == "float" else labels.unsqueeze(1)), **RUN)
 
 
 def test_validation_data_that_does_not_fit_is_refused_before_anything_is_spent(monkeypatch):
-    monkeypatch.setattr(training_module, "calibrate_noise_multiplier", None)
+    monkeypatch.setattr(plan, "calibrate_noise_multiplier", None)
     inputs, labels = samples(300)
     for validation in ((inputs[:, :5], labels), (inputs, labels.float())):
         with pytest.raises(InputError):
@@ -278,7 +278,7 @@ def test_a_second_fit_of_one_model_warns_that_it_composes_with_the_first():
 
 @pytest.mark.parametrize("where", ["folder", "file/run.pt"])
 def test_a_checkpoint_that_cannot_be_written_is_refused_before_calibration(tmp_path, monkeypatch, where):
-    monkeypatch.setattr(training_module, "calibrate_noise_multiplier", None)
+    monkeypatch.setattr(plan, "calibrate_noise_multiplier", None)
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(CheckpointError, match=where):
@@ -417,17 +417,11 @@ def test_evaluation_that_fails_leaves_the_model_in_its_mode():
     assert model.training
 
 
-def test_fit_trains_in_training_mode_and_evaluates_without_dropout(monkeypatch):
+def test_fit_trains_in_training_mode_and_evaluates_without_dropout():
     modes = []
-    honest = training_module._step
-
-    def watching(run, batch, size):
-        modes.append(run.model.training)
-        return honest(run, batch, size)
-
-    monkeypatch.setattr(training_module, "_step", watching)
     model, test = constrained_model(0.5).eval(), samples(50, seed=1)
-    fit(model, samples(300), validation=test, **{**RUN, "epochs": 2})
+    with before_steps(lambda run: modes.append(run.model.training)):
+        fit(model, samples(300), validation=test, **{**RUN, "epochs": 2})
     assert modes == [True] * 12
     assert evaluate(model, test) == evaluate(model, test), "dropout would make them differ"
 
@@ -443,7 +437,7 @@ def test_fit_computes_in_full_precision_and_puts_the_setting_back():
 
 def test_the_default_schedule_rises_to_the_peak_and_falls_to_zero():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
-    scheduler = training_module.linear_decay(optimizer, 40)
+    scheduler = linear_decay(optimizer, 40)
     rates = []
     for _ in range(40):
         rates.append(optimizer.param_groups[0]["lr"])
@@ -497,7 +491,7 @@ def test_more_models_than_the_limit_of_recompilations_can_be_compiled():
     for width in range(3, 12):
         net = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
         model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
-        loss = training_module.compiled_loss(model, "eager")(inputs, targets, torch.ones(8, dtype=torch.bool))
+        loss = compiled_loss(model, "eager")(inputs, targets, torch.ones(8, dtype=torch.bool))
         torch.testing.assert_close(loss, model.loss(model(inputs), targets))
 
 
@@ -515,11 +509,11 @@ def pooled_model():
 def test_on_a_cpu_what_runs_fused_is_compiled_by_name_only(build, compiled, monkeypatch):
     asked = []
 
-    def compiled_loss(model, backend):
+    def asking(model, backend):
         asked.append(backend)
         return lambda inputs, targets, mask: model.loss(model(inputs), targets, mask)
 
-    monkeypatch.setattr(training_module, "compiled_loss", compiled_loss)
+    monkeypatch.setattr(sizing, "compiled_loss", asking)
     for compile in (True, "inductor"):
         model = build()
         data = torch.randn(300, *model.input_shape), torch.arange(300) % 3
@@ -555,13 +549,13 @@ def test_a_noise_schedule_is_calibrated_as_a_whole_and_recorded_step_by_step():
 
 
 def test_a_noise_schedule_scales_the_noise_that_is_added(monkeypatch):
-    honest, added = training_module.CliplessDPOptimizer.step, []
+    honest, added = CliplessDPOptimizer.step, []
 
     def watching(optimizer):
         added.append(optimizer.noise_deviations()["0.weight"])
         honest(optimizer)
 
-    monkeypatch.setattr(training_module.CliplessDPOptimizer, "step", watching)
+    monkeypatch.setattr(CliplessDPOptimizer, "step", watching)
     fit(gated_model(), samples(300), noise_schedule=halving, **RUN)
     # Deviations are σ times bounds that do not move, in float64.
     assert added == pytest.approx([added[0]] * 18 + [added[0] / 2] * 18, rel=1e-12)
@@ -582,7 +576,7 @@ def test_a_noise_schedule_resumes_where_it_was(tmp_path):
 
 @pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_noise_schedule_out_of_range_is_refused_before_calibration(monkeypatch, factor):
-    monkeypatch.setattr(training_module, "calibrate_ledger", None)
+    monkeypatch.setattr(plan, "calibrate_ledger", None)
     with pytest.raises(ConfigurationError, match="at step 3"):
         fit(gated_model(), samples(300), noise_schedule=lambda step, steps: factor if step == 3 else 1.0, **RUN)
 
@@ -658,13 +652,13 @@ def test_training_losses_are_neither_shown_nor_pickled_with_the_history_and_stay
 
 
 def test_where_a_public_size_is_given_the_number_of_rows_chooses_no_padding(monkeypatch):
-    usual, counts = training_module.usual_rows, []
+    usual, counts = sizing.usual_rows, []
 
     def noted(count, sample_rate):
         counts.append(count)
         return usual(count, sample_rate)
 
-    monkeypatch.setattr(training_module, "usual_rows", noted)
+    monkeypatch.setattr(sizing, "usual_rows", noted)
     settings = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 50, "dataset_size": 100}
     for rows in (100, 101):
         fit(gated_model(), samples(rows), accountant="rdp", audit=False, progress=False, **settings)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
+from accounting import create_accountant
 from clipless_dp import (
     ConfigurationError,
     DPLipModel,
@@ -18,15 +19,14 @@ from clipless_dp import (
     gradient_gated,
     losses,
 )
-from clipless_dp import training as training_module
-from clipless_dp.memory import rows_within, traffic
-
-from .support import gated_model, samples
+from clipless_dp.training import Watcher, sizing, watched_by
+from clipless_dp.training.memory import rows_within, traffic
+from tests.support import gated_model, samples
 
 CPU = torch.device("cpu")
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 90, "lr": 0.5, "progress": False, "accountant": "rdp"}
 # A usual draw of 90 out of 300 takes 4 kB, its activations several times that at once.
-BUDGET = 9_000
+BUDGET = 12_000
 
 
 def weights(model: DPLipModel) -> torch.Tensor:
@@ -171,20 +171,21 @@ def test_a_compiled_split_run_equals_an_eager_one_and_compiles_once() -> None:
     torch.testing.assert_close(*trained, rtol=1e-4, atol=1e-5)
 
 
-def test_steps_stay_within_the_budget(monkeypatch) -> None:
-    honest, peaks = training_module._step, []
+def test_steps_stay_within_the_budget() -> None:
+    peaks = []
     budget = 400_000
 
-    def watching(run, batch, size):
-        run.optimizer.zero_grad()
-        measured = traffic(lambda: run.optimizer.accumulate(batch, micro_batch_size=size, loss=run.loss), CPU)
-        run.optimizer.zero_grad()
-        held = sum(part.numel() * part.element_size() for part in batch)
-        peaks.append((measured.peak + held, size, len(batch.mask)))
-        return honest(run, batch, size)
+    class Measuring(Watcher):
+        def before_step(self, run, batch):
+            size = run.micro_batch_size
+            run.optimizer.zero_grad()
+            measured = traffic(lambda: run.optimizer.accumulate(batch, micro_batch_size=size, loss=run.loss), CPU)
+            run.model.register.drop()
+            held = sum(part.numel() * part.element_size() for part in batch)
+            peaks.append((measured.peak + held, size, len(batch.mask)))
 
-    monkeypatch.setattr(training_module, "_step", watching)
-    result = fit(image_model(), images(1000), memory_budget=budget, **{**RUN, "batch_size": 300})
+    with watched_by(Measuring()):
+        result = fit(image_model(), images(1000), memory_budget=budget, **{**RUN, "batch_size": 300})
     assert all(peak <= budget and size == result.micro_batch_size for peak, size, _ in peaks)
     assert max(peak for peak, _, _ in peaks) > budget / 4, "the budget is used"
     assert all(rows % result.micro_batch_size == 0 for _, _, rows in peaks), "micro-batches of one size"
@@ -192,7 +193,7 @@ def test_steps_stay_within_the_budget(monkeypatch) -> None:
 
 def test_only_zeros_are_seen_while_rows_are_chosen(monkeypatch) -> None:
     seen = []
-    honest = training_module.traffic
+    honest = sizing.traffic
 
     def watching(run, device):
         forward = model.forward
@@ -207,10 +208,7 @@ def test_only_zeros_are_seen_while_rows_are_chosen(monkeypatch) -> None:
 
     model = gated_model()
     state = torch.get_rng_state()
-    monkeypatch.setattr(training_module, "traffic", watching)
-    rows = training_module._micro_batch_size
-    chosen = []
-    monkeypatch.setattr(training_module, "_micro_batch_size", lambda *given: chosen.append(rows(*given)) or chosen[0])
+    monkeypatch.setattr(sizing, "traffic", watching)
     with pytest.warns(UserWarning, match="contributed nothing"):
         fit(model, (torch.full((300, 6), math.nan), torch.zeros(300, dtype=torch.int64)), memory_budget=BUDGET, **RUN)
     assert torch.equal(state, torch.get_rng_state())
@@ -221,7 +219,7 @@ def test_only_zeros_are_seen_while_rows_are_chosen(monkeypatch) -> None:
 def test_a_budget_below_one_row_is_refused_before_anything_is_spent() -> None:
     model = gated_model()
     before = weights(model)
-    accountant = training_module.create_accountant("rdp")
+    accountant = create_accountant("rdp")
     with pytest.raises(ConfigurationError, match=r"one row .* bytes, .* of 128 rows"):
         fit(model, samples(300), memory_budget=1000, **{**RUN, "accountant": accountant})
     assert len(accountant) == 0

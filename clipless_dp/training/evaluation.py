@@ -1,0 +1,69 @@
+"""Accuracy and loss on data that was not trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from clipless_dp.errors import InputError
+from clipless_dp.losses import Loss, described
+from clipless_dp.model import DPLipModel
+from clipless_dp.sampling import Samples
+
+Data = Dataset[Any] | tuple[Tensor, Tensor]
+
+
+@torch.no_grad()
+def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024) -> tuple[float | None, float]:
+    """Accuracy and mean loss on data that is not part of the training set.
+
+    Args:
+        model: the wrapped model; evaluated in ``eval`` mode, put back afterwards.
+        dataset: as for :func:`clipless_dp.fit`.
+        batch_size: rows at once.
+
+    Returns:
+        The share of correct predictions, by the loss's own :meth:`~clipless_dp.losses.Loss.correct` (``None`` where it
+        has no notion of it), and the mean loss.
+
+    Raises:
+        InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
+    """
+    samples = Samples.of(dataset)
+    device, _ = model.device_and_dtype()
+    training = model.training
+    model.eval()
+    correct, total_loss = 0.0, 0.0
+    known = True
+    try:
+        for some_inputs, some_targets in samples.parts(batch_size):
+            truth = some_targets.to(device)
+            output = model(some_inputs.to(device))
+            total_loss += float(model.loss(output, truth))
+            hits = _hits(model.loss_function, output, truth)
+            known = known and hits is not None
+            correct += hits or 0.0
+    finally:
+        model.train(training)
+    return (correct / len(samples) if known else None), total_loss / len(samples)
+
+
+def _hits(loss: Loss, output: Tensor, truth: Tensor) -> float | None:
+    """How many predictions are right by the loss's own notion; ``None`` where it has none."""
+    right = loss.correct(output, truth)
+    if right is None:
+        return None
+    said = described(right)
+    fits = isinstance(right, Tensor) and right.shape == output.shape[:1]
+    if fits and (right.dtype == torch.bool or right.is_floating_point()):
+        # Asked this way around, since a NaN is no share.
+        if bool(((right >= 0) & (right <= 1)).all()):
+            return float(right.sum(dtype=torch.float64))
+        said = "numbers outside of [0, 1]"
+    raise InputError(
+        f"correct() of {loss!r} must return None, or for each row a truth value or a number in [0, 1], shape "
+        f"{tuple(output.shape[:1])}; got {said}"
+    )

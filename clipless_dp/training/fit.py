@@ -1,0 +1,236 @@
+"""``fit``: calibration, training, progress, history and checkpoints in one call."""
+
+from __future__ import annotations
+
+import os
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from accounting import Accountant
+from clipless_dp import distributed, sharding
+from clipless_dp.arguments import require_accountant
+from clipless_dp.checkpoint import check_writable
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model.averaging import WeightAverage
+from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise
+from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.precision import full_precision
+from clipless_dp.sampling import Samples
+from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
+from clipless_dp.training.evaluation import Data, evaluate
+from clipless_dp.training.groups import OPTIMIZERS, Asked, Learning, OptimizerFactory
+from clipless_dp.training.loop import train
+from clipless_dp.training.plan import Plan
+from clipless_dp.training.result import FitResult
+from clipless_dp.training.run import Run, ledger_handed_on
+from clipless_dp.training.schedules import NoiseSchedule, SchedulerFactory, linear_decay
+from clipless_dp.training.sizing import rehearse
+
+
+@full_precision()
+def fit(
+    model: DPLipModel,
+    dataset: Data,
+    *,
+    epsilon: float,
+    delta: float,
+    epochs: float,
+    batch_size: int,
+    lr: float = 1.0,
+    momentum: float = 0.9,
+    optimizer: OptimizerFactory | str = "sgd",
+    scheduler: SchedulerFactory = linear_decay,
+    accountant: str | Accountant = "prv",
+    allocation: Allocation = "min-variance",
+    validation: Data | None = None,
+    dataset_size: int | None = None,
+    micro_batch_size: int | None = None,
+    memory_budget: float | None = None,
+    stream: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: int = 1,
+    reproducible_seed: int | None = None,
+    noise: NoiseSource | str | None = None,
+    noise_multiplier: float | None = None,
+    compile: bool | str = False,
+    audit: bool | str = "quick",
+    augment: Augmentation | None = None,
+    multiplicity: int = 1,
+    ema: float | None = None,
+    noise_schedule: NoiseSchedule | None = None,
+    progress: bool = True,
+) -> FitResult:
+    """Trains a wrapped model to a target ε with Poisson-sampled batches.
+
+    The noise multiplier is calibrated so that ``ceil(epochs/q)`` steps at ``q = batch_size/dataset_size`` spend at
+    most ``epsilon`` at ``delta``. With a checkpoint that exists already, the run goes on from it.
+
+    Args:
+        model: the wrapped model, on the device to train on.
+        dataset: inputs and targets: a pair of tensors, or a data set of pairs.
+        epsilon, delta, accountant, dataset_size, reproducible_seed, noise, noise_multiplier, audit: what is promised,
+            see :class:`clipless_dp.training.Privacy`.
+        epochs, batch_size, lr, momentum, optimizer, scheduler, allocation, augment, multiplicity, ema, noise_schedule:
+            how to learn, see :class:`clipless_dp.training.Learning`.
+        micro_batch_size, memory_budget, stream, compile: how to compute, :class:`clipless_dp.training.Execution`.
+        validation, checkpoint, checkpoint_every, progress: what is kept, :class:`clipless_dp.training.Keeping`.
+
+    Raises:
+        AuditError: an attack passed a bound, or showed that samples of a batch interact. Before training, no step was
+            taken or charged; later, no more is released.
+        ConfigurationError: an argument is out of range, the batch is larger than the data set, or not even one row fits
+            the memory budget.
+        InputError: the data does not fit the model.
+        PrivacyError: a sample is in the data more than once (:func:`clipless_dp.sampling.persons.refuse_repeats`), or
+            samples meet in the loss (:class:`clipless_dp.model.rowwise.RowLosses`).
+        RankError: the data of the ranks differs (:func:`clipless_dp.sampling.persons.require_alike`).
+        CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
+            cannot be written later, on a full disk say, is a warning: training goes on.
+        Whatever interrupts training after a step (what the data set raises, Ctrl-C, ...) leaves weights in ``model``
+        that only the latest ledger counts. It is raised as it is; before that, a checkpoint with that ledger is
+        written, if there is a path, and the exception is given the optimizer as ``private_optimizer``: pass
+        ``accountant=error.private_optimizer.accountant`` to what goes on from these weights, or uses the same data.
+
+    Guarantee:
+        The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
+        respect to adding or removing one sample of ``dataset`` (replacing one, if ``accountant`` is about that).
+        History and progress show training losses, which are not. Every call starts a ledger of its own, unless it
+        resumes a checkpoint or is given an accountant: calls on the same data compose, and a second one on the same
+        model warns.
+    """
+    asked = Asked.of(locals())
+    checked = _check(model, dataset, asked)
+    plan, sigma = _plan(asked, checked.size)
+    run = _build(model, asked, checked, plan, sigma)
+    with ledger_handed_on(run):
+        run.begin()
+        batches = rehearse(run, checked.samples)
+    return train(run, batches, checked.held_out)
+
+
+class _Checked(NamedTuple):
+    """What was seen to fit before anything is computed."""
+
+    samples: Samples
+    held_out: Samples | None
+    size: int
+    average: WeightAverage | None
+
+
+def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
+    """Refuses what cannot be trained, or written, before the noise is calibrated."""
+    privacy, learning, execution, keeping = asked
+    form = privacy.audit_form
+    if not any(parameter.requires_grad for parameter in model.net.parameters()):
+        raise ConfigurationError(
+            "the network has no parameters to train: there are none, or all are frozen, and requires_grad_() thaws them"
+        )
+    if not isinstance(privacy.accountant, str):
+        require_accountant(privacy.accountant, or_name=True)
+    if sharding.has_shards(model):
+        sharding.check_shards(model, model.net.parameters())
+        if execution.compile or form == "full" or execution.memory_budget is not None:
+            raise ConfigurationError(
+                "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
+                "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
+            )
+    samples = Samples.to_train_on(dataset)
+    held_out = None if keeping.validation is None else Samples(keeping.validation)
+    for some in filter(None, (samples, held_out)):
+        # What does not fit shows on one sample, before anything is spent.
+        evaluate(model, some.first)
+    size = len(samples) if privacy.dataset_size is None else privacy.dataset_size
+    asked.require_in_range(size)
+    if not callable(learning.optimizer) and learning.optimizer not in OPTIMIZERS:
+        raise ConfigurationError(
+            f"optimizer must be one of {OPTIMIZERS}, or a function of the parameters, got {learning.optimizer!r}"
+        )
+    if learning.augment is not None:
+        refuse_own_generators(learning.augment)
+        device, _ = model.device_and_dtype()
+        shown = samples.first[0].to(device)
+        model.check_inputs(views(learning.augment, shown, torch.ones(1, dtype=torch.bool, device=device)))
+    average = None if learning.ema is None else WeightAverage(model, learning.ema)
+    path = keeping.path
+    if path is not None:
+        distributed.from_first(lambda: check_writable(path))
+    return _Checked(samples, held_out, size, average)
+
+
+def _plan(asked: Asked, size: int) -> tuple[Plan, float]:
+    """The steps, and the noise multiplier that was given, or is the smallest that meets the target."""
+    privacy, learning = asked.privacy, asked.learning
+    plan = Plan.of(learning.epochs, learning.batch_size, size, learning.noise_schedule)
+    if privacy.noise_multiplier is not None:
+        return plan, privacy.noise_multiplier
+    return plan, plan.noise_multiplier(privacy.epsilon, privacy.delta, privacy.accountant)
+
+
+def _build(model: DPLipModel, asked: Asked, checked: _Checked, plan: Plan, sigma: float) -> Run:
+    """Optimizer, schedule and run, before anything is loaded."""
+    privacy, learning = asked.privacy, asked.learning
+    noise, seed = privacy.noise, privacy.reproducible_seed
+    if seed is not None:
+        if isinstance(noise, str):
+            raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
+        noise = ReproducibleNoise(seed) if noise is None else noise
+    sharding.part_(model)
+    base = _base(learning, list(model.net.parameters()))
+    optimizer = CliplessDPOptimizer(
+        model,
+        base,
+        noise_multiplier=sigma,
+        sample_rate=plan.sample_rate,
+        dataset_size=plan.dataset_size,
+        accountant=privacy.accountant,
+        allocation=learning.allocation,
+        noise=noise,
+        budget=(privacy.epsilon, privacy.delta),
+    )
+    optimizer.declare_seeded_masks(seed is not None)
+    settings = _settings(asked, plan, sigma, optimizer)
+    scheduler = learning.scheduler(optimizer, plan.steps)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ConfigurationError(
+            "ReduceLROnPlateau follows the training loss, which is not private: use a schedule that depends on the "
+            "step alone"
+        )
+    return Run(optimizer, scheduler, asked, plan, settings, checked.samples.first, checked.average)
+
+
+def _base(learning: Learning, parameters: list[nn.Parameter]) -> Optimizer:
+    if callable(learning.optimizer):
+        return learning.optimizer(parameters)
+    if learning.optimizer == "adam":
+        return torch.optim.Adam(parameters, lr=learning.lr)
+    return torch.optim.SGD(parameters, learning.lr, learning.momentum)
+
+
+def _settings(asked: Asked, plan: Plan, sigma: float, optimizer: CliplessDPOptimizer) -> dict[str, Any]:
+    """What a checkpoint must agree with to be gone on from; called before a schedule changes the learning rate."""
+    learning = asked.learning
+    augment, factors = learning.augment, plan.factors
+    return {
+        "epsilon": float(asked.privacy.epsilon),
+        "delta": float(asked.privacy.delta),
+        "steps": plan.steps,
+        "batch_size": plan.batch_size,
+        "dataset_size": plan.dataset_size,
+        "noise_multiplier": sigma,
+        "allocation": learning.allocation,
+        "optimizer": type(optimizer.base_optimizer).__name__,
+        "lr and momentum": [(float(group["lr"]), group.get("momentum")) for group in optimizer.param_groups],
+        "reproducible": optimizer.noise.reproducible,
+        "augment": None if augment is None else getattr(augment, "__qualname__", type(augment).__qualname__),
+        "multiplicity": None if learning.multiplicity == 1 else learning.multiplicity,
+        "ema": learning.ema,
+        "noise_schedule": factors and [(factor, len(list(alike))) for factor, alike in groupby(factors)],
+        "relation": optimizer.accountant.relation,
+        "model": lineage.settings_of(optimizer.model),
+    }

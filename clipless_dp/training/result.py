@@ -1,0 +1,83 @@
+"""What training has done: a record for each epoch, and the result of the whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clipless_dp.audit.gradients import SensitivityAudit
+from clipless_dp.optim import CliplessDPOptimizer
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One line of a history.
+
+    Attributes:
+        step: optimizer steps taken so far.
+        epsilon: spent so far, at the run's δ.
+        loss: mean training loss of the last step's batch. It is *not* private: for the data's owner only, so no file,
+            pickles among them, holds it, and it is not shown. ``None`` for epochs that a checkpoint was read of.
+        accuracy: share of correct predictions on the validation data, or ``None``. Nothing protects validation data.
+        validation_loss: mean loss on the validation data, or ``None``.
+    """
+
+    step: int
+    epsilon: float
+    loss: float | None = field(repr=False)
+    accuracy: float | None = None
+    validation_loss: float | None = None
+
+    def __reduce__(self) -> tuple[type[EpochRecord], tuple[float | None, ...]]:
+        return type(self), (self.step, self.epsilon, None, self.accuracy, self.validation_loss)
+
+    def __copy__(self) -> EpochRecord:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EpochRecord:
+        return self
+
+
+@dataclass
+class FitResult:
+    """What :func:`clipless_dp.fit` has done.
+
+    Attributes:
+        epsilon: spent, an upper bound, under the accountant's neighbouring relation: by default adding or removing one.
+        delta: the δ it holds for.
+        noise_multiplier: ``σ``; with a noise schedule, what its factors multiply.
+        sample_rate: ``q``.
+        steps: optimizer steps in all.
+        history: a record for each epoch.
+        audits: what attacks on the bounds reached, before training and, if that was asked for, at each checkpoint.
+        optimizer: with its accountant.
+        checkpoint: the checkpoint file, or ``None`` if there is none or the last one could not be written.
+        micro_batch_size: rows that were processed at once, as given or chosen for the memory budget, or ``None``.
+        last_weights: with ``ema``, the weights of the last step, by name, which the average has replaced in the model:
+            ``model.net.load_state_dict(result.last_weights, strict=False)`` puts them back.
+    """
+
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    optimizer: CliplessDPOptimizer
+    history: list[EpochRecord] = field(default_factory=list)
+    audits: list[SensitivityAudit] = field(default_factory=list)
+    checkpoint: Path | None = None
+    micro_batch_size: int | None = None
+    last_weights: dict[str, Tensor] | None = None
+
+    def __str__(self) -> str:
+        accuracy = self.history[-1].accuracy if self.history else None
+        shown = "" if accuracy is None else f"accuracy {100 * accuracy:.2f} %, "
+        saved = "" if self.checkpoint is None else f", checkpoint {self.checkpoint}"
+        relation = self.optimizer.accountant.relation.replace("_", "-")
+        return (
+            f"{shown}ε = {self.epsilon:.4f} at δ = {self.delta:g} ({relation}), "
+            f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.6g}, {self.steps} steps{saved}"
+        )
