@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from step import RESULTS
 
 from clipless_dp import CliplessDPSGD, DPLipModel, gated, losses
+from clipless_dp.distributed.placement import local
 from clipless_dp.memory import traffic
-from clipless_dp.sharding import local
 
 LAYOUTS = ("whole on each rank", "split as one", "split by layer")
 RANKS = 2

@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 
 from accounting import Accountant, Ledger, Provenance, create_accountant, new_run
 from accounting.errors import warn_caller
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed
 from clipless_dp.arguments import require_accountant
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError, PrivacyError, PrivacyWarning, RankError
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.modules import parameters_of

@@ -23,10 +23,11 @@ from tqdm.auto import tqdm
 
 from accounting import Accountant, calibrate_ledger, calibrate_noise_multiplier, create_accountant
 from accounting.errors import warn_caller
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed
 from clipless_dp.arguments import require_accountant
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.checkpoint import check_writable, discard_partial, identity, load_checkpoint, save_checkpoint
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import (
     AuditError,
     BudgetExhaustedError,

@@ -44,7 +44,6 @@ FLOORS = (
 
 TO_MOVE = {
     "memory": "training",
-    "sharding": "distributed",
 }
 """Modules that lie at the root, and the rooms that they belong to."""
 

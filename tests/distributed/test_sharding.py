@@ -25,15 +25,14 @@ from clipless_dp import (
     layers,
     losses,
     register_rule,
-    sharding,
 )
 from clipless_dp import optim as optim_module
 from clipless_dp import training as training_module
 from clipless_dp.checkpoint import load_checkpoint
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.memory import traffic
 from clipless_dp.rules.linear import linear_rule
-
-from .ranks import (
+from tests.ranks import (
     SETTINGS,
     Failure,
     Ranks,
@@ -44,7 +43,7 @@ from .ranks import (
     torchrun,
     weights,
 )
-from .support import gated_model, samples
+from tests.support import gated_model, samples
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
@@ -632,7 +631,7 @@ def test_torchrun_trains_uneven_parts_on_three_ranks_as_one_process_does(tmp_pat
     script.write_text(
         "import os, sys, torch, torch.distributed as dist\n"
         "from torch.distributed.fsdp import fully_shard\n"
-        "from tests import test_sharding as shared\n"
+        "from tests.distributed import test_sharding as shared\n"
         "dist.init_process_group('gloo')\n"
         # Without a mesh: torch's default one.
         "shared.fully_shard = fully_shard\n"
