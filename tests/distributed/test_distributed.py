@@ -40,6 +40,7 @@ from tests.ranks import (
     Ranks,
     has_the_planned_noise,
     noise_of_steps,
+    plain,
     refusal_to_build,
     same_weights,
     sgd,
@@ -510,7 +511,8 @@ def test_more_ranks_than_samples_are_refused(monkeypatch):
 def test_a_process_group_that_starts_too_late_is_noticed(monkeypatch):
     sampler = PoissonBatchSampler(20, sample_rate=0.5, steps=1)
     optimizer = sgd(gated_model(), sampling="poisson")
-    monkeypatch.setattr(placement, "world", lambda: World(0, 2))
+    for module in (placement, distributed):
+        monkeypatch.setattr(module, "world", lambda: World(0, 2))
     with pytest.raises(ConfigurationError, match="process group"):
         next(sampler.draws())
     with pytest.raises(PrivacyError, match="process group"):
@@ -547,7 +549,7 @@ def fitted(path: str | None, stop_after: int | None = None):
         return None
     finally:
         training_module._step = taken
-    return weights(model), result.epsilon, result.steps, result.history, result.checkpoint
+    return weights(model), result.epsilon, result.steps, plain(result.history), result.checkpoint
 
 
 def test_fit_goes_on_with_another_number_of_ranks_as_if_nothing_had_happened(ranks, tmp_path):

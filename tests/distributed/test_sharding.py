@@ -37,6 +37,7 @@ from tests.ranks import (
     Failure,
     Ranks,
     noise_of_steps,
+    plain,
     refusal_to_build,
     same_weights,
     sgd,
@@ -548,7 +549,7 @@ def fitted(
             result = fit(model, samples(300), validation=samples(60, 1), **settings)  # type: ignore[arg-type]
         except InterruptedError:
             return None
-        return weights(model), result.epsilon, result.history, result.steps
+        return weights(model), result.epsilon, plain(result.history), result.steps
 
 
 AVERAGED = {"net": "constraints", "optimizer": "adam", "lr": 0.05, "ema": 0.8}
