@@ -429,7 +429,15 @@ class Sharded(Replicated):
         shards.require_sums(self._model)
 
     def _sum(self, gradients: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource) -> None:
-        shards.add_noise_(gradients, deviations, source)
+        # Each adds noise to its own part, which no other holds.
+        if not source.reproducible:
+            add_normal_([local(gradient) for gradient in gradients], deviations, source)
+            return
+        # All draw the same numbers, for the whole, and each takes those of its part.
+        drawn = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in gradients]
+        add_normal_(drawn, deviations, source)
+        for gradient, noise in zip(gradients, drawn, strict=True):
+            local(gradient).add_(local(shards.split(noise, gradient)))
 
     def from_first(
         self,

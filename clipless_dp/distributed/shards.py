@@ -16,8 +16,6 @@ from clipless_dp.distributed.units import groups, is_sharded, reshard_, units_of
 from clipless_dp.distributed.units import has_shards as has_shards
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
 from clipless_dp.modules import is_hooked
-from clipless_dp.noise.adding import add_normal_
-from clipless_dp.noise.sources import NoiseSource
 
 Value = TypeVar("Value")
 
@@ -143,20 +141,6 @@ def require_sums(model: nn.Module) -> None:
             "gradients of a backward pass were not summed over the ranks, or scaled: leave set_requires_gradient_sync, "
             "set_is_last_backward and set_gradient_divide_factor alone. They are dropped; nothing was released"
         )
-
-
-def add_noise_(gradients: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource) -> None:
-    """Adds noise to this rank's part of split sums, which no other rank holds.
-
-    Of a reproducible source all ranks draw the same numbers, for the whole, and each takes those of its part.
-    """
-    if not source.reproducible:
-        add_normal_([local(gradient) for gradient in gradients], deviations, source)
-        return
-    drawn = [torch.zeros(part.shape, dtype=part.dtype, device=part.device) for part in gradients]
-    add_normal_(drawn, deviations, source)
-    for gradient, noise in zip(gradients, drawn, strict=True):
-        local(gradient).add_(local(split(noise, gradient)))
 
 
 @contextmanager
