@@ -304,7 +304,7 @@ class Replicated(OneProcess):
         self.world = here
         self._model = model
         self._stopped = False
-        self._lines_compared = 0
+        self._compared: Sequence[object] = ()
 
     def join(self, fields: Mapping[str, object], settle: Callable[[], None]) -> None:
         agree({**fields, "parts": shards.layout(self._model)})
@@ -331,12 +331,14 @@ class Replicated(OneProcess):
         weights: Callable[[], object],
     ) -> None:
         lines = ledger()
+        # Lines are compared once, but for the last, which grows; all of them once another ledger was loaded.
+        known = len(self._compared) if lines[: len(self._compared)] == self._compared else 0
         self._stopped = True
         try:
             agree(
                 {
                     "steps taken": step,
-                    "ledger": (len(lines), lines[self._lines_compared :]),
+                    "ledger": (len(lines), lines[known:]),
                     "bounds or noise": deviations,
                     "weights": not self.is_whole or weights(),
                 }
@@ -346,7 +348,7 @@ class Replicated(OneProcess):
             for parameter in self._model.parameters():
                 parameter.grad = None
             raise
-        self._lines_compared = max(0, len(lines) - 1)
+        self._compared = lines[:-1]
         self._stopped = False
         torch._foreach_mul_(list(gradients), factor)
 

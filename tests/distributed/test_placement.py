@@ -113,7 +113,7 @@ def released(differing: bool):
             source,
             0.5,
             step=step,
-            ledger=lambda: ["a line"],
+            ledger=lambda: ("a line",),
             weights=lambda weights=weights: weights,
         )
         found.append(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -142,7 +142,7 @@ def stopped_after_a_difference():
             ReproducibleNoise(7),
             1.0,
             step=1,
-            ledger=list,
+            ledger=tuple,
             weights=lambda: here.world.rank,
         ),
         here.require_ready,
@@ -163,6 +163,32 @@ def test_where_processes_differ_nothing_is_released_gradients_are_dropped_and_th
         assert "RankError" in stopped
         assert "start all ranks again" in stopped
         assert dropped
+
+
+def another_ledger_in_place_of_the_compared_one():
+    model = gated_model()
+    here = model.place()
+    for parameter in model.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    gradients = [parameter.grad for parameter in model.net.parameters()]
+    old = "other" if here.world.rank else "first"
+    ledgers = [["first", "second"], ["first", "second", "third"], [old, "second", "third"]]
+    for step, lines in enumerate(ledgers):
+        here.release_(
+            gradients,
+            [1.0] * len(gradients),
+            ReproducibleNoise(7),
+            1.0,
+            step=step,
+            ledger=lambda lines=lines: lines,
+            weights=lambda: 0,
+        )
+
+
+def test_all_lines_of_a_ledger_are_compared_once_it_is_another_one(ranks) -> None:
+    for failure in ranks.run(another_ledger_in_place_of_the_compared_one):
+        assert failure.kind == "RankError"
+        assert "differ in ledger" in failure.message
 
 
 def test_a_process_group_that_torchrun_promises_is_waited_for(monkeypatch) -> None:
