@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from step import RESULTS
 
 from clipless_dp import CliplessDPSGD, DPLipModel, gated, losses
-from clipless_dp.sharding import local
+from clipless_dp.distributed.placement import local
 from clipless_dp.training.memory import traffic
 
 LAYOUTS = ("whole on each rank", "split as one", "split by layer")

@@ -26,8 +26,8 @@ from accounting import (
     create_accountant,
     new_run,
 )
-from clipless_dp import distributed
 from clipless_dp.arguments import require_accountant
+from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import NoiseSource, noise_source, noisy, randomness, source_name
@@ -165,7 +165,7 @@ def _check_search(
     noise: NoiseSource | str | None,
 ) -> tuple[NoiseSource, Accountant]:
     """The noise and the accountant of a search, once they are known to cover it."""
-    if distributed.world().size > 1:
+    if placement.world().size > 1:
         raise ConfigurationError("a search draws secret numbers, which several ranks would draw differently: run one")
     if (validation is None) == (score_noise_multiplier is None):
         raise ConfigurationError("give either validation, public data, or score_noise_multiplier")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accounting import calibrate_noise_multiplier, create_accountant
-from clipless_dp import distributed
+from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features.cosines import RandomCosines
 from clipless_dp.graph import gated
@@ -164,7 +164,7 @@ def _check(
     Samples.to_train_on((rows, labels))
     if not bool(((labels == 0) | (labels == 1)).all()):
         raise InputError("labels must be 0 or 1; others would contribute nothing")
-    if distributed.world().size > 1:
+    if placement.world().size > 1:
         raise ConfigurationError(
             "fit_table runs in one process: release the statistics once, and call fit on all ranks"
         )

@@ -8,11 +8,12 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from torch import nn
 
 from clipless_dp import CliplessDPSGD, DPLipModel, gated, losses
 from clipless_dp.errors import CliplessError
+from clipless_dp.training import EpochRecord
 
 SETTINGS = {"noise_multiplier": 1.3, "sample_rate": 0.25, "dataset_size": 90, "accountant": "rdp"}
 
@@ -68,6 +70,11 @@ class Ranks(AbstractContextManager["Ranks"]):
             process.kill()
             process.join()
         self._folder.cleanup()
+
+
+def plain(history: Sequence[EpochRecord]) -> list[SimpleNamespace]:
+    """Epoch records with their losses, which a record itself leaves behind when it is pickled."""
+    return [SimpleNamespace(**vars(record)) for record in history]
 
 
 def _serve(rank: int, count: int, store: str, end: Connection) -> None:

@@ -42,10 +42,11 @@ FLOORS = (
 )
 """Rooms of the package, floor by floor from the ground up."""
 
-TO_MOVE = {
-    "sharding": "distributed",
-}
+TO_MOVE: dict[str, str] = {}
 """Modules that lie at the root, and the rooms that they belong to."""
+
+TO_WIRE = {"optim", "training"}
+"""Rooms that still ask about processes and parts by themselves, beside the placement. This only ever shrinks."""
 
 BREACHES: set[str] = set()
 """What breaks the contract, as :func:`breaches` writes it. This list only ever shrinks."""
@@ -166,6 +167,17 @@ def test_accounting_does_not_know_the_package() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             assert not any(name.partition(".")[0] == "clipless_dp" for name in names)
+
+
+def test_only_placement_is_asked_about_processes_and_parts() -> None:
+    asked = {
+        f"{room(importer)} -> {source}"
+        for importer, source, name in imports(ROOT, "clipless_dp")
+        # The public name ``clipless_dp.distributed`` and, on the way to it, the package itself.
+        if room(source) == "distributed" and room(importer) not in ("distributed", "__init__", *TO_WIRE)
+    }
+    assert asked
+    assert {line for line in asked if not line.endswith(" -> clipless_dp.distributed.placement")} == set()
 
 
 def test_each_room_has_one_floor() -> None:

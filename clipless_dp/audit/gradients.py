@@ -13,7 +13,6 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from clipless_dp import sharding
 from clipless_dp.errors import AuditError, ConfigurationError
 from clipless_dp.losses import BoundedLoss, Loss
 from clipless_dp.model import DPLipModel
@@ -191,7 +190,7 @@ def sensitivity(
         raise ConfigurationError(f"attempts must be a positive integer, or None for all of them, got {attempts!r}")
     if not any(parameter.requires_grad for parameter in model.net.parameters()):
         raise ConfigurationError("an audit attacks bounds of gradients, and the network has no parameters to train")
-    if sharding.has_shards(model):
+    if not model.placement.is_whole:
         raise ConfigurationError(
             "an audit attacks whole weights, of which each rank holds a part: audit before fully_shard"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -34,8 +34,8 @@ class Weights(Protocol):
         """All of it."""
         ...
 
-    def on_any_part(self, tensor: Tensor, condition: bool, /) -> bool:
-        """Whether a condition holds in any process that holds a part of it."""
+    def on_any_part(self, conditions: Sequence[bool], /) -> Sequence[bool]:
+        """Of each condition, whether it holds in any process that holds a part of the weights."""
         ...
 
 
@@ -48,8 +48,8 @@ class _Here:
     def whole(self, tensor: Tensor, /) -> Tensor:
         return tensor
 
-    def on_any_part(self, tensor: Tensor, condition: bool, /) -> bool:
-        return condition
+    def on_any_part(self, conditions: Sequence[bool], /) -> Sequence[bool]:
+        return conditions
 
 
 class SensitivityTracker:
@@ -66,12 +66,17 @@ class SensitivityTracker:
     """
 
     def __init__(
-        self, traced: TracedNet, *, input_norm: float, cotangent_norm: float, weights: Weights | None = None
+        self,
+        traced: TracedNet,
+        *,
+        input_norm: float,
+        cotangent_norm: float,
+        weights: Weights | None = None,
     ) -> None:
         self.traced = traced
         self.input_norm = input_norm
         self.cotangent_norm = cotangent_norm
-        self._weights = _Here() if weights is None else weights
+        self.weights: Weights = _Here() if weights is None else weights
         self._certificates: dict[tuple[int, Operator], tuple[Stamp, float]] = {}
         self.operators: dict[str, tuple[Operator, ...]] = {}
         self.operators = self._collect_operators()
@@ -124,11 +129,11 @@ class SensitivityTracker:
     def certify(self, parameter: Tensor, operator: Operator) -> float:
         """Certified norm of a parameter; a frozen one is certified once for each of its versions."""
         if parameter.requires_grad:
-            return operator.norm(self._weights.whole(parameter))
-        key, version = (id(parameter), operator), stamp(self._weights.held(parameter))
+            return operator.norm(self.weights.whole(parameter))
+        key, version = (id(parameter), operator), stamp(self.weights.held(parameter))
         known = self._certificates.get(key)
-        if known is None or self._weights.on_any_part(parameter, known[0] != version):
-            known = version, operator.norm(self._weights.whole(parameter))
+        if known is None or any(self.weights.on_any_part([known[0] != version])):
+            known = version, operator.norm(self.weights.whole(parameter))
             self._certificates[key] = known
         return known[1]
 

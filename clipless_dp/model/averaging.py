@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipless_dp import sharding
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import lineage
 from clipless_dp.model.wrapped import DPLipModel
@@ -48,7 +47,7 @@ class WeightAverage:
     def update(self) -> None:
         """Lets the current weights enter: once after each step."""
         self.updates += 1
-        sharding.part_(self.model)
+        self.model.placement.reshard_()
         # The share of the newest weights in a_t; the first ones have all of it.
         share = (1.0 - self.decay) / (1.0 - self.decay**self.updates)
         named = dict(self.model.net.named_parameters())
@@ -75,7 +74,7 @@ class WeightAverage:
         Returns:
             The weights that it replaces, by name, for ``model.net.load_state_dict(weights, strict=False)``.
         """
-        sharding.part_(self.model)
+        self.model.placement.reshard_()
         named = dict(self.model.net.named_parameters())
         replaced = {name: parameter.detach().clone() for name, parameter in named.items()}
         # An average of weights that steps left is as well counted as they are.
@@ -93,14 +92,14 @@ class WeightAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The model holds the projected average within, and its own weights again, bit by bit, behind."""
-        sharding.part_(self.model)
+        self.model.placement.reshard_()
         named = dict(self.model.net.named_parameters())
         counted = lineage.of(self.model).unchanged(named)
         replaced = self.apply_()
         try:
             yield
         finally:
-            sharding.part_(self.model)
+            self.model.placement.reshard_()
             with torch.no_grad():
                 for name, parameter in named.items():
                     parameter.copy_(replaced[name])

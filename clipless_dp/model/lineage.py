@@ -16,7 +16,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import sharding
+from clipless_dp.distributed import placement
 from clipless_dp.modules import parameters_of
 from clipless_dp.sampling import draws
 
@@ -47,7 +47,7 @@ class _Trace:
     numbers: _Numbers | None = None
 
     def found(self, parameter: nn.Parameter) -> _Numbers:
-        if self.numbers is None or self.numbers.place != _place(sharding.local(parameter)):
+        if self.numbers is None or self.numbers.place != _place(placement.local(parameter)):
             self.numbers = _Numbers(parameter)
         return self.numbers
 
@@ -323,7 +323,7 @@ class _Numbers:
     """One parameter's numbers in the memory where they lie, found once: every step asks."""
 
     def __init__(self, parameter: nn.Parameter) -> None:
-        values = sharding.local(parameter.detach())
+        values = placement.local(parameter.detach())
         self.place = _place(values)
         self._patterns = values.view(_INTEGERS[values.element_size()])
         self._dtype = torch.int64 if values.element_size() == 8 else torch.int32
@@ -332,7 +332,7 @@ class _Numbers:
     def mark(self, parameter: nn.Parameter) -> _Mark:
         """What tells, without a look at all numbers, that they may have changed."""
         some = self._sampled
-        return sharding.local(parameter)._version, self.place[0], None if some is None else some.tobytes()
+        return placement.local(parameter)._version, self.place[0], None if some is None else some.tobytes()
 
     def sum_of_bits(self) -> Tensor:
         return self._patterns.sum(dtype=self._dtype)

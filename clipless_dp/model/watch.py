@@ -6,7 +6,7 @@ from typing import cast
 
 from torch import nn
 
-from clipless_dp import sharding
+from clipless_dp.distributed import placement
 from clipless_dp.model.settings import Settings
 from clipless_dp.modules import has_hooks, is_hooked, kind_of, modules_of, parameters_of, runs_hooks
 
@@ -24,16 +24,16 @@ class Leaf:
         origin = self.kind.__module__
         self.is_ours = origin.partition(".")[0] in ("torch", "clipless_dp") and "testing" not in origin
 
-    def is_altered(self, net: nn.Module, sharded: bool) -> bool:
-        """Whether the module was replaced, or anything in it hooked, that ``fully_shard`` has not."""
+    def is_altered(self, net: nn.Module, whole: bool) -> bool:
+        """Whether the module was replaced, or anything in it hooked, but by what gathers weights that are not whole."""
         found: nn.Module | None = net
         for name in self.path:
             found = None if found is None else found._modules.get(name)
         module = self.module
         if found is not module:
             return True
-        if sharded:
-            known = sharding.hooks_of_sharding(module)
+        if not whole:
+            known = placement.hooks_of_sharding(module)
             inside = any(is_hooked(part) for part in modules_of(module)[1:])
             return kind_of(module) is not self.kind or is_hooked(module, besides=known) or inside
         if type(module) is not self.kind or any(runs_hooks(part) for part in self._parts):

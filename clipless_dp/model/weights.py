@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -21,23 +21,22 @@ def naming(name: str) -> Iterator[None]:
         raise NormError(f"{name}: {error}") from error
 
 
-def project_(constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
+def project_(name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
     """Projects a weight onto its constraint."""
-    constraint.project_(weight, operators)
-
-
-def settle_(constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
-    """Projects a weight that its constraint does not hold for."""
-    if not constraint.holds(weight, operators):
+    with naming(name):
         constraint.project_(weight, operators)
 
 
+def settle_(name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
+    """Projects a weight that its constraint does not hold for."""
+    with naming(name):
+        if not constraint.holds(weight, operators):
+            constraint.project_(weight, operators)
+
+
 def project_gradient_(
-    constraint: Constraint, operators: tuple[Operator, ...], gradient: Tensor, weight: Tensor
+    name: str, constraint: Constraint, operators: tuple[Operator, ...], gradient: Tensor, weight: Tensor
 ) -> None:
     """Turns a gradient into a direction that the constraint's projection keeps."""
-    constraint.project_gradient_(gradient, weight, operators)
-
-
-Change = tuple[str, Callable[..., None], tuple[Tensor, ...]]
-"""A parameter's name, and a function with the tensors that it takes, of which it changes the first."""
+    with naming(name):
+        constraint.project_gradient_(gradient, weight, operators)

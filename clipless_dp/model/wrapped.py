@@ -11,12 +11,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import distributed, sharding
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
 from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.tightness import TightnessReport, measure
 from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
+from clipless_dp.distributed import placement
+from clipless_dp.distributed.placement import Change, OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
@@ -31,7 +32,7 @@ from clipless_dp.model.overlaps import places, refuse_overlaps
 from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.watch import Leaf, Watch
-from clipless_dp.model.weights import Change, naming
+from clipless_dp.model.weights import naming
 from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
@@ -79,6 +80,9 @@ class DPLipModel(nn.Module):
         randomness: what dropout and layers of your own draw from: the operating system, whatever was seeded.
     """
 
+    _placement: Placement = OneProcess()
+    _placement_of: type | None = None
+
     def __init__(
         self,
         net: nn.Module,
@@ -101,8 +105,8 @@ class DPLipModel(nn.Module):
             isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
         ):
             raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
-        distributed.refuse_averages(net)
-        sharding.refuse_shards(net)
+        placement.refuse_averages(net)
+        placement.refuse_shards(net)
         _refuse_valueless(net)
         self.net = net
         self.randomness = Randomness()
@@ -153,7 +157,7 @@ class DPLipModel(nn.Module):
             traced,
             input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
-            weights=sharding,
+            weights=self.placement,
         )
         # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
         self._graph = (traced.module,)
@@ -161,7 +165,6 @@ class DPLipModel(nn.Module):
         # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
         lifts = any(getattr(part, "mode", None) == "normalize" for part in modules_of(self.net))
         self._rows = RowInvariance(backward=self._row_invariant is True or lifts)
-        self._gathering: tuple[nn.Module | None] | None = None
         self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
         self._leaves = [
             Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
@@ -185,12 +188,7 @@ class DPLipModel(nn.Module):
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
         self.check_inputs(inputs)
-        if sharding.is_sharded(self):
-            sharding.sum_shards_(self)
-            if self._gathering is None:
-                join_(self._graph[0])
-                self._gathering = (sharding.gathering(self._graph[0], self),)
-            self.register.sharded = True
+        net = self.placement.opened(self._graph[0])
         opened: passes.Pass | Tensor | None = None
         if passes.is_witnessed():
             if torch.compiler.is_compiling():
@@ -201,10 +199,10 @@ class DPLipModel(nn.Module):
                 self._factors.begin()
         if inputs.shape[0] == 0:
             # A copy: what hooks on a view are told may be lost.
-            return self._run(inputs.new_zeros(1, *self.input_shape), opened=opened)[:0].clone()
+            return self._run(inputs.new_zeros(1, *self.input_shape), net, opened)[:0].clone()
         if self._may_draw and not self.randomness.visiting and (self.training or torch.is_grad_enabled()):
-            return self.randomness.run(partial(self._run, opened=opened), inputs)
-        return self._run(inputs, opened=opened)
+            return self.randomness.run(partial(self._run, net=net, opened=opened), inputs)
+        return self._run(inputs, net, opened)
 
     def _run(
         self,
@@ -220,8 +218,7 @@ class DPLipModel(nn.Module):
     def _gated(
         self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None, opened: passes.Pass | Tensor | None
     ) -> Tensor:
-        own = net is None and self._gathering is None
-        net = net or (self._gathering and self._gathering[0])
+        own = net is None
         fused = own and FusedNet.can_run(inputs)
         values = partial(self._values, net or (self._fused.module if fused else self._graph[0]), fused)
         if own and self._chooses_rows(inputs):
@@ -266,7 +263,7 @@ class DPLipModel(nn.Module):
 
     def _wants_rows(self, device: torch.device) -> bool:
         wanted = device.type == "cpu" if self._row_invariant is None else self._row_invariant
-        return wanted and not sharding.is_sharded(self)
+        return wanted and self.placement.is_whole
 
     def _twin(self, fused: bool) -> Twin:
         """A copy of the network with random weights, which shows how the library computes."""
@@ -383,11 +380,11 @@ class DPLipModel(nn.Module):
             now = {name: self._stamp(name) for name in read}
             if now == read:
                 return sensitivity, {**stamps, **now}
-        whole = not sharding.is_sharded(self)
+        whole = self.placement.is_whole
         sensitivity, read_names = self._tracker.evaluate(limits, relation, whole=whole)
         self._kept.pop(relation, None)
         # What a rule of the user's own may have read is known to nobody.
-        named = None if sharding.is_sharded(self) else {name for name, _ in self.net.named_parameters()}
+        named = {name for name, _ in self.net.named_parameters()} if whole else None
         read = {name: self._stamp(name) for name in read_names} if named and read_names <= named else {}
         if len(read) == len(read_names):
             self._kept[relation] = key, sensitivity, read
@@ -401,7 +398,7 @@ class DPLipModel(nn.Module):
         Raises:
             PrivacyError: as :meth:`sensitivity`.
         """
-        if sharding.is_sharded(self):
+        if not self.placement.is_whole:
             return None, None
         self._follow_changes()
         sensitivity, stamps = self._sensitivity()
@@ -477,7 +474,7 @@ class DPLipModel(nn.Module):
         """
         inputs, targets = batch
         self.check_inputs(inputs)
-        if sharding.is_sharded(self):
+        if not self.placement.is_whole:
             raise ConfigurationError(
                 "tightness runs on whole weights, of which each rank holds a part: ask before fully_shard"
             )
@@ -506,44 +503,32 @@ class DPLipModel(nn.Module):
         for name, constraint in self._trainable_constraints():
             gradient = self.net.get_parameter(name).grad
             if gradient is not None and type(constraint).project_gradient_ is not Constraint.project_gradient_:
-                change = partial(weights.project_gradient_, constraint, self._tracker.operators[name])
-                changes.append((name, change, (gradient, self._parameter(name))))
-        self._change_(changes)
+                change = partial(weights.project_gradient_, name, constraint, self._tracker.operators[name])
+                changes.append(Change(name, change, (gradient, self._parameter(name))))
+        self.placement.change_(changes)
 
     def settle_(self) -> None:
         """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
         self._project_(weights.settle_)
 
-    def _project_(self, project: Callable[[Constraint, tuple[Operator, ...], Tensor], None]) -> None:
+    def _project_(self, project: Callable[[str, Constraint, tuple[Operator, ...], Tensor], None]) -> None:
         self._projected = {}
-        constraints = list(self._trainable_constraints())
-        changes: list[Change] = [
-            (name, partial(project, constraint, self._tracker.operators[name]), (self._parameter(name),))
-            for name, constraint in constraints
+        changes = [
+            Change(name, partial(project, name, constraint, self._tracker.operators[name]), (self._parameter(name),))
+            for name, constraint in self._trainable_constraints()
         ]
+
+        def projected(name: str) -> None:
+            self._projected[name] = self._stamp(name), self._constraints[name].limit
+
         # Each weight is stamped before another is touched: what changes it from here on shows.
-        for some in [changes] if sharding.is_sharded(self) else [[change] for change in changes]:
-            self._change_(some)
-            self._projected |= {name: (self._stamp(name), self._constraints[name].limit) for name, *_ in some}
-
-    def _change_(self, changes: list[Change]) -> None:
-        """Changes tensors in place, those of which each rank holds a part as wholes."""
-
-        def named(name: str, change: Callable[..., None], *tensors: Tensor) -> None:
-            with naming(name):
-                change(*tensors)
-
-        if sharding.is_sharded(self):
-            sharding.change_wholes_([(partial(named, name, change), tensors) for name, change, tensors in changes])
-            return
-        for name, change, tensors in changes:
-            named(name, change, *tensors)
+        self.placement.change_(changes, projected)
 
     def _parameter(self, name: str) -> Tensor:
         return self.net.get_parameter(name).detach()
 
     def _stamp(self, name: str) -> Stamp:
-        return stamp(sharding.held(self.net.get_parameter(name)))
+        return stamp(self.placement.held(self.net.get_parameter(name)))
 
     def _mark(self, name: str) -> object:
         """As a stamp, but faster: for the time between a forward pass and its backward pass."""
@@ -552,6 +537,29 @@ class DPLipModel(nn.Module):
 
     def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
         return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)
+
+    @property
+    def placement(self) -> Placement:
+        """Where the weights are: found anew after ``fully_shard``, which makes a model of another class of this one."""
+        if self._placement_of is not type(self):
+            self._take(placement.of(self))
+        return self._placement
+
+    def place(self) -> Placement:
+        """Finds out anew where the model is, among the processes that are there by now, as who trains it does first.
+
+        Raises:
+            ConfigurationError: as :func:`clipless_dp.distributed.placement.joined`.
+        """
+        self._take(placement.joined(self, self.net))
+        return self._placement
+
+    def _take(self, found: Placement) -> None:
+        if not found.is_whole:
+            join_(self._graph[0])
+            self.register.sharded = True
+            self._tracker.weights = found
+        self._placement, self._placement_of = found, type(self)
 
     @property
     def graph(self) -> TracedNet:
@@ -595,10 +603,8 @@ class DPLipModel(nn.Module):
     def _limits(self) -> tuple[dict[str, float], dict[str, Stamp]]:
         """Limits that projections established, for the parameters that have not changed since; and stamps of all."""
         stamps = {name: self._stamp(name) for name in self._projected}
-        changed = [stamps[name] != stamp for name, (stamp, _) in self._projected.items()]
-        if changed and sharding.is_sharded(self):
-            # What one rank finds changed is certified anew by all of them, together.
-            changed = distributed.total(torch.tensor(changed).long()).bool().tolist()
+        # What one process finds changed in its part is certified anew by all of them, together.
+        changed = self.placement.on_any_part([stamps[name] != stamp for name, (stamp, _) in self._projected.items()])
         limits = {
             name: limit for (name, (_, limit)), new in zip(self._projected.items(), changed, strict=True) if not new
         }
@@ -606,8 +612,8 @@ class DPLipModel(nn.Module):
 
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
-        sharding.part_(self)
-        sharded = sharding.is_sharded(self)
+        here = self.placement
+        here.reshard_()
         self.register.unhook()
         self._refuse_interference()
         held = parameters_of(self.net)
@@ -619,17 +625,17 @@ class DPLipModel(nn.Module):
                 "wrapping model's own .to()"
             )
         unknown = any(id(parameter) not in self._traced.names for parameter in held)
-        if sharded or (unknown and sharding.has_shards(self)):
-            self._check_shards(adopt=unknown)
+        if here.check(self.net, unknown):
+            self._adopt()
         elif unknown:
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
-        if not sharded and places(held) != self._places:
+        if here.is_whole and places(held) != self._places:
             refuse_overlaps(self.net)
             self._places = places(held)
         if not all(leaf.settings.hold() for leaf in self._leaves):
-            if sharded:
+            if not here.is_whole:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
                 )
@@ -639,10 +645,10 @@ class DPLipModel(nn.Module):
 
     def _refuse_interference(self) -> None:
         """Refuses layers that were replaced or hooked, and settings under which products round more coarsely."""
-        sharded = sharding.is_sharded(self)
-        if sharded or not self._watch.is_quiet():
+        whole = self.placement.is_whole
+        if not (whole and self._watch.is_quiet()):
             for leaf in self._leaves:
-                if leaf.is_altered(self.net, sharded):
+                if leaf.is_altered(self.net, whole):
                     raise PrivacyError(
                         f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: "
                         "the bounds are not its own. Wrap the changed network in a new DPLipModel"
@@ -651,11 +657,8 @@ class DPLipModel(nn.Module):
         if remedy is not None:
             raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
 
-    def _check_shards(self, *, adopt: bool) -> None:
-        """Knows the parameters, after ``fully_shard(model)``, by the parts that this rank holds."""
-        sharding.check_shards(self, self.net.parameters())
-        if not adopt:
-            return
+    def _adopt(self) -> None:
+        """Knows the parameters by the parts of them that this process holds."""
         named = {id(parameter): name for name, parameter in self.net.named_parameters()}
         if sorted(named.values()) != sorted(self._traced.names.values()):
             raise ConfigurationError(
@@ -664,7 +667,7 @@ class DPLipModel(nn.Module):
         self._traced.names.clear()
         self._traced.names.update(named)
         self.register.follow(self.net)
-        # The ranks may have started from different weights.
+        # The processes may have started from different weights.
         self.settle_()
 
     def check_inputs(self, inputs: Tensor) -> None:
@@ -695,7 +698,7 @@ class DPLipModel(nn.Module):
         return self.nonfinite_samples.device, torch.float32
 
     def _apply(self, fn: Any, recurse: bool = True) -> DPLipModel:
-        if sharding.is_sharded(self):
+        if not self.placement.is_whole:
             raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.register.follow(self.net)
@@ -706,8 +709,8 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_gathering", "_rows", "_kept", "_projected", "_leaves"}
-        derived.add("_watch")
+        derived = {"_traced", "_tracker", "_graph", "_fused", "_rows", "_kept", "_projected", "_leaves"}
+        derived |= {"_watch", "_placement", "_placement_of"}
         # Who gets a copy or a file is not the data's owner, whom alone the count is for.
         left = {*derived, "_places", "register", "_dropped_samples"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}

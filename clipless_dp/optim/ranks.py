@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from accounting import Ledger
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed
 from clipless_dp.bounds.stamp import stamp
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import PrivacyError, RankError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource, add_normal_

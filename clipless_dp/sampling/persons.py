@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
 from accounting.errors import warn_caller
-from clipless_dp import distributed
+from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError, RankError
 
 Indices = npt.NDArray[np.int64]
@@ -246,11 +246,11 @@ def require_alike(dataset: Any, tensors: Sequence[Tensor] | None, read: Callable
     Raises:
         RankError: the data differs.
     """
-    if distributed.world().size == 1:
+    if placement.world().size == 1:
         return
     count = len(dataset) if tensors is None else len(tensors[0])
     parts = tensors if tensors is not None else read(0)
-    distributed.agree(
+    placement.agree(
         {
             "the data set's type": type(dataset).__qualname__,
             "the number of samples": count,
@@ -270,7 +270,7 @@ def require_alike(dataset: Any, tensors: Sequence[Tensor] | None, read: Callable
         random_parts = torch.zeros(len(parts), dtype=torch.bool)
         if bool(differing.any()):
             again = torch.stack([_read(read, numbers, len(parts)) for _ in range(3)])
-            random_parts = distributed.total((again != own).any(0).any(0).long()).bool()
+            random_parts = placement.total((again != own).any(0).any(0).long()).bool()
         differing = differing.any(0)
     if bool((differing & ~random_parts).any()):
         raise RankError(f"the ranks hold different data, or the same in another order; nothing was released. {_REMEDY}")
@@ -296,7 +296,7 @@ def _form(part: Any) -> tuple[Any, ...]:
 
 def _differing(own: Tensor) -> Tensor:
     """Which numbers are not the same on all ranks, among those that none of them lacks (as zero)."""
-    everyone = distributed.gathered(own)
+    everyone = placement.gathered(own)
     return (everyone != everyone[0]).any(0) & (everyone != 0).all(0)
 
 

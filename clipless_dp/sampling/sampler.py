@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
-from clipless_dp import distributed
+from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import draws, persons
@@ -60,7 +60,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.start = start
         self._passed = False
         self._source = draws.Source()
-        self.world = distributed.world()
+        self.world = placement.world()
         if self.world.size > dataset_size:
             raise ConfigurationError(f"{self.world.size} processes for {dataset_size} samples: start fewer of them")
 
@@ -90,7 +90,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
         Raises:
             ConfigurationError: this is a second pass of a seeded sampler, or the process group has changed.
         """
-        if distributed.world() != self.world:
+        if placement.world() != self.world:
             raise ConfigurationError("the process group has changed since this sampler was made: make it afterwards")
         if self.seed is not None and self._passed:
             raise ConfigurationError(

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from accounting import Accountant, GaussianRelease, Provenance, new_run
-from clipless_dp import distributed
 from clipless_dp.arguments import require_accountant
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
+from clipless_dp.distributed import placement
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, source_name
 from clipless_dp.sampling.samples import public_size
@@ -100,7 +100,7 @@ def released(
         return _reread(path, settings, accountant)
     source = noise_source(noise)
     source.begin_step(0)
-    if distributed.world().size > 1:
+    if placement.world().size > 1:
         raise ConfigurationError(
             "each of several processes would release a statistic of its own, and each ledger count one: release it in "
             "one process with file=..., which all ranks then read"

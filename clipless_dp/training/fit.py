@@ -12,9 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from accounting import Accountant
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed
 from clipless_dp.arguments import require_accountant
 from clipless_dp.checkpoint import check_writable
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.averaging import WeightAverage

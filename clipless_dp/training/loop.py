@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from accounting.errors import warn_caller
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import BudgetExhaustedError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches

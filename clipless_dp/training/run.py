@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from accounting.errors import warn_caller
-from clipless_dp import distributed, sharding
+from clipless_dp import distributed
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.checkpoint import discard_partial, identity, load_checkpoint, save_checkpoint
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import AuditError, CheckpointError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.averaging import WeightAverage

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
+from collections.abc import Sequence
 from types import SimpleNamespace
 
 import numpy as np
@@ -498,8 +499,8 @@ def test_norms_are_of_whole_weights_wherever_their_parts_are() -> None:
             self.gathered += 1
             return torch.cat([tensor, tensor])
 
-        def on_any_part(self, tensor: Tensor, condition: bool) -> bool:
-            return True
+        def on_any_part(self, conditions: Sequence[bool]) -> list[bool]:
+            return [True for _ in conditions]
 
     net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.ReLU(), nn.Linear(4, 2, bias=False))
     net[2].requires_grad_(False)

@@ -26,14 +26,13 @@ from clipless_dp import (
     layers,
     losses,
     register_rule,
-    sharding,
 )
 from clipless_dp.checkpoint import load_checkpoint
+from clipless_dp.distributed import shards as sharding
 from clipless_dp.optim import ranks as ranks_module
 from clipless_dp.rules.linear import linear_rule
 from clipless_dp.training.memory import traffic
-
-from .ranks import (
+from tests.ranks import (
     SETTINGS,
     Failure,
     Ranks,
@@ -44,7 +43,7 @@ from .ranks import (
     torchrun,
     weights,
 )
-from .support import before_steps, gated_model, samples
+from tests.support import before_steps, gated_model, samples
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
 if not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"):
@@ -631,7 +630,7 @@ def test_torchrun_trains_uneven_parts_on_three_ranks_as_one_process_does(tmp_pat
     script.write_text(
         "import os, sys, torch, torch.distributed as dist\n"
         "from torch.distributed.fsdp import fully_shard\n"
-        "from tests import test_sharding as shared\n"
+        "from tests.distributed import test_sharding as shared\n"
         "dist.init_process_group('gloo')\n"
         # Without a mesh: torch's default one.
         "shared.fully_shard = fully_shard\n"

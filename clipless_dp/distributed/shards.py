@@ -1,8 +1,4 @@
-"""Models of which each rank holds a part: what ``fully_shard`` may split, how its parts add up, when they are whole.
-
-``fully_shard(module)`` makes a *unit* of a module: its parameters are gathered when it is called, and freed behind it.
-The model is one; layers or blocks may be units of their own, so that a rank holds one or two of them whole at a time.
-"""
+"""Models of which each process holds a part: what ``fully_shard`` may split, how parts add up, when they are whole."""
 
 from __future__ import annotations
 
@@ -10,47 +6,20 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from clipless_dp.distributed import copy_from_, from_first, on_any, together, world
+from clipless_dp.distributed.ranks import copy_from_, from_first, on_any, together, world
+from clipless_dp.distributed.units import groups, is_sharded, reshard_, units_of
+from clipless_dp.distributed.units import has_shards as has_shards
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
-from clipless_dp.modules import is_hooked, modules_of
+from clipless_dp.modules import is_hooked
 
 Value = TypeVar("Value")
 
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether ``fully_shard`` splits the module's parameters among the ranks, and gathers them for each pass only."""
-    # A class is asked faster than a module, which looks among its parameters and parts first.
-    return hasattr(type(module), "set_requires_gradient_sync")
-
-
-def has_shards(model: nn.Module) -> bool:
-    """Whether ``fully_shard`` was called on a module or a part of it."""
-    return any(is_sharded(part) for part in modules_of(model))
-
-
-def hooks_of_sharding(module: nn.Module) -> object:
-    """Whose methods the hooks are that gather a unit's parameters; ``None`` of a module that is no unit."""
-    return module._get_fsdp_state() if is_sharded(module) else None  # type: ignore[operator]
-
-
-def refuse_shards(net: nn.Module) -> None:
-    """Refuses parameters that are split among the ranks.
-
-    Raises:
-        ConfigurationError: ``fully_shard`` was called on the module or a part of it.
-    """
-    sharded = [name for name, parameter in net.named_parameters() if hasattr(parameter, "placements")]
-    if sharded or has_shards(net):
-        raise ConfigurationError(
-            f"fully_shard splits parameters ({', '.join(sharded[:3]) or 'at the next forward pass'}) among the ranks, "
-            "but norms, projections and many gradient bounds need whole ones: wrap the whole network first, and then "
-            "shard parts of model.net, and last the DPLipModel of a gated network"
-        )
+part_ = reshard_
 
 
 def check_shards(model: nn.Module, parameters: Iterable[Tensor]) -> None:
@@ -60,11 +29,9 @@ def check_shards(model: nn.Module, parameters: Iterable[Tensor]) -> None:
         ConfigurationError: the whole model is no unit, parameters are replicated or left out or elsewhere, or passes or
             sums are in a lower precision, or a unit is hooked or made of several modules.
     """
-    units = list(_units(model))
+    units = list(units_of(model))
     if not is_sharded(model):
-        raise ConfigurationError(
-            "only parts of the model are sharded: call fully_shard(model) last, on the whole, so that the rest is, too"
-        )
+        refuse_partly_sharded()
     for parameter in parameters:
         placements: Any = getattr(parameter, "placements", ())
         mesh: Any = getattr(parameter, "device_mesh", None)
@@ -80,9 +47,9 @@ def check_shards(model: nn.Module, parameters: Iterable[Tensor]) -> None:
             state = unit._get_fsdp_state()
             policy, modules = state._mp_policy, state._modules
             lowered = {policy.param_dtype, policy.reduce_dtype, policy.output_dtype} - {None}
-            groups = _groups(unit)
-            offloaded = any(parameter.offload_to_cpu for group in groups for parameter in group.fsdp_params)
-            altered = any(group._all_reduce_hook is not None for group in groups)
+            gathered_together = groups(unit)
+            offloaded = any(some.offload_to_cpu for group in gathered_together for some in group.fsdp_params)
+            altered = any(group._all_reduce_hook is not None for group in gathered_together)
         except AttributeError as error:
             raise ConfigurationError(
                 f"this version of torch shards in a way that is not known here ({error})"
@@ -104,11 +71,22 @@ def check_shards(model: nn.Module, parameters: Iterable[Tensor]) -> None:
             raise ConfigurationError(f"hooks on {where} may change values or gradients: remove them")
 
 
+def refuse_partly_sharded() -> NoReturn:
+    """Refuses a model that is no unit, though parts of it are.
+
+    Raises:
+        ConfigurationError: always.
+    """
+    raise ConfigurationError(
+        "only parts of the model are sharded: call fully_shard(model) last, on the whole, so that the rest is, too"
+    )
+
+
 def layout(model: nn.Module) -> list[object]:
     """Which rank holds which part of each parameter, and what is gathered together: plain values to compare."""
     named: Iterable[tuple[str, Any]] = model.named_parameters()
     split = [(n, str(p.placements), p.device_mesh.mesh.tolist()) for n, p in named if hasattr(p, "placements")]
-    return [*split, *(path for path, _ in _units(model))]
+    return [*split, *(path for path, _ in units_of(model))]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -131,7 +109,7 @@ def sum_shards_(model: nn.Module) -> None:
     try:
         model.set_is_last_backward(True)  # type: ignore[operator]
         model.set_requires_gradient_sync(True)  # type: ignore[operator]
-        for _, unit in _units(model):
+        for _, unit in units_of(model):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
     except AttributeError as error:
@@ -145,9 +123,9 @@ def require_sums(model: nn.Module) -> None:
         PrivacyError: some are not, or wait; all are dropped.
     """
     amiss = False
-    for _, unit in _units(model):
+    for _, unit in units_of(model):
         amiss |= not unit._get_fsdp_state()._state_ctx.is_last_backward
-        for group in _groups(unit):
+        for group in groups(unit):
             # ``None`` before the first pass.
             amiss |= group.gradient_divide_factor not in (None, 1.0)
             for parameter in group.fsdp_params:
@@ -163,13 +141,6 @@ def require_sums(model: nn.Module) -> None:
             "gradients of a backward pass were not summed over the ranks, or scaled: leave set_requires_gradient_sync, "
             "set_is_last_backward and set_gradient_divide_factor alone. They are dropped; nothing was released"
         )
-
-
-def part_(model: nn.Module) -> None:
-    """Gives back the whole weights that a pass without a backward pass has left on a rank."""
-    if is_sharded(model):
-        for _, unit in _units(model):
-            unit.reshard()
 
 
 @contextmanager
@@ -209,11 +180,6 @@ def whole(tensor: Tensor) -> Tensor:
     parts: Any = tensor.detach()
     with together("the parts of the model"):
         return cast(Tensor, parts.full_tensor())
-
-
-def on_any_part(tensor: Tensor, condition: bool) -> bool:
-    """Whether a condition holds on any rank that holds a part of a tensor."""
-    return on_any(condition) if hasattr(tensor, "placements") else condition
 
 
 def change_wholes_(changes: Sequence[tuple[Callable[..., object], Sequence[Tensor]]]) -> None:
@@ -306,119 +272,3 @@ def _mapped(change: Callable[[Tensor, tuple[Any, ...]], Any], value: Any, place:
     if isinstance(value, (list, tuple)):
         return type(value)([_mapped(change, item, (*place, index)) for index, item in enumerate(value)])
     return value
-
-
-def gathering(traced: fx.GraphModule, model: nn.Module) -> fx.GraphModule | None:
-    """The traced graph with the nodes of each unit run as one call of it, so that its hooks gather its parameters.
-
-    A unit that the graph calls gathers by itself. One that was traced through is a stretch of the graph, from the first
-    node that reads its parameters to the last.
-
-    Args:
-        traced: what runs otherwise.
-        model: its units are in it.
-
-    Returns:
-        ``None`` where the model is the only unit, whose caller gathers everything.
-
-    Raises:
-        ConfigurationError: two units are used in turn.
-    """
-    units = [(path, unit) for path, unit in _units(model) if unit is not model]
-    if not units:
-        return None
-    graph = fx.Graph()
-    output = graph.graph_copy(traced.graph, {})
-    graph.output(output)
-    modules: dict[str, nn.Module] = dict(traced.named_modules())
-    reading = {
-        node: modules[str(node.target)]
-        for node in graph.nodes
-        if node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters())
-    }
-    order = {node: index for index, node in enumerate(graph.nodes)}
-    stretches: list[tuple[str, nn.Module, list[fx.Node]]] = []
-    for path, unit in units:
-        inside = set(unit.modules())
-        own = [order[node] for node, leaf in reading.items() if leaf in inside and leaf is not unit]
-        if own:
-            stretches.append((path, unit, list(graph.nodes)[min(own) : max(own) + 1]))
-    # The shortest first, and of equal ones the innermost: the longer hold it as one node then.
-    stretches.sort(key=lambda stretch: (len(stretch[2]), len(list(stretch[1].modules()))))
-    for index, (path, unit, nodes) in enumerate(stretches):
-        name = f"unit_{index}"
-        made = _fold(graph, nodes, name, unit, modules)
-        for other_path, _, others in stretches[index + 1 :]:
-            shared = [node for node in nodes if node in others]
-            if shared and len(shared) < len(nodes):
-                raise ConfigurationError(
-                    f"{path} and {other_path} are sharded by themselves, but used in turn: call fully_shard on a "
-                    "module that holds both"
-                )
-            if shared:
-                first = others.index(shared[0])
-                others[first : first + len(shared)] = made
-    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    return fx.GraphModule({path: module for path, module in modules.items() if path in called}, graph)
-
-
-def _fold(
-    graph: fx.Graph, nodes: list[fx.Node], name: str, unit: nn.Module, modules: dict[str, nn.Module]
-) -> list[fx.Node]:
-    """Replaces nodes of a graph by a call of a unit, which runs them; returns the new nodes."""
-    within = set(nodes)
-    sources = list(dict.fromkeys(s for node in nodes for s in node.all_input_nodes if s not in within))
-    results = [node for node in nodes if any(user not in within for user in node.users)]
-    part = fx.Graph()
-    copies = {source: part.placeholder(source.name) for source in sources}
-    for node in nodes:
-        copies[node] = part.node_copy(node, lambda given: copies[given])
-    part.output(copies[results[0]] if len(results) == 1 else tuple(copies[result] for result in results))
-    called = {str(node.target) for node in nodes if node.op == "call_module"}
-    modules[name] = _Stretch(unit, fx.GraphModule({path: modules[path] for path in called}, part))
-    made = []
-    with graph.inserting_after(nodes[-1]):
-        made.append(graph.call_module(name, tuple(sources)))
-    for index, result in enumerate(results):
-        if len(results) == 1:
-            replacement = made[0]
-        else:
-            with graph.inserting_after(made[-1]):
-                replacement = graph.call_function(_GET, (made[0], index))
-            made.append(replacement)
-        result.replace_all_uses_with(replacement, delete_user_cb=lambda user: user not in within)
-    for node in reversed(nodes):
-        graph.erase_node(node)
-    return made
-
-
-def _GET(values: tuple[Tensor, ...], index: int) -> Tensor:
-    return values[index]
-
-
-class _Stretch(nn.Module):
-    """A stretch of the traced graph, run between the hooks of the unit it was traced from, in place of its own code."""
-
-    def __init__(self, unit: nn.Module, part: fx.GraphModule) -> None:
-        super().__init__()
-        # In a tuple: not registered, so that the unit keeps its one place in the model.
-        self._held = unit, part
-
-    def forward(self, *values: Any) -> Any:
-        unit, part = self._held
-        unit.forward = part.forward
-        try:
-            return unit(*values)
-        finally:
-            del unit.forward
-
-
-def _units(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((path, part) for path, part in model.named_modules() if is_sharded(part))
-
-
-def _groups(unit: Any) -> list[Any]:
-    """Parameters of a unit that are gathered together; newer versions of torch know several."""
-    state = unit._get_fsdp_state()
-    group = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-    return [some for some in group if some is not None]

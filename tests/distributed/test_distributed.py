@@ -31,11 +31,10 @@ from clipless_dp import (
     layers,
     losses,
 )
-from clipless_dp.distributed import World
+from clipless_dp.distributed import World, placement
 from clipless_dp.sampling import draws, persons
 from clipless_dp.statistics import private_moments
-
-from .ranks import (
+from tests.ranks import (
     SETTINGS,
     Failure,
     Ranks,
@@ -48,7 +47,7 @@ from .ranks import (
     torchrun,
     weights,
 )
-from .support import before_steps, gated_model, samples
+from tests.support import before_steps, gated_model, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 
@@ -441,7 +440,7 @@ def drawn(monkeypatch, size: int, count: int, rate: float, steps: int, seed: int
     """How often each rank drew each sample at each step: ``(ranks, steps, samples)``."""
     hits = np.zeros((size, steps, count), dtype=np.int64)
     for rank in range(size):
-        monkeypatch.setattr(distributed, "world", lambda rank=rank: World(rank, size))
+        monkeypatch.setattr(placement, "world", lambda rank=rank: World(rank, size))
         sampler = PoissonBatchSampler(count, sample_rate=rate, steps=steps, seed=seed)
         for step, indices in enumerate(sampler.draws()):
             np.add.at(hits[rank, step], indices, 1)
@@ -491,7 +490,7 @@ def test_seeded_draws_are_the_same_for_any_number_of_ranks(monkeypatch):
 
 
 def test_each_rank_holds_its_own_part_of_the_data_only(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: World(1, 3))
+    monkeypatch.setattr(placement, "world", lambda: World(1, 3))
     monkeypatch.setattr(persons, "require_alike", lambda *data: None)
     batches = PoissonBatches((torch.arange(20.0).unsqueeze(1), torch.arange(20)), sample_rate=0.5, steps=40)
     seen = set()
@@ -503,7 +502,7 @@ def test_each_rank_holds_its_own_part_of_the_data_only(monkeypatch):
 
 
 def test_more_ranks_than_samples_are_refused(monkeypatch):
-    monkeypatch.setattr(distributed, "world", lambda: World(0, 8))
+    monkeypatch.setattr(placement, "world", lambda: World(0, 8))
     with pytest.raises(ConfigurationError, match="8 processes for 7 samples"):
         PoissonBatchSampler(7, sample_rate=0.5, steps=1)
 
@@ -511,7 +510,8 @@ def test_more_ranks_than_samples_are_refused(monkeypatch):
 def test_a_process_group_that_starts_too_late_is_noticed(monkeypatch):
     sampler = PoissonBatchSampler(20, sample_rate=0.5, steps=1)
     optimizer = sgd(gated_model(), sampling="poisson")
-    monkeypatch.setattr(distributed, "world", lambda: World(0, 2))
+    for module in (placement, distributed):
+        monkeypatch.setattr(module, "world", lambda: World(0, 2))
     with pytest.raises(ConfigurationError, match="process group"):
         next(sampler.draws())
     with pytest.raises(PrivacyError, match="process group"):

@@ -1,4 +1,4 @@
-"""Several processes that train one model: who holds which samples, and one noisy sum for all of them.
+"""The processes that train together: which is which, what they compare, and what one sends to the others.
 
 Everything goes through the default process group of ``torch.distributed``, as ``torchrun`` and
 ``torch.distributed.init_process_group`` start it. With one process nothing here communicates.
@@ -9,13 +9,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError, RankError
 
@@ -50,35 +50,6 @@ def world() -> World:
     return World(0, 1)
 
 
-def release_(sums: Sequence[Tensor], add_noise_: Callable[[Sequence[Tensor]], None]) -> None:
-    """Replaces each rank's own sums by the noisy sums over all ranks, the same bits on each.
-
-    Rank 0 alone receives the exact sums; it adds the noise, once, and sends what is private then to the others. So
-    whatever a rank that fails leaves behind, none of the others has an exact sum to go on with.
-
-    Args:
-        sums: this rank's summed gradients, of one device and dtype, in the same order on all ranks.
-        add_noise_: adds the noise in place; called on rank 0.
-
-    Raises:
-        RankError: another rank is gone.
-    """
-    here = world()
-    with together("the sum over the ranks"):
-        flat = _movable(torch.cat([part.reshape(-1) for part in sums]))
-        dist.reduce(flat, dst=0)
-    parts = [part.view(own.shape) for part, own in zip(flat.split([own.numel() for own in sums]), sums, strict=True)]
-    if here.rank == 0:
-        add_noise_(parts)
-    else:
-        # What a reduction leaves here is not private, and must not survive a broadcast that fails.
-        flat.fill_(torch.nan)
-    with together("the noisy sum"):
-        dist.broadcast(flat, src=0)
-        for own, part in zip(sums, parts, strict=True):
-            own.copy_(part)
-
-
 _ALIKE = "Build model, optimizer and data alike on all of them, and load the same state on all or none"
 
 
@@ -88,6 +59,8 @@ def agree(fields: Mapping[str, object], remedy: str = _ALIKE) -> None:
     Raises:
         RankError: they differ; the message names which, and the remedy.
     """
+    if world().size == 1:
+        return
     digests = [hashlib.sha256(repr(value).encode()).digest() for value in fields.values()]
     everyone = gathered(torch.tensor([int.from_bytes(digest[:8], "big", signed=True) for digest in digests]))
     same = (everyone == everyone[0]).all(0).tolist()
@@ -102,8 +75,10 @@ def gathered(numbers: Tensor) -> Tensor:
     Raises:
         RankError: another rank is gone.
     """
+    if world().size == 1:
+        return numbers[None].cpu()
     with together("the comparison of the ranks"):
-        own = _movable(numbers.contiguous())
+        own = movable(numbers.contiguous())
         everyone = [torch.empty_like(own) for _ in range(world().size)]
         dist.all_gather(everyone, own)
         return torch.stack(everyone).cpu()
@@ -117,7 +92,7 @@ def copy_from_(tensors: Iterable[Tensor], rank: int = 0) -> None:
     """
     with together(f"the weights of rank {rank}"), torch.no_grad():
         for tensor in tensors:
-            sent = _movable(tensor.detach().clone(memory_format=torch.contiguous_format))
+            sent = movable(tensor.detach().clone(memory_format=torch.contiguous_format))
             dist.broadcast(sent, src=rank)
             tensor.copy_(sent)
 
@@ -144,10 +119,10 @@ def from_first(make: Callable[[], Value], device: torch.device | str = "cpu") ->
         except Exception as error:
             failure, buffer = error, io.BytesIO()
     with together("a message of rank 0"):
-        size = _movable(torch.tensor(len(buffer.getvalue())))
+        size = movable(torch.tensor(len(buffer.getvalue())))
         dist.broadcast(size, src=0)
         content = torch.frombuffer(bytearray(buffer.getvalue() or bytes(int(size) or 1)), dtype=torch.uint8)
-        content = _movable(content)
+        content = movable(content)
         dist.broadcast(content, src=0)
     if failure is not None:
         raise failure
@@ -186,28 +161,14 @@ def on_any(condition: bool) -> bool:
     return bool(total(torch.tensor(int(condition))))
 
 
-def refuse_averages(module: nn.Module) -> None:
-    """Refuses what averages gradients by itself.
-
-    Raises:
-        ConfigurationError: a module is wrapped for data parallelism.
-    """
-    for path, part in module.named_modules():
-        if isinstance(part, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
-            raise ConfigurationError(
-                f"{path or 'the model'} is wrapped in {type(part).__name__}: pass the module inside. The optimizer "
-                "sums the ranks' gradients by itself, and its noise is calibrated to the sum, not to an average"
-            )
-
-
 def _reduced(values: Tensor, operation: dist.ReduceOp.RedOpType, what: str) -> Tensor:
     with together(what):
-        found = _movable(values.detach().clone())
+        found = movable(values.detach().clone())
         dist.all_reduce(found, op=operation)
     return found
 
 
-def _movable(tensor: Tensor) -> Tensor:
+def movable(tensor: Tensor) -> Tensor:
     """The tensor where the process group can move it: gloo through main memory, NCCL on the current device."""
     backend = dist.get_backend()
     if backend == "gloo":
