@@ -67,7 +67,10 @@ class RepeatedNoise(SystemNoise):
         self.seed = torch.seed()
 
     def begin_step(self, step: int) -> None:
-        self._numbers = {torch.device("cpu"): normal_numbers(seeded_words(self.seed), None)}
+        self._numbers = normal_numbers(seeded_words(self.seed), None)
+
+    def standard_normal_(self, out: torch.Tensor) -> torch.Tensor:
+        return self._numbers.fill_(out)
 
 
 @contextmanager

@@ -226,7 +226,7 @@ def test_a_branch_that_tracing_froze_fails() -> None:
 def test_a_gate_that_lets_autocast_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of()
     case.test_autocast_is_refused()
-    for module in (gates, passes):
+    for module in (gates.signal, passes):
         monkeypatch.setattr(module, "outside_autocast", lambda values: values)
     with pytest.raises(Inconsistent, match="backward"):
         case.test_autocast_is_refused()
