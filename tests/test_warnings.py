@@ -101,8 +101,8 @@ def arguments(tmp_path: Path) -> list[str]:
     inputs = generator.normal(size=(80, 5))
     np.savez(tmp_path / "table.npz", X=inputs, y=(inputs[:, 0] > 0).astype(np.int64))
     return [
-        "train", "--dataset", str(tmp_path / "table.npz"), "--classes", "2", "--epsilon", "3", "--delta", "0.1", "--epochs", "1",
-        "--batch-size", "40", "--accountant", "rdp", "--audit", "off", "--quiet",
+        "train", "--dataset", str(tmp_path / "table.npz"), "--classes", "2", "--epsilon", "3", "--delta", "0.1",
+        "--epochs", "1", "--batch-size", "40", "--accountant", "rdp", "--audit", "off", "--quiet",
     ]  # fmt: skip
 
 
