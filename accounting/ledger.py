@@ -200,8 +200,8 @@ class Ledger:
         """Number of events of a run."""
         if not run:
             return 0
-        closed, open_lines = self._totals()
-        return closed.counts.get(run, 0) + sum(line.count for line in open_lines if line.key == run)
+        closed = self._closed
+        return closed.counts.get(run, 0) + sum(line.count for line in self._record[closed.lines :] if line.key == run)
 
     @property
     def runs(self) -> dict[str, int]:

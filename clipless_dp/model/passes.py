@@ -33,7 +33,7 @@ _DROPPED = "The gradients are dropped; nothing was released"
 _SPENT = (
     "What is done with private gradients, their norm or their direction, would decide what a step releases (skipped "
     "batches, sharpness-aware steps), and no noise covers that. Take the step with what came in; skip_draw() says that "
-    "a batch is left out for another reason, passes.unwitnessed() that nothing of a pass is used in training"
+    "a batch is left out for another reason, clipless_dp.passes.unwitnessed() that nothing of a pass trains anything"
 )
 
 
