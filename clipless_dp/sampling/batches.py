@@ -107,7 +107,7 @@ class PoissonBatches:
         for indices in self.sampler.draws():
             chosen = torch.from_numpy(indices // self.sampler.world.size)
             batch = padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
-            draws.deliver(next(made), batch, len(indices))
+            draws.deliver(next(made), batch.inputs, len(indices))
             yield batch
 
 

@@ -332,7 +332,8 @@ def deliver(draw: Draw, batch: Any, rows: int) -> None:
     """
     draw.rows, draw.amplifies, draw.delivered = rows, torch.is_grad_enabled(), next(_clock)
     draw.thread = threading.get_ident()
-    tensors = tuple(part for part in tree_leaves(batch) if _is_batch(part))
+    parts = (batch,) if isinstance(batch, Tensor) else tree_leaves(batch)
+    tensors = tuple(part for part in parts if _is_batch(part))
     with _lock:
         for tensor in tensors:
             _delivered[tensor] = _Delivered(draw, tensor._version, fingerprint(tensor))

@@ -96,7 +96,7 @@ class StreamedBatches:
                     for part in read.batch:
                         # Its memory goes back to the thread's stream, which must not overwrite it under the step.
                         part.record_stream(stream)
-                draws.deliver(next(made), read.batch, read.rows)
+                draws.deliver(next(made), read.batch.inputs, read.rows)
                 yield read.batch
             if read.error is not None:
                 raise read.error
