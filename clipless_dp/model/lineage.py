@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from clipless_dp.distributed import placement
 from clipless_dp.modules import parameters_of
-from clipless_dp.sampling import draws
+from clipless_dp.sampling import fingerprints
 
 Bits = dict[str, int]
 """For each parameter by name the sum of its bit patterns, modulo 2³², the same in every layout and on every device."""
@@ -327,7 +327,7 @@ class _Numbers:
         self.place = _place(values)
         self._patterns = values.view(_INTEGERS[values.element_size()])
         self._dtype = torch.int64 if values.element_size() == 8 else torch.int32
-        self._sampled = draws.sampled(values)
+        self._sampled = fingerprints.sampled(values)
 
     def mark(self, parameter: nn.Parameter) -> _Mark:
         """What tells, without a look at all numbers, that they may have changed."""

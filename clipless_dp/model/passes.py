@@ -26,7 +26,7 @@ from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates.arithmetic import can_look, drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
 from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.precision import outside_autocast
-from clipless_dp.sampling import draws
+from clipless_dp.sampling import draws, fingerprints
 from clipless_dp.sampling.draws import Draw, Rows
 
 _DROPPED = "The gradients are dropped; nothing was released"
@@ -86,7 +86,7 @@ class Pass:
     def refuse_other_inputs(self) -> None:
         """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again."""
         kept, self._inputs = self._inputs, None
-        if kept is not None and draws.fingerprint(kept[0]) != kept[1]:
+        if kept is not None and fingerprints.fingerprint(kept[0]) != kept[1]:
             raise PrivacyError(
                 "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
                 f"for what they were: give each batch memory of its own. {_DROPPED}"
@@ -94,7 +94,7 @@ class Pass:
 
 
 def _fingerprint_of(rows: Rows | None, inputs: Tensor) -> object:
-    return draws.fingerprint(inputs) if rows is None else draws.fingerprint_of(rows, inputs)
+    return fingerprints.fingerprint(inputs) if rows is None else draws.fingerprint_of(rows, inputs)
 
 
 class _Held(NamedTuple):
@@ -404,7 +404,7 @@ class Register:
                 continue
             known = self._held.get(parameter)
             if known is not None and known.gradient() is gradient and known.version == gradient._version:
-                if known.sample is None or known.sample == draws.sample(gradient):
+                if known.sample is None or known.sample == fingerprints.sample(gradient):
                     kept = True
                     continue
                 altered = parameter
@@ -428,7 +428,9 @@ class Register:
     def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
         gradient = parameter.grad
         assert gradient is not None
-        self._held[parameter] = _Held(ref(gradient), gradient._version, draws.sample(gradient) if sampled else None)
+        self._held[parameter] = _Held(
+            ref(gradient), gradient._version, fingerprints.sample(gradient) if sampled else None
+        )
 
     def note_all(self, *, sampled: bool = True) -> None:
         """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
@@ -669,7 +671,7 @@ def origin(inputs: Tensor) -> tuple[Rows, Draw | None]:
 
 
 def _fingerprint(rows: Tensor) -> object:
-    return rows._version, draws.fingerprint(rows)
+    return rows._version, fingerprints.fingerprint(rows)
 
 
 @contextmanager

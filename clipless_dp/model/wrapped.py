@@ -38,7 +38,7 @@ from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.precision import coarse_products, refuse_autocast
-from clipless_dp.sampling import draws
+from clipless_dp.sampling.fingerprints import fingerprint
 
 
 class DPLipModel(nn.Module):
@@ -533,7 +533,7 @@ class DPLipModel(nn.Module):
     def _mark(self, name: str) -> object:
         """As a stamp, but faster: for the time between a forward pass and its backward pass."""
         parameter = self.net.get_parameter(name)
-        return parameter._version, parameter.data_ptr(), draws.fingerprint(parameter)
+        return parameter._version, parameter.data_ptr(), fingerprint(parameter)
 
     def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
         return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)

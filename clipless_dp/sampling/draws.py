@@ -8,27 +8,18 @@ draw up (:func:`use`), so that it amplifies one step.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import math
-import sys
 import threading
 import weakref
-from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from types import CodeType, FrameType
 from typing import Any, NamedTuple, cast
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import get_worker_info
-from torch.utils.data._utils.fetch import _MapDatasetFetcher
-from torch.utils.data.dataloader import _BaseDataLoaderIter
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from clipless_dp.sampling.fingerprints import fingerprint
 
 
 class Source:
@@ -159,167 +150,11 @@ _MOST_HELD = 64
 """Draws in hand whose batches are kept, to know copies of them by what they hold: a loader's threads copy ahead."""
 
 
-@dataclass(eq=False)
-class _Drawn:
-    """A draw whose indices a sampler has handed out.
-
-    Attributes:
-        draw: what its batch is delivered as.
-        key: digest of its indices, whatever their order.
-        count: how many they are.
-        loader: the iterator of a ``DataLoader`` that asked for it, if one did.
-        arrived: whether a batch was made of it.
-    """
-
-    draw: Draw
-    key: bytes
-    count: int
-    loader: weakref.ref[Any] | None = None
-    arrived: bool = False
-
-
-_SAMPLED = 128
-"""Entries that are looked at: each is a miss of the cache."""
-
-_SPARSE = 0.5
-"""Where so large a share of the entries that are looked at is zero, all are summed up."""
-
-
-@lru_cache(maxsize=512)
-def _step(size: int) -> int:
-    """Steps from one entry to the next that is looked at: without a common factor with any axis, so as to meet all rows
-    and columns."""
-    step = max(1, size // _SAMPLED)
-    while math.gcd(step, size) > 1:
-        step += 1
-    return step
-
-
-def fingerprint(values: Tensor) -> object:
-    """Tells tensors apart by entries of each row, where no device is waited for; by all bits where many are zero.
-
-    What is written through ``.data``, or an array that shares memory, counts no versions. ``None`` on other devices.
-    """
-    flat = _in_memory(values)
-    if flat is None:
-        return None
-    if values.dim() < 2 or flat.numel() <= 8 * _PRIME:
-        return _sums_of_bits(flat)
-    some = _as_array(flat)[_places(len(values), flat.numel())]
-    # Padding is not zero, whatever the samples are.
-    sparse = np.count_nonzero(some) < 0.9 * some.size
-    return _sums_of_bits(flat) if sparse else some.tobytes()
-
-
-def fingerprint_of(rows: Rows, inputs: Tensor) -> object:
-    """The same of a batch of which :func:`find` has just said what it is."""
-    known = _delivered.get(inputs)
-    if known is not None and rows.draw is known.draw and rows.base == _names.get(inputs):
-        return known.fingerprint
-    return fingerprint(inputs)
-
-
-def sample(values: Tensor) -> object:
-    """As :func:`fingerprint`, by some of the entries, where few of them are zero."""
-    flat = _in_memory(values)
-    if flat is None:
-        return None
-    some = _some(flat)
-    sparse = np.count_nonzero(some) < (1.0 - _SPARSE) * some.size
-    return _sums_of_bits(flat) if sparse else some.tobytes()
-
-
-def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
-    """The entries that :func:`sample` looks at, in the memory that they are in; ``None`` where that has gaps."""
-    flat = _in_memory(values)
-    if flat is None or flat.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
-        return None
-    return _some(flat)
-
-
-_OF_EACH_ROW = 4
-"""Entries that are looked at: of another row, whose numbers are bits, all of them agree in one case of sixteen."""
-
-
-@lru_cache(maxsize=64)
-def _places(rows: int, size: int) -> np.ndarray[Any, Any]:
-    """Places of some entries of each row, as many as there are rows in the order of memory; others in each process."""
-    drawn = np.random.default_rng().random((rows, _OF_EACH_ROW))
-    places: np.ndarray[Any, Any] = ((np.arange(rows)[:, None] + drawn) * (size / rows)).astype(np.int64)
-    found: np.ndarray[Any, Any] = np.minimum(places, size - 1).ravel()
-    return found
-
-
-def _some(flat: Tensor) -> np.ndarray[Any, Any]:
-    entries = _as_array(flat)
-    return entries[:: _step(entries.size)]
-
-
-def _as_array(flat: Tensor) -> np.ndarray[Any, Any]:
-    entries: np.ndarray[Any, Any] = (
-        flat.view(_INTEGERS[flat.element_size()]) if flat.dtype in _UNKNOWN_TO_NUMPY else flat
-    ).numpy()
-    return entries
-
-
-def _in_memory(values: Tensor) -> Tensor | None:
-    """All entries in the order in which they lie in memory, if that is the processor's; copied if there are gaps."""
-    if not values.is_cpu or values.layout is not torch.strided:
-        return None
-    values = values.detach()
-    if hasattr(values, "to_local"):
-        return _in_memory(values.to_local())
-    if not values.is_contiguous():
-        values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
-    return values.reshape(-1)
-
-
-def _sums_of_bits(flat: Tensor) -> bytes:
-    size = flat.element_size()
-    patterns = flat.view(_INTEGERS[size])
-    if flat.numel() * size <= 8 * _PRIME:
-        short: bytes = patterns.numpy().tobytes()
-        return short
-    if size in (1, 2, 4) and not (flat.numel() * size % 8 or flat.storage_offset() * size % 8):
-        # torch converts narrower integers one by one.
-        patterns = flat.view(torch.int64)
-    whole = len(patterns) // _PRIME * _PRIME
-    sums = patterns[:whole].view(-1, _PRIME).sum(0, dtype=torch.int64)
-    rest: bytes = patterns[whole:].numpy().tobytes()
-    return sums.numpy().tobytes() + rest
-
-
-_PRIME = 509
-"""Places at which entries are summed up apart: without a common factor with the rows' lengths, as a rule."""
-
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-_UNKNOWN_TO_NUMPY = (
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e4m3fnuz,
-    torch.float8_e5m2,
-    torch.float8_e5m2fnuz,
-)
-
-
 _delivered: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _in_hand: list[Draw] = []
-_travelling: dict[int, _Drawn] = {}
-_handed_out: deque[_Drawn] = deque(maxlen=256)
-"""Draws whose batches have not arrived, the latest ones: lists that are copies of their indices are known by them."""
-
 _numbers = itertools.count()
 _lock = threading.Lock()
-
-
-class _Current(threading.local):
-    """The draw that a sampler of this thread has handed out last, until its batch arrives or the sampler ends."""
-
-    drawn: _Drawn | None = None
-
-
-_current = _Current()
 
 
 def deliver(draw: Draw, batch: Any, rows: int) -> None:
@@ -333,7 +168,7 @@ def deliver(draw: Draw, batch: Any, rows: int) -> None:
     draw.rows, draw.amplifies, draw.delivered = rows, torch.is_grad_enabled(), next(_clock)
     draw.thread = threading.get_ident()
     parts = (batch,) if isinstance(batch, Tensor) else tree_leaves(batch)
-    tensors = tuple(part for part in parts if _is_batch(part))
+    tensors = tuple(part for part in parts if is_batch(part))
     with _lock:
         for tensor in tensors:
             _delivered[tensor] = _Delivered(draw, tensor._version, fingerprint(tensor))
@@ -346,7 +181,8 @@ def deliver(draw: Draw, batch: Any, rows: int) -> None:
                 earlier.tensors = ()
 
 
-def _is_batch(part: Any) -> bool:
+def is_batch(part: Any) -> bool:
+    """Whether a part of a batch holds rows that may be trained on."""
     # What inference mode makes cannot be trained on.
     return isinstance(part, Tensor) and part.dim() > 0 and not part.is_inference()
 
@@ -439,6 +275,14 @@ def skip(user: object | None = None) -> int:
             draw.tensors = ()
         _in_hand[:] = [draw for draw in _in_hand if draw not in skipped]
     return count
+
+
+def fingerprint_of(rows: Rows, inputs: Tensor) -> object:
+    """The same of a batch of which :func:`find` has just said what it is."""
+    known = _delivered.get(inputs)
+    if known is not None and rows.draw is known.draw and rows.base == _names.get(inputs):
+        return known.fingerprint
+    return fingerprint(inputs)
 
 
 def is_delivered(tensor: Tensor) -> bool:
@@ -543,233 +387,6 @@ def _span(inputs: Tensor, base: Tensor) -> tuple[int, int] | None:
     if size == 0 or step < 0 or step % size + within >= size:
         return None
     return step // size, step // size + rows
-
-
-def upcoming(draw: Draw, indices: list[int]) -> list[int]:
-    """The indices of a draw, for a ``DataLoader``, whose ``collate_fn`` is to hand its batch to :func:`arrived`."""
-    asking = _frame(_NEXT_INDEX)
-    loader = None if asking is None else weakref.ref(asking.f_locals["self"])
-    drawn = _Drawn(draw, _key(indices) or b"", len(indices), loader)
-    _current.drawn = drawn
-    with _lock:
-        _handed_out.append(drawn)
-    return Indices(indices, drawn)
-
-
-def ended() -> None:
-    """Notes that a sampler of this thread has handed out its last draw, and was asked for another."""
-    _current.drawn = None
-
-
-def _key(indices: Any) -> bytes | None:
-    """Digest of indices, whatever their order; ``None`` for what are no natural numbers."""
-    try:
-        numbers = np.sort(np.asarray(list(indices), dtype=np.int64))
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if numbers.ndim != 1 or (numbers.size and numbers[0] < 0):
-        return None
-    return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
-
-
-class Indices(list[int]):
-    """Indices that say which draw they were when a sampler handed them out."""
-
-    def __init__(self, indices: list[int], drawn: _Drawn) -> None:
-        super().__init__(indices)
-        self.drawn = drawn
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        # Pickled by a loader that sends them to a worker: the draw itself stays here.
-        number = next(_numbers)
-        _travelling[number] = self.drawn
-        return _in_worker, (list(self), number)
-
-    def __copy__(self) -> list[int]:
-        return list(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> list[int]:
-        return list(self)
-
-
-class _Numbered(list[int]):
-    """The same in a worker, where the draw is a number."""
-
-    number: int | None = None
-
-
-def _in_worker(indices: list[int], number: int) -> list[int]:
-    numbered = _Numbered(indices)
-    numbered.number = number
-    return numbered
-
-
-class Fetch(NamedTuple):
-    """What a ``DataLoader`` is making a batch of.
-
-    Attributes:
-        indices: what its sampler gave it.
-        samples: what the data set gave for them.
-        whole: whether that is one batch (``batch_size=None``), and not a list of samples.
-        loader: its iterator, where no worker fetches.
-    """
-
-    indices: Any
-    samples: Any
-    whole: bool
-    loader: Any
-
-    def repeats(self) -> bool:
-        """Whether an index is there more than once."""
-        try:
-            return len(self.indices) > len(set(self.indices))
-        except TypeError:
-            return False
-
-    def made_of(self, samples: Any) -> bool:
-        """Whether a ``collate_fn`` got as many samples as were fetched, and none of them twice.
-
-        Samples that were made anew on the way, augmented say, are taken for those that they were made of.
-        """
-        if self.whole:
-            return all(len(leaf) == len(self.indices) for leaf in tree_leaves(samples) if _is_batch(leaf))
-        fetched = sorted(map(id, self.samples))
-        given = sorted(map(id, samples))
-        once = len(set(given)) == len(given) or len(set(fetched)) < len(fetched)
-        return len(given) == len(fetched) and (given == fetched or (once and not set(given) <= set(fetched)))
-
-
-_FETCH = _MapDatasetFetcher.fetch.__code__
-_NEXT_INDEX = _BaseDataLoaderIter._next_index.__code__
-
-
-def _frame(code: CodeType) -> FrameType | None:
-    """The innermost call of a function that this is called within."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame
-
-
-def fetching() -> Fetch | None:
-    """What the ``DataLoader`` within whose ``collate_fn`` this is called has fetched; ``None`` outside of one.
-
-    A loader hands its ``collate_fn`` samples and not their indices, so those are read from the frame of its call: what
-    a sampler handed out tells nothing about what was fetched.
-    """
-    frame = _frame(_FETCH)
-    if frame is None:
-        return None
-    known, caller = frame.f_locals, frame.f_back
-    loader = None if caller is None else caller.f_locals.get("self")
-    return Fetch(known["possibly_batched_index"], known["data"], not known["self"].auto_collation, loader)
-
-
-def arrived(batch: Any, samples: Any) -> Any:
-    """Delivers a batch that a ``collate_fn`` has made of samples: here, or once a worker has sent it here.
-
-    It is a draw if the indices that were fetched are those of one that a sampler has handed out, in any order. Where no
-    loader is at work, it is taken for the latest one in this thread, if as many samples are there.
-
-    Returns:
-        The batch; in a worker its tensors say, when they are unpickled, what they are.
-    """
-    fetch = fetching()
-    if get_worker_info() is not None:
-        return batch if fetch is None else _marked(batch, fetch, fetch.made_of(samples))
-    if fetch is None:
-        drawn = _current.drawn
-        if drawn is not None and drawn.loader is None:
-            _arrive(drawn, batch if len(samples) == drawn.count else ())
-        return batch
-    key = _key(fetch.indices)
-    drawn = _drawn_as(fetch.indices.drawn if isinstance(fetch.indices, Indices) else None, key)
-    if drawn is None and _current.drawn is not None and _current.drawn.loader is not None:
-        # What this loader has just asked for, whatever became of it on the way; a loader beside it asked for nothing.
-        drawn = _current.drawn if _current.drawn.loader() is fetch.loader else None
-    if drawn is not None:
-        # Where indices or samples were changed on the way there is a draw, and this is not it.
-        _arrive(drawn, batch if drawn.key == key and fetch.made_of(samples) else ())
-    return batch
-
-
-def _drawn_as(own: _Drawn | None, key: bytes | None) -> _Drawn | None:
-    """The draw that a list of indices is by itself, or else by what it holds."""
-    if own is not None:
-        return own
-    with _lock:
-        return next((drawn for drawn in _handed_out if drawn.key == key), None)
-
-
-def _arrive(drawn: _Drawn, batch: Any) -> None:
-    """Delivers the batch of a draw, unless it is one already."""
-    with _lock:
-        again, drawn.arrived = drawn.arrived, True
-        if drawn in _handed_out:
-            _handed_out.remove(drawn)
-    if _current.drawn is drawn:
-        _current.drawn = None
-    if not again:
-        deliver(drawn.draw, batch, drawn.count)
-
-
-class _Marked(Tensor):
-    """A tensor of a batch that a worker has made, as any other but for how it is pickled."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    made: _Made
-    place: int
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, tuple[Any, ...]]:
-        return _one_of, (self.made, self.place)
-
-
-class _Made:
-    """All tensors of such a batch, which is delivered where one of them is unpickled.
-
-    What else is done to the batch in the worker shows there as it would here: in other tensors, or, where these were
-    written to, in what is noted about them.
-    """
-
-    def __init__(self, tensors: Sequence[Tensor], number: int | None, key: bytes | None, whole: bool) -> None:
-        self.tensors = list(tensors)
-        self.number = number
-        self.key = key
-        self.whole = whole
-        self.noted = [(tensor._version, fingerprint(tensor)) for tensor in tensors]
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        unchanged = self.noted == [(tensor._version, fingerprint(tensor)) for tensor in self.tensors]
-        return _unpacked, (self.tensors, self.number, self.key, self.whole and unchanged)
-
-
-def _marked(batch: Any, fetch: Fetch, whole: bool) -> Any:
-    """A batch of a worker whose tensors know what it is."""
-    tensors = [leaf for leaf in tree_leaves(batch) if type(leaf) is Tensor and _is_batch(leaf)]
-    made = _Made(tensors, getattr(fetch.indices, "number", None), _key(fetch.indices), whole)
-    places = {id(tensor): place for place, tensor in enumerate(tensors)}
-
-    def marked(leaf: Any) -> Any:
-        if id(leaf) not in places:
-            return leaf
-        known = leaf.as_subclass(_Marked)
-        known.made, known.place = made, places[id(leaf)]
-        return known
-
-    return tree_map(marked, batch)
-
-
-def _unpacked(tensors: list[Tensor], number: int | None, key: bytes | None, whole: bool) -> list[Tensor]:
-    own = None if number is None else _travelling.pop(number, None)
-    drawn = _drawn_as(own, key) if get_worker_info() is None else None
-    if drawn is not None:
-        drawn.draw.reached = False
-        _arrive(drawn, tensors if whole and drawn.key == key else ())
-    return tensors
-
-
-def _one_of(tensors: list[Tensor], place: int) -> Tensor:
-    return tensors[place]
 
 
 def overlapping(passed: list[Rows]) -> bool:

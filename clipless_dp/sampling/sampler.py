@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorData
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
-from clipless_dp.sampling import draws, persons
+from clipless_dp.sampling import draws, loaders, persons
 
 
 def _checked(sample_rate: float, steps: int, start: int) -> None:
@@ -70,8 +70,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         made = self.numbered()
         for indices in self.draws():
-            yield draws.upcoming(next(made), indices.tolist())
-        draws.ended()
+            yield loaders.upcoming(next(made), indices.tolist())
+        loaders.ended()
 
     def numbered(self) -> Iterator[draws.Draw]:
         """What the batches of one iteration are delivered as, see :func:`clipless_dp.sampling.draws.deliver`."""
@@ -177,7 +177,7 @@ class _Collate:
         self.by_memory = by_memory
 
     def __call__(self, samples: Any) -> Any:
-        fetch = draws.fetching()
+        fetch = loaders.fetching()
         whole = fetch is not None and fetch.whole
         rows = self.by_memory and not whole and [sample[0].data_ptr() for sample in samples]
         if (fetch is not None and fetch.repeats()) or (rows and len(set(rows)) < len(rows)):
@@ -188,5 +188,5 @@ class _Collate:
         if whole:
             # The data set was asked for a draw at once.
             samples = default_convert(samples)
-            return draws.arrived(samples, samples)
-        return draws.arrived(default_collate(samples) if samples else _emptied(self.empty), samples)
+            return loaders.arrived(samples, samples)
+        return loaders.arrived(default_collate(samples) if samples else _emptied(self.empty), samples)

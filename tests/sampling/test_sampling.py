@@ -21,7 +21,7 @@ from clipless_dp import (
     PrivacyError,
     poisson_collate,
 )
-from clipless_dp.sampling import as_tensors
+from clipless_dp.sampling import as_tensors, fingerprints, loaders
 from clipless_dp.sampling import draws as draws_module
 from tests.support import drawn_on_both_sides_of_a_fork, gated_model, samples
 
@@ -492,17 +492,17 @@ def test_a_data_set_that_is_asked_for_a_whole_draw_keeps_the_amplification(worke
     ids=["other indices", "other indices in a worker", "other samples"],
 )
 def test_a_weakened_look_at_what_was_fetched_is_caught(monkeypatch, name, there, instead, script):
-    source = inspect.getsource(getattr(draws_module, name))
+    source = inspect.getsource(getattr(loaders, name))
     assert source.count(there) == 1
     weakened = {}
-    exec(source.replace(there, instead), draws_module.__dict__, weakened)
-    monkeypatch.setattr(draws_module, name, weakened[name])
+    exec(source.replace(there, instead), loaders.__dict__, weakened)
+    monkeypatch.setattr(loaders, name, weakened[name])
     assert charged(script()) == [(1.0, RATE, 3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
 def test_entries_of_short_floats_are_looked_at(dtype):
     values = torch.ones(64).to(dtype)
-    before = draws_module.sample(values)
+    before = fingerprints.sample(values)
     values.view(torch.int8)[0] += 1
-    assert draws_module.sample(values) != before
+    assert fingerprints.sample(values) != before

@@ -1,0 +1,126 @@
+"""What tells tensors apart by their bits, where autograd's counters of versions say nothing."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_SAMPLED = 128
+"""Entries that are looked at: each is a miss of the cache."""
+
+_SPARSE = 0.5
+"""Where so large a share of the entries that are looked at is zero, all are summed up."""
+
+
+@lru_cache(maxsize=512)
+def _step(size: int) -> int:
+    """Steps from one entry to the next that is looked at: without a common factor with any axis, so as to meet all rows
+    and columns."""
+    step = max(1, size // _SAMPLED)
+    while math.gcd(step, size) > 1:
+        step += 1
+    return step
+
+
+def fingerprint(values: Tensor) -> object:
+    """Tells tensors apart by entries of each row, where no device is waited for; by all bits where many are zero.
+
+    What is written through ``.data``, or an array that shares memory, counts no versions. ``None`` on other devices.
+    """
+    flat = _in_memory(values)
+    if flat is None:
+        return None
+    if values.dim() < 2 or flat.numel() <= 8 * _PRIME:
+        return _sums_of_bits(flat)
+    some = _as_array(flat)[_places(len(values), flat.numel())]
+    # Padding is not zero, whatever the samples are.
+    sparse = np.count_nonzero(some) < 0.9 * some.size
+    return _sums_of_bits(flat) if sparse else some.tobytes()
+
+
+def sample(values: Tensor) -> object:
+    """As :func:`fingerprint`, by some of the entries, where few of them are zero."""
+    flat = _in_memory(values)
+    if flat is None:
+        return None
+    some = _some(flat)
+    sparse = np.count_nonzero(some) < (1.0 - _SPARSE) * some.size
+    return _sums_of_bits(flat) if sparse else some.tobytes()
+
+
+def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
+    """The entries that :func:`sample` looks at, in the memory that they are in; ``None`` where that has gaps."""
+    flat = _in_memory(values)
+    if flat is None or flat.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
+        return None
+    return _some(flat)
+
+
+_OF_EACH_ROW = 4
+"""Entries that are looked at: of another row, whose numbers are bits, all of them agree in one case of sixteen."""
+
+
+@lru_cache(maxsize=64)
+def _places(rows: int, size: int) -> np.ndarray[Any, Any]:
+    """Places of some entries of each row, as many as there are rows in the order of memory; others in each process."""
+    drawn = np.random.default_rng().random((rows, _OF_EACH_ROW))
+    places: np.ndarray[Any, Any] = ((np.arange(rows)[:, None] + drawn) * (size / rows)).astype(np.int64)
+    found: np.ndarray[Any, Any] = np.minimum(places, size - 1).ravel()
+    return found
+
+
+def _some(flat: Tensor) -> np.ndarray[Any, Any]:
+    entries = _as_array(flat)
+    return entries[:: _step(entries.size)]
+
+
+def _as_array(flat: Tensor) -> np.ndarray[Any, Any]:
+    entries: np.ndarray[Any, Any] = (
+        flat.view(_INTEGERS[flat.element_size()]) if flat.dtype in _UNKNOWN_TO_NUMPY else flat
+    ).numpy()
+    return entries
+
+
+def _in_memory(values: Tensor) -> Tensor | None:
+    """All entries in the order in which they lie in memory, if that is the processor's; copied if there are gaps."""
+    if not values.is_cpu or values.layout is not torch.strided:
+        return None
+    values = values.detach()
+    if hasattr(values, "to_local"):
+        return _in_memory(values.to_local())
+    if not values.is_contiguous():
+        values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
+    return values.reshape(-1)
+
+
+def _sums_of_bits(flat: Tensor) -> bytes:
+    size = flat.element_size()
+    patterns = flat.view(_INTEGERS[size])
+    if flat.numel() * size <= 8 * _PRIME:
+        short: bytes = patterns.numpy().tobytes()
+        return short
+    if size in (1, 2, 4) and not (flat.numel() * size % 8 or flat.storage_offset() * size % 8):
+        # torch converts narrower integers one by one.
+        patterns = flat.view(torch.int64)
+    whole = len(patterns) // _PRIME * _PRIME
+    sums = patterns[:whole].view(-1, _PRIME).sum(0, dtype=torch.int64)
+    rest: bytes = patterns[whole:].numpy().tobytes()
+    return sums.numpy().tobytes() + rest
+
+
+_PRIME = 509
+"""Places at which entries are summed up apart: without a common factor with the rows' lengths, as a rule."""
+
+_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+_UNKNOWN_TO_NUMPY = (
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+)

@@ -1,0 +1,292 @@
+"""Draws on their way through a ``DataLoader``, to be delivered where their batches arrive.
+
+A loader hands its ``collate_fn`` samples, and not the indices that it fetched them by; and its workers make batches in
+other processes. What was fetched is read from the loader, and held against what the sampler has handed out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import sys
+import threading
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.data import get_worker_info
+from torch.utils.data._utils.fetch import _MapDatasetFetcher
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from clipless_dp.sampling.draws import Draw, deliver, is_batch
+from clipless_dp.sampling.fingerprints import fingerprint
+
+
+@dataclass(eq=False)
+class _Drawn:
+    """A draw whose indices a sampler has handed out.
+
+    Attributes:
+        draw: what its batch is delivered as.
+        key: digest of its indices, whatever their order.
+        count: how many they are.
+        loader: the iterator of a ``DataLoader`` that asked for it, if one did.
+        arrived: whether a batch was made of it.
+    """
+
+    draw: Draw
+    key: bytes
+    count: int
+    loader: weakref.ref[Any] | None = None
+    arrived: bool = False
+
+
+_travelling: dict[int, _Drawn] = {}
+_handed_out: deque[_Drawn] = deque(maxlen=256)
+"""Draws whose batches have not arrived, the latest ones: lists that are copies of their indices are known by them."""
+
+_numbers = itertools.count()
+_lock = threading.Lock()
+
+
+class _Current(threading.local):
+    """The draw that a sampler of this thread has handed out last, until its batch arrives or the sampler ends."""
+
+    drawn: _Drawn | None = None
+
+
+_current = _Current()
+
+
+def upcoming(draw: Draw, indices: list[int]) -> list[int]:
+    """The indices of a draw, for a ``DataLoader``, whose ``collate_fn`` is to hand its batch to :func:`arrived`."""
+    asking = _frame(_NEXT_INDEX)
+    loader = None if asking is None else weakref.ref(asking.f_locals["self"])
+    drawn = _Drawn(draw, _key(indices) or b"", len(indices), loader)
+    _current.drawn = drawn
+    with _lock:
+        _handed_out.append(drawn)
+    return Indices(indices, drawn)
+
+
+def ended() -> None:
+    """Notes that a sampler of this thread has handed out its last draw, and was asked for another."""
+    _current.drawn = None
+
+
+def _key(indices: Any) -> bytes | None:
+    """Digest of indices, whatever their order; ``None`` for what are no natural numbers."""
+    try:
+        numbers = np.sort(np.asarray(list(indices), dtype=np.int64))
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if numbers.ndim != 1 or (numbers.size and numbers[0] < 0):
+        return None
+    return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
+
+
+class Indices(list[int]):
+    """Indices that say which draw they were when a sampler handed them out."""
+
+    def __init__(self, indices: list[int], drawn: _Drawn) -> None:
+        super().__init__(indices)
+        self.drawn = drawn
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        # Pickled by a loader that sends them to a worker: the draw itself stays here.
+        number = next(_numbers)
+        _travelling[number] = self.drawn
+        return _in_worker, (list(self), number)
+
+    def __copy__(self) -> list[int]:
+        return list(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> list[int]:
+        return list(self)
+
+
+class _Numbered(list[int]):
+    """The same in a worker, where the draw is a number."""
+
+    number: int | None = None
+
+
+def _in_worker(indices: list[int], number: int) -> list[int]:
+    numbered = _Numbered(indices)
+    numbered.number = number
+    return numbered
+
+
+class Fetch(NamedTuple):
+    """What a ``DataLoader`` is making a batch of.
+
+    Attributes:
+        indices: what its sampler gave it.
+        samples: what the data set gave for them.
+        whole: whether that is one batch (``batch_size=None``), and not a list of samples.
+        loader: its iterator, where no worker fetches.
+    """
+
+    indices: Any
+    samples: Any
+    whole: bool
+    loader: Any
+
+    def repeats(self) -> bool:
+        """Whether an index is there more than once."""
+        try:
+            return len(self.indices) > len(set(self.indices))
+        except TypeError:
+            return False
+
+    def made_of(self, samples: Any) -> bool:
+        """Whether a ``collate_fn`` got as many samples as were fetched, and none of them twice.
+
+        Samples that were made anew on the way, augmented say, are taken for those that they were made of.
+        """
+        if self.whole:
+            return all(len(leaf) == len(self.indices) for leaf in tree_leaves(samples) if is_batch(leaf))
+        fetched = sorted(map(id, self.samples))
+        given = sorted(map(id, samples))
+        once = len(set(given)) == len(given) or len(set(fetched)) < len(fetched)
+        return len(given) == len(fetched) and (given == fetched or (once and not set(given) <= set(fetched)))
+
+
+_FETCH = _MapDatasetFetcher.fetch.__code__
+_NEXT_INDEX = _BaseDataLoaderIter._next_index.__code__
+
+
+def _frame(code: CodeType) -> FrameType | None:
+    """The innermost call of a function that this is called within."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def fetching() -> Fetch | None:
+    """What the ``DataLoader`` within whose ``collate_fn`` this is called has fetched; ``None`` outside of one.
+
+    A loader hands its ``collate_fn`` samples and not their indices, so those are read from the frame of its call: what
+    a sampler handed out tells nothing about what was fetched.
+    """
+    frame = _frame(_FETCH)
+    if frame is None:
+        return None
+    known, caller = frame.f_locals, frame.f_back
+    loader = None if caller is None else caller.f_locals.get("self")
+    return Fetch(known["possibly_batched_index"], known["data"], not known["self"].auto_collation, loader)
+
+
+def arrived(batch: Any, samples: Any) -> Any:
+    """Delivers a batch that a ``collate_fn`` has made of samples: here, or once a worker has sent it here.
+
+    It is a draw if the indices that were fetched are those of one that a sampler has handed out, in any order. Where no
+    loader is at work, it is taken for the latest one in this thread, if as many samples are there.
+
+    Returns:
+        The batch; in a worker its tensors say, when they are unpickled, what they are.
+    """
+    fetch = fetching()
+    if get_worker_info() is not None:
+        return batch if fetch is None else _marked(batch, fetch, fetch.made_of(samples))
+    if fetch is None:
+        drawn = _current.drawn
+        if drawn is not None and drawn.loader is None:
+            _arrive(drawn, batch if len(samples) == drawn.count else ())
+        return batch
+    key = _key(fetch.indices)
+    drawn = _drawn_as(fetch.indices.drawn if isinstance(fetch.indices, Indices) else None, key)
+    if drawn is None and _current.drawn is not None and _current.drawn.loader is not None:
+        # What this loader has just asked for, whatever became of it on the way; a loader beside it asked for nothing.
+        drawn = _current.drawn if _current.drawn.loader() is fetch.loader else None
+    if drawn is not None:
+        # Where indices or samples were changed on the way there is a draw, and this is not it.
+        _arrive(drawn, batch if drawn.key == key and fetch.made_of(samples) else ())
+    return batch
+
+
+def _drawn_as(own: _Drawn | None, key: bytes | None) -> _Drawn | None:
+    """The draw that a list of indices is by itself, or else by what it holds."""
+    if own is not None:
+        return own
+    with _lock:
+        return next((drawn for drawn in _handed_out if drawn.key == key), None)
+
+
+def _arrive(drawn: _Drawn, batch: Any) -> None:
+    """Delivers the batch of a draw, unless it is one already."""
+    with _lock:
+        again, drawn.arrived = drawn.arrived, True
+        if drawn in _handed_out:
+            _handed_out.remove(drawn)
+    if _current.drawn is drawn:
+        _current.drawn = None
+    if not again:
+        deliver(drawn.draw, batch, drawn.count)
+
+
+class _Marked(Tensor):
+    """A tensor of a batch that a worker has made, as any other but for how it is pickled."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    made: _Made
+    place: int
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, tuple[Any, ...]]:
+        return _one_of, (self.made, self.place)
+
+
+class _Made:
+    """All tensors of such a batch, which is delivered where one of them is unpickled.
+
+    What else is done to the batch in the worker shows there as it would here: in other tensors, or, where these were
+    written to, in what is noted about them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], number: int | None, key: bytes | None, whole: bool) -> None:
+        self.tensors = list(tensors)
+        self.number = number
+        self.key = key
+        self.whole = whole
+        self.noted = [(tensor._version, fingerprint(tensor)) for tensor in tensors]
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        unchanged = self.noted == [(tensor._version, fingerprint(tensor)) for tensor in self.tensors]
+        return _unpacked, (self.tensors, self.number, self.key, self.whole and unchanged)
+
+
+def _marked(batch: Any, fetch: Fetch, whole: bool) -> Any:
+    """A batch of a worker whose tensors know what it is."""
+    tensors = [leaf for leaf in tree_leaves(batch) if type(leaf) is Tensor and is_batch(leaf)]
+    made = _Made(tensors, getattr(fetch.indices, "number", None), _key(fetch.indices), whole)
+    places = {id(tensor): place for place, tensor in enumerate(tensors)}
+
+    def marked(leaf: Any) -> Any:
+        if id(leaf) not in places:
+            return leaf
+        known = leaf.as_subclass(_Marked)
+        known.made, known.place = made, places[id(leaf)]
+        return known
+
+    return tree_map(marked, batch)
+
+
+def _unpacked(tensors: list[Tensor], number: int | None, key: bytes | None, whole: bool) -> list[Tensor]:
+    own = None if number is None else _travelling.pop(number, None)
+    drawn = _drawn_as(own, key) if get_worker_info() is None else None
+    if drawn is not None:
+        drawn.draw.reached = False
+        _arrive(drawn, tensors if whole and drawn.key == key else ())
+    return tensors
+
+
+def _one_of(tensors: list[Tensor], place: int) -> Tensor:
+    return tensors[place]
