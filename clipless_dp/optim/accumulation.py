@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
-from clipless_dp.optim.ranks import Ranks
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
 
@@ -18,7 +18,7 @@ BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def accumulate(
     model: DPLipModel,
-    ranks: Ranks,
+    here: Placement,
     batch: tuple[Tensor, Tensor, Tensor],
     *,
     augment: Augmentation | None,
@@ -46,11 +46,11 @@ def accumulate(
             "accumulate each draw once, with multiplicity=K for several views of its samples, then step()"
         )
     size = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
-    ranks.reshard_()
+    here.reshard_()
     total = torch.zeros((), device=inputs.device)
     pieces = list(zip(inputs.split(size), targets.split(size), mask.split(size), strict=True))
-    pieces += [(inputs[:0], targets[:0], mask[:0])] * (ranks.most(len(pieces)) - len(pieces))
-    with register.apart(rows, beside, views=multiplicity), ranks.passing():
+    with here.passing(len(pieces)) as count, register.apart(rows, beside, views=multiplicity):
+        pieces += [(inputs[:0], targets[:0], mask[:0])] * (count - len(pieces))
         for _ in range(multiplicity):
             for some, wanted, counts in pieces:
                 seen = some if augment is None or not len(some) else views(augment, some, counts, model.randomness)

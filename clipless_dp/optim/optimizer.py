@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from accounting import Accountant, create_accountant
 from clipless_dp.arguments import require_accountant
 from clipless_dp.bounds.sensitivity import Sensitivity
+from clipless_dp.bounds.stamp import stamp
+from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import Allocation, NoiseSource, allocate, noise_source, source_name
@@ -23,7 +25,6 @@ from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, refuse_to_step_after
 from clipless_dp.optim.parameters import Protected, refuse_closures, to_release
 from clipless_dp.optim.plan import NoisePlan
-from clipless_dp.optim.ranks import Ranks
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
 
@@ -63,6 +64,9 @@ class CliplessDPOptimizer(Optimizer):
         budget: ``(ε, δ)`` that the ledger is never to exceed: the step that would is refused with
             :class:`BudgetExhaustedError` before anything of it is released. ``None``: no limit.
 
+    Attributes:
+        placement: where the model was when the optimizer was made, in how many processes and which part in each.
+
     Raises:
         ConfigurationError: an argument is out of range.
         PrivacyError: the base optimizer holds parameters that the model does not protect.
@@ -89,7 +93,9 @@ class CliplessDPOptimizer(Optimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
-        ranks = Ranks(model)
+        placement.refuse_averages(model)
+        model.placement.reshard_()
+        self.placement = model.place()
         refuse_closures(base_optimizer)
         if not 0.0 < sample_rate <= 1.0:
             raise ConfigurationError(
@@ -114,7 +120,6 @@ class CliplessDPOptimizer(Optimizer):
         )
         self.budget = budget
         self.steps_taken = 0
-        self._ranks = ranks
         self._books = Books(model)
         self._plan = NoisePlan()
         self._protected = Protected(model)
@@ -126,8 +131,10 @@ class CliplessDPOptimizer(Optimizer):
         model.register.drop()
         model.expect_rows(self.expected_batch_size)
         model.forget_factors()
+        self.placement.join(self._shared_settings(), model.settle_)
+        # One run: its steps are counted once, whichever rank writes the checkpoint.
         run = self._books.run
-        run.name = ranks.join(self._shared_settings, run.name)
+        run.name = self.placement.from_first(lambda: run.name)
         model.sensitivity()
         self._books.open(self._require_protected())
 
@@ -213,7 +220,7 @@ class CliplessDPOptimizer(Optimizer):
         """
         return accumulation.accumulate(
             self.model,
-            self._ranks,
+            self.placement,
             batch,
             augment=augment,
             multiplicity=multiplicity,
@@ -375,7 +382,7 @@ class CliplessDPOptimizer(Optimizer):
                 "format": STATE_FORMAT,
                 "steps_taken": self.steps_taken,
                 "accountant": self.accountant.state_dict(),
-                **self._books.state(self.accountant.ledger, bits=self._ranks.whole),
+                **self._books.state(self.accountant.ledger, bits=self.placement.is_whole),
             },
         }
 
@@ -391,7 +398,6 @@ class CliplessDPOptimizer(Optimizer):
         """
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
         self.accountant.ledger = saved.ledger.merge(self.accountant.ledger)
-        self._ranks.compare_anew()
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
@@ -403,19 +409,18 @@ class CliplessDPOptimizer(Optimizer):
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
         """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
-        self._ranks.reshard_()
+        self.model.placement.reshard_()
         if parameters is None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return self._protected.including(parameters)
 
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
-        self._ranks.require_same()
         named = self._require_protected()
-        self._ranks.require_sums()
+        self.placement.require_ready()
         register = self.model.register
         passed = register.witnessed()
-        terms = Terms(self._sampling, self.sample_rate, self._made, self._ranks.several, self)
+        terms = Terms(self._sampling, self.sample_rate, self._made, self.placement.world.size > 1, self)
         if not passed:
             taker = None if register.taker is None else register.taker()
             refuse_to_step_after(None if taker is self else taker, terms)
@@ -435,20 +440,23 @@ class CliplessDPOptimizer(Optimizer):
         if passed:
             register.taker = ref(self)
         gradients, scales = to_release(named, deviations, passed=bool(passed))
-        self._ranks.release_(
+        self.placement.release_(
             gradients,
             scales,
             self.noise,
             1.0 / self.expected_batch_size,
-            steps_taken=self.steps_taken,
-            ledger=self.accountant.ledger,
+            step=self.steps_taken,
+            ledger=lambda: self.accountant.ledger.entries,
+            weights=lambda: [stamp(parameter)[2:] for parameter in self.model.net.parameters()],
         )
         self.model.project_gradients_()
         register.note_all(sampled=False)
 
     def _shared_settings(self) -> dict[str, object]:
         """What must be the same on all ranks."""
+        named = self.model.net.named_parameters()
         return {
+            "parameters": [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in named],
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": self.sample_rate,
             "dataset_size": self.dataset_size,

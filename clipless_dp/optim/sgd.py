@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from accounting import Accountant
+from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.optim.optimizer import CliplessDPOptimizer
-from clipless_dp.optim.ranks import own_parameters
 
 
 class CliplessDPSGD(CliplessDPOptimizer):
@@ -51,7 +51,9 @@ class CliplessDPSGD(CliplessDPOptimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
-        parameters = own_parameters(model)
+        placement.refuse_averages(model)
+        model.placement.reshard_()
+        parameters = list(model.net.parameters())
         if not parameters:
             raise ConfigurationError("the network has no parameters to train")
         base = torch.optim.SGD(

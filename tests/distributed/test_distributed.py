@@ -31,7 +31,7 @@ from clipless_dp import (
     layers,
     losses,
 )
-from clipless_dp.distributed import World, placement
+from clipless_dp.distributed import World, placement, replicated
 from clipless_dp.sampling import draws, persons
 from clipless_dp.statistics import private_moments
 from tests.ranks import (
@@ -157,11 +157,11 @@ MUTANTS = {
         noise_shared_among_ranks_and_one_forgotten,
     )
 }
-release_ = distributed.release_
+release_ = replicated.release_
 
 
 def apply_mutant(name: str) -> None:
-    distributed.release_ = MUTANTS.get(name, release_)
+    replicated.release_ = MUTANTS.get(name, release_)
 
 
 def as_one_process(steps: int = 4):
@@ -510,8 +510,7 @@ def test_more_ranks_than_samples_are_refused(monkeypatch):
 def test_a_process_group_that_starts_too_late_is_noticed(monkeypatch):
     sampler = PoissonBatchSampler(20, sample_rate=0.5, steps=1)
     optimizer = sgd(gated_model(), sampling="poisson")
-    for module in (placement, distributed):
-        monkeypatch.setattr(module, "world", lambda: World(0, 2))
+    monkeypatch.setattr(placement, "world", lambda: World(0, 2))
     with pytest.raises(ConfigurationError, match="process group"):
         next(sampler.draws())
     with pytest.raises(PrivacyError, match="process group"):

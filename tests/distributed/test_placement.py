@@ -7,12 +7,15 @@ import inspect
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from clipless_dp import ConfigurationError, PrivacyError, ReproducibleNoise
 from clipless_dp.distributed import OneProcess, Placement, Replicated, Sharded, World, placement
 from clipless_dp.distributed.placement import Change
-from tests.ranks import Failure, Ranks
+from tests.ranks import Failure, Ranks, sgd
 from tests.support import gated_model
+
+fsdp = pytest.importorskip("torch.distributed.fsdp")
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +192,32 @@ def test_all_lines_of_a_ledger_are_compared_once_it_is_another_one(ranks) -> Non
     for failure in ranks.run(another_ledger_in_place_of_the_compared_one):
         assert failure.kind == "RankError"
         assert "differ in ledger" in failure.message
+
+
+def stepped(parts: bool):
+    """The runs in the ledger behind a step, and whether a state tells the bits of the weights."""
+    model = gated_model()
+    if parts:
+        fsdp.fully_shard(model, mesh=init_device_mesh("cpu", (placement.world().size,)))
+    optimizer = sgd(model, sampling="poisson")
+    optimizer.step()
+    return optimizer.accountant.ledger.runs, optimizer.state_dict()["clipless_dp"]["weights"] is not None
+
+
+def test_a_step_of_all_ranks_is_of_one_run(ranks) -> None:
+    (first, _), (second, _) = ranks.run(stepped, False)
+    assert first == second
+    assert [*first.values()] == [1]
+
+
+@pytest.mark.skipif(
+    not hasattr(getattr(fsdp, "FSDPModule", None), "set_force_sum_reduction_for_comms"),
+    reason="this torch cannot sum sharded gradients",
+)
+def test_a_state_tells_the_bits_of_whole_weights_only(ranks) -> None:
+    assert [told for _, told in ranks.run(stepped, False)] == [True, True]
+    # A rank knows those of its own part, and a state is one of whole weights.
+    assert [told for _, told in ranks.run(stepped, True)] == [False, False]
 
 
 def test_a_process_group_that_torchrun_promises_is_waited_for(monkeypatch) -> None:

@@ -28,8 +28,8 @@ from clipless_dp import (
     register_rule,
 )
 from clipless_dp.checkpoint import load_checkpoint
+from clipless_dp.distributed import placement
 from clipless_dp.distributed import shards as sharding
-from clipless_dp.optim import ranks as ranks_module
 from clipless_dp.rules.linear import linear_rule
 from clipless_dp.training.memory import traffic
 from tests.ranks import (
@@ -155,7 +155,7 @@ def trained(net: str, units: str | None, mutant: str = ""):
         torch._foreach_mul_(tensors, factor)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ranks_module, "add_normal_", scale_)
+        patch.setattr(placement, "add_normal_", scale_)
         if mutant == "mean in place of the sum":
             patch.setattr(sharding, "sum_shards_", lambda _: None)
         elif mutant == "sums in the model's own unit only":
@@ -286,11 +286,11 @@ def noise_in_parts(units: str, mutant: str = "", rounds: int = 12):
     fully_shard(model)
     optimizer = CliplessDPSGD(model, lr=1.0, **{**SETTINGS, "sampling": "poisson"})  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        honest = ranks_module.add_normal_
+        honest = placement.add_normal_
         if mutant == "on one rank only" and distributed.world().rank == 1:
-            patch.setattr(ranks_module, "add_normal_", lambda *_: None)
+            patch.setattr(placement, "add_normal_", lambda *_: None)
         elif mutant == "twice":
-            patch.setattr(ranks_module, "add_normal_", lambda *given: (honest(*given), honest(*given)))
+            patch.setattr(placement, "add_normal_", lambda *given: (honest(*given), honest(*given)))
         elif mutant == "the same on all ranks":
             optimizer.noise = ReproducibleNoise(3)
             optimizer.noise.reproducible = False
