@@ -45,7 +45,7 @@ FLOORS = (
 TO_MOVE: dict[str, str] = {}
 """Modules that lie at the root, and the rooms that they belong to."""
 
-TO_WIRE = {"optim", "training"}
+TO_WIRE = {"optim"}
 """Rooms that still ask about processes and parts by themselves, beside the placement. This only ever shrinks."""
 
 BREACHES: set[str] = set()
