@@ -365,6 +365,26 @@ def test_an_error_before_the_first_step_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["a new ledger", "a ledger that holds its steps already"])
+def test_a_run_that_goes_on_hands_on_its_ledger_even_if_it_fails_before_a_step_of_its_own(tmp_path, given):
+    path, fault = tmp_path / "run.pt", Fault("unreadable")
+    with power_cut(8) as raised:
+        fit(gated_model(), samples(300), checkpoint=path, **QUICK)
+    ledger = {"accountant": raised.value.private_optimizer.accountant} if given else {}
+    model, written = gated_model(), path.read_bytes()
+    with pytest.raises(Fault):
+        fit(model, Failing(5, fault), checkpoint=path, **{**QUICK, **ledger})
+    former = fault.private_optimizer
+    assert (former.steps_taken, len(former.accountant)) == (8, 8)
+    if hasattr(fault, "__notes__"):
+        assert f"8 private steps were taken. {path} counts them." in fault.__notes__[0]
+    assert path.read_bytes() == written, "it counts them already"
+    # The model holds the weights of these steps.
+    result = fit(model, samples(300), **{**QUICK, "accountant": former.accountant})
+    assert len(result.optimizer.accountant) == 20
+    assert not result.optimizer.ledger_is_incomplete()
+
+
 HOOKS = {
     "before the charge": (register_optimizer_step_pre_hook, CliplessDPOptimizer),
     "update": (register_optimizer_step_pre_hook, torch.optim.SGD),

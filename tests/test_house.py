@@ -42,12 +42,6 @@ FLOORS = (
 )
 """Rooms of the package, floor by floor from the ground up."""
 
-TO_MOVE: dict[str, str] = {}
-"""Modules that lie at the root, and the rooms that they belong to."""
-
-TO_WIRE = {"training"}
-"""Rooms that still ask about processes and parts by themselves, beside the placement. This only ever shrinks."""
-
 BREACHES: set[str] = set()
 """What breaks the contract, as :func:`breaches` writes it. This list only ever shrinks."""
 
@@ -105,8 +99,7 @@ def _path(node: ast.expr) -> str:
 
 def room(module: str) -> str:
     """The room that a module is in."""
-    name = module.split(".")[1] if "." in module else "__init__"
-    return TO_MOVE.get(name, name)
+    return module.split(".")[1] if "." in module else "__init__"
 
 
 def breaches(found: Iterable[Import]) -> set[str]:
@@ -174,7 +167,7 @@ def test_only_placement_is_asked_about_processes_and_parts() -> None:
         f"{room(importer)} -> {source}"
         for importer, source, name in imports(ROOT, "clipless_dp")
         # The public name ``clipless_dp.distributed`` and, on the way to it, the package itself.
-        if room(source) == "distributed" and room(importer) not in ("distributed", "__init__", *TO_WIRE)
+        if room(source) == "distributed" and room(importer) not in ("distributed", "__init__")
     }
     assert asked
     assert {line for line in asked if not line.endswith(" -> clipless_dp.distributed.placement")} == set()
@@ -183,8 +176,6 @@ def test_only_placement_is_asked_about_processes_and_parts() -> None:
 def test_each_room_has_one_floor() -> None:
     names = " ".join(FLOORS).split()
     assert len(names) == len(set(names))
-    assert set(TO_MOVE.values()) <= set(names)
-    assert not set(TO_MOVE) & set(names)
 
 
 HOUSE = {

@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.distributed.ranks import copy_from_, from_first, on_any, together, world
-from clipless_dp.distributed.units import groups, is_sharded, reshard_, units_of
-from clipless_dp.distributed.units import has_shards as has_shards
+from clipless_dp.distributed.units import groups, is_sharded, units_of
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
 from clipless_dp.modules import is_hooked
 
 Value = TypeVar("Value")
-
-part_ = reshard_
 
 
 def check_shards(model: nn.Module, parameters: Iterable[Tensor]) -> None:

@@ -12,10 +12,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from accounting import Accountant
-from clipless_dp import distributed
 from clipless_dp.arguments import require_accountant
 from clipless_dp.checkpoint import check_writable
-from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.averaging import WeightAverage
@@ -93,10 +91,11 @@ def fit(
         RankError: the data of the ranks differs (:func:`clipless_dp.sampling.persons.require_alike`).
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
-        Whatever interrupts training after a step (what the data set raises, Ctrl-C, ...) leaves weights in ``model``
-        that only the latest ledger counts. It is raised as it is; before that, a checkpoint with that ledger is
-        written, if there is a path, and the exception is given the optimizer as ``private_optimizer``: pass
-        ``accountant=error.private_optimizer.accountant`` to what goes on from these weights, or uses the same data.
+        Whatever interrupts training once steps were taken, or read from the checkpoint (what the data set raises,
+        Ctrl-C, ...), leaves weights in ``model`` that only the latest ledger counts. It is raised as it is; before
+        that, a checkpoint with that ledger is written, if there is a path, and the exception is given the optimizer
+        as ``private_optimizer``: pass ``accountant=error.private_optimizer.accountant`` to what goes on from these
+        weights, or uses the same data.
 
     Guarantee:
         The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
@@ -111,8 +110,7 @@ def fit(
     run = _build(model, asked, checked, plan, sigma)
     with ledger_handed_on(run):
         run.begin()
-        batches = rehearse(run, checked.samples)
-    return train(run, batches, checked.held_out)
+        return train(run, rehearse(run, checked.samples), checked.held_out)
 
 
 class _Checked(NamedTuple):
@@ -134,13 +132,12 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
         )
     if not isinstance(privacy.accountant, str):
         require_accountant(privacy.accountant, or_name=True)
-    if sharding.has_shards(model):
-        sharding.check_shards(model, model.net.parameters())
-        if execution.compile or form == "full" or execution.memory_budget is not None:
-            raise ConfigurationError(
-                "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
-                "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
-            )
+    here = model.place()
+    if not here.is_whole and (execution.compile or form == "full" or execution.memory_budget is not None):
+        raise ConfigurationError(
+            "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
+            "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
+        )
     samples = Samples.to_train_on(dataset)
     held_out = None if keeping.validation is None else Samples(keeping.validation)
     for some in filter(None, (samples, held_out)):
@@ -160,7 +157,7 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
     average = None if learning.ema is None else WeightAverage(model, learning.ema)
     path = keeping.path
     if path is not None:
-        distributed.from_first(lambda: check_writable(path))
+        here.from_first(lambda: check_writable(path))
     return _Checked(samples, held_out, size, average)
 
 
@@ -181,7 +178,7 @@ def _build(model: DPLipModel, asked: Asked, checked: _Checked, plan: Plan, sigma
         if isinstance(noise, str):
             raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
         noise = ReproducibleNoise(seed) if noise is None else noise
-    sharding.part_(model)
+    model.placement.reshard_()
     base = _base(learning, list(model.net.parameters()))
     optimizer = CliplessDPOptimizer(
         model,

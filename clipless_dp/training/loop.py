@@ -13,8 +13,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from accounting.errors import warn_caller
-from clipless_dp import distributed
-from clipless_dp.distributed import shards as sharding
 from clipless_dp.errors import BudgetExhaustedError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches
@@ -40,8 +38,8 @@ def train(run: Run, batches: PoissonBatches | StreamedBatches, held_out: Samples
     delta = run.asked.privacy.delta
     with _interruptions_counted(run, path):
         _take_steps(run, batches, held_out)
-        dropped = int(distributed.total(run.model.nonfinite_samples - before))
-        if dropped and distributed.world().rank == 0:
+        dropped = int(run.here.total(run.model.nonfinite_samples - before))
+        if dropped and run.here.world.rank == 0:
             warn_caller(
                 f"{dropped} samples in batches contributed nothing: input, target or loss was not finite or out of "
                 "range, as a label beyond the last class is (this count is for the data's owner only)",
@@ -57,7 +55,7 @@ def train(run: Run, batches: PoissonBatches | StreamedBatches, held_out: Samples
             optimizer=run.optimizer,
             history=run.history,
             audits=run.audits,
-            checkpoint=path if distributed.from_first(lambda: run.saved) else None,
+            checkpoint=path if run.here.from_first(lambda: run.saved) else None,
             micro_batch_size=run.micro_batch_size,
             last_weights=last_weights,
         )
@@ -65,30 +63,28 @@ def train(run: Run, batches: PoissonBatches | StreamedBatches, held_out: Samples
 
 @contextmanager
 def _interruptions_counted(run: Run, path: Path | None) -> Iterator[None]:
-    """Lets no exception leave steps behind that no ledger in reach counts, and never hides it."""
-    before = len(run.optimizer.accountant)
+    """Lets no exception leave steps behind that no file counts, if there is a path, and never hides it."""
     try:
         yield
     except BaseException as error:
-        events = len(run.optimizer.accountant)
-        if events == before:
+        if not run.charged:
             raise
+        events = len(run.optimizer.accountant)
         with _deferred_interrupt():
             saved = run.saved_events == events
             # Ranks that hold parts write together, and others may be gone.
-            if path is not None and not saved and not sharding.has_shards(run.model):
+            if path is not None and not saved and run.here.is_whole:
                 # Warnings may be errors too.
                 with suppress(BaseException):
                     run.save(path)
                 saved = run.saved_events == events
-                if not saved and distributed.world().rank == 0:
+                if not saved and run.here.world.rank == 0:
                     with suppress(Warning):
                         warn_caller(
                             f"training was interrupted at step {run.step}, and {path} could not be written: its ledger "
                             "lacks steps that the model's weights have taken",
                             UserWarning,
                         )
-            error.private_optimizer = run.optimizer  # type: ignore[attr-defined]
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(
                     f"clipless_dp: {run.step} private steps were taken. "
@@ -102,7 +98,7 @@ def _interruptions_counted(run: Run, path: Path | None) -> Iterator[None]:
 def _take_steps(run: Run, batches: PoissonBatches | StreamedBatches, held_out: Samples | None) -> None:
     keeping, plan, path = run.asked.keeping, run.plan, run.asked.keeping.path
     total = plan.steps
-    shown = keeping.progress and distributed.world().rank == 0
+    shown = keeping.progress and run.here.world.rank == 0
     bar = tqdm(total=total, initial=run.step, disable=not shown, unit="step", dynamic_ncols=True)
     run.model.train()
     with bar, closing(iter(batches)) as drawn, _deferred_interrupt() as interrupted:
@@ -130,7 +126,7 @@ def _take_steps(run: Run, batches: PoissonBatches | StreamedBatches, held_out: S
                 if len(run.history) % keeping.checkpoint_every == 0 or run.step == total:
                     # After the checkpoint, whose ledger counts the steps that an error would tell about.
                     run.attack()
-            if distributed.on_any(interrupted()):
+            if run.here.on_any(interrupted()):
                 if path is not None:
                     run.save(path)
                 raise KeyboardInterrupt
@@ -141,7 +137,7 @@ def _drawing(run: Run) -> AbstractContextManager[None]:
     seed = run.asked.privacy.reproducible_seed
     if seed is None:
         return nullcontext()
-    return run.model.randomness.seeded(derived_seed(seed, "passes", run.step, distributed.world().rank))
+    return run.model.randomness.seeded(derived_seed(seed, "passes", run.step, run.here.world.rank))
 
 
 def _step(run: Run, batch: Batch) -> Tensor:
@@ -167,7 +163,7 @@ def _step(run: Run, batch: Batch) -> Tensor:
 
 def _record(run: Run, loss: Tensor, batch: Batch, held_out: Samples | None) -> EpochRecord:
     local = torch.tensor([float(loss), float(batch.mask.sum())], dtype=torch.float64)
-    summed, count = distributed.total(local).tolist()
+    summed, count = run.here.total(local).tolist()
     mean = summed / max(1.0, count)
     epsilon = run.optimizer.get_epsilon(run.asked.privacy.delta)
     if held_out is None:

@@ -9,14 +9,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from accounting.errors import warn_caller
-from clipless_dp import distributed
 from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.checkpoint import discard_partial, identity, load_checkpoint, save_checkpoint
-from clipless_dp.distributed import shards as sharding
+from clipless_dp.distributed.placement import Placement, agree
 from clipless_dp.errors import AuditError, CheckpointError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.averaging import WeightAverage
@@ -46,6 +46,7 @@ class Run:
         settings: what a checkpoint that is gone on from must agree with.
         shown: one sample, which may be seen before anything is spent.
         micro_batch_size: rows at once, as given or chosen.
+        given: events of the ledger ahead of this run.
         saved: whether the latest checkpoint could be written.
         seen: the identity of the file that this run read or wrote last.
         loss: of a batch, compiled or not.
@@ -66,9 +67,11 @@ class Run:
     saved_step: int = -1
     saved_events: int = -1
     seen: tuple[int, ...] | None = None
+    given: int = field(init=False)
     loss: BatchLoss = field(init=False)
 
     def __post_init__(self) -> None:
+        self.given = len(self.optimizer.accountant)
         self.loss = lambda inputs, targets, mask: self.model.loss(self.model(inputs), targets, mask)
 
     @property
@@ -81,6 +84,16 @@ class Run:
         """Steps taken so far."""
         return self.optimizer.steps_taken
 
+    @property
+    def here(self) -> Placement:
+        """Where the model is."""
+        return self.model.placement
+
+    @property
+    def charged(self) -> bool:
+        """Whether this run has steps, taken, loaded or charged only, whose weights the model may hold."""
+        return self.step > 0 or len(self.optimizer.accountant) != self.given
+
     def begin(self) -> None:
         """Goes on from the checkpoint, if there is one, attacks the bounds, and asks whether the budget suffices.
 
@@ -89,10 +102,9 @@ class Run:
             CheckpointError: the checkpoint is unreadable, or of another run.
             RankError: the settings of the ranks differ.
         """
-        if distributed.world().size > 1:
-            distributed.agree(self.settings)
+        agree(self.settings)
         path = self.asked.keeping.path
-        if path is not None and distributed.from_first(lambda: _found(path)):
+        if path is not None and self.here.from_first(lambda: _found(path)):
             self.load(path)
             if self.saved_events < 0:
                 self.save(path)
@@ -106,7 +118,7 @@ class Run:
         model, attempts = self.model, None
         form = self.asked.privacy.audit_form
         if form != "full":
-            if form == "off" or not at_start or sharding.has_shards(model):
+            if form == "off" or not at_start or not self.here.is_whole:
                 return
             if sum(parameter.numel() for parameter in model.net.parameters()) > _LARGEST_COPY:
                 return
@@ -127,7 +139,7 @@ class Run:
                 UserWarning,
             )
         # Ranks may have got through different numbers of attempts: they stop together.
-        if distributed.on_any(failure is not None):
+        if self.here.on_any(failure is not None):
             raise failure or AuditError("an attack on another rank's copy of the model passed a bound: see its error")
 
     def follow_noise_schedule(self) -> None:
@@ -151,20 +163,11 @@ class Run:
         Raises:
             PrivacyError: another process has written the file meanwhile.
         """
-        if distributed.world().rank > 0 and not sharding.has_shards(self.model):
-            return
-        sharding.part_(self.model)
-        with self.averaged():
-            weights = sharding.gathered({name: value.clone() for name, value in self.model.net.state_dict().items()})
-        tensors = {"optimizer": self.optimizer.state_dict()}
-        if self.average is not None:
-            tensors |= {"average": self.average.state_dict(), "last": self.model.net.state_dict()}
-        tensors = sharding.gathered(tensors)
-        if distributed.world().rank > 0:
+        tensors = self.here.collected(self._tensors)
+        if tensors is None:
             return
         content = {
             "settings": self.settings,
-            "model": weights,
             "scheduler": self.scheduler.state_dict(),
             # A checkpoint is what a released model is read from: an exact loss of private samples must not be in it.
             "history": [{**vars(record), "loss": None} for record in self.history],
@@ -188,18 +191,26 @@ class Run:
                 UserWarning,
             )
 
+    def _tensors(self) -> dict[str, Any]:
+        """What a checkpoint holds that each process may hold a part of."""
+        self.here.reshard_()
+        with self.averaged():
+            weights = {name: value.clone() for name, value in self.model.net.state_dict().items()}
+        tensors = {"model": weights, "optimizer": self.optimizer.state_dict()}
+        if self.average is not None:
+            tensors |= {"average": self.average.state_dict(), "last": self.model.net.state_dict()}
+        return tensors
+
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint.
 
         Raises:
             CheckpointError: it is unreadable, or of a run with other settings.
         """
-        device, _ = self.model.device_and_dtype()
+        # A model in parts may be too large for one device.
+        device = self.model.device_and_dtype()[0] if self.here.is_whole else torch.device("cpu")
         self.seen = identity(path)
-        if sharding.has_shards(self.model):
-            content = sharding.scattered(lambda: load_checkpoint(path), self._parameter_of)
-        else:
-            content = distributed.from_first(lambda: load_checkpoint(path, device), device)
+        content = self.here.from_first(lambda: load_checkpoint(path, device), device, like=self._parameter_of)
         settings = content.get("settings")
         settings = settings if isinstance(settings, dict) else {}
         if content["format"] < _FORMAT_WITH_MODEL:
@@ -256,12 +267,11 @@ class Run:
 
 @contextmanager
 def ledger_handed_on(run: Run) -> Iterator[None]:
-    """Gives exceptions the optimizer once a ledger was loaded: the weights of its steps may be in the model."""
-    before = len(run.optimizer.accountant)
+    """Gives exceptions the optimizer once steps were loaded or taken: their weights may be in the model."""
     try:
         yield
     except BaseException as error:
-        if len(run.optimizer.accountant) != before:
+        if run.charged:
             error.private_optimizer = run.optimizer  # type: ignore[attr-defined]
         raise
 

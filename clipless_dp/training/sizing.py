@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from clipless_dp import distributed
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.model.compiled import compiled_loss
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches
@@ -37,9 +36,9 @@ def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
     compile = execution.compile if isinstance(execution.compile, str) or run.model.compiling_pays else False
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
     one_shape = bool(compile) and device.type != "cpu"
-    stream = not _fits(samples, device) if execution.stream is None else execution.stream
+    stream = not _fits(samples, device, run.here.world.size) if execution.stream is None else execution.stream
     # Of the public size: the exact number of samples is not to show in the result.
-    usual = usual_rows(math.ceil(plan.dataset_size / distributed.world().size), plan.sample_rate)
+    usual = usual_rows(math.ceil(plan.dataset_size / run.here.world.size), plan.sample_rate)
     padding = usual if one_shape else max(8, math.isqrt(plan.batch_size) // 2)
     rows = execution.micro_batch_size
     if compile:
@@ -104,11 +103,11 @@ def _compile(run: Run, backend: str, blank: Batch) -> None:
         ) from error
 
 
-def _fits(samples: Samples, device: torch.device) -> bool:
+def _fits(samples: Samples, device: torch.device, ranks: int) -> bool:
     """Whether the data is in memory and half of what the device has left holds this rank's part of it."""
     if samples.tensors is None or device.type != "cuda":
         return samples.tensors is not None
-    own = sum(part.element_size() * part.numel() for part in samples.tensors) / distributed.world().size
+    own = sum(part.element_size() * part.numel() for part in samples.tensors) / ranks
     return samples.tensors[0].device == device or own <= 0.5 * torch.cuda.mem_get_info(device)[0]
 
 
