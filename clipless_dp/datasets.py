@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import ConfigurationError
 
 NAMES = ("digits", "mnist", "cifar10")
@@ -94,11 +95,12 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, c
 
 
 def _file(name: str, classes: int | None) -> Split:
-    if not (isinstance(classes, int) and classes >= 1):
+    if classes is None:
         raise ConfigurationError(
-            f"say how many classes {name} has (classes=…, --classes), a positive integer, got {classes!r}: read from "
-            "the targets, it would tell about one row"
+            f"say how many classes {name} has (classes=…, --classes): read from the targets, it would tell about one "
+            "row"
         )
+    classes = whole("classes", classes)
     arrays = _read_npz(Path(name))
     if "x_train" in arrays:
         return _split(*_parts(arrays, name), classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import secrets
 import warnings
@@ -27,7 +28,7 @@ from accounting import (
     new_run,
 )
 from clipless_dp import distributed
-from clipless_dp.arguments import require_accountant
+from clipless_dp.arguments import positive, require_accountant, whole
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import NoiseSource, noise_source, noisy, randomness, source_name
@@ -151,11 +152,13 @@ def private_search(
         )
     inputs, targets = Samples.to_train_on(dataset).all()
     size = public_size(dataset_size, len(inputs))
+    if score_noise_multiplier is not None:
+        score_noise_multiplier = positive("score_noise_multiplier", score_noise_multiplier)
     if not candidates:
         raise ConfigurationError("there are no candidates to draw from")
+    plain = [_checked(candidate) for candidate in candidates]
     multipliers, trials = [], []
-    for candidate in candidates:
-        _check(candidate)
+    for candidate in plain:
         built: list[ReferenceType[Tensor]] = []
         _require_new(candidate.build(), built)
         known, _ = evaluate(_require_new(candidate.build(), built), (inputs[:1], targets[:1]))
@@ -197,7 +200,7 @@ def private_search(
                 dataset_size=size,
                 noise=source,
                 progress=False,
-                **candidates[index].settings,
+                **plain[index].settings,
             )
             # An exact count of the data: what is released is the model.
             model.nonfinite_samples.zero_()
@@ -246,13 +249,19 @@ def _paid(accountant: Accountant) -> Iterator[None]:
         raise
 
 
-def _check(candidate: Candidate) -> None:
+def _checked(candidate: Candidate) -> Candidate:
     unknown = sorted(set(candidate.settings) - SETTINGS)
     if unknown:
         raise ConfigurationError(f"candidates cannot set {', '.join(unknown)}: only {', '.join(sorted(SETTINGS))}")
     missing = sorted({"epochs", "batch_size"} - set(candidate.settings))
     if missing:
         raise ConfigurationError(f"candidates need {' and '.join(missing)}: no results may choose them later")
+    # What fit would refuse once the search is paid for is refused here.
+    plain = {
+        "batch_size": whole("a candidate's batch_size", candidate.settings["batch_size"]),
+        "epochs": positive("a candidate's epochs", candidate.settings["epochs"]),
+    }
+    return dataclasses.replace(candidate, settings={**candidate.settings, **plain})
 
 
 def _require_new(model: DPLipModel, before: list[ReferenceType[Tensor]]) -> DPLipModel:
@@ -267,10 +276,8 @@ def _require_new(model: DPLipModel, before: list[ReferenceType[Tensor]]) -> DPLi
 def _unit_ledger(settings: Mapping[str, Any], size: int) -> Ledger:
     """The steps of a run whose noise multiplier is 1."""
     batch_size, epochs = settings["batch_size"], settings["epochs"]
-    if not (isinstance(batch_size, int) and 1 <= batch_size <= size and 0.0 < epochs < math.inf):
-        raise ConfigurationError(
-            f"a candidate needs positive epochs and a batch_size from 1 to {size}, got {epochs!r} and {batch_size!r}"
-        )
+    if batch_size > size:
+        raise ConfigurationError(f"a candidate needs a batch_size from 1 to {size}, got {batch_size!r}")
     rate = batch_size / size
     steps = math.ceil(epochs / rate - 1e-9)
     schedule: NoiseSchedule | None = settings.get("noise_schedule")

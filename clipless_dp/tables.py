@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from accounting import calibrate_noise_multiplier, create_accountant
 from clipless_dp import distributed
+from clipless_dp.arguments import positive, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features.cosines import RandomCosines
 from clipless_dp.graph import gated
@@ -23,6 +24,7 @@ from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
+from clipless_dp.statistics.release import require_tensor
 from clipless_dp.training import FitResult, constant, fit
 
 LARGEST_BATCH = 4096
@@ -117,9 +119,9 @@ def fit_table(
         The classifier, statistics included, is (``epsilon``, ``delta``)-differentially private with respect to adding
         or removing one row with its label.
     """
-    if rows.dim() != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
+    if require_tensor(rows).dim() != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
         raise InputError(f"expected floating-point rows (N, columns), got {rows.dtype} {tuple(rows.shape)}")
-    if labels.shape != rows.shape[:1] or labels.is_complex():
+    if require_tensor(labels).shape != rows.shape[:1] or labels.is_complex():
         raise InputError(f"expected {len(rows)} labels 0 or 1, got {labels.dtype} {tuple(labels.shape)}")
     Samples.to_train_on((rows, labels))
     if not bool(((labels == 0) | (labels == 1)).all()):
@@ -134,19 +136,20 @@ def fit_table(
     if noise is not None and reproducible_seed is not None:
         raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
     size = public_size(dataset_size, len(rows))
+    epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
     ledger = create_accountant(accountant, dataset_size=size)
-    whole = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
+    unit = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
     releases = Releases(ledger, size, checkpoint, reproducible_seed, noise)
     standardise: Standardisation = private_standardisation(
-        rows, noise_multiplier=whole / math.sqrt(STATISTICS_SHARE), **releases.arguments("statistics")
+        rows, noise_multiplier=unit / math.sqrt(STATISTICS_SHARE), **releases.arguments("statistics")
     )
-    positive = private_fraction(
-        labels, noise_multiplier=whole / math.sqrt(LABELS_SHARE), **releases.arguments("labels")
+    share = private_fraction(
+        labels, noise_multiplier=unit / math.sqrt(LABELS_SHARE), **releases.arguments("labels")
     )
     linear = nn.Linear(rows.shape[1] + cosines, 1)
     nn.init.zeros_(linear.weight)
-    nn.init.constant_(linear.bias.requires_grad_(False), math.log(positive / (1.0 - positive)))
+    nn.init.constant_(linear.bias.requires_grad_(False), math.log(share / (1.0 - share)))
     model = DPLipModel(
         gated(nn.Sequential(linear), cotangent_norm=_GATE),
         input_shape=(linear.in_features,),

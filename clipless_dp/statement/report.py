@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipless_dp.arguments import positive
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.optim import CliplessDPOptimizer
@@ -116,7 +117,8 @@ def report(
     Source:
         Ponomareva et al. 2023, "How to DP-fy ML", sections 5.2 (which ε are meaningful) and 5.3 (what to report).
     """
-    if delta is not None and not (isinstance(delta, float) and 0.0 < delta < 1.0):
+    delta = None if delta is None else positive("delta", delta)
+    if delta is not None and delta >= 1.0:
         raise ConfigurationError(f"delta must be a number in (0, 1), got {delta!r}")
     statement = PrivacyStatement(facts_of(optimizer, delta, unit, title, notes, audit))
     return statement if path is None else statement.save(path)
