@@ -58,7 +58,9 @@ class Split:
         return self.test_inputs, self.test_targets
 
 
-def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, classes: int | None = None) -> Split:
+def load_dataset(
+    name: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None, *, classes: int | None = None
+) -> Split:
     """Loads ``"digits"``, ``"mnist"``, ``"cifar10"``, or an NPZ file.
 
     Args:
@@ -75,6 +77,9 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, c
         ConfigurationError: the name is unknown, or a file or one of its arrays is missing, or ``classes`` is missing or
             no number that all targets lie below.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise ConfigurationError(f"name must be one of {', '.join(NAMES)}, or the path of an NPZ file, got {name!r}")
+    name = str(os.fspath(name))
     if name in NAMES and classes not in (None, _CLASSES):
         raise ConfigurationError(f"{name} has {_CLASSES} classes, got classes={classes!r}")
     if name == "digits":
@@ -226,5 +231,5 @@ def _require_pairs(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) 
         raise ConfigurationError(
             f"targets must be class indices, integers from 0; got {targets.dtype} from {targets.min()}"
         )
-    if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_):
-        raise ConfigurationError(f"inputs must be numbers, got {inputs.dtype}")
+    if inputs.dtype.kind not in "biuf":
+        raise ConfigurationError(f"inputs must be real numbers, got {inputs.dtype}")

@@ -219,7 +219,8 @@ class Lineage:
         for parameter in named.values():
             _settle(_trace_of(parameter), parameter, counted=True)
         if len(named) != len(self._names) or any(
-            (held := self._names.get(name)) is None or held[1] is not _known_of(parameter) for name, parameter in named.items()
+            (held := self._names.get(name)) is None or held[1] is not _known_of(parameter)
+            for name, parameter in named.items()
         ):
             self._hold(named)
         self._loaded = {}, {}
