@@ -78,10 +78,10 @@ class _Closed:
 
 
 class _Taker:
-    """Who takes a turn, as long as it lives, in the process that it is of."""
+    """Who takes a turn, as long as it lives and has not let go, in the process that it is of."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
+        self.process: int | None = os.getpid()
 
 
 class _Turn:
@@ -215,7 +215,7 @@ class Ledger:
         """Puts equal neighbours together, unless that is being done already, by a thread or below a signal handler."""
         if len(self._record) - self._closed.lines < 2:
             return
-        mine: _Taker | None = _Taker()
+        mine = _Taker()
         try:
             self._turn, taken = self._turn.or_next(mine)
             if not taken:
@@ -227,8 +227,8 @@ class Ledger:
             self._record[first : first + len(loose)] = lines
             self._closed = self._closed.and_then(lines[:-1])
         finally:
-            # Else the traceback of an exception would hold it.
-            mine = None
+            # The traceback of an exception may hold it.
+            mine.process = None
 
     def count(self, run: str) -> int:
         """Number of events of a run."""
