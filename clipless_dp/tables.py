@@ -144,9 +144,7 @@ def fit_table(
     standardise: Standardisation = private_standardisation(
         rows, noise_multiplier=unit / math.sqrt(STATISTICS_SHARE), **releases.arguments("statistics")
     )
-    share = private_fraction(
-        labels, noise_multiplier=unit / math.sqrt(LABELS_SHARE), **releases.arguments("labels")
-    )
+    share = private_fraction(labels, noise_multiplier=unit / math.sqrt(LABELS_SHARE), **releases.arguments("labels"))
     linear = nn.Linear(rows.shape[1] + cosines, 1)
     nn.init.zeros_(linear.weight)
     nn.init.constant_(linear.bias.requires_grad_(False), math.log(share / (1.0 - share)))

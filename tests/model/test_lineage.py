@@ -241,7 +241,9 @@ def first_alone(sums):
 CHANGES = {
     "rows in another order": lambda values: values.copy_(values.flip(0)),
     "neighbours that changed places": lambda values: values.view(-1)[:2].copy_(values.view(-1)[:2].flip(0)),
-    "changes that cancel": lambda values: values.view(-1).view(torch.int32)[:2].add_(torch.tensor([1 << 20, -1 << 20]).int()),
+    "changes that cancel": lambda values: values.view(-1).view(torch.int32)[:2].add_(
+        torch.tensor([1 << 20, -1 << 20]).int()
+    ),
     "all doubled": lambda values: values.mul_(2.0),
 }  # fmt: skip
 

@@ -75,7 +75,7 @@ def test_what_a_source_fills_is_the_noise_whatever_it_returns(source, columns):
 
 @pytest.mark.parametrize("kind", [DoesNotFill, FillsSome, IsNoFunction, TakesNothing])
 def test_a_source_that_does_not_fill_what_it_is_given_is_refused_before_anything_is_charged(kind):
-    with pytest.raises(ConfigurationError, match="noise|fill"):
+    with pytest.raises(ConfigurationError, match=r"noise|fill"):
         moments(kind(), torch.zeros(2, 3))
 
 

@@ -401,7 +401,7 @@ def test_a_standardisation_is_one_release_recorded_before_the_data_is_read(tmp_p
 @pytest.mark.parametrize("change", [{"lower": 0.0}, {"upper": 1e-7}, {"upper": math.inf}, {"lower": math.nan}], ids=str)
 def test_a_range_of_magnitudes_that_is_none_is_refused_before_anything_is_recorded(change):
     accountant = PRVAccountant()
-    with pytest.raises(ConfigurationError, match="lower|upper"):
+    with pytest.raises(ConfigurationError, match=r"lower|upper"):
         standardised(table(10), accountant=accountant, **change)
     for rows in (torch.zeros(4), torch.zeros(4, 2, 2), torch.zeros(4, 2, dtype=torch.int64)):
         with pytest.raises(InputError):
