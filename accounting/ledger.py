@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
+import os
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -76,6 +77,34 @@ class _Closed:
         return _Closed(self.lines + len(lines), self.events + sum(line.count for line in lines), counts)
 
 
+class _Taker:
+    """Who takes a turn, as long as it lives and has not let go, in the process that it is of."""
+
+    def __init__(self) -> None:
+        self.process: int | None = os.getpid()
+
+
+class _Turn:
+    """A turn at putting lines together. It is over once who took it lives no more, however that came to its end.
+
+    A lock that an exception leaves behind before anybody is to release it would be held for ever.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[None, weakref.ref[_Taker]] = {}
+        self._next: dict[None, _Turn] = {}
+
+    def or_next(self, taker: _Taker) -> tuple[_Turn, bool]:
+        """The first turn that is not over, and whether it is this taker's now."""
+        turn = self
+        while True:
+            # One operation each: of several threads one takes a turn, and all see the same next one.
+            by = turn._taken.setdefault(None, weakref.ref(taker))()
+            if by is taker or (by is not None and by.process == taker.process):
+                return turn, by is taker
+            turn = turn._next.setdefault(None, _Turn())
+
+
 class Ledger:
     """Events in the order in which they happened, equal neighbours of one run counted on one line.
 
@@ -97,7 +126,7 @@ class Ledger:
         # too, which changes nothing of what is read. So nothing is ever taken away to be put back.
         self._record: list[Line] = []
         self._closed = _Closed()
-        self._compacting = threading.Lock()
+        self._turn = _Turn()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"relation": self.relation, "_lines": self.lines}
@@ -184,9 +213,13 @@ class Ledger:
 
     def _compact(self) -> None:
         """Puts equal neighbours together, unless that is being done already, by a thread or below a signal handler."""
-        if len(self._record) - self._closed.lines < 2 or not self._compacting.acquire(blocking=False):
+        if len(self._record) - self._closed.lines < 2:
             return
+        mine = _Taker()
         try:
+            self._turn, taken = self._turn.or_next(mine)
+            if not taken:
+                return
             first = self._closed.lines
             loose = self._record[first:]
             lines = _together(loose)
@@ -194,7 +227,8 @@ class Ledger:
             self._record[first : first + len(loose)] = lines
             self._closed = self._closed.and_then(lines[:-1])
         finally:
-            self._compacting.release()
+            # The traceback of an exception may hold it.
+            mine.process = None
 
     def count(self, run: str) -> int:
         """Number of events of a run."""
@@ -322,8 +356,10 @@ class Ledger:
             for line in entries:
                 provenance = Provenance.from_dict(line.get("provenance", {}))
                 ledger.append(from_dict(line["event"]), line["count"], provenance)
-        except (AttributeError, KeyError, TypeError, RecursionError) as error:
-            raise LedgerFormatError(f"the ledger is incomplete: {error!r}") from error
+        except LedgerFormatError:
+            raise
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError, InvalidParameterError) as error:
+            raise LedgerFormatError(f"the ledger is incomplete, or was altered: {error!r}") from error
         return ledger
 
     def to_json(self) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import ConfigurationError
 
 NAMES = ("digits", "mnist", "cifar10")
@@ -57,7 +58,9 @@ class Split:
         return self.test_inputs, self.test_targets
 
 
-def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, classes: int | None = None) -> Split:
+def load_dataset(
+    name: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None, *, classes: int | None = None
+) -> Split:
     """Loads ``"digits"``, ``"mnist"``, ``"cifar10"``, or an NPZ file.
 
     Args:
@@ -74,6 +77,9 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, c
         ConfigurationError: the name is unknown, or a file or one of its arrays is missing, or ``classes`` is missing or
             no number that all targets lie below.
     """
+    if not isinstance(name, (str, os.PathLike)):
+        raise ConfigurationError(f"name must be one of {', '.join(NAMES)}, or the path of an NPZ file, got {name!r}")
+    name = str(os.fspath(name))
     if name in NAMES and classes not in (None, _CLASSES):
         raise ConfigurationError(f"{name} has {_CLASSES} classes, got classes={classes!r}")
     if name == "digits":
@@ -94,11 +100,12 @@ def load_dataset(name: str, data_dir: str | os.PathLike[str] | None = None, *, c
 
 
 def _file(name: str, classes: int | None) -> Split:
-    if not (isinstance(classes, int) and classes >= 1):
+    if classes is None:
         raise ConfigurationError(
-            f"say how many classes {name} has (classes=…, --classes), a positive integer, got {classes!r}: read from "
-            "the targets, it would tell about one row"
+            f"say how many classes {name} has (classes=…, --classes): read from the targets, it would tell about one "
+            "row"
         )
+    classes = whole("classes", classes)
     arrays = _read_npz(Path(name))
     if "x_train" in arrays:
         return _split(*_parts(arrays, name), classes)
@@ -224,5 +231,5 @@ def _require_pairs(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) 
         raise ConfigurationError(
             f"targets must be class indices, integers from 0; got {targets.dtype} from {targets.min()}"
         )
-    if not (np.issubdtype(inputs.dtype, np.number) or inputs.dtype == np.bool_):
-        raise ConfigurationError(f"inputs must be numbers, got {inputs.dtype}")
+    if inputs.dtype.kind not in "biuf":
+        raise ConfigurationError(f"inputs must be real numbers, got {inputs.dtype}")

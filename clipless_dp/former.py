@@ -2,19 +2,68 @@
 
 import sys
 from importlib import import_module
+from types import ModuleType
 
 _MOVED = {
-    "clipless_dp.gradient_gates": "clipless_dp.gates.gradient_layers",
-    "clipless_dp.passes": "clipless_dp.model.passes",
-    "clipless_dp.randomness": "clipless_dp.noise.randomness",
-    "clipless_dp.rowwise": "clipless_dp.model.rowwise",
-    "clipless_dp.secure_noise": "clipless_dp.noise.secure",
-    "clipless_dp.tracing": "clipless_dp.graph.tracing",
+    "augmentation": "sampling.augmentation",
+    "averaging": "model.averaging",
+    "box_muller": "noise.box_muller",
+    "draws": "sampling.draws sampling.loaders sampling.fingerprints",
+    "gating": "graph.gating",
+    "gradient_gates": "gates.gradient_layers",
+    "lineage": "model.lineage model.settings",
+    "memory": "training.memory",
+    "overlaps": "model.overlaps",
+    "passes": "model.passes",
+    "persons": "sampling.persons",
+    "randomness": "noise.randomness graph.dropout",
+    "report": "statement.report statement.sections",
+    "row_invariance": "model.row_invariance",
+    "rowwise": "model.rowwise",
+    "secure_noise": "noise.secure",
+    "settings": "model.settings model.lineage",
+    "sharding": "distributed.shards distributed.units distributed.stretches",
+    "streaming": "sampling.streaming",
+    "suggestions": "model.suggestions",
+    "surroundings": "model.surroundings",
+    "tightness": "bounds.tightness",
+    "tracing": "graph.tracing modules",
+    "tracker": "bounds.tracker bounds.sensitivity bounds.stamp modules",
 }
-"""Only what documented imports name, or pickles of models: a class is looked up under its module's name of then."""
+"""Modules that are no more, and where what was in them is: in the first of these that has a thing of the name."""
+
+_INSIDE = {
+    "sampling": {
+        "_Collate": "sampling.sampler",
+        "checked_rows": "sampling.batches",
+        "padded_batch": "sampling.batches",
+        "usual_rows": "sampling.batches",
+    },
+}
+"""What modules that are packages now do not tell of: classes of what users hold, and names without underscore."""
+
+
+class _Former(ModuleType):
+    """A module whose contents are in several."""
+
+    def __init__(self, name: str, parts: list[ModuleType]) -> None:
+        super().__init__(name)
+        self._parts = parts
+
+    def __getattr__(self, name: str) -> object:
+        # Not those that every module has: they would be those of the first part.
+        if not (name.startswith("__") and name.endswith("__")):
+            for part in self._parts:
+                if hasattr(part, name):
+                    return getattr(part, name)
+        raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
 def alias_modules() -> None:
     """Lets imports, those of ``pickle`` among them, find modules under their former names."""
     for former, now in _MOVED.items():
-        sys.modules.setdefault(former, import_module(now))
+        name, parts = f"clipless_dp.{former}", [import_module(f"clipless_dp.{part}") for part in now.split()]
+        sys.modules.setdefault(name, parts[0] if len(parts) == 1 else _Former(name, parts))
+    for package, names in _INSIDE.items():
+        for name, part in names.items():
+            setattr(sys.modules[f"clipless_dp.{package}"], name, getattr(import_module(f"clipless_dp.{part}"), name))

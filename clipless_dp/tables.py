@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from accounting import calibrate_noise_multiplier, create_accountant
+from clipless_dp.arguments import positive, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features.cosines import RandomCosines
@@ -23,6 +24,7 @@ from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
+from clipless_dp.statistics.release import require_tensor
 from clipless_dp.training import FitResult, constant, fit
 from clipless_dp.training.groups import require_known
 from clipless_dp.training.plan import epochs_of
@@ -121,17 +123,16 @@ def fit_table(
     """
     _check(rows, labels, changes, noise, reproducible_seed)
     size = public_size(dataset_size, len(rows))
+    epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
     ledger = create_accountant(accountant, dataset_size=size)
-    whole = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
+    unit = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
     releases = Releases(ledger, size, checkpoint, reproducible_seed, noise)
     standardise: Standardisation = private_standardisation(
-        rows, noise_multiplier=whole / math.sqrt(STATISTICS_SHARE), **releases.arguments("statistics")
+        rows, noise_multiplier=unit / math.sqrt(STATISTICS_SHARE), **releases.arguments("statistics")
     )
-    positive = private_fraction(
-        labels, noise_multiplier=whole / math.sqrt(LABELS_SHARE), **releases.arguments("labels")
-    )
-    model = _model(rows.shape[1] + cosines, positive).to(rows.device)
+    share = private_fraction(labels, noise_multiplier=unit / math.sqrt(LABELS_SHARE), **releases.arguments("labels"))
+    model = _model(rows.shape[1] + cosines, share).to(rows.device)
     settings: dict[str, Any] = {
         **_learning(size, epsilon),
         "checkpoint": checkpoint,
@@ -157,9 +158,9 @@ def _check(
     reproducible_seed: int | None,
 ) -> None:
     """Refuses what cannot be trained on, before a statistic is released."""
-    if rows.dim() != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
+    if require_tensor(rows).dim() != 2 or rows.shape[1] == 0 or not rows.is_floating_point():
         raise InputError(f"expected floating-point rows (N, columns), got {rows.dtype} {tuple(rows.shape)}")
-    if labels.shape != rows.shape[:1] or labels.is_complex():
+    if require_tensor(labels).shape != rows.shape[:1] or labels.is_complex():
         raise InputError(f"expected {len(rows)} labels 0 or 1, got {labels.dtype} {tuple(labels.shape)}")
     Samples.to_train_on((rows, labels))
     if not bool(((labels == 0) | (labels == 1)).all()):

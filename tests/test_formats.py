@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -147,3 +150,29 @@ def test_passes_are_found_where_they_are_documented():
     from clipless_dp import passes
 
     assert public is passes.public is clipless_dp.model.passes.public
+
+
+NAMES = json.loads((DATA / "former-names.json").read_text(encoding="utf-8"))
+"""By module, what the version before modules moved had: what has no underscore, and private classes that still are."""
+
+
+def in_a_pickle(module, name):
+    """A pickle of a class or function, which it knows by these."""
+    return b"\x80\x04" + b"".join(b"\x8c" + bytes([len(part)]) + part.encode() for part in (module, name)) + b"\x93."
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_what_was_in_a_module_before_modules_moved_is_found_by_pickle_under_its_former_name(module):
+    for name in NAMES[module].split():
+        found = pickle.loads(in_a_pickle(module, name))
+        assert found.__qualname__ == name
+        # And no other thing of the name.
+        assert pickle.loads(pickle.dumps(found)) is found
+
+
+@pytest.mark.parametrize("former", ["tracker", "report", "sampling"])
+def test_a_former_module_that_is_forgotten_is_missed(former, monkeypatch):
+    module = f"clipless_dp.{former}"
+    monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    with pytest.raises(AttributeError):
+        test_what_was_in_a_module_before_modules_moved_is_found_by_pickle_under_its_former_name(module)

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     # Ground.
     "errors former version",
-    "arguments checkpoint datasets modules precision",
+    "arguments checkpoint modules precision",
+    "datasets",
     # What is bounded. Noise is as low, because dropout and views of samples draw from it.
     "gates noise norms",
     "constraints distributed layers losses",

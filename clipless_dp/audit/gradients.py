@@ -13,6 +13,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import AuditError, ConfigurationError
 from clipless_dp.losses import BoundedLoss, Loss
 from clipless_dp.model import DPLipModel
@@ -184,10 +185,8 @@ def sensitivity(
     Guarantee:
         None: an attack that fails proves nothing. What it refutes is wrong.
     """
-    if not (isinstance(steps, int) and steps >= 0):
-        raise ConfigurationError(f"steps must be an integer of at least 0, got {steps!r}")
-    if attempts is not None and not (isinstance(attempts, int) and attempts >= 1):
-        raise ConfigurationError(f"attempts must be a positive integer, or None for all of them, got {attempts!r}")
+    steps = whole("steps", steps, 0)
+    attempts = None if attempts is None else whole("attempts", attempts)
     if not any(parameter.requires_grad for parameter in model.net.parameters()):
         raise ConfigurationError("an audit attacks bounds of gradients, and the network has no parameters to train")
     if not model.placement.is_whole:

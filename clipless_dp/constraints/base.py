@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.arguments import positive
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.norms.dense import dense_norm
 from clipless_dp.norms.operators import DenseOperator, Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -20,7 +21,8 @@ class Constraint(ABC):
     """A projection onto parameters whose operator norm is at most :attr:`limit`.
 
     Args:
-        limit: the norm guaranteed after :meth:`project_`, 1 by default. Further arguments of a constraint are named.
+        limit: the norm guaranteed after :meth:`project_`, in [1e-8, 1e18], 1 by default. Further arguments of a
+            constraint are named.
 
     Raises:
         ConfigurationError: an argument is out of range or of another type, here rather than in a step that is charged.
@@ -32,6 +34,8 @@ class Constraint(ABC):
 
     def __init__(self, limit: float = 1.0) -> None:
         self.limit = positive("the limit of a constraint", limit)
+        if not 1e-8 <= self.limit <= 1e18:
+            raise ConfigurationError(f"the limit of a constraint must lie in [1e-8, 1e18], got {limit!r}")
 
     @abstractmethod
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:

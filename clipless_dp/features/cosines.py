@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.arguments import whole
+from clipless_dp.errors import InputError
 from clipless_dp.gates.signal import scale_samples
 
 _LARGEST_SET = 4
@@ -51,9 +52,7 @@ class RandomCosines(nn.Module):
 
     def __init__(self, columns: int, cosines: int = 512, *, seed: int = 0) -> None:
         super().__init__()
-        for name, value in (("columns", columns), ("cosines", cosines)):
-            if not (isinstance(value, int) and value >= 1):
-                raise ConfigurationError(f"{name} must be a positive integer, got {value!r}")
+        columns, cosines = whole("columns", columns), whole("cosines", cosines)
         self.columns, self.cosines, self.seed = columns, cosines, int(seed)
         generator = torch.Generator().manual_seed(self.seed)
         frequencies = torch.randn(columns, cosines, generator=generator)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from accounting.errors import warn_caller
+from clipless_dp.arguments import whole
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 
@@ -61,10 +62,8 @@ class FrozenFeatures(nn.Module):
         super().__init__()
         if not isinstance(module, nn.Module):
             raise ConfigurationError(f"module must be a torch.nn.Module, got {type(module).__name__}")
-        if not (isinstance(batch_size, int) and batch_size >= 1):
-            raise ConfigurationError(f"batch_size must be a positive integer, got {batch_size!r}")
         self.module = module.requires_grad_(False)
-        self.batch_size = batch_size
+        self.batch_size = whole("batch_size", batch_size)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         if self.cache_dir is not None:
             check_writable(self.cache_dir / "features.npy")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import ConfigurationError, InputError
 
 Padding = Literal["zeros", "reflect"]
@@ -199,8 +200,7 @@ class NaturalStandardisation(nn.Module):
         self, transform: Scattering2d, *, images: int = 256, seed: int = 0, offset: float | None = None
     ) -> None:
         super().__init__()
-        if not (isinstance(images, int) and images >= 2):
-            raise ConfigurationError(f"images must be an integer of at least 2, got {images!r}")
+        images = whole("images", images, 2)
         if offset is not None and not 0 < offset < math.inf:
             raise ConfigurationError(f"offset must be a positive number, got {offset!r}")
         self.coefficients = transform.coefficients

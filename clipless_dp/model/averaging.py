@@ -43,6 +43,11 @@ class WeightAverage:
         self._counted = True
         self._runs: dict[str, int] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of a version that did not note the runs it is of unknown origin.
+        counted = state["_counted"] if "_runs" in state else not state["updates"]
+        self.__dict__.update({"_runs": {}, **state, "_counted": counted})
+
     @torch.no_grad()
     def update(self) -> None:
         """Lets the current weights enter: once after each step."""

@@ -6,13 +6,16 @@ that was loaded) are not those that a ledger is about. Nothing prevents that, bu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from types import NoneType
-from typing import Any
-from weakref import ReferenceType, WeakKeyDictionary, ref
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +24,10 @@ from clipless_dp.modules import parameters_of
 from clipless_dp.sampling import fingerprints
 
 Bits = dict[str, int]
-"""For each parameter by name the sum of its bit patterns, modulo 2³², the same in every layout and on every device."""
+"""For each parameter by name two sums of its bit patterns in one number, the same in every layout and on every device.
+
+States of before hold the first of them alone, which does not see the order.
+"""
 
 _INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
@@ -41,7 +47,7 @@ class _Trace:
 
     runs: Mapping[str, int] = field(default_factory=dict)
     changed: int = 0
-    known: list[Tensor | int] = field(default_factory=list)
+    known: list[_Sums | int] = field(default_factory=list)
     counted: bool = False
     mark: _Mark | None = None
     numbers: _Numbers | None = None
@@ -61,38 +67,56 @@ def _note() -> None:
     _noted += 1
 
 
-_traces: dict[int, tuple[ReferenceType[Tensor], _Trace]] = {}
-"""By the identity of a parameter, as long as it lives: a network may be wrapped again, with new gates or a new head."""
+class _Held:
+    """A trace as an attribute of its parameter: a network may be wrapped again, with new gates or a new head.
+
+    A weak reference to the parameter would forbid torch to swap it with another tensor. What copies of the parameter
+    take along is for another one, and tells nothing.
+    """
+
+    NAME = "_clipless_dp_trace"
+
+    def __init__(self, parameter: Tensor, trace: _Trace) -> None:
+        self.owner, self.trace = id(parameter), trace
+
+    def __del__(self) -> None:
+        # A network that the parameter was in may know the trace still; the memory is not to live on in it.
+        self.trace.numbers = None
+
+    def __reduce__(self) -> tuple[type[OrderedDict[Any, Any]], tuple[()]]:
+        # Something that files of weights alone may hold.
+        return OrderedDict, ()
 
 
 def _known_of(parameter: Tensor) -> _Trace | None:
-    entry = _traces.get(id(parameter))
-    return entry[1] if entry is not None and entry[0]() is parameter else None
+    held = parameter.__dict__.get(_Held.NAME)
+    return held.trace if isinstance(held, _Held) and held.owner == id(parameter) else None
 
 
 def _trace_of(parameter: Tensor) -> _Trace:
     trace = _known_of(parameter)
     if trace is None:
         trace = _Trace()
-        _traces[id(parameter)] = ref(parameter, partial(_forget, id(parameter))), trace
+        _hang(trace, parameter)
     return trace
 
 
-def _forget(key: int, dead: ReferenceType[Tensor]) -> None:
-    entry = _traces.get(key)
-    if entry is not None and entry[0] is dead:
-        # A network that the parameter was in may know the trace still; the memory is not to live on in it.
-        entry[1].numbers = None
-        del _traces[key]
+def _hang(trace: _Trace, parameter: Tensor) -> None:
+    setattr(parameter, _Held.NAME, _Held(parameter, trace))
 
 
 def _sum(trace: _Trace, parameter: nn.Parameter) -> int:
-    return int(trace.found(parameter).sum_of_bits())
+    return int(trace.found(parameter).sums())
+
+
+def _agree(one: int, other: int) -> bool:
+    """Whether two numbers are the sums of the same values, as far as both tell."""
+    return one == other or (min(one, other) < _BOTH <= max(one, other) and _first(one) == _first(other))
 
 
 def _settle(trace: _Trace, parameter: nn.Parameter, *, counted: bool, or_before: bool = False) -> None:
     numbers = trace.found(parameter)
-    trace.known = [*(trace.known[-1:] if or_before else []), numbers.sum_of_bits()]
+    trace.known = [*(trace.known[-1:] if or_before else []), numbers.sums()]
     trace.counted, trace.mark = counted, numbers.mark(parameter)
 
 
@@ -103,6 +127,16 @@ def _joined(several: Iterable[Mapping[str, int]]) -> dict[str, int]:
         for run, count in runs.items():
             joined[run] = max(count, joined.get(run, 0))
     return joined
+
+
+@contextmanager
+def kept(net: nn.Module) -> Iterator[None]:
+    """What is known of a network's parameters stays so, where torch swaps them with converted ones."""
+    known = [(parameter, _known_of(parameter)) for parameter in net.parameters()]
+    yield
+    for parameter, trace in known:
+        if trace is not None and _known_of(parameter) is None:
+            _hang(trace, parameter)
 
 
 class Lineage:
@@ -117,7 +151,7 @@ class Lineage:
         self._runs: Mapping[str, int] = {}
         self._changed = 0
         # The parameters that a step left here, and what is known of them: others may take their places.
-        self._names: dict[str, tuple[ReferenceType[nn.Parameter], _Trace]] = {}
+        self._names: dict[str, tuple[int, _Trace]] = {}
         self._loaded: tuple[Bits | None, Mapping[str, int]] = {}, {}
         # The parameters that runs were found of, when, and these.
         self._found: tuple[list[nn.Parameter], int, dict[str, int]] | None = None
@@ -167,15 +201,26 @@ class Lineage:
         self._hold(named)
 
     def _hold(self, named: Mapping[str, nn.Parameter]) -> None:
-        self._names = {name: (ref(parameter), _trace_of(parameter)) for name, parameter in named.items()}
+        self._names = {name: (id(parameter), _trace_of(parameter)) for name, parameter in named.items()}
+
+    def keep(self) -> None:
+        """Hangs what is known of parameters on them again: torch may have swapped their attributes, too."""
+        net = self._net()
+        if net is not None and any(_known_of(parameter) is None for parameter in parameters_of(net)):
+            for name, parameter in net.named_parameters():
+                owner, trace = self._names.get(name, (0, None))
+                if trace is not None and owner == id(parameter) and _known_of(parameter) is None:
+                    _hang(trace, parameter)
 
     def settle(self, named: Mapping[str, nn.Parameter]) -> None:
         """These are the weights that the last step left."""
+        self.keep()
         # Sums stay on the device, so that nothing waits for it.
         for parameter in named.values():
             _settle(_trace_of(parameter), parameter, counted=True)
         if len(named) != len(self._names) or any(
-            (held := self._names.get(name)) is None or held[0]() is not parameter for name, parameter in named.items()
+            (held := self._names.get(name)) is None or held[1] is not _known_of(parameter)
+            for name, parameter in named.items()
         ):
             self._hold(named)
         self._loaded = {}, {}
@@ -208,7 +253,7 @@ class Lineage:
             return
         named = dict(net.named_parameters())
         if named.keys() == bits.keys() and all(
-            _sum(_trace_of(parameter), parameter) == bits[name] for name, parameter in named.items()
+            _agree(_sum(_trace_of(parameter), parameter), bits[name]) for name, parameter in named.items()
         ):
             self._loaded = {}, {}
             self.add_runs(runs)
@@ -238,6 +283,7 @@ class Lineage:
 
     def record(self) -> dict[str, Any]:
         """What copies and files of the model hold of this: plain values."""
+        self.keep()
         net = self._net()
         return {
             "runs": self.runs,
@@ -273,13 +319,14 @@ class Lineage:
             named: the network's parameters.
             quick: trust autograd's counters of changes, and some of the entries, where they say that there was none.
         """
+        self.keep()
         if self.started and named.keys() != self._names.keys():
             return False
         return all(self._as_known(name, parameter, quick=quick) for name, parameter in named.items())
 
     def _as_known(self, name: str, parameter: nn.Parameter, *, quick: bool) -> bool:
         trace, held = _known_of(parameter), self._names.get(name)
-        if held is None or held[0]() is parameter:
+        if held is None or held[1] is trace:
             if trace is None or not trace.known:
                 return True
             if quick and trace.mark is not None and trace.mark == trace.found(parameter).mark(parameter):
@@ -291,10 +338,11 @@ class Lineage:
         else:
             return True
         now = _sum(_trace_of(parameter), parameter)
-        return any(now == int(known) for known in candidates)
+        return any(_agree(now, int(known)) for known in candidates)
 
     def bits(self) -> Bits | None:
         """The sums of the weights that the last step left, for a state; ``None`` where they are not known."""
+        self.keep()
         net = self._net()
         sums: Bits = {}
         for name, parameter in () if net is None else net.named_parameters():
@@ -303,7 +351,9 @@ class Lineage:
                 return None
             known = [int(value) for value in trace.known]
             # Of an average and the weights that it has replaced, those that are there.
-            sums[name] = now if len(known) > 1 and (now := _sum(trace, parameter)) in known else known[-1]
+            sums[name] = known[-1]
+            if len(known) > 1 and any(_agree(now := _sum(trace, parameter), value) for value in known):
+                sums[name] = now
         return sums or None
 
 
@@ -327,6 +377,8 @@ class _Numbers:
         self.place = _place(values)
         self._patterns = values.view(_INTEGERS[values.element_size()])
         self._dtype = torch.int64 if values.element_size() == 8 else torch.int32
+        self._flat = self._patterns.reshape(-1) if self._patterns.is_contiguous() else None
+        self._weights = _weights(min(values.numel(), _COLUMNS), self._dtype, values.device)
         self._sampled = fingerprints.sampled(values)
 
     def mark(self, parameter: nn.Parameter) -> _Mark:
@@ -334,8 +386,58 @@ class _Numbers:
         some = self._sampled
         return placement.local(parameter)._version, self.place[0], None if some is None else some.tobytes()
 
-    def sum_of_bits(self) -> Tensor:
-        return self._patterns.sum(dtype=self._dtype)
+    def sums(self) -> _Sums:
+        columns = self._patterns.reshape(-1) if self._flat is None else self._flat
+        whole = len(columns) // _COLUMNS * _COLUMNS
+        if whole:
+            rest = columns[whole:]
+            columns = columns[:whole].view(-1, _COLUMNS).sum(0, dtype=self._dtype)
+            columns[: len(rest)] += rest
+        products = columns * self._weights
+        if self._dtype == torch.int64:
+            # Their carries are lost, as those of shorter ones: without that, doubling all numbers might not be seen.
+            products = products >> 32
+        return _Sums(columns.sum(dtype=self._dtype), products.sum(dtype=torch.int64))
+
+
+_COLUMNS = 16381
+"""A prime: rows of hardly any weight are as long, so that what changes places changes columns.
+
+What changes places with what is a multiple of this further on is not seen. (One pass over the numbers has no more.)
+"""
+
+
+@cache
+def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Public odd numbers, one for each column."""
+    bits = 64 if dtype == torch.int64 else 32
+    # Of a generator with a fixed formula, so that every process and version has the same.
+    numbers = np.random.PCG64(20240507).random_raw(_COLUMNS)[:count] | np.uint64(1)
+    signed = numbers.view(np.int64) if bits == 64 else numbers.astype(np.uint32).view(np.int32)
+    return torch.from_numpy(signed.copy()).to(device)
+
+
+class _Sums(NamedTuple):
+    """Sums of one parameter's bit patterns, on its device.
+
+    Attributes:
+        first: of all, modulo 2³² (2⁶⁴ for numbers as long).
+        second: of those in a column, modulo as much, times its weight, modulo as much again: this sees the order.
+    """
+
+    first: Tensor
+    second: Tensor
+
+    def __int__(self) -> int:
+        return _BOTH | (int(self.second) % 2**64) << 64 | int(self.first) % 2**64
+
+
+_BOTH = 1 << 128
+"""What tells a number that holds both sums from one that is the first alone."""
+
+
+def _first(sums: int) -> int:
+    return sums % 2**64
 
 
 _Mark = tuple[int, int, bytes | None]

@@ -440,6 +440,10 @@ class Register:
                 if parameter.grad is not None:
                     self._note(parameter, sampled=sampled)
 
+    def let_go(self) -> None:
+        """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
+        self._held.clear()
+
     def forget(self) -> None:
         """No pass is in the gradients any more, and none is missing from them."""
         self.passes, self._computed, self._taint = [], [], None

@@ -700,7 +700,10 @@ class DPLipModel(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> DPLipModel:
         if not self.placement.is_whole:
             raise ConfigurationError("move or cast the model before fully_shard(model), which places its parts")
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if torch.__future__.get_swap_module_params_on_conversion():
+            self.register.let_go()
+        with lineage.kept(self.net):
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.register.follow(self.net)
         device, dtype = parameter_device_and_dtype(self.net)
         self._dropped_samples = self._dropped_samples.to(device)

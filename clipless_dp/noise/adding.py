@@ -80,7 +80,8 @@ def add_normal_(
         for part in flat.split(length) if length < size else (flat,):
             room = len(part)
             buffer = buffer if len(buffer) >= room else buffer.new_empty(room)
-            drawn = source.standard_normal_(buffer if len(buffer) == room else buffer[:room])
+            drawn = buffer if len(buffer) == room else buffer[:room]
+            source.standard_normal_(drawn)
             part.add_(drawn, alpha=deviation).mul_(factor)
     _add_gathered_(gathered, source, factor)
 
@@ -90,9 +91,11 @@ def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSour
     if not parts:
         return
     targets, deviations, sizes = zip(*parts, strict=True)
-    drawn = source.standard_normal_(targets[0].new_empty(sum(sizes))).split_with_sizes(sizes)
+    drawn = targets[0].new_empty(sum(sizes))
+    source.standard_normal_(drawn)
     shaped = [
-        part if target.dim() == 1 else part.view(target.shape) for part, target in zip(drawn, targets, strict=True)
+        part if target.dim() == 1 else part.view(target.shape)
+        for part, target in zip(drawn.split_with_sizes(sizes), targets, strict=True)
     ]
     if len(set(deviations)) == 1:
         torch._foreach_add_(targets, shaped, alpha=deviations[0])

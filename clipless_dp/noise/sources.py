@@ -7,7 +7,7 @@ import hashlib
 import math
 import os
 from threading import Lock
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -26,17 +26,19 @@ class NoiseSource(Protocol):
         """Called once before the noise of each optimizer step, with its number."""
         ...
 
-    def standard_normal_(self, out: Tensor) -> Tensor:
-        """Fills ``out`` in place."""
+    def standard_normal_(self, out: Tensor) -> object:
+        """Fills ``out`` in place, of whatever shape; what it returns is not looked at."""
         ...
 
 
 def noise_source(noise: NoiseSource | str | None) -> NoiseSource:
     """The source of a name: ``"system"`` (also ``None``) or ``"secure"``; a source is returned as it is.
 
+    One of the user's is tried: it fills a few numbers, of step 0.
+
     Raises:
-        ConfigurationError: it is none of these, a source that lacks a part of :class:`NoiseSource`, or a package is
-            missing.
+        ConfigurationError: it is none of these, a source that lacks a part of :class:`NoiseSource` or does not fill
+            what it is given, or a package is missing.
     """
     if noise is None or noise == "system":
         return SystemNoise()
@@ -49,7 +51,26 @@ def noise_source(noise: NoiseSource | str | None) -> NoiseSource:
         raise ConfigurationError(
             f"noise must be 'system', 'secure' or a NoiseSource, got {noise!r}, which has no {', no '.join(lacking)}"
         )
+    if getattr(type(noise), "standard_normal_", None) not in _OWN_NUMBERS:
+        _try(noise)
     return noise
+
+
+def _try(source: NoiseSource) -> None:
+    tried = torch.full((6,), math.nan)
+    try:
+        source.begin_step(0)
+        source.standard_normal_(tried)
+    except (AttributeError, TypeError) as error:
+        raise ConfigurationError(f"{source!r} cannot be asked for noise as a NoiseSource is: {error}") from error
+    except Exception:
+        # It may draw on another device only; what it raises in a step passes.
+        return
+    if tried.shape != (6,) or not bool(torch.isfinite(tried).all()):
+        raise ConfigurationError(
+            f"standard_normal_(out) of {source!r} must fill out in place, with finite numbers: what it returns is not "
+            "looked at"
+        )
 
 
 def source_name(kind: type[NoiseSource]) -> str:
@@ -120,6 +141,10 @@ class ReproducibleNoise:
         self.seed = int(seed)
         self.begin_step(0)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies start the step again: generators of words are of their process.
+        return {**self.__dict__, "_numbers": {}}
+
     def begin_step(self, step: int) -> None:
         """Restarts the generators from the seed and the step."""
         self._seed_of_step = derived_seed(self.seed, "noise", step)
@@ -134,6 +159,8 @@ class ReproducibleNoise:
             numbers = self._numbers[out.device] = normal_numbers(seeded_words(seed), own)
         return numbers.fill_(out)
 
+
+_OWN_NUMBERS = {kind.standard_normal_ for kind in (SystemNoise, ReproducibleNoise, SecureNoise)}
 
 _RECORDED_NAMES: dict[type, str] = {
     SystemNoise: "clipless_dp.noise.SystemNoise",

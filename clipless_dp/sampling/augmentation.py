@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise.randomness import Randomness, current_generator
 from clipless_dp.noise.randomness import shared as shared_randomness
@@ -60,9 +61,7 @@ class ShiftAndFlip(RowAugmentation):
     """
 
     def __init__(self, shift: int = 4, *, flip: bool = True) -> None:
-        if not (isinstance(shift, int) and shift >= 0):
-            raise ConfigurationError(f"shift must be an integer of at least 0, got {shift!r}")
-        self.shift = shift
+        self.shift = whole("shift", shift, 0)
         self.flip = flip
 
     def __call__(self, inputs: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.arguments import whole
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.sampler import PoissonBatchSampler
 from clipless_dp.sampling.samples import Samples
@@ -46,10 +46,7 @@ def usual_rows(count: int, sample_rate: float) -> int:
 
 def checked_rows(rows: int | None, count: int, sample_rate: float) -> int:
     """A positive number of rows for draws from so many samples, by default the usual one."""
-    rows = usual_rows(count, sample_rate) if rows is None else rows
-    if rows < 1:
-        raise ConfigurationError(f"physical_batch_size must be positive, got {rows}")
-    return rows
+    return usual_rows(count, sample_rate) if rows is None else whole("physical_batch_size", rows)
 
 
 class PoissonBatches:
@@ -97,7 +94,7 @@ class PoissonBatches:
         rank, ranks = self.sampler.world
         self._inputs = inputs[rank::ranks].to(device)
         self._targets = targets[rank::ranks].to(device)
-        self.physical_batch_size = checked_rows(physical_batch_size, len(self._inputs), sample_rate)
+        self.physical_batch_size = checked_rows(physical_batch_size, len(self._inputs), self.sampler.sample_rate)
 
     def __len__(self) -> int:
         return len(self.sampler)

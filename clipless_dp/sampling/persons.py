@@ -163,7 +163,7 @@ def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Itera
         yield _Piece(inputs.untyped_storage().data_ptr(), place, rows)
     else:
         yield _Piece(id(dataset), chosen, rows)
-        if by_memory and type(dataset) in (list, tuple):
+        if by_memory and getattr(type(dataset), "__getitem__", None) in (list.__getitem__, tuple.__getitem__):
             # Samples of plain numbers are left out: equal constants are one object in Python.
             same = [
                 (_mark(dataset[index]), row) for index, row in zip(chosen, rows, strict=True) if _holds(dataset[index])

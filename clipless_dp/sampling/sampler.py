@@ -12,19 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
+from clipless_dp.arguments import positive, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import draws, loaders, persons
 
 
-def _checked(sample_rate: float, steps: int, start: int) -> None:
-    if not 0.0 < sample_rate <= 1.0:
+def _checked(sample_rate: float, steps: int, start: int) -> tuple[float, int, int]:
+    rate = positive("sample_rate", sample_rate)
+    if rate > 1.0:
         raise ConfigurationError(
             f"sample_rate must lie in (0, 1], got {sample_rate!r}: the expected batch cannot exceed the data set"
         )
-    if not (isinstance(steps, int) and steps >= 0 and 0 <= start <= steps):
+    steps, start = whole("steps", steps, 0), whole("start", start, 0)
+    if start > steps:
         raise ConfigurationError(f"steps and start must be integers with 0 ≤ start ≤ steps, got {steps!r}, {start!r}")
+    return rate, steps, start
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -50,19 +54,21 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __init__(
         self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None, start: int = 0
     ) -> None:
-        _checked(sample_rate, steps, start)
-        if not (isinstance(dataset_size, int) and dataset_size >= 1):
-            raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
-        self.dataset_size = dataset_size
-        self.sample_rate = float(sample_rate)
-        self.steps = steps
+        self.sample_rate, self.steps, self.start = _checked(sample_rate, steps, start)
+        self.dataset_size = whole("dataset_size", dataset_size)
         self.seed = seed
-        self.start = start
         self._passed = False
         self._source = draws.Source()
         self.world = placement.world()
-        if self.world.size > dataset_size:
-            raise ConfigurationError(f"{self.world.size} processes for {dataset_size} samples: start fewer of them")
+        if self.world.size > self.dataset_size:
+            raise ConfigurationError(
+                f"{self.world.size} processes for {self.dataset_size} samples: start fewer of them"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # Of a version that did not tell draws of one sampler from those of another.
+        self.__dict__.setdefault("_source", draws.Source())
 
     def __len__(self) -> int:
         return self.steps - self.start

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset, default_collate
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling import persons
 
@@ -33,10 +34,7 @@ def public_size(dataset_size: int | None, rows: int) -> int:
     Raises:
         ConfigurationError: it is not a positive integer.
     """
-    size = rows if dataset_size is None else dataset_size
-    if not (isinstance(size, int) and size >= 1):
-        raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
-    return size
+    return whole("dataset_size", rows if dataset_size is None else dataset_size)
 
 
 class Samples:

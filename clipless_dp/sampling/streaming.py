@@ -76,7 +76,7 @@ class StreamedBatches:
         self.sampler = PoissonBatchSampler(count, sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world
         own = len(range(rank, count, ranks))
-        self.physical_batch_size = checked_rows(physical_batch_size, own, sample_rate)
+        self.physical_batch_size = checked_rows(physical_batch_size, own, self.sampler.sample_rate)
         self._device = None if device is None else torch.device(device)
 
     def __len__(self) -> int:

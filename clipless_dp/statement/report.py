@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipless_dp.arguments import positive
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.optim import CliplessDPOptimizer
@@ -77,8 +78,16 @@ class PrivacyStatement:
 
 
 def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
-    """The three files that :meth:`PrivacyStatement.save` writes."""
-    base = Path(path)
+    """The three files that :meth:`PrivacyStatement.save` writes.
+
+    Raises:
+        CheckpointError: the path names no file.
+    """
+    if not isinstance(path, (str, os.PathLike)) or "\0" in (named := str(os.fspath(path))):
+        raise CheckpointError(f"a statement needs the path of a file, got {path!r}")
+    base = Path(named)
+    if base.name in ("", ".."):
+        raise CheckpointError(f"{named!r} is a folder; name a file in it, without or with one of {', '.join(SUFFIXES)}")
     base = base.with_suffix("") if base.suffix in SUFFIXES else base
     return tuple(base.with_name(base.name + suffix) for suffix in SUFFIXES)
 
@@ -110,13 +119,24 @@ def report(
             false is a finding.
 
     Raises:
-        ConfigurationError: δ lies outside (0, 1).
-        CheckpointError: the folder is not writable.
+        ConfigurationError: δ lies outside (0, 1), the optimizer is none of this package, or a text is no string.
+        CheckpointError: the path names no file, or the folder is not writable.
 
     Source:
         Ponomareva et al. 2023, "How to DP-fy ML", sections 5.2 (which ε are meaningful) and 5.3 (what to report).
     """
-    if delta is not None and not (isinstance(delta, float) and 0.0 < delta < 1.0):
+    lacking = [name for name in ("accountant", "model", "noise_deviations") if not hasattr(optimizer, name)]
+    if lacking:
+        raise ConfigurationError(
+            f"report takes the optimizer that trained, of fit the result's .optimizer, got {type(optimizer).__name__}"
+        )
+    for name, text in (("unit", unit), ("title", title)):
+        if not isinstance(text, str):
+            raise ConfigurationError(f"{name} must be a string, got {text!r}")
+    if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
+        raise ConfigurationError(f"notes must be a list of strings, got {notes!r}")
+    delta = None if delta is None else positive("delta", delta)
+    if delta is not None and delta >= 1.0:
         raise ConfigurationError(f"delta must be a number in (0, 1), got {delta!r}")
     statement = PrivacyStatement(facts_of(optimizer, delta, unit, title, notes, audit))
     return statement if path is None else statement.save(path)

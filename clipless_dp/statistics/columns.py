@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from accounting import Accountant
+from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.statistics.moments import MOMENTS_SENSITIVITY, Moments, moment_sums, moments_of
-from clipless_dp.statistics.release import CHUNK, checked_size, released
+from clipless_dp.statistics.release import CHUNK, checked_size, released, require_tensor
 
 
 class Standardisation(nn.Module):
@@ -104,16 +105,18 @@ def private_standardisation(
         is chosen in view of the first, and adaptive Gaussian releases compose like one (Dong, Roth and Su 2022,
         Corollary 2).
     """
-    if values.dim() != 2:
+    if require_tensor(values).dim() != 2:
         raise InputError(f"expected rows and columns, (N, C), got {tuple(values.shape)}")
-    size = checked_size(values, dataset_size, noise_multiplier)
+    size = checked_size(values, dataset_size)
+    noise_multiplier = positive("noise_multiplier", noise_multiplier)
+    lower, upper = positive("lower", lower), positive("upper", upper)
     if not (1e-8 <= lower < upper <= 1e18):
         raise ConfigurationError(f"the range must have 1e-8 <= lower < upper <= 1e18, got {lower!r} and {upper!r}")
     columns = values.shape[1]
     settings: dict[str, object] = {
         "statistic": "standardisation",
-        "range": [float(lower), float(upper)],
-        "noise_multiplier": float(noise_multiplier),
+        "range": [lower, upper],
+        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(values.dtype),
         "columns": columns,

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from accounting import Accountant
+from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
-from clipless_dp.statistics.release import checked_size, released
+from clipless_dp.statistics.release import checked_size, released, require_tensor
 
 _HALVINGS = 20
 
@@ -59,18 +60,20 @@ def private_quantile(
     Guarantee:
         One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record.
     """
-    if values.dim() != 1:
+    if require_tensor(values).dim() != 1:
         raise InputError(f"expected one number for each record, (N,), got {tuple(values.shape)}")
-    size = checked_size(values[:, None], dataset_size, noise_multiplier)
-    if not 0.0 < quantile < 1.0:
+    size = checked_size(values[:, None], dataset_size)
+    noise_multiplier, quantile = positive("noise_multiplier", noise_multiplier), positive("quantile", quantile)
+    lower, upper = positive("lower", lower), positive("upper", upper)
+    if not quantile < 1.0:
         raise ConfigurationError(f"quantile must lie in (0, 1), got {quantile!r}")
-    if not (0.0 < lower < upper < math.inf):
+    if not lower < upper:
         raise ConfigurationError(f"the range must have 0 < lower < upper, got {lower!r} and {upper!r}")
     settings: dict[str, object] = {
         "statistic": "quantile",
         "quantile": quantile,
-        "range": [float(lower), float(upper)],
-        "noise_multiplier": float(noise_multiplier),
+        "range": [lower, upper],
+        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(values.dtype),
     }
@@ -119,13 +122,14 @@ def private_fraction(
     Guarantee:
         One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record.
     """
-    if flags.dim() != 1 or flags.is_complex() or not bool(((flags == 0) | (flags == 1)).all()):
+    if require_tensor(flags).dim() != 1 or flags.is_complex() or not bool(((flags == 0) | (flags == 1)).all()):
         raise InputError(f"expected zeros and ones, (N,), got {flags.dtype} {tuple(flags.shape)}")
     exact = flags.detach().double()
-    size = checked_size(exact[:, None], dataset_size, noise_multiplier)
+    size = checked_size(exact[:, None], dataset_size)
+    noise_multiplier = positive("noise_multiplier", noise_multiplier)
     settings: dict[str, object] = {
         "statistic": "fraction",
-        "noise_multiplier": float(noise_multiplier),
+        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(flags.dtype),
     }

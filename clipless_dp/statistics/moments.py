@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from accounting import Accountant, GaussianRelease
+from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
 from clipless_dp.noise import NoiseSource, noisy
-from clipless_dp.statistics.release import CHUNK, checked_size, released
+from clipless_dp.statistics.release import CHUNK, checked_size, released, require_tensor
 
 MOMENTS_SENSITIVITY = math.sqrt(2.0)
 
@@ -92,13 +93,14 @@ def private_moments(
     Guarantee:
         One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record.
     """
-    size = checked_size(values, dataset_size, noise_multiplier)
-    if not (math.isfinite(norm) and 1e-8 <= norm <= 1e18):
+    size = checked_size(require_tensor(values), dataset_size)
+    noise_multiplier, norm = positive("noise_multiplier", noise_multiplier), positive("norm", norm)
+    if not 1e-8 <= norm <= 1e18:
         raise ConfigurationError(f"norm must lie in [1e-8, 1e18], got {norm!r}")
     settings: dict[str, object] = {
         "statistic": "moments",
-        "norm": float(norm),
-        "noise_multiplier": float(noise_multiplier),
+        "norm": norm,
+        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(values.dtype),
         "shape": list(values.shape[1:]),

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from accounting import Accountant, GaussianRelease, Provenance, new_run
@@ -53,21 +52,31 @@ class Releases:
         }
 
 
-def checked_size(values: Tensor, dataset_size: int | None, noise_multiplier: float) -> int:
+def require_tensor(values: object) -> Tensor:
+    """The values, once they are known to be a tensor whose entries all lie in memory.
+
+    Raises:
+        InputError: they are not.
+    """
+    if not isinstance(values, Tensor):
+        raise InputError(f"expected a tensor, got {type(values).__name__}: convert it by torch.as_tensor")
+    if values.layout is not torch.strided or values.is_quantized or values.is_meta:
+        raise InputError(f"expected a dense tensor, got {values.dtype} of {values.layout} on {values.device}")
+    return values
+
+
+def checked_size(values: Tensor, dataset_size: int | None) -> int:
     """The public number of records.
 
     Raises:
         InputError: the values are not floating-point numbers of shape ``(N, C, ...)``, or hold no record.
-        ConfigurationError: the number of records or the noise multiplier is out of range.
+        ConfigurationError: the number of records is out of range.
     """
     if values.dim() < 2 or not values.is_floating_point() or values.numel() == 0:
         raise InputError(
             f"expected floating-point values (records, channels, ...), got {values.dtype} {tuple(values.shape)}"
         )
-    size = public_size(dataset_size, len(values))
-    if not (isinstance(noise_multiplier, Real) and math.isfinite(noise_multiplier) and noise_multiplier > 0):
-        raise ConfigurationError(f"noise_multiplier must be finite and positive, got {noise_multiplier!r}")
-    return size
+    return public_size(dataset_size, len(values))
 
 
 def released(

@@ -616,3 +616,53 @@ def test_a_ledger_that_cannot_be_written_leaves_the_old_file_and_nothing_beside_
         Ledger().save(path)
     assert [file.name for file in tmp_path.iterdir()] == ["ledger.json"]
     assert len(Ledger.load(path)) == 0
+
+
+@pytest.mark.parametrize("at", ["or_next", "_together", "and_then"])
+def test_an_exception_at_any_place_leaves_a_ledger_that_puts_lines_together(at, monkeypatch):
+    owner = {"or_next": ledger_code._Turn, "_together": ledger_code, "and_then": ledger_code._Closed}[at]
+    real, ledger, kept = getattr(owner, at), Ledger(), []
+
+    def interrupted(*arguments):
+        real(*arguments)
+        raise KeyboardInterrupt
+
+    for _ in range(3):
+        ledger.append(STEP)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, at, interrupted)
+            try:
+                len(ledger)
+            except KeyboardInterrupt as error:
+                # Its traceback lives on, and what is in its frames.
+                kept.append(error)
+    ledger.append(STEP)
+    assert kept
+    assert len(ledger) == 4
+    assert len(ledger._record) == 1
+
+
+def test_lines_are_put_together_by_one_at_a_time():
+    ledger = Ledger()
+    taker = ledger_code._Taker()
+    ledger._turn, taken = ledger._turn.or_next(taker)
+    assert taken
+    for _ in range(3):
+        ledger.append(STEP)
+    assert len(ledger) == len(ledger._record) == 3
+    # A process that was forked meanwhile does not wait for a thread that it has not got.
+    taker.process += 1
+    assert len(ledger) == 3
+    assert len(ledger._record) == 1
+
+
+@pytest.mark.parametrize("change", [{"relation": "none"}, {"count": -1}, {"count": 1.5}, {"noise_multiplier": -1.0}])
+def test_a_state_with_values_that_no_ledger_has_is_of_a_wrong_format(change):
+    ledger = Ledger()
+    ledger.append(STEP)
+    state = ledger.state_dict()
+    (entry,) = state["entries"]
+    for place in (state, entry, entry["event"]):
+        place.update({name: value for name, value in change.items() if name in place})
+    with pytest.raises(LedgerFormatError):
+        Ledger.from_state_dict(state)

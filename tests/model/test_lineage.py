@@ -157,15 +157,161 @@ def test_a_parameter_that_takes_the_place_of_another_is_known_by_its_values(keep
 
 def test_what_is_known_of_parameters_lives_no_longer_than_they_do():
     gc.collect()
-    before = len(lineage._traces)
     optimizer = train(private(gated_model()), 1)
     model = optimizer.model
-    numbers = [weakref.ref(trace.numbers) for trace in lineage.of(model)._traced()]
-    assert len(lineage._traces) == before + len(numbers) == before + 4
+    traces = [weakref.ref(trace) for trace in lineage.of(model)._traced()]
+    numbers = [weakref.ref(trace().numbers) for trace in traces]
+    assert len(numbers) == 4
+    assert all(number() for number in numbers)
     del optimizer, model
     gc.collect()
-    assert len(lineage._traces) == before
+    assert not any(trace() for trace in traces)
     assert not any(number() for number in numbers)
+
+
+def test_the_memory_of_a_parameter_that_a_network_has_lost_is_freed_while_the_network_lives():
+    optimizer = train(private(gated_model()), 1)
+    layer = next(part for part in optimizer.model.net.modules() if isinstance(part, nn.Linear))
+    numbers = weakref.ref(lineage._known_of(layer.bias).numbers)
+    parameter = nn.Parameter(layer.bias.detach().clone())
+    optimizer.param_groups[0]["params"] = [
+        parameter if known is layer.bias else known for known in optimizer.param_groups[0]["params"]
+    ]
+    layer.bias = parameter
+    assert lineage.of(optimizer.model).unchanged(dict(optimizer.model.net.named_parameters()))
+    del optimizer
+    gc.collect()
+    assert numbers() is None
+
+
+@pytest.fixture
+def swapping():
+    before = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(before)
+
+
+@pytest.mark.parametrize("converted", [lambda model: model, lambda model: model.net], ids=["model", "net"])
+def test_where_torch_swaps_parameters_a_model_is_converted_and_known_afterwards(converted, swapping):
+    base = base_net()
+    first = train(private(wrapped(base)), 2)
+    if converted(first.model) is not first.model:
+        # These gradients are known to the wrapped model, which is not asked.
+        first.zero_grad()
+    converted(first.model).to(torch.float64)
+    converted(first.model).to(torch.float32)
+    assert begins(train(first, 1))
+    with pytest.warns(PrivacyWarning, match="already taken private steps"):
+        alone = train(private(first.model), 1)
+    assert begins(alone, LACKS)
+    with torch.no_grad():
+        next(first.model.net.parameters()).add_(0.1)
+    assert lineage.of(first.model).unchanged(dict(first.model.net.named_parameters())) is False
+
+
+def test_a_net_that_is_wrapped_again_brings_its_runs_after_a_conversion_that_swaps(swapping):
+    base = base_net()
+    train(private(wrapped(base)), 2).model.double().float()
+    with pytest.warns(PrivacyWarning, match="already taken private steps"):
+        again = train(private(wrapped(base)), 1)
+    assert begins(again, LACKS)
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_of_a_parameter_takes_nothing_of_what_is_known_of_it_along(copied):
+    parameter = next(train(private(gated_model()), 1).model.net.parameters())
+    assert lineage._known_of(parameter).runs
+    assert lineage._known_of(copied(parameter)) is None
+
+
+def test_parameters_are_saved_as_files_of_weights_alone_hold_them(tmp_path):
+    net = train(private(gated_model()), 1).model.net
+    torch.save(net.state_dict(keep_vars=True), tmp_path / "weights.pt")
+    loaded = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert all(torch.equal(loaded[name], parameter) for name, parameter in net.named_parameters())
+
+
+# The order of the values.
+
+
+def first_alone(sums):
+    """As states of before hold it: of 32 bits, with a sign."""
+    return (int(sums) + 2**31) % 2**32 - 2**31
+
+
+CHANGES = {
+    "rows in another order": lambda values: values.copy_(values.flip(0)),
+    "neighbours that changed places": lambda values: values.view(-1)[:2].copy_(values.view(-1)[:2].flip(0)),
+    "changes that cancel": lambda values: values.view(-1).view(torch.int32)[:2].add_(
+        torch.tensor([1 << 20, -1 << 20]).int()
+    ),
+    "all doubled": lambda values: values.mul_(2.0),
+}  # fmt: skip
+
+
+def numbers_of(values):
+    return lineage._Numbers(nn.Parameter(values.clone()))
+
+
+# From 16381 numbers on they are summed in columns; 512 bit patterns that grow by 2²³ sum up to what they did.
+@pytest.mark.parametrize("shape", [(8, 64), (512, 32), (32, 1024), (700, 1000)], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_that_the_sum_of_bits_does_not_see_is_seen(change, shape):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    changed = values.clone()
+    CHANGES[change](changed)
+    before, after = (numbers_of(some).sums() for some in (values, changed))
+    assert int(before.second) != int(after.second)
+    if change != "all doubled" or values.numel() % 512 == 0:
+        assert int(before.first) == int(after.first)
+    assert not lineage._agree(int(before), int(after))
+
+
+def test_doubled_numbers_of_64_bits_are_seen():
+    values = torch.randn(64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    before, after = numbers_of(values).sums(), numbers_of(2.0 * values).sums()
+    assert int(before.first) == int(after.first)
+    assert int(before.second) != int(after.second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(3, 2, 2), (40, 30, 30)], ids=str)
+def test_sums_are_the_same_in_every_layout_and_leave_the_values_as_they_are(size, dtype):
+    values = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    parameter = nn.Parameter(values.clone())
+    sums = int(lineage._Numbers(parameter).sums())
+    assert torch.equal(parameter, values)
+    assert int(numbers_of(values.to(memory_format=torch.channels_last)).sums()) == sums
+    assert int(sums) % 2**32 == int(values.view(lineage._INTEGERS[values.element_size()]).sum()) % 2**32
+
+
+def test_weights_of_the_second_sum_are_those_of_every_process_and_version():
+    parameter = nn.Parameter(torch.arange(20_000, dtype=torch.float32))
+    assert int(lineage._Numbers(parameter).sums()) == 680564731030635839175884621657878683648
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_weights_in_another_order_are_not_those_that_a_step_left(change):
+    optimizer = train(private(gated_model()), 2)
+    with torch.no_grad():
+        CHANGES[change](next(part for part in optimizer.model.net.parameters() if part.dim() == 2))
+    assert begins(optimizer, FOREIGN)
+
+
+def test_a_state_that_holds_the_first_sums_alone_is_accepted_with_its_weights_and_with_no_others():
+    first = train(private(gated_model()), 2)
+    state, weights = copy.deepcopy(first.state_dict()), first.model.net.state_dict()
+    known = state["clipless_dp"]["weights"]
+    state["clipless_dp"]["weights"] = {name: first_alone(value) for name, value in known.items()}
+    assert state["clipless_dp"]["weights"] != known
+    for change in (0.0, 0.1):
+        other = private(gated_model(seed=1))
+        other.load_state_dict(copy.deepcopy(state))
+        other.model.net.load_state_dict({name: value + change for name, value in weights.items()})
+        assert begins(other, *([FOREIGN] if change else []))
+        if not change:
+            assert begins(train(other, 1))
 
 
 # Copies and files.

@@ -358,3 +358,13 @@ def unchanged_by_reads() -> bool:
     state = torch.get_rng_state()
     persons._read(lambda index: data[index], np.arange(3), 2)
     return torch.equal(state, torch.get_rng_state())
+
+
+def test_a_sample_twice_in_a_list_of_a_class_of_its_own_is_refused():
+    class Samples(list):
+        pass
+
+    rows = [(torch.tensor([float(index)]), index) for index in range(5)]
+    refuse_repeats(Samples(rows))
+    with pytest.raises(PrivacyError):
+        refuse_repeats(Samples([*rows, rows[0]]))
