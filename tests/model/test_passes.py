@@ -1517,8 +1517,12 @@ def test_a_step_without_a_pass_releases_noise_alone() -> None:
 
 
 class Interrupted(NoNoise):
+    """Not where it is tried, on six numbers."""
+
     def standard_normal_(self, out: Tensor) -> Tensor:
-        raise KeyboardInterrupt
+        if out.numel() > 6:
+            raise KeyboardInterrupt
+        return out.fill_(1.0)
 
 
 def test_a_step_that_is_interrupted_in_its_noise_drops_the_gradients() -> None:
