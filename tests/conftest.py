@@ -16,6 +16,7 @@ settings.load_profile("unhurried")
 def no_draw_in_hand():
     """A draw that one test has left is not in the hands of the next."""
     draws.skip()
+    draws._in_hand.clear()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 from functools import lru_cache
 from typing import Any
 
@@ -61,6 +62,9 @@ def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
     return _some(flat)
 
 
+_SECRET = secrets.randbits(64)
+"""So that places are the same whenever they are asked for, and nobody's data is made for them."""
+
 _OF_EACH_ROW = 4
 """Entries that are looked at: of another row, whose numbers are bits, all of them agree in one case of sixteen."""
 
@@ -68,7 +72,7 @@ _OF_EACH_ROW = 4
 @lru_cache(maxsize=64)
 def _places(rows: int, size: int) -> np.ndarray[Any, Any]:
     """Places of some entries of each row, as many as there are rows in the order of memory; others in each process."""
-    drawn = np.random.default_rng().random((rows, _OF_EACH_ROW))
+    drawn = np.random.default_rng((_SECRET, rows, size)).random((rows, _OF_EACH_ROW))
     places: np.ndarray[Any, Any] = ((np.arange(rows)[:, None] + drawn) * (size / rows)).astype(np.int64)
     found: np.ndarray[Any, Any] = np.minimum(places, size - 1).ravel()
     return found

@@ -45,7 +45,7 @@ from clipless_dp import (
 )
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.graph.apart import join_
-from clipless_dp.sampling import Batch, draws
+from clipless_dp.sampling import Batch, draws, fingerprints
 
 SIZE, RATE = 40, 0.25
 ROUTES = ("constraint", "signal gates", "gradient gates", "weights")
@@ -758,7 +758,7 @@ def test_loops_in_threads_are_apart() -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not failed
+    assert not failed, failed
 
 
 def test_an_empty_draw_takes_its_step_while_later_ones_wait() -> None:
@@ -923,6 +923,14 @@ def test_no_sparsity_and_no_layout_hides_what_is_written_into_a_gradient(
     hidden = next((weight for weight in weights if not weight.is_contiguous()), weights[0])
     hidden.grad.data.mul_(100.0)
     refused(optimizer, "something else than passes")
+
+
+def test_what_is_looked_at_does_not_depend_on_what_was_looked_at_before() -> None:
+    values = torch.rand(40, 300)
+    before = fingerprints.fingerprint(values)
+    for rows in range(41, 241):
+        fingerprints.fingerprint(torch.rand(rows, 300))
+    assert fingerprints.fingerprint(values) == before
 
 
 def test_one_row_of_a_batch_or_a_weight_that_changes_in_between_is_seen() -> None:
