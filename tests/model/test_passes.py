@@ -741,10 +741,11 @@ def test_a_loop_within_a_loop_and_one_after_a_loop_that_was_broken_off_are_apart
 def test_loops_in_threads_are_apart() -> None:
     failed: list[BaseException] = []
 
-    def train() -> None:
+    # torch's tracer is for one thread at a time.
+    trained = [(model := model_of(), sgd(model)) for _ in range(3)]
+
+    def train(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
         try:
-            model = model_of()
-            optimizer = sgd(model)
             for batch in drawn(10):
                 optimizer.zero_grad()
                 loss_of(model, batch).backward()
@@ -753,7 +754,7 @@ def test_loops_in_threads_are_apart() -> None:
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=train) for _ in range(3)]
+    threads = [threading.Thread(target=train, args=some) for some in trained]
     for thread in threads:
         thread.start()
     for thread in threads:
