@@ -93,7 +93,8 @@ def test_the_noise_that_training_is_told_to_take_is_that_of_its_statistics_too()
         drawn = 0
 
         def standard_normal_(self, out):
-            type(self).drawn += out.numel()
+            # Six numbers are what a source is tried by.
+            type(self).drawn += out.numel() if out.numel() > 6 else 0
             return super().standard_normal_(out)
 
     preset, dataset = presets.get("features-linear"), data((1, 8, 8), count=200)

@@ -123,7 +123,8 @@ def test_the_noise_of_a_split_draw_enters_once() -> None:
 
     class Counting(ReproducibleNoise):
         def standard_normal_(self, out: torch.Tensor) -> torch.Tensor:
-            drawn.append(out.numel())
+            # Six numbers are what a source is tried by.
+            drawn.append(out.numel() if out.numel() > 6 else 0)
             return super().standard_normal_(out)
 
     model = gated_model()
