@@ -536,7 +536,7 @@ def test_tf32_convolutions_are_refused_on_cuda():
 FINE = ["mkldnn.fp32_precision", "mkldnn.matmul.fp32_precision", "mkldnn.conv.fp32_precision", "fp32_precision"]
 
 
-@pytest.mark.parametrize("setting", FINE)
+@pytest.mark.parametrize("setting", [FINE[0], *(pytest.param(name, marks=pytest.mark.slow) for name in FINE[1:])])
 @pytest.mark.parametrize("value", ["bf16", "tf32"])
 def test_finer_settings_of_precision_are_refused_and_put_back(setting, value):
     if not hasattr(torch.backends, "fp32_precision"):
