@@ -57,9 +57,10 @@ class DPLipModel(nn.Module):
             mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
             from the weights' values, or from gates.
         row_invariant: whether passes with gradients run at numbers of rows at which the library returns the same bits
-            for a sample whatever its place and its company (:mod:`clipless_dp.model.row_invariance`). ``None``, the
-            default: the same activations, on a CPU, and the same cotangents where gates normalise. ``True``: both, on
-            any device. ``False``: neither. Compiled and sharded passes run at the sizes that they are given.
+            for a sample whatever its place and its company (:mod:`clipless_dp.model.row_invariance`). ``None``: the
+            same activations, on a CPU, and the same cotangents where gates normalise. ``True``: both, on any device.
+            ``False``: neither. A size is asked about when it comes up first, which takes several passes: some sixty
+            steps in a run. Compiled and sharded passes run at the sizes that they are given.
 
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
@@ -91,7 +92,7 @@ class DPLipModel(nn.Module):
         input_norm: float | None = None,
         loss: Loss,
         constraint: ConstraintSpec = None,
-        row_invariant: bool | None = None,
+        row_invariant: bool | None = False,
     ) -> None:
         super().__init__()
         if not isinstance(net, nn.Module):

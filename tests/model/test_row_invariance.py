@@ -34,6 +34,7 @@ def on_the_edge(wrap, dtype: torch.dtype, **options) -> tuple[DPLipModel, Tensor
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(784, 512, bias=False), nn.ReLU(), nn.Linear(512, 10, bias=False)).to(dtype)
     net[0].weight.data.copy_(weight)
+    options = {"row_invariant": None, **options}
     model = DPLipModel(wrap(net), input_shape=(784,), input_norm=1.0, loss=losses.TauCrossEntropy(), **options)
     inputs = (torch.randn(SIZES[dtype] + 1, len(directions), dtype=torch.float64) @ directions).to(dtype)
     inputs = inputs / inputs.norm(dim=1, keepdim=True)
@@ -97,7 +98,7 @@ def case(name: str, wrap, dtype: torch.dtype, **options) -> tuple[DPLipModel, Te
         input_shape=shape,
         input_norm=None if name == "tokens" else 2.0,
         loss=losses.TauCrossEntropy(),
-        **options,
+        **{"row_invariant": None, **options},
     )
     return model, torch.randint(11, (70, 5)) if name == "tokens" else torch.randn(70, *shape, dtype=dtype)
 
@@ -228,7 +229,7 @@ def test_a_network_that_cannot_be_copied_runs_as_it_is_and_the_model_says_so():
     register_rule(Copied)(base.find_rule(nn.Linear(1, 1)))
     try:
         net = nn.Sequential(Copied(4, 3))
-        model = DPLipModel(net, input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+        model = DPLipModel(net, input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy(), row_invariant=None)
         assert model(torch.randn(5, 4)).shape == (5, 3)
         assert model.row_invariant is False
     finally:
