@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import NoneType
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -393,11 +393,9 @@ class _Numbers:
             rest = columns[whole:]
             columns = columns[:whole].view(-1, _COLUMNS).sum(0, dtype=self._dtype)
             columns[: len(rest)] += rest
-        products = columns * self._weights
-        if self._dtype == torch.int64:
-            # Their carries are lost, as those of shorter ones: without that, doubling all numbers might not be seen.
-            products = products >> 32
-        return _Sums(columns.sum(dtype=self._dtype), products.sum(dtype=torch.int64))
+        else:
+            columns = columns.to(self._dtype, copy=True)
+        return _Sums(columns, self._weights)
 
 
 _COLUMNS = 16381
@@ -417,16 +415,31 @@ def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.from_numpy(signed.copy()).to(device)
 
 
-class _Sums(NamedTuple):
-    """Sums of one parameter's bit patterns, on its device.
+class _Sums:
+    """Sums of one parameter's bit patterns, on its device; every step makes them, and few are ever asked for.
 
-    Attributes:
-        first: of all, modulo 2³² (2⁶⁴ for numbers as long).
-        second: of those in a column, modulo as much, times its weight, modulo as much again: this sees the order.
+    Args:
+        columns: sums of those in a column.
+        weights: of the columns.
     """
 
-    first: Tensor
-    second: Tensor
+    def __init__(self, columns: Tensor, weights: Tensor) -> None:
+        self._columns = columns
+        self._weights = weights
+
+    @property
+    def first(self) -> Tensor:
+        """The sum of all, modulo 2³² (2⁶⁴ for numbers as long)."""
+        return self._columns.sum(dtype=self._columns.dtype)
+
+    @property
+    def second(self) -> Tensor:
+        """That of those in a column, modulo as much, times its weight, modulo as much again: this sees the order."""
+        products = self._columns * self._weights
+        if products.dtype == torch.int64:
+            # Their carries are lost, as those of shorter ones: without that, doubling all numbers might not be seen.
+            products = products >> 32
+        return products.sum(dtype=torch.int64)
 
     def __int__(self) -> int:
         return _BOTH | (int(self.second) % 2**64) << 64 | int(self.first) % 2**64
