@@ -208,8 +208,8 @@ class Register:
         self._latest = ref(opened)
         return opened
 
-    def refuse_padding(self, losses: Tensor) -> None:
-        """Refuses losses of the rows behind the samples of a draw, where no mask leaves them out and they are numbers.
+    def refuse_padding(self, losses: Tensor, mask: Tensor | None) -> None:
+        """Refuses losses of the rows behind the samples of a draw that no mask leaves out, where they are numbers.
 
         Padding is NaN, whose loss does not count; of integers it is not, and counts once they are made floats.
         """
@@ -217,8 +217,11 @@ class Register:
         rows = None if latest is None else latest.rows
         if rows is None or rows.draw is None or rows.stop <= rows.draw.rows or rows.stop - rows.start != len(losses):
             return
-        padding = losses[max(0, rows.draw.rows - rows.start) :]
-        if can_look(padding) and bool(torch.isfinite(padding).any()):
+        behind = slice(max(0, rows.draw.rows - rows.start), None)
+        counted = torch.isfinite(losses[behind])
+        if mask is not None:
+            counted &= mask[behind]
+        if can_look(counted) and bool(counted.any()):
             raise PrivacyError(
                 "rows that pad a draw count in this loss: give it the mask of the batch, or pass the rows that are "
                 "samples only"

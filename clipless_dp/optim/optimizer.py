@@ -211,7 +211,7 @@ class CliplessDPOptimizer(Optimizer):
 
         Raises:
             ConfigurationError: an argument is out of range, or a view has another shape than its sample.
-            PrivacyError: rows of this batch are in the gradients already; ``step()`` and ``zero_grad()`` forget them.
+            PrivacyError: rows of this batch are in the gradients already, until ``step()`` or :meth:`skip_draw`.
             RankError: the model is sharded, and another rank is gone.
 
         Guarantee:
@@ -353,7 +353,7 @@ class CliplessDPOptimizer(Optimizer):
         return self._books.changed_settings()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients, and forgets the draws that they may have come from, but for the latest."""
+        """Clears the gradients. Those of a draw that no step took are missed by the next one, which is refused."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
         self.model.register.reconcile()
 

@@ -125,14 +125,12 @@ class Rows(NamedTuple):
         base: names the tensor that they are a part of, also when it is gone.
         start: the first one.
         stop: the one behind the last.
-        size: how many the tensor has.
         draw: what ``base`` is a draw of, if it is one.
     """
 
     base: int
     start: int
     stop: int
-    size: int
     draw: Draw | None = None
 
 
@@ -304,20 +302,15 @@ def find(inputs: Tensor) -> Rows:
     draw = known.draw if known is not None and known.holds(base) else None
     if draw is not None:
         draw.reached = True
-    size = len(base) if base.dim() else 1
     if span is None:
-        return _matching(inputs) or Rows(_name(base), 0, size, size)
+        return _matching(inputs) or Rows(_name(base), 0, len(base) if base.dim() else 1)
     if draw is None and base.dim() and base is not inputs:
         copy = _matching(base)
         if copy is not None:
             # Its other pieces are known at once.
             _delivered[base] = _Delivered(cast(Draw, copy.draw), base._version, fingerprint(base))
             draw = copy.draw
-    return (
-        Rows(_name(base), *span, size, draw)
-        if draw is not None
-        else _matching(inputs) or Rows(_name(base), *span, size)
-    )
+    return Rows(_name(base), *span, draw) if draw is not None else _matching(inputs) or Rows(_name(base), *span)
 
 
 def _name(base: Tensor) -> int:
@@ -344,7 +337,7 @@ def _matching(inputs: Tensor) -> Rows | None:
             if start is not None:
                 draw.reached = True
                 draw.matched = start + len(inputs)
-                return Rows(_name(tensor), start, start + len(inputs), len(tensor), draw)
+                return Rows(_name(tensor), start, start + len(inputs), draw)
     return None
 
 
@@ -362,10 +355,11 @@ def _place_of(inputs: Tensor, batch: Tensor, draw: Draw) -> int | None:
         firsts = ((column == first) | (column.isnan() & first.isnan())).nonzero().flatten().tolist()
         firsts.sort(key=lambda start: (start != draw.matched, start))
     for start in firsts[:_MOST_TRIED]:
-        # What pads a draw may have been filled: it does not count.
-        count = min(len(inputs), draw.rows - start) if start < draw.rows else len(inputs)
-        copy = batch[start : start + count].to(inputs.device, inputs.dtype).reshape(count, *inputs.shape[1:])
-        if bool(((copy == inputs[:count]) | (copy.isnan() & inputs[:count].isnan())).all()):
+        copy = batch[start : start + len(inputs)].to(inputs.device, inputs.dtype).reshape(inputs.shape)
+        alike = (copy == inputs) | (copy.isnan() & inputs.isnan())
+        # What pads a draw may have been zeroed.
+        alike[max(0, draw.rows - start) :] |= inputs[max(0, draw.rows - start) :] == 0
+        if bool(alike.all()):
             return int(start)
     return None
 

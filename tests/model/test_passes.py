@@ -800,6 +800,24 @@ def test_filled_padding_of_a_copy_is_the_draw() -> None:
     assert optimizer.accountant.history == [(1.0, RATE, 3)]
 
 
+def test_other_rows_in_place_of_padding_are_not_the_draw() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=SIZE)
+    filled = torch.where(batch.mask[:, None], batch.inputs, data()[0])
+    model.loss(model(filled), batch.targets, batch.mask).backward()
+    refused(optimizer, "draw in hand")
+
+
+def test_zeroed_padding_that_counts_is_refused() -> None:
+    model = model_of()
+    (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=SIZE)
+    output = model(batch.inputs.nan_to_num())
+    for mask in (None, torch.ones_like(batch.mask)):
+        with pytest.raises(PrivacyError, match="mask of the batch"):
+            model.loss(output, batch.targets, mask)
+
+
 def test_suggestions_between_two_steps_leave_no_pass_behind() -> None:
     model = model_of("weights")
     optimizer = sgd(model)
