@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -17,39 +16,11 @@ from clipless_dp.bounds.sweep import (
     deep_recursion,
     named_parameters,
 )
+from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
 from clipless_dp.graph.tracing import TracedNet, function_name, place
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import RuleError
-
-
-class Weights(Protocol):
-    """Where weights are: what is asked of a tensor of which this process may hold a part only."""
-
-    def held(self, parameter: Tensor, /) -> Tensor:
-        """What this process holds of it."""
-        ...
-
-    def whole(self, tensor: Tensor, /) -> Tensor:
-        """All of it."""
-        ...
-
-    def on_any_part(self, conditions: Sequence[bool], /) -> Sequence[bool]:
-        """Of each condition, whether it holds in any process that holds a part of the weights."""
-        ...
-
-
-class _Here:
-    """All weights are whole, in this process."""
-
-    def held(self, parameter: Tensor, /) -> Tensor:
-        return parameter
-
-    def whole(self, tensor: Tensor, /) -> Tensor:
-        return tensor
-
-    def on_any_part(self, conditions: Sequence[bool], /) -> Sequence[bool]:
-        return conditions
 
 
 class SensitivityTracker:
@@ -71,12 +42,12 @@ class SensitivityTracker:
         *,
         input_norm: float,
         cotangent_norm: float,
-        weights: Weights | None = None,
+        weights: Placement | None = None,
     ) -> None:
         self.traced = traced
         self.input_norm = input_norm
         self.cotangent_norm = cotangent_norm
-        self.weights: Weights = _Here() if weights is None else weights
+        self.weights: Placement = OneProcess() if weights is None else weights
         self._certificates: dict[tuple[int, Operator], tuple[Stamp, float]] = {}
         self.operators: dict[str, tuple[Operator, ...]] = {}
         self.operators = self._collect_operators()
