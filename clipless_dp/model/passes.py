@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
-from clipless_dp.gates.arithmetic import can_look, drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
+from clipless_dp.gates.arithmetic import drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
 from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.precision import outside_autocast
 from clipless_dp.sampling import draws, fingerprints
@@ -33,7 +33,8 @@ _DROPPED = "The gradients are dropped; nothing was released"
 _SPENT = (
     "What is done with private gradients, their norm or their direction, would decide what a step releases (skipped "
     "batches, sharpness-aware steps), and no noise covers that. Take the step with what came in; skip_draw() says that "
-    "a batch is left out for another reason, clipless_dp.passes.unwitnessed() that nothing of a pass trains anything"
+    "a batch is left out for another reason, clipless_dp.passes.unwitnessed() that nothing of a pass trains anything, "
+    "passes.public() that its rows are nobody's, such as a generator's"
 )
 
 
@@ -90,6 +91,25 @@ class Pass:
             raise PrivacyError(
                 "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
                 f"for what they were: give each batch memory of its own. {_DROPPED}"
+            )
+
+    def refuse_padding(self, norms: Tensor) -> None:
+        """Refuses cotangents of rows that pad a draw: how many they are depends on what was drawn.
+
+        Padding is NaN, whose loss does not count; of integers, and where it was zeroed, it is not.
+
+        Args:
+            norms: of the rows' cotangents.
+        """
+        rows = self.rows
+        if rows is None or rows.draw is None or rows.stop <= rows.draw.rows:
+            return
+        behind = norms[max(0, rows.draw.rows - rows.start) :]
+        if bool(((behind > 0.0) & torch.isfinite(behind)).any()):
+            self.register.drop()
+            raise PrivacyError(
+                "rows that pad a draw count in this loss: give model.loss the mask of the batch, or pass the rows that "
+                f"are samples only. {_DROPPED}"
             )
 
 
@@ -159,7 +179,6 @@ class Register:
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
         self.sharded = False
-        self._latest: ref[Pass] | None = None
         _registers[self.key] = self
 
     @property
@@ -204,28 +223,7 @@ class Register:
             rows, beside = _declared.rows, _declared.beside
         else:
             rows, beside = origin(inputs)
-        opened = Pass(self, sensitivity, fingerprint, rows, beside=beside, public=False, inputs=inputs)
-        self._latest = ref(opened)
-        return opened
-
-    def refuse_padding(self, losses: Tensor, mask: Tensor | None) -> None:
-        """Refuses losses of the rows behind the samples of a draw that no mask leaves out, where they are numbers.
-
-        Padding is NaN, whose loss does not count; of integers it is not, and counts once they are made floats.
-        """
-        latest = None if self._latest is None else self._latest()
-        rows = None if latest is None else latest.rows
-        if rows is None or rows.draw is None or rows.stop <= rows.draw.rows or rows.stop - rows.start != len(losses):
-            return
-        behind = slice(max(0, rows.draw.rows - rows.start), None)
-        counted = torch.isfinite(losses[behind])
-        if mask is not None:
-            counted &= mask[behind]
-        if can_look(counted) and bool(counted.any()):
-            raise PrivacyError(
-                "rows that pad a draw count in this loss: give it the mask of the batch, or pass the rows that are "
-                "samples only"
-            )
+        return Pass(self, sensitivity, fingerprint, rows, beside=beside, public=False, inputs=inputs)
 
     @contextmanager
     def running(self, opened: Pass) -> Iterator[None]:
@@ -312,7 +310,7 @@ class Register:
         """
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
-        counted = False
+        counted, left_out = False, False
         self._note_computed(closing)
         added: list[tuple[nn.Parameter, Tensor]] = []
         given: set[int] = set()
@@ -321,6 +319,7 @@ class Register:
                 continue
             try:
                 if not torch._C._will_engine_execute_node(nodes[index]):
+                    left_out = True
                     continue
             except RuntimeError:
                 # autograd.grad, which fills no .grad.
@@ -343,6 +342,11 @@ class Register:
                 parameter.grad = gradient.detach() if own else torch.empty_like(parameter).copy_(gradient)
                 given.add(gradient.data_ptr())
                 self._note(parameter)
+        if counted and left_out:
+            self._taint = (
+                "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must "
+                "not depend on a batch. Freeze parameters by requires_grad_(False)"
+            )
         if added:
             torch._foreach_add_([cast(Tensor, parameter.grad) for parameter, _ in added], [own for _, own in added])
             for parameter, _ in added:
@@ -542,17 +546,6 @@ class Register:
                 "model the very tensor that comes in, and leave rows out with the mask"
             )
 
-    def _matters(self, missing: Pass) -> bool:
-        """Whether rows of a pass that is not in the gradients are of a draw, or also come in by another pass.
-
-        Others are none of the training data, as far as one can know: what a generator made, or rows of a test.
-        """
-        rows = missing.rows
-        if rows is None or rows.draw is not None or missing.beside is not None:
-            return True
-        entered = [one.rows for one in self.passes if one.rows is not None]
-        return any(draws.overlapping([rows, other]) for other in entered)
-
     def witnessed(self) -> list[Pass]:
         """The passes that the gradients consist of.
 
@@ -561,8 +554,7 @@ class Register:
         """
         self.reconcile()
         reason = self._taint
-        missing = [one for one in self._computed if all(one is not other for other in self.passes)]
-        if reason is None and any(self._matters(one) for one in missing):
+        if reason is None and any(all(one is not other for other in self.passes) for one in self._computed):
             reason = "private gradients were computed that are not in this step: they were dropped or read. " + _SPENT
         if reason is not None:
             self.drop()
@@ -606,6 +598,8 @@ class _OutermostGate(torch.autograd.Function):
             ctx.opened.register.enter(ctx.opened)
         norms = outside_autocast(norms)
         looks = norms.device.type == "cpu" and token is None
+        if looks:
+            ctx.opened.refuse_padding(norms)
         if looks and len(norms) and float(norms.max()) <= ctx.limit:
             return cotangent, None, None, None
         factors = scale_factors(norms, cap=ctx.limit, floor=ctx.limit)

@@ -309,8 +309,6 @@ class DPLipModel(nn.Module):
                 f"on {output.device}"
             )
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
-        if not torch.compiler.is_compiling():
-            self.register.refuse_padding(losses, mask)
         if can_look(losses):
             # The product lets the same arrive at the losses as below: one number each, not one that all share.
             total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()

@@ -64,7 +64,7 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
     amplified = draw is not None and not draw.used
     seeded = draw is not None and amplified and draw.seeded
     if draw is not None and not draw.used:
-        over = draws.passed_over(draw, terms.user)
+        over = draws.passed_over(draw, terms.user, terms.since)
         if over and terms.sampling == "announced":
             raise PrivacyError(
                 f"{over} draw(s) before this one were made and not trained on: a draw that is left out for what is "

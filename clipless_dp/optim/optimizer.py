@@ -124,7 +124,6 @@ class CliplessDPOptimizer(Optimizer):
         self._plan = NoisePlan()
         self._protected = Protected(model)
         self._made = draws.now()
-        draws.disregard()
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
         self._share_state()
         self._require_protected()

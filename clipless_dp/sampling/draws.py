@@ -77,9 +77,10 @@ class Series:
         self._closed = {other for other in self._closed if other >= self._reached}
         return count
 
-    def open_before(self, place: int) -> int:
-        """How many draws before one were neither used nor skipped, handed out or not."""
-        return max(0, place - self._reached - sum(other < place for other in self._closed))
+    def open_before(self, place: int, start: int = 0) -> int:
+        """How many draws before one, from another on, were neither used nor skipped, handed out or not."""
+        start = max(start, self._reached)
+        return max(0, place - start - sum(start <= other < place for other in self._closed))
 
 
 _clock = itertools.count(1)
@@ -196,14 +197,6 @@ def now() -> int:
     return next(_clock)
 
 
-def disregard() -> None:
-    """Nothing is to be said of the draws that were handed out up to now, though they may still be used."""
-    with _lock:
-        for draw in _in_hand:
-            draw.series.close_before(draw.place)
-            draw.series.close(draw.place)
-
-
 def batches_in_hand() -> list[tuple[Tensor, int]]:
     """The first tensors of the draws in hand, as far as they are kept, and how many of their rows are samples."""
     with _lock:
@@ -235,7 +228,7 @@ def use(draw: Draw, user: object | None = None) -> None:
         _in_hand[:] = [other for other in _in_hand if other is not draw]
 
 
-def passed_over(draw: Draw, user: object | None = None) -> int:
+def passed_over(draw: Draw, user: object | None = None, since: int = 0) -> int:
     """How many draws before this one were neither used nor skipped: of its iteration, and of those that were left for
     it.
 
@@ -244,18 +237,22 @@ def passed_over(draw: Draw, user: object | None = None) -> int:
     Args:
         draw: the draw that is to be used.
         user: the optimizer.
+        since: when it was made: what was handed out before, and is not used, is not its concern.
     """
     series, here = draw.series, threading.get_ident()
 
     def is_left(other: Draw) -> bool:
-        earlier = other.series is not series and other.delivered < series.started and other.reached
+        earlier = other.series is not series and since < other.delivered < series.started and other.reached
         if not earlier or other.series.is_closed(other.place):
             return False
         source = other.series.source
-        return source is series.source or (source.is_for(user) and other.series.ended and other.thread == here)
+        if source is series.source:
+            return True
+        return source.is_for(user) and other.series.ended and (source.user is not None or other.thread == here)
 
     with _lock:
-        return series.open_before(draw.place) + sum(map(is_left, _in_hand))
+        before = [other.place + 1 for other in _in_hand if other.series is series and other.delivered <= since]
+        return series.open_before(draw.place, max(before, default=0)) + sum(map(is_left, _in_hand))
 
 
 def skip(user: object | None = None) -> int:
@@ -347,6 +344,10 @@ _MOST_TRIED = 16
 
 def _place_of(inputs: Tensor, batch: Tensor, draw: Draw) -> int | None:
     """Where a batch holds these rows, behind those that were found last if they are there as well."""
+    if batch.dim() == 4 and batch.shape[1:] != inputs.shape[1:]:
+        # Images whose channels come first, or last, in the copy.
+        turned = (batch.permute(0, 3, 1, 2), batch.permute(0, 2, 3, 1))
+        batch = next((some for some in turned if some.shape[1:] == inputs.shape[1:]), batch)
     last = len(batch) - len(inputs)
     firsts = [0]
     if last:

@@ -36,7 +36,7 @@ def fingerprint(values: Tensor) -> object:
     flat = _in_memory(values)
     if flat is None:
         return None
-    if values.dim() < 2 or flat.numel() <= 8 * _PRIME:
+    if values.dim() < 2 or values.stride(0) < max(values.stride()) or flat.numel() <= 8 * _PRIME:
         return _sums_of_bits(flat)
     some = _as_array(flat)[_places(len(values), flat.numel())]
     # Padding is not zero, whatever the samples are.

@@ -283,7 +283,9 @@ def _unpacked(tensors: list[Tensor], number: int | None, key: bytes | None, whol
     own = None if number is None else _travelling.pop(number, None)
     drawn = _drawn_as(own, key) if get_worker_info() is None else None
     if drawn is not None:
-        drawn.draw.reached = False
+        loader = None if drawn.loader is None else drawn.loader()
+        # What comes before its turn waits in the loader, which a loop may leave.
+        drawn.draw.reached = getattr(loader, "_rcvd_idx", drawn.draw.place) >= drawn.draw.place
         _arrive(drawn, tensors if whole and drawn.key == key else ())
     return tensors
 

@@ -776,8 +776,8 @@ def test_an_empty_draw_takes_its_step_while_later_ones_wait() -> None:
     assert optimizer.accountant.history == [(1.0, 0.05, 60)]
 
 
-def test_gradients_of_rows_that_are_nobodys_may_be_dropped() -> None:
-    """As those of a critic are when a generator is trained through it, or where adversarial rows are made of a test."""
+def test_gradients_of_rows_that_are_declared_nobodys_may_be_dropped() -> None:
+    """As those of a critic are when a generator is trained through it."""
     model = model_of()
     optimizer = sgd(model)
     for batch in drawn(3):
@@ -785,9 +785,86 @@ def test_gradients_of_rows_that_are_nobodys_may_be_dropped() -> None:
         loss_of(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        model(torch.randn(5, 6, requires_grad=True)).sum().backward()
+        with passes.public():
+            model(torch.randn(5, 6, requires_grad=True)).sum().backward()
         optimizer.zero_grad()
     assert optimizer.accountant.history == [(1.0, RATE, 3)]
+
+
+@pytest.mark.parametrize("sampling", ["announced", "poisson", "none"])
+@pytest.mark.parametrize("copied", [torch.clone, lambda rows: rows[torch.randperm(len(rows))]])
+def test_a_sharpness_aware_step_on_copies_of_rows_of_no_draw_is_refused(
+    copied: Callable[[Tensor], Tensor], sampling: str
+) -> None:
+    model = model_of()
+    optimizer = sgd(model, sampling=sampling)
+    inputs, targets = data()
+    weights = [*model.net.parameters()]
+    slopes = torch.autograd.grad(model.loss(model(copied(inputs)), targets), weights)
+    with torch.no_grad():
+        torch._foreach_add_(weights, slopes)
+    model.loss(model(copied(inputs)), targets).backward()
+    with torch.no_grad():
+        torch._foreach_sub_(weights, slopes)
+    refused(optimizer, "sharpness-aware")
+
+
+def test_gradients_of_some_parameters_only_are_refused() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for batch in drawn(1):
+        loss_of(model, batch).backward(inputs=[*model.net.parameters()][:2])
+        refused(optimizer, r"left others out")
+
+
+def test_an_optimizer_that_is_made_forgives_no_draws_of_others() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for index, batch in enumerate(drawn(3)):
+        optimizer.zero_grad()
+        if index == 1:
+            sgd(model_of())
+            continue
+        loss_of(model, batch).backward()
+        if index == 2:
+            refused(optimizer, r"1 draw\(s\) before this one")
+        else:
+            optimizer.step()
+
+
+def test_the_last_draw_that_a_worker_made_is_missed_where_it_was_left() -> None:
+    dataset = TensorDataset(*data())
+    loader = DataLoader(
+        dataset,
+        batch_sampler=PoissonBatchSampler(SIZE, sample_rate=RATE, steps=3),
+        collate_fn=poisson_collate(dataset),
+        num_workers=1,
+        multiprocessing_context="forkserver",
+    )
+    model = model_of()
+    optimizer = sgd(model)
+    for index, (inputs, targets) in enumerate(loader):
+        if index == 2:
+            break
+        optimizer.zero_grad()
+        model.loss(model(inputs), targets).backward()
+        optimizer.step()
+    for batch in drawn(1):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        refused(optimizer, r"1 draw\(s\) before this one")
+
+
+def test_images_whose_channels_move_are_the_draw() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 3))
+    model = DPLipModel(gated(net), input_shape=(3, 5, 5), input_norm=1.0, loss=losses.TauCrossEntropy())
+    optimizer = sgd(model)
+    for batch in PoissonBatches((torch.rand(SIZE, 5, 5, 3), data()[1]), sample_rate=RATE, steps=2):
+        optimizer.zero_grad()
+        seen = batch.inputs.permute(0, 3, 1, 2).contiguous()
+        model.loss(model(seen), batch.targets, batch.mask).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
 
 
 def test_filled_padding_of_a_copy_is_the_draw() -> None:
@@ -812,10 +889,26 @@ def test_other_rows_in_place_of_padding_are_not_the_draw() -> None:
 def test_zeroed_padding_that_counts_is_refused() -> None:
     model = model_of()
     (batch,) = PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=SIZE)
-    output = model(batch.inputs.nan_to_num())
     for mask in (None, torch.ones_like(batch.mask)):
+        loss = model.loss(model(batch.inputs.nan_to_num()), batch.targets, mask)
         with pytest.raises(PrivacyError, match="mask of the batch"):
-            model.loss(output, batch.targets, mask)
+            loss.backward()
+        assert all(parameter.grad is None for parameter in model.net.parameters())
+    pieces = torch.cat([model(piece.inputs.nan_to_num()) for piece in batch.split(8)])
+    with pytest.raises(PrivacyError, match="mask of the batch"):
+        model.loss(pieces, batch.targets).backward()
+
+
+def test_a_test_set_as_long_as_a_padded_draw_has_a_loss_without_a_mask() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for batch in PoissonBatches(data(), sample_rate=RATE, steps=2, physical_batch_size=SIZE):
+        optimizer.zero_grad()
+        loss = loss_of(model, batch)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            assert model.loss(model(data()[0]), data()[1]).isfinite()
 
 
 def test_suggestions_between_two_steps_leave_no_pass_behind() -> None:
@@ -1452,7 +1545,7 @@ def test_padding_of_integers_does_not_count(masked: bool) -> None:
         assert optimizer.accountant.history == [(1.0, RATE, 1)]
     else:
         with pytest.raises(PrivacyError, match="mask of the batch"):
-            model.loss(output, batch.targets)
+            model.loss(output, batch.targets).backward()
 
 
 def through_an_array(batch: Batch) -> None:
