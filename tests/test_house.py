@@ -20,10 +20,10 @@ FLOORS = (
     # Ground.
     "errors former version",
     "arguments checkpoint modules precision",
-    "datasets",
+    "datasets packing",
     # What is bounded. Noise is as low, because dropout and views of samples draw from it.
     "gates noise norms",
-    "constraints distributed layers losses",
+    "constraints distributed isolation layers losses",
     "rules",
     "graph",
     "bounds fusion",

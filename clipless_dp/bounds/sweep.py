@@ -194,7 +194,7 @@ class Sweep:
         scale = RELATIONS[relation] * FLOAT64_ROUNDING
         per_parameter: dict[str, float] = {}
         layers: list[LayerSensitivity] = []
-        owners: list[tuple[nn.Module, LayerBounds]] = []
+        owners: dict[int, tuple[nn.Module, LayerBounds]] = {}
         for node in self.traced.tensor_nodes():
             bounds = self.bounds(node)
             if bounds is None or node.op != "call_module":
@@ -209,11 +209,20 @@ class Sweep:
             known = self.free if capped else value_of
             arriving = known(partial(self.cotangent, node))
             entering = known(partial(self._largest_norm, sources))
-            own: list[float] = []
+            own: dict[str, float] = {}
             for name, parameter in trainable.items():
-                own.append(scale * self._gradient(bounds, name, arriving))
+                own[name] = scale * self._gradient(bounds, name, arriving)
                 key = self.traced.names[id(parameter)]
-                per_parameter[key] = per_parameter.get(key, 0.0) + own[-1]
+                per_parameter[key] = per_parameter.get(key, 0.0) + own[name]
+            if bounds.kinds:
+                layers += [
+                    LayerSensitivity(
+                        self.traced.names[id(trainable[name])], kind, math.inf, math.inf, None, None, own[name]
+                    )
+                    for name, kind in bounds.kinds.items()
+                    if name in own
+                ]
+                continue
             layers.append(
                 LayerSensitivity(
                     path=str(node.target),
@@ -222,10 +231,10 @@ class Sweep:
                     cotangent_norm=arriving,
                     coverage=bounds.coverage,
                     certified_norm=None,
-                    sensitivity=math.hypot(*own),
+                    sensitivity=math.hypot(*own.values()),
                 )
             )
-            owners.append((leaf, bounds))
+            owners[len(layers) - 1] = leaf, bounds
         for name, bound in per_parameter.items():
             if not bound < LARGEST:
                 raise PrivacyError(
@@ -233,7 +242,8 @@ class Sweep:
                     "noise protects them; constrain the weights or put gates around the layers"
                 )
         report = (
-            replace(layer, certified_norm=self._known_norm(*owner)) for layer, owner in zip(layers, owners, strict=True)
+            replace(layer, certified_norm=self._known_norm(*owners[index])) if index in owners else layer
+            for index, layer in enumerate(layers)
         )
         return Sensitivity(per_parameter, math.hypot(*per_parameter.values()), relation, tuple(report))
 

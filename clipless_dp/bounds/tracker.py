@@ -95,7 +95,11 @@ class SensitivityTracker:
         sweep = self._sweep(limits)
         with deep_recursion(len(self.traced.shapes)):
             source = next(node for node in self.traced.tensor_nodes() if node.op == "placeholder")
-            return math.inf if self.traced.vocabulary is not None else sweep.slope(source) * FLOAT64_ROUNDING
+            return (
+                math.inf
+                if self.traced.vocabulary is not None or self.traced.isolated
+                else sweep.slope(source) * FLOAT64_ROUNDING
+            )
 
     def certify(self, parameter: Tensor, operator: Operator) -> float:
         """Certified norm of a parameter; a frozen one is certified once for each of its versions."""

@@ -18,6 +18,7 @@ from clipless_dp.gates.signal import (
     SphereScaling,
     cotangent_gate,
     input_gate,
+    presence_gate,
     token_gate,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "cotangent_gate",
     "gradient_gated_layer",
     "input_gate",
+    "presence_gate",
     "rounding_slack",
     "sample_norms",
     "token_gate",

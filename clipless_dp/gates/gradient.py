@@ -9,7 +9,8 @@ scaled sum is all that is kept of it.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from clipless_dp.gates.arithmetic import (
     zeroed_rows,
 )
 
-_CANCELLED = 1e-3
+CANCELLED = 1e-3
 """A sum over positions that is smaller than this share of ``‖g‖‖x‖`` counts as this large: the rest is mostly rounding,
 which depends on the rest of the batch and must not be scaled to the size of a signal."""
 
@@ -68,7 +69,7 @@ def bias_gradient(cotangents: Tensor, sizes: Tensor, limit: float, least: float)
     if cotangents.dim() == 2:
         return scale_factors(sizes, cap=limit, floor=least) @ cotangents
     gradients = cotangents.sum(2)
-    return scale_factors(torch.maximum(sample_norms(gradients), _CANCELLED * sizes), cap=limit, floor=least) @ gradients
+    return scale_factors(torch.maximum(sample_norms(gradients), CANCELLED * sizes), cap=limit, floor=least) @ gradients
 
 
 def _gated_sum(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
@@ -93,11 +94,11 @@ def _gated_sum(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, l
         rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
         lost = rounding * (first + 1e-28) * (second + 1e-28)
         norms = ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
-        factors = scale_factors(torch.maximum(norms, _CANCELLED * scales), cap=limit, floor=least)
+        factors = scale_factors(torch.maximum(norms, CANCELLED * scales), cap=limit, floor=least)
         scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
         return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
     gradients = torch.bmm(cotangents.flatten(0, 1), rows.flatten(0, 1)).reshape(batch, groups * outputs * inputs)
-    norms = torch.maximum(sample_norms(gradients), _CANCELLED * scales)
+    norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
     return (scale_factors(norms, cap=limit, floor=least) @ gradients).reshape(groups, outputs, inputs)
 
 
@@ -110,21 +111,51 @@ def _chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
     return chunk if chunk > 0 else max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES_ELSEWHERE) // entries)
 
 
-def token_weight_gradient(values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int) -> Tensor:
-    """The gated sum for several vectors a sample: ``(B, T, K)`` and ``(B, T, O)`` to ``(O, K)``."""
+def token_weight_gradient(
+    values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int, sizes: Tensor | None = None
+) -> Tensor:
+    """The gated sum for several vectors a sample: ``(B, T, K)`` and ``(B, T, O)`` to ``(O, K)``.
+
+    Args:
+        values: what the weight meets.
+        cotangents: what arrives at its products.
+        limit: the cap.
+        least: the norm below which samples are not scaled further up.
+        chunk: samples at once; 0: as many as fit a small memory.
+        sizes: the norms of the cotangents, ``(B,)``, where they are known.
+    """
     _, positions, inputs = values.shape
     outputs = cotangents.shape[2]
     gram = _prefers_gram(positions, inputs, outputs)
     held = 2 * positions**2 + positions * outputs if gram else inputs * outputs
     rows = _chunk_rows(chunk, held, values.device)
     values, lengths = zeroed_rows(values)
-    cotangents, sizes = zeroed_rows(cotangents)
+    cotangents, sizes = zeroed_rows(cotangents, sizes)
     total = values.new_zeros(1, outputs, inputs)
     for some, arriving, scales in zip(
         values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
     ):
         total = total + _gated_sum(some.unsqueeze(1), arriving.mT.unsqueeze(1), scales, limit, least)
     return total.squeeze(0)
+
+
+def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, least: float) -> Tensor:
+    """The gated sum of a table that rows are read from: ``(B, T)`` numbers and ``(B, T, K)`` to ``(rows, K)``.
+
+    A sample's gradient of a row is the sum over the places where it reads it, and the square of the whole one's norm
+    ``Σ_ts [x_t = x_s]⟨g_t, g_s⟩``. What cancellation may have lost of that is added.
+    """
+    positions, width = cotangents.shape[1:]
+    cotangents, sizes = zeroed_rows(cotangents)
+    same = tokens.unsqueeze(2) == tokens.unsqueeze(1)
+    squares = (cotangents @ cotangents.mT).mul_(same).sum((1, 2)).clamp_(min=0.0)
+    rounding = 1.01 * (width + positions**2 + 8) * torch.finfo(cotangents.dtype).eps / 2
+    # The products' absolute values add up to at most T times the square of the cotangents' norm.
+    norms = (squares + rounding * positions * (sizes.square() + 1e-28)).sqrt().to(sizes.dtype)
+    factors = scale_factors(torch.maximum(norms, CANCELLED * sizes), cap=limit, floor=least).to(cotangents.dtype)
+    total = cotangents.new_zeros(rows, width)
+    total.index_add_(0, tokens.reshape(-1), (cotangents * factors.reshape(-1, 1, 1)).reshape(-1, width))
+    return total
 
 
 def _positions_last(maps: Tensor) -> Tensor:
@@ -144,34 +175,52 @@ def convolution_weight_gradient(
     least: float,
     chunk: int,
 ) -> Tensor:
-    """The gated sum for a convolution of maps: ``(B, C, H, W)`` and ``(B, O, h, w)`` to ``(O, C/groups, *kernel)``."""
+    """The gated sum for a convolution: ``(B, C, *size)`` and ``(B, O, *positions)`` to ``(O, C/groups, *kernel)``."""
     channels, outputs = values.shape[1], cotangents.shape[1]
-    height, width = cotangents.shape[2:]
-    positions, inputs = height * width, channels // groups * math.prod(kernel)
+    sizes_out = cotangents.shape[2:]
+    positions, inputs = math.prod(sizes_out), channels // groups * math.prod(kernel)
     gram = _prefers_gram(positions, inputs, outputs // groups)
     held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
     rows = _chunk_rows(chunk, held, values.device)
-    spans = [step * (taps - 1) + 1 for step, taps in zip(dilation, kernel, strict=True)]
     values, lengths = zeroed_rows(values)
     cotangents, sizes = zeroed_rows(cotangents)
     total = values.new_zeros(groups, outputs // groups, inputs)
     for some, arriving, scales in zip(
         values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
     ):
-        # Channels last: what one row of a window reads lies together, and is copied at once.
-        some = functional.pad(some.permute(0, 2, 3, 1), (0, 0, padding[1], padding[1], padding[0], padding[0]))
-        windows = some.contiguous().unfold(1, spans[0], stride[0]).unfold(2, spans[1], stride[1])
-        windows = windows[:, :height, :width, :, :: dilation[0], :: dilation[1]]
-        # (b, h, w, C, k, k) to (b, groups, h·w, k·k·C/groups).
-        windows = windows.unflatten(3, (groups, channels // groups)).permute(0, 3, 1, 2, 5, 6, 4)
         total = total + _gated_sum(
-            windows.reshape(len(some), groups, positions, inputs),
+            _windows(some, sizes_out, kernel, stride, padding, dilation, groups),
             _positions_last(arriving).unflatten(1, (groups, outputs // groups)),
             scales,
             limit,
             least,
         )
-    return total.reshape(outputs, *kernel, channels // groups).permute(0, 3, 1, 2).contiguous()
+    gradient: Tensor = total.reshape(outputs, *kernel, channels // groups).movedim(-1, 1).contiguous()
+    return gradient
+
+
+def _windows(
+    maps: Tensor,
+    sizes: Sequence[int],
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+) -> Tensor:
+    """What a kernel meets at each position: ``(b, C, *size)`` to ``(b, groups, T, prod(kernel)·C/groups)``."""
+    axes, channels = len(kernel), maps.shape[1]
+    # Channels last: what one row of a window reads lies together, and is copied at once.
+    windows = functional.pad(maps.movedim(1, -1), (0, 0, *(side for side in reversed(padding) for _ in range(2))))
+    windows = windows.contiguous()
+    for axis, (step, taps, move) in enumerate(zip(dilation, kernel, stride, strict=True), start=1):
+        windows = windows.unfold(axis, step * (taps - 1) + 1, move).narrow(axis, 0, sizes[axis - 1])
+    thinned: Any = (..., *(slice(None, None, step) for step in dilation))
+    windows = windows[thinned]
+    # (b, *size, C, *kernel) to (b, groups, *size, *kernel, C/groups).
+    windows = windows.unflatten(axes + 1, (groups, channels // groups)).movedim(axes + 1, 1).movedim(axes + 2, -1)
+    inputs = channels // groups * math.prod(kernel)
+    return cast(Tensor, windows.reshape(len(maps), groups, math.prod(sizes), inputs))
 
 
 # Loops over chunks depend on the batch size: compiled graphs hold them as one opaque operator.

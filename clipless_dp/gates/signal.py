@@ -109,6 +109,20 @@ def token_gate(tokens: Tensor, vocabulary: int) -> tuple[Tensor, Tensor]:
     return torch.where(per_sample(known, tokens), tokens, torch.zeros_like(tokens)), known
 
 
+def presence_gate(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Replaces rows that hold a number that is not finite, or nothing but negative integers, as padding does, by zeros.
+
+    Args:
+        rows: ``(B, ...)``.
+
+    Returns:
+        The rows and a boolean mask ``(B,)`` of those that were left as they are.
+    """
+    flat = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+    known = flat.isfinite().all(1) if rows.is_floating_point() else (flat >= 0).any(1)
+    return torch.where(per_sample(known, rows), rows, torch.zeros_like(rows)), known
+
+
 class _CotangentGateFunction(torch.autograd.Function):
     """Identity forwards; caps or fixes each sample's cotangent norm backwards."""
 

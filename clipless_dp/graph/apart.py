@@ -18,13 +18,17 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 from clipless_dp.rules.base import find_function_rule
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a module and its parts are torch's or this package's own, which keep nothing that passes through."""
-    return all(_is_known(kind_of(part).__module__) for part in module.modules())
+    """Whether a module and its parts are torch's or this package's own, which keep nothing that passes through.
+
+    Networks of which nothing else is known are none of these, though all of their layers be torch's.
+    """
+    return not isinstance(module, Isolated) and all(_is_known(kind_of(part).__module__) for part in module.modules())
 
 
 def _is_known(origin: str | None) -> bool:

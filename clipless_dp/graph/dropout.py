@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, fx, nn
 
+from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 from clipless_dp.noise.randomness import BY_CHANNEL, BY_SAMPLE, EVERY_ENTRY, Randomness, empty_noise, live
 from clipless_dp.rules import find_function_rule, find_rule
@@ -88,7 +89,11 @@ def may_draw(graph: fx.GraphModule) -> bool:
             leaf = graph.get_submodule(str(node.target))
             rule = None if isinstance(leaf, DrawnDropout) else find_rule(leaf)
             package = kind_of(leaf).__module__.partition(".")[0]
-            if package not in ("torch", "clipless_dp") or not (rule is None or is_builtin(rule)):
+            if (
+                isinstance(leaf, Isolated)
+                or package not in ("torch", "clipless_dp")
+                or not (rule is None or is_builtin(rule))
+            ):
                 return True
         elif node.op in ("call_function", "call_method"):
             rule_of_function = find_function_rule(node.target)

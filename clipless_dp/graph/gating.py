@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from torch import fx, nn
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, UnsupportedModuleError
 from clipless_dp.gates import (
     BallProjection,
     CotangentGate,
@@ -18,7 +18,9 @@ from clipless_dp.gates import (
     gradient_gated_layer,
 )
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
-from clipless_dp.graph.tracing import is_leaf, symbolic_trace
+from clipless_dp.graph.tracing import is_leaf, symbolic_trace, without_rule
+from clipless_dp.isolation import Isolated, Select, is_named
+from clipless_dp.rules import find_rule
 from clipless_dp.rules.embedding import TABLES
 
 
@@ -99,8 +101,15 @@ def gradient_gated(
     floor: float = FLOOR_SHARE,
     layers: Sequence[str] = ("*",),
     chunk: int | None = None,
-) -> fx.GraphModule:
-    """Puts linear layers and convolutions behind gradient gates, which cap their parameters' per-sample gradients.
+    isolation: Literal["auto", "graph", "vmap"] = "auto",
+    select: Select = None,
+) -> fx.GraphModule | Isolated:
+    """Puts a network's trainable parameters behind gradient gates, which cap their per-sample gradients.
+
+    Any network will do. Where all of it has rules, its linear layers and convolutions are gated, and the rest is
+    bounded as ever (``isolation="graph"``). Where a part has none, such as attention, normalisation or a recurrent
+    layer, all of it runs sample by sample, under ``torch.func.vmap``, and each trainable parameter is behind gates
+    (:class:`clipless_dp.isolation.Isolated`); nothing else is claimed of it then, no Lipschitz constant either.
 
     Nothing that flows is changed: activations and cotangents are the network's own, so no layer's gradient is biased
     by another's gate. Only each sample's share of the gated parameter's own gradient is scaled. The layer's
@@ -120,19 +129,33 @@ def gradient_gated(
             is nearly zero is mostly rounding, which differs from batch to batch.
         layers: ``fnmatch`` patterns of the paths of the layers to gate; other parametrised layers are left alone.
         chunk: samples whose gradients of one weight exist at once; by default as many as fit into a few megabytes.
+        isolation: what keeps samples apart: ``"graph"``, the traced graph, each part of which has a rule; ``"vmap"``;
+            ``"auto"``: the graph where it can be had.
+        select: which of its outputs is the network's, where it returns several: a key, an index, or a function of what
+            it returns for a batch of one sample. By default ``logits``, where there are some.
 
     Returns:
-        A traced network with the gated layers in place, to be wrapped by ``DPLipModel``.
+        A network to be wrapped by ``DPLipModel``: traced, with the gated layers in place, or isolated.
 
     Raises:
-        UnsupportedModuleError: the network cannot be traced.
-        ConfigurationError: a pattern matches no linear layer or convolution, or a value is out of range.
+        UnsupportedModuleError: ``isolation`` is ``"graph"`` and the network cannot be traced; or a part of it keeps
+            statistics of batches, or hooks on backward passes.
+        ConfigurationError: a pattern matches no linear layer or convolution (under ``vmap``: no parameter, or leaves
+            out a trainable one), or a value is out of range.
 
     Guarantee:
         Each sample's gradient of a gated weight has norm at most ``limit``, up to rounding that the rule includes,
         and that of a gated bias at most ``bias_limit``; samples whose gradient is not finite contribute zero. A
         layer that is used twice has both caps.
     """
+    if isolation not in ("auto", "graph", "vmap"):
+        raise ConfigurationError(f"isolation must be 'auto', 'graph' or 'vmap', got {isolation!r}")
+    gates: dict[str, Any] = {"limit": limit, "bias_limit": bias_limit, "mode": mode, "floor": floor}
+    if isinstance(net, Isolated):
+        net.set_gates(**gates, layers=layers)
+        return net
+    if isolation == "vmap" or (isolation == "auto" and (select is not None or not _has_rules(net))):
+        return _isolated(net, gates, layers, select)
     if is_leaf(net):
         raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
     traced = symbolic_trace(net)
@@ -152,6 +175,34 @@ def gradient_gated(
                 if module is layer:
                     traced.set_submodule(place, gate)
     return traced
+
+
+def _has_rules(net: nn.Module) -> bool:
+    """Whether each part of a network has a rule, or might have one: what is a single layer is not traced."""
+    if is_leaf(net):
+        return find_rule(net) is not None
+    try:
+        return not any(True for _ in without_rule(symbolic_trace(net)))
+    except UnsupportedModuleError:
+        return False
+
+
+def _isolated(net: nn.Module, gates: dict[str, Any], layers: Sequence[str], select: Select) -> Isolated:
+    found = Isolated(net, select=select, **gates)
+    if tuple(layers) != ("*",):
+        found.set_gates(**gates, layers=layers)
+        left = [
+            name
+            for name, parameter in net.named_parameters()
+            if parameter.requires_grad and not any(is_named(name, pattern) for pattern in layers)
+        ]
+        if left:
+            raise ConfigurationError(
+                f"{left[0]!r} and {len(left) - 1} other trainable parameter(s) match none of {list(layers)}: the "
+                "network runs sample by sample, where each needs a gate. Freeze them by requires_grad_(False), or "
+                "leave layers out and set other caps by calling gradient_gated again"
+            )
+    return found
 
 
 def _keep_unused(net: nn.Module, traced: fx.GraphModule) -> None:

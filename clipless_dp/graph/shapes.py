@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gates import BallProjection, SphereScaling
 from clipless_dp.layers import SampleGroupNorm
 
@@ -35,6 +35,8 @@ class ShapeRecorder(fx.Interpreter):
         """Runs one node."""
         try:
             value = super().run_node(n)
+        except CliplessError:
+            raise
         except Exception as error:
             summary = str(error).splitlines()[0] if str(error) else type(error).__name__
             reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any
@@ -11,10 +11,11 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
+from clipless_dp.errors import CliplessError, ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.graph.apart import Apart
 from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.graph.shapes import record
+from clipless_dp.isolation import Isolated
 from clipless_dp.modules import is_hooked
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
@@ -33,12 +34,16 @@ class TracedNet:
         shapes: the shape of each tensor-valued node, without the batch axis.
         names: canonical parameter name (as in ``net.named_parameters()``) by ``id``.
         vocabulary: where the network reads tokens, how many of them every embedding knows; else ``None``.
+        reads: the dtype of what it reads.
+        isolated: the networks in it of which nothing is known.
     """
 
     module: fx.GraphModule
     shapes: dict[fx.Node, tuple[int, ...]]
     names: dict[int, str] = field(repr=False)
     vocabulary: int | None = None
+    reads: torch.dtype = torch.float32
+    isolated: tuple[Isolated, ...] = ()
 
     @property
     def output(self) -> fx.Node:
@@ -120,10 +125,13 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         ConfigurationError: the network does not accept inputs of this shape.
     """
     module = symbolic_trace(net)
-    _refuse([*_without_rule(module), *_misused_tokens(module)])
+    _refuse([*without_rule(module), *_misused_tokens(module)])
     vocabulary = min((leaf.weight.shape[0] for _, leaf in _tables(module)), default=None)
-    kind = dtype if vocabulary is None else torch.int64
+    isolated = [leaf for leaf in _leaves(module) if isinstance(leaf, Isolated)]
+    kind = _kind_of_inputs(module, isolated, input_shape, device, dtype) if vocabulary is None else torch.int64
     recorders = [record(module, (size, *input_shape), device, kind) for size in _BATCH_SIZES]
+    if kind == torch.int64 and vocabulary is None and not _packs(isolated):
+        vocabulary = min((leaf.vocabulary for leaf in isolated if leaf.vocabulary is not None), default=None)
     runs = [recorder.shapes for recorder in recorders]
     public = [recorder.public for recorder in recorders]
     shapes: dict[fx.Node, tuple[int, ...]] = {}
@@ -156,10 +164,47 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         shapes[node] = first[1:]
     _refuse(mixing)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    traced = TracedNet(module, shapes, names, vocabulary)
+    traced = TracedNet(module, shapes, names, vocabulary, kind, tuple(isolated))
     if not isinstance(_output_value(module), fx.Node) or traced.output not in shapes:
         raise ConfigurationError("the network must return one tensor")
     return traced
+
+
+def _leaves(module: fx.GraphModule) -> Iterator[nn.Module]:
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            yield module.get_submodule(str(node.target))
+
+
+def _packs(isolated: Sequence[Isolated]) -> bool:
+    return any(leaf.packing is not None for leaf in isolated)
+
+
+def _kind_of_inputs(
+    module: fx.GraphModule,
+    isolated: Sequence[Isolated],
+    input_shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.dtype:
+    """The dtype that the network reads: where nothing is known of it, it is tried."""
+    for leaf in isolated:
+        leaf.forget()
+        if leaf.packing is not None:
+            return torch.int64 if leaf.packing.is_integral else dtype
+    if not isolated:
+        return dtype
+    try:
+        record(module, (2, *input_shape), device, dtype)
+    except (CliplessError, RuntimeError) as error:
+        for leaf in isolated:
+            leaf.forget()
+        try:
+            record(module, (2, *input_shape), device, torch.int64)
+        except (CliplessError, RuntimeError):
+            raise error from None
+        return torch.int64
+    return dtype
 
 
 def place(node: fx.Node) -> str:
@@ -184,7 +229,8 @@ def _refuse(parts: list[Unsupported]) -> None:
         raise UnsupportedModuleError(parts)
 
 
-def _without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
+def without_rule(module: fx.GraphModule) -> Iterator[Unsupported]:
+    """The parts of a traced network of which no bound is known."""
     inputs = 0
     for node in module.graph.nodes:
         if node.op == "placeholder":

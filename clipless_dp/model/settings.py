@@ -6,7 +6,7 @@ import pickle
 from collections.abc import Mapping
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,7 +95,7 @@ class Settings:
 
 def _is_fixed(value: object) -> bool:
     kind = type(value)
-    return kind in _PLAIN or (kind is tuple and all(type(entry) in _PLAIN for entry in value))  # type: ignore[attr-defined]
+    return kind in _PLAIN or (kind is tuple and all(_is_fixed(entry) for entry in cast("tuple[object, ...]", value)))
 
 
 def snapshot(value: Any, depth: int = _DEPTH) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from numbers import Real
 from typing import Any, cast
@@ -20,11 +20,12 @@ from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import Change, OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
-from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
+from clipless_dp.gates import cotangent_gate, input_gate, presence_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.gates.arithmetic import can_look, largest_norm
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, is_leaf, trace
+from clipless_dp.isolation import Isolated
 from clipless_dp.losses import Loss
 from clipless_dp.model import lineage, passes, weights
 from clipless_dp.model.factors import Factors
@@ -37,6 +38,7 @@ from clipless_dp.modules import modules_of, parameter_device_and_dtype, paramete
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
+from clipless_dp.packing import Packing, Structure
 from clipless_dp.precision import coarse_products, refuse_autocast
 from clipless_dp.sampling.fingerprints import fingerprint
 
@@ -49,9 +51,12 @@ class DPLipModel(nn.Module):
 
     Args:
         net: the network. It takes one tensor ``(B, *input_shape)`` and returns one tensor ``(B, ...)``.
-        input_shape: shape of one sample, without the batch axis.
+        input_shape: shape of one sample, without the batch axis. Of a network with several inputs, which
+            :func:`clipless_dp.gradient_gated` isolates: a mapping from their names, or a sequence; each entry a shape,
+            a pair ``(shape, dtype)``, or an example ``(B, ...)`` of which shape and dtype are read.
         input_norm: ``X₀``: samples of larger Euclidean norm are projected onto this ball. ``None`` where embeddings
-            read the input: samples are integers then, and one with a token that they do not know contributes nothing.
+            read the input: samples are integers then, and one with a token that they do not know contributes nothing;
+            and where all that is trained is isolated, if samples are to stay as they are.
         loss: a loss that states the bound ``G`` of its gradient.
         constraint: projections that bound the weights' norms, applied now and after each step: one for all, or a
             mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
@@ -88,7 +93,7 @@ class DPLipModel(nn.Module):
         self,
         net: nn.Module,
         *,
-        input_shape: tuple[int, ...],
+        input_shape: Any,
         input_norm: float | None = None,
         loss: Loss,
         constraint: ConstraintSpec = None,
@@ -112,7 +117,8 @@ class DPLipModel(nn.Module):
         self.net = net
         self.randomness = Randomness()
         self._row_invariant = row_invariant
-        self._input_shape = _checked_shape(input_shape)
+        self._packing = _packing_of(net, input_shape)
+        self._input_shape = _checked_shape(input_shape) if self._packing is None else (self._packing.entries,)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         self.row_losses = RowLosses()
@@ -136,10 +142,10 @@ class DPLipModel(nn.Module):
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
         refuse_overlaps(self.net)
         self._places = places(parameters_of(self.net))
-        if traced.vocabulary is None and self._input_norm is None:
+        if self._input_norm is None and traced.reads.is_floating_point and not traced.isolated:
             raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
-        if traced.vocabulary is not None and self._input_norm is not None:
-            raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
+        if self._input_norm is not None and not (traced.reads.is_floating_point and self._packing is None):
+            raise ConfigurationError("input_norm must be None: the network reads tokens, or several inputs at once")
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
         set_apart_(traced.module, passes.is_witnessed, lambda: self.register.resting())
@@ -174,7 +180,7 @@ class DPLipModel(nn.Module):
         ]
         self._watch = Watch(self.net, self._leaves)
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor | Structure | None = None, **named: Tensor) -> Tensor:
         """Runs the gated network.
 
         Args:
@@ -188,6 +194,7 @@ class DPLipModel(nn.Module):
             InputError: wrong shape, dtype or device.
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
+        inputs = self.rows(inputs, named)
         self.check_inputs(inputs)
         net = self.placement.opened(self._graph[0])
         opened: passes.Pass | Tensor | None = None
@@ -242,11 +249,30 @@ class DPLipModel(nn.Module):
             finite = norms <= largest_norm(self.input_norm, norms.dtype)
             whole = bool(finite.all())
             return Values(net(inputs, Entry(norms, self.input_norm, whole)), finite, whole)
-        if self._vocabulary is None:
+        if self._vocabulary is not None:
+            gated, finite = token_gate(inputs, self._vocabulary)
+        elif self._traced.reads.is_floating_point and self._input_norm is not None:
             gated, finite = input_gate(inputs, self.input_norm)
         else:
-            gated, finite = token_gate(inputs, self._vocabulary)
+            gated, finite = presence_gate(inputs)
         return Values(net(gated), finite, can_look(finite) and bool(finite.all()))
+
+    def rows(self, inputs: Tensor | Structure | None, named: Mapping[str, Tensor]) -> Tensor:
+        """The inputs of a batch as one tensor: as it is, or packed.
+
+        Raises:
+            InputError: they are not those that the model was wrapped for.
+        """
+        if isinstance(inputs, Tensor) and not named:
+            return inputs
+        if self._packing is None or isinstance(inputs, Tensor) or (inputs is not None and named):
+            raise InputError("expected one tensor; several inputs are told of by input_shape, by name or in order")
+        return self._packing.pack(named if inputs is None else inputs)
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the inputs of a sample lie in one row; ``None`` where it is a single one."""
+        return self._packing
 
     def expect_rows(self, count: float) -> None:
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
@@ -274,8 +300,8 @@ class DPLipModel(nn.Module):
 
         def samples(count: int, generator: torch.Generator) -> Tensor:
             shape = count, *self.input_shape
-            if self._vocabulary is not None:
-                return torch.randint(self._vocabulary, shape, generator=generator)
+            if not self._traced.reads.is_floating_point:
+                return torch.randint(self._vocabulary or 2, shape, generator=generator)
             return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
         return Twin(partial(self._values, run, fused), net, samples, device)
@@ -582,8 +608,10 @@ class DPLipModel(nn.Module):
 
     @property
     def input_norm(self) -> float:
-        """``X₀``, for T tokens that of T one-hot rows, ``√T``; fixed, as the bounds rest on it."""
-        return math.sqrt(math.prod(self.input_shape)) if self._input_norm is None else self._input_norm
+        """``X₀``, for T tokens that of T one-hot rows, ``√T``; fixed, as the bounds rest on it; infinite if none do."""
+        if self._input_norm is not None:
+            return self._input_norm
+        return math.inf if self._vocabulary is None else math.sqrt(math.prod(self.input_shape))
 
     @property
     def cotangent_norm(self) -> float:
@@ -680,7 +708,7 @@ class DPLipModel(nn.Module):
         if inputs.layout != torch.strided:
             raise InputError(f"inputs are {inputs.layout}; make them dense first, with inputs.to_dense()")
         device, dtype = self.device_and_dtype()
-        if self._vocabulary is not None:
+        if not self._traced.reads.is_floating_point:
             if inputs.dtype not in (torch.int32, torch.int64):
                 raise InputError(f"tokens are {inputs.dtype}; convert the data set first, with tokens.long()")
             dtype = inputs.dtype
@@ -733,6 +761,23 @@ class DPLipModel(nn.Module):
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)
+
+
+def _packing_of(net: nn.Module, shape: object) -> Packing | None:
+    """How several inputs lie in a row; ``None`` of one."""
+    if isinstance(shape, (tuple, list)) and all(
+        hasattr(size, "__index__") and not isinstance(size, Tensor) for size in shape
+    ):
+        return None
+    if not isinstance(shape, (Mapping, tuple, list)):
+        return None
+    if not isinstance(net, Isolated):
+        raise ConfigurationError(
+            "several inputs need a network that runs sample by sample: gradient_gated(net, isolation='vmap')"
+        )
+    packing = Packing.of(shape)
+    net.take(packing)
+    return packing
 
 
 def _checked_shape(shape: object) -> tuple[int, ...]:

@@ -77,6 +77,7 @@ class LayerBounds:
             is known: 1 where the gate clips. Where it is not said, the cap alone bounds the gradient.
         operators: the operator each parameter acts as, for constraints.
         coverage: for windows, the coverage ``N``; reported only.
+        kinds: where each parameter has a line of its own in the report: what it says of it.
     """
 
     output_norm: Deferred
@@ -87,6 +88,7 @@ class LayerBounds:
     gradient_stretches: Mapping[str, float] = field(default_factory=dict)
     operators: Mapping[str, Operator] = field(default_factory=dict)
     coverage: int | None = None
+    kinds: Mapping[str, str] = field(default_factory=dict)
 
 
 class RuleError(Exception):

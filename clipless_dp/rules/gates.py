@@ -19,6 +19,7 @@ from clipless_dp.gates import (
     SphereScaling,
     rounding_slack,
 )
+from clipless_dp.isolation import Isolated
 from clipless_dp.layers import SampleGroupNorm
 from clipless_dp.rules.base import LayerBounds, RuleContext, register_rule
 from clipless_dp.rules.conv import convolution_rule, transposed_convolution_rule
@@ -100,4 +101,34 @@ def _capped(
         bounds,
         gradient_limits=limits,
         gradient_stretches=dict(zip(("weight", "bias"), stretches, strict=True)),
+    )
+
+
+@register_rule(Isolated)
+def isolated_rule(module: Isolated, context: RuleContext) -> LayerBounds:
+    """Nothing is known of the network but the gates: each parameter's cap, for each gate that it goes through.
+
+    What rounding can hide from a cap is that of the norms of what meets the parameter and of what arrives, and of the
+    gradient itself.
+    """
+    uses, caps = dict(module.uses), module.caps
+    limits: dict[str, float] = {}
+    kinds: dict[str, str] = {}
+    seen: set[int] = set()
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            # A second name of the same parameter, all of whose uses are told of under the first.
+            limits[name] = 0.0
+            continue
+        seen.add(id(parameter))
+        slack = rounding_slack(parameter.numel())
+        own = uses.get(name, ())
+        limits[name] = sum(caps[name].limit * rounding_slack(entries) ** 2 * slack for _, entries in own)
+        kinds[name] = f"{' + '.join(kind for kind, _ in own) or 'unused'} gate, {module.isolation}"
+    return LayerBounds(
+        output_norm=math.inf,
+        lipschitz=math.inf,
+        gradients=dict.fromkeys(limits, math.inf),
+        gradient_limits=limits,
+        kinds=kinds,
     )

@@ -1,0 +1,344 @@
+"""Operations whose parameters' gradients are gated sample by sample, each with a rule for ``torch.func.vmap``.
+
+Within ``vmap`` an operation sees one sample. Its rule moves the axis of samples to the front and runs it once for all
+of them: only so can its backward form each sample's gradient, cap it, and add up. ``sample`` is a value that differs
+from sample to sample and is otherwise unused: it lets the rule be asked also where all samples read the same values.
+"""
+
+# ruff: noqa: D102 (the methods are those of torch.autograd.Function)
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clipless_dp.errors import PrivacyError
+from clipless_dp.gates.arithmetic import sample_norms, scale_factors, zeroed_rows
+from clipless_dp.gates.gradient import (
+    CANCELLED,
+    bias_gradient,
+    convolution_weight_gradient,
+    table_gradient,
+    token_weight_gradient,
+    vector_weight_gradient,
+)
+
+
+@dataclass(frozen=True)
+class Cap:
+    """A gradient gate of one parameter: the cap, and the norm below which nothing is scaled further up."""
+
+    limit: float
+    least: float
+
+
+@dataclass(frozen=True)
+class Affine:
+    """The gates of a weight and a bias, and what else an operation is called with."""
+
+    weight: Cap | None
+    bias: Cap | None
+    settings: tuple[Any, ...] = ()
+
+
+def _summed(rows: Tensor, cap: Cap, sizes: Tensor | None = None) -> Tensor:
+    """The gated sum of the samples' own gradients, ``(B, n)`` to ``(n,)``.
+
+    Args:
+        rows: the gradients.
+        cap: the gate.
+        sizes: ``(B,)``, of what was summed up to these: a sum that is a small part of it is mostly rounding.
+    """
+    rows, norms = zeroed_rows(rows)
+    if sizes is not None:
+        norms = torch.maximum(norms, CANCELLED * torch.where(sizes.isfinite(), sizes, 0.0))
+    return scale_factors(norms, cap=cap.limit, floor=cap.least).to(rows.dtype) @ rows
+
+
+def _positions(values: Tensor) -> Tensor:
+    """``(B, ..., K)`` to ``(B, T, K)``."""
+    return values.unsqueeze(1) if values.dim() == 2 else values.flatten(1, -2)
+
+
+class _Gated(torch.autograd.Function):
+    """What the operations have in common: ``apply(sample, values, ..., gates)`` in and outside of ``vmap``."""
+
+    @classmethod
+    def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        """The operation for values with the axis of samples in front."""
+        result: Tensor = cls.apply(None, values, *rest)  # type: ignore[no-untyped-call]
+        return result
+
+    @staticmethod
+    def rule(kind: type[_Gated], info: Any, in_dims: Any, values: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, int]:
+        """The rule for ``vmap``."""
+        if any(isinstance(dim, int) for dim in in_dims[2:]):
+            raise PrivacyError("a parameter behind a gradient gate must be the same for all samples")
+        dim = in_dims[1]
+        moved = values.unsqueeze(0).expand(info.batch_size, *values.shape) if dim is None else values.movedim(dim, 0)
+        return kind.batched(moved, rest), 0
+
+
+class GatedLinear(_Gated):
+    """``x Wᵀ + b``, or ``x W + b``: ``values`` is ``(B, ..., K)``."""
+
+    @staticmethod
+    def forward(sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine) -> Tensor:
+        (transposed,) = gates.settings
+        if not transposed:
+            return functional.linear(values, weight, bias)
+        flat = values.reshape(-1, values.shape[-1])
+        made = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        return made.reshape(*values.shape[:-1], -1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, values, weight, _, ctx.gates = inputs
+        ctx.save_for_backward(values if ctx.needs_input_grad[2] else None, weight if ctx.needs_input_grad[1] else None)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangents,) = arriving
+        values, weight = ctx.saved_tensors
+        gates: Affine = ctx.gates
+        (transposed,) = gates.settings
+        passed, of_weight, of_bias = None, None, None
+        if weight is not None:
+            flat = cotangents.reshape(-1, cotangents.shape[-1])
+            passed = (flat @ (weight.mT if transposed else weight)).reshape(*cotangents.shape[:-1], -1)
+        arrived = _positions(cotangents)
+        if arrived.shape[1] == 1:
+            gated, sizes = zeroed_rows(arrived.squeeze(1))
+            if gates.weight is not None and values is not None:
+                met, lengths = zeroed_rows(_positions(values).squeeze(1))
+                of_weight = vector_weight_gradient(met, gated, lengths, sizes, gates.weight.limit, gates.weight.least)
+            if gates.bias is not None and ctx.needs_input_grad[3]:
+                of_bias = bias_gradient(gated, sizes, gates.bias.limit, gates.bias.least)
+        else:
+            sizes = sample_norms(arrived)
+            if gates.weight is not None and values is not None:
+                of_weight = token_weight_gradient(
+                    _positions(values), arrived, gates.weight.limit, gates.weight.least, 0, sizes
+                )
+            if gates.bias is not None and ctx.needs_input_grad[3]:
+                of_bias = _summed(arrived.sum(1), gates.bias, sizes)
+        return None, passed, of_weight.mT if transposed and of_weight is not None else of_weight, of_bias, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedLinear, info, in_dims, values, rest)
+
+
+class GatedEmbedding(_Gated):
+    """Rows of a table by their numbers, ``(B, ...)`` integers; the row ``padding`` takes no gradient."""
+
+    @staticmethod
+    def forward(sample: Any, values: Tensor, weight: Tensor, gates: Affine) -> Tensor:
+        return functional.embedding(values, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, values, weight, ctx.gates = inputs
+        ctx.rows = weight.shape[0]
+        ctx.save_for_backward(values)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangents,) = arriving
+        (tokens,) = ctx.saved_tensors
+        gates: Affine = ctx.gates
+        (padding,) = gates.settings
+        cap = cast(Cap, gates.weight)
+        flat = tokens.reshape(len(tokens), -1)
+        arrived = cotangents.reshape(*flat.shape, cotangents.shape[-1])
+        if padding is not None:
+            arrived = arrived.masked_fill((flat == padding).unsqueeze(-1), 0.0)
+        return None, None, table_gradient(flat, arrived, ctx.rows, cap.limit, cap.least), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedEmbedding, info, in_dims, values, rest)
+
+
+class GatedLayerNorm(_Gated):
+    """Layer normalisation over the last axes of ``(B, ..., *shape)``."""
+
+    @staticmethod
+    def forward(
+        sample: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, gates: Affine
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape, eps = gates.settings
+        return torch.native_layer_norm(values, shape, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, values, weight, bias, ctx.gates = inputs
+        _, mean, scale = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.save_for_backward(values, weight, bias, mean, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = arriving[0]
+        if cotangents is None:
+            return (None,) * 5
+        values, weight, bias, mean, scale = ctx.saved_tensors
+        gates: Affine = ctx.gates
+        shape, _ = gates.settings
+        passed, of_weight, of_bias = None, None, None
+        if ctx.needs_input_grad[1]:
+            passed = torch.ops.aten.native_layer_norm_backward(
+                cotangents.contiguous(), values, shape, mean, scale, weight, bias, [True, False, False]
+            )[0]
+        entries = 1
+        for size in shape:
+            entries *= size
+        if gates.weight is not None and ctx.needs_input_grad[2]:
+            products = torch.addcmul(-mean * scale, values, scale).mul_(cotangents)
+            rows = products.reshape(len(values), -1, entries)
+            of_weight = _summed(rows.sum(1), gates.weight, sample_norms(rows)).reshape(shape)
+        if gates.bias is not None and ctx.needs_input_grad[3]:
+            rows = cotangents.reshape(len(values), -1, entries)
+            of_bias = _summed(rows.sum(1), gates.bias, sample_norms(rows)).reshape(shape)
+        return None, passed, of_weight, of_bias, None
+
+    @classmethod
+    def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        """As of the others; what else the function returns is for its own way back."""
+        result: Tensor = cls.apply(None, values, *rest)[0]  # type: ignore[no-untyped-call]
+        return result
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedLayerNorm, info, in_dims, values, rest)
+
+
+class GatedConvolution(_Gated):
+    """A convolution of ``(B, C, *size)`` with one to three axes; settings: stride, padding, dilation, groups."""
+
+    @staticmethod
+    def forward(sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine) -> Tensor:
+        stride, padding, dilation, groups = gates.settings
+        still = (0,) * len(stride)
+        return cast(
+            Tensor, torch.ops.aten.convolution(values, weight, bias, stride, padding, dilation, False, still, groups)
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, values, weight, _, ctx.gates = inputs
+        ctx.save_for_backward(values, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangents,) = arriving
+        values, weight = ctx.saved_tensors
+        gates: Affine = ctx.gates
+        stride, padding, dilation, groups = gates.settings
+        passed, of_weight, of_bias = None, None, None
+        if ctx.needs_input_grad[1]:
+            passed = torch.ops.aten.convolution_backward(
+                cotangents, values, weight, None, stride, padding, dilation, False, [0] * len(stride), groups,
+                [True, False, False],
+            )[0]  # fmt: skip
+        if gates.weight is not None and ctx.needs_input_grad[2]:
+            flat = values.dim() == 3
+            of_weight = convolution_weight_gradient(
+                values.unsqueeze(2) if flat else values,
+                cotangents.unsqueeze(2) if flat else cotangents,
+                [1] * flat + list(weight.shape[2:]),
+                [1] * flat + list(stride),
+                [0] * flat + list(padding),
+                [1] * flat + list(dilation),
+                groups,
+                gates.weight.limit,
+                gates.weight.least,
+                0,
+            ).reshape(weight.shape)
+        if gates.bias is not None and ctx.needs_input_grad[3]:
+            of_bias = bias_gradient(*zeroed_rows(cotangents.flatten(2)), gates.bias.limit, gates.bias.least)
+        return None, passed, of_weight, of_bias, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedConvolution, info, in_dims, values, rest)
+
+
+class Expanded(_Gated):
+    """A copy of a parameter for each sample, whose gradients are capped and summed: for whatever is done with it."""
+
+    @staticmethod
+    def forward(sample: Tensor, parameter: Tensor, gates: Affine) -> Tensor:
+        return parameter.unsqueeze(0).expand(len(sample), *parameter.shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.gates = inputs[2]
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangents,) = arriving
+        cap = cast(Cap, cast(Affine, ctx.gates).weight)
+        return None, _summed(cotangents.reshape(len(cotangents), -1), cap).reshape(cotangents.shape[1:]), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, parameter: Tensor, gates: Affine) -> tuple[Tensor, int]:
+        if in_dims[1] is not None:
+            raise PrivacyError("a parameter behind a gradient gate must be the same for all samples")
+        return cast(Tensor, Expanded.apply(sample.movedim(in_dims[0], 0), parameter, gates)), 0  # type: ignore[no-untyped-call]
+
+
+class Attention(torch.autograd.Function):
+    """Scaled dot-product attention within ``vmap``, for which torch has no rule: samples join the heads' batch axis."""
+
+    @staticmethod
+    def forward(sample: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, settings: Any) -> Tensor:
+        raise NotImplementedError
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None: ...
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        raise NotImplementedError
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: Any,
+        sample: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        settings: Any,
+    ) -> tuple[Tensor, int]:
+        size = info.batch_size
+
+        def moved(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+
+        def folded(tensor: Tensor) -> Tensor:
+            return tensor.reshape(-1, *tensor.shape[-3:])
+
+        query, key, value = (moved(*pair) for pair in zip((query, key, value), in_dims[1:4], strict=True))
+        leading = query.shape[:-3]
+        key, value = (tensor.expand(*leading, *tensor.shape[-3:]) for tensor in (key, value))
+        if mask is not None:
+            if in_dims[4] is not None:
+                # Its own axes are the last ones of the scores'.
+                own = mask.movedim(in_dims[4], 0)
+                mask = own.reshape(size, *[1] * (query.dim() - own.dim()), *own.shape[1:])
+            if mask.dim() > 2:
+                mask = folded(mask.expand(*leading, *mask.shape[-3:]))
+        out = functional.scaled_dot_product_attention(folded(query), folded(key), folded(value), mask, **dict(settings))
+        return out.reshape(*leading, *out.shape[-3:]), 0
+
+
+GATES = (GatedLinear, GatedEmbedding, GatedLayerNorm, GatedConvolution, Expanded)
+"""All through which a gradient may come to a parameter."""

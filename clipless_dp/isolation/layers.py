@@ -1,0 +1,214 @@
+"""Which function of torch runs as which gated one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from types import FunctionType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clipless_dp.errors import InputError
+from clipless_dp.isolation.functions import (
+    Affine,
+    Attention,
+    GatedConvolution,
+    GatedEmbedding,
+    GatedLayerNorm,
+    GatedLinear,
+)
+from clipless_dp.isolation.gating import Gating, handles
+
+
+def _differs(value: Any) -> bool:
+    """Whether a weight is not the same for all samples."""
+    return isinstance(value, Tensor) and torch._C._functorch.is_batchedtensor(value)
+
+
+@handles(functional.linear)
+def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False) -> Any:
+    """``x Wᵀ + b``, or ``x W + b``."""
+    if input.dim() == 0 or weight.dim() != 2 or _differs(weight) or _differs(bias):
+        return NotImplemented
+    of_weight, of_bias = run.name_of(weight), run.name_of(bias)
+    outputs, inputs = reversed(weight.shape) if transposed else weight.shape
+    positions = math.prod(input.shape[:-1])
+    gates = Affine(
+        run.gated(of_weight, "linear", positions * max(inputs, outputs)),
+        run.gated(of_bias, "linear", positions * outputs),
+        (transposed,),
+    )
+    return GatedLinear.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+
+
+@handles(torch.addmm, Tensor.addmm)
+def addmm(run: Gating, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Any:
+    """``b + x W``, as some linear layers write it."""
+    if scales or run.name_of(input) is not None or bias.dim() != 1:
+        return NotImplemented
+    return linear(run, input, weight, bias, transposed=True)
+
+
+@handles(torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__)
+def matmul(run: Gating, input: Tensor, weight: Tensor) -> Any:
+    """``x W``."""
+    if run.name_of(weight) is None or run.name_of(input) is not None:
+        return NotImplemented
+    return linear(run, input, weight, transposed=True)
+
+
+@handles(functional.embedding, always=True)
+def embedding(
+    run: Gating,
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Any:
+    """Rows of a table."""
+    if _differs(input):
+        run.tables.append(weight.shape[0])
+    name = run.name_of(weight)
+    if name is None:
+        return NotImplemented
+    if max_norm is not None or scale_grad_by_freq or sparse:
+        raise InputError(
+            f"the table {name!r} is read with max_norm, scale_grad_by_freq or sparse gradients, which let samples see "
+            "each other: leave these out"
+        )
+    width = weight.shape[1]
+    padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
+    gates = Affine(run.gated(name, "embedding", input.numel() * width), None, (padding,))
+    return GatedEmbedding.apply(run.sample, input, run.source(weight), gates)  # type: ignore[no-untyped-call]
+
+
+@handles(functional.layer_norm)
+def layer_norm(
+    run: Gating,
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Layer normalisation with an affine map."""
+    if _differs(weight) or _differs(bias):
+        return NotImplemented
+    entries = input.numel()
+    gates = Affine(
+        run.gated(run.name_of(weight), "norm", entries),
+        run.gated(run.name_of(bias), "norm", entries),
+        (tuple(normalized_shape), eps),
+    )
+    return GatedLayerNorm.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+
+
+@handles(functional.group_norm)
+def group_norm(
+    run: Gating,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Any:
+    """Group normalisation, and a copy of its affine map."""
+    values = functional.group_norm(input, num_groups, None, None, eps)
+    shape = (1, -1, *[1] * (input.dim() - 2))
+    if weight is not None:
+        values = values * run.expanded(weight).reshape(shape)
+    return values if bias is None else values + run.expanded(bias).reshape(shape)
+
+
+def _convolution(
+    run: Gating,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    axes = weight.dim() - 2
+    if _differs(weight) or _differs(bias) or input.dim() not in (axes + 1, axes + 2):
+        return NotImplemented
+    alone = input.dim() == axes + 1
+    if not alone and input.shape[0] != 1:
+        return NotImplemented
+    values = input if alone else input.squeeze(0)
+
+    def each(value: Any) -> tuple[int, ...]:
+        return (value,) * axes if isinstance(value, int) else tuple(value) * (axes // len(value))
+
+    dilation = each(dilation)
+    if isinstance(padding, str):
+        spans = [step * (taps - 1) for step, taps in zip(dilation, weight.shape[2:], strict=True)]
+        if padding == "same":
+            values = functional.pad(
+                values, [side for span in reversed(spans) for side in (span // 2, span - span // 2)]
+            )
+        padding = 0
+    sizes = [
+        (size + 2 * side - step * (taps - 1) - 1) // move + 1
+        for size, side, step, taps, move in zip(
+            values.shape[1:], each(padding), dilation, weight.shape[2:], each(stride), strict=True
+        )
+    ]
+    positions = math.prod(sizes)
+    met = positions * max(weight.shape[0], math.prod(weight.shape[1:]) * groups)
+    gates = Affine(
+        run.gated(run.name_of(weight), "convolution", met),
+        run.gated(run.name_of(bias), "convolution", positions * weight.shape[0]),
+        (each(stride), each(padding), dilation, groups),
+    )
+    made = GatedConvolution.apply(run.sample, values, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    return made if alone else made.unsqueeze(0)
+
+
+handles(torch.conv1d, torch.conv2d, torch.conv3d)(_convolution)
+
+
+@handles(functional.scaled_dot_product_attention, always=True)
+def attention(
+    run: Gating,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """Attention of one sample."""
+    if query.dim() < 3 or not all(run.name_of(value) is None for value in (query, key, value, attn_mask)):
+        return NotImplemented
+    settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
+    if enable_gqa:
+        settings["enable_gqa"] = True
+    return Attention.apply(run.sample, query, key, value, attn_mask, tuple(settings.items()))  # type: ignore[no-untyped-call]
+
+
+def _looked_into(function: Any) -> Callable[..., Any]:
+    """A function of torch written in Python, which asks no mode for leave, so that its parts are seen one by one."""
+    asks = {"has_torch_function": lambda *_: False}
+    told = FunctionType(function.__code__, {**function.__globals__, **asks}, function.__name__, function.__defaults__)
+    told.__kwdefaults__ = function.__kwdefaults__
+    return cast("Callable[..., Any]", told)
+
+
+_attend = _looked_into(functional.multi_head_attention_forward)
+
+
+@handles(functional.multi_head_attention_forward, always=True)
+def multi_head_attention(run: Gating, *args: Any, **kwargs: Any) -> Any:
+    """Projections and attention of ``nn.MultiheadAttention``, each as by itself."""
+    with run:
+        return _attend(*args, **kwargs)

@@ -1,0 +1,291 @@
+"""Any network, run on its samples one by one, with every trainable parameter behind a gradient gate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
+from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap
+from clipless_dp.gates.signal import GateMode
+from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
+from clipless_dp.isolation.foreign import prepare
+from clipless_dp.isolation.functions import Cap
+from clipless_dp.isolation.gating import Gating, refuse_other_ways
+from clipless_dp.packing import Packing
+
+Select = str | int | Callable[[Any], Tensor] | None
+"""Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
+
+_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Isolated(nn.Module):
+    """A network that runs under ``torch.func.vmap``, which gives it one sample at a time: samples cannot meet.
+
+    Each trainable parameter is used through gradient gates alone, whatever the network computes with it. So its
+    per-sample gradient has norm at most its cap for each gate that it goes through, and nothing else needs to be known
+    of the network: no Lipschitz constant is claimed (per-layer clipping in one backward pass: He et al. 2022,
+    *Exploring the Limits of Differentially Private Deep Learning with Group-wise Clipping*, §3). Made by
+    :func:`clipless_dp.gradient_gated`.
+
+    Args:
+        net: the network. It is called as without isolation, with a batch axis of size 1. Its parameters and
+            submodules keep their names.
+        select: which of its outputs is the model's. By default a tensor as it is, and ``logits`` of what has them.
+        limit: see :meth:`set_gates`, with ``bias_limit``, ``mode``, ``floor``.
+
+    Shape:
+        ``(B, ...)`` to ``(B, ...)``.
+
+    Raises:
+        UnsupportedModuleError: layers that keep statistics of batches, or hooks on backward passes.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        select: Select = None,
+        limit: float = 1.0,
+        bias_limit: float | None = None,
+        mode: GateMode = "normalize",
+        floor: float = FLOOR_SHARE,
+    ) -> None:
+        super().__init__()
+        _refuse_statistics(net)
+        prepare(net)
+        # The network's own: its parameters keep their names, and are where it looks for them.
+        self._parameters, self._modules, self._buffers = net._parameters, net._modules, net._buffers
+        self._non_persistent_buffers_set = net._non_persistent_buffers_set
+        self.__dict__["__wrapped__"] = net
+        self.training = net.training
+        self.select = select
+        self.isolation = "vmap"
+        self.__dict__["__packing__"] = None
+        self.uses: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
+        self.vocabulary: int | None = None
+        self._still = tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS))
+        self._caps: tuple[tuple[str, float, float], ...] = ()
+        self.set_gates(limit, bias_limit=bias_limit, mode=mode, floor=floor)
+
+    @property
+    def net(self) -> nn.Module:
+        """The network itself."""
+        return cast(nn.Module, self.__dict__["__wrapped__"])
+
+    @property
+    def packing(self) -> Packing | None:
+        """How the network's inputs lie in the rows that it is given; ``None`` of a single one."""
+        return cast("Packing | None", self.__dict__["__packing__"])
+
+    def take(self, packing: Packing | None) -> None:
+        """Says how the network's inputs lie in the rows that it is given."""
+        self.__dict__["__packing__"] = packing
+
+    def set_gates(
+        self,
+        limit: float,
+        *,
+        bias_limit: float | None = None,
+        mode: GateMode = "normalize",
+        floor: float = FLOOR_SHARE,
+        layers: Sequence[str] = ("*",),
+    ) -> None:
+        """Sets the gates of the parameters whose names, or whose layers' names, match; others stay as they are.
+
+        Args:
+            limit: the cap of a parameter's per-sample gradient, at least 1e-8.
+            bias_limit: the cap of parameters named ``bias``; by default the same.
+            mode: ``"clip"``: ``G·min(1, c/‖G‖)``; ``"normalize"``: ``G·c/max(‖G‖, floor·c)``.
+            floor: for ``"normalize"``, the share of the cap below which a gradient is scaled by ``1/floor`` only.
+            layers: ``fnmatch`` patterns.
+
+        Raises:
+            ConfigurationError: a value is out of range, or a pattern matches nothing.
+        """
+        if mode not in ("clip", "normalize"):
+            raise ConfigurationError(f"mode must be 'clip' or 'normalize', got {mode!r}")
+        if not (isinstance(floor, (int, float)) and 1e-8 <= floor <= 1.0):
+            raise ConfigurationError(f"floor is a share of the cap, from 1e-8 to 1, got {floor!r}")
+        limit = checked_cap("limit", limit)
+        bias_limit = limit if bias_limit is None else checked_cap("bias_limit", bias_limit)
+        share = float(floor) if mode == "normalize" else 1.0
+        names = [name for name, _ in self.named_parameters(remove_duplicate=False)]
+        for pattern in layers:
+            if not any(is_named(name, pattern) for name in names):
+                raise ConfigurationError(f"no parameter matches {pattern!r}; there are {names}")
+        caps = {name: (cap, least) for name, cap, least in self._caps}
+        for name in names:
+            if any(is_named(name, pattern) for pattern in layers):
+                cap = bias_limit if name.rpartition(".")[2] == "bias" else limit
+                caps[name] = cap, max(share * cap, 1e-8)
+        self._caps = tuple((name, *cap) for name, cap in caps.items())
+
+    @property
+    def caps(self) -> dict[str, Cap]:
+        """The gate of each parameter."""
+        return {name: Cap(limit, least) for name, limit, least in self._caps}
+
+    def train(self, mode: bool = True) -> Isolated:
+        """As of any module; but statistics of batches that were frozen, by ``eval()``, stay so."""
+        super().train(mode)
+        self.net.training = mode
+        for name in self._still:
+            self.net.get_submodule(name).training = False
+        return self
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Runs each sample by itself.
+
+        Raises:
+            UnsupportedModuleError: the network branches on values, or does what cannot be done for one sample alone.
+            PrivacyError: it keeps something of a sample, or a parameter is used past its gate, or more often than when
+                the network was wrapped.
+        """
+        held = dict(self._held())
+        # The first pass counts the uses of frozen parameters too, which may be trained later.
+        sources = {name: value for name, value in held.items() if value.requires_grad or not self.uses}
+        also = self._known(held)
+        batch = [values] if self.packing is None else self.packing.unpack(values)
+        gatings: list[Gating] = []
+        kept: list[bool] = []
+
+        def one(sample: Tensor, *own: Tensor) -> Tensor:
+            gating = Gating(sample, sources, also, self.caps)
+            gatings.append(gating)
+            with gating:
+                returned = self._call([value.unsqueeze(0) for value in own])
+                output = self._selected(returned)
+            del returned
+            kept.append(gating.kept([output, *own]))
+            return output
+
+        outputs = self._mapped(one, values, batch)
+        if kept[0]:
+            raise PrivacyError(
+                "the network keeps something that it computed of its samples, in an attribute, a cache or a list, "
+                "which the next batch could read: let it return what is needed, and keep nothing"
+            )
+        self._count(gatings[0])
+        if outputs.requires_grad:
+            trained = {name: value for name, value in sources.items() if value.requires_grad}
+            refuse_other_ways(outputs, trained, batch, also)
+        return outputs
+
+    def _held(self) -> Iterator[tuple[str, Tensor]]:
+        """The parameters, or what stands for them in this pass, each once."""
+        seen: set[int] = set()
+        for path, part in self.named_modules():
+            for name, value in part._parameters.items():
+                if value is not None and id(value) not in seen:
+                    seen.add(id(value))
+                    yield f"{path}.{name}" if path else name, value
+
+    def _known(self, held: Mapping[str, Tensor]) -> dict[int, str]:
+        """The parameters themselves, which the network may hold in lists of its own too."""
+        known: dict[int, str] = self.__dict__.setdefault("__known__", {})
+        found = {id(value): name for name, value in held.items() if isinstance(value, nn.Parameter)}
+        if found:
+            known.clear()
+            known.update(found)
+        return known
+
+    def _call(self, own: Sequence[Tensor]) -> Any:
+        if self.packing is None:
+            return self.net(*own)
+        places, names = self.packing.call(own)
+        return self.net(*places, **names)
+
+    def _selected(self, returned: Any) -> Tensor:
+        select = self.select
+        if callable(select):
+            returned = select(returned)
+        elif isinstance(select, str):
+            returned = returned[select] if isinstance(returned, Mapping) else getattr(returned, select, None)
+        elif select is not None:
+            returned = returned[select]
+        elif isinstance(returned, Mapping):
+            returned = returned.get("logits", returned)
+        if not isinstance(returned, Tensor):
+            kinds = [*returned] if isinstance(returned, Mapping) else type(returned).__name__
+            raise ConfigurationError(
+                f"the network returns {kinds}: say which of them is the model's output, by select= (a key, an index or "
+                "a function)"
+            )
+        if returned.dim() == 0 or returned.shape[0] != 1:
+            raise ConfigurationError(
+                f"the network returns a tensor of shape {tuple(returned.shape)} for a batch of one sample: its first "
+                "axis must be the batch's"
+            )
+        return returned.squeeze(0)
+
+    def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
+        sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
+        try:
+            return torch.func.vmap(one, randomness="different")(sample, *batch)
+        except CliplessError:
+            raise
+        except RuntimeError as error:
+            told = str(error)
+            if "data-dependent control flow" in told or ".item()" in told:
+                remedy = "it branches on values of a sample, which no run for many samples can: use torch.where"
+            elif "vmap" in told:
+                remedy = f"torch.func.vmap, which keeps samples apart, cannot run it: {told.splitlines()[0]}"
+            else:
+                raise
+            raise UnsupportedModuleError([Unsupported("forward", type(self.net).__name__, remedy)]) from error
+
+    def _dtype(self) -> torch.dtype:
+        return next((value.dtype for value in self.parameters()), torch.float32)
+
+    def _count(self, gating: Gating) -> None:
+        found = {name: tuple(uses) for name, uses in gating.uses.items()}
+        if not self.uses:
+            self.uses = tuple(sorted(found.items()))
+            self.vocabulary = min(gating.tables, default=None)
+            return
+        known = dict(self.uses)
+        for name, uses in found.items():
+            expected = known.get(name, ())
+            if len(uses) > len(expected) or not _covered(uses, expected):
+                raise PrivacyError(
+                    f"the parameter {name!r} goes through {len(uses)} gates in this pass, and through "
+                    f"{len(expected)} when the network was wrapped: wrap it in the mode, and with the frozen "
+                    "parameters, that it is trained with"
+                )
+
+    def forget(self) -> None:
+        """Lets the next pass say how often each parameter is used."""
+        self.uses, self.vocabulary = (), None
+
+
+def _covered(uses: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]]) -> bool:
+    """Whether no gate sums more entries than the largest that was expected."""
+    return max(entries for _, entries in uses) <= max(entries for _, entries in expected)
+
+
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a parameter's name, or its layer's, matches a pattern."""
+    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
+
+
+def _refuse_statistics(net: nn.Module) -> None:
+    parts = []
+    for path, part in net.named_modules():
+        if isinstance(part, _STATISTICS) and (part.training or part.running_mean is None):
+            remedy = (
+                "its statistics are of a batch, in which samples meet: clipless_dp.recipes.convert_batchnorm(net) "
+                "makes group normalisation of it, or freezes them; statistics frozen by eval() stay as they are"
+            )
+            parts.append(Unsupported(path or "net", type(part).__name__, remedy))
+        elif part._backward_hooks or part._backward_pre_hooks:
+            remedy = "a hook on its backward pass sees the gradients of all samples at once; remove it"
+            parts.append(Unsupported(path or "net", type(part).__name__, remedy))
+    if parts:
+        raise UnsupportedModuleError(parts)

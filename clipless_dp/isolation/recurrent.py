@@ -1,0 +1,141 @@
+"""Recurrent layers by their equations, since ``torch.func.vmap`` has no rule for torch's own kernels.
+
+The weights that meet the inputs run over all steps at once, behind one gate each; those that meet the state are copies
+for each sample, so that one cap holds for the whole of their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clipless_dp.errors import InputError
+from clipless_dp.isolation.gating import Gating, handles
+from clipless_dp.isolation.layers import linear
+
+Cell = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""From what came of the input and of the state before, ``(B, gates·H)`` each, to the state."""
+
+
+def _lstm(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    takes, forgets, new, gives = (entering + kept).chunk(4, -1)
+    cell = forgets.sigmoid() * state[1] + takes.sigmoid() * new.tanh()
+    return gives.sigmoid() * cell.tanh(), cell
+
+
+def _gru(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    reset_in, update_in, new_in = entering.chunk(3, -1)
+    reset_kept, update_kept, new_kept = kept.chunk(3, -1)
+    new = (new_in + (reset_in + reset_kept).sigmoid() * new_kept).tanh()
+    update = (update_in + update_kept).sigmoid()
+    return (update * state[0] + (1.0 - update) * new,)
+
+
+def _tanh(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((entering + kept).tanh(),)
+
+
+def _relu(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((entering + kept).relu(),)
+
+
+def _one_way(
+    run: Gating,
+    cell: Cell,
+    values: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    biased: bool,
+    back: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One direction of one layer, over ``(T, B, K)``."""
+    of_input, of_state, *rest = weights
+    bias_of_input, bias_of_state = rest[:2] if biased else (None, None)
+    projection = rest[2 * biased] if len(rest) > 2 * biased else None
+    if any(run.name_of(one) is not None for one in (of_input, bias_of_input)):
+        entering = linear(run, values, of_input, bias_of_input)
+    else:
+        entering = functional.linear(values, of_input, bias_of_input)
+    of_state, bias_of_state, projection = (run.expanded(one) for one in (of_state, bias_of_state, projection))
+    made: list[Tensor] = []
+    steps = range(len(entering))
+    for step in reversed(steps) if back else steps:
+        hidden, *others = cell(entering[step], functional.linear(state[0], of_state, bias_of_state), state)
+        state = (hidden if projection is None else functional.linear(hidden, projection), *others)
+        made.append(state[0])
+    return torch.stack(made[::-1] if back else made), state
+
+
+def _recurrent(cell: Cell, parts: int) -> Callable[..., Any]:
+    def run_all(
+        run: Gating,
+        input: Tensor,
+        hx: Any,
+        params: Any,
+        has_biases: Any,
+        num_layers: Any,
+        dropout: Any,
+        train: Any,
+        bidirectional: Any = False,
+        batch_first: Any = False,
+    ) -> Any:
+        if isinstance(params, bool) or not isinstance(has_biases, bool):
+            raise InputError(
+                "packed sequences hold several samples in one axis: give the recurrent layer padded sequences, and "
+                "leave padding out by a mask"
+            )
+        values = input.transpose(0, 1) if batch_first else input
+        begin = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        ways = 2 if bidirectional else 1
+        each = len(params) // (num_layers * ways)
+        ends: list[tuple[Tensor, ...]] = []
+        for layer in range(num_layers):
+            outputs = []
+            for way in range(ways):
+                index = layer * ways + way
+                own = params[index * each : (index + 1) * each]
+                state = tuple(part[index] for part in begin)
+                output, end = _one_way(run, cell, values, state, own, has_biases, way == 1)
+                outputs.append(output)
+                ends.append(end)
+            values = outputs[0] if ways == 1 else torch.cat(outputs, -1)
+            if train and dropout and layer < num_layers - 1:
+                values = functional.dropout(values, dropout)
+        output = values.transpose(0, 1) if batch_first else values
+        return output, *(torch.stack([end[part] for end in ends]) for part in range(parts))
+
+    return run_all
+
+
+handles(torch.lstm, always=True)(_recurrent(_lstm, 2))
+handles(torch.gru, always=True)(_recurrent(_gru, 1))
+handles(torch.rnn_tanh, always=True)(_recurrent(_tanh, 1))
+handles(torch.rnn_relu, always=True)(_recurrent(_relu, 1))
+
+
+def _cell_of(cell: Cell, parts: int) -> Callable[..., Any]:
+    def run_one(
+        run: Gating,
+        input: Tensor,
+        hx: Any,
+        w_ih: Tensor,
+        w_hh: Tensor,
+        b_ih: Tensor | None = None,
+        b_hh: Tensor | None = None,
+    ) -> Any:
+        w_ih, w_hh, b_ih, b_hh = (run.expanded(one) for one in (w_ih, w_hh, b_ih, b_hh))
+        state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
+        made = cell(functional.linear(input, w_ih, b_ih), functional.linear(state[0], w_hh, b_hh), state)
+        return made if parts > 1 else made[0]
+
+    return run_one
+
+
+handles(torch.lstm_cell)(_cell_of(_lstm, 2))
+handles(torch.gru_cell)(_cell_of(_gru, 1))
+handles(torch.rnn_tanh_cell)(_cell_of(_tanh, 1))
+handles(torch.rnn_relu_cell)(_cell_of(_relu, 1))

@@ -1,0 +1,158 @@
+"""Several tensors of a sample as one row: so that whatever handles samples, handles one tensor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from clipless_dp.errors import ConfigurationError, InputError
+
+Structure = Mapping[str, Tensor] | Sequence[Tensor]
+"""The inputs of a network: by name, or in order; each ``(B, ...)``."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One tensor of a sample.
+
+    Attributes:
+        name: how the network calls it; ``None`` of inputs in order.
+        shape: without the batch axis.
+        dtype: its own; a floating one stands for the network's.
+    """
+
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def entries(self) -> int:
+        """How many numbers it holds."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tensors of a sample lie in one row, ``(B, entries)``.
+
+    Rows are ``int64`` where all tensors hold integers or truth values; else of the floating dtype, in which integers
+    are exact up to ``2^24`` (``2^53`` in float64). Tensors with names lie in the order of these.
+
+    Attributes:
+        fields: the tensors.
+    """
+
+    fields: tuple[Field, ...]
+
+    @classmethod
+    def of(cls, shapes: Any) -> Packing:
+        """The packing of a structure of shapes.
+
+        Args:
+            shapes: a mapping from names, or a sequence; each entry a shape, a pair of shape and dtype, or a tensor
+                ``(B, ...)`` of which shape and dtype are read. Without a dtype it is that of the network.
+
+        Raises:
+            ConfigurationError: an entry is none of these.
+        """
+        pairs = sorted(shapes.items()) if isinstance(shapes, Mapping) else [(None, entry) for entry in shapes]
+        if not pairs or not all(name is None or isinstance(name, str) for name, _ in pairs):
+            raise ConfigurationError(f"expected the shapes of a network's inputs, by name or in order, got {shapes!r}")
+        return cls(tuple(_field(name, entry) for name, entry in pairs))
+
+    @property
+    def entries(self) -> int:
+        """The length of a row."""
+        return sum(field.entries for field in self.fields)
+
+    @property
+    def is_named(self) -> bool:
+        """Whether the network is called with names."""
+        return self.fields[0].name is not None
+
+    @property
+    def is_integral(self) -> bool:
+        """Whether rows are integers."""
+        return not any(field.dtype.is_floating_point for field in self.fields)
+
+    def pack(self, batch: Structure) -> Tensor:
+        """The rows of a batch.
+
+        Raises:
+            InputError: a tensor is missing or unknown, its shape or dtype is another one, the batch axes differ, or an
+                integer is too large to be exact.
+        """
+        tensors = self._ordered(batch)
+        size = tensors[0].shape[:1]
+        floating = next((value.dtype for value in tensors if value.is_floating_point()), torch.int64)
+        rows = []
+        for field, value in zip(self.fields, tensors, strict=True):
+            label = "an input" if field.name is None else repr(field.name)
+            if value.shape[1:] != field.shape or value.shape[:1] != size:
+                raise InputError(f"{label} is {tuple(value.shape)}, expected {(*size, *field.shape)}")
+            if value.is_floating_point() != field.dtype.is_floating_point:
+                raise InputError(f"{label} is {value.dtype}, expected {field.dtype}")
+            if floating.is_floating_point and not value.is_floating_point() and value.numel():
+                exact = 2 ** (53 if floating == torch.float64 else 24)
+                if value.dtype != torch.bool and int(value.abs().max()) > exact:
+                    raise InputError(f"{label} holds integers above {exact}, which {floating} does not hold exactly")
+            rows.append(value.reshape(len(value), field.entries).to(floating))
+        return torch.cat(rows, 1)
+
+    def _ordered(self, batch: Structure) -> list[Tensor]:
+        if isinstance(batch, Mapping) != self.is_named:
+            raise InputError(f"expected the inputs {self.described()}, got {type(batch).__name__}")
+        if isinstance(batch, Mapping):
+            names = [cast(str, field.name) for field in self.fields]
+            if sorted(batch) != names:
+                raise InputError(f"expected the inputs {names}, got {sorted(batch)}")
+            found: list[Any] = [batch[name] for name in names]
+        else:
+            found = list(batch)
+            if len(found) != len(self.fields):
+                raise InputError(f"expected {len(self.fields)} inputs, got {len(found)}")
+        if not all(isinstance(value, Tensor) and value.dim() > 0 for value in found):
+            raise InputError("each input must be a tensor with a batch axis")
+        return found
+
+    def unpack(self, rows: Tensor) -> list[Tensor]:
+        """The tensors of some rows, ``(..., entries)``, in the order of :attr:`fields`."""
+        parts = rows.split([field.entries for field in self.fields], -1)
+        return [
+            part.reshape(*rows.shape[:-1], *field.shape).to(
+                rows.dtype if field.dtype.is_floating_point else field.dtype
+            )
+            for field, part in zip(self.fields, parts, strict=True)
+        ]
+
+    def call(self, values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """The arguments that a network is called with, by place and by name."""
+        if not self.is_named:
+            return tuple(values), {}
+        return (), {cast(str, field.name): value for field, value in zip(self.fields, values, strict=True)}
+
+    def described(self) -> str:
+        """For messages."""
+        return ", ".join(
+            f"{field.name or index}: {field.dtype} (batch, {', '.join(map(str, field.shape))})"
+            for index, field in enumerate(self.fields)
+        )
+
+
+def _field(name: str | None, entry: Any) -> Field:
+    if isinstance(entry, Tensor) and entry.dim() > 0:
+        return Field(name, tuple(entry.shape[1:]), entry.dtype)
+    dtype = torch.get_default_dtype()
+    if isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[1], torch.dtype):
+        entry, dtype = entry
+    if isinstance(entry, (tuple, list)) and all(type(size) is int and size > 0 for size in entry):
+        return Field(name, tuple(entry), dtype)
+    raise ConfigurationError(
+        f"the input {name or ''} needs a shape without the batch axis, such as (128,), a pair ((128,), torch.int64), "
+        f"or an example tensor, got {entry!r}"
+    )
