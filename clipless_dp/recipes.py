@@ -1,7 +1,7 @@
 """What of a network trains, by name: last layers, biases, low-rank adapters, all of it; and batch norms replaced.
 
 Surgery on any ``nn.Module``, done before it is wrapped. Frozen parts need no bound and no noise, so that fewer trained
-parameters often mean a better model at the same ε. Each recipe sets ``requires_grad`` of *every* parameter, whatever it
+parameters can mean a better model at the same ε. Each recipe sets ``requires_grad`` of *every* parameter, whatever it
 was before, and returns the network.
 
 A pattern names modules or parameters as :mod:`fnmatch` does, ``*`` being anything, dots included. It matches a dotted
@@ -26,17 +26,11 @@ from clipless_dp.arguments import positive, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.modules import has_hooks, kind_of, modules_of, parameters_of, runs_hooks
 
-HEADS = (
-    "classifier",
-    "pre_classifier",
-    "classification_head",
-    "qa_outputs",
-    "score",
-    "fc",
-    "head",
-    "heads",
-)
-"""Usual names of the head that a task adds to a network: in transformers, timm and torchvision."""
+HEADS = ("classifier", "pre_classifier", "classification_head", "qa_outputs", "score", "fc", "head", "heads")
+"""Usual names of the head that a task adds to a network: in transformers, timm and torchvision.
+
+A module of such a name within a numbered element of a list is no head: blocks have parts of these names, too.
+"""
 
 Patterns = str | Iterable[str]
 """A pattern, or several."""
@@ -64,9 +58,12 @@ def only(net: nn.Module, names: Patterns) -> nn.Module:
     """The modules and parameters of these names train.
 
     Raises:
-        ConfigurationError: ``net`` is not a module, or a pattern matches nothing.
+        ConfigurationError: ``net`` is not a module, there are no names, or a pattern matches nothing.
     """
-    return _train(net, _named(_checked(net), names, "names"))
+    named = _named(_checked(net), names, "names")
+    if not named:
+        raise ConfigurationError("names must be at least one; recipes.freeze(net) lets nothing train")
+    return _train(net, named)
 
 
 def last_layers(net: nn.Module, count: int = 1) -> nn.Module:
@@ -95,8 +92,10 @@ def last_layers(net: nn.Module, count: int = 1) -> nn.Module:
             f"the network has {len(blocks)} blocks, not {count}: {_listed(blocks)}; "
             "ask for fewer, or name what should train: recipes.only(net, names)"
         )
+    if not blocks:
+        raise ConfigurationError("the network has no layer with a matrix; name what should train: recipes.only")
     spans = list(blocks.values())
-    start = spans[-count].start if count else max((span.stop for span in spans), default=0)
+    start = spans[-count].start if count else spans[-1].stop
     if start == len(parameters):
         raise ConfigurationError("nothing is registered behind the last block, or only what is tied; use count=1")
     return _train(net, list(parameters.values())[start:])
@@ -260,7 +259,6 @@ class FrozenBatchNorm(nn.Module):
     bias: nn.Parameter | None
     running_mean: Tensor
     running_var: Tensor
-    num_batches_tracked: Tensor | None
 
     def __init__(self, norm: _BatchNorm) -> None:
         super().__init__()
@@ -323,7 +321,9 @@ def _require_convertible(name: str, norm: _BatchNorm, to: str, groups: int | Non
     kind = kind_of(norm)
     where = f"{name or 'the network'} ({kind.__name__})"
     if kind is nn.SyncBatchNorm:
-        raise ConfigurationError(f"{where} takes statistics over processes; convert the network before it becomes one")
+        raise ConfigurationError(
+            f"{where} takes statistics over processes; convert the network before its batch norms become such"
+        )
     if kind not in _SPATIAL:
         raise ConfigurationError(
             f"{where} may do more than torch's batch norms, which are converted; "
@@ -382,7 +382,7 @@ def _replaced(net: nn.Module, new: Mapping[nn.Module, nn.Module]) -> nn.Module:
 
 
 def _patterns(argument: str, patterns: Patterns) -> tuple[str, ...]:
-    found = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    found = (patterns,) if isinstance(patterns, str) or not isinstance(patterns, Iterable) else tuple(patterns)
     if not all(isinstance(pattern, str) for pattern in found):
         raise ConfigurationError(f"{argument} must be names or patterns of names, got {patterns!r:.80}")
     return found
@@ -400,14 +400,14 @@ def _listed(names: Iterable[str]) -> str:
     return (", ".join(several[:30]) or "none") + (f" and {len(several) - 30} more" if len(several) > 30 else "")
 
 
-def _named(net: nn.Module, patterns: Patterns, argument: str, *, strict: bool = True) -> list[nn.Parameter]:
+def _named(net: nn.Module, patterns: Patterns, argument: str) -> list[nn.Parameter]:
     """Parameters that are named themselves, or whose module or one around it is."""
     held = {name: parameters_of(module) for name, module in net.named_modules(remove_duplicate=False) if name}
     held |= {name: [parameter] for name, parameter in net.named_parameters(remove_duplicate=False)}
     named: list[nn.Parameter] = []
     for pattern in _patterns(argument, patterns):
         found = [parameter for name, inside in held.items() if _matches(name, pattern) for parameter in inside]
-        if strict and not found:
+        if not found:
             raise ConfigurationError(
                 f"{argument}: no module with parameters matches {pattern!r}; there are "
                 f"{_listed(name for name, inside in held.items() if inside)}"
@@ -417,7 +417,14 @@ def _named(net: nn.Module, patterns: Patterns, argument: str, *, strict: bool = 
 
 
 def _head(net: nn.Module, also: Patterns | None) -> list[nn.Parameter]:
-    return _named(net, HEADS, "also", strict=False) if also is None else _named(net, also, "also")
+    if also is not None:
+        return _named(net, also, "also")
+    heads = [module for name, module in net.named_modules() if _is_head(name.split("."))]
+    return [parameter for head in heads for parameter in parameters_of(head)]
+
+
+def _is_head(path: list[str]) -> bool:
+    return path[-1] in HEADS and not any(part.isdigit() for part in path)
 
 
 def _is_conv1d(module: nn.Module) -> bool:
@@ -435,8 +442,11 @@ def _weight(layer: nn.Module) -> Tensor:
 def _adapted(net: nn.Module, patterns: tuple[str, ...], head: set[int]) -> dict[str, nn.Module]:
     """Linear layers that these patterns name, by their names."""
     held = [id(parameter) for module in modules_of(net) for parameter in module._parameters.values()]
+    # A weight that a hook computes anew at each call is no parameter, and nothing could be folded into it.
     linear = {
-        name: module for name, module in net.named_modules() if kind_of(module) is nn.Linear or _is_conv1d(module)
+        name: module
+        for name, module in net.named_modules()
+        if (kind_of(module) is nn.Linear or _is_conv1d(module)) and "weight" in module._parameters
     }
     left_out = {
         name: "also= trains it whole" if id(layer.weight) in head else "another module shares its weight"

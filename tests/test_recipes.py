@@ -191,6 +191,12 @@ def test_last_layers_without_lists_are_layers() -> None:
     assert trained(recipes.last_layers(nn.Linear(2, 3))) == ["weight", "bias"]
 
 
+def test_a_name_that_begins_as_a_blocks_does_is_not_in_the_block() -> None:
+    net = nn.Module()
+    net.conv, net.conv_norm = nn.Conv2d(2, 3, 1), nn.GroupNorm(1, 3)
+    assert trained(recipes.last_layers(net, 0)) == ["conv_norm.weight", "conv_norm.bias"]
+
+
 def test_a_tied_head_stays_with_its_embedding() -> None:
     net = Tied()
     assert trained(recipes.last_layers(net)) == ["layers.1.weight", "layers.1.bias", "norm.weight", "norm.bias"]
@@ -213,6 +219,13 @@ def test_a_table_of_relative_positions_is_no_bias() -> None:
     net = nn.Linear(2, 3)
     net.relative_position_bias_table = nn.Parameter(torch.zeros(3, 2))
     assert trained(recipes.biases_only(net)) == ["bias"]
+
+
+def test_a_part_of_a_block_is_no_head() -> None:
+    net = ResNet()
+    net.layer1[0].fc = nn.Linear(4, 4)
+    assert "layer1.0.fc.weight" not in trained(recipes.biases_only(net))
+    assert "fc.weight" in trained(net)
 
 
 # Low-rank adapters.
@@ -294,6 +307,13 @@ def test_a_tied_head_is_not_adapted() -> None:
     net = recipes.lora(Tied(), 2)
     assert net.lm_head.weight is net.embedding.weight
     assert len(trained(net)) == 4
+
+
+def test_a_weight_that_a_hook_computes_is_not_adapted() -> None:
+    with pytest.warns(FutureWarning):
+        normalised = nn.utils.weight_norm(nn.Linear(4, 4))
+    net = recipes.lora(nn.Sequential(normalised, nn.Linear(4, 4)), 2)
+    assert trained(net) == ["1.lora_A.weight", "1.lora_B.weight"]
 
 
 def test_adapters_can_be_copied_and_pickled() -> None:
@@ -413,12 +433,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "no module": (lambda: recipes.freeze([1]), "nn.Module, got list"),
     "a lazy module": (lambda: recipes.full(nn.Sequential(nn.LazyLinear(3))), "run the network once"),
     "a name that there is not": (lambda: recipes.only(perceptron(), ["5", "classifier"]), "'classifier'; there are 0"),
+    "no names": (lambda: recipes.only(perceptron(), []), "at least one"),
+    "a number for names": (lambda: recipes.only(perceptron(), 5), "names must be names"),
     "a name that is none": (lambda: recipes.only(perceptron(), [5]), "names must be names"),
     "no biases": (lambda: recipes.biases_only(nn.Linear(2, 2, bias=False)), "no biases; name what"),
     "an unknown companion": (lambda: recipes.biases_only(perceptron(), also="head"), "also: no module .* 'head'"),
     "too many layers": (lambda: recipes.last_layers(ResNet(), 5), "has 4 blocks, not 5: layer1.0, layer1.1"),
     "half a layer": (lambda: recipes.last_layers(ResNet(), 0.5), "count must be a whole number"),
     "fewer than no layers": (lambda: recipes.last_layers(ResNet(), -1), "count must be a whole number"),
+    "no matrix": (lambda: recipes.last_layers(nn.LayerNorm(3), 0), "no layer with a matrix"),
     "no head": (lambda: recipes.last_layers(perceptron(), 0), "nothing is registered .* count=1"),
     "an unknown layer": (lambda: recipes.lora(encoder(), layers="query"), "'query'; there are layers.0.linear1"),
     "a layer that trains whole": (lambda: recipes.lora(ResNet(), layers="fc"), "fc is left out: also= trains"),
