@@ -1,6 +1,6 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
-from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets
+from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets, recipes
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.errors import (
     AuditError,
@@ -85,6 +85,7 @@ __all__ = [
     "passes",
     "poisson_collate",
     "presets",
+    "recipes",
     "register_rule",
     "report",
     "suggest_gates",

@@ -20,7 +20,7 @@ FLOORS = (
     # Ground.
     "errors former version",
     "arguments checkpoint modules precision",
-    "datasets packing",
+    "datasets packing recipes",
     # What is bounded. Noise is as low, because dropout and views of samples draw from it.
     "gates noise norms",
     "constraints distributed isolation layers losses",

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gates import BallProjection, SphereScaling
+from clipless_dp.isolation import Isolated
 from clipless_dp.layers import SampleGroupNorm
 
 _OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
@@ -35,17 +36,15 @@ class ShapeRecorder(fx.Interpreter):
         """Runs one node."""
         try:
             value = super().run_node(n)
-        except CliplessError:
-            raise
         except Exception as error:
+            if isinstance(error, CliplessError) and isinstance(self._leaf(n), Isolated):
+                raise
             summary = str(error).splitlines()[0] if str(error) else type(error).__name__
             reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
         if any(gated._version != version for gated, version in self._gated):
             raise ConfigurationError(f"{_OVERWRITTEN} at {n.target} ({n.name})")
-        if n.op == "call_module" and isinstance(
-            self.module.get_submodule(str(n.target)), (BallProjection, SphereScaling, SampleGroupNorm)
-        ):
+        if isinstance(self._leaf(n), (BallProjection, SphereScaling, SampleGroupNorm)):
             # Its backward rests on what it returned.
             self._gated.append((value, value._version))
         if isinstance(value, Tensor) and n.op != "output":
@@ -53,6 +52,9 @@ class ShapeRecorder(fx.Interpreter):
         elif n.op.startswith("call_"):
             self.public[n] = value
         return value
+
+    def _leaf(self, node: fx.Node) -> nn.Module | None:
+        return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
 
 
 def record(module: fx.GraphModule, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> ShapeRecorder:

@@ -765,11 +765,8 @@ class DPLipModel(nn.Module):
 
 def _packing_of(net: nn.Module, shape: object) -> Packing | None:
     """How several inputs lie in a row; ``None`` of one."""
-    if isinstance(shape, (tuple, list)) and all(
-        hasattr(size, "__index__") and not isinstance(size, Tensor) for size in shape
-    ):
-        return None
-    if not isinstance(shape, (Mapping, tuple, list)):
+    several = isinstance(shape, (tuple, list)) and any(isinstance(entry, (tuple, list, Tensor)) for entry in shape)
+    if not (several or isinstance(shape, Mapping)):
         return None
     if not isinstance(net, Isolated):
         raise ConfigurationError(
