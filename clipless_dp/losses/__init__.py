@@ -15,10 +15,12 @@ from clipless_dp.losses.classification import (
     class_scores,
 )
 from clipless_dp.losses.regression import Huber, MeanAbsoluteError
+from clipless_dp.losses.tokens import CausalCrossEntropy, TokenCrossEntropy
 
 __all__ = [
     "BinaryCrossEntropy",
     "BoundedLoss",
+    "CausalCrossEntropy",
     "CosineSimilarity",
     "HingeKR",
     "Huber",
@@ -26,6 +28,7 @@ __all__ = [
     "MeanAbsoluteError",
     "MulticlassHinge",
     "TauCrossEntropy",
+    "TokenCrossEntropy",
     "balanced_weights",
     "class_scores",
     "described",
