@@ -21,6 +21,7 @@ from clipless_dp.errors import CliplessError, ConfigurationError, InputError, Lo
 from clipless_dp.gates.arithmetic import can_look, flat_rows
 from clipless_dp.losses import (
     BinaryCrossEntropy,
+    CausalCrossEntropy,
     CosineSimilarity,
     HingeKR,
     Huber,
@@ -28,6 +29,7 @@ from clipless_dp.losses import (
     MeanAbsoluteError,
     MulticlassHinge,
     TauCrossEntropy,
+    TokenCrossEntropy,
     described,
 )
 
@@ -41,6 +43,8 @@ _PROVED: dict[type[Loss], object] = {
         CosineSimilarity,
         MeanAbsoluteError,
         Huber,
+        TokenCrossEntropy,
+        CausalCrossEntropy,
     )
 }
 """The losses whose formulas, in their documentation, have one sample each; with the code that this was read from."""

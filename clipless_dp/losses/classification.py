@@ -1,14 +1,9 @@
-"""Losses that state the bound of their gradient with respect to the network's output.
-
-Each is a sum over samples of a term that depends on that sample alone. The bound sets the cotangent gate, so a
-loss that overshoots its own bound costs accuracy but never privacy.
-"""
+"""Losses of a sample's class, or of the direction of its output."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from numbers import Real
 
 import torch
@@ -16,70 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.arguments import positive
-from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates.arithmetic import can_look
-
-
-class Loss(ABC):
-    """A per-sample loss with a bounded gradient.
-
-    Subclasses supply :meth:`per_sample` and :meth:`gradient_bound`. They hold no parameters. What a subclass of yours
-    computes is called on rows alone, or held against that: see :class:`clipless_dp.model.rowwise.RowLosses`.
-    """
-
-    @abstractmethod
-    def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
-        """Loss of each sample.
-
-        Args:
-            output: ``(B, *output_shape)``.
-            target: ``(B, ...)``, as the loss documents.
-
-        Returns:
-            ``(B,)``; NaN where a sample's target is out of range, so that it contributes nothing.
-        """
-
-    @abstractmethod
-    def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
-        """``G``: sup over outputs and targets of ``‖∂loss/∂output‖`` for one sample, finite and positive."""
-
-    def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
-        """Which predictions are right, for :func:`clipless_dp.evaluate`; training never asks.
-
-        Args:
-            output: ``(B, *output_shape)``.
-            target: ``(B, ...)``, as the loss documents.
-
-        Returns:
-            ``(B,)``: truth values, or numbers in [0, 1] where a prediction may be right in part. ``None``, the default,
-            where the loss has no notion of it: no accuracy is reported then.
-        """
-        return None
-
-    def __repr__(self) -> str:
-        values = ", ".join(f"{name}={value!r}" for name, value in sorted(vars(self).items()))
-        return f"{type(self).__name__}({values})"
-
-
-def _class_scores(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Valid class indices, and a mask of the samples whose label is one; ``None`` where all are seen to be."""
-    if output.dim() != 2:
-        raise InputError(f"expected class scores (batch, classes), got {tuple(output.shape)}")
-    if target.shape != output.shape[:1] or target.is_floating_point() or target.is_complex():
-        raise InputError(
-            f"expected integer labels of shape {tuple(output.shape[:1])}, got {target.dtype} {tuple(target.shape)}"
-        )
-    target = target.long()
-    looks = can_look(target) and not torch._C._functorch.is_batchedtensor(target)
-    if looks and len(target) and int(target.min()) >= 0 and int(target.max()) < output.shape[1]:
-        return target, None
-    valid = (target >= 0) & (target < output.shape[1])
-    return target.clamp(0, output.shape[1] - 1), valid
-
-
-def described(value: object) -> str:
-    """What a function of a user's own has returned, for messages: type and shape, never numbers."""
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.losses.base import Loss, class_labels, invalid_as_nan, matching, right_class
 
 
 def class_scores(output: Tensor) -> Tensor:
@@ -88,20 +21,6 @@ def class_scores(output: Tensor) -> Tensor:
         column = output.reshape(-1, 1)
         return torch.cat((-column, column), 1)
     return output
-
-
-def _right_class(scores: Tensor, target: Tensor) -> Tensor | None:
-    """Where the largest score is that of the label; labels out of range are none."""
-    return scores.argmax(1) == target if target.dim() == 1 else None
-
-
-def _matching(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and target as ``(B, k)``."""
-    if output.shape[0] != target.shape[0] or output.numel() != target.numel():
-        raise InputError(f"output {tuple(output.shape)} and target {tuple(target.shape)} must have one size")
-    if target.is_complex():
-        raise InputError(f"expected real targets, got {target.dtype}")
-    return output.reshape(output.shape[0], -1), target.reshape(target.shape[0], -1).to(output.dtype)
 
 
 def _public(name: str, values: object) -> tuple[float, ...]:
@@ -132,10 +51,16 @@ def _public_weights(values: object) -> tuple[float, ...] | None:
     return None if values is None else _public("class_weights", values)
 
 
-def _smoothing(value: float) -> float:
+def smoothing_share(value: float) -> float:
+    """Label smoothing ``s`` in [0, 1)."""
     if not 0.0 <= value < 1.0:
         raise ConfigurationError(f"label_smoothing must lie in [0, 1), got {value!r}")
     return float(value)
+
+
+def cross_entropy_bound(classes: int, smoothing: float) -> float:
+    """``√(1 + (1-s)² - s²/C)``, see :class:`TauCrossEntropy`."""
+    return math.sqrt(1.0 + (1.0 - smoothing) ** 2 - smoothing**2 / classes)
 
 
 def _require_classes(name: str, values: Sequence[float], classes: int) -> None:
@@ -178,10 +103,6 @@ def balanced_weights(priors: Sequence[float], power: float = 1.0) -> tuple[float
     return tuple(prior**-power / total for prior in known)
 
 
-def _invalid_as_nan(losses: Tensor, valid: Tensor | None) -> Tensor:
-    return losses if valid is None else torch.where(valid, losses, torch.full_like(losses, math.nan))
-
-
 class TauCrossEntropy(Loss):
     """``w_y·CE(τz, t)/τ``: cross-entropy at temperature ``1/τ`` (Béthune et al. 2024, §4).
 
@@ -205,26 +126,25 @@ class TauCrossEntropy(Loss):
         self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
     ) -> None:
         self.tau = positive("tau", tau)
-        self.label_smoothing = _smoothing(label_smoothing)
+        self.label_smoothing = smoothing_share(label_smoothing)
         self.class_weights = _public_weights(class_weights)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
-        labels, valid = _class_scores(output, target)
+        labels, valid = class_labels(output, target)
         losses = functional.cross_entropy(
             self.tau * output, labels, reduction="none", label_smoothing=self.label_smoothing
         )
-        return _invalid_as_nan(_weighted(losses / self.tau, labels, self.class_weights, output.shape[1]), valid)
+        return invalid_as_nan(_weighted(losses / self.tau, labels, self.class_weights, output.shape[1]), valid)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Where the largest score is that of the label."""
-        return _right_class(output, target)
+        return right_class(output, target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max_c w_c·√(1 + (1-s)² - s²/C)``, which is ``√2`` without weights and smoothing."""
-        classes, kept = output_shape[-1], 1.0 - self.label_smoothing
-        norm = math.sqrt(1.0 + kept * kept - self.label_smoothing**2 / classes)
-        return _largest(self.class_weights, classes) * norm
+        classes = output_shape[-1]
+        return _largest(self.class_weights, classes) * cross_entropy_bound(classes, self.label_smoothing)
 
 
 class BinaryCrossEntropy(Loss):
@@ -247,19 +167,19 @@ class BinaryCrossEntropy(Loss):
         self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
     ) -> None:
         self.tau = positive("tau", tau)
-        self.label_smoothing = _smoothing(label_smoothing)
+        self.label_smoothing = smoothing_share(label_smoothing)
         self.class_weights = _public_weights(class_weights)
         _largest(self.class_weights, 2)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
-        scores, labels = _matching(output, target)
+        scores, labels = matching(output, target)
         valid = ((labels >= 0) & (labels <= 1)).all(1)
         smoothed = (1.0 - self.label_smoothing) * labels.clamp(0, 1) + self.label_smoothing / 2.0
         negative, positive = (1.0, 1.0) if self.class_weights is None else self.class_weights
         likelihoods = negative * (1.0 - smoothed) * functional.logsigmoid(-self.tau * scores)
         likelihoods = likelihoods + positive * smoothed * functional.logsigmoid(self.tau * scores)
-        return _invalid_as_nan(-likelihoods.mean(1) / self.tau, valid)
+        return invalid_as_nan(-likelihoods.mean(1) / self.tau, valid)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Where the score is above zero and the target above one half, or neither; ``None`` for several outputs."""
@@ -292,13 +212,13 @@ class MulticlassHinge(Loss):
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
-        labels, valid = _class_scores(output, target)
+        labels, valid = class_labels(output, target)
         losses = functional.multi_margin_loss(output, labels, margin=self.margin, reduction="none")
-        return _invalid_as_nan(_weighted(losses, labels, self.class_weights, output.shape[1]), valid)
+        return invalid_as_nan(_weighted(losses, labels, self.class_weights, output.shape[1]), valid)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Where the largest score is that of the label."""
-        return _right_class(output, target)
+        return right_class(output, target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max_c w_c·√((C-1)/C)``."""
@@ -336,18 +256,18 @@ class HingeKR(Loss):
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
         scores = class_scores(output)
-        labels, valid = _class_scores(scores, target)
+        labels, valid = class_labels(scores, target)
         _require_classes("priors", self.priors, scores.shape[1])
         priors = scores.new_tensor(self.priors)
         own = torch.arange(len(self.priors), device=scores.device) == labels.unsqueeze(1)
         signed = torch.where(own, scores, -scores)
         shares = torch.where(own, priors, 1.0 - priors)
         losses = (self.alpha * functional.relu(self.margin - signed) - signed / shares).mean(1)
-        return _invalid_as_nan(losses, valid)
+        return invalid_as_nan(losses, valid)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Where the largest score is that of the label; of one output ``f``, the larger of ``(-f, f)``."""
-        return _right_class(class_scores(output), target)
+        return right_class(class_scores(output), target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max_y √((1/π_y + α)² + Σ_{c≠y} (1/(1-π_c) + α)²)/C``; for one output ``max_y 1/π_y + α``."""
@@ -379,91 +299,20 @@ class CosineSimilarity(Loss):
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
         if target.dim() == 1 and not (target.is_floating_point() or target.is_complex()):
-            labels, valid = _class_scores(output, target)
+            labels, valid = class_labels(output, target)
             products = output.gather(1, labels.unsqueeze(1)).squeeze(1)
         else:
-            scores, directions = _matching(output, target)
+            scores, directions = matching(output, target)
             lengths = torch.linalg.vector_norm(directions, dim=1)
             valid = lengths > 0
             products = (scores * directions).sum(1) / torch.where(valid, lengths, torch.ones_like(lengths))
         norms = torch.linalg.vector_norm(output.flatten(1), dim=1).clamp(min=self.floor)
-        return _invalid_as_nan(-products / norms, valid)
+        return invalid_as_nan(-products / norms, valid)
 
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Where the largest score is that of the label; ``None`` for targets that are directions."""
-        return _right_class(output, target)
+        return right_class(output, target)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``1/K``."""
         return 1.0 / self.floor
-
-
-class MeanAbsoluteError(Loss):
-    """Mean over ``k`` outputs of ``|z - y|``; bound ``1/√k``.
-
-    Shape:
-        output ``(B,)`` or ``(B, k)``, target of the same size.
-    """
-
-    def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
-        """See :meth:`Loss.per_sample`."""
-        values, truth = _matching(output, target)
-        return (values - truth).abs().mean(1)
-
-    def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
-        """``1/√k``."""
-        return 1.0 / math.sqrt(math.prod(output_shape))
-
-
-class Huber(Loss):
-    """Mean over ``k`` outputs of Huber's loss: quadratic up to ``δ``, then of slope ``δ``; bound ``δ/√k``.
-
-    Args:
-        delta: ``δ``, positive.
-
-    Shape:
-        output ``(B,)`` or ``(B, k)``, target of the same size.
-    """
-
-    def __init__(self, delta: float = 1.0) -> None:
-        self.delta = positive("delta", delta)
-
-    def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
-        """See :meth:`Loss.per_sample`."""
-        values, truth = _matching(output, target)
-        return functional.huber_loss(values, truth, reduction="none", delta=self.delta).mean(1)
-
-    def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
-        """``δ/√k``."""
-        return self.delta / math.sqrt(math.prod(output_shape))
-
-
-class BoundedLoss(Loss):
-    """Any per-sample loss, with the bound at which its gradient is to be gated.
-
-    Args:
-        function: maps output ``(B, ...)`` and target to ``(B,)`` for any ``B``, one row included; entry ``i`` must
-            depend on sample ``i`` alone, which :class:`clipless_dp.model.rowwise.RowLosses` sees to: it maps the
-            function over rows by ``torch.func.vmap`` where that is cheap, and refuses one whose rows it finds to meet.
-            Without control flow that depends on numbers it can be mapped, and compiled. It is called more than once a
-            batch.
-        bound: ``G``; cotangents above it are clipped, so a wrong bound biases but never leaks.
-    """
-
-    def __init__(self, function: Callable[[Tensor, Tensor], Tensor], bound: float) -> None:
-        self.function = function
-        self.bound = positive("bound", bound)
-
-    def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
-        """See :meth:`Loss.per_sample`."""
-        losses = self.function(output, target)
-        if not isinstance(losses, Tensor) or losses.shape != output.shape[:1]:
-            raise InputError(
-                f"the loss function must return a tensor with one value a sample, shape {tuple(output.shape[:1])}, "
-                f"got {described(losses)}; use reduction='none'"
-            )
-        return losses
-
-    def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
-        """The stated bound."""
-        return self.bound

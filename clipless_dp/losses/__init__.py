@@ -1,0 +1,35 @@
+"""Losses that state the bound of their gradient with respect to the network's output.
+
+Each is a sum over samples of a term that depends on that sample alone. The bound sets the cotangent gate, so a
+loss that overshoots its own bound costs accuracy but never privacy.
+"""
+
+from clipless_dp.losses.base import BoundedLoss, Loss, described
+from clipless_dp.losses.classification import (
+    BinaryCrossEntropy,
+    CosineSimilarity,
+    HingeKR,
+    MulticlassHinge,
+    TauCrossEntropy,
+    balanced_weights,
+    class_scores,
+)
+from clipless_dp.losses.regression import Huber, MeanAbsoluteError
+from clipless_dp.losses.tokens import CausalCrossEntropy, TokenCrossEntropy
+
+__all__ = [
+    "BinaryCrossEntropy",
+    "BoundedLoss",
+    "CausalCrossEntropy",
+    "CosineSimilarity",
+    "HingeKR",
+    "Huber",
+    "Loss",
+    "MeanAbsoluteError",
+    "MulticlassHinge",
+    "TauCrossEntropy",
+    "TokenCrossEntropy",
+    "balanced_weights",
+    "class_scores",
+    "described",
+]
