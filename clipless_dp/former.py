@@ -14,7 +14,7 @@ _MOVED = {
     "lineage": "model.lineage model.settings",
     "memory": "training.memory",
     "overlaps": "model.overlaps",
-    "passes": "model.passes",
+    "passes": "model.passes model.register model.door model.outermost",
     "persons": "sampling.persons",
     "randomness": "noise.randomness graph.dropout",
     "report": "statement.report statement.sections",

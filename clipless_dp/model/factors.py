@@ -16,7 +16,7 @@ from torch import Tensor
 from clipless_dp.errors import ConfigurationError, PrivacyError
 
 if TYPE_CHECKING:
-    from clipless_dp.model.passes import Register
+    from clipless_dp.model.register import Register
 
 
 class Factors:

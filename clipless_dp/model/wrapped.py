@@ -28,7 +28,9 @@ from clipless_dp.graph.tracing import TracedNet, is_leaf, trace
 from clipless_dp.losses import Loss
 from clipless_dp.model import lineage, passes, weights
 from clipless_dp.model.factors import Factors
+from clipless_dp.model.outermost import open_operator, outermost_gate
 from clipless_dp.model.overlaps import places, refuse_overlaps
+from clipless_dp.model.register import Register
 from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.watch import Leaf, Watch
@@ -123,8 +125,7 @@ class DPLipModel(nn.Module):
         self._constraints = assign(constraint, self._tracker.operators)
         self.changes = 0
         self._projected: dict[str, tuple[Stamp, float]] = {}
-        self.register = passes.Register(self)
-        self.register.follow(net)
+        self.register = Register(self, net)
         for name, parameter in net.named_parameters():
             exact_float64(parameter, name)
         for name, constraint in self._trainable_constraints():
@@ -194,7 +195,7 @@ class DPLipModel(nn.Module):
         if passes.is_witnessed():
             if torch.compiler.is_compiling():
                 # An exported program is nobody's pass: a step refuses what it adds to a gradient.
-                opened = None if _is_exported() else passes.open_operator(inputs, self.register.key)
+                opened = None if _is_exported() else open_operator(inputs, self.register.key)
             else:
                 opened = self.register.open(inputs)
                 self._factors.begin()
@@ -212,7 +213,7 @@ class DPLipModel(nn.Module):
         opened: passes.Pass | Tensor | None = None,
     ) -> Tensor:
         if isinstance(opened, passes.Pass) and not self.register.sharded:
-            with self.register.running(opened):
+            with self.register.lock, self.register.running(opened):
                 return self._gated(inputs, net, opened)
         return self._gated(inputs, net, opened)
 
@@ -229,7 +230,8 @@ class DPLipModel(nn.Module):
         if opened is None:
             outputs = cotangent_gate(outputs, self.cotangent_norm)
         else:
-            outputs = passes.outermost_gate(outputs, self.cotangent_norm, opened)
+            entry = opened if isinstance(opened, Tensor) else partial(self.register.enter, opened)
+            outputs = outermost_gate(outputs, self.cotangent_norm, entry)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
@@ -727,8 +729,7 @@ class DPLipModel(nn.Module):
         self.__dict__.setdefault("_factors", Factors())
         device, dtype = parameter_device_and_dtype(self.net)
         self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
-        self.register = passes.Register(self)
-        self.register.follow(self.net)
+        self.register = Register(self, self.net)
         self._trace(device, dtype)
         self.settle_()
         if past is not None:
