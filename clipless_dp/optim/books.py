@@ -14,6 +14,7 @@ from accounting import Accountant, Ledger, Provenance, new_run
 from accounting.errors import warn_caller
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model.description import differences, settings_of
 from clipless_dp.noise import NoiseSource, source_name
 from clipless_dp.optim.charging import Witness
 
@@ -164,7 +165,7 @@ class Books:
 
     def open(self, named: Mapping[str, nn.Parameter]) -> None:
         """The model is as the first step will find it."""
-        self._settings = lineage.settings_of(self._model)
+        self._settings = settings_of(self._model)
         self._lineage.start(named)
 
     def noise_sources(self, ledger: Ledger) -> tuple[str, ...]:
@@ -236,7 +237,7 @@ class Books:
 
     def changed_settings(self) -> list[str]:
         """Which settings of the model differ between earlier steps and now, in words."""
-        return [*self._other_settings, *lineage.differences(self._settings, lineage.settings_of(self._model))]
+        return [*self._other_settings, *differences(self._settings, settings_of(self._model))]
 
     def state(self, ledger: Ledger, *, bits: bool) -> dict[str, Any]:
         """The part of an optimizer's state that :meth:`SavedBooks.read` reads, but for the ledger and the counts.
@@ -252,7 +253,7 @@ class Books:
             "weights": self._lineage.bits() if bits else None,
             "uncounted_changes": self.uncounted_changes(),
             "skipped": dict(self.skipped),
-            "settings": lineage.settings_of(self._model),
+            "settings": settings_of(self._model),
             "changed_settings": self.changed_settings(),
         }
 
@@ -269,5 +270,5 @@ class Books:
         known.changed = max(known.changed, saved.uncounted_changes)
         changed = list(saved.changed_settings)
         if saved.settings is not None:
-            changed += lineage.differences(saved.settings, self._settings)
+            changed += differences(saved.settings, self._settings)
         self._other_settings += [line for line in changed if line not in self._other_settings]
