@@ -24,7 +24,7 @@ def settings_of(model: Any) -> dict[str, Any]:
                     if isinstance(value, (int, float, str, tuple, NoneType)) and name != "training" and name[0] != "_"
                 },
             }
-            for leaf in model._leaves
+            for leaf in model._watch.leaves
         },
     }
 

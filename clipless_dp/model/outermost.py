@@ -83,7 +83,16 @@ torch.library.register_fake(
 )
 
 
-def open_operator(inputs: Tensor, key: int) -> Tensor:
-    """Opens a pass in a compiled graph, and returns its token."""
+def open_operator(inputs: Tensor, key: int) -> Tensor | None:
+    """Opens a pass in a compiled graph, and returns its token; ``None`` where it is nobody's."""
+    if is_exported():
+        # A step refuses what it adds to a gradient.
+        return None
     token: Tensor = torch.ops.clipless_dp_passes.open_pass(inputs, key)
     return token
+
+
+def is_exported() -> bool:
+    """Whether this is recorded for a graph of its own, in which the count would be a constant, and a pass nobody's."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return exporting is not None and bool(exporting())

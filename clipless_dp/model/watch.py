@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import nn
 
 from clipless_dp.distributed import placement
+from clipless_dp.errors import PrivacyError
+from clipless_dp.graph.tracing import TracedNet, is_leaf
 from clipless_dp.model.settings import Settings
 from clipless_dp.modules import has_hooks, is_hooked, kind_of, modules_of, parameters_of, runs_hooks
+from clipless_dp.precision import coarse_products
 
 
 class Leaf:
@@ -42,9 +46,24 @@ class Leaf:
 
 
 class Watch:
-    """Looks at all leaves at once, as each pass does twice: faster than one by one where nothing was altered."""
+    """Looks at all leaves at once, as each pass does twice: faster than one by one where nothing was altered.
 
-    def __init__(self, net: nn.Module, leaves: list[Leaf]) -> None:
+    Args:
+        net: the network.
+        traced: the graph of it.
+        device: where its parameters are.
+
+    Attributes:
+        leaves: its bounded modules.
+    """
+
+    def __init__(self, net: nn.Module, traced: TracedNet, device: torch.device) -> None:
+        self._net, self._device = net, device
+        self.leaves = leaves = [
+            Leaf(() if is_leaf(net) else tuple(str(node.target).split(".")), traced.leaf(node))
+            for node in traced.tensor_nodes()
+            if node.op == "call_module"
+        ]
         edges: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for leaf in leaves:
             above = net
@@ -68,7 +87,32 @@ class Watch:
         self._attributes = [vars(part) for part in parts]
         self._parameters = list(dict.fromkeys(p for leaf in leaves for p in parameters_of(leaf.module)))
 
-    def is_quiet(self) -> bool:
+    def refuse_interference(self, whole: bool) -> None:
+        """Refuses layers that were replaced or hooked, and settings under which products round more coarsely."""
+        if not (whole and self._is_quiet()):
+            for leaf in self.leaves:
+                if leaf.is_altered(self._net, whole):
+                    raise PrivacyError(
+                        f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: "
+                        "the bounds are not its own. Wrap the changed network in a new DPLipModel"
+                    )
+        remedy = coarse_products(self._device)
+        if remedy is not None:
+            raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
+
+    def settings_hold(self) -> bool:
+        """Whether all layers are set as they were."""
+        return all(leaf.settings.hold() for leaf in self.leaves)
+
+    def refuse_other_settings(self) -> None:
+        """Refuses settings that changed while a pass was under way; a layer of a user's own may keep what it saw."""
+        if not all(leaf.settings.hold() for leaf in self.leaves if leaf.is_ours):
+            raise PrivacyError(
+                "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
+                "no one bound holds for it: change them between steps"
+            )
+
+    def _is_quiet(self) -> bool:
         """Whether all modules are where they were, of their kinds, and nothing is hooked."""
         return not (
             any(self._hooks)

@@ -3,44 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
-from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.tightness import TightnessReport, measure
 from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.distributed import placement
-from clipless_dp.distributed.placement import Change, OneProcess, Placement
-from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
+from clipless_dp.distributed.placement import OneProcess, Placement
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
 from clipless_dp.gates.arithmetic import can_look, largest_norm
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
-from clipless_dp.graph.tracing import TracedNet, is_leaf, trace
+from clipless_dp.graph.tracing import TracedNet, trace
 from clipless_dp.losses import Loss
-from clipless_dp.model import lineage, passes, weights
+from clipless_dp.model import checks, lineage, passes
 from clipless_dp.model.factors import Factors
-from clipless_dp.model.outermost import open_operator, outermost_gate
+from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
 from clipless_dp.model.overlaps import places, refuse_overlaps
 from clipless_dp.model.register import Register
 from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.rowwise import RowLosses
-from clipless_dp.model.watch import Leaf, Watch
-from clipless_dp.model.weights import naming
+from clipless_dp.model.watch import Watch
+from clipless_dp.model.weights import Weights
 from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
-from clipless_dp.precision import coarse_products, refuse_autocast
-from clipless_dp.sampling.fingerprints import fingerprint
 
 
 class DPLipModel(nn.Module):
@@ -97,50 +93,35 @@ class DPLipModel(nn.Module):
         row_invariant: bool | None = False,
     ) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        if not isinstance(loss, Loss):
-            raise LossBoundError(
-                f"{loss!r} does not state the bound of its gradient; use one of clipless_dp.losses, or "
-                "losses.BoundedLoss(function, bound=...) around a per-sample function"
-            )
-        if input_norm is not None and not (
-            isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
-        ):
-            raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
+        checks.refuse_arguments(net, input_norm, loss)
         placement.refuse_averages(net)
         placement.refuse_shards(net)
-        _refuse_valueless(net)
+        checks.refuse_valueless(net)
         self.net = net
         self.randomness = Randomness()
         self._row_invariant = row_invariant
-        self._input_shape = _checked_shape(input_shape)
+        self._input_shape = checks.checked_shape(input_shape)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         self.row_losses = RowLosses()
         self._factors = Factors()
         device, dtype = parameter_device_and_dtype(net)
         self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
+        self._constraints: dict[str, Constraint] = {}
         self._trace(device, dtype)
-        self._constraints = assign(constraint, self._tracker.operators)
+        self._constraints.update(assign(constraint, self._tracker.operators))
         self.changes = 0
-        self._projected: dict[str, tuple[Stamp, float]] = {}
         self.register = Register(self, net)
         for name, parameter in net.named_parameters():
             exact_float64(parameter, name)
-        for name, constraint in self._trainable_constraints():
-            with naming(name):
-                constraint.initialize_(self._parameter(name), self._tracker.operators[name])
+        self._weights.initialise_()
         self.settle_()
 
     def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
         refuse_overlaps(self.net)
         self._places = places(parameters_of(self.net))
-        if traced.vocabulary is None and self._input_norm is None:
-            raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
-        if traced.vocabulary is not None and self._input_norm is not None:
-            raise ConfigurationError("input_norm must be None: the network embeds its input, and tokens have no norm")
+        checks.refuse_norm(self._input_norm, traced.vocabulary)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
         set_apart_(traced.module, passes.is_witnessed, lambda: self.register.resting())
@@ -148,13 +129,7 @@ class DPLipModel(nn.Module):
         self._vocabulary = traced.vocabulary
         self._placed = device, dtype
         self.output_shape = traced.shapes[traced.output]
-        bound: Any = self.loss_function.gradient_bound(self.output_shape)
-        if not (isinstance(bound, Real) and math.isfinite(bound) and float(bound) >= 1e-8):
-            raise LossBoundError(
-                f"{self.loss_function!r} states the gradient bound {bound!r}; gradient_bound must return a finite "
-                "number, at least 1e-8"
-            )
-        self._cotangent_norm = float(bound)
+        self._cotangent_norm = checks.checked_bound(self.loss_function, self.output_shape)
         self._tracker = SensitivityTracker(
             traced,
             input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
@@ -167,13 +142,8 @@ class DPLipModel(nn.Module):
         # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
         lifts = any(getattr(part, "mode", None) == "normalize" for part in modules_of(self.net))
         self._rows = RowInvariance(backward=self._row_invariant is True or lifts)
-        self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
-        self._leaves = [
-            Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
-            for node in traced.tensor_nodes()
-            if node.op == "call_module"
-        ]
-        self._watch = Watch(self.net, self._leaves)
+        self._weights = Weights(self.net, self._constraints, self._tracker)
+        self._watch = Watch(self.net, traced, device)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Runs the gated network.
@@ -195,7 +165,7 @@ class DPLipModel(nn.Module):
         if passes.is_witnessed():
             if torch.compiler.is_compiling():
                 # An exported program is nobody's pass: a step refuses what it adds to a gradient.
-                opened = None if _is_exported() else open_operator(inputs, self.register.key)
+                opened = open_operator(inputs, self.register.key)
             else:
                 opened = self.register.open(inputs)
                 self._factors.begin()
@@ -300,16 +270,7 @@ class DPLipModel(nn.Module):
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
                 (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
-        refuse_autocast(output.device)
-        if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):
-            raise InputError(
-                f"mask must be boolean of shape {tuple(output.shape[:1])}, got {mask.dtype} {tuple(mask.shape)}"
-            )
-        if target.shape[:1] != output.shape[:1] or target.device != output.device:
-            raise InputError(
-                f"target {tuple(target.shape)} on {target.device} does not fit output {tuple(output.shape)} "
-                f"on {output.device}"
-            )
+        checks.check_targets(output, target, mask)
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         if can_look(losses):
             # The product lets the same arrive at the losses as below: one number each, not one that all share.
@@ -318,7 +279,7 @@ class DPLipModel(nn.Module):
                 return self._watched(total)
         counted = torch.isfinite(losses)
         dropped = ~counted if mask is None else mask & ~counted
-        if torch.is_grad_enabled() and not _is_exported():
+        if torch.is_grad_enabled() and not is_exported():
             if self._dropped_samples.device != dropped.device:
                 # What moves parameters by itself, as fully_shard does, knows nothing of it.
                 self._dropped_samples = self._dropped_samples.to(dropped.device)
@@ -369,27 +330,7 @@ class DPLipModel(nn.Module):
         """
         with self.register.lock:
             self._follow_changes()
-            return self._sensitivity(relation)[0]
-
-    def _sensitivity(self, relation: Relation = "add-or-remove-one") -> tuple[Sensitivity, dict[str, Stamp]]:
-        """The bounds, and stamps of the weights that they rest on."""
-        limits, stamps = self._limits()
-        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self.net)))
-        known = self._kept.get(relation)
-        if known is not None and known[0] == key:
-            _, sensitivity, read = known
-            now = {name: self._stamp(name) for name in read}
-            if now == read:
-                return sensitivity, {**stamps, **now}
-        whole = self.placement.is_whole
-        sensitivity, read_names = self._tracker.evaluate(limits, relation, whole=whole)
-        self._kept.pop(relation, None)
-        # What a rule of the user's own may have read is known to nobody.
-        named = {name for name, _ in self.net.named_parameters()} if whole else None
-        read = {name: self._stamp(name) for name in read_names} if named and read_names <= named else {}
-        if len(read) == len(read_names):
-            self._kept[relation] = key, sensitivity, read
-        return sensitivity, {**stamps, **read}
+            return self._weights.sensitivity(self.placement, relation)[0]
 
     def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
         """The bounds that hold for a pass that begins now, and a fingerprint of what they rest on.
@@ -402,8 +343,8 @@ class DPLipModel(nn.Module):
         if not self.placement.is_whole:
             return None, None
         self._follow_changes()
-        sensitivity, stamps = self._sensitivity()
-        return sensitivity, (self._leaves, {name: self._mark(name) for name in stamps})
+        sensitivity, stamps = self._weights.sensitivity(self.placement)
+        return sensitivity, (self._watch, self._weights.marks(stamps))
 
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.
@@ -413,20 +354,10 @@ class DPLipModel(nn.Module):
         """
         if fingerprint is None:
             return
-        leaves, marks = cast("tuple[list[Leaf], dict[str, object]]", fingerprint)
-        self._refuse_interference()
-        # A layer of a user's own may keep what it has seen.
-        if not all(leaf.settings.hold() for leaf in leaves if leaf.is_ours):
-            raise PrivacyError(
-                "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
-                "no one bound holds for it: change them between steps"
-            )
-        changed = next((name for name, known in marks.items() if self._mark(name) != known), None)
-        if changed is not None:
-            raise PrivacyError(
-                f"the weight {changed!r} was changed between a forward pass and its backward pass, so that no one "
-                "bound holds for it: change weights before the forward pass, and put them back after the backward pass"
-            )
+        watch, marks = cast("tuple[Watch, dict[str, object]]", fingerprint)
+        self._watch.refuse_interference(self.placement.is_whole)
+        watch.refuse_other_settings()
+        self._weights.refuse_others(marks)
 
     @property
     def compiling_pays(self) -> bool:
@@ -454,7 +385,7 @@ class DPLipModel(nn.Module):
             ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say).
         """
         self._follow_changes()
-        return self._tracker.lipschitz_constant(self._limits()[0])
+        return self._tracker.lipschitz_constant(self._weights.limits(self.placement)[0])
 
     def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
@@ -496,48 +427,15 @@ class DPLipModel(nn.Module):
 
     def project_(self) -> None:
         """Applies the constraints to the trainable weights; frozen ones are left as they are and certified."""
-        self._project_(weights.project_)
+        self._weights.project_(self.placement)
 
     def project_gradients_(self) -> None:
         """Lets the constraints turn noisy gradients into directions that :meth:`project_` keeps: post-processing."""
-        changes: list[Change] = []
-        for name, constraint in self._trainable_constraints():
-            gradient = self.net.get_parameter(name).grad
-            if gradient is not None and type(constraint).project_gradient_ is not Constraint.project_gradient_:
-                change = partial(weights.project_gradient_, name, constraint, self._tracker.operators[name])
-                changes.append(Change(name, change, (gradient, self._parameter(name))))
-        self.placement.change_(changes)
+        self._weights.project_gradients_(self.placement)
 
     def settle_(self) -> None:
         """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
-        self._project_(weights.settle_)
-
-    def _project_(self, project: Callable[[str, Constraint, tuple[Operator, ...], Tensor], None]) -> None:
-        self._projected = {}
-        changes = [
-            Change(name, partial(project, name, constraint, self._tracker.operators[name]), (self._parameter(name),))
-            for name, constraint in self._trainable_constraints()
-        ]
-
-        def projected(name: str) -> None:
-            self._projected[name] = self._stamp(name), self._constraints[name].limit
-
-        # Each weight is stamped before another is touched: what changes it from here on shows.
-        self.placement.change_(changes, projected)
-
-    def _parameter(self, name: str) -> Tensor:
-        return self.net.get_parameter(name).detach()
-
-    def _stamp(self, name: str) -> Stamp:
-        return stamp(self.placement.held(self.net.get_parameter(name)))
-
-    def _mark(self, name: str) -> object:
-        """As a stamp, but faster: for the time between a forward pass and its backward pass."""
-        parameter = self.net.get_parameter(name)
-        return parameter._version, parameter.data_ptr(), fingerprint(parameter)
-
-    def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
-        return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)
+        self._weights.project_(self.placement, settling=True)
 
     @property
     def placement(self) -> Placement:
@@ -601,22 +499,12 @@ class DPLipModel(nn.Module):
         """The linear operators that a parameter of ``net`` acts as."""
         return self._tracker.operators.get(name, ())
 
-    def _limits(self) -> tuple[dict[str, float], dict[str, Stamp]]:
-        """Limits that projections established, for the parameters that have not changed since; and stamps of all."""
-        stamps = {name: self._stamp(name) for name in self._projected}
-        # What one process finds changed in its part is certified anew by all of them, together.
-        changed = self.placement.on_any_part([stamps[name] != stamp for name, (stamp, _) in self._projected.items()])
-        limits = {
-            name: limit for (name, (_, limit)), new in zip(self._projected.items(), changed, strict=True) if not new
-        }
-        return limits, stamps
-
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
         here = self.placement
         here.reshard_()
         self.register.unhook()
-        self._refuse_interference()
+        self._watch.refuse_interference(here.is_whole)
         held = parameters_of(self.net)
         device, dtype = self._placed
         if any(parameter.device != device or parameter.dtype != dtype for parameter in held):
@@ -635,7 +523,7 @@ class DPLipModel(nn.Module):
         if here.is_whole and places(held) != self._places:
             refuse_overlaps(self.net)
             self._places = places(held)
-        if not all(leaf.settings.hold() for leaf in self._leaves):
+        if not self._watch.settings_hold():
             if not here.is_whole:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
@@ -643,20 +531,6 @@ class DPLipModel(nn.Module):
             self._trace(*parameter_device_and_dtype(self.net))
             self.settle_()
             self.changes += 1
-
-    def _refuse_interference(self) -> None:
-        """Refuses layers that were replaced or hooked, and settings under which products round more coarsely."""
-        whole = self.placement.is_whole
-        if not (whole and self._watch.is_quiet()):
-            for leaf in self._leaves:
-                if leaf.is_altered(self.net, whole):
-                    raise PrivacyError(
-                        f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: "
-                        "the bounds are not its own. Wrap the changed network in a new DPLipModel"
-                    )
-        remedy = coarse_products(self._placed[0])
-        if remedy is not None:
-            raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
 
     def _adopt(self) -> None:
         """Knows the parameters by the parts of them that this process holds."""
@@ -673,24 +547,8 @@ class DPLipModel(nn.Module):
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
-        if not torch.compiler.is_compiling():
-            _refuse_transforms(inputs)
-        if tuple(inputs.shape[1:]) != self.input_shape or inputs.dim() == 0:
-            raise InputError(
-                f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
-            )
-        if inputs.layout != torch.strided:
-            raise InputError(f"inputs are {inputs.layout}; make them dense first, with inputs.to_dense()")
         device, dtype = self.device_and_dtype()
-        if self._vocabulary is not None:
-            if inputs.dtype not in (torch.int32, torch.int64):
-                raise InputError(f"tokens are {inputs.dtype}; convert the data set first, with tokens.long()")
-            dtype = inputs.dtype
-        elif not inputs.is_floating_point():
-            raise InputError(f"inputs are {inputs.dtype}; convert the data set first, e.g. images.float() / 255")
-        if inputs.dtype != dtype or inputs.device != device:
-            raise InputError(f"inputs are {inputs.dtype} on {inputs.device}, the model is {dtype} on {device}")
-        refuse_autocast(device)
+        checks.check_inputs(inputs, self.input_shape, self._vocabulary, device, dtype)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the parameters are, and their dtype: what inputs must have."""
@@ -713,8 +571,8 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_rows", "_kept", "_projected", "_leaves"}
-        derived |= {"_watch", "_placement", "_placement_of"}
+        derived = {"_traced", "_tracker", "_graph", "_fused", "_rows", "_weights", "_watch"}
+        derived |= {"_placement", "_placement_of"}
         # Who gets a copy or a file is not the data's owner, whom alone the count is for.
         left = {*derived, "_places", "register", "_dropped_samples"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}
@@ -734,58 +592,3 @@ class DPLipModel(nn.Module):
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)
-
-
-def _checked_shape(shape: object) -> tuple[int, ...]:
-    kinds = isinstance(shape, (tuple, list)) and all(hasattr(size, "__index__") for size in shape)
-    if not kinds or any(isinstance(size, bool) or int(size) < 1 for size in cast("tuple[int, ...]", shape)):
-        raise ConfigurationError(
-            "input_shape must be a tuple of positive integers, the shape of one sample without the batch axis, such as "
-            f"(3, 32, 32) or (8,), got {shape!r}"
-        )
-    return tuple(int(size) for size in cast("tuple[int, ...]", shape))
-
-
-def _refuse_valueless(net: nn.Module) -> None:
-    """Refuses parameters without values to certify, or that autograd cannot follow."""
-    for name, parameter in net.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            # Its module is refused by name.
-            continue
-        if parameter.is_meta:
-            raise ConfigurationError(
-                f"the parameter {name!r} is on the meta device, without values: give the network memory and weights "
-                "first, e.g. net.to_empty(device='cpu') and an initialisation"
-            )
-        if parameter.is_inference():
-            raise ConfigurationError(
-                f"the parameter {name!r} was made in torch.inference_mode(), which cannot be trained: build the "
-                "network outside of it"
-            )
-    if torch.is_inference_mode_enabled():
-        raise ConfigurationError("wrap the network outside of torch.inference_mode(), in which nothing can be trained")
-
-
-def _refuse_transforms(inputs: Tensor) -> None:
-    """Refuses what runs a model in another way than a pass."""
-    if torch._C._is_tracing():
-        raise ConfigurationError(
-            "torch.jit.trace records one pass of a wrapped model, with its checks as constants: trace model.net, or "
-            "use torch.export"
-        )
-    if torch._C._functorch.is_functorch_wrapped_tensor(inputs) and not passes.is_unwitnessed():
-        raise ConfigurationError(
-            "torch.func (vmap, jvp, grad) cannot run a wrapped model, whose gates are for one pass of a batch: "
-            "transform model.net, whose gradients no step releases"
-        )
-    if inputs.is_inference() and torch.is_grad_enabled():
-        raise InputError(
-            "inputs were made in torch.inference_mode(), which cannot be trained on: make them outside of it, or "
-            "clone() them there"
-        )
-
-
-def _is_exported() -> bool:
-    """Whether this is recorded for a graph of its own, in which the count would be a constant, and a pass nobody's."""
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    return exporting is not None and bool(exporting())

@@ -108,5 +108,5 @@ def test_each_weight_is_stamped_before_the_next_is_projected(monkeypatch: pytest
     net[2].weight.data.mul_(5.0)
     model.project_()
     true = float(torch.linalg.matrix_norm(net[0].weight.detach(), 2))
-    assert set(model._limits()[0]) == {"2.weight", "3.weight"}
+    assert set(model._weights.limits(model.placement)[0]) == {"2.weight", "3.weight"}
     assert true < 1.0
