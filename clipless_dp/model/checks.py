@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError
 from clipless_dp.losses import Loss
 from clipless_dp.model.passes import is_unwitnessed
@@ -16,7 +17,7 @@ from clipless_dp.precision import refuse_autocast
 
 
 def refuse_arguments(net: object, input_norm: object, loss: object) -> None:
-    """Refuses arguments that are no network, no cap or no loss with a bound."""
+    """Refuses arguments that are no network that can be trained here, no cap or no loss with a bound."""
     if not isinstance(net, nn.Module):
         raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     if not isinstance(loss, Loss):
@@ -28,6 +29,9 @@ def refuse_arguments(net: object, input_norm: object, loss: object) -> None:
         isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
     ):
         raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
+    placement.refuse_averages(net)
+    placement.refuse_shards(net)
+    _refuse_valueless(net)
 
 
 def refuse_norm(input_norm: float | None, vocabulary: int | None) -> None:
@@ -59,7 +63,7 @@ def checked_shape(shape: object) -> tuple[int, ...]:
     return tuple(int(size) for size in cast("tuple[int, ...]", shape))
 
 
-def refuse_valueless(net: nn.Module) -> None:
+def _refuse_valueless(net: nn.Module) -> None:
     """Refuses parameters without values to certify, or that autograd cannot follow."""
     for name, parameter in net.named_parameters():
         if nn.parameter.is_lazy(parameter):

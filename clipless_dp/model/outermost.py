@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipless_dp.gates import cotangent_gate
 from clipless_dp.gates.arithmetic import drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
 from clipless_dp.model.register import registers
 from clipless_dp.precision import outside_autocast
@@ -43,14 +44,16 @@ class _OutermostGate(torch.autograd.Function):
         return drop_rows_(gated, norms, largest_norm(ctx.limit, norms.dtype)), None, None, None
 
 
-def outermost_gate(values: Tensor, limit: float, enter: Enter | Tensor) -> Tensor:
+def outermost_gate(values: Tensor, limit: float, enter: Enter | Tensor | None) -> Tensor:
     """Caps each sample's cotangent at ``limit``, and lets a backward pass through a pass once.
 
     Args:
         values: ``(B, ...)``.
         limit: the cap.
-        enter: where a backward pass enters, or in a compiled graph the token of the pass.
+        enter: where a backward pass enters, or in a compiled graph the token of the pass; ``None`` of nobody's.
     """
+    if enter is None:
+        return cotangent_gate(values, limit)
     entry, token = (None, enter) if isinstance(enter, Tensor) else (enter, None)
     gated: Tensor = _OutermostGate.apply(values, limit, entry, token)  # type: ignore[no-untyped-call]
     return gated

@@ -10,8 +10,17 @@ from torch import nn
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.graph.tracing import TracedNet, is_leaf
+from clipless_dp.model.overlaps import places, refuse_overlaps
 from clipless_dp.model.settings import Settings
-from clipless_dp.modules import has_hooks, is_hooked, kind_of, modules_of, parameters_of, runs_hooks
+from clipless_dp.modules import (
+    has_hooks,
+    is_hooked,
+    kind_of,
+    modules_of,
+    parameter_device_and_dtype,
+    parameters_of,
+    runs_hooks,
+)
 from clipless_dp.precision import coarse_products
 
 
@@ -52,13 +61,19 @@ class Watch:
         net: the network.
         traced: the graph of it.
         device: where its parameters are.
+        dtype: that they have.
 
     Attributes:
         leaves: its bounded modules.
+
+    Raises:
+        ConfigurationError: parameters share memory.
     """
 
-    def __init__(self, net: nn.Module, traced: TracedNet, device: torch.device) -> None:
-        self._net, self._device = net, device
+    def __init__(self, net: nn.Module, traced: TracedNet, device: torch.device, dtype: torch.dtype) -> None:
+        self._net, self._device, self._dtype = net, device, dtype
+        refuse_overlaps(net)
+        self._places = places(parameters_of(net))
         self.leaves = leaves = [
             Leaf(() if is_leaf(net) else tuple(str(node.target).split(".")), traced.leaf(node))
             for node in traced.tensor_nodes()
@@ -99,6 +114,22 @@ class Watch:
         remedy = coarse_products(self._device)
         if remedy is not None:
             raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
+
+    def refuse_moved(self, held: list[nn.Parameter]) -> None:
+        """Refuses parameters on another device or of another dtype."""
+        if any(parameter.device != self._device or parameter.dtype != self._dtype for parameter in held):
+            parameter_device_and_dtype(self._net)
+            raise PrivacyError(
+                "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
+                "wrapping model's own .to()"
+            )
+
+    def refuse_overlaps(self, held: list[nn.Parameter]) -> None:
+        """Refuses parameters that share memory, where they have moved."""
+        now = places(held)
+        if now != self._places:
+            refuse_overlaps(self._net)
+            self._places = now
 
     def settings_hold(self) -> bool:
         """Whether all layers are set as they were."""

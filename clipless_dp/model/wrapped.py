@@ -17,23 +17,21 @@ from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.fusion import Entry, FusedNet
-from clipless_dp.gates import cotangent_gate, input_gate, rounding_slack, sample_norms, token_gate
-from clipless_dp.gates.arithmetic import can_look, largest_norm
+from clipless_dp.fusion import FusedNet
+from clipless_dp.gates import rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
 from clipless_dp.losses import Loss
 from clipless_dp.model import checks, lineage, passes
-from clipless_dp.model.factors import Factors
+from clipless_dp.model.factors import Factors, summed
+from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
-from clipless_dp.model.overlaps import places, refuse_overlaps
 from clipless_dp.model.register import Register
-from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
-from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
+from clipless_dp.modules import parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -94,9 +92,6 @@ class DPLipModel(nn.Module):
     ) -> None:
         super().__init__()
         checks.refuse_arguments(net, input_norm, loss)
-        placement.refuse_averages(net)
-        placement.refuse_shards(net)
-        checks.refuse_valueless(net)
         self.net = net
         self.randomness = Randomness()
         self._row_invariant = row_invariant
@@ -105,29 +100,26 @@ class DPLipModel(nn.Module):
         self.loss_function = loss
         self.row_losses = RowLosses()
         self._factors = Factors()
-        device, dtype = parameter_device_and_dtype(net)
-        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self._constraints: dict[str, Constraint] = {}
-        self._trace(device, dtype)
+        self.register = Register(self, net)
+        self._trace()
         self._constraints.update(assign(constraint, self._tracker.operators))
         self.changes = 0
-        self.register = Register(self, net)
         for name, parameter in net.named_parameters():
             exact_float64(parameter, name)
         self._weights.initialise_()
         self.settle_()
 
-    def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _trace(self) -> None:
+        device, dtype = parameter_device_and_dtype(self.net)
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
-        refuse_overlaps(self.net)
-        self._places = places(parameters_of(self.net))
+        watch = Watch(self.net, traced, device, dtype)
         checks.refuse_norm(self._input_norm, traced.vocabulary)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        set_apart_(traced.module, passes.is_witnessed, lambda: self.register.resting())
+        set_apart_(traced.module, passes.is_witnessed, self.register.resting)
         self._traced: TracedNet = traced
-        self._vocabulary = traced.vocabulary
-        self._placed = device, dtype
         self.output_shape = traced.shapes[traced.output]
         self._cotangent_norm = checks.checked_bound(self.loss_function, self.output_shape)
         self._tracker = SensitivityTracker(
@@ -136,14 +128,12 @@ class DPLipModel(nn.Module):
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
             weights=self.placement,
         )
-        # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
-        self._graph = (traced.module,)
-        self._fused = FusedNet(traced)
-        # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
-        lifts = any(getattr(part, "mode", None) == "normalize" for part in modules_of(self.net))
-        self._rows = RowInvariance(backward=self._row_invariant is True or lifts)
+        self._network = Network(
+            self.net, traced, self.input_norm, row_invariant=self._row_invariant, resting=self.register.resting
+        )
         self._weights = Weights(self.net, self._constraints, self._tracker)
-        self._watch = Watch(self.net, traced, device)
+        self._watch = watch
+        self._dropped_samples = self._dropped_samples.to(device)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Runs the gated network.
@@ -160,7 +150,7 @@ class DPLipModel(nn.Module):
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
         self.check_inputs(inputs)
-        net = self.placement.opened(self._graph[0])
+        net = self.placement.opened(self._traced.module)
         opened: passes.Pass | Tensor | None = None
         if passes.is_witnessed():
             if torch.compiler.is_compiling():
@@ -190,67 +180,24 @@ class DPLipModel(nn.Module):
     def _gated(
         self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None, opened: passes.Pass | Tensor | None
     ) -> Tensor:
-        own = net is None
-        fused = own and FusedNet.can_run(inputs)
-        values = partial(self._values, net or (self._fused.module if fused else self._graph[0]), fused)
-        if own and self._chooses_rows(inputs):
-            outputs, finite, whole = self._rows.run(values, inputs, partial(self._twin, fused))
+        if net is None:
+            outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
-            outputs, finite, whole = values(inputs)
-        if opened is None:
-            outputs = cotangent_gate(outputs, self.cotangent_norm)
-        else:
-            entry = opened if isinstance(opened, Tensor) else partial(self.register.enter, opened)
-            outputs = outermost_gate(outputs, self.cotangent_norm, entry)
+            outputs, finite, whole = self._network.values(net, False, inputs)
+        entry = partial(self.register.enter, opened) if isinstance(opened, passes.Pass) else opened
+        outputs = outermost_gate(outputs, self.cotangent_norm, entry)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
 
-    def _values(self, net: Callable[..., Tensor], fused: bool, inputs: Tensor) -> Values:
-        """Input gate and network."""
-        if fused and self._fused.takes_entry and not inputs.requires_grad:
-            norms = sample_norms(inputs)
-            finite = norms <= largest_norm(self.input_norm, norms.dtype)
-            whole = bool(finite.all())
-            return Values(net(inputs, Entry(norms, self.input_norm, whole)), finite, whole)
-        if self._vocabulary is None:
-            gated, finite = input_gate(inputs, self.input_norm)
-        else:
-            gated, finite = token_gate(inputs, self._vocabulary)
-        return Values(net(gated), finite, can_look(finite) and bool(finite.all()))
-
     def expect_rows(self, count: float) -> None:
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
-        self._rows.expect(count)
+        self._network.rows.expect(count)
 
     def forget_factors(self) -> None:
         """What losses are multiplied by from now on may differ from what it was."""
         self._factors.forget()
-
-    def _chooses_rows(self, inputs: Tensor) -> bool:
-        """Whether this pass may run at other numbers of rows than the one that it is given."""
-        # Without gradients too, while training: a checkpointed pass is computed so first.
-        enabled = (torch.is_grad_enabled() or self.training) and not passes.is_unwitnessed()
-        return enabled and not torch.compiler.is_compiling() and self._wants_rows(inputs.device)
-
-    def _wants_rows(self, device: torch.device) -> bool:
-        wanted = device.type == "cpu" if self._row_invariant is None else self._row_invariant
-        return wanted and self.placement.is_whole
-
-    def _twin(self, fused: bool) -> Twin:
-        """A copy of the network with random weights, which shows how the library computes."""
-        with self.register.resting():
-            net, run = copied(self.net, self._fused.module if fused else self._graph[0])
-        device, dtype = self.device_and_dtype()
-
-        def samples(count: int, generator: torch.Generator) -> Tensor:
-            shape = count, *self.input_shape
-            if self._vocabulary is not None:
-                return torch.randint(self._vocabulary, shape, generator=generator)
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        return Twin(partial(self._values, run, fused), net, samples, device)
 
     def loss(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Sum of the samples' losses.
@@ -272,26 +219,12 @@ class DPLipModel(nn.Module):
         """
         checks.check_targets(output, target, mask)
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
-        if can_look(losses):
-            # The product lets the same arrive at the losses as below: one number each, not one that all share.
-            total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
-            if math.isfinite(total.detach()):
-                return self._watched(total)
-        counted = torch.isfinite(losses)
-        dropped = ~counted if mask is None else mask & ~counted
-        if torch.is_grad_enabled() and not is_exported():
+        total, dropped = summed(losses, mask)
+        if dropped is not None and torch.is_grad_enabled() and not is_exported():
             if self._dropped_samples.device != dropped.device:
                 # What moves parameters by itself, as fully_shard does, knows nothing of it.
                 self._dropped_samples = self._dropped_samples.to(dropped.device)
             self._dropped_samples.add_(dropped.sum())
-        if mask is not None:
-            counted = counted & mask
-        return self._watched(torch.where(counted, losses, torch.zeros_like(losses)).sum())
-
-    def _watched(self, total: Tensor) -> Tensor:
-        # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
-        if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and passes.is_private()):
-            return total if self.loss_weight == 1.0 else total * self.loss_weight
         return self._factors.watched(total, self.register)
 
     @property
@@ -367,7 +300,7 @@ class DPLipModel(nn.Module):
         the CPU is not for compiled graphs, which take 1.5 times and more of its time.
         """
         device, dtype = self.device_and_dtype()
-        return not (self._fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
+        return not (self._network.fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
 
     @property
     def row_invariant(self) -> bool | None:
@@ -376,7 +309,7 @@ class DPLipModel(nn.Module):
         False where no such numbers of rows were found, or it was switched off; compiled passes do not count.
         """
         device, _ = self.device_and_dtype()
-        return self._rows.found if self._wants_rows(device) else False
+        return self._network.rows.found if self.placement.is_whole and self._network.chooses_rows(device) else False
 
     def lipschitz_constant(self) -> float:
         """Certified Lipschitz constant of the network at the current weights, in Euclidean norms.
@@ -410,18 +343,17 @@ class DPLipModel(nn.Module):
             raise ConfigurationError(
                 "tightness runs on whole weights, of which each rank holds a part: ask before fully_shard"
             )
-        sensitivity = self.sensitivity()
-        trainable = {name: p for name, p in self.net.named_parameters() if name in sensitivity.per_parameter}
 
         def loss(net: Callable[[Tensor], Tensor], index: int) -> Tensor:
             row = slice(index, index + 1)
             return self.loss(self._run(inputs[row], net), targets[row])
 
         counted = self.nonfinite_samples.clone()
-        devices = [inputs.device] if inputs.device.type == "cuda" else []
+        devices = [inputs.device] if inputs.is_cuda else []
+        sensitivity, named = self.sensitivity(), dict(self.net.named_parameters())
         try:
             with torch.random.fork_rng(devices=devices), torch.enable_grad(), passes.unwitnessed():
-                return measure(self._traced, sensitivity, len(inputs), loss, trainable)
+                return measure(self._traced, sensitivity, len(inputs), loss, named)
         finally:
             self.nonfinite_samples.copy_(counted)
 
@@ -455,7 +387,7 @@ class DPLipModel(nn.Module):
 
     def _take(self, found: Placement) -> None:
         if not found.is_whole:
-            join_(self._graph[0])
+            join_(self._traced.module)
             self.register.sharded = True
             self._tracker.weights = found
         self._placement, self._placement_of = found, type(self)
@@ -468,7 +400,7 @@ class DPLipModel(nn.Module):
     @property
     def vocabulary(self) -> int | None:
         """How many tokens all of the network's embeddings know; ``None`` where it reads numbers."""
-        return self._vocabulary
+        return self._traced.vocabulary
 
     @property
     def may_draw(self) -> bool:
@@ -506,49 +438,32 @@ class DPLipModel(nn.Module):
         self.register.unhook()
         self._watch.refuse_interference(here.is_whole)
         held = parameters_of(self.net)
-        device, dtype = self._placed
-        if any(parameter.device != device or parameter.dtype != dtype for parameter in held):
-            parameter_device_and_dtype(self.net)
-            raise PrivacyError(
-                "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
-                "wrapping model's own .to()"
-            )
+        self._watch.refuse_moved(held)
         unknown = any(id(parameter) not in self._traced.names for parameter in held)
         if here.check(self.net, unknown):
-            self._adopt()
+            self._traced.rename(self.net)
+            self.register.follow(self.net)
+            # The processes may have started from different weights.
+            self.settle_()
         elif unknown:
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
-        if here.is_whole and places(held) != self._places:
-            refuse_overlaps(self.net)
-            self._places = places(held)
+        if here.is_whole:
+            self._watch.refuse_overlaps(held)
         if not self._watch.settings_hold():
             if not here.is_whole:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
                 )
-            self._trace(*parameter_device_and_dtype(self.net))
+            self._trace()
             self.settle_()
             self.changes += 1
-
-    def _adopt(self) -> None:
-        """Knows the parameters by the parts of them that this process holds."""
-        named = {id(parameter): name for name, parameter in self.net.named_parameters()}
-        if sorted(named.values()) != sorted(self._traced.names.values()):
-            raise ConfigurationError(
-                "a parameter that two layers share was split apart: call fully_shard on a module that holds both"
-            )
-        self._traced.names.clear()
-        self._traced.names.update(named)
-        self.register.follow(self.net)
-        # The processes may have started from different weights.
-        self.settle_()
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
         device, dtype = self.device_and_dtype()
-        checks.check_inputs(inputs, self.input_shape, self._vocabulary, device, dtype)
+        checks.check_inputs(inputs, self.input_shape, self._traced.vocabulary, device, dtype)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the parameters are, and their dtype: what inputs must have."""
@@ -564,17 +479,14 @@ class DPLipModel(nn.Module):
         with lineage.kept(self.net):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.register.follow(self.net)
-        device, dtype = parameter_device_and_dtype(self.net)
-        self._dropped_samples = self._dropped_samples.to(device)
-        self._trace(device, dtype)
+        self._trace()
         self.settle_()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_rows", "_weights", "_watch"}
-        derived |= {"_placement", "_placement_of"}
+        derived = {"_traced", "_tracker", "_network", "_weights", "_watch", "_placement", "_placement_of"}
         # Who gets a copy or a file is not the data's owner, whom alone the count is for.
-        left = {*derived, "_places", "register", "_dropped_samples"}
+        left = {*derived, "register", "_dropped_samples"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         return {**state, "lineage": lineage.of(self).record()}
 
@@ -585,10 +497,9 @@ class DPLipModel(nn.Module):
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
         self.__dict__.setdefault("_factors", Factors())
-        device, dtype = parameter_device_and_dtype(self.net)
-        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self.register = Register(self, self.net)
-        self._trace(device, dtype)
+        self._trace()
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)

@@ -113,7 +113,7 @@ def gates_off(**changes):
         return inputs.nan_to_num(), torch.isfinite(inputs).flatten(1).all(1)
 
     with (
-        mock.patch("clipless_dp.model.wrapped.input_gate", open_input_gate),
+        mock.patch("clipless_dp.model.network.input_gate", open_input_gate),
         mock.patch(
             "clipless_dp.model.wrapped.outermost_gate", lambda values, limit, opened: witnessed(values, 1e30, opened)
         ),

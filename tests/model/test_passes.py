@@ -1689,8 +1689,8 @@ def test_gradients_from_within_the_network_that_go_around_its_gate_are_refused()
     with pytest.raises(PrivacyError, match="around the gate"):
         Leaking.kept[-1].square().sum().backward()
     # The register sees it too, where layers do not run apart.
-    join_(model._graph[0])
-    join_(model._fused.module)
+    join_(model.graph.module)
+    join_(model._network.fused.module)
     model(batch.inputs)
     Leaking.kept[-1].square().sum().backward()
     refused(optimizer, "around the gate")
