@@ -38,7 +38,6 @@ class Network:
         net: nn.Module,
         traced: TracedNet,
         cap: float,
-        *,
         row_invariant: bool | None,
         resting: Callable[[], AbstractContextManager[None]],
     ) -> None:

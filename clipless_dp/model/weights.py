@@ -16,6 +16,7 @@ from clipless_dp.distributed.placement import Change, Placement
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.modules import parameters_of
 from clipless_dp.norms.operators import Operator
+from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.sampling.fingerprints import fingerprint
 
 
@@ -64,7 +65,13 @@ class Weights:
         self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
 
     def initialise_(self) -> None:
-        """Gives weights that train values that their constraints do not shrink."""
+        """Gives weights that train values that their constraints do not shrink.
+
+        Raises:
+            NormError: a weight holds a NaN or an infinity.
+        """
+        for name, parameter in self._net.named_parameters():
+            exact_float64(parameter, name)
         for name, constraint in self._trained():
             with _naming(name):
                 constraint.initialize_(self._values(name), self._tracker.operators[name])

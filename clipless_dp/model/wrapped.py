@@ -34,7 +34,10 @@ from clipless_dp.model.weights import Weights
 from clipless_dp.modules import parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
-from clipless_dp.norms.rounding import exact_float64
+
+_Net = Callable[[Tensor], Tensor]
+_Opened = passes.Pass | Tensor | None
+"""A pass, or in a compiled graph its token; ``None`` where it is nobody's."""
 
 
 class DPLipModel(nn.Module):
@@ -106,8 +109,6 @@ class DPLipModel(nn.Module):
         self._trace()
         self._constraints.update(assign(constraint, self._tracker.operators))
         self.changes = 0
-        for name, parameter in net.named_parameters():
-            exact_float64(parameter, name)
         self._weights.initialise_()
         self.settle_()
 
@@ -128,9 +129,7 @@ class DPLipModel(nn.Module):
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
             weights=self.placement,
         )
-        self._network = Network(
-            self.net, traced, self.input_norm, row_invariant=self._row_invariant, resting=self.register.resting
-        )
+        self._network = Network(self.net, traced, self.input_norm, self._row_invariant, self.register.resting)
         self._weights = Weights(self.net, self._constraints, self._tracker)
         self._watch = watch
         self._dropped_samples = self._dropped_samples.to(device)
@@ -151,7 +150,7 @@ class DPLipModel(nn.Module):
         """
         self.check_inputs(inputs)
         net = self.placement.opened(self._traced.module)
-        opened: passes.Pass | Tensor | None = None
+        opened: _Opened = None
         if passes.is_witnessed():
             if torch.compiler.is_compiling():
                 # An exported program is nobody's pass: a step refuses what it adds to a gradient.
@@ -166,20 +165,13 @@ class DPLipModel(nn.Module):
             return self.randomness.run(partial(self._run, net=net, opened=opened), inputs)
         return self._run(inputs, net, opened)
 
-    def _run(
-        self,
-        inputs: Tensor,
-        net: Callable[[Tensor], Tensor] | None = None,
-        opened: passes.Pass | Tensor | None = None,
-    ) -> Tensor:
+    def _run(self, inputs: Tensor, net: _Net | None = None, opened: _Opened = None) -> Tensor:
         if isinstance(opened, passes.Pass) and not self.register.sharded:
             with self.register.lock, self.register.running(opened):
                 return self._gated(inputs, net, opened)
         return self._gated(inputs, net, opened)
 
-    def _gated(
-        self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None, opened: passes.Pass | Tensor | None
-    ) -> Tensor:
+    def _gated(self, inputs: Tensor, net: _Net | None, opened: _Opened) -> Tensor:
         if net is None:
             outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
@@ -344,7 +336,7 @@ class DPLipModel(nn.Module):
                 "tightness runs on whole weights, of which each rank holds a part: ask before fully_shard"
             )
 
-        def loss(net: Callable[[Tensor], Tensor], index: int) -> Tensor:
+        def loss(net: _Net, index: int) -> Tensor:
             row = slice(index, index + 1)
             return self.loss(self._run(inputs[row], net), targets[row])
 
@@ -372,9 +364,7 @@ class DPLipModel(nn.Module):
     @property
     def placement(self) -> Placement:
         """Where the weights are: found anew after ``fully_shard``, which makes a model of another class of this one."""
-        if self._placement_of is not type(self):
-            self._take(placement.of(self))
-        return self._placement
+        return self._placement if self._placement_of is type(self) else self._take(placement.of(self))
 
     def place(self) -> Placement:
         """Finds out anew where the model is, among the processes that are there by now, as who trains it does first.
@@ -382,15 +372,15 @@ class DPLipModel(nn.Module):
         Raises:
             ConfigurationError: as :func:`clipless_dp.distributed.placement.joined`.
         """
-        self._take(placement.joined(self, self.net))
-        return self._placement
+        return self._take(placement.joined(self, self.net))
 
-    def _take(self, found: Placement) -> None:
+    def _take(self, found: Placement) -> Placement:
         if not found.is_whole:
             join_(self._traced.module)
             self.register.sharded = True
             self._tracker.weights = found
         self._placement, self._placement_of = found, type(self)
+        return found
 
     @property
     def graph(self) -> TracedNet:
@@ -484,9 +474,9 @@ class DPLipModel(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_network", "_weights", "_watch", "_placement", "_placement_of"}
+        derived = {"register", "_traced", "_tracker", "_network", "_weights", "_watch", "_placement", "_placement_of"}
         # Who gets a copy or a file is not the data's owner, whom alone the count is for.
-        left = {*derived, "register", "_dropped_samples"}
+        left = {*derived, "_dropped_samples"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         return {**state, "lineage": lineage.of(self).record()}
 

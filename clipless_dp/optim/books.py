@@ -239,15 +239,19 @@ class Books:
         """Which settings of the model differ between earlier steps and now, in words."""
         return [*self._other_settings, *differences(self._settings, settings_of(self._model))]
 
-    def state(self, ledger: Ledger, *, bits: bool) -> dict[str, Any]:
-        """The part of an optimizer's state that :meth:`SavedBooks.read` reads, but for the ledger and the counts.
+    def state(self, accountant: Accountant, steps_taken: int, *, bits: bool) -> dict[str, Any]:
+        """The part of an optimizer's state that :meth:`SavedBooks.read` reads.
 
         Args:
-            ledger: that is saved with it.
+            accountant: that is saved with it.
+            steps_taken: by the optimizer.
             bits: whether sums of the weights' bits are told.
         """
         return {
-            "noise": list(self.noise_sources(ledger)),
+            "format": STATE_FORMAT,
+            "steps_taken": steps_taken,
+            "accountant": accountant.state_dict(),
+            "noise": list(self.noise_sources(accountant.ledger)),
             "randomness": list(self.randomness_sources()),
             "learning_rates": [[list(rates), count] for rates, count in self.learning_rates],
             "weights": self._lineage.bits() if bits else None,
