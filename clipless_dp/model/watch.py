@@ -89,16 +89,8 @@ class Watch:
         parts = list(dict.fromkeys(part for leaf in leaves for part in modules_of(leaf.module)))
         self._edges = list(edges.values())
         self._kinds = [(leaf.module, leaf.kind) for leaf in leaves]
-        self._hooks = [
-            hooks
-            for part in parts
-            for hooks in (
-                part._forward_hooks,
-                part._forward_pre_hooks,
-                part._backward_hooks,
-                part._backward_pre_hooks,
-            )
-        ]
+        kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        self._hooks = [getattr(part, kind) for part in parts for kind in kinds]
         self._attributes = [vars(part) for part in parts]
         self._parameters = list(dict.fromkeys(p for leaf in leaves for p in parameters_of(leaf.module)))
 

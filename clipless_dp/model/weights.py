@@ -29,23 +29,17 @@ def _naming(name: str) -> Iterator[None]:
         raise NormError(f"{name}: {error}") from error
 
 
-def _project_(name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
-    """Projects a weight onto its constraint."""
+def _project_(
+    name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor, *, settling: bool
+) -> None:
     with _naming(name):
-        constraint.project_(weight, operators)
-
-
-def _settle_(name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
-    """Projects a weight that its constraint does not hold for."""
-    with _naming(name):
-        if not constraint.holds(weight, operators):
+        if not (settling and constraint.holds(weight, operators)):
             constraint.project_(weight, operators)
 
 
 def _project_gradient_(
     name: str, constraint: Constraint, operators: tuple[Operator, ...], gradient: Tensor, weight: Tensor
 ) -> None:
-    """Turns a gradient into a direction that the constraint's projection keeps."""
     with _naming(name):
         constraint.project_gradient_(gradient, weight, operators)
 
@@ -79,7 +73,7 @@ class Weights:
     def project_(self, here: Placement, *, settling: bool = False) -> None:
         """Projects the weights that train, or only those for which their constraints do not hold: ``settling``."""
         self._projected = {}
-        project = _settle_ if settling else _project_
+        project = partial(_project_, settling=settling)
         changes = [
             Change(name, partial(project, name, constraint, self._tracker.operators[name]), (self._values(name),))
             for name, constraint in self._trained()
