@@ -29,7 +29,7 @@ from accounting import (
 from clipless_dp.arguments import require_accountant
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.model import DPLipModel, lineage, passes
+from clipless_dp.model import DPLipModel, lineage, register
 from clipless_dp.noise import NoiseSource, noise_source, noisy, randomness, source_name
 from clipless_dp.sampling import Samples
 from clipless_dp.sampling.samples import public_size
@@ -253,7 +253,7 @@ class _Search:
 
 def _count_from_anywhere() -> None:
     """Numbers that a process counts on would tell how many runs there were, and which of them was the best."""
-    passes.count_from(secrets.randbits(48))
+    register.count_from(secrets.randbits(48))
     randomness.count_from(secrets.randbits(48))
 
 

@@ -94,14 +94,14 @@ class TightnessReport:
 def measure(
     traced: TracedNet, sensitivity: Sensitivity, samples: int, loss: SampleLoss, parameters: Mapping[str, Tensor]
 ) -> TightnessReport:
-    """Runs the samples one at a time and compares what is seen with the bounds.
+    """Runs the samples one at a time and compares what is seen with the bounds; no generator's state changes.
 
     Args:
         traced: the network's graph.
         sensitivity: its bounds, for adding or removing one sample.
         samples: their number.
         loss: given a stand-in for the network and a sample's index, that sample's loss.
-        parameters: the trainable parameters by their names in the network.
+        parameters: by their names in the network.
 
     Raises:
         InputError: there is no sample.
@@ -109,6 +109,7 @@ def measure(
     """
     if samples < 1:
         raise InputError("tightness needs at least one sample")
+    parameters = {name: parameter for name, parameter in parameters.items() if name in sensitivity.per_parameter}
     if not parameters:
         return TightnessReport(samples, 0.0, ())
     recorder = _Recorder(traced)

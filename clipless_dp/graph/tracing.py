@@ -52,6 +52,20 @@ class TracedNet:
         assert isinstance(node, fx.Node)
         return node
 
+    def rename(self, net: nn.Module) -> None:
+        """Knows the parameters of the network by the tensors that they are now.
+
+        Raises:
+            ConfigurationError: they are others.
+        """
+        named = {id(parameter): name for name, parameter in net.named_parameters()}
+        if sorted(named.values()) != sorted(self.names.values()):
+            raise ConfigurationError(
+                "a parameter that two layers share was split apart: call fully_shard on a module that holds both"
+            )
+        self.names.clear()
+        self.names.update(named)
+
     def tensor_nodes(self) -> Iterator[fx.Node]:
         """Nodes with a tensor value, in the order of execution."""
         return (node for node in self.module.graph.nodes if node in self.shapes)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.gates.arithmetic import can_look
+from clipless_dp.model.passes import is_private
 
 if TYPE_CHECKING:
-    from clipless_dp.model.passes import Register
+    from clipless_dp.model.register import Register
 
 
 class Factors:
@@ -54,6 +56,9 @@ class Factors:
 
     def watched(self, total: Tensor, register: Register) -> Tensor:
         """The sum times :attr:`weight`, whose backward pass says by what a loop has multiplied it."""
+        # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
+        if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and is_private()):
+            return total if self.weight == 1.0 else total * self.weight
         place, number = self._count, self._pass
         self._count += 1
 
@@ -90,6 +95,22 @@ class Factors:
             known = self._known[min(self._known)]
         if factor != known:
             raise _refusal(f"the summed loss was multiplied by {factor:g}, by {known:g} before", "the same number")
+
+
+def summed(losses: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The sum over rows that count and whose loss is finite; and which others a mask does not leave out.
+
+    The latter is ``None`` where a look at the sum has told that there are none.
+    """
+    if can_look(losses):
+        # The product lets the same arrive at the losses as below: one number each, not one that all share.
+        total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
+        if math.isfinite(total.detach()):
+            return total, None
+    finite = torch.isfinite(losses)
+    counted = finite if mask is None else finite & mask
+    dropped = ~finite if mask is None else mask & ~finite
+    return torch.where(counted, losses, torch.zeros_like(losses)).sum(), dropped
 
 
 def _refusal(found: str, wanted: str) -> PrivacyError:

@@ -10,26 +10,19 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache, partial
-from types import NoneType
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-from clipless_dp.distributed import placement
+from clipless_dp.model.sums import Mark, Numbers, Sums, agree
 from clipless_dp.modules import parameters_of
-from clipless_dp.sampling import fingerprints
 
 Bits = dict[str, int]
 """For each parameter by name two sums of its bit patterns in one number, the same in every layout and on every device.
 
 States of before hold the first of them alone, which does not see the order.
 """
-
-_INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
 
 @dataclass
@@ -47,14 +40,14 @@ class _Trace:
 
     runs: Mapping[str, int] = field(default_factory=dict)
     changed: int = 0
-    known: list[_Sums | int] = field(default_factory=list)
+    known: list[Sums | int] = field(default_factory=list)
     counted: bool = False
-    mark: _Mark | None = None
-    numbers: _Numbers | None = None
+    mark: Mark | None = None
+    numbers: Numbers | None = None
 
-    def found(self, parameter: nn.Parameter) -> _Numbers:
-        if self.numbers is None or self.numbers.place != _place(placement.local(parameter)):
-            self.numbers = _Numbers(parameter)
+    def found(self, parameter: nn.Parameter) -> Numbers:
+        if self.numbers is None or not self.numbers.are_of(parameter):
+            self.numbers = Numbers(parameter)
         return self.numbers
 
 
@@ -107,11 +100,6 @@ def _hang(trace: _Trace, parameter: Tensor) -> None:
 
 def _sum(trace: _Trace, parameter: nn.Parameter) -> int:
     return int(trace.found(parameter).sums())
-
-
-def _agree(one: int, other: int) -> bool:
-    """Whether two numbers are the sums of the same values, as far as both tell."""
-    return one == other or (min(one, other) < _BOTH <= max(one, other) and _first(one) == _first(other))
 
 
 def _settle(trace: _Trace, parameter: nn.Parameter, *, counted: bool, or_before: bool = False) -> None:
@@ -253,7 +241,7 @@ class Lineage:
             return
         named = dict(net.named_parameters())
         if named.keys() == bits.keys() and all(
-            _agree(_sum(_trace_of(parameter), parameter), bits[name]) for name, parameter in named.items()
+            agree(_sum(_trace_of(parameter), parameter), bits[name]) for name, parameter in named.items()
         ):
             self._loaded = {}, {}
             self.add_runs(runs)
@@ -338,7 +326,7 @@ class Lineage:
         else:
             return True
         now = _sum(_trace_of(parameter), parameter)
-        return any(_agree(now, int(known)) for known in candidates)
+        return any(agree(now, int(known)) for known in candidates)
 
     def bits(self) -> Bits | None:
         """The sums of the weights that the last step left, for a state; ``None`` where they are not known."""
@@ -352,7 +340,7 @@ class Lineage:
             known = [int(value) for value in trace.known]
             # Of an average and the weights that it has replaced, those that are there.
             sums[name] = known[-1]
-            if len(known) > 1 and any(_agree(now := _sum(trace, parameter), value) for value in known):
+            if len(known) > 1 and any(agree(now := _sum(trace, parameter), value) for value in known):
                 sums[name] = now
         return sums or None
 
@@ -367,150 +355,3 @@ def of(model: nn.Module) -> Lineage:
     if lineage is None:
         lineage = _lineages[net] = Lineage(net)
     return lineage
-
-
-class _Numbers:
-    """One parameter's numbers in the memory where they lie, found once: every step asks."""
-
-    def __init__(self, parameter: nn.Parameter) -> None:
-        values = placement.local(parameter.detach())
-        self.place = _place(values)
-        self._patterns = values.view(_INTEGERS[values.element_size()])
-        self._dtype = torch.int64 if values.element_size() == 8 else torch.int32
-        self._flat = self._patterns.reshape(-1) if self._patterns.is_contiguous() else None
-        self._weights = _weights(min(values.numel(), _COLUMNS), self._dtype, values.device)
-        self._sampled = fingerprints.sampled(values)
-
-    def mark(self, parameter: nn.Parameter) -> _Mark:
-        """What tells, without a look at all numbers, that they may have changed."""
-        some = self._sampled
-        return placement.local(parameter)._version, self.place[0], None if some is None else some.tobytes()
-
-    def sums(self) -> _Sums:
-        columns = self._patterns.reshape(-1) if self._flat is None else self._flat
-        whole = len(columns) // _COLUMNS * _COLUMNS
-        if whole:
-            rest = columns[whole:]
-            columns = columns[:whole].view(-1, _COLUMNS).sum(0, dtype=self._dtype)
-            columns[: len(rest)] += rest
-        else:
-            columns = columns.to(self._dtype, copy=True)
-        return _Sums(columns, self._weights)
-
-
-_COLUMNS = 16381
-"""A prime: rows of hardly any weight are as long, so that what changes places changes columns.
-
-What changes places with what is a multiple of this further on is not seen. (One pass over the numbers has no more.)
-"""
-
-
-@cache
-def _weights(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Public odd numbers, one for each column."""
-    bits = 64 if dtype == torch.int64 else 32
-    # Of a generator with a fixed formula, so that every process and version has the same.
-    numbers = np.random.PCG64(20240507).random_raw(_COLUMNS)[:count] | np.uint64(1)
-    signed = numbers.view(np.int64) if bits == 64 else numbers.astype(np.uint32).view(np.int32)
-    return torch.from_numpy(signed.copy()).to(device)
-
-
-class _Sums:
-    """Sums of one parameter's bit patterns, on its device; every step makes them, and few are ever asked for.
-
-    Args:
-        columns: sums of those in a column.
-        weights: of the columns.
-    """
-
-    def __init__(self, columns: Tensor, weights: Tensor) -> None:
-        self._columns = columns
-        self._weights = weights
-
-    @property
-    def first(self) -> Tensor:
-        """The sum of all, modulo 2³² (2⁶⁴ for numbers as long)."""
-        return self._columns.sum(dtype=self._columns.dtype)
-
-    @property
-    def second(self) -> Tensor:
-        """That of those in a column, modulo as much, times its weight, modulo as much again: this sees the order."""
-        products = self._columns * self._weights
-        if products.dtype == torch.int64:
-            # Their carries are lost, as those of shorter ones: without that, doubling all numbers might not be seen.
-            products = products >> 32
-        return products.sum(dtype=torch.int64)
-
-    def __int__(self) -> int:
-        return _BOTH | (int(self.second) % 2**64) << 64 | int(self.first) % 2**64
-
-
-_BOTH = 1 << 128
-"""What tells a number that holds both sums from one that is the first alone."""
-
-
-def _first(sums: int) -> int:
-    return sums % 2**64
-
-
-_Mark = tuple[int, int, bytes | None]
-
-
-def _place(values: Tensor) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    return values.data_ptr(), values.shape, values.stride()
-
-
-def settings_of(model: Any) -> dict[str, Any]:
-    """What a model's bounds rest on besides its weights: caps, loss, constraints and layers, as plain values."""
-    return {
-        "input_norm": float(model.input_norm),
-        "loss": _parts(model.loss_function),
-        "constraints": {name: _parts(constraint) for name, constraint in model.constraints.items()},
-        "layers": {
-            ".".join(leaf.path): {
-                "type": leaf.kind.__qualname__ if isinstance(leaf.kind, type) else str(leaf.kind),
-                **{
-                    name: _plain(value)
-                    for name, value in vars(leaf.module).items()
-                    if isinstance(value, (int, float, str, tuple, NoneType)) and name != "training" and name[0] != "_"
-                },
-            }
-            for leaf in model._leaves
-        },
-    }
-
-
-def differences(there: Any, here: Any, place: str = "") -> list[str]:
-    """In words, where two nested settings differ; of two objects of one type, in what both versions know of them."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        objects = "type" in there and "type" in here and there["type"] == here["type"]
-        names = there.keys() & here.keys() if objects else there.keys() | here.keys()
-        return [
-            line
-            for name in sorted(names, key=str)
-            for line in differences(there.get(name), here.get(name), f"{place}.{name}" if place else str(name))
-        ]
-    return [] if there == here else [f"{place}: {there!r} there, {here!r} here"]
-
-
-def _parts(value: object) -> dict[str, Any]:
-    """An object's type and public attributes."""
-    known = getattr(value, "__dict__", {}).items()
-    return {"type": type(value).__qualname__, **{name: _plain(part) for name, part in known if name[:1] != "_"}}
-
-
-def _described(value: object) -> str:
-    """An object in words that are the same in every process: no addresses."""
-    if isinstance(value, partial):
-        return f"partial({_described(value.func)}, {_plain(value.args)!r}, {_plain(tuple(value.keywords.items()))!r})"
-    return str(value.__qualname__) if hasattr(value, "__qualname__") else type(value).__qualname__
-
-
-def _plain(value: object) -> object:
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (tuple, list)):
-        return tuple(map(_plain, value))
-    if isinstance(value, Tensor):
-        return f"tensor of shape {tuple(value.shape)}"
-    return _described(value)

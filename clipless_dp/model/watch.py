@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from typing import cast
 
+import torch
 from torch import nn
 
 from clipless_dp.distributed import placement
+from clipless_dp.errors import PrivacyError
+from clipless_dp.graph.tracing import TracedNet, is_leaf
+from clipless_dp.model.overlaps import places, refuse_overlaps
 from clipless_dp.model.settings import Settings
-from clipless_dp.modules import has_hooks, is_hooked, kind_of, modules_of, parameters_of, runs_hooks
+from clipless_dp.modules import (
+    has_hooks,
+    is_hooked,
+    kind_of,
+    modules_of,
+    parameter_device_and_dtype,
+    parameters_of,
+    runs_hooks,
+)
+from clipless_dp.precision import coarse_products
 
 
 class Leaf:
@@ -42,9 +55,30 @@ class Leaf:
 
 
 class Watch:
-    """Looks at all leaves at once, as each pass does twice: faster than one by one where nothing was altered."""
+    """Looks at all leaves at once, as each pass does twice: faster than one by one where nothing was altered.
 
-    def __init__(self, net: nn.Module, leaves: list[Leaf]) -> None:
+    Args:
+        net: the network.
+        traced: the graph of it.
+        device: where its parameters are.
+        dtype: that they have.
+
+    Attributes:
+        leaves: its bounded modules.
+
+    Raises:
+        ConfigurationError: parameters share memory.
+    """
+
+    def __init__(self, net: nn.Module, traced: TracedNet, device: torch.device, dtype: torch.dtype) -> None:
+        self._net, self._device, self._dtype = net, device, dtype
+        refuse_overlaps(net)
+        self._places = places(parameters_of(net))
+        self.leaves = leaves = [
+            Leaf(() if is_leaf(net) else tuple(str(node.target).split(".")), traced.leaf(node))
+            for node in traced.tensor_nodes()
+            if node.op == "call_module"
+        ]
         edges: dict[tuple[int, str], tuple[dict[str, nn.Module | None], str, nn.Module]] = {}
         for leaf in leaves:
             above = net
@@ -55,20 +89,53 @@ class Watch:
         parts = list(dict.fromkeys(part for leaf in leaves for part in modules_of(leaf.module)))
         self._edges = list(edges.values())
         self._kinds = [(leaf.module, leaf.kind) for leaf in leaves]
-        self._hooks = [
-            hooks
-            for part in parts
-            for hooks in (
-                part._forward_hooks,
-                part._forward_pre_hooks,
-                part._backward_hooks,
-                part._backward_pre_hooks,
-            )
-        ]
+        kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+        self._hooks = [getattr(part, kind) for part in parts for kind in kinds]
         self._attributes = [vars(part) for part in parts]
         self._parameters = list(dict.fromkeys(p for leaf in leaves for p in parameters_of(leaf.module)))
 
-    def is_quiet(self) -> bool:
+    def refuse_interference(self, whole: bool) -> None:
+        """Refuses layers that were replaced or hooked, and settings under which products round more coarsely."""
+        if not (whole and self._is_quiet()):
+            for leaf in self.leaves:
+                if leaf.is_altered(self._net, whole):
+                    raise PrivacyError(
+                        f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: "
+                        "the bounds are not its own. Wrap the changed network in a new DPLipModel"
+                    )
+        remedy = coarse_products(self._device)
+        if remedy is not None:
+            raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
+
+    def refuse_moved(self, held: list[nn.Parameter]) -> None:
+        """Refuses parameters on another device or of another dtype."""
+        if any(parameter.device != self._device or parameter.dtype != self._dtype for parameter in held):
+            parameter_device_and_dtype(self._net)
+            raise PrivacyError(
+                "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
+                "wrapping model's own .to()"
+            )
+
+    def refuse_overlaps(self, held: list[nn.Parameter]) -> None:
+        """Refuses parameters that share memory, where they have moved."""
+        now = places(held)
+        if now != self._places:
+            refuse_overlaps(self._net)
+            self._places = now
+
+    def settings_hold(self) -> bool:
+        """Whether all layers are set as they were."""
+        return all(leaf.settings.hold() for leaf in self.leaves)
+
+    def refuse_other_settings(self) -> None:
+        """Refuses settings that changed while a pass was under way; a layer of a user's own may keep what it saw."""
+        if not all(leaf.settings.hold() for leaf in self.leaves if leaf.is_ours):
+            raise PrivacyError(
+                "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
+                "no one bound holds for it: change them between steps"
+            )
+
+    def _is_quiet(self) -> bool:
         """Whether all modules are where they were, of their kinds, and nothing is hooked."""
         return not (
             any(self._hooks)

@@ -1,19 +1,27 @@
-"""What is done to a wrapped model's weights after a step, by parameter name."""
+"""The weights of a wrapped model: their projections after a step, and the bounds as long as they stay the same."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from clipless_dp.bounds.sensitivity import Relation, Sensitivity
+from clipless_dp.bounds.stamp import Stamp, stamp
+from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint
-from clipless_dp.errors import NormError
+from clipless_dp.distributed.placement import Change, Placement
+from clipless_dp.errors import NormError, PrivacyError
+from clipless_dp.modules import parameters_of
 from clipless_dp.norms.operators import Operator
+from clipless_dp.norms.rounding import exact_float64
+from clipless_dp.sampling.fingerprints import fingerprint
 
 
 @contextmanager
-def naming(name: str) -> Iterator[None]:
+def _naming(name: str) -> Iterator[None]:
     """Says which parameter has no certified norm."""
     try:
         yield
@@ -21,22 +29,126 @@ def naming(name: str) -> Iterator[None]:
         raise NormError(f"{name}: {error}") from error
 
 
-def project_(name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
-    """Projects a weight onto its constraint."""
-    with naming(name):
-        constraint.project_(weight, operators)
-
-
-def settle_(name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor) -> None:
-    """Projects a weight that its constraint does not hold for."""
-    with naming(name):
-        if not constraint.holds(weight, operators):
+def _project_(
+    name: str, constraint: Constraint, operators: tuple[Operator, ...], weight: Tensor, *, settling: bool
+) -> None:
+    with _naming(name):
+        if not (settling and constraint.holds(weight, operators)):
             constraint.project_(weight, operators)
 
 
-def project_gradient_(
+def _project_gradient_(
     name: str, constraint: Constraint, operators: tuple[Operator, ...], gradient: Tensor, weight: Tensor
 ) -> None:
-    """Turns a gradient into a direction that the constraint's projection keeps."""
-    with naming(name):
+    with _naming(name):
         constraint.project_gradient_(gradient, weight, operators)
+
+
+class Weights:
+    """The weights of a wrapped network, and what is known of them as long as they are the same.
+
+    Args:
+        net: the network.
+        constraints: those of its parameters, by name.
+        tracker: knows the bounds and the operators that weights act as.
+    """
+
+    def __init__(self, net: nn.Module, constraints: Mapping[str, Constraint], tracker: SensitivityTracker) -> None:
+        self._net, self._constraints, self._tracker = net, constraints, tracker
+        self._projected: dict[str, tuple[Stamp, float]] = {}
+        self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
+
+    def initialise_(self) -> None:
+        """Gives weights that train values that their constraints do not shrink.
+
+        Raises:
+            NormError: a weight holds a NaN or an infinity.
+        """
+        for name, parameter in self._net.named_parameters():
+            exact_float64(parameter, name)
+        for name, constraint in self._trained():
+            with _naming(name):
+                constraint.initialize_(self._values(name), self._tracker.operators[name])
+
+    def project_(self, here: Placement, *, settling: bool = False) -> None:
+        """Projects the weights that train, or only those for which their constraints do not hold: ``settling``."""
+        self._projected = {}
+        project = partial(_project_, settling=settling)
+        changes = [
+            Change(name, partial(project, name, constraint, self._tracker.operators[name]), (self._values(name),))
+            for name, constraint in self._trained()
+        ]
+
+        def projected(name: str) -> None:
+            self._projected[name] = self._stamp(name, here), self._constraints[name].limit
+
+        # Each weight is stamped before another is touched: what changes it from here on shows.
+        here.change_(changes, projected)
+
+    def project_gradients_(self, here: Placement) -> None:
+        """Lets the constraints turn gradients into directions that projections keep."""
+        changes: list[Change] = []
+        for name, constraint in self._trained():
+            gradient = self._net.get_parameter(name).grad
+            if gradient is not None and type(constraint).project_gradient_ is not Constraint.project_gradient_:
+                change = partial(_project_gradient_, name, constraint, self._tracker.operators[name])
+                changes.append(Change(name, change, (gradient, self._values(name))))
+        here.change_(changes)
+
+    def limits(self, here: Placement) -> tuple[dict[str, float], dict[str, Stamp]]:
+        """Limits that projections established, for the parameters that have not changed since; and stamps of all."""
+        stamps = {name: self._stamp(name, here) for name in self._projected}
+        # What one process finds changed in its part is certified anew by all of them, together.
+        changed = here.on_any_part([stamps[name] != stamp for name, (stamp, _) in self._projected.items()])
+        limits = {
+            name: limit for (name, (_, limit)), new in zip(self._projected.items(), changed, strict=True) if not new
+        }
+        return limits, stamps
+
+    def sensitivity(
+        self, here: Placement, relation: Relation = "add-or-remove-one"
+    ) -> tuple[Sensitivity, dict[str, Stamp]]:
+        """The bounds, and stamps of the weights that they rest on."""
+        limits, stamps = self.limits(here)
+        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self._net)))
+        known = self._kept.get(relation)
+        if known is not None and known[0] == key:
+            _, sensitivity, read = known
+            now = {name: self._stamp(name, here) for name in read}
+            if now == read:
+                return sensitivity, {**stamps, **now}
+        whole = here.is_whole
+        sensitivity, read_names = self._tracker.evaluate(limits, relation, whole=whole)
+        self._kept.pop(relation, None)
+        # What a rule of the user's own may have read is known to nobody.
+        named = {name for name, _ in self._net.named_parameters()} if whole else None
+        read = {name: self._stamp(name, here) for name in read_names} if named and read_names <= named else {}
+        if len(read) == len(read_names):
+            self._kept[relation] = key, sensitivity, read
+        return sensitivity, {**stamps, **read}
+
+    def marks(self, names: Iterable[str]) -> dict[str, object]:
+        """As stamps, but faster: for the time between a forward pass and its backward pass."""
+        return {name: self._mark(name) for name in names}
+
+    def refuse_others(self, marks: Mapping[str, object]) -> None:
+        """Refuses weights that are not what they were when they were marked."""
+        changed = next((name for name, known in marks.items() if self._mark(name) != known), None)
+        if changed is not None:
+            raise PrivacyError(
+                f"the weight {changed!r} was changed between a forward pass and its backward pass, so that no one "
+                "bound holds for it: change weights before the forward pass, and put them back after the backward pass"
+            )
+
+    def _mark(self, name: str) -> object:
+        parameter = self._net.get_parameter(name)
+        return parameter._version, parameter.data_ptr(), fingerprint(parameter)
+
+    def _values(self, name: str) -> Tensor:
+        return self._net.get_parameter(name).detach()
+
+    def _stamp(self, name: str, here: Placement) -> Stamp:
+        return stamp(here.held(self._net.get_parameter(name)))
+
+    def _trained(self) -> Iterator[tuple[str, Constraint]]:
+        return ((name, c) for name, c in self._constraints.items() if self._net.get_parameter(name).requires_grad)

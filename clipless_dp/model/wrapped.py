@@ -3,44 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
-from numbers import Real
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
-from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.tightness import TightnessReport, measure
 from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.distributed import placement
-from clipless_dp.distributed.placement import Change, OneProcess, Placement
-from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
-from clipless_dp.fusion import Entry, FusedNet
-from clipless_dp.gates import cotangent_gate, input_gate, presence_gate, rounding_slack, sample_norms, token_gate
-from clipless_dp.gates.arithmetic import can_look, largest_norm
+from clipless_dp.distributed.placement import OneProcess, Placement
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.fusion import FusedNet
+from clipless_dp.gates import rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
-from clipless_dp.graph.tracing import TracedNet, is_leaf, trace
-from clipless_dp.isolation import Isolated
+from clipless_dp.graph.tracing import TracedNet, trace
 from clipless_dp.losses import Loss
-from clipless_dp.model import lineage, passes, weights
-from clipless_dp.model.factors import Factors
-from clipless_dp.model.overlaps import places, refuse_overlaps
-from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
+from clipless_dp.model import checks, lineage, passes
+from clipless_dp.model.factors import Factors, summed
+from clipless_dp.model.network import Network
+from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
+from clipless_dp.model.register import Register
 from clipless_dp.model.rowwise import RowLosses
-from clipless_dp.model.watch import Leaf, Watch
-from clipless_dp.model.weights import naming
-from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
+from clipless_dp.model.watch import Watch
+from clipless_dp.model.weights import Weights
+from clipless_dp.modules import parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
-from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.packing import Packing, Structure
-from clipless_dp.precision import coarse_products, refuse_autocast
-from clipless_dp.sampling.fingerprints import fingerprint
+
+_Net = Callable[[Tensor], Tensor]
+_Opened = passes.Pass | Tensor | None
+"""A pass, or in a compiled graph its token; ``None`` where it is nobody's."""
 
 
 class DPLipModel(nn.Module):
@@ -100,85 +98,46 @@ class DPLipModel(nn.Module):
         row_invariant: bool | None = False,
     ) -> None:
         super().__init__()
-        if not isinstance(net, nn.Module):
-            raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
-        if not isinstance(loss, Loss):
-            raise LossBoundError(
-                f"{loss!r} does not state the bound of its gradient; use one of clipless_dp.losses, or "
-                "losses.BoundedLoss(function, bound=...) around a per-sample function"
-            )
-        if input_norm is not None and not (
-            isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
-        ):
-            raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
-        placement.refuse_averages(net)
-        placement.refuse_shards(net)
-        _refuse_valueless(net)
+        checks.refuse_arguments(net, input_norm, loss)
         self.net = net
         self.randomness = Randomness()
         self._row_invariant = row_invariant
-        self._packing = _packing_of(net, input_shape)
-        self._input_shape = _checked_shape(input_shape) if self._packing is None else (self._packing.entries,)
+        self._packing = checks.packing_of(net, input_shape)
+        self._input_shape = checks.checked_shape(input_shape) if self._packing is None else (self._packing.entries,)
         self._input_norm = None if input_norm is None else float(input_norm)
         self.loss_function = loss
         self.row_losses = RowLosses()
         self._factors = Factors()
-        device, dtype = parameter_device_and_dtype(net)
-        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
-        self._trace(device, dtype)
-        self._constraints = assign(constraint, self._tracker.operators)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64)
+        self._constraints: dict[str, Constraint] = {}
+        self.register = Register(self, net)
+        self._trace()
+        self._constraints.update(assign(constraint, self._tracker.operators))
         self.changes = 0
-        self._projected: dict[str, tuple[Stamp, float]] = {}
-        self.register = passes.Register(self)
-        self.register.follow(net)
-        for name, parameter in net.named_parameters():
-            exact_float64(parameter, name)
-        for name, constraint in self._trainable_constraints():
-            with naming(name):
-                constraint.initialize_(self._parameter(name), self._tracker.operators[name])
+        self._weights.initialise_()
         self.settle_()
 
-    def _trace(self, device: torch.device, dtype: torch.dtype) -> None:
+    def _trace(self) -> None:
+        device, dtype = parameter_device_and_dtype(self.net)
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
-        refuse_overlaps(self.net)
-        self._places = places(parameters_of(self.net))
-        if self._input_norm is None and traced.reads.is_floating_point and not traced.isolated:
-            raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
-        if self._input_norm is not None and not (traced.reads.is_floating_point and self._packing is None):
-            raise ConfigurationError("input_norm must be None: the network reads tokens, or several inputs at once")
+        watch = Watch(self.net, traced, device, dtype)
+        checks.refuse_norm(self._input_norm, traced, self._packing)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        set_apart_(traced.module, passes.is_witnessed, lambda: self.register.resting())
+        set_apart_(traced.module, passes.is_witnessed, self.register.resting)
         self._traced: TracedNet = traced
-        self._vocabulary = traced.vocabulary
-        self._placed = device, dtype
         self.output_shape = traced.shapes[traced.output]
-        bound: Any = self.loss_function.gradient_bound(self.output_shape)
-        if not (isinstance(bound, Real) and math.isfinite(bound) and float(bound) >= 1e-8):
-            raise LossBoundError(
-                f"{self.loss_function!r} states the gradient bound {bound!r}; gradient_bound must return a finite "
-                "number, at least 1e-8"
-            )
-        self._cotangent_norm = float(bound)
+        self._cotangent_norm = checks.checked_bound(self.loss_function, self.output_shape)
         self._tracker = SensitivityTracker(
             traced,
             input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
             weights=self.placement,
         )
-        # Held in a tuple: as a registered submodule the graph would double every key of the state dict.
-        self._graph = (traced.module,)
-        self._fused = FusedNet(traced)
-        # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
-        lifts = any(getattr(part, "mode", None) == "normalize" for part in modules_of(self.net))
-        self._rows = RowInvariance(backward=self._row_invariant is True or lifts)
-        self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
-        self._leaves = [
-            Leaf(() if is_leaf(self.net) else tuple(str(node.target).split(".")), traced.leaf(node))
-            for node in traced.tensor_nodes()
-            if node.op == "call_module"
-        ]
-        self._watch = Watch(self.net, self._leaves)
+        self._network = Network(self.net, traced, self.input_norm, self._row_invariant, self.register.resting)
+        self._weights = Weights(self.net, self._constraints, self._tracker)
+        self._watch = watch
+        self._dropped_samples = self._dropped_samples.to(device)
 
     def forward(self, inputs: Tensor | Structure | None = None, **named: Tensor) -> Tensor:
         """Runs the gated network.
@@ -196,12 +155,12 @@ class DPLipModel(nn.Module):
         """
         inputs = self.rows(inputs, named)
         self.check_inputs(inputs)
-        net = self.placement.opened(self._graph[0])
-        opened: passes.Pass | Tensor | None = None
+        net = self.placement.opened(self._traced.module)
+        opened: _Opened = None
         if passes.is_witnessed():
             if torch.compiler.is_compiling():
                 # An exported program is nobody's pass: a step refuses what it adds to a gradient.
-                opened = None if _is_exported() else passes.open_operator(inputs, self.register.key)
+                opened = open_operator(inputs, self.register.key)
             else:
                 opened = self.register.open(inputs)
                 self._factors.begin()
@@ -212,50 +171,23 @@ class DPLipModel(nn.Module):
             return self.randomness.run(partial(self._run, net=net, opened=opened), inputs)
         return self._run(inputs, net, opened)
 
-    def _run(
-        self,
-        inputs: Tensor,
-        net: Callable[[Tensor], Tensor] | None = None,
-        opened: passes.Pass | Tensor | None = None,
-    ) -> Tensor:
+    def _run(self, inputs: Tensor, net: _Net | None = None, opened: _Opened = None) -> Tensor:
         if isinstance(opened, passes.Pass) and not self.register.sharded:
-            with self.register.running(opened):
+            with self.register.lock, self.register.running(opened):
                 return self._gated(inputs, net, opened)
         return self._gated(inputs, net, opened)
 
-    def _gated(
-        self, inputs: Tensor, net: Callable[[Tensor], Tensor] | None, opened: passes.Pass | Tensor | None
-    ) -> Tensor:
-        own = net is None
-        fused = own and FusedNet.can_run(inputs)
-        values = partial(self._values, net or (self._fused.module if fused else self._graph[0]), fused)
-        if own and self._chooses_rows(inputs):
-            outputs, finite, whole = self._rows.run(values, inputs, partial(self._twin, fused))
+    def _gated(self, inputs: Tensor, net: _Net | None, opened: _Opened) -> Tensor:
+        if net is None:
+            outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
-            outputs, finite, whole = values(inputs)
-        if opened is None:
-            outputs = cotangent_gate(outputs, self.cotangent_norm)
-        else:
-            outputs = passes.outermost_gate(outputs, self.cotangent_norm, opened)
+            outputs, finite, whole = self._network.values(net, False, inputs)
+        entry = partial(self.register.enter, opened) if isinstance(opened, passes.Pass) else opened
+        outputs = outermost_gate(outputs, self.cotangent_norm, entry)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
-
-    def _values(self, net: Callable[..., Tensor], fused: bool, inputs: Tensor) -> Values:
-        """Input gate and network."""
-        if fused and self._fused.takes_entry and not inputs.requires_grad:
-            norms = sample_norms(inputs)
-            finite = norms <= largest_norm(self.input_norm, norms.dtype)
-            whole = bool(finite.all())
-            return Values(net(inputs, Entry(norms, self.input_norm, whole)), finite, whole)
-        if self._vocabulary is not None:
-            gated, finite = token_gate(inputs, self._vocabulary)
-        elif self._traced.reads.is_floating_point and self._input_norm is not None:
-            gated, finite = input_gate(inputs, self.input_norm)
-        else:
-            gated, finite = presence_gate(inputs)
-        return Values(net(gated), finite, can_look(finite) and bool(finite.all()))
 
     def rows(self, inputs: Tensor | Structure | None, named: Mapping[str, Tensor]) -> Tensor:
         """The inputs of a batch as one tensor: as it is, or packed.
@@ -276,35 +208,11 @@ class DPLipModel(nn.Module):
 
     def expect_rows(self, count: float) -> None:
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
-        self._rows.expect(count)
+        self._network.rows.expect(count)
 
     def forget_factors(self) -> None:
         """What losses are multiplied by from now on may differ from what it was."""
         self._factors.forget()
-
-    def _chooses_rows(self, inputs: Tensor) -> bool:
-        """Whether this pass may run at other numbers of rows than the one that it is given."""
-        # Without gradients too, while training: a checkpointed pass is computed so first.
-        enabled = (torch.is_grad_enabled() or self.training) and not passes.is_unwitnessed()
-        return enabled and not torch.compiler.is_compiling() and self._wants_rows(inputs.device)
-
-    def _wants_rows(self, device: torch.device) -> bool:
-        wanted = device.type == "cpu" if self._row_invariant is None else self._row_invariant
-        return wanted and self.placement.is_whole
-
-    def _twin(self, fused: bool) -> Twin:
-        """A copy of the network with random weights, which shows how the library computes."""
-        with self.register.resting():
-            net, run = copied(self.net, self._fused.module if fused else self._graph[0])
-        device, dtype = self.device_and_dtype()
-
-        def samples(count: int, generator: torch.Generator) -> Tensor:
-            shape = count, *self.input_shape
-            if not self._traced.reads.is_floating_point:
-                return torch.randint(self._vocabulary or 2, shape, generator=generator)
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-        return Twin(partial(self._values, run, fused), net, samples, device)
 
     def loss(self, output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         """Sum of the samples' losses.
@@ -324,37 +232,14 @@ class DPLipModel(nn.Module):
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
                 (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
-        refuse_autocast(output.device)
-        if mask is not None and (mask.shape != output.shape[:1] or mask.dtype != torch.bool):
-            raise InputError(
-                f"mask must be boolean of shape {tuple(output.shape[:1])}, got {mask.dtype} {tuple(mask.shape)}"
-            )
-        if target.shape[:1] != output.shape[:1] or target.device != output.device:
-            raise InputError(
-                f"target {tuple(target.shape)} on {target.device} does not fit output {tuple(output.shape)} "
-                f"on {output.device}"
-            )
+        checks.check_targets(output, target, mask)
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
-        if can_look(losses):
-            # The product lets the same arrive at the losses as below: one number each, not one that all share.
-            total = (losses * 1.0 if mask is None else losses.masked_fill(~mask, 0.0)).sum()
-            if math.isfinite(total.detach()):
-                return self._watched(total)
-        counted = torch.isfinite(losses)
-        dropped = ~counted if mask is None else mask & ~counted
-        if torch.is_grad_enabled() and not _is_exported():
+        total, dropped = summed(losses, mask)
+        if dropped is not None and torch.is_grad_enabled() and not is_exported():
             if self._dropped_samples.device != dropped.device:
                 # What moves parameters by itself, as fully_shard does, knows nothing of it.
                 self._dropped_samples = self._dropped_samples.to(dropped.device)
             self._dropped_samples.add_(dropped.sum())
-        if mask is not None:
-            counted = counted & mask
-        return self._watched(torch.where(counted, losses, torch.zeros_like(losses)).sum())
-
-    def _watched(self, total: Tensor) -> Tensor:
-        # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
-        if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and passes.is_private()):
-            return total if self.loss_weight == 1.0 else total * self.loss_weight
         return self._factors.watched(total, self.register)
 
     @property
@@ -393,27 +278,7 @@ class DPLipModel(nn.Module):
         """
         with self.register.lock:
             self._follow_changes()
-            return self._sensitivity(relation)[0]
-
-    def _sensitivity(self, relation: Relation = "add-or-remove-one") -> tuple[Sensitivity, dict[str, Stamp]]:
-        """The bounds, and stamps of the weights that they rest on."""
-        limits, stamps = self._limits()
-        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self.net)))
-        known = self._kept.get(relation)
-        if known is not None and known[0] == key:
-            _, sensitivity, read = known
-            now = {name: self._stamp(name) for name in read}
-            if now == read:
-                return sensitivity, {**stamps, **now}
-        whole = self.placement.is_whole
-        sensitivity, read_names = self._tracker.evaluate(limits, relation, whole=whole)
-        self._kept.pop(relation, None)
-        # What a rule of the user's own may have read is known to nobody.
-        named = {name for name, _ in self.net.named_parameters()} if whole else None
-        read = {name: self._stamp(name) for name in read_names} if named and read_names <= named else {}
-        if len(read) == len(read_names):
-            self._kept[relation] = key, sensitivity, read
-        return sensitivity, {**stamps, **read}
+            return self._weights.sensitivity(self.placement, relation)[0]
 
     def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
         """The bounds that hold for a pass that begins now, and a fingerprint of what they rest on.
@@ -426,8 +291,8 @@ class DPLipModel(nn.Module):
         if not self.placement.is_whole:
             return None, None
         self._follow_changes()
-        sensitivity, stamps = self._sensitivity()
-        return sensitivity, (self._leaves, {name: self._mark(name) for name in stamps})
+        sensitivity, stamps = self._weights.sensitivity(self.placement)
+        return sensitivity, (self._watch, self._weights.marks(stamps))
 
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.
@@ -437,20 +302,10 @@ class DPLipModel(nn.Module):
         """
         if fingerprint is None:
             return
-        leaves, marks = cast("tuple[list[Leaf], dict[str, object]]", fingerprint)
-        self._refuse_interference()
-        # A layer of a user's own may keep what it has seen.
-        if not all(leaf.settings.hold() for leaf in leaves if leaf.is_ours):
-            raise PrivacyError(
-                "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
-                "no one bound holds for it: change them between steps"
-            )
-        changed = next((name for name, known in marks.items() if self._mark(name) != known), None)
-        if changed is not None:
-            raise PrivacyError(
-                f"the weight {changed!r} was changed between a forward pass and its backward pass, so that no one "
-                "bound holds for it: change weights before the forward pass, and put them back after the backward pass"
-            )
+        watch, marks = cast("tuple[Watch, dict[str, object]]", fingerprint)
+        self._watch.refuse_interference(self.placement.is_whole)
+        watch.refuse_other_settings()
+        self._weights.refuse_others(marks)
 
     @property
     def compiling_pays(self) -> bool:
@@ -460,7 +315,7 @@ class DPLipModel(nn.Module):
         the CPU is not for compiled graphs, which take 1.5 times and more of its time.
         """
         device, dtype = self.device_and_dtype()
-        return not (self._fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
+        return not (self._network.fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
 
     @property
     def row_invariant(self) -> bool | None:
@@ -469,7 +324,7 @@ class DPLipModel(nn.Module):
         False where no such numbers of rows were found, or it was switched off; compiled passes do not count.
         """
         device, _ = self.device_and_dtype()
-        return self._rows.found if self._wants_rows(device) else False
+        return self._network.rows.found if self.placement.is_whole and self._network.chooses_rows(device) else False
 
     def lipschitz_constant(self) -> float:
         """Certified Lipschitz constant of the network at the current weights, in Euclidean norms.
@@ -478,7 +333,7 @@ class DPLipModel(nn.Module):
             ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say).
         """
         self._follow_changes()
-        return self._tracker.lipschitz_constant(self._limits()[0])
+        return self._tracker.lipschitz_constant(self._weights.limits(self.placement)[0])
 
     def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
@@ -503,72 +358,36 @@ class DPLipModel(nn.Module):
             raise ConfigurationError(
                 "tightness runs on whole weights, of which each rank holds a part: ask before fully_shard"
             )
-        sensitivity = self.sensitivity()
-        trainable = {name: p for name, p in self.net.named_parameters() if name in sensitivity.per_parameter}
 
-        def loss(net: Callable[[Tensor], Tensor], index: int) -> Tensor:
+        def loss(net: _Net, index: int) -> Tensor:
             row = slice(index, index + 1)
             return self.loss(self._run(inputs[row], net), targets[row])
 
         counted = self.nonfinite_samples.clone()
-        devices = [inputs.device] if inputs.device.type == "cuda" else []
+        devices = [inputs.device] if inputs.is_cuda else []
+        sensitivity, named = self.sensitivity(), dict(self.net.named_parameters())
         try:
             with torch.random.fork_rng(devices=devices), torch.enable_grad(), passes.unwitnessed():
-                return measure(self._traced, sensitivity, len(inputs), loss, trainable)
+                return measure(self._traced, sensitivity, len(inputs), loss, named)
         finally:
             self.nonfinite_samples.copy_(counted)
 
     def project_(self) -> None:
         """Applies the constraints to the trainable weights; frozen ones are left as they are and certified."""
-        self._project_(weights.project_)
+        self._weights.project_(self.placement)
 
     def project_gradients_(self) -> None:
         """Lets the constraints turn noisy gradients into directions that :meth:`project_` keeps: post-processing."""
-        changes: list[Change] = []
-        for name, constraint in self._trainable_constraints():
-            gradient = self.net.get_parameter(name).grad
-            if gradient is not None and type(constraint).project_gradient_ is not Constraint.project_gradient_:
-                change = partial(weights.project_gradient_, name, constraint, self._tracker.operators[name])
-                changes.append(Change(name, change, (gradient, self._parameter(name))))
-        self.placement.change_(changes)
+        self._weights.project_gradients_(self.placement)
 
     def settle_(self) -> None:
         """Checks the constraints after weights were loaded or moved; projects only those that do not hold."""
-        self._project_(weights.settle_)
-
-    def _project_(self, project: Callable[[str, Constraint, tuple[Operator, ...], Tensor], None]) -> None:
-        self._projected = {}
-        changes = [
-            Change(name, partial(project, name, constraint, self._tracker.operators[name]), (self._parameter(name),))
-            for name, constraint in self._trainable_constraints()
-        ]
-
-        def projected(name: str) -> None:
-            self._projected[name] = self._stamp(name), self._constraints[name].limit
-
-        # Each weight is stamped before another is touched: what changes it from here on shows.
-        self.placement.change_(changes, projected)
-
-    def _parameter(self, name: str) -> Tensor:
-        return self.net.get_parameter(name).detach()
-
-    def _stamp(self, name: str) -> Stamp:
-        return stamp(self.placement.held(self.net.get_parameter(name)))
-
-    def _mark(self, name: str) -> object:
-        """As a stamp, but faster: for the time between a forward pass and its backward pass."""
-        parameter = self.net.get_parameter(name)
-        return parameter._version, parameter.data_ptr(), fingerprint(parameter)
-
-    def _trainable_constraints(self) -> Iterator[tuple[str, Constraint]]:
-        return ((name, c) for name, c in self._constraints.items() if self.net.get_parameter(name).requires_grad)
+        self._weights.project_(self.placement, settling=True)
 
     @property
     def placement(self) -> Placement:
         """Where the weights are: found anew after ``fully_shard``, which makes a model of another class of this one."""
-        if self._placement_of is not type(self):
-            self._take(placement.of(self))
-        return self._placement
+        return self._placement if self._placement_of is type(self) else self._take(placement.of(self))
 
     def place(self) -> Placement:
         """Finds out anew where the model is, among the processes that are there by now, as who trains it does first.
@@ -576,15 +395,15 @@ class DPLipModel(nn.Module):
         Raises:
             ConfigurationError: as :func:`clipless_dp.distributed.placement.joined`.
         """
-        self._take(placement.joined(self, self.net))
-        return self._placement
+        return self._take(placement.joined(self, self.net))
 
-    def _take(self, found: Placement) -> None:
+    def _take(self, found: Placement) -> Placement:
         if not found.is_whole:
-            join_(self._graph[0])
+            join_(self._traced.module)
             self.register.sharded = True
             self._tracker.weights = found
         self._placement, self._placement_of = found, type(self)
+        return found
 
     @property
     def graph(self) -> TracedNet:
@@ -594,7 +413,7 @@ class DPLipModel(nn.Module):
     @property
     def vocabulary(self) -> int | None:
         """How many tokens all of the network's embeddings know; ``None`` where it reads numbers."""
-        return self._vocabulary
+        return self._traced.vocabulary
 
     @property
     def may_draw(self) -> bool:
@@ -611,7 +430,7 @@ class DPLipModel(nn.Module):
         """``X₀``, for T tokens that of T one-hot rows, ``√T``; fixed, as the bounds rest on it; infinite if none do."""
         if self._input_norm is not None:
             return self._input_norm
-        return math.inf if self._vocabulary is None else math.sqrt(math.prod(self.input_shape))
+        return math.inf if self.vocabulary is None else math.sqrt(math.prod(self.input_shape))
 
     @property
     def cotangent_norm(self) -> float:
@@ -627,96 +446,39 @@ class DPLipModel(nn.Module):
         """The linear operators that a parameter of ``net`` acts as."""
         return self._tracker.operators.get(name, ())
 
-    def _limits(self) -> tuple[dict[str, float], dict[str, Stamp]]:
-        """Limits that projections established, for the parameters that have not changed since; and stamps of all."""
-        stamps = {name: self._stamp(name) for name in self._projected}
-        # What one process finds changed in its part is certified anew by all of them, together.
-        changed = self.placement.on_any_part([stamps[name] != stamp for name, (stamp, _) in self._projected.items()])
-        limits = {
-            name: limit for (name, (_, limit)), new in zip(self._projected.items(), changed, strict=True) if not new
-        }
-        return limits, stamps
-
     def _follow_changes(self) -> None:
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
         here = self.placement
         here.reshard_()
         self.register.unhook()
-        self._refuse_interference()
+        self._watch.refuse_interference(here.is_whole)
         held = parameters_of(self.net)
-        device, dtype = self._placed
-        if any(parameter.device != device or parameter.dtype != dtype for parameter in held):
-            parameter_device_and_dtype(self.net)
-            raise PrivacyError(
-                "model.net was cast or moved by itself after wrapping, which the bounds do not cover: call the "
-                "wrapping model's own .to()"
-            )
+        self._watch.refuse_moved(held)
         unknown = any(id(parameter) not in self._traced.names for parameter in held)
         if here.check(self.net, unknown):
-            self._adopt()
+            self._traced.rename(self.net)
+            self.register.follow(self.net)
+            # The processes may have started from different weights.
+            self.settle_()
         elif unknown:
             raise PrivacyError(
                 "a parameter of model.net was added or replaced after wrapping: wrap the network in a new DPLipModel"
             )
-        if here.is_whole and places(held) != self._places:
-            refuse_overlaps(self.net)
-            self._places = places(held)
-        if not all(leaf.settings.hold() for leaf in self._leaves):
+        if here.is_whole:
+            self._watch.refuse_overlaps(held)
+        if not self._watch.settings_hold():
             if not here.is_whole:
                 raise ConfigurationError(
                     "change the settings of layers before fully_shard, which no rank traces behind"
                 )
-            self._trace(*parameter_device_and_dtype(self.net))
+            self._trace()
             self.settle_()
             self.changes += 1
 
-    def _refuse_interference(self) -> None:
-        """Refuses layers that were replaced or hooked, and settings under which products round more coarsely."""
-        whole = self.placement.is_whole
-        if not (whole and self._watch.is_quiet()):
-            for leaf in self._leaves:
-                if leaf.is_altered(self.net, whole):
-                    raise PrivacyError(
-                        f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: "
-                        "the bounds are not its own. Wrap the changed network in a new DPLipModel"
-                    )
-        remedy = coarse_products(self._placed[0])
-        if remedy is not None:
-            raise PrivacyError(f"float32 products are set to round more coarsely than the bounds cover: {remedy}")
-
-    def _adopt(self) -> None:
-        """Knows the parameters by the parts of them that this process holds."""
-        named = {id(parameter): name for name, parameter in self.net.named_parameters()}
-        if sorted(named.values()) != sorted(self._traced.names.values()):
-            raise ConfigurationError(
-                "a parameter that two layers share was split apart: call fully_shard on a module that holds both"
-            )
-        self._traced.names.clear()
-        self._traced.names.update(named)
-        self.register.follow(self.net)
-        # The processes may have started from different weights.
-        self.settle_()
-
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""
-        if not torch.compiler.is_compiling():
-            _refuse_transforms(inputs)
-        if tuple(inputs.shape[1:]) != self.input_shape or inputs.dim() == 0:
-            raise InputError(
-                f"expected inputs of shape (batch, {', '.join(map(str, self.input_shape))}), got {tuple(inputs.shape)}"
-            )
-        if inputs.layout != torch.strided:
-            raise InputError(f"inputs are {inputs.layout}; make them dense first, with inputs.to_dense()")
         device, dtype = self.device_and_dtype()
-        if not self._traced.reads.is_floating_point:
-            if inputs.dtype not in (torch.int32, torch.int64):
-                raise InputError(f"tokens are {inputs.dtype}; convert the data set first, with tokens.long()")
-            dtype = inputs.dtype
-        elif not inputs.is_floating_point():
-            raise InputError(f"inputs are {inputs.dtype}; convert the data set first, e.g. images.float() / 255")
-        if inputs.dtype != dtype or inputs.device != device:
-            raise InputError(f"inputs are {inputs.dtype} on {inputs.device}, the model is {dtype} on {device}")
-        refuse_autocast(device)
+        checks.check_inputs(inputs, self.input_shape, self._traced.reads.is_floating_point, device, dtype)
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the parameters are, and their dtype: what inputs must have."""
@@ -732,17 +494,14 @@ class DPLipModel(nn.Module):
         with lineage.kept(self.net):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.register.follow(self.net)
-        device, dtype = parameter_device_and_dtype(self.net)
-        self._dropped_samples = self._dropped_samples.to(device)
-        self._trace(device, dtype)
+        self._trace()
         self.settle_()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_traced", "_tracker", "_graph", "_fused", "_rows", "_kept", "_projected", "_leaves"}
-        derived |= {"_watch", "_placement", "_placement_of"}
+        derived = {"register", "_traced", "_tracker", "_network", "_weights", "_watch", "_placement", "_placement_of"}
         # Who gets a copy or a file is not the data's owner, whom alone the count is for.
-        left = {*derived, "_places", "register", "_dropped_samples"}
+        left = {*derived, "_dropped_samples"}
         state = {name: value for name, value in self.__dict__.items() if name not in left}
         return {**state, "lineage": lineage.of(self).record()}
 
@@ -753,80 +512,9 @@ class DPLipModel(nn.Module):
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
         self.__dict__.setdefault("_factors", Factors())
-        device, dtype = parameter_device_and_dtype(self.net)
-        self._dropped_samples = torch.zeros((), dtype=torch.int64, device=device)
-        self.register = passes.Register(self)
-        self.register.follow(self.net)
-        self._trace(device, dtype)
+        self._dropped_samples = torch.zeros((), dtype=torch.int64)
+        self.register = Register(self, self.net)
+        self._trace()
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)
-
-
-def _packing_of(net: nn.Module, shape: object) -> Packing | None:
-    """How several inputs lie in a row; ``None`` of one."""
-    several = isinstance(shape, (tuple, list)) and any(isinstance(entry, (tuple, list, Tensor)) for entry in shape)
-    if not (several or isinstance(shape, Mapping)):
-        return None
-    if not isinstance(net, Isolated):
-        raise ConfigurationError(
-            "several inputs need a network that runs sample by sample: gradient_gated(net, isolation='vmap')"
-        )
-    packing = Packing.of(shape)
-    net.take(packing)
-    return packing
-
-
-def _checked_shape(shape: object) -> tuple[int, ...]:
-    kinds = isinstance(shape, (tuple, list)) and all(hasattr(size, "__index__") for size in shape)
-    if not kinds or any(isinstance(size, bool) or int(size) < 1 for size in cast("tuple[int, ...]", shape)):
-        raise ConfigurationError(
-            "input_shape must be a tuple of positive integers, the shape of one sample without the batch axis, such as "
-            f"(3, 32, 32) or (8,), got {shape!r}"
-        )
-    return tuple(int(size) for size in cast("tuple[int, ...]", shape))
-
-
-def _refuse_valueless(net: nn.Module) -> None:
-    """Refuses parameters without values to certify, or that autograd cannot follow."""
-    for name, parameter in net.named_parameters():
-        if nn.parameter.is_lazy(parameter):
-            # Its module is refused by name.
-            continue
-        if parameter.is_meta:
-            raise ConfigurationError(
-                f"the parameter {name!r} is on the meta device, without values: give the network memory and weights "
-                "first, e.g. net.to_empty(device='cpu') and an initialisation"
-            )
-        if parameter.is_inference():
-            raise ConfigurationError(
-                f"the parameter {name!r} was made in torch.inference_mode(), which cannot be trained: build the "
-                "network outside of it"
-            )
-    if torch.is_inference_mode_enabled():
-        raise ConfigurationError("wrap the network outside of torch.inference_mode(), in which nothing can be trained")
-
-
-def _refuse_transforms(inputs: Tensor) -> None:
-    """Refuses what runs a model in another way than a pass."""
-    if torch._C._is_tracing():
-        raise ConfigurationError(
-            "torch.jit.trace records one pass of a wrapped model, with its checks as constants: trace model.net, or "
-            "use torch.export"
-        )
-    if torch._C._functorch.is_functorch_wrapped_tensor(inputs) and not passes.is_unwitnessed():
-        raise ConfigurationError(
-            "torch.func (vmap, jvp, grad) cannot run a wrapped model, whose gates are for one pass of a batch: "
-            "transform model.net, whose gradients no step releases"
-        )
-    if inputs.is_inference() and torch.is_grad_enabled():
-        raise InputError(
-            "inputs were made in torch.inference_mode(), which cannot be trained on: make them outside of it, or "
-            "clone() them there"
-        )
-
-
-def _is_exported() -> bool:
-    """Whether this is recorded for a graph of its own, in which the count would be a constant, and a pass nobody's."""
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    return exporting is not None and bool(exporting())

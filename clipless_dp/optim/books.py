@@ -14,6 +14,7 @@ from accounting import Accountant, Ledger, Provenance, new_run
 from accounting.errors import warn_caller
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model.description import differences, settings_of
 from clipless_dp.noise import NoiseSource, source_name
 from clipless_dp.optim.charging import Witness
 
@@ -164,7 +165,7 @@ class Books:
 
     def open(self, named: Mapping[str, nn.Parameter]) -> None:
         """The model is as the first step will find it."""
-        self._settings = lineage.settings_of(self._model)
+        self._settings = settings_of(self._model)
         self._lineage.start(named)
 
     def noise_sources(self, ledger: Ledger) -> tuple[str, ...]:
@@ -236,23 +237,27 @@ class Books:
 
     def changed_settings(self) -> list[str]:
         """Which settings of the model differ between earlier steps and now, in words."""
-        return [*self._other_settings, *lineage.differences(self._settings, lineage.settings_of(self._model))]
+        return [*self._other_settings, *differences(self._settings, settings_of(self._model))]
 
-    def state(self, ledger: Ledger, *, bits: bool) -> dict[str, Any]:
-        """The part of an optimizer's state that :meth:`SavedBooks.read` reads, but for the ledger and the counts.
+    def state(self, accountant: Accountant, steps_taken: int, *, bits: bool) -> dict[str, Any]:
+        """The part of an optimizer's state that :meth:`SavedBooks.read` reads.
 
         Args:
-            ledger: that is saved with it.
+            accountant: that is saved with it.
+            steps_taken: by the optimizer.
             bits: whether sums of the weights' bits are told.
         """
         return {
-            "noise": list(self.noise_sources(ledger)),
+            "format": STATE_FORMAT,
+            "steps_taken": steps_taken,
+            "accountant": accountant.state_dict(),
+            "noise": list(self.noise_sources(accountant.ledger)),
             "randomness": list(self.randomness_sources()),
             "learning_rates": [[list(rates), count] for rates, count in self.learning_rates],
             "weights": self._lineage.bits() if bits else None,
             "uncounted_changes": self.uncounted_changes(),
             "skipped": dict(self.skipped),
-            "settings": lineage.settings_of(self._model),
+            "settings": settings_of(self._model),
             "changed_settings": self.changed_settings(),
         }
 
@@ -269,5 +274,5 @@ class Books:
         known.changed = max(known.changed, saved.uncounted_changes)
         changed = list(saved.changed_settings)
         if saved.settings is not None:
-            changed += lineage.differences(saved.settings, self._settings)
+            changed += differences(saved.settings, self._settings)
         self._other_settings += [line for line in changed if line not in self._other_settings]

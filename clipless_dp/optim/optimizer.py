@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, overload
 from weakref import ref
@@ -18,12 +17,12 @@ from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage, passes
-from clipless_dp.noise import Allocation, NoiseSource, allocate, noise_source, source_name
-from clipless_dp.optim import accumulation
-from clipless_dp.optim.books import STATE_FORMAT, Books, Rates, SavedBooks
+from clipless_dp.noise import Allocation, NoiseSource, noise_source, source_name
+from clipless_dp.optim import accumulation, checks
+from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, refuse_to_step_after
-from clipless_dp.optim.parameters import Protected, refuse_closures, to_release
+from clipless_dp.optim.parameters import Protected, to_release
 from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
@@ -96,14 +95,7 @@ class CliplessDPOptimizer(Optimizer):
         placement.refuse_averages(model)
         model.placement.reshard_()
         self.placement = model.place()
-        refuse_closures(base_optimizer)
-        if not 0.0 < sample_rate <= 1.0:
-            raise ConfigurationError(
-                f"sample_rate must lie in (0, 1], got {sample_rate!r}; above 1 the batch exceeds the data set"
-            )
-        if not (isinstance(dataset_size, int) and dataset_size >= 1):
-            raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
-        allocate([1.0], [1], 1.0, allocation)
+        checks.refuse_arguments(base_optimizer, sample_rate, dataset_size, allocation)
         self.model = model
         self.base_optimizer = base_optimizer
         self.noise_multiplier = noise_multiplier
@@ -150,9 +142,7 @@ class CliplessDPOptimizer(Optimizer):
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-            raise ConfigurationError(f"noise_multiplier must be finite and positive, got {value!r}")
-        self._noise_multiplier = float(value)
+        self._noise_multiplier = checks.checked_multiplier(value)
 
     @property
     def sampling(self) -> Sampling:
@@ -161,9 +151,7 @@ class CliplessDPOptimizer(Optimizer):
 
     @sampling.setter
     def sampling(self, value: Sampling) -> None:
-        if value not in ("announced", "poisson", "none"):
-            raise ConfigurationError(f"sampling must be 'announced', 'poisson' or 'none', got {value!r}")
-        self._sampling = value
+        self._sampling = checks.checked_sampling(value)
 
     @property
     def noise(self) -> NoiseSource:
@@ -377,12 +365,7 @@ class CliplessDPOptimizer(Optimizer):
         """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only."""
         return {
             **self.base_optimizer.state_dict(),
-            "clipless_dp": {
-                "format": STATE_FORMAT,
-                "steps_taken": self.steps_taken,
-                "accountant": self.accountant.state_dict(),
-                **self._books.state(self.accountant.ledger, bits=self.placement.is_whole),
-            },
+            "clipless_dp": self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

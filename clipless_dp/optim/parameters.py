@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.errors import PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.modules import parameters_of
 
@@ -72,16 +71,3 @@ def to_release(
         gradients.append(parameter.grad)
         scales.append(deviation)
     return gradients, scales
-
-
-def refuse_closures(base: Optimizer) -> None:
-    """Refuses optimizers that take more than one dense gradient a step.
-
-    Raises:
-        ConfigurationError: the optimizer is one.
-    """
-    if isinstance(base, (LBFGS, SparseAdam)):
-        raise ConfigurationError(
-            f"{type(base).__name__} evaluates gradients several times a step or needs sparse ones; "
-            "use SGD, Adam or another first-order optimizer"
-        )

@@ -15,8 +15,9 @@ from accounting import Accountant
 from clipless_dp.arguments import require_accountant
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model import DPLipModel
 from clipless_dp.model.averaging import WeightAverage
+from clipless_dp.model.description import settings_of
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
@@ -230,5 +231,5 @@ def _settings(asked: Asked, plan: Plan, sigma: float, optimizer: CliplessDPOptim
         "ema": learning.ema,
         "noise_schedule": factors and [(factor, len(list(alike))) for factor, alike in groupby(factors)],
         "relation": optimizer.accountant.relation,
-        "model": lineage.settings_of(optimizer.model),
+        "model": settings_of(optimizer.model),
     }

@@ -18,9 +18,10 @@ from clipless_dp.audit.gradients import SensitivityAudit, sensitivity
 from clipless_dp.checkpoint import discard_partial, identity, load_checkpoint, save_checkpoint
 from clipless_dp.distributed.placement import Placement, agree
 from clipless_dp.errors import AuditError, CheckpointError, PrivacyError
-from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model import DPLipModel
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.compiled import BatchLoss
+from clipless_dp.model.description import differences
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.training.groups import Asked
 from clipless_dp.training.plan import Plan
@@ -215,7 +216,7 @@ class Run:
         settings = settings if isinstance(settings, dict) else {}
         if content["format"] < _FORMAT_WITH_MODEL:
             settings = {**{name: self.settings[name] for name in ("relation", "model")}, **settings}
-        differing = lineage.differences({name: settings.get(name) for name in self.settings}, self.settings)
+        differing = differences({name: settings.get(name) for name in self.settings}, self.settings)
         if differing:
             more = len(differing) - _SHOWN_DIFFERENCES
             listed = ", ".join(differing[:_SHOWN_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")

@@ -10,9 +10,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from clipless_dp import CliplessDPSGD, PoissonBatches, SystemNoise, passes
+from clipless_dp import CliplessDPSGD, PoissonBatches, SystemNoise
 from clipless_dp.audit.release import BatchesFactory, OptimizerFactory
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.outermost import outermost_gate
 from clipless_dp.noise import NoiseSource
 from clipless_dp.noise.box_muller import seeded_words
 from clipless_dp.noise.sources import normal_numbers
@@ -106,15 +107,15 @@ def sensitivity_over_the_batch_size(**changes):
 @contextmanager
 def gates_off(**changes):
     scenario = Scenario(**changes)
-    witnessed = passes.outermost_gate
+    witnessed = outermost_gate
 
     def open_input_gate(inputs, radius):
         return inputs.nan_to_num(), torch.isfinite(inputs).flatten(1).all(1)
 
     with (
-        mock.patch("clipless_dp.model.wrapped.input_gate", open_input_gate),
+        mock.patch("clipless_dp.model.network.input_gate", open_input_gate),
         mock.patch(
-            "clipless_dp.model.passes.outermost_gate", lambda values, limit, opened: witnessed(values, 1e30, opened)
+            "clipless_dp.model.wrapped.outermost_gate", lambda values, limit, opened: witnessed(values, 1e30, opened)
         ),
     ):
         yield scenario.optimizer, scenario.batches

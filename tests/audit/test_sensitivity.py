@@ -174,8 +174,7 @@ def test_mutant_caught_a_cap_that_forgets_what_normalising_lifts(monkeypatch):
 
 
 def test_mutant_caught_a_gate_that_a_scaled_loss_passes(monkeypatch):
-    monkeypatch.setattr("clipless_dp.model.wrapped.cotangent_gate", lambda values, limit: values)
-    monkeypatch.setattr("clipless_dp.model.passes.outermost_gate", lambda values, limit, opened: values)
+    monkeypatch.setattr("clipless_dp.model.wrapped.outermost_gate", lambda values, limit, opened: values)
     with pytest.raises(AuditError):
         audit.sensitivity(model_with(nn.ReLU()), attempts=5)
 
@@ -196,7 +195,7 @@ def doubled_rule(module: Doubled, context: RuleContext) -> LayerBounds:
 def test_mutant_caught_a_shortcut_that_one_large_row_flips_for_all(attempts, monkeypatch):
     # What is flipped lies behind the input gate, which no large row passes: the gate is taken away.
     monkeypatch.setattr(
-        "clipless_dp.model.wrapped.input_gate", lambda values, radius: (values, values.new_ones(len(values)) > 0)
+        "clipless_dp.model.network.input_gate", lambda values, radius: (values, values.new_ones(len(values)) > 0)
     )
     with pytest.raises(AuditError):
         audit.sensitivity(model_with(Doubled()), attempts=attempts)

@@ -185,9 +185,9 @@ def check_agreement(model: DPLipModel, inputs: Tensor, targets: Tensor, toleranc
 @pytest.mark.parametrize("name", ALL)
 def test_layers_between_gates_run_as_chains_as_long_as_values_have_one_consumer(name: str) -> None:
     model = model_of(name)
-    chains = [module for module in model._fused.module.children() if isinstance(module, fusion.Chain)]
+    chains = [module for module in model._network.fused.module.children() if isinstance(module, fusion.Chain)]
     assert [len(chain.stages) for chain in chains] == ALL[name][2]
-    assert model._fused.takes_entry == (name != "capped maps")
+    assert model._network.fused.takes_entry == (name != "capped maps")
 
 
 @pytest.mark.parametrize("name", ["pooled", "capped maps"])
@@ -202,7 +202,7 @@ def test_maps_that_are_pooled_lie_channels_last_and_parameters_as_before(name: s
             return super().call_module(target, args, kwargs)
 
     inputs, targets = batch_of(model, 4, "none")
-    Recorder(model._fused.module).run(inputs)
+    Recorder(model._network.fused.module).run(inputs)
     assert len(pools) == (2 if name == "pooled" else 3)
     assert all(pool.is_contiguous(memory_format=torch.channels_last) for pool in pools)
     model.loss(model(inputs), targets).backward()
@@ -353,7 +353,7 @@ def test_cotangents_that_overflow_within_a_chain_are_dropped_by_gradient_gates()
         model = model_of("clipped", dtype=torch.float32)
         inputs, _ = batch_of(model, 5, "none")
         found = []
-        for run in (model._fused.module, model.graph.module):
+        for run in (model._network.fused.module, model.graph.module):
             output = run(inputs)
             cotangent = torch.ones_like(output)
             cotangent[2] = bad
@@ -368,7 +368,7 @@ def test_cotangents_without_a_norm_become_zero(bad: float) -> None:
     for name in ("bare", "convolutional", "tokens", "sequences", "branches"):
         model = model_of(name)
         inputs, _ = batch_of(model, 4, "none")
-        chains = [chain for chain in model._fused.module.children() if isinstance(chain, fusion.Chain)]
+        chains = [chain for chain in model._network.fused.module.children() if isinstance(chain, fusion.Chain)]
         seen = inputs.clone().requires_grad_(True)
         output = chains[0](seen)
         cotangent = torch.ones_like(output)
@@ -381,7 +381,7 @@ def test_cotangents_without_a_norm_become_zero(bad: float) -> None:
 def test_padding_leaves_a_chain_as_zero_samples_do() -> None:
     for name in ("bare", "convolutional", "tokens"):
         model = model_of(name)
-        chain = next(chain for chain in model._fused.module.children() if isinstance(chain, fusion.Chain))
+        chain = next(chain for chain in model._network.fused.module.children() if isinstance(chain, fusion.Chain))
         inputs, _ = batch_of(model, 5, "tail")
         found = chain(inputs, fusion.Entry(sample_norms(inputs), 3.0, False))
         expected = chain(inputs.nan_to_num(), fusion.Entry(sample_norms(inputs.nan_to_num()), 3.0, True))
@@ -439,7 +439,7 @@ def test_neither_compiled_models_nor_other_dtypes_and_devices_run_chains(monkeyp
 
 def test_a_backward_pass_under_autocast_is_refused() -> None:
     chain = next(
-        m for m in model_of("bare", dtype=torch.float32)._fused.module.children() if isinstance(m, fusion.Chain)
+        m for m in model_of("bare", dtype=torch.float32)._network.fused.module.children() if isinstance(m, fusion.Chain)
     )
     output = chain(torch.randn(2, 6, requires_grad=True)).sum()
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(PrivacyError, match="autocast"):

@@ -207,8 +207,8 @@ def test_a_side_loss_on_what_a_layer_keeps_is_refused_and_adds_nothing(kept_in: 
 
 def test_without_layers_apart_a_side_loss_would_enter_with_the_main_loss() -> None:
     model = model_of(net_of(InAttribute()))
-    join_(model._graph[0])
-    join_(model._fused.module)
+    join_(model.graph.module)
+    join_(model._network.fused.module)
     inputs, targets = data()
     (model.loss(model(inputs), targets) + 100.0 * last_kept(model).square().sum()).backward()
     total = torch.stack([p.grad.norm() for p in model.net.parameters() if p.grad is not None]).norm()

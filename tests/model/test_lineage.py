@@ -29,7 +29,7 @@ from clipless_dp import (
     losses,
     report,
 )
-from clipless_dp.model import lineage
+from clipless_dp.model import lineage, sums
 from clipless_dp.noise import SystemNoise
 from clipless_dp.search import Candidate, private_search
 from clipless_dp.statistics import private_fraction
@@ -251,7 +251,7 @@ CHANGES = {
 
 
 def numbers_of(values):
-    return lineage._Numbers(nn.Parameter(values.clone()))
+    return sums.Numbers(nn.Parameter(values.clone()))
 
 
 # From 16381 numbers on they are summed in columns; 512 bit patterns that grow by 2²³ sum up to what they did.
@@ -265,7 +265,7 @@ def test_a_change_that_the_sum_of_bits_does_not_see_is_seen(change, shape):
     assert int(before.second) != int(after.second)
     if change != "all doubled" or values.numel() % 512 == 0:
         assert int(before.first) == int(after.first)
-    assert not lineage._agree(int(before), int(after))
+    assert not sums.agree(int(before), int(after))
 
 
 def test_doubled_numbers_of_64_bits_are_seen():
@@ -280,15 +280,15 @@ def test_doubled_numbers_of_64_bits_are_seen():
 def test_sums_are_the_same_in_every_layout_and_leave_the_values_as_they_are(size, dtype):
     values = torch.randn(2, *size, generator=torch.Generator().manual_seed(0)).to(dtype)
     parameter = nn.Parameter(values.clone())
-    sums = int(lineage._Numbers(parameter).sums())
+    found = int(sums.Numbers(parameter).sums())
     assert torch.equal(parameter, values)
-    assert int(numbers_of(values.to(memory_format=torch.channels_last)).sums()) == sums
-    assert int(sums) % 2**32 == int(values.view(lineage._INTEGERS[values.element_size()]).sum()) % 2**32
+    assert int(numbers_of(values.to(memory_format=torch.channels_last)).sums()) == found
+    assert found % 2**32 == int(values.view(sums.INTEGERS[values.element_size()]).sum()) % 2**32
 
 
 def test_weights_of_the_second_sum_are_those_of_every_process_and_version():
     parameter = nn.Parameter(torch.arange(20_000, dtype=torch.float32))
-    assert int(lineage._Numbers(parameter).sums()) == 680564731030635839175884621657878683648
+    assert int(sums.Numbers(parameter).sums()) == 680564731030635839175884621657878683648
 
 
 @pytest.mark.parametrize("change", CHANGES)

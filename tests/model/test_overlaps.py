@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, DPLipModel, constraints, losses
-from clipless_dp.model import wrapped as wrapping
+from clipless_dp.model import watch
 from clipless_dp.model.overlaps import refuse_overlaps
 
 
@@ -100,7 +100,7 @@ def test_memory_that_is_shared_after_wrapping_is_noticed_before_a_bound_is_state
 
 def test_each_weight_is_stamped_before_the_next_is_projected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were overlaps not refused: a row that the second projection writes to the first weight would show."""
-    monkeypatch.setattr(wrapping, "refuse_overlaps", lambda net: None)
+    monkeypatch.setattr(watch, "refuse_overlaps", lambda net: None)
     weight = 3.0 * torch.rand(8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     net = two_layers(weight[:4, :4], weight[3:7, :4])
     net = net.double()
@@ -108,5 +108,5 @@ def test_each_weight_is_stamped_before_the_next_is_projected(monkeypatch: pytest
     net[2].weight.data.mul_(5.0)
     model.project_()
     true = float(torch.linalg.matrix_norm(net[0].weight.detach(), 2))
-    assert set(model._limits()[0]) == {"2.weight", "3.weight"}
+    assert set(model._weights.limits(model.placement)[0]) == {"2.weight", "3.weight"}
     assert true < 1.0

@@ -45,6 +45,7 @@ from clipless_dp import (
 )
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.graph.apart import join_
+from clipless_dp.model.register import Register
 from clipless_dp.sampling import Batch, draws, fingerprints
 
 SIZE, RATE = 40, 0.25
@@ -1349,14 +1350,14 @@ def test_passes_that_get_no_backward_pass_are_not_kept() -> None:
     model = model_of()
     inputs, _ = data()
     opened: list[weakref.ref[passes.Pass]] = []
-    honest = passes.Register.open
+    honest = Register.open
 
-    def noting(register: passes.Register, rows: Tensor) -> passes.Pass:
+    def noting(register: Register, rows: Tensor) -> passes.Pass:
         made = honest(register, rows)
         opened.append(weakref.ref(made))
         return made
 
-    with mock.patch.object(passes.Register, "open", noting):
+    with mock.patch.object(Register, "open", noting):
         for _ in range(3):
             model(inputs)
     gc.collect()
@@ -1688,8 +1689,8 @@ def test_gradients_from_within_the_network_that_go_around_its_gate_are_refused()
     with pytest.raises(PrivacyError, match="around the gate"):
         Leaking.kept[-1].square().sum().backward()
     # The register sees it too, where layers do not run apart.
-    join_(model._graph[0])
-    join_(model._fused.module)
+    join_(model.graph.module)
+    join_(model._network.fused.module)
     model(batch.inputs)
     Leaking.kept[-1].square().sum().backward()
     refused(optimizer, "around the gate")

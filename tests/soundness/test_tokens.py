@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gates, losses
-from clipless_dp.model import wrapped as model_module
+from clipless_dp.model import network
 from clipless_dp.norms import operators
 from clipless_dp.rules import embedding
 from clipless_dp.testing import LipschitzLayerTestCase
@@ -266,6 +266,6 @@ def test_a_gate_that_lets_unknown_tokens_in_fails_the_batch(
     inputs = torch.tensor([[0, 1, 2], [0, 1, token]])
     assert model(inputs).isfinite().flatten(1).all(1).tolist() == [True, False]
     mutant.apply(monkeypatch)
-    monkeypatch.setattr(model_module, "token_gate", gates.token_gate)
+    monkeypatch.setattr(network, "token_gate", gates.token_gate)
     with pytest.raises(IndexError):
         model(inputs)

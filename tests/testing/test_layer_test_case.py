@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipless_dp import LayerBounds, RuleContext, gates, passes, register_rule
+from clipless_dp import LayerBounds, RuleContext, gates, register_rule
+from clipless_dp.model import outermost
 from clipless_dp.norms.operators import ConvOperator
 from clipless_dp.rules import base
 from clipless_dp.testing import BoundBroken, BoundTooLoose, Inconsistent, LipschitzLayerTestCase
@@ -226,7 +227,7 @@ def test_a_branch_that_tracing_froze_fails() -> None:
 def test_a_gate_that_lets_autocast_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of()
     case.test_autocast_is_refused()
-    for module in (gates.signal, passes):
+    for module in (gates.signal, outermost):
         monkeypatch.setattr(module, "outside_autocast", lambda values: values)
     with pytest.raises(Inconsistent, match="backward"):
         case.test_autocast_is_refused()

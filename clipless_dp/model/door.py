@@ -1,0 +1,80 @@
+"""The network runs on aliases of its parameters, by which what comes back to them passes through one door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.errors import PrivacyError
+
+Deliver = Callable[[Sequence[Tensor | None], Sequence[Any]], list[Tensor | None]]
+"""Takes gradients, and the nodes through which autograd would add them; returns those that somebody else asked for."""
+
+
+class Aliases:
+    """Where the parameters of a network are held, and what is there in their place for the time of a pass.
+
+    Args:
+        net: the network.
+
+    Attributes:
+        parameters: each of them once.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        found: dict[int, int] = {}
+        self.parameters: list[nn.Parameter] = []
+        self._places: list[tuple[dict[str, Tensor | None], str, int]] = []
+        for part in net.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is None:
+                    continue
+                if id(parameter) not in found:
+                    found[id(parameter)] = len(self.parameters)
+                    self.parameters.append(parameter)
+                self._places.append((cast(Any, part._parameters), name, found[id(parameter)]))
+
+    def running(self, deliver: Deliver) -> AbstractContextManager[None]:
+        """The network reads aliases within, whose gradients are delivered.
+
+        Raises:
+            PrivacyError: a parameter is not where it was.
+        """
+        parameters = self.parameters
+        if any(held.get(name) is not parameters[index] for held, name, index in self._places):
+            raise PrivacyError("a parameter of model.net was removed or replaced after wrapping: wrap the network anew")
+        return self._holding(_Door.apply(deliver, *parameters) if parameters else ())  # type: ignore[no-untyped-call]
+
+    def resting(self) -> AbstractContextManager[None]:
+        """The network holds its parameters within, in the middle of a pass too."""
+        return self._holding(self.parameters)
+
+    @contextmanager
+    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+        kept = [held.get(name) for held, name, _ in self._places]
+        try:
+            for held, name, index in self._places:
+                held[name] = values[index]
+            yield
+        finally:
+            for (held, name, _), value in zip(self._places, kept, strict=True):
+                held[name] = value
+
+
+class _Door(torch.autograd.Function):
+    """The parameters as the network sees them; what comes back is delivered."""
+
+    @staticmethod
+    def forward(ctx: Any, deliver: Deliver, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.deliver = deliver
+        ctx.set_materialize_grads(False)
+        return parameters
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        nodes = [node for node, _ in ctx.next_functions]
+        return None, *ctx.deliver(gradients, nodes[-len(gradients) :])

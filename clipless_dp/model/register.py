@@ -1,0 +1,456 @@
+"""The register of passes: what entered the gradients of a step is witnessed, not inferred.
+
+Each forward pass of a wrapped model with gradients on opens a :class:`clipless_dp.model.passes.Pass`. It notes the
+bounds at its weights and settings, and which rows came in. The network runs on aliases of its parameters, which lead
+back to them through one door; at its output stands the outermost gate. A backward pass enters by the gate, once and at
+first order, and ends at the door, which alone adds to ``.grad``. So whatever else adds to a gradient, or changes one,
+shows.
+
+A compiled graph has the gate, as opaque operators, but no door: there each ``.grad`` may change once for each pass that
+entered by the gate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple, Protocol, cast
+from weakref import ReferenceType, WeakValueDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.bounds.sensitivity import Sensitivity
+from clipless_dp.errors import PrivacyError
+from clipless_dp.model.door import Aliases
+from clipless_dp.model.passes import DROPPED, Pass, announcing, declaring, joined, opened
+from clipless_dp.model.surroundings import refuse_interference
+from clipless_dp.sampling import fingerprints
+from clipless_dp.sampling.draws import Draw, Rows
+
+_SPENT = (
+    "What is done with private gradients, their norm or their direction, would decide what a step releases (skipped "
+    "batches, sharpness-aware steps), and no noise covers that. Take the step with what came in; skip_draw() says that "
+    "a batch is left out for another reason, clipless_dp.passes.unwitnessed() that nothing of a pass trains anything, "
+    "passes.public() that its rows are nobody's, such as a generator's"
+)
+
+
+class Watched(Protocol):
+    """What a register asks of the model whose passes it keeps."""
+
+    def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
+        """The bounds that hold now, and a fingerprint of all that they rest on."""
+        ...
+
+    def check_pass(self, fingerprint: object) -> None:
+        """Raises :class:`PrivacyError` where what the bounds of a pass rest on is not what it was."""
+        ...
+
+
+class _Held(NamedTuple):
+    """A gradient as the register left it."""
+
+    gradient: ref[Tensor]
+    version: int
+    sample: object
+
+
+_MOST_OPEN = 4096
+"""Compiled passes that wait for a backward pass; those that never get one are forgotten."""
+
+registers: WeakValueDictionary[int, Register] = WeakValueDictionary()
+_keys = itertools.count(1)
+
+
+def count_from(start: int) -> None:
+    """Registers and passes to come are numbered from here on, so that no number tells how many there were."""
+    global _keys
+    _keys = itertools.count(start)
+
+
+class Register:
+    """The passes of one model since its gradients were last empty.
+
+    Args:
+        model: the model.
+        net: its network.
+
+    Attributes:
+        parameters: those whose gradients it keeps.
+        passes: those that have added to the gradients.
+        lock: held while the network runs on aliases of its parameters.
+        key: names it in compiled graphs.
+        taker: the optimizer that the last gradients of passes went to, as long as it lives.
+    """
+
+    taker: ReferenceType[object] | None = None
+
+    def __init__(self, model: Watched, net: nn.Module) -> None:
+        self._model = ref(model)
+        self.passes: list[Pass] = []
+        self._computed: list[Pass] = []
+        self._filled: set[int] = set()
+        self.lock = threading.RLock()
+        self.key = next(_keys)
+        self._held: dict[nn.Parameter, _Held] = {}
+        self._taint: str | None = None
+        self._handles: list[Any] = []
+        self._awaited: set[int] = set()
+        self._compiled_task: int | None = None
+        self._open: dict[int, Pass] = {}
+        self._task: tuple[int, bool] | None = None
+        self.sharded = False
+        registers[self.key] = self
+        self.follow(net)
+
+    def follow(self, net: nn.Module) -> None:
+        """Notes where the parameters of the network are held."""
+        self._aliases = Aliases(net)
+        self.parameters = self._aliases.parameters
+
+    def open(self, inputs: Tensor) -> Pass:
+        """A pass of these rows.
+
+        Raises:
+            PrivacyError: hooks or modes in force may change what the network computes; or as :func:`opened`.
+            InputError: as :func:`opened`.
+        """
+        refuse_interference()
+        model = self._model()
+        assert model is not None
+        with self.lock:
+            sensitivity, fingerprint = model.bounds_of_pass()
+        return opened(inputs, sensitivity, fingerprint)
+
+    def running(self, begun: Pass) -> AbstractContextManager[None]:
+        """With the lock held, the network reads aliases of its parameters within, whose gradients are delivered."""
+        return self._aliases.running(partial(self.deliver, begun))
+
+    def resting(self) -> AbstractContextManager[None]:
+        """The network holds its parameters within, in the middle of a pass too."""
+        return self._aliases.resting()
+
+    def enter(self, entering: Pass, norms: Tensor | None = None) -> None:
+        """A backward pass begins at the outermost gate.
+
+        Args:
+            entering: the pass.
+            norms: of the rows' cotangents, where a look at them does not wait for a device.
+
+        Raises:
+            PrivacyError: it has been there before, or is to be differentiated itself, or what the bounds rest on has
+                changed, or private and public rows come back together, or rows that pad a draw do.
+        """
+        try:
+            if torch.is_grad_enabled():
+                raise PrivacyError(
+                    "a second derivative through the wrapped model (a gradient penalty, a Jacobian, create_graph=True) "
+                    "passes by the gates, and no bound holds for it. A constraint on the weights "
+                    "(constraints.Spectral, constraints.Orthogonal) bounds the slope of the network without one. "
+                    + DROPPED
+                )
+            if entering.entered:
+                raise PrivacyError(
+                    "a pass was back-propagated twice, so that its samples would count twice: back-propagate one loss "
+                    "that adds both terms, without retain_graph. " + DROPPED
+                )
+            refuse_interference()
+            entering.refuse_other_inputs()
+            model = self._model()
+            if model is not None:
+                model.check_pass(entering.fingerprint)
+            task = torch._C._current_graph_task_id()
+            if self._task is not None and self._task[0] == task and self._task[1] != entering.public:
+                raise PrivacyError(
+                    "public and private rows came back from one loss, through which private ones may change what "
+                    "public ones contribute: call backward() once for each kind. " + DROPPED
+                )
+            if norms is not None:
+                entering.refuse_padding(norms)
+            self._task = task, entering.public
+            entering.entered = True
+            if self.sharded:
+                self.reconcile()
+                self._note_computed(entering)
+                self.passes.append(entering)
+        except BaseException:
+            self.drop()
+            raise
+
+    @torch.no_grad()
+    def deliver(self, closing: Pass, gradients: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
+        """Adds the gradients of a pass to those of the parameters; returns those that somebody else asked for.
+
+        Args:
+            closing: the pass.
+            gradients: one for each parameter.
+            nodes: through which autograd would add them.
+        """
+        returned: list[Tensor | None] = [None] * len(gradients)
+        self.reconcile()
+        counted, left_out = False, False
+        self._note_computed(closing)
+        added: list[tuple[nn.Parameter, Tensor]] = []
+        given: set[int] = set()
+        for index, (parameter, gradient) in enumerate(zip(self.parameters, gradients, strict=True)):
+            if gradient is None:
+                continue
+            try:
+                if not torch._C._will_engine_execute_node(nodes[index]):
+                    left_out = True
+                    continue
+            except RuntimeError:
+                # autograd.grad, which fills no .grad.
+                returned[index] = gradient
+                continue
+            if not counted:
+                # Before anything is added: what fails half-way has come in all the same.
+                counted = True
+                self.passes.append(closing)
+                if not closing.entered:
+                    self._taint = (
+                        "a gradient came back from within the network, around the gate at its output: from a value "
+                        "that a layer has kept, say. Let all that is trained on be a loss of the model's output"
+                    )
+            self._filled.add(id(parameter))
+            if parameter.grad is not None:
+                added.append((parameter, gradient))
+            else:
+                own = gradient.stride() == parameter.stride() and gradient.data_ptr() not in given
+                parameter.grad = gradient.detach() if own else torch.empty_like(parameter).copy_(gradient)
+                given.add(gradient.data_ptr())
+                self._note(parameter)
+        if counted and left_out:
+            self._taint = (
+                "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must "
+                "not depend on a batch. Freeze parameters by requires_grad_(False)"
+            )
+        if added:
+            torch._foreach_add_([cast(Tensor, parameter.grad) for parameter, _ in added], [own for _, own in added])
+            for parameter, _ in added:
+                self._note(parameter)
+        return returned
+
+    def _note_computed(self, computed: Pass) -> None:
+        """Private gradients exist from here on, whatever becomes of them."""
+        if not computed.public and all(computed is not other for other in self._computed):
+            self._computed.append(computed)
+
+    def open_compiled(self, inputs: Tensor) -> int:
+        """As :meth:`open`, for a graph, which knows the pass by a number."""
+        opened = self.open(inputs)
+        number = next(_keys)
+        self._open[number] = opened
+        while len(self._open) > _MOST_OPEN:
+            del self._open[next(iter(self._open))]
+        return number
+
+    def enter_compiled(self, number: int) -> None:
+        """As :meth:`enter`, for a graph whose gradients autograd adds afterwards."""
+        entering = self._open.get(number)
+        if entering is None:
+            raise PrivacyError("this pass was opened too long ago to be back-propagated: run it again")
+        task = torch._C._current_graph_task_id()
+        self.unhook()
+        if task != self._compiled_task:
+            # Of several passes in one backward pass none has added to a gradient yet.
+            self.reconcile()
+        self._compiled_task = task
+        self.enter(entering)
+        self._note_computed(entering)
+        self.passes.append(entering)
+        self._awaited = {id(parameter) for parameter in self.parameters}
+        self._handles = [
+            parameter.register_post_accumulate_grad_hook(self._added_by_engine)
+            for parameter in self.parameters
+            if parameter.requires_grad
+        ]
+
+    def _added_by_engine(self, parameter: Tensor) -> None:
+        """Notes a gradient right where autograd has added to it, once for a backward pass."""
+        held = cast(nn.Parameter, parameter)
+        if id(held) not in self._awaited:
+            return
+        self._awaited.discard(id(held))
+        self._filled.add(id(held))
+        known, gradient = self._held.get(held), cast(Tensor, held.grad)
+        if known is None or known.gradient() is None or known.version == gradient._version - 1:
+            self._note(held)
+
+    def unhook(self) -> None:
+        """Removes what was to note the gradients of a compiled pass: it is over."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._awaited.clear()
+
+    def reconcile(self) -> None:
+        """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
+        if self.sharded:
+            # What ``fully_shard`` sums and splits goes by no door.
+            if all(parameter.grad is None for parameter in self.parameters):
+                self.forget()
+            return
+        self.unhook()
+        kept, altered, emptied = False, None, False
+        for parameter in self.parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                self._held.pop(parameter, None)
+                emptied |= id(parameter) in self._filled
+                continue
+            known = self._held.get(parameter)
+            if known is not None and known.gradient() is gradient and known.version == gradient._version:
+                if known.sample is None or known.sample == fingerprints.sample(gradient):
+                    kept = True
+                    continue
+                altered = parameter
+            elif not bool(gradient.any()):
+                self._note(parameter)
+                emptied |= id(parameter) in self._filled
+            else:
+                altered = parameter
+        if altered is not None:
+            self._taint = (
+                "gradients were changed, or added to, by something else than passes through the wrapped model: a loss "
+                "of model.net or of an exported copy, a hook, clip_grad_norm_, a scaled .grad. Scale the learning rate "
+                "by a public number instead, and call model(...) for all that is trained on"
+            )
+        elif not kept:
+            self.passes, self._taint = [], None
+            self._filled.clear()
+        elif emptied:
+            self._taint = "the gradients of some parameters were dropped, and those of others kept. " + _SPENT
+
+    def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        self._held[parameter] = _Held(
+            ref(gradient), gradient._version, fingerprints.sample(gradient) if sampled else None
+        )
+
+    def note_all(self, *, sampled: bool = True) -> None:
+        """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
+        if not self.sharded:
+            self._held.clear()
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    self._note(parameter, sampled=sampled)
+
+    def let_go(self) -> None:
+        """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
+        self._held.clear()
+
+    def forget(self) -> None:
+        """No pass is in the gradients any more, and none is missing from them."""
+        self.passes, self._computed, self._taint = [], [], None
+        self._filled.clear()
+
+    def drop(self) -> None:
+        """Drops the gradients, so that no later step releases them."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        self._held.clear()
+        self.forget()
+
+    @contextmanager
+    def apart(self, rows: Rows | None, beside: Draw | None, *, views: int = 1, public: bool = False) -> Iterator[None]:
+        """Passes within start from empty gradients and count as one pass of these rows, which joins those before.
+
+        After an error the gradients are as before.
+
+        Args:
+            rows: what comes in.
+            beside: see :class:`Pass`.
+            views: how often each row comes in; the gradients are divided by it.
+            public: see :class:`Pass`.
+        """
+        self.reconcile()
+        parameters = self.parameters
+        before = [parameter.grad for parameter in parameters]
+        earlier, self.passes = self.passes, []
+        computed, self._computed = self._computed, []
+        filled, self._filled = self._filled, set()
+        taint = self._taint
+        held, self._held = self._held, {}
+        try:
+            for parameter in parameters:
+                parameter.grad = None
+            with declaring(rows=rows, beside=beside, public=public):
+                yield
+            self.reconcile()
+            if self._taint is None and not public and len(self._computed) != len(self.passes):
+                self._taint = "the loss computed private gradients and did not leave them in place. " + _SPENT
+            if self._taint is not None and taint is None:
+                raise PrivacyError(f"{self._taint}. Of this batch nothing was added")
+            if views > 1:
+                torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], views)
+        except BaseException:
+            for parameter, gradient in zip(parameters, before, strict=True):
+                parameter.grad = gradient
+            self.passes, self._held, self._taint = earlier, held, taint
+            self._computed, self._filled = computed, filled
+            raise
+        made, self.passes = self.passes, earlier
+        self._computed, self._filled = computed, self._filled | filled
+        if made:
+            known = (
+                None if made[0].sensitivity is None else joined(made, lambda: cast(Sensitivity, made[0].sensitivity))
+            )
+            self.passes.append(Pass(known, None, rows, beside=beside, public=public))
+            self._note_computed(self.passes[-1])
+        self._taint = self._taint or taint
+        with torch.no_grad():
+            for parameter, gradient in zip(parameters, before, strict=True):
+                if gradient is None:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = gradient
+                else:
+                    parameter.grad += gradient
+        self.note_all()
+
+    @contextmanager
+    def rows(self, seen: Tensor, counts: Tensor) -> Iterator[None]:
+        """Within :meth:`apart`, one pass of this tensor and nothing else, forth and back.
+
+        Args:
+            seen: the rows.
+            counts: boolean, which of them count; a loss may leave a piece out of which none does.
+
+        Raises:
+            PrivacyError: the model was passed other rows, or these more than once or not at all.
+        """
+        before = len(self.passes)
+        with announcing(seen):
+            yield
+        made = self.passes[before:]
+        if len(made) > 1 or not all(some.declared for some in made):
+            raise PrivacyError(
+                "the loss passed the model other rows than those that it was given, or passed them more than once, "
+                "so that they would count twice: call the model once, on the very tensor that comes in"
+            )
+        if not made and bool(counts.any()):
+            raise PrivacyError(
+                "the loss left rows out that it was given: whether a sample enters may then depend on others. Pass the "
+                "model the very tensor that comes in, and leave rows out with the mask"
+            )
+
+    def witnessed(self) -> list[Pass]:
+        """The passes that the gradients consist of.
+
+        Raises:
+            PrivacyError: something else is in them.
+        """
+        self.reconcile()
+        reason = self._taint
+        if reason is None and any(all(one is not other for other in self.passes) for one in self._computed):
+            reason = "private gradients were computed that are not in this step: they were dropped or read. " + _SPENT
+        if reason is not None:
+            self.drop()
+            raise PrivacyError(f"{reason}. {DROPPED}")
+        return list(self.passes)
