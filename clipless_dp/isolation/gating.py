@@ -91,6 +91,8 @@ class Gating(TorchFunctionMode):
                 "the network hooks a tensor (register_hook, retain_grad) within its forward: a hook sees the gradients "
                 "of all samples at once. Remove it"
             )
+        if args and isinstance(args[0], type) and issubclass(args[0], torch.autograd.Function):
+            _refuse_rule_of_its_own(args[0])
         met = self._meets(args) or bool(kwargs and self._meets(kwargs.values()))
         result: Any = NotImplemented
         if met or func in _ALWAYS:
@@ -99,8 +101,8 @@ class Gating(TorchFunctionMode):
                 result = handler(self, *args, **kwargs)
         if result is NotImplemented:
             if met:
-                args = [self._expanded(value) for value in args]
-                kwargs = {name: self._expanded(value) for name, value in kwargs.items()}
+                args = [self.expanded(value) for value in args]
+                kwargs = {name: self.expanded(value) for name, value in kwargs.items()}
             result = func(*args, **kwargs)
         self._note(result)
         return result
@@ -153,15 +155,12 @@ class Gating(TorchFunctionMode):
             self._copies[name] = cast(Tensor, Expanded.apply(self.sample, source, gates))  # type: ignore[no-untyped-call]
         return self._copies[name]
 
-    def _expanded(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-            return type(value)(self._expanded(entry) for entry in value)
-        name = self.name_of(value)
-        return value if name is None else self.copy(name)
-
     def expanded(self, value: Any) -> Any:
         """A value for functions without a gate of their own: of a parameter its copy."""
-        return self._expanded(value)
+        if type(value) in (list, tuple):
+            return type(value)(self.expanded(entry) for entry in value)
+        name = self.name_of(value)
+        return value if name is None else self.copy(name)
 
     def kept(self, returned: Iterable[Any]) -> bool:
         """Whether anything that was computed outlives the run, besides what it returned."""
@@ -201,15 +200,14 @@ def refuse_other_ways(
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and not isinstance(node, _NODES):
-            _refuse_rule_of_its_own(node)
-        for following in node.next_functions:
+        for slot, following in enumerate(node.next_functions):
             behind, _ = following
             if behind is None:
                 continue
             name = ours.get(following)
             if name is not None:
-                if not isinstance(node, _NODES):
+                # The first tensor of each gate is not gated: what a layer reads, or what tells samples apart.
+                if slot == 0 or not isinstance(node, _NODES):
                     raise PrivacyError(
                         f"the parameter {name!r} is used past its gate, by {type(node).__name__}: use it in the "
                         "network's forward through functions of torch"
@@ -228,16 +226,10 @@ def refuse_other_ways(
                 stack.append(behind)
 
 
-def _refuse_rule_of_its_own(node: Any) -> None:
-    made = getattr(type(node), "_forward_cls", None)
-    if (
-        made is None
-        or made.__module__.partition(".")[0] == "torch"
-        or made.__module__.startswith("clipless_dp.isolation")
-    ):
-        return
-    if not getattr(made, "generate_vmap_rule", False):
+def _refuse_rule_of_its_own(function: type[torch.autograd.Function]) -> None:
+    ours = function.__module__.partition(".")[0] == "torch" or function.__module__.startswith("clipless_dp.isolation")
+    if not (ours or getattr(function, "generate_vmap_rule", False)):
         raise PrivacyError(
-            f"the autograd function {made.__name__} has a vmap rule of its own, which sees all samples at once: set "
-            "generate_vmap_rule = True in it, or write it in functions of torch"
+            f"the autograd function {function.__name__} has no vmap rule, or one of its own, which sees all samples at "
+            "once: set generate_vmap_rule = True in it, or write it in functions of torch"
         )

@@ -33,6 +33,7 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     """``x Wᵀ + b``, or ``x W + b``."""
     if input.dim() == 0 or weight.dim() != 2 or _differs(weight) or _differs(bias):
         return NotImplemented
+    input = run.expanded(input)
     of_weight, of_bias = run.name_of(weight), run.name_of(bias)
     outputs, inputs = reversed(weight.shape) if transposed else weight.shape
     positions = math.prod(input.shape[:-1])
@@ -47,7 +48,7 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 @handles(torch.addmm, Tensor.addmm)
 def addmm(run: Gating, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Any:
     """``b + x W``, as some linear layers write it."""
-    if scales or run.name_of(input) is not None or bias.dim() != 1:
+    if scales or bias.dim() != 1:
         return NotImplemented
     return linear(run, input, weight, bias, transposed=True)
 
@@ -55,7 +56,7 @@ def addmm(run: Gating, bias: Tensor, input: Tensor, weight: Tensor, **scales: An
 @handles(torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__)
 def matmul(run: Gating, input: Tensor, weight: Tensor) -> Any:
     """``x W``."""
-    if run.name_of(weight) is None or run.name_of(input) is not None:
+    if run.name_of(weight) is None:
         return NotImplemented
     return linear(run, input, weight, transposed=True)
 
@@ -100,6 +101,7 @@ def layer_norm(
     """Layer normalisation with an affine map."""
     if _differs(weight) or _differs(bias):
         return NotImplemented
+    input = run.expanded(input)
     entries = input.numel()
     gates = Affine(
         run.gated(run.name_of(weight), "norm", entries),
@@ -119,7 +121,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Group normalisation, and a copy of its affine map."""
-    values = functional.group_norm(input, num_groups, None, None, eps)
+    values = functional.group_norm(run.expanded(input), num_groups, None, None, eps)
     shape = (1, -1, *[1] * (input.dim() - 2))
     if weight is not None:
         values = values * run.expanded(weight).reshape(shape)
@@ -136,6 +138,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
+    input = run.expanded(input)
     axes = weight.dim() - 2
     if _differs(weight) or _differs(bias) or input.dim() not in (axes + 1, axes + 2):
         return NotImplemented
@@ -188,8 +191,9 @@ def attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Attention of one sample."""
-    if query.dim() < 3 or not all(run.name_of(value) is None for value in (query, key, value, attn_mask)):
+    if query.dim() < 3:
         return NotImplemented
+    query, key, value, attn_mask = (run.expanded(one) for one in (query, key, value, attn_mask))
     settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         settings["enable_gqa"] = True
@@ -212,3 +216,18 @@ def multi_head_attention(run: Gating, *args: Any, **kwargs: Any) -> Any:
     """Projections and attention of ``nn.MultiheadAttention``, each as by itself."""
     with run:
         return _attend(*args, **kwargs)
+
+
+@handles(torch._weight_norm)
+def weight_norm(run: Gating, v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    """``g·v/‖v‖``, of which torch's own kernel has no rule for ``vmap``."""
+    direction = run.expanded(v)
+    axes = [axis for axis in range(v.dim()) if axis != dim]
+    return direction * (run.expanded(g) / torch.linalg.vector_norm(direction, dim=axes, keepdim=True))
+
+
+@handles(functional.bilinear)
+def bilinear(run: Gating, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """``x₁ W x₂ + b``, of which torch's own kernel has no rule for ``vmap``."""
+    made = torch.einsum("...i,oij,...j->...o", run.expanded(input1), run.expanded(weight), run.expanded(input2))
+    return made if bias is None else made + run.expanded(bias)

@@ -22,7 +22,6 @@ Select = str | int | Callable[[Any], Tensor] | None
 """Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
 
 _STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Isolated(nn.Module):
@@ -58,7 +57,7 @@ class Isolated(nn.Module):
         floor: float = FLOOR_SHARE,
     ) -> None:
         super().__init__()
-        _refuse_statistics(net)
+        _refuse_what_sees_batches(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
         self._parameters, self._modules, self._buffers = net._parameters, net._modules, net._buffers
@@ -148,6 +147,7 @@ class Isolated(nn.Module):
             PrivacyError: it keeps something of a sample, or a parameter is used past its gate, or more often than when
                 the network was wrapped.
         """
+        _refuse_what_sees_batches(self.net)
         held = dict(self._held())
         # The first pass counts the uses of frozen parameters too, which may be trained later.
         sources = {name: value for name, value in held.items() if value.requires_grad or not self.uses}
@@ -275,7 +275,7 @@ def is_named(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
 
 
-def _refuse_statistics(net: nn.Module) -> None:
+def _refuse_what_sees_batches(net: nn.Module) -> None:
     parts = []
     for path, part in net.named_modules():
         if isinstance(part, _STATISTICS) and (part.training or part.running_mean is None):

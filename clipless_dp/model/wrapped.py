@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
-from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.fusion import FusedNet
 from clipless_dp.gates import rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
@@ -153,7 +153,7 @@ class DPLipModel(nn.Module):
             InputError: wrong shape, dtype or device.
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
-        inputs = self.rows(inputs, named)
+        inputs = checks.as_rows(inputs, named, self._packing)
         self.check_inputs(inputs)
         net = self.placement.opened(self._traced.module)
         opened: _Opened = None
@@ -188,18 +188,6 @@ class DPLipModel(nn.Module):
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
-
-    def rows(self, inputs: Tensor | Structure | None, named: Mapping[str, Tensor]) -> Tensor:
-        """The inputs of a batch as one tensor: as it is, or packed.
-
-        Raises:
-            InputError: they are not those that the model was wrapped for.
-        """
-        if isinstance(inputs, Tensor) and not named:
-            return inputs
-        if self._packing is None or isinstance(inputs, Tensor) or (inputs is not None and named):
-            raise InputError("expected one tensor; several inputs are told of by input_shape, by name or in order")
-        return self._packing.pack(named if inputs is None else inputs)
 
     @property
     def packing(self) -> Packing | None:
@@ -312,8 +300,11 @@ class DPLipModel(nn.Module):
         """Whether a compiled graph may be faster than ``forward`` as it is.
 
         Not on a CPU with signal gates around layers, or with convolutions in front of a max pooling: what is fused for
-        the CPU is not for compiled graphs, which take 1.5 times and more of its time.
+        the CPU is not for compiled graphs, which take 1.5 times and more of its time. Nor where a network is isolated,
+        which runs as it is.
         """
+        if self.graph.isolated:
+            return False
         device, dtype = self.device_and_dtype()
         return not (self._network.fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
 
