@@ -15,6 +15,7 @@ from clipless_dp.bounds.sensitivity import LayerSensitivity, Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import GradientGated, can_be_gradient_gated
 from clipless_dp.graph.tracing import TracedNet
+from clipless_dp.isolation import Isolated
 
 TIGHT = 0.5
 """A bound that is half used costs at most twice the noise it has to: no gate is advised."""
@@ -125,10 +126,18 @@ def measure(
         largest_total = max(largest_total, math.hypot(*norms[: len(parameters)]))
         for node, norm in zip(recorder.outputs, norms[len(parameters) :], strict=True):
             recorder.cotangents[node] = max(recorder.cotangents[node], norm)
-    lines = [
-        _line(traced, node, layer, recorder, sensitivity, largest_gradients)
-        for node, layer in zip(recorder.watched, sensitivity.layers, strict=True)
-    ]
+    lines: list[LayerTightness] = []
+    for node in recorder.watched:
+        if isinstance(leaf := traced.leaf(node), Isolated):
+            own = {traced.names[id(parameter)] for parameter in leaf.parameters() if parameter.requires_grad}
+            lines += [
+                _line_of_parameter(layer, recorder, node, largest_gradients)
+                for layer in sensitivity.layers
+                if layer.path in own
+            ]
+        else:
+            layer = next(layer for layer in sensitivity.layers[len(lines) :] if layer.path == str(node.target))
+            lines.append(_line(traced, node, layer, recorder, sensitivity, largest_gradients))
     total = _ratio(largest_total, sensitivity.total, "the whole gradient")
     return TightnessReport(samples, total, tuple(lines))
 
@@ -150,6 +159,18 @@ def _ratio(observed: float, bound: float, what: str) -> float:
             "it is wrong. Do not train with it"
         )
     return ratio
+
+
+def _line_of_parameter(
+    layer: LayerSensitivity, recorder: _Recorder, node: fx.Node, largest_gradients: Mapping[str, float]
+) -> LayerTightness:
+    """The line of one parameter of an isolated network, of which nothing but the gradient has a bound."""
+    name = layer.path.rpartition(".")[2]
+    seen = {name: largest_gradients[layer.path]}
+    ratios = {name: _ratio(seen[name], layer.sensitivity, f"the gradient of {layer.path}")}
+    advice = "–" if ratios[name] >= TIGHT else f"gradient gates of a smaller limit ({_listed(seen)})"
+    activation, cotangent = recorder.activations[node], recorder.cotangents[node]
+    return LayerTightness(layer.path, layer.kind, 0.0, 0.0, ratios, activation, cotangent, seen, advice)
 
 
 def _line(

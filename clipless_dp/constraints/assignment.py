@@ -28,6 +28,11 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
     """
     if spec is None:
         return {}
+    if isinstance(spec, Constraint) and not operators:
+        raise ConfigurationError(
+            "no weight of the network has a norm that a constraint could bound: a network that runs sample by sample, "
+            "behind gradient gates, needs no constraint"
+        )
     if isinstance(spec, Constraint):
         return {
             name: _fitting(spec, acting)

@@ -55,6 +55,8 @@ def gated(
         UnsupportedModuleError: the network cannot be traced.
         ConfigurationError: no layer matches, or a value is out of range.
     """
+    if isinstance(net, Isolated):
+        raise ConfigurationError("a network that runs sample by sample is behind gradient gates, and needs no others")
     if is_leaf(net):
         raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
     traced = symbolic_trace(net)

@@ -143,7 +143,8 @@ class Isolated(nn.Module):
         """Runs each sample by itself.
 
         Raises:
-            UnsupportedModuleError: the network branches on values, or does what cannot be done for one sample alone.
+            ConfigurationError: ``select`` finds no output, or one without a batch axis.
+        UnsupportedModuleError: the network branches on values, or does what cannot be done for one sample alone.
             PrivacyError: it keeps something of a sample, or a parameter is used past its gate, or more often than when
                 the network was wrapped.
         """

@@ -153,6 +153,11 @@ class DPLipModel(nn.Module):
             InputError: wrong shape, dtype or device.
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
+        if torch.compiler.is_compiling() and self.graph.isolated:
+            raise ConfigurationError(
+                "a network that runs sample by sample is not compiled or exported: run the model as it is, or use "
+                "gradient_gated(net, isolation='graph') where each of its parts has a rule"
+            )
         inputs = checks.as_rows(inputs, named, self._packing)
         self.check_inputs(inputs)
         net = self.placement.opened(self._traced.module)
