@@ -9,7 +9,7 @@ Afterwards the graph is walked: a gradient may come to a parameter through gates
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 from weakref import ref
 
@@ -62,19 +62,27 @@ class Gating(TorchFunctionMode):
         sources: the tensors that stand for trainable parameters in this pass, by name.
         also: the names by which the code may hold the parameters themselves, by ``id``.
         caps: the gate of each.
+        fields: the inputs of all samples, each contiguous and in memory of its own, if look-ups of them are to be noted.
 
     Attributes:
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.
-        tables: the lengths of the tables that a sample's own numbers were looked up in.
+        limits: for each input, and each entry of a sample's, the length of the shortest table that it was looked up in;
+            0 where it was in none.
     """
 
     def __init__(
-        self, sample: Tensor, sources: Mapping[str, Tensor], also: Mapping[int, str], caps: Mapping[str, Cap]
+        self,
+        sample: Tensor,
+        sources: Mapping[str, Tensor],
+        also: Mapping[int, str],
+        caps: Mapping[str, Cap],
+        fields: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.sample = sample
         self.uses: dict[str, list[tuple[str, int]]] = {}
-        self.tables: list[int] = []
+        self.limits = [torch.zeros(field[0].numel(), dtype=torch.int64) for field in fields]
+        self._fields = fields
         self._sources = sources
         self._names = {**also, **{id(source): name for name, source in sources.items()}}
         self._caps = caps
@@ -139,6 +147,18 @@ class Gating(TorchFunctionMode):
             return None
         self.uses.setdefault(name, []).append((kind, entries))
         return self._caps[name]
+
+    def looked_up(self, tokens: Tensor, rows: int) -> None:
+        """Notes which entries of the inputs are looked up in a table of so many rows, if they are as they came in."""
+        for field, limits in zip(self._fields, self.limits, strict=True):
+            held: Any = tokens
+            while torch._C._functorch.is_functorch_wrapped_tensor(held):
+                held = torch._C._functorch.get_unwrapped(held)
+            if held.untyped_storage().data_ptr() == field.untyped_storage().data_ptr():
+                numbers = torch.arange(field.numel()).as_strided(held.shape, held.stride(), held.storage_offset())
+                places = numbers.flatten() % len(limits)
+                known = limits[places]
+                limits[places] = torch.where(known > 0, known.clamp(max=rows), rows)
 
     def source(self, value: Any) -> Any:
         """What stands for a parameter in this pass; another value as it is."""
