@@ -18,7 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from clipless_dp.losses import Loss
 from clipless_dp.model import DPLipModel
-from clipless_dp.testing.attacks import TOLERANCE, BoundBroken
+from clipless_dp.model.valid_inputs import fields_of, limits_of
+from clipless_dp.testing.attacks import TOLERANCE, BoundBroken, is_capped
 from clipless_dp.testing.consistency import Inconsistent
 
 _CROWD = 6
@@ -69,6 +70,8 @@ def hostile_rows(model: DPLipModel, generator: torch.Generator, *, annihilated: 
             "repeated": torch.full(model.input_shape, model.vocabulary - 1),
             "unknown": unknown,
         }
+    elif not is_capped(model):
+        samples = _of_any_size(model, generator)
     else:
         direction = torch.randn(model.input_shape, generator=generator, dtype=torch.float64)
         direction = direction / max(float(direction.norm()), 1e-300)
@@ -91,6 +94,29 @@ def hostile_rows(model: DPLipModel, generator: torch.Generator, *, annihilated: 
     return rows
 
 
+def _of_any_size(model: DPLipModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Samples of a model that caps no norm: of several inputs, or of integers that no table is known for."""
+    known = model.random_inputs(1, generator)[0]
+    fields = fields_of(model.graph, model.packing, model.input_shape)
+    numbers = torch.cat([torch.full((field.entries,), field.dtype.is_floating_point) for field in fields])
+    numbers = numbers.reshape(known.shape)
+    limits = limits_of(model.graph, known.numel()).reshape(known.shape)
+    samples = {"random": known, "repeated": torch.where(numbers, known, torch.where(limits > 0, limits - 1, 1).to(known))}
+    if bool(numbers.any()):
+        for kind, factor in (("huge", _HUGE), ("tiny", 1e-30), ("zero", 0.0)):
+            samples[kind] = torch.where(numbers, factor * known, known)
+        for kind, value in (("NaN", math.nan), ("infinite", math.inf)):
+            samples[kind] = torch.where(numbers, value, known)
+    if bool((limits > 0).any()):
+        samples["unknown"] = torch.where(limits > 0, limits.to(known), known)
+    if not known.is_floating_point():
+        samples["padding"] = torch.full_like(known, -1)
+    return samples
+
+
+_HUGE = 1e6
+"""Multiple of an ordinary number: networks without a cap of their samples square and exponentiate what is larger."""
+
 _LARGE, _SMALL = 3.0, 0.05
 """Multiples of the cotangent's cap: gates around layers, whose caps are no larger, are closed by the one and not by the
 other."""
@@ -102,6 +128,8 @@ _TIES = ("zero", "annihilated", "repeated")
 def _annihilated(model: DPLipModel, count: int, generator: torch.Generator) -> Tensor | None:
     """Samples that the first linear layer maps to zero, up to rounding; ``None`` where there are none."""
     entries = math.prod(model.input_shape)
+    if not is_capped(model):
+        return None
     for leaf in model.net.modules():
         if isinstance(leaf, nn.Linear):
             rows, columns = leaf.weight.shape
