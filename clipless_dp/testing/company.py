@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from clipless_dp.isolation import Isolated
 from clipless_dp.losses import Loss
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.valid_inputs import fields_of, limits_of
@@ -174,7 +175,7 @@ def check_counts(model: DPLipModel, generator: torch.Generator, *, on_pass: Call
         return [g.detach() for g in torch.autograd.grad(loss, trainable, materialize_grads=True)]
 
     with quiet(model):
-        if _is_random(model, rows[:2]):
+        if is_random(model, rows[:2]):
             return
         for count in _COUNTS:
             pairs = zip(summed(count), summed(count + 1), strict=True)
@@ -255,14 +256,20 @@ def check_company(
             compare()
         except (BoundBroken, Inconsistent):
             # Sums that draw random numbers of their own have nothing to do with each other.
-            if not _is_random(model, torch.stack([rows[0].sample] * 2)):
+            if not is_random(model, torch.stack([rows[0].sample] * 2)):
                 raise
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Dropout is off within: sums with one row more have masks of their own, and say nothing about each other."""
-    random = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    # Of networks of which nothing is known, any part may draw: attention does by itself.
+    unknown = {id(part) for known in model.modules() if isinstance(known, Isolated) for part in known.modules()}
+    random = [
+        module
+        for module in model.modules()
+        if module.training and (isinstance(module, _DropoutNd) or id(module) in unknown)
+    ]
     for module in random:
         module.training = False
     try:
@@ -273,7 +280,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _is_random(model: DPLipModel, inputs: Tensor) -> bool:
+def is_random(model: DPLipModel, inputs: Tensor) -> bool:
+    """Whether a model draws random numbers of its own: two passes of the same rows differ."""
     first, second = model(inputs), model(inputs)
     return not torch.equal(first.nan_to_num(), second.nan_to_num())
 
