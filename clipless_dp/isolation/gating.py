@@ -84,7 +84,9 @@ class Gating(TorchFunctionMode):
         self.limits = [torch.zeros(field[0].numel(), dtype=torch.int64) for field in fields]
         self._fields = fields
         self._sources = sources
-        self._names = {**also, **{id(source): name for name, source in sources.items()}}
+        self._called = {**also, **{id(source): name for name, source in sources.items()}}
+        # Frozen parameters have no gate.
+        self._names = {held: name for held, name in self._called.items() if name in sources}
         self._caps = caps
         self._copies: dict[str, Tensor] = {}
         self._made: list[Any] = []
@@ -134,6 +136,10 @@ class Gating(TorchFunctionMode):
     def name_of(self, value: Any) -> str | None:
         """The parameter that a value stands for."""
         return self._names.get(id(value)) if isinstance(value, Tensor) else None
+
+    def told_of(self, value: Tensor) -> str:
+        """What a parameter is called in messages, frozen ones too."""
+        return self._called.get(id(value), f"of shape {tuple(value.shape)}")
 
     def gated(self, name: str | None, kind: str, entries: int) -> Cap | None:
         """The gate of a parameter, for one more use of it.

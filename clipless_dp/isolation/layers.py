@@ -77,7 +77,7 @@ def embedding(
         run.looked_up(input, weight.shape[0])
     name = run.name_of(weight)
     if name is None:
-        with _told_of("a table", weight):
+        with _told_of(run.told_of(weight), weight):
             return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise InputError(
@@ -87,7 +87,7 @@ def embedding(
     width = weight.shape[1]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
     gates = Affine(run.gated(name, "embedding", input.numel() * width), None, (padding,))
-    with _told_of(f"the table {name!r}", weight):
+    with _told_of(name, weight):
         return GatedEmbedding.apply(run.sample, input, run.source(weight), gates)  # type: ignore[no-untyped-call]
 
 
@@ -98,7 +98,7 @@ def _told_of(table: str, weight: Tensor) -> Iterator[None]:
         yield
     except IndexError as error:
         raise InputError(
-            f"a sample holds a number that {table} does not know, which has {weight.shape[0]} rows: tokens must lie in "
+            f"a sample holds a number that the table {table} does not know, which has {weight.shape[0]} rows: tokens must lie in "
             f"[0, {weight.shape[0]}). What pads a sample needs a token of its own, and a mask"
         ) from error
 

@@ -37,7 +37,9 @@ def random_rows(
     limits = limits_of(traced, math.prod(shape))
     drawn = []
     for field, known in zip(
-        fields_of(traced, packing, shape), limits.split([f.entries for f in fields_of(traced, packing, shape)]), strict=True
+        fields_of(traced, packing, shape),
+        limits.split([f.entries for f in fields_of(traced, packing, shape)]),
+        strict=True,
     ):
         if field.dtype.is_floating_point:
             drawn.append(torch.randn(count, field.entries, generator=generator, dtype=torch.float64))

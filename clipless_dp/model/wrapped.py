@@ -136,7 +136,9 @@ class DPLipModel(nn.Module):
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
             weights=self.placement,
         )
-        self._network = Network(self.net, traced, self.input_norm, self._row_invariant, self.register.resting, self._packing)
+        self._network = Network(
+            self.net, traced, self.input_norm, self._row_invariant, self.register.resting, self._packing
+        )
         self._weights = Weights(self.net, self._constraints, self._tracker)
         self._watch = watch
         self._dropped_samples = self._dropped_samples.to(device)

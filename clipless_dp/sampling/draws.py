@@ -382,7 +382,10 @@ def _matching_together(parts: Sequence[Tensor]) -> Rows | None:
         ]
         for place in dict.fromkeys(places):
             if all(
-                any(_place_of(part.detach(), tensor.detach()[place : place + len(part)], draw) == 0 for tensor in tensors)
+                any(
+                    _place_of(part.detach(), tensor.detach()[place : place + len(part)], draw) == 0
+                    for tensor in tensors
+                )
                 for part, tensors in zip(parts, fitting, strict=True)
             ):
                 draw.matched = place + len(parts[0])

@@ -200,7 +200,9 @@ class Samples:
         with warnings.catch_warnings():
             # A file that is mapped for reading only: nothing here writes to it.
             warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-            tensors = [_as_tensor(name, part) for name, part in zip(self._names or range(len(parts)), parts, strict=True)]
+            tensors = [
+                _as_tensor(name, part) for name, part in zip(self._names or range(len(parts)), parts, strict=True)
+            ]
             self.tensors = (*tensors, _as_tensor("targets", targets))
         counts = [len(part) if part.dim() else 0 for part in self.tensors]
         if len({*counts}) > 1 or counts[0] == 0:
