@@ -142,10 +142,8 @@ class Packing:
             raise InputError(f"expected the inputs {self.described()}, got {type(batch).__name__}")
         if isinstance(batch, Mapping):
             names = [cast(str, field.name) for field in self.fields]
-            missing, unknown = (
-                [name for name in names if name not in batch],
-                [name for name in batch if name not in names],
-            )
+            missing = [name for name in names if name not in batch]
+            unknown = [name for name in batch if name not in names]
             if missing:
                 raise InputError(f"the input {missing[0]!r} is missing: expected {self.described()}, got {[*batch]}")
             if unknown:
@@ -176,12 +174,8 @@ class Packing:
 
     def structured(self, rows: Tensor) -> Structure:
         """Some rows as the network's inputs, by name or in order: what :meth:`pack` made them of."""
-        values = self.unpack(rows)
-        return (
-            {cast(str, f.name): value for f, value in zip(self.fields, values, strict=True)}
-            if self.is_named
-            else values
-        )
+        places, names = self.call(self.unpack(rows))
+        return names if self.is_named else places
 
     def call(self, values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The arguments that a network is called with, by place and by name."""

@@ -150,8 +150,8 @@ def sensitivity(
     backward:
 
     * one sample at a time, structured inputs (constants, one bright entry, stripes, combs, top singular vectors, noise;
-      for tokens one that repeats; of several inputs each), against as many structured cotangents, at loss scales from 1e-6 to 1e6, on both
-      sides of every cap: the cotangent is the attacker's;
+      for tokens one that repeats; of several inputs each), against as many structured cotangents, at loss
+      scales from 1e-6 to 1e6, on both sides of every cap: the cotangent is the attacker's;
     * gradient ascent on input and cotangent from the worst of these, for each parameter;
     * one row more in a batch, ordinary or made to flip a branch that looks at the batch (beyond ``1e37`` radii, NaN,
       zero, tiny, an unknown token): the sum of gradients must change by that row's own, and within the bounds;

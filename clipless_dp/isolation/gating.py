@@ -62,7 +62,7 @@ class Gating(TorchFunctionMode):
         sources: the tensors that stand for trainable parameters in this pass, by name.
         also: the names by which the code may hold the parameters themselves, by ``id``.
         caps: the gate of each.
-        fields: the inputs of all samples, each contiguous and in memory of its own, if look-ups of them are to be noted.
+        fields: the inputs of all samples, each contiguous and in memory of its own, if look-ups are to be noted.
 
     Attributes:
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.

@@ -98,8 +98,8 @@ def _told_of(table: str, weight: Tensor) -> Iterator[None]:
         yield
     except IndexError as error:
         raise InputError(
-            f"a sample holds a number that the table {table} does not know, which has {weight.shape[0]} rows: tokens must lie in "
-            f"[0, {weight.shape[0]}). What pads a sample needs a token of its own, and a mask"
+            f"a sample holds a number that the table {table} does not know, which has {weight.shape[0]} rows: tokens "
+            f"must lie in [0, {weight.shape[0]}). What pads a sample needs a token of its own, and a mask"
         ) from error
 
 

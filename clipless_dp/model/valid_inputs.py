@@ -34,13 +34,10 @@ def random_rows(
     Numbers are normal, tokens uniform among those that are known; of other integers each is 0 or 1, and the first 1, so
     that no mask leaves out all of a sample.
     """
-    limits = limits_of(traced, math.prod(shape))
+    fields = fields_of(traced, packing, shape)
+    limits = limits_of(traced, math.prod(shape)).split([field.entries for field in fields])
     drawn = []
-    for field, known in zip(
-        fields_of(traced, packing, shape),
-        limits.split([f.entries for f in fields_of(traced, packing, shape)]),
-        strict=True,
-    ):
+    for field, known in zip(fields, limits, strict=True):
         if field.dtype.is_floating_point:
             drawn.append(torch.randn(count, field.entries, generator=generator, dtype=torch.float64))
             continue

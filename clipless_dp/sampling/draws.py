@@ -312,10 +312,10 @@ def find(inputs: Tensor) -> Rows:
     """
     # A batch that was handed out as a view of something larger is known by itself.
     base = inputs if inputs._base is None or inputs in _delivered else inputs._base
-    packed = _packed.get(base)
+    packed: _Packed | None = _packed.get(base)
     if packed is not None and packed.holds(base):
         span = _span(inputs, base)
-        return packed.rows if span is None else packed.rows.part(*span)
+        return packed.rows.part(*span) if span is not None else packed.rows._replace(draw=None)
     span = _span(inputs, base)
     known = _delivered.get(base)
     draw = known.draw if known is not None and known.holds(base) else None
@@ -382,10 +382,7 @@ def _matching_together(parts: Sequence[Tensor]) -> Rows | None:
         ]
         for place in dict.fromkeys(places):
             if all(
-                any(
-                    _place_of(part.detach(), tensor.detach()[place : place + len(part)], draw) == 0
-                    for tensor in tensors
-                )
+                any(_place_of(part.detach(), tensor.detach()[place:][: len(part)], draw) == 0 for tensor in tensors)
                 for part, tensors in zip(parts, fitting, strict=True)
             ):
                 draw.matched = place + len(parts[0])

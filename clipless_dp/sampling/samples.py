@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +41,8 @@ def public_size(dataset_size: int | None, rows: int) -> int:
 class Samples:
     """The samples of a data set, by number; nothing but the first one is read until it is asked for.
 
-    A sample is a pair of inputs and target. Its inputs are one tensor; or several, by name or in order, which are packed
-    into one row (:class:`clipless_dp.packing.Packing`), as a model takes them that was wrapped for several inputs.
+    A sample is a pair of inputs and target. Its inputs are one tensor; or several, by name or in order, which are
+    packed into one row (:class:`clipless_dp.packing.Packing`), as a model of several inputs takes them.
 
     Args:
         dataset: one of
@@ -200,16 +200,15 @@ class Samples:
         with warnings.catch_warnings():
             # A file that is mapped for reading only: nothing here writes to it.
             warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-            tensors = [
-                _as_tensor(name, part) for name, part in zip(self._names or range(len(parts)), parts, strict=True)
-            ]
+            names = self._names or range(len(parts))
+            tensors = [_as_tensor(name, part) for name, part in zip(names, parts, strict=True)]
             self.tensors = (*tensors, _as_tensor("targets", targets))
         counts = [len(part) if part.dim() else 0 for part in self.tensors]
         if len({*counts}) > 1 or counts[0] == 0:
             if len(counts) == 2:
                 counted = f"{counts[0]} inputs"
             else:
-                listed = zip(self._names or range(len(tensors)), counts, strict=False)
+                listed = zip(names, counts, strict=False)
                 counted = ", ".join(f"{count} of the input {name!r}" for name, count in listed)
             raise ConfigurationError(f"{counted} and {counts[-1]} targets: need as many of each, and some")
 
@@ -299,7 +298,7 @@ def _as_tensor(name: object, value: Any) -> Tensor:
     try:
         if isinstance(value, (list, tuple)) and value and hasattr(value[0], "shape"):
             return torch.stack([torch.as_tensor(part) for part in value])
-        return cast(Tensor, torch.as_tensor(value))
+        return torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"{name!r} holds what is no tensor of numbers ({type(value).__name__}: {error}): leave it out of the data "

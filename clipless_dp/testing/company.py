@@ -102,10 +102,8 @@ def _of_any_size(model: DPLipModel, generator: torch.Generator) -> dict[str, Ten
     numbers = torch.cat([torch.full((field.entries,), field.dtype.is_floating_point) for field in fields])
     numbers = numbers.reshape(known.shape)
     limits = limits_of(model.graph, known.numel()).reshape(known.shape)
-    samples = {
-        "random": known,
-        "repeated": torch.where(numbers, known, torch.where(limits > 0, limits - 1, 1).to(known)),
-    }
+    last = torch.where(limits > 0, limits - 1, 1).to(known)
+    samples = {"random": known, "repeated": torch.where(numbers, known, last)}
     if bool(numbers.any()):
         for kind, factor in (("huge", _HUGE), ("tiny", 1e-30), ("zero", 0.0)):
             samples[kind] = torch.where(numbers, factor * known, known)

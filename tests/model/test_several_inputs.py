@@ -31,6 +31,7 @@ from clipless_dp.errors import AuditError, CheckpointError, ConfigurationError, 
 from clipless_dp.isolation import functions
 from clipless_dp.model import passes
 from clipless_dp.noise import SystemNoise
+from clipless_dp.sampling import draws
 from tests.support import power_cut
 
 COUNT = 48
@@ -315,6 +316,80 @@ def test_rows_of_a_draw_are_not_public() -> None:
         model(**batch)
 
 
+def test_views_of_packed_rows_that_are_no_pieces_are_rows_of_no_draw() -> None:
+    items, model = _items(), model_of("columns")
+    sampler = PoissonBatchSampler(COUNT, sample_rate=0.9, steps=1)
+    (batch,) = DataLoader(items, batch_sampler=sampler, collate_fn=poisson_collate(items))
+    rows = model.rows(batch)
+    assert draws.find(rows).draw is not None
+    assert draws.find(rows[2:5]).draw is draws.find(rows).draw
+    assert draws.find(rows[2:5])[1:3] == (2, 5)
+    assert draws.find(rows[::2]).draw is None
+    rows[0] = rows[1].clone()
+    assert draws.find(rows).draw is None
+
+
+# Networks of Hugging Face
+
+
+@pytest.fixture(scope="module")
+def bert() -> Callable[[], nn.Module]:
+    transformers = pytest.importorskip("transformers", reason="networks and collators of Hugging Face")
+    transformers.logging.set_verbosity_error()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = transformers.BertConfig(**sizes, vocab_size=30, num_labels=3, max_position_embeddings=16)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        net: nn.Module = transformers.BertForSequenceClassification(config)
+        return net
+
+    return build
+
+
+def _encodings() -> list[dict[str, Any]]:
+    inputs, targets = sentences()
+    return [
+        {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "label": int(target.clamp(min=0) % 3)}
+        for ids, mask, target in zip(inputs["ids"], inputs["mask"], targets[:, 0], strict=True)
+    ]
+
+
+def test_a_network_of_hugging_face_trains_on_encodings_and_is_attacked(bert: Callable[[], nn.Module]) -> None:
+    import transformers
+
+    items = _encodings()
+    shapes = {"input_ids": ((6,), torch.int64), "attention_mask": ((6,), torch.int64)}
+    net = bert().eval()
+    model = DPLipModel(gradient_gated(net), input_shape=shapes, loss=losses.TauCrossEntropy(1.0))
+    assert model.graph.limits == (0,) * 6 + (30,) * 6
+    result = fitted(model, items, validation=items)
+    assert result.audits[0].worst > 0.9
+    optimizer = CliplessDPSGD(
+        model,
+        lr=0.1,
+        noise_multiplier=0.7,
+        sample_rate=0.25,
+        dataset_size=COUNT,
+        accountant=result.optimizer.accountant,
+    )
+    collate = poisson_collate(items, transformers.default_data_collator)
+    sampler = PoissonBatchSampler(COUNT, sample_rate=0.25, steps=2)
+    for batch in DataLoader(items, batch_sampler=sampler, collate_fn=collate):
+        optimizer.zero_grad()
+        model.loss(model(**batch), batch["labels"]).backward()
+        optimizer.step()
+    assert optimizer.accountant.history[-1] == (0.7, 0.25, 2)
+    whole = {name: torch.tensor([item[name] for item in items]) for name in shapes}
+    encoding = transformers.BatchEncoding({**whole, "labels": torch.tensor([item["label"] for item in items])})
+    with torch.no_grad():
+        # One pass of float32 in another order.
+        assert torch.allclose(model.eval()(encoding), net.eval()(**whole).logits, atol=1e-5)
+    assert evaluate(model, encoding) == pytest.approx(evaluate(model, items))
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert evaluate(other, items) == evaluate(model, items)
+
+
 # Errors, before anything is charged
 
 _INPUTS, _TARGETS = columns()
@@ -418,7 +493,8 @@ def test_attacks_refute_gates_that_let_more_through(
         sensitivity(model, attempts=attempts)
 
 
-@pytest.mark.parametrize("kind", ["columns", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_privacy_audits_run_and_pass(kind: str) -> None:
     report = privacy(
         lambda model: CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.5, dataset_size=32),
@@ -448,7 +524,8 @@ def test_privacy_audits_refute_a_tenth_of_the_noise(kind: str) -> None:
         lambda data: PoissonBatches(data, sample_rate=1.0, steps=1),
         delta=1e-3,
         model=model_of(kind),
-        runs=60,
+        # Under twice their number the stated ε of 1.4 is passed by two and more.
+        runs=45,
     )
     assert not report.passed
 
