@@ -84,8 +84,9 @@ class Packing:
         return not any(field.dtype.is_floating_point for field in self.fields)
 
     def is_single(self, values: Tensor) -> bool:
-        """Whether these are the batch of the only input, in its own shape."""
-        return len(self.fields) == 1 and values.dim() > 0 and tuple(values.shape[1:]) == self.fields[0].shape
+        """Whether these are the batch of the only input, in its own shape, which is no row."""
+        shape = tuple(values.shape[1:])
+        return len(self.fields) == 1 and values.dim() != 2 and shape == self.fields[0].shape
 
     def pack(self, batch: Structure) -> Tensor:
         """The rows of a batch, ``(B, entries)``.

@@ -198,15 +198,28 @@ def _holds(sample: Any) -> bool:
     if isinstance(sample, Mapping):
         return True
     parts = sample if isinstance(sample, (tuple, list)) else [sample]
-    return any(isinstance(part, (Tensor, np.ndarray, Mapping)) for part in parts)
+    return any(isinstance(part, (Tensor, np.ndarray, Mapping)) for part in parts) or (
+        len(parts) > 0 and isinstance(parts[0], (tuple, list)) and _place(parts[0]) is not None
+    )
 
 
 def _mark(sample: Any) -> int:
     """A number that is the same for one and the same sample: its inputs' memory and its target, in whatever tuple."""
     if not isinstance(sample, (tuple, list)):
-        return _address(sample) or id(sample)
-    place = id(sample[0]) if isinstance(sample[0], Mapping) else _address(sample[0])
+        return _place(sample) or id(sample)
+    place = _place(sample[0])
     return id(sample) if place is None else hash((place, *map(_content, sample[1:])))
+
+
+def _place(inputs: Any) -> int | None:
+    """Where inputs are in memory, one or several; ``None`` if they have no place."""
+    if not isinstance(inputs, (Mapping, tuple, list)):
+        return _address(inputs)
+    parts = [*inputs.values()] if isinstance(inputs, Mapping) else [*inputs]
+    places = [_address(part) for part in parts]
+    if all(place is None for place in places):
+        return id(inputs) if isinstance(inputs, Mapping) else None
+    return hash(tuple(_content(part) if place is None else place for place, part in zip(places, parts, strict=True)))
 
 
 def _address(values: Any) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections import UserDict
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from clipless_dp import (
     gradient_gated,
     losses,
     poisson_collate,
+    report,
     suggest_gates,
 )
 from clipless_dp.audit import canaries, privacy, sensitivity
@@ -415,6 +417,25 @@ def test_what_does_not_fit_is_refused_before_it_is_charged(case: str) -> None:
     assert all(parameter.grad is None for parameter in model.net.parameters())
 
 
+def test_an_only_input_by_name_is_taken_in_its_own_shape_too() -> None:
+    net = Recurrent()
+    model = DPLipModel(gradient_gated(net), input_shape={"values": (5, 3)}, loss=losses.TauCrossEntropy(1.0)).eval()
+    values, targets = series()
+    with torch.no_grad():
+        expected = net.eval()(values)
+        for outputs in (model(values), model(values=values), model(values.flatten(1))):
+            # One pass of float32 in another order.
+            assert torch.allclose(outputs, expected, atol=1e-5)
+    optimizer = optimizer_of(model)
+    for data in ((values, targets), ({"values": values}, targets)):
+        for batch in PoissonBatches(data, sample_rate=0.25, steps=1):
+            optimizer.zero_grad()
+            optimizer.accumulate(batch, micro_batch_size=4)
+            optimizer.step()
+    assert optimizer.accountant.history == [(0.7, 0.25, 2)]
+    assert fitted(model, ({"values": values}, targets), accountant=optimizer.accountant).steps == 3
+
+
 def test_a_model_of_one_input_takes_no_names() -> None:
     with pytest.raises(InputError, match="expected one tensor"):
         model_of("series")(values=series()[0])
@@ -474,8 +495,8 @@ def test_random_inputs_are_valid_and_reach_all_that_is_known(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("attempts", [pytest.param(None, marks=pytest.mark.slow), 24])
 def test_attacks_reach_caps_and_do_not_pass_them(kind: str, attempts: int | None) -> None:
-    report = sensitivity(model_of(kind), attempts=attempts, like=DATA[kind]()[1][0])
-    assert 0.95 < report.worst <= 1.0 + 1e-9
+    found = sensitivity(model_of(kind), attempts=attempts, like=DATA[kind]()[1][0])
+    assert 0.95 < found.worst <= 1.0 + 1e-9
     inputs, targets = DATA[kind]()
     few = {name: values[:4] for name, values in inputs.items()} if isinstance(inputs, dict) else inputs[:4]
     assert sensitivity(model_of(kind), (few, targets[:4]), attempts=4).passed
@@ -496,15 +517,15 @@ def test_attacks_refute_gates_that_let_more_through(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_privacy_audits_run_and_pass(kind: str) -> None:
-    report = privacy(
+    found = privacy(
         lambda model: CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.5, dataset_size=32),
         lambda data: PoissonBatches(data, sample_rate=0.5, steps=1),
         delta=1e-3,
         model=model_of(kind),
         runs=30,
     )
-    assert report.passed
-    assert report.runs == 30
+    assert found.passed
+    assert found.runs == 30
 
 
 class Faint(SystemNoise):
@@ -519,7 +540,7 @@ def test_privacy_audits_refute_a_tenth_of_the_noise(kind: str) -> None:
     def faint(model: DPLipModel) -> CliplessDPSGD:
         return CliplessDPSGD(model, lr=0.1, noise_multiplier=2.0, sample_rate=1.0, dataset_size=32, noise=Faint())
 
-    report = privacy(
+    found = privacy(
         faint,
         lambda data: PoissonBatches(data, sample_rate=1.0, steps=1),
         delta=1e-3,
@@ -527,7 +548,7 @@ def test_privacy_audits_refute_a_tenth_of_the_noise(kind: str) -> None:
         # Under twice their number the stated ε of 1.4 is passed by two and more.
         runs=45,
     )
-    assert not report.passed
+    assert not found.passed
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -536,21 +557,31 @@ def test_canaries_join_any_form_of_data(kind: str) -> None:
     data: Any = inputs, targets
     if kind == "sentences":
         data = [{**{k: v[i] for k, v in inputs.items()}, "labels": targets[i]} for i in range(COUNT)]
-    report = canaries(
+    found = canaries(
         lambda model, joined: fitted(model, joined, audit=False), model_of(kind), data, delta=1e-3, canaries=32
     )
-    assert report.passed
-    assert report.canaries == 32
+    assert found.passed
+    assert found.canaries == 32
 
 
 def test_tightness_and_suggestions_tell_of_each_parameter() -> None:
     model = model_of("columns")
     inputs, targets = columns()
     batch = {name: values[:3] for name, values in inputs.items()}, targets[:3]
-    report = model.tightness(batch)
-    assert [layer.path for layer in report.layers] == [*model.sensitivity().per_parameter]
-    assert 0.9 < report.total <= 1.0 + 1e-3
+    found = model.tightness(batch)
+    assert [layer.path for layer in found.layers] == [*model.sensitivity().per_parameter]
+    assert 0.9 < found.total <= 1.0 + 1e-3
     assert suggest_gates(model, batch).layers == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_statement_tells_of_each_parameter(kind: str) -> None:
+    result = fitted(model_of(kind), DATA[kind]())
+    statement = report(result.optimizer, audit=result.audits[0])
+    told = json.loads(statement.to_json())
+    assert [line["path"] for line in told["bounds"]["layers"]] == [*result.optimizer.model.sensitivity().per_parameter]
+    assert statement.findings == []
+    assert "head.weight" in statement.to_markdown()
 
 
 # What is kept of a model, and done to it

@@ -151,6 +151,8 @@ def _repeated() -> dict[str, Any]:
         "one row for all": ({"ids": row.expand(COUNT, 3), "mask": row.expand(COUNT, 3)}, TARGETS),
         "an item twice": [*items, items[1]],
         "inputs in two pairs": [(inputs, 0), (inputs, 0)],
+        "one row in two mappings": [{"ids": IDS[0], "labels": 0}, {"ids": IDS[0], "labels": 0}],
+        "one row in two sequences": [((IDS[0], MASK[0]), 0), ((IDS[0], MASK[0]), 0)],
         "an index twice": Subset(Columns(), [0, 3, 3]),
     }
 
@@ -159,6 +161,19 @@ def _repeated() -> dict[str, Any]:
 def test_a_sample_that_is_there_twice_is_refused_whatever_its_form(form: str) -> None:
     with pytest.raises(PrivacyError, match="more than once"):
         PoissonBatches(_repeated()[form], sample_rate=0.5, steps=1)
+
+
+def test_equal_samples_of_two_persons_are_no_repetition() -> None:
+    ones = torch.ones(4, 3, dtype=torch.int64)
+    forms: list[Any] = [
+        ({"ids": ones, "mask": ones.clone()}, torch.zeros(4)),
+        [{"ids": ones[i], "labels": 0} for i in range(4)],
+        [({"ids": ones[i], "types": ones[0]}, 0) for i in range(4)],
+        [((ones[i], ones[0]), 0) for i in range(4)],
+        [{"ids": [1, 1, 1], "labels": 0} for _ in range(4)],
+    ]
+    for form in forms:
+        assert len(Samples.to_train_on(form)) == 4
 
 
 def test_an_input_that_is_one_row_for_all_is_no_repetition() -> None:
