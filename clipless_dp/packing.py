@@ -83,6 +83,10 @@ class Packing:
         """Whether rows are integers."""
         return not any(field.dtype.is_floating_point for field in self.fields)
 
+    def has(self, name: str) -> bool:
+        """Whether an input is called so."""
+        return any(field.name == name for field in self.fields)
+
     def is_single(self, values: Tensor) -> bool:
         """Whether these are the batch of the only input, in its own shape, which is no row."""
         shape = tuple(values.shape[1:])

@@ -361,9 +361,10 @@ def _held(part: Tensor) -> Rows:
 
 def _together(found: Sequence[Rows], count: int) -> Rows:
     """Rows of no draw: those of as many tensors at once, so that the same ones show when they come again."""
-    # Tensors themselves have natural numbers for names.
-    name = -1 - abs(hash(tuple((some.base, some.start - found[0].start) for some in found)))
-    return Rows(name, found[0].start, found[0].start + count)
+    # Tensors themselves have natural numbers for names. One that is a single row for all samples starts nowhere.
+    name = -1 - abs(hash(tuple(some.base for some in found)))
+    start = max(some.start for some in found)
+    return Rows(name, start, start + count)
 
 
 def _matching_together(parts: Sequence[Tensor]) -> Rows | None:

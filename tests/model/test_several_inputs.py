@@ -29,7 +29,7 @@ from clipless_dp import (
     suggest_gates,
 )
 from clipless_dp.audit import canaries, privacy, sensitivity
-from clipless_dp.errors import AuditError, CheckpointError, ConfigurationError, InputError, PrivacyError
+from clipless_dp.errors import AuditError, CheckpointError, ConfigurationError, InputError, PrivacyError, PrivacyWarning
 from clipless_dp.isolation import functions
 from clipless_dp.model import passes
 from clipless_dp.noise import SystemNoise
@@ -433,7 +433,46 @@ def test_an_only_input_by_name_is_taken_in_its_own_shape_too() -> None:
             optimizer.accumulate(batch, micro_batch_size=4)
             optimizer.step()
     assert optimizer.accountant.history == [(0.7, 0.25, 2)]
-    assert fitted(model, ({"values": values}, targets), accountant=optimizer.accountant).steps == 3
+    assert fitted(model, ({"values": values}, targets), accountant=optimizer.accountant, epsilon=9.0).steps == 3
+
+
+def test_an_input_may_be_called_inputs() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(2, 3)
+
+        def forward(self, inputs: Tensor, weights: Tensor) -> Tensor:
+            scores: Tensor = self.head(inputs * weights)
+            return scores
+
+    net = Named()
+    model = DPLipModel(
+        gradient_gated(net, isolation="vmap"),
+        input_shape={"inputs": (2,), "weights": (2,)},
+        loss=losses.TauCrossEntropy(1.0),
+    )
+    batch = {"inputs": torch.randn(4, 2), "weights": torch.randn(4, 2)}
+    assert torch.allclose(model(**batch), net(**batch))
+    assert torch.allclose(model(batch), net(**batch))
+
+
+def test_rows_of_no_draw_are_known_again_beside_one_that_is_the_same_for_all() -> None:
+    model = model_of("columns")
+    optimizer = optimizer_of(model)
+    inputs, targets = columns()
+    inputs["mask"] = torch.ones(1, 2, dtype=torch.bool).expand(COUNT, 2)
+    for start in (0, 8):
+        part = {name: values[start : start + 8] for name, values in inputs.items()}
+        model.loss(model(part), targets[start : start + 8]).backward()
+    with pytest.warns(PrivacyWarning, match="no Poisson draw"):
+        optimizer.step()
+    assert optimizer.accountant.history == [(0.7 / 2, 1.0, 1)]
+    for start in (0, 7):
+        part = {name: values[start : start + 8] for name, values in inputs.items()}
+        model.loss(model(part), targets[start : start + 8]).backward()
+    with pytest.raises(PrivacyError, match="twice"):
+        optimizer.step()
 
 
 def test_a_model_of_one_input_takes_no_names() -> None:
