@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -127,17 +128,14 @@ def measure(
         for node, norm in zip(recorder.outputs, norms[len(parameters) :], strict=True):
             recorder.cotangents[node] = max(recorder.cotangents[node], norm)
     lines: list[LayerTightness] = []
+    told = iter(sensitivity.layers)
     for node in recorder.watched:
-        if isinstance(leaf := traced.leaf(node), Isolated):
-            own = {traced.names[id(parameter)] for parameter in leaf.parameters() if parameter.requires_grad}
-            lines += [
-                _line_of_parameter(layer, recorder, node, largest_gradients)
-                for layer in sensitivity.layers
-                if layer.path in own
-            ]
+        leaf = traced.leaf(node)
+        if isinstance(leaf, Isolated):
+            own = sum(parameter.requires_grad for parameter in leaf.parameters())
+            lines += [_isolated_line(layer, sensitivity, largest_gradients) for layer in islice(told, own)]
         else:
-            layer = next(layer for layer in sensitivity.layers[len(lines) :] if layer.path == str(node.target))
-            lines.append(_line(traced, node, layer, recorder, sensitivity, largest_gradients))
+            lines.append(_line(traced, node, next(told), recorder, sensitivity, largest_gradients))
     total = _ratio(largest_total, sensitivity.total, "the whole gradient")
     return TightnessReport(samples, total, tuple(lines))
 
@@ -159,18 +157,6 @@ def _ratio(observed: float, bound: float, what: str) -> float:
             "it is wrong. Do not train with it"
         )
     return ratio
-
-
-def _line_of_parameter(
-    layer: LayerSensitivity, recorder: _Recorder, node: fx.Node, largest_gradients: Mapping[str, float]
-) -> LayerTightness:
-    """The line of one parameter of an isolated network, of which nothing but the gradient has a bound."""
-    name = layer.path.rpartition(".")[2]
-    seen = {name: largest_gradients[layer.path]}
-    ratios = {name: _ratio(seen[name], layer.sensitivity, f"the gradient of {layer.path}")}
-    advice = "–" if ratios[name] >= TIGHT else f"gradient gates of a smaller limit ({_listed(seen)})"
-    activation, cotangent = recorder.activations[node], recorder.cotangents[node]
-    return LayerTightness(layer.path, layer.kind, 0.0, 0.0, ratios, activation, cotangent, seen, advice)
 
 
 def _line(
@@ -201,6 +187,17 @@ def _line(
     else:
         advice = _advice(layer, activation, cotangent, first, second, share, gateable=can_be_gradient_gated(leaf))
     return LayerTightness(layer.path, layer.kind, first, second, gradients, activation, cotangent, largest, advice)
+
+
+def _isolated_line(
+    layer: LayerSensitivity, sensitivity: Sensitivity, largest_gradients: Mapping[str, float]
+) -> LayerTightness:
+    """A parameter of a network of which nothing is known but its gates."""
+    name = layer.path
+    largest = {name: largest_gradients[name]}
+    ratio = _ratio(largest[name], sensitivity.per_parameter[name], f"the gradient of {name}")
+    advice = "–" if ratio >= TIGHT else f"gradient gates of a smaller limit ({_listed(largest)})"
+    return LayerTightness(name, layer.kind, 0.0, 0.0, {name: ratio}, 0.0, 0.0, largest, advice)
 
 
 def _listed(norms: Mapping[str, float]) -> str:

@@ -19,6 +19,7 @@ from clipless_dp.gates.signal import (
     cotangent_gate,
     input_gate,
     presence_gate,
+    table_gate,
     token_gate,
 )
 
@@ -40,5 +41,6 @@ __all__ = [
     "presence_gate",
     "rounding_slack",
     "sample_norms",
+    "table_gate",
     "token_gate",
 ]

@@ -9,7 +9,7 @@ Afterwards the graph is walked: a gradient may come to a parameter through gates
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 from weakref import ref
 
@@ -62,22 +62,31 @@ class Gating(TorchFunctionMode):
         sources: the tensors that stand for trainable parameters in this pass, by name.
         also: the names by which the code may hold the parameters themselves, by ``id``.
         caps: the gate of each.
+        fields: the inputs of all samples, each contiguous and in memory of its own, if look-ups are to be noted.
 
     Attributes:
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.
-        tables: the lengths of the tables that a sample's own numbers were looked up in.
+        limits: for each input, and each entry of a sample's, the length of the shortest table that it was looked up in;
+            0 where it was in none.
     """
 
     def __init__(
-        self, sample: Tensor, sources: Mapping[str, Tensor], also: Mapping[int, str], caps: Mapping[str, Cap]
+        self,
+        sample: Tensor,
+        sources: Mapping[str, Tensor],
+        also: Mapping[int, str],
+        caps: Mapping[str, Cap],
+        fields: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.sample = sample
         self.uses: dict[str, list[tuple[str, int]]] = {}
-        self.tables: list[int] = []
+        self.limits = [torch.zeros(field[0].numel(), dtype=torch.int64) for field in fields]
+        self._fields = fields
         self._sources = sources
-        self._names = {key: name for key, name in also.items() if name in sources}
-        self._names |= {id(source): name for name, source in sources.items()}
+        self._called = {**also, **{id(source): name for name, source in sources.items()}}
+        # Frozen parameters have no gate.
+        self._names = {held: name for held, name in self._called.items() if name in sources}
         self._caps = caps
         self._copies: dict[str, Tensor] = {}
         self._made: list[Any] = []
@@ -130,6 +139,10 @@ class Gating(TorchFunctionMode):
         """The parameter that a value stands for."""
         return self._names.get(id(value)) if isinstance(value, Tensor) else None
 
+    def told_of(self, value: Tensor) -> str:
+        """What a parameter is called in messages, frozen ones too."""
+        return self._called.get(id(value), f"of shape {tuple(value.shape)}")
+
     def gated(self, name: str | None, kind: str, entries: int) -> Cap | None:
         """The gate of a parameter, for one more use of it.
 
@@ -142,6 +155,18 @@ class Gating(TorchFunctionMode):
             return None
         self.uses.setdefault(name, []).append((kind, entries))
         return self._caps[name]
+
+    def looked_up(self, tokens: Tensor, rows: int) -> None:
+        """Notes which entries of the inputs are looked up in a table of so many rows, if they are as they came in."""
+        for field, limits in zip(self._fields, self.limits, strict=True):
+            held: Any = tokens
+            while torch._C._functorch.is_functorch_wrapped_tensor(held):
+                held = torch._C._functorch.get_unwrapped(held)
+            if held.untyped_storage().data_ptr() == field.untyped_storage().data_ptr():
+                numbers = torch.arange(field.numel()).as_strided(held.shape, held.stride(), held.storage_offset())
+                places = numbers.flatten() % len(limits)
+                known = limits[places]
+                limits[places] = torch.where(known > 0, known.clamp(max=rows), rows)
 
     def source(self, value: Any) -> Any:
         """What stands for a parameter in this pass; another value as it is."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
 
@@ -74,10 +75,11 @@ def embedding(
 ) -> Any:
     """Rows of a table."""
     if _differs(input):
-        run.tables.append(weight.shape[0])
+        run.looked_up(input, weight.shape[0])
     name = run.name_of(weight)
     if name is None:
-        return NotImplemented
+        with _told_of(run.told_of(weight), weight):
+            return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise InputError(
             f"the table {name!r} is read with max_norm, scale_grad_by_freq or sparse gradients, which let samples see "
@@ -86,7 +88,20 @@ def embedding(
     width = weight.shape[1]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
     gates = Affine(run.gated(name, "embedding", input.numel() * width), None, (padding,))
-    return GatedEmbedding.apply(run.sample, input, run.source(weight), gates)  # type: ignore[no-untyped-call]
+    with _told_of(name, weight):
+        return GatedEmbedding.apply(run.sample, input, run.source(weight), gates)  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _told_of(table: str, weight: Tensor) -> Iterator[None]:
+    """Tokens that a table does not know are refused by its name, where the processor notices them anyway."""
+    try:
+        yield
+    except IndexError as error:
+        raise InputError(
+            f"a sample holds a number that the table {table} does not know, which has {weight.shape[0]} rows: tokens "
+            f"must lie in [0, {weight.shape[0]}). What pads a sample needs a token of its own, and a mask"
+        ) from error
 
 
 @handles(functional.layer_norm)

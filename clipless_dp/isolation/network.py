@@ -9,7 +9,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
+from clipless_dp.errors import (
+    CliplessError,
+    ConfigurationError,
+    InputError,
+    PrivacyError,
+    Unsupported,
+    UnsupportedModuleError,
+)
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap
 from clipless_dp.gates.signal import GateMode
 from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
@@ -68,7 +75,7 @@ class Isolated(nn.Module):
         self.isolation = "vmap"
         self.__dict__["__packing__"] = None
         self.uses: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
-        self.vocabulary: int | None = None
+        self.__dict__["__limits__"] = ()
         self._still = tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS))
         self._caps: tuple[tuple[str, float, float], ...] = ()
         self.set_gates(limit, bias_limit=bias_limit, mode=mode, floor=floor)
@@ -82,6 +89,14 @@ class Isolated(nn.Module):
     def packing(self) -> Packing | None:
         """How the network's inputs lie in the rows that it is given; ``None`` of a single one."""
         return cast("Packing | None", self.__dict__["__packing__"])
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """For each entry of a row the length of the table that it is looked up in; 0 where it is in none.
+
+        Of several tables the shortest. What was computed of an entry, and then looked up, is not known.
+        """
+        return cast("tuple[int, ...]", self.__dict__["__limits__"])
 
     def take(self, packing: Packing | None) -> None:
         """Says how the network's inputs lie in the rows that it is given."""
@@ -154,11 +169,15 @@ class Isolated(nn.Module):
         sources = {name: value for name, value in held.items() if value.requires_grad or not self.uses}
         also = self._known(held)
         batch = [values] if self.packing is None else self.packing.unpack(values)
+        first = not self.uses
+        if first:
+            # Each in memory of its own, so that look-ups tell which of them they are of.
+            batch = [value.clone(memory_format=torch.contiguous_format) for value in batch]
         gatings: list[Gating] = []
         kept: list[bool] = []
 
         def one(sample: Tensor, *own: Tensor) -> Tensor:
-            gating = Gating(sample, sources, also, self.caps)
+            gating = Gating(sample, sources, also, self.caps, batch if first else ())
             gatings.append(gating)
             with gating:
                 returned = self._call([value.unsqueeze(0) for value in own])
@@ -241,6 +260,10 @@ class Isolated(nn.Module):
             else:
                 raise
             raise UnsupportedModuleError([Unsupported("forward", type(self.net).__name__, remedy)]) from error
+        except IndexError as error:
+            if not self.uses:
+                raise
+            raise InputError(f"a sample holds a number that the network has no entry for: {error}") from error
 
     def _dtype(self) -> torch.dtype:
         return next((value.dtype for value in self.parameters()), torch.float32)
@@ -249,7 +272,7 @@ class Isolated(nn.Module):
         found = {name: tuple(uses) for name, uses in gating.uses.items()}
         if not self.uses:
             self.uses = tuple(sorted(found.items()))
-            self.vocabulary = min(gating.tables, default=None)
+            self.__dict__["__limits__"] = tuple(int(limit) for limits in gating.limits for limit in limits)
             return
         known = dict(self.uses)
         for name, uses in found.items():
@@ -263,7 +286,13 @@ class Isolated(nn.Module):
 
     def forget(self) -> None:
         """Lets the next pass say how often each parameter is used."""
-        self.uses, self.vocabulary = (), None
+        self.uses = ()
+        self.__dict__["__limits__"] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # In a new process the library that the network is from was told nothing.
+        prepare(self.net)
 
 
 def _covered(uses: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]]) -> bool:

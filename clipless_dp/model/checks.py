@@ -16,7 +16,7 @@ from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.isolation import Isolated
 from clipless_dp.losses import Loss
 from clipless_dp.model.passes import is_unwitnessed
-from clipless_dp.packing import Packing, Structure
+from clipless_dp.packing import Packing
 from clipless_dp.precision import refuse_autocast
 
 
@@ -61,15 +61,6 @@ def packing_of(net: nn.Module, shape: object) -> Packing | None:
     packing = Packing.of(shape)
     net.take(packing)
     return packing
-
-
-def as_rows(inputs: Tensor | Structure | None, named: Mapping[str, Tensor], packing: Packing | None) -> Tensor:
-    """The inputs of a batch, in order or by name, as one tensor: as it is, or packed."""
-    if isinstance(inputs, Tensor) and not named:
-        return inputs
-    if packing is None or isinstance(inputs, Tensor) or (inputs is not None and named):
-        raise InputError("expected one tensor; several inputs are told of by input_shape, by name or in order")
-    return packing.pack(named if inputs is None else inputs)
 
 
 def checked_bound(loss: Loss, shape: tuple[int, ...]) -> float:

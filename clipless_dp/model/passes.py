@@ -122,15 +122,17 @@ def _refuse_private_rows(inputs: Tensor) -> None:
     if not len(inputs):
         return
     ours = {row.tobytes() for row in inputs.detach().flatten(1).cpu().numpy()}
-    for tensor, rows in draws.batches_in_hand():
-        if tensor.shape[1:] != inputs.shape[1:]:
-            continue
-        theirs = tensor[:rows].to(inputs.dtype).detach().flatten(1).cpu().numpy()
-        if any(row.tobytes() in ours for row in theirs):
-            raise InputError(
-                "a row that was declared public is a row of a draw in hand: public rows are nobody's data, such as "
-                "noise or what a model trained privately has generated"
-            )
+    # Rows of several inputs at once are known by these.
+    private = draws.find(inputs).draw is not None
+    for tensor, rows in [] if private else draws.batches_in_hand():
+        if tensor.shape[1:] == inputs.shape[1:]:
+            theirs = tensor[:rows].to(inputs.dtype).detach().flatten(1).cpu().numpy()
+            private = private or any(row.tobytes() in ours for row in theirs)
+    if private:
+        raise InputError(
+            "a row that was declared public is a row of a draw in hand: public rows are nobody's data, such as "
+            "noise or what a model trained privately has generated"
+        )
 
 
 def origin(inputs: Tensor) -> tuple[Rows, Draw | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.fusion import FusedNet
 from clipless_dp.gates import rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
@@ -29,12 +29,14 @@ from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
 from clipless_dp.model.register import Register
 from clipless_dp.model.rowwise import RowLosses
+from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
 from clipless_dp.modules import parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.packing import Packing, Structure
+from clipless_dp.sampling import draws
 
 _Net = Callable[[Tensor], Tensor]
 _Opened = passes.Pass | Tensor | None
@@ -134,7 +136,9 @@ class DPLipModel(nn.Module):
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
             weights=self.placement,
         )
-        self._network = Network(self.net, traced, self.input_norm, self._row_invariant, self.register.resting)
+        self._network = Network(
+            self.net, traced, self.input_norm, self._row_invariant, self.register.resting, self._packing
+        )
         self._weights = Weights(self.net, self._constraints, self._tracker)
         self._watch = watch
         self._dropped_samples = self._dropped_samples.to(device)
@@ -143,7 +147,9 @@ class DPLipModel(nn.Module):
         """Runs the gated network.
 
         Args:
-            inputs: ``(B, *input_shape)``, of the parameters' dtype and device, or tokens: integers; ``B`` may be 0.
+            inputs: ``(B, *input_shape)``, of the parameters' dtype and device, or tokens: integers; ``B`` may be 0. Of
+                a network with several inputs: these, by name or in order, or rows of them (:meth:`rows`).
+            named: several inputs by name, as a batch of a data set's own is passed: ``model(**batch)``.
 
         Returns:
             ``(B, *output_shape)``. Rows of samples without a finite norm, or with an unknown token, are NaN: they
@@ -158,7 +164,7 @@ class DPLipModel(nn.Module):
                 "a network that runs sample by sample is not compiled or exported: run the model as it is, or use "
                 "gradient_gated(net, isolation='graph') where each of its parts has a rule"
             )
-        inputs = checks.as_rows(inputs, named, self._packing)
+        inputs = self.rows(inputs, named)
         self.check_inputs(inputs)
         net = self.placement.opened(self._traced.module)
         opened: _Opened = None
@@ -194,10 +200,53 @@ class DPLipModel(nn.Module):
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
 
+    def rows(self, inputs: Tensor | Structure | None, named: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The inputs of a batch as one tensor ``(B, *input_shape)``: as it is, or packed.
+
+        Rows that are packed of one draw's tensors are known as that draw's, as long as none of these was changed.
+
+        Args:
+            inputs: the tensor, or a mapping or a sequence of several; targets in it, under ``labels`` or ``label``, are
+                left out.
+            named: the same by name, where ``inputs`` is ``None``.
+
+        Raises:
+            InputError: they are not those that the model was wrapped for.
+        """
+        packing = self._packing
+        if isinstance(inputs, Tensor) and not named:
+            if packing is not None and packing.is_single(inputs):
+                return inputs.reshape(len(inputs), packing.entries)
+            return inputs
+        if packing is not None and isinstance(inputs, Tensor) and packing.has("inputs"):
+            # An input of the network's own that is called as the argument here.
+            inputs, named = None, {"inputs": inputs, **(named or {})}
+        if packing is None or isinstance(inputs, Tensor) or (inputs is not None and named):
+            raise InputError("expected one tensor; several inputs are told of by input_shape, by name or in order")
+        parts = packing.ordered(packing.without_labels((named or {}) if inputs is None else inputs))
+        packed = packing.packed(parts)
+        if passes.is_witnessed() and not torch.compiler.is_compiling():
+            draws.note_packed(packed, parts)
+        return packed
+
     @property
     def packing(self) -> Packing | None:
         """How the inputs of a sample lie in one row; ``None`` where it is a single one."""
         return self._packing
+
+    def random_inputs(self, count: int, generator: torch.Generator) -> Tensor:
+        """Samples that the network can read, ``(count, *input_shape)``, on the model's device, as passes take them.
+
+        Numbers are normal, tokens uniform among those that the tables know which they are looked up in; other integers
+        are 0 or 1, as in a mask.
+
+        Args:
+            count: how many.
+            generator: of the CPU, which draws them.
+        """
+        device, dtype = self.device_and_dtype()
+        drawn = random_rows(self._traced, self._packing, self.input_shape, count, generator)
+        return drawn.to(device, dtype if drawn.is_floating_point() else None)
 
     def expect_rows(self, count: float) -> None:
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
@@ -331,15 +380,15 @@ class DPLipModel(nn.Module):
         self._follow_changes()
         return self._tracker.lipschitz_constant(self._weights.limits(self.placement)[0])
 
-    def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
+    def tightness(self, batch: tuple[Tensor | Structure, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
 
         Runs the samples one at a time, in the model's own mode, and changes nothing: neither gradients nor counters
         nor the state of random numbers.
 
         Args:
-            batch: inputs ``(B, *input_shape)`` and targets ``(B, ...)``; public or synthetic, as the report tells
-                about them.
+            batch: inputs ``(B, *input_shape)``, or several of them, and targets ``(B, ...)``; public or synthetic, as
+                the report tells about them.
 
         Returns:
             Worst observed/bound for each layer's activations, cotangents and gradients; prints as a table.
@@ -348,7 +397,7 @@ class DPLipModel(nn.Module):
             InputError: the batch is empty, or does not fit the model.
             PrivacyError: an observation is above its bound: the rule of a layer is wrong.
         """
-        inputs, targets = batch
+        inputs, targets = self.rows(batch[0]), batch[1]
         self.check_inputs(inputs)
         if not self.placement.is_whole:
             raise ConfigurationError(

@@ -10,6 +10,7 @@ from torch import Tensor
 from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
+from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
 
@@ -19,7 +20,7 @@ BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def accumulate(
     model: DPLipModel,
     here: Placement,
-    batch: tuple[Tensor, Tensor, Tensor],
+    batch: tuple[Tensor | Structure, Tensor, Tensor],
     *,
     augment: Augmentation | None,
     multiplicity: int,
@@ -35,7 +36,7 @@ def accumulate(
         raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
     if augment is not None:
         refuse_own_generators(augment)
-    inputs, targets, mask = batch
+    inputs, targets, mask = model.rows(batch[0]), batch[1], batch[2]
     register = model.register
     rows, beside = passes.origin(inputs)
     register.reconcile()
@@ -62,10 +63,10 @@ def accumulate(
 
 
 def accumulate_public(
-    model: DPLipModel, batch: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor] | None
+    model: DPLipModel, batch: tuple[Tensor | Structure, Tensor], loss: Callable[[Tensor, Tensor], Tensor] | None
 ) -> Tensor:
     """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate_public`."""
-    inputs, targets = batch
+    inputs, targets = model.rows(batch[0]), batch[1]
     with model.register.apart(None, None, public=True):
         value = model.loss(model(inputs), targets) if loss is None else loss(inputs, targets)
         value.backward()

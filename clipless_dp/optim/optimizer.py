@@ -24,6 +24,7 @@ from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, refuse_to_step_after
 from clipless_dp.optim.parameters import Protected, to_release
 from clipless_dp.optim.plan import NoisePlan
+from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
 
@@ -173,7 +174,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def accumulate(
         self,
-        batch: tuple[Tensor, Tensor, Tensor],
+        batch: tuple[Tensor | Structure, Tensor, Tensor],
         *,
         augment: Augmentation | None = None,
         multiplicity: int = 1,
@@ -186,7 +187,8 @@ class CliplessDPOptimizer(Optimizer):
         a loss weighted by ``1/K`` instead would be undone by a gate that normalises, and count a sample ``K`` times.
 
         Args:
-            batch: inputs, targets and mask of one draw, such as :class:`clipless_dp.sampling.Batch`.
+            batch: inputs, or several by name or in order, targets and mask of one draw, such as
+                :class:`clipless_dp.sampling.Batch`.
             augment: makes a view: a function of one sample, or a :class:`clipless_dp.RowAugmentation`. Each view must
                 depend on its sample and fresh randomness only.
             multiplicity: ``K``, views of each sample.
@@ -217,7 +219,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def accumulate_public(
         self,
-        batch: tuple[Tensor, Tensor],
+        batch: tuple[Tensor | Structure, Tensor],
         *,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:

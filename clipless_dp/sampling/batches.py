@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipless_dp.arguments import whole
+from clipless_dp.packing import Packing, Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.sampler import PoissonBatchSampler
 from clipless_dp.sampling.samples import Samples
@@ -24,11 +25,17 @@ class Batch(NamedTuple):
             contribute nothing. (Zero for unsigned integers, where only the mask tells.)
         targets: ``(rows, ...)``, zero beyond the draw.
         mask: boolean ``(rows,)``, true for the samples drawn.
+
+    Several inputs of a sample are packed into one row, which the model takes as it is; :meth:`fields` shows them.
     """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor
+
+    def fields(self, packing: Packing) -> Structure:
+        """The inputs by name or in order, padding included, as ``model.packing`` tells them apart."""
+        return packing.structured(self.inputs)
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of this draw, for gradient accumulation: one ``backward()`` each, one ``step()`` for all."""
@@ -57,8 +64,9 @@ class PoissonBatches:
     next multiple (:meth:`Batch.split` cuts it into equal pieces). Empty draws are yielded like any other.
 
     Args:
-        dataset: the whole data set, see :func:`as_tensors`; moved to the device once, of several processes each one's
-            own part. They compare it, so that all of them make this together.
+        dataset: the whole data set, see :class:`clipless_dp.sampling.Samples`; moved to the device once, of several
+            processes each one's own part. They compare it, so that all of them make this together.
+            ``Samples(data, model.packing)`` are packed for a model of several inputs, and held against what it takes.
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         device: where to hold the data; by default where it is.
@@ -73,6 +81,10 @@ class PoissonBatches:
             :func:`clipless_dp.sampling.persons.refuse_repeats`.
         RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
 
+    Attributes:
+        packing: how several inputs of a sample lie in a row; ``None`` of one.
+        physical_batch_size: as given or chosen.
+
     Guarantee:
         Every sample is in every batch with probability ``q``, independently; each draw is announced to the
         optimizers of this process, which charge amplification only for announced draws.
@@ -80,7 +92,7 @@ class PoissonBatches:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | Sequence[Tensor] | Samples,
+        dataset: Dataset[Any] | Sequence[Any] | Mapping[str, Any] | Samples,
         *,
         sample_rate: float,
         steps: int,
@@ -89,7 +101,9 @@ class PoissonBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
-        inputs, targets = Samples.to_train_on(dataset).all()
+        samples = Samples.to_train_on(dataset)
+        inputs, targets = samples.all()
+        self.packing = samples.packing
         self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world
         self._inputs = inputs[rank::ranks].to(device)

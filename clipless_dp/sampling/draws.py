@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -134,6 +135,22 @@ class Rows(NamedTuple):
     stop: int
     draw: Draw | None = None
 
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of these."""
+        return Rows(self.base, self.start + start, self.start + stop, self.draw)
+
+
+class _Packed(NamedTuple):
+    """Rows that were made of several tensors."""
+
+    rows: Rows
+    version: int
+    fingerprint: object
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is as it was made."""
+        return tensor._version == self.version and fingerprint(tensor) == self.fingerprint
+
 
 class _Delivered(NamedTuple):
     draw: Draw
@@ -150,6 +167,7 @@ _MOST_HELD = 64
 
 
 _delivered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _in_hand: list[Draw] = []
 _numbers = itertools.count()
@@ -294,6 +312,10 @@ def find(inputs: Tensor) -> Rows:
     """
     # A batch that was handed out as a view of something larger is known by itself.
     base = inputs if inputs._base is None or inputs in _delivered else inputs._base
+    packed: _Packed | None = _packed.get(base)
+    if packed is not None and packed.holds(base):
+        span = _span(inputs, base)
+        return packed.rows.part(*span) if span is not None else packed.rows._replace(draw=None)
     span = _span(inputs, base)
     known = _delivered.get(base)
     draw = known.draw if known is not None and known.holds(base) else None
@@ -308,6 +330,73 @@ def find(inputs: Tensor) -> Rows:
             _delivered[base] = _Delivered(cast(Draw, copy.draw), base._version, fingerprint(base))
             draw = copy.draw
     return Rows(_name(base), *span, draw) if draw is not None else _matching(inputs) or Rows(_name(base), *span)
+
+
+def note_packed(packed: Tensor, parts: Sequence[Tensor]) -> None:
+    """Notes that rows were made of others, one by one: they are a draw's if all parts are, as they were handed out.
+
+    Args:
+        packed: ``(B, ...)``, whose row ``i`` is made of the parts' rows ``i``.
+        parts: ``(B, ...)`` each.
+    """
+    if not len(packed) or not is_batch(packed):
+        return
+    found = [_held(part) for part in parts]
+    first = found[0]
+    if first.draw is None or any(some.draw is not first.draw or some[1:3] != first[1:3] for some in found):
+        first = _matching_together(parts) or _together(found, len(packed))
+    if first.draw is not None:
+        first.draw.reached = True
+    _packed[packed] = _Packed(first, packed._version, fingerprint(packed))
+
+
+def _held(part: Tensor) -> Rows:
+    """Rows of a tensor, by their place in memory alone."""
+    base = part if part._base is None or part in _delivered else part._base
+    known, span = _delivered.get(base), _span(part, base)
+    if span is None:
+        return Rows(_name(base), 0, len(base) if base.dim() else 1)
+    return Rows(_name(base), *span, known.draw if known is not None and known.holds(base) else None)
+
+
+def _together(found: Sequence[Rows], count: int) -> Rows:
+    """Rows of no draw: those of as many tensors at once, so that the same ones show when they come again."""
+    # Tensors themselves have natural numbers for names. One that is a single row for all samples starts nowhere.
+    name = -1 - abs(hash(tuple(some.base for some in found)))
+    start = max(some.start for some in found)
+    return Rows(name, start, start + count)
+
+
+def _matching_together(parts: Sequence[Tensor]) -> Rows | None:
+    """The rows of a draw in hand of which all parts are copies, on another device say; the oldest first."""
+    with _lock:
+        held = [draw for draw in _in_hand if draw.tensors]
+    for draw in held:
+        fitting = [[tensor for tensor in draw.tensors if _may_hold(part, tensor)] for part in parts]
+        if not all(fitting):
+            continue
+        places = [
+            place
+            for part, tensors in zip(parts, fitting, strict=True)
+            for tensor in tensors
+            if (place := _place_of(part.detach(), tensor.detach(), draw)) is not None
+        ]
+        for place in dict.fromkeys(places):
+            if all(
+                any(_place_of(part.detach(), tensor.detach()[place:][: len(part)], draw) == 0 for tensor in tensors)
+                for part, tensors in zip(parts, fitting, strict=True)
+            ):
+                draw.matched = place + len(parts[0])
+                return Rows(_name(draw.tensors[0]), place, place + len(parts[0]), draw)
+    return None
+
+
+def _may_hold(part: Tensor, tensor: Tensor) -> bool:
+    """Whether a draw's tensor is as it was handed out, and large enough to hold these rows."""
+    known = _delivered.get(tensor)
+    if known is None or not known.holds(tensor) or not len(tensor):
+        return False
+    return len(part) <= len(tensor) and part[0].numel() == tensor[0].numel()
 
 
 def _name(base: Tensor) -> int:

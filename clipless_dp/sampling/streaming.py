@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ class StreamedBatches:
     (Seeded, a sampler that starts at a step draws that step's batch, which no step has used.)
 
     Args:
-        dataset: any map-style data set of pairs, a pair of tensors, or of arrays, memory-mapped files included; see
+        dataset: any data set, pairs of arrays included, which may be memory-mapped files; see
             :class:`clipless_dp.sampling.Samples`. It is asked from the thread. Of several processes each reads the
             samples of its own part, and the few that all compare.
         sample_rate: ``q`` in (0, 1].
@@ -57,7 +57,7 @@ class StreamedBatches:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | Sequence[Any] | Samples,
+        dataset: Dataset[Any] | Sequence[Any] | Mapping[str, Any] | Samples,
         *,
         sample_rate: float,
         steps: int,
@@ -72,6 +72,7 @@ class StreamedBatches:
                 "the data is on a device already, so there is nothing to stream: use PoissonBatches"
             )
         Samples.to_train_on(self._samples)
+        self.packing = self._samples.packing
         count = len(self._samples)
         self.sampler = PoissonBatchSampler(count, sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world

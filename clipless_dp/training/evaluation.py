@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from clipless_dp.losses import Loss, described
 from clipless_dp.model import DPLipModel
 from clipless_dp.sampling import Samples
 
-Data = Dataset[Any] | tuple[Tensor, Tensor]
+Data = Dataset[Any] | tuple[Any, Any] | Mapping[str, Any] | Sequence[Any] | Samples
+"""See :class:`clipless_dp.sampling.Samples`."""
 
 
 @torch.no_grad()
-def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024) -> tuple[float | None, float]:
+def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[float | None, float]:
     """Accuracy and mean loss on data that is not part of the training set.
 
     Args:
@@ -32,7 +34,7 @@ def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024)
     Raises:
         InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
     """
-    samples = Samples.of(dataset)
+    samples = Samples.of(dataset, model.packing)
     device, _ = model.device_and_dtype()
     training = model.training
     model.eval()

@@ -73,7 +73,8 @@ def fit(
 
     Args:
         model: the wrapped model, on the device to train on.
-        dataset: inputs and targets: a pair of tensors, or a data set of pairs.
+        dataset: inputs and targets: a pair of tensors, or a data set of pairs; several inputs by name or in order; see
+            :class:`clipless_dp.sampling.Samples`.
         epsilon, delta, accountant, dataset_size, reproducible_seed, noise, noise_multiplier, audit: what is promised,
             see :class:`clipless_dp.training.Privacy`.
         epochs, batch_size, lr, momentum, optimizer, scheduler, allocation, augment, multiplicity, ema, noise_schedule:
@@ -139,8 +140,8 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
             "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
             "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
         )
-    samples = Samples.to_train_on(dataset)
-    held_out = None if keeping.validation is None else Samples(keeping.validation)
+    samples = Samples.to_train_on(dataset, model.packing)
+    held_out = None if keeping.validation is None else Samples.of(keeping.validation, model.packing)
     for some in filter(None, (samples, held_out)):
         # What does not fit shows on one sample, before anything is spent.
         evaluate(model, some.first)
