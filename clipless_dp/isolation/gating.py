@@ -76,7 +76,9 @@ class Gating(TorchFunctionMode):
         self.uses: dict[str, list[tuple[str, int]]] = {}
         self.tables: list[int] = []
         self._sources = sources
-        self._names = {**also, **{id(source): name for name, source in sources.items()}}
+        # Frozen parameters are none of these, by whatever reference the code holds them.
+        self._names = {key: name for key, name in also.items() if name in sources}
+        self._names.update({id(source): name for name, source in sources.items()})
         self._caps = caps
         self._copies: dict[str, Tensor] = {}
         self._made: list[Any] = []
