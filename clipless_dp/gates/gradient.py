@@ -9,7 +9,7 @@ scaled sum is all that is kept of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -28,12 +28,15 @@ CANCELLED = 1e-3
 """A sum over positions that is smaller than this share of ``‖g‖‖x‖`` counts as this large: the rest is mostly rounding,
 which depends on the rest of the batch and must not be scaled to the size of a signal."""
 
-_CHUNK_ENTRIES = {"cpu": 1 << 20}
+_CHUNK_ENTRIES = {"cpu": 1 << 21}
 _CHUNK_ENTRIES_ELSEWHERE = 1 << 26
-"""Entries of windows and per-sample gradients at once: 4 MiB on a CPU, elsewhere 256 MiB."""
+"""Entries of windows and per-sample gradients at once: 8 MiB on a CPU, elsewhere 256 MiB."""
 
 _GRAM_GAIN = 8.0
 """Products of matrices that take as long as an entry of a per-sample gradient takes to be written and read twice."""
+
+_TOKEN_GRAM_GAIN = 60.0
+"""The same for tokens, whose factors go into one product of all samples."""
 
 
 def vector_weight_gradient(
@@ -72,38 +75,72 @@ def bias_gradient(cotangents: Tensor, sizes: Tensor, limit: float, least: float)
     return scale_factors(torch.maximum(sample_norms(gradients), CANCELLED * sizes), cap=limit, floor=least) @ gradients
 
 
-def _gated_sum(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
-    """``Σ_b factor_b·G_b`` for one chunk.
+def _gated_sum(
+    chunks: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int, int], limit: float, least: float
+) -> Tensor:
+    """``Σ_b factor_b·G_b``.
 
     Args:
-        rows: ``(b, groups, T, K)``, what the weight meets.
-        cotangents: ``(b, groups, O, T)``.
-        scales: ``(b,)``, ``‖x‖‖g‖``.
+        chunks: of some samples each: ``(b, groups, T, K)``, what the weight meets; ``(b, groups, O, T)``, the
+            cotangents; ``(b,)``, ``‖x‖‖g‖``.
+        shape: ``(groups, O, K)``.
         limit: the cap.
         least: the norm below which samples are not scaled further up.
 
     Returns:
         ``(groups, O, K)``.
     """
-    batch, groups, positions, inputs = rows.shape
+    groups, outputs, inputs = shape
+    # The product with longer rows is the faster one.
+    turned = outputs < inputs
+    total: Tensor | None = None
+    held: Tensor | None = None
+    for rows, cotangents, scales in chunks:
+        if _prefers_gram(rows.shape[2], inputs, outputs, _GRAM_GAIN):
+            part = _gated_sum_by_grams(rows, cotangents, scales, limit, least)
+            total = part if total is None else total + part
+            continue
+        first, second = (rows.mT, cotangents.mT) if turned else (cotangents, rows)
+        first, second = first.flatten(0, 1), second.flatten(0, 1)
+        if torch.is_grad_enabled():
+            gradients = torch.bmm(first, second)
+        else:
+            # Memory that is written before stays in the processor's caches.
+            held = first.new_empty(len(first), first.shape[1], second.shape[2]) if held is None else held
+            gradients = torch.bmm(first, second, out=held[: len(first)])
+        gradients = gradients.reshape(len(rows), groups * outputs * inputs)
+        norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
+        factors = scale_factors(norms, cap=limit, floor=least)
+        total = factors @ gradients if total is None else _add_product(total, gradients.mT, factors)
+    if total is None:
+        raise ValueError("there are no chunks")
+    if total.dim() > 1:
+        return total
+    return total.reshape(groups, inputs, outputs).mT if turned else total.reshape(shape)
+
+
+def _add_product(total: Tensor, matrix: Tensor, factors: Tensor) -> Tensor:
+    """``total + matrix @ factors``, in the place of the former where no gradients flow."""
+    return torch.addmv(total, matrix, factors) if torch.is_grad_enabled() else total.addmv_(matrix, factors)
+
+
+def _gated_sum_by_grams(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
+    """The gated sum of one chunk, whose samples' gradients are not formed: ``‖G‖² = Σ_ts ⟨g_t, g_s⟩⟨x_t, x_s⟩``."""
+    _, groups, positions, inputs = rows.shape
     outputs = cotangents.shape[2]
-    if _prefers_gram(positions, inputs, outputs):
-        grams = rows @ rows.mT, cotangents.mT @ cotangents
-        first, second = (gram.diagonal(dim1=-2, dim2=-1).sum((1, 2)) for gram in grams)
-        # What the sums of products may have lost is added: the root is then at least the true norm.
-        rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
-        lost = rounding * (first + 1e-28) * (second + 1e-28)
-        norms = ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
-        factors = scale_factors(torch.maximum(norms, CANCELLED * scales), cap=limit, floor=least)
-        scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
-        return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
-    gradients = torch.bmm(cotangents.flatten(0, 1), rows.flatten(0, 1)).reshape(batch, groups * outputs * inputs)
-    norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
-    return (scale_factors(norms, cap=limit, floor=least) @ gradients).reshape(groups, outputs, inputs)
+    grams = rows @ rows.mT, cotangents.mT @ cotangents
+    first, second = (gram.diagonal(dim1=-2, dim2=-1).sum((1, 2)) for gram in grams)
+    # What the sums of products may have lost is added: the root is then at least the true norm.
+    rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
+    lost = rounding * (first + 1e-28) * (second + 1e-28)
+    norms = ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
+    factors = scale_factors(torch.maximum(norms, CANCELLED * scales), cap=limit, floor=least)
+    scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
+    return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
 
 
-def _prefers_gram(positions: int, inputs: int, outputs: int) -> bool:
-    return 2 * positions**2 * (inputs + outputs) <= _GRAM_GAIN * inputs * outputs
+def _prefers_gram(positions: int, inputs: int, outputs: int, gain: float) -> bool:
+    return 2 * positions**2 * (inputs + outputs) <= gain * inputs * outputs
 
 
 def _chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
@@ -126,17 +163,37 @@ def token_weight_gradient(
     """
     _, positions, inputs = values.shape
     outputs = cotangents.shape[2]
-    gram = _prefers_gram(positions, inputs, outputs)
-    held = 2 * positions**2 + positions * outputs if gram else inputs * outputs
+    gram = _prefers_gram(positions, inputs, outputs, _TOKEN_GRAM_GAIN)
+    held = 2 * positions**2 if gram else inputs * outputs
     rows = _chunk_rows(chunk, held, values.device)
     values, lengths = zeroed_rows(values)
     cotangents, sizes = zeroed_rows(cotangents, sizes)
-    total = values.new_zeros(1, outputs, inputs)
-    for some, arriving, scales in zip(
-        values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
-    ):
-        total = total + _gated_sum(some.unsqueeze(1), arriving.mT.unsqueeze(1), scales, limit, least)
-    return total.squeeze(0)
+    if not gram:
+        parts = zip(values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True)
+        chunks = ((some.unsqueeze(1), arriving.mT.unsqueeze(1), scales) for some, arriving, scales in parts)
+        return _gated_sum(chunks, (1, outputs, inputs), limit, least).squeeze(0)
+    norms = _token_norms(values, cotangents, lengths, sizes, rows)
+    factors = scale_factors(torch.maximum(norms, CANCELLED * lengths * sizes), cap=limit, floor=least)
+    factors = factors.to(values.dtype).reshape(-1, 1, 1)
+    if inputs < outputs:
+        values = values * factors
+    else:
+        cotangents = cotangents * factors
+    return cotangents.reshape(-1, outputs).t() @ values.reshape(-1, inputs)
+
+
+def _token_norms(values: Tensor, cotangents: Tensor, lengths: Tensor, sizes: Tensor, rows: int) -> Tensor:
+    """At least the norms of ``Σ_t g_t x_tᵀ``, ``(B,)``, so many samples at once: the roots of ``⟨X Xᵀ, G Gᵀ⟩``."""
+    squares = [
+        (some @ some.mT).mul(arriving @ arriving.mT).sum((1, 2))
+        for some, arriving in zip(values.split(rows), cotangents.split(rows), strict=True)
+    ]
+    # What the sums of products may have lost is added: the root is then at least the true norm. The two norms are
+    # those of float32 sums, which may be half a percent too small each.
+    entries = values.shape[2] + cotangents.shape[2] + values.shape[1] ** 2 + 8
+    rounding = 1.03 * entries * torch.finfo(values.dtype).eps / 2
+    lost = rounding * (lengths.square() + 1e-28) * (sizes.square() + 1e-28)
+    return (torch.cat(squares).clamp(min=0.0) + lost).sqrt()
 
 
 def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, least: float) -> Tensor:
@@ -179,22 +236,21 @@ def convolution_weight_gradient(
     channels, outputs = values.shape[1], cotangents.shape[1]
     sizes_out = cotangents.shape[2:]
     positions, inputs = math.prod(sizes_out), channels // groups * math.prod(kernel)
-    gram = _prefers_gram(positions, inputs, outputs // groups)
+    gram = _prefers_gram(positions, inputs, outputs // groups, _GRAM_GAIN)
     held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
     rows = _chunk_rows(chunk, held, values.device)
     values, lengths = zeroed_rows(values)
     cotangents, sizes = zeroed_rows(cotangents)
-    total = values.new_zeros(groups, outputs // groups, inputs)
-    for some, arriving, scales in zip(
-        values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
-    ):
-        total = total + _gated_sum(
+    parts = zip(values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True)
+    chunks = (
+        (
             _windows(some, sizes_out, kernel, stride, padding, dilation, groups),
             _positions_last(arriving).unflatten(1, (groups, outputs // groups)),
             scales,
-            limit,
-            least,
         )
+        for some, arriving, scales in parts
+    )
+    total = _gated_sum(chunks, (groups, outputs // groups, inputs), limit, least)
     gradient: Tensor = total.reshape(outputs, *kernel, channels // groups).movedim(-1, 1).contiguous()
     return gradient
 
