@@ -89,11 +89,13 @@ class GatedLinear(_Gated):
     @staticmethod
     def forward(sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine) -> Tensor:
         (transposed,) = gates.settings
-        if not transposed:
-            return functional.linear(values, weight, bias)
         flat = values.reshape(-1, values.shape[-1])
-        made = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        return made.reshape(*values.shape[:-1], -1)
+        if not transposed:
+            made = functional.linear(flat, weight, bias)
+        else:
+            made = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        # No view of what was made, so that it may be overwritten.
+        return torch.ops.aten._unsafe_view(made, [*values.shape[:-1], made.shape[-1]])  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, cast
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipless_dp.errors import PrivacyError
@@ -39,6 +41,11 @@ _ABOUT = {attribute.__get__ for attribute in _ATTRIBUTES} | {
 """What tells about a parameter, or reads it, without a way back for a gradient."""
 
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_TOLD = {Tensor.__repr__, Tensor.__format__}
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_NAMESPACES = {"aten", "prims", "torchvision"}
+"""Whose operators are known to have rules of ``vmap``, or to be run for one sample after the other."""
+_CALLABLES = (FunctionType, MethodType, partial, nn.Module)
 
 
 def handles(*functions: Any, always: bool = False) -> Callable[[Handler], Handler]:
@@ -90,19 +97,30 @@ class Gating(TorchFunctionMode):
         self._caps = caps
         self._copies: dict[str, Tensor] = {}
         self._made: list[Any] = []
+        self._seed = torch.initial_seed()
+        self._ids = {id(sample)}
+
+    def admit(self, values: Iterable[Tensor]) -> None:
+        """These may be read in this run, as all that comes of them may."""
+        self._ids.update(map(id, values))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces functions that meet a parameter."""
         kwargs = kwargs or {}
         if func in _ABOUT:
-            return func(*args, **kwargs)
+            told = func(*args, **kwargs)
+            self._note(told)
+            return told
         if func in _HOOKS:
             raise PrivacyError(
                 "the network hooks a tensor (register_hook, retain_grad) within its forward: a hook sees the gradients "
                 "of all samples at once. Remove it"
             )
-        if args and isinstance(args[0], type) and issubclass(args[0], torch.autograd.Function):
-            _refuse_rule_of_its_own(args[0])
+        self._refuse_strangers(args)
+        if kwargs:
+            self._refuse_strangers(kwargs.values())
+        if func in _TOLD or torch.initial_seed() != self._seed or isinstance(func, _OPERATORS):
+            self._refuse_other_functions(func)
         met = self._meets(args) or bool(kwargs and self._meets(kwargs.values()))
         result: Any = NotImplemented
         if met or func in _ALWAYS:
@@ -117,6 +135,51 @@ class Gating(TorchFunctionMode):
         self._note(result)
         return result
 
+    def _refuse_strangers(self, values: Iterable[Any]) -> None:
+        """Refuses arguments that are not of this run, or that see more than one sample of it."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if torch._C._functorch.is_batchedtensor(value) and id(value) not in self._ids:
+                    raise PrivacyError(
+                        "the network reads a value that is not of this pass and sample: one that it kept of an earlier "
+                        "pass, or one within a transform (torch.func.vmap, grad) or a scripted function. Keep nothing, "
+                        "and use functions of torch"
+                    )
+            elif isinstance(value, (list, tuple)):
+                self._refuse_strangers(value)
+            elif isinstance(value, torch.Generator):
+                raise PrivacyError(
+                    "the network draws from a generator of its own, whose numbers a sample gets by its place in the "
+                    "batch: leave generator= out"
+                )
+            elif isinstance(value, type):
+                if issubclass(value, torch.autograd.Function) and value.__module__.partition(".")[0] != "torch":
+                    raise PrivacyError(
+                        f"the autograd function {value.__name__} runs code of its own behind torch.func.vmap, which "
+                        "may see all samples at once: write it in functions of torch"
+                    )
+            elif isinstance(value, _CALLABLES):
+                raise PrivacyError(
+                    f"a function of torch is handed code to call ({value!r}), which runs unseen: call it directly"
+                )
+
+    def _refuse_other_functions(self, func: Any) -> None:
+        if func in _TOLD:
+            raise PrivacyError("the network writes a value of all samples as text, which none may read: leave it out")
+        if torch.initial_seed() != self._seed:
+            raise PrivacyError(
+                "the network seeds torch's generator in its forward, so that a sample's numbers follow from its place "
+                "in the batch: leave manual_seed out"
+            )
+        space = (
+            func.namespace if isinstance(func, torch._ops.OpOverload) else func._qualified_op_name.partition("::")[0]
+        )
+        if space not in _NAMESPACES:
+            raise PrivacyError(
+                f"the operator {func} is none of torch's own, and may see all samples at once: write it in functions "
+                "of torch"
+            )
+
     def _meets(self, values: Iterable[Any]) -> bool:
         names = self._names
         for value in values:
@@ -130,6 +193,7 @@ class Gating(TorchFunctionMode):
     def _note(self, result: Any) -> None:
         if isinstance(result, Tensor):
             if torch._C._functorch.is_batchedtensor(result):
+                self._ids.add(id(result))
                 self._made.append(ref(result))
         elif isinstance(result, (list, tuple)):
             for value in result:
@@ -179,6 +243,7 @@ class Gating(TorchFunctionMode):
             source = self._sources[name]
             gates = Affine(self.gated(name, "expand", source.numel()), None)
             self._copies[name] = cast(Tensor, Expanded.apply(self.sample, source, gates))  # type: ignore[no-untyped-call]
+            self._ids.add(id(self._copies[name]))
         return self._copies[name]
 
     def expanded(self, value: Any) -> Any:
@@ -250,12 +315,3 @@ def refuse_other_ways(
                 )
             else:
                 stack.append(behind)
-
-
-def _refuse_rule_of_its_own(function: type[torch.autograd.Function]) -> None:
-    ours = function.__module__.partition(".")[0] == "torch" or function.__module__.startswith("clipless_dp.isolation")
-    if not (ours or getattr(function, "generate_vmap_rule", False)):
-        raise PrivacyError(
-            f"the autograd function {function.__name__} has no vmap rule, or one of its own, which sees all samples at "
-            "once: set generate_vmap_rule = True in it, or write it in functions of torch"
-        )

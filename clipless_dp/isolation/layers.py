@@ -37,6 +37,9 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     input = run.expanded(input)
     of_weight, of_bias = run.name_of(weight), run.name_of(bias)
     outputs, inputs = reversed(weight.shape) if transposed else weight.shape
+    if bias is not None and bias.shape != (outputs,):
+        # Broadcast, it would be summed once more behind its cap.
+        return NotImplemented
     positions = math.prod(input.shape[:-1])
     gates = Affine(
         run.gated(of_weight, "linear", positions * max(inputs, outputs)),
@@ -47,19 +50,23 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 @handles(torch.addmm, Tensor.addmm)
-def addmm(run: Gating, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Any:
+def addmm(run: Gating, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Any:
     """``b + x W``, as some linear layers write it."""
-    if scales or bias.dim() != 1:
-        return NotImplemented
-    return linear(run, input, weight, bias, transposed=True)
+    return NotImplemented if scales else linear(run, mat1, mat2, input, transposed=True)
 
 
-@handles(torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__)
-def matmul(run: Gating, input: Tensor, weight: Tensor) -> Any:
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matmul(run: Gating, input: Tensor, other: Tensor, **options: Any) -> Any:
     """``x W``."""
-    if run.name_of(weight) is None:
+    if options or run.name_of(other) is None:
         return NotImplemented
-    return linear(run, input, weight, transposed=True)
+    return linear(run, input, other, transposed=True)
+
+
+@handles(torch.mm, Tensor.mm)
+def mm(run: Gating, input: Tensor, mat2: Tensor, **options: Any) -> Any:
+    """``x W``."""
+    return matmul(run, input, mat2, **options)
 
 
 @handles(functional.embedding, always=True)

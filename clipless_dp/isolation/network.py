@@ -28,6 +28,10 @@ from clipless_dp.packing import Packing
 Select = str | int | Callable[[Any], Tensor] | None
 """Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
 
+_PACKING = (
+    "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
+    "samples at once: leave it out, and save memory by micro-batches"
+)
 _STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
 
 
@@ -53,6 +57,12 @@ class Isolated(nn.Module):
         UnsupportedModuleError: layers that keep statistics of batches, or hooks on backward passes.
     """
 
+    select: Select
+    isolation: str
+    uses: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] | None
+    _still: tuple[str, ...]
+    _caps: tuple[tuple[str, float, float], ...]
+
     def __init__(
         self,
         net: nn.Module,
@@ -69,15 +79,20 @@ class Isolated(nn.Module):
         # The network's own: its parameters keep their names, and are where it looks for them.
         self._parameters, self._modules, self._buffers = net._parameters, net._modules, net._buffers
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
-        self.__dict__["__wrapped__"] = net
+        # Not by attribute: a part of the network may have the name.
+        self.__dict__.update(
+            {
+                "__wrapped__": net,
+                "__packing__": None,
+                "__limits__": (),
+                "select": select,
+                "isolation": "vmap",
+                "uses": None,
+                "_still": tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS)),
+                "_caps": (),
+            }
+        )
         self.training = net.training
-        self.select = select
-        self.isolation = "vmap"
-        self.__dict__["__packing__"] = None
-        self.uses: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
-        self.__dict__["__limits__"] = ()
-        self._still = tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS))
-        self._caps: tuple[tuple[str, float, float], ...] = ()
         self.set_gates(limit, bias_limit=bias_limit, mode=mode, floor=floor)
 
     @property
@@ -139,7 +154,7 @@ class Isolated(nn.Module):
             if any(is_named(name, pattern) for pattern in layers):
                 cap = bias_limit if name.rpartition(".")[2] == "bias" else limit
                 caps[name] = cap, max(share * cap, 1e-8)
-        self._caps = tuple((name, *cap) for name, cap in caps.items())
+        self.__dict__["_caps"] = tuple((name, *cap) for name, cap in caps.items())
 
     @property
     def caps(self) -> dict[str, Cap]:
@@ -166,10 +181,10 @@ class Isolated(nn.Module):
         _refuse_what_sees_batches(self.net)
         held = dict(self._held())
         # The first pass counts the uses of frozen parameters too, which may be trained later.
-        sources = {name: value for name, value in held.items() if value.requires_grad or not self.uses}
-        also = self._known(held)
+        sources = {name: value for name, value in held.items() if value.requires_grad or self.uses is None}
+        also = {**self._known(held), **{id(value): name for name, value in held.items()}}
         batch = [values] if self.packing is None else self.packing.unpack(values)
-        first = not self.uses
+        first = self.uses is None
         if first:
             # Each in memory of its own, so that look-ups tell which of them they are of.
             batch = [value.clone(memory_format=torch.contiguous_format) for value in batch]
@@ -179,10 +194,12 @@ class Isolated(nn.Module):
         def one(sample: Tensor, *own: Tensor) -> Tensor:
             gating = Gating(sample, sources, also, self.caps, batch if first else ())
             gatings.append(gating)
+            lifted = [value.unsqueeze(0) for value in own]
+            gating.admit(lifted)
             with gating:
-                returned = self._call([value.unsqueeze(0) for value in own])
+                returned = self._call(lifted)
                 output = self._selected(returned)
-            del returned
+            del returned, lifted
             kept.append(gating.kept([output, *own]))
             return output
 
@@ -248,11 +265,14 @@ class Isolated(nn.Module):
     def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
         sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
         try:
-            return torch.func.vmap(one, randomness="different")(sample, *batch)
+            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING):
+                return torch.func.vmap(one, randomness="different")(sample, *batch)
         except CliplessError:
             raise
         except RuntimeError as error:
             told = str(error)
+            if _PACKING in told:
+                raise PrivacyError(_PACKING) from error
             if "data-dependent control flow" in told or ".item()" in told:
                 remedy = "it branches on values of a sample, which no run for many samples can: use torch.where"
             elif "vmap" in told:
@@ -261,7 +281,7 @@ class Isolated(nn.Module):
                 raise
             raise UnsupportedModuleError([Unsupported("forward", type(self.net).__name__, remedy)]) from error
         except IndexError as error:
-            if not self.uses:
+            if self.uses is None:
                 raise
             raise InputError(f"a sample holds a number that the network has no entry for: {error}") from error
 
@@ -270,8 +290,8 @@ class Isolated(nn.Module):
 
     def _count(self, gating: Gating) -> None:
         found = {name: tuple(uses) for name, uses in gating.uses.items()}
-        if not self.uses:
-            self.uses = tuple(sorted(found.items()))
+        if self.uses is None:
+            self.__dict__["uses"] = tuple(sorted(found.items()))
             self.__dict__["__limits__"] = tuple(int(limit) for limits in gating.limits for limit in limits)
             return
         known = dict(self.uses)
@@ -286,7 +306,7 @@ class Isolated(nn.Module):
 
     def forget(self) -> None:
         """Lets the next pass say how often each parameter is used."""
-        self.uses = ()
+        self.__dict__["uses"] = None
         self.__dict__["__limits__"] = ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipless_dp import CliplessDPSGD, DPLipModel, gradient_gated, losses
+from clipless_dp import CliplessDPSGD, DPLipModel, gradient_gated, losses, passes
 from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, UnsupportedModuleError
 from clipless_dp.isolation import Isolated
 from clipless_dp.sampling import PoissonBatches
@@ -96,12 +96,56 @@ def scripted(value: Tensor) -> Tensor:
 
 outside = nn.Parameter(torch.ones(4))
 
+
+def seeded(net: Net, values: Tensor) -> Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noise = torch.randn(1, 2)
+        return plain(net, values) + noise
+
+
+def packed(net: Net, values: Tensor) -> Tensor:
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: kept / kept.abs().max(), lambda kept: kept):
+        return plain(net, values)
+
+
+@torch.library.custom_op("clipless_dp_tests::centred", mutates_args=())
+def centred(values: Tensor) -> Tensor:
+    return values - values.mean()
+
+
 REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], type[CliplessError], str]] = {
     "a branch on values": (branching, UnsupportedModuleError, "torch.where"),
     "values read": (lambda net, values: plain(net, values) * float(values[0, 0]), UnsupportedModuleError, "branches"),
     "a tensor hook": (hooked, PrivacyError, "register_hook"),
     "a leaf of nobody's": (lambda net, values: plain(net, values * outside), PrivacyError, "without a gate"),
     "a rule of one's own": (lambda net, values: plain(net, Centred.apply(values)), PrivacyError, "Centred"),
+    "a function of one's own": (lambda net, values: plain(net, Doubled.apply(values)), PrivacyError, "Doubled"),
+    "a generator of one's own": (
+        lambda net, values: plain(net, values) + torch.randn(1, 2, generator=torch.Generator().manual_seed(0)),
+        PrivacyError,
+        "generator",
+    ),
+    "a seed": (seeded, PrivacyError, "manual_seed"),
+    "a vmap within": (
+        lambda net, values: plain(net, values) + torch.func.vmap(net.first)(torch.ones(3, 4)).mean() * values[:, :2],
+        PrivacyError,
+        "not of this pass and sample",
+    ),
+    "packed activations": (packed, PrivacyError, "saved_tensors_hooks"),
+    "text": (lambda net, values: plain(net, values) * len(repr(values)), PrivacyError, "as text"),
+    "an operator of one's own": (
+        lambda net, values: plain(net, torch.ops.clipless_dp_tests.centred(values)),
+        PrivacyError,
+        "none of torch's own",
+    ),
+    "code handed over": (
+        lambda net, values: functional.triplet_margin_with_distance_loss(
+            values, values, values, distance_function=lambda one, other: Centred.apply(one)
+        ),
+        PrivacyError,
+        "handed code",
+    ),
     "a weight past its gate": (
         lambda net, values: plain(net, values) + scripted(net.scale),
         PrivacyError,
@@ -123,8 +167,6 @@ def test_networks_that_cannot_be_kept_apart_are_refused_in_words(name: str) -> N
 
 ACCEPTED: dict[str, Callable[[Net, Tensor], Any]] = {
     "plain": plain,
-    "a function of one's own": lambda net, values: plain(net, Doubled.apply(values)),
-    "a weight in a function of one's own": lambda net, values: plain(net, values) + Doubled.apply(net.scale),
     "a weight by itself": lambda net, values: plain(net, values) @ net.second.weight @ net.first.weight[:, :2],
     "a weight's shape": lambda net, values: (
         plain(net, values) / net.first.weight.shape[0] * net.first.weight.dtype.itemsize
@@ -149,6 +191,89 @@ def test_networks_that_are_kept_apart_train_whatever_they_do_with_weights(name: 
         model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
         optimizer.step()
     assert optimizer.accountant.history == [(1.0, 0.2, 2)]
+
+
+class Remembering(nn.Module):
+    """Keeps what it computed, in one of many ways, from its fifth call on."""
+
+    def __init__(self, keep: Callable[[Tensor], Any], read: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.keep, self.read = keep, read
+        self.memory: list[Any] = []
+        self.calls = 0
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.calls += 1
+        hidden = self.first(values)
+        if self.calls > 5:
+            if self.memory:
+                hidden = hidden + self.read(self.memory[-1])
+            self.memory.append(self.keep(hidden))
+        return self.second(hidden)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        lambda hidden: hidden.detach(),
+        lambda hidden: nn.Parameter(hidden.detach()),
+        lambda hidden: {"hidden": hidden.detach()},
+        lambda hidden: hidden.T,
+    ],
+    ids=["detached", "a parameter", "in a dictionary", "a view"],
+)
+def test_what_is_kept_from_a_later_pass_on_is_refused_then_or_in_the_next(keep: Callable[[Tensor], Any]) -> None:
+    model = model_of(Remembering(keep, lambda kept: (kept["hidden"] if isinstance(kept, dict) else kept).mean()))
+
+    def run() -> None:
+        for _ in range(8):
+            model(torch.randn(3, 4))
+
+    with pytest.raises(PrivacyError, match=r"keeps something|not of this pass"):
+        run()
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(1), torch.zeros(())])
+def test_a_bias_that_broadcasts_is_capped_as_a_whole(bias: Tensor) -> None:
+    class Broad(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(200, 4)), nn.Parameter(bias)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return functional.linear(values, self.weight, self.bias)
+
+    model = DPLipModel(
+        gradient_gated(Broad(), isolation="vmap", mode="clip"),
+        input_shape=(4,),
+        loss=losses.BoundedLoss(lambda output, target: 100 * output.sum(1), bound=1e6),
+    )
+    with passes.unwitnessed():
+        model.loss(model(torch.randn(1, 4)), torch.zeros(1)).backward()
+    gradient = model.net.get_parameter("bias").grad
+    assert gradient is not None
+    assert float(gradient.norm()) <= model.sensitivity().per_parameter["bias"] * (1 + 1e-6)
+
+
+def test_parts_may_have_the_names_of_settings() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.select, self.uses, self._caps = nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 2)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self._caps(self.uses(self.select(values)))
+
+    net = Named()
+    model = model_of(net)
+    assert model(torch.randn(3, 4)).shape == (3, 2)
+    assert isinstance(net.select, nn.Linear)
+
+
+def test_layers_may_overwrite_what_gated_layers_return() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    assert model_of(net)(torch.randn(3, 4)).shape == (3, 2)
 
 
 def test_a_parameter_that_is_used_more_often_than_when_it_was_wrapped_is_refused() -> None:
