@@ -18,7 +18,7 @@ from clipless_dp.audit.result import EpsilonAudit, check_levels
 from clipless_dp.audit.statistics import Claim, Numbers, epsilon_of_rates, highest_rate, one_run_epsilon
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.losses import BoundedLoss
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, passes
 from clipless_dp.noise import allocate
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.testing.attacks import whole_gradient
@@ -226,7 +226,9 @@ class _Stage:
             raise ConfigurationError("the canaries' gradients do not fit into memory: take fewer canaries")
         gradients = []
         for sample, target in zip(self._inputs.split(1), self._targets.split(1), strict=True):
-            found = torch.autograd.grad(model.loss(model(sample), target), parameters, allow_unused=True)
+            with passes.unwitnessed():
+                loss = model.loss(model(sample), target)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradients.append(self._flat(deviations, found))
         stacked = torch.stack(gradients)
         norms: Tensor = torch.linalg.vector_norm(stacked, dim=1, keepdim=True)

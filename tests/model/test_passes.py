@@ -216,7 +216,7 @@ def test_a_draw_that_is_changed_in_the_loop_is_refused(change: Callable[[Batch],
 
 def test_what_the_register_does_not_look_at_shows_as_a_larger_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: origins unknown, nothing in hand. Then repeated rows are released, at twice the bound."""
-    monkeypatch.setattr(passes, "origin", lambda inputs: (draws.find(inputs), None))
+    monkeypatch.setattr(passes, "origin", lambda inputs, names: (draws.find(inputs), None))
     model = model_of()
     optimizer = sgd(model, sample_rate=1.0, sampling="none", noise=NoNoise())
     (batch,) = PoissonBatches((data()[0][:1], data()[1][:1]), sample_rate=1.0, steps=1)
@@ -394,6 +394,7 @@ def test_batches_of_unknown_origin_are_charged_in_full_one_by_one_and_refused_to
     for rows in (torch.arange(0, 10), torch.arange(10, 20)):
         model.loss(model(inputs[rows]), targets[rows]).backward()
     refused(optimizer, "unknown origin")
+    optimizer.skip_draw()
     for start in (0, 10, 20):
         rows = slice(start, start + 10)
         model.loss(model(inputs[rows]), targets[rows]).backward()
@@ -663,7 +664,7 @@ def test_a_batch_in_order_is_charged_for_the_sample_that_enters_and_the_one_that
     optimizer = sgd(model)
 
     def summed(rows: slice) -> Tensor:
-        model.register.drop()
+        optimizer.skip_draw()
         model.loss(model(inputs[rows]), targets[rows]).backward()
         return net[0].weight.grad.clone()
 
@@ -1529,6 +1530,8 @@ def test_pieces_that_a_loss_leaves_out_or_passes_in_place_of_others_are_refused(
 
     with pytest.raises(PrivacyError, match="more than once"):
         optimizer.accumulate(batch, loss=twice_or_not_at_all, micro_batch_size=7)
+    optimizer.skip_draw()
+    (batch,) = drawn(rate=1.0)
     optimizer.accumulate(batch, micro_batch_size=7)
     optimizer.step()
 
