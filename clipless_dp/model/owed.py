@@ -1,7 +1,7 @@
 """Passes whose private gradients were computed, and which are owed to a step until it releases them.
 
-They are owed for parameters, not for a model: a network may be wrapped more than once, and what one wrapper has computed
-may move the weights that another one passes by.
+They are owed for parameters, not for a model: a network may be wrapped more than once, and what one wrapper has
+computed may move the weights that another one passes by.
 """
 
 from __future__ import annotations

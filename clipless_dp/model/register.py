@@ -41,8 +41,8 @@ _SPENT = (
 )
 
 _LEFT_OUT = (
-    "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must not depend on "
-    "a batch. Freeze parameters by requires_grad_(False)"
+    "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must not depend "
+    "on a batch. Freeze parameters by requires_grad_(False)"
 )
 
 
@@ -422,7 +422,7 @@ class Register:
         self._held.clear()
 
     def forget(self) -> None:
-        """No pass is in the gradients any more, and none is owed: they were released, or it is said that none counts."""
+        """No pass is in the gradients any more, and none is owed: all were released, or are left out by word."""
         self.passes, self._taint = [], None
         self._filled.clear()
         self._strike(self.owed())

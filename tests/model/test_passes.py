@@ -1744,9 +1744,7 @@ def test_padding_that_counts_is_refused_in_compiled_passes(compiled, integers: b
 def test_a_compiled_pass_counts_once_it_has_come_to_all_parameters(compiled) -> None:
     model, optimizer, run = compiled
     weights = [*model.net.parameters()]
-    for index, batch in enumerate(
-        PoissonBatches(data(), sample_rate=RATE, steps=4, physical_batch_size=SIZE)
-    ):
+    for index, batch in enumerate(PoissonBatches(data(), sample_rate=RATE, steps=4, physical_batch_size=SIZE)):
         optimizer.zero_grad()
         if index == 1:
             model.loss(run(batch.inputs), batch.targets, batch.mask).backward(inputs=weights[:1])
