@@ -193,7 +193,8 @@ class DPLipModel(nn.Module):
             outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
-        entry = partial(self.register.enter, opened) if isinstance(opened, passes.Pass) else opened
+        enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
+        entry = partial(enter, opened) if isinstance(opened, passes.Pass) else opened
         outputs = outermost_gate(outputs, self.cotangent_norm, entry)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
@@ -325,13 +326,13 @@ class DPLipModel(nn.Module):
     def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
         """The bounds that hold for a pass that begins now, and a fingerprint of what they rest on.
 
-        Of a model of which each rank holds a part, the bounds are those of the step.
+        Of a model of which each rank holds a part, the bounds are those of the step, at the same weights.
 
         Raises:
             PrivacyError: as :meth:`sensitivity`.
         """
         if not self.placement.is_whole:
-            return None, None
+            return None, (self._watch, self._weights.marks_of_parts(self.register.parameters))
         self._follow_changes()
         sensitivity, stamps = self._weights.sensitivity(self.placement)
         return sensitivity, (self._watch, self._weights.marks(stamps))
@@ -339,15 +340,25 @@ class DPLipModel(nn.Module):
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.
 
+        So must the step of a model of which each rank holds a part.
+
         Raises:
             PrivacyError: it does not.
         """
         if fingerprint is None:
             return
-        watch, marks = cast("tuple[Watch, dict[str, object]]", fingerprint)
+        watch, marks = cast("tuple[Watch, dict[str, object] | list[object]]", fingerprint)
         self._watch.refuse_interference(self.placement.is_whole)
         watch.refuse_other_settings()
-        self._weights.refuse_others(marks)
+        if isinstance(marks, dict):
+            self._weights.refuse_others(marks)
+        else:
+            self._weights.refuse_other_parts(self.register.parameters, marks)
+
+    def reached(self, begun: passes.Pass) -> set[int]:
+        """The parameters (by ``id``) that a pass has gradients of, if any of them can contribute."""
+        bounds = {} if begun.sensitivity is None else begun.sensitivity.per_parameter
+        return {id(self.net.get_parameter(name)) for name, bound in bounds.items() if bound > 0.0}
 
     @property
     def compiling_pays(self) -> bool:

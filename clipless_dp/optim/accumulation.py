@@ -38,7 +38,7 @@ def accumulate(
         refuse_own_generators(augment)
     inputs, targets, mask = model.rows(batch[0]), batch[1], batch[2]
     register = model.register
-    rows, beside = passes.origin(inputs)
+    rows, beside = passes.origin(inputs, register.names())
     register.reconcile()
     entered = [some.rows for some in register.passes if some.rows is not None]
     if draws.overlapping([*entered, rows]):
@@ -50,7 +50,8 @@ def accumulate(
     here.reshard_()
     total = torch.zeros((), device=inputs.device)
     pieces = list(zip(inputs.split(size), targets.split(size), mask.split(size), strict=True))
-    with here.passing(len(pieces)) as count, register.apart(rows, beside, views=multiplicity):
+    unseen = loss is None and augment is None
+    with here.passing(len(pieces)) as count, register.apart(rows, beside, views=multiplicity, unseen=unseen):
         pieces += [(inputs[:0], targets[:0], mask[:0])] * (count - len(pieces))
         for _ in range(multiplicity):
             for some, wanted, counts in pieces:

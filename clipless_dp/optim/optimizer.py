@@ -21,7 +21,7 @@ from clipless_dp.noise import Allocation, NoiseSource, noise_source, source_name
 from clipless_dp.optim import accumulation, checks
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
-from clipless_dp.optim.charging import Sampling, Terms, charge, refuse_to_step_after
+from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
 from clipless_dp.optim.parameters import Protected, to_release
 from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.packing import Structure
@@ -243,11 +243,22 @@ class CliplessDPOptimizer(Optimizer):
     def skip_draw(self) -> None:
         """Says that the draws in hand are not trained on, so that other rows may be: on public data, say.
 
-        Drops the gradients. Whether a draw is skipped must not depend on what is in it: no amplification covers that.
-        The statement says how many were.
+        Drops the gradients. Whether a draw is skipped must not depend on what is in it, and nothing of its gradients
+        may be used: no amplification covers that. The statement says how many were, batches of no draw included whose
+        gradients were computed.
         """
-        self._books.note_skipped(draws.skip(self))
-        self.model.register.drop()
+        self._leave_out(said=True)
+        self.model.register.forget()
+
+    def _leave_out(self, *, said: bool) -> None:
+        """What came in is dropped, and no step takes it any more."""
+        register = self.model.register
+        self._books.note_skipped(leave_out(register.owed(), self._terms(), said=said))
+        register.drop()
+
+    def _terms(self) -> Terms:
+        several = self.placement.world.size > 1
+        return Terms(self._sampling, self.sample_rate, self._made, several, self, self.model.register.names())
 
     @property
     def skipped_draws(self) -> int:
@@ -284,7 +295,7 @@ class CliplessDPOptimizer(Optimizer):
                 self._release()
             except BaseException:
                 # What is refused, or was interrupted, must not be released together with what comes next.
-                self.skip_draw()
+                self._leave_out(said=False)
                 raise
             try:
                 self.base_optimizer.step()
@@ -342,7 +353,7 @@ class CliplessDPOptimizer(Optimizer):
         return self._books.changed_settings()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients. Those of a draw that no step took are missed by the next one, which is refused."""
+        """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
         self.model.register.reconcile()
 
@@ -404,7 +415,7 @@ class CliplessDPOptimizer(Optimizer):
         self.placement.require_ready()
         register = self.model.register
         passed = register.witnessed()
-        terms = Terms(self._sampling, self.sample_rate, self._made, self.placement.world.size > 1, self)
+        terms = self._terms()
         if not passed:
             taker = None if register.taker is None else register.taker()
             refuse_to_step_after(None if taker is self else taker, terms)
@@ -417,10 +428,13 @@ class CliplessDPOptimizer(Optimizer):
         self._books.note_randomness()
         provenance = self._books.provenance(ledger, self.noise, charged.witness)
         self.accountant.step(noise_multiplier=spent, sample_rate=charged.sample_rate, provenance=provenance)
+        if charged.draw is not None:
+            draws.use(charged.draw, self)
         self._books.note_step(named, self.param_groups)
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         register.forget()
+        draws.forget_left_out(terms.names)
         if passed:
             register.taker = ref(self)
         gradients, scales = to_release(named, deviations, passed=bool(passed))

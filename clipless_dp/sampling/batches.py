@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,8 +119,12 @@ class PoissonBatches:
         for indices in self.sampler.draws():
             chosen = torch.from_numpy(indices // self.sampler.world.size)
             batch = padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
-            draws.deliver(next(made), batch.inputs, len(indices))
+            draws.deliver(next(made), batch.inputs, len(indices), partial(_rows, self._inputs, chosen))
             yield batch
+
+
+def _rows(inputs: Tensor, indices: Tensor) -> Tensor:
+    return inputs.index_select(0, indices.to(inputs.device))
 
 
 def padded_batch(inputs: Tensor, targets: Tensor, indices: Tensor, multiple: int) -> Batch:
