@@ -58,7 +58,7 @@ class TokenCrossEntropy(Loss):
         tau: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        self.ignore_index = whole("ignore_index", ignore_index, least=torch.iinfo(torch.int64).min)
+        self.ignore_index = whole("ignore_index", ignore_index, least=torch.iinfo(torch.int64).min, most=None)
         if self.ignore_index > torch.iinfo(torch.int64).max:
             raise ConfigurationError(f"ignore_index must fit into 64 bits, got {self.ignore_index}")
         if reduction not in ("mean", "sum"):

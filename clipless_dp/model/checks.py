@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from clipless_dp.arguments import cap, flag
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError
 from clipless_dp.graph.tracing import TracedNet
@@ -20,8 +21,8 @@ from clipless_dp.packing import Packing
 from clipless_dp.precision import refuse_autocast
 
 
-def refuse_arguments(net: object, input_norm: object, loss: object) -> None:
-    """Refuses arguments that are no network that can be trained here, no cap or no loss with a bound."""
+def refuse_arguments(net: object, input_norm: object, loss: object, row_invariant: object) -> None:
+    """Refuses arguments that are no network that can be trained here, no cap, no loss with a bound or no choice."""
     if not isinstance(net, nn.Module):
         raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     if not isinstance(loss, Loss):
@@ -29,10 +30,10 @@ def refuse_arguments(net: object, input_norm: object, loss: object) -> None:
             f"{loss!r} does not state the bound of its gradient; use one of clipless_dp.losses, or "
             "losses.BoundedLoss(function, bound=...) around a per-sample function"
         )
-    if input_norm is not None and not (
-        isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
-    ):
-        raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
+    if input_norm is not None:
+        cap("input_norm", input_norm)
+    if row_invariant is not None:
+        flag("row_invariant", row_invariant)
     placement.refuse_averages(net)
     placement.refuse_shards(net)
     _refuse_valueless(net)

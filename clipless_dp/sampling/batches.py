@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipless_dp import arguments
 from clipless_dp.arguments import whole
 from clipless_dp.sampling import draws
-from clipless_dp.sampling.sampler import PoissonBatchSampler
+from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 
 
@@ -32,6 +33,7 @@ class Batch(NamedTuple):
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of this draw, for gradient accumulation: one ``backward()`` each, one ``step()`` for all."""
+        rows = whole("rows", rows)
         for inputs, targets, mask in zip(
             self.inputs.split(rows), self.targets.split(rows), self.mask.split(rows), strict=True
         ):
@@ -89,6 +91,10 @@ class PoissonBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
+        if physical_batch_size is not None:
+            physical_batch_size = whole("physical_batch_size", physical_batch_size)
+        device = arguments.device("device", device)
+        refuse_draws(sample_rate, steps, seed, start)
         inputs, targets = Samples.to_train_on(dataset).all()
         self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world

@@ -37,6 +37,46 @@ def public_size(dataset_size: int | None, rows: int) -> int:
     return whole("dataset_size", rows if dataset_size is None else dataset_size)
 
 
+def count(dataset: Any) -> int:
+    """The number of samples of a data set, none of which is read.
+
+    Raises:
+        ConfigurationError: it is empty, or two lengths differ, or it is no data set.
+    """
+    if isinstance(dataset, Samples):
+        return len(dataset)
+    try:
+        pair = _pair(dataset)
+        if pair is not None:
+            lengths = [len(part) for part in pair]
+            if len(set(lengths)) > 1 or lengths[0] == 0:
+                raise ConfigurationError(
+                    f"{lengths[0]} inputs and {lengths[1]} targets: need as many of each, and some"
+                )
+            return lengths[0]
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, (str, bytes)):
+            length = len(dataset)
+            if length == 0:
+                raise ConfigurationError("the data set is empty")
+            return length
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the data set has no length: {error}; give a pair of tensors, one row for each sample"
+        ) from error
+    raise ConfigurationError(
+        f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
+    )
+
+
+def _pair(dataset: Any) -> Any:
+    """Inputs and targets as they are held, where a data set is a pair of them."""
+    if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+        dataset = dataset.tensors
+    if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(hasattr(part, "shape") for part in dataset):
+        return dataset
+    return None
+
+
 class Samples:
     """The samples of a data set, by number; nothing but the first one is read until it is asked for.
 
@@ -54,24 +94,14 @@ class Samples:
 
     def __init__(self, dataset: Any) -> None:
         self.tensors: tuple[Tensor, Tensor] | None = None
-        if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-            dataset = dataset.tensors
-        if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(hasattr(part, "shape") for part in dataset):
+        count(dataset)
+        pair = _pair(dataset)
+        if pair is not None:
             with warnings.catch_warnings():
                 # A file that is mapped for reading only: nothing here writes to it.
                 warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-                inputs, targets = (torch.as_tensor(part) for part in dataset)
-            if len(inputs) != len(targets) or len(inputs) == 0:
-                raise ConfigurationError(
-                    f"{len(inputs)} inputs and {len(targets)} targets: need as many of each, and some"
-                )
+                inputs, targets = (torch.as_tensor(part) for part in pair)
             self.tensors = inputs, targets
-        elif not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise ConfigurationError(
-                f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
-            )
-        elif len(dataset) == 0:
-            raise ConfigurationError("the data set is empty")
         self._dataset = dataset
         self._checked = False
         try:
