@@ -182,7 +182,8 @@ class BinaryCrossEntropy(Loss):
         """Where the score is above zero and the target above one half, or neither; ``None`` for several outputs."""
         if output.numel() != len(output):
             return None
-        return (output.flatten() > 0) == (target.flatten() > 0.5)
+        scores = output.flatten()
+        return ((scores > 0) == (target.flatten() > 0.5)) & ~scores.isnan()
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max(w_0, w_1)·(1 - s/2)/√k``."""

@@ -210,7 +210,7 @@ def test_another_base_optimizer_and_schedule_can_be_given():
         ({"epochs": 0}, "epochs"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 301}, "300 samples"),
-        ({"batch_size": 50.0}, "integer"),
+        ({"batch_size": 50.0}, "whole number"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
     ],
 )
