@@ -73,6 +73,6 @@ def alias_modules() -> None:
         vars(sys.modules["clipless_dp"]).setdefault(former, module)
     for package, names in _INSIDE.items():
         for name, part in names.items():
-            module, _, renamed = part.partition(" ")
-            found = getattr(import_module(f"clipless_dp.{module}"), renamed or name)
+            where, _, renamed = part.partition(" ")
+            found = getattr(import_module(f"clipless_dp.{where}"), renamed or name)
             setattr(sys.modules[f"clipless_dp.{package}"], name, found)

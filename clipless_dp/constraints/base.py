@@ -46,10 +46,10 @@ class Constraint(ABC):
             try:
                 signature.bind(None, *args, **kwargs)
             except TypeError as error:
-                own = [str(one) for one in list(signature.parameters.values())[1:]]
+                own = [one.replace(annotation=one.empty) for one in [*signature.parameters.values()][1:]]
                 raise ConfigurationError(
-                    f"{cls.__name__} cannot be made of these arguments: {error}. It takes {', '.join(own)}; give "
-                    "what follows the limit by its name"
+                    f"{cls.__name__} was given arguments that it does not take ({error}). Write "
+                    f"{cls.__name__}{inspect.Signature(own)}: what follows the star is given by its name"
                 ) from error
         return super().__new__(cls)
 

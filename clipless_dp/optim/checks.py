@@ -38,6 +38,8 @@ def refuse_groups(groups: Sequence[Mapping[str, Any]]) -> None:
     for index, group in enumerate(groups):
         largest = min((torch.finfo(parameter.dtype).max for parameter in group["params"]), default=math.inf)
         for name, value in group.items():
+            if name == "params":
+                continue
             for number in _numbers(value):
                 if math.isnan(number) or (name in _DIVERGING and not abs(number) <= largest):
                     raise ConfigurationError(
@@ -49,8 +51,11 @@ def refuse_groups(groups: Sequence[Mapping[str, Any]]) -> None:
 def _numbers(value: object) -> Iterator[float]:
     if isinstance(value, (tuple, list)):
         for part in value:
-            yield from _numbers(part) if not isinstance(part, Tensor) or part.numel() == 1 else ()
-    elif (isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()) or isinstance(value, Real):
+            yield from _numbers(part)
+    elif isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            yield float(value.detach())
+    elif isinstance(value, Real):
         try:
             yield float(value)
         except OverflowError:

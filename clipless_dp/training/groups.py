@@ -260,10 +260,10 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "allocation": lambda name, value: checked_allocation(value),
     "augment": _or_none(lambda name, value: function(name, value, "one sample, or a RowAugmentation")),
     "multiplicity": whole,
-    "ema": _or_none(lambda name, value: share(name, value, "[0, 1)")),
+    "ema": _or_none(lambda name, value: share(f"{name}, the decay of an average,", value, "[0, 1)")),
     "noise_schedule": _or_none(lambda name, value: function(name, value, "a step's number and the number of steps")),
     "micro_batch_size": _or_none(whole),
-    "memory_budget": _or_none(positive),
+    "memory_budget": _or_none(lambda name, value: positive(f"{name}, a number of bytes,", value)),
     "stream": _or_none(flag),
     "compile": _compile,
     # Data, which is parsed where it is read.
