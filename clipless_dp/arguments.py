@@ -78,6 +78,17 @@ def not_negative(name: str, value: object) -> float:
     raise ConfigurationError(f"{name} must be a finite number, 0 or positive, got {shown(value)}")
 
 
+def learning_rate(name: str, value: object) -> float:
+    """A finite number of at least 0, plain, of numpy or, as torch takes them, in a tensor of one number, as a float.
+
+    Raises:
+        ConfigurationError: it is anything else.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        value = float(value.detach())
+    return not_negative(name, value)
+
+
 def share(name: str, value: object, interval: Literal["(0, 1)", "(0, 1]", "[0, 1)", "[0, 1]"]) -> float:
     """A number between 0 and 1, plain or of numpy, as a float.
 
@@ -185,7 +196,11 @@ def patterns(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if isinstance(value, Iterable) and not isinstance(value, (Mapping, Tensor, bytes, type)):
-        found = tuple(value)
+        try:
+            found = tuple(value)
+        except TypeError:
+            # An array of no dimension says that it can be gone through.
+            found = (value,)
         if all(isinstance(pattern, str) for pattern in found):
             return found
     raise ConfigurationError(f"{name} must be patterns of names, such as ('*',) or 'encoder.*', got {shown(value)}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from accounting import Accountant
-from clipless_dp.arguments import flag, not_negative, share
+from clipless_dp.arguments import flag, learning_rate, not_negative, share
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
@@ -60,12 +60,11 @@ class CliplessDPSGD(CliplessDPOptimizer):
         parameters = list(model.net.parameters())
         if not parameters:
             raise ConfigurationError("the network has no parameters to train")
-        if not isinstance(lr, Tensor):
-            lr = not_negative("lr", lr)
+        rate = learning_rate("lr", lr)
         try:
             base = torch.optim.SGD(
                 parameters,
-                lr=lr,
+                lr=lr if isinstance(lr, Tensor) else rate,
                 momentum=share("momentum", momentum, "[0, 1)"),
                 dampening=not_negative("dampening", dampening),
                 weight_decay=not_negative("weight_decay", weight_decay),

@@ -141,8 +141,8 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
         )
     size = count(dataset) if privacy.dataset_size is None else privacy.dataset_size
     asked.require_in_range(size)
-    samples = Samples.to_train_on(dataset)
     held_out = None if keeping.validation is None else Samples(keeping.validation)
+    samples = Samples.to_train_on(dataset)
     for some in filter(None, (samples, held_out)):
         # What does not fit shows on one sample, before anything is spent.
         evaluate(model, some.first)

@@ -11,15 +11,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, create_accountant
 from clipless_dp.arguments import (
     flag,
     function,
+    learning_rate,
     multiplier,
-    not_negative,
     positive,
     require_accountant,
     seed,
@@ -195,13 +195,6 @@ class Keeping(_Checked):
         return None if self.checkpoint is None else Path(self.checkpoint)
 
 
-def _rate(name: str, value: object) -> float:
-    """A learning rate; torch takes tensors of one number, too."""
-    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
-        value = float(value)
-    return not_negative(name, value)
-
-
 def _accountant(name: str, value: object) -> str | Accountant:
     if isinstance(value, str):
         # Refuses a name that it does not know.
@@ -217,7 +210,7 @@ def _base(name: str, value: object) -> OptimizerFactory | str:
 
 
 def _path(name: str, value: object) -> str | os.PathLike[str]:
-    if value and isinstance(value, (str, os.PathLike)) and isinstance(os.fspath(value), str):
+    if isinstance(value, (str, os.PathLike)) and value and isinstance(os.fspath(value), str):
         return value
     raise ConfigurationError(f"{name} must be the path of a file, or None, got {shown(value)}")
 
@@ -253,7 +246,7 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "audit": _audit,
     "epochs": positive,
     "batch_size": whole,
-    "lr": _rate,
+    "lr": learning_rate,
     "momentum": lambda name, value: share(name, value, "[0, 1)"),
     "optimizer": _base,
     "scheduler": lambda name, value: function(name, value, "the optimizer and the number of steps"),

@@ -38,8 +38,9 @@ def noise_stages(first: float, last: float, count: int = 10) -> NoiseSchedule:
     Raises:
         ConfigurationError: an argument is out of range.
     """
-    first, last = positive("first", first), positive("last", last)
-    count = whole("count", count, 2)
+    first = positive("the first factor of noise_stages", first)
+    last = positive("the last factor of noise_stages", last)
+    count = whole("the count of noise_stages", count, 2)
 
     def factor(step: int, steps: int) -> float:
         stages = min(count, steps)
