@@ -6,7 +6,7 @@ Command line, search, tables and presets take the names of arguments, and their 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -303,12 +303,14 @@ def names(*groups: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for group in groups or (Privacy, Learning, Execution, Keeping) for field in fields(group))
 
 
-def require_known(given: Iterable[str]) -> None:
-    """Refuses what is no argument of ``fit``, before anything is released that it was meant for.
+def require_known(given: Mapping[str, Any]) -> None:
+    """Refuses what ``fit`` would refuse of arguments, before anything is released that they were meant for.
 
     Raises:
-        ConfigurationError: some names are unknown.
+        ConfigurationError: some names are unknown, or a value is out of range.
     """
     unknown = sorted(set(given) - set(names()))
     if unknown:
         raise ConfigurationError(f"fit has no arguments {unknown}")
+    for name, value in given.items():
+        _CHECKS[name](name, value)
