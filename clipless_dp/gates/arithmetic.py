@@ -13,7 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.arguments import cap
 
 _LONG_SUM = 1 << 16
 """Rows longer than this have their norm taken of pieces and of the pieces' norms, so that the slack stays small."""
@@ -185,6 +185,4 @@ def checked_cap(name: str, value: float) -> float:
     Raises:
         ConfigurationError: it is not a finite number of at least 1e-8.
     """
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 1e-8):
-        raise ConfigurationError(f"{name} must be a finite number of at least 1e-8, got {value!r}")
-    return float(value)
+    return cap(name, value)

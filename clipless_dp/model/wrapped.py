@@ -100,10 +100,10 @@ class DPLipModel(nn.Module):
         row_invariant: bool | None = False,
     ) -> None:
         super().__init__()
-        checks.refuse_arguments(net, input_norm, loss)
+        checks.refuse_arguments(net, input_norm, loss, row_invariant)
         self.net = net
         self.randomness = Randomness()
-        self._row_invariant = row_invariant
+        self._row_invariant = None if row_invariant is None else bool(row_invariant)
         self._packing = checks.packing_of(net, input_shape)
         self._input_shape = checks.checked_shape(input_shape) if self._packing is None else (self._packing.entries,)
         self._input_norm = None if input_norm is None else float(input_norm)
@@ -574,3 +574,19 @@ class DPLipModel(nn.Module):
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)
+
+
+def require_wrapped(model: Any) -> DPLipModel:
+    """The model, once it is known to be a wrapped one, compiled or not.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(getattr(model, "_orig_mod", model), DPLipModel):
+        if isinstance(model, nn.Module):
+            placement.refuse_averages(model)
+        raise ConfigurationError(
+            "model must be a network in its wrapper, DPLipModel(net, input_shape=..., loss=...), got a "
+            f"{type(model).__name__}"
+        )
+    return cast("DPLipModel", model)

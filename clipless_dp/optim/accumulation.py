@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipless_dp.arguments import function, whole
 from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
@@ -28,14 +29,13 @@ def accumulate(
     loss: BatchLoss | None,
 ) -> Tensor:
     """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate`."""
-    if not (isinstance(multiplicity, int) and multiplicity >= 1):
-        raise ConfigurationError(f"multiplicity must be a positive integer, got {multiplicity!r}")
+    multiplicity = whole("multiplicity", multiplicity)
     if multiplicity > 1 and augment is None:
         raise ConfigurationError(f"multiplicity={multiplicity} without augment would repeat one view: give augment")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
+    if micro_batch_size is not None:
+        micro_batch_size = whole("micro_batch_size", micro_batch_size)
     if augment is not None:
-        refuse_own_generators(augment)
+        refuse_own_generators(function("augment", augment, "one sample"))
     inputs, targets, mask = model.rows(batch[0]), batch[1], batch[2]
     register = model.register
     rows, beside = passes.origin(inputs, register.names())

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, create_accountant
-from clipless_dp.arguments import require_accountant
+from clipless_dp.arguments import multiplier, require_accountant, share, whole
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage, passes
-from clipless_dp.noise import Allocation, NoiseSource, noise_source, source_name
+from clipless_dp.model.wrapped import require_wrapped
+from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
 from clipless_dp.optim import accumulation, checks
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
@@ -93,21 +94,23 @@ class CliplessDPOptimizer(Optimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
+        require_wrapped(model)
         placement.refuse_averages(model)
+        checks.refuse_closures(base_optimizer)
+        checks.refuse_groups(base_optimizer.param_groups)
         model.placement.reshard_()
         self.placement = model.place()
-        checks.refuse_arguments(base_optimizer, sample_rate, dataset_size, allocation)
         self.model = model
         self.base_optimizer = base_optimizer
         self.noise_multiplier = noise_multiplier
-        self.sample_rate = float(sample_rate)
-        self.dataset_size = dataset_size
-        self.expected_batch_size = self.sample_rate * dataset_size
-        self.allocation: Allocation = allocation
+        self.sample_rate = share("sample_rate", sample_rate, "(0, 1]")
+        self.dataset_size = whole("dataset_size", dataset_size)
+        self.expected_batch_size = self.sample_rate * self.dataset_size
+        self.allocation = allocation
         self.sampling = sampling
         self.noise = noise
         self.accountant: Accountant = (
-            create_accountant(accountant, dataset_size=dataset_size)
+            create_accountant(accountant, dataset_size=self.dataset_size)
             if isinstance(accountant, str)
             else require_accountant(accountant, or_name=True)
         )
@@ -143,7 +146,16 @@ class CliplessDPOptimizer(Optimizer):
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        self._noise_multiplier = checks.checked_multiplier(value)
+        self._noise_multiplier = multiplier("noise_multiplier", value)
+
+    @property
+    def allocation(self) -> Allocation:
+        """How noise is shared among parameters; may be assigned to, for the steps to come."""
+        return self._allocation
+
+    @allocation.setter
+    def allocation(self, value: Allocation) -> None:
+        self._allocation = checked_allocation(value)
 
     @property
     def sampling(self) -> Sampling:
@@ -282,7 +294,8 @@ class CliplessDPOptimizer(Optimizer):
             closure: evaluated once, to compute the gradients; its value is returned and is not private.
 
         Raises:
-            ConfigurationError: another optimizer of the model has taken the gradients.
+            ConfigurationError: another optimizer of the model has taken the gradients, or a learning rate or another
+                setting is no finite number.
             PrivacyError: a gradient would be released without protection.
             RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
         """
@@ -412,6 +425,7 @@ class CliplessDPOptimizer(Optimizer):
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
         named = self._require_protected()
+        checks.refuse_groups(self.param_groups)
         self.placement.require_ready()
         register = self.model.register
         passed = register.witnessed()

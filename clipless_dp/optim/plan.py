@@ -17,10 +17,10 @@ _ROOM = 2.0**-10
 
 
 class NoisePlan:
-    """Deviations of the noise, kept as long as bounds, parameters and noise multiplier stay the same."""
+    """Deviations of the noise, kept as long as bounds, parameters, noise multiplier and allocation stay the same."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Sensitivity, tuple[int, ...], float, dict[int, float], float] | None = None
+        self._kept: tuple[Sensitivity, tuple[int, ...], tuple[float, Allocation], dict[int, float], float] | None = None
 
     def of(
         self,
@@ -50,8 +50,8 @@ class NoisePlan:
             if parameter.requires_grad and sensitivity.per_parameter.get(names[id(parameter)], 0.0) > 0.0
         )
         if self._kept is not None:
-            known, parameters, multiplier, deviations, spent = self._kept
-            if known is sensitivity and parameters == held and multiplier == noise_multiplier:
+            known, parameters, settings, deviations, spent = self._kept
+            if known is sensitivity and parameters == held and settings == (noise_multiplier, allocation):
                 return deviations, spent
         if not held:
             raise PrivacyError("no trainable parameter of the optimizer takes part in the network: nothing to train")
@@ -65,5 +65,5 @@ class NoisePlan:
                     f"noise of standard deviation {deviations[id(parameter)]:.4g} does not fit the {parameter.dtype} "
                     f"numbers of {name}: choose a smaller noise_multiplier; nothing was released"
                 )
-        self._kept = sensitivity, held, noise_multiplier, deviations, spent
+        self._kept = sensitivity, held, (noise_multiplier, allocation), deviations, spent
         return deviations, spent

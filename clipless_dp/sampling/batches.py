@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipless_dp import arguments
 from clipless_dp.arguments import whole
 from clipless_dp.packing import Packing, Structure
 from clipless_dp.sampling import draws
-from clipless_dp.sampling.sampler import PoissonBatchSampler
+from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 
 
@@ -40,6 +41,7 @@ class Batch(NamedTuple):
 
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of this draw, for gradient accumulation: one ``backward()`` each, one ``step()`` for all."""
+        rows = whole("rows", rows)
         for inputs, targets, mask in zip(
             self.inputs.split(rows), self.targets.split(rows), self.mask.split(rows), strict=True
         ):
@@ -102,6 +104,10 @@ class PoissonBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
+        if physical_batch_size is not None:
+            physical_batch_size = whole("physical_batch_size", physical_batch_size)
+        device = arguments.device("device", device)
+        refuse_draws(sample_rate, steps, seed, start)
         samples = Samples.to_train_on(dataset)
         inputs, targets = samples.all()
         self.packing = samples.packing

@@ -12,23 +12,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
-from clipless_dp.arguments import positive, whole
+from clipless_dp import arguments
+from clipless_dp.arguments import share, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import draws, loaders, persons
 
 
-def _checked(sample_rate: float, steps: int, start: int) -> tuple[float, int, int]:
-    rate = positive("sample_rate", sample_rate)
-    if rate > 1.0:
-        raise ConfigurationError(
-            f"sample_rate must lie in (0, 1], got {sample_rate!r}: the expected batch cannot exceed the data set"
-        )
+def refuse_draws(sample_rate: float, steps: int, seed: int | None, start: int) -> tuple[float, int, int | None, int]:
+    """Sample rate, steps, seed and start, once they are known to be some; asked before data is read.
+
+    Raises:
+        ConfigurationError: one is out of range.
+    """
+    rate = share("sample_rate", sample_rate, "(0, 1]")
     steps, start = whole("steps", steps, 0), whole("start", start, 0)
     if start > steps:
         raise ConfigurationError(f"steps and start must be integers with 0 ≤ start ≤ steps, got {steps!r}, {start!r}")
-    return rate, steps, start
+    return rate, steps, arguments.seed("seed", seed), start
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -54,9 +56,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __init__(
         self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None, start: int = 0
     ) -> None:
-        self.sample_rate, self.steps, self.start = _checked(sample_rate, steps, start)
+        self.sample_rate, self.steps, self.seed, self.start = refuse_draws(sample_rate, steps, seed, start)
         self.dataset_size = whole("dataset_size", dataset_size)
-        self.seed = seed
         self._passed = False
         self._source = draws.Source()
         self.world = placement.world()

@@ -38,6 +38,54 @@ def public_size(dataset_size: int | None, rows: int) -> int:
     return whole("dataset_size", rows if dataset_size is None else dataset_size)
 
 
+def count(dataset: Any) -> int:
+    """The number of samples of a data set, none of which is read.
+
+    Raises:
+        ConfigurationError: it is empty, or two lengths differ, or it is no data set.
+    """
+    if isinstance(dataset, Samples):
+        return len(dataset)
+    try:
+        parts = _parts(dataset)
+        if parts is not None:
+            lengths = [len(part) for part in parts]
+            if len(set(lengths)) > 1 or lengths[0] == 0:
+                raise ConfigurationError(
+                    f"{lengths[0]} inputs and {lengths[-1]} targets: need as many of each, and some"
+                )
+            return lengths[0]
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, (str, bytes)):
+            length = len(dataset)
+            if length == 0:
+                raise ConfigurationError("the data set is empty")
+            return length
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the data set has no length: {error}; give a pair of tensors, one row for each sample"
+        ) from error
+    raise ConfigurationError(
+        f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
+    )
+
+
+def _parts(dataset: Any) -> list[Any] | None:
+    """All inputs, and the targets, of a data set that is made of tensors; ``None`` of a map-style one."""
+    if isinstance(dataset, TensorDataset):
+        dataset = dataset.tensors
+    if isinstance(dataset, Mapping):
+        return [*dataset.values()] or None
+    if not (isinstance(dataset, (tuple, list)) and len(dataset) == 2):
+        return None
+    inputs, targets = dataset
+    if hasattr(inputs, "shape"):
+        return [inputs, targets] if hasattr(targets, "shape") else None
+    if isinstance(inputs, Mapping) and (hasattr(targets, "shape") or isinstance(targets, (list, tuple))):
+        return [*inputs.values(), targets]
+    several = isinstance(inputs, (tuple, list)) and bool(inputs) and all(hasattr(part, "shape") for part in inputs)
+    return [*inputs, targets] if several and hasattr(targets, "shape") else None
+
+
 class Samples:
     """The samples of a data set, by number; nothing but the first one is read until it is asked for.
 
@@ -81,12 +129,8 @@ class Samples:
         given = self._held_by(dataset)
         if given is not None:
             self._take(*given)
-        elif not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise ConfigurationError(
-                f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
-            )
-        elif len(dataset) == 0:
-            raise ConfigurationError("the data set is empty")
+        else:
+            count(dataset)
         try:
             self.first = self.read(range(1))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:

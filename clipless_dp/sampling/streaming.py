@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipless_dp import arguments
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.batches import Batch, checked_rows, padded_batch
-from clipless_dp.sampling.sampler import PoissonBatchSampler
+from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 
 AHEAD = 3
@@ -66,6 +67,10 @@ class StreamedBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
+        if physical_batch_size is not None:
+            physical_batch_size = arguments.whole("physical_batch_size", physical_batch_size)
+        self._device = arguments.device("device", device)
+        refuse_draws(sample_rate, steps, seed, start)
         self._samples = Samples.of(dataset)
         if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
             raise ConfigurationError(
@@ -78,7 +83,6 @@ class StreamedBatches:
         rank, ranks = self.sampler.world
         own = len(range(rank, count, ranks))
         self.physical_batch_size = checked_rows(physical_batch_size, own, self.sampler.sample_rate)
-        self._device = None if device is None else torch.device(device)
 
     def __len__(self) -> int:
         return len(self.sampler)
