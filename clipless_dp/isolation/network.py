@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, cast
 
@@ -265,7 +266,7 @@ class Isolated(nn.Module):
     def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
         sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
         try:
-            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING):
+            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING), _seeded_once():
                 return torch.func.vmap(one, randomness="different")(sample, *batch)
         except CliplessError:
             raise
@@ -313,6 +314,19 @@ class Isolated(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         # In a new process the library that the network is from was told nothing.
         prepare(self.net)
+
+
+@contextmanager
+def _seeded_once() -> Iterator[None]:
+    """Within, the CPU's generator has a seed of its own, drawn from what it was: any other one shows."""
+    generator = torch.default_generator
+    seed = int(torch.randint(2**63 - 1, ()))
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def _covered(uses: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]]) -> bool:

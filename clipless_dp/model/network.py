@@ -17,7 +17,7 @@ from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.model.passes import is_unwitnessed
 from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.valid_inputs import random_rows
-from clipless_dp.modules import modules_of
+from clipless_dp.modules import modules_of, parameter_device_and_dtype
 from clipless_dp.packing import Packing
 
 
@@ -48,7 +48,8 @@ class Network:
     ) -> None:
         self._net, self._traced, self._cap, self._resting = net, traced, cap, resting
         self._packing = packing
-        self._limits = torch.tensor(traced.limits)
+        # Where samples are, so that no pass copies it there.
+        self._limits = torch.tensor(traced.limits, dtype=torch.int64, device=parameter_device_and_dtype(net)[0])
         self._row_invariant = row_invariant
         self.fused = FusedNet(traced)
         # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
@@ -81,7 +82,7 @@ class Network:
         elif math.isfinite(self._cap):
             gated, finite = input_gate(inputs, self._cap)
         elif self._traced.limits:
-            gated, finite = table_gate(inputs, self._limits.to(inputs.device))
+            gated, finite = table_gate(inputs, self._limits)
         else:
             gated, finite = presence_gate(inputs)
         return Values(net(gated), finite, can_look(finite) and bool(finite.all()))

@@ -221,7 +221,8 @@ class DPLipModel(nn.Module):
             return inputs
         if packing is not None and isinstance(inputs, Tensor) and packing.has("inputs"):
             # An input of the network's own that is called as the argument here.
-            named, inputs = {"inputs": inputs, **(named or {})}, None
+            named = {"inputs": inputs, **(named or {})}
+            inputs = None
         if packing is None or isinstance(inputs, Tensor) or (inputs is not None and named):
             raise InputError("expected one tensor; several inputs are told of by input_shape, by name or in order")
         parts = packing.ordered(packing.without_labels((named or {}) if inputs is None else inputs))
