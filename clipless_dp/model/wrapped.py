@@ -569,6 +569,7 @@ class DPLipModel(nn.Module):
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
         self.__dict__.setdefault("_factors", Factors())
+        self.__dict__.setdefault("_packing", None)
         self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self.register = Register(self, self.net)
         self._trace()
