@@ -13,6 +13,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.errors import InputError
 from clipless_dp.losses import Loss, described
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.sampling import Samples
 
 Data = Dataset[Any] | tuple[Tensor, Tensor]
@@ -35,8 +36,10 @@ def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024)
         finite, or out of range) is no correct prediction, and adds nothing to the sum that the mean loss is of.
 
     Raises:
+        ConfigurationError: the model is not wrapped, or ``batch_size`` is no positive number.
         InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
     """
+    require_wrapped(model)
     batch_size = whole("batch_size", batch_size)
     samples = Samples.of(dataset)
     device, _ = model.device_and_dtype()
