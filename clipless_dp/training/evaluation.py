@@ -14,6 +14,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.errors import InputError
 from clipless_dp.losses import Loss, described
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.sampling import Samples
 
 Data = Dataset[Any] | tuple[Any, Any] | Mapping[str, Any] | Sequence[Any] | Samples
@@ -37,8 +38,10 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
         finite, or out of range) is no correct prediction, and adds nothing to the sum that the mean loss is of.
 
     Raises:
+        ConfigurationError: the model is not wrapped, or ``batch_size`` is no positive number.
         InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
     """
+    require_wrapped(model)
     batch_size = whole("batch_size", batch_size)
     samples = Samples.of(dataset, model.packing)
     device, _ = model.device_and_dtype()
