@@ -28,9 +28,9 @@ CANCELLED = 1e-3
 """A sum over positions that is smaller than this share of ``‖g‖‖x‖`` counts as this large: the rest is mostly rounding,
 which depends on the rest of the batch and must not be scaled to the size of a signal."""
 
-_CHUNK_ENTRIES = {"cpu": 1 << 21}
+_CHUNK_ENTRIES = {"cpu": 1 << 20}
 _CHUNK_ENTRIES_ELSEWHERE = 1 << 26
-"""Entries of windows and per-sample gradients at once: 8 MiB on a CPU, elsewhere 256 MiB."""
+"""Entries of windows and per-sample gradients at once: 4 MiB on a CPU, elsewhere 256 MiB."""
 
 _GRAM_GAIN = 8.0
 """Products of matrices that take as long as an entry of a per-sample gradient takes to be written and read twice."""
@@ -91,8 +91,6 @@ def _gated_sum(
         ``(groups, O, K)``.
     """
     groups, outputs, inputs = shape
-    # The product with longer rows is the faster one.
-    turned = outputs < inputs
     total: Tensor | None = None
     held: Tensor | None = None
     for rows, cotangents, scales in chunks:
@@ -100,13 +98,12 @@ def _gated_sum(
             part = _gated_sum_by_grams(rows, cotangents, scales, limit, least)
             total = part if total is None else total + part
             continue
-        first, second = (rows.mT, cotangents.mT) if turned else (cotangents, rows)
-        first, second = first.flatten(0, 1), second.flatten(0, 1)
+        first, second = cotangents.flatten(0, 1), rows.flatten(0, 1)
         if torch.is_grad_enabled():
             gradients = torch.bmm(first, second)
         else:
             # Memory that is written before stays in the processor's caches.
-            held = first.new_empty(len(first), first.shape[1], second.shape[2]) if held is None else held
+            held = first.new_empty(len(first), outputs, inputs) if held is None else held
             gradients = torch.bmm(first, second, out=held[: len(first)])
         gradients = gradients.reshape(len(rows), groups * outputs * inputs)
         norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
@@ -114,9 +111,7 @@ def _gated_sum(
         total = factors @ gradients if total is None else _add_product(total, gradients.mT, factors)
     if total is None:
         raise ValueError("there are no chunks")
-    if total.dim() > 1:
-        return total
-    return total.reshape(groups, inputs, outputs).mT if turned else total.reshape(shape)
+    return total.reshape(shape)
 
 
 def _add_product(total: Tensor, matrix: Tensor, factors: Tensor) -> Tensor:
