@@ -12,6 +12,11 @@ settings.register_profile("unhurried", deadline=None, derandomize=bool(os.enviro
 settings.load_profile("unhurried")
 
 
+def pytest_make_parametrize_id(val):
+    """Names of functions in place of their addresses: processes that share the tests must call them the same."""
+    return getattr(val, "__name__", None) if callable(val) else None
+
+
 @pytest.fixture(autouse=True)
 def no_draw_in_hand():
     """A draw that one test has left is not in the hands of the next."""

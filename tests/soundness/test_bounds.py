@@ -60,7 +60,7 @@ LOSSES: tuple[tuple[losses.Loss, torch.Tensor], ...] = (
 )
 
 
-@pytest.mark.parametrize(("loss", "targets"), LOSSES, ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(("loss", "targets"), LOSSES, ids=lambda value: getattr(value, "__name__", repr(value)[:40]))
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
 def test_no_loss_at_any_scale_passes_the_bounds_of_a_convolutional_network(
     loss: losses.Loss, targets: torch.Tensor, scale: float

@@ -453,7 +453,7 @@ def test_secure_noise_rounds_every_number_that_a_statistic_releases_to_a_public_
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-@pytest.mark.parametrize("noise", [None, "system", "secure", ReproducibleNoise(1)], ids=str)
+@pytest.mark.parametrize("noise", [None, "system", "secure", ReproducibleNoise(1)])
 def test_every_statistic_takes_noise_by_name_or_source(statistic, noise):
     if noise == "secure":
         pytest.importorskip("cryptography")
@@ -466,7 +466,7 @@ def test_every_statistic_takes_noise_by_name_or_source(statistic, noise):
 
 
 @pytest.mark.parametrize("statistic", STATISTICS)
-@pytest.mark.parametrize("noise", ["secret", 3, object(), ReproducibleNoise], ids=str)
+@pytest.mark.parametrize("noise", ["secret", 3, object(), ReproducibleNoise])
 def test_what_is_no_source_of_noise_is_refused_before_anything_is_charged(statistic, noise):
     accountant = PRVAccountant()
     with pytest.raises(ConfigurationError, match="noise must be"):
