@@ -1,5 +1,6 @@
 """Gates: what caps a sample's signal, forwards or backwards, or its gradients of a layer's parameters."""
 
+from clipless_dp.gates.adaptive import AdaptiveLimit, adapting, adapting_in
 from clipless_dp.gates.arithmetic import rounding_slack, sample_norms
 from clipless_dp.gates.gradient_layers import (
     GradientGated,
@@ -23,6 +24,7 @@ from clipless_dp.gates.signal import (
 )
 
 __all__ = [
+    "AdaptiveLimit",
     "BallProjection",
     "CotangentGate",
     "GateMode",
@@ -33,6 +35,8 @@ __all__ = [
     "GradientGatedConvTranspose2d",
     "GradientGatedLinear",
     "SphereScaling",
+    "adapting",
+    "adapting_in",
     "can_be_gradient_gated",
     "cotangent_gate",
     "gradient_gated_layer",

@@ -9,7 +9,7 @@ scaled sum is all that is kept of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -85,6 +85,18 @@ def _gated_sum(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, l
     Returns:
         ``(groups, O, K)``.
     """
+    norms, gradients = chunk_norms(rows, cotangents, scales)
+    return chunk_sum(rows, cotangents, gradients, scale_factors(norms, cap=limit, floor=least))
+
+
+def chunk_norms(rows: Tensor, cotangents: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What the samples' gradients of one chunk count as, ``(b,)``, and the gradients where they had to be formed.
+
+    Args:
+        rows: ``(b, groups, T, K)``, what the weight meets.
+        cotangents: ``(b, groups, O, T)``.
+        scales: ``(b,)``, ``‖x‖‖g‖``.
+    """
     batch, groups, positions, inputs = rows.shape
     outputs = cotangents.shape[2]
     if _prefers_gram(positions, inputs, outputs):
@@ -94,12 +106,19 @@ def _gated_sum(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, l
         rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
         lost = rounding * (first + 1e-28) * (second + 1e-28)
         norms = ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
-        factors = scale_factors(torch.maximum(norms, CANCELLED * scales), cap=limit, floor=least)
-        scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
-        return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
+        return torch.maximum(norms, CANCELLED * scales), None
     gradients = torch.bmm(cotangents.flatten(0, 1), rows.flatten(0, 1)).reshape(batch, groups * outputs * inputs)
-    norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
-    return (scale_factors(norms, cap=limit, floor=least) @ gradients).reshape(groups, outputs, inputs)
+    return torch.maximum(sample_norms(gradients), CANCELLED * scales), gradients
+
+
+def chunk_sum(rows: Tensor, cotangents: Tensor, gradients: Tensor | None, factors: Tensor) -> Tensor:
+    """``Σ_b factor_b·G_b`` for one chunk and factors ``(b,)``: ``(groups, O, K)``."""
+    _, groups, _, inputs = rows.shape
+    outputs = cotangents.shape[2]
+    if gradients is not None:
+        return (factors @ gradients).reshape(groups, outputs, inputs)
+    scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
+    return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
 
 
 def _prefers_gram(positions: int, inputs: int, outputs: int) -> bool:
@@ -124,6 +143,19 @@ def token_weight_gradient(
         chunk: samples at once; 0: as many as fit a small memory.
         sizes: the norms of the cotangents, ``(B,)``, where they are known.
     """
+    chunks = token_chunks(values, cotangents, chunk, sizes)
+    total = values.new_zeros(1, cotangents.shape[2], values.shape[2])
+    for some, arriving, scales in chunks:
+        total = total + _gated_sum(some, arriving, scales, limit, least)
+    return total.squeeze(0)
+
+
+Chunk = tuple[Tensor, Tensor, Tensor]
+"""Of some samples ``(b, groups, T, K)`` that the weight meets, cotangents ``(b, groups, O, T)`` and ``‖x‖‖g‖``."""
+
+
+def token_chunks(values: Tensor, cotangents: Tensor, chunk: int, sizes: Tensor | None = None) -> Iterator[Chunk]:
+    """The samples of :func:`token_weight_gradient`, as many at a time as memory is to hold."""
     _, positions, inputs = values.shape
     outputs = cotangents.shape[2]
     gram = _prefers_gram(positions, inputs, outputs)
@@ -131,12 +163,10 @@ def token_weight_gradient(
     rows = _chunk_rows(chunk, held, values.device)
     values, lengths = zeroed_rows(values)
     cotangents, sizes = zeroed_rows(cotangents, sizes)
-    total = values.new_zeros(1, outputs, inputs)
     for some, arriving, scales in zip(
         values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
     ):
-        total = total + _gated_sum(some.unsqueeze(1), arriving.mT.unsqueeze(1), scales, limit, least)
-    return total.squeeze(0)
+        yield some.unsqueeze(1), arriving.mT.unsqueeze(1), scales
 
 
 def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, least: float) -> Tensor:
@@ -145,6 +175,12 @@ def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, 
     A sample's gradient of a row is the sum over the places where it reads it, and the square of the whole one's norm
     ``Σ_ts [x_t = x_s]⟨g_t, g_s⟩``. What cancellation may have lost of that is added.
     """
+    cotangents, norms = table_norms(tokens, cotangents)
+    return table_sum(tokens, cotangents, rows, scale_factors(norms, cap=limit, floor=least))
+
+
+def table_norms(tokens: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """The cotangents without rows that are dropped, and what the samples' gradients count as, ``(B,)``."""
     positions, width = cotangents.shape[1:]
     cotangents, sizes = zeroed_rows(cotangents)
     same = tokens.unsqueeze(2) == tokens.unsqueeze(1)
@@ -152,9 +188,15 @@ def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, 
     rounding = 1.01 * (width + positions**2 + 8) * torch.finfo(cotangents.dtype).eps / 2
     # The products' absolute values add up to at most T times the square of the cotangents' norm.
     norms = (squares + rounding * positions * (sizes.square() + 1e-28)).sqrt().to(sizes.dtype)
-    factors = scale_factors(torch.maximum(norms, CANCELLED * sizes), cap=limit, floor=least).to(cotangents.dtype)
+    return cotangents, torch.maximum(norms, CANCELLED * sizes)
+
+
+def table_sum(tokens: Tensor, cotangents: Tensor, rows: int, factors: Tensor) -> Tensor:
+    """The sum of the samples' gradients times factors ``(B,)``."""
+    width = cotangents.shape[2]
     total = cotangents.new_zeros(rows, width)
-    total.index_add_(0, tokens.reshape(-1), (cotangents * factors.reshape(-1, 1, 1)).reshape(-1, width))
+    scaled = cotangents * factors.to(cotangents.dtype).reshape(-1, 1, 1)
+    total.index_add_(0, tokens.reshape(-1), scaled.reshape(-1, width))
     return total
 
 
@@ -177,6 +219,32 @@ def convolution_weight_gradient(
 ) -> Tensor:
     """The gated sum for a convolution: ``(B, C, *size)`` and ``(B, O, *positions)`` to ``(O, C/groups, *kernel)``."""
     channels, outputs = values.shape[1], cotangents.shape[1]
+    total = values.new_zeros(groups, outputs // groups, channels // groups * math.prod(kernel))
+    for some, arriving, scales in convolution_chunks(
+        values, cotangents, kernel, stride, padding, dilation, groups, chunk
+    ):
+        total = total + _gated_sum(some, arriving, scales, limit, least)
+    return as_kernel(total, kernel)
+
+
+def as_kernel(total: Tensor, kernel: Sequence[int]) -> Tensor:
+    """``(groups, O/groups, prod(kernel)·C/groups)`` to ``(O, C/groups, *kernel)``."""
+    gradient = total.reshape(total.shape[0] * total.shape[1], *kernel, -1).movedim(-1, 1)
+    return gradient.contiguous()
+
+
+def convolution_chunks(
+    values: Tensor,
+    cotangents: Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    groups: int,
+    chunk: int,
+) -> Iterator[Chunk]:
+    """The samples of :func:`convolution_weight_gradient`, as many at a time as memory is to hold."""
+    channels, outputs = values.shape[1], cotangents.shape[1]
     sizes_out = cotangents.shape[2:]
     positions, inputs = math.prod(sizes_out), channels // groups * math.prod(kernel)
     gram = _prefers_gram(positions, inputs, outputs // groups)
@@ -184,19 +252,14 @@ def convolution_weight_gradient(
     rows = _chunk_rows(chunk, held, values.device)
     values, lengths = zeroed_rows(values)
     cotangents, sizes = zeroed_rows(cotangents)
-    total = values.new_zeros(groups, outputs // groups, inputs)
     for some, arriving, scales in zip(
         values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
     ):
-        total = total + _gated_sum(
+        yield (
             _windows(some, sizes_out, kernel, stride, padding, dilation, groups),
             _positions_last(arriving).unflatten(1, (groups, outputs // groups)),
             scales,
-            limit,
-            least,
         )
-    gradient: Tensor = total.reshape(outputs, *kernel, channels // groups).movedim(-1, 1).contiguous()
-    return gradient
 
 
 def _windows(
