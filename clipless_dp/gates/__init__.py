@@ -1,6 +1,6 @@
 """Gates: what caps a sample's signal, forwards or backwards, or its gradients of a layer's parameters."""
 
-from clipless_dp.gates.adaptive import AdaptiveLimit, adapting, adapting_in
+from clipless_dp.gates.adaptive import AdaptiveLimit, Adapting, adapting, adapting_in, counts_of
 from clipless_dp.gates.arithmetic import rounding_slack, sample_norms
 from clipless_dp.gates.gradient_layers import (
     GradientGated,
@@ -25,6 +25,7 @@ from clipless_dp.gates.signal import (
 
 __all__ = [
     "AdaptiveLimit",
+    "Adapting",
     "BallProjection",
     "CotangentGate",
     "GateMode",
@@ -39,6 +40,7 @@ __all__ = [
     "adapting_in",
     "can_be_gradient_gated",
     "cotangent_gate",
+    "counts_of",
     "gradient_gated_layer",
     "input_gate",
     "presence_gate",

@@ -70,6 +70,7 @@ class Adapting:
 
     Attributes:
         caps: by the name of the gate.
+        place: the path of the module.
         counts: zeros ``(K,)``, in whose gradient the gates leave their counts: so these take the way of all gradients,
             through micro-batches, views, refused and dropped passes. ``None`` as long as nothing is to be counted.
     """
@@ -77,6 +78,7 @@ class Adapting:
     def __init__(self, limit: AdaptiveLimit, starts: Mapping[str, float]) -> None:
         self.settings: tuple[float, ...] = astuple(limit)
         self.caps: dict[str, float] = dict(starts)
+        self.place = ""
         self.counts: nn.Parameter | None = None
 
     @property
@@ -92,8 +94,9 @@ class Adapting:
             raise ConfigurationError("caps that adapt are counted in eager passes: train without torch.compile")
         return dict(zip(self.caps, self.counts.unbind(), strict=True))
 
-    def place_(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Counts from here on, beside parameters of this device and dtype."""
+    def count_(self, place: str, device: torch.device, dtype: torch.dtype) -> None:
+        """Counts from here on, in a module of this path, beside parameters of this device and dtype."""
+        self.place = place
         if self.counts is None or self.counts.device != device or self.counts.dtype != dtype:
             self.counts = nn.Parameter(torch.zeros(len(self.caps), device=device, dtype=dtype))
 
@@ -136,6 +139,12 @@ def set_adapting(module: nn.Module, caps: Adapting | None) -> None:
 def adapting_in(net: nn.Module) -> dict[str, Adapting]:
     """The caps that adapt within a network, by the paths of their modules."""
     return {path: found for path, part in net.named_modules() if (found := adapting(part)) is not None}
+
+
+def counts_of(module: nn.Module) -> tuple[dict[str, nn.Parameter], str] | None:
+    """Where a module's gates hold what they leave their counts in: a dictionary and a key; ``None`` if they do not."""
+    found = adapting(module)
+    return None if found is None or found.counts is None else (vars(found), "counts")
 
 
 def count(norms: Tensor, present: Tensor, cap: float) -> Tensor:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import fx, nn
 
 from clipless_dp.errors import ConfigurationError, UnsupportedModuleError
 from clipless_dp.gates import (
+    AdaptiveLimit,
     BallProjection,
     CotangentGate,
     GateMode,
@@ -19,7 +20,7 @@ from clipless_dp.gates import (
 )
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
 from clipless_dp.graph.tracing import is_leaf, symbolic_trace, without_rule
-from clipless_dp.isolation import Isolated, Select, is_named
+from clipless_dp.isolation import Isolated, Joint, Select, is_named
 from clipless_dp.rules import find_rule
 from clipless_dp.rules.embedding import TABLES
 
@@ -95,7 +96,7 @@ def gated(
 def gradient_gated(
     net: nn.Module,
     *,
-    limit: float = 1.0,
+    limit: float | AdaptiveLimit | Literal["adaptive"] = 1.0,
     bias_limit: float | None = None,
     mode: GateMode = "normalize",
     floor: float = FLOOR_SHARE,
@@ -103,6 +104,7 @@ def gradient_gated(
     chunk: int | None = None,
     isolation: Literal["auto", "graph", "vmap"] = "auto",
     select: Select = None,
+    joint: Joint = None,
 ) -> fx.GraphModule | Isolated:
     """Puts a network's trainable parameters behind gradient gates, which cap their per-sample gradients.
 
@@ -121,8 +123,9 @@ def gradient_gated(
     Args:
         net: the network; its parameters are shared with the result, under the same names. Call again with other
             ``layers`` for other caps, and combine with :func:`gated` as you like.
-        limit: cap ``c`` of each weight's per-sample gradient.
-        bias_limit: cap of each bias's; by default the same.
+        limit: cap ``c`` of each weight's per-sample gradient. An :class:`clipless_dp.AdaptiveLimit`, or ``"adaptive"``
+            for one by default: caps that follow a private quantile of the norms.
+        bias_limit: cap of each bias's; by default the same. Of caps that adapt, the first one.
         mode: ``"clip"``: ``G·min(1, c/‖G‖)``; ``"normalize"``: ``G·c/max(‖G‖, floor·c)``, so that samples which the
             network already fits still contribute.
         floor: for ``"normalize"``, the share of the cap below which a gradient is scaled by ``1/floor`` only: what
@@ -133,6 +136,10 @@ def gradient_gated(
             ``"auto"``: the graph where it can be had.
         select: which of its outputs is the network's, where it returns several: a key, an index, or a function of what
             it returns for a batch of one sample. By default ``logits``, where there are some.
+        joint: ``"layer"``: the cap is for the gradients of a weight and of the bias that it is used with, together;
+            ``"network"``: for all gradients of a sample, so that the network's ``Δ`` is the cap: that of per-sample
+            clipping (Abadi et al. 2016). It needs samples run one by one, which ``"auto"`` does then, and memory for
+            what comes back to each layer. ``None``: for each parameter by itself, ``Δ`` is ``c·√(their number)``.
 
     Returns:
         A network to be wrapped by ``DPLipModel``: traced, with the gated layers in place, or isolated.
@@ -150,12 +157,19 @@ def gradient_gated(
     """
     if isolation not in ("auto", "graph", "vmap"):
         raise ConfigurationError(f"isolation must be 'auto', 'graph' or 'vmap', got {isolation!r}")
+    if limit == "adaptive":
+        limit = AdaptiveLimit()
     gates: dict[str, Any] = {"limit": limit, "bias_limit": bias_limit, "mode": mode, "floor": floor}
     if isinstance(net, Isolated):
+        if joint not in (None, net.joint):
+            raise ConfigurationError(f"the network was isolated with joint={net.joint!r}, which stays: got {joint!r}")
         net.set_gates(**gates, layers=layers)
         return net
-    if isolation == "vmap" or (isolation == "auto" and (select is not None or not _has_rules(net))):
-        return _isolated(net, gates, layers, select)
+    if joint == "network" and isolation == "graph":
+        raise ConfigurationError("joint='network' needs samples run one by one: isolation='vmap', or 'auto'")
+    whole = select is not None or joint == "network"
+    if isolation == "vmap" or (isolation == "auto" and (whole or not _has_rules(net))):
+        return _isolated(net, {**gates, "joint": joint}, layers, select)
     if is_leaf(net):
         raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
     traced = symbolic_trace(net)
@@ -170,7 +184,15 @@ def gradient_gated(
     _keep_unused(net, traced)
     for path, layer in candidates.items():
         if any(fnmatchcase(path, pattern) for pattern in layers):
-            gate = gradient_gated_layer(layer, limit, bias_limit=bias_limit, mode=mode, floor=floor, chunk=chunk)
+            gate = gradient_gated_layer(
+                layer,
+                cast("float | AdaptiveLimit", limit),
+                bias_limit=bias_limit,
+                mode=mode,
+                floor=floor,
+                chunk=chunk,
+                joint=cast("Literal['layer'] | None", joint),
+            )
             for place, module in list(traced.named_modules(remove_duplicate=False)):
                 if module is layer:
                     traced.set_submodule(place, gate)
@@ -190,6 +212,7 @@ def _has_rules(net: nn.Module) -> bool:
 def _isolated(net: nn.Module, gates: dict[str, Any], layers: Sequence[str], select: Select) -> Isolated:
     found = Isolated(net, select=select, **gates)
     if tuple(layers) != ("*",):
+        gates = {name: value for name, value in gates.items() if name != "joint"}
         found.set_gates(**gates, layers=layers)
         left = [
             name

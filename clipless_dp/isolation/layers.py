@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from clipless_dp.errors import InputError
 from clipless_dp.isolation.functions import (
-    Affine,
     Attention,
     GatedConvolution,
     GatedEmbedding,
@@ -36,12 +35,11 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     of_weight, of_bias = run.name_of(weight), run.name_of(bias)
     outputs, inputs = reversed(weight.shape) if transposed else weight.shape
     positions = math.prod(input.shape[:-1])
-    gates = Affine(
-        run.gated(of_weight, "linear", positions * max(inputs, outputs)),
-        run.gated(of_bias, "linear", positions * outputs),
-        (transposed,),
+    gates = run.gates(
+        "linear", (of_weight, positions * max(inputs, outputs)), (of_bias, positions * outputs), (transposed,)
     )
-    return GatedLinear.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    counters = run.counter(of_weight), run.counter(of_bias)
+    return GatedLinear.apply(run.sample, input, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
 
 
 @handles(torch.addmm, Tensor.addmm)
@@ -84,8 +82,8 @@ def embedding(
         )
     width = weight.shape[1]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
-    gates = Affine(run.gated(name, "embedding", input.numel() * width), None, (padding,))
-    return GatedEmbedding.apply(run.sample, input, run.source(weight), gates)  # type: ignore[no-untyped-call]
+    gates = run.gates("embedding", (name, input.numel() * width), settings=(padding,))
+    return GatedEmbedding.apply(run.sample, input, run.source(weight), gates, run.counter(name))  # type: ignore[no-untyped-call]
 
 
 @handles(functional.layer_norm)
@@ -101,12 +99,10 @@ def layer_norm(
     if _differs(weight) or _differs(bias):
         return NotImplemented
     entries = input.numel()
-    gates = Affine(
-        run.gated(run.name_of(weight), "norm", entries),
-        run.gated(run.name_of(bias), "norm", entries),
-        (tuple(normalized_shape), eps),
-    )
-    return GatedLayerNorm.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    names = run.name_of(weight), run.name_of(bias)
+    gates = run.gates("norm", (names[0], entries), (names[1], entries), (tuple(normalized_shape), eps))
+    counters = map(run.counter, names)
+    return GatedLayerNorm.apply(run.sample, input, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
 
 
 @handles(functional.group_norm)
@@ -163,12 +159,15 @@ def _convolution(
     ]
     positions = math.prod(sizes)
     met = positions * max(weight.shape[0], math.prod(weight.shape[1:]) * groups)
-    gates = Affine(
-        run.gated(run.name_of(weight), "convolution", met),
-        run.gated(run.name_of(bias), "convolution", positions * weight.shape[0]),
+    names = run.name_of(weight), run.name_of(bias)
+    gates = run.gates(
+        "convolution",
+        (names[0], met),
+        (names[1], positions * weight.shape[0]),
         (each(stride), each(padding), dilation, groups),
     )
-    made = GatedConvolution.apply(run.sample, values, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    counters = map(run.counter, names)
+    made = GatedConvolution.apply(run.sample, values, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
     return made if alone else made.unsqueeze(0)
 
 
