@@ -89,7 +89,8 @@ class Gating(TorchFunctionMode):
         self.uses: dict[str, list[tuple[str, int]]] = {}
         self.tables: list[int] = []
         self._sources = sources
-        self._names = {**also, **{id(source): name for name, source in sources.items()}}
+        self._names = {key: name for key, name in also.items() if name in sources}
+        self._names |= {id(source): name for name, source in sources.items()}
         self.groups: list[tuple[str, ...]] = []
         self._caps = caps
         self._counters = counters or {}

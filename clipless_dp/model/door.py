@@ -79,6 +79,8 @@ class _Door(torch.autograd.Function):
     def forward(ctx: Any, deliver: Deliver, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.deliver = deliver
         ctx.set_materialize_grads(False)
+        # Nothing comes back to what is frozen, and no layer need compute it.
+        ctx.mark_non_differentiable(*(parameter for parameter in parameters if not parameter.requires_grad))
         return parameters
 
     @staticmethod
