@@ -114,11 +114,11 @@ def ratios(found: dict[str, Tensor], sensitivity: Sensitivity) -> list[float]:
 @pytest.mark.parametrize("mode", ["clip", "normalize"])
 def test_no_sample_passes_a_joint_cap_and_large_ones_reach_it(name: str, joint: str, mode: str) -> None:
     worst: list[float] = []
-    for scale in (0.3, 1.0, 3.0):
+    for scale in (0.3, 3.0):
         model = wrapped(name, joint=joint, mode=mode, scale=scale)
         sensitivity = model.sensitivity()
-        inputs, targets = samples(name)
-        for size in (1e-6, 1e-2, 1.0, 1e4):
+        inputs, targets = samples(name, 2)
+        for size in (1e-6, 1.0, 1e4):
             for index in range(len(inputs)):
                 row = slice(index, index + 1)
                 worst += ratios(gradients(model, inputs[row], targets[row], size), sensitivity)
