@@ -221,7 +221,8 @@ class Sweep:
             together += _contributions(bounds, keys, own, scale)
             capped_together |= bool(bounds.joint_limits)
             for gate, count in bounds.counted.items():
-                path = f"{found.place}.{gate}".lstrip(".") if (found := adapting(leaf)) is not None else gate
+                caps = adapting(leaf)
+                path = gate if caps is None or not caps.place else f"{caps.place}.{gate}"
                 counted[path] = counted.get(path, 0) + count
             if bounds.kinds:
                 layers += [

@@ -1,6 +1,6 @@
 """Gates: what caps a sample's signal, forwards or backwards, or its gradients of a layer's parameters."""
 
-from clipless_dp.gates.adaptive import AdaptiveLimit, Adapting, adapting, adapting_in, counts_of
+from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, adapting_in, counts_of
 from clipless_dp.gates.arithmetic import rounding_slack, sample_norms
 from clipless_dp.gates.gradient_layers import (
     GradientGated,
@@ -24,8 +24,8 @@ from clipless_dp.gates.signal import (
 )
 
 __all__ = [
-    "AdaptiveLimit",
     "Adapting",
+    "AdaptiveLimit",
     "BallProjection",
     "CotangentGate",
     "GateMode",

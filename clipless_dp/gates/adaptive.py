@@ -29,7 +29,7 @@ _LARGEST_MOVE = 1.0
 
 @dataclass(frozen=True)
 class AdaptiveLimit:
-    """A cap that follows a quantile of the samples' gradient norms, for ``limit`` of :func:`clipless_dp.gradient_gated`.
+    """A cap that follows a quantile of gradient norms, for ``limit`` of :func:`clipless_dp.gradient_gated`.
 
     After each step ``C ← C·exp(-η(b̃ - γ))``, where ``b̃`` is the noisy share of the step's samples whose norm is below
     ``C`` (Andrew et al. 2021, *Differentially Private Learning with Adaptive Clipping*, algorithm 1).

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates.adaptive import AdaptiveLimit, Adapting, adapting, set_adapting
+from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap, zeroed_rows
 from clipless_dp.gates.gradient import (
     bias_gradient,
@@ -146,9 +146,7 @@ class _GatedConvolution(torch.autograd.Function):
         return passed, of_weight, of_bias, *([None] * 12)
 
 
-def _convolution_parts(
-    ctx: Any, values: Tensor, weight: Tensor, cotangents: Tensor
-) -> tuple[Part | None, Part | None]:
+def _convolution_parts(ctx: Any, values: Tensor, weight: Tensor, cotangents: Tensor) -> tuple[Part | None, Part | None]:
     stride, padding, dilation, transposed, _, groups = ctx.geometry
     of_weight: Part | None = None
     of_bias: Part | None = None

@@ -196,12 +196,22 @@ class Kernel(_Positions):
         cotangents, sizes = zeroed_rows(cotangents)
         self._kernel = list(kernel)
         weight = values.new_empty(cotangents.shape[1], values.shape[1] // groups, *kernel)
-        geometry = list(stride), list(padding), list(dilation)
+        steps, sides, spread = list(stride), list(padding), list(dilation)
 
         def whole(factors: Tensor) -> Tensor:
             scaled = cotangents * per_sample(factors.to(cotangents.dtype), cotangents)
             found: Tensor = torch.ops.aten.convolution_backward(
-                scaled, values, weight, None, *geometry, False, [0] * len(kernel), groups, [False, True, False]
+                scaled,
+                values,
+                weight,
+                None,
+                steps,
+                sides,
+                spread,
+                False,
+                [0] * len(kernel),
+                groups,
+                [False, True, False],
             )[1]
             return found
 
@@ -211,7 +221,9 @@ class Kernel(_Positions):
                 values.unsqueeze(2) if flat else values,
                 cotangents.unsqueeze(2) if flat else cotangents,
                 [1] * flat + self._kernel,
-                *([fill] * flat + part for fill, part in zip((1, 0, 1), geometry, strict=True)),
+                [1] * flat + steps,
+                [0] * flat + sides,
+                [1] * flat + spread,
                 groups,
                 chunk,
             )
@@ -327,7 +339,8 @@ def gated_pair(
         return gradients, counts
     for index in there:
         part, own = parts[index], caps[index]
-        assert part is not None and own is not None
+        assert part is not None
+        assert own is not None
         gradients[index], norms = part.gated(*own)
         if counted[index]:
             counts[index] = count(norms, part.present, own[0])

@@ -186,7 +186,7 @@ def gradient_gated(
         if any(fnmatchcase(path, pattern) for pattern in layers):
             gate = gradient_gated_layer(
                 layer,
-                cast("float | AdaptiveLimit", limit),
+                limit,
                 bias_limit=bias_limit,
                 mode=mode,
                 floor=floor,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
-from clipless_dp.gates.adaptive import AdaptiveLimit, Adapting, adapting, set_adapting
+from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap
 from clipless_dp.gates.signal import GateMode
 from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
@@ -249,9 +249,7 @@ class Isolated(nn.Module):
         kept: list[bool] = []
 
         def one(sample: Tensor, *own: Tensor) -> Tensor:
-            gating = Gating(
-                sample, sources, also, caps, counters, joint=self.joint == "layer", together=together
-            )
+            gating = Gating(sample, sources, also, caps, counters, joint=self.joint == "layer", together=together)
             gatings.append(gating)
             with gating:
                 returned = self._call([value.unsqueeze(0) for value in own])

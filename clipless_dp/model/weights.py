@@ -111,7 +111,9 @@ class Weights:
     ) -> tuple[Sensitivity, dict[str, Stamp]]:
         """The bounds, and stamps of the weights that they rest on."""
         limits, stamps = self.limits(here)
-        caps = tuple(tuple(found.caps.values()) for part in modules_of(self._net) if (found := adapting(part)) is not None)
+        caps = tuple(
+            tuple(found.caps.values()) for part in modules_of(self._net) if (found := adapting(part)) is not None
+        )
         key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self._net)), caps)
         known = self._kept.get(relation)
         if known is not None and known[0] == key:

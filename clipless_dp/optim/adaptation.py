@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates import AdaptiveLimit, Adapting, adapting_in
+from clipless_dp.gates import Adapting, AdaptiveLimit, adapting_in
 from clipless_dp.model import DPLipModel
 
 
@@ -78,9 +78,11 @@ class Adaptation:
         everything = self._all()
         if not everything:
             return
-        before, below = self.caps(), {}
+        before = self.caps()
+        below: dict[str, float] = {}
         for place, some in everything.items():
-            assert some.counts is not None and some.counts.grad is not None
+            assert some.counts is not None
+            assert some.counts.grad is not None
             released = dict(zip(some.caps, some.counts.grad.tolist(), strict=True))
             some.counts.grad = None
             names = {gate: _name(place, gate) for gate in released}
@@ -144,9 +146,9 @@ def _name(place: str, gate: str) -> str:
 
 
 def _table(rows: list[dict[str, float]], names: list[str]) -> Tensor:
-    return torch.tensor(
-        [[row.get(name, torch.nan) for name in names] for row in rows], dtype=torch.float64
-    ).reshape(len(rows), len(names))
+    return torch.tensor([[row.get(name, torch.nan) for name in names] for row in rows], dtype=torch.float64).reshape(
+        len(rows), len(names)
+    )
 
 
 def _row(names: list[str], values: list[float]) -> dict[str, float]:

@@ -118,7 +118,9 @@ class CliplessDPOptimizer(Optimizer):
         self._plan = NoisePlan()
         self._adaptation = Adaptation(model)
         if self._adaptation.share() and not self.placement.is_whole:
-            raise ConfigurationError("caps adapt in models that each process holds whole: give fixed ones, or no shards")
+            raise ConfigurationError(
+                "caps adapt in models that each process holds whole: give fixed ones, or no shards"
+            )
         self._protected = Protected(model)
         self._made = draws.now()
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -338,7 +340,7 @@ class CliplessDPOptimizer(Optimizer):
 
     @property
     def cap_history(self) -> list[CapRecord]:
-        """What the steps have released of caps that adapt, those of loaded states included: private, and to be shown."""
+        """What all steps have released of caps that adapt, those of loaded states included; it is private."""
         return list(self._adaptation.history)
 
     def ledger_is_incomplete(self) -> bool:

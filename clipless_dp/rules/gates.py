@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipless_dp.gates import (
     BallProjection,
@@ -100,7 +101,7 @@ def _capped(
     limits = {"weight": gates[0][0] * lengths * rounding_slack(weight.numel())}
     if bias is not None:
         limits["bias"] = gates[1][0] * rounding_slack(bias.numel())
-    counted = {} if (caps := adapting(module)) is None else dict.fromkeys(caps.caps, 1)
+    counted = {} if (caps := adapting(cast(nn.Module, module))) is None else dict.fromkeys(caps.caps, 1)
     trained = {name for name, part in (("weight", weight), ("bias", bias)) if part is not None and part.requires_grad}
     return replace(
         bounds,

@@ -36,7 +36,11 @@ DYNAMIC = AdaptiveLimit(start=LIMIT, share=0.3)
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{f"{name}, each": (name, {"isolation": "vmap"}) for name in NETS},
-    **{f"{name}, {joint}": (name, {"joint": joint, "isolation": "vmap"}) for name in NETS for joint in ("layer", "network")},
+    **{
+        f"{name}, {joint}": (name, {"joint": joint, "isolation": "vmap"})
+        for name in NETS
+        for joint in ("layer", "network")
+    },
     "traced vectors": ("plain", {"isolation": "graph"}),
     "traced vectors, layer": ("plain", {"isolation": "graph", "joint": "layer"}),
     "traced maps": ("plain maps", {"isolation": "graph"}),
@@ -78,7 +82,9 @@ def samples(case: str, count: int = 6) -> tuple[Tensor, Tensor]:
 
 def counts(model: DPLipModel) -> Tensor:
     found = [caps.counts for caps in adapting_in(model.net).values()]
-    return torch.cat([torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in found if one is not None])
+    return torch.cat(
+        [torch.zeros_like(one) if one.grad is None else one.grad.clone() for one in found if one is not None]
+    )
 
 
 def summed(model: DPLipModel, inputs: Tensor, targets: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -104,7 +110,8 @@ def test_a_sample_changes_each_count_by_a_half_at_most_for_each_use_of_its_gate(
     inputs, targets = samples(case)
     sensitivity = model.sensitivity()
     gates = [f"{place}.{gate}".lstrip(".") for place, caps in adapting_in(model.net).items() for gate in caps.caps]
-    assert gates and set(gates) == sensitivity.counted.keys()
+    assert gates
+    assert set(gates) == sensitivity.counted.keys()
     times = torch.tensor([sensitivity.counted[gate] for gate in gates], dtype=torch.float64)
     _, whole = summed(model, inputs, targets)
     assert len(whole) == len(times)
@@ -283,7 +290,8 @@ def test_counts_that_something_else_has_changed_are_refused() -> None:
     steps = optimizer(model)
     model.loss(model(inputs), targets).backward()
     (caps, *_) = adapting_in(model.net).values()
-    assert caps.counts is not None and caps.counts.grad is not None
+    assert caps.counts is not None
+    assert caps.counts.grad is not None
     caps.counts.grad.mul_(2.0)
     with pytest.raises(Exception, match="changed"):
         steps.step()
@@ -323,7 +331,8 @@ def test_a_state_of_other_gates_is_refused_before_anything_is_taken_from_it() ->
     steps, _ = trained("traced vectors, layer", 0)
     with pytest.raises(ConfigurationError, match="adapt in other layers"):
         steps.load_state_dict(state)
-    assert len(steps.accountant) == 0 and steps.steps_taken == 0
+    assert len(steps.accountant) == 0
+    assert steps.steps_taken == 0
     fixed = DPLipModel(
         gradient_gated(PLAIN["plain"][0]().double()), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(1.0)
     )
@@ -382,7 +391,8 @@ def test_gates_of_frozen_parameters_neither_count_nor_move() -> None:
     model.loss(model(inputs), targets).backward()
     steps.step()
     assert "0.weight" not in model.sensitivity().counted
-    assert steps.caps["0.weight"] == LIMIT and steps.caps["0.bias"] != LIMIT
+    assert steps.caps["0.weight"] == LIMIT
+    assert steps.caps["0.bias"] != LIMIT
     assert "0.weight" not in steps.cap_history[0].below
 
 
@@ -399,7 +409,8 @@ def test_adaptive_and_fixed_caps_go_together_and_new_gates_count_at_once() -> No
     _, counted = summed(model, inputs[-1:], targets[-1:])
     assert counted.tolist() == [0.5] * 6
     gradient_gated(gated, limit=1.0)
-    assert not model.sensitivity().counted and not adapting_in(model.net)
+    assert not model.sensitivity().counted
+    assert not adapting_in(model.net)
 
 
 def test_graph_and_copies_of_a_model_count_by_themselves() -> None:
@@ -407,13 +418,16 @@ def test_graph_and_copies_of_a_model_count_by_themselves() -> None:
     twin = copy.deepcopy(model)
     inputs, targets = samples("traced vectors")
     model.loss(model(inputs), targets).backward()
-    assert bool(counts(model).any()) and not bool(counts(twin).any())
+    assert bool(counts(model).any())
+    assert not bool(counts(twin).any())
     optimizer(model).step()
     assert adapting_in(twin.net)["0"].caps == {"weight": LIMIT, "bias": LIMIT}
     _, own = summed(twin, inputs, targets)
     assert bool(own.any())
     single = model.float()
-    assert all(caps.counts is not None and caps.counts.dtype == torch.float32 for caps in adapting_in(single.net).values())
+    assert all(
+        caps.counts is not None and caps.counts.dtype == torch.float32 for caps in adapting_in(single.net).values()
+    )
 
 
 def test_what_cannot_adapt_is_refused() -> None:
@@ -451,4 +465,5 @@ def test_poisson_batches_of_all_sizes_are_released_alike() -> None:
         steps.zero_grad()
         model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
         steps.step()
-    assert len(steps.cap_history) == 12 and len(steps.accountant.ledger.lines) == 1
+    assert len(steps.cap_history) == 12
+    assert len(steps.accountant.ledger.lines) == 1
