@@ -16,6 +16,7 @@ from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import Allocation, NoiseSource, noise_source, source_name
 from clipless_dp.optim import accumulation, checks
@@ -337,6 +338,11 @@ class CliplessDPOptimizer(Optimizer):
     def caps(self) -> dict[str, float]:
         """The caps that adapt, as they are now, by the names of their gates."""
         return self._adaptation.caps()
+
+    @property
+    def cap_settings(self) -> dict[str, AdaptiveLimit]:
+        """How caps adapt, by the paths of the modules that have such."""
+        return self._adaptation.settings()
 
     @property
     def cap_history(self) -> list[CapRecord]:

@@ -23,6 +23,7 @@ from clipless_dp import (
     fit,
     gradient_gated,
     losses,
+    report,
 )
 from clipless_dp.gates import adapting_in, adaptive
 from clipless_dp.model.compiled import compiled_loss
@@ -381,6 +382,23 @@ def test_fit_reports_caps_and_resumes_them(tmp_path: Any) -> None:
     again = fit(model(), (inputs, labels), epochs=2, audit=False, **asked)
     assert again.optimizer.caps == result.optimizer.caps
     assert again.optimizer.cap_history == result.optimizer.cap_history
+
+
+def test_the_statement_tells_what_the_counts_take() -> None:
+    model = wrapped("traced vectors")
+    steps = optimizer(model)
+    inputs, targets = samples("traced vectors")
+    model.loss(model(inputs), targets).backward()
+    steps.step()
+    statement = report(steps, delta=1e-3)
+    told = statement.facts["adaptive_caps"]
+    assert {name: gate["cap"] for name, gate in told["gates"].items()} == steps.caps
+    assert told["count_deviation"] == steps.count_deviation()
+    assert told["settings"]["0"]["share"] == 0.3
+    assert "counts take 0.3 of each step's σ⁻²" in " ".join(str(statement).split())
+    fixed = DPLipModel(gradient_gated(PLAIN["plain"][0]()), input_shape=(6,), input_norm=1.0, loss=model.loss_function)
+    plain = CliplessDPSGD(fixed, lr=0.1, noise_multiplier=1.0, sample_rate=0.1, dataset_size=10)
+    assert "adaptive_caps" not in report(plain, delta=1e-3).facts
 
 
 def test_gates_of_frozen_parameters_neither_count_nor_move() -> None:
