@@ -9,6 +9,7 @@ from types import FrameType
 __all__ = [
     "AccountingError",
     "AccountingWarning",
+    "CliplessError",
     "EngineRangeError",
     "FallbackWarning",
     "InvalidParameterError",
@@ -23,7 +24,11 @@ _INSIDE = frozenset({"", "accelerate", "accounting", "clipless_dp", "contextlib"
 """Packages whose lines are nobody's own: this one, and what calls it in between; code without a name was generated."""
 
 
-class AccountingError(ValueError):
+class CliplessError(Exception):
+    """Base of every error that `accounting`, or what stands on it, raises on purpose."""
+
+
+class AccountingError(CliplessError, ValueError):
     """Base of every error raised by `accounting`."""
 
 

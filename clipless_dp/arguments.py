@@ -3,10 +3,41 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from accounting import Accountant
 from clipless_dp.errors import ConfigurationError
+
+LARGEST_COUNT = 10**15
+"""Whole numbers up to here are exact in float64, which counts of samples, rows and steps are computed in."""
+
+
+def _number(value: object) -> float:
+    """A plain number, or one of numpy, as a float; NaN for everything else, infinity for what is no float.
+
+    Truth values, strings and tensors are none: they are slips of the pen, or may hold what was computed from data.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
+def shown(value: object) -> str:
+    """A value for a message: what it looks like, or its type where that is long or cannot be had."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else f"{text[:80]}... ({type(value).__name__})"
 
 
 def positive(name: str, value: object) -> float:
@@ -17,36 +48,183 @@ def positive(name: str, value: object) -> float:
     Raises:
         ConfigurationError: it is anything else.
     """
-    if isinstance(value, Real) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except OverflowError:
-            number = math.inf
-        if math.isfinite(number) and number > 0.0:
-            return number
-    raise ConfigurationError(f"{name} must be a finite and positive number, got {value!r}")
+    number = _number(value)
+    if math.isfinite(number) and number > 0.0:
+        return number
+    raise ConfigurationError(f"{name} must be a finite and positive number, got {shown(value)}")
 
 
-def whole(name: str, value: object, least: int = 1) -> int:
-    """A whole number from ``least`` on, plain or of numpy, as an int.
+def cap(name: str, value: object) -> float:
+    """A finite number of at least 1e-8, plain or of numpy, as a float.
+
+    Raises:
+        ConfigurationError: it is anything else.
+    """
+    number = _number(value)
+    if math.isfinite(number) and number >= 1e-8:
+        return number
+    raise ConfigurationError(f"{name} must be a finite number of at least 1e-8, got {shown(value)}")
+
+
+def not_negative(name: str, value: object) -> float:
+    """A finite number of at least 0, plain or of numpy, as a float.
+
+    Raises:
+        ConfigurationError: it is anything else.
+    """
+    number = _number(value)
+    if math.isfinite(number) and number >= 0.0:
+        return number
+    raise ConfigurationError(f"{name} must be a finite number, 0 or positive, got {shown(value)}")
+
+
+def learning_rate(name: str, value: object) -> float:
+    """A finite number of at least 0, plain, of numpy or, as torch takes them, in a tensor of one number, as a float.
+
+    Raises:
+        ConfigurationError: it is anything else.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and value.is_floating_point():
+        value = float(value.detach())
+    return not_negative(name, value)
+
+
+def share(name: str, value: object, interval: Literal["(0, 1)", "(0, 1]", "[0, 1)", "[0, 1]"]) -> float:
+    """A number between 0 and 1, plain or of numpy, as a float.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        interval: round brackets leave an end out.
+
+    Raises:
+        ConfigurationError: it is anything else.
+    """
+    number = _number(value)
+    if 0.0 < number < 1.0 or (number == 0.0 and interval[0] == "[") or (number == 1.0 and interval[-1] == "]"):
+        return number
+    raise ConfigurationError(f"{name} must lie in {interval}, got {shown(value)}")
+
+
+def multiplier(name: str, value: object) -> float:
+    """A noise multiplier, plain or of numpy, as a float; the accounting squares it.
+
+    Raises:
+        ConfigurationError: it is no number in [1e-100, 1e100].
+    """
+    number = positive(name, value)
+    if 1e-100 <= number <= 1e100:
+        return number
+    raise ConfigurationError(f"{name} must lie in [1e-100, 1e100], usually 0.3 to 100, got {shown(value)}")
+
+
+def whole(name: str, value: object, least: int | None = 1, most: int | None = LARGEST_COUNT) -> int:
+    """A whole number, plain or of numpy, as an int.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        least: the smallest that will do; ``None``: any.
+        most: the largest that will do; ``None``: any.
 
     Raises:
         ConfigurationError: it is anything else, truth values and floats among it.
     """
-    if isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least:
-        return int(value)
-    raise ConfigurationError(f"{name} must be a whole number, at least {least}, got {value!r}")
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        number = int(value)
+        if (least is None or number >= least) and (most is None or number <= most):
+            return number
+    limits = "" if least is None else f", at least {least}"
+    if most is not None and isinstance(value, Integral) and int(value) > most:
+        limits = f", at most {most}"
+    raise ConfigurationError(f"{name} must be a whole number{limits}, got {shown(value)}")
+
+
+def seed(name: str, value: object) -> int | None:
+    """A whole number, of any size and sign, or ``None``.
+
+    Raises:
+        ConfigurationError: it is anything else.
+    """
+    return None if value is None else whole(name, value, None, None)
 
 
 def flag(name: str, value: object) -> bool:
-    """``True`` or ``False``.
+    """``True`` or ``False``, plain or of numpy.
 
     Raises:
         ConfigurationError: it is anything else, numbers among it.
     """
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    raise ConfigurationError(f"{name} must be True or False, got {shown(value)}")
+
+
+def choice(name: str, value: object, *choices: str) -> Any:
+    """One of some words.
+
+    Raises:
+        ConfigurationError: it is none of them.
+    """
+    if isinstance(value, str) and value in choices:
         return value
-    raise ConfigurationError(f"{name} must be True or False, got {value!r}")
+    raise ConfigurationError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")
+
+
+def function(name: str, value: object, of: str) -> Any:
+    """Something that can be called.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        of: what it is called with, in words.
+
+    Raises:
+        ConfigurationError: it cannot be called.
+    """
+    if callable(value):
+        return value
+    raise ConfigurationError(f"{name} must be a function of {of}, got {shown(value)}")
+
+
+def patterns(name: str, value: object) -> tuple[str, ...]:
+    """Patterns of names; a single string is a single pattern.
+
+    Raises:
+        ConfigurationError: it is neither a string nor some of them.
+    """
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, Iterable) and not isinstance(value, (Mapping, Tensor, bytes, type)):
+        try:
+            found = tuple(value)
+        except TypeError:
+            # An array of no dimension says that it can be gone through.
+            found = (value,)
+        if all(isinstance(pattern, str) for pattern in found):
+            return found
+    raise ConfigurationError(f"{name} must be patterns of names, such as ('*',) or 'encoder.*', got {shown(value)}")
+
+
+def device(name: str, value: object) -> torch.device | None:
+    """A device that is there, or ``None``.
+
+    Raises:
+        ConfigurationError: it is neither, or the machine has no such device.
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (str, torch.device)) or (isinstance(value, Integral) and not isinstance(value, bool)):
+            found = torch.device(value if isinstance(value, (str, torch.device)) else int(value))
+            torch.empty(0, device=found)
+            return found
+    except (AssertionError, NotImplementedError, OverflowError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigurationError(
+            f"{name}={shown(value)} is no device of this machine ({reason}): name one, such as 'cpu' or 'cuda:0'"
+        ) from error
+    raise ConfigurationError(f"{name} must be a torch.device, its name or None, got {shown(value)}")
 
 
 def require_accountant(accountant: object, *, or_name: bool = False) -> Accountant:

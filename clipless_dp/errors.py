@@ -5,9 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from accounting.errors import CliplessError
 
-class CliplessError(Exception):
-    """Base class of every error that this package raises on purpose."""
+__all__ = [
+    "AuditError",
+    "BudgetExhaustedError",
+    "CheckpointError",
+    "CliplessError",
+    "ConfigurationError",
+    "InputError",
+    "LossBoundError",
+    "NormError",
+    "PrivacyError",
+    "PrivacyWarning",
+    "RankError",
+    "Unsupported",
+    "UnsupportedModuleError",
+]
 
 
 class ConfigurationError(CliplessError, ValueError):
@@ -85,5 +99,6 @@ class UnsupportedModuleError(CliplessError, TypeError):
         lines = "\n".join(f"  {part.path} ({part.kind}): {part.remedy}" for part in self.parts)
         super().__init__(
             f"{len(self.parts)} part(s) of the network have no sensitivity rule:\n{lines}\n"
-            "A rule for a layer of your own is one function: see clipless_dp.register_rule."
+            "A rule for a layer of your own is one function: see clipless_dp.register_rule. Behind gradient gates, "
+            "clipless_dp.gradient_gated(net), any layer runs as it is that keeps samples apart."
         )

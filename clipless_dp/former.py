@@ -17,7 +17,7 @@ _MOVED = {
     "passes": "model.passes model.register model.door model.outermost",
     "persons": "sampling.persons",
     "randomness": "noise.randomness graph.dropout",
-    "report": "statement.report statement.sections",
+    "report": "statement.report statement.sections statement.facts",
     "row_invariance": "model.row_invariance",
     "rowwise": "model.rowwise",
     "secure_noise": "noise.secure",
@@ -33,6 +33,8 @@ _MOVED = {
 """Modules that are no more, and where what was in them is: in the first of these that has a thing of the name."""
 
 _INSIDE = {
+    "fusion": {"Needed": "fusion.backward", "Passed": "fusion.backward"},
+    "noise": {"MARGIN": "noise.adding RELEASE_MARGIN"},
     "sampling": {
         "_Collate": "sampling.sampler",
         "checked_rows": "sampling.batches",
@@ -40,7 +42,10 @@ _INSIDE = {
         "usual_rows": "sampling.batches",
     },
 }
-"""What modules that are packages now do not tell of: classes of what users hold, and names without underscore."""
+"""What modules that are packages now do not tell of: classes of what users hold, and names without underscore.
+
+Each with the module that it is in, and its name there where that is another one.
+"""
 
 
 class _Former(ModuleType):
@@ -63,7 +68,11 @@ def alias_modules() -> None:
     """Lets imports, those of ``pickle`` among them, find modules under their former names."""
     for former, now in _MOVED.items():
         name, parts = f"clipless_dp.{former}", [import_module(f"clipless_dp.{part}") for part in now.split()]
-        sys.modules.setdefault(name, parts[0] if len(parts) == 1 else _Former(name, parts))
+        module = sys.modules.setdefault(name, parts[0] if len(parts) == 1 else _Former(name, parts))
+        # As an import would; what the package itself has under that name, such as report(), stays.
+        vars(sys.modules["clipless_dp"]).setdefault(former, module)
     for package, names in _INSIDE.items():
         for name, part in names.items():
-            setattr(sys.modules[f"clipless_dp.{package}"], name, getattr(import_module(f"clipless_dp.{part}"), name))
+            where, _, renamed = part.partition(" ")
+            found = getattr(import_module(f"clipless_dp.{where}"), renamed or name)
+            setattr(sys.modules[f"clipless_dp.{package}"], name, found)

@@ -15,6 +15,9 @@ from clipless_dp.errors import ConfigurationError, InputError
 Structure = Mapping[str, Tensor] | Sequence[Tensor]
 """The inputs of a network: by name, or in order; each ``(B, ...)``."""
 
+LABELS = ("labels", "label")
+"""What targets are called among the inputs, if nothing else is said."""
+
 
 @dataclass(frozen=True)
 class Field:
@@ -80,44 +83,88 @@ class Packing:
         """Whether rows are integers."""
         return not any(field.dtype.is_floating_point for field in self.fields)
 
+    def has(self, name: str) -> bool:
+        """Whether an input is called so."""
+        return any(field.name == name for field in self.fields)
+
+    def is_single(self, values: Tensor) -> bool:
+        """Whether these are the batch of the only input, in its own shape, which is no row."""
+        shape = tuple(values.shape[1:])
+        return len(self.fields) == 1 and values.dim() != 2 and shape == self.fields[0].shape
+
     def pack(self, batch: Structure) -> Tensor:
-        """The rows of a batch.
+        """The rows of a batch, ``(B, entries)``.
 
         Raises:
-            InputError: a tensor is missing or unknown, its shape or dtype is another one, the batch axes differ, or an
-                integer is too large to be exact.
+            InputError: a tensor is missing or unknown, its shape or dtype is another one, the batch axes or devices
+                differ, or an integer is too large to be exact.
         """
-        tensors = self._ordered(batch)
+        return self.packed(self.ordered(batch))
+
+    def packed(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The rows of the tensors of a batch in the order of :attr:`fields`; as :meth:`pack`."""
         size = tensors[0].shape[:1]
         floating = next((value.dtype for value in tensors if value.is_floating_point()), torch.int64)
         rows = []
-        for field, value in zip(self.fields, tensors, strict=True):
-            label = "an input" if field.name is None else repr(field.name)
+        for index, (field, value) in enumerate(zip(self.fields, tensors, strict=True)):
+            label = f"the input {index if field.name is None else repr(field.name)}"
             if value.shape[1:] != field.shape or value.shape[:1] != size:
-                raise InputError(f"{label} is {tuple(value.shape)}, expected {(*size, *field.shape)}")
-            if value.is_floating_point() != field.dtype.is_floating_point:
-                raise InputError(f"{label} is {value.dtype}, expected {field.dtype}")
-            if floating.is_floating_point and not value.is_floating_point() and value.numel():
-                exact = 2 ** (53 if floating == torch.float64 else 24)
-                if value.dtype != torch.bool and int(value.abs().max()) > exact:
-                    raise InputError(f"{label} holds integers above {exact}, which {floating} does not hold exactly")
+                raise InputError(
+                    f"{label} is {tuple(value.shape)}, expected {(*size, *field.shape)}: all samples, and all batches, "
+                    "must have the shape that the model was wrapped for. Pad sequences to one length"
+                )
+            if value.is_floating_point() != field.dtype.is_floating_point or value.is_complex():
+                raise InputError(f"{label} is {value.dtype}, expected {field.dtype}: convert it in the data set")
+            if value.is_floating_point() and value.dtype != floating:
+                raise InputError(f"{label} is {value.dtype}, and another one {floating}: convert them to one dtype")
+            if value.device != tensors[0].device:
+                raise InputError(f"{label} is on {value.device}, and another one on {tensors[0].device}")
+            if floating.is_floating_point and not value.is_floating_point():
+                self._refuse_inexact(label, value, floating)
             rows.append(value.reshape(len(value), field.entries).to(floating))
         return torch.cat(rows, 1)
 
-    def _ordered(self, batch: Structure) -> list[Tensor]:
-        if isinstance(batch, Mapping) != self.is_named:
+    @staticmethod
+    def _refuse_inexact(label: str, value: Tensor, floating: torch.dtype) -> None:
+        exact = {torch.float64: 2**53, torch.float32: 2**24, torch.float16: 2**11}.get(floating, 2**8)
+        if value.numel() and value.dtype != torch.bool and int(value.abs().max()) > exact:
+            raise InputError(f"{label} holds integers above {exact}, which {floating} does not hold exactly")
+
+    def without_labels(self, batch: Structure) -> Structure:
+        """A batch without its targets, where these have one of the usual names and are no input."""
+        if not isinstance(batch, Mapping):
+            return batch
+        inputs = {field.name for field in self.fields}
+        return {name: value for name, value in batch.items() if name in inputs or name not in LABELS}
+
+    def ordered(self, batch: Structure) -> list[Tensor]:
+        """The tensors of a batch in the order of :attr:`fields`.
+
+        Raises:
+            InputError: one is missing or unknown, or is no tensor with a batch axis.
+        """
+        if isinstance(batch, Mapping) != self.is_named or isinstance(batch, (str, Tensor)):
             raise InputError(f"expected the inputs {self.described()}, got {type(batch).__name__}")
         if isinstance(batch, Mapping):
             names = [cast(str, field.name) for field in self.fields]
-            if sorted(batch) != names:
-                raise InputError(f"expected the inputs {names}, got {sorted(batch)}")
+            missing = [name for name in names if name not in batch]
+            unknown = [name for name in batch if name not in names]
+            if missing:
+                raise InputError(f"the input {missing[0]!r} is missing: expected {self.described()}, got {[*batch]}")
+            if unknown:
+                raise InputError(
+                    f"{unknown[0]!r} is no input of the model, which takes {self.described()}: leave it out of the "
+                    "batch, or name it in input_shape"
+                )
             found: list[Any] = [batch[name] for name in names]
         else:
             found = list(batch)
             if len(found) != len(self.fields):
-                raise InputError(f"expected {len(self.fields)} inputs, got {len(found)}")
-        if not all(isinstance(value, Tensor) and value.dim() > 0 for value in found):
-            raise InputError("each input must be a tensor with a batch axis")
+                raise InputError(f"expected {len(self.fields)} inputs, {self.described()}, got {len(found)}")
+        for field, value in zip(self.fields, found, strict=True):
+            if not isinstance(value, Tensor) or value.dim() == 0:
+                label = "an input" if field.name is None else f"the input {field.name!r}"
+                raise InputError(f"{label} must be a tensor with a batch axis, got {type(value).__name__}")
         return found
 
     def unpack(self, rows: Tensor) -> list[Tensor]:
@@ -129,6 +176,11 @@ class Packing:
             )
             for field, part in zip(self.fields, parts, strict=True)
         ]
+
+    def structured(self, rows: Tensor) -> Structure:
+        """Some rows as the network's inputs, by name or in order: what :meth:`pack` made them of."""
+        places, names = self.call(self.unpack(rows))
+        return names if self.is_named else places
 
     def call(self, values: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """The arguments that a network is called with, by place and by name."""

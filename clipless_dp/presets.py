@@ -28,6 +28,7 @@ from clipless_dp.architectures.small import (
     small_convolutions,
     two_hidden_layers,
 )
+from clipless_dp.arguments import share
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
 from clipless_dp.graph import gated, gradient_gated
@@ -155,7 +156,11 @@ class Preset:
             That of :func:`clipless_dp.fit`, whose arguments these are: the front-end sees each sample by itself, and
             the noise of training is calibrated on top of what the statistics cost.
         """
-        require_known(changes.keys() - {"sample_rate"})
+        asked = {**self.settings, **changes, "epsilon": epsilon, "delta": delta}
+        rate = asked.pop("sample_rate", None)
+        if rate is not None:
+            share("sample_rate", rate, "(0, 1]")
+        require_known(asked)
         inputs, targets = Samples.to_train_on(dataset).all()
         size = public_size(changes.get("dataset_size"), len(inputs))
         features = self.features(inputs, cache_dir=cache_dir)

@@ -278,6 +278,9 @@ def _check(candidate: Candidate) -> None:
     missing = sorted({"epochs", "batch_size"} - set(candidate.settings))
     if missing:
         raise ConfigurationError(f"candidates need {' and '.join(missing)}: no results may choose them later")
+    for group in (Learning, Execution):
+        # Refuses what is out of range.
+        group(**{name: candidate.settings[name] for name in names(group) if name in candidate.settings})
 
 
 def _require_new(model: DPLipModel, before: list[ReferenceType[Tensor]]) -> DPLipModel:
@@ -301,10 +304,8 @@ def _rehearse(candidate: Candidate, sample: tuple[Tensor, Tensor], *, scored: bo
 
 def _plan(settings: Mapping[str, Any], size: int) -> Plan:
     batch_size, epochs = settings["batch_size"], settings["epochs"]
-    if not (isinstance(batch_size, int) and 1 <= batch_size <= size and 0.0 < epochs < math.inf):
-        raise ConfigurationError(
-            f"a candidate needs positive epochs and a batch_size from 1 to {size}, got {epochs!r} and {batch_size!r}"
-        )
+    if batch_size > size:
+        raise ConfigurationError(f"a candidate needs a batch_size from 1 to {size}, got {batch_size!r}")
     return Plan.of(epochs, batch_size, size, settings.get("noise_schedule"))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,7 +120,9 @@ def fit_table(
         The classifier, statistics included, is (``epsilon``, ``delta``)-differentially private with respect to adding
         or removing one row with its label.
     """
-    _check(rows, labels, changes, noise, reproducible_seed)
+    given = {"epsilon": epsilon, "delta": delta, "dataset_size": dataset_size, "accountant": accountant, "noise": noise}
+    require_known({**changes, **given, "checkpoint": checkpoint, "reproducible_seed": reproducible_seed})
+    _check(rows, labels, noise, reproducible_seed)
     size = public_size(dataset_size, len(rows))
     epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
@@ -153,7 +154,6 @@ def fit_table(
 def _check(
     rows: Tensor,
     labels: Tensor,
-    changes: Mapping[str, Any],
     noise: NoiseSource | str | None,
     reproducible_seed: int | None,
 ) -> None:
@@ -169,7 +169,6 @@ def _check(
         raise ConfigurationError(
             "fit_table runs in one process: release the statistics once, and call fit on all ranks"
         )
-    require_known(changes)
     if noise is not None and reproducible_seed is not None:
         raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
 

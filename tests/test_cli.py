@@ -179,7 +179,7 @@ def test_a_noise_schedule_that_is_none_is_refused(table, capsys):
             main([*arguments, bad])
         assert message in capsys.readouterr().err
     assert main([*arguments, "1:0"]) == 2
-    assert "positive factors" in capsys.readouterr().err
+    assert "last factor of noise_stages must be a finite and positive" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("network", ["residual-mlp", "lipvgg"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,10 +20,11 @@ from clipless_dp.audit.statistics import Numbers
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.optim import CliplessDPOptimizer
-from clipless_dp.sampling import Samples
+from clipless_dp.packing import Structure
+from clipless_dp.sampling import Samples, persons
 from clipless_dp.testing.company import plausible_targets
 
-Data = Dataset[Any] | tuple[Tensor, Tensor]
+Data = Dataset[Any] | tuple[Any, Any] | Mapping[str, Any] | Sequence[Any] | Samples
 Train = Callable[[DPLipModel, Any], Any]
 
 _FEWEST = 30
@@ -67,7 +68,7 @@ def canaries(
     dataset: Data,
     *,
     delta: float,
-    canaries: int | tuple[Tensor, Tensor] = 1000,
+    canaries: int | tuple[Tensor | Structure, Tensor] = 1000,
     confidence: float = 0.95,
 ) -> CanaryAudit:
     """Puts canaries into a user's own data, trains once, and bounds ε from below by how well they are told apart.
@@ -82,7 +83,7 @@ def canaries(
         train: trains a model on data, both of which it is given, and returns a :class:`clipless_dp.training.FitResult`
             or the optimizer: ``lambda model, data: fit(model, data, epsilon=3.0, …)``. Called once.
         model: the wrapped model before training; it is what ``train`` trains.
-        dataset: inputs and targets: a pair of tensors, or a data set of pairs. A public ``dataset_size`` that ``train``
+        dataset: inputs and targets, see :class:`clipless_dp.sampling.Samples`. A public ``dataset_size`` that ``train``
             states counts the canaries too.
         delta: δ in [0, 1).
         canaries: how many are made: noise beyond the model's input gate (or random tokens) with random targets; or
@@ -105,7 +106,9 @@ def canaries(
         Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run".
     """
     check_levels(delta, confidence)
-    samples = Samples(dataset)
+    samples = Samples.of(dataset, model.packing)
+    if samples.tensors is not None:
+        persons.refuse_repeated_rows(samples.tensors[:-1])
     shown = samples.first[0][0], samples.first[1][0]
     inputs, targets = _made(model, shown, canaries) if isinstance(canaries, int) else _given(model, canaries)
     if len(inputs) < _FEWEST:
@@ -140,8 +143,8 @@ def _made(model: DPLipModel, shown: tuple[Tensor, Tensor], count: int) -> tuple[
             f"{model.loss_function!r} takes no usual targets of shape {tuple(target.shape)} and type {target.dtype}: "
             "give canaries of your own, as a pair of inputs and targets"
         )
-    if model.vocabulary is not None:
-        inputs = torch.randint(model.vocabulary, (count, *model.input_shape), generator=generator)
+    if not math.isfinite(model.input_norm) or not model.graph.reads.is_floating_point:
+        inputs = model.random_inputs(count, generator)
     else:
         directions = torch.randn(count, math.prod(model.input_shape), generator=generator)
         if count <= directions.shape[1] <= _LARGEST_ANGLES:
@@ -152,8 +155,8 @@ def _made(model: DPLipModel, shown: tuple[Tensor, Tensor], count: int) -> tuple[
     return inputs.to(sample), formats[0].to(target)
 
 
-def _given(model: DPLipModel, pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    inputs, targets = pair
+def _given(model: DPLipModel, pair: tuple[Tensor | Structure, Tensor]) -> tuple[Tensor, Tensor]:
+    inputs, targets = model.rows(pair[0]), pair[1]
     device, _ = model.device_and_dtype()
     model.check_inputs(inputs.to(device))
     if len(inputs) != len(targets):
@@ -165,7 +168,10 @@ def _absent(inputs: Tensor, out: Tensor) -> Tensor:
     """The canaries, those that are out made into samples which contribute nothing: NaN, or an unknown token."""
     marked = inputs.clone()
     rows = out.to(marked.device).nonzero().flatten()
-    marked.flatten(1)[rows, 0] = math.nan if marked.is_floating_point() else -1
+    if marked.is_floating_point():
+        marked.flatten(1)[rows, 0] = math.nan
+    else:
+        marked[rows] = -1
     return marked
 
 
@@ -173,8 +179,11 @@ def _joined(dataset: Any, samples: Samples, inputs: Tensor, targets: Tensor) -> 
     """The real samples with the canaries behind them."""
     inputs, targets = inputs.to(samples.first[0]), targets.to(samples.first[1])
     if samples.tensors is not None:
-        known, labels = samples.tensors
+        known, labels = samples.all()
         return torch.cat([known, inputs]), torch.cat([labels, targets])
+    if samples.is_structured:
+        # Checked here, where the samples themselves are seen, and not what is made of them.
+        dataset = Samples.to_train_on(samples).as_pairs()
     return ConcatDataset([dataset, TensorDataset(inputs, targets)])
 
 

@@ -17,6 +17,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.errors import AuditError, ConfigurationError
 from clipless_dp.losses import BoundedLoss, Loss
 from clipless_dp.model import DPLipModel
+from clipless_dp.packing import Structure
 from clipless_dp.testing.attacks import (
     SCALES,
     TOLERANCE,
@@ -24,6 +25,7 @@ from clipless_dp.testing.attacks import (
     Record,
     add_or_remove_one,
     ascend,
+    is_capped,
     structured_pairs,
     try_all,
 )
@@ -33,6 +35,7 @@ from clipless_dp.testing.company import (
     check_counts,
     check_loss_rows_apart,
     hostile_rows,
+    is_random,
     plausible_targets,
     quiet,
     varied_outputs,
@@ -134,7 +137,7 @@ class SensitivityAudit:
 
 def sensitivity(
     model: DPLipModel,
-    batch: tuple[Tensor, Tensor] | None = None,
+    batch: tuple[Tensor | Structure, Tensor] | None = None,
     *,
     steps: int = 4,
     attempts: int | None = None,
@@ -147,8 +150,8 @@ def sensitivity(
     backward:
 
     * one sample at a time, structured inputs (constants, one bright entry, stripes, combs, top singular vectors, noise;
-      for tokens one that repeats), against as many structured cotangents, at loss scales from 1e-6 to 1e6, on both
-      sides of every cap: the cotangent is the attacker's;
+      for tokens one that repeats; of several inputs each), against as many structured cotangents, at loss
+      scales from 1e-6 to 1e6, on both sides of every cap: the cotangent is the attacker's;
     * gradient ascent on input and cotangent from the worst of these, for each parameter;
     * one row more in a batch, ordinary or made to flip a branch that looks at the batch (beyond ``1e37`` radii, NaN,
       zero, tiny, an unknown token): the sum of gradients must change by that row's own, and within the bounds;
@@ -162,7 +165,7 @@ def sensitivity(
 
     Args:
         model: the wrapped model.
-        batch: inputs ``(B, *input_shape)`` and targets ``(B, ...)`` to try too.
+        batch: inputs ``(B, *input_shape)``, or several of them, and targets ``(B, ...)`` to try too.
         steps: of each gradient ascent.
         attempts: the quick form: at most about so many forward and backward passes, begun within two seconds, and no
             gradient ascents. ``None``: all of the above.
@@ -193,13 +196,14 @@ def sensitivity(
         raise ConfigurationError(
             "an audit attacks whole weights, of which each rank holds a part: audit before fully_shard"
         )
-    if batch is not None:
-        model.check_inputs(batch[0])
+    rows = None if batch is None else (model.rows(batch[0]), batch[1])
+    if rows is not None:
+        model.check_inputs(rows[0])
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         attack = _Attack(model, attempts)
         try:
-            attack.run(batch, steps, like, counts)
+            attack.run(rows, steps, like, counts)
         except (BoundBroken, Inconsistent) as broken:
             raise AuditError(f"{broken}. Do not train with it: a step would release more than is stated") from broken
         report = attack.report()
@@ -280,7 +284,7 @@ class _Attack:
         self, case: Case, rows: list[Row], generator: torch.Generator
     ) -> Iterator[tuple[Tensor, Tensor, float]]:
         """What the network stretches most, as far as two rounds of the power method find it, then structured pairs."""
-        if not case.vocabulary:
+        if is_capped(self.model):
             yield from _aligned(self.model, generator)
         yield rows[0].sample, rows[0].target, SCALES[-1]
         pairs = list(structured_pairs(self.model, case))
@@ -316,7 +320,8 @@ class _Attack:
                 outputs = model(wide)
             check_loss_rows_apart(self.own_loss, outputs, targets)
             with quiet(model):
-                add_or_remove_one(model, wide[:_COMPARED], targets[:_COMPARED])
+                if not is_random(model, wide[:2]):
+                    add_or_remove_one(model, wide[:_COMPARED], targets[:_COMPARED])
 
     def report(self) -> SensitivityAudit:
         bounds, record = self.model.sensitivity(), self.record
@@ -372,6 +377,18 @@ class _Victim(Case):
         victim = self.build()
         assert isinstance(victim, DPLipModel)
         return victim
+
+    def batch(self, model: DPLipModel, size: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = super().batch(model, size)
+        if not is_capped(model):
+            inputs = model.random_inputs(size, torch.Generator().manual_seed(23))
+        return inputs, targets
+
+    def contrasts(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        model = self.model()
+        if is_capped(model):
+            return super().contrasts(inputs)
+        return inputs, model.random_inputs(len(inputs), torch.Generator().manual_seed(37))
 
 
 class _Record(Record):

@@ -19,11 +19,12 @@ from clipless_dp.audit.statistics import Claim, Numbers, epsilon_of_rates, highe
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.losses import BoundedLoss
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.passes import unwitnessed
 from clipless_dp.noise import allocate
 from clipless_dp.optim import CliplessDPOptimizer
-from clipless_dp.testing.attacks import whole_gradient
+from clipless_dp.testing.attacks import structured_inputs, whole_gradient
 from clipless_dp.testing.probes import inner_product
-from clipless_dp.testing.signals import sequences, sized_signals
+from clipless_dp.testing.signals import sized_signals
 
 Method = Literal["f-dp", "clopper-pearson", "one-run"]
 OptimizerFactory = Callable[[DPLipModel], CliplessDPOptimizer]
@@ -226,7 +227,9 @@ class _Stage:
             raise ConfigurationError("the canaries' gradients do not fit into memory: take fewer canaries")
         gradients = []
         for sample, target in zip(self._inputs.split(1), self._targets.split(1), strict=True):
-            found = torch.autograd.grad(model.loss(model(sample), target), parameters, allow_unused=True)
+            with unwitnessed():
+                loss = model.loss(model(sample), target)
+            found = torch.autograd.grad(loss, parameters, allow_unused=True)
             gradients.append(self._flat(deviations, found))
         stacked = torch.stack(gradients)
         norms: Tensor = torch.linalg.vector_norm(stacked, dim=1, keepdim=True)
@@ -361,24 +364,20 @@ def _canaries(model: DPLipModel, count: int) -> tuple[Tensor, Tensor]:
     """
     device, dtype = model.device_and_dtype()
     targets = torch.randn(count, *model.output_shape, device=device, dtype=dtype)
-    if model.vocabulary is not None:
-        inputs = torch.randint(model.vocabulary, (count, *model.input_shape), device=device)
-    else:
-        inputs = torch.randn(count, *model.input_shape, device=device, dtype=dtype)
+    generator = torch.Generator()
+    generator.seed()
+    inputs = model.random_inputs(count, generator)
     if count == 1:
         sample, target = max(_structured(model, inputs[0], targets[0]), key=lambda pair: whole_gradient(model, *pair))
         inputs, targets = sample.unsqueeze(0), target.unsqueeze(0)
     targets = _sized(targets, _OVERSIZE * model.cotangent_norm)
-    return (_sized(inputs, _OVERSIZE * model.input_norm) if inputs.is_floating_point() else inputs), targets
+    capped = inputs.is_floating_point() and math.isfinite(model.input_norm)
+    return (_sized(inputs, _OVERSIZE * model.input_norm) if capped else inputs), targets
 
 
 def _structured(model: DPLipModel, sample: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    if model.vocabulary is not None:
-        inputs = list(sequences(model.input_shape, model.vocabulary, generator))
-    else:
-        inputs = list(sized_signals(model.input_shape, model.input_norm, generator))
-    for signal in inputs:
+    for signal in structured_inputs(model, generator):
         for cotangent in sized_signals(model.output_shape, model.cotangent_norm, generator):
             yield signal.to(sample), cotangent.to(target)
 

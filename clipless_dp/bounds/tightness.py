@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from clipless_dp.bounds.sensitivity import LayerSensitivity, Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import GradientGated, can_be_gradient_gated
 from clipless_dp.graph.tracing import TracedNet
+from clipless_dp.isolation import Isolated
 
 TIGHT = 0.5
 """A bound that is half used costs at most twice the noise it has to: no gate is advised."""
@@ -125,10 +127,15 @@ def measure(
         largest_total = max(largest_total, math.hypot(*norms[: len(parameters)]))
         for node, norm in zip(recorder.outputs, norms[len(parameters) :], strict=True):
             recorder.cotangents[node] = max(recorder.cotangents[node], norm)
-    lines = [
-        _line(traced, node, layer, recorder, sensitivity, largest_gradients)
-        for node, layer in zip(recorder.watched, sensitivity.layers, strict=True)
-    ]
+    lines: list[LayerTightness] = []
+    told = iter(sensitivity.layers)
+    for node in recorder.watched:
+        leaf = traced.leaf(node)
+        if isinstance(leaf, Isolated):
+            own = sum(parameter.requires_grad for parameter in leaf.parameters())
+            lines += [_isolated_line(layer, sensitivity, largest_gradients) for layer in islice(told, own)]
+        else:
+            lines.append(_line(traced, node, next(told), recorder, sensitivity, largest_gradients))
     total = _ratio(largest_total, sensitivity.total, "the whole gradient")
     return TightnessReport(samples, total, tuple(lines))
 
@@ -180,6 +187,17 @@ def _line(
     else:
         advice = _advice(layer, activation, cotangent, first, second, share, gateable=can_be_gradient_gated(leaf))
     return LayerTightness(layer.path, layer.kind, first, second, gradients, activation, cotangent, largest, advice)
+
+
+def _isolated_line(
+    layer: LayerSensitivity, sensitivity: Sensitivity, largest_gradients: Mapping[str, float]
+) -> LayerTightness:
+    """A parameter of a network of which nothing is known but its gates."""
+    name = layer.path
+    largest = {name: largest_gradients[name]}
+    ratio = _ratio(largest[name], sensitivity.per_parameter[name], f"the gradient of {name}")
+    advice = "–" if ratio >= TIGHT else f"gradient gates of a smaller limit ({_listed(largest)})"
+    return LayerTightness(name, layer.kind, 0.0, 0.0, {name: ratio}, 0.0, 0.0, largest, advice)
 
 
 def _listed(norms: Mapping[str, float]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 
+from clipless_dp.arguments import shown
 from clipless_dp.constraints.base import Constraint, ConstraintSpec
 from clipless_dp.constraints.frobenius import Frobenius
 from clipless_dp.constraints.row_norm import RowNorm
@@ -28,6 +29,11 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
     """
     if spec is None:
         return {}
+    if isinstance(spec, Constraint) and not operators:
+        raise ConfigurationError(
+            "no weight of the network has a norm that a constraint could bound: a network that runs sample by sample, "
+            "behind gradient gates, needs no constraint"
+        )
     if isinstance(spec, Constraint):
         return {
             name: _fitting(spec, acting)
@@ -41,6 +47,8 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
     for pattern, constraint in spec.items():
         if not (constraint is None or isinstance(constraint, Constraint)):
             raise ConfigurationError(f"constraint for {pattern!r} must be a Constraint or None, got {constraint!r}")
+        if not isinstance(pattern, str):
+            raise ConfigurationError(f"names and patterns of parameters are strings, got {shown(pattern)}")
         matches = [name for name in operators if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.weight")]
         if not matches:
             raise ConfigurationError(f"no parameter matches {pattern!r}; those with a bound are {sorted(operators)}")

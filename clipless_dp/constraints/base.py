@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +33,25 @@ class Constraint(ABC):
         After ``project_(weight, operators)`` the exact real operator stored in ``weight`` has norm at most
         ``limit``, for each of the operators, rounding included.
     """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """Says in words what Python would of arguments in a wrong place; files of pickles give none."""
+        if inspect.isabstract(cls):
+            lacking = ", ".join(sorted(cls.__abstractmethods__))
+            raise ConfigurationError(
+                f"{cls.__name__} is no constraint by itself, as it has no {lacking}: use Spectral, say"
+            )
+        if args or kwargs:
+            signature = inspect.signature(cls.__init__)
+            try:
+                signature.bind(None, *args, **kwargs)
+            except TypeError as error:
+                own = [one.replace(annotation=one.empty) for one in [*signature.parameters.values()][1:]]
+                raise ConfigurationError(
+                    f"{cls.__name__} was given arguments that it does not take ({error}). Write "
+                    f"{cls.__name__}{inspect.Signature(own)}: what follows the star is given by its name"
+                ) from error
+        return super().__new__(cls)
 
     def __init__(self, limit: float = 1.0) -> None:
         self.limit = positive("the limit of a constraint", limit)

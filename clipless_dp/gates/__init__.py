@@ -20,6 +20,7 @@ from clipless_dp.gates.signal import (
     cotangent_gate,
     input_gate,
     presence_gate,
+    table_gate,
     token_gate,
 )
 
@@ -46,5 +47,6 @@ __all__ = [
     "presence_gate",
     "rounding_slack",
     "sample_norms",
+    "table_gate",
     "token_gate",
 ]

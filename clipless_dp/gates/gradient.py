@@ -19,6 +19,7 @@ from torch.nn import functional
 from clipless_dp.gates.arithmetic import (
     UNDERFLOW,
     is_interleaved,
+    per_sample,
     sample_norms,
     scale_factors,
     zeroed_rows,
@@ -28,12 +29,15 @@ CANCELLED = 1e-3
 """A sum over positions that is smaller than this share of ``‖g‖‖x‖`` counts as this large: the rest is mostly rounding,
 which depends on the rest of the batch and must not be scaled to the size of a signal."""
 
-_CHUNK_ENTRIES = {"cpu": 1 << 20}
+_CHUNK_ENTRIES = {"cpu": 1 << 21}
 _CHUNK_ENTRIES_ELSEWHERE = 1 << 26
-"""Entries of windows and per-sample gradients at once: 4 MiB on a CPU, elsewhere 256 MiB."""
+"""Entries of windows and per-sample gradients at once: 8 MiB on a CPU, elsewhere 256 MiB."""
 
 _GRAM_GAIN = 8.0
 """Products of matrices that take as long as an entry of a per-sample gradient takes to be written and read twice."""
+
+_TOKEN_GRAM_GAIN = 60.0
+"""The same for tokens, whose factors go into one product of all samples."""
 
 
 def vector_weight_gradient(
@@ -72,57 +76,104 @@ def bias_gradient(cotangents: Tensor, sizes: Tensor, limit: float, least: float)
     return scale_factors(torch.maximum(sample_norms(gradients), CANCELLED * sizes), cap=limit, floor=least) @ gradients
 
 
-def _gated_sum(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
-    """``Σ_b factor_b·G_b`` for one chunk.
+Chunk = tuple[Tensor, Tensor, Tensor]
+"""Of some samples ``(b, groups, T, K)`` that the weight meets, cotangents ``(b, groups, O, T)`` and ``‖x‖‖g‖``."""
+
+
+def _formed(chunks: Iterator[Chunk], shape: tuple[int, int, int]) -> Iterator[tuple[Chunk, Tensor | None, Tensor]]:
+    """Of each chunk what the samples' gradients count as, ``(b,)``, and the gradients, where these have to be formed.
+
+    The latter are of shape ``(b, groups·O·K)``, with entries as :func:`_is_turned` says, in memory that the next
+    chunk's take.
 
     Args:
-        rows: ``(b, groups, T, K)``, what the weight meets.
-        cotangents: ``(b, groups, O, T)``.
-        scales: ``(b,)``, ``‖x‖‖g‖``.
+        chunks: of some samples each.
+        shape: ``(groups, O, K)``.
+    """
+    groups, outputs, inputs = shape
+    held: Tensor | None = None
+    for rows, cotangents, scales in chunks:
+        if _prefers_gram(rows.shape[2], inputs, outputs, _GRAM_GAIN):
+            yield (rows, cotangents, scales), None, torch.maximum(_gram_norms(rows, cotangents), CANCELLED * scales)
+            continue
+        first, second = (rows.mT, cotangents.mT) if _is_turned(shape) else (cotangents, rows)
+        first, second = first.flatten(0, 1), second.flatten(0, 1)
+        if torch.is_grad_enabled():
+            gradients = torch.bmm(first, second)
+        else:
+            # Memory that is written before stays in the processor's caches.
+            held = first.new_empty(len(first), first.shape[1], second.shape[2]) if held is None else held
+            gradients = torch.bmm(first, second, out=held[: len(first)])
+        gradients = gradients.reshape(len(rows), groups * outputs * inputs)
+        norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
+        yield (rows, cotangents, scales), gradients, norms
+
+
+def _is_turned(shape: tuple[int, int, int]) -> bool:
+    """Whether gradients ``(groups, O, K)`` are formed as ``(groups, K, O)``: the product with longer rows is faster."""
+    _, outputs, inputs = shape
+    return outputs < inputs
+
+
+def _gated_sum(
+    chunks: Iterator[Chunk], shape: tuple[int, int, int], limit: float, least: float
+) -> tuple[Tensor, list[Tensor]]:
+    """``Σ_b factor_b·G_b``.
+
+    Args:
+        chunks: of some samples each.
+        shape: ``(groups, O, K)``.
         limit: the cap.
         least: the norm below which samples are not scaled further up.
 
     Returns:
-        ``(groups, O, K)``.
+        ``(groups, O, K)``, and what the samples' gradients count as, ``(b,)`` for each chunk.
     """
-    norms, gradients = chunk_norms(rows, cotangents, scales)
-    return chunk_sum(rows, cotangents, gradients, scale_factors(norms, cap=limit, floor=least))
+    groups, outputs, inputs = shape
+    total: Tensor | None = None
+    found: list[Tensor] = []
+    for (rows, cotangents, _), gradients, norms in _formed(chunks, shape):
+        found.append(norms)
+        factors = scale_factors(norms, cap=limit, floor=least)
+        if gradients is None:
+            part = _scaled_sum(rows, cotangents, factors)
+            total = part if total is None else total + part
+        else:
+            total = factors @ gradients if total is None else _add_product(total, gradients.mT, factors)
+    if total is None:
+        raise ValueError("there are no chunks")
+    if total.dim() > 1:
+        return total, found
+    return total.reshape(groups, inputs, outputs).mT if _is_turned(shape) else total.reshape(shape), found
 
 
-def chunk_norms(rows: Tensor, cotangents: Tensor, scales: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What the samples' gradients of one chunk count as, ``(b,)``, and the gradients where they had to be formed.
+def _add_product(total: Tensor, matrix: Tensor, factors: Tensor) -> Tensor:
+    """``total + matrix @ factors``, in the place of the former where no gradients flow."""
+    return torch.addmv(total, matrix, factors) if torch.is_grad_enabled() else total.addmv_(matrix, factors)
 
-    Args:
-        rows: ``(b, groups, T, K)``, what the weight meets.
-        cotangents: ``(b, groups, O, T)``.
-        scales: ``(b,)``, ``‖x‖‖g‖``.
-    """
-    batch, groups, positions, inputs = rows.shape
+
+def _gram_norms(rows: Tensor, cotangents: Tensor) -> Tensor:
+    """At least the samples' ``‖G‖``, ``(b,)``, without their ``G``: the root of ``Σ_ts ⟨g_t, g_s⟩⟨x_t, x_s⟩``."""
+    _, groups, positions, inputs = rows.shape
     outputs = cotangents.shape[2]
-    if _prefers_gram(positions, inputs, outputs):
-        grams = rows @ rows.mT, cotangents.mT @ cotangents
-        first, second = (gram.diagonal(dim1=-2, dim2=-1).sum((1, 2)) for gram in grams)
-        # What the sums of products may have lost is added: the root is then at least the true norm.
-        rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
-        lost = rounding * (first + 1e-28) * (second + 1e-28)
-        norms = ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
-        return torch.maximum(norms, CANCELLED * scales), None
-    gradients = torch.bmm(cotangents.flatten(0, 1), rows.flatten(0, 1)).reshape(batch, groups * outputs * inputs)
-    return torch.maximum(sample_norms(gradients), CANCELLED * scales), gradients
+    grams = rows @ rows.mT, cotangents.mT @ cotangents
+    first, second = (gram.diagonal(dim1=-2, dim2=-1).sum((1, 2)) for gram in grams)
+    # What the sums of products may have lost is added: the root is then at least the true norm.
+    rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
+    lost = rounding * (first + 1e-28) * (second + 1e-28)
+    return ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
 
 
-def chunk_sum(rows: Tensor, cotangents: Tensor, gradients: Tensor | None, factors: Tensor) -> Tensor:
-    """``Σ_b factor_b·G_b`` for one chunk and factors ``(b,)``: ``(groups, O, K)``."""
+def _scaled_sum(rows: Tensor, cotangents: Tensor, factors: Tensor) -> Tensor:
+    """``Σ_b factor_b·G_b`` for one chunk, ``(groups, O, K)``, without the samples' ``G``."""
     _, groups, _, inputs = rows.shape
     outputs = cotangents.shape[2]
-    if gradients is not None:
-        return (factors @ gradients).reshape(groups, outputs, inputs)
     scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
     return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
 
 
-def _prefers_gram(positions: int, inputs: int, outputs: int) -> bool:
-    return 2 * positions**2 * (inputs + outputs) <= _GRAM_GAIN * inputs * outputs
+def _prefers_gram(positions: int, inputs: int, outputs: int, gain: float) -> bool:
+    return 2 * positions**2 * (inputs + outputs) <= gain * inputs * outputs
 
 
 def _chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
@@ -143,30 +194,76 @@ def token_weight_gradient(
         chunk: samples at once; 0: as many as fit a small memory.
         sizes: the norms of the cotangents, ``(B,)``, where they are known.
     """
-    chunks = token_chunks(values, cotangents, chunk, sizes)
-    total = values.new_zeros(1, cotangents.shape[2], values.shape[2])
-    for some, arriving, scales in chunks:
-        total = total + _gated_sum(some, arriving, scales, limit, least)
-    return total.squeeze(0)
+    return Tokens(values, cotangents, chunk, sizes).gated(limit, least)[0]
 
 
-Chunk = tuple[Tensor, Tensor, Tensor]
-"""Of some samples ``(b, groups, T, K)`` that the weight meets, cotangents ``(b, groups, O, T)`` and ``‖x‖‖g‖``."""
+class Tokens:
+    """What comes back to a linear layer's weight at several positions, sample by sample.
+
+    Args:
+        values: ``(B, T, K)``.
+        cotangents: ``(B, T, O)``.
+        chunk: samples at once; 0: as many as fit a small memory.
+        sizes: the norms of the cotangents, ``(B,)``, where they are known.
+
+    Attributes:
+        present: ``(B,)``, positive where anything came back to the sample.
+    """
+
+    def __init__(self, values: Tensor, cotangents: Tensor, chunk: int, sizes: Tensor | None = None) -> None:
+        _, positions, inputs = values.shape
+        outputs = cotangents.shape[2]
+        self._gram = _prefers_gram(positions, inputs, outputs, _TOKEN_GRAM_GAIN)
+        held = 2 * positions**2 if self._gram else inputs * outputs
+        self._rows = _chunk_rows(chunk, held, values.device)
+        self._shape = 1, outputs, inputs
+        self._values, self._lengths = zeroed_rows(values)
+        self._cotangents, self.present = zeroed_rows(cotangents, sizes)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        rows, scales = self._rows, self._lengths * self.present
+        parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
+        return ((some.unsqueeze(1), arriving.mT.unsqueeze(1), own) for some, arriving, own in parts)
+
+    def norms(self) -> Tensor:
+        """What each sample's gradient counts as, ``(B,)``: at least its norm, up to the rounding that rules include."""
+        if self._gram:
+            norms = _token_norms(self._values, self._cotangents, self._lengths, self.present, self._rows)
+            return torch.maximum(norms, CANCELLED * self._lengths * self.present)
+        return torch.cat([norms for _, _, norms in _formed(self._chunks(), self._shape)])
+
+    def total(self, factors: Tensor) -> Tensor:
+        """``Σ_b factor_b·G_b``, ``(O, K)``, of factors ``(B,)``."""
+        _, outputs, inputs = self._shape
+        values, cotangents = self._values, self._cotangents
+        factors = factors.to(values.dtype).reshape(-1, 1, 1)
+        if inputs < outputs:
+            values = values * factors
+        else:
+            cotangents = cotangents * factors
+        return cotangents.reshape(-1, outputs).t() @ values.reshape(-1, inputs)
+
+    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
+        """The gated sum, ``(O, K)``, and what each sample's gradient counts as, ``(B,)``."""
+        if self._gram:
+            norms = self.norms()
+            return self.total(scale_factors(norms, cap=limit, floor=least)), norms
+        total, found = _gated_sum(self._chunks(), self._shape, limit, least)
+        return total.squeeze(0), torch.cat(found)
 
 
-def token_chunks(values: Tensor, cotangents: Tensor, chunk: int, sizes: Tensor | None = None) -> Iterator[Chunk]:
-    """The samples of :func:`token_weight_gradient`, as many at a time as memory is to hold."""
-    _, positions, inputs = values.shape
-    outputs = cotangents.shape[2]
-    gram = _prefers_gram(positions, inputs, outputs)
-    held = 2 * positions**2 + positions * outputs if gram else inputs * outputs
-    rows = _chunk_rows(chunk, held, values.device)
-    values, lengths = zeroed_rows(values)
-    cotangents, sizes = zeroed_rows(cotangents, sizes)
-    for some, arriving, scales in zip(
-        values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
-    ):
-        yield some.unsqueeze(1), arriving.mT.unsqueeze(1), scales
+def _token_norms(values: Tensor, cotangents: Tensor, lengths: Tensor, sizes: Tensor, rows: int) -> Tensor:
+    """At least the norms of ``Σ_t g_t x_tᵀ``, ``(B,)``, so many samples at once: the roots of ``⟨X Xᵀ, G Gᵀ⟩``."""
+    squares = [
+        (some @ some.mT).mul(arriving @ arriving.mT).sum((1, 2))
+        for some, arriving in zip(values.split(rows), cotangents.split(rows), strict=True)
+    ]
+    # What the sums of products may have lost is added: the root is then at least the true norm. The two norms are
+    # those of float32 sums, which may be half a percent too small each.
+    entries = values.shape[2] + cotangents.shape[2] + values.shape[1] ** 2 + 8
+    rounding = 1.03 * entries * torch.finfo(values.dtype).eps / 2
+    lost = rounding * (lengths.square() + 1e-28) * (sizes.square() + 1e-28)
+    return (torch.cat(squares).clamp(min=0.0) + lost).sqrt()
 
 
 def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, least: float) -> Tensor:
@@ -218,48 +315,78 @@ def convolution_weight_gradient(
     chunk: int,
 ) -> Tensor:
     """The gated sum for a convolution: ``(B, C, *size)`` and ``(B, O, *positions)`` to ``(O, C/groups, *kernel)``."""
-    channels, outputs = values.shape[1], cotangents.shape[1]
-    total = values.new_zeros(groups, outputs // groups, channels // groups * math.prod(kernel))
-    for some, arriving, scales in convolution_chunks(
-        values, cotangents, kernel, stride, padding, dilation, groups, chunk
-    ):
-        total = total + _gated_sum(some, arriving, scales, limit, least)
-    return as_kernel(total, kernel)
+    return Kernel(values, cotangents, kernel, stride, padding, dilation, groups, chunk).gated(limit, least)[0]
 
 
-def as_kernel(total: Tensor, kernel: Sequence[int]) -> Tensor:
-    """``(groups, O/groups, prod(kernel)·C/groups)`` to ``(O, C/groups, *kernel)``."""
-    gradient = total.reshape(total.shape[0] * total.shape[1], *kernel, -1).movedim(-1, 1)
-    return gradient.contiguous()
+class Kernel:
+    """What comes back to a convolution's weight, sample by sample.
 
+    Args:
+        values: what windows are cut from, ``(B, C, *size)``.
+        cotangents: what arrives at each window, ``(B, O, *positions)``.
+        kernel: its size, with ``stride``, ``padding``, ``dilation`` and ``groups``.
+        chunk: samples at once; 0: as many as fit a small memory.
 
-def convolution_chunks(
-    values: Tensor,
-    cotangents: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    chunk: int,
-) -> Iterator[Chunk]:
-    """The samples of :func:`convolution_weight_gradient`, as many at a time as memory is to hold."""
-    channels, outputs = values.shape[1], cotangents.shape[1]
-    sizes_out = cotangents.shape[2:]
-    positions, inputs = math.prod(sizes_out), channels // groups * math.prod(kernel)
-    gram = _prefers_gram(positions, inputs, outputs // groups)
-    held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
-    rows = _chunk_rows(chunk, held, values.device)
-    values, lengths = zeroed_rows(values)
-    cotangents, sizes = zeroed_rows(cotangents)
-    for some, arriving, scales in zip(
-        values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True
-    ):
-        yield (
-            _windows(some, sizes_out, kernel, stride, padding, dilation, groups),
-            _positions_last(arriving).unflatten(1, (groups, outputs // groups)),
-            scales,
+    Attributes:
+        present: ``(B,)``, positive where anything came back to the sample.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        cotangents: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        chunk: int,
+    ) -> None:
+        channels, outputs = values.shape[1], cotangents.shape[1]
+        self._sizes = cotangents.shape[2:]
+        positions, inputs = math.prod(self._sizes), channels // groups * math.prod(kernel)
+        gram = _prefers_gram(positions, inputs, outputs // groups, _GRAM_GAIN)
+        held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
+        self._rows = _chunk_rows(chunk, held, values.device)
+        self._shape = groups, outputs // groups, inputs
+        self._geometry = list(kernel), list(stride), list(padding), list(dilation), groups
+        self._values, self._lengths = zeroed_rows(values)
+        self._cotangents, self.present = zeroed_rows(cotangents)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        rows, scales = self._rows, self._lengths * self.present
+        parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
+        return (
+            (
+                _windows(some, self._sizes, *self._geometry),
+                _positions_last(arriving).unflatten(1, self._shape[:2]),
+                own,
+            )
+            for some, arriving, own in parts
         )
+
+    def norms(self) -> Tensor:
+        """As of :class:`Tokens`."""
+        return torch.cat([norms for _, _, norms in _formed(self._chunks(), self._shape)])
+
+    def total(self, factors: Tensor) -> Tensor:
+        """``Σ_b factor_b·G_b``, ``(O, C/groups, *kernel)``, of factors ``(B,)``."""
+        kernel, stride, padding, dilation, groups = self._geometry
+        scaled = self._cotangents * per_sample(factors.to(self._cotangents.dtype), self._cotangents)
+        weight = scaled.new_empty(scaled.shape[1], self._values.shape[1] // groups, *kernel)
+        found: Tensor = torch.ops.aten.convolution_backward(
+            scaled, self._values, weight, None, stride, padding, dilation, False, [0] * len(kernel), groups,
+            [False, True, False],
+        )[1]  # fmt: skip
+        return found
+
+    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
+        """The gated sum, ``(O, C/groups, *kernel)``, and what each sample's gradient counts as, ``(B,)``."""
+        kernel, *_ = self._geometry
+        total, found = _gated_sum(self._chunks(), self._shape, limit, least)
+        groups, outputs, _ = self._shape
+        gradient = total.reshape(groups * outputs, *kernel, -1).movedim(-1, 1).contiguous()
+        return gradient, torch.cat(found)
 
 
 def _windows(

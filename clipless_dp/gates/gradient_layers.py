@@ -16,6 +16,7 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap, zeroed_rows
 from clipless_dp.gates.gradient import (
+    Kernel,
     bias_gradient,
     convolution_operator,
     convolution_weight_gradient,
@@ -23,7 +24,7 @@ from clipless_dp.gates.gradient import (
     token_weight_gradient,
     vector_weight_gradient,
 )
-from clipless_dp.gates.parts import Kernel, Part, Rows, gated_pair, linear_parts
+from clipless_dp.gates.parts import Part, Rows, gated_pair, linear_parts
 from clipless_dp.gates.signal import GateMode
 
 Gate = tuple[float, float]

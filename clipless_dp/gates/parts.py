@@ -1,30 +1,21 @@
 """What comes back to one parameter, sample by sample: norms and scaled sums of gradients, without the gradients.
 
 A gate of one parameter needs the norms and the sum at once. A cap for several parameters needs all of their norms
-before any sum, and a count needs the norms besides the sum. Each kind of gradient has a class here that gives all.
+before any sum, and a count needs the norms besides the sum. Each kind of gradient has a class that gives all: those of
+weights that meet several vectors a sample are in ``gradient``, the others here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from clipless_dp.gates.adaptive import count
-from clipless_dp.gates.arithmetic import UNDERFLOW, per_sample, sample_norms, scale_factors, zeroed_rows
-from clipless_dp.gates.gradient import (
-    CANCELLED,
-    Chunk,
-    as_kernel,
-    chunk_norms,
-    chunk_sum,
-    convolution_chunks,
-    table_norms,
-    table_sum,
-    token_chunks,
-)
+from clipless_dp.gates.arithmetic import UNDERFLOW, sample_norms, scale_factors, zeroed_rows
+from clipless_dp.gates.gradient import CANCELLED, Tokens, table_norms, table_sum
 
 
 class Part(Protocol):
@@ -114,125 +105,6 @@ class Table(_Simple):
     def total(self, factors: Tensor) -> Tensor:
         """As :class:`Part`."""
         return table_sum(self._tokens, self._cotangents, self._rows, factors)
-
-
-class _Positions:
-    """Of a weight that meets several vectors a sample.
-
-    Args:
-        chunks: of some samples at a time.
-        whole: the sum times factors ``(B,)`` at once.
-        present: as of :class:`Part`.
-    """
-
-    def __init__(
-        self, chunks: Callable[[], Iterator[Chunk]], whole: Callable[[Tensor], Tensor], present: Tensor
-    ) -> None:
-        self._chunks, self._whole, self.present = chunks, whole, present
-
-    def finish(self, total: Tensor) -> Tensor:
-        """``(groups, O, K)`` in the parameter's shape."""
-        return total.squeeze(0)
-
-    def norms(self) -> Tensor:
-        """As :class:`Part`."""
-        found = [chunk_norms(*chunk)[0] for chunk in self._chunks()]
-        return torch.cat(found) if found else self.present
-
-    def total(self, factors: Tensor) -> Tensor:
-        """As :class:`Part`."""
-        return self._whole(factors)
-
-    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
-        """The gated sum of this part alone, and the norms: what was formed for the norms is summed."""
-        found: list[Tensor] = []
-        total: Tensor | None = None
-        for rows, arriving, scales in self._chunks():
-            norms, gradients = chunk_norms(rows, arriving, scales)
-            some = chunk_sum(rows, arriving, gradients, scale_factors(norms, cap=limit, floor=least))
-            total = some if total is None else total + some
-            found.append(norms)
-        if total is None:
-            return self._whole(self.present), self.present
-        return self.finish(total), torch.cat(found)
-
-
-class Tokens(_Positions):
-    """Of a linear layer's weight at several positions: ``(B, T, K)`` and ``(B, T, O)``."""
-
-    def __init__(self, values: Tensor, cotangents: Tensor, chunk: int, sizes: Tensor | None = None) -> None:
-        values, _ = zeroed_rows(values)
-        cotangents, sizes = zeroed_rows(cotangents, sizes)
-
-        def whole(factors: Tensor) -> Tensor:
-            scaled = cotangents * per_sample(factors.to(cotangents.dtype), cotangents)
-            return scaled.flatten(0, 1).t() @ values.flatten(0, 1)
-
-        super().__init__(lambda: token_chunks(values, cotangents, chunk, sizes), whole, sizes)
-
-
-class Kernel(_Positions):
-    """Of a convolution's weight: ``(B, C, *size)`` and ``(B, O, *positions)``, one axis or several.
-
-    Args:
-        values: what windows are cut from.
-        cotangents: what arrives at each window.
-        kernel: its size, with ``stride``, ``padding``, ``dilation`` and ``groups``.
-        chunk: samples at once; 0: as many as fit a small memory.
-    """
-
-    def __init__(
-        self,
-        values: Tensor,
-        cotangents: Tensor,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        chunk: int,
-    ) -> None:
-        values, _ = zeroed_rows(values)
-        cotangents, sizes = zeroed_rows(cotangents)
-        self._kernel = list(kernel)
-        weight = values.new_empty(cotangents.shape[1], values.shape[1] // groups, *kernel)
-        steps, sides, spread = list(stride), list(padding), list(dilation)
-
-        def whole(factors: Tensor) -> Tensor:
-            scaled = cotangents * per_sample(factors.to(cotangents.dtype), cotangents)
-            found: Tensor = torch.ops.aten.convolution_backward(
-                scaled,
-                values,
-                weight,
-                None,
-                steps,
-                sides,
-                spread,
-                False,
-                [0] * len(kernel),
-                groups,
-                [False, True, False],
-            )[1]
-            return found
-
-        def chunks() -> Iterator[Chunk]:
-            flat = len(self._kernel) == 1
-            return convolution_chunks(
-                values.unsqueeze(2) if flat else values,
-                cotangents.unsqueeze(2) if flat else cotangents,
-                [1] * flat + self._kernel,
-                [1] * flat + steps,
-                [0] * flat + sides,
-                [1] * flat + spread,
-                groups,
-                chunk,
-            )
-
-        super().__init__(chunks, whole, sizes)
-
-    def finish(self, total: Tensor) -> Tensor:
-        """``(groups, O/groups, K)`` in the parameter's shape."""
-        return as_kernel(total, self._kernel)
 
 
 class Transposed:

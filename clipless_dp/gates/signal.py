@@ -123,6 +123,22 @@ def presence_gate(rows: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(per_sample(known, rows), rows, torch.zeros_like(rows)), known
 
 
+def table_gate(rows: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    """As :func:`presence_gate`, also for rows with an entry that the table it is looked up in does not know.
+
+    Args:
+        rows: ``(B, ...)``.
+        limits: for each entry of a row the length of its table; 0 where it has none.
+
+    Returns:
+        The rows and a boolean mask ``(B,)`` of those that were left as they are.
+    """
+    _, known = presence_gate(rows)
+    flat = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+    known = known & ((limits == 0) | ((flat >= 0) & (flat < limits))).all(1)
+    return torch.where(per_sample(known, rows), rows, torch.zeros_like(rows)), known
+
+
 class _CotangentGateFunction(torch.autograd.Function):
     """Identity forwards; caps or fixes each sample's cotangent norm backwards."""
 

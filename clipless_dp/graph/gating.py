@@ -8,6 +8,7 @@ from typing import Any, Literal, cast
 
 from torch import fx, nn
 
+from clipless_dp.arguments import cap, choice, patterns, shown, whole
 from clipless_dp.errors import ConfigurationError, UnsupportedModuleError
 from clipless_dp.gates import (
     AdaptiveLimit,
@@ -32,7 +33,7 @@ def gated(
     cotangent_norm: float = 1.0,
     input_mode: Literal["sphere", "ball"] = "sphere",
     cotangent_mode: GateMode = "clip",
-    layers: Sequence[str] = ("*",),
+    layers: str | Sequence[str] = ("*",),
 ) -> fx.GraphModule:
     """Puts a gate before and a cotangent gate behind each parametrised layer.
 
@@ -47,7 +48,7 @@ def gated(
         cotangent_norm: cap of the gate behind each layer.
         input_mode: ``"sphere"`` scales each sample to the radius, ``"ball"`` only projects larger ones.
         cotangent_mode: ``"clip"`` or ``"normalize"``.
-        layers: ``fnmatch`` patterns of the paths of the layers to gate.
+        layers: ``fnmatch`` patterns of the paths of the layers to gate, or a single one.
 
     Returns:
         A traced network with the gates in place, to be wrapped by ``DPLipModel``.
@@ -56,6 +57,13 @@ def gated(
         UnsupportedModuleError: the network cannot be traced.
         ConfigurationError: no layer matches, or a value is out of range.
     """
+    if isinstance(net, Isolated):
+        raise ConfigurationError("a network that runs sample by sample is behind gradient gates, and needs no others")
+    _refuse_other_than_modules(net)
+    choice("input_mode", input_mode, "sphere", "ball")
+    choice("cotangent_mode", cotangent_mode, "clip", "normalize")
+    input_norm, cotangent_norm = cap("input_norm", input_norm), cap("cotangent_norm", cotangent_norm)
+    layers = patterns("layers", layers)
     if is_leaf(net):
         raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
     traced = symbolic_trace(net)
@@ -100,7 +108,7 @@ def gradient_gated(
     bias_limit: float | None = None,
     mode: GateMode = "normalize",
     floor: float = FLOOR_SHARE,
-    layers: Sequence[str] = ("*",),
+    layers: str | Sequence[str] = ("*",),
     chunk: int | None = None,
     isolation: Literal["auto", "graph", "vmap"] = "auto",
     select: Select = None,
@@ -130,7 +138,8 @@ def gradient_gated(
             network already fits still contribute.
         floor: for ``"normalize"``, the share of the cap below which a gradient is scaled by ``1/floor`` only: what
             is nearly zero is mostly rounding, which differs from batch to batch.
-        layers: ``fnmatch`` patterns of the paths of the layers to gate; other parametrised layers are left alone.
+        layers: ``fnmatch`` patterns of the paths of the layers to gate, or a single one; other parametrised layers are
+            left alone.
         chunk: samples whose gradients of one weight exist at once; by default as many as fit into a few megabytes.
         isolation: what keeps samples apart: ``"graph"``, the traced graph, each part of which has a rule; ``"vmap"``;
             ``"auto"``: the graph where it can be had.
@@ -155,10 +164,16 @@ def gradient_gated(
         and that of a gated bias at most ``bias_limit``; samples whose gradient is not finite contribute zero. A
         layer that is used twice has both caps.
     """
-    if isolation not in ("auto", "graph", "vmap"):
-        raise ConfigurationError(f"isolation must be 'auto', 'graph' or 'vmap', got {isolation!r}")
-    if limit == "adaptive":
-        limit = AdaptiveLimit()
+    _refuse_other_than_modules(net)
+    choice("isolation", isolation, "auto", "graph", "vmap")
+    choice("mode", mode, "clip", "normalize")
+    joint = None if joint is None else choice("joint", joint, "layer", "network")
+    limit, floor = _checked_limit(limit), cap("floor", floor)
+    bias_limit = None if bias_limit is None else cap("bias_limit", bias_limit)
+    layers = patterns("layers", layers)
+    chunk = None if chunk is None else whole("chunk", chunk)
+    if isinstance(select, bool) or not (select is None or isinstance(select, (str, int)) or callable(select)):
+        raise ConfigurationError(f"select must be a key, an index, a function or None, got {shown(select)}")
     gates: dict[str, Any] = {"limit": limit, "bias_limit": bias_limit, "mode": mode, "floor": floor}
     if isinstance(net, Isolated):
         if joint not in (None, net.joint):
@@ -167,8 +182,8 @@ def gradient_gated(
         return net
     if joint == "network" and isolation == "graph":
         raise ConfigurationError("joint='network' needs samples run one by one: isolation='vmap', or 'auto'")
-    whole = select is not None or joint == "network"
-    if isolation == "vmap" or (isolation == "auto" and (whole or not _has_rules(net))):
+    apart = select is not None or joint == "network"
+    if isolation == "vmap" or (isolation == "auto" and (apart or not _has_rules(net))):
         return _isolated(net, {**gates, "joint": joint}, layers, select)
     if is_leaf(net):
         raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
@@ -197,6 +212,17 @@ def gradient_gated(
                 if module is layer:
                     traced.set_submodule(place, gate)
     return traced
+
+
+def _checked_limit(limit: object) -> float | AdaptiveLimit:
+    if isinstance(limit, AdaptiveLimit):
+        return limit
+    return AdaptiveLimit() if isinstance(limit, str) and limit == "adaptive" else cap("limit", limit)
+
+
+def _refuse_other_than_modules(net: object) -> None:
+    if not isinstance(net, nn.Module):
+        raise ConfigurationError(f"net must be a torch.nn.Module, got {shown(net)}")
 
 
 def _has_rules(net: nn.Module) -> bool:

@@ -36,6 +36,7 @@ class TracedNet:
         vocabulary: where the network reads tokens, how many of them every embedding knows; else ``None``.
         reads: the dtype of what it reads.
         isolated: the networks in it of which nothing is known.
+        limits: where these read it, for each entry of a sample the length of the table that it is looked up in, or 0.
     """
 
     module: fx.GraphModule
@@ -44,6 +45,7 @@ class TracedNet:
     vocabulary: int | None = None
     reads: torch.dtype = torch.float32
     isolated: tuple[Isolated, ...] = ()
+    limits: tuple[int, ...] = ()
 
     @property
     def output(self) -> fx.Node:
@@ -144,8 +146,9 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
     isolated = [leaf for leaf in _leaves(module) if isinstance(leaf, Isolated)]
     kind = _kind_of_inputs(module, isolated, input_shape, device, dtype) if vocabulary is None else torch.int64
     recorders = [record(module, (size, *input_shape), device, kind) for size in _BATCH_SIZES]
-    if kind == torch.int64 and vocabulary is None and not _packs(isolated):
-        vocabulary = min((leaf.vocabulary for leaf in isolated if leaf.vocabulary is not None), default=None)
+    limits = _limits(module)
+    if kind == torch.int64 and vocabulary is None and not _packs(isolated) and len({*limits}) == 1:
+        vocabulary = limits[0] or None
     runs = [recorder.shapes for recorder in recorders]
     public = [recorder.public for recorder in recorders]
     shapes: dict[fx.Node, tuple[int, ...]] = {}
@@ -178,7 +181,7 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         shapes[node] = first[1:]
     _refuse(mixing)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    traced = TracedNet(module, shapes, names, vocabulary, kind, tuple(isolated))
+    traced = TracedNet(module, shapes, names, vocabulary, kind, tuple(isolated), limits)
     if not isinstance(_output_value(module), fx.Node) or traced.output not in shapes:
         raise ConfigurationError("the network must return one tensor")
     return traced
@@ -192,6 +195,18 @@ def _leaves(module: fx.GraphModule) -> Iterator[nn.Module]:
 
 def _packs(isolated: Sequence[Isolated]) -> bool:
     return any(leaf.packing is not None for leaf in isolated)
+
+
+def _limits(module: fx.GraphModule) -> tuple[int, ...]:
+    """The tables that entries of a sample are looked up in, by the isolated networks that read it."""
+    found: tuple[int, ...] = ()
+    for node in module.graph.nodes:
+        if node.op == "call_module" and node.args and getattr(node.args[0], "op", None) == "placeholder":
+            leaf = module.get_submodule(str(node.target))
+            if isinstance(leaf, Isolated):
+                pairs = zip(found or leaf.limits, leaf.limits, strict=True)
+                found = tuple(min(one, other) or max(one, other) for one, other in pairs)
+    return found if any(found) else ()
 
 
 def _kind_of_inputs(

@@ -20,13 +20,14 @@ from clipless_dp.errors import PrivacyError
 from clipless_dp.gates.arithmetic import sample_norms, scale_factors, zeroed_rows
 from clipless_dp.gates.gradient import (
     CANCELLED,
+    Kernel,
     bias_gradient,
     convolution_weight_gradient,
     table_gradient,
     token_weight_gradient,
     vector_weight_gradient,
 )
-from clipless_dp.gates.parts import Kernel, Part, Rows, Table, Transposed, gated_pair, linear_parts
+from clipless_dp.gates.parts import Part, Rows, Table, Transposed, gated_pair, linear_parts
 from clipless_dp.isolation.joint import Together
 
 
@@ -126,11 +127,13 @@ class GatedLinear(_Gated):
         sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine, *counters: Tensor | None
     ) -> Tensor:
         (transposed,) = gates.settings
-        if not transposed:
-            return functional.linear(values, weight, bias)
         flat = values.reshape(-1, values.shape[-1])
-        made = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
-        return made.reshape(*values.shape[:-1], -1)
+        if not transposed:
+            made = functional.linear(flat, weight, bias)
+        else:
+            made = flat @ weight if bias is None else torch.addmm(bias, flat, weight)
+        # No view of what was made, so that it may be overwritten.
+        return torch.ops.aten._unsafe_view(made, [*values.shape[:-1], made.shape[-1]])  # type: ignore[no-any-return]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -9,12 +9,14 @@ Afterwards the graph is walked: a gradient may come to a parameter through gates
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any, cast
 from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipless_dp.errors import PrivacyError
@@ -40,6 +42,11 @@ _ABOUT = {attribute.__get__ for attribute in _ATTRIBUTES} | {
 """What tells about a parameter, or reads it, without a way back for a gradient."""
 
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
+_TOLD = {Tensor.__repr__, Tensor.__format__}
+_OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
+_NAMESPACES = {"aten", "prims", "torchvision"}
+"""Whose operators are known to have rules of ``vmap``, or to be run for one sample after the other."""
+_CALLABLES = (FunctionType, MethodType, partial, nn.Module)
 
 
 def handles(*functions: Any, always: bool = False) -> Callable[[Handler], Handler]:
@@ -63,6 +70,7 @@ class Gating(TorchFunctionMode):
         sources: the tensors that stand for trainable parameters in this pass, by name.
         also: the names by which the code may hold the parameters themselves, by ``id``.
         caps: the gate of each.
+        fields: the inputs of all samples, each contiguous and in memory of its own, if look-ups are to be noted.
         counters: what each gate leaves its count in, by parameter; those of gates that count.
         joint: whether a weight and the bias that it is used with have one cap.
         together: what waits for the gradients of all parameters, where these have one cap.
@@ -70,7 +78,8 @@ class Gating(TorchFunctionMode):
     Attributes:
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.
         groups: the parameters that were used in one operation, for each use.
-        tables: the lengths of the tables that a sample's own numbers were looked up in.
+        limits: for each input, and each entry of a sample's, the length of the shortest table that it was looked up in;
+            0 where it was in none.
     """
 
     def __init__(
@@ -79,35 +88,51 @@ class Gating(TorchFunctionMode):
         sources: Mapping[str, Tensor],
         also: Mapping[int, str],
         caps: Mapping[str, Cap],
-        counters: Mapping[str, Tensor] | None = None,
+        fields: Sequence[Tensor] = (),
         *,
+        counters: Mapping[str, Tensor] | None = None,
         joint: bool = False,
         together: Together | None = None,
     ) -> None:
         super().__init__()
         self.sample = sample
         self.uses: dict[str, list[tuple[str, int]]] = {}
-        self.tables: list[int] = []
+        self.limits = [torch.zeros(field[0].numel(), dtype=torch.int64) for field in fields]
+        self._fields = fields
         self._sources = sources
-        self._names = {key: name for key, name in also.items() if name in sources}
-        self._names |= {id(source): name for name, source in sources.items()}
+        self._called = {**also, **{id(source): name for name, source in sources.items()}}
+        # Frozen parameters have no gate.
+        self._names = {held: name for held, name in self._called.items() if name in sources}
         self.groups: list[tuple[str, ...]] = []
         self._caps = caps
         self._counters = counters or {}
         self._joint, self._together = joint, together
         self._copies: dict[str, Tensor] = {}
         self._made: list[Any] = []
+        self._seed = torch.initial_seed()
+        self._ids = {id(sample)}
+
+    def admit(self, values: Iterable[Tensor]) -> None:
+        """These may be read in this run, as all that comes of them may."""
+        self._ids.update(map(id, values))
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces functions that meet a parameter."""
         kwargs = kwargs or {}
         if func in _ABOUT:
-            return func(*args, **kwargs)
+            told = func(*args, **kwargs)
+            self._note(told)
+            return told
         if func in _HOOKS:
             raise PrivacyError(
                 "the network hooks a tensor (register_hook, retain_grad) within its forward: a hook sees the gradients "
                 "of all samples at once. Remove it"
             )
+        self._refuse_strangers(args)
+        if kwargs:
+            self._refuse_strangers(kwargs.values())
+        if func in _TOLD or torch.initial_seed() != self._seed or isinstance(func, _OPERATORS):
+            self._refuse_other_functions(func)
         met = self._meets(args) or bool(kwargs and self._meets(kwargs.values()))
         result: Any = NotImplemented
         if met or func in _ALWAYS:
@@ -116,11 +141,56 @@ class Gating(TorchFunctionMode):
                 result = handler(self, *args, **kwargs)
         if result is NotImplemented:
             if met:
-                args = [self._expanded(value) for value in args]
-                kwargs = {name: self._expanded(value) for name, value in kwargs.items()}
+                args = [self.expanded(value) for value in args]
+                kwargs = {name: self.expanded(value) for name, value in kwargs.items()}
             result = func(*args, **kwargs)
         self._note(result)
         return result
+
+    def _refuse_strangers(self, values: Iterable[Any]) -> None:
+        """Refuses arguments that are not of this run, or that see more than one sample of it."""
+        for value in values:
+            if isinstance(value, Tensor):
+                if torch._C._functorch.is_batchedtensor(value) and id(value) not in self._ids:
+                    raise PrivacyError(
+                        "the network reads a value that is not of this pass and sample: one that it kept of an earlier "
+                        "pass, or one within a transform (torch.func.vmap, grad) or a scripted function. Keep nothing, "
+                        "and use functions of torch"
+                    )
+            elif isinstance(value, (list, tuple)):
+                self._refuse_strangers(value)
+            elif isinstance(value, torch.Generator):
+                raise PrivacyError(
+                    "the network draws from a generator of its own, whose numbers a sample gets by its place in the "
+                    "batch: leave generator= out"
+                )
+            elif isinstance(value, type):
+                if issubclass(value, torch.autograd.Function) and value.__module__.partition(".")[0] != "torch":
+                    raise PrivacyError(
+                        f"the autograd function {value.__name__} runs code of its own behind torch.func.vmap, which "
+                        "may see all samples at once: write it in functions of torch"
+                    )
+            elif isinstance(value, _CALLABLES):
+                raise PrivacyError(
+                    f"a function of torch is handed code to call ({value!r}), which runs unseen: call it directly"
+                )
+
+    def _refuse_other_functions(self, func: Any) -> None:
+        if func in _TOLD:
+            raise PrivacyError("the network writes a value of all samples as text, which none may read: leave it out")
+        if torch.initial_seed() != self._seed:
+            raise PrivacyError(
+                "the network seeds torch's generator in its forward, so that a sample's numbers follow from its place "
+                "in the batch: leave manual_seed out"
+            )
+        space = (
+            func.namespace if isinstance(func, torch._ops.OpOverload) else func._qualified_op_name.partition("::")[0]
+        )
+        if space not in _NAMESPACES:
+            raise PrivacyError(
+                f"the operator {func} is none of torch's own, and may see all samples at once: write it in functions "
+                "of torch"
+            )
 
     def _meets(self, values: Iterable[Any]) -> bool:
         names = self._names
@@ -135,6 +205,7 @@ class Gating(TorchFunctionMode):
     def _note(self, result: Any) -> None:
         if isinstance(result, Tensor):
             if torch._C._functorch.is_batchedtensor(result):
+                self._ids.add(id(result))
                 self._made.append(ref(result))
         elif isinstance(result, (list, tuple)):
             for value in result:
@@ -143,6 +214,10 @@ class Gating(TorchFunctionMode):
     def name_of(self, value: Any) -> str | None:
         """The parameter that a value stands for."""
         return self._names.get(id(value)) if isinstance(value, Tensor) else None
+
+    def told_of(self, value: Tensor) -> str:
+        """What a parameter is called in messages, frozen ones too."""
+        return self._called.get(id(value), f"of shape {tuple(value.shape)}")
 
     def gates(
         self,
@@ -174,6 +249,18 @@ class Gating(TorchFunctionMode):
         """What the gate of a parameter leaves its count in."""
         return None if name is None else self._counters.get(name)
 
+    def looked_up(self, tokens: Tensor, rows: int) -> None:
+        """Notes which entries of the inputs are looked up in a table of so many rows, if they are as they came in."""
+        for field, limits in zip(self._fields, self.limits, strict=True):
+            held: Any = tokens
+            while torch._C._functorch.is_functorch_wrapped_tensor(held):
+                held = torch._C._functorch.get_unwrapped(held)
+            if held.untyped_storage().data_ptr() == field.untyped_storage().data_ptr():
+                numbers = torch.arange(field.numel()).as_strided(held.shape, held.stride(), held.storage_offset())
+                places = numbers.flatten() % len(limits)
+                known = limits[places]
+                limits[places] = torch.where(known > 0, known.clamp(max=rows), rows)
+
     def source(self, value: Any) -> Any:
         """What stands for a parameter in this pass; another value as it is."""
         name = self.name_of(value)
@@ -188,17 +275,15 @@ class Gating(TorchFunctionMode):
                 Tensor,
                 Expanded.apply(self.sample, source, gates, self.counter(name)),  # type: ignore[no-untyped-call]
             )
+            self._ids.add(id(self._copies[name]))
         return self._copies[name]
-
-    def _expanded(self, value: Any) -> Any:
-        if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
-            return type(value)(self._expanded(entry) for entry in value)
-        name = self.name_of(value)
-        return value if name is None else self.copy(name)
 
     def expanded(self, value: Any) -> Any:
         """A value for functions without a gate of their own: of a parameter its copy."""
-        return self._expanded(value)
+        if type(value) in (list, tuple):
+            return type(value)(self.expanded(entry) for entry in value)
+        name = self.name_of(value)
+        return value if name is None else self.copy(name)
 
     def kept(self, returned: Iterable[Any]) -> bool:
         """Whether anything that was computed outlives the run, besides what it returned."""
@@ -238,15 +323,14 @@ def refuse_other_ways(
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, torch.autograd.function.BackwardCFunction) and not isinstance(node, _NODES):
-            _refuse_rule_of_its_own(node)
-        for following in node.next_functions:
+        for slot, following in enumerate(node.next_functions):
             behind, _ = following
             if behind is None:
                 continue
             name = ours.get(following)
             if name is not None:
-                if not isinstance(node, _NODES):
+                # The first tensor of each gate is not gated: what a layer reads, or what tells samples apart.
+                if slot == 0 or not isinstance(node, _NODES):
                     raise PrivacyError(
                         f"the parameter {name!r} is used past its gate, by {type(node).__name__}: use it in the "
                         "network's forward through functions of torch"
@@ -263,18 +347,3 @@ def refuse_other_ways(
                 )
             else:
                 stack.append(behind)
-
-
-def _refuse_rule_of_its_own(node: Any) -> None:
-    made = getattr(type(node), "_forward_cls", None)
-    if (
-        made is None
-        or made.__module__.partition(".")[0] == "torch"
-        or made.__module__.startswith("clipless_dp.isolation")
-    ):
-        return
-    if not getattr(made, "generate_vmap_rule", False):
-        raise PrivacyError(
-            f"the autograd function {made.__name__} has a vmap rule of its own, which sees all samples at once: set "
-            "generate_vmap_rule = True in it, or write it in functions of torch"
-        )

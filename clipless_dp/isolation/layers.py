@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FunctionType
 from typing import Any, cast
 
@@ -32,8 +33,12 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
     """``x Wᵀ + b``, or ``x W + b``."""
     if input.dim() == 0 or weight.dim() != 2 or _differs(weight) or _differs(bias):
         return NotImplemented
+    input = run.expanded(input)
     of_weight, of_bias = run.name_of(weight), run.name_of(bias)
     outputs, inputs = reversed(weight.shape) if transposed else weight.shape
+    if bias is not None and bias.shape != (outputs,):
+        # Broadcast, it would be summed once more behind its cap.
+        return NotImplemented
     positions = math.prod(input.shape[:-1])
     gates = run.gates(
         "linear", (of_weight, positions * max(inputs, outputs)), (of_bias, positions * outputs), (transposed,)
@@ -43,19 +48,23 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
 
 
 @handles(torch.addmm, Tensor.addmm)
-def addmm(run: Gating, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Any:
+def addmm(run: Gating, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Any:
     """``b + x W``, as some linear layers write it."""
-    if scales or run.name_of(input) is not None or bias.dim() != 1:
-        return NotImplemented
-    return linear(run, input, weight, bias, transposed=True)
+    return NotImplemented if scales else linear(run, mat1, mat2, input, transposed=True)
 
 
-@handles(torch.mm, torch.matmul, Tensor.mm, Tensor.matmul, Tensor.__matmul__)
-def matmul(run: Gating, input: Tensor, weight: Tensor) -> Any:
+@handles(torch.matmul, Tensor.matmul, Tensor.__matmul__)
+def matmul(run: Gating, input: Tensor, other: Tensor, **options: Any) -> Any:
     """``x W``."""
-    if run.name_of(weight) is None or run.name_of(input) is not None:
+    if options or run.name_of(other) is None:
         return NotImplemented
-    return linear(run, input, weight, transposed=True)
+    return linear(run, input, other, transposed=True)
+
+
+@handles(torch.mm, Tensor.mm)
+def mm(run: Gating, input: Tensor, mat2: Tensor, **options: Any) -> Any:
+    """``x W``."""
+    return matmul(run, input, mat2, **options)
 
 
 @handles(functional.embedding, always=True)
@@ -71,10 +80,11 @@ def embedding(
 ) -> Any:
     """Rows of a table."""
     if _differs(input):
-        run.tables.append(weight.shape[0])
+        run.looked_up(input, weight.shape[0])
     name = run.name_of(weight)
     if name is None:
-        return NotImplemented
+        with _told_of(run.told_of(weight), weight):
+            return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     if max_norm is not None or scale_grad_by_freq or sparse:
         raise InputError(
             f"the table {name!r} is read with max_norm, scale_grad_by_freq or sparse gradients, which let samples see "
@@ -83,7 +93,20 @@ def embedding(
     width = weight.shape[1]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
     gates = run.gates("embedding", (name, input.numel() * width), settings=(padding,))
-    return GatedEmbedding.apply(run.sample, input, run.source(weight), gates, run.counter(name))  # type: ignore[no-untyped-call]
+    with _told_of(name, weight):
+        return GatedEmbedding.apply(run.sample, input, run.source(weight), gates, run.counter(name))  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _told_of(table: str, weight: Tensor) -> Iterator[None]:
+    """Tokens that a table does not know are refused by its name, where the processor notices them anyway."""
+    try:
+        yield
+    except IndexError as error:
+        raise InputError(
+            f"a sample holds a number that the table {table} does not know, which has {weight.shape[0]} rows: tokens "
+            f"must lie in [0, {weight.shape[0]}). What pads a sample needs a token of its own, and a mask"
+        ) from error
 
 
 @handles(functional.layer_norm)
@@ -98,6 +121,7 @@ def layer_norm(
     """Layer normalisation with an affine map."""
     if _differs(weight) or _differs(bias):
         return NotImplemented
+    input = run.expanded(input)
     entries = input.numel()
     names = run.name_of(weight), run.name_of(bias)
     gates = run.gates("norm", (names[0], entries), (names[1], entries), (tuple(normalized_shape), eps))
@@ -115,7 +139,7 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Group normalisation, and a copy of its affine map."""
-    values = functional.group_norm(input, num_groups, None, None, eps)
+    values = functional.group_norm(run.expanded(input), num_groups, None, None, eps)
     shape = (1, -1, *[1] * (input.dim() - 2))
     if weight is not None:
         values = values * run.expanded(weight).reshape(shape)
@@ -132,6 +156,7 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
+    input = run.expanded(input)
     axes = weight.dim() - 2
     if _differs(weight) or _differs(bias) or input.dim() not in (axes + 1, axes + 2):
         return NotImplemented
@@ -187,8 +212,9 @@ def attention(
     enable_gqa: bool = False,
 ) -> Any:
     """Attention of one sample."""
-    if query.dim() < 3 or not all(run.name_of(value) is None for value in (query, key, value, attn_mask)):
+    if query.dim() < 3:
         return NotImplemented
+    query, key, value, attn_mask = (run.expanded(one) for one in (query, key, value, attn_mask))
     settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         settings["enable_gqa"] = True
@@ -211,3 +237,18 @@ def multi_head_attention(run: Gating, *args: Any, **kwargs: Any) -> Any:
     """Projections and attention of ``nn.MultiheadAttention``, each as by itself."""
     with run:
         return _attend(*args, **kwargs)
+
+
+@handles(torch._weight_norm)
+def weight_norm(run: Gating, v: Tensor, g: Tensor, dim: int = 0) -> Any:
+    """``g·v/‖v‖``, of which torch's own kernel has no rule for ``vmap``."""
+    direction = run.expanded(v)
+    axes = [axis for axis in range(v.dim()) if axis != dim]
+    return direction * (run.expanded(g) / torch.linalg.vector_norm(direction, dim=axes, keepdim=True))
+
+
+@handles(functional.bilinear)
+def bilinear(run: Gating, input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    """``x₁ W x₂ + b``, of which torch's own kernel has no rule for ``vmap``."""
+    made = torch.einsum("...i,oij,...j->...o", run.expanded(input1), run.expanded(weight), run.expanded(input2))
+    return made if bias is None else made + run.expanded(bias)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple
 from fnmatch import fnmatchcase
 from typing import Any, Literal, cast
@@ -11,7 +12,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
+from clipless_dp.errors import (
+    CliplessError,
+    ConfigurationError,
+    InputError,
+    PrivacyError,
+    Unsupported,
+    UnsupportedModuleError,
+)
 from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap
 from clipless_dp.gates.signal import GateMode
@@ -28,8 +36,11 @@ Joint = Literal["layer", "network"] | None
 Select = str | int | Callable[[Any], Tensor] | None
 """Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
 
+_PACKING = (
+    "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
+    "samples at once: leave it out, and save memory by micro-batches"
+)
 _STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Isolated(nn.Module):
@@ -57,6 +68,15 @@ class Isolated(nn.Module):
         UnsupportedModuleError: layers that keep statistics of batches, or hooks on backward passes.
     """
 
+    select: Select
+    isolation: str
+    uses: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] | None
+    _still: tuple[str, ...]
+    _caps: tuple[tuple[str, float, float], ...]
+    joint: Joint
+    groups: tuple[tuple[str, ...], ...]
+    adaptive: tuple[float, ...]
+
     def __init__(
         self,
         net: nn.Module,
@@ -71,23 +91,28 @@ class Isolated(nn.Module):
         super().__init__()
         if joint not in (None, "layer", "network"):
             raise ConfigurationError(f"joint must be 'layer', 'network' or None, got {joint!r}")
-        _refuse_statistics(net)
+        _refuse_what_sees_batches(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
         self._parameters, self._modules, self._buffers = net._parameters, net._modules, net._buffers
         self._non_persistent_buffers_set = net._non_persistent_buffers_set
-        self.__dict__["__wrapped__"] = net
+        # Not by attribute: a part of the network may have the name.
+        self.__dict__.update(
+            {
+                "__wrapped__": net,
+                "__packing__": None,
+                "__limits__": (),
+                "select": select,
+                "isolation": "vmap",
+                "uses": None,
+                "_still": tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS)),
+                "_caps": (),
+                "joint": joint,
+                "groups": (),
+                "adaptive": (),
+            }
+        )
         self.training = net.training
-        self.select = select
-        self.isolation = "vmap"
-        self.__dict__["__packing__"] = None
-        self.joint: Joint = joint
-        self.groups: tuple[tuple[str, ...], ...] = ()
-        self.adaptive: tuple[float, ...] = ()
-        self.uses: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()
-        self.vocabulary: int | None = None
-        self._still = tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS))
-        self._caps: tuple[tuple[str, float, float], ...] = ()
         self.set_gates(limit, bias_limit=bias_limit, mode=mode, floor=floor)
 
     @property
@@ -99,6 +124,14 @@ class Isolated(nn.Module):
     def packing(self) -> Packing | None:
         """How the network's inputs lie in the rows that it is given; ``None`` of a single one."""
         return cast("Packing | None", self.__dict__["__packing__"])
+
+    @property
+    def limits(self) -> tuple[int, ...]:
+        """For each entry of a row the length of the table that it is looked up in; 0 where it is in none.
+
+        Of several tables the shortest. What was computed of an entry, and then looked up, is not known.
+        """
+        return cast("tuple[int, ...]", self.__dict__["__limits__"])
 
     def take(self, packing: Packing | None) -> None:
         """Says how the network's inputs lie in the rows that it is given."""
@@ -149,7 +182,7 @@ class Isolated(nn.Module):
                 caps[name] = cap, max(share * cap, 1e-8)
         chosen = [name for name in names if any(is_named(name, pattern) for pattern in layers)]
         self._adapt(adaptive, chosen, caps)
-        self._caps = tuple((name, *cap) for name, cap in caps.items())
+        self.__dict__["_caps"] = tuple((name, *cap) for name, cap in caps.items())
 
     def _adapt(
         self, limit: AdaptiveLimit | None, chosen: Sequence[str], caps: Mapping[str, tuple[float, float]]
@@ -170,10 +203,10 @@ class Isolated(nn.Module):
         if starts:
             settings = limit if limit is not None else cast(Adapting, known).limit
             found = Adapting(settings, starts)
-            self.adaptive = found.settings
+            self.__dict__["adaptive"] = found.settings
             set_adapting(self, found)
         else:
-            self.adaptive = ()
+            self.__dict__["adaptive"] = ()
             set_adapting(self, None)
 
     def _gate(self, name: str) -> str:
@@ -230,31 +263,47 @@ class Isolated(nn.Module):
         """Runs each sample by itself.
 
         Raises:
-            UnsupportedModuleError: the network branches on values, or does what cannot be done for one sample alone.
+            ConfigurationError: ``select`` finds no output, or one without a batch axis.
+        UnsupportedModuleError: the network branches on values, or does what cannot be done for one sample alone.
             PrivacyError: it keeps something of a sample, or a parameter is used past its gate, or more often than when
                 the network was wrapped.
         """
+        _refuse_what_sees_batches(self.net)
         held = dict(self._held())
         caps, counters = self.caps, self._counters()
         # The first pass counts the uses of frozen parameters too, which may be trained later.
-        sources = {name: value for name, value in held.items() if value.requires_grad or not self.uses}
-        also = self._known(held)
+        sources = {name: value for name, value in held.items() if value.requires_grad or self.uses is None}
+        also = {**self._known(held), **{id(value): name for name, value in held.items()}}
         ends, together = list(counters.values()), None
         if self.joint == "network":
-            also = {**also, **{id(held[name]): name for name in sources}}
             sources, together = self._gathered(sources, caps, counters)
             counters = {}
         batch = [values] if self.packing is None else self.packing.unpack(values)
+        first = self.uses is None
+        if first:
+            # Each in memory of its own, so that look-ups tell which of them they are of.
+            batch = [value.clone(memory_format=torch.contiguous_format) for value in batch]
         gatings: list[Gating] = []
         kept: list[bool] = []
 
         def one(sample: Tensor, *own: Tensor) -> Tensor:
-            gating = Gating(sample, sources, also, caps, counters, joint=self.joint == "layer", together=together)
+            gating = Gating(
+                sample,
+                sources,
+                also,
+                caps,
+                batch if first else (),
+                counters=counters,
+                joint=self.joint == "layer",
+                together=together,
+            )
             gatings.append(gating)
+            lifted = [value.unsqueeze(0) for value in own]
+            gating.admit(lifted)
             with gating:
-                returned = self._call([value.unsqueeze(0) for value in own])
+                returned = self._call(lifted)
                 output = self._selected(returned)
-            del returned
+            del returned, lifted
             kept.append(gating.kept([output, *own]))
             return output
 
@@ -334,11 +383,14 @@ class Isolated(nn.Module):
     def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
         sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
         try:
-            return torch.func.vmap(one, randomness="different")(sample, *batch)
+            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING), _seeded_once():
+                return torch.func.vmap(one, randomness="different")(sample, *batch)
         except CliplessError:
             raise
         except RuntimeError as error:
             told = str(error)
+            if _PACKING in told:
+                raise PrivacyError(_PACKING) from error
             if "data-dependent control flow" in told or ".item()" in told:
                 remedy = "it branches on values of a sample, which no run for many samples can: use torch.where"
             elif "vmap" in told:
@@ -346,16 +398,20 @@ class Isolated(nn.Module):
             else:
                 raise
             raise UnsupportedModuleError([Unsupported("forward", type(self.net).__name__, remedy)]) from error
+        except IndexError as error:
+            if self.uses is None:
+                raise
+            raise InputError(f"a sample holds a number that the network has no entry for: {error}") from error
 
     def _dtype(self) -> torch.dtype:
         return next((value.dtype for value in self.parameters()), torch.float32)
 
     def _count(self, gating: Gating) -> None:
         found = {name: tuple(uses) for name, uses in gating.uses.items()}
-        if not self.uses:
-            self.uses = tuple(sorted(found.items()))
-            self.groups = tuple(sorted(gating.groups))
-            self.vocabulary = min(gating.tables, default=None)
+        if self.uses is None:
+            self.__dict__["uses"] = tuple(sorted(found.items()))
+            self.__dict__["groups"] = tuple(sorted(gating.groups))
+            self.__dict__["__limits__"] = tuple(int(limit) for limits in gating.limits for limit in limits)
             return
         known = dict(self.uses)
         for name, uses in found.items():
@@ -377,7 +433,27 @@ class Isolated(nn.Module):
 
     def forget(self) -> None:
         """Lets the next pass say how often each parameter is used."""
-        self.uses, self.groups, self.vocabulary = (), (), None
+        self.__dict__["uses"] = None
+        self.__dict__["groups"] = ()
+        self.__dict__["__limits__"] = ()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        # In a new process the library that the network is from was told nothing.
+        prepare(self.net)
+
+
+@contextmanager
+def _seeded_once() -> Iterator[None]:
+    """Within, the CPU's generator has a seed of its own, drawn from what it was: any other one shows."""
+    generator = torch.default_generator
+    seed = int(torch.randint(2**63 - 1, ()))
+    state = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(state)
 
 
 def _covered(uses: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]]) -> bool:
@@ -390,7 +466,7 @@ def is_named(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
 
 
-def _refuse_statistics(net: nn.Module) -> None:
+def _refuse_what_sees_batches(net: nn.Module) -> None:
     parts = []
     for path, part in net.named_modules():
         if isinstance(part, _STATISTICS) and (part.training or part.running_mean is None):

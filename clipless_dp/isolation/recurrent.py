@@ -58,6 +58,8 @@ def _one_way(
     projection = rest[2 * biased] if len(rest) > 2 * biased else None
     if any(run.name_of(one) is not None for one in (of_input, bias_of_input)):
         entering = linear(run, values, of_input, bias_of_input)
+        if entering is NotImplemented:
+            entering = functional.linear(values, run.expanded(of_input), run.expanded(bias_of_input))
     else:
         entering = functional.linear(values, of_input, bias_of_input)
     of_state, bias_of_state, projection = (run.expanded(one) for one in (of_state, bias_of_state, projection))
@@ -88,6 +90,7 @@ def _recurrent(cell: Cell, parts: int) -> Callable[..., Any]:
                 "packed sequences hold several samples in one axis: give the recurrent layer padded sequences, and "
                 "leave padding out by a mask"
             )
+        input, hx = run.expanded(input), run.expanded(hx)
         values = input.transpose(0, 1) if batch_first else input
         begin = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         ways = 2 if bidirectional else 1
@@ -127,6 +130,7 @@ def _cell_of(cell: Cell, parts: int) -> Callable[..., Any]:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Any:
+        input, hx = run.expanded(input), run.expanded(hx)
         w_ih, w_hh, b_ih, b_hh = (run.expanded(one) for one in (w_ih, w_hh, b_ih, b_hh))
         state = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         made = cell(functional.linear(input, w_ih, b_ih), functional.linear(state[0], w_hh, b_hh), state)

@@ -46,7 +46,19 @@ class Loss(ABC):
 
         Returns:
             ``(B,)``: truth values, or numbers in [0, 1] where a prediction may be right in part. ``None``, the default,
-            where the loss has no notion of it: no accuracy is reported then.
+            where the loss has no notion of it: no accuracy is reported then. The rows of samples that
+            :class:`clipless_dp.DPLipModel` drops are NaN: they are not right.
+        """
+        return None
+
+    def counts(self, target: Tensor) -> Tensor | None:
+        """Which samples ask for a prediction, for the means of :func:`clipless_dp.evaluate`; training never asks.
+
+        Args:
+            target: ``(B, ...)``, as the loss documents.
+
+        Returns:
+            Truth values ``(B,)``. ``None``, the default: all do.
         """
         return None
 
@@ -108,8 +120,8 @@ def class_labels(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]
 
 
 def right_class(scores: Tensor, target: Tensor) -> Tensor | None:
-    """Where the largest score is that of the label; labels out of range are none."""
-    return scores.argmax(1) == target if target.dim() == 1 else None
+    """Where the largest score is that of the label; labels out of range are none, and NaN is no score."""
+    return (scores.argmax(1) == target) & ~scores.isnan().any(1) if target.dim() == 1 else None
 
 
 def matching(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clipless_dp.arguments import positive
+from clipless_dp.arguments import positive, share
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.losses.base import Loss, class_labels, invalid_as_nan, matching, right_class
 
@@ -37,7 +37,7 @@ def _public(name: str, values: object) -> tuple[float, ...]:
         )
     if len(values) < 2:
         raise ConfigurationError(f"{name} must have one number for each of two or more classes, got {values!r}")
-    return tuple(positive(name, float(value)) for value in values)
+    return tuple(positive(name, value) for value in values)
 
 
 def _public_priors(values: object) -> tuple[float, ...]:
@@ -53,9 +53,7 @@ def _public_weights(values: object) -> tuple[float, ...] | None:
 
 def smoothing_share(value: float) -> float:
     """Label smoothing ``s`` in [0, 1)."""
-    if not 0.0 <= value < 1.0:
-        raise ConfigurationError(f"label_smoothing must lie in [0, 1), got {value!r}")
-    return float(value)
+    return share("label_smoothing", value, "[0, 1)")
 
 
 def cross_entropy_bound(classes: int, smoothing: float) -> float:
@@ -97,8 +95,7 @@ def balanced_weights(priors: Sequence[float], power: float = 1.0) -> tuple[float
         ConfigurationError: an argument is out of range, or the priors are not plain numbers.
     """
     known = _public_priors(priors)
-    if not 0.0 <= power <= 1.0:
-        raise ConfigurationError(f"power must lie in [0, 1], got {power!r}")
+    power = share("power", power, "[0, 1]")
     total = sum(prior ** (1.0 - power) for prior in known)
     return tuple(prior**-power / total for prior in known)
 
@@ -185,7 +182,8 @@ class BinaryCrossEntropy(Loss):
         """Where the score is above zero and the target above one half, or neither; ``None`` for several outputs."""
         if output.numel() != len(output):
             return None
-        return (output.flatten() > 0) == (target.flatten() > 0.5)
+        scores = output.flatten()
+        return ((scores > 0) == (target.flatten() > 0.5)) & ~scores.isnan()
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max(w_0, w_1)·(1 - s/2)/√k``."""

@@ -58,7 +58,7 @@ class TokenCrossEntropy(Loss):
         tau: float = 1.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        self.ignore_index = whole("ignore_index", ignore_index, least=torch.iinfo(torch.int64).min)
+        self.ignore_index = whole("ignore_index", ignore_index, least=torch.iinfo(torch.int64).min, most=None)
         if self.ignore_index > torch.iinfo(torch.int64).max:
             raise ConfigurationError(f"ignore_index must fit into 64 bits, got {self.ignore_index}")
         if reduction not in ("mean", "sum"):
@@ -74,6 +74,10 @@ class TokenCrossEntropy(Loss):
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """The share of tokens that count whose largest score is that of the target; 0 where none counts."""
         return _shares_right(self, output, _labels(output, target))
+
+    def counts(self, target: Tensor) -> Tensor | None:
+        """The samples in which a token counts."""
+        return (target != self.ignore_index).any(1)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``√(1 + (1-s)² - s²/C)``, for the sum times ``√T``.
@@ -114,6 +118,10 @@ class CausalCrossEntropy(TokenCrossEntropy):
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """The share of tokens that count which the position before predicts; 0 where none counts."""
         return _shares_right(self, output, _next_labels(self, output, target))
+
+    def counts(self, target: Tensor) -> Tensor | None:
+        """The samples in which a token after the first counts."""
+        return (target[:, 1:] != self.ignore_index).any(1)
 
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``√(1 + (1-s)² - s²/C)``, for the sum times ``√(T-1)``.
@@ -190,5 +198,5 @@ def _can_look(labels: Tensor) -> bool:
 def _shares_right(loss: TokenCrossEntropy, output: Tensor, labels: Tensor) -> Tensor:
     """Of each sample's tokens that count, how many are the class of the largest score: ``(B,)`` in [0, 1]."""
     counts = labels != loss.ignore_index
-    right = (output.argmax(2) == labels) & counts
+    right = (output.argmax(2) == labels) & ~output.isnan().any(2) & counts
     return right.sum(1) / counts.sum(1).clamp(min=1)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from clipless_dp.arguments import share
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import lineage
-from clipless_dp.model.wrapped import DPLipModel
+from clipless_dp.model.wrapped import DPLipModel, require_wrapped
 
 
 class WeightAverage:
@@ -34,10 +35,8 @@ class WeightAverage:
     """
 
     def __init__(self, model: DPLipModel, decay: float) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ConfigurationError(f"the decay of an average must lie in [0, 1), got {decay!r}")
-        self.model = model
-        self.decay = float(decay)
+        self.decay = share("the decay of an average", decay, "[0, 1)")
+        self.model = require_wrapped(model)
         self.updates = 0
         self._average: dict[str, Tensor] = {}
         self._counted = True

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from clipless_dp.arguments import cap, flag, shown, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError
 from clipless_dp.graph.tracing import TracedNet
@@ -19,9 +20,12 @@ from clipless_dp.model.passes import is_unwitnessed
 from clipless_dp.packing import Packing
 from clipless_dp.precision import refuse_autocast
 
+_LARGEST_SAMPLE = 1 << 40
+"""Numbers of one sample: terabytes."""
 
-def refuse_arguments(net: object, input_norm: object, loss: object) -> None:
-    """Refuses arguments that are no network that can be trained here, no cap or no loss with a bound."""
+
+def refuse_arguments(net: object, input_norm: object, loss: object, row_invariant: object) -> None:
+    """Refuses arguments that are no network that can be trained here, no cap, no loss with a bound or no choice."""
     if not isinstance(net, nn.Module):
         raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     if not isinstance(loss, Loss):
@@ -29,10 +33,10 @@ def refuse_arguments(net: object, input_norm: object, loss: object) -> None:
             f"{loss!r} does not state the bound of its gradient; use one of clipless_dp.losses, or "
             "losses.BoundedLoss(function, bound=...) around a per-sample function"
         )
-    if input_norm is not None and not (
-        isinstance(input_norm, (int, float)) and math.isfinite(input_norm) and input_norm >= 1e-8
-    ):
-        raise ConfigurationError(f"input_norm must be a finite number of at least 1e-8, got {input_norm!r}")
+    if input_norm is not None:
+        cap("input_norm", input_norm)
+    if row_invariant is not None:
+        flag("row_invariant", row_invariant)
     placement.refuse_averages(net)
     placement.refuse_shards(net)
     _refuse_valueless(net)
@@ -75,13 +79,20 @@ def checked_bound(loss: Loss, shape: tuple[int, ...]) -> float:
 
 def checked_shape(shape: object) -> tuple[int, ...]:
     """The shape of one sample."""
-    kinds = isinstance(shape, (tuple, list)) and all(hasattr(size, "__index__") for size in shape)
-    if not kinds or any(isinstance(size, bool) or int(size) < 1 for size in cast("tuple[int, ...]", shape)):
+    try:
+        if not isinstance(shape, (tuple, list)):
+            raise ConfigurationError("no tuple")
+        sizes = tuple(whole("a size", size) for size in shape)
+    except ConfigurationError:
         raise ConfigurationError(
             "input_shape must be a tuple of positive integers, the shape of one sample without the batch axis, such as "
-            f"(3, 32, 32) or (8,), got {shape!r}"
+            f"(3, 32, 32) or (8,), got {shown(shape)}"
+        ) from None
+    if math.prod(sizes) > _LARGEST_SAMPLE:
+        raise ConfigurationError(
+            f"input_shape must be the shape of one sample, which fits into memory, got {shown(shape)}"
         )
-    return tuple(int(size) for size in cast("tuple[int, ...]", shape))
+    return sizes
 
 
 def _refuse_valueless(net: nn.Module) -> None:

@@ -13,6 +13,7 @@ def settings_of(model: Any) -> dict[str, Any]:
     """What a model's bounds rest on besides its weights: caps, loss, constraints and layers, as plain values."""
     return {
         "input_norm": float(model.input_norm),
+        **({} if model.packing is None else {"inputs": model.packing.described()}),
         "loss": _parts(model.loss_function),
         "constraints": {name: _parts(constraint) for name, constraint in model.constraints.items()},
         "layers": {

@@ -79,9 +79,10 @@ class _Door(torch.autograd.Function):
     def forward(ctx: Any, deliver: Deliver, *parameters: Tensor) -> tuple[Tensor, ...]:
         ctx.deliver = deliver
         ctx.set_materialize_grads(False)
-        # Nothing comes back to what is frozen, and no layer need compute it.
-        ctx.mark_non_differentiable(*(parameter for parameter in parameters if not parameter.requires_grad))
-        return parameters
+        made = tuple(parameter if parameter.requires_grad else parameter.detach() for parameter in parameters)
+        # Else all that is frozen would be differentiated for nothing.
+        ctx.mark_non_differentiable(*(one for one in made if not one.requires_grad))
+        return made
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.fusion import Entry, FusedNet
-from clipless_dp.gates import input_gate, presence_gate, sample_norms, token_gate
+from clipless_dp.gates import input_gate, presence_gate, sample_norms, table_gate, token_gate
 from clipless_dp.gates.arithmetic import can_look, largest_norm
 from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.model.passes import is_unwitnessed
 from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
-from clipless_dp.modules import modules_of
+from clipless_dp.model.valid_inputs import random_rows
+from clipless_dp.modules import modules_of, parameter_device_and_dtype
+from clipless_dp.packing import Packing
 
 
 class Network:
@@ -28,6 +30,7 @@ class Network:
         cap: of a sample's norm; infinite where it may have any.
         row_invariant: see :class:`clipless_dp.DPLipModel`.
         resting: a context in which the network holds its own parameters.
+        packing: how several inputs lie in a row.
 
     Attributes:
         fused: the graph as it is fused for a CPU.
@@ -41,8 +44,12 @@ class Network:
         cap: float,
         row_invariant: bool | None,
         resting: Callable[[], AbstractContextManager[None]],
+        packing: Packing | None = None,
     ) -> None:
         self._net, self._traced, self._cap, self._resting = net, traced, cap, resting
+        self._packing = packing
+        # Where samples are, so that no pass copies it there.
+        self._limits = torch.tensor(traced.limits, dtype=torch.int64, device=parameter_device_and_dtype(net)[0])
         self._row_invariant = row_invariant
         self.fused = FusedNet(traced)
         # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
@@ -74,6 +81,8 @@ class Network:
             gated, finite = token_gate(inputs, self._traced.vocabulary)
         elif math.isfinite(self._cap):
             gated, finite = input_gate(inputs, self._cap)
+        elif self._traced.limits:
+            gated, finite = table_gate(inputs, self._limits)
         else:
             gated, finite = presence_gate(inputs)
         return Values(net(gated), finite, can_look(finite) and bool(finite.all()))
@@ -84,9 +93,7 @@ class Network:
             own, run = copied(self._net, net)
 
         def samples(count: int, generator: torch.Generator) -> Tensor:
-            shape = count, *inputs.shape[1:]
-            if not self._traced.reads.is_floating_point:
-                return torch.randint(self._traced.vocabulary or 2, shape, generator=generator)
-            return torch.randn(shape, generator=generator, dtype=torch.float64).to(inputs.dtype)
+            drawn = random_rows(self._traced, self._packing, tuple(inputs.shape[1:]), count, generator)
+            return drawn.to(inputs.dtype)
 
         return Twin(partial(self.values, run, fused), own, samples, inputs.device)

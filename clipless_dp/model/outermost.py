@@ -67,7 +67,7 @@ def _enter_compiled(norms: Tensor, token: Tensor) -> Tensor:
     key, number = token.tolist()
     # Within the operator gradients are off, whatever they are around it.
     with torch.set_grad_enabled(norms.requires_grad):
-        registers[key].enter_compiled(number)
+        registers[key].enter_compiled(number, norms.detach() if norms.device.type == "cpu" else None)
     return norms.detach().clone()
 
 

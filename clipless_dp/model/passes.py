@@ -43,7 +43,14 @@ class Pass:
         public: whether the rows are declared to be no one's.
         entered: whether a backward pass has come through it.
         declared: whether the rows are those that were announced with :func:`announcing`.
+        trains: of each parameter, whether it took gradients when the pass began.
+        parts: the passes that it stands for, if it is not one by itself.
+        lost: whether its draw was left out for good, together with its gradients.
     """
+
+    trains: tuple[bool, ...] = ()
+    parts: Sequence[Pass] = ()
+    lost = False
 
     def __init__(
         self,
@@ -63,6 +70,14 @@ class Pass:
         self.entered = False
         self.declared = _declared.tensor is not None and inputs is _declared.tensor
         self._inputs = None if inputs is None else (inputs, _fingerprint_of(rows, inputs))
+
+    def private_parts(self) -> Sequence[Pass]:
+        """The passes of private rows that it stands for."""
+        return () if self.public else self.parts or (self,)
+
+    def is_of_open_draw(self) -> bool:
+        """Whether its rows are of a draw that no step has used up."""
+        return self.rows is not None and self.rows.draw is not None and not self.rows.draw.used
 
     def refuse_other_inputs(self) -> None:
         """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again."""
@@ -96,8 +111,16 @@ def _fingerprint_of(rows: Rows | None, inputs: Tensor) -> object:
     return fingerprints.fingerprint(inputs) if rows is None else draws.fingerprint_of(rows, inputs)
 
 
-def opened(inputs: Tensor, sensitivity: Sensitivity | None, fingerprint: object) -> Pass:
+def opened(
+    inputs: Tensor, sensitivity: Sensitivity | None, fingerprint: object, names: frozenset[int] = frozenset()
+) -> Pass:
     """A pass of these rows, which begins now; bounds and fingerprint as :class:`Pass` has them.
+
+    Args:
+        inputs: the rows.
+        sensitivity: the bounds.
+        fingerprint: of what they rest on.
+        names: see :func:`origin`.
 
     Raises:
         PrivacyError: rows that were announced have changed since.
@@ -114,7 +137,7 @@ def opened(inputs: Tensor, sensitivity: Sensitivity | None, fingerprint: object)
             )
         rows, beside = _declared.rows, _declared.beside
     else:
-        rows, beside = origin(inputs)
+        rows, beside = origin(inputs, names)
     return Pass(sensitivity, fingerprint, rows, beside=beside, public=False, inputs=inputs)
 
 
@@ -122,20 +145,29 @@ def _refuse_private_rows(inputs: Tensor) -> None:
     if not len(inputs):
         return
     ours = {row.tobytes() for row in inputs.detach().flatten(1).cpu().numpy()}
-    for tensor, rows in draws.batches_in_hand():
-        if tensor.shape[1:] != inputs.shape[1:]:
-            continue
-        theirs = tensor[:rows].to(inputs.dtype).detach().flatten(1).cpu().numpy()
-        if any(row.tobytes() in ours for row in theirs):
-            raise InputError(
-                "a row that was declared public is a row of a draw in hand: public rows are nobody's data, such as "
-                "noise or what a model trained privately has generated"
-            )
+    # Rows of several inputs at once are known by these.
+    private = draws.find(inputs).draw is not None
+    for tensor, rows in [] if private else draws.batches_in_hand():
+        if tensor.shape[1:] == inputs.shape[1:]:
+            theirs = tensor[:rows].to(inputs.dtype).detach().flatten(1).cpu().numpy()
+            private = private or any(row.tobytes() in ours for row in theirs)
+    if private:
+        raise InputError(
+            "a row that was declared public is a row of a draw in hand: public rows are nobody's data, such as "
+            "noise or what a model trained privately has generated"
+        )
 
 
-def origin(inputs: Tensor) -> tuple[Rows, Draw | None]:
-    """Where rows come from; and the draw in hand, if they are of none."""
+def origin(inputs: Tensor, names: frozenset[int] = frozenset()) -> tuple[Rows, Draw | None]:
+    """Where rows come from; and the draw in hand, if they are of none.
+
+    Args:
+        inputs: the rows.
+        names: by which draws that were left out know the model: copies of these are theirs.
+    """
     found = draws.find(inputs)
+    if found.draw is None:
+        found = draws.left_out(inputs, names) or found
     return found, draws.in_hand() if found.draw is None else None
 
 

@@ -6,15 +6,15 @@ back to them through one door; at its output stands the outermost gate. A backwa
 first order, and ends at the door, which alone adds to ``.grad``. So whatever else adds to a gradient, or changes one,
 shows.
 
-A compiled graph has the gate, as opaque operators, but no door: there each ``.grad`` may change once for each pass that
-entered by the gate.
+A compiled graph has the gate, as opaque operators, but no door, and a sharded model's gradients are summed and split
+elsewhere: there each ``.grad`` may change once for a backward pass that entered by the gate, and is noted right then.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol, cast
@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.bounds.sensitivity import Sensitivity
+from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model.door import Aliases
+from clipless_dp.model.owed import Owed, for_all
 from clipless_dp.model.passes import DROPPED, Pass, announcing, declaring, joined, opened
 from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.sampling import fingerprints
@@ -38,6 +40,11 @@ _SPENT = (
     "passes.public() that its rows are nobody's, such as a generator's"
 )
 
+_LEFT_OUT = (
+    "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must not depend "
+    "on a batch. Freeze parameters by requires_grad_(False)"
+)
+
 
 class Watched(Protocol):
     """What a register asks of the model whose passes it keeps."""
@@ -48,6 +55,10 @@ class Watched(Protocol):
 
     def check_pass(self, fingerprint: object) -> None:
         """Raises :class:`PrivacyError` where what the bounds of a pass rest on is not what it was."""
+        ...
+
+    def reached(self, begun: Pass) -> set[int]:
+        """The parameters (by ``id``) that a pass has gradients of."""
         ...
 
 
@@ -93,15 +104,17 @@ class Register:
     def __init__(self, model: Watched, net: nn.Module) -> None:
         self._model = ref(model)
         self.passes: list[Pass] = []
-        self._computed: list[Pass] = []
+        self._owed: list[Owed] = []
         self._filled: set[int] = set()
         self.lock = threading.RLock()
         self.key = next(_keys)
         self._held: dict[nn.Parameter, _Held] = {}
+        self._buffers: dict[int, int] = {}
         self._taint: str | None = None
         self._handles: list[Any] = []
+        self._pending: list[Pass] = []
         self._awaited: set[int] = set()
-        self._compiled_task: int | None = None
+        self._engine_task: int | None = None
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
         self.sharded = False
@@ -125,7 +138,12 @@ class Register:
         assert model is not None
         with self.lock:
             sensitivity, fingerprint = model.bounds_of_pass()
-        return opened(inputs, sensitivity, fingerprint)
+        begun = opened(inputs, sensitivity, fingerprint, self.names())
+        begun.trains = self._trains()
+        return begun
+
+    def _trains(self) -> tuple[bool, ...]:
+        return tuple([parameter.requires_grad for parameter in self.parameters])
 
     def running(self, begun: Pass) -> AbstractContextManager[None]:
         """With the lock held, the network reads aliases of its parameters within, whose gradients are delivered."""
@@ -174,10 +192,6 @@ class Register:
                 entering.refuse_padding(norms)
             self._task = task, entering.public
             entering.entered = True
-            if self.sharded:
-                self.reconcile()
-                self._note_computed(entering)
-                self.passes.append(entering)
         except BaseException:
             self.drop()
             raise
@@ -226,20 +240,46 @@ class Register:
                 given.add(gradient.data_ptr())
                 self._note(parameter)
         if counted and left_out:
-            self._taint = (
-                "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must "
-                "not depend on a batch. Freeze parameters by requires_grad_(False)"
-            )
+            self._taint = _LEFT_OUT
         if added:
             torch._foreach_add_([cast(Tensor, parameter.grad) for parameter, _ in added], [own for _, own in added])
             for parameter, _ in added:
                 self._note(parameter)
         return returned
 
+    def owed(self) -> list[Pass]:
+        """The passes whose private gradients were computed, here or by another wrapper, and that are not settled."""
+        self._owed = for_all(self.parameters, self._owed)
+        if len(self._owed) == 1:
+            return list(self._owed[0].passes)
+        return list({id(one): one for some in self._owed for one in some.passes}.values())
+
+    def names(self) -> frozenset[int]:
+        """By which draws that were left out know this model's parameters."""
+        self._owed = for_all(self.parameters, self._owed)
+        return frozenset(some.key for some in self._owed)
+
     def _note_computed(self, computed: Pass) -> None:
         """Private gradients exist from here on, whatever becomes of them."""
-        if not computed.public and all(computed is not other for other in self._computed):
-            self._computed.append(computed)
+        if not computed.public:
+            self._owed = for_all(self.parameters, self._owed)
+            for some in self._owed:
+                some.note(computed)
+
+    def _strike(self, done: Iterable[Pass]) -> None:
+        for some in self._owed:
+            some.strike(done)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Passes within are of made-up rows and leave nothing behind, not even that they were."""
+        before = self.owed()
+        try:
+            yield
+        finally:
+            self.drop()
+            known = {id(one) for one in before}
+            self._strike([one for one in self.owed() if id(one) not in known])
 
     def open_compiled(self, inputs: Tensor) -> int:
         """As :meth:`open`, for a graph, which knows the pass by a number."""
@@ -250,21 +290,25 @@ class Register:
             del self._open[next(iter(self._open))]
         return number
 
-    def enter_compiled(self, number: int) -> None:
-        """As :meth:`enter`, for a graph whose gradients autograd adds afterwards."""
+    def enter_compiled(self, number: int, norms: Tensor | None = None) -> None:
+        """As :meth:`enter`, for a graph."""
         entering = self._open.get(number)
         if entering is None:
             raise PrivacyError("this pass was opened too long ago to be back-propagated: run it again")
+        self.enter_by_engine(entering, norms)
+
+    def enter_by_engine(self, entering: Pass, norms: Tensor | None = None) -> None:
+        """As :meth:`enter`, for passes whose gradients arrive elsewhere than at the door."""
         task = torch._C._current_graph_task_id()
-        self.unhook()
-        if task != self._compiled_task:
+        self._unhook()
+        if task != self._engine_task or not self._pending:
             # Of several passes in one backward pass none has added to a gradient yet.
             self.reconcile()
-        self._compiled_task = task
-        self.enter(entering)
+            self._awaited = {id(parameter) for parameter in self.parameters if parameter.requires_grad}
+        self._engine_task = task
+        self.enter(entering, norms)
         self._note_computed(entering)
-        self.passes.append(entering)
-        self._awaited = {id(parameter) for parameter in self.parameters}
+        self._pending.append(entering)
         self._handles = [
             parameter.register_post_accumulate_grad_hook(self._added_by_engine)
             for parameter in self.parameters
@@ -272,30 +316,50 @@ class Register:
         ]
 
     def _added_by_engine(self, parameter: Tensor) -> None:
-        """Notes a gradient right where autograd has added to it, once for a backward pass."""
+        """Notes a gradient right where it was added to, once for a backward pass."""
         held = cast(nn.Parameter, parameter)
         if id(held) not in self._awaited:
             return
         self._awaited.discard(id(held))
         self._filled.add(id(held))
         known, gradient = self._held.get(held), cast(Tensor, held.grad)
-        if known is None or known.gradient() is None or known.version == gradient._version - 1:
+        if known is None or known.gradient() is None:
+            as_before = True
+        elif self.sharded:
+            part = placement.local(gradient)
+            before = self._buffers.get(part.untyped_storage().data_ptr())
+            as_before = known.version == gradient._version and before in (None, part._version - 1)
+        else:
+            as_before = known.version == gradient._version - 1
+        if as_before:
             self._note(held)
 
-    def unhook(self) -> None:
-        """Removes what was to note the gradients of a compiled pass: it is over."""
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._awaited.clear()
+
+    def unhook(self) -> None:
+        """Removes what was to note the gradients of a pass that the engine fills; what has come is counted.
+
+        Within its backward pass nothing is said yet.
+        """
+        self._unhook()
+        if not self._pending or torch._C._current_graph_task_id() == self._engine_task:
+            return
+        came, self._pending = self._pending, []
+        reached = {id(parameter) for parameter in self.parameters if parameter.requires_grad} - self._awaited
+        if not reached:
+            # autograd.grad, which fills no .grad: it stays owed.
+            return
+        self.passes += came
+        model = self._model()
+        if not self.sharded and model is not None and self._awaited & model.reached(came[0]):
+            self._taint = _LEFT_OUT
+        self._awaited = set()
 
     def reconcile(self) -> None:
         """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
-        if self.sharded:
-            # What ``fully_shard`` sums and splits goes by no door.
-            if all(parameter.grad is None for parameter in self.parameters):
-                self.forget()
-            return
         self.unhook()
         if self.counts and all(p.grad is None for p in self.parameters[: len(self.parameters) - len(self.counts)]):
             # Who clears the parameters' gradients knows of no others.
@@ -309,12 +373,12 @@ class Register:
                 emptied |= id(parameter) in self._filled
                 continue
             known = self._held.get(parameter)
-            if known is not None and known.gradient() is gradient and known.version == gradient._version:
+            if known is not None and known.gradient() is gradient and self._is_as_noted(known, gradient):
                 if known.sample is None or known.sample == fingerprints.sample(gradient):
                     kept = True
                     continue
                 altered = parameter
-            elif not bool(gradient.any()):
+            elif not bool(placement.local(gradient).any()):
                 self._note(parameter)
                 emptied |= id(parameter) in self._filled
             else:
@@ -331,83 +395,109 @@ class Register:
         elif emptied:
             self._taint = "the gradients of some parameters were dropped, and those of others kept. " + _SPENT
 
+    def _is_as_noted(self, known: _Held, gradient: Tensor) -> bool:
+        if known.version != gradient._version:
+            return False
+        if not self.sharded:
+            return True
+        part = placement.local(gradient)
+        return self._buffers.get(part.untyped_storage().data_ptr()) == part._version
+
     def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
         gradient = parameter.grad
         assert gradient is not None
         self._held[parameter] = _Held(
             ref(gradient), gradient._version, fingerprints.sample(gradient) if sampled else None
         )
+        if self.sharded:
+            # Parts that were summed together lie in one buffer, and have one counter.
+            part = placement.local(gradient)
+            self._buffers[part.untyped_storage().data_ptr()] = part._version
 
     def note_all(self, *, sampled: bool = True) -> None:
         """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
-        if not self.sharded:
-            self._held.clear()
-            for parameter in self.parameters:
-                if parameter.grad is not None:
-                    self._note(parameter, sampled=sampled)
+        self._held.clear()
+        self._buffers.clear()
+        for parameter in self.parameters:
+            if parameter.grad is not None:
+                self._note(parameter, sampled=sampled)
 
     def let_go(self) -> None:
         """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
         self._held.clear()
 
     def forget(self) -> None:
-        """No pass is in the gradients any more, and none is missing from them."""
-        self.passes, self._computed, self._taint = [], [], None
+        """No pass is in the gradients any more, and none is owed: all were released, or are left out by word."""
+        self.passes, self._taint = [], None
         self._filled.clear()
+        self._strike(self.owed())
 
     def drop(self) -> None:
-        """Drops the gradients, so that no later step releases them."""
+        """Drops the gradients, so that no later step releases them. What was computed stays owed."""
         for parameter in self.parameters:
             parameter.grad = None
         self._held.clear()
-        self.forget()
+        self.passes, self._pending, self._taint = [], [], None
+        self._filled.clear()
 
     @contextmanager
-    def apart(self, rows: Rows | None, beside: Draw | None, *, views: int = 1, public: bool = False) -> Iterator[None]:
+    def apart(
+        self, rows: Rows | None, beside: Draw | None, *, views: int = 1, public: bool = False, unseen: bool = False
+    ) -> Iterator[None]:
         """Passes within start from empty gradients and count as one pass of these rows, which joins those before.
 
-        After an error the gradients are as before.
+        After an error the gradients are as before, and what was computed is owed.
 
         Args:
             rows: what comes in.
             beside: see :class:`Pass`.
             views: how often each row comes in; the gradients are divided by it.
             public: see :class:`Pass`.
+            unseen: whether no code of a user's runs within that could look at a gradient. Then nothing is owed where
+                memory was too small, and the same rows may be passed in smaller pieces.
         """
         self.reconcile()
         parameters = self.parameters
         before = [parameter.grad for parameter in parameters]
         earlier, self.passes = self.passes, []
-        computed, self._computed = self._computed, []
+        owed = {id(one) for one in self.owed()}
         filled, self._filled = self._filled, set()
         taint = self._taint
         held, self._held = self._held, {}
+
+        def computed() -> list[Pass]:
+            return [one for one in self.owed() if id(one) not in owed]
+
         try:
             for parameter in parameters:
                 parameter.grad = None
             with declaring(rows=rows, beside=beside, public=public):
                 yield
             self.reconcile()
-            if self._taint is None and not public and len(self._computed) != len(self.passes):
+            if self._taint is None and not public and len(computed()) != len(self.passes):
                 self._taint = "the loss computed private gradients and did not leave them in place. " + _SPENT
             if self._taint is not None and taint is None:
                 raise PrivacyError(f"{self._taint}. Of this batch nothing was added")
             if views > 1:
                 torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], views)
-        except BaseException:
+        except BaseException as error:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
             self.passes, self._held, self._taint = earlier, held, taint
-            self._computed, self._filled = computed, filled
+            self._filled, self._pending = filled, []
+            if unseen and _is_out_of_memory(error):
+                self._strike(computed())
             raise
         made, self.passes = self.passes, earlier
-        self._computed, self._filled = computed, self._filled | filled
+        self._filled = filled | self._filled
         if made:
             known = (
                 None if made[0].sensitivity is None else joined(made, lambda: cast(Sensitivity, made[0].sensitivity))
             )
-            self.passes.append(Pass(known, None, rows, beside=beside, public=public))
-            self._note_computed(self.passes[-1])
+            self.passes.append(one := Pass(known, None, rows, beside=beside, public=public))
+            one.parts = [part for whole in made for part in whole.parts or [whole]]
+            self._strike(computed())
+            self._note_computed(one)
         self._taint = self._taint or taint
         with torch.no_grad():
             for parameter, gradient in zip(parameters, before, strict=True):
@@ -430,9 +520,11 @@ class Register:
         Raises:
             PrivacyError: the model was passed other rows, or these more than once or not at all.
         """
+        self.unhook()
         before = len(self.passes)
         with announcing(seen):
             yield
+        self.unhook()
         made = self.passes[before:]
         if len(made) > 1 or not all(some.declared for some in made):
             raise PrivacyError(
@@ -449,13 +541,35 @@ class Register:
         """The passes that the gradients consist of.
 
         Raises:
-            PrivacyError: something else is in them.
+            PrivacyError: something else is in them, or something is missing.
         """
         self.reconcile()
         reason = self._taint
-        if reason is None and any(all(one is not other for other in self.passes) for one in self._computed):
-            reason = "private gradients were computed that are not in this step: they were dropped or read. " + _SPENT
+        if reason is None:
+            there = {id(one) for one in self.passes}
+            missing = [one for one in self.owed() if id(one) not in there]
+            if any(not one.lost for one in missing):
+                reason = "private gradients were computed that are not in this step: they were dropped or read. "
+                reason += _SPENT
+            elif missing and not all(one.public or one.is_of_open_draw() for one in self.passes):
+                reason = "rows of no draw come after a draw that was left out with a refused step. " + _SPENT
+            elif any(one.trains != self._trains() for some in self.passes for one in some.private_parts()):
+                reason = (
+                    "requires_grad of a parameter was changed between a pass and its step: what trains must not depend "
+                    "on a gradient. Freeze parameters before the forward pass, or after the step"
+                )
         if reason is not None:
             self.drop()
             raise PrivacyError(f"{reason}. {DROPPED}")
+        model = self._model()
+        if self.sharded and model is not None:
+            for whole in self.passes:
+                for one in whole.private_parts():
+                    model.check_pass(one.fingerprint)
         return list(self.passes)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

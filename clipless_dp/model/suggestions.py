@@ -18,6 +18,7 @@ from clipless_dp.gates import GradientGated, can_be_gradient_gated, gradient_gat
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
 from clipless_dp.model import passes
 from clipless_dp.model.wrapped import DPLipModel
+from clipless_dp.packing import Structure
 
 _ROUNDS = 5
 """Passes of which the median is taken."""
@@ -90,7 +91,7 @@ def _call(layer: GateSuggestion) -> str:
     return f"gradient_gated(net, layers=[{layer.path!r}], limit={layer.limit:g}{bias})"
 
 
-def suggest_gates(model: DPLipModel, batch: tuple[Tensor, Tensor]) -> GateSuggestions:
+def suggest_gates(model: DPLipModel, batch: tuple[Tensor | Structure, Tensor]) -> GateSuggestions:
     """Says for each linear layer and convolution whether a gradient gate would pay, and measures its cost in time.
 
     A gate pays where the largest gradient of a sample is half the layer's bound or less: see ``model.tightness``. The
@@ -100,15 +101,16 @@ def suggest_gates(model: DPLipModel, batch: tuple[Tensor, Tensor]) -> GateSugges
 
     Args:
         model: the wrapped model; nothing of it is changed.
-        batch: inputs ``(B, *input_shape)`` and targets ``(B, ...)``; public or synthetic, as for ``model.tightness``.
+        batch: inputs ``(B, *input_shape)``, or several of them, and targets ``(B, ...)``; public or synthetic, as for
+            ``model.tightness``.
 
     Raises:
         InputError: the batch is empty, or does not fit the model.
         PrivacyError: an observation is above its bound: the rule of a layer is wrong.
     """
-    report = model.tightness(batch)
+    inputs, targets = model.rows(batch[0]), batch[1]
+    report = model.tightness((inputs, targets))
     sensitivity = model.sensitivity()
-    inputs, targets = batch
     parameters = [parameter for parameter in model.net.parameters() if parameter.requires_grad]
     counted = model.nonfinite_samples.clone()
 

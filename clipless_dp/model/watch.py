@@ -10,6 +10,7 @@ from torch import nn
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.graph.tracing import TracedNet, is_leaf
+from clipless_dp.isolation import Isolated
 from clipless_dp.model.overlaps import places, refuse_overlaps
 from clipless_dp.model.settings import Settings
 from clipless_dp.modules import (
@@ -31,7 +32,7 @@ class Leaf:
         self.path = path
         self.module = module
         self.kind = kind_of(module)
-        self._parts = modules_of(module)
+        self._parts = _watched(module)
         self._parameters = parameters_of(module)
         self.settings = Settings(module)
         origin = self.kind.__module__
@@ -52,6 +53,11 @@ class Leaf:
         if type(module) is not self.kind or any(runs_hooks(part) for part in self._parts):
             return True
         return any(has_hooks(parameter) for parameter in self._parameters)
+
+
+def _watched(leaf: nn.Module) -> list[nn.Module]:
+    """The parts of a layer that hooks may not be on; what runs within an isolated network sees one sample."""
+    return [leaf] if isinstance(leaf, Isolated) else modules_of(leaf)
 
 
 class Watch:
@@ -86,7 +92,7 @@ class Watch:
                 below = cast(nn.Module, above._modules[name])
                 edges[id(above), name] = above._modules, name, below
                 above = below
-        parts = list(dict.fromkeys(part for leaf in leaves for part in modules_of(leaf.module)))
+        parts = list(dict.fromkeys(part for leaf in leaves for part in _watched(leaf.module)))
         self._edges = list(edges.values())
         self._kinds = [(leaf.module, leaf.kind) for leaf in leaves]
         kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"

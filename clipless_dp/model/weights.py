@@ -12,7 +12,7 @@ from clipless_dp.bounds.sensitivity import Relation, Sensitivity
 from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint
-from clipless_dp.distributed.placement import Change, Placement
+from clipless_dp.distributed.placement import Change, Placement, local
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import adapting
 from clipless_dp.modules import modules_of, parameters_of
@@ -43,6 +43,10 @@ def _project_gradient_(
 ) -> None:
     with _naming(name):
         constraint.project_gradient_(gradient, weight, operators)
+
+
+def _mark(values: Tensor) -> object:
+    return values._version, values.data_ptr(), fingerprint(values)
 
 
 class Weights:
@@ -144,9 +148,21 @@ class Weights:
                 "bound holds for it: change weights before the forward pass, and put them back after the backward pass"
             )
 
+    def marks_of_parts(self, parameters: Iterable[Tensor]) -> list[object]:
+        """The same of the parts that this process holds of all weights, which a pass gathers and frees elsewhere."""
+        # What they were made of, before they were split, is nowhere any more.
+        return [_mark(part) for one in parameters if hasattr(one, "placements") for part in (local(one.detach()),)]
+
+    def refuse_other_parts(self, parameters: Iterable[Tensor], marks: list[object]) -> None:
+        """Refuses parts of weights that are not what they were when they were marked."""
+        if self.marks_of_parts(parameters) != marks:
+            raise PrivacyError(
+                "a weight was changed between a pass and its step, whose bounds are those of the weights at the step "
+                "where they are split among ranks: change weights between steps"
+            )
+
     def _mark(self, name: str) -> object:
-        parameter = self._net.get_parameter(name)
-        return parameter._version, parameter.data_ptr(), fingerprint(parameter)
+        return _mark(self._net.get_parameter(name))
 
     def _values(self, name: str) -> Tensor:
         return self._net.get_parameter(name).detach()

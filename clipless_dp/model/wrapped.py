@@ -29,12 +29,14 @@ from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
 from clipless_dp.model.register import Register
 from clipless_dp.model.rowwise import RowLosses
+from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
 from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.packing import Packing, Structure
+from clipless_dp.sampling import draws
 
 _Net = Callable[[Tensor], Tensor]
 _Opened = passes.Pass | Tensor | None
@@ -98,10 +100,10 @@ class DPLipModel(nn.Module):
         row_invariant: bool | None = False,
     ) -> None:
         super().__init__()
-        checks.refuse_arguments(net, input_norm, loss)
+        checks.refuse_arguments(net, input_norm, loss, row_invariant)
         self.net = net
         self.randomness = Randomness()
-        self._row_invariant = row_invariant
+        self._row_invariant = None if row_invariant is None else bool(row_invariant)
         self._packing = checks.packing_of(net, input_shape)
         self._input_shape = checks.checked_shape(input_shape) if self._packing is None else (self._packing.entries,)
         self._input_norm = None if input_norm is None else float(input_norm)
@@ -141,7 +143,9 @@ class DPLipModel(nn.Module):
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
             weights=self.placement,
         )
-        self._network = Network(self.net, traced, self.input_norm, self._row_invariant, self.register.resting)
+        self._network = Network(
+            self.net, traced, self.input_norm, self._row_invariant, self.register.resting, self._packing
+        )
         self._weights = Weights(self.net, self._constraints, self._tracker)
         self._watch = watch
         self._dropped_samples = self._dropped_samples.to(device)
@@ -150,7 +154,9 @@ class DPLipModel(nn.Module):
         """Runs the gated network.
 
         Args:
-            inputs: ``(B, *input_shape)``, of the parameters' dtype and device, or tokens: integers; ``B`` may be 0.
+            inputs: ``(B, *input_shape)``, of the parameters' dtype and device, or tokens: integers; ``B`` may be 0. Of
+                a network with several inputs: these, by name or in order, or rows of them (:meth:`rows`).
+            named: several inputs by name, as a batch of a data set's own is passed: ``model(**batch)``.
 
         Returns:
             ``(B, *output_shape)``. Rows of samples without a finite norm, or with an unknown token, are NaN: they
@@ -160,6 +166,11 @@ class DPLipModel(nn.Module):
             InputError: wrong shape, dtype or device.
             PrivacyError: autocast is on, now or while the gradients are computed.
         """
+        if torch.compiler.is_compiling() and self.graph.isolated:
+            raise ConfigurationError(
+                "a network that runs sample by sample is not compiled or exported: run the model as it is, or use "
+                "gradient_gated(net, isolation='graph') where each of its parts has a rule"
+            )
         inputs = self.rows(inputs, named)
         self.check_inputs(inputs)
         net = self.placement.opened(self._traced.module)
@@ -189,29 +200,62 @@ class DPLipModel(nn.Module):
             outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
-        entry = partial(self.register.enter, opened) if isinstance(opened, passes.Pass) else opened
+        enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
+        entry = partial(enter, opened) if isinstance(opened, passes.Pass) else opened
         outputs = outermost_gate(outputs, self.cotangent_norm, entry)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
 
-    def rows(self, inputs: Tensor | Structure | None, named: Mapping[str, Tensor]) -> Tensor:
-        """The inputs of a batch as one tensor: as it is, or packed.
+    def rows(self, inputs: Tensor | Structure | None, named: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The inputs of a batch as one tensor ``(B, *input_shape)``: as it is, or packed.
+
+        Rows that are packed of one draw's tensors are known as that draw's, as long as none of these was changed.
+
+        Args:
+            inputs: the tensor, or a mapping or a sequence of several; targets in it, under ``labels`` or ``label``, are
+                left out.
+            named: the same by name, where ``inputs`` is ``None``.
 
         Raises:
             InputError: they are not those that the model was wrapped for.
         """
+        packing = self._packing
         if isinstance(inputs, Tensor) and not named:
+            if packing is not None and packing.is_single(inputs):
+                return inputs.reshape(len(inputs), packing.entries)
             return inputs
-        if self._packing is None or isinstance(inputs, Tensor) or (inputs is not None and named):
+        if packing is not None and isinstance(inputs, Tensor) and packing.has("inputs"):
+            # An input of the network's own that is called as the argument here.
+            named = {"inputs": inputs, **(named or {})}
+            inputs = None
+        if packing is None or isinstance(inputs, Tensor) or (inputs is not None and named):
             raise InputError("expected one tensor; several inputs are told of by input_shape, by name or in order")
-        return self._packing.pack(named if inputs is None else inputs)
+        parts = packing.ordered(packing.without_labels((named or {}) if inputs is None else inputs))
+        packed = packing.packed(parts)
+        if passes.is_witnessed() and not torch.compiler.is_compiling():
+            draws.note_packed(packed, parts)
+        return packed
 
     @property
     def packing(self) -> Packing | None:
         """How the inputs of a sample lie in one row; ``None`` where it is a single one."""
         return self._packing
+
+    def random_inputs(self, count: int, generator: torch.Generator) -> Tensor:
+        """Samples that the network can read, ``(count, *input_shape)``, on the model's device, as passes take them.
+
+        Numbers are normal, tokens uniform among those that the tables know which they are looked up in; other integers
+        are 0 or 1, as in a mask.
+
+        Args:
+            count: how many.
+            generator: of the CPU, which draws them.
+        """
+        device, dtype = self.device_and_dtype()
+        drawn = random_rows(self._traced, self._packing, self.input_shape, count, generator)
+        return drawn.to(device, dtype if drawn.is_floating_point() else None)
 
     def expect_rows(self, count: float) -> None:
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
@@ -290,13 +334,13 @@ class DPLipModel(nn.Module):
     def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
         """The bounds that hold for a pass that begins now, and a fingerprint of what they rest on.
 
-        Of a model of which each rank holds a part, the bounds are those of the step.
+        Of a model of which each rank holds a part, the bounds are those of the step, at the same weights.
 
         Raises:
             PrivacyError: as :meth:`sensitivity`.
         """
         if not self.placement.is_whole:
-            return None, None
+            return None, (self._watch, self._weights.marks_of_parts(self.register.parameters))
         self._follow_changes()
         sensitivity, stamps = self._weights.sensitivity(self.placement)
         return sensitivity, (self._watch, self._weights.marks(stamps))
@@ -304,25 +348,35 @@ class DPLipModel(nn.Module):
     def check_pass(self, fingerprint: object) -> None:
         """Makes sure that a backward pass meets the weights, settings and hooks of its forward pass.
 
+        So must the step of a model of which each rank holds a part.
+
         Raises:
             PrivacyError: it does not.
         """
         if fingerprint is None:
             return
-        watch, marks = cast("tuple[Watch, dict[str, object]]", fingerprint)
+        watch, marks = cast("tuple[Watch, dict[str, object] | list[object]]", fingerprint)
         self._watch.refuse_interference(self.placement.is_whole)
         watch.refuse_other_settings()
-        self._weights.refuse_others(marks)
+        if isinstance(marks, dict):
+            self._weights.refuse_others(marks)
+        else:
+            self._weights.refuse_other_parts(self.register.parameters, marks)
+
+    def reached(self, begun: passes.Pass) -> set[int]:
+        """The parameters (by ``id``) that a pass has gradients of, if any of them can contribute."""
+        bounds = {} if begun.sensitivity is None else begun.sensitivity.per_parameter
+        return {id(self.net.get_parameter(name)) for name, bound in bounds.items() if bound > 0.0}
 
     @property
     def compiling_pays(self) -> bool:
         """Whether a compiled graph may be faster than ``forward`` as it is.
 
         Not on a CPU with signal gates around layers, or with convolutions in front of a max pooling: what is fused for
-        the CPU is not for compiled graphs, which take 1.5 times and more of its time. Never where caps adapt, which
-        are counted in eager passes.
+        the CPU is not for compiled graphs, which take 1.5 times and more of its time. Nor where a network is isolated,
+        which runs as it is, or where caps adapt, which are counted in eager passes.
         """
-        if adapting_in(self.net):
+        if self.graph.isolated or adapting_in(self.net):
             return False
         device, dtype = self.device_and_dtype()
         return not (self._network.fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
@@ -345,15 +399,15 @@ class DPLipModel(nn.Module):
         self._follow_changes()
         return self._tracker.lipschitz_constant(self._weights.limits(self.placement)[0])
 
-    def tightness(self, batch: tuple[Tensor, Tensor]) -> TightnessReport:
+    def tightness(self, batch: tuple[Tensor | Structure, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
 
         Runs the samples one at a time, in the model's own mode, and changes nothing: neither gradients nor counters
         nor the state of random numbers.
 
         Args:
-            batch: inputs ``(B, *input_shape)`` and targets ``(B, ...)``; public or synthetic, as the report tells
-                about them.
+            batch: inputs ``(B, *input_shape)``, or several of them, and targets ``(B, ...)``; public or synthetic, as
+                the report tells about them.
 
         Returns:
             Worst observed/bound for each layer's activations, cotangents and gradients; prints as a table.
@@ -362,7 +416,7 @@ class DPLipModel(nn.Module):
             InputError: the batch is empty, or does not fit the model.
             PrivacyError: an observation is above its bound: the rule of a layer is wrong.
         """
-        inputs, targets = batch
+        inputs, targets = self.rows(batch[0]), batch[1]
         self.check_inputs(inputs)
         if not self.placement.is_whole:
             raise ConfigurationError(
@@ -526,6 +580,7 @@ class DPLipModel(nn.Module):
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
         self.__dict__.setdefault("_factors", Factors())
+        self.__dict__.setdefault("_packing", None)
         self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self._count_()
         self.register = Register(self, self.net)
@@ -533,3 +588,19 @@ class DPLipModel(nn.Module):
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)
+
+
+def require_wrapped(model: Any) -> DPLipModel:
+    """The model, once it is known to be a wrapped one, compiled or not.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(getattr(model, "_orig_mod", model), DPLipModel):
+        if isinstance(model, nn.Module):
+            placement.refuse_averages(model)
+        raise ConfigurationError(
+            "model must be a network in its wrapper, DPLipModel(net, input_shape=..., loss=...), got a "
+            f"{type(model).__name__}"
+        )
+    return cast("DPLipModel", model)

@@ -1,7 +1,13 @@
 """Noise: where random numbers come from, how noise is shared among parameters, and the one way to add it."""
 
 from clipless_dp.noise.adding import RELEASE_MARGIN, add_normal_, noisy
-from clipless_dp.noise.allocation import Allocation, allocate, drawn_deviations, effective_noise_multiplier
+from clipless_dp.noise.allocation import (
+    Allocation,
+    allocate,
+    checked_allocation,
+    drawn_deviations,
+    effective_noise_multiplier,
+)
 from clipless_dp.noise.secure import SecureNoise
 from clipless_dp.noise.sources import (
     NoiseSource,
@@ -10,6 +16,7 @@ from clipless_dp.noise.sources import (
     derived_seed,
     noise_source,
     random_state,
+    refuse_no_source,
     source_name,
     system_generator,
 )
@@ -23,12 +30,14 @@ __all__ = [
     "SystemNoise",
     "add_normal_",
     "allocate",
+    "checked_allocation",
     "derived_seed",
     "drawn_deviations",
     "effective_noise_multiplier",
     "noise_source",
     "noisy",
     "random_state",
+    "refuse_no_source",
     "source_name",
     "system_generator",
 ]

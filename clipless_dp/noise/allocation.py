@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.arguments import choice
+from clipless_dp.errors import PrivacyError
 from clipless_dp.noise.adding import RELEASE_MARGIN
 
 Allocation = Literal["global", "per-layer", "min-variance"]
@@ -46,7 +47,18 @@ def allocate(
             scale * math.sqrt(delta / math.sqrt(size)) if delta > 0 else 0.0
             for delta, size in zip(sensitivities, sizes, strict=True)
         ]
-    raise ConfigurationError(f"allocation must be 'global', 'per-layer' or 'min-variance', got {scheme!r}")
+    checked_allocation(scheme)
+    raise AssertionError(scheme)
+
+
+def checked_allocation(value: object) -> Allocation:
+    """How noise is shared.
+
+    Raises:
+        ConfigurationError: the scheme is unknown.
+    """
+    scheme: Allocation = choice("allocation", value, *get_args(Allocation))
+    return scheme
 
 
 def effective_noise_multiplier(sensitivities: Sequence[float], deviations: Sequence[float]) -> float:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from clipless_dp.arguments import shown, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.noise.box_muller import NormalNumbers, Words, generator_words, seeded_words, system_words
 from clipless_dp.noise.secure import SecureNoise
@@ -40,20 +41,32 @@ def noise_source(noise: NoiseSource | str | None) -> NoiseSource:
         ConfigurationError: it is none of these, a source that lacks a part of :class:`NoiseSource` or does not fill
             what it is given, or a package is missing.
     """
-    if noise is None or noise == "system":
-        return SystemNoise()
-    if noise == "secure":
-        return SecureNoise()
-    if isinstance(noise, (str, type)):
-        raise ConfigurationError(f"noise must be 'system', 'secure' or a NoiseSource, got {noise!r}")
-    lacking = [part for part in ("reproducible", "begin_step", "standard_normal_") if not hasattr(noise, part)]
-    if lacking:
-        raise ConfigurationError(
-            f"noise must be 'system', 'secure' or a NoiseSource, got {noise!r}, which has no {', no '.join(lacking)}"
-        )
+    noise = refuse_no_source(noise)
+    if noise is None or isinstance(noise, str):
+        return SecureNoise() if noise == "secure" else SystemNoise()
     if getattr(type(noise), "standard_normal_", None) not in _OWN_NUMBERS:
         _try(noise)
     return noise
+
+
+def refuse_no_source(noise: Any) -> NoiseSource | str | None:
+    """What was given for a source, once it is the name of one, or has the parts of one.
+
+    Raises:
+        ConfigurationError: it is neither.
+    """
+    if noise is None or (isinstance(noise, str) and noise in ("system", "secure")):
+        return noise
+    if isinstance(noise, (str, type)):
+        raise ConfigurationError(f"noise must be 'system', 'secure' or a NoiseSource, got {shown(noise)}")
+    lacking = [part for part in ("reproducible", "begin_step", "standard_normal_") if not hasattr(noise, part)]
+    if lacking:
+        raise ConfigurationError(
+            f"noise must be 'system', 'secure' or a NoiseSource, got {shown(noise)}, which has no "
+            f"{', no '.join(lacking)}"
+        )
+    source: NoiseSource = noise
+    return source
 
 
 def _try(source: NoiseSource) -> None:
@@ -138,7 +151,7 @@ class ReproducibleNoise:
     reproducible = True
 
     def __init__(self, seed: int) -> None:
-        self.seed = int(seed)
+        self.seed = whole("seed", seed, None, None)
         self.begin_step(0)
 
     def __getstate__(self) -> dict[str, Any]:

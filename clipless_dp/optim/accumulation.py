@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from clipless_dp.arguments import function, whole
 from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
+from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
 
@@ -19,7 +21,7 @@ BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def accumulate(
     model: DPLipModel,
     here: Placement,
-    batch: tuple[Tensor, Tensor, Tensor],
+    batch: tuple[Tensor | Structure, Tensor, Tensor],
     *,
     augment: Augmentation | None,
     multiplicity: int,
@@ -27,17 +29,16 @@ def accumulate(
     loss: BatchLoss | None,
 ) -> Tensor:
     """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate`."""
-    if not (isinstance(multiplicity, int) and multiplicity >= 1):
-        raise ConfigurationError(f"multiplicity must be a positive integer, got {multiplicity!r}")
+    multiplicity = whole("multiplicity", multiplicity)
     if multiplicity > 1 and augment is None:
         raise ConfigurationError(f"multiplicity={multiplicity} without augment would repeat one view: give augment")
-    if micro_batch_size is not None and micro_batch_size < 1:
-        raise ConfigurationError(f"micro_batch_size must be positive, got {micro_batch_size!r}")
+    if micro_batch_size is not None:
+        micro_batch_size = whole("micro_batch_size", micro_batch_size)
     if augment is not None:
-        refuse_own_generators(augment)
-    inputs, targets, mask = batch
+        refuse_own_generators(function("augment", augment, "one sample"))
+    inputs, targets, mask = model.rows(batch[0]), batch[1], batch[2]
     register = model.register
-    rows, beside = passes.origin(inputs)
+    rows, beside = passes.origin(inputs, register.names())
     register.reconcile()
     entered = [some.rows for some in register.passes if some.rows is not None]
     if draws.overlapping([*entered, rows]):
@@ -49,7 +50,8 @@ def accumulate(
     here.reshard_()
     total = torch.zeros((), device=inputs.device)
     pieces = list(zip(inputs.split(size), targets.split(size), mask.split(size), strict=True))
-    with here.passing(len(pieces)) as count, register.apart(rows, beside, views=multiplicity):
+    unseen = loss is None and augment is None
+    with here.passing(len(pieces)) as count, register.apart(rows, beside, views=multiplicity, unseen=unseen):
         pieces += [(inputs[:0], targets[:0], mask[:0])] * (count - len(pieces))
         for _ in range(multiplicity):
             for some, wanted, counts in pieces:
@@ -62,10 +64,10 @@ def accumulate(
 
 
 def accumulate_public(
-    model: DPLipModel, batch: tuple[Tensor, Tensor], loss: Callable[[Tensor, Tensor], Tensor] | None
+    model: DPLipModel, batch: tuple[Tensor | Structure, Tensor], loss: Callable[[Tensor, Tensor], Tensor] | None
 ) -> Tensor:
     """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate_public`."""
-    inputs, targets = batch
+    inputs, targets = model.rows(batch[0]), batch[1]
     with model.register.apart(None, None, public=True):
         value = model.loss(model(inputs), targets) if loss is None else loss(inputs, targets)
         value.backward()

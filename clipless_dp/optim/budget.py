@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass, replace
 
 from accounting import Accountant, Ledger
+from clipless_dp.arguments import positive, share, shown
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError
 
 
@@ -108,10 +108,6 @@ class _Allowance:
 def _checked(limit: tuple[float, float] | None) -> tuple[float, float] | None:
     if limit is None:
         return None
-    try:
-        epsilon, delta = map(float, limit)
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"budget must be a pair (epsilon, delta) or None, got {limit!r}") from error
-    if not (math.isfinite(epsilon) and epsilon > 0 and 0.0 < delta < 1.0):
-        raise ConfigurationError(f"budget needs a finite epsilon above 0 and a delta in (0, 1), got {limit!r}")
-    return epsilon, delta
+    if not (isinstance(limit, (tuple, list)) and len(limit) == 2):
+        raise ConfigurationError(f"budget must be a pair (epsilon, delta) or None, got {shown(limit)}")
+    return positive("epsilon of budget", limit[0]), share("delta of budget", limit[1], "(0, 1)")

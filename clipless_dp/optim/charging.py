@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -25,6 +26,7 @@ class Terms(NamedTuple):
         since: when the optimizer was made, on the clock of all draws.
         several: whether several ranks step together.
         user: the optimizer.
+        names: by which draws that were left out know the model.
     """
 
     sampling: Sampling
@@ -32,6 +34,7 @@ class Terms(NamedTuple):
     since: int
     several: bool
     user: object
+    names: frozenset[int]
 
 
 class Charge(NamedTuple):
@@ -42,20 +45,27 @@ class Charge(NamedTuple):
         share: what the noise multiplier counts for: a half where one sample more may move all others to other batches,
             so that one enters each and one leaves it.
         witness: what the sample rate rests on.
+        draw: what the step uses up.
     """
 
     sample_rate: float
     share: float
     witness: Witness
+    draw: draws.Draw | None
 
 
 def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
-    """The charge of a step, given the passes of private rows that its gradients consist of; uses up their draw.
+    """The charge of a step, given the passes of private rows that its gradients consist of.
 
     Raises:
         PrivacyError: a row may be in several of them, or rows are not those of their draw.
     """
     draw = _witnessed_draw(passed, terms)
+    if draw is not None and draw.left_by & terms.names:
+        raise PrivacyError(
+            "this draw was left out, by a step on it that was refused or by skip_draw(): what its gradients were may "
+            "have decided what is trained on now. Go on with the next draw"
+        )
     if draw is not None and not draw.amplifies and terms.sampling == "announced":
         raise PrivacyError(
             "the rows of this step are of a draw that was handed out under torch.no_grad(), to be looked at: what is "
@@ -73,7 +83,6 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
                 "steps or by itertools.islice; or call optimizer.skip_draw() for one that is left out for another "
                 "reason, as after an interruption"
             )
-        draws.use(draw, terms.user)
     if not amplified and terms.several and terms.sampling == "announced":
         raise PrivacyError(
             "no Poisson draw was announced for this step, so a sample may be in the batches of several ranks: "
@@ -82,8 +91,47 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
         )
     rate, share = _rate_and_share(passed, draw, amplified, terms)
     if rate == 1.0:
-        return Charge(rate, share, "none")
-    return Charge(rate, share, "seeded" if seeded else "vouched" if terms.sampling == "poisson" else "announced")
+        return Charge(rate, share, "none", draw)
+    return Charge(rate, share, "seeded" if seeded else "vouched" if terms.sampling == "poisson" else "announced", draw)
+
+
+def leave_out(owed: Sequence[passes.Pass], terms: Terms, *, said: bool = False) -> int:
+    """Leaves out for good what a refused step was about; returns how many draws and batches were lost by that.
+
+    What is owed of rows of no draw stays so, unless it is said that all is left out.
+
+    Args:
+        owed: the passes whose gradients were computed, in the step or not.
+        terms: of the step.
+        said: whether it is: then all draws in hand are meant.
+    """
+    if said:
+        draws.forget_left_out(terms.names)
+    closing = list({id(draw): draw for some in owed for draw in _drawn(some)}.values())
+    beside = {id(some): some.beside for some in owed if some.rows is not None and some.rows.draw is None}
+    altered = [draw for draw in beside.values() if draw is not None and _is_ones_own(draw, terms)]
+    if not owed and not said:
+        waiting = draws.next_for(terms.user, terms.since)
+        closing += [] if waiting is None else [waiting]
+    until = math.inf if said or altered else max((draw.delivered for draw in closing), default=0)
+    computed = [*closing, *(draw for draw in altered if draw not in closing)]
+    count = draws.skip(terms.user, until=until, computed=computed, left_by=terms.names)
+    left = set(map(id, computed))
+    undrawn = set()
+    for some in owed:
+        if not some.lost:
+            some.lost = bool(_drawn(some)) or id(beside.get(id(some))) in left
+            if not some.lost and some.rows is not None:
+                undrawn.add(some.rows.base)
+    return count + (len(undrawn) if said else 0)
+
+
+def _drawn(some: passes.Pass) -> list[draws.Draw]:
+    return [] if some.rows is None or some.rows.draw is None else [some.rows.draw]
+
+
+def _is_ones_own(draw: draws.Draw, terms: Terms) -> bool:
+    return draw.delivered > terms.since and draw.series.source.is_for(terms.user)
 
 
 def _rate_and_share(
@@ -148,10 +196,7 @@ def _refuse_other_rows(
     passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows], terms: Terms
 ) -> None:
     vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
-    others = any(
-        some.beside is not None and some.beside.delivered > terms.since and some.beside.series.source.is_for(terms.user)
-        for some in passed
-    )
+    others = any(some.beside is not None and _is_ones_own(some.beside, terms) for some in passed)
     if others or (draw is not None and any(some.draw is not draw for some in spans)):
         raise PrivacyError(
             "rows entered this step that are not those of the draw in hand, as they were drawn: changed, mixed, "

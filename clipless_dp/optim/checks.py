@@ -3,46 +3,73 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
+from clipless_dp.arguments import choice, shown
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.noise import Allocation, allocate
 from clipless_dp.optim.charging import Sampling
 
-
-def refuse_arguments(base: Optimizer, sample_rate: float, dataset_size: int, allocation: Allocation) -> None:
-    """Refuses arguments that are out of range."""
-    _refuse_closures(base)
-    if not 0.0 < sample_rate <= 1.0:
-        raise ConfigurationError(
-            f"sample_rate must lie in (0, 1], got {sample_rate!r}; above 1 the batch exceeds the data set"
-        )
-    if not (isinstance(dataset_size, int) and dataset_size >= 1):
-        raise ConfigurationError(f"dataset_size must be a positive integer, got {dataset_size!r}")
-    allocate([1.0], [1], 1.0, allocation)
-
-
-def checked_multiplier(value: float) -> float:
-    """A noise multiplier."""
-    if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-        raise ConfigurationError(f"noise_multiplier must be finite and positive, got {value!r}")
-    return float(value)
+_DIVERGING = frozenset({"lr", "momentum", "dampening", "weight_decay", "betas", "eps", "alpha"})
+"""Settings of a group that must be finite; others, of whatever optimizer, may be infinite to switch something off."""
 
 
 def checked_sampling(value: Sampling) -> Sampling:
     """How batches are drawn."""
-    if value not in ("announced", "poisson", "none"):
-        raise ConfigurationError(f"sampling must be 'announced', 'poisson' or 'none', got {value!r}")
-    return value
+    checked: Sampling = choice("sampling", value, "announced", "poisson", "none")
+    return checked
 
 
-def _refuse_closures(base: Optimizer) -> None:
-    """Refuses optimizers that take more than one dense gradient a step.
+def refuse_groups(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuses a step that would be charged, and leave weights of NaN: what a schedule sets is looked at each time.
+
+    Args:
+        groups: the base optimizer's.
+
+    Raises:
+        ConfigurationError: a number in a group is NaN, or its learning rate (momentum, ...) is more than its
+            parameters' numbers hold.
+    """
+    for index, group in enumerate(groups):
+        largest = min((torch.finfo(parameter.dtype).max for parameter in group["params"]), default=math.inf)
+        for name, value in group.items():
+            if name == "params":
+                continue
+            for number in _numbers(value):
+                if math.isnan(number) or (name in _DIVERGING and not abs(number) <= largest):
+                    raise ConfigurationError(
+                        f"{name} of parameter group {index} is {number}: give a finite number, and a schedule that "
+                        "returns one at each step. Nothing was charged"
+                    )
+
+
+def _numbers(value: object) -> Iterator[float]:
+    if isinstance(value, (tuple, list)):
+        for part in value:
+            yield from _numbers(part)
+    elif isinstance(value, Tensor):
+        if value.numel() == 1 and not value.is_complex():
+            yield float(value.detach())
+    elif isinstance(value, Real):
+        try:
+            yield float(value)
+        except OverflowError:
+            yield math.inf
+
+
+def refuse_closures(base: object) -> None:
+    """Refuses what is no optimizer, and optimizers that take more than one dense gradient a step.
 
     Raises:
         ConfigurationError: the optimizer is one.
     """
+    if not isinstance(base, Optimizer):
+        raise ConfigurationError(f"base_optimizer must be a torch.optim.Optimizer, got {shown(base)}")
     if isinstance(base, (LBFGS, SparseAdam)):
         raise ConfigurationError(
             f"{type(base).__name__} evaluates gradients several times a step or needs sparse ones; "

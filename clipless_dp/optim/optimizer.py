@@ -11,21 +11,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from accounting import Accountant, create_accountant
-from clipless_dp.arguments import require_accountant
+from clipless_dp.arguments import multiplier, require_accountant, share, whole
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.model import DPLipModel, lineage, passes
-from clipless_dp.noise import Allocation, NoiseSource, noise_source, source_name
+from clipless_dp.model.wrapped import require_wrapped
+from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
 from clipless_dp.optim import accumulation, checks
 from clipless_dp.optim.adaptation import Adaptation, CapRecord
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
-from clipless_dp.optim.charging import Sampling, Terms, charge, refuse_to_step_after
+from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
 from clipless_dp.optim.parameters import Protected, to_release
 from clipless_dp.optim.plan import NoisePlan
+from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
 
@@ -95,21 +97,23 @@ class CliplessDPOptimizer(Optimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
+        require_wrapped(model)
         placement.refuse_averages(model)
+        checks.refuse_closures(base_optimizer)
+        checks.refuse_groups(base_optimizer.param_groups)
         model.placement.reshard_()
         self.placement = model.place()
-        checks.refuse_arguments(base_optimizer, sample_rate, dataset_size, allocation)
         self.model = model
         self.base_optimizer = base_optimizer
         self.noise_multiplier = noise_multiplier
-        self.sample_rate = float(sample_rate)
-        self.dataset_size = dataset_size
-        self.expected_batch_size = self.sample_rate * dataset_size
-        self.allocation: Allocation = allocation
+        self.sample_rate = share("sample_rate", sample_rate, "(0, 1]")
+        self.dataset_size = whole("dataset_size", dataset_size)
+        self.expected_batch_size = self.sample_rate * self.dataset_size
+        self.allocation = allocation
         self.sampling = sampling
         self.noise = noise
         self.accountant: Accountant = (
-            create_accountant(accountant, dataset_size=dataset_size)
+            create_accountant(accountant, dataset_size=self.dataset_size)
             if isinstance(accountant, str)
             else require_accountant(accountant, or_name=True)
         )
@@ -150,7 +154,16 @@ class CliplessDPOptimizer(Optimizer):
 
     @noise_multiplier.setter
     def noise_multiplier(self, value: float) -> None:
-        self._noise_multiplier = checks.checked_multiplier(value)
+        self._noise_multiplier = multiplier("noise_multiplier", value)
+
+    @property
+    def allocation(self) -> Allocation:
+        """How noise is shared among parameters; may be assigned to, for the steps to come."""
+        return self._allocation
+
+    @allocation.setter
+    def allocation(self, value: Allocation) -> None:
+        self._allocation = checked_allocation(value)
 
     @property
     def sampling(self) -> Sampling:
@@ -181,7 +194,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def accumulate(
         self,
-        batch: tuple[Tensor, Tensor, Tensor],
+        batch: tuple[Tensor | Structure, Tensor, Tensor],
         *,
         augment: Augmentation | None = None,
         multiplicity: int = 1,
@@ -194,7 +207,8 @@ class CliplessDPOptimizer(Optimizer):
         a loss weighted by ``1/K`` instead would be undone by a gate that normalises, and count a sample ``K`` times.
 
         Args:
-            batch: inputs, targets and mask of one draw, such as :class:`clipless_dp.sampling.Batch`.
+            batch: inputs, or several by name or in order, targets and mask of one draw, such as
+                :class:`clipless_dp.sampling.Batch`.
             augment: makes a view: a function of one sample, or a :class:`clipless_dp.RowAugmentation`. Each view must
                 depend on its sample and fresh randomness only.
             multiplicity: ``K``, views of each sample.
@@ -225,7 +239,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def accumulate_public(
         self,
-        batch: tuple[Tensor, Tensor],
+        batch: tuple[Tensor | Structure, Tensor],
         *,
         loss: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
@@ -249,11 +263,22 @@ class CliplessDPOptimizer(Optimizer):
     def skip_draw(self) -> None:
         """Says that the draws in hand are not trained on, so that other rows may be: on public data, say.
 
-        Drops the gradients. Whether a draw is skipped must not depend on what is in it: no amplification covers that.
-        The statement says how many were.
+        Drops the gradients. Whether a draw is skipped must not depend on what is in it, and nothing of its gradients
+        may be used: no amplification covers that. The statement says how many were, batches of no draw included whose
+        gradients were computed.
         """
-        self._books.note_skipped(draws.skip(self))
-        self.model.register.drop()
+        self._leave_out(said=True)
+        self.model.register.forget()
+
+    def _leave_out(self, *, said: bool) -> None:
+        """What came in is dropped, and no step takes it any more."""
+        register = self.model.register
+        self._books.note_skipped(leave_out(register.owed(), self._terms(), said=said))
+        register.drop()
+
+    def _terms(self) -> Terms:
+        several = self.placement.world.size > 1
+        return Terms(self._sampling, self.sample_rate, self._made, several, self, self.model.register.names())
 
     @property
     def skipped_draws(self) -> int:
@@ -277,7 +302,8 @@ class CliplessDPOptimizer(Optimizer):
             closure: evaluated once, to compute the gradients; its value is returned and is not private.
 
         Raises:
-            ConfigurationError: another optimizer of the model has taken the gradients.
+            ConfigurationError: another optimizer of the model has taken the gradients, or a learning rate or another
+                setting is no finite number.
             PrivacyError: a gradient would be released without protection.
             RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
         """
@@ -290,7 +316,7 @@ class CliplessDPOptimizer(Optimizer):
                 self._release()
             except BaseException:
                 # What is refused, or was interrupted, must not be released together with what comes next.
-                self.skip_draw()
+                self._leave_out(said=False)
                 raise
             try:
                 self.base_optimizer.step()
@@ -367,7 +393,7 @@ class CliplessDPOptimizer(Optimizer):
         return self._books.changed_settings()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients. Those of a draw that no step took are missed by the next one, which is refused."""
+        """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
         self._adaptation.drop()
         self.model.register.reconcile()
@@ -432,10 +458,11 @@ class CliplessDPOptimizer(Optimizer):
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
         named = self._require_protected()
+        checks.refuse_groups(self.param_groups)
         self.placement.require_ready()
         register = self.model.register
         passed = register.witnessed()
-        terms = Terms(self._sampling, self.sample_rate, self._made, self.placement.world.size > 1, self)
+        terms = self._terms()
         if not passed:
             taker = None if register.taker is None else register.taker()
             refuse_to_step_after(None if taker is self else taker, terms)
@@ -449,10 +476,13 @@ class CliplessDPOptimizer(Optimizer):
         self._books.note_randomness()
         provenance = self._books.provenance(ledger, self.noise, charged.witness)
         self.accountant.step(noise_multiplier=spent, sample_rate=charged.sample_rate, provenance=provenance)
+        if charged.draw is not None:
+            draws.use(charged.draw, self)
         self._books.note_step(named, self.param_groups)
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         register.forget()
+        draws.forget_left_out(terms.names)
         if passed:
             register.taker = ref(self)
         gradients, scales = to_release(named, deviations, passed=bool(passed))

@@ -17,7 +17,7 @@ _ROOM = 2.0**-10
 
 
 class NoisePlan:
-    """Deviations of the noise, kept as long as bounds, parameters and noise multiplier stay the same."""
+    """Deviations of the noise, kept as long as bounds, parameters, noise multiplier and allocation stay the same."""
 
     def __init__(self) -> None:
         self._kept: tuple[tuple[object, ...], tuple[dict[int, float], float, float]] | None = None
@@ -51,7 +51,7 @@ class NoisePlan:
             for parameter in group["params"]
             if parameter.requires_grad and sensitivity.per_parameter.get(names[id(parameter)], 0.0) > 0.0
         )
-        rests_on = held, noise_multiplier, share
+        rests_on = held, noise_multiplier, allocation, share
         if self._kept is not None and self._kept[0][0] is sensitivity and self._kept[0][1:] == rests_on:
             return self._kept[1]
         if not held:

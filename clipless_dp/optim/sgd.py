@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from accounting import Accountant
+from clipless_dp.arguments import flag, learning_rate, not_negative, share
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.optim.optimizer import CliplessDPOptimizer
@@ -18,8 +21,8 @@ class CliplessDPSGD(CliplessDPOptimizer):
 
     Args:
         model: the wrapped model; all its trainable parameters are optimised.
-        lr: learning rate.
-        momentum: as in ``torch.optim.SGD``.
+        lr: learning rate, finite.
+        momentum: as in ``torch.optim.SGD``, in [0, 1).
         dampening: as in ``torch.optim.SGD``.
         weight_decay: as in ``torch.optim.SGD``.
         nesterov: as in ``torch.optim.SGD``.
@@ -51,19 +54,26 @@ class CliplessDPSGD(CliplessDPOptimizer):
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
     ) -> None:
+        require_wrapped(model)
         placement.refuse_averages(model)
         model.placement.reshard_()
         parameters = list(model.net.parameters())
         if not parameters:
             raise ConfigurationError("the network has no parameters to train")
-        base = torch.optim.SGD(
-            parameters,
-            lr=lr,
-            momentum=momentum,
-            dampening=dampening,
-            weight_decay=weight_decay,
-            nesterov=nesterov,
-        )
+        rate = learning_rate("lr", lr)
+        try:
+            base = torch.optim.SGD(
+                parameters,
+                lr=lr if isinstance(lr, Tensor) else rate,
+                momentum=share("momentum", momentum, "[0, 1)"),
+                dampening=not_negative("dampening", dampening),
+                weight_decay=not_negative("weight_decay", weight_decay),
+                nesterov=flag("nesterov", nesterov),
+            )
+        except ConfigurationError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise ConfigurationError(f"torch.optim.SGD refuses its arguments: {error}") from error
         super().__init__(
             model,
             base,

@@ -18,7 +18,14 @@ from clipless_dp.rules.base import (
     value_of,
 )
 
-_MIXES = "it mixes samples through batch statistics; use clipless_dp.layers.LayerCentering and BallProjection"
+_ANY = "; behind gradient gates, clipless_dp.gradient_gated(net), it runs as it is"
+"""What replacements are named for is a certified Lipschitz network; who wants none keeps the layer."""
+
+_MIXES = (
+    "it mixes samples through batch statistics; clipless_dp.recipes.convert_batchnorm(net) replaces it by group norms, "
+    "for networks behind gradient gates (clipless_dp.gradient_gated(net)); in a certified Lipschitz network use "
+    "clipless_dp.layers.LayerCentering and BallProjection"
+)
 register_remedy(
     _MIXES,
     nn.BatchNorm1d,
@@ -29,18 +36,34 @@ register_remedy(
     nn.LazyBatchNorm2d,
 )
 register_remedy(
-    "it has no global Lipschitz constant; use clipless_dp.layers.LayerCentering followed by BallProjection",
+    "it has no global Lipschitz constant; in a certified Lipschitz network use clipless_dp.layers.LayerCentering "
+    f"followed by BallProjection{_ANY}",
     nn.LayerNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d, nn.LocalResponseNorm,
 )  # fmt: skip
 register_remedy(
-    "it has no global Lipschitz constant; use clipless_dp.layers.SampleGroupNorm, with a floor", nn.GroupNorm
+    "it has no global Lipschitz constant; in a certified Lipschitz network use clipless_dp.layers.SampleGroupNorm, "
+    f"with a floor{_ANY}",
+    nn.GroupNorm,
 )
 register_remedy(
-    "attention has no global Lipschitz constant; mix tokens by linear maps (nn.Linear on the transposed axes)",
+    "attention has no global Lipschitz constant; in a certified Lipschitz network mix tokens by linear maps (nn.Linear "
+    f"on the transposed axes){_ANY}",
     nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.Transformer,
 )  # fmt: skip
-register_remedy("put the softmax into the loss, e.g. clipless_dp.losses.TauCrossEntropy", nn.Softmax, nn.LogSoftmax)
-register_remedy("use nn.ReLU, nn.Tanh or clipless_dp.layers.GroupSort", nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.ELU)
+register_remedy(
+    "put a last softmax into the loss, e.g. clipless_dp.losses.TauCrossEntropy; in a certified Lipschitz network leave "
+    f"others out{_ANY}",
+    nn.Softmax, nn.LogSoftmax,
+)  # fmt: skip
+register_remedy(
+    f"in a certified Lipschitz network use nn.ReLU, nn.Tanh or clipless_dp.layers.GroupSort{_ANY}",
+    nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.ELU,
+)  # fmt: skip
+register_remedy(
+    "recurrent layers have no rule; a certified Lipschitz network reads sequences by nn.Conv1d or linear maps"
+    f"{_ANY}",
+    nn.RNNBase, nn.RNNCellBase,
+)  # fmt: skip
 
 __all__ = [
     "Deferred",

@@ -226,6 +226,7 @@ def unsupported_module(path: str, module: nn.Module) -> Unsupported:
     """The refusal of a module, with its remedy."""
     remedy = next(
         (text for kind, text in _REMEDIES.items() if isinstance(module, kind)),
-        "write it from supported parts, or register a rule for it with @register_rule",
+        "write it from supported parts, or register a rule for it with @register_rule; behind gradient gates, "
+        "clipless_dp.gradient_gated(net), it runs as it is",
     )
     return Unsupported(path, type(module).__name__, remedy)

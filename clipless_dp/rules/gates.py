@@ -119,7 +119,7 @@ def isolated_rule(module: Isolated, context: RuleContext) -> LayerBounds:
     What rounding can hide from a cap is that of the norms of what meets the parameter and of what arrives, and of the
     gradient itself.
     """
-    uses, caps = dict(module.uses), module.caps
+    uses, caps = dict(module.uses or ()), module.caps
     limits: dict[str, float] = {}
     kinds: dict[str, str] = {}
     slacks: dict[str, float] = {}

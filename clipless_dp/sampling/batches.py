@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipless_dp import arguments
 from clipless_dp.arguments import whole
+from clipless_dp.packing import Packing, Structure
 from clipless_dp.sampling import draws
-from clipless_dp.sampling.sampler import PoissonBatchSampler
+from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 
 
@@ -24,14 +27,21 @@ class Batch(NamedTuple):
             contribute nothing. (Zero for unsigned integers, where only the mask tells.)
         targets: ``(rows, ...)``, zero beyond the draw.
         mask: boolean ``(rows,)``, true for the samples drawn.
+
+    Several inputs of a sample are packed into one row, which the model takes as it is; :meth:`fields` shows them.
     """
 
     inputs: Tensor
     targets: Tensor
     mask: Tensor
 
+    def fields(self, packing: Packing) -> Structure:
+        """The inputs by name or in order, padding included, as ``model.packing`` tells them apart."""
+        return packing.structured(self.inputs)
+
     def split(self, rows: int) -> Iterator[Batch]:
         """Micro-batches of this draw, for gradient accumulation: one ``backward()`` each, one ``step()`` for all."""
+        rows = whole("rows", rows)
         for inputs, targets, mask in zip(
             self.inputs.split(rows), self.targets.split(rows), self.mask.split(rows), strict=True
         ):
@@ -57,8 +67,9 @@ class PoissonBatches:
     next multiple (:meth:`Batch.split` cuts it into equal pieces). Empty draws are yielded like any other.
 
     Args:
-        dataset: the whole data set, see :func:`as_tensors`; moved to the device once, of several processes each one's
-            own part. They compare it, so that all of them make this together.
+        dataset: the whole data set, see :class:`clipless_dp.sampling.Samples`; moved to the device once, of several
+            processes each one's own part. They compare it, so that all of them make this together.
+            ``Samples(data, model.packing)`` are packed for a model of several inputs, and held against what it takes.
         sample_rate: ``q`` in (0, 1].
         steps: number of batches.
         device: where to hold the data; by default where it is.
@@ -73,6 +84,10 @@ class PoissonBatches:
             :func:`clipless_dp.sampling.persons.refuse_repeats`.
         RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
 
+    Attributes:
+        packing: how several inputs of a sample lie in a row; ``None`` of one.
+        physical_batch_size: as given or chosen.
+
     Guarantee:
         Every sample is in every batch with probability ``q``, independently; each draw is announced to the
         optimizers of this process, which charge amplification only for announced draws.
@@ -80,7 +95,7 @@ class PoissonBatches:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | Sequence[Tensor] | Samples,
+        dataset: Dataset[Any] | Sequence[Any] | Mapping[str, Any] | Samples,
         *,
         sample_rate: float,
         steps: int,
@@ -89,7 +104,13 @@ class PoissonBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
-        inputs, targets = Samples.to_train_on(dataset).all()
+        if physical_batch_size is not None:
+            physical_batch_size = whole("physical_batch_size", physical_batch_size)
+        device = arguments.device("device", device)
+        refuse_draws(sample_rate, steps, seed, start)
+        samples = Samples.to_train_on(dataset)
+        inputs, targets = samples.all()
+        self.packing = samples.packing
         self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world
         self._inputs = inputs[rank::ranks].to(device)
@@ -104,8 +125,12 @@ class PoissonBatches:
         for indices in self.sampler.draws():
             chosen = torch.from_numpy(indices // self.sampler.world.size)
             batch = padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
-            draws.deliver(next(made), batch.inputs, len(indices))
+            draws.deliver(next(made), batch.inputs, len(indices), partial(_rows, self._inputs, chosen))
             yield batch
+
+
+def _rows(inputs: Tensor, indices: Tensor) -> Tensor:
+    return inputs.index_select(0, indices.to(inputs.device))
 
 
 def padded_batch(inputs: Tensor, targets: Tensor, indices: Tensor, multiple: int) -> Batch:

@@ -9,8 +9,10 @@ draw up (:func:`use`), so that it amplifies one step.
 from __future__ import annotations
 
 import itertools
+import math
 import threading
 import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
@@ -103,6 +105,8 @@ class Draw:
         reached: whether a loop is known to have it: a loader's workers may be ahead.
         tensors: its batch, while it is in hand.
         matched: behind which of its rows copies of others are sought first.
+        left_by: the models, by the names that their parameters go by, that have left it out for good.
+        original: makes its samples again, where that can be asked for.
     """
 
     sample_rate: float
@@ -117,6 +121,8 @@ class Draw:
     reached: bool = True
     tensors: tuple[Tensor, ...] = field(default=(), repr=False)
     matched: int = field(default=0, repr=False)
+    left_by: frozenset[int] = frozenset()
+    original: Callable[[], Tensor] | None = field(default=None, repr=False)
 
 
 class Rows(NamedTuple):
@@ -134,6 +140,22 @@ class Rows(NamedTuple):
     stop: int
     draw: Draw | None = None
 
+    def part(self, start: int, stop: int) -> Rows:
+        """Some of these."""
+        return Rows(self.base, self.start + start, self.start + stop, self.draw)
+
+
+class _Packed(NamedTuple):
+    """Rows that were made of several tensors."""
+
+    rows: Rows
+    version: int
+    fingerprint: object
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor is as it was made."""
+        return tensor._version == self.version and fingerprint(tensor) == self.fingerprint
+
 
 class _Delivered(NamedTuple):
     draw: Draw
@@ -148,22 +170,29 @@ class _Delivered(NamedTuple):
 _MOST_HELD = 64
 """Draws in hand whose batches are kept, to know copies of them by what they hold: a loader's threads copy ahead."""
 
+_MOST_LEFT_OUT = 8
+"""The same of draws that were left out, copies of which are left out as well."""
+
 
 _delivered: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _names: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _in_hand: list[Draw] = []
+_left_out: list[Draw] = []
 _numbers = itertools.count()
 _lock = threading.Lock()
 
 
-def deliver(draw: Draw, batch: Any, rows: int) -> None:
+def deliver(draw: Draw, batch: Any, rows: int, original: Callable[[], Tensor] | None = None) -> None:
     """Notes that a batch holds the samples of a draw, in its first rows, and nothing else.
 
     Args:
         draw: not delivered before.
         batch: tensors, in any nesting, whose axis 0 is that of the samples.
         rows: how many of them count; further ones are padding.
+        original: makes those of the batch's only tensor again.
     """
+    draw.original = original
     draw.rows, draw.amplifies, draw.delivered = rows, torch.is_grad_enabled(), next(_clock)
     draw.thread = threading.get_ident()
     parts = (batch,) if isinstance(batch, Tensor) else tree_leaves(batch)
@@ -220,7 +249,7 @@ def next_for(user: object, since: int) -> Draw | None:
 
 def use(draw: Draw, user: object | None = None) -> None:
     """Uses up a draw, for an optimizer."""
-    draw.used, draw.tensors = True, ()
+    draw.used, draw.tensors, draw.original = True, (), None
     draw.series.close(draw.place)
     if user is not None:
         draw.series.source.user = weakref.ref(user)
@@ -255,21 +284,59 @@ def passed_over(draw: Draw, user: object | None = None, since: int = 0) -> int:
         return series.open_before(draw.place, max(before, default=0)) + sum(map(is_left, _in_hand))
 
 
-def skip(user: object | None = None) -> int:
-    """Forgets the draws in hand, and those before them: they are not trained on. Returns how many there were.
+def skip(
+    user: object | None = None,
+    *,
+    until: float = math.inf,
+    computed: Sequence[Draw] = (),
+    left_by: frozenset[int] = frozenset(),
+) -> int:
+    """Forgets draws in hand, and those before them: they are not trained on. Returns how many there were.
 
     Args:
         user: the optimizer, whose draws they are, unless another one uses their sampler.
+        until: those that were delivered by then.
+        computed: others, whose gradients were looked at.
+        left_by: who leaves out for good what was computed, and what came with it.
     """
     with _lock:
-        skipped = [draw for draw in _in_hand if draw.series.source.is_for(user)]
+        skipped = [draw for draw in _in_hand if draw.series.source.is_for(user) and draw.delivered <= until]
         count = 0
         for draw in skipped:
             count += draw.series.close_before(draw.place) + (not draw.series.is_closed(draw.place))
             draw.series.close(draw.place)
-            draw.tensors = ()
         _in_hand[:] = [draw for draw in _in_hand if draw not in skipped]
+        sources = {id(draw.series.source) for draw in computed}
+        last = max((draw.delivered for draw in computed), default=0)
+        for draw in computed:
+            if draw not in skipped and not draw.left_by & left_by:
+                count += 1
+                draw.series.close(draw.place)
+        for draw in {*skipped, *computed}:
+            # Others that wait behind them may be ahead of a loop, which goes on with them.
+            if draw.delivered <= last and id(draw.series.source) in sources:
+                draw.left_by |= left_by
+        _in_hand[:] = [draw for draw in _in_hand if draw not in computed]
+        kept = [draw for draw in skipped if draw.left_by]
+        for draw in skipped:
+            if not draw.left_by:
+                draw.tensors, draw.original = (), None
+        _left_out.extend(kept)
+        _forget([*_left_out[:-_MOST_LEFT_OUT]])
     return count
+
+
+def forget_left_out(left_by: frozenset[int]) -> None:
+    """Copies of what these left out are rows like others from now on."""
+    if _left_out:
+        with _lock:
+            _forget([draw for draw in _left_out if draw.left_by & left_by])
+
+
+def _forget(these: Sequence[Draw]) -> None:
+    for draw in these:
+        draw.tensors, draw.original = (), None
+    _left_out[:] = [draw for draw in _left_out if draw not in these]
 
 
 def fingerprint_of(rows: Rows, inputs: Tensor) -> object:
@@ -294,9 +361,13 @@ def find(inputs: Tensor) -> Rows:
     """
     # A batch that was handed out as a view of something larger is known by itself.
     base = inputs if inputs._base is None or inputs in _delivered else inputs._base
+    packed: _Packed | None = _packed.get(base)
+    if packed is not None and packed.holds(base):
+        span = _span(inputs, base)
+        return packed.rows.part(*span) if span is not None else packed.rows._replace(draw=None)
     span = _span(inputs, base)
-    known = _delivered.get(base)
-    draw = known.draw if known is not None and known.holds(base) else None
+    known = _as_delivered(base)
+    draw = known.draw if known is not None else None
     if draw is not None:
         draw.reached = True
     if span is None:
@@ -310,6 +381,73 @@ def find(inputs: Tensor) -> Rows:
     return Rows(_name(base), *span, draw) if draw is not None else _matching(inputs) or Rows(_name(base), *span)
 
 
+def note_packed(packed: Tensor, parts: Sequence[Tensor]) -> None:
+    """Notes that rows were made of others, one by one: they are a draw's if all parts are, as they were handed out.
+
+    Args:
+        packed: ``(B, ...)``, whose row ``i`` is made of the parts' rows ``i``.
+        parts: ``(B, ...)`` each.
+    """
+    if not len(packed) or not is_batch(packed):
+        return
+    found = [_held(part) for part in parts]
+    first = found[0]
+    if first.draw is None or any(some.draw is not first.draw or some[1:3] != first[1:3] for some in found):
+        first = _matching_together(parts) or _together(found, len(packed))
+    if first.draw is not None:
+        first.draw.reached = True
+    _packed[packed] = _Packed(first, packed._version, fingerprint(packed))
+
+
+def _held(part: Tensor) -> Rows:
+    """Rows of a tensor, by their place in memory alone."""
+    base = part if part._base is None or part in _delivered else part._base
+    known, span = _delivered.get(base), _span(part, base)
+    if span is None:
+        return Rows(_name(base), 0, len(base) if base.dim() else 1)
+    return Rows(_name(base), *span, known.draw if known is not None and known.holds(base) else None)
+
+
+def _together(found: Sequence[Rows], count: int) -> Rows:
+    """Rows of no draw: those of as many tensors at once, so that the same ones show when they come again."""
+    # Tensors themselves have natural numbers for names. One that is a single row for all samples starts nowhere.
+    name = -1 - abs(hash(tuple(some.base for some in found)))
+    start = max(some.start for some in found)
+    return Rows(name, start, start + count)
+
+
+def _matching_together(parts: Sequence[Tensor]) -> Rows | None:
+    """The rows of a draw in hand of which all parts are copies, on another device say; the oldest first."""
+    with _lock:
+        held = [draw for draw in _in_hand if draw.tensors]
+    for draw in held:
+        fitting = [[tensor for tensor in draw.tensors if _may_hold(part, tensor)] for part in parts]
+        if not all(fitting):
+            continue
+        places = [
+            place
+            for part, tensors in zip(parts, fitting, strict=True)
+            for tensor in tensors
+            if (place := _place_of(part.detach(), tensor.detach(), draw)) is not None
+        ]
+        for place in dict.fromkeys(places):
+            if all(
+                any(_place_of(part.detach(), tensor.detach()[place:][: len(part)], draw) == 0 for tensor in tensors)
+                for part, tensors in zip(parts, fitting, strict=True)
+            ):
+                draw.matched = place + len(parts[0])
+                return Rows(_name(draw.tensors[0]), place, place + len(parts[0]), draw)
+    return None
+
+
+def _may_hold(part: Tensor, tensor: Tensor) -> bool:
+    """Whether a draw's tensor is as it was handed out, and large enough to hold these rows."""
+    known = _delivered.get(tensor)
+    if known is None or not known.holds(tensor) or not len(tensor):
+        return False
+    return len(part) <= len(tensor) and part[0].numel() == tensor[0].numel()
+
+
 def _name(base: Tensor) -> int:
     """A number of its own for each tensor."""
     with _lock:
@@ -318,24 +456,52 @@ def _name(base: Tensor) -> int:
         return cast(int, _names[base])
 
 
-def _matching(inputs: Tensor) -> Rows | None:
+def _as_delivered(tensor: Tensor) -> _Delivered | None:
+    """What a tensor was handed out as, if it is as it was, but for padding that was zeroed."""
+    known: _Delivered | None = _delivered.get(tensor)
+    if known is None or known.holds(tensor):
+        return known
+    rows, original = known.draw.rows, known.draw.original
+    if original is None or rows == len(tensor) or bool(tensor[rows:].any()):
+        return None
+    samples, now = original(), tensor.detach()[:rows]
+    if samples.shape != now.shape or not bool(((samples == now) | (samples.isnan() & now.isnan())).all()):
+        return None
+    _delivered[tensor] = filled = _Delivered(known.draw, tensor._version, fingerprint(tensor))
+    return filled
+
+
+def left_out(inputs: Tensor, left_by: frozenset[int]) -> Rows | None:
+    """As :func:`find`, of copies of draws that these have left out."""
+    return _matching(inputs, [draw for draw in _left_out if draw.left_by & left_by]) if _left_out else None
+
+
+def _matching(inputs: Tensor, among: Sequence[Draw] | None = None) -> Rows | None:
     """Rows of a draw in hand that a batch holds, entry by entry, in another place, dtype or shape; the oldest first."""
     if not inputs.dim() or not len(inputs):
         return None
     with _lock:
-        held = [draw for draw in _in_hand if draw.tensors]
+        held = [draw for draw in (_in_hand if among is None else among) if draw.tensors]
+    padding: tuple[Draw, Rows] | None = None
     for draw in held:
         for tensor in draw.tensors:
             fits = len(inputs) <= len(tensor) and inputs[0].numel() == (tensor[0].numel() if len(tensor) else -1)
-            known = _delivered.get(tensor)
-            if not fits or known is None or not known.holds(tensor):
+            if not fits or _as_delivered(tensor) is None:
                 continue
             start = _place_of(inputs.detach(), tensor.detach(), draw)
-            if start is not None:
-                draw.reached = True
-                draw.matched = start + len(inputs)
-                return Rows(_name(tensor), start, start + len(inputs), draw)
-    return None
+            if start is None:
+                continue
+            found = draw, Rows(_name(tensor), start, start + len(inputs), draw)
+            if start < draw.rows or start == draw.matched:
+                return _met(*found)
+            # Zeros are the padding of any draw, first of the one whose other pieces were found.
+            padding = padding or found
+    return None if padding is None else _met(*padding)
+
+
+def _met(draw: Draw, rows: Rows) -> Rows:
+    draw.reached, draw.matched = True, rows.stop
+    return rows
 
 
 _MOST_TRIED = 16
@@ -353,12 +519,14 @@ def _place_of(inputs: Tensor, batch: Tensor, draw: Draw) -> int | None:
     if last:
         column = batch[: last + 1].reshape(last + 1, -1)[:, 0].to(inputs.device, inputs.dtype)
         first = inputs.reshape(len(inputs), -1)[0, 0]
-        firsts = ((column == first) | (column.isnan() & first.isnan())).nonzero().flatten().tolist()
+        alike = (column == first) | (column.isnan() & first.isnan())
+        # What pads a draw may have been zeroed.
+        alike[draw.rows :] |= first == 0
+        firsts = alike.nonzero().flatten().tolist()
         firsts.sort(key=lambda start: (start != draw.matched, start))
     for start in firsts[:_MOST_TRIED]:
         copy = batch[start : start + len(inputs)].to(inputs.device, inputs.dtype).reshape(inputs.shape)
         alike = (copy == inputs) | (copy.isnan() & inputs.isnan())
-        # What pads a draw may have been zeroed.
         alike[max(0, draw.rows - start) :] |= inputs[max(0, draw.rows - start) :] == 0
         if bool(alike.all()):
             return int(start)

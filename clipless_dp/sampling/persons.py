@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -81,6 +81,22 @@ def refuse_repeats(dataset: Any) -> None:
                 "repeated (a Subset with an index twice, as sampling with replacement gives; a data set twice in a "
                 f"ConcatDataset), so that a person would enter a batch more than once: {_INSTEAD}"
             )
+
+
+def refuse_repeated_rows(inputs: Sequence[Tensor]) -> None:
+    """The same of a data set of tensors, of which one sample has a row each.
+
+    A tensor may hold one row for all samples (types of tokens that are all zero, expanded), if not all of them do.
+
+    Args:
+        inputs: ``(N, ...)`` each.
+
+    Raises:
+        PrivacyError: rows of one of them lie on one another in memory.
+    """
+    varying = [values for values in inputs if len(values) < 2 or values.layout != torch.strided or values.stride(0)]
+    for values in varying or inputs:
+        refuse_repeats(TensorDataset(values))
 
 
 def rows_overlap(values: Tensor) -> bool:
@@ -179,15 +195,31 @@ def _has_address(values: Tensor) -> bool:
 
 def _holds(sample: Any) -> bool:
     """Whether a sample, or a part of it, is a tensor or an array."""
-    parts = sample.values() if isinstance(sample, dict) else sample if isinstance(sample, (tuple, list)) else [sample]
-    return any(isinstance(part, (Tensor, np.ndarray)) for part in parts)
+    if isinstance(sample, Mapping):
+        return True
+    parts = sample if isinstance(sample, (tuple, list)) else [sample]
+    return any(isinstance(part, (Tensor, np.ndarray, Mapping)) for part in parts) or (
+        len(parts) > 0 and isinstance(parts[0], (tuple, list)) and _place(parts[0]) is not None
+    )
 
 
 def _mark(sample: Any) -> int:
     """A number that is the same for one and the same sample: its inputs' memory and its target, in whatever tuple."""
-    if not isinstance(sample, (tuple, list)) or (place := _address(sample[0])) is None:
-        return _address(sample) or id(sample)
-    return hash((place, *map(_content, sample[1:])))
+    if not isinstance(sample, (tuple, list)):
+        return _place(sample) or id(sample)
+    place = _place(sample[0])
+    return id(sample) if place is None else hash((place, *map(_content, sample[1:])))
+
+
+def _place(inputs: Any) -> int | None:
+    """Where inputs are in memory, one or several; ``None`` if they have no place."""
+    if not isinstance(inputs, (Mapping, tuple, list)):
+        return _address(inputs)
+    parts = [*inputs.values()] if isinstance(inputs, Mapping) else [*inputs]
+    places = [_address(part) for part in parts]
+    if all(place is None for place in places):
+        return id(inputs) if isinstance(inputs, Mapping) else None
+    return hash(tuple(_content(part) if place is None else place for place, part in zip(places, parts, strict=True)))
 
 
 def _address(values: Any) -> int | None:

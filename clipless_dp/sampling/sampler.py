@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,25 @@ import torch
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
-from clipless_dp.arguments import positive, whole
+from clipless_dp import arguments
+from clipless_dp.arguments import share, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import draws, loaders, persons
 
 
-def _checked(sample_rate: float, steps: int, start: int) -> tuple[float, int, int]:
-    rate = positive("sample_rate", sample_rate)
-    if rate > 1.0:
-        raise ConfigurationError(
-            f"sample_rate must lie in (0, 1], got {sample_rate!r}: the expected batch cannot exceed the data set"
-        )
+def refuse_draws(sample_rate: float, steps: int, seed: int | None, start: int) -> tuple[float, int, int | None, int]:
+    """Sample rate, steps, seed and start, once they are known to be some; asked before data is read.
+
+    Raises:
+        ConfigurationError: one is out of range.
+    """
+    rate = share("sample_rate", sample_rate, "(0, 1]")
     steps, start = whole("steps", steps, 0), whole("start", start, 0)
     if start > steps:
         raise ConfigurationError(f"steps and start must be integers with 0 ≤ start ≤ steps, got {steps!r}, {start!r}")
-    return rate, steps, start
+    return rate, steps, arguments.seed("seed", seed), start
 
 
 class PoissonBatchSampler(Sampler[list[int]]):
@@ -54,9 +56,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __init__(
         self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None, start: int = 0
     ) -> None:
-        self.sample_rate, self.steps, self.start = _checked(sample_rate, steps, start)
+        self.sample_rate, self.steps, self.seed, self.start = refuse_draws(sample_rate, steps, seed, start)
         self.dataset_size = whole("dataset_size", dataset_size)
-        self.seed = seed
         self._passed = False
         self._source = draws.Source()
         self.world = placement.world()
@@ -124,26 +125,31 @@ class PoissonBatchSampler(Sampler[list[int]]):
         return generator.choice(count, size=size, replace=False, shuffle=False)
 
 
-def poisson_collate(dataset: Dataset[Any]) -> Callable[[list[Any]], Any]:
+def poisson_collate(
+    dataset: Dataset[Any] | Sequence[Any], collate: Callable[[list[Any]], Any] = default_collate
+) -> Callable[[list[Any]], Any]:
     """A ``collate_fn`` that also handles the empty batch, which Poisson sampling does draw.
 
     Args:
         dataset: its first sample shows the shapes. Of several processes all call this, after the process group was
             made: they compare what they hold, see :func:`clipless_dp.sampling.persons.require_alike`.
+        collate: makes a batch of a list of samples, row by row in their order: torch's own, or a data collator of
+            Hugging Face. It must pad all batches to one length, which a public number says.
 
     Returns:
-        A function that collates as torch does, and returns zero-length tensors for an empty list.
+        A function that collates so, and returns zero-length tensors for an empty list. Mappings of other types become
+        a ``dict``.
 
     Raises:
         PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
         RankError: the data of the ranks differs.
     """
-    empty = _emptied(default_collate([dataset[0]]))
+    empty = _emptied(_plain(collate([dataset[0]])))
     if hasattr(dataset, "__len__"):
         persons.refuse_repeats(dataset)
         tensors = dataset.tensors if isinstance(dataset, TensorDataset) else None
         persons.require_alike(dataset, tensors, lambda index: list(_leaves(dataset[index])))
-    return _Collate(empty, by_memory=_is_made_of_tensors(dataset))
+    return _Collate(empty, collate, by_memory=_is_made_of_tensors(dataset))
 
 
 def _is_made_of_tensors(dataset: Any) -> bool:
@@ -156,7 +162,7 @@ def _is_made_of_tensors(dataset: Any) -> bool:
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         value = list(value.values())
     if isinstance(value, (tuple, list)):
         for part in value:
@@ -165,10 +171,15 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield torch.from_numpy(value) if isinstance(value, np.ndarray) and value.dtype.kind in "biufc" else value
 
 
+def _plain(batch: Any) -> Any:
+    """A batch whose tensors are found in it: of mappings, torch looks into its own and Python's."""
+    return dict(batch) if isinstance(batch, Mapping) else batch
+
+
 def _emptied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value[:0]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _emptied(item) for key, item in value.items()}
     if hasattr(value, "_fields"):
         return type(value)(*map(_emptied, value))
@@ -178,8 +189,9 @@ def _emptied(value: Any) -> Any:
 class _Collate:
     """A class, since a ``DataLoader`` that spawns its workers pickles it."""
 
-    def __init__(self, empty: Any, by_memory: bool) -> None:
+    def __init__(self, empty: Any, collate: Callable[[list[Any]], Any], by_memory: bool) -> None:
         self.empty = empty
+        self.collate = collate
         self.by_memory = by_memory
 
     def __call__(self, samples: Any) -> Any:
@@ -195,4 +207,4 @@ class _Collate:
             # The data set was asked for a draw at once.
             samples = default_convert(samples)
             return loaders.arrived(samples, samples)
-        return loaders.arrived(default_collate(samples) if samples else _emptied(self.empty), samples)
+        return loaders.arrived(_plain(self.collate(samples)) if samples else _emptied(self.empty), samples)

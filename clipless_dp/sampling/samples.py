@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from clipless_dp.arguments import whole
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import CliplessError, ConfigurationError, InputError
+from clipless_dp.packing import LABELS, Packing, Structure
 from clipless_dp.sampling import persons
 
 
@@ -19,7 +20,7 @@ def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
     """Inputs and targets of a data set, stacked.
 
     Args:
-        dataset: a pair of tensors or arrays, a ``TensorDataset``, or any map-style data set of (input, target).
+        dataset: see :class:`Samples`.
 
     Raises:
         ConfigurationError: it is empty, or the two lengths differ, its samples differ in shape, or it is none of
@@ -37,95 +38,258 @@ def public_size(dataset_size: int | None, rows: int) -> int:
     return whole("dataset_size", rows if dataset_size is None else dataset_size)
 
 
+def count(dataset: Any) -> int:
+    """The number of samples of a data set, none of which is read.
+
+    Raises:
+        ConfigurationError: it is empty, or two lengths differ, or it is no data set.
+    """
+    if isinstance(dataset, Samples):
+        return len(dataset)
+    try:
+        parts = _parts(dataset)
+        if parts is not None:
+            lengths = [len(part) for part in parts]
+            if len(set(lengths)) > 1 or lengths[0] == 0:
+                raise ConfigurationError(
+                    f"{lengths[0]} inputs and {lengths[-1]} targets: need as many of each, and some"
+                )
+            return lengths[0]
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, (str, bytes)):
+            length = len(dataset)
+            if length == 0:
+                raise ConfigurationError("the data set is empty")
+            return length
+    except TypeError as error:
+        raise ConfigurationError(
+            f"the data set has no length: {error}; give a pair of tensors, one row for each sample"
+        ) from error
+    raise ConfigurationError(
+        f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
+    )
+
+
+def _parts(dataset: Any) -> list[Any] | None:
+    """All inputs, and the targets, of a data set that is made of tensors; ``None`` of a map-style one."""
+    if isinstance(dataset, TensorDataset):
+        dataset = dataset.tensors
+    if isinstance(dataset, Mapping):
+        return [*dataset.values()] or None
+    if not (isinstance(dataset, (tuple, list)) and len(dataset) == 2):
+        return None
+    inputs, targets = dataset
+    if hasattr(inputs, "shape"):
+        return [inputs, targets] if hasattr(targets, "shape") else None
+    if isinstance(inputs, Mapping) and (hasattr(targets, "shape") or isinstance(targets, (list, tuple))):
+        return [*inputs.values(), targets]
+    several = isinstance(inputs, (tuple, list)) and bool(inputs) and all(hasattr(part, "shape") for part in inputs)
+    return [*inputs, targets] if several and hasattr(targets, "shape") else None
+
+
 class Samples:
     """The samples of a data set, by number; nothing but the first one is read until it is asked for.
 
+    A sample is a pair of inputs and target. Its inputs are one tensor; or several, by name or in order, which are
+    packed into one row (:class:`clipless_dp.packing.Packing`), as a model of several inputs takes them.
+
     Args:
-        dataset: see :func:`as_tensors`. Arrays may be memory-mapped files, of which no more is read than the rows asked
-            for. A map-style data set is asked for several samples at once, by ``__getitems__``, where it can.
+        dataset: one of
+
+            * a pair of inputs and targets: tensors or arrays, the inputs also a mapping or a sequence of them;
+            * a mapping of tensors, arrays or lists of numbers with the targets among them, as tokenizers return it;
+            * a ``TensorDataset`` of two tensors;
+            * a map-style data set, a list say, of pairs of input and target, whose inputs may be mappings or sequences,
+              or of mappings with the target among them, as data sets of Hugging Face are.
+
+            Arrays may be memory-mapped files, of which no more is read than the rows asked for. A map-style data set is
+            asked for several samples at once, by ``__getitems__``, where it can.
+        packing: how several inputs lie in a row: ``model.packing``. ``None``: as they come, names in order; an only one
+            stays as it is.
+        labels: what the targets are called among the inputs; by default ``labels`` or ``label``.
 
     Raises:
         ConfigurationError: it is empty, or no data set, or its first sample is not a pair.
+        InputError: the inputs are not those of the packing.
 
     Attributes:
-        tensors: inputs and targets where the data set is a pair of them, else ``None``.
+        tensors: inputs, one or several, and targets, where the data set is made of tensors, else ``None``.
+        packing: how inputs lie in a row; ``None`` of one.
         first: input and target of the first sample, with a batch axis of length one.
     """
 
-    def __init__(self, dataset: Any) -> None:
-        self.tensors: tuple[Tensor, Tensor] | None = None
-        if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
-            dataset = dataset.tensors
-        if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(hasattr(part, "shape") for part in dataset):
-            with warnings.catch_warnings():
-                # A file that is mapped for reading only: nothing here writes to it.
-                warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
-                inputs, targets = (torch.as_tensor(part) for part in dataset)
-            if len(inputs) != len(targets) or len(inputs) == 0:
-                raise ConfigurationError(
-                    f"{len(inputs)} inputs and {len(targets)} targets: need as many of each, and some"
-                )
-            self.tensors = inputs, targets
-        elif not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
-            raise ConfigurationError(
-                f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
-            )
-        elif len(dataset) == 0:
-            raise ConfigurationError("the data set is empty")
-        self._dataset = dataset
+    def __init__(self, dataset: Any, packing: Packing | None = None, *, labels: str | None = None) -> None:
+        self.tensors: tuple[Tensor, ...] | None = None
+        self.packing = packing
+        self._labels = labels
+        self._names: tuple[str, ...] | None = None
         self._checked = False
+        self._dataset = dataset
+        if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
+            dataset = self._dataset = dataset.tensors
+        given = self._held_by(dataset)
+        if given is not None:
+            self._take(*given)
+        else:
+            count(dataset)
         try:
             self.first = self.read(range(1))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise error if isinstance(error, ConfigurationError) else self._refused(error) from error
+            raise error if isinstance(error, CliplessError) else self._refused(error) from error
 
     @classmethod
-    def of(cls, dataset: Any) -> Samples:
-        """The samples of a data set, or these themselves."""
-        return dataset if isinstance(dataset, Samples) else cls(dataset)
+    def of(cls, dataset: Any, packing: Packing | None = None) -> Samples:
+        """The samples of a data set, or these themselves, packed for a model.
+
+        Args:
+            dataset: see the constructor.
+            packing: ``model.packing``.
+        """
+        if not isinstance(dataset, Samples):
+            return cls(dataset, packing)
+        if packing is None or packing == dataset.packing or not dataset.is_structured:
+            return dataset
+        packed = cls(dataset._dataset, packing, labels=dataset._labels)
+        packed._checked = dataset._checked
+        return packed
 
     @classmethod
-    def to_train_on(cls, dataset: Any) -> Samples:
+    def to_train_on(cls, dataset: Any, packing: Packing | None = None) -> Samples:
         """The samples of a data set in which each is there once, and that all ranks hold alike.
 
         Raises:
             ConfigurationError: as the constructor does.
+            InputError: as the constructor does.
             PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
             RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
         """
-        samples = cls.of(dataset)
+        samples = cls.of(dataset, packing)
         if not samples._checked:
-            persons.refuse_repeats(samples._dataset if samples.tensors is None else samples.tensors)
+            if samples.tensors is None:
+                persons.refuse_repeats(samples._dataset)
+            else:
+                persons.refuse_repeated_rows(samples.tensors[:-1])
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
             samples._checked = True
         return samples
+
+    @property
+    def is_structured(self) -> bool:
+        """Whether the data set has mappings or sequences for inputs."""
+        return self._structured
 
     def all(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of all samples, stacked."""
         return self.read(range(len(self)))
 
     def __len__(self) -> int:
-        return len(self._dataset if self.tensors is None else self.tensors[0])
+        return len(self._dataset if self.tensors is None else self.tensors[-1])
 
     def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some samples, stacked; a range of rows of a tensor is not copied.
 
         Raises:
             ConfigurationError: they are not pairs, or differ in shape. What the data set itself raises passes.
+            InputError: their inputs are not those that they are packed for.
         """
         if not len(indices):
             return self.first[0][:0], self.first[1][:0]
         if self.tensors is not None:
-            inputs, targets = self.tensors
             rows = slice(indices.start, indices.stop) if isinstance(indices, range) else torch.as_tensor(indices)
-            return inputs[rows], targets[rows]
+            *inputs, targets = (part[rows] for part in self.tensors)
+            if not self._structured:
+                return inputs[0], targets
+            return self._packed(inputs if self._names is None else dict(zip(self._names, inputs, strict=True))), targets
         several = getattr(self._dataset, "__getitems__", None)
         samples = [self._dataset[index] for index in indices] if several is None else several(list(indices))
         try:
-            inputs, targets = default_collate(samples)
-            return torch.as_tensor(inputs), torch.as_tensor(targets)
+            inputs, targets = self._collated(samples)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise self._refused(error) from error
+            raise error if isinstance(error, CliplessError) else self._refused(error) from error
+        return (self._packed(inputs) if self._structured else torch.as_tensor(inputs)), torch.as_tensor(targets)
+
+    def parts(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All samples in order, so many at a time."""
+        for start in range(0, len(self), rows):
+            yield self.read(range(start, min(start + rows, len(self))))
+
+    def as_pairs(self) -> Dataset[Any]:
+        """The samples as a map-style data set of pairs of tensors, packed."""
+        return _Pairs(self)
+
+    def _held_by(self, dataset: Any) -> tuple[Any, Any] | None:
+        """Inputs and targets of a data set that is made of tensors; ``None`` of a map-style one."""
+        self._structured = False
+        if isinstance(dataset, Mapping) and all(isinstance(name, str) for name in dataset):
+            self._structured = True
+            return self._apart(dataset)
+        if not isinstance(dataset, (tuple, list)) or len(dataset) != 2:
+            return None
+        inputs, targets = dataset
+        if hasattr(inputs, "shape"):
+            return (inputs, targets) if hasattr(targets, "shape") else None
+        if isinstance(inputs, Mapping):
+            fits = hasattr(targets, "shape") or isinstance(targets, (list, tuple))
+        else:
+            several = isinstance(inputs, (tuple, list)) and all(hasattr(part, "shape") for part in inputs)
+            fits = several and bool(inputs) and hasattr(targets, "shape") and len(targets.shape) > 0
+        self._structured = fits
+        return (inputs, targets) if fits else None
+
+    def _take(self, inputs: Any, targets: Any) -> None:
+        """Keeps the data as tensors, which share the memory of arrays."""
+        parts = inputs if self._structured else [inputs]
+        if isinstance(parts, Mapping):
+            self._names = tuple(map(str, parts))
+            parts = [*parts.values()]
+        with warnings.catch_warnings():
+            # A file that is mapped for reading only: nothing here writes to it.
+            warnings.filterwarnings("ignore", message=".*not writable", category=UserWarning)
+            names = self._names or range(len(parts))
+            tensors = [_as_tensor(name, part) for name, part in zip(names, parts, strict=True)]
+            self.tensors = (*tensors, _as_tensor("targets", targets))
+        counts = [len(part) if part.dim() else 0 for part in self.tensors]
+        if len({*counts}) > 1 or counts[0] == 0:
+            if len(counts) == 2:
+                counted = f"{counts[0]} inputs"
+            else:
+                listed = zip(names, counts, strict=False)
+                counted = ", ".join(f"{count} of the input {name!r}" for name, count in listed)
+            raise ConfigurationError(f"{counted} and {counts[-1]} targets: need as many of each, and some")
+
+    def _apart(self, sample: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+        """The inputs in a mapping, and the targets among them."""
+        names = (self._labels,) if self._labels is not None else LABELS
+        label = next((name for name in names if name in sample), None)
+        if label is None:
+            raise ConfigurationError(
+                f"{' or '.join(map(repr, names))} is not among {[*sample]}: name the targets by "
+                "Samples(dataset, labels='...'), or give pairs of inputs and targets"
+            )
+        return {name: value for name, value in sample.items() if name != label}, sample[label]
+
+    def _collated(self, samples: Any) -> tuple[Any, Any]:
+        """Inputs and targets of some samples of a map-style data set, each stacked."""
+        first = samples[0]
+        if isinstance(first, Mapping):
+            self._structured = True
+            inputs, targets = zip(*(self._apart(sample) for sample in samples), strict=True)
+            return _stacked(inputs), _column("targets", targets)
+        if isinstance(first, (tuple, list)) and len(first) == 2 and isinstance(first[0], (Mapping, tuple, list)):
+            numbers = isinstance(first[0], (tuple, list)) and not any(hasattr(part, "shape") for part in first[0])
+            if not numbers:
+                self._structured = True
+                inputs, targets = zip(*samples, strict=True)
+                return _stacked(inputs), _column("targets", targets)
+        inputs, targets = default_collate(samples)
+        return inputs, targets
+
+    def _packed(self, inputs: Structure) -> Tensor:
+        if self.packing is None:
+            values = [*inputs.values()] if isinstance(inputs, Mapping) else [*inputs]
+            if len(values) == 1:
+                return values[0]
+            self.packing = Packing.of(inputs)
+        return self.packing.pack(inputs)
 
     def _refused(self, error: Exception) -> ConfigurationError:
         return ConfigurationError(
@@ -133,7 +297,54 @@ class Samples:
             f"{error}"
         )
 
-    def parts(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All samples in order, so many at a time."""
-        for start in range(0, len(self), rows):
-            yield self.read(range(start, min(start + rows, len(self))))
+
+class _Pairs(Dataset[Any]):
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        (pair,) = self.__getitems__([index])
+        return pair
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(*self._samples.read(indices), strict=True))
+
+
+def _stacked(samples: Sequence[Any]) -> Structure:
+    """Mappings or sequences of values as one of stacked values."""
+    first = samples[0]
+    if isinstance(first, Mapping):
+        other = next((sample for sample in samples if {*sample} != {*first}), None)
+        if other is not None:
+            differing = sorted(map(str, {*other} ^ {*first}))
+            raise InputError(f"the input {differing[0]!r} is there in some samples, and missing in others")
+        return {name: _column(name, [sample[name] for sample in samples]) for name in first}
+    return [_column(place, column) for place, column in enumerate(zip(*samples, strict=True))]
+
+
+def _column(name: object, values: Sequence[Any]) -> Tensor:
+    """One value of each sample, stacked."""
+    tensors = [_as_tensor(name, value) for value in values]
+    shapes = {tuple(value.shape) for value in tensors}
+    if len(shapes) > 1:
+        raise InputError(
+            f"{name!r} has the shapes {', '.join(map(str, sorted(shapes)))} in different samples: give all samples one "
+            "shape; pad sequences to one length, with a mask"
+        )
+    return torch.stack(tensors)
+
+
+def _as_tensor(name: object, value: Any) -> Tensor:
+    """A tensor, an array or numbers as a tensor."""
+    try:
+        if isinstance(value, (list, tuple)) and value and hasattr(value[0], "shape"):
+            return torch.stack([torch.as_tensor(part) for part in value])
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"{name!r} holds what is no tensor of numbers ({type(value).__name__}: {error}): leave it out of the data "
+            "set, e.g. by remove_columns, or pad its sequences to one length"
+        ) from error

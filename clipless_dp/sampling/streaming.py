@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipless_dp import arguments
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.batches import Batch, checked_rows, padded_batch
-from clipless_dp.sampling.sampler import PoissonBatchSampler
+from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 
 AHEAD = 3
@@ -34,7 +35,7 @@ class StreamedBatches:
     (Seeded, a sampler that starts at a step draws that step's batch, which no step has used.)
 
     Args:
-        dataset: any map-style data set of pairs, a pair of tensors, or of arrays, memory-mapped files included; see
+        dataset: any data set, pairs of arrays included, which may be memory-mapped files; see
             :class:`clipless_dp.sampling.Samples`. It is asked from the thread. Of several processes each reads the
             samples of its own part, and the few that all compare.
         sample_rate: ``q`` in (0, 1].
@@ -57,7 +58,7 @@ class StreamedBatches:
 
     def __init__(
         self,
-        dataset: Dataset[Any] | Sequence[Any] | Samples,
+        dataset: Dataset[Any] | Sequence[Any] | Mapping[str, Any] | Samples,
         *,
         sample_rate: float,
         steps: int,
@@ -66,18 +67,22 @@ class StreamedBatches:
         seed: int | None = None,
         start: int = 0,
     ) -> None:
+        if physical_batch_size is not None:
+            physical_batch_size = arguments.whole("physical_batch_size", physical_batch_size)
+        self._device = arguments.device("device", device)
+        refuse_draws(sample_rate, steps, seed, start)
         self._samples = Samples.of(dataset)
         if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
             raise ConfigurationError(
                 "the data is on a device already, so there is nothing to stream: use PoissonBatches"
             )
         Samples.to_train_on(self._samples)
+        self.packing = self._samples.packing
         count = len(self._samples)
         self.sampler = PoissonBatchSampler(count, sample_rate=sample_rate, steps=steps, seed=seed, start=start)
         rank, ranks = self.sampler.world
         own = len(range(rank, count, ranks))
         self.physical_batch_size = checked_rows(physical_batch_size, own, self.sampler.sample_rate)
-        self._device = None if device is None else torch.device(device)
 
     def __len__(self) -> int:
         return len(self.sampler)

@@ -278,8 +278,8 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
         )
     if optimizer.skipped_draws:
         yield (
-            f"{optimizer.skipped_draws} draws were skipped by hand (skip_draw): the promise holds if what was in them "
-            "did not decide that."
+            f"{optimizer.skipped_draws} draws were skipped by hand (skip_draw), or with refused steps: the promise "
+            "holds if what was in them did not decide that, and nothing of their gradients was used."
         )
     for one in facts["audits"]:
         if one["passed"] is False:

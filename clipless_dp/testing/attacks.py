@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.passes import unwitnessed
+from clipless_dp.model.valid_inputs import UNKNOWN, fields_of, limits_of
+from clipless_dp.packing import Field
 from clipless_dp.testing.probes import Case, Fill, Probe, own_parameters
 from clipless_dp.testing.signals import sequences, sized_signals
 
@@ -145,12 +147,11 @@ def structured_pairs(
     """Every structured input with every structured cotangent, and a factor of the loss."""
     _, dtype = model.device_and_dtype()
     generator = torch.Generator().manual_seed(11)
-    if case.vocabulary:
-        inputs = list(sequences(case.shape, case.vocabulary, generator))
-    else:
-        inputs = [s.to(dtype) for s in sized_signals(case.shape, case.input_norm, generator)][::every]
+    inputs = list(structured_inputs(model, generator))
+    if is_capped(model):
+        inputs = inputs[::every]
     targets = list(sized_signals(model.output_shape, case.cotangent_norm, generator))[::every]
-    if singular and not case.vocabulary:
+    if singular and is_capped(model):
         for point in (inputs[0], torch.randn(case.shape, generator=generator, dtype=torch.float64)):
             first, last = singular_pair(model, point)
             inputs.append(first * case.input_norm)
@@ -158,6 +159,41 @@ def structured_pairs(
     for i, sample in enumerate(inputs):
         for j, target in enumerate(targets):
             yield sample, target.to(dtype), SCALES[(i + j) % len(SCALES)]
+
+
+def is_capped(model: DPLipModel) -> bool:
+    """Whether samples are signals of a norm that a gate caps: their directions are all that matters."""
+    return model.graph.reads.is_floating_point and math.isfinite(model.input_norm)
+
+
+def structured_inputs(model: DPLipModel, generator: torch.Generator) -> Iterator[Tensor]:
+    """Structured samples ``(*input_shape,)`` that a model can read, of ordinary size where nothing caps it."""
+    _, dtype = model.device_and_dtype()
+    if model.vocabulary is not None:
+        yield from sequences(model.input_shape, model.vocabulary, generator)
+    elif model.packing is None and model.graph.reads.is_floating_point:
+        size = model.input_norm if is_capped(model) else math.sqrt(math.prod(model.input_shape))
+        for signal in sized_signals(model.input_shape, size, generator):
+            yield signal.to(dtype)
+    else:
+        fields = fields_of(model.graph, model.packing, model.input_shape)
+        limits = limits_of(model.graph, math.prod(model.input_shape)).split([field.entries for field in fields])
+        kinds = [_of_field(field, known, generator) for field, known in zip(fields, limits, strict=True)]
+        random = model.random_inputs(1, generator).cpu()
+        for number in range(max(map(len, kinds))):
+            parts = [kind[number % len(kind)].flatten().to(random.dtype) for kind in kinds]
+            yield torch.cat(parts).reshape(model.input_shape)
+        yield random[0]
+
+
+def _of_field(field: Field, limits: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """Structured values of one input: signals; tokens, one repeated, the last ones, each the next; masks."""
+    if field.dtype.is_floating_point:
+        return list(sized_signals(field.shape, math.sqrt(field.entries), generator))
+    places, most = torch.arange(field.entries), torch.where(limits > 0, limits, UNKNOWN)
+    if bool((limits > 0).any()):
+        return [torch.zeros_like(places), most - 1, most // 2, places % most]
+    return [torch.ones_like(places), (places == 0).long(), 1 - places % 2]
 
 
 def ascend(record: Record, case: Case, key: str, *, steps: int) -> None:
@@ -168,7 +204,8 @@ def ascend(record: Record, case: Case, key: str, *, steps: int) -> None:
     """
     sample, target = record.signals[key]
     for step in range(steps):
-        pair = [values.clone().requires_grad_(values.is_floating_point()) for values in (sample, target)]
+        movable = is_capped(record.model), True
+        pair = [values.clone().requires_grad_(moves) for values, moves in zip((sample, target), movable, strict=True)]
         norm = observed(record.model, *pair, differentiable=True).get(key)
         if norm is None or not norm.requires_grad:
             return

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from clipless_dp.isolation import Isolated
 from clipless_dp.losses import Loss
 from clipless_dp.model import DPLipModel
-from clipless_dp.testing.attacks import TOLERANCE, BoundBroken
+from clipless_dp.model.valid_inputs import fields_of, limits_of
+from clipless_dp.testing.attacks import TOLERANCE, BoundBroken, is_capped
 from clipless_dp.testing.consistency import Inconsistent
 
 _CROWD = 6
@@ -69,6 +71,8 @@ def hostile_rows(model: DPLipModel, generator: torch.Generator, *, annihilated: 
             "repeated": torch.full(model.input_shape, model.vocabulary - 1),
             "unknown": unknown,
         }
+    elif not is_capped(model):
+        samples = _of_any_size(model, generator)
     else:
         direction = torch.randn(model.input_shape, generator=generator, dtype=torch.float64)
         direction = direction / max(float(direction.norm()), 1e-300)
@@ -91,6 +95,30 @@ def hostile_rows(model: DPLipModel, generator: torch.Generator, *, annihilated: 
     return rows
 
 
+def _of_any_size(model: DPLipModel, generator: torch.Generator) -> dict[str, Tensor]:
+    """Samples of a model that caps no norm: of several inputs, or of integers that no table is known for."""
+    known = model.random_inputs(1, generator)[0]
+    fields = fields_of(model.graph, model.packing, model.input_shape)
+    numbers = torch.cat([torch.full((field.entries,), field.dtype.is_floating_point) for field in fields])
+    numbers = numbers.reshape(known.shape)
+    limits = limits_of(model.graph, known.numel()).reshape(known.shape)
+    last = torch.where(limits > 0, limits - 1, 1).to(known)
+    samples = {"random": known, "repeated": torch.where(numbers, known, last)}
+    if bool(numbers.any()):
+        for kind, factor in (("huge", _HUGE), ("tiny", 1e-30), ("zero", 0.0)):
+            samples[kind] = torch.where(numbers, factor * known, known)
+        for kind, value in (("NaN", math.nan), ("infinite", math.inf)):
+            samples[kind] = torch.where(numbers, value, known)
+    if bool((limits > 0).any()):
+        samples["unknown"] = torch.where(limits > 0, limits.to(known), known)
+    if not known.is_floating_point():
+        samples["padding"] = torch.full_like(known, -1)
+    return samples
+
+
+_HUGE = 1e6
+"""Multiple of an ordinary number: networks without a cap of their samples square and exponentiate what is larger."""
+
 _LARGE, _SMALL = 3.0, 0.05
 """Multiples of the cotangent's cap: gates around layers, whose caps are no larger, are closed by the one and not by the
 other."""
@@ -102,6 +130,8 @@ _TIES = ("zero", "annihilated", "repeated")
 def _annihilated(model: DPLipModel, count: int, generator: torch.Generator) -> Tensor | None:
     """Samples that the first linear layer maps to zero, up to rounding; ``None`` where there are none."""
     entries = math.prod(model.input_shape)
+    if not is_capped(model):
+        return None
     for leaf in model.net.modules():
         if isinstance(leaf, nn.Linear):
             rows, columns = leaf.weight.shape
@@ -146,7 +176,7 @@ def check_counts(model: DPLipModel, generator: torch.Generator, *, on_pass: Call
         return [g.detach() for g in torch.autograd.grad(loss, trainable, materialize_grads=True)]
 
     with quiet(model):
-        if _is_random(model, rows[:2]):
+        if is_random(model, rows[:2]):
             return
         for count in _COUNTS:
             pairs = zip(summed(count), summed(count + 1), strict=True)
@@ -227,14 +257,20 @@ def check_company(
             compare()
         except (BoundBroken, Inconsistent):
             # Sums that draw random numbers of their own have nothing to do with each other.
-            if not _is_random(model, torch.stack([rows[0].sample] * 2)):
+            if not is_random(model, torch.stack([rows[0].sample] * 2)):
                 raise
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Dropout is off within: sums with one row more have masks of their own, and say nothing about each other."""
-    random = [module for module in model.modules() if isinstance(module, _DropoutNd) and module.training]
+    # Of networks of which nothing is known, any part may draw: attention does by itself.
+    unknown = {id(part) for known in model.modules() if isinstance(known, Isolated) for part in known.modules()}
+    random = [
+        module
+        for module in model.modules()
+        if module.training and (isinstance(module, _DropoutNd) or id(module) in unknown)
+    ]
     for module in random:
         module.training = False
     try:
@@ -245,7 +281,8 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def _is_random(model: DPLipModel, inputs: Tensor) -> bool:
+def is_random(model: DPLipModel, inputs: Tensor) -> bool:
+    """Whether a model draws random numbers of its own: two passes of the same rows differ."""
     first, second = model(inputs), model(inputs)
     return not torch.equal(first.nan_to_num(), second.nan_to_num())
 

@@ -38,11 +38,7 @@ def check_samples_apart(case: Case) -> None:
     """
     model = case.model()
     inputs, targets = case.batch(model, 3)
-    if case.vocabulary:
-        neighbours = (inputs + 1) % case.vocabulary
-    else:
-        inputs = inputs * inputs.new_tensor([1.0, 1e6, 1e-3]).reshape(-1, *[1] * len(case.shape))
-        neighbours = 0.3 - 7.0 * inputs.flip(-1)
+    inputs, neighbours = case.contrasts(inputs)
     whole = _run(model, model, inputs, targets)
     total: Values = {}
     for row in range(3):

@@ -122,6 +122,13 @@ class Case:
         targets = torch.randn(size, *model.output_shape, generator=generator, dtype=torch.float64)
         return inputs, targets * self.cotangent_norm
 
+    def contrasts(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Three samples, made to differ in size, and three others to stand in their places."""
+        if self.vocabulary:
+            return inputs, (inputs + 1) % self.vocabulary
+        sized = inputs * inputs.new_tensor([1.0, 1e6, 1e-3]).reshape(-1, *[1] * len(self.shape))
+        return sized, 0.3 - 7.0 * sized.flip(-1)
+
 
 def own_parameters(net: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A probed network's parameters, without the probes'."""

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import InputError
 from clipless_dp.losses import Loss, described
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.sampling import Samples
 
-Data = Dataset[Any] | tuple[Tensor, Tensor]
+Data = Dataset[Any] | tuple[Any, Any] | Mapping[str, Any] | Sequence[Any] | Samples
+"""See :class:`clipless_dp.sampling.Samples`."""
 
 
 @torch.no_grad()
-def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024) -> tuple[float | None, float]:
+def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[float | None, float]:
     """Accuracy and mean loss on data that is not part of the training set.
 
     Args:
         model: the wrapped model; evaluated in ``eval`` mode, put back afterwards.
         dataset: as for :func:`clipless_dp.fit`.
-        batch_size: rows at once.
+        batch_size: rows at once, at least 1.
 
     Returns:
         The share of correct predictions, by the loss's own :meth:`~clipless_dp.losses.Loss.correct` (``None`` where it
-        has no notion of it), and the mean loss.
+        has no notion of it), and the mean loss. Both are over the samples that ask for a prediction, by the loss's
+        own :meth:`~clipless_dp.losses.Loss.counts`: sequences of which no token counts change neither, and without any
+        sample that counts there is neither, ``(None, nan)``. A sample that training drops (input, target or loss is not
+        finite, or out of range) is no correct prediction, and adds nothing to the sum that the mean loss is of.
 
     Raises:
+        ConfigurationError: the model is not wrapped, or ``batch_size`` is no positive number.
         InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
     """
-    samples = Samples.of(dataset)
+    require_wrapped(model)
+    batch_size = whole("batch_size", batch_size)
+    samples = Samples.of(dataset, model.packing)
     device, _ = model.device_and_dtype()
     training = model.training
     model.eval()
-    correct, total_loss = 0.0, 0.0
+    correct, total_loss, counted = 0.0, 0.0, 0
     known = True
     try:
         for some_inputs, some_targets in samples.parts(batch_size):
@@ -46,9 +57,13 @@ def evaluate(model: DPLipModel, dataset: Data | Samples, batch_size: int = 1024)
             hits = _hits(model.loss_function, output, truth)
             known = known and hits is not None
             correct += hits or 0.0
+            counts = model.loss_function.counts(truth)
+            counted += len(truth) if counts is None else int(counts.sum())
     finally:
         model.train(training)
-    return (correct / len(samples) if known else None), total_loss / len(samples)
+    if counted == 0:
+        return None, math.nan
+    return (correct / counted if known else None), total_loss / counted
 
 
 def _hits(loss: Loss, output: Tensor, truth: Tensor) -> float | None:

@@ -12,19 +12,20 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from accounting import Accountant
-from clipless_dp.arguments import require_accountant
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.description import settings_of
+from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
+from clipless_dp.sampling.samples import count
 from clipless_dp.training.evaluation import Data, evaluate
-from clipless_dp.training.groups import OPTIMIZERS, Asked, Learning, OptimizerFactory
+from clipless_dp.training.groups import Asked, Learning, OptimizerFactory
 from clipless_dp.training.loop import train
 from clipless_dp.training.plan import Plan
 from clipless_dp.training.result import FitResult
@@ -73,7 +74,8 @@ def fit(
 
     Args:
         model: the wrapped model, on the device to train on.
-        dataset: inputs and targets: a pair of tensors, or a data set of pairs.
+        dataset: inputs and targets: a pair of tensors, or a data set of pairs; several inputs by name or in order; see
+            :class:`clipless_dp.sampling.Samples`.
         epsilon, delta, accountant, dataset_size, reproducible_seed, noise, noise_multiplier, audit: what is promised,
             see :class:`clipless_dp.training.Privacy`.
         epochs, batch_size, lr, momentum, optimizer, scheduler, allocation, augment, multiplicity, ema, noise_schedule:
@@ -127,29 +129,24 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
     """Refuses what cannot be trained, or written, before the noise is calibrated."""
     privacy, learning, execution, keeping = asked
     form = privacy.audit_form
+    require_wrapped(model)
     if not any(parameter.requires_grad for parameter in model.net.parameters()):
         raise ConfigurationError(
             "the network has no parameters to train: there are none, or all are frozen, and requires_grad_() thaws them"
         )
-    if not isinstance(privacy.accountant, str):
-        require_accountant(privacy.accountant, or_name=True)
     here = model.place()
     if not here.is_whole and (execution.compile or form == "full" or execution.memory_budget is not None):
         raise ConfigurationError(
             "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
             "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
         )
-    samples = Samples.to_train_on(dataset)
-    held_out = None if keeping.validation is None else Samples(keeping.validation)
+    size = count(dataset) if privacy.dataset_size is None else privacy.dataset_size
+    asked.require_in_range(size)
+    held_out = None if keeping.validation is None else Samples.of(keeping.validation, model.packing)
+    samples = Samples.to_train_on(dataset, model.packing)
     for some in filter(None, (samples, held_out)):
         # What does not fit shows on one sample, before anything is spent.
         evaluate(model, some.first)
-    size = len(samples) if privacy.dataset_size is None else privacy.dataset_size
-    asked.require_in_range(size)
-    if not callable(learning.optimizer) and learning.optimizer not in OPTIMIZERS:
-        raise ConfigurationError(
-            f"optimizer must be one of {OPTIMIZERS}, or a function of the parameters, got {learning.optimizer!r}"
-        )
     if learning.augment is not None:
         refuse_own_generators(learning.augment)
         device, _ = model.device_and_dtype()

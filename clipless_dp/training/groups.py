@@ -5,9 +5,8 @@ Command line, search, tables and presets take the names of arguments, and their 
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -15,9 +14,21 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 from torch.optim import Optimizer
 
-from accounting import Accountant
+from accounting import Accountant, create_accountant
+from clipless_dp.arguments import (
+    flag,
+    function,
+    learning_rate,
+    multiplier,
+    positive,
+    require_accountant,
+    seed,
+    share,
+    shown,
+    whole,
+)
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.noise import Allocation, NoiseSource
+from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, refuse_no_source
 from clipless_dp.sampling import Augmentation
 from clipless_dp.training.evaluation import Data
 from clipless_dp.training.schedules import NoiseSchedule, SchedulerFactory, linear_decay
@@ -29,7 +40,20 @@ Group = TypeVar("Group")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Privacy:
+class _Checked:
+    """Arguments that are what they should be: numbers of numpy become plain ones.
+
+    Raises:
+        ConfigurationError: one is out of range or of another type, before any data is read.
+    """
+
+    def __post_init__(self) -> None:
+        for one in fields(self):
+            object.__setattr__(self, one.name, _CHECKS[one.name](one.name, getattr(self, one.name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy(_Checked):
     """What a run promises, and by which means.
 
     Attributes:
@@ -65,27 +89,21 @@ class Privacy:
 
     @property
     def audit_form(self) -> str:
-        """``"off"``, ``"quick"`` or ``"full"``.
-
-        Raises:
-            ConfigurationError: it is anything else.
-        """
+        """``"off"``, ``"quick"`` or ``"full"``."""
         if isinstance(self.audit, bool):
             return "full" if self.audit else "off"
-        if self.audit not in ("quick", "full"):
-            raise ConfigurationError(f"audit must be 'quick', 'full' (or True) or False, got {self.audit!r}")
         return self.audit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Learning:
+class Learning(_Checked):
     """What a run learns by: what is tuned, and what a search may choose among. ε is the same for all of it.
 
     Attributes:
         epochs: passes over the data in expectation.
         batch_size: *expected* batch size; draws vary around it.
-        lr: peak learning rate of SGD or Adam.
-        momentum: of SGD.
+        lr: peak learning rate of SGD or Adam, finite.
+        momentum: of SGD, in [0, 1).
         optimizer: ``"sgd"``, ``"adam"``, or a function that builds another base optimizer from the parameters, e.g.
             ``lambda p: torch.optim.AdamW(p, 1e-3)``.
         scheduler: builds a scheduler from the optimizer and the number of steps, called once a step.
@@ -113,9 +131,16 @@ class Learning:
     ema: float | None = None
     noise_schedule: NoiseSchedule | None = None
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.multiplicity > 1 and self.augment is None:
+            raise ConfigurationError(
+                f"multiplicity={self.multiplicity} without augment would repeat one view: give augment"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
-class Execution:
+class Execution(_Checked):
     """How a run computes: its memory and its speed. The steps are the same, to within rounding.
 
     Under ``torchrun``, after ``torch.distributed.init_process_group()``, every rank calls ``fit`` alike with the whole
@@ -142,9 +167,14 @@ class Execution:
     stream: bool | None = None
     compile: bool | str = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.memory_budget is not None and self.micro_batch_size is not None:
+            raise ConfigurationError("memory_budget chooses micro_batch_size: give one of them")
+
 
 @dataclass(frozen=True, kw_only=True)
-class Keeping:
+class Keeping(_Checked):
     """What is kept and shown of a run.
 
     Attributes:
@@ -165,6 +195,79 @@ class Keeping:
         return None if self.checkpoint is None else Path(self.checkpoint)
 
 
+def _accountant(name: str, value: object) -> str | Accountant:
+    if isinstance(value, str):
+        # Refuses a name that it does not know.
+        create_accountant(value)
+        return value
+    return require_accountant(value, or_name=True)
+
+
+def _base(name: str, value: object) -> OptimizerFactory | str:
+    if callable(value) or (isinstance(value, str) and value in OPTIMIZERS):
+        return value
+    raise ConfigurationError(f"{name} must be one of {OPTIMIZERS}, or a function of the parameters, got {shown(value)}")
+
+
+def _path(name: str, value: object) -> str | os.PathLike[str]:
+    if isinstance(value, (str, os.PathLike)) and value and isinstance(os.fspath(value), str):
+        return value
+    raise ConfigurationError(f"{name} must be the path of a file, or None, got {shown(value)}")
+
+
+def _audit(name: str, value: object) -> bool | str:
+    if isinstance(value, bool) or (isinstance(value, str) and value in ("quick", "full")):
+        return value
+    raise ConfigurationError(f"{name} must be 'quick', 'full' (or True) or False, got {shown(value)}")
+
+
+def _compile(name: str, value: object) -> bool | str:
+    if isinstance(value, (bool, str)):
+        return value
+    raise ConfigurationError(f"{name} must be True, False or the name of a backend, got {shown(value)}")
+
+
+def _as_given(name: str, value: Any) -> Any:
+    return value
+
+
+def _or_none(check: Callable[[str, object], Any]) -> Callable[[str, object], Any]:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+_CHECKS: dict[str, Callable[[str, Any], Any]] = {
+    "epsilon": positive,
+    "delta": lambda name, value: share(name, value, "(0, 1)"),
+    "accountant": _accountant,
+    "dataset_size": _or_none(whole),
+    "reproducible_seed": seed,
+    "noise": lambda name, value: refuse_no_source(value),
+    "noise_multiplier": _or_none(multiplier),
+    "audit": _audit,
+    "epochs": positive,
+    "batch_size": whole,
+    "lr": learning_rate,
+    "momentum": lambda name, value: share(name, value, "[0, 1)"),
+    "optimizer": _base,
+    "scheduler": lambda name, value: function(name, value, "the optimizer and the number of steps"),
+    "allocation": lambda name, value: checked_allocation(value),
+    "augment": _or_none(lambda name, value: function(name, value, "one sample, or a RowAugmentation")),
+    "multiplicity": whole,
+    "ema": _or_none(lambda name, value: share(f"{name}, the decay of an average,", value, "[0, 1)")),
+    "noise_schedule": _or_none(lambda name, value: function(name, value, "a step's number and the number of steps")),
+    "micro_batch_size": _or_none(whole),
+    "memory_budget": _or_none(lambda name, value: positive(f"{name}, a number of bytes,", value)),
+    "stream": _or_none(flag),
+    "compile": _compile,
+    # Data, which is parsed where it is read.
+    "validation": _as_given,
+    "checkpoint": _or_none(_path),
+    "checkpoint_every": whole,
+    "progress": flag,
+}
+"""What each argument must be; a group checks, and keeps, what these return."""
+
+
 class Asked(NamedTuple):
     """All arguments of a run."""
 
@@ -179,31 +282,16 @@ class Asked(NamedTuple):
         return cls(_group(Privacy, given), _group(Learning, given), _group(Execution, given), _group(Keeping, given))
 
     def require_in_range(self, size: int) -> None:
-        """Checks numbers, given the public number of samples.
+        """Checks the batch size against the public number of samples.
 
         Raises:
-            ConfigurationError: one is out of range, or two contradict each other.
+            ConfigurationError: it is larger.
         """
-        privacy, learning, execution, keeping = self
-        if not (math.isfinite(privacy.epsilon) and privacy.epsilon > 0):
-            raise ConfigurationError(f"epsilon must be finite and positive, got {privacy.epsilon!r}")
-        if not 0.0 < privacy.delta < 1.0:
-            raise ConfigurationError(f"delta must lie in (0, 1), got {privacy.delta!r}")
-        if not (math.isfinite(learning.epochs) and learning.epochs > 0):
-            raise ConfigurationError(f"epochs must be finite and positive, got {learning.epochs!r}")
-        if not (isinstance(learning.batch_size, int) and 1 <= learning.batch_size <= size):
+        if self.learning.batch_size > size:
             raise ConfigurationError(
                 f"batch_size must be an integer from 1 to the {size} samples of the data set, "
-                f"got {learning.batch_size!r}"
+                f"got {self.learning.batch_size!r}"
             )
-        rows, budget = execution.micro_batch_size, execution.memory_budget
-        if keeping.checkpoint_every < 1 or (rows is not None and rows < 1):
-            raise ConfigurationError("checkpoint_every and micro_batch_size must be positive")
-        if budget is not None:
-            if rows is not None:
-                raise ConfigurationError("memory_budget chooses micro_batch_size: give one of them")
-            if not (isinstance(budget, (int, float)) and math.isfinite(budget) and budget > 0):
-                raise ConfigurationError(f"memory_budget must be a finite number of bytes, got {budget!r}")
 
 
 def _group(kind: type[Group], given: Mapping[str, Any]) -> Group:
@@ -215,12 +303,14 @@ def names(*groups: type[Any]) -> tuple[str, ...]:
     return tuple(field.name for group in groups or (Privacy, Learning, Execution, Keeping) for field in fields(group))
 
 
-def require_known(given: Iterable[str]) -> None:
-    """Refuses what is no argument of ``fit``, before anything is released that it was meant for.
+def require_known(given: Mapping[str, Any]) -> None:
+    """Refuses what ``fit`` would refuse of arguments, before anything is released that they were meant for.
 
     Raises:
-        ConfigurationError: some names are unknown.
+        ConfigurationError: some names are unknown, or a value is out of range.
     """
     unknown = sorted(set(given) - set(names()))
     if unknown:
         raise ConfigurationError(f"fit has no arguments {unknown}")
+    for name, value in given.items():
+        _CHECKS[name](name, value)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.arguments import positive, whole
 
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 NoiseSchedule = Callable[[int, int], float]
@@ -38,10 +38,9 @@ def noise_stages(first: float, last: float, count: int = 10) -> NoiseSchedule:
     Raises:
         ConfigurationError: an argument is out of range.
     """
-    if not (0.0 < first < math.inf and 0.0 < last < math.inf and isinstance(count, int) and count >= 2):
-        raise ConfigurationError(
-            f"noise_stages needs positive factors and at least 2 stages, got {first!r}, {last!r}, {count!r}"
-        )
+    first = positive("the first factor of noise_stages", first)
+    last = positive("the last factor of noise_stages", last)
+    count = whole("the count of noise_stages", count, 2)
 
     def factor(step: int, steps: int) -> float:
         stages = min(count, steps)
@@ -58,10 +57,4 @@ def noise_factors(schedule: NoiseSchedule | None, steps: int) -> list[float] | N
     """
     if schedule is None:
         return None
-    factors = [float(schedule(step, steps)) for step in range(steps)]
-    for step, factor in enumerate(factors):
-        if not (math.isfinite(factor) and factor > 0):
-            raise ConfigurationError(
-                f"noise_schedule must return finite positive factors, got {factor!r} at step {step}"
-            )
-    return factors
+    return [positive(f"what noise_schedule returns at step {step}", schedule(step, steps)) for step in range(steps)]

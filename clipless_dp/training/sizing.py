@@ -75,11 +75,10 @@ def _rehearsal(run: Run) -> Iterator[None]:
     device, _ = run.model.device_and_dtype()
     try:
         run.model.train()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        devices = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices), run.model.register.rehearsing():
             yield
     finally:
-        # What was passed is no one's.
-        run.model.register.drop()
         run.model.train(training)
 
 

@@ -586,8 +586,11 @@ def test_the_first_argument_of_each_constraint_is_its_limit_a_real_number_of_any
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_arguments_beside_the_limit_are_named(kind: Any) -> None:
-    with pytest.raises(TypeError, match="positional"):
+    with pytest.raises(ConfigurationError, match=rf"positional.*Write {kind.__name__}\(limit=1.0"):
         kind(1.0, 4)
+    with pytest.raises(ConfigurationError, match="radius"):
+        kind(radius=1.0)
+    assert pickle.loads(pickle.dumps(kind(2.0))).limit == copy.copy(kind(2.0)).limit == 2.0
 
 
 @pytest.mark.parametrize(

@@ -279,7 +279,13 @@ def built_differently(argument):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [("weights", "weights"), ("noise", "bounds or noise"), ("ledger", "ledger"), ("steps", "steps taken")],
+    [
+        ("weights", "weights"),
+        ("noise", "bounds or noise"),
+        ("allocation", "bounds or noise"),
+        ("ledger", "ledger"),
+        ("steps", "steps taken"),
+    ],
 )
 def test_ranks_that_drift_apart_stop_before_an_update(ranks, change, named):
     for failure, unchanged, counted, retried, held in ranks.run(drifted, change):
@@ -301,6 +307,8 @@ def drifted(change):
             model.net.get_parameter(next(iter(dict(model.net.named_parameters())))).data.view(-1)[3] += 1e-6
         elif change == "noise":
             optimizer.noise_multiplier = 1.2
+        elif change == "allocation":
+            optimizer.allocation = "per-layer"
         elif change == "ledger":
             optimizer.sampling = "none"
         else:

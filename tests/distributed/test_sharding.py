@@ -408,6 +408,7 @@ def altered(model: DPLipModel, alter: Callable[[], None]) -> None:
     finally:
         assert torch.equal(before, weights(model))
         assert all(parameter.grad is None for parameter in model.net.parameters())
+        optimizer.skip_draw()
         model.loss(model(inputs), targets).backward()
         optimizer.step()
 
@@ -482,6 +483,96 @@ def test_constraints_hold_whatever_the_ranks_start_from_and_a_weight_that_is_los
     assert "another rank could not project" in refusals[1]
 
 
+def sharpness_aware(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    passed(model, 0)
+    slopes = [parameter.grad.clone() for parameter in model.net.parameters()]
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for parameter, slope in zip(model.net.parameters(), slopes, strict=True):
+            parameter.add_(slope)
+    passed(model, 0)
+    with torch.no_grad():
+        for parameter, slope in zip(model.net.parameters(), slopes, strict=True):
+            parameter.sub_(slope)
+
+
+def scaled(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    passed(model, 0)
+    for parameter in model.net.parameters():
+        parameter.grad.mul_(10.0)
+
+
+def scaled_through_data(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    passed(model, 0)
+    for parameter in model.net.parameters():
+        sharding.local(parameter.grad).data.mul_(10.0)
+
+
+def replaced(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    passed(model, 0)
+    for parameter in model.net.parameters():
+        parameter.grad = 10.0 * parameter.grad
+
+
+def clipped(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    passed(model, 0)
+    nn.utils.clip_grad_norm_(model.net.parameters(), 1e-3)
+
+
+def partly_dropped(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    passed(model, 0)
+    next(model.net.parameters()).grad = None
+
+
+def at_other_weights(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.mul_(8.0)
+    passed(model, 0)
+    with torch.no_grad():
+        for parameter in model.net.parameters():
+            parameter.div_(8.0)
+
+
+def passed(model: DPLipModel, start: int) -> None:
+    inputs, targets = samples(16)
+    model.loss(model(inputs[start : start + 8]), targets[start : start + 8]).backward()
+
+
+ALTERATIONS = {
+    sharpness_aware: "dropped or read",
+    scaled: "something else than passes",
+    scaled_through_data: "something else than passes",
+    replaced: "something else than passes",
+    clipped: "something else than passes",
+    partly_dropped: "were dropped",
+    at_other_weights: "between a pass and its step",
+}
+
+
+def altered_after_the_pass(units: str):
+    model = model_of("signal gates", units)
+    optimizer = sgd(model, sampling="none")
+    refusals = {}
+    for alter, words in ALTERATIONS.items():
+        alter(model, optimizer)
+        refusals[alter.__name__] = words, refusal_to_build(optimizer.step)
+        optimizer.skip_draw()
+        # A right loop beside it: two passes in one step.
+        passed(model, 0)
+        passed(model, 8)
+        optimizer.step()
+    return refusals, optimizer.steps_taken
+
+
+@pytest.mark.parametrize("units", ["the model", "layers"])
+def test_gradients_and_weights_of_parts_are_those_of_the_passes(ranks, units):
+    for refusals, taken in succeeded(ranks.run(altered_after_the_pass, units)):
+        for words, refusal in refusals.values():
+            assert words in refusal
+        assert taken == len(ALTERATIONS)
+
+
 def killed():
     """The second rank dies after its forward pass of the second step."""
     model = model_of("signal gates", "layers")
@@ -496,6 +587,8 @@ def killed():
             loss.backward()
             optimizer.step()
         except RuntimeError:
+            # A part of the gradients may have been there.
+            optimizer.skip_draw()
             break
     failures = [refusal_to_build(optimizer.step), refusal_to_build(optimizer.step)]
     after = [sharding.local(parameter) for parameter in model.net.parameters()]

@@ -123,19 +123,20 @@ def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_unto
 
 
 def test_both_ways_of_computing_a_norm_are_among_the_layers_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways: set[tuple[bool, bool]] = set()
+    ways: set[tuple[str, bool]] = set()
     prefers_gram = gated_sums._prefers_gram
 
-    def noted(positions: int, inputs: int, outputs: int) -> bool:
-        answer = prefers_gram(positions, inputs, outputs)
-        ways.add((answer, "groups" in name))
+    def noted(positions: int, inputs: int, outputs: int, gain: float) -> bool:
+        answer = prefers_gram(positions, inputs, outputs, gain)
+        tokens = gain == gated_sums._TOKEN_GRAM_GAIN
+        ways.add(("tokens" if tokens else "groups" if "groups" in name else "map", answer))
         return answer
 
     monkeypatch.setattr(gated_sums, "_prefers_gram", noted)
     for name in LAYERS:
         layer, shape = built(name)
         backward(gradient_gated_layer(layer, 1.0), *signals(layer, shape))
-    assert ways == {(False, False), (False, True), (True, False), (True, True)}
+    assert ways == {(kind, answer) for kind in ("tokens", "groups", "map") for answer in (False, True)}
 
 
 @st.composite
@@ -283,15 +284,33 @@ def of_cotangent_alone(
     return (cotangents * factors[:, None]).t() @ values
 
 
-def each_group_by_itself(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
-    found = cotangents @ rows
-    return (found * (limit / found.flatten(2).norm(dim=2).clamp(min=least))[..., None, None]).sum(0)
+def each_group_by_itself(
+    chunks: Any, shape: tuple[int, ...], limit: float, least: float
+) -> tuple[Tensor | float, list[Tensor]]:
+    total: Tensor | float = 0.0
+    scales = []
+    for rows, cotangents, own in chunks:
+        scales.append(own)
+        found = cotangents @ rows
+        total = total + (found * (limit / found.flatten(2).norm(dim=2).clamp(min=least))[..., None, None]).sum(0)
+    return total, scales
 
 
-def positions_by_themselves(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
+def positions_by_themselves(
+    chunks: Any, shape: tuple[int, ...], limit: float, least: float
+) -> tuple[Tensor | float, list[Tensor]]:
     """Sums squares over positions, as if no two of them shared a direction."""
-    norms = (rows.norm(dim=3) * cotangents.norm(dim=2)).square().sum((1, 2)).sqrt()
-    return ((cotangents @ rows) * (limit / norms.clamp(min=least))[:, None, None, None]).sum(0)
+    total: Tensor | float = 0.0
+    scales = []
+    for rows, cotangents, own in chunks:
+        scales.append(own)
+        norms = (rows.norm(dim=3) * cotangents.norm(dim=2)).square().sum((1, 2)).sqrt()
+        total = total + ((cotangents @ rows) * (limit / norms.clamp(min=least))[:, None, None, None]).sum(0)
+    return total, scales
+
+
+def tokens_by_themselves(values: Tensor, cotangents: Tensor, *rest: Any) -> Tensor:
+    return (values.norm(dim=2) * cotangents.norm(dim=2)).norm(dim=1)
 
 
 def drops_the_rest(values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int) -> Tensor:
@@ -307,7 +326,8 @@ MUTANTS = [
     ("vector_weight_gradient", of_cotangent_alone, "vector"),
     ("_gated_sum", each_group_by_itself, "groups"),
     ("_gated_sum", positions_by_themselves, "map"),
-    ("_gated_sum", positions_by_themselves, "few tokens"),
+    ("_gated_sum", positions_by_themselves, "many tokens"),
+    ("_token_norms", tokens_by_themselves, "few tokens"),
     ("token_weight_gradient", drops_the_rest, "many tokens"),
 ]
 

@@ -282,9 +282,9 @@ def test_layers_apart_can_be_checkpointed() -> None:
     model = model_of(net_of(Scaled()))
     optimizer = sgd(model)
     for inputs, targets, mask in PoissonBatches(data(), sample_rate=RATE, steps=1, physical_batch_size=ROWS):
-        model.loss(checkpoint(model, inputs, use_reentrant=False), targets, mask).backward()
-        found = [None if p.grad is None else p.grad.clone() for p in model.net.parameters()]
-        model.register.drop()
+        with model.register.rehearsing():
+            model.loss(checkpoint(model, inputs, use_reentrant=False), targets, mask).backward()
+            found = [None if p.grad is None else p.grad.clone() for p in model.net.parameters()]
         model.loss(model(inputs), targets, mask).backward()
         for gradient, parameter in zip(found, model.net.parameters(), strict=True):
             assert (gradient is None) == (parameter.grad is None)

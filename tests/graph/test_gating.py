@@ -152,9 +152,9 @@ def test_patterns_that_match_nothing_values_out_of_range_and_untraceable_network
     net = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ConfigurationError, match="no parametrised layer"):
         gated(net, layers=["conv*"])
-    with pytest.raises(ConfigurationError, match="radius"):
+    with pytest.raises(ConfigurationError, match="input_norm"):
         gated(net, input_norm=0.0)
-    with pytest.raises(ConfigurationError, match="limit"):
+    with pytest.raises(ConfigurationError, match="cotangent_norm"):
         gated(net, cotangent_norm=math.inf)
     with pytest.raises(ConfigurationError, match="mode"):
         gated(net, cotangent_mode="scale")  # type: ignore[arg-type]

@@ -100,9 +100,9 @@ def test_a_public_schedule_goes_by_the_loss_weight() -> None:
     model = model_of()
     optimizer = sgd(model)
     (batch,) = batches(1)
-    loss_of(model, batch).backward()
-    plain = model.net.weight.grad.clone()
-    model.register.drop()
+    with model.register.rehearsing():
+        loss_of(model, batch).backward()
+        plain = model.net.weight.grad.clone()
     model.loss_weight = 0.5
     loss_of(model, batch).backward()
     assert torch.equal(model.net.weight.grad, 0.5 * plain)

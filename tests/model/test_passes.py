@@ -216,7 +216,7 @@ def test_a_draw_that_is_changed_in_the_loop_is_refused(change: Callable[[Batch],
 
 def test_what_the_register_does_not_look_at_shows_as_a_larger_contribution(monkeypatch: pytest.MonkeyPatch) -> None:
     """The mutant: origins unknown, nothing in hand. Then repeated rows are released, at twice the bound."""
-    monkeypatch.setattr(passes, "origin", lambda inputs: (draws.find(inputs), None))
+    monkeypatch.setattr(passes, "origin", lambda inputs, names: (draws.find(inputs), None))
     model = model_of()
     optimizer = sgd(model, sample_rate=1.0, sampling="none", noise=NoNoise())
     (batch,) = PoissonBatches((data()[0][:1], data()[1][:1]), sample_rate=1.0, steps=1)
@@ -394,6 +394,7 @@ def test_batches_of_unknown_origin_are_charged_in_full_one_by_one_and_refused_to
     for rows in (torch.arange(0, 10), torch.arange(10, 20)):
         model.loss(model(inputs[rows]), targets[rows]).backward()
     refused(optimizer, "unknown origin")
+    optimizer.skip_draw()
     for start in (0, 10, 20):
         rows = slice(start, start + 10)
         model.loss(model(inputs[rows]), targets[rows]).backward()
@@ -541,6 +542,234 @@ def test_a_sharpness_aware_step_is_refused(by_autograd: bool, rate: float) -> No
     refused(optimizer, "sharpness-aware")
 
 
+def moved(model: DPLipModel, slopes: list[Tensor], batch: Batch) -> None:
+    """The second pass of a sharpness-aware step."""
+    weights = [*model.net.parameters()]
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        torch._foreach_add_(weights, slopes)
+    loss_of(model, batch).backward()
+    with torch.no_grad():
+        torch._foreach_copy_(weights, kept)
+
+
+def slopes_of(model: DPLipModel) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.net.parameters()]
+
+
+def by_another_optimizer(model: DPLipModel, optimizer: CliplessDPSGD, batch: Batch) -> list[Tensor]:
+    loss_of(model, batch).backward()
+    slopes = slopes_of(model)
+    sgd(model)
+    return slopes
+
+
+def by_a_refused_backward(model: DPLipModel, optimizer: CliplessDPSGD, batch: Batch) -> list[Tensor]:
+    loss = loss_of(model, batch)
+    loss.backward(retain_graph=True)
+    slopes = slopes_of(model)
+    with pytest.raises(PrivacyError, match="adds both terms"):
+        loss.backward()
+    return slopes
+
+
+def by_a_failed_accumulate(model: DPLipModel, optimizer: CliplessDPSGD, batch: Batch) -> list[Tensor]:
+    seen: list[list[Tensor]] = []
+
+    def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        model.loss(model(inputs), targets, mask).backward()
+        seen.append(slopes_of(model))
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.accumulate(batch, loss=loss)
+    return seen[0]
+
+
+def by_a_refused_step(model: DPLipModel, optimizer: CliplessDPSGD, batch: Batch) -> list[Tensor]:
+    loss_of(model, batch).backward()
+    slopes = slopes_of(model)
+    optimizer.zero_grad()
+    refused(optimizer, "dropped or read")
+    optimizer.zero_grad()
+    return slopes
+
+
+def by_skipping(model: DPLipModel, optimizer: CliplessDPSGD, batch: Batch) -> list[Tensor]:
+    loss_of(model, batch).backward()
+    slopes = slopes_of(model)
+    optimizer.skip_draw()
+    return slopes
+
+
+def by_another_wrapper(model: DPLipModel, optimizer: CliplessDPSGD, batch: Batch) -> list[Tensor]:
+    other = DPLipModel(model.net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    loss_of(other, batch).backward()
+    slopes = slopes_of(other)
+    del other
+    gc.collect()
+    optimizer.zero_grad()
+    return slopes
+
+
+DOORS = (
+    by_another_optimizer,
+    by_a_refused_backward,
+    by_a_failed_accumulate,
+    by_a_refused_step,
+    by_skipping,
+    by_another_wrapper,
+)
+
+
+@pytest.mark.parametrize("sampling", ["announced", "poisson", "none"])
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("door", DOORS, ids=lambda door: door.__name__)
+def test_private_gradients_are_owed_to_a_step_whoever_drops_them(
+    door: Callable[..., list[Tensor]], copied: bool, sampling: str
+) -> None:
+    model = model_of()
+    optimizer = sgd(model, sampling=sampling)
+    for batch in drawn(2):
+        slopes = door(model, optimizer, batch)
+        again = batch._replace(inputs=batch.inputs.clone()) if copied else batch
+        moved(model, slopes, again)
+        refused(optimizer, "dropped or read|was left out")
+    assert optimizer.skipped_draws == 2
+
+
+@pytest.mark.parametrize("door", [by_a_refused_step, by_a_failed_accumulate], ids=lambda door: door.__name__)
+def test_a_draw_that_was_left_out_may_be_changed_no_more_than_others(door: Callable[..., list[Tensor]]) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    (batch,) = drawn()
+    slopes = door(model, optimizer, batch)
+    moved(model, slopes, batch._replace(inputs=batch.inputs * 1.0001))
+    refused(optimizer, "dropped or read|left out with a refused step")
+
+
+def test_a_loop_that_catches_a_refusal_goes_on_with_the_next_draw() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for index, batch in enumerate(drawn(6)):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        if index == 2:
+            model.zero_grad()
+        if index == 4:
+            optimizer.skip_draw()
+            continue
+        try:
+            optimizer.step()
+        except PrivacyError:
+            assert index == 2
+    assert optimizer.accountant.history == [(1.0, RATE, 4)]
+    assert optimizer.skipped_draws == 2
+    assert any("skipped by hand" in finding for finding in report(optimizer).findings)
+
+
+def test_draws_that_were_prefetched_are_trained_on_after_a_refusal() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for index, batch in enumerate([*drawn(4)]):
+        optimizer.zero_grad()
+        loss_of(model, batch).backward()
+        if index == 1:
+            model.zero_grad()
+            refused(optimizer, "dropped or read")
+        else:
+            optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 3)]
+    assert optimizer.skipped_draws == 1
+
+
+@pytest.mark.parametrize("computes", [True, False])
+def test_memory_that_was_too_small_costs_no_draw(computes: bool) -> None:
+    model = model_of()
+    optimizer = sgd(model, sample_rate=1.0)
+    honest, calls = model.loss, 0
+
+    def scarce(*batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == (2 if computes else 1):
+            raise MemoryError
+        return honest(*batch)
+
+    for batch in drawn(2, rate=1.0):
+        calls = 0
+        with mock.patch.object(model, "loss", scarce), pytest.raises(MemoryError):
+            optimizer.accumulate(batch, micro_batch_size=20)
+        optimizer.accumulate(batch, micro_batch_size=10)
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, 1.0, 2)]
+    assert optimizer.skipped_draws == 0
+
+
+def test_gradients_of_no_draw_are_owed_until_it_is_said_that_they_are_left_out() -> None:
+    model = model_of()
+    optimizer = sgd(model, sampling="none")
+    inputs, targets = data()
+    loss = model.loss(model(inputs), targets)
+    loss.backward(retain_graph=True)
+    with pytest.raises(PrivacyError, match="adds both terms"):
+        loss.backward()
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.loss(model(inputs), targets).backward()
+        refused(optimizer, "dropped or read")
+    optimizer.skip_draw()
+    assert optimizer.skipped_draws == 1
+    model.loss(model(inputs), targets).backward()
+    optimizer.step()
+    assert len(optimizer.accountant) == 1
+    assert any("skipped by hand" in finding for finding in report(optimizer).findings)
+
+
+def test_a_draw_that_one_model_left_out_is_another_ones_to_train_on() -> None:
+    one, other = model_of(), model_of()
+    optimizers = sgd(one), sgd(other)
+    for batch in drawn(2):
+        by_a_refused_step(one, optimizers[0], batch)
+        other.zero_grad()
+        loss_of(other, batch).backward()
+        optimizers[1].step()
+    assert optimizers[1].accountant.history == [(1.0, RATE, 2)]
+
+
+def test_two_wrappers_of_one_network_train_it_in_turn() -> None:
+    first = model_of()
+    second = DPLipModel(first.net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    accountant = create_accountant("rdp")
+    optimizers = [sgd(model, accountant=accountant) for model in (first, second)]
+    for _ in range(2):
+        for model, optimizer in zip((first, second), optimizers, strict=True):
+            for batch in drawn(1):
+                optimizer.zero_grad()
+                loss_of(model, batch).backward()
+                optimizer.step()
+    assert [optimizer.steps_taken for optimizer in optimizers] == [2, 2]
+
+
+def test_what_trains_is_not_decided_between_a_pass_and_its_step() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    head, *_ = model.net.parameters()
+    for index, batch in enumerate(drawn(4)):
+        optimizer.zero_grad()
+        if index == 3:
+            # A schedule freezes between steps.
+            head.requires_grad_(False)
+        optimizer.accumulate(batch) if index == 1 else loss_of(model, batch).backward()
+        if index in (1, 2):
+            head.requires_grad_(False)
+            refused(optimizer, "requires_grad of a parameter")
+            head.requires_grad_(True)
+        else:
+            optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
 def test_slopes_that_decide_nothing_are_told_apart_by_declaration() -> None:
     model = model_of()
     optimizer = sgd(model)
@@ -663,7 +892,7 @@ def test_a_batch_in_order_is_charged_for_the_sample_that_enters_and_the_one_that
     optimizer = sgd(model)
 
     def summed(rows: slice) -> Tensor:
-        model.register.drop()
+        optimizer.skip_draw()
         model.loss(model(inputs[rows]), targets[rows]).backward()
         return net[0].weight.grad.clone()
 
@@ -878,6 +1107,48 @@ def test_filled_padding_of_a_copy_is_the_draw() -> None:
     assert optimizer.accountant.history == [(1.0, RATE, 3)]
 
 
+def zeroed(batch: Batch) -> Tensor:
+    return batch.inputs.nan_to_num_()
+
+
+def zeroed_by_mask(batch: Batch) -> Tensor:
+    batch.inputs[~batch.mask] = 0.0
+    return batch.inputs
+
+
+@pytest.mark.parametrize("fill", [zeroed, zeroed_by_mask], ids=lambda fill: fill.__name__)
+def test_padding_that_is_zeroed_in_place_leaves_the_draw_what_it_was(fill: Callable[[Batch], Tensor]) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    for index, batch in enumerate(PoissonBatches(data(), sample_rate=RATE, steps=3, physical_batch_size=SIZE)):
+        optimizer.zero_grad()
+        seen = fill(batch)
+        if index == 2:
+            seen[0, 0] += 1.0
+        if index == 1:
+            for inputs, targets, mask in zip(seen.split(7), batch.targets.split(7), batch.mask.split(7), strict=True):
+                model.loss(model(inputs.clone()), targets, mask).backward()
+        else:
+            model.loss(model(seen), batch.targets, batch.mask).backward()
+        if index == 2:
+            refused(optimizer, "draw in hand")
+        else:
+            optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
+def test_pieces_of_nothing_but_zeroed_padding_may_be_copied() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    waiting = [*PoissonBatches(data(), sample_rate=RATE, steps=4, physical_batch_size=SIZE)]
+    for batch in waiting:
+        optimizer.zero_grad()
+        for piece in batch.split(5):
+            model.loss(model(piece.inputs.nan_to_num().clone()), piece.targets, piece.mask).backward()
+        optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 4)]
+
+
 def test_other_rows_in_place_of_padding_are_not_the_draw() -> None:
     model = model_of()
     optimizer = sgd(model)
@@ -1043,6 +1314,29 @@ def test_what_is_looked_at_does_not_depend_on_what_was_looked_at_before() -> Non
     before = fingerprints.fingerprint(values)
     for rows in range(41, 241):
         fingerprints.fingerprint(torch.rand(rows, 300))
+    assert fingerprints.fingerprint(values) == before
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda noise: torch.where(noise < 0.19, noise, torch.full_like(noise, -0.4242)),
+        lambda noise: (noise < 0.01).to(torch.uint8) + 1,
+        lambda noise: noise > 0.01,
+        lambda noise: (4.0 * noise).floor() + 1.0,
+    ],
+    ids=["a background", "bytes", "booleans", "four values"],
+)
+def test_a_row_that_takes_the_place_of_another_is_seen_before_any_background(
+    made: Callable[[Tensor], Tensor],
+) -> None:
+    values = made(torch.rand(64, 784, generator=torch.Generator().manual_seed(3)))
+    before = fingerprints.fingerprint(values)
+    for row in range(1, 64):
+        kept = values[row].clone()
+        values.data[row] = values[0]
+        assert fingerprints.fingerprint(values) != before
+        values.data[row] = kept
     assert fingerprints.fingerprint(values) == before
 
 
@@ -1418,6 +1712,55 @@ def test_a_compiled_pass_is_back_propagated_once_at_first_order() -> None:
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def compiled() -> Iterator[tuple[DPLipModel, CliplessDPSGD, Callable[[Tensor], Tensor]]]:
+    model = model_of()
+    torch._dynamo.reset()
+    yield model, sgd(model), torch.compile(model, backend="aot_eager")
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_padding_that_counts_is_refused_in_compiled_passes(compiled, integers: bool) -> None:
+    model, optimizer, run = compiled
+    inputs, targets = data()
+    if integers:
+        inputs = torch.randint(1, 9, (SIZE, 6))
+    for index, batch in enumerate(
+        PoissonBatches((inputs, targets), sample_rate=RATE, steps=3, physical_batch_size=SIZE)
+    ):
+        optimizer.zero_grad()
+        seen = batch.inputs.float() if integers else batch.inputs.nan_to_num()
+        if index == 1:
+            with pytest.raises(PrivacyError, match="mask of the batch"):
+                model.loss(run(seen), batch.targets).backward()
+            optimizer.skip_draw()
+        else:
+            model.loss(run(seen), batch.targets, batch.mask).backward()
+            optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
+def test_a_compiled_pass_counts_once_it_has_come_to_all_parameters(compiled) -> None:
+    model, optimizer, run = compiled
+    weights = [*model.net.parameters()]
+    for index, batch in enumerate(PoissonBatches(data(), sample_rate=RATE, steps=4, physical_batch_size=SIZE)):
+        optimizer.zero_grad()
+        if index == 1:
+            model.loss(run(batch.inputs), batch.targets, batch.mask).backward(inputs=weights[:1])
+            refused(optimizer, "left others out")
+        elif index == 2:
+            pieces = [*batch.split(SIZE // 2)]
+            model.loss(run(pieces[0].inputs), pieces[0].targets, pieces[0].mask).backward()
+            torch.autograd.grad(model.loss(run(pieces[1].inputs), pieces[1].targets, pieces[1].mask), weights)
+            refused(optimizer, "dropped or read")
+        else:
+            for piece in batch.split(SIZE // 2):
+                model.loss(run(piece.inputs), piece.targets, piece.mask).backward()
+            optimizer.step()
+    assert optimizer.accountant.history == [(1.0, RATE, 2)]
+
+
 def test_equal_passes_of_a_compiled_graph_are_not_merged() -> None:
     """Eight rewards of one batch have the same numbers, and would be one pass with eight times the gradient."""
     model = model_of()
@@ -1529,6 +1872,8 @@ def test_pieces_that_a_loss_leaves_out_or_passes_in_place_of_others_are_refused(
 
     with pytest.raises(PrivacyError, match="more than once"):
         optimizer.accumulate(batch, loss=twice_or_not_at_all, micro_batch_size=7)
+    optimizer.skip_draw()
+    (batch,) = drawn(rate=1.0)
     optimizer.accumulate(batch, micro_batch_size=7)
     optimizer.step()
 

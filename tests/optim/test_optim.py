@@ -239,6 +239,10 @@ def test_a_frozen_parameter_leaves_the_sensitivity_and_never_moves():
     frozen = model.net.get_parameter("0.weight")
     frozen.requires_grad_(False)
     before = frozen.detach().clone()
+    with pytest.raises(PrivacyError, match="requires_grad"):
+        optimizer.step()
+    optimizer.skip_draw()
+    accumulate(model)
     optimizer.step()
     assert "0.weight" not in model.sensitivity().per_parameter
     assert model.sensitivity().total < whole

@@ -215,8 +215,8 @@ def test_a_function_of_one_sample_sees_each_drawn_sample_alone_and_never_the_pad
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"multiplicity": 0}, "positive integer"),
-        ({"multiplicity": 2.0, "augment": jitter}, "positive integer"),
+        ({"multiplicity": 0}, "whole number"),
+        ({"multiplicity": 2.0, "augment": jitter}, "whole number"),
         ({"multiplicity": 2}, "give augment"),
         ({"augment": lambda sample: sample[:3]}, "shape"),
         ({"augment": lambda sample: sample.tolist()}, "a list"),

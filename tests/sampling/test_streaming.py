@@ -112,7 +112,9 @@ def test_only_drawn_samples_are_read() -> None:
 
 
 def test_a_split_streamed_fit_counts_the_draws_that_wait_for_their_turn() -> None:
-    sizes = [fit(gated_model(), samples(300), stream=s, memory_budget=16_000, **RUN).micro_batch_size for s in (0, 1)]
+    sizes = [
+        fit(gated_model(), samples(300), stream=s, memory_budget=16_000, **RUN).micro_batch_size for s in (False, True)
+    ]
     assert 1 <= sizes[1] < sizes[0]
 
 

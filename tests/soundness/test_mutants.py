@@ -13,6 +13,7 @@ from clipless_dp import LayerBounds, RuleContext, UnsupportedModuleError, gates,
 from clipless_dp.bounds.sweep import Sweep
 from clipless_dp.gates import signal
 from clipless_dp.graph import tracing
+from clipless_dp.model.network import Network
 from clipless_dp.norms import operators
 from clipless_dp.rules import activations, base, conv, graph, linear, pooling, residual
 from clipless_dp.rules import gates as gate_rules
@@ -51,11 +52,11 @@ MUTANTS = (
         "linear",
     ),
     (
-        Mutant("a halved bound, linear", Sweep, "sensitivity", "own.append(scale *", "own.append(0.5 * scale *"),
+        Mutant("a halved bound, linear", Sweep, "sensitivity", "own[name] = scale *", "own[name] = 0.5 * scale *"),
         "linear",
     ),
     (
-        Mutant("a halved bound, conv", Sweep, "sensitivity", "own.append(scale *", "own.append(0.5 * scale *"),
+        Mutant("a halved bound, conv", Sweep, "sensitivity", "own[name] = scale *", "own[name] = 0.5 * scale *"),
         "conv 4×4, stride 2",
     ),
     (
@@ -141,7 +142,7 @@ MUTANTS = (
             "cotangent gate removed",
             model.DPLipModel,
             "_gated",
-            "outputs = cotangent_gate(outputs, self.cotangent_norm)",
+            "outputs = outermost_gate(outputs, self.cotangent_norm, entry)",
             "pass",
         ),
         "linear",
@@ -149,9 +150,9 @@ MUTANTS = (
     (
         Mutant(
             "input gate removed",
-            model.DPLipModel,
-            "_values",
-            "input_gate(inputs, self.input_norm)",
+            Network,
+            "values",
+            "input_gate(inputs, self._cap)",
             "(inputs, torch.ones(len(inputs), dtype=torch.bool))",
         ),
         "linear",

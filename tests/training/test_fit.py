@@ -210,7 +210,7 @@ def test_another_base_optimizer_and_schedule_can_be_given():
         ({"epochs": 0}, "epochs"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 301}, "300 samples"),
-        ({"batch_size": 50.0}, "integer"),
+        ({"batch_size": 50.0}, "whole number"),
         ({"micro_batch_size": 0}, "micro_batch_size"),
     ],
 )
@@ -222,9 +222,9 @@ def test_arguments_out_of_range_are_refused(changes, message):
 def test_data_that_does_not_fit_the_model_is_refused_before_calibration(monkeypatch):
     monkeypatch.setattr(plan, "calibrate_noise_multiplier", None)
     with pytest.raises(InputError, match=r"batch, 6"):
-        fit(gated_model(), (torch.zeros(10, 5), torch.zeros(10, dtype=torch.int64)), **RUN)
+        fit(gated_model(), (torch.zeros(50, 5), torch.zeros(50, dtype=torch.int64)), **RUN)
     with pytest.raises(InputError, match="int64"):
-        fit(gated_model(), (torch.zeros(10, 6, dtype=torch.int64), torch.zeros(10, dtype=torch.int64)), **RUN)
+        fit(gated_model(), (torch.zeros(50, 6, dtype=torch.int64), torch.zeros(50, dtype=torch.int64)), **RUN)
 
 
 def test_a_regression_reports_a_loss_and_no_accuracy():

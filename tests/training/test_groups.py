@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import MISSING, fields
+from typing import Any
 
 import pytest
 
 from accounting import create_accountant
-from clipless_dp import ConfigurationError, fit, presets
+from clipless_dp import ConfigurationError, fit, presets, search, tables
 from clipless_dp.training import Execution, Keeping, Learning, Plan, Privacy
 from clipless_dp.training.groups import Asked, names
 from clipless_dp.training.plan import epochs_of
-from tests.support import samples
+from tests.support import gated_model, samples
 
 GROUPS = (Privacy, Learning, Execution, Keeping)
 
@@ -55,12 +57,46 @@ def test_a_plan_of_the_passes_of_so_many_steps_has_that_many(steps: int, batch_s
     assert sum(count for _, count in plan.ledger.entries) == steps
 
 
-@pytest.mark.parametrize(("name", "value"), [("learning_rate", 1.0), ("dataset_size", 0)])
-def test_a_preset_refuses_what_fit_would_before_statistics_are_charged(name: str, value: float) -> None:
+UNFIT = [
+    ("learning_rate", 1.0),
+    ("dataset_size", 0),
+    ("lr", math.nan),
+    ("momentum", 1.0),
+    ("batch_size", "3"),
+    ("micro_batch_size", math.inf),
+    ("scheduler", None),
+    ("progress", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), [*UNFIT, ("epsilon", "3"), ("delta", 1.0), ("sample_rate", True)])
+def test_a_preset_refuses_what_fit_would_before_statistics_are_charged(name: str, value: Any) -> None:
     accountant = create_accountant("rdp")
-    changes = {"accountant": accountant, name: value}
+    changes = {"accountant": accountant, "epsilon": 3.0, "delta": 1e-3, name: value}
     with pytest.raises(ConfigurationError, match=name):
-        presets.get("transfer").fit(samples(60), outputs=3, epsilon=3.0, delta=1e-3, **changes)
+        presets.get("transfer").fit(samples(60), outputs=3, **changes)
+    assert len(accountant) == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [*UNFIT, ("epsilon", "3"), ("accountant", None)])
+def test_a_table_refuses_what_fit_would_before_statistics_are_charged(
+    name: str, value: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables, "private_standardisation", None)
+    rows, labels = samples(60)
+    with pytest.raises(ConfigurationError, match=name):
+        tables.fit_table(rows, (labels > 0).float(), **{"epsilon": 3.0, "delta": 1e-3, name: value})
+
+
+@pytest.mark.parametrize(("name", "value"), [one for one in UNFIT if one[0] not in ("dataset_size", "progress")])
+def test_a_search_refuses_what_fit_would_before_it_is_charged(name: str, value: Any) -> None:
+    accountant = create_accountant("rdp")
+    candidate = search.Candidate(gated_model, {"epochs": 1, "batch_size": 8, name: value})
+    with pytest.raises(ConfigurationError, match=name):
+        search.private_search(
+            [candidate], samples(60), epsilon=3.0, delta=1e-3, mean_runs=2.0, validation=samples(20, 1),
+            accountant=accountant,
+        )  # fmt: skip
     assert len(accountant) == 0
 
 
