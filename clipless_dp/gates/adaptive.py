@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +117,18 @@ class Adapting:
             move = min(max(-limit.rate * (share - limit.quantile), -_LARGEST_MOVE), _LARGEST_MOVE)
             self.caps[name] = min(max(self.caps[name] * math.exp(move), _LEAST), _MOST)
         return shares
+
+
+def checked_state(caps: Mapping[str, object]) -> dict[str, float]:
+    """Caps of a saved state.
+
+    Raises:
+        ConfigurationError: one of them is none that caps come to.
+    """
+    for name, value in caps.items():
+        if not (isinstance(value, float) and _LEAST <= value <= _MOST):
+            raise ConfigurationError(f"the state's cap of {name} must lie between {_LEAST} and {_MOST}, got {value!r}")
+    return cast("dict[str, float]", dict(caps))
 
 
 _PLACE = "__adapting__"

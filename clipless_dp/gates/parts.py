@@ -187,6 +187,7 @@ def gated_pair(
     *,
     joint: bool,
     counted: tuple[bool, bool],
+    same: bool = False,
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """The sums of a weight and a bias, and the counts of their gates.
 
@@ -195,6 +196,7 @@ def gated_pair(
         caps: of both.
         joint: whether one cap holds for both together, the first that there is.
         counted: whose gate counts; a joint one counts once.
+        same: whether weight and bias are one parameter, to whose gradient both add.
     """
     gradients: list[Tensor | None] = [None, None]
     counts: list[Tensor | None] = [None, None]
@@ -203,7 +205,7 @@ def gated_pair(
         cap = caps[there[0]]
         assert cap is not None
         held = [part for part in parts if part is not None]
-        sums, norms, present = gated_together(held, *cap)
+        sums, norms, present = gated_together(held, *cap, [len(held) if same else 1] * len(held))
         for index, total in zip(there, sums, strict=True):
             gradients[index] = total
         if counted[there[0]]:

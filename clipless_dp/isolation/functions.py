@@ -77,6 +77,7 @@ class Affine:
             cast(Any, caps),
             joint=self.joint,
             counted=(weight_counts, bias_counts),
+            same=self.names[0] == self.names[1],
         )
         return *gradients, *counts
 

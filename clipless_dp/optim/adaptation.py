@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.gates import Adapting, AdaptiveLimit, adapting_in
+from clipless_dp.gates import Adapting, AdaptiveLimit, adapting_in, checked_state
 from clipless_dp.model import DPLipModel
 
 
@@ -111,7 +111,7 @@ class Adaptation:
         """A state that fits the model; ``None`` where nothing adapts in either.
 
         Raises:
-            ConfigurationError: it is of other gates.
+            ConfigurationError: it is of other gates, or holds what is no cap.
         """
         known = self.caps()
         if state is None and not known:
@@ -121,7 +121,7 @@ class Adaptation:
                 "the state is of a model whose caps adapt in other layers, or nowhere: wrap the network with the gates "
                 "that it was trained with"
             )
-        return state
+        return {**state, "now": checked_state(state["now"])}
 
     def take(self, state: dict[str, Any] | None) -> None:
         """Goes on from a state, as :meth:`checked` returns it."""
@@ -129,7 +129,7 @@ class Adaptation:
             return
         for place, some in self._all().items():
             for gate in some.caps:
-                some.caps[gate] = float(state["now"][_name(place, gate)])
+                some.caps[gate] = state["now"][_name(place, gate)]
         names = [str(name) for name in state["names"]]
         self.history = [
             CapRecord(_row(names, caps), _row(names, below))
