@@ -257,13 +257,8 @@ class Sweep:
             replace(layer, certified_norm=self._known_norm(*owners[index])) if index in owners else layer
             for index, layer in enumerate(layers)
         )
-        joint = []
-        for members, bound in _merged(together) if capped_together else ():
-            if len(members) > 1:
-                joint.append((tuple(name for name in per_parameter if name in members), bound))
-            for name in members:
-                per_parameter[name] = min(per_parameter[name], bound)
-        found = Sensitivity(per_parameter, 0.0, relation, tuple(report), tuple(joint), counted)
+        joint = _joint_(per_parameter, _merged(together)) if capped_together else ()
+        found = Sensitivity(per_parameter, 0.0, relation, tuple(report), joint, counted)
         return replace(found, total=math.hypot(*(bound for _, bound in found.blocks(per_parameter))))
 
     def _largest_norm(self, sources: tuple[fx.Node, ...]) -> float:
@@ -309,6 +304,19 @@ def _contributions(
         joint = [(names, min(cap, math.hypot(*(own[name] for name in names)))) for names, cap in joint]
     alone = [((name,), own[name]) for name in keys if name not in within]
     return [(frozenset(keys[name] for name in names), bound) for names, bound in (*joint, *alone)]
+
+
+def _joint_(
+    per_parameter: dict[str, float], together: Iterable[tuple[frozenset[str], float]]
+) -> tuple[tuple[tuple[str, ...], float], ...]:
+    """The sets of several parameters, named in order; each parameter's own bound is at most that of its set."""
+    joint = []
+    for members, bound in together:
+        if len(members) > 1:
+            joint.append((tuple(name for name in per_parameter if name in members), bound))
+        for name in members:
+            per_parameter[name] = min(per_parameter[name], bound)
+    return tuple(joint)
 
 
 def _merged(together: Iterable[tuple[frozenset[str], float]]) -> list[tuple[frozenset[str], float]]:

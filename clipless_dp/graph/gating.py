@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import fx, nn
 
@@ -185,6 +185,10 @@ def gradient_gated(
     apart = select is not None or joint == "network"
     if isolation == "vmap" or (isolation == "auto" and (apart or not _has_rules(net))):
         return _isolated(net, {**gates, "joint": joint}, layers, select)
+    return _traced(net, {**gates, "chunk": chunk, "joint": joint}, layers)
+
+
+def _traced(net: nn.Module, gates: dict[str, Any], layers: Sequence[str]) -> fx.GraphModule:
     if is_leaf(net):
         raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
     traced = symbolic_trace(net)
@@ -199,15 +203,7 @@ def gradient_gated(
     _keep_unused(net, traced)
     for path, layer in candidates.items():
         if any(fnmatchcase(path, pattern) for pattern in layers):
-            gate = gradient_gated_layer(
-                layer,
-                limit,
-                bias_limit=bias_limit,
-                mode=mode,
-                floor=floor,
-                chunk=chunk,
-                joint=cast("Literal['layer'] | None", joint),
-            )
+            gate = gradient_gated_layer(layer, **gates)
             for place, module in list(traced.named_modules(remove_duplicate=False)):
                 if module is layer:
                     traced.set_submodule(place, gate)
