@@ -17,6 +17,7 @@ from clipless_dp.errors import (
     UnsupportedModuleError,
 )
 from clipless_dp.former import alias_modules
+from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel, GateSuggestion, GateSuggestions, WeightAverage, passes, suggest_gates
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
@@ -37,6 +38,7 @@ from clipless_dp.version import __version__
 alias_modules()
 
 __all__ = [
+    "AdaptiveLimit",
     "AuditError",
     "BudgetExhaustedError",
     "CheckpointError",

@@ -53,7 +53,13 @@ LOSSES: tuple[tuple[losses.Loss, Targets], ...] = (
     (losses.Huber(), real_targets),
     (losses.Huber(0.01), real_targets),
 )
-every_loss = pytest.mark.parametrize(("loss", "targets"), LOSSES, ids=lambda value: getattr(value, "__name__", repr(value)[:45]))
+
+
+def named(value: object) -> str:
+    return str(getattr(value, "__name__", repr(value)[:45]))
+
+
+every_loss = pytest.mark.parametrize(("loss", "targets"), LOSSES, ids=named)
 
 
 def gradient_norms(loss: losses.Loss, output: Tensor, target: Tensor) -> Tensor:
@@ -82,7 +88,7 @@ ATTAINED: tuple[tuple[losses.Loss, Tensor, Tensor], ...] = (
 )
 
 
-@pytest.mark.parametrize(("loss", "output", "target"), ATTAINED, ids=lambda value: getattr(value, "__name__", repr(value)[:30]))
+@pytest.mark.parametrize(("loss", "output", "target"), ATTAINED, ids=named)
 def test_the_stated_bound_is_attained(loss: losses.Loss, output: Tensor, target: Tensor) -> None:
     found = float(gradient_norms(loss, output.double(), target))
     # sigmoid(72) and softmax(72) differ from one by e^-72.
@@ -311,7 +317,7 @@ def test_a_samples_loss_depends_on_that_sample_alone(loss: losses.Loss, targets:
         (losses.BinaryCrossEntropy(), torch.tensor([[1.5] * CLASSES, [1.0] * CLASSES, [-0.1] * CLASSES])),
         (losses.MeanAbsoluteError(), torch.tensor([[math.nan] * CLASSES, [1.0] * CLASSES, [math.inf] * CLASSES])),
     ],
-    ids=lambda value: getattr(value, "__name__", repr(value)[:25]),
+    ids=named,
 )
 def test_targets_out_of_range_make_their_own_loss_not_finite_and_no_other(loss: losses.Loss, target: Tensor) -> None:
     found = loss.per_sample(torch.randn(3, CLASSES), target)
@@ -390,7 +396,7 @@ RIGHT = [True, False, True, False]
         (losses.Huber(), SCORES, SCORES, None),
         (losses.BoundedLoss(lambda output, target: output.sum(1), bound=1.0), SCORES, [0, 0, 1, 1], None),
     ],
-    ids=lambda value: getattr(value, "__name__", repr(value)[:30]) if isinstance(value, losses.Loss) else "",
+    ids=lambda value: repr(value)[:30] if isinstance(value, losses.Loss) else "",
 )
 def test_each_loss_says_which_predictions_are_right_or_that_it_does_not_know(
     loss: losses.Loss, output: list[object], target: list[object], right: list[bool] | None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from tabulate import tabulate
@@ -48,6 +48,9 @@ class Sensitivity:
         total: ``(Σ Δ_θ²)^½``.
         relation: the neighbouring relation that the numbers hold for.
         layers: the report, a line for each parametrised layer.
+        joint: sets of parameters whose gradients together are bounded by less than ``(Σ Δ_θ²)^½``, each parameter in
+            one at most: names, and the bound. ``total`` counts each once.
+        counted: how often a sample counts, by a half at most, at each gate whose cap adapts.
 
     Guarantee:
         For two batches that differ as the relation says, the summed gradient of each parameter θ differs by at
@@ -58,14 +61,37 @@ class Sensitivity:
     total: float
     relation: Relation
     layers: tuple[LayerSensitivity, ...]
+    joint: tuple[tuple[tuple[str, ...], float], ...] = ()
+    counted: Mapping[str, int] = field(default_factory=dict)
+
+    def blocks(self, names: Iterable[str]) -> list[tuple[list[str], float]]:
+        """Some of the parameters in sets that are bounded together, and the bounds, whose squares add up."""
+        places = {name: index for index, (members, _) in enumerate(self.joint) for name in members}
+        found: dict[object, list[str]] = {}
+        for name in names:
+            found.setdefault(places.get(name, name), []).append(name)
+        return [
+            (members, self.joint[key][1] if isinstance(key, int) else self.per_parameter[members[0]])
+            for key, members in found.items()
+        ]
+
+    @property
+    def of_counts(self) -> float:
+        """How much one sample can change the counts of all gates whose caps adapt, in Euclidean norm."""
+        return 0.5 * RELATIONS[self.relation] * math.hypot(*self.counted.values())
 
     def joined(self, *others: Sensitivity) -> Sensitivity:
         """The bounds that hold for rows of any of several passes: for each parameter the largest."""
-        bounds = dict(self.per_parameter)
+        bounds, counted, joint = dict(self.per_parameter), dict(self.counted), dict(self.joint)
         for other in others:
             for name, bound in other.per_parameter.items():
                 bounds[name] = max(bound, bounds.get(name, 0.0))
-        return replace(self, per_parameter=bounds, total=math.hypot(*bounds.values()))
+            for name, count in other.counted.items():
+                counted[name] = max(count, counted.get(name, 0))
+            theirs = dict(other.joint)
+            joint = {members: max(joint[members], theirs[members]) for members in joint.keys() & theirs.keys()}
+        found = replace(self, per_parameter=bounds, counted=counted, joint=tuple(sorted(joint.items())))
+        return replace(found, total=math.hypot(*(bound for _, bound in found.blocks(bounds))))
 
     def __str__(self) -> str:
         def shown(value: float | None) -> str:
@@ -89,4 +115,9 @@ class Sensitivity:
             disable_numparse=True,
             colalign=("left", "left", "right", "right", "right", "right", "right"),
         )
-        return f"{table}\ntotal Δ = {self.total:.6g} ({self.relation})"
+        shared = "".join(
+            f"\n{len(members)} parameters together, {members[0]} to {members[-1]}: Δ = {bound:.6g}"
+            for members, bound in self.joint
+        )
+        counts = f"\ncounts of {len(self.counted)} caps that adapt: Δ = {self.of_counts:.6g}" if self.counted else ""
+        return f"{table}{shared}{counts}\ntotal Δ = {self.total:.6g} ({self.relation})"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
 from clipless_dp.errors import NormError, PrivacyError
-from clipless_dp.gates import CotangentGate
+from clipless_dp.gates import CotangentGate, adapting
 from clipless_dp.graph.tracing import TracedNet, function_name
 from clipless_dp.modules import kind_of
 from clipless_dp.norms.operators import Operator
@@ -195,6 +195,9 @@ class Sweep:
         per_parameter: dict[str, float] = {}
         layers: list[LayerSensitivity] = []
         owners: dict[int, tuple[nn.Module, LayerBounds]] = {}
+        together: list[tuple[frozenset[str], float]] = []
+        capped_together = False
+        counted: dict[str, int] = {}
         for node in self.traced.tensor_nodes():
             bounds = self.bounds(node)
             if bounds is None or node.op != "call_module":
@@ -214,6 +217,13 @@ class Sweep:
                 own[name] = scale * self._gradient(bounds, name, arriving)
                 key = self.traced.names[id(parameter)]
                 per_parameter[key] = per_parameter.get(key, 0.0) + own[name]
+            keys = {name: self.traced.names[id(parameter)] for name, parameter in trainable.items()}
+            together += _contributions(bounds, keys, own, scale)
+            capped_together |= bool(bounds.joint_limits)
+            for gate, count in bounds.counted.items():
+                caps = adapting(leaf)
+                path = gate if caps is None or not caps.place else f"{caps.place}.{gate}"
+                counted[path] = counted.get(path, 0) + count
             if bounds.kinds:
                 layers += [
                     LayerSensitivity(
@@ -231,7 +241,9 @@ class Sweep:
                     cotangent_norm=arriving,
                     coverage=bounds.coverage,
                     certified_norm=None,
-                    sensitivity=math.hypot(*own.values()),
+                    sensitivity=math.hypot(
+                        *(bound for _, bound in _contributions(bounds, {name: name for name in own}, own, scale))
+                    ),
                 )
             )
             owners[len(layers) - 1] = leaf, bounds
@@ -245,7 +257,9 @@ class Sweep:
             replace(layer, certified_norm=self._known_norm(*owners[index])) if index in owners else layer
             for index, layer in enumerate(layers)
         )
-        return Sensitivity(per_parameter, math.hypot(*per_parameter.values()), relation, tuple(report))
+        joint = _joint_(per_parameter, _merged(together)) if capped_together else ()
+        found = Sensitivity(per_parameter, 0.0, relation, tuple(report), joint, counted)
+        return replace(found, total=math.hypot(*(bound for _, bound in found.blocks(per_parameter))))
 
     def _largest_norm(self, sources: tuple[fx.Node, ...]) -> float:
         return max(self.norm(source) for source in sources)
@@ -266,6 +280,57 @@ class Sweep:
                 key = self.traced.names[id(named_parameters(leaf)[name])]
                 return self.limits.get(key, self._certified.get((key, operator)))
         return None
+
+
+def _contributions(
+    bounds: LayerBounds, keys: Mapping[str, str], own: Mapping[str, float], scale: float
+) -> list[tuple[frozenset[str], float]]:
+    """What one use of a layer adds to the gradients: sets of parameters, and how much to all of a set together.
+
+    Args:
+        bounds: the rule's.
+        keys: the names of what is trained, by those that the layer has for it.
+        own: the bound of each alone.
+        scale: of the neighbouring relation.
+    """
+    joint = [
+        (tuple(name for name in names if name in keys), cap * scale)
+        for names, cap in bounds.joint_limits
+        if any(name in keys for name in names)
+    ]
+    within = [name for names, _ in joint for name in names]
+    if len(within) == len(set(within)):
+        # Each alone is in one use only, so that its own bound speaks for it too.
+        joint = [(names, min(cap, math.hypot(*(own[name] for name in names)))) for names, cap in joint]
+    alone = [((name,), own[name]) for name in keys if name not in within]
+    return [(frozenset(keys[name] for name in names), bound) for names, bound in (*joint, *alone)]
+
+
+def _joint_(
+    per_parameter: dict[str, float], together: Iterable[tuple[frozenset[str], float]]
+) -> tuple[tuple[tuple[str, ...], float], ...]:
+    """The sets of several parameters, named in order; each parameter's own bound is at most that of its set."""
+    joint = []
+    for members, bound in together:
+        if len(members) > 1:
+            joint.append((tuple(name for name in per_parameter if name in members), bound))
+        for name in members:
+            per_parameter[name] = min(per_parameter[name], bound)
+    return tuple(joint)
+
+
+def _merged(together: Iterable[tuple[frozenset[str], float]]) -> list[tuple[frozenset[str], float]]:
+    """Sets that share a parameter become one, to which all of them add."""
+    found: list[tuple[frozenset[str], float]] = []
+    for members, bound in together:
+        apart = []
+        for others, more in found:
+            if members & others:
+                members, bound = members | others, bound + more
+            else:
+                apart.append((others, more))
+        found = [*apart, (members, bound)]
+    return found
 
 
 def _factor(bounds: LayerBounds, position: int) -> float:

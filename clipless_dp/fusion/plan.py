@@ -106,7 +106,8 @@ def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | No
     layer = _leaf(traced, node)
     if type(layer) not in (nn.Linear, GradientGatedLinear, nn.Conv1d, nn.Conv2d) or len(node.all_input_nodes) != 1:
         return None
-    if isinstance(layer, GradientGatedLinear) and len(traced.shapes[node]) != 1:
+    if isinstance(layer, GradientGatedLinear) and (len(traced.shapes[node]) != 1 or layer.joint or layer.adaptive):
+        # Joint caps, and those that count, are in the layer's own backward.
         return None
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return None

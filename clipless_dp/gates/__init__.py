@@ -1,5 +1,6 @@
 """Gates: what caps a sample's signal, forwards or backwards, or its gradients of a layer's parameters."""
 
+from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, adapting_in, checked_state, counts_of
 from clipless_dp.gates.arithmetic import rounding_slack, sample_norms
 from clipless_dp.gates.gradient_layers import (
     GradientGated,
@@ -24,6 +25,8 @@ from clipless_dp.gates.signal import (
 )
 
 __all__ = [
+    "Adapting",
+    "AdaptiveLimit",
     "BallProjection",
     "CotangentGate",
     "GateMode",
@@ -34,8 +37,12 @@ __all__ = [
     "GradientGatedConvTranspose2d",
     "GradientGatedLinear",
     "SphereScaling",
+    "adapting",
+    "adapting_in",
     "can_be_gradient_gated",
+    "checked_state",
     "cotangent_gate",
+    "counts_of",
     "gradient_gated_layer",
     "input_gate",
     "presence_gate",

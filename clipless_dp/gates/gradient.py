@@ -9,7 +9,7 @@ scaled sum is all that is kept of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch.nn import functional
 from clipless_dp.gates.arithmetic import (
     UNDERFLOW,
     is_interleaved,
+    per_sample,
     sample_norms,
     scale_factors,
     zeroed_rows,
@@ -75,28 +76,24 @@ def bias_gradient(cotangents: Tensor, sizes: Tensor, limit: float, least: float)
     return scale_factors(torch.maximum(sample_norms(gradients), CANCELLED * sizes), cap=limit, floor=least) @ gradients
 
 
-def _gated_sum(
-    chunks: Iterable[tuple[Tensor, Tensor, Tensor]], shape: tuple[int, int, int], limit: float, least: float
-) -> Tensor:
-    """``Σ_b factor_b·G_b``.
+Chunk = tuple[Tensor, Tensor, Tensor]
+"""Of some samples ``(b, groups, T, K)`` that the weight meets, cotangents ``(b, groups, O, T)`` and ``‖x‖‖g‖``."""
+
+
+def _formed(chunks: Iterator[Chunk], shape: tuple[int, int, int]) -> Iterator[tuple[Chunk, Tensor | None, Tensor]]:
+    """Of each chunk what the samples' gradients count as, ``(b,)``, and the gradients, where these have to be formed.
+
+    The latter are of shape ``(b, groups·O·K)``, in memory that the next chunk's take.
 
     Args:
-        chunks: of some samples each: ``(b, groups, T, K)``, what the weight meets; ``(b, groups, O, T)``, the
-            cotangents; ``(b,)``, ``‖x‖‖g‖``.
+        chunks: of some samples each.
         shape: ``(groups, O, K)``.
-        limit: the cap.
-        least: the norm below which samples are not scaled further up.
-
-    Returns:
-        ``(groups, O, K)``.
     """
     groups, outputs, inputs = shape
-    total: Tensor | None = None
     held: Tensor | None = None
     for rows, cotangents, scales in chunks:
         if _prefers_gram(rows.shape[2], inputs, outputs, _GRAM_GAIN):
-            part = _gated_sum_by_grams(rows, cotangents, scales, limit, least)
-            total = part if total is None else total + part
+            yield (rows, cotangents, scales), None, torch.maximum(_gram_norms(rows, cotangents), CANCELLED * scales)
             continue
         first, second = cotangents.flatten(0, 1), rows.flatten(0, 1)
         if torch.is_grad_enabled():
@@ -107,11 +104,36 @@ def _gated_sum(
             gradients = torch.bmm(first, second, out=held[: len(first)])
         gradients = gradients.reshape(len(rows), groups * outputs * inputs)
         norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
+        yield (rows, cotangents, scales), gradients, norms
+
+
+def _gated_sum(
+    chunks: Iterator[Chunk], shape: tuple[int, int, int], limit: float, least: float
+) -> tuple[Tensor, list[Tensor]]:
+    """``Σ_b factor_b·G_b``.
+
+    Args:
+        chunks: of some samples each.
+        shape: ``(groups, O, K)``.
+        limit: the cap.
+        least: the norm below which samples are not scaled further up.
+
+    Returns:
+        ``(groups, O, K)``, and what the samples' gradients count as, ``(b,)`` for each chunk.
+    """
+    total: Tensor | None = None
+    found: list[Tensor] = []
+    for (rows, cotangents, _), gradients, norms in _formed(chunks, shape):
+        found.append(norms)
         factors = scale_factors(norms, cap=limit, floor=least)
-        total = factors @ gradients if total is None else _add_product(total, gradients.mT, factors)
+        if gradients is None:
+            part = _scaled_sum(rows, cotangents, factors)
+            total = part if total is None else total + part
+        else:
+            total = factors @ gradients if total is None else _add_product(total, gradients.mT, factors)
     if total is None:
         raise ValueError("there are no chunks")
-    return total.reshape(shape)
+    return total.reshape(shape), found
 
 
 def _add_product(total: Tensor, matrix: Tensor, factors: Tensor) -> Tensor:
@@ -119,8 +141,8 @@ def _add_product(total: Tensor, matrix: Tensor, factors: Tensor) -> Tensor:
     return torch.addmv(total, matrix, factors) if torch.is_grad_enabled() else total.addmv_(matrix, factors)
 
 
-def _gated_sum_by_grams(rows: Tensor, cotangents: Tensor, scales: Tensor, limit: float, least: float) -> Tensor:
-    """The gated sum of one chunk, whose samples' gradients are not formed: ``‖G‖² = Σ_ts ⟨g_t, g_s⟩⟨x_t, x_s⟩``."""
+def _gram_norms(rows: Tensor, cotangents: Tensor) -> Tensor:
+    """At least the samples' ``‖G‖``, ``(b,)``, without their ``G``: the root of ``Σ_ts ⟨g_t, g_s⟩⟨x_t, x_s⟩``."""
     _, groups, positions, inputs = rows.shape
     outputs = cotangents.shape[2]
     grams = rows @ rows.mT, cotangents.mT @ cotangents
@@ -128,8 +150,13 @@ def _gated_sum_by_grams(rows: Tensor, cotangents: Tensor, scales: Tensor, limit:
     # What the sums of products may have lost is added: the root is then at least the true norm.
     rounding = 1.01 * (inputs + outputs + groups * positions**2 + 8) * torch.finfo(rows.dtype).eps / 2
     lost = rounding * (first + 1e-28) * (second + 1e-28)
-    norms = ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
-    factors = scale_factors(torch.maximum(norms, CANCELLED * scales), cap=limit, floor=least)
+    return ((grams[0] * grams[1]).sum((1, 2, 3)).clamp(min=0.0) + lost).sqrt()
+
+
+def _scaled_sum(rows: Tensor, cotangents: Tensor, factors: Tensor) -> Tensor:
+    """``Σ_b factor_b·G_b`` for one chunk, ``(groups, O, K)``, without the samples' ``G``."""
+    _, groups, _, inputs = rows.shape
+    outputs = cotangents.shape[2]
     scaled = (cotangents * factors.reshape(-1, 1, 1, 1)).permute(1, 2, 0, 3).reshape(groups, outputs, -1)
     return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
 
@@ -156,25 +183,62 @@ def token_weight_gradient(
         chunk: samples at once; 0: as many as fit a small memory.
         sizes: the norms of the cotangents, ``(B,)``, where they are known.
     """
-    _, positions, inputs = values.shape
-    outputs = cotangents.shape[2]
-    gram = _prefers_gram(positions, inputs, outputs, _TOKEN_GRAM_GAIN)
-    held = 2 * positions**2 if gram else inputs * outputs
-    rows = _chunk_rows(chunk, held, values.device)
-    values, lengths = zeroed_rows(values)
-    cotangents, sizes = zeroed_rows(cotangents, sizes)
-    if not gram:
-        parts = zip(values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True)
-        chunks = ((some.unsqueeze(1), arriving.mT.unsqueeze(1), scales) for some, arriving, scales in parts)
-        return _gated_sum(chunks, (1, outputs, inputs), limit, least).squeeze(0)
-    norms = _token_norms(values, cotangents, lengths, sizes, rows)
-    factors = scale_factors(torch.maximum(norms, CANCELLED * lengths * sizes), cap=limit, floor=least)
-    factors = factors.to(values.dtype).reshape(-1, 1, 1)
-    if inputs < outputs:
-        values = values * factors
-    else:
-        cotangents = cotangents * factors
-    return cotangents.reshape(-1, outputs).t() @ values.reshape(-1, inputs)
+    return Tokens(values, cotangents, chunk, sizes).gated(limit, least)[0]
+
+
+class Tokens:
+    """What comes back to a linear layer's weight at several positions, sample by sample.
+
+    Args:
+        values: ``(B, T, K)``.
+        cotangents: ``(B, T, O)``.
+        chunk: samples at once; 0: as many as fit a small memory.
+        sizes: the norms of the cotangents, ``(B,)``, where they are known.
+
+    Attributes:
+        present: ``(B,)``, positive where anything came back to the sample.
+    """
+
+    def __init__(self, values: Tensor, cotangents: Tensor, chunk: int, sizes: Tensor | None = None) -> None:
+        _, positions, inputs = values.shape
+        outputs = cotangents.shape[2]
+        self._gram = _prefers_gram(positions, inputs, outputs, _TOKEN_GRAM_GAIN)
+        held = 2 * positions**2 if self._gram else inputs * outputs
+        self._rows = _chunk_rows(chunk, held, values.device)
+        self._shape = 1, outputs, inputs
+        self._values, self._lengths = zeroed_rows(values)
+        self._cotangents, self.present = zeroed_rows(cotangents, sizes)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        rows, scales = self._rows, self._lengths * self.present
+        parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
+        return ((some.unsqueeze(1), arriving.mT.unsqueeze(1), own) for some, arriving, own in parts)
+
+    def norms(self) -> Tensor:
+        """What each sample's gradient counts as, ``(B,)``: at least its norm, up to the rounding that rules include."""
+        if self._gram:
+            norms = _token_norms(self._values, self._cotangents, self._lengths, self.present, self._rows)
+            return torch.maximum(norms, CANCELLED * self._lengths * self.present)
+        return torch.cat([norms for _, _, norms in _formed(self._chunks(), self._shape)])
+
+    def total(self, factors: Tensor) -> Tensor:
+        """``Σ_b factor_b·G_b``, ``(O, K)``, of factors ``(B,)``."""
+        _, outputs, inputs = self._shape
+        values, cotangents = self._values, self._cotangents
+        factors = factors.to(values.dtype).reshape(-1, 1, 1)
+        if inputs < outputs:
+            values = values * factors
+        else:
+            cotangents = cotangents * factors
+        return cotangents.reshape(-1, outputs).t() @ values.reshape(-1, inputs)
+
+    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
+        """The gated sum, ``(O, K)``, and what each sample's gradient counts as, ``(B,)``."""
+        if self._gram:
+            norms = self.norms()
+            return self.total(scale_factors(norms, cap=limit, floor=least)), norms
+        total, found = _gated_sum(self._chunks(), self._shape, limit, least)
+        return total.squeeze(0), torch.cat(found)
 
 
 def _token_norms(values: Tensor, cotangents: Tensor, lengths: Tensor, sizes: Tensor, rows: int) -> Tensor:
@@ -197,6 +261,12 @@ def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, 
     A sample's gradient of a row is the sum over the places where it reads it, and the square of the whole one's norm
     ``Σ_ts [x_t = x_s]⟨g_t, g_s⟩``. What cancellation may have lost of that is added.
     """
+    cotangents, norms = table_norms(tokens, cotangents)
+    return table_sum(tokens, cotangents, rows, scale_factors(norms, cap=limit, floor=least))
+
+
+def table_norms(tokens: Tensor, cotangents: Tensor) -> tuple[Tensor, Tensor]:
+    """The cotangents without rows that are dropped, and what the samples' gradients count as, ``(B,)``."""
     positions, width = cotangents.shape[1:]
     cotangents, sizes = zeroed_rows(cotangents)
     same = tokens.unsqueeze(2) == tokens.unsqueeze(1)
@@ -204,9 +274,15 @@ def table_gradient(tokens: Tensor, cotangents: Tensor, rows: int, limit: float, 
     rounding = 1.01 * (width + positions**2 + 8) * torch.finfo(cotangents.dtype).eps / 2
     # The products' absolute values add up to at most T times the square of the cotangents' norm.
     norms = (squares + rounding * positions * (sizes.square() + 1e-28)).sqrt().to(sizes.dtype)
-    factors = scale_factors(torch.maximum(norms, CANCELLED * sizes), cap=limit, floor=least).to(cotangents.dtype)
+    return cotangents, torch.maximum(norms, CANCELLED * sizes)
+
+
+def table_sum(tokens: Tensor, cotangents: Tensor, rows: int, factors: Tensor) -> Tensor:
+    """The sum of the samples' gradients times factors ``(B,)``."""
+    width = cotangents.shape[2]
     total = cotangents.new_zeros(rows, width)
-    total.index_add_(0, tokens.reshape(-1), (cotangents * factors.reshape(-1, 1, 1)).reshape(-1, width))
+    scaled = cotangents * factors.to(cotangents.dtype).reshape(-1, 1, 1)
+    total.index_add_(0, tokens.reshape(-1), scaled.reshape(-1, width))
     return total
 
 
@@ -228,26 +304,78 @@ def convolution_weight_gradient(
     chunk: int,
 ) -> Tensor:
     """The gated sum for a convolution: ``(B, C, *size)`` and ``(B, O, *positions)`` to ``(O, C/groups, *kernel)``."""
-    channels, outputs = values.shape[1], cotangents.shape[1]
-    sizes_out = cotangents.shape[2:]
-    positions, inputs = math.prod(sizes_out), channels // groups * math.prod(kernel)
-    gram = _prefers_gram(positions, inputs, outputs // groups, _GRAM_GAIN)
-    held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
-    rows = _chunk_rows(chunk, held, values.device)
-    values, lengths = zeroed_rows(values)
-    cotangents, sizes = zeroed_rows(cotangents)
-    parts = zip(values.split(rows), cotangents.split(rows), (lengths * sizes).split(rows), strict=True)
-    chunks = (
-        (
-            _windows(some, sizes_out, kernel, stride, padding, dilation, groups),
-            _positions_last(arriving).unflatten(1, (groups, outputs // groups)),
-            scales,
+    return Kernel(values, cotangents, kernel, stride, padding, dilation, groups, chunk).gated(limit, least)[0]
+
+
+class Kernel:
+    """What comes back to a convolution's weight, sample by sample.
+
+    Args:
+        values: what windows are cut from, ``(B, C, *size)``.
+        cotangents: what arrives at each window, ``(B, O, *positions)``.
+        kernel: its size, with ``stride``, ``padding``, ``dilation`` and ``groups``.
+        chunk: samples at once; 0: as many as fit a small memory.
+
+    Attributes:
+        present: ``(B,)``, positive where anything came back to the sample.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        cotangents: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        chunk: int,
+    ) -> None:
+        channels, outputs = values.shape[1], cotangents.shape[1]
+        self._sizes = cotangents.shape[2:]
+        positions, inputs = math.prod(self._sizes), channels // groups * math.prod(kernel)
+        gram = _prefers_gram(positions, inputs, outputs // groups, _GRAM_GAIN)
+        held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
+        self._rows = _chunk_rows(chunk, held, values.device)
+        self._shape = groups, outputs // groups, inputs
+        self._geometry = list(kernel), list(stride), list(padding), list(dilation), groups
+        self._values, self._lengths = zeroed_rows(values)
+        self._cotangents, self.present = zeroed_rows(cotangents)
+
+    def _chunks(self) -> Iterator[Chunk]:
+        rows, scales = self._rows, self._lengths * self.present
+        parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
+        return (
+            (
+                _windows(some, self._sizes, *self._geometry),
+                _positions_last(arriving).unflatten(1, self._shape[:2]),
+                own,
+            )
+            for some, arriving, own in parts
         )
-        for some, arriving, scales in parts
-    )
-    total = _gated_sum(chunks, (groups, outputs // groups, inputs), limit, least)
-    gradient: Tensor = total.reshape(outputs, *kernel, channels // groups).movedim(-1, 1).contiguous()
-    return gradient
+
+    def norms(self) -> Tensor:
+        """As of :class:`Tokens`."""
+        return torch.cat([norms for _, _, norms in _formed(self._chunks(), self._shape)])
+
+    def total(self, factors: Tensor) -> Tensor:
+        """``Σ_b factor_b·G_b``, ``(O, C/groups, *kernel)``, of factors ``(B,)``."""
+        kernel, stride, padding, dilation, groups = self._geometry
+        scaled = self._cotangents * per_sample(factors.to(self._cotangents.dtype), self._cotangents)
+        weight = scaled.new_empty(scaled.shape[1], self._values.shape[1] // groups, *kernel)
+        found: Tensor = torch.ops.aten.convolution_backward(
+            scaled, self._values, weight, None, stride, padding, dilation, False, [0] * len(kernel), groups,
+            [False, True, False],
+        )[1]  # fmt: skip
+        return found
+
+    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
+        """The gated sum, ``(O, C/groups, *kernel)``, and what each sample's gradient counts as, ``(B,)``."""
+        kernel, *_ = self._geometry
+        total, found = _gated_sum(self._chunks(), self._shape, limit, least)
+        groups, outputs, _ = self._shape
+        gradient = total.reshape(groups * outputs, *kernel, -1).movedim(-1, 1).contiguous()
+        return gradient, torch.cat(found)
 
 
 def _windows(

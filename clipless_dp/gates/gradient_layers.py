@@ -1,20 +1,22 @@
 """Layers that cap each sample's gradient of their own parameters, inside their own backward.
 
-The cotangent that flows on to earlier layers is the ordinary one. Weight and bias are gated one by one, because the
-tracker and the noise account for one parameter at a time: a joint cap would be charged to both.
+The cotangent that flows on to earlier layers is the ordinary one. Weight and bias are gated one by one, or together.
 """
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap, zeroed_rows
 from clipless_dp.gates.gradient import (
+    Kernel,
     bias_gradient,
     convolution_operator,
     convolution_weight_gradient,
@@ -22,6 +24,7 @@ from clipless_dp.gates.gradient import (
     token_weight_gradient,
     vector_weight_gradient,
 )
+from clipless_dp.gates.parts import Part, Rows, gated_pair, linear_parts
 from clipless_dp.gates.signal import GateMode
 
 Gate = tuple[float, float]
@@ -32,12 +35,21 @@ class _GatedLinear(torch.autograd.Function):
     """A linear layer whose parameters' gradients are gated; the input's is the ordinary one."""
 
     @staticmethod
-    def forward(values: Tensor, weight: Tensor, bias: Tensor | None, gate: Gate, bias_gate: Gate, chunk: int) -> Tensor:
+    def forward(
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gate: Gate,
+        bias_gate: Gate,
+        chunk: int,
+        joint: bool,
+        *counters: Tensor | None,
+    ) -> Tensor:
         return functional.linear(values, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, weight, _, ctx.gate, ctx.bias_gate, ctx.chunk = inputs
+        values, weight, _, ctx.gate, ctx.bias_gate, ctx.chunk, ctx.joint, *_ = inputs
         ctx.save_for_backward(values, weight)
 
     @staticmethod
@@ -46,6 +58,13 @@ class _GatedLinear(torch.autograd.Function):
         values, weight = ctx.saved_tensors
         passed = cotangents @ weight if ctx.needs_input_grad[0] else None
         of_weight, of_bias = None, None
+        counted = ctx.needs_input_grad[7:]
+        if ctx.joint or any(counted):
+            parts = linear_parts(
+                values if ctx.needs_input_grad[1] else None, cotangents, bias=ctx.needs_input_grad[2], chunk=ctx.chunk
+            )
+            sums, counts = gated_pair(parts, (ctx.gate, ctx.bias_gate), joint=ctx.joint, counted=counted)
+            return passed, *sums, None, None, None, None, *counts
         if values.dim() == 2:
             arrived, sizes = zeroed_rows(cotangents)
             if ctx.needs_input_grad[1]:
@@ -60,7 +79,7 @@ class _GatedLinear(torch.autograd.Function):
                 of_weight = gated(tokens, arrived, *ctx.gate, ctx.chunk)
             if ctx.needs_input_grad[2]:
                 of_bias = bias_gradient(*zeroed_rows(arrived.mT), *ctx.bias_gate)
-        return passed, of_weight, of_bias, None, None, None
+        return passed, of_weight, of_bias, *([None] * 6)
 
 
 class _GatedConvolution(torch.autograd.Function):
@@ -80,6 +99,8 @@ class _GatedConvolution(torch.autograd.Function):
         gate: Gate,
         bias_gate: Gate,
         chunk: int,
+        joint: bool,
+        *counters: Tensor | None,
     ) -> Tensor:
         return torch.ops.aten.convolution(  # type: ignore[no-any-return]
             values, weight, bias, stride, padding, dilation, transposed, output_padding, groups
@@ -87,7 +108,7 @@ class _GatedConvolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, weight, _, *ctx.geometry, ctx.gate, ctx.bias_gate, ctx.chunk = inputs
+        values, weight, _, *ctx.geometry, ctx.gate, ctx.bias_gate, ctx.chunk, ctx.joint, _, _ = inputs
         ctx.save_for_backward(values, weight)
 
     @staticmethod
@@ -100,6 +121,11 @@ class _GatedConvolution(torch.autograd.Function):
             passed = torch.ops.aten.convolution_backward(
                 cotangents, values, weight, None, *ctx.geometry, [True, False, False]
             )[0]
+        counted = ctx.needs_input_grad[13:]
+        if ctx.joint or any(counted):
+            parts = _convolution_parts(ctx, values, weight, cotangents)
+            sums, counts = gated_pair(parts, (ctx.gate, ctx.bias_gate), joint=ctx.joint, counted=counted)
+            return passed, *sums, *([None] * 10), *counts
         if ctx.needs_input_grad[1]:
             # In a transposed convolution the windows are the output's, and the input says what they are multiplied by.
             seen, met = (cotangents, values) if transposed else (values, cotangents)
@@ -118,7 +144,22 @@ class _GatedConvolution(torch.autograd.Function):
             ).reshape(weight.shape)
         if ctx.needs_input_grad[2]:
             of_bias = bias_gradient(*zeroed_rows(cotangents.flatten(2)), *ctx.bias_gate)
-        return passed, of_weight, of_bias, *([None] * 9)
+        return passed, of_weight, of_bias, *([None] * 12)
+
+
+def _convolution_parts(ctx: Any, values: Tensor, weight: Tensor, cotangents: Tensor) -> tuple[Part | None, Part | None]:
+    stride, padding, dilation, transposed, _, groups = ctx.geometry
+    of_weight: Part | None = None
+    of_bias: Part | None = None
+    if ctx.needs_input_grad[1]:
+        seen, met = (cotangents, values) if transposed else (values, cotangents)
+        of_weight = Kernel(seen, met, weight.shape[2:], stride, padding, dilation, groups, ctx.chunk)
+        # Nothing came back where no cotangent did, whatever the values are.
+        of_weight.present = zeroed_rows(cotangents)[1]
+    if ctx.needs_input_grad[2]:
+        arrived, sizes = zeroed_rows(cotangents.flatten(2))
+        of_bias = Rows(arrived.sum(2), (arrived.shape[1],), sizes)
+    return of_weight, of_bias
 
 
 class GradientGated:
@@ -130,8 +171,12 @@ class GradientGated:
         mode: ``"clip"``: ``G·min(1, c/‖G‖)``; ``"normalize"``: ``G·c/max(‖G‖, floor)``.
         floor: for ``"normalize"``, as a share of the cap.
         chunk: samples whose gradients of this layer's weight are formed at once; 0: as many as fit a small memory.
+        joint: whether one cap, ``limit``, holds for the gradients of weight and bias together.
+        adaptive: how the caps adapt, as :class:`AdaptiveLimit` has it; empty where they do not.
     """
 
+    joint: bool = False
+    adaptive: tuple[float, ...] = ()
     limit: float
     bias_limit: float
     mode: GateMode
@@ -140,21 +185,23 @@ class GradientGated:
 
     def set_gate(
         self,
-        limit: float,
+        limit: float | AdaptiveLimit,
         *,
         bias_limit: float | None = None,
         mode: GateMode = "normalize",
         floor: float = FLOOR_SHARE,
         chunk: int | None = None,
+        joint: Literal["layer"] | None = None,
     ) -> None:
         """Sets and checks the gate.
 
         Args:
-            limit: the cap of the weight's per-sample gradient, at least 1e-8.
-            bias_limit: the cap of the bias's; by default the same.
+            limit: the cap of the weight's per-sample gradient, at least 1e-8; or how it adapts.
+            bias_limit: the cap of the bias's; by default the same. Of caps that adapt, the first one.
             mode: ``"clip"`` or ``"normalize"``.
             floor: for ``"normalize"``, the share of the cap below which a gradient is scaled by ``1/floor`` only.
             chunk: samples at once, at least 1; by default as many as fit into a few megabytes.
+            joint: ``"layer"``: one cap for both together.
 
         Raises:
             ConfigurationError: a value is out of range.
@@ -165,8 +212,21 @@ class GradientGated:
             raise ConfigurationError(f"floor is a share of the cap, from 1e-8 to 1, got {floor!r}")
         if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
             raise ConfigurationError(f"chunk must be a positive number of samples, got {chunk!r}")
-        self.limit = checked_cap("limit", limit)
+        if joint not in (None, "layer") or (joint is not None and bias_limit is not None):
+            raise ConfigurationError(
+                "a layer's joint is 'layer' or None, and 'layer' takes no bias_limit: one cap is for weight and bias"
+            )
+        adaptive = limit if isinstance(limit, AdaptiveLimit) else None
+        self.limit = checked_cap("limit", limit if adaptive is None else adaptive.start)  # type: ignore[arg-type]
         self.bias_limit = self.limit if bias_limit is None else checked_cap("bias_limit", bias_limit)
+        self.joint = joint is not None
+        layer = cast(nn.Module, self)
+        starts = {"layer": self.limit} if self.joint else {"weight": self.limit, "bias": self.bias_limit}
+        if not self.joint and getattr(layer, "bias", None) is None:
+            del starts["bias"]
+        caps = None if adaptive is None else Adapting(adaptive, starts)
+        self.adaptive = () if caps is None else caps.settings
+        set_adapting(layer, caps)
         self.mode = mode
         self.floor = float(floor)
         self.chunk = chunk or 0
@@ -174,11 +234,31 @@ class GradientGated:
     def gates(self) -> tuple[Gate, Gate]:
         """Weight's and bias's cap, each with the norm below which nothing is scaled further up."""
         share = self.floor if self.mode == "normalize" else 1.0
-        return (self.limit, max(share * self.limit, 1e-8)), (self.bias_limit, max(share * self.bias_limit, 1e-8))
+        limit, bias_limit = self.caps()
+        return (limit, max(share * limit, 1e-8)), (bias_limit, max(share * bias_limit, 1e-8))
+
+    def caps(self) -> tuple[float, float]:
+        """Weight's and bias's cap as they are now; of a joint one it is twice the same."""
+        found = adapting(cast(nn.Module, self))
+        if found is None:
+            return self.limit, self.limit if self.joint else self.bias_limit
+        if self.joint:
+            return found.caps["layer"], found.caps["layer"]
+        return found.caps["weight"], found.caps.get("bias", self.bias_limit)
+
+    def counters(self) -> Sequence[Tensor | None]:
+        """What the gates of weight and bias leave their counts in, where they count."""
+        found = adapting(cast(nn.Module, self))
+        known = {} if found is None else found.counters()
+        if "layer" in known:
+            return known["layer"], known["layer"]
+        return known.get("weight"), known.get("bias")
 
     def gate_repr(self) -> str:
         """The gate's settings."""
-        return f"limit={self.limit:g}, bias_limit={self.bias_limit:g}, mode={self.mode!r}"
+        limit, bias_limit = self.caps()
+        how = ("joint, " if self.joint else "") + ("adaptive, " if self.adaptive else "")
+        return f"{how}limit={limit:g}, bias_limit={bias_limit:g}, mode={self.mode!r}"
 
 
 class GradientGatedLinear(GradientGated, nn.Linear):
@@ -187,7 +267,7 @@ class GradientGatedLinear(GradientGated, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         output: Tensor = _GatedLinear.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, *self.gates(), self.chunk
+            input, self.weight, self.bias, *self.gates(), self.chunk, self.joint, *self.counters()
         )
         return output
 
@@ -228,7 +308,7 @@ class _GradientGatedTransposed(GradientGated):
 def _convolve(layer: Any, values: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
     geometry = layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups
     output: Tensor = _GatedConvolution.apply(  # type: ignore[no-untyped-call]
-        values, layer.weight, layer.bias, *geometry, *layer.gates(), layer.chunk
+        values, layer.weight, layer.bias, *geometry, *layer.gates(), layer.chunk, layer.joint, *layer.counters()
     )
     return output
 
@@ -264,7 +344,7 @@ def can_be_gradient_gated(layer: nn.Module) -> bool:
     return type(layer) in _GATED
 
 
-def gradient_gated_layer(layer: nn.Module, limit: float, **settings: Any) -> nn.Module:
+def gradient_gated_layer(layer: nn.Module, limit: float | AdaptiveLimit, **settings: Any) -> nn.Module:
     """The gated form of a layer, with the very same parameters.
 
     Args:

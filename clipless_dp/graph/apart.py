@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.gates import counts_of
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 from clipless_dp.rules.base import find_function_rule
@@ -150,9 +151,10 @@ _Places = list[tuple[dict[str, Any], str, Tensor]]
 
 
 def _held(layer: nn.Module | None) -> _Places:
-    """Where a layer holds parameters, which within a pass are aliases of them."""
-    parts = () if layer is None else layer.modules()
-    return [
+    """Where a layer holds parameters, which within a pass are aliases of them, and what its gates count in."""
+    parts = () if layer is None else tuple(layer.modules())
+    counts = [(cast("dict[str, Any]", held), name) for held, name in filter(None, map(counts_of, parts))]
+    return [(held, name, held[name]) for held, name in counts] + [
         (cast("dict[str, Any]", part._parameters), name, value)
         for part in parts
         for name, value in part._parameters.items()

@@ -11,6 +11,7 @@ from torch import fx, nn
 from clipless_dp.arguments import cap, choice, patterns, shown, whole
 from clipless_dp.errors import ConfigurationError, UnsupportedModuleError
 from clipless_dp.gates import (
+    AdaptiveLimit,
     BallProjection,
     CotangentGate,
     GateMode,
@@ -20,7 +21,7 @@ from clipless_dp.gates import (
 )
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
 from clipless_dp.graph.tracing import is_leaf, symbolic_trace, without_rule
-from clipless_dp.isolation import Isolated, Select, is_named
+from clipless_dp.isolation import Isolated, Joint, Select, is_named
 from clipless_dp.rules import find_rule
 from clipless_dp.rules.embedding import TABLES
 
@@ -103,7 +104,7 @@ def gated(
 def gradient_gated(
     net: nn.Module,
     *,
-    limit: float = 1.0,
+    limit: float | AdaptiveLimit | Literal["adaptive"] = 1.0,
     bias_limit: float | None = None,
     mode: GateMode = "normalize",
     floor: float = FLOOR_SHARE,
@@ -111,6 +112,7 @@ def gradient_gated(
     chunk: int | None = None,
     isolation: Literal["auto", "graph", "vmap"] = "auto",
     select: Select = None,
+    joint: Joint = None,
 ) -> fx.GraphModule | Isolated:
     """Puts a network's trainable parameters behind gradient gates, which cap their per-sample gradients.
 
@@ -129,8 +131,9 @@ def gradient_gated(
     Args:
         net: the network; its parameters are shared with the result, under the same names. Call again with other
             ``layers`` for other caps, and combine with :func:`gated` as you like.
-        limit: cap ``c`` of each weight's per-sample gradient.
-        bias_limit: cap of each bias's; by default the same.
+        limit: cap ``c`` of each weight's per-sample gradient. An :class:`clipless_dp.AdaptiveLimit`, or ``"adaptive"``
+            for one by default: caps that follow a private quantile of the norms.
+        bias_limit: cap of each bias's; by default the same. Of caps that adapt, the first one.
         mode: ``"clip"``: ``G·min(1, c/‖G‖)``; ``"normalize"``: ``G·c/max(‖G‖, floor·c)``, so that samples which the
             network already fits still contribute.
         floor: for ``"normalize"``, the share of the cap below which a gradient is scaled by ``1/floor`` only: what
@@ -142,6 +145,10 @@ def gradient_gated(
             ``"auto"``: the graph where it can be had.
         select: which of its outputs is the network's, where it returns several: a key, an index, or a function of what
             it returns for a batch of one sample. By default ``logits``, where there are some.
+        joint: ``"layer"``: the cap is for the gradients of a weight and of the bias that it is used with, together;
+            ``"network"``: for all gradients of a sample, so that the network's ``Δ`` is the cap: that of per-sample
+            clipping (Abadi et al. 2016). It needs samples run one by one, which ``"auto"`` does then, and memory for
+            what comes back to each layer. ``None``: for each parameter by itself, ``Δ`` is ``c·√(their number)``.
 
     Returns:
         A network to be wrapped by ``DPLipModel``: traced, with the gated layers in place, or isolated.
@@ -160,7 +167,8 @@ def gradient_gated(
     _refuse_other_than_modules(net)
     choice("isolation", isolation, "auto", "graph", "vmap")
     choice("mode", mode, "clip", "normalize")
-    limit, floor = cap("limit", limit), cap("floor", floor)
+    joint = None if joint is None else choice("joint", joint, "layer", "network")
+    limit, floor = _checked_limit(limit), cap("floor", floor)
     bias_limit = None if bias_limit is None else cap("bias_limit", bias_limit)
     layers = patterns("layers", layers)
     chunk = None if chunk is None else whole("chunk", chunk)
@@ -168,10 +176,19 @@ def gradient_gated(
         raise ConfigurationError(f"select must be a key, an index, a function or None, got {shown(select)}")
     gates: dict[str, Any] = {"limit": limit, "bias_limit": bias_limit, "mode": mode, "floor": floor}
     if isinstance(net, Isolated):
+        if joint not in (None, net.joint):
+            raise ConfigurationError(f"the network was isolated with joint={net.joint!r}, which stays: got {joint!r}")
         net.set_gates(**gates, layers=layers)
         return net
-    if isolation == "vmap" or (isolation == "auto" and (select is not None or not _has_rules(net))):
-        return _isolated(net, gates, layers, select)
+    if joint == "network" and isolation == "graph":
+        raise ConfigurationError("joint='network' needs samples run one by one: isolation='vmap', or 'auto'")
+    apart = select is not None or joint == "network"
+    if isolation == "vmap" or (isolation == "auto" and (apart or not _has_rules(net))):
+        return _isolated(net, {**gates, "joint": joint}, layers, select)
+    return _traced(net, {**gates, "chunk": chunk, "joint": joint}, layers)
+
+
+def _traced(net: nn.Module, gates: dict[str, Any], layers: Sequence[str]) -> fx.GraphModule:
     if is_leaf(net):
         raise ConfigurationError(f"net is a single {type(net).__name__}: put it into nn.Sequential first")
     traced = symbolic_trace(net)
@@ -186,11 +203,17 @@ def gradient_gated(
     _keep_unused(net, traced)
     for path, layer in candidates.items():
         if any(fnmatchcase(path, pattern) for pattern in layers):
-            gate = gradient_gated_layer(layer, limit, bias_limit=bias_limit, mode=mode, floor=floor, chunk=chunk)
+            gate = gradient_gated_layer(layer, **gates)
             for place, module in list(traced.named_modules(remove_duplicate=False)):
                 if module is layer:
                     traced.set_submodule(place, gate)
     return traced
+
+
+def _checked_limit(limit: object) -> float | AdaptiveLimit:
+    if isinstance(limit, AdaptiveLimit):
+        return limit
+    return AdaptiveLimit() if isinstance(limit, str) and limit == "adaptive" else cap("limit", limit)
 
 
 def _refuse_other_than_modules(net: object) -> None:
@@ -211,6 +234,7 @@ def _has_rules(net: nn.Module) -> bool:
 def _isolated(net: nn.Module, gates: dict[str, Any], layers: Sequence[str], select: Select) -> Isolated:
     found = Isolated(net, select=select, **gates)
     if tuple(layers) != ("*",):
+        gates = {name: value for name, value in gates.items() if name != "joint"}
         found.set_gates(**gates, layers=layers)
         left = [
             name

@@ -20,12 +20,15 @@ from clipless_dp.errors import PrivacyError
 from clipless_dp.gates.arithmetic import sample_norms, scale_factors, zeroed_rows
 from clipless_dp.gates.gradient import (
     CANCELLED,
+    Kernel,
     bias_gradient,
     convolution_weight_gradient,
     table_gradient,
     token_weight_gradient,
     vector_weight_gradient,
 )
+from clipless_dp.gates.parts import Part, Rows, Table, Transposed, gated_pair, linear_parts
+from clipless_dp.isolation.joint import Together
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,45 @@ class Cap:
 
 @dataclass(frozen=True)
 class Affine:
-    """The gates of a weight and a bias, and what else an operation is called with."""
+    """The gates of a weight and a bias, and what else an operation is called with.
+
+    Attributes:
+        weight: the gate of the weight, or of both.
+        bias: the gate of the bias.
+        settings: of the operation.
+        joint: whether one cap holds for both together.
+        names: of both parameters.
+        together: where all of a network's gradients are gated together, what waits for that.
+    """
 
     weight: Cap | None
     bias: Cap | None
     settings: tuple[Any, ...] = ()
+    joint: bool = False
+    names: tuple[str | None, str | None] = (None, None)
+    together: Together | None = None
+
+    def by_parts(self, counted: tuple[bool, ...]) -> bool:
+        """Whether norms are needed apart from sums, given which gates count."""
+        return self.joint or self.together is not None or any(counted)
+
+    def sums(self, parts: tuple[Part | None, Part | None], counted: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """Gradients of weight and bias, and their counts; nothing yet where all are gated together."""
+        if self.together is not None:
+            for name, part in zip(self.names, parts, strict=True):
+                if part is not None and name is not None:
+                    self.together.keep(name, part)
+            return None, None, None, None
+        caps = tuple(None if cap is None else (cap.limit, cap.least) for cap in (self.weight, self.bias))
+        weight_counts, bias_counts = (*counted, False, False)[:2]
+        gradients, counts = gated_pair(
+            parts,
+            cast(Any, caps),
+            joint=self.joint,
+            counted=(weight_counts, bias_counts),
+            same=self.names[0] == self.names[1],
+        )
+        return *gradients, *counts
 
 
 def _summed(rows: Tensor, cap: Cap, sizes: Tensor | None = None) -> Tensor:
@@ -87,7 +124,9 @@ class GatedLinear(_Gated):
     """``x Wᵀ + b``, or ``x W + b``: ``values`` is ``(B, ..., K)``."""
 
     @staticmethod
-    def forward(sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine) -> Tensor:
+    def forward(
+        sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine, *counters: Tensor | None
+    ) -> Tensor:
         (transposed,) = gates.settings
         flat = values.reshape(-1, values.shape[-1])
         if not transposed:
@@ -99,7 +138,7 @@ class GatedLinear(_Gated):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, values, weight, _, ctx.gates = inputs
+        _, values, weight, _, ctx.gates, *_ = inputs
         ctx.save_for_backward(values if ctx.needs_input_grad[2] else None, weight if ctx.needs_input_grad[1] else None)
 
     @staticmethod
@@ -112,6 +151,14 @@ class GatedLinear(_Gated):
         if weight is not None:
             flat = cotangents.reshape(-1, cotangents.shape[-1])
             passed = (flat @ (weight.mT if transposed else weight)).reshape(*cotangents.shape[:-1], -1)
+        wants = gates.weight is not None and values is not None, gates.bias is not None and ctx.needs_input_grad[3]
+        counted = ctx.needs_input_grad[5:]
+        if gates.by_parts(counted):
+            of_both = linear_parts(values if wants[0] else None, cotangents, bias=wants[1])
+            if transposed and of_both[0] is not None:
+                of_both = Transposed(of_both[0]), of_both[1]
+            of_weight, of_bias, *counts = gates.sums(of_both, counted)
+            return None, passed, of_weight, of_bias, None, *counts
         arrived = _positions(cotangents)
         if arrived.shape[1] == 1:
             gated, sizes = zeroed_rows(arrived.squeeze(1))
@@ -128,7 +175,8 @@ class GatedLinear(_Gated):
                 )
             if gates.bias is not None and ctx.needs_input_grad[3]:
                 of_bias = _summed(arrived.sum(1), gates.bias, sizes)
-        return None, passed, of_weight.mT if transposed and of_weight is not None else of_weight, of_bias, None
+        of_weight = of_weight.mT if transposed and of_weight is not None else of_weight
+        return None, passed, of_weight, of_bias, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -139,12 +187,12 @@ class GatedEmbedding(_Gated):
     """Rows of a table by their numbers, ``(B, ...)`` integers; the row ``padding`` takes no gradient."""
 
     @staticmethod
-    def forward(sample: Any, values: Tensor, weight: Tensor, gates: Affine) -> Tensor:
+    def forward(sample: Any, values: Tensor, weight: Tensor, gates: Affine, counter: Tensor | None) -> Tensor:
         return functional.embedding(values, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, values, weight, ctx.gates = inputs
+        _, values, weight, ctx.gates, _ = inputs
         ctx.rows = weight.shape[0]
         ctx.save_for_backward(values)
 
@@ -159,7 +207,11 @@ class GatedEmbedding(_Gated):
         arrived = cotangents.reshape(*flat.shape, cotangents.shape[-1])
         if padding is not None:
             arrived = arrived.masked_fill((flat == padding).unsqueeze(-1), 0.0)
-        return None, None, table_gradient(flat, arrived, ctx.rows, cap.limit, cap.least), None
+        counted = ctx.needs_input_grad[4:]
+        if gates.by_parts(counted):
+            found, _, counts, _ = gates.sums((Table(flat, arrived, ctx.rows), None), counted)
+            return None, None, found, None, counts
+        return None, None, table_gradient(flat, arrived, ctx.rows, cap.limit, cap.least), None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -171,14 +223,19 @@ class GatedLayerNorm(_Gated):
 
     @staticmethod
     def forward(
-        sample: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, gates: Affine
+        sample: Any,
+        values: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gates: Affine,
+        *counters: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, eps = gates.settings
         return torch.native_layer_norm(values, shape, weight, bias, eps)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, values, weight, bias, ctx.gates = inputs
+        _, values, weight, bias, ctx.gates, *_ = inputs
         _, mean, scale = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(mean, scale)
@@ -188,11 +245,11 @@ class GatedLayerNorm(_Gated):
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
         cotangents = arriving[0]
         if cotangents is None:
-            return (None,) * 5
+            return (None,) * 7
         values, weight, bias, mean, scale = ctx.saved_tensors
         gates: Affine = ctx.gates
         shape, _ = gates.settings
-        passed, of_weight, of_bias = None, None, None
+        passed = None
         if ctx.needs_input_grad[1]:
             passed = torch.ops.aten.native_layer_norm_backward(
                 cotangents.contiguous(), values, shape, mean, scale, weight, bias, [True, False, False]
@@ -200,14 +257,24 @@ class GatedLayerNorm(_Gated):
         entries = 1
         for size in shape:
             entries *= size
+        of_both: list[tuple[Tensor, Tensor] | None] = [None, None]
         if gates.weight is not None and ctx.needs_input_grad[2]:
             products = torch.addcmul(-mean * scale, values, scale).mul_(cotangents)
             rows = products.reshape(len(values), -1, entries)
-            of_weight = _summed(rows.sum(1), gates.weight, sample_norms(rows)).reshape(shape)
+            of_both[0] = rows.sum(1), sample_norms(rows)
         if gates.bias is not None and ctx.needs_input_grad[3]:
             rows = cotangents.reshape(len(values), -1, entries)
-            of_bias = _summed(rows.sum(1), gates.bias, sample_norms(rows)).reshape(shape)
-        return None, passed, of_weight, of_bias, None
+            of_both[1] = rows.sum(1), sample_norms(rows)
+        counted = ctx.needs_input_grad[5:]
+        if gates.by_parts(counted):
+            first, second = (None if pair is None else Rows(pair[0], shape, pair[1]) for pair in of_both)
+            of_weight, of_bias, *counts = gates.sums((first, second), counted)
+            return None, passed, of_weight, of_bias, None, *counts
+        of_weight, of_bias = (
+            None if pair is None else _summed(pair[0], cast(Cap, cap), pair[1]).reshape(shape)
+            for pair, cap in zip(of_both, (gates.weight, gates.bias), strict=True)
+        )
+        return None, passed, of_weight, of_bias, None, None, None
 
     @classmethod
     def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
@@ -224,7 +291,9 @@ class GatedConvolution(_Gated):
     """A convolution of ``(B, C, *size)`` with one to three axes; settings: stride, padding, dilation, groups."""
 
     @staticmethod
-    def forward(sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine) -> Tensor:
+    def forward(
+        sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine, *counters: Tensor | None
+    ) -> Tensor:
         stride, padding, dilation, groups = gates.settings
         still = (0,) * len(stride)
         return cast(
@@ -233,7 +302,7 @@ class GatedConvolution(_Gated):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, values, weight, _, ctx.gates = inputs
+        _, values, weight, _, ctx.gates, *_ = inputs
         ctx.save_for_backward(values, weight)
 
     @staticmethod
@@ -248,6 +317,17 @@ class GatedConvolution(_Gated):
                 cotangents, values, weight, None, stride, padding, dilation, False, [0] * len(stride), groups,
                 [True, False, False],
             )[0]  # fmt: skip
+        counted = ctx.needs_input_grad[5:]
+        if gates.by_parts(counted):
+            first: Part | None = None
+            second: Part | None = None
+            if gates.weight is not None and ctx.needs_input_grad[2]:
+                first = Kernel(values, cotangents, weight.shape[2:], stride, padding, dilation, groups, 0)
+            if gates.bias is not None and ctx.needs_input_grad[3]:
+                maps, sizes = zeroed_rows(cotangents.flatten(2))
+                second = Rows(maps.sum(2), (maps.shape[1],), sizes)
+            of_weight, of_bias, *counts = gates.sums((first, second), counted)
+            return None, passed, of_weight, of_bias, None, *counts
         if gates.weight is not None and ctx.needs_input_grad[2]:
             flat = values.dim() == 3
             of_weight = convolution_weight_gradient(
@@ -264,7 +344,7 @@ class GatedConvolution(_Gated):
             ).reshape(weight.shape)
         if gates.bias is not None and ctx.needs_input_grad[3]:
             of_bias = bias_gradient(*zeroed_rows(cotangents.flatten(2)), gates.bias.limit, gates.bias.least)
-        return None, passed, of_weight, of_bias, None
+        return None, passed, of_weight, of_bias, None, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -275,7 +355,7 @@ class Expanded(_Gated):
     """A copy of a parameter for each sample, whose gradients are capped and summed: for whatever is done with it."""
 
     @staticmethod
-    def forward(sample: Tensor, parameter: Tensor, gates: Affine) -> Tensor:
+    def forward(sample: Tensor, parameter: Tensor, gates: Affine, counter: Tensor | None) -> Tensor:
         return parameter.unsqueeze(0).expand(len(sample), *parameter.shape)
 
     @staticmethod
@@ -285,14 +365,21 @@ class Expanded(_Gated):
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
         (cotangents,) = arriving
-        cap = cast(Cap, cast(Affine, ctx.gates).weight)
-        return None, _summed(cotangents.reshape(len(cotangents), -1), cap).reshape(cotangents.shape[1:]), None
+        gates: Affine = ctx.gates
+        flat, shape = cotangents.reshape(len(cotangents), -1), cotangents.shape[1:]
+        counted = ctx.needs_input_grad[3:]
+        if gates.by_parts(counted):
+            found, _, counts, _ = gates.sums((Rows(flat, shape), None), counted)
+            return None, found, None, counts
+        return None, _summed(flat, cast(Cap, gates.weight)).reshape(shape), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, parameter: Tensor, gates: Affine) -> tuple[Tensor, int]:
+    def vmap(
+        info: Any, in_dims: Any, sample: Tensor, parameter: Tensor, gates: Affine, counter: Tensor | None
+    ) -> tuple[Tensor, int]:
         if in_dims[1] is not None:
             raise PrivacyError("a parameter behind a gradient gate must be the same for all samples")
-        return cast(Tensor, Expanded.apply(sample.movedim(in_dims[0], 0), parameter, gates)), 0  # type: ignore[no-untyped-call]
+        return cast(Tensor, Expanded.apply(sample.movedim(in_dims[0], 0), parameter, gates, counter)), 0  # type: ignore[no-untyped-call]
 
 
 class Attention(torch.autograd.Function):

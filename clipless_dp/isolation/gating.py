@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation.functions import GATES, Affine, Cap, Expanded
+from clipless_dp.isolation.joint import Together
 
 Handler = Callable[..., Any]
 """Takes the gating and a function's own arguments; returns its value, or ``NotImplemented``."""
@@ -70,9 +71,13 @@ class Gating(TorchFunctionMode):
         also: the names by which the code may hold the parameters themselves, by ``id``.
         caps: the gate of each.
         fields: the inputs of all samples, each contiguous and in memory of its own, if look-ups are to be noted.
+        counters: what each gate leaves its count in, by parameter; those of gates that count.
+        joint: whether a weight and the bias that it is used with have one cap.
+        together: what waits for the gradients of all parameters, where these have one cap.
 
     Attributes:
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.
+        groups: the parameters that were used in one operation, for each use.
         limits: for each input, and each entry of a sample's, the length of the shortest table that it was looked up in;
             0 where it was in none.
     """
@@ -84,6 +89,10 @@ class Gating(TorchFunctionMode):
         also: Mapping[int, str],
         caps: Mapping[str, Cap],
         fields: Sequence[Tensor] = (),
+        *,
+        counters: Mapping[str, Tensor] | None = None,
+        joint: bool = False,
+        together: Together | None = None,
     ) -> None:
         super().__init__()
         self.sample = sample
@@ -94,7 +103,10 @@ class Gating(TorchFunctionMode):
         self._called = {**also, **{id(source): name for name, source in sources.items()}}
         # Frozen parameters have no gate.
         self._names = {held: name for held, name in self._called.items() if name in sources}
+        self.groups: list[tuple[str, ...]] = []
         self._caps = caps
+        self._counters = counters or {}
+        self._joint, self._together = joint, together
         self._copies: dict[str, Tensor] = {}
         self._made: list[Any] = []
         self._seed = torch.initial_seed()
@@ -207,18 +219,35 @@ class Gating(TorchFunctionMode):
         """What a parameter is called in messages, frozen ones too."""
         return self._called.get(id(value), f"of shape {tuple(value.shape)}")
 
-    def gated(self, name: str | None, kind: str, entries: int) -> Cap | None:
-        """The gate of a parameter, for one more use of it.
+    def gates(
+        self,
+        kind: str,
+        weight: tuple[str | None, int],
+        bias: tuple[str | None, int] = (None, 0),
+        settings: tuple[Any, ...] = (),
+    ) -> Affine:
+        """The gates of one more use of a weight and a bias.
 
         Args:
-            name: the parameter; ``None`` of what is none.
-            kind: what the gate is in.
-            entries: of one sample, that the gate's sums are of.
+            kind: what the gates are in.
+            weight: its name, ``None`` of what is none, and the entries of one sample that the gate's sums are of.
+            bias: of the bias.
+            settings: of the operation.
         """
-        if name is None:
-            return None
-        self.uses.setdefault(name, []).append((kind, entries))
-        return self._caps[name]
+        names = tuple(name for name, _ in (weight, bias) if name is not None)
+        for name, entries in (weight, bias):
+            if name is not None:
+                self.uses.setdefault(name, []).append((kind, entries))
+        if names:
+            self.groups.append(names)
+        caps = [None if name is None else self._caps[name] for name, _ in (weight, bias)]
+        return Affine(
+            caps[0], caps[1], settings, joint=self._joint, names=(weight[0], bias[0]), together=self._together
+        )
+
+    def counter(self, name: str | None) -> Tensor | None:
+        """What the gate of a parameter leaves its count in."""
+        return None if name is None else self._counters.get(name)
 
     def looked_up(self, tokens: Tensor, rows: int) -> None:
         """Notes which entries of the inputs are looked up in a table of so many rows, if they are as they came in."""
@@ -241,8 +270,11 @@ class Gating(TorchFunctionMode):
         """A copy of a parameter for this sample."""
         if name not in self._copies:
             source = self._sources[name]
-            gates = Affine(self.gated(name, "expand", source.numel()), None)
-            self._copies[name] = cast(Tensor, Expanded.apply(self.sample, source, gates))  # type: ignore[no-untyped-call]
+            gates = self.gates("expand", (name, source.numel()))
+            self._copies[name] = cast(
+                Tensor,
+                Expanded.apply(self.sample, source, gates, self.counter(name)),  # type: ignore[no-untyped-call]
+            )
             self._ids.add(id(self._copies[name]))
         return self._copies[name]
 

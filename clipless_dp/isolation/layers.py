@@ -14,7 +14,6 @@ from torch.nn import functional
 
 from clipless_dp.errors import InputError
 from clipless_dp.isolation.functions import (
-    Affine,
     Attention,
     GatedConvolution,
     GatedEmbedding,
@@ -41,12 +40,11 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         # Broadcast, it would be summed once more behind its cap.
         return NotImplemented
     positions = math.prod(input.shape[:-1])
-    gates = Affine(
-        run.gated(of_weight, "linear", positions * max(inputs, outputs)),
-        run.gated(of_bias, "linear", positions * outputs),
-        (transposed,),
+    gates = run.gates(
+        "linear", (of_weight, positions * max(inputs, outputs)), (of_bias, positions * outputs), (transposed,)
     )
-    return GatedLinear.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    counters = run.counter(of_weight), run.counter(of_bias)
+    return GatedLinear.apply(run.sample, input, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
 
 
 @handles(torch.addmm, Tensor.addmm)
@@ -94,9 +92,9 @@ def embedding(
         )
     width = weight.shape[1]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
-    gates = Affine(run.gated(name, "embedding", input.numel() * width), None, (padding,))
+    gates = run.gates("embedding", (name, input.numel() * width), settings=(padding,))
     with _told_of(name, weight):
-        return GatedEmbedding.apply(run.sample, input, run.source(weight), gates)  # type: ignore[no-untyped-call]
+        return GatedEmbedding.apply(run.sample, input, run.source(weight), gates, run.counter(name))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
@@ -125,12 +123,10 @@ def layer_norm(
         return NotImplemented
     input = run.expanded(input)
     entries = input.numel()
-    gates = Affine(
-        run.gated(run.name_of(weight), "norm", entries),
-        run.gated(run.name_of(bias), "norm", entries),
-        (tuple(normalized_shape), eps),
-    )
-    return GatedLayerNorm.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    names = run.name_of(weight), run.name_of(bias)
+    gates = run.gates("norm", (names[0], entries), (names[1], entries), (tuple(normalized_shape), eps))
+    counters = map(run.counter, names)
+    return GatedLayerNorm.apply(run.sample, input, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
 
 
 @handles(functional.group_norm)
@@ -188,12 +184,15 @@ def _convolution(
     ]
     positions = math.prod(sizes)
     met = positions * max(weight.shape[0], math.prod(weight.shape[1:]) * groups)
-    gates = Affine(
-        run.gated(run.name_of(weight), "convolution", met),
-        run.gated(run.name_of(bias), "convolution", positions * weight.shape[0]),
+    names = run.name_of(weight), run.name_of(bias)
+    gates = run.gates(
+        "convolution",
+        (names[0], met),
+        (names[1], positions * weight.shape[0]),
         (each(stride), each(padding), dilation, groups),
     )
-    made = GatedConvolution.apply(run.sample, values, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    counters = map(run.counter, names)
+    made = GatedConvolution.apply(run.sample, values, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
     return made if alone else made.unsqueeze(0)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +20,18 @@ from clipless_dp.errors import (
     Unsupported,
     UnsupportedModuleError,
 )
+from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap
 from clipless_dp.gates.signal import GateMode
 from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
 from clipless_dp.isolation.foreign import prepare
 from clipless_dp.isolation.functions import Cap
 from clipless_dp.isolation.gating import Gating, refuse_other_ways
+from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.packing import Packing
+
+Joint = Literal["layer", "network"] | None
+"""What one cap is for: a parameter, a weight and the bias that it is used with, or all parameters together."""
 
 Select = str | int | Callable[[Any], Tensor] | None
 """Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
@@ -50,6 +57,9 @@ class Isolated(nn.Module):
             submodules keep their names.
         select: which of its outputs is the model's. By default a tensor as it is, and ``logits`` of what has them.
         limit: see :meth:`set_gates`, with ``bias_limit``, ``mode``, ``floor``.
+        joint: ``"layer"``: one cap for the gradients of a weight and of the bias that it is used with, together;
+            ``"network"``: one for all gradients of a sample, which keeps what comes back to each layer until the
+            backward pass is through (Bu et al. 2023). ``None``: one for each parameter.
 
     Shape:
         ``(B, ...)`` to ``(B, ...)``.
@@ -63,18 +73,24 @@ class Isolated(nn.Module):
     uses: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] | None
     _still: tuple[str, ...]
     _caps: tuple[tuple[str, float, float], ...]
+    joint: Joint
+    groups: tuple[tuple[str, ...], ...]
+    adaptive: tuple[float, ...]
 
     def __init__(
         self,
         net: nn.Module,
         *,
         select: Select = None,
-        limit: float = 1.0,
+        limit: float | AdaptiveLimit = 1.0,
         bias_limit: float | None = None,
         mode: GateMode = "normalize",
         floor: float = FLOOR_SHARE,
+        joint: Joint = None,
     ) -> None:
         super().__init__()
+        if joint not in (None, "layer", "network"):
+            raise ConfigurationError(f"joint must be 'layer', 'network' or None, got {joint!r}")
         _refuse_what_sees_batches(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
@@ -91,6 +107,9 @@ class Isolated(nn.Module):
                 "uses": None,
                 "_still": tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS)),
                 "_caps": (),
+                "joint": joint,
+                "groups": (),
+                "adaptive": (),
             }
         )
         self.training = net.training
@@ -120,7 +139,7 @@ class Isolated(nn.Module):
 
     def set_gates(
         self,
-        limit: float,
+        limit: float | AdaptiveLimit,
         *,
         bias_limit: float | None = None,
         mode: GateMode = "normalize",
@@ -130,8 +149,9 @@ class Isolated(nn.Module):
         """Sets the gates of the parameters whose names, or whose layers' names, match; others stay as they are.
 
         Args:
-            limit: the cap of a parameter's per-sample gradient, at least 1e-8.
-            bias_limit: the cap of parameters named ``bias``; by default the same.
+            limit: the cap of a parameter's per-sample gradient, at least 1e-8; of a joint one, of what it is for. Or
+                how it adapts: in the same way wherever it does.
+            bias_limit: the cap of parameters named ``bias``; by default the same. A joint cap knows none.
             mode: ``"clip"``: ``G·min(1, c/‖G‖)``; ``"normalize"``: ``G·c/max(‖G‖, floor·c)``.
             floor: for ``"normalize"``, the share of the cap below which a gradient is scaled by ``1/floor`` only.
             layers: ``fnmatch`` patterns.
@@ -143,7 +163,12 @@ class Isolated(nn.Module):
             raise ConfigurationError(f"mode must be 'clip' or 'normalize', got {mode!r}")
         if not (isinstance(floor, (int, float)) and 1e-8 <= floor <= 1.0):
             raise ConfigurationError(f"floor is a share of the cap, from 1e-8 to 1, got {floor!r}")
-        limit = checked_cap("limit", limit)
+        if self.joint is not None and bias_limit is not None:
+            raise ConfigurationError(f"joint={self.joint!r} takes no bias_limit: one cap is for weights and biases")
+        if self.joint == "network" and tuple(layers) != ("*",):
+            raise ConfigurationError("joint='network' is one cap for all parameters: it takes no other layers than '*'")
+        adaptive = limit if isinstance(limit, AdaptiveLimit) else None
+        limit = checked_cap("limit", limit if adaptive is None else adaptive.start)  # type: ignore[arg-type]
         bias_limit = limit if bias_limit is None else checked_cap("bias_limit", bias_limit)
         share = float(floor) if mode == "normalize" else 1.0
         names = [name for name, _ in self.named_parameters(remove_duplicate=False)]
@@ -155,12 +180,76 @@ class Isolated(nn.Module):
             if any(is_named(name, pattern) for pattern in layers):
                 cap = bias_limit if name.rpartition(".")[2] == "bias" else limit
                 caps[name] = cap, max(share * cap, 1e-8)
+        chosen = [name for name in names if any(is_named(name, pattern) for pattern in layers)]
+        self._adapt(adaptive, chosen, caps)
         self.__dict__["_caps"] = tuple((name, *cap) for name, cap in caps.items())
+
+    def _adapt(
+        self, limit: AdaptiveLimit | None, chosen: Sequence[str], caps: Mapping[str, tuple[float, float]]
+    ) -> None:
+        """Lets the caps of some parameters adapt, or no longer; of a joint one all are meant or none."""
+        known = adapting(self)
+        starts = {} if known is None else dict(known.caps)
+        touched = {self._gate(name) for name in chosen}
+        for gate in touched:
+            starts.pop(gate, None)
+        if self.joint is not None and touched & {self._gate(name) for name in caps if name not in chosen}:
+            raise ConfigurationError("a joint cap is set for all parameters of a layer at once: name whole layers")
+        if limit is not None:
+            if known is not None and starts and known.settings[1:] != astuple(limit)[1:]:
+                raise ConfigurationError("caps of one network adapt alike: give the same quantile, rate and share")
+            own = {name for name, _ in self.named_parameters()}
+            starts |= {self._gate(name): caps[name][0] for name in chosen if name in own}
+        if starts:
+            settings = limit if limit is not None else cast(Adapting, known).limit
+            found = Adapting(settings, starts)
+            self.__dict__["adaptive"] = found.settings
+            set_adapting(self, found)
+        else:
+            self.__dict__["adaptive"] = ()
+            set_adapting(self, None)
+
+    def _gate(self, name: str) -> str:
+        """The gate of a parameter."""
+        if self.joint is None:
+            return name
+        return "network" if self.joint == "network" else name.rpartition(".")[0] or "network"
 
     @property
     def caps(self) -> dict[str, Cap]:
-        """The gate of each parameter."""
-        return {name: Cap(limit, least) for name, limit, least in self._caps}
+        """The gate of each parameter, as it is now."""
+        found = adapting(self)
+        if found is None:
+            return {name: Cap(limit, least) for name, limit, least in self._caps}
+        now = {name: found.caps.get(self._gate(name), limit) for name, limit, _ in self._caps}
+        return {
+            name: Cap(now[name], max(least / limit * now[name], 1e-8) if now[name] != limit else least)
+            for name, limit, least in self._caps
+        }
+
+    def _counters(self) -> dict[str, Tensor]:
+        """What the gate of each parameter leaves its count in, where its cap adapts."""
+        found = adapting(self)
+        known = {} if found is None else found.counters()
+        return {name: known[gate] for name, _, _ in self._caps if (gate := self._gate(name)) in known}
+
+    def counted(self) -> dict[str, int]:
+        """How often the gates whose caps adapt count a sample, as far as what they cap is trained."""
+        found = adapting(self)
+        if found is None:
+            return {}
+        trained = {name for name, value in self.named_parameters() if value.requires_grad}
+        times: Counter[str] = Counter()
+        for group in self.groups:
+            held = [name for name in group if name in trained]
+            if self.joint == "network":
+                times["network"] = int(bool(held) or times["network"])
+            elif self.joint == "layer":
+                # A weight and a bias of two modules that meet in one operation count for the weight's.
+                times.update({self._gate(held[0])} if held else ())
+            else:
+                times.update(held)
+        return {gate: count for gate, count in times.items() if gate in found.caps and count}
 
     def train(self, mode: bool = True) -> Isolated:
         """As of any module; but statistics of batches that were frozen, by ``eval()``, stay so."""
@@ -181,9 +270,14 @@ class Isolated(nn.Module):
         """
         _refuse_what_sees_batches(self.net)
         held = dict(self._held())
+        caps, counters = self.caps, self._counters()
         # The first pass counts the uses of frozen parameters too, which may be trained later.
         sources = {name: value for name, value in held.items() if value.requires_grad or self.uses is None}
         also = {**self._known(held), **{id(value): name for name, value in held.items()}}
+        ends, together = list(counters.values()), None
+        if self.joint == "network":
+            sources, together = self._gathered(sources, caps, counters)
+            counters = {}
         batch = [values] if self.packing is None else self.packing.unpack(values)
         first = self.uses is None
         if first:
@@ -193,7 +287,16 @@ class Isolated(nn.Module):
         kept: list[bool] = []
 
         def one(sample: Tensor, *own: Tensor) -> Tensor:
-            gating = Gating(sample, sources, also, self.caps, batch if first else ())
+            gating = Gating(
+                sample,
+                sources,
+                also,
+                caps,
+                batch if first else (),
+                counters=counters,
+                joint=self.joint == "layer",
+                together=together,
+            )
             gatings.append(gating)
             lifted = [value.unsqueeze(0) for value in own]
             gating.admit(lifted)
@@ -213,8 +316,22 @@ class Isolated(nn.Module):
         self._count(gatings[0])
         if outputs.requires_grad:
             trained = {name: value for name, value in sources.items() if value.requires_grad}
-            refuse_other_ways(outputs, trained, batch, also)
+            refuse_other_ways(outputs, trained, [*batch, *ends], also)
         return outputs
+
+    def _gathered(
+        self, sources: Mapping[str, Tensor], caps: Mapping[str, Cap], counters: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], Together]:
+        """What stands for the trained parameters where one cap is for all of them."""
+        cap = next(iter(caps.values()))
+        together = Together(cap.limit, cap.least)
+        names = [name for name, value in sources.items() if value.requires_grad]
+        if not (names and torch.is_grad_enabled()):
+            return dict(sources), together
+        made = Gathered.apply(  # type: ignore[no-untyped-call]
+            together, names, next(iter(counters.values()), None), *(sources[name] for name in names)
+        )
+        return {**sources, **dict(zip(names, made, strict=True))}, together
 
     def _held(self) -> Iterator[tuple[str, Tensor]]:
         """The parameters, or what stands for them in this pass, each once."""
@@ -293,6 +410,7 @@ class Isolated(nn.Module):
         found = {name: tuple(uses) for name, uses in gating.uses.items()}
         if self.uses is None:
             self.__dict__["uses"] = tuple(sorted(found.items()))
+            self.__dict__["groups"] = tuple(sorted(gating.groups))
             self.__dict__["__limits__"] = tuple(int(limit) for limits in gating.limits for limit in limits)
             return
         known = dict(self.uses)
@@ -304,10 +422,19 @@ class Isolated(nn.Module):
                     f"{len(expected)} when the network was wrapped: wrap it in the mode, and with the frozen "
                     "parameters, that it is trained with"
                 )
+        if self.joint == "layer":
+            # Of what is trained now, each use must be one of those that the bounds are of, together with as much.
+            ours = Counter(tuple(name for name in group if name in found) for group in self.groups)
+            if Counter(gating.groups) - ours:
+                raise PrivacyError(
+                    "weights and biases are used together in other operations than when the network was wrapped, so "
+                    "that its joint caps are not theirs: wrap it in the mode that it is trained with"
+                )
 
     def forget(self) -> None:
         """Lets the next pass say how often each parameter is used."""
         self.__dict__["uses"] = None
+        self.__dict__["groups"] = ()
         self.__dict__["__limits__"] = ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

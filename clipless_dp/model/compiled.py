@@ -9,6 +9,8 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates import adapting_in
 from clipless_dp.model.wrapped import DPLipModel
 
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -27,7 +29,12 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
     Returns:
         A function of inputs, targets and mask. It raises ConfigurationError for a loss that cannot be mapped over rows,
         see :meth:`clipless_dp.model.rowwise.RowLosses.rehearse`.
+
+    Raises:
+        ConfigurationError: caps of the model adapt: these are counted in eager passes.
     """
+    if adapting_in(model.net):
+        raise ConfigurationError("caps that adapt are counted in eager passes: train without compile")
 
     def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         return model.loss(model(inputs), targets, mask)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.gates import counts_of
 
 Deliver = Callable[[Sequence[Tensor | None], Sequence[Any]], list[Tensor | None]]
 """Takes gradients, and the nodes through which autograd would add them; returns those that somebody else asked for."""
@@ -22,12 +23,14 @@ class Aliases:
         net: the network.
 
     Attributes:
-        parameters: each of them once.
+        parameters: each of them once, and what gates leave their counts in.
+        counts: the latter.
     """
 
     def __init__(self, net: nn.Module) -> None:
         found: dict[int, int] = {}
         self.parameters: list[nn.Parameter] = []
+        self.counts: list[nn.Parameter] = []
         self._places: list[tuple[dict[str, Tensor | None], str, int]] = []
         for part in net.modules():
             for name, parameter in part._parameters.items():
@@ -37,6 +40,10 @@ class Aliases:
                     found[id(parameter)] = len(self.parameters)
                     self.parameters.append(parameter)
                 self._places.append((cast(Any, part._parameters), name, found[id(parameter)]))
+        for held, name in filter(None, map(counts_of, net.modules())):
+            self._places.append((cast(Any, held), name, len(self.parameters)))
+            self.parameters.append(held[name])
+            self.counts.append(held[name])
 
     def running(self, deliver: Deliver) -> AbstractContextManager[None]:
         """The network reads aliases within, whose gradients are delivered.

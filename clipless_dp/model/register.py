@@ -91,7 +91,8 @@ class Register:
         net: its network.
 
     Attributes:
-        parameters: those whose gradients it keeps.
+        parameters: those whose gradients it keeps, what gates leave their counts in among them.
+        counts: the latter.
         passes: those that have added to the gradients.
         lock: held while the network runs on aliases of its parameters.
         key: names it in compiled graphs.
@@ -123,7 +124,7 @@ class Register:
     def follow(self, net: nn.Module) -> None:
         """Notes where the parameters of the network are held."""
         self._aliases = Aliases(net)
-        self.parameters = self._aliases.parameters
+        self.parameters, self.counts = self._aliases.parameters, self._aliases.counts
 
     def open(self, inputs: Tensor) -> Pass:
         """A pass of these rows.
@@ -360,6 +361,10 @@ class Register:
     def reconcile(self) -> None:
         """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
         self.unhook()
+        if self.counts and all(p.grad is None for p in self.parameters[: len(self.parameters) - len(self.counts)]):
+            # Who clears the parameters' gradients knows of no others.
+            for count in self.counts:
+                count.grad = None
         kept, altered, emptied = False, None, False
         for parameter in self.parameters:
             gradient = parameter.grad

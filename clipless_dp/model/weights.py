@@ -14,7 +14,8 @@ from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint
 from clipless_dp.distributed.placement import Change, Placement, local
 from clipless_dp.errors import NormError, PrivacyError
-from clipless_dp.modules import parameters_of
+from clipless_dp.gates import adapting
+from clipless_dp.modules import modules_of, parameters_of
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.sampling.fingerprints import fingerprint
@@ -114,7 +115,10 @@ class Weights:
     ) -> tuple[Sensitivity, dict[str, Stamp]]:
         """The bounds, and stamps of the weights that they rest on."""
         limits, stamps = self.limits(here)
-        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self._net)))
+        caps = tuple(
+            tuple(found.caps.values()) for part in modules_of(self._net) if (found := adapting(part)) is not None
+        )
+        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self._net)), caps)
         known = self._kept.get(relation)
         if known is not None and known[0] == key:
             _, sensitivity, read = known

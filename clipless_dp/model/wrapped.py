@@ -18,7 +18,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.fusion import FusedNet
-from clipless_dp.gates import rounding_slack
+from clipless_dp.gates import adapting, adapting_in, rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
@@ -32,7 +32,7 @@ from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
-from clipless_dp.modules import parameter_device_and_dtype, parameters_of
+from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.packing import Packing, Structure
@@ -112,12 +112,19 @@ class DPLipModel(nn.Module):
         self._factors = Factors()
         self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self._constraints: dict[str, Constraint] = {}
+        self._count_()
         self.register = Register(self, net)
         self._trace()
         self._constraints.update(assign(constraint, self._tracker.operators))
         self.changes = 0
         self._weights.initialise_()
         self.settle_()
+
+    def _count_(self) -> None:
+        """Gives gates whose caps adapt what they leave their counts in."""
+        device, dtype = parameter_device_and_dtype(self.net)
+        for path, caps in adapting_in(self.net).items():
+            caps.count_(path, device, dtype)
 
     def _trace(self) -> None:
         device, dtype = parameter_device_and_dtype(self.net)
@@ -367,9 +374,9 @@ class DPLipModel(nn.Module):
 
         Not on a CPU with signal gates around layers, or with convolutions in front of a max pooling: what is fused for
         the CPU is not for compiled graphs, which take 1.5 times and more of its time. Nor where a network is isolated,
-        which runs as it is.
+        which runs as it is, or where caps adapt, which are counted in eager passes.
         """
-        if self.graph.isolated:
+        if self.graph.isolated or adapting_in(self.net):
             return False
         device, dtype = self.device_and_dtype()
         return not (self._network.fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
@@ -508,6 +515,9 @@ class DPLipModel(nn.Module):
         here = self.placement
         here.reshard_()
         self.register.unhook()
+        if any(caps.counts is None for caps in map(adapting, modules_of(self.net)) if caps is not None):
+            self._count_()
+            self.register.follow(self.net)
         self._watch.refuse_interference(here.is_whole)
         held = parameters_of(self.net)
         self._watch.refuse_moved(held)
@@ -550,6 +560,7 @@ class DPLipModel(nn.Module):
             self.register.let_go()
         with lineage.kept(self.net):
             super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._count_()
         self.register.follow(self.net)
         self._trace()
         self.settle_()
@@ -571,6 +582,7 @@ class DPLipModel(nn.Module):
         self.__dict__.setdefault("_factors", Factors())
         self.__dict__.setdefault("_packing", None)
         self._dropped_samples = torch.zeros((), dtype=torch.int64)
+        self._count_()
         self.register = Register(self, self.net)
         self._trace()
         self.settle_()

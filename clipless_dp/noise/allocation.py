@@ -72,7 +72,13 @@ def effective_noise_multiplier(sensitivities: Sequence[float], deviations: Seque
 
 
 def drawn_deviations(
-    sensitivities: Sequence[float], sizes: Sequence[int], noise_multiplier: float, scheme: Allocation = "global"
+    sensitivities: Sequence[float],
+    sizes: Sequence[int],
+    noise_multiplier: float,
+    scheme: Allocation = "global",
+    *,
+    counts: float = 0.0,
+    share: float = 0.0,
 ) -> tuple[list[float], float]:
     """The deviations that a step's noise is drawn with, and the noise multiplier that they are to be recorded with.
 
@@ -81,15 +87,24 @@ def drawn_deviations(
         sizes: ``p_θ``, entries of each parameter.
         noise_multiplier: ``σ``.
         scheme: as in :func:`allocate`.
+        counts: ``Δ_b``: how much one sample changes the counts that are released along, in Euclidean norm.
+        share: ``ρ``, of ``σ⁻²``, what these take: they get ``σ_b = σ·Δ_b/√ρ``, and the gradients what is allocated for
+            ``σ/√(1-ρ)``, so that ``(Σ (Δ_θ/σ_θ)² + (Δ_b/σ_b)²)^(-½) = σ``.
 
     Returns:
-        ``RELEASE_MARGIN`` times what was allocated, and ``σ``, or less if rounding made it less.
+        ``RELEASE_MARGIN`` times what was allocated, that of the counts last if there are some; and ``σ``, or less if
+        rounding made it less.
 
     Raises:
         PrivacyError: they amount to no positive, finite noise multiplier.
     """
-    drawn = [deviation * RELEASE_MARGIN for deviation in allocate(sensitivities, sizes, noise_multiplier, scheme)]
-    effective = effective_noise_multiplier(sensitivities, drawn)
+    counted = counts > 0.0
+    left = noise_multiplier / math.sqrt(1.0 - share) if counted else noise_multiplier
+    planned = allocate(sensitivities, sizes, left, scheme)
+    if counted:
+        planned.append(noise_multiplier * counts / math.sqrt(share))
+    drawn = [deviation * RELEASE_MARGIN for deviation in planned]
+    effective = effective_noise_multiplier([*sensitivities, counts] if counted else sensitivities, drawn)
     if not (math.isfinite(effective) and effective > 0):
         raise PrivacyError(f"the noise amounts to a multiplier of {effective!r}; nothing was released")
     # The margin exceeds float64 rounding, so this is the planned value: equal steps stay one line in the ledger.

@@ -16,10 +16,12 @@ from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
 from clipless_dp.optim import accumulation, checks
+from clipless_dp.optim.adaptation import Adaptation, CapRecord
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
@@ -75,7 +77,8 @@ class CliplessDPOptimizer(Optimizer):
 
     Guarantee:
         Under add-or-remove-one adjacency each step is a Gaussian mechanism of noise multiplier
-        ``(Σ (Δ_θ/σ_θ)²)^(-½)``, evaluated from this step's bounds and deviations, on a subsample of rate ``q``.
+        ``(Σ (Δ_θ/σ_θ)²)^(-½)``, evaluated from this step's bounds and deviations, on a subsample of rate ``q``. The
+        counts of caps that adapt are among the θ: ``noise_multiplier`` is what both cost together.
     """
 
     _step_supports_amp_scaling = True
@@ -118,6 +121,11 @@ class CliplessDPOptimizer(Optimizer):
         self.steps_taken = 0
         self._books = Books(model)
         self._plan = NoisePlan()
+        self._adaptation = Adaptation(model)
+        if self._adaptation.share() and not self.placement.is_whole:
+            raise ConfigurationError(
+                "caps adapt in models that each process holds whole: give fixed ones, or no shards"
+            )
         self._protected = Protected(model)
         self._made = draws.now()
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
@@ -345,8 +353,27 @@ class CliplessDPOptimizer(Optimizer):
     def noise_deviations(self) -> dict[str, float]:
         """``σ_θ`` of the noise on each parameter's summed gradient, at the current bounds, by name in ``model.net``."""
         named = self._require_protected()
-        deviations, _ = self._deviations(self.model.sensitivity(), named)
+        deviations, _, _ = self._deviations(self.model.sensitivity(), named)
         return {name: deviations[id(parameter)] for name, parameter in named.items() if id(parameter) in deviations}
+
+    def count_deviation(self) -> float:
+        """``σ_b`` of the noise on each count of a cap that adapts, in samples; zero where none does."""
+        return self._deviations(self.model.sensitivity(), self._require_protected())[1]
+
+    @property
+    def caps(self) -> dict[str, float]:
+        """The caps that adapt, as they are now, by the names of their gates."""
+        return self._adaptation.caps()
+
+    @property
+    def cap_settings(self) -> dict[str, AdaptiveLimit]:
+        """How caps adapt, by the paths of the modules that have such."""
+        return self._adaptation.settings()
+
+    @property
+    def cap_history(self) -> list[CapRecord]:
+        """What all steps have released of caps that adapt, those of loaded states included; it is private."""
+        return list(self._adaptation.history)
 
     def ledger_is_incomplete(self) -> bool:
         """Whether private steps were taken on the model, by whichever optimizer, that this ledger lacks."""
@@ -368,6 +395,7 @@ class CliplessDPOptimizer(Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
+        self._adaptation.drop()
         self.model.register.reconcile()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -391,7 +419,10 @@ class CliplessDPOptimizer(Optimizer):
         """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only."""
         return {
             **self.base_optimizer.state_dict(),
-            "clipless_dp": self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
+            "clipless_dp": {
+                **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
+                **({"caps": self._adaptation.state()} if self.caps else {}),
+            },
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -405,9 +436,11 @@ class CliplessDPOptimizer(Optimizer):
             ConfigurationError: the state is not one of this class, or of an unknown format.
         """
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
+        caps = self._adaptation.checked(state_dict["clipless_dp"].get("caps"))
         self.accountant.ledger = saved.ledger.merge(self.accountant.ledger)
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
+        self._adaptation.take(caps)
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
 
@@ -433,7 +466,8 @@ class CliplessDPOptimizer(Optimizer):
         if not passed:
             taker = None if register.taker is None else register.taker()
             refuse_to_step_after(None if taker is self else taker, terms)
-        deviations, spent = self._deviations(self._sensitivity(passed), named)
+        sensitivity = self._sensitivity(passed)
+        deviations, of_counts, spent = self._deviations(sensitivity, named)
         charged = charge([some for some in passed if not some.public], terms)
         spent *= charged.share
         ledger = self.accountant.ledger
@@ -452,6 +486,10 @@ class CliplessDPOptimizer(Optimizer):
         if passed:
             register.taker = ref(self)
         gradients, scales = to_release(named, deviations, passed=bool(passed))
+        if of_counts:
+            # Further coordinates of the same release.
+            counts = self._adaptation.sums(passed=bool(passed))
+            gradients, scales = [*gradients, *counts], [*scales, *[of_counts] * len(counts)]
         self.placement.release_(
             gradients,
             scales,
@@ -461,6 +499,10 @@ class CliplessDPOptimizer(Optimizer):
             ledger=lambda: self.accountant.ledger.entries,
             weights=lambda: [stamp(parameter)[2:] for parameter in self.model.net.parameters()],
         )
+        if of_counts:
+            self._adaptation.adapt_(sensitivity.counted)
+        else:
+            self._adaptation.drop()
         self.model.project_gradients_()
         register.note_all(sampled=False)
 
@@ -478,6 +520,7 @@ class CliplessDPOptimizer(Optimizer):
             "budget": self.budget,
             "input_norm": self.model.input_norm,
             "loss": self.model.cotangent_norm,
+            "caps": self.caps,
             "ledger": self.accountant.ledger.entries,
         }
 
@@ -487,8 +530,10 @@ class CliplessDPOptimizer(Optimizer):
 
     def _deviations(
         self, sensitivity: Sensitivity, named: Mapping[str, nn.Parameter]
-    ) -> tuple[dict[int, float], float]:
-        return self._plan.of(sensitivity, named, self.param_groups, self.noise_multiplier, self.allocation)
+    ) -> tuple[dict[int, float], float, float]:
+        return self._plan.of(
+            sensitivity, named, self.param_groups, self.noise_multiplier, self.allocation, self._adaptation.share()
+        )
 
     def declare_seeded_masks(self, seeded: bool) -> None:
         """Whether dropout masks and random views of the steps to come are drawn from a seed, which statements tell."""

@@ -75,6 +75,9 @@ class LayerBounds:
         gradient_limits: caps on parameters' per-sample gradients themselves (gradient gates).
         gradient_stretches: the most by which such a gate may enlarge a small gradient, for those parameters of which it
             is known: 1 where the gate clips. Where it is not said, the cap alone bounds the gradient.
+        joint_limits: caps on the per-sample gradients of several parameters together, one for each use: names, and the
+            cap. They speak for all gradients of these parameters, in place of the others.
+        counted: how often each gate whose cap adapts counts a sample, a half at most each time.
         operators: the operator each parameter acts as, for constraints.
         coverage: for windows, the coverage ``N``; reported only.
         kinds: where each parameter has a line of its own in the report: what it says of it.
@@ -86,6 +89,8 @@ class LayerBounds:
     cotangent_cap: float = math.inf
     gradient_limits: Mapping[str, float] = field(default_factory=dict)
     gradient_stretches: Mapping[str, float] = field(default_factory=dict)
+    joint_limits: Sequence[tuple[tuple[str, ...], float]] = ()
+    counted: Mapping[str, int] = field(default_factory=dict)
     operators: Mapping[str, Operator] = field(default_factory=dict)
     coverage: int | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)

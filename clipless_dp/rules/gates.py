@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import cast
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from clipless_dp.gates import (
     BallProjection,
@@ -17,9 +19,10 @@ from clipless_dp.gates import (
     GradientGatedConvTranspose2d,
     GradientGatedLinear,
     SphereScaling,
+    adapting,
     rounding_slack,
 )
-from clipless_dp.isolation import Isolated
+from clipless_dp.isolation import Cap, Isolated
 from clipless_dp.layers import SampleGroupNorm
 from clipless_dp.rules.base import LayerBounds, RuleContext, register_rule
 from clipless_dp.rules.conv import convolution_rule, transposed_convolution_rule
@@ -93,14 +96,19 @@ def _capped(
     sum over positions counts as. A factor's own rounding is within the slack of one entry.
     """
     lengths = rounding_slack(math.prod(context.input_shape)) * rounding_slack(math.prod(context.output_shape))
-    stretches = [limit / least * rounding_slack(1) for limit, least in module.gates()]
-    limits = {"weight": module.limit * lengths * rounding_slack(weight.numel())}
+    gates = module.gates()
+    stretches = [limit / least * rounding_slack(1) for limit, least in gates]
+    limits = {"weight": gates[0][0] * lengths * rounding_slack(weight.numel())}
     if bias is not None:
-        limits["bias"] = module.bias_limit * rounding_slack(bias.numel())
+        limits["bias"] = gates[1][0] * rounding_slack(bias.numel())
+    counted = {} if (caps := adapting(cast(nn.Module, module))) is None else dict.fromkeys(caps.caps, 1)
+    trained = {name for name, part in (("weight", weight), ("bias", bias)) if part is not None and part.requires_grad}
     return replace(
         bounds,
         gradient_limits=limits,
         gradient_stretches=dict(zip(("weight", "bias"), stretches, strict=True)),
+        joint_limits=[(tuple(limits), max(limits.values()) * rounding_slack(len(limits)))] if module.joint else (),
+        counted={gate: count for gate, count in counted.items() if gate in trained or (gate == "layer" and trained)},
     )
 
 
@@ -114,6 +122,7 @@ def isolated_rule(module: Isolated, context: RuleContext) -> LayerBounds:
     uses, caps = dict(module.uses or ()), module.caps
     limits: dict[str, float] = {}
     kinds: dict[str, str] = {}
+    slacks: dict[str, float] = {}
     seen: set[int] = set()
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in seen:
@@ -123,12 +132,44 @@ def isolated_rule(module: Isolated, context: RuleContext) -> LayerBounds:
         seen.add(id(parameter))
         slack = rounding_slack(parameter.numel())
         own = uses.get(name, ())
-        limits[name] = sum(caps[name].limit * rounding_slack(entries) ** 2 * slack for _, entries in own)
-        kinds[name] = f"{' + '.join(kind for kind, _ in own) or 'unused'} gate, {module.isolation}"
+        each = [rounding_slack(entries) ** 2 * slack for _, entries in own]
+        slacks[name] = max(each, default=1.0)
+        limits[name] = sum(caps[name].limit * one for one in each)
+        how = "" if module.joint is None else f", cap of the {module.joint}"
+        kinds[name] = f"{' + '.join(kind for kind, _ in own) or 'unused'} gate, {module.isolation}{how}"
+    together = _joint_limits(module, caps, slacks)
+    if module.joint is not None:
+        limits = {name: sum(bound for names, bound in together if name in names) for name in limits}
     return LayerBounds(
         output_norm=math.inf,
         lipschitz=math.inf,
         gradients=dict.fromkeys(limits, math.inf),
         gradient_limits=limits,
+        joint_limits=together,
+        counted=module.counted(),
         kinds=kinds,
     )
+
+
+def _joint_limits(
+    module: Isolated, caps: Mapping[str, Cap], slacks: Mapping[str, float]
+) -> list[tuple[tuple[str, ...], float]]:
+    """What is capped together, and the caps.
+
+    A factor is the cap over a norm that is at least the true one over the largest of the slacks, and over what summing
+    the squares of so many norms loses. Of ``u`` uses of one parameter the squares count ``u`` times, by Cauchy–Schwarz.
+    """
+    if module.joint is None:
+        return []
+    groups: list[tuple[str, ...]] = list(module.groups)
+    if module.joint == "network":
+        groups = [tuple(dict.fromkeys(name for group in groups for name in group))]
+    parts = len(module.groups) * 2
+    return [
+        (
+            names,
+            max(caps[name].limit for name in names) * max(slacks[name] for name in names) * rounding_slack(parts),
+        )
+        for names in groups
+        if names
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from decimal import ROUND_CEILING, Context
 from typing import Any
@@ -99,6 +100,7 @@ def facts_of(
             "changed_settings": optimizer.changed_settings(),
         },
         "bounds": _bounds(optimizer),
+        **({"adaptive_caps": _adaptive_caps(optimizer)} if optimizer.caps else {}),
         "accountant": {"class": f"{accountant.__module__}.{accountant.__qualname__}", "engine": curve[0]["engine"]},
         "versions": {
             "clipless_dp": __version__,
@@ -157,6 +159,20 @@ def _bounds(optimizer: CliplessDPOptimizer) -> dict[str, Any]:
             {name: _number(value) if isinstance(value, float) else value for name, value in vars(layer).items()}
             for layer in sensitivity.layers
         ],
+    }
+
+
+def _adaptive_caps(optimizer: CliplessDPOptimizer) -> dict[str, Any]:
+    """What the steps have released of caps that adapt, which is private."""
+    last = optimizer.cap_history[-1].below if optimizer.cap_history else {}
+    return {
+        "settings": {place: asdict(limit) for place, limit in optimizer.cap_settings.items()},
+        "count_deviation": optimizer.count_deviation(),
+        "counts_change_at_most": optimizer.model.sensitivity().of_counts,
+        "gates": {
+            name: {"cap": cap, "below_at_last_step": None if name not in last else _number(last[name])}
+            for name, cap in optimizer.caps.items()
+        },
     }
 
 

@@ -68,6 +68,7 @@ def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             for name, deviation in facts["noise"]["deviations"].items()
         ),
     )
+    yield from _adaptive_caps(facts)
     yield _curve(facts)
     yield Section("What is not covered", items=(*facts["not_covered"], *facts["notes"]))
     audits = facts["audits"]
@@ -171,6 +172,32 @@ def _bounds(facts: Mapping[str, Any]) -> Section:
                 shown(layer["sensitivity"]),
             )
             for layer in bounds["layers"]
+        ),
+    )
+
+
+def _adaptive_caps(facts: Mapping[str, Any]) -> Iterator[Section]:
+    caps = facts.get("adaptive_caps")
+    if caps is None:
+        return
+    (share, *_) = {settings["share"] for settings in caps["settings"].values()}
+    yield Section(
+        "Caps that adapt",
+        (
+            "These caps follow a quantile of the samples' gradient norms. How many norms lie above and below each was "
+            "released by every step, as further coordinates of what it releases, and is in its noise multiplier: "
+            f"counts take {share:g} of each step's σ⁻², gradients the rest. One sample changes all counts together by "
+            f"at most {shown(caps['counts_change_at_most'])}; each has noise of standard deviation "
+            f"{caps['count_deviation']:.6g}.",
+        ),
+        header=("gate", "cap of the next step", "share of samples below at the last step, with noise"),
+        rows=tuple(
+            (
+                name,
+                f"{gate['cap']:.6g}",
+                "–" if gate["below_at_last_step"] is None else f"{gate['below_at_last_step']:.4g}",
+            )
+            for name, gate in caps["gates"].items()
         ),
     )
 

@@ -166,11 +166,12 @@ def _record(run: Run, loss: Tensor, batch: Batch, held_out: Samples | None) -> E
     summed, count = run.here.total(local).tolist()
     mean = summed / max(1.0, count)
     epsilon = run.optimizer.get_epsilon(run.asked.privacy.delta)
+    caps = run.optimizer.caps or None
     if held_out is None:
-        return EpochRecord(run.step, epsilon, mean)
+        return EpochRecord(run.step, epsilon, mean, caps=caps)
     with run.averaged():
         accuracy, validation_loss = evaluate(run.model, held_out, min(1024, run.micro_batch_size or 1024))
-    return EpochRecord(run.step, epsilon, mean, accuracy, validation_loss)
+    return EpochRecord(run.step, epsilon, mean, accuracy, validation_loss, caps)
 
 
 def _shown(record: EpochRecord) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ class EpochRecord:
             pickles among them, holds it, and it is not shown. ``None`` for epochs that a checkpoint was read of.
         accuracy: share of correct predictions on the validation data, or ``None``. Nothing protects validation data.
         validation_loss: mean loss on the validation data, or ``None``.
+        caps: those that adapt, as they are then, by the names of their gates: private, and to be shown.
     """
 
     step: int
@@ -30,9 +32,10 @@ class EpochRecord:
     loss: float | None = field(repr=False)
     accuracy: float | None = None
     validation_loss: float | None = None
+    caps: Mapping[str, float] | None = None
 
-    def __reduce__(self) -> tuple[type[EpochRecord], tuple[float | None, ...]]:
-        return type(self), (self.step, self.epsilon, None, self.accuracy, self.validation_loss)
+    def __reduce__(self) -> tuple[type[EpochRecord], tuple[Any, ...]]:
+        return type(self), (self.step, self.epsilon, None, self.accuracy, self.validation_loss, self.caps)
 
     def __copy__(self) -> EpochRecord:
         return self

@@ -284,21 +284,29 @@ def of_cotangent_alone(
     return (cotangents * factors[:, None]).t() @ values
 
 
-def each_group_by_itself(chunks: Any, shape: tuple[int, ...], limit: float, least: float) -> Tensor:
-    total = 0.0
-    for rows, cotangents, _ in chunks:
+def each_group_by_itself(
+    chunks: Any, shape: tuple[int, ...], limit: float, least: float
+) -> tuple[Tensor | float, list[Tensor]]:
+    total: Tensor | float = 0.0
+    scales = []
+    for rows, cotangents, own in chunks:
+        scales.append(own)
         found = cotangents @ rows
         total = total + (found * (limit / found.flatten(2).norm(dim=2).clamp(min=least))[..., None, None]).sum(0)
-    return total
+    return total, scales
 
 
-def positions_by_themselves(chunks: Any, shape: tuple[int, ...], limit: float, least: float) -> Tensor:
+def positions_by_themselves(
+    chunks: Any, shape: tuple[int, ...], limit: float, least: float
+) -> tuple[Tensor | float, list[Tensor]]:
     """Sums squares over positions, as if no two of them shared a direction."""
-    total = 0.0
-    for rows, cotangents, _ in chunks:
+    total: Tensor | float = 0.0
+    scales = []
+    for rows, cotangents, own in chunks:
+        scales.append(own)
         norms = (rows.norm(dim=3) * cotangents.norm(dim=2)).square().sum((1, 2)).sqrt()
         total = total + ((cotangents @ rows) * (limit / norms.clamp(min=least))[:, None, None, None]).sum(0)
-    return total
+    return total, scales
 
 
 def tokens_by_themselves(values: Tensor, cotangents: Tensor, *rest: Any) -> Tensor:
