@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from . import _validation as check
-from .bounds import PrivacyBound
+from .bounds import PrivacyBound, rounded_up
 from .errors import (
     EngineRangeError,
     FallbackWarning,
@@ -135,9 +135,8 @@ class Accountant(ABC):
 
         Args:
             delta: In (0, 1), best well below one over the number of records.
-            group_size: k: the ε of a person with up to k rows, all of them added, removed or replaced together. Exact
-                for k rows of a worst case, and less than k times the ε of one row at a δ that is divided; see
-                `accounting.groups`.
+            group_size: k: for a person with up to k rows, all of them added, removed or replaced together. It may lie
+                above k times the ε of one row at the same δ, which is no bound; see `accounting.groups`.
 
         Returns:
             A float (the certified upper bound) with its lower bound and provenance.
@@ -170,6 +169,12 @@ class Accountant(ABC):
     def epsilon_curve(self, deltas: Iterable[float], *, group_size: int = 1) -> list[PrivacyBound]:
         """Returns ε at each δ; `group_size` as for `get_epsilon`."""
         return [self.get_epsilon(delta, group_size=group_size) for delta in deltas]
+
+    def line_for_a_person(self, delta: float, *, rows: int) -> str:
+        """Returns a statement's line: what a person with up to so many rows is promised at δ; see `get_epsilon`."""
+        bound = self.get_epsilon(delta, group_size=rows)
+        whom = "one row" if bound.group_size == 1 else f"up to {bound.group_size} rows"
+        return f"for a person with {whom}: ε = {rounded_up(bound.upper)} at δ = {bound.delta:g} ({bound.relation})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings and lists, fit for JSON and for weights-only checkpoints."""

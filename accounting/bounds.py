@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["PrivacyBound"]
+__all__ = ["PrivacyBound", "rounded_up"]
+
+
+def rounded_up(value: float) -> str:
+    """Six digits, never below the value."""
+    text = f"{value:.6g}"
+    return text if float(text) >= value else f"{value * (1.0 + 5e-6):.6g}"
 
 
 class PrivacyBound(float):

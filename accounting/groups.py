@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, logsumexp, ndtri_exp
 
-from .errors import EngineRangeError
+from .errors import EngineRangeError, InvalidParameterError
 from .pairs import BinMasses, normal_masses
 
 __all__ = ["GroupPoissonPair", "ReplaceGroupPoissonPair", "binomial_log_weights", "log_likelihood_ratio"]
@@ -58,11 +58,14 @@ def binomial_log_weights(sample_rate: float, group_size: int) -> tuple[Array, Ar
     """Returns log P(J = j) of J ~ Binomial(k, q), j = 0 … k, and bounds of their errors; shapes (k + 1,).
 
     Raises:
-        EngineRangeError: When the group is larger than the mixture can be evaluated for.
+        InvalidParameterError: When the group is larger than the mixture is evaluated for.
     """
     k = group_size
     if k > _LARGEST:
-        raise EngineRangeError(f"groups of more than {_LARGEST} rows under Poisson sampling are not evaluated, got {k}")
+        raise InvalidParameterError(
+            f"group_size must be at most {_LARGEST} where batches are Poisson-sampled, got {k}: cap each person's "
+            "rows, or sample people instead of rows"
+        )
     coefficients, coefficient = np.empty(k + 1), 1
     for j in range(k + 1):
         coefficients[j] = math.log(coefficient)
@@ -80,7 +83,9 @@ class _Evaluated(NamedTuple):
     error: Array
 
 
-def log_likelihood_ratio(x: Array, noise_multiplier: float, weights: Array, errors: Array, first: int = 0) -> _Evaluated:
+def log_likelihood_ratio(
+    x: Array, noise_multiplier: float, weights: Array, errors: Array, first: int = 0
+) -> _Evaluated:
     """Evaluates ℓ(x) = log Σ_j b_j e^{(2jx − j²)/2σ²}, convex and increasing in x.
 
     Args:

@@ -173,9 +173,7 @@ def discretise(pair: DominatingPair, index: Index, width: float, side: Side, off
     return _loss(width, index, mass, 0.0, offset, bins.edge_error)
 
 
-def _loss(
-    width: float, index: Index, mass: Array, infinite: float, offset: float, edge_error: float
-) -> DiscreteLoss:
+def _loss(width: float, index: Index, mass: Array, infinite: float, offset: float, edge_error: float) -> DiscreteLoss:
     occupied = mass > 0.0
     if not occupied.any():
         occupied[0] = True

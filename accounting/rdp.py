@@ -179,10 +179,10 @@ def group_cumulant(noise_multiplier: float, sample_rate: float, t: Array, *, gro
     Guarantee:
         With S(x) = Σ_j b_j e^{(2jx − j²)/2σ²} the integrands are N_0 S(x)^α, N_0 S(x)^{−t} and N_0 S(x)^α S(−x)^{−t}.
         As a polynomial in w = e^{x/σ²}, S has negative zeros only: Σ_j b_j w^j = (1 − q + qw)^k has, and the factors
-        e^{−j²/2σ²} keep them so (source; proved in docs/accounting.md). So S has no zero for |Im x| < πσ²; there |S(x + iy)| ≤ S(x) and, its
-        k factors being w + r with r > 0, |S(x + iy)| ≥ S(x) cos(y/2σ²)^k. The trapezoidal rule has therefore the
-        error bounds of `subsampled_gaussian_cumulant` and, with kt for t, of `replace_one_cumulant`; its steps keep
-        them below 2 e^{−37}.
+        e^{−j²/2σ²} keep them so (source; proved in docs/accounting.md). So S has no zero for |Im x| < πσ²; there
+        |S(x + iy)| ≤ S(x) and, its k factors being w + r with r > 0, |S(x + iy)| ≥ S(x) cos(y/2σ²)^k. The
+        trapezoidal rule has therefore the error bounds of `subsampled_gaussian_cumulant` and, with kt for t, of
+        `replace_one_cumulant`; its steps keep them below 2 e^{−37}.
 
     Source:
         Pólya and Schur 1914, *Über zwei Arten von Faktorenfolgen in der Theorie der algebraischen Gleichungen*.
@@ -214,7 +214,8 @@ def _group_quadrature(
     else:
         c = min(0.5 * math.pi, math.sqrt(74.0 / (sigma**2 + 0.25 * k * inverse)))
         h = 2.0 * math.pi * sigma**2 * c / (37.0 + 0.5 * sigma**2 * c**2 - k * inverse * math.log(math.cos(0.5 * c)))
-    # The slope of the exponent, of S at most k/σ², ends its growth here; S^{−t} falls from where x is −t times the mean.
+    # log S has a slope of at most k/σ², so the integrand falls like e^{−x²/2σ²} from `rising` on; S^{−t} times the
+    # Gaussian does so below −t times the mean number of rows at x = 0.
     rising = (constant + max(forward, 0.0) * largest + max(-backward, 0.0) * largest) * k
     weights, errors = binomial_log_weights(sample_rate, k)
     falling = 0.0

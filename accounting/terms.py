@@ -167,7 +167,8 @@ class Terms:
         """Returns terms with at most `limit` distinct Poisson phases, never of smaller loss.
 
         Each σ is rounded down and each q up on a geometric grid, the finest that is coarse enough;
-        the loss grows when σ falls and when q rises (of a group, more rows are drawn then). `grouping` holds the relative grid width.
+        the loss grows when σ falls and when q rises, since more rows of a group are drawn then. `grouping` holds the
+        relative grid width.
         """
         if len(self.poisson) <= limit:
             return self
