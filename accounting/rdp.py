@@ -256,14 +256,16 @@ def laplace_cumulant(scale: float, t: Array) -> Array:
     return np.maximum(value + 4.0 * _EPS * (1.0 + t / scale), 0.0)
 
 
-def largest_useful_order(noise_multiplier: float, sample_rate: float) -> float:
+def largest_useful_order(noise_multiplier: float, sample_rate: float, group_size: int = 1) -> float:
     """Returns an order beyond which no optimum for δ ≥ 1e-100 lies.
 
     The optimum satisfies tK′(t) − K(t) = log(1/δ); at t = σ² log(1/q) the subsampled mechanism
-    behaves as the Gaussian one, whose optimum lies at σ√(2 log(1/δ)) at most.
+    behaves as the Gaussian one, whose optimum lies at σ√(2 log(1/δ)) at most. Of a group, from t = 2σ² log(1/q)/k on
+    all k rows together decide, with σ/k for σ.
     """
-    sigma, q = noise_multiplier, sample_rate
-    reach = 22.0 * sigma + (sigma**2 * math.log(1.0 / q) if 0.0 < q < 1.0 else 0.0)
+    sigma, q, k = noise_multiplier, sample_rate, group_size
+    share = 1.0 if k == 1 else 2.0 / k
+    reach = 22.0 * sigma / k + (share * sigma**2 * math.log(1.0 / q) if 0.0 < q < 1.0 else 0.0)
     return min(MAX_ORDER, 2.0 + 2.0 * reach)
 
 

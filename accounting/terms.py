@@ -101,7 +101,7 @@ class Terms:
     @property
     def max_order(self) -> float:
         """Order up to which the Rényi grid starts out."""
-        orders = [largest_useful_order(sigma, q) for sigma, q in self.poisson] or [1e3]
+        orders = [largest_useful_order(sigma, q, self.group_size) for sigma, q in self.poisson] or [1e3]
         return min(CHANGE_OF_A_SUM[self.relation] * max(orders), MAX_ORDER)
 
     def cumulant(self, *, fixed_as_guess: bool = False) -> Cumulant:

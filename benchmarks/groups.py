@@ -1,6 +1,6 @@
 """Ledgers of groups of rows: certified bounds against dp-accounting's mixtures of Gaussians.
 
-python -m benchmarks.groups                 # checks benchmarks/results/groups.json, prints a summary
+python benchmarks/groups.py                 # checks benchmarks/results/groups.json, prints a summary
 python benchmarks/groups.py --reference     # writes the reference into it; needs dp-accounting (0.6.0), nothing else
 """
 
