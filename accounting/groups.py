@@ -70,8 +70,8 @@ def binomial_log_weights(sample_rate: float, group_size: int) -> tuple[Array, Ar
     for j in range(k + 1):
         coefficients[j] = math.log(coefficient)
         coefficient = coefficient * (k - j) // (j + 1)
-    j = np.arange(k + 1)
-    drawn, left = j * math.log(sample_rate), (k - j) * math.log1p(-sample_rate)
+    rows = np.arange(k + 1)
+    drawn, left = rows * math.log(sample_rate), (k - rows) * math.log1p(-sample_rate)
     return coefficients + drawn + left, 4.0 * _ULP * (1.0 + coefficients - drawn - left)
 
 

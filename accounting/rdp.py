@@ -197,7 +197,8 @@ def group_cumulant(noise_multiplier: float, sample_rate: float, t: Array, *, gro
         _in_blocks(partial(_group_quadrature, group_size, power), 0.0)(noise_multiplier, sample_rate, t)
         for power in powers
     ]
-    return np.minimum(np.max(directions, axis=0), gaussian)
+    value: Array = np.minimum(np.max(directions, axis=0), gaussian)
+    return value
 
 
 def _group_quadrature(
@@ -225,7 +226,7 @@ def _group_quadrature(
     count = math.ceil((high - low) / h) + 1
     if count > _MAX_NODES // 4 or count * (k + 1) > _MAX_GROUP_WORK:
         return np.full_like(t, np.inf)
-    x = low + h * np.arange(count)
+    x: Array = (low + h * np.arange(count)).astype(np.float64)
     exponent = np.multiply.outer(t, np.zeros(count)) - 0.5 * (x / sigma) ** 2
     error = np.zeros(len(t))
     for power, mirrored in ((constant + forward * t, 1.0), (backward * t, -1.0)):
@@ -238,7 +239,8 @@ def _group_quadrature(
     value: Array = top + np.log(total) + math.log(h / (sigma * math.sqrt(2.0 * math.pi)))
     # The peak lies where the parts of the exponent, of this size at most, cancel.
     size = 200.0 + np.abs(top) + (rising / sigma) ** 2
-    return np.maximum(value + error + 16.0 * _EPS * size, 0.0)
+    result: Array = np.maximum(value + error + 16.0 * _EPS * size, 0.0)
+    return result
 
 
 def laplace_cumulant(scale: float, t: Array) -> Array:
