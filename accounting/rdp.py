@@ -190,6 +190,7 @@ def group_cumulant(noise_multiplier: float, sample_rate: float, t: Array, *, gro
     t = np.asarray(t, dtype=float)
     reach = (2.0 if replacing else 1.0) * group_size
     gaussian: Array = 0.5 * (reach / noise_multiplier) ** 2 * t * (t + 1.0)
+    binomial_log_weights(sample_rate, group_size)  # Refuses groups that are too large, whatever the noise.
     if reach / noise_multiplier > _LARGEST_SHIFT:
         return gaussian
     powers = [(1.0, 1.0, -1.0)] if replacing else [(1.0, 1.0, 0.0), (0.0, -1.0, 0.0)]

@@ -311,18 +311,18 @@ def test_layers_on_one_draw_cost_a_group_what_their_joint_noise_costs():
 
 
 def test_mixed_ledgers_of_groups_lie_between_their_parts_and_their_sum():
-    parts = GaussianStep(3.0, PoissonSampling(0.01)), LaplaceRelease(40.0), GaussianRelease(50.0)
-    counts = 500, 1, 1
+    steps, release = (GaussianStep(3.0, PoissonSampling(0.01)), 500), (GaussianRelease(50.0), 1)
     whole, alone = PRVAccountant(), []
-    for event, count in zip(parts, counts, strict=True):
-        whole.record(event, count)
+    for event, count in (steps, release):
         single = PRVAccountant()
         single.record(event, count)
+        whole.record(event, count)
         alone.append(single)
-    bound = whole.get_epsilon(3e-6, group_size=6)
-    assert bound.lower >= max(one.get_epsilon(3e-6, group_size=6).lower for one in alone)
-    # Basic composition: each part at a third of δ.
-    assert bound.upper <= sum(float(one.get_epsilon(1e-6, group_size=6)) for one in alone)
+    whole.record(LaplaceRelease(40.0))
+    bound = whole.get_epsilon(2e-6, group_size=6)
+    assert bound.lower >= max(one.get_epsilon(2e-6, group_size=6).lower for one in alone)
+    # Basic composition: half of δ each, and the pure ε of six rows of the Laplace release.
+    assert bound.upper <= sum(float(one.get_epsilon(1e-6, group_size=6)) for one in alone) + 6.0 / 40.0
     assert bound.upper <= 1.01 * bound.lower
 
 
@@ -481,6 +481,7 @@ def test_fixed_size_batches_are_refused_for_groups_and_say_what_to_do():
         engine.get_epsilon(1e-6, group_size=2)
 
 
+@pytest.mark.filterwarnings("ignore::accounting.FallbackWarning")  # At an ε of 1e8 the Rényi bound answers.
 def test_extreme_groups_are_answered_finitely_and_in_order():
     for sigma, q, n, k, delta in [
         (0.3, 1e-5, 1000, 100, 1e-9),
@@ -496,16 +497,16 @@ def test_extreme_groups_are_answered_finitely_and_in_order():
 
 
 def test_calibration_meets_a_persons_target_and_not_much_more():
-    asked = {"target_epsilon": 3.0, "delta": 1e-6, "group_size": 4}
+    asked = {"target_epsilon": 3.0, "delta": 1e-6, "group_size": 4, "accountant": "rdp"}
     sigma = calibrate_noise_multiplier(sample_rate=0.02, steps=100, **asked)
-    engine = accountant("prv", [(sigma, 0.02, 100)])
+    engine = accountant("rdp", [(sigma, 0.02, 100)])
     assert 0.999 * 3.0 < engine.get_epsilon(1e-6, group_size=4) <= 3.0
     assert calibrate_steps(noise_multiplier=sigma, sample_rate=0.02, **asked) in range(99, 102)
     rate = calibrate_sample_rate(noise_multiplier=sigma, steps=100, **asked)
     assert rate == pytest.approx(0.02, rel=2e-3)
     factor, _ = calibrate_ledger(engine.ledger, **asked)
     assert factor == pytest.approx(1.0, abs=2e-3)
-    assert sigma > 3.0 * calibrate_noise_multiplier(target_epsilon=3.0, delta=1e-6, sample_rate=0.02, steps=100)
+    assert sigma > 1.5 * calibrate_noise_multiplier(**{**asked, "group_size": 1}, sample_rate=0.02, steps=100)
 
 
 def test_a_bound_and_a_statements_line_say_whom_they_are_about():
