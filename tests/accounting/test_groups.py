@@ -332,21 +332,18 @@ def test_renyi_divergences_of_groups_are_those_of_both_directions(sigma, q, k, r
     j = np.arange(k + 1)
     b = binom.pmf(j, k, q)
     for t in (0.05, 0.7, 3.0):
-        x = np.linspace(-k - 20.0 * sigma, (2.0 * t + 1.0) * k + 20.0 * sigma, 100_001)
+        x = np.linspace(-k - 20.0 * sigma, (2.0 * t + 1.0) * k + 20.0 * sigma, 10_001)
         log_g = -(x**2) / (2 * sigma**2) - math.log(sigma * math.sqrt(2 * math.pi)) + math.log(x[1] - x[0])
-        with np.errstate(over="ignore"):
-            up = np.log(np.exp(np.minimum(np.multiply.outer(x, j) / sigma**2 - j**2 / (2 * sigma**2), 700.0)) @ b)
-            down = up[::-1] if not replacing else np.interp(-x, x, up)
-        if np.abs(up).max() > 600.0:
-            continue
+        up, down = (
+            logsumexp(np.multiply.outer(side, j) / sigma**2 - j**2 / (2 * sigma**2), b=b, axis=1) for side in (x, -x)
+        )
         if replacing:
-            inside = (x > -k - 15.0 * sigma) & (-x > x[0])
-            values = [(log_g + (1.0 + t) * up - t * down)[inside]]
+            values = [log_g + (1.0 + t) * up - t * down]
         else:
             values = [log_g + (1.0 + t) * up, log_g - t * up]
         exact = max(math.log(math.fsum(np.exp(v - v.max()))) + float(v.max()) for v in values)
         stated = float(group_cumulant(sigma, q, np.array([t]), group_size=k, replacing=replacing)[0])
-        # 1e-6: interpolation and the fine Riemann sum of the test.
+        # 1e-6: the fine Riemann sum of the test.
         assert stated == pytest.approx(exact, rel=1e-6, abs=1e-9)
         assert stated >= exact - 1e-6 * abs(exact) - 1e-9
 
@@ -444,7 +441,8 @@ def test_searches_and_choices_count_groups_in_their_trials():
     once = accountant("rdp", [(8.0, 0.02, 200)])
     for k in (1, 6):
         assert search.get_epsilon(1e-6, group_size=k) > once.get_epsilon(1e-6, group_size=k)
-        assert choice.get_epsilon(1e-6, group_size=k) == pytest.approx(once.get_epsilon(1e-6, group_size=k), rel=1e-9)
+        chosen, alone = (float(one.get_epsilon(1e-6, group_size=k)) for one in (choice, once))
+        assert chosen == pytest.approx(alone, rel=1e-3)  # the grids of orders differ
     assert search.get_epsilon(1e-6, group_size=6) > 4.0 * search.get_epsilon(1e-6)
 
 
