@@ -337,10 +337,7 @@ def test_renyi_divergences_of_groups_are_those_of_both_directions(sigma, q, k, r
         up, down = (
             logsumexp(np.multiply.outer(side, j) / sigma**2 - j**2 / (2 * sigma**2), b=b, axis=1) for side in (x, -x)
         )
-        if replacing:
-            values = [log_g + (1.0 + t) * up - t * down]
-        else:
-            values = [log_g + (1.0 + t) * up, log_g - t * up]
+        values = [log_g + (1.0 + t) * up - t * down] if replacing else [log_g + (1.0 + t) * up, log_g - t * up]
         exact = max(math.log(math.fsum(np.exp(v - v.max()))) + float(v.max()) for v in values)
         stated = float(group_cumulant(sigma, q, np.array([t]), group_size=k, replacing=replacing)[0])
         # 1e-6: the fine Riemann sum of the test.
