@@ -39,6 +39,7 @@ from .events import (
 from .ledger import Ledger, Line
 from .provenance import Provenance, new_run
 from .selection import AnyOf, PrivateSelection
+from .units import SamplingComparison, SamplingFigures, compare_samplings
 
 __all__ = [
     "ADD_OR_REMOVE_ONE",
@@ -69,6 +70,8 @@ __all__ = [
     "Provenance",
     "RDPAccountant",
     "Repeat",
+    "SamplingComparison",
+    "SamplingFigures",
     "ShuffledEpoch",
     "UnreachableTargetError",
     "UnsupportedEventError",
@@ -76,6 +79,7 @@ __all__ = [
     "calibrate_noise_multiplier",
     "calibrate_sample_rate",
     "calibrate_steps",
+    "compare_samplings",
     "create_accountant",
     "new_run",
     "repeat",

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from . import _validation as check
-from .bounds import PrivacyBound
+from .bounds import PrivacyBound, rounded_up
 from .errors import (
     EngineRangeError,
     FallbackWarning,
@@ -130,42 +130,51 @@ class Accountant(ABC):
         collect([(event, 1)], self.relation)
         self.ledger.append(event, count, self._provenance(provenance))
 
-    def get_epsilon(self, delta: float) -> PrivacyBound:
+    def get_epsilon(self, delta: float, *, group_size: int = 1) -> PrivacyBound:
         """Returns the ε of everything recorded, at δ.
 
         Args:
             delta: In (0, 1), best well below one over the number of records.
+            group_size: k: for a person with up to k rows, all of them added, removed or replaced together. It may lie
+                above k times the ε of one row at the same δ, which is no bound; see `accounting.groups`.
 
         Returns:
             A float (the certified upper bound) with its lower bound and provenance.
 
         Raises:
-            InvalidParameterError: When δ lies outside (0, 1).
-            UnsupportedEventError: When this accountant does not cover an event of the ledger.
+            InvalidParameterError: When δ lies outside (0, 1), or k is no whole number from 1.
+            UnsupportedEventError: When this accountant does not cover an event of the ledger, for groups of this size.
         """
         delta = check.delta(delta)
+        group_size = check.count(group_size, "group_size", 1)
         if self.dataset_size is not None and delta > 1.0 / self.dataset_size:
             warn_caller(
                 f"delta={delta:g} exceeds 1/{self.dataset_size}: publishing one record at random would "
                 "satisfy it; choose it well below one over the number of records",
                 LargeDeltaWarning,
             )
-        terms = collect(self.ledger, self.relation)
+        terms = collect(self.ledger, self.relation, group_size)
         if terms.empty:
             return self._bound(terms, 0.0, 0.0, delta, "exact")
         return self._epsilon(terms, delta)
 
-    def get_delta(self, epsilon: float) -> PrivacyBound:
-        """Returns the δ of everything recorded, at ε ≥ 0; attributes as for `get_epsilon`."""
+    def get_delta(self, epsilon: float, *, group_size: int = 1) -> PrivacyBound:
+        """Returns the δ of everything recorded, at ε ≥ 0; `group_size` and attributes as for `get_epsilon`."""
         epsilon = check.epsilon(epsilon)
-        terms = collect(self.ledger, self.relation)
+        terms = collect(self.ledger, self.relation, check.count(group_size, "group_size", 1))
         if terms.empty or epsilon == math.inf:
             return self._bound(terms, 0.0, 0.0, epsilon, "exact")
         return self._delta(terms, epsilon)
 
-    def epsilon_curve(self, deltas: Iterable[float]) -> list[PrivacyBound]:
-        """Returns ε at each δ."""
-        return [self.get_epsilon(delta) for delta in deltas]
+    def epsilon_curve(self, deltas: Iterable[float], *, group_size: int = 1) -> list[PrivacyBound]:
+        """Returns ε at each δ; `group_size` as for `get_epsilon`."""
+        return [self.get_epsilon(delta, group_size=group_size) for delta in deltas]
+
+    def line_for_a_person(self, delta: float, *, rows: int) -> str:
+        """Returns a statement's line: what a person with up to so many rows is promised at δ; see `get_epsilon`."""
+        bound = self.get_epsilon(delta, group_size=rows)
+        whom = "one row" if bound.group_size == 1 else f"up to {bound.group_size} rows"
+        return f"for a person with {whom}: ε = {rounded_up(bound.upper)} at δ = {bound.delta:g} ({bound.relation})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings and lists, fit for JSON and for weights-only checkpoints."""
@@ -232,7 +241,13 @@ class Accountant(ABC):
             # The lower bound belongs to the rounded phases, not to the recorded ones.
             lower, engine = 0.0, f"{engine} (phases rounded by {terms.grouping:.1e})"
         return PrivacyBound(
-            upper, lower=lower, delta=delta, relation=self.relation, sampling=terms.sampling, engine=engine
+            upper,
+            lower=lower,
+            delta=delta,
+            relation=self.relation,
+            sampling=terms.sampling,
+            engine=engine,
+            group_size=terms.group_size,
         )
 
     def _fallback(self, reason: str) -> None:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["PrivacyBound"]
+__all__ = ["PrivacyBound", "rounded_up"]
+
+
+def rounded_up(value: float) -> str:
+    """Six digits, never below the value."""
+    text = f"{value:.6g}"
+    return text if float(text) >= value else f"{value * (1.0 + 5e-6):.6g}"
 
 
 class PrivacyBound(float):
@@ -17,6 +23,7 @@ class PrivacyBound(float):
         relation: Neighbouring relation, `"add_or_remove_one"` or `"replace_one"`.
         sampling: How batches were formed, as read from the ledger.
         engine: Which engine answered.
+        group_size: How many rows a person has at most whom the value is about.
     """
 
     lower: float
@@ -25,6 +32,7 @@ class PrivacyBound(float):
     relation: str
     sampling: str
     engine: str
+    group_size: int
 
     def __new__(
         cls,
@@ -35,6 +43,7 @@ class PrivacyBound(float):
         relation: str = "add_or_remove_one",
         sampling: str = "unknown",
         engine: str = "unknown",
+        group_size: int = 1,
     ) -> PrivacyBound:
         """Makes a bound whose float value is `upper`."""
         self = super().__new__(cls, upper)
@@ -44,14 +53,16 @@ class PrivacyBound(float):
         self.relation = relation
         self.sampling = sampling
         self.engine = engine
+        self.group_size = group_size
         return self
 
     def __repr__(self) -> str:
+        group = f", group_size={self.group_size}" if self.group_size > 1 else ""
         return (
             f"PrivacyBound({self.lower:.6g} <= {self.upper:.6g}, delta={self.delta:g}, "
-            f"relation={self.relation!r}, sampling={self.sampling!r}, engine={self.engine!r})"
+            f"relation={self.relation!r}, sampling={self.sampling!r}, engine={self.engine!r}{group})"
         )
 
     def __getnewargs_ex__(self) -> tuple[tuple[float], dict[str, object]]:
-        fields = ("lower", "delta", "relation", "sampling", "engine")
+        fields = ("lower", "delta", "relation", "sampling", "engine", "group_size")
         return (self.upper,), {name: getattr(self, name) for name in fields}

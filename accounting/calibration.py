@@ -33,6 +33,7 @@ def calibrate_noise_multiplier(
     accountant: str = "prv",
     relation: Relation = ADD_OR_REMOVE_ONE,
     spent: Accountant | None = None,
+    group_size: int = 1,
 ) -> float:
     """Returns the smallest σ, to 0.01 %, whose ε does not exceed the target.
 
@@ -44,6 +45,7 @@ def calibrate_noise_multiplier(
         accountant: Name of the engine, as in `create_accountant`; ignored when `spent` is given.
         relation: Neighbouring relation of the guarantee; ignored when `spent` is given.
         spent: An accountant with what has been spent already, which counts too; it is left as it is.
+        group_size: k, where the target is for a person with up to k rows.
 
     Raises:
         UnreachableTargetError: When even very large noise misses the target, or it is spent already.
@@ -56,12 +58,14 @@ def calibrate_noise_multiplier(
     q = check.sample_rate(sample_rate)
     n = check.count(steps, minimum=1)
 
-    before = _unspent(create_accountant(accountant, relation=relation) if spent is None else spent, target, delta)
+    before = _unspent(
+        create_accountant(accountant, relation=relation) if spent is None else spent, target, delta, group_size
+    )
 
     def epsilon(sigma: float) -> float:
         probe = _after(before)
         probe.step(noise_multiplier=sigma, sample_rate=q, steps=n)
-        return float(probe.get_epsilon(delta))
+        return float(probe.get_epsilon(delta, group_size=group_size))
 
     return _smallest_sufficient(epsilon, target)
 
@@ -73,6 +77,7 @@ def calibrate_ledger(
     delta: float,
     accountant: str = "auto",
     spent: Accountant | None = None,
+    group_size: int = 1,
 ) -> tuple[float, Ledger]:
     """Scales all noise multipliers of a planned ledger by one factor to meet the target.
 
@@ -82,6 +87,7 @@ def calibrate_ledger(
         delta: In (0, 1).
         accountant: Name of the engine, as in `create_accountant`; ignored when `spent` is given.
         spent: An accountant with what has been spent already, which counts too, unscaled; it is left as it is.
+        group_size: k, where the target is for a person with up to k rows.
 
     Returns:
         (factor, the scaled ledger): the smallest factor, to 0.01 %, that meets the target.
@@ -96,13 +102,13 @@ def calibrate_ledger(
     delta = check.delta(delta)
 
     before = _unspent(
-        create_accountant(accountant, relation=ledger.relation) if spent is None else spent, target, delta
+        create_accountant(accountant, relation=ledger.relation) if spent is None else spent, target, delta, group_size
     )
 
     def epsilon(factor: float) -> float:
         probe = _after(before)
         probe.ledger = probe.ledger.merge(ledger.scaled(factor))
-        return float(probe.get_epsilon(delta))
+        return float(probe.get_epsilon(delta, group_size=group_size))
 
     factor = _smallest_sufficient(epsilon, target)
     return factor, ledger.scaled(factor)
@@ -117,6 +123,7 @@ def calibrate_steps(
     accountant: str = "prv",
     relation: Relation = ADD_OR_REMOVE_ONE,
     spent: Accountant | None = None,
+    group_size: int = 1,
 ) -> int:
     """Returns the largest number of steps whose ε does not exceed the target.
 
@@ -128,6 +135,7 @@ def calibrate_steps(
         accountant: Name of the engine; ignored when `spent` is given.
         relation: Neighbouring relation; ignored when `spent` is given.
         spent: An accountant with what has been spent already; it is left as it is.
+        group_size: k, where the target is for a person with up to k rows.
 
     Raises:
         UnreachableTargetError: When not even one step fits, or a billion do.
@@ -140,7 +148,7 @@ def calibrate_steps(
     def fits(steps: int) -> bool:
         probe = create_accountant(accountant, relation=relation) if spent is None else _after(spent)
         probe.step(noise_multiplier=sigma, sample_rate=q, steps=steps)
-        return float(probe.get_epsilon(delta)) <= target
+        return float(probe.get_epsilon(delta, group_size=group_size)) <= target
 
     if not fits(1):
         raise UnreachableTargetError(
@@ -166,8 +174,11 @@ def calibrate_sample_rate(
     steps: int,
     accountant: str = "prv",
     relation: Relation = ADD_OR_REMOVE_ONE,
+    group_size: int = 1,
 ) -> float:
     """Returns the largest q, to 0.01 %, whose ε does not exceed the target; 1 if every q does.
+
+    Arguments are those of `calibrate_noise_multiplier`, with σ given.
 
     Raises:
         UnreachableTargetError: When only a q below 1e-9 would.
@@ -178,7 +189,9 @@ def calibrate_sample_rate(
     n = check.count(steps, minimum=1)
 
     def fits(q: float) -> bool:
-        return _epsilon_of_steps(accountant, relation, delta, sigma, q, n) <= target
+        probe = create_accountant(accountant, relation=relation)
+        probe.step(noise_multiplier=sigma, sample_rate=q, steps=n)
+        return float(probe.get_epsilon(delta, group_size=group_size)) <= target
 
     if fits(1.0):
         return 1.0
@@ -193,9 +206,9 @@ def calibrate_sample_rate(
     return low
 
 
-def _unspent(spent: Accountant, target: float, delta: float) -> Accountant:
+def _unspent(spent: Accountant, target: float, delta: float, group_size: int) -> Accountant:
     """The accountant, once it is known to leave something of the target."""
-    if not (already := float(_after(spent).get_epsilon(delta))) < target:
+    if not (already := float(_after(spent).get_epsilon(delta, group_size=group_size))) < target:
         raise UnreachableTargetError(
             f"what was spent before amounts to epsilon={already!r} at this delta, which leaves nothing of {target!r}"
         )
@@ -207,12 +220,6 @@ def _after(spent: Accountant) -> Accountant:
     probe = create_accountant(spent.mechanism, relation=spent.relation)
     probe.ledger = spent.ledger.copy()
     return probe
-
-
-def _epsilon_of_steps(accountant: str, relation: Relation, delta: float, sigma: float, q: float, steps: int) -> float:
-    probe = create_accountant(accountant, relation=relation)
-    probe.step(noise_multiplier=sigma, sample_rate=q, steps=steps)
-    return float(probe.get_epsilon(delta))
 
 
 def _smallest_sufficient(epsilon: Callable[[float], float], target: float) -> float:

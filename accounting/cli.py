@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from .accountants import Accountant, create_accountant
-from .bounds import PrivacyBound
+from .bounds import PrivacyBound, rounded_up
 from .calibration import calibrate_noise_multiplier, calibrate_steps
 from .errors import AccountingError
 from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
@@ -61,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("ledger", metavar="LEDGER.json", nargs="+", help="what several hold of one run counts once")
     explain.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
     explain.add_argument("--delta", type=float, nargs="+", default=[1e-5, 1e-6, 1e-8])
+    _group(explain)
     explain.set_defaults(run=_explain)
     return parser
 
@@ -82,6 +83,11 @@ def _common(parser: argparse.ArgumentParser, *, delta: bool = True) -> None:
         parser.add_argument("--delta", type=float, required=True, help="in (0, 1), well below 1 / dataset size")
     parser.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
     parser.add_argument("--relation", default=ADD_OR_REMOVE_ONE, choices=[ADD_OR_REMOVE_ONE, REPLACE_ONE])
+    _group(parser)
+
+
+def _group(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--group-size", type=int, default=1, metavar="K", help="for a person with up to K rows")
 
 
 def _required(options: argparse.Namespace, *names: str) -> None:
@@ -99,20 +105,19 @@ def _accountant(options: argparse.Namespace) -> Accountant:
 
 def _line(bound: PrivacyBound) -> str:
     lower = f"{bound.lower:.6g}" if bound.lower > 0.0 or bound.upper == 0.0 else "unknown"
+    whom = f"for a person with up to {bound.group_size} rows: " if bound.group_size > 1 else ""
     return (
-        f"epsilon = {_up(bound.upper)} at delta = {bound.delta:g}  "
+        f"{whom}epsilon = {rounded_up(bound.upper)} at delta = {bound.delta:g}  "
         f"(at least {lower}; {bound.relation}, sampling {bound.sampling}, engine {bound.engine})"
     )
 
 
-def _up(value: float) -> str:
-    """Six digits, never below the value."""
-    text = f"{value:.6g}"
-    return text if float(text) >= value else f"{value * (1.0 + 5e-6):.6g}"
+def _answer(options: argparse.Namespace) -> str:
+    return _line(_accountant(options).get_epsilon(options.delta, group_size=options.group_size))
 
 
 def _epsilon(options: argparse.Namespace) -> str:
-    return _line(_accountant(options).get_epsilon(options.delta))
+    return _answer(options)
 
 
 def _noise(options: argparse.Namespace) -> str:
@@ -124,9 +129,10 @@ def _noise(options: argparse.Namespace) -> str:
         steps=options.steps,
         accountant=options.accountant,
         relation=options.relation,
+        group_size=options.group_size,
     )
-    options.noise_multiplier = float(_up(sigma))
-    return f"noise multiplier = {_up(sigma)}\n" + _line(_accountant(options).get_epsilon(options.delta))
+    options.noise_multiplier = float(rounded_up(sigma))
+    return f"noise multiplier = {rounded_up(sigma)}\n" + _answer(options)
 
 
 def _steps(options: argparse.Namespace) -> str:
@@ -138,8 +144,9 @@ def _steps(options: argparse.Namespace) -> str:
         sample_rate=options.sample_rate,
         accountant=options.accountant,
         relation=options.relation,
+        group_size=options.group_size,
     )
-    return f"steps = {options.steps}\n" + _line(_accountant(options).get_epsilon(options.delta))
+    return f"steps = {options.steps}\n" + _answer(options)
 
 
 def _curve(options: argparse.Namespace) -> str:
@@ -149,7 +156,7 @@ def _curve(options: argparse.Namespace) -> str:
         ledger = Ledger.load(options.ledger)
         accountant = create_accountant(options.accountant, relation=ledger.relation)
         accountant.ledger = ledger
-    bounds = accountant.epsilon_curve(options.deltas)
+    bounds = accountant.epsilon_curve(options.deltas, group_size=options.group_size)
     if options.plot:
         _plot(bounds, options.plot)
     return "\n".join(_line(bound) for bound in bounds)
@@ -168,7 +175,7 @@ def _plot(bounds: list[PrivacyBound], path: str) -> None:
     if min(lower) > 0.0:
         axes.fill_between(deltas, lower, upper, alpha=0.3, label="between the bounds")
     axes.plot(deltas, upper, marker=".", label="certified upper bound")
-    axes.set(xscale="log", xlabel="δ", ylabel="ε", title=f"{bounds[0].relation}, sampling {bounds[0].sampling}")
+    axes.set(xscale="log", xlabel="δ", ylabel="ε", title=_title(bounds[0]))
     axes.legend()
     try:
         figure.savefig(path)
@@ -178,10 +185,16 @@ def _plot(bounds: list[PrivacyBound], path: str) -> None:
         pyplot.close(figure)
 
 
+def _title(bound: PrivacyBound) -> str:
+    group = f", {bound.group_size} rows" if bound.group_size > 1 else ""
+    return f"{bound.relation}{group}, sampling {bound.sampling}"
+
+
 def _explain(options: argparse.Namespace) -> str:
     ledger, *others = map(Ledger.load, options.ledger)
     for other in others:
         ledger = ledger.merge(other)
     accountant = create_accountant(options.accountant, relation=ledger.relation)
     accountant.ledger = ledger
-    return "\n".join([ledger.table(), "", *(_line(bound) for bound in accountant.epsilon_curve(options.delta))])
+    bounds = accountant.epsilon_curve(options.delta, group_size=options.group_size)
+    return "\n".join([ledger.table(), "", *map(_line, bounds)])

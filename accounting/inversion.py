@@ -89,7 +89,7 @@ def invert(terms: Terms, t: float, *, max_points: int = 16384, seconds: float = 
             z: Complex = (line + 1j * step * np.arange(count)).astype(np.complex128)
             log_moment: Complex = (0.5 * terms.mu**2 * z * (z + 1.0)).astype(np.complex128)
             for (sigma, q), n in terms.poisson.items():
-                log_moment += n * _log_moment(z, sigma, q, direction)
+                log_moment += n * _log_moment(z, sigma, q, direction, terms.group_size)
             # Each step contributes the rounding of its log M, a few ulp.
             relative_error = 1e-12 + 2e-15 * sum(terms.poisson.values())
             inversion = Inversion(line, z, log_moment, step, relative_error)
@@ -101,24 +101,33 @@ def invert(terms: Terms, t: float, *, max_points: int = 16384, seconds: float = 
     return result
 
 
-def _log_moment(z: Complex, sigma: float, q: float, direction: str) -> Complex:
+def _log_moment(z: Complex, sigma: float, q: float, direction: str, k: int) -> Complex:
     """log E_P[e^{zL}] of one step (any branch: it is multiplied by whole numbers of steps only)."""
     largest = float(np.abs(z.imag).max())
     t = float(z[0].real)
-    # The integrand oscillates with frequency up to θ/σ² (twice that for replace-one) within e^{−x²/2σ²}.
-    h = 0.9 * math.pi / (2.0 * largest / sigma**2 + 9.0 / sigma)
+    # The integrand oscillates with frequency up to kθ/σ² (twice that for replace-one) within e^{−x²/2σ²}.
+    h = 0.9 * math.pi / (2.0 * k * largest / sigma**2 + 9.0 / sigma)
     h = min(h, 0.2 * sigma**2 + 0.02 * sigma)
-    low, high = -1.0 - 11.0 * sigma, 2.0 * (t + 1.0) + 11.0 * sigma
+    low, high = -k - 11.0 * sigma, 2.0 * (t + 1.0) * k + 11.0 * sigma
     x = np.arange(low, high, h)
     variance = 2.0 * sigma**2
-    up = np.logaddexp(math.log1p(-q), math.log(q) + (2.0 * x - 1.0) / variance)
+
+    def mixture(x: Array) -> Array:
+        """log of Σ_j P(J = j) e^{(2jx − j²)/2σ²}, J ~ Binomial(k, q)."""
+        total: Array = np.full(len(x), -math.inf)
+        for j in range(k + 1):
+            weight = math.log(math.comb(k, j)) + j * math.log(q) + (k - j) * math.log1p(-q)
+            total = np.logaddexp(total, weight + (2.0 * j * x - j * j) / variance)
+        return total
+
+    up = mixture(x)
     base = -x * x / variance + math.log(h / (sigma * math.sqrt(2.0 * math.pi)))
     if direction == "remove":
         loss, base = up, base + up
     elif direction == "add":
         loss = -up
     else:
-        down = np.logaddexp(math.log1p(-q), math.log(q) + (-2.0 * x - 1.0) / variance)
+        down = mixture(-x)
         loss, base = up - down, base + up
     result = np.empty(len(z), dtype=np.complex128)
     rows = max(1, _BLOCK // len(x))

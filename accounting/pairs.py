@@ -39,12 +39,14 @@ class BinMasses:
         q: Q-mass of each bin, shape (J + 2,).
         p_error: Bound of the rounding error of `p`.
         q_error: Bound of the rounding error of `q`.
+        edge_error: By how much the losses between which the masses lie may differ from the edges, beyond a few ulp.
     """
 
     p: Array
     q: Array
     p_error: Array
     q_error: Array
+    edge_error: float = 0.0
 
 
 class DominatingPair(Hashable, Protocol):
@@ -59,7 +61,7 @@ class DominatingPair(Hashable, Protocol):
         ...
 
 
-def _normal_masses(z: Array) -> tuple[Array, Array]:
+def normal_masses(z: Array) -> tuple[Array, Array]:
     """Masses of N(0, 1) on (−∞, z₀], …, (z_J, ∞) and their rounding error bounds; shape (J + 2,)."""
     below, above = ndtr(z), ndtr(-z)
     left = np.concatenate(([0.0], below))
@@ -88,8 +90,8 @@ class GaussianPair:
 
     def masses(self, edges: Array) -> BinMasses:
         """Returns the masses of N(μ²/2, μ²) and N(−μ²/2, μ²) between the edges."""
-        p, p_error = _normal_masses(edges / self.mu - self.mu / 2.0)
-        q, q_error = _normal_masses(edges / self.mu + self.mu / 2.0)
+        p, p_error = normal_masses(edges / self.mu - self.mu / 2.0)
+        q, q_error = normal_masses(edges / self.mu + self.mu / 2.0)
         return BinMasses(p, q, p_error, q_error)
 
 
@@ -135,8 +137,8 @@ class PoissonGaussianPair:
         """Returns the masses of the mixture and the Gaussian between the edges, swapped when adding."""
         q, sigma = self.sample_rate, self.noise_multiplier
         x = self._position(-edges[::-1] if self.adding else edges)
-        g, g_error = _normal_masses(x / sigma)
-        h, h_error = _normal_masses((x - 1.0) / sigma)
+        g, g_error = normal_masses(x / sigma)
+        h, h_error = normal_masses((x - 1.0) / sigma)
         m, m_error = (1.0 - q) * g + q * h, (1.0 - q) * g_error + q * h_error
         if self.adding:
             return BinMasses(g[::-1], m[::-1], g_error[::-1], m_error[::-1])
@@ -227,9 +229,9 @@ class ReplaceOnePoissonPair:
         """Returns the masses of both mixtures between the edges."""
         q, sigma = self.sample_rate, self.noise_multiplier
         x = self._position(edges)
-        g, g_error = _normal_masses(x / sigma)
-        up, up_error = _normal_masses((x - 1.0) / sigma)
-        down, down_error = _normal_masses((x + 1.0) / sigma)
+        g, g_error = normal_masses(x / sigma)
+        up, up_error = normal_masses((x - 1.0) / sigma)
+        down, down_error = normal_masses((x + 1.0) / sigma)
         return BinMasses(
             (1.0 - q) * g + q * up,
             (1.0 - q) * g + q * down,

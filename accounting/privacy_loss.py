@@ -49,6 +49,7 @@ class DiscreteLoss:
         mass: P-mass of every atom, shape (atoms,).
         infinite: P-mass at +∞ (upper form only).
         offset: Loss of the grid point of index 0.
+        edge_error: By how much atoms may be off on the wrong side (`BinMasses.edge_error`).
     """
 
     width: float
@@ -56,6 +57,7 @@ class DiscreteLoss:
     mass: Array
     infinite: float
     offset: float = 0.0
+    edge_error: float = 0.0
 
     @property
     def loss(self) -> Array:
@@ -130,7 +132,8 @@ def discretise(pair: DominatingPair, index: Index, width: float, side: Side, off
         scaled_q = np.nan_to_num(q[1:-1] * growth[:-1], nan=0.0, posinf=0.0)
         scaled_error = np.nan_to_num(q_error[1:-1] * growth[:-1], nan=np.inf, posinf=np.inf)
     inner = p[1:-1]
-    error = (p_error[1:-1] + scaled_error + 4.0 * _ULP * inner) / gap
+    # An edge that is off by η moves the share of its bin by about η/gap, on either side of it.
+    error = (p_error[1:-1] + scaled_error + (4.0 * _ULP + 4.0 * bins.edge_error) * inner) / gap
     exact = (inner - scaled_q) / gap
     if side == "upper":
         inner = inner + p_error[1:-1]
@@ -144,7 +147,7 @@ def discretise(pair: DominatingPair, index: Index, width: float, side: Side, off
             kept = (q[-1] - q_error[-1]) * growth[-1]
         kept = min(max(float(np.nan_to_num(kept, nan=0.0, posinf=0.0)), 0.0), top)
         mass[-1] += kept
-        return _loss(width, index, mass, float(top - kept), offset)
+        return _loss(width, index, mass, float(top - kept), offset, bins.edge_error)
     # Lower form. A share α of every bin goes to its lower end, whose u exceeds the bin's mean u, the
     # rest to its upper end, whose u falls short of it; the mean at a point must not exceed its u.
     inner = np.maximum(inner - p_error[1:-1], 0.0)
@@ -167,14 +170,14 @@ def discretise(pair: DominatingPair, index: Index, width: float, side: Side, off
     mass[:-2] += (1.0 - kept) * up[:-1]
     mass[-2] += up[-1]
     mass[-1] += max(float(p[-1] - p_error[-1]), 0.0)
-    return _loss(width, index, mass, 0.0, offset)
+    return _loss(width, index, mass, 0.0, offset, bins.edge_error)
 
 
-def _loss(width: float, index: Index, mass: Array, infinite: float, offset: float) -> DiscreteLoss:
+def _loss(width: float, index: Index, mass: Array, infinite: float, offset: float, edge_error: float) -> DiscreteLoss:
     occupied = mass > 0.0
     if not occupied.any():
         occupied[0] = True
-    return DiscreteLoss(width, index[occupied], mass[occupied], infinite, offset)
+    return DiscreteLoss(width, index[occupied], mass[occupied], infinite, offset, edge_error)
 
 
 def _balanced_shares(shortfall: list[float], excess: list[float], position: list[float]) -> list[float]:

@@ -128,7 +128,8 @@ class _Laboratory:
     def rounding(self, composition: Composition) -> float:
         """Bound of the error in ε from the rounding of the bin edges, a few ulp of each loss a step."""
         reach = max(float(np.abs(loss.loss[[0, -1]]).max()) for loss, _ in composition.parts)
-        return 8.0 * _ULP * self.steps * (1.0 + reach)
+        off = math.fsum(n * loss.edge_error for loss, n in composition.parts)
+        return 8.0 * _ULP * self.steps * (1.0 + reach) + off
 
     def epsilon(self, delta: float, epsilon: float, t: float, tolerance: float) -> tuple[float, float, bool]:
         """Returns (ε, tilt, whether ε is bracketed or a certified 0)."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .groups import binomial_log_weights, log_likelihood_ratio
+
 __all__ = [
     "MAX_ORDER",
     "Cumulant",
+    "group_cumulant",
     "laplace_cumulant",
     "largest_useful_order",
     "rdp_to_delta",
@@ -30,19 +33,26 @@ Array = NDArray[np.float64]
 MAX_ORDER = 2.0e4
 
 _MAX_NODES = 200_000
+_MAX_GROUP_WORK = 1 << 23
+_LARGEST_SHIFT = 1e4
 _BLOCK_WORK = 2e4
 _NODE_TAIL = 9.5
 _EPS = float(np.finfo(float).eps)
 
 
-def _in_blocks(quadrature: Callable[[float, float, Array], Array]) -> Callable[[float, float, Array], Array]:
-    """Splits the orders into blocks of similar size: the largest order of a block sets its range and step."""
+def _in_blocks(
+    quadrature: Callable[[float, float, Array], Array], work: float = _BLOCK_WORK
+) -> Callable[[float, float, Array], Array]:
+    """Splits the orders into blocks of similar size, unless together they take less than some work.
+
+    The largest order of a block sets its range and step.
+    """
 
     @wraps(quadrature)
     def cumulant(noise_multiplier: float, sample_rate: float, t: Array) -> Array:
         t = np.asarray(t, dtype=float)
         block = np.floor(0.5 * np.log2(t + 1.0)).astype(int)
-        if t.size * t.max(initial=0.0) < _BLOCK_WORK * min(noise_multiplier, noise_multiplier**2):
+        if t.size * t.max(initial=0.0) < work * min(noise_multiplier, noise_multiplier**2):
             return quadrature(noise_multiplier, sample_rate, t)
         result = np.empty_like(t)
         for number in np.unique(block):
@@ -154,6 +164,86 @@ def replace_one_cumulant(noise_multiplier: float, sample_rate: float, t: Array) 
     return result
 
 
+def group_cumulant(noise_multiplier: float, sample_rate: float, t: Array, *, group_size: int, replacing: bool) -> Array:
+    """Returns an upper bound of K(t) of a group of k rows in a Poisson-subsampled Gaussian step.
+
+    The pairs are those of `accounting.groups`; of adding and removing the group the larger K is returned.
+
+    Args:
+        noise_multiplier: σ, relative to one row's presence.
+        sample_rate: q in (0, 1).
+        t: Rényi orders minus one, positive, shape (orders,).
+        group_size: k.
+        replacing: Whether the group is replaced by another, instead of added or removed.
+
+    Guarantee:
+        With S(x) = Σ_j b_j e^{(2jx − j²)/2σ²} the integrands are N_0 S(x)^α, N_0 S(x)^{−t} and N_0 S(x)^α S(−x)^{−t}.
+        As a polynomial in w = e^{x/σ²}, S has negative zeros only: Σ_j b_j w^j = (1 − q + qw)^k has, and the factors
+        e^{−j²/2σ²} keep them so (source; proved in docs/accounting.md). So S has no zero for |Im x| < πσ²; there
+        |S(x + iy)| ≤ S(x) and, its k factors being w + r with r > 0, |S(x + iy)| ≥ S(x) cos(y/2σ²)^k. The
+        trapezoidal rule has therefore the error bounds of `subsampled_gaussian_cumulant` and, with kt for t, of
+        `replace_one_cumulant`; its steps keep them below 2 e^{−37}.
+
+    Source:
+        Pólya and Schur 1914, *Über zwei Arten von Faktorenfolgen in der Theorie der algebraischen Gleichungen*.
+    """
+    t = np.asarray(t, dtype=float)
+    reach = (2.0 if replacing else 1.0) * group_size
+    gaussian: Array = 0.5 * (reach / noise_multiplier) ** 2 * t * (t + 1.0)
+    binomial_log_weights(sample_rate, group_size)  # Refuses groups that are too large, whatever the noise.
+    if reach / noise_multiplier > _LARGEST_SHIFT:
+        return gaussian
+    powers = [(1.0, 1.0, -1.0)] if replacing else [(1.0, 1.0, 0.0), (0.0, -1.0, 0.0)]
+    directions = [
+        _in_blocks(partial(_group_quadrature, group_size, power), 0.0)(noise_multiplier, sample_rate, t)
+        for power in powers
+    ]
+    value: Array = np.minimum(np.max(directions, axis=0), gaussian)
+    return value
+
+
+def _group_quadrature(
+    k: int, powers: tuple[float, float, float], noise_multiplier: float, sample_rate: float, t: Array
+) -> Array:
+    """log ∫ N_0(x) S(x)^{c + at} S(−x)^{bt} dx for powers (c, a, b), or infinity where that takes too long."""
+    sigma, largest = noise_multiplier, float(t.max())
+    constant, forward, backward = powers
+    inverse = largest * (max(-forward, 0.0) + max(-backward, 0.0))
+    if inverse == 0.0:
+        h = sigma * math.sqrt(2.0 * math.pi**2 / 37.0)
+        if h < 2.0:
+            h = 2.0 * math.pi**2 * sigma**2 / (37.0 + math.pi**2 * sigma**2 / 2.0)
+    else:
+        c = min(0.5 * math.pi, math.sqrt(74.0 / (sigma**2 + 0.25 * k * inverse)))
+        h = 2.0 * math.pi * sigma**2 * c / (37.0 + 0.5 * sigma**2 * c**2 - k * inverse * math.log(math.cos(0.5 * c)))
+    # log S has a slope of at most k/σ², so the integrand falls like e^{−x²/2σ²} from `rising` on; S^{−t} times the
+    # Gaussian does so below −t times the mean number of rows at x = 0.
+    rising = (constant + max(forward, 0.0) * largest + max(-backward, 0.0) * largest) * k
+    weights, errors = binomial_log_weights(sample_rate, k)
+    falling = 0.0
+    if forward < 0.0:
+        falling = largest * float(log_likelihood_ratio(np.zeros(1), sigma, weights, errors).slope[0]) * sigma**2
+    low, high = -falling - _NODE_TAIL * sigma, rising + _NODE_TAIL * sigma
+    count = math.ceil((high - low) / h) + 1
+    if count > _MAX_NODES // 4 or count * (k + 1) > _MAX_GROUP_WORK:
+        return np.full_like(t, np.inf)
+    x: Array = (low + h * np.arange(count)).astype(np.float64)
+    exponent = np.multiply.outer(t, np.zeros(count)) - 0.5 * (x / sigma) ** 2
+    error = np.zeros(len(t))
+    for power, mirrored in ((constant + forward * t, 1.0), (backward * t, -1.0)):
+        if power.any():
+            loss = log_likelihood_ratio(mirrored * x, sigma, weights, errors)
+            exponent += np.multiply.outer(power, loss.value)
+            error += np.abs(power) * float(loss.error.max())
+    top = exponent.max(axis=1)
+    total = np.exp(exponent - top[:, None]).sum(axis=1)
+    value: Array = top + np.log(total) + math.log(h / (sigma * math.sqrt(2.0 * math.pi)))
+    # The peak lies where the parts of the exponent, of this size at most, cancel.
+    size = 200.0 + np.abs(top) + (rising / sigma) ** 2
+    result: Array = np.maximum(value + error + 16.0 * _EPS * size, 0.0)
+    return result
+
+
 def laplace_cumulant(scale: float, t: Array) -> Array:
     """Returns K(t) of a release with Laplace noise of scale b over its L1 sensitivity.
 
@@ -169,14 +259,16 @@ def laplace_cumulant(scale: float, t: Array) -> Array:
     return np.maximum(value + 4.0 * _EPS * (1.0 + t / scale), 0.0)
 
 
-def largest_useful_order(noise_multiplier: float, sample_rate: float) -> float:
+def largest_useful_order(noise_multiplier: float, sample_rate: float, group_size: int = 1) -> float:
     """Returns an order beyond which no optimum for δ ≥ 1e-100 lies.
 
     The optimum satisfies tK′(t) − K(t) = log(1/δ); at t = σ² log(1/q) the subsampled mechanism
-    behaves as the Gaussian one, whose optimum lies at σ√(2 log(1/δ)) at most.
+    behaves as the Gaussian one, whose optimum lies at σ√(2 log(1/δ)) at most. Of a group, from t = 2σ² log(1/q)/k on
+    all k rows together decide, with σ/k for σ.
     """
-    sigma, q = noise_multiplier, sample_rate
-    reach = 22.0 * sigma + (sigma**2 * math.log(1.0 / q) if 0.0 < q < 1.0 else 0.0)
+    sigma, q, k = noise_multiplier, sample_rate, group_size
+    share = 1.0 if k == 1 else 2.0 / k
+    reach = 22.0 * sigma / k + (share * sigma**2 * math.log(1.0 / q) if 0.0 < q < 1.0 else 0.0)
     return min(MAX_ORDER, 2.0 + 2.0 * reach)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from .events import (
     ShuffledEpoch,
     flatten,
 )
+from .groups import GroupPoissonPair, ReplaceGroupPoissonPair
 from .pairs import (
     DominatingPair,
     FixedSizeGaussianPair,
@@ -36,6 +38,7 @@ from .pairs import (
 from .rdp import (
     MAX_ORDER,
     Cumulant,
+    group_cumulant,
     laplace_cumulant,
     largest_useful_order,
     replace_one_cumulant,
@@ -55,15 +58,17 @@ class Terms:
 
     Attributes:
         relation: The neighbouring relation.
-        mu: μ of all unsampled Gaussian releases together, √(Σ n (Δ/σ)²), Δ = 2 for replace-one.
+        group_size: k, the most rows that one person has: neighbours differ by this many.
+        mu: μ of all unsampled Gaussian releases together, √(Σ n (Δ/σ)²), Δ = k, and 2k for replace-one.
         poisson: {(σ, q): steps} with 0 < q < 1.
         fixed: {(σ, q): steps} of fixed-size sampling.
-        laplace: {scale over sensitivity: releases}.
+        laplace: {scale over the group's sensitivity: releases}.
         selections: (search, its trial, how often).
         choices: (the alternatives, how often).
     """
 
     relation: Relation
+    group_size: int = 1
     mu: float = 0.0
     poisson: Phases = field(default_factory=dict)
     fixed: Phases = field(default_factory=dict)
@@ -96,7 +101,7 @@ class Terms:
     @property
     def max_order(self) -> float:
         """Order up to which the Rényi grid starts out."""
-        orders = [largest_useful_order(sigma, q) for sigma, q in self.poisson] or [1e3]
+        orders = [largest_useful_order(sigma, q, self.group_size) for sigma, q in self.poisson] or [1e3]
         return min(CHANGE_OF_A_SUM[self.relation] * max(orders), MAX_ORDER)
 
     def cumulant(self, *, fixed_as_guess: bool = False) -> Cumulant:
@@ -112,7 +117,7 @@ class Terms:
             raise UnsupportedEventError(
                 "Rényi accounting does not cover FixedSizeSampling here; ask the 'prv' or 'auto' accountant"
             )
-        sampled = replace_one_cumulant if self.relation == REPLACE_ONE else subsampled_gaussian_cumulant
+        sampled = _sampled(self.relation, self.group_size)
         inner = [(search.cumulant(terms.cumulant()), n) for search, terms, n in self.selections]
         inner += [(_largest([terms.cumulant() for terms in alternatives]), n) for alternatives, n in self.choices]
         memory: dict[bytes, Array] = {}
@@ -151,21 +156,19 @@ class Terms:
             both.append((GaussianPair(self.mu), 1))
         both += [(FixedSizeGaussianPair(sigma, q), n) for (sigma, q), n in self.fixed.items()]
         both += [(LaplacePair(scale), n) for scale, n in self.laplace.items()]
-        if self.relation == REPLACE_ONE:
-            pairs = [(ReplaceOnePoissonPair(sigma, q), n) for (sigma, q), n in self.poisson.items()]
-            return [both + pairs]
         if not self.poisson:
             return [both]
+        pairs = [_pairs(self.relation, self.group_size, sigma, q) for sigma, q in self.poisson]
         return [
-            both + [(PoissonGaussianPair(sigma, q, adding), n) for (sigma, q), n in self.poisson.items()]
-            for adding in (False, True)
+            both + list(zip(direction, self.poisson.values(), strict=True)) for direction in zip(*pairs, strict=True)
         ]
 
     def grouped(self, limit: int) -> Terms:
         """Returns terms with at most `limit` distinct Poisson phases, never of smaller loss.
 
         Each σ is rounded down and each q up on a geometric grid, the finest that is coarse enough;
-        the loss grows when σ falls and when q rises. `grouping` holds the relative grid width.
+        the loss grows when σ falls and when q rises, since more rows of a group are drawn then. `grouping` holds the
+        relative grid width.
         """
         if len(self.poisson) <= limit:
             return self
@@ -179,6 +182,23 @@ class Terms:
             if len(phases) <= limit:
                 return replace(self, poisson=phases, grouping=width)
             width *= 1.5
+
+
+@lru_cache(maxsize=64)
+def _sampled(relation: Relation, group_size: int) -> Callable[[float, float, Array], Array]:
+    """(σ, q, t) ↦ K(t) of a Poisson-sampled step."""
+    if group_size > 1:
+        return partial(group_cumulant, group_size=group_size, replacing=relation == REPLACE_ONE)
+    return replace_one_cumulant if relation == REPLACE_ONE else subsampled_gaussian_cumulant
+
+
+def _pairs(relation: Relation, group_size: int, sigma: float, q: float) -> list[DominatingPair]:
+    """The pairs of a Poisson-sampled step, one for each direction of the relation."""
+    if relation == REPLACE_ONE:
+        return [ReplaceGroupPoissonPair(sigma, q, group_size) if group_size > 1 else ReplaceOnePoissonPair(sigma, q)]
+    if group_size > 1:
+        return [GroupPoissonPair(sigma, q, group_size, adding) for adding in (False, True)]
+    return [PoissonGaussianPair(sigma, q, adding) for adding in (False, True)]
 
 
 def _largest(cumulants: list[Cumulant]) -> Cumulant:
@@ -206,14 +226,19 @@ def _memoised(function: Any, sigma: float, q: float, t: Array, key: bytes) -> Ar
     return _memory[entry]
 
 
-def collect(entries: Iterable[tuple[Any, int]], relation: Relation) -> Terms:
+def collect(entries: Iterable[tuple[Any, int]], relation: Relation, group_size: int = 1) -> Terms:
     """Returns the terms of a ledger's lines.
+
+    Args:
+        entries: The lines, (event, count).
+        relation: The neighbouring relation.
+        group_size: k: neighbours differ by so many rows. What all of them enter changes k times as much.
 
     Raises:
         UnsupportedEventError: When an event, or its sampling under this relation, is not understood.
     """
-    terms = Terms(relation)
-    sensitivity = CHANGE_OF_A_SUM[relation]
+    terms = Terms(relation, group_size)
+    sensitivity = CHANGE_OF_A_SUM[relation] * group_size
     squares = []
     for event, n in flatten(entries):
         if isinstance(event, (GaussianStep, GaussianVectorStep)):
@@ -236,6 +261,11 @@ def collect(entries: Iterable[tuple[Any, int]], relation: Relation) -> Terms:
                 if q == 1.0:
                     squares.append(n * (sensitivity / sigma) ** 2)
                 elif q > 0.0:
+                    if group_size > 1:
+                        raise UnsupportedEventError(
+                            f"{event!r} for a person with {group_size} rows: fixed-size batches are covered row by row "
+                            "only; draw them by Poisson sampling, or let one person be one row"
+                        )
                     terms.fixed[sigma, q] = terms.fixed.get((sigma, q), 0) + n
             else:
                 raise UnsupportedEventError(f"unknown sampling {sampling!r} of {event!r}")
@@ -245,9 +275,9 @@ def collect(entries: Iterable[tuple[Any, int]], relation: Relation) -> Terms:
             scale = event.noise_multiplier / sensitivity
             terms.laplace[scale] = terms.laplace.get(scale, 0) + n
         elif isinstance(event, PrivateSelection):
-            terms.selections.append((event, collect(event.trial, relation), n))
+            terms.selections.append((event, collect(event.trial, relation, group_size), n))
         elif isinstance(event, AnyOf):
-            terms.choices.append(([collect(events, relation) for events in event.alternatives], n))
+            terms.choices.append(([collect(events, relation, group_size) for events in event.alternatives], n))
         else:
             raise UnsupportedEventError(f"no engine understands the event {event!r}")
     terms.mu = math.sqrt(math.fsum(squares))
