@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import GATES, Affine, Cap, Expanded
 
 Handler = Callable[..., Any]
@@ -242,7 +243,7 @@ class Gating(TorchFunctionMode):
         if name not in self._copies:
             source = self._sources[name]
             gates = Affine(self.gated(name, "expand", source.numel()), None)
-            self._copies[name] = cast(Tensor, Expanded.apply(self.sample, source, gates))  # type: ignore[no-untyped-call]
+            self._copies[name] = cast(Tensor, applied(Expanded, self.sample, source, gates))
             self._ids.add(id(self._copies[name]))
         return self._copies[name]
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import InputError
+from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import (
     Affine,
     Attention,
@@ -46,7 +47,7 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         run.gated(of_bias, "linear", positions * outputs),
         (transposed,),
     )
-    return GatedLinear.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    return applied(GatedLinear, run.sample, input, run.source(weight), run.source(bias), gates)
 
 
 @handles(torch.addmm, Tensor.addmm)
@@ -96,7 +97,7 @@ def embedding(
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
     gates = Affine(run.gated(name, "embedding", input.numel() * width), None, (padding,))
     with _told_of(name, weight):
-        return GatedEmbedding.apply(run.sample, input, run.source(weight), gates)  # type: ignore[no-untyped-call]
+        return applied(GatedEmbedding, run.sample, input, run.source(weight), gates)
 
 
 @contextmanager
@@ -130,7 +131,7 @@ def layer_norm(
         run.gated(run.name_of(bias), "norm", entries),
         (tuple(normalized_shape), eps),
     )
-    return GatedLayerNorm.apply(run.sample, input, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    return applied(GatedLayerNorm, run.sample, input, run.source(weight), run.source(bias), gates)
 
 
 @handles(functional.group_norm)
@@ -193,7 +194,7 @@ def _convolution(
         run.gated(run.name_of(bias), "convolution", positions * weight.shape[0]),
         (each(stride), each(padding), dilation, groups),
     )
-    made = GatedConvolution.apply(run.sample, values, run.source(weight), run.source(bias), gates)  # type: ignore[no-untyped-call]
+    made = applied(GatedConvolution, run.sample, values, run.source(weight), run.source(bias), gates)
     return made if alone else made.unsqueeze(0)
 
 
@@ -219,7 +220,7 @@ def attention(
     settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         settings["enable_gqa"] = True
-    return Attention.apply(run.sample, query, key, value, attn_mask, tuple(settings.items()))  # type: ignore[no-untyped-call]
+    return applied(Attention, run.sample, query, key, value, attn_mask, tuple(settings.items()))
 
 
 def _looked_into(function: Any) -> Callable[..., Any]:
