@@ -65,7 +65,13 @@ def _positions(values: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """What the operations have in common: ``apply(sample, values, ..., gates)`` in and outside of ``vmap``."""
+    """What the operations have in common: ``apply(sample, values, ..., gates)`` in and outside of ``vmap``.
+
+    Attributes:
+        ungated: how many of its first tensors have no gate: what it reads, or what tells samples apart.
+    """
+
+    ungated = 1
 
     @classmethod
     def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
