@@ -19,6 +19,7 @@ from clipless_dp.isolation.functions import (
     Attention,
     GatedConvolution,
     GatedEmbedding,
+    GatedGroupNorm,
     GatedLayerNorm,
     GatedLinear,
 )
@@ -143,8 +144,18 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    """Group normalisation, and a copy of its affine map."""
-    values = functional.group_norm(run.expanded(input), num_groups, None, None, eps)
+    """Group normalisation and an affine map; of several maps in one sample, a copy of it."""
+    input = run.expanded(input)
+    if input.dim() > 1 and input.shape[0] == 1 and not (_differs(weight) or _differs(bias)):
+        entries = input.numel()
+        gates = Affine(
+            run.gated(run.name_of(weight), "norm", entries),
+            run.gated(run.name_of(bias), "norm", entries),
+            (num_groups, eps),
+        )
+        made = applied(GatedGroupNorm, run.sample, input.squeeze(0), run.source(weight), run.source(bias), gates)
+        return made.unsqueeze(0)
+    values = functional.group_norm(input, num_groups, None, None, eps)
     shape = (1, -1, *[1] * (input.dim() - 2))
     if weight is not None:
         values = values * run.expanded(weight).reshape(shape)

@@ -110,7 +110,7 @@ class GatedRecurrence(_Gated):
             if projected is None:
                 return whole
             projected[:, step] = whole
-            return whole @ projection
+            return cast(Tensor, whole @ projection)
 
         end = None if arriving[1] is None else arriving[1].reshape(rows, -1)
         entering, kept, of_begin = how.cell.back(run, of_state, at_hidden, end)
