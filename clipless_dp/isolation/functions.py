@@ -9,6 +9,7 @@ from sample to sample and is otherwise unused: it lets the rule be asked also wh
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -72,6 +73,11 @@ class _Gated(torch.autograd.Function):
     """
 
     ungated = 1
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Torch asks for it at each call.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @classmethod
     def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
