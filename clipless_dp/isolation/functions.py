@@ -9,6 +9,7 @@ from sample to sample and is otherwise unused: it lets the rule be asked also wh
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -102,7 +103,18 @@ def _positions(values: Tensor) -> Tensor:
 
 
 class _Gated(torch.autograd.Function):
-    """What the operations have in common: ``apply(sample, values, ..., gates)`` in and outside of ``vmap``."""
+    """What the operations have in common: ``apply(sample, values, ..., gates)`` in and outside of ``vmap``.
+
+    Attributes:
+        ungated: how many of its first tensors have no gate: what it reads, or what tells samples apart.
+    """
+
+    ungated = 1
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        # Torch asks for it at each call.
+        cls.forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
 
     @classmethod
     def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
@@ -287,6 +299,88 @@ class GatedLayerNorm(_Gated):
         return _Gated.rule(GatedLayerNorm, info, in_dims, values, rest)
 
 
+class GatedGroupNorm(_Gated):
+    """Group normalisation of ``(B, C, ...)``; settings: groups, epsilon.
+
+    To torch's kernel the channels of all samples are channels of one sample, on the way back: what it sums up for each
+    is then a sample's own gradient. ``C`` of the weight, ``Σ_p g_p x̂_p``, and of the bias, ``Σ_p g_p``, for positions
+    ``p``. As ``x̂`` has a mean square of at most 1 in a group, both may have cancelled where they are small beside
+    ``‖g‖``.
+    """
+
+    @staticmethod
+    def forward(
+        sample: Any,
+        values: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gates: Affine,
+        *counters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups, eps = gates.settings
+        values = values.contiguous()
+        batch, channels = values.shape[:2]
+        positions = values[0, 0].numel()
+        return torch.native_group_norm(values, weight, bias, batch, channels, positions, groups, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, values, weight, _, ctx.gates, *_ = inputs
+        _, mean, scale = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.save_for_backward(values, weight, mean, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = arriving[0]
+        if cotangents is None:
+            return (None,) * 7
+        values, weight, mean, scale = ctx.saved_tensors
+        gates: Affine = ctx.gates
+        groups, _ = gates.settings
+        batch, channels = values.shape[:2]
+        caps = [
+            cap if cap is not None and needed else None
+            for cap, needed in zip((gates.weight, gates.bias), ctx.needs_input_grad[2:4], strict=True)
+        ]
+        trained = any(cap is not None for cap in caps)
+        passed, *sums = torch.ops.aten.native_group_norm_backward(
+            cotangents.contiguous().reshape(1, batch * channels, -1),
+            values.contiguous().reshape(1, batch * channels, -1),
+            mean.reshape(1, -1),
+            scale.reshape(1, -1),
+            None if weight is None else weight.repeat(batch),
+            1,
+            batch * channels,
+            values[0, 0].numel(),
+            batch * groups,
+            [ctx.needs_input_grad[1], caps[0] is not None, caps[1] is not None],
+        )
+        passed = None if passed is None else passed.reshape(values.shape)
+        sizes = sample_norms(cotangents) if trained else None
+        rows = [None if cap is None else one.reshape(batch, channels) for cap, one in zip(caps, sums, strict=True)]
+        counted = ctx.needs_input_grad[5:]
+        if gates.by_parts(counted):
+            first, second = (None if one is None else Rows(one, (channels,), sizes) for one in rows)
+            of_weight, of_bias, *counts = gates.sums((first, second), counted)
+            return None, passed, of_weight, of_bias, None, *counts
+        of_weight, of_bias = (
+            None if one is None else _summed(one, cast(Cap, cap), sizes) for cap, one in zip(caps, rows, strict=True)
+        )
+        return None, passed, of_weight, of_bias, None, None, None
+
+    @classmethod
+    def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
+        """As of the others; what else the function returns is for its own way back."""
+        result: Tensor = cls.apply(None, values, *rest)[0]  # type: ignore[no-untyped-call]
+        return result
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedGroupNorm, info, in_dims, values, rest)
+
+
 class GatedConvolution(_Gated):
     """A convolution of ``(B, C, *size)`` with one to three axes; settings: stride, padding, dilation, groups."""
 
@@ -429,5 +523,5 @@ class Attention(torch.autograd.Function):
         return out.reshape(*leading, *out.shape[-3:]), 0
 
 
-GATES = (GatedLinear, GatedEmbedding, GatedLayerNorm, GatedConvolution, Expanded)
+GATES = (GatedLinear, GatedEmbedding, GatedLayerNorm, GatedGroupNorm, GatedConvolution, Expanded)
 """All through which a gradient may come to a parameter."""

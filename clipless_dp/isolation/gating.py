@@ -20,15 +20,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import GATES, Affine, Cap, Expanded
 from clipless_dp.isolation.joint import Together
+from clipless_dp.isolation.recurrence import GatedRecurrence
 
 Handler = Callable[..., Any]
 """Takes the gating and a function's own arguments; returns its value, or ``NotImplemented``."""
 
 _HANDLERS: dict[Any, Handler] = {}
 _ALWAYS: set[Any] = set()
-_NODES = tuple(cast(Any, gate)._backward_cls for gate in GATES)
+_UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in (*GATES, GatedRecurrence)}
 
 _ATTRIBUTES: tuple[Any, ...] = (
     Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.ndim, Tensor.is_leaf, Tensor.layout,
@@ -271,10 +273,7 @@ class Gating(TorchFunctionMode):
         if name not in self._copies:
             source = self._sources[name]
             gates = self.gates("expand", (name, source.numel()))
-            self._copies[name] = cast(
-                Tensor,
-                Expanded.apply(self.sample, source, gates, self.counter(name)),  # type: ignore[no-untyped-call]
-            )
+            self._copies[name] = cast(Tensor, applied(Expanded, self.sample, source, gates, self.counter(name)))
             self._ids.add(id(self._copies[name]))
         return self._copies[name]
 
@@ -329,8 +328,7 @@ def refuse_other_ways(
                 continue
             name = ours.get(following)
             if name is not None:
-                # The first tensor of each gate is not gated: what a layer reads, or what tells samples apart.
-                if slot == 0 or not isinstance(node, _NODES):
+                if slot < _UNGATED.get(type(node), slot + 1):
                     raise PrivacyError(
                         f"the parameter {name!r} is used past its gate, by {type(node).__name__}: use it in the "
                         "network's forward through functions of torch"

@@ -13,10 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import InputError
+from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import (
     Attention,
     GatedConvolution,
     GatedEmbedding,
+    GatedGroupNorm,
     GatedLayerNorm,
     GatedLinear,
 )
@@ -44,7 +46,7 @@ def linear(run: Gating, input: Tensor, weight: Tensor, bias: Tensor | None = Non
         "linear", (of_weight, positions * max(inputs, outputs)), (of_bias, positions * outputs), (transposed,)
     )
     counters = run.counter(of_weight), run.counter(of_bias)
-    return GatedLinear.apply(run.sample, input, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
+    return applied(GatedLinear, run.sample, input, run.source(weight), run.source(bias), gates, *counters)
 
 
 @handles(torch.addmm, Tensor.addmm)
@@ -94,7 +96,7 @@ def embedding(
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
     gates = run.gates("embedding", (name, input.numel() * width), settings=(padding,))
     with _told_of(name, weight):
-        return GatedEmbedding.apply(run.sample, input, run.source(weight), gates, run.counter(name))  # type: ignore[no-untyped-call]
+        return applied(GatedEmbedding, run.sample, input, run.source(weight), gates, run.counter(name))
 
 
 @contextmanager
@@ -126,7 +128,7 @@ def layer_norm(
     names = run.name_of(weight), run.name_of(bias)
     gates = run.gates("norm", (names[0], entries), (names[1], entries), (tuple(normalized_shape), eps))
     counters = map(run.counter, names)
-    return GatedLayerNorm.apply(run.sample, input, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
+    return applied(GatedLayerNorm, run.sample, input, run.source(weight), run.source(bias), gates, *counters)
 
 
 @handles(functional.group_norm)
@@ -138,8 +140,16 @@ def group_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Any:
-    """Group normalisation, and a copy of its affine map."""
-    values = functional.group_norm(run.expanded(input), num_groups, None, None, eps)
+    """Group normalisation and an affine map; of several maps in one sample, a copy of it."""
+    input = run.expanded(input)
+    if input.dim() > 1 and input.shape[0] == 1 and not (_differs(weight) or _differs(bias)):
+        entries = input.numel()
+        names = run.name_of(weight), run.name_of(bias)
+        gates = run.gates("norm", (names[0], entries), (names[1], entries), (num_groups, eps))
+        sources = run.source(weight), run.source(bias)
+        made = applied(GatedGroupNorm, run.sample, input.squeeze(0), *sources, gates, *map(run.counter, names))
+        return made.unsqueeze(0)
+    values = functional.group_norm(input, num_groups, None, None, eps)
     shape = (1, -1, *[1] * (input.dim() - 2))
     if weight is not None:
         values = values * run.expanded(weight).reshape(shape)
@@ -192,7 +202,7 @@ def _convolution(
         (each(stride), each(padding), dilation, groups),
     )
     counters = map(run.counter, names)
-    made = GatedConvolution.apply(run.sample, values, run.source(weight), run.source(bias), gates, *counters)  # type: ignore[no-untyped-call]
+    made = applied(GatedConvolution, run.sample, values, run.source(weight), run.source(bias), gates, *counters)
     return made if alone else made.unsqueeze(0)
 
 
@@ -218,7 +228,7 @@ def attention(
     settings = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
     if enable_gqa:
         settings["enable_gqa"] = True
-    return Attention.apply(run.sample, query, key, value, attn_mask, tuple(settings.items()))  # type: ignore[no-untyped-call]
+    return applied(Attention, run.sample, query, key, value, attn_mask, tuple(settings.items()))
 
 
 def _looked_into(function: Any) -> Callable[..., Any]:

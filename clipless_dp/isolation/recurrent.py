@@ -1,7 +1,7 @@
 """Recurrent layers by their equations, since ``torch.func.vmap`` has no rule for torch's own kernels.
 
-The weights that meet the inputs run over all steps at once, behind one gate each; those that meet the state are copies
-for each sample, so that one cap holds for the whole of their gradients.
+Whole sequences run by one gated function. Where that cannot be, steps run one by one: the weights that meet the inputs
+have one gate each for all of them, and those that meet the state are copies for each sample.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import InputError
+from clipless_dp.isolation.cells import CELLS
+from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.gating import Gating, handles
 from clipless_dp.isolation.layers import linear
+from clipless_dp.isolation.recurrence import GatedRecurrence, Recurrence
 
 Cell = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
 """From what came of the input and of the state before, ``(B, gates·H)`` each, to the state."""
@@ -52,7 +55,7 @@ def _one_way(
     biased: bool,
     back: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One direction of one layer, over ``(T, B, K)``."""
+    """One direction of one layer, over ``(T, B, K)``, step by step."""
     of_input, of_state, *rest = weights
     bias_of_input, bias_of_state = rest[:2] if biased else (None, None)
     projection = rest[2 * biased] if len(rest) > 2 * biased else None
@@ -72,7 +75,56 @@ def _one_way(
     return torch.stack(made[::-1] if back else made), state
 
 
-def _recurrent(cell: Cell, parts: int) -> Callable[..., Any]:
+def _at_once(
+    run: Gating,
+    kind: str,
+    values: Tensor,
+    state: tuple[Tensor, ...],
+    weights: Sequence[Tensor],
+    biased: bool,
+    back: bool,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same by one gated function, whose parameters each have one gate for the whole of their gradients."""
+    of_input, of_state, *rest = weights
+    biases = rest[:2] if biased else [None, None]
+    projection = rest[2 * biased] if len(rest) > 2 * biased else None
+    steps, sequences, inputs = values.shape
+    width = state[0].shape[-1]
+    positions = steps * sequences
+    named = [run.name_of(one) for one in (of_input, of_state, *biases, projection)]
+    gates = tuple(
+        run.gates(
+            "recurrent",
+            (run.name_of(weight), positions * max(entries, len(weight))),
+            (run.name_of(bias), positions * len(weight)),
+        )
+        for weight, bias, entries in (
+            (of_input, biases[0], inputs),
+            (of_state, biases[1], width),
+            *([] if projection is None else [(projection, None, of_state.shape[0] // CELLS[kind].gates)]),
+        )
+    )
+    output, end = applied(
+        GatedRecurrence,
+        run.sample,
+        values.transpose(0, 1),
+        torch.cat(state, -1),
+        *(run.source(one) for one in (of_input, of_state, *biases, projection)),
+        Recurrence(kind, back, gates),
+        *map(run.counter, named),
+    )
+    return output.transpose(0, 1), end.split([part.shape[-1] for part in state], -1)
+
+
+def _steps_by_copies(values: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether steps must run one by one: weights differ from sample to sample, or a call has one step only.
+
+    Who calls a layer once for each step has one gate for all of them that way.
+    """
+    return values.shape[0] < 2 or any(torch._C._functorch.is_batchedtensor(weight) for weight in weights)
+
+
+def _recurrent(cell: Cell, parts: int, kind: str) -> Callable[..., Any]:
     def run_all(
         run: Gating,
         input: Tensor,
@@ -102,7 +154,10 @@ def _recurrent(cell: Cell, parts: int) -> Callable[..., Any]:
                 index = layer * ways + way
                 own = params[index * each : (index + 1) * each]
                 state = tuple(part[index] for part in begin)
-                output, end = _one_way(run, cell, values, state, own, has_biases, way == 1)
+                if _steps_by_copies(values, own):
+                    output, end = _one_way(run, cell, values, state, own, has_biases, way == 1)
+                else:
+                    output, end = _at_once(run, kind, values, state, own, has_biases, way == 1)
                 outputs.append(output)
                 ends.append(end)
             values = outputs[0] if ways == 1 else torch.cat(outputs, -1)
@@ -114,10 +169,10 @@ def _recurrent(cell: Cell, parts: int) -> Callable[..., Any]:
     return run_all
 
 
-handles(torch.lstm, always=True)(_recurrent(_lstm, 2))
-handles(torch.gru, always=True)(_recurrent(_gru, 1))
-handles(torch.rnn_tanh, always=True)(_recurrent(_tanh, 1))
-handles(torch.rnn_relu, always=True)(_recurrent(_relu, 1))
+handles(torch.lstm, always=True)(_recurrent(_lstm, 2, "lstm"))
+handles(torch.gru, always=True)(_recurrent(_gru, 1, "gru"))
+handles(torch.rnn_tanh, always=True)(_recurrent(_tanh, 1, "tanh"))
+handles(torch.rnn_relu, always=True)(_recurrent(_relu, 1, "relu"))
 
 
 def _cell_of(cell: Cell, parts: int) -> Callable[..., Any]:

@@ -143,6 +143,23 @@ class Gaps(nn.Module):
         return self.head(state, values[:, -1])
 
 
+class Groups(nn.Module):
+    """Group norms of a vector, of one map, and of several maps in one sample, whose affine map is copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.vector = nn.GroupNorm(2, WIDTH)
+        self.map = nn.GroupNorm(1, 4)
+        self.several = nn.GroupNorm(2, 4)
+        self.head = nn.Linear(4 * WIDTH, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        maps = self.vector(values[:, 0]).unsqueeze(1) + values
+        maps = self.map(maps.tanh())
+        several = self.several(maps.reshape(-1, 4, WIDTH // 2)).reshape(maps.shape)
+        return self.head((several * maps).flatten(1))
+
+
 def tokens() -> Tensor:
     return torch.randint(WORDS, (ROWS, TOKENS))
 
@@ -177,6 +194,7 @@ ZOO: dict[str, Callable[[], Case]] = {
     "RNN": lambda: Case(Mean(nn.RNN(WIDTH, WIDTH, 2, batch_first=True, nonlinearity="relu"), True), tokens()),
     "cells, weight norm, bilinear": lambda: Case(Gaps(), signals(TOKENS, WIDTH)),
     "UNet": lambda: Case(UNet(), signals(2, 6, 6)),
+    "group norms": lambda: Case(Groups(), 3.0 + signals(4, WIDTH)),
     "Conv1d": lambda: Case(
         nn.Sequential(nn.Conv1d(2, 4, 3, dilation=2, groups=2), nn.Mish(), nn.Flatten(), nn.Linear(12, 3)),
         signals(2, 7),
