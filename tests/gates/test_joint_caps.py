@@ -47,22 +47,25 @@ class Attends(nn.Module):
 
 
 class Recurs(nn.Module):
-    """Weights that meet the inputs in one operation and the state as copies."""
+    """Whole sequences behind one operation."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: nn.RNNBase, width: int) -> None:
         super().__init__()
-        self.cell = nn.GRU(3, 4, batch_first=True)
-        self.last = nn.Linear(4, 3)
+        self.cell, self.last = cell, nn.Linear(width, 3)
 
     def forward(self, values: Tensor) -> Tensor:
-        return self.last(self.cell(values)[0][:, -1])
+        return self.last(self.cell(values)[0].flatten(1))
 
 
 NETS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "vectors": (lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 3)), (6,)),
     "tied": (Tied, (5,)),
     "attention": (Attends, (5, 4)),
-    "recurrence": (Recurs, (4, 3)),
+    "recurrence": (lambda: Recurs(nn.GRU(3, 4, batch_first=True), 16), (4, 3)),
+    "projected both ways": (
+        lambda: Recurs(nn.LSTM(3, 4, 2, batch_first=True, bidirectional=True, proj_size=2), 16),
+        (4, 3),
+    ),
     "maps": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3, padding=1, stride=2), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten(), nn.Linear(36, 3)
