@@ -5,6 +5,9 @@ TORCH ?= torch
 VENV := .venv
 PY := $(VENV)/bin/python
 
+# Processes that share the tests, one thread each.
+WORKERS ?= auto
+
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: demo test lint format clean
@@ -24,7 +27,7 @@ demo: $(VENV)/.installed
 
 # The default leaves out what is marked slow; make test PYTEST_OPTIONS="-m ''" runs everything.
 test: $(VENV)/.developing
-	$(PY) -m pytest $(PYTEST_OPTIONS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.developing
 	$(PY) -m ruff check .
