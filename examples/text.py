@@ -57,7 +57,7 @@ class Top(nn.Module):
 
     def __init__(self, bert: BertModel, layers: int, classes: int = 2) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(list(bert.encoder.layer)[-layers:])
+        self.layers = bert.encoder.layer[len(bert.encoder.layer) - layers :]
         self.classifier = nn.Linear(bert.config.hidden_size, classes)
         nn.init.zeros_(self.classifier.weight)
         nn.init.zeros_(self.classifier.bias)
@@ -84,7 +84,7 @@ def through(layers: nn.ModuleList, hidden: Tensor, mask: Tensor) -> Tensor:
 def states(bert: BertModel, tokens: dict[str, Tensor], layers: int, rows: int = 200) -> dict[str, Tensor]:
     """What the frozen lower layers make of each sample."""
     mask = tokens["attention_mask"].float()
-    lower = nn.ModuleList(list(bert.encoder.layer)[:-layers])
+    lower = bert.encoder.layer[: len(bert.encoder.layer) - layers]
     parts = [
         through(lower, bert.embeddings(input_ids=ids), some)
         for ids, some in zip(tokens["input_ids"].split(rows), mask.split(rows), strict=True)
