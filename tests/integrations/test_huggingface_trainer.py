@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,13 @@ def test_a_wrapped_model_and_peft_are_trained_as_they_are(tmp_path: Path) -> Non
     assert private.private_optimizer.accountant.history == [(private.noise_multiplier, 0.25, 4)]
     (path,) = tmp_path.glob("checkpoint-*")
     assert (path / "adapter_model.safetensors").exists()
+
+
+def test_the_code_of_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(code, {"__name__": "page"})
+    assert 2.5 < float(capsys.readouterr().out.split()[-1]) <= 3.0
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
