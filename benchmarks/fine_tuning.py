@@ -90,7 +90,12 @@ class Whole(nn.Module):
         self.top = Top(bert, len(bert.encoder.layer))
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
-        return self.top(self.embeddings(input_ids=input_ids), mask.to(self.embeddings.LayerNorm.weight.dtype))
+        # For each sample its own, since Opacus reads the axis of samples off each layer's input.
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        return self.top(
+            self.embeddings(input_ids=input_ids, position_ids=positions),
+            mask.to(self.embeddings.LayerNorm.weight.dtype),
+        )
 
 
 class Head(nn.Module):
@@ -172,7 +177,8 @@ def ghost(net: nn.Module, inputs: Inputs, labels: Tensor, method: Method, epsilo
     steps = math.ceil(method.epochs / rate - 1e-9)
     sigma = calibrate_noise_multiplier(target_epsilon=epsilon, delta=DELTA, sample_rate=rate, steps=steps)
     under = base(net, method.opacus_lr)
-    module = GradSampleModuleFastGradientClipping(net, max_grad_norm=1.0, use_ghost_clipping=True)
+    # Its hooks watch nothing else; a model that was loaded is in eval mode, and no part drops anything.
+    module = GradSampleModuleFastGradientClipping(net.train(), max_grad_norm=1.0, use_ghost_clipping=True)
     optimizer = DPOptimizerFastGradientClipping(
         under, noise_multiplier=sigma, max_grad_norm=1.0, expected_batch_size=method.batch
     )
