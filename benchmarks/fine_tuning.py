@@ -91,7 +91,7 @@ class Whole(nn.Module):
 
     def forward(self, input_ids: Tensor, mask: Tensor) -> Tensor:
         # For each sample its own, since Opacus reads the axis of samples off each layer's input.
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device).repeat(len(input_ids), 1)
         return self.top(
             self.embeddings(input_ids=input_ids, position_ids=positions),
             mask.to(self.embeddings.LayerNorm.weight.dtype),
