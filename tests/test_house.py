@@ -36,7 +36,7 @@ FLOORS = (
     "audit statement",
     "training",
     # By name, and faces.
-    "one_class presets robustness search tables",
+    "integrations one_class presets robustness search tables",
     "__init__",
     "cli",
     "__main__",
