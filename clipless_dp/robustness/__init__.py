@@ -9,18 +9,27 @@ from clipless_dp.robustness.certificates import (
     certify,
 )
 from clipless_dp.robustness.constants import last_layer_constants, margin_constants
+from clipless_dp.robustness.curves import Abstaining, Curve, Front, abstain, curve, pareto
 from clipless_dp.robustness.networks import PlainNetwork, plain_network
+from clipless_dp.robustness.slopes import lipschitz_lower_bound
 
 __all__ = [
+    "Abstaining",
     "Attacked",
     "Certificate",
+    "Curve",
+    "Front",
     "PlainNetwork",
+    "abstain",
     "attack",
     "attacks",
     "average_certified_radius",
     "certified_accuracy",
     "certify",
+    "curve",
     "last_layer_constants",
+    "lipschitz_lower_bound",
     "margin_constants",
+    "pareto",
     "plain_network",
 ]

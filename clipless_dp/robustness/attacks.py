@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -200,7 +201,7 @@ class DeepFool(Attack):
         for _ in range(self.steps):
             best, shortest = torch.zeros_like(current), torch.full_like(current.flatten(1)[:, 0], math.inf)
             for other in others.unbind(1):
-                gap, gradient = victim.slope(current, lambda found, other=other: _gaps(found, own, other[:, None]))
+                gap, gradient = victim.slope(current, partial(_gaps, own=own, other=other[:, None]))
                 lengths = sample_norms(gradient)
                 away = gap.clamp(min=0.0) / lengths.clamp(min=_SMALLEST)
                 nearer = (lengths > _SMALLEST) & (away < shortest)
@@ -244,7 +245,9 @@ class HKRStep(Attack):
         for _ in range(self.steps):
             margins, gradient = victim.slope(current)
             squares = sample_norms(gradient).square().clamp(min=_SMALLEST)
-            current = victim.within(current - gradient * per_sample(self.t * margins.clamp(min=0.0) / squares, gradient))
+            current = victim.within(
+                current - gradient * per_sample(self.t * margins.clamp(min=0.0) / squares, gradient)
+            )
             yield current
 
 

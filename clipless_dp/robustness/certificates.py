@@ -41,8 +41,8 @@ class Certificate:
 
     Guarantee:
         Let ``f`` be the network in real arithmetic, with the weights as they are stored. For each sample ``x`` and
-        every ``x'`` with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions`` alone. Roundings
-        of the margin and of the radius are inside: they are computed in float64 and rounded down. A forward pass of
+        every ``x'`` with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions`` alone. The
+        rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward pass of
         coarser arithmetic at ``x'`` is at a distance of its own from ``f``; see ``score_error`` of :func:`certify`.
     """
 
@@ -138,7 +138,7 @@ def certify(
         for some in inputs.split(rows):
             scores = plain(some).cpu()
             predicted = scores if deployed.dtype == torch.float64 else deployed(some).cpu()
-            slack = _unchecked_rounding(some, scores, constants.pairs)
+            slack: Tensor | float = _unchecked_rounding(some, scores, constants.pairs)
             if known is not None:
                 slack = known + (0.0 if front is None else slack)
             parts.append(_certified(scores, constants.pairs, 2.0 * (slack + error), _predictions(predicted)))
@@ -208,9 +208,7 @@ def _wrapped(model: nn.Module) -> DPLipModel | None:
     return model if isinstance(model, DPLipModel) else None
 
 
-def _constants(
-    model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, first: Tensor, stretch: float
-) -> Constants:
+def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, first: Tensor, stretch: float) -> Constants:
     """What is known of the scores, from the inputs in front of everything."""
     scores = plain(first) if len(first) else torch.zeros(0, 2)
     found = constants_of(model, lipschitz, scores.shape[1])
@@ -230,11 +228,12 @@ def _constants(
 
 
 def _unchecked_rounding(inputs: Tensor, scores: Tensor, pairs: Tensor) -> Tensor:
-    """What each score of a float64 forward pass is taken to be off by where nothing is known of its layers, ``(B,)``."""
+    """What each score of a float64 pass is taken to be off by where nothing is known of the layers, ``(B,)``."""
     lengths = inputs.double().flatten(1).norm(dim=1).cpu()
     finite = pairs[pairs.isfinite()]
     slope = float(finite.max()) if len(finite) else 0.0
-    return UNCHECKED_ROUNDING * (scores.norm(dim=1).nan_to_num(0.0) + slope * lengths)
+    error: Tensor = UNCHECKED_ROUNDING * (scores.norm(dim=1).nan_to_num(0.0) + slope * lengths)
+    return error
 
 
 def _front_constant(front: nn.Module | None, stated: float | None) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import positive, shown
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates import CotangentGate, input_gate
+from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.losses import class_scores
 from clipless_dp.model import DPLipModel
 from clipless_dp.sampling import Samples
@@ -78,6 +79,15 @@ class PlainNetwork(nn.Module):
         Raises:
             InputError: the network returns anything but ``(B, C)`` or ``(B,)``.
         """
+        scores = self.outputs(inputs)
+        if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(inputs):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(f"expected scores (batch, classes) or (batch,), got {found}")
+        self.is_single = scores.numel() == len(scores)
+        return class_scores(scores)
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
         values = inputs.to(self.device, self.dtype)
         if self.front is not None:
             values = self.front(values)
@@ -85,12 +95,10 @@ class PlainNetwork(nn.Module):
             values, known = input_gate(values, self.input_norm)
         else:
             known = values.flatten(1).isfinite().all(1)
-        scores = self.net(values)
-        if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(inputs):
-            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-            raise InputError(f"expected scores (batch, classes) or (batch,), got {found}")
-        self.is_single = scores.numel() == len(scores)
-        return class_scores(scores).masked_fill(~known[:, None], math.nan)
+        outputs: Tensor = self.net(values)
+        if not isinstance(outputs, Tensor) or bool(known.all()):
+            return outputs
+        return outputs.masked_fill(~per_sample(known, outputs), math.nan)
 
 
 def plain_network(
@@ -153,7 +161,7 @@ def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 def scale_of(units: Units, inputs: Tensor) -> Tensor:
-    """Raw units for each channel of samples, ``(C, 1, ...)`` in float64: what a step of the model's input is multiplied by.
+    """Raw units of each channel, ``(C, 1, ...)`` in float64: what a step of the model's input is multiplied by.
 
     Raises:
         ConfigurationError: they are no positive numbers, one in all or one for each channel.
