@@ -322,12 +322,14 @@ class Attacked:
         examples: ``(N, ...)`` the perturbed inputs, in the model's units; the samples themselves where there is none.
         attacks: ``(N,)`` names of the attacks that found them, ``"none"`` or ``"wrong at once"``.
         labels: ``(N,)``.
+        tried: what was tried, as it prints itself.
     """
 
     distances: Tensor
     examples: Tensor
     attacks: tuple[str, ...]
     labels: Tensor
+    tried: tuple[str, ...] = ()
 
     def accuracy(self, radius: float) -> float:
         """Share of samples that no attack has turned within a radius: an upper bound of what any attack leaves."""
@@ -399,6 +401,7 @@ def attack(
         torch.cat([part.examples for part in parts]),
         tuple(name for part in parts for name in part.attacks),
         torch.cat([part.labels for part in parts]),
+        tuple(map(repr, attacks)),
     )
 
 

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from clipless_dp.arguments import not_negative, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.model import DPLipModel
+from clipless_dp.modules import digest_of
 from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
-from clipless_dp.robustness.networks import PlainNetwork, Units, digest_of, evaluating, read, scale_of
+from clipless_dp.robustness.networks import PlainNetwork, Units, evaluating, read, scale_of
 from clipless_dp.training import Data
 
 UNCHECKED_ROUNDING = 2.0**-40
@@ -157,7 +158,7 @@ def certify(
         constants.method,
         constants.reason,
         int(dropped.sum()),
-        digest_of(model),
+        digest_of(model if own is None else own.net),
     )
 
 

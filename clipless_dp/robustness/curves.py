@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +64,7 @@ class Curve:
         certificate: what it was computed from.
         attacked: what attacks found, or ``None``.
         level: of confidence of each interval by itself.
+        attacks: what was tried, by name.
     """
 
     points: tuple[Point, ...]
@@ -71,6 +73,7 @@ class Curve:
     certificate: Certificate
     attacked: Attacked | None
     level: float
+    attacks: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -101,7 +104,8 @@ class Curve:
                 broken = Share.of(round(tried * attacked.accuracy(radius)), tried, level)
             points.append(Point(radius, certified, broken))
         clean = Share.of(int(right.sum()), count, level)
-        return cls(tuple(points), clean, average_certified_radius(certificate), certificate, attacked, level)
+        names = () if attacked is None else attacked.tried
+        return cls(tuple(points), clean, average_certified_radius(certificate), certificate, attacked, level, names)
 
     def __str__(self) -> str:
         def shown(value: Share | None) -> tuple[str, str]:
@@ -123,6 +127,50 @@ class Curve:
         )
         reason = self.certificate.reason
         return f"{table}\n{last}" + ("" if reason is None else f"\nnothing is certified: {reason}")
+
+    def described(self, data: str) -> dict[str, Any]:
+        """What a statement says of it, as plain values: :func:`clipless_dp.report` takes it as ``robustness``.
+
+        Args:
+            data: which samples these are, in words. They must be public: accuracy on private data is not covered by ε.
+
+        Raises:
+            ConfigurationError: nothing is said of the data.
+        """
+        if not isinstance(data, str) or not data.strip():
+            raise ConfigurationError(f"say which public samples were certified, in words, got {data!r}")
+        certificate, tried = self.certificate, self.attacked
+        assumptions = [
+            "The input gate, and what runs before the model, are part of what is certified.",
+            "A perturbation of the input as the model reads it, before it is rounded to pixels, say.",
+            "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
+            "pass in float32 may differ from it by its own rounding next to a boundary.",
+            "Accuracies are of these samples; intervals (Clopper-Pearson) are of the population that they were drawn from.",
+        ]
+        if certificate.reason is not None:
+            assumptions.insert(0, f"Nothing is certified: {certificate.reason}.")
+        return {
+            "data": data,
+            "samples": len(certificate),
+            "dropped": certificate.dropped,
+            "lipschitz": certificate.lipschitz if math.isfinite(certificate.lipschitz) else None,
+            "method": certificate.method,
+            "clean": self.clean._asdict(),
+            "average_radius": self.average_radius if math.isfinite(self.average_radius) else None,
+            "level": self.level,
+            "points": [
+                {
+                    "radius": point.radius,
+                    "certified": point.certified._asdict(),
+                    "attacked": None if point.attacked is None else point.attacked._asdict(),
+                }
+                for point in self.points
+            ],
+            "attacks": list(self.attacks),
+            "attacked_samples": 0 if tried is None else len(tried.distances),
+            "assumptions": assumptions,
+            "weights": certificate.weights,
+        }
 
     def plot(self, path: str | os.PathLike[str] | None = None, axes: Any = None) -> Any:
         """Draws both curves, with their intervals.

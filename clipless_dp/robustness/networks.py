@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -177,16 +175,3 @@ def scale_of(units: Units, inputs: Tensor) -> Tensor:
             f"units must be one number, or one for each of the {inputs.shape[1]} channels, got {len(numbers)}"
         )
     return torch.tensor(numbers, dtype=torch.float64).reshape(-1, *([1] * (inputs.dim() - 2)))
-
-
-def digest_of(model: nn.Module) -> str:
-    """A hash of a model's weights, by which a certificate and a statement know that they are about the same ones."""
-    net = getattr(model, "_orig_mod", model)
-    found = hashlib.sha256()
-    state: dict[str, Any] = (net.net if isinstance(net, DPLipModel) else net).state_dict()
-    for name, value in state.items():
-        if isinstance(value, Tensor):
-            held = value.detach().cpu().contiguous()
-            found.update(f"{name} {held.dtype} {tuple(held.shape)} ".encode())
-            found.update(held.flatten().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
