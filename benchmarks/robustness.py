@@ -20,6 +20,7 @@ import json
 import math
 import platform
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def mnist(tau: float) -> DPLipModel:
 def two_digits(tau: float) -> DPLipModel:
     """The hinge-KR network of Serrurier et al. 2021, §5."""
     widths, parts = (784, 128, 64, 32), [nn.Flatten()]
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         parts += [nn.Linear(before, after), layers.FullSort()]
     return DPLipModel(
         nn.Sequential(*parts, nn.Linear(32, 1)),

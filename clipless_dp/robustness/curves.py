@@ -145,7 +145,7 @@ class Curve:
             "A perturbation of the input as the model reads it, before it is rounded to pixels, say.",
             "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
             "pass in float32 may differ from it by its own rounding next to a boundary.",
-            "Accuracies are of these samples; intervals (Clopper-Pearson) are of the population that they were drawn from.",
+            "Accuracies are of these samples, intervals (Clopper-Pearson) of the population that they were drawn from.",
         ]
         if certificate.reason is not None:
             assumptions.insert(0, f"Nothing is certified: {certificate.reason}.")

@@ -221,9 +221,9 @@ def _robustness(robustness: Mapping[str, Any]) -> Section:
                 percent(attacked, math.ceil),
             )
         )
-    constant = (
-        "not stated for the scores together" if robustness["lipschitz"] is None else shown(robustness["lipschitz"])
-    )
+    lipschitz, average = robustness["lipschitz"], robustness["average_radius"]
+    constant = "not known of the scores together" if lipschitz is None else shown(lipschitz)
+    radius = "infinite" if average is None else f"{average:.4g}"
     tried = ", ".join(robustness["attacks"]) or "none"
     return Section(
         "Robustness",
