@@ -14,7 +14,7 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.model import DPLipModel
 from clipless_dp.modules import digest_of
 from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
-from clipless_dp.robustness.networks import PlainNetwork, Units, evaluating, read, scale_of
+from clipless_dp.robustness.networks import PlainNetwork, Units, read, scale_of
 from clipless_dp.training import Data
 
 UNCHECKED_ROUNDING = 2.0**-40
@@ -127,6 +127,8 @@ def certify(
     error = not_negative("score_error", score_error)
     rows = whole("batch_size", batch_size)
     inputs, labels = read(data)
+    if not len(inputs):
+        raise InputError("there are no samples to certify")
     scale = scale_of(units, inputs)
     stretch = _front_constant(front, front_lipschitz)
     plain = PlainNetwork(model, front=front)
@@ -135,7 +137,7 @@ def certify(
     own = _wrapped(model)
     known = None if own is None else own.forward_error()
     parts: list[_Part] = []
-    with evaluating(model, front):
+    with torch.no_grad():
         for some in inputs.split(rows):
             scores = plain(some).cpu()
             predicted = scores if deployed.dtype == torch.float64 else deployed(some).cpu()
@@ -143,8 +145,6 @@ def certify(
             if known is not None:
                 slack = known + (0.0 if front is None else slack)
             parts.append(_certified(scores, constants.pairs, 2.0 * (slack + error), _predictions(predicted)))
-    if not parts:
-        raise InputError("there are no samples to certify")
     radii, predictions, margins, nearest, dropped = (torch.cat(column) for column in zip(*parts, strict=True))
     smallest = float(scale.min())
     return Certificate(
@@ -211,8 +211,9 @@ def _wrapped(model: nn.Module) -> DPLipModel | None:
 
 def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, first: Tensor, stretch: float) -> Constants:
     """What is known of the scores, from the inputs in front of everything."""
-    scores = plain(first) if len(first) else torch.zeros(0, 2)
-    found = constants_of(model, lipschitz, scores.shape[1])
+    with torch.no_grad():
+        classes = plain(first).shape[1]
+    found = constants_of(model, lipschitz, classes)
     if _wrapped(model) is None and plain.is_single:
         found = of_single_output(found)
     if stretch == 1.0:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -125,20 +124,6 @@ def _without_gates(net: nn.Module) -> nn.Module:
     for parameter in copied.parameters():
         parameter.grad = None
     return copied
-
-
-@contextmanager
-def evaluating(*modules: nn.Module | None) -> Iterator[None]:
-    """These modules are in ``eval`` mode, and no gradients are recorded."""
-    before = [(part, part.training) for module in modules if module is not None for part in module.modules()]
-    try:
-        for module in filter(None, modules):
-            module.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for part, training in before:
-            part.training = training
 
 
 def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:

@@ -203,6 +203,8 @@ def test_what_is_stated_wrongly_is_refused() -> None:
             certify(layer, inputs, lipschitz=1.0, units=units)
     with pytest.raises(InputError, match="labels"):
         certified_accuracy(certify(layer, inputs, lipschitz=1.0), 0.0)
+    with pytest.raises(InputError, match="no samples"):
+        certify(layer, inputs[:0], lipschitz=1.0)
     with pytest.raises(InputError, match="integer labels"):
         certify(layer, (inputs, torch.zeros(2)), lipschitz=1.0)
     tokens = DPLipModel(
