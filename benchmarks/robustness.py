@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from clipless_dp import DPLipModel, constraints, fit, fit_without_privacy, layers, losses
 from clipless_dp.datasets import Split, load_dataset
 from clipless_dp.features import FrozenFeatures, Scattering2d
-from clipless_dp.robustness import Curve, attacks, curve, pareto
+from clipless_dp.robustness import Curve, attack, attacks, curve, pareto
 
 RADII = {
     "mnist": (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0),
@@ -158,11 +158,17 @@ def run(options: argparse.Namespace, train: Pair, test: Pair, epsilon: float, ta
     found = curve(
         model, test, RADII[name], ATTACKS, front=front, box=(0.0, 1.0), attacked_samples=options.attacked, rng_seed=seed
     )
-    radii, away = found.certificate.radii[: options.attacked], found.attacked.distances
+    # The certificate knows of no box: how tight it is shows without one.
+    some = test[0][: options.attacked], test[1][: options.attacked]
+    away = attack(model, some, ATTACKS, radii=RADII[name][1:], front=front, rng_seed=seed).distances
+    radii = found.certificate.radii[: options.attacked]
     reached = (radii > 0.0) & (away > 0.0) & away.isfinite()
     tight = float((radii / away)[reached].median()) if bool(reached.any()) else math.nan
     print(f"{name}, ε = {epsilon:g}, τ = {tau:g}, seed {seed}: trained in {trained:.0f} s", found, sep="\n")
-    print(f"certificate/flip distance, median: {tight:.3f}; L = {found.certificate.lipschitz:.4g}\n", flush=True)
+    print(
+        f"certificate/flip distance without the box, median: {tight:.3f}; L = {found.certificate.lipschitz:.4g}\n",
+        flush=True,
+    )
     options.runs.append(
         {
             "epsilon": None if math.isinf(epsilon) else epsilon,

@@ -129,8 +129,11 @@ def test_the_strongest_of_all_counts() -> None:
 
 
 def test_a_mutant_that_differentiates_through_gates_misses_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    body = nn.Sequential(nn.Linear(3, 4), layers.FullSort(), nn.Linear(4, 3))
-    model = seeded(lambda: wrapped(gated(body, cotangent_norm=50.0, cotangent_mode="normalize"), (3,))).double()
+    def build() -> nn.Module:
+        body = nn.Sequential(nn.Linear(3, 4), layers.FullSort(), nn.Linear(4, 3))
+        return wrapped(gated(body, cotangent_norm=50.0, cotangent_mode="normalize"), (3,))
+
+    model = seeded(build, 1).double()
     inputs = points(16, 3)
     # A gate that lifts what it lets through makes Newton's step too short.
     one = (attacks.HKRStep(steps=2, overshoot=0.1), attacks.DeepFool(steps=2, overshoot=0.1))
