@@ -379,7 +379,7 @@ def attack(
     budgets = sorted(positive("radii", radius) for radius in radii)
     whole("bisections", bisections)
     rows = whole("batch_size", batch_size)
-    generator = torch.Generator().manual_seed(seed("rng_seed", rng_seed) or 0)
+    generator = torch.Generator().manual_seed((seed("rng_seed", rng_seed) or 0) % 2**63)
     inputs, labels = read(data)
     plain = PlainNetwork(model, dtype=dtype, front=front)
     scale = scale_of(units, inputs).to(plain.device, plain.dtype)
@@ -387,8 +387,10 @@ def attack(
     for start in range(0, len(inputs), rows):
         some = inputs[start : start + rows].to(plain.device, plain.dtype)
         with torch.no_grad():
-            own = plain(some).nan_to_num(0.0).argmax(1)
-        truth = own if labels is None else labels[start : start + rows].to(plain.device)
+            scores = plain(some).nan_to_num(0.0)
+        truth = scores.argmax(1) if labels is None else labels[start : start + rows].to(plain.device)
+        if bool(((truth < 0) | (truth >= scores.shape[1])).any()):
+            raise InputError(f"labels must be classes below {scores.shape[1]}, of which there are scores")
         lowest, highest = _limits(box, some)
         victim = Victim(
             lambda values: plain(values / scale), some * scale, truth, lowest * scale, highest * scale, generator

@@ -43,7 +43,7 @@ def lipschitz_lower_bound(
         InputError: there are no samples.
     """
     steps, rows, reach = whole("steps", steps), whole("batch_size", batch_size), positive("reach", reach)
-    generator = torch.Generator().manual_seed(seed("rng_seed", rng_seed) or 0)
+    generator = torch.Generator().manual_seed((seed("rng_seed", rng_seed) or 0) % 2**63)
     inputs, _ = read(data)
     if not len(inputs):
         raise InputError("there are no samples to start from")

@@ -18,7 +18,7 @@ EACH = (
     attacks.PGD(steps=20),
     attacks.DeepFool(),
     attacks.HKRStep(),
-    attacks.CarliniWagner(steps=100, searches=4),
+    attacks.CarliniWagner(steps=60, searches=4),
 )
 
 
@@ -182,6 +182,8 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in ({"radii": (0.0,)}, {"radii": (-1.0,)}, {"box": (1.0, 0.0)}, {"batch_size": 0}, {"bisections": 0}):
         with pytest.raises(ConfigurationError):
             attack(model, inputs, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="classes below 2"):
+        attack(model, (inputs, torch.tensor([0, 2])))
     with pytest.raises(ConfigurationError, match=r"attacks\.PGD"):
         attack(model, inputs, ("pgd",))  # type: ignore[arg-type]
     for build in (
