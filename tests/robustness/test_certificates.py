@@ -11,7 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, InputError, constraints, gradient_gated, layers, losses
+from clipless_dp import (
+    ConfigurationError,
+    DPLipModel,
+    InputError,
+    constraints,
+    fit,
+    fit_without_privacy,
+    gradient_gated,
+    layers,
+    losses,
+)
 from clipless_dp.bounds import margins
 from clipless_dp.robustness import (
     Certificate,
@@ -28,6 +38,7 @@ from clipless_dp.robustness import constants as constants_module
 from tests.robustness.nets import NETWORKS, dense, points, seeded, wrapped
 from tests.soundness.cases import CASES
 from tests.soundness.mutation import Mutant
+from tests.support import samples
 
 QUICK = (attacks.PGD(steps=12, restarts=1), attacks.DeepFool(steps=8), attacks.HKRStep(steps=6))
 ALL = (*QUICK, attacks.FGM(), attacks.CarliniWagner(steps=20, searches=2))
@@ -88,6 +99,24 @@ def test_no_attack_succeeds_within_a_radius(name: str) -> None:
     assert bool((certificate.radii > 0.0).all())
     found = attack(model, inputs, ALL, radii=(0.05, 0.5), bisections=20)
     assert bool((found.distances >= certificate.radii * INSIDE).all())
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["private", "not private"])
+def test_no_attack_succeeds_within_a_radius_of_a_trained_network(private: bool) -> None:
+    model = seeded(lambda: wrapped(dense(6, 8, 8), (6,), constraint=constraints.Orthogonal()))
+    assert isinstance(model, DPLipModel)
+    data, test = samples(300), samples(40, 1)
+    if private:
+        fit(model, data, epsilon=8.0, delta=1e-3, epochs=4, batch_size=100, progress=False, audit=False)
+    else:
+        fit_without_privacy(model, data, epochs=4, batch_size=30, lr=1e-2, progress=False)
+    certificate = certify(model, test)
+    right = certificate.correct
+    # Chance is a third.
+    assert float(right.double().mean()) > 0.4
+    found = attack(model, test, ALL, radii=(0.1, 0.5), bisections=20)
+    assert bool((found.distances >= certificate.radii * INSIDE)[right].all())
+    assert bool((found.distances == 0.0)[~right].all())
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same':UserWarning")

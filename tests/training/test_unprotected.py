@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -50,6 +52,18 @@ def test_it_learns_within_the_constraints_and_says_that_it_is_not_private() -> N
     assert model.lipschitz_constant() <= 1.0 + 1e-8
     assert "NOT PRIVATE" in str(result)
     assert result.epsilon == math.inf
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_the_loop_in_the_documentation_does_the_same() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "robustness.md").read_text("utf-8")
+    (loop,) = (block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "NOT PRIVATE" in block)
+    model, (inputs, labels) = model_of(), samples(400)
+    before = model.net[0].weight.detach().clone()
+    loader = zip(inputs.split(16), labels.split(16), strict=True)
+    exec(loop, {"model": model, "torch": torch, "loader": loader})
+    assert not torch.equal(model.net[0].weight, before)
+    assert model.lipschitz_constant() <= 1.0 + 1e-8
     assert all(parameter.grad is None for parameter in model.net.parameters())
 
 
