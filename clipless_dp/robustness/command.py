@@ -16,7 +16,7 @@ from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.description import differences, settings_of
 from clipless_dp.robustness import attacks
-from clipless_dp.robustness.curves import curve
+from clipless_dp.robustness.curves import RADII, curve
 
 ATTACKS: dict[str, tuple[attacks.Attack, ...]] = {
     "none": (),
@@ -45,7 +45,6 @@ def add_options(certify: argparse.ArgumentParser) -> None:
         "--radii",
         type=radius,
         nargs="+",
-        default=[36 / 255, 72 / 255, 108 / 255, 1.0],
         metavar="R",
         help="Euclidean radii, numbers or fractions (default: 36/255 72/255 108/255 1)",
     )
@@ -102,7 +101,7 @@ def certify_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
     found = curve(
         model,
         (inputs[:count].to(options.device), targets[:count]),
-        [0.0, *options.radii],
+        RADII if options.radii is None else (0.0, *options.radii),
         ATTACKS[options.attacks],
         box=None if options.box is None else (options.box[0], options.box[1]),
         attacked_samples=min(whole("--attacked-samples", options.attacked_samples), len(inputs[:count])),
