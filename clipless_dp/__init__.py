@@ -1,6 +1,6 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
-from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets, recipes
+from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets, recipes, robustness
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.errors import (
     AuditError,
@@ -32,7 +32,7 @@ from clipless_dp.sampling import (
     poisson_collate,
 )
 from clipless_dp.statement import PrivacyStatement, report
-from clipless_dp.training import FitResult, evaluate, fit
+from clipless_dp.training import FitResult, UnprotectedResult, evaluate, fit, fit_without_privacy
 from clipless_dp.version import __version__
 
 alias_modules()
@@ -71,6 +71,7 @@ __all__ = [
     "StreamedBatches",
     "SystemNoise",
     "TightnessReport",
+    "UnprotectedResult",
     "UnsupportedModuleError",
     "WeightAverage",
     "__version__",
@@ -80,6 +81,7 @@ __all__ = [
     "distributed",
     "evaluate",
     "fit",
+    "fit_without_privacy",
     "gated",
     "gradient_gated",
     "layers",
@@ -90,5 +92,6 @@ __all__ = [
     "recipes",
     "register_rule",
     "report",
+    "robustness",
     "suggest_gates",
 ]

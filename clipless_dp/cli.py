@@ -1,4 +1,4 @@
-"""``python -m clipless_dp train``: private training from the command line."""
+"""``python -m clipless_dp train`` and ``certify``: private training, and what it certifies, from the command line."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from clipless_dp.graph import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation
 from clipless_dp.precision import full_precision
+from clipless_dp.robustness import command
 from clipless_dp.sampling.augmentation import ShiftAndFlip
 from clipless_dp.statement import report, statement_files
 from clipless_dp.tables import fit_table
@@ -70,16 +71,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit status: 0, or 2 after a refusal on standard error."""
     parser, train = _parser()
     options = parser.parse_args(arguments)
-    if options.preset is not None:
+    if options.command == "train" and options.preset is not None:
         # Read again, so that what was given is told from what is a default.
         train.set_defaults(**dict.fromkeys((*_OF_PRESETS, *_TUNED)))
         options = parser.parse_args(arguments)
     try:
-        return _train(options)
+        return _certify(options) if options.command == "certify" else _train(options)
     except (CliplessError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        if options.command == "certify":
+            print("interrupted", file=sys.stderr)
+            return 130
         saved = options.checkpoint is not None and options.checkpoint.exists()
         hint = "the same command goes on from the checkpoint" if saved else "nothing was saved: pass --checkpoint FILE"
         print(f"interrupted; {hint}", file=sys.stderr)
@@ -114,17 +118,34 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     for add in (_add_data, _add_privacy, _add_model, _add_learning, _add_execution, _add_keeping):
         add(train)
+    certify = commands.add_parser(
+        "certify",
+        help="what a checkpoint's predictions withstand, for certain and under attack",
+        description="Prints certified and attacked accuracy of a checkpoint on held-out samples. Name data and network "
+        "as they were in train.",
+        formatter_class=_Formatter,
+    )
+    command.add_options(certify)
+    _add_named_data(certify, "--data", "--dataset")
+    _add_network(certify)
+    certify.add_argument("--preset", choices=tuple(presets.PRESETS), help="network and bounds of a preset")
+    certify.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     return parser, train
 
 
 def _add_data(train: argparse.ArgumentParser) -> None:
-    train.add_argument("--dataset", required=True, metavar="|".join((*NAMES, "PATH.npz")), help="data to train on")
+    _add_named_data(train, "--dataset")
+    train.add_argument(
+        "--dataset-size", type=int, help="public number of training samples (default: their number, taken to be public)"
+    )
+
+
+def _add_named_data(train: argparse.ArgumentParser, *flags: str) -> None:
+    named = "|".join((*NAMES, "PATH.npz"))
+    train.add_argument(*flags, dest="dataset", required=True, metavar=named, help="named data, or a file")
     train.add_argument("--data-dir", type=Path, help="folder with local copies; otherwise named sets are downloaded")
     train.add_argument(
         "--classes", type=int, help="number of classes of an NPZ file, which must be public (--preset tables: 2)"
-    )
-    train.add_argument(
-        "--dataset-size", type=int, help="public number of training samples (default: their number, taken to be public)"
     )
 
 
@@ -155,13 +176,17 @@ def _add_model(train: argparse.ArgumentParser) -> None:
         help="front-end, network, bounds and settings; options change these",
     )
     train.add_argument("--cache-dir", type=Path, help="folder for the features of a preset; it holds private data then")
+    _add_network(train)
+    train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
+
+
+def _add_network(train: argparse.ArgumentParser) -> None:
     train.add_argument("--route", choices=ROUTES, default="gated", help="what bounds the gradients")
     train.add_argument(
         "--network", choices=("small", *NETWORKS), default="small", help="architecture; small: few layers"
     )
     train.add_argument("--tau", type=float, default=8.0, help="temperature of the cross-entropy")
     train.add_argument("--input-norm", type=float, help="cap of a sample's norm (default: √entries)")
-    train.add_argument("--init-seed", type=int, help="seed of the initial weights, which no data enters")
 
 
 def _add_learning(train: argparse.ArgumentParser) -> None:
@@ -254,6 +279,18 @@ def _train(options: argparse.Namespace) -> int:
             print(f"preset {options.preset}: {summary}", f"chosen on: {provenance}", sep="\n", end="\n\n")
         _show(result.optimizer.model, options)
     _tell(options, result, f"test {reached} {len(data.test_targets)} held-out samples", provenance)
+    return 0
+
+
+def _certify(options: argparse.Namespace) -> int:
+    _require_device(options.device)
+    preset = None if options.preset is None else presets.get(options.preset)
+    if preset is not None:
+        command.refuse_front(preset)
+    data = load_dataset(options.dataset, options.data_dir, classes=options.classes)
+    shape = tuple(data.inputs.shape[1:])
+    model = _model(options, shape, data.classes) if preset is None else preset.model(shape, data.classes)
+    command.certify_checkpoint(model.to(options.device), data, options)
     return 0
 
 

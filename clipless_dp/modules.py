@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -84,3 +86,14 @@ def parameter_device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtyp
             f"parameters must be float32 or float64, got {dtype}: the bounds do not cover coarser rounding"
         )
     return device, dtype
+
+
+def digest_of(net: nn.Module) -> str:
+    """A hash of a network's parameters and buffers, their names and shapes, the same on every device."""
+    found = hashlib.sha256()
+    for name, value in net.state_dict().items():
+        if isinstance(value, Tensor):
+            held = value.detach().cpu().contiguous()
+            found.update(f"{name} {held.dtype} {tuple(held.shape)} ".encode())
+            found.update(held.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

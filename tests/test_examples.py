@@ -133,6 +133,18 @@ def test_the_table_example_prints_the_area_and_the_ledger(tmp_path, monkeypatch,
     assert "gaussian release" in statement.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def test_the_robustness_example_prints_radii_beside_epsilon(tmp_path, monkeypatch, capsys):
+    statement = tmp_path / "statement"
+    arguments = ["--epochs", "40", "--statement", str(statement)]
+    printed = run("examples/robustness.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    clean, certified = (float(re.search(rf"\n\s+{radius}\s+([\d.]+)", printed)[1]) for radius in ("0", "0.1"))
+    # 92 and 86 % as a rule, and 10 % by chance.
+    assert clean > 80
+    assert 60 < certified <= clean
+    assert "NOT PRIVATE" in printed
+    assert "## Robustness" in statement.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")

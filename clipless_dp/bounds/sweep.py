@@ -68,6 +68,7 @@ class Sweep:
         self._norms: dict[fx.Node, float] = {}
         self._cotangents: dict[fx.Node, float] = {}
         self._slopes: dict[fx.Node, float] = {}
+        self._reaches: dict[fx.Node, float] = {}
         self._certified: dict[tuple[str, Operator], float] = {}
         self._consumers: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         for node in self.traced.tensor_nodes():
@@ -147,6 +148,15 @@ class Sweep:
                     total += self._forward_factor(consumer, position) * beyond
             self._slopes[node] = total
         return self._slopes[node]
+
+    def reach(self, node: fx.Node) -> float:
+        """Bound on how far a node's value moves per unit of the network's input: what its operands' ways add up to."""
+        if node not in self._reaches:
+            total = 1.0 if node.op == "placeholder" else 0.0
+            for position, source in enumerate(self.traced.operands(node)):
+                total += self._forward_factor(node, position) * self.reach(source)
+            self._reaches[node] = total
+        return self._reaches[node]
 
     def _forward_factor(self, node: fx.Node, position: int) -> float:
         bounds = self.bounds(node)

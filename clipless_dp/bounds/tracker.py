@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
+from clipless_dp.bounds import margins
 from clipless_dp.bounds.sensitivity import RELATIONS, Relation, Sensitivity
 from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.sweep import (
@@ -100,6 +102,22 @@ class SensitivityTracker:
                 if self.traced.vocabulary is not None or self.traced.isolated
                 else sweep.slope(source) * FLOAT64_ROUNDING
             )
+
+    def margin_constants(self, limits: Mapping[str, float]) -> Tensor:
+        """Lipschitz constants of differences of scores, ``(C, C)``; see :func:`clipless_dp.bounds.margins`."""
+        sweep = self._sweep(limits)
+        with deep_recursion(len(self.traced.shapes)):
+            found = margins.margin_constants(sweep, self.weights)
+        if self.traced.vocabulary is None and not self.traced.isolated:
+            return found
+        return torch.full_like(found, math.inf).fill_diagonal_(0.0)
+
+    def forward_error(self, limits: Mapping[str, float]) -> float:
+        """How far a float64 forward pass may lie from the network in real arithmetic; infinite where it is unknown."""
+        if self.traced.vocabulary is not None or self.traced.isolated:
+            return math.inf
+        with deep_recursion(len(self.traced.shapes)):
+            return margins.forward_error(self._sweep(limits))
 
     def certify(self, parameter: Tensor, operator: Operator) -> float:
         """Certified norm of a parameter; a frozen one is certified once for each of its versions."""

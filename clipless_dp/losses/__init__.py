@@ -16,17 +16,31 @@ from clipless_dp.losses.classification import (
 )
 from clipless_dp.losses.regression import Huber, MeanAbsoluteError
 from clipless_dp.losses.tokens import CausalCrossEntropy, TokenCrossEntropy
+from clipless_dp.losses.transport import (
+    ConvexHingeKR,
+    HingeMargin,
+    KantorovichRubinstein,
+    LogSumExpHKR,
+    OffsetCrossEntropy,
+    SoftHKR,
+)
 
 __all__ = [
     "BinaryCrossEntropy",
     "BoundedLoss",
     "CausalCrossEntropy",
+    "ConvexHingeKR",
     "CosineSimilarity",
     "HingeKR",
+    "HingeMargin",
     "Huber",
+    "KantorovichRubinstein",
+    "LogSumExpHKR",
     "Loss",
     "MeanAbsoluteError",
     "MulticlassHinge",
+    "OffsetCrossEntropy",
+    "SoftHKR",
     "TauCrossEntropy",
     "TokenCrossEntropy",
     "balanced_weights",

@@ -40,7 +40,12 @@ def _public(name: str, values: object) -> tuple[float, ...]:
     return tuple(positive(name, value) for value in values)
 
 
-def _public_priors(values: object) -> tuple[float, ...]:
+def public_priors(values: object) -> tuple[float, ...]:
+    """Shares of classes, once they are known to be public numbers that add to one.
+
+    Raises:
+        ConfigurationError: they are not.
+    """
     priors = _public("priors", values)
     if not math.isclose(sum(priors), 1.0, rel_tol=1e-6):
         raise ConfigurationError(f"priors must add to one, got {sum(priors)!r}")
@@ -61,7 +66,8 @@ def cross_entropy_bound(classes: int, smoothing: float) -> float:
     return math.sqrt(1.0 + (1.0 - smoothing) ** 2 - smoothing**2 / classes)
 
 
-def _require_classes(name: str, values: Sequence[float], classes: int) -> None:
+def require_classes(name: str, values: Sequence[float], classes: int) -> None:
+    """Refuses numbers that are not one for each class."""
     if len(values) != classes:
         raise ConfigurationError(f"{len(values)} {name} were given for {classes} classes")
 
@@ -70,14 +76,14 @@ def _weighted(losses: Tensor, labels: Tensor, weights: tuple[float, ...] | None,
     """Each sample's loss times the weight of its class."""
     if weights is None:
         return losses
-    _require_classes("class_weights", weights, classes)
+    require_classes("class_weights", weights, classes)
     return losses * losses.new_tensor(weights)[labels]
 
 
 def _largest(weights: tuple[float, ...] | None, classes: int) -> float:
     if weights is None:
         return 1.0
-    _require_classes("class_weights", weights, classes)
+    require_classes("class_weights", weights, classes)
     return max(weights)
 
 
@@ -94,7 +100,7 @@ def balanced_weights(priors: Sequence[float], power: float = 1.0) -> tuple[float
     Raises:
         ConfigurationError: an argument is out of range, or the priors are not plain numbers.
     """
-    known = _public_priors(priors)
+    known = public_priors(priors)
     power = share("power", power, "[0, 1]")
     total = sum(prior ** (1.0 - power) for prior in known)
     return tuple(prior**-power / total for prior in known)
@@ -247,7 +253,7 @@ class HingeKR(Loss):
     """
 
     def __init__(self, priors: Sequence[float], *, margin: float = 1.0, alpha: float = 1.0) -> None:
-        self.priors = _public_priors(priors)
+        self.priors = public_priors(priors)
         self.margin = positive("margin", margin)
         self.alpha = positive("alpha", alpha)
 
@@ -255,7 +261,7 @@ class HingeKR(Loss):
         """See :meth:`Loss.per_sample`."""
         scores = class_scores(output)
         labels, valid = class_labels(scores, target)
-        _require_classes("priors", self.priors, scores.shape[1])
+        require_classes("priors", self.priors, scores.shape[1])
         priors = scores.new_tensor(self.priors)
         own = torch.arange(len(self.priors), device=scores.device) == labels.unsqueeze(1)
         signed = torch.where(own, scores, -scores)
@@ -270,7 +276,7 @@ class HingeKR(Loss):
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``max_y √((1/π_y + α)² + Σ_{c≠y} (1/(1-π_c) + α)²)/C``; for one output ``max_y 1/π_y + α``."""
         classes = max(2, math.prod(output_shape))
-        _require_classes("priors", self.priors, classes)
+        require_classes("priors", self.priors, classes)
         if math.prod(output_shape) == 1:
             # The one output moves both scores: the sum of two equal entries, over two.
             return max(1.0 / prior + self.alpha for prior in self.priors)

@@ -399,6 +399,24 @@ class DPLipModel(nn.Module):
         self._follow_changes()
         return self._tracker.lipschitz_constant(self._weights.limits(self.placement)[0])
 
+    def margin_constants(self) -> Tensor:
+        """Certified Lipschitz constants of the differences of scores: ``K_ij`` for ``f_i - f_j``, at most ``√2·L``.
+
+        Returns:
+            ``(C, C)`` in float64, on the CPU; of one output ``f`` those of the scores ``(-f, f)``. Infinite where none
+            is known (tokens, say). See :func:`clipless_dp.bounds.margins.margin_constants`.
+
+        Raises:
+            ConfigurationError: the network does not return ``(B, C)`` or ``(B,)``.
+        """
+        self._follow_changes()
+        return self._tracker.margin_constants(self._weights.limits(self.placement)[0])
+
+    def forward_error(self) -> float:
+        """How far scores of a float64 forward pass may lie from those of real arithmetic, in Euclidean norm."""
+        self._follow_changes()
+        return self._tracker.forward_error(self._weights.limits(self.placement)[0])
+
     def tightness(self, batch: tuple[Tensor | Structure, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.
 

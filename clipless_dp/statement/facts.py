@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from accounting import ADD_OR_REMOVE_ONE
+from clipless_dp.modules import digest_of
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.version import __version__
@@ -56,6 +57,7 @@ def facts_of(
     title: str,
     notes: Sequence[str],
     audit: object,
+    robustness: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What :func:`clipless_dp.report` states, its findings included; arguments as there."""
     size = optimizer.dataset_size
@@ -114,6 +116,8 @@ def facts_of(
             {"kind": type(one).__name__, "passed": getattr(one, "passed", None), "text": str(one)} for one in audits
         ],
     }
+    if robustness is not None:
+        facts["robustness"] = dict(robustness)
     facts["findings"] = [*_weak_promises(facts), *_weak_records(optimizer, facts), *_weak_weights(optimizer, facts)]
     return facts
 
@@ -280,6 +284,12 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
         yield (
             f"{optimizer.skipped_draws} draws were skipped by hand (skip_draw), or with refused steps: the promise "
             "holds if what was in them did not decide that, and nothing of their gradients was used."
+        )
+    robustness = facts.get("robustness")
+    if robustness is not None and robustness["weights"] != digest_of(optimizer.model.net):
+        yield (
+            "The robustness certificate is of other weights than those that the model holds now: certify these, and "
+            "hand that to the statement."
         )
     for one in facts["audits"]:
         if one["passed"] is False:

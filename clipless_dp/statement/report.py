@@ -19,6 +19,10 @@ from clipless_dp.statement import render
 from clipless_dp.statement.facts import facts_of
 
 SUFFIXES = (".md", ".json", ".html")
+DESCRIBED = frozenset(
+    {"assumptions", "attacks", "average_radius", "clean", "data", "lipschitz", "method", "points", "samples", "weights"}
+)
+"""What is stated of a certificate of robustness."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,7 @@ def report(
     title: str = "Privacy statement",
     notes: Sequence[str] = (),
     audit: object = None,
+    robustness: Mapping[str, Any] | None = None,
 ) -> PrivacyStatement:
     """States what the steps taken so far guarantee, and writes it as Markdown, JSON and one HTML page.
 
@@ -117,6 +122,8 @@ def report(
         notes: what else a reader must know, in your words.
         audit: what an audit returned (or several, in a list): printed as it prints itself; one whose ``passed`` is
             false is a finding.
+        robustness: what was certified on *public* data, :meth:`clipless_dp.robustness.Curve.described`: a section of
+            its own beside ε, and part of the JSON. A certificate of other weights is a finding.
 
     Raises:
         ConfigurationError: δ lies outside (0, 1), the optimizer is none of this package, or a text is no string.
@@ -135,8 +142,13 @@ def report(
             raise ConfigurationError(f"{name} must be a string, got {text!r}")
     if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
         raise ConfigurationError(f"notes must be a list of strings, got {notes!r}")
+    if robustness is not None and not (isinstance(robustness, Mapping) and robustness.keys() >= DESCRIBED):
+        raise ConfigurationError(
+            "robustness must be what a curve says of itself, robustness.curve(...).described('which public data'), got "
+            f"{type(robustness).__name__}"
+        )
     delta = None if delta is None else positive("delta", delta)
     if delta is not None and delta >= 1.0:
         raise ConfigurationError(f"delta must be a number in (0, 1), got {delta!r}")
-    statement = PrivacyStatement(facts_of(optimizer, delta, unit, title, notes, audit))
+    statement = PrivacyStatement(facts_of(optimizer, delta, unit, title, notes, audit, robustness))
     return statement if path is None else statement.save(path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_FLOOR
 from typing import Any
@@ -70,6 +70,8 @@ def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     )
     yield from _adaptive_caps(facts)
     yield _curve(facts)
+    if "robustness" in facts:
+        yield _robustness(facts["robustness"])
     yield Section("What is not covered", items=(*facts["not_covered"], *facts["notes"]))
     audits = facts["audits"]
     yield Section(
@@ -221,6 +223,47 @@ def _curve(facts: Mapping[str, Any]) -> Section:
             for point in facts["epsilon"]["curve"]
         ),
         figure=True,
+    )
+
+
+def _robustness(robustness: Mapping[str, Any]) -> Section:
+    """What no perturbation of an input changes; shares rounded down, what attacks leave rounded up."""
+
+    def percent(value: float | None, rounding: Callable[[float], int]) -> str:
+        # What is a whole number of hundredths but for rounding stays one.
+        return "–" if value is None else f"{rounding(round(1e4 * value, 6)) / 100:.2f} %"
+
+    def interval(point: Mapping[str, Any]) -> str:
+        return f"{percent(point['low'], math.floor)} to {percent(point['high'], math.ceil)}"
+
+    rows = [("clean", percent(robustness["clean"]["value"], math.floor), interval(robustness["clean"]), "–")]
+    for point in robustness["points"]:
+        attacked = None if point["attacked"] is None else point["attacked"]["value"]
+        certified = point["certified"]
+        rows.append(
+            (
+                f"{point['radius']:.4g}",
+                percent(certified["value"], math.floor),
+                interval(certified),
+                percent(attacked, math.ceil),
+            )
+        )
+    lipschitz, average = robustness["lipschitz"], robustness["average_radius"]
+    constant = "not known of the scores together" if lipschitz is None else shown(lipschitz)
+    radius = "infinite" if average is None else f"{average:.4g}"
+    tried = ", ".join(robustness["attacks"]) or "none"
+    return Section(
+        "Robustness",
+        (
+            "How many predictions are right and stay as they are whatever moves an input by at most a radius, in "
+            f"Euclidean norm. Computed on {robustness['samples']} samples: {robustness['data']}. It is a function of "
+            "the released weights and of these samples, and costs the training data nothing.",
+            f"Lipschitz constant of the scores: {constant}, by {robustness['method']}. Attacks tried: {tried}. Average "
+            f"certified radius: {radius}.",
+        ),
+        tuple(robustness["assumptions"]),
+        ("radius", "certified", f"{100 * robustness['level']:g} % interval", "left by attacks"),
+        tuple(rows),
     )
 
 

@@ -14,6 +14,7 @@ from clipless_dp.training.schedules import (
     noise_factors,
     noise_stages,
 )
+from clipless_dp.training.unprotected import UnprotectedResult, fit_without_privacy
 from clipless_dp.training.watching import Watcher, watched_by
 
 __all__ = [
@@ -30,11 +31,13 @@ __all__ = [
     "Plan",
     "Privacy",
     "SchedulerFactory",
+    "UnprotectedResult",
     "Watcher",
     "compiled_loss",
     "constant",
     "evaluate",
     "fit",
+    "fit_without_privacy",
     "linear_decay",
     "noise_factors",
     "noise_stages",

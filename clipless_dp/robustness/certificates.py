@@ -1,0 +1,279 @@
+"""Radii within which no perturbation changes a prediction, and what a set of them says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.arguments import not_negative, whole
+from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.model import DPLipModel
+from clipless_dp.modules import digest_of
+from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
+from clipless_dp.robustness.networks import PlainNetwork, Units, read, scale_of
+from clipless_dp.training import Data
+
+UNCHECKED_ROUNDING = 2.0**-40
+"""Of a module that is not wrapped: what a float64 forward pass is taken to err by, relative to ``‖z‖ + L·‖x‖``."""
+
+_DOWN = 1.0 - 2.0**-50
+"""Covers the four roundings of a difference and a quotient in float64."""
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What is certified of each of N samples.
+
+    Attributes:
+        radii: ``(N,)`` float64: every input nearer than this has the same prediction. 0 where nothing is certified.
+        predictions: ``(N,)`` the class that the deployed model predicts; -1 for samples that it drops.
+        labels: ``(N,)`` true classes, or ``None``.
+        margins: ``(N,)`` float64, the predicted score less the largest other one.
+        nearest: ``(N,)`` the class to which the radius is the distance, not always the second best; -1 for none.
+        lipschitz: of the scores together, in the input's units; NaN where constants of scores or pairs were stated.
+        method: how the constants are known.
+        reason: why no radius is above 0; ``None`` where some may be.
+        dropped: samples without a finite norm, or with scores that are not: their radius is 0.
+        weights: a hash of the weights that were certified.
+
+    Guarantee:
+        Let ``f`` be the network in real arithmetic, with the weights as they are stored. For each sample ``x`` and
+        every ``x'`` with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions`` alone. The
+        rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward pass of
+        coarser arithmetic at ``x'`` is at a distance of its own from ``f``; see ``score_error`` of :func:`certify`.
+    """
+
+    radii: Tensor
+    predictions: Tensor
+    labels: Tensor | None = None
+    margins: Tensor | None = None
+    nearest: Tensor | None = None
+    lipschitz: float = math.nan
+    method: str = ""
+    reason: str | None = None
+    dropped: int = 0
+    weights: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.radii)
+
+    @property
+    def correct(self) -> Tensor:
+        """``(N,)``: which predictions are right.
+
+        Raises:
+            InputError: there are no labels.
+        """
+        if self.labels is None:
+            raise InputError("accuracy needs labels: certify pairs of inputs and labels")
+        return self.predictions == self.labels
+
+    def signed(self) -> Tensor:
+        """Radii of right predictions, and less than zero those of wrong ones, ``(N,)``."""
+        return torch.where(self.correct, self.radii, -self.radii)
+
+    def __str__(self) -> str:
+        if self.reason is not None:
+            return f"nothing is certified: {self.reason}"
+        middle = float(self.radii.median()) if len(self) else math.nan
+        shown = "" if self.labels is None else f", accuracy {100 * certified_accuracy(self, 0.0):.2f} %"
+        return f"{len(self)} samples{shown}, median radius {middle:.4g}, L = {self.lipschitz:.4g}"
+
+
+def certify(
+    model: nn.Module,
+    data: Data | Tensor,
+    *,
+    lipschitz: Lipschitz = None,
+    front: nn.Module | None = None,
+    front_lipschitz: float | None = None,
+    units: Units = None,
+    score_error: float = 0.0,
+    batch_size: int = 1024,
+) -> Certificate:
+    """The radius around each sample within which no perturbation of Euclidean norm changes the prediction.
+
+    With the predicted class ``l`` and constants ``K`` of the differences of scores, the radius is ``min_{j ≠ l} (f_l -
+    f_j)/K_lj``: over all other classes, for with unequal constants the second best need not be the nearest. For scores
+    that are together L-Lipschitz that is ``(f_l - f_j)/(√2·L)`` (Tsuzuku et al. 2018, *Lipschitz-Margin Training*,
+    prop. 1); for one output ``|f|/L`` (Serrurier et al. 2021). It costs no privacy: weights that were trained privately
+    are public. What is read off *private* data, its accuracy say, is not.
+
+    Args:
+        model: a wrapped model, which certifies its own constant; or any module, with one that is stated.
+        data: pairs of inputs and labels, as for :func:`clipless_dp.fit`; or inputs alone, a tensor ``(N, ...)``.
+        lipschitz: of a module that is not wrapped, see :func:`margin_constants`. Missing or infinite: all radii are 0,
+            and ``reason`` says so.
+        front: what runs before the model, from the inputs that radii are about: features, say.
+        front_lipschitz: its constant; by default its attribute ``lipschitz``.
+        units: by how many raw units a channel moves when the input moves by one: a number, or the standard deviations
+            of channels that were divided by them. Radii are multiplied by the smallest: a raw perturbation is at most
+            its norm over that in the model's input.
+        score_error: bound of what each score may be off by where the model is deployed: of float32, or of a quantised
+            one. Twice this is taken off the margins.
+        batch_size: rows at once.
+
+    Returns:
+        Radii in units of the input, or of ``units``, rounded down.
+
+    Raises:
+        ConfigurationError: an argument is out of range, or the model reads tokens.
+        InputError: the data does not fit.
+    """
+    error = not_negative("score_error", score_error)
+    rows = whole("batch_size", batch_size)
+    inputs, labels = read(data)
+    if not len(inputs):
+        raise InputError("there are no samples to certify")
+    scale = scale_of(units, inputs)
+    stretch = _front_constant(front, front_lipschitz)
+    plain = PlainNetwork(model, front=front)
+    deployed = PlainNetwork(model, dtype=None, front=front)
+    constants = _constants(model, lipschitz, plain, inputs[:1], stretch)
+    own = _wrapped(model)
+    known = None if own is None else own.forward_error()
+    parts: list[_Part] = []
+    with torch.no_grad():
+        for some in inputs.split(rows):
+            scores = plain(some).cpu()
+            predicted = scores if deployed.dtype == torch.float64 else deployed(some).cpu()
+            slack: Tensor | float = _unchecked_rounding(some, scores, constants.pairs)
+            if known is not None:
+                slack = known + (0.0 if front is None else slack)
+            parts.append(_certified(scores, constants.pairs, 2.0 * (slack + error), _predictions(predicted)))
+    radii, predictions, margins, nearest, dropped = (torch.cat(column) for column in zip(*parts, strict=True))
+    smallest = float(scale.min())
+    return Certificate(
+        # A product is off by one rounding.
+        radii if units is None else radii * smallest * _DOWN,
+        predictions,
+        labels,
+        margins,
+        nearest,
+        constants.joint / smallest,
+        constants.method,
+        constants.reason,
+        int(dropped.sum()),
+        digest_of(model if own is None else own.net),
+    )
+
+
+class _Part(NamedTuple):
+    radii: Tensor
+    predictions: Tensor
+    margins: Tensor
+    nearest: Tensor
+    dropped: Tensor
+
+
+def _certified(scores: Tensor, pairs: Tensor, slack: Tensor | float, deployed: Tensor) -> _Part:
+    """Radii of some samples.
+
+    Args:
+        scores: ``(B, C)`` float64.
+        pairs: ``K``.
+        slack: ``(B,)``, or one number: what a difference of two scores may be off by.
+        deployed: ``(B,)`` what the deployed model predicts; where float64 sees another class nothing is certified.
+    """
+    dropped = ~scores.isfinite().all(1)
+    scores = scores.masked_fill(dropped[:, None], 0.0)
+    best = scores.argmax(1)
+    gaps = scores.gather(1, best[:, None]) - scores
+    sure = (gaps * _DOWN - torch.as_tensor(slack).reshape(-1, 1)).clamp(min=0.0)
+    constants = pairs[best]
+    # A difference that never moves keeps its sign for good.
+    radii = torch.where(constants > 0.0, sure / constants * _DOWN, torch.where(sure > 0.0, math.inf, 0.0))
+    own = torch.nn.functional.one_hot(best, scores.shape[1]).bool()
+    radii, nearest = radii.masked_fill(own, math.inf).min(1)
+    margins = gaps.masked_fill(own, math.inf).amin(1)
+    void = dropped | (best != deployed)
+    return _Part(
+        radii.masked_fill(void, 0.0).nan_to_num(0.0, posinf=math.inf),
+        deployed.masked_fill(dropped, -1),
+        margins.masked_fill(dropped, math.nan),
+        nearest.masked_fill(dropped, -1),
+        dropped,
+    )
+
+
+def _predictions(scores: Tensor) -> Tensor:
+    return scores.nan_to_num(0.0).argmax(1)
+
+
+def _wrapped(model: nn.Module) -> DPLipModel | None:
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, DPLipModel) else None
+
+
+def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, first: Tensor, stretch: float) -> Constants:
+    """What is known of the scores, from the inputs in front of everything."""
+    with torch.no_grad():
+        classes = plain(first).shape[1]
+    found = constants_of(model, lipschitz, classes)
+    if _wrapped(model) is None and plain.is_single:
+        found = of_single_output(found)
+    if stretch == 1.0:
+        return found
+    if math.isinf(stretch):
+        return Constants(
+            torch.full_like(found.pairs, math.inf),
+            math.inf,
+            "none",
+            "no Lipschitz constant is known of what runs before the model: state it by front_lipschitz",
+        )
+    method = f"{found.method}, times {stretch:g} of what runs before it"
+    return Constants(found.pairs * stretch * ROUNDING, found.joint * stretch, method, found.reason)
+
+
+def _unchecked_rounding(inputs: Tensor, scores: Tensor, pairs: Tensor) -> Tensor:
+    """What each score of a float64 pass is taken to be off by where nothing is known of the layers, ``(B,)``."""
+    lengths = inputs.double().flatten(1).norm(dim=1).cpu()
+    finite = pairs[pairs.isfinite()]
+    slope = float(finite.max()) if len(finite) else 0.0
+    error: Tensor = UNCHECKED_ROUNDING * (scores.norm(dim=1).nan_to_num(0.0) + slope * lengths)
+    return error
+
+
+def _front_constant(front: nn.Module | None, stated: float | None) -> float:
+    if front is None:
+        if stated is not None:
+            raise ConfigurationError("front_lipschitz is the constant of a front: give front too")
+        return 1.0
+    known = getattr(front, "lipschitz", math.inf) if stated is None else stated
+    return math.inf if known == math.inf else not_negative("front_lipschitz", known)
+
+
+def certified_accuracy(certificate: Certificate, radius: float) -> float:
+    """Share of samples that are predicted right, whatever moves them by at most ``radius``: ``R > radius``, strictly.
+
+    At radius 0 a tie, which is nobody's prediction, counts as wrong.
+
+    Args:
+        certificate: of labelled samples.
+        radius: in the certificate's units, at least 0.
+
+    Raises:
+        ConfigurationError: the radius is negative.
+        InputError: there are no labels.
+    """
+    radius = not_negative("radius", radius)
+    return float((certificate.correct & (certificate.radii > radius)).double().mean())
+
+
+def average_certified_radius(certificate: Certificate, *, signed: bool = False) -> float:
+    """Mean over samples of the radius where the prediction is right, and of 0, or its negative, where it is wrong.
+
+    Args:
+        certificate: of labelled samples.
+        signed: whether wrong predictions count by their radii too, which is how far errors are from being undone.
+
+    Raises:
+        InputError: there are no labels.
+    """
+    radii = certificate.signed() if signed else certificate.radii * certificate.correct
+    # Infinity times false is NaN.
+    return float(torch.where(certificate.correct | signed, radii, 0.0).mean())

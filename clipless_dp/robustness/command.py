@@ -1,0 +1,136 @@
+"""``python -m clipless_dp certify``: radii, attacks and (ε, δ) of a checkpoint, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from clipless_dp.arguments import whole
+from clipless_dp.checkpoint import check_writable, load_checkpoint
+from clipless_dp.datasets import Split
+from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.model import DPLipModel
+from clipless_dp.model.description import differences, settings_of
+from clipless_dp.robustness import attacks
+from clipless_dp.robustness.curves import RADII, curve
+
+ATTACKS: dict[str, tuple[attacks.Attack, ...]] = {
+    "none": (),
+    "quick": (attacks.PGD(steps=20, restarts=1), attacks.DeepFool()),
+    "all": attacks.DEFAULT,
+}
+
+
+def radius(text: str) -> float:
+    """A radius, as a number or a fraction such as ``36/255``."""
+    try:
+        found = float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        found = math.nan
+    if not 0.0 <= found < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no radius: give a number of at least 0, or a fraction like 36/255"
+        )
+    return found
+
+
+def add_options(certify: argparse.ArgumentParser) -> None:
+    """What the command takes besides the options that name data and network."""
+    certify.add_argument("checkpoint", type=Path, help="file that train wrote")
+    certify.add_argument(
+        "--radii",
+        type=radius,
+        nargs="+",
+        metavar="R",
+        help="Euclidean radii, numbers or fractions (default: 36/255 72/255 108/255 1)",
+    )
+    certify.add_argument("--attacks", choices=tuple(ATTACKS), default="quick", help="what is tried against it")
+    certify.add_argument("--samples", type=int, help="certify so many held-out samples, the first ones (default: all)")
+    certify.add_argument("--attacked-samples", type=int, default=500, help="attack so many of them")
+    certify.add_argument("--box", type=float, nargs=2, metavar=("LOW", "HIGH"), help="limits of inputs, for attacks")
+    certify.add_argument("--level", type=float, default=0.95, help="confidence of the intervals")
+    certify.add_argument("--out", type=Path, metavar="FILE.json", help="write what was found")
+    certify.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve; needs matplotlib")
+
+
+def load_weights(model: DPLipModel, path: Path) -> dict[str, Any]:
+    """Puts the weights of a checkpoint into a model, and returns what the checkpoint says of its run.
+
+    Raises:
+        CheckpointError: it is unreadable, or of another network or input norm: the certificate would be of another.
+        FileNotFoundError: there is none.
+    """
+    content = load_checkpoint(path)
+    run = content.get("settings")
+    run = run if isinstance(run, dict) else {}
+    known = run.get("model")
+    here = settings_of(model)
+    # Loss and constraints decide how weights were found, and not what they compute.
+    parts = ("input_norm", "layers")
+    theirs = {name: known.get(name) for name in parts} if isinstance(known, dict) else None
+    differing = [] if theirs is None else differences(theirs, {name: here[name] for name in parts})
+    if differing:
+        raise CheckpointError(
+            f"{path} belongs to another network ({', '.join(differing[:4])}): give the options that it was trained with"
+        )
+    try:
+        model.net.load_state_dict(content["model"])
+    except (KeyError, RuntimeError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not fit this network: give the options that it was trained with ({error})"
+        ) from error
+    return run
+
+
+def certify_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespace) -> None:
+    """Prints what is certified of a checkpoint on held-out samples, and what attacks leave, beside its ε.
+
+    Raises:
+        CheckpointError: as :func:`load_weights`; or a file cannot be written.
+        ConfigurationError: an option is out of range.
+    """
+    for file in filter(None, (options.out, options.plot)):
+        check_writable(file)
+    run = load_weights(model, options.checkpoint)
+    inputs, targets = data.test
+    count = len(inputs) if options.samples is None else whole("--samples", options.samples)
+    found = curve(
+        model,
+        (inputs[:count].to(options.device), targets[:count]),
+        RADII if options.radii is None else (0.0, *options.radii),
+        ATTACKS[options.attacks],
+        box=None if options.box is None else (options.box[0], options.box[1]),
+        attacked_samples=min(whole("--attacked-samples", options.attacked_samples), len(inputs[:count])),
+        level=options.level,
+    )
+    print(found)
+    print(f"Lipschitz      {found.certificate.lipschitz:.6g} ({found.certificate.method})")
+    epsilon, delta = run.get("epsilon"), run.get("delta")
+    if isinstance(epsilon, float) and isinstance(delta, float):
+        print(f"privacy        at most ε = {epsilon:g} at δ = {delta:g}, {run.get('relation')}: the run's target")
+    if options.out is not None:
+        described = found.described(f"the first {len(found.certificate)} held-out samples of {options.dataset}")
+        facts = {**described, "privacy": {name: run.get(name) for name in ("epsilon", "delta", "relation")}}
+        options.out.write_text(json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+        print(f"certificate    {options.out}")
+    if options.plot is not None:
+        found.plot(options.plot)
+        print(f"plot           {options.plot}")
+
+
+def refuse_front(preset: Any) -> None:
+    """Refuses presets whose networks read what a front-end made of samples: the checkpoint does not hold it.
+
+    Raises:
+        ConfigurationError: it is one of these.
+    """
+    if preset.front is not None or preset.statistics is not None:
+        raise ConfigurationError(
+            f"preset {preset.name!r} reads features, whose statistics a checkpoint does not hold: use "
+            "clipless_dp.robustness.certify(model, data, front=...), which certifies through features of a known "
+            "constant"
+        )

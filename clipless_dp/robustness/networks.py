@@ -1,0 +1,162 @@
+"""What is certified and attacked: the deployed forward pass of a network, with the gradient that calculus gives it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.arguments import positive, shown
+from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.gates import CotangentGate, input_gate
+from clipless_dp.gates.arithmetic import per_sample
+from clipless_dp.losses import class_scores
+from clipless_dp.model import DPLipModel
+from clipless_dp.sampling import Samples
+from clipless_dp.training import Data
+
+Units = float | Sequence[float] | Tensor | None
+"""By how many units of the raw input each channel moves when the model's input moves by one: standard deviations."""
+
+
+class PlainNetwork(nn.Module):
+    """The forward pass that a model is deployed with, without what its training does to gradients.
+
+    Gates on cotangents and gradients change the way back and not the values. An attack, a saliency map or a sampler
+    needs the slope of the values themselves: this is a copy of the network without such gates, in ``eval`` mode, whose
+    parameters take no gradients. Nothing that is done with it reaches the model.
+
+    Args:
+        model: a wrapped model, whose input gate is part of its forward pass; or any module.
+        dtype: of the copy; ``None``: as the network is.
+        front: what runs before the network, copied likewise; or ``None``.
+
+    Shape:
+        ``(B, *input_shape)`` of any floating-point dtype to scores ``(B, C)``; of one output ``f`` to ``(-f, f)``. Rows
+        that the input gate drops are NaN.
+
+    Raises:
+        ConfigurationError: the model reads tokens, between which there is no distance; or several inputs.
+
+    Attributes:
+        is_single: whether the network was seen to return one output.
+    """
+
+    def __init__(
+        self, model: nn.Module, *, dtype: torch.dtype | None = torch.float64, front: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.input_norm = math.inf
+        self.is_single = False
+        net = getattr(model, "_orig_mod", model)
+        if isinstance(net, DPLipModel):
+            if net.vocabulary is not None or net.packing is not None or not net.graph.reads.is_floating_point:
+                raise ConfigurationError(
+                    "the model reads tokens or several inputs, between which there is no Euclidean distance: neither "
+                    "radii nor attacks are defined; certify the part of the network behind the embedding"
+                )
+            self.input_norm = net.input_norm
+            net = net.net
+        self.net = _without_gates(net)
+        self.front = None if front is None else _without_gates(front)
+        self.eval()
+        self.requires_grad_(False)
+        # What has no floating-point parameter is told by its buffers, and else runs as it is asked.
+        held = next((one for one in (*self.parameters(), *self.buffers()) if one.is_floating_point()), torch.empty(0))
+        self.device = torch.device("cpu") if held.device.type == "mps" and dtype == torch.float64 else held.device
+        self.dtype = held.dtype if dtype is None else dtype
+        self.to(self.device, self.dtype)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Scores of the classes.
+
+        Raises:
+            InputError: the network returns anything but ``(B, C)`` or ``(B,)``.
+        """
+        scores = self.outputs(inputs)
+        if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(inputs):
+            found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+            raise InputError(f"expected scores (batch, classes) or (batch,), got {found}")
+        self.is_single = scores.numel() == len(scores)
+        return class_scores(scores)
+
+    def outputs(self, inputs: Tensor) -> Tensor:
+        """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
+        values = inputs.to(self.device, self.dtype)
+        if self.front is not None:
+            values = self.front(values)
+        if math.isfinite(self.input_norm):
+            values, known = input_gate(values, self.input_norm)
+        else:
+            known = values.flatten(1).isfinite().all(1)
+        outputs: Tensor = self.net(values)
+        if not isinstance(outputs, Tensor) or bool(known.all()):
+            return outputs
+        return outputs.masked_fill(~per_sample(known, outputs), math.nan)
+
+
+def plain_network(
+    model: nn.Module, *, dtype: torch.dtype | None = torch.float64, front: nn.Module | None = None
+) -> PlainNetwork:
+    """A copy of a model's deployed forward pass that differentiates as what it computes (:class:`PlainNetwork`).
+
+    Args:
+        model: a wrapped model, or any module; or such a copy, which is returned as it is.
+        dtype: of the copy; ``None``: as the model is.
+        front: what runs before it.
+    """
+    if isinstance(model, PlainNetwork):
+        return model
+    if not isinstance(model, nn.Module):
+        raise ConfigurationError(f"model must be a torch module, got {shown(model)}")
+    return PlainNetwork(model, dtype=dtype, front=front)
+
+
+def _without_gates(net: nn.Module) -> nn.Module:
+    copied = nn.Sequential(copy.deepcopy(net))
+    for part in list(copied.modules()):
+        for name, child in part.named_children():
+            if isinstance(child, CotangentGate):
+                setattr(part, name, nn.Identity())
+    for parameter in copied.parameters():
+        parameter.grad = None
+    return copied
+
+
+def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:
+    """Inputs ``(N, ...)`` and labels ``(N,)`` of some samples; no labels of inputs alone.
+
+    Raises:
+        ConfigurationError: it is no data set.
+        InputError: labels are no integers, one for each sample.
+    """
+    if isinstance(data, Tensor):
+        if data.dim() < 2 or not data.is_floating_point():
+            raise InputError(f"expected inputs (batch, ...) of floating-point numbers, got {data.dtype} {data.shape}")
+        return data, None
+    inputs, labels = Samples.of(data).all()
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
+        raise InputError(f"expected integer labels (batch,), got {labels.dtype} {tuple(labels.shape)}")
+    return inputs, labels.long().cpu()
+
+
+def scale_of(units: Units, inputs: Tensor) -> Tensor:
+    """Raw units of each channel, ``(C, 1, ...)`` in float64: what a step of the model's input is multiplied by.
+
+    Raises:
+        ConfigurationError: they are no positive numbers, one in all or one for each channel.
+    """
+    if units is None:
+        return torch.ones((), dtype=torch.float64)
+    values = units.tolist() if isinstance(units, Tensor) else units
+    if not isinstance(values, (list, tuple)):
+        return torch.tensor(positive("units", values), dtype=torch.float64)
+    numbers = [positive("units", value) for value in values]
+    if len(numbers) != inputs.shape[1]:
+        raise ConfigurationError(
+            f"units must be one number, or one for each of the {inputs.shape[1]} channels, got {len(numbers)}"
+        )
+    return torch.tensor(numbers, dtype=torch.float64).reshape(-1, *([1] * (inputs.dim() - 2)))

@@ -1,0 +1,140 @@
+"""One certificate: the statement says radii beside ε, and the command line certifies what it has trained."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clipless_dp import ConfigurationError, DPLipModel, constraints, fit, layers, losses, report
+from clipless_dp.cli import main
+from clipless_dp.robustness import Certificate, Curve, attacks, curve
+from tests.support import samples
+
+QUICK = (attacks.PGD(steps=5, restarts=1),)
+
+
+def trained(constraint: constraints.Constraint | None = None):
+    torch.manual_seed(0)
+    model = DPLipModel(
+        nn.Sequential(nn.Linear(6, 8), layers.GroupSort(2), nn.Linear(8, 3)),
+        input_shape=(6,),
+        input_norm=4.0,
+        loss=losses.TauCrossEntropy(8.0),
+        constraint=constraint,
+    )
+    return fit(model, samples(60), epsilon=3.0, delta=1e-3, epochs=1, batch_size=20, progress=False, audit=False)
+
+
+def test_the_statement_gains_a_section_of_what_is_certified_on_public_data(tmp_path: Path) -> None:
+    optimizer = trained(constraints.Orthogonal()).optimizer
+    found = curve(optimizer.model, samples(50, 3), (0.0, 0.1, 0.5), QUICK)
+    described = found.described("fifty public samples | of a generator")
+    statement = report(optimizer, tmp_path / "statement", robustness=described)
+    facts = json.loads((tmp_path / "statement.json").read_text("utf-8"))
+    assert facts["robustness"]["lipschitz"] == pytest.approx(1.0)
+    assert [point["radius"] for point in facts["robustness"]["points"]] == [0.0, 0.1, 0.5]
+    assert facts["robustness"]["attacks"] == [repr(QUICK[0])]
+    text = statement.to_markdown()
+    assert "## Robustness" in text
+    assert "fifty public samples" in text
+    certified = found.points[1].certified.value
+    assert f"| 0.1 | {math.floor(round(1e4 * certified, 6)) / 100:.2f} % |" in text
+    assert "<h2>Robustness</h2>" in (tmp_path / "statement.html").read_text("utf-8")
+    # The promise itself stands as before, and the certificate adds no finding.
+    assert "(ε, δ)-differentially private" in text
+    assert not any("certificate" in finding for finding in statement.findings)
+    assert "Robustness" not in report(optimizer).to_markdown()
+
+
+def test_a_certificate_of_other_weights_is_a_finding() -> None:
+    optimizer = trained(constraints.Orthogonal()).optimizer
+    described = curve(optimizer.model, samples(20, 3), (0.0, 0.1), ()).described("public samples")
+    with torch.no_grad():
+        optimizer.model.net[0].weight.mul_(0.5)
+    findings = report(optimizer, robustness=described).findings
+    assert any("certificate is of other weights" in finding for finding in findings)
+
+
+def test_what_is_not_certified_says_why_in_the_statement() -> None:
+    certificate = Certificate(
+        torch.zeros(2).double(), torch.zeros(2), torch.zeros(2), reason="no constant is known", method="none"
+    )
+    described = Curve.of(certificate, None).described("public samples")
+    text = report(trained().optimizer, robustness=described).to_markdown()
+    assert "Nothing is certified: no constant is known." in text
+    infinite = Certificate(torch.full((2,), math.inf).double(), torch.zeros(2), torch.zeros(2))
+    json.dumps(Curve.of(infinite, None).described("public samples"), allow_nan=False)
+    for wrong in ("curve", {"lipschitz": 1.0}, certificate):
+        with pytest.raises(ConfigurationError, match="described"):
+            report(trained().optimizer, robustness=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="which public samples"):
+        Curve.of(certificate, None).described(" ")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("sklearn")
+    path = tmp_path_factory.mktemp("run") / "digits.pt"
+    arguments = (
+        "train --dataset digits --epsilon 3 --delta 1e-4 --route orthogonal --network mlp --tau 16 --input-norm 8 "
+        "--epochs 5 --batch-size 256 --audit off --quiet --checkpoint"
+    )
+    assert main([*arguments.split(), str(path)]) == 0
+    return path
+
+
+NETWORK = ["--data", "digits", "--route", "orthogonal", "--network", "mlp", "--input-norm", "8"]
+
+
+def test_the_command_line_certifies_a_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "certificate.json"
+    options = ["--radii", "36/255", "0.5", "--box", "0", "1", "--attacked-samples", "40", "--out", str(out)]
+    capsys.readouterr()
+    assert main(["certify", str(checkpoint), *NETWORK, *options]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"0\.1412\s+\d", printed)
+    # Two dense layers and orthogonal weights: certified as one, up to their own rounding.
+    assert float(re.search(r"Lipschitz\s+([\d.]+)", printed)[1]) == pytest.approx(1.0, abs=0.01)
+    assert "ε = 3 at δ = 0.0001" in printed
+    facts = json.loads(out.read_text("utf-8"))
+    assert facts["privacy"] == {"epsilon": 3.0, "delta": 1e-4, "relation": "add_or_remove_one"}
+    for point in facts["points"]:
+        assert point["certified"]["low"] <= point["certified"]["value"]
+    assert facts["points"][0]["certified"]["value"] > facts["points"][2]["certified"]["value"]
+    assert main(["certify", str(checkpoint), *NETWORK, "--attacks", "none", "--samples", "20"]) == 0
+    assert "20 samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "digits", "--route", "gated"], "options that it was trained with"),
+        ([*NETWORK[:-1], "9"], "input_norm"),
+        (["--data", "digits", "--preset", "features-linear"], "reads features"),
+        ([*NETWORK, "--samples", "0"], "--samples"),
+    ],
+    ids=["network", "input norm", "features", "samples"],
+)
+def test_the_command_line_refuses_what_it_cannot_certify(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert main(["certify", str(checkpoint), *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_line_refuses_radii_and_files_that_are_none(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for radius in ("-1", "1/0", "inf", "far"):
+        with pytest.raises(SystemExit):
+            main(["certify", str(checkpoint), *NETWORK, "--radii", radius])
+    assert main(["certify", str(tmp_path / "none.pt"), *NETWORK]) == 2
+    assert "none.pt" in capsys.readouterr().err
