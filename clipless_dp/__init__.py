@@ -31,7 +31,7 @@ from clipless_dp.sampling import (
     poisson_collate,
 )
 from clipless_dp.statement import PrivacyStatement, report
-from clipless_dp.training import FitResult, evaluate, fit
+from clipless_dp.training import FitResult, SuggestedSettings, evaluate, fit, suggest_settings
 from clipless_dp.version import __version__
 
 alias_modules()
@@ -67,6 +67,7 @@ __all__ = [
     "SensitivityTracker",
     "ShiftAndFlip",
     "StreamedBatches",
+    "SuggestedSettings",
     "SystemNoise",
     "TightnessReport",
     "UnsupportedModuleError",
@@ -89,4 +90,5 @@ __all__ = [
     "register_rule",
     "report",
     "suggest_gates",
+    "suggest_settings",
 ]

@@ -14,6 +14,7 @@ from clipless_dp.training.schedules import (
     noise_factors,
     noise_stages,
 )
+from clipless_dp.training.settings import StepNoise, SuggestedSettings, suggest_settings
 from clipless_dp.training.watching import Watcher, watched_by
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "Plan",
     "Privacy",
     "SchedulerFactory",
+    "StepNoise",
+    "SuggestedSettings",
     "Watcher",
     "compiled_loss",
     "constant",
@@ -38,5 +41,6 @@ __all__ = [
     "linear_decay",
     "noise_factors",
     "noise_stages",
+    "suggest_settings",
     "watched_by",
 ]
