@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from accounting import Accountant, calibrate_noise_multiplier
+from accounting import ADD_OR_REMOVE_ONE, Accountant, calibrate_noise_multiplier
 from accounting.errors import warn_caller
 from clipless_dp.arguments import positive, share, whole
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
@@ -43,7 +43,7 @@ _WALK = 1.7
 """Operator norm that Adam's steps on noise alone would add up to, as a multiple of a constraint's limit. Projections
 take most of it back, and what all samples agree on moves a weight further than noise does."""
 
-_GATED, _GRADIENT_GATED = 0.5, 0.2
+_GATED, _GRADIENT_GATED = 0.6, 0.2
 """The same of each entry of a weight: behind signal gates its size does not matter, behind gradient gates it grows."""
 
 _DECAYS_TO = 3.0
@@ -154,7 +154,7 @@ def suggest_settings(
     * *Optimizer*: Adam, whose steps have the size of the learning rate whatever the gradient's and the noise's sizes.
     * *Learning rate*: noise alone moves an entry by about ``lr·√(T/3)`` in ``T`` steps of a rate that falls linearly.
       For constrained weights the operator norm of that, ``(√m + √n)`` times as much for an ``m × n`` matrix, is 1.7
-      times the limit, in the geometric mean over weights. Behind signal gates ``lr = 0.5/√T``, behind gradient gates
+      times the limit, in the geometric mean over weights. Behind signal gates ``lr = 0.6/√T``, behind gradient gates
       ``0.2/√T``.
     * With ``optimizer="sgd"`` the rate is what moves entries as far for a gradient of a tenth of its bound beside the
       noise; momentum is 0 up to 300 steps, beyond 0.9. A learning rate that is given without an optimizer is SGD's.
@@ -295,14 +295,14 @@ def _noise_multiplier(plan: Plan, privacy: Privacy) -> float:
     """``σ`` by Rényi accounting, which is fast; what was spent before is left to the calibration of ``fit``."""
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
-    relation = {"relation": privacy.accountant.relation} if isinstance(privacy.accountant, Accountant) else {}
+    spent = privacy.accountant
     sigma: float = calibrate_noise_multiplier(
         target_epsilon=privacy.epsilon,
         delta=privacy.delta,
         sample_rate=plan.sample_rate,
         steps=plan.steps,
         accountant="rdp",
-        **relation,
+        relation=spent.relation if isinstance(spent, Accountant) else ADD_OR_REMOVE_ONE,
     )
     return sigma
 
