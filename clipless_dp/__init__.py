@@ -18,7 +18,15 @@ from clipless_dp.errors import (
 )
 from clipless_dp.former import alias_modules
 from clipless_dp.graph import gated, gradient_gated
-from clipless_dp.model import DPLipModel, GateSuggestion, GateSuggestions, WeightAverage, passes, suggest_gates
+from clipless_dp.model import (
+    DPLipModel,
+    GateSuggestion,
+    GateSuggestions,
+    WeightAverage,
+    passes,
+    rescale_,
+    suggest_gates,
+)
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
@@ -89,6 +97,7 @@ __all__ = [
     "recipes",
     "register_rule",
     "report",
+    "rescale_",
     "suggest_gates",
     "suggest_settings",
 ]
