@@ -100,13 +100,13 @@ class Learning(_Checked):
     """What a run learns by: what is tuned, and what a search may choose among. ε is the same for all of it.
 
     Attributes:
-        epochs, batch_size, lr, momentum, optimizer: where they are ``None``, :func:`clipless_dp.suggest_settings`
-            chooses them, from public numbers. ``epochs`` are passes over the data in expectation, ``batch_size`` is the
-            *expected* size, around which draws vary, ``lr`` the peak learning rate of SGD or Adam, finite, and
-            ``momentum`` that of SGD, in [0, 1).
-            ``optimizer``: ``"sgd"``, ``"adam"``, or a function that builds another base optimizer from the parameters,
-            e.g. ``lambda p: torch.optim.AdamW(p, 1e-3)``. A rate that is given without an optimizer is SGD's, with a
-            momentum of 0.9.
+        epochs: passes over the data in expectation. This and the next four, where they are ``None``, are chosen from
+            public numbers by :func:`clipless_dp.suggest_settings`.
+        batch_size: *expected* batch size; draws vary around it.
+        lr: peak learning rate of SGD or Adam, finite; one that is given without an optimizer is SGD's.
+        momentum: of SGD, in [0, 1).
+        optimizer: ``"sgd"``, ``"adam"``, or a function that builds another base optimizer from the parameters, e.g.
+            ``lambda p: torch.optim.AdamW(p, 1e-3)``.
         scheduler: builds a scheduler from the optimizer and the number of steps, called once a step.
         allocation: how noise is shared among parameters, see ``clipless_dp.noise.allocate``.
         augment: makes random views of training samples: a function of one sample, or a

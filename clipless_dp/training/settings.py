@@ -18,6 +18,7 @@ from tabulate import tabulate
 from accounting import ADD_OR_REMOVE_ONE, Accountant, calibrate_noise_multiplier
 from accounting.errors import warn_caller
 from clipless_dp.arguments import positive, share, whole
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.gates.gradient_layers import GradientGated
 from clipless_dp.model import DPLipModel
@@ -61,8 +62,9 @@ _FEW_STEPS = 300
 
 _MOMENTUM = 0.9
 
-NOISY = 0.25
-"""Share of a weight's limit, or of its size, above which the noise of one step is warned about."""
+_NOISY, _NOISY_FREE = 0.25, 1.0
+"""Share of a weight's limit, and of the size of one without a limit, above which the noise of one step is warned about:
+projections leave the noise in place of the weight, while a weight that is free grows until it outweighs the noise."""
 
 _TIMED = 64
 """Rows of the passes by which time is measured."""
@@ -89,6 +91,11 @@ class StepNoise:
     def share(self) -> float:
         """``norm/limit``; 0 for a weight that is zero now, which any step changes by more than all of it."""
         return self.norm / self.limit if self.limit > 0.0 else 0.0
+
+    @property
+    def is_loud(self) -> bool:
+        """Whether it is more than a quarter of a constraint's limit, or more than all of a weight without one."""
+        return self.share > (_NOISY if self.constrained else _NOISY_FREE)
 
 
 @dataclass(frozen=True)
@@ -185,6 +192,8 @@ def suggest_settings(
     taken = {name: value for name, value in {**given, **known}.items() if value is not None}
     learning = Learning(**{name: value for name, value in taken.items() if name in names(Learning)})
     privacy = Privacy(**{name: value for name, value in taken.items() if name in names(Privacy)})
+    if (learning.batch_size or 0) > size:
+        raise ConfigurationError(f"batch_size must be at most the {size} samples of the data set")
     rows = None if minutes is None else _rows_within(model, 60.0 * positive("minutes", minutes))
     return suggest(model, size, privacy, learning, rows=rows)
 
@@ -236,15 +245,15 @@ def resolved(learning: Learning, settings: SuggestedSettings) -> Learning:
 
 
 def warn_of_noise(settings: SuggestedSettings) -> None:
-    """Warns where the noise of a single step is a quarter of a weight's limit, or of its size, and more."""
-    loud = [one for one in settings.noise if one.share > NOISY]
+    """Warns where the noise of a single step is too much for a weight (:attr:`StepNoise.is_loud`)."""
+    loud = [one for one in settings.noise if one.is_loud]
     if not loud:
         return
     worst = max(loud, key=lambda one: one.share)
     warn_caller(
         f"the noise of one step moves {worst.name!r} by an operator norm of about {worst.norm:.3g}, where "
         f"{'its constraint allows for' if worst.constrained else 'its own is'} {worst.limit:.3g} in all"
-        f"{f', and {len(loud) - 1} more weights by more than a quarter' if len(loud) > 1 else ''}: little will be "
+        f"{f', and {len(loud) - 1} more weights by too much' if len(loud) > 1 else ''}: little will be "
         f"learned. Leave out lr (now {settings.lr:.3g}), which is chosen then, or take larger batches",
         UserWarning,
     )

@@ -35,7 +35,7 @@ from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 from clipless_dp.training import compiled_loss, constant, linear_decay, plan, sizing
 from tests.support import before_steps, gated_model, keyboard_interrupt, power_cut, protected, samples
 
-RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 6, "batch_size": 50, "lr": 0.2, "progress": False, "accountant": "rdp"}
+RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 6, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 
 
 def weights(model):
