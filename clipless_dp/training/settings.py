@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from accounting import ADD_OR_REMOVE_ONE, Accountant, calibrate_noise_multiplier
+from accounting import ADD_OR_REMOVE_ONE, Accountant, UnreachableTargetError, calibrate_noise_multiplier
 from accounting.errors import warn_caller
 from clipless_dp.arguments import positive, share, whole
 from clipless_dp.errors import ConfigurationError
@@ -157,7 +157,7 @@ def suggest_settings(
     * *Epochs*: such that a run passes over about 1.2 million rows, from 3 to 100; with ``minutes``, what fits in, by
       the time of passes over made-up rows on a copy of the model.
     * *Batch size*: the smallest for which the noise of the run, ``σ/(q√T)`` for the mean gradient over the steps, stays
-      within a tenth of that of 100 steps; below, ``σ`` no longer falls as fast as ``q`` does. 100 to 1000 steps.
+      within a tenth of that of 100 steps; below, ``σ`` no longer falls as fast as ``q`` does. 100 to 400 steps.
     * *Optimizer*: Adam, whose steps have the size of the learning rate whatever the gradient's and the noise's sizes.
     * *Learning rate*: noise alone moves an entry by about ``lr·√(T/3)`` in ``T`` steps of a rate that falls linearly.
       For constrained weights the operator norm of that, ``(√m + √n)`` times as much for an ``m × n`` matrix, is 1.7
@@ -234,7 +234,7 @@ def suggest(
             lr *= (1.0 - momentum) / _typical_gradient(model, plan, sigma, learning)
             reasons["lr"] += f", for SGD on a gradient of {_SIGNAL:g} of its bound and the noise"
     found = SuggestedSettings(epochs, batch_size, optimizer, lr, momentum, size, sigma, plan.steps, reasons)
-    if callable(optimizer):
+    if callable(optimizer) or not model.placement.is_whole:
         return found
     return replace(found, noise=step_noise(model, plan, sigma, found, learning))
 
@@ -272,7 +272,7 @@ def _length(
             # At least a step, and no more of them than pay.
             epochs = min(max(epochs, epochs_of(1, batch_size, size)), epochs_of(_STEPS[1], batch_size, size))
         reasons["epochs"] = f"{_ROWS:,} rows in all" if rows is None else f"{rows:,.0f} rows fit the time"
-        reasons["epochs"] += f", {low:g} to {high:g} epochs"
+        reasons["epochs"] += f", at most {high:g} epochs and {_STEPS[1]} steps"
     if batch_size is None:
         batch_size = _batch_size(epochs, size, privacy)
         reasons["batch_size"] = f"the smallest whose noise is within {100 * (_KNEE - 1):.0f} % of that of few steps"
@@ -305,14 +305,18 @@ def _noise_multiplier(plan: Plan, privacy: Privacy) -> float:
     if privacy.noise_multiplier is not None:
         return privacy.noise_multiplier
     spent = privacy.accountant
-    sigma: float = calibrate_noise_multiplier(
-        target_epsilon=privacy.epsilon,
-        delta=privacy.delta,
-        sample_rate=plan.sample_rate,
-        steps=plan.steps,
-        accountant="rdp",
-        relation=spent.relation if isinstance(spent, Accountant) else ADD_OR_REMOVE_ONE,
-    )
+    try:
+        sigma: float = calibrate_noise_multiplier(
+            target_epsilon=privacy.epsilon,
+            delta=privacy.delta,
+            sample_rate=plan.sample_rate,
+            steps=plan.steps,
+            accountant="rdp",
+            relation=spent.relation if isinstance(spent, Accountant) else ADD_OR_REMOVE_ONE,
+        )
+    except UnreachableTargetError:
+        # Rényi bounds do not go down to very small ε, which another engine may certify.
+        sigma = plan.noise_multiplier(privacy.epsilon, privacy.delta, spent)
     return sigma
 
 
@@ -328,7 +332,9 @@ def _growth(model: DPLipModel) -> dict[str, float]:
     for name, parameter in model.net.named_parameters():
         operators = model.operators(name)
         if parameter.requires_grad and parameter.dim() > 1 and operators:
-            found[name] = max(_matrix(operator, parameter.detach()) for operator in operators)
+            # Its shape alone: of a model in parts, the values are elsewhere.
+            shaped = torch.empty(parameter.shape, device="meta")
+            found[name] = max(_matrix(operator, shaped) for operator in operators)
     return found
 
 
@@ -376,7 +382,7 @@ def step_noise(
     deviations = _deviations(model, plan, sigma, learning)
     found = []
     for name, growth in _growth(model).items():
-        if name not in deviations or not model.placement.is_whole:
+        if name not in deviations:
             continue
         step = _ADAM_STEP if settings.optimizer == "adam" else deviations[name][0]
         constraint = model.constraints.get(name)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from accounting import calibrate_noise_multiplier
+from accounting import UnreachableTargetError, calibrate_noise_multiplier
 from clipless_dp import DPLipModel, constraints, fit, gated, gradient_gated, layers, losses, suggest_settings
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.training import settings as module
@@ -95,6 +95,21 @@ def test_what_is_given_is_kept(given: dict[str, Any]) -> None:
     plan = suggest_settings(wrapped("spectral"), 300, 4.0, 1e-3, **given)
     assert {name: plan.arguments[name] for name in given} == given
     assert not given.keys() & plan.reasons.keys()
+
+
+def test_a_budget_that_renyi_bounds_do_not_reach_is_left_to_the_engine_that_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    length: dict[str, Any] = {"epochs": 1, "batch_size": 100}
+    reached = suggest_settings(wrapped("gated"), 1000, 2.0, 1e-4, **length).noise_multiplier
+
+    def unreachable(**asked: Any) -> float:
+        raise UnreachableTargetError("none")
+
+    monkeypatch.setattr(module, "calibrate_noise_multiplier", unreachable)
+    plan = suggest_settings(wrapped("gated"), 1000, 2.0, 1e-4, **length)
+    # The tight engine needs less noise.
+    assert 0.7 * reached < plan.noise_multiplier <= reached
 
 
 def test_a_rate_without_an_optimizer_is_that_of_sgd_with_momentum() -> None:
