@@ -296,7 +296,7 @@ def test_help_names_no_default_that_is_none(capsys):
         main(["train", "--help"])
     printed = capsys.readouterr().out
     assert "None" not in printed
-    assert "(default: 1024)" in printed
+    assert "(default: 8.0)" in printed
 
 
 def test_a_run_goes_on_from_its_checkpoint_after_an_interrupt(table, tmp_path, capsys):
