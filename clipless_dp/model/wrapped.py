@@ -122,7 +122,7 @@ class DPLipModel(nn.Module):
         self._trace()
         self._constraints.update(assign(constraint, self._tracker.operators))
         self.changes = 0
-        if flag("rescale", rescale):
+        if flag("rescale", rescale) and self._constraints:
             rescaled(net, self._traced, self._tracker.operators, self._constraints, self.input_shape)
         self._weights.initialise_()
         self.settle_()
