@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Sequence
 
@@ -48,6 +49,27 @@ def _parser() -> argparse.ArgumentParser:
     _schedule(steps, noise=True, steps=False)
     _common(steps)
     steps.set_defaults(run=_steps)
+
+    epochs = commands.add_parser("epochs", help="the passes over the data that a target epsilon allows")
+    epochs.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+    epochs.add_argument(
+        "--noise-multiplier", type=float, required=True, help="noise standard deviation over sensitivity"
+    )
+    epochs.add_argument("--batch-size", type=float, required=True, help="expected size of Poisson-sampled batches")
+    epochs.add_argument("--dataset-size", type=float, required=True, help="public number of samples")
+    _common(epochs)
+    epochs.set_defaults(run=_epochs)
+
+    batch = commands.add_parser("batch", help="the largest batches that a target epsilon allows")
+    batch.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+    batch.add_argument(
+        "--noise-multiplier", type=float, required=True, help="noise standard deviation over sensitivity"
+    )
+    batch.add_argument("--steps", type=int, help="number of steps; or give --epochs")
+    batch.add_argument("--epochs", type=float, help="passes over the data in expectation; or give --steps")
+    batch.add_argument("--dataset-size", type=int, required=True, help="public number of samples")
+    _common(batch)
+    batch.set_defaults(run=_batch)
 
     curve = commands.add_parser("curve", help="epsilon against delta")
     _schedule(curve, noise=True, steps=True)
@@ -147,6 +169,41 @@ def _steps(options: argparse.Namespace) -> str:
         group_size=options.group_size,
     )
     return f"steps = {options.steps}\n" + _answer(options)
+
+
+def _epochs(options: argparse.Namespace) -> str:
+    if not 0.0 < options.batch_size <= options.dataset_size:
+        raise AccountingError("--batch-size must be positive, and at most --dataset-size")
+    options.sample_rate = options.batch_size / options.dataset_size
+    steps = _steps(options)
+    return f"epochs = {options.steps * options.sample_rate:.6g}\n{steps}"
+
+
+def _batch(options: argparse.Namespace) -> str:
+    """The largest batch: for so many steps by calibration, for so many epochs by bisection over whole batch sizes."""
+    size = options.dataset_size
+    if size < 1 or (options.steps is None) == (options.epochs is None):
+        raise AccountingError("give a positive --dataset-size, and one of --steps and --epochs")
+    if options.epochs is not None and not 0.0 < options.epochs < float("inf"):
+        raise AccountingError("--epochs must be positive")
+
+    def bound(batch: int) -> PrivacyBound:
+        options.sample_rate = batch / size
+        if options.epochs is not None:
+            options.steps = math.ceil(options.epochs * size / batch - 1e-9)
+        return _accountant(options).get_epsilon(options.delta)
+
+    # For fixed epochs too larger batches cost more: fewer steps, each of which costs as the square of its rate.
+    low, high = 0, size + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if bound(middle).upper <= options.epsilon else (low, middle)
+    if low == 0:
+        raise AccountingError(
+            f"not even batches of one meet epsilon = {options.epsilon:g}: use more noise or fewer steps"
+        )
+    line = _line(bound(low))
+    return f"batch size = {low} (sample rate {options.sample_rate:.6g}, {options.steps} steps)\n{line}"
 
 
 def _curve(options: argparse.Namespace) -> str:

@@ -19,7 +19,15 @@ from clipless_dp.errors import (
 from clipless_dp.former import alias_modules
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.graph import gated, gradient_gated
-from clipless_dp.model import DPLipModel, GateSuggestion, GateSuggestions, WeightAverage, passes, suggest_gates
+from clipless_dp.model import (
+    DPLipModel,
+    GateSuggestion,
+    GateSuggestions,
+    WeightAverage,
+    passes,
+    rescale_,
+    suggest_gates,
+)
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
@@ -32,7 +40,15 @@ from clipless_dp.sampling import (
     poisson_collate,
 )
 from clipless_dp.statement import PrivacyStatement, report
-from clipless_dp.training import FitResult, UnprotectedResult, evaluate, fit, fit_without_privacy
+from clipless_dp.training import (
+    FitResult,
+    SuggestedSettings,
+    UnprotectedResult,
+    evaluate,
+    fit,
+    fit_without_privacy,
+    suggest_settings,
+)
 from clipless_dp.version import __version__
 
 alias_modules()
@@ -69,6 +85,7 @@ __all__ = [
     "SensitivityTracker",
     "ShiftAndFlip",
     "StreamedBatches",
+    "SuggestedSettings",
     "SystemNoise",
     "TightnessReport",
     "UnprotectedResult",
@@ -92,6 +109,8 @@ __all__ = [
     "recipes",
     "register_rule",
     "report",
+    "rescale_",
     "robustness",
     "suggest_gates",
+    "suggest_settings",
 ]

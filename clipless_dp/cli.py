@@ -18,7 +18,7 @@ from clipless_dp.architectures.small import image_classifier, two_hidden_layers
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.datasets import NAMES, load_dataset
 from clipless_dp.errors import CliplessError, ConfigurationError
-from clipless_dp.graph import gated
+from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation
 from clipless_dp.precision import full_precision
@@ -41,7 +41,7 @@ from clipless_dp.training import (
 )
 from clipless_dp.training.groups import names
 
-ROUTES = ("gated", "spectral", "orthogonal")
+ROUTES = ("gradient_gated", "gated", "spectral", "orthogonal")
 NETWORKS: dict[str, Callable[[tuple[int, ...], int], nn.Module]] = {
     "mlp": architectures.mlp,
     "residual-mlp": architectures.residual_mlp,
@@ -65,6 +65,12 @@ _SCHEDULE = "lr_schedule"
 
 _TUNED = (*(_SCHEDULE if name == "scheduler" else name for name in names(Learning)), "flip")
 """What a preset proposes, and an option replaces."""
+
+
+_GRADIENT_FLOOR = 0.3
+"""Share of a gradient's bound from which gates normalise it, as presets of networks that are trained whole have it."""
+
+_CHOSEN = "(default: from public numbers: rows, ε, δ, shapes)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,7 +187,7 @@ def _add_model(train: argparse.ArgumentParser) -> None:
 
 
 def _add_network(train: argparse.ArgumentParser) -> None:
-    train.add_argument("--route", choices=ROUTES, default="gated", help="what bounds the gradients")
+    train.add_argument("--route", choices=ROUTES, default="gradient_gated", help="what bounds the gradients")
     train.add_argument(
         "--network", choices=("small", *NETWORKS), default="small", help="architecture; small: few layers"
     )
@@ -190,16 +196,14 @@ def _add_network(train: argparse.ArgumentParser) -> None:
 
 
 def _add_learning(train: argparse.ArgumentParser) -> None:
-    train.add_argument("--epochs", type=float, default=20, help="passes over the data, in expectation")
-    train.add_argument("--batch-size", type=int, default=1024, help="expected batch size")
-    train.add_argument(
-        "--optimizer", choices=OPTIMIZERS, default=Learning.optimizer, help="what takes the noisy gradients"
-    )
-    train.add_argument("--lr", type=float, default=0.5, help="peak learning rate")
+    train.add_argument("--epochs", type=float, help=f"passes over the data, in expectation {_CHOSEN}")
+    train.add_argument("--batch-size", type=int, help=f"expected batch size {_CHOSEN}")
+    train.add_argument("--optimizer", choices=OPTIMIZERS, help=f"what takes the noisy gradients {_CHOSEN}")
+    train.add_argument("--lr", type=float, help=f"peak learning rate {_CHOSEN}")
     train.add_argument(
         "--lr-schedule", choices=tuple(SCHEDULES), default="linear", help="linear: rises briefly, then falls to zero"
     )
-    train.add_argument("--momentum", type=float, default=Learning.momentum, help="momentum of SGD")
+    train.add_argument("--momentum", type=float, help=f"momentum of SGD {_CHOSEN}")
     train.add_argument(
         "--noise-schedule",
         type=_factors,
@@ -302,6 +306,12 @@ def _tell(options: argparse.Namespace, result: FitResult, reached: str, provenan
     print(
         f"mechanism      {result.steps} Poisson steps, q = {result.sample_rate:.6g}, σ = {result.noise_multiplier:.4f}"
     )
+    if (learning := result.learning) is not None and isinstance(learning.optimizer, str):
+        momentum = f", momentum {learning.momentum:g}" if learning.optimizer == "sgd" else ""
+        print(
+            f"settings       {learning.epochs:.4g} epochs, batches of {learning.batch_size}, {learning.optimizer}, "
+            f"learning rate {learning.lr:.4g}{momentum}"
+        )
     missing = "none (pass --checkpoint FILE)" if options.checkpoint is None else "none: the last one was not written"
     print(f"checkpoint     {result.checkpoint if result.checkpoint is not None else missing}")
     if result.audits:
@@ -345,7 +355,9 @@ def _model(options: argparse.Namespace, shape: tuple[int, ...], classes: int) ->
     small = image_classifier if len(shape) == 3 else two_hidden_layers
     net: nn.Module = NETWORKS.get(options.network, small)(shape, classes)
     constraint: constraints.Constraint | None = None
-    if options.route == "gated":
+    if options.route == "gradient_gated":
+        net = gradient_gated(net, floor=_GRADIENT_FLOOR)
+    elif options.route == "gated":
         net = gated(net, cotangent_mode="normalize")
     else:
         constraint = constraints.Spectral() if options.route == "spectral" else constraints.Orthogonal()

@@ -59,7 +59,7 @@ def test_the_form_of_the_audit_is_chosen(table, capsys, form, shown):
     assert form == "quick" or not any("quick" in line for line in lines)
 
 
-@pytest.mark.parametrize("route", ["gated", "spectral", "orthogonal"])
+@pytest.mark.parametrize("route", ["gradient_gated", "gated", "spectral", "orthogonal"])
 def test_training_on_a_table_prints_accuracy_and_what_was_spent(table, tmp_path, capsys, route):
     checkpoint = tmp_path / "table.pt"
     arguments = [
@@ -296,7 +296,7 @@ def test_help_names_no_default_that_is_none(capsys):
         main(["train", "--help"])
     printed = capsys.readouterr().out
     assert "None" not in printed
-    assert "(default: 1024)" in printed
+    assert "(default: 8.0)" in printed
 
 
 def test_a_run_goes_on_from_its_checkpoint_after_an_interrupt(table, tmp_path, capsys):

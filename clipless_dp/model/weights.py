@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
 from torch import Tensor, nn
 
+from accounting.errors import warn_caller
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
 from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.tracker import SensitivityTracker
@@ -15,10 +17,14 @@ from clipless_dp.constraints import Constraint
 from clipless_dp.distributed.placement import Change, Placement, local
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import adapting
+from clipless_dp.model.rescaling import shrinkage
 from clipless_dp.modules import modules_of, parameters_of
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.sampling.fingerprints import fingerprint
+
+_SHRUNK = 2.0
+"""By how much a weight shrinks that is warned about: of networks just made, many shrink by less."""
 
 
 @contextmanager
@@ -45,6 +51,12 @@ def _project_gradient_(
         constraint.project_gradient_(gradient, weight, operators)
 
 
+def _may_be_fresh(weight: Tensor, operators: tuple[Operator, ...]) -> bool:
+    """Whether no entry is larger than torch's own initial values are: one over the root of an output's inputs."""
+    inputs = operators[0].matrix(weight).shape[2]
+    return float(weight.abs().max()) <= 1.0 / math.sqrt(max(1, inputs)) * (1.0 + 1e-6)
+
+
 def _mark(values: Tensor) -> object:
     return values._version, values.data_ptr(), fingerprint(values)
 
@@ -64,16 +76,30 @@ class Weights:
         self._kept: dict[Relation, tuple[object, Sensitivity, dict[str, Stamp]]] = {}
 
     def initialise_(self) -> None:
-        """Gives weights that train values that their constraints do not shrink.
+        """Gives weights that train values that their constraints do not shrink, and warns where trained ones shrank.
 
         Raises:
             NormError: a weight holds a NaN or an infinity.
         """
         for name, parameter in self._net.named_parameters():
             exact_float64(parameter, name)
+        shrunk: dict[str, float] = {}
         for name, constraint in self._trained():
+            values = self._values(name)
+            before = values.clone()
             with _naming(name):
-                constraint.initialize_(self._values(name), self._tracker.operators[name])
+                constraint.initialize_(values, self._tracker.operators[name])
+            factor = shrinkage(before, values)
+            if factor > _SHRUNK and not _may_be_fresh(before, self._tracker.operators[name]):
+                shrunk[name] = factor
+        if shrunk:
+            listed = ", ".join(f"{name} by {factor:.3g}" for name, factor in shrunk.items())
+            warn_caller(
+                f"constraints shrink weights that seem to be trained: {listed}. Biases keep their size, so that the "
+                "network is another function: DPLipModel(..., rescale=True) divides them too, by the product of the "
+                "factors so far, where all between the layers is positively homogeneous; or give larger limits",
+                UserWarning,
+            )
 
     def project_(self, here: Placement, *, settling: bool = False) -> None:
         """Projects the weights that train, or only those for which their constraints do not hold: ``settling``."""

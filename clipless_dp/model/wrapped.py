@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from clipless_dp.arguments import flag
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
 from clipless_dp.bounds.tightness import TightnessReport, measure
 from clipless_dp.bounds.tracker import SensitivityTracker
@@ -28,6 +29,7 @@ from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
 from clipless_dp.model.register import Register
+from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
@@ -66,6 +68,9 @@ class DPLipModel(nn.Module):
             same activations, on a CPU, and the same cotangents where gates normalise. ``True``: both, on any device.
             ``False``: neither. A size is asked about when it comes up first, which takes several passes: some sixty
             steps in a run. Compiled and sharded passes run at the sizes that they are given.
+        rescale: whether what a constraint shrinks weights by is taken from biases too, so that a network that is
+            positively homogeneous between its layers predicts what it did (:func:`clipless_dp.rescale_`): for weights
+            that were trained before. Otherwise a warning says where such weights shrink to less than half.
 
     Raises:
         UnsupportedModuleError: lists every part of the network for which no bound is known.
@@ -98,6 +103,7 @@ class DPLipModel(nn.Module):
         loss: Loss,
         constraint: ConstraintSpec = None,
         row_invariant: bool | None = False,
+        rescale: bool = False,
     ) -> None:
         super().__init__()
         checks.refuse_arguments(net, input_norm, loss, row_invariant)
@@ -117,6 +123,8 @@ class DPLipModel(nn.Module):
         self._trace()
         self._constraints.update(assign(constraint, self._tracker.operators))
         self.changes = 0
+        if flag("rescale", rescale) and self._constraints:
+            rescaled(net, self._traced, self._tracker.operators, self._constraints, self.input_shape)
         self._weights.initialise_()
         self.settle_()
 

@@ -14,6 +14,7 @@ from clipless_dp.training.schedules import (
     noise_factors,
     noise_stages,
 )
+from clipless_dp.training.settings import StepNoise, SuggestedSettings, suggest_settings
 from clipless_dp.training.unprotected import UnprotectedResult, fit_without_privacy
 from clipless_dp.training.watching import Watcher, watched_by
 
@@ -31,6 +32,8 @@ __all__ = [
     "Plan",
     "Privacy",
     "SchedulerFactory",
+    "StepNoise",
+    "SuggestedSettings",
     "UnprotectedResult",
     "Watcher",
     "compiled_loss",
@@ -41,5 +44,6 @@ __all__ = [
     "linear_decay",
     "noise_factors",
     "noise_stages",
+    "suggest_settings",
     "watched_by",
 ]

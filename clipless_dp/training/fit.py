@@ -31,6 +31,7 @@ from clipless_dp.training.plan import Plan
 from clipless_dp.training.result import FitResult
 from clipless_dp.training.run import Run, ledger_handed_on
 from clipless_dp.training.schedules import NoiseSchedule, SchedulerFactory, linear_decay
+from clipless_dp.training.settings import SuggestedSettings, resolved, suggest, warn_of_noise
 from clipless_dp.training.sizing import rehearse
 
 
@@ -41,11 +42,11 @@ def fit(
     *,
     epsilon: float,
     delta: float,
-    epochs: float,
-    batch_size: int,
-    lr: float = 1.0,
-    momentum: float = 0.9,
-    optimizer: OptimizerFactory | str = "sgd",
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    momentum: float | None = None,
+    optimizer: OptimizerFactory | str | None = None,
     scheduler: SchedulerFactory = linear_decay,
     accountant: str | Accountant = "prv",
     allocation: Allocation = "min-variance",
@@ -69,6 +70,8 @@ def fit(
 ) -> FitResult:
     """Trains a wrapped model to a target ε with Poisson-sampled batches.
 
+    What is not given of epochs, batch size, optimizer, learning rate and momentum follows from public numbers
+    (:func:`clipless_dp.suggest_settings`): the size of the data, ε, δ, shapes, gates and constraints.
     The noise multiplier is calibrated so that ``ceil(epochs/q)`` steps at ``q = batch_size/dataset_size`` spend at
     most ``epsilon`` at ``delta``. With a checkpoint that exists already, the run goes on from it.
 
@@ -109,7 +112,10 @@ def fit(
     """
     asked = Asked.of(locals())
     checked = _check(model, dataset, asked)
-    plan, sigma = _plan(asked, checked.size)
+    settings = suggest(model, checked.size, asked.privacy, asked.learning)
+    asked = asked._replace(learning=resolved(asked.learning, settings))
+    warn_of_noise(settings)
+    plan, sigma = _plan(asked, settings)
     run = _build(model, asked, checked, plan, sigma)
     with ledger_handed_on(run):
         run.begin()
@@ -159,10 +165,10 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
     return _Checked(samples, held_out, size, average)
 
 
-def _plan(asked: Asked, size: int) -> tuple[Plan, float]:
+def _plan(asked: Asked, settings: SuggestedSettings) -> tuple[Plan, float]:
     """The steps, and the noise multiplier that was given, or is the smallest that meets the target."""
-    privacy, learning = asked.privacy, asked.learning
-    plan = Plan.of(learning.epochs, learning.batch_size, size, learning.noise_schedule)
+    privacy, schedule = asked.privacy, asked.learning.noise_schedule
+    plan = Plan.of(settings.epochs, settings.batch_size, settings.dataset_size, schedule)
     if privacy.noise_multiplier is not None:
         return plan, privacy.noise_multiplier
     return plan, plan.noise_multiplier(privacy.epsilon, privacy.delta, privacy.accountant)
@@ -203,6 +209,8 @@ def _build(model: DPLipModel, asked: Asked, checked: _Checked, plan: Plan, sigma
 def _base(learning: Learning, parameters: list[nn.Parameter]) -> Optimizer:
     if callable(learning.optimizer):
         return learning.optimizer(parameters)
+    assert learning.lr is not None
+    assert learning.momentum is not None
     if learning.optimizer == "adam":
         return torch.optim.Adam(parameters, lr=learning.lr)
     return torch.optim.SGD(parameters, learning.lr, learning.momentum)

@@ -100,9 +100,10 @@ class Learning(_Checked):
     """What a run learns by: what is tuned, and what a search may choose among. ε is the same for all of it.
 
     Attributes:
-        epochs: passes over the data in expectation.
+        epochs: passes over the data in expectation. This and the next four, where they are ``None``, are chosen from
+            public numbers by :func:`clipless_dp.suggest_settings`.
         batch_size: *expected* batch size; draws vary around it.
-        lr: peak learning rate of SGD or Adam, finite.
+        lr: peak learning rate of SGD or Adam, finite; one that is given without an optimizer is SGD's.
         momentum: of SGD, in [0, 1).
         optimizer: ``"sgd"``, ``"adam"``, or a function that builds another base optimizer from the parameters, e.g.
             ``lambda p: torch.optim.AdamW(p, 1e-3)``.
@@ -119,11 +120,11 @@ class Learning(_Checked):
             not look at data. One ``σ`` is calibrated for all; few different factors keep the accounting fast.
     """
 
-    epochs: float
-    batch_size: int
-    lr: float = 1.0
-    momentum: float = 0.9
-    optimizer: OptimizerFactory | str = "sgd"
+    epochs: float | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    momentum: float | None = None
+    optimizer: OptimizerFactory | str | None = None
     scheduler: SchedulerFactory = linear_decay
     allocation: Allocation = "min-variance"
     augment: Augmentation | None = None
@@ -244,11 +245,11 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "noise": lambda name, value: refuse_no_source(value),
     "noise_multiplier": _or_none(multiplier),
     "audit": _audit,
-    "epochs": positive,
-    "batch_size": whole,
-    "lr": learning_rate,
-    "momentum": lambda name, value: share(name, value, "[0, 1)"),
-    "optimizer": _base,
+    "epochs": _or_none(positive),
+    "batch_size": _or_none(whole),
+    "lr": _or_none(learning_rate),
+    "momentum": _or_none(lambda name, value: share(name, value, "[0, 1)")),
+    "optimizer": _or_none(_base),
     "scheduler": lambda name, value: function(name, value, "the optimizer and the number of steps"),
     "allocation": lambda name, value: checked_allocation(value),
     "augment": _or_none(lambda name, value: function(name, value, "one sample, or a RowAugmentation")),
@@ -287,7 +288,7 @@ class Asked(NamedTuple):
         Raises:
             ConfigurationError: it is larger.
         """
-        if self.learning.batch_size > size:
+        if (self.learning.batch_size or 0) > size:
             raise ConfigurationError(
                 f"batch_size must be an integer from 1 to the {size} samples of the data set, "
                 f"got {self.learning.batch_size!r}"

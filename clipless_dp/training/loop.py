@@ -58,6 +58,7 @@ def train(run: Run, batches: PoissonBatches | StreamedBatches, held_out: Samples
             checkpoint=path if run.here.from_first(lambda: run.saved) else None,
             micro_batch_size=run.micro_batch_size,
             last_weights=last_weights,
+            learning=run.asked.learning,
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipless_dp.audit.gradients import SensitivityAudit
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.training.groups import Learning
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class FitResult:
         optimizer: with its accountant.
         checkpoint: the checkpoint file, or ``None`` if there is none or the last one could not be written.
         micro_batch_size: rows that were processed at once, as given or chosen for the memory budget, or ``None``.
+        learning: the settings, those that were chosen among them (:func:`clipless_dp.suggest_settings`).
         last_weights: with ``ema``, the weights of the last step, by name, which the average has replaced in the model:
             ``model.net.load_state_dict(result.last_weights, strict=False)`` puts them back.
     """
@@ -74,6 +76,7 @@ class FitResult:
     checkpoint: Path | None = None
     micro_batch_size: int | None = None
     last_weights: dict[str, Tensor] | None = None
+    learning: Learning | None = None
 
     def __str__(self) -> str:
         accuracy = self.history[-1].accuracy if self.history else None

@@ -1,0 +1,141 @@
+"""Weights brought within their constraints so that the network stays the same function, up to one factor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
+
+from clipless_dp.bounds.tracker import SensitivityTracker
+from clipless_dp.constraints import Constraint, ConstraintSpec, assign
+from clipless_dp.distributed.placement import OneProcess
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.graph.tracing import TracedNet, trace
+from clipless_dp.model.valid_inputs import random_rows
+from clipless_dp.modules import parameter_device_and_dtype
+from clipless_dp.norms.operators import Operator
+
+_SAMPLES = 4
+
+_TOLERANCE = 1e-3
+"""Of the largest output: float32 rounding of deep networks stays below, and what is no positive multiple does not."""
+
+_PARALLEL = 1e-6
+"""One less the cosine between a weight and its projection, up to which the projection only scales it."""
+
+
+def rescale_(net: nn.Module, input_shape: tuple[int, ...], constraint: ConstraintSpec) -> float:
+    """Divides weights by what a constraint would shrink them by, and biases by the product of that so far.
+
+    Where every part between the layers is positively homogeneous, ``φ(cx) = cφ(x)`` for ``c > 0`` (ReLU, LeakyReLU,
+    GroupSort, pooling, centering, none is tanh), the network computes ``f/c`` afterwards: with ``W ← W/c_l`` in layer
+    ``l`` and ``b ← b/(c_1⋯c_l)`` the values behind it are those of before over ``c_1⋯c_l``. What is predicted stays
+    the same; the loss sees scores that are smaller by the factor, which its temperature or a last multiplication
+    makes up for.
+
+    Args:
+        net: the network, changed in place.
+        input_shape: of one sample.
+        constraint: as of :class:`clipless_dp.DPLipModel`; one that scales weights and leaves their directions alone, as
+            :class:`clipless_dp.constraints.Spectral` does.
+
+    Returns:
+        ``c``, at least 1 where no weight grows.
+
+    Raises:
+        ConfigurationError: the network is not positively homogeneous layer by layer, paths of different factors meet
+            (as in a residual), a weight is read twice, or the constraint changes directions. Nothing is changed then.
+    """
+    device, dtype = parameter_device_and_dtype(net)
+    traced = trace(net, tuple(input_shape), device=device, dtype=dtype)
+    tracker = SensitivityTracker(traced, input_norm=1.0, cotangent_norm=1.0, weights=OneProcess())
+    return rescaled(net, traced, tracker.operators, assign(constraint, tracker.operators), tuple(input_shape))
+
+
+@torch.no_grad()
+def rescaled(
+    net: nn.Module,
+    traced: TracedNet,
+    operators: Mapping[str, tuple[Operator, ...]],
+    constraints: Mapping[str, Constraint],
+    input_shape: tuple[int, ...],
+) -> float:
+    """As :func:`rescale_`, of a network that is traced already."""
+    before = {name: value.clone() for name, value in net.named_parameters()}
+    device, dtype = parameter_device_and_dtype(net)
+    inputs = random_rows(traced, None, input_shape, _SAMPLES, torch.Generator().manual_seed(0))
+    inputs = inputs.to(device, dtype if inputs.is_floating_point() else None)
+    expected = _outputs(net, inputs)
+    try:
+        factor = _divide_(net, traced, operators, constraints)
+        distance = float((factor * _outputs(net, inputs) - expected).abs().max())
+        if not distance <= _TOLERANCE * float(expected.abs().max()):
+            raise ConfigurationError(
+                "rescaled weights give another function: some part of the network is not positively homogeneous "
+                "(φ(cx) = cφ(x) for c > 0), as tanh is not. Leave out rescale, or use ReLU, GroupSort and the like"
+            )
+    except BaseException:
+        for name, value in net.named_parameters():
+            value.copy_(before[name])
+        raise
+    return factor
+
+
+def _outputs(net: nn.Module, inputs: Tensor) -> Tensor:
+    training = net.training
+    try:
+        output: Tensor = net.eval()(inputs)
+        return output.double()
+    finally:
+        net.train(training)
+
+
+def _divide_(
+    net: nn.Module,
+    traced: TracedNet,
+    operators: Mapping[str, tuple[Operator, ...]],
+    constraints: Mapping[str, Constraint],
+) -> float:
+    factors: dict[fx.Node, float] = {}
+    seen: set[str] = set()
+    for node in traced.tensor_nodes():
+        entering = {factors[operand] for operand in traced.operands(node)} or {1.0}
+        if max(entering) - min(entering) > 1e-9 * max(entering):
+            raise ConfigurationError(
+                f"paths meet at {node.name} whose weights were divided by different factors ({sorted(entering)}), so "
+                "that rescaling changes the function: leave out rescale, or give weights of both the same norm"
+            )
+        factor = max(entering)
+        if node.op == "call_module":
+            held = {traced.names[id(value)]: value for value in traced.leaf(node).parameters()}
+            if seen & held.keys():
+                raise ConfigurationError(f"{sorted(seen & held.keys())} are read twice, which rescaling cannot follow")
+            seen |= held.keys()
+            for name in held.keys() & constraints.keys():
+                factor *= _shrink_(name, held[name], constraints[name], operators[name])
+            for name in held.keys() - constraints.keys():
+                if held[name].dim() == 1:
+                    held[name].div_(factor)
+        factors[node] = factor
+    return factors[traced.output]
+
+
+def _shrink_(name: str, weight: Tensor, constraint: Constraint, operators: tuple[Operator, ...]) -> float:
+    """Projects a weight, and returns what it was divided by."""
+    before = weight.detach().double()
+    constraint.project_(weight.detach(), operators)
+    factor = shrinkage(before, weight)
+    if float((weight.double() * factor - before).norm()) > math.sqrt(2.0 * _PARALLEL) * float(before.norm()):
+        raise ConfigurationError(
+            f"{constraint!r} changes directions of {name!r}, and not its scale alone, so that rescaling cannot keep "
+            "the function: use constraints.Spectral()"
+        )
+    return factor
+
+
+def shrinkage(before: Tensor, after: Tensor) -> float:
+    """By which factor the Euclidean norm of a weight fell; 1 for zeros."""
+    sizes = [float(torch.linalg.vector_norm(one, dtype=torch.float64)) for one in (before, after)]
+    return sizes[0] / sizes[1] if min(sizes) > 0.0 else 1.0

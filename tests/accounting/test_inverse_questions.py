@@ -1,0 +1,63 @@
+"""What the command line answers about an ε: how many epochs, how large a batch."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from accounting import create_accountant
+from accounting.cli import main
+
+COMMON = ["--epsilon", "2", "--delta", "1e-5", "--noise-multiplier", "1.1", "--accountant", "rdp"]
+
+
+def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert main([*arguments, *COMMON]) == 0
+    return capsys.readouterr().out
+
+
+def epsilon(rate: float, steps: int) -> float:
+    accountant = create_accountant("rdp")
+    accountant.step(noise_multiplier=1.1, sample_rate=rate, steps=steps)
+    return float(accountant.get_epsilon(1e-5))
+
+
+def test_the_epochs_of_an_epsilon_are_the_most_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = answer(capsys, "epochs", "--batch-size", "250", "--dataset-size", "50000")
+    steps = int(re.search(r"steps = (\d+)", printed)[1])  # type: ignore[index]
+    assert float(re.search(r"epochs = ([\d.]+)", printed)[1]) == pytest.approx(steps * 250 / 50_000)  # type: ignore[index]
+    assert epsilon(0.005, steps) <= 2.0 < epsilon(0.005, steps + 1)
+
+
+def test_the_batch_of_an_epsilon_is_the_largest_that_fits_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = answer(capsys, "batch", "--steps", "500", "--dataset-size", "50000")
+    batch = int(re.search(r"batch size = (\d+)", printed)[1])  # type: ignore[index]
+    assert epsilon(batch / 50_000, 500) <= 2.0 < epsilon((batch + 1) / 50_000, 500)
+
+
+def test_the_batch_of_an_epsilon_is_the_largest_that_fits_so_many_epochs(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = answer(capsys, "batch", "--epochs", "5", "--dataset-size", "50000")
+    batch, steps = map(int, re.search(r"batch size = (\d+) \(.*, (\d+) steps", printed).groups())  # type: ignore[union-attr]
+    assert steps == -(-5 * 50_000 // batch)
+    assert epsilon(batch / 50_000, steps) <= 2.0
+    # A step less may make up for a row more: two rows do not hide in it.
+    assert epsilon((batch + 20) / 50_000, -(-5 * 50_000 // (batch + 20))) > 2.0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["epochs", "--batch-size", "20", "--dataset-size", "10"],
+        ["epochs", "--batch-size", "0", "--dataset-size", "10"],
+        ["batch", "--dataset-size", "100"],
+        ["batch", "--dataset-size", "100", "--steps", "3", "--epochs", "1"],
+        ["batch", "--dataset-size", "0", "--steps", "3"],
+        ["batch", "--dataset-size", "100", "--epochs", "-1"],
+        ["batch", "--dataset-size", "10", "--steps", "1000000"],
+    ],
+    ids=["batch above data", "no batch", "no length", "two lengths", "no data", "negative epochs", "no batch fits"],
+)
+def test_questions_without_an_answer_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*arguments, *COMMON]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
