@@ -22,7 +22,7 @@ from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise
 from clipless_dp.optim import accumulation, checks
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
-from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
+from clipless_dp.optim.charging import Sampling, Terms, Unit, charge, leave_out, refuse_to_step_after
 from clipless_dp.optim.parameters import Protected, to_release
 from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.packing import Structure
@@ -64,6 +64,9 @@ class CliplessDPOptimizer(Optimizer):
             cryptographic one, and sums without gaps (:class:`clipless_dp.SecureNoise`); or a source of your own.
         budget: ``(ε, δ)`` that the ledger is never to exceed: the step that would is refused with
             :class:`BudgetExhaustedError` before anything of it is released. ``None``: no limit.
+        unit: what the guarantee is about: ``"row"``, or ``"person"``: all rows of a person together. Then steps are
+            taken on draws of people (``groups=`` of a sampler) that come in by :meth:`accumulate`, and
+            ``sample_rate`` and ``dataset_size`` are about people (docs/groups.md).
 
     Attributes:
         placement: where the model was when the optimizer was made, in how many processes and which part in each.
@@ -75,7 +78,8 @@ class CliplessDPOptimizer(Optimizer):
 
     Guarantee:
         Under add-or-remove-one adjacency each step is a Gaussian mechanism of noise multiplier
-        ``(Σ (Δ_θ/σ_θ)²)^(-½)``, evaluated from this step's bounds and deviations, on a subsample of rate ``q``.
+        ``(Σ (Δ_θ/σ_θ)²)^(-½)``, evaluated from this step's bounds and deviations, on a subsample of rate ``q``. One is
+        a row; with ``unit="person"`` a person with all of their rows.
     """
 
     _step_supports_amp_scaling = True
@@ -93,6 +97,7 @@ class CliplessDPOptimizer(Optimizer):
         sampling: Sampling = "announced",
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
+        unit: Unit = "row",
     ) -> None:
         require_wrapped(model)
         placement.refuse_averages(model)
@@ -105,6 +110,7 @@ class CliplessDPOptimizer(Optimizer):
         self.noise_multiplier = noise_multiplier
         self.sample_rate = share("sample_rate", sample_rate, "(0, 1]")
         self.dataset_size = whole("dataset_size", dataset_size)
+        self.unit = checks.checked_unit(unit)
         self.expected_batch_size = self.sample_rate * self.dataset_size
         self.allocation = allocation
         self.sampling = sampling
@@ -114,6 +120,7 @@ class CliplessDPOptimizer(Optimizer):
             if isinstance(accountant, str)
             else require_accountant(accountant, or_name=True)
         )
+        checks.refuse_other_units(self.accountant.ledger, self.unit)
         self.budget = budget
         self.steps_taken = 0
         self._books = Books(model)
@@ -270,7 +277,8 @@ class CliplessDPOptimizer(Optimizer):
 
     def _terms(self) -> Terms:
         several = self.placement.world.size > 1
-        return Terms(self._sampling, self.sample_rate, self._made, several, self, self.model.register.names())
+        names = self.model.register.names()
+        return Terms(self._sampling, self.sample_rate, self._made, several, self, names, self.unit, self.dataset_size)
 
     @property
     def skipped_draws(self) -> int:
@@ -405,6 +413,7 @@ class CliplessDPOptimizer(Optimizer):
             ConfigurationError: the state is not one of this class, or of an unknown format.
         """
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
+        checks.refuse_other_units(saved.ledger, self.unit)
         self.accountant.ledger = saved.ledger.merge(self.accountant.ledger)
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
@@ -440,7 +449,7 @@ class CliplessDPOptimizer(Optimizer):
         self._budget.require(self.accountant, spent, charged.sample_rate)
         self._books.warn_of_missing_runs(ledger)
         self._books.note_randomness()
-        provenance = self._books.provenance(ledger, self.noise, charged.witness)
+        provenance = self._books.provenance(ledger, self.noise, charged.witness, self.unit)
         self.accountant.step(noise_multiplier=spent, sample_rate=charged.sample_rate, provenance=provenance)
         if charged.draw is not None:
             draws.use(charged.draw, self)
@@ -472,6 +481,7 @@ class CliplessDPOptimizer(Optimizer):
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": self.sample_rate,
             "dataset_size": self.dataset_size,
+            "unit": self.unit,
             "allocation": self.allocation,
             "sampling": self.sampling,
             "noise": source_name(type(self.noise)),
