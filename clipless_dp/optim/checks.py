@@ -42,8 +42,8 @@ def refuse_other_units(ledger: Ledger, unit: Unit) -> None:
     if others:
         other = "people" if "person" in others else "rows"
         raise ConfigurationError(
-            f"the accountant's ledger is about {other}, and unit={unit!r} is not: their ε do not add up. Release all of "
-            "it about people (groups= of statistics and fit), or, where each person has one row only, say so: "
+            f"the accountant's ledger is about {other}, and unit={unit!r} is not: their ε do not add up. Release all "
+            "of it about people (groups= of statistics and fit), or, where each person has one row only, say so: "
             f"accountant.ledger = accountant.ledger.about({'person' if unit == 'person' else ''!r})"
         )
 
