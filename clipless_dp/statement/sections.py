@@ -88,8 +88,8 @@ def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
 
 
 _AVERAGED = (
-    "people are drawn, not rows; those of a person that enter a step are averaged past all gates, so that together they "
-    "change the sum by no more than one row could"
+    "people are drawn, not rows; those of a person that enter a step are averaged past all gates, so that together "
+    "they change the sum by no more than one row could"
 )
 _PEOPLE = {False: "", True: " people"}
 

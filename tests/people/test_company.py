@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,16 +49,16 @@ class Route(NamedTuple):
 
     net: Callable[[], nn.Module]
     constraint: constraints.Constraint | None = None
-    accumulate: dict[str, Any] = {}
+    accumulate: Mapping[str, Any] = MappingProxyType({})
     compiled: bool = False
     shape: tuple[int, ...] = (6,)
 
 
-class Noise(RowAugmentation):
-    """A view that stays near its row."""
+class Turned(RowAugmentation):
+    """A view without chance, since others' views are to be the same when a person joins."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        return inputs * (1.0 + 1e-3 * torch.rand(len(inputs), 1, dtype=inputs.dtype))
+        return inputs.flip(1)
 
 
 def linear() -> nn.Module:
@@ -93,9 +94,9 @@ ROUTES = {
     "gradient gates on maps": Route(lambda: gradient_gated(maps(), limit=0.3), shape=(1, 3, 3)),
     "an isolated network": Route(lambda: gradient_gated(unknown(), limit=0.3)),
     "micro-batches": Route(normalising, accumulate={"micro_batch_size": 3}),
-    "views": Route(normalising, accumulate={"augment": Noise(), "multiplicity": 2}),
+    "views": Route(normalising, accumulate={"augment": Turned(), "multiplicity": 2}),
     "views in micro-batches": Route(
-        normalising, accumulate={"augment": Noise(), "multiplicity": 3, "micro_batch_size": 2}
+        normalising, accumulate={"augment": Turned(), "multiplicity": 3, "micro_batch_size": 2}
     ),
     "compiled": Route(normalising, compiled=True),
 }
