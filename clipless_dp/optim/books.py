@@ -16,7 +16,8 @@ from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.description import differences, settings_of
 from clipless_dp.noise import NoiseSource, source_name
-from clipless_dp.optim.charging import Unit, Witness
+from clipless_dp.optim.charging import Witness
+from clipless_dp.sampling.people import Unit
 
 Rates = tuple[float | None, ...]
 """Learning rate of each parameter group; ``None`` where the base optimizer has none."""

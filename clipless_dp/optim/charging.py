@@ -10,11 +10,9 @@ from accounting.errors import warn_caller
 from clipless_dp.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from clipless_dp.model import passes
 from clipless_dp.sampling import draws
+from clipless_dp.sampling.people import Unit
 
 Sampling = Literal["announced", "poisson", "none"]
-
-Unit = Literal["row", "person"]
-"""What a guarantee is about: one row of the data, or all rows of one person."""
 
 Witness = Literal["announced", "vouched", "seeded", "none"]
 """What the sample rate of a step rests on."""

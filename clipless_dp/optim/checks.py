@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
-from accounting import Ledger
 from clipless_dp.arguments import choice, shown
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.optim.charging import Sampling, Unit
+from clipless_dp.optim.charging import Sampling
+from clipless_dp.sampling.people import Unit
 
 _DIVERGING = frozenset({"lr", "momentum", "dampening", "weight_decay", "betas", "eps", "alpha"})
 """Settings of a group that must be finite; others, of whatever optimizer, may be infinite to switch something off."""
@@ -30,22 +30,6 @@ def checked_unit(value: Unit) -> Unit:
     """What a guarantee is about."""
     checked: Unit = choice("unit", value, "row", "person")
     return checked
-
-
-def refuse_other_units(ledger: Ledger, unit: Unit) -> None:
-    """Refuses a ledger about rows where people are the unit, and the other way round: their ε do not add up.
-
-    Raises:
-        ConfigurationError: it has lines about the other unit.
-    """
-    others = ledger.units - {"" if unit == "row" else unit}
-    if others:
-        other = "people" if "person" in others else "rows"
-        raise ConfigurationError(
-            f"the accountant's ledger is about {other}, and unit={unit!r} is not: their ε do not add up. Release all "
-            "of it about people (groups= of statistics and fit), or, where each person has one row only, say so: "
-            f"accountant.ledger = accountant.ledger.about({'person' if unit == 'person' else ''!r})"
-        )
 
 
 def refuse_groups(groups: Sequence[Mapping[str, Any]]) -> None:

@@ -22,12 +22,13 @@ from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise
 from clipless_dp.optim import accumulation, checks
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
-from clipless_dp.optim.charging import Sampling, Terms, Unit, charge, leave_out, refuse_to_step_after
+from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
 from clipless_dp.optim.parameters import Protected, to_release
 from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
+from clipless_dp.sampling.people import Unit, refuse_other_units
 
 
 class CliplessDPOptimizer(Optimizer):
@@ -120,7 +121,7 @@ class CliplessDPOptimizer(Optimizer):
             if isinstance(accountant, str)
             else require_accountant(accountant, or_name=True)
         )
-        checks.refuse_other_units(self.accountant.ledger, self.unit)
+        refuse_other_units(self.accountant.ledger, self.unit)
         self.budget = budget
         self.steps_taken = 0
         self._books = Books(model)
@@ -413,7 +414,7 @@ class CliplessDPOptimizer(Optimizer):
             ConfigurationError: the state is not one of this class, or of an unknown format.
         """
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
-        checks.refuse_other_units(saved.ledger, self.unit)
+        refuse_other_units(saved.ledger, self.unit)
         self.accountant.ledger = saved.ledger.merge(self.accountant.ledger)
         self.steps_taken = saved.steps_taken
         self._books.take(saved)

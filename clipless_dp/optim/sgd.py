@@ -12,8 +12,9 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource
-from clipless_dp.optim.charging import Sampling, Unit
+from clipless_dp.optim.charging import Sampling
 from clipless_dp.optim.optimizer import CliplessDPOptimizer
+from clipless_dp.sampling.people import Unit
 
 
 class CliplessDPSGD(CliplessDPOptimizer):

@@ -16,10 +16,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from accounting import Ledger
 from accounting.errors import warn_caller
 from clipless_dp.arguments import whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+
+Unit = Literal["row", "person"]
+"""What a guarantee is about: one row of the data, or all rows of one person."""
 
 Indices = npt.NDArray[np.int64]
 GroupWeights = Literal["mean", "cap"]
@@ -120,10 +124,6 @@ class People:
                 "there are fewer, and so does batch_size count people"
             )
 
-    def codes(self, device: torch.device | str = "cpu") -> Tensor:
-        """``(rows,)``, int64: the number of each row's person, below :attr:`count`."""
-        return torch.from_numpy(self._codes).to(device)
-
     def rows_of(self, rank: int, ranks: int) -> Indices:
         """The rows, ascending, of the people that one of several ranks draws from: those of number ``rank, rank + W,
         …``; so nobody is on two ranks."""
@@ -172,12 +172,9 @@ class People:
         grid = _grid(self.rows_per_group)
         return grid[np.searchsorted(grid, most, side="right") - 1]
 
-    def averaged(self, values: Tensor) -> Tensor:
-        """The mean of each person's rows: ``(rows, ...)`` to ``(count, ...)``, in the dtype of the values."""
-        codes = self.codes(values.device)
-        sums = values.new_zeros(self.count, *values.shape[1:]).index_add_(0, codes, values)
-        sizes = torch.from_numpy(self._sizes).to(values.device, values.dtype)
-        return sums / sizes.reshape(-1, *[1] * (values.dim() - 1))
+    def shares(self, device: torch.device | str = "cpu") -> Tensor:
+        """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
+        return torch.from_numpy(1.0 / self._sizes[self._codes]).to(device)
 
 
 def _grid(cap: int) -> Indices:
@@ -316,6 +313,22 @@ def bound_contributions(owners: Iterable[Any], rows_per_group: int, *, seed: int
             for one in numbered[row]:
                 held[one] = held.get(one, 0) + 1
     return np.sort(np.array(kept, dtype=np.int64))
+
+
+def refuse_other_units(ledger: Ledger, unit: Unit) -> None:
+    """Refuses a ledger about rows where people are the unit, and the other way round: their ε do not add up.
+
+    Raises:
+        ConfigurationError: it has lines about the other unit.
+    """
+    others = ledger.units - {"" if unit == "row" else unit}
+    if others:
+        other = "people" if "person" in others else "rows"
+        raise ConfigurationError(
+            f"the accountant's ledger is about {other}, and unit={unit!r} is not: their ε do not add up. Release all "
+            "of it about people (groups= of statistics and fit), or, where each person has one row only, say so: "
+            f"accountant.ledger = accountant.ledger.about({'person' if unit == 'person' else ''!r})"
+        )
 
 
 def column_of(dataset: Any, groups: Any) -> tuple[Any, Any]:
