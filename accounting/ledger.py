@@ -285,7 +285,7 @@ class Ledger:
         return merged
 
     @property
-    def units(self) -> set[str]:
+    def units(self) -> set[Unit]:
         """What the lines are about: `"person"`, or, empty, a record; of a ledger without lines nothing."""
         return {line.provenance.unit for line in self.lines}
 

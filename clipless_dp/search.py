@@ -137,8 +137,8 @@ def private_search(
 
     Guarantee:
         Model, candidate and score are together (``epsilon``, ``delta``)-differentially private under adding or removing
-        one sample of ``dataset``, or with ``groups`` one person, which ``validation`` is no part of. Nothing else may be
-        released: not K, which the search's duration tells, not what a run prints, and no checkpoint.
+        one sample of ``dataset``, or with ``groups`` one person, which ``validation`` is no part of. Nothing else may
+        be released: not K, which the search's duration tells, not what a run prints, and no checkpoint.
 
     Source:
         Papernot and Steinke 2022, *Hyperparameter tuning with Rényi differential privacy*, Theorems 2 and 6.

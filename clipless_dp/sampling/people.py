@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -172,6 +172,10 @@ class People:
         grid = _grid(self.rows_per_group)
         return grid[np.searchsorted(grid, most, side="right") - 1]
 
+    def with_strangers(self, count: int) -> Indices:
+        """An id for each row, and behind them those of so many further people of one row each."""
+        return np.concatenate([self._codes, self.count + np.arange(count)])
+
     def shares(self, device: torch.device | str = "cpu") -> Tensor:
         """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
         return torch.from_numpy(1.0 / self._sizes[self._codes]).to(device)
@@ -196,7 +200,7 @@ def checked_weights(weights: object) -> GroupWeights:
     """
     if weights not in ("mean", "cap"):
         raise ConfigurationError(f"group_weights must be 'mean' or 'cap', got {weights!r}")
-    return cast(GroupWeights, weights)
+    return weights
 
 
 def _codes(groups: Any, rows: int) -> Indices:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, source_name
 from clipless_dp.sampling.people import People, Unit, refuse_other_units
 from clipless_dp.sampling.samples import public_size
+
+Exact = TypeVar("Exact")
+"""What is computed of the data before noise is added."""
 
 CHUNK = 1 << 24
 """Entries that are converted to float64 at once."""
@@ -100,8 +103,8 @@ def chunks(values: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, ...]
 
 
 def released(
-    exact: Callable[[], Tensor],
-    draw: Callable[[Tensor, NoiseSource], Tensor],
+    exact: Callable[[], Exact],
+    draw: Callable[[Exact, NoiseSource], Tensor],
     noise_multiplier: float,
     accountant: Accountant,
     noise: NoiseSource | str | None,
