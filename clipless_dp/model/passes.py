@@ -46,7 +46,7 @@ class Pass:
         trains: of each parameter, whether it took gradients when the pass began.
         parts: the passes that it stands for, if it is not one by itself.
         lost: whether its draw was left out for good, together with its gradients.
-        divided: which of its rows had their gradients divided by what; by one those that are not among them.
+        divided: which of its rows came in by :meth:`Register.apart`, and what their gradients were divided by.
     """
 
     trains: tuple[bool, ...] = ()

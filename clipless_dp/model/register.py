@@ -501,7 +501,7 @@ class Register:
             self.passes.append(one := Pass(known, None, rows, beside=beside, public=public))
             one.parts = [part for whole in made for part in whole.parts or [whole]]
             one.divided = [some for whole in made for some in whole.divided]
-            if divisor > 1 and rows is not None:
+            if rows is not None and not one.divided:
                 one.divided = [(rows, divisor)]
             self._strike(computed())
             self._note_computed(one)

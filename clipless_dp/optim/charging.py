@@ -123,7 +123,8 @@ def _refuse_other_unit(passed: Sequence[passes.Pass], draw: draws.Draw | None, t
             weighed = any(
                 rows.start <= start and stop <= rows.stop and applied >= divisor for rows, applied in some.divided
             )
-            if divisor > 1 and start < stop and not weighed:
+            # Where all of a draw's people have one row each, a refusal that they alone escape would tell.
+            if draw.people.rows_per_group > 1 and start < stop and not weighed:
                 raise PrivacyError(
                     "rows of people entered this step at full weight, so that a person counts as often as they have "
                     "rows: pass a draw of people by optimizer.accumulate(batch), which averages each person's rows "

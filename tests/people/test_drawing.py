@@ -282,3 +282,26 @@ def test_a_row_counts_against_all_who_share_it() -> None:
             assert any(held[one] == 2 for one in owners[row])
     with pytest.raises(InputError, match="no id"):
         bound_contributions([["a"], []], 2)
+
+
+def test_whether_a_pass_by_hand_is_refused_does_not_depend_on_who_was_drawn() -> None:
+    alone = list(range(ROWS))
+    with pytest.raises(PrivacyError, match="accumulate"):
+        passed_by_hand(optimizer(dataset_size=ROWS), a_draw(groups=alone))
+    passed_by_hand(optimizer(dataset_size=ROWS), a_draw(groups=alone, rows_per_group=1))
+
+
+def test_an_error_in_a_later_class_leaves_nothing_of_an_earlier_one() -> None:
+    own, batch, calls = optimizer(), a_draw(sample_rate=1.0), []
+    own.sample_rate = 1.0
+
+    def failing(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        calls.append(len(inputs))
+        if len(calls) == 3:
+            raise ValueError("no more")
+        return own.model.loss(own.model(inputs), targets, mask)
+
+    own.zero_grad()
+    with pytest.raises(ValueError, match="no more"):
+        own.accumulate(batch, loss=failing)  # type: ignore[arg-type]
+    assert all(parameter.grad is None for parameter in own.model.parameters())
