@@ -292,7 +292,9 @@ def _marked(batch: Any, fetch: Fetch, whole: bool) -> Any:
     """A batch of a worker whose tensors know what it is."""
     tensors = [leaf for leaf in tree_leaves(batch) if type(leaf) is Tensor and is_batch(leaf)]
     key = _key(fetch.indices, fetch.classes)
-    made = _Made(tensors, getattr(fetch.indices, "number", None), key, whole and not (fetch.whole and fetch.classes))
+    made = _Made(
+        tensors, getattr(fetch.indices, "number", None), key, whole and not (fetch.whole and len(fetch.classes) > 1)
+    )
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
 
     def marked(leaf: Any) -> Any:

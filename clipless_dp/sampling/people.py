@@ -8,7 +8,7 @@ moves the sum of all by no more than adding or removing one row does, and people
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -228,11 +228,9 @@ def _as_ids(groups: Any) -> npt.NDArray[Any]:
         ids[:] = list(groups)
     kind = ids.dtype.kind
     if kind == "f":
-        remedy = (
-            "missing ids make a column of integers one of floats: give every row an id"
-            if _has_nan(ids)
-            else ("equal people may differ by rounding: give integers or strings")
-        )
+        remedy = "one person's may differ by rounding: give integers or strings"
+        if bool(np.isnan(ids).any()):
+            remedy = "missing ids make a column of integers one of floats: give every row an id"
         raise InputError(f"the ids in groups are floating-point numbers ({ids.dtype}): {remedy}")
     if kind in "iuU":
         return ids
@@ -241,24 +239,21 @@ def _as_ids(groups: Any) -> npt.NDArray[Any]:
     raise InputError(f"the ids in groups are {ids.dtype}: give integers or strings")
 
 
-def _has_nan(ids: npt.NDArray[Any]) -> bool:
-    return bool(np.isnan(ids).any())
-
-
 def _of_objects(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Ids of Python's own types, once they are known to be of one."""
     listed = ids.tolist()
     missing = [place for place, one in enumerate(listed) if _is_missing(one)]
     if missing:
         raise _missing(missing)
-    kinds = {str if isinstance(one, (str, bytes)) else type(one) for one in listed}
+    kinds = {next((kind for kind in (str, bytes) if isinstance(one, kind)), type(one)) for one in listed}
     if any(issubclass(kind, (list, tuple, set, frozenset, np.ndarray)) for kind in kinds):
         raise InputError(f"groups names several people for one row: {_SHARED}")
     whole_numbers = all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds)
-    if not (whole_numbers or kinds <= {str}):
+    if not (whole_numbers or kinds in ({str}, {bytes})):
         named = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError(f"the ids in groups are of type {named}: give integers, or strings, all of one type")
-    return np.array(listed)
+    # Of numbers beyond 64 bits numpy would make floats, in which two people may be one.
+    return np.array(listed, dtype=object if whole_numbers and max(map(abs, listed)) >= 1 << 63 else None)
 
 
 def _is_missing(one: Any) -> bool:
@@ -350,12 +345,12 @@ def column_of(dataset: Any, groups: Any) -> tuple[Any, Any]:
     if (
         isinstance(dataset, (tuple, list))
         and len(dataset) == 2
-        and isinstance(dataset[0], dict)
+        and isinstance(dataset[0], Mapping)
         and groups in dataset[0]
     ):
         rest, ids = column_of(dataset[0], groups)
         return (rest, dataset[1]), ids
-    if isinstance(dataset, dict) and groups in dataset:
+    if isinstance(dataset, Mapping) and groups in dataset:
         return {name: values for name, values in dataset.items() if name != groups}, dataset[groups]
     if groups in getattr(dataset, "column_names", ()):
         return dataset.remove_columns(groups), list(dataset[groups])

@@ -74,6 +74,10 @@ def test_integers_and_strings_are_ids(groups: Any) -> None:
     assert whose.shares().tolist() == [0.5, 1.0, 0.5]
 
 
+def test_ids_beyond_64_bits_are_told_apart() -> None:
+    assert People([1 << 80, (1 << 80) + 1, -1, 1 << 63], 4).count == 4
+
+
 def test_people_are_drawn_with_the_rate_and_not_rows() -> None:
     sampler = PoissonBatchSampler(PEOPLE, sample_rate=0.3, steps=4000, groups=IDS, rows_per_group=12)
     seen: Counter[int] = Counter()
