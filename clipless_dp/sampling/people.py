@@ -85,6 +85,8 @@ class People:
     ) -> None:
         self.rows_per_group, self.weights = checked_cap(rows_per_group), checked_weights(weights)
         self.rows = rows
+        if not rows:
+            raise InputError("groups= names whose each row is, and there are no rows")
         self._codes = _codes(groups, rows)
         self._sizes = np.bincount(self._codes).astype(np.int64)
         self.count = len(self._sizes)
