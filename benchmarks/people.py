@@ -3,8 +3,8 @@
     python benchmarks/people.py --data-dir DIR --seeds 0 1 2
     python benchmarks/people.py --cost
 
-Scattering features, projected on 1024 public directions, and one dense layer behind a gradient gate. Who has which image
-is drawn once, by a public seed. The roads:
+Scattering features, projected on 1024 public directions, and one dense layer behind a gradient gate. Who has which
+image is drawn once, by a public seed. The roads:
 
 people       10 rows of each person who is drawn, averaged past the gates (``groups=``);
 as samples   a person is one sample of ten images, and the gradient of their mean loss is gated: what clipping by person
@@ -37,8 +37,11 @@ from clipless_dp.training import FitResult, evaluate
 EPSILON, DELTA = 3.0, 1e-5
 ROWS_EACH = 10
 WIDTH = 1024
-SETTINGS: dict[str, Any] = {"epochs": 20, "batch_size": 512, "lr": 0.8, "progress": False, "audit": False}
-ROADS = ("people", "as samples", "one row", "rows")
+SETTINGS: dict[str, Any] = {"epochs": 20, "batch_size": 512, "progress": False, "audit": False}
+SETTINGS_OF = {"people": (0.8, 0.05), "as samples": (0.8, 0.05), "one row": (0.8, 0.05), "rows": (0.8, 0.05)}
+"""Learning rate, and floor of the gate as a share of its cap: chosen with ``--validate``, never on test images."""
+
+ROADS = tuple(SETTINGS_OF)
 
 
 def linear(features: int) -> nn.Module:
@@ -48,12 +51,12 @@ def linear(features: int) -> nn.Module:
     return net
 
 
-def wrapped(features: int, *, each: int | None = None) -> DPLipModel:
+def wrapped(features: int, floor: float, *, each: int | None = None) -> DPLipModel:
     """The layer behind a gate that normalises; of a sample of so many images, or of one."""
     shape = (features,) if each is None else (each, features)
     loss = losses.TauCrossEntropy(10.0) if each is None else losses.TokenCrossEntropy(tau=10.0)
     norm = 1.01 * math.sqrt(each or 1)
-    return DPLipModel(gradient_gated(linear(features), floor=0.05), input_shape=shape, input_norm=norm, loss=loss)
+    return DPLipModel(gradient_gated(linear(features), floor=floor), input_shape=shape, input_norm=norm, loss=loss)
 
 
 def of_rows(epsilon: float, delta: float, size: int) -> tuple[float, float]:
@@ -63,26 +66,26 @@ def of_rows(epsilon: float, delta: float, size: int) -> tuple[float, float]:
 
 
 def trained(
-    road: str, train: tuple[Tensor, Tensor], ids: np.ndarray[Any, Any], seed: int
+    road: str, train: tuple[Tensor, Tensor], ids: np.ndarray[Any, Any], seed: int, lr: float, floor: float
 ) -> tuple[nn.Module, FitResult]:
     torch.manual_seed(seed)
     inputs, targets = train
     width = inputs.shape[1]
-    terms = {"epsilon": EPSILON, "delta": DELTA, "reproducible_seed": seed, **SETTINGS}
+    terms = {"epsilon": EPSILON, "delta": DELTA, "reproducible_seed": seed, "lr": lr, **SETTINGS}
     if road == "people":
-        model = wrapped(width)
+        model = wrapped(width, floor)
         return model, fit(model, train, groups=ids, rows_per_group=ROWS_EACH, **terms)
     if road == "rows":
-        model = wrapped(width)
+        model = wrapped(width, floor)
         epsilon, delta = of_rows(EPSILON, DELTA, ROWS_EACH)
         return model, fit(model, train, **{**terms, "epsilon": epsilon, "delta": delta})
     order = torch.from_numpy(np.argsort(ids, kind="stable").reshape(-1, ROWS_EACH))
     if road == "one row":
-        model = wrapped(width)
+        model = wrapped(width, floor)
         return model, fit(model, (inputs[order[:, 0]], targets[order[:, 0]]), **terms)
-    several = wrapped(width, each=ROWS_EACH)
+    several = wrapped(width, floor, each=ROWS_EACH)
     result = fit(several, (inputs[order], targets[order]), **terms)
-    model = wrapped(width)
+    model = wrapped(width, floor)
     model.net.load_state_dict(several.net.state_dict())
     return model, result
 
@@ -101,12 +104,17 @@ def accuracies(options: argparse.Namespace) -> None:
         projected(preset.features(part, cache_dir=options.cache_dir)) for part in (data.inputs, data.test_inputs)
     )
     ids = np.random.default_rng(20240507).permutation(np.arange(len(features)) // ROWS_EACH)
+    train, test = (features, data.targets), (held_out, data.test_targets)
+    if options.validate:
+        inside = torch.from_numpy(ids < len(ids) // ROWS_EACH * 5 // 6)
+        test, train = tuple(part[~inside] for part in train), tuple(part[inside] for part in train)
+        ids = ids[inside.numpy()]
     found: dict[str, list[float]] = {}
     for seed in options.seeds:
         for road in options.roads:
             start = time.perf_counter()
-            model, result = trained(road, (features, data.targets), ids, seed)
-            accuracy, _ = evaluate(model, (held_out, data.test_targets))
+            model, result = trained(road, train, ids, seed, *(options.settings or SETTINGS_OF[road]))
+            accuracy, _ = evaluate(model, test)
             assert accuracy is not None
             found.setdefault(road, []).append(accuracy)
             print(
@@ -172,6 +180,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--roads", nargs="+", choices=ROADS, default=ROADS)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--settings", nargs=2, type=float, metavar=("LR", "FLOOR"), help="in place of the chosen ones")
+    parser.add_argument("--validate", action="store_true", help="hold out a sixth of the people")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--repeats", type=int, default=30)
     options = parser.parse_args()

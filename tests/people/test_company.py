@@ -155,7 +155,9 @@ def ratio(route: Route, *, hostile: float, **options: Any) -> float:
     return float((whole - part).norm()) / bound
 
 
-@pytest.mark.parametrize("name", ROUTES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "compiled" else name for name in ROUTES]
+)
 def test_a_whole_person_moves_the_sum_by_at_most_the_bound_of_one_row_and_attains_it(name: str) -> None:
     moved = ratio(ROUTES[name], hostile=10.0)
     assert moved <= 1.0 + TOLERANCE

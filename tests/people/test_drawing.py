@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import Counter
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -72,6 +76,31 @@ def test_integers_and_strings_are_ids(groups: Any) -> None:
         whose = People(groups, 3)
     assert whose.count == 2
     assert whose.shares().tolist() == [0.5, 1.0, 0.5]
+
+
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=12),
+    cap=st.integers(1, 40),
+    weights=st.sampled_from(["mean", "cap"]),
+    seed=st.integers(0, 1000),
+)
+def test_all_rows_of_a_person_together_weigh_at_most_one(sizes: list[int], cap: int, weights: Any, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    ids = generator.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        whose = People(ids, len(ids), rows_per_group=cap, weights=weights)
+    people = np.flatnonzero(generator.random(len(sizes)) < 0.5)
+    rows, classes = whose.choose(people, generator)
+    weighed = dict.fromkeys(people.tolist(), Fraction(0))
+    start = 0
+    for stop, divisor in classes:
+        for one in ids[rows[start:stop]].tolist():
+            weighed[one] += Fraction(1, divisor)
+        start = stop
+    assert start == len(rows) == len(set(rows.tolist()))
+    expected = (Fraction(min(sizes[one], cap), cap) if weights == "cap" else Fraction(1) for one in people.tolist())
+    assert list(weighed.values()) == list(expected)
 
 
 def test_ids_beyond_64_bits_are_told_apart() -> None:

@@ -41,6 +41,7 @@ def trained(other_ids: bool = False) -> tuple[torch.Tensor, list[set[int]], floa
     return weights(model), drawn, optimizer.get_epsilon(1e-3)
 
 
+@pytest.mark.slow
 def test_ranks_train_on_people_of_their_own_as_one_process_does(ranks: Ranks) -> None:
     first, second = ranks.run(trained)
     alone = trained()
@@ -53,6 +54,7 @@ def test_ranks_train_on_people_of_their_own_as_one_process_does(ranks: Ranks) ->
     assert first[2] == alone[2]
 
 
+@pytest.mark.slow
 def test_ranks_with_other_ids_are_refused(ranks: Ranks) -> None:
     answers = ranks.run(trained, True)
     assert all(isinstance(answer, Failure) and answer.kind == "RankError" for answer in answers)
