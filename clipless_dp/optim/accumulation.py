@@ -100,9 +100,11 @@ def _spans(rows: draws.Rows, count: int, *, whole: bool) -> list[tuple[int, int,
             "gradients of a model of which each rank holds a part are summed over ranks as they arise, so that a "
             "person's rows can only be weighed by one number for all: give the sampler group_weights='cap'"
         )
+    # Draws of people vary more in size, and no shape is static where each class is a pass: padding is left out.
+    samples = min(count, draw.rows - rows.start)
     return [
         (start - rows.start, stop - rows.start, divisor)
-        for start, stop, divisor in draw.divisors(rows.start, rows.start + count)
+        for start, stop, divisor in draw.divisors(rows.start, rows.start + (samples if samples > 0 else count))
     ]
 
 
