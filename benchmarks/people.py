@@ -38,7 +38,7 @@ EPSILON, DELTA = 3.0, 1e-5
 ROWS_EACH = 10
 WIDTH = 1024
 SETTINGS: dict[str, Any] = {"epochs": 20, "batch_size": 512, "progress": False, "audit": False}
-SETTINGS_OF = {"people": (0.8, 0.05), "as samples": (0.8, 0.05), "one row": (0.8, 0.05), "rows": (0.8, 0.05)}
+SETTINGS_OF = {"people": (0.8, 0.02), "as samples": (0.8, 0.05), "one row": (0.8, 0.05), "rows": (0.8, 0.05)}
 """Learning rate, and floor of the gate as a share of its cap: chosen with ``--validate``, never on test images."""
 
 ROADS = tuple(SETTINGS_OF)
