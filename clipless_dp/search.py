@@ -36,7 +36,6 @@ from clipless_dp.sampling.people import (
     ROWS_PER_GROUP,
     GroupWeights,
     People,
-    Unit,
     column_of,
     people_of,
     refuse_other_units,
@@ -148,16 +147,7 @@ def private_search(
     inputs, targets = Samples.to_train_on(dataset).all()
     people = people_of(groups, len(inputs), rows_per_group, group_weights)
     size = public_size(dataset_size, len(inputs) if people is None else people.count)
-    unit: Unit = "row"
-    if people is not None:
-        unit = "person"
-        people.require_size(size)
-        if validation is None:
-            raise ConfigurationError(
-                "score_noise_multiplier counts rows, of which a person may have many: with groups= compare runs on "
-                "validation data, which is public"
-            )
-    refuse_other_units(accountant.ledger, unit)
+    _check_people(people, size, validation, accountant)
     if not candidates:
         raise ConfigurationError("there are no candidates to draw from")
     multipliers, trials = [], []
@@ -185,6 +175,19 @@ def private_search(
     # The ledger of the search holds what the model's own run released, as one event.
     lineage.of(model).restart({run: 1})
     return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+
+
+def _check_people(people: People | None, size: int, validation: Data | None, accountant: Accountant) -> None:
+    """Refuses a search that is not about people as a whole, or not about rows."""
+    refuse_other_units(accountant.ledger, "row" if people is None else "person")
+    if people is None:
+        return
+    people.require_size(size)
+    if validation is None:
+        raise ConfigurationError(
+            "score_noise_multiplier counts rows, of which a person may have many: with groups= compare runs on "
+            "validation data, which is public"
+        )
 
 
 def _check_search(
