@@ -105,9 +105,13 @@ def calibrate_ledger(
         create_accountant(accountant, relation=ledger.relation) if spent is None else spent, target, delta, group_size
     )
 
+    units = sorted(before.ledger.units)
+
     def epsilon(factor: float) -> float:
         probe = _after(before)
-        probe.ledger = probe.ledger.merge(ledger.scaled(factor))
+        planned = ledger.scaled(factor)
+        # A plan is about what the ledger that it is to be added to is about.
+        probe.ledger = probe.ledger.merge(planned.about(units[0]) if len(units) == 1 else planned)
         return float(probe.get_epsilon(delta, group_size=group_size))
 
     factor = _smallest_sufficient(epsilon, target)

@@ -28,7 +28,7 @@ from .events import (
     from_dict,
     to_dict,
 )
-from .provenance import Provenance
+from .provenance import Provenance, Unit
 
 __all__ = ["FORMAT", "VERSION", "Ledger", "Line"]
 
@@ -254,13 +254,18 @@ class Ledger:
         and a run of whose two records neither is the beginning of the other, is added, however alike it looks.
 
         Raises:
-            InvalidParameterError: When the two are about different neighbouring relations.
+            InvalidParameterError: When the two are about different neighbouring relations, or units.
 
         Guarantee:
             The result holds every event of either ledger, provided that runs with one identity are one run.
         """
         if other.relation != self.relation:
             raise InvalidParameterError(f"ledgers about {self.relation!r} and {other.relation!r} cannot be merged")
+        if self.units | other.units > {""}:
+            raise InvalidParameterError(
+                "one ledger is about rows and the other about people, whose ε do not add up: where each person has one "
+                "row only, say so by ledger.about('person')"
+            )
         merged = self.copy()
         known: dict[str, int] = {}
         conflicting = set()
@@ -278,6 +283,22 @@ class Ledger:
             provenance = replace(line.provenance, run="") if line.key in conflicting else line.provenance
             merged.append(line.event, line.count - held, provenance)
         return merged
+
+    @property
+    def units(self) -> set[Unit]:
+        """What the lines are about: `"person"`, or, empty, a record; of a ledger without lines nothing."""
+        return {line.provenance.unit for line in self.lines}
+
+    def about(self, unit: Unit) -> Ledger:
+        """Returns the ledger as one about people, or rows: right only where each person has no more than one row.
+
+        Raises:
+            InvalidParameterError: When there is no such unit.
+        """
+        told = Ledger(self.relation)
+        for line in self.lines:
+            told.append(line.event, line.count, replace(line.provenance, unit=unit))
+        return told
 
     def _of(self, run: str) -> list[Line]:
         """What a run released, equal neighbours together; of a release its identity tells enough."""
@@ -405,7 +426,7 @@ class Ledger:
 
     def table(self) -> str:
         """Returns the ledger as aligned text: what was released, and where that is known, whose it is."""
-        rows = [("count", "event", "noise multiplier", "sampling", "drawn", "source of the noise", "run")]
+        rows = [("count", "event", "noise multiplier", "sampling", "unit", "drawn", "source of the noise", "run")]
         for line in self.lines:
             event, provenance = line.event, line.provenance
             sampling = getattr(event, "sampling", None)
@@ -416,6 +437,7 @@ class Ledger:
                     event.kind,
                     "" if noise is None else f"{noise:.6g}",
                     "" if sampling is None else _describe(sampling),
+                    provenance.unit,
                     provenance.sampling,
                     provenance.noise.rpartition(".")[2],
                     provenance.run[:8],

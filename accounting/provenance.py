@@ -9,10 +9,12 @@ from typing import Any, Literal
 
 from .errors import InvalidParameterError, LedgerFormatError
 
-__all__ = ["Provenance", "new_run"]
+__all__ = ["Provenance", "Unit", "new_run"]
 
 Drawn = Literal["", "announced", "vouched", "seeded", "none"]
 DRAWN = ("", "announced", "vouched", "seeded", "none")
+Unit = Literal["", "person"]
+UNITS = ("", "person")
 
 
 @dataclass(frozen=True)
@@ -27,18 +29,23 @@ class Provenance:
             the user, `"seeded"`: from a seed, which must stay secret, `"none"`: nothing is claimed. Empty: not known.
         noise: Name of the noise's source. Empty: not known.
         seeded_masks: Whether other randomness that a record meets, masks of dropout and random views, came from a seed.
+        unit: What the neighbouring relation adds, removes or replaces: `"person"`, all records of one person; empty: a
+            record. Ledgers of different units do not compose (`Ledger.merge`).
     """
 
     run: str = ""
     sampling: Drawn = ""
     noise: str = ""
     seeded_masks: bool = False
+    unit: Unit = ""
 
     def __post_init__(self) -> None:
         if not (isinstance(self.run, str) and isinstance(self.noise, str) and isinstance(self.seeded_masks, bool)):
             raise InvalidParameterError(f"a provenance has a run and a noise source by name, got {self!r}")
         if self.sampling not in DRAWN:
             raise InvalidParameterError(f"sampling must be one of {DRAWN}, got {self.sampling!r}")
+        if self.unit not in UNITS:
+            raise InvalidParameterError(f"unit must be one of {UNITS}, got {self.unit!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what is known, as plain values."""

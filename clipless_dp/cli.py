@@ -24,6 +24,7 @@ from clipless_dp.noise import Allocation
 from clipless_dp.precision import full_precision
 from clipless_dp.robustness import command
 from clipless_dp.sampling.augmentation import ShiftAndFlip
+from clipless_dp.sampling.people import GroupWeights
 from clipless_dp.statement import report, statement_files
 from clipless_dp.tables import fit_table
 from clipless_dp.training import (
@@ -142,7 +143,21 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
 def _add_data(train: argparse.ArgumentParser) -> None:
     _add_named_data(train, "--dataset")
     train.add_argument(
-        "--dataset-size", type=int, help="public number of training samples (default: their number, taken to be public)"
+        "--dataset-size",
+        type=int,
+        help="public number of training samples, with --groups of people (default: their number, taken to be public)",
+    )
+    train.add_argument(
+        "--groups", metavar="ARRAY", help="array of an NPZ file that says whose each row is: ε is about people then"
+    )
+    train.add_argument(
+        "--rows-per-group", type=int, default=Privacy.rows_per_group, help="rows of a person in a step, at most"
+    )
+    train.add_argument(
+        "--group-weights",
+        choices=get_args(GroupWeights),
+        default=Privacy.group_weights,
+        help="mean: of a person's rows that enter; cap: each weighs one over --rows-per-group",
     )
 
 
@@ -245,13 +260,13 @@ def _train(options: argparse.Namespace) -> int:
     classes = options.classes
     if classes is None and options.preset == TABLES and options.dataset not in NAMES:
         classes = 2
-    data = load_dataset(options.dataset, options.data_dir, classes=classes)
+    data = load_dataset(options.dataset, options.data_dir, classes=classes, groups=options.groups)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
     # The command line has an option for most arguments: some go by another name, or in other words.
     known = names(Privacy, Execution, Keeping)
     given = {name: value for name, value in vars(options).items() if name in known}
-    given |= {"audit": options.audit != "off" and options.audit, "progress": not options.quiet}
+    given |= {"groups": data.groups, "audit": options.audit != "off" and options.audit, "progress": not options.quiet}
     arguments: dict[str, Any] = {**given, **_tuned(options)}
     provenance: str | None = None
     if options.preset is None:
@@ -301,7 +316,8 @@ def _certify(options: argparse.Namespace) -> int:
 def _tell(options: argparse.Namespace, result: FitResult, reached: str, provenance: str | None) -> None:
     """Prints what was reached and spent, and writes the statement."""
     print(reached)
-    print(f"epsilon        {result.epsilon:.4f} (add-or-remove-one, {options.accountant} accountant)")
+    one = "add-or-remove-one" + (" person" if result.optimizer.unit == "person" else "")
+    print(f"epsilon        {result.epsilon:.4f} ({one}, {options.accountant} accountant)")
     print(f"delta          {result.delta:g}")
     print(
         f"mechanism      {result.steps} Poisson steps, q = {result.sample_rate:.6g}, σ = {result.noise_multiplier:.4f}"

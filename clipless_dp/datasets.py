@@ -6,7 +6,7 @@ import hashlib
 import io
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ class Split:
         test_inputs: held out.
         test_targets: held out.
         classes: number of classes.
+        groups: ``(N,)``, whose each row of ``inputs`` is, where an array of a file was named; else ``None``.
     """
 
     inputs: Tensor
@@ -46,6 +47,7 @@ class Split:
     test_inputs: Tensor
     test_targets: Tensor
     classes: int
+    groups: np.ndarray[Any, Any] | None = None
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
@@ -59,7 +61,11 @@ class Split:
 
 
 def load_dataset(
-    name: str | os.PathLike[str], data_dir: str | os.PathLike[str] | None = None, *, classes: int | None = None
+    name: str | os.PathLike[str],
+    data_dir: str | os.PathLike[str] | None = None,
+    *,
+    classes: int | None = None,
+    groups: str | None = None,
 ) -> Split:
     """Loads ``"digits"``, ``"mnist"``, ``"cifar10"``, or an NPZ file.
 
@@ -72,16 +78,20 @@ def load_dataset(
             data set from OpenML.
         classes: number of classes, 10 in the named data sets. Of a file it must be said: the largest target is that of
             one row, and would tell about it.
+        groups: of a file, the array that says whose each row of ``x_train``, or of ``X``, is: integers or strings. What
+            is held out of ``X`` are whole people then, each by a hash of their id.
 
     Raises:
-        ConfigurationError: the name is unknown, or a file or one of its arrays is missing, or ``classes`` is missing or
-            no number that all targets lie below.
+        ConfigurationError: the name is unknown, or groups are named of a named data set, or a file or one of its
+            arrays is missing, or ``classes`` is missing or no number that all targets lie below.
     """
     if not isinstance(name, (str, os.PathLike)):
         raise ConfigurationError(f"name must be one of {', '.join(NAMES)}, or the path of an NPZ file, got {name!r}")
     name = str(os.fspath(name))
     if name in NAMES and classes not in (None, _CLASSES):
         raise ConfigurationError(f"{name} has {_CLASSES} classes, got classes={classes!r}")
+    if groups is not None and name in NAMES:
+        raise ConfigurationError(f"{name} does not say whose its rows are: groups name an array of an NPZ file")
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -95,11 +105,11 @@ def load_dataset(
     if name == "cifar10":
         return _cifar10(data_dir)
     if name.endswith(".npz"):
-        return _file(name, classes)
+        return _file(name, classes, groups)
     raise ConfigurationError(f"unknown data set {name!r}: choose one of {', '.join(NAMES)}, or a path ending in .npz")
 
 
-def _file(name: str, classes: int | None) -> Split:
+def _file(name: str, classes: int | None, groups: str | None) -> Split:
     if classes is None:
         raise ConfigurationError(
             f"say how many classes {name} has (classes=…, --classes): read from the targets, it would tell about one "
@@ -107,12 +117,19 @@ def _file(name: str, classes: int | None) -> Split:
         )
     classes = whole("classes", classes)
     arrays = _read_npz(Path(name))
+    ids = None if groups is None else _required(arrays, groups, name)
     if "x_train" in arrays:
-        return _split(*_parts(arrays, name), classes)
+        return replace(_split(*_parts(arrays, name), classes), groups=ids)
     inputs, targets = _required(arrays, "X", name), _required(arrays, "y", name)
     _require_pairs(inputs, targets)
-    held_out = _held_out(inputs, targets)
-    return _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
+    if ids is None:
+        held_out = _held_out(inputs, targets)
+    elif ids.shape != targets.shape:
+        raise ConfigurationError(f"need as many ids {groups!r} as targets, got {ids.shape} and {targets.shape}")
+    else:
+        held_out = np.fromiter((_tossed(repr(one).encode()) for one in ids.tolist()), np.bool_, len(ids))
+    split = _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
+    return split if ids is None else replace(split, groups=ids[~held_out])
 
 
 def _parts(
@@ -186,10 +203,15 @@ def _held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> np
     labels = np.ascontiguousarray(targets.astype(np.int64))
 
     def drawn(row: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> bool:
-        digest = hashlib.blake2b(row.tobytes() + label.tobytes(), digest_size=8, key=_SPLIT_KEY).digest()
-        return int.from_bytes(digest, "little") < (1 << 64) // 5
+        return _tossed(row.tobytes() + label.tobytes())
 
     return np.fromiter(map(drawn, rows, labels), np.bool_, len(rows))
+
+
+def _tossed(content: bytes) -> bool:
+    """A coin that comes up for a fifth of all contents."""
+    digest = hashlib.blake2b(content, digest_size=8, key=_SPLIT_KEY).digest()
+    return int.from_bytes(digest, "little") < (1 << 64) // 5
 
 
 def _split(

@@ -34,6 +34,7 @@ from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScat
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.sampling import Samples, as_tensors
+from clipless_dp.sampling.people import ROWS_PER_GROUP, column_of, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, private_moments
 from clipless_dp.training import Data, FitResult, evaluate, fit
@@ -161,8 +162,13 @@ class Preset:
         if rate is not None:
             share("sample_rate", rate, "(0, 1]")
         require_known(asked)
+        dataset, groups = column_of(dataset, changes.get("groups"))
         inputs, targets = Samples.to_train_on(dataset).all()
-        size = public_size(changes.get("dataset_size"), len(inputs))
+        people = people_of(groups, len(inputs), asked.get("rows_per_group", ROWS_PER_GROUP))
+        size = public_size(changes.get("dataset_size"), len(inputs) if people is None else people.count)
+        if people is not None:
+            people.require_size(size)
+            changes["groups"] = groups
         features = self.features(inputs, cache_dir=cache_dir)
         change: Callable[[Tensor], Tensor] | None = None
         if self.statistics is not None:
@@ -171,7 +177,12 @@ class Preset:
                 accountant = create_accountant(accountant, dataset_size=size)
             changes["accountant"] = accountant
             releases = Releases(
-                accountant, size, changes.get("checkpoint"), changes.get("reproducible_seed"), changes.get("noise")
+                accountant,
+                size,
+                changes.get("checkpoint"),
+                changes.get("reproducible_seed"),
+                changes.get("noise"),
+                people,
             )
             change = self.statistics(features, releases)
 

@@ -32,6 +32,14 @@ from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, lineage, register
 from clipless_dp.noise import NoiseSource, noise_source, noisy, randomness, source_name
 from clipless_dp.sampling import Samples
+from clipless_dp.sampling.people import (
+    ROWS_PER_GROUP,
+    GroupWeights,
+    People,
+    column_of,
+    people_of,
+    refuse_other_units,
+)
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.training import Data, Execution, Learning, Plan, evaluate, fit
 from clipless_dp.training.groups import names
@@ -89,6 +97,9 @@ def private_search(
     accountant: Accountant | None = None,
     dataset_size: int | None = None,
     noise: NoiseSource | str | None = None,
+    groups: Any = None,
+    rows_per_group: int = ROWS_PER_GROUP,
+    group_weights: GroupWeights = "mean",
 ) -> SearchResult:
     """Trains a random number of randomly drawn candidates, and returns the best one, within one budget.
 
@@ -112,6 +123,8 @@ def private_search(
             released before; the search is recorded there.
         dataset_size: public number of samples.
         noise: ``"system"``, ``"secure"`` or a source of your own that is not reproducible.
+        groups, rows_per_group, group_weights: as for :func:`clipless_dp.fit`: the search is about people then, and
+            compares runs on ``validation``.
 
     Raises:
         ConfigurationError: an argument is out of range, or a candidate has settings that are not :data:`SETTINGS`, or
@@ -123,15 +136,18 @@ def private_search(
 
     Guarantee:
         Model, candidate and score are together (``epsilon``, ``delta``)-differentially private under adding or removing
-        one sample of ``dataset``, which ``validation`` is no part of. Nothing else may be released: not K, which the
-        search's duration tells, not what a run prints, and no checkpoint.
+        one sample of ``dataset``, or with ``groups`` one person, which ``validation`` is no part of. Nothing else may
+        be released: not K, which the search's duration tells, not what a run prints, and no checkpoint.
 
     Source:
         Papernot and Steinke 2022, *Hyperparameter tuning with Rényi differential privacy*, Theorems 2 and 6.
     """
     source, accountant = _check_search(validation, score_noise_multiplier, accountant, noise)
+    dataset, groups = column_of(dataset, groups)
     inputs, targets = Samples.to_train_on(dataset).all()
-    size = public_size(dataset_size, len(inputs))
+    people = people_of(groups, len(inputs), rows_per_group, group_weights)
+    size = public_size(dataset_size, len(inputs) if people is None else people.count)
+    _check_people(people, size, validation, accountant)
     if not candidates:
         raise ConfigurationError("there are no candidates to draw from")
     multipliers, trials = [], []
@@ -147,8 +163,11 @@ def private_search(
     assert isinstance(event, PrivateSelection)
     # Before the first run: what fails later has been paid for.
     run = new_run()
-    accountant.record(event, provenance=Provenance(run, sampling="announced", noise=source_name(type(source))))
-    search = _Search(candidates, (inputs, targets), size, validation, source, event, multipliers, factor)
+    known = Provenance(
+        run, sampling="announced", noise=source_name(type(source)), unit="" if people is None else "person"
+    )
+    accountant.record(event, provenance=known)
+    search = _Search(candidates, (inputs, targets), size, validation, source, event, multipliers, factor, people)
     # How often something warns, or what a run says of its batches, would tell about the number of runs.
     with warnings.catch_warnings(), _paid(accountant):
         warnings.simplefilter("ignore")
@@ -156,6 +175,19 @@ def private_search(
     # The ledger of the search holds what the model's own run released, as one event.
     lineage.of(model).restart({run: 1})
     return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
+
+
+def _check_people(people: People | None, size: int, validation: Data | None, accountant: Accountant) -> None:
+    """Refuses a search that is not about people as a whole, or not about rows."""
+    refuse_other_units(accountant.ledger, "row" if people is None else "person")
+    if people is None:
+        return
+    people.require_size(size)
+    if validation is None:
+        raise ConfigurationError(
+            "score_noise_multiplier counts rows, of which a person may have many: with groups= compare runs on "
+            "validation data, which is public"
+        )
 
 
 def _check_search(
@@ -201,6 +233,7 @@ class _Search:
     event: PrivateSelection
     multipliers: Sequence[float]
     factor: float
+    people: People | None = None
 
     def best(self, epsilon: float, delta: float) -> tuple[float, int, DPLipModel]:
         """Score, candidate and model of the best run, untrained where there was none."""
@@ -220,6 +253,7 @@ class _Search:
                 dataset_size=self.size,
                 noise=self.source,
                 progress=False,
+                **self._about_people(),
                 **self.candidates[index].settings,
             )
             score = self._score(model, index, result.optimizer.accountant.ledger)
@@ -230,6 +264,12 @@ class _Search:
             index = _random.randrange(len(self.candidates))
             best = -math.inf, index, self.candidates[index].build()
         return best
+
+    def _about_people(self) -> dict[str, Any]:
+        people = self.people
+        if people is None:
+            return {}
+        return {"groups": people, "rows_per_group": people.rows_per_group, "group_weights": people.weights}
 
     def _score(self, model: DPLipModel, index: int, spent: Ledger) -> float:
         """By what a run is compared, once it is seen that it has spent what was planned."""

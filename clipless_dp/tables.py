@@ -21,6 +21,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples, as_tensors
+from clipless_dp.sampling.people import ROWS_PER_GROUP, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_fraction, private_standardisation
 from clipless_dp.statistics.release import require_tensor
@@ -84,6 +85,7 @@ def fit_table(
     checkpoint: str | os.PathLike[str] | None = None,
     noise: NoiseSource | str | None = None,
     reproducible_seed: int | None = None,
+    groups: Any = None,
     **changes: Any,
 ) -> TableClassifier:
     """Trains a classifier on a table of any scales: private statistics, random cosines, one linear layer.
@@ -108,27 +110,30 @@ def fit_table(
         checkpoint: file of the training; the statistics are kept beside it, so that a run that goes on pays once.
         noise: ``"system"``, ``"secure"`` or a source, for statistics and training.
         reproducible_seed: as for :func:`clipless_dp.fit`; it covers the statistics, too.
+        groups: whose each row is, an id for each: then statistics, training and ``dataset_size`` are about people, as
+            in :func:`clipless_dp.fit`, whose ``rows_per_group`` and ``group_weights`` are among ``changes``.
         changes: further arguments of :func:`clipless_dp.fit`, in place of these settings; ``validation`` is rows as
             they are, with labels.
 
     Raises:
-        InputError: rows or labels have another shape or type, or a label is neither 0 nor 1.
+        InputError: rows or labels have another shape or type, or a label is neither 0 nor 1, or an id is missing.
         ConfigurationError: an argument is out of range, or several processes train together: each would release
             statistics of its own. Nothing was released then.
 
     Guarantee:
         The classifier, statistics included, is (``epsilon``, ``delta``)-differentially private with respect to adding
-        or removing one row with its label.
+        or removing one row with its label; with ``groups``, one person with all of their rows.
     """
     given = {"epsilon": epsilon, "delta": delta, "dataset_size": dataset_size, "accountant": accountant, "noise": noise}
     require_known({**changes, **given, "checkpoint": checkpoint, "reproducible_seed": reproducible_seed})
     _check(rows, labels, noise, reproducible_seed)
-    size = public_size(dataset_size, len(rows))
+    people = people_of(groups, len(rows), changes.get("rows_per_group", ROWS_PER_GROUP))
+    size = public_size(dataset_size, len(rows) if people is None else people.count)
     epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
     ledger = create_accountant(accountant, dataset_size=size)
     unit = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
-    releases = Releases(ledger, size, checkpoint, reproducible_seed, noise)
+    releases = Releases(ledger, size, checkpoint, reproducible_seed, noise, people)
     standardise: Standardisation = private_standardisation(
         rows, noise_multiplier=unit / math.sqrt(STATISTICS_SHARE), **releases.arguments("statistics")
     )
@@ -140,6 +145,7 @@ def fit_table(
         "noise": noise,
         "reproducible_seed": reproducible_seed,
         "dataset_size": size,
+        "groups": groups,
     }
     if changes.get("validation") is not None:
         held_rows, held_labels = as_tensors(changes["validation"])

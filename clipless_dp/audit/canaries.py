@@ -22,10 +22,11 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import Samples, persons
+from clipless_dp.sampling.people import people_of
 from clipless_dp.testing.company import plausible_targets
 
 Data = Dataset[Any] | tuple[Any, Any] | Mapping[str, Any] | Sequence[Any] | Samples
-Train = Callable[[DPLipModel, Any], Any]
+Train = Callable[..., Any]
 
 _FEWEST = 30
 """Of which the first third chooses how to guess about the rest."""
@@ -70,6 +71,7 @@ def canaries(
     delta: float,
     canaries: int | tuple[Tensor | Structure, Tensor] = 1000,
     confidence: float = 0.95,
+    groups: Any = None,
 ) -> CanaryAudit:
     """Puts canaries into a user's own data, trains once, and bounds ε from below by how well they are told apart.
 
@@ -89,13 +91,17 @@ def canaries(
         canaries: how many are made: noise beyond the model's input gate (or random tokens) with random targets; or
             inputs ``(m, *input_shape)`` and targets ``(m, ...)`` of your own, which no real sample may enter.
         confidence: of the lower bound.
+        groups: whose each sample of ``dataset`` is, an id for each: canaries are then people of one sample each, and
+            ``train`` is given the ids of all as its third argument: ``lambda model, data, ids: fit(model, data,
+            groups=ids, epsilon=3.0, …)``.
 
     Returns:
         The lower bound beside the stated ε, and what ``train`` returned.
 
     Raises:
         ConfigurationError: an argument is out of range, there are fewer than 30 canaries, no targets can be made for
-            the model's loss, or ``train`` did not train the model.
+            the model's loss, or ``train`` did not train the model, or trained it about people, of whom ``groups`` says
+            nothing.
 
     Guarantee:
         If training is (ε, δ)-private as stated, ``passed`` is false with probability at most ``1 - confidence``, with
@@ -118,12 +124,19 @@ def canaries(
     with warnings.catch_warnings():
         # Those that are out contribute nothing on purpose.
         warnings.filterwarnings("ignore", r"\d+ samples in batches contributed nothing", UserWarning)
-        trained = train(model, _joined(dataset, samples, _absent(inputs, torch.from_numpy(~inside)), targets))
+        joined = _joined(dataset, samples, _absent(inputs, torch.from_numpy(~inside)), targets)
+        people = people_of(groups, len(samples))
+        trained = train(model, joined) if people is None else train(model, joined, people.with_strangers(len(inputs)))
     optimizer = trained if isinstance(trained, CliplessDPOptimizer) else getattr(trained, "optimizer", None)
     if not isinstance(optimizer, CliplessDPOptimizer) or optimizer.model is not model:
         raise ConfigurationError(
             "train must train the model that it is given, and return the result of fit or the optimizer, got "
             f"{type(trained).__name__}"
+        )
+    if optimizer.unit != ("row" if people is None else "person"):
+        raise ConfigurationError(
+            f"train was about {'people' if people is None else 'rows'}: give groups= where it is about people, so that "
+            "canaries are people of their own, and only there"
         )
     device, _ = model.device_and_dtype()
     views = _views(start, copy.deepcopy(model), inputs.to(device), targets.to(device))

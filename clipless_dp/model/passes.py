@@ -46,11 +46,13 @@ class Pass:
         trains: of each parameter, whether it took gradients when the pass began.
         parts: the passes that it stands for, if it is not one by itself.
         lost: whether its draw was left out for good, together with its gradients.
+        divided: which of its rows came in by :meth:`Register.apart`, and what their gradients were divided by.
     """
 
     trains: tuple[bool, ...] = ()
     parts: Sequence[Pass] = ()
     lost = False
+    divided: Sequence[tuple[Rows, int]] = ()
 
     def __init__(
         self,

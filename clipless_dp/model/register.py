@@ -442,7 +442,14 @@ class Register:
 
     @contextmanager
     def apart(
-        self, rows: Rows | None, beside: Draw | None, *, views: int = 1, public: bool = False, unseen: bool = False
+        self,
+        rows: Rows | None,
+        beside: Draw | None,
+        *,
+        views: int = 1,
+        divisor: int = 1,
+        public: bool = False,
+        unseen: bool = False,
     ) -> Iterator[None]:
         """Passes within start from empty gradients and count as one pass of these rows, which joins those before.
 
@@ -452,6 +459,7 @@ class Register:
             rows: what comes in.
             beside: see :class:`Pass`.
             views: how often each row comes in; the gradients are divided by it.
+            divisor: what they are divided by besides: of how many of a person's rows each is one.
             public: see :class:`Pass`.
             unseen: whether no code of a user's runs within that could look at a gradient. Then nothing is owed where
                 memory was too small, and the same rows may be passed in smaller pieces.
@@ -478,8 +486,9 @@ class Register:
                 self._taint = "the loss computed private gradients and did not leave them in place. " + _SPENT
             if self._taint is not None and taint is None:
                 raise PrivacyError(f"{self._taint}. Of this batch nothing was added")
-            if views > 1:
-                torch._foreach_div_([parameter.grad for parameter in parameters if parameter.grad is not None], views)
+            if views * divisor > 1:
+                held_now = [parameter.grad for parameter in parameters if parameter.grad is not None]
+                torch._foreach_div_(held_now, views * divisor)
         except BaseException as error:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
@@ -496,6 +505,9 @@ class Register:
             )
             self.passes.append(one := Pass(known, None, rows, beside=beside, public=public))
             one.parts = [part for whole in made for part in whole.parts or [whole]]
+            one.divided = [some for whole in made for some in whole.divided]
+            if rows is not None and not one.divided:
+                one.divided = [(rows, divisor)]
             self._strike(computed())
             self._note_computed(one)
         self._taint = self._taint or taint

@@ -48,19 +48,64 @@ def accumulate(
         )
     size = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
     here.reshard_()
-    total = torch.zeros((), device=inputs.device)
-    pieces = list(zip(inputs.split(size), targets.split(size), mask.split(size), strict=True))
     unseen = loss is None and augment is None
-    with here.passing(len(pieces)) as count, register.apart(rows, beside, views=multiplicity, unseen=unseen):
-        pieces += [(inputs[:0], targets[:0], mask[:0])] * (count - len(pieces))
-        for _ in range(multiplicity):
-            for some, wanted, counts in pieces:
-                seen = some if augment is None or not len(some) else views(augment, some, counts, model.randomness)
-                with register.rows(seen, counts):
-                    value = model.loss(model(seen), wanted, counts) if loss is None else loss(seen, wanted, counts)
-                    value.backward()
-                total += value.detach()
-    return total / multiplicity
+    spans = _spans(rows, len(inputs), whole=here.is_whole)
+
+    def passed(start: int, stop: int, divisor: int) -> Tensor:
+        """The loss of some rows, whose gradients are divided by one number."""
+        total = torch.zeros((), device=inputs.device)
+        parts = (part[start:stop].split(size) for part in (inputs, targets, mask))
+        pieces = list(zip(*parts, strict=True))
+        own = rows.part(start, stop)
+        with (
+            here.passing(len(pieces)) as count,
+            register.apart(own, beside, views=multiplicity, divisor=divisor, unseen=unseen),
+        ):
+            pieces += [(inputs[:0], targets[:0], mask[:0])] * (count - len(pieces))
+            for _ in range(multiplicity):
+                for some, wanted, counts in pieces:
+                    seen = some if augment is None or not len(some) else views(augment, some, counts, model.randomness)
+                    with register.rows(seen, counts):
+                        value = model.loss(model(seen), wanted, counts) if loss is None else loss(seen, wanted, counts)
+                        value.backward()
+                    total += value.detach()
+        return total / multiplicity
+
+    if len(spans) == 1:
+        return passed(*spans[0])
+    # One batch to whoever asks: after an error in a later class nothing of an earlier one stays.
+    with register.apart(rows, beside, unseen=unseen):
+        return torch.stack([passed(*span) for span in spans]).sum()
+
+
+def _spans(rows: draws.Rows, count: int, *, whole: bool) -> list[tuple[int, int, int]]:
+    """Of a batch's rows from where to where gradients are divided by what, past all gates.
+
+    As the mean over views, the weight of a person's row is applied to the gradients of the parameters: the cotangent of
+    a row passes the gates at full scale, of which one that normalises would undo a weight.
+
+    Args:
+        rows: what the batch is.
+        count: of its rows.
+        whole: whether this process holds all weights.
+
+    Raises:
+        ConfigurationError: processes that each hold a part of the model would divide each other's gradients.
+    """
+    draw = rows.draw
+    if draw is None or draw.people is None:
+        return [(0, count, 1)]
+    if not whole and draw.people.weights != "cap":
+        raise ConfigurationError(
+            "gradients of a model of which each rank holds a part are summed over ranks as they arise, so that a "
+            "person's rows can only be weighed by one number for all: give the sampler group_weights='cap'"
+        )
+    # Draws of people vary more in size, and no shape is static where each class is a pass: padding is left out.
+    samples = min(count, draw.rows - rows.start)
+    return [
+        (start - rows.start, stop - rows.start, divisor)
+        for start, stop, divisor in draw.divisors(rows.start, rows.start + (samples if samples > 0 else count))
+    ]
 
 
 def accumulate_public(

@@ -17,6 +17,7 @@ from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.description import differences, settings_of
 from clipless_dp.noise import NoiseSource, source_name
 from clipless_dp.optim.charging import Witness
+from clipless_dp.sampling.people import Unit
 
 Rates = tuple[float | None, ...]
 """Learning rate of each parameter group; ``None`` where the base optimizer has none."""
@@ -204,13 +205,14 @@ class Books:
         self._drew_from_a_seed = "reproducible" in drawn
         source.forget()
 
-    def provenance(self, ledger: Ledger, noise: NoiseSource, witness: Witness) -> Provenance:
+    def provenance(self, ledger: Ledger, noise: NoiseSource, witness: Witness, unit: Unit = "row") -> Provenance:
         """Of the step to come: whose it is, and what its charge rests on."""
         return Provenance(
             self.run.follow(ledger),
             sampling=witness,
             noise=source_name(type(noise)),
             seeded_masks=self.seeded_masks or self._drew_from_a_seed,
+            unit="" if unit == "row" else unit,
         )
 
     def note_step(self, named: Mapping[str, nn.Parameter], groups: Sequence[Mapping[str, Any]]) -> None:

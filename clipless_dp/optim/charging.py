@@ -10,6 +10,7 @@ from accounting.errors import warn_caller
 from clipless_dp.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from clipless_dp.model import passes
 from clipless_dp.sampling import draws
+from clipless_dp.sampling.people import Unit
 
 Sampling = Literal["announced", "poisson", "none"]
 
@@ -27,6 +28,8 @@ class Terms(NamedTuple):
         several: whether several ranks step together.
         user: the optimizer.
         names: by which draws that were left out know the model.
+        unit: what the guarantee is about.
+        dataset_size: public number of such units.
     """
 
     sampling: Sampling
@@ -35,6 +38,8 @@ class Terms(NamedTuple):
     several: bool
     user: object
     names: frozenset[int]
+    unit: Unit = "row"
+    dataset_size: int = 0
 
 
 class Charge(NamedTuple):
@@ -61,6 +66,7 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
         PrivacyError: a row may be in several of them, or rows are not those of their draw.
     """
     draw = _witnessed_draw(passed, terms)
+    _refuse_other_unit(passed, draw, terms)
     if draw is not None and draw.left_by & terms.names:
         raise PrivacyError(
             "this draw was left out, by a step on it that was refused or by skip_draw(): what its gradients were may "
@@ -93,6 +99,37 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
     if rate == 1.0:
         return Charge(rate, share, "none", draw)
     return Charge(rate, share, "seeded" if seeded else "vouched" if terms.sampling == "poisson" else "announced", draw)
+
+
+def _refuse_other_unit(passed: Sequence[passes.Pass], draw: draws.Draw | None, terms: Terms) -> None:
+    """Refuses rows that are drawn, or weigh, otherwise than the unit of the guarantee asks for."""
+    if draw is None or draw.people is None:
+        if terms.unit == "person" and terms.sampling == "announced" and (passed or draw is not None):
+            raise PrivacyError(
+                "unit='person' is about all rows of a person, and the rows of this step are not those of a draw of "
+                "people: draw them with PoissonBatches(..., groups=ids), StreamedBatches or PoissonBatchSampler"
+            )
+        return
+    if terms.unit != "person":
+        raise PrivacyError(
+            "the rows of this step are of a draw of people, and the optimizer's guarantee is about rows: make it with "
+            "unit='person' and the public number of people as dataset_size"
+        )
+    draw.people.require_size(terms.dataset_size)
+    for some in passed:
+        if some.rows is None or some.rows.draw is not draw:
+            continue
+        for start, stop, divisor in draw.divisors(some.rows.start, min(some.rows.stop, draw.rows)):
+            weighed = any(
+                rows.start <= start and stop <= rows.stop and applied >= divisor for rows, applied in some.divided
+            )
+            # Where all of a draw's people have one row each, a refusal that they alone escape would tell.
+            if draw.people.rows_per_group > 1 and start < stop and not weighed:
+                raise PrivacyError(
+                    "rows of people entered this step at full weight, so that a person counts as often as they have "
+                    "rows: pass a draw of people by optimizer.accumulate(batch), which averages each person's rows "
+                    f"past all gates. {passes.DROPPED}"
+                )
 
 
 def leave_out(owed: Sequence[passes.Pass], terms: Terms, *, said: bool = False) -> int:

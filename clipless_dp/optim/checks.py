@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 from clipless_dp.arguments import choice, shown
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.optim.charging import Sampling
+from clipless_dp.sampling.people import Unit
 
 _DIVERGING = frozenset({"lr", "momentum", "dampening", "weight_decay", "betas", "eps", "alpha"})
 """Settings of a group that must be finite; others, of whatever optimizer, may be infinite to switch something off."""
@@ -22,6 +23,12 @@ _DIVERGING = frozenset({"lr", "momentum", "dampening", "weight_decay", "betas", 
 def checked_sampling(value: Sampling) -> Sampling:
     """How batches are drawn."""
     checked: Sampling = choice("sampling", value, "announced", "poisson", "none")
+    return checked
+
+
+def checked_unit(value: Unit) -> Unit:
+    """What a guarantee is about."""
+    checked: Unit = choice("unit", value, "row", "person")
     return checked
 
 

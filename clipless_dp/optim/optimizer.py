@@ -30,6 +30,7 @@ from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
+from clipless_dp.sampling.people import Unit, refuse_other_units
 
 
 class CliplessDPOptimizer(Optimizer):
@@ -66,6 +67,9 @@ class CliplessDPOptimizer(Optimizer):
             cryptographic one, and sums without gaps (:class:`clipless_dp.SecureNoise`); or a source of your own.
         budget: ``(ε, δ)`` that the ledger is never to exceed: the step that would is refused with
             :class:`BudgetExhaustedError` before anything of it is released. ``None``: no limit.
+        unit: what the guarantee is about: ``"row"``, or ``"person"``: all rows of a person together. Then steps are
+            taken on draws of people (``groups=`` of a sampler) that come in by :meth:`accumulate`, and
+            ``sample_rate`` and ``dataset_size`` are about people (docs/groups.md).
 
     Attributes:
         placement: where the model was when the optimizer was made, in how many processes and which part in each.
@@ -78,7 +82,8 @@ class CliplessDPOptimizer(Optimizer):
     Guarantee:
         Under add-or-remove-one adjacency each step is a Gaussian mechanism of noise multiplier
         ``(Σ (Δ_θ/σ_θ)²)^(-½)``, evaluated from this step's bounds and deviations, on a subsample of rate ``q``. The
-        counts of caps that adapt are among the θ: ``noise_multiplier`` is what both cost together.
+        counts of caps that adapt are among the θ: ``noise_multiplier`` is what both cost together. One is a row; with
+        ``unit="person"`` a person with all of their rows.
     """
 
     _step_supports_amp_scaling = True
@@ -96,6 +101,7 @@ class CliplessDPOptimizer(Optimizer):
         sampling: Sampling = "announced",
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
+        unit: Unit = "row",
     ) -> None:
         require_wrapped(model)
         placement.refuse_averages(model)
@@ -108,6 +114,7 @@ class CliplessDPOptimizer(Optimizer):
         self.noise_multiplier = noise_multiplier
         self.sample_rate = share("sample_rate", sample_rate, "(0, 1]")
         self.dataset_size = whole("dataset_size", dataset_size)
+        self.unit = checks.checked_unit(unit)
         self.expected_batch_size = self.sample_rate * self.dataset_size
         self.allocation = allocation
         self.sampling = sampling
@@ -117,6 +124,7 @@ class CliplessDPOptimizer(Optimizer):
             if isinstance(accountant, str)
             else require_accountant(accountant, or_name=True)
         )
+        refuse_other_units(self.accountant.ledger, self.unit)
         self.budget = budget
         self.steps_taken = 0
         self._books = Books(model)
@@ -278,7 +286,8 @@ class CliplessDPOptimizer(Optimizer):
 
     def _terms(self) -> Terms:
         several = self.placement.world.size > 1
-        return Terms(self._sampling, self.sample_rate, self._made, several, self, self.model.register.names())
+        names = self.model.register.names()
+        return Terms(self._sampling, self.sample_rate, self._made, several, self, names, self.unit, self.dataset_size)
 
     @property
     def skipped_draws(self) -> int:
@@ -437,6 +446,7 @@ class CliplessDPOptimizer(Optimizer):
         """
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
         caps = self._adaptation.checked(state_dict["clipless_dp"].get("caps"))
+        refuse_other_units(saved.ledger, self.unit)
         self.accountant.ledger = saved.ledger.merge(self.accountant.ledger)
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
@@ -474,7 +484,7 @@ class CliplessDPOptimizer(Optimizer):
         self._budget.require(self.accountant, spent, charged.sample_rate)
         self._books.warn_of_missing_runs(ledger)
         self._books.note_randomness()
-        provenance = self._books.provenance(ledger, self.noise, charged.witness)
+        provenance = self._books.provenance(ledger, self.noise, charged.witness, self.unit)
         self.accountant.step(noise_multiplier=spent, sample_rate=charged.sample_rate, provenance=provenance)
         if charged.draw is not None:
             draws.use(charged.draw, self)
@@ -514,6 +524,7 @@ class CliplessDPOptimizer(Optimizer):
             "noise_multiplier": self.noise_multiplier,
             "sample_rate": self.sample_rate,
             "dataset_size": self.dataset_size,
+            "unit": self.unit,
             "allocation": self.allocation,
             "sampling": self.sampling,
             "noise": source_name(type(self.noise)),

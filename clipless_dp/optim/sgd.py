@@ -14,6 +14,7 @@ from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.optim.optimizer import CliplessDPOptimizer
+from clipless_dp.sampling.people import Unit
 
 
 class CliplessDPSGD(CliplessDPOptimizer):
@@ -34,6 +35,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         sampling: how batches are drawn.
         noise: source of the noise.
         budget: ``(ε, δ)``.
+        unit: ``"row"`` or ``"person"``.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class CliplessDPSGD(CliplessDPOptimizer):
         sampling: Sampling = "announced",
         noise: NoiseSource | str | None = None,
         budget: tuple[float, float] | None = None,
+        unit: Unit = "row",
     ) -> None:
         require_wrapped(model)
         placement.refuse_averages(model)
@@ -85,4 +88,5 @@ class CliplessDPSGD(CliplessDPOptimizer):
             sampling=sampling,
             noise=noise,
             budget=budget,
+            unit=unit,
         )

@@ -2,6 +2,7 @@
 
 from clipless_dp.sampling.augmentation import Augmentation, RowAugmentation, ShiftAndFlip
 from clipless_dp.sampling.batches import Batch, PoissonBatches
+from clipless_dp.sampling.people import People, bound_contributions
 from clipless_dp.sampling.sampler import PoissonBatchSampler, poisson_collate
 from clipless_dp.sampling.samples import Samples, as_tensors
 from clipless_dp.sampling.streaming import StreamedBatches
@@ -9,6 +10,7 @@ from clipless_dp.sampling.streaming import StreamedBatches
 __all__ = [
     "Augmentation",
     "Batch",
+    "People",
     "PoissonBatchSampler",
     "PoissonBatches",
     "RowAugmentation",
@@ -16,5 +18,6 @@ __all__ = [
     "ShiftAndFlip",
     "StreamedBatches",
     "as_tensors",
+    "bound_contributions",
     "poisson_collate",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,6 +16,7 @@ from clipless_dp import arguments
 from clipless_dp.arguments import whole
 from clipless_dp.packing import Packing, Structure
 from clipless_dp.sampling import draws
+from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, column_of, people_of
 from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 
@@ -77,6 +79,9 @@ class PoissonBatches:
             than 1 in 10⁴ draws need a second multiple.
         seed: as in :class:`PoissonBatchSampler`.
         start: as in :class:`PoissonBatchSampler`.
+        groups: whose each row is, an id for each, or the name of a column of them, which is no input then: people are
+            drawn, each with probability ``sample_rate``, and their rows averaged (docs/groups.md).
+        rows_per_group, group_weights: as in :class:`PoissonBatchSampler`.
 
     Raises:
         ConfigurationError: an argument is out of range, or the data set is empty.
@@ -103,18 +108,28 @@ class PoissonBatches:
         physical_batch_size: int | None = None,
         seed: int | None = None,
         start: int = 0,
+        groups: Any = None,
+        rows_per_group: int = ROWS_PER_GROUP,
+        group_weights: GroupWeights = "mean",
     ) -> None:
         if physical_batch_size is not None:
             physical_batch_size = whole("physical_batch_size", physical_batch_size)
         device = arguments.device("device", device)
         refuse_draws(sample_rate, steps, seed, start)
+        dataset, groups = column_of(dataset, groups)
         samples = Samples.to_train_on(dataset)
+        people = people_of(groups, len(samples), rows_per_group, group_weights)
         inputs, targets = samples.all()
         self.packing = samples.packing
-        self.sampler = PoissonBatchSampler(len(inputs), sample_rate=sample_rate, steps=steps, seed=seed, start=start)
+        units = len(inputs) if people is None else people.count
+        self.sampler = PoissonBatchSampler(
+            units, sample_rate=sample_rate, steps=steps, seed=seed, start=start, groups=people
+        )
         rank, ranks = self.sampler.world
-        self._inputs = inputs[rank::ranks].to(device)
-        self._targets = targets[rank::ranks].to(device)
+        self._own = None if people is None else people.rows_of(rank, ranks)
+        own = slice(rank, None, ranks) if self._own is None else self._own
+        self._inputs = inputs[own].to(device)
+        self._targets = targets[own].to(device)
         self.physical_batch_size = checked_rows(physical_batch_size, len(self._inputs), self.sampler.sample_rate)
 
     def __len__(self) -> int:
@@ -122,10 +137,12 @@ class PoissonBatches:
 
     def __iter__(self) -> Generator[Batch, None, None]:
         made = self.sampler.numbered()
-        for indices in self.sampler.draws():
-            chosen = torch.from_numpy(indices // self.sampler.world.size)
+        for rows, classes in self.sampler.chosen():
+            places = rows // self.sampler.world.size if self._own is None else np.searchsorted(self._own, rows)
+            chosen = torch.from_numpy(places)
             batch = padded_batch(self._inputs, self._targets, chosen, self.physical_batch_size)
-            draws.deliver(next(made), batch.inputs, len(indices), partial(_rows, self._inputs, chosen))
+            draw = self.sampler.next_of(made, classes)
+            draws.deliver(draw, batch.inputs, len(rows), partial(_rows, self._inputs, chosen))
             yield batch
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from clipless_dp.sampling.fingerprints import fingerprint
+from clipless_dp.sampling.people import Classes, People
 
 
 class Source:
@@ -107,6 +108,8 @@ class Draw:
         matched: behind which of its rows copies of others are sought first.
         left_by: the models, by the names that their parameters go by, that have left it out for good.
         original: makes its samples again, where that can be asked for.
+        people: whose its rows are, where people were drawn, and the rate is theirs; else ``None``.
+        classes: of rows of people, what their gradients are divided by.
     """
 
     sample_rate: float
@@ -123,6 +126,23 @@ class Draw:
     matched: int = field(default=0, repr=False)
     left_by: frozenset[int] = frozenset()
     original: Callable[[], Tensor] | None = field(default=None, repr=False)
+    people: People | None = field(default=None, repr=False)
+    classes: Classes = ()
+
+    def divisors(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """Of some rows of its batch: from where to where gradients are divided by what; padding is of the last class.
+
+        Args:
+            start: the first row.
+            stop: the one behind the last.
+        """
+        found, reached = [], 0
+        for place, (end, divisor) in enumerate(self.classes):
+            end = max(end, stop) if place == len(self.classes) - 1 else end
+            if max(start, reached) < min(stop, end):
+                found.append((max(start, reached), min(stop, end), divisor))
+            reached = end
+        return found or [(start, stop, self.classes[-1][1] if self.classes else 1)]
 
 
 class Rows(NamedTuple):

@@ -27,6 +27,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from clipless_dp.sampling.draws import Draw, deliver, is_batch
 from clipless_dp.sampling.fingerprints import fingerprint
+from clipless_dp.sampling.people import Classes
 
 
 @dataclass(eq=False)
@@ -35,7 +36,7 @@ class _Drawn:
 
     Attributes:
         draw: what its batch is delivered as.
-        key: digest of its indices, whatever their order.
+        key: digest of its indices, see :func:`_key`.
         count: how many they are.
         loader: the iterator of a ``DataLoader`` that asked for it, if one did.
         arrived: whether a batch was made of it.
@@ -46,6 +47,11 @@ class _Drawn:
     count: int
     loader: weakref.ref[Any] | None = None
     arrived: bool = False
+
+    @property
+    def by_place(self) -> bool:
+        """Whether its rows are of people, and weigh by their place."""
+        return len(self.draw.classes) > 1
 
 
 _travelling: dict[int, _Drawn] = {}
@@ -69,7 +75,7 @@ def upcoming(draw: Draw, indices: list[int]) -> list[int]:
     """The indices of a draw, for a ``DataLoader``, whose ``collate_fn`` is to hand its batch to :func:`arrived`."""
     asking = _frame(_NEXT_INDEX)
     loader = None if asking is None else weakref.ref(asking.f_locals["self"])
-    drawn = _Drawn(draw, _key(indices) or b"", len(indices), loader)
+    drawn = _Drawn(draw, _key(indices, draw.classes) or b"", len(indices), loader)
     _current.drawn = drawn
     with _lock:
         _handed_out.append(drawn)
@@ -81,14 +87,16 @@ def ended() -> None:
     _current.drawn = None
 
 
-def _key(indices: Any) -> bytes | None:
-    """Digest of indices, whatever their order; ``None`` for what are no natural numbers."""
+def _key(indices: Any, classes: Classes = ()) -> bytes | None:
+    """Digest of indices, whatever their order, unless they weigh by their place; ``None`` for no natural numbers."""
     try:
-        numbers = np.sort(np.asarray(list(indices), dtype=np.int64))
+        numbers = np.asarray(list(indices), dtype=np.int64)
     except (TypeError, ValueError, OverflowError):
         return None
-    if numbers.ndim != 1 or (numbers.size and numbers[0] < 0):
+    if numbers.ndim != 1 or (numbers.size and numbers.min() < 0):
         return None
+    if len(classes) < 2:
+        numbers = np.sort(numbers)
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
 
@@ -103,7 +111,12 @@ class Indices(list[int]):
         # Pickled by a loader that sends them to a worker: the draw itself stays here.
         number = next(_numbers)
         _travelling[number] = self.drawn
-        return _in_worker, (list(self), number)
+        return _in_worker, (list(self), number, self.classes)
+
+    @property
+    def classes(self) -> Classes:
+        """Where these are of people, which of them weigh what."""
+        return self.drawn.draw.classes
 
     def __copy__(self) -> list[int]:
         return list(self)
@@ -116,11 +129,12 @@ class _Numbered(list[int]):
     """The same in a worker, where the draw is a number."""
 
     number: int | None = None
+    classes: Classes = ()
 
 
-def _in_worker(indices: list[int], number: int) -> list[int]:
+def _in_worker(indices: list[int], number: int, classes: Classes) -> list[int]:
     numbered = _Numbered(indices)
-    numbered.number = number
+    numbered.number, numbered.classes = number, classes
     return numbered
 
 
@@ -139,6 +153,12 @@ class Fetch(NamedTuple):
     whole: bool
     loader: Any
 
+    @property
+    def classes(self) -> Classes:
+        """Where the samples are of people, which of them weigh what; of a list that is a copy nothing is known."""
+        found: Classes = getattr(self.indices, "classes", ())
+        return found
+
     def repeats(self) -> bool:
         """Whether an index is there more than once."""
         try:
@@ -156,6 +176,9 @@ class Fetch(NamedTuple):
         fetched = sorted(map(id, self.samples))
         given = sorted(map(id, samples))
         once = len(set(given)) == len(given) or len(set(fetched)) < len(fetched)
+        if len(self.classes) > 1 and list(map(id, samples)) != list(map(id, self.samples)):
+            # Each weighs by its place.
+            return False
         return len(given) == len(fetched) and (given == fetched or (once and not set(given) <= set(fetched)))
 
 
@@ -200,16 +223,17 @@ def arrived(batch: Any, samples: Any) -> Any:
     if fetch is None:
         drawn = _current.drawn
         if drawn is not None and drawn.loader is None:
-            _arrive(drawn, batch if len(samples) == drawn.count else ())
+            _arrive(drawn, batch if len(samples) == drawn.count and not drawn.by_place else ())
         return batch
-    key = _key(fetch.indices)
+    key = _key(fetch.indices, fetch.classes)
     drawn = _drawn_as(fetch.indices.drawn if isinstance(fetch.indices, Indices) else None, key)
     if drawn is None and _current.drawn is not None and _current.drawn.loader is not None:
         # What this loader has just asked for, whatever became of it on the way; a loader beside it asked for nothing.
         drawn = _current.drawn if _current.drawn.loader() is fetch.loader else None
     if drawn is not None:
         # Where indices or samples were changed on the way there is a draw, and this is not it.
-        _arrive(drawn, batch if drawn.key == key and fetch.made_of(samples) else ())
+        weighed = not drawn.by_place or (fetch.classes == drawn.draw.classes and not fetch.whole)
+        _arrive(drawn, batch if drawn.key == key and weighed and fetch.made_of(samples) else ())
     return batch
 
 
@@ -218,7 +242,8 @@ def _drawn_as(own: _Drawn | None, key: bytes | None) -> _Drawn | None:
     if own is not None:
         return own
     with _lock:
-        return next((drawn for drawn in _handed_out if drawn.key == key), None)
+        # Rows of people weigh by their place in the list, which a copy may have changed.
+        return next((drawn for drawn in _handed_out if drawn.key == key and not drawn.by_place), None)
 
 
 def _arrive(drawn: _Drawn, batch: Any) -> None:
@@ -266,7 +291,10 @@ class _Made:
 def _marked(batch: Any, fetch: Fetch, whole: bool) -> Any:
     """A batch of a worker whose tensors know what it is."""
     tensors = [leaf for leaf in tree_leaves(batch) if type(leaf) is Tensor and is_batch(leaf)]
-    made = _Made(tensors, getattr(fetch.indices, "number", None), _key(fetch.indices), whole)
+    key = _key(fetch.indices, fetch.classes)
+    made = _Made(
+        tensors, getattr(fetch.indices, "number", None), key, whole and not (fetch.whole and len(fetch.classes) > 1)
+    )
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
 
     def marked(leaf: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
 from clipless_dp import arguments
@@ -18,6 +19,15 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import draws, loaders, persons
+from clipless_dp.sampling.people import (
+    ROWS_PER_GROUP,
+    Chosen,
+    Classes,
+    GroupWeights,
+    Indices,
+    People,
+    people_of,
+)
 
 
 def refuse_draws(sample_rate: float, steps: int, seed: int | None, start: int) -> tuple[float, int, int | None, int]:
@@ -44,6 +54,12 @@ class PoissonBatchSampler(Sampler[list[int]]):
             on the batches being secret. An integer makes draw ``i`` a function of the seed and ``i``, whatever the
             number of processes; such a sampler serves one pass, since a second one would draw the same batches again.
         start: number of the first draw, to resume a seeded run.
+        groups: whose each row of the data set is: people are drawn then, of whom there are ``dataset_size``, and the
+            batches are of their rows (:class:`clipless_dp.sampling.people.People`, docs/groups.md). A step passes them
+            by :meth:`clipless_dp.CliplessDPOptimizer.accumulate`, of an optimizer with ``unit="person"``.
+        rows_per_group: at most so many rows of a person enter a draw, chosen anew in each.
+        group_weights: ``"mean"``: a person's rows that enter weigh one over their number; ``"cap"``: one over
+            ``rows_per_group`` each.
 
     Of several processes (:mod:`clipless_dp.distributed`), rank ``r`` of ``W`` draws from the samples ``r, r + W, …``
     only, each with probability ``q``: together they draw a Poisson sample of the whole data set, which each is told
@@ -51,13 +67,34 @@ class PoissonBatchSampler(Sampler[list[int]]):
 
     Raises:
         ConfigurationError: an argument is out of range, or there are more processes than samples.
+        InputError: ids are missing or floating-point, see :class:`clipless_dp.sampling.people.People`.
     """
 
     def __init__(
-        self, dataset_size: int, *, sample_rate: float, steps: int, seed: int | None = None, start: int = 0
+        self,
+        dataset_size: int,
+        *,
+        sample_rate: float,
+        steps: int,
+        seed: int | None = None,
+        start: int = 0,
+        groups: Any = None,
+        rows_per_group: int = ROWS_PER_GROUP,
+        group_weights: GroupWeights = "mean",
     ) -> None:
         self.sample_rate, self.steps, self.seed, self.start = refuse_draws(sample_rate, steps, seed, start)
         self.dataset_size = whole("dataset_size", dataset_size)
+        self.people = None
+        if groups is not None:
+            rows = groups.rows if isinstance(groups, People) else len(groups)
+            self.people = people_of(groups, rows, rows_per_group, group_weights)
+            assert self.people is not None
+            self.people.require_size(self.dataset_size)
+            if self.dataset_size != self.people.count:
+                raise ConfigurationError(
+                    f"dataset_size={self.dataset_size}, and groups= names {self.people.count} people: with groups= "
+                    "dataset_size of a sampler is their number"
+                )
         self._passed = False
         self._source = draws.Source()
         self.world = placement.world()
@@ -70,27 +107,40 @@ class PoissonBatchSampler(Sampler[list[int]]):
         self.__dict__.update(state)
         # Of a version that did not tell draws of one sampler from those of another.
         self.__dict__.setdefault("_source", draws.Source())
+        self.__dict__.setdefault("people", None)
 
     def __len__(self) -> int:
         return self.steps - self.start
 
     def __iter__(self) -> Iterator[list[int]]:
         made = self.numbered()
-        for indices in self.draws():
-            yield loaders.upcoming(next(made), indices.tolist())
+        for rows, classes in self.chosen():
+            yield loaders.upcoming(self.next_of(made, classes), rows.tolist())
         loaders.ended()
+
+    def next_of(self, made: Iterator[draws.Draw], classes: Classes) -> draws.Draw:
+        """What the next batch is delivered as, if of people with these classes of rows."""
+        draw = next(made)
+        draw.classes = classes
+        return draw
 
     def numbered(self) -> Iterator[draws.Draw]:
         """What the batches of one iteration are delivered as, see :func:`clipless_dp.sampling.draws.deliver`."""
         series = draws.Series(self._source)
         try:
             for place in itertools.count():
-                yield draws.Draw(self.sample_rate, seeded=self.seed is not None, series=series, place=place)
+                seeded = self.seed is not None
+                yield draws.Draw(self.sample_rate, seeded=seeded, series=series, place=place, people=self.people)
         finally:
             series.ended = True
 
-    def draws(self) -> Iterator[np.ndarray[Any, np.dtype[np.int64]]]:
-        """The drawn indices of each batch, ascending.
+    def draws(self) -> Iterator[Indices]:
+        """The drawn rows of each batch, ascending; of people, one class of weights after the other."""
+        for rows, _ in self.chosen():
+            yield rows
+
+    def chosen(self) -> Iterator[Chosen]:
+        """The drawn rows of each batch, and where they are of people, what the gradients of which are divided by.
 
         The size is binomial and, given the size, the subset uniform: the same law as one coin for each sample.
 
@@ -112,13 +162,18 @@ class PoissonBatchSampler(Sampler[list[int]]):
                 # Forked within this loop: parent and child would draw the same batches.
                 system, process = np.random.Generator(np.random.PCG64DXSM()), os.getpid()
             if self.seed is None:
+                generator = system
                 indices = self._draw(system, len(range(rank, self.dataset_size, ranks))) * ranks + rank
             else:
                 # All ranks draw the same for the whole data set, and each keeps its own part.
-                seeded = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
-                indices = self._draw(seeded, self.dataset_size)
-                indices = indices[indices % ranks == rank]
-            yield np.sort(indices).astype(np.int64, copy=False)
+                generator = np.random.Generator(np.random.PCG64DXSM(derived_seed(self.seed, "batch", step)))
+                indices = self._draw(generator, self.dataset_size)
+            indices = np.sort(indices).astype(np.int64, copy=False)
+            own = indices % ranks == rank
+            if self.people is None:
+                yield Chosen(indices[own], ())
+            else:
+                yield self.people.choose(indices, generator, own)
 
     def _draw(self, generator: np.random.Generator, count: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         size = int(generator.binomial(count, self.sample_rate))
@@ -207,4 +262,22 @@ class _Collate:
             # The data set was asked for a draw at once.
             samples = default_convert(samples)
             return loaders.arrived(samples, samples)
-        return loaders.arrived(_plain(self.collate(samples)) if samples else _emptied(self.empty), samples)
+        if not samples:
+            return loaders.arrived(_emptied(self.empty), samples)
+        classes = () if fetch is None else fetch.classes
+        return loaders.arrived(self._by_classes(samples, classes), samples)
+
+    def _by_classes(self, samples: Sequence[Any], classes: Classes) -> Any:
+        """A batch of samples, those of each class together: whatever order they are given in within, weights hold."""
+        if len(classes) < 2:
+            return _plain(self.collate(list(samples)))
+        starts = [0, *(end for end, _ in classes)]
+        made = [_plain(self.collate(list(samples[start:end]))) for start, end in itertools.pairwise(starts)]
+        try:
+            return tree_map(lambda *parts: torch.cat(parts), *made)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"the collate function makes batches that do not fit together ({error}): rows of people are collated "
+                "by classes of weights. Let it return tensors only, padded to one length, or give the sampler "
+                "group_weights='cap'"
+            ) from error

@@ -16,6 +16,7 @@ from clipless_dp import arguments
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.batches import Batch, checked_rows, padded_batch
+from clipless_dp.sampling.people import ROWS_PER_GROUP, Classes, GroupWeights, column_of, people_of
 from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 
@@ -44,6 +45,7 @@ class StreamedBatches:
         physical_batch_size: rows of a batch, as in :class:`clipless_dp.PoissonBatches`.
         seed: as in :class:`clipless_dp.PoissonBatchSampler`; random transforms of the data set itself are not covered.
         start: as in :class:`clipless_dp.PoissonBatchSampler`.
+        groups, rows_per_group, group_weights: as in :class:`clipless_dp.PoissonBatches`.
 
     Raises:
         ConfigurationError: an argument is out of range, or the data set is empty, not one of pairs, or on a device
@@ -66,11 +68,15 @@ class StreamedBatches:
         physical_batch_size: int | None = None,
         seed: int | None = None,
         start: int = 0,
+        groups: Any = None,
+        rows_per_group: int = ROWS_PER_GROUP,
+        group_weights: GroupWeights = "mean",
     ) -> None:
         if physical_batch_size is not None:
             physical_batch_size = arguments.whole("physical_batch_size", physical_batch_size)
         self._device = arguments.device("device", device)
         refuse_draws(sample_rate, steps, seed, start)
+        dataset, groups = column_of(dataset, groups)
         self._samples = Samples.of(dataset)
         if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
             raise ConfigurationError(
@@ -79,7 +85,15 @@ class StreamedBatches:
         Samples.to_train_on(self._samples)
         self.packing = self._samples.packing
         count = len(self._samples)
-        self.sampler = PoissonBatchSampler(count, sample_rate=sample_rate, steps=steps, seed=seed, start=start)
+        people = people_of(groups, count, rows_per_group, group_weights)
+        self.sampler = PoissonBatchSampler(
+            count if people is None else people.count,
+            sample_rate=sample_rate,
+            steps=steps,
+            seed=seed,
+            start=start,
+            groups=people,
+        )
         rank, ranks = self.sampler.world
         own = len(range(rank, count, ranks))
         self.physical_batch_size = checked_rows(physical_batch_size, own, self.sampler.sample_rate)
@@ -101,7 +115,7 @@ class StreamedBatches:
                     for part in read.batch:
                         # Its memory goes back to the thread's stream, which must not overwrite it under the step.
                         part.record_stream(stream)
-                draws.deliver(next(made), read.batch.inputs, read.rows)
+                draws.deliver(self.sampler.next_of(made, read.classes), read.batch.inputs, read.rows)
                 yield read.batch
             if read.error is not None:
                 raise read.error
@@ -117,10 +131,10 @@ class StreamedBatches:
             arrivals = None
             if self._device is not None and self._device.type == "cuda":
                 arrivals = torch.cuda.Stream(self._device)
-            for indices in self.sampler.draws():
+            for rows, classes in self.sampler.chosen():
                 if ended.is_set():
                     return
-                ready.put(self._moved(self._read(indices.tolist()), len(indices), arrivals))
+                ready.put(self._moved(self._read(rows.tolist()), len(rows), arrivals, classes))
             last = _Read()
         except BaseException as error:
             last = _Read(error=error)
@@ -131,12 +145,12 @@ class StreamedBatches:
         inputs, targets = self._samples.read(indices)
         return padded_batch(inputs, targets, torch.arange(len(indices)), self.physical_batch_size)
 
-    def _moved(self, batch: Batch, rows: int, arrivals: torch.cuda.Stream | None) -> _Read:
+    def _moved(self, batch: Batch, rows: int, arrivals: torch.cuda.Stream | None, classes: Classes) -> _Read:
         if arrivals is None:
-            return _Read(Batch(*(part.to(self._device) for part in batch)), rows)
+            return _Read(Batch(*(part.to(self._device) for part in batch)), rows, classes=classes)
         with torch.cuda.stream(arrivals):
             moved: list[Tensor] = [part.pin_memory().to(self._device, non_blocking=True) for part in batch]
-            return _Read(Batch(*moved), rows, arrivals.record_event())
+            return _Read(Batch(*moved), rows, arrivals.record_event(), classes=classes)
 
 
 @dataclass(frozen=True)
@@ -147,3 +161,4 @@ class _Read:
     rows: int = 0
     arrival: torch.cuda.Event | None = None
     error: BaseException | None = None
+    classes: Classes = ()

@@ -73,6 +73,7 @@ def facts_of(
         "title": title,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "unit": unit,
+        "counted": getattr(optimizer, "unit", "row"),
         "relation": str(getattr(optimizer.accountant, "relation", ADD_OR_REMOVE_ONE)),
         "epsilon": {**curve[0], "curve": curve},
         "dataset_size": size,
@@ -147,6 +148,7 @@ def _entries(optimizer: CliplessDPOptimizer) -> list[dict[str, Any]]:
             "drawn": "none" if line.event.kind in _STEPS and rate == 1.0 else line.provenance.sampling or "unknown",
             "seeded_masks": line.provenance.seeded_masks,
             "noise": line.provenance.noise or None,
+            "unit": line.provenance.unit or "row",
             "run": line.provenance.run or None,
         }
         for line in optimizer.accountant.ledger.lines

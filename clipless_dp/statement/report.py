@@ -96,12 +96,19 @@ def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     return tuple(base.with_name(base.name + suffix) for suffix in SUFFIXES)
 
 
+_UNITS = {
+    "row": "one sample: one row of the training data, its target included",
+    "person": "one person: all rows of the training data that carry their id, targets included",
+}
+"""What a statement calls the unit by default."""
+
+
 def report(
     optimizer: CliplessDPOptimizer,
     path: str | os.PathLike[str] | None = None,
     *,
     delta: float | None = None,
-    unit: str = "one sample: one row of the training data, its target included",
+    unit: str | None = None,
     title: str = "Privacy statement",
     notes: Sequence[str] = (),
     audit: object = None,
@@ -117,7 +124,8 @@ def report(
         path: where to write, without or with one of the endings ``.md``, ``.json``, ``.html``; ``None`` writes nothing.
         delta: the δ in (0, 1) of the summary; by default that of the optimizer's budget (:func:`fit` sets one), or else
             the largest power of ten of at most one over the data set's size.
-        unit: whom or what one row stands for. Where a person may have contributed several rows, say so here.
+        unit: whom or what one row, or one person's rows, stand for; by default what the optimizer's unit is. Where a
+            person may have contributed several rows, and rows are the unit, say so here.
         title: heading.
         notes: what else a reader must know, in your words.
         audit: what an audit returned (or several, in a list): printed as it prints itself; one whose ``passed`` is
@@ -137,6 +145,7 @@ def report(
         raise ConfigurationError(
             f"report takes the optimizer that trained, of fit the result's .optimizer, got {type(optimizer).__name__}"
         )
+    unit = _UNITS[getattr(optimizer, "unit", "row")] if unit is None else unit
     for name, text in (("unit", unit), ("title", title)):
         if not isinstance(text, str):
             raise ConfigurationError(f"{name} must be a string, got {text!r}")

@@ -62,7 +62,7 @@ def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     yield _bounds(facts)
     yield Section(
         "Noise by parameter",
-        header=("parameter", "one sample changes at most", "standard deviation of the noise"),
+        header=("parameter", f"{_one(facts)} changes at most", "standard deviation of the noise"),
         rows=tuple(
             (name, shown(facts["bounds"]["per_parameter"][name]), f"{deviation:.6g}")
             for name, deviation in facts["noise"]["deviations"].items()
@@ -90,6 +90,22 @@ def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     )
 
 
+_AVERAGED = (
+    "people are drawn, not rows; those of a person that enter a step are averaged past all gates, so that together "
+    "they change the sum by no more than one row could"
+)
+_PEOPLE = {False: "", True: " people"}
+
+
+def _by_person(facts: Mapping[str, Any]) -> bool:
+    """Whether the promise is about all rows of a person."""
+    return facts.get("counted") == "person"
+
+
+def _one(facts: Mapping[str, Any]) -> str:
+    return "one person" if _by_person(facts) else "one sample"
+
+
 def _terms(facts: Mapping[str, Any]) -> Section:
     return Section(
         "Terms",
@@ -97,7 +113,7 @@ def _terms(facts: Mapping[str, Any]) -> Section:
             ("Setting", "central: whoever trains sees the data, whoever gets the weights does not"),
             ("Unit of privacy", facts["unit"]),
             ("Neighbouring data sets", f"differ by {_relation(facts)}"),
-            ("Size of the data set", f"{facts['dataset_size']}, taken to be public"),
+            ("Size of the data set", f"{facts['dataset_size']}{_PEOPLE[_by_person(facts)]}, taken to be public"),
             ("What is released", "the weights after every step, and whatever is computed from them alone"),
             (
                 "Uses of the data covered",
@@ -117,9 +133,10 @@ def _added_noise(facts: Mapping[str, Any]) -> Section:
         "How the noise was added",
         (
             "Before each update, Gaussian noise was added to the sum of the samples' gradients. Its strength is the "
-            "noise multiplier: standard deviation over the most that one sample can change the sum.",
+            f"noise multiplier: standard deviation over the most that {_one(facts)} can change the sum.",
         ),
         rows=(
+            *((("Rows of a person", _AVERAGED),) if _by_person(facts) else ()),
             ("Sampling", drawn or DRAWN[declared]),
             ("Sample rate q", f"{sampling['sample_rate']:.6g}"),
             ("Expected batch size", f"{sampling['expected_batch_size']:.6g}; the sum is divided by this public number"),
@@ -157,7 +174,7 @@ def _bounds(facts: Mapping[str, Any]) -> Section:
     return Section(
         "Bounds by layer",
         (
-            "The most that one sample can change each layer's summed gradient, whatever the sample is: certified from "
+            f"The most that {_one(facts)} can change each layer's summed gradient, whatever they are: certified from "
             f"the network, not measured. All layers together: {shown(bounds['total'])} ({bounds['relation']}). Where "
             "bounds follow from the weights they change from step to step; these are the latest, and each step was "
             "charged by its own."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from accounting import Accountant
 from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
+from clipless_dp.sampling.people import people_of
 from clipless_dp.statistics.moments import MOMENTS_SENSITIVITY, Moments, moment_sums, moments_of
-from clipless_dp.statistics.release import CHUNK, checked_size, released, require_tensor
+from clipless_dp.statistics.release import checked_size, chunks, released, require_tensor, shares_of
 
 
 class Standardisation(nn.Module):
@@ -70,6 +72,7 @@ def private_standardisation(
     dataset_size: int | None = None,
     noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
+    groups: Any = None,
 ) -> Standardisation:
     """What brings the columns of a table to one scale, whatever theirs are: caps, means and deviations, in one release.
 
@@ -94,6 +97,8 @@ def private_standardisation(
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
         noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: as for :func:`private_moments`.
+        groups: whose each record is, an id for each: then the release is about people, as is ``dataset_size``. A
+            person's records weigh one over their number, so that all of them together count as one record.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -101,13 +106,14 @@ def private_standardisation(
         CheckpointError: as for :func:`private_moments`.
 
     Guarantee:
-        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record: the second part
-        is chosen in view of the first, and adaptive Gaussian releases compose like one (Dong, Roth and Su 2022,
-        Corollary 2).
+        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record, or with
+        ``groups`` one person: the second part is chosen in view of the first, and adaptive Gaussian releases compose
+        like one (Dong, Roth and Su 2022, Corollary 2).
     """
     if require_tensor(values).dim() != 2:
         raise InputError(f"expected rows and columns, (N, C), got {tuple(values.shape)}")
-    size = checked_size(values, dataset_size)
+    people = people_of(groups, len(values))
+    size = checked_size(values, dataset_size, people)
     noise_multiplier = positive("noise_multiplier", noise_multiplier)
     lower, upper = positive("lower", lower), positive("upper", upper)
     if not (1e-8 <= lower < upper <= 1e18):
@@ -124,14 +130,23 @@ def private_standardisation(
     part = noise_multiplier * math.sqrt(2.0)
     norm = math.sqrt(columns) / 2.0
 
-    def drawn(exact: Tensor, source: NoiseSource) -> Tensor:
-        caps = 2.0 * _noisy_magnitudes(exact, size, lower, upper, part, source)
-        sums = torch.zeros(2, columns, dtype=torch.float64, device=exact.device)
-        for rows in exact.split(max(1, CHUNK // columns)):
-            sums += moment_sums(_capped(rows.double(), caps).nan_to_num(0.0), norm)
+    def drawn(exact: tuple[Tensor, Tensor | None], source: NoiseSource) -> Tensor:
+        caps = 2.0 * _noisy_magnitudes(*exact, size, lower, upper, part, source)
+        sums = torch.zeros(2, columns, dtype=torch.float64, device=caps.device)
+        for rows, *shares in chunks(*exact):
+            sums += moment_sums(_capped(rows.double(), caps).nan_to_num(0.0), norm, *shares)
         return torch.cat([caps[None], noisy(sums, part * MOMENTS_SENSITIVITY, source)])
 
-    numbers, release = released(values.detach, drawn, noise_multiplier, accountant, noise, file, settings)
+    numbers, release = released(
+        lambda: (values.detach(), shares_of(values, people)),
+        drawn,
+        noise_multiplier,
+        accountant,
+        noise,
+        file,
+        settings,
+        people,
+    )
     caps, sums = numbers[0].cpu(), numbers[1:].cpu()
     return Standardisation(caps, moments_of(sums, norm, size, 1, part, release)).to(values.device)
 
@@ -141,7 +156,13 @@ def _capped(rows: Tensor, caps: Tensor) -> Tensor:
 
 
 def _noisy_magnitudes(
-    values: Tensor, size: int, lower: float, upper: float, noise_multiplier: float, source: NoiseSource
+    values: Tensor,
+    shares: Tensor | None,
+    size: int,
+    lower: float,
+    upper: float,
+    noise_multiplier: float,
+    source: NoiseSource,
 ) -> Tensor:
     """``(C,)``: a high quantile of each column's magnitudes, by bisection of all columns at once."""
     columns = values.shape[1]
@@ -152,7 +173,7 @@ def _noisy_magnitudes(
     rank = size * (1.0 - min(0.3, max(0.02, 3.0 * deviation / size)))
     for _ in range(halvings):
         middle = 0.5 * (low + high)
-        above = noisy(_counts(values, middle.exp()), deviation, source) < rank
+        above = noisy(_counts(values, middle.exp(), shares), deviation, source) < rank
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
     return high.exp()
 
@@ -164,9 +185,10 @@ def _counts_sensitivity(columns: int) -> float:
     return math.sqrt(columns)
 
 
-def _counts(values: Tensor, thresholds: Tensor) -> Tensor:
-    """``(C,)``: how many magnitudes of each column are at most its threshold."""
+def _counts(values: Tensor, thresholds: Tensor, shares: Tensor | None = None) -> Tensor:
+    """``(C,)``: how many magnitudes of each column are at most its threshold, each as much as its record weighs."""
     counts = torch.zeros_like(thresholds)
-    for rows in values.detach().split(max(1, CHUNK // values.shape[1])):
-        counts += (rows.double().nan_to_num(0.0, math.inf, -math.inf).abs() <= thresholds).sum(0)
+    for rows, *weights in chunks(values, shares):
+        below = rows.double().nan_to_num(0.0, math.inf, -math.inf).abs() <= thresholds
+        counts += weights[0] @ below.double() if weights else below.sum(0)
     return counts

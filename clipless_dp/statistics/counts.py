@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,8 @@ from accounting import Accountant
 from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
-from clipless_dp.statistics.release import checked_size, released, require_tensor
+from clipless_dp.sampling.people import people_of
+from clipless_dp.statistics.release import checked_size, released, require_tensor, shares_of
 
 _HALVINGS = 20
 
@@ -28,6 +30,7 @@ def private_quantile(
     dataset_size: int | None = None,
     noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
+    groups: Any = None,
 ) -> float:
     """A quantile of one positive number for each record, norms say, by bisection with noisy counts.
 
@@ -47,6 +50,8 @@ def private_quantile(
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
         noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: as for :func:`private_moments`.
+        groups: whose each record is, an id for each: then the release is about people, as is ``dataset_size``. A
+            person's records weigh one over their number, so that all of them together count as one record.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -58,11 +63,13 @@ def private_quantile(
         ``σ√20``.
 
     Guarantee:
-        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record.
+        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record, or with
+        ``groups`` one person.
     """
     if require_tensor(values).dim() != 1:
         raise InputError(f"expected one number for each record, (N,), got {tuple(values.shape)}")
-    size = checked_size(values[:, None], dataset_size)
+    people = people_of(groups, len(values))
+    size = checked_size(values[:, None], dataset_size, people)
     noise_multiplier, quantile = positive("noise_multiplier", noise_multiplier), positive("quantile", quantile)
     lower, upper = positive("lower", lower), positive("upper", upper)
     if not quantile < 1.0:
@@ -79,15 +86,26 @@ def private_quantile(
     }
     deviation = noise_multiplier * math.sqrt(_HALVINGS)
 
-    def bisected(exact: Tensor, source: NoiseSource) -> Tensor:
+    def bisected(exact: tuple[Tensor, Tensor | None], source: NoiseSource) -> Tensor:
+        numbers, shares = exact
         low, high = math.log(lower), math.log(upper)
         for _ in range(_HALVINGS):
             middle = 0.5 * (low + high)
-            count = float(noisy((exact <= math.exp(middle)).sum(), deviation, source))
+            below = numbers <= math.exp(middle)
+            count = float(noisy(below.sum() if shares is None else shares[below].sum(), deviation, source))
             low, high = (middle, high) if count < quantile * size else (low, middle)
         return torch.tensor(math.exp(0.5 * (low + high)), dtype=torch.float64)
 
-    found, _ = released(values.detach().double, bisected, noise_multiplier, accountant, noise, file, settings)
+    found, _ = released(
+        lambda: (values.detach().double(), shares_of(values, people)),
+        bisected,
+        noise_multiplier,
+        accountant,
+        noise,
+        file,
+        settings,
+        people,
+    )
     return float(found)
 
 
@@ -99,6 +117,7 @@ def private_fraction(
     dataset_size: int | None = None,
     noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
+    groups: Any = None,
 ) -> float:
     """The share of records that have a property, a positive label say, by one noisy count.
 
@@ -109,6 +128,8 @@ def private_fraction(
         dataset_size: public number of records; by default ``N``, which is then taken to be public.
         noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: as for :func:`private_moments`.
+        groups: whose each record is, an id for each: then the release is about people, as is ``dataset_size``. A
+            person's records weigh one over their number, so that all of them together count as one record.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -120,12 +141,14 @@ def private_fraction(
         not told from noise.
 
     Guarantee:
-        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record.
+        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record, or with
+        ``groups`` one person.
     """
     if require_tensor(flags).dim() != 1 or flags.is_complex() or not bool(((flags == 0) | (flags == 1)).all()):
         raise InputError(f"expected zeros and ones, (N,), got {flags.dtype} {tuple(flags.shape)}")
     exact = flags.detach().double()
-    size = checked_size(exact[:, None], dataset_size)
+    people = people_of(groups, len(exact))
+    size = checked_size(exact[:, None], dataset_size, people)
     noise_multiplier = positive("noise_multiplier", noise_multiplier)
     settings: dict[str, object] = {
         "statistic": "fraction",
@@ -134,13 +157,14 @@ def private_fraction(
         "dtype": str(flags.dtype),
     }
     count, _ = released(
-        exact.sum,
+        lambda: exact.sum() if people is None else exact @ people.shares(exact.device),
         lambda count, source: noisy(count, noise_multiplier, source),
         noise_multiplier,
         accountant,
         noise,
         file,
         settings,
+        people,
     )
     least = min(0.5, noise_multiplier / size)
     return min(max(float(count) / size, least), 1.0 - least)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
 from clipless_dp.noise import NoiseSource, noisy
-from clipless_dp.statistics.release import CHUNK, checked_size, released, require_tensor
+from clipless_dp.sampling.people import people_of
+from clipless_dp.statistics.release import checked_size, chunks, released, require_tensor, shares_of
 
 MOMENTS_SENSITIVITY = math.sqrt(2.0)
 
@@ -62,6 +64,7 @@ def private_moments(
     dataset_size: int | None = None,
     noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
+    groups: Any = None,
 ) -> Moments:
     """Mean and variance of each channel, by one Gaussian release of first and second moments.
 
@@ -81,6 +84,8 @@ def private_moments(
         file: keeps what was released. If it exists, it is read in place of a new release, and the same release is
             recorded: a run that goes on from a checkpoint pays once. What is public is compared (arguments, shape of a
             record, type of the numbers), not the data: for other data choose another file.
+        groups: whose each record is, an id for each: then the release is about people, as is ``dataset_size``. A
+            person's records weigh one over their number, so that all of them together count as one record.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -91,9 +96,11 @@ def private_moments(
         The moments. Variances are lifted to that of their own noise where they are below it, ``R²√2σ/(NP)``.
 
     Guarantee:
-        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record.
+        One Gaussian mechanism of noise multiplier ``σ`` with respect to adding or removing one record, or with
+        ``groups`` one person: the mean of vectors of norm at most ``√2`` is one.
     """
-    size = checked_size(require_tensor(values), dataset_size)
+    people = people_of(groups, len(values) if require_tensor(values).dim() else 0)
+    size = checked_size(values, dataset_size, people)
     noise_multiplier, norm = positive("noise_multiplier", noise_multiplier), positive("norm", norm)
     if not 1e-8 <= norm <= 1e18:
         raise ConfigurationError(f"norm must lie in [1e-8, 1e18], got {norm!r}")
@@ -106,13 +113,14 @@ def private_moments(
         "shape": list(values.shape[1:]),
     }
     sums, release = released(
-        lambda: moment_sums(values, norm),
+        lambda: moment_sums(values, norm, shares_of(values, people)),
         lambda exact, source: noisy(exact, noise_multiplier * MOMENTS_SENSITIVITY, source),
         noise_multiplier,
         accountant,
         noise,
         file,
         settings,
+        people,
     )
     return moments_of(sums.cpu(), norm, size, values[0, 0].numel(), noise_multiplier, release)
 
@@ -129,15 +137,18 @@ def moments_of(
     return Moments(mean, variance, floor, release)
 
 
-def moment_sums(values: Tensor, norm: float) -> Tensor:
-    """``(2, C)``: the sums of :func:`private_moments` over the records, without noise."""
+def moment_sums(values: Tensor, norm: float, shares: Tensor | None = None) -> Tensor:
+    """``(2, C)``: the sums of :func:`private_moments` over the records, weighed by shares ``(N,)``, without noise."""
     channels = values.shape[1]
     sums = torch.zeros(2, channels, dtype=torch.float64, device=values.device)
-    for some in values.detach().split(max(1, CHUNK // values[0].numel())):
+    for some, *weights in chunks(values, shares):
         rows = some.double().flatten(2) if some.dim() > 2 else some.double().unsqueeze(2)
         lengths = sample_norms(rows)
         usable = torch.isfinite(lengths)
         shrunk = rows[usable] / lengths[usable].clamp(min=norm)[:, None, None]
+        squares = shrunk.square()
+        for weight in weights:
+            shrunk, squares = (part * weight[usable, None, None] for part in (shrunk, squares))
         sums[0] += shrunk.sum((0, 2)) / math.sqrt(rows.shape[2])
-        sums[1] += shrunk.square().sum((0, 2))
+        sums[1] += squares.sum((0, 2))
     return sums

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,11 @@ from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpo
 from clipless_dp.distributed import placement
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, source_name
+from clipless_dp.sampling.people import People, Unit, refuse_other_units
 from clipless_dp.sampling.samples import public_size
+
+Exact = TypeVar("Exact")
+"""What is computed of the data before noise is added."""
 
 CHUNK = 1 << 24
 """Entries that are converted to float64 at once."""
@@ -33,6 +37,7 @@ class Releases:
         checkpoint: of training; what is released is kept beside it, so that a run that goes on pays once.
         seed: of a reproducible run, or ``None``.
         noise: a source's name or a source, where there is no seed.
+        people: whose the rows are, where the promise is about people.
     """
 
     accountant: Accountant
@@ -40,15 +45,17 @@ class Releases:
     checkpoint: str | os.PathLike[str] | None = None
     seed: int | None = None
     noise: NoiseSource | str | None = None
+    people: People | None = None
 
     def arguments(self, name: str) -> dict[str, Any]:
-        """``accountant``, ``dataset_size``, ``noise`` and ``file`` of the release of this name."""
+        """``accountant``, ``dataset_size``, ``noise``, ``file`` and ``groups`` of the release of this name."""
         seed = None if self.seed is None else derived_seed(self.seed, name)
         return {
             "accountant": self.accountant,
             "dataset_size": self.dataset_size,
             "noise": noise_source(self.noise) if seed is None else ReproducibleNoise(seed),
             "file": None if self.checkpoint is None else Path(f"{os.fspath(self.checkpoint)}.{name}"),
+            "groups": self.people,
         }
 
 
@@ -65,8 +72,8 @@ def require_tensor(values: object) -> Tensor:
     return values
 
 
-def checked_size(values: Tensor, dataset_size: int | None) -> int:
-    """The public number of records.
+def checked_size(values: Tensor, dataset_size: int | None, people: People | None = None) -> int:
+    """The public number of records, or of people.
 
     Raises:
         InputError: the values are not floating-point numbers of shape ``(N, C, ...)``, or hold no record.
@@ -76,17 +83,34 @@ def checked_size(values: Tensor, dataset_size: int | None) -> int:
         raise InputError(
             f"expected floating-point values (records, channels, ...), got {values.dtype} {tuple(values.shape)}"
         )
-    return public_size(dataset_size, len(values))
+    if people is None:
+        return public_size(dataset_size, len(values))
+    size = public_size(dataset_size, people.count)
+    people.require_size(size)
+    return size
+
+
+def shares_of(values: Tensor, people: People | None) -> Tensor | None:
+    """What each record weighs, ``(N,)``, where people are the unit; ``None``: one each."""
+    return None if people is None else people.shares(values.device)
+
+
+def chunks(values: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """Some records at a time, and what they weigh, if that is told."""
+    parts = (values.detach(),) if shares is None else (values.detach(), shares)
+    rows = max(1, CHUNK // max(1, values[0].numel()))
+    return zip(*(part.split(rows) for part in parts), strict=True)
 
 
 def released(
-    exact: Callable[[], Tensor],
-    draw: Callable[[Tensor, NoiseSource], Tensor],
+    exact: Callable[[], Exact],
+    draw: Callable[[Exact, NoiseSource], Tensor],
     noise_multiplier: float,
     accountant: Accountant,
     noise: NoiseSource | str | None,
     file: str | os.PathLike[str] | None,
     settings: dict[str, object],
+    people: People | None = None,
 ) -> tuple[Tensor, GaussianRelease]:
     """What a statistic releases, and the event that paid for it: from the file if it is there, else in a new release.
 
@@ -98,15 +122,20 @@ def released(
         noise: as for :func:`clipless_dp.statistics.private_moments`.
         file: as there.
         settings: what the file must agree with, ``noise_multiplier`` among it.
+        people: whose the records are, where the release is about people.
 
     Raises:
-        ConfigurationError: the noise is no source, or several processes train together and there is no file yet.
+        ConfigurationError: the noise is no source, or several processes train together and there is no file yet, or the
+            accountant's ledger is about another unit.
         CheckpointError: the file belongs to other settings, is damaged or cannot be written.
     """
-    require_accountant(accountant)
+    unit: Unit = "row" if people is None else "person"
+    refuse_other_units(require_accountant(accountant).ledger, unit)
+    if people is not None:
+        settings = {**settings, "unit": unit}
     path = None if file is None else Path(file)
     if path is not None and path.exists():
-        return _reread(path, settings, accountant)
+        return _reread(path, settings, accountant, unit)
     source = noise_source(noise)
     source.begin_step(0)
     if placement.world().size > 1:
@@ -119,7 +148,7 @@ def released(
     prepared = exact()
     name = source_name(type(source))
     release = GaussianRelease(noise_multiplier, identity=new_run())
-    accountant.record(release, provenance=_provenance(release, name))
+    accountant.record(release, provenance=_provenance(release, name, unit))
     drawn = draw(prepared, source)
     if path is not None:
         kept = {"settings": settings, "released": drawn.cpu(), "identity": release.identity, "noise": name}
@@ -127,7 +156,9 @@ def released(
     return drawn, release
 
 
-def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> tuple[Tensor, GaussianRelease]:
+def _reread(
+    path: Path, settings: dict[str, object], accountant: Accountant, unit: Unit
+) -> tuple[Tensor, GaussianRelease]:
     """What a file holds, and the event that paid for it, recorded unless it is in the ledger."""
     content = load_checkpoint(path)
     kept = content.get("settings")
@@ -139,9 +170,9 @@ def _reread(path: Path, settings: dict[str, object], accountant: Accountant) -> 
     release = GaussianRelease(float(kept["noise_multiplier"]), identity=str(content["identity"]))
     if all(event != release for event, _ in accountant.ledger):
         # Files of before sources were kept tell none.
-        accountant.record(release, provenance=_provenance(release, str(content.get("noise", ""))))
+        accountant.record(release, provenance=_provenance(release, str(content.get("noise", "")), unit))
     return content["released"], release
 
 
-def _provenance(release: GaussianRelease, source: str) -> Provenance:
-    return Provenance(release.identity, sampling="none", noise=source)
+def _provenance(release: GaussianRelease, source: str, unit: Unit) -> Provenance:
+    return Provenance(release.identity, sampling="none", noise=source, unit="" if unit == "row" else unit)

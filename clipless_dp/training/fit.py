@@ -23,6 +23,7 @@ from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
+from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, People, column_of, people_of
 from clipless_dp.sampling.samples import count
 from clipless_dp.training.evaluation import Data, evaluate
 from clipless_dp.training.groups import Asked, Learning, OptimizerFactory
@@ -62,6 +63,9 @@ def fit(
     noise_multiplier: float | None = None,
     compile: bool | str = False,
     audit: bool | str = "quick",
+    groups: Any = None,
+    rows_per_group: int = ROWS_PER_GROUP,
+    group_weights: GroupWeights = "mean",
     augment: Augmentation | None = None,
     multiplicity: int = 1,
     ema: float | None = None,
@@ -79,8 +83,8 @@ def fit(
         model: the wrapped model, on the device to train on.
         dataset: inputs and targets: a pair of tensors, or a data set of pairs; several inputs by name or in order; see
             :class:`clipless_dp.sampling.Samples`.
-        epsilon, delta, accountant, dataset_size, reproducible_seed, noise, noise_multiplier, audit: what is promised,
-            see :class:`clipless_dp.training.Privacy`.
+        epsilon, delta, accountant, dataset_size, reproducible_seed, noise, noise_multiplier, audit, groups,
+            rows_per_group, group_weights: what is promised, see :class:`clipless_dp.training.Privacy`.
         epochs, batch_size, lr, momentum, optimizer, scheduler, allocation, augment, multiplicity, ema, noise_schedule:
             how to learn, see :class:`clipless_dp.training.Learning`.
         micro_batch_size, memory_budget, stream, compile: how to compute, :class:`clipless_dp.training.Execution`.
@@ -91,7 +95,7 @@ def fit(
             taken or charged; later, no more is released.
         ConfigurationError: an argument is out of range, the batch is larger than the data set, or not even one row fits
             the memory budget.
-        InputError: the data does not fit the model.
+        InputError: the data does not fit the model, or an id of ``groups`` is missing or floating-point.
         PrivacyError: a sample is in the data more than once (:func:`clipless_dp.sampling.persons.refuse_repeats`), or
             samples meet in the loss (:class:`clipless_dp.model.rowwise.RowLosses`).
         RankError: the data of the ranks differs (:func:`clipless_dp.sampling.persons.require_alike`).
@@ -105,7 +109,8 @@ def fit(
 
     Guarantee:
         The weights released by every step together are (``epsilon``, ``delta``)-differentially private with
-        respect to adding or removing one sample of ``dataset`` (replacing one, if ``accountant`` is about that).
+        respect to adding or removing one sample of ``dataset`` (replacing one, if ``accountant`` is about that); with
+        ``groups``, one person with all of their samples.
         History and progress show training losses, which are not. Every call starts a ledger of its own, unless it
         resumes a checkpoint or is given an accountant: calls on the same data compose, and a second one on the same
         model warns.
@@ -128,6 +133,7 @@ class _Checked(NamedTuple):
     samples: Samples
     held_out: Samples | None
     size: int
+    people: People | None
     average: WeightAverage | None
 
 
@@ -146,7 +152,17 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
             "fit neither compiles nor audits a model of which each rank holds a part, nor measures what fits a "
             "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
         )
-    size = count(dataset) if privacy.dataset_size is None else privacy.dataset_size
+    dataset, groups = column_of(dataset, privacy.groups)
+    people = people_of(groups, count(dataset), privacy.rows_per_group, privacy.group_weights)
+    if people is None:
+        size = count(dataset) if privacy.dataset_size is None else privacy.dataset_size
+    else:
+        size = people.count if privacy.dataset_size is None else privacy.dataset_size
+        people.require_size(size)
+        if not here.is_whole and privacy.group_weights != "cap":
+            raise ConfigurationError(
+                "of a model of which each rank holds a part, people's rows are weighed by group_weights='cap' only"
+            )
     asked.require_in_range(size)
     held_out = None if keeping.validation is None else Samples.of(keeping.validation, model.packing)
     samples = Samples.to_train_on(dataset, model.packing)
@@ -162,7 +178,7 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
     path = keeping.path
     if path is not None:
         here.from_first(lambda: check_writable(path))
-    return _Checked(samples, held_out, size, average)
+    return _Checked(samples, held_out, size, people, average)
 
 
 def _plan(asked: Asked, settings: SuggestedSettings) -> tuple[Plan, float]:
@@ -194,7 +210,10 @@ def _build(model: DPLipModel, asked: Asked, checked: _Checked, plan: Plan, sigma
         allocation=learning.allocation,
         noise=noise,
         budget=(privacy.epsilon, privacy.delta),
+        unit="row" if checked.people is None else "person",
     )
+    if checked.people is not None:
+        model.expect_rows(plan.batch_size * privacy.rows_per_group)
     optimizer.declare_seeded_masks(seed is not None)
     settings = _settings(asked, plan, sigma, optimizer)
     scheduler = learning.scheduler(optimizer, plan.steps)
@@ -203,7 +222,9 @@ def _build(model: DPLipModel, asked: Asked, checked: _Checked, plan: Plan, sigma
             "ReduceLROnPlateau follows the training loss, which is not private: use a schedule that depends on the "
             "step alone"
         )
-    return Run(optimizer, scheduler, asked, plan, settings, checked.samples.first, checked.average)
+    return Run(
+        optimizer, scheduler, asked, plan, settings, checked.samples.first, checked.average, people=checked.people
+    )
 
 
 def _base(learning: Learning, parameters: list[nn.Parameter]) -> Optimizer:
@@ -218,7 +239,7 @@ def _base(learning: Learning, parameters: list[nn.Parameter]) -> Optimizer:
 
 def _settings(asked: Asked, plan: Plan, sigma: float, optimizer: CliplessDPOptimizer) -> dict[str, Any]:
     """What a checkpoint must agree with to be gone on from; called before a schedule changes the learning rate."""
-    learning = asked.learning
+    learning, privacy = asked.learning, asked.privacy
     augment, factors = learning.augment, plan.factors
     return {
         "epsilon": float(asked.privacy.epsilon),
@@ -235,6 +256,7 @@ def _settings(asked: Asked, plan: Plan, sigma: float, optimizer: CliplessDPOptim
         "multiplicity": None if learning.multiplicity == 1 else learning.multiplicity,
         "ema": learning.ema,
         "noise_schedule": factors and [(factor, len(list(alike))) for factor, alike in groupby(factors)],
+        "groups": None if optimizer.unit == "row" else [privacy.rows_per_group, privacy.group_weights],
         "relation": optimizer.accountant.relation,
         "model": settings_of(optimizer.model),
     }

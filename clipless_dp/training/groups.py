@@ -30,6 +30,7 @@ from clipless_dp.arguments import (
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, refuse_no_source
 from clipless_dp.sampling import Augmentation
+from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, checked_cap, checked_weights
 from clipless_dp.training.evaluation import Data
 from clipless_dp.training.schedules import NoiseSchedule, SchedulerFactory, linear_decay
 
@@ -76,6 +77,14 @@ class Privacy(_Checked):
             part, and, with a warning, for those that a CPU cannot run. ``"full"`` or ``True``: all of them, before
             training and at the weights of each ``checkpoint_every`` epochs, with or without a checkpoint file.
             ``False``: none.
+        groups: whose each row is, an id for each, integers or strings, or the name of a column of them, which is no
+            input then: the promise is about people, each with all of their rows, who are drawn and whose rows are
+            averaged (docs/groups.md). ``dataset_size``, ``batch_size`` and ``epochs`` count people then. What is public
+            of the ids is their being there; a run that goes on from a checkpoint is given the same ones.
+        rows_per_group: with ``groups``, how many rows of a person enter a step at most, chosen anew in each: a public
+            number, whose ε is the same for any.
+        group_weights: with ``groups``, ``"mean"``: a person's rows that enter weigh one over their number; ``"cap"``:
+            one over ``rows_per_group`` each, in one pass, so that people with fewer rows count less.
     """
 
     epsilon: float
@@ -86,6 +95,14 @@ class Privacy(_Checked):
     noise: NoiseSource | str | None = None
     noise_multiplier: float | None = None
     audit: bool | str = "quick"
+    groups: Any = None
+    rows_per_group: int = ROWS_PER_GROUP
+    group_weights: GroupWeights = "mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.groups is None and (self.rows_per_group, self.group_weights) != (ROWS_PER_GROUP, "mean"):
+            raise ConfigurationError("rows_per_group and group_weights are about groups: give an id for each row")
 
     @property
     def audit_form(self) -> str:
@@ -262,6 +279,9 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "compile": _compile,
     # Data, which is parsed where it is read.
     "validation": _as_given,
+    "groups": _as_given,
+    "rows_per_group": lambda name, value: checked_cap(value),
+    "group_weights": lambda name, value: checked_weights(value),
     "checkpoint": _or_none(_path),
     "checkpoint_every": whole,
     "progress": flag,
@@ -283,14 +303,15 @@ class Asked(NamedTuple):
         return cls(_group(Privacy, given), _group(Learning, given), _group(Execution, given), _group(Keeping, given))
 
     def require_in_range(self, size: int) -> None:
-        """Checks the batch size against the public number of samples.
+        """Checks the batch size against the public number of samples, or people.
 
         Raises:
             ConfigurationError: it is larger.
         """
         if (self.learning.batch_size or 0) > size:
             raise ConfigurationError(
-                f"batch_size must be an integer from 1 to the {size} samples of the data set, "
+                f"batch_size must be an integer from 1 to the {size} "
+                f"{'samples' if self.privacy.groups is None else 'people'} of the data set, "
                 f"got {self.learning.batch_size!r}"
             )
 

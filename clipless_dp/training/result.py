@@ -53,7 +53,7 @@ class FitResult:
         epsilon: spent, an upper bound, under the accountant's neighbouring relation: by default adding or removing one.
         delta: the δ it holds for.
         noise_multiplier: ``σ``; with a noise schedule, what its factors multiply.
-        sample_rate: ``q``.
+        sample_rate: ``q``, of each sample, or person.
         steps: optimizer steps in all.
         history: a record for each epoch.
         audits: what attacks on the bounds reached, before training and, if that was asked for, at each checkpoint.
@@ -83,6 +83,8 @@ class FitResult:
         shown = "" if accuracy is None else f"accuracy {100 * accuracy:.2f} %, "
         saved = "" if self.checkpoint is None else f", checkpoint {self.checkpoint}"
         relation = self.optimizer.accountant.relation.replace("_", "-")
+        if self.optimizer.unit == "person":
+            relation += " person"
         return (
             f"{shown}ε = {self.epsilon:.4f} at δ = {self.delta:g} ({relation}), "
             f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.6g}, {self.steps} steps{saved}"

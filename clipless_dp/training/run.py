@@ -23,6 +23,7 @@ from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.compiled import BatchLoss
 from clipless_dp.model.description import differences
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.sampling import People
 from clipless_dp.training.groups import Asked
 from clipless_dp.training.plan import Plan
 from clipless_dp.training.result import EpochRecord
@@ -50,6 +51,7 @@ class Run:
         given: events of the ledger ahead of this run.
         saved: whether the latest checkpoint could be written.
         seen: the identity of the file that this run read or wrote last.
+        people: whose the rows are, where the promise is about people.
         loss: of a batch, compiled or not.
     """
 
@@ -62,6 +64,7 @@ class Run:
     average: WeightAverage | None = None
     micro_batch_size: int | None = None
     factor: float | None = None
+    people: People | None = None
     history: list[EpochRecord] = field(default_factory=list)
     audits: list[SensitivityAudit] = field(default_factory=list)
     saved: bool = False

@@ -34,11 +34,13 @@ def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
     device, _ = run.model.device_and_dtype()
     execution, plan = run.asked.execution, run.plan
     compile = execution.compile if isinstance(execution.compile, str) or run.model.compiling_pays else False
-    # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows.
-    one_shape = bool(compile) and device.type != "cpu"
+    # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows. Of
+    # people's rows each class of weights is a pass, of as many rows as were drawn.
+    one_shape = bool(compile) and device.type != "cpu" and run.people is None
     stream = not _fits(samples, device, run.here.world.size) if execution.stream is None else execution.stream
     # Of the public size: the exact number of samples is not to show in the result.
     usual = usual_rows(math.ceil(plan.dataset_size / run.here.world.size), plan.sample_rate)
+    usual *= 1 if run.people is None else run.people.rows_per_group
     padding = usual if one_shape else max(8, math.isqrt(plan.batch_size) // 2)
     rows = execution.micro_batch_size
     if compile:
@@ -59,6 +61,7 @@ def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
         start=run.step,
         physical_batch_size=padding,
         device=device,
+        groups=run.people,
     )
 
 

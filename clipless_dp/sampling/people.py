@@ -1,0 +1,378 @@
+"""Whose each row is, where the unit of privacy is a person: people are drawn, and a person's rows averaged.
+
+A person's contribution to a step is ``Σ_i w_i g_i`` over the rows of theirs that entered, with ``w_i ≥ 0`` and
+``Σ_i w_i ≤ 1``. Each ``‖g_i‖ ≤ Δ``, so ``‖Σ w_i g_i‖ ≤ Δ`` by the triangle inequality: adding or removing a person
+moves the sum of all by no more than adding or removing one row does, and people are drawn as rows are (docs/groups.md).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from accounting import Ledger
+from accounting.errors import warn_caller
+from clipless_dp.arguments import whole
+from clipless_dp.distributed import placement
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+
+Unit = Literal["row", "person"]
+"""What a guarantee is about: one row of the data, or all rows of one person."""
+
+Indices = npt.NDArray[np.int64]
+GroupWeights = Literal["mean", "cap"]
+"""``"mean"``: a person's rows that enter weigh ``1/n`` if they are ``n``; ``"cap"``: ``1/rows_per_group`` each."""
+
+Classes = tuple[tuple[int, int], ...]
+"""Of rows in order: up to which of them (exclusively), from the end of the class before, weights are one over what."""
+
+ROWS_PER_GROUP = 8
+"""Default of ``rows_per_group``."""
+
+_SHARED = (
+    "a row that several people share counts against each of them: keep rows of which nobody has more than k with "
+    "clipless_dp.sampling.bound_contributions, and charge groups of k rows (docs/groups.md)"
+)
+
+
+class Chosen(NamedTuple):
+    """Rows of the people of one draw.
+
+    Attributes:
+        rows: their numbers in the data set, one class after the other.
+        classes: where classes end, and what the gradients of their rows are divided by.
+    """
+
+    rows: Indices
+    classes: Classes
+
+
+class People:
+    """Whose each row of a data set is.
+
+    Args:
+        groups: an id for each row: integers or strings, in a list, an array, a column or a tensor.
+        rows: how many rows the data set has.
+        rows_per_group: ``m``: at most so many rows of a person enter a draw, chosen anew in each. A public number.
+        weights: see :data:`GroupWeights`.
+
+    Raises:
+        InputError: ids are missing (``None``, NaN, an empty string), floating-point or of several types, or several a
+            row; or there are more or fewer of them than rows.
+        ConfigurationError: ``rows_per_group`` is no positive integer, or the weights are unknown.
+        RankError: the ranks' ids differ.
+
+    Attributes:
+        count: number of people.
+        rows: number of rows.
+        rows_per_group: ``m``.
+        weights: as given.
+    """
+
+    def __init__(
+        self,
+        groups: Any,
+        rows: int,
+        *,
+        rows_per_group: int = ROWS_PER_GROUP,
+        weights: GroupWeights = "mean",
+    ) -> None:
+        self.rows_per_group, self.weights = checked_cap(rows_per_group), checked_weights(weights)
+        self.rows = rows
+        if not rows:
+            raise InputError("groups= names whose each row is, and there are no rows")
+        self._codes = _codes(groups, rows)
+        self._sizes = np.bincount(self._codes).astype(np.int64)
+        self.count = len(self._sizes)
+        self._order = np.argsort(self._codes, kind="stable").astype(np.int64, copy=False)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._warn_of_one()
+        if placement.world().size > 1:
+            placement.agree(
+                {"the ids of groups": hashlib.sha256(self._codes.tobytes()).hexdigest()},
+                remedy="All ranks need the ids of the whole data set, in one order",
+            )
+
+    def _warn_of_one(self) -> None:
+        largest = int(self._sizes.max())
+        if self.count == 1 and self.rows > 1:
+            raise InputError(
+                f"all {self.rows} rows have one id, so that nothing would be learnt but from one person: groups must "
+                "name whose each row is"
+            )
+        if 2 * largest > self.rows > 2:
+            warn_caller(
+                f"one person has {largest} of the {self.rows} rows, of which at most {self.rows_per_group} enter a "
+                "draw: is the column of ids the right one, or one id a stand-in for unknown people? (This number is "
+                "for the data's owner only.)",
+                UserWarning,
+            )
+
+    def require_size(self, dataset_size: int) -> None:
+        """Refuses a public size that counts rows.
+
+        Raises:
+            ConfigurationError: it is at least the number of rows, and people are fewer.
+        """
+        if self.count < self.rows <= dataset_size:
+            raise ConfigurationError(
+                f"dataset_size={dataset_size} counts rows; with groups= it is the public number of people, of which "
+                "there are fewer, and so does batch_size count people"
+            )
+
+    def rows_of(self, rank: int, ranks: int) -> Indices:
+        """The rows, ascending, of the people that one of several ranks draws from: those of number ``rank, rank + W,
+        …``; so nobody is on two ranks."""
+        return np.flatnonzero(self._codes % ranks == rank).astype(np.int64)
+
+    def choose(
+        self, people: Indices, generator: np.random.Generator, kept: npt.NDArray[np.bool_] | None = None
+    ) -> Chosen:
+        """At most ``m`` rows of each of some people, uniformly, independently of one another.
+
+        With weights of ``"mean"``, of a person's ``n`` rows the largest number on a public grid that is at most
+        ``min(n, m)`` enters: ``m``, or 1, 2, 3, 4, 6, 8, 12, … The mean of a uniform choice has the mean of all rows
+        as its expectation, and there are few classes, each of which is passed by itself.
+
+        Args:
+            people: their numbers, each once.
+            generator: of the choice.
+            kept: which of these people's rows are returned, by default all; what is chosen for one does not depend on
+                it.
+        """
+        sizes = self._sizes[people]
+        owners = np.repeat(np.arange(len(people)), sizes)
+        places = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        rows = self._order[np.repeat(self._starts[people], sizes) + places]
+        entering = self._entering(sizes)
+        if bool((entering < sizes).any()):
+            # Within each person a random order, of which the first ones are taken.
+            rows = rows[np.lexsort((generator.random(len(rows)), owners))]
+            taken = places < entering[owners]
+            rows, owners = rows[taken], owners[taken]
+        if kept is not None:
+            rows, owners = rows[kept[owners]], owners[kept[owners]]
+        if self.weights == "cap":
+            return Chosen(np.sort(rows), ((len(rows), self.rows_per_group),))
+        divisors = entering[owners]
+        order = np.lexsort((rows, divisors))
+        found, counts = np.unique(divisors, return_counts=True)
+        ends = np.cumsum(counts)
+        return Chosen(rows[order], tuple(zip(ends.tolist(), found.tolist(), strict=True)))
+
+    def _entering(self, sizes: Indices) -> Indices:
+        """How many rows enter of people who have so many."""
+        most = np.minimum(sizes, self.rows_per_group)
+        if self.weights == "cap":
+            return most
+        grid = _grid(self.rows_per_group)
+        return grid[np.searchsorted(grid, most, side="right") - 1]
+
+    def with_strangers(self, count: int) -> Indices:
+        """An id for each row, and behind them those of so many further people of one row each."""
+        return np.concatenate([self._codes, self.count + np.arange(count)])
+
+    def shares(self, device: torch.device | str = "cpu") -> Tensor:
+        """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
+        return torch.from_numpy(1.0 / self._sizes[self._codes]).to(device)
+
+
+def _grid(cap: int) -> Indices:
+    """1, 2, 3, 4, 6, 8, 12, … below a cap, and the cap: of a number in between at most a third is left out."""
+    powers = [base << shift for shift in range(cap.bit_length()) for base in (1, 3)]
+    return np.array(sorted({number for number in powers if number < cap} | {cap}), dtype=np.int64)
+
+
+def checked_cap(rows_per_group: object) -> int:
+    """``rows_per_group``, once it is known to be a positive integer."""
+    return whole("rows_per_group", rows_per_group)
+
+
+def checked_weights(weights: object) -> GroupWeights:
+    """``group_weights``, once they are known.
+
+    Raises:
+        ConfigurationError: they are not.
+    """
+    if weights not in ("mean", "cap"):
+        raise ConfigurationError(f"group_weights must be 'mean' or 'cap', got {weights!r}")
+    return weights
+
+
+def _codes(groups: Any, rows: int) -> Indices:
+    """A number for each id, from 0, the ids in their own order."""
+    ids = _as_ids(groups)
+    if ids.ndim != 1:
+        raise InputError(f"groups must be one id for each row, ({rows},), got {ids.shape}: {_SHARED}")
+    if len(ids) != rows:
+        raise InputError(f"{len(ids)} ids in groups for {rows} rows: need one for each")
+    if ids.dtype.kind == "U" and bool((ids == "").any()):
+        raise _missing(np.flatnonzero(ids == ""))
+    _, codes = np.unique(ids, return_inverse=True)
+    return codes.reshape(-1).astype(np.int64)
+
+
+def _as_ids(groups: Any) -> npt.NDArray[Any]:
+    if isinstance(groups, Tensor):
+        groups = groups.detach().cpu().numpy()
+    if isinstance(groups, (str, bytes)) or not hasattr(groups, "__len__"):
+        raise InputError(f"groups must be an id for each row, got a {type(groups).__name__}")
+    if hasattr(groups, "dtype") or hasattr(groups, "to_numpy"):
+        ids = np.asarray(groups)
+    else:
+        ids = np.empty(len(groups), dtype=object)
+        ids[:] = list(groups)
+    kind = ids.dtype.kind
+    if kind == "f":
+        remedy = "one person's may differ by rounding: give integers or strings"
+        if bool(np.isnan(ids).any()):
+            remedy = "missing ids make a column of integers one of floats: give every row an id"
+        raise InputError(f"the ids in groups are floating-point numbers ({ids.dtype}): {remedy}")
+    if kind in "iuU":
+        return ids
+    if kind in "OTS":
+        return _of_objects(ids)
+    raise InputError(f"the ids in groups are {ids.dtype}: give integers or strings")
+
+
+def _of_objects(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Ids of Python's own types, once they are known to be of one."""
+    listed = ids.tolist()
+    missing = [place for place, one in enumerate(listed) if _is_missing(one)]
+    if missing:
+        raise _missing(missing)
+    kinds = {next((kind for kind in (str, bytes) if isinstance(one, kind)), type(one)) for one in listed}
+    if any(issubclass(kind, (list, tuple, set, frozenset, np.ndarray)) for kind in kinds):
+        raise InputError(f"groups names several people for one row: {_SHARED}")
+    whole_numbers = all(issubclass(kind, (int, np.integer)) and kind is not bool for kind in kinds)
+    if not (whole_numbers or kinds in ({str}, {bytes})):
+        named = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise InputError(f"the ids in groups are of type {named}: give integers, or strings, all of one type")
+    # Of numbers beyond 64 bits numpy would make floats, in which two people may be one.
+    return np.array(listed, dtype=object if whole_numbers and max(map(abs, listed)) >= 1 << 63 else None)
+
+
+def _is_missing(one: Any) -> bool:
+    if one is None or (isinstance(one, (str, bytes)) and not one):
+        return True
+    if isinstance(one, (float, np.floating)):
+        return bool(np.isnan(one))
+    # pandas.NA and NaT by name: neither equals itself, and the former is no truth value.
+    return type(one).__name__ in ("NAType", "NaTType")
+
+
+def _missing(places: Sequence[int] | Indices) -> InputError:
+    return InputError(
+        f"{len(places)} rows have no id in groups, row {int(places[0])} the first: rows of unknown people may all be "
+        "one person's. Leave them out, or give each an id, if each is known to be of a person of its own"
+    )
+
+
+def bound_contributions(owners: Iterable[Any], rows_per_group: int, *, seed: int | None = None) -> Indices:
+    """Rows of which nobody has more than ``k``, chosen greedily in a random order: of shared rows too.
+
+    A row that several people share (a message with two authors) counts against all of them: it is kept if each of
+    them has fewer than ``k`` rows that are kept. Steps on a Poisson sample of what is kept then are about groups of
+    ``k`` rows. Which rows are kept depends on *who has which rows*, so that the guarantee is about the contents of all
+    rows of a person, with whose they are taken as fixed: DP of a fixed graph (Ganesh et al. 2025, "It's My Data Too:
+    Private ML for Datasets with Multi-User Training Examples", §3). Where each row is one person's, it holds for adding
+    and removing people, too.
+
+    Args:
+        owners: for each row an id, or several in a list, tuple or set.
+        rows_per_group: ``k``, public.
+        seed: of the order; by default of the operating system.
+
+    Returns:
+        The numbers of the rows that are kept, ascending.
+
+    Raises:
+        InputError: a row has no id, or ids are no integers or strings.
+        ConfigurationError: ``k`` is no positive integer.
+    """
+    most = checked_cap(rows_per_group)
+    named = [[one] if isinstance(one, (str, bytes)) or not hasattr(one, "__iter__") else [*one] for one in owners]
+    empty = [place for place, some in enumerate(named) if not some or any(map(_is_missing, some))]
+    if empty:
+        raise _missing(empty)
+    ids = _as_ids([one for some in named for one in some]).tolist() if named else []
+    numbered, start = [], 0
+    for some in named:
+        numbered.append(set(ids[start : start + len(some)]))
+        start += len(some)
+    held: dict[Any, int] = {}
+    kept = []
+    for row in np.random.default_rng(seed).permutation(len(numbered)):
+        if all(held.get(one, 0) < most for one in numbered[row]):
+            kept.append(row)
+            for one in numbered[row]:
+                held[one] = held.get(one, 0) + 1
+    return np.sort(np.array(kept, dtype=np.int64))
+
+
+def refuse_other_units(ledger: Ledger, unit: Unit) -> None:
+    """Refuses a ledger about rows where people are the unit, and the other way round: their ε do not add up.
+
+    Raises:
+        ConfigurationError: it has lines about the other unit.
+    """
+    others = ledger.units - {"" if unit == "row" else unit}
+    if others:
+        other = "people" if "person" in others else "rows"
+        raise ConfigurationError(
+            f"the accountant's ledger is about {other}, and unit={unit!r} is not: their ε do not add up. Release all "
+            "of it about people (groups= of statistics and fit), or, where each person has one row only, say so: "
+            f"accountant.ledger = accountant.ledger.about({'person' if unit == 'person' else ''!r})"
+        )
+
+
+def column_of(dataset: Any, groups: Any) -> tuple[Any, Any]:
+    """The data set without a column, and the column, where ``groups`` is its name; else both as they are.
+
+    Args:
+        dataset: a mapping of columns, a pair whose inputs are one, or a table that tells of its ``column_names``.
+        groups: ids, or a name.
+
+    Raises:
+        ConfigurationError: there is no such column.
+    """
+    if not isinstance(groups, str):
+        return dataset, groups
+    if (
+        isinstance(dataset, (tuple, list))
+        and len(dataset) == 2
+        and isinstance(dataset[0], Mapping)
+        and groups in dataset[0]
+    ):
+        rest, ids = column_of(dataset[0], groups)
+        return (rest, dataset[1]), ids
+    if isinstance(dataset, Mapping) and groups in dataset:
+        return {name: values for name, values in dataset.items() if name != groups}, dataset[groups]
+    if groups in getattr(dataset, "column_names", ()):
+        return dataset.remove_columns(groups), list(dataset[groups])
+    raise ConfigurationError(
+        f"there is no column {groups!r} in the data set ({type(dataset).__name__}): give the ids themselves, one a row"
+    )
+
+
+def people_of(
+    groups: Any, rows: int, rows_per_group: int = ROWS_PER_GROUP, weights: GroupWeights = "mean"
+) -> People | None:
+    """Whose rows are, if groups are given; ``People`` as they are.
+
+    Raises:
+        PrivacyError: the people are of another data set.
+    """
+    if groups is None:
+        return None
+    if isinstance(groups, People):
+        if groups.rows != rows:
+            raise PrivacyError(f"groups are of {groups.rows} rows, and the data set has {rows}")
+        return groups
+    return People(groups, rows, rows_per_group=rows_per_group, weights=weights)
