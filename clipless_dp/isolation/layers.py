@@ -82,14 +82,15 @@ def embedding(
     if _differs(input):
         run.looked_up(input, weight.shape[0])
     name = run.name_of(weight)
-    if name is None:
-        with _told_of(run.told_of(weight), weight):
-            return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if max_norm is not None or scale_grad_by_freq or sparse:
+    told = run.told_of(weight)
+    if (max_norm is not None and _differs(input)) or (name is not None and (scale_grad_by_freq or sparse or max_norm)):
         raise InputError(
-            f"the table {name!r} is read with max_norm, scale_grad_by_freq or sparse gradients, which let samples see "
+            f"the table {told!r} is read with max_norm, scale_grad_by_freq or sparse gradients, which let samples see "
             "each other: leave these out"
         )
+    if name is None:
+        with _told_of(told, weight):
+            return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     width = weight.shape[1]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
     gates = run.gates("embedding", (name, input.numel() * width), settings=(padding,))

@@ -26,7 +26,8 @@ from clipless_dp.gates.signal import GateMode
 from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
 from clipless_dp.isolation.foreign import prepare
 from clipless_dp.isolation.functions import Cap
-from clipless_dp.isolation.gating import Gating, refuse_other_ways
+from clipless_dp.isolation.gating import WRITTEN, Gating, refuse_other_ways
+from clipless_dp.isolation.hidden import nothing_unseen
 from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.packing import Packing
 
@@ -171,16 +172,18 @@ class Isolated(nn.Module):
         limit = checked_cap("limit", limit if adaptive is None else adaptive.start)  # type: ignore[arg-type]
         bias_limit = limit if bias_limit is None else checked_cap("bias_limit", bias_limit)
         share = float(floor) if mode == "normalize" else 1.0
-        names = [name for name, _ in self.named_parameters(remove_duplicate=False)]
+        named = dict(self.named_parameters(remove_duplicate=False))
+        names = list(named)
         for pattern in layers:
             if not any(is_named(name, pattern) for name in names):
                 raise ConfigurationError(f"no parameter matches {pattern!r}; there are {names}")
         caps = {name: (cap, least) for name, cap, least in self._caps}
-        for name in names:
-            if any(is_named(name, pattern) for pattern in layers):
-                cap = bias_limit if name.rpartition(".")[2] == "bias" else limit
-                caps[name] = cap, max(share * cap, 1e-8)
-        chosen = [name for name in names if any(is_named(name, pattern) for pattern in layers)]
+        # A parameter of several names has one gate, whichever it is called by.
+        meant = {id(value) for name, value in named.items() if any(is_named(name, pattern) for pattern in layers)}
+        chosen = [name for name, value in named.items() if id(value) in meant]
+        for name in chosen:
+            cap = bias_limit if name.rpartition(".")[2] == "bias" else limit
+            caps[name] = cap, max(share * cap, 1e-8)
         self._adapt(adaptive, chosen, caps)
         self.__dict__["_caps"] = tuple((name, *cap) for name, cap in caps.items())
 
@@ -190,15 +193,15 @@ class Isolated(nn.Module):
         """Lets the caps of some parameters adapt, or no longer; of a joint one all are meant or none."""
         known = adapting(self)
         starts = {} if known is None else dict(known.caps)
-        touched = {self._gate(name) for name in chosen}
+        own = {name for name, _ in self.named_parameters()}
+        touched = {self._gate(name) for name in chosen if name in own}
         for gate in touched:
             starts.pop(gate, None)
-        if self.joint is not None and touched & {self._gate(name) for name in caps if name not in chosen}:
+        if self.joint is not None and touched & {self._gate(name) for name in own if name not in chosen}:
             raise ConfigurationError("a joint cap is set for all parameters of a layer at once: name whole layers")
         if limit is not None:
             if known is not None and starts and known.settings[1:] != astuple(limit)[1:]:
                 raise ConfigurationError("caps of one network adapt alike: give the same quantile, rate and share")
-            own = {name for name, _ in self.named_parameters()}
             starts |= {self._gate(name): caps[name][0] for name in chosen if name in own}
         if starts:
             settings = limit if limit is not None else cast(Adapting, known).limit
@@ -304,10 +307,14 @@ class Isolated(nn.Module):
                 returned = self._call(lifted)
                 output = self._selected(returned)
             del returned, lifted
+            gating.refuse_written()
             kept.append(gating.kept([output, *own]))
             return output
 
+        versions = [(value, value._version) for value in held.values() if value.requires_grad]
         outputs = self._mapped(one, values, batch)
+        if any(value._version != version for value, version in versions):
+            raise PrivacyError(WRITTEN)
         if kept[0]:
             raise PrivacyError(
                 "the network keeps something that it computed of its samples, in an attribute, a cache or a list, "
@@ -383,7 +390,7 @@ class Isolated(nn.Module):
     def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
         sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
         try:
-            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING), _seeded_once():
+            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING), _seeded_once(), nothing_unseen():
                 return torch.func.vmap(one, randomness="different")(sample, *batch)
         except CliplessError:
             raise
