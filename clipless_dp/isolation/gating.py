@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 from weakref import ref
 
@@ -24,8 +25,8 @@ from torch._C._functorch import (
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from clipless_dp.errors import PrivacyError
-from clipless_dp.isolation.functions import GATES, Affine, Cap, Expanded
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.isolation.functions import Affine, Cap, Expanded, Sizes, Spread
 from clipless_dp.isolation.hidden import runs_own_code
 from clipless_dp.isolation.joint import Together
 
@@ -34,7 +35,6 @@ Handler = Callable[..., Any]
 
 _HANDLERS: dict[Any, Handler] = {}
 _ALWAYS: set[Any] = set()
-_NODES = tuple(cast(Any, gate)._backward_cls for gate in GATES)
 
 _ATTRIBUTES: tuple[Any, ...] = (
     Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.ndim, Tensor.is_leaf, Tensor.layout,
@@ -50,11 +50,12 @@ _ABOUT = {attribute.__get__ for attribute in _ATTRIBUTES} | {
 _CUT = {cast(Any, Tensor.data).__get__, Tensor.detach}
 """What reads a parameter without a way back for a gradient."""
 
+_INTERLEAVED = (torch.channels_last, torch.channels_last_3d)
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _TOLD = {Tensor.__repr__, Tensor.__format__}
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_NAMESPACES = {"aten", "prims", "torchvision"}
-"""Whose operators are known to have rules of ``vmap``, or to be run for one sample after the other."""
+_NAMESPACES = {"aten", "prims", "torchvision", "profiler"}
+"""Whose operators are known to have rules of ``vmap``, to be run for one sample after the other, or to read none."""
 _PLAIN = {type(None), bool, int, float, str, slice, type(...), torch.dtype, torch.device, torch.Size}
 _OVERWRITING = {
     "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__",
@@ -76,6 +77,19 @@ _READING: set[Any] = {
     torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
 }  # fmt: skip
 """What writes into none of its arguments, and returns memory of its own."""
+
+_SPREADING: set[Any] = {
+    found
+    for name in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")
+    for found in (getattr(torch, name), getattr(Tensor, name))
+} | {Tensor.__rsub__, Tensor.__rdiv__}
+"""What repeats the smaller of its arguments."""
+
+_SHAPING = {
+    Tensor.view, Tensor.reshape, Tensor.unsqueeze, Tensor.squeeze, Tensor.flatten, Tensor.__getitem__, Tensor.transpose,
+    Tensor.permute, torch.reshape, torch.unsqueeze, torch.squeeze, torch.flatten, torch.transpose, torch.permute,
+}  # fmt: skip
+"""What returns the entries of its first argument in another shape."""
 
 _LOOKING = _READING | {
     torch.einsum, functional.rms_norm,
@@ -163,6 +177,7 @@ class Gating(TorchFunctionMode):
         self._counters = counters or {}
         self._joint, self._together = joint, together
         self._copies: dict[str, Tensor] = {}
+        self._shaped: dict[int, tuple[ref[Tensor], Sizes]] = {}
         self._lent: dict[str, tuple[Tensor, int]] = {}
         self._seed = torch.initial_seed()
         self._level = maybe_get_level(sample)
@@ -177,12 +192,27 @@ class Gating(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces functions that meet a parameter."""
         kwargs = kwargs or {}
+        if kwargs.get("memory_format") in _INTERLEAVED:
+            # How values lie in memory is not a sample's, and says nothing of what they are.
+            if func is Tensor.is_contiguous:
+                return False
+            kwargs = {**kwargs, "memory_format": torch.contiguous_format}
         if func in _ABOUT:
             return func(*args, **kwargs)
         if func in _HOOKS:
             raise PrivacyError(
                 "the network hooks a tensor (register_hook, retain_grad) within its forward: a hook sees the gradients "
                 "of all samples at once. Remove it"
+            )
+        if func is Tensor.requires_grad_ and _differ(args):
+            raise ConfigurationError(
+                "the network calls requires_grad_ on what it computes, which a single sample's values do not take: "
+                "leave it out; of transformers, net.gradient_checkpointing_disable() and net.disable_input_require_grads()"
+            )
+        if torch._C._is_any_autocast_enabled():
+            raise PrivacyError(
+                "the network opens torch.autocast in its forward, which rounds gradients of the whole batch to 8 "
+                "bits or so, and the bounds do not cover that: leave it out (enabled=False)"
             )
         self._refuse_strangers(args)
         if kwargs:
@@ -203,9 +233,30 @@ class Gating(TorchFunctionMode):
                 lend = func not in _READING
                 args = [self.expanded(value, lend=lend) for value in args]
                 kwargs = {name: self.expanded(value, lend=lend) for name, value in kwargs.items()}
+            if func in _SPREADING and self._shaped:
+                args = self._spread(args)
             result = func(*args, **kwargs) if func in _LOOKING else self._guarded(func, args, kwargs)
         self._note(result)
+        if func in _SHAPING and self._shaped and args and isinstance(result, Tensor):
+            found = self._shaped.get(id(args[0]))
+            if found is not None and found[0]() is args[0]:
+                self._shaped[id(result)] = ref(result), found[1]
         return result
+
+    def _spread(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Copies of parameters, as they are or in another shape, in the shape of what they meet in arithmetic."""
+        try:
+            shape = torch.broadcast_shapes(*(value.shape for value in args if isinstance(value, Tensor)))
+        except RuntimeError:
+            return args
+
+        def spread(value: Any) -> Any:
+            known = self._shaped.get(id(value))
+            if known is None or known[0]() is not value or value.shape == shape:
+                return value
+            return Spread.apply(value, tuple(shape), known[1])  # type: ignore[no-untyped-call]
+
+        return [spread(value) for value in args]
 
     def _refuse_strangers(self, values: Iterable[Any]) -> None:
         """Refuses arguments that are not of this run, or that see more than one sample of it."""
@@ -364,12 +415,13 @@ class Gating(TorchFunctionMode):
         """A parameter as this sample sees it, in memory that all samples share: to be read only."""
         if name not in self._copies:
             source = self._sources[name]
-            gates = self.gates("expand", (name, source.numel()))
+            gates = replace(self.gates("expand", (name, source.numel())), sizes=Sizes())
             # What first reads it may do so without gradients, and another one with them.
             with torch.enable_grad():
                 made = Expanded.apply(self.sample, source, gates, self.counter(name))  # type: ignore[no-untyped-call]
             self._copies[name] = cast(Tensor, made)
-            self.admit([self._copies[name]])
+            self.admit([made])
+            self._shaped[id(made)] = ref(made), cast(Sizes, gates.sizes)
         return self._copies[name]
 
     def _lend(self, name: str) -> Tensor:
@@ -378,6 +430,7 @@ class Gating(TorchFunctionMode):
             with torch.enable_grad():
                 made = self.copy(name).clone(memory_format=torch.contiguous_format)
             self._lent[name] = made, get_unwrapped(made)._version
+            self._shaped[id(made)] = ref(made), self._shaped[id(self.copy(name))][1]
             self.admit([made])
         return self._lent[name][0]
 
@@ -413,54 +466,3 @@ class Gating(TorchFunctionMode):
             return False
         gc.collect()
         return alive()
-
-
-def refuse_other_ways(
-    output: Tensor, sources: Mapping[str, Tensor], inputs: Iterable[Tensor], names: Mapping[int, str]
-) -> None:
-    """Walks the graph behind an output: to what takes gradients, they come through gates alone.
-
-    Args:
-        output: of all samples.
-        sources: what stands for the trainable parameters, by name.
-        inputs: of the network.
-        names: of the parameters themselves, by ``id``.
-
-    Raises:
-        PrivacyError: a parameter is used past its gate, or something else takes gradients.
-    """
-    edge = torch.autograd.graph.get_gradient_edge
-    ours = {(found.node, found.output_nr): name for name, source in sources.items() for found in (edge(source),)}
-    ends = {(found.node, found.output_nr) for value in inputs if value.requires_grad for found in (edge(value),)}
-    beyond = {node for node, _ in [*ours, *ends]}
-    seen: set[Any] = set()
-    stack: list[Any] = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for slot, following in enumerate(node.next_functions):
-            behind, _ = following
-            if behind is None:
-                continue
-            name = ours.get(following)
-            if name is not None:
-                # The first tensor of each gate is not gated: what a layer reads, or what tells samples apart.
-                if slot == 0 or not isinstance(node, _NODES):
-                    raise PrivacyError(
-                        f"the parameter {name!r} is used past its gate, by {type(node).__name__}: use it in the "
-                        "network's forward through functions of torch"
-                    )
-            elif following in ends:
-                continue
-            elif behind in beyond:
-                raise PrivacyError("a gradient leaves the network through a value that is none of its inputs")
-            elif (variable := getattr(behind, "variable", None)) is not None:
-                found = names.get(id(variable))
-                raise PrivacyError(
-                    f"the tensor {'of shape ' + str(tuple(variable.shape)) if found is None else repr(found)} takes "
-                    "gradients without a gate: make it a parameter of the network before it is wrapped, or detach it"
-                )
-            else:
-                stack.append(behind)

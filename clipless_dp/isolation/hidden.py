@@ -1,20 +1,23 @@
-"""What no mode of torch sees: code behind torch's own functions, scripted functions, and the batch behind a sample."""
+"""What no mode of torch sees: code behind torch's own functions, scripted functions, other ways of gradients."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._functorch import eager_transforms
+from torch.utils.checkpoint import CheckpointFunction
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.isolation.functions import GATES
 
+_NODES = tuple(cast(Any, gate)._backward_cls for gate in GATES)
 _NUMBERS = {bool, int, float, complex}
 _INHERITED = {Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl}  # type: ignore[attr-defined]
 
@@ -45,9 +48,14 @@ _SCRIPTED = (
     "it was made of"
 )
 _UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
+PACKING = (
+    "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
+    "samples at once: leave it out (net.gradient_checkpointing_disable()), and save memory by micro-batches"
+)
 _REFUSED: tuple[tuple[Any, str, str], ...] = (
     (torch._C.ScriptFunction, "__call__", _SCRIPTED),
     (torch._C.ScriptMethod, "__call__", _SCRIPTED),
+    (CheckpointFunction, "apply", PACKING),
     (eager_transforms, "get_unwrapped", _UNWRAPPED),
     (torch._C._functorch, "get_unwrapped", _UNWRAPPED),
 )
@@ -75,8 +83,63 @@ def _refused(owner: Any, name: str, message: str) -> Iterator[None]:
             return original(*args, **kwargs)
         raise PrivacyError(message)
 
+    inherited = name not in vars(owner)
     setattr(owner, name, refuse)
     try:
         yield
     finally:
-        setattr(owner, name, original)
+        if inherited:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, original)
+
+
+def refuse_other_ways(
+    output: Tensor, sources: Mapping[str, Tensor], inputs: Iterable[Tensor], names: Mapping[int, str]
+) -> None:
+    """Walks the graph behind an output: to what takes gradients, they come through gates alone.
+
+    Args:
+        output: of all samples.
+        sources: what stands for the trainable parameters, by name.
+        inputs: of the network.
+        names: of the parameters themselves, by ``id``.
+
+    Raises:
+        PrivacyError: a parameter is used past its gate, or something else takes gradients.
+    """
+    edge = torch.autograd.graph.get_gradient_edge
+    ours = {(found.node, found.output_nr): name for name, source in sources.items() for found in (edge(source),)}
+    ends = {(found.node, found.output_nr) for value in inputs if value.requires_grad for found in (edge(value),)}
+    beyond = {node for node, _ in [*ours, *ends]}
+    seen: set[Any] = set()
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for slot, following in enumerate(node.next_functions):
+            behind, _ = following
+            if behind is None:
+                continue
+            name = ours.get(following)
+            if name is not None:
+                # The first tensor of each gate is not gated: what a layer reads, or what tells samples apart.
+                if slot == 0 or not isinstance(node, _NODES):
+                    raise PrivacyError(
+                        f"the parameter {name!r} is used past its gate, by {type(node).__name__}: use it in the "
+                        "network's forward through functions of torch"
+                    )
+            elif following in ends:
+                continue
+            elif behind in beyond:
+                raise PrivacyError("a gradient leaves the network through a value that is none of its inputs")
+            elif (variable := getattr(behind, "variable", None)) is not None:
+                found = names.get(id(variable))
+                raise PrivacyError(
+                    f"the tensor {'of shape ' + str(tuple(variable.shape)) if found is None else repr(found)} takes "
+                    "gradients without a gate: make it a parameter of the network before it is wrapped, or detach it"
+                )
+            else:
+                stack.append(behind)

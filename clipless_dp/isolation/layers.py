@@ -140,11 +140,15 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Group normalisation, and a copy of its affine map."""
-    values = functional.group_norm(run.expanded(input), num_groups, None, None, eps)
+    if weight is None and bias is None:
+        return NotImplemented
     shape = (1, -1, *[1] * (input.dim() - 2))
-    if weight is not None:
-        values = values * run.expanded(weight).reshape(shape)
-    return values if bias is None else values + run.expanded(bias).reshape(shape)
+    with run:
+        # Each operation as by itself.
+        values = functional.group_norm(input, num_groups, None, None, eps)
+        if weight is not None:
+            values = values * weight.reshape(shape)
+        return values if bias is None else values + bias.reshape(shape)
 
 
 def _convolution(

@@ -26,8 +26,8 @@ from clipless_dp.gates.signal import GateMode
 from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
 from clipless_dp.isolation.foreign import prepare
 from clipless_dp.isolation.functions import Cap
-from clipless_dp.isolation.gating import WRITTEN, Gating, refuse_other_ways
-from clipless_dp.isolation.hidden import nothing_unseen
+from clipless_dp.isolation.gating import WRITTEN, Gating
+from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.packing import Packing
 
@@ -37,10 +37,6 @@ Joint = Literal["layer", "network"] | None
 Select = str | int | Callable[[Any], Tensor] | None
 """Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
 
-_PACKING = (
-    "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
-    "samples at once: leave it out, and save memory by micro-batches"
-)
 _STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
 
 
@@ -92,6 +88,11 @@ class Isolated(nn.Module):
         super().__init__()
         if joint not in (None, "layer", "network"):
             raise ConfigurationError(f"joint must be 'layer', 'network' or None, got {joint!r}")
+        if any(isinstance(part, Isolated) for part in net.modules()):
+            raise ConfigurationError(
+                "a part of the network runs sample by sample already: leave gradient_gated out there, and call it for "
+                "the whole network, or use isolation='graph', where such a part is a layer among others"
+            )
         _refuse_what_sees_batches(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
@@ -274,6 +275,11 @@ class Isolated(nn.Module):
         _refuse_what_sees_batches(self.net)
         held = dict(self._held())
         caps, counters = self.caps, self._counters()
+        if new := [name for name in held if name not in caps]:
+            raise ConfigurationError(
+                f"the parameter {new[0]!r} was added after the network was put behind gates: call gradient_gated when "
+                "all layers are there"
+            )
         # The first pass counts the uses of frozen parameters too, which may be trained later.
         sources = {name: value for name, value in held.items() if value.requires_grad or self.uses is None}
         also = {**self._known(held), **{id(value): name for name, value in held.items()}}
@@ -390,14 +396,14 @@ class Isolated(nn.Module):
     def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
         sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
         try:
-            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING), _seeded_once(), nothing_unseen():
+            with torch.autograd.graph.disable_saved_tensors_hooks(PACKING), _seeded_once(), nothing_unseen():
                 return torch.func.vmap(one, randomness="different")(sample, *batch)
         except CliplessError:
             raise
         except RuntimeError as error:
             told = str(error)
-            if _PACKING in told:
-                raise PrivacyError(_PACKING) from error
+            if PACKING in told:
+                raise PrivacyError(PACKING) from error
             if "data-dependent control flow" in told or ".item()" in told:
                 remedy = "it branches on values of a sample, which no run for many samples can: use torch.where"
             elif "vmap" in told:

@@ -319,3 +319,57 @@ def test_a_tied_weight_has_the_cap_that_is_set_by_either_of_its_names(second: st
     before = model.sensitivity().per_parameter["embed.weight"]
     net.set_gates(0.25, layers=[second])
     assert model.sensitivity().per_parameter["embed.weight"] == pytest.approx(0.25 * before)
+
+
+class Keys(nn.Module):
+    """Attention whose keys have a bias: it shifts all scores of a row alike, so that its gradient is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(128, 128), nn.Linear(128, 128, bias=False)
+        self.bias, self.second = nn.Parameter(torch.zeros(128)), nn.Linear(128, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        scores = self.queries(values) @ (self.keys(values) + self.bias).mT
+        return self.second((scores.softmax(-1) @ values).mean(1))
+
+
+@pytest.mark.parametrize("joint", [None, "layer"])
+def test_rounding_of_what_cancels_is_not_lifted_to_the_cap(joint: Any) -> None:
+    torch.manual_seed(0)
+    net = gradient_gated(Keys(), isolation="vmap", floor=1e-8, joint=joint)
+    model = DPLipModel(net, input_shape=(6, 128), loss=losses.TauCrossEntropy(1.0), row_invariant=False)
+    values, targets = 3 * torch.randn(9, 6, 128), torch.randint(3, (9,))
+    found = gradients(model, values, targets)["bias"]
+    # Nine samples, each lifted to its cap of 1, would sum to about 3.
+    assert float(found.norm()) <= 0.1
+    whole, less = gradients(model, values, targets), gradients(model, values[1:], targets[1:])
+    assert float((whole["bias"] - less["bias"]).norm()) <= 0.1
+
+
+def test_a_weight_in_another_shape_has_the_gradient_of_plain_arithmetic() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain, self.shift, self.norm = (
+                nn.Parameter(torch.rand(6)),
+                nn.Parameter(torch.rand(4, 1)),
+                nn.GroupNorm(2, 4),
+            )
+            self.second = nn.Linear(6, 3)
+
+        def forward(self, values: Tensor) -> Tensor:
+            hidden = values * self.gain[None, None] / (1 + self.gain.view(1, 6)) - self.shift
+            return self.second(self.norm((2 - self.shift) - hidden).mean(1))
+
+    torch.manual_seed(0)
+    net = Scaled().double()
+    values, targets = torch.randn(5, 4, 6, dtype=torch.float64), torch.randint(3, (5,))
+    loss = losses.TauCrossEntropy(1.0)
+    named = dict(net.named_parameters())
+    expected = torch.autograd.grad(loss.per_sample(net(values), targets).sum(), [*named.values()])
+    model = DPLipModel(gradient_gated(net, isolation="vmap", limit=1e6, mode="clip"), input_shape=(4, 6), loss=loss)
+    found = gradients(model, values, targets)
+    for name, wanted in zip(named, expected, strict=True):
+        # Float64 sums of a few terms.
+        assert float((found[name] - wanted).norm()) <= 1e-9 * float(wanted.norm())
