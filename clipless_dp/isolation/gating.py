@@ -207,7 +207,7 @@ class Gating(TorchFunctionMode):
         if func is Tensor.requires_grad_ and _differ(args):
             raise ConfigurationError(
                 "the network calls requires_grad_ on what it computes, which a single sample's values do not take: "
-                "leave it out; of transformers, net.gradient_checkpointing_disable() and net.disable_input_require_grads()"
+                "leave it out (of transformers: gradient_checkpointing_disable(), disable_input_require_grads())"
             )
         if torch._C._is_any_autocast_enabled():
             raise PrivacyError(

@@ -373,3 +373,104 @@ def test_a_weight_in_another_shape_has_the_gradient_of_plain_arithmetic() -> Non
     for name, wanted in zip(named, expected, strict=True):
         # Float64 sums of a few terms.
         assert float((found[name] - wanted).norm()) <= 1e-9 * float(wanted.norm())
+
+
+class Shared(nn.Module):
+    """A layer in an isolated part, and outside of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.Linear(6, 6)
+        self.apart = gradient_gated(nn.Sequential(layer, nn.LayerNorm(6)), isolation="vmap")
+        self.layer, self.second = layer, nn.Linear(6, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.second(self.apart(self.layer(values)))
+
+
+class Late(nn.Module):
+    """A network that gets a layer after it was put behind gates."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.second(self.first(values))
+
+
+def late() -> nn.Module:
+    net = Late()
+    gated = gradient_gated(net)
+    net.first = nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 6))
+    return gated
+
+
+def in_autocast(net: Net, values: Tensor) -> Tensor:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return plain(net, values)
+
+
+def checkpointed(reentrant: bool) -> Run:
+    def run(net: Net, values: Tensor) -> Tensor:
+        return net.second(torch.utils.checkpoint.checkpoint(net.first, values, use_reentrant=reentrant))
+
+    return run
+
+
+def required(net: Net, values: Tensor) -> Tensor:
+    return net.second(net.first(values).detach().requires_grad_(True))
+
+
+UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "a layer inside and outside": (Shared, "'apart.0' is used outside of 'apart' too"),
+    "a layer that came late": (late, "'first.0.weight' was added after"),
+    "an isolated part of an isolated network": (
+        lambda: gradient_gated(
+            nn.Sequential(gradient_gated(nn.Sequential(nn.LayerNorm(6)), isolation="vmap"), nn.Linear(6, 3)),
+            isolation="vmap",
+        ),
+        "sample by sample already",
+    ),
+    "a fault of its own": (
+        lambda: gradient_gated(Net(lambda net, values: torch.cat([values, values[:, :3]], 0)), isolation="vmap"),
+        "raised RuntimeError where it was run on zeros: Sizes of tensors must match",
+    ),
+    "autocast": (lambda: gradient_gated(Net(in_autocast), isolation="vmap"), "opens torch.autocast"),
+    "checkpointing": (lambda: gradient_gated(Net(checkpointed(False)), isolation="vmap"), "checkpointing_disable"),
+    "reentrant checkpointing": (
+        lambda: gradient_gated(Net(checkpointed(True)), isolation="vmap"),
+        "checkpointing_disable",
+    ),
+    "what takes gradients by itself": (
+        lambda: gradient_gated(Net(required), isolation="vmap"),
+        "calls requires_grad_ on what it computes",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_what_cannot_be_run_says_in_words_why(name: str) -> None:
+    make, words = UNFIT[name]
+    with pytest.raises(CliplessError, match=words):
+        DPLipModel(make(), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(1.0))
+
+
+def recorded(net: Net, values: Tensor) -> Tensor:
+    with torch.profiler.record_function("hidden"), torch.autocast("cpu", enabled=False):
+        return plain(net, values)
+
+
+FIT: dict[str, Run] = {
+    "a name for the profiler, and no autocast": recorded,
+    "another layout in memory": lambda net, values: (
+        plain(net, values.reshape(-1, 3, 2, 1).to(memory_format=torch.channels_last).flatten(1))
+        * (1 + values[:, :3].contiguous().is_contiguous(memory_format=torch.channels_last))
+    ),
+    "no positions": lambda net, values: plain(net, values + net.first(values.unsqueeze(1)[:, :0]).sum(1)),
+}
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_what_looks_alike_is_accepted(name: str) -> None:
+    assert most_moved(model_of(FIT[name])) <= 1 + 1e-9
