@@ -252,7 +252,7 @@ class Gating(TorchFunctionMode):
 
         def spread(value: Any) -> Any:
             known = self._shaped.get(id(value))
-            if known is None or known[0]() is not value or value.shape == shape:
+            if known is None or known[0]() is not value or cast(Tensor, value).shape == shape:
                 return value
             return Spread.apply(value, tuple(shape), known[1])  # type: ignore[no-untyped-call]
 

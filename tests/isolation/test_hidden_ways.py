@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp import DPLipModel, gradient_gated, losses
-from clipless_dp.errors import CliplessError, PrivacyError
+from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError
 from tests.isolation.test_refusals import Centred
 from tests.isolation.test_soundness import gradients
 
@@ -474,3 +474,21 @@ FIT: dict[str, Run] = {
 @pytest.mark.parametrize("name", FIT)
 def test_what_looks_alike_is_accepted(name: str) -> None:
     assert most_moved(model_of(FIT[name])) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint64, torch.complex64])
+def test_inputs_of_dtypes_that_rows_do_not_hold_are_refused_by_name(dtype: torch.dtype) -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.second = nn.Linear(6, 3)
+
+        def forward(self, first: Tensor, other: Tensor) -> Tensor:
+            return self.second(first + other)
+
+    with pytest.raises(ConfigurationError, match=f"'other' is {dtype}"):
+        DPLipModel(
+            gradient_gated(Two(), isolation="vmap"),
+            input_shape={"first": (6,), "other": ((6,), dtype)},
+            loss=losses.TauCrossEntropy(1.0),
+        )
