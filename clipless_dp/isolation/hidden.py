@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -61,37 +62,47 @@ _REFUSED: tuple[tuple[Any, str, str], ...] = (
 )
 
 
+_within: Counter[int] = Counter()
+_lock = threading.Lock()
+_undo = ExitStack()
+
+
 @contextmanager
 def nothing_unseen() -> Iterator[None]:
-    """Within, this thread is refused what would go around the mode.
+    """Within, this thread is refused what would go around the mode; others are not.
 
     Raises:
-        PrivacyError: a scripted or traced function is called, or a value unwrapped.
+        PrivacyError: a scripted or traced function is called, a value unwrapped, or activations are checkpointed.
     """
-    with ExitStack() as stack:
-        for owner, name, message in _REFUSED:
-            stack.enter_context(_refused(owner, name, message))
-        yield
-
-
-@contextmanager
-def _refused(owner: Any, name: str, message: str) -> Iterator[None]:
-    ours, original = threading.get_ident(), getattr(owner, name)
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != ours:
-            return original(*args, **kwargs)
-        raise PrivacyError(message)
-
-    inherited = name not in vars(owner)
-    setattr(owner, name, refuse)
+    ours = threading.get_ident()
+    with _lock:
+        if not _within.total():
+            for owner, name, message in _REFUSED:
+                _refuse(owner, name, message)
+        _within[ours] += 1
     try:
         yield
     finally:
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, original)
+        with _lock:
+            _within[ours] -= 1
+            if not _within.total():
+                _within.clear()
+                _undo.close()
+
+
+def _refuse(owner: Any, name: str, message: str) -> None:
+    original, inherited = getattr(owner, name), name not in vars(owner)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if not _within[threading.get_ident()]:
+            return original(*args, **kwargs)
+        raise PrivacyError(message)
+
+    setattr(owner, name, refuse)
+    if inherited:
+        _undo.callback(delattr, owner, name)
+    else:
+        _undo.callback(setattr, owner, name, original)
 
 
 def refuse_other_ways(

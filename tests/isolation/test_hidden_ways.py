@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -245,6 +246,28 @@ def test_an_evaluation_writes_into_no_weight(rows: int) -> None:
     with pytest.raises(PrivacyError, match="writes into a trainable parameter"), torch.no_grad():
         model(torch.randn(rows, 6, dtype=torch.float64))
     assert not model.net.get_parameter("shift").any()
+
+
+def test_what_a_run_is_refused_other_threads_and_later_code_may_do() -> None:
+    found: list[Tensor] = []
+
+    def run(net: Net, values: Tensor) -> Tensor:
+        thread = threading.Thread(target=lambda: found.append(scripted(torch.ones(1))))
+        thread.start()
+        thread.join()
+        return plain(net, values)
+
+    model_of(run)
+    assert found
+    with pytest.raises(PrivacyError, match=r"torch\.jit"):
+        model_of(lambda net, values: net.second(scripted(net.first(values))))
+    assert float(scripted(torch.ones(1))) == 2.0
+    assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
+
+
+def test_rows_are_chosen_so_that_what_gates_normalise_agrees() -> None:
+    model = model_of(plain)
+    assert model._network.rows._backward
 
 
 class Unrolled(nn.Module):
