@@ -18,6 +18,8 @@ Structure = Mapping[str, Tensor] | Sequence[Tensor]
 LABELS = ("labels", "label")
 """What targets are called among the inputs, if nothing else is said."""
 
+_INTEGERS = {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
 
 @dataclass(frozen=True)
 class Field:
@@ -61,7 +63,7 @@ class Packing:
                 ``(B, ...)`` of which shape and dtype are read. Without a dtype it is that of the network.
 
         Raises:
-            ConfigurationError: an entry is none of these.
+            ConfigurationError: an entry is none of these, or of a dtype that rows do not hold.
         """
         pairs = sorted(shapes.items()) if isinstance(shapes, Mapping) else [(None, entry) for entry in shapes]
         if not pairs or not all(name is None or isinstance(name, str) for name, _ in pairs):
@@ -197,14 +199,20 @@ class Packing:
 
 
 def _field(name: str | None, entry: Any) -> Field:
-    if isinstance(entry, Tensor) and entry.dim() > 0:
-        return Field(name, tuple(entry.shape[1:]), entry.dtype)
     dtype = torch.get_default_dtype()
-    if isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[1], torch.dtype):
-        entry, dtype = entry
-    if isinstance(entry, (tuple, list)) and all(type(size) is int and size > 0 for size in entry):
-        return Field(name, tuple(entry), dtype)
-    raise ConfigurationError(
-        f"the input {name or ''} needs a shape without the batch axis, such as (128,), a pair ((128,), torch.int64), "
-        f"or an example tensor, got {entry!r}"
-    )
+    shape = entry
+    if isinstance(entry, Tensor) and entry.dim() > 0:
+        shape, dtype = tuple(entry.shape[1:]), entry.dtype
+    elif isinstance(entry, (tuple, list)) and len(entry) == 2 and isinstance(entry[1], torch.dtype):
+        shape, dtype = entry
+    if not (isinstance(shape, (tuple, list)) and all(type(size) is int and size > 0 for size in shape)):
+        raise ConfigurationError(
+            f"the input {name or ''} needs a shape without the batch axis, such as (128,), a pair ((128,), "
+            f"torch.int64), or an example tensor, got {entry!r}"
+        )
+    if not (dtype.is_floating_point or dtype in _INTEGERS):
+        raise ConfigurationError(
+            f"the input {name!r} is {dtype}, which rows do not hold: convert it, unsigned integers to torch.int64, "
+            "complex numbers by torch.view_as_real"
+        )
+    return Field(name, tuple(shape), dtype)

@@ -248,6 +248,8 @@ class _Recorder(fx.Interpreter):
 
     def __init__(self, traced: TracedNet) -> None:
         super().__init__(traced.module)
+        # Errors say where they arose themselves.
+        self.extra_traceback = False
         self.traced = traced
         self.watched = [
             node

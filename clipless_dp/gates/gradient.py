@@ -167,7 +167,7 @@ def _prefers_gram(positions: int, inputs: int, outputs: int, gain: float) -> boo
 
 def _chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
     """Samples at once: as asked for, or as many as the default memory holds."""
-    return chunk if chunk > 0 else max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES_ELSEWHERE) // entries)
+    return chunk if chunk > 0 else max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES_ELSEWHERE) // max(entries, 1))
 
 
 def token_weight_gradient(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from clipless_dp.errors import PrivacyError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import counts_of
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
@@ -53,12 +53,22 @@ def set_apart_(
         wanted: asked at each pass whether they are to run apart.
         resting: within, all other layers hold their parameters, and not what stands for these in a pass: what a layer
             of a user's own reads of them, by a reference of its own, leads around the pass and shows.
+
+    Raises:
+        ConfigurationError: a part of such a layer is used outside of it too.
     """
+    called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     for node in graph.graph.nodes:
         if node.op == "call_module":
             above, _, name = str(node.target).rpartition(".")
             leaf = graph.get_submodule(str(node.target))
             if not isinstance(leaf, Apart) and not is_known(leaf):
+                within = next((other for other in called if other.startswith(f"{node.target}.")), None)
+                if within is not None:
+                    raise ConfigurationError(
+                        f"the layer {within!r} is used outside of {node.target!r} too, which runs apart from the "
+                        "network's graph: gate the whole network at once, or give either place a layer of its own"
+                    )
                 setattr(graph.get_submodule(above), name, Apart(leaf, wanted, resting))
         elif node.op == "call_function" and not _is_known(_origin(node.target)) and find_function_rule(node.target):
             node.target = _apart(node.target, wanted, resting)

@@ -236,11 +236,9 @@ def _isolated(net: nn.Module, gates: dict[str, Any], layers: Sequence[str], sele
     if tuple(layers) != ("*",):
         gates = {name: value for name, value in gates.items() if name != "joint"}
         found.set_gates(**gates, layers=layers)
-        left = [
-            name
-            for name, parameter in net.named_parameters()
-            if parameter.requires_grad and not any(is_named(name, pattern) for pattern in layers)
-        ]
+        named = [(name, value) for name, value in net.named_parameters(remove_duplicate=False) if value.requires_grad]
+        meant = {id(value) for name, value in named if any(is_named(name, pattern) for pattern in layers)}
+        left = [name for name, value in named if id(value) not in meant]
         if left:
             raise ConfigurationError(
                 f"{left[0]!r} and {len(left) - 1} other trainable parameter(s) match none of {list(layers)}: the "

@@ -28,6 +28,8 @@ class ShapeRecorder(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
+        # Errors say where they arose themselves.
+        self.extra_traceback = False
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.public: dict[fx.Node, Any] = {}
         self._gated: list[tuple[Tensor, int]] = []
@@ -40,6 +42,11 @@ class ShapeRecorder(fx.Interpreter):
             if isinstance(error, CliplessError) and isinstance(self._leaf(n), Isolated):
                 raise
             summary = str(error).splitlines()[0] if str(error) else type(error).__name__
+            if isinstance(self._leaf(n), Isolated):
+                raise ConfigurationError(
+                    f"the network raised {type(error).__name__} where it was run on zeros: {summary}. If it runs by "
+                    "itself, then on other inputs than these of input_shape, or not under torch.func.vmap"
+                ) from error
             reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
         if any(gated._version != version for gated, version in self._gated):

@@ -40,6 +40,28 @@ class Cap:
     least: float
 
 
+class Sizes:
+    """``(B,)``, of what one backward pass has summed up to the gradient of a copy: the roots of the sums of squares."""
+
+    def __init__(self) -> None:
+        self._squares: Tensor | None = None
+        self._task = -1
+
+    def add(self, norms: Tensor) -> None:
+        """Adds the norms of what is about to be summed."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            # What a backward pass has left that did not come to its end.
+            self._squares, self._task = None, task
+        squares = norms.square()
+        self._squares = squares if self._squares is None else self._squares + squares
+
+    def take(self) -> Tensor | None:
+        """Of the backward pass that asks."""
+        squares, self._squares = self._squares, None
+        return None if squares is None or self._task != torch._C._current_graph_task_id() else squares.sqrt()
+
+
 @dataclass(frozen=True)
 class Affine:
     """The gates of a weight and a bias, and what else an operation is called with.
@@ -51,6 +73,7 @@ class Affine:
         joint: whether one cap holds for both together.
         names: of both parameters.
         together: where all of a network's gradients are gated together, what waits for that.
+        sizes: of a copy, what its gradient is summed up of.
     """
 
     weight: Cap | None
@@ -59,6 +82,7 @@ class Affine:
     joint: bool = False
     names: tuple[str | None, str | None] = (None, None)
     together: Together | None = None
+    sizes: Sizes | None = None
 
     def by_parts(self, counted: tuple[bool, ...]) -> bool:
         """Whether norms are needed apart from sums, given which gates count."""
@@ -461,11 +485,12 @@ class Expanded(_Gated):
         (cotangents,) = arriving
         gates: Affine = ctx.gates
         flat, shape = cotangents.reshape(len(cotangents), -1), cotangents.shape[1:]
+        sizes = None if gates.sizes is None else gates.sizes.take()
         counted = ctx.needs_input_grad[3:]
         if gates.by_parts(counted):
-            found, _, counts, _ = gates.sums((Rows(flat, shape), None), counted)
+            found, _, counts, _ = gates.sums((Rows(flat, shape, sizes), None), counted)
             return None, found, None, counts
-        return None, _summed(flat, cast(Cap, gates.weight)).reshape(shape), None, None
+        return None, _summed(flat, cast(Cap, gates.weight), sizes).reshape(shape), None, None
 
     @staticmethod
     def vmap(
@@ -474,6 +499,31 @@ class Expanded(_Gated):
         if in_dims[1] is not None:
             raise PrivacyError("a parameter behind a gradient gate must be the same for all samples")
         return cast(Tensor, Expanded.apply(sample.movedim(in_dims[0], 0), parameter, gates, counter)), 0  # type: ignore[no-untyped-call]
+
+
+class Spread(torch.autograd.Function):
+    """A copy of a parameter in the shape of what it meets: on the way back, what is summed up to it is told of."""
+
+    @staticmethod
+    def forward(values: Tensor, shape: tuple[int, ...], sizes: Sizes) -> Tensor:
+        own = values.reshape(len(values), *[1] * (len(shape) - values.dim() + 1), *values.shape[1:])
+        return own.expand(len(values), *shape)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        values, _, ctx.sizes = inputs
+        ctx.shape = values.shape
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
+        (cotangents,) = arriving
+        ctx.sizes.add(sample_norms(cotangents))
+        own = (ctx.shape[0], *[1] * (cotangents.dim() - len(ctx.shape)), *ctx.shape[1:])
+        return cotangents.sum_to_size(own).reshape(ctx.shape), None, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, values: Tensor, shape: tuple[int, ...], sizes: Sizes) -> tuple[Tensor, int]:
+        return cast(Tensor, Spread.apply(values.movedim(in_dims[0], 0), shape, sizes)), 0  # type: ignore[no-untyped-call]
 
 
 class Attention(torch.autograd.Function):

@@ -10,45 +10,94 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from types import FunctionType, MethodType
+from dataclasses import replace
 from typing import Any, cast
 from weakref import ref
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch._C._functorch import (
+    get_unwrapped,
+    is_batchedtensor,
+    is_functorch_wrapped_tensor,
+    maybe_get_level,
+)
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from clipless_dp.errors import PrivacyError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.isolation.dispatch import applied
-from clipless_dp.isolation.functions import GATES, Affine, Cap, Expanded
+from clipless_dp.isolation.functions import Affine, Cap, Expanded, Sizes, Spread
+from clipless_dp.isolation.hidden import runs_own_code
 from clipless_dp.isolation.joint import Together
-from clipless_dp.isolation.recurrence import GatedRecurrence
 
 Handler = Callable[..., Any]
 """Takes the gating and a function's own arguments; returns its value, or ``NotImplemented``."""
 
 _HANDLERS: dict[Any, Handler] = {}
 _ALWAYS: set[Any] = set()
-_UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in (*GATES, GatedRecurrence)}
 
 _ATTRIBUTES: tuple[Any, ...] = (
     Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.ndim, Tensor.is_leaf, Tensor.layout,
-    Tensor.is_cuda, Tensor.is_sparse, Tensor.data,
+    Tensor.is_cuda, Tensor.is_sparse,
 )  # fmt: skip
 _ABOUT = {attribute.__get__ for attribute in _ATTRIBUTES} | {
     Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex,
-    Tensor.is_contiguous, Tensor.element_size, Tensor.get_device, Tensor.__len__, Tensor.data_ptr, Tensor.detach,
+    Tensor.is_contiguous, Tensor.element_size, Tensor.get_device, Tensor.__len__, Tensor.data_ptr,
     Tensor.__hash__, torch.is_floating_point, torch.is_complex, torch.numel,
 }  # fmt: skip
-"""What tells about a parameter, or reads it, without a way back for a gradient."""
+"""What tells about a parameter, and reads nothing of it."""
 
+_CUT = {cast(Any, Tensor.data).__get__, Tensor.detach}
+"""What reads a parameter without a way back for a gradient."""
+
+_INTERLEAVED = (torch.channels_last, torch.channels_last_3d)
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _TOLD = {Tensor.__repr__, Tensor.__format__}
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
-_NAMESPACES = {"aten", "prims", "torchvision"}
-"""Whose operators are known to have rules of ``vmap``, or to be run for one sample after the other."""
-_CALLABLES = (FunctionType, MethodType, partial, nn.Module)
+_NAMESPACES = {"aten", "prims", "torchvision", "profiler"}
+"""Whose operators are known to have rules of ``vmap``, to be run for one sample after the other, or to read none."""
+_PLAIN = {type(None), bool, int, float, str, slice, type(...), torch.dtype, torch.device, torch.Size}
+_OVERWRITING = {
+    "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__",
+    "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__", "__set__", "__delete__",
+}  # fmt: skip
+
+_MATHS = (
+    "add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide", "matmul", "mm", "bmm", "addmm",
+    "baddbmm", "pow", "eq", "ne", "lt", "le", "gt", "ge", "where", "maximum", "minimum",
+)  # fmt: skip
+_READING: set[Any] = {
+    found
+    for name in _MATHS
+    for found in (getattr(torch, name), getattr(Tensor, name), getattr(Tensor, f"__{name}__", None))
+    if found is not None
+} | {
+    Tensor.__rsub__, Tensor.__rdiv__, Tensor.__rtruediv__, Tensor.__rpow__, Tensor.__rmatmul__, torch.cat, torch.stack,
+    functional.linear, functional.embedding, functional.layer_norm, functional.scaled_dot_product_attention,
+    torch.conv1d, torch.conv2d, torch.conv3d, torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d,
+}  # fmt: skip
+"""What writes into none of its arguments, and returns memory of its own."""
+
+_SPREADING: set[Any] = {
+    found
+    for name in ("add", "sub", "subtract", "mul", "multiply", "div", "divide", "true_divide")
+    for found in (getattr(torch, name), getattr(Tensor, name))
+} | {Tensor.__rsub__, Tensor.__rdiv__}
+"""What repeats the smaller of its arguments."""
+
+_SHAPING = {
+    Tensor.view, Tensor.reshape, Tensor.unsqueeze, Tensor.squeeze, Tensor.flatten, Tensor.__getitem__, Tensor.transpose,
+    Tensor.permute, torch.reshape, torch.unsqueeze, torch.squeeze, torch.flatten, torch.transpose, torch.permute,
+}  # fmt: skip
+"""What returns the entries of its first argument in another shape."""
+
+_LOOKING = _READING | {
+    torch.einsum, functional.rms_norm,
+    Tensor.__getitem__, Tensor.to, Tensor.type_as, Tensor.expand_as, Tensor.view_as, Tensor.reshape_as, Tensor.gather,
+    Tensor.index_select, Tensor.masked_fill, torch.gather, torch.index_select, torch.masked_fill,
+}  # fmt: skip
+"""What writes into none of its arguments."""
 
 
 def handles(*functions: Any, always: bool = False) -> Callable[[Handler], Handler]:
@@ -62,6 +111,25 @@ def handles(*functions: Any, always: bool = False) -> Callable[[Handler], Handle
         return handler
 
     return decorate
+
+
+WRITTEN = (
+    "the network writes into a trainable parameter in its forward, which would take values of the samples into a "
+    "weight past every gate, or is lost: write into a copy (weight.clone()), or constrain weights by a parametrization"
+)
+
+
+def _differ(values: Iterable[Any]) -> bool:
+    return any(
+        is_batchedtensor(value) if isinstance(value, Tensor) else isinstance(value, (list, tuple)) and _differ(value)
+        for value in values
+    )
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    if torch.equal(first, second):
+        return True
+    return torch.equal(first.isnan(), second.isnan()) and torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 class Gating(TorchFunctionMode):
@@ -110,32 +178,51 @@ class Gating(TorchFunctionMode):
         self._counters = counters or {}
         self._joint, self._together = joint, together
         self._copies: dict[str, Tensor] = {}
-        self._made: list[Any] = []
+        self._shaped: dict[int, tuple[ref[Tensor], Sizes]] = {}
+        self._lent: dict[str, tuple[Tensor, int]] = {}
         self._seed = torch.initial_seed()
-        self._ids = {id(sample)}
+        self._level = maybe_get_level(sample)
+        # Not by id alone: another tensor may come to lie where one was.
+        self._known: dict[int, ref[Tensor]] = {}
+        self.admit([sample])
 
     def admit(self, values: Iterable[Tensor]) -> None:
         """These may be read in this run, as all that comes of them may."""
-        self._ids.update(map(id, values))
+        self._known.update((id(value), ref(value)) for value in values)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces functions that meet a parameter."""
         kwargs = kwargs or {}
+        if kwargs.get("memory_format") in _INTERLEAVED:
+            # How values lie in memory is not a sample's, and says nothing of what they are.
+            if func is Tensor.is_contiguous:
+                return False
+            kwargs = {**kwargs, "memory_format": torch.contiguous_format}
         if func in _ABOUT:
-            told = func(*args, **kwargs)
-            self._note(told)
-            return told
+            return func(*args, **kwargs)
         if func in _HOOKS:
             raise PrivacyError(
                 "the network hooks a tensor (register_hook, retain_grad) within its forward: a hook sees the gradients "
                 "of all samples at once. Remove it"
             )
+        if func is Tensor.requires_grad_ and _differ(args):
+            raise ConfigurationError(
+                "the network calls requires_grad_ on what it computes, which a single sample's values do not take: "
+                "leave it out (of transformers: gradient_checkpointing_disable(), disable_input_require_grads())"
+            )
+        if torch._C._is_any_autocast_enabled():
+            raise PrivacyError(
+                "the network opens torch.autocast in its forward, which rounds gradients of the whole batch to 8 "
+                "bits or so, and the bounds do not cover that: leave it out (enabled=False)"
+            )
         self._refuse_strangers(args)
         if kwargs:
             self._refuse_strangers(kwargs.values())
+        if types:
+            self._refuse_strangers(types)
         if func in _TOLD or torch.initial_seed() != self._seed or isinstance(func, _OPERATORS):
             self._refuse_other_functions(func)
-        met = self._meets(args) or bool(kwargs and self._meets(kwargs.values()))
+        met = func not in _CUT and (self._meets(args) or bool(kwargs and self._meets(kwargs.values())))
         result: Any = NotImplemented
         if met or func in _ALWAYS:
             handler = _HANDLERS.get(func)
@@ -143,21 +230,47 @@ class Gating(TorchFunctionMode):
                 result = handler(self, *args, **kwargs)
         if result is NotImplemented:
             if met:
-                args = [self.expanded(value) for value in args]
-                kwargs = {name: self.expanded(value) for name, value in kwargs.items()}
-            result = func(*args, **kwargs)
+                self._refuse_writing(func, args, kwargs)
+                lend = func not in _READING
+                args = [self.expanded(value, lend=lend) for value in args]
+                kwargs = {name: self.expanded(value, lend=lend) for name, value in kwargs.items()}
+            if func in _SPREADING and self._shaped:
+                args = self._spread(args)
+            result = func(*args, **kwargs) if func in _LOOKING else self._guarded(func, args, kwargs)
         self._note(result)
+        if func in _SHAPING and self._shaped and args and isinstance(result, Tensor):
+            found = self._shaped.get(id(args[0]))
+            if found is not None and found[0]() is args[0]:
+                self._shaped[id(result)] = ref(result), found[1]
         return result
+
+    def _spread(self, args: Sequence[Any]) -> Sequence[Any]:
+        """Copies of parameters, as they are or in another shape, in the shape of what they meet in arithmetic."""
+        try:
+            shape = torch.broadcast_shapes(*(value.shape for value in args if isinstance(value, Tensor)))
+        except RuntimeError:
+            return args
+
+        def spread(value: Any) -> Any:
+            known = self._shaped.get(id(value))
+            if known is None or known[0]() is not value or cast(Tensor, value).shape == shape:
+                return value
+            return Spread.apply(value, tuple(shape), known[1])  # type: ignore[no-untyped-call]
+
+        return [spread(value) for value in args]
 
     def _refuse_strangers(self, values: Iterable[Any]) -> None:
         """Refuses arguments that are not of this run, or that see more than one sample of it."""
         for value in values:
+            if type(value) in _PLAIN:
+                continue
             if isinstance(value, Tensor):
-                if torch._C._functorch.is_batchedtensor(value) and id(value) not in self._ids:
+                known = self._known.get(id(value))
+                if (known is None or known() is not value) and is_functorch_wrapped_tensor(value):
                     raise PrivacyError(
                         "the network reads a value that is not of this pass and sample: one that it kept of an earlier "
-                        "pass, or one within a transform (torch.func.vmap, grad) or a scripted function. Keep nothing, "
-                        "and use functions of torch"
+                        "pass, or one within a transform (torch.func.vmap, grad). Keep nothing, and use functions of "
+                        "torch"
                     )
             elif isinstance(value, (list, tuple)):
                 self._refuse_strangers(value)
@@ -167,15 +280,47 @@ class Gating(TorchFunctionMode):
                     "batch: leave generator= out"
                 )
             elif isinstance(value, type):
-                if issubclass(value, torch.autograd.Function) and value.__module__.partition(".")[0] != "torch":
+                if runs_own_code(value):
                     raise PrivacyError(
-                        f"the autograd function {value.__name__} runs code of its own behind torch.func.vmap, which "
-                        "may see all samples at once: write it in functions of torch"
+                        f"{value.__name__} runs code of its own behind torch.func.vmap, which may see all samples at "
+                        "once: write it in functions of torch"
                     )
-            elif isinstance(value, _CALLABLES):
+            elif callable(value):
                 raise PrivacyError(
                     f"a function of torch is handed code to call ({value!r}), which runs unseen: call it directly"
                 )
+
+    def _refuse_writing(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        name = str(getattr(func, "__name__", ""))
+        overwrites = name in _OVERWRITING or (name.endswith("_") and not name.endswith("__"))
+        if (overwrites and self._meets(args[:1])) or self._meets([kwargs.get("out")]):
+            raise PrivacyError(WRITTEN)
+
+    def _guarded(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Calls a function of which it is not known what it writes: what all samples share it gets copies of.
+
+        Some of torch's kernels write into arguments without saying so, and ``vmap`` runs them for one sample after the
+        other: the next sample would read what the last one wrote.
+        """
+        if not _differ((*args, *kwargs.values())):
+            return func(*args, **kwargs)
+        shared: list[tuple[Tensor, Tensor]] = []
+
+        def copied(value: Any) -> Any:
+            if type(value) in (list, tuple):
+                return type(value)(map(copied, value))
+            if not isinstance(value, Tensor) or is_batchedtensor(value) or value.layout != torch.strided:
+                return value
+            shared.append((value, value.clone()))
+            return shared[-1][1]
+
+        result = func(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})
+        if not all(_same(*pair) for pair in shared):
+            raise PrivacyError(
+                f"{getattr(func, '__name__', func)} writes values of a sample into what all samples share, a buffer "
+                "say, where the others and later batches read them: leave it out"
+            )
+        return result
 
     def _refuse_other_functions(self, func: Any) -> None:
         if func in _TOLD:
@@ -206,9 +351,8 @@ class Gating(TorchFunctionMode):
 
     def _note(self, result: Any) -> None:
         if isinstance(result, Tensor):
-            if torch._C._functorch.is_batchedtensor(result):
-                self._ids.add(id(result))
-                self._made.append(ref(result))
+            if is_batchedtensor(result) and maybe_get_level(result) == self._level:
+                self._known[id(result)] = ref(result)
         elif isinstance(result, (list, tuple)):
             for value in result:
                 self._note(value)
@@ -255,8 +399,8 @@ class Gating(TorchFunctionMode):
         """Notes which entries of the inputs are looked up in a table of so many rows, if they are as they came in."""
         for field, limits in zip(self._fields, self.limits, strict=True):
             held: Any = tokens
-            while torch._C._functorch.is_functorch_wrapped_tensor(held):
-                held = torch._C._functorch.get_unwrapped(held)
+            while is_functorch_wrapped_tensor(held):
+                held = get_unwrapped(held)
             if held.untyped_storage().data_ptr() == field.untyped_storage().data_ptr():
                 numbers = torch.arange(field.numel()).as_strided(held.shape, held.stride(), held.storage_offset())
                 places = numbers.flatten() % len(limits)
@@ -269,79 +413,57 @@ class Gating(TorchFunctionMode):
         return value if name is None else self._sources[name]
 
     def copy(self, name: str) -> Tensor:
-        """A copy of a parameter for this sample."""
+        """A parameter as this sample sees it, in memory that all samples share: to be read only."""
         if name not in self._copies:
             source = self._sources[name]
-            gates = self.gates("expand", (name, source.numel()))
-            self._copies[name] = cast(Tensor, applied(Expanded, self.sample, source, gates, self.counter(name)))
-            self._ids.add(id(self._copies[name]))
+            gates = replace(self.gates("expand", (name, source.numel())), sizes=Sizes())
+            # What first reads it may do so without gradients, and another one with them.
+            with torch.enable_grad():
+                made = cast(Tensor, applied(Expanded, self.sample, source, gates, self.counter(name)))
+            self._copies[name] = made
+            self.admit([made])
+            self._shaped[id(made)] = ref(made), cast(Sizes, gates.sizes)
         return self._copies[name]
 
-    def expanded(self, value: Any) -> Any:
-        """A value for functions without a gate of their own: of a parameter its copy."""
+    def _lend(self, name: str) -> Tensor:
+        """A copy of a parameter for this sample, in memory of its own."""
+        if name not in self._lent:
+            with torch.enable_grad():
+                made = self.copy(name).clone(memory_format=torch.contiguous_format)
+            self._lent[name] = made, get_unwrapped(made)._version
+            self._shaped[id(made)] = ref(made), self._shaped[id(self.copy(name))][1]
+            self.admit([made])
+        return self._lent[name][0]
+
+    def expanded(self, value: Any, *, lend: bool = False) -> Any:
+        """A value for functions without a gate of their own: of a parameter its copy.
+
+        Args:
+            value: an argument.
+            lend: whether the function, or one that is given what it returns, may write into it, or look at how it lies
+                in memory.
+        """
         if type(value) in (list, tuple):
-            return type(value)(self.expanded(entry) for entry in value)
+            return type(value)(self.expanded(entry, lend=lend) for entry in value)
         name = self.name_of(value)
-        return value if name is None else self.copy(name)
+        if name is None:
+            return value
+        return self._lend(name) if lend else self.copy(name)
+
+    def refuse_written(self) -> None:
+        """Refuses what has written into its copy of a parameter, by a view of it say."""
+        if any(get_unwrapped(made)._version != version for made, version in self._lent.values()):
+            raise PrivacyError(WRITTEN)
 
     def kept(self, returned: Iterable[Any]) -> bool:
         """Whether anything that was computed outlives the run, besides what it returned."""
-        known = {id(value) for value in returned} | {id(copy) for copy in self._copies.values()} | {id(self.sample)}
+        lent = [made for made, _ in self._lent.values()]
+        known = {id(value) for value in (*returned, *self._copies.values(), *lent, self.sample)}
 
         def alive() -> bool:
-            return any((value := made()) is not None and id(value) not in known for made in self._made)
+            return any((value := made()) is not None and id(value) not in known for made in self._known.values())
 
         if not alive():
             return False
         gc.collect()
         return alive()
-
-
-def refuse_other_ways(
-    output: Tensor, sources: Mapping[str, Tensor], inputs: Iterable[Tensor], names: Mapping[int, str]
-) -> None:
-    """Walks the graph behind an output: to what takes gradients, they come through gates alone.
-
-    Args:
-        output: of all samples.
-        sources: what stands for the trainable parameters, by name.
-        inputs: of the network.
-        names: of the parameters themselves, by ``id``.
-
-    Raises:
-        PrivacyError: a parameter is used past its gate, or something else takes gradients.
-    """
-    edge = torch.autograd.graph.get_gradient_edge
-    ours = {(found.node, found.output_nr): name for name, source in sources.items() for found in (edge(source),)}
-    ends = {(found.node, found.output_nr) for value in inputs if value.requires_grad for found in (edge(value),)}
-    beyond = {node for node, _ in [*ours, *ends]}
-    seen: set[Any] = set()
-    stack: list[Any] = [output.grad_fn]
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        for slot, following in enumerate(node.next_functions):
-            behind, _ = following
-            if behind is None:
-                continue
-            name = ours.get(following)
-            if name is not None:
-                if slot < _UNGATED.get(type(node), slot + 1):
-                    raise PrivacyError(
-                        f"the parameter {name!r} is used past its gate, by {type(node).__name__}: use it in the "
-                        "network's forward through functions of torch"
-                    )
-            elif following in ends:
-                continue
-            elif behind in beyond:
-                raise PrivacyError("a gradient leaves the network through a value that is none of its inputs")
-            elif (variable := getattr(behind, "variable", None)) is not None:
-                found = names.get(id(variable))
-                raise PrivacyError(
-                    f"the tensor {'of shape ' + str(tuple(variable.shape)) if found is None else repr(found)} takes "
-                    "gradients without a gate: make it a parameter of the network before it is wrapped, or detach it"
-                )
-            else:
-                stack.append(behind)

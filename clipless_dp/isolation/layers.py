@@ -84,14 +84,15 @@ def embedding(
     if _differs(input):
         run.looked_up(input, weight.shape[0])
     name = run.name_of(weight)
-    if name is None:
-        with _told_of(run.told_of(weight), weight):
-            return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-    if max_norm is not None or scale_grad_by_freq or sparse:
+    told = run.told_of(weight)
+    if (max_norm is not None and _differs(input)) or (name is not None and (scale_grad_by_freq or sparse or max_norm)):
         raise InputError(
-            f"the table {name!r} is read with max_norm, scale_grad_by_freq or sparse gradients, which let samples see "
+            f"the table {told!r} is read with max_norm, scale_grad_by_freq or sparse gradients, which let samples see "
             "each other: leave these out"
         )
+    if name is None:
+        with _told_of(told, weight):
+            return functional.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     width = weight.shape[1]
     padding = padding_idx if padding_idx is None or padding_idx >= 0 else weight.shape[0] + padding_idx
     gates = run.gates("embedding", (name, input.numel() * width), settings=(padding,))
@@ -141,19 +142,22 @@ def group_norm(
     eps: float = 1e-5,
 ) -> Any:
     """Group normalisation and an affine map; of several maps in one sample, a copy of it."""
-    input = run.expanded(input)
+    if weight is None and bias is None:
+        return NotImplemented
     if input.dim() > 1 and input.shape[0] == 1 and not (_differs(weight) or _differs(bias)):
-        entries = input.numel()
+        input = run.expanded(input)
         names = run.name_of(weight), run.name_of(bias)
-        gates = run.gates("norm", (names[0], entries), (names[1], entries), (num_groups, eps))
+        gates = run.gates("norm", (names[0], input.numel()), (names[1], input.numel()), (num_groups, eps))
         sources = run.source(weight), run.source(bias)
         made = applied(GatedGroupNorm, run.sample, input.squeeze(0), *sources, gates, *map(run.counter, names))
         return made.unsqueeze(0)
-    values = functional.group_norm(input, num_groups, None, None, eps)
     shape = (1, -1, *[1] * (input.dim() - 2))
-    if weight is not None:
-        values = values * run.expanded(weight).reshape(shape)
-    return values if bias is None else values + run.expanded(bias).reshape(shape)
+    with run:
+        # Each operation as by itself.
+        values = functional.group_norm(input, num_groups, None, None, eps)
+        if weight is not None:
+            values = values * weight.reshape(shape)
+        return values if bias is None else values + bias.reshape(shape)
 
 
 def _convolution(

@@ -26,7 +26,8 @@ from clipless_dp.gates.signal import GateMode
 from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
 from clipless_dp.isolation.foreign import prepare
 from clipless_dp.isolation.functions import Cap
-from clipless_dp.isolation.gating import Gating, refuse_other_ways
+from clipless_dp.isolation.gating import WRITTEN, Gating
+from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.packing import Packing
 
@@ -36,10 +37,6 @@ Joint = Literal["layer", "network"] | None
 Select = str | int | Callable[[Any], Tensor] | None
 """Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
 
-_PACKING = (
-    "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
-    "samples at once: leave it out, and save memory by micro-batches"
-)
 _STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
 
 
@@ -91,6 +88,11 @@ class Isolated(nn.Module):
         super().__init__()
         if joint not in (None, "layer", "network"):
             raise ConfigurationError(f"joint must be 'layer', 'network' or None, got {joint!r}")
+        if any(isinstance(part, Isolated) for part in net.modules()):
+            raise ConfigurationError(
+                "a part of the network runs sample by sample already: leave gradient_gated out there, and call it for "
+                "the whole network, or use isolation='graph', where such a part is a layer among others"
+            )
         _refuse_what_sees_batches(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
@@ -171,16 +173,18 @@ class Isolated(nn.Module):
         limit = checked_cap("limit", limit if adaptive is None else adaptive.start)  # type: ignore[arg-type]
         bias_limit = limit if bias_limit is None else checked_cap("bias_limit", bias_limit)
         share = float(floor) if mode == "normalize" else 1.0
-        names = [name for name, _ in self.named_parameters(remove_duplicate=False)]
+        named = dict(self.named_parameters(remove_duplicate=False))
+        names = list(named)
         for pattern in layers:
             if not any(is_named(name, pattern) for name in names):
                 raise ConfigurationError(f"no parameter matches {pattern!r}; there are {names}")
         caps = {name: (cap, least) for name, cap, least in self._caps}
-        for name in names:
-            if any(is_named(name, pattern) for pattern in layers):
-                cap = bias_limit if name.rpartition(".")[2] == "bias" else limit
-                caps[name] = cap, max(share * cap, 1e-8)
-        chosen = [name for name in names if any(is_named(name, pattern) for pattern in layers)]
+        # A parameter of several names has one gate, whichever it is called by.
+        meant = {id(value) for name, value in named.items() if any(is_named(name, pattern) for pattern in layers)}
+        chosen = [name for name, value in named.items() if id(value) in meant]
+        for name in chosen:
+            cap = bias_limit if name.rpartition(".")[2] == "bias" else limit
+            caps[name] = cap, max(share * cap, 1e-8)
         self._adapt(adaptive, chosen, caps)
         self.__dict__["_caps"] = tuple((name, *cap) for name, cap in caps.items())
 
@@ -190,15 +194,15 @@ class Isolated(nn.Module):
         """Lets the caps of some parameters adapt, or no longer; of a joint one all are meant or none."""
         known = adapting(self)
         starts = {} if known is None else dict(known.caps)
-        touched = {self._gate(name) for name in chosen}
+        own = {name for name, _ in self.named_parameters()}
+        touched = {self._gate(name) for name in chosen if name in own}
         for gate in touched:
             starts.pop(gate, None)
-        if self.joint is not None and touched & {self._gate(name) for name in caps if name not in chosen}:
+        if self.joint is not None and touched & {self._gate(name) for name in own if name not in chosen}:
             raise ConfigurationError("a joint cap is set for all parameters of a layer at once: name whole layers")
         if limit is not None:
             if known is not None and starts and known.settings[1:] != astuple(limit)[1:]:
                 raise ConfigurationError("caps of one network adapt alike: give the same quantile, rate and share")
-            own = {name for name, _ in self.named_parameters()}
             starts |= {self._gate(name): caps[name][0] for name in chosen if name in own}
         if starts:
             settings = limit if limit is not None else cast(Adapting, known).limit
@@ -271,6 +275,11 @@ class Isolated(nn.Module):
         _refuse_what_sees_batches(self.net)
         held = dict(self._held())
         caps, counters = self.caps, self._counters()
+        if new := [name for name in held if name not in caps]:
+            raise ConfigurationError(
+                f"the parameter {new[0]!r} was added after the network was put behind gates: call gradient_gated when "
+                "all layers are there"
+            )
         # The first pass counts the uses of frozen parameters too, which may be trained later.
         sources = {name: value for name, value in held.items() if value.requires_grad or self.uses is None}
         also = {**self._known(held), **{id(value): name for name, value in held.items()}}
@@ -304,10 +313,14 @@ class Isolated(nn.Module):
                 returned = self._call(lifted)
                 output = self._selected(returned)
             del returned, lifted
+            gating.refuse_written()
             kept.append(gating.kept([output, *own]))
             return output
 
+        versions = [(value, value._version) for value in held.values() if value.requires_grad]
         outputs = self._mapped(one, values, batch)
+        if any(value._version != version for value, version in versions):
+            raise PrivacyError(WRITTEN)
         if kept[0]:
             raise PrivacyError(
                 "the network keeps something that it computed of its samples, in an attribute, a cache or a list, "
@@ -383,14 +396,14 @@ class Isolated(nn.Module):
     def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
         sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
         try:
-            with torch.autograd.graph.disable_saved_tensors_hooks(_PACKING), _seeded_once():
+            with torch.autograd.graph.disable_saved_tensors_hooks(PACKING), _seeded_once(), nothing_unseen():
                 return torch.func.vmap(one, randomness="different")(sample, *batch)
         except CliplessError:
             raise
         except RuntimeError as error:
             told = str(error)
-            if _PACKING in told:
-                raise PrivacyError(_PACKING) from error
+            if PACKING in told:
+                raise PrivacyError(PACKING) from error
             if "data-dependent control flow" in told or ".item()" in told:
                 remedy = "it branches on values of a sample, which no run for many samples can: use torch.where"
             elif "vmap" in told:

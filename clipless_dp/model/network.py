@@ -14,6 +14,7 @@ from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import input_gate, presence_gate, sample_norms, table_gate, token_gate
 from clipless_dp.gates.arithmetic import can_look, largest_norm
 from clipless_dp.graph.tracing import TracedNet
+from clipless_dp.isolation import Isolated
 from clipless_dp.model.passes import is_unwitnessed
 from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.valid_inputs import random_rows
@@ -53,7 +54,8 @@ class Network:
         self._row_invariant = row_invariant
         self.fused = FusedNet(traced)
         # A gate that normalises lifts the rounding of what cancels by the inverse of its floor: it asks for both ways.
-        lifts = any(getattr(part, "mode", None) == "normalize" for part in modules_of(net))
+        parts = modules_of(net)
+        lifts = any(isinstance(part, Isolated) or getattr(part, "mode", None) == "normalize" for part in parts)
         self.rows = RowInvariance(backward=row_invariant is True or lifts)
 
     def chooses_rows(self, device: torch.device) -> bool:
@@ -72,7 +74,7 @@ class Network:
 
     def values(self, net: Callable[..., Tensor], fused: bool, inputs: Tensor) -> Values:
         """Input gate and network, in the form that is given."""
-        if fused and self.fused.takes_entry and not inputs.requires_grad:
+        if fused and self.fused.takes_entry and math.isfinite(self._cap) and not inputs.requires_grad:
             norms = sample_norms(inputs)
             finite = norms <= largest_norm(self._cap, norms.dtype)
             whole = bool(finite.all())

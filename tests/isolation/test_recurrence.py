@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation import Isolated, recurrent
 from clipless_dp.isolation.functions import Cap
-from clipless_dp.isolation.gating import refuse_other_ways
+from clipless_dp.isolation.hidden import refuse_other_ways
 from clipless_dp.isolation.recurrence import GatedRecurrence, Recurrence
 from tests.isolation.test_soundness import LIMIT, ROUNDING, gradients, own_gradients, rows_of, wrapped
 from tests.isolation.zoo import ROWS, Case

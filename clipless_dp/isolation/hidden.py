@@ -1,0 +1,157 @@
+"""What no mode of torch sees: code behind torch's own functions, scripted functions, other ways of gradients."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch._functorch import eager_transforms
+from torch.utils.checkpoint import CheckpointFunction
+
+from clipless_dp.errors import PrivacyError
+from clipless_dp.isolation.functions import GATES
+from clipless_dp.isolation.recurrence import GatedRecurrence
+
+_UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in (*GATES, GatedRecurrence)}
+_NUMBERS = {bool, int, float, complex}
+_INHERITED = {Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl}  # type: ignore[attr-defined]
+
+
+@cache
+def runs_own_code(kind: type) -> bool:
+    """Whether a function of torch that is given a type may run code which is not torch's."""
+    if kind in _NUMBERS or _is_torchs(kind):
+        return False
+    if issubclass(kind, Tensor):
+        found = kind.__torch_function__
+        return getattr(found, "__func__", found) not in _INHERITED
+    return True
+
+
+def _is_torchs(kind: type) -> bool:
+    """Whether a type is where it says that it is, in a module of torch."""
+    if kind.__module__.partition(".")[0] != "torch":
+        return False
+    found: Any = sys.modules.get(kind.__module__)
+    for name in kind.__qualname__.split("."):
+        found = getattr(found, name, None)
+    return found is kind
+
+
+_SCRIPTED = (
+    "the network calls a scripted or traced function (torch.jit), whose operations run unseen: use the function that "
+    "it was made of"
+)
+_UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
+PACKING = (
+    "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
+    "samples at once: leave it out (net.gradient_checkpointing_disable()), and save memory by micro-batches"
+)
+_REFUSED: tuple[tuple[Any, str, str], ...] = (
+    (torch._C.ScriptFunction, "__call__", _SCRIPTED),
+    (torch._C.ScriptMethod, "__call__", _SCRIPTED),
+    (CheckpointFunction, "apply", PACKING),
+    (eager_transforms, "get_unwrapped", _UNWRAPPED),
+    (torch._C._functorch, "get_unwrapped", _UNWRAPPED),
+)
+
+
+_within: Counter[int] = Counter()
+_lock = threading.Lock()
+_undo = ExitStack()
+
+
+@contextmanager
+def nothing_unseen() -> Iterator[None]:
+    """Within, this thread is refused what would go around the mode; others are not.
+
+    Raises:
+        PrivacyError: a scripted or traced function is called, a value unwrapped, or activations are checkpointed.
+    """
+    ours = threading.get_ident()
+    with _lock:
+        if not _within.total():
+            for owner, name, message in _REFUSED:
+                _refuse(owner, name, message)
+        _within[ours] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _within[ours] -= 1
+            if not _within.total():
+                _within.clear()
+                _undo.close()
+
+
+def _refuse(owner: Any, name: str, message: str) -> None:
+    original, inherited = getattr(owner, name), name not in vars(owner)
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if not _within[threading.get_ident()]:
+            return original(*args, **kwargs)
+        raise PrivacyError(message)
+
+    setattr(owner, name, refuse)
+    if inherited:
+        _undo.callback(delattr, owner, name)
+    else:
+        _undo.callback(setattr, owner, name, original)
+
+
+def refuse_other_ways(
+    output: Tensor, sources: Mapping[str, Tensor], inputs: Iterable[Tensor], names: Mapping[int, str]
+) -> None:
+    """Walks the graph behind an output: to what takes gradients, they come through gates alone.
+
+    Args:
+        output: of all samples.
+        sources: what stands for the trainable parameters, by name.
+        inputs: of the network.
+        names: of the parameters themselves, by ``id``.
+
+    Raises:
+        PrivacyError: a parameter is used past its gate, or something else takes gradients.
+    """
+    edge = torch.autograd.graph.get_gradient_edge
+    ours = {(found.node, found.output_nr): name for name, source in sources.items() for found in (edge(source),)}
+    ends = {(found.node, found.output_nr) for value in inputs if value.requires_grad for found in (edge(value),)}
+    beyond = {node for node, _ in [*ours, *ends]}
+    seen: set[Any] = set()
+    stack: list[Any] = [output.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for slot, following in enumerate(node.next_functions):
+            behind, _ = following
+            if behind is None:
+                continue
+            name = ours.get(following)
+            if name is not None:
+                # The first tensors of each gate are not gated: what a layer reads, or what tells samples apart.
+                if slot < _UNGATED.get(type(node), slot + 1):
+                    raise PrivacyError(
+                        f"the parameter {name!r} is used past its gate, by {type(node).__name__}: use it in the "
+                        "network's forward through functions of torch"
+                    )
+            elif following in ends:
+                continue
+            elif behind in beyond:
+                raise PrivacyError("a gradient leaves the network through a value that is none of its inputs")
+            elif (variable := getattr(behind, "variable", None)) is not None:
+                found = names.get(id(variable))
+                raise PrivacyError(
+                    f"the tensor {'of shape ' + str(tuple(variable.shape)) if found is None else repr(found)} takes "
+                    "gradients without a gate: make it a parameter of the network before it is wrapped, or detach it"
+                )
+            else:
+                stack.append(behind)
