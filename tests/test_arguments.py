@@ -39,6 +39,7 @@ from clipless_dp import (
     gradient_gated,
     losses,
 )
+from clipless_dp.sampling.people import ROWS_PER_GROUP
 from tests.support import gated_model, samples
 
 Fits = Callable[[Any], bool]
@@ -124,16 +125,23 @@ a_device = either(nothing, word("cpu", "meta"), lambda value: whole(0)(value) an
 learning_rate = either(number(low_too=True), scalar_tensor)
 multiplier = number(1e-100, 1e100, low_too=True, high_too=True)
 
+# Without an id for each row, the others say nothing.
+GROUPS: dict[str, Fits] = {
+    "groups": nothing,
+    "rows_per_group": lambda value: whole()(value) and value == ROWS_PER_GROUP,
+    "group_weights": word("mean"),
+}
+
 FIT: dict[str, Fits] = {
     "model": never,
     "dataset": never,
     "epsilon": number(),
     "delta": number(0.0, 1.0),
-    "epochs": number(),
-    "batch_size": whole(1, 40),
-    "lr": learning_rate,
-    "momentum": decay,
-    "optimizer": either(callable, word("sgd", "adam")),
+    "epochs": either(nothing, number()),
+    "batch_size": either(nothing, whole(1, 40)),
+    "lr": either(nothing, learning_rate),
+    "momentum": either(nothing, decay),
+    "optimizer": either(nothing, callable, word("sgd", "adam")),
     "scheduler": callable,
     "accountant": word("prv", "rdp", "auto"),
     "allocation": word("global", "per-layer", "min-variance"),
@@ -154,6 +162,7 @@ FIT: dict[str, Fits] = {
     "ema": either(nothing, decay),
     "noise_schedule": either(nothing, callable),
     "progress": truth,
+    **GROUPS,
 }
 
 SGD: dict[str, Fits] = {
@@ -176,6 +185,7 @@ SGD: dict[str, Fits] = {
             isinstance(value, (tuple, list)) and len(value) == 2 and number()(value[0]) and number(0.0, 1.0)(value[1])
         ),
     ),
+    "unit": word("row", "person"),
 }
 
 MODEL: dict[str, Fits] = {
@@ -185,6 +195,7 @@ MODEL: dict[str, Fits] = {
     "loss": never,
     "constraint": either(nothing, lambda value: isinstance(value, Mapping) and not value),
     "row_invariant": either(nothing, truth),
+    "rescale": truth,
 }
 
 GATED: dict[str, Fits] = {
@@ -198,7 +209,7 @@ GATED: dict[str, Fits] = {
 
 GRADIENT_GATED: dict[str, Fits] = {
     "net": never,
-    "limit": cap,
+    "limit": either(cap, word("adaptive")),
     "bias_limit": either(nothing, cap),
     "mode": word("clip", "normalize"),
     "floor": cap,
@@ -206,6 +217,7 @@ GRADIENT_GATED: dict[str, Fits] = {
     "chunk": either(nothing, whole()),
     "isolation": word("auto", "graph", "vmap"),
     "select": either(nothing, text, whole(-math.inf, math.inf), callable),
+    "joint": either(nothing, word("layer", "network")),
 }
 
 BATCHES: dict[str, Fits] = {
@@ -216,11 +228,12 @@ BATCHES: dict[str, Fits] = {
     "physical_batch_size": either(nothing, whole()),
     "seed": any_seed,
     "start": whole(0, 3),
+    **GROUPS,
 }
 
 SAMPLER: dict[str, Fits] = {
     "dataset_size": whole(),
-    **{name: BATCHES[name] for name in ("sample_rate", "steps", "seed", "start")},
+    **{name: BATCHES[name] for name in ("sample_rate", "steps", "seed", "start", *GROUPS)},
 }
 
 limit = number(1e-8, 1e18, low_too=True, high_too=True)

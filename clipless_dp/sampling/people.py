@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -200,9 +200,37 @@ def checked_weights(weights: object) -> GroupWeights:
     Raises:
         ConfigurationError: they are not.
     """
-    if weights not in ("mean", "cap"):
+    if not isinstance(weights, str) or weights not in ("mean", "cap"):
         raise ConfigurationError(f"group_weights must be 'mean' or 'cap', got {weights!r}")
-    return weights
+    return cast(GroupWeights, weights)
+
+
+def refuse_group_arguments(
+    groups: object, rows_per_group: object, weights: object, *, rows: int | None = None, columns: bool = True
+) -> None:
+    """Refuses what can be refused before data is read.
+
+    Args:
+        groups: ids, the name of a column, or ``None``.
+        rows_per_group: the cap.
+        weights: of a person's rows.
+        rows: how many rows there are, where that is known.
+        columns: whether there is data that could have a column of that name.
+
+    Raises:
+        InputError: the ids are none, or not as many as there are rows.
+        ConfigurationError: the cap or the weights are none, or are given without groups.
+    """
+    checked_cap(rows_per_group)
+    checked_weights(weights)
+    if groups is None:
+        if (rows_per_group, weights) != (ROWS_PER_GROUP, "mean"):
+            raise ConfigurationError("rows_per_group and group_weights are about groups: give an id for each row")
+    elif isinstance(groups, str) and groups and columns:
+        return
+    elif not isinstance(groups, People):
+        ids = _as_ids(groups)
+        _codes(ids, len(ids) if rows is None and ids.ndim else rows or 0)
 
 
 def _codes(groups: Any, rows: int) -> Indices:
@@ -226,8 +254,9 @@ def _as_ids(groups: Any) -> npt.NDArray[Any]:
     if hasattr(groups, "dtype") or hasattr(groups, "to_numpy"):
         ids = np.asarray(groups)
     else:
-        ids = np.empty(len(groups), dtype=object)
-        ids[:] = list(groups)
+        listed = list(groups)
+        ids = np.empty(len(listed), dtype=object)
+        ids[:] = listed
     kind = ids.dtype.kind
     if kind == "f":
         remedy = "one person's may differ by rounding: give integers or strings"
@@ -244,6 +273,8 @@ def _as_ids(groups: Any) -> npt.NDArray[Any]:
 def _of_objects(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Ids of Python's own types, once they are known to be of one."""
     listed = ids.tolist()
+    if not isinstance(listed, list) or not listed:
+        raise InputError("groups must be an id for each row, and there are none")
     missing = [place for place, one in enumerate(listed) if _is_missing(one)]
     if missing:
         raise _missing(missing)

@@ -27,6 +27,7 @@ from clipless_dp.sampling.people import (
     Indices,
     People,
     people_of,
+    refuse_group_arguments,
 )
 
 
@@ -84,6 +85,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
     ) -> None:
         self.sample_rate, self.steps, self.seed, self.start = refuse_draws(sample_rate, steps, seed, start)
         self.dataset_size = whole("dataset_size", dataset_size)
+        refuse_group_arguments(groups, rows_per_group, group_weights, columns=False)
         self.people = None
         if groups is not None:
             rows = groups.rows if isinstance(groups, People) else len(groups)

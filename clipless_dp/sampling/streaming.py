@@ -16,9 +16,17 @@ from clipless_dp import arguments
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.batches import Batch, checked_rows, padded_batch
-from clipless_dp.sampling.people import ROWS_PER_GROUP, Classes, GroupWeights, column_of, people_of
+from clipless_dp.sampling.people import (
+    ROWS_PER_GROUP,
+    Classes,
+    GroupWeights,
+    column_of,
+    people_of,
+    refuse_group_arguments,
+)
 from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
+from clipless_dp.sampling.samples import count as samples_in
 
 AHEAD = 3
 """Draws that a stream holds on the device at once: one in use, one waiting, one arriving."""
@@ -76,7 +84,10 @@ class StreamedBatches:
             physical_batch_size = arguments.whole("physical_batch_size", physical_batch_size)
         self._device = arguments.device("device", device)
         refuse_draws(sample_rate, steps, seed, start)
+        refuse_group_arguments(groups, rows_per_group, group_weights)
         dataset, groups = column_of(dataset, groups)
+        if groups is not None:
+            refuse_group_arguments(groups, rows_per_group, group_weights, rows=samples_in(dataset))
         self._samples = Samples.of(dataset)
         if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
             raise ConfigurationError(

@@ -30,7 +30,13 @@ from clipless_dp.arguments import (
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, refuse_no_source
 from clipless_dp.sampling import Augmentation
-from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, checked_cap, checked_weights
+from clipless_dp.sampling.people import (
+    ROWS_PER_GROUP,
+    GroupWeights,
+    checked_cap,
+    checked_weights,
+    refuse_group_arguments,
+)
 from clipless_dp.training.evaluation import Data
 from clipless_dp.training.schedules import NoiseSchedule, SchedulerFactory, linear_decay
 
@@ -101,8 +107,7 @@ class Privacy(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.groups is None and (self.rows_per_group, self.group_weights) != (ROWS_PER_GROUP, "mean"):
-            raise ConfigurationError("rows_per_group and group_weights are about groups: give an id for each row")
+        refuse_group_arguments(self.groups, self.rows_per_group, self.group_weights)
 
     @property
     def audit_form(self) -> str:
