@@ -200,8 +200,10 @@ def test_rows_of_people_in_another_order_are_no_draw(kind: Any) -> None:
 
 
 def a_draw(**options: Any) -> tuple[Any, ...]:
-    settings: dict[str, Any] = {"sample_rate": 0.5, "steps": 1, "groups": IDS, "rows_per_group": 5}
-    (batch,) = PoissonBatches(samples(ROWS), **{**settings, **options})
+    settings: dict[str, Any] = {"sample_rate": 0.5, "steps": 1, "groups": IDS, **options}
+    if settings["groups"] is not None:
+        settings.setdefault("rows_per_group", 5)
+    (batch,) = PoissonBatches(samples(ROWS), **settings)
     return tuple(batch)
 
 
