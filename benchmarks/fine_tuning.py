@@ -6,7 +6,8 @@
 
 Model, tweets, and how to get them: ``examples/text.py``, whose parts these are. 8 000 tweets are trained on, 2 000
 others tested. Both contenders train the same parameters of the same network with the same draws' law, epochs, ε,
-schedule and momentum; gates normalise each parameter's gradient, Opacus clips each sample's whole gradient to norm 1.
+schedule and momentum; gates normalise each parameter's gradient, or a sample's whole one (the head's), Opacus clips each
+sample's whole gradient to norm 1.
 Learning rates are those of ``METHODS``, the same for all ε, and tuned for no method but the head. Each
 finished cell is written at once, and what is there is not run again.
 
@@ -62,6 +63,7 @@ class Method:
         lr: of the head, and of all else.
         opacus_lr: the same for Opacus.
         limit: cap of each gate but those of the head, whose weight has 1 and whose bias 0.3.
+        joint: one gate of cap 1 for a sample's whole gradient, in place of these.
     """
 
     layers: int
@@ -70,10 +72,11 @@ class Method:
     lr: tuple[float, float]
     opacus_lr: tuple[float, float]
     limit: float = 0.1
+    joint: bool = False
 
 
 METHODS = {
-    "head": Method(0, 20, 1000, (1.0, 0.0), (1.0, 0.0)),
+    "head": Method(0, 20, 1000, (1.0, 0.0), (1.0, 0.0), joint=True),
     "biases": Method(2, 2.5, 500, (2.0, 1.0), (2.0, 0.1)),
     "LoRA": Method(2, 2.5, 500, (2.0, 1.0), (2.0, 0.1)),
     "last two layers": Method(2, 2.5, 500, (2.0, 0.2), (2.0, 0.02)),
@@ -149,9 +152,12 @@ def base(net: nn.Module, rates: tuple[float, float]) -> torch.optim.Optimizer:
 
 def gates(net: nn.Module, inputs: Inputs, labels: Tensor, method: Method, epsilon: float) -> float:
     """Trains behind gradient gates; returns σ."""
-    head = [name for name, _ in net.named_modules() if name.endswith("classifier")]
-    made = gradient_gated(net, limit=method.limit, isolation="vmap")
-    made = gradient_gated(made, limit=1.0, bias_limit=0.3, layers=head)
+    if method.joint:
+        made = gradient_gated(net, limit=1.0, isolation="vmap", joint="network")
+    else:
+        head = [name for name, _ in net.named_modules() if name.endswith("classifier")]
+        made = gradient_gated(net, limit=method.limit, isolation="vmap")
+        made = gradient_gated(made, limit=1.0, bias_limit=0.3, layers=head)
     result = fit(
         DPLipModel(made, input_shape=inputs, loss=losses.TauCrossEntropy(1.0)),
         (inputs, labels),
