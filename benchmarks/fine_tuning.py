@@ -6,10 +6,9 @@
 
 Model, tweets, and how to get them: ``examples/text.py``, whose parts these are. 8 000 tweets are trained on, 2 000
 others tested. Both contenders train the same parameters of the same network with the same draws' law, epochs, ε,
-schedule and momentum; gates normalise each parameter's gradient, or a sample's whole one (the head's), Opacus clips each
-sample's whole gradient to norm 1.
-Learning rates are those of ``METHODS``, the same for all ε, and tuned for no method but the head. Each
-finished cell is written at once, and what is there is not run again.
+schedule and momentum; gates normalise each parameter's gradient, or a sample's whole one (the head's), Opacus clips
+each sample's whole gradient to norm 1. Learning rates are those of ``METHODS``, the same for all ε, and tuned for no
+method but the head. Each finished cell is written at once, and what is there is not run again.
 
 Layers below the first that trains run once for each sample. A cell of ``full`` takes hours on one CPU thread, one of
 ``head`` seconds; cells that were not run are dashes.

@@ -19,8 +19,9 @@ from torch.nn import functional
 from clipless_dp.errors import PrivacyError
 from clipless_dp.gates.arithmetic import sample_norms
 from clipless_dp.gates.gradient import token_weight_gradient
-from clipless_dp.gates.parts import linear_parts
+from clipless_dp.gates.parts import Part, Rows, linear_parts
 from clipless_dp.isolation.cells import CELLS, Cell, Run
+from clipless_dp.isolation.equations import gradients_by_copies
 from clipless_dp.isolation.functions import Affine, Cap, _Gated, _summed
 
 
@@ -61,6 +62,26 @@ def _sums(
     if biased:
         of_bias = _summed(cotangents.sum(1), cast(Cap, gates.bias), sizes)
     return of_weight, of_bias, None, None
+
+
+def _differentiably(
+    ctx: Any, values: Tensor, state: Tensor, parameters: list[Tensor | None], arriving: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """What :meth:`GatedRecurrence.backward` returns, with a graph of its own."""
+    how: Recurrence = ctx.how
+    of_values, of_begin, of_copies = gradients_by_copies(how.kind, how.back, values, state, parameters, arriving[:2])
+    made: list[Tensor | None] = [None] * 10
+    for places, gates in zip(PLACES, how.gates, strict=False):
+        parts: list[Part | None] = []
+        for place, cap in zip(places, (gates.weight, gates.bias), strict=True):
+            own = None if place is None or cap is None else of_copies[place]
+            parts.append(None if own is None else Rows(own.flatten(1), own.shape[1:]))
+        counted = tuple(ctx.needs_input_grad[9 + place] for place in places if place is not None)
+        found = gates.sums((parts[0], parts[1]), counted)
+        for place, gradient, counts in zip(places, found[:2], found[2:], strict=True):
+            if place is not None:
+                made[place], made[5 + place] = gradient, counts
+    return None, of_values, of_begin, *made[:5], None, *made[5:]
 
 
 class GatedRecurrence(_Gated):
@@ -107,18 +128,20 @@ class GatedRecurrence(_Gated):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, values, state, of_input, of_state, _, _, projection, ctx.how, *_ = inputs
+        _, values, state, of_input, of_state, *biases, projection, ctx.how = inputs[:9]
         outputs, _, *also = output
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(one for one in also if one is not None))
-        ctx.save_for_backward(values, state, of_input, of_state, projection, outputs, *also)
+        ctx.save_for_backward(values, state, of_input, of_state, *biases, projection, outputs, *also)
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
         if arriving[0] is None and arriving[1] is None:
             return (None,) * 14
-        values, state, of_input, of_state, projection, outputs, extra, gates, hidden = ctx.saved_tensors
+        values, state, of_input, of_state, *biases, projection, outputs, extra, gates, hidden = ctx.saved_tensors
         how: Recurrence = ctx.how
+        if torch.is_grad_enabled():
+            return _differentiably(ctx, values, state, [of_input, of_state, *biases, projection], arriving)
         batch, sequences, steps, _ = values.shape
         rows = batch * sequences
         outputs = outputs.reshape(rows, steps, -1)

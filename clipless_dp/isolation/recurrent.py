@@ -16,39 +16,15 @@ from torch.nn import functional
 from clipless_dp.errors import InputError
 from clipless_dp.isolation.cells import CELLS
 from clipless_dp.isolation.dispatch import applied
+from clipless_dp.isolation.equations import EQUATIONS, Equation
 from clipless_dp.isolation.gating import Gating, handles
 from clipless_dp.isolation.layers import linear
 from clipless_dp.isolation.recurrence import GatedRecurrence, Recurrence
 
-Cell = Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
-"""From what came of the input and of the state before, ``(B, gates·H)`` each, to the state."""
-
-
-def _lstm(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    takes, forgets, new, gives = (entering + kept).chunk(4, -1)
-    cell = forgets.sigmoid() * state[1] + takes.sigmoid() * new.tanh()
-    return gives.sigmoid() * cell.tanh(), cell
-
-
-def _gru(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    reset_in, update_in, new_in = entering.chunk(3, -1)
-    reset_kept, update_kept, new_kept = kept.chunk(3, -1)
-    new = (new_in + (reset_in + reset_kept).sigmoid() * new_kept).tanh()
-    update = (update_in + update_kept).sigmoid()
-    return (update * state[0] + (1.0 - update) * new,)
-
-
-def _tanh(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return ((entering + kept).tanh(),)
-
-
-def _relu(entering: Tensor, kept: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return ((entering + kept).relu(),)
-
 
 def _one_way(
     run: Gating,
-    cell: Cell,
+    cell: Equation,
     values: Tensor,
     state: tuple[Tensor, ...],
     weights: Sequence[Tensor],
@@ -124,7 +100,7 @@ def _steps_by_copies(values: Tensor, weights: Sequence[Tensor]) -> bool:
     return values.shape[0] < 2 or any(torch._C._functorch.is_batchedtensor(weight) for weight in weights)
 
 
-def _recurrent(cell: Cell, parts: int, kind: str) -> Callable[..., Any]:
+def _recurrent(cell: Equation, parts: int, kind: str) -> Callable[..., Any]:
     def run_all(
         run: Gating,
         input: Tensor,
@@ -169,13 +145,13 @@ def _recurrent(cell: Cell, parts: int, kind: str) -> Callable[..., Any]:
     return run_all
 
 
-handles(torch.lstm, always=True)(_recurrent(_lstm, 2, "lstm"))
-handles(torch.gru, always=True)(_recurrent(_gru, 1, "gru"))
-handles(torch.rnn_tanh, always=True)(_recurrent(_tanh, 1, "tanh"))
-handles(torch.rnn_relu, always=True)(_recurrent(_relu, 1, "relu"))
+handles(torch.lstm, always=True)(_recurrent(EQUATIONS["lstm"], 2, "lstm"))
+handles(torch.gru, always=True)(_recurrent(EQUATIONS["gru"], 1, "gru"))
+handles(torch.rnn_tanh, always=True)(_recurrent(EQUATIONS["tanh"], 1, "tanh"))
+handles(torch.rnn_relu, always=True)(_recurrent(EQUATIONS["relu"], 1, "relu"))
 
 
-def _cell_of(cell: Cell, parts: int) -> Callable[..., Any]:
+def _cell_of(cell: Equation, parts: int) -> Callable[..., Any]:
     def run_one(
         run: Gating,
         input: Tensor,
@@ -194,7 +170,7 @@ def _cell_of(cell: Cell, parts: int) -> Callable[..., Any]:
     return run_one
 
 
-handles(torch.lstm_cell)(_cell_of(_lstm, 2))
-handles(torch.gru_cell)(_cell_of(_gru, 1))
-handles(torch.rnn_tanh_cell)(_cell_of(_tanh, 1))
-handles(torch.rnn_relu_cell)(_cell_of(_relu, 1))
+handles(torch.lstm_cell)(_cell_of(EQUATIONS["lstm"], 2))
+handles(torch.gru_cell)(_cell_of(EQUATIONS["gru"], 1))
+handles(torch.rnn_tanh_cell)(_cell_of(EQUATIONS["tanh"], 1))
+handles(torch.rnn_relu_cell)(_cell_of(EQUATIONS["relu"], 1))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clipless_dp import passes
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation import Isolated, recurrent
 from clipless_dp.isolation.functions import Cap
@@ -101,6 +102,29 @@ def test_gradients_are_each_samples_own_capped_as_with_copies(name: str, monkeyp
         size = max(float(expected[key].norm()), 1e-6)
         assert float((gradient - expected[key]).norm()) <= ROUNDING * size, key
         assert float((gradient - by_copies[key]).norm()) <= ROUNDING * size, key
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_with_a_graph_of_their_own_are_the_same_and_can_be_climbed(name: str) -> None:
+    case = case_of(name)
+    targets = 10 * torch.randn_like(case.net(case.inputs))
+    plain, _ = found(case, targets)
+    model = wrapped(case)
+    named = {key: parameter for key, parameter in model.net.named_parameters() if parameter.requires_grad}
+    with passes.unwitnessed():
+        inputs = case.inputs.clone().requires_grad_()
+        total = model.loss(model(inputs), targets)
+        twice = torch.autograd.grad(total, list(named.values()), create_graph=True)
+        for key, gradient in zip(named, twice, strict=True):
+            assert torch.allclose(gradient, plain[key], rtol=ROUNDING, atol=1e-12), key
+        (climbed,) = torch.autograd.grad(sum(gradient.norm() for gradient in twice), inputs)
+        step = 1e-6 * climbed / climbed.norm()
+        above, below = (
+            float(sum(gradient.norm() for gradient in gradients(model, case.inputs + shift, targets).values()))
+            for shift in (step, -step)
+        )
+    # A central difference errs by about the square of its step, and by rounding over it.
+    assert (above - below) / 2e-6 == pytest.approx(float(climbed.norm()), rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["LSTM, both ways", "LSTM, projected", "GRU, a trained state", "RNN, ReLU"])
