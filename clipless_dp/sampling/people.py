@@ -8,6 +8,7 @@ moves the sum of all by no more than adding or removing one row does, and people
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -114,8 +115,20 @@ class People:
                 UserWarning,
             )
 
+    def warn_of_size(self, dataset_size: int) -> None:
+        """Warns of a public size that seems to count rows: private all the same, at more noise than is needed.
+
+        It is no refusal, which would tell how many rows there are; and said once, before anything is released.
+        """
+        if self.count < self.rows == dataset_size:
+            warn_caller(
+                f"dataset_size={dataset_size} is the number of rows; with groups= it is the public number of people, "
+                "of which there are fewer, and batch_size counts people too",
+                UserWarning,
+            )
+
     def require_size(self, dataset_size: int) -> None:
-        """Refuses a public size that counts rows.
+        """Refuses the size of a sampler, which is the number of people, where it counts rows.
 
         Raises:
             ConfigurationError: it is at least the number of rows, and people are fewer.
@@ -181,6 +194,11 @@ class People:
     def shares(self, device: torch.device | str = "cpu") -> Tensor:
         """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
         return torch.from_numpy(1.0 / self._sizes[self._codes]).to(device)
+
+
+def spans_of(classes: Classes) -> list[tuple[int, int]]:
+    """From where to where the rows of each class are."""
+    return list(itertools.pairwise([0, *(end for end, _ in classes)]))
 
 
 def _grid(cap: int) -> Indices:
