@@ -17,7 +17,9 @@ Sampling = Literal["announced", "poisson", "none"]
 NO_PEOPLE = (
     "unit='person' is about all rows of a person, and the rows of this step are not those of a draw of people, as they "
     "were drawn: draw them with PoissonBatches(..., groups=ids), StreamedBatches or PoissonBatchSampler, whose batches "
-    "go to accumulate() unchanged; change rows one by one with augment=..., or in the data set"
+    "go to accumulate() unchanged; change rows one by one with augment=..., or in the data set. Copies, on another "
+    "device say, are known by what they hold, unless rows of different weights hold the same: give the sampler device=. "
+    "A DataLoader needs the sampler's own lists, as batch_sampler with nothing around it"
 )
 """What is said of rows of which nothing tells whose they are."""
 
@@ -36,7 +38,7 @@ class Terms(NamedTuple):
         user: the optimizer.
         names: by which draws that were left out know the model.
         unit: what the guarantee is about.
-        dataset_size: public number of such units.
+        grouping: which rows the steps before took for one person's; ``None`` where there were none.
     """
 
     sampling: Sampling
@@ -46,7 +48,7 @@ class Terms(NamedTuple):
     user: object
     names: frozenset[int]
     unit: Unit = "row"
-    dataset_size: int = 0
+    grouping: bytes | None = None
 
 
 class Charge(NamedTuple):
@@ -130,6 +132,11 @@ def _refuse_other_unit(passed: Sequence[passes.Pass], draw: draws.Draw | None, t
         return
     if draw is None or draw.people is None or any(some.rows is None or some.rows.draw is not draw for some in passed):
         raise PrivacyError(NO_PEOPLE)
+    if terms.grouping not in (None, draw.people.grouping):
+        raise PrivacyError(
+            "the people of this draw have other rows than those of the steps before, so that ε of all steps is about "
+            "neither: give all samplers of one optimizer the same data and groups="
+        )
     for some in passed:
         assert some.rows is not None
         for start, stop, divisor in draw.divisors(some.rows.start, min(some.rows.stop, draw.rows)):

@@ -128,6 +128,8 @@ class CliplessDPOptimizer(Optimizer):
         refuse_other_units(self.accountant.ledger, self.unit)
         self.budget = budget
         self.steps_taken = 0
+        # In memory alone: it is as private as the ids.
+        self._grouping: bytes | None = None
         self._books = Books(model)
         self._plan = NoisePlan()
         self._adaptation = Adaptation(model)
@@ -295,7 +297,7 @@ class CliplessDPOptimizer(Optimizer):
     def _terms(self) -> Terms:
         several = self.placement.world.size > 1
         names = self.model.register.names()
-        return Terms(self._sampling, self.sample_rate, self._made, several, self, names, self.unit, self.dataset_size)
+        return Terms(self._sampling, self.sample_rate, self._made, several, self, names, self.unit, self._grouping)
 
     @property
     def skipped_draws(self) -> int:
@@ -497,6 +499,8 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant.step(noise_multiplier=spent, sample_rate=charged.sample_rate, provenance=provenance)
         if charged.draw is not None:
             draws.use(charged.draw, self)
+            if charged.draw.people is not None:
+                self._grouping = charged.draw.people.grouping
         self._books.note_step(named, self.param_groups)
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1

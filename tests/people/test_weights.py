@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from clipless_dp import ConfigurationError, PoissonBatches, PoissonBatchSampler, PrivacyError, poisson_collate
 from clipless_dp.sampling import StreamedBatches
+from clipless_dp.sampling.fingerprints import of_rows
 from tests.people.test_drawing import IDS, PEOPLE, ROWS, a_draw, accumulated, optimizer, passed_by_hand
 from tests.support import samples
 
@@ -126,3 +129,88 @@ def test_people_weigh_one_in_whatever_order_a_worker_reads_their_rows() -> None:
 def test_a_data_set_that_returns_fewer_rows_than_were_asked_for_is_refused(road: str) -> None:
     with pytest.raises(ConfigurationError, match="were asked for"):
         weighed(ROADS[road](Sorting(returned=1)))
+
+
+def alike(*, apart: bool) -> tuple[Tensor, Tensor]:
+    """Rows of which two are equal: of people with as many rows each, or one and another number."""
+    inputs, targets = (part.clone() for part in samples(ROWS))
+    sizes = Counter(IDS.tolist())
+    first = next(row for row in range(ROWS) if sizes[int(IDS[row])] == 1)
+    wanted = 12 if apart else 1
+    other = next(row for row in range(ROWS) if sizes[int(IDS[row])] == wanted and row != first)
+    inputs[other] = inputs[first]
+    return inputs, targets
+
+
+def copied(data: tuple[Tensor, Tensor], **options: Any) -> tuple[Any, ...]:
+    settings: dict[str, Any] = {"groups": IDS, "rows_per_group": 50, **options}
+    (batch,) = PoissonBatches(data, sample_rate=1.0, steps=1, **settings)
+    return (batch.inputs.clone(), *batch[1:])
+
+
+def test_copies_of_equal_rows_that_weigh_differently_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="hold the same"):
+        accumulated(optimizer(sample_rate=1.0), copied(alike(apart=True)))
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        lambda: copied(samples(ROWS)),
+        lambda: copied(alike(apart=False)),
+        lambda: copied(alike(apart=True), group_weights="cap"),
+        lambda: tuple(*PoissonBatches(alike(apart=True), sample_rate=1.0, steps=1, groups=IDS, rows_per_group=50)),
+    ],
+    ids=["all differ", "of one class", "one weight for all", "no copies"],
+)
+def test_copies_of_rows_that_say_how_they_weigh_are_taken(batch: Any) -> None:
+    own = optimizer(sample_rate=1.0)
+    accumulated(own, batch())
+    assert own.accountant.ledger.units == {"person"}
+
+
+def test_rows_are_alike_where_they_compare_equal() -> None:
+    rows = torch.tensor([[0.0, 1.0], [-0.0, 1.0], [math.nan, 1.0], [math.nan, 1.0], [2.0, 1.0]])
+    found = of_rows(rows)
+    assert [found.index(one) for one in found] == [0, 0, 2, 2, 4]
+
+
+def test_all_steps_are_about_the_same_people() -> None:
+    own = optimizer()
+    accumulated(own, a_draw())
+    with pytest.raises(PrivacyError, match="other rows than those of the steps before"):
+        accumulated(own, a_draw(groups=np.roll(IDS, 1)))
+    assert len(own.accountant) == 1
+
+
+def test_people_by_other_names_and_under_another_cap_are_the_same() -> None:
+    own = optimizer()
+    for options in ({}, {"groups": [f"{'zyx'[one % 3]}{one}" for one in IDS]}, {"rows_per_group": 2}):
+        accumulated(own, a_draw(**options))
+    assert len(own.accountant) == 3
+
+
+class Wrapped(PoissonBatchSampler):
+    """Hands out lists of its own."""
+
+    def __iter__(self) -> Any:
+        return map(list, super().__iter__())
+
+
+@pytest.mark.parametrize("ids", [IDS, np.arange(ROWS) // 5], ids=["of many sizes", "of one size"])
+def test_copies_of_lists_are_refused_whoever_was_drawn(ids: Any) -> None:
+    dataset = TensorDataset(*samples(ROWS))
+    sampler = Wrapped(len(set(ids.tolist())), sample_rate=1.0, steps=1, groups=ids, rows_per_group=5)
+    (batch,) = DataLoader(dataset, batch_sampler=sampler, collate_fn=poisson_collate(dataset))
+    own = optimizer(sample_rate=1.0, dataset_size=sampler.dataset_size)
+    with pytest.raises(PrivacyError, match="own lists"):
+        own.accumulate((*batch, torch.ones(ROWS, dtype=torch.bool)))
+
+
+def test_copies_of_lists_are_taken_where_all_rows_weigh_alike() -> None:
+    dataset = TensorDataset(*samples(ROWS))
+    sampler = Wrapped(PEOPLE, sample_rate=1.0, steps=1, groups=IDS, rows_per_group=5, group_weights="cap")
+    (batch,) = DataLoader(dataset, batch_sampler=sampler, collate_fn=poisson_collate(dataset))
+    own = optimizer(sample_rate=1.0)
+    accumulated(own, (*batch, torch.ones(len(batch[0]), dtype=torch.bool)))
+    assert len(own.accountant) == 1
