@@ -18,7 +18,7 @@ NO_PEOPLE = (
     "unit='person' is about all rows of a person, and the rows of this step are not those of a draw of people, as they "
     "were drawn: draw them with PoissonBatches(..., groups=ids), StreamedBatches or PoissonBatchSampler, whose batches "
     "go to accumulate() unchanged; change rows one by one with augment=..., or in the data set. Copies, on another "
-    "device say, are known by what they hold, unless rows of different weights hold the same: give the sampler device=. "
+    "device say, are known by what they hold, unless rows of other weights hold the same: give the sampler device=. "
     "A DataLoader needs the sampler's own lists, as batch_sampler with nothing around it"
 )
 """What is said of rows of which nothing tells whose they are."""

@@ -194,8 +194,8 @@ class Fetch(NamedTuple):
             read = [list(self.dataset.__getitems__(list(self.indices[start:stop]))) for start, stop in spans]
         if list(map(len, read)) != [stop - start for start, stop in spans] and len(spans) > 1:
             raise ConfigurationError(
-                f"the data set returned {sum(map(len, read))} samples where {len(self.indices)} were asked for, so that "
-                "nothing tells whose they are: its __getitems__ must return one for each index"
+                f"the data set returned {sum(map(len, read))} samples where {len(self.indices)} were asked for: "
+                "nothing tells whose they are. Its __getitems__ must return one for each index"
             )
         return read
 
@@ -252,7 +252,9 @@ def fetching() -> Fetch | None:
         return None
     known, caller = frame.f_locals, frame.f_back
     loader = None if caller is None else caller.f_locals.get("self")
-    return Fetch(known["possibly_batched_index"], known["data"], not known["self"].auto_collation, loader, known["self"].dataset)
+    return Fetch(
+        known["possibly_batched_index"], known["data"], not known["self"].auto_collation, loader, known["self"].dataset
+    )
 
 
 def arrived(batch: Any, samples: Any) -> Any:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
-from clipless_dp import ConfigurationError, PoissonBatches, PoissonBatchSampler, PrivacyError, poisson_collate
+from clipless_dp import ConfigurationError, PoissonBatches, PoissonBatchSampler, PrivacyError, fit, poisson_collate
 from clipless_dp.sampling import StreamedBatches
 from clipless_dp.sampling.fingerprints import of_rows
 from tests.people.test_drawing import IDS, PEOPLE, ROWS, a_draw, accumulated, optimizer, passed_by_hand
-from tests.support import samples
+from tests.support import gated_model, samples
 
 
 @pytest.mark.parametrize("sampling", ["announced", "poisson", "none"])
@@ -40,6 +40,14 @@ def test_draws_of_people_are_stepped_on_under_each_sampling(sampling: Any) -> No
     own = optimizer(sampling=sampling)
     accumulated(own, a_draw())
     assert own.accountant.ledger.units == {"person"}
+
+
+def test_memory_for_people_is_measured_on_rows_that_are_nobodys() -> None:
+    result = fit(
+        gated_model(), samples(ROWS), groups=IDS, epsilon=8.0, delta=1e-3, epochs=1, batch_size=12, progress=False,
+        memory_budget=1e8,
+    )  # fmt: skip
+    assert result.optimizer.accountant.ledger.units == {"person"}
 
 
 def test_rows_at_full_weight_that_are_vouched_for_stay_a_matter_of_rows() -> None:
