@@ -394,8 +394,8 @@ def find(inputs: Tensor) -> Rows:
         return _matching(inputs) or Rows(_name(base), 0, len(base) if base.dim() else 1)
     if draw is None and base.dim() and base is not inputs:
         copy = _matching(base)
-        if copy is not None:
-            # Its other pieces are known at once.
+        if copy is not None and copy.start == 0:
+            # Its other pieces are known at once: they are in the same places.
             _delivered[base] = _Delivered(cast(Draw, copy.draw), base._version, fingerprint(base))
             draw = copy.draw
     return Rows(_name(base), *span, draw) if draw is not None else _matching(inputs) or Rows(_name(base), *span)

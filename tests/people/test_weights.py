@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from clipless_dp import ConfigurationError, PoissonBatches, PoissonBatchSampler, PrivacyError, fit, poisson_collate
-from clipless_dp.sampling import StreamedBatches
+from clipless_dp.sampling import StreamedBatches, draws
 from clipless_dp.sampling.fingerprints import of_rows
 from tests.people.test_drawing import IDS, PEOPLE, ROWS, a_draw, accumulated, optimizer, passed_by_hand
 from tests.support import gated_model, samples
@@ -175,6 +175,15 @@ def test_copies_of_rows_that_say_how_they_weigh_are_taken(batch: Any) -> None:
     own = optimizer(sample_rate=1.0)
     accumulated(own, batch())
     assert own.accountant.ledger.units == {"person"}
+
+
+@pytest.mark.parametrize("start", [0, 40])
+def test_pieces_of_a_copy_weigh_by_their_place_in_the_draw(start: int) -> None:
+    (batch,) = PoissonBatches(samples(ROWS), sample_rate=1.0, steps=1, groups=IDS, rows_per_group=50)
+    copy = batch.inputs[start : start + 30].clone()
+    found = [draws.find(piece) for piece in copy.split(10)]
+    assert all(some.draw is not None for some in found)
+    assert [some.start for some in found] == [start, start + 10, start + 20]
 
 
 def test_rows_are_alike_where_they_compare_equal() -> None:
