@@ -18,6 +18,7 @@ from .errors import (
     InvalidParameterError,
     LargeDeltaWarning,
     LedgerFormatError,
+    MixedUnitsError,
     UnreachableTargetError,
     UnsupportedEventError,
 )
@@ -62,6 +63,7 @@ __all__ = [
     "Ledger",
     "LedgerFormatError",
     "Line",
+    "MixedUnitsError",
     "NoSampling",
     "PRVAccountant",
     "PoissonSampling",

@@ -116,6 +116,7 @@ class Accountant(ABC):
 
         Raises:
             InvalidParameterError: When a value lies outside its range.
+            MixedUnitsError: When the ledger is about another unit than the provenance names, which is rows by default.
         """
         q = check.sample_rate(sample_rate)
         sampling = NoSampling() if q == 1.0 else PoissonSampling(q)
@@ -125,6 +126,7 @@ class Accountant(ABC):
         """Records `count` further events; `provenance` as for `step`.
 
         Raises:
+            MixedUnitsError: As `step`.
             UnsupportedEventError: When the event is not understood under this relation.
         """
         collect([(event, 1)], self.relation)
@@ -143,9 +145,11 @@ class Accountant(ABC):
 
         Raises:
             InvalidParameterError: When δ lies outside (0, 1), or k is no whole number from 1.
+            MixedUnitsError: When some lines are about rows and others about people.
             UnsupportedEventError: When this accountant does not cover an event of the ledger, for groups of this size.
         """
         delta = check.delta(delta)
+        self.ledger.require_one_unit()
         group_size = check.count(group_size, "group_size", 1)
         if self.dataset_size is not None and delta > 1.0 / self.dataset_size:
             warn_caller(
@@ -161,6 +165,7 @@ class Accountant(ABC):
     def get_delta(self, epsilon: float, *, group_size: int = 1) -> PrivacyBound:
         """Returns the δ of everything recorded, at ε ≥ 0; `group_size` and attributes as for `get_epsilon`."""
         epsilon = check.epsilon(epsilon)
+        self.ledger.require_one_unit()
         terms = collect(self.ledger, self.relation, check.count(group_size, "group_size", 1))
         if terms.empty or epsilon == math.inf:
             return self._bound(terms, 0.0, 0.0, epsilon, "exact")

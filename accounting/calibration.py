@@ -105,13 +105,9 @@ def calibrate_ledger(
         create_accountant(accountant, relation=ledger.relation) if spent is None else spent, target, delta, group_size
     )
 
-    units = sorted(before.ledger.units)
-
     def epsilon(factor: float) -> float:
         probe = _after(before)
-        planned = ledger.scaled(factor)
-        # A plan is about what the ledger that it is to be added to is about.
-        probe.ledger = probe.ledger.merge(planned.about(units[0]) if len(units) == 1 else planned)
+        probe.ledger = probe.ledger.merge(_of_any_unit(ledger.scaled(factor)))
         return float(probe.get_epsilon(delta, group_size=group_size))
 
     factor = _smallest_sufficient(epsilon, target)
@@ -220,10 +216,15 @@ def _unspent(spent: Accountant, target: float, delta: float, group_size: int) ->
 
 
 def _after(spent: Accountant) -> Accountant:
-    """Another accountant that goes on from where this one is."""
+    """Another accountant that goes on from where this one is; its ledger does not say what it is about."""
     probe = create_accountant(spent.mechanism, relation=spent.relation)
-    probe.ledger = spent.ledger.copy()
+    probe.ledger = _of_any_unit(spent.ledger)
     return probe
+
+
+def _of_any_unit(ledger: Ledger) -> Ledger:
+    """A plan is about what the ledger that it is to be added to is about."""
+    return ledger.about("") if len(ledger.units) < 2 else ledger.copy()
 
 
 def _smallest_sufficient(epsilon: Callable[[float], float], target: float) -> float:

@@ -15,6 +15,7 @@ __all__ = [
     "InvalidParameterError",
     "LargeDeltaWarning",
     "LedgerFormatError",
+    "MixedUnitsError",
     "UnreachableTargetError",
     "UnsupportedEventError",
     "warn_caller",
@@ -34,6 +35,10 @@ class AccountingError(CliplessError, ValueError):
 
 class InvalidParameterError(AccountingError):
     """A parameter lies outside its range; the message holds its value and the remedy."""
+
+
+class MixedUnitsError(InvalidParameterError):
+    """Releases about rows and about people would be in one ledger, or are: their ε add up to none of either."""
 
 
 class UnsupportedEventError(AccountingError):

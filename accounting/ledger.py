@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from . import _validation as check
-from .errors import AccountingError, InvalidParameterError, LedgerFormatError, UnsupportedEventError
+from .errors import (
+    AccountingError,
+    InvalidParameterError,
+    LedgerFormatError,
+    MixedUnitsError,
+    UnsupportedEventError,
+)
 from .events import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
@@ -68,13 +74,15 @@ class _Closed:
     lines: int = 0
     events: int = 0
     counts: Mapping[str, int] = field(default_factory=dict)
+    units: frozenset[Unit] = frozenset()
 
     def and_then(self, lines: Sequence[Line]) -> _Closed:
         counts = Counter(self.counts)
         for line in lines:
             if line.key:
                 counts[line.key] += line.count
-        return _Closed(self.lines + len(lines), self.events + sum(line.count for line in lines), counts)
+        units = self.units.union(line.provenance.unit for line in lines)
+        return _Closed(self.lines + len(lines), self.events + sum(line.count for line in lines), counts, units)
 
 
 class _Taker:
@@ -135,9 +143,9 @@ class Ledger:
         self.__init__(state["relation"])  # type: ignore[misc]
         # Pickles of before lines had a provenance hold pairs.
         for event, count in state.get("_entries", ()):
-            self.append(event, count)
+            self._put(event, count)
         for line in state.get("_lines", ()):
-            self.append(line.event, line.count, line.provenance)
+            self._put(line.event, line.count, line.provenance)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Ledger:
         return self.copy()
@@ -192,8 +200,21 @@ class Ledger:
 
         Raises:
             InvalidParameterError: When `count` is negative or fractional.
+            MixedUnitsError: When there are lines about another unit than the provenance names.
             UnsupportedEventError: When `event` is not an event.
         """
+        if check.count(count, "count") and self.units - {provenance.unit}:
+            about, other = ("people", "rows") if provenance.unit == "" else ("rows", "people")
+            raise MixedUnitsError(
+                f"this ledger is about {about}, and the event about {other}, so that their ε would not add up. Release "
+                "all of it about people (groups= of statistics and fit, Provenance(unit='person') of what is recorded "
+                "by hand), keep two ledgers, or, where each person has one row only, say so by "
+                f"accountant.ledger = accountant.ledger.about({provenance.unit!r})"
+            )
+        self._put(event, count, provenance)
+
+    def _put(self, event: Event, count: int = 1, provenance: Provenance = _UNKNOWN) -> None:
+        """Records events of whichever unit: what is read was mixed where it was written."""
         count = check.count(count, "count")
         lines = []
         for single, n in flatten([(event, count)]):
@@ -254,7 +275,8 @@ class Ledger:
         and a run of whose two records neither is the beginning of the other, is added, however alike it looks.
 
         Raises:
-            InvalidParameterError: When the two are about different neighbouring relations, or units.
+            InvalidParameterError: When the two are about different neighbouring relations.
+            MixedUnitsError: When they are about different units.
 
         Guarantee:
             The result holds every event of either ledger, provided that runs with one identity are one run.
@@ -262,7 +284,7 @@ class Ledger:
         if other.relation != self.relation:
             raise InvalidParameterError(f"ledgers about {self.relation!r} and {other.relation!r} cannot be merged")
         if self.units | other.units > {""}:
-            raise InvalidParameterError(
+            raise MixedUnitsError(
                 "one ledger is about rows and the other about people, whose ε do not add up: where each person has one "
                 "row only, say so by ledger.about('person')"
             )
@@ -287,7 +309,21 @@ class Ledger:
     @property
     def units(self) -> set[Unit]:
         """What the lines are about: `"person"`, or, empty, a record; of a ledger without lines nothing."""
-        return {line.provenance.unit for line in self.lines}
+        closed = self._closed
+        return {*closed.units, *(line.provenance.unit for line in self._record[closed.lines :])}
+
+    def require_one_unit(self) -> None:
+        """Refuses a ledger of rows and people, as an earlier version may have written, and as a file may hold.
+
+        Raises:
+            MixedUnitsError: When it is one.
+        """
+        if len(self.units) > 1:
+            raise MixedUnitsError(
+                "some lines of this ledger are about rows and others about people, so that no ε of either follows from "
+                "all of them: take the lines apart, or, where each person has one row only, say so by "
+                "accountant.ledger = accountant.ledger.about('person')"
+            )
 
     def about(self, unit: Unit) -> Ledger:
         """Returns the ledger as one about people, or rows: right only where each person has no more than one row.
@@ -305,22 +341,22 @@ class Ledger:
         own = Ledger(self.relation)
         for line in self.lines:
             if line.key == run:
-                own.append(line.event, line.count, line.provenance if run == line.provenance.run else _UNKNOWN)
+                own._put(line.event, line.count, line.provenance if run == line.provenance.run else _UNKNOWN)
         return own.lines
 
     def attributed(self, provenance: Provenance) -> Ledger:
         """Returns the ledger with this provenance on the lines that have none."""
         attributed = Ledger(self.relation)
         for line in self.lines:
-            attributed.append(line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance)
+            attributed._put(line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance)
         return attributed
 
     def scaled(self, factor: float) -> Ledger:
         """Returns the ledger with every noise multiplier times `factor`: a plan, which nobody has carried out yet."""
         scaled = Ledger(self.relation)
-        for event, count in self.entries:
-            data = to_dict(event)
-            scaled.append(from_dict(_scale(data, factor)), count)
+        for line in self.lines:
+            event = from_dict(_scale(to_dict(line.event), factor))
+            scaled._put(event, line.count, Provenance(unit=line.provenance.unit))
         return scaled
 
     def history(self) -> list[tuple[float, float, int]]:
@@ -376,7 +412,7 @@ class Ledger:
                 raise LedgerFormatError(f"the entries of a ledger are a list, got {type(entries).__name__}")
             for line in entries:
                 provenance = Provenance.from_dict(line.get("provenance", {}))
-                ledger.append(from_dict(line["event"]), line["count"], provenance)
+                ledger._put(from_dict(line["event"]), line["count"], provenance)
         except LedgerFormatError:
             raise
         except (AttributeError, KeyError, TypeError, OverflowError, RecursionError, InvalidParameterError) as error:

@@ -167,7 +167,6 @@ class Preset:
         people = people_of(groups, len(inputs), asked.get("rows_per_group", ROWS_PER_GROUP))
         size = public_size(changes.get("dataset_size"), len(inputs) if people is None else people.count)
         if people is not None:
-            people.require_size(size)
             changes["groups"] = groups
         features = self.features(inputs, cache_dir=cache_dir)
         change: Callable[[Tensor], Tensor] | None = None

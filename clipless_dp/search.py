@@ -182,7 +182,7 @@ def _check_people(people: People | None, size: int, validation: Data | None, acc
     refuse_other_units(accountant.ledger, "row" if people is None else "person")
     if people is None:
         return
-    people.require_size(size)
+    people.warn_of_size(size)
     if validation is None:
         raise ConfigurationError(
             "score_noise_multiplier counts rows, of which a person may have many: with groups= compare runs on "

@@ -11,9 +11,11 @@ from clipless_dp.arguments import function, whole
 from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
+from clipless_dp.optim.charging import NO_PEOPLE
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
+from clipless_dp.sampling.people import Unit
 
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -27,8 +29,9 @@ def accumulate(
     multiplicity: int,
     micro_batch_size: int | None,
     loss: BatchLoss | None,
+    unit: Unit = "row",
 ) -> Tensor:
-    """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate`."""
+    """See :meth:`clipless_dp.CliplessDPOptimizer.accumulate`; ``unit`` is what the guarantee is about."""
     multiplicity = whole("multiplicity", multiplicity)
     if multiplicity > 1 and augment is None:
         raise ConfigurationError(f"multiplicity={multiplicity} without augment would repeat one view: give augment")
@@ -46,10 +49,10 @@ def accumulate(
             "rows of this batch have entered the gradients of this step already, and would count twice: "
             "accumulate each draw once, with multiplicity=K for several views of its samples, then step()"
         )
+    spans = _spans(rows, len(inputs), unit, whole=here.is_whole)
     size = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
     here.reshard_()
     unseen = loss is None and augment is None
-    spans = _spans(rows, len(inputs), whole=here.is_whole)
 
     def passed(start: int, stop: int, divisor: int) -> Tensor:
         """The loss of some rows, whose gradients are divided by one number."""
@@ -78,7 +81,7 @@ def accumulate(
         return torch.stack([passed(*span) for span in spans]).sum()
 
 
-def _spans(rows: draws.Rows, count: int, *, whole: bool) -> list[tuple[int, int, int]]:
+def _spans(rows: draws.Rows, count: int, unit: Unit, *, whole: bool) -> list[tuple[int, int, int]]:
     """Of a batch's rows from where to where gradients are divided by what, past all gates.
 
     As the mean over views, the weight of a person's row is applied to the gradients of the parameters: the cotangent of
@@ -87,13 +90,17 @@ def _spans(rows: draws.Rows, count: int, *, whole: bool) -> list[tuple[int, int,
     Args:
         rows: what the batch is.
         count: of its rows.
+        unit: what the guarantee is about.
         whole: whether this process holds all weights.
 
     Raises:
+        PrivacyError: people are the unit, and nothing tells whose the rows are.
         ConfigurationError: processes that each hold a part of the model would divide each other's gradients.
     """
     draw = rows.draw
     if draw is None or draw.people is None:
+        if unit == "person" and count:
+            raise PrivacyError(f"{NO_PEOPLE}. Nothing was added")
         return [(0, count, 1)]
     if not whole and draw.people.weights != "cap":
         raise ConfigurationError(

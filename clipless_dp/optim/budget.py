@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass, replace
 
-from accounting import Accountant, Ledger
+from accounting import Accountant, Ledger, Provenance
 from clipless_dp.arguments import positive, share, shown
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError
 
@@ -31,7 +31,12 @@ class Budget:
         epsilon, delta = self.limit
         trial = copy.deepcopy(accountant)
         if steps:
-            trial.step(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+            trial.step(
+                noise_multiplier=noise_multiplier,
+                sample_rate=sample_rate,
+                steps=steps,
+                provenance=Provenance(unit=min(trial.ledger.units, default="")),
+            )
         # Not "greater": a NaN fits no budget.
         fits = float(trial.get_epsilon(delta)) <= epsilon
         if fits:

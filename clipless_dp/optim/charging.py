@@ -14,6 +14,15 @@ from clipless_dp.sampling.people import Unit
 
 Sampling = Literal["announced", "poisson", "none"]
 
+NO_PEOPLE = (
+    "unit='person' is about all rows of a person, and the rows of this step are not those of a draw of people, as they "
+    "were drawn: draw them with PoissonBatches(..., groups=ids), StreamedBatches or PoissonBatchSampler, whose batches "
+    "go to accumulate() unchanged; change rows one by one with augment=..., or in the data set. Copies, on another "
+    "device say, are known by what they hold, unless rows of other weights hold the same: give the sampler device=. "
+    "A DataLoader needs the sampler's own lists, as batch_sampler with nothing around it"
+)
+"""What is said of rows of which nothing tells whose they are."""
+
 Witness = Literal["announced", "vouched", "seeded", "none"]
 """What the sample rate of a step rests on."""
 
@@ -29,7 +38,7 @@ class Terms(NamedTuple):
         user: the optimizer.
         names: by which draws that were left out know the model.
         unit: what the guarantee is about.
-        dataset_size: public number of such units.
+        grouping: which rows the steps before took for one person's; ``None`` where there were none.
     """
 
     sampling: Sampling
@@ -39,7 +48,7 @@ class Terms(NamedTuple):
     user: object
     names: frozenset[int]
     unit: Unit = "row"
-    dataset_size: int = 0
+    grouping: bytes | None = None
 
 
 class Charge(NamedTuple):
@@ -92,8 +101,13 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
     if not amplified and terms.several and terms.sampling == "announced":
         raise PrivacyError(
             "no Poisson draw was announced for this step, so a sample may be in the batches of several ranks: "
-            "use PoissonBatches or PoissonBatchSampler, or vouch with sampling='poisson' or 'none' that "
-            "each rank draws from samples of its own (a DistributedSampler repeats some)"
+            "use PoissonBatches or PoissonBatchSampler"
+            + (
+                ""
+                if terms.unit == "person"
+                else ", or vouch with sampling='poisson' or 'none' that each rank draws from samples of its own (a "
+                "DistributedSampler repeats some)"
+            )
         )
     rate, share = _rate_and_share(passed, draw, amplified, terms)
     if rate == 1.0:
@@ -102,23 +116,29 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
 
 
 def _refuse_other_unit(passed: Sequence[passes.Pass], draw: draws.Draw | None, terms: Terms) -> None:
-    """Refuses rows that are drawn, or weigh, otherwise than the unit of the guarantee asks for."""
-    if draw is None or draw.people is None:
-        if terms.unit == "person" and terms.sampling == "announced" and (passed or draw is not None):
+    """Refuses rows that are drawn, or weigh, otherwise than the unit of the guarantee asks for.
+
+    Whoever vouches for how batches are drawn says nothing of weights: those are of the sensitivity, and witnessed under
+    each ``sampling``.
+    """
+    if terms.unit != "person":
+        if draw is not None and draw.people is not None:
             raise PrivacyError(
-                "unit='person' is about all rows of a person, and the rows of this step are not those of a draw of "
-                "people: draw them with PoissonBatches(..., groups=ids), StreamedBatches or PoissonBatchSampler"
+                "the rows of this step are of a draw of people, and the optimizer's guarantee is about rows: make it "
+                "with unit='person' and the public number of people as dataset_size"
             )
         return
-    if terms.unit != "person":
+    if draw is None and not passed:
+        return
+    if draw is None or draw.people is None or any(some.rows is None or some.rows.draw is not draw for some in passed):
+        raise PrivacyError(NO_PEOPLE)
+    if terms.grouping not in (None, draw.people.grouping):
         raise PrivacyError(
-            "the rows of this step are of a draw of people, and the optimizer's guarantee is about rows: make it with "
-            "unit='person' and the public number of people as dataset_size"
+            "the people of this draw have other rows than those of the steps before, so that ε of all steps is about "
+            "neither: give all samplers of one optimizer the same data and groups="
         )
-    draw.people.require_size(terms.dataset_size)
     for some in passed:
-        if some.rows is None or some.rows.draw is not draw:
-            continue
+        assert some.rows is not None
         for start, stop, divisor in draw.divisors(some.rows.start, min(some.rows.stop, draw.rows)):
             weighed = any(
                 rows.start <= start and stop <= rows.stop and applied >= divisor for rows, applied in some.divided
@@ -233,6 +253,9 @@ def _refuse_other_rows(
     passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows], terms: Terms
 ) -> None:
     vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
+    if terms.unit == "person":
+        # Nobody can vouch for weights.
+        vouch = "With unit='person' rows weigh as they were drawn, under each sampling="
     others = any(some.beside is not None and _is_ones_own(some.beside, terms) for some in passed)
     if others or (draw is not None and any(some.draw is not draw for some in spans)):
         raise PrivacyError(

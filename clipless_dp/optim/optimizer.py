@@ -62,7 +62,8 @@ class CliplessDPOptimizer(Optimizer):
         allocation: how the noise is shared among parameters: ``"global"``, ``"per-layer"`` or ``"min-variance"``.
         sampling: ``"announced"``: a step is charged as Poisson-sampled only if a sampler of this package announced
             its draw, else at ``q = 1``, with a warning. ``"poisson"``: you vouch for a Poisson sampler of your
-            own. ``"none"``: every step is charged at ``q = 1``.
+            own. ``"none"``: every step is charged at ``q = 1``. With ``unit="person"`` rows are those of a draw of
+            people under each of them: how they weigh is a matter of the sensitivity, for which nobody can vouch.
         noise: ``"system"``, the default: a private generator that the operating system seeds; ``"secure"``: a
             cryptographic one, and sums without gaps (:class:`clipless_dp.SecureNoise`); or a source of your own.
         budget: ``(ε, δ)`` that the ledger is never to exceed: the step that would is refused with
@@ -114,7 +115,7 @@ class CliplessDPOptimizer(Optimizer):
         self.noise_multiplier = noise_multiplier
         self.sample_rate = share("sample_rate", sample_rate, "(0, 1]")
         self.dataset_size = whole("dataset_size", dataset_size)
-        self.unit = checks.checked_unit(unit)
+        self._unit = checks.checked_unit(unit)
         self.expected_batch_size = self.sample_rate * self.dataset_size
         self.allocation = allocation
         self.sampling = sampling
@@ -127,6 +128,8 @@ class CliplessDPOptimizer(Optimizer):
         refuse_other_units(self.accountant.ledger, self.unit)
         self.budget = budget
         self.steps_taken = 0
+        # In memory alone: it is as private as the ids.
+        self._grouping: bytes | None = None
         self._books = Books(model)
         self._plan = NoisePlan()
         self._adaptation = Adaptation(model)
@@ -183,6 +186,11 @@ class CliplessDPOptimizer(Optimizer):
         self._sampling = checks.checked_sampling(value)
 
     @property
+    def unit(self) -> Unit:
+        """What the guarantee is about: ``"row"`` or ``"person"``. All steps are about one: make another optimizer."""
+        return self._unit
+
+    @property
     def noise(self) -> NoiseSource:
         """Source of the noise; may be assigned to, as the constructor's argument, for the steps to come."""
         return self._noise
@@ -228,7 +236,8 @@ class CliplessDPOptimizer(Optimizer):
 
         Raises:
             ConfigurationError: an argument is out of range, or a view has another shape than its sample.
-            PrivacyError: rows of this batch are in the gradients already, until ``step()`` or :meth:`skip_draw`.
+            PrivacyError: rows of this batch are in the gradients already, until ``step()`` or :meth:`skip_draw`; or
+                people are the unit, and the rows are not those of a draw of people, as they were drawn.
             RankError: the model is sharded, and another rank is gone.
 
         Guarantee:
@@ -243,6 +252,7 @@ class CliplessDPOptimizer(Optimizer):
             multiplicity=multiplicity,
             micro_batch_size=micro_batch_size,
             loss=loss,
+            unit=self.unit,
         )
 
     def accumulate_public(
@@ -287,7 +297,7 @@ class CliplessDPOptimizer(Optimizer):
     def _terms(self) -> Terms:
         several = self.placement.world.size > 1
         names = self.model.register.names()
-        return Terms(self._sampling, self.sample_rate, self._made, several, self, names, self.unit, self.dataset_size)
+        return Terms(self._sampling, self.sample_rate, self._made, several, self, names, self.unit, self._grouping)
 
     @property
     def skipped_draws(self) -> int:
@@ -312,7 +322,7 @@ class CliplessDPOptimizer(Optimizer):
 
         Raises:
             ConfigurationError: another optimizer of the model has taken the gradients, or a learning rate or another
-                setting is no finite number.
+                setting is no finite number, or the accountant's ledger is about another unit by now.
             PrivacyError: a gradient would be released without protection.
             RankError: the ranks differ, or one is gone; no rank goes on, and none has applied an update without noise.
         """
@@ -470,6 +480,7 @@ class CliplessDPOptimizer(Optimizer):
         named = self._require_protected()
         checks.refuse_groups(self.param_groups)
         self.placement.require_ready()
+        refuse_other_units(self.accountant.ledger, self.unit)
         register = self.model.register
         passed = register.witnessed()
         terms = self._terms()
@@ -488,6 +499,8 @@ class CliplessDPOptimizer(Optimizer):
         self.accountant.step(noise_multiplier=spent, sample_rate=charged.sample_rate, provenance=provenance)
         if charged.draw is not None:
             draws.use(charged.draw, self)
+            if charged.draw.people is not None:
+                self._grouping = charged.draw.people.grouping
         self._books.note_step(named, self.param_groups)
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1

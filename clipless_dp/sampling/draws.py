@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from clipless_dp.sampling.fingerprints import fingerprint
+from clipless_dp.sampling.fingerprints import fingerprint, of_rows
 from clipless_dp.sampling.people import Classes, People
 
 
@@ -394,8 +394,8 @@ def find(inputs: Tensor) -> Rows:
         return _matching(inputs) or Rows(_name(base), 0, len(base) if base.dim() else 1)
     if draw is None and base.dim() and base is not inputs:
         copy = _matching(base)
-        if copy is not None:
-            # Its other pieces are known at once.
+        if copy is not None and copy.start == 0:
+            # Its other pieces are known at once: they are in the same places.
             _delivered[base] = _Delivered(cast(Draw, copy.draw), base._version, fingerprint(base))
             draw = copy.draw
     return Rows(_name(base), *span, draw) if draw is not None else _matching(inputs) or Rows(_name(base), *span)
@@ -451,10 +451,12 @@ def _matching_together(parts: Sequence[Tensor]) -> Rows | None:
             if (place := _place_of(part.detach(), tensor.detach(), draw)) is not None
         ]
         for place in dict.fromkeys(places):
-            if all(
-                any(_place_of(part.detach(), tensor.detach()[place:][: len(part)], draw) == 0 for tensor in tensors)
+            held_there = [
+                next((t for t in tensors if _place_of(part.detach(), t.detach()[place:][: len(part)], draw) == 0), None)
                 for part, tensors in zip(parts, fitting, strict=True)
-            ):
+            ]
+            pairs = [(part, tensor) for part, tensor in zip(parts, held_there, strict=True) if tensor is not None]
+            if len(pairs) == len(parts) and _weighs_alike(pairs, place, draw):
                 draw.matched = place + len(parts[0])
                 return Rows(_name(draw.tensors[0]), place, place + len(parts[0]), draw)
     return None
@@ -509,7 +511,7 @@ def _matching(inputs: Tensor, among: Sequence[Draw] | None = None) -> Rows | Non
             if not fits or _as_delivered(tensor) is None:
                 continue
             start = _place_of(inputs.detach(), tensor.detach(), draw)
-            if start is None:
+            if start is None or (among is None and not _weighs_alike([(inputs, tensor)], start, draw)):
                 continue
             found = draw, Rows(_name(tensor), start, start + len(inputs), draw)
             if start < draw.rows or start == draw.matched:
@@ -517,6 +519,29 @@ def _matching(inputs: Tensor, among: Sequence[Draw] | None = None) -> Rows | Non
             # Zeros are the padding of any draw, first of the one whose other pieces were found.
             padding = padding or found
     return None if padding is None else _met(*padding)
+
+
+def _weighs_alike(pairs: Sequence[tuple[Tensor, Tensor]], start: int, draw: Draw) -> bool:
+    """Whether what rows hold says how they weigh: of a draw of people equal rows may be of several classes.
+
+    Copies of these are not told apart, and one that was put in the place of another would bring its weight with it.
+
+    Args:
+        pairs: copies of rows, and the tensors of the draw that they are copies of.
+        start: the first of the rows.
+        draw: whose they are.
+    """
+    if len(draw.classes) < 2:
+        return True
+    stop = min(start + len(pairs[0][0]), draw.rows)
+    # As the copies hold them, whose numbers may be shorter.
+    digests = [of_rows(tensor[: draw.rows].to(copy.dtype)) for copy, tensor in pairs]
+    whole = [b"".join(parts) for parts in zip(*digests, strict=True)]
+    weights: dict[bytes, set[int]] = {}
+    for first, last, divisor in draw.divisors(0, draw.rows):
+        for one in whole[first:last]:
+            weights.setdefault(one, set()).add(divisor)
+    return all(len(weights[one]) == 1 for one in whole[start:stop])
 
 
 def _met(draw: Draw, rows: Rows) -> Rows:

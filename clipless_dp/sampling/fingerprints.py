@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import secrets
 from functools import lru_cache
@@ -52,6 +53,20 @@ def _repeats_one_value(some: np.ndarray[Any, Any]) -> bool:
     few = np.sort(some[:: max(1, some.size // _SAMPLED)])
     count = few.size // 5
     return bool((few[count:] == few[: few.size - count]).any()) if count else False
+
+
+def of_rows(values: Tensor) -> list[bytes]:
+    """A digest of each row, ``(B, ...)``: equal rows have equal ones, zeros of either sign and NaN included."""
+    flat = values.detach().reshape(len(values), -1).cpu()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(len(flat), -1)
+    digests = []
+    for row in flat:
+        if row.is_floating_point():
+            row = torch.where(row == 0.0, 0.0, row.double())
+            row[row.isnan()] = math.nan
+        digests.append(hashlib.blake2b(row.contiguous().view(torch.uint8).numpy().tobytes(), digest_size=16).digest())
+    return digests
 
 
 def sample(values: Tensor) -> object:

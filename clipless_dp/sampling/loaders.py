@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import get_worker_info
+from torch.utils.data import Subset, get_worker_info
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling.draws import Draw, deliver, is_batch
 from clipless_dp.sampling.fingerprints import fingerprint
-from clipless_dp.sampling.people import Classes
+from clipless_dp.sampling.people import Classes, spans_of
 
 
 @dataclass(eq=False)
@@ -50,8 +51,9 @@ class _Drawn:
 
     @property
     def by_place(self) -> bool:
-        """Whether its rows are of people, and weigh by their place."""
-        return len(self.draw.classes) > 1
+        """Whether its rows are of people, and weigh by their place; in all draws of a sampler or in none."""
+        people = self.draw.people
+        return people is not None and people.weights == "mean" and people.rows_per_group > 1
 
 
 _travelling: dict[int, _Drawn] = {}
@@ -75,7 +77,8 @@ def upcoming(draw: Draw, indices: list[int]) -> list[int]:
     """The indices of a draw, for a ``DataLoader``, whose ``collate_fn`` is to hand its batch to :func:`arrived`."""
     asking = _frame(_NEXT_INDEX)
     loader = None if asking is None else weakref.ref(asking.f_locals["self"])
-    drawn = _Drawn(draw, _key(indices, draw.classes) or b"", len(indices), loader)
+    drawn = _Drawn(draw, b"", len(indices), loader)
+    drawn.key = _key(indices, drawn.by_place) or b""
     _current.drawn = drawn
     with _lock:
         _handed_out.append(drawn)
@@ -87,7 +90,7 @@ def ended() -> None:
     _current.drawn = None
 
 
-def _key(indices: Any, classes: Classes = ()) -> bytes | None:
+def _key(indices: Any, by_place: bool = False) -> bytes | None:
     """Digest of indices, whatever their order, unless they weigh by their place; ``None`` for no natural numbers."""
     try:
         numbers = np.asarray(list(indices), dtype=np.int64)
@@ -95,7 +98,7 @@ def _key(indices: Any, classes: Classes = ()) -> bytes | None:
         return None
     if numbers.ndim != 1 or (numbers.size and numbers.min() < 0):
         return None
-    if len(classes) < 2:
+    if not by_place:
         numbers = np.sort(numbers)
     return hashlib.blake2b(numbers.tobytes(), digest_size=16).digest()
 
@@ -111,12 +114,17 @@ class Indices(list[int]):
         # Pickled by a loader that sends them to a worker: the draw itself stays here.
         number = next(_numbers)
         _travelling[number] = self.drawn
-        return _in_worker, (list(self), number, self.classes)
+        return _in_worker, (list(self), number, self.classes, self.by_place)
 
     @property
     def classes(self) -> Classes:
         """Where these are of people, which of them weigh what."""
         return self.drawn.draw.classes
+
+    @property
+    def by_place(self) -> bool:
+        """Whether they weigh by their place."""
+        return self.drawn.by_place
 
     def __copy__(self) -> list[int]:
         return list(self)
@@ -130,11 +138,12 @@ class _Numbered(list[int]):
 
     number: int | None = None
     classes: Classes = ()
+    by_place = False
 
 
-def _in_worker(indices: list[int], number: int, classes: Classes) -> list[int]:
+def _in_worker(indices: list[int], number: int, classes: Classes, by_place: bool) -> list[int]:
     numbered = _Numbered(indices)
-    numbered.number, numbered.classes = number, classes
+    numbered.number, numbered.classes, numbered.by_place = number, classes, by_place
     return numbered
 
 
@@ -146,18 +155,49 @@ class Fetch(NamedTuple):
         samples: what the data set gave for them.
         whole: whether that is one batch (``batch_size=None``), and not a list of samples.
         loader: its iterator, where no worker fetches.
+        dataset: what was asked for them.
     """
 
     indices: Any
     samples: Any
     whole: bool
     loader: Any
+    dataset: Any
 
     @property
     def classes(self) -> Classes:
         """Where the samples are of people, which of them weigh what; of a list that is a copy nothing is known."""
         found: Classes = getattr(self.indices, "classes", ())
         return found
+
+    @property
+    def by_place(self) -> bool:
+        """Whether samples weigh by their place."""
+        return bool(getattr(self.indices, "by_place", False))
+
+    def apart(self, samples: Sequence[Any]) -> list[list[Any]]:
+        """Samples that weigh by their place, each class of weights by itself.
+
+        A data set that is asked for several samples at once may return them in another order, ascending say, as files
+        are read. Where that cannot be excluded each class is read again by a call of its own.
+
+        Args:
+            samples: as they were fetched.
+
+        Raises:
+            ConfigurationError: there are more or fewer samples than were asked for.
+        """
+        spans = spans_of(self.classes)
+        if len(spans) < 2 or not _may_reorder(self.dataset):
+            read = [list(samples[start:stop]) for start, stop in spans] if len(spans) > 1 else [list(samples)]
+        else:
+            read = [list(self.dataset.__getitems__(list(self.indices[start:stop]))) for start, stop in spans]
+        if list(map(len, read)) != [stop - start for start, stop in spans] and len(spans) > 1:
+            raise ConfigurationError(
+                f"the data set returned {sum(map(len, read))} samples where {len(self.indices)} were asked for: "
+                "nothing tells whose they are. Its __getitems__ must return one for each index"
+            )
+        return read
 
     def repeats(self) -> bool:
         """Whether an index is there more than once."""
@@ -176,10 +216,17 @@ class Fetch(NamedTuple):
         fetched = sorted(map(id, self.samples))
         given = sorted(map(id, samples))
         once = len(set(given)) == len(given) or len(set(fetched)) < len(fetched)
-        if len(self.classes) > 1 and list(map(id, samples)) != list(map(id, self.samples)):
+        if self.by_place and list(map(id, samples)) != list(map(id, self.samples)):
             # Each weighs by its place.
             return False
         return len(given) == len(fetched) and (given == fetched or (once and not set(given) <= set(fetched)))
+
+
+def _may_reorder(dataset: Any) -> bool:
+    """Whether several samples are asked for at once, of code that is not torch's."""
+    if type(dataset) is Subset:
+        return _may_reorder(dataset.dataset)
+    return bool(getattr(dataset, "__getitems__", None))
 
 
 _FETCH = _MapDatasetFetcher.fetch.__code__
@@ -205,7 +252,9 @@ def fetching() -> Fetch | None:
         return None
     known, caller = frame.f_locals, frame.f_back
     loader = None if caller is None else caller.f_locals.get("self")
-    return Fetch(known["possibly_batched_index"], known["data"], not known["self"].auto_collation, loader)
+    return Fetch(
+        known["possibly_batched_index"], known["data"], not known["self"].auto_collation, loader, known["self"].dataset
+    )
 
 
 def arrived(batch: Any, samples: Any) -> Any:
@@ -225,14 +274,14 @@ def arrived(batch: Any, samples: Any) -> Any:
         if drawn is not None and drawn.loader is None:
             _arrive(drawn, batch if len(samples) == drawn.count and not drawn.by_place else ())
         return batch
-    key = _key(fetch.indices, fetch.classes)
+    key = _key(fetch.indices, fetch.by_place)
     drawn = _drawn_as(fetch.indices.drawn if isinstance(fetch.indices, Indices) else None, key)
     if drawn is None and _current.drawn is not None and _current.drawn.loader is not None:
         # What this loader has just asked for, whatever became of it on the way; a loader beside it asked for nothing.
         drawn = _current.drawn if _current.drawn.loader() is fetch.loader else None
     if drawn is not None:
         # Where indices or samples were changed on the way there is a draw, and this is not it.
-        weighed = not drawn.by_place or (fetch.classes == drawn.draw.classes and not fetch.whole)
+        weighed = not drawn.by_place or (fetch.by_place and fetch.classes == drawn.draw.classes and not fetch.whole)
         _arrive(drawn, batch if drawn.key == key and weighed and fetch.made_of(samples) else ())
     return batch
 
@@ -291,10 +340,8 @@ class _Made:
 def _marked(batch: Any, fetch: Fetch, whole: bool) -> Any:
     """A batch of a worker whose tensors know what it is."""
     tensors = [leaf for leaf in tree_leaves(batch) if type(leaf) is Tensor and is_batch(leaf)]
-    key = _key(fetch.indices, fetch.classes)
-    made = _Made(
-        tensors, getattr(fetch.indices, "number", None), key, whole and not (fetch.whole and len(fetch.classes) > 1)
-    )
+    key = _key(fetch.indices, fetch.by_place)
+    made = _Made(tensors, getattr(fetch.indices, "number", None), key, whole and not (fetch.whole and fetch.by_place))
     places = {id(tensor): place for place, tensor in enumerate(tensors)}
 
     def marked(leaf: Any) -> Any:

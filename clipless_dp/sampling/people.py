@@ -8,7 +8,9 @@ moves the sum of all by no more than adding or removing one row does, and people
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Set
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -114,8 +116,26 @@ class People:
                 UserWarning,
             )
 
+    @cached_property
+    def grouping(self) -> bytes:
+        """Digest of which rows are one person's, whatever the ids are; as private as they are."""
+        _, first, inverse = np.unique(self._codes, return_index=True, return_inverse=True)
+        return hashlib.sha256(first[inverse].astype(np.int64).tobytes()).digest()
+
+    def warn_of_size(self, dataset_size: int) -> None:
+        """Warns of a public size that seems to count rows: private all the same, at more noise than is needed.
+
+        It is no refusal, which would tell how many rows there are; and said once, before anything is released.
+        """
+        if self.count < self.rows == dataset_size:
+            warn_caller(
+                f"dataset_size={dataset_size} is the number of rows; with groups= it is the public number of people, "
+                "of which there are fewer, and batch_size counts people too",
+                UserWarning,
+            )
+
     def require_size(self, dataset_size: int) -> None:
-        """Refuses a public size that counts rows.
+        """Refuses the size of a sampler, which is the number of people, where it counts rows.
 
         Raises:
             ConfigurationError: it is at least the number of rows, and people are fewer.
@@ -181,6 +201,11 @@ class People:
     def shares(self, device: torch.device | str = "cpu") -> Tensor:
         """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
         return torch.from_numpy(1.0 / self._sizes[self._codes]).to(device)
+
+
+def spans_of(classes: Classes) -> list[tuple[int, int]]:
+    """From where to where the rows of each class are."""
+    return list(itertools.pairwise([0, *(end for end, _ in classes)]))
 
 
 def _grid(cap: int) -> Indices:
@@ -249,7 +274,13 @@ def _codes(groups: Any, rows: int) -> Indices:
 def _as_ids(groups: Any) -> npt.NDArray[Any]:
     if isinstance(groups, Tensor):
         groups = groups.detach().cpu().numpy()
-    if isinstance(groups, (str, bytes)) or not hasattr(groups, "__len__"):
+    if isinstance(groups, np.ma.MaskedArray):
+        if np.ma.is_masked(groups):
+            raise _missing(np.flatnonzero(np.ma.getmaskarray(groups).reshape(len(groups), -1).any(axis=1)))
+        groups = groups.data
+    # Neither has an order that rows could be told by.
+    unordered = isinstance(groups, (Mapping, Set))
+    if unordered or isinstance(groups, (str, bytes)) or not hasattr(groups, "__len__"):
         raise InputError(f"groups must be an id for each row, got a {type(groups).__name__}")
     if hasattr(groups, "dtype") or hasattr(groups, "to_numpy"):
         ids = np.asarray(groups)
@@ -285,8 +316,12 @@ def _of_objects(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if not (whole_numbers or kinds in ({str}, {bytes})):
         named = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError(f"the ids in groups are of type {named}: give integers, or strings, all of one type")
-    # Of numbers beyond 64 bits numpy would make floats, in which two people may be one.
-    return np.array(listed, dtype=object if whole_numbers and max(map(abs, listed)) >= 1 << 63 else None)
+    if whole_numbers:
+        # Of numbers beyond 64 bits numpy would make floats, in which two people may be one.
+        return np.array(listed, dtype=object if max(map(abs, listed)) >= 1 << 63 else None)
+    # numpy's own strings lose the NULs at their end.
+    kept = any(one.endswith("\0" if isinstance(one, str) else b"\0") for one in listed)
+    return np.array(listed, dtype=object if kept else None)
 
 
 def _is_missing(one: Any) -> bool:
@@ -325,10 +360,15 @@ def bound_contributions(owners: Iterable[Any], rows_per_group: int, *, seed: int
 
     Raises:
         InputError: a row has no id, or ids are no integers or strings.
-        ConfigurationError: ``k`` is no positive integer.
+        ConfigurationError: ``k`` is no positive integer, or the seed none that is not negative.
     """
     most = checked_cap(rows_per_group)
-    named = [[one] if isinstance(one, (str, bytes)) or not hasattr(one, "__iter__") else [*one] for one in owners]
+    generator = np.random.default_rng(None if seed is None else whole("seed", seed, 0))
+    if isinstance(owners, (Mapping, Set, str, bytes)):
+        raise InputError(f"owners must be an id, or several, for each row in order, got a {type(owners).__name__}")
+    if isinstance(owners, np.ma.MaskedArray):
+        owners = owners.tolist()
+    named = [_named(one) for one in (owners.tolist() if isinstance(owners, Tensor) else owners)]
     empty = [place for place, some in enumerate(named) if not some or any(map(_is_missing, some))]
     if empty:
         raise _missing(empty)
@@ -339,12 +379,21 @@ def bound_contributions(owners: Iterable[Any], rows_per_group: int, *, seed: int
         start += len(some)
     held: dict[Any, int] = {}
     kept = []
-    for row in np.random.default_rng(seed).permutation(len(numbered)):
+    for row in generator.permutation(len(numbered)):
         if all(held.get(one, 0) < most for one in numbered[row]):
             kept.append(row)
             for one in numbered[row]:
                 held[one] = held.get(one, 0) + 1
     return np.sort(np.array(kept, dtype=np.int64))
+
+
+def _named(owner: Any) -> list[Any]:
+    """Who is named for one row."""
+    if isinstance(owner, Mapping):
+        raise InputError("a mapping names nobody: give an id, or several in a list, tuple or set, for each row")
+    if isinstance(owner, Tensor):
+        owner = owner.tolist()
+    return [owner] if isinstance(owner, (str, bytes)) or not hasattr(owner, "__iter__") else [*owner]
 
 
 def refuse_other_units(ledger: Ledger, unit: Unit) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
 from clipless_dp import arguments
@@ -266,15 +266,19 @@ class _Collate:
             return loaders.arrived(samples, samples)
         if not samples:
             return loaders.arrived(_emptied(self.empty), samples)
-        classes = () if fetch is None else fetch.classes
-        return loaders.arrived(self._by_classes(samples, classes), samples)
+        if fetch is None or len(fetch.classes) < 2 or not fetch.made_of(samples):
+            return loaders.arrived(_plain(self.collate(list(samples))), samples)
+        return loaders.arrived(self._by_classes(fetch.apart(samples)), samples)
 
-    def _by_classes(self, samples: Sequence[Any], classes: Classes) -> Any:
+    def _by_classes(self, classes: Sequence[list[Any]]) -> Any:
         """A batch of samples, those of each class together: whatever order they are given in within, weights hold."""
-        if len(classes) < 2:
-            return _plain(self.collate(list(samples)))
-        starts = [0, *(end for end, _ in classes)]
-        made = [_plain(self.collate(list(samples[start:end]))) for start, end in itertools.pairwise(starts)]
+        made = [_plain(self.collate(some)) for some in classes]
+        for some, batch in zip(classes, made, strict=True):
+            if any(len(leaf) != len(some) for leaf in tree_leaves(batch) if draws.is_batch(leaf)):
+                raise ConfigurationError(
+                    f"the collate function made a batch of another size of {len(some)} samples, so that nothing tells "
+                    "whose its rows are: let it return one row for each sample"
+                )
         try:
             return tree_map(lambda *parts: torch.cat(parts), *made)
         except (RuntimeError, TypeError, ValueError) as error:

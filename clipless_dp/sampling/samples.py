@@ -14,6 +14,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
 from clipless_dp.sampling import persons
+from clipless_dp.sampling.people import Classes, spans_of
 
 
 def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
@@ -206,6 +207,24 @@ class Samples:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise error if isinstance(error, CliplessError) else self._refused(error) from error
         return (self._packed(inputs) if self._structured else torch.as_tensor(inputs)), torch.as_tensor(targets)
+
+    def read_apart(self, indices: Sequence[int], classes: Classes) -> tuple[Tensor, Tensor]:
+        """As :meth:`read`, each class of weights by a call of its own: in whatever order a data set's ``__getitems__``
+        returns the samples of one call, each weighs what it was drawn with.
+
+        Raises:
+            ConfigurationError: as :meth:`read`, or there are more or fewer samples than were asked for.
+        """
+        if self.tensors is not None or len(classes) < 2:
+            return self.read(indices)
+        inputs, targets = zip(*(self.read(indices[start:stop]) for start, stop in spans_of(classes)), strict=True)
+        for (start, stop), some in zip(spans_of(classes), inputs, strict=True):
+            if len(some) != stop - start:
+                raise ConfigurationError(
+                    f"the data set returned {len(some)} samples where {stop - start} were asked for, so that nothing "
+                    "tells whose they are: its __getitems__ must return one for each index"
+                )
+        return torch.cat(inputs), torch.cat(targets)
 
     def parts(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All samples in order, so many at a time."""

@@ -145,15 +145,15 @@ class StreamedBatches:
             for rows, classes in self.sampler.chosen():
                 if ended.is_set():
                     return
-                ready.put(self._moved(self._read(rows.tolist()), len(rows), arrivals, classes))
+                ready.put(self._moved(self._read(rows.tolist(), classes), len(rows), arrivals, classes))
             last = _Read()
         except BaseException as error:
             last = _Read(error=error)
         if not ended.is_set():
             ready.put(last)
 
-    def _read(self, indices: list[int]) -> Batch:
-        inputs, targets = self._samples.read(indices)
+    def _read(self, indices: list[int], classes: Classes) -> Batch:
+        inputs, targets = self._samples.read_apart(indices, classes)
         return padded_batch(inputs, targets, torch.arange(len(indices)), self.physical_batch_size)
 
     def _moved(self, batch: Batch, rows: int, arrivals: torch.cuda.Stream | None, classes: Classes) -> _Read:

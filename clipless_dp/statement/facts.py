@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from accounting import ADD_OR_REMOVE_ONE
+from accounting.errors import MixedUnitsError
 from clipless_dp.modules import digest_of
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
@@ -125,8 +126,12 @@ def facts_of(
 
 def _bound_at(optimizer: CliplessDPOptimizer, delta: float) -> dict[str, Any]:
     """A point of the curve."""
-    # Read before the conversion to a plain float: accountants of this package also say how tight they are.
-    bound = optimizer.accountant.get_epsilon(delta)
+    try:
+        # Read before the conversion to a plain float: accountants of this package also say how tight they are.
+        bound = optimizer.accountant.get_epsilon(delta)
+    except MixedUnitsError:
+        # The findings tell of it.
+        return {"delta": delta, "epsilon": None, "lower": None, "engine": None}
     lower = getattr(bound, "lower", None)
     return {
         "delta": delta,
@@ -220,6 +225,13 @@ def _weak_records(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
         elif name not in _NOISE:
             yield f"The noise came from {name}, which is not a source of this package and was not checked."
     entries = steps["entries"]
+    if others := sum(entry["count"] for entry in entries if entry["unit"] != facts["counted"]):
+        counted, other = ("people", "rows") if facts["counted"] == "person" else ("rows", "people")
+        yield (
+            f"{others} of {sum(entry['count'] for entry in entries)} entries of the ledger are about {other}, and this "
+            f"statement is about {counted}: their ε do not add up, and there is no promise. Take them apart, or, where "
+            "each person has one row only, say so by Ledger.about."
+        )
     unnamed = sum(entry["count"] for entry in entries if entry["noise"] is None)
     if unnamed:
         yield (

@@ -86,7 +86,7 @@ def checked_size(values: Tensor, dataset_size: int | None, people: People | None
     if people is None:
         return public_size(dataset_size, len(values))
     size = public_size(dataset_size, people.count)
-    people.require_size(size)
+    people.warn_of_size(size)
     return size
 
 

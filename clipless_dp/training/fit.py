@@ -158,7 +158,7 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
         size = count(dataset) if privacy.dataset_size is None else privacy.dataset_size
     else:
         size = people.count if privacy.dataset_size is None else privacy.dataset_size
-        people.require_size(size)
+        people.warn_of_size(size)
         if not here.is_whole and privacy.group_weights != "cap":
             raise ConfigurationError(
                 "of a model of which each rank holds a part, people's rows are weighed by group_weights='cap' only"

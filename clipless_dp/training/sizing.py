@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.model.compiled import compiled_loss
+from clipless_dp.optim import accumulation
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches
 from clipless_dp.sampling.batches import usual_rows
 from clipless_dp.sampling.streaming import AHEAD
@@ -127,7 +128,10 @@ def _micro_batch_size(run: Run, budget: float, usual: int, held: int) -> int:
     peaks: dict[int, float] = {}
 
     def gradients(rows: int) -> None:
-        run.optimizer.accumulate(
+        # Nobody's rows, which are of no draw of people.
+        accumulation.accumulate(
+            run.model,
+            run.optimizer.placement,
             _blank(run.shown, min(2 * rows, usual), device),
             augment=run.asked.learning.augment,
             multiplicity=min(2, run.asked.learning.multiplicity),

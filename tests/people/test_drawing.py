@@ -57,9 +57,12 @@ def optimizer(**options: Any) -> CliplessDPSGD:
         (np.ones((3, 2), dtype=int), "several people"),
         ([7, 7, 7], "one id"),
         ("abc", "an id for each row"),
+        (np.ma.masked_array([1, 1, 2], mask=[0, 1, 0]), "no id"),
+        ({1, 2, 3}, "an id for each row"),
+        ({1: 0, 2: 0, 3: 0}, "an id for each row"),
     ],
     ids=["none", "empty", "nan among strings", "floats", "a hole", "python floats", "mixed", "flags", "too few",
-         "several", "a matrix", "one person", "a string"],
+         "several", "a matrix", "one person", "a string", "masked", "a set", "a mapping"],
 )  # fmt: skip
 def test_ids_that_do_not_say_whose_a_row_is_are_refused(groups: Any, says: str) -> None:
     with pytest.raises(InputError, match=says):
@@ -105,6 +108,12 @@ def test_all_rows_of_a_person_together_weigh_at_most_one(sizes: list[int], cap: 
 
 def test_ids_beyond_64_bits_are_told_apart() -> None:
     assert People([1 << 80, (1 << 80) + 1, -1, 1 << 63], 4).count == 4
+
+
+def test_strings_that_differ_by_a_nul_are_told_apart() -> None:
+    assert People(["a", "a\0", "b"], 3).count == 3
+    assert People([b"a", b"a\0", b"b"], 3).count == 3
+    assert People(np.ma.masked_array([1, 2, 3]), 3).count == 3
 
 
 def test_people_are_drawn_with_the_rate_and_not_rows() -> None:
@@ -193,9 +202,8 @@ def test_rows_of_people_in_another_order_are_no_draw(kind: Any) -> None:
     own = optimizer(sample_rate=1.0)
     for inputs, targets in DataLoader(dataset, batch_sampler=sampler, collate_fn=poisson_collate(dataset)):
         own.zero_grad()
-        own.accumulate((inputs, targets, torch.ones(len(inputs), dtype=torch.bool)))
-        with pytest.raises(PrivacyError):
-            own.step()
+        with pytest.raises(PrivacyError, match="of a draw of people"):
+            own.accumulate((inputs, targets, torch.ones(len(inputs), dtype=torch.bool)))
     assert len(own.accountant) == 0
 
 
@@ -233,9 +241,7 @@ def test_a_draw_of_people_is_no_step_of_rows_and_the_other_way_round() -> None:
         accumulated(optimizer(), a_draw(groups=None))
 
 
-def test_a_size_in_rows_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="counts rows"):
-        accumulated(optimizer(dataset_size=ROWS), a_draw())
+def test_a_sampler_of_people_has_as_many_as_there_are() -> None:
     with pytest.raises(ConfigurationError, match="counts rows"):
         PoissonBatchSampler(ROWS, sample_rate=0.5, steps=1, groups=IDS)
     with pytest.raises(ConfigurationError, match="names 24 people"):
@@ -282,8 +288,9 @@ def test_what_is_about_groups_is_not_ignored_without_them() -> None:
     terms: dict[str, Any] = {"epsilon": 4.0, "delta": 1e-3, "epochs": 1, "batch_size": 8}
     with pytest.raises(ConfigurationError, match="about groups"):
         fit(gated_model(), samples(ROWS), rows_per_group=3, **terms)
-    with pytest.raises(ConfigurationError, match="counts rows"):
-        fit(gated_model(), samples(ROWS), groups=IDS, dataset_size=ROWS, **terms)
+    with pytest.warns(UserWarning, match="is the number of rows"):
+        result = fit(gated_model(), samples(ROWS), groups=IDS, dataset_size=ROWS, **terms)
+    assert result.optimizer.dataset_size == ROWS
     with pytest.raises(ConfigurationError, match="24 people"):
         fit(gated_model(), samples(ROWS), groups=IDS, **{**terms, "batch_size": 60})
 
@@ -317,6 +324,26 @@ def test_a_row_counts_against_all_who_share_it() -> None:
             assert any(held[one] == 2 for one in owners[row])
     with pytest.raises(InputError, match="no id"):
         bound_contributions([["a"], []], 2)
+
+
+@pytest.mark.parametrize(
+    "owners",
+    [torch.tensor([1, 1, 2]), np.array([1, 1, 2]), [torch.tensor([1, 3]), torch.tensor(1), {2}], [1, 1, 2]],
+    ids=["a tensor", "an array", "tensors", "a list"],
+)
+def test_owners_come_in_whatever_holds_ids(owners: Any) -> None:
+    kept = bound_contributions(owners, 1, seed=0).tolist()
+    assert len(kept) == 2
+    assert 2 in kept
+
+
+def test_owners_of_no_order_and_other_seeds_are_refused() -> None:
+    for owners in ({1, 2}, {1: 2}, [{1: 2}]):
+        with pytest.raises(InputError):
+            bound_contributions(owners, 1)
+    for seed in (-1, "a"):
+        with pytest.raises(ConfigurationError, match="seed"):
+            bound_contributions([1, 2], 1, seed=seed)  # type: ignore[arg-type]
 
 
 def test_whether_a_pass_by_hand_is_refused_does_not_depend_on_who_was_drawn() -> None:
