@@ -11,6 +11,12 @@ def rounded_up(value: float) -> str:
     return text if float(text) >= value else f"{value * (1.0 + 5e-6):.6g}"
 
 
+def rounded_down(value: float) -> str:
+    """Six digits, never above the value, of a number that is not negative."""
+    text = f"{value:.6g}"
+    return text if float(text) <= value else f"{value * (1.0 - 5e-6):.6g}"
+
+
 class PrivacyBound(float):
     """An interval that certainly holds the tight ε (or δ); as a float it is the upper end.
 
