@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import decimal
+
 __all__ = ["PrivacyBound", "rounded_up"]
 
 
@@ -12,9 +14,8 @@ def rounded_up(value: float) -> str:
 
 
 def rounded_down(value: float) -> str:
-    """Six digits, never above the value, of a number that is not negative."""
-    text = f"{value:.6g}"
-    return text if float(text) <= value else f"{value * (1.0 - 5e-6):.6g}"
+    """Six digits, never above the value."""
+    return f"{decimal.Context(prec=6, rounding=decimal.ROUND_FLOOR).create_decimal_from_float(value):g}"
 
 
 class PrivacyBound(float):

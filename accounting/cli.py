@@ -18,7 +18,7 @@ from .ledger import Ledger
 __all__ = ["main"]
 
 _MOST_STEPS = 10**6
-"""Up to which a number of steps is sought: a question about more takes the numerical engine seconds, and dozens come."""
+"""Up to which a number of steps is sought: the numerical engine takes seconds for each of dozens of larger ones."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -33,7 +33,7 @@ def test_the_epochs_of_an_epsilon_are_the_most_that_fit(capsys: pytest.CaptureFi
 
 def test_the_printed_epochs_are_never_more_than_the_steps_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
     above = 0
-    for size in (50_021, 49_999, 50_003, 50_101, 50_303):
+    for size in (50_021, 51_234):
         printed = answer(capsys, "epochs", "--batch-size", "250", "--dataset-size", str(size))
         steps = int(re.search(r"steps = (\d+)", printed)[1])  # type: ignore[index]
         (epochs,) = re.findall(r"epochs = (\S+)", printed)
