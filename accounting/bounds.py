@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import decimal
 
-__all__ = ["PrivacyBound", "rounded_up"]
+__all__ = ["PrivacyBound", "rounded_down", "rounded_up"]
 
 
 def rounded_up(value: float) -> str:
@@ -15,7 +15,7 @@ def rounded_up(value: float) -> str:
 
 def rounded_down(value: float) -> str:
     """Six digits, never above the value."""
-    return f"{decimal.Context(prec=6, rounding=decimal.ROUND_FLOOR).create_decimal_from_float(value):g}"
+    return f"{decimal.Context(prec=6, rounding=decimal.ROUND_FLOOR).create_decimal(repr(float(value))):g}"
 
 
 class PrivacyBound(float):
