@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-__all__ = ["PrivacyBound", "rounded_up"]
+import decimal
+
+__all__ = ["PrivacyBound", "rounded_down", "rounded_up"]
 
 
 def rounded_up(value: float) -> str:
     """Six digits, never below the value."""
     text = f"{value:.6g}"
     return text if float(text) >= value else f"{value * (1.0 + 5e-6):.6g}"
+
+
+def rounded_down(value: float) -> str:
+    """Six digits, never above the value."""
+    return f"{decimal.Context(prec=6, rounding=decimal.ROUND_FLOOR).create_decimal(repr(float(value))):g}"
 
 
 class PrivacyBound(float):

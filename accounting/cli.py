@@ -9,13 +9,16 @@ import sys
 from collections.abc import Sequence
 
 from .accountants import Accountant, create_accountant
-from .bounds import PrivacyBound, rounded_up
+from .bounds import PrivacyBound, rounded_down, rounded_up
 from .calibration import calibrate_noise_multiplier, calibrate_steps
 from .errors import AccountingError
 from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from .ledger import Ledger
 
 __all__ = ["main"]
+
+_MOST_STEPS = 10**6
+"""Up to which a number of steps is sought: the numerical engine takes seconds for each of dozens of larger ones."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,6 +162,11 @@ def _noise(options: argparse.Namespace) -> str:
 
 def _steps(options: argparse.Namespace) -> str:
     _required(options, "noise_multiplier", "sample_rate")
+    options.steps = _MOST_STEPS
+    if _accountant(options).get_epsilon(options.delta, group_size=options.group_size) <= options.epsilon < math.inf:
+        return f"steps = {options.steps} (more would fit, of which none are sought: use less noise)\n" + _answer(
+            options
+        )
     options.steps = calibrate_steps(
         target_epsilon=options.epsilon,
         delta=options.delta,
@@ -176,7 +184,7 @@ def _epochs(options: argparse.Namespace) -> str:
         raise AccountingError("--batch-size must be positive, and at most --dataset-size")
     options.sample_rate = options.batch_size / options.dataset_size
     steps = _steps(options)
-    return f"epochs = {options.steps * options.sample_rate:.6g}\n{steps}"
+    return f"epochs = {rounded_down(options.steps * options.sample_rate)}\n{steps}"
 
 
 def _batch(options: argparse.Namespace) -> str:

@@ -28,6 +28,7 @@ from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.packing import LABELS
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler, poisson_collate
+from clipless_dp.sampling.augmentation import refuse_own_generators
 from clipless_dp.training import Plan
 
 _LEDGER = "optimizer.pt"
@@ -174,6 +175,8 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         data = self.train_dataset
         if hasattr(data, "column_names"):
             data = self._remove_unused_columns(data, description="training")
+        # In a worker it is this trainer's method, through which the generator is not seen.
+        refuse_own_generators(self.data_collator, "data_collator")
         workers = self.args.dataloader_num_workers
         return DataLoader(
             data,

@@ -33,6 +33,10 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
         "batches are Poisson draws, which alone amplify privacy: leave the strategy out",
     ),
     "group_by_length": (bool, "batches are Poisson draws, which alone amplify privacy: leave it out"),
+    "skip_memory_metrics": (
+        lambda value: not value,
+        "the peak of memory tells how large the draws were, and is logged and saved: leave it out",
+    ),
     "include_num_input_tokens_seen": (
         lambda value: value not in (False, None, "no"),
         "a count of tokens is not private",

@@ -8,19 +8,89 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx, nn
 
+from clipless_dp import layers
 from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.distributed.placement import OneProcess
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.graph.tracing import TracedNet, trace
+from clipless_dp.gates.gradient_layers import (
+    GradientGatedConv1d,
+    GradientGatedConv2d,
+    GradientGatedConvTranspose1d,
+    GradientGatedConvTranspose2d,
+    GradientGatedLinear,
+)
+from clipless_dp.graph.tracing import TracedNet, place, trace
 from clipless_dp.model.valid_inputs import random_rows
-from clipless_dp.modules import parameter_device_and_dtype
+from clipless_dp.modules import kind_of, modules_of, parameter_device_and_dtype
 from clipless_dp.norms.operators import Operator
+from clipless_dp.rules import find_function_rule, is_builtin
 
 _SAMPLES = 4
 
 _TOLERANCE = 1e-3
 """Of the largest output: float32 rounding of deep networks stays below, and what is no positive multiple does not."""
+
+_AFFINE: frozenset[type[nn.Module]] = frozenset(
+    {
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.ConvTranspose1d,
+        nn.ConvTranspose2d,
+        nn.Embedding,
+        nn.EmbeddingBag,
+        GradientGatedLinear,
+        GradientGatedConv1d,
+        GradientGatedConv2d,
+        GradientGatedConvTranspose1d,
+        GradientGatedConvTranspose2d,
+    }
+)
+"""Linear in the weight, and in input and bias together: ``(W/a)(x/c) + b/(ac) = (Wx + b)/(ac)``."""
+
+_HOMOGENEOUS: frozenset[type[nn.Module]] = _AFFINE | {
+    nn.Identity,
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.PReLU,
+    layers.GroupSort,
+    layers.MaxMin,
+    layers.FullSort,
+    layers.Householder,
+    layers.LayerCentering,
+    layers.SigmoidMix,
+    layers.ConvexPotential,
+    layers.ConvexPotentialConv2d,
+    layers.CotangentGate,
+    layers.ScaledAvgPool2d,
+    nn.MaxPool2d,
+    nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d,
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.Flatten,
+    nn.Unflatten,
+    nn.PixelShuffle,
+    nn.PixelUnshuffle,
+    nn.ChannelShuffle,
+}
+"""``φ(cx, cb) = cφ(x, b)`` for ``c > 0``: in inputs and biases together, at any size of the input.
+
+Piecewise linear without thresholds (ReLU, sorting, reflections, maxima), or linear. A spline has knots, a ball a
+radius, an L2-norm pooling its ``ε``, a norm its floor: each at a size of its own.
+"""
+
+_FUNCTIONS = frozenset(
+    {
+        *("abs", "neg", "relu", "relu_", "clone", "contiguous", "mul", "div", "truediv", "add", "sub", "mean"),
+        *("cat", "concat", "concatenate", "stack", "avg_pool2d", "adaptive_avg_pool2d", "max_pool2d"),
+        *("flatten", "unflatten", "reshape", "view", "permute", "transpose", "swapaxes", "unsqueeze"),
+    }
+)
+"""The same of functions, as their rules take them: sums of two values, and products with a number."""
 
 _PARALLEL = 1e-6
 """One less the cosine between a weight and its projection, up to which the projection only scales it."""
@@ -30,10 +100,11 @@ def rescale_(net: nn.Module, input_shape: tuple[int, ...], constraint: Constrain
     """Divides weights by what a constraint would shrink them by, and biases by the product of that so far.
 
     Where every part between the layers is positively homogeneous, ``φ(cx) = cφ(x)`` for ``c > 0`` (ReLU, LeakyReLU,
-    GroupSort, pooling, centering, none is tanh), the network computes ``f/c`` afterwards: with ``W ← W/c_l`` in layer
-    ``l`` and ``b ← b/(c_1⋯c_l)`` the values behind it are those of before over ``c_1⋯c_l``. What is predicted stays
-    the same; the loss sees scores that are smaller by the factor, which its temperature or a last multiplication
-    makes up for.
+    PReLU, sorting, reflections, maxima, averages, centering, sums, concatenations; not tanh, splines, balls, norms with
+    a floor, L2-norm pooling with its ``ε``, or parts with rules of a user's), the network computes ``f/c`` afterwards:
+    with ``W ← W/c_l`` in layer ``l`` and ``b ← b/(c_1⋯c_l)`` the values behind it are those of before over
+    ``c_1⋯c_l``. What is predicted stays the same; the loss sees scores that are smaller by the factor, which its
+    temperature or a last multiplication makes up for.
 
     Args:
         net: the network, changed in place.
@@ -45,8 +116,9 @@ def rescale_(net: nn.Module, input_shape: tuple[int, ...], constraint: Constrain
         ``c``, at least 1 where no weight grows.
 
     Raises:
-        ConfigurationError: the network is not positively homogeneous layer by layer, paths of different factors meet
-            (as in a residual), a weight is read twice, or the constraint changes directions. Nothing is changed then.
+        ConfigurationError: a part, which is named, is not known to be positively homogeneous, or outputs of random rows
+            are not those of before; paths of different factors meet (as in a residual), a weight is read twice, or the
+            constraint changes directions. Nothing is changed then.
     """
     device, dtype = parameter_device_and_dtype(net)
     traced = trace(net, tuple(input_shape), device=device, dtype=dtype)
@@ -84,12 +156,14 @@ def rescaled(
 
 
 def _outputs(net: nn.Module, inputs: Tensor) -> Tensor:
-    training = net.training
+    # Each has a mode of its own: a frozen layer is in evaluation mode within a network that trains.
+    modes = [(module, module.training) for module in modules_of(net)]
     try:
         output: Tensor = net.eval()(inputs)
         return output.double()
     finally:
-        net.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _divide_(
@@ -108,18 +182,48 @@ def _divide_(
                 "that rescaling changes the function: leave out rescale, or give weights of both the same norm"
             )
         factor = max(entering)
+        _require_homogeneous(traced, node)
         if node.op == "call_module":
-            held = {traced.names[id(value)]: value for value in traced.leaf(node).parameters()}
+            leaf = traced.leaf(node)
+            held = {traced.names[id(value)]: (local, value) for local, value in leaf.named_parameters()}
             if seen & held.keys():
                 raise ConfigurationError(f"{sorted(seen & held.keys())} are read twice, which rescaling cannot follow")
             seen |= held.keys()
             for name in held.keys() & constraints.keys():
-                factor *= _shrink_(name, held[name], constraints[name], operators[name])
-            for name in held.keys() - constraints.keys():
-                if held[name].dim() == 1:
-                    held[name].div_(factor)
+                shrunk = _shrink_(name, held[name][1], constraints[name], operators[name])
+                if kind_of(leaf) in _AFFINE:
+                    factor *= shrunk
+                elif abs(shrunk - 1.0) > _TOLERANCE:
+                    raise ConfigurationError(
+                        f"{name!r} is of a {type(leaf).__name__}, which is not linear in it, and its norm is above the "
+                        "limit, so that rescaling changes the function: scale it before, or leave out rescale"
+                    )
+            for local, value in held.values():
+                # Slopes, angles and shares of a mix are no values.
+                if local == "bias":
+                    value.div_(factor)
         factors[node] = factor
     return factors[traced.output]
+
+
+def _require_homogeneous(traced: TracedNet, node: fx.Node) -> None:
+    if node.op == "call_module":
+        kind = kind_of(traced.leaf(node))
+        known, name = kind in _HOMOGENEOUS, kind.__name__
+    elif node.op in ("call_function", "call_method"):
+        target = getattr(node.target, "stands_for", node.target)
+        name = getattr(target, "__name__", str(target))
+        rule = find_function_rule(target)
+        known = name in _FUNCTIONS and rule is not None and is_builtin(rule)
+    else:
+        return
+    if not known:
+        raise ConfigurationError(
+            f"{place(node)} is a {name}, of which it is not known that it is positively homogeneous (φ(cx) = cφ(x) for "
+            "c > 0, at any size of x), so that rescaling may change the function: use ReLU, LeakyReLU, GroupSort, "
+            "Householder, maxima or averages there, or leave out rescale, and train on from the weights as the "
+            "constraint shrinks them"
+        )
 
 
 def _shrink_(name: str, weight: Tensor, constraint: Constraint, operators: tuple[Operator, ...]) -> float:

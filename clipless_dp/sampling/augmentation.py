@@ -138,7 +138,7 @@ def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Te
     due = inputs.device.type != "meta" and (augment not in _passed or secrets.randbelow(EVERY) == 0)
     rows = mask.nonzero().flatten() if due else mask[:0]
     looks = len(rows) > 1
-    before = _random_states(inputs.device) if looks else None
+    before = random_states(inputs.device) if looks else None
     kept = inputs.clone() if looks else None
     # Each look starts from the attributes that this call starts from.
     copies = [_copied(augment) for _ in range(3)] if looks else []
@@ -153,7 +153,7 @@ def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Te
         )
     if kept is None or before is None:
         return made
-    after = _random_states(inputs.device)
+    after = random_states(inputs.device)
     try:
         halves = rows[torch.randperm(len(rows), device=rows.device)].tensor_split(2)
         for copy_, changed, other in zip(copies, halves, halves[::-1], strict=False):
@@ -174,13 +174,13 @@ def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Te
                 "view from its row alone, or give a function of one sample. Nothing was released"
             )
     finally:
-        _set_random_states(after, inputs.device)
+        set_random_states(after, inputs.device)
     _passed[augment] = True
     return made
 
 
 def _repeated(augment: RowAugmentation, inputs: Tensor, states: tuple[Any, ...]) -> Tensor:
-    _set_random_states(states, inputs.device)
+    set_random_states(states, inputs.device)
     return augment(inputs.clone())
 
 
@@ -196,12 +196,14 @@ def _same(first: Tensor, second: Tensor) -> Tensor:
     return ((first == second) | ((first != first) & (second != second))).flatten(1).all(1)
 
 
-def _random_states(device: torch.device) -> tuple[Any, ...]:
+def random_states(device: torch.device) -> tuple[Any, ...]:
+    """States of the global generators of torch, of a device (or ``None``), of Python and of numpy."""
     own = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
     return torch.get_rng_state(), own, random.getstate(), np.random.get_state()  # noqa: NPY002
 
 
-def _set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+def set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
+    """Sets what :func:`random_states` returned."""
     torch.set_rng_state(states[0])
     if states[1] is not None:
         torch.get_device_module(device).set_rng_state(states[1], device)
@@ -238,8 +240,8 @@ def _held(augment: Any) -> list[object]:
     return held
 
 
-def refuse_own_generators(augment: Augmentation) -> None:
-    """Refuses an augmentation that holds a generator of random numbers of its own.
+def refuse_own_generators(augment: Callable[..., Any], argument: str = "augment") -> None:
+    """Refuses an augmentation, or another function of a sample, that holds a generator of random numbers of its own.
 
     Its draws would follow from a seed and a sample's place in the batch, so that one more sample changes the views of
     all others.
@@ -252,9 +254,9 @@ def refuse_own_generators(augment: Augmentation) -> None:
     for value in [*held, *(part for own in held for part in getattr(own, "__dict__", {}).values())]:
         if isinstance(value, kinds):
             raise ConfigurationError(
-                f"augment={augment!r} draws from a generator of its own ({type(value).__name__}), so that one more "
-                "sample changes the views of all others: draw from torch's, numpy's or Python's global generators, "
-                "which follow the model's own source of randomness while views are made"
+                f"{argument}={augment!r} draws from a generator of its own ({type(value).__name__}), so that one more "
+                "sample changes what is made of all others: draw from torch's, numpy's or Python's global generators, "
+                "which follow a secret source of randomness while it is called"
             )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import ConcatDataset, Dataset, Sampler, Subset, TensorDataset, default_collate, default_convert
 
 from clipless_dp import arguments
@@ -18,7 +17,7 @@ from clipless_dp.arguments import share, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
-from clipless_dp.sampling import draws, loaders, persons
+from clipless_dp.sampling import collation, draws, loaders, persons
 from clipless_dp.sampling.people import (
     ROWS_PER_GROUP,
     Chosen,
@@ -190,18 +189,27 @@ def poisson_collate(
     Args:
         dataset: its first sample shows the shapes. Of several processes all call this, after the process group was
             made: they compare what they hold, see :func:`clipless_dp.sampling.persons.require_alike`.
-        collate: makes a batch of a list of samples, row by row in their order: torch's own, or a data collator of
-            Hugging Face. It must pad all batches to one length, which a public number says.
+        collate: makes a batch of a list of samples: torch's own, or a data collator of Hugging Face. Any other than
+            torch's is called on each sample alone, and what it returns is joined
+            (:class:`clipless_dp.sampling.collation.RowByRow`), so that no row is made of two samples: it must pad all
+            to one length, which a public number says. What it draws from the global generators of torch, numpy and
+            Python is independent of company and of a user's seeds; generators of its own are refused.
 
     Returns:
         A function that collates so, and returns zero-length tensors for an empty list. Mappings of other types become
         a ``dict``.
 
     Raises:
+        ConfigurationError: ``collate`` returns other things than tensors of one row for each sample, or draws from a
+            generator of its own.
         PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
         RankError: the data of the ranks differs.
     """
-    empty = _emptied(_plain(collate([dataset[0]])))
+    if collation.sees_single_rows(collate):
+        empty = _emptied(_plain(collate([dataset[0]])))
+    else:
+        alone = collate = collation.RowByRow(collate, dataset[0])
+        empty = alone.empty
     if hasattr(dataset, "__len__"):
         persons.refuse_repeats(dataset)
         tensors = dataset.tensors if isinstance(dataset, TensorDataset) else None
@@ -266,24 +274,8 @@ class _Collate:
             return loaders.arrived(samples, samples)
         if not samples:
             return loaders.arrived(_emptied(self.empty), samples)
-        if fetch is None or len(fetch.classes) < 2 or not fetch.made_of(samples):
-            return loaders.arrived(_plain(self.collate(list(samples))), samples)
-        return loaders.arrived(self._by_classes(fetch.apart(samples)), samples)
-
-    def _by_classes(self, classes: Sequence[list[Any]]) -> Any:
-        """A batch of samples, those of each class together: whatever order they are given in within, weights hold."""
-        made = [_plain(self.collate(some)) for some in classes]
-        for some, batch in zip(classes, made, strict=True):
-            if any(len(leaf) != len(some) for leaf in tree_leaves(batch) if draws.is_batch(leaf)):
-                raise ConfigurationError(
-                    f"the collate function made a batch of another size of {len(some)} samples, so that nothing tells "
-                    "whose its rows are: let it return one row for each sample"
-                )
-        try:
-            return tree_map(lambda *parts: torch.cat(parts), *made)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise ConfigurationError(
-                f"the collate function makes batches that do not fit together ({error}): rows of people are collated "
-                "by classes of weights. Let it return tensors only, padded to one length, or give the sampler "
-                "group_weights='cap'"
-            ) from error
+        ordered = list(samples)
+        if fetch is not None and len(fetch.classes) > 1 and fetch.made_of(samples):
+            # Of people too the order of samples is that by which they weigh.
+            ordered = [sample for some in fetch.apart(samples) for sample in some]
+        return loaders.arrived(_plain(self.collate(ordered)), samples)

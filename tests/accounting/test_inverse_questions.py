@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
 import pytest
 
-from accounting import create_accountant
+from accounting import cli, create_accountant
 from accounting.cli import main
 
 COMMON = ["--epsilon", "2", "--delta", "1e-5", "--noise-multiplier", "1.1", "--accountant", "rdp"]
@@ -28,6 +29,35 @@ def test_the_epochs_of_an_epsilon_are_the_most_that_fit(capsys: pytest.CaptureFi
     steps = int(re.search(r"steps = (\d+)", printed)[1])  # type: ignore[index]
     assert float(re.search(r"epochs = ([\d.]+)", printed)[1]) == pytest.approx(steps * 250 / 50_000)  # type: ignore[index]
     assert epsilon(0.005, steps) <= 2.0 < epsilon(0.005, steps + 1)
+
+
+def test_the_printed_epochs_are_never_more_than_the_steps_that_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    above = 0
+    for size in (50_021, 51_234):
+        printed = answer(capsys, "epochs", "--batch-size", "250", "--dataset-size", str(size))
+        steps = int(re.search(r"steps = (\d+)", printed)[1])  # type: ignore[index]
+        (epochs,) = re.findall(r"epochs = (\S+)", printed)
+        # Both sides exact: six digits, and whole numbers.
+        assert Fraction(epochs) <= Fraction(steps * 250, size)
+        assert float(epochs) == pytest.approx(steps * 250 / size, rel=1e-5)
+        above += Fraction(f"{steps * 250 / size:.6g}") > Fraction(steps * 250, size)
+    # Rounded to the nearest, some would be more.
+    assert above > 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--noise-multiplier", "100", "--batch-size", "256"], ["--noise-multiplier", "1.1", "--batch-size", "2.5"]],
+    ids=["much noise", "small batches"],
+)
+def test_the_search_for_steps_ends_and_says_where(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "calibrate_steps", lambda **given: pytest.fail("it searches"))
+    assert main(["epochs", "--epsilon", "2", "--delta", "1e-5", "--dataset-size", "60000", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "steps = 1000000 (more would fit" in printed
+    assert float(re.search(r"epsilon = ([\d.]+)", printed)[1]) <= 2.0  # type: ignore[index]
 
 
 def test_the_batch_of_an_epsilon_is_the_largest_that_fits_so_many_steps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ from clipless_dp import (
     PrivacyError,
     gradient_gated,
     losses,
+    poisson_collate,
     recipes,
     report,
 )
@@ -195,6 +196,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "checkpointed activations": ({"activation_checkpointing": True}, "micro_batch_size"),
     "noise on embeddings": ({"neftune_noise_alpha": 5.0}, "hooks"),
     "a batch size that is found": ({"auto_find_batch_size": True}, "promise"),
+    "peaks of memory": ({"skip_memory_metrics": False}, "draws"),
     "counts of tokens": ({"include_num_input_tokens_seen": "all"}, "count"),
     "a schedule that follows losses": ({"lr_scheduler_type": "greedy"}, "schedule"),
     "a schedule that follows accuracy": ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "schedule"),
@@ -241,6 +243,92 @@ def test_batches_that_are_padded_to_their_longest_sample_are_refused(tmp_path: P
 
     with pytest.raises(ConfigurationError, match="max_length"):
         trainer(tmp_path, data_collator=Pads())
+
+
+def _masking(**options: Any) -> Any:
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    words = {word: index for index, word in enumerate(["[PAD]", "[MASK]", *map(str, range(2, WORDS))])}
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[PAD]"))
+    known = transformers.PreTrainedTokenizerFast(tokenizer_object=own, pad_token="[PAD]", mask_token="[MASK]")
+    return transformers.DataCollatorForLanguageModeling(known, mlm=True, mlm_probability=0.5, **options)
+
+
+def _of_text() -> list[dict[str, Any]]:
+    return [{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows()]
+
+
+def test_words_are_masked_for_each_sample_alone_and_by_no_seed_of_a_user() -> None:
+    masking, data = _masking(), _of_text()
+    own = poisson_collate(data, masking)
+
+    def labels(collate: Any, count: int) -> Any:
+        torch.manual_seed(0)
+        return collate(data[:count])["labels"]
+
+    assert torch.equal(labels(masking, ROWS), labels(masking, ROWS))
+    made = labels(own, ROWS)
+    # 64 rows of 6 words each, of which half are masked: alike once in 2³⁸⁴.
+    assert not torch.equal(made, labels(own, ROWS))
+    # Deviation of a share of 384 fair coins: 0.026; six of them.
+    assert abs(float((made >= 0).double().mean()) - 0.5) < 0.16
+
+
+def test_masks_of_a_seeded_generator_are_refused(tmp_path: Path) -> None:
+    masking = _masking(seed=3)
+    with pytest.raises(ConfigurationError, match="generator of its own"):
+        poisson_collate(_of_text(), masking)
+    private = trainer(tmp_path, data_collator=Drawing())
+    with pytest.raises(ConfigurationError, match=r"data_collator=.*generator of its own"):
+        private.train()
+
+
+class Drawing:
+    def __init__(self) -> None:
+        self.generator = torch.Generator()
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return transformers.default_data_collator(samples)
+
+
+def test_centring_by_the_batch_moves_the_sum_by_no_more_than_the_bound(tmp_path: Path) -> None:
+    class Silent:
+        reproducible = False
+
+        def begin_step(self, *given: Any) -> None: ...
+
+        def standard_normal_(self, values: torch.Tensor) -> torch.Tensor:
+            return values.zero_()
+
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(1)
+            self.layers = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+        def forward(self, x: torch.Tensor, labels: Any = None) -> Any:
+            return self.layers(x)
+
+    def centred(samples: list[Any]) -> Any:
+        batch = transformers.default_data_collator(samples)
+        return {**batch, "x": batch["x"] - batch["x"].mean(0)}
+
+    def moved(data: list[Any]) -> tuple[torch.Tensor, float]:
+        options = {
+            "per_device_train_batch_size": len(data), "max_steps": 1, "learning_rate": 1.0, "optim": "sgd",
+            "max_grad_norm": 0.0, "lr_scheduler_type": "constant",
+        }  # fmt: skip
+        model = Plain()
+        private = trainer(tmp_path, model, options, train_dataset=data, noise=Silent(), data_collator=centred)
+        before = nn.utils.parameters_to_vector(model.parameters()).detach()
+        private.train()
+        after = nn.utils.parameters_to_vector(model.parameters()).detach()
+        return (after - before) * len(data), private.private_model.sensitivity().total
+
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(4, generator=generator), "labels": index % 2} for index in range(60)]
+    (one, bound), (other, _) = moved(data), moved([{"x": torch.full((4,), 3.0), "labels": 1}, *data])
+    # Rounding of the mean's product with the number of rows. Of the batch as a whole it was 1.19.
+    assert 0.1 < float((one - other).norm()) / bound <= 1.0 + 1e-4
 
 
 def test_samples_of_another_length_are_refused_before_anything_is_charged(tmp_path: Path) -> None:

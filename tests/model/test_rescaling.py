@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 from clipless_dp import DPLipModel, constraints, layers, losses, rescale_
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates import BallProjection
 from clipless_dp.model import rescaling
 
 
@@ -79,6 +81,110 @@ def test_what_is_not_homogeneous_is_refused_and_left_as_it_was() -> None:
     with pytest.raises(ConfigurationError, match="homogeneous"):
         rescale_(net, (1, 6, 6), constraints.Spectral())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def small(*between: nn.Module, biases: bool = True) -> nn.Sequential:
+    """Weights of norm above 1 around some layers, for inputs ``(B, 1, 6, 6)`` that are flattened behind them."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1, bias=biases), *between, nn.Flatten(), nn.LazyLinear(3, biases))
+    net(torch.zeros(1, 1, 6, 6))
+    with torch.no_grad():
+        for layer in (net[0], net[-1]):
+            layer.weight.mul_(4.0)
+    return net
+
+
+KEPT = {
+    "identity": nn.Identity, "ReLU": nn.ReLU, "LeakyReLU": lambda: nn.LeakyReLU(0.3), "GroupSort": layers.GroupSort,
+    "MaxMin": layers.MaxMin, "FullSort": layers.FullSort, "centering": layers.LayerCentering,
+    "maxima": lambda: nn.MaxPool2d(2, padding=1), "averages": lambda: nn.AvgPool2d(3, padding=1),
+    "adaptive": lambda: nn.AdaptiveAvgPool2d(2), "scaled": lambda: layers.ScaledAvgPool2d(2),
+    "dropout": lambda: nn.Dropout(0.5), "shuffle": lambda: nn.PixelShuffle(2), "channels": lambda: nn.ChannelShuffle(2),
+    "transposed": lambda: nn.ConvTranspose2d(4, 4, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+def test_parts_that_are_homogeneous_keep_the_function_at_any_size_of_the_input(name: str, scale: float) -> None:
+    net = small(KEPT[name]()).eval()
+    inputs = scale * torch.randn(20, 1, 6, 6)
+    before = net(inputs).detach()
+    factor = rescale_(net, (1, 6, 6), constraints.Spectral())
+    assert factor > 2.0
+    # Rounding of three layers in float32, of the largest output.
+    assert float((factor * net(inputs).detach() - before).abs().max()) < 1e-5 * float(before.abs().max())
+
+
+def test_angles_are_no_biases_and_stay() -> None:
+    net = small(layers.Householder(4))
+    with torch.no_grad():
+        net[1].theta.uniform_(-2.0, 2.0)
+    angles, inputs = net[1].theta.clone(), torch.randn(20, 1, 6, 6)
+    before = net(inputs).detach()
+    factor = rescale_(net, (1, 6, 6), constraints.Spectral())
+    assert torch.equal(net[1].theta, angles)
+    # Rounding of three layers in float32.
+    torch.testing.assert_close(factor * net(inputs), before, rtol=1e-4, atol=1e-4)
+
+
+REFUSED = {
+    "tanh that is linear there": nn.Tanh, "a ball": lambda: BallProjection(1e6),
+    "a sphere": lambda: layers.SphereScaling(1.0), "a spline": lambda: layers.LinearSpline(4, reach=1e6),
+    "L2 pooling": lambda: layers.L2NormPool2d(2), "a norm with a floor": lambda: layers.SampleGroupNorm(2, floor=1e-6),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_parts_with_a_size_of_their_own_are_refused_by_name_even_where_random_rows_do_not_show_it(name: str) -> None:
+    part = REFUSED[name]()
+    net = small(part)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(ConfigurationError, match=f"1 is a {type(part).__name__}.*use ReLU"):
+        rescale_(net, (1, 6, 6), constraints.Spectral())
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_functions_are_known_by_their_rules() -> None:
+    class Net(nn.Module):
+        def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+            super().__init__()
+            self.first, self.last, self.function = nn.Linear(6, 8), nn.Linear(16, 3), function
+
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            values = 2.0 * self.function(self.first(values)).abs()
+            return self.last(torch.cat([values, -values / 3.0], 1))
+
+    def made(function: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+        torch.manual_seed(0)
+        net = Net(function)
+        with torch.no_grad():
+            net.first.weight.mul_(1e-6)
+            net.last.weight.mul_(1e7)
+        return net
+
+    assert rescale_(made(torch.relu), (6,), constraints.Spectral()) > 1e6
+    with pytest.raises(ConfigurationError, match=r"tanh.*not known"):
+        rescale_(made(torch.tanh), (6,), constraints.Spectral())
+
+
+def test_weights_that_a_layer_is_not_linear_in_are_not_divided() -> None:
+    net = nn.Sequential(layers.ConvexPotential(6), nn.Linear(6, 3))
+    with torch.no_grad():
+        net[1].weight.mul_(5.0)
+    assert rescale_(net, (6,), constraints.Spectral()) > 1.0
+    with torch.no_grad():
+        net[0].weight.mul_(1.5)
+    with pytest.raises(ConfigurationError, match="ConvexPotential, which is not linear in it"):
+        rescale_(net, (6,), constraints.Spectral())
+
+
+def test_each_layer_keeps_its_own_mode() -> None:
+    net = small(nn.Dropout(0.5), nn.Dropout(0.5)).train()
+    net[1].eval()
+    modes = [module.training for module in net.modules()]
+    rescale_(net, (1, 6, 6), constraints.Spectral())
+    assert [module.training for module in net.modules()] == modes == [True, True, False, True, True, True]
 
 
 def test_constraints_that_turn_weights_are_refused() -> None:

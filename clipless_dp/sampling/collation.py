@@ -1,0 +1,198 @@
+"""Batches of samples that a collate function sees one at a time."""
+
+from __future__ import annotations
+
+import copy
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
+
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.noise.randomness import shared as shared_randomness
+from clipless_dp.sampling.augmentation import (
+    EVERY,
+    random_states,
+    refuse_own_generators,
+    set_random_states,
+)
+
+_CPU = torch.device("cpu")
+
+
+def sees_single_rows(collate: object) -> bool:
+    """Whether this is torch's own function, with no functions of a user's in it: it stacks, and mixes nothing."""
+    own = default_collate.__module__
+    return collate is default_collate and all(used.__module__ == own for used in default_collate_fn_map.values())
+
+
+class RowByRow:
+    """Calls a collate function on each sample alone, and joins the batches of one that it returns.
+
+    What it returns for a sample is made of that sample and of fresh randomness, whatever the company: masks, padding
+    and statistics too. The global generators of torch, numpy and Python are seeded from
+    :mod:`clipless_dp.noise.randomness` for each sample that draws, and restored afterwards: what a user seeds reaches
+    no sample.
+
+    In the first batch, and in one of :data:`EVERY` later ones, one sample is collated again under the same random
+    numbers: what differs has been remembered from other samples, or drawn from elsewhere.
+
+    Args:
+        collate: from a list of samples to a batch.
+        first: a sample, whose batch of one shows structure, shapes and dtypes.
+
+    Attributes:
+        empty: a batch of no samples.
+
+    Raises:
+        ConfigurationError: what it returns holds something other than tensors of one row for the sample, or the
+            function draws from a generator of its own.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any], first: Any) -> None:
+        self.collate = collate
+        self._looked = False
+        with torch.random.fork_rng([]):
+            made = self._alone(first)
+        # Some make their generator when they are called first.
+        refuse_own_generators(collate, "collate")
+        self.empty = _emptied(made, "the batch")
+
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        """A batch of samples, in their order.
+
+        Raises:
+            InputError: a sample's tensors have other shapes or dtypes than the first one's.
+            ConfigurationError: as when this was made.
+            PrivacyError: the same sample gives two batches under the same random numbers.
+        """
+        due = len(samples) > 0 and (not self._looked or secrets.randbelow(EVERY) == 0)
+        chosen = secrets.randbelow(len(samples)) if due else -1
+        # Else the global generator would tell how many samples a draw held.
+        with torch.random.fork_rng([]):
+            rows, states = self._rows(samples, chosen)
+            again = self._alone(samples[chosen], states) if due else None
+        batch = _joined(self.empty, rows, "the batch")
+        if due:
+            pairs = zip(
+                tree_leaves(_joined(self.empty, [rows[chosen]], "the batch")),
+                tree_leaves(_joined(self.empty, [again], "the batch")),
+                strict=True,
+            )
+            if not all(_is_same(one, other) for one, other in pairs):
+                raise PrivacyError(
+                    f"collate={self.collate!r} gives two batches of the same sample under the same random numbers: it "
+                    "keeps a state, through which samples may meet, or draws from a generator of its own. Make each "
+                    "row of its sample alone, and draw from torch's, numpy's or Python's global generators"
+                )
+            self._looked = True
+        return batch
+
+    def _rows(self, samples: Sequence[Any], chosen: int) -> tuple[list[Any], Any]:
+        """Batches of one sample each, and the states of the generators ahead of the chosen one."""
+        rows: list[Any] = []
+        kept: Any = None
+        while len(rows) < len(samples):
+            with shared_randomness.visit(_CPU):
+                states = random_states(_CPU)
+                moved = False
+                # Seeding takes longer than most functions: numbers that nobody took serve the next sample.
+                while len(rows) < len(samples) and not moved:
+                    kept = states if len(rows) == chosen else kept
+                    rows.append(self._made(samples[len(rows)]))
+                    moved = not _are_same_states(states, random_states(_CPU))
+        return rows, kept
+
+    def _alone(self, sample: Any, states: Any = None) -> Any:
+        """The batch of one sample, under fresh random numbers or from given states of the generators on."""
+        with shared_randomness.visit(_CPU):
+            if states is not None:
+                set_random_states(states, _CPU)
+            return self._made(sample)
+
+    def _made(self, sample: Any) -> Any:
+        # A copy, since some take the labels out of the mapping that they are given.
+        return _held(self.collate([copy.copy(sample)]))
+
+
+def _are_same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    """Of the generators of torch, Python and numpy, as :func:`random_states` returns them."""
+    of_numpy = zip(one[3], other[3], strict=True)
+    return (
+        torch.equal(one[0], other[0])
+        and one[2] == other[2]
+        and all(np.array_equal(first, second) for first, second in of_numpy)
+    )
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Entry by entry; a NaN is the same as another."""
+    return bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _held(value: Any) -> Any:
+    """A batch of its own memory: a function that fills the same tensor each time would overwrite earlier rows."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return _mapped(_held, value, lambda other: other)
+
+
+def _emptied(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        if not value.dim() or len(value) != 1:
+            raise _no_row(where, f"a tensor of shape {tuple(value.shape)}")
+        return value[:0]
+
+    def refuse(other: Any) -> Any:
+        raise _no_row(where, f"a {type(other).__name__}")
+
+    return _mapped(lambda part: _emptied(part, where), value, refuse)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any, otherwise: Callable[[Any], Any]) -> Any:
+    if isinstance(value, Mapping):
+        return {key: function(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return _like(value, list(map(function, value)))
+    return otherwise(value)
+
+
+def _like(value: Any, parts: list[Any]) -> Any:
+    return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+
+def _joined(empty: Any, rows: list[Any], where: str) -> Any:
+    """Batches of one sample each, behind one another; ``empty`` says what they are."""
+    if isinstance(empty, Tensor):
+        for row in rows:
+            if not isinstance(row, Tensor) or not row.dim() or len(row) != 1:
+                found = f"a tensor of shape {tuple(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
+                raise _no_row(where, found)
+            if row.shape[1:] != empty.shape[1:] or row.dtype != empty.dtype:
+                raise InputError(
+                    f"{where} of a sample has shape {tuple(row.shape[1:])} and is {row.dtype}, of the first one "
+                    f"{tuple(empty.shape[1:])} and {empty.dtype}: a collate function sees each sample alone, so let "
+                    'data or function pad all samples to one length, which a public number says (padding="max_length" '
+                    "and max_length)"
+                )
+        return torch.cat([empty, *rows])
+    if isinstance(empty, dict):
+        if not all(isinstance(row, dict) and row.keys() == empty.keys() for row in rows):
+            raise InputError(f"{where} of some samples has other fields than {[*empty]}, those of the first one")
+        return {key: _joined(part, [row[key] for row in rows], repr(key)) for key, part in empty.items()}
+    if not all(isinstance(row, (tuple, list)) and len(row) == len(empty) for row in rows):
+        raise InputError(f"{where} of some samples has not {len(empty)} parts, as that of the first one")
+    return _like(empty, [_joined(part, [row[place] for row in rows], where) for place, part in enumerate(empty)])
+
+
+def _no_row(where: str, found: str) -> ConfigurationError:
+    return ConfigurationError(
+        f"the collate function gives {found} for {where} of one sample: it must return tensors of one row for each "
+        "sample (mappings, tuples and lists of them), and is called on each alone"
+    )
