@@ -15,6 +15,7 @@ from clipless_dp.gates import CotangentGate, input_gate
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.losses import class_scores
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.sampling import Samples
 from clipless_dp.training import Data
 
@@ -24,6 +25,10 @@ Units = float | Sequence[float] | Tensor | None
 
 class PlainNetwork(nn.Module):
     """The forward pass that a model is deployed with, without what its training does to gradients.
+
+    Of a wrapped model that is its graph, whose bounds its constants are: what ``model(inputs)`` runs. ``model.net``, a
+    module of Python code, may compute something else where it was changed after wrapping, has hooks, or does in
+    ``eval`` mode what it was not traced with. It is compared, in ``eval`` mode, on a few random inputs.
 
     Gates on cotangents and gradients change the way back and not the values. An attack, a saliency map or a sampler
     needs the slope of the values themselves: this is a copy of the network without such gates, in ``eval`` mode, whose
@@ -39,7 +44,9 @@ class PlainNetwork(nn.Module):
         that the input gate drops are NaN.
 
     Raises:
-        ConfigurationError: the model reads tokens, between which there is no distance; or several inputs.
+        ConfigurationError: the model reads tokens, between which there is no distance; or several inputs; or
+            ``model.net`` returns other values than the graph.
+        PrivacyError: a layer of a wrapped model was replaced or hooked, or a global module hook is registered.
 
     Attributes:
         is_single: whether the network was seen to return one output.
@@ -51,15 +58,20 @@ class PlainNetwork(nn.Module):
         super().__init__()
         self.input_norm = math.inf
         self.is_single = False
+        refuse_interference()
         net = getattr(model, "_orig_mod", model)
-        if isinstance(net, DPLipModel):
+        wrapped = net if isinstance(net, DPLipModel) else None
+        if wrapped is not None:
+            net = wrapped
             if net.vocabulary is not None or net.packing is not None or not net.graph.reads.is_floating_point:
                 raise ConfigurationError(
                     "the model reads tokens or several inputs, between which there is no Euclidean distance: neither "
                     "radii nor attacks are defined; certify the part of the network behind the embedding"
                 )
-            self.input_norm = net.input_norm
-            net = net.net
+            # Traces anew where settings were changed, and refuses what is not bounded.
+            wrapped.lipschitz_constant()
+            self.input_norm = wrapped.input_norm
+            net = wrapped.graph.copied()
         self.net = _without_gates(net)
         self.front = None if front is None else _without_gates(front)
         self.eval()
@@ -69,6 +81,38 @@ class PlainNetwork(nn.Module):
         self.device = torch.device("cpu") if held.device.type == "mps" and dtype == torch.float64 else held.device
         self.dtype = held.dtype if dtype is None else dtype
         self.to(self.device, self.dtype)
+        if wrapped is not None:
+            self._refuse_other_code(wrapped)
+
+    @torch.no_grad()
+    def _refuse_other_code(self, model: DPLipModel) -> None:
+        """Refuses a model whose ``net``, in ``eval`` mode, does not return what its graph does."""
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise ConfigurationError("a hook is registered on the model itself, which bounds do not follow: remove it")
+        inputs = model.random_inputs(8, torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        inputs = inputs * per_sample(torch.logspace(-1.0, 1.0, 8).to(inputs), inputs)
+        if math.isfinite(self.input_norm):
+            inputs, _ = input_gate(inputs, self.input_norm)
+        expected = self.net(inputs)
+        reason = "it returns other values"
+        try:
+            found = copy.deepcopy(model.net).eval().to(self.device, self.dtype)(inputs)
+        except Exception as error:
+            found, reason = None, f"{type(error).__name__}: {error}"
+        # Half of the digits: fused and other kernels may round otherwise, other code is not that close.
+        share = math.sqrt(torch.finfo(self.dtype).eps)
+        allowed = share * float(expected.abs().nan_to_num(0.0, 0.0, 0.0).max())
+        if (
+            not isinstance(found, Tensor)
+            or found.shape != expected.shape
+            or not torch.allclose(found, expected, rtol=share, atol=allowed, equal_nan=True)
+        ):
+            raise ConfigurationError(
+                f"model.net in eval mode is not the network whose bounds the model knows ({reason}): its forward "
+                "depends on the mode, on an attribute that was changed after wrapping, on a hook or on chance, which "
+                "the traced graph does not follow. Wrap the network as it is deployed in a new DPLipModel, its mode "
+                "and attributes set before, and what depends on them in layers"
+            )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores of the classes.
@@ -85,6 +129,7 @@ class PlainNetwork(nn.Module):
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
+        refuse_interference()
         values = inputs.to(self.device, self.dtype)
         if self.front is not None:
             values = self.front(values)
