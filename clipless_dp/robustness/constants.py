@@ -76,6 +76,8 @@ def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int) -> Consta
     if lipschitz is None:
         reason = "no Lipschitz constant was stated (lipschitz=...): wrap the network in DPLipModel to have it certified"
         return Constants(_off_diagonal(math.inf, classes), math.inf, "none", reason)
+    if isinstance(lipschitz, Tensor) and lipschitz.dim() == 0:
+        lipschitz = float(lipschitz)
     if isinstance(lipschitz, (Tensor, list, tuple)):
         stated = torch.as_tensor(lipschitz, dtype=torch.float64).detach().cpu()
         if not bool((stated >= 0).all()):

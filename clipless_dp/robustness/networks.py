@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import positive, shown
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.gates import CotangentGate, input_gate
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.losses import class_scores
@@ -49,6 +49,8 @@ class PlainNetwork(nn.Module):
         PrivacyError: a layer of a wrapped model was replaced or hooked, or a global module hook is registered.
 
     Attributes:
+        input_shape: of one sample behind the front, of a wrapped model; else ``None``.
+        input_norm: of the input gate of a wrapped model; infinite without one.
         is_single: whether the network was seen to return one output.
     """
 
@@ -57,6 +59,7 @@ class PlainNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.input_norm = math.inf
+        self.input_shape: tuple[int, ...] | None = None
         self.is_single = False
         refuse_interference()
         net = getattr(model, "_orig_mod", model)
@@ -70,7 +73,7 @@ class PlainNetwork(nn.Module):
                 )
             # Traces anew where settings were changed, and refuses what is not bounded.
             wrapped.lipschitz_constant()
-            self.input_norm = wrapped.input_norm
+            self.input_norm, self.input_shape = wrapped.input_norm, wrapped.input_shape
             net = wrapped.graph.copied()
         self.net = _without_gates(net)
         self.front = None if front is None else _without_gates(front)
@@ -127,12 +130,28 @@ class PlainNetwork(nn.Module):
         self.is_single = scores.numel() == len(scores)
         return class_scores(scores)
 
+    def classes(self, inputs: Tensor) -> int:
+        """How many scores there are of these inputs, by their first row.
+
+        Raises:
+            InputError: the network does not read inputs of this shape.
+        """
+        try:
+            with torch.no_grad():
+                return self(inputs[:1]).shape[1]
+        except CliplessError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise InputError(f"the network does not read inputs {tuple(inputs.shape)}: {error}") from error
+
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
         refuse_interference()
         values = inputs.to(self.device, self.dtype)
         if self.front is not None:
             values = self.front(values)
+        if self.input_shape is not None and tuple(values.shape[1:]) != self.input_shape:
+            raise InputError(f"the model reads inputs (batch, *{self.input_shape}), got {tuple(values.shape)}")
         if math.isfinite(self.input_norm):
             values, known = input_gate(values, self.input_norm)
         else:
@@ -186,6 +205,17 @@ def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
         raise InputError(f"expected integer labels (batch,), got {labels.dtype} {tuple(labels.shape)}")
     return inputs, labels.long().cpu()
+
+
+def refuse_other_labels(labels: Tensor, classes: int | None = None) -> None:
+    """Refuses labels that are no class.
+
+    Raises:
+        InputError: one is below 0, or at least as large as the number of classes, where that is known.
+    """
+    if bool((labels < 0).any()) or (classes is not None and bool((labels >= classes).any())):
+        limits = "" if classes is None else f", and below {classes}, of which there are scores"
+        raise InputError(f"labels must be classes, 0 or above{limits}: leave out samples without a class")
 
 
 def scale_of(units: Units, inputs: Tensor) -> Tensor:

@@ -68,8 +68,9 @@ def fit_without_privacy(
 
     For public data, and for networks that are wanted for their Lipschitz constant alone. Shuffled batches, the mean of
     the loss, an ordinary optimizer, and the model's constraints projected after each step; neither input nor loss is
-    other than in :func:`clipless_dp.fit`. What is trained is the traced graph, ``model.graph``, which the model runs and
-    whose bounds it knows. The gate at the output is left out; gates within the network are part of it, and stay. ``docs/robustness.md`` has the same as a loop of ten lines.
+    other than in :func:`clipless_dp.fit`. What is trained is the traced graph, ``model.graph``, which the model runs
+    and whose bounds it knows. The gate at the output is left out; gates within the network are part of it, and stay.
+    ``docs/robustness.md`` has the same as a loop of ten lines.
 
     Args:
         model: the wrapped model, trained in place.
@@ -89,10 +90,10 @@ def fit_without_privacy(
         PrivacyError: a layer was replaced or hooked, or a global module hook is registered.
 
     Guarantee:
-        None of privacy. A private run that goes on from here protects what *it* reads. Its statement says that something
-        else had changed the weights, this call having come to its end or not, where the run is of this model or this
-        network, of the same parameters in another one, or of a copy or a file of the whole model. Values alone tell
-        nothing of it: a state dict that is loaded into another network, a copy of ``model.net``.
+        None of privacy. A private run that goes on from here protects what *it* reads. Its statement says that
+        something else had changed the weights, this call having come to its end or not, where the run is of this model
+        or this network, of the same parameters in another one, or of a copy or a file of the whole model. Values alone
+        tell nothing of it: a state dict that is loaded into another network, a copy of ``model.net``.
     """
     require_wrapped(model)
     epochs, batch_size = whole("epochs", epochs), whole("batch_size", batch_size)

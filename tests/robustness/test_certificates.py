@@ -428,6 +428,61 @@ def test_a_mutant_without_rounding_certifies_more_than_is_true(monkeypatch: pyte
     assert float(certify(Rounded(), inputs, lipschitz=1.0).radii) > true
 
 
+def test_a_sample_that_is_dropped_is_right_for_no_label_and_labels_are_classes() -> None:
+    layer = linear((1.0, 0.0), (0.0, 1.0))
+    inputs = torch.tensor([[2.0, 0.0], [math.nan, 0.0]], dtype=torch.float64)
+    for label in (-1, 2, 100):
+        with pytest.raises(InputError, match="labels must be classes"):
+            certify(layer, (inputs, torch.tensor([0, label])), lipschitz=1.0)
+    with pytest.raises(InputError, match="labels must be classes"):
+        Certificate(torch.zeros(2).double(), torch.tensor([0, -1]), torch.tensor([0, -1]))
+    with pytest.raises(InputError, match="1 labels of 2 samples"):
+        Certificate(torch.zeros(2).double(), torch.tensor([0, 0]), torch.tensor([0]))
+    certificate = certify(layer, (inputs, torch.tensor([0, 0])), lipschitz=1.0)
+    # Whatever labels become: no class is that of a sample without a prediction.
+    certificate.labels[1] = -1
+    assert certificate.correct.tolist() == [True, False]
+
+
+def test_a_sample_without_scores_of_the_deployed_model_is_dropped() -> None:
+    model = seeded(NETWORKS["orthogonal"])
+    inputs = points(3, 5).float()
+    inputs[1] *= 1e36
+    assert bool(model(inputs)[1].isnan().all())
+    for one in (model, nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3))):
+        if one is not model:
+            with torch.no_grad():
+                one[0].weight.mul_(1e10)
+        certificate = certify(one, inputs, lipschitz=None if one is model else 1e20)
+        assert certificate.predictions[1] == -1
+        assert certificate.radii[1] == 0.0
+        assert certificate.dropped == 1
+
+
+def test_signed_radii_of_both_infinities_have_no_mean() -> None:
+    certificate = Certificate(torch.tensor([math.inf, math.inf]).double(), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    with pytest.raises(InputError, match="no mean"):
+        average_certified_radius(certificate, signed=True)
+    assert average_certified_radius(certificate) == math.inf
+
+
+def test_inputs_of_another_shape_are_refused() -> None:
+    for model, lipschitz in ((NETWORKS["orthogonal"](), None), (nn.Linear(5, 3), 1.0)):
+        for shape in ((7,), (5, 5)):
+            if isinstance(model, nn.Linear) and shape == (5, 5):
+                continue
+            with pytest.raises(InputError, match=r"reads? inputs"):
+                certify(model, points(3, *shape), lipschitz=lipschitz)
+            with pytest.raises(InputError):
+                attack(model, points(3, *shape))
+
+
+def test_a_stated_constant_may_be_a_tensor_of_one_number() -> None:
+    layer, inputs = linear((1.0, 0.0), (0.0, 1.0)), points(4, 2)
+    found = certify(layer, inputs, lipschitz=torch.tensor(2.0))
+    assert torch.equal(found.radii, certify(layer, inputs, lipschitz=2.0).radii)
+
+
 class Sharpened(nn.Module):
     """Scores that are ten times as steep in ``eval`` mode, or where an attribute says so."""
 

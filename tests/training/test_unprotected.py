@@ -170,12 +170,13 @@ def test_what_is_trained_is_the_graph_that_the_model_runs() -> None:
         fit_without_privacy(model, samples(40), epochs=1, batch_size=16, rng_seed=0, progress=False)
         nets.append(net.body.weight.detach())
     assert torch.equal(*nets)
-    with pytest.raises(PrivacyError, match="global module hook"):
-        hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
-        try:
-            fit_without_privacy(model_of(), samples(40), epochs=1, batch_size=16, progress=False)
-        finally:
-            hook.remove()
+    model = model_of()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
+    try:
+        with pytest.raises(PrivacyError, match="global module hook"):
+            fit_without_privacy(model, samples(40), epochs=1, batch_size=16, progress=False)
+    finally:
+        hook.remove()
 
 
 def test_networks_with_dropout_train_too() -> None:
