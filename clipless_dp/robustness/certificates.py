@@ -12,14 +12,18 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative, whole
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.model import DPLipModel
 from clipless_dp.modules import digest_of
 from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
-from clipless_dp.robustness.networks import PlainNetwork, Units, read, refuse_other_labels, scale_of
+from clipless_dp.robustness.networks import (
+    UNCHECKED_ROUNDING,
+    PlainNetwork,
+    Units,
+    read,
+    refuse_other_labels,
+    scale_of,
+    wrapped_model,
+)
 from clipless_dp.training import Data
-
-UNCHECKED_ROUNDING = 2.0**-40
-"""Of a module that is not wrapped: what a float64 forward pass is taken to err by, relative to ``‖z‖ + L·‖x‖``."""
 
 _DOWN = 1.0 - 2.0**-50
 """Covers the four roundings of a difference and a quotient in float64."""
@@ -167,7 +171,7 @@ def certify(
     if labels is not None:
         refuse_other_labels(labels, classes)
     constants = _constants(model, lipschitz, plain, classes, stretch)
-    own = _wrapped(model)
+    own = wrapped_model(model)
     known = None if own is None else own.forward_error()
     parts: list[_Part] = []
     seen = hashlib.sha256()
@@ -247,15 +251,10 @@ def _predictions(scores: Tensor) -> Tensor:
     return scores.nan_to_num(0.0).argmax(1).masked_fill(~scores.isfinite().all(1), -1)
 
 
-def _wrapped(model: nn.Module) -> DPLipModel | None:
-    model = getattr(model, "_orig_mod", model)
-    return model if isinstance(model, DPLipModel) else None
-
-
 def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, classes: int, stretch: float) -> Constants:
     """What is known of the scores, from the inputs in front of everything."""
     found = constants_of(model, lipschitz, classes)
-    if _wrapped(model) is None and plain.is_single:
+    if wrapped_model(model) is None and plain.is_single:
         found = of_single_output(found)
     if stretch == 1.0:
         return found

@@ -22,6 +22,15 @@ from clipless_dp.training import Data
 Units = float | Sequence[float] | Tensor | None
 """By how many units of the raw input each channel moves when the model's input moves by one: standard deviations."""
 
+UNCHECKED_ROUNDING = 2.0**-40
+"""Of a module that is not wrapped: what a float64 forward pass is taken to err by, relative to ``‖z‖ + L·‖x‖``."""
+
+
+def wrapped_model(model: nn.Module) -> DPLipModel | None:
+    """The model, compiled or not, where it is a wrapped one."""
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, DPLipModel) else None
+
 
 class PlainNetwork(nn.Module):
     """The forward pass that a model is deployed with, without what its training does to gradients.
@@ -62,11 +71,10 @@ class PlainNetwork(nn.Module):
         self.input_shape: tuple[int, ...] | None = None
         self.is_single = False
         refuse_interference()
-        net = getattr(model, "_orig_mod", model)
-        wrapped = net if isinstance(net, DPLipModel) else None
+        net, wrapped = getattr(model, "_orig_mod", model), wrapped_model(model)
         if wrapped is not None:
-            net = wrapped
-            if net.vocabulary is not None or net.packing is not None or not net.graph.reads.is_floating_point:
+            reads_numbers = wrapped.vocabulary is None and wrapped.packing is None
+            if not (reads_numbers and wrapped.graph.reads.is_floating_point):
                 raise ConfigurationError(
                     "the model reads tokens or several inputs, between which there is no Euclidean distance: neither "
                     "radii nor attacks are defined; certify the part of the network behind the embedding"
@@ -138,7 +146,7 @@ class PlainNetwork(nn.Module):
         """
         try:
             with torch.no_grad():
-                return self(inputs[:1]).shape[1]
+                return int(self(inputs[:1]).shape[1])
         except CliplessError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:

@@ -363,7 +363,7 @@ def test_mutants_of_constants_and_radii_are_caught_by_attacks(monkeypatch: pytes
                 "‖w_l‖ for ‖w_l - w_j‖",
                 margins,
                 "margin_constants",
-                'apart = torch.cdist(found.rows, found.rows, compute_mode="donot_use_mm_for_euclid_dist")',
+                "apart = row_distances(found.rows)",
                 "apart = found.rows.norm(dim=1)[:, None].expand(-1, len(found.rows))",
             ),
             wrapped(opposed, (2,), input_norm=50.0),
@@ -475,6 +475,23 @@ def test_inputs_of_another_shape_are_refused() -> None:
                 certify(model, points(3, *shape), lipschitz=lipschitz)
             with pytest.raises(InputError):
                 attack(model, points(3, *shape))
+
+
+def test_constants_of_rows_that_differ_are_never_zero() -> None:
+    drawn = points(4, 5)
+    for size in (1e-170, 1e-300, 1e170):
+        found = last_layer_constants(size * drawn, 1.0)
+        # Float64 sums of five terms, and the rounding up of 1e-10.
+        assert torch.allclose(found / size, torch.cdist(drawn, drawn), rtol=1e-8)
+    mixed = torch.tensor([[1e-200, 0.0], [0.0, 1e-200], [1.0, 0.0], [0.0, 1e-200]], dtype=torch.float64)
+    found = last_layer_constants(mixed, 1.0)
+    assert float(found[0, 1]) == pytest.approx(math.sqrt(2.0) * 1e-200, rel=1e-8)
+    assert found[1, 3] == 0.0
+    assert float(last_layer_constants(mixed, 1e-150)[0, 1]) > 0.0
+    layer = seeded(lambda: nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        layer.weight.mul_(1e-170)
+    assert int((wrapped(layer, (5,)).margin_constants() > 0.0).sum()) == 6
 
 
 def test_a_stated_constant_may_be_a_tensor_of_one_number() -> None:
