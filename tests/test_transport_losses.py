@@ -204,3 +204,20 @@ def test_a_network_trained_on_the_kr_term_alone_finds_the_distance_of_a_linear_p
         found = float(net(second).mean() - net(first).mean())
     # No 1-Lipschitz function passes the distance; a network of this size comes within some percent of it.
     assert 0.93 * distance <= found <= distance * (1.0 + 1e-9)
+
+
+@pytest.mark.parametrize("rare", [1e-6, 3e-8, 1e-9])
+def test_rare_classes_keep_the_bound_in_float32(rare: float) -> None:
+    for priors in ((1.0 - rare, rare), (rare, rare, 1.0 - 2.0 * rare)):
+        for loss in (losses.KantorovichRubinstein(priors), losses.ConvexHingeKR(priors, alpha=0.5)):
+            labels = torch.arange(len(priors))
+            found = norms(loss, torch.zeros(len(priors), len(priors)), labels)
+            # Float32 sums of a few products.
+            assert float(found.max()) == pytest.approx(loss.gradient_bound((len(priors),)), rel=1e-6)
+
+
+def test_priors_without_an_inverse_are_refused() -> None:
+    for priors in ((1e-30, 1.0), (1.0 - 1e-17, 1e-17), (1e-46, 0.4, 0.6)):
+        for build in (losses.KantorovichRubinstein, losses.ConvexHingeKR):
+            with pytest.raises(ConfigurationError, match="priors must lie"):
+                build(priors)

@@ -13,7 +13,7 @@ from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import CotangentGate, GradientGatedLinear
 from clipless_dp.modules import kind_of
-from clipless_dp.norms.rounding import certified_arithmetic, exact_float64, gamma
+from clipless_dp.norms.rounding import above_zero, certified_arithmetic, exact_float64, gamma, row_distances
 
 _UNCHANGED = (CotangentGate, nn.Identity)
 _LINEAR = (nn.Linear, GradientGatedLinear)
@@ -61,10 +61,11 @@ def margin_constants(sweep: Sweep, weights: Placement) -> Tensor:
     constants = torch.full((len(rows), len(rows)), math.inf, dtype=torch.float64)
     while found is not None:
         reach = sweep.reach(found.node) * FLOAT64_ROUNDING
-        apart = torch.cdist(found.rows, found.rows, compute_mode="donot_use_mm_for_euclid_dist")
-        apart = apart * (1.0 + gamma(found.rows.shape[1])) + found.error + found.error[:, None]
+        apart = row_distances(found.rows) + found.error + found.error[:, None]
         # A score that another never leaves stays at its side however far the input moves, unless nothing bounds that.
-        constants = torch.minimum(constants, apart * reach) if math.isfinite(reach) else constants
+        if math.isfinite(reach):
+            moving = (apart > 0.0) & (reach > 0.0)
+            constants = torch.minimum(constants, above_zero(apart * reach, moving))
         found = _pulled_back(sweep, found, weights)
     return constants.fill_diagonal_(0.0)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import getitem
+from operator import attrgetter, getitem
 from typing import Any
 
 import torch
@@ -86,6 +87,21 @@ class TracedNet:
     def executed(self, node: fx.Node) -> nn.Module:
         """What runs there: the same, but for what draws its random numbers elsewhere, or runs in a graph of its own."""
         return self.module.get_submodule(str(node.target))
+
+    def copied(self) -> fx.GraphModule:
+        """A copy of the network as the graph runs it, with layers of its own, and torch's dropout."""
+        graph = copy.deepcopy(self.module.graph)
+        held: dict[str, Any] = {}
+        for node in self.module.graph.nodes:
+            if node.op == "call_module":
+                held[str(node.target)] = self.leaf(node)
+            elif node.op == "get_attr":
+                held[str(node.target)] = attrgetter(str(node.target))(self.module)
+        for node in graph.nodes:
+            # What runs a function apart closes over the model.
+            node.target = getattr(node.target, "stands_for", node.target)
+        # At once, so that what is shared stays shared.
+        return fx.GraphModule(copy.deepcopy(held), graph)
 
 
 class _Tracer(fx.Tracer):

@@ -20,6 +20,37 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.losses.base import Loss, class_labels, invalid_as_nan, right_class
 from clipless_dp.losses.classification import TauCrossEntropy, class_scores, public_priors, require_classes
 
+_RAREST = 1e-30
+"""Priors below have inverses that are near the largest number of float32."""
+
+
+class _Inverses:
+    """``1/π_c`` and ``1/(1-π_c)`` of public priors, computed as plain numbers: in float32 ``1-π_c`` may round to 0.
+
+    Raises:
+        ConfigurationError: a prior is below 1e-30, or so near to one that nothing is left for the others.
+    """
+
+    def __init__(self, priors: Sequence[float]) -> None:
+        for prior in priors:
+            if prior < _RAREST or prior >= 1.0:
+                raise ConfigurationError(
+                    f"priors must lie in [{_RAREST:g}, 1), so that 1/π and 1/(1-π) are numbers, got {prior!r}: leave "
+                    "out classes that do not occur"
+                )
+        self.own = [1.0 / prior for prior in priors]
+        self.other = [1.0 / (1.0 - prior) for prior in priors]
+
+    def of(self, signed: Tensor, own: Tensor) -> Tensor:
+        """The factor of each score ``(B, C)``: of the true class and of others."""
+        require_classes("priors", self.own, signed.shape[1])
+        return torch.where(own, signed.new_tensor(self.own), signed.new_tensor(self.other))
+
+    def steepest(self, label: int, classes: int) -> list[float]:
+        """The same of a sample of a label."""
+        require_classes("priors", self.own, classes)
+        return [self.own[c] if c == label else other for c, other in enumerate(self.other)]
+
 
 class _OneAgainstAll(Loss):
     """Mean over classes of a term of the signed score ``s_c·z_c``, with ``s_y = 1`` and ``s_c = -1`` else.
@@ -68,7 +99,7 @@ class KantorovichRubinstein(_OneAgainstAll):
     reaches it at the optimum. The gradient is constant, and the bound attained everywhere.
 
     Args:
-        priors: ``π_c``: *public* numbers in (0, 1) that add to one.
+        priors: ``π_c``: *public* numbers in [1e-30, 1) that add to one.
 
     Shape:
         output ``(B, C)``, or ``(B,)`` or ``(B, 1)`` for two classes; target ``(B,)`` integers in ``[0, C)``.
@@ -76,15 +107,13 @@ class KantorovichRubinstein(_OneAgainstAll):
 
     def __init__(self, priors: Sequence[float]) -> None:
         self.priors = public_priors(priors)
+        _Inverses(self.priors)
 
     def _terms(self, signed: Tensor, own: Tensor) -> Tensor:
-        require_classes("priors", self.priors, signed.shape[1])
-        priors = signed.new_tensor(self.priors)
-        return -signed / torch.where(own, priors, 1.0 - priors)
+        return -signed * _Inverses(self.priors).of(signed, own)
 
     def _slopes(self, label: int, classes: int) -> list[float]:
-        require_classes("priors", self.priors, classes)
-        return [1.0 / (prior if c == label else 1.0 - prior) for c, prior in enumerate(self.priors)]
+        return _Inverses(self.priors).steepest(label, classes)
 
 
 class HingeMargin(_OneAgainstAll):
@@ -119,7 +148,7 @@ class ConvexHingeKR(_OneAgainstAll):
     At α near 1 it classifies, at 0 it is the distance of the classes; in between, margins are certified radii.
 
     Args:
-        priors: ``π_c``: *public* numbers in (0, 1) that add to one.
+        priors: ``π_c``: *public* numbers in [1e-30, 1) that add to one.
         alpha: ``α`` in [0, 1].
         margin: ``m``, positive.
 
@@ -129,19 +158,18 @@ class ConvexHingeKR(_OneAgainstAll):
 
     def __init__(self, priors: Sequence[float], *, alpha: float = 0.98, margin: float = 1.0) -> None:
         self.priors = public_priors(priors)
+        _Inverses(self.priors)
         self.alpha = share("alpha", alpha, "[0, 1]")
         self.margin = positive("margin", margin)
 
     def _terms(self, signed: Tensor, own: Tensor) -> Tensor:
-        require_classes("priors", self.priors, signed.shape[1])
-        priors = signed.new_tensor(self.priors)
-        distance = signed / torch.where(own, priors, 1.0 - priors)
+        distance = signed * _Inverses(self.priors).of(signed, own)
         return self.alpha * functional.relu(self.margin - signed) - (1.0 - self.alpha) * distance
 
     def _slopes(self, label: int, classes: int) -> list[float]:
-        require_classes("priors", self.priors, classes)
-        shares = [prior if c == label else 1.0 - prior for c, prior in enumerate(self.priors)]
-        return [self.alpha + (1.0 - self.alpha) / part for part in shares]
+        return [
+            self.alpha + (1.0 - self.alpha) * inverse for inverse in _Inverses(self.priors).steepest(label, classes)
+        ]
 
 
 class _TrueAgainstOthers(Loss):

@@ -31,6 +31,35 @@ def gamma(terms: int) -> float:
     return 8.0 * (terms + 4) * UNIT
 
 
+def row_distances(rows: Tensor) -> Tensor:
+    """Euclidean distances of all pairs of a matrix's rows, rounded up: above 0 wherever rows differ.
+
+    Squares of what is below `2^-400` of the largest entry may underflow, so that such pairs are taken by themselves.
+
+    Args:
+        rows: `(C, n)` in float64.
+
+    Returns:
+        `(C, C)` in float64.
+    """
+    largest = float(rows.abs().max()) if rows.numel() else 0.0
+    scale = 2.0 ** (math.frexp(largest)[1] - 1) if 0.0 < largest < math.inf else 1.0
+    apart = torch.cdist(rows / scale, rows / scale, compute_mode="donot_use_mm_for_euclid_dist")
+    close = apart < 2.0**-400
+    apart = apart * scale
+    for row in (close.sum(1) > 1).nonzero().flatten().tolist():
+        moved = rows[close[row]] - rows[row]
+        top = moved.abs().amax(1) if rows.shape[1] else moved.new_zeros(len(moved))
+        lengths = (moved / torch.where(top > 0.0, top, 1.0)[:, None]).norm(dim=1) * top
+        apart[row, close[row]] = lengths
+    return above_zero(apart * (1.0 + gamma(rows.shape[1])), apart > 0.0)
+
+
+def above_zero(values: Tensor, where: Tensor) -> Tensor:
+    """Values, at least the smallest normal number where they are known to be above 0: rounded up, not to 0."""
+    return torch.where(where, values.clamp(min=torch.finfo(values.dtype).tiny), values)
+
+
 def product_error(terms: int, unit: float = SINGLE_UNIT) -> float:
     """Relative bound `γ_n = nu/(1-nu)` of a sum of n products at unit roundoff u, float32's; infinity if `nu ≥ ½`."""
     share = terms * unit

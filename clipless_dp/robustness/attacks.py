@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import not_negative, positive, seed, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import flat_rows, per_sample, sample_norms
-from clipless_dp.robustness.networks import PlainNetwork, Units, read, scale_of
+from clipless_dp.robustness.networks import PlainNetwork, Units, read, refuse_other_labels, scale_of
 from clipless_dp.training import Data
 
 Box = tuple[float, float] | None
@@ -383,21 +383,22 @@ def attack(
     inputs, labels = read(data)
     plain = PlainNetwork(model, dtype=dtype, front=front)
     scale = scale_of(units, inputs).to(plain.device, plain.dtype)
+    if not len(inputs):
+        raise InputError("there are no samples to attack")
+    classes = plain.classes(inputs)
+    if labels is not None:
+        refuse_other_labels(labels, classes)
     parts: list[Attacked] = []
     for start in range(0, len(inputs), rows):
         some = inputs[start : start + rows].to(plain.device, plain.dtype)
         with torch.no_grad():
             scores = plain(some).nan_to_num(0.0)
         truth = scores.argmax(1) if labels is None else labels[start : start + rows].to(plain.device)
-        if bool(((truth < 0) | (truth >= scores.shape[1])).any()):
-            raise InputError(f"labels must be classes below {scores.shape[1]}, of which there are scores")
         lowest, highest = _limits(box, some)
         victim = Victim(
             lambda values: plain(values / scale), some * scale, truth, lowest * scale, highest * scale, generator
         )
         parts.append(_worst(victim, attacks, budgets, bisections, scale))
-    if not parts:
-        raise InputError("there are no samples to attack")
     return Attacked(
         torch.cat([part.distances for part in parts]),
         torch.cat([part.examples for part in parts]),

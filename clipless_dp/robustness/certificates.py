@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -11,17 +12,24 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative, whole
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.model import DPLipModel
 from clipless_dp.modules import digest_of
 from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
-from clipless_dp.robustness.networks import PlainNetwork, Units, read, scale_of
+from clipless_dp.robustness.networks import (
+    UNCHECKED_ROUNDING,
+    PlainNetwork,
+    Units,
+    read,
+    refuse_other_labels,
+    scale_of,
+    wrapped_model,
+)
 from clipless_dp.training import Data
-
-UNCHECKED_ROUNDING = 2.0**-40
-"""Of a module that is not wrapped: what a float64 forward pass is taken to err by, relative to ``‖z‖ + L·‖x‖``."""
 
 _DOWN = 1.0 - 2.0**-50
 """Covers the four roundings of a difference and a quotient in float64."""
+
+_LARGEST = torch.finfo(torch.float64).max
+"""A radius that is too large for a number is rounded down too."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,17 @@ class Certificate:
         lipschitz: of the scores together, in the input's units; NaN where constants of scores or pairs were stated.
         method: how the constants are known.
         reason: why no radius is above 0; ``None`` where some may be.
-        dropped: samples without a finite norm, or with scores that are not: their radius is 0.
+        dropped: samples without a finite norm, or with scores that are not, of the deployed model too: their radius
+            is 0, and their prediction never right.
         weights: a hash of the weights that were certified.
+        input_norm: of the input gate, which is part of what was certified; infinite without one.
+        front: a hash of what runs before the model, its weights and their settings; ``None`` without.
+        units: as they were stated, one number or one for each channel; ``None``: those of the input.
+        score_error: what each score was taken to be off by where the model is deployed.
+        samples: a hash of the inputs.
+
+    Raises:
+        InputError: labels are not one for each sample, or below 0.
 
     Guarantee:
         Let ``f`` be the network in real arithmetic, with the weights as they are stored. For each sample ``x`` and
@@ -57,6 +74,17 @@ class Certificate:
     reason: str | None = None
     dropped: int = 0
     weights: str | None = None
+    input_norm: float = math.inf
+    front: str | None = None
+    units: tuple[float, ...] | None = None
+    score_error: float = 0.0
+    samples: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.labels is not None:
+            if len(self.labels) != len(self.radii):
+                raise InputError(f"there are {len(self.labels)} labels of {len(self.radii)} samples")
+            refuse_other_labels(self.labels)
 
     def __len__(self) -> int:
         return len(self.radii)
@@ -70,7 +98,12 @@ class Certificate:
         """
         if self.labels is None:
             raise InputError("accuracy needs labels: certify pairs of inputs and labels")
-        return self.predictions == self.labels
+        return (self.predictions == self.labels) & (self.predictions >= 0)
+
+    @property
+    def digest(self) -> str:
+        """A hash of what was certified: the weights, the input norm, and what runs before the model."""
+        return hashlib.sha256(f"{self.weights} {self.input_norm!r} {self.front}".encode()).hexdigest()
 
     def signed(self) -> Tensor:
         """Radii of right predictions, and less than zero those of wrong ones, ``(N,)``."""
@@ -122,7 +155,8 @@ def certify(
 
     Raises:
         ConfigurationError: an argument is out of range, or the model reads tokens.
-        InputError: the data does not fit.
+        InputError: the data does not fit, or a label is no class.
+        PrivacyError: a layer of the model was replaced or hooked, or a global module hook is registered.
     """
     error = not_negative("score_error", score_error)
     rows = whole("batch_size", batch_size)
@@ -133,12 +167,18 @@ def certify(
     stretch = _front_constant(front, front_lipschitz)
     plain = PlainNetwork(model, front=front)
     deployed = PlainNetwork(model, dtype=None, front=front)
-    constants = _constants(model, lipschitz, plain, inputs[:1], stretch)
-    own = _wrapped(model)
+    classes = plain.classes(inputs)
+    if labels is not None:
+        refuse_other_labels(labels, classes)
+    constants = _constants(model, lipschitz, plain, classes, stretch)
+    own = wrapped_model(model)
     known = None if own is None else own.forward_error()
     parts: list[_Part] = []
+    seen = hashlib.sha256()
     with torch.no_grad():
         for some in inputs.split(rows):
+            # In float64, so that it is the same of models of any dtype.
+            seen.update(some.detach().cpu().double().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             scores = plain(some).cpu()
             predicted = scores if deployed.dtype == torch.float64 else deployed(some).cpu()
             slack: Tensor | float = _unchecked_rounding(some, scores, constants.pairs)
@@ -154,11 +194,16 @@ def certify(
         labels,
         margins,
         nearest,
-        constants.joint / smallest,
-        constants.method,
-        constants.reason,
-        int(dropped.sum()),
-        digest_of(model if own is None else own.net),
+        lipschitz=constants.joint / smallest,
+        method=constants.method,
+        reason=constants.reason,
+        dropped=int(dropped.sum()),
+        weights=digest_of(model if own is None else own.net),
+        input_norm=plain.input_norm,
+        front=None if front is None else hashlib.sha256(f"{front!r} {digest_of(front)}".encode()).hexdigest(),
+        units=None if units is None else tuple(scale.flatten().tolist()),
+        score_error=error,
+        samples=seen.hexdigest(),
     )
 
 
@@ -177,16 +222,18 @@ def _certified(scores: Tensor, pairs: Tensor, slack: Tensor | float, deployed: T
         scores: ``(B, C)`` float64.
         pairs: ``K``.
         slack: ``(B,)``, or one number: what a difference of two scores may be off by.
-        deployed: ``(B,)`` what the deployed model predicts; where float64 sees another class nothing is certified.
+        deployed: ``(B,)`` what the deployed model predicts, -1 where its scores are not finite; where float64 sees
+            another class nothing is certified.
     """
-    dropped = ~scores.isfinite().all(1)
+    dropped = ~scores.isfinite().all(1) | (deployed < 0)
     scores = scores.masked_fill(dropped[:, None], 0.0)
     best = scores.argmax(1)
     gaps = scores.gather(1, best[:, None]) - scores
     sure = (gaps * _DOWN - torch.as_tensor(slack).reshape(-1, 1)).clamp(min=0.0)
     constants = pairs[best]
     # A difference that never moves keeps its sign for good.
-    radii = torch.where(constants > 0.0, sure / constants * _DOWN, torch.where(sure > 0.0, math.inf, 0.0))
+    finite = (sure / constants * _DOWN).clamp(max=_LARGEST)
+    radii = torch.where(constants > 0.0, finite, torch.where(sure > 0.0, math.inf, 0.0))
     own = torch.nn.functional.one_hot(best, scores.shape[1]).bool()
     radii, nearest = radii.masked_fill(own, math.inf).min(1)
     margins = gaps.masked_fill(own, math.inf).amin(1)
@@ -201,20 +248,13 @@ def _certified(scores: Tensor, pairs: Tensor, slack: Tensor | float, deployed: T
 
 
 def _predictions(scores: Tensor) -> Tensor:
-    return scores.nan_to_num(0.0).argmax(1)
+    return scores.nan_to_num(0.0).argmax(1).masked_fill(~scores.isfinite().all(1), -1)
 
 
-def _wrapped(model: nn.Module) -> DPLipModel | None:
-    model = getattr(model, "_orig_mod", model)
-    return model if isinstance(model, DPLipModel) else None
-
-
-def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, first: Tensor, stretch: float) -> Constants:
+def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, classes: int, stretch: float) -> Constants:
     """What is known of the scores, from the inputs in front of everything."""
-    with torch.no_grad():
-        classes = plain(first).shape[1]
     found = constants_of(model, lipschitz, classes)
-    if _wrapped(model) is None and plain.is_single:
+    if wrapped_model(model) is None and plain.is_single:
         found = of_single_output(found)
     if stretch == 1.0:
         return found
@@ -272,8 +312,10 @@ def average_certified_radius(certificate: Certificate, *, signed: bool = False) 
         signed: whether wrong predictions count by their radii too, which is how far errors are from being undone.
 
     Raises:
-        InputError: there are no labels.
+        InputError: there are no labels; or signed radii are infinite of both signs, which have no mean.
     """
-    radii = certificate.signed() if signed else certificate.radii * certificate.correct
-    # Infinity times false is NaN.
-    return float(torch.where(certificate.correct | signed, radii, 0.0).mean())
+    radii = certificate.signed() if signed else torch.where(certificate.correct, certificate.radii, 0.0)
+    mean = float(radii.mean())
+    if signed and math.isnan(mean):
+        raise InputError("radii of right and of wrong predictions are infinite: signed, they have no mean")
+    return mean

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import not_negative
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
-from clipless_dp.norms.rounding import exact_float64, gamma
+from clipless_dp.norms.rounding import above_zero, exact_float64, row_distances
 
 Lipschitz = float | Sequence[float] | Tensor | None
 """What is stated of a module: ``L`` of all scores together, one constant for each, or a matrix for each pair."""
@@ -76,6 +76,8 @@ def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int) -> Consta
     if lipschitz is None:
         reason = "no Lipschitz constant was stated (lipschitz=...): wrap the network in DPLipModel to have it certified"
         return Constants(_off_diagonal(math.inf, classes), math.inf, "none", reason)
+    if isinstance(lipschitz, Tensor) and lipschitz.dim() == 0:
+        lipschitz = float(lipschitz)
     if isinstance(lipschitz, (Tensor, list, tuple)):
         stated = torch.as_tensor(lipschitz, dtype=torch.float64).detach().cpu()
         if not bool((stated >= 0).all()):
@@ -113,7 +115,7 @@ def last_layer_constants(weight: Tensor, lipschitz: float) -> Tensor:
         lipschitz: ``L_b``.
 
     Returns:
-        ``(C, C)`` in float64, rounded up.
+        ``(C, C)`` in float64, rounded up: above 0 wherever rows differ.
 
     Raises:
         ConfigurationError: the weight is no matrix, or the constant no number of at least 0.
@@ -123,8 +125,8 @@ def last_layer_constants(weight: Tensor, lipschitz: float) -> Tensor:
     if weight.dim() != 2:
         raise ConfigurationError(f"weight must be a matrix (classes, features), got {tuple(weight.shape)}")
     rows = exact_float64(weight).cpu()
-    apart = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
-    return (apart * (1.0 + gamma(rows.shape[1])) * body * ROUNDING).fill_diagonal_(0.0)
+    apart = row_distances(rows)
+    return above_zero(apart * body * ROUNDING, (apart > 0.0) & (body > 0.0)).fill_diagonal_(0.0)
 
 
 def _off_diagonal(value: float, classes: int) -> Tensor:

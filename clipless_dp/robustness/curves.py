@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -141,7 +142,7 @@ class Curve:
             raise ConfigurationError(f"say which public samples were certified, in words, got {data!r}")
         certificate, tried = self.certificate, self.attacked
         assumptions = [
-            "The input gate, and what runs before the model, are part of what is certified.",
+            *_surroundings(certificate),
             "A perturbation of the input as the model reads it, before it is rounded to pixels, say.",
             "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
             "pass in float32 may differ from it by its own rounding next to a boundary.",
@@ -169,7 +170,12 @@ class Curve:
             "attacks": list(self.attacks),
             "attacked_samples": 0 if tried is None else len(tried.distances),
             "assumptions": assumptions,
+            "units": None if certificate.units is None else list(certificate.units),
+            "score_error": certificate.score_error,
+            "input_norm": certificate.input_norm if math.isfinite(certificate.input_norm) else None,
+            "front": certificate.front,
             "weights": certificate.weights,
+            "digest": certificate.digest,
         }
 
     def plot(self, path: str | os.PathLike[str] | None = None, axes: Any = None) -> Any:
@@ -200,6 +206,27 @@ class Curve:
         if path is not None:
             axes.figure.savefig(path)
         return axes
+
+
+def _surroundings(certificate: Certificate) -> list[str]:
+    """What was certified beside the weights, in words."""
+    norm, units = certificate.input_norm, certificate.units
+    said = [
+        f"The input gate, at norm {norm:g}, is part of what is certified."
+        if math.isfinite(norm)
+        else "No input gate is part of what is certified."
+    ]
+    if certificate.front is not None:
+        said.append(
+            "What runs before the model is part of what is certified: radii are of its inputs. Its hash is "
+            f"{certificate.front[:16]}…"
+        )
+    if units is not None:
+        told = f"{units[0]:g}" if len(units) == 1 else f"{len(units)} channels from {min(units):g} to {max(units):g}"
+        said.append(f"Radii are in raw units, of which the model's input has one for each {told}.")
+    if certificate.score_error > 0.0:
+        said.append(f"Where the model is deployed each score is off by at most {certificate.score_error:g}.")
+    return said
 
 
 def new_axes() -> Any:
@@ -248,9 +275,15 @@ def curve(
         ConfigurationError: an argument is out of range.
         InputError: the data does not fit.
     """
+    levels = [not_negative("radii", radius) for radius in radii]
+    share("level", level, "(0, 1)")
+    inputs, labels = read(data)
+    if labels is None:
+        raise InputError("accuracy needs labels: give pairs of inputs and labels")
+    count = len(inputs) if attacked_samples is None else whole("attacked_samples", attacked_samples)
     certificate = certify(
         model,
-        data,
+        (inputs, labels),
         lipschitz=lipschitz,
         front=front,
         front_lipschitz=front_lipschitz,
@@ -259,21 +292,17 @@ def curve(
     )
     attacked = None
     if attacks:
-        inputs, labels = read(data)
-        count = len(inputs) if attacked_samples is None else whole("attacked_samples", attacked_samples)
-        assert labels is not None
-        budgets = [radius for radius in radii if radius > 0.0]
         attacked = attack(
             model,
             (inputs[:count], labels[:count]),
             attacks,
-            radii=budgets,
+            radii=[radius for radius in levels if radius > 0.0],
             box=box,
             front=front,
             units=units,
             rng_seed=rng_seed,
         )
-    return Curve.of(certificate, attacked, radii, level)
+    return Curve.of(certificate, attacked, levels, level)
 
 
 class FrontPoint(NamedTuple):
@@ -348,10 +377,15 @@ def pareto(certificates: Mapping[str, Certificate], radius: float) -> Front:
 
     Raises:
         ConfigurationError: there is none, or the radius is out of range.
-        InputError: there are no labels.
+        InputError: there are no labels, or the certificates are of different samples, labels or units.
     """
     if not certificates:
         raise ConfigurationError("give one certificate or more, by name")
+    first, *others = certificates.values()
+    if not all(_comparable(first, other) for other in others):
+        raise InputError(
+            "the certificates are of different samples, labels or units: certify the same data in the same"
+        )
     found = {
         name: (float(one.correct.double().mean()), certified_accuracy(one, radius))
         for name, one in certificates.items()
@@ -365,6 +399,18 @@ def pareto(certificates: Mapping[str, Certificate], radius: float) -> Front:
         for name, pair in found.items()
     ]
     return Front(float(radius), tuple(sorted(points, key=lambda point: (-point.clean, -point.certified, point.name))))
+
+
+def _comparable(one: Certificate, other: Certificate) -> bool:
+    """Whether two certificates are of the same samples, as far as they tell, with radii in the same units."""
+    if one.labels is None or other.labels is None:
+        return one.labels is other.labels
+    known = one.samples is not None and other.samples is not None
+    return (
+        torch.equal(one.labels, other.labels)
+        and not (known and one.samples != other.samples)
+        and one.units == other.units
+    )
 
 
 class Selective(NamedTuple):
@@ -428,6 +474,10 @@ def abstain(model: nn.Module, radius: float, **arguments: Any) -> Abstaining:
         arguments: further ones of :func:`certify`.
 
     Raises:
-        ConfigurationError: the radius is out of range.
+        ConfigurationError: the radius is out of range, or :func:`certify` has no such argument.
     """
+    known = [name for name, one in inspect.signature(certify).parameters.items() if one.kind is one.KEYWORD_ONLY]
+    for name in arguments:
+        if name not in known:
+            raise ConfigurationError(f"certify has no argument {name!r}: it takes {', '.join(known)}")
     return Abstaining(model, not_negative("radius", radius), arguments)

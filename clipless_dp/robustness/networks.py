@@ -10,20 +10,34 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import positive, shown
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.gates import CotangentGate, input_gate
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.losses import class_scores
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.sampling import Samples
 from clipless_dp.training import Data
 
 Units = float | Sequence[float] | Tensor | None
 """By how many units of the raw input each channel moves when the model's input moves by one: standard deviations."""
 
+UNCHECKED_ROUNDING = 2.0**-40
+"""Of a module that is not wrapped: what a float64 forward pass is taken to err by, relative to ``‖z‖ + L·‖x‖``."""
+
+
+def wrapped_model(model: nn.Module) -> DPLipModel | None:
+    """The model, compiled or not, where it is a wrapped one."""
+    model = getattr(model, "_orig_mod", model)
+    return model if isinstance(model, DPLipModel) else None
+
 
 class PlainNetwork(nn.Module):
     """The forward pass that a model is deployed with, without what its training does to gradients.
+
+    Of a wrapped model that is its graph, whose bounds its constants are: what ``model(inputs)`` runs. ``model.net``, a
+    module of Python code, may compute something else where it was changed after wrapping, has hooks, or does in
+    ``eval`` mode what it was not traced with. It is compared, in ``eval`` mode, on a few random inputs.
 
     Gates on cotangents and gradients change the way back and not the values. An attack, a saliency map or a sampler
     needs the slope of the values themselves: this is a copy of the network without such gates, in ``eval`` mode, whose
@@ -39,9 +53,13 @@ class PlainNetwork(nn.Module):
         that the input gate drops are NaN.
 
     Raises:
-        ConfigurationError: the model reads tokens, between which there is no distance; or several inputs.
+        ConfigurationError: the model reads tokens, between which there is no distance; or several inputs; or
+            ``model.net`` returns other values than the graph.
+        PrivacyError: a layer of a wrapped model was replaced or hooked, or a global module hook is registered.
 
     Attributes:
+        input_shape: of one sample behind the front, of a wrapped model; else ``None``.
+        input_norm: of the input gate of a wrapped model; infinite without one.
         is_single: whether the network was seen to return one output.
     """
 
@@ -50,16 +68,21 @@ class PlainNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.input_norm = math.inf
+        self.input_shape: tuple[int, ...] | None = None
         self.is_single = False
-        net = getattr(model, "_orig_mod", model)
-        if isinstance(net, DPLipModel):
-            if net.vocabulary is not None or net.packing is not None or not net.graph.reads.is_floating_point:
+        refuse_interference()
+        net, wrapped = getattr(model, "_orig_mod", model), wrapped_model(model)
+        if wrapped is not None:
+            reads_numbers = wrapped.vocabulary is None and wrapped.packing is None
+            if not (reads_numbers and wrapped.graph.reads.is_floating_point):
                 raise ConfigurationError(
                     "the model reads tokens or several inputs, between which there is no Euclidean distance: neither "
                     "radii nor attacks are defined; certify the part of the network behind the embedding"
                 )
-            self.input_norm = net.input_norm
-            net = net.net
+            # Traces anew where settings were changed, and refuses what is not bounded.
+            wrapped.lipschitz_constant()
+            self.input_norm, self.input_shape = wrapped.input_norm, wrapped.input_shape
+            net = wrapped.graph.copied()
         self.net = _without_gates(net)
         self.front = None if front is None else _without_gates(front)
         self.eval()
@@ -69,6 +92,38 @@ class PlainNetwork(nn.Module):
         self.device = torch.device("cpu") if held.device.type == "mps" and dtype == torch.float64 else held.device
         self.dtype = held.dtype if dtype is None else dtype
         self.to(self.device, self.dtype)
+        if wrapped is not None:
+            self._refuse_other_code(wrapped)
+
+    @torch.no_grad()
+    def _refuse_other_code(self, model: DPLipModel) -> None:
+        """Refuses a model whose ``net``, in ``eval`` mode, does not return what its graph does."""
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise ConfigurationError("a hook is registered on the model itself, which bounds do not follow: remove it")
+        inputs = model.random_inputs(8, torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        inputs = inputs * per_sample(torch.logspace(-1.0, 1.0, 8).to(inputs), inputs)
+        if math.isfinite(self.input_norm):
+            inputs, _ = input_gate(inputs, self.input_norm)
+        expected = self.net(inputs)
+        reason = "it returns other values"
+        try:
+            found = copy.deepcopy(model.net).eval().to(self.device, self.dtype)(inputs)
+        except Exception as error:
+            found, reason = None, f"{type(error).__name__}: {error}"
+        # Half of the digits: fused and other kernels may round otherwise, other code is not that close.
+        share = math.sqrt(torch.finfo(self.dtype).eps)
+        allowed = share * float(expected.abs().nan_to_num(0.0, 0.0, 0.0).max())
+        if (
+            not isinstance(found, Tensor)
+            or found.shape != expected.shape
+            or not torch.allclose(found, expected, rtol=share, atol=allowed, equal_nan=True)
+        ):
+            raise ConfigurationError(
+                f"model.net in eval mode is not the network whose bounds the model knows ({reason}): its forward "
+                "depends on the mode, on an attribute that was changed after wrapping, on a hook or on chance, which "
+                "the traced graph does not follow. Wrap the network as it is deployed in a new DPLipModel, its mode "
+                "and attributes set before, and what depends on them in layers"
+            )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Scores of the classes.
@@ -83,11 +138,28 @@ class PlainNetwork(nn.Module):
         self.is_single = scores.numel() == len(scores)
         return class_scores(scores)
 
+    def classes(self, inputs: Tensor) -> int:
+        """How many scores there are of these inputs, by their first row.
+
+        Raises:
+            InputError: the network does not read inputs of this shape.
+        """
+        try:
+            with torch.no_grad():
+                return int(self(inputs[:1]).shape[1])
+        except CliplessError:
+            raise
+        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+            raise InputError(f"the network does not read inputs {tuple(inputs.shape)}: {error}") from error
+
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
+        refuse_interference()
         values = inputs.to(self.device, self.dtype)
         if self.front is not None:
             values = self.front(values)
+        if self.input_shape is not None and tuple(values.shape[1:]) != self.input_shape:
+            raise InputError(f"the model reads inputs (batch, *{self.input_shape}), got {tuple(values.shape)}")
         if math.isfinite(self.input_norm):
             values, known = input_gate(values, self.input_norm)
         else:
@@ -141,6 +213,17 @@ def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:
     if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex():
         raise InputError(f"expected integer labels (batch,), got {labels.dtype} {tuple(labels.shape)}")
     return inputs, labels.long().cpu()
+
+
+def refuse_other_labels(labels: Tensor, classes: int | None = None) -> None:
+    """Refuses labels that are no class.
+
+    Raises:
+        InputError: one is below 0, or at least as large as the number of classes, where that is known.
+    """
+    if bool((labels < 0).any()) or (classes is not None and bool((labels >= classes).any())):
+        limits = "" if classes is None else f", and below {classes}, of which there are scores"
+        raise InputError(f"labels must be classes, 0 or above{limits}: leave out samples without a class")
 
 
 def scale_of(units: Units, inputs: Tensor) -> Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import positive, seed, whole
 from clipless_dp.errors import InputError
 from clipless_dp.gates.arithmetic import per_sample
-from clipless_dp.robustness.networks import PlainNetwork, read
+from clipless_dp.robustness.networks import UNCHECKED_ROUNDING, PlainNetwork, read, wrapped_model
 from clipless_dp.training import Data
 
 
@@ -26,8 +28,11 @@ def lipschitz_lower_bound(
 
     At each step a point's direction becomes the one that the Jacobian there stretches most (power iteration, one
     product with it and one with its transpose), and the point moves along it. The ratio is of two points that were both
-    evaluated, in float64: up to the rounding of their difference, a relative ``1e-8``, which is taken off, it is below
-    every Lipschitz constant. A certified constant far above it is loose there, or the search is weak.
+    evaluated, in float64, and what the two passes may err by is taken off their difference: of a wrapped model its
+    certified bound (:meth:`clipless_dp.DPLipModel.forward_error`), of other modules and fronts what :func:`certify`
+    takes them to err by. So it is below every Lipschitz constant.
+
+    A certified constant far above it is loose there, or the search is weak.
 
     Args:
         model: a wrapped model, or any module.
@@ -48,6 +53,8 @@ def lipschitz_lower_bound(
     if not len(inputs):
         raise InputError("there are no samples to start from")
     plain = PlainNetwork(model, front=front)
+    own = wrapped_model(model)
+    known = math.inf if own is None or front is not None else own.forward_error()
     largest = 0.0
     for some in inputs.split(rows):
         points = some.to(plain.device, plain.dtype)
@@ -58,11 +65,21 @@ def lipschitz_lower_bound(
             length = reach * float(points.flatten(1).norm(dim=1).mean().clamp(min=1e-3)) * (0.1 if step % 2 else 1.0)
             moved = points + length * steepest
             with torch.no_grad():
-                apart = (plain.outputs(moved) - plain.outputs(points)).flatten(1).norm(dim=1)
-                ratios = apart / (moved - points).flatten(1).norm(dim=1)
+                before, after = plain.outputs(points).flatten(1), plain.outputs(moved).flatten(1)
+                apart, way = (after - before).norm(dim=1), (moved - points).flatten(1).norm(dim=1)
+                error = _rounding((before, after), (points, moved), apart / way) if math.isinf(known) else 2.0 * known
+                ratios = (apart - error) / way
             largest = max(largest, float(ratios.nan_to_num(0.0, 0.0).max()) * (1.0 - 1e-8))
             points, drawn = moved, steepest
     return largest
+
+
+def _rounding(outputs: tuple[Tensor, Tensor], inputs: tuple[Tensor, Tensor], slope: Tensor) -> Tensor:
+    """What both passes together are taken to err by where nothing is known of the layers, ``(B,)``."""
+    ends = sum(one.norm(dim=1) for one in outputs)
+    starts = sum(one.flatten(1).norm(dim=1) for one in inputs)
+    error: Tensor = UNCHECKED_ROUNDING * (ends + slope * starts)
+    return error
 
 
 def _unit(values: Tensor) -> Tensor:

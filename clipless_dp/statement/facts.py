@@ -300,11 +300,18 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
             "holds if what was in them did not decide that, and nothing of their gradients was used."
         )
     robustness = facts.get("robustness")
-    if robustness is not None and robustness["weights"] != digest_of(optimizer.model.net):
-        yield (
-            "The robustness certificate is of other weights than those that the model holds now: certify these, and "
-            "hand that to the statement."
-        )
+    if robustness is not None:
+        if robustness["weights"] != digest_of(optimizer.model.net):
+            yield (
+                "The robustness certificate is of other weights than those that the model holds now: certify these, "
+                "and hand that to the statement."
+            )
+        norm = optimizer.model.input_norm
+        if robustness["input_norm"] != (norm if math.isfinite(norm) else None):
+            yield (
+                "The robustness certificate is of another input norm than the model's, and so of other predictions: "
+                "certify this model, and hand that to the statement."
+            )
     for one in facts["audits"]:
         if one["passed"] is False:
             yield f"An audit failed ({one['kind']}): do not rely on the promise until it is explained."

@@ -20,7 +20,19 @@ from clipless_dp.statement.facts import facts_of
 
 SUFFIXES = (".md", ".json", ".html")
 DESCRIBED = frozenset(
-    {"assumptions", "attacks", "average_radius", "clean", "data", "lipschitz", "method", "points", "samples", "weights"}
+    {
+        "assumptions",
+        "attacks",
+        "average_radius",
+        "clean",
+        "data",
+        "input_norm",
+        "lipschitz",
+        "method",
+        "points",
+        "samples",
+        "weights",
+    }
 )
 """What is stated of a certificate of robustness."""
 

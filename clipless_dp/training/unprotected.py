@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from clipless_dp.arguments import learning_rate, seed, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import input_gate
-from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model import DPLipModel, lineage, passes
+from clipless_dp.model.surroundings import refuse_interference
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.sampling import Samples
 from clipless_dp.training.evaluation import Data, evaluate
@@ -67,8 +68,9 @@ def fit_without_privacy(
 
     For public data, and for networks that are wanted for their Lipschitz constant alone. Shuffled batches, the mean of
     the loss, an ordinary optimizer, and the model's constraints projected after each step; neither input nor loss is
-    other than in :func:`clipless_dp.fit`. The gate at the output is left out; gates within the network are part of it,
-    and stay. ``docs/robustness.md`` has the same as a loop of ten lines.
+    other than in :func:`clipless_dp.fit`. What is trained is the traced graph, ``model.graph``, which the model runs
+    and whose bounds it knows. The gate at the output is left out; gates within the network are part of it, and stay.
+    ``docs/robustness.md`` has the same as a loop of ten lines.
 
     Args:
         model: the wrapped model, trained in place.
@@ -84,11 +86,14 @@ def fit_without_privacy(
 
     Raises:
         ConfigurationError: an argument is out of range, the model is not wrapped, or its weights are split among ranks.
-        InputError: the data does not fit the model.
+        InputError: the data, or the validation data, does not fit the model: before the first step.
+        PrivacyError: a layer was replaced or hooked, or a global module hook is registered.
 
     Guarantee:
-        None of privacy. A private run that goes on from these weights protects what *it* reads, and its statement says
-        that they were changed by something else.
+        None of privacy. A private run that goes on from here protects what *it* reads. Its statement says that
+        something else had changed the weights, this call having come to its end or not, where the run is of this model
+        or this network, of the same parameters in another one, or of a copy or a file of the whole model. Values alone
+        tell nothing of it: a state dict that is loaded into another network, a copy of ``model.net``.
     """
     require_wrapped(model)
     epochs, batch_size = whole("epochs", epochs), whole("batch_size", batch_size)
@@ -102,6 +107,12 @@ def fit_without_privacy(
         raise ConfigurationError("the network has no parameters to train")
     samples = Samples.of(dataset, model.packing)
     evaluate(model, samples.first)
+    held_out = None if validation is None else Samples.of(validation, model.packing)
+    if held_out is not None:
+        # All of it: what does not fit is found here, and not behind an epoch.
+        evaluate(model, held_out)
+    # Traces anew where settings were changed, and refuses what is not bounded.
+    model.lipschitz_constant()
     base = torch.optim.Adam(parameters, rate) if optimizer is None else optimizer(parameters)
     steps = epochs * -(-len(samples) // batch_size)
     schedule = scheduler(base, steps)
@@ -115,6 +126,9 @@ def fit_without_privacy(
     means: list[float] = []
     accuracies: list[float | None] = []
     model.train()
+    # A private run that starts here says that something else has trained these weights: before the first step, which
+    # may be the last one.
+    lineage.of(model).changed += 1
     with tqdm(total=steps, disable=not progress, unit="step", desc="NOT PRIVATE", dynamic_ncols=True) as bar:
         for _ in range(epochs):
             total = 0.0
@@ -124,20 +138,21 @@ def fit_without_privacy(
                 schedule.step()
                 bar.update()
             means.append(total / len(samples))
-            accuracies.append(None if validation is None else evaluate(model, validation)[0])
-    # A private run that starts here says that something else has trained these weights.
-    lineage.of(model).changed += 1
+            accuracies.append(None if held_out is None else evaluate(model, held_out)[0])
     return UnprotectedResult(steps, tuple(means), tuple(accuracies))
 
 
 def _step(model: DPLipModel, base: Optimizer, parameters: list[nn.Parameter], inputs: Tensor, targets: Tensor) -> float:
     """One ordinary step; gradients are handed to the optimizer and taken away again, so that none is left behind."""
+    refuse_interference()
     model.check_inputs(inputs)
     gated, finite = input_gate(inputs, model.input_norm) if math.isfinite(model.input_norm) else (inputs, None)
-    losses = model.loss_function.per_sample(model.net(gated), targets)
-    usable = losses.detach().isfinite() if finite is None else losses.detach().isfinite() & finite
-    loss = torch.where(usable, losses, 0.0).sum() / max(1, len(losses))
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    # Nobody's pass: layers of a user's own run within the graph, and a private step refuses what would be left here.
+    with passes.unwitnessed():
+        losses = model.loss_function.per_sample(model.graph.module(gated), targets)
+        usable = losses.detach().isfinite() if finite is None else losses.detach().isfinite() & finite
+        loss = torch.where(usable, losses, 0.0).sum() / max(1, len(losses))
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
     before = [parameter.grad for parameter in parameters]
     try:
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -166,6 +166,15 @@ def test_the_lower_bound_stays_below_the_certified_constant(name: str) -> None:
     assert 0.0 < lipschitz_lower_bound(model, points(8, *model.input_shape).float()) <= model.lipschitz_constant()
 
 
+def test_the_lower_bound_stays_below_the_constant_where_scores_cancel() -> None:
+    layer = nn.Linear(2, 2).double()
+    with torch.no_grad():
+        layer.weight.copy_(1e-3 * torch.eye(2))
+        layer.bias.fill_(1e6)
+    for model in (layer, wrapped(layer, (2,), input_norm=9.0)):
+        assert lipschitz_lower_bound(model, points(50, 2)) <= 1e-3
+
+
 def test_the_lower_bound_is_the_constant_of_a_linear_and_of_an_orthogonal_network() -> None:
     layer = nn.Linear(6, 4).double()
     norm = float(torch.linalg.matrix_norm(layer.weight.detach(), 2))
@@ -182,7 +191,7 @@ def test_what_does_not_fit_is_refused() -> None:
     for wrong in ({"radii": (0.0,)}, {"radii": (-1.0,)}, {"box": (1.0, 0.0)}, {"batch_size": 0}, {"bisections": 0}):
         with pytest.raises(ConfigurationError):
             attack(model, inputs, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="classes below 2"):
+    with pytest.raises(InputError, match="below 2"):
         attack(model, (inputs, torch.tensor([0, 2])))
     with pytest.raises(ConfigurationError, match=r"attacks\.PGD"):
         attack(model, inputs, ("pgd",))  # type: ignore[arg-type]

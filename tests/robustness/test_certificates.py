@@ -15,6 +15,7 @@ from clipless_dp import (
     ConfigurationError,
     DPLipModel,
     InputError,
+    PrivacyError,
     constraints,
     fit,
     fit_without_privacy,
@@ -23,6 +24,7 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp.bounds import margins
+from clipless_dp.losses import class_scores
 from clipless_dp.robustness import (
     Certificate,
     attack,
@@ -32,7 +34,9 @@ from clipless_dp.robustness import (
     certified_accuracy,
     certify,
     last_layer_constants,
+    lipschitz_lower_bound,
     margin_constants,
+    plain_network,
 )
 from clipless_dp.robustness import constants as constants_module
 from tests.robustness.nets import NETWORKS, dense, points, seeded, wrapped
@@ -359,7 +363,7 @@ def test_mutants_of_constants_and_radii_are_caught_by_attacks(monkeypatch: pytes
                 "‖w_l‖ for ‖w_l - w_j‖",
                 margins,
                 "margin_constants",
-                'apart = torch.cdist(found.rows, found.rows, compute_mode="donot_use_mm_for_euclid_dist")',
+                "apart = row_distances(found.rows)",
                 "apart = found.rows.norm(dim=1)[:, None].expand(-1, len(found.rows))",
             ),
             wrapped(opposed, (2,), input_norm=50.0),
@@ -422,6 +426,154 @@ def test_a_mutant_without_rounding_certifies_more_than_is_true(monkeypatch: pyte
     # Stated constants are enlarged by 1e-10: what is left of the excess shows without that.
     monkeypatch.setattr(constants_module, "ROUNDING", 1.0)
     assert float(certify(Rounded(), inputs, lipschitz=1.0).radii) > true
+
+
+def test_a_sample_that_is_dropped_is_right_for_no_label_and_labels_are_classes() -> None:
+    layer = linear((1.0, 0.0), (0.0, 1.0))
+    inputs = torch.tensor([[2.0, 0.0], [math.nan, 0.0]], dtype=torch.float64)
+    for label in (-1, 2, 100):
+        with pytest.raises(InputError, match="labels must be classes"):
+            certify(layer, (inputs, torch.tensor([0, label])), lipschitz=1.0)
+    with pytest.raises(InputError, match="labels must be classes"):
+        Certificate(torch.zeros(2).double(), torch.tensor([0, -1]), torch.tensor([0, -1]))
+    with pytest.raises(InputError, match="1 labels of 2 samples"):
+        Certificate(torch.zeros(2).double(), torch.tensor([0, 0]), torch.tensor([0]))
+    certificate = certify(layer, (inputs, torch.tensor([0, 0])), lipschitz=1.0)
+    # Whatever labels become: no class is that of a sample without a prediction.
+    certificate.labels[1] = -1
+    assert certificate.correct.tolist() == [True, False]
+
+
+def test_a_sample_without_scores_of_the_deployed_model_is_dropped() -> None:
+    model = seeded(NETWORKS["orthogonal"])
+    inputs = points(3, 5).float()
+    inputs[1] *= 1e36
+    assert bool(model(inputs)[1].isnan().all())
+    for one in (model, nn.Sequential(nn.Linear(5, 3), nn.Linear(3, 3))):
+        if one is not model:
+            with torch.no_grad():
+                one[0].weight.mul_(1e10)
+        certificate = certify(one, inputs, lipschitz=None if one is model else 1e20)
+        assert certificate.predictions[1] == -1
+        assert certificate.radii[1] == 0.0
+        assert certificate.dropped == 1
+
+
+def test_signed_radii_of_both_infinities_have_no_mean() -> None:
+    certificate = Certificate(torch.tensor([math.inf, math.inf]).double(), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    with pytest.raises(InputError, match="no mean"):
+        average_certified_radius(certificate, signed=True)
+    assert average_certified_radius(certificate) == math.inf
+
+
+def test_inputs_of_another_shape_are_refused() -> None:
+    for model, lipschitz in ((NETWORKS["orthogonal"](), None), (nn.Linear(5, 3), 1.0)):
+        for shape in ((7,), (5, 5)):
+            if isinstance(model, nn.Linear) and shape == (5, 5):
+                continue
+            with pytest.raises(InputError, match=r"reads? inputs"):
+                certify(model, points(3, *shape), lipschitz=lipschitz)
+            with pytest.raises(InputError):
+                attack(model, points(3, *shape))
+
+
+def test_constants_of_rows_that_differ_are_never_zero() -> None:
+    drawn = points(4, 5)
+    for size in (1e-170, 1e-300, 1e170):
+        found = last_layer_constants(size * drawn, 1.0)
+        # Float64 sums of five terms, and the rounding up of 1e-10.
+        assert torch.allclose(found / size, torch.cdist(drawn, drawn), rtol=1e-8)
+    mixed = torch.tensor([[1e-200, 0.0], [0.0, 1e-200], [1.0, 0.0], [0.0, 1e-200]], dtype=torch.float64)
+    found = last_layer_constants(mixed, 1.0)
+    assert float(found[0, 1]) == pytest.approx(math.sqrt(2.0) * 1e-200, rel=1e-8)
+    assert found[1, 3] == 0.0
+    assert float(last_layer_constants(mixed, 1e-150)[0, 1]) > 0.0
+    layer = seeded(lambda: nn.Linear(5, 3)).double()
+    with torch.no_grad():
+        layer.weight.mul_(1e-170)
+    assert int((wrapped(layer, (5,)).margin_constants() > 0.0).sum()) == 6
+
+
+def test_a_stated_constant_may_be_a_tensor_of_one_number() -> None:
+    layer, inputs = linear((1.0, 0.0), (0.0, 1.0)), points(4, 2)
+    found = certify(layer, inputs, lipschitz=torch.tensor(2.0))
+    assert torch.equal(found.radii, certify(layer, inputs, lipschitz=2.0).radii)
+
+
+class Sharpened(nn.Module):
+    """Scores that are ten times as steep in ``eval`` mode, or where an attribute says so."""
+
+    def __init__(self, evaluating: float = 1.0) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(5, 3))
+        self.factor, self.evaluating = 1.0, evaluating
+
+    def forward(self, values: Tensor) -> Tensor:
+        scores = self.factor * self.body(values)
+        return scores if self.training else self.evaluating * scores
+
+
+def steepened(how: str) -> DPLipModel:
+    net = Sharpened(10.0 if how == "mode" else 1.0)
+    model = wrapped(net, (5,))
+    if how == "attribute":
+        net.factor = 10.0
+    elif how == "hook on the root":
+        net.register_forward_hook(lambda module, given, output: 10.0 * output)
+    elif how == "hook on a container":
+        net.body.register_forward_hook(lambda module, given, output: 10.0 * output)
+    elif how == "hook on a layer":
+        net.body[0].register_forward_hook(lambda module, given, output: 10.0 * output)
+    elif how == "hook on the model":
+        model.register_forward_hook(lambda module, given, output: 10.0 * output)
+    return model
+
+
+@pytest.mark.parametrize(
+    "how", ["mode", "attribute", "hook on the root", "hook on a container", "hook on a layer", "hook on the model"]
+)
+def test_a_model_whose_code_is_not_its_graph_is_refused(how: str) -> None:
+    certify(seeded(lambda: steepened("nothing")), points(3, 5))
+    for ask in (certify, attack, lipschitz_lower_bound):
+        with pytest.raises((ConfigurationError, PrivacyError), match="model"):
+            ask(seeded(lambda: steepened(how)), points(3, 5))
+
+
+def test_global_hooks_are_refused_of_every_module() -> None:
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, given, output: 10.0 * output if isinstance(module, nn.Linear) else None
+    )
+    try:
+        for model, lipschitz in ((NETWORKS["orthogonal"](), None), (nn.Linear(5, 3), 1.0)):
+            with pytest.raises(PrivacyError, match="global module hook"):
+                certify(model, points(3, 5), lipschitz=lipschitz)
+    finally:
+        hook.remove()
+
+
+def test_a_network_wrapped_as_it_is_deployed_is_certified_by_its_own_constant() -> None:
+    def build() -> nn.Module:
+        net = Sharpened(10.0).eval()
+        return wrapped(net, (5,)).double()
+
+    model, inputs = seeded(build), points(20, 5)
+    certificate = certify(model, inputs)
+    assert isinstance(model, DPLipModel)
+    assert torch.equal(certificate.predictions, model(inputs).argmax(1))
+    found = attack(model, inputs, QUICK)
+    assert bool((found.distances >= certificate.radii * INSIDE).all())
+    # Ten times less without the factor; behind it constants are of the scores together, twice what is seen here.
+    assert float((certificate.radii / found.distances).median()) > 0.3
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_certified_is_what_the_model_runs(name: str) -> None:
+    model = seeded(NETWORKS[name]).double().eval()
+    assert isinstance(model, DPLipModel)
+    inputs = points(9, *model.input_shape)
+    expected = class_scores(model(inputs))
+    # Fused kernels round otherwise: float64 sums of a few hundred terms.
+    assert torch.allclose(plain_network(model)(inputs), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_certifying_changes_nothing_of_the_model() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipless_dp import ConfigurationError, InputError
 from clipless_dp.robustness import Attacked, Certificate, Curve, abstain, attacks, certify, curve, pareto
-from tests.robustness.nets import NETWORKS, points, seeded
+from tests.robustness.nets import NETWORKS, points, seeded, wrapped
 
 QUICK = (attacks.PGD(steps=10, restarts=1), attacks.DeepFool(steps=8))
 
@@ -124,6 +124,60 @@ def test_an_abstaining_classifier_never_answers_two_ways_within_its_radius() -> 
     assert told.correct == pytest.approx(float((answers == labels).double().mean()))
     assert told.accuracy == pytest.approx(told.correct / told.answered)
     assert math.isnan(abstain(model, 1e9).evaluate((inputs, labels)).accuracy)
+
+
+def test_a_front_of_different_samples_labels_or_units_is_refused() -> None:
+    model, inputs = seeded(NETWORKS["orthogonal"]).double(), points(12, 5)
+    labels = torch.arange(12) % 3
+    own = certify(model, (inputs, labels))
+    others = {
+        "fewer": certify(model, (inputs[:3], labels[:3])),
+        "other labels": certify(model, (inputs, labels.roll(1))),
+        "other inputs": certify(model, (inputs.roll(3, 0), labels)),
+        "other units": certify(model, (inputs, labels), units=0.5),
+    }
+    for name, other in others.items():
+        with pytest.raises(InputError, match="different samples"):
+            pareto({"own": own, name: other}, 0.1)
+    twin = certify(seeded(NETWORKS["wide"]).double(), (inputs, labels))
+    assert len(pareto({"own": own, "twin": twin}, 0.1).points) == 2
+
+
+def test_a_description_says_units_front_score_error_and_input_norm_and_its_digest_covers_them() -> None:
+    layer = torch.nn.Linear(5, 3).double()
+    data = points(8, 5), torch.arange(8) % 3
+    front = torch.nn.Linear(5, 5).double()
+    model = wrapped(layer, (5,), input_norm=3.0)
+    plain = curve(model, data, (0.0, 0.1), ()).described("public samples")
+    assert (plain["units"], plain["front"], plain["score_error"], plain["input_norm"]) == (None, None, 0.0, 3.0)
+    told = curve(
+        model, data, (0.0, 0.1), (), units=(0.1, 0.2, 0.3, 0.4, 0.5), score_error=1e-3, front=front, front_lipschitz=9.0
+    ).described("public samples")
+    assert told["units"] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert told["score_error"] == 1e-3
+    text = "\n".join(told["assumptions"])
+    for words in ("raw units", "5 channels from 0.1 to 0.5", "at most 0.001", told["front"][:16], "norm 3"):
+        assert words in text
+    assert told["weights"] == plain["weights"]
+    other = curve(wrapped(layer, (5,), input_norm=1.0), data, (0.0, 0.1), ()).described("public samples")
+    with torch.no_grad():
+        front.weight.mul_(2.0)
+    turned = curve(model, data, (0.0, 0.1), (), front=front, front_lipschitz=9.0).described("public samples")
+    assert len({plain["digest"], told["digest"], other["digest"], turned["digest"]}) == 4
+
+
+def test_arguments_of_curves_and_abstention_that_do_not_fit_are_refused_at_once() -> None:
+    model, inputs = seeded(NETWORKS["orthogonal"]).double(), points(4, 5)
+    labels = torch.zeros(4, dtype=torch.int64)
+    for chosen in (QUICK, ()):
+        with pytest.raises(InputError, match="labels"):
+            curve(model, inputs, attacks=chosen)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="labels must be classes"):
+            curve(model, (inputs, labels - 1), attacks=chosen)
+        with pytest.raises(ConfigurationError, match="radii"):
+            curve(model, (inputs, labels), radii=["0.1"], attacks=chosen)  # type: ignore[list-item]
+    with pytest.raises(ConfigurationError, match="'unit'"):
+        abstain(model, 0.1, unit=3)
 
 
 def test_what_does_not_fit_is_refused() -> None:

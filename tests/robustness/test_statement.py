@@ -61,6 +61,15 @@ def test_a_certificate_of_other_weights_is_a_finding() -> None:
     assert any("certificate is of other weights" in finding for finding in findings)
 
 
+def test_a_certificate_of_another_input_norm_is_a_finding() -> None:
+    optimizer = trained(constraints.Orthogonal()).optimizer
+    other = DPLipModel(optimizer.model.net, input_shape=(6,), input_norm=8.0, loss=losses.TauCrossEntropy(8.0))
+    described = curve(other, samples(20, 3), (0.0, 0.1), ()).described("public samples")
+    findings = report(optimizer, robustness=described).findings
+    assert any("another input norm" in finding for finding in findings)
+    assert not any("other weights" in finding for finding in findings)
+
+
 def test_what_is_not_certified_says_why_in_the_statement() -> None:
     certificate = Certificate(
         torch.zeros(2).double(), torch.zeros(2), torch.zeros(2), reason="no constant is known", method="none"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clipless_dp import (
     CliplessDPSGD,
@@ -16,6 +17,7 @@ from clipless_dp import (
     DPLipModel,
     InputError,
     PoissonBatches,
+    PrivacyError,
     constraints,
     fit,
     fit_without_privacy,
@@ -98,17 +100,92 @@ def test_fit_itself_cannot_be_switched_to_no_privacy() -> None:
             fit(model_of(), samples(40), epsilon=epsilon, delta=1e-3, epochs=1, batch_size=8)  # type: ignore[arg-type]
 
 
-def test_a_private_run_that_goes_on_from_there_says_so() -> None:
-    model = model_of()
+def findings_of_a_private_run(model: DPLipModel) -> str:
     data = samples(60)
-    fit_without_privacy(model, data, epochs=1, batch_size=16, rng_seed=0, progress=False)
     optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=2.0, sample_rate=0.2, dataset_size=60)
     for inputs, labels, mask in PoissonBatches(data, sample_rate=0.2, steps=1):
         optimizer.zero_grad()
         model.loss(model(inputs), labels, mask).backward()
         optimizer.step()
-    findings = report(optimizer, delta=1e-3).facts["findings"]
-    assert any("something else had set or trained them" in finding for finding in findings)
+    return "\n".join(report(optimizer, delta=1e-3).facts["findings"])
+
+
+FOUND = "something else had set or trained them"
+
+
+def test_a_private_run_that_goes_on_from_there_says_so() -> None:
+    model = model_of()
+    assert FOUND not in findings_of_a_private_run(model_of())
+    fit_without_privacy(model, samples(60), epochs=1, batch_size=16, rng_seed=0, progress=False)
+    assert FOUND in findings_of_a_private_run(copy.deepcopy(model))
+    assert FOUND in findings_of_a_private_run(model)
+
+
+def test_a_private_run_says_so_of_training_that_was_interrupted() -> None:
+    class Interrupts:
+        def step(self) -> None:
+            raise KeyboardInterrupt
+
+    model = model_of()
+    before = model.net[0].weight.detach().clone()
+    with pytest.raises(KeyboardInterrupt):
+        fit_without_privacy(
+            model, samples(60), epochs=1, batch_size=16, progress=False, scheduler=lambda base, steps: Interrupts()
+        )
+    assert not torch.equal(model.net[0].weight, before)
+    assert FOUND in findings_of_a_private_run(model)
+
+
+def test_validation_data_that_does_not_fit_is_refused_before_the_first_step() -> None:
+    inputs, labels = samples(40)
+    model = model_of()
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    with pytest.raises(InputError):
+        fit_without_privacy(
+            model, (inputs, labels), epochs=1, batch_size=8, validation=(inputs[:, :3], labels), progress=False
+        )
+    assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
+    assert FOUND not in findings_of_a_private_run(model)
+
+
+class Sharpened(nn.Module):
+    """Depends on an attribute that is no setting of a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.factor = nn.Linear(6, 3), 1.0
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.factor * self.body(values)
+
+
+def test_what_is_trained_is_the_graph_that_the_model_runs() -> None:
+    nets = []
+    for factor in (1.0, 1e3):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            net = Sharpened()
+        model = DPLipModel(net, input_shape=(6,), input_norm=5.0, loss=losses.TauCrossEntropy(8.0))
+        net.factor = factor
+        fit_without_privacy(model, samples(40), epochs=1, batch_size=16, rng_seed=0, progress=False)
+        nets.append(net.body.weight.detach())
+    assert torch.equal(*nets)
+    model = model_of()
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: None)
+    try:
+        with pytest.raises(PrivacyError, match="global module hook"):
+            fit_without_privacy(model, samples(40), epochs=1, batch_size=16, progress=False)
+    finally:
+        hook.remove()
+
+
+def test_networks_with_dropout_train_too() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), layers.GroupSort(2), nn.Linear(8, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=5.0, loss=losses.TauCrossEntropy(8.0))
+    before = net[0].weight.detach().clone()
+    fit_without_privacy(model, samples(40), epochs=1, batch_size=16, progress=False)
+    assert not torch.equal(net[0].weight, before)
+    assert bool(net[0].weight.isfinite().all())
 
 
 def test_what_does_not_fit_is_refused() -> None:
