@@ -127,7 +127,8 @@ multiplier = number(1e-100, 1e100, low_too=True, high_too=True)
 
 # Without an id for each row, the others say nothing.
 GROUPS: dict[str, Fits] = {
-    "groups": nothing,
+    # Several ids may be those of as many rows.
+    "groups": either(nothing, lambda value: isinstance(value, (tuple, list)) and len(value) > 1),
     "rows_per_group": lambda value: whole()(value) and value == ROWS_PER_GROUP,
     "group_weights": word("mean"),
 }
