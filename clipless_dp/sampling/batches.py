@@ -16,7 +16,7 @@ from clipless_dp import arguments
 from clipless_dp.arguments import whole
 from clipless_dp.packing import Packing, Structure
 from clipless_dp.sampling import draws
-from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, column_of, people_of, refuse_group_arguments
+from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, column_of, people_of
 from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 from clipless_dp.sampling.samples import count as samples_in
@@ -117,12 +117,9 @@ class PoissonBatches:
             physical_batch_size = whole("physical_batch_size", physical_batch_size)
         device = arguments.device("device", device)
         refuse_draws(sample_rate, steps, seed, start)
-        refuse_group_arguments(groups, rows_per_group, group_weights)
         dataset, groups = column_of(dataset, groups)
-        if groups is not None:
-            refuse_group_arguments(groups, rows_per_group, group_weights, rows=samples_in(dataset))
+        people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
         samples = Samples.to_train_on(dataset)
-        people = people_of(groups, len(samples), rows_per_group, group_weights)
         inputs, targets = samples.all()
         self.packing = samples.packing
         units = len(inputs) if people is None else people.count

@@ -60,7 +60,7 @@ class People:
 
     Args:
         groups: an id for each row: integers or strings, in a list, an array, a column or a tensor.
-        rows: how many rows the data set has.
+        rows: how many rows the data set has; ``None``: as many as there are ids.
         rows_per_group: ``m``: at most so many rows of a person enter a draw, chosen anew in each. A public number.
         weights: see :data:`GroupWeights`.
 
@@ -80,16 +80,16 @@ class People:
     def __init__(
         self,
         groups: Any,
-        rows: int,
+        rows: int | None,
         *,
         rows_per_group: int = ROWS_PER_GROUP,
         weights: GroupWeights = "mean",
     ) -> None:
         self.rows_per_group, self.weights = checked_cap(rows_per_group), checked_weights(weights)
-        self.rows = rows
-        if not rows:
-            raise InputError("groups= names whose each row is, and there are no rows")
         self._codes = _codes(groups, rows)
+        self.rows = len(self._codes)
+        if not self.rows:
+            raise InputError("groups= names whose each row is, and there are no rows")
         self._sizes = np.bincount(self._codes).astype(np.int64)
         self.count = len(self._sizes)
         self._order = np.argsort(self._codes, kind="stable").astype(np.int64, copy=False)
@@ -230,40 +230,22 @@ def checked_weights(weights: object) -> GroupWeights:
     return cast(GroupWeights, weights)
 
 
-def refuse_group_arguments(
-    groups: object, rows_per_group: object, weights: object, *, rows: int | None = None, columns: bool = True
-) -> None:
-    """Refuses what can be refused before data is read.
-
-    Args:
-        groups: ids, the name of a column, or ``None``.
-        rows_per_group: the cap.
-        weights: of a person's rows.
-        rows: how many rows there are, where that is known.
-        columns: whether there is data that could have a column of that name.
+def refuse_without_groups(rows_per_group: object, weights: object) -> None:
+    """Refuses a cap or weights of people's rows where nothing says whose rows are.
 
     Raises:
-        InputError: the ids are none, or not as many as there are rows.
-        ConfigurationError: the cap or the weights are none, or are given without groups.
+        ConfigurationError: one of them is none, or is not its default.
     """
-    checked_cap(rows_per_group)
-    checked_weights(weights)
-    if groups is None:
-        if (rows_per_group, weights) != (ROWS_PER_GROUP, "mean"):
-            raise ConfigurationError("rows_per_group and group_weights are about groups: give an id for each row")
-    elif isinstance(groups, str) and groups and columns:
-        return
-    elif not isinstance(groups, People):
-        ids = _as_ids(groups)
-        _codes(ids, len(ids) if rows is None and ids.ndim else rows or 0)
+    if (checked_cap(rows_per_group), checked_weights(weights)) != (ROWS_PER_GROUP, "mean"):
+        raise ConfigurationError("rows_per_group and group_weights are about groups: give an id for each row")
 
 
-def _codes(groups: Any, rows: int) -> Indices:
+def _codes(groups: Any, rows: int | None) -> Indices:
     """A number for each id, from 0, the ids in their own order."""
     ids = _as_ids(groups)
     if ids.ndim != 1:
-        raise InputError(f"groups must be one id for each row, ({rows},), got {ids.shape}: {_SHARED}")
-    if len(ids) != rows:
+        raise InputError(f"groups must be one id for each row, (rows,), got {ids.shape}: {_SHARED}")
+    if rows is not None and len(ids) != rows:
         raise InputError(f"{len(ids)} ids in groups for {rows} rows: need one for each")
     if ids.dtype.kind == "U" and bool((ids == "").any()):
         raise _missing(np.flatnonzero(ids == ""))
@@ -442,17 +424,19 @@ def column_of(dataset: Any, groups: Any) -> tuple[Any, Any]:
 
 
 def people_of(
-    groups: Any, rows: int, rows_per_group: int = ROWS_PER_GROUP, weights: GroupWeights = "mean"
+    groups: Any, rows: int | None, rows_per_group: int = ROWS_PER_GROUP, weights: GroupWeights = "mean"
 ) -> People | None:
     """Whose rows are, if groups are given; ``People`` as they are.
 
     Raises:
         PrivacyError: the people are of another data set.
+        ConfigurationError: a cap or weights are given without groups.
     """
     if groups is None:
+        refuse_without_groups(rows_per_group, weights)
         return None
     if isinstance(groups, People):
-        if groups.rows != rows:
+        if rows is not None and groups.rows != rows:
             raise PrivacyError(f"groups are of {groups.rows} rows, and the data set has {rows}")
         return groups
     return People(groups, rows, rows_per_group=rows_per_group, weights=weights)

@@ -24,9 +24,7 @@ from clipless_dp.sampling.people import (
     Classes,
     GroupWeights,
     Indices,
-    People,
     people_of,
-    refuse_group_arguments,
 )
 
 
@@ -84,12 +82,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
     ) -> None:
         self.sample_rate, self.steps, self.seed, self.start = refuse_draws(sample_rate, steps, seed, start)
         self.dataset_size = whole("dataset_size", dataset_size)
-        refuse_group_arguments(groups, rows_per_group, group_weights, columns=False)
-        self.people = None
-        if groups is not None:
-            rows = groups.rows if isinstance(groups, People) else len(groups)
-            self.people = people_of(groups, rows, rows_per_group, group_weights)
-            assert self.people is not None
+        self.people = people_of(groups, None, rows_per_group, group_weights)
+        if self.people is not None:
             self.people.require_size(self.dataset_size)
             if self.dataset_size != self.people.count:
                 raise ConfigurationError(

@@ -22,7 +22,6 @@ from clipless_dp.sampling.people import (
     GroupWeights,
     column_of,
     people_of,
-    refuse_group_arguments,
 )
 from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
@@ -84,10 +83,8 @@ class StreamedBatches:
             physical_batch_size = arguments.whole("physical_batch_size", physical_batch_size)
         self._device = arguments.device("device", device)
         refuse_draws(sample_rate, steps, seed, start)
-        refuse_group_arguments(groups, rows_per_group, group_weights)
         dataset, groups = column_of(dataset, groups)
-        if groups is not None:
-            refuse_group_arguments(groups, rows_per_group, group_weights, rows=samples_in(dataset))
+        people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
         self._samples = Samples.of(dataset)
         if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
             raise ConfigurationError(
@@ -96,7 +93,6 @@ class StreamedBatches:
         Samples.to_train_on(self._samples)
         self.packing = self._samples.packing
         count = len(self._samples)
-        people = people_of(groups, count, rows_per_group, group_weights)
         self.sampler = PoissonBatchSampler(
             count if people is None else people.count,
             sample_rate=sample_rate,

@@ -35,7 +35,7 @@ from clipless_dp.sampling.people import (
     GroupWeights,
     checked_cap,
     checked_weights,
-    refuse_group_arguments,
+    refuse_without_groups,
 )
 from clipless_dp.training.evaluation import Data
 from clipless_dp.training.schedules import NoiseSchedule, SchedulerFactory, linear_decay
@@ -107,7 +107,8 @@ class Privacy(_Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_group_arguments(self.groups, self.rows_per_group, self.group_weights)
+        if self.groups is None:
+            refuse_without_groups(self.rows_per_group, self.group_weights)
 
     @property
     def audit_form(self) -> str:
