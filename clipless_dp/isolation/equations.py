@@ -40,6 +40,32 @@ EQUATIONS: dict[str, Equation] = {"lstm": _lstm, "gru": _gru, "tanh": _tanh, "re
 """By the names of :data:`clipless_dp.isolation.cells.CELLS`."""
 
 
+def stepped(
+    equation: Equation,
+    entering: Sequence[Tensor],
+    state: tuple[Tensor, ...],
+    of_state: Callable[[Tensor], Tensor],
+    projection: Callable[[Tensor], Tensor] | None,
+    back: bool,
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """All steps of one direction, one by one: the outputs in the order of the inputs, and the state at the end.
+
+    Args:
+        equation: of the cell.
+        entering: what came of the inputs, for each step.
+        state: at the beginning.
+        of_state: what comes of the hidden state.
+        projection: of the hidden state, where there is one.
+        back: whether it runs from the last step to the first.
+    """
+    made = []
+    for arrived in reversed(entering) if back else entering:
+        hidden, *others = equation(arrived, of_state(state[0]), state)
+        state = (hidden if projection is None else projection(hidden), *others)
+        made.append(state[0])
+    return made[::-1] if back else made, state
+
+
 def gradients_by_copies(
     kind: str,
     back: bool,
@@ -71,13 +97,15 @@ def gradients_by_copies(
         entering = through(values, of_input, bias_of_input)
         width = of_state.shape[2]
         parts = state.split([width, state.shape[2] - width], 2) if state.shape[2] > width else (state,)
-        steps = range(values.shape[2])
-        made: dict[int, Tensor] = {}
-        for step in reversed(steps) if back else steps:
-            hidden, *others = EQUATIONS[kind](entering[:, :, step], through(parts[0], of_state, bias_of_state), parts)
-            parts = (hidden if projection is None else through(hidden, projection, None), *others)
-            made[step] = parts[0]
-        outputs = torch.stack([made[step] for step in steps], 2), torch.cat(parts, 2)
+        made, parts = stepped(
+            EQUATIONS[kind],
+            entering.unbind(2),
+            parts,
+            lambda hidden: through(hidden, of_state, bias_of_state),
+            None if projection is None else lambda hidden: through(hidden, projection, None),
+            back,
+        )
+        outputs = torch.stack(made, 2), torch.cat(parts, 2)
         reached = [(one, cotangent) for one, cotangent in zip(outputs, arriving, strict=True) if cotangent is not None]
         wanted = [one if one is not None and one.requires_grad else None for one in (values, state, *copies)]
         found = iter(

@@ -10,6 +10,7 @@ from sample to sample and is otherwise unused: it lets the rule be asked also wh
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -121,6 +122,50 @@ def _summed(rows: Tensor, cap: Cap, sizes: Tensor | None = None) -> Tensor:
     return scale_factors(norms, cap=cap.limit, floor=cap.least).to(rows.dtype) @ rows
 
 
+def _row_gradients(
+    gates: Affine,
+    both: Sequence[tuple[Tensor, Tensor] | None],
+    shape: tuple[int, ...],
+    counted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a weight and a bias of one shape, and their counts.
+
+    Args:
+        gates: theirs.
+        both: of each the samples' own gradients, ``(B, n)``, and the norms of what was summed up to them, ``(B,)``.
+        shape: of ``n`` entries.
+        counted: which gates count.
+    """
+    if gates.by_parts(counted):
+        first, second = (None if one is None else Rows(one[0], shape, one[1]) for one in both)
+        return gates.sums((first, second), counted)
+    weight, bias = (
+        None if one is None else _summed(one[0], cast(Cap, cap), one[1]).reshape(shape)
+        for one, cap in zip(both, (gates.weight, gates.bias), strict=True)
+    )
+    return weight, bias, None, None
+
+
+def token_gradients(
+    gates: Affine, met: Tensor | None, arrived: Tensor, sizes: Tensor, *, bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of a weight that meets several vectors of a sample, and of its bias.
+
+    Args:
+        gates: theirs.
+        met: ``(B, T, K)``; ``None`` where the weight gets no gradient.
+        arrived: the cotangents, ``(B, T, O)``.
+        sizes: their norms, ``(B,)``.
+        bias: whether the bias gets one.
+    """
+    of_weight, of_bias = None, None
+    if met is not None and gates.weight is not None:
+        of_weight = token_weight_gradient(met, arrived, gates.weight.limit, gates.weight.least, 0, sizes)
+    if bias and gates.bias is not None:
+        of_bias = _summed(arrived.sum(1), gates.bias, sizes)
+    return of_weight, of_bias
+
+
 def _positions(values: Tensor) -> Tensor:
     """``(B, ..., K)`` to ``(B, T, K)``."""
     return values.unsqueeze(1) if values.dim() == 2 else values.flatten(1, -2)
@@ -142,9 +187,9 @@ class _Gated(torch.autograd.Function):
 
     @classmethod
     def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        """The operation for values with the axis of samples in front."""
-        result: Tensor = cls.apply(None, values, *rest)  # type: ignore[no-untyped-call]
-        return result
+        """The operation for values with the axis of samples in front; what else it returns is for its own way back."""
+        made: Any = cls.apply(None, values, *rest)  # type: ignore[no-untyped-call]
+        return cast(Tensor, made[0] if isinstance(made, tuple) else made)
 
     @staticmethod
     def rule(kind: type[_Gated], info: Any, in_dims: Any, values: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, int]:
@@ -204,13 +249,8 @@ class GatedLinear(_Gated):
             if gates.bias is not None and ctx.needs_input_grad[3]:
                 of_bias = bias_gradient(gated, sizes, gates.bias.limit, gates.bias.least)
         else:
-            sizes = sample_norms(arrived)
-            if gates.weight is not None and values is not None:
-                of_weight = token_weight_gradient(
-                    _positions(values), arrived, gates.weight.limit, gates.weight.least, 0, sizes
-                )
-            if gates.bias is not None and ctx.needs_input_grad[3]:
-                of_bias = _summed(arrived.sum(1), gates.bias, sizes)
+            several = _positions(values) if wants[0] else None
+            of_weight, of_bias = token_gradients(gates, several, arrived, sample_norms(arrived), bias=wants[1])
         of_weight = of_weight.mT if transposed and of_weight is not None else of_weight
         return None, passed, of_weight, of_bias, None, None, None
 
@@ -301,22 +341,8 @@ class GatedLayerNorm(_Gated):
         if gates.bias is not None and ctx.needs_input_grad[3]:
             rows = cotangents.reshape(len(values), -1, entries)
             of_both[1] = rows.sum(1), sample_norms(rows)
-        counted = ctx.needs_input_grad[5:]
-        if gates.by_parts(counted):
-            first, second = (None if pair is None else Rows(pair[0], shape, pair[1]) for pair in of_both)
-            of_weight, of_bias, *counts = gates.sums((first, second), counted)
-            return None, passed, of_weight, of_bias, None, *counts
-        of_weight, of_bias = (
-            None if pair is None else _summed(pair[0], cast(Cap, cap), pair[1]).reshape(shape)
-            for pair, cap in zip(of_both, (gates.weight, gates.bias), strict=True)
-        )
-        return None, passed, of_weight, of_bias, None, None, None
-
-    @classmethod
-    def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        """As of the others; what else the function returns is for its own way back."""
-        result: Tensor = cls.apply(None, values, *rest)[0]  # type: ignore[no-untyped-call]
-        return result
+        of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
+        return None, passed, of_weight, of_bias, None, *counts
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -368,7 +394,6 @@ class GatedGroupNorm(_Gated):
             cap if cap is not None and needed else None
             for cap, needed in zip((gates.weight, gates.bias), ctx.needs_input_grad[2:4], strict=True)
         ]
-        trained = any(cap is not None for cap in caps)
         passed, *sums = torch.ops.aten.native_group_norm_backward(
             cotangents.contiguous().reshape(1, batch * channels, -1),
             values.contiguous().reshape(1, batch * channels, -1),
@@ -382,23 +407,14 @@ class GatedGroupNorm(_Gated):
             [ctx.needs_input_grad[1], caps[0] is not None, caps[1] is not None],
         )
         passed = None if passed is None else passed.reshape(values.shape)
-        sizes = sample_norms(cotangents) if trained else None
-        rows = [None if cap is None else one.reshape(batch, channels) for cap, one in zip(caps, sums, strict=True)]
-        counted = ctx.needs_input_grad[5:]
-        if gates.by_parts(counted):
-            first, second = (None if one is None else Rows(one, (channels,), sizes) for one in rows)
-            of_weight, of_bias, *counts = gates.sums((first, second), counted)
-            return None, passed, of_weight, of_bias, None, *counts
-        of_weight, of_bias = (
-            None if one is None else _summed(one, cast(Cap, cap), sizes) for cap, one in zip(caps, rows, strict=True)
-        )
-        return None, passed, of_weight, of_bias, None, None, None
-
-    @classmethod
-    def batched(cls, values: Tensor, rest: tuple[Any, ...]) -> Tensor:
-        """As of the others; what else the function returns is for its own way back."""
-        result: Tensor = cls.apply(None, values, *rest)[0]  # type: ignore[no-untyped-call]
-        return result
+        if all(cap is None for cap in caps):
+            return None, passed, None, None, None, None, None
+        sizes = sample_norms(cotangents)
+        of_both = [
+            None if cap is None else (one.reshape(batch, channels), sizes) for cap, one in zip(caps, sums, strict=True)
+        ]
+        of_weight, of_bias, *counts = _row_gradients(gates, of_both, (channels,), ctx.needs_input_grad[5:])
+        return None, passed, of_weight, of_bias, None, *counts
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:

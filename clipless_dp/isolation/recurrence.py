@@ -18,11 +18,10 @@ from torch.nn import functional
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.gates.arithmetic import sample_norms
-from clipless_dp.gates.gradient import token_weight_gradient
 from clipless_dp.gates.parts import Part, Rows, linear_parts
 from clipless_dp.isolation.cells import CELLS, Cell, Run
 from clipless_dp.isolation.equations import gradients_by_copies
-from clipless_dp.isolation.functions import Affine, Cap, _Gated, _summed
+from clipless_dp.isolation.functions import Affine, _Gated, token_gradients
 
 
 @dataclass(frozen=True)
@@ -47,21 +46,6 @@ class Recurrence:
 
 PLACES = ((0, 2), (1, 3), (4, None))
 """Where weight and bias of each of a recurrence's gates stand among its parameters."""
-
-
-def _sums(
-    gates: Affine, met: Tensor | None, cotangents: Tensor, sizes: Tensor, biased: bool, counted: tuple[bool, ...]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of a weight and a bias, and their counts: ``(B, T, K)`` met ``(B, T, O)`` of norms ``(B,)``."""
-    biased = biased and gates.bias is not None
-    if gates.by_parts(counted):
-        return gates.sums(linear_parts(met, cotangents, bias=biased), counted)
-    of_weight, of_bias = None, None
-    if met is not None and gates.weight is not None:
-        of_weight = token_weight_gradient(met, cotangents, gates.weight.limit, gates.weight.least, 0, sizes)
-    if biased:
-        of_bias = _summed(cotangents.sum(1), cast(Cap, gates.bias), sizes)
-    return of_weight, of_bias, None, None
 
 
 def _differentiably(
@@ -176,10 +160,13 @@ class GatedRecurrence(_Gated):
         made: list[Tensor | None] = [None] * 10
         # Weights and biases in the order of the arguments; then the counts of their gates.
         for (of_weight, of_bias), gates, (reads, cotangent, norms) in zip(PLACES, how.gates, operands, strict=False):
-            wants = ctx.needs_input_grad[3 + of_weight], of_bias is not None and ctx.needs_input_grad[3 + of_bias]
+            biased = gates.bias is not None and of_bias is not None and ctx.needs_input_grad[3 + of_bias]
             counted = tuple(ctx.needs_input_grad[9 + place] for place in (of_weight, of_bias) if place is not None)
-            met = of_all(reads()) if gates.weight is not None and wants[0] else None
-            found = _sums(gates, met, cotangent, norms, wants[1], counted)
+            met = of_all(reads()) if gates.weight is not None and ctx.needs_input_grad[3 + of_weight] else None
+            if gates.by_parts(counted):
+                found = gates.sums(linear_parts(met, cotangent, bias=biased), counted)
+            else:
+                found = *token_gradients(gates, met, cotangent, norms, bias=biased), None, None
             for place, gradient, counts in zip((of_weight, of_bias), found[:2], found[2:], strict=True):
                 if place is not None:
                     made[place], made[5 + place] = gradient, counts

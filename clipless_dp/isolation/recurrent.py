@@ -16,10 +16,19 @@ from torch.nn import functional
 from clipless_dp.errors import InputError
 from clipless_dp.isolation.cells import CELLS
 from clipless_dp.isolation.dispatch import applied
-from clipless_dp.isolation.equations import EQUATIONS, Equation
+from clipless_dp.isolation.equations import EQUATIONS, Equation, stepped
 from clipless_dp.isolation.gating import Gating, handles
 from clipless_dp.isolation.layers import linear
 from clipless_dp.isolation.recurrence import GatedRecurrence, Recurrence
+
+
+def _parts(
+    weights: Sequence[Tensor], biased: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """``W_ih``, ``W_hh``, ``b_ih``, ``b_hh`` and ``W_hr`` of one direction; ``None`` where there is none."""
+    of_input, of_state, *rest = weights
+    biases = rest[:2] if biased else [None, None]
+    return of_input, of_state, biases[0], biases[1], rest[2 * biased] if len(rest) > 2 * biased else None
 
 
 def _one_way(
@@ -32,9 +41,7 @@ def _one_way(
     back: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One direction of one layer, over ``(T, B, K)``, step by step."""
-    of_input, of_state, *rest = weights
-    bias_of_input, bias_of_state = rest[:2] if biased else (None, None)
-    projection = rest[2 * biased] if len(rest) > 2 * biased else None
+    of_input, of_state, bias_of_input, bias_of_state, projection = _parts(weights, biased)
     if any(run.name_of(one) is not None for one in (of_input, bias_of_input)):
         entering = linear(run, values, of_input, bias_of_input)
         if entering is NotImplemented:
@@ -42,13 +49,15 @@ def _one_way(
     else:
         entering = functional.linear(values, of_input, bias_of_input)
     of_state, bias_of_state, projection = (run.expanded(one) for one in (of_state, bias_of_state, projection))
-    made: list[Tensor] = []
-    steps = range(len(entering))
-    for step in reversed(steps) if back else steps:
-        hidden, *others = cell(entering[step], functional.linear(state[0], of_state, bias_of_state), state)
-        state = (hidden if projection is None else functional.linear(hidden, projection), *others)
-        made.append(state[0])
-    return torch.stack(made[::-1] if back else made), state
+    made, state = stepped(
+        cell,
+        entering.unbind(),
+        state,
+        lambda hidden: functional.linear(hidden, of_state, bias_of_state),
+        None if projection is None else lambda hidden: functional.linear(hidden, projection),
+        back,
+    )
+    return torch.stack(made), state
 
 
 def _at_once(
@@ -61,13 +70,11 @@ def _at_once(
     back: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The same by one gated function, whose parameters each have one gate for the whole of their gradients."""
-    of_input, of_state, *rest = weights
-    biases = rest[:2] if biased else [None, None]
-    projection = rest[2 * biased] if len(rest) > 2 * biased else None
+    of_input, of_state, *biases, projection = parts = _parts(weights, biased)
     steps, sequences, inputs = values.shape
     width = state[0].shape[-1]
     positions = steps * sequences
-    named = [run.name_of(one) for one in (of_input, of_state, *biases, projection)]
+    named = [run.name_of(one) for one in parts]
     gates = tuple(
         run.gates(
             "recurrent",
@@ -85,7 +92,7 @@ def _at_once(
         run.sample,
         values.transpose(0, 1),
         torch.cat(state, -1),
-        *(run.source(one) for one in (of_input, of_state, *biases, projection)),
+        *(run.source(one) for one in parts),
         Recurrence(kind, back, gates),
         *map(run.counter, named),
     )
