@@ -39,35 +39,31 @@ def _parser() -> argparse.ArgumentParser:
     epsilon = commands.add_parser("epsilon", help="the epsilon of a run")
     _schedule(epsilon, noise=True, steps=True)
     _common(epsilon)
-    epsilon.set_defaults(run=_epsilon)
+    epsilon.set_defaults(run=_answer)
 
     noise = commands.add_parser("noise", help="the noise multiplier that meets a target epsilon")
-    noise.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+    _target(noise)
     _schedule(noise, noise=False, steps=True)
     _common(noise)
     noise.set_defaults(run=_noise)
 
     steps = commands.add_parser("steps", help="the number of steps that a target epsilon allows")
-    steps.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+    _target(steps)
     _schedule(steps, noise=True, steps=False)
     _common(steps)
     steps.set_defaults(run=_steps)
 
     epochs = commands.add_parser("epochs", help="the passes over the data that a target epsilon allows")
-    epochs.add_argument("--epsilon", type=float, required=True, help="target epsilon")
-    epochs.add_argument(
-        "--noise-multiplier", type=float, required=True, help="noise standard deviation over sensitivity"
-    )
+    _target(epochs)
+    _noise_multiplier(epochs, required=True)
     epochs.add_argument("--batch-size", type=float, required=True, help="expected size of Poisson-sampled batches")
     epochs.add_argument("--dataset-size", type=float, required=True, help="public number of samples")
     _common(epochs)
     epochs.set_defaults(run=_epochs)
 
     batch = commands.add_parser("batch", help="the largest batches that a target epsilon allows")
-    batch.add_argument("--epsilon", type=float, required=True, help="target epsilon")
-    batch.add_argument(
-        "--noise-multiplier", type=float, required=True, help="noise standard deviation over sensitivity"
-    )
+    _target(batch)
+    _noise_multiplier(batch, required=True)
     batch.add_argument("--steps", type=int, help="number of steps; or give --epochs")
     batch.add_argument("--epochs", type=float, help="passes over the data in expectation; or give --steps")
     batch.add_argument("--dataset-size", type=int, required=True, help="public number of samples")
@@ -91,9 +87,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _target(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--epsilon", type=float, required=True, help="target epsilon")
+
+
+def _noise_multiplier(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    parser.add_argument(
+        "--noise-multiplier", type=float, required=required, help="noise standard deviation over sensitivity"
+    )
+
+
 def _schedule(parser: argparse.ArgumentParser, *, noise: bool, steps: bool) -> None:
     if noise:
-        parser.add_argument("--noise-multiplier", type=float, help="noise standard deviation over sensitivity")
+        _noise_multiplier(parser)
     parser.add_argument(
         "--sample-rate",
         type=float,
@@ -137,12 +143,12 @@ def _line(bound: PrivacyBound) -> str:
     )
 
 
+def _bound(options: argparse.Namespace) -> PrivacyBound:
+    return _accountant(options).get_epsilon(options.delta, group_size=options.group_size)
+
+
 def _answer(options: argparse.Namespace) -> str:
-    return _line(_accountant(options).get_epsilon(options.delta, group_size=options.group_size))
-
-
-def _epsilon(options: argparse.Namespace) -> str:
-    return _answer(options)
+    return _line(_bound(options))
 
 
 def _noise(options: argparse.Namespace) -> str:
@@ -163,7 +169,7 @@ def _noise(options: argparse.Namespace) -> str:
 def _steps(options: argparse.Namespace) -> str:
     _required(options, "noise_multiplier", "sample_rate")
     options.steps = _MOST_STEPS
-    if _accountant(options).get_epsilon(options.delta, group_size=options.group_size) <= options.epsilon < math.inf:
+    if _bound(options) <= options.epsilon < math.inf:
         return f"steps = {options.steps} (more would fit, of which none are sought: use less noise)\n" + _answer(
             options
         )
@@ -199,7 +205,7 @@ def _batch(options: argparse.Namespace) -> str:
         options.sample_rate = batch / size
         if options.epochs is not None:
             options.steps = math.ceil(options.epochs * size / batch - 1e-9)
-        return _accountant(options).get_epsilon(options.delta)
+        return _bound(options)
 
     # For fixed epochs too larger batches cost more: fewer steps, each of which costs as the square of its rate.
     low, high = 0, size + 1

@@ -165,7 +165,7 @@ class Preset:
         dataset, groups = column_of(dataset, changes.get("groups"))
         inputs, targets = Samples.to_train_on(dataset).all()
         people = people_of(groups, len(inputs), asked.get("rows_per_group", ROWS_PER_GROUP))
-        size = public_size(changes.get("dataset_size"), len(inputs) if people is None else people.count)
+        size = public_size(changes.get("dataset_size"), len(inputs), people)
         if people is not None:
             changes["groups"] = groups
         features = self.features(inputs, cache_dir=cache_dir)

@@ -146,7 +146,7 @@ def private_search(
     dataset, groups = column_of(dataset, groups)
     inputs, targets = Samples.to_train_on(dataset).all()
     people = people_of(groups, len(inputs), rows_per_group, group_weights)
-    size = public_size(dataset_size, len(inputs) if people is None else people.count)
+    size = public_size(dataset_size, len(inputs), people)
     _check_people(people, size, validation, accountant)
     if not candidates:
         raise ConfigurationError("there are no candidates to draw from")

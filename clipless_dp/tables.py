@@ -128,7 +128,7 @@ def fit_table(
     require_known({**changes, **given, "checkpoint": checkpoint, "reproducible_seed": reproducible_seed})
     _check(rows, labels, noise, reproducible_seed)
     people = people_of(groups, len(rows), changes.get("rows_per_group", ROWS_PER_GROUP))
-    size = public_size(dataset_size, len(rows) if people is None else people.count)
+    size = public_size(dataset_size, len(rows), people)
     epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
     expand = RandomCosines(rows.shape[1], cosines).to(rows.device)
     ledger = create_accountant(accountant, dataset_size=size)

@@ -14,7 +14,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
 from clipless_dp.sampling import persons
-from clipless_dp.sampling.people import Classes, spans_of
+from clipless_dp.sampling.people import Classes, People, spans_of
 
 
 def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
@@ -30,13 +30,15 @@ def as_tensors(dataset: Any) -> tuple[Tensor, Tensor]:
     return Samples.of(dataset).all()
 
 
-def public_size(dataset_size: int | None, rows: int) -> int:
-    """The public number of samples: as it was stated, or of the data, which is then taken to be public.
+def public_size(dataset_size: int | None, rows: int, people: People | None = None) -> int:
+    """The public number of samples, or of people: as it was stated, or of the data, which is then taken to be public.
 
     Raises:
         ConfigurationError: it is not a positive integer.
     """
-    return whole("dataset_size", rows if dataset_size is None else dataset_size)
+    if dataset_size is None:
+        dataset_size = rows if people is None else people.count
+    return whole("dataset_size", dataset_size)
 
 
 def count(dataset: Any) -> int:

@@ -24,7 +24,7 @@ from clipless_dp.precision import full_precision
 from clipless_dp.sampling import Samples
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, People, column_of, people_of
-from clipless_dp.sampling.samples import count
+from clipless_dp.sampling.samples import count, public_size
 from clipless_dp.training.evaluation import Data, evaluate
 from clipless_dp.training.groups import Asked, Learning, OptimizerFactory
 from clipless_dp.training.loop import train
@@ -153,11 +153,10 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
             "memory_budget: leave these out, audit before fully_shard, and give micro_batch_size"
         )
     dataset, groups = column_of(dataset, privacy.groups)
-    people = people_of(groups, count(dataset), privacy.rows_per_group, privacy.group_weights)
-    if people is None:
-        size = count(dataset) if privacy.dataset_size is None else privacy.dataset_size
-    else:
-        size = people.count if privacy.dataset_size is None else privacy.dataset_size
+    rows = count(dataset)
+    people = people_of(groups, rows, privacy.rows_per_group, privacy.group_weights)
+    size = public_size(privacy.dataset_size, rows, people)
+    if people is not None:
         people.warn_of_size(size)
         if not here.is_whole and privacy.group_weights != "cap":
             raise ConfigurationError(

@@ -91,3 +91,29 @@ def test_the_batch_of_an_epsilon_is_the_largest_that_fits_so_many_epochs(capsys:
 def test_questions_without_an_answer_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*arguments, *COMMON]) == 2
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["epochs", "--batch-size", "250", "--dataset-size", "50000"],
+        ["batch", "--steps", "500", "--dataset-size", "50000"],
+        ["batch", "--epochs", "3", "--dataset-size", "50000"],
+    ],
+    ids=" ".join,
+)
+def test_the_answer_is_for_the_rows_of_a_person_that_were_asked_about(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*arguments, *COMMON, "--noise-multiplier", "6", "--group-size", "4"]) == 0
+    printed = capsys.readouterr().out
+    if arguments[0] == "batch":
+        found = re.search(r"sample rate (\S+), (\d+) steps", printed)
+        rate, steps = float(found[1]), int(found[2])  # type: ignore[index]
+    else:
+        rate, steps = 0.005, int(re.search(r"steps = (\d+)", printed)[1])  # type: ignore[index]
+    accountant = create_accountant("rdp")
+    accountant.step(noise_multiplier=6.0, sample_rate=rate, steps=steps)
+    # The printed rate has six digits.
+    assert float(accountant.get_epsilon(1e-5, group_size=4)) <= 2.0 * (1 + 1e-5)
+    assert "for a person with up to 4 rows" in printed
