@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
+from torch.func import functional_call
 
 from clipless_dp import layers
 from clipless_dp.bounds.tracker import SensitivityTracker
@@ -28,8 +28,11 @@ from clipless_dp.rules import find_function_rule, is_builtin
 
 _SAMPLES = 4
 
-_TOLERANCE = 1e-3
-"""Of the largest output: float32 rounding of deep networks stays below, and what is no positive multiple does not."""
+_SCALES = tuple(10.0**power for power in range(-8, 9, 2))
+"""Of inputs: next to biases of any size each layer's values are small, alike, and large at some of them."""
+
+_ROUNDINGS = 64.0
+"""Units of rounding, of the type of the weights, that each of them may be off by."""
 
 _AFFINE: frozenset[type[nn.Module]] = frozenset(
     {
@@ -92,9 +95,6 @@ _FUNCTIONS = frozenset(
 )
 """The same of functions, as their rules take them: sums of two values, and products with a number."""
 
-_PARALLEL = 1e-6
-"""One less the cosine between a weight and its projection, up to which the projection only scales it."""
-
 
 def rescale_(net: nn.Module, input_shape: tuple[int, ...], constraint: ConstraintSpec) -> float:
     """Divides weights by what a constraint would shrink them by, and biases by the product of that so far.
@@ -137,13 +137,15 @@ def rescaled(
     """As :func:`rescale_`, of a network that is traced already."""
     before = {name: value.clone() for name, value in net.named_parameters()}
     device, dtype = parameter_device_and_dtype(net)
-    inputs = random_rows(traced, None, input_shape, _SAMPLES, torch.Generator().manual_seed(0))
-    inputs = inputs.to(device, dtype if inputs.is_floating_point() else None)
-    expected = _outputs(net, inputs)
+    drawn = random_rows(traced, None, input_shape, _SAMPLES, torch.Generator().manual_seed(0)).to(device)
+    rows = [scale * drawn for scale in _SCALES] if drawn.is_floating_point() else [drawn]
+    expected = _outputs(net, rows, before)
+    # What each weight's rounding makes of the outputs, whose sums may cancel.
+    rounded = _outputs(net, rows, _rounded(before, torch.finfo(dtype).eps))
     try:
         factor = _divide_(net, traced, operators, constraints)
-        distance = float((factor * _outputs(net, inputs) - expected).abs().max())
-        if not distance <= _TOLERANCE * float(expected.abs().max()):
+        found = [factor * some for some in _outputs(net, rows, dict(net.named_parameters()))]
+        if not all(map(_alike, expected, rounded, found)):
             raise ConfigurationError(
                 "rescaled weights give another function: some part of the network is not positively homogeneous "
                 "(φ(cx) = cφ(x) for c > 0), as tanh is not. Leave out rescale, or use ReLU, GroupSort and the like"
@@ -155,15 +157,45 @@ def rescaled(
     return factor
 
 
-def _outputs(net: nn.Module, inputs: Tensor) -> Tensor:
+def _outputs(net: nn.Module, rows: Sequence[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
+    """Outputs in evaluation mode, in float64: where a weight's own rounding is what differs."""
     # Each has a mode of its own: a frozen layer is in evaluation mode within a network that trains.
     modes = [(module, module.training) for module in modules_of(net)]
+    held = {**dict(net.named_buffers()), **weights}
+    exact = {name: value.double() if value.is_floating_point() else value for name, value in held.items()}
     try:
-        output: Tensor = net.eval()(inputs)
-        return output.double()
+        net.eval()
+        return [functional_call(net, exact, (some,)).flatten(1) for some in rows]
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _rounded(weights: Mapping[str, Tensor], unit: float) -> dict[str, Tensor]:
+    """Weights in float64, each entry a unit larger or smaller, drawn at random."""
+    generator = torch.Generator().manual_seed(1)
+    moved = {}
+    for name, value in weights.items():
+        signs = torch.randint(2, value.shape, generator=generator, dtype=torch.float64).mul_(2.0).sub_(1.0)
+        moved[name] = value.double() * (1.0 + unit * signs.to(value.device))
+    return moved
+
+
+def _alike(expected: Tensor, rounded: Tensor, found: Tensor) -> bool:
+    """Whether outputs ``(B, n)`` are the same up to rounding: themselves, and what each sample has of its own.
+
+    A large last bias is most of each output, and none of what tells samples apart.
+    """
+    for part in (lambda values: values, lambda values: values - values.mean(0)):
+        size, noise, distance = (
+            float(torch.linalg.vector_norm(part(values), dim=1).max())
+            for values in (expected, rounded - expected, found - expected)
+        )
+        # Of float64 itself; a last bias is part of every sum.
+        least = torch.finfo(torch.float64).eps * (size + float(expected.abs().max()))
+        if not distance <= _ROUNDINGS * (noise + least):
+            return False
+    return True
 
 
 def _divide_(
@@ -193,7 +225,7 @@ def _divide_(
                 shrunk = _shrink_(name, held[name][1], constraints[name], operators[name])
                 if kind_of(leaf) in _AFFINE:
                     factor *= shrunk
-                elif abs(shrunk - 1.0) > _TOLERANCE:
+                elif abs(shrunk - 1.0) > _ROUNDINGS * torch.finfo(held[name][1].dtype).eps:
                     raise ConfigurationError(
                         f"{name!r} is of a {type(leaf).__name__}, which is not linear in it, and its norm is above the "
                         "limit, so that rescaling changes the function: scale it before, or leave out rescale"
@@ -228,10 +260,11 @@ def _require_homogeneous(traced: TracedNet, node: fx.Node) -> None:
 
 def _shrink_(name: str, weight: Tensor, constraint: Constraint, operators: tuple[Operator, ...]) -> float:
     """Projects a weight, and returns what it was divided by."""
-    before = weight.detach().double()
+    before = weight.detach().to(torch.float64, copy=True)
     constraint.project_(weight.detach(), operators)
     factor = shrinkage(before, weight)
-    if float((weight.double() * factor - before).norm()) > math.sqrt(2.0 * _PARALLEL) * float(before.norm()):
+    allowed = _ROUNDINGS * torch.finfo(weight.dtype).eps
+    if float((weight.double() * factor - before).norm()) > allowed * float(before.norm()):
         raise ConfigurationError(
             f"{constraint!r} changes directions of {name!r}, and not its scale alone, so that rescaling cannot keep "
             "the function: use constraints.Spectral()"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -187,9 +189,72 @@ def test_each_layer_keeps_its_own_mode() -> None:
     assert [module.training for module in net.modules()] == modes == [True, True, False, True, True, True]
 
 
-def test_constraints_that_turn_weights_are_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constraints_that_turn_weights_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(ConfigurationError, match="directions"):
-        rescale_(trained_net(), (1, 6, 6), constraints.Orthogonal())
+        rescale_(trained_net().to(dtype), (1, 6, 6), constraints.Orthogonal())
+
+
+def own_part(outputs: torch.Tensor) -> torch.Tensor:
+    """What a last bias does not hide."""
+    return outputs - outputs.mean(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("last_bias", [0.0, 1e6])
+def test_weights_of_either_type_compute_the_same_function_at_any_size_of_the_input_and_of_the_last_bias(
+    dtype: torch.dtype, last_bias: float
+) -> None:
+    for seed in range(5):
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
+        with torch.no_grad():
+            net[0].weight.mul_(10.0)
+            net[2].bias.add_(last_bias)
+        inputs = torch.randn(50, 4, dtype=torch.float64)
+        before = copy.deepcopy(net).double().requires_grad_(False)
+        factor = rescale_(net, (4,), constraints.Spectral())
+        after = copy.deepcopy(net).double().requires_grad_(False)
+        assert factor > 3.0
+        for scale in (1e-6, 1.0, 1e6):
+            expected, found = before(scale * inputs), factor * after(scale * inputs)
+            # Rounding of each weight, and of the sum of an output in float64.
+            rounding = 100.0 * torch.finfo(dtype).eps * float(own_part(expected).norm()) + 1e-13 * (1.0 + last_bias)
+            assert float((own_part(found) - own_part(expected)).norm()) <= rounding
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_large_last_bias_does_not_hide_another_function(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, share: float
+) -> None:
+    """Half of what the weights were divided by is another function, and all of it the same, next to a bias of 1e6."""
+    divide = rescaling._divide_
+
+    def partly(net: nn.Module, *given: Any) -> float:
+        factor = divide(net, *given)
+        net[0].weight.mul_(share)
+        return factor
+
+    monkeypatch.setattr(rescaling, "_divide_", partly)
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).to(dtype)
+    with torch.no_grad():
+        net[0].weight.mul_(10.0)
+        net[2].bias.mul_(1e6)
+    if share == 1.0:
+        assert rescale_(net, (4,), constraints.Spectral()) > 3.0
+    else:
+        with pytest.raises(ConfigurationError, match="another function"):
+            rescale_(net, (4,), constraints.Spectral())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_orthogonal_weights_within_their_limit_are_left_as_they_are(dtype: torch.dtype) -> None:
+    net = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).to(dtype)
+    for layer in (net[0], net[2]):
+        nn.init.orthogonal_(layer.weight)
+    # A certificate may see what rounding left.
+    assert rescale_(net, (6,), constraints.Orthogonal()) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_paths_of_different_factors_are_refused() -> None:
