@@ -85,7 +85,8 @@ class PoissonBatches:
         rows_per_group, group_weights: as in :class:`PoissonBatchSampler`.
 
     Raises:
-        ConfigurationError: an argument is out of range, or the data set is empty.
+        ConfigurationError: an argument is out of range, or the data set is empty, or returns more or fewer samples than
+            it is asked for.
         PrivacyError: a sample is in the data set more than once, see
             :func:`clipless_dp.sampling.persons.refuse_repeats`.
         RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
@@ -120,7 +121,7 @@ class PoissonBatches:
         dataset, groups = column_of(dataset, groups)
         people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
         samples = Samples.to_train_on(dataset)
-        inputs, targets = samples.all()
+        inputs, targets = samples.all(in_order=people is not None)
         self.packing = samples.packing
         units = len(inputs) if people is None else people.count
         self.sampler = PoissonBatchSampler(

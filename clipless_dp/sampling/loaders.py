@@ -12,7 +12,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
@@ -188,16 +188,25 @@ class Fetch(NamedTuple):
             ConfigurationError: there are more or fewer samples than were asked for.
         """
         spans = spans_of(self.classes)
-        if len(spans) < 2 or not _may_reorder(self.dataset):
-            read = [list(samples[start:stop]) for start, stop in spans] if len(spans) > 1 else [list(samples)]
-        else:
-            read = [list(self.dataset.__getitems__(list(self.indices[start:stop]))) for start, stop in spans]
-        if list(map(len, read)) != [stop - start for start, stop in spans] and len(spans) > 1:
-            raise ConfigurationError(
-                f"the data set returned {sum(map(len, read))} samples where {len(self.indices)} were asked for: "
-                "nothing tells whose they are. Its __getitems__ must return one for each index"
-            )
+        if len(spans) < 2:
+            return [list(samples)]
+        if not may_reorder(self.dataset):
+            return [list(samples[start:stop]) for start, stop in spans]
+        read = []
+        for start, stop in spans:
+            some = self.dataset.__getitems__(list(self.indices[start:stop]))
+            refuse_other_count(some, stop - start)
+            read.append(list(some))
         return read
+
+    def refuse_other_count(self) -> None:
+        """Refuses samples that are not as many as were asked for.
+
+        Raises:
+            ConfigurationError: they are more, or fewer.
+        """
+        if not self.whole:
+            refuse_other_count(self.samples, len(self.indices))
 
     def repeats(self) -> bool:
         """Whether an index is there more than once."""
@@ -222,10 +231,26 @@ class Fetch(NamedTuple):
         return len(given) == len(fetched) and (given == fetched or (once and not set(given) <= set(fetched)))
 
 
-def _may_reorder(dataset: Any) -> bool:
+def refuse_other_count(samples: Any, asked: int) -> None:
+    """Refuses what a data set returned for several indices if it is not one sample for each.
+
+    Raises:
+        ConfigurationError: there are more, or fewer: one that is there twice counts twice in a step, and where some are
+            missing nothing tells which.
+    """
+    found = len(samples) if isinstance(samples, Sized) else None
+    if found != asked:
+        told = f"a {type(samples).__name__}" if found is None else f"{found} samples"
+        raise ConfigurationError(
+            f"the data set returned {told} where {asked} were asked for, so that nothing tells which or whose they "
+            "are: its __getitems__ must return a list of one sample for each index"
+        )
+
+
+def may_reorder(dataset: Any) -> bool:
     """Whether several samples are asked for at once, of code that is not torch's."""
     if type(dataset) is Subset:
-        return _may_reorder(dataset.dataset)
+        return may_reorder(dataset.dataset)
     return bool(getattr(dataset, "__getitems__", None))
 
 

@@ -255,6 +255,8 @@ class _Collate:
 
     def __call__(self, samples: Any) -> Any:
         fetch = loaders.fetching()
+        if fetch is not None:
+            fetch.refuse_other_count()
         whole = fetch is not None and fetch.whole
         rows = self.by_memory and not whole and [sample[0].data_ptr() for sample in samples]
         if (fetch is not None and fetch.repeats()) or (rows and len(set(rows)) < len(rows)):

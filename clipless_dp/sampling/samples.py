@@ -14,6 +14,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
 from clipless_dp.sampling import persons
+from clipless_dp.sampling.loaders import may_reorder, refuse_other_count
 from clipless_dp.sampling.people import Classes, People, spans_of
 
 
@@ -180,18 +181,28 @@ class Samples:
         """Whether the data set has mappings or sequences for inputs."""
         return self._structured
 
-    def all(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of all samples, stacked."""
-        return self.read(range(len(self)))
+    def all(self, *, in_order: bool = False) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of all samples, stacked.
+
+        Args:
+            in_order: whether it matters which row is which sample: where rows have ids beside them. Then a map-style
+                data set whose own ``__getitems__`` may return another order is read one sample at a time.
+        """
+        return self.read(range(len(self)), in_order=in_order)
 
     def __len__(self) -> int:
         return len(self._dataset if self.tensors is None else self.tensors[-1])
 
-    def read(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def read(self, indices: Sequence[int], *, in_order: bool = False) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some samples, stacked; a range of rows of a tensor is not copied.
 
+        Args:
+            indices: which ones.
+            in_order: as of :meth:`all`.
+
         Raises:
-            ConfigurationError: they are not pairs, or differ in shape. What the data set itself raises passes.
+            ConfigurationError: they are not pairs, or differ in shape, or are more or fewer than were asked for. What
+                the data set itself raises passes.
             InputError: their inputs are not those that they are packed for.
         """
         if not len(indices):
@@ -203,7 +214,11 @@ class Samples:
                 return inputs[0], targets
             return self._packed(inputs if self._names is None else dict(zip(self._names, inputs, strict=True))), targets
         several = getattr(self._dataset, "__getitems__", None)
-        samples = [self._dataset[index] for index in indices] if several is None else several(list(indices))
+        if several is None or (in_order and may_reorder(self._dataset)):
+            samples = [self._dataset[index] for index in indices]
+        else:
+            samples = several(list(indices))
+            refuse_other_count(samples, len(indices))
         try:
             inputs, targets = self._collated(samples)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -220,12 +235,6 @@ class Samples:
         if self.tensors is not None or len(classes) < 2:
             return self.read(indices)
         inputs, targets = zip(*(self.read(indices[start:stop]) for start, stop in spans_of(classes)), strict=True)
-        for (start, stop), some in zip(spans_of(classes), inputs, strict=True):
-            if len(some) != stop - start:
-                raise ConfigurationError(
-                    f"the data set returned {len(some)} samples where {stop - start} were asked for, so that nothing "
-                    "tells whose they are: its __getitems__ must return one for each index"
-                )
         return torch.cat(inputs), torch.cat(targets)
 
     def parts(self, rows: int) -> Iterator[tuple[Tensor, Tensor]]:

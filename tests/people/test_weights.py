@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -58,11 +58,16 @@ def test_rows_at_full_weight_that_are_vouched_for_stay_a_matter_of_rows() -> Non
 
 
 class Sorting(Dataset[Any]):
-    """As one over a file is, of which several rows are read in ascending order only."""
+    """As one over a file is, of which several rows are read in an order of the file's, ascending say.
 
-    def __init__(self, returned: int = 0) -> None:
+    Args:
+        missing: how many of several rows it leaves out; less than zero: returns twice.
+        order: by what it reads them.
+    """
+
+    def __init__(self, missing: int = 0, order: Callable[[int], Any] = lambda index: index) -> None:
         self.inputs, self.targets = samples(ROWS)
-        self.returned = returned
+        self.missing, self.order = missing, order
 
     def __len__(self) -> int:
         return ROWS
@@ -71,8 +76,16 @@ class Sorting(Dataset[Any]):
         return self.inputs[index], self.targets[index]
 
     def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, Tensor]]:
-        read = [self[index] for index in sorted(indices)]
-        return read[: len(read) - self.returned] if len(indices) > 1 else read
+        read = [self[index] for index in sorted(indices, key=self.order)]
+        return (read + read)[: len(read) - self.missing] if len(indices) > 1 else read
+
+
+ORDERS = {
+    "ascending": Sorting,
+    "descending": lambda: Sorting(order=lambda index: -index),
+    "by file": lambda: Sorting(order=lambda index: (index % 3, index)),
+    "in order": lambda: TensorDataset(*samples(ROWS)),
+}
 
 
 def weighed(batches: Iterable[Any]) -> Counter[float]:
@@ -119,9 +132,9 @@ ROADS = {
 
 
 @pytest.mark.parametrize("road", ROADS)
-@pytest.mark.parametrize("kind", [Sorting, lambda: TensorDataset(*samples(ROWS))], ids=["sorting", "in order"])
-def test_people_weigh_one_in_whatever_order_a_data_set_returns_their_rows(road: str, kind: Any) -> None:
-    total = weighed(ROADS[road](kind()))
+@pytest.mark.parametrize("order", ORDERS)
+def test_people_weigh_one_in_whatever_order_a_data_set_returns_their_rows(road: str, order: str) -> None:
+    total = weighed(ROADS[road](ORDERS[order]()))
     assert len(total) == PEOPLE
     # Sums of at most a dozen numbers.
     assert all(weight <= 1.0 + 1e-12 for weight in total.values())
@@ -134,9 +147,39 @@ def test_people_weigh_one_in_whatever_order_a_worker_reads_their_rows() -> None:
 
 
 @pytest.mark.parametrize("road", ["streamed", "a loader"])
-def test_a_data_set_that_returns_fewer_rows_than_were_asked_for_is_refused(road: str) -> None:
+@pytest.mark.parametrize("missing", [1, -1], ids=["fewer", "more"])
+def test_a_data_set_that_returns_another_number_of_rows_of_people_is_refused(road: str, missing: int) -> None:
     with pytest.raises(ConfigurationError, match="were asked for"):
-        weighed(ROADS[road](Sorting(returned=1)))
+        weighed(ROADS[road](Sorting(missing)))
+
+
+OF_ROWS = {
+    "streamed": lambda dataset: StreamedBatches(dataset, sample_rate=1.0, steps=1),
+    "held": lambda dataset: PoissonBatches(dataset, sample_rate=1.0, steps=1),
+    "a loader": lambda dataset: DataLoader(
+        dataset,
+        batch_sampler=PoissonBatchSampler(ROWS, sample_rate=1.0, steps=1),
+        collate_fn=poisson_collate(dataset),
+    ),
+}
+
+
+@pytest.mark.parametrize("road", OF_ROWS)
+@pytest.mark.parametrize("missing", [1, -1, -ROWS], ids=["fewer", "more", "twice as many"])
+def test_a_data_set_that_returns_another_number_of_rows_is_refused_where_rows_are_the_unit_too(
+    road: str, missing: int
+) -> None:
+    with pytest.raises(ConfigurationError, match="were asked for"):
+        list(OF_ROWS[road](Sorting(missing)))
+
+
+@pytest.mark.parametrize("road", OF_ROWS)
+def test_rows_in_another_order_are_taken_where_rows_are_the_unit(road: str) -> None:
+    (batch,) = OF_ROWS[road](Sorting(order=lambda index: -index))
+    drawn = batch[0][:ROWS]
+    assert {tuple(row.flatten().tolist()) for row in drawn} == {
+        tuple(row.flatten().tolist()) for row in samples(ROWS)[0]
+    }
 
 
 def alike(*, apart: bool) -> tuple[Tensor, Tensor]:
