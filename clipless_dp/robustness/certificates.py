@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative, whole
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.model.functions import function_of
 from clipless_dp.modules import digest_of
 from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
 from clipless_dp.robustness.networks import (
@@ -48,6 +49,8 @@ class Certificate:
         dropped: samples without a finite norm, or with scores that are not, of the deployed model too: their radius
             is 0, and their prediction never right.
         weights: a hash of the weights that were certified.
+        function: a hash of what computes with them, its graph, layers and settings: see
+            :func:`clipless_dp.model.functions.function_of`.
         input_norm: of the input gate, which is part of what was certified; infinite without one.
         front: a hash of what runs before the model, its weights and their settings; ``None`` without.
         units: as they were stated, one number or one for each channel; ``None``: those of the input.
@@ -79,6 +82,7 @@ class Certificate:
     units: tuple[float, ...] | None = None
     score_error: float = 0.0
     samples: str | None = None
+    function: str | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None:
@@ -102,8 +106,9 @@ class Certificate:
 
     @property
     def digest(self) -> str:
-        """A hash of what was certified: the weights, the input norm, and what runs before the model."""
-        return hashlib.sha256(f"{self.weights} {self.input_norm!r} {self.front}".encode()).hexdigest()
+        """A hash of what was certified: the weights, the function, the input norm, and what runs before the model."""
+        told = f"{self.weights} {self.function} {self.input_norm!r} {self.front}"
+        return hashlib.sha256(told.encode()).hexdigest()
 
     def signed(self) -> Tensor:
         """Radii of right predictions, and less than zero those of wrong ones, ``(N,)``."""
@@ -200,10 +205,13 @@ def certify(
         dropped=int(dropped.sum()),
         weights=digest_of(model if own is None else own.net),
         input_norm=plain.input_norm,
-        front=None if front is None else hashlib.sha256(f"{front!r} {digest_of(front)}".encode()).hexdigest(),
+        front=None
+        if front is None
+        else hashlib.sha256(f"{function_of(front)} {digest_of(front)}".encode()).hexdigest(),
         units=None if units is None else tuple(scale.flatten().tolist()),
         score_error=error,
         samples=seen.hexdigest(),
+        function=function_of(model if own is None else own.graph),
     )
 
 

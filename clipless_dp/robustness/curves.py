@@ -175,6 +175,7 @@ class Curve:
             "input_norm": certificate.input_norm if math.isfinite(certificate.input_norm) else None,
             "front": certificate.front,
             "weights": certificate.weights,
+            "function": certificate.function,
             "digest": certificate.digest,
         }
 

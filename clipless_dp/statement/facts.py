@@ -14,6 +14,8 @@ import torch
 
 from accounting import ADD_OR_REMOVE_ONE
 from accounting.errors import MixedUnitsError
+from clipless_dp.model import DPLipModel
+from clipless_dp.model.functions import function_of
 from clipless_dp.modules import digest_of
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
@@ -299,22 +301,33 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
             f"{optimizer.skipped_draws} draws were skipped by hand (skip_draw), or with refused steps: the promise "
             "holds if what was in them did not decide that, and nothing of their gradients was used."
         )
-    robustness = facts.get("robustness")
-    if robustness is not None:
-        if robustness["weights"] != digest_of(optimizer.model.net):
-            yield (
-                "The robustness certificate is of other weights than those that the model holds now: certify these, "
-                "and hand that to the statement."
-            )
-        norm = optimizer.model.input_norm
-        if robustness["input_norm"] != (norm if math.isfinite(norm) else None):
-            yield (
-                "The robustness certificate is of another input norm than the model's, and so of other predictions: "
-                "certify this model, and hand that to the statement."
-            )
+    if "robustness" in facts:
+        yield from _weak_certificates(optimizer.model, facts["robustness"])
     for one in facts["audits"]:
         if one["passed"] is False:
             yield f"An audit failed ({one['kind']}): do not rely on the promise until it is explained."
+
+
+def _weak_certificates(model: DPLipModel, robustness: Mapping[str, Any]) -> Iterator[str]:
+    """Where a certificate is of another network than the one that is stated about."""
+    if robustness["weights"] != digest_of(model.net):
+        yield (
+            "The robustness certificate is of other weights than those that the model holds now: certify these, "
+            "and hand that to the statement."
+        )
+    # The model as it is wrapped, or its network by itself, with constants that were stated.
+    if robustness.get("function") not in (function_of(model.graph), function_of(model.net)):
+        yield (
+            "The robustness certificate is of another function of the weights than the model computes: its layers, "
+            "their settings or what is between them differ, and so do predictions. Certify this model, and hand that "
+            "to the statement."
+        )
+    norm = model.input_norm
+    if robustness["input_norm"] != (norm if math.isfinite(norm) else None):
+        yield (
+            "The robustness certificate is of another input norm than the model's, and so of other predictions: "
+            "certify this model, and hand that to the statement."
+        )
 
 
 def noise_in_words(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -11,9 +12,21 @@ import pytest
 import torch
 from torch import nn
 
-from clipless_dp import ConfigurationError, DPLipModel, constraints, fit, layers, losses, report
+from clipless_dp import (
+    CliplessDPSGD,
+    ConfigurationError,
+    DPLipModel,
+    constraints,
+    fit,
+    gradient_gated,
+    layers,
+    losses,
+    report,
+)
 from clipless_dp.cli import main
-from clipless_dp.robustness import Certificate, Curve, attacks, curve
+from clipless_dp.gates import BallProjection
+from clipless_dp.model.functions import function_of
+from clipless_dp.robustness import Certificate, Curve, attacks, certify, curve
 from tests.support import samples
 
 QUICK = (attacks.PGD(steps=5, restarts=1),)
@@ -68,6 +81,95 @@ def test_a_certificate_of_another_input_norm_is_a_finding() -> None:
     findings = report(optimizer, robustness=described).findings
     assert any("another input norm" in finding for finding in findings)
     assert not any("other weights" in finding for finding in findings)
+
+
+class Scaled(nn.Module):
+    def __init__(self, net: nn.Module, factor: float) -> None:
+        super().__init__()
+        self.net, self.factor = net, factor
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        return self.factor * self.net(values)
+
+
+def net_of(between: nn.Module, factor: float = 1.0) -> nn.Module:
+    return Scaled(nn.Sequential(nn.Linear(6, 8), between, nn.Linear(8, 3)), factor)
+
+
+OTHERS = {
+    "another slope": lambda: net_of(nn.LeakyReLU(-3.0)),
+    "another activation": lambda: net_of(nn.Tanh()),
+    "another ball": lambda: net_of(BallProjection(10.0)),
+    "a constant in forward": lambda: net_of(nn.LeakyReLU(0.01), -1.0),
+}
+
+THE_SAME = {
+    "itself": lambda: net_of(nn.LeakyReLU(0.01)),
+    "with gates of gradients": lambda: gradient_gated(net_of(nn.LeakyReLU(0.01)), isolation="graph"),
+    "with gates of other caps": lambda: gradient_gated(net_of(nn.LeakyReLU(0.01)), limit=3.0, isolation="graph"),
+    "in place": lambda: net_of(nn.LeakyReLU(0.01, inplace=True)),
+}
+
+
+def certified_with(network: nn.Module, weights: nn.Module) -> tuple[DPLipModel, Curve]:
+    network.load_state_dict(weights.state_dict())
+    model = DPLipModel(network, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(8.0))
+    return model, curve(model, samples(20, 3), (0.0, 0.1), ())
+
+
+@pytest.mark.parametrize("name", [*OTHERS, *THE_SAME])
+def test_a_certificate_of_another_function_of_the_same_weights_is_a_finding_and_of_the_same_is_none(name: str) -> None:
+    torch.manual_seed(0)
+    net = net_of(BallProjection(0.1) if name == "another ball" else nn.LeakyReLU(0.01))
+    model, own = certified_with(net, net)
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.1, dataset_size=60)
+    _, other = certified_with({**OTHERS, **THE_SAME}[name](), net)
+    assert own.certificate.weights == other.certificate.weights
+    assert (own.certificate.digest == other.certificate.digest) is (name in THE_SAME)
+    findings = report(optimizer, delta=1e-5, robustness=other.described("public samples")).findings
+    assert any("another function" in finding for finding in findings) is (name in OTHERS)
+
+
+def test_a_setting_that_changed_since_the_certificate_is_a_finding() -> None:
+    torch.manual_seed(0)
+    net = net_of(nn.LeakyReLU(0.01))
+    model, own = certified_with(net, net)
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.1, dataset_size=60)
+    described = own.described("public samples")
+    assert not any("another function" in one for one in report(optimizer, delta=1e-5, robustness=described).findings)
+    net.net[1].negative_slope = 0.9
+    assert any("another function" in one for one in report(optimizer, delta=1e-5, robustness=described).findings)
+
+
+def test_a_certificate_of_the_network_by_itself_with_a_stated_constant_is_of_the_same_function() -> None:
+    optimizer = trained(constraints.Orthogonal()).optimizer
+    alone = curve(optimizer.model.net, samples(20, 3), (0.0, 0.1), (), lipschitz=1.0).described("public samples")
+    assert not any("another function" in finding for finding in report(optimizer, robustness=alone).findings)
+
+
+def test_modules_that_are_not_wrapped_and_fronts_are_told_apart_by_settings_and_code() -> None:
+    layer = nn.Linear(6, 6)
+
+    class Doubled(nn.Linear):
+        def forward(self, values: torch.Tensor) -> torch.Tensor:
+            return 2.0 * super().forward(values)
+
+    doubled = Doubled(6, 6)
+    doubled.load_state_dict(layer.state_dict())
+    nets = [
+        layer,
+        doubled,
+        nn.Sequential(layer, nn.LeakyReLU(0.1)),
+        nn.Sequential(layer, nn.LeakyReLU(0.2)),
+        nn.Sequential(layer, BallProjection(1.0)),
+        nn.Sequential(layer, BallProjection(2.0)),
+    ]
+    assert len({function_of(net) for net in nets}) == len(nets)
+    assert function_of(copy.deepcopy(nets[-1]).double()) == function_of(nets[-1])
+    assert function_of(nn.Sequential(nn.Linear(6, 6), BallProjection(2.0))) == function_of(nets[-1])
+    inputs, last = torch.randn(4, 6), nn.Linear(6, 3)
+    found = {certify(last, inputs, lipschitz=1.0, front=net, front_lipschitz=9.0).digest for net in nets}
+    assert len(found) == len(nets)
 
 
 def test_what_is_not_certified_says_why_in_the_statement() -> None:
