@@ -95,6 +95,7 @@ class Accountant(ABC):
         """The steps so far, run-length compressed: (noise_multiplier, sample_rate, steps).
 
         Raises:
+            MixedUnitsError: When the ledger is about people, which such steps do not say: see `Ledger.history`.
             UnsupportedEventError: When the ledger holds other events than plain steps.
         """
         return self.ledger.history()
@@ -137,8 +138,9 @@ class Accountant(ABC):
 
         Args:
             delta: In (0, 1), best well below one over the number of records.
-            group_size: k: for a person with up to k rows, all of them added, removed or replaced together. It may lie
-                above k times the ε of one row at the same δ, which is no bound; see `accounting.groups`.
+            group_size: k: for a person with up to k rows, all of them added, removed or replaced together; of a ledger
+                that is about people, for k people together. It may lie above k times the ε of one at the same δ, which
+                is no bound; see `accounting.groups`.
 
         Returns:
             A float (the certified upper bound) with its lower bound and provenance.
@@ -176,10 +178,12 @@ class Accountant(ABC):
         return [self.get_epsilon(delta, group_size=group_size) for delta in deltas]
 
     def line_for_a_person(self, delta: float, *, rows: int) -> str:
-        """Returns a statement's line: what a person with up to so many rows is promised at δ; see `get_epsilon`."""
+        """Returns a statement's line: what a person with up to so many rows is promised at δ; see `get_epsilon`.
+
+        Of a ledger that is about people, whose rows do not count: what so many people are promised together.
+        """
         bound = self.get_epsilon(delta, group_size=rows)
-        whom = "one row" if bound.group_size == 1 else f"up to {bound.group_size} rows"
-        return f"for a person with {whom}: ε = {rounded_up(bound.upper)} at δ = {bound.delta:g} ({bound.relation})"
+        return f"for {bound.whom}: ε = {rounded_up(bound.upper)} at δ = {bound.delta:g} ({bound.relation})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings and lists, fit for JSON and for weights-only checkpoints."""
@@ -231,9 +235,10 @@ class Accountant(ABC):
         return ledger
 
     def to_opacus(self) -> dict[str, Any]:
-        """Returns the state dict of Opacus' accountant of the same kind.
+        """Returns the state dict of Opacus' accountant of the same kind, which is about rows.
 
         Raises:
+            MixedUnitsError: When the ledger is about people, which the state would not say.
             UnsupportedEventError: When the ledger holds more than Poisson-sampled or unsampled steps, or
                 is about replacing records.
         """
@@ -253,6 +258,7 @@ class Accountant(ABC):
             sampling=terms.sampling,
             engine=engine,
             group_size=terms.group_size,
+            unit=next(iter(self.ledger.units), ""),
         )
 
     def _fallback(self, reason: str) -> None:

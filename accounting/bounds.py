@@ -30,7 +30,9 @@ class PrivacyBound(float):
         relation: Neighbouring relation, `"add_or_remove_one"` or `"replace_one"`.
         sampling: How batches were formed, as read from the ledger.
         engine: Which engine answered.
-        group_size: How many rows a person has at most whom the value is about.
+        group_size: How many rows a person has at most whom the value is about; or how many people, where the ledger
+            is about people.
+        unit: What the ledger is about: `"person"`, or, empty, a row.
     """
 
     lower: float
@@ -40,6 +42,7 @@ class PrivacyBound(float):
     sampling: str
     engine: str
     group_size: int
+    unit: str
 
     def __new__(
         cls,
@@ -51,6 +54,7 @@ class PrivacyBound(float):
         sampling: str = "unknown",
         engine: str = "unknown",
         group_size: int = 1,
+        unit: str = "",
     ) -> PrivacyBound:
         """Makes a bound whose float value is `upper`."""
         self = super().__new__(cls, upper)
@@ -61,15 +65,24 @@ class PrivacyBound(float):
         self.sampling = sampling
         self.engine = engine
         self.group_size = group_size
+        self.unit = unit
         return self
+
+    @property
+    def whom(self) -> str:
+        """Who is promised this, in words."""
+        if self.unit == "person":
+            return "a person" if self.group_size == 1 else f"{self.group_size} people together"
+        return "a person with " + ("one row" if self.group_size == 1 else f"up to {self.group_size} rows")
 
     def __repr__(self) -> str:
         group = f", group_size={self.group_size}" if self.group_size > 1 else ""
+        group += f", unit={self.unit!r}" if self.unit else ""
         return (
             f"PrivacyBound({self.lower:.6g} <= {self.upper:.6g}, delta={self.delta:g}, "
             f"relation={self.relation!r}, sampling={self.sampling!r}, engine={self.engine!r}{group})"
         )
 
     def __getnewargs_ex__(self) -> tuple[tuple[float], dict[str, object]]:
-        fields = ("lower", "delta", "relation", "sampling", "engine", "group_size")
+        fields = ("lower", "delta", "relation", "sampling", "engine", "group_size", "unit")
         return (self.upper,), {name: getattr(self, name) for name in fields}

@@ -118,7 +118,13 @@ def _common(parser: argparse.ArgumentParser, *, delta: bool = True) -> None:
 
 
 def _group(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--group-size", type=int, default=1, metavar="K", help="for a person with up to K rows")
+    parser.add_argument(
+        "--group-size",
+        type=int,
+        default=1,
+        metavar="K",
+        help="for a person with up to K rows; of a ledger about people, for K people",
+    )
 
 
 def _required(options: argparse.Namespace, *names: str) -> None:
@@ -136,7 +142,7 @@ def _accountant(options: argparse.Namespace) -> Accountant:
 
 def _line(bound: PrivacyBound) -> str:
     lower = f"{bound.lower:.6g}" if bound.lower > 0.0 or bound.upper == 0.0 else "unknown"
-    whom = f"for a person with up to {bound.group_size} rows: " if bound.group_size > 1 else ""
+    whom = f"for {bound.whom}: " if bound.group_size > 1 else ""
     return (
         f"{whom}epsilon = {rounded_up(bound.upper)} at delta = {bound.delta:g}  "
         f"(at least {lower}; {bound.relation}, sampling {bound.sampling}, engine {bound.engine})"
@@ -186,8 +192,8 @@ def _steps(options: argparse.Namespace) -> str:
 
 
 def _epochs(options: argparse.Namespace) -> str:
-    if not 0.0 < options.batch_size <= options.dataset_size:
-        raise AccountingError("--batch-size must be positive, and at most --dataset-size")
+    if not 0.0 < options.batch_size <= options.dataset_size < math.inf:
+        raise AccountingError("--batch-size must be positive, and at most --dataset-size, which must be finite")
     options.sample_rate = options.batch_size / options.dataset_size
     steps = _steps(options)
     return f"epochs = {rounded_down(options.steps * options.sample_rate)}\n{steps}"
@@ -200,11 +206,14 @@ def _batch(options: argparse.Namespace) -> str:
         raise AccountingError("give a positive --dataset-size, and one of --steps and --epochs")
     if options.epochs is not None and not 0.0 < options.epochs < float("inf"):
         raise AccountingError("--epochs must be positive")
+    if not options.epsilon > 0.0:
+        raise AccountingError(f"--epsilon must be positive, got {options.epsilon}")
 
     def bound(batch: int) -> PrivacyBound:
         options.sample_rate = batch / size
         if options.epochs is not None:
-            options.steps = math.ceil(options.epochs * size / batch - 1e-9)
+            # More steps than any accountant takes are refused there, in words.
+            options.steps = math.ceil(min(options.epochs * size / batch, 1e18) - 1e-9)
         return _bound(options)
 
     # For fixed epochs too larger batches cost more: fewer steps, each of which costs as the square of its rate.
@@ -257,7 +266,7 @@ def _plot(bounds: list[PrivacyBound], path: str) -> None:
 
 
 def _title(bound: PrivacyBound) -> str:
-    group = f", {bound.group_size} rows" if bound.group_size > 1 else ""
+    group = f", {bound.whom}" if bound.group_size > 1 else ""
     return f"{bound.relation}{group}, sampling {bound.sampling}"
 
 

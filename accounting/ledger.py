@@ -345,7 +345,16 @@ class Ledger:
         return own.lines
 
     def attributed(self, provenance: Provenance) -> Ledger:
-        """Returns the ledger with this provenance on the lines that have none."""
+        """Returns the ledger with this provenance on the lines that have none, which stay about rows.
+
+        Raises:
+            MixedUnitsError: When there are such lines, and the provenance is about people.
+        """
+        if provenance.unit != _UNKNOWN.unit and any(line.provenance == _UNKNOWN for line in self.lines):
+            raise MixedUnitsError(
+                "lines without a provenance are about rows, and this provenance is about people: where each person has "
+                "one row only, say so by ledger.about('person'), and else leave the unit out"
+            )
         attributed = Ledger(self.relation)
         for line in self.lines:
             attributed._put(line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance)
@@ -359,12 +368,24 @@ class Ledger:
             scaled._put(event, line.count, Provenance(unit=line.provenance.unit))
         return scaled
 
-    def history(self) -> list[tuple[float, float, int]]:
+    def history(self, unit: Unit = "") -> list[tuple[float, float, int]]:
         """Returns (noise_multiplier, sample_rate, steps) lines, as other accountants keep them.
 
+        Args:
+            unit: What whoever reads them takes them to be about, which the lines themselves do not say: rows.
+
         Raises:
+            MixedUnitsError: When the ledger is about another unit.
             UnsupportedEventError: When a line is not a step with Poisson or no sampling.
         """
+        if self.units - {unit}:
+            raise MixedUnitsError(
+                "steps as (σ, q, steps) do not say what they are about, and whoever reads them takes them for steps of "
+                "rows: this ledger is about people. Keep it as it is (state_dict, ledger.save), or say "
+                "ledger.history('person') where you keep the unit yourself"
+                if unit == ""
+                else "this ledger is not about people, or not all of it: ask for ledger.history()"
+            )
         lines = []
         for event, count in self.entries:
             if not isinstance(event, (GaussianStep, GaussianVectorStep)):

@@ -128,8 +128,8 @@ def privacy(
             included = coins.random(canaries) < 0.5
             seen, played = stage.play(optimizer, batches, included)
             if claim is None:
-                claim, stated = Claim(played.accountant.history), played.get_epsilon(delta) if delta else math.inf
-            if claim.history != Claim(played.accountant.history).history or (scores and seen.shape != scores[0].shape):
+                claim, stated = Claim(_history(played)), played.get_epsilon(delta) if delta else math.inf
+            if claim.history != Claim(_history(played)).history or (scores and seen.shape != scores[0].shape):
                 raise ConfigurationError("runs differ in their steps or in what they record: make them alike")
             scores.append(seen)
             members.append(included)
@@ -385,3 +385,9 @@ def _structured(model: DPLipModel, sample: Tensor, target: Tensor) -> Iterator[t
 def _sized(values: Tensor, norm: float) -> Tensor:
     norms: Tensor = torch.linalg.vector_norm(values.flatten(1), dim=1).reshape(-1, *[1] * (values.dim() - 1))
     return values * (norm / norms.clamp(min=1e-30))
+
+
+def _history(optimizer: CliplessDPOptimizer) -> list[tuple[float, float, int]]:
+    """Its steps, whatever they are about: canaries are rows that are somebody's only one."""
+    ledger = optimizer.accountant.ledger
+    return ledger.history(*ledger.units)

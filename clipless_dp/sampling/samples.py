@@ -306,10 +306,11 @@ class Samples:
             return _stacked(inputs), _column("targets", targets)
         if isinstance(first, (tuple, list)) and len(first) == 2 and isinstance(first[0], (Mapping, tuple, list)):
             numbers = isinstance(first[0], (tuple, list)) and not any(hasattr(part, "shape") for part in first[0])
-            if not numbers:
-                self._structured = True
-                inputs, targets = zip(*samples, strict=True)
-                return _stacked(inputs), _column("targets", targets)
+            inputs, targets = zip(*samples, strict=True)
+            if numbers:
+                return _column("inputs", inputs), _column("targets", targets)
+            self._structured = True
+            return _stacked(inputs), _column("targets", targets)
         inputs, targets = default_collate(samples)
         return inputs, targets
 

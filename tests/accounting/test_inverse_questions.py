@@ -85,11 +85,19 @@ def test_the_batch_of_an_epsilon_is_the_largest_that_fits_so_many_epochs(capsys:
         ["batch", "--dataset-size", "0", "--steps", "3"],
         ["batch", "--dataset-size", "100", "--epochs", "-1"],
         ["batch", "--dataset-size", "10", "--steps", "1000000"],
+        ["epochs", "--batch-size", "20", "--dataset-size", "inf"],
+        ["epochs", "--batch-size", "nan", "--dataset-size", "10"],
+        ["batch", "--dataset-size", "100", "--steps", "3", "--epsilon", "nan"],
+        ["batch", "--dataset-size", "100", "--steps", "3", "--epsilon", "0"],
+        ["batch", "--dataset-size", "100", "--epochs", "1e308"],
     ],
-    ids=["batch above data", "no batch", "no length", "two lengths", "no data", "negative epochs", "no batch fits"],
+    ids=[
+        *("batch above data", "no batch", "no length", "two lengths", "no data", "negative epochs", "no batch fits"),
+        *("endless data", "batch of no number", "epsilon of no number", "no epsilon", "endless epochs"),
+    ],
 )
 def test_questions_without_an_answer_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*arguments, *COMMON]) == 2
+    assert main([arguments[0], *COMMON, *arguments[1:]]) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from accounting import GaussianRelease, Ledger, MixedUnitsError, Provenance, calibrate_steps, create_accountant
+from accounting.cli import main
 from clipless_dp import ConfigurationError, report, statistics
 from tests.people.test_drawing import PEOPLE, ROWS, a_draw, accumulated, optimizer
 from tests.support import samples
@@ -114,3 +116,52 @@ def test_budgets_and_plans_count_on_top_of_what_people_have_spent() -> None:
     accumulated(own, a_draw())
     assert own.allows(3)
     assert len(spent) == 2
+
+
+def test_steps_of_people_do_not_pass_for_steps_of_rows_on_the_road_through_opacus() -> None:
+    accountant = create_accountant("prv")
+    accountant.step(noise_multiplier=1.0, sample_rate=0.1, steps=10, provenance=PERSON)
+    for road in (accountant.to_opacus, lambda: accountant.history, accountant.ledger.history):
+        with pytest.raises(MixedUnitsError, match="about people"):
+            road()
+    assert accountant.ledger.history("person") == [(1.0, 0.1, 10)]
+    again = create_accountant("prv")
+    again.load_state_dict(accountant.state_dict())
+    assert again.ledger.units == {"person"}
+    rows = create_accountant("prv")
+    rows.step(noise_multiplier=1.0, sample_rate=0.1, steps=10)
+    assert rows.to_opacus()["history"] == rows.history == [(1.0, 0.1, 10)]
+    with pytest.raises(MixedUnitsError, match="not about people"):
+        rows.ledger.history("person")
+
+
+def test_attributing_lines_does_not_turn_rows_into_people() -> None:
+    rows = about("")
+    with pytest.raises(MixedUnitsError, match="about rows"):
+        rows.attributed(PERSON)
+    assert rows.attributed(Provenance("a run")).units == {""}
+    assert about("person").attributed(PERSON).units == {"person"}
+    assert Ledger().attributed(PERSON).units == set()
+
+
+@pytest.mark.parametrize(
+    ("unit", "size", "words"),
+    [
+        ("", 1, "a person with one row"),
+        ("", 3, "a person with up to 3 rows"),
+        ("person", 1, "a person"),
+        ("person", 3, "3 people together"),
+    ],
+)
+def test_a_group_is_of_rows_or_of_people_as_the_ledger_is(
+    unit: Any, size: int, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    accountant = create_accountant("prv")
+    accountant.step(noise_multiplier=5.0, sample_rate=0.1, steps=3, provenance=Provenance("a run", unit=unit))
+    bound = accountant.get_epsilon(1e-5, group_size=size)
+    assert (bound.whom, pickle.loads(pickle.dumps(bound)).whom) == (words, words)
+    assert accountant.get_delta(1.0, group_size=size).whom == words
+    assert accountant.line_for_a_person(1e-5, rows=size).startswith(f"for {words}: ε = ")
+    accountant.ledger.save(tmp_path / "ledger.json")
+    assert main(["explain", str(tmp_path / "ledger.json"), "--delta", "1e-5", "--group-size", str(size)]) == 0
+    assert (f"for {words}: epsilon" in capsys.readouterr().out) is (size > 1)

@@ -193,3 +193,18 @@ def test_arrays_in_files_are_read_row_by_row(tmp_path: Any) -> None:
     # The memory of the file itself: nothing of it was copied.
     assert tensor.data_ptr() == held["ids"].ctypes.data
     assert torch.equal(samples.read([5])[0], ROWS[5:6])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_lists_of_numbers_are_one_input(nested: bool) -> None:
+    rows = torch.arange(12.0).reshape((3, 2, 2) if nested else (3, 4)) / 8.0
+    dataset = list(zip(rows.tolist(), [0, 1, 2], strict=True))
+    inputs, targets = as_tensors(dataset)
+    assert torch.equal(inputs, rows)
+    assert torch.equal(targets, torch.arange(3))
+    assert Samples(dataset).first[0].shape == (1, *rows.shape[1:])
+
+
+def test_lists_of_numbers_of_different_lengths_are_refused_in_words() -> None:
+    with pytest.raises(InputError, match="different samples"):
+        as_tensors([([0.1, 0.2], 0), ([0.3], 1), ([0.4, 0.5], 1)])
