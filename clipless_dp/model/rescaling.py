@@ -186,11 +186,9 @@ def _alike(expected: Tensor, rounded: Tensor, found: Tensor) -> bool:
 
     A large last bias is most of each output, and none of what tells samples apart.
     """
-    for part in (lambda values: values, lambda values: values - values.mean(0)):
-        size, noise, distance = (
-            float(torch.linalg.vector_norm(part(values), dim=1).max())
-            for values in (expected, rounded - expected, found - expected)
-        )
+    parts = expected, rounded - expected, found - expected
+    for some in (parts, tuple(values - values.mean(0) for values in parts)):
+        size, noise, distance = (float(torch.linalg.vector_norm(values, dim=1).max()) for values in some)
         # Of float64 itself; a last bias is part of every sum.
         least = torch.finfo(torch.float64).eps * (size + float(expected.abs().max()))
         if not distance <= _ROUNDINGS * (noise + least):
