@@ -160,7 +160,7 @@ class Samples:
         """The samples of a data set in which each is there once, and that all ranks hold alike.
 
         Raises:
-            ConfigurationError: as the constructor does.
+            ConfigurationError: as the constructor does; or samples are read into memory of others.
             InputError: as the constructor does.
             PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
             RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
@@ -169,6 +169,7 @@ class Samples:
         if not samples._checked:
             if samples.tensors is None:
                 persons.refuse_repeats(samples._dataset)
+                persons.refuse_reused_memory(samples._dataset)
             else:
                 persons.refuse_repeated_rows(samples.tensors[:-1])
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
