@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -137,7 +136,7 @@ class RowByRow:
 
     def _made(self, sample: Any) -> Any:
         # A copy, since what a function writes into it, other samples may share, and a later draw reads.
-        return _held(self.collate([_copied(sample)]))
+        return _held(self.collate([memory.copied(sample)]))
 
     def _refuse_memory(self, before: bytes) -> None:
         if memory.digest(self.collate)[0] != before:
@@ -148,20 +147,6 @@ class RowByRow:
                 "what is public, make in its constructor what it needs, take new tensors in each call, and cache by "
                 "functools.lru_cache functions of a value alone"
             )
-
-
-def _copied(value: Any) -> Any:
-    """A sample whose parts are nobody else's: mappings, sequences, tensors, arrays, and what else can be copied."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    if type(value) is dict:
-        return {key: _copied(part) for key, part in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_copied, value))
-    try:
-        return copy.deepcopy(value)
-    except Exception:
-        return copy.copy(value)
 
 
 def _are_same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

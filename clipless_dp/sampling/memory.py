@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dis
 import functools
 import hashlib
@@ -10,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import CellType, CodeType, FunctionType, GeneratorType, ModuleType
 from typing import Any, cast
 
@@ -49,8 +50,8 @@ _HASHED = 1 << 24
 _GLOBAL_GENERATORS = (
     torch.default_generator,
     cast(Any, random.random).__self__,
-    cast(Any, np.random.rand).__self__,  # noqa: NPY002
-    cast(Any, np.random.rand).__self__._bit_generator,  # noqa: NPY002
+    cast(Any, np.random.rand).__self__,
+    cast(Any, np.random.rand).__self__._bit_generator,
 )
 
 
@@ -103,6 +104,42 @@ def own_generators(root: object) -> Iterator[object]:
             yield value
 
 
+def copied(value: Any) -> Any:
+    """A sample whose parts are nobody else's: mappings, sequences, tensors, arrays, and what else can be copied."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if type(value) is dict:
+        return {key: copied(part) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(copied, value))
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return copy.copy(value)
+
+
+def lie_together(samples: Sequence[Any]) -> bool:
+    """Whether two samples have a tensor, an array or a list of numbers at one place in memory."""
+    places = [{*_places(sample)} for sample in samples]
+    return len(set().union(*places)) < sum(map(len, places))
+
+
+def _places(value: Any) -> Iterator[int]:
+    if isinstance(value, Tensor):
+        if value.layout is torch.strided and not value.is_nested and value.numel():
+            yield value.data_ptr()
+    elif isinstance(value, np.ndarray):
+        if value.size:
+            yield int(value.__array_interface__["data"][0])
+    elif isinstance(value, (Mapping, list, tuple)):
+        parts = [*value.values()] if isinstance(value, Mapping) else value
+        if isinstance(value, list):
+            yield id(value)
+        if parts and type(parts[0]) not in _ATOMS or isinstance(value, (Mapping, tuple)):
+            for part in parts:
+                yield from _places(part)
+
+
 def _content(value: object) -> object:
     """What tells an object from what it was before, beside its parts."""
     if isinstance(value, Tensor):
@@ -140,7 +177,8 @@ def _parts(value: Any) -> list[object]:
         parts.append(getattr(value, "default_factory", None))
     for container in _CONTAINERS:
         if isinstance(value, container):
-            parts += container.__iter__(value)
+            # As it lies there, whatever a class of a user's makes of it.
+            parts += cast(Any, container).__iter__(value)
     if isinstance(value, np.ndarray) and value.dtype.hasobject:
         parts.append(value.tolist())
     if isinstance(value, weakref.ref):
@@ -183,7 +221,9 @@ def _parts_of_function(function: FunctionType) -> list[object]:
 @functools.lru_cache(maxsize=1024)
 def _names(code: CodeType) -> tuple[list[str], list[str], list[str]]:
     """Names that code loads as globals, all that it names, and modules that it imports; of functions within, too."""
-    loaded, imported, named = {}, {}, dict.fromkeys(code.co_names)
+    loaded: dict[str, None] = {}
+    imported: dict[str, None] = {}
+    named = dict.fromkeys(code.co_names)
     for instruction in dis.get_instructions(code):
         if instruction.opname == "IMPORT_NAME":
             imported[str(instruction.argval)] = None

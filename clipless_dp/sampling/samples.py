@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
-from clipless_dp.sampling import persons
+from clipless_dp.sampling import memory, persons
 from clipless_dp.sampling.people import Classes, People, spans_of
 
 
@@ -160,7 +160,7 @@ class Samples:
         """The samples of a data set in which each is there once, and that all ranks hold alike.
 
         Raises:
-            ConfigurationError: as the constructor does; or samples are read into memory of others.
+            ConfigurationError: as the constructor does.
             InputError: as the constructor does.
             PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
             RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
@@ -169,7 +169,6 @@ class Samples:
         if not samples._checked:
             if samples.tensors is None:
                 persons.refuse_repeats(samples._dataset)
-                persons.refuse_reused_memory(samples._dataset)
             else:
                 persons.refuse_repeated_rows(samples.tensors[:-1])
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
@@ -204,7 +203,11 @@ class Samples:
                 return inputs[0], targets
             return self._packed(inputs if self._names is None else dict(zip(self._names, inputs, strict=True))), targets
         several = getattr(self._dataset, "__getitems__", None)
-        samples = [self._dataset[index] for index in indices] if several is None else several(list(indices))
+        # Copies, since a data set may read each sample into the memory of the one before.
+        if several is None:
+            samples = [memory.copied(self._dataset[index]) for index in indices]
+        elif memory.lie_together(samples := several(list(indices))):
+            samples = [memory.copied(sample) for index in indices for sample in several([index])]
         try:
             inputs, targets = self._collated(samples)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
