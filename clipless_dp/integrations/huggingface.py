@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -29,6 +29,7 @@ from clipless_dp.packing import LABELS
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler, poisson_collate
 from clipless_dp.sampling.augmentation import refuse_own_generators
+from clipless_dp.sampling.collation import RowByRow
 from clipless_dp.training import Plan
 
 _LEDGER = "optimizer.pt"
@@ -140,7 +141,9 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
 
     def _wrapped(self, net: nn.Module, loss: Loss, gates: Mapping[str, Any]) -> DPLipModel:
         """The network behind gates, for inputs such as those of the first sample."""
-        shown = dict(self._collated([self.train_dataset[0]]))
+        first = self.train_dataset[0]
+        # Told about the collator is what its batch is not made of.
+        shown = dict(RowByRow(self._collator(), first)([first]))
         shown.pop(self.label_names[0], None)
         training = net.training
         # As it is trained: what is frozen by eval(), a recipe says.
@@ -150,9 +153,10 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         finally:
             net.train(training)
 
-    def _collated(self, samples: list[Any]) -> Mapping[str, Any]:
+    def _collator(self) -> Callable[[list[Any]], Any]:
+        refuse_own_generators(self.data_collator, "data_collator")
         collate = self._get_collator_with_removed_columns(self.data_collator or default_data_collator)
-        return cast(Mapping[str, Any], collate(samples))
+        return cast(Callable[[list[Any]], Any], collate)
 
     @property
     def private_optimizer(self) -> CliplessDPOptimizer:
@@ -175,13 +179,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         data = self.train_dataset
         if hasattr(data, "column_names"):
             data = self._remove_unused_columns(data, description="training")
-        # In a worker it is this trainer's method, through which the generator is not seen.
-        refuse_own_generators(self.data_collator, "data_collator")
         workers = self.args.dataloader_num_workers
         return DataLoader(
             data,
             batch_sampler=PoissonBatchSampler(len(data), sample_rate=self._sample_rate, steps=self._steps_per_epoch),
-            collate_fn=poisson_collate(data, self._collated),
+            collate_fn=poisson_collate(data, self._collator()),
             num_workers=workers,
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,

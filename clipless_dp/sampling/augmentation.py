@@ -21,7 +21,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise.randomness import Randomness, current_generator
 from clipless_dp.noise.randomness import shared as shared_randomness
-from clipless_dp.sampling import draws
+from clipless_dp.sampling import draws, memory
 
 
 class RowAugmentation(ABC):
@@ -247,17 +247,15 @@ def refuse_own_generators(augment: Callable[..., Any], argument: str = "augment"
     all others.
 
     Raises:
-        ConfigurationError: it is an attribute, in a closure, or an argument of a ``partial``.
+        ConfigurationError: one is within reach (:func:`clipless_dp.sampling.memory.reachable`): an attribute, in a
+            closure, an argument of a ``partial``, or a global that the code names, in containers of these, too.
     """
-    kinds = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
-    held = _held(augment)
-    for value in [*held, *(part for own in held for part in getattr(own, "__dict__", {}).values())]:
-        if isinstance(value, kinds):
-            raise ConfigurationError(
-                f"{argument}={augment!r} draws from a generator of its own ({type(value).__name__}), so that one more "
-                "sample changes what is made of all others: draw from torch's, numpy's or Python's global generators, "
-                "which follow a secret source of randomness while it is called"
-            )
+    for value in memory.own_generators(augment):
+        raise ConfigurationError(
+            f"{argument}={augment!r} draws from a generator of its own ({type(value).__name__}), so that one more "
+            "sample changes what is made of all others: draw from torch's, numpy's or Python's global generators, "
+            "which follow a secret source of randomness while it is called"
+        )
 
 
 def _is_filled(cell: CellType) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.noise.randomness import shared as shared_randomness
+from clipless_dp.sampling import memory
 from clipless_dp.sampling.augmentation import (
     EVERY,
     random_states,
@@ -24,6 +24,9 @@ from clipless_dp.sampling.augmentation import (
 )
 
 _CPU = torch.device("cpu")
+
+SMALL = 1 << 16
+"""Bytes of what a function reaches up to which it is compared around each batch: some milliseconds."""
 
 
 def sees_single_rows(collate: object) -> bool:
@@ -40,8 +43,11 @@ class RowByRow:
     :mod:`clipless_dp.noise.randomness` for each sample that draws, and restored afterwards: what a user seeds reaches
     no sample.
 
-    In the first batch, and in one of :data:`EVERY` later ones, one sample is collated again under the same random
-    numbers: what differs has been remembered from other samples, or drawn from elsewhere.
+    Each call is given a copy of its sample, and must leave behind nothing that the next could read: what the function
+    reaches (:func:`clipless_dp.sampling.memory.reachable`) is the same after a batch as before, whether or not rows
+    show it. In the first batch, and in one of :data:`EVERY` later ones, one sample is also collated again under the
+    same random numbers: what differs has been remembered elsewhere, or drawn from elsewhere. Where much is within reach
+    (a tokenizer's vocabulary in Python), it is compared in these batches only.
 
     Args:
         collate: from a list of samples to a batch.
@@ -53,16 +59,24 @@ class RowByRow:
     Raises:
         ConfigurationError: what it returns holds something other than tensors of one row for the sample, or the
             function draws from a generator of its own.
+        PrivacyError: the function remembers something of the sample.
     """
 
     def __init__(self, collate: Callable[[list[Any]], Any], first: Any) -> None:
         self.collate = collate
         self._looked = False
+        # Collators of transformers show all of a tokenizer in their representation.
+        named = getattr(collate, "data_collator", collate)
+        self._name = f"collate={getattr(named, '__qualname__', type(named).__qualname__)}"
+        refuse_own_generators(collate, "collate")
+        before, size = memory.digest(collate)
+        self._is_small = size <= SMALL
         with torch.random.fork_rng([]):
             made = self._alone(first)
         # Some make their generator when they are called first.
         refuse_own_generators(collate, "collate")
         self.empty = _emptied(made, "the batch")
+        self._refuse_memory(before)
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """A batch of samples, in their order.
@@ -70,13 +84,17 @@ class RowByRow:
         Raises:
             InputError: a sample's tensors have other shapes or dtypes than the first one's.
             ConfigurationError: as when this was made.
-            PrivacyError: the same sample gives two batches under the same random numbers.
+            PrivacyError: the function remembers something of its samples, or one of them gives two batches under the
+                same random numbers.
         """
         due = len(samples) > 0 and (not self._looked or secrets.randbelow(EVERY) == 0)
+        before = memory.digest(self.collate)[0] if due or self._is_small else None
         chosen = secrets.randbelow(len(samples)) if due else -1
         # Else the global generator would tell how many samples a draw held.
         with torch.random.fork_rng([]):
             rows, states = self._rows(samples, chosen)
+            if before is not None:
+                self._refuse_memory(before)
             again = self._alone(samples[chosen], states) if due else None
         batch = _joined(self.empty, rows, "the batch")
         if due:
@@ -87,9 +105,9 @@ class RowByRow:
             )
             if not all(_is_same(one, other) for one, other in pairs):
                 raise PrivacyError(
-                    f"collate={self.collate!r} gives two batches of the same sample under the same random numbers: it "
-                    "keeps a state, through which samples may meet, or draws from a generator of its own. Make each "
-                    "row of its sample alone, and draw from torch's, numpy's or Python's global generators"
+                    f"{self._name} gives two batches of the same sample under the same random numbers: it "
+                    "keeps a state, through which samples may meet, or draws from elsewhere. Make each row of its "
+                    "sample alone, and draw from torch's, numpy's or Python's global generators"
                 )
             self._looked = True
         return batch
@@ -117,8 +135,18 @@ class RowByRow:
             return self._made(sample)
 
     def _made(self, sample: Any) -> Any:
-        # A copy, since some take the labels out of the mapping that they are given.
-        return _held(self.collate([copy.copy(sample)]))
+        # A copy, since what a function writes into it, other samples may share, and a later draw reads.
+        return _held(self.collate([memory.copied(sample)]))
+
+    def _refuse_memory(self, before: bytes) -> None:
+        if memory.digest(self.collate)[0] != before:
+            raise PrivacyError(
+                f"{self._name} keeps a state that changed while it made rows (an attribute, a global, what "
+                "a closure or a default holds: numbers given to labels on the way, counters, caches, tensors that are "
+                "filled again), through which samples may meet. Settle vocabularies and labels before training from "
+                "what is public, make in its constructor what it needs, take new tensors in each call, and cache by "
+                "functools.lru_cache functions of a value alone"
+            )
 
 
 def _are_same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
@@ -145,14 +173,34 @@ def _held(value: Any) -> Any:
 
 def _emptied(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
-        if not value.dim() or len(value) != 1:
-            raise _no_row(where, f"a tensor of shape {tuple(value.shape)}")
+        if not _is_row(value):
+            raise _no_row(where, _told(value))
         return value[:0]
+    if isinstance(value, Mapping):
+        return {key: _emptied(part, repr(key)) for key, part in value.items()}
 
     def refuse(other: Any) -> Any:
-        raise _no_row(where, f"a {type(other).__name__}")
+        raise _no_row(where, _told(other))
 
     return _mapped(lambda part: _emptied(part, where), value, refuse)
+
+
+def _is_row(value: Any) -> bool:
+    return (
+        isinstance(value, Tensor)
+        and not value.is_nested
+        and value.layout is torch.strided
+        and value.dim() > 0
+        and len(value) == 1
+    )
+
+
+def _told(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return f"{value!r}" if value is None or isinstance(value, (bool, int, float)) else f"a {type(value).__name__}"
+    if value.is_nested or value.layout is not torch.strided:
+        return f"a {'nested' if value.is_nested else 'sparse'} tensor, which is no row of numbers,"
+    return f"a tensor of shape {tuple(value.shape)}"
 
 
 def _mapped(function: Callable[[Any], Any], value: Any, otherwise: Callable[[Any], Any]) -> Any:
@@ -171,9 +219,8 @@ def _joined(empty: Any, rows: list[Any], where: str) -> Any:
     """Batches of one sample each, behind one another; ``empty`` says what they are."""
     if isinstance(empty, Tensor):
         for row in rows:
-            if not isinstance(row, Tensor) or not row.dim() or len(row) != 1:
-                found = f"a tensor of shape {tuple(row.shape)}" if isinstance(row, Tensor) else type(row).__name__
-                raise _no_row(where, found)
+            if not _is_row(row):
+                raise _no_row(where, _told(row))
             if row.shape[1:] != empty.shape[1:] or row.dtype != empty.dtype:
                 raise InputError(
                     f"{where} of a sample has shape {tuple(row.shape[1:])} and is {row.dtype}, of the first one "
@@ -194,5 +241,6 @@ def _joined(empty: Any, rows: list[Any], where: str) -> Any:
 def _no_row(where: str, found: str) -> ConfigurationError:
     return ConfigurationError(
         f"the collate function gives {found} for {where} of one sample: it must return tensors of one row for each "
-        "sample (mappings, tuples and lists of them), and is called on each alone"
+        "sample (mappings, tuples and lists of them), and is called on each alone; leave out what is none (a flag say, "
+        "which the model can be given as a default)"
     )

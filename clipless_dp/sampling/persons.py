@@ -17,11 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
-from clipless_dp.errors import PrivacyError, RankError
+from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
+from clipless_dp.sampling import memory
 
 Indices = npt.NDArray[np.int64]
 Rows = range | Indices
@@ -31,6 +33,9 @@ HASHED = 1 << 30
 
 ROWS, READS = 4096, 32
 """Rows that are compared of larger tensors, and samples of data sets that are read one by one."""
+
+AT_ONCE = 4
+"""Samples that are held at once to see whether a data set reads into memory that it uses again."""
 
 _CHUNK = 1 << 26
 
@@ -97,6 +102,30 @@ def refuse_repeated_rows(inputs: Sequence[Tensor]) -> None:
     varying = [values for values in inputs if len(values) < 2 or values.layout != torch.strided or values.stride(0)]
     for values in varying or inputs:
         refuse_repeats(TensorDataset(values))
+
+
+def refuse_reused_memory(dataset: Any) -> None:
+    """Refuses a data set that reads samples into memory of other samples, which all become the last one read.
+
+    The first samples are read: reading others must leave them as they are. What a data set raises is left to who
+    reads all.
+
+    Raises:
+        ConfigurationError: they changed.
+    """
+    several = getattr(dataset, "__getitems__", None)
+    kept: list[tuple[Any, bytes]] = []
+    for index in range(min(len(dataset), AT_ONCE)):
+        try:
+            sample = dataset[index] if several is None else several([index])
+        except Exception:
+            return
+        if any(memory.digest(tree_leaves(other))[0] != before for other, before in kept):
+            raise ConfigurationError(
+                f"{type(dataset).__name__} reads sample {index} into the memory of another one, so that all samples of "
+                "a batch would become the last one: let it return new tensors, as by .clone()"
+            )
+        kept.append((sample, memory.digest(tree_leaves(sample))[0]))
 
 
 def rows_overlap(values: Tensor) -> bool:

@@ -187,7 +187,8 @@ def poisson_collate(
             torch's is called on each sample alone, and what it returns is joined
             (:class:`clipless_dp.sampling.collation.RowByRow`), so that no row is made of two samples: it must pad all
             to one length, which a public number says. What it draws from the global generators of torch, numpy and
-            Python is independent of company and of a user's seeds; generators of its own are refused.
+            Python is independent of company and of a user's seeds; generators of its own are refused, and so is a state
+            that changes while it makes rows.
 
     Returns:
         A function that collates so, and returns zero-length tensors for an empty list. Mappings of other types become
@@ -195,8 +196,9 @@ def poisson_collate(
 
     Raises:
         ConfigurationError: ``collate`` returns other things than tensors of one row for each sample, or draws from a
-            generator of its own.
-        PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`.
+            generator of its own; or the data set reads samples into memory of others.
+        PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`; or
+            ``collate`` remembers something of a sample.
         RankError: the data of the ranks differs.
     """
     if collation.sees_single_rows(collate):
@@ -206,6 +208,7 @@ def poisson_collate(
         empty = alone.empty
     if hasattr(dataset, "__len__"):
         persons.refuse_repeats(dataset)
+        persons.refuse_reused_memory(dataset)
         tensors = dataset.tensors if isinstance(dataset, TensorDataset) else None
         persons.require_alike(dataset, tensors, lambda index: list(_leaves(dataset[index])))
     return _Collate(empty, collate, by_memory=_is_made_of_tensors(dataset))

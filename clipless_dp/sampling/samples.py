@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
-from clipless_dp.sampling import persons
+from clipless_dp.sampling import memory, persons
 from clipless_dp.sampling.loaders import may_reorder, refuse_other_count
 from clipless_dp.sampling.people import Classes, People, spans_of
 
@@ -213,17 +213,25 @@ class Samples:
             if not self._structured:
                 return inputs[0], targets
             return self._packed(inputs if self._names is None else dict(zip(self._names, inputs, strict=True))), targets
-        several = getattr(self._dataset, "__getitems__", None)
-        if several is None or (in_order and may_reorder(self._dataset)):
-            samples = [self._dataset[index] for index in indices]
+        at_once = getattr(self._dataset, "__getitems__", None) is not None
+        # Copies, since a data set may read each sample into the memory of the one before.
+        if not at_once or (in_order and may_reorder(self._dataset)):
+            samples = [memory.copied(self._dataset[index]) for index in indices]
         else:
-            samples = several(list(indices))
-            refuse_other_count(samples, len(indices))
+            samples = self._fetched(indices)
+            if memory.lie_together(samples):
+                samples = [memory.copied(sample) for index in indices for sample in self._fetched([index])]
         try:
             inputs, targets = self._collated(samples)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise error if isinstance(error, CliplessError) else self._refused(error) from error
         return (self._packed(inputs) if self._structured else torch.as_tensor(inputs)), torch.as_tensor(targets)
+
+    def _fetched(self, indices: Sequence[int]) -> Any:
+        """What the data set returns for several indices at once, one sample for each."""
+        samples = self._dataset.__getitems__(list(indices))
+        refuse_other_count(samples, len(indices))
+        return samples
 
     def read_apart(self, indices: Sequence[int], classes: Classes) -> tuple[Tensor, Tensor]:
         """As :meth:`read`, each class of weights by a call of its own: in whatever order a data set's ``__getitems__``

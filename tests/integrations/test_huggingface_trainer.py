@@ -277,9 +277,33 @@ def test_masks_of_a_seeded_generator_are_refused(tmp_path: Path) -> None:
     masking = _masking(seed=3)
     with pytest.raises(ConfigurationError, match="generator of its own"):
         poisson_collate(_of_text(), masking)
-    private = trainer(tmp_path, data_collator=Drawing())
     with pytest.raises(ConfigurationError, match=r"data_collator=.*generator of its own"):
-        private.train()
+        trainer(tmp_path, data_collator=Drawing())
+
+
+@pytest.mark.parametrize("found", [True, None, 3], ids=str)
+def test_a_collator_that_adds_what_is_no_tensor_is_named(tmp_path: Path, found: Any) -> None:
+    def flagged(samples: list[Any]) -> Any:
+        return {**transformers.default_data_collator(samples), "return_loss": found}
+
+    with pytest.raises(ConfigurationError, match=f"collate function gives {found} for 'return_loss'"):
+        trainer(tmp_path, data_collator=flagged)
+
+
+@pytest.mark.parametrize("kind", ["WithPadding", "ForTokenClassification", "ForSeq2Seq", "ForLanguageModeling"])
+def test_collators_of_transformers_remember_no_sample(kind: str) -> None:
+    known = _masking().tokenizer
+    padded = {"padding": "max_length", "max_length": 8}
+    options: dict[str, Any] = {"pad_to_multiple_of": 8} if kind == "ForLanguageModeling" else padded
+    collate = getattr(transformers, f"DataCollator{kind}")(known, **options)
+    data: list[dict[str, Any]] = [{"input_ids": [*range(2, 3 + index)]} for index in range(5)]
+    if kind in ("ForTokenClassification", "ForSeq2Seq"):
+        data = [{**row, "labels": row["input_ids"]} for row in data]
+    own = poisson_collate(data, collate)
+    for _ in range(2):
+        assert own(data)["input_ids"].shape == (5, 8)
+    # The first call of a tokenizer notes that it has warned.
+    assert poisson_collate(data, lambda rows: known.pad(rows, return_tensors="pt", **padded))
 
 
 class Drawing:

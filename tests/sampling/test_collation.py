@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections import UserDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
 from torch.utils.data._utils.collate import default_collate_fn_map
 
-from clipless_dp import PoissonBatchSampler, poisson_collate
+from clipless_dp import PoissonBatches, PoissonBatchSampler, poisson_collate
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
-from clipless_dp.sampling import collation
+from clipless_dp.sampling import StreamedBatches, collation
 
 COUNT = 9
 
@@ -97,24 +100,15 @@ def test_masks_follow_no_seed_of_a_user_and_leave_the_users_generators_alone(col
 
 
 def test_each_sample_has_random_numbers_of_its_own_even_if_the_function_seeds_itself_once() -> None:
-    class Seeds:
-        calls = 0
-
-        def __call__(self, rows: list[Any]) -> Any:
-            self.calls += 1
-            if self.calls == 2:
-                torch.manual_seed(0)
-            return {"x": torch.rand(len(rows), 4), "labels": default_collate(rows)["labels"]}
+    def seeds(rows: list[Any]) -> Any:
+        if rows[0]["labels"] == 1:
+            torch.manual_seed(0)
+        return {"x": torch.rand(len(rows), 4), "labels": default_collate(rows)["labels"]}
 
     data = samples()
-    made = []
-    for _ in range(2):
-        # Whether it is found out depends on which sample is looked at; if it is not, one row follows the seed alone.
-        try:
-            made.append(poisson_collate(data, Seeds())(data)["x"][1:])
-        except PrivacyError:
-            continue
-    assert len(made) < 2 or not torch.equal(made[0], made[1])
+    one, other = (poisson_collate(data, seeds)(data)["x"] for _ in range(2))
+    assert torch.equal(one[1], other[1])
+    assert not torch.equal(one[2:], other[2:])
 
 
 class Remembers:
@@ -172,14 +166,13 @@ def test_generators_of_its_own_are_refused() -> None:
         poisson_collate(samples(), Lazy())
 
 
-def test_a_function_that_fills_one_tensor_again_and_again_gives_each_sample_its_row() -> None:
+def test_a_tensor_that_is_filled_in_each_call_is_refused_and_a_new_one_is_not() -> None:
     held = torch.empty(1, 4)
-
-    def fills(rows: list[Any]) -> Any:
-        return held.copy_(rows[0]["x"])
-
     data = samples()
-    assert torch.equal(poisson_collate(data, fills)(data), default_collate(data)["x"])
+    with pytest.raises(PrivacyError, match="take new tensors"):
+        poisson_collate(data, lambda rows: held.copy_(rows[0]["x"]))
+    made = poisson_collate(data, lambda rows: torch.empty(1, 4).copy_(rows[0]["x"]))(data)
+    assert torch.equal(made, default_collate(data)["x"])
 
 
 def test_labels_may_be_taken_out_of_the_samples_mapping() -> None:
@@ -268,3 +261,207 @@ def test_draws_of_a_loader_arrive_in_order(workers: int) -> None:
     for batch in loader:
         assert batch["labels"].tolist() == list(range(COUNT))
         assert torch.equal(batch["x"], default_collate(data)["x"])
+
+
+GLOBAL: dict[int, int] = {}
+GENERATORS = {"of coins": [np.random.default_rng(0)]}
+
+
+def _numbered(ids: Any, rows: list[Any]) -> Any:
+    return {"labels": torch.tensor([ids.setdefault(int(row["labels"]) % 3, len(ids)) for row in rows])}
+
+
+def _in_a_global(rows: list[Any]) -> Any:
+    return {"labels": torch.tensor([[_number(int(row["labels"]) % 3) for row in rows]])}
+
+
+def _number(label: int) -> int:
+    return GLOBAL.setdefault(label, len(GLOBAL))
+
+
+class OfItsClass:
+    ids: ClassVar[dict[int, int]] = {}
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return self._made(rows)
+
+    def _made(self, rows: list[Any]) -> Any:
+        return _numbered(self.ids, rows)
+
+
+class Slotted:
+    __slots__ = ("__ids",)
+
+    def __init__(self) -> None:
+        self.__ids: Any = {}
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return _numbered(self.__ids, rows)
+
+
+def _with_a_closure() -> Any:
+    ids: dict[int, int] = {}
+    return lambda rows: _numbered(ids, rows)
+
+
+def _with_a_counter() -> Any:
+    counted = itertools.count()
+
+    def collate(rows: list[Any]) -> Any:
+        return {"labels": torch.tensor([int(next(counted) == 50)])}
+
+    return collate
+
+
+def _with_a_default(rows: list[Any], ids: Any = {}) -> Any:  # noqa: B006
+    return _numbered(ids, rows)
+
+
+def _with_prototypes() -> Any:
+    first: dict[int, Tensor] = {}
+
+    def collate(rows: list[Any]) -> Any:
+        x = rows[0]["x"]
+        return {"x": (x - first.setdefault(int(rows[0]["labels"]) % 3, x))[None]}
+
+    return collate
+
+
+REMEMBERING: dict[str, Callable[[], Any]] = {
+    "closure": _with_a_closure,
+    "partial": lambda: partial(_numbered, {}),
+    "default": lambda: _with_a_default,
+    "global of a function that is called": lambda: _in_a_global,
+    "attribute of the class": OfItsClass,
+    "slot": Slotted,
+    "prototypes": _with_prototypes,
+    "iterator": _with_a_counter,
+    "nested function": lambda: lambda rows: [_in_a_global([row]) for row in rows][0],
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_a_state_that_repetition_does_not_show_is_refused(name: str) -> None:
+    GLOBAL.clear()
+    with pytest.raises(PrivacyError, match="keeps a state that changed"):
+        poisson_collate(samples(), REMEMBERING[name]())
+
+
+def test_labels_that_are_new_in_a_later_batch_are_refused_in_each_that_has_one() -> None:
+    data = samples()
+    ids = {0: 0}
+    own = poisson_collate(data, partial(_numbered, ids))
+    for _ in range(3):
+        own([data[0], data[3]])
+    with pytest.raises(PrivacyError, match="keeps a state that changed"):
+        own([data[0], data[1]])
+
+
+def test_a_large_state_is_compared_in_the_first_batch_and_in_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = samples()
+    ids = {-index: 0 for index in range(20_000)}
+    own = poisson_collate(data, partial(_numbered, ids))
+    with pytest.raises(PrivacyError, match="keeps a state that changed"):
+        own(data)
+    own(data)
+    ids.pop(2)
+    monkeypatch.setattr(collation.secrets, "randbelow", lambda below: 0)
+    with pytest.raises(PrivacyError, match="keeps a state that changed"):
+        own(data)
+
+
+@functools.lru_cache
+def _looked_up(label: int) -> int:
+    return label % 3
+
+
+def test_vocabularies_that_stay_as_they_are_and_functions_of_a_value_that_are_cached_are_accepted() -> None:
+    data = samples()
+    ids = {0: 5, 1: 6, 2: 7}
+    assert poisson_collate(data, partial(_numbered, ids))(data)["labels"].tolist() == [5, 6, 7] * 3
+    own = poisson_collate(data, lambda rows: torch.tensor([_looked_up(int(row["labels"])) for row in rows]))
+    assert own(data).tolist() == [0, 1, 2] * 3
+
+
+def test_what_samples_share_and_a_function_fills_or_edits_reaches_no_other_sample() -> None:
+    shared, context = {}, torch.zeros(4)  # type: ignore[var-annotated]
+    data = [{**row, "shared": shared, "context": context} for row in samples()]
+
+    def fills(rows: list[Any]) -> Any:
+        (row,) = rows
+        row["x"] *= 0.5
+        row["context"] += row["x"]
+        return {"x": row["x"][None], "context": row["context"][None], **_numbered(row["shared"], rows)}
+
+    made = poisson_collate(data, fills)(data)
+    assert made["labels"].tolist() == [0] * COUNT
+    assert torch.equal(made["x"], 0.5 * default_collate(samples())["x"])
+    assert torch.equal(made["context"], made["x"])
+    assert not shared and not context.any()
+
+
+def _with_a_held_generator(rows: list[Any]) -> Any:
+    return default_collate(rows) if GENERATORS["of coins"][0].random() < 2 else None
+
+
+def test_generators_in_containers_of_globals_are_refused_and_the_global_ones_are_not() -> None:
+    with pytest.raises(ConfigurationError, match="generator of its own"):
+        poisson_collate(samples(), _with_a_held_generator)
+
+    def draws(rows: list[Any]) -> Any:
+        return {"x": torch.tensor([[_uniform(), _python()]])}
+
+    assert poisson_collate(samples(), draws)(samples())["x"].shape == (COUNT, 2)
+
+
+_uniform, _python = np.random.rand, random.random
+
+
+class OneBuffer(Dataset):  # type: ignore[type-arg]
+    """Reads each sample into the same memory."""
+
+    def __init__(self, held: Any, anew: bool = False) -> None:
+        self.rows, self.held, self.anew = torch.arange(12.0).view(6, 2), held, anew
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        made = self.held.copy() if self.anew and isinstance(self.held, (list, np.ndarray)) else self.held
+        made = made.clone() if self.anew and isinstance(made, Tensor) else made
+        made[:] = self.rows[index].tolist() if isinstance(made, list) else self.rows[index]
+        return made, index
+
+
+BUFFERS = {"tensor": torch.zeros(2), "array": np.zeros(2, dtype=np.float32), "list": [0.0, 0.0]}
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["one by one", "at once"])
+@pytest.mark.parametrize("batches", [PoissonBatches, StreamedBatches])
+@pytest.mark.parametrize("kind", ["tensor", "array"])
+def test_a_data_set_that_reads_into_one_buffer_gives_each_sample_its_row(
+    kind: str, batches: Any, at_once: bool
+) -> None:
+    data = OneBuffer(BUFFERS[kind])
+    whole = batches(Subset(data, range(6)) if at_once else data, sample_rate=1.0, steps=1)
+    for batch in whole:
+        assert torch.equal(batch.inputs[batch.mask], data.rows)
+
+
+@pytest.mark.parametrize("kind", BUFFERS)
+def test_a_loader_refuses_a_data_set_that_reads_into_one_buffer(kind: str) -> None:
+    with pytest.raises(ConfigurationError, match="into the memory of another"):
+        poisson_collate(OneBuffer(BUFFERS[kind]))
+    assert poisson_collate(OneBuffer(BUFFERS[kind], anew=True))
+    rows = OneBuffer(BUFFERS[kind]).rows
+    assert poisson_collate(Subset(TensorDataset(rows, rows), range(6)))
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+def test_tensors_that_are_no_rows_of_numbers_are_refused_in_words(kind: str) -> None:
+    def collate(rows: list[Any]) -> Any:
+        x = torch.stack([row["x"] for row in rows])
+        return {"x": x.to_sparse() if kind == "sparse" else torch.nested.nested_tensor([*x])}
+
+    with pytest.raises(ConfigurationError, match=f"a {kind} tensor"):
+        poisson_collate(samples(), collate)
