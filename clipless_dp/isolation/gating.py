@@ -22,13 +22,13 @@ from torch._C._functorch import (
     is_functorch_wrapped_tensor,
     maybe_get_level,
 )
-from torch.nn import functional
+from torch.nn import Parameter, functional
 from torch.overrides import TorchFunctionMode
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import Affine, Cap, Expanded, Sizes, Spread
-from clipless_dp.isolation.hidden import runs_own_code
+from clipless_dp.isolation.hidden import acts, foreign_mode, runs_own_code
 from clipless_dp.isolation.joint import Together
 
 Handler = Callable[..., Any]
@@ -119,6 +119,12 @@ WRITTEN = (
 )
 
 
+_CODED = (
+    "{} runs code of its own behind torch.func.vmap, which may see all samples at once: write it in functions of torch; "
+    "of a tensor type (__torch_dispatch__) take its values as a plain tensor"
+)
+
+
 def _differ(values: Iterable[Any]) -> bool:
     return any(
         is_batchedtensor(value) if isinstance(value, Tensor) else isinstance(value, (list, tuple)) and _differ(value)
@@ -182,6 +188,7 @@ class Gating(TorchFunctionMode):
         self._lent: dict[str, tuple[Tensor, int]] = {}
         self._seed = torch.initial_seed()
         self._level = maybe_get_level(sample)
+        self._modes = torch._C._len_torch_dispatch_stack()
         # Not by id alone: another tensor may come to lie where one was.
         self._known: dict[int, ref[Tensor]] = {}
         self.admit([sample])
@@ -215,6 +222,8 @@ class Gating(TorchFunctionMode):
                 "the network opens torch.autocast in its forward, which rounds gradients of the whole batch to 8 "
                 "bits or so, and the bounds do not cover that: leave it out (enabled=False)"
             )
+        if torch._C._len_torch_dispatch_stack() != self._modes:
+            self._refuse_modes()
         self._refuse_strangers(args)
         if kwargs:
             self._refuse_strangers(kwargs.values())
@@ -265,6 +274,9 @@ class Gating(TorchFunctionMode):
             if type(value) in _PLAIN:
                 continue
             if isinstance(value, Tensor):
+                kind = type(value)
+                if kind is not Tensor and kind is not Parameter and runs_own_code(kind):
+                    raise PrivacyError(_CODED.format(kind.__name__))
                 known = self._known.get(id(value))
                 if (known is None or known() is not value) and is_functorch_wrapped_tensor(value):
                     raise PrivacyError(
@@ -272,7 +284,7 @@ class Gating(TorchFunctionMode):
                         "pass, or one within a transform (torch.func.vmap, grad). Keep nothing, and use functions of "
                         "torch"
                     )
-            elif isinstance(value, (list, tuple)):
+            elif type(value) in (list, tuple):
                 self._refuse_strangers(value)
             elif isinstance(value, torch.Generator):
                 raise PrivacyError(
@@ -281,14 +293,28 @@ class Gating(TorchFunctionMode):
                 )
             elif isinstance(value, type):
                 if runs_own_code(value):
-                    raise PrivacyError(
-                        f"{value.__name__} runs code of its own behind torch.func.vmap, which may see all samples at "
-                        "once: write it in functions of torch"
-                    )
+                    raise PrivacyError(_CODED.format(value.__name__))
             elif callable(value):
                 raise PrivacyError(
                     f"a function of torch is handed code to call ({value!r}), which runs unseen: call it directly"
                 )
+            elif acts(type(value)):
+                raise PrivacyError(
+                    f"a function of torch is handed a {type(value).__name__}, whose own code it runs unseen: hand it "
+                    "plain numbers, lists and tuples"
+                )
+            elif isinstance(value, (list, tuple)):
+                self._refuse_strangers(value)
+
+    def _refuse_modes(self) -> None:
+        """Refuses what was entered within the forward and is handed the values of all samples; not what only counts."""
+        # Modes of functions are handed what the network's code has, one sample, and what they call comes here.
+        foreign = foreign_mode(torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at)
+        if foreign is not None:
+            raise PrivacyError(
+                f"the network enters the mode {foreign} (TorchDispatchMode) in its forward, which sees all samples at "
+                "once: leave it out"
+            )
 
     def _refuse_writing(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = str(getattr(func, "__name__", ""))
@@ -351,6 +377,9 @@ class Gating(TorchFunctionMode):
 
     def _note(self, result: Any) -> None:
         if isinstance(result, Tensor):
+            kind = type(result)
+            if kind is not Tensor and kind is not Parameter and runs_own_code(kind):
+                raise PrivacyError(_CODED.format(kind.__name__))
             if is_batchedtensor(result) and maybe_get_level(result) == self._level:
                 self._known[id(result)] = ref(result)
         elif isinstance(result, (list, tuple)):

@@ -5,17 +5,18 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch import eager_transforms
+from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
-from clipless_dp.errors import PrivacyError
+from clipless_dp.errors import PrivacyError, Unsupported, UnsupportedModuleError
 from clipless_dp.isolation.functions import GATES
 from clipless_dp.isolation.recurrence import GatedRecurrence
 
@@ -24,20 +25,40 @@ _NUMBERS = {bool, int, float, complex}
 _INHERITED = {Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl}  # type: ignore[attr-defined]
 
 
-@cache
+_TRUSTED = ("builtins", "torch", "numpy", "enum")
+_ACTING = {
+    "__index__", "__int__", "__float__", "__complex__", "__bool__", "__len__", "__iter__", "__next__", "__getitem__",
+    "__contains__", "__eq__", "__hash__", "__getattr__", "__getattribute__", "__array__", "__array_interface__",
+    "__cuda_array_interface__", "__dlpack__",
+}  # fmt: skip
+"""What functions of torch call of the arguments that they are given."""
+
+
 def runs_own_code(kind: type) -> bool:
-    """Whether a function of torch that is given a type may run code which is not torch's."""
-    if kind in _NUMBERS or _is_torchs(kind):
-        return False
+    """Whether a function of torch that is given a type, or a tensor of it, may run code which is not torch's.
+
+    What ``__torch_dispatch__`` is handed are the values of all samples, whosever code it is.
+    """
     if issubclass(kind, Tensor):
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return True
         found = kind.__torch_function__
-        return getattr(found, "__func__", found) not in _INHERITED
-    return True
+        return getattr(found, "__func__", found) not in _INHERITED and not _is_of(kind, ("torch",))
+    return kind not in _NUMBERS and not _is_of(kind, ("torch",))
 
 
-def _is_torchs(kind: type) -> bool:
-    """Whether a type is where it says that it is, in a module of torch."""
-    if kind.__module__.partition(".")[0] != "torch":
+@cache
+def acts(kind: type) -> bool:
+    """Whether a value of a type, no tensor, runs code of its own where a function of torch reads it as an argument."""
+    if hasattr(kind, "__next__"):
+        return True
+    return any(_ACTING & vars(base).keys() for base in kind.__mro__ if not _is_of(base, _TRUSTED))
+
+
+@cache
+def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
+    """Whether a type is where it says that it is, in a module of a package."""
+    if kind.__module__.partition(".")[0] not in packages:
         return False
     found: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
@@ -45,9 +66,37 @@ def _is_torchs(kind: type) -> bool:
     return found is kind
 
 
+def refuse_coded_tensors(net: nn.Module) -> None:
+    """Refuses parameters and buffers of types with code of their own.
+
+    Raises:
+        UnsupportedModuleError: names them.
+    """
+    remedy = (
+        "it is a tensor of a type with code of its own (__torch_dispatch__, __torch_function__), which may see all "
+        "samples at once: replace it by a plain tensor, dequantised say"
+    )
+    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    parts = [Unsupported(name, type(value).__name__, remedy) for name, value in held if runs_own_code(type(value))]
+    if parts:
+        raise UnsupportedModuleError(parts)
+
+
+def foreign_mode(length: int, at: Callable[[int], Any]) -> str | None:
+    """The first mode of a stack, given its length and its entries, that is neither torch's nor this package's."""
+    for index in range(length):
+        kind = type(at(index))
+        if not (issubclass(kind, DeviceContext) or kind.__module__.partition(".")[0] in ("torch", "clipless_dp")):
+            return f"{kind.__module__}.{kind.__qualname__}"
+    return None
+
+
 _SCRIPTED = (
     "the network calls a scripted or traced function (torch.jit), whose operations run unseen: use the function that "
     "it was made of"
+)
+_UNSEEN = (
+    "the network turns off what sees the functions that it calls (torch._C.DisableTorchFunction): call them without it"
 )
 _UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
 PACKING = (
@@ -60,6 +109,7 @@ _REFUSED: tuple[tuple[Any, str, str], ...] = (
     (CheckpointFunction, "apply", PACKING),
     (eager_transforms, "get_unwrapped", _UNWRAPPED),
     (torch._C._functorch, "get_unwrapped", _UNWRAPPED),
+    (torch._C, "DisableTorchFunction", _UNSEEN),
 )
 
 

@@ -27,7 +27,7 @@ from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs i
 from clipless_dp.isolation.foreign import prepare
 from clipless_dp.isolation.functions import Cap
 from clipless_dp.isolation.gating import WRITTEN, Gating
-from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_other_ways
+from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_coded_tensors, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.packing import Packing
 
@@ -94,6 +94,7 @@ class Isolated(nn.Module):
                 "the whole network, or use isolation='graph', where such a part is a layer among others"
             )
         _refuse_what_sees_batches(net)
+        refuse_coded_tensors(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
         self._parameters, self._modules, self._buffers = net._parameters, net._modules, net._buffers

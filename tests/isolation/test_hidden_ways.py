@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipless_dp import DPLipModel, gradient_gated, losses
-from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError
+from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, UnsupportedModuleError
 from tests.isolation.test_refusals import Centred
 from tests.isolation.test_soundness import gradients
 
@@ -103,6 +107,100 @@ class Quiet(Tensor):
     """A tensor type of a user's own, without code."""
 
 
+class Dispatching(Tensor):
+    """A tensor with code of its own behind each operation, where values of all samples are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C._DisableTorchDispatch():
+            found = func(*args, **(kwargs or {}))
+        several = isinstance(found, Tensor) and found.dim() > 2 and len(found) > 1
+        return found - found.mean(0, keepdim=True) if several else found
+
+
+class Rounding(Tensor):
+    """Holds its values apart, and rounds what it meets by the largest entry of that."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Rounding:
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+        made.held = held
+        return cast(Rounding, made)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Rounding(args[0].held)
+        met = [
+            one.held if isinstance(one, Rounding) else (one / one.abs().max()).round() * one.abs().max()
+            for one in args
+            if isinstance(one, Tensor)
+        ]
+        return func(*met)
+
+
+class Rounded(TorchDispatchMode):
+    """Rounds what operations return by the largest entry of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return (found / found.abs().max()).round() if isinstance(found, Tensor) else found
+
+
+def dispatched(net: Net, values: Tensor) -> Tensor:
+    shift = torch.zeros(6, dtype=values.dtype).as_subclass(Dispatching)
+    return net.second((net.first(values) + shift).sin())
+
+
+def within(mode: Callable[[], Any]) -> Run:
+    def run(net: Net, values: Tensor) -> Tensor:
+        with mode():
+            return plain(net, values)
+
+    return run
+
+
+class Passing(TorchFunctionMode):
+    """Sees functions as the network calls them, of one sample."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Iterated(list[Any]):
+    """A list that runs code of its own where it is read."""
+
+    def __init__(self, entries: Sequence[Any], written: Tensor) -> None:
+        super().__init__(entries)
+        self.written = written
+
+    def __iter__(self) -> Any:
+        self.written.copy_(Centred.apply(self.written.clone()))
+        return super().__iter__()
+
+
+class Named(list[Any]):
+    """A list of one's own, without code."""
+
+
+Both = namedtuple("Both", ["first", "second"])
+
+
+def iterated(net: Net, values: Tensor) -> Tensor:
+    hidden = net.first(values)
+    written = hidden.detach().clone()
+    torch.einsum("bi->b", Iterated([values], written))  # type: ignore[no-untyped-call]
+    return net.second((hidden + written).sin())
+
+
+def unseen(net: Net, values: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return plain(net, values)
+
+
 MEDDLING, QUIET = (torch.ones(6, dtype=torch.float64).as_subclass(kind) for kind in (Meddling, Quiet))
 
 
@@ -176,6 +274,10 @@ REFUSED: dict[str, tuple[Run, str]] = {
         lambda net, values: net.second((net.first(values) * MEDDLING).sin()),
         "Meddling runs code of its own",
     ),
+    "a tensor type with operations of its own": (dispatched, "Dispatching runs code of its own"),
+    "a mode of operations": (within(Rounded), "Rounded"),
+    "a list with code of its own": (iterated, "handed a Iterated"),
+    "functions that no mode sees": (unseen, "DisableTorchFunction"),
     "a weight overwritten": (clamped, "writes into a trainable parameter"),
     "a row of a weight overwritten": (clamped_view, "writes into a trainable parameter"),
     "a weight as the place for a result": (into, "writes into a trainable parameter"),
@@ -193,6 +295,19 @@ def test_what_goes_around_the_gates_is_refused_at_wrapping(name: str) -> None:
     with pytest.raises(PrivacyError, match=words) as refused:
         model_of(run)
     assert "tlparse" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_a_frozen_tensor_of_a_type_with_operations_of_its_own_is_refused_by_its_name(kind: str) -> None:
+    net = Net(lambda net, values: net.second(net.first(values) * net.scale)).double()
+    rounding = Rounding(torch.ones(6, dtype=torch.float64))
+    if kind == "buffer":
+        net.scale = rounding
+    else:
+        del net.scale
+        net.register_parameter("scale", nn.Parameter(rounding, requires_grad=False))
+    with pytest.raises(UnsupportedModuleError, match=r"scale .*__torch_dispatch__"):
+        gradient_gated(net, isolation="vmap")
 
 
 def counting(net: Net, values: Tensor) -> Tensor:
@@ -220,6 +335,11 @@ ACCEPTED: dict[str, Run] = {
     ),
     "a buffer that counts calls": counting,
     "a tensor type without code": lambda net, values: net.second((net.first(values) * QUIET).sin()),
+    "a mode that counts operations": within(lambda: FlopCounterMode(display=False)),
+    "a mode of functions": within(Passing),
+    "lists and tuples of one's own": lambda net, values: net.second(
+        torch.cat(Both(net.first(values)[:, :3], values[:, :3]), 1) + torch.stack(Named([values])).sum(0)
+    ),
     "another type of numbers": lambda net, values: net.second(net.first(values).to(float)),
     "a copy of a weight overwritten": clamped_copy,
 }
