@@ -12,7 +12,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._functorch import eager_transforms
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
+from torch._functorch import eager_transforms, vmap
 from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
@@ -98,7 +99,7 @@ _SCRIPTED = (
 _UNSEEN = (
     "the network turns off what sees the functions that it calls (torch._C.DisableTorchFunction): call them without it"
 )
-_UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
+UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
 PACKING = (
     "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
     "samples at once: leave it out (net.gradient_checkpointing_disable()), and save memory by micro-batches"
@@ -107,8 +108,8 @@ _REFUSED: tuple[tuple[Any, str, str], ...] = (
     (torch._C.ScriptFunction, "__call__", _SCRIPTED),
     (torch._C.ScriptMethod, "__call__", _SCRIPTED),
     (CheckpointFunction, "apply", PACKING),
-    (eager_transforms, "get_unwrapped", _UNWRAPPED),
-    (torch._C._functorch, "get_unwrapped", _UNWRAPPED),
+    (eager_transforms, "get_unwrapped", UNWRAPPED),
+    (torch._C._functorch, "get_unwrapped", UNWRAPPED),
     (torch._C, "DisableTorchFunction", _UNSEEN),
 )
 
@@ -130,6 +131,8 @@ def nothing_unseen() -> Iterator[None]:
         if not _within.total():
             for owner, name, message in _REFUSED:
                 _refuse(owner, name, message)
+            original = vmap.vmap_increment_nesting
+            _replace(vmap, "vmap_increment_nesting", lambda *args: _above(original, *args))
         _within[ours] += 1
     try:
         yield
@@ -142,18 +145,37 @@ def nothing_unseen() -> Iterator[None]:
 
 
 def _refuse(owner: Any, name: str, message: str) -> None:
-    original, inherited = getattr(owner, name), name not in vars(owner)
+    original = getattr(owner, name)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if not _within[threading.get_ident()]:
+        if not _within[threading.get_ident()] and not (maybe_current_level() is None and any(map(_is_of_run, args))):
             return original(*args, **kwargs)
         raise PrivacyError(message)
 
-    setattr(owner, name, refuse)
+    _replace(owner, name, refuse)
+
+
+def _is_of_run(value: Any) -> bool:
+    """Whether a value, in a thread without a transform, is of one in another thread."""
+    return isinstance(value, Tensor) and is_functorch_wrapped_tensor(value)
+
+
+def _replace(owner: Any, name: str, by: Any) -> None:
+    original, inherited = getattr(owner, name), name not in vars(owner)
+    setattr(owner, name, by)
     if inherited:
         _undo.callback(delattr, owner, name)
     else:
         _undo.callback(setattr, owner, name, original)
+
+
+@contextmanager
+def _above(original: Any, batch_size: int, randomness: str) -> Iterator[int]:
+    """A transform of another thread begins above the level of ours, so that it takes no value of ours for its own."""
+    with ExitStack() as stack:
+        if not _within[threading.get_ident()] and maybe_current_level() is None:
+            stack.enter_context(original(1, "same"))
+        yield stack.enter_context(original(batch_size, randomness))
 
 
 def refuse_other_ways(

@@ -5,11 +5,15 @@ from __future__ import annotations
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import _remove_batch_dim, _unwrap_batched, get_unwrapped
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipless_dp import DPLipModel, gradient_gated, losses
 from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, UnsupportedModuleError
+from clipless_dp.isolation.seen import Memory
 from tests.isolation.test_refusals import Centred
 from tests.isolation.test_soundness import gradients
 
@@ -196,6 +201,48 @@ def iterated(net: Net, values: Tensor) -> Tensor:
     return net.second((hidden + written).sin())
 
 
+def unwrapped_by(reads: Callable[[Tensor], Tensor]) -> Run:
+    def run(net: Net, values: Tensor) -> Tensor:
+        hidden = net.first(values)
+        found = reads(hidden.detach())
+        return net.second((hidden - found.reshape(-1, 6).mean(0)).sin())
+
+    return run
+
+
+def in_thread(reads: Callable[[Tensor], Tensor]) -> Run:
+    def run(values: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(reads, values).result()
+
+    return unwrapped_by(run)
+
+
+def copied_within(sizes: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Copies a value within nested transforms."""
+
+    def reads(values: Tensor) -> Tensor:
+        def nested(left: Sequence[int]) -> Tensor:
+            if not left:
+                return values * 1.0
+            return torch.func.vmap(lambda _: nested(left[1:]))(torch.zeros(left[0]))
+
+        return nested(sizes)
+
+    return reads
+
+
+def renumbered(net: Net, values: Tensor) -> Tensor:
+    """Constants come by ways that no mode sees, some into memory that values of samples lay in."""
+    hidden = net.first(values)
+    for _ in range(40):
+        lost = hidden.detach() * 2.0
+        del lost
+        constant = torch.from_numpy(np.full((8, 6), 0.5))
+        hidden = hidden * constant.sum(0) / constant.sum(0)
+    return net.second((hidden + torch.arange(6).to(hidden) * GRID[:6, 0]).sin())
+
+
 def unseen(net: Net, values: Tensor) -> Tensor:
     with torch._C.DisableTorchFunction():
         return plain(net, values)
@@ -277,6 +324,22 @@ REFUSED: dict[str, tuple[Run, str]] = {
     "a tensor type with operations of its own": (dispatched, "Dispatching runs code of its own"),
     "a mode of operations": (within(Rounded), "Rounded"),
     "a list with code of its own": (iterated, "handed a Iterated"),
+    "the batch, unwrapped by a name of one's own": (unwrapped_by(get_unwrapped), "debug_unwrap"),
+    "the batch, unwrapped at its level": (unwrapped_by(lambda values: _unwrap_batched(values, 1)[0]), "debug_unwrap"),
+    "the batch, as a transform ends": (
+        unwrapped_by(lambda values: _remove_batch_dim(values, 1, 8, 0)),
+        "debug_unwrap",
+    ),
+    "the batch, unwrapped by a thread": (in_thread(torch.func.debug_unwrap), "debug_unwrap"),
+    "the batch, unwrapped and summed up by a thread": (
+        in_thread(lambda values: torch.tensor(6 * [float(torch.func.debug_unwrap(values).sum())])),
+        "debug_unwrap",
+    ),
+    "the batch, copied by a thread": (in_thread(copied_within([1])), "not of this pass and sample"),
+    "the batch, copied by a thread in nested transforms": (
+        in_thread(copied_within([8, 3])),
+        "not of this pass and sample",
+    ),
     "functions that no mode sees": (unseen, "DisableTorchFunction"),
     "a weight overwritten": (clamped, "writes into a trainable parameter"),
     "a row of a weight overwritten": (clamped_view, "writes into a trainable parameter"),
@@ -335,6 +398,10 @@ ACCEPTED: dict[str, Run] = {
     ),
     "a buffer that counts calls": counting,
     "a tensor type without code": lambda net, values: net.second((net.first(values) * QUIET).sin()),
+    "constants of other libraries": renumbered,
+    "a thread that maps constants": in_thread(
+        lambda _: torch.func.vmap(lambda row: row + 0 * torch.rand(1), randomness="different")(GRID[:3, :2])
+    ),
     "a mode that counts operations": within(lambda: FlopCounterMode(display=False)),
     "a mode of functions": within(Passing),
     "lists and tuples of one's own": lambda net, values: net.second(
@@ -383,6 +450,16 @@ def test_what_a_run_is_refused_other_threads_and_later_code_may_do() -> None:
         model_of(lambda net, values: net.second(scripted(net.first(values))))
     assert float(scripted(torch.ones(1))) == 2.0
     assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
+
+
+def test_memory_that_is_told_apart_is_freed_as_ever() -> None:
+    memory, values = Memory(), torch.randn(3)
+    memory.add(values)
+    assert memory.holds(values[1:])
+    assert not memory.holds(values.clone())
+    known = StorageWeakRef(values.untyped_storage())
+    del values
+    assert known.expired()
 
 
 def test_rows_are_chosen_so_that_what_gates_normalise_agrees() -> None:
