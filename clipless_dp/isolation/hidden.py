@@ -19,9 +19,11 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from clipless_dp.errors import PrivacyError, Unsupported, UnsupportedModuleError
 from clipless_dp.isolation.functions import GATES
+from clipless_dp.isolation.normalisations import GatedGroupNorm, GatedLayerNorm
 from clipless_dp.isolation.recurrence import GatedRecurrence
 
-_UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in (*GATES, GatedRecurrence)}
+_GATES = (*GATES, GatedLayerNorm, GatedGroupNorm, GatedRecurrence)
+_UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in _GATES}
 _NUMBERS = {bool, int, float, complex}
 _INHERITED = {Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl}  # type: ignore[attr-defined]
 

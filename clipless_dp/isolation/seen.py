@@ -16,8 +16,8 @@ from clipless_dp.isolation.hidden import UNWRAPPED, acts, runs_own_code
 
 _PLAIN = {type(None), bool, int, float, str, slice, type(...), torch.dtype, torch.device, torch.Size}
 _CODED = (
-    "{} runs code of its own behind torch.func.vmap, which may see all samples at once: write it in functions of torch; "
-    "of a tensor type (__torch_dispatch__) take its values as a plain tensor"
+    "{} runs code of its own behind torch.func.vmap, which may see all samples at once: write it in functions of "
+    "torch; of a tensor type (__torch_dispatch__) take its values as a plain tensor"
 )
 
 
