@@ -101,6 +101,9 @@ _SCRIPTED = (
 _UNSEEN = (
     "the network turns off what sees the functions that it calls (torch._C.DisableTorchFunction): call them without it"
 )
+_BRANCHED = (
+    "the network branches on values of a sample (torch.cond), which no run for many samples can: use torch.where"
+)
 UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
 PACKING = (
     "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
@@ -113,6 +116,7 @@ _REFUSED: tuple[tuple[Any, str, str], ...] = (
     (eager_transforms, "get_unwrapped", UNWRAPPED),
     (torch._C._functorch, "get_unwrapped", UNWRAPPED),
     (torch._C, "DisableTorchFunction", _UNSEEN),
+    (torch, "cond", _BRANCHED),
 )
 
 

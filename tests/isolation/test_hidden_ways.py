@@ -341,6 +341,10 @@ REFUSED: dict[str, tuple[Run, str]] = {
         "not of this pass and sample",
     ),
     "functions that no mode sees": (unseen, "DisableTorchFunction"),
+    "a branch on a value": (
+        lambda net, values: torch.cond(values.sum() > 0, torch.sin, torch.cos, (net.second(values),)),
+        r"torch\.cond",
+    ),
     "a weight overwritten": (clamped, "writes into a trainable parameter"),
     "a row of a weight overwritten": (clamped_view, "writes into a trainable parameter"),
     "a weight as the place for a result": (into, "writes into a trainable parameter"),
