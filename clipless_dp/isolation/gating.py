@@ -16,20 +16,16 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch._C._functorch import (
-    get_unwrapped,
-    is_batchedtensor,
-    is_functorch_wrapped_tensor,
-    maybe_get_level,
-)
+from torch._C._functorch import get_unwrapped, is_batchedtensor, is_functorch_wrapped_tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import Affine, Cap, Expanded, Sizes, Spread
-from clipless_dp.isolation.hidden import runs_own_code
+from clipless_dp.isolation.hidden import foreign_mode
 from clipless_dp.isolation.joint import Together
+from clipless_dp.isolation.seen import Seen
 
 Handler = Callable[..., Any]
 """Takes the gating and a function's own arguments; returns its value, or ``NotImplemented``."""
@@ -57,7 +53,6 @@ _TOLD = {Tensor.__repr__, Tensor.__format__}
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
 _NAMESPACES = {"aten", "prims", "torchvision", "profiler"}
 """Whose operators are known to have rules of ``vmap``, to be run for one sample after the other, or to read none."""
-_PLAIN = {type(None), bool, int, float, str, slice, type(...), torch.dtype, torch.device, torch.Size}
 _OVERWRITING = {
     "__iadd__", "__isub__", "__imul__", "__idiv__", "__itruediv__", "__ifloordiv__", "__imod__", "__ipow__", "__iand__",
     "__ior__", "__ixor__", "__ilshift__", "__irshift__", "__setitem__", "__set__", "__delete__",
@@ -181,14 +176,12 @@ class Gating(TorchFunctionMode):
         self._shaped: dict[int, tuple[ref[Tensor], Sizes]] = {}
         self._lent: dict[str, tuple[Tensor, int]] = {}
         self._seed = torch.initial_seed()
-        self._level = maybe_get_level(sample)
-        # Not by id alone: another tensor may come to lie where one was.
-        self._known: dict[int, ref[Tensor]] = {}
-        self.admit([sample])
+        self._modes = torch._C._len_torch_dispatch_stack()
+        self._seen = Seen(sample, self._called, sources.values())
 
     def admit(self, values: Iterable[Tensor]) -> None:
         """These may be read in this run, as all that comes of them may."""
-        self._known.update((id(value), ref(value)) for value in values)
+        self._seen.admit(values)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces functions that meet a parameter."""
@@ -215,11 +208,13 @@ class Gating(TorchFunctionMode):
                 "the network opens torch.autocast in its forward, which rounds gradients of the whole batch to 8 "
                 "bits or so, and the bounds do not cover that: leave it out (enabled=False)"
             )
-        self._refuse_strangers(args)
+        if torch._C._len_torch_dispatch_stack() != self._modes:
+            self._refuse_modes()
+        self._seen.refuse_strangers(args)
         if kwargs:
-            self._refuse_strangers(kwargs.values())
+            self._seen.refuse_strangers(kwargs.values())
         if types:
-            self._refuse_strangers(types)
+            self._seen.refuse_strangers(types)
         if func in _TOLD or torch.initial_seed() != self._seed or isinstance(func, _OPERATORS):
             self._refuse_other_functions(func)
         met = func not in _CUT and (self._meets(args) or bool(kwargs and self._meets(kwargs.values())))
@@ -237,7 +232,7 @@ class Gating(TorchFunctionMode):
             if func in _SPREADING and self._shaped:
                 args = self._spread(args)
             result = func(*args, **kwargs) if func in _LOOKING else self._guarded(func, args, kwargs)
-        self._note(result)
+        self._seen.note(result)
         if func in _SHAPING and self._shaped and args and isinstance(result, Tensor):
             found = self._shaped.get(id(args[0]))
             if found is not None and found[0]() is args[0]:
@@ -259,36 +254,15 @@ class Gating(TorchFunctionMode):
 
         return [spread(value) for value in args]
 
-    def _refuse_strangers(self, values: Iterable[Any]) -> None:
-        """Refuses arguments that are not of this run, or that see more than one sample of it."""
-        for value in values:
-            if type(value) in _PLAIN:
-                continue
-            if isinstance(value, Tensor):
-                known = self._known.get(id(value))
-                if (known is None or known() is not value) and is_functorch_wrapped_tensor(value):
-                    raise PrivacyError(
-                        "the network reads a value that is not of this pass and sample: one that it kept of an earlier "
-                        "pass, or one within a transform (torch.func.vmap, grad). Keep nothing, and use functions of "
-                        "torch"
-                    )
-            elif isinstance(value, (list, tuple)):
-                self._refuse_strangers(value)
-            elif isinstance(value, torch.Generator):
-                raise PrivacyError(
-                    "the network draws from a generator of its own, whose numbers a sample gets by its place in the "
-                    "batch: leave generator= out"
-                )
-            elif isinstance(value, type):
-                if runs_own_code(value):
-                    raise PrivacyError(
-                        f"{value.__name__} runs code of its own behind torch.func.vmap, which may see all samples at "
-                        "once: write it in functions of torch"
-                    )
-            elif callable(value):
-                raise PrivacyError(
-                    f"a function of torch is handed code to call ({value!r}), which runs unseen: call it directly"
-                )
+    def _refuse_modes(self) -> None:
+        """Refuses what was entered within the forward and is handed the values of all samples; not what only counts."""
+        # Modes of functions are handed what the network's code has, one sample, and what they call comes here.
+        foreign = foreign_mode(torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at)
+        if foreign is not None:
+            raise PrivacyError(
+                f"the network enters the mode {foreign} (TorchDispatchMode) in its forward, which sees all samples at "
+                "once: leave it out"
+            )
 
     def _refuse_writing(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = str(getattr(func, "__name__", ""))
@@ -348,14 +322,6 @@ class Gating(TorchFunctionMode):
             elif isinstance(value, (list, tuple)) and any(id(entry) in names for entry in value):
                 return True
         return False
-
-    def _note(self, result: Any) -> None:
-        if isinstance(result, Tensor):
-            if is_batchedtensor(result) and maybe_get_level(result) == self._level:
-                self._known[id(result)] = ref(result)
-        elif isinstance(result, (list, tuple)):
-            for value in result:
-                self._note(value)
 
     def name_of(self, value: Any) -> str | None:
         """The parameter that a value stands for."""
@@ -460,10 +426,7 @@ class Gating(TorchFunctionMode):
         lent = [made for made, _ in self._lent.values()]
         known = {id(value) for value in (*returned, *self._copies.values(), *lent, self.sample)}
 
-        def alive() -> bool:
-            return any((value := made()) is not None and id(value) not in known for made in self._known.values())
-
-        if not alive():
+        if not self._seen.alive_besides(known):
             return False
         gc.collect()
-        return alive()
+        return self._seen.alive_besides(known)

@@ -5,39 +5,63 @@ from __future__ import annotations
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any, cast
 
 import torch
-from torch import Tensor
-from torch._functorch import eager_transforms
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
+from torch._functorch import eager_transforms, vmap
+from torch.utils._device import DeviceContext
 from torch.utils.checkpoint import CheckpointFunction
 
-from clipless_dp.errors import PrivacyError
+from clipless_dp.errors import PrivacyError, Unsupported, UnsupportedModuleError
 from clipless_dp.isolation.functions import GATES
+from clipless_dp.isolation.normalisations import GatedGroupNorm, GatedLayerNorm
 from clipless_dp.isolation.recurrence import GatedRecurrence
 
-_UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in (*GATES, GatedRecurrence)}
+_GATES = (*GATES, GatedLayerNorm, GatedGroupNorm, GatedRecurrence)
+_UNGATED = {cast(Any, gate)._backward_cls: gate.ungated for gate in _GATES}
 _NUMBERS = {bool, int, float, complex}
 _INHERITED = {Tensor.__torch_function__.__func__, torch._C._disabled_torch_function_impl}  # type: ignore[attr-defined]
 
 
-@cache
+_TRUSTED = ("builtins", "torch", "numpy", "enum")
+_ACTING = {
+    "__index__", "__int__", "__float__", "__complex__", "__bool__", "__len__", "__iter__", "__next__", "__getitem__",
+    "__contains__", "__eq__", "__hash__", "__getattr__", "__getattribute__", "__array__", "__array_interface__",
+    "__cuda_array_interface__", "__dlpack__",
+}  # fmt: skip
+"""What functions of torch call of the arguments that they are given."""
+
+
 def runs_own_code(kind: type) -> bool:
-    """Whether a function of torch that is given a type may run code which is not torch's."""
-    if kind in _NUMBERS or _is_torchs(kind):
-        return False
+    """Whether a function of torch that is given a type, or a tensor of it, may run code which is not torch's.
+
+    What ``__torch_dispatch__`` is handed are the values of all samples, whosever code it is.
+    """
     if issubclass(kind, Tensor):
+        if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            return True
         found = kind.__torch_function__
-        return getattr(found, "__func__", found) not in _INHERITED
-    return True
+        return getattr(found, "__func__", found) not in _INHERITED and not _is_of(kind, ("torch",))
+    return kind not in _NUMBERS and not _is_of(kind, ("torch",))
 
 
-def _is_torchs(kind: type) -> bool:
-    """Whether a type is where it says that it is, in a module of torch."""
-    if kind.__module__.partition(".")[0] != "torch":
+@cache
+def acts(kind: type) -> bool:
+    """Whether a value of a type, no tensor, runs code of its own where a function of torch reads it as an argument."""
+    if hasattr(kind, "__next__"):
+        return True
+    return any(_ACTING & vars(base).keys() for base in kind.__mro__ if not _is_of(base, _TRUSTED))
+
+
+@cache
+def _is_of(kind: type, packages: tuple[str, ...]) -> bool:
+    """Whether a type is where it says that it is, in a module of a package."""
+    if kind.__module__.partition(".")[0] not in packages:
         return False
     found: Any = sys.modules.get(kind.__module__)
     for name in kind.__qualname__.split("."):
@@ -45,11 +69,42 @@ def _is_torchs(kind: type) -> bool:
     return found is kind
 
 
+def refuse_coded_tensors(net: nn.Module) -> None:
+    """Refuses parameters and buffers of types with code of their own.
+
+    Raises:
+        UnsupportedModuleError: names them.
+    """
+    remedy = (
+        "it is a tensor of a type with code of its own (__torch_dispatch__, __torch_function__), which may see all "
+        "samples at once: replace it by a plain tensor, dequantised say"
+    )
+    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    parts = [Unsupported(name, type(value).__name__, remedy) for name, value in held if runs_own_code(type(value))]
+    if parts:
+        raise UnsupportedModuleError(parts)
+
+
+def foreign_mode(length: int, at: Callable[[int], Any]) -> str | None:
+    """The first mode of a stack, given its length and its entries, that is neither torch's nor this package's."""
+    for index in range(length):
+        kind = type(at(index))
+        if not (issubclass(kind, DeviceContext) or kind.__module__.partition(".")[0] in ("torch", "clipless_dp")):
+            return f"{kind.__module__}.{kind.__qualname__}"
+    return None
+
+
 _SCRIPTED = (
     "the network calls a scripted or traced function (torch.jit), whose operations run unseen: use the function that "
     "it was made of"
 )
-_UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
+_UNSEEN = (
+    "the network turns off what sees the functions that it calls (torch._C.DisableTorchFunction): call them without it"
+)
+_BRANCHED = (
+    "the network branches on values of a sample (torch.cond), which no run for many samples can: use torch.where"
+)
+UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
 PACKING = (
     "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
     "samples at once: leave it out (net.gradient_checkpointing_disable()), and save memory by micro-batches"
@@ -58,8 +113,10 @@ _REFUSED: tuple[tuple[Any, str, str], ...] = (
     (torch._C.ScriptFunction, "__call__", _SCRIPTED),
     (torch._C.ScriptMethod, "__call__", _SCRIPTED),
     (CheckpointFunction, "apply", PACKING),
-    (eager_transforms, "get_unwrapped", _UNWRAPPED),
-    (torch._C._functorch, "get_unwrapped", _UNWRAPPED),
+    (eager_transforms, "get_unwrapped", UNWRAPPED),
+    (torch._C._functorch, "get_unwrapped", UNWRAPPED),
+    (torch._C, "DisableTorchFunction", _UNSEEN),
+    (torch, "cond", _BRANCHED),
 )
 
 
@@ -80,6 +137,8 @@ def nothing_unseen() -> Iterator[None]:
         if not _within.total():
             for owner, name, message in _REFUSED:
                 _refuse(owner, name, message)
+            original = vmap.vmap_increment_nesting
+            _replace(vmap, "vmap_increment_nesting", lambda *args: _above(original, *args))
         _within[ours] += 1
     try:
         yield
@@ -92,18 +151,37 @@ def nothing_unseen() -> Iterator[None]:
 
 
 def _refuse(owner: Any, name: str, message: str) -> None:
-    original, inherited = getattr(owner, name), name not in vars(owner)
+    original = getattr(owner, name)
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
-        if not _within[threading.get_ident()]:
+        if not _within[threading.get_ident()] and not (maybe_current_level() is None and any(map(_is_of_run, args))):
             return original(*args, **kwargs)
         raise PrivacyError(message)
 
-    setattr(owner, name, refuse)
+    _replace(owner, name, refuse)
+
+
+def _is_of_run(value: Any) -> bool:
+    """Whether a value, in a thread without a transform, is of one in another thread."""
+    return isinstance(value, Tensor) and is_functorch_wrapped_tensor(value)
+
+
+def _replace(owner: Any, name: str, by: Any) -> None:
+    original, inherited = getattr(owner, name), name not in vars(owner)
+    setattr(owner, name, by)
     if inherited:
         _undo.callback(delattr, owner, name)
     else:
         _undo.callback(setattr, owner, name, original)
+
+
+@contextmanager
+def _above(original: Any, batch_size: int, randomness: str) -> Iterator[int]:
+    """A transform of another thread begins above the level of ours, so that it takes no value of ours for its own."""
+    with ExitStack() as stack:
+        if not _within[threading.get_ident()] and maybe_current_level() is None:
+            stack.enter_context(original(1, "same"))
+        yield stack.enter_context(original(batch_size, randomness))
 
 
 def refuse_other_ways(

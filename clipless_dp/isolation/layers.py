@@ -18,11 +18,10 @@ from clipless_dp.isolation.functions import (
     Attention,
     GatedConvolution,
     GatedEmbedding,
-    GatedGroupNorm,
-    GatedLayerNorm,
     GatedLinear,
 )
 from clipless_dp.isolation.gating import Gating, handles
+from clipless_dp.isolation.normalisations import GatedGroupNorm, GatedLayerNorm
 
 
 def _differs(value: Any) -> bool:

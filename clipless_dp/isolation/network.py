@@ -27,7 +27,7 @@ from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs i
 from clipless_dp.isolation.foreign import prepare
 from clipless_dp.isolation.functions import Cap
 from clipless_dp.isolation.gating import WRITTEN, Gating
-from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_other_ways
+from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_coded_tensors, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.packing import Packing
 
@@ -94,6 +94,7 @@ class Isolated(nn.Module):
                 "the whole network, or use isolation='graph', where such a part is a layer among others"
             )
         _refuse_what_sees_batches(net)
+        refuse_coded_tensors(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
         self._parameters, self._modules, self._buffers = net._parameters, net._modules, net._buffers
@@ -429,7 +430,13 @@ class Isolated(nn.Module):
         known = dict(self.uses)
         for name, uses in found.items():
             expected = known.get(name, ())
-            if len(uses) > len(expected) or not _covered(uses, expected):
+            if len(uses) <= len(expected) and not _covered(uses, expected):
+                raise PrivacyError(
+                    f"the gradient of {name!r} sums over {_most(uses)} entries of a sample in this pass, and over "
+                    f"{_most(expected)} at most when the network was wrapped, whose rounding is what the bounds cover: "
+                    "wrap it with inputs as long as the longest"
+                )
+            if len(uses) > len(expected):
                 raise PrivacyError(
                     f"the parameter {name!r} goes through {len(uses)} gates in this pass, and through "
                     f"{len(expected)} when the network was wrapped: wrap it in the mode, and with the frozen "
@@ -469,9 +476,13 @@ def _seeded_once() -> Iterator[None]:
         generator.set_state(state)
 
 
+def _most(uses: Sequence[tuple[str, int]]) -> int:
+    return max(entries for _, entries in uses)
+
+
 def _covered(uses: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]]) -> bool:
     """Whether no gate sums more entries than the largest that was expected."""
-    return max(entries for _, entries in uses) <= max(entries for _, entries in expected)
+    return _most(uses) <= _most(expected)
 
 
 def is_named(name: str, pattern: str) -> bool:

@@ -78,7 +78,8 @@ def _at_once(
     gates = tuple(
         run.gates(
             "recurrent",
-            (run.name_of(weight), positions * max(entries, len(weight))),
+            # A call of one step has a copy of the weight, whose entries are to be covered as well.
+            (run.name_of(weight), max(positions * max(entries, len(weight)), weight.numel())),
             (run.name_of(bias), positions * len(weight)),
         )
         for weight, bias, entries in (
@@ -127,6 +128,11 @@ def _recurrent(cell: Equation, parts: int, kind: str) -> Callable[..., Any]:
             )
         input, hx = run.expanded(input), run.expanded(hx)
         values = input.transpose(0, 1) if batch_first else input
+        if 0 in values.shape[:2]:
+            raise InputError(
+                f"a recurrent layer is given {values.shape[1]} sequences of {values.shape[0]} steps: leave the call "
+                "out where there is nothing to read"
+            )
         begin = tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
         ways = 2 if bidirectional else 1
         each = len(params) // (num_layers * ways)
@@ -146,6 +152,9 @@ def _recurrent(cell: Equation, parts: int, kind: str) -> Callable[..., Any]:
             values = outputs[0] if ways == 1 else torch.cat(outputs, -1)
             if train and dropout and layer < num_layers - 1:
                 values = functional.dropout(values, dropout)
+        if ways == 1 and torch.is_grad_enabled():
+            # What the way back needs is not the network's to overwrite.
+            values = values.clone()
         output = values.transpose(0, 1) if batch_first else values
         return output, *(torch.stack([end[part] for end in ends]) for part in range(parts))
 

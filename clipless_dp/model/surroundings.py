@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as modules
-from torch.utils._device import DeviceContext
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.isolation.hidden import foreign_mode
 
 
 def refuse_interference() -> None:
@@ -29,14 +29,12 @@ def refuse_interference() -> None:
         (torch._C._len_torch_function_stack(), torch._C._get_function_stack_at),
         (torch._C._len_torch_dispatch_stack(), torch._C._get_dispatch_stack_at),
     ):
-        for index in range(length):
-            mode = at(index)
-            kind = type(mode)
-            if not (isinstance(mode, DeviceContext) or kind.__module__.partition(".")[0] in ("torch", "clipless_dp")):
-                raise PrivacyError(
-                    f"the mode {kind.__module__}.{kind.__qualname__} is in force, which may change what the network "
-                    "computes: leave it around the passes of a wrapped model"
-                )
+        foreign = foreign_mode(length, at)
+        if foreign is not None:
+            raise PrivacyError(
+                f"the mode {foreign} is in force, which may change what the network computes: leave it around the "
+                "passes of a wrapped model"
+            )
     active = getattr(nn.parallel.DistributedDataParallel, "_get_active_ddp_module", lambda: None)
     if active() is not None:
         raise PrivacyError(

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import _remove_batch_dim, _unwrap_batched, get_unwrapped
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from clipless_dp import DPLipModel, gradient_gated, losses
-from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError
+from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, UnsupportedModuleError
+from clipless_dp.isolation.seen import Memory
 from tests.isolation.test_refusals import Centred
 from tests.isolation.test_soundness import gradients
 
@@ -103,6 +112,142 @@ class Quiet(Tensor):
     """A tensor type of a user's own, without code."""
 
 
+class Dispatching(Tensor):
+    """A tensor with code of its own behind each operation, where values of all samples are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C._DisableTorchDispatch():
+            found = func(*args, **(kwargs or {}))
+        several = isinstance(found, Tensor) and found.dim() > 2 and len(found) > 1
+        return found - found.mean(0, keepdim=True) if several else found
+
+
+class Rounding(Tensor):
+    """Holds its values apart, and rounds what it meets by the largest entry of that."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Rounding:
+        made = torch.Tensor._make_wrapper_subclass(cls, held.shape, dtype=held.dtype)  # type: ignore[attr-defined]
+        made.held = held
+        return cast(Rounding, made)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Rounding(args[0].held)
+        met = [
+            one.held if isinstance(one, Rounding) else (one / one.abs().max()).round() * one.abs().max()
+            for one in args
+            if isinstance(one, Tensor)
+        ]
+        return func(*met)
+
+
+class Rounded(TorchDispatchMode):
+    """Rounds what operations return by the largest entry of it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return (found / found.abs().max()).round() if isinstance(found, Tensor) else found
+
+
+def dispatched(net: Net, values: Tensor) -> Tensor:
+    shift = torch.zeros(6, dtype=values.dtype).as_subclass(Dispatching)
+    return net.second((net.first(values) + shift).sin())
+
+
+def within(mode: Callable[[], Any]) -> Run:
+    def run(net: Net, values: Tensor) -> Tensor:
+        with mode():
+            return plain(net, values)
+
+    return run
+
+
+class Passing(TorchFunctionMode):
+    """Sees functions as the network calls them, of one sample."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+class Iterated(list[Any]):
+    """A list that runs code of its own where it is read."""
+
+    def __init__(self, entries: Sequence[Any], written: Tensor) -> None:
+        super().__init__(entries)
+        self.written = written
+
+    def __iter__(self) -> Any:
+        self.written.copy_(Centred.apply(self.written.clone()))
+        return super().__iter__()
+
+
+class Named(list[Any]):
+    """A list of one's own, without code."""
+
+
+Both = namedtuple("Both", ["first", "second"])
+
+
+def iterated(net: Net, values: Tensor) -> Tensor:
+    hidden = net.first(values)
+    written = hidden.detach().clone()
+    torch.einsum("bi->b", Iterated([values], written))  # type: ignore[no-untyped-call]
+    return net.second((hidden + written).sin())
+
+
+def unwrapped_by(reads: Callable[[Tensor], Tensor]) -> Run:
+    def run(net: Net, values: Tensor) -> Tensor:
+        hidden = net.first(values)
+        found = reads(hidden.detach())
+        return net.second((hidden - found.reshape(-1, 6).mean(0)).sin())
+
+    return run
+
+
+def in_thread(reads: Callable[[Tensor], Tensor]) -> Run:
+    def run(values: Tensor) -> Tensor:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(reads, values).result()
+
+    return unwrapped_by(run)
+
+
+def copied_within(sizes: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """Copies a value within nested transforms."""
+
+    def reads(values: Tensor) -> Tensor:
+        def nested(left: Sequence[int]) -> Tensor:
+            if not left:
+                return values * 1.0
+            return torch.func.vmap(lambda _: nested(left[1:]))(torch.zeros(left[0]))
+
+        return nested(sizes)
+
+    return reads
+
+
+def renumbered(net: Net, values: Tensor) -> Tensor:
+    """Constants come by ways that no mode sees, some into memory that values of samples lay in."""
+    hidden = net.first(values)
+    for _ in range(40):
+        lost = hidden.detach() * 2.0
+        del lost
+        constant = torch.from_numpy(np.full((8, 6), 0.5))
+        hidden = hidden * constant.sum(0) / constant.sum(0)
+    return net.second((hidden + torch.arange(6).to(hidden) * GRID[:6, 0]).sin())
+
+
+def unseen(net: Net, values: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return plain(net, values)
+
+
 MEDDLING, QUIET = (torch.ones(6, dtype=torch.float64).as_subclass(kind) for kind in (Meddling, Quiet))
 
 
@@ -176,6 +321,30 @@ REFUSED: dict[str, tuple[Run, str]] = {
         lambda net, values: net.second((net.first(values) * MEDDLING).sin()),
         "Meddling runs code of its own",
     ),
+    "a tensor type with operations of its own": (dispatched, "Dispatching runs code of its own"),
+    "a mode of operations": (within(Rounded), "Rounded"),
+    "a list with code of its own": (iterated, "handed a Iterated"),
+    "the batch, unwrapped by a name of one's own": (unwrapped_by(get_unwrapped), "debug_unwrap"),
+    "the batch, unwrapped at its level": (unwrapped_by(lambda values: _unwrap_batched(values, 1)[0]), "debug_unwrap"),
+    "the batch, as a transform ends": (
+        unwrapped_by(lambda values: _remove_batch_dim(values, 1, 8, 0)),
+        "debug_unwrap",
+    ),
+    "the batch, unwrapped by a thread": (in_thread(torch.func.debug_unwrap), "debug_unwrap"),
+    "the batch, unwrapped and summed up by a thread": (
+        in_thread(lambda values: torch.tensor(6 * [float(torch.func.debug_unwrap(values).sum())])),
+        "debug_unwrap",
+    ),
+    "the batch, copied by a thread": (in_thread(copied_within([1])), "not of this pass and sample"),
+    "the batch, copied by a thread in nested transforms": (
+        in_thread(copied_within([8, 3])),
+        "not of this pass and sample",
+    ),
+    "functions that no mode sees": (unseen, "DisableTorchFunction"),
+    "a branch on a value": (
+        lambda net, values: torch.cond(values.sum() > 0, torch.sin, torch.cos, (net.second(values),)),
+        r"torch\.cond",
+    ),
     "a weight overwritten": (clamped, "writes into a trainable parameter"),
     "a row of a weight overwritten": (clamped_view, "writes into a trainable parameter"),
     "a weight as the place for a result": (into, "writes into a trainable parameter"),
@@ -193,6 +362,19 @@ def test_what_goes_around_the_gates_is_refused_at_wrapping(name: str) -> None:
     with pytest.raises(PrivacyError, match=words) as refused:
         model_of(run)
     assert "tlparse" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer"])
+def test_a_frozen_tensor_of_a_type_with_operations_of_its_own_is_refused_by_its_name(kind: str) -> None:
+    net = Net(lambda net, values: net.second(net.first(values) * net.scale)).double()
+    rounding = Rounding(torch.ones(6, dtype=torch.float64))
+    if kind == "buffer":
+        net.scale = rounding
+    else:
+        del net.scale
+        net.register_parameter("scale", nn.Parameter(rounding, requires_grad=False))
+    with pytest.raises(UnsupportedModuleError, match=r"scale .*__torch_dispatch__"):
+        gradient_gated(net, isolation="vmap")
 
 
 def counting(net: Net, values: Tensor) -> Tensor:
@@ -220,6 +402,15 @@ ACCEPTED: dict[str, Run] = {
     ),
     "a buffer that counts calls": counting,
     "a tensor type without code": lambda net, values: net.second((net.first(values) * QUIET).sin()),
+    "constants of other libraries": renumbered,
+    "a thread that maps constants": in_thread(
+        lambda _: torch.func.vmap(lambda row: row + 0 * torch.rand(1), randomness="different")(GRID[:3, :2])
+    ),
+    "a mode that counts operations": within(lambda: FlopCounterMode(display=False)),
+    "a mode of functions": within(Passing),
+    "lists and tuples of one's own": lambda net, values: net.second(
+        torch.cat(Both(net.first(values)[:, :3], values[:, :3]), 1) + torch.stack(Named([values])).sum(0)
+    ),
     "another type of numbers": lambda net, values: net.second(net.first(values).to(float)),
     "a copy of a weight overwritten": clamped_copy,
 }
@@ -263,6 +454,16 @@ def test_what_a_run_is_refused_other_threads_and_later_code_may_do() -> None:
         model_of(lambda net, values: net.second(scripted(net.first(values))))
     assert float(scripted(torch.ones(1))) == 2.0
     assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
+
+
+def test_memory_that_is_told_apart_is_freed_as_ever() -> None:
+    memory, values = Memory(), torch.randn(3)
+    memory.add(values)
+    assert memory.holds(values[1:])
+    assert not memory.holds(values.clone())
+    known = StorageWeakRef(values.untyped_storage())
+    del values
+    assert known.expired()
 
 
 def test_rows_are_chosen_so_that_what_gates_normalise_agrees() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import passes
-from clipless_dp.errors import PrivacyError
+from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.isolation import Isolated, recurrent
 from clipless_dp.isolation.functions import Cap
 from clipless_dp.isolation.hidden import refuse_other_ways
@@ -199,6 +199,80 @@ def test_a_layer_that_is_called_for_each_step_has_one_gate_for_the_weight_of_its
 
     model = wrapped(Case(Steps().double(), torch.randn(ROWS, STEPS, INPUTS, dtype=torch.float64)))
     assert model.sensitivity().per_parameter["layer.weight_hh_l0"] == pytest.approx(LIMIT, rel=1e-3)
+
+
+def set_to_zero(made: Any) -> Tensor:
+    made[0][:, 0] = 0.0
+    return made[0].relu_()
+
+
+def scaled(made: Any) -> Tensor:
+    state = made[1][0] if isinstance(made[1], tuple) else made[1]
+    return made[0][:, -1].mul_(0.5) + state.mul_(2.0)[-1]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("change", [set_to_zero, scaled])
+def test_what_a_recurrent_layer_returns_may_be_overwritten(
+    kind: type[nn.Module], change: Callable[[Any], Tensor]
+) -> None:
+    torch.manual_seed(0)
+    net = Sequences(kind(INPUTS, HIDDEN, batch_first=True), change).double()
+    case = Case(net, torch.randn(ROWS, STEPS, INPUTS, dtype=torch.float64))
+    targets = torch.randn_like(case.net(case.inputs))
+    gradient, _ = found(case, targets)
+    for key, value in gradient.items():
+        own = [own_gradients(case, row, targets[row : row + 1])[key] for row in range(ROWS)]
+        expected = sum(one * min(1.0, LIMIT / float(one.norm())) for one in own)
+        assert torch.allclose(value, expected, rtol=1e-9, atol=1e-12), key
+
+
+class Beginning(nn.Module):
+    """Reads so many steps."""
+
+    def __init__(self, kind: type[nn.Module], steps: int) -> None:
+        super().__init__()
+        self.layer, self.steps = kind(INPUTS, HIDDEN, batch_first=True), steps
+
+    def forward(self, values: Tensor) -> Tensor:
+        return self.layer(values[:, : self.steps])[0].sum(1)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize("shorter", [1, 3])
+def test_sequences_shorter_than_at_wrapping_are_read_within_the_bounds(kind: type[nn.Module], shorter: int) -> None:
+    torch.manual_seed(0)
+    net = Beginning(kind, 4).double()
+    values = torch.randn(ROWS, STEPS, INPUTS, dtype=torch.float64)
+    model = wrapped(Case(net, values))
+    bounds = model.sensitivity().per_parameter
+    net.steps = shorter
+    targets = 100 * torch.randn_like(net(values))
+    whole, without = gradients(model, values, targets), gradients(model, values[1:], targets[1:])
+    ratios = {key: float((whole[key] - without[key]).norm()) / bound for key, bound in bounds.items()}
+    assert 0.5 < max(ratios.values()) <= 1 + 1e-9, ratios
+
+
+def test_sequences_longer_than_at_wrapping_are_refused_by_what_their_gradients_sum_over() -> None:
+    net = Beginning(nn.LSTM, 4).double()
+    values = torch.randn(ROWS, STEPS, INPUTS, dtype=torch.float64)
+    model = wrapped(Case(net, values))
+    net.steps = STEPS
+    with pytest.raises(PrivacyError, match=r"sums over .* entries of a sample in this pass, and over"):
+        model(values)
+
+
+def test_a_recurrent_layer_that_is_given_no_sequence_says_so() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(INPUTS, HIDDEN, batch_first=True)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.layer(values)[0].sum(1) + self.layer(values.new_zeros(0, STEPS, INPUTS))[0].sum((0, 1))
+
+    with pytest.raises(InputError, match=f"given 0 sequences of {STEPS} steps"):
+        wrapped(Case(Empty().double(), torch.randn(ROWS, STEPS, INPUTS, dtype=torch.float64)))
 
 
 def test_a_parameter_may_not_be_the_state_that_a_recurrence_begins_with() -> None:

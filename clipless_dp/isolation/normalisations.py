@@ -1,0 +1,211 @@
+"""Normalisations whose affine maps have gradients gated sample by sample."""
+
+# ruff: noqa: D102 (the methods are those of torch.autograd.Function)
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clipless_dp.gates.arithmetic import sample_norms
+from clipless_dp.gates.parts import Rows
+from clipless_dp.isolation.functions import Affine, Cap, _Gated, summed
+
+
+def _row_gradients(
+    gates: Affine,
+    both: Sequence[tuple[Tensor, Tensor] | None],
+    shape: tuple[int, ...],
+    counted: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of a weight and a bias of one shape, and their counts.
+
+    Args:
+        gates: theirs.
+        both: of each the samples' own gradients, ``(B, n)``, and the norms of what was summed up to them, ``(B,)``.
+        shape: of ``n`` entries.
+        counted: which gates count.
+    """
+    if gates.by_parts(counted):
+        first, second = (None if one is None else Rows(one[0], shape, one[1]) for one in both)
+        return gates.sums((first, second), counted)
+    weight, bias = (
+        None if one is None else summed(one[0], cast(Cap, cap), one[1]).reshape(shape)
+        for one, cap in zip(both, (gates.weight, gates.bias), strict=True)
+    )
+    return weight, bias, None, None
+
+
+def _differentiably(ctx: Any, normalised: Callable[[Tensor], Tensor], cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """What the way back returns, with a graph of its own, in which mean and scale follow from the values.
+
+    Args:
+        ctx: of the function, whose values and weight were saved first.
+        normalised: what the affine map is of.
+        cotangents: ``(B, ...)``, of the result.
+    """
+    values, weight, *_ = ctx.saved_tensors
+    gates: Affine = ctx.gates
+    channels = not isinstance(gates.settings[0], tuple)
+    shape = values.shape[1:2] if channels else gates.settings[0]
+    entries = math.prod(shape)
+    with torch.enable_grad():
+        made = normalised(values)
+        passed = None
+        if ctx.needs_input_grad[1]:
+            arrived = cotangents
+            if weight is not None:
+                arrived = cotangents * (weight.reshape(-1, *[1] * (values.dim() - 2)) if channels else weight)
+            (passed,) = torch.autograd.grad(made, values, arrived, create_graph=True)
+        sizes = sample_norms(cotangents)
+        of_both: list[tuple[Tensor, Tensor] | None] = []
+        for cap, needed, factor in zip(
+            (gates.weight, gates.bias), ctx.needs_input_grad[2:4], (made, None), strict=True
+        ):
+            if cap is None or not needed:
+                of_both.append(None)
+                continue
+            products = cotangents if factor is None else cotangents * factor
+            if channels:
+                of_both.append((products.reshape(*values.shape[:2], -1).sum(2), sizes))
+            else:
+                rows = products.reshape(len(values), -1, entries)
+                of_both.append((rows.sum(1), sample_norms(rows)))
+        of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
+    return None, passed, of_weight, of_bias, None, *counts
+
+
+class GatedLayerNorm(_Gated):
+    """Layer normalisation over the last axes of ``(B, ..., *shape)``."""
+
+    @staticmethod
+    def forward(
+        sample: Any,
+        values: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gates: Affine,
+        *counters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape, eps = gates.settings
+        return torch.native_layer_norm(values, shape, weight, bias, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, values, weight, bias, ctx.gates, *_ = inputs
+        _, mean, scale = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.save_for_backward(values, weight, bias, mean, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = arriving[0]
+        if cotangents is None:
+            return (None,) * 7
+        values, weight, bias, mean, scale = ctx.saved_tensors
+        gates: Affine = ctx.gates
+        shape, eps = gates.settings
+        if torch.is_grad_enabled():
+            return _differentiably(ctx, lambda met: functional.layer_norm(met, shape, None, None, eps), cotangents)
+        passed = None
+        if ctx.needs_input_grad[1]:
+            passed = torch.ops.aten.native_layer_norm_backward(
+                cotangents.contiguous(), values, shape, mean, scale, weight, bias, [True, False, False]
+            )[0]
+        entries = 1
+        for size in shape:
+            entries *= size
+        of_both: list[tuple[Tensor, Tensor] | None] = [None, None]
+        if gates.weight is not None and ctx.needs_input_grad[2]:
+            products = torch.addcmul(-mean * scale, values, scale).mul_(cotangents)
+            rows = products.reshape(len(values), -1, entries)
+            of_both[0] = rows.sum(1), sample_norms(rows)
+        if gates.bias is not None and ctx.needs_input_grad[3]:
+            rows = cotangents.reshape(len(values), -1, entries)
+            of_both[1] = rows.sum(1), sample_norms(rows)
+        of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
+        return None, passed, of_weight, of_bias, None, *counts
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedLayerNorm, info, in_dims, values, rest)
+
+
+class GatedGroupNorm(_Gated):
+    """Group normalisation of ``(B, C, ...)``; settings: groups, epsilon.
+
+    To torch's kernel the channels of all samples are channels of one sample, on the way back: what it sums up for each
+    is then a sample's own gradient. ``C`` of the weight, ``Σ_p g_p x̂_p``, and of the bias, ``Σ_p g_p``, for positions
+    ``p``. As ``x̂`` has a mean square of at most 1 in a group, both may have cancelled where they are small beside
+    ``‖g‖``.
+    """
+
+    @staticmethod
+    def forward(
+        sample: Any,
+        values: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        gates: Affine,
+        *counters: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        groups, eps = gates.settings
+        values = values.contiguous()
+        batch, channels = values.shape[:2]
+        positions = values[0, 0].numel()
+        return torch.native_group_norm(values, weight, bias, batch, channels, positions, groups, eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, values, weight, _, ctx.gates, *_ = inputs
+        _, mean, scale = output
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(mean, scale)
+        ctx.save_for_backward(values, weight, mean, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = arriving[0]
+        if cotangents is None:
+            return (None,) * 7
+        values, weight, mean, scale = ctx.saved_tensors
+        gates: Affine = ctx.gates
+        groups, eps = gates.settings
+        if torch.is_grad_enabled():
+            return _differentiably(ctx, lambda met: functional.group_norm(met, groups, None, None, eps), cotangents)
+        batch, channels = values.shape[:2]
+        caps = [
+            cap if cap is not None and needed else None
+            for cap, needed in zip((gates.weight, gates.bias), ctx.needs_input_grad[2:4], strict=True)
+        ]
+        passed, *sums = torch.ops.aten.native_group_norm_backward(
+            cotangents.contiguous().reshape(1, batch * channels, -1),
+            values.contiguous().reshape(1, batch * channels, -1),
+            mean.reshape(1, -1),
+            scale.reshape(1, -1),
+            None if weight is None else weight.repeat(batch),
+            1,
+            batch * channels,
+            values[0, 0].numel(),
+            batch * groups,
+            [ctx.needs_input_grad[1], caps[0] is not None, caps[1] is not None],
+        )
+        passed = None if passed is None else passed.reshape(values.shape)
+        if all(cap is None for cap in caps):
+            return None, passed, None, None, None, None, None
+        sizes = sample_norms(cotangents)
+        of_both = [
+            None if cap is None else (one.reshape(batch, channels), sizes) for cap, one in zip(caps, sums, strict=True)
+        ]
+        of_weight, of_bias, *counts = _row_gradients(gates, of_both, (channels,), ctx.needs_input_grad[5:])
+        return None, passed, of_weight, of_bias, None, *counts
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedGroupNorm, info, in_dims, values, rest)
