@@ -47,7 +47,7 @@ def runs_own_code(kind: type) -> bool:
             return True
         found = kind.__torch_function__
         return getattr(found, "__func__", found) not in _INHERITED and not _is_of(kind, ("torch",))
-    return kind not in _NUMBERS and not _is_of(kind, ("torch",))
+    return kind not in _NUMBERS and not _is_of(kind, ("torch",))  # type: ignore[arg-type]
 
 
 @cache

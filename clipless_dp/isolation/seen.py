@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 from weakref import ref
 
 import torch
@@ -36,7 +36,7 @@ class Memory:
         """Notes the memory of a value of all samples."""
         storage = _storage(value)
         if storage is not None and storage._cdata not in self._held:
-            self._held.add(storage._weak_ref())  # type: ignore[attr-defined]
+            self._held.add(cast(Any, storage)._weak_ref())
 
     def holds(self, value: Tensor) -> bool:
         """Whether a tensor lies in memory that was noted."""
@@ -45,7 +45,7 @@ class Memory:
 
     def __del__(self) -> None:
         for held in self._held:
-            torch.UntypedStorage._free_weak_ref(held)  # type: ignore[attr-defined]
+            torch.UntypedStorage._free_weak_ref(held)
 
 
 def _storage(value: Tensor) -> torch.UntypedStorage | None:
@@ -126,7 +126,7 @@ class Seen:
                 raise PrivacyError(
                     f"a function of torch is handed code to call ({value!r}), which runs unseen: call it directly"
                 )
-            elif acts(type(value)):
+            elif acts(type(value)):  # type: ignore[arg-type]
                 raise PrivacyError(
                     f"a function of torch is handed a {type(value).__name__}, whose own code it runs unseen: hand it "
                     "plain numbers, lists and tuples"

@@ -135,7 +135,7 @@ def _places(value: Any) -> Iterator[int]:
         parts = [*value.values()] if isinstance(value, Mapping) else value
         if isinstance(value, list):
             yield id(value)
-        if parts and type(parts[0]) not in _ATOMS or isinstance(value, (Mapping, tuple)):
+        if isinstance(value, (Mapping, tuple)) or (parts and type(parts[0]) not in _ATOMS):
             for part in parts:
                 yield from _places(part)
 

@@ -336,7 +336,7 @@ REMEMBERING: dict[str, Callable[[], Any]] = {
     "slot": Slotted,
     "prototypes": _with_prototypes,
     "iterator": _with_a_counter,
-    "nested function": lambda: lambda rows: [_in_a_global([row]) for row in rows][0],
+    "nested function": lambda: lambda rows: next(_in_a_global([row]) for row in rows),
 }
 
 
@@ -397,7 +397,8 @@ def test_what_samples_share_and_a_function_fills_or_edits_reaches_no_other_sampl
     assert made["labels"].tolist() == [0] * COUNT
     assert torch.equal(made["x"], 0.5 * default_collate(samples())["x"])
     assert torch.equal(made["context"], made["x"])
-    assert not shared and not context.any()
+    assert not shared
+    assert not context.any()
 
 
 def _with_a_held_generator(rows: list[Any]) -> Any:
