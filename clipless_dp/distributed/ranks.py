@@ -19,6 +19,11 @@ from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError, RankError
 
+if dist.is_available():
+    # Its functions hold on to the process group that is there when they are first imported (optimizers of torch import
+    # them), past destroy_process_group(): threads of gloo then meet the end of the interpreter, which may abort.
+    import torch.distributed.nn.functional
+
 Value = TypeVar("Value")
 
 

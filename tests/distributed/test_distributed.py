@@ -603,7 +603,7 @@ def fitted_with_holes():
 
 
 @pytest.mark.slow
-def test_torchrun_starts_a_run_that_ends_alike_on_all_ranks(tmp_path):
+def test_torchrun_starts_a_run_that_ends_alike_on_all_ranks_and_leaves_no_group_behind(tmp_path):
     script = tmp_path / "train.py"
     script.write_text(
         "import os, torch, torch.distributed as dist\n"
@@ -616,6 +616,9 @@ def test_torchrun_starts_a_run_that_ends_alike_on_all_ranks(tmp_path):
         # One write each, or two lines may mix.
         "os.write(1, f'{dist.get_rank()}: {result.epsilon!r} {total!r}\\n'.encode())\n"
         "dist.destroy_process_group()\n"
+        # What is left of the group meets the end of the interpreter, which may abort.
+        "threads = [open(f'/proc/self/task/{task}/comm').read() for task in os.listdir('/proc/self/task')]\n"
+        "assert not any('gloo' in thread for thread in threads), threads\n"
     )
     printed = torchrun(script, 2)
     lines = sorted(line for line in printed.splitlines() if line[:2] in ("0:", "1:"))
