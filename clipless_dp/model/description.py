@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from functools import partial
-from types import NoneType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import Tensor
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.modules import kind_of
+
+_TORCHS_OWN = frozenset(vars(nn.Module()))
+"""Parameters, buffers, children, hooks and the mode of a module."""
+
+_DEPTH = 4
+"""How far objects within objects are followed."""
+
+_SHOWN = 4
+"""Parts of a tuple up to which all of it is shown."""
 
 
 def settings_of(model: Any) -> dict[str, Any]:
-    """What a model's bounds rest on besides its weights: caps, loss, constraints and layers, as plain values."""
+    """What a model's bounds rest on besides its weights: caps, loss, constraints and layers, as plain values.
+
+    Of an object all attributes, private ones too, since bounds do not ask what a name begins with; but of torch's own
+    layers the public ones.
+    """
     return {
         "input_norm": float(model.input_norm),
         **({} if model.packing is None else {"inputs": model.packing.described()}),
         "loss": _parts(model.loss_function),
         "constraints": {name: _parts(constraint) for name, constraint in model.constraints.items()},
-        "layers": {
-            ".".join(leaf.path): {
-                "type": leaf.kind.__qualname__ if isinstance(leaf.kind, type) else str(leaf.kind),
-                **{
-                    name: _plain(value)
-                    for name, value in vars(leaf.module).items()
-                    if isinstance(value, (int, float, str, tuple, NoneType)) and name != "training" and name[0] != "_"
-                },
-            }
-            for leaf in model._watch.leaves
-        },
+        "layers": {".".join(leaf.path): _of_layer(leaf.module) for leaf in model._watch.leaves},
     }
 
 
@@ -40,13 +50,59 @@ def differences(there: Any, here: Any, place: str = "") -> list[str]:
             for name in sorted(names, key=str)
             for line in differences(there.get(name), here.get(name), f"{place}.{name}" if place else str(name))
         ]
-    return [] if there == here else [f"{place}: {there!r} there, {here!r} here"]
+    if _agree(there, here):
+        return []
+    if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here) > _SHOWN:
+        there, here = next((one, other) for one, other in zip(there, here, strict=True) if not _agree(one, other))
+        return [f"{place}: {there!r} there, {here!r} here, and maybe more"]
+    return [f"{place}: {there!r} there, {here!r} here"]
 
 
-def _parts(value: object) -> dict[str, Any]:
-    """An object's type and public attributes."""
-    known = getattr(value, "__dict__", {}).items()
-    return {"type": type(value).__qualname__, **{name: _plain(part) for name, part in known if name[:1] != "_"}}
+def _agree(there: Any, here: Any) -> bool:
+    if isinstance(there, (tuple, list)) and isinstance(here, (tuple, list)) and len(there) == len(here):
+        return all(not differences(one, other) for one, other in zip(there, here, strict=True))
+    # States of before objects were looked into hold the names of their types.
+    typed = isinstance(here, dict) and isinstance(there, str) and here.get("type") == there
+    return bool(typed or there == here)
+
+
+def _of_layer(module: nn.Module) -> dict[str, Any]:
+    """A layer's type and attributes; of a user's own those that are plain, as it may keep what it saw."""
+    kind: Any = kind_of(module)
+    told = {"type": kind.__qualname__ if isinstance(kind, type) else str(kind)}
+    if _package(kind) == "clipless_dp":
+        return {**_parts(module), **told}
+    hidden = _package(kind) == "torch"
+    plain = {name: _plain(value) for name, value in _attributes(module) if _is_plain(value)}
+    return {**{name: value for name, value in plain.items() if not (hidden and name[0] == "_")}, **told}
+
+
+def _parts(value: Any, depth: int = _DEPTH) -> dict[str, Any]:
+    """An object's type and attributes."""
+    parts = {name: _plain(part, depth - 1) for name, part in _attributes(value)}
+    return {**parts, "type": type(value).__qualname__}
+
+
+def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+    is_module = isinstance(value, nn.Module)
+    for name, part in getattr(value, "__dict__", {}).items():
+        if isinstance(name, str) and not name.startswith("__") and not (is_module and name in _TORCHS_OWN):
+            yield name, part
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            if not name.startswith("__") and hasattr(value, name):
+                yield name, getattr(value, name)
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (int, float, str, Enum, torch.dtype, np.generic))
+
+
+def _package(kind: Any) -> str:
+    return str(getattr(kind, "__module__", "")).partition(".")[0]
 
 
 def _described(value: object) -> str:
@@ -56,11 +112,38 @@ def _described(value: object) -> str:
     return str(value.__qualname__) if hasattr(value, "__qualname__") else type(value).__qualname__
 
 
-def _plain(value: object) -> object:
-    if value is None or isinstance(value, (bool, int, float, str)):
+def _plain(value: Any, depth: int = _DEPTH) -> Any:
+    name = type(value).__qualname__
+    if isinstance(value, np.float64):
+        return float(value)
+    if value is None or (isinstance(value, (bool, int, float, str)) and not isinstance(value, Enum)):
         return value
     if isinstance(value, (tuple, list)):
-        return tuple(map(_plain, value))
-    if isinstance(value, Tensor):
-        return f"tensor of shape {tuple(value.shape)}"
-    return _described(value)
+        return tuple(_plain(part, depth) for part in value)
+    if isinstance(value, (Tensor, np.ndarray)):
+        shape = f"tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else name
+        return {"type": shape, "numbers": _numbers(value)}
+    if isinstance(value, Mapping):
+        return {"type": name, "items": tuple((str(key), _plain(part, depth)) for key, part in value.items())}
+    if isinstance(value, (set, frozenset)):
+        return {"type": name, "items": tuple(sorted(map(repr, map(_plain, value))))}
+    if isinstance(value, Enum):
+        return {"type": name, "name": value.name}
+    if isinstance(value, (np.generic, complex, bytes, torch.dtype, torch.device)):
+        return {"type": name, "value": repr(value)}
+    functions = (partial, type, FunctionType, BuiltinFunctionType, MethodType, ModuleType)
+    return _described(value) if isinstance(value, functions) or depth <= 0 else _parts(value, depth)
+
+
+def _numbers(value: Tensor | np.ndarray[Any, Any]) -> str | None:
+    """A digest of an array's bits; ``None`` where it has none to be read."""
+    if isinstance(value, np.ndarray):
+        return None if value.dtype.hasobject else _hashed(value)
+    if value.layout is not torch.strided or value.is_nested or value.device.type == "meta":
+        return None
+    bits = value.detach().resolve_conj().resolve_neg().to("cpu", copy=True).contiguous().reshape(-1)
+    return _hashed(bits.view(torch.uint8).numpy())
+
+
+def _hashed(values: np.ndarray[Any, Any]) -> str:
+    return hashlib.blake2b(np.ascontiguousarray(values).tobytes(), digest_size=16).hexdigest()
