@@ -1,4 +1,4 @@
-"""What bounds rest on is in states and statements: no setting of a gate, a layer, a constraint or a loss may be left out."""
+"""What bounds rest on is in states: no setting of a gate, a layer, a constraint or a loss is left out of them."""
 
 from __future__ import annotations
 
