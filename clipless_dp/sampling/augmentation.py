@@ -6,7 +6,8 @@ import copy
 import random
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import CellType
 from typing import Any
 
@@ -105,13 +106,65 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
     of the rows are overwritten, then the other half, and under the same random numbers all other views must be the same
     bits.
 
+    An augmentation must leave behind nothing that later views could read: what it reaches
+    (:func:`clipless_dp.sampling.reach.reachable`) is compared around its first call and one of :data:`EVERY` later
+    ones, and around each where it is small. What it makes when it is called first (a value in place of ``None``, a
+    flag) may stay if copies that were never called make the same of other inputs.
+
     Raises:
         ConfigurationError: a view has another shape than its sample, or is no tensor, or a batch is held.
-        PrivacyError: a view depends on other rows, or the argument was changed.
+        PrivacyError: a view depends on other rows, the argument was changed, or the augmentation keeps a state.
     """
     _refuse_held_batches(augment)
-    with (source or shared_randomness).visit(inputs.device):
+    source = source or shared_randomness
+    with _keeping_nothing(augment, inputs, mask, source), source.visit(inputs.device):
         return _views(augment, inputs, mask)
+
+
+@contextmanager
+def _keeping_nothing(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomness) -> Iterator[None]:
+    """Compares what an augmentation reaches after its views with what it was before."""
+    size = _sizes.get(augment)
+    if size is not None and size > SMALL and secrets.randbelow(EVERY):
+        yield
+        return
+    before = memory.State(augment)
+    # What is made when it is called first is compared with what copies make.
+    fresh = memory.pristine(augment) if size is None and before.size <= SMALL else None
+    yield
+    after = memory.State(augment)
+    changes = [] if after == before else before.changes(after)
+    if changes and not (
+        fresh is not None and memory.is_made_once(changes) and _makes_the_same(augment, fresh, inputs, mask, source)
+    ):
+        raise PrivacyError(
+            f"augment={augment!r} keeps a state that changed while it made views "
+            f"({memory.told(_name_of(augment), changes)}), through which samples enter the views of others. Make each "
+            "view of its sample alone and of torch's, numpy's or Python's global generators, make in the constructor "
+            "what it needs, and leave out counters. Nothing was released"
+        )
+    _sizes[augment] = after.size
+
+
+def _makes_the_same(augment: Any, fresh: Any, inputs: Tensor, mask: Tensor, source: Randomness) -> bool:
+    """Whether copies that were never called become the same, whatever they are called on, and the function no other."""
+    states: list[memory.State] = []
+    noise = torch.rand(inputs.shape, device=inputs.device).to(inputs.dtype)
+    for values in (inputs, torch.zeros_like(inputs), torch.ones_like(inputs), noise, inputs.flip(0)):
+
+        def call(own: Any, values: Tensor = values) -> None:
+            with source.visit(values.device):
+                _views(own, values.clone(), mask)
+
+        found = memory.state_of_copy(augment, fresh, call)
+        if found is None:
+            return False
+        states.append(found[0])
+    return all(state == states[0] for state in states[1:])
+
+
+def _name_of(augment: Any) -> str:
+    return str(getattr(augment, "__qualname__", type(augment).__qualname__)).rpartition(">.")[2]
 
 
 def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
@@ -129,6 +182,12 @@ def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
 
 EVERY = 32
 """One batch in so many is looked at, in expectation."""
+
+SMALL = 1 << 12
+"""Bytes of what an augmentation reaches up to which it is compared around each call: half a millisecond."""
+
+_sizes: Any = WeakIdKeyDictionary()
+"""Of what the augmentations reach that were called."""
 
 _passed: Any = WeakIdKeyDictionary()
 """The augmentations that were looked at."""
@@ -247,7 +306,7 @@ def refuse_own_generators(augment: Callable[..., Any], argument: str = "augment"
     all others.
 
     Raises:
-        ConfigurationError: one is within reach (:func:`clipless_dp.sampling.memory.reachable`): an attribute, in a
+        ConfigurationError: one is within reach (:func:`clipless_dp.sampling.reach.reachable`): an attribute, in a
             closure, an argument of a ``partial``, or a global that the code names, in containers of these, too.
     """
     for value in memory.own_generators(augment):

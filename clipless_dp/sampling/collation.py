@@ -28,6 +28,9 @@ _CPU = torch.device("cpu")
 SMALL = 1 << 16
 """Bytes of what a function reaches up to which it is compared around each batch: some milliseconds."""
 
+_COMPARED = 8
+"""Samples of the first batch that a function is called on first, where it makes something when it is called first."""
+
 
 def sees_single_rows(collate: object) -> bool:
     """Whether this is torch's own function, with no functions of a user's in it: it stacks, and mixes nothing."""
@@ -44,10 +47,15 @@ class RowByRow:
     no sample.
 
     Each call is given a copy of its sample, and must leave behind nothing that the next could read: what the function
-    reaches (:func:`clipless_dp.sampling.memory.reachable`) is the same after a batch as before, whether or not rows
+    reaches (:func:`clipless_dp.sampling.reach.reachable`) is the same after a batch as before, whether or not rows
     show it. In the first batch, and in one of :data:`EVERY` later ones, one sample is also collated again under the
     same random numbers: what differs has been remembered elsewhere, or drawn from elsewhere. Where much is within reach
     (a tokenizer's vocabulary in Python), it is compared in these batches only.
+
+    What a function makes when it is called first (a value in place of ``None``, a flag) may stay if it is the same
+    whichever sample comes first: copies of the function that were never called are called on samples of the first
+    batch, and on one in each later one that is looked at, and must become what the first sample made of them, and
+    return the same row, to the bit.
 
     Args:
         collate: from a list of samples to a batch.
@@ -67,16 +75,21 @@ class RowByRow:
         self._looked = False
         # Collators of transformers show all of a tokenizer in their representation.
         named = getattr(collate, "data_collator", collate)
+        self._called = getattr(named, "__qualname__", type(named).__qualname__).rpartition(">.")[2]
         self._name = f"collate={getattr(named, '__qualname__', type(named).__qualname__)}"
         refuse_own_generators(collate, "collate")
-        before, size = memory.digest(collate)
-        self._is_small = size <= SMALL
+        before = memory.State(collate)
+        self._is_small = before.size <= SMALL
+        fresh = memory.pristine(collate) if self._is_small else None
         with torch.random.fork_rng([]):
             made = self._alone(first)
         # Some make their generator when they are called first.
         refuse_own_generators(collate, "collate")
         self.empty = _emptied(made, "the batch")
-        self._refuse_memory(before)
+        self._fresh: Any = None
+        changes = before.changes(memory.State(collate))
+        if changes:
+            self._settle(fresh, changes, first)
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """A batch of samples, in their order.
@@ -88,7 +101,7 @@ class RowByRow:
                 same random numbers.
         """
         due = len(samples) > 0 and (not self._looked or secrets.randbelow(EVERY) == 0)
-        before = memory.digest(self.collate)[0] if due or self._is_small else None
+        before = memory.State(self.collate) if due or self._is_small else None
         chosen = secrets.randbelow(len(samples)) if due else -1
         # Else the global generator would tell how many samples a draw held.
         with torch.random.fork_rng([]):
@@ -96,14 +109,11 @@ class RowByRow:
             if before is not None:
                 self._refuse_memory(before)
             again = self._alone(samples[chosen], states) if due else None
+            if due and self._fresh is not None:
+                self._compare_with_fresh(samples, chosen, states, rows[chosen])
         batch = _joined(self.empty, rows, "the batch")
         if due:
-            pairs = zip(
-                tree_leaves(_joined(self.empty, [rows[chosen]], "the batch")),
-                tree_leaves(_joined(self.empty, [again], "the batch")),
-                strict=True,
-            )
-            if not all(_is_same(one, other) for one, other in pairs):
+            if not self._are_same_rows(rows[chosen], again):
                 raise PrivacyError(
                     f"{self._name} gives two batches of the same sample under the same random numbers: it "
                     "keeps a state, through which samples may meet, or draws from elsewhere. Make each row of its "
@@ -127,26 +137,59 @@ class RowByRow:
                     moved = not _are_same_states(states, random_states(_CPU))
         return rows, kept
 
-    def _alone(self, sample: Any, states: Any = None) -> Any:
+    def _alone(self, sample: Any, states: Any = None, collate: Any = None) -> Any:
         """The batch of one sample, under fresh random numbers or from given states of the generators on."""
         with shared_randomness.visit(_CPU):
             if states is not None:
                 set_random_states(states, _CPU)
-            return self._made(sample)
+            return self._made(sample, collate)
 
-    def _made(self, sample: Any) -> Any:
+    def _made(self, sample: Any, collate: Any = None) -> Any:
         # A copy, since what a function writes into it, other samples may share, and a later draw reads.
-        return _held(self.collate([memory.copied(sample)]))
+        return _held((self.collate if collate is None else collate)([memory.copied(sample)]))
 
-    def _refuse_memory(self, before: bytes) -> None:
-        if memory.digest(self.collate)[0] != before:
-            raise PrivacyError(
-                f"{self._name} keeps a state that changed while it made rows (an attribute, a global, what "
-                "a closure or a default holds: numbers given to labels on the way, counters, caches, tensors that are "
-                "filled again), through which samples may meet. Settle vocabularies and labels before training from "
-                "what is public, make in its constructor what it needs, take new tensors in each call, and cache by "
-                "functools.lru_cache functions of a value alone"
+    def _are_same_rows(self, one: Any, other: Any) -> bool:
+        """Two batches of one sample each, bit by bit."""
+        leaves = (tree_leaves(_joined(self.empty, [row], "the batch")) for row in (one, other))
+        return all(_is_same(*pair) for pair in zip(*leaves, strict=True))
+
+    def _settle(self, fresh: Any, changes: list[memory.Change], first: Any) -> None:
+        """Takes what was made in the first call for what each first call makes, as far as copies may tell."""
+        if fresh is None or not memory.is_made_once(changes):
+            raise self._remembers(changes)
+        with torch.random.fork_rng([]):
+            found = memory.state_of_copy(self.collate, fresh, lambda own: self._alone(first, collate=own))
+        if found is None:
+            raise self._remembers(changes)
+        self._fresh, self._made_once, (self._made_state, _) = fresh, changes, found
+
+    def _compare_with_fresh(self, samples: Sequence[Any], chosen: int, states: Any, row: Any) -> None:
+        """Calls functions that were never called on some samples."""
+        others = [] if self._looked else torch.randperm(len(samples))[:_COMPARED].tolist()
+        for place in (chosen, *others):
+            given = states if place == chosen else None
+            found = memory.state_of_copy(
+                self.collate,
+                self._fresh,
+                lambda own, place=place, given=given: self._alone(samples[place], given, own),  # type: ignore[misc]
             )
+            is_same = found is not None and found[0] == self._made_state
+            if found is None or not is_same or (place == chosen and not self._are_same_rows(row, found[1])):
+                raise self._remembers(self._made_once)
+
+    def _refuse_memory(self, before: memory.State) -> None:
+        after = memory.State(self.collate)
+        if after != before:
+            raise self._remembers(before.changes(after))
+
+    def _remembers(self, changes: list[memory.Change]) -> PrivacyError:
+        return PrivacyError(
+            f"{self._name} keeps a state that changed while it made rows ({memory.told(self._called, changes)}), "
+            "through which samples may meet: an attribute, a global, what a closure or a default holds. Settle "
+            "vocabularies and labels before training from what is public, make in its constructor what it needs, take "
+            "new tensors in each call, leave out counters, timers and progress bars, and cache by functools.lru_cache "
+            "functions of a value alone"
+        )
 
 
 def _are_same_states(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:

@@ -3,104 +3,154 @@
 from __future__ import annotations
 
 import copy
-import dis
-import functools
+import ctypes
 import hashlib
+import io
 import random
-import sys
-import warnings
-import weakref
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from types import CellType, CodeType, FunctionType, GeneratorType, ModuleType
-from typing import Any, cast
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clipless_dp.sampling import fingerprints
+from clipless_dp.sampling.reach import ATOMS, CONTAINERS, GLOBAL_GENERATORS, Label, package, reachable
 
-_APART = {"accelerate", "clipless_dp", "lightning", "logging", "pytorch_lightning"}
-"""Packages whose objects are not looked into: what trains holds all of a process."""
+_READ_ONLY = 1 << 24
+"""Bytes of an array that cannot be written into, a file's say, up to which all are compared."""
 
-_LIBRARIES = (
-    _APART
-    | {"PIL", "numpy", "pandas", "pyarrow", "scipy", "sklearn", "tokenizers", "torch", "torchaudio", "torchvision"}
-    | {"transformers"}
-    | set(sys.stdlib_module_names)
-)
-"""Packages whose code is not read for the names of globals; the attributes of their objects are looked at."""
-
-_ATOMS = (bool, int, float, complex, str, bytes, bytearray, range, slice, type(None), type(Ellipsis))
-
-_CONTAINERS = (list, tuple, set, frozenset, deque)
-
-_TELL_THEIR_STATE = {"array", "builtins", "collections", "itertools"}
-"""Modules of types without attributes, iterators above all, that say by ``__reduce_ex__`` how far they are."""
-
-_WRAPPED = ("__self__", "__func__", "__wrapped__", "fget", "func")
-
-_WARNED = ("deprecation_warnings", "warnings_issued")
-"""Attributes in which tokenizers and models of transformers keep of what they have warned, once for all samples."""
-
-_HASHED = 1 << 24
-"""Bytes of an array up to which all are compared."""
-
-_GLOBAL_GENERATORS = (
-    torch.default_generator,
-    cast(Any, random.random).__self__,
-    cast(Any, np.random.rand).__self__,
-    cast(Any, np.random.rand).__self__._bit_generator,
-)
+_WEIGHT = 64
+"""Bytes of an array that take as long to compare as one of what is written in Python."""
 
 
-def reachable(root: object) -> Iterator[object]:
-    """Everything that a function or an object can reach, once for each way to it; an object's parts once.
+_PER_PART = 8
+_PER_OBJECT = 32
+"""What a part and an object count for in the size of a state, in bytes of what is written in Python."""
 
-    Of functions: contents of closures, defaults, attributes, and the globals that their code names, in functions that
-    these call and in modules, too; of objects: attributes, contents, and the attributes and methods of their classes.
-    Code of libraries is not read, though what objects of theirs hold is looked at. What C extensions, files, the
-    environment and context variables hold is not seen.
-    """
-    # Parts are kept, since another object could get the identity of one that is gone.
-    known: dict[int, object] = {}
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        yield value
-        if type(value) not in _ATOMS and id(value) not in known:
-            known[id(value)] = value
-            waiting.extend(reversed(_parts(value)))
+_ABSENT = "absent"
+
+Entry = tuple[int, Label, Any]
+"""The entry of what something is a part of, -1 of the root; how it is called there; and what it is told apart by: its
+type and content, or, of what was met before, the number of its entry."""
 
 
-def digest(root: object) -> tuple[bytes, int]:
-    """A digest of all that is reachable, which differs where anything has moved; and how many bytes went into it.
+class State:
+    """All that is reachable from a function or an object, at one time.
 
     Tensors on the processor are compared by :func:`clipless_dp.sampling.fingerprints.fingerprint` and by their
     versions, on other devices by their versions and places.
+
+    Args:
+        root: the function.
+
+    Attributes:
+        entries: in the order of :func:`clipless_dp.sampling.reach.reachable`.
+        size: how many bytes were compared, those of arrays for less.
     """
-    content, size = hashlib.blake2b(digest_size=16), 0
-    numbers: dict[int, int] = {}
-    for value in reachable(root):
-        if type(value) in _ATOMS:
-            told: object = repr(value)
-        elif id(value) in numbers:
-            told = numbers[id(value)]
-        else:
-            numbers[id(value)] = len(numbers)
-            told = (type(value).__qualname__, _content(value))
-        some = repr(told).encode()
-        content.update(len(some).to_bytes(8, "little") + some)
-        size += len(some)
-    return content.digest(), size
+
+    def __init__(self, root: object) -> None:
+        self.entries: list[Entry] = []
+        size = 0
+        numbers: dict[int, int] = {}
+        for value, parent, label in reachable(root):
+            if type(value) in ATOMS:
+                told: Any = repr(value)
+                size += _PER_PART + len(told)
+            elif id(value) in numbers:
+                told = numbers[id(value)]
+            else:
+                numbers[id(value)] = len(self.entries)
+                told = type(value).__qualname__, _content(value)
+                size += _PER_OBJECT
+                if isinstance(value, (Tensor, np.ndarray)):
+                    size += value.nbytes // _WEIGHT
+            self.entries.append((parent, label, told))
+        self.size = size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and self.entries == other.entries
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def changes(self, later: State) -> list[Change]:
+        """What differs in a later state: its way from the root, what it was, and what it is; no values of samples.
+
+        Of what came or went as a whole its parts are left out.
+        """
+        before, after = self._by_way(), later._by_way()
+        found: dict[tuple[Label, ...], tuple[str, str]] = {}
+        for way in [*before, *(way for way in after if way not in before)]:
+            one, other = before.get(way, _ABSENT), after.get(way, _ABSENT)
+            if one != other and not any(way[:length] in found for length in range(len(way))):
+                found[way] = _shown(one), _shown(other)
+        return [(_written(way), *both) for way, both in found.items()]
+
+    def _by_way(self) -> dict[tuple[Label, ...], object]:
+        ways: list[tuple[Label, ...]] = []
+        found: dict[tuple[Label, ...], object] = {}
+        for parent, label, told in self.entries:
+            way = (*ways[parent], label) if parent >= 0 else ()
+            while way in found:
+                # A name may stand for several things, a class's attribute and the object's own.
+                way = (*way[:-1], f"{way[-1]}") if isinstance(way[-1], int) else (*way[:-1], way[-1] + " ")
+            ways.append(way)
+            found[way] = ways[told] if isinstance(told, int) else told
+        return found
+
+
+Change = tuple[str, str, str]
+"""Its way from the root, what it was, and what it is."""
+
+
+def is_made_once(changes: Sequence[Change]) -> bool:
+    """Whether what has moved is what some functions make when they are called first: values in place of none, flags."""
+    flags = {"True", "False"}
+    return all(was in (_ABSENT, "None") or {was, is_} == flags for _, was, is_ in changes)
+
+
+def told(name: str, changes: Sequence[Change]) -> str:
+    """Changes in words, three at most."""
+    shown = "; ".join(f"{'.'.join(filter(None, (name, way)))}: {was} → {is_}" for way, was, is_ in changes[:3])
+    return shown + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def pristine(function: Any) -> Any:
+    """A copy of a function with attributes, which shares tensors, arrays and tokenizers; ``None`` if there is none."""
+    shared = {
+        id(value): value
+        for value, *_ in reachable(function)
+        if isinstance(value, (Tensor, np.ndarray)) or package(type(value).__module__) == "tokenizers"
+    }
+    try:
+        made = copy.deepcopy(function, shared)
+    except Exception:
+        return None
+    return None if made is function else made
+
+
+def state_of_copy(function: Any, fresh: Any, call: Callable[[Any], Any]) -> tuple[State, Any] | None:
+    """What a new copy is like once it was called, and what it returned; ``None`` where the function's own state moved.
+
+    Args:
+        function: that the copy is of.
+        fresh: a copy that was never called (:func:`pristine`).
+        call: calls a copy.
+    """
+    before, own = State(function), pristine(fresh)
+    if own is None:
+        return None
+    returned = call(own)
+    return (State(own), returned) if State(function) == before else None
 
 
 def own_generators(root: object) -> Iterator[object]:
     """Generators of random numbers that are reachable, other than the global ones of torch, numpy and Python."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-    for value in reachable(root):
-        if isinstance(value, kinds) and not any(value is one for one in _GLOBAL_GENERATORS):
+    for value, *_ in reachable(root):
+        if isinstance(value, kinds) and not any(value is one for one in GLOBAL_GENERATORS):
             yield value
 
 
@@ -135,12 +185,12 @@ def _places(value: Any) -> Iterator[int]:
         parts = [*value.values()] if isinstance(value, Mapping) else value
         if isinstance(value, list):
             yield id(value)
-        if isinstance(value, (Mapping, tuple)) or (parts and type(parts[0]) not in _ATOMS):
+        if isinstance(value, (Mapping, tuple)) or (parts and type(parts[0]) not in ATOMS):
             for part in parts:
                 yield from _places(part)
 
 
-def _content(value: object) -> object:
+def _content(value: Any) -> object:
     """What tells an object from what it was before, beside its parts."""
     if isinstance(value, Tensor):
         version = None if value.is_inference() else value._version
@@ -148,150 +198,48 @@ def _content(value: object) -> object:
         place = value.data_ptr() if print_ is None and value.layout is torch.strided else None
         return tuple(value.shape), value.dtype, version, place, print_
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
-        some = (
-            value if value.nbytes <= _HASHED else value.reshape(-1)[:: max(1, value.size * value.itemsize // _HASHED)]
-        )
-        return value.shape, value.dtype.str, hashlib.blake2b(np.ascontiguousarray(some).tobytes()).digest()
+        return value.shape, value.dtype.str, _bytes_of(value)
     if isinstance(value, np.generic):
         return repr(value)
-    if isinstance(value, (dict, *_CONTAINERS)):
+    if isinstance(value, (dict, *CONTAINERS)):
         return len(value)
-    return getattr(value, "__qualname__", None) if isinstance(value, (FunctionType, type)) else None
+    if isinstance(value, (FunctionType, type)):
+        return value.__qualname__
+    return _asked(value)
 
 
-def _parts(value: Any) -> list[object]:
-    kind = type(value)
-    if isinstance(value, (ModuleType, CodeType)) or _package(kind.__module__) in _APART:
-        return []
-    if any(value is one for one in _GLOBAL_GENERATORS):
-        return []
-    if isinstance(value, FunctionType):
-        return _parts_of_function(value)
-    if isinstance(value, type):
-        return _parts_of_class(value)
-    if isinstance(value, CellType):
-        return _filled([value])
-    parts: list[object] = []
-    if isinstance(value, dict):
-        parts += [part for item in dict.items(value) for part in item]
-        parts.append(getattr(value, "default_factory", None))
-    for container in _CONTAINERS:
-        if isinstance(value, container):
-            # As it lies there, whatever a class of a user's makes of it.
-            parts += cast(Any, container).__iter__(value)
-    if isinstance(value, np.ndarray) and value.dtype.hasobject:
-        parts.append(value.tolist())
-    if isinstance(value, weakref.ref):
-        parts.append(value())
-    if isinstance(value, functools.partial):
-        parts += [*value.args, value.keywords]
-    if isinstance(value, GeneratorType) and value.gi_frame is not None:
-        parts += [value.gi_frame.f_lasti, dict(value.gi_frame.f_locals)]
-    if isinstance(value, (np.random.Generator, np.random.RandomState)):
-        parts.append(value.bit_generator if isinstance(value, np.random.Generator) else value.get_state(legacy=False))
-    if isinstance(value, np.random.BitGenerator):
-        parts.append(value.state)
-    if isinstance(value, random.Random):
-        parts.append(value.getstate())
-    if isinstance(value, torch.Generator) and value.device.type == "cpu":
-        parts.append(value.get_state())
-    attributes = _attributes(value)
-    parts += attributes
-    if not parts and kind.__module__ in _TELL_THEIR_STATE and not callable(value):
-        parts += _reduced(value)
-    return [*parts, kind]
+def _bytes_of(value: np.ndarray[Any, Any]) -> bytes:
+    some = value
+    if value.nbytes > _READ_ONLY and not value.flags.writeable:
+        some = value.reshape(-1)[:: max(1, value.nbytes // _READ_ONLY)]
+    return hashlib.blake2b(np.ascontiguousarray(some).tobytes(), digest_size=16).digest()
 
 
-def _parts_of_function(function: FunctionType) -> list[object]:
-    parts: list[object] = [*_filled(function.__closure__ or ()), *vars(function).values()]
-    parts += [function.__defaults__, function.__kwdefaults__]
-    reach = function.__globals__
-    if _package(reach.get("__name__")) in _LIBRARIES:
-        return parts
-    loaded, named, imported = _names(function.__code__)
-    found = [reach[name] for name in loaded if name in reach]
-    found += [sys.modules[name] for name in imported if name in sys.modules]
-    for value in found:
-        if isinstance(value, ModuleType) and _package(value.__name__) not in _LIBRARIES:
-            # What is written module.name, or imported from it.
-            parts += [vars(value)[name] for name in named if name in vars(value)]
-    return [*parts, *found]
-
-
-@functools.lru_cache(maxsize=1024)
-def _names(code: CodeType) -> tuple[list[str], list[str], list[str]]:
-    """Names that code loads as globals, all that it names, and modules that it imports; of functions within, too."""
-    loaded: dict[str, None] = {}
-    imported: dict[str, None] = {}
-    named = dict.fromkeys(code.co_names)
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "IMPORT_NAME":
-            imported[str(instruction.argval)] = None
-        elif instruction.opname.endswith(("_GLOBAL", "_NAME")):
-            loaded[str(instruction.argval)] = None
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            within = _names(constant)
-            loaded |= dict.fromkeys(within[0])
-            named |= dict.fromkeys(within[1])
-            imported |= dict.fromkeys(within[2])
-    return [*loaded], [*named], [*imported]
-
-
-def _parts_of_class(kind: type) -> list[object]:
-    if _package(kind.__module__) in _LIBRARIES:
-        return []
-    own = [part for name, part in vars(kind).items() if isinstance(part, FunctionType) or not name.startswith("__")]
-    return [*own, *kind.__bases__]
-
-
-def _attributes(value: Any) -> list[object]:
-    parts: list[object] = []
+def _asked(value: Any) -> object:
+    """What types that are written in C say of themselves."""
     try:
-        # Names, too: an attribute may be gone, and another be there.
-        known = _WARNED if any(_package(kind.__module__) == "transformers" for kind in type(value).__mro__) else ()
-        parts += [part for item in vars(value).items() if item[0] not in known for part in item]
-    except Exception:
-        parts.clear()
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            parts.append(_attribute(value, f"_{kind.__name__.lstrip('_')}{name}" if _is_mangled(name) else name))
-    if callable(value) or isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
-        parts += [_attribute(value, name) for name in _WRAPPED]
-    return [part for part in parts if part is not None]
-
-
-def _is_mangled(name: str) -> bool:
-    return name.startswith("__") and not name.endswith("__")
-
-
-def _attribute(value: Any, name: str) -> object:
-    try:
-        return getattr(value, name, None)
+        if isinstance(value, (io.StringIO, io.BytesIO)):
+            return value.tell(), hashlib.blake2b(repr(value.getvalue()).encode(), digest_size=16).digest()
+        if isinstance(value, (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData, memoryview)):
+            return hashlib.blake2b(bytes(value), digest_size=16).digest()
+        if isinstance(value, sqlite3.Connection):
+            return value.total_changes
+        if package(type(value).__module__) in ("tokenizers", "sentencepiece"):
+            return [getattr(value, name)() for name in ("get_vocab_size", "GetPieceSize") if hasattr(value, name)]
     except Exception:
         return None
+    return None
 
 
-def _reduced(value: Any) -> list[object]:
-    """What a type in C says of itself for copies: of iterators how far they are."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return [*value.__reduce_ex__(4)[1:]]
-    except Exception:
-        return []
+def _shown(told: object) -> str:
+    """In words that hold no sample: a type, and of ``None``, truth values and lengths what they are."""
+    if isinstance(told, str):
+        return told if told in (_ABSENT, "None", "True", "False") else "another value"
+    if isinstance(told, tuple) and len(told) == 2 and isinstance(told[0], str):
+        return f"{told[0]} of {told[1]}" if type(told[1]) is int else told[0]
+    return "something else"
 
 
-def _filled(cells: Any) -> list[object]:
-    found: list[object] = []
-    for cell in cells:
-        try:
-            found.append(cell.cell_contents)
-        except ValueError:
-            continue
-    return found
-
-
-def _package(name: object) -> str:
-    return name.partition(".")[0] if isinstance(name, str) else ""
+def _written(way: Sequence[Label]) -> str:
+    """A way from the root, without the keys of mappings, which samples may be."""
+    return "".join("[…]" if isinstance(label, int) else f".{label.strip()}" for label in way if label).lstrip(".")

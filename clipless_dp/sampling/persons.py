@@ -120,12 +120,12 @@ def refuse_reused_memory(dataset: Any) -> None:
             sample = dataset[index] if several is None else several([index])
         except Exception:
             return
-        if any(memory.digest(tree_leaves(other))[0] != before for other, before in kept):
+        if any(memory.State(tree_leaves(other)) != before for other, before in kept):
             raise ConfigurationError(
                 f"{type(dataset).__name__} reads sample {index} into the memory of another one, so that all samples of "
                 "a batch would become the last one: let it return new tensors, as by .clone()"
             )
-        kept.append((sample, memory.digest(tree_leaves(sample))[0]))
+        kept.append((sample, memory.State(tree_leaves(sample))))
 
 
 def rows_overlap(values: Tensor) -> bool:

@@ -1,0 +1,267 @@
+"""What a function of a user's can reach, as far as Python shows it, and by which way."""
+
+from __future__ import annotations
+
+import contextvars
+import dis
+import functools
+import os
+import random
+import sys
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator
+from types import CellType, CodeType, FunctionType, GeneratorType, ModuleType
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+Label = str | int
+"""How a part is called in what it is a part of: an attribute's or a variable's name; a place in a container."""
+
+_APART = {"accelerate", "clipless_dp", "lightning", "logging", "pytorch_lightning"}
+"""Packages whose objects are not looked into: what trains holds all of a process."""
+
+_LIBRARIES = (
+    _APART
+    | {"PIL", "numpy", "pandas", "pyarrow", "scipy", "sklearn", "tokenizers", "torch", "torchaudio", "torchvision"}
+    | {"transformers"}
+    | set(sys.stdlib_module_names)
+)
+"""Packages whose code is not read for the names of globals; the attributes of their objects are looked at."""
+
+ATOMS = (bool, int, float, complex, str, bytes, bytearray, range, slice, type(None), type(Ellipsis))
+
+CONTAINERS = (list, tuple, set, frozenset, deque)
+
+_TELL_THEIR_STATE = {"array", "builtins", "collections", "itertools"}
+"""Modules of types without attributes, iterators above all, that say by ``__reduce_ex__`` how far they are."""
+
+_WRAPPED = ("__self__", "__func__", "__wrapped__", "fget", "func")
+
+_ENVIRONMENT = {"environ", "environb", "getenv", "putenv"}
+_OF_CACHES = {"cache_info"}
+"""Names in a function's code, by which it may read what this process remembers."""
+
+_WARNED = ("deprecation_warnings", "warnings_issued")
+"""Attributes in which tokenizers and models of transformers keep of what they have warned, once for all samples."""
+
+GLOBAL_GENERATORS = (
+    torch.default_generator,
+    cast(Any, random.random).__self__,
+    cast(Any, np.random.rand).__self__,
+    cast(Any, np.random.rand).__self__._bit_generator,
+)
+
+
+Reached = tuple[Any, int, Label]
+"""What was reached; the place in the walk of what it is a part of, -1 of the root; how it is called there."""
+
+
+def reachable(root: object) -> Iterator[Reached]:
+    """Everything that a function or an object can reach, once for each way to it; an object's parts once.
+
+    Of functions: contents of closures, defaults, attributes, and the globals that their code names, in functions that
+    these call and in modules, too; of objects: attributes, contents, and the attributes and methods of their classes
+    and of the classes of these; of context variables what they hold. Code of libraries is not read, though what objects
+    of theirs hold is looked at. What C extensions, files and other processes hold is not seen, but for what
+    :mod:`clipless_dp.sampling.memory` asks some types.
+    """
+    # Parts are kept, since another object could get the identity of one that is gone.
+    known: dict[int, object] = {}
+    waiting: list[Reached] = [(root, -1, "")]
+    place = -1
+    while waiting:
+        reached = waiting.pop()
+        place += 1
+        yield reached
+        value = reached[0]
+        if type(value) not in ATOMS and id(value) not in known:
+            known[id(value)] = value
+            waiting.extend([(part, place, label) for label, part in reversed(_parts(value))])
+
+
+Part = tuple[Label, object]
+
+
+def _parts(value: Any) -> list[Part]:
+    kind = type(value)
+    if isinstance(value, (ModuleType, CodeType)) or package(kind.__module__) in _APART:
+        return []
+    if any(value is one for one in GLOBAL_GENERATORS):
+        return []
+    if isinstance(value, FunctionType):
+        return _parts_of_function(value)
+    if isinstance(value, type):
+        return _parts_of_class(value)
+    if isinstance(value, CellType):
+        return _filled("", [value])
+    if package(kind.__module__) == "pandas" and (numbers := _of_pandas(value)) is not None:
+        # Beside these it keeps what it has looked up.
+        return numbers
+    parts: list[Part] = []
+    if isinstance(value, dict):
+        parts += _numbered(part for item in dict.items(value) for part in item)
+        parts.append(("default_factory", getattr(value, "default_factory", None)))
+    for container in CONTAINERS:
+        if isinstance(value, container):
+            # As it lies there, whatever a class of a user's makes of it.
+            parts += _numbered(cast(Any, container).__iter__(value))
+    if isinstance(value, np.ndarray) and value.dtype.hasobject:
+        parts.append(("entries", value.tolist()))
+    if isinstance(value, weakref.ref):
+        parts.append(("", value()))
+    if isinstance(value, contextvars.ContextVar):
+        parts.append(("value", value.get(None)))
+    if isinstance(value, functools.partial):
+        parts += [*_numbered(value.args), ("keywords", value.keywords)]
+    if isinstance(value, GeneratorType) and value.gi_frame is not None:
+        parts += [("place", value.gi_frame.f_lasti), ("locals", dict(value.gi_frame.f_locals))]
+    parts += [("state", state) for state in _state_of_generator(value)]
+    attributes = _attributes(value)
+    parts += attributes
+    if not parts and kind.__module__ in _TELL_THEIR_STATE and not callable(value):
+        parts += _numbered(_reduced(value))
+    return [*parts, ("__class__", kind)]
+
+
+def _state_of_generator(value: Any) -> list[object]:
+    if isinstance(value, (np.random.Generator, np.random.RandomState)):
+        return [value.bit_generator if isinstance(value, np.random.Generator) else value.get_state(legacy=False)]
+    if isinstance(value, np.random.BitGenerator):
+        return [value.state]
+    if isinstance(value, random.Random):
+        return [value.getstate()]
+    if isinstance(value, torch.Generator) and value.device.type == "cpu":
+        return [value.get_state()]
+    return []
+
+
+def _of_pandas(value: Any) -> list[Part] | None:
+    """Numbers and names of a table, a column or an index; ``None`` of what is none of these."""
+    if not hasattr(value, "to_numpy"):
+        return None
+    parts: list[Part] = [("attrs", getattr(value, "attrs", None)), ("dtype", str(getattr(value, "dtype", None)))]
+    if value.ndim == 1:
+        parts += [("values", value.to_numpy()), ("name", getattr(value, "name", None))]
+    else:
+        parts += [(place, value.iloc[:, place].to_numpy()) for place in range(value.shape[1])]
+        parts.append(("columns", value.columns.to_numpy()))
+    return [*parts, ("index", value.index.to_numpy())] if hasattr(value, "iloc") else parts
+
+
+def _parts_of_function(function: FunctionType) -> list[Part]:
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
+    parts: list[Part] = [part for name, cell in cells for part in _filled(name, [cell])]
+    parts += [*vars(function).items(), ("defaults", function.__defaults__), ("defaults", function.__kwdefaults__)]
+    reach = function.__globals__
+    if package(reach.get("__name__")) in _LIBRARIES:
+        return parts
+    loaded, named, imported = _names(function.__code__)
+    found: list[Part] = [(name, reach[name]) for name in loaded if name in reach]
+    found += [(name, sys.modules[name]) for name in imported if name in sys.modules]
+    for name, value in found:
+        if isinstance(value, ModuleType) and package(value.__name__) not in _LIBRARIES:
+            # What is written module.name, or imported from it.
+            parts += [(f"{name}.{inner}", vars(value)[inner]) for inner in named if inner in vars(value)]
+    if _ENVIRONMENT & {*named}:
+        parts.append(("os.environ", dict(os.environ)))
+    if _OF_CACHES & {*named}:
+        parts += [
+            (name, tuple(value.cache_info()))
+            for name, value in [*parts, *found]
+            if isinstance(value, functools._lru_cache_wrapper)
+        ]
+    return [*parts, *found]
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(code: CodeType) -> tuple[list[str], list[str], list[str]]:
+    """Names that code loads as globals, all that it names, and modules that it imports; of functions within, too."""
+    loaded: dict[str, None] = {}
+    imported: dict[str, None] = {}
+    named = dict.fromkeys(code.co_names)
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            imported[str(instruction.argval)] = None
+        elif instruction.opname.endswith(("_GLOBAL", "_NAME")):
+            loaded[str(instruction.argval)] = None
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            within = _names(constant)
+            loaded |= dict.fromkeys(within[0])
+            named |= dict.fromkeys(within[1])
+            imported |= dict.fromkeys(within[2])
+    return [*loaded], [*named], [*imported]
+
+
+def _parts_of_class(kind: type) -> list[Part]:
+    if package(kind.__module__) in _LIBRARIES:
+        return []
+    own = [(name, part) for name, part in vars(kind).items() if isinstance(part, FunctionType) or name[:2] != "__"]
+    asked = {inner for _, part in own for inner in (_names(part.__code__)[1] if isinstance(part, FunctionType) else ())}
+    caches = [(name, part) for name, part in own if isinstance(part, functools._lru_cache_wrapper)]
+    told = [(name, tuple(part.cache_info())) for name, part in caches] if _OF_CACHES & asked else []
+    bases = [("", base) for base in kind.__bases__]
+    return [*own, *told, *bases, *([] if type(kind) is type else [("__class__", type(kind))])]
+
+
+def _attributes(value: Any) -> list[Part]:
+    parts: list[Part] = []
+    try:
+        known = _WARNED if any(package(kind.__module__) == "transformers" for kind in type(value).__mro__) else ()
+        parts += [(name, part) for name, part in vars(value).items() if name not in known]
+    except Exception:
+        parts.clear()
+    for kind in type(value).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in [slots] if isinstance(slots, str) else slots:
+            parts.append(
+                (name, _attribute(value, f"_{kind.__name__.lstrip('_')}{name}" if _is_mangled(name) else name))
+            )
+    if callable(value) or isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
+        held = [("" if name == "__self__" else name, _attribute(value, name)) for name in _WRAPPED]
+        parts += [(name, part) for name, part in held if part is not None]
+    return parts
+
+
+def _is_mangled(name: str) -> bool:
+    return name.startswith("__") and not name.endswith("__")
+
+
+def _attribute(value: Any, name: str) -> object:
+    try:
+        return getattr(value, name, None)
+    except Exception:
+        return None
+
+
+def _reduced(value: Any) -> list[object]:
+    """What a type in C says of itself for copies: of iterators how far they are."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return [*value.__reduce_ex__(4)[1:]]
+    except Exception:
+        return []
+
+
+def _filled(name: str, cells: Iterable[CellType]) -> list[Part]:
+    found: list[Part] = []
+    for cell in cells:
+        try:
+            found.append((name, cell.cell_contents))
+        except ValueError:
+            continue
+    return found
+
+
+def _numbered(parts: Iterable[object]) -> list[Part]:
+    return [*enumerate(parts)]
+
+
+def package(name: object) -> str:
+    """The package that a module is of."""
+    return name.partition(".")[0] if isinstance(name, str) else ""
