@@ -113,7 +113,10 @@ def is_made_once(changes: Sequence[Change]) -> bool:
 
 def told(name: str, changes: Sequence[Change]) -> str:
     """Changes in words, three at most."""
-    shown = "; ".join(f"{'.'.join(filter(None, (name, way)))}: {was} → {is_}" for way, was, is_ in changes[:3])
+    shown = "; ".join(
+        f"{'.'.join(filter(None, (name, way)))}{' changed' if was == is_ else f': {was} → {is_}'}"
+        for way, was, is_ in changes[:3]
+    )
     return shown + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -112,7 +114,7 @@ def test_mutant_caught_views_that_are_not_averaged_behind_the_gates(build, mutan
 
 
 @pytest.mark.parametrize("micro_batch_size", [None, 5])
-def test_gradients_are_those_of_all_views_over_their_number(micro_batch_size):
+def test_gradients_are_those_of_all_views_over_their_number(looked_away, micro_batch_size):
     model = normalising_model(cotangent_mode="normalize")
     optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
     inputs, targets = samples(12)
@@ -174,7 +176,7 @@ def test_parts_of_one_draw_add_up_and_none_enters_twice():
     optimizer.accumulate((inputs, targets, mask))
 
 
-def test_an_error_within_the_views_leaves_the_gradients_as_they_were():
+def test_an_error_within_the_views_leaves_the_gradients_as_they_were(looked_away):
     model = gated_model()
     optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
     inputs, targets, mask = batch_of(*samples(12))
@@ -195,7 +197,7 @@ def test_an_error_within_the_views_leaves_the_gradients_as_they_were():
     optimizer.accumulate((inputs[6:], targets[6:], mask[6:]))
 
 
-def test_a_function_of_one_sample_sees_each_drawn_sample_alone_and_never_the_padding():
+def test_a_function_of_one_sample_sees_each_drawn_sample_alone_and_never_the_padding(looked_away):
     inputs, _ = samples(5)
     seen = []
 
@@ -320,15 +322,21 @@ class Noisy(RowAugmentation):
         return inputs + torch.randn_like(inputs) + float(np.random.rand()) + random.random()  # noqa: NPY002
 
 
-class Stepped(RowAugmentation):
-    """A schedule in an attribute of its own."""
+class LazilyScaled(RowAugmentation):
+    """Makes a constant when it is called first, the same whatever it is called on."""
 
-    def __init__(self) -> None:
-        self.calls = 0
+    scale: Any = None
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        self.calls += 1
-        return inputs + 1.0 / self.calls
+        if self.scale is None:
+            self.scale = torch.full(inputs.shape[1:], 2.0)
+        return inputs * self.scale
+
+
+@pytest.fixture
+def looked_away(monkeypatch):
+    """Augmentations may remember what they like, which tests use."""
+    monkeypatch.setattr(augmentation_module, "_keeping_nothing", lambda *_: nullcontext())
 
 
 def accumulated(augment) -> DPLipModel:
@@ -362,7 +370,7 @@ def test_views_made_in_place_are_refused(through_numpy):
         accumulated(InPlace())
 
 
-@pytest.mark.parametrize("augment", [Noisy, Stepped])
+@pytest.mark.parametrize("augment", [Noisy, LazilyScaled])
 def test_views_of_each_row_alone_are_accepted_and_looking_draws_nothing(augment):
     inputs, _ = samples(12)
     mask = torch.ones(12, dtype=torch.bool)
@@ -378,6 +386,170 @@ def test_views_of_each_row_alone_are_accepted_and_looking_draws_nothing(augment)
     assert torch.equal(made[0], made[2])
     assert torch.equal(made[1], made[3])
     accumulated(augment())
+
+
+def first_sample():
+    kept = {}
+
+    def augment(sample):
+        kept.setdefault("first", sample.clone())
+        return sample - kept["first"]
+
+    return augment
+
+
+def counter():
+    calls = 0
+
+    def augment(sample):
+        nonlocal calls
+        calls += 1
+        return sample if calls % 2 else -sample
+
+    return augment
+
+
+def pool():
+    seen = []
+
+    def augment(sample):
+        seen.append(sample.clone())
+        return 0.5 * (sample + seen[int(torch.randint(len(seen), ()))])
+
+    return augment
+
+
+def running_mean():
+    state = {"count": 0, "mean": 0.0}
+
+    def augment(sample):
+        state["count"] += 1
+        state["mean"] = state["mean"] + (sample - state["mean"]) / state["count"]
+        return sample - state["mean"]
+
+    return augment
+
+
+class Whitening(nn.Module):
+    """A parameter that follows the samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = nn.Parameter(torch.zeros(6), requires_grad=False)
+
+    def forward(self, sample: Tensor) -> Tensor:
+        self.mean.mul_(0.9).add_(0.1 * sample)
+        return sample - self.mean
+
+
+class Running(RowAugmentation):
+    """An attribute that follows the batches."""
+
+    def __init__(self) -> None:
+        self.mean: Any = 0.0
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        views_ = inputs - self.mean
+        self.mean = 0.5 * self.mean + 0.5 * inputs[0]
+        return views_
+
+
+class Stepped(RowAugmentation):
+    """A counter, which tells how many batches there were."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        return inputs + 1.0 / self.calls
+
+
+class FirstSample:
+    """An attribute that is made in the first call, of the first sample."""
+
+    first: Any = None
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        if self.first is None:
+            self.first = sample.clone()
+        return sample - self.first
+
+
+class Seen:
+    """A flag that a sample sets, and others read."""
+
+    seen = False
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        self.seen = self.seen or bool(sample.sum() > 0)
+        return -sample if self.seen else sample
+
+
+REMEMBER = {
+    "first sample": (first_sample, r"augment\.kept: dict of 0 → dict of 1"),
+    "counter": (counter, r"augment\.calls changed"),
+    "pool": (pool, r"augment\.seen: list of 0 → list of 1"),
+    "running mean": (running_mean, r"augment\.state"),
+    "parameter": (Whitening, r"Whitening\._parameters"),
+    "running attribute": (Running, r"Running\.mean: another value → Tensor"),
+    "counter of batches": (Stepped, r"Stepped\.calls changed"),
+    "made of the first": (FirstSample, r"FirstSample\.first: (absent|None) → Tensor"),
+    "flag": (Seen, r"Seen\.seen: absent → True"),
+}
+
+
+@pytest.mark.parametrize("name", REMEMBER)
+def test_an_augmentation_that_remembers_earlier_samples_is_refused_by_the_name_of_what_moved(name):
+    make, told = REMEMBER[name]
+    model = gated_model()
+    optimizer = CliplessDPSGD(model, lr=1.0, **SETTINGS)
+    batch = batch_of(*samples(12))
+    with pytest.raises(PrivacyError, match=told):
+        optimizer.accumulate(batch, augment=make(), multiplicity=2)
+    assert not any(gradient.any() for gradient in gradients(model).values())
+    with pytest.raises(PrivacyError, match=r"keeps a state|depends on other rows"):
+        fit(gated_model(), samples(300), **{**RUN, "augment": make()})
+
+
+@pytest.mark.parametrize("name", ["first sample", "counter", "pool", "parameter", "flag"])
+def test_mutant_caught_what_is_not_compared_may_remember(name, looked_away):
+    accumulated(REMEMBER[name][0]())
+
+
+def test_an_augmentation_that_begins_to_remember_later_is_refused_then():
+    kept: list[Tensor] = []
+
+    def augment(sample):
+        if sample[0] > 1.0:
+            kept.append(sample)
+        return sample
+
+    mask = torch.ones(1, dtype=torch.bool)
+    views(augment, torch.zeros(1, 6), mask)
+    views(augment, torch.zeros(1, 6), mask)
+    with pytest.raises(PrivacyError, match=r"augment\.kept: list of 0 → list of 1"):
+        views(augment, torch.full((1, 6), 2.0), mask)
+
+
+def test_what_reaches_much_is_compared_in_the_first_call_and_in_some():
+    table = {str(number): number for number in range(2000)}
+    looked = mock.Mock(side_effect=augmentation_module.memory.reachable)
+
+    def augment(sample):
+        return sample * table["1"]
+
+    mask = torch.ones(1, dtype=torch.bool)
+    with mock.patch.object(augmentation_module.memory, "reachable", looked):
+        with mock.patch.object(augmentation_module.secrets, "randbelow", return_value=1):
+            counts = []
+            for _ in range(3):
+                views(augment, torch.zeros(1, 6), mask)
+                counts.append(looked.call_count)
+        with mock.patch.object(augmentation_module.secrets, "randbelow", return_value=0):
+            views(augment, torch.zeros(1, 6), mask)
+    assert counts == [2, 2, 2]
+    assert looked.call_count == 4
 
 
 def test_without_the_look_mixed_rows_would_be_accepted(monkeypatch):
