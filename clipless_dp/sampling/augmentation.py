@@ -135,7 +135,9 @@ def _keeping_nothing(augment: Augmentation, inputs: Tensor, mask: Tensor, source
     after = memory.State(augment)
     changes = [] if after == before else before.changes(after)
     if changes and not (
-        fresh is not None and memory.is_made_once(changes) and _makes_the_same(augment, fresh, inputs, mask, source)
+        fresh is not None
+        and memory.is_made_once(changes)
+        and _makes_the_same(augment, fresh, changes, inputs, mask, source)
     ):
         raise PrivacyError(
             f"augment={augment!r} keeps a state that changed while it made views "
@@ -146,7 +148,9 @@ def _keeping_nothing(augment: Augmentation, inputs: Tensor, mask: Tensor, source
     _sizes[augment] = after.size
 
 
-def _makes_the_same(augment: Any, fresh: Any, inputs: Tensor, mask: Tensor, source: Randomness) -> bool:
+def _makes_the_same(
+    augment: Any, fresh: Any, changes: list[memory.Change], inputs: Tensor, mask: Tensor, source: Randomness
+) -> bool:
     """Whether copies that were never called become the same, whatever they are called on, and the function no other."""
     states: list[memory.State] = []
     noise = torch.rand(inputs.shape, device=inputs.device).to(inputs.dtype)
@@ -156,7 +160,7 @@ def _makes_the_same(augment: Any, fresh: Any, inputs: Tensor, mask: Tensor, sour
             with source.visit(values.device):
                 _views(own, values.clone(), mask)
 
-        found = memory.state_of_copy(augment, fresh, call)
+        found = memory.state_of_copy(augment, fresh, changes, call)
         if found is None:
             return False
         states.append(found[0])

@@ -158,7 +158,7 @@ class RowByRow:
         if fresh is None or not memory.is_made_once(changes):
             raise self._remembers(changes)
         with torch.random.fork_rng([]):
-            found = memory.state_of_copy(self.collate, fresh, lambda own: self._alone(first, collate=own))
+            found = memory.state_of_copy(self.collate, fresh, changes, lambda own: self._alone(first, collate=own))
         if found is None:
             raise self._remembers(changes)
         self._fresh, self._made_once, (self._made_state, _) = fresh, changes, found
@@ -171,6 +171,7 @@ class RowByRow:
             found = memory.state_of_copy(
                 self.collate,
                 self._fresh,
+                self._made_once,
                 lambda own, place=place, given=given: self._alone(samples[place], given, own),  # type: ignore[misc]
             )
             is_same = found is not None and found[0] == self._made_state

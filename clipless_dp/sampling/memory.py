@@ -134,19 +134,27 @@ def pristine(function: Any) -> Any:
     return None if made is function else made
 
 
-def state_of_copy(function: Any, fresh: Any, call: Callable[[Any], Any]) -> tuple[State, Any] | None:
-    """What a new copy is like once it was called, and what it returned; ``None`` where the function's own state moved.
+def state_of_copy(
+    function: Any, fresh: Any, changes: Sequence[Change], call: Callable[[Any], Any]
+) -> tuple[State, Any] | None:
+    """What a new copy is like once it was called, and what it returned.
+
+    ``None`` where the copy has not changed as the function had, or the function itself has: they share what they keep.
 
     Args:
         function: that the copy is of.
         fresh: a copy that was never called (:func:`pristine`).
+        changes: of the function in its first call.
         call: calls a copy.
     """
-    before, own = State(function), pristine(fresh)
+    own = pristine(fresh)
     if own is None:
         return None
+    before, its_own = State(function), State(own)
     returned = call(own)
-    return (State(own), returned) if State(function) == before else None
+    after = State(own)
+    same = State(function) == before and its_own.changes(after) == [*changes]
+    return (after, returned) if same else None
 
 
 def own_generators(root: object) -> Iterator[object]:

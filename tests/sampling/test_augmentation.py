@@ -476,6 +476,22 @@ class FirstSample:
         return sample - self.first
 
 
+class FirstOfAll:
+    """The same in an attribute of the class, which copies share."""
+
+    first: Any = None
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        if FirstOfAll.first is None:
+            FirstOfAll.first = sample.clone()
+        return sample - FirstOfAll.first
+
+
+def first_of_all():
+    FirstOfAll.first = None
+    return FirstOfAll()
+
+
 class Seen:
     """A flag that a sample sets, and others read."""
 
@@ -495,6 +511,7 @@ REMEMBER = {
     "running attribute": (Running, r"Running\.mean: another value → Tensor"),
     "counter of batches": (Stepped, r"Stepped\.calls changed"),
     "made of the first": (FirstSample, r"FirstSample\.first: (absent|None) → Tensor"),
+    "made of the first for all": (first_of_all, r"FirstOfAll\..*first: None → Tensor"),
     "flag": (Seen, r"Seen\.seen: absent → True"),
 }
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import io
 import itertools
+import multiprocessing
+import os
 import random
+import sqlite3
+import zipfile
 from collections import UserDict
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import numpy as np
 import pytest
@@ -347,6 +354,288 @@ def test_a_state_that_repetition_does_not_show_is_refused(name: str) -> None:
         poisson_collate(samples(), REMEMBERING[name]())
 
 
+def _rows_of(number: Callable[[int], int]) -> Any:
+    """Gives each label the number that a function has for it."""
+    return lambda rows: {"labels": torch.tensor([number(int(row["labels"]) % 3) for row in rows])}
+
+
+def _in_a_series() -> Any:
+    table = pytest.importorskip("pandas").Series(dtype="int64")
+
+    def number(label: int) -> int:
+        if label not in table.index:
+            table.loc[label] = len(table)
+        return int(table.loc[label])
+
+    return _rows_of(number)
+
+
+def _in_a_frame() -> Any:
+    table = pytest.importorskip("pandas").DataFrame({"number": np.zeros(3)})
+
+    def number(label: int) -> int:
+        if table.at[label, "number"] == 0:
+            table.loc[label, "number"] = (table["number"] > 0).sum() + 1
+        return int(table.at[label, "number"])
+
+    return _rows_of(number)
+
+
+def _in_an_array(table: Any) -> Any:
+    def number(label: int) -> int:
+        if table[label] == 0:
+            table[3] += 1
+            table[label] = table[3]
+        return int(table[label])
+
+    return _rows_of(number)
+
+
+def _in_a_large_array() -> Any:
+    table = np.zeros(5_000_001)
+
+    def number(label: int) -> int:
+        place = 2 * label + 1
+        table[place] = table[place] or (table[:100] > 0).sum() + 1
+        return int(table[place])
+
+    return _rows_of(number)
+
+
+def _in_a_tokenizer() -> Any:
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+
+    def number(label: int) -> int:
+        tokenizer.add_tokens([str(label)])
+        return int(tokenizer.token_to_id(str(label)))
+
+    return _rows_of(number)
+
+
+def _in_a_text() -> Any:
+    text = io.StringIO()
+
+    def number(label: int) -> int:
+        words = text.getvalue().split()
+        if str(label) not in words:
+            text.write(f"{label} ")
+        return (*words, str(label)).index(str(label))
+
+    return _rows_of(number)
+
+
+class Once(type):
+    """Makes one object of a class."""
+
+    made: ClassVar[dict[type, Any]] = {}
+
+    def __call__(cls, *args: Any) -> Any:
+        if cls not in Once.made:
+            Once.made[cls] = super().__call__(*args)
+        return Once.made[cls]
+
+
+class Numbers(metaclass=Once):
+    def __init__(self) -> None:
+        self.ids: dict[int, int] = {}
+
+
+def _in_a_singleton() -> Any:
+    Once.made.clear()
+    return lambda rows: _numbered(Numbers().ids, rows)
+
+
+CONTEXT: ContextVar[dict[int, int]] = ContextVar("CONTEXT")
+
+
+def _in_a_context() -> Any:
+    CONTEXT.set({})
+    return lambda rows: _numbered(CONTEXT.get(), rows)
+
+
+def _in_the_environment() -> Any:
+    names = ["CLIPLESS_DP_TEST_0", "CLIPLESS_DP_TEST_1", "CLIPLESS_DP_TEST_2"]
+    for name in names:
+        os.environ.pop(name, None)
+
+    def number(label: int) -> int:
+        return int(os.environ.setdefault(names[label], str(sum(name in os.environ for name in names))))
+
+    return _rows_of(number)
+
+
+def _in_a_cache_that_is_counted() -> Any:
+    @functools.lru_cache
+    def number(label: int) -> int:
+        return number.cache_info().currsize  # type: ignore[no-any-return]
+
+    return _rows_of(number)
+
+
+def _in_a_database() -> Any:
+    table = sqlite3.connect(":memory:")
+    table.execute("create table numbers (number integer primary key, label integer unique)")
+
+    def number(label: int) -> int:
+        table.execute("insert or ignore into numbers (label) values (?)", (label,))
+        return int(table.execute("select number from numbers where label = ?", (label,)).fetchone()[0])
+
+    return _rows_of(number)
+
+
+BEHIND: dict[str, tuple[Callable[[], Any], str]] = {
+    "series": (_in_a_series, r"number\.table"),
+    "frame": (_in_a_frame, r"number\.table"),
+    "ctypes": (lambda: _in_an_array((ctypes.c_int * 4)()), r"number\.table changed"),
+    "shared memory": (lambda: _in_an_array(multiprocessing.Array("i", 4)), r"number\.table\._obj changed"),
+    "large array": (_in_a_large_array, r"number\.table changed"),
+    "tokenizer": (_in_a_tokenizer, r"number\.tokenizer changed"),
+    "text": (_in_a_text, r"number\.text changed"),
+    "metaclass": (_in_a_singleton, r"Numbers\.__class__\.made: dict of 0 → dict of 1"),
+    "context": (_in_a_context, r"CONTEXT\.value: dict of 0 → dict of 1"),
+    "environment": (_in_the_environment, r"os\.environ: dict of \d+ → dict of \d+"),
+    "counted cache": (_in_a_cache_that_is_counted, r"number.*changed"),
+    "database": (_in_a_database, r"number\.table"),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_a_state_that_is_held_in_c_is_refused_by_the_name_of_what_moved(name: str) -> None:
+    make, told = BEHIND[name]
+    with pytest.raises(PrivacyError, match=told):
+        poisson_collate(samples(), make())
+
+
+class OfVocabulary:
+    """Makes its vocabulary when it is called first."""
+
+    ids: Any = None
+
+    def __call__(self, rows: list[Any]) -> Any:
+        if self.ids is None:
+            self.ids = {0: 5, 1: 6, 2: 7}
+        return _rows_of(self.ids.__getitem__)(rows)
+
+
+class OfProperty:
+    @functools.cached_property
+    def ids(self) -> dict[int, int]:
+        return {0: 5, 1: 6, 2: 7}
+
+    def __call__(self, rows: list[Any]) -> Any:
+        return _rows_of(self.ids.__getitem__)(rows)
+
+
+class WarnsOnce(OfProperty):
+    warned = False
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.warned = True
+        return super().__call__(rows)
+
+
+class OfArchive:
+    """Opens a file when it is called first, as each worker must by itself."""
+
+    def __init__(self, path: Any) -> None:
+        self.path, self.archive = path, None
+
+    def __call__(self, rows: list[Any]) -> Any:
+        if self.archive is None:
+            self.archive = zipfile.ZipFile(self.path)
+        return _rows_of(lambda label: int(cast(Any, self.archive).read(str(label))))(rows)
+
+
+@pytest.mark.parametrize("name", ["vocabulary", "property", "flag", "archive", "partial"])
+def test_what_a_function_makes_in_its_first_call_may_stay_if_any_sample_makes_the_same(
+    name: str, tmp_path: Any
+) -> None:
+    with zipfile.ZipFile(tmp_path / "numbers.zip", "w") as archive:
+        for label, number in enumerate("567"):
+            archive.writestr(str(label), number)
+    collate: Any = {
+        "vocabulary": OfVocabulary,
+        "property": OfProperty,
+        "flag": WarnsOnce,
+        "archive": lambda: OfArchive(tmp_path / "numbers.zip"),
+        "partial": lambda: OfVocabulary().__call__,
+    }[name]()
+    own = poisson_collate(data := samples(), collate)
+    for _ in range(3):
+        assert own(data)["labels"].tolist() == [5, 6, 7] * 3
+
+
+class OfFirst:
+    """Numbers from the first label on that it was called on."""
+
+    first: Any = None
+
+    def __call__(self, rows: list[Any]) -> Any:
+        if self.first is None:
+            self.first = {"label": int(rows[0]["labels"])}
+        return _rows_of(lambda label: label - self.first["label"])(rows)
+
+
+class OfRare:
+    """A flag that one sample sets, and all later ones read."""
+
+    seen = False
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.seen = self.seen or int(rows[0]["labels"]) == 0
+        return _rows_of(lambda label: label + 3 * self.seen)(rows)
+
+
+class Parts:
+    """Makes the same whatever it is called on, but another row in that call."""
+
+    ids: Any = None
+
+    def __call__(self, rows: list[Any]) -> Any:
+        first, self.ids = self.ids is None, (0, 1, 2)
+        return _rows_of(lambda label: label + first)(rows)
+
+
+class OfAll:
+    """Makes something of the class when it is called first, which copies share."""
+
+    ids: Any = None
+
+    def __call__(self, rows: list[Any]) -> Any:
+        if OfAll.ids is None:
+            OfAll.ids = {0: 5, 1: 6, 2: 7}
+        return _rows_of(OfAll.ids.__getitem__)(rows)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (OfFirst, "OfFirst.first: "),
+        (OfRare, "OfRare.seen: "),
+        (Parts, "Parts.ids: "),
+        (OfAll, "OfAll.*ids: None → dict"),
+    ],
+    ids=lambda value: value.__name__ if isinstance(value, type) else "",
+)
+def test_what_a_first_call_makes_of_its_sample_is_refused(kind: Any, told: str) -> None:
+    OfAll.ids = None
+    data = samples()
+    with pytest.raises(PrivacyError, match=told):
+        poisson_collate(data, kind())(data)
+
+
+def test_mutant_caught_states_of_the_first_sample_pass_where_copies_are_not_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(collation.RowByRow, "_compare_with_fresh", lambda *_: None)
+    data = samples()
+    assert (
+        poisson_collate(data, OfRare())(data[1:])["labels"].tolist()
+        != poisson_collate(data[1:], OfRare())(data[1:])["labels"].tolist()
+    )
+
+
 def test_labels_that_are_new_in_a_later_batch_are_refused_in_each_that_has_one() -> None:
     data = samples()
     ids = {0: 0}
@@ -458,6 +747,7 @@ def test_a_loader_refuses_a_data_set_that_reads_into_one_buffer(kind: str) -> No
     assert poisson_collate(Subset(TensorDataset(rows, rows), range(6)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["sparse", "nested"])
 def test_tensors_that_are_no_rows_of_numbers_are_refused_in_words(kind: str) -> None:
     def collate(rows: list[Any]) -> Any:
