@@ -7,7 +7,7 @@ import random
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import CellType
 from typing import Any
 
@@ -124,7 +124,10 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
 @contextmanager
 def _keeping_nothing(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomness) -> Iterator[None]:
     """Compares what an augmentation reaches after its views with what it was before."""
-    size = _sizes.get(augment)
+    memory.refuse_refused(augment, f"augment={augment!r}")
+    # A method is another object each time.
+    known = getattr(augment, "__self__", augment)
+    size = _sizes.get(known)
     if size is not None and size > SMALL and secrets.randbelow(EVERY):
         yield
         return
@@ -139,13 +142,15 @@ def _keeping_nothing(augment: Augmentation, inputs: Tensor, mask: Tensor, source
         and memory.is_made_once(changes)
         and _makes_the_same(augment, fresh, changes, inputs, mask, source)
     ):
+        memory.note_refused(augment)
         raise PrivacyError(
             f"augment={augment!r} keeps a state that changed while it made views "
             f"({memory.told(_name_of(augment), changes)}), through which samples enter the views of others. Make each "
             "view of its sample alone and of torch's, numpy's or Python's global generators, make in the constructor "
             "what it needs, and leave out counters. Nothing was released"
         )
-    _sizes[augment] = after.size
+    with suppress(TypeError):
+        _sizes[known] = after.size
 
 
 def _makes_the_same(

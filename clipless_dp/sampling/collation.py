@@ -78,18 +78,26 @@ class RowByRow:
         self._called = getattr(named, "__qualname__", type(named).__qualname__).rpartition(">.")[2]
         self._name = f"collate={getattr(named, '__qualname__', type(named).__qualname__)}"
         refuse_own_generators(collate, "collate")
+        memory.refuse_refused(collate, self._name)
         before = memory.State(collate)
         self._is_small = before.size <= SMALL
-        fresh = memory.pristine(collate) if self._is_small else None
-        with torch.random.fork_rng([]):
-            made = self._alone(first)
-        # Some make their generator when they are called first.
-        refuse_own_generators(collate, "collate")
-        self.empty = _emptied(made, "the batch")
         self._fresh: Any = None
-        changes = before.changes(memory.State(collate))
-        if changes:
-            self._settle(fresh, changes, first)
+        # What a first call makes of a sample must not stay before other samples were seen to make the same.
+        own = memory.pristine(collate) if self._is_small else None
+        called = collate if own is None else own
+        its_own = memory.State(called)
+        with torch.random.fork_rng([]):
+            made = self._alone(first, collate=called)
+        # Some make their generator when they are called first.
+        refuse_own_generators(called, "collate")
+        self.empty = _emptied(made, "the batch")
+        self._refuse_memory(before)
+        after = memory.State(called)
+        self._made_once = its_own.changes(after) if after != its_own else []
+        if self._made_once:
+            if own is None or not memory.is_made_once(self._made_once):
+                raise self._remembers(self._made_once)
+            self._fresh, self._made_state = memory.pristine(collate), after
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """A batch of samples, in their order.
@@ -107,7 +115,7 @@ class RowByRow:
         with torch.random.fork_rng([]):
             rows, states = self._rows(samples, chosen)
             if before is not None:
-                self._refuse_memory(before)
+                self._refuse_memory(before, but=[] if self._looked else self._made_once)
             again = self._alone(samples[chosen], states) if due else None
             if due and self._fresh is not None:
                 self._compare_with_fresh(samples, chosen, states, rows[chosen])
@@ -153,16 +161,6 @@ class RowByRow:
         leaves = (tree_leaves(_joined(self.empty, [row], "the batch")) for row in (one, other))
         return all(_is_same(*pair) for pair in zip(*leaves, strict=True))
 
-    def _settle(self, fresh: Any, changes: list[memory.Change], first: Any) -> None:
-        """Takes what was made in the first call for what each first call makes, as far as copies may tell."""
-        if fresh is None or not memory.is_made_once(changes):
-            raise self._remembers(changes)
-        with torch.random.fork_rng([]):
-            found = memory.state_of_copy(self.collate, fresh, changes, lambda own: self._alone(first, collate=own))
-        if found is None:
-            raise self._remembers(changes)
-        self._fresh, self._made_once, (self._made_state, _) = fresh, changes, found
-
     def _compare_with_fresh(self, samples: Sequence[Any], chosen: int, states: Any, row: Any) -> None:
         """Calls functions that were never called on some samples."""
         others = [] if self._looked else torch.randperm(len(samples))[:_COMPARED].tolist()
@@ -178,12 +176,13 @@ class RowByRow:
             if found is None or not is_same or (place == chosen and not self._are_same_rows(row, found[1])):
                 raise self._remembers(self._made_once)
 
-    def _refuse_memory(self, before: memory.State) -> None:
+    def _refuse_memory(self, before: memory.State, but: Sequence[memory.Change] = ()) -> None:
         after = memory.State(self.collate)
-        if after != before:
-            raise self._remembers(before.changes(after))
+        if after != before and (changes := before.changes(after)) != [*but]:
+            raise self._remembers(changes)
 
     def _remembers(self, changes: list[memory.Change]) -> PrivacyError:
+        memory.note_refused(self.collate)
         return PrivacyError(
             f"{self._name} keeps a state that changed while it made rows ({memory.told(self._called, changes)}), "
             "through which samples may meet: an attribute, a global, what a closure or a default holds. Settle "

@@ -9,13 +9,16 @@ import io
 import random
 import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from clipless_dp.errors import PrivacyError
 from clipless_dp.sampling import fingerprints
 from clipless_dp.sampling.reach import ATOMS, CONTAINERS, GLOBAL_GENERATORS, Label, package, reachable
 
@@ -155,6 +158,29 @@ def state_of_copy(
     after = State(own)
     same = State(function) == before and its_own.changes(after) == [*changes]
     return (after, returned) if same else None
+
+
+_refused: Any = WeakIdKeyDictionary()
+"""Functions that have kept something of samples, which they hold still."""
+
+
+def note_refused(function: Any) -> None:
+    """Notes that a function keeps something of samples, as far as it can be told from others."""
+    with suppress(TypeError):
+        _refused[getattr(function, "__self__", function)] = True
+
+
+def refuse_refused(function: Any, name: str) -> None:
+    """Refuses a function that was refused before.
+
+    Raises:
+        PrivacyError: it was.
+    """
+    if getattr(function, "__self__", function) in _refused:
+        raise PrivacyError(
+            f"{name} keeps a state that changed before, for which it was refused, and holds it still: make a new one "
+            "that keeps nothing. Nothing was released"
+        )
 
 
 def own_generators(root: object) -> Iterator[object]:

@@ -613,7 +613,7 @@ class OfAll:
     [
         (OfFirst, "OfFirst.first: "),
         (OfRare, "OfRare.seen: "),
-        (Parts, "Parts.ids: "),
+        (Parts, "Parts.ids: |gives two batches"),
         (OfAll, "OfAll.*ids: None → dict"),
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
@@ -625,15 +625,27 @@ def test_what_a_first_call_makes_of_its_sample_is_refused(kind: Any, told: str) 
         poisson_collate(data, kind())(data)
 
 
+def test_what_a_first_call_makes_is_compared_however_often_a_function_is_wrapped() -> None:
+    data = samples()
+    collate = OfFirst()
+    poisson_collate(data, collate)
+    own = poisson_collate(data, collate)
+    assert collate.first is None
+    with pytest.raises(PrivacyError, match=r"OfFirst\.first"):
+        own(data)
+    with pytest.raises(PrivacyError, match="holds it still"):
+        poisson_collate(data, collate)
+    with pytest.raises(PrivacyError, match="holds it still"):
+        poisson_collate(data, collate.__call__)
+
+
 def test_mutant_caught_states_of_the_first_sample_pass_where_copies_are_not_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(collation.RowByRow, "_compare_with_fresh", lambda *_: None)
     data = samples()
-    assert (
-        poisson_collate(data, OfRare())(data[1:])["labels"].tolist()
-        != poisson_collate(data[1:], OfRare())(data[1:])["labels"].tolist()
-    )
+    one, other = (poisson_collate(some, OfFirst())(some)["labels"].tolist() for some in (data, data[1:]))
+    assert one[1:] != other
 
 
 def test_labels_that_are_new_in_a_later_batch_are_refused_in_each_that_has_one() -> None:
@@ -652,6 +664,8 @@ def test_a_large_state_is_compared_in_the_first_batch_and_in_some(monkeypatch: p
     own = poisson_collate(data, partial(_numbered, ids))
     with pytest.raises(PrivacyError, match="keeps a state that changed"):
         own(data)
+    with pytest.raises(PrivacyError, match="holds it still"):
+        poisson_collate(data, own.collate.collate)  # type: ignore[attr-defined]
     own(data)
     ids.pop(2)
     monkeypatch.setattr(collation.secrets, "randbelow", lambda below: 0)
