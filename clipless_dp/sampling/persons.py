@@ -114,7 +114,7 @@ def refuse_reused_memory(dataset: Any) -> None:
         ConfigurationError: they changed.
     """
     several = getattr(dataset, "__getitems__", None)
-    kept: list[tuple[Any, bytes]] = []
+    kept: list[tuple[Any, memory.State]] = []
     for index in range(min(len(dataset), AT_ONCE)):
         try:
             sample = dataset[index] if several is None else several([index])

@@ -10,8 +10,8 @@ import random
 import sys
 import warnings
 import weakref
-from collections import deque
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType, GeneratorType, ModuleType
 from typing import Any, cast
 
@@ -104,7 +104,11 @@ def _parts(value: Any) -> list[Part]:
     parts: list[Part] = []
     if isinstance(value, dict):
         parts += _numbered(part for item in dict.items(value) for part in item)
+        if kind in (dict, OrderedDict):
+            return parts
         parts.append(("default_factory", getattr(value, "default_factory", None)))
+    elif kind in (list, tuple, set, frozenset):
+        return _numbered(value)
     for container in CONTAINERS:
         if isinstance(value, container):
             # As it lies there, whatever a class of a user's makes of it.
@@ -124,7 +128,7 @@ def _parts(value: Any) -> list[Part]:
     parts += attributes
     if not parts and kind.__module__ in _TELL_THEIR_STATE and not callable(value):
         parts += _numbered(_reduced(value))
-    return [*parts, ("__class__", kind)]
+    return parts if package(kind.__module__) in _LIBRARIES else [*parts, ("__class__", kind)]
 
 
 def _state_of_generator(value: Any) -> list[object]:
@@ -210,21 +214,28 @@ def _parts_of_class(kind: type) -> list[Part]:
 
 def _attributes(value: Any) -> list[Part]:
     parts: list[Part] = []
+    kind: Hashable = type(value)
     try:
         known = _WARNED if any(package(kind.__module__) == "transformers" for kind in type(value).__mro__) else ()
         parts += [(name, part) for name, part in vars(value).items() if name not in known]
     except Exception:
         parts.clear()
-    for kind in type(value).__mro__:
-        slots = vars(kind).get("__slots__", ())
-        for name in [slots] if isinstance(slots, str) else slots:
-            parts.append(
-                (name, _attribute(value, f"_{kind.__name__.lstrip('_')}{name}" if _is_mangled(name) else name))
-            )
+    parts += [(name, _attribute(value, mangled)) for name, mangled in _slots(kind)]
     if callable(value) or isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
         held = [("" if name == "__self__" else name, _attribute(value, name)) for name in _WRAPPED]
         parts += [(name, part) for name, part in held if part is not None]
     return parts
+
+
+@functools.lru_cache(maxsize=1024)
+def _slots(kind: Any) -> list[tuple[str, str]]:
+    """Names of slots, and what Python makes of private ones."""
+    held = [(base, vars(base).get("__slots__", ())) for base in kind.__mro__]
+    return [
+        (name, f"_{base.__name__.lstrip('_')}{name}" if _is_mangled(name) else name)
+        for base, slots in held
+        for name in ([slots] if isinstance(slots, str) else slots)
+    ]
 
 
 def _is_mangled(name: str) -> bool:
@@ -262,6 +273,7 @@ def _numbered(parts: Iterable[object]) -> list[Part]:
     return [*enumerate(parts)]
 
 
+@functools.lru_cache(maxsize=4096)
 def package(name: object) -> str:
     """The package that a module is of."""
     return name.partition(".")[0] if isinstance(name, str) else ""
