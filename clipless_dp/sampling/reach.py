@@ -11,7 +11,7 @@ import sys
 import warnings
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import CellType, CodeType, FunctionType, GeneratorType, ModuleType
 from typing import Any, cast
 
@@ -214,13 +214,12 @@ def _parts_of_class(kind: type) -> list[Part]:
 
 def _attributes(value: Any) -> list[Part]:
     parts: list[Part] = []
-    kind: Hashable = type(value)
     try:
         known = _WARNED if any(package(kind.__module__) == "transformers" for kind in type(value).__mro__) else ()
         parts += [(name, part) for name, part in vars(value).items() if name not in known]
     except Exception:
         parts.clear()
-    parts += [(name, _attribute(value, mangled)) for name, mangled in _slots(kind)]
+    parts += [(name, _attribute(value, mangled)) for name, mangled in _slots(type(value))]  # type: ignore[arg-type]
     if callable(value) or isinstance(value, (property, staticmethod, classmethod, functools.cached_property)):
         held = [("" if name == "__self__" else name, _attribute(value, name)) for name in _WRAPPED]
         parts += [(name, part) for name, part in held if part is not None]
