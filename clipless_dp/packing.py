@@ -146,7 +146,8 @@ class Packing:
             InputError: one is missing or unknown, or is no tensor with a batch axis.
         """
         if isinstance(batch, Mapping) != self.is_named or isinstance(batch, (str, Tensor)):
-            raise InputError(f"expected the inputs {self.described()}, got {type(batch).__name__}")
+            how = "by name, in a mapping" if self.is_named else "in order, in a tuple or a list"
+            raise InputError(f"expected the inputs {self.described()}, {how}, got {type(batch).__name__}")
         if isinstance(batch, Mapping):
             names = [cast(str, field.name) for field in self.fields]
             missing = [name for name in names if name not in batch]

@@ -18,6 +18,7 @@ from transformers.trainer_utils import TrainOutput
 from accounting import Accountant
 from clipless_dp.arguments import multiplier, positive, share, whole
 from clipless_dp.errors import CheckpointError, ConfigurationError, PrivacyError
+from clipless_dp.gates import GradientGated
 from clipless_dp.graph import gradient_gated
 from clipless_dp.integrations.trainer_options import refuse_options
 from clipless_dp.isolation import Isolated
@@ -115,6 +116,11 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         wrapped = isinstance(model, DPLipModel)
         if wrapped == (loss is not None) or (wrapped and gates is not None):
             raise ConfigurationError("give loss=, and gates= if you like, with a network; a wrapped model has them")
+        if not wrapped and any(isinstance(part, (Isolated, GradientGated)) for part in model.modules()):
+            raise ConfigurationError(
+                "the network is behind gradient gates already, which PrivateTrainer puts it behind by itself: give the "
+                'network as it was, and what gates are set to by gates={"limit": 1.0}, say'
+            )
         model.to(args.device)
         net = _network_of(model.net) if isinstance(model, DPLipModel) else model
         super().__init__(model=net, args=args, **more)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipless_dp.arguments import function, whole
+from clipless_dp.arguments import function, shown, whole
 from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
@@ -23,7 +23,7 @@ BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 def accumulate(
     model: DPLipModel,
     here: Placement,
-    batch: tuple[Tensor | Structure, Tensor, Tensor],
+    batch: tuple[Tensor | Structure, Tensor, Tensor] | tuple[Tensor | Structure, Tensor],
     *,
     augment: Augmentation | None,
     multiplicity: int,
@@ -39,7 +39,13 @@ def accumulate(
         micro_batch_size = whole("micro_batch_size", micro_batch_size)
     if augment is not None:
         refuse_own_generators(function("augment", augment, "one sample"))
-    inputs, targets, mask = model.rows(batch[0]), batch[1], batch[2]
+    if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
+        raise ConfigurationError(
+            f"a batch is inputs, targets and a mask of rows that count, or the first two, got {shown(batch)}: of a "
+            'mapping, as data collators return it, write accumulate((batch, batch["labels"]))'
+        )
+    inputs, targets = model.rows(batch[0]), batch[1]
+    mask = batch[2] if len(batch) == 3 else torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
     register = model.register
     rows, beside = passes.origin(inputs, register.names())
     register.reconcile()

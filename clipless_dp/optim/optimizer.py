@@ -210,7 +210,7 @@ class CliplessDPOptimizer(Optimizer):
 
     def accumulate(
         self,
-        batch: tuple[Tensor | Structure, Tensor, Tensor],
+        batch: tuple[Tensor | Structure, Tensor, Tensor] | tuple[Tensor | Structure, Tensor],
         *,
         augment: Augmentation | None = None,
         multiplicity: int = 1,
@@ -224,7 +224,7 @@ class CliplessDPOptimizer(Optimizer):
 
         Args:
             batch: inputs, or several by name or in order, targets and mask of one draw, such as
-                :class:`clipless_dp.sampling.Batch`.
+                :class:`clipless_dp.sampling.Batch`; without a mask all rows count, as those of a ``DataLoader``.
             augment: makes a view: a function of one sample, or a :class:`clipless_dp.RowAugmentation`. Each view must
                 depend on its sample and fresh randomness only.
             multiplicity: ``K``, views of each sample.

@@ -398,7 +398,8 @@ def column_of(dataset: Any, groups: Any) -> tuple[Any, Any]:
     """The data set without a column, and the column, where ``groups`` is its name; else both as they are.
 
     Args:
-        dataset: a mapping of columns, a pair whose inputs are one, or a table that tells of its ``column_names``.
+        dataset: a mapping of columns, a pair whose inputs are one, a list of mappings, or a table that tells of its
+            ``column_names``.
         groups: ids, or a name.
 
     Raises:
@@ -418,6 +419,14 @@ def column_of(dataset: Any, groups: Any) -> tuple[Any, Any]:
         return {name: values for name, values in dataset.items() if name != groups}, dataset[groups]
     if groups in getattr(dataset, "column_names", ()):
         return dataset.remove_columns(groups), list(dataset[groups])
+    if (
+        isinstance(dataset, (tuple, list))
+        and dataset
+        and all(isinstance(row, Mapping) and groups in row for row in dataset)
+    ):
+        # A sample that is there twice stays one, which is refused.
+        rows = {id(row): {name: value for name, value in row.items() if name != groups} for row in dataset}
+        return [rows[id(row)] for row in dataset], [row[groups] for row in dataset]
     raise ConfigurationError(
         f"there is no column {groups!r} in the data set ({type(dataset).__name__}): give the ids themselves, one a row"
     )

@@ -202,7 +202,14 @@ def poisson_collate(
         RankError: the data of the ranks differs.
     """
     if collation.sees_single_rows(collate):
-        empty = _emptied(_plain(collate([dataset[0]])))
+        try:
+            empty = _emptied(_plain(collate([dataset[0]])))
+        except TypeError as error:
+            raise ConfigurationError(
+                f"the first sample cannot be collated ({str(error).splitlines()[0]}): let each sample be tensors, "
+                "arrays or numbers, in tuples, lists or mappings, and its target a number; leave out what is None, or "
+                "give a collate function that does"
+            ) from error
     else:
         alone = collate = collation.RowByRow(collate, dataset[0])
         empty = alone.empty

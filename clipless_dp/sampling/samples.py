@@ -101,7 +101,7 @@ class Samples:
 
             * a pair of inputs and targets: tensors or arrays, the inputs also a mapping or a sequence of them;
             * a mapping of tensors, arrays or lists of numbers with the targets among them, as tokenizers return it;
-            * a ``TensorDataset`` of two tensors;
+            * a ``TensorDataset`` of inputs, one or several in order, and of targets, which come last;
             * a map-style data set, a list say, of pairs of input and target, whose inputs may be mappings or sequences,
               or of mappings with the target among them, as data sets of Hugging Face are.
 
@@ -130,6 +130,8 @@ class Samples:
         self._dataset = dataset
         if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
             dataset = self._dataset = dataset.tensors
+        elif isinstance(dataset, TensorDataset) and len(dataset.tensors) > 2:
+            dataset = self._dataset = [*dataset.tensors[:-1]], dataset.tensors[-1]
         given = self._held_by(dataset)
         if given is not None:
             self._take(*given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sqlite3
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,6 +144,8 @@ class StreamedBatches:
                     return
                 ready.put(self._moved(self._read(rows.tolist(), classes), len(rows), arrivals, classes))
             last = _Read()
+        except sqlite3.ProgrammingError as error:
+            last = _Read(error=_of_another_thread(error) if "thread" in str(error) else error)
         except BaseException as error:
             last = _Read(error=error)
         if not ended.is_set():
@@ -158,6 +161,16 @@ class StreamedBatches:
         with torch.cuda.stream(arrivals):
             moved: list[Tensor] = [part.pin_memory().to(self._device, non_blocking=True) for part in batch]
             return _Read(Batch(*moved), rows, arrivals.record_event(), classes=classes)
+
+
+def _of_another_thread(error: Exception) -> ConfigurationError:
+    found = ConfigurationError(
+        f"the data set holds a handle that only the thread that opened it may use ({error}); its first sample is read "
+        "where the stream is made, all others in a thread of its own: open one in each thread, as in an attribute of "
+        "threading.local(), or use PoissonBatches"
+    )
+    found.__cause__ = error
+    return found
 
 
 @dataclass(frozen=True)
