@@ -90,13 +90,20 @@ class Unsupported:
 class UnsupportedModuleError(CliplessError, TypeError):
     """Every part of a network that has no sensitivity rule, each with its replacement.
 
+    Args:
+        parts: one :class:`Unsupported` for each offending path.
+        isolated: whether the network runs sample by sample, which asks for no rules.
+
     Attributes:
         parts: one :class:`Unsupported` for each offending path, all of them at once.
     """
 
-    def __init__(self, parts: Sequence[Unsupported]) -> None:
+    def __init__(self, parts: Sequence[Unsupported], *, isolated: bool = False) -> None:
         self.parts = tuple(parts)
         lines = "\n".join(f"  {part.path} ({part.kind}): {part.remedy}" for part in self.parts)
+        if isolated:
+            super().__init__(f"{len(self.parts)} part(s) of the network cannot run sample by sample:\n{lines}")
+            return
         super().__init__(
             f"{len(self.parts)} part(s) of the network have no sensitivity rule:\n{lines}\n"
             "A rule for a layer of your own is one function: see clipless_dp.register_rule. Behind gradient gates, "

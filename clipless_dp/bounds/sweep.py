@@ -15,6 +15,7 @@ from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import CotangentGate, adapting
 from clipless_dp.graph.tracing import TracedNet, function_name
+from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, find_function_rule, find_rule, is_builtin, value_of
@@ -261,7 +262,7 @@ class Sweep:
             if not bound < LARGEST:
                 raise PrivacyError(
                     f"the gradient bound of {name!r} is {bound:.3g}: activations may overflow, and then no finite "
-                    "noise protects them; constrain the weights or put gates around the layers"
+                    f"noise protects them; constrain the weights or put gates around the layers{self._isolated_parts()}"
                 )
         report = (
             replace(layer, certified_norm=self._known_norm(*owners[index])) if index in owners else layer
@@ -270,6 +271,17 @@ class Sweep:
         joint = _joint_(per_parameter, _merged(together)) if capped_together else ()
         found = Sensitivity(per_parameter, 0.0, relation, tuple(report), joint, counted)
         return replace(found, total=math.hypot(*(bound for _, bound in found.blocks(per_parameter))))
+
+    def _isolated_parts(self) -> str:
+        """Why no bound comes from behind a part that runs sample by sample, if there is one."""
+        calls = (node for node in self.traced.tensor_nodes() if node.op == "call_module")
+        names = [repr(str(node.target)) for node in calls if isinstance(self.traced.leaf(node), Isolated)]
+        if not names:
+            return ""
+        return (
+            f". The part {names[0]} runs sample by sample and has no Lipschitz constant, so that what is trained in "
+            "front of it needs gradient gates too: call gradient_gated for the whole network"
+        )
 
     def _largest_norm(self, sources: tuple[fx.Node, ...]) -> float:
         return max(self.norm(source) for source in sources)

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gates import BallProjection, SphereScaling
 from clipless_dp.isolation import Isolated
+from clipless_dp.isolation.refusals import ON_ZEROS
 from clipless_dp.layers import SampleGroupNorm
 
 _OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
@@ -43,9 +44,11 @@ class ShapeRecorder(fx.Interpreter):
                 raise
             summary = str(error).splitlines()[0] if str(error) else type(error).__name__
             if isinstance(self._leaf(n), Isolated):
+                known = [remedy for said, remedy in ON_ZEROS if said in summary]
+                otherwise = "if it runs by itself, then on other inputs than these of input_shape, or not under "
                 raise ConfigurationError(
-                    f"the network raised {type(error).__name__} where it was run on zeros: {summary}. If it runs by "
-                    "itself, then on other inputs than these of input_shape, or not under torch.func.vmap"
+                    f"the network raised {type(error).__name__} where it was run on zeros ({summary}): "
+                    f"{known[0] if known else otherwise + 'torch.func.vmap'}"
                 ) from error
             reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error

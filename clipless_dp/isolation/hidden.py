@@ -82,7 +82,7 @@ def refuse_coded_tensors(net: nn.Module) -> None:
     held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
     parts = [Unsupported(name, type(value).__name__, remedy) for name, value in held if runs_own_code(type(value))]
     if parts:
-        raise UnsupportedModuleError(parts)
+        raise UnsupportedModuleError(parts, isolated=True)
 
 
 def foreign_mode(length: int, at: Callable[[int], Any]) -> str | None:

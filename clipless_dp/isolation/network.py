@@ -29,6 +29,7 @@ from clipless_dp.isolation.functions import Cap
 from clipless_dp.isolation.gating import WRITTEN, Gating
 from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_coded_tensors, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
+from clipless_dp.isolation.refusals import FROZEN, refuse_parts
 from clipless_dp.packing import Packing
 
 Joint = Literal["layer", "network"] | None
@@ -36,8 +37,6 @@ Joint = Literal["layer", "network"] | None
 
 Select = str | int | Callable[[Any], Tensor] | None
 """Which of the network's outputs is the model's: a key, an index, or a function of what the network returns."""
-
-_STATISTICS = (nn.modules.batchnorm._BatchNorm, nn.SyncBatchNorm)
 
 
 class Isolated(nn.Module):
@@ -93,7 +92,7 @@ class Isolated(nn.Module):
                 "a part of the network runs sample by sample already: leave gradient_gated out there, and call it for "
                 "the whole network, or use isolation='graph', where such a part is a layer among others"
             )
-        _refuse_what_sees_batches(net)
+        refuse_parts(net)
         refuse_coded_tensors(net)
         prepare(net)
         # The network's own: its parameters keep their names, and are where it looks for them.
@@ -108,7 +107,7 @@ class Isolated(nn.Module):
                 "select": select,
                 "isolation": "vmap",
                 "uses": None,
-                "_still": tuple(name for name, part in net.named_modules() if isinstance(part, _STATISTICS)),
+                "_still": tuple(name for name, part in net.named_modules() if isinstance(part, FROZEN)),
                 "_caps": (),
                 "joint": joint,
                 "groups": (),
@@ -273,7 +272,7 @@ class Isolated(nn.Module):
             PrivacyError: it keeps something of a sample, or a parameter is used past its gate, or more often than when
                 the network was wrapped.
         """
-        _refuse_what_sees_batches(self.net)
+        refuse_parts(self.net)
         held = dict(self._held())
         caps, counters = self.caps, self._counters()
         if new := [name for name in held if name not in caps]:
@@ -406,12 +405,17 @@ class Isolated(nn.Module):
             if PACKING in told:
                 raise PrivacyError(PACKING) from error
             if "data-dependent control flow" in told or ".item()" in told:
-                remedy = "it branches on values of a sample, which no run for many samples can: use torch.where"
+                remedy = (
+                    "it branches on values of a sample, or of chance as layerdrop does, which no run for many samples "
+                    "can: use torch.where, and set layerdrop=0"
+                )
             elif "vmap" in told:
                 remedy = f"torch.func.vmap, which keeps samples apart, cannot run it: {told.splitlines()[0]}"
             else:
                 raise
-            raise UnsupportedModuleError([Unsupported("forward", type(self.net).__name__, remedy)]) from error
+            raise UnsupportedModuleError(
+                [Unsupported("forward", type(self.net).__name__, remedy)], isolated=True
+            ) from error
         except IndexError as error:
             if self.uses is None:
                 raise
@@ -488,19 +492,3 @@ def _covered(uses: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]
 def is_named(name: str, pattern: str) -> bool:
     """Whether a parameter's name, or its layer's, matches a pattern."""
     return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[0], pattern)
-
-
-def _refuse_what_sees_batches(net: nn.Module) -> None:
-    parts = []
-    for path, part in net.named_modules():
-        if isinstance(part, _STATISTICS) and (part.training or part.running_mean is None):
-            remedy = (
-                "its statistics are of a batch, in which samples meet: clipless_dp.recipes.convert_batchnorm(net) "
-                "makes group normalisation of it, or freezes them; statistics frozen by eval() stay as they are"
-            )
-            parts.append(Unsupported(path or "net", type(part).__name__, remedy))
-        elif part._backward_hooks or part._backward_pre_hooks:
-            remedy = "a hook on its backward pass sees the gradients of all samples at once; remove it"
-            parts.append(Unsupported(path or "net", type(part).__name__, remedy))
-    if parts:
-        raise UnsupportedModuleError(parts)
