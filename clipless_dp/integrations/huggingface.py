@@ -28,7 +28,7 @@ from clipless_dp.noise import Allocation, NoiseSource
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.packing import LABELS
 from clipless_dp.precision import full_precision
-from clipless_dp.sampling import PoissonBatchSampler, poisson_collate
+from clipless_dp.sampling import PoissonBatchSampler, memory, poisson_collate
 from clipless_dp.sampling.augmentation import refuse_own_generators
 from clipless_dp.sampling.collation import RowByRow
 from clipless_dp.training import Plan
@@ -149,7 +149,9 @@ class PrivateTrainer(Trainer):  # type: ignore[misc]
         """The network behind gates, for inputs such as those of the first sample."""
         first = self.train_dataset[0]
         # Told about the collator is what its batch is not made of.
-        shown = dict(RowByRow(self._collator(), first)([first]))
+        collate = self._collator()
+        # A copy, since what it makes in its first call is compared where all samples are.
+        shown = dict(RowByRow(memory.pristine(collate) or collate, first)([first]))
         shown.pop(self.label_names[0], None)
         training = net.training
         # As it is trained: what is frozen by eval(), a recipe says.

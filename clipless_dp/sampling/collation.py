@@ -29,7 +29,8 @@ SMALL = 1 << 16
 """Bytes of what a function reaches up to which it is compared around each batch: some milliseconds."""
 
 _COMPARED = 8
-"""Samples of the first batch that a function is called on first, where it makes something when it is called first."""
+"""Samples of the first batches that copies of a function are called on first, where it makes something in its first
+call."""
 
 
 def sees_single_rows(collate: object) -> bool:
@@ -82,6 +83,7 @@ class RowByRow:
         before = memory.State(collate)
         self._is_small = before.size <= SMALL
         self._fresh: Any = None
+        self._left = _COMPARED
         # What a first call makes of a sample must not stay before other samples were seen to make the same.
         own = memory.pristine(collate) if self._is_small else None
         called = collate if own is None else own
@@ -117,8 +119,8 @@ class RowByRow:
             if before is not None:
                 self._refuse_memory(before, but=[] if self._looked else self._made_once)
             again = self._alone(samples[chosen], states) if due else None
-            if due and self._fresh is not None:
-                self._compare_with_fresh(samples, chosen, states, rows[chosen])
+            if self._fresh is not None:
+                self._compare_with_fresh(samples, rows, chosen, states)
         batch = _joined(self.empty, rows, "the batch")
         if due:
             if not self._are_same_rows(rows[chosen], again):
@@ -161,10 +163,11 @@ class RowByRow:
         leaves = (tree_leaves(_joined(self.empty, [row], "the batch")) for row in (one, other))
         return all(_is_same(*pair) for pair in zip(*leaves, strict=True))
 
-    def _compare_with_fresh(self, samples: Sequence[Any], chosen: int, states: Any, row: Any) -> None:
+    def _compare_with_fresh(self, samples: Sequence[Any], rows: Sequence[Any], chosen: int, states: Any) -> None:
         """Calls functions that were never called on some samples."""
-        others = [] if self._looked else torch.randperm(len(samples))[:_COMPARED].tolist()
-        for place in (chosen, *others):
+        others = torch.randperm(len(samples))[: self._left].tolist()
+        self._left -= len(others)
+        for place in (*([chosen] if chosen >= 0 else []), *others):
             given = states if place == chosen else None
             found = memory.state_of_copy(
                 self.collate,
@@ -173,7 +176,7 @@ class RowByRow:
                 lambda own, place=place, given=given: self._alone(samples[place], given, own),  # type: ignore[misc]
             )
             is_same = found is not None and found[0] == self._made_state
-            if found is None or not is_same or (place == chosen and not self._are_same_rows(row, found[1])):
+            if found is None or not is_same or (place == chosen and not self._are_same_rows(rows[place], found[1])):
                 raise self._remembers(self._made_once)
 
     def _refuse_memory(self, before: memory.State, but: Sequence[memory.Change] = ()) -> None:

@@ -382,3 +382,27 @@ def test_gradients_past_the_gates_are_refused_when_a_callback_adds_them(tmp_path
     with pytest.raises(PrivacyError):
         private.train()
     assert private.private_optimizer.accountant.history == []
+
+
+@pytest.mark.parametrize("isolation", ["vmap", "graph"])
+def test_a_network_that_is_behind_gates_already_is_refused_in_words(isolation: Any, tmp_path: Path) -> None:
+    plain = net() if isolation == "vmap" else nn.Sequential(nn.Linear(4, 3))
+    with pytest.raises(ConfigurationError, match=r"give the network as it was, and .* gates=\{"):
+        trainer(tmp_path, gradient_gated(plain, isolation=isolation))
+
+
+def test_a_collator_is_called_first_where_its_state_is_compared(tmp_path: Path) -> None:
+    class Labels:
+        """Numbers labels from the first one on that it was called on."""
+
+        first: Any = None
+
+        def __call__(self, samples: list[dict[str, Any]]) -> Any:
+            if self.first is None:
+                self.first = {"label": int(samples[0]["labels"])}
+            batch = transformers.default_data_collator(samples)
+            return {**batch, "labels": (batch["labels"] - self.first["label"]).abs()}
+
+    made = trainer(tmp_path, data_collator=Labels())
+    with pytest.raises(PrivacyError, match=r"Labels\.data_collator\.first: absent → dict"):
+        made.train()

@@ -639,6 +639,15 @@ def test_what_a_first_call_makes_is_compared_however_often_a_function_is_wrapped
         poisson_collate(data, collate.__call__)
 
 
+def test_batches_of_one_sample_are_compared_until_some_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collation.secrets, "randbelow", lambda below: below - 1)
+    data = samples()
+    own = poisson_collate(data, OfFirst())
+    own(data[:1])
+    with pytest.raises(PrivacyError, match=r"OfFirst\.first"):
+        own(data[1:2])
+
+
 def test_mutant_caught_states_of_the_first_sample_pass_where_copies_are_not_compared(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
