@@ -158,7 +158,8 @@ def _makes_the_same(
 ) -> bool:
     """Whether copies that were never called become the same, whatever they are called on, and the function no other."""
     states: list[memory.State] = []
-    noise = torch.rand(inputs.shape, device=inputs.device).to(inputs.dtype)
+    with source.visit(inputs.device):
+        noise = torch.rand(inputs.shape, device=inputs.device).to(inputs.dtype)
     for values in (inputs, torch.zeros_like(inputs), torch.ones_like(inputs), noise, inputs.flip(0)):
 
         def call(own: Any, values: Tensor = values) -> None:
