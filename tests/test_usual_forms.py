@@ -90,6 +90,9 @@ def test_a_tensor_data_set_of_several_inputs_has_its_targets_last() -> None:
         assert set(batch.targets[batch.mask].tolist()) == {0, 1}
     with pytest.raises(InputError, match="by name, in a mapping"):
         fit(model_of_two(named=True), data, **RUN)
+    inputs, targets = samples(24)
+    with pytest.raises(InputError):
+        fit(gated_model(), TensorDataset(inputs, torch.ones(24), targets), **RUN)
 
 
 def test_a_column_of_a_list_of_mappings_tells_whose_the_rows_are() -> None:
