@@ -29,6 +29,7 @@ from clipless_dp.isolation.functions import Cap
 from clipless_dp.isolation.gating import WRITTEN, Gating
 from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_coded_tensors, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
+from clipless_dp.isolation.uses import refuse_further
 from clipless_dp.packing import Packing
 
 Joint = Literal["layer", "network"] | None
@@ -427,6 +428,7 @@ class Isolated(nn.Module):
             self.__dict__["groups"] = tuple(sorted(gating.groups))
             self.__dict__["__limits__"] = tuple(int(limit) for limits in gating.limits for limit in limits)
             return
+        refuse_further(found, gating.groups, self.uses, self.groups if self.joint == "layer" else None)
 
     def forget(self) -> None:
         """Lets the next pass say how often each parameter is used."""
