@@ -7,6 +7,7 @@ import importlib
 import math
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .accountants import Accountant, create_accountant
 from .bounds import PrivacyBound, rounded_down, rounded_up
@@ -157,17 +158,21 @@ def _answer(options: argparse.Namespace) -> str:
     return _line(_bound(options))
 
 
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """The privacy that is wanted, of which sampling, by which accountant."""
+    return {
+        "target_epsilon": options.epsilon,
+        "delta": options.delta,
+        "sample_rate": options.sample_rate,
+        "accountant": options.accountant,
+        "relation": options.relation,
+        "group_size": options.group_size,
+    }
+
+
 def _noise(options: argparse.Namespace) -> str:
     _required(options, "sample_rate", "steps")
-    sigma = calibrate_noise_multiplier(
-        target_epsilon=options.epsilon,
-        delta=options.delta,
-        sample_rate=options.sample_rate,
-        steps=options.steps,
-        accountant=options.accountant,
-        relation=options.relation,
-        group_size=options.group_size,
-    )
+    sigma = calibrate_noise_multiplier(steps=options.steps, **_wanted(options))
     options.noise_multiplier = float(rounded_up(sigma))
     return f"noise multiplier = {rounded_up(sigma)}\n" + _answer(options)
 
@@ -179,15 +184,7 @@ def _steps(options: argparse.Namespace) -> str:
         return f"steps = {options.steps} (more would fit, of which none are sought: use less noise)\n" + _answer(
             options
         )
-    options.steps = calibrate_steps(
-        target_epsilon=options.epsilon,
-        delta=options.delta,
-        noise_multiplier=options.noise_multiplier,
-        sample_rate=options.sample_rate,
-        accountant=options.accountant,
-        relation=options.relation,
-        group_size=options.group_size,
-    )
+    options.steps = calibrate_steps(noise_multiplier=options.noise_multiplier, **_wanted(options))
     return f"steps = {options.steps}\n" + _answer(options)
 
 
