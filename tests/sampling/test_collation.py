@@ -458,6 +458,7 @@ def test_a_loader_refuses_a_data_set_that_reads_into_one_buffer(kind: str) -> No
     assert poisson_collate(Subset(TensorDataset(rows, rows), range(6)))
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", ["sparse", "nested"])
 def test_tensors_that_are_no_rows_of_numbers_are_refused_in_words(kind: str) -> None:
     def collate(rows: list[Any]) -> Any:
