@@ -25,10 +25,10 @@ class AdamBC(Optimizer):
         ``m ← β₁m + (1 − β₁)g_t``, ``v ← β₂v + (1 − β₂)g_t²``, ``w ← β₂w + (1 − β₂)s_t²``,
         ``θ ← θ − lr·(λθ + m̂/(√max(v̂ − ŵ, f²ŵ) + eps))``,
 
-    where hats divide by ``1 − β^t`` (Kingma & Ba 2015). ``w`` follows the noise of each step as ``v`` does, since bounds,
-    and with them the noise, may change. ``f`` is the least that is divided by, in units of the noise's deviation: the
-    difference of two noisy numbers may be anything about zero. At large ``f`` the rule is SGD with momentum, of rate
-    ``lr/(f·√ŵ)``.
+    where hats divide by ``1 − β^t`` (Kingma & Ba 2015). ``w`` follows the noise of each step as ``v`` does, since
+    bounds, and with them the noise, may change. ``f`` is the least that is divided by, in units of the noise's
+    deviation: the difference of two noisy numbers may be anything about zero. At large ``f`` the rule is SGD with
+    momentum, of rate ``lr/(f·√ŵ)``.
 
     A base optimizer of :class:`clipless_dp.CliplessDPOptimizer`, which tells it the noise of each step; alone, or
     without noise, it is ``torch.optim.AdamW``. It reads released numbers only and so costs no privacy.
