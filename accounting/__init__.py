@@ -39,6 +39,7 @@ from .events import (
 )
 from .ledger import Ledger, Line
 from .provenance import Provenance, new_run
+from .second_opinion import Opinion, SecondOpinion, second_opinion
 from .selection import AnyOf, PrivateSelection
 from .units import SamplingComparison, SamplingFigures, compare_samplings
 
@@ -65,6 +66,7 @@ __all__ = [
     "Line",
     "MixedUnitsError",
     "NoSampling",
+    "Opinion",
     "PRVAccountant",
     "PoissonSampling",
     "PrivacyBound",
@@ -74,6 +76,7 @@ __all__ = [
     "Repeat",
     "SamplingComparison",
     "SamplingFigures",
+    "SecondOpinion",
     "ShuffledEpoch",
     "UnreachableTargetError",
     "UnsupportedEventError",
@@ -85,4 +88,5 @@ __all__ = [
     "create_accountant",
     "new_run",
     "repeat",
+    "second_opinion",
 ]

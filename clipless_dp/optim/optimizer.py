@@ -23,6 +23,7 @@ from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
 from clipless_dp.optim import accumulation, checks
+from clipless_dp.optim.adam import tell_noise
 from clipless_dp.optim.adaptation import Adaptation, CapRecord
 from clipless_dp.optim.around import Around, Setting
 from clipless_dp.optim.books import Books, Rates, SavedBooks
@@ -491,6 +492,7 @@ class CliplessDPOptimizer(Around):
         else:
             self._adaptation.drop()
         self.model.project_gradients_()
+        tell_noise(self.base_optimizer, deviations, self.expected_batch_size)
         register.note_all(sampled=False)
 
     def _shared_settings(self) -> dict[str, object]:
