@@ -12,9 +12,10 @@ from typing import Any
 from .accountants import Accountant, create_accountant
 from .bounds import PrivacyBound, rounded_down, rounded_up
 from .calibration import calibrate_noise_multiplier, calibrate_steps
-from .errors import AccountingError
+from .errors import AccountingError, InvalidParameterError
 from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from .ledger import Ledger
+from .second_opinion import second_opinion
 
 __all__ = ["main"]
 
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("ledger", metavar="LEDGER.json", nargs="+", help="what several hold of one run counts once")
     explain.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
     explain.add_argument("--delta", type=float, nargs="+", default=[1e-5, 1e-6, 1e-8])
+    explain.add_argument(
+        "--second-opinion", action="store_true", help="also ask opacus and prv-accountant, at the first delta"
+    )
     _group(explain)
     explain.set_defaults(run=_explain)
     return parser
@@ -274,4 +278,9 @@ def _explain(options: argparse.Namespace) -> str:
     accountant = create_accountant(options.accountant, relation=ledger.relation)
     accountant.ledger = ledger
     bounds = accountant.epsilon_curve(options.delta, group_size=options.group_size)
-    return "\n".join([ledger.table(), "", *map(_line, bounds)])
+    shown = [ledger.table(), "", *map(_line, bounds)]
+    if options.second_opinion:
+        if options.group_size != 1:
+            raise InvalidParameterError("others know no groups: ask for a second opinion without --group-size")
+        shown += ["", str(second_opinion(ledger, options.delta[0]))]
+    return "\n".join(shown)

@@ -19,6 +19,7 @@ from accounting import (
     ShuffledEpoch,
     second_opinion,
 )
+from accounting.cli import main
 
 
 def ledger(*entries: object) -> Ledger:
@@ -89,3 +90,12 @@ def test_a_lower_bound_above_ours_is_a_contradiction_in_words() -> None:
 def test_delta_out_of_range_is_refused() -> None:
     with pytest.raises(InvalidParameterError, match="delta"):
         second_opinion(TRAINED, 2.0)
+
+
+def test_the_command_line_asks_them_too(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "ledger.json"
+    TRAINED.save(path)
+    assert main(["explain", str(path), "--delta", "1e-5", "--second-opinion"]) == 0
+    assert "prv-accountant" in capsys.readouterr().out
+    assert main(["explain", str(path), "--group-size", "2", "--second-opinion"]) == 2
+    assert "no groups" in capsys.readouterr().err
