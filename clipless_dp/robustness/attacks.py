@@ -412,6 +412,7 @@ def attack(
 
 
 def limits_of(box: Box, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and highest entries of inputs in a box, which they must lie in; infinite without one."""
     lowest, highest = (-math.inf, math.inf) if box is None else box
     if not lowest < highest:
         raise ConfigurationError(f"box must be (lowest, highest), got {box!r}")

@@ -104,9 +104,9 @@ def counterfactual(
 
     ``s = f_l - f_j`` with the predicted class ``l``; of a network of one output ``f``, ``s = ±f`` is that of the
     predicted side. One step is ``x - t·s·∇s`` (``form="gradient"``), which at ``t = 1`` ends on the boundary where
-    ``‖∇s‖ = 1``, as at an optimum of the hinge-KR loss (Serrurier et al. 2023, *On the explainable properties of 1-Lipschitz neural
-    networks*); or ``x - t·s·∇s/‖∇s‖²``
-    (``"newton"``), which does so wherever ``s`` is linear, and is repeated. It costs no privacy.
+    ``‖∇s‖ = 1``, as at an optimum of the hinge-KR loss (Serrurier et al. 2023, *On the explainable properties of
+    1-Lipschitz neural networks*); or ``x - t·s·∇s/‖∇s‖²`` (``"newton"``), which does so wherever ``s`` is linear, and
+    is repeated. It costs no privacy.
 
     Args:
         model: a wrapped model, or any module.
@@ -203,7 +203,7 @@ def _against(plain: PlainNetwork, rivals: Tensor, inputs: Tensor) -> Tensor:
 def _gap(plain: PlainNetwork, own: Tensor, other: Tensor, inputs: Tensor) -> Tensor:
     """``f_l - f_j``; of one output, whose scores are ``(-f, f)``, half of that."""
     scores = plain(inputs)
-    apart = (scores.gather(1, own) - scores.gather(1, other)).squeeze(1)
+    apart: Tensor = (scores.gather(1, own) - scores.gather(1, other)).squeeze(1)
     return apart / 2.0 if plain.is_single else apart
 
 

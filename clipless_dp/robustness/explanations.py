@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, cast
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,13 @@ def score_values(plain: PlainNetwork, inputs: Tensor, targets: Tensor, score: Sc
     Raises:
         InputError: a function does not return one number for each sample.
     """
-    scores, own = plain(inputs), targets[:, None]
-    if score == "class":
-        return scores.gather(1, own).squeeze(1)
+    scores: Tensor = plain(inputs)
     if score == "margin":
         return margins_of(scores, targets) / (2.0 if plain.is_single else 1.0)
-    if score == "probability":
-        return scores.softmax(1).gather(1, own).squeeze(1)
-    values = cast(Callable[[Tensor, Tensor], Tensor], score)(scores, targets)
+    if not callable(score):
+        scores = scores.softmax(1) if score == "probability" else scores
+        return scores.gather(1, targets[:, None]).squeeze(1)
+    values = score(scores, targets)
     if not isinstance(values, Tensor) or values.shape != targets.shape:
         raise InputError(f"score must return one number for each of {len(targets)} samples, got {shown(values)}")
     return values
@@ -78,7 +78,7 @@ def score_gradients(
     plain, inputs, targets = prepared(model, inputs, target, score)
     rows = whole("batch_size", batch_size)
     found = [
-        value_and_gradient(lambda values, own=own: score_values(plain, values, own, score), some)
+        value_and_gradient(partial(score_values, plain, targets=own, score=score), some)
         for some, own in zip(inputs.split(rows), targets.split(rows), strict=True)
     ]
     values, gradients = (torch.cat(column).cpu() for column in zip(*found, strict=True))
@@ -228,5 +228,3 @@ def pixelwise(maps: Tensor, inputs: Tensor) -> Tensor:
         raise InputError("maps hold numbers that are not finite")
     summed = maps.sum(1) if maps.dim() > 2 and maps.shape == inputs.shape else maps
     return summed.detach().double().cpu().flatten(1)
-
-

@@ -18,9 +18,8 @@ from scipy.integrate import trapezoid
 from scipy.stats import entropy, spearmanr
 from torch import Tensor, nn
 
-from clipless_dp.arguments import not_negative, positive, share, shown, whole
+from clipless_dp.arguments import positive, share, shown, whole
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.robustness.explanations import (
     Reduce,
     Score,
@@ -44,7 +43,7 @@ or inputs that broadcast to a sample's shape."""
 Box = tuple[float, float]
 
 
-class Curve(NamedTuple):
+class Removal(NamedTuple):
     """A score while pixels go or come.
 
     Attributes:
@@ -82,7 +81,7 @@ def deletion(
     box: Box = (0.0, 1.0),
     rng_seed: int = 0,
     batch_size: int = 1024,
-) -> Curve:
+) -> Removal:
     """The score while the pixels that a map gives most are replaced, the largest first (Petsiuk et al. 2018, §3.2).
 
     A small area is good. All channels of a pixel go together; counts are ``steps + 1`` equally spaced ones from none to
@@ -117,7 +116,7 @@ def insertion(
     box: Box = (0.0, 1.0),
     rng_seed: int = 0,
     batch_size: int = 1024,
-) -> Curve:
+) -> Removal:
     """The score while pixels come back to the baseline, those that a map gives most first. A large area is good.
 
     Arguments and errors as :func:`deletion`.
@@ -128,7 +127,7 @@ def insertion(
 def _removal(
     model: nn.Module, inputs: Tensor, maps: Tensor, target: Target, score: Score, steps: int, baseline: Baseline,
     box: Box, rng_seed: int, batch_size: int, *, insert: bool,
-) -> Curve:  # fmt: skip
+) -> Removal:  # fmt: skip
     steps = whole("steps", steps)
     plain, inputs, targets = prepared(model, inputs, target, score)
     values = pixelwise(maps, inputs)
@@ -142,7 +141,7 @@ def _removal(
         columns.append(_scores(plain, torch.where(shown_pixels, inputs, fill), targets, score, batch_size))
     scores = torch.stack(columns, 1)
     shares = counts / values.shape[1]
-    return Curve(torch.from_numpy(trapezoid(scores.numpy(), shares.numpy(), axis=1)), scores, shares)
+    return Removal(torch.from_numpy(trapezoid(scores.numpy(), shares.numpy(), axis=1)), scores, shares)
 
 
 def _ranks(values: Tensor) -> Tensor:
@@ -169,22 +168,17 @@ def _filling(baseline: Baseline, box: Box, inputs: Tensor, rng_seed: int) -> Cal
     low, high = box
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ConfigurationError(f"box must be (lowest, highest), got {box!r}")
-    generator = generator_of(rng_seed)
-    if isinstance(baseline, str):
-        if baseline == "zero":
-            return lambda: torch.zeros_like(inputs[:1])
-        if baseline == "uniform":
-            return lambda: (
-                low + (high - low) * torch.rand(inputs[:1].shape, generator=generator, dtype=torch.float64)
-            ).to(inputs)
-        raise ConfigurationError(f"baseline must be 'zero', 'uniform', a number or inputs, got {baseline!r}")
-    if not isinstance(baseline, (int, float, Tensor)) or isinstance(baseline, bool):
+    if isinstance(baseline, str) and baseline == "uniform":
+        generator = generator_of(rng_seed)
+        return lambda: (low + (high - low) * torch.rand(inputs[:1].shape, generator=generator)).to(inputs)
+    if isinstance(baseline, bool) or not (isinstance(baseline, (int, float, Tensor)) or baseline == "zero"):
         raise ConfigurationError(f"baseline must be 'zero', 'uniform', a number or inputs, got {shown(baseline)}")
-    held = torch.as_tensor(baseline).to(inputs)
+    held = torch.as_tensor(0.0 if isinstance(baseline, str) else baseline).to(inputs)
     try:
-        return lambda held=held.expand_as(inputs): held  # type: ignore[misc]
+        held = held.expand_as(inputs)
     except RuntimeError as error:
         raise InputError(f"baseline {tuple(held.shape)} does not broadcast to inputs {tuple(inputs.shape)}") from error
+    return lambda: held
 
 
 def mu_fidelity(
@@ -286,8 +280,8 @@ def stability(
     found = []
     for _ in range(pairs):
         moved = radius * (2.0 * torch.rand(inputs.shape[1:], generator=generator, dtype=torch.float64) - 1.0)
-        for step in (moved, -moved):
-            found.append(apart(still, pixelwise(explain(inputs + step.to(inputs)), inputs)))
+        maps = (pixelwise(explain(inputs + step.to(inputs)), inputs) for step in (moved, -moved))
+        found += [apart(still, other) for other in maps]
     return Steadiness(*(torch.stack(column).mean(0) for column in zip(*found, strict=True)))
 
 
@@ -427,7 +421,7 @@ def randomisation(
     reduce: Reduce = "max",
     rng_seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Spearman's ρ of maps before and after the weights are shuffled, the last layers first (Adebayo et al. 2018, §3.1).
+    """Spearman's ρ of maps before and after weights are shuffled, the last layers first (Adebayo et al. 2018, §3.1).
 
     Entries of each parameter and weight of a layer change places, which keeps their sizes and loses what was learned;
     layers stay shuffled while earlier ones follow. A map that stays alike does not show what was learned.
@@ -456,11 +450,11 @@ def randomisation(
     }
     if not layers:
         raise ConfigurationError("the model has no parameters to shuffle")
-    found: dict[str, Tensor] = {}
+    found = {}
     for name, parameters in reversed(layers.items()):
         for parameter in parameters:
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             parameter.data = parameter.data.flatten()[order].reshape(parameter.shape)
         after = saliency(shuffled, inputs, targets, score=score, reduce=reduce).flatten(1)
-        found[name] = _correlations(before.double(), after.double())
+        found[name.removeprefix("0.")] = _correlations(before.double(), after.double())
     return found
