@@ -5,8 +5,8 @@
 The Lipschitz network is that of ``benchmarks/robustness.py`` (average pooling, centering, a ball, orthogonal layers of
 64 and 10), trained as there; the ordinary one has the same pooling and widths, ReLU, biases and cross-entropy, and sees
 as many batches of the same size at the same ε. Its learning rate and clipping norm are those of the best accuracy on
-held-out training images (``--tune``). Maps are of the margin of the predicted class. The block share is of networks that
-are trained on two digits, one above the other, of which the upper one is the label. ``inf`` trains without privacy.
+held-out training images (``--tune``). Maps are of the margin of the predicted class. The block share is of networks
+that are trained on two digits, one above the other, of which the upper one is the label. ``inf`` trains without privacy.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import math
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from clipless_dp.robustness import counterfactual, metrics, picture, plain_netwo
 
 TAU = 8.0
 EPOCHS, BATCH = 30, 2048
-CLIPPING = {"norm": 1.0, "lr": 1.0}
+CLIPPING: dict[str, Any] = {"norm": 0.1, "lr": 0.02, "optimizer": "adam"}
 """Of DP-SGD, by --tune."""
 
 Pair = tuple[Tensor, Tensor]
@@ -60,9 +62,8 @@ def lipschitz(shape: tuple[int, ...]) -> DPLipModel:
     )
 
 
-def ordinary(shape: tuple[int, ...], outputs: int = 10) -> nn.Sequential:
-    hidden = nn.Linear(math.prod(shape) // 4, 64)
-    return nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), hidden, nn.ReLU(), nn.Linear(64, outputs))
+def behind_pooling(shape: tuple[int, ...], outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 64), nn.ReLU(), nn.Linear(64, outputs))
 
 
 def by_lipschitz(train: Pair, epsilon: float, seed: int) -> nn.Module:
@@ -76,38 +77,44 @@ def by_lipschitz(train: Pair, epsilon: float, seed: int) -> nn.Module:
     return model
 
 
-def by_clipping(train: Pair, epsilon: float, seed: int, norm: float, lr: float) -> nn.Module:
+def by_clipping(train: Pair, epsilon: float, seed: int, norm: float, lr: float, optimizer: str) -> nn.Module:
     if math.isinf(epsilon):
         return without_privacy(train, seed)
+    # Pooling has no parameters: once before training is the same as in each step.
+    pool = nn.AvgPool2d(2)
+    pooled = pool(train[0])
     preset = Preset(
         name="ordinary",
-        summary="pooling, 64 hidden units, ReLU",
-        network=ordinary,
+        summary="64 hidden units, ReLU",
+        network=behind_pooling,
         # Read for its loss alone: the network trains without bounds.
         bound=lambda net, shape: DPLipModel(
             net, input_shape=shape, input_norm=math.sqrt(math.prod(shape)), loss=losses.TauCrossEntropy(1.0)
         ),
-        settings={"epochs": EPOCHS, "batch_size": BATCH},
+        settings={"epochs": EPOCHS, "batch_size": BATCH, "optimizer": optimizer},
         provenance="held-out training images",
     )
     contender = utility.Clipping(preset, norm=norm, lr=lr)
     net, _, _ = utility.clipped(
-        contender, train, 10, create_accountant("prv"), epsilon=epsilon, delta=trained.DELTA, seed=seed, epochs=EPOCHS
-    )
-    return net
+        contender, (pooled, train[1]), 10, create_accountant("prv"), epsilon=epsilon, delta=trained.DELTA, seed=seed,
+        epochs=EPOCHS,
+    )  # fmt: skip
+    return nn.Sequential(pool, net).eval()
 
 
 def without_privacy(train: Pair, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    net = ordinary(tuple(train[0].shape[1:]))
+    pool = nn.AvgPool2d(2)
+    inputs = pool(train[0])
+    net = behind_pooling(tuple(inputs.shape[1:]), 10)
     optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(10):
-        for rows in torch.randperm(len(train[0]), generator=generator).split(128):
+        for rows in torch.randperm(len(inputs), generator=generator).split(128):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(net(train[0][rows]), train[1][rows]).backward()
+            nn.functional.cross_entropy(net(inputs[rows]), train[1][rows]).backward()
             optimizer.step()
-    return net.eval()
+    return nn.Sequential(pool, net).eval()
 
 
 def measured(model: nn.Module, test: Pair, samples: int, temperature: float) -> dict[str, float]:
@@ -140,11 +147,9 @@ def tune(train: Pair, epsilon: float) -> None:
     """Accuracy of DP-SGD on the last 10 000 training images."""
     cut = len(train[0]) - 10_000
     part, held = (train[0][:cut], train[1][:cut]), (train[0][cut:], train[1][cut:])
-    for norm in (0.1, 1.0):
-        for step in (0.25, 0.5, 1.0, 2.0):
-            lr = step / norm
-            net = by_clipping(part, epsilon, 0, norm, lr)
-            print(f"norm {norm:g}, lr {lr:g}: {100 * utility.accuracy(net, held):.2f} %", flush=True)
+    for optimizer, norm, lr in (("adam", 0.1, 0.02), ("adam", 0.1, 0.005), ("sgd", 1.0, 1.0), ("sgd", 0.1, 10.0)):
+        net = by_clipping(part, epsilon, 0, norm, lr, optimizer)
+        print(f"{optimizer}, norm {norm:g}, lr {lr:g}: {100 * utility.accuracy(net, held):.2f} %", flush=True)
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -166,8 +171,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--epsilon", type=float, nargs="+", default=[3.0])
+    parser.add_argument("--methods", nargs="+", choices=sorted(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, default=500, help="test images whose maps are measured")
+    parser.add_argument("--samples", type=int, default=300, help="test images whose maps are measured")
     parser.add_argument("--tune", action="store_true", help="settings of DP-SGD on held-out training images")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--plot", type=Path, help="draw four images of the first seed by both networks: FILE-*.png")
@@ -177,33 +183,54 @@ def main() -> None:
     if options.tune:
         return tune(data[0], options.epsilon[0])
     runs: list[dict[str, Any]] = []
-    for epsilon in options.epsilon:
-        for seed in options.seeds:
-            paired, mask = blocks(data, seed)
-            for method in ("Lipschitz", "DP-SGD"):
-                start = time.perf_counter()
-                own = method == "Lipschitz"
-                make = by_lipschitz if own else lambda *given: by_clipping(*given, **CLIPPING)
-                model = make(data[0], epsilon, seed)
-                found = measured(model, data[1], options.samples, TAU if own else 1.0)
-                if options.plot is not None and seed == options.seeds[0]:
-                    file = options.plot.with_stem(f"{options.plot.stem}-{method.lower()}-{epsilon:g}")
-                    picture(model, data[1][0][:4], file, box=(0.0, 1.0))
-                model = make(paired[0], epsilon, seed)
-                maps = saliency(model, paired[1][0][: options.samples])
-                found["block accuracy"] = utility.accuracy(model, paired[1])
-                for share in (0.05, 0.1, 0.2):
-                    found[f"block share at {share:g}"] = float(metrics.block_share(maps, mask, fraction=share).mean())
-                seconds = round(time.perf_counter() - start, 1)
-                named = {"method": method, "epsilon": None if math.isinf(epsilon) else epsilon, "seed": seed}
-                runs.append({**named, **found, "seconds": seconds})
+    if options.out is not None and options.out.exists():
+        runs = json.loads(options.out.read_text(encoding="utf-8"))["runs"]
+    for seed in options.seeds:
+        for epsilon in options.epsilon:
+            for method in options.methods:
+                told = None if math.isinf(epsilon) else epsilon
+                key = {"method": method, "epsilon": told, "seed": seed}
+                if any(key.items() <= run.items() for run in runs):
+                    continue
+                runs.append({**key, **run(method, data, epsilon, seed, options)})
                 print(json.dumps(runs[-1], indent=1), flush=True)
+                write(options, runs)
     print(table(runs))
+    return None
+
+
+def run(method: str, data: tuple[Pair, Pair], epsilon: float, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One network of digits, and one of block images."""
+    start = time.perf_counter()
+    make, temperature = METHODS[method]
+    model = make(data[0], epsilon, seed)
+    found: dict[str, Any] = measured(model, data[1], options.samples, temperature)
+    if options.plot is not None and seed == options.seeds[0]:
+        file = options.plot.with_stem(f"{options.plot.stem}-{method.lower()}-{epsilon:g}")
+        picture(model, data[1][0][:4], file, box=(0.0, 1.0))
+    (train, test), mask = blocks(data, seed)
+    model = make(train, epsilon, seed)
+    maps = saliency(model, test[0][: options.samples])
+    found["block accuracy"] = utility.accuracy(model, test)
+    for share in (0.05, 0.1, 0.2):
+        found[f"block share at {share:g}"] = float(metrics.block_share(maps, mask, fraction=share).mean())
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    return found
+
+
+METHODS: dict[str, tuple[Callable[[Pair, float, int], nn.Module], float]] = {
+    "Lipschitz": (by_lipschitz, TAU),
+    "DP-SGD": (partial(by_clipping, **CLIPPING), 1.0),
+}
+"""Who is compared, and the temperature of its probabilities, which is the loss's."""
+
+
+def write(options: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """After each run, so that what was interrupted goes on."""
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         summary = {"delta": trained.DELTA, "samples": options.samples, "runs": runs, "torch": torch.__version__}
         options.out.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return None
 
 
 if __name__ == "__main__":
