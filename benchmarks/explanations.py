@@ -6,7 +6,8 @@ The Lipschitz network is that of ``benchmarks/robustness.py`` (average pooling, 
 64 and 10), trained as there; the ordinary one has the same pooling and widths, ReLU, biases and cross-entropy, and sees
 as many batches of the same size at the same ε. Its learning rate and clipping norm are those of the best accuracy on
 held-out training images (``--tune``). Maps are of the margin of the predicted class. The block share is of networks
-that are trained on two digits, one above the other, of which the upper one is the label. ``inf`` trains without privacy.
+that are trained on two digits, one above the other, of which the upper one is the label. ``inf`` trains without
+privacy.
 """
 
 from __future__ import annotations
