@@ -129,8 +129,8 @@ def counterfactual(
             or the predicted one.
 
     Guarantee:
-        ``radii`` are those of :func:`certify`: no input nearer has another prediction, so that every distance, of the
-        float64 forward pass, is at least as large.
+        ``radii`` are those of :func:`certify`: no input nearer has another prediction, so that every distance is at
+        least as large, up to the rounding of the float64 pass at the flip.
     """
     choice("form", form, "gradient", "newton")
     t, overshoot = positive("t", t), not_negative("overshoot", overshoot)
