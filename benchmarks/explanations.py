@@ -100,7 +100,10 @@ def by_clipping(train: Pair, epsilon: float, seed: int, norm: float, lr: float, 
         contender, (pooled, train[1]), 10, create_accountant("prv"), epsilon=epsilon, delta=trained.DELTA, seed=seed,
         epochs=EPOCHS,
     )  # fmt: skip
-    return nn.Sequential(pool, net).eval()
+    # Opacus leaves hooks on the network, which refuse another backward pass.
+    bare = behind_pooling(tuple(pooled.shape[1:]), 10)
+    bare.load_state_dict(net.state_dict())
+    return nn.Sequential(pool, bare).eval()
 
 
 def without_privacy(train: Pair, seed: int) -> nn.Module:
