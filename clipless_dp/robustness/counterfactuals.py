@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from tabulate import tabulate
@@ -132,20 +132,11 @@ def counterfactual(
         ``radii`` are those of :func:`certify`: no input nearer has another prediction, so that every distance is at
         least as large, up to the rounding of the float64 pass at the flip.
     """
-    choice("form", form, "gradient", "newton")
-    t, overshoot = positive("t", t), not_negative("overshoot", overshoot)
-    most = (10 if form == "newton" else 1) if steps is None else whole("steps", steps)
-    rows = whole("batch_size", batch_size)
-    whole("bisections", bisections)
+    walk, rows = _checked(form, t, steps, overshoot, bisections), whole("batch_size", batch_size)
     plain = plain_network(model, front=front)
     _, values, own = prepared(plain, inputs, None)
     certificate = certify(
-        model,
-        inputs.detach(),
-        lipschitz=lipschitz,
-        front=front,
-        front_lipschitz=front_lipschitz,
-        batch_size=rows,
+        model, inputs.detach(), lipschitz=lipschitz, front=front, front_lipschitz=front_lipschitz, batch_size=rows
     )
     rivals = _rivals(plain, values, own, target, certificate)
     parts = []
@@ -158,7 +149,7 @@ def counterfactual(
         decided = labels if target is None else torch.zeros_like(labels)
         victim = Victim(scores, some, decided, lowest, highest, generator_of(0))
         gap = partial(_gap, plain, labels[:, None], others[:, None])
-        parts.append(_walked(victim, plain, gap, form, t, most, overshoot, bisections))
+        parts.append(_walked(victim, plain, gap, walk))
     ends, flips, distances, slopes, scores_at, found = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Counterfactuals(
         inputs=ends,
@@ -173,6 +164,20 @@ def counterfactual(
         found=found,
         certificate=certificate,
     )
+
+
+class _Walk(NamedTuple):
+    form: Form
+    t: float
+    steps: int
+    overshoot: float
+    bisections: int
+
+
+def _checked(form: Form, t: float, steps: int | None, overshoot: float, bisections: int) -> _Walk:
+    choice("form", form, "gradient", "newton")
+    most = (10 if form == "newton" else 1) if steps is None else whole("steps", steps)
+    return _Walk(form, positive("t", t), most, not_negative("overshoot", overshoot), whole("bisections", bisections))
 
 
 def _rivals(plain: PlainNetwork, inputs: Tensor, own: Tensor, target: Target, certificate: Certificate) -> Tensor:
@@ -214,23 +219,20 @@ def _step(values: Tensor, gradients: Tensor, form: Form) -> Tensor:
     return per_sample(values, gradients) * gradients
 
 
-def _walked(
-    victim: Victim, plain: PlainNetwork, gap: partial[Tensor], form: Form, t: float, steps: int, overshoot: float,
-    bisections: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
+def _walked(victim: Victim, plain: PlainNetwork, gap: partial[Tensor], walk: _Walk) -> tuple[Tensor, ...]:
     """Ends, flips, distances, slopes, scores and classes at flips, of some samples."""
     current, ends = victim.inputs, victim.inputs
     nearest = torch.full((len(current),), math.inf, dtype=torch.float64, device=current.device)
     flips = victim.inputs
     first_values, first_gradients = value_and_gradient(gap, current)
     values, gradients = first_values, first_gradients
-    for step in range(steps):
+    for step in range(walk.steps):
         if step:
             values, gradients = value_and_gradient(gap, current)
-        current = victim.within(current - t * _step(values.nan_to_num(0.0), gradients, form))
+        current = victim.within(current - walk.t * _step(values.nan_to_num(0.0), gradients, walk.form))
         going = ~nearest.isfinite()
         ends = torch.where(per_sample(going, ends), current, ends)
-        proposed = bisected(victim, _first_flip(victim, ends, overshoot), bisections)
+        proposed = bisected(victim, _first_flip(victim, ends, walk.overshoot), walk.bisections)
         distances = torch.where(going, flip_distances(victim, proposed), math.inf)
         hit = distances.isfinite()
         flips = torch.where(per_sample(hit, flips), proposed, flips)

@@ -179,8 +179,13 @@ def plain_network(
         model: a wrapped model, or any module; or such a copy, which is returned as it is.
         dtype: of the copy; ``None``: as the model is.
         front: what runs before it.
+
+    Raises:
+        ConfigurationError: the model is no module, or such a copy already and a front is given.
     """
     if isinstance(model, PlainNetwork):
+        if front is not None:
+            raise ConfigurationError("the model is a plain network already: give its front where it is made")
         return model
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch module, got {shown(model)}")

@@ -212,6 +212,8 @@ def test_a_front_is_walked_through() -> None:
     expected = 2.0 * HalfSpace()(around() / 2.0).abs()
     assert torch.allclose(found.distances, expected, rtol=1e-9)
     assert float(found.tightness.min()) > 1.0 - 1e-8
+    with pytest.raises(ConfigurationError, match="front where it is made"):
+        counterfactual(plain_network(HalfSpace()), around(), front=front)
 
 
 def test_it_prints_as_a_table() -> None:
