@@ -7,7 +7,7 @@ The Lipschitz network is that of ``benchmarks/robustness.py`` (average pooling, 
 as many batches of the same size at the same ε. Its learning rate and clipping norm are those of the best accuracy on
 held-out training images (``--tune``). Maps are of the margin of the predicted class. The block share is of networks
 that are trained on two digits, one above the other, of which the upper one is the label. ``inf`` trains without
-privacy.
+privacy. τ = 8 is the most accurate; a smaller one gives accuracy away for steadier maps.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from clipless_dp.datasets import load_dataset
 from clipless_dp.presets import Preset
 from clipless_dp.robustness import counterfactual, metrics, picture, plain_network, quality, saliency, score_gradients
 
-TAU = 8.0
 EPOCHS, BATCH = 30, 2048
 CLIPPING: dict[str, Any] = {"norm": 0.1, "lr": 0.02, "optimizer": "adam"}
 """Of DP-SGD, by --tune."""
@@ -45,9 +44,9 @@ CLIPPING: dict[str, Any] = {"norm": 0.1, "lr": 0.02, "optimizer": "adam"}
 Pair = tuple[Tensor, Tensor]
 
 
-def lipschitz(shape: tuple[int, ...]) -> DPLipModel:
+def lipschitz(shape: tuple[int, ...], tau: float) -> DPLipModel:
     if shape == (1, 28, 28):
-        return trained.mnist(TAU)
+        return trained.mnist(tau)
     # Two digits are √2 times as long as one.
     net = nn.Sequential(
         *(nn.AvgPool2d(2), nn.Flatten(), layers.LayerCentering(), layers.BallProjection(4.0 * math.sqrt(2.0))),
@@ -58,7 +57,7 @@ def lipschitz(shape: tuple[int, ...]) -> DPLipModel:
         net,
         input_shape=shape,
         input_norm=math.sqrt(math.prod(shape)),
-        loss=losses.TauCrossEntropy(TAU),
+        loss=losses.TauCrossEntropy(tau),
         constraint=constraints.Orthogonal(),
     )
 
@@ -67,9 +66,9 @@ def behind_pooling(shape: tuple[int, ...], outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 64), nn.ReLU(), nn.Linear(64, outputs))
 
 
-def by_lipschitz(train: Pair, epsilon: float, seed: int) -> nn.Module:
+def by_lipschitz(train: Pair, epsilon: float, seed: int, tau: float) -> nn.Module:
     torch.manual_seed(seed)
-    model = lipschitz(tuple(train[0].shape[1:]))
+    model = lipschitz(tuple(train[0].shape[1:]), tau)
     arguments = trained.settings("mnist", epsilon)
     if math.isinf(epsilon):
         fit_without_privacy(model, train, rng_seed=seed, progress=False, **arguments)
@@ -223,7 +222,8 @@ def run(method: str, data: tuple[Pair, Pair], epsilon: float, seed: int, options
 
 
 METHODS: dict[str, tuple[Callable[[Pair, float, int], nn.Module], float]] = {
-    "Lipschitz": (by_lipschitz, TAU),
+    "Lipschitz": (partial(by_lipschitz, tau=8.0), 8.0),
+    "Lipschitz, τ = 4": (partial(by_lipschitz, tau=4.0), 4.0),
     "DP-SGD": (partial(by_clipping, **CLIPPING), 1.0),
 }
 """Who is compared, and the temperature of its probabilities, which is the loss's."""
