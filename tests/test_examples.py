@@ -145,6 +145,18 @@ def test_the_robustness_example_prints_radii_beside_epsilon(tmp_path, monkeypatc
     assert "## Robustness" in statement.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def test_the_explanations_example_prints_distances_above_what_is_certified(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "explanations.png"
+    printed = run("examples/explanations.py", "--plot", str(plot), monkeypatch=monkeypatch, capsys=capsys)
+    rows = re.findall(r"^ +\d +\d +\d +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+) +[\d.]+$", printed, re.MULTILINE)
+    assert rows
+    assert all(float(certified) <= float(distance) for certified, distance in rows)
+    # 0.7 as a rule; of maps that have nothing to do with the network it is 0.
+    assert float(re.search(r"mu-fidelity, zero +(-?[\d.]+)", printed)[1]) > 0.3
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
 def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
