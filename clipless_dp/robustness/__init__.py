@@ -10,16 +10,21 @@ from clipless_dp.robustness.certificates import (
 )
 from clipless_dp.robustness.constants import last_layer_constants, margin_constants
 from clipless_dp.robustness.curves import Abstaining, Curve, Front, abstain, curve, pareto
+from clipless_dp.robustness.draws import Draws, SmoothedCertificate
 from clipless_dp.robustness.networks import PlainNetwork, plain_network
 from clipless_dp.robustness.slopes import lipschitz_lower_bound
+from clipless_dp.robustness.smoothing import Smoothed
 
 __all__ = [
     "Abstaining",
     "Attacked",
     "Certificate",
     "Curve",
+    "Draws",
     "Front",
     "PlainNetwork",
+    "Smoothed",
+    "SmoothedCertificate",
     "abstain",
     "attack",
     "attacks",
