@@ -29,7 +29,9 @@ def test_values_that_were_computed_elsewhere() -> None:
 
 
 @given(st.floats(0.5001, 0.9999), st.floats(1e-2, 10.0), st.floats(1e-3, 1e3))
-def test_it_certifies_no_less_than_cohen_and_no_less_than_the_constant_alone(p: float, sigma: float, slope: float) -> None:
+def test_it_certifies_no_less_than_cohen_and_no_less_than_the_constant_alone(
+    p: float, sigma: float, slope: float
+) -> None:
     found = radius_of(p, sigma, slope)
     # Roundings downwards, of the size of σ and of the ramp's width.
     allowed = 1e-9 * (sigma + 1.0 / slope)
