@@ -92,8 +92,8 @@ class Smoothed:
         those of all others from above.
 
         * ``"cohen"`` (Cohen et al. 2019, §3.2): ``p_A`` by Clopper and Pearson; ``R = σΦ⁻¹(p_A)``.
-        * ``"bernstein"``: any map, by Maurer and Pontil's bound (as Delattre et al. 2024, *The Lipschitz-variance-margin
-          tradeoff for enhanced randomized smoothing*, but with the map fixed); the same radius.
+        * ``"bernstein"``: any map, by Maurer and Pontil's bound, as Delattre et al. 2024, *The Lipschitz-variance-
+          margin tradeoff for enhanced randomized smoothing*, but with the map fixed; the same radius.
         * ``"lipschitz"``: these means of a soft map, and the exact radius for functions of its Lipschitz constant
           (:mod:`clipless_dp.robustness.ramps`), which is above ``σΦ⁻¹(p_A)`` and above ``(p_A - ½)/L``.
         * ``"partition"``: classes grouped by what the ``n0`` draws counted (:func:`confidence.buckets`), each group

@@ -29,9 +29,7 @@ def test_values_that_were_computed_elsewhere() -> None:
 
 
 @given(st.floats(0.5001, 0.9999), st.floats(1e-2, 10.0), st.floats(1e-3, 1e3))
-def test_it_certifies_no_less_than_cohen_and_no_less_than_the_constant_alone(
-    p: float, sigma: float, slope: float
-) -> None:
+def test_it_certifies_no_less_than_cohen_and_than_the_constant_alone(p: float, sigma: float, slope: float) -> None:
     found = radius_of(p, sigma, slope)
     # Roundings downwards, of the size of σ and of the ramp's width.
     allowed = 1e-9 * (sigma + 1.0 / slope)
@@ -168,7 +166,7 @@ def test_cohens_radius_of_a_ball_is_below_the_true_one() -> None:
         if p <= 0.5:
             continue
         radius = radius_of(p, sigma)
-        assert 0.0 < radius
+        assert radius > 0.0
         # Straight outwards is the worst direction.
         assert inside(0.3 + radius) > 0.5
 
