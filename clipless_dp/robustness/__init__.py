@@ -1,6 +1,6 @@
 """What a Lipschitz network certifies, and what attacks find: post-processing of public weights, which costs no ε."""
 
-from clipless_dp.robustness import attacks
+from clipless_dp.robustness import attacks, hybrid
 from clipless_dp.robustness.attacks import Attacked, attack
 from clipless_dp.robustness.certificates import (
     Certificate,
@@ -32,6 +32,7 @@ __all__ = [
     "certified_accuracy",
     "certify",
     "curve",
+    "hybrid",
     "last_layer_constants",
     "lipschitz_lower_bound",
     "margin_constants",
