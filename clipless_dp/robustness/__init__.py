@@ -12,6 +12,7 @@ from clipless_dp.robustness.constants import last_layer_constants, margin_consta
 from clipless_dp.robustness.curves import Abstaining, Curve, Front, abstain, curve, pareto
 from clipless_dp.robustness.draws import Draws, SmoothedCertificate
 from clipless_dp.robustness.networks import PlainNetwork, plain_network
+from clipless_dp.robustness.results import read_radii
 from clipless_dp.robustness.slopes import lipschitz_lower_bound
 from clipless_dp.robustness.smoothing import Smoothed
 
@@ -38,4 +39,5 @@ __all__ = [
     "margin_constants",
     "pareto",
     "plain_network",
+    "read_radii",
 ]
