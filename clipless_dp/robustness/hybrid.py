@@ -11,7 +11,6 @@ small. docs/robustness.md has the proof.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
