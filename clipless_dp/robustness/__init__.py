@@ -14,7 +14,7 @@ from clipless_dp.robustness.draws import Draws, SmoothedCertificate
 from clipless_dp.robustness.networks import PlainNetwork, plain_network
 from clipless_dp.robustness.results import read_radii
 from clipless_dp.robustness.slopes import lipschitz_lower_bound
-from clipless_dp.robustness.smoothing import Smoothed
+from clipless_dp.robustness.smoothing import Smoothed, draw_together
 
 __all__ = [
     "Abstaining",
@@ -33,6 +33,7 @@ __all__ = [
     "certified_accuracy",
     "certify",
     "curve",
+    "draw_together",
     "hybrid",
     "last_layer_constants",
     "lipschitz_lower_bound",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -186,11 +187,8 @@ def certify(
     own = wrapped_model(model)
     known = None if own is None else own.forward_error()
     parts: list[_Part] = []
-    seen = hashlib.sha256()
     with torch.no_grad():
         for some in inputs.split(rows):
-            # In float64, so that it is the same of models of any dtype.
-            seen.update(some.detach().cpu().double().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             scores = plain(some).cpu()
             predicted = scores if deployed.dtype == torch.float64 else deployed(some).cpu()
             slack: Tensor | float = unchecked_rounding(some, scores, constants.pairs)
@@ -215,7 +213,7 @@ def certify(
         front=digest_of_front(front),
         units=None if units is None else tuple(scale.flatten().tolist()),
         score_error=error,
-        samples=seen.hexdigest(),
+        samples=digest_of_samples(inputs.split(rows)),
         function=function_of(model if own is None else own.graph),
     )
 
@@ -302,6 +300,15 @@ def unchecked_rounding(inputs: Tensor, scores: Tensor, pairs: Tensor) -> Tensor:
     slope = float(finite.max()) if len(finite) else 0.0
     error: Tensor = UNCHECKED_ROUNDING * (scores.norm(dim=1).nan_to_num(0.0) + slope * lengths)
     return error
+
+
+def digest_of_samples(parts: Iterable[Tensor]) -> str:
+    """A hash of samples, in parts."""
+    seen = hashlib.sha256()
+    for some in parts:
+        # In float64, so that it is the same of models of any dtype.
+        seen.update(some.detach().cpu().double().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()
 
 
 def digest_of_front(front: nn.Module | None) -> str | None:

@@ -156,18 +156,21 @@ class Draws:
         if method == "partition":
             return self._partitioned(alpha)
         counted = self.origin.map == "argmax" and method != "bernstein"
+        both = method == "lipschitz"
         apart = against == "each" and classes > 2
         each = confidence.split(alpha, classes) if apart else alpha
         if counted:
             lower = confidence.clopper_pearson_lower(sums[rows, chosen], self.n, each)
         else:
-            lower = confidence.bernstein_lower(sums[rows, chosen], squares[rows, chosen], self.n, each)
+            bound = confidence.bounded_lower if both else confidence.bernstein_lower
+            lower = bound(sums[rows, chosen], squares[rows, chosen], self.n, each)
         if not apart:
             return lower, None
         if counted:
             others = confidence.clopper_pearson_upper(sums, self.n, each)
         else:
-            others = confidence.bernstein_upper(sums, squares, self.n, each)
+            bound = confidence.bounded_upper if both else confidence.bernstein_upper
+            others = bound(sums, squares, self.n, each)
         others[rows, chosen] = 0.0
         return lower, others.max(1)
 

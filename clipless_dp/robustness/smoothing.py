@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from scipy.stats import binomtest
@@ -12,12 +12,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from clipless_dp.arguments import choice, positive, seed, share, whole
-from clipless_dp.errors import InputError
+from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.model.functions import function_of
 from clipless_dp.modules import digest_of
-from clipless_dp.robustness.certificates import composed_constants, digest_of_front, unchecked_rounding
-from clipless_dp.robustness.constants import Lipschitz
+from clipless_dp.robustness.certificates import (
+    composed_constants,
+    digest_of_front,
+    digest_of_samples,
+    unchecked_rounding,
+)
+from clipless_dp.robustness.constants import Constants, Lipschitz
 from clipless_dp.robustness.draws import Against, Draws, Method, SmoothedCertificate, check_method
 from clipless_dp.robustness.maps import MAPS, Map, mapped, slope
 from clipless_dp.robustness.networks import PlainNetwork, Units, read, refuse_other_labels, scale_of, wrapped_model
@@ -94,8 +99,9 @@ class Smoothed:
         * ``"cohen"`` (Cohen et al. 2019, §3.2): ``p_A`` by Clopper and Pearson; ``R = σΦ⁻¹(p_A)``.
         * ``"bernstein"``: any map, by Maurer and Pontil's bound, as Delattre et al. 2024, *The Lipschitz-variance-
           margin tradeoff for enhanced randomized smoothing*, but with the map fixed; the same radius.
-        * ``"lipschitz"``: these means of a soft map, and the exact radius for functions of its Lipschitz constant
-          (:mod:`clipless_dp.robustness.ramps`), which is above ``σΦ⁻¹(p_A)`` and above ``(p_A - ½)/L``.
+        * ``"lipschitz"``: the mean of a soft map by the larger of that bound and of Chernoff's, each at ``α/2``, and the
+          exact radius for functions of the map's Lipschitz constant (:mod:`clipless_dp.robustness.ramps`), which is
+          above ``σΦ⁻¹(p_A)`` and above ``(p_A - ½)/L``.
         * ``"partition"``: classes grouped by what the ``n0`` draws counted (:func:`confidence.buckets`), each group
           bounded at ``α`` over their number; ``R = σ(Φ⁻¹(p_A) - Φ⁻¹(p_B))/2``.
 
@@ -173,42 +179,57 @@ class Smoothed:
         sure = (torch.tensor(tests) <= alpha) & ~drawn.dropped
         return torch.where(sure, classes[:, 0], -1)
 
-    def _drawn(
+    def _drawn(self, data: Data | Tensor, n0: int, n: int, method: Method | None, **arguments: Any) -> Draws:
+        return _together((self,), data, n0, n, method, **arguments)[0]
+
+    _noise_in_words: str | None = None
+    """What else the noise does than to add Gaussian numbers."""
+
+    def _constants(self, classes: int) -> Constants:
+        return composed_constants(
+            self.model,
+            self._lipschitz,
+            self._plain,
+            classes,
+            self.front,
+            self._front_lipschitz,
+            used=self._uses_constant,
+        )
+
+    def _kept(
         self,
-        data: Data | Tensor,
+        constants: Constants,
+        inputs: Tensor,
+        labels: Tensor | None,
+        first: _Sums,
+        second: _Sums,
         n0: int,
         n: int,
-        method: Method | None,
-        *,
-        rng_seed: int,
-        batch_size: int,
-        progress: bool,
     ) -> Draws:
-        n0, n, rows = whole("n0", n0), whole("n", n, 2), whole("batch_size", batch_size)
-        number = (seed("rng_seed", rng_seed) or 0) % 2**63
-        inputs, labels = read(data)
-        if not len(inputs):
-            raise InputError("there are no samples to certify")
+        own = wrapped_model(self.model)
         scale = scale_of(self.units, inputs)
-        plain, model = self._plain, self.model
-        classes = plain.classes(inputs)
-        if labels is not None:
-            refuse_other_labels(labels, classes)
-        own = wrapped_model(model)
-        constants = composed_constants(
-            model, self._lipschitz, plain, classes, self.front, self._front_lipschitz, used=self._uses_constant
-        )
-        steepest = slope(self.map, self.temperature, constants)
-        if method is not None:
-            check_method(method, "rest", self.map, steepest, constants.reason)
-        generator = torch.Generator(plain.device).manual_seed(number)
-        known = 0.0 if own is None else own.forward_error()
-        tally = _Tally(self, constants.pairs, classes, known, generator, rows)
-        with tqdm(total=len(inputs) * (n0 + n), disable=not progress, unit="row", dynamic_ncols=True) as bar:
-            first = tally.of(inputs, n0, bar)
-            second = tally.of(inputs, n, bar)
         smallest = float(scale.min())
-        values = inputs.detach().cpu().double().contiguous()
+        dropped = first.dropped | second.dropped
+        origin = SmoothedCertificate(
+            torch.zeros(len(inputs), dtype=torch.float64),
+            torch.full((len(inputs),), -1),
+            labels,
+            lipschitz=constants.joint / smallest,
+            method=constants.method,
+            dropped=int(dropped.sum()),
+            weights=digest_of(self.model if own is None else own.net),
+            function=function_of(self.model if own is None else own.graph),
+            input_norm=self._plain.input_norm,
+            front=digest_of_front(self.front),
+            units=None if self.units is None else tuple(scale.flatten().tolist()),
+            samples=digest_of_samples(inputs.split(1024)),
+            n0=n0,
+            n=n,
+            sigma=self.sigma,
+            map=self.map,
+            temperature=self.temperature,
+            noise=self._noise_in_words,
+        )
         return Draws(
             first.sums,
             second.sums,
@@ -216,37 +237,82 @@ class Smoothed:
             n0,
             n,
             second.errors,
-            first.dropped | second.dropped,
-            steepest,
+            dropped,
+            slope(self.map, self.temperature, constants),
             constants.reason,
             smallest,
-            SmoothedCertificate(
-                torch.zeros(len(inputs), dtype=torch.float64),
-                torch.full((len(inputs),), -1),
-                labels,
-                lipschitz=constants.joint / smallest,
-                method=constants.method,
-                dropped=int((first.dropped | second.dropped).sum()),
-                weights=digest_of(model if own is None else own.net),
-                function=function_of(model if own is None else own.graph),
-                input_norm=plain.input_norm,
-                front=digest_of_front(self.front),
-                units=None if self.units is None else tuple(scale.flatten().tolist()),
-                samples=hashlib.sha256(values.flatten().view(torch.uint8).numpy().tobytes()).hexdigest(),
-                n0=n0,
-                n=n,
-                sigma=self.sigma,
-                map=self.map,
-                temperature=self.temperature,
-                noise=self._noise_in_words,
-            ),
+            origin,
         )
-
-    _noise_in_words: str | None = None
 
     def _noisy(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """Rows with fresh noise, each by itself."""
         return rows + self.sigma * torch.randn(rows.shape, generator=generator, device=rows.device, dtype=rows.dtype)
+
+
+def draw_together(
+    several: Sequence[Smoothed],
+    data: Data | Tensor,
+    n0: int = 100,
+    n: int = 10_000,
+    *,
+    rng_seed: int = 0,
+    batch_size: int = 4096,
+    progress: bool = False,
+) -> list[Draws]:
+    """The noisy passes of :meth:`Smoothed.draw` for several maps of one network at once, on the same noise.
+
+    To choose among them by what is returned takes samples of its own, other than those that are then certified.
+
+    Args:
+        several: of one model and front, with the same ``σ``.
+        data, n0, n, rng_seed, batch_size, progress: see :meth:`Smoothed.certify`.
+
+    Raises:
+        ConfigurationError: they are of different models or noises, or an argument is out of range.
+    """
+    if not several:
+        raise ConfigurationError("give one smoothed classifier or more")
+    first = several[0]
+    for one in several:
+        alike = (one.model is first.model, one.front is first.front, one.sigma == first.sigma, type(one) is type(first))
+        if not all(alike):
+            raise ConfigurationError("several maps share draws where the model, the front and sigma are the same")
+    return _together(several, data, n0, n, None, rng_seed=rng_seed, batch_size=batch_size, progress=progress)
+
+
+def _together(
+    several: Sequence[Smoothed],
+    data: Data | Tensor,
+    n0: int,
+    n: int,
+    method: Method | None,
+    *,
+    rng_seed: int,
+    batch_size: int,
+    progress: bool,
+) -> list[Draws]:
+    n0, n, rows = whole("n0", n0), whole("n", n, 2), whole("batch_size", batch_size)
+    number = (seed("rng_seed", rng_seed) or 0) % 2**63
+    inputs, labels = read(data)
+    if not len(inputs):
+        raise InputError("there are no samples to certify")
+    plain = several[0]._plain
+    classes = plain.classes(inputs)
+    if labels is not None:
+        refuse_other_labels(labels, classes)
+    constants = [one._constants(classes) for one in several]
+    if method is not None:
+        steepest = slope(several[0].map, several[0].temperature, constants[0])
+        check_method(method, "rest", several[0].map, steepest, constants[0].reason)
+    generator = torch.Generator(plain.device).manual_seed(number)
+    tally = _Tally(several, [one.pairs for one in constants], classes, generator, rows)
+    with tqdm(total=len(inputs) * (n0 + n), disable=not progress, unit="row", dynamic_ncols=True) as bar:
+        first = tally.of(inputs, n0, bar)
+        second = tally.of(inputs, n, bar)
+    return [
+        one._kept(known, inputs, labels, before, after, n0, n)
+        for one, known, before, after in zip(several, constants, first, second, strict=True)
+    ]
 
 
 class _Sums:
@@ -264,43 +330,45 @@ class _Tally:
 
     def __init__(
         self,
-        smoothed: Smoothed,
-        pairs: Tensor,
+        several: Sequence[Smoothed],
+        pairs: Sequence[Tensor],
         classes: int,
-        known: float,
         generator: torch.Generator,
         rows: int,
     ) -> None:
-        self.smoothed, self.pairs, self.classes = smoothed, pairs, classes
-        self.known, self.generator, self.rows = known, generator, rows
+        self.several, self.pairs, self.classes = several, pairs, classes
+        self.generator, self.rows = generator, rows
+        own = wrapped_model(several[0].model)
+        self.known = 0.0 if own is None else own.forward_error()
 
     @torch.no_grad()
-    def of(self, inputs: Tensor, draws: int, bar: tqdm[None]) -> _Sums:
-        found = _Sums(len(inputs), self.classes)
-        each = min(draws, self.rows)
+    def of(self, inputs: Tensor, draws: int, bar: tqdm[None]) -> list[_Sums]:
+        found = [_Sums(len(inputs), self.classes) for _ in self.several]
+        plain, each = self.several[0]._plain, min(draws, self.rows)
         together = max(1, self.rows // each)
         for start in range(0, len(inputs), together):
-            some = inputs[start : start + together].to(self.smoothed._plain.device, self.smoothed._plain.dtype)
+            some = inputs[start : start + together].to(plain.device, plain.dtype)
             done = 0
             while done < draws:
                 chunk = min(each, draws - done)
-                self._add(found, slice(start, start + len(some)), some, chunk)
+                rows = self.several[0]._noisy(some.repeat_interleave(chunk, 0), self.generator)
+                scores = plain(rows)
+                for sums, smoothed, pairs in zip(found, self.several, self.pairs, strict=True):
+                    self._add(sums, slice(start, start + len(some)), smoothed, pairs, rows, scores)
                 done += chunk
                 bar.update(chunk * len(some))
         return found
 
-    def _add(self, found: _Sums, where: slice, some: Tensor, draws: int) -> None:
-        smoothed = self.smoothed
-        rows = smoothed._noisy(some.repeat_interleave(draws, 0), self.generator)
-        scores = smoothed._plain(rows)
+    def _add(self, found: _Sums, where: slice, smoothed: Smoothed, pairs: Tensor, rows: Tensor, scores: Tensor) -> None:
+        count = where.stop - where.start
         finite = scores.isfinite().all(1)
         values = mapped(scores.masked_fill(~per_sample(finite, scores), 0.0), smoothed.map, smoothed.temperature)
-        values = values.reshape(len(some), draws, -1)
+        values = values.reshape(count, -1, self.classes)
         found.sums[where] += values.sum(1).cpu()
         found.squares[where] += values.square().sum(1).cpu()
-        found.dropped[where] |= ~finite.reshape(len(some), draws).all(1).cpu()
+        found.dropped[where] |= ~finite.reshape(count, -1).all(1).cpu()
         if smoothed.map != "argmax":
             # No map moves by more than τ times what a difference of two scores does; 2⁻⁴⁰ is for its own arithmetic.
-            error = self.known + unchecked_rounding(rows, scores.cpu(), self.pairs)
-            worst = (2.0 * smoothed.temperature * error + 2.0**-40).reshape(len(some), draws).amax(1)
+            error = self.known + unchecked_rounding(rows, scores.cpu(), pairs)
+            worst = (2.0 * smoothed.temperature * error + 2.0**-40).reshape(count, -1).amax(1)
             found.errors[where] = torch.maximum(found.errors[where], worst.nan_to_num(math.inf))

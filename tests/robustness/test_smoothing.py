@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
+from scipy.special import rel_entr
 from scipy.stats import binom, norm
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from clipless_dp.robustness import (
     certified_accuracy,
     certify,
     confidence,
+    draw_together,
     draws,
     maps,
     ramps,
@@ -191,6 +193,22 @@ def test_bernsteins_bound_is_maurers_and_pontils() -> None:
     )
 
 
+def test_chernoffs_bound_is_where_the_divergence_is_and_reaches_what_counts_do() -> None:
+    sums = np.array([0.0, 3.0, 50.5, 99.9, 100.0])
+    lower = confidence.chernoff_lower(sums, 100, 0.001)
+    assert lower[0] == 0.0
+    means = sums[1:] / 100
+    divergence = 100 * (rel_entr(means, lower[1:]) + rel_entr(1.0 - means, 1.0 - lower[1:]))
+    # Means are rounded down by 1e-13, bounds too.
+    assert divergence == pytest.approx(np.log(1000.0), rel=1e-6)
+    assert bool((divergence >= np.log(1000.0)).all())
+    assert lower[-1] == pytest.approx(0.001**0.01, abs=1e-11)
+    both = confidence.bounded_lower(sums, sums**2 / 100, 100, 0.001)
+    assert bool((both >= confidence.bernstein_lower(sums, sums**2 / 100, 100, 0.0005)).all())
+    upper = confidence.bounded_upper(100 - sums, (100 - sums) ** 2 / 100, 100, 0.001)
+    assert upper == pytest.approx(1.0 - both, abs=1e-9)
+
+
 def test_groups_hold_no_more_than_the_second_class_and_every_class_once() -> None:
     random = np.random.default_rng(0)
     for _ in range(200):
@@ -309,6 +327,20 @@ def test_draws_that_are_kept_certify_what_fresh_ones_do_and_chunks_change_nothin
         assert torch.equal(other.sums.sum(1), torch.full((2,), 700.0).double())
         # Five deviations of a difference of two counts.
         assert bool(((other.sums - kept.sums).abs() < 5.0 * math.sqrt(2 * 700 * 0.25)).all())
+
+
+def test_several_maps_on_the_same_noise_are_what_each_is_alone() -> None:
+    inputs = torch.tensor([[0.3, 2.0], [-0.6, 0.0]], dtype=torch.float64)
+    several = [Smoothed(OPPOSED, SIGMA), Smoothed(OPPOSED, SIGMA, map="margin", temperature=0.5, lipschitz=JOINT)]
+    for one, kept in zip(several, draw_together(several, inputs, 20, 300, rng_seed=5), strict=True):
+        alone = one.draw(inputs, 20, 300, rng_seed=5)
+        assert torch.equal(kept.sums, alone.sums)
+        assert torch.equal(kept.squares, alone.squares)
+        assert kept.origin.map == one.map
+        assert kept.slope == alone.slope
+    for other in ([], [several[0], Smoothed(OPPOSED, 0.4)], [several[0], Smoothed(half_space((1.0, 0.0)), SIGMA)]):
+        with pytest.raises(ConfigurationError):
+            draw_together(other, inputs, 20, 300)
 
 
 def test_answers_abstain_on_the_boundary_and_are_right_off_it() -> None:
