@@ -111,7 +111,7 @@ def _bernstein(sums: Any, squares: Any, draws: int, alpha: float) -> tuple[Array
     return mean, width + error
 
 
-def split(alpha: float, bounds: int) -> float:
+def split(alpha: float, bounds: Any) -> Any:
     """What each of several bounds may fail with, so that all hold together at ``1 - α`` (Boole's inequality)."""
     return alpha / bounds
 

@@ -99,9 +99,9 @@ class Smoothed:
         * ``"cohen"`` (Cohen et al. 2019, §3.2): ``p_A`` by Clopper and Pearson; ``R = σΦ⁻¹(p_A)``.
         * ``"bernstein"``: any map, by Maurer and Pontil's bound, as Delattre et al. 2024, *The Lipschitz-variance-
           margin tradeoff for enhanced randomized smoothing*, but with the map fixed; the same radius.
-        * ``"lipschitz"``: the mean of a soft map by the larger of that bound and of Chernoff's, each at ``α/2``, and the
-          exact radius for functions of the map's Lipschitz constant (:mod:`clipless_dp.robustness.ramps`), which is
-          above ``σΦ⁻¹(p_A)`` and above ``(p_A - ½)/L``.
+        * ``"lipschitz"``: the mean of a soft map by the larger of that bound and of Chernoff's, each at ``α/2``, and
+          the exact radius for functions of the map's Lipschitz constant (:mod:`clipless_dp.robustness.ramps`), which
+          is above ``σΦ⁻¹(p_A)`` and above ``(p_A - ½)/L``.
         * ``"partition"``: classes grouped by what the ``n0`` draws counted (:func:`confidence.buckets`), each group
           bounded at ``α`` over their number; ``R = σ(Φ⁻¹(p_A) - Φ⁻¹(p_B))/2``.
 
@@ -342,7 +342,7 @@ class _Tally:
         self.known = 0.0 if own is None else own.forward_error()
 
     @torch.no_grad()
-    def of(self, inputs: Tensor, draws: int, bar: tqdm[None]) -> list[_Sums]:
+    def of(self, inputs: Tensor, draws: int, bar: tqdm[Any]) -> list[_Sums]:
         found = [_Sums(len(inputs), self.classes) for _ in self.several]
         plain, each = self.several[0]._plain, min(draws, self.rows)
         together = max(1, self.rows // each)
