@@ -336,7 +336,9 @@ class _Tally:
         generator: torch.Generator,
         rows: int,
     ) -> None:
-        self.several, self.pairs, self.classes = several, pairs, classes
+        self.several, self.classes = several, classes
+        # What a pass is taken to err by grows with the constant that is stated.
+        self.pairs = torch.stack([torch.where(one.isfinite(), one, 0.0) for one in pairs]).amax(0)
         self.generator, self.rows = generator, rows
         own = wrapped_model(several[0].model)
         self.known = 0.0 if own is None else own.forward_error()
@@ -353,13 +355,14 @@ class _Tally:
                 chunk = min(each, draws - done)
                 rows = self.several[0]._noisy(some.repeat_interleave(chunk, 0), self.generator)
                 scores = plain(rows)
-                for sums, smoothed, pairs in zip(found, self.several, self.pairs, strict=True):
-                    self._add(sums, slice(start, start + len(some)), smoothed, pairs, rows, scores)
+                error = self.known + unchecked_rounding(rows, scores.cpu(), self.pairs)
+                for sums, smoothed in zip(found, self.several, strict=True):
+                    self._add(sums, slice(start, start + len(some)), smoothed, scores, error)
                 done += chunk
                 bar.update(chunk * len(some))
         return found
 
-    def _add(self, found: _Sums, where: slice, smoothed: Smoothed, pairs: Tensor, rows: Tensor, scores: Tensor) -> None:
+    def _add(self, found: _Sums, where: slice, smoothed: Smoothed, scores: Tensor, error: Tensor) -> None:
         count = where.stop - where.start
         finite = scores.isfinite().all(1)
         values = mapped(scores.masked_fill(~per_sample(finite, scores), 0.0), smoothed.map, smoothed.temperature)
@@ -369,6 +372,5 @@ class _Tally:
         found.dropped[where] |= ~finite.reshape(count, -1).all(1).cpu()
         if smoothed.map != "argmax":
             # No map moves by more than τ times what a difference of two scores does; 2⁻⁴⁰ is for its own arithmetic.
-            error = self.known + unchecked_rounding(rows, scores.cpu(), pairs)
             worst = (2.0 * smoothed.temperature * error + 2.0**-40).reshape(count, -1).amax(1)
             found.errors[where] = torch.maximum(found.errors[where], worst.nan_to_num(math.inf))
