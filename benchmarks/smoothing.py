@@ -4,11 +4,11 @@
 
 The network is that of ``benchmarks/robustness.py`` for MNIST, trained at δ = 1e-5. It is deployed without the ball that
 its private training needs: noise would be projected onto it, and layers behind it are as Lipschitz without. Average
-pooling of 2×2 pixels comes first, and is linear: noise of ``σ`` on pixels is noise of ``σ/2`` behind it, and a radius there
-is half of one in pixels, which all figures are in.
+pooling of 2×2 pixels comes first, and is linear: noise of ``σ`` on pixels is noise of ``σ/2`` behind it, and a radius
+there is half of one in pixels, which all figures are in.
 
-For each ``--sigma`` all methods and maps see the same noise; the deterministic certificate needs none. The temperature of
-each method is chosen on ``--held-out`` test images, the last ones, which are not among those reported.
+For each ``--sigma`` all methods and maps see the same noise; the deterministic certificate needs none. The temperature
+of each method is chosen on ``--held-out`` test images, the last ones, which are not among those reported.
 """
 
 from __future__ import annotations
