@@ -32,6 +32,7 @@ from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import (
+    GaussianNoise,
     PoissonBatches,
     PoissonBatchSampler,
     RowAugmentation,
@@ -66,6 +67,7 @@ __all__ = [
     "FitResult",
     "GateSuggestion",
     "GateSuggestions",
+    "GaussianNoise",
     "InputError",
     "LayerBounds",
     "LayerTightness",

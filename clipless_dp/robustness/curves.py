@@ -144,8 +144,7 @@ class Curve:
         assumptions = [
             *_surroundings(certificate),
             "A perturbation of the input as the model reads it, before it is rounded to pixels, say.",
-            "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
-            "pass in float32 may differ from it by its own rounding next to a boundary.",
+            certificate.claim,
             "Accuracies are of these samples, intervals (Clopper-Pearson) of the population that they were drawn from.",
         ]
         if certificate.reason is not None:
