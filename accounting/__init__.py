@@ -39,12 +39,14 @@ from .events import (
 )
 from .ledger import Ledger, Line
 from .provenance import Provenance, new_run
+from .risk import FALSE_POSITIVE_RATES, TradeOff, trade_off
 from .selection import AnyOf, PrivateSelection
 from .units import SamplingComparison, SamplingFigures, compare_samplings
 
 __all__ = [
     "ADD_OR_REMOVE_ONE",
     "CHANGE_OF_A_SUM",
+    "FALSE_POSITIVE_RATES",
     "REPLACE_ONE",
     "Accountant",
     "AccountingError",
@@ -75,6 +77,7 @@ __all__ = [
     "SamplingComparison",
     "SamplingFigures",
     "ShuffledEpoch",
+    "TradeOff",
     "UnreachableTargetError",
     "UnsupportedEventError",
     "calibrate_ledger",
@@ -85,4 +88,5 @@ __all__ = [
     "create_accountant",
     "new_run",
     "repeat",
+    "trade_off",
 ]
