@@ -69,7 +69,7 @@ class TableEncoding:
         self.missing = dict(missing) if isinstance(missing, Mapping) else dict.fromkeys(missing)
         for name, fill in self.missing.items():
             self._check_fill(name, fill)
-        self._places = {
+        self._places: dict[str, dict[Any, int]] = {
             name: {value: index for index, value in enumerate(values)} for name, values in self.categories.items()
         }
 
@@ -200,7 +200,8 @@ def _cells(frame: Any, name: str) -> np.ndarray[Any, Any]:
 def _absent(cells: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Where cells are missing: NaN, ``None``, or what pandas has for it."""
     if cells.dtype.kind == "f":
-        return np.isnan(cells)
+        missing: np.ndarray[Any, Any] = np.isnan(cells)
+        return missing
     if cells.dtype.kind != "O":
         return np.zeros(len(cells), dtype=bool)
     return np.array([_is_missing(cell) for cell in cells], dtype=bool)

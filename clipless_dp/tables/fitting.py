@@ -32,9 +32,13 @@ from clipless_dp.training.groups import require_known
 
 
 @overload
-def fit_table(rows: Any, labels: Any, *, target_range: tuple[float, float], **options: Any) -> TableRegressor: ...
+def fit_table(
+    rows: Any, labels: Any, *, epsilon: float, delta: float, target_range: tuple[float, float], **options: Any
+) -> TableRegressor: ...
 @overload
-def fit_table(rows: Any, labels: Any, *, target_range: None = None, **options: Any) -> TableClassifier: ...
+def fit_table(
+    rows: Any, labels: Any, *, epsilon: float, delta: float, target_range: None = None, **options: Any
+) -> TableClassifier: ...
 @full_precision()
 def fit_table(
     rows: Any,
@@ -182,11 +186,11 @@ def _read(rows: Any, labels: Any, encoding: TableEncoding | None, task: Task) ->
         labels = encoding.column(rows, labels) if isinstance(labels, str) else labels
     elif not isinstance(rows, Tensor) and hasattr(rows, "columns"):
         raise InputError(
-            f"a {type(rows).__name__} needs encoding=TableEncoding(numbers, categories), which says what its columns are"
+            f"a {type(rows).__name__} needs encoding=TableEncoding(numbers, categories), which says what columns are"
         )
     else:
         table = require_tensor(rows)
-        if not isinstance(task, Numbers) and task.classes == (0, 1):
+        if isinstance(task, Classes) and task.classes == (0, 1):
             require_tensor(labels)
     if table.dim() != 2 or table.shape[1] == 0 or not table.is_floating_point():
         raise InputError(f"expected floating-point rows (N, columns), got {table.dtype} {tuple(table.shape)}")

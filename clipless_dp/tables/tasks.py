@@ -1,4 +1,4 @@
-"""What is learnt of a table: classes, or a number. Each reads its labels, and starts from a charged statistic of them."""
+"""What is learnt of a table, classes or a number: each reads its labels and starts from a charged statistic of them."""
 
 from __future__ import annotations
 
