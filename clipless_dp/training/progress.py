@@ -80,9 +80,10 @@ class SignalToNoise:
             group = groups[id(named[name])]
             noise = (deviation / self.optimizer.expected_batch_size) ** 2
             if name not in self._added:
-                # A run that goes on has a buffer that is full of noise already.
-                full = noise / (1.0 - group["momentum"] ** 2) if self.optimizer.steps_taken else 0.0
-                self._added[name] = _Added(full)
+                # What the buffer of a run that goes on holds, had all its steps had the noise of this one.
+                kept = group["momentum"] ** 2
+                held = noise * (1.0 - kept**self.optimizer.steps_taken) / (1.0 - kept)
+                self._added[name] = _Added(held)
             self._added[name].step(noise, float(group["lr"]), group["momentum"])
 
     def read(self) -> Mapping[str, float] | None:
