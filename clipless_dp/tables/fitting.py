@@ -233,6 +233,8 @@ def _model(inputs: int, start: Start) -> DPLipModel:
 
 def _notes(encoding: TableEncoding | None, measured: int, task: Task) -> tuple[str, ...]:
     """What was public and what was charged, for a statement."""
-    public = f"Rows: {measured} columns" if encoding is None else f"Rows: {encoding.described()}"
-    charged = f"the scales of {measured} columns of numbers were charged" if measured else "no scale was measured"
-    return f"{public}, as was public; {charged}.", task.told
+    public = f"{measured} columns" if encoding is None else encoding.described()
+    charged = "Their scales were charged" if measured else "No scale was measured"
+    if encoding is not None and measured:
+        charged = f"The scales of {', '.join(encoding.numbers)} were charged"
+    return f"Rows: public were {public}. {charged}.", task.told

@@ -84,8 +84,8 @@ class Classes(Task):
         self._index = {label: index for index, label in enumerate(self.classes)}
         if len(self.classes) < 2 or len(self._index) < len(self.classes):
             raise ConfigurationError(f"classes must be two or more, none of them twice, got {self.classes!r}")
-        shares = "share of the second" if len(self.classes) == 2 else "shares of all"
-        self.told = f"Labels: which there are was public ({len(self.classes)}); the {shares} was charged."
+        charged = "the share of the second was" if len(self.classes) == 2 else "the shares of all were"
+        self.told = f"Labels: which there are was public ({len(self.classes)}); {charged} charged."
 
     def read(self, labels: Any, rows: int) -> Tensor:
         """See :meth:`Task.read`."""
