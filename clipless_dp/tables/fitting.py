@@ -133,7 +133,7 @@ def fit_table(
     start = task.start(targets, unit / math.sqrt(LABELS_SHARE), **releases.arguments("labels"))
     model = _model(table.shape[1] + cosines, start).to(table.device)
     settings: dict[str, Any] = {
-        **learning(size, epsilon, start.rate),
+        **learning(size, epsilon, start.rate, start.largest_rate),
         "checkpoint": checkpoint,
         "noise": noise,
         "reproducible_seed": reproducible_seed,

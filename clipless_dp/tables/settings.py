@@ -28,13 +28,20 @@ def number_of_steps(rows: int, epsilon: float) -> int:
     return min(300, max(100, round(epsilon * rows / 600.0)))
 
 
-def learning(size: int, epsilon: float, rate: float) -> dict[str, Any]:
-    """Arguments of ``fit`` that follow from the public number of rows and ε; ``rate`` is the task's own factor."""
+def learning(size: int, epsilon: float, rate: float, largest: float) -> dict[str, Any]:
+    """Arguments of ``fit`` that follow from the public number of rows and ε, and from the task.
+
+    Args:
+        size: ``N``.
+        epsilon: of all together.
+        rate: the task's factor of the learning rate.
+        largest: its largest one.
+    """
     batch_size = min(size, LARGEST_BATCH)
     return {
         "epochs": epochs_of(number_of_steps(size, epsilon), batch_size, size),
         "batch_size": batch_size,
-        "lr": rate * learning_rate(size, epsilon),
+        "lr": min(largest, rate * learning_rate(size, epsilon)),
         "momentum": 0.9,
         "scheduler": constant,
         "ema": 0.97,
