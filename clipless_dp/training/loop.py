@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from clipless_dp.errors import BudgetExhaustedError
 from clipless_dp.noise import derived_seed
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches
 from clipless_dp.training.evaluation import evaluate
-from clipless_dp.training.progress import SignalToNoise
 from clipless_dp.training.result import EpochRecord, FitResult
 from clipless_dp.training.run import Run
 from clipless_dp.training.watching import watchers
@@ -103,12 +102,11 @@ def _take_steps(run: Run, batches: PoissonBatches | StreamedBatches, held_out: S
     shown = keeping.progress and run.here.world.rank == 0
     bar = tqdm(total=total, initial=run.step, disable=not shown, unit="step", dynamic_ncols=True)
     run.model.train()
-    signal_to_noise = SignalToNoise(run.optimizer)
     with bar, closing(iter(batches)) as drawn, _deferred_interrupt() as interrupted:
         for batch in drawn:
             try:
                 with _drawing(run):
-                    loss = _step(run, batch, signal_to_noise)
+                    loss = _step(run, batch)
             except BudgetExhaustedError as error:
                 warn_caller(f"training stops after {run.step} of {total} steps: {error}", UserWarning)
                 run.optimizer.zero_grad()
@@ -117,7 +115,7 @@ def _take_steps(run: Run, batches: PoissonBatches | StreamedBatches, held_out: S
                 break
             bar.update()
             if run.step % plan.steps_per_epoch == 0 or run.step == total:
-                record = _record(run, loss, batch, held_out, signal_to_noise.read())
+                record = _record(run, loss, batch, held_out)
                 run.history.append(record)
                 if path is not None and (len(run.history) % keeping.checkpoint_every == 0 or run.step == total):
                     run.save(path)
@@ -143,7 +141,7 @@ def _drawing(run: Run) -> AbstractContextManager[None]:
     return run.model.randomness.seeded(derived_seed(seed, "passes", run.step, run.here.world.rank))
 
 
-def _step(run: Run, batch: Batch, signal_to_noise: SignalToNoise) -> Tensor:
+def _step(run: Run, batch: Batch) -> Tensor:
     for watcher in watchers():
         watcher.before_step(run, batch)
     run.optimizer.zero_grad()
@@ -155,7 +153,7 @@ def _step(run: Run, batch: Batch, signal_to_noise: SignalToNoise) -> Tensor:
         loss=run.loss,
     )
     run.follow_noise_schedule()
-    signal_to_noise.before_step()
+    run.signal_to_noise.before_step()
     run.optimizer.step()
     run.scheduler.step()
     if run.average is not None:
@@ -165,14 +163,13 @@ def _step(run: Run, batch: Batch, signal_to_noise: SignalToNoise) -> Tensor:
     return total
 
 
-def _record(
-    run: Run, loss: Tensor, batch: Batch, held_out: Samples | None, ratios: Mapping[str, float] | None
-) -> EpochRecord:
+def _record(run: Run, loss: Tensor, batch: Batch, held_out: Samples | None) -> EpochRecord:
     local = torch.tensor([float(loss), float(batch.mask.sum())], dtype=torch.float64)
     summed, count = run.here.total(local).tolist()
     mean = summed / max(1.0, count)
     epsilon = run.optimizer.get_epsilon(run.asked.privacy.delta)
     caps = run.optimizer.caps or None
+    ratios = run.signal_to_noise.read()
     if held_out is None:
         return EpochRecord(run.step, epsilon, mean, caps=caps, signal_to_noise=ratios)
     with run.averaged():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,19 @@ class SignalToNoise:
     def _weights(self) -> dict[str, Tensor]:
         named = self.optimizer.model.net.named_parameters()
         return {name: parameter.detach().clone() for name, parameter in named if parameter.requires_grad}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights of the last reading, which were released, and what noise has added since: of a checkpoint."""
+        added = {name: [one.velocity, one.change, one.together] for name, one in self._added.items()}
+        return {"before": self._before, "added": added}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Goes on from a checkpoint; ``None``: from the weights as they are."""
+        if state is None:
+            self._added, self._before = {}, self._weights() if self.known else {}
+            return
+        self._added = {name: _Added(*numbers) for name, numbers in state["added"].items()}
+        self._before = {name: value.clone() for name, value in state["before"].items()}
 
     def before_step(self) -> None:
         """Notes the noise of the step to come."""
