@@ -39,6 +39,7 @@ from .events import (
 )
 from .ledger import Ledger, Line
 from .provenance import Provenance, new_run
+from .risk import FALSE_POSITIVE_RATES, TradeOff, trade_off
 from .second_opinion import Opinion, SecondOpinion, second_opinion
 from .selection import AnyOf, PrivateSelection
 from .units import SamplingComparison, SamplingFigures, compare_samplings
@@ -46,6 +47,7 @@ from .units import SamplingComparison, SamplingFigures, compare_samplings
 __all__ = [
     "ADD_OR_REMOVE_ONE",
     "CHANGE_OF_A_SUM",
+    "FALSE_POSITIVE_RATES",
     "REPLACE_ONE",
     "Accountant",
     "AccountingError",
@@ -78,6 +80,7 @@ __all__ = [
     "SamplingFigures",
     "SecondOpinion",
     "ShuffledEpoch",
+    "TradeOff",
     "UnreachableTargetError",
     "UnsupportedEventError",
     "calibrate_ledger",
@@ -89,4 +92,5 @@ __all__ = [
     "new_run",
     "repeat",
     "second_opinion",
+    "trade_off",
 ]

@@ -48,6 +48,7 @@ from clipless_dp.training import (
     evaluate,
     fit,
     fit_without_privacy,
+    suggest_sampling,
     suggest_settings,
 )
 from clipless_dp.version import __version__
@@ -114,5 +115,6 @@ __all__ = [
     "rescale_",
     "robustness",
     "suggest_gates",
+    "suggest_sampling",
     "suggest_settings",
 ]
