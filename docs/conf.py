@@ -69,7 +69,8 @@ def bring_in(app: Sphinx) -> None:
 
 def link_to_copies(app: Sphinx, name: str, source: list[str]) -> None:
     """Links that work in the repository lead to the copies on the site."""
-    source[0] = OUTSIDE.sub(r"](repository/\1.md", source[0])
+    if not name.startswith("repository/"):
+        source[0] = OUTSIDE.sub(r"](repository/\1.md", source[0])
 
 
 def setup(app: Sphinx) -> None:
