@@ -16,7 +16,8 @@ copyright = "the authors of clipless-dp, Apache 2.0"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
-exclude_patterns = ["_build"]
+# Sphinx has a page of its own under this name: what is written here is shown under another.
+exclude_patterns = ["search.md"]
 root_doc = "index"
 language = "en"
 # Links of signatures to torch and Python would need their inventories from the network.
@@ -40,6 +41,9 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 napoleon_custom_sections = ["Guarantee", "Shape", "Source", "Cost", "Chosen by"]
 
+# Of docstrings that write code between single backticks.
+default_role = "code"
+
 html_theme = "furo"
 html_title = "clipless-dp"
 html_static_path = ["_static"]
@@ -53,24 +57,28 @@ warnings.filterwarnings("ignore", module=r"opacus\..*")
 HERE = Path(__file__).parent
 REPOSITORY = HERE / "repository"
 """Copies of pages from above this folder, of which Sphinx takes none; git ignores them."""
+SEARCH = "private-search.md"
 OUTSIDE = re.compile(r"\]\(\.\./(?:benchmarks/results/)?(\w[\w-]*)\.md")
 
 
 def bring_in(app: Sphinx) -> None:
     """Copies what is written elsewhere in the repository: how to contribute, what changed, results."""
     REPOSITORY.mkdir(exist_ok=True)
-    pages = [HERE.parent / "CONTRIBUTING.md", HERE.parent / "CHANGELOG.md"]
-    for page in (*pages, *sorted((HERE.parent / "benchmarks" / "results").glob("*.md"))):
+    above = [HERE.parent / "CONTRIBUTING.md", HERE.parent / "CHANGELOG.md"]
+    pages = {page.name: page for page in (*above, *(HERE.parent / "benchmarks" / "results").glob("*.md"))}
+    for name, page in {**pages, SEARCH: HERE / "search.md"}.items():
         text = page.read_text("utf-8").replace("](docs/", "](../")
-        copy = REPOSITORY / page.name
+        if name == SEARCH:
+            text = re.sub(r"\]\((?=[\w-]+\.md)", "](../", text)
+        copy = REPOSITORY / name
         if not copy.exists() or copy.read_text("utf-8") != text:  # Else it would be built again each time.
             copy.write_text(text, "utf-8")
 
 
 def link_to_copies(app: Sphinx, name: str, source: list[str]) -> None:
     """Links that work in the repository lead to the copies on the site."""
-    if not name.startswith("repository/"):
-        source[0] = OUTSIDE.sub(r"](repository/\1.md", source[0])
+    if "/" not in name:
+        source[0] = OUTSIDE.sub(r"](repository/\1.md", source[0]).replace("](search.md", f"](repository/{SEARCH}")
 
 
 def setup(app: Sphinx) -> None:
