@@ -45,6 +45,7 @@ napoleon_custom_sections = ["Guarantee", "Shape", "Source", "Cost", "Chosen by"]
 default_role = "code"
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = "clipless-dp"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]

@@ -84,11 +84,11 @@ def fit(
         dataset: inputs and targets: a pair of tensors, or a data set of pairs; several inputs by name or in order; see
             :class:`clipless_dp.sampling.Samples`.
         epsilon, delta, accountant, dataset_size, noise, noise_multiplier, reproducible_seed, audit: what is promised,
-            see :class:`clipless_dp.training.Privacy`;
-        groups, rows_per_group, group_weights: to whom, also there.
+            see :class:`clipless_dp.training.Privacy`.
+        groups, rows_per_group, group_weights: to people with several rows, see the same.
         epochs, batch_size, lr, momentum, optimizer, scheduler, allocation: how to learn, see
-            :class:`clipless_dp.training.Learning`;
-        augment, multiplicity, ema, noise_schedule: also there.
+            :class:`clipless_dp.training.Learning`.
+        augment, multiplicity, ema, noise_schedule: what ε does not notice, see the same.
         micro_batch_size, memory_budget, stream, compile: how to compute, :class:`clipless_dp.training.Execution`.
         validation, checkpoint, checkpoint_every, progress: what is kept, :class:`clipless_dp.training.Keeping`.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,14 @@ def test_the_readme_is_short_and_its_block_prints_accuracy_epsilon_and_lipschitz
 
 def test_the_first_page_of_the_site_shows_the_block_of_the_readme():
     assert [block.code for block in BLOCKS["docs/index.md"]] == [block.code for block in BLOCKS["README.md"]]
+
+
+def test_the_pictures_of_the_pages_are_made_from_the_results(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    script = runpy.run_path(str(DOCS / "figures.py"), run_name="figures")
+    monkeypatch.setitem(script["main"].__globals__, "FIGURES", tmp_path)
+    script["main"]()
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "figures").iterdir()}
 
 
 def anchors(page: Path) -> set[str]:
