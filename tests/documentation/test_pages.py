@@ -170,7 +170,8 @@ def documented() -> set[int]:
                 found.add(id(getattr(importlib.import_module(module), name)))
             else:
                 shown = importlib.import_module(name)
-                names = getattr(shown, "__all__", [one for one in vars(shown) if not one.startswith("_")])
+                own = [one for one, thing in vars(shown).items() if getattr(thing, "__module__", None) == name]
+                names = getattr(shown, "__all__", own)
                 found |= {id(shown)} | {id(getattr(shown, one)) for one in names}
     return found
 
