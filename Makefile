@@ -40,7 +40,7 @@ format: $(VENV)/.developing
 
 # Reads nothing from the network once it is installed; what is built neither. Warnings are errors.
 docs: $(VENV)/.developing
-	$(PY) -m sphinx -b html -E -a -W --keep-going -q docs build/docs
+	$(PY) -m sphinx -b html -j auto -E -a -W --keep-going -q docs build/docs
 	@echo "build/docs/index.html"
 
 clean:

@@ -82,7 +82,8 @@ def link_to_copies(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = OUTSIDE.sub(r"](repository/\1.md", source[0]).replace("](search.md", f"](repository/{SEARCH}")
 
 
-def setup(app: Sphinx) -> None:
+def setup(app: Sphinx) -> dict[str, bool]:
     """Called by Sphinx."""
     app.connect("builder-inited", bring_in)
     app.connect("source-read", link_to_copies)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
