@@ -168,15 +168,6 @@ def test_the_explanations_example_prints_distances_above_what_is_certified(tmp_p
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks), {"__name__": "readme"})
-    assert (tmp_path / "runs" / "model.pt").exists()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
