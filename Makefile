@@ -10,7 +10,7 @@ WORKERS ?= auto
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format docs clean
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
@@ -38,5 +38,10 @@ format: $(VENV)/.developing
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
+# Reads nothing from the network once it is installed; what is built neither. Warnings are errors.
+docs: $(VENV)/.developing
+	$(PY) -m sphinx -b html -j auto -E -a -W --keep-going -q docs build/docs
+	@echo "build/docs/index.html"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/repository *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

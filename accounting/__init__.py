@@ -39,12 +39,15 @@ from .events import (
 )
 from .ledger import Ledger, Line
 from .provenance import Provenance, new_run
+from .risk import FALSE_POSITIVE_RATES, TradeOff, trade_off
+from .second_opinion import Opinion, SecondOpinion, second_opinion
 from .selection import AnyOf, PrivateSelection
 from .units import SamplingComparison, SamplingFigures, compare_samplings
 
 __all__ = [
     "ADD_OR_REMOVE_ONE",
     "CHANGE_OF_A_SUM",
+    "FALSE_POSITIVE_RATES",
     "REPLACE_ONE",
     "Accountant",
     "AccountingError",
@@ -65,6 +68,7 @@ __all__ = [
     "Line",
     "MixedUnitsError",
     "NoSampling",
+    "Opinion",
     "PRVAccountant",
     "PoissonSampling",
     "PrivacyBound",
@@ -74,7 +78,9 @@ __all__ = [
     "Repeat",
     "SamplingComparison",
     "SamplingFigures",
+    "SecondOpinion",
     "ShuffledEpoch",
+    "TradeOff",
     "UnreachableTargetError",
     "UnsupportedEventError",
     "calibrate_ledger",
@@ -85,4 +91,6 @@ __all__ = [
     "create_accountant",
     "new_run",
     "repeat",
+    "second_opinion",
+    "trade_off",
 ]

@@ -25,7 +25,7 @@ from .gaussian import gaussian_delta, gaussian_epsilon
 from .ledger import FORMAT as LEDGER_FORMAT
 from .ledger import Ledger
 from .provenance import Provenance, new_run
-from .prv import compose_delta, compose_epsilon
+from .prv import compose_delta, compose_deltas, compose_epsilon
 from .rdp import rdp_to_delta, rdp_to_epsilon
 from .terms import Terms, collect
 
@@ -177,6 +177,19 @@ class Accountant(ABC):
         """Returns ε at each δ; `group_size` as for `get_epsilon`."""
         return [self.get_epsilon(delta, group_size=group_size) for delta in deltas]
 
+    def delta_curve(self, epsilons: Iterable[float], *, group_size: int = 1) -> list[PrivacyBound]:
+        """Returns δ at each ε ≥ 0; `group_size` as for `get_epsilon`.
+
+        Upper bounds only. One composition answers for all of them, so that they take no longer than a few `get_delta`;
+        each may be looser, in particular below 1e-12.
+        """
+        points = [check.epsilon(epsilon) for epsilon in epsilons]
+        self.ledger.require_one_unit()
+        terms = collect(self.ledger, self.relation, check.count(group_size, "group_size", 1))
+        if terms.empty:
+            return [self._bound(terms, 0.0, 0.0, epsilon, "exact") for epsilon in points]
+        return self._deltas(terms, points)
+
     def line_for_a_person(self, delta: float, *, rows: int) -> str:
         """Returns a statement's line: what a person with up to so many rows is promised at δ; see `get_epsilon`.
 
@@ -272,6 +285,9 @@ class Accountant(ABC):
 
     @abstractmethod
     def _delta(self, terms: Terms, epsilon: float) -> PrivacyBound: ...
+
+    def _deltas(self, terms: Terms, epsilons: list[float]) -> list[PrivacyBound]:
+        return [self._delta(terms, epsilon) for epsilon in epsilons]
 
 
 def _from_history(history: Any) -> Ledger:
@@ -370,6 +386,21 @@ class PRVAccountant(Accountant):
         if upper >= rdp:
             return self._bound(terms, rdp, lower, epsilon, "rdp")
         return self._bound(terms, upper, lower, epsilon, "prv")
+
+    def _deltas(self, terms: Terms, epsilons: list[float]) -> list[PrivacyBound]:
+        if terms.gaussian_only or terms.renyi_only:
+            return super()._deltas(terms, epsilons)
+        terms = terms.grouped(_PRV_PHASES)
+        try:
+            uppers = compose_deltas(terms.directions(), epsilons)
+        except EngineRangeError as error:
+            if terms.fixed:
+                raise
+            self._fallback(str(error))
+            uppers = [1.0] * len(epsilons)
+        bounds = [self._bound(terms, upper, 0.0, at, "prv") for upper, at in zip(uppers, epsilons, strict=True)]
+        # Fixed-size steps have no certified Rényi bound.
+        return bounds if terms.fixed else [min(bound, _rdp_delta(self, terms, bound.delta)) for bound in bounds]
 
 
 class AutoAccountant(PRVAccountant):

@@ -1,4 +1,4 @@
-"""Command line: ε, noise, steps, privacy curves, and stored ledgers."""
+"""Command line: ε, noise, steps, privacy curves, what attackers can achieve, and stored ledgers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,21 @@ import argparse
 import importlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from scipy.special import ndtr, ndtri
 
 from .accountants import Accountant, create_accountant
 from .bounds import PrivacyBound, rounded_down, rounded_up
 from .calibration import calibrate_noise_multiplier, calibrate_steps
-from .errors import AccountingError
+from .errors import AccountingError, InvalidParameterError
 from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from .ledger import Ledger
+from .risk import FALSE_POSITIVE_RATES, TradeOff, trade_off
+from .second_opinion import second_opinion
 
 __all__ = ["main"]
 
@@ -73,15 +80,26 @@ def _parser() -> argparse.ArgumentParser:
     curve = commands.add_parser("curve", help="epsilon against delta")
     _schedule(curve, noise=True, steps=True)
     _common(curve, delta=False)
-    curve.add_argument("--ledger", metavar="FILE", help="a stored ledger instead of a schedule")
+    _ledger(curve)
     curve.add_argument("--deltas", type=float, nargs="+", default=[10.0**-k for k in range(3, 13)])
     curve.add_argument("--plot", metavar="FILE", help="also draw the curve (needs matplotlib)")
     curve.set_defaults(run=_curve)
+
+    risk = commands.add_parser("risk", help="what an attacker can achieve: true-positive rates, advantage, f-DP curve")
+    _schedule(risk, noise=True, steps=True)
+    _common(risk, delta=False)
+    _ledger(risk)
+    risk.add_argument("--false-positive-rates", type=float, nargs="+", default=FALSE_POSITIVE_RATES, metavar="RATE")
+    risk.add_argument("--plot", metavar="FILE", help="also draw the trade-off curve (needs matplotlib)")
+    risk.set_defaults(run=_risk)
 
     explain = commands.add_parser("explain", help="what stored ledgers about one data set hold and cost together")
     explain.add_argument("ledger", metavar="LEDGER.json", nargs="+", help="what several hold of one run counts once")
     explain.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
     explain.add_argument("--delta", type=float, nargs="+", default=[1e-5, 1e-6, 1e-8])
+    explain.add_argument(
+        "--second-opinion", action="store_true", help="also ask opacus and prv-accountant, at the first delta"
+    )
     _group(explain)
     explain.set_defaults(run=_explain)
     return parser
@@ -127,6 +145,10 @@ def _group(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _ledger(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ledger", metavar="FILE", help="a stored ledger instead of a schedule")
+
+
 def _required(options: argparse.Namespace, *names: str) -> None:
     missing = ["--" + name.replace("_", "-") for name in names if getattr(options, name) is None]
     if missing:
@@ -157,17 +179,21 @@ def _answer(options: argparse.Namespace) -> str:
     return _line(_bound(options))
 
 
+def _wanted(options: argparse.Namespace) -> dict[str, Any]:
+    """The privacy that is wanted, of which sampling, by which accountant."""
+    return {
+        "target_epsilon": options.epsilon,
+        "delta": options.delta,
+        "sample_rate": options.sample_rate,
+        "accountant": options.accountant,
+        "relation": options.relation,
+        "group_size": options.group_size,
+    }
+
+
 def _noise(options: argparse.Namespace) -> str:
     _required(options, "sample_rate", "steps")
-    sigma = calibrate_noise_multiplier(
-        target_epsilon=options.epsilon,
-        delta=options.delta,
-        sample_rate=options.sample_rate,
-        steps=options.steps,
-        accountant=options.accountant,
-        relation=options.relation,
-        group_size=options.group_size,
-    )
+    sigma = calibrate_noise_multiplier(steps=options.steps, **_wanted(options))
     options.noise_multiplier = float(rounded_up(sigma))
     return f"noise multiplier = {rounded_up(sigma)}\n" + _answer(options)
 
@@ -179,15 +205,7 @@ def _steps(options: argparse.Namespace) -> str:
         return f"steps = {options.steps} (more would fit, of which none are sought: use less noise)\n" + _answer(
             options
         )
-    options.steps = calibrate_steps(
-        target_epsilon=options.epsilon,
-        delta=options.delta,
-        noise_multiplier=options.noise_multiplier,
-        sample_rate=options.sample_rate,
-        accountant=options.accountant,
-        relation=options.relation,
-        group_size=options.group_size,
-    )
+    options.steps = calibrate_steps(noise_multiplier=options.noise_multiplier, **_wanted(options))
     return f"steps = {options.steps}\n" + _answer(options)
 
 
@@ -229,20 +247,34 @@ def _batch(options: argparse.Namespace) -> str:
     return f"batch size = {low} (sample rate {options.sample_rate:.6g}, {options.steps} steps)\n{line}"
 
 
-def _curve(options: argparse.Namespace) -> str:
+def _stored(options: argparse.Namespace) -> Accountant:
+    """The accountant of a stored ledger, or of a schedule where none is named."""
     if options.ledger is None:
-        accountant = _accountant(options)
-    else:
-        ledger = Ledger.load(options.ledger)
-        accountant = create_accountant(options.accountant, relation=ledger.relation)
-        accountant.ledger = ledger
+        return _accountant(options)
+    ledger = Ledger.load(options.ledger)
+    accountant = create_accountant(options.accountant, relation=ledger.relation)
+    accountant.ledger = ledger
+    return accountant
+
+
+def _curve(options: argparse.Namespace) -> str:
+    accountant = _stored(options)
     bounds = accountant.epsilon_curve(options.deltas, group_size=options.group_size)
     if options.plot:
         _plot(bounds, options.plot)
     return "\n".join(_line(bound) for bound in bounds)
 
 
-def _plot(bounds: list[PrivacyBound], path: str) -> None:
+def _risk(options: argparse.Namespace) -> str:
+    curve = trade_off(_stored(options), group_size=options.group_size)
+    if options.plot:
+        _plot_risk(curve, options.plot)
+    return curve.table(options.false_positive_rates)
+
+
+@contextmanager
+def _axes(path: str) -> Iterator[Any]:
+    """Axes to draw on; what was drawn is then saved."""
     try:
         matplotlib = importlib.import_module("matplotlib")
         matplotlib.use("Agg")
@@ -250,19 +282,43 @@ def _plot(bounds: list[PrivacyBound], path: str) -> None:
     except ImportError as error:
         raise AccountingError("drawing needs matplotlib: pip install matplotlib, or leave out --plot") from error
     figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
-    deltas = [bound.delta for bound in bounds]
-    lower, upper = [bound.lower for bound in bounds], [bound.upper for bound in bounds]
-    if min(lower) > 0.0:
-        axes.fill_between(deltas, lower, upper, alpha=0.3, label="between the bounds")
-    axes.plot(deltas, upper, marker=".", label="certified upper bound")
-    axes.set(xscale="log", xlabel="δ", ylabel="ε", title=_title(bounds[0]))
-    axes.legend()
     try:
+        yield axes
         figure.savefig(path)
     except ValueError as error:
         raise AccountingError(f"{path} cannot be drawn: {error}") from error
     finally:
         pyplot.close(figure)
+
+
+def _plot(bounds: list[PrivacyBound], path: str) -> None:
+    with _axes(path) as axes:
+        deltas = [bound.delta for bound in bounds]
+        lower, upper = [bound.lower for bound in bounds], [bound.upper for bound in bounds]
+        if min(lower) > 0.0:
+            axes.fill_between(deltas, lower, upper, alpha=0.3, label="between the bounds")
+        axes.plot(deltas, upper, marker=".", label="certified upper bound")
+        axes.set(xscale="log", xlabel="δ", ylabel="ε", title=_title(bounds[0]))
+        axes.legend()
+
+
+def _plot_risk(curve: TradeOff, path: str) -> None:
+    """True-positive against false-positive rates, on logarithmic axes: what matters are rare false alarms."""
+    rates = np.geomspace(1e-5, 1.0, 201)
+    mu = curve.gaussian_mu()
+    with _axes(path) as axes:
+        axes.plot(rates, curve.true_positive_rate(rates), label="at most (certified)")
+        if mu < math.inf:
+            axes.plot(rates, ndtr(mu + ndtri(rates)), linestyle="--", label=f"μ-GDP, μ = {mu:.3g}")
+        axes.plot(rates, rates, color="gray", linewidth=0.8, label="guessing")
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="false-positive rate",
+            ylabel="true-positive rate",
+        )
+        axes.set_title(_title(curve.bounds[0]), fontsize="small")
+        axes.legend()
 
 
 def _title(bound: PrivacyBound) -> str:
@@ -277,4 +333,9 @@ def _explain(options: argparse.Namespace) -> str:
     accountant = create_accountant(options.accountant, relation=ledger.relation)
     accountant.ledger = ledger
     bounds = accountant.epsilon_curve(options.delta, group_size=options.group_size)
-    return "\n".join([ledger.table(), "", *map(_line, bounds)])
+    shown = [ledger.table(), "", *map(_line, bounds)]
+    if options.second_opinion:
+        if options.group_size != 1:
+            raise InvalidParameterError("others know no groups: ask for a second opinion without --group-size")
+        shown += ["", str(second_opinion(ledger, options.delta[0]))]
+    return "\n".join(shown)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +21,6 @@ from .events import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
     Event,
-    GaussianRelease,
     GaussianStep,
     GaussianVectorStep,
     NoSampling,
@@ -34,6 +30,7 @@ from .events import (
     from_dict,
     to_dict,
 )
+from .lines import UNKNOWN, Closed, Line, Taker, Turn, begins, together
 from .provenance import Provenance, Unit
 
 __all__ = ["FORMAT", "VERSION", "Ledger", "Line"]
@@ -41,76 +38,8 @@ __all__ = ["FORMAT", "VERSION", "Ledger", "Line"]
 FORMAT = "accounting.ledger"
 VERSION = 2
 _READ = (1, VERSION)
-_UNKNOWN = Provenance()
 _LOOSE = 64
 """Lines that may wait for being put together."""
-
-
-@dataclass(frozen=True)
-class Line:
-    """Equal events of one provenance, one after the other.
-
-    Attributes:
-        event: What was released.
-        count: How often.
-        provenance: Whose it is, and what it rests on.
-    """
-
-    event: Event
-    count: int
-    provenance: Provenance = _UNKNOWN
-
-    @property
-    def key(self) -> str:
-        """What tells in two ledgers whether they hold the same: the release's own identity, or its run; or empty."""
-        identity = self.event.identity if isinstance(self.event, GaussianRelease) else ""
-        return f"release {identity}" if identity else self.provenance.run
-
-
-@dataclass(frozen=True)
-class _Closed:
-    """The first lines of a ledger, which do not change any more, and what they amount to."""
-
-    lines: int = 0
-    events: int = 0
-    counts: Mapping[str, int] = field(default_factory=dict)
-    units: frozenset[Unit] = frozenset()
-
-    def and_then(self, lines: Sequence[Line]) -> _Closed:
-        counts = Counter(self.counts)
-        for line in lines:
-            if line.key:
-                counts[line.key] += line.count
-        units = self.units.union(line.provenance.unit for line in lines)
-        return _Closed(self.lines + len(lines), self.events + sum(line.count for line in lines), counts, units)
-
-
-class _Taker:
-    """Who takes a turn, as long as it lives and has not let go, in the process that it is of."""
-
-    def __init__(self) -> None:
-        self.process: int | None = os.getpid()
-
-
-class _Turn:
-    """A turn at putting lines together. It is over once who took it lives no more, however that came to its end.
-
-    A lock that an exception leaves behind before anybody is to release it would be held for ever.
-    """
-
-    def __init__(self) -> None:
-        self._taken: dict[None, weakref.ref[_Taker]] = {}
-        self._next: dict[None, _Turn] = {}
-
-    def or_next(self, taker: _Taker) -> tuple[_Turn, bool]:
-        """The first turn that is not over, and whether it is this taker's now."""
-        turn = self
-        while True:
-            # One operation each: of several threads one takes a turn, and all see the same next one.
-            by = turn._taken.setdefault(None, weakref.ref(taker))()
-            if by is taker or (by is not None and by.process == taker.process):
-                return turn, by is taker
-            turn = turn._next.setdefault(None, _Turn())
 
 
 class Ledger:
@@ -133,8 +62,8 @@ class Ledger:
         # What happened goes to the end, in one operation. What reads puts equal neighbours together, in one operation
         # too, which changes nothing of what is read. So nothing is ever taken away to be put back.
         self._record: list[Line] = []
-        self._closed = _Closed()
-        self._turn = _Turn()
+        self._closed = Closed()
+        self._turn = Turn()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"relation": self.relation, "_lines": self.lines}
@@ -156,7 +85,7 @@ class Ledger:
         self._compact()
         closed = self._closed.lines
         record = self._record[:]
-        return record[:closed] + _together(record[closed:])
+        return record[:closed] + together(record[closed:])
 
     @property
     def entries(self) -> list[tuple[Event, int]]:
@@ -190,7 +119,7 @@ class Ledger:
         copied._record = self.lines
         return copied
 
-    def append(self, event: Event, count: int = 1, provenance: Provenance = _UNKNOWN) -> None:
+    def append(self, event: Event, count: int = 1, provenance: Provenance = UNKNOWN) -> None:
         """Records `count` further events.
 
         Args:
@@ -213,7 +142,7 @@ class Ledger:
             )
         self._put(event, count, provenance)
 
-    def _put(self, event: Event, count: int = 1, provenance: Provenance = _UNKNOWN) -> None:
+    def _put(self, event: Event, count: int = 1, provenance: Provenance = UNKNOWN) -> None:
         """Records events of whichever unit: what is read was mixed where it was written."""
         count = check.count(count, "count")
         lines = []
@@ -226,7 +155,7 @@ class Ledger:
         if len(self._record) - self._closed.lines > _LOOSE:
             self._compact()
 
-    def _totals(self) -> tuple[_Closed, list[Line]]:
+    def _totals(self) -> tuple[Closed, list[Line]]:
         """What the closed lines amount to, and the lines behind them."""
         self._compact()
         closed = self._closed
@@ -236,14 +165,14 @@ class Ledger:
         """Puts equal neighbours together, unless that is being done already, by a thread or below a signal handler."""
         if len(self._record) - self._closed.lines < 2:
             return
-        mine = _Taker()
+        mine = Taker()
         try:
             self._turn, taken = self._turn.or_next(mine)
             if not taken:
                 return
             first = self._closed.lines
             loose = self._record[first:]
-            lines = _together(loose)
+            lines = together(loose)
             # What others append meanwhile is behind these.
             self._record[first : first + len(loose)] = lines
             self._closed = self._closed.and_then(lines[:-1])
@@ -266,7 +195,7 @@ class Ledger:
 
     def starts_with(self, start: Ledger) -> bool:
         """Whether this ledger is `start`, of the same runs, perhaps with further events behind it."""
-        return self.relation == start.relation and _begins(self.lines, start.lines)
+        return self.relation == start.relation and begins(self.lines, start.lines)
 
     def merge(self, other: Ledger) -> Ledger:
         """Returns what happened according to either ledger: sequential composition on the same data.
@@ -294,7 +223,7 @@ class Ledger:
         own_runs = merged.runs
         for run in own_runs.keys() & other.runs.keys():
             own, its = merged._of(run), other._of(run)
-            if _begins(own, its) or _begins(its, own):
+            if begins(own, its) or begins(its, own):
                 known[run] = own_runs[run]
             else:
                 conflicting.add(run)
@@ -341,7 +270,7 @@ class Ledger:
         own = Ledger(self.relation)
         for line in self.lines:
             if line.key == run:
-                own._put(line.event, line.count, line.provenance if run == line.provenance.run else _UNKNOWN)
+                own._put(line.event, line.count, line.provenance if run == line.provenance.run else UNKNOWN)
         return own.lines
 
     def attributed(self, provenance: Provenance) -> Ledger:
@@ -350,14 +279,14 @@ class Ledger:
         Raises:
             MixedUnitsError: When there are such lines, and the provenance is about people.
         """
-        if provenance.unit != _UNKNOWN.unit and any(line.provenance == _UNKNOWN for line in self.lines):
+        if provenance.unit != UNKNOWN.unit and any(line.provenance == UNKNOWN for line in self.lines):
             raise MixedUnitsError(
                 "lines without a provenance are about rows, and this provenance is about people: where each person has "
                 "one row only, say so by ledger.about('person'), and else leave the unit out"
             )
         attributed = Ledger(self.relation)
         for line in self.lines:
-            attributed._put(line.event, line.count, provenance if line.provenance == _UNKNOWN else line.provenance)
+            attributed._put(line.event, line.count, provenance if line.provenance == UNKNOWN else line.provenance)
         return attributed
 
     def scaled(self, factor: float) -> Ledger:
@@ -407,7 +336,7 @@ class Ledger:
             "relation": self.relation,
             "entries": [
                 {"event": to_dict(line.event), "count": line.count}
-                | ({"provenance": line.provenance.to_dict()} if line.provenance != _UNKNOWN else {})
+                | ({"provenance": line.provenance.to_dict()} if line.provenance != UNKNOWN else {})
                 for line in self.lines
             ],
         }
@@ -513,29 +442,6 @@ class Ledger:
 
     def __repr__(self) -> str:
         return f"Ledger(relation={self.relation!r}, lines={len(self.lines)}, events={len(self)})"
-
-
-def _together(lines: Iterable[Line]) -> list[Line]:
-    """The same lines, equal neighbours of one provenance on one."""
-    together: list[Line] = []
-    for line in lines:
-        before = together[-1] if together else None
-        if before is not None and before.event == line.event and before.provenance == line.provenance:
-            together[-1] = Line(line.event, before.count + line.count, line.provenance)
-        else:
-            together.append(line)
-    return together
-
-
-def _begins(lines: Sequence[Line], start: Sequence[Line]) -> bool:
-    """Whether lines are these ones, perhaps with further events behind them."""
-    if not start:
-        return True
-    last = len(start) - 1
-    if len(lines) <= last or lines[:last] != start[:last]:
-        return False
-    mine, its = lines[last], start[last]
-    return (mine.event, mine.provenance) == (its.event, its.provenance) and mine.count >= its.count
 
 
 def _describe(sampling: Any) -> str:

@@ -13,7 +13,7 @@ from .errors import EngineRangeError
 from .pairs import DominatingPair
 from .privacy_loss import Composition, DiscreteLoss, Side, TiltedProfile, discretise, loss_edges
 
-__all__ = ["compose_delta", "compose_epsilon"]
+__all__ = ["compose_delta", "compose_deltas", "compose_epsilon"]
 
 Array = NDArray[np.float64]
 Parts = Sequence[tuple[DominatingPair, int]]
@@ -25,6 +25,7 @@ _LARGE = 1 << 16
 _LARGEST_EPSILON = 1e8
 _NEAR = 24
 _CONCENTRATED = 0.1
+_LOG_OUTSIDE = -30.0
 _ULP = float(np.finfo(float).eps)
 
 
@@ -292,6 +293,40 @@ def compose_delta(
         upper = max(upper, min(value, rough))
     lower, _ = _Laboratory(worst, "lower", log_delta).delta(epsilon, t, tolerance)
     return min(lower, upper), upper
+
+
+def compose_deltas(
+    directions: Sequence[Parts], epsilons: Sequence[float], *, tolerance: float = _TOLERANCE
+) -> list[float]:
+    """Returns certified upper bounds of the δ of a composition at several ε, from one transform for each direction.
+
+    No tilt is sought for any ε: bounds are tight to the grid's error where δ is well above 1e-12.
+
+    Args:
+        directions: For each direction of the neighbouring relation, the pairs (dominating pair, steps).
+        epsilons: At least 0 each.
+        tolerance: Relative error that the grid is laid out for, at the spread of the loss.
+
+    Raises:
+        EngineRangeError: When the losses do not fit on a grid.
+    """
+    largest = [0.0] * len(epsilons)
+    for parts in directions:
+        laboratory = _Laboratory(parts, "upper", _LOG_OUTSIDE)
+        composition = laboratory.composition(0.0, 0.0, tolerance)
+        if composition.empty:
+            return [1.0] * len(epsilons)
+        if composition.size(0.0, _LOG_OUTSIDE) > _MAX_SIZE:
+            raise EngineRangeError("the losses do not fit on a grid without a tilt")
+        profile = composition.tilted(0.0, _LOG_OUTSIDE)
+        low, high = float(profile.loss[0]), float(profile.loss[-2])
+        slack = laboratory.rounding(composition)
+        for index, epsilon in enumerate(epsilons):
+            # δ decreases: above the window its value at the end of the window is a bound, and below it 1 is.
+            point = min(max(epsilon - slack, 0.0), high)
+            value = profile.delta(point) if point >= low else 1.0
+            largest[index] = max(largest[index], value)
+    return largest
 
 
 def _best_tilt(composition: Composition, t: float, log_delta: float) -> float:

@@ -32,6 +32,7 @@ from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import (
+    GaussianNoise,
     PoissonBatches,
     PoissonBatchSampler,
     RowAugmentation,
@@ -47,6 +48,7 @@ from clipless_dp.training import (
     evaluate,
     fit,
     fit_without_privacy,
+    suggest_sampling,
     suggest_settings,
 )
 from clipless_dp.version import __version__
@@ -66,6 +68,7 @@ __all__ = [
     "FitResult",
     "GateSuggestion",
     "GateSuggestions",
+    "GaussianNoise",
     "InputError",
     "LayerBounds",
     "LayerTightness",
@@ -112,5 +115,6 @@ __all__ = [
     "rescale_",
     "robustness",
     "suggest_gates",
+    "suggest_sampling",
     "suggest_settings",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -31,6 +31,13 @@ def _number(value: object) -> float:
         return math.inf
 
 
+def _finite(name: str, value: object, fits: Callable[[float], bool], wanted: str) -> float:
+    number = _number(value)
+    if math.isfinite(number) and fits(number):
+        return number
+    raise ConfigurationError(f"{name} must be {wanted}, got {shown(value)}")
+
+
 def shown(value: object) -> str:
     """A value for a message: what it looks like, or its type where that is long or cannot be had."""
     try:
@@ -48,10 +55,7 @@ def positive(name: str, value: object) -> float:
     Raises:
         ConfigurationError: it is anything else.
     """
-    number = _number(value)
-    if math.isfinite(number) and number > 0.0:
-        return number
-    raise ConfigurationError(f"{name} must be a finite and positive number, got {shown(value)}")
+    return _finite(name, value, lambda number: number > 0.0, "a finite and positive number")
 
 
 def cap(name: str, value: object) -> float:
@@ -60,10 +64,7 @@ def cap(name: str, value: object) -> float:
     Raises:
         ConfigurationError: it is anything else.
     """
-    number = _number(value)
-    if math.isfinite(number) and number >= 1e-8:
-        return number
-    raise ConfigurationError(f"{name} must be a finite number of at least 1e-8, got {shown(value)}")
+    return _finite(name, value, lambda number: number >= 1e-8, "a finite number of at least 1e-8")
 
 
 def not_negative(name: str, value: object) -> float:
@@ -72,10 +73,7 @@ def not_negative(name: str, value: object) -> float:
     Raises:
         ConfigurationError: it is anything else.
     """
-    number = _number(value)
-    if math.isfinite(number) and number >= 0.0:
-        return number
-    raise ConfigurationError(f"{name} must be a finite number, 0 or positive, got {shown(value)}")
+    return _finite(name, value, lambda number: number >= 0.0, "a finite number, 0 or positive")
 
 
 def learning_rate(name: str, value: object) -> float:

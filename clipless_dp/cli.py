@@ -1,4 +1,4 @@
-"""``python -m clipless_dp train`` and ``certify``: private training, and what it certifies, from the command line."""
+"""``python -m clipless_dp train``, ``certify``, ``explain``: private training, and what it gives, from a terminal."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         train.set_defaults(**dict.fromkeys((*_OF_PRESETS, *_TUNED)))
         options = parser.parse_args(arguments)
     try:
-        return _certify(options) if options.command == "certify" else _train(options)
+        return _train(options) if options.command == "train" else _read(options)
     except (CliplessError, ValueError, ImportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        if options.command == "certify":
+        if options.command != "train":
             print("interrupted", file=sys.stderr)
             return 130
         saved = options.checkpoint is not None and options.checkpoint.exists()
@@ -133,10 +133,19 @@ def _parser() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         formatter_class=_Formatter,
     )
     command.add_options(certify)
-    _add_named_data(certify, "--data", "--dataset")
-    _add_network(certify)
-    certify.add_argument("--preset", choices=tuple(presets.PRESETS), help="network and bounds of a preset")
-    certify.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
+    explain = commands.add_parser(
+        "explain",
+        help="what a checkpoint's predictions look at, and what would change them",
+        description="Prints how far predictions on held-out samples are from changing, for certain and along the "
+        "gradient, and how good maps of gradients are. Name data and network as they were in train.",
+        formatter_class=_Formatter,
+    )
+    command.add_explain_options(explain)
+    for reader in (certify, explain):
+        _add_named_data(reader, "--data", "--dataset")
+        _add_network(reader)
+        reader.add_argument("--preset", choices=tuple(presets.PRESETS), help="network and bounds of a preset")
+        reader.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to run on")
     return parser, train
 
 
@@ -301,7 +310,8 @@ def _train(options: argparse.Namespace) -> int:
     return 0
 
 
-def _certify(options: argparse.Namespace) -> int:
+def _read(options: argparse.Namespace) -> int:
+    """Runs what reads a checkpoint: ``certify`` and ``explain``."""
     _require_device(options.device)
     preset = None if options.preset is None else presets.get(options.preset)
     if preset is not None:
@@ -309,7 +319,8 @@ def _certify(options: argparse.Namespace) -> int:
     data = load_dataset(options.dataset, options.data_dir, classes=options.classes)
     shape = tuple(data.inputs.shape[1:])
     model = _model(options, shape, data.classes) if preset is None else preset.model(shape, data.classes)
-    command.certify_checkpoint(model.to(options.device), data, options)
+    act = command.certify_checkpoint if options.command == "certify" else command.explain_checkpoint
+    act(model.to(options.device), data, options)
     return 0
 
 

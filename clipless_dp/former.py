@@ -8,13 +8,13 @@ _MOVED = {
     "augmentation": "sampling.augmentation",
     "averaging": "model.averaging",
     "box_muller": "noise.box_muller",
-    "draws": "sampling.draws sampling.loaders sampling.fingerprints",
+    "draws": "sampling.draws sampling.series sampling.loaders sampling.fingerprints",
     "gating": "graph.gating",
     "gradient_gates": "gates.gradient_layers",
     "lineage": "model.lineage model.description model.settings",
     "memory": "training.memory",
     "overlaps": "model.overlaps",
-    "passes": "model.passes model.register model.door model.outermost",
+    "passes": "model.passes model.register model.door model.outermost model.noted",
     "persons": "sampling.persons",
     "randomness": "noise.randomness graph.dropout",
     "report": "statement.report statement.sections statement.facts",
@@ -35,6 +35,7 @@ _MOVED = {
 _INSIDE = {
     "fusion": {"Needed": "fusion.backward", "Passed": "fusion.backward"},
     "noise": {"MARGIN": "noise.adding RELEASE_MARGIN"},
+    "sampling.draws": {"Series": "sampling.series", "Source": "sampling.series"},
     "sampling": {
         "_Collate": "sampling.sampler",
         "checked_rows": "sampling.batches",
@@ -42,9 +43,10 @@ _INSIDE = {
         "usual_rows": "sampling.batches",
     },
 }
-"""What modules that are packages now do not tell of: classes of what users hold, and names without underscore.
+"""What modules that are packages now, or have given a part away, do not tell of.
 
-Each with the module that it is in, and its name there where that is another one.
+Classes of what users hold, and names without underscore. Each with the module that it is in, and its name there where
+that is another one.
 """
 
 

@@ -86,7 +86,7 @@ def test_whatever_the_numbers_labels_and_masks_every_sample_stays_within_its_bou
     for index in range(len(batch)):
         alone = gradients(model, *(part[index : index + 1] for part in (inputs, targets, mask)))
         for parameter, gradient in alone.items():
-            # Float32 rounding of the products, which bounds leave out: see the README.
+            # Float32 rounding of the products, which bounds leave out: see docs/guarantee.md.
             assert float(gradient.norm()) <= bounds[parameter] * (1 + 1e-4)
             assert mask[index] or not gradient.any()
             total[parameter] += gradient

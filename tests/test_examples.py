@@ -133,6 +133,17 @@ def test_the_table_example_prints_the_area_and_the_ledger(tmp_path, monkeypatch,
     assert "gaussian release" in statement.with_suffix(".md").read_text(encoding="utf-8")
 
 
+def test_the_table_example_of_people_keeps_to_its_epsilon_and_says_what_was_public(tmp_path, monkeypatch, capsys):
+    statement = tmp_path / "statement"
+    arguments = ["--people", "--epsilon", "1", "--statement", str(statement)]
+    printed = run("examples/tables.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)
+    # 75 % as a rule; the most frequent answer is right for 38 %.
+    assert float(re.search(r"accuracy ([\d.]+) %", printed)[1]) > 68
+    assert 0.95 < float(re.search(r"epsilon\s+([\d.]+)", printed)[1]) <= 1.0
+    assert 50.0 < float(re.search(r"even odds ([\d.]+) %", printed)[1]) < 60.0
+    assert "city of 4 categories" in statement.with_suffix(".md").read_text(encoding="utf-8")
+
+
 def test_the_robustness_example_prints_radii_beside_epsilon(tmp_path, monkeypatch, capsys):
     statement = tmp_path / "statement"
     arguments = ["--epochs", "40", "--statement", str(statement)]
@@ -145,13 +156,16 @@ def test_the_robustness_example_prints_radii_beside_epsilon(tmp_path, monkeypatc
     assert "## Robustness" in statement.with_suffix(".md").read_text(encoding="utf-8")
 
 
-def test_the_code_of_the_readme_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 2
-    exec("\n".join(blocks), {"__name__": "readme"})
-    assert (tmp_path / "runs" / "model.pt").exists()
+def test_the_explanations_example_prints_distances_above_what_is_certified(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "explanations.png"
+    printed = run("examples/explanations.py", "--plot", str(plot), monkeypatch=monkeypatch, capsys=capsys)
+    rows = re.findall(r"^ +\d +\d +\d +[\d.]+ +[\d.]+ +([\d.]+) +([\d.]+) +[\d.]+$", printed, re.MULTILINE)
+    assert rows
+    assert all(float(certified) <= float(distance) for certified, distance in rows)
+    # 0.7 as a rule; of maps that have nothing to do with the network it is 0.
+    assert float(re.search(r"mu-fidelity, zero +(-?[\d.]+)", printed)[1]) > 0.3
+    assert plot.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

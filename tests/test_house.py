@@ -2,11 +2,13 @@
 
 A room is a package or a module right below ``clipless_dp``. Rooms stand on floors: an import goes to a lower floor or
 stays in its room. Modules form no circle, within a room neither. What begins with an underscore stays in its room.
+And the sizes of functions and files.
 """
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -45,6 +47,13 @@ FLOORS = (
 
 BREACHES: set[str] = set()
 """What breaks the contract, as :func:`breaches` writes it. This list only ever shrinks."""
+
+
+LONG_FILES = {"clipless_dp/model/wrapped.py", "clipless_dp/optim/optimizer.py"}
+"""Files that may be longer than others, for the reason on top of them."""
+
+MOST_LINES = {"function": 80, "file": 500}
+REASON = "# Over 500 lines: "
 
 
 class Import(NamedTuple):
@@ -177,6 +186,70 @@ def test_only_placement_is_asked_about_processes_and_parts() -> None:
 def test_each_room_has_one_floor() -> None:
     names = " ".join(FLOORS).split()
     assert len(names) == len(set(names))
+
+
+def too_long(root: Path) -> set[str]:
+    """Functions over 80 lines, docstrings not counted, and files over 500 lines without a reason; by their names."""
+    found = set()
+    for path in sorted(part for package in ("clipless_dp", "accounting") for part in (root / package).rglob("*.py")):
+        name, text = path.relative_to(root).as_posix(), path.read_text("utf-8")
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and _length(node) > MOST_LINES["function"]:
+                found.add(f"{name}: {node.name}")
+        if len(text.splitlines()) > MOST_LINES["file"] and not re.search(rf"^{REASON}\S.{{20}}", text, re.MULTILINE):
+            found.add(name)
+    return found
+
+
+def _length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    assert node.end_lineno is not None
+    lines = node.end_lineno - node.lineno + 1
+    if ast.get_docstring(node) is not None:
+        assert node.body[0].end_lineno is not None
+        lines -= node.body[0].end_lineno - node.body[0].lineno + 1
+    return lines
+
+
+def test_functions_and_files_are_short_or_say_why_not() -> None:
+    assert not too_long(ROOT)
+
+
+def test_files_that_say_why_they_are_long_are_the_listed_ones_and_still_long() -> None:
+    files = {
+        path.relative_to(ROOT).as_posix(): path.read_text("utf-8")
+        for package in ("clipless_dp", "accounting")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert {name for name, text in files.items() if REASON in text} == LONG_FILES
+    assert {name for name, text in files.items() if len(text.splitlines()) > MOST_LINES["file"]} == LONG_FILES
+
+
+SIZES = {
+    "a function of 81 lines": ("def f():\n" + "    pass\n" * 80, {"clipless_dp/long.py: f"}),
+    "a function of 80 lines": ("def f():\n" + "    pass\n" * 79, set()),
+    "a method, within a function": (
+        "def f():\n    class A:\n        async def g(self):\n" + "            pass\n" * 80,
+        {"clipless_dp/long.py: f", "clipless_dp/long.py: g"},
+    ),
+    "a docstring does not count": ('def f():\n    """Says.\n' + "    more\n" * 200 + '    """\n    pass\n', set()),
+    "a string that is no docstring counts": (
+        'def f():\n    pass\n    """Says.\n' + "    more\n" * 80 + '    """\n',
+        {"clipless_dp/long.py: f"},
+    ),
+    "a file of 501 lines": ("\n" * 501, {"clipless_dp/long.py"}),
+    "a file of 500 lines": ("\n" * 500, set()),
+    "a reason": (REASON + "one public class, documented at length.\n" + "\n" * 501, set()),
+    "no reason": (REASON + "\n" * 501, {"clipless_dp/long.py"}),
+}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_what_is_too_long_is_told_by_its_name(case: str, tmp_path: Path) -> None:
+    text, expected = SIZES[case]
+    (tmp_path / "clipless_dp").mkdir()
+    (tmp_path / "clipless_dp" / "long.py").write_text(text, "utf-8")
+    assert too_long(tmp_path) == expected
 
 
 HOUSE = {

@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from accounting import GaussianRelease, GaussianStep
-from clipless_dp import ConfigurationError, InputError, tables
-from clipless_dp.tables import LABELS_SHARE, LARGEST_BATCH, STATISTICS_SHARE, fit_table, learning_rate, number_of_steps
+from clipless_dp import ConfigurationError, InputError
+from clipless_dp.tables import (
+    LABELS_SHARE,
+    LARGEST_BATCH,
+    STATISTICS_SHARE,
+    fit_table,
+    fitting,
+    learning_rate,
+    number_of_steps,
+    tasks,
+)
 
 BUDGET = {"epsilon": 2.0, "delta": 1e-4, "progress": False, "reproducible_seed": 0, "cosines": 128}
 
@@ -86,8 +95,8 @@ def test_what_is_no_table_is_refused_before_anything_is_spent(monkeypatch):
     def released(*arguments, **settings):
         raise AssertionError("statistics were released")
 
-    monkeypatch.setattr(tables, "private_standardisation", released)
-    monkeypatch.setattr(tables, "private_fraction", released)
+    monkeypatch.setattr(fitting, "private_standardisation", released)
+    monkeypatch.setattr(tasks, "private_fraction", released)
     rows, labels = table(50)
     for bad in (rows[0], rows.long(), rows[:, :0]):
         with pytest.raises(InputError, match="rows"):

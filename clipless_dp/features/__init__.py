@@ -1,5 +1,6 @@
 """What comes before a private model and costs no privacy: features of each sample by itself, that no data entered."""
 
+from clipless_dp.features.columns import TableEncoding
 from clipless_dp.features.cosines import RandomCosines
 from clipless_dp.features.frozen import FrozenFeatures
 from clipless_dp.features.scattering import NaturalStandardisation, Scattering2d
@@ -13,4 +14,5 @@ __all__ = [
     "OpponentColours",
     "RandomCosines",
     "Scattering2d",
+    "TableEncoding",
 ]

@@ -30,6 +30,7 @@ from clipless_dp.isolation.gating import WRITTEN, Gating
 from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_coded_tensors, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.isolation.refusals import FROZEN, refuse_parts
+from clipless_dp.isolation.uses import refuse_further
 from clipless_dp.packing import Packing
 
 Joint = Literal["layer", "network"] | None
@@ -268,7 +269,7 @@ class Isolated(nn.Module):
 
         Raises:
             ConfigurationError: ``select`` finds no output, or one without a batch axis.
-        UnsupportedModuleError: the network branches on values, or does what cannot be done for one sample alone.
+            UnsupportedModuleError: the network branches on values, or does what cannot be done for one sample alone.
             PrivacyError: it keeps something of a sample, or a parameter is used past its gate, or more often than when
                 the network was wrapped.
         """
@@ -431,29 +432,7 @@ class Isolated(nn.Module):
             self.__dict__["groups"] = tuple(sorted(gating.groups))
             self.__dict__["__limits__"] = tuple(int(limit) for limits in gating.limits for limit in limits)
             return
-        known = dict(self.uses)
-        for name, uses in found.items():
-            expected = known.get(name, ())
-            if len(uses) <= len(expected) and not _covered(uses, expected):
-                raise PrivacyError(
-                    f"the gradient of {name!r} sums over {_most(uses)} entries of a sample in this pass, and over "
-                    f"{_most(expected)} at most when the network was wrapped, whose rounding is what the bounds cover: "
-                    "wrap it with inputs as long as the longest"
-                )
-            if len(uses) > len(expected):
-                raise PrivacyError(
-                    f"the parameter {name!r} goes through {len(uses)} gates in this pass, and through "
-                    f"{len(expected)} when the network was wrapped: wrap it in the mode, and with the frozen "
-                    "parameters, that it is trained with"
-                )
-        if self.joint == "layer":
-            # Of what is trained now, each use must be one of those that the bounds are of, together with as much.
-            ours = Counter(tuple(name for name in group if name in found) for group in self.groups)
-            if Counter(gating.groups) - ours:
-                raise PrivacyError(
-                    "weights and biases are used together in other operations than when the network was wrapped, so "
-                    "that its joint caps are not theirs: wrap it in the mode that it is trained with"
-                )
+        refuse_further(found, gating.groups, self.uses, self.groups if self.joint == "layer" else None)
 
     def forget(self) -> None:
         """Lets the next pass say how often each parameter is used."""
@@ -478,15 +457,6 @@ def _seeded_once() -> Iterator[None]:
         yield
     finally:
         generator.set_state(state)
-
-
-def _most(uses: Sequence[tuple[str, int]]) -> int:
-    return max(entries for _, entries in uses)
-
-
-def _covered(uses: Sequence[tuple[str, int]], expected: Sequence[tuple[str, int]]) -> bool:
-    """Whether no gate sums more entries than the largest that was expected."""
-    return _most(uses) <= _most(expected)
 
 
 def is_named(name: str, pattern: str) -> bool:

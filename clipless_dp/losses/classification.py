@@ -106,7 +106,18 @@ def balanced_weights(priors: Sequence[float], power: float = 1.0) -> tuple[float
     return tuple(prior**-power / total for prior in known)
 
 
-class TauCrossEntropy(Loss):
+class _SmoothedCrossEntropy(Loss):
+    """A cross-entropy of smoothed labels at a temperature, with weights of classes."""
+
+    def __init__(
+        self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
+    ) -> None:
+        self.tau = positive("tau", tau)
+        self.label_smoothing = smoothing_share(label_smoothing)
+        self.class_weights = _public_weights(class_weights)
+
+
+class TauCrossEntropy(_SmoothedCrossEntropy):
     """``w_y·CE(τz, t)/τ``: cross-entropy at temperature ``1/τ`` (Béthune et al. 2024, §4).
 
     ``t = (1-s)·e_y + s/C`` are the smoothed labels (Szegedy et al. 2016). Larger ``τ`` sharpens the softmax, which a
@@ -124,13 +135,6 @@ class TauCrossEntropy(Loss):
     Shape:
         output ``(B, C)``, target ``(B,)`` integers in ``[0, C)``.
     """
-
-    def __init__(
-        self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
-    ) -> None:
-        self.tau = positive("tau", tau)
-        self.label_smoothing = smoothing_share(label_smoothing)
-        self.class_weights = _public_weights(class_weights)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
         """See :meth:`Loss.per_sample`."""
@@ -150,7 +154,7 @@ class TauCrossEntropy(Loss):
         return _largest(self.class_weights, classes) * cross_entropy_bound(classes, self.label_smoothing)
 
 
-class BinaryCrossEntropy(Loss):
+class BinaryCrossEntropy(_SmoothedCrossEntropy):
     """``BCE(sigmoid(τz), t)/τ``, the mean over ``k`` outputs, with smoothed targets ``t = (1-s)y + s/2``.
 
     The gradient of one output is ``w_0(1-t)p - w_1·t(1-p)`` over ``k``, ``p = sigmoid(τz)``: a difference of two
@@ -169,9 +173,7 @@ class BinaryCrossEntropy(Loss):
     def __init__(
         self, tau: float = 1.0, *, label_smoothing: float = 0.0, class_weights: Sequence[float] | None = None
     ) -> None:
-        self.tau = positive("tau", tau)
-        self.label_smoothing = smoothing_share(label_smoothing)
-        self.class_weights = _public_weights(class_weights)
+        super().__init__(tau, label_smoothing=label_smoothing, class_weights=class_weights)
         _largest(self.class_weights, 2)
 
     def per_sample(self, output: Tensor, target: Tensor) -> Tensor:

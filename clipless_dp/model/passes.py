@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.sampling import draws, fingerprints
-from clipless_dp.sampling.draws import Draw, Rows
+from clipless_dp.sampling.series import Draw, Rows
 
 DROPPED = "The gradients are dropped; nothing was released"
 
@@ -247,3 +247,19 @@ def drawn_by(passed: Sequence[Pass]) -> list[Draw]:
     """The draws that the rows of the passes are of."""
     found = {id(some.rows.draw): some.rows.draw for some in passed if some.rows is not None and some.rows.draw}
     return list(found.values())
+
+
+class Watched(Protocol):
+    """What a register asks of the model whose passes it keeps."""
+
+    def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
+        """The bounds that hold now, and a fingerprint of all that they rest on."""
+        ...
+
+    def check_pass(self, fingerprint: object) -> None:
+        """Raises :class:`PrivacyError` where what the bounds of a pass rest on is not what it was."""
+        ...
+
+    def reached(self, begun: Pass) -> set[int]:
+        """The parameters (by ``id``) that a pass has gradients of."""
+        ...

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, cast
 from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
@@ -27,11 +27,11 @@ from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model.door import Aliases
+from clipless_dp.model.noted import Noted
 from clipless_dp.model.owed import Owed, for_all
-from clipless_dp.model.passes import DROPPED, Pass, announcing, declaring, joined, opened
-from clipless_dp.model.surroundings import refuse_interference
-from clipless_dp.sampling import fingerprints
-from clipless_dp.sampling.draws import Draw, Rows
+from clipless_dp.model.passes import DROPPED, Pass, Watched, declaring, joined, opened
+from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
+from clipless_dp.sampling.series import Draw, Rows
 
 _SPENT = (
     "What is done with private gradients, their norm or their direction, would decide what a step releases (skipped "
@@ -44,31 +44,6 @@ _LEFT_OUT = (
     "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must not depend "
     "on a batch. Freeze parameters by requires_grad_(False)"
 )
-
-
-class Watched(Protocol):
-    """What a register asks of the model whose passes it keeps."""
-
-    def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
-        """The bounds that hold now, and a fingerprint of all that they rest on."""
-        ...
-
-    def check_pass(self, fingerprint: object) -> None:
-        """Raises :class:`PrivacyError` where what the bounds of a pass rest on is not what it was."""
-        ...
-
-    def reached(self, begun: Pass) -> set[int]:
-        """The parameters (by ``id``) that a pass has gradients of."""
-        ...
-
-
-class _Held(NamedTuple):
-    """A gradient as the register left it."""
-
-    gradient: ref[Tensor]
-    version: int
-    sample: object
-
 
 _MOST_OPEN = 4096
 """Compiled passes that wait for a backward pass; those that never get one are forgotten."""
@@ -94,6 +69,7 @@ class Register:
         parameters: those whose gradients it keeps, what gates leave their counts in among them.
         counts: the latter.
         passes: those that have added to the gradients.
+        noted: the gradients as the register left them.
         lock: held while the network runs on aliases of its parameters.
         key: names it in compiled graphs.
         taker: the optimizer that the last gradients of passes went to, as long as it lives.
@@ -108,8 +84,7 @@ class Register:
         self._filled: set[int] = set()
         self.lock = threading.RLock()
         self.key = next(_keys)
-        self._held: dict[nn.Parameter, _Held] = {}
-        self._buffers: dict[int, int] = {}
+        self.noted = Noted()
         self._taint: str | None = None
         self._handles: list[Any] = []
         self._pending: list[Pass] = []
@@ -117,9 +92,13 @@ class Register:
         self._engine_task: int | None = None
         self._open: dict[int, Pass] = {}
         self._task: tuple[int, bool] | None = None
-        self.sharded = False
         registers[self.key] = self
         self.follow(net)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part of the gradients, which are summed and split elsewhere."""
+        return self.noted.sharded
 
     def follow(self, net: nn.Module) -> None:
         """Notes where the parameters of the network are held."""
@@ -238,13 +217,13 @@ class Register:
                 own = gradient.stride() == parameter.stride() and gradient.data_ptr() not in given
                 parameter.grad = gradient.detach() if own else torch.empty_like(parameter).copy_(gradient)
                 given.add(gradient.data_ptr())
-                self._note(parameter)
+                self.noted.note(parameter)
         if counted and left_out:
             self._taint = _LEFT_OUT
         if added:
             torch._foreach_add_([cast(Tensor, parameter.grad) for parameter, _ in added], [own for _, own in added])
             for parameter, _ in added:
-                self._note(parameter)
+                self.noted.note(parameter)
         return returned
 
     def owed(self) -> list[Pass]:
@@ -322,17 +301,8 @@ class Register:
             return
         self._awaited.discard(id(held))
         self._filled.add(id(held))
-        known, gradient = self._held.get(held), cast(Tensor, held.grad)
-        if known is None or known.gradient() is None:
-            as_before = True
-        elif self.sharded:
-            part = placement.local(gradient)
-            before = self._buffers.get(part.untyped_storage().data_ptr())
-            as_before = known.version == gradient._version and before in (None, part._version - 1)
-        else:
-            as_before = known.version == gradient._version - 1
-        if as_before:
-            self._note(held)
+        if self.noted.was_added_to(held):
+            self.noted.note(held)
 
     def _unhook(self) -> None:
         for handle in self._handles:
@@ -369,17 +339,16 @@ class Register:
         for parameter in self.parameters:
             gradient = parameter.grad
             if gradient is None:
-                self._held.pop(parameter, None)
+                self.noted.forget(parameter)
                 emptied |= id(parameter) in self._filled
                 continue
-            known = self._held.get(parameter)
-            if known is not None and known.gradient() is gradient and self._is_as_noted(known, gradient):
-                if known.sample is None or known.sample == fingerprints.sample(gradient):
+            if self.noted.knows(parameter):
+                if self.noted.has_values(parameter):
                     kept = True
                     continue
                 altered = parameter
             elif not bool(placement.local(gradient).any()):
-                self._note(parameter)
+                self.noted.note(parameter)
                 emptied |= id(parameter) in self._filled
             else:
                 altered = parameter
@@ -395,36 +364,13 @@ class Register:
         elif emptied:
             self._taint = "the gradients of some parameters were dropped, and those of others kept. " + _SPENT
 
-    def _is_as_noted(self, known: _Held, gradient: Tensor) -> bool:
-        if known.version != gradient._version:
-            return False
-        if not self.sharded:
-            return True
-        part = placement.local(gradient)
-        return self._buffers.get(part.untyped_storage().data_ptr()) == part._version
-
-    def _note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        self._held[parameter] = _Held(
-            ref(gradient), gradient._version, fingerprints.sample(gradient) if sampled else None
-        )
-        if self.sharded:
-            # Parts that were summed together lie in one buffer, and have one counter.
-            part = placement.local(gradient)
-            self._buffers[part.untyped_storage().data_ptr()] = part._version
-
     def note_all(self, *, sampled: bool = True) -> None:
         """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
-        self._held.clear()
-        self._buffers.clear()
-        for parameter in self.parameters:
-            if parameter.grad is not None:
-                self._note(parameter, sampled=sampled)
+        self.noted.note_all(self.parameters, sampled=sampled)
 
     def let_go(self) -> None:
         """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
-        self._held.clear()
+        self.noted.clear()
 
     def forget(self) -> None:
         """No pass is in the gradients any more, and none is owed: all were released, or are left out by word."""
@@ -436,7 +382,7 @@ class Register:
         """Drops the gradients, so that no later step releases them. What was computed stays owed."""
         for parameter in self.parameters:
             parameter.grad = None
-        self._held.clear()
+        self.noted.clear()
         self.passes, self._pending, self._taint = [], [], None
         self._filled.clear()
 
@@ -471,7 +417,7 @@ class Register:
         owed = {id(one) for one in self.owed()}
         filled, self._filled = self._filled, set()
         taint = self._taint
-        held, self._held = self._held, {}
+        noted = self.noted.put_aside()
 
         def computed() -> list[Pass]:
             return [one for one in self.owed() if id(one) not in owed]
@@ -492,9 +438,10 @@ class Register:
         except BaseException as error:
             for parameter, gradient in zip(parameters, before, strict=True):
                 parameter.grad = gradient
-            self.passes, self._held, self._taint = earlier, held, taint
+            self.passes, self._taint = earlier, taint
+            self.noted.put_back(noted)
             self._filled, self._pending = filled, []
-            if unseen and _is_out_of_memory(error):
+            if unseen and is_out_of_memory(error):
                 self._strike(computed())
             raise
         made, self.passes = self.passes, earlier
@@ -520,34 +467,6 @@ class Register:
                 else:
                     parameter.grad += gradient
         self.note_all()
-
-    @contextmanager
-    def rows(self, seen: Tensor, counts: Tensor) -> Iterator[None]:
-        """Within :meth:`apart`, one pass of this tensor and nothing else, forth and back.
-
-        Args:
-            seen: the rows.
-            counts: boolean, which of them count; a loss may leave a piece out of which none does.
-
-        Raises:
-            PrivacyError: the model was passed other rows, or these more than once or not at all.
-        """
-        self.unhook()
-        before = len(self.passes)
-        with announcing(seen):
-            yield
-        self.unhook()
-        made = self.passes[before:]
-        if len(made) > 1 or not all(some.declared for some in made):
-            raise PrivacyError(
-                "the loss passed the model other rows than those that it was given, or passed them more than once, "
-                "so that they would count twice: call the model once, on the very tensor that comes in"
-            )
-        if not made and bool(counts.any()):
-            raise PrivacyError(
-                "the loss left rows out that it was given: whether a sample enters may then depend on others. Pass the "
-                "model the very tensor that comes in, and leave rows out with the mask"
-            )
 
     def witnessed(self) -> list[Pass]:
         """The passes that the gradients consist of.
@@ -579,9 +498,3 @@ class Register:
                 for one in whole.private_parts():
                     model.check_pass(one.fingerprint)
         return list(self.passes)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )

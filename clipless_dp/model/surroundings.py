@@ -49,3 +49,10 @@ def refuse_interference() -> None:
                 "hooks on saved tensors are in force (saved_tensors_hooks), which may change what gradients are made "
                 "of: use torch.utils.checkpoint or torch.autograd.graph.save_on_cpu to save memory"
             )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a pass failed because memory was too small, of a device or of the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )

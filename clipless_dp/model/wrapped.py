@@ -1,4 +1,5 @@
 """The wrapped model: input gate, the user's network, cotangent gate."""
+# Over 500 lines: one public class, a third of it documentation of what may be asked of it; what it does is elsewhere.
 
 from __future__ import annotations
 
@@ -490,7 +491,7 @@ class DPLipModel(nn.Module):
     def _take(self, found: Placement) -> Placement:
         if not found.is_whole:
             join_(self._traced.module)
-            self.register.sharded = True
+            self.register.noted.sharded = True
             self._tracker.weights = found
         self._placement, self._placement_of = found, type(self)
         return found

@@ -1,6 +1,7 @@
 """Optimizers that add calibrated noise, record what was released, and project back onto the constraints."""
 
 from clipless_dp.errors import PrivacyWarning
+from clipless_dp.optim.adam import AdamBC
 from clipless_dp.optim.adaptation import CapRecord
 from clipless_dp.optim.books import STATE_FORMAT, Rates
 from clipless_dp.optim.charging import Sampling
@@ -9,6 +10,7 @@ from clipless_dp.optim.sgd import CliplessDPSGD
 
 __all__ = [
     "STATE_FORMAT",
+    "AdamBC",
     "CapRecord",
     "CliplessDPOptimizer",
     "CliplessDPSGD",

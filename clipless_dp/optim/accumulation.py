@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from clipless_dp.arguments import function, shown, whole
 from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
+from clipless_dp.model.register import Register
 from clipless_dp.optim.charging import NO_PEOPLE
 from clipless_dp.packing import Structure
-from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
 from clipless_dp.sampling.people import Unit
+from clipless_dp.sampling.series import Rows, overlapping
 
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -50,7 +52,7 @@ def accumulate(
     rows, beside = passes.origin(inputs, register.names())
     register.reconcile()
     entered = [some.rows for some in register.passes if some.rows is not None]
-    if draws.overlapping([*entered, rows]):
+    if overlapping([*entered, rows]):
         raise PrivacyError(
             "rows of this batch have entered the gradients of this step already, and would count twice: "
             "accumulate each draw once, with multiplicity=K for several views of its samples, then step()"
@@ -74,7 +76,7 @@ def accumulate(
             for _ in range(multiplicity):
                 for some, wanted, counts in pieces:
                     seen = some if augment is None or not len(some) else views(augment, some, counts, model.randomness)
-                    with register.rows(seen, counts):
+                    with _one_pass(register, seen, counts):
                         value = model.loss(model(seen), wanted, counts) if loss is None else loss(seen, wanted, counts)
                         value.backward()
                     total += value.detach()
@@ -87,7 +89,37 @@ def accumulate(
         return torch.stack([passed(*span) for span in spans]).sum()
 
 
-def _spans(rows: draws.Rows, count: int, unit: Unit, *, whole: bool) -> list[tuple[int, int, int]]:
+@contextmanager
+def _one_pass(register: Register, seen: Tensor, counts: Tensor) -> Iterator[None]:
+    """Within ``register.apart``, one pass of this tensor and nothing else, forth and back.
+
+    Args:
+        register: of the model's passes.
+        seen: the rows.
+        counts: boolean, which of them count; a loss may leave a piece out of which none does.
+
+    Raises:
+        PrivacyError: the model was passed other rows, or these more than once or not at all.
+    """
+    register.unhook()
+    before = len(register.passes)
+    with passes.announcing(seen):
+        yield
+    register.unhook()
+    made = register.passes[before:]
+    if len(made) > 1 or not all(some.declared for some in made):
+        raise PrivacyError(
+            "the loss passed the model other rows than those that it was given, or passed them more than once, "
+            "so that they would count twice: call the model once, on the very tensor that comes in"
+        )
+    if not made and bool(counts.any()):
+        raise PrivacyError(
+            "the loss left rows out that it was given: whether a sample enters may then depend on others. Pass the "
+            "model the very tensor that comes in, and leave rows out with the mask"
+        )
+
+
+def _spans(rows: Rows, count: int, unit: Unit, *, whole: bool) -> list[tuple[int, int, int]]:
     """Of a batch's rows from where to where gradients are divided by what, past all gates.
 
     As the mean over views, the weight of a person's row is applied to the gradients of the parameters: the cotangent of

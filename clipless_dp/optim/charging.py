@@ -11,6 +11,7 @@ from clipless_dp.errors import ConfigurationError, PrivacyError, PrivacyWarning
 from clipless_dp.model import passes
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.people import Unit
+from clipless_dp.sampling.series import Draw, Rows, covered, overlapping
 
 Sampling = Literal["announced", "poisson", "none"]
 
@@ -65,7 +66,7 @@ class Charge(NamedTuple):
     sample_rate: float
     share: float
     witness: Witness
-    draw: draws.Draw | None
+    draw: Draw | None
 
 
 def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
@@ -115,7 +116,7 @@ def charge(passed: Sequence[passes.Pass], terms: Terms) -> Charge:
     return Charge(rate, share, "seeded" if seeded else "vouched" if terms.sampling == "poisson" else "announced", draw)
 
 
-def _refuse_other_unit(passed: Sequence[passes.Pass], draw: draws.Draw | None, terms: Terms) -> None:
+def _refuse_other_unit(passed: Sequence[passes.Pass], draw: Draw | None, terms: Terms) -> None:
     """Refuses rows that are drawn, or weigh, otherwise than the unit of the guarantee asks for.
 
     Whoever vouches for how batches are drawn says nothing of weights: those are of the sensitivity, and witnessed under
@@ -183,16 +184,16 @@ def leave_out(owed: Sequence[passes.Pass], terms: Terms, *, said: bool = False) 
     return count + (len(undrawn) if said else 0)
 
 
-def _drawn(some: passes.Pass) -> list[draws.Draw]:
+def _drawn(some: passes.Pass) -> list[Draw]:
     return [] if some.rows is None or some.rows.draw is None else [some.rows.draw]
 
 
-def _is_ones_own(draw: draws.Draw, terms: Terms) -> bool:
+def _is_ones_own(draw: Draw, terms: Terms) -> bool:
     return draw.delivered > terms.since and draw.series.source.is_for(terms.user)
 
 
 def _rate_and_share(
-    passed: Sequence[passes.Pass], draw: draws.Draw | None, amplified: bool, terms: Terms
+    passed: Sequence[passes.Pass], draw: Draw | None, amplified: bool, terms: Terms
 ) -> tuple[float, float]:
     drawn = draw is not None or not passed
     if terms.sampling == "none" or (terms.sample_rate == 1.0 and drawn):
@@ -217,7 +218,7 @@ def _rate_and_share(
     return 1.0, 1.0 if drawn else 0.5
 
 
-def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> draws.Draw | None:
+def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> Draw | None:
     """The draw that the passes are of, all of it and nothing else; ``None`` if their rows are of no draw."""
     drawn = passes.drawn_by(passed)
     if len(drawn) > 1:
@@ -227,7 +228,7 @@ def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> draws.Draw |
             "micro-batches)"
         )
     spans = [some.rows for some in passed if some.rows is not None]
-    if draws.overlapping(spans):
+    if overlapping(spans):
         raise PrivacyError(
             "rows entered this step twice, in two passes: their samples would count twice. Pass each row once, "
             "with one loss that adds all terms; accumulate(..., multiplicity=K) averages several views of a sample"
@@ -249,9 +250,7 @@ def _witnessed_draw(passed: Sequence[passes.Pass], terms: Terms) -> draws.Draw |
     return draw
 
 
-def _refuse_other_rows(
-    passed: Sequence[passes.Pass], draw: draws.Draw | None, spans: Sequence[draws.Rows], terms: Terms
-) -> None:
+def _refuse_other_rows(passed: Sequence[passes.Pass], draw: Draw | None, spans: Sequence[Rows], terms: Terms) -> None:
     vouch = "If your own code makes sure that each sample enters once, vouch with sampling='poisson' or 'none'"
     if terms.unit == "person":
         # Nobody can vouch for weights.
@@ -264,7 +263,7 @@ def _refuse_other_rows(
             "accumulate(batch, augment=...) or in the data set, leave rows out with the mask, and call skip_draw() "
             f"for a draw that is not trained on. {vouch}"
         )
-    if draw is not None and not draws.covered(list(spans), draw.rows):
+    if draw is not None and not covered(list(spans), draw.rows):
         raise PrivacyError(
             "rows of the draw were left out of this step, so that whether a sample enters depends on how many "
             "others were drawn: pass the whole draw (Batch.split cuts it into micro-batches), and leave rows out "

@@ -1,9 +1,11 @@
 """Optimizers that add calibrated noise, record what was released, and project back onto the constraints."""
+# Over 500 lines: one public class of fewer, a third of it documentation; what a step consists of is elsewhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NoReturn, overload
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, overload
 from weakref import ref
 
 import torch
@@ -15,13 +17,15 @@ from clipless_dp.arguments import multiplier, require_accountant, share, whole
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
 from clipless_dp.optim import accumulation, checks
+from clipless_dp.optim.adam import tell_noise
 from clipless_dp.optim.adaptation import Adaptation, CapRecord
+from clipless_dp.optim.around import Around, Setting
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
@@ -33,7 +37,7 @@ from clipless_dp.sampling.augmentation import Augmentation
 from clipless_dp.sampling.people import Unit, refuse_other_units
 
 
-class CliplessDPOptimizer(Optimizer):
+class CliplessDPOptimizer(Around):
     """Makes any first-order torch optimizer private.
 
     Each :meth:`step` takes the summed gradients, adds Gaussian noise of standard deviation ``σ_θ`` to that of each
@@ -87,7 +91,17 @@ class CliplessDPOptimizer(Optimizer):
         ``unit="person"`` a person with all of their rows.
     """
 
-    _step_supports_amp_scaling = True
+    noise_multiplier = Setting(
+        partial(multiplier, "noise_multiplier"),
+        "``σ``; assign to it to follow a noise schedule: every step is accounted with its own value.",
+    )
+    allocation = Setting(
+        checked_allocation, "How noise is shared among parameters; may be assigned to, for the steps to come."
+    )
+    sampling = Setting(checks.checked_sampling, "How batches are drawn; may be assigned to, for the steps to come.")
+    noise = Setting[NoiseSource | str | None, NoiseSource](
+        noise_source, "Source of the noise; may be assigned to, as the constructor's argument, for the steps to come."
+    )
 
     def __init__(
         self,
@@ -111,7 +125,6 @@ class CliplessDPOptimizer(Optimizer):
         model.placement.reshard_()
         self.placement = model.place()
         self.model = model
-        self.base_optimizer = base_optimizer
         self.noise_multiplier = noise_multiplier
         self.sample_rate = share("sample_rate", sample_rate, "(0, 1]")
         self.dataset_size = whole("dataset_size", dataset_size)
@@ -139,8 +152,7 @@ class CliplessDPOptimizer(Optimizer):
             )
         self._protected = Protected(model)
         self._made = draws.now()
-        super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
-        self._share_state()
+        super().__init__(base_optimizer)
         self._require_protected()
         model.register.drop()
         model.expect_rows(self.expected_batch_size)
@@ -152,52 +164,10 @@ class CliplessDPOptimizer(Optimizer):
         model.sensitivity()
         self._books.open(self._require_protected())
 
-    def __getstate__(self) -> NoReturn:
-        raise ConfigurationError(
-            "an optimizer is not copied or pickled, since two copies would charge the same draws: save state_dict() "
-            "and load it into a new optimizer"
-        )
-
-    @property
-    def noise_multiplier(self) -> float:
-        """``σ``; assign to it to follow a noise schedule: every step is accounted with its own value."""
-        return self._noise_multiplier
-
-    @noise_multiplier.setter
-    def noise_multiplier(self, value: float) -> None:
-        self._noise_multiplier = multiplier("noise_multiplier", value)
-
-    @property
-    def allocation(self) -> Allocation:
-        """How noise is shared among parameters; may be assigned to, for the steps to come."""
-        return self._allocation
-
-    @allocation.setter
-    def allocation(self, value: Allocation) -> None:
-        self._allocation = checked_allocation(value)
-
-    @property
-    def sampling(self) -> Sampling:
-        """How batches are drawn; may be assigned to, for the steps to come."""
-        return self._sampling
-
-    @sampling.setter
-    def sampling(self, value: Sampling) -> None:
-        self._sampling = checks.checked_sampling(value)
-
     @property
     def unit(self) -> Unit:
         """What the guarantee is about: ``"row"`` or ``"person"``. All steps are about one: make another optimizer."""
         return self._unit
-
-    @property
-    def noise(self) -> NoiseSource:
-        """Source of the noise; may be assigned to, as the constructor's argument, for the steps to come."""
-        return self._noise
-
-    @noise.setter
-    def noise(self, value: NoiseSource | str | None) -> None:
-        self._noise = noise_source(value)
 
     @property
     def budget(self) -> tuple[float, float] | None:
@@ -297,7 +267,7 @@ class CliplessDPOptimizer(Optimizer):
     def _terms(self) -> Terms:
         several = self.placement.world.size > 1
         names = self.model.register.names()
-        return Terms(self._sampling, self.sample_rate, self._made, several, self, names, self.unit, self._grouping)
+        return Terms(self.sampling, self.sample_rate, self._made, several, self, names, self.unit, self._grouping)
 
     @property
     def skipped_draws(self) -> int:
@@ -464,10 +434,6 @@ class CliplessDPOptimizer(Optimizer):
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
         self._share_state()
 
-    def _share_state(self) -> None:
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
-
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
         """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
         self.model.placement.reshard_()
@@ -487,7 +453,7 @@ class CliplessDPOptimizer(Optimizer):
         if not passed:
             taker = None if register.taker is None else register.taker()
             refuse_to_step_after(None if taker is self else taker, terms)
-        sensitivity = self._sensitivity(passed)
+        sensitivity = passes.joined(passed, self.model.sensitivity)
         deviations, of_counts, spent = self._deviations(sensitivity, named)
         charged = charge([some for some in passed if not some.public], terms)
         spent *= charged.share
@@ -509,10 +475,9 @@ class CliplessDPOptimizer(Optimizer):
         if passed:
             register.taker = ref(self)
         gradients, scales = to_release(named, deviations, passed=bool(passed))
-        if of_counts:
-            # Further coordinates of the same release.
-            counts = self._adaptation.sums(passed=bool(passed))
-            gradients, scales = [*gradients, *counts], [*scales, *[of_counts] * len(counts)]
+        # Further coordinates of the same release.
+        counts = self._adaptation.sums(passed=bool(passed)) if of_counts else []
+        gradients, scales = [*gradients, *counts], [*scales, *[of_counts] * len(counts)]
         self.placement.release_(
             gradients,
             scales,
@@ -527,30 +492,21 @@ class CliplessDPOptimizer(Optimizer):
         else:
             self._adaptation.drop()
         self.model.project_gradients_()
+        tell_noise(self.base_optimizer, deviations, self.expected_batch_size)
         register.note_all(sampled=False)
 
     def _shared_settings(self) -> dict[str, object]:
         """What must be the same on all ranks."""
+        names = ("noise_multiplier", "sample_rate", "dataset_size", "unit", "allocation", "sampling", "budget", "caps")
         named = self.model.net.named_parameters()
         return {
             "parameters": [(name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in named],
-            "noise_multiplier": self.noise_multiplier,
-            "sample_rate": self.sample_rate,
-            "dataset_size": self.dataset_size,
-            "unit": self.unit,
-            "allocation": self.allocation,
-            "sampling": self.sampling,
+            **{name: getattr(self, name) for name in names},
             "noise": source_name(type(self.noise)),
-            "budget": self.budget,
             "input_norm": self.model.input_norm,
             "loss": self.model.cotangent_norm,
-            "caps": self.caps,
             "ledger": self.accountant.ledger.entries,
         }
-
-    def _sensitivity(self, passed: Sequence[passes.Pass]) -> Sensitivity:
-        """The bounds of the passes that the gradients consist of."""
-        return passes.joined(passed, self.model.sensitivity)
 
     def _deviations(
         self, sensitivity: Sensitivity, named: Mapping[str, nn.Parameter]
@@ -576,15 +532,3 @@ class CliplessDPOptimizer(Optimizer):
     def weights_were_loaded(self) -> None:
         """The model has the weights of the state that was loaded."""
         self._books.join_weights()
-
-    @property
-    def found_inf(self) -> None:
-        """Never set: a ``GradScaler`` is refused."""
-        raise AttributeError("found_inf")
-
-    @found_inf.setter
-    def found_inf(self, value: object) -> None:
-        raise PrivacyError(
-            "GradScaler skips steps depending on the data, which the ledger cannot see: train without it "
-            "(bfloat16 and float32 need no loss scaling)"
-        )

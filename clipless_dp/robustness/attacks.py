@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from clipless_dp.arguments import not_negative, positive, seed, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import flat_rows, per_sample, sample_norms
-from clipless_dp.robustness.networks import PlainNetwork, Units, read, refuse_other_labels, scale_of
+from clipless_dp.robustness.networks import (
+    PlainNetwork,
+    Units,
+    read,
+    refuse_other_labels,
+    scale_of,
+    value_and_gradient,
+)
 from clipless_dp.training import Data
 
 Box = tuple[float, float] | None
@@ -54,12 +61,8 @@ class Victim(NamedTuple):
 
     def slope(self, inputs: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Values and gradients, with respect to each sample, of the margin or of another function of the scores."""
-        inputs = inputs.detach().requires_grad_()
-        with torch.enable_grad():
-            scores = self.scores(inputs)
-            values = margins_of(scores, self.labels) if function is None else function(scores)
-            (gradient,) = torch.autograd.grad(values.sum(), inputs, materialize_grads=True)
-        return values.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
+        chosen = partial(margins_of, labels=self.labels) if function is None else function
+        return value_and_gradient(lambda values: chosen(self.scores(values)), inputs)
 
     def random_directions(self) -> Tensor:
         """Unit vectors, uniform, of the samples' shape."""
@@ -394,7 +397,7 @@ def attack(
         with torch.no_grad():
             scores = plain(some).nan_to_num(0.0)
         truth = scores.argmax(1) if labels is None else labels[start : start + rows].to(plain.device)
-        lowest, highest = _limits(box, some)
+        lowest, highest = limits_of(box, some)
         victim = Victim(
             lambda values: plain(values / scale), some * scale, truth, lowest * scale, highest * scale, generator
         )
@@ -408,7 +411,8 @@ def attack(
     )
 
 
-def _limits(box: Box, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def limits_of(box: Box, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest and highest entries of inputs in a box, which they must lie in; infinite without one."""
     lowest, highest = (-math.inf, math.inf) if box is None else box
     if not lowest < highest:
         raise ConfigurationError(f"box must be (lowest, highest), got {box!r}")
@@ -434,8 +438,8 @@ def _worst(
         held = victim._replace(inputs=victim.inputs[rows], labels=victim.labels[rows])
         for one in attacks:
             for proposed in one.proposals(held, budgets):
-                shortened = _bisected(held, proposed.detach(), bisections)
-                found = _distances(held, shortened)
+                shortened = bisected(held, proposed.detach(), bisections)
+                found = flip_distances(held, shortened)
                 nearer = found < distances[rows]
                 distances[rows] = torch.where(nearer, found, distances[rows])
                 examples[rows] = torch.where(per_sample(nearer, shortened), shortened, examples[rows])
@@ -444,7 +448,7 @@ def _worst(
     return Attacked(distances.cpu(), (examples / scale).cpu(), tuple(names), victim.labels.cpu())
 
 
-def _distances(victim: Victim, proposed: Tensor) -> Tensor:
+def flip_distances(victim: Victim, proposed: Tensor) -> Tensor:
     """Norms of what flips the prediction, ``(B,)`` in float64; infinite where it does not."""
     with torch.no_grad():
         flipped = victim.margins(proposed) < 0.0
@@ -453,7 +457,7 @@ def _distances(victim: Victim, proposed: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _bisected(victim: Victim, proposed: Tensor, bisections: int) -> Tensor:
+def bisected(victim: Victim, proposed: Tensor, bisections: int) -> Tensor:
     """The nearest flip on the way to each proposal that flips, to within ``2^-bisections`` of the way."""
     flipped = victim.margins(proposed) < 0.0
     if not bool(flipped.any()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,6 +111,14 @@ class Certificate:
         told = f"{self.weights} {self.function} {self.input_norm!r} {self.front}"
         return hashlib.sha256(told.encode()).hexdigest()
 
+    @property
+    def claim(self) -> str:
+        """What radii hold for, in words."""
+        return (
+            "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
+            "pass in float32 may differ from it by its own rounding next to a boundary."
+        )
+
     def signed(self) -> Tensor:
         """Radii of right predictions, and less than zero those of wrong ones, ``(N,)``."""
         return torch.where(self.correct, self.radii, -self.radii)
@@ -169,24 +178,20 @@ def certify(
     if not len(inputs):
         raise InputError("there are no samples to certify")
     scale = scale_of(units, inputs)
-    stretch = _front_constant(front, front_lipschitz)
     plain = PlainNetwork(model, front=front)
     deployed = PlainNetwork(model, dtype=None, front=front)
     classes = plain.classes(inputs)
     if labels is not None:
         refuse_other_labels(labels, classes)
-    constants = _constants(model, lipschitz, plain, classes, stretch)
+    constants = composed_constants(model, lipschitz, plain, classes, front, front_lipschitz)
     own = wrapped_model(model)
     known = None if own is None else own.forward_error()
     parts: list[_Part] = []
-    seen = hashlib.sha256()
     with torch.no_grad():
         for some in inputs.split(rows):
-            # In float64, so that it is the same of models of any dtype.
-            seen.update(some.detach().cpu().double().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             scores = plain(some).cpu()
             predicted = scores if deployed.dtype == torch.float64 else deployed(some).cpu()
-            slack: Tensor | float = _unchecked_rounding(some, scores, constants.pairs)
+            slack: Tensor | float = unchecked_rounding(some, scores, constants.pairs)
             if known is not None:
                 slack = known + (0.0 if front is None else slack)
             parts.append(_certified(scores, constants.pairs, 2.0 * (slack + error), _predictions(predicted)))
@@ -205,12 +210,10 @@ def certify(
         dropped=int(dropped.sum()),
         weights=digest_of(model if own is None else own.net),
         input_norm=plain.input_norm,
-        front=None
-        if front is None
-        else hashlib.sha256(f"{function_of(front)} {digest_of(front)}".encode()).hexdigest(),
+        front=digest_of_front(front),
         units=None if units is None else tuple(scale.flatten().tolist()),
         score_error=error,
-        samples=seen.hexdigest(),
+        samples=digest_of_samples(inputs.split(rows)),
         function=function_of(model if own is None else own.graph),
     )
 
@@ -259,8 +262,21 @@ def _predictions(scores: Tensor) -> Tensor:
     return scores.nan_to_num(0.0).argmax(1).masked_fill(~scores.isfinite().all(1), -1)
 
 
-def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, classes: int, stretch: float) -> Constants:
-    """What is known of the scores, from the inputs in front of everything."""
+def composed_constants(
+    model: nn.Module,
+    lipschitz: Lipschitz,
+    plain: PlainNetwork,
+    classes: int,
+    front: nn.Module | None,
+    front_lipschitz: float | None,
+    *,
+    used: bool = True,
+) -> Constants:
+    """What is known of the scores, from the inputs in front of everything; nothing where it is not to be ``used``."""
+    stretch = _front_constant(front, front_lipschitz)
+    if not used:
+        nothing = torch.full((classes, classes), math.inf, dtype=torch.float64).fill_diagonal_(0.0)
+        return Constants(nothing, math.inf, "none", "none is to be used (lipschitz=None)")
     found = constants_of(model, lipschitz, classes)
     if wrapped_model(model) is None and plain.is_single:
         found = of_single_output(found)
@@ -277,13 +293,29 @@ def _constants(model: nn.Module, lipschitz: Lipschitz, plain: PlainNetwork, clas
     return Constants(found.pairs * stretch * ROUNDING, found.joint * stretch, method, found.reason)
 
 
-def _unchecked_rounding(inputs: Tensor, scores: Tensor, pairs: Tensor) -> Tensor:
+def unchecked_rounding(inputs: Tensor, scores: Tensor, pairs: Tensor) -> Tensor:
     """What each score of a float64 pass is taken to be off by where nothing is known of the layers, ``(B,)``."""
     lengths = inputs.double().flatten(1).norm(dim=1).cpu()
     finite = pairs[pairs.isfinite()]
     slope = float(finite.max()) if len(finite) else 0.0
     error: Tensor = UNCHECKED_ROUNDING * (scores.norm(dim=1).nan_to_num(0.0) + slope * lengths)
     return error
+
+
+def digest_of_samples(parts: Iterable[Tensor]) -> str:
+    """A hash of samples, in parts."""
+    seen = hashlib.sha256()
+    for some in parts:
+        # In float64, so that it is the same of models of any dtype.
+        seen.update(some.detach().cpu().double().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return seen.hexdigest()
+
+
+def digest_of_front(front: nn.Module | None) -> str | None:
+    """A hash of what runs before the model, its weights and their settings; ``None`` without."""
+    if front is None:
+        return None
+    return hashlib.sha256(f"{function_of(front)} {digest_of(front)}".encode()).hexdigest()
 
 
 def _front_constant(front: nn.Module | None, stated: float | None) -> float:

@@ -1,4 +1,4 @@
-"""``python -m clipless_dp certify``: radii, attacks and (ε, δ) of a checkpoint, side by side."""
+"""``python -m clipless_dp certify`` and ``explain``: what a checkpoint withstands beside (ε, δ), and what it reads."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from clipless_dp.arguments import whole
 from clipless_dp.checkpoint import check_writable, load_checkpoint
@@ -16,7 +16,9 @@ from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.description import differences, settings_of
 from clipless_dp.robustness import attacks
+from clipless_dp.robustness.counterfactuals import Form, counterfactual
 from clipless_dp.robustness.curves import RADII, curve
+from clipless_dp.robustness.quality import picture, quality
 
 ATTACKS: dict[str, tuple[attacks.Attack, ...]] = {
     "none": (),
@@ -55,6 +57,19 @@ def add_options(certify: argparse.ArgumentParser) -> None:
     certify.add_argument("--level", type=float, default=0.95, help="confidence of the intervals")
     certify.add_argument("--out", type=Path, metavar="FILE.json", help="write what was found")
     certify.add_argument("--plot", type=Path, metavar="FILE", help="draw the curve; needs matplotlib")
+
+
+def add_explain_options(explain: argparse.ArgumentParser) -> None:
+    """What ``explain`` takes besides the options that name data and network."""
+    explain.add_argument("checkpoint", type=Path, help="file that train wrote")
+    explain.add_argument("--samples", type=int, default=5, help="explain so many held-out samples, the first ones")
+    explain.add_argument("--measured", type=int, default=100, help="measure the maps of so many of them; 0: of none")
+    explain.add_argument("--target", type=int, metavar="CLASS", help="class to become (default: the nearest)")
+    explain.add_argument("--form", choices=get_args(Form), default="newton", help="step of the counterfactual")
+    explain.add_argument("--t", type=float, default=1.0, help="length of the step, relative to the formula")
+    explain.add_argument("--box", type=float, nargs=2, metavar=("LOW", "HIGH"), help="limits of inputs")
+    explain.add_argument("--out", type=Path, metavar="FILE.json", help="write what was found")
+    explain.add_argument("--plot", type=Path, metavar="FILE", help="draw the images; needs matplotlib")
 
 
 def load_weights(model: DPLipModel, path: Path) -> dict[str, Any]:
@@ -119,6 +134,44 @@ def certify_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         print(f"certificate    {options.out}")
     if options.plot is not None:
         found.plot(options.plot)
+        print(f"plot           {options.plot}")
+
+
+def explain_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespace) -> None:
+    """Prints how far the predictions of held-out samples are from changing, and how good the maps are; draws both.
+
+    Raises:
+        CheckpointError: as :func:`load_weights`; or a file cannot be written.
+        ConfigurationError: an option is out of range, or matplotlib is missing.
+        InputError: what is to be drawn are no images, or a target is no class or predicted already.
+    """
+    for file in filter(None, (options.out, options.plot)):
+        check_writable(file)
+    count, measured = whole("--samples", options.samples), whole("--measured", options.measured, 0)
+    load_weights(model, options.checkpoint)
+    inputs = data.test[0].to(options.device)
+    box = None if options.box is None else (options.box[0], options.box[1])
+    walk: dict[str, Any] = {"form": options.form, "t": options.t, "box": box}
+    found = counterfactual(model, inputs[:count], options.target, **walk)
+    print(found)
+    known = quality(model, inputs[:measured], box=box or (0.0, 1.0)) if measured else None
+    if known is not None:
+        print(f"\n{known}\nof the first {len(inputs[:measured])} held-out samples of {options.dataset}")
+    if options.out is not None:
+        numbers = {
+            name: [round(value, 9) if math.isfinite(value) else None for value in getattr(found, name).tolist()]
+            for name in ("predictions", "found", "scores", "slopes", "radii", "distances", "tightness")
+        }
+        means = {} if known is None else known.means()
+        facts = {
+            "data": f"the first held-out samples of {options.dataset}",
+            "counterfactuals": numbers,
+            "quality": {name: mean if math.isfinite(mean) else None for name, mean in means.items()},
+        }
+        options.out.write_text(json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+        print(f"explanations   {options.out}")
+    if options.plot is not None:
+        picture(model, inputs[:count], options.plot, options.target, **walk)
         print(f"plot           {options.plot}")
 
 

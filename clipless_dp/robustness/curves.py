@@ -144,8 +144,7 @@ class Curve:
         assumptions = [
             *_surroundings(certificate),
             "A perturbation of the input as the model reads it, before it is rounded to pixels, say.",
-            "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
-            "pass in float32 may differ from it by its own rounding next to a boundary.",
+            certificate.claim,
             "Accuracies are of these samples, intervals (Clopper-Pearson) of the population that they were drawn from.",
         ]
         if certificate.reason is not None:
@@ -192,7 +191,7 @@ class Curve:
         Raises:
             ConfigurationError: matplotlib is missing.
         """
-        axes = new_axes() if axes is None else axes
+        axes = new_figure().add_subplot() if axes is None else axes
         radii = [point.radius for point in self.points]
         lines: list[tuple[str, list[Share]]] = [("certified", [point.certified for point in self.points])]
         if self.attacked is not None:
@@ -230,8 +229,8 @@ def _surroundings(certificate: Certificate) -> list[str]:
     return said
 
 
-def new_axes() -> Any:
-    """Axes of a new figure, which needs no display.
+def new_figure(**arguments: Any) -> Any:
+    """A figure of matplotlib's, which needs no display.
 
     Raises:
         ConfigurationError: matplotlib is missing.
@@ -241,9 +240,9 @@ def new_axes() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigurationError("plots need matplotlib: pip install 'clipless-dp[plot]'") from error
-    figure = Figure()
+    figure = Figure(**arguments)
     FigureCanvasAgg(figure)
-    return figure.add_subplot()
+    return figure
 
 
 def curve(
@@ -352,7 +351,7 @@ class Front:
 
     def plot(self, path: str | os.PathLike[str] | None = None, axes: Any = None) -> Any:
         """Draws the models, and a line through the efficient ones; arguments as :meth:`Curve.plot`."""
-        axes = new_axes() if axes is None else axes
+        axes = new_figure().add_subplot() if axes is None else axes
         best = [point for point in self.points if point.efficient]
         axes.plot([100 * point.clean for point in best], [100 * point.certified for point in best])
         axes.scatter([100 * point.clean for point in self.points], [100 * point.certified for point in self.points])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -179,8 +179,13 @@ def plain_network(
         model: a wrapped model, or any module; or such a copy, which is returned as it is.
         dtype: of the copy; ``None``: as the model is.
         front: what runs before it.
+
+    Raises:
+        ConfigurationError: the model is no module, or such a copy already and a front is given.
     """
     if isinstance(model, PlainNetwork):
+        if front is not None:
+            raise ConfigurationError("the model is a plain network already: give its front where it is made")
         return model
     if not isinstance(model, nn.Module):
         raise ConfigurationError(f"model must be a torch module, got {shown(model)}")
@@ -196,6 +201,18 @@ def _without_gates(net: nn.Module) -> nn.Module:
     for parameter in copied.parameters():
         parameter.grad = None
     return copied
+
+
+def value_and_gradient(function: Callable[[Tensor], Tensor], inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Values ``(B,)`` of a function of inputs, and the gradient of each with respect to its own sample.
+
+    Zeros stand for what is not finite, and where no way leads from a value to the inputs.
+    """
+    inputs = inputs.detach().requires_grad_()
+    with torch.enable_grad():
+        values = function(inputs)
+        (gradient,) = torch.autograd.grad(values.sum(), inputs, materialize_grads=True)
+    return values.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
 
 
 def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:

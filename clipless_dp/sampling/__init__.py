@@ -1,6 +1,6 @@
 """Data on its way to a step: read once, drawn by Poisson sampling, delivered as draws, and viewed sample by sample."""
 
-from clipless_dp.sampling.augmentation import Augmentation, RowAugmentation, ShiftAndFlip
+from clipless_dp.sampling.augmentation import Augmentation, GaussianNoise, RowAugmentation, ShiftAndFlip
 from clipless_dp.sampling.batches import Batch, PoissonBatches
 from clipless_dp.sampling.people import People, bound_contributions
 from clipless_dp.sampling.sampler import PoissonBatchSampler, poisson_collate
@@ -10,6 +10,7 @@ from clipless_dp.sampling.streaming import StreamedBatches
 __all__ = [
     "Augmentation",
     "Batch",
+    "GaussianNoise",
     "People",
     "PoissonBatchSampler",
     "PoissonBatches",

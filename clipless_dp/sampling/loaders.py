@@ -26,9 +26,10 @@ from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.sampling.draws import Draw, deliver, is_batch
+from clipless_dp.sampling.draws import deliver, is_batch
 from clipless_dp.sampling.fingerprints import fingerprint
 from clipless_dp.sampling.people import Classes, spans_of
+from clipless_dp.sampling.series import Draw
 
 
 @dataclass(eq=False)

@@ -17,7 +17,7 @@ from clipless_dp.arguments import share, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
-from clipless_dp.sampling import collation, draws, loaders, persons
+from clipless_dp.sampling import collation, loaders, persons
 from clipless_dp.sampling.people import (
     ROWS_PER_GROUP,
     Chosen,
@@ -26,6 +26,7 @@ from clipless_dp.sampling.people import (
     Indices,
     people_of,
 )
+from clipless_dp.sampling.series import Draw, Series, Source
 
 
 def refuse_draws(sample_rate: float, steps: int, seed: int | None, start: int) -> tuple[float, int, int | None, int]:
@@ -91,7 +92,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
                     "dataset_size of a sampler is their number"
                 )
         self._passed = False
-        self._source = draws.Source()
+        self._source = Source()
         self.world = placement.world()
         if self.world.size > self.dataset_size:
             raise ConfigurationError(
@@ -101,7 +102,7 @@ class PoissonBatchSampler(Sampler[list[int]]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         # Of a version that did not tell draws of one sampler from those of another.
-        self.__dict__.setdefault("_source", draws.Source())
+        self.__dict__.setdefault("_source", Source())
         self.__dict__.setdefault("people", None)
 
     def __len__(self) -> int:
@@ -113,19 +114,19 @@ class PoissonBatchSampler(Sampler[list[int]]):
             yield loaders.upcoming(self.next_of(made, classes), rows.tolist())
         loaders.ended()
 
-    def next_of(self, made: Iterator[draws.Draw], classes: Classes) -> draws.Draw:
+    def next_of(self, made: Iterator[Draw], classes: Classes) -> Draw:
         """What the next batch is delivered as, if of people with these classes of rows."""
         draw = next(made)
         draw.classes = classes
         return draw
 
-    def numbered(self) -> Iterator[draws.Draw]:
+    def numbered(self) -> Iterator[Draw]:
         """What the batches of one iteration are delivered as, see :func:`clipless_dp.sampling.draws.deliver`."""
-        series = draws.Series(self._source)
+        series = Series(self._source)
         try:
             for place in itertools.count():
                 seeded = self.seed is not None
-                yield draws.Draw(self.sample_rate, seeded=seeded, series=series, place=place, people=self.people)
+                yield Draw(self.sample_rate, seeded=seeded, series=series, place=place, people=self.people)
         finally:
             series.ended = True
 

@@ -19,6 +19,7 @@ from clipless_dp.model.functions import function_of
 from clipless_dp.modules import digest_of
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.statement.risk import risk_of
 from clipless_dp.version import __version__
 
 STATEMENT_FORMAT = 2
@@ -79,6 +80,7 @@ def facts_of(
         "counted": getattr(optimizer, "unit", "row"),
         "relation": str(getattr(optimizer.accountant, "relation", ADD_OR_REMOVE_ONE)),
         "epsilon": {**curve[0], "curve": curve},
+        "risk": risk_of(optimizer.accountant),
         "dataset_size": size,
         "sampling": {
             "declared": optimizer.sampling,

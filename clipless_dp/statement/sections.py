@@ -9,6 +9,7 @@ from decimal import ROUND_FLOOR
 from typing import Any
 
 from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE
+from accounting.risk import percent
 from clipless_dp.statement.facts import DRAWN, noise_in_words, shown
 
 _SHOWN_RUNS = 20
@@ -30,7 +31,7 @@ class Section:
         items: a list below them.
         header: column titles of a table; empty where it is of names and values.
         rows: of the table.
-        figure: whether the curve stands here.
+        figure: which one stands here, ``"epsilon"`` or ``"risk"``; none where it is empty.
         printed: what other parts of the library print as tables, kept as it is.
     """
 
@@ -39,7 +40,7 @@ class Section:
     items: tuple[str, ...] = ()
     header: tuple[str, ...] = ()
     rows: tuple[tuple[str, ...], ...] = ()
-    figure: bool = False
+    figure: str = ""
     printed: tuple[str, ...] = ()
 
 
@@ -51,6 +52,8 @@ def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
         () if facts["findings"] else ("None: nothing in the records weakens the promise above.",),
         tuple(facts["findings"]),
     )
+    if facts.get("risk") is not None:
+        yield _risk(facts)
     yield _terms(facts)
     yield _added_noise(facts)
     yield _ledger(facts)
@@ -239,30 +242,62 @@ def _curve(facts: Mapping[str, Any]) -> Section:
             )
             for point in facts["epsilon"]["curve"]
         ),
-        figure=True,
+        figure="epsilon",
+    )
+
+
+def _risk(facts: Mapping[str, Any]) -> Section:
+    """Error rates that no attacker escapes; upper bounds, rounded up."""
+    risk = facts["risk"]
+    mu = risk["gaussian_mu"]
+    gaussian = f"Gaussian differential privacy with μ = {shown(mu)}" if mu is not None else "no Gaussian mechanism"
+    question = "which of two units it was" if facts["relation"] == REPLACE_ONE else "whether one unit was in the data"
+    return Section(
+        "Risk",
+        (
+            f"What someone can achieve who tries to tell {question}, sees all that was released, and knows all other "
+            "data and the training method. A false positive is a unit that was not there and that they take to have "
+            "been; a true positive is one that was, and that they find. No attacker does better, whatever they do; "
+            "what real ones achieve is usually far less.",
+            f"With even odds beforehand they are right with probability at most "
+            f"{percent(risk['success_at_even_odds'])} (guessing: 50 %). Their membership advantage, true- minus "
+            f"false-positive rate, is at most {percent(risk['advantage'])}.",
+            f"Where both error rates are at least {risk['gaussian_mu_from']:g} they do no better than against "
+            f"{gaussian}: a summary of the curve, not a promise about rarer errors.",
+        ),
+        header=("false-positive rate", "true-positive rate at most", "guessing"),
+        rows=tuple(
+            (
+                f"{100 * rates['false_positive']:g} %",
+                percent(rates["true_positive"]),
+                f"{100 * rates['false_positive']:g} %",
+            )
+            for rates in risk["true_positive_rates"]
+        ),
+        figure="risk",
     )
 
 
 def _robustness(robustness: Mapping[str, Any]) -> Section:
     """What no perturbation of an input changes; shares rounded down, what attacks leave rounded up."""
 
-    def percent(value: float | None, rounding: Callable[[float], int]) -> str:
+    def rounded(value: float | None, rounding: Callable[[float], int]) -> str:
         # What is a whole number of hundredths but for rounding stays one.
         return "–" if value is None else f"{rounding(round(1e4 * value, 6)) / 100:.2f} %"
 
     def interval(point: Mapping[str, Any]) -> str:
-        return f"{percent(point['low'], math.floor)} to {percent(point['high'], math.ceil)}"
+        return f"{rounded(point['low'], math.floor)} to {rounded(point['high'], math.ceil)}"
 
-    rows = [("clean", percent(robustness["clean"]["value"], math.floor), interval(robustness["clean"]), "–")]
+    rows = [("clean", rounded(robustness["clean"]["value"], math.floor), interval(robustness["clean"]), "–")]
     for point in robustness["points"]:
         attacked = None if point["attacked"] is None else point["attacked"]["value"]
         certified = point["certified"]
         rows.append(
             (
                 f"{point['radius']:.4g}",
-                percent(certified["value"], math.floor),
+                rounded(certified["value"], math.floor),
                 interval(certified),
-                percent(attacked, math.ceil),
+                rounded(attacked, math.ceil),
             )
         )
     lipschitz, average = robustness["lipschitz"], robustness["average_radius"]
@@ -310,10 +345,13 @@ def _promise(facts: Mapping[str, Any]) -> Iterator[str]:
         f"{_relation(facts)}. The unit of privacy is {facts['unit']}."
     )
     best = (1.0 + delta * math.exp(-epsilon)) / (1.0 + math.exp(-epsilon))
+    if (risk := facts.get("risk")) is not None:
+        # Read from all (ε, δ) that hold, and not from this one alone.
+        best = min(best, risk["success_at_even_odds"])
     yield (
         "In words: take any one unit, and someone who knows all other data and the training method, and who sees the "
         "weights of every step. Asked whether that unit was in the data, with even odds beforehand, they are right "
-        f"with probability at most {_percent(best)} (guessing: 50 %). This holds for every unit, however unusual, and "
+        f"with probability at most {percent(best)} (guessing: 50 %). This holds for every unit, however unusual, and "
         "whatever else is known or becomes known. It does not hide what is learned about everybody from everybody "
         "else's data."
     )
@@ -325,8 +363,3 @@ def _promise(facts: Mapping[str, Any]) -> Iterator[str]:
         else "weak as a formal guarantee"
     )
     yield f"By the scale of Ponomareva et al. 2023 (ε ≤ 1 strong, ε ≤ 10 reasonable) this is {tier}."
-
-
-def _percent(share: float) -> str:
-    """Rounded up, as every bound is: 99.99 % stays below certainty as long as it can."""
-    return f"{min(100.0, math.ceil(1e4 * share) / 100):.2f} %"

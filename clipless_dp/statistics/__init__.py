@@ -8,6 +8,7 @@ from clipless_dp.statistics.columns import Standardisation, private_standardisat
 from clipless_dp.statistics.counts import private_fraction, private_quantile
 from clipless_dp.statistics.moments import Moments, private_moments
 from clipless_dp.statistics.release import Releases
+from clipless_dp.statistics.shares import private_shares
 
 __all__ = [
     "Moments",
@@ -16,5 +17,6 @@ __all__ = [
     "private_fraction",
     "private_moments",
     "private_quantile",
+    "private_shares",
     "private_standardisation",
 ]

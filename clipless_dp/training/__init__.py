@@ -4,6 +4,7 @@ from clipless_dp.model.compiled import BatchLoss, compiled_loss
 from clipless_dp.training.evaluation import Data, evaluate
 from clipless_dp.training.fit import fit
 from clipless_dp.training.groups import OPTIMIZERS, Execution, Keeping, Learning, OptimizerFactory, Privacy
+from clipless_dp.training.people import suggest_sampling
 from clipless_dp.training.plan import Plan
 from clipless_dp.training.result import EpochRecord, FitResult
 from clipless_dp.training.schedules import (
@@ -44,6 +45,7 @@ __all__ = [
     "linear_decay",
     "noise_factors",
     "noise_stages",
+    "suggest_sampling",
     "suggest_settings",
     "watched_by",
 ]

@@ -83,10 +83,12 @@ def fit(
         model: the wrapped model, on the device to train on.
         dataset: inputs and targets: a pair of tensors, or a data set of pairs; several inputs by name or in order; see
             :class:`clipless_dp.sampling.Samples`.
-        epsilon, delta, accountant, dataset_size, reproducible_seed, noise, noise_multiplier, audit, groups,
-            rows_per_group, group_weights: what is promised, see :class:`clipless_dp.training.Privacy`.
-        epochs, batch_size, lr, momentum, optimizer, scheduler, allocation, augment, multiplicity, ema, noise_schedule:
-            how to learn, see :class:`clipless_dp.training.Learning`.
+        epsilon, delta, accountant, dataset_size, noise, noise_multiplier, reproducible_seed, audit: what is promised,
+            see :class:`clipless_dp.training.Privacy`.
+        groups, rows_per_group, group_weights: to people with several rows, see the same.
+        epochs, batch_size, lr, momentum, optimizer, scheduler, allocation: how to learn, see
+            :class:`clipless_dp.training.Learning`.
+        augment, multiplicity, ema, noise_schedule: what ε does not notice, see the same.
         micro_batch_size, memory_budget, stream, compile: how to compute, :class:`clipless_dp.training.Execution`.
         validation, checkpoint, checkpoint_every, progress: what is kept, :class:`clipless_dp.training.Keeping`.
 
@@ -101,11 +103,12 @@ def fit(
         RankError: the data of the ranks differs (:func:`clipless_dp.sampling.persons.require_alike`).
         CheckpointError: the checkpoint is unreadable or belongs to another run, or none can be written there. One that
             cannot be written later, on a full disk say, is a warning: training goes on.
-        Whatever interrupts training once steps were taken, or read from the checkpoint (what the data set raises,
-        Ctrl-C, ...), leaves weights in ``model`` that only the latest ledger counts. It is raised as it is; before
-        that, a checkpoint with that ledger is written, if there is a path, and the exception is given the optimizer
-        as ``private_optimizer``: pass ``accountant=error.private_optimizer.accountant`` to what goes on from these
-        weights, or uses the same data.
+
+    Whatever interrupts training once steps were taken, or read from the checkpoint (what the data set raises, Ctrl-C,
+    ...), leaves weights in ``model`` that only the latest ledger counts. It is raised as it is; before that, a
+    checkpoint with that ledger is written, if there is a path, and the exception is given the optimizer as
+    ``private_optimizer``: pass ``accountant=error.private_optimizer.accountant`` to what goes on from these weights,
+    or uses the same data.
 
     Guarantee:
         The weights released by every step together are (``epsilon``, ``delta``)-differentially private with

@@ -153,6 +153,7 @@ def _step(run: Run, batch: Batch) -> Tensor:
         loss=run.loss,
     )
     run.follow_noise_schedule()
+    run.signal_to_noise.before_step()
     run.optimizer.step()
     run.scheduler.step()
     if run.average is not None:
@@ -168,11 +169,12 @@ def _record(run: Run, loss: Tensor, batch: Batch, held_out: Samples | None) -> E
     mean = summed / max(1.0, count)
     epsilon = run.optimizer.get_epsilon(run.asked.privacy.delta)
     caps = run.optimizer.caps or None
+    ratios = run.signal_to_noise.read()
     if held_out is None:
-        return EpochRecord(run.step, epsilon, mean, caps=caps)
+        return EpochRecord(run.step, epsilon, mean, caps=caps, signal_to_noise=ratios)
     with run.averaged():
         accuracy, validation_loss = evaluate(run.model, held_out, min(1024, run.micro_batch_size or 1024))
-    return EpochRecord(run.step, epsilon, mean, accuracy, validation_loss, caps)
+    return EpochRecord(run.step, epsilon, mean, accuracy, validation_loss, caps, ratios)
 
 
 def _shown(record: EpochRecord) -> str:

@@ -26,6 +26,10 @@ class EpochRecord:
         accuracy: share of correct predictions on the validation data, or ``None``. Nothing protects validation data.
         validation_loss: mean loss on the validation data, or ``None``.
         caps: those that adapt, as they are then, by the names of their gates: private, and to be shown.
+        signal_to_noise: of each layer, by its path, how far its weights went since the last record over how far the
+            noise that was added since takes them: near 1 they walk at random. It follows from the weights of all steps,
+            which are released, and from public numbers: to be shown and published. ``None`` with other optimizers than
+            SGD, and where weights are split among processes (:class:`clipless_dp.training.progress.SignalToNoise`).
     """
 
     step: int
@@ -34,9 +38,11 @@ class EpochRecord:
     accuracy: float | None = None
     validation_loss: float | None = None
     caps: Mapping[str, float] | None = None
+    signal_to_noise: Mapping[str, float] | None = None
 
     def __reduce__(self) -> tuple[type[EpochRecord], tuple[Any, ...]]:
-        return type(self), (self.step, self.epsilon, None, self.accuracy, self.validation_loss, self.caps)
+        kept = self.accuracy, self.validation_loss, self.caps, self.signal_to_noise
+        return type(self), (self.step, self.epsilon, None, *kept)
 
     def __copy__(self) -> EpochRecord:
         return self

@@ -26,6 +26,7 @@ from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.sampling import People
 from clipless_dp.training.groups import Asked
 from clipless_dp.training.plan import Plan
+from clipless_dp.training.progress import SignalToNoise
 from clipless_dp.training.result import EpochRecord
 
 _FEWEST_ATTEMPTS, _MOST_ATTEMPTS = 5, 48
@@ -53,6 +54,7 @@ class Run:
         seen: the identity of the file that this run read or wrote last.
         people: whose the rows are, where the promise is about people.
         loss: of a batch, compiled or not.
+        signal_to_noise: what moved the weights since the last record.
     """
 
     optimizer: CliplessDPOptimizer
@@ -73,9 +75,11 @@ class Run:
     seen: tuple[int, ...] | None = None
     given: int = field(init=False)
     loss: BatchLoss = field(init=False)
+    signal_to_noise: SignalToNoise = field(init=False)
 
     def __post_init__(self) -> None:
         self.given = len(self.optimizer.accountant)
+        self.signal_to_noise = SignalToNoise(self.optimizer)
         self.loss = lambda inputs, targets, mask: self.model.loss(self.model(inputs), targets, mask)
 
     @property
@@ -201,6 +205,8 @@ class Run:
         with self.averaged():
             weights = {name: value.clone() for name, value in self.model.net.state_dict().items()}
         tensors = {"model": weights, "optimizer": self.optimizer.state_dict()}
+        if self.signal_to_noise.known:
+            tensors["signal_to_noise"] = self.signal_to_noise.state_dict()
         if self.average is not None:
             tensors |= {"average": self.average.state_dict(), "last": self.model.net.state_dict()}
         return tensors
@@ -237,6 +243,7 @@ class Run:
             if self.average is not None:
                 self.average.load_state_dict(content["average"])
             self.model.net.load_state_dict(content["model" if self.average is None else "last"])
+            self.signal_to_noise.load_state_dict(content.get("signal_to_noise"))
         except (AttributeError, IndexError, KeyError, TypeError, RuntimeError, ValueError, OverflowError) as error:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()

@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 import accounting.ledger as ledger_code
+import accounting.lines as lines_code
 from accounting import (
     ADD_OR_REMOVE_ONE,
     REPLACE_ONE,
@@ -505,7 +506,7 @@ def interrupted_at(operation: int, call: Callable[[], object]) -> bool:
 
     def tracer(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal left
-        if frame.f_code.co_filename != ledger_code.__file__:
+        if frame.f_code.co_filename not in (ledger_code.__file__, lines_code.__file__):
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
@@ -559,7 +560,7 @@ def test_an_interruption_anywhere_in_recording_or_reading_loses_no_event(
 
 
 def test_what_is_recorded_while_lines_are_put_together_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    ledger, honest, nested = Ledger(), ledger_code._together, []
+    ledger, honest, nested = Ledger(), ledger_code.together, []
 
     def interrupted(lines: Iterable[Line]) -> list[Line]:
         together = honest(lines)
@@ -572,7 +573,7 @@ def test_what_is_recorded_while_lines_are_put_together_stays(monkeypatch: pytest
 
     ledger.append(GaussianStep(1.0), 2)
     ledger.append(GaussianStep(1.0), 3)
-    monkeypatch.setattr(ledger_code, "_together", interrupted)
+    monkeypatch.setattr(ledger_code, "together", interrupted)
     len(ledger)
     assert nested[1] == len(ledger) == sum(count for _, count in ledger.entries) == 12
 
@@ -618,9 +619,9 @@ def test_a_ledger_that_cannot_be_written_leaves_the_old_file_and_nothing_beside_
     assert len(Ledger.load(path)) == 0
 
 
-@pytest.mark.parametrize("at", ["or_next", "_together", "and_then"])
+@pytest.mark.parametrize("at", ["or_next", "together", "and_then"])
 def test_an_exception_at_any_place_leaves_a_ledger_that_puts_lines_together(at, monkeypatch):
-    owner = {"or_next": ledger_code._Turn, "_together": ledger_code, "and_then": ledger_code._Closed}[at]
+    owner = {"or_next": lines_code.Turn, "together": ledger_code, "and_then": lines_code.Closed}[at]
     real, ledger, kept = getattr(owner, at), Ledger(), []
 
     def interrupted(*arguments):
@@ -644,7 +645,7 @@ def test_an_exception_at_any_place_leaves_a_ledger_that_puts_lines_together(at, 
 
 def test_lines_are_put_together_by_one_at_a_time():
     ledger = Ledger()
-    taker = ledger_code._Taker()
+    taker = lines_code.Taker()
     ledger._turn, taken = ledger._turn.or_next(taker)
     assert taken
     for _ in range(3):

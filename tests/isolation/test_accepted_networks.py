@@ -1,4 +1,4 @@
-"""The README's list of networks that are accepted, each wrapped and back-propagated as it stands there."""
+"""The documentation's list of networks that are accepted, each wrapped and back-propagated as it stands there."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gradient_gated, losses, passes, recipes
 
-README = Path(__file__).parents[2] / "README.md"
-LINES = dict(re.findall(r"^\| ([^|]+) \| `(gradient_gated\(.+\))` \|$", README.read_text("utf-8"), re.MULTILINE))
+PAGE = Path(__file__).parents[2] / "docs" / "any-network.md"
+LINES = dict(re.findall(r"^\| ([^|]+) \| `(gradient_gated\(.+\))` \|$", PAGE.read_text("utf-8"), re.MULTILINE))
 WORDS = {"input_ids": torch.randint(2, 90, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
 INPUTS: dict[str, Any] = {
     "norms and any activation": torch.randn(2, 8),

@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[Callable[[Net, Tensor], Any], type[CliplessError], str]
     "a weight past its gate": (
         lambda net, values: plain(net, values) + unseen(net.scale),
         PrivacyError,
-        r"'scale' is used past its gate",
+        "turns off what sees the functions",
     ),
     "no batch axis": (lambda net, values: plain(net, values).sum(), ConfigurationError, "first axis must be the batch"),
     "several outputs": (lambda net, values: (plain(net, values), values), ConfigurationError, "select="),

@@ -249,3 +249,43 @@ def test_the_command_line_refuses_radii_and_files_that_are_none(
             main(["certify", str(checkpoint), *NETWORK, "--radii", radius])
     assert main(["certify", str(tmp_path / "none.pt"), *NETWORK]) == 2
     assert "none.pt" in capsys.readouterr().err
+
+
+def test_the_command_line_explains_a_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    out, plot = tmp_path / "explanations.json", tmp_path / "explanations.png"
+    options = ["--samples", "3", "--measured", "10", "--box", "0", "1", "--out", str(out), "--plot", str(plot)]
+    capsys.readouterr()
+    assert main(["explain", str(checkpoint), *NETWORK, *options]) == 0
+    printed = capsys.readouterr().out
+    assert "tightness" in printed
+    assert re.search(r"mu-fidelity, zero\s+-?[\d.]+", printed)
+    facts = json.loads(out.read_text("utf-8"))
+    assert len(facts["counterfactuals"]["radii"]) == 3
+    for radius, distance in zip(*(facts["counterfactuals"][name] for name in ("radii", "distances")), strict=True):
+        assert distance is None or radius <= distance
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["explain", str(checkpoint), *NETWORK, "--samples", "2", "--measured", "0"]) == 0
+    assert "fidelity" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--data", "digits", "--route", "gated"], "options that it was trained with"),
+        (["--data", "digits", "--preset", "features-linear"], "reads features"),
+        ([*NETWORK, "--samples", "0"], "--samples"),
+        ([*NETWORK, "--measured", "-1"], "--measured"),
+        ([*NETWORK, "--target", "10"], "below 10"),
+        ([*NETWORK, "--t", "0"], "t must be"),
+        ([*NETWORK, "--box", "0.4", "0.6"], "outside of the box"),
+    ],
+    ids=["network", "features", "samples", "measured", "target", "step", "box"],
+)
+def test_the_command_line_refuses_what_it_cannot_explain(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert main(["explain", str(checkpoint), *options]) == 2
+    assert said in capsys.readouterr().err

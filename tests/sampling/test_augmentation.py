@@ -17,6 +17,7 @@ from clipless_dp import (
     CliplessDPSGD,
     ConfigurationError,
     DPLipModel,
+    GaussianNoise,
     InputError,
     PoissonBatches,
     PrivacyError,
@@ -248,6 +249,42 @@ def test_shifts_and_flips_make_every_view_of_an_image_and_no_other():
     # Of 18 views none is missing among 2000 draws but with probability 18·e^-111.
     assert seen == {tuple(view.flatten().tolist()) for crop in crops for view in (crop, crop.flip(1))}
     assert torch.equal(ShiftAndFlip(0, flip=False)(image), image)
+
+
+def test_noise_has_its_deviation_is_fresh_in_each_view_and_leaves_the_sample():
+    inputs = torch.zeros(400, 50, dtype=torch.float64)
+    noise = GaussianNoise(0.3)
+    first, second = noise(inputs), noise(inputs)
+    # Five deviations of a sample deviation of 20 000 numbers; a deviation off by 3 % fails.
+    assert float(first.std()) == pytest.approx(0.3, rel=5.0 / 200.0)
+    assert abs(float((first * second).mean())) < 5.0 * 0.09 / 141.0
+    assert not inputs.any()
+    assert first.dtype == inputs.dtype
+    torch.manual_seed(0)
+    seeded = noise(inputs)
+    torch.manual_seed(0)
+    assert not torch.equal(noise(inputs), seeded)
+    for sigma in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigurationError, match="sigma"):
+            GaussianNoise(sigma)
+    with pytest.raises(ConfigurationError, match="floating-point"):
+        noise(torch.zeros(3, 2, dtype=torch.int64))
+
+
+def test_noisy_views_are_made_row_by_row_and_cost_what_no_views_cost():
+    mask = torch.ones(4, dtype=torch.bool)
+    inputs = torch.rand(4, 6)
+    results = []
+    for other in (inputs[2:], torch.zeros(2, 6)):
+        source = Randomness()
+        with source.seeded(3):
+            results.append(views(GaussianNoise(0.5), torch.cat((inputs[:2], other)), mask, source)[:2])
+    assert torch.equal(*results)
+    runs = []
+    for augment, multiplicity in ((None, 1), (GaussianNoise(0.5), 4)):
+        options = {} if augment is None else {"augment": augment, "multiplicity": multiplicity}
+        runs.append(fit(gated_model(), samples(300), **RUN, **options).epsilon)
+    assert runs[0] == runs[1]
 
 
 def test_each_image_is_shifted_by_itself():

@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 
 import accounting
 from clipless_dp import (
@@ -140,12 +139,40 @@ def test_shown_numbers_are_rounded_up(value, shown):
 
 
 def test_the_summary_bounds_what_a_guess_can_reach():
-    optimizer = trained(steps=40)
+    optimizer = trained(steps=40, accountant="prv")
     statement = report(optimizer, delta=1e-3)
     stated = float(re.search(r"at most ([\d.]+) %", statement.to_markdown())[1]) / 100
-    epsilon = torch.tensor(optimizer.get_epsilon(1e-3), dtype=torch.float64).exp()
-    exact = float((epsilon + 1e-3) / (epsilon + 1))
-    assert exact <= stated <= exact + 1e-4
+    variation = optimizer.accountant.get_delta(0.0)
+    # Rounded up to hundredths of a per cent.
+    assert 0.5 * (1.0 + variation.lower) <= stated <= 0.5 * (1.0 + variation.upper) + 1e-4
+
+
+def test_the_risk_in_the_json_is_that_of_its_ledger_and_stands_in_the_readable_forms():
+    statement = report(trained(steps=40, accountant="prv"), delta=1e-3)
+    risk = json.loads(statement.to_json())["risk"]
+    again = accounting.create_accountant("prv")
+    again.load_state_dict(statement.facts["ledger"])
+    curve = accounting.trade_off(again)
+    assert [(one["epsilon"], one["delta"]) for one in risk["profile"]] == [
+        (one.delta, one.upper) for one in curve.bounds
+    ]
+    assert risk["gaussian_mu"] == curve.gaussian_mu(1e-5)
+    text, page = statement.to_markdown(), statement.to_html()
+    for one in risk["true_positive_rates"]:
+        false, true = one["false_positive"], one["true_positive"]
+        assert true == curve.true_positive_rate(false) > false
+        (cell,) = re.findall(rf"^\| {100 * false:g} % \| ([\d.]+) %", text, re.MULTILINE)
+        assert true <= float(cell) / 100 <= true + 1e-4
+        assert f"<td>{cell} %</td>" in page
+    assert len(re.findall("<svg", page)) == 2
+
+
+def test_a_statement_without_one_unit_has_no_risk():
+    optimizer = trained(steps=2)
+    optimizer.accountant.ledger._put(accounting.GaussianRelease(5.0), provenance=accounting.Provenance(unit="person"))
+    statement = report(optimizer)
+    assert statement.facts["risk"] is None
+    assert "## Risk" not in statement.to_markdown()
 
 
 class Foreign(SystemNoise):

@@ -160,7 +160,9 @@ def test_checkpoints_hold_neither_seed_nor_generator_state(tmp_path):
     fit(gated_model(), samples(100), checkpoint=tmp_path / "run.pt", reproducible_seed=123456789, **RUN)
     content = load_checkpoint(tmp_path / "run.pt")
     assert "123456789" not in repr(content)
-    assert set(content) == {"format", "settings", "model", "optimizer", "scheduler", "history"}
+    # Of signal over noise: the weights at the last record, which were released, and variances.
+    assert set(content) == {"format", "settings", "model", "optimizer", "scheduler", "history", "signal_to_noise"}
+    assert set(content["signal_to_noise"]) == {"before", "added"}
 
 
 def test_checkpoints_hold_no_training_losses(tmp_path):

@@ -1,0 +1,96 @@
+"""Gradients as they were left, so that whatever else adds to one, or changes it, shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, cast
+from weakref import ref
+
+from torch import Tensor, nn
+
+from clipless_dp.distributed import placement
+from clipless_dp.sampling import fingerprints
+
+
+class _Held(NamedTuple):
+    """A gradient as the register left it."""
+
+    gradient: ref[Tensor]
+    version: int
+    sample: object
+
+
+class Noted:
+    """The gradients of parameters, each as it was noted last.
+
+    Attributes:
+        sharded: whether each process holds a part of each gradient.
+    """
+
+    def __init__(self) -> None:
+        self.sharded = False
+        self._held: dict[nn.Parameter, _Held] = {}
+        self._buffers: dict[int, int] = {}
+
+    def note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
+        """Takes a gradient as it is; that of a private one need not be sampled."""
+        gradient = parameter.grad
+        assert gradient is not None
+        self._held[parameter] = _Held(
+            ref(gradient), gradient._version, fingerprints.sample(gradient) if sampled else None
+        )
+        if self.sharded:
+            # Parts that were summed together lie in one buffer, and have one counter.
+            part = placement.local(gradient)
+            self._buffers[part.untyped_storage().data_ptr()] = part._version
+
+    def note_all(self, parameters: Iterable[nn.Parameter], *, sampled: bool = True) -> None:
+        """Takes the gradients of these as they are, and knows of no others."""
+        self._held.clear()
+        self._buffers.clear()
+        for parameter in parameters:
+            if parameter.grad is not None:
+                self.note(parameter, sampled=sampled)
+
+    def knows(self, parameter: nn.Parameter) -> bool:
+        """Whether a gradient is the tensor that was noted, and none of torch's operations has changed it."""
+        known, gradient = self._held.get(parameter), cast(Tensor, parameter.grad)
+        if known is None or known.gradient() is not gradient or known.version != gradient._version:
+            return False
+        if not self.sharded:
+            return True
+        part = placement.local(gradient)
+        return self._buffers.get(part.untyped_storage().data_ptr()) == part._version
+
+    def has_values(self, parameter: nn.Parameter) -> bool:
+        """Of a gradient that is known: whether its values are those that were sampled."""
+        sample = self._held[parameter].sample
+        return sample is None or sample == fingerprints.sample(cast(Tensor, parameter.grad))
+
+    def was_added_to(self, parameter: nn.Parameter) -> bool:
+        """Whether a gradient is as it was noted but for one operation, or new."""
+        known, gradient = self._held.get(parameter), cast(Tensor, parameter.grad)
+        if known is None or known.gradient() is None:
+            return True
+        if self.sharded:
+            part = placement.local(gradient)
+            before = self._buffers.get(part.untyped_storage().data_ptr())
+            return known.version == gradient._version and before in (None, part._version - 1)
+        return known.version == gradient._version - 1
+
+    def forget(self, parameter: nn.Parameter) -> None:
+        """The gradient of a parameter is gone."""
+        self._held.pop(parameter, None)
+
+    def clear(self) -> None:
+        """All are gone, or no longer known."""
+        self._held.clear()
+
+    def put_aside(self) -> dict[nn.Parameter, _Held]:
+        """Begins anew; returns what is known, for :meth:`put_back`."""
+        before, self._held = self._held, {}
+        return before
+
+    def put_back(self, before: dict[nn.Parameter, _Held]) -> None:
+        """Knows what was put aside, and nothing else."""
+        self._held = before

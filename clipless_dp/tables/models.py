@@ -1,0 +1,84 @@
+"""What comes out of :func:`clipless_dp.tables.fit_table`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.features import TableEncoding
+from clipless_dp.statement import PrivacyStatement, report
+from clipless_dp.statistics.release import require_tensor
+from clipless_dp.training import FitResult
+
+
+@dataclass(frozen=True)
+class TableModel:
+    """What :func:`fit_table` trained.
+
+    Attributes:
+        net: maps rows ``(B, columns)`` as they are, of data frames as encoded, to scores: standardisation, random
+            cosines, and the trained layer. Releasing it with everything in it is what ε pays for.
+        result: of :func:`clipless_dp.fit`; its optimizer holds the ledger, statistics included.
+        encoding: of data frames, or ``None`` where rows are tensors.
+        notes: what was public, and what was charged, for a statement.
+    """
+
+    net: nn.Module
+    result: FitResult
+    encoding: TableEncoding | None = None
+    notes: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def scores(self, rows: Any, *, batch_size: int = 65_536) -> Tensor:
+        """What the net says of rows ``(N, columns)`` as they are, or of a data frame like the one it was trained on.
+
+        Returns:
+            Of two classes, ``(N,)``, the log-odds of the second; of ``C`` classes, ``(N, C)``, logarithms of their
+            probabilities up to a number that a row's scores share; of a regression, ``(N,)``, the number itself.
+
+        Raises:
+            InputError: the rows are not like those that were trained on.
+        """
+        if self.encoding is not None:
+            rows = self.encoding(rows).to(next(self.net.buffers()).device)
+        return torch.cat([self.net(some) for some in require_tensor(rows).split(batch_size)])
+
+    def report(self, path: str | os.PathLike[str] | None = None, **options: Any) -> PrivacyStatement:
+        """:func:`clipless_dp.report` of the training, with :attr:`notes` among its own."""
+        return report(self.result.optimizer, path, **{**options, "notes": [*self.notes, *options.get("notes", ())]})
+
+
+@dataclass(frozen=True)
+class TableClassifier(TableModel):
+    """A :class:`TableModel` of classes.
+
+    Attributes:
+        classes: the labels that are told apart, in the order of the scores.
+    """
+
+    classes: tuple[Any, ...] = (0, 1)
+
+    def predict(self, rows: Any) -> list[Any]:
+        """The likeliest label of each row; with ``balance`` the likeliest after weighing."""
+        scores = self.scores(rows)
+        chosen = (scores > 0.0).long() if scores.dim() == 1 else scores.argmax(1)
+        return [self.classes[index] for index in chosen.tolist()]
+
+
+@dataclass(frozen=True)
+class TableRegressor(TableModel):
+    """A :class:`TableModel` of numbers.
+
+    Attributes:
+        target_range: the public range that targets were cut to, as predictions are.
+    """
+
+    target_range: tuple[float, float] = (0.0, 1.0)
+
+    def predict(self, rows: Any) -> Tensor:
+        """The number of each row, ``(N,)``."""
+        return self.scores(rows).clamp(*self.target_range)

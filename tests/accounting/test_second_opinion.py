@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import importlib.metadata
+
+import pytest
+
+from accounting import (
+    REPLACE_ONE,
+    GaussianRelease,
+    GaussianStep,
+    GaussianVectorStep,
+    InvalidParameterError,
+    LaplaceRelease,
+    Ledger,
+    NoSampling,
+    Opinion,
+    PoissonSampling,
+    SecondOpinion,
+    ShuffledEpoch,
+    second_opinion,
+)
+from accounting.cli import main
+
+
+def ledger(*entries: object) -> Ledger:
+    made = Ledger()
+    for event, count in entries:  # type: ignore[misc]
+        made.append(event, count)
+    return made
+
+
+TRAINED = ledger(
+    (GaussianRelease(10.0), 1),
+    (GaussianStep(1.1, PoissonSampling(0.02)), 400),
+    (GaussianVectorStep((3.0, 3.0), PoissonSampling(0.02)), 100),
+    (GaussianStep(20.0, NoSampling()), 1),
+    (ShuffledEpoch(15.0), 1),
+)
+
+
+def test_three_accountants_that_share_no_code_agree_about_a_training_run() -> None:
+    found = second_opinion(TRAINED, 1e-5)
+    renyi, opacus, microsoft = found.opinions
+    assert not found.contradicted
+    # Each is to within 0.01; Rényi accounting is looser.
+    assert abs(opacus.upper - found.epsilon) < 0.025
+    assert microsoft.lower < found.epsilon < microsoft.upper
+    assert microsoft.upper - microsoft.lower < 0.05
+    assert 1.0 < renyi.upper / found.epsilon < 1.3
+    shown = str(found)
+    assert shown.count("opacus") == 2
+    assert "contradict" not in shown
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2, 3, 4], ids=["release", "steps", "vector", "unsampled", "shuffled"])
+def test_every_kind_of_event_is_part_of_what_they_are_asked(missing: int) -> None:
+    entries = TRAINED.entries
+    fewer = ledger(*(entry for index, entry in enumerate(entries) if index != missing))
+    (before, *_), (after, *_) = second_opinion(TRAINED, 1e-5).opinions, second_opinion(fewer, 1e-5).opinions
+    assert after.upper < before.upper
+
+
+def test_laplace_noise_is_known_to_one_of_them() -> None:
+    found = second_opinion(ledger((LaplaceRelease(2.0), 1), (GaussianStep(5.0), 3)), 1e-5)
+    *opacus, microsoft = found.opinions
+    assert all(one.upper is None and "Laplace noise of scale 2" in one.note for one in opacus)
+    assert microsoft.lower <= found.epsilon <= microsoft.upper + 0.01
+
+
+def test_what_they_do_not_know_is_said_and_not_asked() -> None:
+    made = Ledger(REPLACE_ONE)
+    made.append(GaussianStep(2.0), 3)
+    assert all(one.upper is None and REPLACE_ONE in one.note for one in second_opinion(made, 1e-5).opinions)
+
+
+def test_a_package_that_is_not_installed_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert all("pip install" in one.note for one in second_opinion(TRAINED, 1e-5).opinions)
+
+
+def test_a_lower_bound_above_ours_is_a_contradiction_in_words() -> None:
+    found = SecondOpinion(1.0, 1e-5, (Opinion("another", 1.1, 1.2, ""),))
+    assert found.contradicted
+    assert "contradict" in str(found)
+
+
+def test_delta_out_of_range_is_refused() -> None:
+    with pytest.raises(InvalidParameterError, match="delta"):
+        second_opinion(TRAINED, 2.0)
+
+
+def test_the_command_line_asks_them_too(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
+    path = tmp_path / "ledger.json"
+    TRAINED.save(path)
+    assert main(["explain", str(path), "--delta", "1e-5", "--second-opinion"]) == 0
+    assert "prv-accountant" in capsys.readouterr().out
+    assert main(["explain", str(path), "--group-size", "2", "--second-opinion"]) == 2
+    assert "no groups" in capsys.readouterr().err
