@@ -285,7 +285,7 @@ def test_the_pairs_of_a_group_of_one_are_those_of_a_row(sigma, q, n):
 
 
 @pytest.mark.parametrize("relation", [ADD_OR_REMOVE_ONE, REPLACE_ONE])
-@pytest.mark.parametrize("k", [2, 10, 100])
+@pytest.mark.parametrize("k", [2, 10, pytest.param(100, marks=pytest.mark.slow)])
 def test_releases_of_all_rows_cost_a_group_k_sensitivities_exactly(k, relation):
     change = 2.0 if relation == REPLACE_ONE else 1.0
     for event in (GaussianRelease(30.0), GaussianStep(30.0, NoSampling()), ShuffledEpoch(30.0)):
@@ -408,7 +408,7 @@ def test_rounding_a_group_moves_its_divergence_only_in_the_stated_direction(pair
         assert above >= exact * (1.0 - 1e-9) - 1e-15
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     st.sampled_from([ADD_OR_REMOVE_ONE, REPLACE_ONE]),
     st.integers(2, 30),
@@ -477,6 +477,7 @@ def test_fixed_size_batches_are_refused_for_groups_and_say_what_to_do():
         engine.get_epsilon(1e-6, group_size=2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::accounting.FallbackWarning")  # At an ε of 1e8 the Rényi bound answers.
 def test_extreme_groups_are_answered_finitely_and_in_order():
     for sigma, q, n, k, delta in [

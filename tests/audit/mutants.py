@@ -95,10 +95,10 @@ def noise_used_again_in_each_step(**changes):
 @contextmanager
 def sensitivity_over_the_batch_size(**changes):
     class Divided(CliplessDPSGD):
-        def _sensitivity(self, passed):
-            honest = super()._sensitivity(passed)
-            bounds = {name: bound / self.expected_batch_size for name, bound in honest.per_parameter.items()}
-            return replace(honest, per_parameter=bounds, total=honest.total / self.expected_batch_size)
+        def _deviations(self, sensitivity, named):
+            bounds = {name: bound / self.expected_batch_size for name, bound in sensitivity.per_parameter.items()}
+            total = sensitivity.total / self.expected_batch_size
+            return super()._deviations(replace(sensitivity, per_parameter=bounds, total=total), named)
 
     scenario = Scenario(kind=Divided, **changes)
     yield scenario.optimizer, scenario.batches

@@ -12,16 +12,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from clipless_dp import ConfigurationError, PrivacyError, ReproducibleNoise
 from clipless_dp.distributed import OneProcess, Placement, Replicated, Sharded, World, placement
 from clipless_dp.distributed.placement import Change
-from tests.ranks import Failure, Ranks, sgd
+from tests.ranks import Failure, sgd
 from tests.support import gated_model
 
 fsdp = pytest.importorskip("torch.distributed.fsdp")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks() as both:
-        yield both
 
 
 def questions() -> list[str]:

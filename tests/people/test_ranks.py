@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -15,12 +13,6 @@ from tests.people.test_drawing import IDS, PEOPLE, ROWS
 from tests.ranks import Failure, Ranks, same_weights, weights
 from tests.soundness.mutation import Mutant
 from tests.support import gated_model, samples
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Any:
-    with Ranks(2) as started:
-        yield started
 
 
 def trained(other_ids: bool = False) -> tuple[torch.Tensor, list[set[int]], float]:

@@ -82,7 +82,7 @@ def test_a_preset_refuses_what_fit_would_before_statistics_are_charged(name: str
 def test_a_table_refuses_what_fit_would_before_statistics_are_charged(
     name: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tables, "private_standardisation", None)
+    monkeypatch.setattr(tables.fitting, "private_standardisation", None)
     rows, labels = samples(60)
     with pytest.raises(ConfigurationError, match=name):
         tables.fit_table(rows, (labels > 0).float(), **{"epsilon": 3.0, "delta": 1e-3, name: value})
