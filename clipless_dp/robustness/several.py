@@ -37,6 +37,9 @@ _FAR = 7.5
 _CELLS = 240
 """Cells along the move, and across it for each noise: with twice as many, radii grow by less than 1 %."""
 
+_GIVEN_AWAY = 1e-4
+"""What the bound of the integral exceeds it by is about this in terms of multipliers, which a search for them minds."""
+
 _ROUNDING = 2.0**-44
 """Covers what a normal or chi-square probability errs by in float64, absolutely, and an exponential, relatively."""
 
@@ -104,9 +107,11 @@ def _masses(along: Array, across: Array, dimension: int) -> tuple[Array, Array, 
     """Bounds of the masses of cells under a standard normal distribution, and of what is outside all of them."""
     first = np.diff(ndtr(along))
     second = np.diff(chdtr(dimension - 1, across)) if dimension > 1 else np.ones(1)
-    lower = np.outer((first - _ROUNDING).clip(min=0.0), (second - _ROUNDING).clip(min=0.0)) * (1.0 - 2.0**-46)
-    upper = np.outer(first + _ROUNDING, second + _ROUNDING) * (1.0 + 2.0**-46)
-    inside = (float(first.sum()) - _ROUNDING) * (float(second.sum()) - _ROUNDING)
+    # A chi-square probability moves by some √d times what its argument is off by, relatively.
+    error = _ROUNDING + 2.0**-50 * math.sqrt(dimension)
+    lower = np.outer((first - _ROUNDING).clip(min=0.0), (second - error).clip(min=0.0)) * (1.0 - 2.0**-46)
+    upper = np.outer(first + _ROUNDING, second + error) * (1.0 + 2.0**-46)
+    inside = (float(first.sum()) - _ROUNDING) * (float(second.sum()) - error)
     return lower, upper, max(0.0, 1.0 - inside) + _ROUNDING
 
 
@@ -125,13 +130,13 @@ def _ratios(
         low, high = np.where(within, np.minimum(low, value), low), np.where(within, np.maximum(high, value), high)
     sides = np.sort(np.stack([curved * across[:-1], curved * across[1:]]), 0)
     # Of the terms' sizes; they are sums of few.
-    size = 1.0 + abs(constant) + float(np.abs(ends).max()) + float(np.abs(sides).max())
+    furthest = float(np.abs(along).max())
+    size = 1.0 + abs(constant) + (abs(curved) * furthest + abs(sloped)) * furthest + float(np.abs(sides).max())
     error = _ROUNDING + 2.0**-48 * size
     with np.errstate(over="ignore"):
-        return (
-            np.exp(constant + low[:, None] + sides[0] - error),
-            np.exp(constant + high[:, None] + sides[1] + error),
-        )
+        least = np.exp(constant + low[:, None] + sides[0] - error)
+        most = np.exp(constant + high[:, None] + sides[1] + error)
+    return least.clip(max=1e300), most
 
 
 def _dual(multipliers: Array, lower: Array, upper: Array, cells: _Cells) -> float:
@@ -145,7 +150,7 @@ def _multipliers(lower: Array, upper: Array, cells: _Cells, start: Array) -> Arr
     count = len(lower)
     masses = (0.5 * (cells.lower + cells.upper)).reshape(count, -1)
     moved = (0.5 * (cells.moved_lower + cells.moved_upper)).ravel()
-    gains = np.concatenate([lower, -upper])
+    gains = np.concatenate([lower, -upper]) - _GIVEN_AWAY
 
     def loss(parts: Array) -> tuple[float, Array]:
         excess = (parts[:count] - parts[count:]) @ masses - moved
