@@ -55,7 +55,8 @@ class _Cells:
     Attributes:
         lower, upper: ``(m, J, K)`` bounds of ``q_i(C)``.
         moved_lower, moved_upper: ``(J, K)`` bounds of the mass of ``q_0(· - δ)``.
-        least, most: ``(m, J, K)`` bounds of ``q_i/q_0(· - δ)`` within a cell.
+        least, most: ``(m, J, K)`` bounds of ``q_i/q_0 = exp(d·ln(σ_0/σ_i) + ½(σ_0⁻² - σ_i⁻²)‖z‖²)`` within a cell.
+        front_least, front_most: ``(J, 1)`` of ``q_0/q_0(· - δ) = exp(r(r/2 - t)/σ_0²)``.
         outside: ``(m,)`` upper bounds of the mass of ``q_i`` outside all cells.
     """
 
@@ -71,8 +72,21 @@ class _Cells:
         self.lower, self.upper = np.stack([one[0] for one in found]), np.stack([one[1] for one in found])
         self.outside = np.array([one[2] for one in found])
         self.moved_lower, self.moved_upper, _ = _masses((along - radius) / first, across / first**2, dimension)
-        ratios = [_ratios(along, across, dimension, radius, first, sigma) for sigma in sigmas]
+        squares = along**2
+        nearest = np.where(along[:-1] * along[1:] < 0.0, 0.0, np.minimum(squares[:-1], squares[1:]))
+        near = nearest[:, None] + across[:-1]
+        far = np.maximum(squares[:-1], squares[1:])[:, None] + across[1:]
+        ratios = []
+        for sigma in sigmas:
+            curved, constant = 0.5 * (1.0 / first**2 - 1.0 / sigma**2), dimension * math.log(first / sigma)
+            ends = np.sort(np.stack([constant + curved * near, constant + curved * far]), 0)
+            ratios.append(_exponentials(ends[0], ends[1], 1.0 + abs(constant) + abs(curved) * float(far.max())))
         self.least, self.most = np.stack([one[0] for one in ratios]), np.stack([one[1] for one in ratios])
+        falling = (0.5 * radius - along) * (radius / first**2)
+        size = 1.0 + float(np.abs(falling).max()) + (radius / first) ** 2
+        self.front_least, self.front_most = (
+            one[:, None] for one in _exponentials(falling[1:], falling[:-1], size)
+        )
 
     def integral(self, multipliers: Array) -> float:
         """An upper bound of ``∫ (Σ k_iq_i - q_0(· - δ))₊``.
@@ -92,9 +106,11 @@ class _Cells:
             elif k < 0.0:
                 least, most = least + k * self.most[i], most + k * self.least[i]
                 mass = mass + k * self.lower[i]
-        # Cells of one sign take their whole mass, or none.
-        least = np.minimum(least, 1.0)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            least = least * np.where(least > 0.0, self.front_least, self.front_most)
+            most = most * np.where(most > 0.0, self.front_most, self.front_least)
+            # Cells of one sign take their whole mass, or none.
+            least = np.minimum(least, 1.0)
             share_above = np.where(most == np.inf, 1.0, (most - 1.0) / (most - least))
             moved = np.where(least > 0.0, self.moved_lower, self.moved_upper)
             chord = share_above * (mass - least * moved)
@@ -115,28 +131,11 @@ def _masses(along: Array, across: Array, dimension: int) -> tuple[Array, Array, 
     return lower, upper, max(0.0, 1.0 - inside) + _ROUNDING
 
 
-def _ratios(
-    along: Array, across: Array, dimension: int, radius: float, first: float, sigma: float
-) -> tuple[Array, Array]:
-    """Bounds of ``q_i/q_0(· - δ)``: ``exp(d·ln(σ_0/σ_i) + a(t² + w) - rt/σ_0² + r²/(2σ_0²))``, ``2a = σ_0⁻² - σ_i⁻²``."""
-    curved, sloped = 0.5 * (1.0 / first**2 - 1.0 / sigma**2), -radius / first**2
-    constant = dimension * math.log(first / sigma) + 0.5 * (radius / first) ** 2
-    ends = curved * along**2 + sloped * along
-    low, high = np.minimum(ends[:-1], ends[1:]), np.maximum(ends[:-1], ends[1:])
-    if curved != 0.0:
-        turn = -0.5 * sloped / curved
-        within = (along[:-1] < turn) & (turn < along[1:])
-        value = 0.5 * sloped * turn
-        low, high = np.where(within, np.minimum(low, value), low), np.where(within, np.maximum(high, value), high)
-    sides = np.sort(np.stack([curved * across[:-1], curved * across[1:]]), 0)
-    # Of the terms' sizes; they are sums of few.
-    furthest = float(np.abs(along).max())
-    size = 1.0 + abs(constant) + (abs(curved) * furthest + abs(sloped)) * furthest + float(np.abs(sides).max())
+def _exponentials(low: Array, high: Array, size: float) -> tuple[Array, Array]:
+    """Bounds of ``exp`` of what lies between two bounds, which err by some ulp of a size."""
     error = _ROUNDING + 2.0**-48 * size
     with np.errstate(over="ignore"):
-        least = np.exp(constant + low[:, None] + sides[0] - error)
-        most = np.exp(constant + high[:, None] + sides[1] + error)
-    return least.clip(max=1e300), most
+        return np.exp(low - error).clip(max=1e300), np.exp(high + error)
 
 
 def _dual(multipliers: Array, lower: Array, upper: Array, cells: _Cells) -> float:
