@@ -37,6 +37,9 @@ _FAR = 7.5
 _CELLS = 240
 """Cells along the move, and across it for each noise: with twice as many, radii grow by less than 1 %."""
 
+_LARGEST = 1e6
+"""A multiplier; products of it with ratios of densities up to 1e300 are finite."""
+
 _GIVEN_AWAY = 1e-4
 """What the bound of the integral exceeds it by is about this in terms of multipliers, which a search for them minds."""
 
@@ -98,15 +101,15 @@ class _Cells:
         least, most = np.zeros_like(self.moved_lower), np.zeros_like(self.moved_lower)
         mass, positive = np.zeros_like(least), np.zeros_like(least)
         beyond = 0.0
-        for i, k in enumerate(multipliers.tolist()):
-            if k > 0.0:
-                least, most = least + k * self.least[i], most + k * self.most[i]
-                mass, positive = mass + k * self.upper[i], positive + k * self.upper[i]
-                beyond += k * float(self.outside[i])
-            elif k < 0.0:
-                least, most = least + k * self.most[i], most + k * self.least[i]
-                mass = mass + k * self.lower[i]
         with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+            for i, k in enumerate(multipliers.tolist()):
+                if k > 0.0:
+                    least, most = least + k * self.least[i], most + k * self.most[i]
+                    mass, positive = mass + k * self.upper[i], positive + k * self.upper[i]
+                    beyond += k * float(self.outside[i])
+                elif k < 0.0:
+                    least, most = least + k * self.most[i], most + k * self.least[i]
+                    mass = mass + k * self.lower[i]
             least = least * np.where(least > 0.0, self.front_least, self.front_most)
             most = most * np.where(most > 0.0, self.front_most, self.front_least)
             # Cells of one sign take their whole mass, or none.
@@ -157,8 +160,8 @@ def _multipliers(lower: Array, upper: Array, cells: _Cells, start: Array) -> Arr
         taken = masses @ above
         return float(excess @ above - gains @ parts), np.concatenate([taken, -taken]) - gains
 
-    begin = np.concatenate([start.clip(min=0.0), (-start).clip(min=0.0)])
-    found = minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * (2 * count))
+    begin = np.concatenate([start, -start]).clip(0.0, _LARGEST)
+    found = minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=[(0.0, _LARGEST)] * (2 * count))
     parts: Array = found.x[:count] - found.x[count:]
     return parts
 
@@ -191,8 +194,8 @@ def lower_bound(
     given = None if multipliers is None else np.array(multipliers, dtype=np.float64)
     if not len(sigmas) == len(below) == len(above) == (len(sigmas) if given is None else len(given)) or not sigmas:
         raise ConfigurationError("give a lower and an upper bound, and a multiplier, for each of sigmas")
-    if bool((below > above).any()) or not (given is None or bool(np.isfinite(given).all())):
-        raise ConfigurationError("lower must be at most upper, and multipliers finite")
+    if bool((below > above).any()) or not (given is None or bool((np.abs(given) <= _LARGEST).all())):
+        raise ConfigurationError(f"lower must be at most upper, and multipliers at most {_LARGEST:g} in size")
     found = _Search(below, above, sigmas, whole("dimension", dimension)).bound(not_negative("radius", radius), given)
     return min(max(found, 0.0), 1.0)
 
@@ -211,7 +214,7 @@ class _Search:
         alone = np.zeros(len(self.sigmas))
         # What is best for the first noise alone: the likelihood ratio at its quantile.
         ratio = radius / self.sigmas[0]
-        alone[0] = math.exp(min(ratio * float(ndtri(min(self.lower[0], 1.0 - 1e-12))) - 0.5 * ratio**2, 100.0))
+        alone[0] = math.exp(min(ratio * float(ndtri(min(self.lower[0], 1.0 - 1e-12))) - 0.5 * ratio**2, 13.0))
         start = alone if self.start is None else self.start
         found = _multipliers(self.lower, self.upper, cells, start)
         self.start = found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -60,7 +61,7 @@ def radius(lower: list[float], upper: list[float], sigmas: tuple[float, ...], di
 
 def brute_force(multipliers: tuple[float, ...], sigmas: tuple[float, ...], dimension: int, distance: float) -> float:
     """The integral over a grid of all coordinates."""
-    count = {2: 1200, 3: 150}[dimension]
+    count = {2: 800, 3: 100}[dimension]
     side = np.linspace(-6.0, 6.0, count + 1)
     side = 0.5 * (side[1:] + side[:-1])
     at = np.stack(np.meshgrid(*[side] * dimension, indexing="ij"), -1)
@@ -80,7 +81,7 @@ def test_the_integral_is_bounded_from_above_and_by_little(dimension: int) -> Non
         true = brute_force(multipliers, sigmas, dimension, distance)
         # Cells of the grid err by the square of their side where the integrand has its edge.
         assert found >= true - 2e-4
-        assert found <= true + 2e-3
+        assert found <= true + 1e-3 * (1.0 + sum(map(abs, multipliers)))
 
 
 def test_one_noise_alone_is_neyman_and_pearsons_bound() -> None:
@@ -102,7 +103,7 @@ def test_half_spaces_are_certified_to_their_distance_and_no_further(dimension: i
 
 
 def test_balls_are_certified_further_than_by_cohen_and_not_beyond_their_own_radius() -> None:
-    for dimension, mean, least in ((2, 0.9, 1.2), (10, 0.9, 1.2), (10, 0.99, 1.1), (100, 0.9, 1.05)):
+    for dimension, mean, least in ((2, 0.9, 1.4), (10, 0.9, 1.8), (10, 0.99, 1.4), (100, 0.9, 2.2)):
         function = ball(dimension, mean)
         means = [function.mean(sigma) for sigma in SIGMAS]
         found = radius(means, means, SIGMAS, dimension)
@@ -175,21 +176,19 @@ def test_all_bounds_hold_together_as_often_as_alpha_says_and_unsplit_ones_do_not
 def broken() -> bool:
     """Whether some bound is above what is true."""
     function = ball(4, 0.9)
-    for sigmas in (SIGMAS, SIGMAS[::-1]):
+    for sigmas, distance, gap in itertools.product((SIGMAS, SIGMAS[::-1]), (0.2, 0.6), (0.0, 0.2)):
         means = [function.mean(sigma) for sigma in sigmas]
-        for distance in (0.2, 0.6):
-            true = function.mean(sigmas[0], distance)
-            for multipliers in (None, (8.0, -4.0), (-1.0, 2.0)):
-                found = several.lower_bound(
-                    [means[0], means[1] - 0.2],
-                    means,
-                    distance,
-                    sigmas=sigmas,
-                    dimension=4,
-                    multipliers=multipliers,
-                )
-                if found > true:
-                    return True
+        for multipliers in (None, (8.0, -4.0), (-1.0, 2.0)):
+            found = several.lower_bound(
+                [means[0], means[1] - gap],
+                means,
+                distance,
+                sigmas=sigmas,
+                dimension=4,
+                multipliers=multipliers,
+            )
+            if found > function.mean(sigmas[0], distance):
+                return True
     return False
 
 
@@ -203,7 +202,13 @@ MUTANTS = [
         "_masses(along / sigma, across / sigma**2, dimension)",
         "_masses(along / first, across / first**2, dimension)",
     ),
-    Mutant("ratios of the wrong noise", several._Cells, "__init__", "first, sigma)", "first, first)"),
+    Mutant(
+        "ratios of the wrong noise",
+        several._Cells,
+        "__init__",
+        "0.5 * (1.0 / first**2 - 1.0 / sigma**2), dimension * math.log(first / sigma)",
+        "0.5 * (1.0 / first**2 - 1.0 / first**2), dimension * math.log(first / first)",
+    ),
 ]
 
 
@@ -273,7 +278,7 @@ def test_classifiers_and_bounds_that_do_not_fit_are_refused() -> None:
         ("for each of sigmas", [0.5], [1.0, 1.0], 0.1, None),
         ("for each of sigmas", [0.5, 0.5], [1.0, 1.0], 0.1, [1.0]),
         ("at most upper", [0.5, 0.5], [1.0, 0.4], 0.1, None),
-        ("finite", [0.5, 0.5], [1.0, 0.6], 0.1, [math.inf, 0.0]),
+        ("in size", [0.5, 0.5], [1.0, 0.6], 0.1, [math.inf, 0.0]),
         ("lower must", [1.5, 0.5], [1.0, 0.6], 0.1, None),
         ("radius", [0.5, 0.5], [1.0, 0.6], -0.1, None),
     ):
