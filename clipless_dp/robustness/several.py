@@ -35,7 +35,7 @@ _FAR = 7.5
 """Deviations that the cells reach to; what lies outside counts at its mass."""
 
 _CELLS = 240
-"""Cells along the move, and across it for each noise: with twice as many, radii grow by less than 1 %."""
+"""Along the move, and across it for each noise; what is given away falls with the square of their number."""
 
 _LARGEST = 1e6
 """A multiplier; products of it with ratios of densities up to 1e300 are finite."""
@@ -87,9 +87,7 @@ class _Cells:
         self.least, self.most = np.stack([one[0] for one in ratios]), np.stack([one[1] for one in ratios])
         falling = (0.5 * radius - along) * (radius / first**2)
         size = 1.0 + float(np.abs(falling).max()) + (radius / first) ** 2
-        self.front_least, self.front_most = (
-            one[:, None] for one in _exponentials(falling[1:], falling[:-1], size)
-        )
+        self.front_least, self.front_most = (one[:, None] for one in _exponentials(falling[1:], falling[:-1], size))
 
     def integral(self, multipliers: Array) -> float:
         """An upper bound of ``∫ (Σ k_iq_i - q_0(· - δ))₊``.
@@ -261,9 +259,10 @@ def certify(
 ) -> SmoothedCertificate:
     """Radii of the first of several smoothed classifiers, from draws under the noises of all of them.
 
-    Never below :meth:`Smoothed.certify`'s at ``α/(2m - 1)``, of ``m`` noises. The others tell most where the dimension
-    is small, or their deviations are within some ``σ_0/√d`` of the first: further off, spheres of noise in high
-    dimension hardly meet. Each sample takes about a second beside its ``m(n0 + n)`` passes.
+    Never below :meth:`Smoothed.certify`'s at ``α/(2m - 1)``, of ``m`` noises. It is longer where the region of a class
+    is bounded in many directions, as a ball is, and slightly shorter than at the whole ``α`` where it is nearly a
+    half-space. Deviations should be within some ``σ_0/√d`` of the first: further off, spheres of noise hardly meet.
+    Each sample takes about half a second beside its ``m(n0 + n)`` passes.
 
     Args:
         several: two or more of one model, front and units, which differ in ``σ``, with ``map="argmax"``. The
