@@ -280,12 +280,10 @@ def certify(
     given: Data | Tensor = inputs if labels is None else (inputs, labels)
     # The same seed and numbers: what selects a class is independent of what bounds its means, under whichever noise.
     drawn = [one.draw(given, n0, n, rng_seed=rng_seed, batch_size=batch_size, progress=progress) for one in several]
-    first = drawn[0].certify(alpha, "cohen")
-    return replace(first, **_certified(drawn, [one.sigma for one in several], inputs[0].numel(), alpha))
+    return _certified(drawn, [one.sigma for one in several], inputs[0].numel(), alpha)
 
 
-def _certified(drawn: Sequence[Draws], sigmas: Sequence[float], dimension: int, alpha: float) -> dict[str, object]:
-    """What a certificate of these draws says otherwise than that of the first alone."""
+def _certified(drawn: Sequence[Draws], sigmas: Sequence[float], dimension: int, alpha: float) -> SmoothedCertificate:
     first = drawn[0]
     chosen = first.selection.argmax(1, keepdim=True)
     lower, upper = _bounds(torch.cat([one.sums.gather(1, chosen) for one in drawn], 1).numpy(), first.n, alpha)
@@ -297,14 +295,15 @@ def _certified(drawn: Sequence[Draws], sigmas: Sequence[float], dimension: int, 
             known[key] = _Search(low, high, sigmas, dimension).radius()
     found = [known[low.tobytes(), high.tobytes()] for low, high in zip(lower, upper, strict=True)]
     radii = torch.tensor(found, dtype=torch.float64) * (first.scale * (1.0 - 2.0**-52))
-    return {
-        "radii": radii,
-        "predictions": chosen[:, 0].masked_fill(radii == 0.0, -1),
-        "kind": f"several noises, with draws under deviations {', '.join(f'{sigma:g}' for sigma in sigmas)}",
-        "lower": torch.from_numpy(lower[:, 0].copy()),
-        "upper": torch.from_numpy(1.0 - lower[:, 0]),
-        "dropped": int(dropped.sum()),
-    }
+    return replace(
+        first.certify(alpha, "cohen"),
+        radii=radii,
+        predictions=chosen[:, 0].masked_fill(radii == 0.0, -1),
+        kind=f"several noises, with draws under deviations {', '.join(f'{sigma:g}' for sigma in sigmas)}",
+        lower=torch.from_numpy(lower[:, 0].copy()),
+        upper=torch.from_numpy(1.0 - lower[:, 0]),
+        dropped=int(dropped.sum()),
+    )
 
 
 def _refuse_other(several: Sequence[Smoothed]) -> None:
