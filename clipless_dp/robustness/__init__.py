@@ -1,6 +1,6 @@
 """What a Lipschitz network certifies, and what attacks find: post-processing of public weights, which costs no ε."""
 
-from clipless_dp.robustness import attacks, hybrid, metrics
+from clipless_dp.robustness import attacks, hybrid, metrics, several
 from clipless_dp.robustness.attacks import Attacked, attack
 from clipless_dp.robustness.certificates import (
     Certificate,
@@ -52,5 +52,6 @@ __all__ = [
     "read_radii",
     "saliency",
     "score_gradients",
+    "several",
     "smooth_grad",
 ]
