@@ -194,9 +194,24 @@ class People:
         grid = _grid(self.rows_per_group)
         return grid[np.searchsorted(grid, most, side="right") - 1]
 
-    def with_strangers(self, count: int) -> Indices:
-        """An id for each row, and behind them those of so many further people of one row each."""
-        return np.concatenate([self._codes, self.count + np.arange(count)])
+    @cached_property
+    def divisors(self) -> tuple[int, ...]:
+        """What the gradients of a row may be divided by, ascending: one for each class of any draw, on any rank."""
+        if self.weights == "cap":
+            return (self.rows_per_group,)
+        return tuple(np.unique(self._entering(self._sizes)).tolist())
+
+    def with_strangers(self, others: People) -> Indices:
+        """An id for each row, and behind them those of other people's rows, none of whom is one of these."""
+        return np.concatenate([self._codes, self.count + others._codes])
+
+    def sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """``(people,)``: of one number for each row the sum over each person's."""
+        return np.bincount(self._codes, weights=values, minlength=self.count)
+
+    def spread(self, values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """``(rows,)``: of one truth value for each person that of each row's."""
+        return values[self._codes]
 
     def shares(self, device: torch.device | str = "cpu") -> Tensor:
         """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
