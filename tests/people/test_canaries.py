@@ -13,7 +13,7 @@ from clipless_dp.sampling.series import Draw
 from tests.audit.test_canaries import CERTAIN, DELTA, ENTRIES, wide_model
 from tests.soundness.mutation import Mutant
 
-COUNT, MOST = 300, 6
+COUNT, MOST = 600, 8
 
 REAL = np.repeat(np.arange(25), 2)
 
@@ -24,9 +24,9 @@ def real_data() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def several_rows() -> tuple[torch.Tensor, torch.Tensor, np.ndarray[Any, Any]]:
-    """People of one to six rows in about one direction each, which are at right angles, with the same target."""
+    """People of seven or eight rows in about one direction each, which are at right angles, with the same target."""
     generator = torch.Generator().manual_seed(2)
-    ids = np.repeat(np.arange(COUNT), 1 + np.arange(COUNT) % MOST)
+    ids = np.repeat(np.arange(COUNT), MOST - np.arange(COUNT) % 2)
     directions = torch.linalg.qr(torch.randn(ENTRIES, COUNT, generator=generator)).Q.T
     rows = directions[torch.from_numpy(ids)]
     rows = 2.0 * rows + 1e-3 * torch.randn(rows.shape, generator=generator)
@@ -34,7 +34,7 @@ def several_rows() -> tuple[torch.Tensor, torch.Tensor, np.ndarray[Any, Any]]:
 
 
 def train(model: DPLipModel, data: Any, ids: Any) -> Any:
-    settings = {"epsilon": 1.0, "delta": DELTA, "epochs": 10, "batch_size": 100, "lr": 0.5, "momentum": 0.0}
+    settings = {"epsilon": 1.0, "delta": DELTA, "epochs": 10, "batch_size": 150, "lr": 0.5, "momentum": 0.0}
     return fit(model, data, groups=ids, rows_per_group=MOST, progress=False, accountant="rdp", audit=False, **settings)
 
 
@@ -76,7 +76,7 @@ def test_one_coin_decides_about_all_rows_of_a_person() -> None:
     assert not set(all_ids[: len(REAL)]) & set(all_ids[len(REAL) :])
     of_each = [set(out[ids[order] == one].tolist()) for one in range(COUNT)]
     assert all(len(coins) == 1 for coins in of_each)
-    # Six standard deviations of 300 fair coins.
+    # Six standard deviations of 600 fair coins.
     assert abs(sum(True in coins for coins in of_each) - COUNT / 2) < 6 * (COUNT / 4) ** 0.5
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -62,19 +63,18 @@ def test_a_whole_person_moves_the_score_by_at_most_one_and_attains_it(right: boo
     assert max(moved) >= 1.0 - TOLERANCE if right else max(moved) <= TOLERANCE
 
 
-@given(
-    sizes=st.lists(st.integers(1, 30), min_size=2, max_size=8),
-    seed=st.integers(0, 1000),
-)
+@settings(max_examples=25)
+@given(sizes=st.lists(st.integers(1, 30), min_size=5, max_size=9), seed=st.integers(0, 1000))
 def test_whoever_leaves_takes_at_most_one_along(sizes: list[int], seed: int) -> None:
     model, _, _ = knowing()
     ids = np.repeat(np.arange(len(sizes)), sizes)
     inputs, targets = samples(len(ids), seed=seed)
-    kept = torch.from_numpy(ids != 0)
-    whole, part = score(model, (inputs, targets), ids), 0.0
-    if len(sizes) > 2 or sizes[1] == 1:
-        part = score(model, (inputs[kept], targets[kept]), ids[kept.numpy()])
-        assert -TOLERANCE <= whole - part <= 1.0 + TOLERANCE
+    kept = ids != seed % len(sizes)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "one person has", UserWarning)
+        whole = score(model, (inputs, targets), ids)
+        part = score(model, (inputs[kept], targets[kept]), ids[kept])
+    assert -TOLERANCE <= whole - part <= 1.0 + TOLERANCE
     assert 0.0 <= whole <= len(sizes) + TOLERANCE
 
 
@@ -92,7 +92,7 @@ def sequences() -> tuple[DPLipModel, Tensor, Tensor]:
     """A tagger and sequences, in most of which no token counts."""
     torch.manual_seed(0)
     model = DPLipModel(
-        gated(nn.Linear(4, 3)), input_shape=(5, 4), input_norm=3.0, loss=losses.TokenCrossEntropy(ignore_index=IGNORED)
+        gated(nn.Sequential(nn.Linear(4, 3))), input_shape=(5, 4), input_norm=3.0, loss=losses.TokenCrossEntropy(ignore_index=IGNORED)
     )
     inputs = torch.randn(60, 5, 4)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_scores_of_people_are_noisy_sums_of_their_shares_and_charged(monkeypatch
     data = samples(ROWS)
     result = private_search(
         [Candidate(gated_model, {"epochs": 1, "batch_size": 12, "lr": 0.5})], data, score_noise_multiplier=5.0,
-        epsilon=20.0, delta=1e-2, mean_runs=2.0, groups=IDS, rows_per_group=3,
+        epsilon=20.0, delta=1e-2, mean_runs=1.0, groups=IDS, rows_per_group=3,
     )  # fmt: skip
     ((event, _),) = result.accountant.ledger
     assert isinstance(event, PrivateSelection)
