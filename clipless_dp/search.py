@@ -120,7 +120,7 @@ def private_search(
         validation: *public* data, or data that is protected by nothing, by whose accuracy (or loss) runs are compared.
         score_noise_multiplier: in place of ``validation``: runs are compared by the number of training samples they
             classify correctly, with noise of at least this standard deviation, which is charged; with ``groups`` by the
-            sum over people of the shares of their rows that are right. One sample, or one person, moves it by at most 1.
+            sum over people of the shares of their rows that are right. A sample, or a person, moves it by at most 1.
         accountant: ``"rdp"`` or ``"auto"``, made by :func:`accounting.create_accountant`, whose ledger holds what was
             released before; the search is recorded there.
         dataset_size: public number of samples.
@@ -276,7 +276,6 @@ class _Search:
         else:
             score = float(noisy(self._hits(model), last[0].noise_multiplier, self.source)) / self.size
         return -math.inf if math.isnan(score) else score
-
 
     def _hits(self, model: DPLipModel) -> float:
         """What the noise of scores hides: a sum to which each row, or each person, adds between 0 and 1.

@@ -117,7 +117,9 @@ def canaries(
     """
     check_levels(delta, confidence)
     if not isinstance(canaries, int) and len(canaries) not in (2, 3):
-        raise ConfigurationError("canaries of your own are inputs, targets and, if people have several, ids of each row")
+        raise ConfigurationError(
+            "canaries of your own are inputs, targets and, if people have several, ids of each row"
+        )
     samples = Samples.of(dataset, model.packing)
     if samples.tensors is not None:
         persons.refuse_repeated_rows(samples.tensors[:-1])
@@ -193,8 +195,8 @@ def _strangers(canaries: Any, rows: int, groups: Any) -> People:
         return People(np.arange(rows), rows)
     if groups is None:
         raise ConfigurationError(
-            "canaries have ids, and the data has none: give groups=, an id for each of its samples, so that training is "
-            "about people; or leave the canaries' ids out, and each is one sample"
+            "canaries have ids, and the data has none: give groups=, an id for each of its samples, so that training "
+            "is about people; or leave the canaries' ids out, and each is one sample"
         )
     return People(canaries[2], rows)
 

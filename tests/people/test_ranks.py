@@ -68,9 +68,9 @@ def test_rows_of_a_person_in_two_ranks_would_show(monkeypatch: pytest.MonkeyPatc
     assert shared(People(IDS, ROWS))
 
 
-SIZES = np.array([1, 2, 3, 4] * 3)
+SIZES = np.array([1, 2, 4, 8] * 3)
 DEALT = np.repeat(np.arange(12), SIZES)
-"""Of two ranks the first one has people of one or three rows, the second one of two or four."""
+"""Of two ranks the first one has people of one or four rows, the second one of two or eight."""
 
 
 def trained_in_parts(kind: str | None, mutant: str = "") -> torch.Tensor:
@@ -89,7 +89,7 @@ def trained_in_parts(kind: str | None, mutant: str = "") -> torch.Tensor:
         optimizer = CliplessDPSGD(
             model, lr=0.5, noise_multiplier=1.0, sample_rate=1.0, dataset_size=len(SIZES), unit="person"
         )
-        batches = PoissonBatches(samples(len(DEALT)), sample_rate=1.0, steps=2, groups=DEALT, rows_per_group=4)
+        batches = PoissonBatches(samples(len(DEALT)), sample_rate=1.0, steps=2, groups=DEALT, rows_per_group=8)
         for step, batch in enumerate(batches):
             optimizer.zero_grad()
             optimizer.accumulate(batch, micro_batch_size=(None, 2)[step])
@@ -115,7 +115,7 @@ def test_ranks_that_divide_parts_by_other_numbers_are_refused_and_would_show(ran
 
 def fitted_in_parts() -> tuple[set[str], float]:
     result = fit(
-        model_of("gradient gates", "layers"), samples(len(DEALT)), groups=DEALT, rows_per_group=4, epsilon=8.0,
+        model_of("gradient gates", "layers"), samples(len(DEALT)), groups=DEALT, rows_per_group=8, epsilon=8.0,
         delta=1e-3, epochs=2, batch_size=4, progress=False, accountant="rdp",
     )  # fmt: skip
     return result.optimizer.accountant.ledger.units, float(result.epsilon)

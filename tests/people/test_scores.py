@@ -47,7 +47,7 @@ def knowing() -> tuple[DPLipModel, Tensor, Tensor]:
 def moved_by(leaving: int, *, right: bool) -> float:
     """By how much a person moves the score who is right throughout where the others are wrong, or the reverse."""
     model, inputs, predicted = knowing()
-    theirs = torch.from_numpy(IDS == leaving)
+    theirs = torch.from_numpy(leaving == IDS)
     targets = torch.where(theirs == right, predicted, (predicted + 1) % 3)
     whole = score(model, (inputs, targets), IDS)
     return abs(whole - score(model, (inputs[~theirs], targets[~theirs]), IDS[~theirs.numpy()]))
@@ -92,7 +92,10 @@ def sequences() -> tuple[DPLipModel, Tensor, Tensor]:
     """A tagger and sequences, in most of which no token counts."""
     torch.manual_seed(0)
     model = DPLipModel(
-        gated(nn.Sequential(nn.Linear(4, 3))), input_shape=(5, 4), input_norm=3.0, loss=losses.TokenCrossEntropy(ignore_index=IGNORED)
+        gated(nn.Sequential(nn.Linear(4, 3))),
+        input_shape=(5, 4),
+        input_norm=3.0,
+        loss=losses.TokenCrossEntropy(ignore_index=IGNORED),
     )
     inputs = torch.randn(60, 5, 4)
     with torch.no_grad():
@@ -138,5 +141,5 @@ def test_scores_of_people_are_noisy_sums_of_their_shares_and_charged(monkeypatch
     assert release.noise_multiplier >= 5.0
     with torch.no_grad():
         right = (result.model.eval()(data[0]).argmax(1) == data[1]).double().numpy()
-    means = [right[IDS == person].mean() for person in range(PEOPLE)]
+    means = [right[person == IDS].mean() for person in range(PEOPLE)]
     assert result.score == pytest.approx((sum(means) + 2.0 * release.noise_multiplier) / PEOPLE, rel=1e-5)
