@@ -214,7 +214,9 @@ class People:
 
     def sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """``(people,)``: of one number for each row the sum over each person's."""
-        return np.bincount(self._codes, weights=values, minlength=self.count)
+        total = np.zeros(self.count)
+        np.add.at(total, self._codes, values)
+        return total
 
     def spread(self, values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """``(rows,)``: of one truth value for each person that of each row's."""
