@@ -42,6 +42,7 @@ from clipless_dp.sampling.people import (
 )
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.training import Data, Execution, Learning, Plan, evaluate, fit
+from clipless_dp.training.evaluation import right_by_row
 from clipless_dp.training.groups import names
 
 SETTINGS = frozenset(names(Learning, Execution)) - {"stream", "compile"}
@@ -118,13 +119,13 @@ def private_search(
             one, which costs least and varies most; or ``"poisson"``.
         validation: *public* data, or data that is protected by nothing, by whose accuracy (or loss) runs are compared.
         score_noise_multiplier: in place of ``validation``: runs are compared by the number of training samples they
-            classify correctly, with noise of at least this standard deviation, which is charged.
+            classify correctly, with noise of at least this standard deviation, which is charged; with ``groups`` by the
+            sum over people of the shares of their rows that are right. A sample, or a person, moves it by at most 1.
         accountant: ``"rdp"`` or ``"auto"``, made by :func:`accounting.create_accountant`, whose ledger holds what was
             released before; the search is recorded there.
         dataset_size: public number of samples.
         noise: ``"system"``, ``"secure"`` or a source of your own that is not reproducible.
-        groups, rows_per_group, group_weights: as for :func:`clipless_dp.fit`: the search is about people then, and
-            compares runs on ``validation``.
+        groups, rows_per_group, group_weights: as for :func:`clipless_dp.fit`: the search is about people then.
 
     Raises:
         ConfigurationError: an argument is out of range, or a candidate has settings that are not :data:`SETTINGS`, or
@@ -147,7 +148,9 @@ def private_search(
     inputs, targets = Samples.to_train_on(dataset).all()
     people = people_of(groups, len(inputs), rows_per_group, group_weights)
     size = public_size(dataset_size, len(inputs), people)
-    _check_people(people, size, validation, accountant)
+    refuse_other_units(accountant.ledger, "row" if people is None else "person")
+    if people is not None:
+        people.warn_of_size(size)
     if not candidates:
         raise ConfigurationError("there are no candidates to draw from")
     multipliers, trials = [], []
@@ -175,19 +178,6 @@ def private_search(
     # The ledger of the search holds what the model's own run released, as one event.
     lineage.of(model).restart({run: 1})
     return SearchResult(model, candidates[index], score, float(accountant.get_epsilon(delta)), delta, accountant)
-
-
-def _check_people(people: People | None, size: int, validation: Data | None, accountant: Accountant) -> None:
-    """Refuses a search that is not about people as a whole, or not about rows."""
-    refuse_other_units(accountant.ledger, "row" if people is None else "person")
-    if people is None:
-        return
-    people.warn_of_size(size)
-    if validation is None:
-        raise ConfigurationError(
-            "score_noise_multiplier counts rows, of which a person may have many: with groups= compare runs on "
-            "validation data, which is public"
-        )
 
 
 def _check_search(
@@ -284,11 +274,17 @@ class _Search:
             accuracy, loss = evaluate(model, self.validation)
             score = -loss if accuracy is None else accuracy
         else:
-            accuracy, _ = evaluate(model, self.data)
-            assert accuracy is not None
-            hits = float(round(accuracy * len(self.data[0])))
-            score = float(noisy(hits, last[0].noise_multiplier, self.source)) / self.size
+            score = float(noisy(self._hits(model), last[0].noise_multiplier, self.source)) / self.size
         return -math.inf if math.isnan(score) else score
+
+    def _hits(self, model: DPLipModel) -> float:
+        """What the noise of scores hides: a sum to which each row, or each person, adds between 0 and 1.
+
+        A person adds the mean over all of their rows, of which ``rows_per_group`` is no limit: a mean needs none.
+        """
+        right = right_by_row(model, self.data)
+        assert right is not None
+        return float(right.sum() if self.people is None else right @ self.people.shares())
 
 
 def _count_from_anywhere() -> None:
@@ -337,8 +333,9 @@ def _rehearse(candidate: Candidate, sample: tuple[Tensor, Tensor], *, scored: bo
     _check(candidate)
     built: list[ReferenceType[Tensor]] = []
     _require_new(candidate.build(), built)
-    known, _ = evaluate(_require_new(candidate.build(), built), sample)
-    if known is None and scored:
+    second = _require_new(candidate.build(), built)
+    evaluate(second, sample)
+    if scored and right_by_row(second, sample) is None:
         raise ConfigurationError("score_noise_multiplier counts correct predictions: the loss is of no classifier")
 
 

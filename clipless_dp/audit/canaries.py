@@ -22,7 +22,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import Samples, persons
-from clipless_dp.sampling.people import people_of
+from clipless_dp.sampling.people import People, people_of
 from clipless_dp.testing.company import plausible_targets
 
 Data = Dataset[Any] | tuple[Any, Any] | Mapping[str, Any] | Sequence[Any] | Samples
@@ -69,7 +69,7 @@ def canaries(
     dataset: Data,
     *,
     delta: float,
-    canaries: int | tuple[Tensor | Structure, Tensor] = 1000,
+    canaries: int | tuple[Tensor | Structure, Tensor] | tuple[Tensor | Structure, Tensor, Any] = 1000,
     confidence: float = 0.95,
     groups: Any = None,
 ) -> CanaryAudit:
@@ -89,19 +89,23 @@ def canaries(
             states counts the canaries too.
         delta: δ in [0, 1).
         canaries: how many are made: noise beyond the model's input gate (or random tokens) with random targets; or
-            inputs ``(m, *input_shape)`` and targets ``(m, ...)`` of your own, which no real sample may enter.
+            inputs ``(m, *input_shape)`` and targets ``(m, ...)`` of your own, which no real sample may enter; with
+            ``groups`` also inputs, targets and ids ``(m,)`` of canaries who have several rows. One coin decides about
+            all rows of a person, and the adversary adds up what is seen of them.
         confidence: of the lower bound.
-        groups: whose each sample of ``dataset`` is, an id for each: canaries are then people of one sample each, and
-            ``train`` is given the ids of all as its third argument: ``lambda model, data, ids: fit(model, data,
-            groups=ids, epsilon=3.0, …)``.
+        groups: whose each sample of ``dataset`` is, an id for each: canaries are then people of one sample each, or of
+            those that their own ids say, whom no real id names. ``train`` is given the ids of all as its third
+            argument: ``lambda model, data, ids: fit(model, data, groups=ids, epsilon=3.0, …)``. Canaries of one sample
+            tell nothing of how a person's rows are weighed.
 
     Returns:
         The lower bound beside the stated ε, and what ``train`` returned.
 
     Raises:
-        ConfigurationError: an argument is out of range, there are fewer than 30 canaries, no targets can be made for
-            the model's loss, or ``train`` did not train the model, or trained it about people, of whom ``groups`` says
-            nothing.
+        ConfigurationError: an argument is out of range, there are fewer than 30 canaries, or they have ids and there
+            are no ``groups``, no targets can be made for the model's loss, or ``train`` did not train the model, or
+            trained it about people, of whom ``groups`` says nothing.
+        InputError: the canaries do not fit the model, or ids are none.
 
     Guarantee:
         If training is (ε, δ)-private as stated, ``passed`` is false with probability at most ``1 - confidence``, with
@@ -112,21 +116,26 @@ def canaries(
         Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run".
     """
     check_levels(delta, confidence)
+    if not isinstance(canaries, int) and len(canaries) not in (2, 3):
+        raise ConfigurationError(
+            "canaries of your own are inputs, targets and, if people have several, ids of each row"
+        )
     samples = Samples.of(dataset, model.packing)
     if samples.tensors is not None:
         persons.refuse_repeated_rows(samples.tensors[:-1])
     shown = samples.first[0][0], samples.first[1][0]
-    inputs, targets = _made(model, shown, canaries) if isinstance(canaries, int) else _given(model, canaries)
-    if len(inputs) < _FEWEST:
-        raise ConfigurationError(f"{len(inputs)} canaries say nothing: take at least {_FEWEST}")
+    inputs, targets = _made(model, shown, canaries) if isinstance(canaries, int) else _given(model, canaries[:2])
+    people, strangers = people_of(groups, len(samples)), _strangers(canaries, len(inputs), groups)
+    if strangers.count < _FEWEST:
+        raise ConfigurationError(f"{strangers.count} canaries say nothing: take at least {_FEWEST}")
     start = copy.deepcopy(model)
-    inside: Flags = np.random.default_rng().random(len(inputs)) < 0.5
+    inside: Flags = np.random.default_rng().random(strangers.count) < 0.5
     with warnings.catch_warnings():
         # Those that are out contribute nothing on purpose.
         warnings.filterwarnings("ignore", r"\d+ samples in batches contributed nothing", UserWarning)
-        joined = _joined(dataset, samples, _absent(inputs, torch.from_numpy(~inside)), targets)
-        people = people_of(groups, len(samples))
-        trained = train(model, joined) if people is None else train(model, joined, people.with_strangers(len(inputs)))
+        out = torch.from_numpy(strangers.spread(~inside))
+        joined = _joined(dataset, samples, _absent(inputs, out), targets)
+        trained = train(model, joined) if people is None else train(model, joined, people.with_strangers(strangers))
     optimizer = trained if isinstance(trained, CliplessDPOptimizer) else getattr(trained, "optimizer", None)
     if not isinstance(optimizer, CliplessDPOptimizer) or optimizer.model is not model:
         raise ConfigurationError(
@@ -139,10 +148,11 @@ def canaries(
             "canaries are people of their own, and only there"
         )
     device, _ = model.device_and_dtype()
-    views = _views(start, copy.deepcopy(model), inputs.to(device), targets.to(device))
+    by_row = _views(start, copy.deepcopy(model), inputs.to(device), targets.to(device))
+    views = {name: strangers.sums(values) for name, values in by_row.items()}
     bound, evidence = guess(views, inside, len(inside) // 3, delta, confidence)
     stated = optimizer.get_epsilon(delta) if delta else math.inf
-    return CanaryAudit(bound, float(stated), delta, confidence, len(inputs), evidence, trained)
+    return CanaryAudit(bound, float(stated), delta, confidence, strangers.count, evidence, trained)
 
 
 def _made(model: DPLipModel, shown: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
@@ -175,6 +185,20 @@ def _given(model: DPLipModel, pair: tuple[Tensor | Structure, Tensor]) -> tuple[
     if len(inputs) != len(targets):
         raise ConfigurationError(f"{len(inputs)} inputs of canaries do not fit {len(targets)} targets")
     return inputs, targets
+
+
+def _strangers(canaries: Any, rows: int, groups: Any) -> People:
+    """Whose each of the canaries' rows is: their own, where nothing else is said."""
+    if isinstance(canaries, int) or len(canaries) == 2:
+        if rows < _FEWEST:
+            raise ConfigurationError(f"{rows} canaries say nothing: take at least {_FEWEST}")
+        return People(np.arange(rows), rows)
+    if groups is None:
+        raise ConfigurationError(
+            "canaries have ids, and the data has none: give groups=, an id for each of its samples, so that training "
+            "is about people; or leave the canaries' ids out, and each is one sample"
+        )
+    return People(canaries[2], rows)
 
 
 def _absent(inputs: Tensor, out: Tensor) -> Tensor:

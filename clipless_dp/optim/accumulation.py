@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from clipless_dp.arguments import function, shown, whole
-from clipless_dp.distributed.placement import Placement
+from clipless_dp.distributed.placement import Placement, agree
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
 from clipless_dp.model.register import Register
@@ -57,7 +57,7 @@ def accumulate(
             "rows of this batch have entered the gradients of this step already, and would count twice: "
             "accumulate each draw once, with multiplicity=K for several views of its samples, then step()"
         )
-    spans = _spans(rows, len(inputs), unit, whole=here.is_whole)
+    spans = _spans(rows, len(inputs), unit, here)
     size = max(1, len(inputs)) if micro_batch_size is None else micro_batch_size
     here.reshard_()
     unseen = loss is None and augment is None
@@ -119,7 +119,7 @@ def _one_pass(register: Register, seen: Tensor, counts: Tensor) -> Iterator[None
         )
 
 
-def _spans(rows: Rows, count: int, unit: Unit, *, whole: bool) -> list[tuple[int, int, int]]:
+def _spans(rows: Rows, count: int, unit: Unit, here: Placement) -> list[tuple[int, int, int]]:
     """Of a batch's rows from where to where gradients are divided by what, past all gates.
 
     As the mean over views, the weight of a person's row is applied to the gradients of the parameters: the cotangent of
@@ -129,28 +129,44 @@ def _spans(rows: Rows, count: int, unit: Unit, *, whole: bool) -> list[tuple[int
         rows: what the batch is.
         count: of its rows.
         unit: what the guarantee is about.
-        whole: whether this process holds all weights.
+        here: where the model is.
 
     Raises:
         PrivacyError: people are the unit, and nothing tells whose the rows are.
-        ConfigurationError: processes that each hold a part of the model would divide each other's gradients.
+        RankError: processes that each hold a part of the model would divide the parts by different numbers.
     """
     draw = rows.draw
     if draw is None or draw.people is None:
         if unit == "person" and count:
             raise PrivacyError(f"{NO_PEOPLE}. Nothing was added")
-        return [(0, count, 1)]
-    if not whole and draw.people.weights != "cap":
-        raise ConfigurationError(
-            "gradients of a model of which each rank holds a part are summed over ranks as they arise, so that a "
-            "person's rows can only be weighed by one number for all: give the sampler group_weights='cap'"
+        spans = [(0, count, 1)]
+    else:
+        # Draws of people vary more in size, and no shape is static where each class is a pass: padding is left out.
+        samples = min(count, draw.rows - rows.start)
+        spans = [
+            (start - rows.start, stop - rows.start, divisor)
+            for start, stop, divisor in draw.divisors(rows.start, rows.start + (samples if samples > 0 else count))
+        ]
+        if not here.is_whole:
+            spans = _of_all_classes(spans, draw.people.divisors)
+    if not here.is_whole and unit == "person":
+        # A pass sums the rows of all processes into the parts that each of them holds and divides.
+        agree(
+            {"what the gradients of people's rows are divided by": [divisor for *_, divisor in spans]},
+            remedy="Let each rank accumulate its own part of one draw of people, an empty part too",
         )
-    # Draws of people vary more in size, and no shape is static where each class is a pass: padding is left out.
-    samples = min(count, draw.rows - rows.start)
-    return [
-        (start - rows.start, stop - rows.start, divisor)
-        for start, stop, divisor in draw.divisors(rows.start, rows.start + (samples if samples > 0 else count))
-    ]
+    return spans
+
+
+def _of_all_classes(spans: Sequence[tuple[int, int, int]], divisors: Sequence[int]) -> list[tuple[int, int, int]]:
+    """The spans of all classes that any process may have, in order, those without rows here among them."""
+    known = {divisor: (start, stop) for start, stop, divisor in spans}
+    found, reached = [], 0
+    for divisor in divisors:
+        start, stop = known.get(divisor, (reached, reached))
+        found.append((start, stop, divisor))
+        reached = stop
+    return found
 
 
 def accumulate_public(

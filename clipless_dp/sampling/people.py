@@ -29,7 +29,8 @@ Unit = Literal["row", "person"]
 
 Indices = npt.NDArray[np.int64]
 GroupWeights = Literal["mean", "cap"]
-"""``"mean"``: a person's rows that enter weigh ``1/n`` if they are ``n``; ``"cap"``: ``1/rows_per_group`` each."""
+"""``"mean"``: a person's rows that enter weigh 1 together, see :meth:`People.choose`; ``"cap"``: ``1/rows_per_group``
+each."""
 
 Classes = tuple[tuple[int, int], ...]
 """Of rows in order: up to which of them (exclusively), from the end of the class before, weights are one over what."""
@@ -156,9 +157,10 @@ class People:
     ) -> Chosen:
         """At most ``m`` rows of each of some people, uniformly, independently of one another.
 
-        With weights of ``"mean"``, of a person's ``n`` rows the largest number on a public grid that is at most
-        ``min(n, m)`` enters: ``m``, or 1, 2, 3, 4, 6, 8, 12, … The mean of a uniform choice has the mean of all rows
-        as its expectation, and there are few classes, each of which is passed by itself.
+        With weights of ``"mean"``, ``k = min(n, m)`` of a person's ``n`` rows enter, and weigh ``1/m`` each if
+        ``k = m``. Else, with ``p ≤ k < 2p`` for a power of two ``p``, ``2p - k`` of them weigh ``1/p`` and the other
+        ``2k - 2p`` half as much, which is ``1`` together. Which ones is as random as which rows enter, so that the
+        expectation is the mean of all ``n``. There are few classes, each of which is passed by itself.
 
         Args:
             people: their numbers, each once.
@@ -171,16 +173,16 @@ class People:
         places = np.arange(len(owners)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         rows = self._order[np.repeat(self._starts[people], sizes) + places]
         entering = self._entering(sizes)
-        if bool((entering < sizes).any()):
-            # Within each person a random order, of which the first ones are taken.
+        divisors = self._divisors(entering[owners], places)
+        if bool((entering < sizes).any() or (divisors != entering[owners]).any()):
+            # Within each person a random order, of which the first ones are taken, and the first of these weigh most.
             rows = rows[np.lexsort((generator.random(len(rows)), owners))]
             taken = places < entering[owners]
-            rows, owners = rows[taken], owners[taken]
+            rows, owners, divisors = rows[taken], owners[taken], divisors[taken]
         if kept is not None:
-            rows, owners = rows[kept[owners]], owners[kept[owners]]
+            rows, divisors = rows[kept[owners]], divisors[kept[owners]]
         if self.weights == "cap":
             return Chosen(np.sort(rows), ((len(rows), self.rows_per_group),))
-        divisors = entering[owners]
         order = np.lexsort((rows, divisors))
         found, counts = np.unique(divisors, return_counts=True)
         ends = np.cumsum(counts)
@@ -188,15 +190,37 @@ class People:
 
     def _entering(self, sizes: Indices) -> Indices:
         """How many rows enter of people who have so many."""
-        most = np.minimum(sizes, self.rows_per_group)
-        if self.weights == "cap":
-            return most
-        grid = _grid(self.rows_per_group)
-        return grid[np.searchsorted(grid, most, side="right") - 1]
+        return np.minimum(sizes, self.rows_per_group)
 
-    def with_strangers(self, count: int) -> Indices:
-        """An id for each row, and behind them those of so many further people of one row each."""
-        return np.concatenate([self._codes, self.count + np.arange(count)])
+    def _divisors(self, entering: Indices, places: Indices) -> Indices:
+        """One over the weight of a row, of whose person so many enter, and which is at such a place among them."""
+        cap = np.int64(self.rows_per_group)
+        if self.weights == "cap":
+            return np.full_like(entering, cap)
+        power = np.int64(1) << (np.frexp(entering)[1].astype(np.int64) - 1)
+        split = np.where(places < 2 * power - entering, power, 2 * power)
+        return np.where(entering == cap, cap, split)
+
+    @cached_property
+    def divisors(self) -> tuple[int, ...]:
+        """What the gradients of a row may be divided by, ascending: one for each class of any draw, on any rank."""
+        entering = np.unique(self._entering(self._sizes))
+        first, last = (self._divisors(entering, places) for places in (np.zeros_like(entering), entering - 1))
+        return tuple(np.unique(np.concatenate([first, last])).tolist())
+
+    def with_strangers(self, others: People) -> Indices:
+        """An id for each row, and behind them those of other people's rows, none of whom is one of these."""
+        return np.concatenate([self._codes, self.count + others._codes])
+
+    def sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """``(people,)``: of one number for each row the sum over each person's."""
+        total = np.zeros(self.count)
+        np.add.at(total, self._codes, values)
+        return total
+
+    def spread(self, values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """``(rows,)``: of one truth value for each person that of each row's."""
+        return values[self._codes]
 
     def shares(self, device: torch.device | str = "cpu") -> Tensor:
         """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
@@ -206,12 +230,6 @@ class People:
 def spans_of(classes: Classes) -> list[tuple[int, int]]:
     """From where to where the rows of each class are."""
     return list(itertools.pairwise([0, *(end for end, _ in classes)]))
-
-
-def _grid(cap: int) -> Indices:
-    """1, 2, 3, 4, 6, 8, 12, … below a cap, and the cap: of a number in between at most a third is left out."""
-    powers = [base << shift for shift in range(cap.bit_length()) for base in (1, 3)]
-    return np.array(sorted({number for number in powers if number < cap} | {cap}), dtype=np.int64)
 
 
 def checked_cap(rows_per_group: object) -> int:

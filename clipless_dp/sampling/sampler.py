@@ -57,8 +57,8 @@ class PoissonBatchSampler(Sampler[list[int]]):
             batches are of their rows (:class:`clipless_dp.sampling.people.People`, docs/groups.md). A step passes them
             by :meth:`clipless_dp.CliplessDPOptimizer.accumulate`, of an optimizer with ``unit="person"``.
         rows_per_group: at most so many rows of a person enter a draw, chosen anew in each.
-        group_weights: ``"mean"``: a person's rows that enter weigh one over their number; ``"cap"``: one over
-            ``rows_per_group`` each.
+        group_weights: ``"mean"``: a person's rows that enter weigh 1 together, and each about as much as another
+            (docs/groups.md); ``"cap"``: one over ``rows_per_group`` each.
 
     Of several processes (:mod:`clipless_dp.distributed`), rank ``r`` of ``W`` draws from the samples ``r, r + W, …``
     only, each with probability ``q``: together they draw a Poisson sample of the whole data set, which each is told

@@ -54,9 +54,9 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
             truth = some_targets.to(device)
             output = model(some_inputs.to(device))
             total_loss += float(model.loss(output, truth))
-            hits = _hits(model.loss_function, output, truth)
-            known = known and hits is not None
-            correct += hits or 0.0
+            right = _right(model.loss_function, output, truth)
+            known = known and right is not None
+            correct += 0.0 if right is None else float(right.sum())
             counts = model.loss_function.counts(truth)
             counted += len(truth) if counts is None else int(counts.sum())
     finally:
@@ -66,8 +66,47 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
     return (correct / counted if known else None), total_loss / counted
 
 
-def _hits(loss: Loss, output: Tensor, truth: Tensor) -> float | None:
-    """How many predictions are right by the loss's own notion; ``None`` where it has none."""
+@torch.no_grad()
+def right_by_row(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> Tensor | None:
+    """How far the prediction of each row is right, each a function of its own row alone.
+
+    Unlike an accuracy, which divides by how many rows ask for a prediction, a sum of these moves by at most 1 with a
+    row, and one that weighs a person's rows by one over their number by at most 1 with a person.
+
+    Args:
+        model: as for :func:`evaluate`.
+        dataset: as there.
+        batch_size: rows at once, at least 1.
+
+    Returns:
+        ``(N,)``, float64 on the CPU, in [0, 1], 0 where no prediction is asked for; ``None`` where the loss has no
+        notion of what is right.
+
+    Raises:
+        As :func:`evaluate`.
+    """
+    require_wrapped(model)
+    batch_size = whole("batch_size", batch_size)
+    samples = Samples.of(dataset, model.packing)
+    device, _ = model.device_and_dtype()
+    training = model.training
+    model.eval()
+    found = []
+    try:
+        for some_inputs, some_targets in samples.parts(batch_size):
+            truth = some_targets.to(device)
+            right = _right(model.loss_function, model(some_inputs.to(device)), truth)
+            if right is None:
+                return None
+            counts = model.loss_function.counts(truth)
+            found.append((right if counts is None else right * counts).cpu())
+    finally:
+        model.train(training)
+    return torch.cat(found)
+
+
+def _right(loss: Loss, output: Tensor, truth: Tensor) -> Tensor | None:
+    """How far each prediction is right by the loss's own notion, ``(B,)`` in float64; ``None`` where it has none."""
     right = loss.correct(output, truth)
     if right is None:
         return None
@@ -76,7 +115,7 @@ def _hits(loss: Loss, output: Tensor, truth: Tensor) -> float | None:
     if fits and (right.dtype == torch.bool or right.is_floating_point()):
         # Asked this way around, since a NaN is no share.
         if bool(((right >= 0) & (right <= 1)).all()):
-            return float(right.sum(dtype=torch.float64))
+            return right.double()
         said = "numbers outside of [0, 1]"
     raise InputError(
         f"correct() of {loss!r} must return None, or for each row a truth value or a number in [0, 1], shape "

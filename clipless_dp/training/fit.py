@@ -161,10 +161,6 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
     size = public_size(privacy.dataset_size, rows, people)
     if people is not None:
         people.warn_of_size(size)
-        if not here.is_whole and privacy.group_weights != "cap":
-            raise ConfigurationError(
-                "of a model of which each rank holds a part, people's rows are weighed by group_weights='cap' only"
-            )
     asked.require_in_range(size)
     held_out = None if keeping.validation is None else Samples.of(keeping.validation, model.packing)
     samples = Samples.to_train_on(dataset, model.packing)

@@ -89,8 +89,9 @@ class Privacy(_Checked):
             of the ids is their being there; a run that goes on from a checkpoint is given the same ones.
         rows_per_group: with ``groups``, how many rows of a person enter a step at most, chosen anew in each: a public
             number, whose ε is the same for any.
-        group_weights: with ``groups``, ``"mean"``: a person's rows that enter weigh one over their number; ``"cap"``:
-            one over ``rows_per_group`` each, in one pass, so that people with fewer rows count less.
+        group_weights: with ``groups``, ``"mean"``: a person's rows that enter weigh 1 together, and each about as much
+            as another (docs/groups.md); ``"cap"``: one over ``rows_per_group`` each, in one pass, so that people with
+            fewer rows count less.
     """
 
     epsilon: float

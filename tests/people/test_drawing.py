@@ -29,6 +29,7 @@ from clipless_dp import (
 )
 from clipless_dp.errors import CheckpointError
 from clipless_dp.sampling import People, StreamedBatches, bound_contributions
+from tests.soundness.mutation import Mutant
 from tests.support import gated_model, samples
 
 ROWS = 120
@@ -133,21 +134,55 @@ def test_people_are_drawn_with_the_rate_and_not_rows() -> None:
 
 
 def classes_hold(rows: Any, classes: Any, cap: int) -> None:
-    start = 0
-    for stop, divisor in classes:
-        counts = Counter(IDS[rows[start:stop]].tolist())
-        assert set(counts.values()) == {divisor}
-        assert divisor <= cap
-        start = stop
-    assert start == len(rows)
+    owners = IDS[np.asarray(rows)]
+    assert classes[-1][0] == len(rows) if classes else not len(rows)
+    ends = [end for end, _ in classes]
+    divisors = np.repeat([divisor for _, divisor in classes], np.diff([0, *ends]))
+    for one in set(owners.tolist()):
+        own, has = divisors[owners == one].tolist(), int((one == IDS).sum())
+        assert len(own) == min(has, cap)
+        assert sum(Fraction(1, divisor) for divisor in own) == 1
+        # No row weighs more than twice what another one does.
+        assert max(own) <= 2 * min(own)
+        assert has < cap or set(own) == {cap}
 
 
 @pytest.mark.parametrize("cap", [1, 3, 5, 50])
-def test_rows_of_a_class_are_as_many_of_each_person_as_they_are_divided_by(cap: int) -> None:
+def test_all_rows_up_to_the_cap_enter_and_weigh_about_as_much_as_one_another(cap: int) -> None:
     for rows, classes in PoissonBatchSampler(
         PEOPLE, sample_rate=0.5, steps=20, groups=IDS, rows_per_group=cap
     ).chosen():
         classes_hold(rows, classes, cap)
+
+
+def weights_of_rows(draws: int) -> Any:
+    """The mean weight of each of seven rows of one person, of whom at most six enter, over so many draws; and of five
+    of another one, who is below the cap."""
+    ids = np.repeat([0, 1, 2], [7, 5, 3])
+    whose, generator, total = People(ids, len(ids), rows_per_group=6), np.random.default_rng(0), np.zeros(len(ids))
+    for _ in range(draws):
+        rows, classes = whose.choose(np.arange(3), generator)
+        start = 0
+        for stop, divisor in classes:
+            total[rows[start:stop]] += 1.0 / divisor
+            start = stop
+    return total / draws * np.repeat([7, 5, 3], [7, 5, 3])
+
+
+DRAWS = 4000
+SPREAD = 6.0 * (2.0 / DRAWS) ** 0.5
+"""Six standard errors: a weight times its person's number of rows lies in [0, 2] with mean 1, so that its variance is
+at most 1."""
+
+
+def test_each_row_of_a_person_weighs_the_same_in_expectation() -> None:
+    assert float(np.abs(weights_of_rows(DRAWS) - 1.0).max()) < SPREAD
+
+
+def test_rows_that_are_heavier_than_others_in_each_draw_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant = Mutant("by place", People, "choose", "np.lexsort((generator.random(len(rows)), owners))", "slice(None)")
+    mutant.apply(monkeypatch)
+    assert float(np.abs(weights_of_rows(50) - 1.0).max()) > SPREAD
 
 
 @pytest.mark.parametrize("road", [PoissonBatches, StreamedBatches], ids=["held", "streamed"])

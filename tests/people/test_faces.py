@@ -46,13 +46,12 @@ def test_a_preset_with_statistics_is_charged_about_people() -> None:
     assert {event.kind for event, _ in ledger} >= {"gaussian_release"}
 
 
-def test_a_search_is_about_people() -> None:
+@pytest.mark.parametrize("compared", [{"validation": samples(20)}, {"score_noise_multiplier": 5.0}], ids=[*"vn"])
+def test_a_search_is_about_people(compared: dict[str, Any]) -> None:
     candidate = Candidate(gated_model, {"epochs": 1, "batch_size": 12, "lr": 0.5})
     accountant = create_accountant("rdp")
     settings: dict[str, Any] = {"epsilon": 20.0, "delta": 1e-2, "mean_runs": 1.0, "groups": IDS}
-    with pytest.raises(ConfigurationError, match="counts rows"):
-        private_search([candidate], samples(ROWS), score_noise_multiplier=5.0, **settings)
-    found = private_search([candidate], samples(ROWS), validation=samples(20), accountant=accountant, **settings)
+    found = private_search([candidate], samples(ROWS), accountant=accountant, **compared, **settings)
     assert found.accountant.ledger.units == {"person"}
     assert found.epsilon <= 20.0
 
