@@ -667,6 +667,7 @@ def fitted_and_resumed(folder: str):
     }
 
 
+@pytest.mark.slow
 def test_fit_goes_on_from_parts_in_parts_and_in_one_process_as_if_nothing_had_happened(ranks, tmp_path):
     assert fitted(None, str(tmp_path / "from one process"), stop_after=4) is None
     alone, averaged = fitted(None), fitted(None, **AVERAGED)
