@@ -133,19 +133,17 @@ def _known(ledger: Ledger) -> tuple[dict[tuple[float, float], int], dict[float, 
     scales: dict[float, int] = {}
     unknown = [] if ledger.relation == ADD_OR_REMOVE_ONE else [f"neighbours by {ledger.relation}"]
     for event, count in flatten(ledger.entries):
-        rate = 1.0
-        if isinstance(event, (GaussianStep, GaussianVectorStep)) and isinstance(event.sampling, PoissonSampling):
-            rate = event.sampling.sample_rate
-        elif isinstance(event, LaplaceRelease):
+        sampling = event.sampling if isinstance(event, (GaussianStep, GaussianVectorStep)) else None
+        if isinstance(event, LaplaceRelease):
             scales[event.noise_multiplier] = scales.get(event.noise_multiplier, 0) + count
-            continue
-        elif not isinstance(event, (GaussianRelease, ShuffledEpoch)) and not (
-            isinstance(event, (GaussianStep, GaussianVectorStep)) and isinstance(event.sampling, NoSampling)
-        ):
+        elif isinstance(sampling, PoissonSampling):
+            key = event.noise_multiplier, sampling.sample_rate
+            steps[key] = steps.get(key, 0) + count
+        elif isinstance(sampling, NoSampling) or isinstance(event, (GaussianRelease, ShuffledEpoch)):
+            key = event.noise_multiplier, 1.0
+            steps[key] = steps.get(key, 0) + count
+        else:
             unknown.append(type(event).__name__)
-            continue
-        key = event.noise_multiplier, rate
-        steps[key] = steps.get(key, 0) + count
     return steps, scales, sorted(set(unknown))
 
 

@@ -41,6 +41,12 @@ def _row_gradients(
     return weight, bias, None, None
 
 
+def _own(products: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Of ``(B, ..., *shape)`` each sample's sum, ``(B, n)``, and the norm of what was summed up to it, ``(B,)``."""
+    rows = products.reshape(len(products), -1, math.prod(shape))
+    return rows.sum(1), sample_norms(rows)
+
+
 def _differentiably(ctx: Any, normalised: Callable[[Tensor], Tensor], cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """What the way back returns, with a graph of its own, in which mean and scale follow from the values.
 
@@ -53,7 +59,6 @@ def _differentiably(ctx: Any, normalised: Callable[[Tensor], Tensor], cotangents
     gates: Affine = ctx.gates
     channels = not isinstance(gates.settings[0], tuple)
     shape = values.shape[1:2] if channels else gates.settings[0]
-    entries = math.prod(shape)
     with torch.enable_grad():
         made = normalised(values)
         passed = None
@@ -74,8 +79,7 @@ def _differentiably(ctx: Any, normalised: Callable[[Tensor], Tensor], cotangents
             if channels:
                 of_both.append((products.reshape(*values.shape[:2], -1).sum(2), sizes))
             else:
-                rows = products.reshape(len(values), -1, entries)
-                of_both.append((rows.sum(1), sample_norms(rows)))
+                of_both.append(_own(products, shape))
         of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
     return None, passed, of_weight, of_bias, None, *counts
 
@@ -118,17 +122,11 @@ class GatedLayerNorm(_Gated):
             passed = torch.ops.aten.native_layer_norm_backward(
                 cotangents.contiguous(), values, shape, mean, scale, weight, bias, [True, False, False]
             )[0]
-        entries = 1
-        for size in shape:
-            entries *= size
         of_both: list[tuple[Tensor, Tensor] | None] = [None, None]
         if gates.weight is not None and ctx.needs_input_grad[2]:
-            products = torch.addcmul(-mean * scale, values, scale).mul_(cotangents)
-            rows = products.reshape(len(values), -1, entries)
-            of_both[0] = rows.sum(1), sample_norms(rows)
+            of_both[0] = _own(torch.addcmul(-mean * scale, values, scale).mul_(cotangents), shape)
         if gates.bias is not None and ctx.needs_input_grad[3]:
-            rows = cotangents.reshape(len(values), -1, entries)
-            of_both[1] = rows.sum(1), sample_norms(rows)
+            of_both[1] = _own(cotangents, shape)
         of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
         return None, passed, of_weight, of_bias, None, *counts
 

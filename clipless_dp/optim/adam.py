@@ -116,14 +116,13 @@ class AdamBC(Optimizer):
         )
 
 
-def tell_noise(optimizer: Optimizer, deviations: Mapping[int, float], divisor: float) -> None:
+def tell_noise(optimizer: Optimizer, deviations: Mapping[int, float]) -> None:
     """Tells a base optimizer that asks for it the noise on the gradients that it is about to step on.
 
     Args:
         optimizer: one with a method ``note_noise``, or any other.
-        deviations: of the noise on summed gradients, by the ``id`` of the parameter.
-        divisor: what sums are divided by.
+        deviations: of the noise on each entry of the mean gradients, by the ``id`` of the parameter.
     """
     note = getattr(optimizer, "note_noise", None)
     if note is not None:
-        note({key: deviation / divisor for key, deviation in deviations.items()})
+        note(deviations)

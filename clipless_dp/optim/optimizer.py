@@ -78,6 +78,7 @@ class CliplessDPOptimizer(Around):
 
     Attributes:
         placement: where the model was when the optimizer was made, in how many processes and which part in each.
+        step_noise: the deviation of the last step's noise on each entry of the mean gradients, by ``id`` of parameter.
 
     Raises:
         ConfigurationError: an argument is out of range.
@@ -141,6 +142,7 @@ class CliplessDPOptimizer(Around):
         refuse_other_units(self.accountant.ledger, self.unit)
         self.budget = budget
         self.steps_taken = 0
+        self.step_noise: Mapping[int, float] = {}
         # In memory alone: it is as private as the ids.
         self._grouping: bytes | None = None
         self._books = Books(model)
@@ -492,7 +494,8 @@ class CliplessDPOptimizer(Around):
         else:
             self._adaptation.drop()
         self.model.project_gradients_()
-        tell_noise(self.base_optimizer, deviations, self.expected_batch_size)
+        self.step_noise = {key: deviation / self.expected_batch_size for key, deviation in deviations.items()}
+        tell_noise(self.base_optimizer, self.step_noise)
         register.note_all(sampled=False)
 
     def _shared_settings(self) -> dict[str, object]:

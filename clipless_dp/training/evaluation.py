@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -41,26 +42,16 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
         ConfigurationError: the model is not wrapped, or ``batch_size`` is no positive number.
         InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
     """
-    require_wrapped(model)
-    batch_size = whole("batch_size", batch_size)
-    samples = Samples.of(dataset, model.packing)
-    device, _ = model.device_and_dtype()
-    training = model.training
-    model.eval()
     correct, total_loss, counted = 0.0, 0.0, 0
     known = True
-    try:
-        for some_inputs, some_targets in samples.parts(batch_size):
-            truth = some_targets.to(device)
-            output = model(some_inputs.to(device))
+    with closing(_outputs(model, dataset, batch_size)) as parts:
+        for output, truth in parts:
             total_loss += float(model.loss(output, truth))
             right = _right(model.loss_function, output, truth)
             known = known and right is not None
             correct += 0.0 if right is None else float(right.sum())
             counts = model.loss_function.counts(truth)
             counted += len(truth) if counts is None else int(counts.sum())
-    finally:
-        model.train(training)
     if counted == 0:
         return None, math.nan
     return (correct / counted if known else None), total_loss / counted
@@ -85,24 +76,30 @@ def right_by_row(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> Te
     Raises:
         As :func:`evaluate`.
     """
+    found = []
+    with closing(_outputs(model, dataset, batch_size)) as parts:
+        for output, truth in parts:
+            right = _right(model.loss_function, output, truth)
+            if right is None:
+                return None
+            counts = model.loss_function.counts(truth)
+            found.append((right if counts is None else right * counts).cpu())
+    return torch.cat(found)
+
+
+def _outputs(model: DPLipModel, dataset: Data, batch_size: int) -> Generator[tuple[Tensor, Tensor], None, None]:
+    """Outputs in ``eval`` mode and targets, so many rows at once; the model is put back at the end."""
     require_wrapped(model)
     batch_size = whole("batch_size", batch_size)
     samples = Samples.of(dataset, model.packing)
     device, _ = model.device_and_dtype()
     training = model.training
     model.eval()
-    found = []
     try:
-        for some_inputs, some_targets in samples.parts(batch_size):
-            truth = some_targets.to(device)
-            right = _right(model.loss_function, model(some_inputs.to(device)), truth)
-            if right is None:
-                return None
-            counts = model.loss_function.counts(truth)
-            found.append((right if counts is None else right * counts).cpu())
+        for inputs, targets in samples.parts(batch_size):
+            yield model(inputs.to(device)), targets.to(device)
     finally:
         model.train(training)
-    return torch.cat(found)
 
 
 def _right(loss: Loss, output: Tensor, truth: Tensor) -> Tensor | None:

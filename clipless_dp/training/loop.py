@@ -153,8 +153,8 @@ def _step(run: Run, batch: Batch) -> Tensor:
         loss=run.loss,
     )
     run.follow_noise_schedule()
-    run.signal_to_noise.before_step()
     run.optimizer.step()
+    run.signal_to_noise.after_step()
     run.scheduler.step()
     if run.average is not None:
         run.average.update()

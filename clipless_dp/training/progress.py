@@ -80,25 +80,23 @@ class SignalToNoise:
         self._added = {name: _Added(*numbers) for name, numbers in state["added"].items()}
         self._before = {name: value.clone() for name, value in state["before"].items()}
 
-    def before_step(self) -> None:
-        """Notes the noise of the step to come."""
+    def after_step(self) -> None:
+        """Notes the noise of the step that was taken, before a schedule changes the rate that it was taken at."""
         if not self.known:
             return
-        groups = {
-            id(parameter): group
-            for group in self.optimizer.base_optimizer.param_groups
-            for parameter in group["params"]
-        }
-        named = dict(self.optimizer.model.net.named_parameters())
-        for name, deviation in self.optimizer.noise_deviations().items():
-            group = groups[id(named[name])]
-            noise = (deviation / self.optimizer.expected_batch_size) ** 2
-            if name not in self._added:
-                # What the buffer of a run that goes on holds, had all its steps had the noise of this one.
-                kept = group["momentum"] ** 2
-                held = noise * (1.0 - kept**self.optimizer.steps_taken) / (1.0 - kept)
-                self._added[name] = _Added(held)
-            self._added[name].step(noise, float(group["lr"]), group["momentum"])
+        named = {id(parameter): name for name, parameter in self.optimizer.model.net.named_parameters()}
+        for group in self.optimizer.base_optimizer.param_groups:
+            for parameter in group["params"]:
+                deviation = self.optimizer.step_noise.get(id(parameter))
+                if deviation is not None:
+                    self._note(named[id(parameter)], deviation**2, float(group["lr"]), group["momentum"])
+
+    def _note(self, name: str, noise: float, rate: float, momentum: float) -> None:
+        if name not in self._added:
+            # What the buffer of a run that goes on holds, had all its steps had the noise of this one.
+            kept = momentum**2
+            self._added[name] = _Added(noise * (1.0 - kept ** (self.optimizer.steps_taken - 1)) / (1.0 - kept))
+        self._added[name].step(noise, rate, momentum)
 
     def read(self) -> Mapping[str, float] | None:
         """The ratio of each layer since the last reading, by its path in ``model.net``; ``None``: unknown."""
