@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,6 +19,14 @@ from scipy import stats
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gated, losses, training
+
+
+def one_in_two(values: Iterable[Any]) -> list[Any]:
+    """Values to parametrize with, every other one among the slow tests: where neighbours check one thing."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * (place % 2))
+        for place, value in enumerate(values)
+    ]
 
 
 def gated_model(*, bias: bool = True, seed: int = 0) -> DPLipModel:

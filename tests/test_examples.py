@@ -63,6 +63,7 @@ def test_the_recipe_for_mnist_writes_a_statement(tmp_path, monkeypatch, capsys):
     assert "Hyper-parameters: MNIST" in (tmp_path / "run.pt.statement.md").read_text("utf-8")
 
 
+@pytest.mark.slow
 def test_the_recipe_for_cifar_runs(tmp_path, monkeypatch, capsys):
     images = np.random.default_rng(0).integers(256, size=(30, 32, 32, 3), dtype=np.uint8)
     stored = {}
@@ -89,12 +90,14 @@ def encode(image):
     return file.getvalue()
 
 
+@pytest.mark.slow
 def test_the_recipe_for_transfer_learns(monkeypatch, capsys):
     printed = run("examples/transfer.py", monkeypatch=monkeypatch, capsys=capsys)
     # Chance is 10 %.
     assert float(re.search(r"accuracy ([\d.]+) %", printed)[1]) > 60
 
 
+@pytest.mark.slow
 def test_the_recipe_for_regression_learns(monkeypatch, capsys):
     arguments = ["--samples", "4000", "--epochs", "20", "--delta", "1e-4"]
     printed = run("examples/regression.py", *arguments, monkeypatch=monkeypatch, capsys=capsys)

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     # Ground.
     "errors former version",
-    "arguments checkpoint modules precision",
+    "arguments checkpoint display modules precision",
     "datasets packing recipes",
     # What is bounded. Noise is as low, because dropout and views of samples draw from it.
     "gates noise norms",

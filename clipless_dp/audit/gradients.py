@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from clipless_dp.arguments import whole
+from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import AuditError, ConfigurationError
 from clipless_dp.losses import BoundedLoss, Loss
 from clipless_dp.model import DPLipModel
@@ -88,7 +88,7 @@ class ParameterAudit:
 
 
 @dataclass(frozen=True)
-class SensitivityAudit:
+class SensitivityAudit(Tabular):
     """What attacks on a model's bounds reached; prints as a table.
 
     Attributes:
@@ -120,19 +120,15 @@ class SensitivityAudit:
         """The parameters whose bound an attack passed."""
         return tuple(line for line in self.parameters if not line.ratio <= 1.0 + TOLERANCE)
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [
             (line.name, f"{line.bound:.6g}", f"{line.observed:.6g}", f"{line.ratio:.4f}", line.attack)
             for line in self.parameters
         ]
-        table = tabulate(
-            rows,
-            headers=["parameter", "bound", "observed", "ratio", "attack"],
-            disable_numparse=True,
-            colalign=("left", "right", "right", "right", "left"),
-        )
+        headers = ("parameter", "bound", "observed", "ratio", "attack")
         last = f"{self.attempts} attempts, worst ratio {self.worst:.4f}, whole gradient {self.total:.4f}"
-        return "\n".join((table, *self.notes, last + " (quick form)" * self.quick))
+        notes = (*self.notes, last + " (quick form)" * self.quick)
+        return Table(headers, rows, ("left", "right", "right", "right", "left"), notes)
 
 
 def sensitivity(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from tabulate import tabulate
+from clipless_dp.display import Table, Tabular
 
 Relation = Literal["add-or-remove-one", "replace-one"]
 
@@ -40,7 +40,7 @@ class LayerSensitivity:
 
 
 @dataclass(frozen=True)
-class Sensitivity:
+class Sensitivity(Tabular):
     """How much one sample can change the summed gradient.
 
     Attributes:
@@ -93,7 +93,7 @@ class Sensitivity:
         found = replace(self, per_parameter=bounds, counted=counted, joint=tuple(sorted(joint.items())))
         return replace(found, total=math.hypot(*(bound for _, bound in found.blocks(bounds))))
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         def shown(value: float | None) -> str:
             return "–" if value is None or math.isinf(value) else f"{value:.4g}"
 
@@ -109,15 +109,12 @@ class Sensitivity:
             )
             for layer in self.layers
         ]
-        table = tabulate(
-            rows,
-            headers=["layer", "type", "X", "G", "coverage", "norm", "Δ"],
-            disable_numparse=True,
-            colalign=("left", "left", "right", "right", "right", "right", "right"),
-        )
-        shared = "".join(
-            f"\n{len(members)} parameters together, {members[0]} to {members[-1]}: Δ = {bound:.6g}"
+        notes = [
+            f"{len(members)} parameters together, {members[0]} to {members[-1]}: Δ = {bound:.6g}"
             for members, bound in self.joint
-        )
-        counts = f"\ncounts of {len(self.counted)} caps that adapt: Δ = {self.of_counts:.6g}" if self.counted else ""
-        return f"{table}{shared}{counts}\ntotal Δ = {self.total:.6g} ({self.relation})"
+        ]
+        if self.counted:
+            notes.append(f"counts of {len(self.counted)} caps that adapt: Δ = {self.of_counts:.6g}")
+        notes.append(f"total Δ = {self.total:.6g} ({self.relation})")
+        headers = ("layer", "type", "X", "G", "coverage", "norm", "Δ")
+        return Table(headers, rows, ("left", "left", *("right",) * 5), notes)

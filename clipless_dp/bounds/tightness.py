@@ -9,10 +9,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, fx
 
 from clipless_dp.bounds.sensitivity import LayerSensitivity, Sensitivity
+from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import InputError, PrivacyError
 from clipless_dp.gates import GradientGated, can_be_gradient_gated
 from clipless_dp.graph.tracing import TracedNet
@@ -56,7 +56,7 @@ class LayerTightness:
 
 
 @dataclass(frozen=True)
-class TightnessReport:
+class TightnessReport(Tabular):
     """How much of each bound one batch uses; prints as a table.
 
     It describes the samples it was measured on and is *not* private: measure on public or synthetic data, or keep
@@ -72,7 +72,7 @@ class TightnessReport:
     total: float
     layers: tuple[LayerTightness, ...]
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [
             (
                 layer.path,
@@ -84,13 +84,9 @@ class TightnessReport:
             )
             for layer in self.layers
         ]
-        table = tabulate(
-            rows,
-            headers=["layer", "type", "activations", "cotangents", "gradients", "what would help"],
-            disable_numparse=True,
-            colalign=("left", "left", "right", "right", "left", "left"),
-        )
-        return f"{table}\nobserved/bound over {self.samples} samples, not private; whole gradient {self.total:.3f}"
+        headers = ("layer", "type", "activations", "cotangents", "gradients", "what would help")
+        last = f"observed/bound over {self.samples} samples, not private; whole gradient {self.total:.3f}"
+        return Table(headers, rows, ("left", "left", "right", "right", "left", "left"), [last])
 
 
 def measure(

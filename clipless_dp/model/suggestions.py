@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from clipless_dp.bounds.tightness import TIGHT, rounded_up
+from clipless_dp.display import Table, Tabular
 from clipless_dp.gates import GradientGated, can_be_gradient_gated, gradient_gated_layer
 from clipless_dp.gates.arithmetic import FLOOR_SHARE
 from clipless_dp.model import passes
@@ -50,7 +50,7 @@ class GateSuggestion:
 
 
 @dataclass(frozen=True)
-class GateSuggestions:
+class GateSuggestions(Tabular):
     """What gradient gates would do to a network; prints as a table.
 
     Like the report on tightness it describes the samples that it was measured on and is *not* private: measure on
@@ -66,7 +66,7 @@ class GateSuggestions:
     total: float
     suggested_total: float
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [
             (
                 layer.path,
@@ -77,13 +77,9 @@ class GateSuggestions:
             )
             for layer in self.layers
         ]
-        table = tabulate(
-            rows,
-            headers=["layer", "Δ", "observed", "time of a step", "gate that pays"],
-            disable_numparse=True,
-            colalign=("left", "right", "right", "right", "left"),
-        )
-        return f"{table}\ntotal Δ = {self.total:.4g}, with these gates {self.suggested_total:.4g}; not private"
+        headers = ("layer", "Δ", "observed", "time of a step", "gate that pays")
+        last = f"total Δ = {self.total:.4g}, with these gates {self.suggested_total:.4g}; not private"
+        return Table(headers, rows, ("left", "right", "right", "right", "left"), [last])
 
 
 def _call(layer: GateSuggestion) -> str:

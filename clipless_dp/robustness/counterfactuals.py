@@ -8,10 +8,10 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from clipless_dp.arguments import choice, not_negative, positive, whole
+from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import InputError
 from clipless_dp.gates.arithmetic import per_sample, sample_norms
 from clipless_dp.robustness.attacks import Box, Victim, bisected, flip_distances, limits_of
@@ -30,7 +30,7 @@ _SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
-class Counterfactuals:
+class Counterfactuals(Tabular):
     """Where steps along the gradient lead N samples; prints as a table.
 
     Attributes:
@@ -69,7 +69,7 @@ class Counterfactuals:
     def __len__(self) -> int:
         return len(self.reached)
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         columns = (
             *(self.predictions, self.found, self.scores, self.slopes),
             *(self.radii, self.distances, self.tightness),
@@ -81,7 +81,7 @@ class Counterfactuals:
             )
         ]
         headers = ["sample", "predicted", "becomes", "score", "slope", "certified", "flip distance", "tightness"]
-        return tabulate(rows, headers=headers, disable_numparse=True, colalign=("right",) * len(headers))
+        return Table(headers, rows, ("right",) * len(headers))
 
 
 def counterfactual(

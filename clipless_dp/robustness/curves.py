@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import torch
 from scipy.stats import binomtest
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative, share, whole
+from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.robustness.attacks import DEFAULT, Attack, Attacked, Box, attack
 from clipless_dp.robustness.certificates import Certificate, average_certified_radius, certified_accuracy, certify
@@ -55,7 +55,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Curve:
+class Curve(Tabular):
     """Accuracy over radii; prints as a table. The truth lies between the two columns.
 
     Attributes:
@@ -108,7 +108,7 @@ class Curve:
         names = () if attacked is None else attacked.tried
         return cls(tuple(points), clean, average_certified_radius(certificate), certificate, attacked, level, names)
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         def shown(value: Share | None) -> tuple[str, str]:
             if value is None:
                 return "–", ""
@@ -116,18 +116,14 @@ class Curve:
 
         rows = [(f"{point.radius:.4g}", *shown(point.certified), *shown(point.attacked)) for point in self.points]
         interval = f"{100 * self.level:g} % interval"
-        table = tabulate(
-            rows,
-            headers=["radius", "certified %", interval, "attacked %", interval],
-            disable_numparse=True,
-            colalign=("right",) * 5,
-        )
-        last = (
+        notes = [
             f"{len(self.certificate)} samples, clean {100 * self.clean.value:.2f} %, average certified radius "
             f"{self.average_radius:.4g}"
-        )
-        reason = self.certificate.reason
-        return f"{table}\n{last}" + ("" if reason is None else f"\nnothing is certified: {reason}")
+        ]
+        if self.certificate.reason is not None:
+            notes.append(f"nothing is certified: {self.certificate.reason}")
+        headers = ("radius", "certified %", interval, "attacked %", interval)
+        return Table(headers, rows, ("right",) * 5, notes)
 
     def described(self, data: str) -> dict[str, Any]:
         """What a statement says of it, as plain values: :func:`clipless_dp.report` takes it as ``robustness``.
@@ -324,7 +320,7 @@ class FrontPoint(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Front:
+class Front(Tabular):
     """Clean against certified accuracy of several models; prints as a table.
 
     Attributes:
@@ -335,7 +331,7 @@ class Front:
     radius: float
     points: tuple[FrontPoint, ...]
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [
             (
                 point.name,
@@ -347,7 +343,7 @@ class Front:
             for point in self.points
         ]
         headers = ["model", "clean %", f"certified % at {self.radius:.4g}", "average radius", "efficient"]
-        return tabulate(rows, headers=headers, disable_numparse=True, colalign=("left", *("right",) * 3, "left"))
+        return Table(headers, rows, ("left", *("right",) * 3, "left"))
 
     def plot(self, path: str | os.PathLike[str] | None = None, axes: Any = None) -> Any:
         """Draws the models, and a line through the efficient ones; arguments as :meth:`Curve.plot`."""

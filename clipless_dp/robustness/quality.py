@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from clipless_dp.arguments import positive, shown
+from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import InputError
 from clipless_dp.robustness import metrics
 from clipless_dp.robustness.attacks import Box
@@ -38,7 +38,7 @@ MEANING = {
 
 
 @dataclass(frozen=True)
-class Quality:
+class Quality(Tabular):
     """How good the maps of N samples are; prints as a table.
 
     Attributes:
@@ -51,9 +51,9 @@ class Quality:
         """Of each metric over the samples that have it."""
         return {name: float(found.nanmean()) for name, found in self.values.items()}
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [(name, f"{mean:.4g}", MEANING[name]) for name, mean in self.means().items()]
-        return tabulate(rows, headers=["metric", "mean", ""], disable_numparse=True, colalign=("left", "right", "left"))
+        return Table(("metric", "mean", ""), rows, ("left", "right", "left"))
 
 
 def quality(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -91,6 +92,10 @@ class PrivacyStatement:
 
     def __str__(self) -> str:
         return self.to_markdown()
+
+    def _repr_html_(self) -> str:
+        page = html.escape(self.to_html())
+        return f'<iframe srcdoc="{page}" style="width:100%;height:40em;border:1px solid #ccc"></iframe>'
 
 
 def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from clipless_dp.audit.gradients import SensitivityAudit
+from clipless_dp.display import Table
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.training.groups import Learning
 
@@ -95,3 +96,10 @@ class FitResult:
             f"{shown}ε = {self.epsilon:.4f} at δ = {self.delta:g} ({relation}), "
             f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.6g}, {self.steps} steps{saved}"
         )
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (record.step, f"{record.epsilon:.4f}", "–" if record.accuracy is None else f"{100 * record.accuracy:.2f}")
+            for record in self.history
+        ]
+        return Table(("step", f"ε at δ = {self.delta:g}", "accuracy %"), rows, ("right",) * 3, [str(self)]).html()

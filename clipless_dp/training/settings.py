@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from accounting import ADD_OR_REMOVE_ONE, Accountant, UnreachableTargetError, calibrate_noise_multiplier
 from accounting.errors import warn_caller
 from clipless_dp.arguments import positive, share, whole
+from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.gates.gradient_layers import GradientGated
@@ -99,7 +99,7 @@ class StepNoise:
 
 
 @dataclass(frozen=True)
-class SuggestedSettings:
+class SuggestedSettings(Tabular):
     """Settings of :func:`clipless_dp.fit`, and why; prints as a table.
 
     Attributes:
@@ -129,18 +129,17 @@ class SuggestedSettings:
         chosen = ("epochs", "batch_size", "optimizer", "lr", "momentum")
         return {name: getattr(self, name) for name in chosen}
 
-    def __str__(self) -> str:
+    def _table(self) -> Table:
         rows = [
             (name, f"{value:.4g}" if isinstance(value, float) else str(value), self.reasons.get(name, "given"))
             for name, value in self.arguments.items()
         ]
-        table = tabulate(rows, headers=["setting", "value", "why"], disable_numparse=True)
-        lines = [table, f"{self.steps} steps at σ of about {self.noise_multiplier:.3g}"]
-        lines += [
+        notes = [f"{self.steps} steps at σ of about {self.noise_multiplier:.3g}"]
+        notes += [
             f"{one.name}: one step's noise is {100.0 * one.share:.3g} % of its {'limit' if one.constrained else 'size'}"
             for one in self.noise
         ]
-        return "\n".join(lines)
+        return Table(("setting", "value", "why"), rows, ("left",) * 3, notes)
 
 
 def suggest_settings(

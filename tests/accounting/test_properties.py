@@ -107,6 +107,7 @@ def test_auto_is_sound_against_the_inversion_and_not_above_either_engine(relatio
             assert max(i.delta(auto.lower) + i.noise(auto.lower) for i in inversions) >= delta * (1.0 - 1e-6)
 
 
+@pytest.mark.slow
 def test_rounding_ten_thousand_phases_never_lowers_epsilon():
     accountant = PRVAccountant()
     for sigma in np.linspace(1.0, 2.0, 3000):

@@ -149,7 +149,7 @@ def check_bits(name: str, dtype: torch.dtype) -> None:
             torch.testing.assert_close(columns_of_others(model_, found, place), expected, **EXACTLY, msg=str(case))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_no_row_changes_a_bit_of_what_others_return_or_add_to_the_gradient(name: str, dtype: torch.dtype) -> None:
     check_bits(name, dtype)
