@@ -226,7 +226,8 @@ def get(name: str) -> Preset:
         ConfigurationError: there is none; those that there are are listed.
     """
     if name not in PRESETS:
-        raise ConfigurationError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        tables = "; tables of columns are what clipless_dp.tables.fit_table trains on" * ("table" in str(name))
+        raise ConfigurationError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}{tables}")
     return PRESETS[name]
 
 

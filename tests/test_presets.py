@@ -136,6 +136,8 @@ def test_photographs_end_to_end_are_lightness_and_colour_differences_that_the_in
 
 
 def test_an_unknown_preset_is_refused_with_those_that_there_are():
+    with pytest.raises(ConfigurationError, match=r"unknown preset 'tables'.*fit_table"):
+        presets.get("tables")
     with pytest.raises(ConfigurationError, match=r"unknown preset 'mnist'.*mnist-gated"):
         presets.get("mnist")
 

@@ -206,7 +206,8 @@ class Keeping(_Checked):
         validation: public or held-out data whose accuracy (or loss) enters the history.
         checkpoint: file to write to, and to resume from; it holds no training losses, which nothing protects.
         checkpoint_every: epochs between checkpoints.
-        progress: show a progress bar.
+        progress: show a progress bar; where standard error is no terminal, a line for each epoch, without the
+            training loss.
     """
 
     validation: Data | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -100,7 +102,8 @@ def _take_steps(run: Run, batches: PoissonBatches | StreamedBatches, held_out: S
     keeping, plan, path = run.asked.keeping, run.plan, run.asked.keeping.path
     total = plan.steps
     shown = keeping.progress and run.here.world.rank == 0
-    bar = tqdm(total=total, initial=run.step, disable=not shown, unit="step", dynamic_ncols=True)
+    # No bar where no terminal is: a file of carriage returns is no log.
+    bar = tqdm(total=total, initial=run.step, disable=None if shown else True, unit="step", dynamic_ncols=True)
     run.model.train()
     with bar, closing(iter(batches)) as drawn, _deferred_interrupt() as interrupted:
         for batch in drawn:
@@ -124,6 +127,10 @@ def _take_steps(run: Run, batches: PoissonBatches | StreamedBatches, held_out: S
                     for watcher in watchers():
                         watcher.before_showing(run)
                     bar.set_postfix_str(_shown(record))
+                    if shown and bar.disable:
+                        # Without the training loss, which is not private: logs are kept and passed on.
+                        line = f"step {run.step} of {total}: {_shown(replace(record, loss=None))}"
+                        print(line, file=sys.stderr, flush=True)
                 if len(run.history) % keeping.checkpoint_every == 0 or run.step == total:
                     # After the checkpoint, whose ledger counts the steps that an error would tell about.
                     run.attack()

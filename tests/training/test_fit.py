@@ -665,3 +665,13 @@ def test_where_a_public_size_is_given_the_number_of_rows_chooses_no_padding(monk
     for rows in (100, 101):
         fit(gated_model(), samples(rows), accountant="rdp", audit=False, progress=False, **settings)
     assert counts == [100, 100]
+
+
+def test_where_no_terminal_is_progress_is_a_line_an_epoch_without_the_private_loss(capsys):
+    result = fit(gated_model(), samples(60), validation=samples(20, seed=1), **{**RUN, "progress": True})
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == len(result.history) > 1
+    for line, record in zip(lines, result.history, strict=True):
+        assert line.startswith(f"step {record.step} of {result.steps}: ε={record.epsilon:.3f}")
+        assert f"accuracy={100 * record.accuracy:.2f}%" in line
+        assert "loss" not in line
