@@ -30,7 +30,6 @@ from torch.utils.checkpoint import noop_context_fn
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation.gating import Gating
-from clipless_dp.isolation.hidden import PACKING
 from clipless_dp.noise.randomness import Moment
 
 Hook = Callable[[Any], Any]
@@ -141,7 +140,7 @@ class Region:
             for place, name in self._named:
                 leaves[place] = gating.stands_for(name)
             build, held, args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-            with hooked(keep, _unasked):
+            with hooked(gating, keep, _unasked):
                 build(*held)(*args, **kwargs)
 
         self._found.clear()
@@ -202,19 +201,22 @@ class _Closed:
 
 
 @contextmanager
-def hooked(pack: Hook, unpack: Hook) -> Iterator[None]:
-    """Within, what operations save goes through these; the network may set no hooks of its own."""
+def hooked(gating: Gating, pack: Hook, unpack: Hook) -> Iterator[None]:
+    """Within, what operations save goes through these; the run refuses any other hooks."""
     autograd = torch._C._autograd
+    told = autograd._saved_tensors_hooks_get_disabled_error_message()
     autograd._saved_tensors_hooks_enable()
     try:
         autograd._push_saved_tensors_default_hooks(pack, unpack)
+        gating.packs = pack
         try:
-            autograd._saved_tensors_hooks_disable(PACKING, False)
             yield
         finally:
+            gating.packs = None
             autograd._pop_saved_tensors_default_hooks()
     finally:
-        autograd._saved_tensors_hooks_disable(PACKING, False)
+        if told is not None:
+            autograd._saved_tensors_hooks_disable(told)
 
 
 @contextmanager
@@ -266,7 +268,7 @@ def checkpointed(
         region = Region(gating, function, args, kwargs)
     gating.rerun = None
     try:
-        with hooked(region.pack, _unpack):
+        with hooked(gating, region.pack, _unpack):
             returned = function(*args, **kwargs)
     finally:
         gating.rerun = rerun

@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import Affine, Cap, Expanded, Sizes, Spread
-from clipless_dp.isolation.hidden import foreign_mode
+from clipless_dp.isolation.hidden import PACKING, foreign_mode
 from clipless_dp.isolation.joint import Together
 from clipless_dp.isolation.seen import Seen
 
@@ -147,6 +147,7 @@ class Gating(TorchFunctionMode):
         rerun: where parts of the network may be computed again on the way back.
 
     Attributes:
+        packs: takes what operations save, in a part that is computed again; ``None`` elsewhere.
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.
         groups: the parameters that were used in one operation, for each use.
         limits: for each input, and each entry of a sample's, the length of the shortest table that it was looked up in;
@@ -168,6 +169,7 @@ class Gating(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.sample, self.rerun = sample, rerun
+        self.packs: Any = None
         self.uses: dict[str, list[tuple[str, int]]] = {}
         self.limits = [torch.zeros(field[0].numel(), dtype=torch.int64) for field in fields]
         self._fields = fields
@@ -214,6 +216,8 @@ class Gating(TorchFunctionMode):
             )
         if torch._C._len_torch_dispatch_stack() != self._modes:
             self._refuse_modes()
+        if self.packs is not None:
+            self._refuse_hooks()
         self._seen.refuse_strangers(args)
         if kwargs:
             self._seen.refuse_strangers(kwargs.values())
@@ -280,6 +284,12 @@ class Gating(TorchFunctionMode):
                 f"the network enters the mode {foreign} (TorchDispatchMode) in its forward, which sees all samples at "
                 "once: leave it out"
             )
+
+    def _refuse_hooks(self) -> None:
+        """Refuses hooks of the network's own on what is saved, which elsewhere cannot be set."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is None or hooks[0] is not self.packs:
+            raise PrivacyError(PACKING)
 
     def _refuse_writing(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = str(getattr(func, "__name__", ""))
