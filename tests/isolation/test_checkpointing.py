@@ -23,7 +23,6 @@ from tests.isolation.test_soundness import called, gradients, made, own_gradient
 from tests.isolation.zoo import ROWS, TOKENS
 
 LIMIT = 0.05
-WAYS = {"torch's function, not reentrant": False, "torch's function, reentrant": True}
 
 
 def wrapped(net: nn.Module, shape: Any, **options: Any) -> DPLipModel:
@@ -221,6 +220,7 @@ def test_a_step_with_checkpointing_is_the_step_without() -> None:
     assert torch.equal(weights[1], weights[3])
 
 
+@pytest.mark.slow
 def test_a_memory_budget_holds_more_rows() -> None:
     torch.manual_seed(0)
     data = torch.randn(128, 16), torch.arange(128) % 3
