@@ -49,6 +49,9 @@ _SELECTIVE = (
 )
 
 
+_OLD = "to compute parts of a network again that runs sample by sample needs torch 2.8: leave checkpointing out"
+
+
 class _Saved:
     """Stands for a tensor that an operation has saved.
 
@@ -252,10 +255,13 @@ def checkpointed(
     ``early_stop``; random numbers are always the same the second time. What is called within runs as it is.
 
     Raises:
-        PrivacyError: ``context_fn`` is given, or arguments are overwritten.
+        PrivacyError: ``context_fn`` is given, or arguments are overwritten; or torch is older than 2.8.
     """
     if context_fn is not noop_context_fn:
         raise PrivacyError(_SELECTIVE)
+    if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+        # By which hooks of the network's own are noticed.
+        raise PrivacyError(_OLD)
     modes = reversed(_get_current_function_mode_stack())
     gating = next((mode for mode in modes if isinstance(mode, Gating)), None)
     rerun = None if gating is None else gating.rerun

@@ -22,6 +22,9 @@ from tests.isolation.test_hidden_ways import Net, model_of, most_moved
 from tests.isolation.test_soundness import called, gradients, made, own_gradients, rows_of
 from tests.isolation.zoo import ROWS, TOKENS
 
+if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
+    pytest.skip("this torch cannot tell hooks on what is saved apart", allow_module_level=True)
+
 LIMIT = 0.05
 
 
@@ -340,6 +343,10 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a seed the second time": (within(Twice(lambda net, values: values * torch.rand_like(values), seeded)), "seeds"),
     "other code the second time": (within(Twice(simple, more)), "saves other tensors than the first time"),
     "less code the second time": (within(Twice(more, simple)), "saves other tensors than the first time"),
+    "another dtype the second time": (
+        within(Twice(simple, lambda net, values: values.float().sin().double())),
+        "saves other tensors than the first time",
+    ),
     "selective checkpointing": (chosen, "context_fn"),
     "a batch that is unwrapped the second time": (
         within(Twice(simple, lambda net, values: values.sin() + torch._C._functorch.get_unwrapped(values).mean(0))),
@@ -393,6 +400,12 @@ def test_a_checkpoint_around_the_whole_model_says_what_to_do() -> None:
     model = wrapped(Net(lambda net, values: net.second(net.first(values))), (6,))
     with pytest.raises(PrivacyError, match=r"gradient_gated\(net, checkpoint=...\)"):
         checkpoint(model, torch.randn(3, 6), use_reentrant=False)
+
+
+def test_a_torch_that_cannot_tell_hooks_apart_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
+    with pytest.raises(PrivacyError, match=r"needs torch 2\.8"):
+        model_of(within(simple))
 
 
 def test_checkpointing_may_be_turned_on_after_wrapping() -> None:
