@@ -214,7 +214,7 @@ def test_a_step_with_checkpointing_is_the_step_without() -> None:
     weights = []
     for options in ({}, {"checkpoint": "blocks.*"}):
         for pieces in ({}, {"micro_batch_size": 4}):
-            gated = gradient_gated(copy.deepcopy(net), isolation="vmap", **options)
+            gated = gradient_gated(copy.deepcopy(net), isolation="vmap", limit="adaptive", **options)
             model = DPLipModel(gated, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(1.0))
             result = fit(model, data, audit=False, progress=False, accountant="rdp", **settings, **pieces)
             assert result.epsilon <= 4.0
