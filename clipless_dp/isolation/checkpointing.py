@@ -173,7 +173,11 @@ def _opened(function: Any) -> tuple[Any, tuple[Any, ...]]:
         build, held = _opened(function.func)
         return _Bound(build, len(held)), (*held, function.args, dict(function.keywords))
     if isinstance(function, FunctionType) and (function.__closure__ or function.__defaults__):
-        cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+        try:
+            cells = tuple(cell.cell_contents for cell in function.__closure__ or ())
+        except ValueError:
+            # A variable that is not there yet.
+            return (lambda: function), ()
         if any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves((cells, function.__defaults__))):
             return _Closed(function), (cells, function.__defaults__)
     return (lambda: function), ()
