@@ -49,6 +49,7 @@ _SELECTIVE = (
 )
 
 
+_READ = "what a part of a network saves that is computed again can be read by its way back alone: leave it out"
 _OLD = "to compute parts of a network again that runs sample by sample needs torch 2.8: leave checkpointing out"
 
 
@@ -120,6 +121,9 @@ class Region:
 
     def value(self, place: int) -> Tensor:
         """What an operation has saved, computed again, and handed out once."""
+        if torch._C._current_graph_task_id() == -1:
+            # Values of all samples in memory that no run knows of.
+            raise PrivacyError(_READ)
         with self._lock:
             if place not in self._found:
                 self._compute()

@@ -402,6 +402,23 @@ def test_a_checkpoint_around_the_whole_model_says_what_to_do() -> None:
         checkpoint(model, torch.randn(3, 6), use_reentrant=False)
 
 
+def test_what_is_saved_is_computed_again_for_a_way_back_alone() -> None:
+    torch.manual_seed(0)
+    gated = gradient_gated(
+        Net(
+            lambda net, values: checkpoint(
+                lambda hidden: net.second(net.first(hidden)).sin(), values, use_reentrant=False
+            )
+        ),
+        isolation="vmap",
+    )
+    node = gated(torch.randn(ROWS, 6)).grad_fn
+    while "Sin" not in node.name():
+        node = node.next_functions[0][0]
+    with pytest.raises(PrivacyError, match="by its way back alone"):
+        node._saved_self  # noqa: B018
+
+
 def test_a_torch_that_cannot_tell_hooks_apart_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch._C._autograd, "_top_saved_tensors_default_hooks")
     with pytest.raises(PrivacyError, match=r"needs torch 2\.8"):
