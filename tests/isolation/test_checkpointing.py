@@ -39,19 +39,23 @@ def drawn(model: DPLipModel, inputs: Any, targets: Tensor, seed: int = 0) -> dic
         return gradients(model, inputs, targets)
 
 
-@pytest.mark.parametrize("joint", [None, "layer", "network"])
-@pytest.mark.parametrize(
-    ("name", "parts"),
-    {
-        "transformer encoder": "encoder.layers.*",
-        "norms first": "encoder.layers.*",
-        "attention by hand": "encoder",
-        "GRU": "encoder",
-        "tied head": "body",
-    }.items(),
-    ids=str,
-)
-def test_gradients_are_those_without_checkpointing_and_within_their_bounds(name: str, parts: str, joint: Any) -> None:
+PARTS = {
+    "transformer encoder": "encoder.layers.*",
+    "norms first": "encoder.layers.*",
+    "attention by hand": "encoder",
+    "GRU": "encoder",
+    "tied head": "body",
+}
+USUAL = {("transformer encoder", None), ("attention by hand", "layer"), ("norms first", "network"), ("GRU", None)}
+CASES = [
+    pytest.param(name, joint, id=f"{name}, joint {joint}", marks=() if (name, joint) in USUAL else pytest.mark.slow)
+    for name in PARTS
+    for joint in (None, "layer", "network")
+]
+
+
+@pytest.mark.parametrize(("name", "joint"), CASES)
+def test_gradients_are_those_without_checkpointing_and_within_their_bounds(name: str, joint: Any) -> None:
     case = made(name)
     for part in case.net.modules():
         # Masks of the second time must be those of the first.
@@ -61,7 +65,7 @@ def test_gradients_are_those_without_checkpointing_and_within_their_bounds(name:
     # As many words as there are.
     targets = torch.randn(ROWS, 23 if name == "tied head" else 3, dtype=torch.float64)
     plain = wrapped(copy.deepcopy(case.net), shape, joint=joint)
-    model = wrapped(case.net, shape, joint=joint, checkpoint=parts)
+    model = wrapped(case.net, shape, joint=joint, checkpoint=PARTS[name])
     expected, found = drawn(plain, case.inputs, targets), drawn(model, case.inputs, targets)
     assert found.keys() == expected.keys()
     # The very same operations on the very same numbers.
@@ -208,8 +212,8 @@ def test_less_memory_is_held_and_each_part_is_computed_once_more() -> None:
 
 def test_a_step_with_checkpointing_is_the_step_without() -> None:
     torch.manual_seed(0)
-    data = torch.randn(60, 6), torch.arange(60) % 3
-    settings = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 20, "lr": 0.5, "reproducible_seed": 0}
+    data = torch.randn(40, 6), torch.arange(40) % 3
+    settings = {"epsilon": 4.0, "delta": 1e-3, "epochs": 1, "batch_size": 20, "lr": 0.5, "reproducible_seed": 0}
     net = Blocks(lambda block, values: block(values))
     weights = []
     for options in ({}, {"checkpoint": "blocks.*"}):

@@ -44,7 +44,11 @@ def model_of(seed: int = 0, dtype: torch.dtype = torch.float32, **options: Any) 
     return DPLipModel(gated, input_shape=(3, 8, 8), loss=losses.TauCrossEntropy(1.0))
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": "3"}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param({}, marks=pytest.mark.slow), {"checkpoint": "3"}],
+    ids=["plain", "checkpointed"],
+)
 def test_images_in_channels_last_order_give_the_same_steps(options: dict[str, Any]) -> None:
     found = []
     for order in (torch.contiguous_format, LAST):
