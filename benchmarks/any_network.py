@@ -13,6 +13,9 @@ does, unless ``--default-allocator``.
 Memory is the peak of the bytes that tensors hold during a step (weights, gradients and batch included, the data set
 not), as torch's profiler counts them: a mean over steps.
 
+"Checkpointed" methods compute each block again on the way back: plain SGD by ``torch.utils.checkpoint``, ours by
+``gradient_gated(net, checkpoint=...)``. "Compiled" SGD shows what there would be to gain by compiling.
+
 Networks have no dropout, as private training usually does without. Opacus gets them through ``make_private``; a method
 that refuses or fails is in the table with its reason. LoRA adapts queries and values, at rank 8.
 """
@@ -25,6 +28,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -39,6 +43,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -211,6 +216,7 @@ class Network:
         shape: of a sample.
         vocabulary: its numbers, where samples are of integers.
         masked: whether it also takes an attention mask, all by name.
+        blocks: the paths of its repeated blocks, as a regular expression.
     """
 
     build: Callable[[], nn.Module]
@@ -218,11 +224,19 @@ class Network:
     shape: tuple[int, ...]
     vocabulary: int | None = None
     masked: bool = False
+    blocks: str = r"encoder\.\d+"
 
     def made(self) -> nn.Module:
         """The network, the same at each call."""
         torch.manual_seed(0)
         return self.build().train()
+
+    def paths(self) -> list[str]:
+        """Of its blocks."""
+        found = [path for path, _ in self.made().named_modules() if re.fullmatch(self.blocks, path)]
+        if not found:
+            raise ValueError(f"no module is named {self.blocks}")
+        return found
 
     def data(self) -> tuple[Data, Tensor]:
         """Inputs and labels."""
@@ -257,17 +271,22 @@ class Network:
 NETWORKS = {
     "tokens-64x64": Network(lambda: Tokens(64, blocks()), 64, (64,), 1000),
     "tokens-16x128": Network(lambda: Tokens(128, blocks()), 16, (128,), 1000),
-    "encoder-64x64": Network(lambda: Tokens(64, encoder()), 64, (64,), 1000),
-    "encoder-16x128": Network(lambda: Tokens(128, encoder()), 16, (128,), 1000),
-    "bert-full": Network(partial(bert, recipes.full), 32, (64,), 30522, True),
+    "encoder-64x64": Network(lambda: Tokens(64, encoder()), 64, (64,), 1000, blocks=r"encoder\.layers\.\d+"),
+    "encoder-16x128": Network(lambda: Tokens(128, encoder()), 16, (128,), 1000, blocks=r"encoder\.layers\.\d+"),
+    "bert-full": Network(partial(bert, recipes.full), 32, (64,), 30522, True, r"bert\.encoder\.layer\.\d+"),
     "bert-lora": Network(
-        partial(bert, partial(recipes.lora, rank=8, layers=("query", "value"))), 32, (64,), 30522, True
+        partial(bert, partial(recipes.lora, rank=8, layers=("query", "value"))),
+        32,
+        (64,),
+        30522,
+        True,
+        r"bert\.encoder\.layer\.\d+",
     ),
-    "bert-biases": Network(partial(bert, recipes.biases_only), 32, (64,), 30522, True),
-    "resnet18-gn": Network(ResNet18, 32, (3, 64, 64)),
-    "vit-tiny-224": Network(lambda: ViT(224, 16, 12), 8, (3, 224, 224)),
-    "vit-tiny-32": Network(lambda: ViT(32, 4, 6), 32, (3, 32, 32)),
-    "lstm": Network(LSTM, 64, (32,), 1000),
+    "bert-biases": Network(partial(bert, recipes.biases_only), 32, (64,), 30522, True, r"bert\.encoder\.layer\.\d+"),
+    "resnet18-gn": Network(ResNet18, 32, (3, 64, 64), blocks=r"layer\d\.\d"),
+    "vit-tiny-224": Network(lambda: ViT(224, 16, 12), 8, (3, 224, 224), blocks=r"blocks\.\d+"),
+    "vit-tiny-32": Network(lambda: ViT(32, 4, 6), 32, (3, 32, 32), blocks=r"blocks\.\d+"),
+    "lstm": Network(LSTM, 64, (32,), 1000, blocks="lstm"),
 }
 
 
@@ -280,8 +299,12 @@ def draws(network: Network, data: tuple[Data, Tensor]) -> Any:
         yield {name: values[chosen] for name, values in inputs.items()}, labels[chosen]
 
 
-def sgd(network: Network, *, noise: bool = False) -> Step:
+def sgd(network: Network, *, noise: bool = False, checkpointed: bool = False, compiled: bool = False) -> Step:
     net = network.made()
+    for path in network.paths() if checkpointed else ():
+        part: Any = net.get_submodule(path)
+        part.forward = partial(checkpoint, part.forward, use_reentrant=False)
+    run: Any = torch.compile(net, dynamic=True) if compiled else net
     trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=RATE_OF_LEARNING)
     batches = draws(network, network.data())
@@ -289,7 +312,7 @@ def sgd(network: Network, *, noise: bool = False) -> Step:
     def step() -> None:
         inputs, labels = next(batches)
         optimizer.zero_grad()
-        functional.cross_entropy(network.call(net, inputs), labels).backward()
+        functional.cross_entropy(network.call(run, inputs), labels).backward()
         if noise:
             for parameter in trained:
                 parameter.grad.add_(torch.randn_like(parameter), alpha=NOISE / network.batch)
@@ -298,12 +321,12 @@ def sgd(network: Network, *, noise: bool = False) -> Step:
     return step
 
 
-def ours(network: Network) -> Step:
+def ours(network: Network, *, checkpointed: bool = False) -> Step:
     inputs, labels = network.data()
     net = network.made()
     rows = inputs if network.masked else inputs["input"]
     model = DPLipModel(
-        gradient_gated(net, isolation="vmap"),
+        gradient_gated(net, isolation="vmap", checkpoint=network.paths() if checkpointed else ()),
         input_shape=rows if network.masked else network.shape,
         loss=losses.TauCrossEntropy(1.0),
     )
@@ -359,7 +382,10 @@ def opacus(network: Network, *, mode: str, ghost: bool = True) -> Step:
 METHODS: dict[str, Callable[[Network], Step]] = {
     BASELINE: sgd,
     "SGD + noise": partial(sgd, noise=True),
+    "SGD, checkpointed": partial(sgd, checkpointed=True),
+    "SGD, compiled": partial(sgd, compiled=True),
     "ours": ours,
+    "ours, checkpointed": partial(ours, checkpointed=True),
     "Opacus, ghost": partial(opacus, mode="ghost"),
     "Opacus, hooks": partial(opacus, mode="hooks"),
     "Opacus, expanded weights": partial(opacus, mode="ew"),

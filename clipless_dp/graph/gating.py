@@ -113,6 +113,7 @@ def gradient_gated(
     isolation: Literal["auto", "graph", "vmap"] = "auto",
     select: Select = None,
     joint: Joint = None,
+    checkpoint: str | Sequence[str] = (),
 ) -> fx.GraphModule | Isolated:
     """Puts a network's trainable parameters behind gradient gates, which cap their per-sample gradients.
 
@@ -149,6 +150,9 @@ def gradient_gated(
             ``"network"``: for all gradients of a sample, so that the network's ``Δ`` is the cap: that of per-sample
             clipping (Abadi et al. 2016). It needs samples run one by one, which ``"auto"`` does then, and memory for
             what comes back to each layer. ``None``: for each parameter by itself, ``Δ`` is ``c·√(their number)``.
+        checkpoint: ``fnmatch`` patterns of the paths of modules, or a single one, whose activations are let go and
+            computed again on the way back (Chen et al. 2016), such as the blocks of a transformer. It needs samples run
+            one by one, which ``"auto"`` does then, and changes no gradient and no bound.
 
     Returns:
         A network to be wrapped by ``DPLipModel``: traced, with the gated layers in place, or isolated.
@@ -157,7 +161,7 @@ def gradient_gated(
         UnsupportedModuleError: ``isolation`` is ``"graph"`` and the network cannot be traced; or a part of it keeps
             statistics of batches, or hooks on backward passes.
         ConfigurationError: a pattern matches no linear layer or convolution (under ``vmap``: no parameter, or leaves
-            out a trainable one), or a value is out of range.
+            out a trainable one), one of ``checkpoint`` no module, or a value is out of range.
 
     Guarantee:
         Each sample's gradient of a gated weight has norm at most ``limit``, up to rounding that the rule includes,
@@ -171,6 +175,7 @@ def gradient_gated(
     limit, floor = _checked_limit(limit), cap("floor", floor)
     bias_limit = None if bias_limit is None else cap("bias_limit", bias_limit)
     layers = patterns("layers", layers)
+    checkpoint = patterns("checkpoint", checkpoint)
     chunk = None if chunk is None else whole("chunk", chunk)
     if isinstance(select, bool) or not (select is None or isinstance(select, (str, int)) or callable(select)):
         raise ConfigurationError(f"select must be a key, an index, a function or None, got {shown(select)}")
@@ -178,13 +183,15 @@ def gradient_gated(
     if isinstance(net, Isolated):
         if joint not in (None, net.joint):
             raise ConfigurationError(f"the network was isolated with joint={net.joint!r}, which stays: got {joint!r}")
+        if checkpoint not in ((), net.checkpoint):
+            raise ConfigurationError(f"the network was isolated with checkpoint={net.checkpoint}, which stays")
         net.set_gates(**gates, layers=layers)
         return net
-    if joint == "network" and isolation == "graph":
-        raise ConfigurationError("joint='network' needs samples run one by one: isolation='vmap', or 'auto'")
-    apart = select is not None or joint == "network"
-    if isolation == "vmap" or (isolation == "auto" and (apart or not _has_rules(net))):
-        return _isolated(net, {**gates, "joint": joint}, layers, select)
+    apart = "joint='network'" if joint == "network" else "checkpoint" if checkpoint else ""
+    if apart and isolation == "graph":
+        raise ConfigurationError(f"{apart} needs samples run one by one: isolation='vmap', or 'auto'")
+    if isolation == "vmap" or (isolation == "auto" and (apart or select is not None or not _has_rules(net))):
+        return _isolated(net, {**gates, "joint": joint, "checkpoint": checkpoint}, layers, select)
     return _traced(net, {**gates, "chunk": chunk, "joint": joint}, layers)
 
 
@@ -234,7 +241,7 @@ def _has_rules(net: nn.Module) -> bool:
 def _isolated(net: nn.Module, gates: dict[str, Any], layers: Sequence[str], select: Select) -> Isolated:
     found = Isolated(net, select=select, **gates)
     if tuple(layers) != ("*",):
-        gates = {name: value for name, value in gates.items() if name != "joint"}
+        gates = {name: value for name, value in gates.items() if name not in ("joint", "checkpoint")}
         found.set_gates(**gates, layers=layers)
         named = [(name, value) for name, value in net.named_parameters(remove_duplicate=False) if value.requires_grad]
         meant = {id(value) for name, value in named if any(is_named(name, pattern) for pattern in layers)}

@@ -9,7 +9,6 @@ from clipless_dp.errors import ConfigurationError
 
 _PRECISION = "gradients are summed in the weights' own precision, which bounds are of: leave it out"
 _SEVERAL = "a draw is the batch of one process here: train with clipless_dp.fit under torchrun"
-_RECOMPUTED = "gates see one backward pass: save memory by micro_batch_size"
 _PLATEAU = "it follows a metric: use a schedule that depends on the step alone"
 
 _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -23,8 +22,6 @@ _OPTIONS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "bf16_full_eval": (bool, "it rounds the weights that are trained: evaluate in their own precision"),
     "label_smoothing_factor": (bool, "give loss=, with its own label_smoothing"),
     "torch_compile": (bool, "networks that run sample by sample are not compiled"),
-    "activation_checkpointing": (bool, _RECOMPUTED),
-    "gradient_checkpointing": (bool, _RECOMPUTED),
     "use_liger_kernel": (bool, "its kernels mix samples where gates cannot see it"),
     "neftune_noise_alpha": (lambda value: value is not None, "it hooks embeddings behind the gates' back"),
     "auto_find_batch_size": (bool, "the batch size is part of the promise: save memory by micro_batch_size"),

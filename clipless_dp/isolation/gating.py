@@ -23,12 +23,16 @@ from torch.overrides import TorchFunctionMode
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import Affine, Cap, Expanded, Sizes, Spread
-from clipless_dp.isolation.hidden import foreign_mode
+from clipless_dp.isolation.hidden import PACKING, foreign_mode
 from clipless_dp.isolation.joint import Together
 from clipless_dp.isolation.seen import Seen
 
 Handler = Callable[..., Any]
 """Takes the gating and a function's own arguments; returns its value, or ``NotImplemented``."""
+
+Rerun = Callable[[Callable[..., None], Sequence[Tensor], Sequence[int]], None]
+"""Runs code of the network on one sample once more, after its pass: ``code(gating, *inputs)``, given the inputs of all
+samples and the axes of samples in them. What it computes leads to no parameter."""
 
 _HANDLERS: dict[Any, Handler] = {}
 _ALWAYS: set[Any] = set()
@@ -48,6 +52,7 @@ _CUT = {cast(Any, Tensor.data).__get__, Tensor.detach}
 """What reads a parameter without a way back for a gradient."""
 
 _INTERLEAVED = (torch.channels_last, torch.channels_last_3d)
+_ASKING = {Tensor.requires_grad_, cast(Any, Tensor.requires_grad).__set__}
 _HOOKS = {Tensor.register_hook, Tensor.retain_grad}
 _TOLD = {Tensor.__repr__, Tensor.__format__}
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket)
@@ -139,8 +144,10 @@ class Gating(TorchFunctionMode):
         counters: what each gate leaves its count in, by parameter; those of gates that count.
         joint: whether a weight and the bias that it is used with have one cap.
         together: what waits for the gradients of all parameters, where these have one cap.
+        rerun: where parts of the network may be computed again on the way back.
 
     Attributes:
+        packs: takes what operations save, in a part that is computed again; ``None`` elsewhere.
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.
         groups: the parameters that were used in one operation, for each use.
         limits: for each input, and each entry of a sample's, the length of the shortest table that it was looked up in;
@@ -158,9 +165,11 @@ class Gating(TorchFunctionMode):
         counters: Mapping[str, Tensor] | None = None,
         joint: bool = False,
         together: Together | None = None,
+        rerun: Rerun | None = None,
     ) -> None:
         super().__init__()
-        self.sample = sample
+        self.sample, self.rerun = sample, rerun
+        self.packs: Any = None
         self.uses: dict[str, list[tuple[str, int]]] = {}
         self.limits = [torch.zeros(field[0].numel(), dtype=torch.int64) for field in fields]
         self._fields = fields
@@ -198,11 +207,8 @@ class Gating(TorchFunctionMode):
                 "the network hooks a tensor (register_hook, retain_grad) within its forward: a hook sees the gradients "
                 "of all samples at once. Remove it"
             )
-        if func is Tensor.requires_grad_ and _differ(args):
-            raise ConfigurationError(
-                "the network calls requires_grad_ on what it computes, which a single sample's values do not take: "
-                "leave it out (of transformers: gradient_checkpointing_disable(), disable_input_require_grads())"
-            )
+        if func in _ASKING and self._seen.knows(args[0]):
+            return self._asked_for_gradients(*args, **kwargs)
         if torch._C._is_any_autocast_enabled():
             raise PrivacyError(
                 "the network opens torch.autocast in its forward, which rounds gradients of the whole batch to 8 "
@@ -210,6 +216,8 @@ class Gating(TorchFunctionMode):
             )
         if torch._C._len_torch_dispatch_stack() != self._modes:
             self._refuse_modes()
+        if self.packs is not None:
+            self._refuse_hooks()
         self._seen.refuse_strangers(args)
         if kwargs:
             self._seen.refuse_strangers(kwargs.values())
@@ -239,6 +247,19 @@ class Gating(TorchFunctionMode):
                 self._shaped[id(result)] = ref(result), found[1]
         return result
 
+    @staticmethod
+    def _asked_for_gradients(value: Tensor, requires_grad: bool = True) -> Tensor:
+        """Leaves what was computed as it is: as a leaf, it would lead to no parameter.
+
+        Libraries ask so for the sake of one kind of activation checkpointing, which ours does without.
+        """
+        if not requires_grad:
+            raise ConfigurationError(
+                "the network calls requires_grad_(False) on what it computes, which changes it for all that have it: "
+                "use detach()"
+            )
+        return value
+
     def _spread(self, args: Sequence[Any]) -> Sequence[Any]:
         """Copies of parameters, as they are or in another shape, in the shape of what they meet in arithmetic."""
         try:
@@ -263,6 +284,12 @@ class Gating(TorchFunctionMode):
                 f"the network enters the mode {foreign} (TorchDispatchMode) in its forward, which sees all samples at "
                 "once: leave it out"
             )
+
+    def _refuse_hooks(self) -> None:
+        """Refuses hooks of the network's own on what is saved, which elsewhere cannot be set."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        if hooks is None or hooks[0] is not self.packs:
+            raise PrivacyError(PACKING)
 
     def _refuse_writing(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         name = str(getattr(func, "__name__", ""))
@@ -377,6 +404,10 @@ class Gating(TorchFunctionMode):
         """What stands for a parameter in this pass; another value as it is."""
         name = self.name_of(value)
         return value if name is None else self._sources[name]
+
+    def stands_for(self, name: str) -> Tensor:
+        """What stands for a parameter in this pass, by its name."""
+        return self._sources[name]
 
     def copy(self, name: str) -> Tensor:
         """A parameter as this sample sees it, in memory that all samples share: to be read only."""

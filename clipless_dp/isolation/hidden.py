@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor, maybe_current_level
 from torch._functorch import eager_transforms, vmap
 from torch.utils._device import DeviceContext
-from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.checkpoint import CheckpointFunction, checkpoint
 
 from clipless_dp.errors import PrivacyError, Unsupported, UnsupportedModuleError
 from clipless_dp.isolation.functions import GATES
@@ -106,8 +106,9 @@ _BRANCHED = (
 )
 UNWRAPPED = "the network reads the batch that its sample is of (debug_unwrap), in which samples meet: leave it out"
 PACKING = (
-    "the network packs what is saved for its way back (saved_tensors_hooks, activation checkpointing), which sees all "
-    "samples at once: leave it out (net.gradient_checkpointing_disable()), and save memory by micro-batches"
+    "what is saved for the way back is packed (saved_tensors_hooks, save_on_cpu, a checkpoint around the whole model), "
+    "which sees all samples at once: leave it out. To save memory checkpoint parts of the network, by "
+    "gradient_gated(net, checkpoint=...) or torch.utils.checkpoint.checkpoint within it, or use micro-batches"
 )
 _REFUSED: tuple[tuple[Any, str, str], ...] = (
     (torch._C.ScriptFunction, "__call__", _SCRIPTED),
@@ -120,17 +121,23 @@ _REFUSED: tuple[tuple[Any, str, str], ...] = (
 )
 
 
+_LOOKED_UP = "__dynamo_disable"
+"""Where what keeps compilers out of ``checkpoint`` looks for what to run."""
+
 _within: Counter[int] = Counter()
 _lock = threading.Lock()
 _undo = ExitStack()
 
 
 @contextmanager
-def nothing_unseen() -> Iterator[None]:
+def nothing_unseen(checkpointed: Callable[..., Any]) -> Iterator[None]:
     """Within, this thread is refused what would go around the mode; others are not.
 
+    Args:
+        checkpointed: what runs in place of ``torch.utils.checkpoint.checkpoint``, of all threads.
+
     Raises:
-        PrivacyError: a scripted or traced function is called, a value unwrapped, or activations are checkpointed.
+        PrivacyError: a scripted or traced function is called, or a value unwrapped.
     """
     ours = threading.get_ident()
     with _lock:
@@ -139,6 +146,7 @@ def nothing_unseen() -> Iterator[None]:
                 _refuse(owner, name, message)
             original = vmap.vmap_increment_nesting
             _replace(vmap, "vmap_increment_nesting", lambda *args: _above(original, *args))
+            _replace_checkpoint(checkpointed)
         _within[ours] += 1
     try:
         yield
@@ -159,6 +167,27 @@ def _refuse(owner: Any, name: str, message: str) -> None:
         raise PrivacyError(message)
 
     _replace(owner, name, refuse)
+
+
+def _replace_checkpoint(by: Callable[..., Any]) -> None:
+    """Runs another function in place of torch's, by whatever name it is called: its decorator looks it up each time.
+
+    Where a version of torch has another decorator, torch's own runs, which is refused as it sets hooks.
+    """
+    plain = getattr(checkpoint, "__wrapped__", None)
+    if plain is None:
+        return
+    # Not there before the first call.
+    original = getattr(plain, _LOOKED_UP, plain)
+
+    def instead(*args: Any, **kwargs: Any) -> Any:
+        return (by if _within[threading.get_ident()] else original)(*args, **kwargs)
+
+    if original is plain:
+        setattr(plain, _LOOKED_UP, instead)
+        _undo.callback(delattr, plain, _LOOKED_UP)
+    else:
+        _replace(plain, _LOOKED_UP, instead)
 
 
 def _is_of_run(value: Any) -> bool:

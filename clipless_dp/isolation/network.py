@@ -4,32 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import astuple
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.errors import (
-    CliplessError,
-    ConfigurationError,
-    InputError,
-    PrivacyError,
-    Unsupported,
-    UnsupportedModuleError,
-)
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap
 from clipless_dp.gates.signal import GateMode
 from clipless_dp.isolation import recurrent  # noqa: F401 (registers what runs in place of recurrent layers)
+from clipless_dp.isolation.checkpointing import repeating
 from clipless_dp.isolation.foreign import prepare
 from clipless_dp.isolation.functions import Cap
 from clipless_dp.isolation.gating import WRITTEN, Gating
-from clipless_dp.isolation.hidden import PACKING, nothing_unseen, refuse_coded_tensors, refuse_other_ways
+from clipless_dp.isolation.hidden import refuse_coded_tensors, refuse_other_ways
 from clipless_dp.isolation.joint import Gathered, Together
 from clipless_dp.isolation.refusals import FROZEN, refuse_parts
+from clipless_dp.isolation.running import KEPT, mapped, seeded_once
 from clipless_dp.isolation.uses import refuse_further
 from clipless_dp.packing import Packing
 
@@ -57,6 +52,7 @@ class Isolated(nn.Module):
         joint: ``"layer"``: one cap for the gradients of a weight and of the bias that it is used with, together;
             ``"network"``: one for all gradients of a sample, which keeps what comes back to each layer until the
             backward pass is through (Bu et al. 2023). ``None``: one for each parameter.
+        checkpoint: ``fnmatch`` patterns of the paths of modules whose activations are computed again on the way back.
 
     Shape:
         ``(B, ...)`` to ``(B, ...)``.
@@ -71,6 +67,7 @@ class Isolated(nn.Module):
     _still: tuple[str, ...]
     _caps: tuple[tuple[str, float, float], ...]
     joint: Joint
+    checkpoint: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     adaptive: tuple[float, ...]
 
@@ -84,6 +81,7 @@ class Isolated(nn.Module):
         mode: GateMode = "normalize",
         floor: float = FLOOR_SHARE,
         joint: Joint = None,
+        checkpoint: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if joint not in (None, "layer", "network"):
@@ -93,6 +91,10 @@ class Isolated(nn.Module):
                 "a part of the network runs sample by sample already: leave gradient_gated out there, and call it for "
                 "the whole network, or use isolation='graph', where such a part is a layer among others"
             )
+        paths = [path for path, _ in net.named_modules() if path]
+        for pattern in checkpoint:
+            if not any(fnmatchcase(path, pattern) for path in paths):
+                raise ConfigurationError(f"checkpoint: no module matches {pattern!r}; there are {paths}")
         refuse_parts(net)
         refuse_coded_tensors(net)
         prepare(net)
@@ -111,6 +113,7 @@ class Isolated(nn.Module):
                 "_still": tuple(name for name, part in net.named_modules() if isinstance(part, FROZEN)),
                 "_caps": (),
                 "joint": joint,
+                "checkpoint": tuple(checkpoint),
                 "groups": (),
                 "adaptive": (),
             }
@@ -295,6 +298,7 @@ class Isolated(nn.Module):
             batch = [value.clone(memory_format=torch.contiguous_format) for value in batch]
         gatings: list[Gating] = []
         kept: list[bool] = []
+        rerun = partial(self._rerun, {name: (value._version, value.requires_grad) for name, value in sources.items()})
 
         def one(sample: Tensor, *own: Tensor) -> Tensor:
             gating = Gating(
@@ -306,6 +310,7 @@ class Isolated(nn.Module):
                 counters=counters,
                 joint=self.joint == "layer",
                 together=together,
+                rerun=rerun,
             )
             gatings.append(gating)
             lifted = [value.unsqueeze(0) for value in own]
@@ -319,19 +324,58 @@ class Isolated(nn.Module):
             return output
 
         versions = [(value, value._version) for value in held.values() if value.requires_grad]
-        outputs = self._mapped(one, values, batch)
+        with seeded_once():
+            outputs = self._mapped(one, batch)
         if any(value._version != version for value, version in versions):
             raise PrivacyError(WRITTEN)
         if kept[0]:
-            raise PrivacyError(
-                "the network keeps something that it computed of its samples, in an attribute, a cache or a list, "
-                "which the next batch could read: let it return what is needed, and keep nothing"
-            )
+            raise PrivacyError(KEPT)
         self._count(gatings[0])
         if outputs.requires_grad:
             trained = {name: value for name, value in sources.items() if value.requires_grad}
             refuse_other_ways(outputs, trained, [*batch, *ends], also)
         return outputs
+
+    def _rerun(
+        self,
+        gated: Mapping[str, tuple[int, bool]],
+        code: Callable[..., None],
+        values: Sequence[Tensor],
+        axes: Sequence[int],
+    ) -> None:
+        """Runs a part of the network once more, for what the way back needs; see :data:`Rerun`.
+
+        Args:
+            gated: the parameters that had gates in the pass: how often they had been written into, and whether they
+                took gradients.
+            code: of the part.
+            values: of all samples.
+            axes: of samples in these.
+
+        Raises:
+            PrivacyError: weights have changed since, or as :meth:`forward`.
+        """
+        held = dict(self._held())
+        if any(held[name]._version != version for name, (version, _) in gated.items()):
+            raise PrivacyError(
+                "weights were written into between a forward pass and its backward pass, which computes a part of the "
+                "network again (torch.utils.checkpoint): change weights between steps"
+            )
+        # They lead nowhere, so that all that gradients come to is what the pass itself has.
+        sources = {name: held[name].detach().requires_grad_(trains) for name, (_, trains) in gated.items()}
+        also = {**self._known(held), **{id(value): name for name, value in held.items()}}
+
+        def one(sample: Tensor, *own: Tensor) -> Tensor:
+            gating = Gating(sample, sources, also, self.caps, joint=self.joint == "layer")
+            gating.admit(own)
+            with gating:
+                code(gating, *own)
+            gating.refuse_written()
+            if gating.kept(own):
+                raise PrivacyError(KEPT)
+            return sample
+
+        self._mapped(one, values, axes)
 
     def _gathered(
         self, sources: Mapping[str, Tensor], caps: Mapping[str, Cap], counters: Mapping[str, Tensor]
@@ -366,10 +410,11 @@ class Isolated(nn.Module):
         return known
 
     def _call(self, own: Sequence[Tensor]) -> Any:
-        if self.packing is None:
-            return self.net(*own)
-        places, names = self.packing.call(own)
-        return self.net(*places, **names)
+        places, names = (own, {}) if self.packing is None else self.packing.call(own)
+        named = self.net.named_modules() if self.checkpoint else ()
+        chosen = [part for path, part in named if any(fnmatchcase(path, pattern) for pattern in self.checkpoint)]
+        with repeating(chosen):
+            return self.net(*places, **names)
 
     def _selected(self, returned: Any) -> Tensor:
         select = self.select
@@ -394,29 +439,11 @@ class Isolated(nn.Module):
             )
         return returned.squeeze(0)
 
-    def _mapped(self, one: Callable[..., Tensor], values: Tensor, batch: Sequence[Tensor]) -> Tensor:
-        sample = torch.zeros(len(values), device=values.device, dtype=self._dtype())
+    def _mapped(self, one: Callable[..., Tensor], batch: Sequence[Tensor], axes: Sequence[int] | None = None) -> Tensor:
         try:
-            with torch.autograd.graph.disable_saved_tensors_hooks(PACKING), _seeded_once(), nothing_unseen():
-                return torch.func.vmap(one, randomness="different")(sample, *batch)
-        except CliplessError:
-            raise
-        except RuntimeError as error:
-            told = str(error)
-            if PACKING in told:
-                raise PrivacyError(PACKING) from error
-            if "data-dependent control flow" in told or ".item()" in told:
-                remedy = (
-                    "it branches on values of a sample, or of chance as layerdrop does, which no run for many samples "
-                    "can: use torch.where, and set layerdrop=0"
-                )
-            elif "vmap" in told:
-                remedy = f"torch.func.vmap, which keeps samples apart, cannot run it: {told.splitlines()[0]}"
-            else:
-                raise
-            raise UnsupportedModuleError(
-                [Unsupported("forward", type(self.net).__name__, remedy)], isolated=True
-            ) from error
+            return mapped(
+                one, batch, [0] * len(batch) if axes is None else axes, self._dtype(), type(self.net).__name__
+            )
         except IndexError as error:
             if self.uses is None:
                 raise
@@ -442,21 +469,9 @@ class Isolated(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__.setdefault("checkpoint", ())
         # In a new process the library that the network is from was told nothing.
         prepare(self.net)
-
-
-@contextmanager
-def _seeded_once() -> Iterator[None]:
-    """Within, the CPU's generator has a seed of its own, drawn from what it was: any other one shows."""
-    generator = torch.default_generator
-    seed = int(torch.randint(2**63 - 1, ()))
-    state = generator.get_state()
-    generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        generator.set_state(state)
 
 
 def is_named(name: str, pattern: str) -> bool:

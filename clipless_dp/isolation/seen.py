@@ -99,6 +99,11 @@ class Seen:
             for value in result:
                 self.note(value)
 
+    def knows(self, value: Tensor) -> bool:
+        """Whether a value, no parameter, is of this run, or was read in it."""
+        known = [held[id(value)]() for held in (self._values, self._constants) if id(value) in held]
+        return id(value) not in self._called and any(found is value for found in known)
+
     def refuse_strangers(self, values: Iterable[Any]) -> None:
         """Refuses arguments that are not of this run, or that see more than one sample of it.
 

@@ -177,8 +177,9 @@ class DPLipModel(nn.Module):
         """
         if torch.compiler.is_compiling() and self.graph.isolated:
             raise ConfigurationError(
-                "a network that runs sample by sample is not compiled or exported: run the model as it is, or use "
-                "gradient_gated(net, isolation='graph') where each of its parts has a rule"
+                "a network that runs sample by sample is not compiled or exported, as its operations would run unseen "
+                "by what keeps parameters behind their gates: run the model as it is, or use gradient_gated(net, "
+                "isolation='graph') where each of its parts has a rule"
             )
         inputs = self.rows(inputs, named)
         self.check_inputs(inputs)

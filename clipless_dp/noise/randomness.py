@@ -229,6 +229,43 @@ class _Visits(threading.local):
 
 
 _visits = _Visits()
+
+
+class Moment:
+    """How far the generators are that all code of a process shares: code that runs again draws the same numbers.
+
+    Args:
+        device: of the pass.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        module = _own_generators(device)
+        self._device = device
+        self._states = torch.get_rng_state(), None if module is None else module.get_rng_state(device)
+        self._others = random.getstate(), np.random.get_state()
+        self._visited = _visits.depth > 0
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within, they are there once more; afterwards as before."""
+        own, module = self._states[1], _own_generators(self._device)
+        kind = {} if own is None else {"device_type": self._device.type}
+        with _global, torch.random.fork_rng([] if own is None else [self._device], **kind):
+            before = random.getstate(), np.random.get_state()
+            _visits.depth += self._visited
+            try:
+                torch.set_rng_state(self._states[0])
+                if own is not None:
+                    module.set_rng_state(own, self._device)
+                random.setstate(self._others[0])
+                np.random.set_state(self._others[1])
+                yield
+            finally:
+                random.setstate(before[0])
+                np.random.set_state(before[1])
+                _visits.depth -= self._visited
+
+
 _handles = itertools.count()
 
 

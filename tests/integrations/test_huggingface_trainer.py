@@ -86,6 +86,25 @@ def test_steps_are_charged_as_poisson_draws_and_stay_within_the_target(tmp_path:
     assert "Poisson" in (tmp_path / "statement.md").read_text("utf-8")
 
 
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_activations_may_be_checkpointed(tmp_path: Path) -> None:
+    option = "activation_checkpointing"
+    if not hasattr(transformers.TrainingArguments, option):
+        option = "gradient_checkpointing"
+    calls = []
+    for options in ({}, {option: True, f"{option}_kwargs": {"use_reentrant": False}}):
+        model = recipes.full(net())
+        counted: list[int] = []
+        model.bert.encoder.layer[0].output.dense.register_forward_hook(lambda *_, counted=counted: counted.append(1))
+        private = trainer(tmp_path, model, {"max_steps": 2, **options})
+        made = len(counted)
+        private.train()
+        calls.append(len(counted) - made)
+        assert private.private_optimizer.accountant.history == [(private.noise_multiplier, 0.25, 2)]
+    # Draws are other ones each time: their number of passes is not.
+    assert calls[1] == 2 * calls[0] > 0
+
+
 def test_it_learns_what_can_be_learned(tmp_path: Path) -> None:
     data = rows(256)
     for row in data:
@@ -193,7 +212,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "half evaluation": ({"bf16_full_eval": True}, "evaluate in their own"),
     "label smoothing": ({"label_smoothing_factor": 0.1}, "label_smoothing"),
     "batches by length": ({"train_sampling_strategy": "group_by_length"}, "Poisson"),
-    "checkpointed activations": ({"activation_checkpointing": True}, "micro_batch_size"),
     "noise on embeddings": ({"neftune_noise_alpha": 5.0}, "hooks"),
     "a batch size that is found": ({"auto_find_batch_size": True}, "promise"),
     "peaks of memory": ({"skip_memory_metrics": False}, "draws"),

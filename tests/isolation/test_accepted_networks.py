@@ -19,6 +19,7 @@ WORDS = {"input_ids": torch.randint(2, 90, (2, 6)), "attention_mask": torch.ones
 INPUTS: dict[str, Any] = {
     "norms and any activation": torch.randn(2, 8),
     "a transformer": torch.randn(2, 5, 8),
+    "its layers checkpointed": torch.randn(2, 5, 8),
     "attention": tuple(torch.randn(2, 5, 8) for _ in range(3)),
     "a recurrent network": torch.randn(2, 5, 8),
     "convolutions with group norm": torch.randn(2, 1, 5, 5, 5),

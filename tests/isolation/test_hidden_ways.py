@@ -454,6 +454,9 @@ def test_what_a_run_is_refused_other_threads_and_later_code_may_do() -> None:
         model_of(lambda net, values: net.second(scripted(net.first(values))))
     assert float(scripted(torch.ones(1))) == 2.0
     assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
+    leaf = torch.ones(1, requires_grad=True)
+    torch.utils.checkpoint.checkpoint(scripted, leaf, use_reentrant=False).backward()
+    assert float(leaf.grad) == 2.0
 
 
 def test_memory_that_is_told_apart_is_freed_as_ever() -> None:
@@ -635,17 +638,6 @@ def in_autocast(net: Net, values: Tensor) -> Tensor:
         return plain(net, values)
 
 
-def checkpointed(reentrant: bool) -> Run:
-    def run(net: Net, values: Tensor) -> Tensor:
-        return net.second(torch.utils.checkpoint.checkpoint(net.first, values, use_reentrant=reentrant))
-
-    return run
-
-
-def required(net: Net, values: Tensor) -> Tensor:
-    return net.second(net.first(values).detach().requires_grad_(True))
-
-
 UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a layer inside and outside": (Shared, "'apart.0' is used outside of 'apart' too"),
     "a layer that came late": (late, "'first.0.weight' was added after"),
@@ -661,14 +653,9 @@ UNFIT: dict[str, tuple[Callable[[], nn.Module], str]] = {
         r"raised RuntimeError where it was run on zeros \(Sizes of tensors must match.*if it runs by itself",
     ),
     "autocast": (lambda: gradient_gated(Net(in_autocast), isolation="vmap"), "opens torch.autocast"),
-    "checkpointing": (lambda: gradient_gated(Net(checkpointed(False)), isolation="vmap"), "checkpointing_disable"),
-    "reentrant checkpointing": (
-        lambda: gradient_gated(Net(checkpointed(True)), isolation="vmap"),
-        "checkpointing_disable",
-    ),
-    "what takes gradients by itself": (
-        lambda: gradient_gated(Net(required), isolation="vmap"),
-        "calls requires_grad_ on what it computes",
+    "no gradients for what is computed": (
+        lambda: gradient_gated(Net(lambda net, values: net.second(net.first(values).requires_grad_(False)))),
+        "requires_grad_",
     ),
 }
 
@@ -685,12 +672,19 @@ def recorded(net: Net, values: Tensor) -> Tensor:
         return plain(net, values)
 
 
+def asked(net: Net, values: Tensor) -> Tensor:
+    shift = torch.zeros(6, dtype=values.dtype)
+    shift.requires_grad = True
+    return net.second(net.first(values.clone().requires_grad_() + shift).requires_grad_(True).tanh())
+
+
 FIT: dict[str, Run] = {
     "a name for the profiler, and no autocast": recorded,
     "another layout in memory": lambda net, values: (
         plain(net, values.reshape(-1, 3, 2, 1).to(memory_format=torch.channels_last).flatten(1))
         * (1 + values[:, :3].contiguous().is_contiguous(memory_format=torch.channels_last))
     ),
+    "gradients for what has them, and for what has none": asked,
     "no positions": lambda net, values: plain(net, values + net.first(values.unsqueeze(1)[:, :0]).sum(1)),
 }
 

@@ -156,6 +156,45 @@ def test_gradients_are_the_samples_own_each_capped_and_the_total_is_never_passed
     assert 0.7 <= max(ratios) <= 1 + 1e-6
 
 
+USUAL = {"BERT", "GPT-2, tied"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in CASES], ids=str
+)
+@pytest.mark.skipif(not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"), reason="needs torch 2.8")
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+def test_gradient_checkpointing_computes_each_layer_twice_and_changes_no_gradient(name: str) -> None:
+    torch.manual_seed(0)
+    make, draw = CASES[name]
+    net, inputs = make().double().train(), draw()
+    for part in net.modules():
+        # Masks of the second time must be those of the first.
+        if isinstance(part, nn.Dropout):
+            part.p = 0.3
+    model = wrapped(net, inputs)
+    layer = [part for part in net.modules() if hasattr(part, "gradient_checkpointing")][-1]
+    called = []
+    next(part for part in layer.modules() if isinstance(part, (nn.LayerNorm, nn.Linear))).register_forward_hook(
+        lambda *_: called.append(1)
+    )
+    targets: list[Tensor] = []
+
+    def found() -> dict[str, Tensor]:
+        with passes.unwitnessed(), model.randomness.seeded(0):
+            output = model(**inputs)
+            targets.append(torch.randn_like(output) if not targets else targets[0])
+            return gradients(model.net, model.loss(output, targets[0]))
+
+    expected, once = found(), len(called)
+    net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    repeated = found()
+    assert len(called) == 3 * once
+    assert any(value.any() for value in expected.values())
+    # The very same operations on the very same numbers.
+    assert all(torch.equal(repeated[key], expected[key]) for key in expected)
+
+
 def test_a_language_model_trains_with_masks_and_labels_that_are_ignored() -> None:
     torch.manual_seed(0)
     net = gpt2()

@@ -36,7 +36,7 @@ from clipless_dp import (
 from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.noise import randomness
 from clipless_dp.noise.box_muller import seeded_streams, system_streams
-from clipless_dp.noise.randomness import Randomness
+from clipless_dp.noise.randomness import Moment, Randomness
 from clipless_dp.rules import base
 from clipless_dp.sampling.augmentation import views
 from clipless_dp.training import compiled_loss
@@ -417,3 +417,22 @@ def test_views_that_draw_from_a_seeded_generator_of_their_own_are_refused(augmen
 
 def test_a_source_that_was_pickled_under_its_modules_former_name_is_found():
     assert type(pickle.loads(b"cclipless_dp.randomness\nRandomness\n(tR.")) is Randomness
+
+
+def test_a_moment_comes_again_for_all_generators_and_leaves_them_as_they_are() -> None:
+    def numbers() -> list[float]:
+        within = randomness.current_generator(torch.device("cpu")) is None
+        return [float(torch.rand(())), random.random(), float(np.random.rand()), within]
+
+    with Randomness().visit(torch.device("cpu")):
+        moment = Moment(torch.device("cpu"))
+        first = numbers()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    with moment.again():
+        assert numbers() == first
+        assert first[-1]
+    with moment.again():
+        assert numbers() == first
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == states[:2]
+    assert torch.equal(torch.get_rng_state(), states[2])
+    assert randomness.current_generator(torch.device("cpu")) is not None
