@@ -2,6 +2,7 @@
 
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets, recipes, robustness
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
+from clipless_dp.conversion import PrivateTraining, make_private
 from clipless_dp.errors import (
     AuditError,
     BudgetExhaustedError,
@@ -79,6 +80,7 @@ __all__ = [
     "PrivacyError",
     "PrivacyStatement",
     "PrivacyWarning",
+    "PrivateTraining",
     "RankError",
     "ReproducibleNoise",
     "RowAugmentation",
@@ -106,6 +108,7 @@ __all__ = [
     "gradient_gated",
     "layers",
     "losses",
+    "make_private",
     "passes",
     "poisson_collate",
     "presets",

@@ -38,7 +38,7 @@ FLOORS = (
     "audit statement",
     "training",
     # By name, and faces.
-    "integrations one_class presets robustness search tables",
+    "conversion integrations one_class presets robustness search tables",
     "__init__",
     "cli",
     "__main__",
