@@ -20,6 +20,7 @@ from clipless_dp.errors import (
 from clipless_dp.former import alias_modules
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.loading import load
 from clipless_dp.model import (
     DPLipModel,
     GateSuggestion,
@@ -31,6 +32,7 @@ from clipless_dp.model import (
 )
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
+from clipless_dp.prediction import Predictor
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import (
     GaussianNoise,
@@ -77,6 +79,7 @@ __all__ = [
     "NormError",
     "PoissonBatchSampler",
     "PoissonBatches",
+    "Predictor",
     "PrivacyError",
     "PrivacyStatement",
     "PrivacyWarning",
@@ -107,6 +110,7 @@ __all__ = [
     "gated",
     "gradient_gated",
     "layers",
+    "load",
     "losses",
     "make_private",
     "passes",
