@@ -1,5 +1,8 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets, recipes, robustness
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.conversion import PrivateTraining, make_private
@@ -56,7 +59,23 @@ from clipless_dp.training import (
 )
 from clipless_dp.version import __version__
 
+if TYPE_CHECKING:
+    from clipless_dp.estimators import PrivateClassifier as PrivateClassifier
+    from clipless_dp.estimators import PrivateRegressor as PrivateRegressor
+
 alias_modules()
+
+
+def __getattr__(name: str) -> Any:
+    # Estimators need scikit-learn, which nothing else here imports.
+    if name not in ("PrivateClassifier", "PrivateRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        estimators = import_module("clipless_dp.estimators")
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{name} needs scikit-learn: pip install 'clipless-dp[sklearn]'") from error
+    return getattr(estimators, name)
+
 
 __all__ = [
     "AdaptiveLimit",

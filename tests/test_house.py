@@ -41,7 +41,8 @@ FLOORS = (
     "training",
     # By name, and faces.
     "conversion integrations one_class presets robustness search tables",
-    "estimators loading",
+    "loading",
+    "estimators",
     "__init__",
     "cli",
     "__main__",
