@@ -299,7 +299,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         return np.asarray(scores.numpy())
 
     def predict(self, X: Any) -> NDArray[Any]:
-        """The label of each row: the likelier, or by :attr:`threshold`."""
+        """The label of each row: the likelier, or by ``threshold``."""
         predictor = self._known()
         place = {label: index for index, label in enumerate(self.classes_.tolist())}
         chosen = [place[label] for label in predictor.predict(self._rows(X, reset=False))]

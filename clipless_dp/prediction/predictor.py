@@ -106,7 +106,7 @@ class Predictor:
 
     @property
     def delta(self) -> float:
-        """The δ that :attr:`epsilon` holds at."""
+        """The δ that this ε holds at."""
         return self._promised.delta
 
     @property

@@ -20,6 +20,7 @@ from sklearn.utils.estimator_checks import check_estimator
 
 import clipless_dp
 from clipless_dp import CheckpointError, ConfigurationError, InputError, load, presets
+from clipless_dp.datasets import load_dataset
 from clipless_dp.estimators import PrivateClassifier, PrivateRegressor
 from clipless_dp.features import TableEncoding
 
@@ -47,7 +48,7 @@ EXCEPTIONS = {
     ids=["classifier", "regressor"],
 )
 def test_the_checks_of_scikit_learn_pass_but_for_the_listed_ones(estimator):
-    estimator.set_params(options={"audit": False})
+    estimator.set_params(options={"epochs": 25, "audit": False})
     results = check_estimator(estimator, on_fail=None, on_skip=None)
     failed = {result["check_name"] for result in results if result["status"] == "failed"}
     assert failed <= EXCEPTIONS.keys(), failed
@@ -195,7 +196,7 @@ def test_features_go_through_the_preset_that_is_named():
 
 @pytest.mark.slow
 def test_images_of_digits_are_learnt_by_default():
-    data = clipless_dp.datasets.load_dataset("digits")
+    data = load_dataset("digits")
     model = PrivateClassifier(epsilon=3.0, delta=1e-4, classes=range(10))
     model.fit(data.train[0].numpy(), data.train[1].numpy())
     # 94 to 95 % as a rule.
