@@ -71,7 +71,8 @@ class Predictor:
         target_range: what numbers are cut to, or ``None``.
         encode: makes a tensor of a data frame, or ``None``.
         dtype: of numbers that the network takes; ``None``: any.
-        promise: what was promised, or what finds out: it is asked for when it is read first.
+        promise: what was promised, or what finds out: it is asked for when it is read first. The properties
+            ``epsilon``, ``delta`` and ``statement`` read it.
     """
 
     net: nn.Module

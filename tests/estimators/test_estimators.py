@@ -213,7 +213,7 @@ def test_numbers_are_predicted_within_their_range():
     assert model.epsilon_ <= 5.0
 
 
-@pytest.mark.parametrize("kind", ["table", "preset", "regression"])
+@pytest.mark.parametrize("kind", ["table", "preset", pytest.param("regression", marks=pytest.mark.slow)])
 def test_files_pickles_and_copies_predict_the_same_without_the_optimizer(tmp_path, kind):
     if kind == "regression":
         model, labels = PrivateRegressor(**QUICK, target_range=(-5.0, 5.0)), ROWS[:, 0]

@@ -234,6 +234,15 @@ def test_the_ledger_travels_with_all_that_was_charged(tmp_path):
     assert facts["epsilon"]["epsilon"] == model.result.epsilon
 
 
+def test_notes_and_spending_after_training_are_in_the_statement(tmp_path):
+    result = trained()
+    result.optimizer.accountant.step(noise_multiplier=5.0, sample_rate=1.0)
+    result.save(tmp_path / "a.pt", notes=["A pilot."])
+    loaded = load(tmp_path / "a.pt", net=BUILD["signal"]())
+    assert "A pilot." in loaded.statement.facts["notes"]
+    assert loaded.epsilon == result.optimizer.get_epsilon(1e-3) > result.epsilon
+
+
 def test_no_broken_file_is_left_where_writing_fails(tmp_path, monkeypatch):
     path, result = tmp_path / "a.pt", trained()
     result.save(path)
