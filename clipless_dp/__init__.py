@@ -1,7 +1,11 @@
 """Differentially private training of Lipschitz and gated networks, without per-sample gradient clipping."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets, recipes, robustness
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
+from clipless_dp.conversion import PrivateTraining, make_private
 from clipless_dp.errors import (
     AuditError,
     BudgetExhaustedError,
@@ -19,6 +23,7 @@ from clipless_dp.errors import (
 from clipless_dp.former import alias_modules
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.loading import load
 from clipless_dp.model import (
     DPLipModel,
     GateSuggestion,
@@ -30,6 +35,7 @@ from clipless_dp.model import (
 )
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise
 from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
+from clipless_dp.prediction import Predictor
 from clipless_dp.rules import LayerBounds, RuleContext, register_rule
 from clipless_dp.sampling import (
     GaussianNoise,
@@ -53,7 +59,23 @@ from clipless_dp.training import (
 )
 from clipless_dp.version import __version__
 
+if TYPE_CHECKING:
+    from clipless_dp.estimators import PrivateClassifier as PrivateClassifier
+    from clipless_dp.estimators import PrivateRegressor as PrivateRegressor
+
 alias_modules()
+
+
+def __getattr__(name: str) -> Any:
+    # Estimators need scikit-learn, which nothing else here imports.
+    if name not in ("PrivateClassifier", "PrivateRegressor"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        estimators = import_module("clipless_dp.estimators")
+    except ModuleNotFoundError as error:
+        raise ConfigurationError(f"{name} needs scikit-learn: pip install 'clipless-dp[sklearn]'") from error
+    return getattr(estimators, name)
+
 
 __all__ = [
     "AdaptiveLimit",
@@ -76,9 +98,11 @@ __all__ = [
     "NormError",
     "PoissonBatchSampler",
     "PoissonBatches",
+    "Predictor",
     "PrivacyError",
     "PrivacyStatement",
     "PrivacyWarning",
+    "PrivateTraining",
     "RankError",
     "ReproducibleNoise",
     "RowAugmentation",
@@ -105,7 +129,9 @@ __all__ = [
     "gated",
     "gradient_gated",
     "layers",
+    "load",
     "losses",
+    "make_private",
     "passes",
     "poisson_collate",
     "presets",

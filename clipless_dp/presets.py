@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -29,36 +29,117 @@ from clipless_dp.architectures.small import (
     two_hidden_layers,
 )
 from clipless_dp.arguments import share
-from clipless_dp.errors import CliplessError, ConfigurationError
+from clipless_dp.errors import CheckpointError, CliplessError, ConfigurationError
 from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
+from clipless_dp.prediction import Content, Predictor, Predicts, Probe, content_of, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.people import ROWS_PER_GROUP, column_of, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, private_moments
 from clipless_dp.training import Data, FitResult, evaluate, fit
 from clipless_dp.training.groups import require_known
+from clipless_dp.training.result import PROBES, predictor_of
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trained(Predicts):
     """What :meth:`Preset.fit` returns.
 
     Attributes:
         model: the trained model, behind the front-end.
         result: of :func:`clipless_dp.fit`; its ledger holds the statistics too.
         prepare: front-end and statistics: maps samples ``(B, ...)`` to what the model takes.
+        preset: that it was trained by.
+        shape: of a sample as it is.
+        change: what the statistics do to samples behind the front-end; ``None``: nothing.
     """
 
     model: DPLipModel
     result: FitResult
     prepare: Callable[[Tensor], Tensor]
+    preset: Preset
+    shape: Shape
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
+        """See :meth:`clipless_dp.prediction.Predicts.predictor`."""
+        whole = _Whole(self.prepare, self.model)
+        return predictor_of(self.result, whole, classes=classes, threshold=threshold)
+
+    def content(
+        self, *, classes: Sequence[Any] | None = None, threshold: float | None = None, notes: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """See :meth:`clipless_dp.prediction.Predicts.content`."""
+        if not (self.change is None or isinstance(self.change, WithoutMean)):
+            raise ConfigurationError(
+                f"statistics of preset {self.preset.name!r} return a {type(self.change).__name__}, which no file "
+                "holds: return a presets.WithoutMean"
+            )
+        whole = _Whole(self.prepare, self.model)
+        predictor = predictor_of(self.result, whole, notes=notes, classes=classes, threshold=threshold)
+        state = {f"model.{name}": value for name, value in self.model.net.state_dict().items()}
+        change = self.change
+        if change is not None:
+            state["mean"] = change.mean
+        settings = {
+            "preset": self.preset.name,
+            "shape": list(self.shape),
+            "behind": list(self.model.input_shape),
+            "outputs": math.prod(self.model.output_shape),
+            "directions": None if change is None else change.directions,
+        }
+        made_up = torch.rand(PROBES, *self.shape, generator=torch.Generator().manual_seed(0))
+        return content_of(predictor, "preset", state, settings, Probe.of(predictor, made_up))
 
     def evaluate(self, dataset: Data) -> tuple[float | None, float]:
         """Accuracy and mean loss on data that was not trained on, as :func:`clipless_dp.evaluate`."""
         inputs, targets = as_tensors(dataset)
         return evaluate(self.model, (self.prepare(inputs), targets))
+
+
+class _Whole(nn.Module):
+    """Front-end, statistics and model: takes samples as they are."""
+
+    def __init__(self, prepare: Callable[[Tensor], Tensor], model: DPLipModel) -> None:
+        super().__init__()
+        self.prepare, self.model = prepare, model
+
+    def forward(self, samples: Tensor) -> Tensor:
+        """Scores of samples; the front-end runs on the CPU."""
+        device, _ = self.model.device_and_dtype()
+        scores: Tensor = self.model(self.prepare(samples.cpu()).to(device))
+        return scores
+
+
+class WithoutMean(nn.Module):
+    """Vectors less a released mean, scaled to unit norm again: what all share only takes from what differs.
+
+    Args:
+        mean: ``(C,)``, released.
+        directions: whether samples are flattened and scaled to unit norm first.
+
+    Shape:
+        ``(B, C)`` to the same shape; with ``directions`` ``(B, ...)`` to ``(B, C)``.
+    """
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor, *, directions: bool = False) -> None:
+        super().__init__()
+        self.directions = directions
+        self.register_buffer("mean", mean)
+
+    def forward(self, some: Tensor) -> Tensor:
+        """Centres samples."""
+        some = _directions(some) if self.directions else some
+        differences = some - self.mean.to(some.device, some.dtype)
+        return differences.div_(differences.norm(dim=1, keepdim=True).clamp(min=1e-6))
+
+
+def _directions(some: Tensor) -> Tensor:
+    return nn.functional.normalize(some.flatten(1))
 
 
 @dataclass(frozen=True)
@@ -203,7 +284,7 @@ class Preset:
             validation=held_out,
             **self.arguments(size, **changes),
         )
-        return Trained(model, result, prepare)
+        return Trained(model, result, prepare, self, tuple(inputs.shape[1:]), change)
 
     def arguments(self, dataset_size: int, /, **changes: Any) -> dict[str, Any]:
         """Keyword arguments of :func:`clipless_dp.fit` for so many samples.
@@ -231,6 +312,40 @@ def get(name: str) -> Preset:
     return PRESETS[name]
 
 
+def loaded_preset(content: Content, preset: Preset | None = None) -> Predictor:
+    """What predicts, of the file of a :class:`Trained`.
+
+    Args:
+        content: of the file.
+        preset: that it was trained by; by default the one of its name.
+
+    Raises:
+        CheckpointError: there is none of the name, or it builds another network.
+    """
+    settings = content.settings
+    try:
+        name, directions = str(settings["preset"]), settings["directions"]
+        behind, outputs = tuple(map(int, settings["behind"])), int(settings["outputs"])
+        state = dict(content.state)
+        change = None if directions is None else WithoutMean(state.pop("mean"), directions=bool(directions))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
+    if preset is None and name not in PRESETS:
+        raise CheckpointError(
+            f"{content.name} was trained by preset {name!r}, which is none of this package: give preset="
+        )
+    known = PRESETS[name] if preset is None else preset
+
+    def prepare(samples: Tensor) -> Tensor:
+        features = known.features(samples)
+        return features if change is None else change(features)
+
+    model = known.model(behind, outputs)
+    state = {key.removeprefix("model."): value for key, value in state.items()}
+    whole = _Whole(prepare, model)
+    return rebuilt(replace(content, state=state), whole, model.net, dtype=model.device_and_dtype()[1])
+
+
 def _root_of_entries(shape: Shape) -> float:
     """The largest norm of a sample with entries in [-1, 1], as pixels are."""
     return math.sqrt(math.prod(shape))
@@ -248,25 +363,15 @@ def _wrapped(
     )
 
 
-def _without_mean(features: Tensor, releases: Releases) -> Callable[[Tensor], Tensor]:
-    """Vectors of unit norm less their mean, scaled to unit norm again: what all share only takes from what differs."""
+def _without_mean(features: Tensor, releases: Releases) -> WithoutMean:
+    """The mean of vectors of unit norm, charged."""
     moments = private_moments(features, norm=1.0, noise_multiplier=20.0, **releases.arguments("mean"))
-
-    def centred(some: Tensor) -> Tensor:
-        differences = some - moments.mean.to(some.dtype)
-        return differences.div_(differences.norm(dim=1, keepdim=True).clamp(min=1e-6))
-
-    return centred
+    return WithoutMean(moments.mean)
 
 
-def _directions_without_mean(features: Tensor, releases: Releases) -> Callable[[Tensor], Tensor]:
+def _directions_without_mean(features: Tensor, releases: Releases) -> WithoutMean:
     """The same for features of any size and shape, of which only the direction is kept."""
-
-    def directions(some: Tensor) -> Tensor:
-        return nn.functional.normalize(some.flatten(1))
-
-    centred = _without_mean(directions(features), releases)
-    return lambda some: centred(directions(some))
+    return WithoutMean(_without_mean(_directions(features), releases).mean, directions=True)
 
 
 def _mirrored(shape: Shape) -> MirroredScattering:

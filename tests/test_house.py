@@ -36,9 +36,13 @@ FLOORS = (
     "architectures optim testing",
     # Training audits bounds before it starts, so that evidence stands below it.
     "audit statement",
+    # What predicts tells what was promised.
+    "prediction",
     "training",
     # By name, and faces.
-    "integrations one_class presets robustness search tables",
+    "conversion integrations one_class presets robustness search tables",
+    "loading",
+    "estimators",
     "__init__",
     "cli",
     "__main__",

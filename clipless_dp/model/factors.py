@@ -26,7 +26,10 @@ class Factors:
 
     Attributes:
         weight: what the library multiplies each sum by.
+        required: whether gradients must come from such a sum: a loss of a loop's own may average over the rows drawn.
     """
+
+    required = False
 
     def __init__(self) -> None:
         self.weight = 1.0
@@ -34,6 +37,7 @@ class Factors:
         self._count = 0
         self._pass = 0
         self._first: int | None = None
+        self._task = -1
 
     def set_weight(self, weight: float) -> None:
         """Multiplies the sums from now on.
@@ -56,6 +60,8 @@ class Factors:
 
     def watched(self, total: Tensor, register: Register) -> Tensor:
         """The sum times :attr:`weight`, whose backward pass says by what a loop has multiplied it."""
+        if self.required and total.requires_grad and not torch.compiler.is_compiling():
+            total.register_hook(self._arrive)
         # On an accelerator reading the factor would wait for it; a compiled graph is not interrupted.
         if torch.compiler.is_compiling() or not (total.is_cpu and total.requires_grad and is_private()):
             return total if self.weight == 1.0 else total * self.weight
@@ -75,6 +81,22 @@ class Factors:
         # A hook, since an operation written in Python takes ten times as long.
         watched.register_hook(look)
         return watched
+
+    def _arrive(self, cotangent: Tensor) -> None:
+        self._task = torch._C._current_graph_task_id()
+
+    def refuse_other_losses(self) -> None:
+        """Called where a backward pass enters the network.
+
+        Raises:
+            PrivacyError: sums are required, and this pass has not come through one.
+        """
+        if self.required and self._task != torch._C._current_graph_task_id():
+            raise PrivacyError(
+                "the gradients come from a loss other than model.loss: a mean over the batch, say, divides by how many "
+                "rows were drawn, so that one sample more changes what all others contribute. Call "
+                "model.loss(model(inputs), targets).backward(). The gradients are dropped; nothing was released"
+            )
 
     def meet(self, factor: float, place: int, number: int) -> None:
         """Compares a factor with those before it.

@@ -210,13 +210,21 @@ class DPLipModel(nn.Module):
             outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
-        enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
-        entry = partial(enter, opened) if isinstance(opened, passes.Pass) else opened
+        entry = partial(self._enter, opened) if isinstance(opened, passes.Pass) else opened
         outputs = outermost_gate(outputs, self.cotangent_norm, entry)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
+
+    def _enter(self, entering: passes.Pass, norms: Tensor | None) -> None:
+        enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
+        enter(entering, norms)
+        try:
+            self._factors.refuse_other_losses()
+        except PrivacyError:
+            self.register.drop()
+            raise
 
     def rows(self, inputs: Tensor | Structure | None, named: Mapping[str, Tensor] | None = None) -> Tensor:
         """The inputs of a batch as one tensor ``(B, *input_shape)``: as it is, or packed.
@@ -302,6 +310,13 @@ class DPLipModel(nn.Module):
                 self._dropped_samples = self._dropped_samples.to(dropped.device)
             self._dropped_samples.add_(dropped.sum())
         return self._factors.watched(total, self.register)
+
+    def require_own_loss(self) -> None:
+        """From now on a backward pass that does not come through :meth:`loss` is refused with a ``PrivacyError``.
+
+        In compiled graphs it is not seen.
+        """
+        self._factors.required = True
 
     @property
     def loss_weight(self) -> float:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accounting import Accountant
+from accounting import Accountant, GaussianRelease
 from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
@@ -34,7 +35,7 @@ class Standardisation(nn.Module):
         InputError: the rows are not floating-point numbers, or have other columns.
 
     Attributes:
-        release: the event that paid for the numbers.
+        release: the event that paid for the numbers; ``None`` of those that were read from a file.
     """
 
     caps: Tensor
@@ -43,10 +44,28 @@ class Standardisation(nn.Module):
 
     def __init__(self, caps: Tensor, moments: Moments) -> None:
         super().__init__()
-        self.release = moments.release
+        self.release: GaussianRelease | None = moments.release
         self.register_buffer("caps", caps)
         self.register_buffer("mean", moments.mean)
         self.register_buffer("deviation", moments.variance.sqrt())
+
+    @classmethod
+    def of_state(cls, state: Mapping[str, Tensor], prefix: str = "") -> Standardisation:
+        """One of the buffers in a state dict, whose release is in the ledger beside it.
+
+        Args:
+            state: buffers by name.
+            prefix: of the names.
+
+        Raises:
+            KeyError: one is missing.
+        """
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.release = None
+        for name in ("caps", "mean", "deviation"):
+            made.register_buffer(name, state[prefix + name].clone())
+        return made
 
     def forward(self, rows: Tensor) -> Tensor:
         """Standardises rows."""

@@ -1,6 +1,6 @@
 """Tables: one call from rows of any scale to a private classifier or regressor, one set of hyper-parameters for all."""
 
-from clipless_dp.tables.fitting import fit_table
+from clipless_dp.tables.fitting import fit_table, loaded_table
 from clipless_dp.tables.models import TableClassifier, TableModel, TableRegressor
 from clipless_dp.tables.settings import (
     LABELS_SHARE,
@@ -19,5 +19,6 @@ __all__ = [
     "TableRegressor",
     "fit_table",
     "learning_rate",
+    "loaded_table",
     "number_of_steps",
 ]

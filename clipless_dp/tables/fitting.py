@@ -13,20 +13,21 @@ from torch import Tensor, nn
 from accounting import calibrate_noise_multiplier, create_accountant
 from clipless_dp.arguments import positive, whole
 from clipless_dp.distributed import placement
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.features import RandomCosines, TableEncoding
 from clipless_dp.graph import gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
+from clipless_dp.prediction import Content, Predictor, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.people import ROWS_PER_GROUP, people_of
 from clipless_dp.sampling.samples import public_size
-from clipless_dp.statistics import Releases, private_standardisation
+from clipless_dp.statistics import Releases, Standardisation, private_standardisation
 from clipless_dp.statistics.release import require_tensor
 from clipless_dp.tables.models import TableClassifier, TableRegressor
 from clipless_dp.tables.settings import LABELS_SHARE, STATISTICS_SHARE, learning
-from clipless_dp.tables.tasks import Classes, Numbers, Start, Task
+from clipless_dp.tables.tasks import Classes, Numbers, Start, Task, regression_head
 from clipless_dp.training import fit
 from clipless_dp.training.groups import require_known
 
@@ -229,6 +230,30 @@ def _model(inputs: int, start: Start) -> DPLipModel:
         input_norm=1.0,
         loss=start.loss,
     )
+
+
+def loaded_table(content: Content) -> Predictor:
+    """What predicts, of the file of a :class:`TableModel`.
+
+    Raises:
+        CheckpointError: the file is of another version, or was altered.
+    """
+    settings = content.settings
+    try:
+        measured, columns = int(settings["measured"]), int(settings["columns"])
+        expand = RandomCosines(columns, int(settings["cosines"]), seed=int(settings["seed"]))
+        outputs, affine, encoding = int(settings["outputs"]), settings["affine"], settings["encoding"]
+        head: nn.Module = nn.Identity() if outputs > 1 else nn.Flatten(0)
+        if affine is not None:
+            head = regression_head(*map(float, affine))
+        encode = None if encoding is None else TableEncoding(**encoding)
+        standardise = _Standardised(measured)
+        if measured:
+            standardise.of_numbers = Standardisation.of_state(content.state, "0.of_numbers.")
+        layer = gated(nn.Sequential(nn.Linear(columns + expand.cosines, outputs)))
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
+    return rebuilt(content, nn.Sequential(standardise, expand, layer, head), encode=encode)
 
 
 def _notes(encoding: TableEncoding | None, measured: int, task: Task) -> tuple[str, ...]:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.features import TableEncoding
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.features import RandomCosines, TableEncoding
+from clipless_dp.prediction import Predictor, Predicts, Probe, Promise, content_of
 from clipless_dp.statement import PrivacyStatement, report
 from clipless_dp.statistics.release import require_tensor
-from clipless_dp.training import FitResult
+from clipless_dp.training.result import PROBES, FitResult, predictor_of
 
 
 @dataclass(frozen=True)
-class TableModel:
+class TableModel(Predicts):
     """What :func:`fit_table` trained.
 
     Attributes:
@@ -47,6 +50,49 @@ class TableModel:
             rows = self.encoding(rows).to(next(self.net.buffers()).device)
         return torch.cat([self.net(some) for some in require_tensor(rows).split(batch_size)])
 
+    def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
+        """See :meth:`clipless_dp.prediction.Predicts.predictor`; the labels are known."""
+        if classes is not None:
+            raise ConfigurationError("the table's labels are known: leave classes out")
+        more = {"encode": self.encoding, "dtype": None, "threshold": threshold, **self._known()}
+        return predictor_of(self.result, self.net, notes=self.notes, **more)
+
+    def _known(self) -> Mapping[str, Any]:
+        """Attributes of the predictor that the task says."""
+        return {}
+
+    def content(
+        self, *, classes: Sequence[Any] | None = None, threshold: float | None = None, notes: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """See :meth:`clipless_dp.prediction.Predicts.content`."""
+        known = self.predictor(classes=classes, threshold=threshold)
+        told = self.report(delta=self.result.delta, notes=notes)
+        predictor = replace(known, promise=Promise(known.epsilon, known.delta, told))
+        expand = self.net[1]  # type: ignore[index]
+        assert isinstance(expand, RandomCosines)
+        made_up = torch.rand(PROBES, expand.columns, generator=torch.Generator().manual_seed(0))
+        return content_of(predictor, "table", self.net.state_dict(), self._settings(), Probe.of(predictor, made_up))
+
+    def _settings(self) -> dict[str, Any]:
+        """What the network is built from, plain values."""
+        standardise, expand, _, head = self.net.children()
+        encoding = self.encoding
+        return {
+            "measured": standardise.measured,
+            "columns": expand.columns,
+            "cosines": expand.cosines,
+            "seed": expand.seed,
+            "outputs": int(self.result.optimizer.model.output_shape[0]),
+            "affine": [head[1].scale, head[1].shift] if isinstance(head, nn.Sequential) else None,
+            "encoding": None
+            if encoding is None
+            else {
+                "numbers": list(encoding.numbers),
+                "categories": {name: list(values) for name, values in encoding.categories.items()},
+                "missing": dict(encoding.missing),
+            },
+        }
+
     def report(self, path: str | os.PathLike[str] | None = None, **options: Any) -> PrivacyStatement:
         """:func:`clipless_dp.report` of the training, with :attr:`notes` among its own."""
         return report(self.result.optimizer, path, **{**options, "notes": [*self.notes, *options.get("notes", ())]})
@@ -61,6 +107,9 @@ class TableClassifier(TableModel):
     """
 
     classes: tuple[Any, ...] = (0, 1)
+
+    def _known(self) -> Mapping[str, Any]:
+        return {"classes": self.classes}
 
     def predict(self, rows: Any) -> list[Any]:
         """The likeliest label of each row; with ``balance`` the likeliest after weighing."""
@@ -78,6 +127,9 @@ class TableRegressor(TableModel):
     """
 
     target_range: tuple[float, float] = (0.0, 1.0)
+
+    def _known(self) -> Mapping[str, Any]:
+        return {"target_range": self.target_range}
 
     def predict(self, rows: Any) -> Tensor:
         """The number of each row, ``(N,)``."""

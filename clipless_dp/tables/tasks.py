@@ -188,7 +188,7 @@ class Numbers(Task):
             torch.zeros(1),
             _OUTLYING,
             lambda numbers: ((numbers - mean) / deviation).float(),
-            nn.Sequential(nn.Flatten(0), _Affine(half * deviation, low + half * (1.0 + mean))),
+            regression_head(half * deviation, low + half * (1.0 + mean)),
             0.5,
             # The curvature of squares is 1.
             8.0,
@@ -208,6 +208,11 @@ class _Affine(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         return self.scale * values + self.shift
+
+
+def regression_head(scale: float, shift: float) -> nn.Module:
+    """From the layer's output ``(B, 1)`` to numbers ``(B,)`` in units of the labels."""
+    return nn.Sequential(nn.Flatten(0), _Affine(scale, shift))
 
 
 def _cells(labels: Any, rows: int) -> list[Any]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from clipless_dp.audit.gradients import SensitivityAudit
 from clipless_dp.display import Table
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates import BallProjection
+from clipless_dp.model import DPLipModel
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.prediction import Content, Link, Predictor, Predicts, Probe, Promise, content_of, rebuilt
+from clipless_dp.statement import report
 from clipless_dp.training.groups import Learning
 
 
@@ -53,7 +60,7 @@ class EpochRecord:
 
 
 @dataclass
-class FitResult:
+class FitResult(Predicts):
     """What :func:`clipless_dp.fit` has done.
 
     Attributes:
@@ -103,3 +110,74 @@ class FitResult:
             for record in self.history
         ]
         return Table(("step", f"ε at δ = {self.delta:g}", "accuracy %"), rows, ("right",) * 3, [str(self)]).html()
+
+    def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
+        """See :meth:`clipless_dp.prediction.Predicts.predictor`."""
+        return predictor_of(self, self.optimizer.model, classes=classes, threshold=threshold)
+
+    def content(
+        self, *, classes: Sequence[Any] | None = None, threshold: float | None = None, notes: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """See :meth:`clipless_dp.prediction.Predicts.content`."""
+        model = self.optimizer.model
+        predictor = predictor_of(self, model, classes=classes, threshold=threshold, notes=notes)
+        probe = Probe.of(predictor, model.random_inputs(PROBES, torch.Generator().manual_seed(0)))
+        settings = {"input_norm": model.input_norm if math.isfinite(model.input_norm) else None}
+        return content_of(predictor, "fit", model.net.state_dict(), settings, probe)
+
+
+PROBES = 4
+"""Made-up rows by which a network that is built anew is compared."""
+
+
+def predictor_of(result: FitResult, net: nn.Module, *, notes: Sequence[str] = (), **more: Any) -> Predictor:
+    """What predicts, by a network around the trained model.
+
+    Args:
+        result: of the training.
+        net: the model itself, or what it is part of.
+        notes: for the statement.
+        more: further attributes of :class:`clipless_dp.prediction.Predictor`.
+
+    Raises:
+        ConfigurationError: the weights are spread over several processes, or an attribute does not fit.
+    """
+    optimizer, model = result.optimizer, result.optimizer.model
+    if not model.placement.is_whole:
+        raise ConfigurationError(
+            "each process holds a part of the weights: gather them, and save model.net.state_dict()"
+        )
+    outputs = math.prod(model.output_shape)
+
+    def promise() -> Promise:
+        statement = report(optimizer, delta=result.delta, notes=notes)
+        return Promise(optimizer.get_epsilon(result.delta), result.delta, statement)
+
+    return Predictor(
+        net,
+        Link.of(model.loss_function, outputs),
+        outputs,
+        promise,
+        **{"dtype": model.device_and_dtype()[1], **more},
+    )
+
+
+def loaded_fit(content: Content, net: nn.Module) -> Predictor:
+    """What predicts, of the file of a :class:`FitResult` and its network.
+
+    Args:
+        content: of the file.
+        net: as it was for training, a :class:`clipless_dp.DPLipModel` or the network in one, with any weights: they are
+            replaced by those of the file.
+
+    Raises:
+        ConfigurationError: it is no network.
+        CheckpointError: it is another one.
+    """
+    if not isinstance(net, nn.Module):
+        raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    if isinstance(net, DPLipModel):
+        return rebuilt(content, net, net.net, dtype=net.device_and_dtype()[1])
+    norm = content.settings["input_norm"]
+    whole = net if norm is None else nn.Sequential(BallProjection(norm), net)
+    return rebuilt(content, whole, net, dtype=torch.float32)

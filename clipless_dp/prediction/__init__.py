@@ -1,0 +1,17 @@
+"""Predictions of trained models, and the file that carries them to another process."""
+
+from clipless_dp.prediction.files import Content, Probe, content_of, read_result, rebuilt
+from clipless_dp.prediction.links import Link
+from clipless_dp.prediction.predictor import Predictor, Predicts, Promise
+
+__all__ = [
+    "Content",
+    "Link",
+    "Predictor",
+    "Predicts",
+    "Probe",
+    "Promise",
+    "content_of",
+    "read_result",
+    "rebuilt",
+]

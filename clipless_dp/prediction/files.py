@@ -1,0 +1,184 @@
+"""One file with what predicts, written as a whole or not at all, and read without running anything from it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.checkpoint import load_checkpoint
+from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.prediction.links import Link
+from clipless_dp.prediction.predictor import Predictor, Promise
+from clipless_dp.statement import PrivacyStatement
+
+_KIND = "clipless_dp.result"
+RESULT_FORMAT = 1
+_NEEDED = {"made_by", "state", "settings", "probe", "link", "outputs", "classes", "threshold", "statement"}
+
+_TOLERANCE = 1e-3
+"""Of the largest score: other kernels, threads and versions round otherwise, by some 1e-5 in float32; another network,
+or one without its gates, is off by far more."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Made-up rows, and what the network says of them: whether a network that was built anew is the same shows there.
+
+    Attributes:
+        inputs: of no data.
+        scores: a function of the weights, which are released.
+    """
+
+    inputs: Tensor
+    scores: Tensor
+
+    @classmethod
+    def of(cls, predictor: Predictor, inputs: Tensor) -> Probe:
+        """The probe of a network, on the CPU."""
+        return cls(inputs.detach().cpu(), replace(predictor, encode=None).scores(inputs))
+
+    def require(self, predictor: Predictor, name: str) -> None:
+        """Refuses a network that says something else.
+
+        Raises:
+            CheckpointError: it does.
+        """
+        scores = replace(predictor, encode=None).scores(self.inputs)
+        largest = float(self.scores.nan_to_num(0.0).abs().max())
+        if scores.shape != self.scores.shape or not torch.allclose(
+            scores, self.scores, rtol=0.0, atol=_TOLERANCE * max(largest, 1e-6), equal_nan=True
+        ):
+            raise CheckpointError(
+                f"{name} holds the weights of a network that computes something else than this one: build it as it was "
+                "for training, with the same gates, activations and shape, wrapped by DPLipModel where samples are "
+                "projected"
+            )
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a file of a result holds.
+
+    Attributes:
+        name: of the file, for messages.
+        made_by: what made the result: ``"fit"``, ``"preset"`` or ``"table"``.
+        state: weights and buffers, by name.
+        settings: what the network is built from.
+        values: the rest.
+    """
+
+    name: str
+    made_by: str
+    state: Mapping[str, Tensor]
+    settings: Mapping[str, Any]
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any], name: str) -> Content:
+        """What :func:`content_of` returned, read back.
+
+        Raises:
+            CheckpointError: it is something else.
+        """
+        if values.get("result") != _KIND:
+            raise CheckpointError(
+                f"{name} is a checkpoint that training goes on from, by fit(..., checkpoint={name!r}): what predicts "
+                "is written by result.save(path)"
+            )
+        if values.get("result_format") != RESULT_FORMAT:
+            raise CheckpointError(
+                f"{name} has format {values.get('result_format')!r} of results, this version reads {RESULT_FORMAT}"
+            )
+        if lacking := _NEEDED - values.keys():
+            raise CheckpointError(f"{name} lacks {sorted(lacking)}")
+        return cls(name, str(values["made_by"]), values["state"], values["settings"], values)
+
+
+def content_of(
+    predictor: Predictor, made_by: str, state: Mapping[str, Tensor], settings: Mapping[str, Any], probe: Probe
+) -> dict[str, Any]:
+    """What a file holds: tensors and plain values.
+
+    Args:
+        predictor: what predicts.
+        made_by: see :class:`Content`.
+        state: see :class:`Content`.
+        settings: plain values.
+        probe: of the same predictor.
+
+    Raises:
+        ConfigurationError: a label is neither text nor a number.
+    """
+    if not all(isinstance(label, (str, Real)) for label in predictor.classes or ()):
+        raise ConfigurationError(f"a file holds labels that are text or numbers, got {predictor.classes!r:.200}")
+    return {
+        "result": _KIND,
+        "result_format": RESULT_FORMAT,
+        "made_by": made_by,
+        "state": {name: value.detach().cpu() for name, value in state.items()},
+        "settings": dict(settings),
+        "probe": {"inputs": probe.inputs, "scores": probe.scores},
+        "link": list(predictor.link),
+        "outputs": predictor.outputs,
+        "classes": None if predictor.classes is None else list(predictor.classes),
+        "threshold": predictor.threshold,
+        "target_range": None if predictor.target_range is None else list(predictor.target_range),
+        "statement": predictor.statement.to_json(),
+        "epsilon": predictor.epsilon,
+        "delta": predictor.delta,
+    }
+
+
+def read_result(path: str | os.PathLike[str]) -> Content:
+    """What a file holds, to the CPU, with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: the file is damaged, foreign or newer, or a checkpoint of training.
+        FileNotFoundError: there is none.
+    """
+    return Content.of(load_checkpoint(path), os.fspath(path))
+
+
+def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, **more: Any) -> Predictor:
+    """What predicts, of a network that was built anew and is given the weights of a file.
+
+    Args:
+        content: of the file.
+        net: takes samples as they are.
+        holder: the part of it that holds the state; by default all of it.
+        more: attributes of :class:`Predictor` that are no plain values.
+
+    Raises:
+        CheckpointError: the weights do not fit the network, or it computes something else.
+    """
+    holder = net if holder is None else holder
+    try:
+        with torch.no_grad():
+            holder.load_state_dict(dict(content.state))
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights of {content.name} do not fit this network: {error}") from error
+    values = content.values
+    try:
+        facts = json.loads(values["statement"])
+        predictor = Predictor(
+            net,
+            Link.read(values["link"]),
+            int(values["outputs"]),
+            Promise(float(values["epsilon"]), float(values["delta"]), PrivacyStatement(facts)),
+            classes=values["classes"],
+            threshold=values["threshold"],
+            target_range=None if values["target_range"] is None else tuple(values["target_range"]),
+            **more,
+        )
+        probe = Probe(values["probe"]["inputs"], values["probe"]["scores"])
+    except (KeyError, TypeError, ValueError, ConfigurationError) as error:
+        raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
+    probe.require(predictor, content.name)
+    return predictor

@@ -1,0 +1,253 @@
+"""What predicts: a network that takes samples as they are, how its scores are read, and what its training promised."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.arguments import share, whole
+from clipless_dp.checkpoint import save_checkpoint
+from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.modules import parameter_device_and_dtype
+from clipless_dp.prediction.links import Link
+from clipless_dp.statement import PrivacyStatement
+
+
+def checked_classes(classes: Any, outputs: int, link: Link) -> tuple[Any, ...] | None:
+    """Labels of the classes, once they are as many as there are scores.
+
+    Raises:
+        ConfigurationError: they are not.
+    """
+    if classes is None:
+        return None
+    if isinstance(classes, (str, bytes, Mapping)) or not hasattr(classes, "__iter__"):
+        raise ConfigurationError(f"classes must be a list of labels, got {type(classes).__name__}")
+    found = tuple(label.item() if isinstance(label, (np.generic, Tensor)) else label for label in classes)
+    if len(set(found)) < len(found):
+        raise ConfigurationError(f"classes must be labels, none of them twice, got {found!r:.200}")
+    if not link.is_of_classes:
+        raise ConfigurationError("the model was not trained by a loss of classes: leave classes out")
+    expected = 2 if link.kind == "logistic" or outputs == 1 else outputs
+    if len(found) != expected:
+        raise ConfigurationError(f"{len(found)} classes were given for the {expected} that the model tells apart")
+    return found
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What the training of a model promised.
+
+    Attributes:
+        epsilon: spent on what was released, an upper bound.
+        delta: the δ that it holds at.
+        statement: as :func:`clipless_dp.report` says it, the ledger included.
+    """
+
+    epsilon: float
+    delta: float
+    statement: PrivacyStatement = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Predictor:
+    """A trained model that predicts; :func:`clipless_dp.load` returns one.
+
+    Attributes:
+        net: takes samples ``(B, ...)`` as they are, through front-end and statistics, to scores.
+        link: how scores become probabilities.
+        outputs: scores of one sample.
+        classes: labels, in the order of the scores; ``None``: their indices.
+        threshold: of two classes, the probability above which the second is predicted; ``None``: the likelier one.
+            One that was chosen by looking at private data has a price of its own.
+        target_range: what numbers are cut to, or ``None``.
+        encode: makes a tensor of a data frame, or ``None``.
+        dtype: of numbers that the network takes; ``None``: any.
+        promise: what was promised, or what finds out: it is asked for when it is read first. The properties
+            ``epsilon``, ``delta`` and ``statement`` read it.
+    """
+
+    net: nn.Module
+    link: Link
+    outputs: int
+    promise: Promise | Callable[[], Promise] = field(repr=False)
+    classes: tuple[Any, ...] | None = None
+    threshold: float | None = None
+    target_range: tuple[float, float] | None = None
+    encode: Callable[[Any], Tensor] | None = field(default=None, repr=False)
+    dtype: torch.dtype | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "classes", checked_classes(self.classes, self.outputs, self.link))
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", share("threshold", self.threshold, "[0, 1]"))
+            of_two = self.link.kind == "logistic" or (self.link.kind == "softmax" and self.outputs == 2)
+            if not of_two:
+                raise ConfigurationError("a threshold is of the probability of the second of two classes: leave it out")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "promise": self._promised}
+
+    @cached_property
+    def _promised(self) -> Promise:
+        return self.promise if isinstance(self.promise, Promise) else self.promise()
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent on what was released, an upper bound."""
+        return self._promised.epsilon
+
+    @property
+    def delta(self) -> float:
+        """The δ that this ε holds at."""
+        return self._promised.delta
+
+    @property
+    def statement(self) -> PrivacyStatement:
+        """What was promised, as :func:`clipless_dp.report` says it, the ledger included."""
+        return self._promised.statement
+
+    @torch.no_grad()
+    def scores(self, rows: Any, *, batch_size: int = 4096) -> Tensor:
+        """What the network says of samples as they are, ``(N, ...)``, on the CPU.
+
+        Args:
+            rows: a tensor or an array ``(N, ...)``, or several inputs by name; a data frame, where one was trained on.
+            batch_size: rows at once.
+
+        Raises:
+            InputError: the rows are not like those that were trained on.
+        """
+        size = whole("batch_size", batch_size)
+        inputs = self._inputs(rows)
+        training = self.net.training
+        self.net.eval()
+        try:
+            if not isinstance(inputs, Tensor):
+                return self._read(self.net(inputs))
+            if not len(inputs):
+                raise InputError("there is no row to predict")
+            return torch.cat([self._read(self.net(some)) for some in inputs.split(size)])
+        finally:
+            self.net.train(training)
+
+    def predict_proba(self, rows: Any) -> Tensor:
+        """Probabilities ``(N, C)`` of the classes, by the loss that the model was trained by; not calibrated.
+
+        Raises:
+            ConfigurationError: that loss says none.
+            InputError: as :meth:`scores`; or a row has no scores, since it is not finite or has an unknown token.
+        """
+        return self.link.probabilities(self._known(rows))
+
+    def predict(self, rows: Any) -> Any:
+        """The label of each row, in a list; without :attr:`classes` a tensor of indices; of numbers, these.
+
+        Raises:
+            ConfigurationError: the loss that the model was trained by has no notion of a prediction.
+            InputError: as :meth:`predict_proba`.
+        """
+        if self.link.kind == "number":
+            numbers = self._known(rows)
+            return numbers if self.target_range is None else numbers.clamp(*self.target_range)
+        if not self.link.is_of_classes:
+            raise ConfigurationError("the loss that the model was trained by predicts nothing by itself: read scores()")
+        scores = self._known(rows)
+        if self.threshold is None:
+            chosen = self.link.classes(scores)
+        else:
+            chosen = (self.link.probabilities(scores)[:, 1] > self.threshold).long()
+        return chosen if self.classes is None else [self.classes[index] for index in chosen.tolist()]
+
+    def _known(self, rows: Any) -> Tensor:
+        scores = self.scores(rows)
+        lacking = scores.flatten(1).isnan().any(1) if scores.dim() > 1 else scores.isnan()
+        if bool(lacking.any()):
+            raise InputError(
+                f"row {int(lacking.int().argmax())}, and {int(lacking.sum()) - 1} more, have no scores: they are not "
+                "finite, or hold tokens that the model does not know"
+            )
+        return scores
+
+    def _read(self, scores: Tensor) -> Tensor:
+        # Of two classes by one score, one number a row.
+        return scores.detach().cpu().flatten() if self.link.kind == "logistic" else scores.detach().cpu()
+
+    def _inputs(self, rows: Any) -> Any:
+        if self.encode is not None:
+            rows = self.encode(rows)
+        device, _ = parameter_device_and_dtype(self.net)
+        if isinstance(rows, (Mapping, tuple)):
+            return rows
+        if not isinstance(rows, Tensor):
+            try:
+                rows = torch.as_tensor(np.asarray(rows))
+            except (TypeError, ValueError) as error:
+                raise InputError(f"rows must be numbers, got {type(rows).__name__}: {error}") from error
+        return rows.to(device, self.dtype if rows.is_floating_point() else None)
+
+
+class Predicts(ABC):
+    """Results that predict, and save what predicts to one file."""
+
+    @abstractmethod
+    def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
+        """What predicts, by itself: the network shares its weights with this result.
+
+        Args:
+            classes: labels, in the order of the scores; where the result knows them, they are these.
+            threshold: see :class:`Predictor`.
+        """
+
+    @abstractmethod
+    def content(
+        self, *, classes: Sequence[Any] | None = None, threshold: float | None = None, notes: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """What :meth:`save` writes: tensors and plain values."""
+
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        classes: Sequence[Any] | None = None,
+        threshold: float | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Writes what predicts to one file, for :func:`clipless_dp.load`: as a whole or not at all.
+
+        In it are weights, front-end, released statistics, labels, and the privacy statement with its ledger. Training
+        losses, counts of rows and the optimizer's state are not: training does not go on from it. Of a result of
+        :func:`clipless_dp.fit` what builds the network is not in it either, nor a preset of your own.
+
+        Args:
+            path: of the file.
+            classes: labels, in the order of the scores; where the result knows them, they are these.
+            threshold: see :class:`Predictor`.
+            notes: for the statement.
+
+        Raises:
+            ConfigurationError: labels or threshold do not fit, or the weights are spread over several processes, or
+                statistics of a preset of your own are no :class:`clipless_dp.presets.WithoutMean`.
+            CheckpointError: the file cannot be written; one that was there is left as it was.
+        """
+        save_checkpoint(path, self.content(classes=classes, threshold=threshold, notes=notes))
+
+    def scores(self, rows: Any, *, batch_size: int = 4096) -> Tensor:
+        """See :meth:`Predictor.scores`."""
+        return self.predictor().scores(rows, batch_size=batch_size)
+
+    def predict_proba(self, rows: Any) -> Tensor:
+        """See :meth:`Predictor.predict_proba`."""
+        return self.predictor().predict_proba(rows)
+
+    def predict(self, rows: Any) -> Any:
+        """See :meth:`Predictor.predict`."""
+        return self.predictor().predict(rows)

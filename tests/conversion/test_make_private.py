@@ -1,0 +1,352 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+
+from accounting import create_accountant
+from clipless_dp import (
+    BudgetExhaustedError,
+    CliplessDPSGD,
+    ConfigurationError,
+    DPLipModel,
+    LossBoundError,
+    PoissonBatchSampler,
+    PrivacyError,
+    UnsupportedModuleError,
+    gated,
+    losses,
+    make_private,
+)
+from clipless_dp.noise import ReproducibleNoise
+from tests.support import samples
+
+TARGET = {"target_epsilon": 3.0, "target_delta": 1e-3, "epochs": 2, "accountant": "rdp"}
+THREE = torch.tensor(3.0)
+DATA = TensorDataset(*samples(60))
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def private(net=None, loader=None, optimizer=None, **given):
+    net = network() if net is None else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1) if optimizer is None else optimizer
+    loader = DataLoader(DATA, batch_size=20, shuffle=True) if loader is None else loader
+    return make_private(net, optimizer, loader, **{"loss": nn.CrossEntropyLoss(), **TARGET, **given})
+
+
+def train(made, epochs=1):
+    model, optimizer, loader = made
+    for _ in range(epochs):
+        for inputs, targets in loader:
+            made.loss(model(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"input_norm": 3.0}, {"max_grad_norm": 1.0}, {"route": "signal gates", "input_norm": 3.0}],
+    ids=["isolated", "graph", "flat", "signal"],
+)
+def test_a_loop_spends_its_target_on_draws_that_are_charged_as_such_and_no_step_more(given):
+    net = network()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    made = private(net, **given)
+    train(made, epochs=2)
+    assert made.steps == made.optimizer.steps_taken == 6
+    assert 2.9 < made.get_epsilon() <= 3.0
+    ((event, count),) = made.optimizer.accountant.ledger.entries
+    assert (count, event.sampling.sample_rate) == (6, 20 / 60)
+    assert all(not torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    with pytest.raises(BudgetExhaustedError):
+        train(made)
+
+
+def test_noise_is_what_an_accountant_of_its_own_asks_for_and_is_added():
+    made = private()
+    asked = create_accountant("rdp")
+    asked.step(noise_multiplier=made.noise_multiplier, sample_rate=made.sample_rate, steps=6)
+    assert 2.9 < asked.get_epsilon(1e-3) <= 3.0
+    # Of an empty draw a step is noise of deviation σ_θ over the expected batch of 1, times the rate.
+    net = nn.Sequential(nn.Linear(6, 1700), nn.Linear(1700, 3))
+    made = private(net, DataLoader(DATA, batch_size=1), noise=ReproducibleNoise(0))
+    deviation = made.optimizer.noise_deviations()["0.weight"]
+    # One of 60 draws is empty but for a probability of 10⁻¹².
+    for inputs, targets in made.data_loader:
+        old = net[0].weight.detach().clone()
+        made.loss(made.model(inputs), targets).backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+        if not len(inputs):
+            break
+    moved = (net[0].weight.detach() - old) / (0.1 * deviation)
+    # Mean square of 10 200 normal numbers: within seven standard errors; half the noise would give 0.25.
+    assert abs(float(moved.square().mean()) - 1.0) < 7 * math.sqrt(2 / 10_200)
+
+
+def test_the_optimizer_stays_the_users_own_with_groups_and_schedules():
+    net = network()
+    own = torch.optim.Adam([{"params": net[0].parameters(), "lr": 0.3}, {"params": net[2].parameters()}], lr=0.2)
+    schedule = torch.optim.lr_scheduler.ExponentialLR(own, 0.5)
+    made = private(net, optimizer=own)
+    assert made.optimizer.base_optimizer is own
+    train(made)
+    schedule.step()
+    assert [group["lr"] for group in made.optimizer.param_groups] == [0.15, 0.1]
+    assert made.optimizer.learning_rates == [((0.3, 0.2), 3)]
+
+
+def test_the_loader_keeps_how_samples_are_read():
+    def collate(rows):
+        return torch.stack([inputs for inputs, _ in rows]) / 2, torch.tensor([int(target) for _, target in rows])
+
+    given = DataLoader(DATA, batch_size=7, collate_fn=collate, timeout=0, drop_last=True)
+    made = private(loader=given)
+    loader = made.data_loader
+    assert isinstance(loader.batch_sampler, PoissonBatchSampler)
+    assert (loader.dataset, loader.num_workers, len(loader)) == (DATA, 0, math.ceil(60 / 7))
+    largest = max(float(inputs.abs().max()) for inputs, _ in loader if len(inputs))
+    assert largest <= float(DATA.tensors[0].abs().max()) / 2
+    assert "drop_last" in made.summary()
+    assert "shuffle" in made.summary()
+
+
+def test_draws_do_not_follow_a_generator_of_the_users():
+    def drawn():
+        generator = torch.Generator().manual_seed(3)
+        made = private(loader=DataLoader(DATA, batch_size=20, shuffle=True, generator=generator))
+        assert "generator: left out" in made.summary()
+        torch.manual_seed(0)
+        return [len(inputs) for inputs, _ in made.data_loader], [inputs.sum() for inputs, _ in made.data_loader]
+
+    # Two draws of 60 samples are the same with a probability below 10⁻¹⁰.
+    assert drawn()[1] != drawn()[1]
+
+
+def test_a_loader_with_workers_trains_on_draws_that_are_known():
+    made = private(loader=DataLoader(DATA, batch_size=20, num_workers=1))
+    train(made)
+    ((event, count),) = made.optimizer.accountant.ledger.entries
+    assert (count, event.sampling.sample_rate) == (3, 20 / 60)
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+class Batches(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return DATA[index]
+
+
+@pytest.mark.parametrize(
+    ("loader", "said"),
+    [
+        (lambda: [1, 2], "must be a torch.utils.data.DataLoader"),
+        (lambda: DataLoader(Endless(), batch_size=2), "StreamedBatches"),
+        (lambda: DataLoader(Batches(), batch_size=None), "batch_size=None"),
+        (lambda: DataLoader(DATA, batch_sampler=BatchSampler(SequentialSampler(DATA), 5, False)), "BatchSampler"),
+        (
+            lambda: DataLoader(DATA, batch_sampler=PoissonBatchSampler(60, sample_rate=0.1, steps=3)),
+            "PoissonBatchSampler already",
+        ),
+        (lambda: DataLoader(DATA, batch_size=5, sampler=WeightedRandomSampler([1.0] * 60, 60)), "weigh classes"),
+        (lambda: DataLoader(DATA, batch_size=5, sampler=SubsetRandomSampler(range(9))), "Subset"),
+        (lambda: DataLoader(DATA, batch_size=5, sampler=RandomSampler(DATA, replacement=True)), "replacement"),
+        (lambda: DataLoader(DATA, batch_size=5, sampler=RandomSampler(DATA, num_samples=30)), "other than all"),
+    ],
+    ids=["none", "iterable", "whole", "batch-sampler", "poisson", "weighted", "subset", "replacement", "number"],
+)
+def test_loaders_whose_meaning_cannot_be_kept_are_refused_with_what_to_do(loader, said):
+    with pytest.raises(ConfigurationError, match=said):
+        private(loader=loader())
+
+
+def test_a_sample_that_is_there_twice_is_refused():
+    with pytest.raises(PrivacyError, match="one and the same"):
+        private(loader=DataLoader(Subset(DATA, [0, 1, 1]), batch_size=2))
+
+
+def test_optimizers_that_stepped_or_hold_other_parameters_are_refused_before_anything_is_changed():
+    net = network()
+    stepped = torch.optim.Adam(net.parameters())
+    net(torch.ones(2, 6)).sum().backward()
+    stepped.step()
+    with pytest.raises(ConfigurationError, match="has taken steps"):
+        private(net, optimizer=stepped)
+    with pytest.raises(ConfigurationError, match="not of net"):
+        private(net, optimizer=torch.optim.SGD(network().parameters(), lr=0.1))
+    model = DPLipModel(gated(network()), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(1.0))
+    taken = CliplessDPSGD(model, 0.1, noise_multiplier=1.0, sample_rate=0.1, dataset_size=60)
+    with pytest.raises(ConfigurationError, match="private already"):
+        private(model, optimizer=taken, loss=None)
+    with pytest.raises(ConfigurationError, match=r"torch\.optim\.Optimizer"):
+        private(net, optimizer=net)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"target_epsilon": None}, "give target_epsilon"),
+        ({"epochs": None}, "give target_epsilon"),
+        ({"noise_multiplier": 1.0}, "leave one out"),
+        ({"noise_multiplier": 1.0, "epochs": None, "target_delta": None}, "give target_delta"),
+        ({"route": "prayers"}, "route must be one of"),
+        ({"route": "signal gates"}, "needs input_norm"),
+        ({"max_grad_norm": 1.0, "gates": {}}, "one of the two"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm"),
+        ({"loss": None}, "give loss="),
+    ],
+)
+def test_arguments_that_contradict_each_other_or_are_out_of_range_are_refused(given, said):
+    with pytest.raises(ConfigurationError, match=said):
+        private(**given)
+
+
+def test_a_noise_multiplier_stands_for_a_target():
+    made = private(noise_multiplier=2.0, target_epsilon=None, epochs=None)
+    assert (made.noise_multiplier, made.steps, made.optimizer.budget) == (2.0, None, None)
+    assert made.get_epsilon() == 0.0
+    with pytest.raises(ConfigurationError, match="say which δ"):
+        private(noise_multiplier=2.0, target_epsilon=None, target_delta=None, epochs=None).get_epsilon()
+
+
+def test_a_loss_of_the_loops_own_is_refused_and_nothing_of_it_is_released():
+    made = private()
+    model, optimizer, loader = made
+    inputs, targets = next(iter(loader))
+    with pytest.raises(PrivacyError, match="a loss other than"):
+        functional.cross_entropy(model(inputs), targets).backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+    with pytest.raises(PrivacyError):
+        optimizer.step()
+    optimizer.skip_draw()
+    train(made)
+    # Without gradients of parameters, and in evaluation, any loss will do.
+    functional.cross_entropy(model(inputs).detach(), targets)
+
+
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        (nn.CrossEntropyLoss(label_smoothing=0.1), {"label_smoothing": 0.1}),
+        (nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 4.0])), {"weight": torch.tensor([1.0, 2.0, 4.0])}),
+        (functional.cross_entropy, {}),
+    ],
+    ids=["smoothed", "weighted", "function"],
+)
+def test_torchs_cross_entropy_has_the_same_values_here(given, options):
+    model = private(loss=given).model
+    outputs, targets = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
+    expected = functional.cross_entropy(outputs, targets, reduction="sum", **options)
+    torch.testing.assert_close(model.loss(outputs, targets), expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "like"),
+    [
+        (nn.BCEWithLogitsLoss(), nn.BCEWithLogitsLoss(reduction="sum")),
+        (
+            nn.BCEWithLogitsLoss(pos_weight=torch.tensor(3.0)),
+            nn.BCEWithLogitsLoss(reduction="sum", pos_weight=torch.tensor(3.0)),
+        ),
+        (nn.L1Loss(), nn.L1Loss(reduction="sum")),
+        (nn.HuberLoss(delta=0.3), nn.HuberLoss(delta=0.3, reduction="sum")),
+        (nn.SmoothL1Loss(), nn.SmoothL1Loss(reduction="sum")),
+    ],
+    ids=["binary", "binary-weighted", "absolute", "huber", "smooth"],
+)
+def test_other_losses_of_torch_have_the_same_values_here(given, like):
+    data = TensorDataset(DATA.tensors[0], (DATA.tensors[1] > 0).float())
+    net = nn.Sequential(nn.Linear(6, 1), nn.Flatten(0))
+    model = private(net, loader=DataLoader(data, batch_size=20), loss=given).model
+    outputs, targets = torch.randn(5), torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0])
+    torch.testing.assert_close(model.loss(outputs, targets), like(outputs, targets))
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (nn.MSELoss(), LossBoundError),
+        (functional.mse_loss, LossBoundError),
+        (lambda outputs, targets: outputs.sum(), LossBoundError),
+        (nn.CrossEntropyLoss(reduction="sum"), ConfigurationError),
+        (nn.CrossEntropyLoss(ignore_index=0), ConfigurationError),
+        (nn.SmoothL1Loss(beta=0.5), ConfigurationError),
+        (nn.BCEWithLogitsLoss(weight=torch.ones(3)), ConfigurationError),
+    ],
+    ids=["squares", "function", "own", "sum", "ignored", "beta", "weight"],
+)
+def test_losses_without_a_bound_or_a_counterpart_are_refused(given, error):
+    with pytest.raises(error, match=r"[lL]oss|ignore_index"):
+        private(loss=given)
+
+
+def test_a_batch_norm_is_refused_with_its_replacement():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    with pytest.raises(UnsupportedModuleError, match=r"GroupNorm|convert_batchnorm"):
+        private(net)
+
+
+def test_a_wrapped_model_keeps_its_bounds_and_its_loss():
+    model = DPLipModel(gated(network()), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(8.0))
+    optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    made = private(model, optimizer=optimizer, loss=None)
+    assert made.model is model
+    train(made)
+    with pytest.raises(ConfigurationError, match="leave these out"):
+        private(model, optimizer=optimizer)
+
+
+def test_tokens_and_batches_that_are_mappings_train():
+    tokens = TensorDataset(torch.randint(0, 9, (60, 5)), DATA.tensors[1])
+    net = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(20, 3))
+    train(private(net, loader=DataLoader(tokens, batch_size=20)))
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.attention = nn.Embedding(9, 4), nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, ids, mask):
+            hidden = self.embedding(ids)
+            hidden = hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0]
+            return self.head((hidden * mask[..., None]).mean(1))
+
+    rows = [{"ids": torch.randint(0, 9, (5,)), "mask": torch.ones(5), "labels": torch.tensor(i % 3)} for i in range(60)]
+    made = private(Named(), loader=DataLoader(rows, batch_size=20))
+    for batch in made.data_loader:
+        made.loss(made.model(batch), batch["labels"]).backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+    assert made.optimizer.steps_taken == 3
+
+
+def test_a_network_keeps_its_mode():
+    net = network().eval()
+    private(net)
+    assert not net.training
