@@ -155,7 +155,8 @@ class PlainNetwork(nn.Module):
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
         refuse_interference()
-        values = inputs.to(self.device, self.dtype)
+        # A copy, as code of a user's own may compute in place.
+        values = inputs.to(self.device, self.dtype, copy=True)
         if self.front is not None:
             values = self.front(values)
         if self.input_shape is not None and tuple(values.shape[1:]) != self.input_shape:

@@ -27,8 +27,9 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.robustness import confidence, ramps
 from clipless_dp.robustness.confidence import Array
 from clipless_dp.robustness.draws import Draws, SmoothedCertificate
+from clipless_dp.robustness.frozen import Frozen
 from clipless_dp.robustness.networks import read
-from clipless_dp.robustness.smoothing import Smoothed
+from clipless_dp.robustness.smoothing import Smoothed, draw_from
 from clipless_dp.training import Data
 
 _FAR = 7.5
@@ -278,8 +279,11 @@ def certify(
     _refuse_other(several)
     inputs, labels = read(data)
     given: Data | Tensor = inputs if labels is None else (inputs, labels)
-    # The same seed and numbers: what selects a class is independent of what bounds its means, under whichever noise.
-    drawn = [one.draw(given, n0, n, rng_seed=rng_seed, batch_size=batch_size, progress=progress) for one in several]
+    arguments = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
+    # One network under all noises. The same seed and numbers: what selects a class is independent of what bounds its
+    # means, under whichever noise.
+    frozen = Frozen(several[0].model, several[0].front)
+    drawn = [draw_from(one, frozen, given, n0, n, **arguments) for one in several]
     return _certified(drawn, [one.sigma for one in several], inputs[0].numel(), alpha)
 
 
