@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative, whole
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.errors import InputError
 from clipless_dp.robustness.constants import Lipschitz
 from clipless_dp.robustness.frozen import Frozen, unchecked_rounding
 from clipless_dp.robustness.networks import Units, read, refuse_other_labels, scale_of
@@ -43,11 +43,14 @@ class Certificate:
         weights: a hash of the weights that were certified.
         function: a hash of what computes with them, its graph, layers and settings: see
             :func:`clipless_dp.model.functions.function_of`.
+        answers: a hash of what the network, behind its front, answers to fixed inputs: see
+            :func:`clipless_dp.model.functions.answers_of`; ``None`` in certificates of former versions.
         input_norm: of the input gate, which is part of what was certified; infinite without one.
-        front: a hash of what runs before the model, its weights and their settings; ``None`` without.
+        front: a hash of what runs before the model, its weights, their settings and what it answers to fixed inputs;
+            ``None`` without.
         units: as they were stated, one number or one for each channel; ``None``: those of the input.
         score_error: what each score was taken to be off by where the model is deployed.
-        samples: a hash of the inputs.
+        samples: a hash of the inputs, and their shape.
 
     Raises:
         InputError: labels are not one for each sample, or below 0.
@@ -75,6 +78,7 @@ class Certificate:
     score_error: float = 0.0
     samples: str | None = None
     function: str | None = None
+    answers: str | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None:
@@ -98,8 +102,14 @@ class Certificate:
 
     @property
     def digest(self) -> str:
-        """A hash of what was certified: the weights, the function, the input norm, and what runs before the model."""
+        """A hash of what was certified: the weights, the function, the input norm, and what runs before the model.
+
+        The function is told by its code and settings, and by what it answers to fixed inputs. Equal digests do not
+        prove that two networks compute the same everywhere; different ones may come of the same function.
+        """
         told = f"{self.weights} {self.function} {self.input_norm!r} {self.front}"
+        if self.answers is not None:
+            told = f"{told} {self.answers}"
         return hashlib.sha256(told.encode()).hexdigest()
 
     @property
@@ -200,7 +210,7 @@ def certify(
         units=None if units is None else tuple(scale.flatten().tolist()),
         score_error=error,
         samples=digest_of_samples(inputs.split(rows)),
-        **frozen.identity(),
+        **frozen.identity(inputs),
     )
 
 
@@ -249,12 +259,13 @@ def _predictions(scores: Tensor) -> Tensor:
 
 
 def digest_of_samples(parts: Iterable[Tensor]) -> str:
-    """A hash of samples, in parts."""
-    seen = hashlib.sha256()
+    """A hash of samples, in parts, and behind a dash the shape of one, which former versions left out."""
+    seen, shape = hashlib.sha256(), ""
     for some in parts:
+        shape = "x".join(map(str, some.shape[1:]))
         # In float64, so that it is the same of models of any dtype.
         seen.update(some.detach().cpu().double().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return seen.hexdigest()
+    return f"{seen.hexdigest()}-{shape}"
 
 
 def certified_accuracy(certificate: Certificate, radius: float) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.model.functions import function_of
+from clipless_dp.model.functions import answers_of, function_of
 from clipless_dp.modules import digest_of
 from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
 from clipless_dp.robustness.networks import UNCHECKED_ROUNDING, PlainNetwork, wrapped_model
@@ -50,12 +50,22 @@ class Frozen:
             "weights": digest_of(model if own is None else own.net),
             "function": function_of(model if own is None else own.graph),
             "input_norm": self.plain.input_norm,
-            "front": None if front is None else _digest_of_front(front),
         }
+        self._front_hash = None if front is None else f"{function_of(front)} {digest_of(front)}"
 
-    def identity(self) -> dict[str, Any]:
-        """What a certificate says of what it is of, by the names of its attributes."""
-        return dict(self._identity)
+    def identity(self, inputs: Tensor) -> dict[str, Any]:
+        """What a certificate says of what it is of, by the names of its attributes.
+
+        Args:
+            inputs: ``(N, ...)``, of which the shape counts.
+        """
+        plain, front, shape = self.plain, None, inputs.shape[1:]
+        if self._front_hash is not None:
+            answers = answers_of(plain.before, shape, plain.device)
+            front = hashlib.sha256(f"{self._front_hash} {answers}".encode()).hexdigest()
+            with torch.no_grad():
+                shape = plain.before(inputs[:1]).shape[1:]
+        return {**self._identity, "front": front, "answers": answers_of(plain.behind, shape, plain.device)}
 
     def constants(
         self, lipschitz: Lipschitz, front_lipschitz: float | None, classes: int, *, used: bool = True
@@ -112,8 +122,3 @@ def unchecked_rounding(inputs: Tensor, scores: Tensor, pairs: Tensor) -> Tensor:
     slope = float(finite.max()) if len(finite) else 0.0
     error: Tensor = UNCHECKED_ROUNDING * (scores.norm(dim=1).nan_to_num(0.0) + slope * lengths)
     return error
-
-
-def _digest_of_front(front: nn.Module) -> str:
-    """A hash of what runs before the model, its weights and their settings."""
-    return hashlib.sha256(f"{function_of(front)} {digest_of(front)}".encode()).hexdigest()

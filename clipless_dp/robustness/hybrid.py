@@ -123,8 +123,9 @@ class _Mixed(Smoothed):
     def __init__(self, model: nn.Module, sigma: float, beta: float, fields: Sequence[Sequence[int]]) -> None:
         super().__init__(model, sigma, lipschitz=None)
         self.beta, self.fields = beta, fields
-        sizes = "+".join(str(len(field)) for field in fields)
-        self._noise_in_words = f"categories of {sizes} values replaced with probability {beta:g}"
+        columns = "; ".join(",".join(map(str, field)) for field in fields)
+        # It is part of the digest: no number is rounded.
+        self._noise_in_words = f"categories in columns {columns} replaced with probability {beta!r}"
 
     def _noisy(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         noisy = super()._noisy(rows, generator)

@@ -154,11 +154,17 @@ class PlainNetwork(nn.Module):
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
+        return self.behind(self.before(inputs))
+
+    def before(self, inputs: Tensor) -> Tensor:
+        """What the front makes of inputs: in the network's dtype, and else as they are without one."""
         refuse_interference()
         # A copy, as code of a user's own may compute in place.
         values = inputs.to(self.device, self.dtype, copy=True)
-        if self.front is not None:
-            values = self.front(values)
+        return values if self.front is None else self.front(values)
+
+    def behind(self, values: Tensor) -> Tensor:
+        """The same as :meth:`outputs`, from what the front returned."""
         if self.input_shape is not None and tuple(values.shape[1:]) != self.input_shape:
             raise InputError(f"the model reads inputs (batch, *{self.input_shape}), got {tuple(values.shape)}")
         if math.isfinite(self.input_norm):

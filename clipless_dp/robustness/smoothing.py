@@ -216,7 +216,7 @@ class Smoothed:
             map=self.map,
             temperature=self.temperature,
             noise=self._noise_in_words,
-            **frozen.identity(),
+            **frozen.identity(inputs),
         )
         return Draws(
             first.sums,
