@@ -86,7 +86,7 @@ class Frozen:
             nothing = torch.full((classes, classes), math.inf, dtype=torch.float64).fill_diagonal_(0.0)
             return Constants(nothing, math.inf, "none", "none is to be used (lipschitz=None)")
         found = self._of_model(lipschitz, classes)
-        if stretch == 1.0:
+        if not self._has_front or found.reason is not None:
             return found
         if math.isinf(stretch):
             return Constants(
@@ -95,8 +95,10 @@ class Frozen:
                 "none",
                 "no Lipschitz constant is known of what runs before the model: state it by front_lipschitz",
             )
-        method = f"{found.method}, times {stretch:g} of what runs before it"
-        return Constants(found.pairs * stretch * ROUNDING, found.joint * stretch, method, found.reason)
+        whose = "by its own attribute" if stretch == self._of_front else "which was stated, not checked"
+        method = f"{found.method}, times {stretch:g} of what runs before it, {whose}"
+        factor = 1.0 if stretch == 1.0 else stretch * ROUNDING
+        return Constants(found.pairs * factor, found.joint * stretch, method)
 
     def _of_model(self, lipschitz: Lipschitz, classes: int) -> Constants:
         if self._certified is None:

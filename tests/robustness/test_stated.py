@@ -1,0 +1,65 @@
+"""What is stated of constants is said to be stated; what cannot be told of a layer ends the way back to the input."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from clipless_dp import layers
+from clipless_dp.robustness import Curve, Smoothed, attack, attacks, certify
+from tests.robustness.nets import dense, points, wrapped
+
+
+class Known(nn.Linear):
+    lipschitz = 3.0
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.01, 1.0, 2.0])
+@pytest.mark.parametrize("front", [nn.Linear(4, 4), Known(4, 4)], ids=["no attribute", "another attribute"])
+def test_a_constant_that_was_stated_of_a_front_is_said_to_be_not_checked(constant: float, front: nn.Module) -> None:
+    data = points(3, 4).float(), torch.zeros(3, dtype=torch.long)
+    model = wrapped(dense(4, 8), (4,))
+    for found in (
+        certify(model, data, front=front, front_lipschitz=constant),
+        Smoothed(model, 0.3, front=front, front_lipschitz=constant).certify(data, 5, 20),
+        certify(model.net, data, lipschitz=1.0, front=front, front_lipschitz=constant),
+    ):
+        said = Curve.of(found, None).described("public samples")["method"]
+        assert f"times {constant:g} of what runs before it, which was stated, not checked" in said
+
+
+def test_the_constant_of_a_fronts_own_attribute_is_said_to_be_that() -> None:
+    found = certify(wrapped(dense(4, 8), (4,)), points(3, 4), front=Known(4, 4))
+    assert "times 3 of what runs before it, by its own attribute" in found.method
+    assert "not checked" not in found.method
+
+
+def test_nothing_is_certified_behind_a_front_of_any_constant_where_none_is_known_of_the_model() -> None:
+    for constant in (0.0, 1.0):
+        found = certify(nn.Linear(4, 3), points(3, 4), front=nn.Linear(4, 4), front_lipschitz=constant)
+        assert not bool(found.radii.any())
+        assert math.isinf(found.lipschitz)
+        assert found.reason is not None
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: layers.GatedResidual(nn.Linear(8, 8)),
+        lambda: layers.GatedResidual(nn.Sequential(nn.Linear(8, 8), nn.ReLU())),
+    ],
+    ids=["affine", "with an activation"],
+)
+@pytest.mark.parametrize("behind", [nn.Linear(8, 3), nn.Identity()], ids=["a layer behind", "at the end"])
+def test_a_layer_of_two_values_ends_the_way_back_and_is_certified(block, behind: nn.Module) -> None:
+    torch.manual_seed(0)
+    model = wrapped(nn.Sequential(nn.Linear(6, 8), block(), behind), (6,))
+    inputs = points(4, 6)
+    found = certify(model, inputs)
+    assert bool((found.radii > 0.0).all())
+    assert bool((model.margin_constants() <= math.sqrt(2.0) * model.lipschitz_constant() * (1.0 + 1e-8)).all())
+    nearest = attack(model, inputs, (attacks.DeepFool(steps=8),)).distances
+    assert bool((nearest >= found.radii * (1.0 - 1e-9)).all())
