@@ -275,7 +275,7 @@ def certify(
         ConfigurationError: an argument is out of range, or the classifiers do not fit each other.
         InputError: the data does not fit.
     """
-    share("alpha", alpha, "(0, 1)")
+    confidence.confidence_of(alpha)
     _refuse_other(several)
     inputs, labels = read(data)
     given: Data | Tensor = inputs if labels is None else (inputs, labels)

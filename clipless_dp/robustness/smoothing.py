@@ -11,10 +11,11 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clipless_dp.arguments import choice, positive, seed, share, whole
+from clipless_dp.arguments import choice, positive, seed, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.robustness.certificates import digest_of_samples
+from clipless_dp.robustness.confidence import confidence_of
 from clipless_dp.robustness.constants import Constants, Lipschitz
 from clipless_dp.robustness.draws import Against, Draws, Method, SmoothedCertificate, check_method
 from clipless_dp.robustness.frozen import Frozen, unchecked_rounding
@@ -105,7 +106,7 @@ class Smoothed:
             data: pairs of inputs and labels; or inputs alone, ``(N, ...)``.
             n0: draws that select a class.
             n: draws that are certified from, at least 2.
-            alpha: with which probability each radius may be wrong.
+            alpha: with which probability each radius may be wrong, at least 1e-50.
             method: one of the four.
             against: ``"rest"``: ``p_B = 1 - p_A``; ``"each"``: every class has a bound of its own, at ``α/C``, which
                 certifies more where the others share what ``A`` leaves.
@@ -118,7 +119,7 @@ class Smoothed:
                 ``"partition"`` count, ``"lipschitz"`` needs a constant, which argmax does not have.
             InputError: the data does not fit.
         """
-        share("alpha", alpha, "(0, 1)")
+        confidence_of(alpha)
         check_method(method, against, self.map, 0.0, None)
         arguments = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
         return self._drawn(data, n0, n, method, **arguments).certify(alpha, method, against)
@@ -161,7 +162,7 @@ class Smoothed:
             alpha: probability of an answer that is not the smoothed classifier's.
             rng_seed, batch_size, progress: see :meth:`certify`.
         """
-        alpha, n = share("alpha", alpha, "(0, 1)"), whole("n", n, 20)
+        alpha, n = confidence_of(alpha), whole("n", n, 20)
         arguments = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
         if self.map != "argmax":
             first = n // 10

@@ -6,10 +6,11 @@ import math
 
 import pytest
 import torch
+from scipy.stats import binom
 from torch import nn
 
-from clipless_dp import layers
-from clipless_dp.robustness import Curve, Smoothed, attack, attacks, certify
+from clipless_dp import ConfigurationError, layers
+from clipless_dp.robustness import Curve, Smoothed, attack, attacks, certify, confidence, hybrid, several
 from tests.robustness.nets import dense, points, wrapped
 
 
@@ -63,3 +64,30 @@ def test_a_layer_of_two_values_ends_the_way_back_and_is_certified(block, behind:
     assert bool((model.margin_constants() <= math.sqrt(2.0) * model.lipschitz_constant() * (1.0 + 1e-8)).all())
     nearest = attack(model, inputs, (attacks.DeepFool(steps=8),)).distances
     assert bool((nearest >= found.radii * (1.0 - 1e-9)).all())
+
+
+@pytest.mark.parametrize("alpha", [1e-51, 1e-250, 5e-324])
+def test_levels_at_which_quantiles_of_the_beta_distribution_err_are_refused(alpha: float) -> None:
+    one, other = Smoothed(nn.Linear(4, 3), 0.3), Smoothed(nn.Linear(4, 3), 0.3, map="softmax")
+    drawn, inputs = one.draw(points(1, 4), 5, 20), points(1, 4)
+    for call in (
+        lambda: one.certify(inputs, 5, 20, alpha),
+        lambda: one.predict(inputs, 20, alpha),
+        lambda: other.certify(inputs, 5, 20, alpha, "bernstein"),
+        lambda: drawn.certify(alpha),
+        lambda: several.certify([one, Smoothed(one.model, 0.4)], inputs, 5, 20, alpha),
+        lambda: hybrid.certify(one.model, inputs, 0.3, beta=0.1, fields=[], changed=0, alpha=alpha),
+    ):
+        with pytest.raises(ConfigurationError, match="alpha must be at least 1e-50"):
+            call()
+    with pytest.raises(ConfigurationError, match="each bound"):
+        confidence.clopper_pearson_lower(10, 10, 1e-101)
+
+
+def test_bounds_of_shares_hold_at_the_smallest_levels() -> None:
+    for draws, count, alpha in ((500, 437, 1e-100), (20_000, 19_000, 1e-50), (1000, 1000, 1e-50), (300, 300, 1e-100)):
+        lower = float(confidence.clopper_pearson_lower(count, draws, alpha))
+        assert 0.0 < lower < count / draws
+        # The tail of the binomial distribution in logarithms, which do not underflow.
+        assert float(binom.logsf(count - 1, draws, lower)) <= math.log(alpha) + 1e-9
+    assert float(binom.logsf(999, 1000, 0.9)) > math.log(1e-50)
