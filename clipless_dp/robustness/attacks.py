@@ -16,12 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import not_negative, positive, seed, whole
+from clipless_dp.arguments import not_negative, positive, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import flat_rows, per_sample, sample_norms
 from clipless_dp.robustness.networks import (
     PlainNetwork,
     Units,
+    generator_of,
     read,
     refuse_other_labels,
     scale_of,
@@ -382,7 +383,7 @@ def attack(
     budgets = sorted(positive("radii", radius) for radius in radii)
     whole("bisections", bisections)
     rows = whole("batch_size", batch_size)
-    generator = torch.Generator().manual_seed((seed("rng_seed", rng_seed) or 0) % 2**63)
+    generator = generator_of(rng_seed)
     inputs, labels = read(data)
     plain = PlainNetwork(model, dtype=dtype, front=front)
     scale = scale_of(units, inputs).to(plain.device, plain.dtype)

@@ -9,10 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import choice, positive, seed, shown, whole
+from clipless_dp.arguments import choice, positive, shown, whole
 from clipless_dp.errors import InputError
 from clipless_dp.robustness.attacks import margins_of
-from clipless_dp.robustness.networks import PlainNetwork, plain_network, refuse_other_labels, value_and_gradient
+from clipless_dp.robustness.networks import (
+    PlainNetwork,
+    generator_of,
+    plain_network,
+    refuse_other_labels,
+    value_and_gradient,
+)
 
 Score = Literal["class", "margin", "probability"] | Callable[[Tensor, Tensor], Tensor]
 """What is explained, as a word, or as a function of scores ``(B, C)`` and classes ``(B,)`` to values ``(B,)``."""
@@ -190,15 +196,6 @@ def prepared(
         raise InputError(f"target must be one class, or one for each of {len(inputs)} samples, got {targets.shape}")
     refuse_other_labels(targets, classes)
     return plain, inputs, targets.long().to(plain.device).expand(len(inputs))
-
-
-def generator_of(rng_seed: int) -> torch.Generator:
-    """A generator on the CPU of a seed of any size.
-
-    Raises:
-        ConfigurationError: it is no whole number.
-    """
-    return torch.Generator().manual_seed((seed("rng_seed", rng_seed) or 0) % 2**63)
 
 
 def _check_reduce(reduce: Reduce) -> None:

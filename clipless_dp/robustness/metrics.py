@@ -24,14 +24,13 @@ from clipless_dp.robustness.explanations import (
     Reduce,
     Score,
     Target,
-    generator_of,
     pixelwise,
     prepared,
     saliency,
     score_values,
     smooth_grad,
 )
-from clipless_dp.robustness.networks import PlainNetwork
+from clipless_dp.robustness.networks import PlainNetwork, generator_of
 
 Explain = Callable[[Tensor], Tensor]
 """Maps of inputs. What it explains must stay the same where inputs move: bind the target to it."""

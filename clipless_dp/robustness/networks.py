@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import positive, shown
+from clipless_dp.arguments import positive, shown, whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.gates import CotangentGate, input_gate
 from clipless_dp.gates.arithmetic import per_sample
@@ -220,6 +220,16 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], inputs: Tensor) -> 
         values = function(inputs)
         (gradient,) = torch.autograd.grad(values.sum(), inputs, materialize_grads=True)
     return values.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def generator_of(rng_seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of a seed.
+
+    Raises:
+        ConfigurationError: it is no whole number in [0, 2³²), of which alone torch's generator on the CPU tells any two
+            apart.
+    """
+    return torch.Generator(device).manual_seed(whole("rng_seed", rng_seed, 0, 2**32 - 1))
 
 
 def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:

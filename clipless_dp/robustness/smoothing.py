@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clipless_dp.arguments import choice, positive, seed, whole
+from clipless_dp.arguments import choice, positive, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.robustness.certificates import digest_of_samples
@@ -20,7 +20,7 @@ from clipless_dp.robustness.constants import Constants, Lipschitz
 from clipless_dp.robustness.draws import Against, Draws, Method, SmoothedCertificate, check_method
 from clipless_dp.robustness.frozen import Frozen, unchecked_rounding
 from clipless_dp.robustness.maps import MAPS, Map, mapped, slope
-from clipless_dp.robustness.networks import PlainNetwork, Units, read, refuse_other_labels, scale_of
+from clipless_dp.robustness.networks import PlainNetwork, Units, generator_of, read, refuse_other_labels, scale_of
 from clipless_dp.training import Data
 
 
@@ -110,7 +110,7 @@ class Smoothed:
             method: one of the four.
             against: ``"rest"``: ``p_B = 1 - p_A``; ``"each"``: every class has a bound of its own, at ``α/C``, which
                 certifies more where the others share what ``A`` leaves.
-            rng_seed: of the noise.
+            rng_seed: of the noise, in [0, 2³²).
             batch_size: noisy rows at once.
             progress: show a progress bar.
 
@@ -288,7 +288,7 @@ def _together(
     progress: bool,
 ) -> list[Draws]:
     n0, n, rows = whole("n0", n0), whole("n", n, 2), whole("batch_size", batch_size)
-    number = (seed("rng_seed", rng_seed) or 0) % 2**63
+    generator_of(rng_seed)
     inputs, labels = read(data)
     if not len(inputs):
         raise InputError("there are no samples to certify")
@@ -300,7 +300,7 @@ def _together(
     if method is not None:
         steepest = slope(several[0].map, several[0].temperature, constants[0])
         check_method(method, "rest", several[0].map, steepest, constants[0].reason)
-    generator = torch.Generator(plain.device).manual_seed(number)
+    generator = generator_of(rng_seed, plain.device)
     tally = _Tally(several, frozen, [one.pairs for one in constants], classes, generator, rows)
     with tqdm(total=len(inputs) * (n0 + n), disable=not progress, unit="row", dynamic_ncols=True) as bar:
         first = tally.of(inputs, n0, bar)

@@ -10,7 +10,19 @@ from scipy.stats import binom
 from torch import nn
 
 from clipless_dp import ConfigurationError, layers
-from clipless_dp.robustness import Curve, Smoothed, attack, attacks, certify, confidence, hybrid, several
+from clipless_dp.robustness import (
+    Curve,
+    Smoothed,
+    attack,
+    attacks,
+    certify,
+    confidence,
+    hybrid,
+    lipschitz_lower_bound,
+    metrics,
+    several,
+    smooth_grad,
+)
 from tests.robustness.nets import dense, points, wrapped
 
 
@@ -91,3 +103,25 @@ def test_bounds_of_shares_hold_at_the_smallest_levels() -> None:
         # The tail of the binomial distribution in logarithms, which do not underflow.
         assert float(binom.logsf(count - 1, draws, lower)) <= math.log(alpha) + 1e-9
     assert float(binom.logsf(999, 1000, 0.9)) > math.log(1e-50)
+
+
+def test_seeds_that_a_generator_does_not_tell_apart_are_refused_and_no_seed_is_zero_in_secret() -> None:
+    net, inputs = nn.Linear(4, 3), points(2, 4)
+    smoothed = Smoothed(net, 0.3)
+    calls = (
+        lambda seed: smoothed.certify(inputs, 5, 20, rng_seed=seed),
+        lambda seed: smoothed.predict(inputs, 20, rng_seed=seed),
+        lambda seed: smoothed.draw(inputs, 5, 20, rng_seed=seed),
+        lambda seed: several.certify([smoothed, Smoothed(net, 0.4)], inputs[:1], 5, 20, rng_seed=seed),
+        lambda seed: attack(net, inputs, (attacks.FGM(),), rng_seed=seed),
+        lambda seed: lipschitz_lower_bound(net, inputs, steps=1, rng_seed=seed),
+        lambda seed: smooth_grad(net, inputs, draws=1, rng_seed=seed),
+        lambda seed: metrics.randomisation(net, inputs, rng_seed=seed),
+    )
+    for call in calls:
+        for wrong in (None, -1, 2**32, 2**64 + 7, True, 1.0):
+            with pytest.raises(ConfigurationError, match="rng_seed must be a whole number"):
+                call(wrong)
+    soft = Smoothed(net, 0.3, map="softmax")
+    sums = {tuple(soft.draw(inputs, 5, 20, rng_seed=seed).sums.flatten().tolist()) for seed in (0, 7, 2**31, 2**32 - 1)}
+    assert len(sums) == 4
