@@ -38,7 +38,8 @@ def score_values(plain: PlainNetwork, inputs: Tensor, targets: Tensor, score: Sc
         inputs: ``(B, ...)``.
         targets: classes ``l``, ``(B,)``.
         score: ``"class"``: ``f_l``; ``"margin"``: ``f_l - max_{j ≠ l} f_j``, and of one output ``f``, whose scores are
-            ``(-f, f)``, half of that: ``f_l`` itself; ``"probability"``: ``softmax(f)_l``; or a function.
+            ``(-f, f)``, half of that: ``f_l`` itself; ``"probability"``: ``softmax(f)_l``, and of one output
+            ``sigmoid(±f)``, which is that of the binary cross-entropy; or a function.
 
     Raises:
         InputError: a function does not return one number for each sample.
@@ -47,12 +48,17 @@ def score_values(plain: PlainNetwork, inputs: Tensor, targets: Tensor, score: Sc
     if score == "margin":
         return margins_of(scores, targets) / (2.0 if plain.is_single else 1.0)
     if not callable(score):
-        scores = scores.softmax(1) if score == "probability" else scores
+        scores = probabilities(plain, scores) if score == "probability" else scores
         return scores.gather(1, targets[:, None]).squeeze(1)
     values = score(scores, targets)
     if not isinstance(values, Tensor) or values.shape != targets.shape:
         raise InputError(f"score must return one number for each of {len(targets)} samples, got {shown(values)}")
     return values
+
+
+def probabilities(plain: PlainNetwork, scores: Tensor, temperature: float = 1.0) -> Tensor:
+    """``softmax(τf)``, ``(B, C)``; of one output ``f``, whose scores are ``(-f, f)``, ``sigmoid(∓τf)``."""
+    return (scores * (temperature / 2.0 if plain.is_single else temperature)).softmax(1)
 
 
 def score_gradients(

@@ -139,18 +139,32 @@ class PlainNetwork(nn.Module):
         return class_scores(scores)
 
     def classes(self, inputs: Tensor) -> int:
-        """How many scores there are of these inputs, by their first row.
+        """How many scores there are of these inputs, by their first row, whose scores must not hang on its company.
 
         Raises:
             InputError: the network does not read inputs of this shape.
+            ConfigurationError: scores of the first row are others among other rows than alone.
         """
+        first = inputs[:1]
         try:
             with torch.no_grad():
-                return int(self(inputs[:1]).shape[1])
+                alone = self(first)
+                others = inputs[1:3] if len(inputs) > 1 else 0.5 * first
+                among = self(torch.cat((first, others, first)))[[0, -1]]
         except CliplessError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise InputError(f"the network does not read inputs {tuple(inputs.shape)}: {error}") from error
+        # Half of the digits: sums of a larger batch may round otherwise.
+        share = math.sqrt(torch.finfo(alone.dtype).eps)
+        allowed = share * float(alone.abs().nan_to_num(0.0, 0.0, 0.0).max())
+        if not torch.allclose(among, alone.expand_as(among), rtol=share, atol=allowed, equal_nan=True):
+            raise ConfigurationError(
+                "the scores of a sample are others among other samples than alone: the network mixes the rows of a "
+                "batch (a batch norm without running statistics, say), or draws random numbers. Neither radii nor maps "
+                "of one sample are defined: replace what does"
+            )
+        return int(alone.shape[1])
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""

@@ -18,7 +18,15 @@ from clipless_dp.robustness.attacks import Box
 from clipless_dp.robustness.constants import Lipschitz
 from clipless_dp.robustness.counterfactuals import Form, counterfactual
 from clipless_dp.robustness.curves import new_figure
-from clipless_dp.robustness.explanations import Reduce, Score, Target, prepared, saliency, score_gradients
+from clipless_dp.robustness.explanations import (
+    Reduce,
+    Score,
+    Target,
+    prepared,
+    probabilities,
+    saliency,
+    score_gradients,
+)
 from clipless_dp.robustness.networks import plain_network
 
 MEANING = {
@@ -80,7 +88,8 @@ def quality(
         radius: of the noise of stability.
         deviation: of SmoothGrad's.
         box: limits of entries, of pixels that are drawn.
-        temperature: scores are multiplied by it before the softmax of deletion and insertion: the loss's ``τ``.
+        temperature: scores are multiplied by it before the softmax (of one output, the sigmoid) of deletion and
+            insertion: the loss's ``τ``.
         rng_seed: of all that is drawn.
 
     Raises:
@@ -91,7 +100,7 @@ def quality(
     heat = positive("temperature", temperature)
 
     def chance(scores: Tensor, own: Tensor) -> Tensor:
-        return (heat * scores).softmax(1).gather(1, own[:, None]).squeeze(1)
+        return probabilities(plain, scores, heat).gather(1, own[:, None]).squeeze(1)
 
     def explain(moved: Tensor) -> Tensor:
         return saliency(plain, moved, targets, score=score, reduce=reduce)
