@@ -20,7 +20,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.model.description import differences, settings_of
 from clipless_dp.robustness import attacks
 from clipless_dp.robustness.counterfactuals import Form, counterfactual
-from clipless_dp.robustness.curves import RADII, curve
+from clipless_dp.robustness.curves import RADII, curve, new_figure
 from clipless_dp.robustness.explanations import prepared
 from clipless_dp.robustness.quality import picture, quality
 
@@ -35,7 +35,7 @@ def radius(text: str) -> float:
     """A radius, as a number or a fraction such as ``36/255``."""
     try:
         found = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         found = math.nan
     if not 0.0 <= found < math.inf:
         raise argparse.ArgumentTypeError(
@@ -81,6 +81,21 @@ def add_explain_options(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--plot", type=Path, metavar="FILE", help="draw the images; needs matplotlib")
 
 
+def _check_files(out: Path | None, plot: Path | None) -> None:
+    """Refuses files that cannot be written, before anything is computed.
+
+    Raises:
+        CheckpointError: a folder is missing, or not writable.
+        ConfigurationError: matplotlib is missing, or does not know a picture's ending.
+    """
+    for file in filter(None, (out, plot)):
+        check_writable(file)
+    if plot is not None:
+        known = new_figure().canvas.get_supported_filetypes()
+        if plot.suffix and plot.suffix[1:].lower() not in known:
+            raise ConfigurationError(f"--plot {plot}: pictures end in one of {', '.join(sorted(known))}")
+
+
 def load_weights(model: DPLipModel, path: Path) -> dict[str, Any]:
     """Puts the weights of a checkpoint into a model, and returns what the checkpoint says of its run.
 
@@ -117,8 +132,7 @@ def certify_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         CheckpointError: as :func:`load_weights`; or a file cannot be written.
         ConfigurationError: an option is out of range.
     """
-    for file in filter(None, (options.out, options.plot)):
-        check_writable(file)
+    _check_files(options.out, options.plot)
     run = load_weights(model, options.checkpoint)
     inputs, targets = data.test
     count = len(inputs) if options.samples is None else whole("--samples", options.samples)
@@ -154,8 +168,7 @@ def explain_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         ConfigurationError: an option is out of range, or matplotlib is missing.
         InputError: what is to be drawn are no images, or a target is no class, or what all are predicted as.
     """
-    for file in filter(None, (options.out, options.plot)):
-        check_writable(file)
+    _check_files(options.out, options.plot)
     count, measured = whole("--samples", options.samples), whole("--measured", options.measured, 0)
     load_weights(model, options.checkpoint)
     inputs = data.test[0].to(options.device)

@@ -14,7 +14,7 @@ from scipy.stats import binomtest
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from clipless_dp.arguments import not_negative, share, whole
+from clipless_dp.arguments import members, not_negative, share, shown, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.robustness.attacks import DEFAULT, Attack, Attacked, Box, attack
 from clipless_dp.robustness.certificates import Certificate, average_certified_radius, certified_accuracy, certify
@@ -276,7 +276,8 @@ def curve(
         ConfigurationError: an argument is out of range.
         InputError: the data does not fit.
     """
-    levels = [not_negative("radii", radius) for radius in radii]
+    levels = [not_negative("radii", radius) for radius in members("radii", radii, "numbers")]
+    attacks = members("attacks", attacks, "attacks")
     share("level", level, "(0, 1)")
     inputs, labels = read(data)
     if labels is None:
@@ -380,6 +381,8 @@ def pareto(certificates: Mapping[str, Certificate], radius: float) -> Front:
         ConfigurationError: there is none, or the radius is out of range.
         InputError: there are no labels, or the certificates are of different samples, labels or units.
     """
+    if not isinstance(certificates, Mapping) or not all(isinstance(one, Certificate) for one in certificates.values()):
+        raise ConfigurationError(f"certificates must be a mapping of names to certificates, got {shown(certificates)}")
     if not certificates:
         raise ConfigurationError("give one certificate or more, by name")
     first, *others = certificates.values()

@@ -49,7 +49,8 @@ class Frozen:
         self._identity: dict[str, Any] = {
             "weights": digest_of(model if own is None else own.net),
             "function": function_of(model if own is None else own.graph),
-            "input_norm": self.plain.input_norm,
+            # A copy that was made before holds its gate.
+            "input_norm": model.input_norm if isinstance(model, PlainNetwork) else self.plain.input_norm,
         }
         self._front_hash = None if front is None else f"{function_of(front)} {digest_of(front)}"
 

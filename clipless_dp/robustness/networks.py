@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +55,7 @@ class PlainNetwork(nn.Module):
 
     Raises:
         ConfigurationError: the model reads tokens, between which there is no distance; or several inputs; or
-            ``model.net`` returns other values than the graph.
+            ``model.net`` returns other values than the graph; or it cannot be copied.
         PrivacyError: a layer of a wrapped model was replaced or hooked, or a global module hook is registered.
 
     Attributes:
@@ -129,12 +130,14 @@ class PlainNetwork(nn.Module):
         """Scores of the classes.
 
         Raises:
-            InputError: the network returns anything but ``(B, C)`` or ``(B,)``.
+            InputError: the network returns anything but ``(B, C)`` or ``(B,)`` of floating-point numbers.
         """
         scores = self.outputs(inputs)
         if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(inputs):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(f"expected scores (batch, classes) or (batch,), got {found}")
+        if not scores.is_floating_point():
+            raise InputError(f"scores must be floating-point numbers, got {scores.dtype}")
         self.is_single = scores.numel() == len(scores)
         return class_scores(scores)
 
@@ -214,7 +217,16 @@ def plain_network(
 
 
 def _without_gates(net: nn.Module) -> nn.Module:
-    copied = nn.Sequential(copy.deepcopy(net))
+    # What a module keeps of its last pass, a weight that a hook computes say, hangs on a graph and cannot be copied.
+    kept = [value for part in net.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
+    try:
+        copied = nn.Sequential(copy.deepcopy(net, memo))
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"the network, or what runs before it, cannot be copied ({error}): let no module keep tensors of a pass, "
+            "or what deepcopy refuses"
+        ) from error
     for part in list(copied.modules()):
         for name, child in part.named_children():
             if isinstance(child, CotangentGate):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import positive, shown
 from clipless_dp.errors import InputError
 from clipless_dp.robustness import metrics
-from clipless_dp.robustness.attacks import Box
+from clipless_dp.robustness.attacks import Box, ends_of
 from clipless_dp.robustness.constants import Lipschitz
 from clipless_dp.robustness.counterfactuals import Form, counterfactual
 from clipless_dp.robustness.curves import new_figure
@@ -97,7 +97,7 @@ def quality(
         InputError: inputs are not finite numbers that the model reads, or a target is no class.
     """
     plain, inputs, targets = prepared(model, inputs, target, score)
-    heat = positive("temperature", temperature)
+    box, heat = ends_of(box), positive("temperature", temperature)
 
     def chance(scores: Tensor, own: Tensor) -> Tensor:
         return probabilities(plain, scores, heat).gather(1, own[:, None]).squeeze(1)

@@ -22,7 +22,7 @@ from scipy.special import chdtr, ndtr, ndtri
 from scipy.stats import chi2
 from torch import Tensor
 
-from clipless_dp.arguments import not_negative, positive, share, whole
+from clipless_dp.arguments import members, not_negative, positive, share, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.robustness import confidence, ramps
 from clipless_dp.robustness.confidence import Array
@@ -276,6 +276,7 @@ def certify(
         InputError: the data does not fit.
     """
     confidence.confidence_of(alpha)
+    several = members("several", several, "smoothed classifiers")
     _refuse_other(several)
     inputs, labels = read(data)
     given: Data | Tensor = inputs if labels is None else (inputs, labels)
@@ -311,7 +312,7 @@ def _certified(drawn: Sequence[Draws], sigmas: Sequence[float], dimension: int, 
 
 
 def _refuse_other(several: Sequence[Smoothed]) -> None:
-    if len(several) < 2:
+    if len(several) < 2 or not all(isinstance(one, Smoothed) for one in several):
         raise ConfigurationError("give two smoothed classifiers or more, which differ in sigma")
     first = several[0]
     for one in several:

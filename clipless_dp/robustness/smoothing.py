@@ -11,7 +11,7 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clipless_dp.arguments import choice, positive, whole
+from clipless_dp.arguments import choice, members, positive, shown, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.robustness.certificates import digest_of_samples
@@ -259,8 +259,9 @@ def draw_together(
     Raises:
         ConfigurationError: they are of different models or noises, or an argument is out of range.
     """
-    if not several:
-        raise ConfigurationError("give one smoothed classifier or more")
+    several = members("several", several, "smoothed classifiers")
+    if not several or not all(isinstance(one, Smoothed) for one in several):
+        raise ConfigurationError(f"give one smoothed classifier or more, Smoothed(model, sigma), got {shown(several)}")
     first = several[0]
     for one in several:
         alike = (one.model is first.model, one.front is first.front, one.sigma == first.sigma, type(one) is type(first))
