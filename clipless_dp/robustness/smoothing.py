@@ -267,7 +267,7 @@ def draw_together(
         alike = (one.model is first.model, one.front is first.front, one.sigma == first.sigma, type(one) is type(first))
         if not all(alike):
             raise ConfigurationError("several maps share draws where the model, the front and sigma are the same")
-    arguments = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
+    arguments: dict[str, Any] = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
     return _together(several, first._frozen(), data, n0, n, None, **arguments)
 
 
