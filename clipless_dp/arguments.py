@@ -204,6 +204,25 @@ def patterns(name: str, value: object) -> tuple[str, ...]:
     raise ConfigurationError(f"{name} must be patterns of names, such as ('*',) or 'encoder.*', got {shown(value)}")
 
 
+def members(name: str, value: object, of: str) -> tuple[Any, ...]:
+    """What is in a list, a tuple or whatever else can be gone through.
+
+    Args:
+        name: of the argument.
+        value: what was given.
+        of: what it should hold, in words.
+
+    Raises:
+        ConfigurationError: it is one thing, text or a mapping.
+    """
+    if isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping, type)):
+        try:
+            return tuple(value)
+        except TypeError:
+            pass
+    raise ConfigurationError(f"{name} must be a list of {of}, got {shown(value)}")
+
+
 def device(name: str, value: object) -> torch.device | None:
     """A device that is there, or ``None``.
 

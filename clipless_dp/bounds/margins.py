@@ -71,11 +71,14 @@ def margin_constants(sweep: Sweep, weights: Placement) -> Tensor:
 
 
 def _pulled_back(sweep: Sweep, scores: _Scores, weights: Placement) -> _Scores | None:
-    """The same scores as linear functions of the value before; ``None`` where that is no affine layer."""
+    """The same scores as linear functions of the value before; ``None`` where that is no affine layer of one value."""
     traced, node = sweep.traced, scores.node
     if node.op != "call_module":
         return None
-    leaf, (source,) = traced.leaf(node), traced.operands(node)
+    leaf, operands = traced.leaf(node), traced.operands(node)
+    if len(operands) != 1:
+        return None
+    (source,) = operands
     if kind_of(leaf) in _UNCHANGED:
         return _Scores(scores.rows, scores.error, source)
     if kind_of(leaf) not in _LINEAR or len(traced.shapes[source]) != 1:

@@ -1,10 +1,11 @@
-"""Which function a network computes beside its weights, as a hash: its graph, the layers in it, and their settings."""
+"""Which function a network computes, as hashes: of its graph, layers and settings, and of what it answers."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence, Set
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType
 from typing import Any
 
@@ -12,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from clipless_dp.gates import CotangentGate
+from clipless_dp.gates import CotangentGate, input_gate
 from clipless_dp.gates.gradient_layers import GradientGated
 from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.isolation import Isolated
+from clipless_dp.model.surroundings import is_out_of_memory
 from clipless_dp.modules import kind_of
 
 _DEPTH = 8
@@ -36,11 +38,65 @@ def function_of(network: nn.Module | TracedNet) -> str:
     package's. Gates of gradients, and dropout, change no value and are left out: a gated layer is as torch's own.
     Weights and buffers that are saved with them are not covered, see :func:`clipless_dp.modules.digest_of`.
 
-    Two networks of one hash and the same weights compute the same, unless objects that settings hold tell of no
-    attributes. Of different hashes they may compute the same as well.
+    It is of what the code says, and does not follow all that code may read: attributes of classes, other methods than
+    ``forward``, globals, hooks, modules in plain lists, objects without attributes. :func:`answers_of` stands beside
+    it, for these. Networks of different hashes may compute the same.
     """
     told = _graph(network) if isinstance(network, TracedNet) else _module(network, ())
     return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+@torch.no_grad()
+def answers_of(forward: Callable[[Tensor], Any], shape: Sequence[int], device: torch.device) -> str:
+    """A hash of what a function returns for eight fixed inputs, whatever code computes it.
+
+    Answers count in steps of ``2⁻¹⁶`` of the largest, so that it is the same on devices and libraries that sum in
+    another order. Functions that differ by less, or at other inputs alone, have the same hash: two of one
+    :func:`function_of` and weights that differ by a threshold's position, say.
+
+    Args:
+        forward: maps float64 inputs ``(8, *shape)`` to a tensor of any shape. What it raises is its answer.
+        shape: of one input.
+        device: where inputs are put.
+    """
+    inputs = _fixed_inputs(shape).to(device)
+    try:
+        found = forward(inputs)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return f"none, {type(error).__name__}"
+    if not isinstance(found, Tensor) or found.is_complex():
+        return f"none, {type(found).__name__}"
+    values = found.detach().double().cpu()
+    largest = float(values[values.isfinite()].abs().amax()) if bool(values.isfinite().any()) else 0.0
+    # Steps of a power of two, and borders away from fractions with few digits, so that rounding crosses none.
+    exponent = math.frexp(largest * (1.0 + 2.0**-20))[1]
+    steps = torch.floor(torch.ldexp(values, torch.tensor(16 - exponent)) + 0.38)
+    told = tuple(values.shape), exponent, _numbers(steps + 0.0)
+    return hashlib.sha256(repr(told).encode()).hexdigest()
+
+
+def answers_of_graph(traced: TracedNet, shape: Sequence[int], input_norm: float) -> str:
+    """The same of a traced network in ``eval`` mode and float64, behind an input gate where its norm is finite."""
+    net = traced.copied().eval()
+    held = next(net.parameters(), torch.empty(0)).device
+    device = torch.device("cpu") if held.type == "mps" else held
+    net = net.to(device, torch.float64)
+
+    def forward(inputs: Tensor) -> Any:
+        return net(input_gate(inputs, input_norm)[0] if math.isfinite(input_norm) else inputs)
+
+    return answers_of(forward, shape, device)
+
+
+def _fixed_inputs(shape: Sequence[int]) -> Tensor:
+    """Of both signs and several sizes, and within [0, 1]: ``(8, *shape)`` in float64, the same everywhere."""
+    size = 8 * math.prod(shape)
+    drawn = np.frombuffer(hashlib.shake_256(b"clipless_dp answers").digest(8 * size), dtype="<u8")
+    values = torch.from_numpy((drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53).reshape(8, *shape)
+    sizes = torch.tensor([0.125, 1.0, 4.0, 16.0], dtype=torch.float64).reshape(-1, *([1] * len(shape)))
+    return torch.cat(((2.0 * values[:4] - 1.0) * sizes, values[4:]))
 
 
 def _graph(traced: TracedNet) -> list[Any]:

@@ -11,17 +11,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from numbers import Real
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import not_negative, positive, seed, whole
+from clipless_dp.arguments import members, not_negative, positive, shown, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import flat_rows, per_sample, sample_norms
 from clipless_dp.robustness.networks import (
     PlainNetwork,
     Units,
+    generator_of,
     read,
     refuse_other_labels,
     scale_of,
@@ -376,13 +378,14 @@ def attack(
         ConfigurationError: an argument is out of range, or the model reads tokens.
         InputError: the data does not fit, or lies outside of the box.
     """
+    attacks = members("attacks", attacks, "attacks")
     for one in attacks:
         if not isinstance(one, Attack):
             raise ConfigurationError(f"attacks must be objects such as attacks.PGD(), got {one!r:.80}")
-    budgets = sorted(positive("radii", radius) for radius in radii)
+    budgets = sorted(positive("radii", radius) for radius in members("radii", radii, "numbers"))
     whole("bisections", bisections)
     rows = whole("batch_size", batch_size)
-    generator = torch.Generator().manual_seed((seed("rng_seed", rng_seed) or 0) % 2**63)
+    generator = generator_of(rng_seed)
     inputs, labels = read(data)
     plain = PlainNetwork(model, dtype=dtype, front=front)
     scale = scale_of(units, inputs).to(plain.device, plain.dtype)
@@ -413,12 +416,23 @@ def attack(
 
 def limits_of(box: Box, inputs: Tensor) -> tuple[Tensor, Tensor]:
     """The lowest and highest entries of inputs in a box, which they must lie in; infinite without one."""
-    lowest, highest = (-math.inf, math.inf) if box is None else box
-    if not lowest < highest:
-        raise ConfigurationError(f"box must be (lowest, highest), got {box!r}")
+    lowest, highest = (-math.inf, math.inf) if box is None else ends_of(box)
     if bool(((inputs < lowest) | (inputs > highest)).any()):
         raise InputError(f"samples lie outside of the box {box!r}: give the limits of the data that the model reads")
     return inputs.new_tensor(lowest), inputs.new_tensor(highest)
+
+
+def ends_of(box: object) -> tuple[float, float]:
+    """The two ends of a box.
+
+    Raises:
+        ConfigurationError: they are no two numbers, the first below the second.
+    """
+    if isinstance(box, (tuple, list)) and len(box) == 2 and all(isinstance(end, Real) for end in box):
+        lowest, highest = map(float, box)
+        if lowest < highest:
+            return lowest, highest
+    raise ConfigurationError(f"box must be (lowest, highest), got {shown(box)}")
 
 
 def _worst(

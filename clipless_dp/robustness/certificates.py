@@ -12,19 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative, whole
-from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.model.functions import function_of
-from clipless_dp.modules import digest_of
-from clipless_dp.robustness.constants import ROUNDING, Constants, Lipschitz, constants_of, of_single_output
-from clipless_dp.robustness.networks import (
-    UNCHECKED_ROUNDING,
-    PlainNetwork,
-    Units,
-    read,
-    refuse_other_labels,
-    scale_of,
-    wrapped_model,
-)
+from clipless_dp.errors import InputError
+from clipless_dp.robustness.constants import Lipschitz
+from clipless_dp.robustness.frozen import Frozen, unchecked_rounding
+from clipless_dp.robustness.networks import Units, read, refuse_other_labels, scale_of
 from clipless_dp.training import Data
 
 _DOWN = 1.0 - 2.0**-50
@@ -52,11 +43,14 @@ class Certificate:
         weights: a hash of the weights that were certified.
         function: a hash of what computes with them, its graph, layers and settings: see
             :func:`clipless_dp.model.functions.function_of`.
+        answers: a hash of what the network, behind its front, answers to fixed inputs: see
+            :func:`clipless_dp.model.functions.answers_of`; ``None`` in certificates of former versions.
         input_norm: of the input gate, which is part of what was certified; infinite without one.
-        front: a hash of what runs before the model, its weights and their settings; ``None`` without.
+        front: a hash of what runs before the model, its weights, their settings and what it answers to fixed inputs;
+            ``None`` without.
         units: as they were stated, one number or one for each channel; ``None``: those of the input.
         score_error: what each score was taken to be off by where the model is deployed.
-        samples: a hash of the inputs.
+        samples: a hash of the inputs, and their shape.
 
     Raises:
         InputError: labels are not one for each sample, or below 0.
@@ -84,6 +78,7 @@ class Certificate:
     score_error: float = 0.0
     samples: str | None = None
     function: str | None = None
+    answers: str | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None:
@@ -107,8 +102,14 @@ class Certificate:
 
     @property
     def digest(self) -> str:
-        """A hash of what was certified: the weights, the function, the input norm, and what runs before the model."""
+        """A hash of what was certified: the weights, the function, the input norm, and what runs before the model.
+
+        The function is told by its code and settings, and by what it answers to fixed inputs. Equal digests do not
+        prove that two networks compute the same everywhere; different ones may come of the same function.
+        """
         told = f"{self.weights} {self.function} {self.input_norm!r} {self.front}"
+        if self.answers is not None:
+            told = f"{told} {self.answers}"
         return hashlib.sha256(told.encode()).hexdigest()
 
     @property
@@ -178,14 +179,12 @@ def certify(
     if not len(inputs):
         raise InputError("there are no samples to certify")
     scale = scale_of(units, inputs)
-    plain = PlainNetwork(model, front=front)
-    deployed = PlainNetwork(model, dtype=None, front=front)
+    frozen = Frozen(model, front, deployed=True)
+    plain, deployed, known = frozen.plain, frozen.deployed, frozen.known_error
     classes = plain.classes(inputs)
     if labels is not None:
         refuse_other_labels(labels, classes)
-    constants = composed_constants(model, lipschitz, plain, classes, front, front_lipschitz)
-    own = wrapped_model(model)
-    known = None if own is None else own.forward_error()
+    constants = frozen.constants(lipschitz, front_lipschitz, classes)
     parts: list[_Part] = []
     with torch.no_grad():
         for some in inputs.split(rows):
@@ -208,13 +207,10 @@ def certify(
         method=constants.method,
         reason=constants.reason,
         dropped=int(dropped.sum()),
-        weights=digest_of(model if own is None else own.net),
-        input_norm=plain.input_norm,
-        front=digest_of_front(front),
         units=None if units is None else tuple(scale.flatten().tolist()),
         score_error=error,
         samples=digest_of_samples(inputs.split(rows)),
-        function=function_of(model if own is None else own.graph),
+        **frozen.identity(inputs),
     )
 
 
@@ -262,69 +258,14 @@ def _predictions(scores: Tensor) -> Tensor:
     return scores.nan_to_num(0.0).argmax(1).masked_fill(~scores.isfinite().all(1), -1)
 
 
-def composed_constants(
-    model: nn.Module,
-    lipschitz: Lipschitz,
-    plain: PlainNetwork,
-    classes: int,
-    front: nn.Module | None,
-    front_lipschitz: float | None,
-    *,
-    used: bool = True,
-) -> Constants:
-    """What is known of the scores, from the inputs in front of everything; nothing where it is not to be ``used``."""
-    stretch = _front_constant(front, front_lipschitz)
-    if not used:
-        nothing = torch.full((classes, classes), math.inf, dtype=torch.float64).fill_diagonal_(0.0)
-        return Constants(nothing, math.inf, "none", "none is to be used (lipschitz=None)")
-    found = constants_of(model, lipschitz, classes)
-    if wrapped_model(model) is None and plain.is_single:
-        found = of_single_output(found)
-    if stretch == 1.0:
-        return found
-    if math.isinf(stretch):
-        return Constants(
-            torch.full_like(found.pairs, math.inf),
-            math.inf,
-            "none",
-            "no Lipschitz constant is known of what runs before the model: state it by front_lipschitz",
-        )
-    method = f"{found.method}, times {stretch:g} of what runs before it"
-    return Constants(found.pairs * stretch * ROUNDING, found.joint * stretch, method, found.reason)
-
-
-def unchecked_rounding(inputs: Tensor, scores: Tensor, pairs: Tensor) -> Tensor:
-    """What each score of a float64 pass is taken to be off by where nothing is known of the layers, ``(B,)``."""
-    lengths = inputs.double().flatten(1).norm(dim=1).cpu()
-    finite = pairs[pairs.isfinite()]
-    slope = float(finite.max()) if len(finite) else 0.0
-    error: Tensor = UNCHECKED_ROUNDING * (scores.norm(dim=1).nan_to_num(0.0) + slope * lengths)
-    return error
-
-
 def digest_of_samples(parts: Iterable[Tensor]) -> str:
-    """A hash of samples, in parts."""
-    seen = hashlib.sha256()
+    """A hash of samples, in parts, and behind a dash the shape of one, which former versions left out."""
+    seen, shape = hashlib.sha256(), ""
     for some in parts:
+        shape = "x".join(map(str, some.shape[1:]))
         # In float64, so that it is the same of models of any dtype.
         seen.update(some.detach().cpu().double().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return seen.hexdigest()
-
-
-def digest_of_front(front: nn.Module | None) -> str | None:
-    """A hash of what runs before the model, its weights and their settings; ``None`` without."""
-    if front is None:
-        return None
-    return hashlib.sha256(f"{function_of(front)} {digest_of(front)}".encode()).hexdigest()
-
-
-def _front_constant(front: nn.Module | None, stated: float | None) -> float:
-    if front is None:
-        if stated is not None:
-            raise ConfigurationError("front_lipschitz is the constant of a front: give front too")
-        return 1.0
-    known = getattr(front, "lipschitz", math.inf) if stated is None else stated
-    return math.inf if known == math.inf else not_negative("front_lipschitz", known)
+    return f"{seen.hexdigest()}-{shape}"
 
 
 def certified_accuracy(certificate: Certificate, radius: float) -> float:

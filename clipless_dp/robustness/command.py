@@ -9,15 +9,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
+from torch import Tensor
+
 from clipless_dp.arguments import whole
 from clipless_dp.checkpoint import check_writable, load_checkpoint
 from clipless_dp.datasets import Split
-from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.description import differences, settings_of
 from clipless_dp.robustness import attacks
 from clipless_dp.robustness.counterfactuals import Form, counterfactual
-from clipless_dp.robustness.curves import RADII, curve
+from clipless_dp.robustness.curves import RADII, curve, new_figure
+from clipless_dp.robustness.explanations import prepared
 from clipless_dp.robustness.quality import picture, quality
 
 ATTACKS: dict[str, tuple[attacks.Attack, ...]] = {
@@ -31,7 +35,7 @@ def radius(text: str) -> float:
     """A radius, as a number or a fraction such as ``36/255``."""
     try:
         found = float(Fraction(text))
-    except (ValueError, ZeroDivisionError):
+    except (ValueError, ZeroDivisionError, OverflowError):
         found = math.nan
     if not 0.0 <= found < math.inf:
         raise argparse.ArgumentTypeError(
@@ -62,7 +66,12 @@ def add_options(certify: argparse.ArgumentParser) -> None:
 def add_explain_options(explain: argparse.ArgumentParser) -> None:
     """What ``explain`` takes besides the options that name data and network."""
     explain.add_argument("checkpoint", type=Path, help="file that train wrote")
-    explain.add_argument("--samples", type=int, default=5, help="explain so many held-out samples, the first ones")
+    explain.add_argument(
+        "--samples",
+        type=int,
+        default=5,
+        help="explain so many held-out samples, the first ones that are not predicted as --target",
+    )
     explain.add_argument("--measured", type=int, default=100, help="measure the maps of so many of them; 0: of none")
     explain.add_argument("--target", type=int, metavar="CLASS", help="class to become (default: the nearest)")
     explain.add_argument("--form", choices=get_args(Form), default="newton", help="step of the counterfactual")
@@ -70,6 +79,21 @@ def add_explain_options(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--box", type=float, nargs=2, metavar=("LOW", "HIGH"), help="limits of inputs")
     explain.add_argument("--out", type=Path, metavar="FILE.json", help="write what was found")
     explain.add_argument("--plot", type=Path, metavar="FILE", help="draw the images; needs matplotlib")
+
+
+def _check_files(out: Path | None, plot: Path | None) -> None:
+    """Refuses files that cannot be written, before anything is computed.
+
+    Raises:
+        CheckpointError: a folder is missing, or not writable.
+        ConfigurationError: matplotlib is missing, or does not know a picture's ending.
+    """
+    for file in filter(None, (out, plot)):
+        check_writable(file)
+    if plot is not None:
+        known = new_figure().canvas.get_supported_filetypes()
+        if plot.suffix and plot.suffix[1:].lower() not in known:
+            raise ConfigurationError(f"--plot {plot}: pictures end in one of {', '.join(sorted(known))}")
 
 
 def load_weights(model: DPLipModel, path: Path) -> dict[str, Any]:
@@ -108,8 +132,7 @@ def certify_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         CheckpointError: as :func:`load_weights`; or a file cannot be written.
         ConfigurationError: an option is out of range.
     """
-    for file in filter(None, (options.out, options.plot)):
-        check_writable(file)
+    _check_files(options.out, options.plot)
     run = load_weights(model, options.checkpoint)
     inputs, targets = data.test
     count = len(inputs) if options.samples is None else whole("--samples", options.samples)
@@ -143,17 +166,22 @@ def explain_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
     Raises:
         CheckpointError: as :func:`load_weights`; or a file cannot be written.
         ConfigurationError: an option is out of range, or matplotlib is missing.
-        InputError: what is to be drawn are no images, or a target is no class or predicted already.
+        InputError: what is to be drawn are no images, or a target is no class, or what all are predicted as.
     """
-    for file in filter(None, (options.out, options.plot)):
-        check_writable(file)
+    _check_files(options.out, options.plot)
     count, measured = whole("--samples", options.samples), whole("--measured", options.measured, 0)
     load_weights(model, options.checkpoint)
     inputs = data.test[0].to(options.device)
     box = None if options.box is None else (options.box[0], options.box[1])
     walk: dict[str, Any] = {"form": options.form, "t": options.t, "box": box}
-    found = counterfactual(model, inputs[:count], options.target, **walk)
+    rows = _explained(model, inputs, count, options.target)
+    found = counterfactual(model, inputs[rows], options.target, **walk)
     print(found)
+    left_out = int(rows[-1]) + 1 - len(rows)
+    if left_out:
+        print(
+            f"{left_out} samples before the last of these are left out: they are predicted as {options.target} already"
+        )
     known = quality(model, inputs[:measured], box=box or (0.0, 1.0)) if measured else None
     if known is not None:
         print(f"\n{known}\nof the first {len(inputs[:measured])} held-out samples of {options.dataset}")
@@ -165,14 +193,30 @@ def explain_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         means = {} if known is None else known.means()
         facts = {
             "data": f"the first held-out samples of {options.dataset}",
+            "rows": rows.tolist(),
             "counterfactuals": numbers,
             "quality": {name: mean if math.isfinite(mean) else None for name, mean in means.items()},
         }
         options.out.write_text(json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
         print(f"explanations   {options.out}")
     if options.plot is not None:
-        picture(model, inputs[:count], options.plot, options.target, **walk)
+        picture(model, inputs[rows], options.plot, options.target, **walk)
         print(f"plot           {options.plot}")
+
+
+def _explained(model: DPLipModel, inputs: Tensor, count: int, target: int | None) -> Tensor:
+    """Places of the first samples, so many of them, that can become a class: those that are not predicted as it."""
+    if target is None:
+        return torch.arange(min(count, len(inputs)))
+    found = torch.empty(0, dtype=torch.long)
+    for start in range(0, len(inputs), 1024):
+        _, _, own = prepared(model, inputs[start : start + 1024], None)
+        found = torch.cat((found, start + (own.cpu() != target).nonzero().flatten()))
+        if len(found) >= count:
+            break
+    if not len(found):
+        raise InputError(f"every held-out sample is predicted as {target} already: name another --target")
+    return found[:count]
 
 
 def refuse_front(preset: Any) -> None:

@@ -10,12 +10,32 @@ from scipy.optimize import brentq
 from scipy.special import rel_entr
 from scipy.stats import beta
 
+from clipless_dp.arguments import share
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.norms.rounding import gamma
 
 Array = NDArray[np.float64]
 
 _ROUNDING = 2.0**-43
 """Covers what a quantile of the beta distribution errs by in float64, absolutely."""
+
+
+LEAST_ALPHA = 1e-50
+"""From some 1e-110 down quantiles of the beta distribution err by more than is taken off, or cannot be had."""
+
+
+def confidence_of(alpha: object) -> float:
+    """What all bounds of a certificate may fail with together, as a float.
+
+    Raises:
+        ConfigurationError: it is no number in [1e-50, 1).
+    """
+    number = share("alpha", alpha, "(0, 1)")
+    if number < LEAST_ALPHA:
+        raise ConfigurationError(
+            f"alpha must be at least {LEAST_ALPHA:g}, where bounds are known to hold, got {alpha!r}"
+        )
+    return number
 
 
 def clopper_pearson_lower(counts: Any, draws: int, alpha: Any) -> Array:
@@ -25,9 +45,15 @@ def clopper_pearson_lower(counts: Any, draws: int, alpha: Any) -> Array:
         counts: ``k``, any shape.
         draws: ``n``.
         alpha: of each bound by itself, broadcast to the counts.
+
+    Raises:
+        ConfigurationError: an alpha is below 1e-100.
     """
     counts = np.asarray(counts, dtype=np.float64)
     alpha = np.broadcast_to(np.asarray(alpha, dtype=np.float64), counts.shape)
+    # Of a certificate's alpha each of 10^50 bounds may have a share.
+    if not bool((alpha >= LEAST_ALPHA * 1e-50).all()):
+        raise ConfigurationError(f"alpha of each bound must be at least {LEAST_ALPHA * 1e-50:g}")
     some = counts > 0
     found = beta.ppf(alpha, np.where(some, counts, 1.0), draws - np.where(some, counts, 1.0) + 1.0)
     lower: Array = np.where(some, found - _ROUNDING, 0.0).clip(0.0, 1.0)

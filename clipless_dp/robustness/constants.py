@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import not_negative
+from clipless_dp.arguments import not_negative, shown
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.norms.rounding import above_zero, exact_float64, row_distances
@@ -79,7 +79,10 @@ def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int) -> Consta
     if isinstance(lipschitz, Tensor) and lipschitz.dim() == 0:
         lipschitz = float(lipschitz)
     if isinstance(lipschitz, (Tensor, list, tuple)):
-        stated = torch.as_tensor(lipschitz, dtype=torch.float64).detach().cpu()
+        try:
+            stated = torch.as_tensor(lipschitz, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(f"lipschitz must hold numbers, got {shown(lipschitz)}: {error}") from error
         if not bool((stated >= 0).all()):
             raise ConfigurationError("lipschitz must hold numbers of at least 0")
         if stated.shape == (classes,):

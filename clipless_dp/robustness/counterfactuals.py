@@ -17,8 +17,8 @@ from clipless_dp.gates.arithmetic import per_sample, sample_norms
 from clipless_dp.robustness.attacks import Box, Victim, bisected, flip_distances, limits_of
 from clipless_dp.robustness.certificates import Certificate, certify
 from clipless_dp.robustness.constants import Lipschitz
-from clipless_dp.robustness.explanations import Target, generator_of, prepared
-from clipless_dp.robustness.networks import PlainNetwork, plain_network, value_and_gradient
+from clipless_dp.robustness.explanations import Target, prepared
+from clipless_dp.robustness.networks import PlainNetwork, generator_of, plain_network, value_and_gradient
 
 Form = Literal["gradient", "newton"]
 

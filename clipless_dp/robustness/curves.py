@@ -13,7 +13,7 @@ import torch
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
-from clipless_dp.arguments import not_negative, share, whole
+from clipless_dp.arguments import members, not_negative, share, shown, whole
 from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.robustness.attacks import DEFAULT, Attack, Attacked, Box, attack
@@ -171,6 +171,7 @@ class Curve(Tabular):
             "front": certificate.front,
             "weights": certificate.weights,
             "function": certificate.function,
+            "answers": certificate.answers,
             "digest": certificate.digest,
         }
 
@@ -271,7 +272,8 @@ def curve(
         ConfigurationError: an argument is out of range.
         InputError: the data does not fit.
     """
-    levels = [not_negative("radii", radius) for radius in radii]
+    levels = [not_negative("radii", radius) for radius in members("radii", radii, "numbers")]
+    attacks = members("attacks", attacks, "attacks")
     share("level", level, "(0, 1)")
     inputs, labels = read(data)
     if labels is None:
@@ -375,6 +377,8 @@ def pareto(certificates: Mapping[str, Certificate], radius: float) -> Front:
         ConfigurationError: there is none, or the radius is out of range.
         InputError: there are no labels, or the certificates are of different samples, labels or units.
     """
+    if not isinstance(certificates, Mapping) or not all(isinstance(one, Certificate) for one in certificates.values()):
+        raise ConfigurationError(f"certificates must be a mapping of names to certificates, got {shown(certificates)}")
     if not certificates:
         raise ConfigurationError("give one certificate or more, by name")
     first, *others = certificates.values()
@@ -401,12 +405,20 @@ def _comparable(one: Certificate, other: Certificate) -> bool:
     """Whether two certificates are of the same samples, as far as they tell, with radii in the same units."""
     if one.labels is None or other.labels is None:
         return one.labels is other.labels
-    known = one.samples is not None and other.samples is not None
     return (
         torch.equal(one.labels, other.labels)
-        and not (known and one.samples != other.samples)
         and one.units == other.units
+        and _may_be_the_same(one.samples, other.samples)
     )
+
+
+def _may_be_the_same(one: str | None, other: str | None) -> bool:
+    """Of hashes of samples: of former versions they say nothing of shapes."""
+    if one is None or other is None:
+        return True
+    content, _, shape = one.partition("-")
+    theirs, _, their_shape = other.partition("-")
+    return content == theirs and (not shape or not their_shape or shape == their_shape)
 
 
 class Selective(NamedTuple):

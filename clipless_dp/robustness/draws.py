@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipless_dp.arguments import choice, share
+from clipless_dp.arguments import choice
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.robustness import confidence, ramps
 from clipless_dp.robustness.certificates import Certificate
@@ -119,7 +119,7 @@ class Draws:
         Raises:
             ConfigurationError: an argument is out of range, or the method does not go with the map.
         """
-        alpha = share("alpha", alpha, "(0, 1)")
+        alpha = confidence.confidence_of(alpha)
         check_method(method, against, self.origin.map, self.slope, self.unknown)
         chosen = self.selection.argmax(1)
         lower, upper = self._bounds(chosen.numpy(), alpha, method, against)

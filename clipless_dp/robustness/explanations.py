@@ -9,10 +9,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import choice, positive, seed, shown, whole
+from clipless_dp.arguments import choice, positive, shown, whole
 from clipless_dp.errors import InputError
 from clipless_dp.robustness.attacks import margins_of
-from clipless_dp.robustness.networks import PlainNetwork, plain_network, refuse_other_labels, value_and_gradient
+from clipless_dp.robustness.networks import (
+    PlainNetwork,
+    generator_of,
+    plain_network,
+    refuse_other_labels,
+    value_and_gradient,
+)
 
 Score = Literal["class", "margin", "probability"] | Callable[[Tensor, Tensor], Tensor]
 """What is explained, as a word, or as a function of scores ``(B, C)`` and classes ``(B,)`` to values ``(B,)``."""
@@ -32,7 +38,8 @@ def score_values(plain: PlainNetwork, inputs: Tensor, targets: Tensor, score: Sc
         inputs: ``(B, ...)``.
         targets: classes ``l``, ``(B,)``.
         score: ``"class"``: ``f_l``; ``"margin"``: ``f_l - max_{j ≠ l} f_j``, and of one output ``f``, whose scores are
-            ``(-f, f)``, half of that: ``f_l`` itself; ``"probability"``: ``softmax(f)_l``; or a function.
+            ``(-f, f)``, half of that: ``f_l`` itself; ``"probability"``: ``softmax(f)_l``, and of one output
+            ``sigmoid(±f)``, which is that of the binary cross-entropy; or a function.
 
     Raises:
         InputError: a function does not return one number for each sample.
@@ -41,12 +48,17 @@ def score_values(plain: PlainNetwork, inputs: Tensor, targets: Tensor, score: Sc
     if score == "margin":
         return margins_of(scores, targets) / (2.0 if plain.is_single else 1.0)
     if not callable(score):
-        scores = scores.softmax(1) if score == "probability" else scores
+        scores = probabilities(plain, scores) if score == "probability" else scores
         return scores.gather(1, targets[:, None]).squeeze(1)
     values = score(scores, targets)
     if not isinstance(values, Tensor) or values.shape != targets.shape:
         raise InputError(f"score must return one number for each of {len(targets)} samples, got {shown(values)}")
     return values
+
+
+def probabilities(plain: PlainNetwork, scores: Tensor, temperature: float = 1.0) -> Tensor:
+    """``softmax(τf)``, ``(B, C)``; of one output ``f``, whose scores are ``(-f, f)``, ``sigmoid(∓τf)``."""
+    return (scores * (temperature / 2.0 if plain.is_single else temperature)).softmax(1)
 
 
 def score_gradients(
@@ -190,15 +202,6 @@ def prepared(
         raise InputError(f"target must be one class, or one for each of {len(inputs)} samples, got {targets.shape}")
     refuse_other_labels(targets, classes)
     return plain, inputs, targets.long().to(plain.device).expand(len(inputs))
-
-
-def generator_of(rng_seed: int) -> torch.Generator:
-    """A generator on the CPU of a seed of any size.
-
-    Raises:
-        ConfigurationError: it is no whole number.
-    """
-    return torch.Generator().manual_seed((seed("rng_seed", rng_seed) or 0) % 2**63)
 
 
 def _check_reduce(reduce: Reduce) -> None:

@@ -20,7 +20,7 @@ from scipy.optimize import brentq
 from scipy.special import ndtr
 from torch import Tensor, nn
 
-from clipless_dp.arguments import not_negative, positive, share, whole
+from clipless_dp.arguments import members, not_negative, positive, share, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.robustness.confidence import Array
 from clipless_dp.robustness.draws import SmoothedCertificate
@@ -123,8 +123,9 @@ class _Mixed(Smoothed):
     def __init__(self, model: nn.Module, sigma: float, beta: float, fields: Sequence[Sequence[int]]) -> None:
         super().__init__(model, sigma, lipschitz=None)
         self.beta, self.fields = beta, fields
-        sizes = "+".join(str(len(field)) for field in fields)
-        self._noise_in_words = f"categories of {sizes} values replaced with probability {beta:g}"
+        columns = "; ".join(",".join(map(str, field)) for field in fields)
+        # It is part of the digest: no number is rounded.
+        self._noise_in_words = f"categories in columns {columns} replaced with probability {beta!r}"
 
     def _noisy(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         noisy = super()._noisy(rows, generator)
@@ -195,7 +196,10 @@ def certify(
 def _checked(inputs: Tensor, fields: Sequence[Sequence[int]]) -> list[list[int]]:
     if inputs.dim() != 2:
         raise InputError(f"expected rows (batch, columns), got {tuple(inputs.shape)}")
-    groups = [[whole("fields", column, 0, inputs.shape[1] - 1) for column in field] for field in fields]
+    groups = [
+        [whole("fields", column, 0, inputs.shape[1] - 1) for column in members("fields", field, "lists of columns")]
+        for field in members("fields", fields, "lists of columns")
+    ]
     columns = [column for group in groups for column in group]
     if len(set(columns)) != len(columns) or any(len(group) < 2 for group in groups):
         raise ConfigurationError("fields must be two columns or more each, and no column may be in two of them")

@@ -28,10 +28,10 @@ def mapped(scores: Tensor, name: Map, temperature: float) -> Tensor:
     """
     if name == "argmax":
         return torch.nn.functional.one_hot(scores.argmax(1), scores.shape[1]).to(scores)
-    if name == "softmax":
-        return torch.softmax(temperature * scores, 1)
-    if name == "sparsemax":
-        return _sparsemax(temperature * scores)
+    if name in ("softmax", "sparsemax"):
+        # Neither sees what all scores have in common, without which products with a large temperature stay numbers.
+        lower = temperature * (scores - scores.amax(1, keepdim=True))
+        return torch.softmax(lower, 1) if name == "softmax" else _sparsemax(lower)
     top = scores.topk(2, 1).values
     largest = torch.where(scores == top[:, :1], top[:, 1:], top[:, :1])
     return (0.5 + 0.5 * temperature * (scores - largest)).clamp(0.0, 1.0)

@@ -24,14 +24,13 @@ from clipless_dp.robustness.explanations import (
     Reduce,
     Score,
     Target,
-    generator_of,
     pixelwise,
     prepared,
     saliency,
     score_values,
     smooth_grad,
 )
-from clipless_dp.robustness.networks import PlainNetwork
+from clipless_dp.robustness.networks import PlainNetwork, generator_of
 
 Explain = Callable[[Tensor], Tensor]
 """Maps of inputs. What it explains must stay the same where inputs move: bind the target to it."""
@@ -423,7 +422,8 @@ def randomisation(
 ) -> dict[str, Tensor]:
     """Spearman's ρ of maps before and after weights are shuffled, the last layers first (Adebayo et al. 2018, §3.1).
 
-    Entries of each parameter and weight of a layer change places, which keeps their sizes and loses what was learned;
+    Layers come in the order in which a pass ends them, whatever that of their registration. Entries of each parameter
+    and weight of a layer change places, which keeps their sizes and loses what was learned;
     layers stay shuffled while earlier ones follow. A map that stays alike does not show what was learned.
 
     Args:
@@ -451,10 +451,29 @@ def randomisation(
     if not layers:
         raise ConfigurationError("the model has no parameters to shuffle")
     found = {}
-    for name, parameters in reversed(layers.items()):
-        for parameter in parameters:
+    ends = _ends(shuffled, inputs[:1])
+    for name in sorted(layers, key=lambda name: ends.get(name, -1), reverse=True):
+        for parameter in layers[name]:
             order = torch.randperm(parameter.numel(), generator=generator).to(parameter.device)
             parameter.data = parameter.data.flatten()[order].reshape(parameter.shape)
         after = saliency(shuffled, inputs, targets, score=score, reduce=reduce).flatten(1)
         found[name.removeprefix("0.")] = _correlations(before.double(), after.double())
+    return found
+
+
+@torch.no_grad()
+def _ends(plain: PlainNetwork, inputs: Tensor) -> dict[str, int]:
+    """When a pass ends each module of the network, the last time; of a module that is not called, what holds it."""
+    order: list[nn.Module] = []
+    modules = dict(plain.net.named_modules())
+    hooks = [part.register_forward_hook(lambda module, _, __: order.append(module)) for part in modules.values()]
+    try:
+        plain.outputs(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    ended = {id(module): place for place, module in enumerate(order)}
+    found: dict[str, int] = {}
+    for name, part in modules.items():
+        found[name] = ended.get(id(part), found.get(name.rpartition(".")[0], -1))
     return found

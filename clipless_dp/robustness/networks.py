@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import positive, shown
+from clipless_dp.arguments import positive, shown, whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.gates import CotangentGate, input_gate
 from clipless_dp.gates.arithmetic import per_sample
@@ -54,7 +55,7 @@ class PlainNetwork(nn.Module):
 
     Raises:
         ConfigurationError: the model reads tokens, between which there is no distance; or several inputs; or
-            ``model.net`` returns other values than the graph.
+            ``model.net`` returns other values than the graph; or it cannot be copied.
         PrivacyError: a layer of a wrapped model was replaced or hooked, or a global module hook is registered.
 
     Attributes:
@@ -129,35 +130,58 @@ class PlainNetwork(nn.Module):
         """Scores of the classes.
 
         Raises:
-            InputError: the network returns anything but ``(B, C)`` or ``(B,)``.
+            InputError: the network returns anything but ``(B, C)`` or ``(B,)`` of floating-point numbers.
         """
         scores = self.outputs(inputs)
         if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(inputs):
             found = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
             raise InputError(f"expected scores (batch, classes) or (batch,), got {found}")
+        if not scores.is_floating_point():
+            raise InputError(f"scores must be floating-point numbers, got {scores.dtype}")
         self.is_single = scores.numel() == len(scores)
         return class_scores(scores)
 
     def classes(self, inputs: Tensor) -> int:
-        """How many scores there are of these inputs, by their first row.
+        """How many scores there are of these inputs, by their first row, whose scores must not hang on its company.
 
         Raises:
             InputError: the network does not read inputs of this shape.
+            ConfigurationError: scores of the first row are others among other rows than alone.
         """
+        first = inputs[:1]
         try:
             with torch.no_grad():
-                return int(self(inputs[:1]).shape[1])
+                alone = self(first)
+                others = inputs[1:3] if len(inputs) > 1 else 0.5 * first
+                among = self(torch.cat((first, others, first)))[[0, -1]]
         except CliplessError:
             raise
         except (RuntimeError, ValueError, IndexError, TypeError) as error:
             raise InputError(f"the network does not read inputs {tuple(inputs.shape)}: {error}") from error
+        # Half of the digits: sums of a larger batch may round otherwise.
+        share = math.sqrt(torch.finfo(alone.dtype).eps)
+        allowed = share * float(alone.abs().nan_to_num(0.0, 0.0, 0.0).max())
+        if not torch.allclose(among, alone.expand_as(among), rtol=share, atol=allowed, equal_nan=True):
+            raise ConfigurationError(
+                "the scores of a sample are others among other samples than alone: the network mixes the rows of a "
+                "batch (a batch norm without running statistics, say), or draws random numbers. Neither radii nor maps "
+                "of one sample are defined: replace what does"
+            )
+        return int(alone.shape[1])
 
     def outputs(self, inputs: Tensor) -> Tensor:
         """What the network itself returns, of any shape ``(B, ...)``; NaN in rows that the input gate drops."""
+        return self.behind(self.before(inputs))
+
+    def before(self, inputs: Tensor) -> Tensor:
+        """What the front makes of inputs: in the network's dtype, and else as they are without one."""
         refuse_interference()
-        values = inputs.to(self.device, self.dtype)
-        if self.front is not None:
-            values = self.front(values)
+        # A copy, as code of a user's own may compute in place.
+        values = inputs.to(self.device, self.dtype, copy=True)
+        return values if self.front is None else self.front(values)
+
+    def behind(self, values: Tensor) -> Tensor:
+        """The same as :meth:`outputs`, from what the front returned."""
         if self.input_shape is not None and tuple(values.shape[1:]) != self.input_shape:
             raise InputError(f"the model reads inputs (batch, *{self.input_shape}), got {tuple(values.shape)}")
         if math.isfinite(self.input_norm):
@@ -193,7 +217,16 @@ def plain_network(
 
 
 def _without_gates(net: nn.Module) -> nn.Module:
-    copied = nn.Sequential(copy.deepcopy(net))
+    # What a module keeps of its last pass, a weight that a hook computes say, hangs on a graph and cannot be copied.
+    kept = [value for part in net.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
+    try:
+        copied = nn.Sequential(copy.deepcopy(net, memo))
+    except (RuntimeError, TypeError) as error:
+        raise ConfigurationError(
+            f"the network, or what runs before it, cannot be copied ({error}): let no module keep tensors of a pass, "
+            "or what deepcopy refuses"
+        ) from error
     for part in list(copied.modules()):
         for name, child in part.named_children():
             if isinstance(child, CotangentGate):
@@ -213,6 +246,16 @@ def value_and_gradient(function: Callable[[Tensor], Tensor], inputs: Tensor) -> 
         values = function(inputs)
         (gradient,) = torch.autograd.grad(values.sum(), inputs, materialize_grads=True)
     return values.detach(), gradient.nan_to_num(0.0, 0.0, 0.0)
+
+
+def generator_of(rng_seed: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator of a seed.
+
+    Raises:
+        ConfigurationError: it is no whole number in [0, 2³²), of which alone torch's generator on the CPU tells any two
+            apart.
+    """
+    return torch.Generator(device).manual_seed(whole("rng_seed", rng_seed, 0, 2**32 - 1))
 
 
 def read(data: Data | Tensor) -> tuple[Tensor, Tensor | None]:

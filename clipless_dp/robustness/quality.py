@@ -14,11 +14,19 @@ from clipless_dp.arguments import positive, shown
 from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import InputError
 from clipless_dp.robustness import metrics
-from clipless_dp.robustness.attacks import Box
+from clipless_dp.robustness.attacks import Box, ends_of
 from clipless_dp.robustness.constants import Lipschitz
 from clipless_dp.robustness.counterfactuals import Form, counterfactual
 from clipless_dp.robustness.curves import new_figure
-from clipless_dp.robustness.explanations import Reduce, Score, Target, prepared, saliency, score_gradients
+from clipless_dp.robustness.explanations import (
+    Reduce,
+    Score,
+    Target,
+    prepared,
+    probabilities,
+    saliency,
+    score_gradients,
+)
 from clipless_dp.robustness.networks import plain_network
 
 MEANING = {
@@ -80,7 +88,8 @@ def quality(
         radius: of the noise of stability.
         deviation: of SmoothGrad's.
         box: limits of entries, of pixels that are drawn.
-        temperature: scores are multiplied by it before the softmax of deletion and insertion: the loss's ``τ``.
+        temperature: scores are multiplied by it before the softmax (of one output, the sigmoid) of deletion and
+            insertion: the loss's ``τ``.
         rng_seed: of all that is drawn.
 
     Raises:
@@ -88,10 +97,10 @@ def quality(
         InputError: inputs are not finite numbers that the model reads, or a target is no class.
     """
     plain, inputs, targets = prepared(model, inputs, target, score)
-    heat = positive("temperature", temperature)
+    box, heat = ends_of(box), positive("temperature", temperature)
 
     def chance(scores: Tensor, own: Tensor) -> Tensor:
-        return (heat * scores).softmax(1).gather(1, own[:, None]).squeeze(1)
+        return probabilities(plain, scores, heat).gather(1, own[:, None]).squeeze(1)
 
     def explain(moved: Tensor) -> Tensor:
         return saliency(plain, moved, targets, score=score, reduce=reduce)

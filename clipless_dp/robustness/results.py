@@ -25,16 +25,20 @@ def read_radii(path: str | os.PathLike[str]) -> Certificate:
         path: of the file.
 
     Raises:
-        InputError: a column is missing, a value is no number of its kind, or ``correct`` is not whether ``predict`` is
-            ``label``; the message names the line.
+        InputError: it is no table, a column is missing, a value is no number of its kind, or ``correct`` is not whether
+            ``predict`` is ``label``; the message names the line.
         FileNotFoundError: there is none.
     """
-    with open(path, encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t")
-        missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise InputError(f"{path} has no column {', '.join(missing)}: expected {', '.join(_COLUMNS)}, between tabs")
-        rows = [_row(path, reader.line_num, row) for row in reader]
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, delimiter="\t")
+            missing = [name for name in _COLUMNS if name not in (reader.fieldnames or ())]
+            if missing:
+                known = ", ".join(_COLUMNS)
+                raise InputError(f"{path} has no column {', '.join(missing)}: expected {known}, between tabs")
+            rows = [_row(path, reader.line_num, row) for row in reader]
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} cannot be read as a table: {error}") from error
     if not rows:
         raise InputError(f"{path} holds no samples")
     labels, predictions, radii = zip(*rows, strict=True)

@@ -22,13 +22,14 @@ from scipy.special import chdtr, ndtr, ndtri
 from scipy.stats import chi2
 from torch import Tensor
 
-from clipless_dp.arguments import not_negative, positive, share, whole
+from clipless_dp.arguments import members, not_negative, positive, share, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.robustness import confidence, ramps
 from clipless_dp.robustness.confidence import Array
 from clipless_dp.robustness.draws import Draws, SmoothedCertificate
+from clipless_dp.robustness.frozen import Frozen
 from clipless_dp.robustness.networks import read
-from clipless_dp.robustness.smoothing import Smoothed
+from clipless_dp.robustness.smoothing import Smoothed, draw_from
 from clipless_dp.training import Data
 
 _FAR = 7.5
@@ -274,12 +275,16 @@ def certify(
         ConfigurationError: an argument is out of range, or the classifiers do not fit each other.
         InputError: the data does not fit.
     """
-    share("alpha", alpha, "(0, 1)")
+    confidence.confidence_of(alpha)
+    several = members("several", several, "smoothed classifiers")
     _refuse_other(several)
     inputs, labels = read(data)
     given: Data | Tensor = inputs if labels is None else (inputs, labels)
-    # The same seed and numbers: what selects a class is independent of what bounds its means, under whichever noise.
-    drawn = [one.draw(given, n0, n, rng_seed=rng_seed, batch_size=batch_size, progress=progress) for one in several]
+    arguments = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
+    # One network under all noises. The same seed and numbers: what selects a class is independent of what bounds its
+    # means, under whichever noise.
+    frozen = Frozen(several[0].model, several[0].front)
+    drawn = [draw_from(one, frozen, given, n0, n, **arguments) for one in several]
     return _certified(drawn, [one.sigma for one in several], inputs[0].numel(), alpha)
 
 
@@ -307,7 +312,7 @@ def _certified(drawn: Sequence[Draws], sigmas: Sequence[float], dimension: int, 
 
 
 def _refuse_other(several: Sequence[Smoothed]) -> None:
-    if len(several) < 2:
+    if len(several) < 2 or not all(isinstance(one, Smoothed) for one in several):
         raise ConfigurationError("give two smoothed classifiers or more, which differ in sigma")
     first = several[0]
     for one in several:

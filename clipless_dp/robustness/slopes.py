@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import positive, seed, whole
+from clipless_dp.arguments import positive, whole
 from clipless_dp.errors import InputError
 from clipless_dp.gates.arithmetic import per_sample
-from clipless_dp.robustness.networks import UNCHECKED_ROUNDING, PlainNetwork, read, wrapped_model
+from clipless_dp.robustness.networks import UNCHECKED_ROUNDING, PlainNetwork, generator_of, read, wrapped_model
 from clipless_dp.training import Data
 
 
@@ -48,7 +48,7 @@ def lipschitz_lower_bound(
         InputError: there are no samples.
     """
     steps, rows, reach = whole("steps", steps), whole("batch_size", batch_size), positive("reach", reach)
-    generator = torch.Generator().manual_seed((seed("rng_seed", rng_seed) or 0) % 2**63)
+    generator = generator_of(rng_seed)
     inputs, _ = read(data)
     if not len(inputs):
         raise InputError("there are no samples to start from")

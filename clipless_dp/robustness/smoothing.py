@@ -11,28 +11,24 @@ from scipy.stats import binomtest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from clipless_dp.arguments import choice, positive, seed, share, whole
+from clipless_dp.arguments import choice, members, positive, shown, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import per_sample
-from clipless_dp.model.functions import function_of
-from clipless_dp.modules import digest_of
-from clipless_dp.robustness.certificates import (
-    composed_constants,
-    digest_of_front,
-    digest_of_samples,
-    unchecked_rounding,
-)
+from clipless_dp.robustness.certificates import digest_of_samples
+from clipless_dp.robustness.confidence import confidence_of
 from clipless_dp.robustness.constants import Constants, Lipschitz
 from clipless_dp.robustness.draws import Against, Draws, Method, SmoothedCertificate, check_method
+from clipless_dp.robustness.frozen import Frozen, unchecked_rounding
 from clipless_dp.robustness.maps import MAPS, Map, mapped, slope
-from clipless_dp.robustness.networks import PlainNetwork, Units, read, refuse_other_labels, scale_of, wrapped_model
+from clipless_dp.robustness.networks import PlainNetwork, Units, generator_of, read, refuse_other_labels, scale_of
 from clipless_dp.training import Data
 
 
 class Smoothed:
     """The classifier that answers with the class of the largest mean of ``map(scores)`` under Gaussian noise.
 
-    It is post-processing of public weights, and costs no ε. The network runs in float64, as in :func:`certify`.
+    It is post-processing of public weights, and costs no ε. The network runs in float64, as in :func:`certify`. Each
+    call copies model and front as they are then, and all that it returns is of that copy.
 
     Map, temperature and method are to be fixed *before* an input is looked at: the best of several, chosen from the
     draws that certify it, is certified by none of them.
@@ -71,7 +67,8 @@ class Smoothed:
         self.sigma = positive("sigma", sigma)
         self.map: Map = choice("map", map, *MAPS)
         self.temperature = positive("temperature", temperature)
-        self._plain = PlainNetwork(model, front=front)
+        # Refuses here what each call would.
+        PlainNetwork(model, front=front)
         self._uses_constant = lipschitz is not None
         self._lipschitz = None if isinstance(lipschitz, str) else lipschitz
         if isinstance(lipschitz, str):
@@ -109,11 +106,11 @@ class Smoothed:
             data: pairs of inputs and labels; or inputs alone, ``(N, ...)``.
             n0: draws that select a class.
             n: draws that are certified from, at least 2.
-            alpha: with which probability each radius may be wrong.
+            alpha: with which probability each radius may be wrong, at least 1e-50.
             method: one of the four.
             against: ``"rest"``: ``p_B = 1 - p_A``; ``"each"``: every class has a bound of its own, at ``α/C``, which
                 certifies more where the others share what ``A`` leaves.
-            rng_seed: of the noise.
+            rng_seed: of the noise, in [0, 2³²).
             batch_size: noisy rows at once.
             progress: show a progress bar.
 
@@ -122,7 +119,7 @@ class Smoothed:
                 ``"partition"`` count, ``"lipschitz"`` needs a constant, which argmax does not have.
             InputError: the data does not fit.
         """
-        share("alpha", alpha, "(0, 1)")
+        confidence_of(alpha)
         check_method(method, against, self.map, 0.0, None)
         arguments = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
         return self._drawn(data, n0, n, method, **arguments).certify(alpha, method, against)
@@ -165,7 +162,7 @@ class Smoothed:
             alpha: probability of an answer that is not the smoothed classifier's.
             rng_seed, batch_size, progress: see :meth:`certify`.
         """
-        alpha, n = share("alpha", alpha, "(0, 1)"), whole("n", n, 20)
+        alpha, n = confidence_of(alpha), whole("n", n, 20)
         arguments = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
         if self.map != "argmax":
             first = n // 10
@@ -180,24 +177,20 @@ class Smoothed:
         return torch.where(sure, classes[:, 0], -1)
 
     def _drawn(self, data: Data | Tensor, n0: int, n: int, method: Method | None, **arguments: Any) -> Draws:
-        return _together((self,), data, n0, n, method, **arguments)[0]
+        return _together((self,), self._frozen(), data, n0, n, method, **arguments)[0]
+
+    def _frozen(self) -> Frozen:
+        return Frozen(self.model, self.front)
 
     _noise_in_words: str | None = None
     """What else the noise does than to add Gaussian numbers."""
 
-    def _constants(self, classes: int) -> Constants:
-        return composed_constants(
-            self.model,
-            self._lipschitz,
-            self._plain,
-            classes,
-            self.front,
-            self._front_lipschitz,
-            used=self._uses_constant,
-        )
+    def _constants(self, frozen: Frozen, classes: int) -> Constants:
+        return frozen.constants(self._lipschitz, self._front_lipschitz, classes, used=self._uses_constant)
 
     def _kept(
         self,
+        frozen: Frozen,
         constants: Constants,
         inputs: Tensor,
         labels: Tensor | None,
@@ -206,7 +199,6 @@ class Smoothed:
         n0: int,
         n: int,
     ) -> Draws:
-        own = wrapped_model(self.model)
         scale = scale_of(self.units, inputs)
         smallest = float(scale.min())
         dropped = first.dropped | second.dropped
@@ -217,10 +209,6 @@ class Smoothed:
             lipschitz=constants.joint / smallest,
             method=constants.method,
             dropped=int(dropped.sum()),
-            weights=digest_of(self.model if own is None else own.net),
-            function=function_of(self.model if own is None else own.graph),
-            input_norm=self._plain.input_norm,
-            front=digest_of_front(self.front),
             units=None if self.units is None else tuple(scale.flatten().tolist()),
             samples=digest_of_samples(inputs.split(1024)),
             n0=n0,
@@ -229,6 +217,7 @@ class Smoothed:
             map=self.map,
             temperature=self.temperature,
             noise=self._noise_in_words,
+            **frozen.identity(inputs),
         )
         return Draws(
             first.sums,
@@ -270,18 +259,26 @@ def draw_together(
     Raises:
         ConfigurationError: they are of different models or noises, or an argument is out of range.
     """
-    if not several:
-        raise ConfigurationError("give one smoothed classifier or more")
+    several = members("several", several, "smoothed classifiers")
+    if not several or not all(isinstance(one, Smoothed) for one in several):
+        raise ConfigurationError(f"give one smoothed classifier or more, Smoothed(model, sigma), got {shown(several)}")
     first = several[0]
     for one in several:
         alike = (one.model is first.model, one.front is first.front, one.sigma == first.sigma, type(one) is type(first))
         if not all(alike):
             raise ConfigurationError("several maps share draws where the model, the front and sigma are the same")
-    return _together(several, data, n0, n, None, rng_seed=rng_seed, batch_size=batch_size, progress=progress)
+    arguments: dict[str, Any] = {"rng_seed": rng_seed, "batch_size": batch_size, "progress": progress}
+    return _together(several, first._frozen(), data, n0, n, None, **arguments)
+
+
+def draw_from(smoothed: Smoothed, frozen: Frozen, data: Data | Tensor, n0: int, n: int, **arguments: Any) -> Draws:
+    """The draws of one classifier, of a network that was copied before; arguments as :meth:`Smoothed.draw`."""
+    return _together((smoothed,), frozen, data, n0, n, None, **arguments)[0]
 
 
 def _together(
     several: Sequence[Smoothed],
+    frozen: Frozen,
     data: Data | Tensor,
     n0: int,
     n: int,
@@ -292,25 +289,25 @@ def _together(
     progress: bool,
 ) -> list[Draws]:
     n0, n, rows = whole("n0", n0), whole("n", n, 2), whole("batch_size", batch_size)
-    number = (seed("rng_seed", rng_seed) or 0) % 2**63
+    generator_of(rng_seed)
     inputs, labels = read(data)
     if not len(inputs):
         raise InputError("there are no samples to certify")
-    plain = several[0]._plain
+    plain = frozen.plain
     classes = plain.classes(inputs)
     if labels is not None:
         refuse_other_labels(labels, classes)
-    constants = [one._constants(classes) for one in several]
+    constants = [one._constants(frozen, classes) for one in several]
     if method is not None:
         steepest = slope(several[0].map, several[0].temperature, constants[0])
         check_method(method, "rest", several[0].map, steepest, constants[0].reason)
-    generator = torch.Generator(plain.device).manual_seed(number)
-    tally = _Tally(several, [one.pairs for one in constants], classes, generator, rows)
+    generator = generator_of(rng_seed, plain.device)
+    tally = _Tally(several, frozen, [one.pairs for one in constants], classes, generator, rows)
     with tqdm(total=len(inputs) * (n0 + n), disable=not progress, unit="row", dynamic_ncols=True) as bar:
         first = tally.of(inputs, n0, bar)
         second = tally.of(inputs, n, bar)
     return [
-        one._kept(known, inputs, labels, before, after, n0, n)
+        one._kept(frozen, known, inputs, labels, before, after, n0, n)
         for one, known, before, after in zip(several, constants, first, second, strict=True)
     ]
 
@@ -331,22 +328,22 @@ class _Tally:
     def __init__(
         self,
         several: Sequence[Smoothed],
+        frozen: Frozen,
         pairs: Sequence[Tensor],
         classes: int,
         generator: torch.Generator,
         rows: int,
     ) -> None:
-        self.several, self.classes = several, classes
+        self.several, self.plain, self.classes = several, frozen.plain, classes
         # What a pass is taken to err by grows with the constant that is stated.
         self.pairs = torch.stack([torch.where(one.isfinite(), one, 0.0) for one in pairs]).amax(0)
         self.generator, self.rows = generator, rows
-        own = wrapped_model(several[0].model)
-        self.known = 0.0 if own is None else own.forward_error()
+        self.known = frozen.known_error or 0.0
 
     @torch.no_grad()
     def of(self, inputs: Tensor, draws: int, bar: tqdm[Any]) -> list[_Sums]:
         found = [_Sums(len(inputs), self.classes) for _ in self.several]
-        plain, each = self.several[0]._plain, min(draws, self.rows)
+        plain, each = self.plain, min(draws, self.rows)
         together = max(1, self.rows // each)
         for start in range(0, len(inputs), together):
             some = inputs[start : start + together].to(plain.device, plain.dtype)

@@ -15,7 +15,7 @@ import torch
 from accounting import ADD_OR_REMOVE_ONE
 from accounting.errors import MixedUnitsError
 from clipless_dp.model import DPLipModel
-from clipless_dp.model.functions import function_of
+from clipless_dp.model.functions import answers_of_graph, function_of
 from clipless_dp.modules import digest_of
 from clipless_dp.noise import ReproducibleNoise, SecureNoise, SystemNoise, source_name
 from clipless_dp.optim import CliplessDPOptimizer
@@ -312,13 +312,15 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
 
 def _weak_certificates(model: DPLipModel, robustness: Mapping[str, Any]) -> Iterator[str]:
     """Where a certificate is of another network than the one that is stated about."""
-    if robustness["weights"] != digest_of(model.net):
+    of_the_weights = robustness["weights"] == digest_of(model.net)
+    if not of_the_weights:
         yield (
             "The robustness certificate is of other weights than those that the model holds now: certify these, "
             "and hand that to the statement."
         )
     # The model as it is wrapped, or its network by itself, with constants that were stated.
-    if robustness.get("function") not in (function_of(model.graph), function_of(model.net)):
+    of_the_function = robustness.get("function") in (function_of(model.graph), function_of(model.net))
+    if not of_the_function or (of_the_weights and _answers_otherwise(model, robustness)):
         yield (
             "The robustness certificate is of another function of the weights than the model computes: its layers, "
             "their settings or what is between them differ, and so do predictions. Certify this model, and hand that "
@@ -330,6 +332,15 @@ def _weak_certificates(model: DPLipModel, robustness: Mapping[str, Any]) -> Iter
             "The robustness certificate is of another input norm than the model's, and so of other predictions: "
             "certify this model, and hand that to the statement."
         )
+
+
+def _answers_otherwise(model: DPLipModel, robustness: Mapping[str, Any]) -> bool:
+    """Whether the model answers fixed inputs otherwise than what was certified; former certificates do not tell."""
+    told, norm = robustness.get("answers"), robustness["input_norm"]
+    if told is None or not model.placement.is_whole:
+        return False
+    found = answers_of_graph(model.graph, model.input_shape, math.inf if norm is None else norm)
+    return bool(told != found)
 
 
 def noise_in_words(name: str) -> str:

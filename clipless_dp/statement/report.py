@@ -17,25 +17,10 @@ from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
+from clipless_dp.statement.described import check_described
 from clipless_dp.statement.facts import facts_of
 
 SUFFIXES = (".md", ".json", ".html")
-DESCRIBED = frozenset(
-    {
-        "assumptions",
-        "attacks",
-        "average_radius",
-        "clean",
-        "data",
-        "input_norm",
-        "lipschitz",
-        "method",
-        "points",
-        "samples",
-        "weights",
-    }
-)
-"""What is stated of a certificate of robustness."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +136,8 @@ def report(
             its own beside ε, and part of the JSON. A certificate of other weights is a finding.
 
     Raises:
-        ConfigurationError: δ lies outside (0, 1), the optimizer is none of this package, or a text is no string.
+        ConfigurationError: δ lies outside (0, 1), the optimizer is none of this package, a text is no string, or what
+            is said of robustness is not what a curve says.
         CheckpointError: the path names no file, or the folder is not writable.
 
     Source:
@@ -168,11 +154,8 @@ def report(
             raise ConfigurationError(f"{name} must be a string, got {text!r}")
     if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
         raise ConfigurationError(f"notes must be a list of strings, got {notes!r}")
-    if robustness is not None and not (isinstance(robustness, Mapping) and robustness.keys() >= DESCRIBED):
-        raise ConfigurationError(
-            "robustness must be what a curve says of itself, robustness.curve(...).described('which public data'), got "
-            f"{type(robustness).__name__}"
-        )
+    if robustness is not None:
+        check_described(robustness)
     delta = None if delta is None else positive("delta", delta)
     if delta is not None and delta >= 1.0:
         raise ConfigurationError(f"delta must be a number in (0, 1), got {delta!r}")

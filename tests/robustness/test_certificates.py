@@ -33,6 +33,7 @@ from clipless_dp.robustness import (
     certificates,
     certified_accuracy,
     certify,
+    frozen,
     last_layer_constants,
     lipschitz_lower_bound,
     margin_constants,
@@ -332,14 +333,14 @@ def test_mutants_of_constants_and_radii_are_caught_by_attacks(monkeypatch: pytes
 
     cases: tuple[tuple[Mutant, nn.Module, dict[str, object]], ...] = (
         (
-            Mutant("√2 → 1", certificates, "constants_of", "math.sqrt(2.0) * joint", "1.0 * joint"),
+            Mutant("√2 → 1", frozen, "constants_of", "math.sqrt(2.0) * joint", "1.0 * joint"),
             opposed,
             {"lipschitz": joint},
         ),
         (
             Mutant(
                 "one output counted once",
-                certificates,
+                frozen,
                 "of_single_output",
                 "2.0 * constants.joint",
                 "constants.joint",
@@ -422,7 +423,7 @@ def test_a_mutant_without_rounding_certifies_more_than_is_true(monkeypatch: pyte
     inputs = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
     true = 1.0 / math.sqrt(2.0)
     assert float(certify(Rounded(), inputs, lipschitz=1.0).radii) <= true
-    monkeypatch.setattr(certificates, "UNCHECKED_ROUNDING", 0.0)
+    monkeypatch.setattr(frozen, "UNCHECKED_ROUNDING", 0.0)
     # Stated constants are enlarged by 1e-10: what is left of the excess shows without that.
     monkeypatch.setattr(constants_module, "ROUNDING", 1.0)
     assert float(certify(Rounded(), inputs, lipschitz=1.0).radii) > true

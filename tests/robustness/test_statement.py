@@ -271,6 +271,23 @@ def test_the_command_line_explains_a_checkpoint(
     assert "fidelity" not in capsys.readouterr().out
 
 
+def test_the_command_line_explains_what_would_become_a_class_of_samples_that_are_not_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "explanations.json", [*NETWORK, "--samples", "4", "--measured", "0"]
+    assert main(["explain", str(checkpoint), *options, "--out", str(out)]) == 0
+    first = json.loads(out.read_text("utf-8"))
+    assert first["rows"] == [0, 1, 2, 3]
+    target = int(first["counterfactuals"]["predictions"][0])
+    capsys.readouterr()
+    assert main(["explain", str(checkpoint), *options, "--target", str(target), "--out", str(out)]) == 0
+    facts = json.loads(out.read_text("utf-8"))
+    assert len(facts["rows"]) == 4
+    assert 0 not in facts["rows"]
+    assert all(one != target for one in facts["counterfactuals"]["predictions"])
+    assert "left out" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
