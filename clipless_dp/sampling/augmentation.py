@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -11,7 +10,6 @@ from contextlib import contextmanager, suppress
 from types import CellType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,6 +21,7 @@ from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise.randomness import Randomness, current_generator
 from clipless_dp.noise.randomness import shared as shared_randomness
 from clipless_dp.sampling import draws, memory
+from clipless_dp.sampling.generators import random_states, set_random_states
 
 
 class RowAugmentation(ABC):
@@ -289,21 +288,6 @@ def _copied(augment: RowAugmentation) -> RowAugmentation:
 def _same(first: Tensor, second: Tensor) -> Tensor:
     """Which rows are the same, ``(rows,)``; a NaN is the same as another."""
     return ((first == second) | ((first != first) & (second != second))).flatten(1).all(1)
-
-
-def random_states(device: torch.device) -> tuple[Any, ...]:
-    """States of the global generators of torch, of a device (or ``None``), of Python and of numpy."""
-    own = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), own, random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
-    """Sets what :func:`random_states` returned."""
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.get_device_module(device).set_rng_state(states[1], device)
-    random.setstate(states[2])
-    np.random.set_state(states[3])  # noqa: NPY002
 
 
 def _refuse_held_batches(augment: Augmentation) -> None:

@@ -16,12 +16,8 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.noise.randomness import shared as shared_randomness
 from clipless_dp.sampling import memory
-from clipless_dp.sampling.augmentation import (
-    EVERY,
-    random_states,
-    refuse_own_generators,
-    set_random_states,
-)
+from clipless_dp.sampling.augmentation import EVERY, refuse_own_generators
+from clipless_dp.sampling.generators import random_states, set_random_states
 
 _CPU = torch.device("cpu")
 
@@ -99,7 +95,7 @@ class RowByRow:
         if self._made_once:
             if own is None or not memory.is_made_once(self._made_once):
                 raise self._remembers(self._made_once)
-            self._fresh, self._made_state = memory.pristine(collate), after
+            self._fresh, self._made_state = memory.pristine(collate), memory.State(called, by_content=True)
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """A batch of samples, in their order.
