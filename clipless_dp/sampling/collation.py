@@ -49,8 +49,9 @@ class RowByRow:
     same random numbers: what differs has been remembered elsewhere, or drawn from elsewhere. Where much is within reach
     (a tokenizer's vocabulary in Python), it is compared in these batches only.
 
-    What a function makes when it is called first (a value in place of ``None``, a flag) may stay if it is the same
-    whichever sample comes first: copies of the function that were never called are called on samples of the first
+    What a function makes when it is called first (a value in place of ``None``, a flag that is set, contents of an
+    empty mapping) may stay if a second call leaves it as it is, and it is the same whichever sample comes first: copies
+    of the function that were never called are called on samples of the first
     batch, and on one in each later one that is looked at, and must become what the first sample made of them, and
     return the same row, to the bit.
 
@@ -93,7 +94,11 @@ class RowByRow:
         after = memory.State(called)
         self._made_once = its_own.changes(after) if after != its_own else []
         if self._made_once:
-            if own is None or not memory.is_made_once(self._made_once):
+            with torch.random.fork_rng([]):
+                self._alone(first, collate=called)
+            # What moves again moves forth and back.
+            again = memory.State(called) != after
+            if own is None or again or not memory.is_made_once(self._made_once):
                 raise self._remembers(self._made_once)
             self._fresh, self._made_state = memory.pristine(collate), memory.State(called, by_content=True)
 

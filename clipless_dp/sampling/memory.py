@@ -9,7 +9,7 @@ import io
 import mmap
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -36,6 +36,8 @@ _PER_OBJECT = 32
 """What a part and an object count for in the size of a state, in bytes of what is written in Python."""
 
 _ABSENT = "absent"
+_OF_NONE = " of 0"
+"""What was not there, and how words for an empty container end (:func:`_shown`)."""
 
 Entry = tuple[int, Label, Any]
 """The entry of what something is a part of, -1 of the root; how it is called there; and what it is told apart by: its
@@ -166,9 +168,11 @@ Change = tuple[str, str, str]
 
 
 def is_made_once(changes: Sequence[Change]) -> bool:
-    """Whether what has moved is what some functions make when they are called first: values in place of none, flags."""
-    flags = {"True", "False"}
-    return all(was in (_ABSENT, "None") or {was, is_} == flags for _, was, is_ in changes)
+    """Whether what has moved is what some functions make when they are called first: values in place of none, flags
+    that are set, contents of what was empty."""
+    return all(
+        was in (_ABSENT, "None") or (was, is_) == ("False", "True") or was.endswith(_OF_NONE) for _, was, is_ in changes
+    )
 
 
 def told(name: str, changes: Sequence[Change]) -> str:
@@ -240,10 +244,10 @@ def refuse_refused(function: Any, name: str) -> None:
         )
 
 
-def own_generators(root: object) -> Iterator[object]:
-    """Generators of random numbers that are reachable, other than the global ones of torch, numpy and Python."""
+def own_generators(reached: Iterable[object]) -> Iterator[object]:
+    """Generators of random numbers among what is reached, other than the global ones of torch, numpy and Python."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-    for value, *_ in reachable(root):
+    for value in reached:
         if isinstance(value, kinds) and not any(value is one for one in GLOBAL_GENERATORS):
             yield value
 
