@@ -19,7 +19,7 @@ from clipless_dp.arguments import positive, whole
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise.randomness import Randomness, current_generator
 from clipless_dp.noise.randomness import shared as shared_randomness
-from clipless_dp.sampling import draws, memory
+from clipless_dp.sampling import draws, memory, trained_on
 from clipless_dp.sampling.generators import random_states, set_random_states
 from clipless_dp.sampling.reach import reachable
 
@@ -141,7 +141,8 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
     Raises:
         ConfigurationError: a view has another shape than its sample, or is no tensor, or a batch is held, or there is a
             generator of its own.
-        PrivacyError: a view depends on other rows, the argument was changed, or the augmentation keeps a state.
+        PrivacyError: a view depends on other rows, the argument was changed, or the augmentation keeps a state, or
+            reaches data that is trained on (:mod:`clipless_dp.sampling.trained_on`).
     """
     memory.refuse_refused(augment, f"augment={augment!r}")
     source = source or shared_randomness
@@ -364,13 +365,16 @@ def _same(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _refuse_data(augment: Augmentation, values: Iterable[object]) -> None:
-    """Refuses an augmentation that holds a batch that was handed out, whose rows would enter the views of others."""
+    """Refuses an augmentation that holds a batch that was handed out, whose rows would enter the views of others, or
+    data that is trained on."""
+    values = [*values]
     for value in values:
         if isinstance(value, Tensor) and draws.is_delivered(value):
             raise ConfigurationError(
                 f"augment={augment!r} holds a batch of samples (in a closure, a default, an attribute or a global), "
                 "through which rows enter the views of others: make each view from its row alone"
             )
+    trained_on.refuse(augment, "augment", values)
 
 
 _FEW = 64

@@ -15,9 +15,10 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.noise.randomness import shared as shared_randomness
-from clipless_dp.sampling import memory
+from clipless_dp.sampling import memory, trained_on
 from clipless_dp.sampling.augmentation import EVERY, refuse_own_generators
 from clipless_dp.sampling.generators import random_states, set_random_states
+from clipless_dp.sampling.reach import reachable
 
 _CPU = torch.device("cpu")
 
@@ -132,6 +133,15 @@ class RowByRow:
                 )
             self._looked = True
         return batch
+
+    def refuse_data(self, dataset: Any) -> None:
+        """Refuses a function that reaches data which is trained on, but for a method of the data set itself.
+
+        Raises:
+            PrivacyError: it does.
+        """
+        if getattr(self.collate, "__self__", None) is not dataset:
+            trained_on.refuse(self.collate, "collate", (value for value, *_ in reachable(self.collate)))
 
     def _rows(self, samples: Sequence[Any], chosen: int) -> tuple[list[Any], Any]:
         """Batches of one sample each, and the states of the generators ahead of the chosen one."""

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
-from clipless_dp.sampling import memory, persons
+from clipless_dp.sampling import memory, persons, trained_on
 from clipless_dp.sampling.loaders import may_reorder, refuse_other_count
 from clipless_dp.sampling.people import Classes, People, spans_of
 
@@ -176,6 +176,7 @@ class Samples:
                 persons.refuse_repeated_rows(samples.tensors[:-1])
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
             samples._checked = True
+            trained_on.note(samples._dataset, samples.tensors or ())
         return samples
 
     @property
