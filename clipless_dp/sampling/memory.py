@@ -83,7 +83,7 @@ class State:
                 told = type(value).__qualname__, _content(value, by_content)
                 size += _PER_OBJECT
                 if isinstance(value, caches.CACHES):
-                    kept = {caches.entry(key): key for key, _ in caches.results(value)}
+                    kept: dict[int, Any] = {caches.entry(key): key for key, _ in caches.results(value)}
                     self._caches[len(self.entries)] = value, kept
                 if isinstance(value, (Tensor, np.ndarray)):
                     size += value.nbytes // _WEIGHT

@@ -278,6 +278,8 @@ class _Collate:
                 "a batch holds a sample more than once: the indices of a Poisson draw were repeated on their way, by a "
                 "sampler around it say. Hand them to the DataLoader as they are, as batch_sampler"
             )
+        if fetch is not None and not whole:
+            persons.refuse_same(fetch.samples)
         if whole:
             # The data set was asked for a draw at once.
             samples = default_convert(samples)

@@ -173,6 +173,7 @@ class Samples:
             if samples.tensors is None:
                 persons.refuse_repeats(samples._dataset)
             else:
+                persons.refuse_repeated_columns(*samples._columns())
                 persons.refuse_repeated_rows(samples.tensors[:-1])
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
             samples._checked = True
@@ -296,6 +297,12 @@ class Samples:
                 listed = zip(names, counts, strict=False)
                 counted = ", ".join(f"{count} of the input {name!r}" for name, count in listed)
             raise ConfigurationError(f"{counted} and {counts[-1]} targets: need as many of each, and some")
+
+    def _columns(self) -> tuple[list[Any], Any]:
+        """Inputs and targets of a data set that is made of tensors, as they were given."""
+        inputs, targets = self._apart(self._dataset) if isinstance(self._dataset, Mapping) else self._dataset
+        columns = [*inputs.values()] if isinstance(inputs, Mapping) else [*inputs] if self._structured else [inputs]
+        return columns, targets
 
     def _apart(self, sample: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """The inputs in a mapping, and the targets among them."""

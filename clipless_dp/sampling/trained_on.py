@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.data import Dataset
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.sampling.windows import extent
 
 _READ = 1024
 """Samples of a list whose memory is known: what holds a hundredth of them is found but for one case in 10⁴."""
@@ -77,7 +78,7 @@ def note(dataset: Any, tensors: Sequence[Tensor] = ()) -> None:
 
 def holds(value: Any) -> bool:
     """Whether a value is a data set that is trained on, or lies where one does."""
-    reach = _reach(value)
+    reach = extent(value)
     with _lock:
         known = [*_known]
     for one in known:
@@ -170,26 +171,8 @@ def _has_references(value: Any) -> bool:
     return getattr(type(value), "__weakrefoffset__", 0) != 0
 
 
-def _reach(value: Any) -> tuple[int, int] | None:
-    """From where to where a tensor or an array lies in memory; ``None`` if it has no place."""
-    if isinstance(value, Tensor):
-        try:
-            start = value.data_ptr() if value.numel() else 0
-            steps = [stride * value.element_size() for stride in value.stride()]
-        except RuntimeError:
-            return None
-        size = value.element_size()
-    elif isinstance(value, np.ndarray) and value.size:
-        start, steps, size = int(value.__array_interface__["data"][0]), [*value.strides], value.itemsize
-    else:
-        return None
-    ends = [(length - 1) * step for length, step in zip(value.shape, steps, strict=True)]
-    low, high = sum(end for end in ends if end < 0), sum(end for end in ends if end > 0)
-    return (start + low, start + high + size) if start else None
-
-
 def _block(value: Any) -> _Block | None:
-    reach = _reach(value)
+    reach = extent(value)
     if reach is None:
         return None
     if isinstance(value, Tensor):
