@@ -59,8 +59,8 @@ def refuse_repeats(dataset: Any) -> None:
     ``Subset`` (``random_split`` too), ``ConcatDataset`` and ``StackDataset``, nested in each other, are followed to
     what they choose from, the last by its first part; there a row is known by its number, in tensors by its place in
     memory, and in a list of samples by the sample, or by the memory of its inputs together with its target. Tensors
-    are looked at by their inputs: targets may be shared. Inputs of listed samples must not overlap in memory, nor those
-    of the first few that any other data set returns.
+    are looked at by their inputs: targets may be shared. Inputs of listed samples must not overlap in memory; those
+    that other data sets return are looked at where they are read (:class:`Beside`).
 
     Args:
         dataset: a map-style data set, or a pair of tensors, inputs first.
@@ -73,7 +73,8 @@ def refuse_repeats(dataset: Any) -> None:
     pieces = list(_pieces(dataset, range(len(dataset)), range(len(dataset)), by_memory=True))
     if any(rows_overlap(tensor) for tensor in {id(inputs): inputs for inputs in _inputs(dataset)}.values()):
         raise _overlapping("rows of the inputs")
-    if (pair := overlapping([*map(_arrays, _beside_each_other(dataset))])) is not None:
+    listed = range(min(len(dataset), _LISTED)) if _is_listed(dataset) else ()
+    if (pair := overlapping([_arrays(dataset[index]) for index in listed])) is not None:
         raise _overlapping(f"samples {pair[0]} and {pair[1]}")
     for owner in {piece.owner for piece in pieces}:
         own = [piece for piece in pieces if piece.owner == owner]
@@ -153,8 +154,10 @@ def refuse_reused_memory(dataset: Any) -> None:
 
     Raises:
         ConfigurationError: they changed.
+        PrivacyError: they lie on one another, and did not change.
     """
     several = getattr(dataset, "__getitems__", None)
+    beside = Beside()
     kept: list[tuple[Any, memory.State]] = []
     for index in range(min(len(dataset), AT_ONCE)):
         try:
@@ -167,6 +170,8 @@ def refuse_reused_memory(dataset: Any) -> None:
                 "a batch would become the last one: let it return new tensors, as by .clone()"
             )
         kept.append((sample, memory.State(tree_leaves(sample))))
+        beside.add(sample if several is None else sample[0])
+    beside.refuse_overlap()
 
 
 def _inputs(dataset: Any) -> Iterator[Tensor]:
@@ -181,21 +186,29 @@ def _inputs(dataset: Any) -> Iterator[Tensor]:
             yield from _inputs(part)
 
 
-def _beside_each_other(dataset: Any) -> list[Any]:
-    """Samples that are held at once: of lists many, of data sets that read them the first ones."""
-    if isinstance(dataset, TensorDataset):
-        return []
-    count = min(len(dataset), _LISTED if _is_listed(dataset) else AT_ONCE)
-    read = getattr(dataset, "__getitem__", None) or (lambda index: dataset.__getitems__([index])[0])
-    try:
-        with _seeded(0):
-            samples = [read(index) for index in range(min(count, 1))]
-            before = memory.State([_arrays(sample) for sample in samples])
-            samples += [read(index) for index in range(1, count)]
-        # What is read into memory that is used again lies on nothing.
-        return samples if memory.State([_arrays(sample) for sample in samples[:1]]) == before else []
-    except Exception:
-        return []
+class Beside:
+    """The first samples that a data set returns, held at once to see whether they lie on one another."""
+
+    def __init__(self) -> None:
+        self._samples: list[Any] = []
+        self._first: memory.State | None = None
+
+    def add(self, sample: Any) -> None:
+        """Holds a sample, if few are."""
+        if len(self._samples) < AT_ONCE:
+            self._samples.append(sample)
+            self._first = self._first or memory.State(_arrays(sample))
+
+    def refuse_overlap(self) -> None:
+        """Refuses windows of what the data set holds.
+
+        Raises:
+            PrivacyError: two samples overlap, and reading the second has left the first one as it was: what is read
+                into memory that is used again lies on nothing.
+        """
+        pair = overlapping([*map(_arrays, self._samples)])
+        if pair is not None and memory.State(_arrays(self._samples[0])) == self._first:
+            raise _overlapping(f"samples {pair[0]} and {pair[1]} of those that were read")
 
 
 def _is_listed(dataset: Any) -> bool:

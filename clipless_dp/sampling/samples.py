@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -220,16 +221,32 @@ class Samples:
         at_once = getattr(self._dataset, "__getitems__", None) is not None
         # Copies, since a data set may read each sample into the memory of the one before.
         if not at_once or (in_order and may_reorder(self._dataset)):
-            samples = [memory.copied(self._dataset[index]) for index in indices]
+            samples = self._read_alone(indices)
         else:
             samples = self._fetched(indices)
             if memory.lie_together(samples):
                 samples = [memory.copied(sample) for index in indices for sample in self._fetched([index])]
+            elif self._checked:
+                beside = persons.Beside()
+                for sample in islice(samples, persons.AT_ONCE):
+                    beside.add(sample)
+                beside.refuse_overlap()
         try:
             inputs, targets = self._collated(samples)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise error if isinstance(error, CliplessError) else self._refused(error) from error
         return (self._packed(inputs) if self._structured else torch.as_tensor(inputs)), torch.as_tensor(targets)
+
+    def _read_alone(self, indices: Sequence[int]) -> list[Any]:
+        """Copies of samples, read one by one, the first of which are seen not to lie on one another."""
+        beside, samples = persons.Beside(), []
+        for index in indices:
+            sample = self._dataset[index]
+            beside.add(sample)
+            samples.append(memory.copied(sample))
+        if self._checked:
+            beside.refuse_overlap()
+        return samples
 
     def _fetched(self, indices: Sequence[int]) -> Any:
         """What the data set returns for several indices at once, one sample for each."""

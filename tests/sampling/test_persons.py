@@ -136,8 +136,6 @@ REPEATED: dict[str, Any] = {
     "a part of another sample": [(WINDOWS[:6], 0), (WINDOWS[20:26], 0), (WINDOWS[2:4], 1)],
     "cuts of a picture that overlap": tiles(4),
     "a subset of a list of windows": Subset([(WINDOWS[k : k + 6], 0) for k in range(40)], [0, 12, 8, 3]),  # type: ignore[arg-type]
-    "a data set of windows that overlap": Windows(4),
-    "a subset of a data set of windows": Subset(Windows(1), [30, 9, 7]),
     "a list with an index twice": Subset([(0.0, 1), (1.0, 0)], [1, 1]),  # type: ignore[arg-type]
 }
 
@@ -166,8 +164,6 @@ DISTINCT: dict[str, Any] = {
     "a list of columns": [(column, 0) for column in INPUTS.t()],
     "a list of cuts of a picture side by side": tiles(6),
     "a subset of windows that are apart": Subset([(WINDOWS[k : k + 6], 0) for k in range(40)], [0, 6, 12, 30]),  # type: ignore[arg-type]
-    "a data set of windows side by side": Windows(6),
-    "a data set that fills a buffer": Windows(1, buffer=True),
     "an input that samples share": [({"x": row, "bias": WINDOWS}, 0) for row in INPUTS],
     "one row": (torch.randn(1, 6).expand(1, 6), TARGETS[:1]),
     "no row": Subset(LISTED, []),
@@ -201,6 +197,20 @@ def test_whatever_draws_from_data_refuses_one_row_twice(name: str) -> None:
     if not isinstance(data, tuple):
         with pytest.raises(PrivacyError, match="one row, once"):
             poisson_collate(data)
+
+
+@pytest.mark.parametrize("data", [Windows(4), Subset(Windows(1), [30, 9, 7])], ids=["windows", "subset"])
+def test_views_that_a_data_set_cuts_of_one_series_are_refused_where_they_overlap(data: Any) -> None:
+    with pytest.raises(PrivacyError, match="of those that were read lie on one another"):
+        PoissonBatches(data, sample_rate=0.5, steps=1)
+    with pytest.raises(PrivacyError, match="of those that were read lie on one another"):
+        poisson_collate(data)
+
+
+def test_views_of_a_data_set_may_lie_side_by_side_and_in_a_buffer_that_is_filled_anew() -> None:
+    poisson_collate(Windows(6))
+    for data in (Windows(6), Windows(1, buffer=True)):
+        PoissonBatches(data, sample_rate=0.5, steps=1)
 
 
 ROWS = [row.clone() for row in INPUTS]
