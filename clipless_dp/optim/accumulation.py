@@ -15,7 +15,7 @@ from clipless_dp.model import DPLipModel, passes
 from clipless_dp.model.register import Register
 from clipless_dp.optim.charging import NO_PEOPLE
 from clipless_dp.packing import Structure
-from clipless_dp.sampling.augmentation import Augmentation, refuse_own_generators, views
+from clipless_dp.sampling.augmentation import Augmentation, views
 from clipless_dp.sampling.people import Unit
 from clipless_dp.sampling.series import Rows, overlapping
 
@@ -40,7 +40,7 @@ def accumulate(
     if micro_batch_size is not None:
         micro_batch_size = whole("micro_batch_size", micro_batch_size)
     if augment is not None:
-        refuse_own_generators(function("augment", augment, "one sample"))
+        function("augment", augment, "one sample")
     if not isinstance(batch, (tuple, list)) or len(batch) not in (2, 3):
         raise ConfigurationError(
             f"a batch is inputs, targets and a mask of rows that count, or the first two, got {shown(batch)}: of a "

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
-import random
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from types import CellType
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from clipless_dp.arguments import positive, whole
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise.randomness import Randomness, current_generator
 from clipless_dp.noise.randomness import shared as shared_randomness
-from clipless_dp.sampling import draws, memory
+from clipless_dp.sampling import draws, memory, trained_on
+from clipless_dp.sampling.generators import random_states, set_random_states
+from clipless_dp.sampling.reach import reachable
 
 
 class RowAugmentation(ABC):
@@ -134,76 +133,145 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
 
     An augmentation must leave behind nothing that later views could read: what it reaches
     (:func:`clipless_dp.sampling.reach.reachable`) is compared around its first call and one of :data:`EVERY` later
-    ones, and around each where it is small. What it makes when it is called first (a value in place of ``None``, a
-    flag) may stay if copies that were never called make the same of other inputs.
+    ones, and around each where it is small; and between views of single samples, since what two of them move forth and
+    back is as it was. What it makes when it is called first (a value in place of ``None``, a flag that is set, contents
+    of an empty mapping) may stay if copies that were never called make the same of other inputs, few and many. As often
+    it is looked at whether it holds a batch, or draws from a generator of its own.
 
     Raises:
-        ConfigurationError: a view has another shape than its sample, or is no tensor, or a batch is held.
-        PrivacyError: a view depends on other rows, the argument was changed, or the augmentation keeps a state.
+        ConfigurationError: a view has another shape than its sample, or is no tensor, or a batch is held, or there is a
+            generator of its own.
+        PrivacyError: a view depends on other rows, the argument was changed, or the augmentation keeps a state, or
+            reaches data that is trained on (:mod:`clipless_dp.sampling.trained_on`).
     """
-    _refuse_held_batches(augment)
-    source = source or shared_randomness
-    with _keeping_nothing(augment, inputs, mask, source), source.visit(inputs.device):
-        return _views(augment, inputs, mask)
-
-
-@contextmanager
-def _keeping_nothing(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomness) -> Iterator[None]:
-    """Compares what an augmentation reaches after its views with what it was before."""
     memory.refuse_refused(augment, f"augment={augment!r}")
-    # A method is another object each time.
-    known = getattr(augment, "__self__", augment)
-    size = _sizes.get(known)
-    if size is not None and size > SMALL and secrets.randbelow(EVERY):
-        yield
-        return
-    before = memory.State(augment)
-    # What is made when it is called first is compared with what copies make.
-    fresh = memory.pristine(augment) if size is None and before.size <= SMALL else None
-    yield
-    after = memory.State(augment)
-    changes = [] if after == before else before.changes(after)
-    if changes and not (
-        fresh is not None
-        and memory.is_made_once(changes)
-        and _makes_the_same(augment, fresh, changes, inputs, mask, source)
-    ):
-        memory.note_refused(augment)
-        raise PrivacyError(
-            f"augment={augment!r} keeps a state that changed while it made views "
-            f"({memory.told(_name_of(augment), changes)}), through which samples enter the views of others. Make each "
-            "view of its sample alone and of torch's, numpy's or Python's global generators, make in the constructor "
-            "what it needs, and leave out counters. Nothing was released"
-        )
-    with suppress(TypeError):
-        _sizes[known] = after.size
-
-
-def _makes_the_same(
-    augment: Any, fresh: Any, changes: list[memory.Change], inputs: Tensor, mask: Tensor, source: Randomness
-) -> bool:
-    """Whether copies that were never called become the same, whatever they are called on, and the function no other."""
-    states: list[memory.State] = []
+    source = source or shared_randomness
+    if not _is_due(augment):
+        _refuse_data(augment, _near(augment))
+        with source.visit(inputs.device):
+            return _views(augment, inputs, mask)
+    reached = [value for value, *_ in reachable(augment)]
+    _refuse_generators(augment, reached, "augment")
+    _refuse_data(augment, [*_near(augment), *reached])
+    look = _Look(augment, int(mask.sum()))
     with source.visit(inputs.device):
-        noise = torch.rand(inputs.shape, device=inputs.device).to(inputs.dtype)
-    for values in (inputs, torch.zeros_like(inputs), torch.ones_like(inputs), noise, inputs.flip(0)):
+        made = _views(augment, inputs, mask, look.after_row)
+    look.refuse_memory(inputs[mask], source)
+    return made
 
-        def call(own: Any, values: Tensor = values) -> None:
-            with source.visit(values.device):
-                _views(own, values.clone(), mask)
 
-        found = memory.state_of_copy(augment, fresh, changes, call)
-        if found is None:
+def _is_due(augment: Augmentation) -> bool:
+    """Whether all that an augmentation reaches is looked at: where that is little, in the first call, and in some.
+
+    A function that is made anew in each step is known by its code.
+    """
+    known = (_sizes.get(some) for some in (_known(augment), _code(augment)) if some is not None)
+    size = next((size for size in known if size is not None), 0)
+    return int(size) <= SMALL or secrets.randbelow(EVERY) == 0
+
+
+def _known(augment: Any) -> Any:
+    # A method is another object each time.
+    return getattr(augment, "__self__", augment)
+
+
+def _code(augment: Any) -> CodeType | None:
+    """The code of a function that calls no other which it was given: such a one, a decorator's say, is no other."""
+    if not isinstance(augment, FunctionType) or any(map(callable, _held(augment))):
+        return None
+    return augment.__code__
+
+
+class _Look:
+    """What an augmentation reaches, before its views, between them and after.
+
+    Args:
+        augment: the augmentation.
+        count: of the views that will be made.
+    """
+
+    def __init__(self, augment: Augmentation, count: int) -> None:
+        self._augment = augment
+        self._count = count
+        self._before = memory.State(augment)
+        self._is_first = _known(augment) not in _sizes
+        is_small = self._before.size <= SMALL
+        # What is made when it is called first is compared with what copies make.
+        self._fresh = memory.pristine(augment) if self._is_first and is_small else None
+        # What two views move forth and back shows between them.
+        self._due = {*range(min(count - 1, _FOLLOWED if is_small and self._is_first else 1))}
+        self._seen: list[memory.Change] = []
+        self._rows = 0
+
+    def after_row(self) -> None:
+        """Compares after some of the views of single samples."""
+        if self._rows in self._due:
+            self._seen += self._changes(memory.State(self._augment))
+        self._rows += 1
+
+    def _changes(self, after: memory.State) -> list[memory.Change]:
+        return [] if after == self._before else self._before.changes(after)
+
+    def refuse_memory(self, rows: Tensor, source: Randomness) -> None:
+        """Refuses a state that has changed, but for what any sample makes in a first call.
+
+        Args:
+            rows: the samples.
+            source: of random numbers.
+
+        Raises:
+            PrivacyError: it has.
+        """
+        after = memory.State(self._augment)
+        changes = self._changes(after)
+        moved = [change for change in dict.fromkeys(self._seen) if change not in changes]
+        if moved or (changes and not self._is_made_of_any(changes, rows, source)):
+            memory.note_refused(self._augment)
+            raise PrivacyError(
+                f"augment={self._augment!r} keeps a state that changed while it made views "
+                f"({memory.told(_name_of(self._augment), changes or moved)}), through which samples enter the views of "
+                "others. Make each view of its sample alone and of torch's, numpy's or Python's global generators, "
+                "make in the constructor what it needs, and leave out counters. Nothing was released"
+            )
+        if self._is_first:
+            # Some make their generator when they are called first.
+            refuse_own_generators(self._augment)
+        if self._count or not self._is_first:
+            with suppress(TypeError):
+                _sizes[_known(self._augment)] = after.size
+            if (code := _code(self._augment)) is not None:
+                _sizes[code] = after.size
+
+    def _is_made_of_any(self, changes: list[memory.Change], rows: Tensor, source: Randomness) -> bool:
+        """Whether copies that were never called become the same, whatever they are called on, and how often, and the
+        function no other."""
+        if self._fresh is None or not len(rows) or not memory.is_made_once(changes):
             return False
-        states.append(found[0])
-    return all(state == states[0] for state in states[1:])
+        states: list[memory.State] = []
+        with source.visit(rows.device):
+            noise = torch.rand(rows.shape, device=rows.device).to(rows.dtype)
+        one = rows[:1]
+        given = [rows, torch.zeros_like(rows), torch.ones_like(rows), noise, rows.flip(0), one, torch.cat([one, one])]
+        for values, times in [*((values, 1) for values in given), (rows, 2), (one, 3)]:
+
+            def call(own: Any, values: Tensor = values, times: int = times) -> None:
+                counts = torch.ones(len(values), dtype=torch.bool, device=values.device)
+                for _ in range(times):
+                    with source.visit(values.device):
+                        _views(own, values.clone(), counts)
+
+            found = memory.state_of_copy(self._augment, self._fresh, changes, call)
+            if found is None:
+                return False
+            states.append(found[0])
+        return all(state == states[0] for state in states[1:])
 
 
 def _name_of(augment: Any) -> str:
     return str(getattr(augment, "__qualname__", type(augment).__qualname__)).rpartition(">.")[2]
 
 
-def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
+def _views(augment: Augmentation, inputs: Tensor, mask: Tensor, after_row: Callable[[], None] | None = None) -> Tensor:
     if isinstance(augment, RowAugmentation):
         return _views_of_rows(augment, inputs, mask)
     rows = []
@@ -213,6 +281,8 @@ def _views(augment: Augmentation, inputs: Tensor, mask: Tensor) -> Tensor:
         if not isinstance(view, Tensor) or view.shape != row.shape:
             raise _misshapen(augment, view, row.shape)
         rows.append(view)
+        if counts and after_row is not None:
+            after_row()
     return torch.stack(rows) if rows else inputs
 
 
@@ -222,8 +292,11 @@ EVERY = 32
 SMALL = 1 << 10
 """Bytes of what an augmentation reaches up to which it is compared around each call: 0.3 ms, as of a closure."""
 
+_FOLLOWED = 64
+"""Views of single samples in a first call, between which is compared where little is reached."""
+
 _sizes: Any = WeakIdKeyDictionary()
-"""Of what the augmentations reach that were called."""
+"""Of what the augmentations reach that were called, and of the code of those that are functions."""
 
 _passed: Any = WeakIdKeyDictionary()
 """The augmentations that were looked at."""
@@ -291,35 +364,39 @@ def _same(first: Tensor, second: Tensor) -> Tensor:
     return ((first == second) | ((first != first) & (second != second))).flatten(1).all(1)
 
 
-def random_states(device: torch.device) -> tuple[Any, ...]:
-    """States of the global generators of torch, of a device (or ``None``), of Python and of numpy."""
-    own = None if device.type in ("cpu", "meta") else torch.get_device_module(device).get_rng_state(device)
-    return torch.get_rng_state(), own, random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def set_random_states(states: tuple[Any, ...], device: torch.device) -> None:
-    """Sets what :func:`random_states` returned."""
-    torch.set_rng_state(states[0])
-    if states[1] is not None:
-        torch.get_device_module(device).set_rng_state(states[1], device)
-    random.setstate(states[2])
-    np.random.set_state(states[3])  # noqa: NPY002
-
-
-def _refuse_held_batches(augment: Augmentation) -> None:
-    """Refuses an augmentation that holds a batch that was handed out, whose rows would enter the views of others."""
-    function = getattr(augment, "__func__", augment)
-    if isinstance(augment, RowAugmentation):
-        function = type(augment).__call__
-    code, reachable = getattr(function, "__code__", None), getattr(function, "__globals__", {})
-    held = [*_held(augment), *(_held(function) if function is not augment else ())]
-    held += [reachable[name] for name in (() if code is None else code.co_names) if name in reachable]
-    for value in tree_leaves(held):
+def _refuse_data(augment: Augmentation, values: Iterable[object]) -> None:
+    """Refuses an augmentation that holds a batch that was handed out, whose rows would enter the views of others, or
+    data that is trained on."""
+    values = [*values]
+    for value in values:
         if isinstance(value, Tensor) and draws.is_delivered(value):
             raise ConfigurationError(
                 f"augment={augment!r} holds a batch of samples (in a closure, a default, an attribute or a global), "
                 "through which rows enter the views of others: make each view from its row alone"
             )
+    trained_on.refuse(augment, "augment", values)
+
+
+_FEW = 64
+"""Parts of a container that are looked at in each call."""
+
+
+def _near(augment: Any) -> Iterator[object]:
+    """What an augmentation holds, and small containers of it: few things, however much it reaches."""
+    function = getattr(augment, "__func__", augment)
+    if isinstance(augment, RowAugmentation):
+        function = type(augment).__call__
+    code, named = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+    waiting = [*_held(augment), *(_held(function) if function is not augment else ())]
+    waiting += [named[name] for name in (() if code is None else code.co_names) if name in named]
+    for _ in range(3):
+        yield from waiting
+        inner = [[*(value.values() if isinstance(value, dict) else value)] for value in waiting if _is_few(value)]
+        waiting = [part for parts in inner for part in parts]
+
+
+def _is_few(value: object) -> bool:
+    return isinstance(value, (dict, list, tuple)) and len(value) <= _FEW
 
 
 def _held(augment: Any) -> list[object]:
@@ -345,7 +422,11 @@ def refuse_own_generators(augment: Callable[..., Any], argument: str = "augment"
         ConfigurationError: one is within reach (:func:`clipless_dp.sampling.reach.reachable`): an attribute, in a
             closure, an argument of a ``partial``, or a global that the code names, in containers of these, too.
     """
-    for value in memory.own_generators(augment):
+    _refuse_generators(augment, (value for value, *_ in reachable(augment)), argument)
+
+
+def _refuse_generators(augment: Callable[..., Any], reached: Iterable[object], argument: str) -> None:
+    for value in memory.own_generators(reached):
         raise ConfigurationError(
             f"{argument}={augment!r} draws from a generator of its own ({type(value).__name__}), so that one more "
             "sample changes what is made of all others: draw from torch's, numpy's or Python's global generators, "

@@ -15,13 +15,10 @@ from torch.utils.data._utils.collate import default_collate_fn_map
 
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.noise.randomness import shared as shared_randomness
-from clipless_dp.sampling import memory
-from clipless_dp.sampling.augmentation import (
-    EVERY,
-    random_states,
-    refuse_own_generators,
-    set_random_states,
-)
+from clipless_dp.sampling import memory, trained_on
+from clipless_dp.sampling.augmentation import EVERY, refuse_own_generators
+from clipless_dp.sampling.generators import random_states, set_random_states
+from clipless_dp.sampling.reach import reachable
 
 _CPU = torch.device("cpu")
 
@@ -53,8 +50,9 @@ class RowByRow:
     same random numbers: what differs has been remembered elsewhere, or drawn from elsewhere. Where much is within reach
     (a tokenizer's vocabulary in Python), it is compared in these batches only.
 
-    What a function makes when it is called first (a value in place of ``None``, a flag) may stay if it is the same
-    whichever sample comes first: copies of the function that were never called are called on samples of the first
+    What a function makes when it is called first (a value in place of ``None``, a flag that is set, contents of an
+    empty mapping) may stay if a second call leaves it as it is, and it is the same whichever sample comes first: copies
+    of the function that were never called are called on samples of the first
     batch, and on one in each later one that is looked at, and must become what the first sample made of them, and
     return the same row, to the bit.
 
@@ -97,9 +95,13 @@ class RowByRow:
         after = memory.State(called)
         self._made_once = its_own.changes(after) if after != its_own else []
         if self._made_once:
-            if own is None or not memory.is_made_once(self._made_once):
+            with torch.random.fork_rng([]):
+                self._alone(first, collate=called)
+            # What moves again moves forth and back.
+            again = memory.State(called) != after
+            if own is None or again or not memory.is_made_once(self._made_once):
                 raise self._remembers(self._made_once)
-            self._fresh, self._made_state = memory.pristine(collate), after
+            self._fresh, self._made_state = memory.pristine(collate), memory.State(called, by_content=True)
 
     def __call__(self, samples: Sequence[Any]) -> Any:
         """A batch of samples, in their order.
@@ -131,6 +133,15 @@ class RowByRow:
                 )
             self._looked = True
         return batch
+
+    def refuse_data(self, dataset: Any) -> None:
+        """Refuses a function that reaches data which is trained on, but for a method of the data set itself.
+
+        Raises:
+            PrivacyError: it does.
+        """
+        if getattr(self.collate, "__self__", None) is not dataset:
+            trained_on.refuse(self.collate, "collate", (value for value, *_ in reachable(self.collate)))
 
     def _rows(self, samples: Sequence[Any], chosen: int) -> tuple[list[Any], Any]:
         """Batches of one sample each, and the states of the generators ahead of the chosen one."""

@@ -6,9 +6,10 @@ import copy
 import ctypes
 import hashlib
 import io
+import mmap
 import random
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import FunctionType
 from typing import Any
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from clipless_dp.errors import PrivacyError
-from clipless_dp.sampling import fingerprints
+from clipless_dp.sampling import caches, fingerprints
+from clipless_dp.sampling.generators import left_alone
 from clipless_dp.sampling.reach import ATOMS, CONTAINERS, GLOBAL_GENERATORS, Label, package, reachable
 
 _READ_ONLY = 1 << 24
@@ -34,10 +36,16 @@ _PER_OBJECT = 32
 """What a part and an object count for in the size of a state, in bytes of what is written in Python."""
 
 _ABSENT = "absent"
+_OF_NONE = " of 0"
+"""What was not there, and how words for an empty container end (:func:`_shown`)."""
 
 Entry = tuple[int, Label, Any]
 """The entry of what something is a part of, -1 of the root; how it is called there; and what it is told apart by: its
 type and content, or, of what was met before, the number of its entry."""
+
+
+_MADE_AGAIN = 8
+"""Results that are new in a cache of which so many are made again, whichever: most are of functions of a value."""
 
 
 class State:
@@ -46,16 +54,22 @@ class State:
     Tensors on the processor are compared by :func:`clipless_dp.sampling.fingerprints.fingerprint` and by their
     versions, on other devices by their versions and places.
 
+    Two states are the same if nothing differs but which results a cache (``functools.lru_cache``) holds; some results
+    that are new in a later state are made again then, by the function that is cached, and must come out the same: a
+    list that is cached and filled, or what was made of a sample, does not.
+
     Args:
         root: the function.
+        by_content: whether tensors of other devices are read, so that those of several objects can be compared.
 
     Attributes:
         entries: in the order of :func:`clipless_dp.sampling.reach.reachable`.
         size: how many bytes were compared, those of arrays for less.
     """
 
-    def __init__(self, root: object) -> None:
+    def __init__(self, root: object, *, by_content: bool = False) -> None:
         self.entries: list[Entry] = []
+        self._caches: dict[int, tuple[Any, dict[int, Any]]] = {}
         size = 0
         numbers: dict[int, int] = {}
         for value, parent, label in reachable(root):
@@ -66,15 +80,20 @@ class State:
                 told = numbers[id(value)]
             else:
                 numbers[id(value)] = len(self.entries)
-                told = type(value).__qualname__, _content(value)
+                told = type(value).__qualname__, _content(value, by_content)
                 size += _PER_OBJECT
+                if isinstance(value, caches.CACHES):
+                    kept: dict[int, Any] = {caches.entry(key): key for key, _ in caches.results(value)}
+                    self._caches[len(self.entries)] = value, kept
                 if isinstance(value, (Tensor, np.ndarray)):
                     size += value.nbytes // _WEIGHT
             self.entries.append((parent, label, told))
         self.size = size
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, State) and self.entries == other.entries
+        if not isinstance(other, State):
+            return False
+        return self.entries == other.entries or not (self.changes(other) or other._made_otherwise(self))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -87,21 +106,61 @@ class State:
         found: dict[tuple[Label, ...], tuple[str, str]] = {}
         for way in [*before, *(way for way in after if way not in before)]:
             one, other = before.get(way, _ABSENT), after.get(way, _ABSENT)
-            if one != other and not any(way[:length] in found for length in range(len(way))):
+            if one == other or any(way[:length] in found for length in range(len(way))):
+                continue
+            result = next((place + 1 for place, label in enumerate(way) if isinstance(label, caches.Entry)), None)
+            if result is None or (way[:result] in before) == (way[:result] in after):
                 found[way] = _shown(one), _shown(other)
-        return [(_written(way), *both) for way, both in found.items()]
+        made = [(_written(way), "a result", "another one when made again") for way in self._made_otherwise(later)]
+        return [(_written(way), *both) for way, both in found.items()] + made
+
+    def _made_otherwise(self, later: State) -> list[tuple[Label, ...]]:
+        """The caches with a result that is new in a later state, and that their functions do not make now."""
+        if not later._caches:
+            return []
+        known = {id(cache): kept for cache, kept in self._caches.values()}
+        ways = later._ways()
+        return [
+            ways[place]
+            for place, (cache, kept) in later._caches.items()
+            if not _makes_again(cache, [key for label, key in kept.items() if label not in known.get(id(cache), {})])
+        ]
 
     def _by_way(self) -> dict[tuple[Label, ...], object]:
+        ways = self._ways()
+        tolds = (ways[told] if isinstance(told, int) else told for *_, told in self.entries)
+        return dict(zip(ways, tolds, strict=True))
+
+    def _ways(self) -> list[tuple[Label, ...]]:
+        """From the root to each entry."""
         ways: list[tuple[Label, ...]] = []
-        found: dict[tuple[Label, ...], object] = {}
-        for parent, label, told in self.entries:
+        found: set[tuple[Label, ...]] = set()
+        for parent, label, _ in self.entries:
             way = (*ways[parent], label) if parent >= 0 else ()
             while way in found:
                 # A name may stand for several things, a class's attribute and the object's own.
                 way = (*way[:-1], f"{way[-1]}") if isinstance(way[-1], int) else (*way[:-1], way[-1] + " ")
             ways.append(way)
-            found[way] = ways[told] if isinstance(told, int) else told
-        return found
+            found.add(way)
+        return ways
+
+
+def _makes_again(cache: Any, keys: Sequence[Any]) -> bool:
+    """Whether some results of a cache are what its function makes, called again."""
+    if not keys:
+        return True
+    held = {caches.entry(key): result for key, result in caches.results(cache)}
+    some = [key for key in random.SystemRandom().sample(keys, min(len(keys), _MADE_AGAIN)) if caches.entry(key) in held]
+    try:
+        with left_alone():
+            for key in some:
+                given, named = caches.arguments(cache, key)
+                made = State(cache.__wrapped__(*given, **named), by_content=True)
+                if made.entries != State(held[caches.entry(key)], by_content=True).entries:
+                    return False
+    except Exception:
+        return False
+    return True
 
 
 Change = tuple[str, str, str]
@@ -109,9 +168,11 @@ Change = tuple[str, str, str]
 
 
 def is_made_once(changes: Sequence[Change]) -> bool:
-    """Whether what has moved is what some functions make when they are called first: values in place of none, flags."""
-    flags = {"True", "False"}
-    return all(was in (_ABSENT, "None") or {was, is_} == flags for _, was, is_ in changes)
+    """Whether what has moved is what some functions make when they are called first: values in place of none, flags
+    that are set, contents of what was empty."""
+    return all(
+        was in (_ABSENT, "None") or (was, is_) == ("False", "True") or was.endswith(_OF_NONE) for _, was, is_ in changes
+    )
 
 
 def told(name: str, changes: Sequence[Change]) -> str:
@@ -157,7 +218,7 @@ def state_of_copy(
     returned = call(own)
     after = State(own)
     same = State(function) == before and its_own.changes(after) == [*changes]
-    return (after, returned) if same else None
+    return (State(own, by_content=True), returned) if same else None
 
 
 _refused: Any = WeakIdKeyDictionary()
@@ -183,10 +244,10 @@ def refuse_refused(function: Any, name: str) -> None:
         )
 
 
-def own_generators(root: object) -> Iterator[object]:
-    """Generators of random numbers that are reachable, other than the global ones of torch, numpy and Python."""
+def own_generators(reached: Iterable[object]) -> Iterator[object]:
+    """Generators of random numbers among what is reached, other than the global ones of torch, numpy and Python."""
     kinds = (torch.Generator, np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random)
-    for value, *_ in reachable(root):
+    for value in reached:
         if isinstance(value, kinds) and not any(value is one for one in GLOBAL_GENERATORS):
             yield value
 
@@ -227,11 +288,12 @@ def _places(value: Any) -> Iterator[int]:
                 yield from _places(part)
 
 
-def _content(value: Any) -> object:
+def _content(value: Any, by_content: bool) -> object:
     """What tells an object from what it was before, beside its parts."""
     if isinstance(value, Tensor):
         version = None if value.is_inference() else value._version
-        print_ = fingerprints.fingerprint(value)
+        ashore = by_content and value.device.type not in ("cpu", "meta")
+        print_ = fingerprints.fingerprint(value.cpu() if ashore else value)
         place = value.data_ptr() if print_ is None and value.layout is torch.strided else None
         return tuple(value.shape), value.dtype, version, place, print_
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
@@ -257,6 +319,8 @@ def _asked(value: Any) -> object:
     try:
         if isinstance(value, (io.StringIO, io.BytesIO)):
             return value.tell(), hashlib.blake2b(repr(value.getvalue()).encode(), digest_size=16).digest()
+        if isinstance(value, mmap.mmap):
+            return value.tell(), None if len(value) > _READ_ONLY else hashlib.blake2b(value, digest_size=16).digest()
         if isinstance(value, (ctypes.Array, ctypes.Structure, ctypes.Union, ctypes._SimpleCData, memoryview)):
             return hashlib.blake2b(bytes(value), digest_size=16).digest()
         if isinstance(value, sqlite3.Connection):

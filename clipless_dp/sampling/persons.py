@@ -23,7 +23,9 @@ from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
+from clipless_dp.packing import LABELS
 from clipless_dp.sampling import memory
+from clipless_dp.sampling.windows import overlapping, rows_overlap
 
 Indices = npt.NDArray[np.int64]
 Rows = range | Indices
@@ -36,6 +38,9 @@ ROWS, READS = 4096, 32
 
 AT_ONCE = 4
 """Samples that are held at once to see whether a data set reads into memory that it uses again."""
+
+_LISTED = 1 << 16
+"""Samples of a list that are held against each other."""
 
 _CHUNK = 1 << 26
 
@@ -54,7 +59,8 @@ def refuse_repeats(dataset: Any) -> None:
     ``Subset`` (``random_split`` too), ``ConcatDataset`` and ``StackDataset``, nested in each other, are followed to
     what they choose from, the last by its first part; there a row is known by its number, in tensors by its place in
     memory, and in a list of samples by the sample, or by the memory of its inputs together with its target. Tensors
-    are looked at by their inputs: targets may be shared.
+    are looked at by their inputs: targets may be shared. Inputs of listed samples must not overlap in memory; those
+    that other data sets return are looked at where they are read (:class:`Beside`).
 
     Args:
         dataset: a map-style data set, or a pair of tensors, inputs first.
@@ -66,10 +72,10 @@ def refuse_repeats(dataset: Any) -> None:
         dataset = TensorDataset(dataset[0])
     pieces = list(_pieces(dataset, range(len(dataset)), range(len(dataset)), by_memory=True))
     if any(rows_overlap(tensor) for tensor in {id(inputs): inputs for inputs in _inputs(dataset)}.values()):
-        raise PrivacyError(
-            "rows of the inputs lie on one another in memory (an expanded tensor, windows that overlap), so that what "
-            f"is one person's enters a batch more than once: {_INSTEAD}"
-        )
+        raise _overlapping("rows of the inputs")
+    listed = range(min(len(dataset), _LISTED)) if _is_listed(dataset) else ()
+    if (pair := overlapping([_arrays(dataset[index]) for index in listed])) is not None:
+        raise _overlapping(f"samples {pair[0]} and {pair[1]}")
     for owner in {piece.owner for piece in pieces}:
         own = [piece for piece in pieces if piece.owner == owner]
         if len(own) == 1 and isinstance(own[0].place, range):
@@ -86,6 +92,42 @@ def refuse_repeats(dataset: Any) -> None:
                 "repeated (a Subset with an index twice, as sampling with replacement gives; a data set twice in a "
                 f"ConcatDataset), so that a person would enter a batch more than once: {_INSTEAD}"
             )
+
+
+def _overlapping(which: str) -> PrivacyError:
+    return PrivacyError(
+        f"{which} lie on one another in memory (an expanded tensor, windows that overlap), so that what is one "
+        f"person's enters a batch more than once: {_INSTEAD}"
+    )
+
+
+def refuse_repeated_columns(columns: Sequence[Any], targets: Any) -> None:
+    """The same of lists of tensors or arrays, one for each input, of which each sample has an entry.
+
+    Args:
+        columns: of the inputs, those that are tensors, too.
+        targets: one for each sample.
+
+    Raises:
+        PrivacyError: a sample's inputs lie where those of another lie, with one target, or overlap with them.
+    """
+    if any(isinstance(part, (list, tuple)) and part and isinstance(part[0], (Tensor, np.ndarray)) for part in columns):
+        inputs = columns[0] if len(columns) == 1 else [*zip(*columns, strict=True)]
+        refuse_repeats([*zip(inputs, targets, strict=True)])
+
+
+def refuse_same(samples: Sequence[Any]) -> None:
+    """Refuses samples that a data set returned for several indices if one is there more than once.
+
+    Raises:
+        PrivacyError: it is.
+    """
+    marks = [_mark(sample) for sample in samples if _holds(sample)]
+    if len({*marks}) < len(marks):
+        raise PrivacyError(
+            "the data set returned one and the same sample for several indices, so that a person would enter a batch "
+            f"more than once: {_INSTEAD}"
+        )
 
 
 def refuse_repeated_rows(inputs: Sequence[Tensor]) -> None:
@@ -112,8 +154,10 @@ def refuse_reused_memory(dataset: Any) -> None:
 
     Raises:
         ConfigurationError: they changed.
+        PrivacyError: they lie on one another, and did not change.
     """
     several = getattr(dataset, "__getitems__", None)
+    beside = Beside()
     kept: list[tuple[Any, memory.State]] = []
     for index in range(min(len(dataset), AT_ONCE)):
         try:
@@ -126,31 +170,8 @@ def refuse_reused_memory(dataset: Any) -> None:
                 "a batch would become the last one: let it return new tensors, as by .clone()"
             )
         kept.append((sample, memory.State(tree_leaves(sample))))
-
-
-def rows_overlap(values: Tensor) -> bool:
-    """Whether a row of a tensor shares memory with another one."""
-    if values.layout != torch.strided or len(values) < 2 or values.numel() == 0:
-        return False
-    step = values.stride(0)
-    if step == 0:
-        return True
-    inner = [(stride, size) for stride, size in zip(values.stride()[1:], values.shape[1:], strict=True) if stride]
-    reach = 0
-    for stride, size in sorted([(step, len(values)), *inner]):
-        if size > 1 and stride <= reach:
-            break
-        reach += stride * (size - 1)
-    else:
-        return False
-    places = np.zeros(1, dtype=np.int64)
-    for stride, size in inner:
-        places = np.unique(places[:, None] + stride * np.arange(size))
-    # Two places whose distance is k steps are one and the same in two rows that are k apart. Of all pairs with one
-    # remainder the nearest are neighbours.
-    order = np.lexsort((places, places % step))
-    same = np.diff((places % step)[order]) == 0
-    return bool((np.diff(places[order])[same] < step * len(values)).any())
+        beside.add(sample if several is None else sample[0])
+    beside.refuse_overlap()
 
 
 def _inputs(dataset: Any) -> Iterator[Tensor]:
@@ -163,6 +184,49 @@ def _inputs(dataset: Any) -> Iterator[Tensor]:
     elif isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
             yield from _inputs(part)
+
+
+class Beside:
+    """The first samples that a data set returns, held at once to see whether they lie on one another."""
+
+    def __init__(self) -> None:
+        self._samples: list[Any] = []
+        self._first: memory.State | None = None
+
+    def add(self, sample: Any) -> None:
+        """Holds a sample, if few are."""
+        if len(self._samples) < AT_ONCE:
+            self._samples.append(sample)
+            self._first = self._first or memory.State(_arrays(sample))
+
+    def refuse_overlap(self) -> None:
+        """Refuses windows of what the data set holds.
+
+        Raises:
+            PrivacyError: two samples overlap, and reading the second has left the first one as it was: what is read
+                into memory that is used again lies on nothing.
+        """
+        pair = overlapping([*map(_arrays, self._samples)])
+        if pair is not None and memory.State(_arrays(self._samples[0])) == self._first:
+            raise _overlapping(f"samples {pair[0]} and {pair[1]} of those that were read")
+
+
+def _is_listed(dataset: Any) -> bool:
+    """Whether samples lie in a list, and nothing is read."""
+    if isinstance(dataset, Subset):
+        return _is_listed(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        return all(map(_is_listed, dataset.datasets))
+    return getattr(type(dataset), "__getitem__", None) in (list.__getitem__, tuple.__getitem__)
+
+
+def _arrays(sample: Any) -> list[Any]:
+    """Tensors and arrays of a sample's inputs."""
+    if isinstance(sample, (tuple, list)) and len(sample) == 2:
+        sample = sample[0]
+    if isinstance(sample, Mapping):
+        sample = [part for name, part in sample.items() if name not in LABELS]
+    return [part for part in tree_leaves(sample) if isinstance(part, (Tensor, np.ndarray))]
 
 
 def _first_of(dataset: StackDataset[Any]) -> Any:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextvars
 import dis
 import functools
+import gc
+import importlib.util
 import os
 import random
 import sys
@@ -12,11 +14,14 @@ import warnings
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
-from types import CellType, CodeType, FunctionType, GeneratorType, ModuleType
+from types import CellType, CodeType, FrameType, FunctionType, GeneratorType, ModuleType, TracebackType
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+
+from clipless_dp.sampling import caches
 
 Label = str | int
 """How a part is called in what it is a part of: an attribute's or a variable's name; a place in a container."""
@@ -64,23 +69,63 @@ def reachable(root: object) -> Iterator[Reached]:
     """Everything that a function or an object can reach, once for each way to it; an object's parts once.
 
     Of functions: contents of closures, defaults, attributes, and the globals that their code names, in functions that
-    these call and in modules, too; of objects: attributes, contents, and the attributes and methods of their classes
-    and of the classes of these; of context variables what they hold. Code of libraries is not read, though what objects
-    of theirs hold is looked at. What C extensions, files and other processes hold is not seen, but for what
-    :mod:`clipless_dp.sampling.memory` asks some types.
+    these call and in modules, too; of modules, wherever they are met, what any of this code names; of objects:
+    attributes, contents, and the attributes and methods of their classes and of the classes of these; of tensors their
+    gradients; of context variables what they hold; of cached functions their results, last of all. Code of libraries is
+    not read, though what objects of theirs hold is looked at. What C extensions, files and other processes hold is not
+    seen, but for what :mod:`clipless_dp.sampling.memory` asks some types.
     """
     # Parts are kept, since another object could get the identity of one that is gone.
     known: dict[int, object] = {}
     waiting: list[Reached] = [(root, -1, "")]
+    last = _Last()
     place = -1
-    while waiting:
+    while waiting or (waiting := last.opened()):
         reached = waiting.pop()
         place += 1
         yield reached
         value = reached[0]
         if type(value) not in ATOMS and id(value) not in known:
             known[id(value)] = value
+            last.note(value, place)
             waiting.extend([(part, place, label) for label, part in reversed(_parts(value))])
+
+
+class _Last:
+    """What is opened when all else was looked at: modules, by the names that all code says, and then caches.
+
+    A result that is new in a cache so moves nothing that was there before it.
+    """
+
+    def __init__(self) -> None:
+        self._named: dict[str, None] = {}
+        self._modules: list[tuple[int, ModuleType, set[str]]] = []
+        self._caches: list[tuple[int, Any]] = []
+
+    def note(self, value: object, place: int) -> None:
+        """Notes what was met, and the names that its code says."""
+        if isinstance(value, FunctionType) and package(value.__globals__.get("__name__")) not in _LIBRARIES:
+            self._named |= dict.fromkeys(_names(value.__code__)[1])
+        elif isinstance(value, ModuleType) and package(value.__name__) not in _LIBRARIES:
+            self._modules.append((place, value, set()))
+        elif isinstance(value, caches.CACHES):
+            self._caches.append((place, value))
+
+    def opened(self) -> list[Reached]:
+        """What was not looked at yet, in reverse order."""
+        found: list[Reached] = []
+        for place, module, done in self._modules:
+            held = vars(module)
+            new = [name for name in self._named if name in held and name not in done]
+            done.update(new)
+            found += [(held[name], place, name) for name in new]
+        if not found:
+            for place, cache in self._caches:
+                found += [(result, place, caches.entry(key)) for key, result in caches.results(cache)]
+                if _OF_CACHES & self._named.keys():
+                    found.append((tuple(cache.cache_info()), place, "cache_info"))
+            self._caches.clear()
+        return found[::-1]
 
 
 Part = tuple[Label, object]
@@ -88,7 +133,7 @@ Part = tuple[Label, object]
 
 def _parts(value: Any) -> list[Part]:
     kind = type(value)
-    if isinstance(value, (ModuleType, CodeType)) or package(kind.__module__) in _APART:
+    if isinstance(value, (ModuleType, CodeType, FrameType, TracebackType)) or package(kind.__module__) in _APART:
         return []
     if any(value is one for one in GLOBAL_GENERATORS):
         return []
@@ -124,10 +169,15 @@ def _parts(value: Any) -> list[Part]:
     if isinstance(value, GeneratorType) and value.gi_frame is not None:
         parts += [("place", value.gi_frame.f_lasti), ("locals", dict(value.gi_frame.f_locals))]
     parts += [("state", state) for state in _state_of_generator(value)]
-    attributes = _attributes(value)
-    parts += attributes
-    if not parts and kind.__module__ in _TELL_THEIR_STATE and not callable(value):
-        parts += _numbered(_reduced(value))
+    if isinstance(value, Tensor) and (value.is_leaf or value.retains_grad) and value.grad is not None:
+        parts.append(("grad", value.grad))
+    parts += _attributes(value)
+    if not parts and not callable(value):
+        if kind.__module__ in _TELL_THEIR_STATE:
+            parts += _numbered(_reduced(value))
+        if not parts and package(kind.__module__) in sys.stdlib_module_names:
+            # Queues and views of mappings: what their garbage collection visits.
+            parts += _numbered(part for part in gc.get_referents(value) if part is not kind)
     return parts if package(kind.__module__) in _LIBRARIES else [*parts, ("__class__", kind)]
 
 
@@ -164,32 +214,42 @@ def _parts_of_function(function: FunctionType) -> list[Part]:
     if package(reach.get("__name__")) in _LIBRARIES:
         return parts
     loaded, named, imported = _names(function.__code__)
-    found: list[Part] = [(name, reach[name]) for name in loaded if name in reach]
-    found += [(name, sys.modules[name]) for name in imported if name in sys.modules]
-    for name, value in found:
-        if isinstance(value, ModuleType) and package(value.__name__) not in _LIBRARIES:
-            # What is written module.name, or imported from it.
-            parts += [(f"{name}.{inner}", vars(value)[inner]) for inner in named if inner in vars(value)]
+    parts += [(name, reach[name]) for name in loaded if name in reach]
     if _ENVIRONMENT & {*named}:
         parts.append(("os.environ", dict(os.environ)))
-    if _OF_CACHES & {*named}:
-        parts += [
-            (name, tuple(value.cache_info()))
-            for name, value in [*parts, *found]
-            if isinstance(value, functools._lru_cache_wrapper)
-        ]
-    return [*parts, *found]
+    within = reach.get("__package__") or ""
+    return [*parts, *(part for one in imported for part in _imported(one, within))]
+
+
+Import = tuple[str, int, tuple[str, ...]]
+"""The name of a module, of how many packages above, and what is taken from it."""
+
+
+def _imported(one: Import, within: str) -> list[Part]:
+    """Modules that are there already, of those that an import within a package may mean."""
+    name, level, taken = one
+    try:
+        whole = importlib.util.resolve_name("." * level + name, within) if level else name
+    except ImportError:
+        return []
+    steps = whole.split(".")
+    meant = [".".join(steps[: count + 1]) for count in range(len(steps))]
+    meant += [f"{whole}.{inner}" for inner in taken]
+    return [(module, sys.modules[module]) for module in meant if module in sys.modules]
 
 
 @functools.lru_cache(maxsize=1024)
-def _names(code: CodeType) -> tuple[list[str], list[str], list[str]]:
-    """Names that code loads as globals, all that it names, and modules that it imports; of functions within, too."""
+def _names(code: CodeType) -> tuple[list[str], list[str], list[Import]]:
+    """Names that code loads as globals, all that it names, and what it imports; of functions within, too."""
     loaded: dict[str, None] = {}
-    imported: dict[str, None] = {}
+    imported: dict[Import, None] = {}
     named = dict.fromkeys(code.co_names)
-    for instruction in dis.get_instructions(code):
+    instructions = [one for one in dis.get_instructions(code) if one.opname != "EXTENDED_ARG"]
+    for place, instruction in enumerate(instructions):
         if instruction.opname == "IMPORT_NAME":
-            imported[str(instruction.argval)] = None
+            # Level and names lie on the stack before it.
+            level, taken = (one.argval for one in instructions[place - 2 : place])
+            imported[str(instruction.argval), level, tuple(taken or ())] = None
         elif instruction.opname.endswith(("_GLOBAL", "_NAME")):
             loaded[str(instruction.argval)] = None
     for constant in code.co_consts:
@@ -205,11 +265,8 @@ def _parts_of_class(kind: type) -> list[Part]:
     if package(kind.__module__) in _LIBRARIES:
         return []
     own = [(name, part) for name, part in vars(kind).items() if isinstance(part, FunctionType) or name[:2] != "__"]
-    asked = {inner for _, part in own for inner in (_names(part.__code__)[1] if isinstance(part, FunctionType) else ())}
-    caches = [(name, part) for name, part in own if isinstance(part, functools._lru_cache_wrapper)]
-    told = [(name, tuple(part.cache_info())) for name, part in caches] if _OF_CACHES & asked else []
     bases = [("", base) for base in kind.__bases__]
-    return [*own, *told, *bases, *([] if type(kind) is type else [("__class__", type(kind))])]
+    return [*own, *bases, *([] if type(kind) is type else [("__class__", type(kind))])]
 
 
 def _attributes(value: Any) -> list[Part]:

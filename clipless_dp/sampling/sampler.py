@@ -17,7 +17,7 @@ from clipless_dp.arguments import share, whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.noise import derived_seed
-from clipless_dp.sampling import collation, loaders, persons
+from clipless_dp.sampling import collation, loaders, persons, trained_on
 from clipless_dp.sampling.people import (
     ROWS_PER_GROUP,
     Chosen,
@@ -199,7 +199,7 @@ def poisson_collate(
         ConfigurationError: ``collate`` returns other things than tensors of one row for each sample, or draws from a
             generator of its own; or the data set reads samples into memory of others.
         PrivacyError: a sample is there more than once, see :func:`clipless_dp.sampling.persons.refuse_repeats`; or
-            ``collate`` remembers something of a sample.
+            ``collate`` remembers something of a sample, or reaches the data; a method of the data set may.
         RankError: the data of the ranks differs.
     """
     if collation.sees_single_rows(collate):
@@ -219,6 +219,9 @@ def poisson_collate(
         persons.refuse_reused_memory(dataset)
         tensors = dataset.tensors if isinstance(dataset, TensorDataset) else None
         persons.require_alike(dataset, tensors, lambda index: list(_leaves(dataset[index])))
+        trained_on.note(dataset)
+        if isinstance(collate, collation.RowByRow):
+            collate.refuse_data(dataset)
     return _Collate(empty, collate, by_memory=_is_made_of_tensors(dataset))
 
 
@@ -275,6 +278,8 @@ class _Collate:
                 "a batch holds a sample more than once: the indices of a Poisson draw were repeated on their way, by a "
                 "sampler around it say. Hand them to the DataLoader as they are, as batch_sampler"
             )
+        if fetch is not None and not whole:
+            persons.refuse_same(fetch.samples)
         if whole:
             # The data set was asked for a draw at once.
             samples = default_convert(samples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
-from clipless_dp.sampling import memory, persons
+from clipless_dp.sampling import memory, persons, trained_on
 from clipless_dp.sampling.loaders import may_reorder, refuse_other_count
 from clipless_dp.sampling.people import Classes, People, spans_of
 
@@ -173,9 +174,11 @@ class Samples:
             if samples.tensors is None:
                 persons.refuse_repeats(samples._dataset)
             else:
+                persons.refuse_repeated_columns(*samples._columns())
                 persons.refuse_repeated_rows(samples.tensors[:-1])
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
             samples._checked = True
+            trained_on.note(samples._dataset, samples.tensors or ())
         return samples
 
     @property
@@ -218,16 +221,32 @@ class Samples:
         at_once = getattr(self._dataset, "__getitems__", None) is not None
         # Copies, since a data set may read each sample into the memory of the one before.
         if not at_once or (in_order and may_reorder(self._dataset)):
-            samples = [memory.copied(self._dataset[index]) for index in indices]
+            samples = self._read_alone(indices)
         else:
             samples = self._fetched(indices)
             if memory.lie_together(samples):
                 samples = [memory.copied(sample) for index in indices for sample in self._fetched([index])]
+            elif self._checked:
+                beside = persons.Beside()
+                for sample in islice(samples, persons.AT_ONCE):
+                    beside.add(sample)
+                beside.refuse_overlap()
         try:
             inputs, targets = self._collated(samples)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise error if isinstance(error, CliplessError) else self._refused(error) from error
         return (self._packed(inputs) if self._structured else torch.as_tensor(inputs)), torch.as_tensor(targets)
+
+    def _read_alone(self, indices: Sequence[int]) -> list[Any]:
+        """Copies of samples, read one by one, the first of which are seen not to lie on one another."""
+        beside, samples = persons.Beside(), []
+        for index in indices:
+            sample = self._dataset[index]
+            beside.add(sample)
+            samples.append(memory.copied(sample))
+        if self._checked:
+            beside.refuse_overlap()
+        return samples
 
     def _fetched(self, indices: Sequence[int]) -> Any:
         """What the data set returns for several indices at once, one sample for each."""
@@ -295,6 +314,12 @@ class Samples:
                 listed = zip(names, counts, strict=False)
                 counted = ", ".join(f"{count} of the input {name!r}" for name, count in listed)
             raise ConfigurationError(f"{counted} and {counts[-1]} targets: need as many of each, and some")
+
+    def _columns(self) -> tuple[list[Any], Any]:
+        """Inputs and targets of a data set that is made of tensors, as they were given."""
+        inputs, targets = self._apart(self._dataset) if isinstance(self._dataset, Mapping) else self._dataset
+        columns = [*inputs.values()] if isinstance(inputs, Mapping) else [*inputs] if self._structured else [inputs]
+        return columns, targets
 
     def _apart(self, sample: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
         """The inputs in a mapping, and the targets among them."""

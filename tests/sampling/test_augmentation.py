@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from clipless_dp import (
     CliplessDPOptimizer,
@@ -373,7 +373,7 @@ class LazilyScaled(RowAugmentation):
 @pytest.fixture
 def looked_away(monkeypatch):
     """Augmentations may remember what they like, which tests use."""
-    monkeypatch.setattr(augmentation_module, "_keeping_nothing", lambda *_: nullcontext())
+    monkeypatch.setattr(augmentation_module._Look, "refuse_memory", lambda *_: None)
 
 
 def accumulated(augment) -> DPLipModel:
@@ -586,24 +586,126 @@ def test_an_augmentation_that_begins_to_remember_later_is_refused_then():
         views(augment, torch.full((1, 6), 2.0), mask)
 
 
-def test_what_reaches_much_is_compared_in_the_first_call_and_in_some():
-    table = {str(number): number for number in range(2000)}
-    looked = mock.Mock(side_effect=augmentation_module.memory.reachable)
+def _of_table(table: Any) -> Any:
+    return lambda sample: sample * table["1"]
 
-    def augment(sample):
-        return sample * table["1"]
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_what_reaches_much_is_walked_in_the_first_call_and_in_some(made_anew):
+    table = {str(number): number for number in range(2000)}
+    kept = _of_table(table)
+    looked = mock.Mock(side_effect=augmentation_module.reachable)
+    (batch,) = PoissonBatches(samples(40), sample_rate=1.0, steps=1)
+
+    def step() -> int:
+        optimizer = CliplessDPSGD(gated_model(), lr=1.0, **SETTINGS | {"sample_rate": 1.0})
+        optimizer.accumulate(batch, augment=_of_table(table) if made_anew else kept, multiplicity=2)
+        return looked.call_count
+
+    with (
+        mock.patch.object(augmentation_module, "_sizes", WeakIdKeyDictionary()),
+        mock.patch.object(augmentation_module, "reachable", looked),
+        mock.patch.object(augmentation_module.memory, "reachable", looked),
+    ):
+        with mock.patch.object(augmentation_module.secrets, "randbelow", return_value=1):
+            first, *others = (step() for _ in range(3))
+        assert first > 2
+        assert others == [first, first]
+        with mock.patch.object(augmentation_module.secrets, "randbelow", return_value=0):
+            assert step() > first
+
+
+def test_a_decorated_function_is_not_known_by_the_code_of_its_decorator():
+    table = {str(number): number for number in range(2000)}
+    kept: list[Tensor] = []
+
+    def decorated(function):
+        return lambda sample: function(sample)
 
     mask = torch.ones(1, dtype=torch.bool)
-    with mock.patch.object(augmentation_module.memory, "reachable", looked):
-        with mock.patch.object(augmentation_module.secrets, "randbelow", return_value=1):
-            counts = []
-            for _ in range(3):
-                views(augment, torch.zeros(1, 6), mask)
-                counts.append(looked.call_count)
-        with mock.patch.object(augmentation_module.secrets, "randbelow", return_value=0):
-            views(augment, torch.zeros(1, 6), mask)
-    assert counts == [2, 2, 2]
-    assert looked.call_count == 4
+    with (
+        mock.patch.object(augmentation_module, "_sizes", WeakIdKeyDictionary()),
+        mock.patch.object(augmentation_module.secrets, "randbelow", return_value=1),
+    ):
+        views(decorated(_of_table(table)), torch.zeros(1, 6), mask)
+        with pytest.raises(PrivacyError, match=r"kept: list of 0 → list of 1"):
+            views(decorated(lambda sample: (kept.append(sample), sample)[1]), torch.zeros(1, 6), mask)
+
+
+class Toggle:
+    """Two states, of which an even number of views leaves the first."""
+
+    flip = False
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        self.flip = not self.flip
+        return sample if self.flip else -sample
+
+
+class Turning(Toggle):
+    """Three states, the first of which is no value."""
+
+    turn: Any = None
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        self.turn = {None: 1, 1: 2, 2: None}[self.turn]
+        return sample * (self.turn or -1)
+
+
+class TurningBatches(RowAugmentation):
+    """Two states for whole batches."""
+
+    flip = False
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        self.flip = not self.flip
+        return inputs if self.flip else -inputs
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 6, 7])
+@pytest.mark.parametrize("kind", [Toggle, Turning, TurningBatches])
+def test_states_that_views_move_forth_and_back_are_refused_for_any_number_of_rows(kind, rows):
+    with pytest.raises(PrivacyError, match=r"\.(flip|turn): "):
+        views(kind(), samples(rows)[0], torch.ones(rows, dtype=torch.bool))
+
+
+def test_a_flag_that_few_samples_turn_shows_between_views():
+    class OnBright(Toggle):
+        def __call__(self, sample: Tensor) -> Tensor:
+            return super().__call__(sample) if bool(sample[0] > 1.0) else sample
+
+    inputs = torch.zeros(8, 6)
+    inputs[[3, 6]] = 2.0
+    with pytest.raises(PrivacyError, match=r"\.flip: absent → (True|False)"):
+        views(OnBright(), inputs, torch.ones(8, dtype=torch.bool))
+
+
+class ByShape:
+    """Makes a constant for each shape, when it comes first."""
+
+    def __init__(self) -> None:
+        self.cache: dict[Any, Tensor] = {}
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        if sample.shape not in self.cache:
+            self.cache[sample.shape] = torch.linspace(0.0, 1.0, len(sample))
+        return sample * self.cache[sample.shape]
+
+
+class ByValue(ByShape):
+    """Keeps something of each sample."""
+
+    def __call__(self, sample: Tensor) -> Tensor:
+        return sample * self.cache.setdefault(sample.shape, sample)
+
+
+def test_a_mapping_that_any_first_sample_fills_alike_is_accepted():
+    accumulated(ByShape())
+    augment = ByShape()
+    for rows in (0, 1, 5):
+        views(augment, samples(5)[0], torch.arange(5) < rows)
+    with pytest.raises(PrivacyError, match=r"ByValue\.cache: dict of 0 → dict of 1"):
+        accumulated(ByValue())
 
 
 def test_without_the_look_mixed_rows_would_be_accepted(monkeypatch):

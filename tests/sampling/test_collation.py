@@ -351,7 +351,7 @@ REMEMBERING: dict[str, Callable[[], Any]] = {
 def test_a_state_that_repetition_does_not_show_is_refused(name: str) -> None:
     GLOBAL.clear()
     with pytest.raises(PrivacyError, match="keeps a state that changed"):
-        poisson_collate(samples(), REMEMBERING[name]())
+        poisson_collate(data := samples(), REMEMBERING[name]())(data)
 
 
 def _rows_of(number: Callable[[int], int]) -> Any:
@@ -547,7 +547,7 @@ class OfArchive:
         return _rows_of(lambda label: int(cast(Any, self.archive).read(str(label))))(rows)
 
 
-@pytest.mark.parametrize("name", ["vocabulary", "property", "flag", "archive", "partial"])
+@pytest.mark.parametrize("name", ["vocabulary", "property", "flag", "archive", "partial", "by shape"])
 def test_what_a_function_makes_in_its_first_call_may_stay_if_any_sample_makes_the_same(
     name: str, tmp_path: Any
 ) -> None:
@@ -560,10 +560,39 @@ def test_what_a_function_makes_in_its_first_call_may_stay_if_any_sample_makes_th
         "flag": WarnsOnce,
         "archive": lambda: OfArchive(tmp_path / "numbers.zip"),
         "partial": lambda: OfVocabulary().__call__,
+        "by shape": ByShape,
     }[name]()
     own = poisson_collate(data := samples(), collate)
     for _ in range(3):
         assert own(data)["labels"].tolist() == [5, 6, 7] * 3
+
+
+class ByShape(OfVocabulary):
+    """Makes a table for each number of fields, when it comes first."""
+
+    def __init__(self) -> None:
+        self.tables: dict[int, Any] = {}
+
+    def __call__(self, rows: list[Any]) -> Any:
+        size = len(rows[0])
+        if size not in self.tables:
+            self.tables[size] = torch.arange(size) + 5
+        return _rows_of(lambda label: int(self.tables[size][0]) + label)(rows)
+
+
+class Turning:
+    """Two states, of which an even number of calls leaves the first."""
+
+    flip = False
+
+    def __call__(self, rows: list[Any]) -> Any:
+        self.flip = not self.flip
+        return _rows_of(lambda label: label + self.flip)(rows)
+
+
+def test_states_that_calls_move_forth_and_back_are_refused_at_once() -> None:
+    with pytest.raises(PrivacyError, match=r"Turning\.flip: absent → True"):
+        poisson_collate(samples(), Turning())
 
 
 class OfFirst:

@@ -62,6 +62,30 @@ class Unmeasured(Dataset):  # type: ignore[type-arg]
         return torch.full((6,), float(index)), 0
 
 
+class Windows(Dataset):  # type: ignore[type-arg]
+    """Views of one series, a few steps apart; or its numbers in a buffer that is filled anew."""
+
+    def __init__(self, step: int, buffer: bool = False) -> None:
+        self.series, self.step = torch.randn(300), step
+        self.buffer = torch.zeros(9) if buffer else None
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        window = self.series[self.step * index : self.step * index + 6]
+        if self.buffer is None:
+            return window, 0
+        self.buffer.normal_()
+        return self.buffer[index % 3 : index % 3 + 6].copy_(window), 0
+
+
+def tiles(step: int) -> list[Any]:
+    """Cuts of one picture, as views."""
+    picture = torch.randn(3, 24, 24)
+    return [(picture[:, y : y + 6, x : x + 6], 0) for y in range(0, 18, step) for x in range(0, 18, step)]
+
+
 def split() -> list[Subset[Any]]:
     return random_split(Listed(samples(40)), [20, 20], generator=torch.Generator().manual_seed(0))
 
@@ -71,6 +95,7 @@ LISTED, OTHER = Listed(samples(40)), Listed(samples(40))
 TENSORS = TensorDataset(INPUTS, TARGETS)
 SPLIT = split()
 SAMPLES = [(row, 0) for row in INPUTS]
+WINDOWS = torch.randn(60)
 
 REPEATED: dict[str, Any] = {
     "a subset with an index twice": Subset(LISTED, [0, 1, 2, 1]),
@@ -105,6 +130,12 @@ REPEATED: dict[str, Any] = {
     "a stack by names": StackDataset(inputs=Subset(LISTED, [1, 1]), targets=TARGETS[:2]),
     "a stack of windows that overlap": StackDataset(torch.randn(45).unfold(0, 6, 1), TARGETS),
     "an index twice of a data set of unknown length": Subset(Unmeasured(), [4, 4]),
+    "a list of windows that overlap": [(WINDOWS[k : k + 6], k % 2) for k in range(0, 40, 4)],
+    "a list of arrays that overlap": [(WINDOWS.numpy()[k : k + 6], k % 2) for k in range(0, 40, 4)],
+    "a list of mappings of windows": [{"x": WINDOWS[k : k + 6], "labels": 0} for k in range(9)],
+    "a part of another sample": [(WINDOWS[:6], 0), (WINDOWS[20:26], 0), (WINDOWS[2:4], 1)],
+    "cuts of a picture that overlap": tiles(4),
+    "a subset of a list of windows": Subset([(WINDOWS[k : k + 6], 0) for k in range(40)], [0, 12, 8, 3]),  # type: ignore[arg-type]
     "a list with an index twice": Subset([(0.0, 1), (1.0, 0)], [1, 1]),  # type: ignore[arg-type]
 }
 
@@ -129,6 +160,11 @@ DISTINCT: dict[str, Any] = {
     "tuples of equal rows": [(row.clone(), 0) for row in (INPUTS[0], INPUTS[0])],
     "equal constants": [(0.0, 1), (0.0, 1)],
     "a list of samples": SAMPLES,
+    "a list of windows side by side": [(WINDOWS[k : k + 6], k % 2) for k in range(0, 40, 6)],
+    "a list of columns": [(column, 0) for column in INPUTS.t()],
+    "a list of cuts of a picture side by side": tiles(6),
+    "a subset of windows that are apart": Subset([(WINDOWS[k : k + 6], 0) for k in range(40)], [0, 6, 12, 30]),  # type: ignore[arg-type]
+    "an input that samples share": [({"x": row, "bias": WINDOWS}, 0) for row in INPUTS],
     "one row": (torch.randn(1, 6).expand(1, 6), TARGETS[:1]),
     "no row": Subset(LISTED, []),
 }
@@ -161,6 +197,61 @@ def test_whatever_draws_from_data_refuses_one_row_twice(name: str) -> None:
     if not isinstance(data, tuple):
         with pytest.raises(PrivacyError, match="one row, once"):
             poisson_collate(data)
+
+
+@pytest.mark.parametrize("data", [Windows(4), Subset(Windows(1), [30, 9, 7])], ids=["windows", "subset"])
+def test_views_that_a_data_set_cuts_of_one_series_are_refused_where_they_overlap(data: Any) -> None:
+    with pytest.raises(PrivacyError, match="of those that were read lie on one another"):
+        PoissonBatches(data, sample_rate=0.5, steps=1)
+    with pytest.raises(PrivacyError, match="of those that were read lie on one another"):
+        poisson_collate(data)
+
+
+def test_views_of_a_data_set_may_lie_side_by_side_and_in_a_buffer_that_is_filled_anew() -> None:
+    poisson_collate(Windows(6))
+    for data in (Windows(6), Windows(1, buffer=True)):
+        PoissonBatches(data, sample_rate=0.5, steps=1)
+
+
+ROWS = [row.clone() for row in INPUTS]
+COLUMNS: dict[str, tuple[Any, bool]] = {
+    "a list twice": ({"x": ROWS * 2, "labels": [0] * 80}, False),
+    "a list twice, and its targets": ({"x": ROWS * 2, "labels": [*TARGETS] * 2}, False),
+    "arrays twice": ({"x": [row.numpy() for row in ROWS] * 2, "labels": [0] * 80}, False),
+    "two lists twice": ({"x": ROWS * 2, "z": [row + 1 for row in ROWS] * 2, "labels": [0] * 80}, False),
+    "beside a pair": (({"x": ROWS * 2}, TARGETS.repeat(2)), False),
+    "windows": ({"x": [WINDOWS[k : k + 6] for k in range(40)], "labels": TARGETS}, False),
+    "once": ({"x": ROWS, "labels": [*TARGETS]}, True),
+    "a constant beside rows": ({"x": ROWS, "bias": [WINDOWS] * 40, "labels": TARGETS}, True),
+    "lists of numbers": ({"x": INPUTS.tolist(), "labels": TARGETS.tolist()}, True),
+    "a tensor": ({"x": INPUTS, "labels": [*TARGETS]}, True),
+}
+
+
+@pytest.mark.parametrize("name", COLUMNS)
+def test_columns_that_are_lists_hold_each_row_once(name: str) -> None:
+    data, passes = COLUMNS[name]
+    if passes:
+        PoissonBatches(data, sample_rate=0.5, steps=1)
+        return
+    with pytest.raises(PrivacyError, match=r"one and the same|lie on one another"):
+        PoissonBatches(data, sample_rate=0.5, steps=1)
+
+
+class AtOnce(Listed):
+    """Returns as many samples as it is asked for, the first of them in place of all."""
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[indices[0]]] * len(indices)
+
+
+def test_one_sample_that_is_returned_for_several_indices_is_refused() -> None:
+    data = AtOnce(samples(40))
+    sampler = PoissonBatchSampler(40, sample_rate=0.5, steps=1)
+    with pytest.raises(PrivacyError, match="one and the same sample for several indices"):
+        list(DataLoader(data, batch_sampler=sampler, collate_fn=poisson_collate(data)))
+    (batch,) = PoissonBatches(data, sample_rate=1.0, steps=1)
+    assert torch.equal(batch.inputs[batch.mask].sort(0).values, data.inputs.sort(0).values)
 
 
 def test_public_data_may_repeat_its_rows() -> None:
