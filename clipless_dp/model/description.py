@@ -63,7 +63,8 @@ def _agree(there: Any, here: Any) -> bool:
         return all(not differences(one, other) for one, other in zip(there, here, strict=True))
     # States of before objects were looked into hold the names of their types.
     typed = isinstance(here, dict) and isinstance(there, str) and here.get("type") == there
-    return bool(typed or there == here)
+    # A NaN is not what it equals.
+    return bool(typed or there == here or (isinstance(there, float) and there != there and repr(there) == repr(here)))
 
 
 def _of_layer(module: nn.Module) -> dict[str, Any]:

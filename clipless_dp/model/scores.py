@@ -134,6 +134,6 @@ def _counts(loss: Loss, output: Tensor, target: Tensor) -> Tensor | None:
 def _meeting(loss: Loss, name: str) -> InputError:
     return InputError(
         f"{name}() of {loss!r} returns another answer for a row alone than in its batch: rows meet in it, as in a "
-        "mean, a median, a count of classes or all() over the batch, so that one sample would move the answers of others. "
-        "Make each entry of its own row alone"
+        "mean, a median, a count of classes or all() over the batch, so that one sample would move the answers of "
+        "others. Make each entry of its own row alone"
     )

@@ -248,6 +248,12 @@ class Run:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
         self.optimizer.weights_were_loaded()
+        known = {str(line) for line in content["optimizer"]["clipless_dp"].get("bounds_taken", {}).get("changes", ())}
+        if changed := [line for line in self.optimizer.changed_bounds() if line not in known]:
+            raise CheckpointError(
+                f"{path} belongs to a run with other bounds at the same weights ({', '.join(changed)}): a layer or a "
+                "loss is set otherwise; choose another file"
+            )
         self.saved, self.saved_step = True, self.step
         # Of a ledger that was handed on, the file lacks what is not its own.
         self.saved_events = len(self.optimizer.accountant) if len(self.optimizer.accountant) == there else -1
