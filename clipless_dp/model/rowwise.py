@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from clipless_dp.losses import (
     described,
 )
 from clipless_dp.model import keeping
+from clipless_dp.model.description import integers_of, moved
 
 _PROVED: dict[type[Loss], object] = {
     kind: kind.per_sample
@@ -100,16 +101,22 @@ class RowLosses:
     Rows that do not count (padding, samples that are not finite) are not shown to the function: it gets a copy of
     another row in their place, whose loss is dropped.
 
+    Attributes:
+        counted: names of the loss's attributes that its first calls have counted on.
+
     Guarantee:
         A mapped loss depends on its own row alone, in each batch. One that is called on whole batches was so in those
         that were looked at, up to rounding.
     """
 
+    # Of pickles of former versions, too.
+    _size = 0
+    counted: Set[str] = frozenset()
+
     def __init__(self) -> None:
         self._loss: Loss | None = None
         self._mapped = False
         self._due = True
-        self._size = 0
 
     def __call__(
         self, loss: Loss, output: Tensor, target: Tensor, mask: Tensor | None = None, *, bound: float
@@ -191,6 +198,7 @@ class RowLosses:
             LossBoundError: it has parameters of its own that are trained.
         """
         known = output.device.type != "meta"
+        counts = integers_of(loss)
         if known:
             # On copies, so that nothing is left in a loss that is refused, where it can be copied.
             before = keeping.Before(loss)
@@ -203,7 +211,7 @@ class RowLosses:
             if known and bool(_differ(first, second, _sizes(output, bound)).any()):
                 raise _impure(loss)
             self._mapped = _cannot_be_mapped(loss, output, target, slowly=False) is None
-        self._loss, self._due = loss, True
+        self._loss, self._due, self.counted = loss, True, moved(counts, integers_of(loss))
 
     def _look(self, loss: Loss, output: Tensor, target: Tensor, usable: Tensor, losses: Tensor, bound: float) -> None:
         """Compares the batch with its rows alone, and with itself.

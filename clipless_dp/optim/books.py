@@ -16,7 +16,7 @@ from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.model.bounds_taken import different
-from clipless_dp.model.description import differences, settings_of
+from clipless_dp.model.description import differences, settings_of, without_counts
 from clipless_dp.noise import NoiseSource, source_name
 from clipless_dp.optim.charging import Witness
 from clipless_dp.sampling.people import Unit
@@ -257,7 +257,8 @@ class Books:
 
     def changed_settings(self) -> list[str]:
         """Which settings of the model differ between earlier steps and now, in words."""
-        return [*self._other_settings, *differences(self._settings, settings_of(self._model))]
+        found = [*self._other_settings, *differences(self._settings, settings_of(self._model))]
+        return without_counts(found, self._model.counted)
 
     def changed_bounds(self) -> list[str]:
         """Where the bounds are below those of earlier steps by more than weights explain, or of other parameters."""

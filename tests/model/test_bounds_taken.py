@@ -227,3 +227,58 @@ def test_what_is_not_a_number_is_no_other_setting_than_itself() -> None:
     assert not report(optimizer).findings
     assert not report(resumed(optimizer, made(math.nan))).findings
     assert report(resumed(optimizer, made(0.0))).findings
+
+
+class Counting(nn.Module):
+    """A layer that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+        self.calls, self.width = 0, 6
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.calls += 1
+        return inputs * self.weight
+
+
+@register_rule(Counting)
+def bounds_of_counting(module: Any, context: Any) -> LayerBounds:
+    norm = float(module.weight.detach().abs().max())
+    return LayerBounds(
+        output_norm=lambda: norm * context.input_norm,
+        lipschitz=lambda: norm,
+        gradients={"weight": lambda: context.input_norm},
+    )
+
+
+class CountingLoss(losses.TauCrossEntropy):
+    def __init__(self) -> None:
+        super().__init__(2.0)
+        self.calls, self.level = 0, 3
+
+    def per_sample(self, output: Tensor, target: Tensor) -> Tensor:
+        self.calls += 1
+        return super().per_sample(output, target)
+
+
+def counting() -> DPLipModel:
+    torch.manual_seed(0)
+    net = nn.Sequential(Counting(), nn.Linear(6, 3))
+    return DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=CountingLoss())
+
+
+def test_a_number_of_calls_is_no_setting_and_other_whole_numbers_are(tmp_path: Any) -> None:
+    optimizer = private(counting())
+    train(optimizer)
+    assert not optimizer.changed_settings()
+    after = resumed(optimizer, counting())
+    train(after, 1)
+    assert not after.changed_settings()
+    run: dict[str, Any] = {"epsilon": 4.0, "delta": 1e-3, "epochs": 1, "batch_size": 12, "lr": 0.1, "progress": False}
+    run |= {"checkpoint": tmp_path / "run.pt", "audit": False}
+    fit(counting(), samples(24), **run)
+    assert fit(counting(), samples(24), **run).steps == 2
+    for owner, name in ((optimizer.model.net.get_submodule("0"), "width"), (optimizer.model.loss_function, "level")):
+        setattr(owner, name, 9)
+    assert len(optimizer.changed_settings()) == 2
