@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +90,8 @@ class Scores:
         if self._mapped:
             # Not where control flow depends on numbers, or an operation has no rule.
             with suppress(Exception):
-                return cast(Tensor, torch.func.vmap(of_row)(output, target))
+                found: Tensor = torch.func.vmap(of_row)(output, target)
+                return found
         return torch.stack([of_row(row, label) for row, label in zip(output, target, strict=True)])
 
 
@@ -106,8 +107,11 @@ def _correct(loss: Loss, output: Tensor, target: Tensor) -> Tensor | None:
     if right is None:
         return None
     said = described(right)
-    fits = isinstance(right, Tensor) and right.shape == output.shape[:1]
-    if fits and (right.dtype == torch.bool or right.is_floating_point()):
+    if (
+        isinstance(right, Tensor)
+        and right.shape == output.shape[:1]
+        and (right.dtype == torch.bool or right.is_floating_point())
+    ):
         # Asked this way around, since a NaN is no share. Rows that are mapped over are looked at in the batch.
         if torch._C._functorch.is_batchedtensor(right) or bool(((right >= 0) & (right <= 1)).all()):
             return right
