@@ -116,9 +116,11 @@ def canaries(
         Steinke, Nasr and Jagielski 2023, "Privacy auditing with one (1) training run".
     """
     check_levels(delta, confidence)
-    if not isinstance(canaries, int) and len(canaries) not in (2, 3):
+    given = isinstance(canaries, (tuple, list)) and len(canaries) in (2, 3)
+    if not given and (isinstance(canaries, bool) or not isinstance(canaries, int)):
         raise ConfigurationError(
-            "canaries of your own are inputs, targets and, if people have several, ids of each row"
+            "canaries is a whole number, or a tuple: inputs, targets and, if people have several rows, ids of each "
+            f"row; got a {type(canaries).__name__}"
         )
     samples = Samples.of(dataset, model.packing)
     if samples.tensors is not None:

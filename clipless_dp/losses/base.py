@@ -47,7 +47,8 @@ class Loss(ABC):
         Returns:
             ``(B,)``: truth values, or numbers in [0, 1] where a prediction may be right in part. ``None``, the default,
             where the loss has no notion of it: no accuracy is reported then. The rows of samples that
-            :class:`clipless_dp.DPLipModel` drops are NaN: they are not right.
+            :class:`clipless_dp.DPLipModel` drops are NaN: they are not right. It is called on rows alone: an entry is a
+            function of its own row.
         """
         return None
 
@@ -58,7 +59,8 @@ class Loss(ABC):
             target: ``(B, ...)``, as the loss documents.
 
         Returns:
-            Truth values ``(B,)``. ``None``, the default: all do.
+            Truth values ``(B,)``, each of its own row. ``None``, the default: all do. No numbers: how many tokens of a
+            sample are right is a share, of :meth:`correct`, and a sample counts once.
         """
         return None
 

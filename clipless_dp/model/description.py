@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
@@ -58,12 +58,29 @@ def differences(there: Any, here: Any, place: str = "") -> list[str]:
     return [f"{place}: {there!r} there, {here!r} here"]
 
 
+def integers_of(value: object) -> dict[str, int]:
+    """An object's attributes that are whole numbers: what counts calls is among them, and is no setting."""
+    return {name: part for name, part in getattr(value, "__dict__", {}).items() if type(part) is int}
+
+
+def moved(before: Mapping[str, int], after: Mapping[str, int]) -> set[str]:
+    """Whole numbers that calls have changed."""
+    return {name for name, value in after.items() if before.get(name, value) != value}
+
+
+def without_counts(lines: list[str], counted: Iterable[str]) -> list[str]:
+    """Differences in words, less those of numbers that calls change, given where these are."""
+    known = {*counted}
+    return [line for line in lines if line.partition(": ")[0].removeprefix("model.") not in known]
+
+
 def _agree(there: Any, here: Any) -> bool:
     if isinstance(there, (tuple, list)) and isinstance(here, (tuple, list)) and len(there) == len(here):
         return all(not differences(one, other) for one, other in zip(there, here, strict=True))
     # States of before objects were looked into hold the names of their types.
     typed = isinstance(here, dict) and isinstance(there, str) and here.get("type") == there
-    return bool(typed or there == here)
+    # A NaN is not what it equals.
+    return bool(typed or there == here or (isinstance(there, float) and there != there and repr(there) == repr(here)))
 
 
 def _of_layer(module: nn.Module) -> dict[str, Any]:

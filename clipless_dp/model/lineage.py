@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary, ref
 
 from torch import Tensor, nn
 
+from clipless_dp.model.bounds_taken import BoundsTaken
 from clipless_dp.model.sums import Mark, Numbers, Sums, agree
 from clipless_dp.modules import parameters_of
 
@@ -132,10 +133,14 @@ class Lineage:
 
     Args:
         net: the network.
+
+    Attributes:
+        bounds: by which its steps were charged, whichever optimizer took them.
     """
 
     def __init__(self, net: nn.Module) -> None:
         self._net = ref(net)
+        self.bounds = BoundsTaken()
         self._runs: Mapping[str, int] = {}
         self._changed = 0
         # The parameters that a step left here, and what is known of them: others may take their places.
@@ -236,15 +241,17 @@ class Lineage:
     def _notice_loaded(self) -> None:
         """Notes the runs of a loaded state once the weights are those of it."""
         bits, runs = self._loaded
-        net = self._net()
-        if not (bits and runs) or net is None:
-            return
-        named = dict(net.named_parameters())
-        if named.keys() == bits.keys() and all(
-            agree(_sum(_trace_of(parameter), parameter), bits[name]) for name, parameter in named.items()
-        ):
+        if bits and runs and self.are(bits):
             self._loaded = {}, {}
             self.add_runs(runs)
+
+    def are(self, bits: Bits) -> bool:
+        """Whether the weights are those of which a state holds these sums."""
+        net = self._net()
+        named = {} if net is None else dict(net.named_parameters())
+        return named.keys() == bits.keys() and all(
+            agree(_sum(_trace_of(parameter), parameter), bits[name]) for name, parameter in named.items()
+        )
 
     def add_runs(self, runs: Mapping[str, int], *, frozen: bool = True) -> None:
         """Notes that these weights come from steps of runs, each from the past of all.
@@ -276,6 +283,7 @@ class Lineage:
         return {
             "runs": self.runs,
             "changed": self.changed,
+            "bounds": self.bounds.record(),
             "parameters": {
                 name: {
                     "runs": dict(trace.runs),
@@ -293,6 +301,9 @@ class Lineage:
         net = self._net()
         named = {} if net is None else dict(net.named_parameters())
         self._runs, self._changed = _joined([self._runs, record["runs"]]), max(self._changed, record["changed"])
+        if "bounds" in record:
+            # Pickles of former versions tell of none.
+            self.bounds.take(record["bounds"])
         for name, known in record["parameters"].items():
             if name in named and _known_of(named[name]) is None:
                 trace = _trace_of(named[name])

@@ -140,6 +140,9 @@ def rescaled(
     drawn = random_rows(traced, None, input_shape, _SAMPLES, torch.Generator().manual_seed(0)).to(device)
     rows = [scale * drawn for scale in _SCALES] if drawn.is_floating_point() else [drawn]
     expected = _outputs(net, rows, before)
+    broken = [name for name, value in before.items() if not bool(torch.isfinite(value).all())]
+    if broken:
+        raise ConfigurationError(f"{broken[0]!r} holds a NaN or an infinity: no rescaling keeps what it computes")
     # What each weight's rounding makes of the outputs, whose sums may cancel.
     rounded = _outputs(net, rows, _rounded(before, torch.finfo(dtype).eps))
     try:
@@ -265,7 +268,8 @@ def _shrink_(name: str, weight: Tensor, constraint: Constraint, operators: tuple
     if float((weight.double() * factor - before).norm()) > allowed * float(before.norm()):
         raise ConfigurationError(
             f"{constraint!r} changes directions of {name!r}, and not its scale alone, so that rescaling cannot keep "
-            "the function: use constraints.Spectral()"
+            "the function: use constraints.Spectral() on layers whose whole weight it scales, and leave tables of "
+            "embeddings, whose rows it scales one by one, unconstrained or rescale out"
         )
     return factor
 

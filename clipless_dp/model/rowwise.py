@@ -7,12 +7,9 @@ evaluated such that rows cannot meet where that is cheap, and held against that 
 
 from __future__ import annotations
 
-import copy
 import secrets
 import warnings
-from collections.abc import Callable
-from types import CellType, FunctionType
-from typing import Any
+from collections.abc import Callable, Set
 
 import torch
 from torch import Tensor
@@ -38,6 +35,8 @@ from clipless_dp.losses import (
     TokenCrossEntropy,
     described,
 )
+from clipless_dp.model import keeping
+from clipless_dp.model.description import integers_of, moved
 
 _PROVED: dict[type[Loss], object] = {
     kind: kind.per_sample
@@ -70,6 +69,9 @@ _SINGLE = 16
 _ROWS = 256
 """Rows that a look evaluates one by one, where the function cannot be mapped over rows: a hundredth of a second."""
 
+_LARGE = 1 << 13
+"""Bytes of what a loss reaches up to which each look asks what it has kept, and of larger ones in proportion fewer."""
+
 _RELATIVE, _ABSOLUTE = 1e-4, 1e-5
 """What a row alone may differ by from the same row in a batch, relative to itself and to the loss's bound.
 
@@ -93,15 +95,23 @@ class RowLosses:
     The first batch, and one in :data:`EVERY` of the later ones, is *looked at*: the function is called on the whole
     batch and on rows alone, and twice on the same. The operating system's entropy chooses the batches after the loss
     was computed, so that a function cannot know. Values or gradients that differ by more than rounding are refused.
+    What the function reaches is compared around calls of it as well: nothing of a batch may stay there, read or not.
     Looking waits for the device; nothing else here does.
 
     Rows that do not count (padding, samples that are not finite) are not shown to the function: it gets a copy of
     another row in their place, whose loss is dropped.
 
+    Attributes:
+        counted: names of the loss's attributes that its first calls have counted on.
+
     Guarantee:
         A mapped loss depends on its own row alone, in each batch. One that is called on whole batches was so in those
         that were looked at, up to rounding.
     """
+
+    # Of pickles of former versions, too.
+    _size = 0
+    counted: Set[str] = frozenset()
 
     def __init__(self) -> None:
         self._loss: Loss | None = None
@@ -183,13 +193,17 @@ class RowLosses:
         """Finds out how a loss that was not called before is to be called.
 
         Raises:
-            PrivacyError: it takes a state from what comes first, or gives two values for the same rows.
+            PrivacyError: it takes a state from what comes first, or gives two values for the same rows, or keeps
+                something of them.
             LossBoundError: it has parameters of its own that are trained.
         """
         known = output.device.type != "meta"
+        counts = integers_of(loss)
         if known:
-            # On copies, so that nothing is left in a loss that is refused.
+            # On copies, so that nothing is left in a loss that is refused, where it can be copied.
+            before = keeping.Before(loss)
             _refuse_beginning(loss, output, target, bound)
+            self._size = keeping.refuse_memory(loss, _together, output, target, before)
         with torch.enable_grad():
             refuse_trained(loss, _together(loss, output.clone(), target.detach().clone()))
         with torch.no_grad():
@@ -197,14 +211,16 @@ class RowLosses:
             if known and bool(_differ(first, second, _sizes(output, bound)).any()):
                 raise _impure(loss)
             self._mapped = _cannot_be_mapped(loss, output, target, slowly=False) is None
-        self._loss, self._due = loss, True
+        self._loss, self._due, self.counted = loss, True, moved(counts, integers_of(loss))
 
     def _look(self, loss: Loss, output: Tensor, target: Tensor, usable: Tensor, losses: Tensor, bound: float) -> None:
         """Compares the batch with its rows alone, and with itself.
 
         Raises:
-            PrivacyError: they differ.
+            PrivacyError: they differ, or something of them is kept.
         """
+        if self._size <= _LARGE or secrets.randbelow(self._size) < _LARGE:
+            self._size = keeping.refuse_memory(loss, _together, output, target)
         with torch.no_grad():
             first, second = (_together(loss, output.clone(), target.clone()) for _ in range(2))
         rows = usable.nonzero().flatten()
@@ -384,38 +400,6 @@ def refuse_trained(loss: Loss, values: Tensor) -> None:
         )
 
 
-def _copied(loss: Loss) -> Loss | None:
-    """A loss as it is before it has seen anything, with what its functions hold, if it can be copied."""
-    memo: dict[int, Any] = {}
-    try:
-        for value in list(vars(loss).values()):
-            if isinstance(value, FunctionType):
-                memo[id(value)] = _copied_function(value)
-        return copy.deepcopy(loss, memo)
-    except Exception:
-        return None
-
-
-def _copied_function(function: FunctionType) -> FunctionType:
-    """A function with copies of what it closes over, and of the lists, mappings and tensors that it finds globally."""
-    names, held = function.__code__.co_names, function.__globals__
-    kept = {name: held[name] for name in names if isinstance(held.get(name), (list, dict, set, Tensor))}
-    cells = tuple(CellType(_copied_value(cell.cell_contents)) for cell in function.__closure__ or ())
-    made = FunctionType(
-        function.__code__,
-        {**held, **copy.deepcopy(kept)},
-        function.__name__,
-        copy.deepcopy(function.__defaults__),
-        cells,
-    )
-    made.__kwdefaults__ = copy.deepcopy(function.__kwdefaults__)
-    return made
-
-
-def _copied_value(value: Any) -> Any:
-    return _copied_function(value) if isinstance(value, FunctionType) else copy.deepcopy(value)
-
-
 @torch.no_grad()
 def _refuse_beginning(loss: Loss, output: Tensor, target: Tensor, bound: float) -> None:
     """Refuses a loss that takes something from the first batch that comes: another one comes to a copy of it.
@@ -423,7 +407,7 @@ def _refuse_beginning(loss: Loss, output: Tensor, target: Tensor, bound: float) 
     Raises:
         PrivacyError: copies that saw other rows first give other values.
     """
-    copies = [_copied(loss) for _ in range(2)]
+    copies = [keeping.copied(loss) for _ in range(2)]
     if copies[0] is None or copies[1] is None:
         return
     label = target[:1].expand_as(target).clone()

@@ -25,7 +25,7 @@ from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
 from clipless_dp.losses import Loss
-from clipless_dp.model import checks, lineage, passes
+from clipless_dp.model import checks, description, lineage, passes
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
@@ -137,6 +137,7 @@ class DPLipModel(nn.Module):
 
     def _trace(self) -> None:
         device, dtype = parameter_device_and_dtype(self.net)
+        counts = {name: description.integers_of(part) for name, part in self.net.named_modules()}
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
         watch = Watch(self.net, traced, device, dtype)
         checks.refuse_norm(self._input_norm, traced, self._packing)
@@ -144,6 +145,11 @@ class DPLipModel(nn.Module):
         self._may_draw = may_draw(traced.module)
         set_apart_(traced.module, passes.is_witnessed, self.register.resting)
         self._traced: TracedNet = traced
+        self._counted = {
+            f"layers.{name}.{count}"
+            for name, part in self.net.named_modules()
+            for count in description.moved(counts.get(name, {}), description.integers_of(part))
+        }
         self.output_shape = traced.shapes[traced.output]
         self._cotangent_norm = checks.checked_bound(self.loss_function, self.output_shape)
         self._tracker = SensitivityTracker(
@@ -278,6 +284,11 @@ class DPLipModel(nn.Module):
     def expect_rows(self, count: float) -> None:
         """About so many rows will come in at once: a public number, by which the sizes of passes are chosen."""
         self._network.rows.expect(count)
+
+    @property
+    def counted(self) -> set[str]:
+        """Where calls of layers and of the loss have counted on, as a description names it: no settings."""
+        return {*self._counted, *(f"loss.{name}" for name in self.row_losses.counted)}
 
     def forget_factors(self) -> None:
         """What losses are multiplied by from now on may differ from what it was."""

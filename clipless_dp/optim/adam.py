@@ -55,14 +55,14 @@ class AdamBC(Optimizer):
         *,
         floor: float = 0.3,
     ) -> None:
-        first, second = betas
         defaults = {
             "lr": learning_rate("lr", lr),
-            "betas": (share("betas[0]", first, "[0, 1)"), share("betas[1]", second, "[0, 1)")),
-            "eps": positive("eps", eps),
-            "weight_decay": not_negative("weight_decay", weight_decay),
-            "floor": positive("floor", floor),
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "floor": floor,
         }
+        _refuse(defaults)
         self._deviations: dict[int, float] = {}
         super().__init__(params, defaults)
 
@@ -72,6 +72,35 @@ class AdamBC(Optimizer):
         Called by :meth:`clipless_dp.CliplessDPOptimizer.step` before each step of this one.
         """
         self._deviations = dict(deviations)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with settings of their own.
+
+        Raises:
+            ConfigurationError: a setting is out of range, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        try:
+            _refuse(self.param_groups[-1])
+            if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
+                raise ConfigurationError("AdamBC is for real parameters: see torch.view_as_real")
+        except ConfigurationError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state of this class.
+
+        Raises:
+            ConfigurationError: it is that of another optimizer.
+        """
+        groups, states = state_dict.get("param_groups", ()), state_dict.get("state", {}).values()
+        if any("floor" not in group for group in groups) or any(one and "noise" not in one for one in states):
+            raise ConfigurationError(
+                "this is the state of another optimizer, as of torch.optim.Adam, which does not tell the noise in its "
+                "moments: begin with a new AdamBC, or go on with the optimizer that the state is of"
+            )
+        super().load_state_dict(state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -84,11 +113,16 @@ class AdamBC(Optimizer):
         """One update.
 
         Raises:
-            ConfigurationError: a closure is given: passes come before the noise.
+            ConfigurationError: a closure is given: passes come before the noise; or a group's setting is out of range,
+                or a gradient is sparse.
         """
         if closure is not None:
             raise ConfigurationError("AdamBC steps on gradients that are there, without a closure")
         deviations, self._deviations = self._deviations, {}
+        for group in self.param_groups:
+            _refuse(group)
+            if any(p.grad is not None and p.grad.layout is not torch.strided for p in group["params"]):
+                raise ConfigurationError("AdamBC takes no sparse gradients: leave out sparse=True")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -114,6 +148,18 @@ class AdamBC(Optimizer):
         parameter.addcdiv_(
             state["exp_avg"], squares.sqrt_().add_(group["eps"]), value=-rate / (1.0 - first ** state["step"])
         )
+
+
+def _refuse(group: Mapping[str, Any]) -> None:
+    """Refuses settings of a group that are out of range."""
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise ConfigurationError(f"betas must be two numbers, (β₁, β₂), got {betas!r}")
+    for place, beta in enumerate(betas):
+        share(f"betas[{place}]", beta, "[0, 1)")
+    positive("eps", group["eps"])
+    not_negative("weight_decay", group["weight_decay"])
+    positive("floor", group["floor"])
 
 
 def tell_noise(optimizer: Optimizer, deviations: Mapping[int, float]) -> None:

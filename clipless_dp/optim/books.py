@@ -12,9 +12,11 @@ from torch import nn
 
 from accounting import Accountant, Ledger, Provenance, new_run
 from accounting.errors import warn_caller
+from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.model import DPLipModel, lineage
-from clipless_dp.model.description import differences, settings_of
+from clipless_dp.model.bounds_taken import different
+from clipless_dp.model.description import differences, settings_of, without_counts
 from clipless_dp.noise import NoiseSource, source_name
 from clipless_dp.optim.charging import Witness
 from clipless_dp.sampling.people import Unit
@@ -64,6 +66,8 @@ class SavedBooks:
         uncounted_changes: before how many steps the weights were not those that the step before had left.
         settings: of the model; ``None`` if it does not tell.
         changed_settings: which were others in earlier steps.
+        bounds_taken: by which the steps were charged; empty if it does not tell.
+        bounds: of each parameter, at the weights of ``weights``; ``None`` if it does not tell.
     """
 
     steps_taken: int
@@ -76,6 +80,8 @@ class SavedBooks:
     uncounted_changes: int
     settings: dict[str, Any] | None
     changed_settings: list[str]
+    bounds_taken: dict[str, Any]
+    bounds: dict[str, float] | None
 
     @classmethod
     def read(cls, own: object, accountant: Accountant) -> SavedBooks:
@@ -92,7 +98,8 @@ class SavedBooks:
         try:
             steps_taken, ledger = int(own["steps_taken"]), accountant.ledger_of(own["accountant"])
             noise = {str(name) for name in own["noise"]}
-            weights, settings = own.get("weights"), own.get("settings")
+            weights, settings, bounds = own.get("weights"), own.get("settings"), own.get("bounds")
+            taken = own.get("bounds_taken", {})
             saved = cls(
                 steps_taken=steps_taken,
                 ledger=_attributed(ledger, own["counted"], noise) if own["format"] == 1 else ledger,
@@ -108,6 +115,11 @@ class SavedBooks:
                 uncounted_changes=int(own.get("uncounted_changes", 0)),
                 settings=settings if isinstance(settings, dict) else None,
                 changed_settings=list(map(str, own.get("changed_settings", ()))),
+                bounds_taken={
+                    "largest": {str(name): float(bound) for name, bound in taken.get("largest", {}).items()},
+                    "changes": list(map(str, taken.get("changes", ()))),
+                },
+                bounds=None if bounds is None else {str(name): float(bound) for name, bound in bounds.items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigurationError(f"the privacy ledger of this state is incomplete: {error!r}") from error
@@ -152,6 +164,7 @@ class Books:
         self._missing: set[str] = set()
         self._settings: dict[str, Any] = {}
         self._other_settings: list[str] = []
+        self._bounds_there: tuple[lineage.Bits, dict[str, float]] | None = None
         self._name = new_run()
         self.skipped: dict[str, int] = {}
 
@@ -215,9 +228,14 @@ class Books:
             unit="" if unit == "row" else unit,
         )
 
-    def note_step(self, named: Mapping[str, nn.Parameter], groups: Sequence[Mapping[str, Any]]) -> None:
-        """A step was recorded in the ledger, with these weights before it and the learning rates of these groups."""
+    def note_step(
+        self, named: Mapping[str, nn.Parameter], groups: Sequence[Mapping[str, Any]], sensitivity: Sensitivity
+    ) -> None:
+        """A step was recorded in the ledger, with these weights before it, these bounds, and rates of these groups."""
         self.run.taken += 1
+        self._hold_against_loaded(sensitivity)
+        self._bounds_there = None
+        self._lineage.bounds.note(sensitivity)
         known = self._lineage
         if self._inherited:
             self.join_weights()
@@ -239,7 +257,24 @@ class Books:
 
     def changed_settings(self) -> list[str]:
         """Which settings of the model differ between earlier steps and now, in words."""
-        return [*self._other_settings, *differences(self._settings, settings_of(self._model))]
+        found = [*self._other_settings, *differences(self._settings, settings_of(self._model))]
+        return without_counts(found, self._model.counted)
+
+    def changed_bounds(self) -> list[str]:
+        """Where the bounds are below those of earlier steps by more than weights explain, or of other parameters."""
+        here = self._model.sensitivity()
+        self._hold_against_loaded(here)
+        taken = self._lineage.bounds
+        return [*taken.changes, *(line for line in taken.below(here) if line not in taken.changes)]
+
+    def _hold_against_loaded(self, here: Sensitivity) -> None:
+        """Compares bounds with those that a loaded state had of the same weights, once these are here."""
+        if self._bounds_there is None or not self._lineage.are(self._bounds_there[0]):
+            return
+        _, there = self._bounds_there
+        self._bounds_there = None
+        changes = self._lineage.bounds.changes
+        changes += [line for line in different(there, here.per_parameter) if line not in changes]
 
     def state(self, accountant: Accountant, steps_taken: int, *, bits: bool) -> dict[str, Any]:
         """The part of an optimizer's state that :meth:`SavedBooks.read` reads.
@@ -247,16 +282,23 @@ class Books:
         Args:
             accountant: that is saved with it.
             steps_taken: by the optimizer.
-            bits: whether sums of the weights' bits are told.
+            bits: whether sums of the weights' bits are told, and bounds at them.
         """
+        known = self._lineage.bits() if bits else None
+        # First what they are held against: a state that was loaded is saved again with what that showed.
+        changed = self.changed_bounds() if known is not None else []
+        bounds = None if known is None else dict(self._model.sensitivity().per_parameter)
+        taken = self._lineage.bounds.record()
         return {
+            "bounds": bounds,
+            "bounds_taken": {**taken, "changes": list(dict.fromkeys([*taken["changes"], *changed]))},
             "format": STATE_FORMAT,
             "steps_taken": steps_taken,
             "accountant": accountant.state_dict(),
             "noise": list(self.noise_sources(accountant.ledger)),
             "randomness": list(self.randomness_sources()),
             "learning_rates": [[list(rates), count] for rates, count in self.learning_rates],
-            "weights": self._lineage.bits() if bits else None,
+            "weights": known,
             "uncounted_changes": self.uncounted_changes(),
             "skipped": dict(self.skipped),
             "settings": settings_of(self._model),
@@ -274,6 +316,9 @@ class Books:
         known = self._lineage
         known.expect(saved.weights, saved.ledger.runs)
         known.changed = max(known.changed, saved.uncounted_changes)
+        known.bounds.take(saved.bounds_taken)
+        if saved.weights is not None and saved.bounds is not None:
+            self._bounds_there = saved.weights, saved.bounds
         changed = list(saved.changed_settings)
         if saved.settings is not None:
             changed += differences(saved.settings, self._settings)

@@ -383,6 +383,14 @@ class CliplessDPOptimizer(Around):
         """Which settings of the model differ between earlier steps and now: caps, loss, layers, in words."""
         return self._books.changed_settings()
 
+    def changed_bounds(self) -> list[str]:
+        """Where the bounds shown now are below those of earlier steps, or of other parameters, in words.
+
+        By the numbers alone, so that no setting need be described: of a loaded state at the same weights, and from
+        step to step where weights do not explain it.
+        """
+        return self._books.changed_bounds()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
@@ -469,7 +477,7 @@ class CliplessDPOptimizer(Around):
             draws.use(charged.draw, self)
             if charged.draw.people is not None:
                 self._grouping = charged.draw.people.grouping
-        self._books.note_step(named, self.param_groups)
+        self._books.note_step(named, self.param_groups, sensitivity)
         self.noise.begin_step(self.steps_taken)
         self.steps_taken += 1
         register.forget()

@@ -106,6 +106,7 @@ def facts_of(
             "as_counted": optimizer.weights_are_counted(),
             "uncounted_changes": optimizer.uncounted_changes,
             "changed_settings": optimizer.changed_settings(),
+            "changed_bounds": optimizer.changed_bounds(),
         },
         "bounds": _bounds(optimizer),
         **({"adaptive_caps": _adaptive_caps(optimizer)} if optimizer.caps else {}),
@@ -292,6 +293,12 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
             + "; ".join(weights["changed_settings"])
             + "): "
             "each was charged by its own bounds, and the bounds shown here are the latest."
+        )
+    if weights["changed_bounds"]:
+        yield (
+            "Earlier steps had larger bounds than those shown here, which no change of the weights explains ("
+            + "; ".join(weights["changed_bounds"])
+            + "): each was charged by its own, of other layers, another loss, or parameters that were frozen since."
         )
     if optimizer.ledger_is_incomplete():
         yield (

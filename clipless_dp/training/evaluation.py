@@ -12,9 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clipless_dp.arguments import whole
-from clipless_dp.errors import InputError
-from clipless_dp.losses import Loss, described
 from clipless_dp.model import DPLipModel
+from clipless_dp.model.scores import Scores
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.sampling import Samples
 
@@ -40,18 +39,20 @@ def evaluate(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> tuple[
 
     Raises:
         ConfigurationError: the model is not wrapped, or ``batch_size`` is no positive number.
-        InputError: the data does not fit the model, or what ``correct`` returns does not fit the rows.
+        InputError: the data does not fit the model, or what ``correct`` or ``counts`` returns does not fit the rows, or
+            is another for a row alone.
+        PrivacyError: they keep something of rows.
     """
     correct, total_loss, counted = 0.0, 0.0, 0
     known = True
+    scores = Scores(model.loss_function, mapped=True)
     with closing(_outputs(model, dataset, batch_size)) as parts:
         for output, truth in parts:
             total_loss += float(model.loss(output, truth))
-            right = _right(model.loss_function, output, truth)
+            right, counts = scores.of(output, truth)
             known = known and right is not None
             correct += 0.0 if right is None else float(right.sum())
-            counts = model.loss_function.counts(truth)
-            counted += len(truth) if counts is None else int(counts.sum())
+            counted += int(counts.sum())
     if counted == 0:
         return None, math.nan
     return (correct / counted if known else None), total_loss / counted
@@ -62,7 +63,8 @@ def right_by_row(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> Te
     """How far the prediction of each row is right, each a function of its own row alone.
 
     Unlike an accuracy, which divides by how many rows ask for a prediction, a sum of these moves by at most 1 with a
-    row, and one that weighs a person's rows by one over their number by at most 1 with a person.
+    row, and one that weighs a person's rows by one over their number by at most 1 with a person: a user's own notion of
+    what is right is asked about rows alone (:class:`clipless_dp.model.scores.Scores`).
 
     Args:
         model: as for :func:`evaluate`.
@@ -77,13 +79,13 @@ def right_by_row(model: DPLipModel, dataset: Data, batch_size: int = 1024) -> Te
         As :func:`evaluate`.
     """
     found = []
+    scores = Scores(model.loss_function, mapped=False)
     with closing(_outputs(model, dataset, batch_size)) as parts:
         for output, truth in parts:
-            right = _right(model.loss_function, output, truth)
+            right, counts = scores.of(output, truth)
             if right is None:
                 return None
-            counts = model.loss_function.counts(truth)
-            found.append((right if counts is None else right * counts).cpu())
+            found.append((right * counts).cpu())
     return torch.cat(found)
 
 
@@ -100,21 +102,3 @@ def _outputs(model: DPLipModel, dataset: Data, batch_size: int) -> Generator[tup
             yield model(inputs.to(device)), targets.to(device)
     finally:
         model.train(training)
-
-
-def _right(loss: Loss, output: Tensor, truth: Tensor) -> Tensor | None:
-    """How far each prediction is right by the loss's own notion, ``(B,)`` in float64; ``None`` where it has none."""
-    right = loss.correct(output, truth)
-    if right is None:
-        return None
-    said = described(right)
-    fits = isinstance(right, Tensor) and right.shape == output.shape[:1]
-    if fits and (right.dtype == torch.bool or right.is_floating_point()):
-        # Asked this way around, since a NaN is no share.
-        if bool(((right >= 0) & (right <= 1)).all()):
-            return right.double()
-        said = "numbers outside of [0, 1]"
-    raise InputError(
-        f"correct() of {loss!r} must return None, or for each row a truth value or a number in [0, 1], shape "
-        f"{tuple(output.shape[:1])}; got {said}"
-    )

@@ -46,6 +46,8 @@ def suggest_sampling(
     """
     cap = checked_cap(rows_per_group)
     mean = None if mean_rows is None else positive("mean_rows", mean_rows)
+    if mean is not None and mean < 1.0:
+        raise ConfigurationError(f"mean_rows is {mean:g}, and nobody who is in the data has less than one row")
     if mean is not None and mean > cap:
         raise ConfigurationError(f"mean_rows is {mean:g}, above rows_per_group, {cap}, the most that anybody keeps")
     return compare_samplings(

@@ -21,7 +21,7 @@ from clipless_dp.errors import AuditError, CheckpointError, PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.compiled import BatchLoss
-from clipless_dp.model.description import differences
+from clipless_dp.model.description import differences, without_counts
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.sampling import People
 from clipless_dp.training.groups import Asked
@@ -226,6 +226,7 @@ class Run:
         if content["format"] < _FORMAT_WITH_MODEL:
             settings = {**{name: self.settings[name] for name in ("relation", "model")}, **settings}
         differing = differences({name: settings.get(name) for name in self.settings}, self.settings)
+        differing = without_counts(differing, self.model.counted)
         if differing:
             more = len(differing) - _SHOWN_DIFFERENCES
             listed = ", ".join(differing[:_SHOWN_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")
@@ -248,6 +249,12 @@ class Run:
             raise CheckpointError(f"{path} does not fit this model: {error}") from error
         self.model.settle_()
         self.optimizer.weights_were_loaded()
+        known = {str(line) for line in content["optimizer"]["clipless_dp"].get("bounds_taken", {}).get("changes", ())}
+        if changed := [line for line in self.optimizer.changed_bounds() if line not in known]:
+            raise CheckpointError(
+                f"{path} belongs to a run with other bounds at the same weights ({', '.join(changed)}): a layer or a "
+                "loss is set otherwise; choose another file"
+            )
         self.saved, self.saved_step = True, self.step
         # Of a ledger that was handed on, the file lacks what is not its own.
         self.saved_events = len(self.optimizer.accountant) if len(self.optimizer.accountant) == there else -1

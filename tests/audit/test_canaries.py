@@ -158,3 +158,13 @@ def test_what_cannot_be_audited_is_refused(wrong, words):
     }
     with pytest.raises(ConfigurationError, match=words):
         audit.canaries(**settings)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [True, 100.0, None, "100", {"x": 1, "y": 2}, (torch.zeros(40, 6),)],
+    ids=lambda asked: type(asked).__name__,
+)
+def test_what_are_no_canaries_is_refused_in_words(asked):
+    with pytest.raises(ConfigurationError, match="whole number, or a tuple"):
+        audit.canaries(lambda model, data: None, gated_model(), samples(50), delta=DELTA, canaries=asked)

@@ -275,3 +275,19 @@ def test_biases_left_as_they_are_would_be_caught(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(rescaling, "_divide_", lambda *given: given[0][0].bias.mul_(3.0) is None or 1.0)
     with pytest.raises(ConfigurationError, match="another function"):
         rescale_(net, (1, 6, 6), constraints.Spectral())
+
+
+def test_a_bias_that_is_no_number_is_named_and_not_taken_for_a_part_that_is_not_homogeneous() -> None:
+    net = trained_net()
+    with torch.no_grad():
+        net[-1].bias[0] = torch.nan
+    with pytest.raises(ConfigurationError, match=r"bias' holds a NaN"):
+        rescale_(net, (1, 6, 6), constraints.Spectral())
+
+
+def test_a_table_of_embeddings_is_told_that_spectral_projects_its_rows() -> None:
+    net = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3))
+    with torch.no_grad():
+        net[0].weight[0].mul_(30.0)
+    with pytest.raises(ConfigurationError, match="tables of embeddings"):
+        rescale_(net, (5,), constraints.Spectral())

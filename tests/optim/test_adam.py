@@ -128,3 +128,40 @@ def test_settings_out_of_range_are_refused(settings: dict[str, object]) -> None:
 def test_a_closure_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="closure"):
         AdamBC([nn.Parameter(torch.zeros(2))]).step(lambda: 0.0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"betas": 0.9}, {"betas": (0.9,)}, {"betas": (1.0, 1.0)}, {"floor": 0.0}, {"eps": 0.0}, {"weight_decay": -1.0}],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_in_arguments_groups_and_at_steps(other):
+    parameter = torch.nn.Parameter(torch.ones(3))
+    with pytest.raises(ConfigurationError):
+        AdamBC([parameter], **other)
+    with pytest.raises(ConfigurationError):
+        AdamBC([{"params": [parameter], **other}])
+    optimizer = AdamBC([parameter])
+    with pytest.raises(ConfigurationError):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))], **other})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0].update(other)
+    parameter.grad = torch.ones(3)
+    with pytest.raises(ConfigurationError):
+        optimizer.step()
+    assert bool((parameter == 1).all())
+
+
+def test_states_of_other_optimizers_and_other_kinds_of_numbers_are_refused():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    parameter.grad = torch.ones(3)
+    other = torch.optim.Adam([parameter])
+    other.step()
+    with pytest.raises(ConfigurationError, match="another optimizer"):
+        AdamBC([parameter]).load_state_dict(other.state_dict())
+    with pytest.raises(ConfigurationError, match="real parameters"):
+        AdamBC([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))])
+    ours = AdamBC([parameter])
+    parameter.grad = torch.ones(3).to_sparse()
+    with pytest.raises(ConfigurationError, match="sparse"):
+        ours.step()

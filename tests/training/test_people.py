@@ -41,8 +41,8 @@ def test_few_rows_of_most_people_speak_for_people_and_full_caps_for_rows() -> No
 
 @pytest.mark.parametrize(
     "options",
-    [{"rows_per_group": 0}, {"rows_per_group": 2, "mean_rows": 3.0}, {"mean_rows": -1.0}],
-    ids=["no rows", "mean above the cap", "negative"],
+    [{"rows_per_group": 0}, {"rows_per_group": 2, "mean_rows": 3.0}, {"mean_rows": -1.0}, {"mean_rows": 0.5}],
+    ids=["no rows", "mean above the cap", "negative", "below one"],
 )
 def test_numbers_that_cannot_be_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(ConfigurationError):
