@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from clipless_dp.arguments import share
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.losses import BinaryCrossEntropy, Huber, TauCrossEntropy, balanced_weights
 from clipless_dp.losses.base import Loss
+from clipless_dp.sampling.cells import Cells, as_numbers, cells_of, places_of
 from clipless_dp.statistics import private_fraction, private_moments, private_shares
 
 _GATE = 0.5
@@ -98,17 +98,14 @@ class Classes(Task):
             if self.classes == (0, 1):
                 if not bool(((labels == 0) | (labels == 1)).all()):
                     raise InputError("labels must be 0 or 1; others would contribute nothing")
-                return labels
-        cells = _cells(labels, rows)
-        try:
-            index = [self._index.get(cell, -1) for cell in cells]
-        except TypeError as error:
-            raise InputError(f"a label must be one of {self._shown()}: {error}") from error
-        if strangers := sum(found < 0 for found in index):
+                return labels.detach()
+        index = places_of(_cells(labels, rows), self._index, "labels")
+        if strangers := int((index < 0).sum()):
             raise InputError(
-                f"{strangers} of {rows} labels are none of {self._shown()}: name all that there can be in classes="
+                f"{strangers} of {rows} labels are none of {self._shown()}: a label must be one of those that classes= "
+                "names, which is all that there can be"
             )
-        return torch.tensor(index)
+        return torch.from_numpy(index)
 
     def _shown(self) -> str:
         return " or ".join(map(repr, self.classes[:8])) + (" or …" if len(self.classes) > 8 else "")
@@ -164,12 +161,10 @@ class Numbers(Task):
 
     def read(self, labels: Any, rows: int) -> Tensor:
         """See :meth:`Task.read`: numbers in [-1, 1]."""
-        try:
-            numbers = (
-                labels if isinstance(labels, Tensor) else torch.tensor([float(cell) for cell in _cells(labels, rows)])
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the targets of a regression must be numbers: {error}") from error
+        if isinstance(labels, Tensor):
+            numbers = labels.detach()
+        else:
+            numbers = torch.from_numpy(as_numbers(_cells(labels, rows), "the targets of a regression"))
         if numbers.shape != (rows,) or numbers.is_complex() or bool(torch.isnan(numbers).any()):
             raise InputError(
                 f"expected {rows} numbers, none of them missing, got {numbers.dtype} {tuple(numbers.shape)}"
@@ -210,9 +205,8 @@ class _Affine(nn.Module):
         return self.scale * values + self.shift
 
 
-def _cells(labels: Any, rows: int) -> list[Any]:
-    cells = labels.tolist() if isinstance(labels, Tensor) else np.asarray(labels).tolist()
-    if not isinstance(cells, list) or len(cells) != rows:
-        shown = f"{len(cells)} of them" if isinstance(cells, list) else type(labels).__name__
-        raise InputError(f"expected a label for each of {rows} rows, got {shown}")
+def _cells(labels: Any, rows: int) -> Cells:
+    cells = cells_of(labels, "labels")
+    if len(cells) != rows:
+        raise InputError(f"expected a label for each of {rows} rows, got {len(cells)} of them")
     return cells
