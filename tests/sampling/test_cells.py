@@ -13,7 +13,7 @@ import torch
 
 from clipless_dp import InputError
 from clipless_dp.features import TableEncoding
-from clipless_dp.sampling import People
+from clipless_dp.sampling import People, Samples
 from clipless_dp.sampling.cells import absent, as_numbers, cells_of, places_of
 from clipless_dp.tables.tasks import Classes, Numbers, Task
 
@@ -176,3 +176,27 @@ def test_labels_of_several_types_are_told_apart_in_lists_and_refused_in_text_of_
     assert task.read([1, "1", 1], 3).tolist() == [0, 1, 0]
     with pytest.raises(InputError, match="give a list"):
         task.read(np.array([1, "1", 1]), 3)
+
+
+def test_what_a_mask_covers_is_missing_whatever_lies_under_it() -> None:
+    encode = TableEncoding(["age"], {"job": ("cook", "nurse")}, missing={"age": 40.0, "job": None})
+    rows = [
+        encode({"age": np.ma.array([30.0, under], mask=[0, 1]), "job": np.ma.array(["cook", job], mask=[0, 1])})
+        for under, job in ((999.0, "nurse"), (math.nan, "nan"))
+    ]
+    assert torch.equal(*rows)
+    assert torch.equal(rows[0], encode({"age": [30.0, None], "job": ["cook", None]}))
+    with pytest.raises(InputError, match="none of 0 or 1"):
+        Classes(None, 0.0).read(np.ma.array([0, 1], mask=[0, 1]), 2)
+    with pytest.raises(InputError, match="missing"):
+        Numbers((0.0, 1.0)).read(np.ma.array([0.0, 1.0], mask=[0, 1]), 2)
+
+
+def test_training_data_under_a_mask_is_refused() -> None:
+    for pair in (
+        (np.ma.array(np.ones((2, 3)), mask=np.eye(2, 3)), np.ones(2)),
+        (np.ones((2, 3)), np.ma.array([1, 0], mask=[0, 1])),
+    ):
+        with pytest.raises(InputError, match="is masked"):
+            Samples(pair)
+    assert len(Samples((np.ma.array(np.ones((2, 3))), np.ones(2)))) == 2
