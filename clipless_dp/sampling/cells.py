@@ -148,7 +148,7 @@ def places_of(cells: Cells, places: Mapping[Any, int], name: str) -> npt.NDArray
             f"{name} is an array of text, which numpy makes of numbers among text too, and not all of {[*places]} are "
             "text: give a list, or an array of objects"
         )
-    largest = max((abs(value) for value in places if is_number(value)), default=0)
+    largest: Any = max((abs(value) for value in places if is_number(value)), default=0)
     if any(_may_be_rounded(cell, largest) for cell in _floats(cells)):
         raise InputError(
             f"{name} holds floating-point numbers, in which whole numbers as large as {largest} are one with their "
@@ -164,7 +164,7 @@ def _floats(cells: Cells) -> list[Any]:
     return [cell for cell in cells if isinstance(cell, (float, np.floating))] if cells.dtype.kind == "O" else []
 
 
-def _may_be_rounded(cell: float | np.floating[Any], largest: float) -> bool:
+def _may_be_rounded(cell: float | np.floating[Any], largest: Any) -> bool:
     """Whether both are beyond what a floating-point number of this type holds exactly."""
     exact = 2.0 / float(np.finfo(type(cell)).eps)
     return largest >= exact and bool(abs(cell) >= exact)
