@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accounting import GaussianRelease, create_accountant
-from clipless_dp import ConfigurationError, InputError
+from clipless_dp import CheckpointError, ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 from clipless_dp.losses import balanced_weights
 from clipless_dp.noise import ReproducibleNoise
@@ -226,6 +226,53 @@ def test_arguments_out_of_range_are_refused_before_anything_is_spent(
     refused(monkeypatch)
     with pytest.raises(ConfigurationError, match=words):
         fit_table(people(100), "buys", **{"encoding": encoding(), **options}, **BUDGET)
+
+
+def of_task(checkpoint: Any, **changes: Any) -> Any:
+    frame = people(60)
+    frame["keeps"] = frame["buys"]
+    settings = {"encoding": TableEncoding(["age", "spends"], {"city": CITIES}), "classes": ("no", "yes")}
+    labels = changes.pop("labels", "buys")
+    if "target_range" in changes:
+        del settings["classes"]
+    return fit_table(frame, labels, **{**settings, "epochs": 1, **changes}, checkpoint=checkpoint, **BUDGET)
+
+
+@pytest.mark.parametrize("kept", ["training", "statistics", "nothing that tells"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoding": TableEncoding(["spends", "age"], {"city": CITIES})}, "encoding.numbers"),
+        ({"encoding": TableEncoding(["age", "spends"], {"city": CITIES[::-1]})}, "encoding.categories"),
+        ({"encoding": TableEncoding(["age", "spends"], {"person": CITIES})}, "encoding.categories"),
+        ({"classes": ("yes", "no")}, "classes"),
+        ({"balance": 0.5}, "balance"),
+        ({"labels": "keeps"}, "labels"),
+        ({"groups": "person"}, "groups"),
+        ({"labels": "spends", "target_range": (0.0, 80.0)}, "target_range"),
+    ],
+    ids=["columns", "categories", "names", "classes", "balance", "labels", "groups", "range"],
+)
+def test_what_a_checkpoint_keeps_is_of_one_task_alone(
+    changes: dict[str, Any], words: str, kept: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.pt"
+    monkeypatch.setattr(fitting, "fit", lambda *arguments, **settings: path.write_text("") and None)
+    of_task(path)
+    gone = {"training": [], "statistics": [path], "nothing that tells": [tmp_path / "run.pt.task"]}[kept]
+    for one in gone:
+        one.unlink()
+    refused(monkeypatch)
+    with pytest.raises(CheckpointError, match=words if gone[:1] != [tmp_path / "run.pt.task"] else "no .* that tells"):
+        of_task(path, **changes)
+
+
+def test_ranges_of_targets_are_part_of_a_task(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "fit", lambda *arguments, **settings: None)
+    of_task(tmp_path / "run.pt", labels="spends", target_range=(0.0, 80.0))
+    with pytest.raises(CheckpointError, match="target_range"):
+        of_task(tmp_path / "run.pt", labels="spends", target_range=(0.0, 8e4))
+    of_task(tmp_path / "run.pt", labels="spends", target_range=(0, 80))
 
 
 def shares_of(labels: torch.Tensor, seed: int, **options: Any) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from clipless_dp.sampling.people import ROWS_PER_GROUP, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, private_standardisation
 from clipless_dp.statistics.release import require_tensor
+from clipless_dp.tables.kept import require_same_task
 from clipless_dp.tables.models import TableClassifier, TableRegressor
 from clipless_dp.tables.settings import LABELS_SHARE, STATISTICS_SHARE, learning
 from clipless_dp.tables.tasks import Classes, Numbers, Start, Task
@@ -80,7 +81,8 @@ def fit_table(
         dataset_size: public number of rows; by default ``N``, which is then taken to be public.
         cosines: number of random cosines; memory is ``4N(columns + cosines)`` bytes.
         accountant: ``"prv"``, ``"rdp"`` or ``"auto"``.
-        checkpoint: file of the training; the statistics are kept beside it, so that a run that goes on pays once.
+        checkpoint: file of the training; the statistics are kept beside it, and of what columns, labels and ranges they
+            are, so that a run of the same task that goes on pays once.
         noise: ``"system"``, ``"secure"`` or a source, for statistics and training.
         reproducible_seed: as for :func:`clipless_dp.fit`; it covers the statistics, too.
         groups: whose each row is, an id for each, or of a data frame the name of their column: then statistics,
@@ -103,6 +105,7 @@ def fit_table(
             or a frame lacks a column or has one of another type.
         ConfigurationError: an argument is out of range, or several processes train together: each would release
             statistics of its own. Nothing was released then.
+        CheckpointError: the checkpoint, or the statistics beside it, are of another task or run, or unreadable.
 
     Guarantee:
         The model, statistics included, is (``epsilon``, ``delta``)-differentially private with respect to adding
@@ -111,6 +114,7 @@ def fit_table(
     given = {"epsilon": epsilon, "delta": delta, "dataset_size": dataset_size, "accountant": accountant, "noise": noise}
     require_known({**changes, **given, "checkpoint": checkpoint, "reproducible_seed": reproducible_seed})
     task = _task(classes, target_range, balance)
+    named = {"labels": labels, "groups": groups}
     groups = rows[groups] if encoding is not None and isinstance(groups, str) else groups
     table, targets = _read(rows, labels, encoding, task)
     _check_run(noise, reproducible_seed)
@@ -121,6 +125,7 @@ def fit_table(
     expand = RandomCosines(table.shape[1], cosines).to(table.device)
     ledger = create_accountant(accountant, dataset_size=size)
     unit = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
+    require_same_task(checkpoint, encoding, table.shape[1], task, **named)
     releases = Releases(ledger, size, checkpoint, reproducible_seed, noise, people)
     measured = table.shape[1] if encoding is None else encoding.measured
     standardise = _Standardised(measured)

@@ -51,9 +51,11 @@ class Task(ABC):
 
     Attributes:
         told: what was public and what is charged of the labels, in words.
+        settings: the public choices, as plain values.
     """
 
     told: str
+    settings: dict[str, Any]
 
     @abstractmethod
     def read(self, labels: Any, rows: int) -> Tensor:
@@ -88,6 +90,8 @@ class Classes(Task):
         if len(self.classes) < 2 or len(self._index) < len(self.classes):
             raise ConfigurationError(f"classes must be two or more, none of them twice, got {self.classes!r}")
         charged = "the share of the second was" if len(self.classes) == 2 else "the shares of all were"
+        # Labels may be of any type, which a checkpoint does not hold.
+        self.settings = {"classes": [repr(label) for label in self.classes], "balance": float(self.balance)}
         self.told = f"Labels: which there are was public ({len(self.classes)}); {charged} charged."
 
     def read(self, labels: Any, rows: int) -> Tensor:
@@ -157,6 +161,7 @@ class Numbers(Task):
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ConfigurationError(f"target_range must be two finite numbers, the lower first, got {target_range!r}")
         self.target_range = (low, high)
+        self.settings = {"target_range": [low, high]}
         self.told = f"Targets: their range, {low:g} to {high:g}, was public; their mean and deviation were charged."
 
     def read(self, labels: Any, rows: int) -> Tensor:
