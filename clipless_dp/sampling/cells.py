@@ -173,6 +173,6 @@ def _may_be_rounded(cell: float | np.floating[Any], largest: Any) -> bool:
 def _place(cell: Any, places: Mapping[Any, int]) -> int:
     try:
         return places.get(cell, -1)
-    except TypeError:
-        # What has no hash is none of them.
+    except Exception:
+        # What has no hash, or cannot be compared, is none of them.
         return -1

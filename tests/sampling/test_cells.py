@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -200,3 +201,54 @@ def test_training_data_under_a_mask_is_refused() -> None:
         with pytest.raises(InputError, match="is masked"):
             Samples(pair)
     assert len(Samples((np.ma.array(np.ones((2, 3))), np.ones(2)))) == 2
+
+
+SECRET = "HIV positive: Jane Doe"
+
+
+class _Refusing:
+    """A cell whose conversions quote it."""
+
+    def _quote(self, *arguments: object) -> Any:
+        raise ValueError(f"could not convert {SECRET!r}")
+
+    __float__ = __array__ = __len__ = __hash__ = __eq__ = _quote  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return SECRET
+
+
+class _Column(list[Any]):
+    """A column that cannot be read, and quotes what it holds."""
+
+    def to_list(self) -> Any:
+        raise RuntimeError(f"{self[0]} is of no type")
+
+
+@pytest.mark.parametrize("reader", ["text", "codes", "numbers", "labels", "targets", "ids", "samples"])
+@pytest.mark.parametrize(
+    "column",
+    [
+        [SECRET, 1],
+        [[SECRET], [SECRET, SECRET]],
+        [_Refusing(), _Refusing()],
+        [{"said": SECRET}, 2],
+        _objects([SECRET, 1.0]),
+        np.array([SECRET, SECRET]),
+        _Column([SECRET, SECRET]),
+    ],
+    ids=["text", "lists", "objects", "mappings", "array of objects", "array of text", "column"],
+)
+def test_what_refuses_a_cell_does_not_quote_it_or_show_who_did(column: Any, reader: str) -> None:
+    readers = {
+        **_read_by(),
+        "ids": lambda ids: People(ids, len(ids) + 1),
+        "samples": lambda inputs: Samples(({"x": inputs}, torch.zeros(2))),
+    }
+    said = None
+    try:
+        readers[reader](column)
+    except InputError as error:
+        said = "".join(traceback.format_exception(error))
+    # Text among text has the place of unknown ones.
+    assert SECRET not in said if said else reader == "text"
