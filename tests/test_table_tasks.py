@@ -228,6 +228,42 @@ def test_arguments_out_of_range_are_refused_before_anything_is_spent(
         fit_table(people(100), "buys", **{"encoding": encoding(), **options}, **BUDGET)
 
 
+def _raise(*arguments: Any) -> Any:
+    raise ValueError("of a user's own")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"batch_size": 101}, ConfigurationError, "batch_size"),
+        ({"dataset_size": 50, "batch_size": 60}, ConfigurationError, "batch_size"),
+        ({"groups": "person", "batch_size": 60}, ConfigurationError, "batch_size"),
+        ({"group_weights": "cap"}, ConfigurationError, "groups"),
+        ({"noise_schedule": lambda step, steps: -1.0}, ConfigurationError, "noise_schedule"),
+        ({"scheduler": lambda optimizer, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)},
+         ConfigurationError, "ReduceLROnPlateau"),
+        ({"scheduler": _raise}, ValueError, "own"),
+        ({"optimizer": _raise}, ValueError, "own"),
+        ({"lr": None, "momentum": 1.5}, ConfigurationError, "momentum"),
+    ],
+    ids=["batch", "batch of a size", "batch of people", "weights of nobody", "factors", "plateau", "schedule",
+         "optimizer", "momentum"],
+)  # fmt: skip
+def test_arguments_that_training_refuses_are_refused_before_anything_is_spent(
+    options: dict[str, Any], error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(monkeypatch)
+    with pytest.raises(error, match=words):
+        fit_table(people(100), "buys", **{"encoding": encoding(), "classes": ("no", "yes"), **options}, **BUDGET)
+
+
+def test_validation_rows_of_other_columns_are_refused_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(monkeypatch)
+    for rows in (torch.rand(5, 3), torch.rand(5), torch.ones(5, 2).long()):
+        with pytest.raises(InputError, match="validation rows"):
+            fit_table(torch.rand(20, 2), torch.arange(20) % 2, validation=(rows, torch.ones(5)), **BUDGET)
+
+
 def of_task(checkpoint: Any, **changes: Any) -> Any:
     frame = people(60)
     frame["keeps"] = frame["buys"]
