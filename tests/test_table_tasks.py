@@ -169,6 +169,13 @@ def test_a_number_is_predicted_in_its_own_units(scale: float) -> None:
     assert "mean and deviation were charged" in trained.report().to_markdown()
 
 
+def test_numbers_beyond_every_float_are_cut_as_infinite_ones_are() -> None:
+    task = tasks.Numbers((0.0, 2.0))
+    assert task.read([10**400, -(10**400), 1], 3).tolist() == [1.0, -1.0, 0.0]
+    encode = TableEncoding(["age"])
+    assert encode({"age": [10**400, 1]})[:, 0].tolist() == [math.inf, 1.0]
+
+
 def test_predictions_stay_in_the_public_range_and_targets_are_cut_to_it() -> None:
     frame = people(600)
     trained = fit_table(frame, "spends", encoding=encoding(), target_range=(39.0, 41.0), **BUDGET)
@@ -194,8 +201,11 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sells", {"classes": ("no", "yes")}, "no column 'sells'"),
         (["no", "yes"], {"classes": ("no", "yes")}, "a label for each of 100 rows, got 2"),
         ([["no"]] * 100, {"classes": ("no", "yes")}, "a label must be one of"),
+        ([["no"], *["yes"] * 99], {"classes": ("no", "yes")}, "a label must be one of"),
+        ([[1.0], *[2.0] * 99], {"target_range": (0.0, 1.0)}, "must be numbers"),
+        ("buys", {"classes": ("no", "yes"), "groups": "nobody"}, "no column 'nobody'"),
     ],
-    ids=["unseen", "text", "missing", "no column", "few", "lists"],
+    ids=["unseen", "text", "missing", "no column", "few", "lists", "ragged", "ragged targets", "no ids"],
 )
 def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
     labels: Any, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
@@ -211,6 +221,8 @@ def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
         ({"classes": ("no",)}, "two or more"),
         ({"classes": ("no", "no")}, "none of them twice"),
         ({"classes": "no"}, "list of all labels"),
+        ({"classes": (["no"], ["yes"])}, "can be told apart"),
+        ({"classes": (math.nan, 1.0)}, "no class"),
         ({"balance": 2.0}, "balance"),
         ({"target_range": (1.0, 0.0)}, "the lower first"),
         ({"target_range": (0.0, math.inf)}, "finite"),
@@ -218,7 +230,7 @@ def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
         ({"target_range": (0.0, 1.0), "classes": (0, 1)}, "neither classes nor balance"),
         ({"encoding": "one-hot"}, "must be a TableEncoding"),
     ],
-    ids=["one", "twice", "a word", "balance", "turned", "infinite", "a number", "both", "no encoding"],
+    ids=["one", "twice", "a word", "lists", "NaN", "balance", "turned", "infinite", "a number", "both", "no encoding"],
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_spent(
     options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch

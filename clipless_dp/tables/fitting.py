@@ -117,7 +117,8 @@ def fit_table(
     require_known({**changes, **given, "checkpoint": checkpoint, "reproducible_seed": reproducible_seed})
     task = _task(classes, target_range, balance)
     named = {"labels": labels, "groups": groups}
-    groups = rows[groups] if encoding is not None and isinstance(groups, str) else groups
+    if isinstance(encoding, TableEncoding) and isinstance(groups, str):
+        groups = encoding.column(rows, groups)
     table, targets = _read(rows, labels, encoding, task)
     _check_run(noise, reproducible_seed)
     validation = changes.get("validation")

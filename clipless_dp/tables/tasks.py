@@ -15,7 +15,7 @@ from clipless_dp.arguments import share
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.losses import BinaryCrossEntropy, Huber, TauCrossEntropy, balanced_weights
 from clipless_dp.losses.base import Loss
-from clipless_dp.sampling.cells import Cells, as_numbers, cells_of, places_of
+from clipless_dp.sampling.cells import Cells, as_numbers, cells_of, is_missing, places_of
 from clipless_dp.statistics import private_fraction, private_moments, private_shares
 
 _GATE = 0.5
@@ -78,7 +78,8 @@ class Classes(Task):
         balance: ``p`` of :func:`clipless_dp.losses.balanced_weights`.
 
     Raises:
-        ConfigurationError: there are fewer than two, or one twice, or the power is out of range.
+        ConfigurationError: there are fewer than two, or one twice, or one that has no hash or is NaN, or the power is
+            out of range.
     """
 
     def __init__(self, classes: Sequence[Any] | None, balance: float) -> None:
@@ -86,7 +87,12 @@ class Classes(Task):
             raise ConfigurationError(f"classes must be a list of all labels there can be, got {classes!r}")
         self.classes = (0, 1) if classes is None else tuple(classes)
         self.balance = share("balance", balance, "[0, 1]")
-        self._index = {label: index for index, label in enumerate(self.classes)}
+        try:
+            self._index = {label: index for index, label in enumerate(self.classes)}
+        except TypeError:
+            raise ConfigurationError(f"classes must be values that can be told apart, got {self.classes!r}") from None
+        if any(label is not None and is_missing(label) for label in self.classes):
+            raise ConfigurationError(f"a missing label (NaN, NA) is no class, got {self.classes!r}")
         if len(self.classes) < 2 or len(self._index) < len(self.classes):
             raise ConfigurationError(f"classes must be two or more, none of them twice, got {self.classes!r}")
         charged = "the share of the second was" if len(self.classes) == 2 else "the shares of all were"
