@@ -164,10 +164,10 @@ def _floats(cells: Cells) -> list[Any]:
     return [cell for cell in cells if isinstance(cell, (float, np.floating))] if cells.dtype.kind == "O" else []
 
 
-def _may_be_rounded(cell: float | np.floating[Any], largest: Any) -> bool:
+def _may_be_rounded(cell: Any, largest: Any) -> bool:
     """Whether both are beyond what a floating-point number of this type holds exactly."""
     exact = 2.0 / float(np.finfo(type(cell)).eps)
-    return largest >= exact and bool(abs(cell) >= exact)
+    return bool(largest >= exact and abs(cell) >= exact)
 
 
 def _place(cell: Any, places: Mapping[Any, int]) -> int:

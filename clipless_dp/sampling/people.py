@@ -275,7 +275,7 @@ def _as_ids(groups: Any) -> npt.NDArray[Any]:
     unordered = isinstance(groups, (Mapping, Set))
     if unordered or isinstance(groups, (str, bytes)) or not hasattr(groups, "__len__"):
         raise InputError(f"groups must be an id for each row, got a {type(groups).__name__}")
-    shape = getattr(groups, "shape", (len(groups),))
+    shape = getattr(groups, "shape", (None,))
     if len(shape) != 1:
         raise InputError(f"groups must be one id for each row, (rows,), got {tuple(shape)}: {_SHARED}")
     ids = cells_of(groups, "groups")

@@ -133,11 +133,12 @@ def test_a_cell_is_read_alone_as_beside_any_other_or_the_column_is_refused(reade
         ("abc", "a cell for each row, got str"),
         ({"a": 1}, "got dict"),
         (3, "got int"),
+        (torch.tensor(3), r"got Tensor \(\)"),
         (np.ones((2, 2)), r"got ndarray \(2, 2\)"),
         (np.array(["cook", math.nan], dtype=object).astype(str), "numpy writes where a cell is missing"),
         (torch.ones(2).to_sparse(), "cannot be read from a Tensor"),
     ],
-    ids=["a word", "a mapping", "a number", "a matrix", "NaN as text", "sparse"],
+    ids=["a word", "a mapping", "a number", "a tensor of one number", "a matrix", "NaN as text", "sparse"],
 )
 def test_what_is_no_column_is_refused(column: Any, words: str) -> None:
     with pytest.raises(InputError, match=words):
