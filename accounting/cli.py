@@ -131,7 +131,8 @@ def _common(parser: argparse.ArgumentParser, *, delta: bool = True) -> None:
     if delta:
         parser.add_argument("--delta", type=float, required=True, help="in (0, 1), well below 1 / dataset size")
     parser.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
-    parser.add_argument("--relation", default=ADD_OR_REMOVE_ONE, choices=[ADD_OR_REMOVE_ONE, REPLACE_ONE])
+    # No default, so that one that is given beside a ledger shows; see _relation.
+    parser.add_argument("--relation", choices=[ADD_OR_REMOVE_ONE, REPLACE_ONE], help=f"default: {ADD_OR_REMOVE_ONE}")
     _group(parser)
 
 
@@ -157,9 +158,13 @@ def _required(options: argparse.Namespace, *names: str) -> None:
 
 def _accountant(options: argparse.Namespace) -> Accountant:
     _required(options, "noise_multiplier", "sample_rate", "steps")
-    accountant = create_accountant(options.accountant, relation=options.relation)
+    accountant = create_accountant(options.accountant, relation=_relation(options))
     accountant.step(noise_multiplier=options.noise_multiplier, sample_rate=options.sample_rate, steps=options.steps)
     return accountant
+
+
+def _relation(options: argparse.Namespace) -> Any:
+    return options.relation or ADD_OR_REMOVE_ONE
 
 
 def _line(bound: PrivacyBound) -> str:
@@ -186,7 +191,7 @@ def _wanted(options: argparse.Namespace) -> dict[str, Any]:
         "delta": options.delta,
         "sample_rate": options.sample_rate,
         "accountant": options.accountant,
-        "relation": options.relation,
+        "relation": _relation(options),
         "group_size": options.group_size,
     }
 
@@ -251,6 +256,9 @@ def _stored(options: argparse.Namespace) -> Accountant:
     """The accountant of a stored ledger, or of a schedule where none is named."""
     if options.ledger is None:
         return _accountant(options)
+    schedule = ("noise_multiplier", "sample_rate", "steps", "relation")
+    if given := ["--" + name.replace("_", "-") for name in schedule if getattr(options, name) is not None]:
+        raise InvalidParameterError(f"a stored ledger tells its own: leave out {', '.join(given)}, or --ledger")
     ledger = Ledger.load(options.ledger)
     accountant = create_accountant(options.accountant, relation=ledger.relation)
     accountant.ledger = ledger

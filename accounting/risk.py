@@ -81,9 +81,7 @@ class TradeOff:
         Raises:
             InvalidParameterError: When a rate lies outside [0, 1].
         """
-        alpha = np.asarray(false_positive_rate, dtype=float)
-        if not bool(((alpha >= 0.0) & (alpha <= 1.0)).all()):
-            raise InvalidParameterError(f"false-positive rates must lie in [0, 1], got {false_positive_rate!r}")
+        alpha = self._rates(false_positive_rate)
         slopes, intercepts = self._lines()
         with np.errstate(invalid="ignore"):
             # 0 · ∞ where e^ε overflows: such a line passes through its intercept.
@@ -93,6 +91,9 @@ class TradeOff:
 
     def true_positive_rate(self, false_positive_rate: ArrayLike) -> Array:
         """Returns 1 − f(α), a certified upper bound; arguments as for `false_negative_rate`."""
+        if self._guessing:
+            # Without the margin for rounding, which printed would be a hundredth of a per cent.
+            return self._rates(false_positive_rate)
         value: Array = 1.0 - self.false_negative_rate(false_positive_rate)
         return value
 
@@ -106,6 +107,8 @@ class TradeOff:
         Source:
             Kairouz, Oh, Viswanath 2015, *The composition theorem for differential privacy*, equation 3.
         """
+        if self._guessing:
+            return 0.0
         half = np.tanh(0.5 * self.epsilons)
         share = 0.5 * (1.0 - half)  # 1 / (e^ε + 1), for any ε.
         return float(min(np.min(half + 2.0 * self.deltas * share) + _ROUNDING, 1.0))
@@ -132,6 +135,8 @@ class TradeOff:
             Dong, Roth, Su 2022, Definition 2.6. Gomez et al. 2025, *(ε, δ) considered harmful*, on reporting μ.
         """
         rarest = check.delta(rarest, "rarest")
+        if self._guessing:
+            return 0.0
         slopes, intercepts = self._lines()
         # The level of the rarest error crosses the curve at the other end of the range.
         slopes, intercepts = np.append(slopes, 0.0), np.append(intercepts, rarest)
@@ -167,6 +172,18 @@ class TradeOff:
 
     def __str__(self) -> str:
         return self.table()
+
+    @property
+    def _guessing(self) -> bool:
+        """Whether nothing was released that depends on the data: the total variation is 0."""
+        return self.bounds[0].upper == 0.0
+
+    @staticmethod
+    def _rates(false_positive_rate: ArrayLike) -> Array:
+        alpha = np.asarray(false_positive_rate, dtype=float)
+        if not bool(((alpha >= 0.0) & (alpha <= 1.0)).all()):
+            raise InvalidParameterError(f"false-positive rates must lie in [0, 1], got {false_positive_rate!r}")
+        return alpha
 
     def _lines(self) -> tuple[Array, Array]:
         """Slopes and intercepts (2·points,) of α ↦ intercept − slope·α, both branches of each ε."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from accounting import GaussianRelease, create_accountant
-from clipless_dp import ConfigurationError, InputError
+from clipless_dp import CheckpointError, ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 from clipless_dp.losses import balanced_weights
 from clipless_dp.noise import ReproducibleNoise
@@ -169,6 +169,13 @@ def test_a_number_is_predicted_in_its_own_units(scale: float) -> None:
     assert "mean and deviation were charged" in trained.report().to_markdown()
 
 
+def test_numbers_beyond_every_float_are_cut_as_infinite_ones_are() -> None:
+    task = tasks.Numbers((0.0, 2.0))
+    assert task.read([10**400, -(10**400), 1], 3).tolist() == [1.0, -1.0, 0.0]
+    encode = TableEncoding(["age"])
+    assert encode({"age": [10**400, 1]})[:, 0].tolist() == [math.inf, 1.0]
+
+
 def test_predictions_stay_in_the_public_range_and_targets_are_cut_to_it() -> None:
     frame = people(600)
     trained = fit_table(frame, "spends", encoding=encoding(), target_range=(39.0, 41.0), **BUDGET)
@@ -194,8 +201,11 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
         ("sells", {"classes": ("no", "yes")}, "no column 'sells'"),
         (["no", "yes"], {"classes": ("no", "yes")}, "a label for each of 100 rows, got 2"),
         ([["no"]] * 100, {"classes": ("no", "yes")}, "a label must be one of"),
+        ([["no"], *["yes"] * 99], {"classes": ("no", "yes")}, "a label must be one of"),
+        ([[1.0], *[2.0] * 99], {"target_range": (0.0, 1.0)}, "must be numbers"),
+        ("buys", {"classes": ("no", "yes"), "groups": "nobody"}, "no column 'nobody'"),
     ],
-    ids=["unseen", "text", "missing", "no column", "few", "lists"],
+    ids=["unseen", "text", "missing", "no column", "few", "lists", "ragged", "ragged targets", "no ids"],
 )
 def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
     labels: Any, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
@@ -211,6 +221,8 @@ def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
         ({"classes": ("no",)}, "two or more"),
         ({"classes": ("no", "no")}, "none of them twice"),
         ({"classes": "no"}, "list of all labels"),
+        ({"classes": (["no"], ["yes"])}, "can be told apart"),
+        ({"classes": (math.nan, 1.0)}, "no class"),
         ({"balance": 2.0}, "balance"),
         ({"target_range": (1.0, 0.0)}, "the lower first"),
         ({"target_range": (0.0, math.inf)}, "finite"),
@@ -218,7 +230,7 @@ def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
         ({"target_range": (0.0, 1.0), "classes": (0, 1)}, "neither classes nor balance"),
         ({"encoding": "one-hot"}, "must be a TableEncoding"),
     ],
-    ids=["one", "twice", "a word", "balance", "turned", "infinite", "a number", "both", "no encoding"],
+    ids=["one", "twice", "a word", "lists", "NaN", "balance", "turned", "infinite", "a number", "both", "no encoding"],
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_spent(
     options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
@@ -226,6 +238,89 @@ def test_arguments_out_of_range_are_refused_before_anything_is_spent(
     refused(monkeypatch)
     with pytest.raises(ConfigurationError, match=words):
         fit_table(people(100), "buys", **{"encoding": encoding(), **options}, **BUDGET)
+
+
+def _raise(*arguments: Any) -> Any:
+    raise ValueError("of a user's own")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"batch_size": 101}, ConfigurationError, "batch_size"),
+        ({"dataset_size": 50, "batch_size": 60}, ConfigurationError, "batch_size"),
+        ({"groups": "person", "batch_size": 60}, ConfigurationError, "batch_size"),
+        ({"group_weights": "cap"}, ConfigurationError, "groups"),
+        ({"noise_schedule": lambda step, steps: -1.0}, ConfigurationError, "noise_schedule"),
+        ({"scheduler": lambda optimizer, steps: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)},
+         ConfigurationError, "ReduceLROnPlateau"),
+        ({"scheduler": _raise}, ValueError, "own"),
+        ({"optimizer": _raise}, ValueError, "own"),
+        ({"lr": None, "momentum": 1.5}, ConfigurationError, "momentum"),
+    ],
+    ids=["batch", "batch of a size", "batch of people", "weights of nobody", "factors", "plateau", "schedule",
+         "optimizer", "momentum"],
+)  # fmt: skip
+def test_arguments_that_training_refuses_are_refused_before_anything_is_spent(
+    options: dict[str, Any], error: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused(monkeypatch)
+    with pytest.raises(error, match=words):
+        fit_table(people(100), "buys", **{"encoding": encoding(), "classes": ("no", "yes"), **options}, **BUDGET)
+
+
+def test_validation_rows_of_other_columns_are_refused_before_anything_is_spent(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused(monkeypatch)
+    for rows in (torch.rand(5, 3), torch.rand(5), torch.ones(5, 2).long()):
+        with pytest.raises(InputError, match="validation rows"):
+            fit_table(torch.rand(20, 2), torch.arange(20) % 2, validation=(rows, torch.ones(5)), **BUDGET)
+
+
+def of_task(checkpoint: Any, **changes: Any) -> Any:
+    frame = people(60)
+    frame["keeps"] = frame["buys"]
+    settings = {"encoding": TableEncoding(["age", "spends"], {"city": CITIES}), "classes": ("no", "yes")}
+    labels = changes.pop("labels", "buys")
+    if "target_range" in changes:
+        del settings["classes"]
+    return fit_table(frame, labels, **{**settings, "epochs": 1, **changes}, checkpoint=checkpoint, **BUDGET)
+
+
+@pytest.mark.parametrize("kept", ["training", "statistics", "nothing that tells"])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"encoding": TableEncoding(["spends", "age"], {"city": CITIES})}, "encoding.numbers"),
+        ({"encoding": TableEncoding(["age", "spends"], {"city": CITIES[::-1]})}, "encoding.categories"),
+        ({"encoding": TableEncoding(["age", "spends"], {"person": CITIES})}, "encoding.categories"),
+        ({"classes": ("yes", "no")}, "classes"),
+        ({"balance": 0.5}, "balance"),
+        ({"labels": "keeps"}, "labels"),
+        ({"groups": "person"}, "groups"),
+        ({"labels": "spends", "target_range": (0.0, 80.0)}, "target_range"),
+    ],
+    ids=["columns", "categories", "names", "classes", "balance", "labels", "groups", "range"],
+)
+def test_what_a_checkpoint_keeps_is_of_one_task_alone(
+    changes: dict[str, Any], words: str, kept: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run.pt"
+    monkeypatch.setattr(fitting, "fit", lambda *arguments, **settings: path.write_text("") and None)
+    of_task(path)
+    gone = {"training": [], "statistics": [path], "nothing that tells": [tmp_path / "run.pt.task"]}[kept]
+    for one in gone:
+        one.unlink()
+    refused(monkeypatch)
+    with pytest.raises(CheckpointError, match=words if gone[:1] != [tmp_path / "run.pt.task"] else "no .* that tells"):
+        of_task(path, **changes)
+
+
+def test_ranges_of_targets_are_part_of_a_task(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fitting, "fit", lambda *arguments, **settings: None)
+    of_task(tmp_path / "run.pt", labels="spends", target_range=(0.0, 80.0))
+    with pytest.raises(CheckpointError, match="target_range"):
+        of_task(tmp_path / "run.pt", labels="spends", target_range=(0.0, 8e4))
+    of_task(tmp_path / "run.pt", labels="spends", target_range=(0, 80))
 
 
 def shares_of(labels: torch.Tensor, seed: int, **options: Any) -> tuple[float, ...]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError, InputError
-
-_MISSING_TYPES = frozenset({"NAType", "NaTType"})
-"""What pandas puts in place of a missing cell, by name: the library itself is not needed."""
+from clipless_dp.sampling.cells import Cells, absent, as_numbers, cells_of, is_number, places_of
 
 _LARGEST_SCALED = 4.0
 """Up to which a place of a category is scaled, as standardised numbers are."""
@@ -49,7 +48,10 @@ class TableEncoding:
         measured: how many of them, the first ones, are numbers whose scale the data has.
 
     Guarantee:
-        An encoded row is a function of its own cells and of these arguments.
+        An encoded row is a function of its own cells and of these arguments: whether a cell is missing, text or a
+        number is decided for each by itself. A frame is data as it is given: where the library that made a column may
+        have changed its cells for the sake of others, and it matters (categories of 2⁵³ or more in floating-point
+        numbers, missing cells that numpy wrote as text), it is refused.
     """
 
     def __init__(
@@ -108,19 +110,19 @@ class TableEncoding:
 
         Raises:
             InputError: a named column is not there, or as long as the others, or of another type: text among numbers,
-                whose categories must be given; numbers among categories that are text.
+                whose categories must be given; numbers among categories that are text; or what is neither.
         """
         columns = {name: _cells(frame, name) for name in (*self.numbers, *self.categories)}
         lengths = {name: len(cells) for name, cells in columns.items()}
         if len(set(lengths.values())) > 1:
             raise InputError(f"the columns differ in length: {lengths}")
-        absent = {name: _absent(cells) for name, cells in columns.items()}
-        parts = [self._number(name, columns[name], absent[name])[:, None] for name in self.numbers]
-        parts += [self._category(name, columns[name], absent[name]) for name in self.categories]
-        parts += [absent[name].astype(np.float64)[:, None] for name in self.missing]
+        gone = {name: absent(cells) for name, cells in columns.items()}
+        parts = [self._number(name, columns[name])[:, None] for name in self.numbers]
+        parts += [self._category(name, columns[name], gone[name]) for name in self.categories]
+        parts += [gone[name].astype(np.float64)[:, None] for name in self.missing]
         return torch.from_numpy(np.concatenate(parts, axis=1))
 
-    def column(self, frame: Any, name: str) -> np.ndarray[Any, Any]:
+    def column(self, frame: Any, name: str) -> Cells:
         """A column of a frame as it is, ``(N,)``, of labels say: named here or not.
 
         Raises:
@@ -128,33 +130,32 @@ class TableEncoding:
         """
         return _cells(frame, name)
 
-    def _number(self, name: str, cells: np.ndarray[Any, Any], absent: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        values = np.full(len(cells), np.nan)
-        present = cells[~absent]
-        if present.dtype.kind == "O" and not all(isinstance(cell, (Real, np.bool_)) for cell in present):
+    def _number(self, name: str, cells: Cells) -> npt.NDArray[np.float64]:
+        try:
+            values = as_numbers(cells, f"column {name!r}")
+        except InputError as error:
             raise InputError(
-                f"column {name!r} holds other things than numbers: if they are categories, give all of them in "
+                f"{error}: if they are categories, give all of them in "
                 f"TableEncoding(categories={{{name!r}: (...)}}), from public knowledge"
-            )
-        values[~absent] = present.astype(np.float64)
+            ) from None
         fill = self.missing.get(name)
         return values if fill is None else np.where(np.isnan(values), fill, values)
 
-    def _category(self, name: str, cells: np.ndarray[Any, Any], absent: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    def _category(self, name: str, cells: Cells, gone: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
         places = self._places[name]
         text = isinstance(self.categories[name][0], str)
         unknown = len(places)
-        if any(isinstance(cell, str) is not text for cell in cells[~absent].tolist()):
+        alike = (lambda cell: isinstance(cell, str)) if text else is_number
+        if not all(map(alike, cells[~gone].tolist())):
             here, there = ("text", "numbers") if text else ("numbers", "text")
             raise InputError(
-                f"the categories of {name!r} are {here}, and its column holds {there}: convert one of them"
+                f"the categories of {name!r} are {here}, and its column holds {there}, or what is neither: convert one "
+                "of them"
             )
+        index = places_of(cells, places, f"column {name!r}")
+        index[index < 0] = unknown
         # A missing cell that has a place of its own is none of these.
-        elsewhere = unknown + 1 if name in self.missing else unknown
-        index = [
-            elsewhere if gone else places.get(cell, unknown) if isinstance(cell, Hashable) else unknown
-            for cell, gone in zip(cells.tolist(), absent.tolist(), strict=True)
-        ]
+        index[gone] = unknown + 1 if name in self.missing else unknown
         shown = np.eye(unknown + 2)[index, : unknown + 1]
         return (shown - 1.0 / unknown) * min(unknown / math.sqrt(unknown - 1.0), _LARGEST_SCALED)
 
@@ -180,7 +181,7 @@ def _checked_categories(name: str, values: Sequence[str | int]) -> tuple[str | i
     return known
 
 
-def _cells(frame: Any, name: str) -> np.ndarray[Any, Any]:
+def _cells(frame: Any, name: str) -> Cells:
     """A column, one-dimensional."""
     try:
         column = frame[name]
@@ -189,25 +190,7 @@ def _cells(frame: Any, name: str) -> np.ndarray[Any, Any]:
     except Exception as error:
         # Each library of data frames has an error of its own.
         raise InputError(f"column {name!r} of the {type(frame).__name__} cannot be read: {error}") from error
-    cells = np.asarray(column)
-    if cells.ndim != 1 or cells.dtype.kind not in "biufOUT":
-        raise InputError(
-            f"column {name!r} must hold numbers or text, a cell for each row, got {cells.dtype} {cells.shape}"
-        )
-    return cells.astype(object) if cells.dtype.kind in "UT" else cells
-
-
-def _absent(cells: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Where cells are missing: NaN, ``None``, or what pandas has for it."""
-    if cells.dtype.kind == "f":
-        missing: np.ndarray[Any, Any] = np.isnan(cells)
-        return missing
-    if cells.dtype.kind != "O":
-        return np.zeros(len(cells), dtype=bool)
-    return np.array([_is_missing(cell) for cell in cells], dtype=bool)
-
-
-def _is_missing(cell: Any) -> bool:
-    if cell is None or type(cell).__name__ in _MISSING_TYPES:
-        return True
-    return isinstance(cell, Real) and math.isnan(cell)
+    cells = cells_of(column, f"column {name!r}")
+    if cells.dtype.kind not in "biufOU":
+        raise InputError(f"column {name!r} must hold numbers or text, got {cells.dtype}")
+    return cells

@@ -23,6 +23,7 @@ from accounting.errors import warn_caller
 from clipless_dp.arguments import whole
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.sampling.cells import cells_of, is_missing
 
 Unit = Literal["row", "person"]
 """What a guarantee is about: one row of the data, or all rows of one person."""
@@ -261,8 +262,6 @@ def refuse_without_groups(rows_per_group: object, weights: object) -> None:
 def _codes(groups: Any, rows: int | None) -> Indices:
     """A number for each id, from 0, the ids in their own order."""
     ids = _as_ids(groups)
-    if ids.ndim != 1:
-        raise InputError(f"groups must be one id for each row, (rows,), got {ids.shape}: {_SHARED}")
     if rows is not None and len(ids) != rows:
         raise InputError(f"{len(ids)} ids in groups for {rows} rows: need one for each")
     if ids.dtype.kind == "U" and bool((ids == "").any()):
@@ -272,22 +271,14 @@ def _codes(groups: Any, rows: int | None) -> Indices:
 
 
 def _as_ids(groups: Any) -> npt.NDArray[Any]:
-    if isinstance(groups, Tensor):
-        groups = groups.detach().cpu().numpy()
-    if isinstance(groups, np.ma.MaskedArray):
-        if np.ma.is_masked(groups):
-            raise _missing(np.flatnonzero(np.ma.getmaskarray(groups).reshape(len(groups), -1).any(axis=1)))
-        groups = groups.data
-    # Neither has an order that rows could be told by.
+    # Neither a mapping nor a set has an order that rows could be told by.
     unordered = isinstance(groups, (Mapping, Set))
     if unordered or isinstance(groups, (str, bytes)) or not hasattr(groups, "__len__"):
         raise InputError(f"groups must be an id for each row, got a {type(groups).__name__}")
-    if hasattr(groups, "dtype") or hasattr(groups, "to_numpy"):
-        ids = np.asarray(groups)
-    else:
-        listed = list(groups)
-        ids = np.empty(len(listed), dtype=object)
-        ids[:] = listed
+    shape = getattr(groups, "shape", (None,))
+    if len(shape) != 1:
+        raise InputError(f"groups must be one id for each row, (rows,), got {tuple(shape)}: {_SHARED}")
+    ids = cells_of(groups, "groups")
     kind = ids.dtype.kind
     if kind == "f":
         remedy = "one person's may differ by rounding: give integers or strings"
@@ -304,9 +295,9 @@ def _as_ids(groups: Any) -> npt.NDArray[Any]:
 def _of_objects(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """Ids of Python's own types, once they are known to be of one."""
     listed = ids.tolist()
-    if not isinstance(listed, list) or not listed:
+    if not listed:
         raise InputError("groups must be an id for each row, and there are none")
-    missing = [place for place, one in enumerate(listed) if _is_missing(one)]
+    missing = [place for place, one in enumerate(listed) if _is_no_id(one)]
     if missing:
         raise _missing(missing)
     kinds = {next((kind for kind in (str, bytes) if isinstance(one, kind)), type(one)) for one in listed}
@@ -324,13 +315,8 @@ def _of_objects(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.array(listed, dtype=object if kept else None)
 
 
-def _is_missing(one: Any) -> bool:
-    if one is None or (isinstance(one, (str, bytes)) and not one):
-        return True
-    if isinstance(one, (float, np.floating)):
-        return bool(np.isnan(one))
-    # pandas.NA and NaT by name: neither equals itself, and the former is no truth value.
-    return type(one).__name__ in ("NAType", "NaTType")
+def _is_no_id(one: Any) -> bool:
+    return is_missing(one) or (isinstance(one, (str, bytes)) and not one)
 
 
 def _missing(places: Sequence[int] | Indices) -> InputError:
@@ -369,7 +355,7 @@ def bound_contributions(owners: Iterable[Any], rows_per_group: int, *, seed: int
     if isinstance(owners, np.ma.MaskedArray):
         owners = owners.tolist()
     named = [_named(one) for one in (owners.tolist() if isinstance(owners, Tensor) else owners)]
-    empty = [place for place, some in enumerate(named) if not some or any(map(_is_missing, some))]
+    empty = [place for place, some in enumerate(named) if not some or any(map(_is_no_id, some))]
     if empty:
         raise _missing(empty)
     ids = _as_ids([one for some in named for one in some]).tolist() if named else []

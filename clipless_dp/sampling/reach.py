@@ -29,8 +29,37 @@ Label = str | int
 _APART = {"accelerate", "clipless_dp", "lightning", "logging", "pytorch_lightning"}
 """Packages whose objects are not looked into: what trains holds all of a process."""
 
+_TOOLS = {
+    "IPython",
+    "_pytest",
+    "anyio",
+    "execnet",
+    "hypothesis",
+    "ipykernel",
+    "joblib",
+    "jupyter_client",
+    "matplotlib",
+    "numba",
+}
+_TOOLS |= {
+    "opacus",
+    "peft",
+    "pluggy",
+    "polars",
+    "pygments",
+    "pytest",
+    "sympy",
+    "timm",
+    "tornado",
+    "tqdm",
+    "traitlets",
+    "xdist",
+}
+"""Packages that tests, notebooks and scripts import; by pytest's rewritten assertions a test reaches all of it."""
+
 _LIBRARIES = (
     _APART
+    | _TOOLS
     | {"PIL", "numpy", "pandas", "pyarrow", "scipy", "sklearn", "tokenizers", "torch", "torchaudio", "torchvision"}
     | {"transformers"}
     | set(sys.stdlib_module_names)
@@ -88,31 +117,49 @@ def reachable(root: object) -> Iterator[Reached]:
         if type(value) not in ATOMS and id(value) not in known:
             known[id(value)] = value
             last.note(value, place)
-            waiting.extend([(part, place, label) for label, part in reversed(_parts(value))])
+            parts = _parts_of_function(value, last.reads(value)) if isinstance(value, FunctionType) else _parts(value)
+            waiting.extend([(part, place, label) for label, part in reversed(parts)])
 
 
 class _Last:
     """What is opened when all else was looked at: modules, by the names that all code says, and then caches.
 
     A result that is new in a cache so moves nothing that was there before it.
+
+    Packages that are installed are read where code that is looked at names them, and within themselves; not where they
+    are met behind modules alone: else a project reaches all that its dependencies import.
     """
 
     def __init__(self) -> None:
+        self._opens = False
+        self._near: set[str] = set()
         self._named: dict[str, None] = {}
         self._modules: list[tuple[int, ModuleType, set[str]]] = []
         self._caches: list[tuple[int, Any]] = []
 
     def note(self, value: object, place: int) -> None:
         """Notes what was met, and the names that its code says."""
-        if isinstance(value, FunctionType) and package(value.__globals__.get("__name__")) not in _LIBRARIES:
+        if isinstance(value, FunctionType) and self.reads(value):
             self._named |= dict.fromkeys(_names(value.__code__)[1])
-        elif isinstance(value, ModuleType) and package(value.__name__) not in _LIBRARIES:
+        elif isinstance(value, ModuleType) and self.reads(value):
             self._modules.append((place, value, set()))
         elif isinstance(value, caches.CACHES):
             self._caches.append((place, value))
 
+    def reads(self, value: FunctionType | ModuleType) -> bool:
+        """Whether code of the package that a function or a module is of is read."""
+        of = package(
+            vars(value).get("__name__") if isinstance(value, ModuleType) else value.__globals__.get("__name__")
+        )
+        if of in _LIBRARIES:
+            return False
+        if not self._opens:
+            self._near.add(of)
+        return of in self._near or not _is_installed(of)
+
     def opened(self) -> list[Reached]:
         """What was not looked at yet, in reverse order."""
+        self._opens = True
         found: list[Reached] = []
         for place, module, done in self._modules:
             held = vars(module)
@@ -137,8 +184,6 @@ def _parts(value: Any) -> list[Part]:
         return []
     if any(value is one for one in GLOBAL_GENERATORS):
         return []
-    if isinstance(value, FunctionType):
-        return _parts_of_function(value)
     if isinstance(value, type):
         return _parts_of_class(value)
     if isinstance(value, CellType):
@@ -206,13 +251,13 @@ def _of_pandas(value: Any) -> list[Part] | None:
     return [*parts, ("index", value.index.to_numpy())] if hasattr(value, "iloc") else parts
 
 
-def _parts_of_function(function: FunctionType) -> list[Part]:
+def _parts_of_function(function: FunctionType, read: bool) -> list[Part]:
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=False)
     parts: list[Part] = [part for name, cell in cells for part in _filled(name, [cell])]
     parts += [*vars(function).items(), ("defaults", function.__defaults__), ("defaults", function.__kwdefaults__)]
-    reach = function.__globals__
-    if package(reach.get("__name__")) in _LIBRARIES:
+    if not read:
         return parts
+    reach = function.__globals__
     loaded, named, imported = _names(function.__code__)
     parts += [(name, reach[name]) for name in loaded if name in reach]
     if _ENVIRONMENT & {*named}:
@@ -238,7 +283,7 @@ def _imported(one: Import, within: str) -> list[Part]:
     return [(module, sys.modules[module]) for module in meant if module in sys.modules]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=65536)
 def _names(code: CodeType) -> tuple[list[str], list[str], list[Import]]:
     """Names that code loads as globals, all that it names, and what it imports; of functions within, too."""
     loaded: dict[str, None] = {}
@@ -327,6 +372,14 @@ def _filled(name: str, cells: Iterable[CellType]) -> list[Part]:
 
 def _numbered(parts: Iterable[object]) -> list[Part]:
     return [*enumerate(parts)]
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_installed(of: str) -> bool:
+    """Whether a package lies where installers put it."""
+    module = sys.modules.get(of)
+    places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None) or ""]
+    return any({"site-packages", "dist-packages"} & {*place.split(os.sep)} for place in places)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset, default_collate
@@ -405,6 +406,10 @@ def _column(name: object, values: Sequence[Any]) -> Tensor:
 
 def _as_tensor(name: object, value: Any) -> Tensor:
     """A tensor, an array or numbers as a tensor."""
+    if isinstance(value, np.ma.MaskedArray):
+        if np.ma.is_masked(value):
+            raise InputError(f"{name!r} is masked, and a tensor would hold what is under the mask: fill it")
+        value = value.data
     try:
         if isinstance(value, (list, tuple)) and value and hasattr(value[0], "shape"):
             return torch.stack([torch.as_tensor(part) for part in value])

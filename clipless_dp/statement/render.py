@@ -12,11 +12,11 @@ from clipless_dp.statement.sections import Section, sections
 
 def to_markdown(facts: Mapping[str, Any]) -> str:
     """The readable statement; the curve is a table there."""
-    lines = [f"# {facts['title']}", ""]
+    lines = [f"# {_one_line(facts['title'])}", ""]
     for section in sections(facts):
         lines += [f"## {section.title}", ""]
-        lines += [line for paragraph in section.text for line in (paragraph, "")]
-        lines += [f"* {item}" for item in section.items] + [""] * bool(section.items)
+        lines += [line for paragraph in section.text for line in (_one_line(paragraph), "")]
+        lines += [f"* {_one_line(item)}" for item in section.items] + [""] * bool(section.items)
         if section.rows:
             header = section.header or ("", "")
             lines += [_row(header), _row(("---",) * len(header)), *map(_row, section.rows), ""]
@@ -43,8 +43,13 @@ def to_html(facts: Mapping[str, Any]) -> str:
     return _PAGE.format(title=html.escape(facts["title"]), body="\n".join(body))
 
 
+def _one_line(text: str) -> str:
+    """Without the line ends of names and notes, behind which a heading or a list of their own could stand."""
+    return " ".join(text.splitlines())
+
+
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+    return "| " + " | ".join(_one_line(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
 def _table(section: Section) -> str:

@@ -16,19 +16,22 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.features import RandomCosines, TableEncoding
 from clipless_dp.graph import gated
+from clipless_dp.losses import Huber
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
 from clipless_dp.prediction import Content, Predictor, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
-from clipless_dp.sampling.people import ROWS_PER_GROUP, people_of
+from clipless_dp.sampling.people import ROWS_PER_GROUP, People, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_standardisation
 from clipless_dp.statistics.release import require_tensor
+from clipless_dp.tables.kept import require_same_task
 from clipless_dp.tables.models import TableClassifier, TableRegressor
 from clipless_dp.tables.settings import LABELS_SHARE, STATISTICS_SHARE, learning
 from clipless_dp.tables.tasks import Classes, Numbers, Start, Task, regression_head
 from clipless_dp.training import fit
+from clipless_dp.training.fit import require_trainable
 from clipless_dp.training.groups import require_known
 
 
@@ -81,7 +84,8 @@ def fit_table(
         dataset_size: public number of rows; by default ``N``, which is then taken to be public.
         cosines: number of random cosines; memory is ``4N(columns + cosines)`` bytes.
         accountant: ``"prv"``, ``"rdp"`` or ``"auto"``.
-        checkpoint: file of the training; the statistics are kept beside it, so that a run that goes on pays once.
+        checkpoint: file of the training; the statistics are kept beside it, and of what columns, labels and ranges they
+            are, so that a run of the same task that goes on pays once.
         noise: ``"system"``, ``"secure"`` or a source, for statistics and training.
         reproducible_seed: as for :func:`clipless_dp.fit`; it covers the statistics, too.
         groups: whose each row is, an id for each, or of a data frame the name of their column: then statistics,
@@ -104,6 +108,7 @@ def fit_table(
             or a frame lacks a column or has one of another type.
         ConfigurationError: an argument is out of range, or several processes train together: each would release
             statistics of its own. Nothing was released then.
+        CheckpointError: the checkpoint, or the statistics beside it, are of another task or run, or unreadable.
 
     Guarantee:
         The model, statistics included, is (``epsilon``, ``delta``)-differentially private with respect to adding
@@ -112,16 +117,21 @@ def fit_table(
     given = {"epsilon": epsilon, "delta": delta, "dataset_size": dataset_size, "accountant": accountant, "noise": noise}
     require_known({**changes, **given, "checkpoint": checkpoint, "reproducible_seed": reproducible_seed})
     task = _task(classes, target_range, balance)
-    groups = rows[groups] if encoding is not None and isinstance(groups, str) else groups
+    named = {"labels": labels, "groups": groups}
+    if isinstance(encoding, TableEncoding) and isinstance(groups, str):
+        groups = encoding.column(rows, groups)
     table, targets = _read(rows, labels, encoding, task)
     _check_run(noise, reproducible_seed)
-    held_out = None if changes.get("validation") is None else _validation(changes["validation"], encoding, task)
+    validation = changes.get("validation")
+    held_out = None if validation is None else _validation(validation, encoding, task, table.shape[1])
     people = people_of(groups, len(table), changes.get("rows_per_group", ROWS_PER_GROUP))
     size = public_size(dataset_size, len(table), people)
     epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
     expand = RandomCosines(table.shape[1], cosines).to(table.device)
+    _require_trainable(table.shape[1] + cosines, {**changes, **given, "epsilon": epsilon, "dataset_size": size}, people)
     ledger = create_accountant(accountant, dataset_size=size)
     unit = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
+    require_same_task(checkpoint, encoding, table.shape[1], task, **named)
     releases = Releases(ledger, size, checkpoint, reproducible_seed, noise, people)
     measured = table.shape[1] if encoding is None else encoding.measured
     standardise = _Standardised(measured)
@@ -200,9 +210,13 @@ def _read(rows: Any, labels: Any, encoding: TableEncoding | None, task: Task) ->
     return table, targets
 
 
-def _validation(data: Any, encoding: TableEncoding | None, task: Task) -> tuple[Tensor, Tensor]:
+def _validation(data: Any, encoding: TableEncoding | None, task: Task, columns: int) -> tuple[Tensor, Tensor]:
     if encoding is None:
         rows, labels = as_tensors(data)
+        if rows.dim() != 2 or rows.shape[1] != columns or not rows.is_floating_point():
+            raise InputError(
+                f"expected floating-point validation rows (N, {columns}), got {rows.dtype} {tuple(rows.shape)}"
+            )
         return rows, task.read(labels, len(rows))
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise InputError(f"validation must be a pair of a data frame and its labels, got {type(data).__name__}")
@@ -216,6 +230,19 @@ def _check_run(noise: NoiseSource | str | None, reproducible_seed: int | None) -
         )
     if noise is not None and reproducible_seed is not None:
         raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
+
+
+def _require_trainable(inputs: int, arguments: dict[str, Any], people: People | None) -> None:
+    """Refuses arguments of the training before a statistic is released for it, on made-up rows."""
+    size, epsilon = arguments["dataset_size"], arguments["epsilon"]
+    options = {**learning(size, epsilon, 1.0, 1.0), **arguments, "accountant": "rdp", "noise": None}
+    options.pop("validation", None)
+    if people is not None:
+        # Whose rows are was read, and made-up ones are nobody's.
+        options = {name: value for name, value in options.items() if name not in ("rows_per_group", "group_weights")}
+    start = Start(Huber(), torch.zeros(1), 1.0, Tensor.float, nn.Identity(), 1.0, 1.0)
+    rows = torch.rand(2, inputs, generator=torch.Generator().manual_seed(0)) / inputs
+    require_trainable(_model(inputs, start), (rows, torch.zeros(2)), **options)
 
 
 def _model(inputs: int, start: Start) -> DPLipModel:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +15,7 @@ from clipless_dp.arguments import share
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.losses import BinaryCrossEntropy, Huber, TauCrossEntropy, balanced_weights
 from clipless_dp.losses.base import Loss
+from clipless_dp.sampling.cells import Cells, as_numbers, cells_of, is_missing, places_of
 from clipless_dp.statistics import private_fraction, private_moments, private_shares
 
 _GATE = 0.5
@@ -51,9 +51,11 @@ class Task(ABC):
 
     Attributes:
         told: what was public and what is charged of the labels, in words.
+        settings: the public choices, as plain values.
     """
 
     told: str
+    settings: dict[str, Any]
 
     @abstractmethod
     def read(self, labels: Any, rows: int) -> Tensor:
@@ -76,7 +78,8 @@ class Classes(Task):
         balance: ``p`` of :func:`clipless_dp.losses.balanced_weights`.
 
     Raises:
-        ConfigurationError: there are fewer than two, or one twice, or the power is out of range.
+        ConfigurationError: there are fewer than two, or one twice, or one that has no hash or is NaN, or the power is
+            out of range.
     """
 
     def __init__(self, classes: Sequence[Any] | None, balance: float) -> None:
@@ -84,10 +87,17 @@ class Classes(Task):
             raise ConfigurationError(f"classes must be a list of all labels there can be, got {classes!r}")
         self.classes = (0, 1) if classes is None else tuple(classes)
         self.balance = share("balance", balance, "[0, 1]")
-        self._index = {label: index for index, label in enumerate(self.classes)}
+        try:
+            self._index = {label: index for index, label in enumerate(self.classes)}
+        except TypeError:
+            raise ConfigurationError(f"classes must be values that can be told apart, got {self.classes!r}") from None
+        if any(label is not None and is_missing(label) for label in self.classes):
+            raise ConfigurationError(f"a missing label (NaN, NA) is no class, got {self.classes!r}")
         if len(self.classes) < 2 or len(self._index) < len(self.classes):
             raise ConfigurationError(f"classes must be two or more, none of them twice, got {self.classes!r}")
         charged = "the share of the second was" if len(self.classes) == 2 else "the shares of all were"
+        # Labels may be of any type, which a checkpoint does not hold.
+        self.settings = {"classes": [repr(label) for label in self.classes], "balance": float(self.balance)}
         self.told = f"Labels: which there are was public ({len(self.classes)}); {charged} charged."
 
     def read(self, labels: Any, rows: int) -> Tensor:
@@ -98,17 +108,14 @@ class Classes(Task):
             if self.classes == (0, 1):
                 if not bool(((labels == 0) | (labels == 1)).all()):
                     raise InputError("labels must be 0 or 1; others would contribute nothing")
-                return labels
-        cells = _cells(labels, rows)
-        try:
-            index = [self._index.get(cell, -1) for cell in cells]
-        except TypeError as error:
-            raise InputError(f"a label must be one of {self._shown()}: {error}") from error
-        if strangers := sum(found < 0 for found in index):
+                return labels.detach()
+        index = places_of(_cells(labels, rows), self._index, "labels")
+        if strangers := int((index < 0).sum()):
             raise InputError(
-                f"{strangers} of {rows} labels are none of {self._shown()}: name all that there can be in classes="
+                f"{strangers} of {rows} labels are none of {self._shown()}: a label must be one of those that classes= "
+                "names, which is all that there can be"
             )
-        return torch.tensor(index)
+        return torch.from_numpy(index)
 
     def _shown(self) -> str:
         return " or ".join(map(repr, self.classes[:8])) + (" or …" if len(self.classes) > 8 else "")
@@ -160,16 +167,15 @@ class Numbers(Task):
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ConfigurationError(f"target_range must be two finite numbers, the lower first, got {target_range!r}")
         self.target_range = (low, high)
+        self.settings = {"target_range": [low, high]}
         self.told = f"Targets: their range, {low:g} to {high:g}, was public; their mean and deviation were charged."
 
     def read(self, labels: Any, rows: int) -> Tensor:
         """See :meth:`Task.read`: numbers in [-1, 1]."""
-        try:
-            numbers = (
-                labels if isinstance(labels, Tensor) else torch.tensor([float(cell) for cell in _cells(labels, rows)])
-            )
-        except (TypeError, ValueError) as error:
-            raise InputError(f"the targets of a regression must be numbers: {error}") from error
+        if isinstance(labels, Tensor):
+            numbers = labels.detach()
+        else:
+            numbers = torch.from_numpy(as_numbers(_cells(labels, rows), "the targets of a regression"))
         if numbers.shape != (rows,) or numbers.is_complex() or bool(torch.isnan(numbers).any()):
             raise InputError(
                 f"expected {rows} numbers, none of them missing, got {numbers.dtype} {tuple(numbers.shape)}"
@@ -215,9 +221,8 @@ def regression_head(scale: float, shift: float) -> nn.Module:
     return nn.Sequential(nn.Flatten(0), _Affine(scale, shift))
 
 
-def _cells(labels: Any, rows: int) -> list[Any]:
-    cells = labels.tolist() if isinstance(labels, Tensor) else np.asarray(labels).tolist()
-    if not isinstance(cells, list) or len(cells) != rows:
-        shown = f"{len(cells)} of them" if isinstance(cells, list) else type(labels).__name__
-        raise InputError(f"expected a label for each of {rows} rows, got {shown}")
+def _cells(labels: Any, rows: int) -> Cells:
+    cells = cells_of(labels, "labels")
+    if len(cells) != rows:
+        raise InputError(f"expected a label for each of {rows} rows, got {len(cells)} of them")
     return cells

@@ -130,6 +130,28 @@ def fit(
         return train(run, rehearse(run, checked.samples), checked.held_out)
 
 
+def require_trainable(model: DPLipModel, dataset: Data, **arguments: Any) -> None:
+    """Refuses what :func:`fit` would refuse of its arguments, and raises what their functions raise, without a step.
+
+    For arguments that are given before something is released which the training data is computed by: a model and rows
+    like those to come are tried in their place, with noise of any size.
+
+    Args:
+        model: one like that which is to be trained.
+        dataset: some made-up rows; ``dataset_size`` is among the arguments.
+        arguments: of :func:`fit`, without ``groups``, ``noise``, ``checkpoint`` and ``validation``.
+
+    Raises:
+        ConfigurationError: as :func:`fit`.
+        InputError: as :func:`fit`.
+    """
+    asked = Asked.of({**arguments, "noise_multiplier": arguments.get("noise_multiplier") or 1.0})
+    checked = _check(model, dataset, asked)
+    settings = suggest(model, checked.size, asked.privacy, asked.learning)
+    asked = asked._replace(learning=resolved(asked.learning, settings))
+    _build(model, asked, checked, *_plan(asked, settings))
+
+
 class _Checked(NamedTuple):
     """What was seen to fit before anything is computed."""
 

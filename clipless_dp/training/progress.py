@@ -49,7 +49,7 @@ class SignalToNoise:
 
     Args:
         optimizer: that trains, whose weights are whole here. Of other rules than SGD's without dampening and Nesterov's
-            momentum, and of weights that are split among processes, nothing is known.
+            momentum, of a momentum above 1, and of weights that are split among processes, nothing is known.
     """
 
     def __init__(self, optimizer: CliplessDPOptimizer) -> None:
@@ -58,7 +58,7 @@ class SignalToNoise:
         self.known = (
             isinstance(optimizer.base_optimizer, torch.optim.SGD)
             and optimizer.model.placement.is_whole
-            and not any(group["dampening"] or group["nesterov"] for group in groups)
+            and not any(group["dampening"] or group["nesterov"] or group["momentum"] > 1.0 for group in groups)
         )
         self._added: dict[str, _Added] = {}
         self._before = self._weights() if self.known else {}
@@ -94,8 +94,9 @@ class SignalToNoise:
     def _note(self, name: str, noise: float, rate: float, momentum: float) -> None:
         if name not in self._added:
             # What the buffer of a run that goes on holds, had all its steps had the noise of this one.
-            kept = momentum**2
-            self._added[name] = _Added(noise * (1.0 - kept ** (self.optimizer.steps_taken - 1)) / (1.0 - kept))
+            kept, earlier = momentum**2, self.optimizer.steps_taken - 1
+            # A buffer of momentum 1 forgets nothing.
+            self._added[name] = _Added(noise * ((1.0 - kept**earlier) / (1.0 - kept) if kept < 1.0 else earlier))
         self._added[name].step(noise, rate, momentum)
 
     def read(self) -> Mapping[str, float] | None:

@@ -224,10 +224,13 @@ def test_what_only_renyi_accounting_covers_has_a_looser_curve() -> None:
 
 def test_nothing_released_leaves_guessing() -> None:
     curve = curve_of()
-    assert curve.true_positive_rate(RATES) == pytest.approx(RATES, abs=1e-14)
-    # Rounding is charged.
-    assert 0.0 <= curve.advantage < 1e-14
-    assert curve.gaussian_mu() < 1e-9
+    assert (curve.true_positive_rate(RATES) == RATES).all()
+    assert curve.advantage == curve.gaussian_mu() == 0.0
+    # Exactly, since rounded up to hundredths of a per cent anything more would show.
+    assert "right at even odds     50.00 %" in str(curve)
+    assert "0.1 %                0.10 %" in str(curve)
+    with pytest.raises(InvalidParameterError):
+        curve.true_positive_rate(2.0)
 
 
 def test_hardly_any_noise_leaves_nothing_hidden_and_no_gaussian() -> None:
@@ -287,6 +290,20 @@ def test_a_stored_ledger_answers_as_its_accountant(tmp_path: object, capsys: pyt
     accountant.ledger.save(f"{tmp_path}/ledger.json")
     assert main(["risk", "--ledger", f"{tmp_path}/ledger.json"]) == 0
     assert capsys.readouterr().out == f"{trade_off(accountant)}\n"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--relation", "add_or_remove_one"), ("--noise-multiplier", "1"), ("--sample-rate", "1"), ("--steps", "3")],
+    ids=["relation", "noise", "rate", "steps"],
+)
+def test_what_a_stored_ledger_tells_is_not_asked_besides(
+    option: tuple[str, str], tmp_path: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    create_accountant("auto").ledger.save(f"{tmp_path}/ledger.json")
+    for command in ("risk", "curve"):
+        assert main([command, "--ledger", f"{tmp_path}/ledger.json", *option]) == 2
+        assert f"leave out {option[0]}" in capsys.readouterr().err
 
 
 def test_printed_rates_are_rounded_up() -> None:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 
 import pytest
 
 from accounting import (
     REPLACE_ONE,
+    AutoAccountant,
     GaussianRelease,
     GaussianStep,
     GaussianVectorStep,
@@ -15,6 +17,7 @@ from accounting import (
     NoSampling,
     Opinion,
     PoissonSampling,
+    PrivacyBound,
     SecondOpinion,
     ShuffledEpoch,
     second_opinion,
@@ -84,10 +87,81 @@ def test_a_package_that_is_not_installed_says_nothing(monkeypatch: pytest.Monkey
     assert all("pip install" in one.note for one in second_opinion(TRAINED, 1e-5).opinions)
 
 
-def test_a_lower_bound_above_ours_is_a_contradiction_in_words() -> None:
-    found = SecondOpinion(1.0, 1e-5, (Opinion("another", 1.1, 1.2, ""),))
-    assert found.contradicted
-    assert "contradict" in str(found)
+def test_bounds_that_cannot_both_be_right_are_a_contradiction_in_words() -> None:
+    for contradicting in (
+        SecondOpinion(1.0, 1e-5, (Opinion("another", 1.1, 1.2, ""),)),
+        SecondOpinion(1.0, 1e-5, (Opinion("another", None, 0.8, ""),), lower=0.9),
+    ):
+        assert contradicting.contradicted
+        assert "contradict" in str(contradicting)
+    for agreeing in (
+        SecondOpinion(1.0, 1e-5, (Opinion("another", 0.9, 1.2, ""),), lower=0.99),
+        SecondOpinion(1.0, 1e-5, (Opinion("another", None, None, ""),), lower=0.99),
+    ):
+        assert not agreeing.contradicted
+        assert "contradict" not in str(agreeing)
+
+
+@pytest.mark.parametrize("factor", [0.05, 0.97])
+def test_an_epsilon_that_is_too_small_is_noticed_by_opacus_alone(
+    factor: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ledger((GaussianStep(1.0, PoissonSampling(0.01)), 1000))
+    version, tight = importlib.metadata.version, AutoAccountant.get_epsilon
+
+    def opacus_only(name: str) -> str:
+        if name != "opacus":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", opacus_only)
+    monkeypatch.setattr(AutoAccountant, "get_epsilon", lambda self, delta: PrivacyBound(factor * tight(self, delta)))
+    assert second_opinion(made, 1e-5).contradicted
+
+
+def test_the_lower_bound_of_opacus_is_that_of_the_code_it_comes_from() -> None:
+    _, opacus, microsoft = second_opinion(ledger((GaussianStep(1.0, PoissonSampling(0.01)), 1000)), 1e-5).opinions
+    # The same grid; both integrate numerically.
+    assert opacus.lower == pytest.approx(microsoft.lower, abs=1e-6)
+    assert opacus.upper == pytest.approx(microsoft.upper, abs=1e-6)
+
+
+def test_it_is_said_where_nobody_could_notice_an_epsilon_that_is_too_small() -> None:
+    # Numerical accountants refuse so small a delta.
+    found = second_opinion(ledger((GaussianStep(1.0, PoissonSampling(0.01)), 1000)), 1e-14)
+    assert found.opinions[0].upper is not None
+    assert not found.checked
+    assert "could not be checked" in str(found)
+    assert "could not be checked" not in str(second_opinion(ledger((GaussianStep(5.0), 1)), 1e-5))
+
+
+def test_no_opinion_is_negative() -> None:
+    found = second_opinion(ledger((GaussianStep(6.0, PoissonSampling(0.1)), 12)), 0.4)
+    assert all(opinion.upper == 0.0 and (opinion.lower or 0.0) == 0.0 for opinion in found.opinions)
+    assert not found.contradicted
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ((), "nothing was released"),
+        (tuple((GaussianStep(1.0 + k, PoissonSampling(0.01)), 3) for k in range(31)), "31 different events"),
+        (((GaussianStep(0.5, PoissonSampling(0.5)), 1000),), "too long for it"),
+        (((LaplaceRelease(0.01), 1000),), "too long for it"),
+    ],
+    ids=["nothing", "phases", "steps", "Laplace"],
+)
+def test_others_are_not_asked_what_would_take_them_minutes_and_gigabytes(
+    entries: tuple[object, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*arguments: object) -> None:
+        raise SystemExit("was asked")
+
+    for name in ("_opacus_prv", "_prv_accountant"):
+        monkeypatch.setattr(sys.modules[second_opinion.__module__], name, asked)
+    found = second_opinion(ledger(*entries), 1e-5)
+    assert words in found.opinions[-1].note
+    assert all(opinion.upper is None for opinion in found.opinions[1:])
 
 
 def test_delta_out_of_range_is_refused() -> None:
@@ -97,7 +171,7 @@ def test_delta_out_of_range_is_refused() -> None:
 
 def test_the_command_line_asks_them_too(tmp_path, capsys) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "ledger.json"
-    TRAINED.save(path)
+    ledger((GaussianStep(5.0), 1)).save(path)
     assert main(["explain", str(path), "--delta", "1e-5", "--second-opinion"]) == 0
     assert "prv-accountant" in capsys.readouterr().out
     assert main(["explain", str(path), "--group-size", "2", "--second-opinion"]) == 2

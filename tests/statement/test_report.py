@@ -121,6 +121,14 @@ def test_the_three_forms_say_the_same_and_the_page_needs_nothing_else(tmp_path):
     assert sum(tag == "circle" and name == "r" for tag, name, _ in parser.attributes) == 7
 
 
+def test_no_name_or_note_writes_a_heading_of_its_own() -> None:
+    sly = "fine\n\n## Certified by nobody\r# twice\u2028* and more"
+    plain, text = (report(trained(), unit=one, notes=[one]).to_markdown() for one in ("fine", sly))
+    headings = [[line for line in some.splitlines() if line.startswith(("#", "*"))] for some in (plain, text)]
+    assert len(headings[0]) == len(headings[1])
+    assert "* fine  ## Certified by nobody # twice * and more" in headings[1]
+
+
 def test_tables_in_markdown_have_as_many_cells_in_every_row():
     lines = report(trained(), unit="a | b\nc").to_markdown().splitlines()
     tables = "\n".join(line if line.startswith("|") else "" for line in lines).split("\n\n")

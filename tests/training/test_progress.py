@@ -39,9 +39,10 @@ def trained(scale: float, **options: Any) -> FitResult:
         {"momentum": 0.0, "scheduler": constant},
         {"momentum": 0.9},
         {"momentum": 0.5},
+        {"optimizer": lambda parameters: torch.optim.SGD(parameters, 1e-3, momentum=1.0), "scheduler": constant},
         {"momentum": 0.9, "noise_schedule": lambda step, steps: 1.5 if step < 7 else 0.7},
     ],
-    ids=["plain", "momentum", "rates that change", "noise that changes"],
+    ids=["plain", "momentum", "rates that change", "momentum that forgets nothing", "noise that changes"],
 )
 def test_weights_that_noise_alone_moves_have_a_ratio_of_one(options: dict[str, Any]) -> None:
     history = trained(0.0, **options).history
@@ -72,6 +73,11 @@ def test_a_signal_shows_in_the_ratio() -> None:
     first = trained(2.0, momentum=0.9).history[0].signal_to_noise
     assert first is not None
     assert min(first.values()) > 1.5
+
+
+def test_it_is_not_known_of_a_momentum_that_grows() -> None:
+    growing = trained(1.0, optimizer=lambda parameters: torch.optim.SGD(parameters, 1e-3, momentum=1.1))
+    assert {record.signal_to_noise for record in growing.history} == {None}
 
 
 def test_it_is_not_known_of_adam() -> None:
