@@ -139,6 +139,8 @@ class _Last:
 
     def note(self, value: object, place: int) -> None:
         """Notes what was met, and the names that its code says."""
+        if isinstance(value, (FunctionType, ModuleType)) and not self._opens:
+            self._near.add(_package_of(value))
         if isinstance(value, FunctionType) and self.reads(value):
             self._named |= dict.fromkeys(_names(value.__code__)[1])
         elif isinstance(value, ModuleType) and self.reads(value):
@@ -148,14 +150,8 @@ class _Last:
 
     def reads(self, value: FunctionType | ModuleType) -> bool:
         """Whether code of the package that a function or a module is of is read."""
-        of = package(
-            vars(value).get("__name__") if isinstance(value, ModuleType) else value.__globals__.get("__name__")
-        )
-        if of in _LIBRARIES:
-            return False
-        if not self._opens:
-            self._near.add(of)
-        return of in self._near or not _is_installed(of)
+        of = _package_of(value)
+        return of not in _LIBRARIES and (of in self._near or not _is_installed(of))
 
     def opened(self) -> list[Reached]:
         """What was not looked at yet, in reverse order."""
@@ -372,6 +368,10 @@ def _filled(name: str, cells: Iterable[CellType]) -> list[Part]:
 
 def _numbered(parts: Iterable[object]) -> list[Part]:
     return [*enumerate(parts)]
+
+
+def _package_of(code: FunctionType | ModuleType) -> str:
+    return package((vars(code) if isinstance(code, ModuleType) else code.__globals__).get("__name__"))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clipless_dp import poisson_collate
 from clipless_dp.errors import PrivacyError
-from clipless_dp.sampling import caches, memory
+from clipless_dp.sampling import caches, memory, reach
 from clipless_dp.sampling.augmentation import views
 
 ROWS = torch.arange(12.0).reshape(3, 4)
@@ -47,16 +47,17 @@ def dotted(x):
 """
 
 
-@pytest.fixture
-def project() -> Iterator[ModuleType]:
+@pytest.fixture(params=["", "/usr/lib/site-packages/"], ids=["of a folder", "installed"])
+def project(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """A package of a user's: ``data`` with the modules ``state`` and ``views``."""
     made = {}
+    reach._is_installed.cache_clear()
     for name, source in (("", ""), (".data", ""), (".data.state", STATE), (".data.views", VIEWS)):
         module = ModuleType(f"reached_project{name}")
         is_package = name in ("", ".data")
         module.__package__ = module.__name__ if is_package else module.__name__.rpartition(".")[0]
         if is_package:
-            module.__path__ = []
+            module.__path__ = [request.param + module.__name__.replace(".", "/")]
         sys.modules[module.__name__] = made[name] = module
         exec(source, vars(module))
     made[""].data = made[".data"]  # type: ignore[attr-defined]
@@ -108,6 +109,31 @@ def test_memory_that_is_reached_through_modules_is_refused(project: Any, name: s
     augment = THROUGH_MODULES[name](project.data)
     with pytest.raises(PrivacyError, match=r"BANK: list of 0 → list of 3"):
         views(augment, ROWS, COUNT)
+
+
+def test_what_an_installed_package_imports_is_not_read_unless_code_that_is_looked_at_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = {name: ModuleType(name) for name in ("reached_near", "reached_far")}
+    for name, module in made.items():
+        module.__path__ = [f"/usr/lib/site-packages/{name}"]
+        monkeypatch.setitem(sys.modules, name, module)
+    reach._is_installed.cache_clear()
+    near, far = made.values()
+    near.far, far.BANK, near.BANK = far, ["of far"], ["of near"]  # type: ignore[attr-defined]
+
+    def of_near(x: Tensor) -> Any:
+        return x, near.BANK, near.far  # type: ignore[attr-defined]
+
+    def of_both(x: Tensor) -> Any:
+        return of_near(x), far
+
+    def met(root: object) -> list[object]:
+        return [value for value, *_ in reach.reachable(root)]
+
+    assert "of near" in met(of_near)
+    assert "of far" not in met(of_near)
+    assert "of far" in met(of_both)
 
 
 def test_what_modules_hold_and_no_code_names_may_change(project: Any) -> None:
