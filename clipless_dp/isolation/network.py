@@ -298,7 +298,8 @@ class Isolated(nn.Module):
             batch = [value.clone(memory_format=torch.contiguous_format) for value in batch]
         gatings: list[Gating] = []
         kept: list[bool] = []
-        rerun = partial(self._rerun, {name: (value._version, value.requires_grad) for name, value in sources.items()})
+        gated = {name: (held[name], held[name]._version, value.requires_grad) for name, value in sources.items()}
+        rerun = partial(self._rerun, gated)
 
         def one(sample: Tensor, *own: Tensor) -> Tensor:
             gating = Gating(
@@ -338,44 +339,48 @@ class Isolated(nn.Module):
 
     def _rerun(
         self,
-        gated: Mapping[str, tuple[int, bool]],
+        gated: Mapping[str, tuple[Tensor, int, bool]],
         code: Callable[..., None],
+        sample: Tensor,
         values: Sequence[Tensor],
         axes: Sequence[int],
     ) -> None:
         """Runs a part of the network once more, for what the way back needs; see :data:`Rerun`.
 
         Args:
-            gated: the parameters that had gates in the pass: how often they had been written into, and whether they
+            gated: the parameters that had gates in the pass, how often they had been written into, and whether they
                 took gradients.
             code: of the part.
+            sample: ``(B,)``, zeros.
             values: of all samples.
             axes: of samples in these.
 
         Raises:
             PrivacyError: weights have changed since, or as :meth:`forward`.
         """
-        held = dict(self._held())
-        if any(held[name]._version != version for name, (version, _) in gated.items()):
+        if any(value._version != version for value, version, _ in gated.values()):
             raise PrivacyError(
                 "weights were written into between a forward pass and its backward pass, which computes a part of the "
                 "network again (torch.utils.checkpoint): change weights between steps"
             )
-        # They lead nowhere, so that all that gradients come to is what the pass itself has.
-        sources = {name: held[name].detach().requires_grad_(trains) for name, (_, trains) in gated.items()}
+        # They lead nowhere, so that all that gradients come to is what the pass itself has; and they are of the weights
+        # of the pass, whatever stands for these now.
+        sources = {name: value.detach().requires_grad_(trains) for name, (value, _, trains) in gated.items()}
+        held = dict(self._held())
         also = {**self._known(held), **{id(value): name for name, value in held.items()}}
+        also |= {id(value): name for name, (value, *_) in gated.items()}
 
-        def one(sample: Tensor, *own: Tensor) -> Tensor:
-            gating = Gating(sample, sources, also, self.caps, joint=self.joint == "layer")
+        def one(lifted: Tensor, *own: Tensor) -> Tensor:
+            gating = Gating(lifted, sources, also, self.caps, joint=self.joint == "layer")
             gating.admit(own)
             with gating:
                 code(gating, *own)
             gating.refuse_written()
             if gating.kept(own):
                 raise PrivacyError(KEPT)
-            return sample
+            return lifted
 
-        self._mapped(one, values, axes)
+        mapped(one, sample, values, axes, type(self.net).__name__)
 
     def _gathered(
         self, sources: Mapping[str, Tensor], caps: Mapping[str, Cap], counters: Mapping[str, Tensor]
@@ -439,11 +444,10 @@ class Isolated(nn.Module):
             )
         return returned.squeeze(0)
 
-    def _mapped(self, one: Callable[..., Tensor], batch: Sequence[Tensor], axes: Sequence[int] | None = None) -> Tensor:
+    def _mapped(self, one: Callable[..., Tensor], batch: Sequence[Tensor]) -> Tensor:
+        sample = torch.zeros(len(batch[0]), device=batch[0].device, dtype=self._dtype())
         try:
-            return mapped(
-                one, batch, [0] * len(batch) if axes is None else axes, self._dtype(), type(self.net).__name__
-            )
+            return mapped(one, sample, batch, [0] * len(batch), type(self.net).__name__)
         except IndexError as error:
             if self.uses is None:
                 raise
