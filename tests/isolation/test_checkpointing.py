@@ -353,7 +353,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     ),
     "gradients that are off the second time": (within(Twice(simple, torch.no_grad()(simple))), "calls sin otherwise"),
     "a number that differs the second time": (
-        within(lambda net, values: values * torch._C._current_graph_task_id()), "calls mul otherwise",
+        within(lambda net, values: (values * torch._C._current_graph_task_id()).sin()), "calls mul otherwise",
     ),
     "selective checkpointing": (chosen, "context_fn"),
     "a batch that is unwrapped the second time": (
