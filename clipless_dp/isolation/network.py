@@ -449,7 +449,8 @@ class Isolated(nn.Module):
         try:
             return mapped(one, sample, batch, [0] * len(batch), type(self.net).__name__)
         except IndexError as error:
-            if self.uses is None:
+            # Torch's words for a look-up; not those of a list of the network's own, or of an axis.
+            if self.uses is None or not any(words in str(error) for words in ("out of range in self", "out of bounds")):
                 raise
             raise InputError(f"a sample holds a number that the network has no entry for: {error}") from error
 

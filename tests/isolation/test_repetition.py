@@ -192,8 +192,51 @@ def test_attention_to_itself_may_be_checkpointed() -> None:
             return self.head(self.attend(values, values, values)[0].mean(1))
 
     torch.manual_seed(0)
-    inputs, targets = torch.randn(ROWS, 5, WIDTH), torch.randn(ROWS, 3)
-    net = Attending()
-    plain, model = (wrapped(copy.deepcopy(net), (5, WIDTH), checkpoint=part) for part in ((), "attend"))
+    assert _as_without_checkpointing(Attending(), "attend", torch.randn(ROWS, 5, WIDTH))
+
+
+class Positions(nn.Module):
+    """Has a part that is handed nothing of a sample, and one that is given a parameter in another shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.tokens = nn.Embedding(5, WIDTH), Token()
+        self.gain, self.shift = nn.Parameter(torch.rand(WIDTH)), nn.Parameter(torch.rand(5, WIDTH))
+        self.body, self.head = Shaped(), nn.Linear(WIDTH, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        hidden = values + self.table(torch.arange(5)) + self.tokens()
+        return self.head(self.body(hidden, self.gain.view(1, 1, WIDTH), self.shift.unsqueeze(0)).mean(1))
+
+
+class Token(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(WIDTH))
+
+    def forward(self) -> Tensor:
+        return self.weight.sin()
+
+
+class Shaped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, values: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        return (self.layer(values) * gain + shift).tanh()
+
+
+def _as_without_checkpointing(net: nn.Module, part: str, inputs: Tensor, **options: Any) -> bool:
+    targets = torch.randn(ROWS, 3)
+    plain, model = (
+        wrapped(copy.deepcopy(net), tuple(inputs.shape[1:]), checkpoint=chosen, **options) for chosen in ((), part)
+    )
     expected, found = gradients(plain, inputs, targets), gradients(model, inputs, targets)
-    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    return all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("part", ["table", "tokens"])
+def test_a_part_that_is_handed_nothing_of_a_sample_may_be_checkpointed(part: str) -> None:
+    torch.manual_seed(0)
+    assert _as_without_checkpointing(Positions(), part, torch.randn(ROWS, 5, WIDTH))
