@@ -102,6 +102,7 @@ class Region:
                 self._places.append((place, list(given).index(id(leaf))))
                 leaves[place] = None
         self._leaves = leaves
+        self._reshaped = [gating.is_reshaped(value) for value in given.values()]
         self.calls = Calls(gating.name_of, given.values(), None)
         self._moment = Moment(gating.sample.device)
         self._kinds: list[_Kind] = []
@@ -149,6 +150,9 @@ class Region:
 
         def run(gating: Gating, *own: Tensor) -> None:
             leaves = list(self._leaves)
+            for value, reshaped in zip(own, self._reshaped, strict=True):
+                if reshaped:
+                    gating.take_reshaped(value)
             for place, index in self._places:
                 leaves[place] = own[index]
             for place, name in self._named:

@@ -248,10 +248,8 @@ class Gating(TorchFunctionMode):
         self._seen.note(result)
         if self.calls is not None:
             self.calls.note(func, given, named, result)
-        if func in _SHAPING and self._shaped and args and isinstance(result, Tensor):
-            found = self._shaped.get(id(args[0]))
-            if found is not None and found[0]() is args[0]:
-                self._shaped[id(result)] = ref(result), found[1]
+        if func in _SHAPING and args and isinstance(result, Tensor) and self.is_reshaped(args[0]):
+            self._shaped[id(result)] = ref(result), self._shaped[id(args[0])][1]
         return result
 
     @staticmethod
@@ -260,7 +258,7 @@ class Gating(TorchFunctionMode):
 
         Libraries ask so for the sake of one kind of activation checkpointing, which ours does without.
         """
-        if not requires_grad:
+        if not requires_grad and (is_batchedtensor(value) or value.requires_grad):
             raise ConfigurationError(
                 "the network calls requires_grad_(False) on what it computes, which changes it for all that have it: "
                 "use detach()"
@@ -275,12 +273,20 @@ class Gating(TorchFunctionMode):
             return args
 
         def spread(value: Any) -> Any:
-            known = self._shaped.get(id(value))
-            if known is None or known[0]() is not value or cast(Tensor, value).shape == shape:
+            if not self.is_reshaped(value) or cast(Tensor, value).shape == shape:
                 return value
-            return Spread.apply(value, tuple(shape), known[1])  # type: ignore[no-untyped-call]
+            return Spread.apply(value, tuple(shape), self._shaped[id(value)][1])  # type: ignore[no-untyped-call]
 
         return [spread(value) for value in args]
+
+    def is_reshaped(self, value: Tensor) -> bool:
+        """Whether a value is a copy of a parameter, as it is or in another shape."""
+        known = self._shaped.get(id(value))
+        return known is not None and known[0]() is value
+
+    def take_reshaped(self, value: Tensor) -> None:
+        """Has a value for such a copy, of whose gradient nobody is told."""
+        self._shaped[id(value)] = ref(value), Sizes()
 
     def _refuse_modes(self) -> None:
         """Refuses what was entered within the forward and is handed the values of all samples; not what only counts."""

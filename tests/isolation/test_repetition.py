@@ -240,3 +240,65 @@ def _as_without_checkpointing(net: nn.Module, part: str, inputs: Tensor, **optio
 def test_a_part_that_is_handed_nothing_of_a_sample_may_be_checkpointed(part: str) -> None:
     torch.manual_seed(0)
     assert _as_without_checkpointing(Positions(), part, torch.randn(ROWS, 5, WIDTH))
+
+
+@pytest.mark.parametrize("joint", [None, "layer", "network"])
+def test_a_parameter_that_is_handed_to_a_part_in_another_shape_meets_the_same_arithmetic(joint: Any) -> None:
+    torch.manual_seed(0)
+    assert _as_without_checkpointing(Positions(), "body", torch.randn(ROWS, 5, WIDTH), joint=joint)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_constant_that_takes_no_gradients_may_be_asked_to_take_none(again: bool) -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(WIDTH, 3)
+            self.register_buffer("positions", torch.rand(9, WIDTH))
+
+        def part(self, values: Tensor) -> Tensor:
+            mask = torch.ones(5, 1)
+            mask.requires_grad = False
+            return (values * mask + self.positions[:5].requires_grad_(False)).sin()
+
+        def forward(self, values: Tensor) -> Tensor:
+            made = checkpoint(self.part, values, use_reentrant=False) if again else self.part(values)
+            return self.head(made.mean(1))
+
+    model = wrapped(Fixed(), (5, WIDTH))
+    found = gradients(model, torch.randn(ROWS, 5, WIDTH), torch.randn(ROWS, 3))
+    assert float(found["head.weight"].norm()) > 0
+
+
+class Held:
+    """An object that holds a value."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def _in_an_object(layer: nn.Module, values: Tensor) -> Tensor:
+    return checkpoint(lambda held: layer(held.value).sin(), Held(values.tanh()), use_reentrant=False)
+
+
+def _in_a_function_within(layer: nn.Module, values: Tensor) -> Tensor:
+    scale = values.tanh()
+
+    def inner(hidden: Tensor) -> Tensor:
+        return layer(hidden * scale).sin()
+
+    return checkpoint(lambda hidden: inner(hidden), values, use_reentrant=False)
+
+
+@pytest.mark.parametrize("call", [_in_an_object, _in_a_function_within], ids=["object", "function"])
+def test_a_value_from_elsewhere_than_a_parts_arguments_is_refused_by_what_to_do(call: Any) -> None:
+    class Elsewhere(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(WIDTH, 3)
+
+        def forward(self, values: Tensor) -> Tensor:
+            return call(self.layer, values)
+
+    with pytest.raises(PrivacyError, match="hand it over as an argument"):
+        wrapped(Elsewhere(), (WIDTH,))
