@@ -67,7 +67,6 @@ class Isolated(nn.Module):
     _still: tuple[str, ...]
     _caps: tuple[tuple[str, float, float], ...]
     joint: Joint
-    checkpoint: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     adaptive: tuple[float, ...]
 
@@ -113,7 +112,8 @@ class Isolated(nn.Module):
                 "_still": tuple(name for name, part in net.named_modules() if isinstance(part, FROZEN)),
                 "_caps": (),
                 "joint": joint,
-                "checkpoint": tuple(checkpoint),
+                # No setting: it changes neither bounds nor gradients, so that a run may go on with another one.
+                "__checkpoint__": tuple(checkpoint),
                 "groups": (),
                 "adaptive": (),
             }
@@ -125,6 +125,11 @@ class Isolated(nn.Module):
     def net(self) -> nn.Module:
         """The network itself."""
         return cast(nn.Module, self.__dict__["__wrapped__"])
+
+    @property
+    def checkpoint(self) -> tuple[str, ...]:
+        """Patterns of the paths of modules whose activations are computed again on the way back."""
+        return cast("tuple[str, ...]", self.__dict__["__checkpoint__"])
 
     @property
     def packing(self) -> Packing | None:
@@ -474,7 +479,7 @@ class Isolated(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("checkpoint", ())
+        self.__dict__.setdefault("__checkpoint__", self.__dict__.pop("checkpoint", ()))
         # In a new process the library that the network is from was told nothing.
         prepare(self.net)
 

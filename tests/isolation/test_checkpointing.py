@@ -6,6 +6,7 @@ import copy
 import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -227,6 +228,18 @@ def test_a_step_with_checkpointing_is_the_step_without() -> None:
     assert torch.equal(weights[1], weights[3])
 
 
+def test_a_run_goes_on_with_checkpointing_turned_on_or_off(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = torch.randn(24, 6), torch.arange(24) % 3
+    run: dict[str, Any] = {"epsilon": 4.0, "delta": 1e-3, "epochs": 1, "batch_size": 12, "lr": 0.5, "progress": False}
+    net = Blocks(lambda block, values: block(values))
+    for options in ({}, {"checkpoint": "blocks.*"}, {"checkpoint": "blocks.1"}, {}):
+        gated = gradient_gated(copy.deepcopy(net), isolation="vmap", **options)
+        model = DPLipModel(gated, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(1.0))
+        result = fit(model, data, checkpoint=tmp_path / "run.pt", audit=False, accountant="rdp", **run)
+        assert result.steps == 2
+
+
 @pytest.mark.slow
 def test_a_memory_budget_holds_more_rows() -> None:
     torch.manual_seed(0)
@@ -440,6 +453,6 @@ def test_checkpointing_may_be_turned_on_after_wrapping() -> None:
     expected = gradients(model, case.inputs, targets)
     isolated = model.net
     assert isinstance(isolated, Isolated)
-    isolated.__dict__["checkpoint"] = ("*",)
+    isolated.__dict__["__checkpoint__"] = ("*",)
     found = gradients(model, case.inputs, targets)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
