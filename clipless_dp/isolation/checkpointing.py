@@ -243,20 +243,39 @@ def hooked(gating: Gating, calls: Calls, pack: Hook, unpack: Hook) -> Iterator[N
             autograd._saved_tensors_hooks_disable(told)
 
 
+_repeated: dict[int, tuple[int, Any]] = {}
+_guard = threading.Lock()
+
+
 @contextmanager
 def repeating(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, what these modules compute is computed again on the way back."""
-    kept = [(vars(part), vars(part).get("forward"), part.forward) for part in parts]
+    """Within, what these modules compute is computed again on the way back, in whichever thread they run behind gates.
+
+    The first thread that enters changes their ``forward``, and the last one that leaves gives it back.
+    """
+    chosen = {id(part): part for part in parts}
+    with _guard:
+        for key, part in chosen.items():
+            count, own = _repeated.get(key, (0, vars(part).get("forward")))
+            if not count:
+                vars(part)["forward"] = partial(_called_again, part.forward)
+            _repeated[key] = count + 1, own
     try:
-        for held, _, forward in kept:
-            held["forward"] = partial(checkpointed, forward)
         yield
     finally:
-        for held, own, _ in kept:
-            if own is None:
-                del held["forward"]
-            else:
-                held["forward"] = own
+        with _guard:
+            for key, part in chosen.items():
+                count, own = _repeated.pop(key)
+                if count > 1:
+                    _repeated[key] = count - 1, own
+                elif own is None:
+                    del vars(part)["forward"]
+                else:
+                    vars(part)["forward"] = own
+
+
+def _called_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _again(function, args, kwargs)
 
 
 def checkpointed(
@@ -280,6 +299,10 @@ def checkpointed(
     """
     if context_fn is not noop_context_fn:
         raise PrivacyError(_SELECTIVE)
+    return _again(function, args, kwargs)
+
+
+def _again(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
         # By which hooks of the network's own are noticed.
         raise PrivacyError(_OLD)

@@ -90,7 +90,7 @@ class Isolated(nn.Module):
                 "a part of the network runs sample by sample already: leave gradient_gated out there, and call it for "
                 "the whole network, or use isolation='graph', where such a part is a layer among others"
             )
-        paths = [path for path, _ in net.named_modules() if path]
+        paths = [path for path, _ in net.named_modules(remove_duplicate=False) if path]
         for pattern in checkpoint:
             if not any(fnmatchcase(path, pattern) for path in paths):
                 raise ConfigurationError(f"checkpoint: no module matches {pattern!r}; there are {paths}")
@@ -421,7 +421,7 @@ class Isolated(nn.Module):
 
     def _call(self, own: Sequence[Tensor]) -> Any:
         places, names = (own, {}) if self.packing is None else self.packing.call(own)
-        named = self.net.named_modules() if self.checkpoint else ()
+        named = self.net.named_modules(remove_duplicate=False) if self.checkpoint else ()
         chosen = [part for path, part in named if any(fnmatchcase(path, pattern) for pattern in self.checkpoint)]
         with repeating(chosen):
             return self.net(*places, **names)

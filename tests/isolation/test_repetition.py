@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from clipless_dp import gradient_gated
 from clipless_dp.errors import PrivacyError
+from clipless_dp.isolation.checkpointing import repeating
 from clipless_dp.isolation.repetition import _bits
-from tests.isolation.test_checkpointing import wrapped
+from tests.isolation.test_checkpointing import Blocks, wrapped
 from tests.isolation.test_soundness import gradients
 
 ROWS, WIDTH = 6, 8
@@ -302,3 +304,51 @@ def test_a_value_from_elsewhere_than_a_parts_arguments_is_refused_by_what_to_do(
 
     with pytest.raises(PrivacyError, match="hand it over as an argument"):
         wrapped(Elsewhere(), (WIDTH,))
+
+
+def test_threads_that_run_one_network_leave_its_parts_as_they_were() -> None:
+    torch.manual_seed(0)
+    entered, left = threading.Event(), threading.Event()
+
+    def call(block: nn.Module, values: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            entered.set()
+            left.wait(60)
+        return block(values)
+
+    net = Blocks(lambda block, values: block(values))
+    gated = gradient_gated(net, isolation="vmap", checkpoint="blocks.*")
+    gated(torch.randn(ROWS, 6))
+    net.call = call
+    other = threading.Thread(target=gated, args=(torch.randn(ROWS, 6),))
+    with repeating(net.blocks):
+        other.start()
+        # It enters after us, and leaves after us.
+        assert entered.wait(60)
+    left.set()
+    other.join(60)
+    assert not other.is_alive()
+    assert not any("forward" in vars(part) for part in net.modules())
+
+
+def test_a_checkpointed_module_has_arguments_of_any_names() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, values: Tensor, debug: bool = False, context_fn: Any = None) -> Tensor:
+            assert debug
+            return context_fn(self.layer(values))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = self.two = Named()
+
+        def forward(self, values: Tensor) -> Tensor:
+            return self.two(values, debug=True, context_fn=torch.sin)
+
+    # By the second name of one module, too.
+    model = wrapped(Outer(), (6,), checkpoint="two")
+    assert gradients(model, torch.randn(ROWS, 6), torch.randn(ROWS, 3))
