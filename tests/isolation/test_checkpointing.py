@@ -345,9 +345,10 @@ def simple(net: Any, values: Tensor) -> Tensor:
     return values.sin()
 
 
-def own_gradient(net: Any, values: Tensor) -> Tensor:
-    leaf = values.detach()
-    return values * torch.func.grad(lambda value: value.pow(3).sum())(leaf)
+def passed_back(net: Any, values: Tensor) -> Tensor:
+    made = values.sin()
+    made.sum().backward()
+    return made
 
 
 REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
@@ -368,6 +369,7 @@ REFUSED: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "a number that differs the second time": (
         within(lambda net, values: (values * torch._C._current_graph_task_id()).sin()), "calls mul otherwise",
     ),
+    "a backward pass within the second time": (within(Twice(simple, passed_back)), "calls more functions, sum"),
     "selective checkpointing": (chosen, "context_fn"),
     "a batch that is unwrapped the second time": (
         within(Twice(simple, lambda net, values: values.sin() + torch._C._functorch.get_unwrapped(values).mean(0))),
