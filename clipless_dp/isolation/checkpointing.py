@@ -3,9 +3,11 @@
 The graph of a pass stays as it is, with its gates and its edges, and one backward pass goes through it. Only what the
 operations within ``torch.utils.checkpoint.checkpoint(function, ...)`` save for their way back is let go, and computed
 again when the first of them asks for it (Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost*, §4): by
-the same code, sample by sample under ``torch.func.vmap``, behind the same mode, with the same random numbers. So what a
-gate sees of a sample is a function of that sample, whatever the code computes the second time; and what is computed
-again is of weights that lead nowhere, so that no gradient can come to a parameter by it.
+the same code, sample by sample under ``torch.func.vmap``, behind the same mode, with the same random numbers. Each call
+that is handed something of a sample must be that of the first time, down to the bits of what samples share
+(:mod:`clipless_dp.isolation.repetition`), as code may read what was changed between. So what a gate sees of a sample
+is what it would have seen without; and what is computed again is of weights that lead nowhere, so that no gradient can
+come to a parameter by it.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation.gating import Gating
+from clipless_dp.isolation.repetition import Calls, changed
 from clipless_dp.noise.randomness import Moment
 
 Hook = Callable[[Any], Any]
@@ -38,10 +41,6 @@ _Kind = tuple[torch.Size, torch.dtype, torch.device]
 OVERWRITTEN = (
     "the network writes into a tensor that it has handed to torch.utils.checkpoint, from which the part is computed "
     "again: write into a copy (values.clone()), or use functions that return what they make"
-)
-_CHANGED = (
-    "a part of the network that torch.utils.checkpoint computes again saves other tensors than the first time: it "
-    "depends on what its passes change (an attribute, a counter), so leave checkpointing out there"
 )
 _SELECTIVE = (
     "context_fn of torch.utils.checkpoint (selective checkpointing) runs code of its own on all samples at once: leave "
@@ -82,8 +81,12 @@ class Region:
         # No value of the run itself is kept, but what it is wrapped around, and by which axis samples are told apart.
         leaves, self._spec = pytree.tree_flatten((*_opened(function), tuple(args), dict(kwargs)))
         level = maybe_get_level(gating.sample)
-        self._inputs: list[tuple[int, Tensor, int, int]] = []
+        self._sample = get_unwrapped(gating.sample)
+        # One for each tensor, however often it is handed over: code may ask whether two are the same.
+        self._inputs: list[tuple[Tensor, int, int]] = []
+        self._places: list[tuple[int, int]] = []
         self._named: list[tuple[int, str]] = []
+        given: dict[int, Tensor] = {}
         for place, leaf in enumerate(leaves):
             if not isinstance(leaf, Tensor):
                 continue
@@ -92,10 +95,15 @@ class Region:
                 self._named.append((place, name))
                 leaves[place] = None
             elif is_batchedtensor(leaf) and maybe_get_level(leaf) == level:
-                value = get_unwrapped(leaf)
-                self._inputs.append((place, value, maybe_get_bdim(leaf), value._version))
+                if id(leaf) not in given:
+                    value = get_unwrapped(leaf)
+                    self._inputs.append((value, maybe_get_bdim(leaf), value._version))
+                    given[id(leaf)] = leaf
+                self._places.append((place, list(given).index(id(leaf))))
                 leaves[place] = None
         self._leaves = leaves
+        self._reshaped = [gating.is_reshaped(value) for value in given.values()]
+        self.calls = Calls(gating.name_of, given.values(), None)
         self._moment = Moment(gating.sample.device)
         self._kinds: list[_Kind] = []
         self._saved: list[ref[_Saved]] = []
@@ -116,7 +124,7 @@ class Region:
         Raises:
             PrivacyError: they are not.
         """
-        if any(value._version != version for _, value, _, version in self._inputs):
+        if any(value._version != version for value, _, version in self._inputs):
             raise PrivacyError(OVERWRITTEN)
 
     def value(self, place: int) -> Tensor:
@@ -142,20 +150,25 @@ class Region:
 
         def run(gating: Gating, *own: Tensor) -> None:
             leaves = list(self._leaves)
-            for (place, *_), value in zip(self._inputs, own, strict=True):
-                leaves[place] = value
+            for value, reshaped in zip(own, self._reshaped, strict=True):
+                if reshaped:
+                    gating.take_reshaped(value)
+            for place, index in self._places:
+                leaves[place] = own[index]
             for place, name in self._named:
                 leaves[place] = gating.stands_for(name)
             build, held, args, kwargs = pytree.tree_unflatten(leaves, self._spec)
-            with hooked(gating, keep, _unasked):
+            calls = Calls(gating.name_of, own, self.calls)
+            with hooked(gating, calls, keep, _unasked):
                 build(*held)(*args, **kwargs)
+            calls.finish()
 
         self._found.clear()
-        values = [value.detach().requires_grad_(value.requires_grad) for _, value, _, _ in self._inputs]
+        values = [value.detach().requires_grad_(value.requires_grad) for value, _, _ in self._inputs]
         with self._moment.again(), torch.enable_grad():
-            self._rerun(run, values, [axis for _, _, axis, _ in self._inputs])
+            self._rerun(run, self._sample, values, [axis for _, axis, _ in self._inputs])
         if kinds != self._kinds:
-            raise PrivacyError(_CHANGED)
+            raise changed("it saves other tensors for its way back")
 
 
 def _kind(value: Tensor) -> _Kind:
@@ -212,38 +225,57 @@ class _Closed:
 
 
 @contextmanager
-def hooked(gating: Gating, pack: Hook, unpack: Hook) -> Iterator[None]:
-    """Within, what operations save goes through these; the run refuses any other hooks."""
+def hooked(gating: Gating, calls: Calls, pack: Hook, unpack: Hook) -> Iterator[None]:
+    """Within, calls are noted, and what operations save goes through these hooks; the run refuses any other ones."""
     autograd = torch._C._autograd
     told = autograd._saved_tensors_hooks_get_disabled_error_message()
     autograd._saved_tensors_hooks_enable()
     try:
         autograd._push_saved_tensors_default_hooks(pack, unpack)
-        gating.packs = pack
+        gating.packs, gating.calls = pack, calls
         try:
             yield
         finally:
-            gating.packs = None
+            gating.packs = gating.calls = None
             autograd._pop_saved_tensors_default_hooks()
     finally:
         if told is not None:
             autograd._saved_tensors_hooks_disable(told)
 
 
+_repeated: dict[int, tuple[int, Any]] = {}
+_guard = threading.Lock()
+
+
 @contextmanager
 def repeating(parts: Iterable[nn.Module]) -> Iterator[None]:
-    """Within, what these modules compute is computed again on the way back."""
-    kept = [(vars(part), vars(part).get("forward"), part.forward) for part in parts]
+    """Within, what these modules compute is computed again on the way back, in whichever thread they run behind gates.
+
+    The first thread that enters changes their ``forward``, and the last one that leaves gives it back.
+    """
+    chosen = {id(part): part for part in parts}
+    with _guard:
+        for key, part in chosen.items():
+            count, own = _repeated.get(key, (0, vars(part).get("forward")))
+            if not count:
+                vars(part)["forward"] = partial(_called_again, part.forward)
+            _repeated[key] = count + 1, own
     try:
-        for held, _, forward in kept:
-            held["forward"] = partial(checkpointed, forward)
         yield
     finally:
-        for held, own, _ in kept:
-            if own is None:
-                del held["forward"]
-            else:
-                held["forward"] = own
+        with _guard:
+            for key, part in chosen.items():
+                count, own = _repeated.pop(key)
+                if count > 1:
+                    _repeated[key] = count - 1, own
+                elif own is None:
+                    del vars(part)["forward"]
+                else:
+                    vars(part)["forward"] = own
+
+
+def _called_again(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return _again(function, args, kwargs)
 
 
 def checkpointed(
@@ -267,6 +299,10 @@ def checkpointed(
     """
     if context_fn is not noop_context_fn:
         raise PrivacyError(_SELECTIVE)
+    return _again(function, args, kwargs)
+
+
+def _again(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     if not hasattr(torch._C._autograd, "_top_saved_tensors_default_hooks"):
         # By which hooks of the network's own are noticed.
         raise PrivacyError(_OLD)
@@ -282,7 +318,7 @@ def checkpointed(
         region = Region(gating, function, args, kwargs)
     gating.rerun = None
     try:
-        with hooked(gating, region.pack, _unpack):
+        with hooked(gating, region.calls, region.pack, _unpack):
             returned = function(*args, **kwargs)
     finally:
         gating.rerun = rerun

@@ -25,14 +25,15 @@ from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import Affine, Cap, Expanded, Sizes, Spread
 from clipless_dp.isolation.hidden import PACKING, foreign_mode
 from clipless_dp.isolation.joint import Together
+from clipless_dp.isolation.repetition import Calls
 from clipless_dp.isolation.seen import Seen
 
 Handler = Callable[..., Any]
 """Takes the gating and a function's own arguments; returns its value, or ``NotImplemented``."""
 
-Rerun = Callable[[Callable[..., None], Sequence[Tensor], Sequence[int]], None]
-"""Runs code of the network on one sample once more, after its pass: ``code(gating, *inputs)``, given the inputs of all
-samples and the axes of samples in them. What it computes leads to no parameter."""
+Rerun = Callable[[Callable[..., None], Tensor, Sequence[Tensor], Sequence[int]], None]
+"""Runs code of the network on one sample once more, after its pass: ``code(gating, *inputs)``, given what tells samples
+apart, the inputs of all samples, and the axes of samples in these. What it computes leads to no parameter."""
 
 _HANDLERS: dict[Any, Handler] = {}
 _ALWAYS: set[Any] = set()
@@ -148,6 +149,7 @@ class Gating(TorchFunctionMode):
 
     Attributes:
         packs: takes what operations save, in a part that is computed again; ``None`` elsewhere.
+        calls: notes what is called there.
         uses: for each parameter the gates that it went through: their kinds, and the entries that they sum over.
         groups: the parameters that were used in one operation, for each use.
         limits: for each input, and each entry of a sample's, the length of the shortest table that it was looked up in;
@@ -170,6 +172,7 @@ class Gating(TorchFunctionMode):
         super().__init__()
         self.sample, self.rerun = sample, rerun
         self.packs: Any = None
+        self.calls: Calls | None = None
         self.uses: dict[str, list[tuple[str, int]]] = {}
         self.limits = [torch.zeros(field[0].numel(), dtype=torch.int64) for field in fields]
         self._fields = fields
@@ -225,6 +228,8 @@ class Gating(TorchFunctionMode):
             self._seen.refuse_strangers(types)
         if func in _TOLD or torch.initial_seed() != self._seed or isinstance(func, _OPERATORS):
             self._refuse_other_functions(func)
+        # As the code has them.
+        given, named = args, kwargs
         met = func not in _CUT and (self._meets(args) or bool(kwargs and self._meets(kwargs.values())))
         result: Any = NotImplemented
         if met or func in _ALWAYS:
@@ -241,10 +246,10 @@ class Gating(TorchFunctionMode):
                 args = self._spread(args)
             result = func(*args, **kwargs) if func in _LOOKING else self._guarded(func, args, kwargs)
         self._seen.note(result)
-        if func in _SHAPING and self._shaped and args and isinstance(result, Tensor):
-            found = self._shaped.get(id(args[0]))
-            if found is not None and found[0]() is args[0]:
-                self._shaped[id(result)] = ref(result), found[1]
+        if self.calls is not None:
+            self.calls.note(func, given, named, result)
+        if func in _SHAPING and args and isinstance(result, Tensor) and self.is_reshaped(args[0]):
+            self._shaped[id(result)] = ref(result), self._shaped[id(args[0])][1]
         return result
 
     @staticmethod
@@ -253,7 +258,7 @@ class Gating(TorchFunctionMode):
 
         Libraries ask so for the sake of one kind of activation checkpointing, which ours does without.
         """
-        if not requires_grad:
+        if not requires_grad and (is_batchedtensor(value) or value.requires_grad):
             raise ConfigurationError(
                 "the network calls requires_grad_(False) on what it computes, which changes it for all that have it: "
                 "use detach()"
@@ -268,12 +273,20 @@ class Gating(TorchFunctionMode):
             return args
 
         def spread(value: Any) -> Any:
-            known = self._shaped.get(id(value))
-            if known is None or known[0]() is not value or cast(Tensor, value).shape == shape:
+            if not self.is_reshaped(value) or cast(Tensor, value).shape == shape:
                 return value
-            return Spread.apply(value, tuple(shape), known[1])  # type: ignore[no-untyped-call]
+            return Spread.apply(value, tuple(shape), self._shaped[id(value)][1])  # type: ignore[no-untyped-call]
 
         return [spread(value) for value in args]
+
+    def is_reshaped(self, value: Tensor) -> bool:
+        """Whether a value is a copy of a parameter, as it is or in another shape."""
+        known = self._shaped.get(id(value))
+        return known is not None and known[0]() is value
+
+    def take_reshaped(self, value: Tensor) -> None:
+        """Has a value for such a copy, of whose gradient nobody is told."""
+        self._shaped[id(value)] = ref(value), Sizes()
 
     def _refuse_modes(self) -> None:
         """Refuses what was entered within the forward and is handed the values of all samples; not what only counts."""

@@ -67,7 +67,6 @@ class Isolated(nn.Module):
     _still: tuple[str, ...]
     _caps: tuple[tuple[str, float, float], ...]
     joint: Joint
-    checkpoint: tuple[str, ...]
     groups: tuple[tuple[str, ...], ...]
     adaptive: tuple[float, ...]
 
@@ -91,7 +90,7 @@ class Isolated(nn.Module):
                 "a part of the network runs sample by sample already: leave gradient_gated out there, and call it for "
                 "the whole network, or use isolation='graph', where such a part is a layer among others"
             )
-        paths = [path for path, _ in net.named_modules() if path]
+        paths = [path for path, _ in net.named_modules(remove_duplicate=False) if path]
         for pattern in checkpoint:
             if not any(fnmatchcase(path, pattern) for path in paths):
                 raise ConfigurationError(f"checkpoint: no module matches {pattern!r}; there are {paths}")
@@ -113,7 +112,8 @@ class Isolated(nn.Module):
                 "_still": tuple(name for name, part in net.named_modules() if isinstance(part, FROZEN)),
                 "_caps": (),
                 "joint": joint,
-                "checkpoint": tuple(checkpoint),
+                # No setting: it changes neither bounds nor gradients, so that a run may go on with another one.
+                "__checkpoint__": tuple(checkpoint),
                 "groups": (),
                 "adaptive": (),
             }
@@ -125,6 +125,11 @@ class Isolated(nn.Module):
     def net(self) -> nn.Module:
         """The network itself."""
         return cast(nn.Module, self.__dict__["__wrapped__"])
+
+    @property
+    def checkpoint(self) -> tuple[str, ...]:
+        """Patterns of the paths of modules whose activations are computed again on the way back."""
+        return cast("tuple[str, ...]", self.__dict__["__checkpoint__"])
 
     @property
     def packing(self) -> Packing | None:
@@ -298,7 +303,8 @@ class Isolated(nn.Module):
             batch = [value.clone(memory_format=torch.contiguous_format) for value in batch]
         gatings: list[Gating] = []
         kept: list[bool] = []
-        rerun = partial(self._rerun, {name: (value._version, value.requires_grad) for name, value in sources.items()})
+        gated = {name: (held[name], held[name]._version, value.requires_grad) for name, value in sources.items()}
+        rerun = partial(self._rerun, gated)
 
         def one(sample: Tensor, *own: Tensor) -> Tensor:
             gating = Gating(
@@ -338,44 +344,48 @@ class Isolated(nn.Module):
 
     def _rerun(
         self,
-        gated: Mapping[str, tuple[int, bool]],
+        gated: Mapping[str, tuple[Tensor, int, bool]],
         code: Callable[..., None],
+        sample: Tensor,
         values: Sequence[Tensor],
         axes: Sequence[int],
     ) -> None:
         """Runs a part of the network once more, for what the way back needs; see :data:`Rerun`.
 
         Args:
-            gated: the parameters that had gates in the pass: how often they had been written into, and whether they
+            gated: the parameters that had gates in the pass, how often they had been written into, and whether they
                 took gradients.
             code: of the part.
+            sample: ``(B,)``, zeros.
             values: of all samples.
             axes: of samples in these.
 
         Raises:
             PrivacyError: weights have changed since, or as :meth:`forward`.
         """
-        held = dict(self._held())
-        if any(held[name]._version != version for name, (version, _) in gated.items()):
+        if any(value._version != version for value, version, _ in gated.values()):
             raise PrivacyError(
                 "weights were written into between a forward pass and its backward pass, which computes a part of the "
                 "network again (torch.utils.checkpoint): change weights between steps"
             )
-        # They lead nowhere, so that all that gradients come to is what the pass itself has.
-        sources = {name: held[name].detach().requires_grad_(trains) for name, (_, trains) in gated.items()}
+        # They lead nowhere, so that all that gradients come to is what the pass itself has; and they are of the weights
+        # of the pass, whatever stands for these now.
+        sources = {name: value.detach().requires_grad_(trains) for name, (value, _, trains) in gated.items()}
+        held = dict(self._held())
         also = {**self._known(held), **{id(value): name for name, value in held.items()}}
+        also |= {id(value): name for name, (value, *_) in gated.items()}
 
-        def one(sample: Tensor, *own: Tensor) -> Tensor:
-            gating = Gating(sample, sources, also, self.caps, joint=self.joint == "layer")
+        def one(lifted: Tensor, *own: Tensor) -> Tensor:
+            gating = Gating(lifted, sources, also, self.caps, joint=self.joint == "layer")
             gating.admit(own)
             with gating:
                 code(gating, *own)
             gating.refuse_written()
             if gating.kept(own):
                 raise PrivacyError(KEPT)
-            return sample
+            return lifted
 
-        self._mapped(one, values, axes)
+        mapped(one, sample, values, axes, type(self.net).__name__)
 
     def _gathered(
         self, sources: Mapping[str, Tensor], caps: Mapping[str, Cap], counters: Mapping[str, Tensor]
@@ -411,7 +421,7 @@ class Isolated(nn.Module):
 
     def _call(self, own: Sequence[Tensor]) -> Any:
         places, names = (own, {}) if self.packing is None else self.packing.call(own)
-        named = self.net.named_modules() if self.checkpoint else ()
+        named = self.net.named_modules(remove_duplicate=False) if self.checkpoint else ()
         chosen = [part for path, part in named if any(fnmatchcase(path, pattern) for pattern in self.checkpoint)]
         with repeating(chosen):
             return self.net(*places, **names)
@@ -439,13 +449,13 @@ class Isolated(nn.Module):
             )
         return returned.squeeze(0)
 
-    def _mapped(self, one: Callable[..., Tensor], batch: Sequence[Tensor], axes: Sequence[int] | None = None) -> Tensor:
+    def _mapped(self, one: Callable[..., Tensor], batch: Sequence[Tensor]) -> Tensor:
+        sample = torch.zeros(len(batch[0]), device=batch[0].device, dtype=self._dtype())
         try:
-            return mapped(
-                one, batch, [0] * len(batch) if axes is None else axes, self._dtype(), type(self.net).__name__
-            )
+            return mapped(one, sample, batch, [0] * len(batch), type(self.net).__name__)
         except IndexError as error:
-            if self.uses is None:
+            # Torch's words for a look-up; not those of a list of the network's own, or of an axis.
+            if self.uses is None or not any(words in str(error) for words in ("out of range in self", "out of bounds")):
                 raise
             raise InputError(f"a sample holds a number that the network has no entry for: {error}") from error
 
@@ -469,7 +479,7 @@ class Isolated(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.__dict__.setdefault("checkpoint", ())
+        self.__dict__.setdefault("__checkpoint__", self.__dict__.pop("checkpoint", ()))
         # In a new process the library that the network is from was told nothing.
         prepare(self.net)
 

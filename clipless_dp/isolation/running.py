@@ -19,22 +19,21 @@ KEPT = (
 
 
 def mapped(
-    one: Callable[..., Tensor], batch: Sequence[Tensor], axes: Sequence[int], dtype: torch.dtype, kind: str
+    one: Callable[..., Tensor], sample: Tensor, batch: Sequence[Tensor], axes: Sequence[int], kind: str
 ) -> Tensor:
     """Runs code on each sample by itself: ``one(sample, *inputs)``, where ``sample`` tells samples apart.
 
     Args:
         one: the code.
+        sample: ``(B,)``, zeros.
         batch: the inputs of all samples.
         axes: of samples in these.
-        dtype: of ``sample``.
         kind: what the network is called in messages.
 
     Raises:
         PrivacyError: the code goes around what keeps samples apart.
         UnsupportedModuleError: it branches on values, or does what cannot be done for one sample alone.
     """
-    sample = torch.zeros(batch[0].shape[axes[0]], device=batch[0].device, dtype=dtype)
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks(PACKING), nothing_unseen(checkpointed):
             return torch.func.vmap(one, in_dims=(0, *axes), randomness="different")(sample, *batch)

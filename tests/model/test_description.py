@@ -45,9 +45,9 @@ OTHER_GATES: dict[str, dict[str, Any]] = {
 }
 """Each argument of gates, set to another value than by default."""
 
-NO_SETTINGS = {"net", "self", "isolation", "select", "layers", "chunk"}
+NO_SETTINGS = {"net", "self", "isolation", "select", "layers", "chunk", "checkpoint"}
 """What is gated, and whose caps are set; how samples are kept apart, which is the type of what comes out; what of its
-outputs is the network's, and how many samples are at work at once, which no cap rests on."""
+outputs is the network's, how many samples are at work at once, and what is computed again, which no cap rests on."""
 
 
 def plain_net() -> nn.Sequential:
