@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from accounting import Accountant
+from accounting.errors import warn_caller
 from clipless_dp.arguments import cap, choice, multiplier, positive, share, shown, whole
 from clipless_dp.conversion.criteria import loss_of
 from clipless_dp.conversion.loaders import poisson_loader, refuse_loaders
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.gates import GradientGated
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.isolation import Isolated
@@ -62,6 +63,9 @@ class PrivateTraining:
     def get_epsilon(self, delta: float | None = None) -> float:
         """ε spent so far, an upper bound, under add-or-remove-one adjacency.
 
+        Warns with :class:`clipless_dp.PrivacyWarning` where the weights are not those that the last private step left:
+        ε says nothing of what else has changed them.
+
         Args:
             delta: by default that of the target.
 
@@ -71,6 +75,13 @@ class PrivateTraining:
         delta = self.delta if delta is None else delta
         if delta is None:
             raise ConfigurationError("make_private was given no target_delta: say which δ, get_epsilon(delta=1e-5)")
+        if not self.optimizer.weights_are_counted():
+            warn_caller(
+                "the weights are not those that the last private step left, and ε does not include what changed them: "
+                "an optimizer that is not private, or weights that were loaded. Take steps by the optimizer that "
+                "make_private returned",
+                PrivacyWarning,
+            )
         return self.optimizer.get_epsilon(delta)
 
     def summary(self) -> str:

@@ -28,6 +28,7 @@ from clipless_dp import (
     LossBoundError,
     PoissonBatchSampler,
     PrivacyError,
+    PrivacyWarning,
     UnsupportedModuleError,
     gated,
     losses,
@@ -350,3 +351,31 @@ def test_a_network_keeps_its_mode():
     net = network().eval()
     private(net)
     assert not net.training
+
+
+def test_the_optimizer_of_the_loop_before_no_longer_steps_by_itself():
+    net = network()
+    own = torch.optim.SGD(net.parameters(), lr=0.1)
+    made = private(net, optimizer=own)
+    inputs, targets = next(iter(made.data_loader))
+    made.loss(made.model(inputs), targets).backward()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        own.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    made.optimizer.step()
+    assert made.optimizer.steps_taken == 1
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        own.step()
+
+
+def test_what_was_spent_is_said_with_a_warning_where_something_else_has_changed_the_weights():
+    made = private()
+    train(made)
+    assert made.get_epsilon() > 0.0
+    other = torch.optim.SGD(made.model.net.parameters(), lr=0.1)
+    for parameter in made.model.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    with pytest.warns(PrivacyWarning, match="what changed them"):
+        made.get_epsilon()
