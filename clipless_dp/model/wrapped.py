@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from clipless_dp.gates import adapting, adapting_in, rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
+from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.losses import Loss
 from clipless_dp.model import checks, description, lineage, passes
 from clipless_dp.model.factors import Factors, summed
@@ -143,7 +145,7 @@ class DPLipModel(nn.Module):
         checks.refuse_norm(self._input_norm, traced, self._packing)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        set_apart_(traced.module, passes.is_witnessed, self.register.resting)
+        self._has_own_layers = set_apart_(traced.module, passes.is_witnessed, self.register.resting)
         self._traced: TracedNet = traced
         self._counted = {
             f"layers.{name}.{count}"
@@ -179,7 +181,8 @@ class DPLipModel(nn.Module):
 
         Raises:
             InputError: wrong shape, dtype or device.
-            PrivacyError: autocast is on, now or while the gradients are computed.
+            PrivacyError: autocast is on, now or while the gradients are computed; or a layer of your own writes a
+                buffer that files of the model hold.
         """
         if torch.compiler.is_compiling() and self.graph.isolated:
             raise ConfigurationError(
@@ -213,7 +216,9 @@ class DPLipModel(nn.Module):
 
     def _gated(self, inputs: Tensor, net: _Net | None, opened: _Opened) -> Tensor:
         if net is None:
-            outputs, finite, whole = self._network.run(inputs, training=self.training)
+            looks = self._has_own_layers and self.placement.is_whole and not torch.compiler.is_compiling()
+            with buffers_unwritten(self.net) if looks else nullcontext():
+                outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
         entry = partial(self._enter, opened) if isinstance(opened, passes.Pass) else opened

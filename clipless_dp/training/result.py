@@ -16,6 +16,7 @@ from clipless_dp.display import Table
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import BallProjection
 from clipless_dp.model import DPLipModel
+from clipless_dp.modules import state_of
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.prediction import Content, Link, Predictor, Predicts, Probe, Promise, content_of, rebuilt
 from clipless_dp.statement import report
@@ -123,7 +124,7 @@ class FitResult(Predicts):
         predictor = predictor_of(self, model, classes=classes, threshold=threshold, notes=notes)
         probe = Probe.of(predictor, model.random_inputs(PROBES, torch.Generator().manual_seed(0)))
         settings = {"input_norm": model.input_norm if math.isfinite(model.input_norm) else None}
-        return content_of(predictor, "fit", model.net.state_dict(), settings, probe)
+        return content_of(predictor, "fit", state_of(model.net), settings, probe)
 
 
 PROBES = 4
