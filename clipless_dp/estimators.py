@@ -54,6 +54,14 @@ class _Private(BaseEstimator):  # type: ignore[misc]
         return torch.tensor(rows)
 
     def _images(self, X: Any, *, reset: bool) -> Tensor:
+        if not hasattr(X, "dtype"):
+            # Of a list numpy makes the type that holds all: one image would say how every other is scaled.
+            kinds = {np.asarray(image).dtype.kind in "ui" for image in X}
+            if len(kinds) > 1:
+                raise InputError(
+                    "some images are of whole numbers, up to 255, and some of others, in [0, 1]: give all of one type, "
+                    "as one array"
+                )
         images = check_array(X, dtype=None, allow_nd=True)
         if images.dtype.kind not in "uif" or images.ndim > 4:
             raise InputError(f"expected images (N, H, W), (N, C, H, W) or (N, H, W, C), got {images.shape}")
@@ -145,8 +153,8 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
 
     Rows ``(N, columns)`` of any scale go through :func:`clipless_dp.tables.fit_table`. Images ``(N, H, W)``,
     ``(N, C, H, W)`` or ``(N, H, W, C)`` of one or three channels go through scattering features and one layer, the
-    presets ``"features-linear"`` and ``"photographs-linear"``; numbers in [0, 1], or whole ones up to 255. ``preset``
-    names another, for rows too: ``"transfer"`` for features of a backbone that was trained on public data.
+    presets ``"features-linear"`` and ``"photographs-linear"``; numbers in [0, 1], or whole ones up to 255, all
+    of one type. ``preset`` names another, for rows too: ``"transfer"`` for features of a backbone that was trained on public data.
 
     Each call of ``fit`` spends ``epsilon`` anew, and calls on the same data compose: cross-validation and grid search
     of ``k`` candidates spend about ``√k`` to ``k`` times as much, and :mod:`clipless_dp.search` pays for a search.

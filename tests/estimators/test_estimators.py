@@ -251,3 +251,15 @@ def test_estimators_are_names_of_the_package_that_import_scikit_learn_when_they_
 def test_the_package_is_imported_without_scikit_learn():
     script = "import sys, clipless_dp; sys.exit('sklearn' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("as_arrays", [False, True])
+def test_one_image_of_another_type_does_not_scale_all_others(as_arrays):
+    images = np.random.default_rng(0).integers(0, 200, (5, 8, 8))
+    made = [image.astype(np.uint8) if as_arrays else image.tolist() for image in images]
+    model = PrivateClassifier(**IMAGES)
+    alone = model._rows(made, reset=True)
+    torch.testing.assert_close(alone, torch.tensor(images / 255.0, dtype=torch.float32)[:, None])
+    odd = images[0] + 0.5
+    with pytest.raises(InputError, match="all of one type"):
+        model.fit([*made, odd if as_arrays else odd.tolist()], [0, 1, 0, 1, 0, 1])
