@@ -216,17 +216,27 @@ def plain_network(
     return PlainNetwork(model, dtype=dtype, front=front)
 
 
+def _held(net: nn.Module) -> set[int]:
+    """The modules, parameters and buffers of a network, by ``id``."""
+    return {id(one) for one in (*net.modules(), *net.parameters(), *net.buffers())}
+
+
 def _without_gates(net: nn.Module) -> nn.Module:
     # What a module keeps of its last pass, a weight that a hook computes say, hangs on a graph and cannot be copied.
     kept = [value for part in net.modules() for value in vars(part).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
     try:
         copied = nn.Sequential(copy.deepcopy(net, memo))
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ConfigurationError(
             f"the network, or what runs before it, cannot be copied ({error}): let no module keep tensors of a pass, "
             "or what deepcopy refuses"
         ) from error
+    if not _held(net).isdisjoint(_held(copied)):
+        raise ConfigurationError(
+            "copy.deepcopy returns the network, or what runs before it, or a part of it, itself: the certificate would "
+            "be of weights that may change, and would cast them. Leave __deepcopy__ out of it"
+        )
     for part in list(copied.modules()):
         for name, child in part.named_children():
             if isinstance(child, CotangentGate):
