@@ -31,6 +31,7 @@ from clipless_dp.model import checks, description, lineage, passes
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
+from clipless_dp.model.own_loss import Own, own_output
 from clipless_dp.model.register import Register
 from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
@@ -222,17 +223,18 @@ class DPLipModel(nn.Module):
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
         entry = partial(self._enter, opened) if isinstance(opened, passes.Pass) else opened
-        outputs = outermost_gate(outputs, self.cotangent_norm, entry)
+        own = Own() if self._factors.required and isinstance(opened, passes.Pass) else None
+        outputs = outermost_gate(outputs, self.cotangent_norm, entry, own)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
 
-    def _enter(self, entering: passes.Pass, norms: Tensor | None) -> None:
+    def _enter(self, entering: passes.Pass, norms: Tensor | None, other: bool) -> None:
         enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
         enter(entering, norms)
         try:
-            self._factors.refuse_other_losses()
+            self._factors.refuse_other_losses(other)
         except PrivacyError:
             self.register.drop()
             raise
@@ -314,10 +316,13 @@ class DPLipModel(nn.Module):
 
         Raises:
             InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
+            PrivacyError: the output hangs on another tensor that requires gradients (:meth:`require_own_loss`).
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
                 (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
         checks.check_targets(output, target, mask)
+        if self._factors.required and passes.is_witnessed() and not torch.compiler.is_compiling():
+            output = own_output(output, self.register.parameters)
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         total, dropped = summed(losses, mask)
         if dropped is not None and torch.is_grad_enabled() and not is_exported():
@@ -330,7 +335,9 @@ class DPLipModel(nn.Module):
     def require_own_loss(self) -> None:
         """From now on a backward pass that does not come through :meth:`loss` is refused with a ``PrivacyError``.
 
-        In compiled graphs it is not seen.
+        So is one of whose cotangents a term beside it has a part in; on an accelerator that part is left out. And
+        :meth:`loss` refuses what hangs on other tensors that require gradients than the network's own. In compiled
+        graphs none of it is seen.
         """
         self._factors.required = True
 

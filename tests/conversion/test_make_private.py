@@ -379,3 +379,95 @@ def test_what_was_spent_is_said_with_a_warning_where_something_else_has_changed_
     other.step()
     with pytest.warns(PrivacyWarning, match="what changed them"):
         made.get_epsilon()
+
+
+def cosine(outputs, inputs, targets):
+    return (outputs @ outputs.T).triu(1).sum()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        cosine,
+        lambda outputs, inputs, targets: functional.cross_entropy(outputs, targets),
+        lambda outputs, inputs, targets: 20.0 * (outputs.softmax(1).mean(0) ** 2).sum(),
+    ],
+    ids=["pairs", "mean", "diversity"],
+)
+@pytest.mark.parametrize("given", [{}, {"max_grad_norm": 1.0}, {"input_norm": 3.0}], ids=["isolated", "flat", "graph"])
+def test_a_term_beside_the_models_loss_is_refused_and_nothing_of_it_is_released(term, given):
+    made = private(**given)
+    model, optimizer, loader = made
+    inputs, targets = next(iter(loader))
+    outputs = model(inputs)
+    with pytest.raises(PrivacyError, match="a term beside"):
+        (made.loss(outputs, targets) + term(outputs, inputs, targets)).backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+    optimizer.skip_draw()
+    train(made)
+
+
+def test_of_a_term_too_small_to_be_told_from_rounding_nothing_is_released():
+    found = []
+    for weight in (0.0, 1e-6):
+        made = private(input_norm=3.0)
+        torch.manual_seed(0)
+        inputs, targets = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+        outputs = made.model(inputs)
+        (made.loss(outputs, targets) + weight * cosine(outputs, inputs, targets)).backward()
+        found.append([parameter.grad.clone() for parameter in made.model.net.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_another_pass_beside_one_of_the_models_loss_is_refused():
+    made = private()
+    (inputs, targets), half = next(iter(made.data_loader)), 4
+    first, second = made.model(inputs[:half]), made.model(inputs[half:])
+    with pytest.raises(PrivacyError, match="a term beside"):
+        (made.loss(first, targets[:half]) + second.square().mean()).backward()
+    assert all(parameter.grad is None for parameter in made.model.net.parameters())
+
+
+@pytest.mark.parametrize(
+    "given_on",
+    [
+        lambda outputs: outputs,
+        lambda outputs: outputs.clone().view(-1, 3),
+        lambda outputs: 2.0 * outputs.double().float() / 3.0,
+        lambda outputs: torch.cat(outputs.split(5)),
+        lambda outputs: outputs.masked_fill(torch.tensor([False, True, False]), -5.0),
+    ],
+    ids=["itself", "views", "scaled", "parts", "masked"],
+)
+def test_what_a_loop_makes_of_outputs_before_the_loss_trains_as_without_the_check(given_on):
+    made = private(network(), input_norm=3.0)
+    inputs, targets = next(iter(made.data_loader))
+    outputs = made.model(inputs)
+    if len(outputs) < 6:
+        pytest.skip("a draw of few rows, once in 10⁵ runs")
+    made.loss(given_on(outputs), targets).backward()
+    found = [parameter.grad.clone() for parameter in made.model.net.parameters()]
+    free = private(network(), input_norm=3.0)
+    free.model._factors.required = False
+    free.model.loss(given_on(free.model(inputs)), targets).backward()
+    for one, parameter in zip(found, free.model.net.parameters(), strict=True):
+        assert torch.equal(one, parameter.grad)
+
+
+def test_two_losses_of_one_output_and_several_passes_train():
+    made = private()
+    inputs, targets = next(iter(made.data_loader))
+    outputs = made.model(inputs)
+    (made.loss(outputs, targets) + 0.5 * made.loss(outputs.flip(1), targets)).backward()
+    made.optimizer.step()
+    assert made.optimizer.steps_taken == 1
+
+
+def test_a_parameter_beside_the_network_gets_no_gradient_without_noise():
+    made = private()
+    inputs, targets = next(iter(made.data_loader))
+    temperature = nn.Parameter(torch.ones(()))
+    with pytest.raises(PrivacyError, match="not of the network"):
+        made.loss(made.model(inputs) * temperature, targets)
+    made.loss(made.model(inputs) * temperature.detach(), targets).backward()
+    assert temperature.grad is None
