@@ -112,7 +112,7 @@ def state_of(net: nn.Module) -> dict[str, Any]:
     named = {name for name, _ in held}
     if other := sorted(state.keys() - named):
         raise PrivacyError(
-            f"the network's state holds {', '.join(map(repr, other))} beside parameters and buffers: what a layer keeps "
-            "of samples would be in the file without noise. Leave get_extra_state and hooks of state_dict out"
+            f"the network's state holds {', '.join(map(repr, other))} beside parameters and buffers: what a layer "
+            "keeps of samples would be in the file without noise. Leave get_extra_state and hooks of state_dict out"
         )
     return state

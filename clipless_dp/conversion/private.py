@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -247,6 +248,12 @@ def _refuse_optimizers(optimizer: object, net: object) -> None:
 
 def _gates(route: object, gates: Mapping[str, Any] | None, max_grad_norm: float | None) -> dict[str, Any]:
     choice("route", route, "gradient gates", "signal gates")
+    if gates is not None:
+        if not isinstance(gates, Mapping):
+            raise ConfigurationError(f"gates must be a mapping of arguments, got {shown(gates)}")
+        known = inspect.signature(gradient_gated if route == "gradient gates" else gated).parameters.keys() - {"net"}
+        if unknown := sorted(str(name) for name in gates.keys() - known):
+            raise ConfigurationError(f"gates hold {', '.join(unknown)}: arguments are {', '.join(sorted(known))}")
     if max_grad_norm is None:
         return dict(gates or {})
     if gates is not None or route != "gradient gates":
@@ -269,8 +276,10 @@ def _model(
     known, told = loss_of(loss)
     example = _example(loader)
     numbers = isinstance(example, Tensor) and example.is_floating_point()
-    training = net.training
-    net.train()
+    modes = [(part, part.training) for part in net.modules()]
+    if not net.training:
+        # Of a network in training, parts that are frozen in evaluation stay so.
+        net.train()
     try:
         if route == "signal gates":
             if input_norm is None:
@@ -278,7 +287,7 @@ def _model(
             inner: nn.Module = gated(net, **gates)
             how = "activations and cotangents of each sample are scaled around each layer: predict by model, not by net"
         else:
-            if input_norm is None and numbers:
+            if input_norm is None and (numbers or not isinstance(example, Tensor)):
                 gates = {"isolation": "vmap", **gates}
             inner = gradient_gated(net, **gates)
             how = "each sample's gradient is bounded by gates as it is computed"
@@ -289,7 +298,8 @@ def _model(
             shape = (example,) if isinstance(inner, Isolated) and not numbers else tuple(example.shape[1:])
         model = DPLipModel(inner, input_shape=shape, input_norm=input_norm, loss=known)
     finally:
-        net.train(training)
+        for part, training in modes:
+            part.training = training
     ball = "" if input_norm is None else f"; samples of a norm above {input_norm:g} are projected onto that"
     return model, [f"model: {type(net).__name__}, {how}{ball}", *filter(None, [told])]
 

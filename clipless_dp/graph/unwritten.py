@@ -49,7 +49,7 @@ def buffers_unwritten(net: nn.Module) -> Iterator[None]:
     before = []
     for path, where, name in _held(net):
         value = where[name]
-        if value is None or value.layout is torch.strided and value.device.type != "meta":
+        if value is None or (value.layout is torch.strided and value.device.type != "meta"):
             before.append((path, where, name, value, None if value is None else value.detach().clone()))
     yield
     written = []

@@ -29,7 +29,7 @@ class Own:
         self._sent = {task: cotangent if before is None else before + cotangent}
 
     def part_of(self, cotangent: Tensor) -> tuple[Tensor, bool]:
-        """What sums have sent, of all that arrives, and whether there is more; on accelerators that is not looked at."""
+        """What sums have sent, of all that arrives, and whether there is more; accelerators are not asked."""
         sent = self._sent.pop(torch._C._current_graph_task_id(), None)
         if sent is None:
             return cotangent, True

@@ -77,7 +77,7 @@ class Around(Optimizer):
         self.state = self.base_optimizer.state
 
     def _guard(self) -> None:
-        """From now on the other one steps only inside of :meth:`_base_may_step`, in whichever loop it is still known."""
+        """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it."""
         if self.base_optimizer not in _guarded:
             # One hook, however many are made around it: none of them refuses the steps of another.
             self.base_optimizer.register_step_pre_hook(_refuse_steps_by_hand)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -111,6 +110,9 @@ class Content:
             )
         if lacking := _NEEDED - values.keys():
             raise CheckpointError(f"{name} lacks {sorted(lacking)}")
+        for part in ("state", "settings"):
+            if not isinstance(values[part], Mapping):
+                raise CheckpointError(f"{name} is altered: its {part} is {type(values[part]).__name__}, no mapping")
         return cls(name, str(values["made_by"]), values["state"], values["settings"], values)
 
 
@@ -129,8 +131,11 @@ def content_of(
     Raises:
         ConfigurationError: a label is neither text nor a number.
     """
-    if not all(isinstance(label, (str, Real)) for label in predictor.classes or ()):
-        raise ConfigurationError(f"a file holds labels that are text or numbers, got {predictor.classes!r:.200}")
+    # Exact types: of others, a subclass of str too, a file would name code to be run.
+    if not all(type(label) in (str, int, float, bool) for label in predictor.classes or ()):
+        raise ConfigurationError(
+            f"a file holds labels that are plain text or numbers (str, int, float, bool), got {predictor.classes!r:.99}"
+        )
     return {
         "result": _KIND,
         "result_format": RESULT_FORMAT,
@@ -180,7 +185,7 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
             net,
             Link.read(values["link"]),
             int(values["outputs"]),
-            Promise(float(values["epsilon"]), float(values["delta"]), statement),
+            Promise(*_bound_of(values["epsilon"], values["delta"]), statement),
             classes=values["classes"],
             threshold=values["threshold"],
             target_range=None if values["target_range"] is None else tuple(values["target_range"]),
@@ -215,6 +220,12 @@ def _undone(net: nn.Module) -> Iterator[None]:
                 if name in before and value.shape == before[name].shape:
                     value.copy_(before[name])
         raise
+
+
+def _bound_of(epsilon: Any, delta: Any) -> tuple[float, float]:
+    if not (float(epsilon) >= 0.0 and 0.0 < float(delta) < 1.0):
+        raise ValueError(f"ε = {epsilon!r} at δ = {delta!r} is no promise")
+    return float(epsilon), float(delta)
 
 
 def _runs_of(facts: Mapping[str, Any]) -> dict[str, int]:

@@ -183,8 +183,10 @@ def loaded_fit(content: Content, net: nn.Module) -> Predictor:
     """
     if not isinstance(net, nn.Module):
         raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    if any(parameter.is_meta for parameter in net.parameters()):
+        raise ConfigurationError("net has parameters without values, on the meta device: net.to_empty(device='cpu')")
     if isinstance(net, DPLipModel):
         return rebuilt(content, net, net.net, dtype=net.device_and_dtype()[1])
-    norm = content.settings["input_norm"]
+    norm = content.settings.get("input_norm")
     whole = net if norm is None else nn.Sequential(BallProjection(norm), net)
     return rebuilt(content, whole, net, dtype=parameter_device_and_dtype(net)[1])

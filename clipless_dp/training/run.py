@@ -19,10 +19,10 @@ from clipless_dp.checkpoint import discard_partial, identity, load_checkpoint, s
 from clipless_dp.distributed.placement import Placement, agree
 from clipless_dp.errors import AuditError, CheckpointError, PrivacyError
 from clipless_dp.model import DPLipModel
-from clipless_dp.modules import state_of
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.compiled import BatchLoss
 from clipless_dp.model.description import differences, without_counts
+from clipless_dp.modules import state_of
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.sampling import People
 from clipless_dp.training.groups import Asked

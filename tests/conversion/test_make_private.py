@@ -220,6 +220,8 @@ def test_optimizers_that_stepped_or_hold_other_parameters_are_refused_before_any
         ({"max_grad_norm": 1.0, "gates": {}}, "one of the two"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"loss": None}, "give loss="),
+        ({"gates": 3}, "gates must be a mapping"),
+        ({"gates": {"a": 1}}, "gates hold a"),
     ],
 )
 def test_arguments_that_contradict_each_other_or_are_out_of_range_are_refused(given, said):
@@ -471,3 +473,33 @@ def test_a_parameter_beside_the_network_gets_no_gradient_without_noise():
         made.loss(made.model(inputs) * temperature, targets)
     made.loss(made.model(inputs) * temperature.detach(), targets).backward()
     assert temperature.grad is None
+
+
+def test_one_input_by_name_trains_an_ordinary_network_and_weights_of_classes_are_told_of():
+    rows = [{"x": row, "labels": target} for row, target in zip(*DATA.tensors, strict=True)]
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return self.body(x)
+
+    made = private(Named(), loader=DataLoader(rows, batch_size=20), loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
+    assert "divides by the sum of their weights" in made.summary()
+    for batch in made.data_loader:
+        made.loss(made.model(batch), batch["labels"]).backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+    assert made.optimizer.steps_taken == 3
+
+
+def test_a_batch_norm_that_is_frozen_in_evaluation_stays_so():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    net[1].eval().requires_grad_(False)
+    made = private(net)
+    assert [part.training for part in net] == [True, False, True]
+    train(made)
+    assert made.optimizer.steps_taken == 3
+    assert torch.equal(net[1].running_mean, torch.zeros(8))

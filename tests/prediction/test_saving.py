@@ -5,9 +5,11 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -401,12 +403,39 @@ def test_a_network_that_is_refused_keeps_its_weights(tmp_path, net):
 
 def test_results_in_double_precision_are_read_into_networks_of_that(tmp_path):
     data = DATA[0].double(), DATA[1]
-    model = DPLipModel(
-        gated(network().double()), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0)
-    )
+    model = DPLipModel(gated(network().double()), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
     result = fit(model, data, **RUN)
     result.save(tmp_path / "a.pt")
     loaded = load(tmp_path / "a.pt", net=gated(network(1).double()))
     torch.testing.assert_close(loaded.scores(ROWS), result.scores(ROWS))
     with pytest.raises(CheckpointError, match="float64"):
         load(tmp_path / "a.pt", net=gated(network(1)))
+
+
+class Name(str):
+    pass
+
+
+@pytest.mark.parametrize("label", [Fraction(1, 2), Name("a"), signal.SIGINT], ids=["fraction", "name", "enum"])
+def test_labels_that_no_file_can_hold_are_refused_before_one_is_written(tmp_path, label):
+    with pytest.raises(ConfigurationError, match="plain text or numbers"):
+        trained().save(tmp_path / "a.pt", classes=[label, "b", "c"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"epsilon": math.nan}, {"epsilon": -1.0}, {"statement": "[]"}, {"settings": None}, {"state": [1]}],
+    ids=["nan", "negative", "statement", "settings", "state"],
+)
+def test_a_file_that_was_rewritten_wrongly_is_refused_in_words(tmp_path, changed):
+    trained().save(tmp_path / "a.pt")
+    save_checkpoint(tmp_path / "b.pt", {**load_checkpoint(tmp_path / "a.pt"), **changed})
+    with pytest.raises(CheckpointError, match="altered"):
+        load(tmp_path / "b.pt", net=BUILD["signal"]())
+
+
+def test_a_network_without_values_is_refused(tmp_path):
+    trained().save(tmp_path / "a.pt")
+    with pytest.raises(ConfigurationError, match="meta"):
+        load(tmp_path / "a.pt", net=gated(network()).to("meta"))
