@@ -99,6 +99,19 @@ WRONG = {
     "a network that is its own copy": (lambda: certify(Itself(4, 3), DATA, lipschitz=1.0), "deepcopy returns"),
     "a part that is its own copy": (lambda: Smoothed(nn.Sequential(Itself(4, 3)), 0.5), "deepcopy returns"),
     "a list of activations": (lambda: certify(listing(), DATA, lipschitz=1.0), "cannot be copied"),
+    "a traced network": (
+        lambda: certify(torch.jit.trace(nn.Linear(4, 3), torch.ones(1, 4)), DATA, lipschitz=1.0),
+        "scripted or traced",
+    ),
+    "a lazy network": (lambda: certify(nn.LazyLinear(3), DATA, lipschitz=1.0), "without values"),
+    "a network without values": (
+        lambda: certify(nn.Linear(4, 3, device="meta"), DATA, lipschitz=1.0),
+        "without values",
+    ),
+    "a front that is a function": (
+        lambda: certify(NET, DATA, lipschitz=1.0, front=torch.relu),
+        "must be a torch module",
+    ),  # type: ignore[arg-type]
     "whole scores": (lambda: certify(Whole(4, 3), DATA, lipschitz=1.0), "floating-point"),
     "no classifier": (lambda: several.certify([NET, NET], DATA[0]), "two smoothed classifiers"),
     "no classifiers": (lambda: several.certify(3, DATA[0]), "several must be a list"),  # type: ignore[arg-type]
