@@ -44,6 +44,8 @@ class _Private(BaseEstimator):  # type: ignore[misc]
                 self.feature_names_in_ = np.asarray([*encoding.numbers, *encoding.categories], dtype=object)
                 self.n_features_in_ = len(self.feature_names_in_)
             return X
+        if isinstance(X, Tensor):
+            X = X.detach().cpu()
         if len(getattr(X, "shape", None) or np.asarray(X).shape) > 2:
             return self._images(X, reset=reset)
         known = {} if reset else {"reset": False}
@@ -54,6 +56,14 @@ class _Private(BaseEstimator):  # type: ignore[misc]
         return torch.tensor(rows)
 
     def _images(self, X: Any, *, reset: bool) -> Tensor:
+        if not hasattr(X, "dtype"):
+            # Of a list numpy makes the type that holds all: one image would say how every other is scaled.
+            kinds = {np.asarray(image).dtype.kind in "ui" for image in X}
+            if len(kinds) > 1:
+                raise InputError(
+                    "some images are of whole numbers, up to 255, and some of others, in [0, 1]: give all of one type, "
+                    "as one array"
+                )
         images = check_array(X, dtype=None, allow_nd=True)
         if images.dtype.kind not in "uif" or images.ndim > 4:
             raise InputError(f"expected images (N, H, W), (N, C, H, W) or (N, H, W, C), got {images.shape}")
@@ -78,6 +88,13 @@ class _Private(BaseEstimator):  # type: ignore[misc]
         options = {} if self.options is None else self.options
         if not isinstance(options, Mapping):
             raise ConfigurationError(f"options must be a mapping of arguments of fit, got {type(options).__name__}")
+        if "checkpoint" in options:
+            raise ConfigurationError(
+                "options hold checkpoint, which every fit would go on from: of other rows, as of another fold, it "
+                "would return the model of the first. Leave it out, or call fit_table or a preset's fit by yourself"
+            )
+        if own := sorted(options.keys() & {*self.get_params(deep=False), "groups", "classes", "target_range"}):
+            raise ConfigurationError(f"options hold {', '.join(own)}: these are arguments of the estimator, or of fit")
         asked = {"progress": False, **options, **{name: getattr(self, name) for name in named}}
         if groups is not None:
             asked["groups"] = groups
@@ -145,8 +162,9 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
 
     Rows ``(N, columns)`` of any scale go through :func:`clipless_dp.tables.fit_table`. Images ``(N, H, W)``,
     ``(N, C, H, W)`` or ``(N, H, W, C)`` of one or three channels go through scattering features and one layer, the
-    presets ``"features-linear"`` and ``"photographs-linear"``; numbers in [0, 1], or whole ones up to 255. ``preset``
-    names another, for rows too: ``"transfer"`` for features of a backbone that was trained on public data.
+    presets ``"features-linear"`` and ``"photographs-linear"``; numbers in [0, 1], or whole ones up to 255, all
+    of one type. ``preset`` names another, for rows too: ``"transfer"`` for features of a backbone that was trained on
+    public data.
 
     Each call of ``fit`` spends ``epsilon`` anew, and calls on the same data compose: cross-validation and grid search
     of ``k`` candidates spend about ``√k`` to ``k`` times as much, and :mod:`clipless_dp.search` pays for a search.
@@ -276,6 +294,8 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
             if len(found) < 2:
                 raise ConfigurationError("y holds one class: name all classes there can be, classes=[...]")
             return tuple(found)
+        if self.classes is not None and np.ndim(self.classes) != 1:  # type: ignore[arg-type]
+            raise ConfigurationError(f"classes must be a list of labels or {FROM_Y!r}, got {self.classes!r:.200}")
         known = (0, 1) if self.classes is None else tuple(np.asarray(self.classes).tolist())
         if not set(found) <= set(known):
             raise ConfigurationError(
@@ -310,6 +330,14 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
 def _read(labels: NDArray[Any], classes: tuple[Any, ...]) -> Any:
     """Labels as :func:`clipless_dp.tables.fit_table` takes them: of 0 and 1 a tensor."""
     return torch.tensor(labels.astype(np.int64)) if classes == (0, 1) else labels.tolist()
+
+
+def _are_numbers(values: Any) -> bool:
+    try:
+        np.asarray(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
@@ -366,6 +394,11 @@ class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
         check_consistent_length(X, y)
         if y is None:
             raise InputError("PrivateRegressor requires y to be passed, but the target y is None")
+        if self.target_range is None:
+            raise ConfigurationError("target_range=(low, high), the public range of targets, is missing")
+        if np.asarray(y).dtype.kind in "OUS" and not _are_numbers(y):
+            # Outside of the handler: what numpy says of a cell quotes it.
+            raise InputError("targets must be numbers, and some are text or other things")
         numbers = column_or_1d(check_array(y, ensure_2d=False, dtype=np.float64), warn=True)
         asked = {**self._asked(groups), "encoding": self.encoding, "cosines": self.cosines}
         result = fit_table(rows, torch.tensor(numbers), target_range=self.target_range, **asked)

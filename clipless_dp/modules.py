@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
@@ -97,3 +98,21 @@ def digest_of(net: nn.Module) -> str:
             found.update(f"{name} {held.dtype} {tuple(held.shape)} ".encode())
             found.update(held.flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def state_of(net: nn.Module) -> dict[str, Any]:
+    """The parameters and persistent buffers of a network, by name, for a file.
+
+    Raises:
+        PrivacyError: its ``state_dict`` holds something else, as ``get_extra_state`` of a layer adds it: nothing is
+            known of what that keeps of samples.
+    """
+    state: dict[str, Any] = net.state_dict()
+    held = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
+    named = {name for name, _ in held}
+    if other := sorted(state.keys() - named):
+        raise PrivacyError(
+            f"the network's state holds {', '.join(map(repr, other))} beside parameters and buffers: what a layer "
+            "keeps of samples would be in the file without noise. Leave get_extra_state and hooks of state_dict out"
+        )
+    return state

@@ -33,6 +33,7 @@ from clipless_dp.errors import CheckpointError, CliplessError, ConfigurationErro
 from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
+from clipless_dp.modules import state_of
 from clipless_dp.prediction import Content, Predictor, Predicts, Probe, content_of, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.people import ROWS_PER_GROUP, column_of, people_of
@@ -79,7 +80,7 @@ class Trained(Predicts):
             )
         whole = _Whole(self.prepare, self.model)
         predictor = predictor_of(self.result, whole, notes=notes, classes=classes, threshold=threshold)
-        state = {f"model.{name}": value for name, value in self.model.net.state_dict().items()}
+        state = {f"model.{name}": value for name, value in state_of(self.model.net).items()}
         change = self.change
         if change is not None:
             state["mean"] = change.mean

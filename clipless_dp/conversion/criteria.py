@@ -60,7 +60,10 @@ def loss_of(given: object) -> tuple[Loss, str | None]:
             "give it with reduction='mean', and a learning rate that is made for means"
         )
     name = getattr(given, "__name__", type(module).__name__)
-    return made, f"loss: {name} became model.loss, {made!r}, summed over samples; the optimizer makes it a mean"
+    told = f"loss: {name} became model.loss, {made!r}, summed over samples; the optimizer makes it a mean"
+    if isinstance(module, nn.CrossEntropyLoss) and module.weight is not None:
+        told += ": over samples, where torch's divides by the sum of their weights, which would join them"
+    return made, told
 
 
 def _made(module: object) -> Loss | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from accounting import Accountant
+from accounting.errors import warn_caller
 from clipless_dp.arguments import cap, choice, multiplier, positive, share, shown, whole
 from clipless_dp.conversion.criteria import loss_of
 from clipless_dp.conversion.loaders import poisson_loader, refuse_loaders
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyWarning
 from clipless_dp.gates import GradientGated
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.isolation import Isolated
@@ -62,6 +64,9 @@ class PrivateTraining:
     def get_epsilon(self, delta: float | None = None) -> float:
         """ε spent so far, an upper bound, under add-or-remove-one adjacency.
 
+        Warns with :class:`clipless_dp.PrivacyWarning` where the weights are not those that the last private step left:
+        ε says nothing of what else has changed them.
+
         Args:
             delta: by default that of the target.
 
@@ -71,6 +76,13 @@ class PrivateTraining:
         delta = self.delta if delta is None else delta
         if delta is None:
             raise ConfigurationError("make_private was given no target_delta: say which δ, get_epsilon(delta=1e-5)")
+        if not self.optimizer.weights_are_counted():
+            warn_caller(
+                "the weights are not those that the last private step left, and ε does not include what changed them: "
+                "an optimizer that is not private, or weights that were loaded. Take steps by the optimizer that "
+                "make_private returned",
+                PrivacyWarning,
+            )
         return self.optimizer.get_epsilon(delta)
 
     def summary(self) -> str:
@@ -236,6 +248,12 @@ def _refuse_optimizers(optimizer: object, net: object) -> None:
 
 def _gates(route: object, gates: Mapping[str, Any] | None, max_grad_norm: float | None) -> dict[str, Any]:
     choice("route", route, "gradient gates", "signal gates")
+    if gates is not None:
+        if not isinstance(gates, Mapping):
+            raise ConfigurationError(f"gates must be a mapping of arguments, got {shown(gates)}")
+        known = inspect.signature(gradient_gated if route == "gradient gates" else gated).parameters.keys() - {"net"}
+        if unknown := sorted(str(name) for name in gates.keys() - known):
+            raise ConfigurationError(f"gates hold {', '.join(unknown)}: arguments are {', '.join(sorted(known))}")
     if max_grad_norm is None:
         return dict(gates or {})
     if gates is not None or route != "gradient gates":
@@ -258,8 +276,10 @@ def _model(
     known, told = loss_of(loss)
     example = _example(loader)
     numbers = isinstance(example, Tensor) and example.is_floating_point()
-    training = net.training
-    net.train()
+    modes = [(part, part.training) for part in net.modules()]
+    if not net.training:
+        # Of a network in training, parts that are frozen in evaluation stay so.
+        net.train()
     try:
         if route == "signal gates":
             if input_norm is None:
@@ -267,7 +287,7 @@ def _model(
             inner: nn.Module = gated(net, **gates)
             how = "activations and cotangents of each sample are scaled around each layer: predict by model, not by net"
         else:
-            if input_norm is None and numbers:
+            if input_norm is None and (numbers or not isinstance(example, Tensor)):
                 gates = {"isolation": "vmap", **gates}
             inner = gradient_gated(net, **gates)
             how = "each sample's gradient is bounded by gates as it is computed"
@@ -278,7 +298,8 @@ def _model(
             shape = (example,) if isinstance(inner, Isolated) and not numbers else tuple(example.shape[1:])
         model = DPLipModel(inner, input_shape=shape, input_norm=input_norm, loss=known)
     finally:
-        net.train(training)
+        for part, training in modes:
+            part.training = training
     ball = "" if input_norm is None else f"; samples of a norm above {input_norm:g} are projected onto that"
     return model, [f"model: {type(net).__name__}, {how}{ball}", *filter(None, [told])]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import counts_of
+from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 from clipless_dp.rules.base import find_function_rule
@@ -45,7 +46,7 @@ def _origin(function: Any) -> str | None:
 
 def set_apart_(
     graph: fx.GraphModule, wanted: Callable[[], bool], resting: Callable[[], AbstractContextManager[None]]
-) -> None:
+) -> bool:
     """Lets a traced graph, not the network that it shares its layers with, run layers of a user's own apart.
 
     Args:
@@ -54,9 +55,13 @@ def set_apart_(
         resting: within, all other layers hold their parameters, and not what stands for these in a pass: what a layer
             of a user's own reads of them, by a reference of its own, leads around the pass and shows.
 
+    Returns:
+        Whether there are such layers, or functions.
+
     Raises:
         ConfigurationError: a part of such a layer is used outside of it too.
     """
+    found = False
     called = {str(node.target) for node in graph.graph.nodes if node.op == "call_module"}
     for node in graph.graph.nodes:
         if node.op == "call_module":
@@ -70,9 +75,12 @@ def set_apart_(
                         "network's graph: gate the whole network at once, or give either place a layer of its own"
                     )
                 setattr(graph.get_submodule(above), name, Apart(leaf, wanted, resting))
+                found = True
         elif node.op == "call_function" and not _is_known(_origin(node.target)) and find_function_rule(node.target):
             node.target = _apart(node.target, wanted, resting)
+            found = True
     graph.recompile()
+    return found
 
 
 def join_(graph: fx.GraphModule) -> None:
@@ -152,7 +160,7 @@ def _run_apart(
         returned[:] = [flat, spec]
         return [value for value in flat if isinstance(value, Tensor)]
 
-    outputs = iter(_Apart.apply(run, len(inputs), *inputs, *parameters))  # type: ignore[no-untyped-call]
+    outputs = iter(_Apart.apply(run, layer, len(inputs), *inputs, *parameters))  # type: ignore[no-untyped-call]
     flat, spec = returned
     return pytree.tree_unflatten([next(outputs) if isinstance(value, Tensor) else value for value in flat], spec)
 
@@ -198,9 +206,14 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[[tuple[Tensor, ...]], list[Tensor]], count: int, *values: Tensor
+        ctx: Any,
+        run: Callable[[tuple[Tensor, ...]], list[Tensor]],
+        layer: nn.Module | None,
+        count: int,
+        *values: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
+        ctx.layer = layer
         visit = _Visit()
         with torch.enable_grad():
             leaves = [value.detach().requires_grad_(value.requires_grad) for value in values]
@@ -228,15 +241,16 @@ class _Apart(torch.autograd.Function):
         arrived = [(end, cotangent) for end, cotangent in arrived if cotangent is not None]
         gradients: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if arrived and leaves:
-            found = torch.autograd.grad(
-                [end for end, _ in arrived],
-                [leaf for _, leaf in leaves],
-                [cotangent for _, cotangent in arrived],
-                retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
-                allow_unused=True,
-            )
+            with nullcontext() if ctx.layer is None else buffers_unwritten(ctx.layer):
+                found = torch.autograd.grad(
+                    [end for end, _ in arrived],
+                    [leaf for _, leaf in leaves],
+                    [cotangent for _, cotangent in arrived],
+                    retain_graph=torch._C._autograd._get_current_graph_task_keep_graph(),
+                    allow_unused=True,
+                )
             for (index, _), gradient in zip(leaves, found, strict=True):
-                gradients[2 + index] = gradient
+                gradients[3 + index] = gradient
         return tuple(gradients)
 
 

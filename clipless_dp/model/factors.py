@@ -85,12 +85,21 @@ class Factors:
     def _arrive(self, cotangent: Tensor) -> None:
         self._task = torch._C._current_graph_task_id()
 
-    def refuse_other_losses(self) -> None:
+    def refuse_other_losses(self, other: bool) -> None:
         """Called where a backward pass enters the network.
 
+        Args:
+            other: whether something enters that no sum has sent.
+
         Raises:
-            PrivacyError: sums are required, and this pass has not come through one.
+            PrivacyError: sums are required, and this pass has not come through one, or not all of it.
         """
+        if self.required and other and self._task == torch._C._current_graph_task_id():
+            raise PrivacyError(
+                "some of the gradients come from a term beside model.loss, which may join samples (pairs of rows, a "
+                "mean over the batch): one more would change what all others contribute. Let all that is trained on be "
+                "a sum over rows in the loss that the model was given. The gradients are dropped; nothing was released"
+            )
         if self.required and self._task != torch._C._current_graph_task_id():
             raise PrivacyError(
                 "the gradients come from a loss other than model.loss: a mean over the batch, say, divides by how many "

@@ -10,52 +10,60 @@ from torch import Tensor
 
 from clipless_dp.gates import cotangent_gate
 from clipless_dp.gates.arithmetic import drop_rows_, largest_norm, per_sample, sample_norms, scale_factors
+from clipless_dp.model.own_loss import Own
 from clipless_dp.model.register import registers
 from clipless_dp.precision import outside_autocast
 
-Enter = Callable[[Tensor | None], None]
-"""Told that a backward pass begins; with the norms of its cotangents, where a look at them waits for no device."""
+Enter = Callable[[Tensor | None, bool], None]
+"""Told that a backward pass begins; with the norms of its cotangents, where a look at them waits for no device; and
+whether some of these are known to come from elsewhere than ``model.loss``."""
 
 
 class _OutermostGate(torch.autograd.Function):
     """The cotangent gate at the output, by which a backward pass enters."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, limit: float, enter: Enter | None, token: Tensor | None) -> Tensor:
-        ctx.limit, ctx.enter = limit, enter
+    def forward(
+        ctx: Any, values: Tensor, limit: float, enter: Enter | None, token: Tensor | None, own: Own | None
+    ) -> Tensor:
+        ctx.limit, ctx.enter, ctx.own = limit, enter, own
         ctx.save_for_backward(token)
         return values.view_as(values)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None, None, None, None]:
         (cotangent,) = cotangents
+        other = False
+        if ctx.own is not None:
+            cotangent, other = ctx.own.part_of(cotangent)
         norms = sample_norms(cotangent)
         (token,) = ctx.saved_tensors
         looks = norms.device.type == "cpu" and token is None
         if token is not None:
             norms = torch.ops.clipless_dp_passes.enter_pass(norms, token)
         else:
-            ctx.enter(norms if looks else None)
+            ctx.enter(norms if looks else None, other)
         norms = outside_autocast(norms)
         if looks and len(norms) and float(norms.max()) <= ctx.limit:
-            return cotangent, None, None, None
+            return cotangent, None, None, None, None
         factors = scale_factors(norms, cap=ctx.limit, floor=ctx.limit)
         gated = cotangent * per_sample(factors, cotangent).to(cotangent.dtype)
-        return drop_rows_(gated, norms, largest_norm(ctx.limit, norms.dtype)), None, None, None
+        return drop_rows_(gated, norms, largest_norm(ctx.limit, norms.dtype)), None, None, None, None
 
 
-def outermost_gate(values: Tensor, limit: float, enter: Enter | Tensor | None) -> Tensor:
+def outermost_gate(values: Tensor, limit: float, enter: Enter | Tensor | None, own: Own | None = None) -> Tensor:
     """Caps each sample's cotangent at ``limit``, and lets a backward pass through a pass once.
 
     Args:
         values: ``(B, ...)``.
         limit: the cap.
         enter: where a backward pass enters, or in a compiled graph the token of the pass; ``None`` of nobody's.
+        own: where nothing but what ``model.loss`` sends may enter; ``None``: anything.
     """
     if enter is None:
         return cotangent_gate(values, limit)
     entry, token = (None, enter) if isinstance(enter, Tensor) else (enter, None)
-    gated: Tensor = _OutermostGate.apply(values, limit, entry, token)  # type: ignore[no-untyped-call]
+    gated: Tensor = _OutermostGate.apply(values, limit, entry, token, own)  # type: ignore[no-untyped-call]
     return gated
 
 

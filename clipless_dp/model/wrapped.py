@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
 
@@ -24,11 +25,13 @@ from clipless_dp.gates import adapting, adapting_in, rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
+from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.losses import Loss
 from clipless_dp.model import checks, description, lineage, passes
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
+from clipless_dp.model.own_loss import Own, own_output
 from clipless_dp.model.register import Register
 from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
@@ -143,7 +146,7 @@ class DPLipModel(nn.Module):
         checks.refuse_norm(self._input_norm, traced, self._packing)
         replace_dropout_(traced.module, self.randomness)
         self._may_draw = may_draw(traced.module)
-        set_apart_(traced.module, passes.is_witnessed, self.register.resting)
+        self._has_own_layers = set_apart_(traced.module, passes.is_witnessed, self.register.resting)
         self._traced: TracedNet = traced
         self._counted = {
             f"layers.{name}.{count}"
@@ -179,7 +182,8 @@ class DPLipModel(nn.Module):
 
         Raises:
             InputError: wrong shape, dtype or device.
-            PrivacyError: autocast is on, now or while the gradients are computed.
+            PrivacyError: autocast is on, now or while the gradients are computed; or a layer of your own writes a
+                buffer that files of the model hold.
         """
         if torch.compiler.is_compiling() and self.graph.isolated:
             raise ConfigurationError(
@@ -213,21 +217,24 @@ class DPLipModel(nn.Module):
 
     def _gated(self, inputs: Tensor, net: _Net | None, opened: _Opened) -> Tensor:
         if net is None:
-            outputs, finite, whole = self._network.run(inputs, training=self.training)
+            looks = self._has_own_layers and self.placement.is_whole and not torch.compiler.is_compiling()
+            with buffers_unwritten(self.net) if looks else nullcontext():
+                outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
         entry = partial(self._enter, opened) if isinstance(opened, passes.Pass) else opened
-        outputs = outermost_gate(outputs, self.cotangent_norm, entry)
+        own = Own() if self._factors.required and isinstance(opened, passes.Pass) else None
+        outputs = outermost_gate(outputs, self.cotangent_norm, entry, own)
         if whole:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone()
         return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
 
-    def _enter(self, entering: passes.Pass, norms: Tensor | None) -> None:
+    def _enter(self, entering: passes.Pass, norms: Tensor | None, other: bool) -> None:
         enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
         enter(entering, norms)
         try:
-            self._factors.refuse_other_losses()
+            self._factors.refuse_other_losses(other)
         except PrivacyError:
             self.register.drop()
             raise
@@ -309,10 +316,13 @@ class DPLipModel(nn.Module):
 
         Raises:
             InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
+            PrivacyError: the output hangs on another tensor that requires gradients (:meth:`require_own_loss`).
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
                 (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
         checks.check_targets(output, target, mask)
+        if self._factors.required and passes.is_witnessed() and not torch.compiler.is_compiling():
+            output = own_output(output, self.register.parameters)
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         total, dropped = summed(losses, mask)
         if dropped is not None and torch.is_grad_enabled() and not is_exported():
@@ -325,7 +335,9 @@ class DPLipModel(nn.Module):
     def require_own_loss(self) -> None:
         """From now on a backward pass that does not come through :meth:`loss` is refused with a ``PrivacyError``.
 
-        In compiled graphs it is not seen.
+        So is one of whose cotangents a term beside it has a part in; on an accelerator that part is left out. And
+        :meth:`loss` refuses what hangs on other tensors that require gradients than the network's own. In compiled
+        graphs none of it is seen.
         """
         self._factors.required = True
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Generic, NoReturn, TypeVar, cast, overload
+from weakref import WeakSet
 
 from torch.optim import Optimizer
 
@@ -41,6 +44,19 @@ class Setting(Generic[Given, Kept]):
         setattr(instance, self._name, self._checked(value))
 
 
+_guarded: WeakSet[Optimizer] = WeakSet()
+_stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
+
+
+def _refuse_steps_by_hand(optimizer: Optimizer, args: object, kwargs: object) -> None:
+    if _stepping.get() is not optimizer:
+        raise PrivacyError(
+            f"this {type(optimizer).__name__} is the base optimizer of a private one: stepped by itself it would put "
+            "gradients into the weights without noise and without charge. Call step() of the private optimizer, as "
+            "make_private returns it, and no step() of the one that it was made of. Nothing was released"
+        )
+
+
 class Around(Optimizer):
     """Shares ``param_groups`` and ``state`` with the optimizer that it is around: schedulers work on it as on any.
 
@@ -59,6 +75,22 @@ class Around(Optimizer):
         """After groups were added to the other one, or a state was loaded into it."""
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
+
+    def _guard(self) -> None:
+        """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it."""
+        if self.base_optimizer not in _guarded:
+            # One hook, however many are made around it: none of them refuses the steps of another.
+            self.base_optimizer.register_step_pre_hook(_refuse_steps_by_hand)
+            _guarded.add(self.base_optimizer)
+
+    @contextmanager
+    def _base_may_step(self) -> Iterator[None]:
+        """The other one may step: what it steps on is private."""
+        token = _stepping.set(self.base_optimizer)
+        try:
+            yield
+        finally:
+            _stepping.reset(token)
 
     def __getstate__(self) -> NoReturn:
         raise ConfigurationError(

@@ -59,6 +59,7 @@ class CliplessDPOptimizer(Around):
     Args:
         model: the wrapped model.
         base_optimizer: any ``torch.optim.Optimizer`` over parameters of ``model.net`` that steps without a closure.
+            From then on its own ``step()`` raises :class:`PrivacyError` outside of :meth:`step`.
         noise_multiplier: ``σ > 0``, in units of the joint sensitivity.
         sample_rate: ``q`` in (0, 1]: each sample's probability of being in a batch.
         dataset_size: public number of samples; fixes the divisor.
@@ -165,6 +166,7 @@ class CliplessDPOptimizer(Around):
         run.name = self.placement.from_first(lambda: run.name)
         model.sensitivity()
         self._books.open(self._require_protected())
+        self._guard()
 
     @property
     def unit(self) -> Unit:
@@ -310,7 +312,8 @@ class CliplessDPOptimizer(Around):
                 self._leave_out(said=False)
                 raise
             try:
-                self.base_optimizer.step()
+                with self._base_may_step():
+                    self.base_optimizer.step()
                 self.model.project_()
             finally:
                 # Whatever part of the update was applied, the ledger counts it.

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from accounting import Ledger
+from accounting.errors import LedgerFormatError
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.model import lineage
 from clipless_dp.prediction.links import Link
 from clipless_dp.prediction.predictor import Predictor, Promise
 from clipless_dp.statement import PrivacyStatement
@@ -50,7 +54,15 @@ class Probe:
         Raises:
             CheckpointError: it does.
         """
-        scores = replace(predictor, encode=None).scores(self.inputs)
+        try:
+            scores = replace(predictor, encode=None).scores(self.inputs)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the network does not run on what {name} holds: {error}") from error
+        if scores.dtype != self.scores.dtype:
+            raise CheckpointError(
+                f"{name} holds the weights of a network of {self.scores.dtype}, this one is of {scores.dtype}, which "
+                "rounds them: build it as it was for training"
+            )
         largest = float(self.scores.nan_to_num(0.0).abs().max())
         if scores.shape != self.scores.shape or not torch.allclose(
             scores, self.scores, rtol=0.0, atol=_TOLERANCE * max(largest, 1e-6), equal_nan=True
@@ -98,6 +110,9 @@ class Content:
             )
         if lacking := _NEEDED - values.keys():
             raise CheckpointError(f"{name} lacks {sorted(lacking)}")
+        for part in ("state", "settings"):
+            if not isinstance(values[part], Mapping):
+                raise CheckpointError(f"{name} is altered: its {part} is {type(values[part]).__name__}, no mapping")
         return cls(name, str(values["made_by"]), values["state"], values["settings"], values)
 
 
@@ -116,8 +131,11 @@ def content_of(
     Raises:
         ConfigurationError: a label is neither text nor a number.
     """
-    if not all(isinstance(label, (str, Real)) for label in predictor.classes or ()):
-        raise ConfigurationError(f"a file holds labels that are text or numbers, got {predictor.classes!r:.200}")
+    # Exact types: of others, a subclass of str too, a file would name code to be run.
+    if not all(type(label) in (str, int, float, bool) for label in predictor.classes or ()):
+        raise ConfigurationError(
+            f"a file holds labels that are plain text or numbers (str, int, float, bool), got {predictor.classes!r:.99}"
+        )
     return {
         "result": _KIND,
         "result_format": RESULT_FORMAT,
@@ -156,29 +174,67 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
         more: attributes of :class:`Predictor` that are no plain values.
 
     Raises:
-        CheckpointError: the weights do not fit the network, or it computes something else.
+        CheckpointError: the weights do not fit the network, or it computes something else: it is as it was before.
     """
     holder = net if holder is None else holder
-    try:
-        with torch.no_grad():
-            holder.load_state_dict(dict(content.state))
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights of {content.name} do not fit this network: {error}") from error
     values = content.values
     try:
-        facts = json.loads(values["statement"])
+        statement = PrivacyStatement(json.loads(values["statement"]))
+        runs = _runs_of(statement.facts)
         predictor = Predictor(
             net,
             Link.read(values["link"]),
             int(values["outputs"]),
-            Promise(float(values["epsilon"]), float(values["delta"]), PrivacyStatement(facts)),
+            Promise(*_bound_of(values["epsilon"], values["delta"]), statement),
             classes=values["classes"],
             threshold=values["threshold"],
             target_range=None if values["target_range"] is None else tuple(values["target_range"]),
             **more,
         )
         probe = Probe(values["probe"]["inputs"], values["probe"]["scores"])
-    except (KeyError, TypeError, ValueError, ConfigurationError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, ConfigurationError) as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
-    probe.require(predictor, content.name)
-    return predictor
+    with _undone(holder):
+        try:
+            with torch.no_grad():
+                holder.load_state_dict(dict(content.state))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"the weights of {content.name} do not fit this network: {error}") from error
+        probe.require(predictor, content.name)
+    known = lineage.of(holder)
+    # Training that goes on from here is another run: its ledger lacks these.
+    known.add_runs(runs)
+    known.settle(dict(holder.named_parameters()))
+    return replace(predictor)
+
+
+@contextmanager
+def _undone(net: nn.Module) -> Iterator[None]:
+    """Gives a network its parameters and buffers back where what is within raises."""
+    before = {name: value.detach().clone() for name, value in net.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for name, value in net.state_dict().items():
+                if name in before and value.shape == before[name].shape:
+                    value.copy_(before[name])
+        raise
+
+
+def _bound_of(epsilon: Any, delta: Any) -> tuple[float, float]:
+    if not (float(epsilon) >= 0.0 and 0.0 < float(delta) < 1.0):
+        raise ValueError(f"ε = {epsilon!r} at δ = {delta!r} is no promise")
+    return float(epsilon), float(delta)
+
+
+def _runs_of(facts: Mapping[str, Any]) -> dict[str, int]:
+    """The runs that the ledger of a statement knows, which weights come from; one of its own where it names none."""
+    state = facts["ledger"]
+    try:
+        runs = Ledger.from_state_dict(state.get("ledger", state)).runs
+    except LedgerFormatError:
+        # That of an accountant of a user's own.
+        runs = {}
+    told = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+    return runs or {f"file {told}": 1}

@@ -6,7 +6,6 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import share, whole
 from clipless_dp.checkpoint import save_checkpoint
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.model import lineage
 from clipless_dp.modules import parameter_device_and_dtype
 from clipless_dp.prediction.links import Link
 from clipless_dp.statement import PrivacyStatement
@@ -71,8 +71,9 @@ class Predictor:
         target_range: what numbers are cut to, or ``None``.
         encode: makes a tensor of a data frame, or ``None``.
         dtype: of numbers that the network takes; ``None``: any.
-        promise: what was promised, or what finds out: it is asked for when it is read first. The properties
-            ``epsilon``, ``delta`` and ``statement`` read it.
+        promise: what was promised, or what finds out, and is asked each time: weights may be trained on. The
+            properties ``epsilon``, ``delta`` and ``statement`` read it, and raise a :class:`clipless_dp.PrivacyError`
+            where private steps that it does not count were taken on the weights.
     """
 
     net: nn.Module
@@ -84,9 +85,11 @@ class Predictor:
     target_range: tuple[float, float] | None = None
     encode: Callable[[Any], Tensor] | None = field(default=None, repr=False)
     dtype: torch.dtype | None = field(default=None, repr=False)
+    _runs: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_classes(self.classes, self.outputs, self.link))
+        object.__setattr__(self, "_runs", lineage.of(self.net).runs)
         if self.threshold is not None:
             object.__setattr__(self, "threshold", share("threshold", self.threshold, "[0, 1]"))
             of_two = self.link.kind == "logistic" or (self.link.kind == "softmax" and self.outputs == 2)
@@ -94,11 +97,18 @@ class Predictor:
                 raise ConfigurationError("a threshold is of the probability of the second of two classes: leave it out")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "promise": self._promised}
+        return {**vars(self), "promise": self._promised, "_runs": lineage.of(self.net).runs}
 
-    @cached_property
+    @property
     def _promised(self) -> Promise:
-        return self.promise if isinstance(self.promise, Promise) else self.promise()
+        if not isinstance(self.promise, Promise):
+            return self.promise()
+        if any(count > self._runs.get(run, 0) for run, count in lineage.of(self.net).runs.items()):
+            raise PrivacyError(
+                "private steps were taken on these weights since their promise was made, which it does not count: read "
+                "it from the result of the last training, and give that the first one's accountant"
+            )
+        return self.promise
 
     @property
     def epsilon(self) -> float:
@@ -236,6 +246,7 @@ class Predicts(ABC):
         Raises:
             ConfigurationError: labels or threshold do not fit, or the weights are spread over several processes, or
                 statistics of a preset of your own are no :class:`clipless_dp.presets.WithoutMean`.
+            PrivacyError: private steps were taken on the weights that the ledger lacks.
             CheckpointError: the file cannot be written; one that was there is left as it was.
         """
         save_checkpoint(path, self.content(classes=classes, threshold=threshold, notes=notes))

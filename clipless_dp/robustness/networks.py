@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from clipless_dp.arguments import positive, shown, whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
@@ -156,7 +157,7 @@ class PlainNetwork(nn.Module):
                 among = self(torch.cat((first, others, first)))[[0, -1]]
         except CliplessError:
             raise
-        except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        except (RuntimeError, ValueError, IndexError, TypeError, AssertionError) as error:
             raise InputError(f"the network does not read inputs {tuple(inputs.shape)}: {error}") from error
         # Half of the digits: sums of a larger batch may round otherwise.
         share = math.sqrt(torch.finfo(alone.dtype).eps)
@@ -216,17 +217,41 @@ def plain_network(
     return PlainNetwork(model, dtype=dtype, front=front)
 
 
+def _held(net: nn.Module) -> set[int]:
+    """The modules, parameters and buffers of a network, by ``id``."""
+    return {id(one) for one in (*net.modules(), *net.parameters(), *net.buffers())}
+
+
+def _refuse_uncopied(net: object) -> None:
+    if not isinstance(net, nn.Module):
+        raise ConfigurationError(f"what runs before the network must be a torch module, got {shown(net)}")
+    if any(isinstance(part, torch.jit.ScriptModule) for part in net.modules()):
+        raise ConfigurationError("the network is scripted or traced (torch.jit): give the module that it was made of")
+    values = [*net.parameters(), *net.buffers()]
+    if any(is_lazy(one) or one.is_meta for one in values):
+        raise ConfigurationError(
+            "the network has weights without values, of a lazy layer that has seen no input or on the meta device: "
+            "load them first"
+        )
+
+
 def _without_gates(net: nn.Module) -> nn.Module:
+    _refuse_uncopied(net)
     # What a module keeps of its last pass, a weight that a hook computes say, hangs on a graph and cannot be copied.
     kept = [value for part in net.modules() for value in vars(part).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
     try:
         copied = nn.Sequential(copy.deepcopy(net, memo))
-    except (RuntimeError, TypeError) as error:
+    except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ConfigurationError(
             f"the network, or what runs before it, cannot be copied ({error}): let no module keep tensors of a pass, "
             "or what deepcopy refuses"
         ) from error
+    if not _held(net).isdisjoint(_held(copied)):
+        raise ConfigurationError(
+            "copy.deepcopy returns the network, or what runs before it, or a part of it, itself: the certificate would "
+            "be of weights that may change, and would cast them. Leave __deepcopy__ out of it"
+        )
     for part in list(copied.modules()):
         for name, child in part.named_children():
             if isinstance(child, CotangentGate):

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from clipless_dp.audit.gradients import SensitivityAudit
 from clipless_dp.display import Table
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import BallProjection
 from clipless_dp.model import DPLipModel
+from clipless_dp.modules import parameter_device_and_dtype, state_of
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.prediction import Content, Link, Predictor, Predicts, Probe, Promise, content_of, rebuilt
 from clipless_dp.statement import report
@@ -123,7 +124,7 @@ class FitResult(Predicts):
         predictor = predictor_of(self, model, classes=classes, threshold=threshold, notes=notes)
         probe = Probe.of(predictor, model.random_inputs(PROBES, torch.Generator().manual_seed(0)))
         settings = {"input_norm": model.input_norm if math.isfinite(model.input_norm) else None}
-        return content_of(predictor, "fit", model.net.state_dict(), settings, probe)
+        return content_of(predictor, "fit", state_of(model.net), settings, probe)
 
 
 PROBES = 4
@@ -150,6 +151,12 @@ def predictor_of(result: FitResult, net: nn.Module, *, notes: Sequence[str] = ()
     outputs = math.prod(model.output_shape)
 
     def promise() -> Promise:
+        if optimizer.ledger_is_incomplete():
+            raise PrivacyError(
+                "another training took private steps on these weights, before this one or since, which the ledger of "
+                "this result lacks: its ε is too small for them. Train on with accountant=first.optimizer.accountant, "
+                "so that both compose, and read and save the result of the last training"
+            )
         statement = report(optimizer, delta=result.delta, notes=notes)
         return Promise(optimizer.get_epsilon(result.delta), result.delta, statement)
 
@@ -176,8 +183,10 @@ def loaded_fit(content: Content, net: nn.Module) -> Predictor:
     """
     if not isinstance(net, nn.Module):
         raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
+    if any(parameter.is_meta for parameter in net.parameters()):
+        raise ConfigurationError("net has parameters without values, on the meta device: net.to_empty(device='cpu')")
     if isinstance(net, DPLipModel):
         return rebuilt(content, net, net.net, dtype=net.device_and_dtype()[1])
-    norm = content.settings["input_norm"]
+    norm = content.settings.get("input_norm")
     whole = net if norm is None else nn.Sequential(BallProjection(norm), net)
-    return rebuilt(content, whole, net, dtype=torch.float32)
+    return rebuilt(content, whole, net, dtype=parameter_device_and_dtype(net)[1])

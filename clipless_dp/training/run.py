@@ -22,6 +22,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.compiled import BatchLoss
 from clipless_dp.model.description import differences, without_counts
+from clipless_dp.modules import state_of
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.sampling import People
 from clipless_dp.training.groups import Asked
@@ -203,12 +204,12 @@ class Run:
         """What a checkpoint holds that each process may hold a part of."""
         self.here.reshard_()
         with self.averaged():
-            weights = {name: value.clone() for name, value in self.model.net.state_dict().items()}
+            weights = {name: value.clone() for name, value in state_of(self.model.net).items()}
         tensors = {"model": weights, "optimizer": self.optimizer.state_dict()}
         if self.signal_to_noise.known:
             tensors["signal_to_noise"] = self.signal_to_noise.state_dict()
         if self.average is not None:
-            tensors |= {"average": self.average.state_dict(), "last": self.model.net.state_dict()}
+            tensors |= {"average": self.average.state_dict(), "last": state_of(self.model.net)}
         return tensors
 
     def load(self, path: Path) -> None:

@@ -28,6 +28,7 @@ from clipless_dp import (
     LossBoundError,
     PoissonBatchSampler,
     PrivacyError,
+    PrivacyWarning,
     UnsupportedModuleError,
     gated,
     losses,
@@ -219,6 +220,8 @@ def test_optimizers_that_stepped_or_hold_other_parameters_are_refused_before_any
         ({"max_grad_norm": 1.0, "gates": {}}, "one of the two"),
         ({"max_grad_norm": -1.0}, "max_grad_norm"),
         ({"loss": None}, "give loss="),
+        ({"gates": 3}, "gates must be a mapping"),
+        ({"gates": {"a": 1}}, "gates hold a"),
     ],
 )
 def test_arguments_that_contradict_each_other_or_are_out_of_range_are_refused(given, said):
@@ -350,3 +353,153 @@ def test_a_network_keeps_its_mode():
     net = network().eval()
     private(net)
     assert not net.training
+
+
+def test_the_optimizer_of_the_loop_before_no_longer_steps_by_itself():
+    net = network()
+    own = torch.optim.SGD(net.parameters(), lr=0.1)
+    made = private(net, optimizer=own)
+    inputs, targets = next(iter(made.data_loader))
+    made.loss(made.model(inputs), targets).backward()
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        own.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, net.parameters(), strict=True))
+    made.optimizer.step()
+    assert made.optimizer.steps_taken == 1
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        own.step()
+
+
+def test_what_was_spent_is_said_with_a_warning_where_something_else_has_changed_the_weights():
+    made = private()
+    train(made)
+    assert made.get_epsilon() > 0.0
+    other = torch.optim.SGD(made.model.net.parameters(), lr=0.1)
+    for parameter in made.model.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    other.step()
+    with pytest.warns(PrivacyWarning, match="what changed them"):
+        made.get_epsilon()
+
+
+def cosine(outputs, inputs, targets):
+    return (outputs @ outputs.T).triu(1).sum()
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        cosine,
+        lambda outputs, inputs, targets: functional.cross_entropy(outputs, targets),
+        lambda outputs, inputs, targets: 20.0 * (outputs.softmax(1).mean(0) ** 2).sum(),
+    ],
+    ids=["pairs", "mean", "diversity"],
+)
+@pytest.mark.parametrize("given", [{}, {"max_grad_norm": 1.0}, {"input_norm": 3.0}], ids=["isolated", "flat", "graph"])
+def test_a_term_beside_the_models_loss_is_refused_and_nothing_of_it_is_released(term, given):
+    made = private(**given)
+    model, optimizer, loader = made
+    inputs, targets = next(iter(loader))
+    outputs = model(inputs)
+    with pytest.raises(PrivacyError, match="a term beside"):
+        (made.loss(outputs, targets) + term(outputs, inputs, targets)).backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+    optimizer.skip_draw()
+    train(made)
+
+
+def test_of_a_term_too_small_to_be_told_from_rounding_nothing_is_released():
+    found = []
+    for weight in (0.0, 1e-6):
+        made = private(input_norm=3.0)
+        torch.manual_seed(0)
+        inputs, targets = torch.randn(4, 6), torch.tensor([0, 1, 2, 0])
+        outputs = made.model(inputs)
+        (made.loss(outputs, targets) + weight * cosine(outputs, inputs, targets)).backward()
+        found.append([parameter.grad.clone() for parameter in made.model.net.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_another_pass_beside_one_of_the_models_loss_is_refused():
+    made = private()
+    (inputs, targets), half = next(iter(made.data_loader)), 4
+    first, second = made.model(inputs[:half]), made.model(inputs[half:])
+    with pytest.raises(PrivacyError, match="a term beside"):
+        (made.loss(first, targets[:half]) + second.square().mean()).backward()
+    assert all(parameter.grad is None for parameter in made.model.net.parameters())
+
+
+@pytest.mark.parametrize(
+    "given_on",
+    [
+        lambda outputs: outputs,
+        lambda outputs: outputs.clone().view(-1, 3),
+        lambda outputs: 2.0 * outputs.double().float() / 3.0,
+        lambda outputs: torch.cat(outputs.split(5)),
+        lambda outputs: outputs.masked_fill(torch.tensor([False, True, False]), -5.0),
+    ],
+    ids=["itself", "views", "scaled", "parts", "masked"],
+)
+def test_what_a_loop_makes_of_outputs_before_the_loss_trains_as_without_the_check(given_on):
+    made = private(network(), input_norm=3.0)
+    inputs, targets = next(iter(made.data_loader))
+    outputs = made.model(inputs)
+    if len(outputs) < 6:
+        pytest.skip("a draw of few rows, once in 10⁵ runs")
+    made.loss(given_on(outputs), targets).backward()
+    found = [parameter.grad.clone() for parameter in made.model.net.parameters()]
+    free = private(network(), input_norm=3.0)
+    free.model._factors.required = False
+    free.model.loss(given_on(free.model(inputs)), targets).backward()
+    for one, parameter in zip(found, free.model.net.parameters(), strict=True):
+        assert torch.equal(one, parameter.grad)
+
+
+def test_two_losses_of_one_output_and_several_passes_train():
+    made = private()
+    inputs, targets = next(iter(made.data_loader))
+    outputs = made.model(inputs)
+    (made.loss(outputs, targets) + 0.5 * made.loss(outputs.flip(1), targets)).backward()
+    made.optimizer.step()
+    assert made.optimizer.steps_taken == 1
+
+
+def test_a_parameter_beside_the_network_gets_no_gradient_without_noise():
+    made = private()
+    inputs, targets = next(iter(made.data_loader))
+    temperature = nn.Parameter(torch.ones(()))
+    with pytest.raises(PrivacyError, match="not of the network"):
+        made.loss(made.model(inputs) * temperature, targets)
+    made.loss(made.model(inputs) * temperature.detach(), targets).backward()
+    assert temperature.grad is None
+
+
+def test_one_input_by_name_trains_an_ordinary_network_and_weights_of_classes_are_told_of():
+    rows = [{"x": row, "labels": target} for row, target in zip(*DATA.tensors, strict=True)]
+
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()
+
+        def forward(self, x):
+            return self.body(x)
+
+    made = private(Named(), loader=DataLoader(rows, batch_size=20), loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
+    assert "divides by the sum of their weights" in made.summary()
+    for batch in made.data_loader:
+        made.loss(made.model(batch), batch["labels"]).backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+    assert made.optimizer.steps_taken == 3
+
+
+def test_a_batch_norm_that_is_frozen_in_evaluation_stays_so():
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    net[1].eval().requires_grad_(False)
+    made = private(net)
+    assert [part.training for part in net] == [True, False, True]
+    train(made)
+    assert made.optimizer.steps_taken == 3
+    assert torch.equal(net[1].running_mean, torch.zeros(8))

@@ -4,6 +4,7 @@ import math
 import pickle
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -251,3 +252,41 @@ def test_estimators_are_names_of_the_package_that_import_scikit_learn_when_they_
 def test_the_package_is_imported_without_scikit_learn():
     script = "import sys, clipless_dp; sys.exit('sklearn' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("as_arrays", [False, True])
+def test_one_image_of_another_type_does_not_scale_all_others(as_arrays):
+    images = np.random.default_rng(0).integers(0, 200, (5, 8, 8))
+    made = [image.astype(np.uint8) if as_arrays else image.tolist() for image in images]
+    model = PrivateClassifier(**IMAGES)
+    alone = model._rows(made, reset=True)
+    torch.testing.assert_close(alone, torch.tensor(images / 255.0, dtype=torch.float32)[:, None])
+    odd = images[0] + 0.5
+    with pytest.raises(InputError, match="all of one type"):
+        model.fit([*made, odd if as_arrays else odd.tolist()], [0, 1, 0, 1, 0, 1])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"checkpoint": "a.pt"}, "model of the first"), ({"classes": [0, 1]}, "classes"), ({"epsilon": 9.0}, "epsilon")],
+    ids=["checkpoint", "classes", "epsilon"],
+)
+def test_options_hold_nothing_that_ties_fits_together_or_that_the_estimator_says(options, said):
+    with pytest.raises(ConfigurationError, match=said):
+        PrivateClassifier(**{**QUICK, "options": options}).fit(ROWS, [0, 1] * 40)
+
+
+def test_arguments_of_wrong_types_are_refused_in_words_that_quote_no_cell():
+    with pytest.raises(ConfigurationError, match="list of labels"):
+        PrivateClassifier(**QUICK, classes=2).fit(ROWS, [0, 1] * 40)
+    with pytest.raises(ConfigurationError, match="target_range"):
+        PrivateRegressor(**QUICK, target_range=None).fit(ROWS, ROWS[:, 0])
+    with pytest.raises(InputError, match="targets must be numbers") as refused:
+        PrivateRegressor(**QUICK, target_range=(-3.0, 3.0)).fit(ROWS, ["HIV Jane"] * 80)
+    assert "Jane" not in "".join(traceback.format_exception(refused.value)).split("Error: ")[-1]
+    assert refused.value.__context__ is None
+
+
+def test_rows_that_require_gradients_are_read_as_others():
+    rows = torch.tensor(ROWS, requires_grad=True)
+    assert PrivateClassifier(**QUICK).fit(rows, torch.tensor([0, 1] * 40)).predict(rows).shape == (80,)

@@ -11,7 +11,16 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, PrivacyError, losses
+from clipless_dp import (
+    CliplessDPSGD,
+    DPLipModel,
+    PoissonBatches,
+    PrivacyError,
+    fit,
+    gated,
+    gradient_gated,
+    losses,
+)
 from clipless_dp.graph.apart import join_
 from clipless_dp.rules import LayerBounds, RuleContext, register_function_rule, register_rule
 
@@ -357,3 +366,92 @@ def test_what_a_layer_apart_saved_is_freed_by_the_backward_pass() -> None:
     assert saved() is not None
     loss.backward()
     assert saved() is None
+
+
+class Written(Own):
+    """Keeps what it saw in buffers, as a running scale does."""
+
+    # Of the class: a setting of the layer would have it traced anew, which writes what it sees of made-up rows.
+    how = "not at all"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(8))
+        self.register_buffer("rows", torch.zeros(()))
+        self.register_buffer("later", None)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.how == "in place" and len(values):
+            self.last.copy_(values[0].detach())
+        elif self.how == "behind autograd's back":
+            self.rows.data.add_(len(values))
+        elif self.how == "in place of none":
+            self.later = values.detach()
+        elif self.how == "on the way back":
+            values = Noting.apply(values, self)
+        return super().forward(values)
+
+
+class Noting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values, layer):
+        ctx.layer = layer
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx, cotangent):
+        ctx.layer.last.copy_(cotangent[0])
+        return cotangent, None
+
+
+@register_rule(Written)
+def _written_rule(module: Written, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: 10.0, lipschitz=10.0)
+
+
+@pytest.mark.parametrize("wrap", [gated, gradient_gated])
+@pytest.mark.parametrize("how", ["in place", "behind autograd's back", "in place of none", "on the way back"])
+def test_a_pass_that_writes_a_buffer_is_refused_and_nothing_of_it_stays(how, wrap, monkeypatch):
+    layer = Written()
+    model = model_of(wrap(net_of(layer)))
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    inputs, targets = data()
+    model.loss(model(inputs), targets).backward()
+    monkeypatch.setattr(Written, "how", how)
+    with pytest.raises(PrivacyError, match="wrote the buffer"):
+        model.loss(model(inputs), targets).backward()
+    after = model.net.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    # Code outside of passes may set it, as a schedule does.
+    monkeypatch.setattr(Written, "how", "not at all")
+    layer.last.fill_(0.5)
+    model(inputs)
+
+
+def test_evaluation_writes_no_buffer_either(monkeypatch):
+    model = model_of(gated(net_of(Written())))
+    monkeypatch.setattr(Written, "how", "in place")
+    with torch.no_grad(), pytest.raises(PrivacyError, match="wrote the buffer"):
+        model.eval()(data()[0])
+
+
+class Extra(Own):
+    def get_extra_state(self):
+        return torch.ones(3)
+
+    def set_extra_state(self, state):
+        pass
+
+
+@register_rule(Extra)
+def _extra_rule(module: Extra, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: 10.0, lipschitz=10.0)
+
+
+def test_no_file_is_written_of_what_a_layer_adds_to_the_state(tmp_path):
+    run = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 10, "accountant": "rdp", "progress": False}
+    result = fit(model_of(gated(net_of(Extra()))), data(), **run)
+    with pytest.raises(PrivacyError, match="_extra_state"):
+        result.save(tmp_path / "model.pt")
+    assert not list(tmp_path.iterdir())

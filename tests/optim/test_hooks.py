@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from clipless_dp import CliplessDPSGD
+from clipless_dp import CliplessDPOptimizer, CliplessDPSGD, ConfigurationError, PrivacyError
 from clipless_dp.noise import SystemNoise
 from tests.support import gated_model, samples
 
@@ -106,3 +106,28 @@ def test_an_error_at_a_place_leaves_no_exact_gradient_behind_a_charge_and_all_we
     optimizer.step()
     assert len(optimizer.accountant) == charged + 1
     assert optimizer.uncounted_changes == 0
+
+
+def test_a_base_optimizer_steps_inside_of_private_steps_alone_however_many_are_around_it():
+    model = gated_model()
+    base = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    settings = {"noise_multiplier": 1.0, "sample_rate": 1.0, "dataset_size": 8, "accountant": "rdp", "sampling": "none"}
+    with pytest.raises(ConfigurationError):
+        CliplessDPOptimizer(model, base, **{**settings, "unit": "nobody"})
+    base.step()
+    first = CliplessDPOptimizer(model, base, **settings)
+    second = CliplessDPOptimizer(model, base, **{**settings, "accountant": first.accountant})
+    # A schedule wraps step(), and loaded states renew what pickles lack.
+    torch.optim.lr_scheduler.ExponentialLR(base, 0.9)
+    base.load_state_dict(base.state_dict())
+    for optimizer in (first, second):
+        pass_rows(model)
+        with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+            base.step()
+        optimizer.step()
+    base.register_step_pre_hook(lambda *_: (_ for _ in ()).throw(Fault))
+    pass_rows(model)
+    with pytest.raises(Fault):
+        second.step()
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        base.step()

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,8 @@ from clipless_dp import (
     ConfigurationError,
     DPLipModel,
     InputError,
+    PrivacyError,
+    PrivacyWarning,
     constraints,
     fit,
     gated,
@@ -345,3 +349,93 @@ def test_another_process_predicts_the_same(tmp_path):
     root = Path(__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == f"{model.predict(rows)} {model.result.epsilon}"
+
+
+def test_training_that_goes_on_from_a_file_does_not_forget_what_that_has_spent(tmp_path):
+    trained().save(tmp_path / "a.pt")
+    model = BUILD["signal"](seed=1)
+    loaded = load(tmp_path / "a.pt", net=model)
+    first = loaded.epsilon
+    with pytest.warns(PrivacyWarning, match="does not include"):
+        result = fit(model, DATA, **RUN)
+    assert result.optimizer.ledger_is_incomplete()
+    for read in (lambda: loaded.epsilon, lambda: result.predictor().epsilon, lambda: result.save(tmp_path / "b.pt")):
+        with pytest.raises(PrivacyError, match="private steps"):
+            read()
+    assert not (tmp_path / "b.pt").exists()
+    again = load(tmp_path / "a.pt", net=BUILD["signal"](seed=2))
+    assert again.epsilon == first
+
+
+def test_what_was_promised_is_asked_each_time_as_weights_may_be_trained_on(tmp_path):
+    model = BUILD["signal"]()
+    first = fit(model, DATA, **RUN)
+    predictor = first.predictor()
+    spent = predictor.epsilon
+    kept = pickle.loads(pickle.dumps(predictor))
+    first.optimizer.accountant.step(noise_multiplier=5.0, sample_rate=1.0)
+    assert predictor.epsilon > spent == kept.epsilon
+    assert predictor.statement.facts["epsilon"]["epsilon"] == predictor.epsilon
+    with pytest.warns(PrivacyWarning, match="does not include"):
+        fit(model, DATA, **RUN)
+    for read in (lambda: predictor.epsilon, lambda: pickle.dumps(predictor), lambda: first.save(tmp_path / "a.pt")):
+        with pytest.raises(PrivacyError, match="private steps"):
+            read()
+    assert kept.epsilon == spent
+
+
+def test_trainings_that_share_an_accountant_say_the_total(tmp_path):
+    model = BUILD["signal"]()
+    first = fit(model, DATA, **RUN)
+    both = fit(model, DATA, **{**RUN, "epsilon": 8.0, "accountant": first.optimizer.accountant})
+    assert first.predictor().epsilon == both.predictor().epsilon == both.epsilon > first.epsilon
+
+
+@pytest.mark.parametrize("net", [lambda: network(1), lambda: network(1).double()], ids=["ungated", "double"])
+def test_a_network_that_is_refused_keeps_its_weights(tmp_path, net):
+    trained().save(tmp_path / "a.pt")
+    net = net()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(CheckpointError):
+        load(tmp_path / "a.pt", net=net)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_results_in_double_precision_are_read_into_networks_of_that(tmp_path):
+    data = DATA[0].double(), DATA[1]
+    model = DPLipModel(gated(network().double()), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    result = fit(model, data, **RUN)
+    result.save(tmp_path / "a.pt")
+    loaded = load(tmp_path / "a.pt", net=gated(network(1).double()))
+    torch.testing.assert_close(loaded.scores(ROWS), result.scores(ROWS))
+    with pytest.raises(CheckpointError, match="float64"):
+        load(tmp_path / "a.pt", net=gated(network(1)))
+
+
+class Name(str):
+    pass
+
+
+@pytest.mark.parametrize("label", [Fraction(1, 2), Name("a"), signal.SIGINT], ids=["fraction", "name", "enum"])
+def test_labels_that_no_file_can_hold_are_refused_before_one_is_written(tmp_path, label):
+    with pytest.raises(ConfigurationError, match="plain text or numbers"):
+        trained().save(tmp_path / "a.pt", classes=[label, "b", "c"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"epsilon": math.nan}, {"epsilon": -1.0}, {"statement": "[]"}, {"settings": None}, {"state": [1]}],
+    ids=["nan", "negative", "statement", "settings", "state"],
+)
+def test_a_file_that_was_rewritten_wrongly_is_refused_in_words(tmp_path, changed):
+    trained().save(tmp_path / "a.pt")
+    save_checkpoint(tmp_path / "b.pt", {**load_checkpoint(tmp_path / "a.pt"), **changed})
+    with pytest.raises(CheckpointError, match="altered"):
+        load(tmp_path / "b.pt", net=BUILD["signal"]())
+
+
+def test_a_network_without_values_is_refused(tmp_path):
+    trained().save(tmp_path / "a.pt")
+    with pytest.raises(ConfigurationError, match="meta"):
+        load(tmp_path / "a.pt", net=gated(network()).to("meta"))

@@ -88,8 +88,30 @@ def with_fields(fields: list[object]) -> object:
     return hybrid.certify(NET, ROW, 0.3, beta=0.1, fields=fields, changed=1)  # type: ignore[arg-type]
 
 
+class Itself(nn.Linear):
+    """Copies of it are the layer itself."""
+
+    def __deepcopy__(self, memo: object) -> Itself:
+        return self
+
+
 WRONG = {
+    "a network that is its own copy": (lambda: certify(Itself(4, 3), DATA, lipschitz=1.0), "deepcopy returns"),
+    "a part that is its own copy": (lambda: Smoothed(nn.Sequential(Itself(4, 3)), 0.5), "deepcopy returns"),
     "a list of activations": (lambda: certify(listing(), DATA, lipschitz=1.0), "cannot be copied"),
+    "a traced network": (
+        lambda: certify(torch.jit.trace(nn.Linear(4, 3), torch.ones(1, 4)), DATA, lipschitz=1.0),
+        "scripted or traced",
+    ),
+    "a lazy network": (lambda: certify(nn.LazyLinear(3), DATA, lipschitz=1.0), "without values"),
+    "a network without values": (
+        lambda: certify(nn.Linear(4, 3, device="meta"), DATA, lipschitz=1.0),
+        "without values",
+    ),
+    "a front that is a function": (
+        lambda: certify(NET, DATA, lipschitz=1.0, front=torch.relu),
+        "must be a torch module",
+    ),  # type: ignore[arg-type]
     "whole scores": (lambda: certify(Whole(4, 3), DATA, lipschitz=1.0), "floating-point"),
     "no classifier": (lambda: several.certify([NET, NET], DATA[0]), "two smoothed classifiers"),
     "no classifiers": (lambda: several.certify(3, DATA[0]), "several must be a list"),  # type: ignore[arg-type]
@@ -190,3 +212,10 @@ def test_a_table_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "radii").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="cannot be read"):
         read_radii(tmp_path / "radii")
+
+
+def test_a_network_that_cannot_be_copied_stays_as_it_is() -> None:
+    net = Itself(4, 3).train()
+    with pytest.raises(CliplessError):
+        certify(net, DATA, lipschitz=1.0)
+    assert (net.weight.dtype, net.weight.requires_grad, net.training) == (torch.float32, True, True)

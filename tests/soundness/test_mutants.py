@@ -143,7 +143,7 @@ MUTANTS = (
             "cotangent gate removed",
             model.DPLipModel,
             "_gated",
-            "outputs = outermost_gate(outputs, self.cotangent_norm, entry)",
+            "outputs = outermost_gate(outputs, self.cotangent_norm, entry, own)",
             "pass",
         ),
         "linear",
