@@ -294,7 +294,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
             if len(found) < 2:
                 raise ConfigurationError("y holds one class: name all classes there can be, classes=[...]")
             return tuple(found)
-        if self.classes is not None and np.ndim(self.classes) != 1:  # type: ignore[arg-type]
+        if self.classes is not None and np.ndim(self.classes) != 1:
             raise ConfigurationError(f"classes must be a list of labels or {FROM_Y!r}, got {self.classes!r:.200}")
         known = (0, 1) if self.classes is None else tuple(np.asarray(self.classes).tolist())
         if not set(found) <= set(known):
