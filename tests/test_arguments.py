@@ -219,6 +219,7 @@ GRADIENT_GATED: dict[str, Fits] = {
     "isolation": word("auto", "graph", "vmap"),
     "select": either(nothing, text, whole(-math.inf, math.inf), callable),
     "joint": either(nothing, word("layer", "network")),
+    "checkpoint": names,
 }
 
 BATCHES: dict[str, Fits] = {

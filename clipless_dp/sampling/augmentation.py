@@ -153,10 +153,11 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
     reached = [value for value, *_ in reachable(augment)]
     _refuse_generators(augment, reached, "augment")
     _refuse_data(augment, [*_near(augment), *reached])
-    look = _Look(augment, int(mask.sum()))
+    # Whole batches are not counted: on an accelerator that would wait for it.
+    look = _Look(augment, len(inputs) if isinstance(augment, RowAugmentation) else int(mask.sum()))
     with source.visit(inputs.device):
         made = _views(augment, inputs, mask, look.after_row)
-    look.refuse_memory(inputs[mask], source)
+    look.refuse_memory(inputs, mask, source)
     return made
 
 
@@ -212,11 +213,12 @@ class _Look:
     def _changes(self, after: memory.State) -> list[memory.Change]:
         return [] if after == self._before else self._before.changes(after)
 
-    def refuse_memory(self, rows: Tensor, source: Randomness) -> None:
+    def refuse_memory(self, inputs: Tensor, mask: Tensor, source: Randomness) -> None:
         """Refuses a state that has changed, but for what any sample makes in a first call.
 
         Args:
-            rows: the samples.
+            inputs: the samples, and padding.
+            mask: which are samples.
             source: of random numbers.
 
         Raises:
@@ -225,7 +227,7 @@ class _Look:
         after = memory.State(self._augment)
         changes = self._changes(after)
         moved = [change for change in dict.fromkeys(self._seen) if change not in changes]
-        if moved or (changes and not self._is_made_of_any(changes, rows, source)):
+        if moved or (changes and not self._is_made_of_any(changes, inputs[mask], source)):
             memory.note_refused(self._augment)
             raise PrivacyError(
                 f"augment={self._augment!r} keeps a state that changed while it made views "

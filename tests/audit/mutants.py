@@ -115,7 +115,8 @@ def gates_off(**changes):
     with (
         mock.patch("clipless_dp.model.network.input_gate", open_input_gate),
         mock.patch(
-            "clipless_dp.model.wrapped.outermost_gate", lambda values, limit, opened: witnessed(values, 1e30, opened)
+            "clipless_dp.model.wrapped.outermost_gate",
+            lambda values, limit, opened, own: witnessed(values, 1e30, opened, own),
         ),
     ):
         yield scenario.optimizer, scenario.batches

@@ -174,7 +174,7 @@ def test_mutant_caught_a_cap_that_forgets_what_normalising_lifts(monkeypatch):
 
 
 def test_mutant_caught_a_gate_that_a_scaled_loss_passes(monkeypatch):
-    monkeypatch.setattr("clipless_dp.model.wrapped.outermost_gate", lambda values, limit, opened: values)
+    monkeypatch.setattr("clipless_dp.model.wrapped.outermost_gate", lambda values, limit, opened, own: values)
     with pytest.raises(AuditError):
         audit.sensitivity(model_with(nn.ReLU()), attempts=5)
 

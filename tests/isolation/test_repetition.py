@@ -31,7 +31,7 @@ class Block(nn.Module):
         self.layer, self.norm = nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH).eval()
         self.frozen = nn.Parameter(torch.ones(WIDTH), requires_grad=False)
         self.register_buffer("centre", torch.zeros(WIDTH))
-        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64), persistent=False)
         self.shift, self.scale, self.either, self.array = torch.zeros(WIDTH), 1.0, False, np.ones(3)
         self.cache: Tensor | None = None
 
