@@ -238,7 +238,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
 
         Raises:
             ConfigurationError: an argument is out of range; or there are labels that ``classes`` lacks.
-            InputError: images are of another shape.
+            InputError: images are of another shape, or images or labels of a list are of several types.
             ValueError: as scikit-learn has it, rows or labels are no numbers, too few, or of another length.
 
         Guarantee:
@@ -246,6 +246,9 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         """
         rows = self._rows(X, reset=True)
         check_consistent_length(X, y)
+        if isinstance(y, (list, tuple)) and len({np.asarray(label).dtype.kind for label in y}) > 1:
+            # Of a list numpy makes the type that holds all: one label would say what every other is.
+            raise InputError("labels are of several types (text, whole numbers, others): give all of one type")
         labels = column_or_1d(y, warn=True)
         check_classification_targets(labels)
         classes = self._classes(labels)

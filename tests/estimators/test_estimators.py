@@ -254,6 +254,14 @@ def test_the_package_is_imported_without_scikit_learn():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
 
 
+@pytest.mark.parametrize("odd", ["1", 1.0, None])
+def test_one_label_of_another_type_does_not_say_what_all_others_are(odd):
+    labels = [0, 1] * 10
+    model = PrivateClassifier(epsilon=1.0, delta=1e-3, classes=("0", "1"))
+    with pytest.raises(InputError, match="several types"):
+        model.fit(np.zeros((21, 2)), [*labels, odd])
+
+
 @pytest.mark.parametrize("as_arrays", [False, True])
 def test_one_image_of_another_type_does_not_scale_all_others(as_arrays):
     images = np.random.default_rng(0).integers(0, 200, (5, 8, 8))
