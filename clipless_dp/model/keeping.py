@@ -9,9 +9,7 @@ stay if copies of it make the same of other rows.
 from __future__ import annotations
 
 import copy
-import functools
-import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Set
 from types import CellType, FunctionType, SimpleNamespace
 from typing import Any
 
@@ -20,7 +18,7 @@ from torch import Tensor
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.losses import Loss
-from clipless_dp.sampling import memory
+from clipless_dp.sampling import caches, memory
 from clipless_dp.sampling.reach import ATOMS, package, reachable
 
 Call = Callable[[Any, Tensor, Tensor], Any]
@@ -30,8 +28,6 @@ _SHARED = 1 << 20
 """Bytes of a tensor above which copies share it: one that changes is seen in the loss itself then."""
 
 _OURS = __name__.partition(".")[0]
-
-_Cache = functools._lru_cache_wrapper
 
 
 class Before:
@@ -45,18 +41,15 @@ class Before:
     def __init__(self, loss: Any) -> None:
         self.state = _state(loss)
         self.size = self.state.size
-        self._outside = _outside_of_caches(self.state)
-        self._cached = [
-            (cache, {key: memory.State(result) for key, result in _entries(cache).items()}) for cache in _caches(loss)
-        ]
+        # With the caches, so that no other gets the identity of one.
+        self._cached = [(cache, {caches.entry(key) for key, _ in caches.results(cache)}) for cache in _caches(loss)]
 
     def holds(self, loss: Any) -> bool:
         """Whether all is as it was, but for what cached functions were asked first and would return again."""
-        now = _state(loss)
-        if _outside_of_caches(now) != self._outside:
-            return False
-        known = {id(cache): results for cache, results in self._cached}
-        return all(_is_as_it_was(cache, known.get(id(cache), {})) for cache in _caches(loss))
+        known = {id(cache): kept for cache, kept in self._cached}
+        return _state(loss) == self.state and all(
+            _makes_again(cache, known.get(id(cache), set())) for cache in _caches(loss)
+        )
 
 
 def copied(loss: Loss) -> Loss | None:
@@ -207,36 +200,23 @@ def _tensors(loss: Any) -> Iterator[Tensor]:
 
 
 def _caches(loss: Any) -> list[Any]:
-    return [*{id(value): value for value, *_ in reachable(_root(loss)) if isinstance(value, _Cache)}.values()]
+    return [*{id(value): value for value, *_ in reachable(_root(loss)) if isinstance(value, caches.CACHES)}.values()]
 
 
-def _entries(cache: Any) -> dict[Any, Any]:
-    """Keys and results of a cached function, as CPython holds them: in a dict, of bounded caches in links as well."""
-    held = gc.get_referents(cache)
-    if cache.cache_parameters()["maxsize"] is None:
-        return next((part for part in held if type(part) is dict and part is not cache.__dict__), {})
-    links = [place for place, part in enumerate(held) if getattr(part, "__name__", "") == "_lru_list_elem"]
-    # The last one is not a link's type, but the cache's own note of it.
-    return {held[place - 2]: held[place - 1] for place in links[:-1]}
-
-
-def _is_as_it_was(cache: Any, known: Mapping[Any, memory.State]) -> bool:
-    """Whether what a cache held is as it was, and what it holds beside that is what its function returns."""
-    entries = _entries(cache)
-    if len(entries) != cache.cache_info().currsize:
+def _makes_again(cache: Any, known: Set[int]) -> bool:
+    """Whether what a cache holds beside what it held is of arguments told by values, and what its function makes."""
+    results = caches.results(cache)
+    if len(results) != cache.cache_info().currsize:
         return False
-    for key, result in entries.items():
-        state = memory.State(result)
-        if key in known:
-            if state != known[key]:
-                return False
+    for key, result in results:
+        if caches.entry(key) in known:
             continue
         arguments = key if type(key) is tuple else (key,)
         # Keywords follow an object that separates them; samples are no arguments that are told apart by their values.
         if cache.cache_parameters()["typed"] or not all(_is_told_by_value(one) for one in arguments):
             return False
         try:
-            if memory.State(cache.__wrapped__(*arguments)) != state:
+            if memory.State(cache.__wrapped__(*arguments)) != memory.State(result):
                 return False
         except Exception:
             return False
@@ -247,19 +227,3 @@ def _is_told_by_value(argument: Any) -> bool:
     return isinstance(argument, (*ATOMS, torch.dtype, torch.device)) or (
         isinstance(argument, tuple) and all(map(_is_told_by_value, argument))
     )
-
-
-def _outside_of_caches(state: memory.State) -> list[memory.Entry]:
-    """The entries of a state that are no results in caches, nor parts of such."""
-    left: list[memory.Entry] = []
-    places: dict[int, int] = {-1: -1}
-    caches: set[int] = set()
-    for place, (parent, label, told) in enumerate(state.entries):
-        if parent not in places or (parent in caches and label != "__wrapped__"):
-            continue
-        if isinstance(told, tuple) and told[0] == _Cache.__name__:
-            caches.add(place)
-            told = told[0]
-        places[place] = len(left)
-        left.append((places[parent], label, places.get(told, "cached") if isinstance(told, int) else told))
-    return left

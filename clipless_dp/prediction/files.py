@@ -136,6 +136,7 @@ def content_of(
         raise ConfigurationError(
             f"a file holds labels that are plain text or numbers (str, int, float, bool), got {predictor.classes!r:.99}"
         )
+    promised = predictor.promised
     return {
         "result": _KIND,
         "result_format": RESULT_FORMAT,
@@ -148,9 +149,9 @@ def content_of(
         "classes": None if predictor.classes is None else list(predictor.classes),
         "threshold": predictor.threshold,
         "target_range": None if predictor.target_range is None else list(predictor.target_range),
-        "statement": predictor.statement.to_json(),
-        "epsilon": predictor.epsilon,
-        "delta": predictor.delta,
+        "statement": promised.statement.to_json(),
+        "epsilon": promised.epsilon,
+        "delta": promised.delta,
     }
 
 
@@ -205,6 +206,7 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
     # Training that goes on from here is another run: its ledger lacks these.
     known.add_runs(runs)
     known.settle(dict(holder.named_parameters()))
+    # Made anew, since it counts the runs that are known then.
     return replace(predictor)
 
 

@@ -97,10 +97,15 @@ class Predictor:
                 raise ConfigurationError("a threshold is of the probability of the second of two classes: leave it out")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "promise": self._promised, "_runs": lineage.of(self.net).runs}
+        return {**vars(self), "promise": self.promised, "_runs": lineage.of(self.net).runs}
 
     @property
-    def _promised(self) -> Promise:
+    def promised(self) -> Promise:
+        """ε, δ and statement of one time; each question makes the statement anew where training may go on.
+
+        Raises:
+            PrivacyError: private steps were taken on the weights that are not counted.
+        """
         if not isinstance(self.promise, Promise):
             return self.promise()
         if any(count > self._runs.get(run, 0) for run, count in lineage.of(self.net).runs.items()):
@@ -113,17 +118,17 @@ class Predictor:
     @property
     def epsilon(self) -> float:
         """ε spent on what was released, an upper bound."""
-        return self._promised.epsilon
+        return self.promised.epsilon
 
     @property
     def delta(self) -> float:
         """The δ that this ε holds at."""
-        return self._promised.delta
+        return self.promised.delta
 
     @property
     def statement(self) -> PrivacyStatement:
         """What was promised, as :func:`clipless_dp.report` says it, the ledger included."""
-        return self._promised.statement
+        return self.promised.statement
 
     @torch.no_grad()
     def scores(self, rows: Any, *, batch_size: int = 4096) -> Tensor:

@@ -67,7 +67,8 @@ class TableModel(Predicts):
         """See :meth:`clipless_dp.prediction.Predicts.content`."""
         known = self.predictor(classes=classes, threshold=threshold)
         told = self.report(delta=self.result.delta, notes=notes)
-        predictor = replace(known, promise=Promise(known.epsilon, known.delta, told))
+        promised = known.promised
+        predictor = replace(known, promise=Promise(promised.epsilon, promised.delta, told))
         expand = self.net[1]  # type: ignore[index]
         assert isinstance(expand, RandomCosines)
         made_up = torch.rand(PROBES, expand.columns, generator=torch.Generator().manual_seed(0))
