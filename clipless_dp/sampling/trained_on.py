@@ -40,6 +40,7 @@ class _Known(NamedTuple):
     objects: dict[int, weakref.ref[Any]]
     blocks: list[_Block]
     starts: np.ndarray[Any, np.dtype[np.int64]]
+    stops: np.ndarray[Any, np.dtype[np.int64]]
 
     @property
     def lives(self) -> bool:
@@ -71,7 +72,8 @@ def note(dataset: Any, tensors: Sequence[Tensor] = ()) -> None:
         elif not isinstance(value, (Tensor, np.ndarray)):
             objects[id(value)] = weakref.ref(value)
     ordered = sorted((block for place, block in blocks.items() if place not in shared), key=lambda block: block[:2])
-    made = _Known(objects, ordered, np.asarray([block.start for block in ordered], dtype=np.int64))
+    starts, stops = np.asarray([block[:2] for block in ordered], dtype=np.int64).reshape(-1, 2).T
+    made = _Known(objects, ordered, starts, stops)
     with _lock:
         _known[:] = [*(one for one in _known if one.lives), made]
 
@@ -86,10 +88,9 @@ def holds(value: Any) -> bool:
         if reference is not None and reference() is value:
             return True
         if reach is not None:
+            # Blocks may lie in one another: a table, and views of some of its rows.
             last = int(np.searchsorted(one.starts, reach[1]))
-            # Blocks hardly overlap: of a list there is one for each sample.
-            near = one.blocks[max(0, last - 2) : last]
-            if any(block.stop > reach[0] and block.lives() for block in near):
+            if any(one.blocks[at].lives() for at in np.flatnonzero(one.stops[:last] > reach[0])):
                 return True
     return False
 

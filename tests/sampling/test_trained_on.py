@@ -110,6 +110,13 @@ def _loader() -> tuple[Any, Any]:
     return data, DataLoader(data).dataset
 
 
+def _row_of_a_table_and_views() -> tuple[Any, Any]:
+    inputs, targets = rows_of()
+    data = OfRows(inputs, targets)
+    data.some = [*inputs[:20], *inputs[:20, :3]]  # type: ignore[attr-defined]
+    return data, inputs[30:32]
+
+
 HELD: dict[str, Callable[[], tuple[Any, Any]]] = {
     "tensors": _tensors,
     "two rows": _part_of_it,
@@ -119,6 +126,7 @@ HELD: dict[str, Callable[[], tuple[Any, Any]]] = {
     "TensorDataset": _tensor_dataset,
     "what a Subset chooses from": _subset,
     "list in a data set": _inner_rows,
+    "row of a table of which there are views": _row_of_a_table_and_views,
     "data set without rows": _computed,
     "data set of a loader": _loader,
 }
