@@ -242,6 +242,8 @@ def ritz_values(gram: Tensor) -> Iterator[tuple[float, float]]:
             image = torch.addmv(previous, gram, vector, beta=-beta)
             alpha = float(torch.dot(image, vector))
             image.add_(vector, alpha=-alpha)
+            # Twice: where little is left of it, rounding of the first time would be most of that.
+            image.add_(vector, alpha=-float(torch.dot(image, vector)))
             beta = float(torch.linalg.vector_norm(image))
             if not math.isfinite(alpha + beta):
                 return

@@ -72,7 +72,7 @@ def test_fit_learns_to_tell_two_kinds_of_text_apart(kind: str, route: str) -> No
     accuracy = result.history[-1].accuracy
     # Chance is 1/2; counting words of either half is right in about 0.95.
     assert accuracy is not None
-    assert accuracy > 0.8
+    assert accuracy > 0.75
     assert result.epsilon <= 4.0
     assert int(model.nonfinite_samples) == 0
 
