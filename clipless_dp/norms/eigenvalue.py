@@ -66,12 +66,21 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
     upper, lower = trace_bounds(grams)
     if not effort.factorise:
         return max(floor, float(upper.max()))
-    reached = max(floor, float(lower.max()))
-    loose = upper > reached * (1.0 + slack)
+    # The slack is added to what these matrices reach, never to the floor: of many batches, one after the other, each
+    # would raise the bound by it.
+    reached = float(lower.max())
+    loose = upper > max(floor, reached * (1.0 + slack))
     bound = max(floor, float(torch.where(loose, 0.0, upper).max()))
     pending = torch.nonzero(loose).flatten()
     if pending.numel() == 0:
         return bound
+    if 0.0 < floor < math.inf and floor >= reached:
+        # Most of many batches are covered by what an earlier one needed, and no estimate is.
+        pending = pending[~cholesky_certifies(grams[pending], floor)]
+        bound = max(bound, floor * (1.0 + size * gamma(size)))
+        if pending.numel() == 0:
+            return enlarge(bound)
+        reached = floor
     pending = pending[torch.argsort(upper[pending], descending=True)]
     ceiling = float(upper[pending[0]])
 
@@ -81,14 +90,16 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
         candidates = grams[pending[:probes]]
         if size >= _LANCZOS_FROM and len(grams) == 1 and attempt < 2:
             tolerance = slack * 0.01**attempt
-            guide = candidates[0].float() if tolerance > 1e-5 else candidates[0]
+            single = torch.complex64 if grams.is_complex() else torch.float32
+            guide = candidates[0].to(single) if tolerance > 1e-5 else candidates[0]
             estimate, step = lanczos_estimate(guide, tolerance), slack
         else:
             estimate = float(torch.linalg.eigvalsh(candidates).max())
             step = slack if len(grams) > 1 else min(slack, 1e-9)
         # The last term makes progress certain where the estimate cannot exceed the failed level.
-        level = max(reached, estimate) * (1.0 + step)
-        level = max(level, bound, reached + (reached * slack * 2.0**-10 * 2.0**attempt if attempt else 0.0))
+        level = max(bound, max(reached, estimate) * (1.0 + step))
+        if attempt:
+            level = max(level, reached * (1.0 + slack * 2.0 ** (attempt - 10)))
         if level >= ceiling:
             return max(bound, ceiling)
         pending = pending[~cholesky_certifies(grams[pending], level)]
@@ -202,10 +213,10 @@ def _factorises(matrices: Tensor) -> Tensor:
 
 
 def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
-    """A guess, from below, of the largest eigenvalue of one symmetric matrix. It guides and never certifies.
+    """A guess, from below, of the largest eigenvalue of one Hermitian matrix. It guides and never certifies.
 
     Args:
-        gram: Shape (r, r), float64, or float32 where that is precise enough for the tolerance.
+        gram: Shape (r, r), float64 or complex128, or of half the precision where that is enough for the tolerance.
         tolerance: Relative residual at which to stop, or twenty times the relative change of the estimate.
     """
     estimate = 0.0
@@ -217,10 +228,10 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
 
 
 def ritz_values(gram: Tensor) -> Iterator[tuple[float, float]]:
-    """Larger and larger guesses, from below, of the largest eigenvalue of one symmetric matrix.
+    """Larger and larger guesses, from below, of the largest eigenvalue of one Hermitian matrix.
 
     Args:
-        gram: Shape (r, r), float64 or float32.
+        gram: Shape (r, r), real or complex.
 
     Returns:
         Pairs of an estimate and the norm of its residual: some eigenvalue is that close, mostly the largest. They end
@@ -240,10 +251,10 @@ def ritz_values(gram: Tensor) -> Iterator[tuple[float, float]]:
     for target in (12, 18, 27, 40, 60, 90, 135):
         while len(alphas) < min(target, size) and not exhausted:
             image = torch.addmv(previous, gram, vector, beta=-beta)
-            alpha = float(torch.dot(image, vector))
+            alpha = float(torch.vdot(vector, image).real)
             image.add_(vector, alpha=-alpha)
             # Twice: where little is left of it, rounding of the first time would be most of that.
-            image.add_(vector, alpha=-float(torch.dot(image, vector)))
+            image.add_(vector, alpha=-torch.vdot(vector, image).item())
             beta = float(torch.linalg.vector_norm(image))
             if not math.isfinite(alpha + beta):
                 return
@@ -259,8 +270,8 @@ def ritz_values(gram: Tensor) -> Iterator[tuple[float, float]]:
 
 @functools.lru_cache(maxsize=32)
 def _start(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    steps = torch.arange(size, dtype=dtype, device=device)
-    return torch.cos(steps * steps)
+    steps = torch.arange(size, dtype=dtype.to_real(), device=device)
+    return torch.cos(steps * steps).to(dtype)
 
 
 def _tridiagonal_top(alphas: list[float], betas: list[float]) -> tuple[float, float]:
