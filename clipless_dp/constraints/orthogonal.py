@@ -170,7 +170,11 @@ def overshoot(matrices: Tensor) -> Tensor:
     size = typical_size(matrices).clamp(min=1.0)
     gram = (matrices / size).mH @ (matrices / size)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    residual = (gram - identity) @ (gram - identity)
+    residual = gram - identity
+    if float(torch.linalg.matrix_norm(residual).amax()) <= 1.0:
+        # Near orthogonality ‖W‖² is at most 1 + ‖G - I‖_F: nothing lies outside.
+        return size
+    residual = residual @ residual
     whole = torch.linalg.matrix_norm(residual + 2.0 * gram - identity, keepdim=True).sqrt()
     beyond = 1.0 + torch.linalg.matrix_norm(residual, keepdim=True).sqrt()
     return size * (torch.minimum(whole, beyond) / 2.0).clamp(min=1.0).sqrt()

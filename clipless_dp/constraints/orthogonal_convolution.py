@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -14,6 +15,9 @@ from clipless_dp.norms.operators import ConvOperator, Operator
 from clipless_dp.norms.rounding import exact_float64
 
 _FRESH_ITERATIONS = 50
+
+_ENOUGH = 1e-3
+"""Root mean square by which a step may move the singular values of one frequency and be the last one."""
 
 
 class OrthogonalConvolution(Orthogonal):
@@ -31,7 +35,7 @@ class OrthogonalConvolution(Orthogonal):
 
     Args:
         limit: the largest operator norm, 1 by default.
-        iterations: steps for each projection.
+        iterations: most steps for each projection.
         tangent: as in :class:`Orthogonal`. The noise's normal part, most of a kernel's, is not dropped at once but
             shrunk in ``iterations`` linearised steps.
 
@@ -47,7 +51,7 @@ class OrthogonalConvolution(Orthogonal):
 
     Cost:
         For a ``k × k`` kernel of ``c`` channels, ``iterations`` times two products of ``c × c`` matrices at each of
-        about ``2k²`` frequencies, and one certificate, per weight and step.
+        about ``2k²`` frequencies, one of each conjugate pair, and one certificate, per weight and step.
     """
 
     @torch.no_grad()
@@ -92,22 +96,27 @@ class _Symbol:
         self._steps = (1,) * missing + operator.stride, (1,) * missing + operator.dilation
         numbers = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(self._shape)
         self._places = self._phases(numbers).long()
-        self._grid = tuple(2 * taps - 1 for taps in self._places.shape[-2:])
 
     def orthogonalize_(self, weight: Tensor, limit: float, iterations: int) -> None:
-        """Takes truncated Björck steps, in place."""
+        """Takes truncated Björck steps, in place: so many at most."""
+        enough = _ENOUGH * math.sqrt(min(self._places.shape[1:3]))
         for step in range(iterations):
             matrices = self._of(weight) / limit
             if step == 0:
-                matrices = matrices / overshoot(matrices).amax((1, 2), keepdim=True)
-            self._write(limit * bjorck_step(matrices), weight)
+                matrices = matrices / overshoot(matrices).amax(1, keepdim=True)
+            stepped = bjorck_step(matrices)
+            self._write(limit * stepped, weight)
+            # At no frequency is more left than what the first step of another weight would stop at.
+            if float(torch.linalg.matrix_norm(stepped - matrices).amax()) <= enough:
+                break
 
     def project_(self, gradient: Tensor, weight: Tensor, iterations: int) -> None:
         """Takes truncated linearised steps on the gradient, in place."""
         frames = self._of(weight)
         smaller = min(frames.shape[-2:])
-        size = frames.abs().square().sum((-2, -1)).mean((1, 2)).div(max(1, smaller)).sqrt()
-        frames = frames / size.clamp(min=torch.finfo(size.dtype).tiny)[:, None, None, None, None]
+        counts = _counts(_waves(self._places.shape[-2:], weight.dtype, weight.device)[0])
+        size = (frames.abs().square().sum((-2, -1)) @ counts / (counts.sum() * max(1, smaller))).sqrt()
+        frames = frames / size.clamp(min=torch.finfo(size.dtype).tiny)[:, :, None, None]
         for _ in range(iterations):
             self._write(tangent_step(frames, self._of(gradient)), gradient)
 
@@ -116,14 +125,43 @@ class _Symbol:
         return polyphase(self._operator.kernel(weight.reshape(self._shape)), *self._steps)
 
     def _of(self, weight: Tensor) -> Tensor:
-        """``(groups, frequencies, frequencies, rows, columns)``."""
-        symbol: Tensor = torch.fft.fft2(self._phases(weight), s=self._grid)
-        return symbol.movedim((-2, -1), (1, 2))
+        """``(groups, half of the frequencies, rows, columns)``: the others are conjugates of these."""
+        taps = self._phases(weight).flatten(3)
+        cosine, sine = _waves(self._places.shape[-2:], taps.dtype, taps.device)
+        # Frequencies first: products of a few dozen numbers, which cost less than as many small transforms.
+        flat = taps.movedim(-1, 1).flatten(2)
+        return torch.complex(cosine @ flat, -(sine @ flat)).unflatten(2, taps.shape[1:3])
 
     def _write(self, matrices: Tensor, weight: Tensor) -> None:
         """Keeps the taps that the kernel has."""
-        high, wide = self._places.shape[-2:]
-        phases = torch.fft.ifft2(matrices.movedim((1, 2), (-2, -1))).real[..., :high, :wide]
+        cosine, sine = _waves(self._places.shape[-2:], weight.dtype, weight.device)
+        counts = _counts(cosine)
+        flat = matrices.flatten(2)
+        # Real parts of sums over all frequencies.
+        taps = (counts * cosine).mT @ flat.real - (counts * sine).mT @ flat.imag
+        phases = (taps / counts.sum()).unflatten(2, matrices.shape[2:]).movedim(1, -1)
         places = self._places.to(weight.device).flatten()
         flat = weight.new_zeros(weight.numel() + 1).index_copy_(0, places, phases.flatten().to(weight.dtype))
         weight.copy_(flat[1:].reshape(weight.shape))
+
+
+@functools.lru_cache(maxsize=32)
+def _waves(taps: tuple[int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos(ω·t) and sin(ω·t), shape (frequencies, taps): one of each pair ±ω of a grid of ``2t - 1`` points an axis."""
+    high, wide = (2 * count - 1 for count in taps)
+    numbers = torch.arange(high * wide, device="cpu")
+    whole = torch.stack((numbers // wide, numbers % wide), 1)
+    mirrored = (-whole[:, 0] % high) * wide + -whole[:, 1] % wide
+    half = whole[numbers <= mirrored]
+    numbers = torch.arange(taps[0] * taps[1], device="cpu")
+    places = torch.stack((numbers // taps[1], numbers % taps[1]), 1)
+    turns = half[:, :1] * places[:, 0] * wide + half[:, 1:] * places[:, 1] * high
+    angles = (turns % (high * wide)).double() * (2.0 * math.pi / (high * wide))
+    return angles.cos().to(device, dtype), angles.sin().to(device, dtype)
+
+
+def _counts(waves: Tensor) -> Tensor:
+    """How many frequencies of the whole grid each of half of them stands for: zero for itself, all others for two."""
+    counts = torch.full_like(waves[:, :1], 2.0)
+    counts[0] = 1.0
+    return counts

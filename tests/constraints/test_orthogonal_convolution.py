@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clipless_dp import ConfigurationError, layers
 from clipless_dp.constraints import Constraint, Orthogonal, OrthogonalConvolution, orthogonal_convolution
 from clipless_dp.norms import conv1d_norm, conv2d_norm
+from clipless_dp.norms.operators import ConvOperator
 from tests.soundness.attack import wrap
 from tests.soundness.mutation import Mutant
 
@@ -209,11 +210,13 @@ MUTANTS = (
     ),
     Mutant(
         "aliased products",
-        orthogonal_convolution._Symbol,
-        "__init__",
-        "2 * taps - 1",
-        "taps",
+        orthogonal_convolution,
+        "_waves",
+        "2 * count - 1",
+        "count",
     ),
+    Mutant("the frequency zero counted twice", orthogonal_convolution, "_counts", "counts[0] = 1.0", "pass"),
+    Mutant("one of two mirrored frequencies", orthogonal_convolution, "_counts", ", 2.0)", ", 1.0)"),
 )
 
 
@@ -227,6 +230,22 @@ def test_aliased_products_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     MUTANTS[1].apply(monkeypatch)
     found = noisy_steps("square 3×3", OrthogonalConvolution(), steps=6, size=0.1, cases=ON_A_CIRCLE)
     assert min(low for low, _ in found) < 0.92
+
+
+@pytest.mark.parametrize("mutant", MUTANTS[2:], ids=lambda mutant: mutant.name)
+def test_half_of_the_frequencies_counted_wrongly_are_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, bias=False)
+    symbol = orthogonal_convolution._Symbol(
+        ConvOperator((9, 9), (1, 1), ((0, 0), (0, 0)), (1, 1), groups=1, coverage=9), layer.weight.shape
+    )
+    weight = layer.weight.detach().clone()
+    symbol._write(symbol._of(weight), weight)
+    # A kernel comes back from its frequencies, to float32.
+    torch.testing.assert_close(weight, layer.weight.detach(), rtol=1e-5, atol=1e-6)
+    mutant.apply(monkeypatch)
+    symbol._write(symbol._of(weight), weight)
+    assert not torch.allclose(weight, layer.weight.detach(), rtol=1e-2, atol=1e-2)
 
 
 def test_an_adaptive_orthogonal_convolution_is_imported_as_a_plain_one() -> None:
