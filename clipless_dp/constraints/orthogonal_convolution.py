@@ -130,7 +130,8 @@ class _Symbol:
         cosine, sine = _waves(self._places.shape[-2:], taps.dtype, taps.device)
         # Frequencies first: products of a few dozen numbers, which cost less than as many small transforms.
         flat = taps.movedim(-1, 1).flatten(2)
-        return torch.complex(cosine @ flat, -(sine @ flat)).unflatten(2, taps.shape[1:3])
+        symbol = torch.complex(cosine @ flat, -(sine @ flat))
+        return symbol.reshape(*symbol.shape[:2], *taps.shape[1:3])
 
     def _write(self, matrices: Tensor, weight: Tensor) -> None:
         """Keeps the taps that the kernel has."""
