@@ -15,6 +15,10 @@ TABLES_PROVENANCE = "held-out training rows of eight public tables, once for all
 TABLES_SUMMARY = "rows of any scale: charged statistics, random cosines, one layer"
 
 
+_REFLECTED, _POOLED = 8, 16
+"""Pixels that features of photographs, and pooled convolutions, need on a side."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """A route.
@@ -54,13 +58,21 @@ def choose(shape: tuple[int, ...], *, columns: bool, preset: str | None, network
         return _of(preset, f"preset {preset}")
     if len(shape) == 1:
         return _of(TABLES, "rows of columns: preset tables")
-    if len(shape) == 3 and shape[0] in (1, 3):
-        name = "features-linear" if shape[0] == 1 else "photographs-linear"
-        if shape[0] == 3 and shape[2] % 4:
-            # Mirror images would fall between the places of its features.
-            name = "photographs-gradient"
+    name = _of_images(shape) if len(shape) == 3 else None
+    if name is not None:
         return _of(name, f"{'grey' if shape[0] == 1 else 'colour'} images: preset {name}")
-    return Choice(None)
+    return Choice(None, (f"samples of shape {shape}: a small network behind gradient gates",))
+
+
+def _of_images(shape: tuple[int, ...]) -> str | None:
+    """The preset of images that these are large enough for."""
+    channels, height, width = shape
+    if channels == 1:
+        return "features-linear"
+    if channels == 3 and min(height, width) >= _REFLECTED and width % 4 == 0:
+        return "photographs-linear"
+    # Else mirror images would fall between the places of its features.
+    return "photographs-gradient" if channels == 3 and min(height, width) >= _POOLED else None
 
 
 def _of(name: str, why: str) -> Choice:

@@ -38,7 +38,7 @@ from clipless_dp.training import (
     noise_stages,
 )
 from clipless_dp.training.fit import require_trainable
-from clipless_dp.training.groups import names
+from clipless_dp.training.groups import Asked, names
 
 SCHEDULES = {"linear": linear_decay, "constant": constant}
 _OF_PRESETS = ("route", "network", "tau", "input_norm")
@@ -208,19 +208,22 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         raise ConfigurationError(
             f"--preset {options.preset} decides what {', '.join(built)} would: leave out one or the other"
         )
+    # The command line has an option for most arguments: some go by another name, or in other words.
+    known = names(Privacy, Execution, Keeping)
+    given = {name: value for name, value in vars(options).items() if name in known and name != "groups"}
+    given |= {"audit": options.audit != "off" and options.audit, "progress": not options.quiet}
+    people = ("rows_per_group", "group_weights") if options.groups is not None else ()
+    # Before the data is read; what is about people is looked at with whose rows are.
+    Asked.of({name: value for name, value in {**given, **_tuned(options)}.items() if name not in people})
     data = read_to_train(options)
     # Views are of images, which a network that is trained whole reads.
     whole = bool(built) or (options.preset is None and (only.augment, only.flip) != (None, None))
     choice = choose(data.shape, columns=data.encoding is not None, preset=options.preset, network=whole)
     if options.init_seed is not None:
         torch.manual_seed(options.init_seed)
-    # The command line has an option for most arguments: some go by another name, or in other words.
-    known = names(Privacy, Execution, Keeping)
-    given = {name: value for name, value in vars(options).items() if name in known}
-    given |= {"groups": data.groups, "audit": options.audit != "off" and options.audit, "progress": not options.quiet}
     if not options.quiet and choice.told:
         print(*choice.told, sep="\n", end="\n\n")
-    arguments: dict[str, Any] = {**given, **_tuned(options if choice.name is None else only)}
+    arguments: dict[str, Any] = {**given, "groups": data.groups, **_tuned(options if choice.name is None else only)}
     trained, made = _fitted(options, data, choice, arguments)
     result = trained if isinstance(trained, FitResult) else trained.result
     if choice.name is not None:

@@ -53,6 +53,20 @@ def test_tables_that_cannot_be_read_are_refused_before_a_statistic_is_released(c
     assert [file.name for file in tmp_path.iterdir()] == ["table.csv"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--delta", "2"], "delta"),
+        (["--lr", "-1"], "lr"),
+        (["--ema", "1.5"], "ema"),
+        (["--rows-per-group", "3"], "are about groups"),
+    ],
+)
+def test_settings_out_of_range_are_refused_before_data_is_read(arguments, message, table, capsys, monkeypatch):
+    monkeypatch.setattr("clipless_dp.commands.columns.read_columns", lambda path: pytest.fail("read"))
+    assert message in refused(capsys, "train", "--data", table, *READ, *TARGET, *arguments)
+
+
 OPTIONS = {
     "no such file": (["--data", "none.csv"], "there is no file none.csv"),
     "a text": (["--data", "notes.txt"], "commands read no texts"),
