@@ -67,12 +67,11 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         _refuse_unknown(found)
     part = read_rows(options, found.known, labelled=True, held_out=not options.all_rows)
     run = promised(found.predictor.promised)
-    told = part.told.partition(" ")[2] if options.all_rows is False else part.told.partition(" ")[2].partition(" ")[2]
     if options.sigma is None:
         assert found.model is not None
-        command.certify_model(found.model.to(options.device), (part.rows, part.labels), told, run, options)
+        command.certify_model(found.model.to(options.device), (part.rows, part.labels), part.of, run, options)
         return
-    command.show_curve(_smoothed(found, part, options), told, run, options)
+    command.show_curve(_smoothed(found, part, options), part.of, run, options)
 
 
 def _refuse_unknown(found: Opened) -> None:

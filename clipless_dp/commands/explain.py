@@ -50,5 +50,4 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
             "--route, or a preset without a front-end"
         )
     part = read_rows(options, found.known, labelled=True, held_out=not options.all_rows)
-    told = part.told.partition(" ")[2]
-    command.explain_model(model.to(options.device), part.rows, told, options)
+    command.explain_model(model.to(options.device), part.rows, part.of, options)

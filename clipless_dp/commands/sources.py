@@ -27,16 +27,21 @@ class Part:
         rows: a tensor ``(N, ...)``, or columns by name, as an encoding reads them.
         labels: class indices ``(N,)``; of columns their labels in a list, or numbers; ``None``: not read.
         names: of the rows, in order.
-        told: what they are, in words.
+        of: what they are: "held-out samples of", "samples of" and the name of the data, say.
     """
 
     rows: Any
     labels: Any
     names: list[str]
-    told: str
+    of: str
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def told(self) -> str:
+        """How many, and what they are."""
+        return f"{'all ' if self.of.startswith('samples') else ''}{len(self)} {self.of}"
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,8 @@ def read_to_train(options: argparse.Namespace) -> Material:
     count = len(split.test_targets)
     return Material(
         name,
-        Part(split.inputs, split.targets, _numbered(len(split.targets)), f"{len(split.targets)} rows of {name}"),
-        Part(split.test_inputs, split.test_targets, _numbered(count), f"{count} held-out samples of {name}"),
+        Part(split.inputs, split.targets, _numbered(len(split.targets)), f"rows of {name}"),
+        Part(split.test_inputs, split.test_targets, _numbered(count), f"held-out samples of {name}"),
         labels,
         tuple(split.inputs.shape[1:]),
         groups=split.groups,
@@ -176,11 +181,17 @@ def read_rows(options: argparse.Namespace, known: Known, *, labelled: bool, held
         )
     if labels is not None and known.classes is not None and int(labels.max()) >= len(known.classes):
         raise InputError(f"labels of {name} must be class indices below {len(known.classes)}, got {int(labels.max())}")
-    return Part(rows, labels, names, _told(len(names), name, held_out or kind == "named"))
+    return Part(rows, labels, names, f"{'test ' if _has_test(name, kind) else _HELD_OUT * held_out}samples of {name}")
 
 
-def _told(count: int, name: str, held_out: bool) -> str:
-    return f"{count} held-out samples of {name}" if held_out else f"all {count} samples of {name}"
+_HELD_OUT = "held-out "
+
+
+def _has_test(name: str, kind: str) -> bool:
+    """Whether data says itself which rows are for testing."""
+    if kind == "folder":
+        return images.parts_of(Path(name))[1] is not None
+    return kind == "named" or "x_test" in read_npz(Path(name))
 
 
 def _numbered(count: int) -> list[str]:
@@ -208,7 +219,7 @@ def _columns_to_train(name: str, groups: str | None, options: argparse.Namespace
         some = table.part(chosen)
         labels = columns.labels_from(some, label, classes)
         names = _numbered(some.rows)
-        parts.append(Part(some.frame(encoding), labels, names, f"{some.rows} {told} of {name}"))
+        parts.append(Part(some.frame(encoding), labels, names, f"{told} of {name}"))
     return Material(
         name,
         parts[0],
@@ -236,7 +247,7 @@ def _columns(name: str, known: Known, options: argparse.Namespace, labelled: boo
         label = options.label or known.label or columns.label_of(table, options)
         table.require([label], "--label")
         labels = columns.labels_from(table, label, None if known.is_regression else known.classes)
-    return Part(table.frame(known.encoding), labels, names, _told(len(names), name, held_out))
+    return Part(table.frame(known.encoding), labels, names, f"{_HELD_OUT * held_out}samples of {name}")
 
 
 def _folder_to_train(folder: Path, options: argparse.Namespace) -> tuple[Split, tuple[Any, ...]]:

@@ -146,7 +146,7 @@ def test_figures_are_those_of_a_count_by_hand():
     labels = torch.randint(3, (60,), generator=generator)
     scores[7] = math.nan
     rows = torch.arange(60.0)[:, None]
-    found = scores_of(Fixed(scores), Part(rows, labels, [str(one) for one in range(60)], "60 rows"), (0, 1, 2))
+    found = scores_of(Fixed(scores), Part(rows, labels, [str(one) for one in range(60)], "rows"), (0, 1, 2))
     said = [-1 if torch.isnan(row).any() else int(row.argmax()) for row in scores]
     assert found.accuracy == pytest.approx(sum(a == b for a, b in zip(said, labels.tolist(), strict=True)) / 60)
     for one in found.classes:
@@ -158,3 +158,28 @@ def test_figures_are_those_of_a_count_by_hand():
         clean = scores.nan_to_num(0.0)
         others = clean[:, [k for k in range(3) if k != one.label]].amax(1)
         assert one.auroc == pytest.approx(auroc(clean[:, one.label] - others, torch.tensor(own).long()))
+
+
+def test_data_with_a_test_part_is_read_there_and_said_to_be(folder, tmp_path):
+    torch = pytest.importorskip("torch")
+    for part in ("train", "test"):
+        for name in ("left", "right"):
+            (tmp_path / "split" / part / name).mkdir(parents=True)
+            for file in list((folder / name).iterdir())[: 6 if part == "train" else 2]:
+                (tmp_path / "split" / part / name / file.name).write_bytes(file.read_bytes())
+    data = read_to_train(options(tmp_path / "split"))
+    assert (len(data.train), len(data.test), data.classes) == (12, 4, ("left", "right"))
+    known = Known(data.classes, data.shape)
+    part = read_rows(options(tmp_path / "split"), known, labelled=True)
+    assert part.told == f"4 test samples of {tmp_path / 'split'}"
+    assert torch.equal(part.rows, data.test.rows)
+    np.savez(
+        tmp_path / "s.npz", x_train=np.ones((5, 2)), y_train=[0, 1] * 2 + [0], x_test=np.zeros((3, 2)), y_test=[1] * 3
+    )
+    part = read_rows(options(tmp_path / "s.npz"), Known((0, 1), (2,)), labelled=True)
+    assert (part.told, part.labels.tolist()) == (f"3 test samples of {tmp_path / 's.npz'}", [1, 1, 1])
+    # Held-out images are those that training leaves out, in its order.
+    whole = read_to_train(options(folder))
+    held_out = read_rows(options(folder), Known(whole.classes, whole.shape), labelled=True, held_out=True)
+    assert torch.equal(held_out.rows, whole.test.rows)
+    assert torch.equal(held_out.labels, whole.test.labels)
