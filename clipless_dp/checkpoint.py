@@ -12,6 +12,7 @@ import io
 import os
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,38 @@ def save_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> No
     finally:
         Path(temporary).unlink(missing_ok=True)
     _sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The name of a file beside another, whose place it takes once all within is done; what raises leaves none.
+
+    Args:
+        path: the file; its folder is created.
+
+    Raises:
+        CheckpointError: the folder is not writable or the disk is full; an existing file is left as it was.
+    """
+    check_writable(path)
+    target = Path(path)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=_PARTIAL, dir=target.parent) as folder:
+            beside = Path(folder) / target.name
+            yield beside
+            for further in sorted(Path(folder).iterdir()):
+                os.replace(further, target.with_name(further.name))
+    except OSError as error:
+        raise CheckpointError(f"{target} could not be written, what was there is left as it was: {error}") from error
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Writes a text so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        CheckpointError: as :func:`replacing`.
+    """
+    with replacing(path) as beside:
+        beside.write_text(text, "utf-8")
 
 
 def _plain(value: Any) -> Any:

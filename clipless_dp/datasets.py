@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -116,7 +117,7 @@ def _file(name: str, classes: int | None, groups: str | None) -> Split:
             "row"
         )
     classes = whole("classes", classes)
-    arrays = _read_npz(Path(name))
+    arrays = read_npz(Path(name))
     ids = None if groups is None else _required(arrays, groups, name)
     if "x_train" in arrays:
         return replace(_split(*_parts(arrays, name), classes), groups=ids)
@@ -127,9 +128,25 @@ def _file(name: str, classes: int | None, groups: str | None) -> Split:
     elif ids.shape != targets.shape:
         raise ConfigurationError(f"need as many ids {groups!r} as targets, got {ids.shape} and {targets.shape}")
     else:
-        held_out = np.fromiter((_tossed(repr(one).encode()) for one in ids.tolist()), np.bool_, len(ids))
+        held_out = held_out_of(repr(one).encode() for one in ids.tolist())
     split = _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
     return split if ids is None else replace(split, groups=ids[~held_out])
+
+
+def split_of(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], classes: int) -> Split:
+    """Samples of one file, of which about a fifth is held out, as of an NPZ file with ``X`` and ``y``.
+
+    Args:
+        inputs: ``(N, ...)``; images as uint8 ``(N, H, W)`` or ``(N, H, W, 3)``.
+        targets: ``(N,)`` class indices.
+        classes: number of classes, which is public.
+
+    Raises:
+        ConfigurationError: they do not fit each other, or none is held out.
+    """
+    _require_pairs(inputs, targets)
+    held_out = _held_out(inputs, targets)
+    return _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
 
 
 def _parts(
@@ -141,7 +158,12 @@ def _parts(
     return x_train, y_train, x_test, y_test
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    """All arrays of an NPZ file, by name; nothing in it is run.
+
+    Raises:
+        ConfigurationError: it cannot be read.
+    """
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
@@ -158,7 +180,7 @@ def _required(arrays: dict[str, np.ndarray[Any, Any]], key: str, name: str) -> n
 def _mnist(data_dir: str | os.PathLike[str] | None) -> Split:
     if data_dir is not None:
         path = Path(data_dir) / "mnist.npz"
-        arrays = _read_npz(path)
+        arrays = read_npz(path)
         return _split(*_parts(arrays, str(path)))
     images, labels = _openml("mnist_784")
     images = images.reshape(-1, 28, 28).astype(np.uint8)
@@ -171,7 +193,7 @@ def _cifar10(data_dir: str | os.PathLike[str] | None) -> Split:
         images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1).astype(np.uint8)
         return _split(images[:50_000], labels[:50_000], images[50_000:], labels[50_000:])
     path = Path(data_dir) / "cifar10_jpeg.npz"
-    arrays = _read_npz(path)
+    arrays = read_npz(path)
 
     def part(key: str) -> np.ndarray[Any, Any]:
         return _decode_jpegs(
@@ -197,15 +219,24 @@ def _openml(name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     return values, labels.astype(np.int64)
 
 
+def held_out_of(contents: Iterable[bytes]) -> np.ndarray[Any, Any]:
+    """Which of some rows, or people, are held out, about a fifth: each by a coin of its own, which its content tosses.
+
+    Args:
+        contents: of each by itself.
+
+    Returns:
+        ``(N,)``, truth values.
+    """
+    return np.fromiter(map(_tossed, contents), np.bool_)
+
+
 def _held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """Which rows are held out, about a fifth: each by a coin of its own, which its content tosses."""
     rows = np.ascontiguousarray(inputs)
     labels = np.ascontiguousarray(targets.astype(np.int64))
 
-    def drawn(row: np.ndarray[Any, Any], label: np.ndarray[Any, Any]) -> bool:
-        return _tossed(row.tobytes() + label.tobytes())
-
-    return np.fromiter(map(drawn, rows, labels), np.bool_, len(rows))
+    return held_out_of(row.tobytes() + label.tobytes() for row, label in zip(rows, labels, strict=True))
 
 
 def _tossed(content: bytes) -> bool:
@@ -224,19 +255,22 @@ def _split(
     _require_pairs(inputs, targets)
     _require_pairs(test_inputs, test_targets)
     if max(targets.max(), test_targets.max()) >= classes:
-        raise ConfigurationError(f"targets must be class indices below {classes}, the number of classes")
+        raise ConfigurationError(
+            f"targets must be class indices below {classes}, the number of classes (classes=…, --classes)"
+        )
     if inputs.shape[1:] != test_inputs.shape[1:]:
         raise ConfigurationError(f"training inputs {inputs.shape} and test inputs {test_inputs.shape} differ in shape")
     return Split(
-        _as_inputs(inputs),
+        as_inputs(inputs),
         torch.from_numpy(targets.astype(np.int64)),
-        _as_inputs(test_inputs),
+        as_inputs(test_inputs),
         torch.from_numpy(test_targets.astype(np.int64)),
         classes,
     )
 
 
-def _as_inputs(values: np.ndarray[Any, Any]) -> Tensor:
+def as_inputs(values: np.ndarray[Any, Any]) -> Tensor:
+    """Inputs ``(N, ...)`` as float32: images in uint8 divided by 255, channels first; anything else as it is."""
     if values.dtype == np.uint8 and values.ndim in (3, 4):
         images = values[:, None] if values.ndim == 3 else values.transpose(0, 3, 1, 2)
         return torch.from_numpy(np.ascontiguousarray(images)).float() / 255.0

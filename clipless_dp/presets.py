@@ -34,7 +34,7 @@ from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScat
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.model import DPLipModel
 from clipless_dp.modules import state_of
-from clipless_dp.prediction import Content, Predictor, Predicts, Probe, content_of, rebuilt
+from clipless_dp.prediction import Content, Predictor, Predicts, Probe, Whole, content_of, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.people import ROWS_PER_GROUP, column_of, people_of
 from clipless_dp.sampling.samples import public_size
@@ -66,8 +66,10 @@ class Trained(Predicts):
 
     def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
         """See :meth:`clipless_dp.prediction.Predicts.predictor`."""
-        whole = _Whole(self.prepare, self.model)
-        return predictor_of(self.result, whole, classes=classes, threshold=threshold)
+        return predictor_of(self.result, self._whole(), classes=classes, threshold=threshold)
+
+    def _whole(self) -> Whole:
+        return Whole(self.prepare, self.model, self.preset.before(self.shape, self.change))
 
     def content(
         self, *, classes: Sequence[Any] | None = None, threshold: float | None = None, notes: Sequence[str] = ()
@@ -78,8 +80,7 @@ class Trained(Predicts):
                 f"statistics of preset {self.preset.name!r} return a {type(self.change).__name__}, which no file "
                 "holds: return a presets.WithoutMean"
             )
-        whole = _Whole(self.prepare, self.model)
-        predictor = predictor_of(self.result, whole, notes=notes, classes=classes, threshold=threshold)
+        predictor = predictor_of(self.result, self._whole(), notes=notes, classes=classes, threshold=threshold)
         state = {f"model.{name}": value for name, value in state_of(self.model.net).items()}
         change = self.change
         if change is not None:
@@ -98,20 +99,6 @@ class Trained(Predicts):
         """Accuracy and mean loss on data that was not trained on, as :func:`clipless_dp.evaluate`."""
         inputs, targets = as_tensors(dataset)
         return evaluate(self.model, (self.prepare(inputs), targets))
-
-
-class _Whole(nn.Module):
-    """Front-end, statistics and model: takes samples as they are."""
-
-    def __init__(self, prepare: Callable[[Tensor], Tensor], model: DPLipModel) -> None:
-        super().__init__()
-        self.prepare, self.model = prepare, model
-
-    def forward(self, samples: Tensor) -> Tensor:
-        """Scores of samples; the front-end runs on the CPU."""
-        device, _ = self.model.device_and_dtype()
-        scores: Tensor = self.model(self.prepare(samples.cpu()).to(device))
-        return scores
 
 
 class WithoutMean(nn.Module):
@@ -207,6 +194,12 @@ class Preset:
                 f"preset {self.name!r} takes no samples of shape {tuple(inputs.shape[1:])}: {error}"
             ) from error
         return FrozenFeatures(module, cache_dir=cache_dir, batch_size=64).compute(inputs)
+
+    def before(self, shape: Shape, change: Callable[[Tensor], Tensor] | None) -> nn.Module | None:
+        """Front-end and statistics as one module; ``None`` where there are none, or the latter are no module."""
+        parts = [part for part in (None if self.front is None else self.front(shape), change) if part is not None]
+        modules = [part for part in parts if isinstance(part, nn.Module)]
+        return nn.Sequential(*modules) if modules and len(modules) == len(parts) else None
 
     def fit(
         self,
@@ -343,7 +336,11 @@ def loaded_preset(content: Content, preset: Preset | None = None) -> Predictor:
 
     model = known.model(behind, outputs)
     state = {key.removeprefix("model."): value for key, value in state.items()}
-    whole = _Whole(prepare, model)
+    try:
+        front = known.before(tuple(map(int, settings["shape"])), change)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
+    whole = Whole(prepare, model, front)
     return rebuilt(replace(content, state=state), whole, model.net, dtype=model.device_and_dtype()[1])
 
 

@@ -44,6 +44,7 @@ FLOORS = (
     "loading",
     "estimators",
     "__init__",
+    "commands",
     "cli",
     "__main__",
 )

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import whole
 from clipless_dp.errors import InputError
+from clipless_dp.gates.arithmetic import LARGEST_NORM
+from clipless_dp.gates.plain import plain_form, scaled
 from clipless_dp.gates.signal import scale_samples
 
 _LARGEST_SET = 4
@@ -16,6 +18,9 @@ _LARGEST_SET = 4
 
 _LINEAR_SHARE = 0.2
 """Of the squared norm, what the columns themselves have."""
+
+_SMALLEST = 1e-3
+"""Norm below which a part is stretched by one factor."""
 
 _CHUNK = 1 << 22
 """Entries that are computed at once."""
@@ -78,10 +83,34 @@ class RandomCosines(nn.Module):
         for some, out in zip(rows.split(size), features.split(size), strict=True):
             waves = torch.addmm(self.phases.to(rows.dtype), some, self.frequencies.to(rows.dtype)).cos_()
             waves -= self.means.to(rows.dtype)
-            out[:, : self.columns] = scale_samples(some, math.sqrt(_LINEAR_SHARE), 1e-3)[0]
-            out[:, self.columns :] = scale_samples(waves, math.sqrt(1.0 - _LINEAR_SHARE), 1e-3)[0]
+            out[:, : self.columns] = scale_samples(some, math.sqrt(_LINEAR_SHARE), _SMALLEST)[0]
+            out[:, self.columns :] = scale_samples(waves, math.sqrt(1.0 - _LINEAR_SHARE), _SMALLEST)[0]
         return features
 
     def extra_repr(self) -> str:
         """The arguments."""
         return f"columns={self.columns}, cosines={self.cosines}, seed={self.seed}"
+
+
+class _Plain(nn.Module):
+    """The same by ordinary operations, all rows at once."""
+
+    frequencies: Tensor
+    phases: Tensor
+    means: Tensor
+
+    def __init__(self, cosines: RandomCosines) -> None:
+        super().__init__()
+        for name in ("frequencies", "phases", "means"):
+            self.register_buffer(name, getattr(cosines, name).clone())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        waves = torch.cos(rows @ self.frequencies.to(rows.dtype) + self.phases.to(rows.dtype))
+        waves = waves - self.means.to(rows.dtype)
+        parts = (rows, math.sqrt(_LINEAR_SHARE)), (waves, math.sqrt(1.0 - _LINEAR_SHARE))
+        return torch.cat([scaled(part, radius, _SMALLEST, LARGEST_NORM)[0] for part, radius in parts], 1)
+
+
+@plain_form(RandomCosines)
+def _of_cosines(cosines: RandomCosines) -> nn.Module:
+    return _Plain(cosines)

@@ -7,7 +7,8 @@ import math
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError, InputError
-from clipless_dp.gates.arithmetic import checked_cap
+from clipless_dp.gates.arithmetic import LARGEST_NORM, checked_cap
+from clipless_dp.gates.plain import plain_form, scaled
 from clipless_dp.gates.signal import scale_samples
 
 
@@ -52,3 +53,22 @@ class SampleGroupNorm(nn.Module):
     def extra_repr(self) -> str:
         """Groups and floor."""
         return f"groups={self.groups}, floor={self.floor:g}"
+
+
+class _Plain(nn.Module):
+    """The same by ordinary operations."""
+
+    def __init__(self, groups: int, floor: float) -> None:
+        super().__init__()
+        self.groups, self.floor = groups, floor
+
+    def forward(self, values: Tensor) -> Tensor:
+        grouped = values.reshape(values.shape[0] * self.groups, -1)
+        radius = math.sqrt(grouped.shape[1])
+        found, _ = scaled(grouped - grouped.mean(1, keepdim=True), radius, radius * self.floor, LARGEST_NORM)
+        return found.reshape(values.shape)
+
+
+@plain_form(SampleGroupNorm)
+def _of_groups(layer: SampleGroupNorm) -> nn.Module:
+    return _Plain(layer.groups, layer.floor)

@@ -140,8 +140,8 @@ def _refuse_transforms(inputs: Tensor) -> None:
     """Refuses what runs a model in another way than a pass."""
     if torch._C._is_tracing():
         raise ConfigurationError(
-            "torch.jit.trace records one pass of a wrapped model, with its checks as constants: trace model.net, or "
-            "use torch.export"
+            "torch.jit.trace records one pass of a wrapped model, with its checks as constants: trace "
+            "model.export_net(), or use torch.export"
         )
     if torch._C._functorch.is_functorch_wrapped_tensor(inputs) and not is_unwitnessed():
         raise ConfigurationError(

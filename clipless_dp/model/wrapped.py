@@ -27,7 +27,7 @@ from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
 from clipless_dp.graph.unwritten import buffers_unwritten
 from clipless_dp.losses import Loss
-from clipless_dp.model import checks, description, lineage, passes
+from clipless_dp.model import checks, description, exported, lineage, passes
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
@@ -464,6 +464,33 @@ class DPLipModel(nn.Module):
         """How far scores of a float64 forward pass may lie from those of real arithmetic, in Euclidean norm."""
         self._follow_changes()
         return self._tracker.forward_error(self._weights.limits(self.placement)[0])
+
+    def export_net(self) -> exported.ExportedNet:
+        """What the model predicts as a plain module, for ``torch.export``, ONNX and ``torch.jit.trace``.
+
+        Input gate and gates of signals are ordinary operations in it, which change what flows; gates of cotangents and
+        gradients, which change the way back alone, are gone. ``model.net`` has no input gate, and tracing the wrapped
+        model records one of the ways that its gates go. A copy of the weights, in ``eval`` mode, that takes no
+        gradients; it is compared with the model on made-up rows first.
+
+        Returns:
+            A module from ``(B, *input_shape)`` to what the model returns: rows that the input gate drops are NaN.
+
+        Raises:
+            ConfigurationError: the model computes something else by ordinary operations; or it reads several inputs, or
+                each rank holds a part of it only.
+        """
+        if not self.placement.is_whole:
+            raise ConfigurationError("each rank holds a part of the weights: gather them before they are exported")
+        inputs = self.random_inputs(exported.ROWS, torch.Generator().manual_seed(0))
+        counted, training = self.nonfinite_samples.clone(), self.training
+        devices = [inputs.device] if inputs.is_cuda else []
+        try:
+            with torch.random.fork_rng(devices=devices), passes.unwitnessed():
+                return exported.export_net(self.graph, self.input_norm, inputs, self.eval()._run)
+        finally:
+            self.train(training)
+            self.nonfinite_samples.copy_(counted)
 
     def tightness(self, batch: tuple[Tensor | Structure, Tensor]) -> TightnessReport:
         """How much of each layer's bounds a small batch uses, and which gate or constraint would help.

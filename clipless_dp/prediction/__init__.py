@@ -3,6 +3,7 @@
 from clipless_dp.prediction.files import Content, Probe, content_of, read_result, rebuilt
 from clipless_dp.prediction.links import Link
 from clipless_dp.prediction.predictor import Predictor, Predicts, Promise
+from clipless_dp.prediction.whole import Whole
 
 __all__ = [
     "Content",
@@ -11,6 +12,7 @@ __all__ = [
     "Predicts",
     "Probe",
     "Promise",
+    "Whole",
     "content_of",
     "read_result",
     "rebuilt",

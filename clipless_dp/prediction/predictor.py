@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import share, whole
 from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.gates.plain import plain_copy
 from clipless_dp.model import lineage
 from clipless_dp.modules import parameter_device_and_dtype
 from clipless_dp.prediction.links import Link
@@ -129,6 +130,17 @@ class Predictor:
     def statement(self) -> PrivacyStatement:
         """What was promised, as :func:`clipless_dp.report` says it, the ledger included."""
         return self.promised.statement
+
+    def export_net(self) -> nn.Module:
+        """All from samples as they are to scores as a plain module, for ``torch.export``, ONNX, ``torch.jit.trace``.
+
+        See :meth:`clipless_dp.DPLipModel.export_net`. Columns of a data frame are encoded before: it takes what
+        :attr:`encode` returns.
+
+        Raises:
+            ConfigurationError: as there; or what runs before the model is no module.
+        """
+        return plain_copy(self.net)
 
     @torch.no_grad()
     def scores(self, rows: Any, *, batch_size: int = 4096) -> Tensor:

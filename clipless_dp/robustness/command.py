@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, get_args
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from clipless_dp.arguments import whole
-from clipless_dp.checkpoint import check_writable, load_checkpoint
+from clipless_dp.checkpoint import check_writable, load_checkpoint, replacing, write_text
 from clipless_dp.datasets import Split
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.description import differences, settings_of
 from clipless_dp.robustness import attacks
 from clipless_dp.robustness.counterfactuals import Form, counterfactual
-from clipless_dp.robustness.curves import RADII, curve, new_figure
+from clipless_dp.robustness.curves import RADII, Curve, curve, new_figure
+from clipless_dp.robustness.draws import SmoothedCertificate
 from clipless_dp.robustness.explanations import prepared
 from clipless_dp.robustness.quality import picture, quality
 
@@ -46,7 +48,7 @@ def radius(text: str) -> float:
 
 def add_options(certify: argparse.ArgumentParser) -> None:
     """What the command takes besides the options that name data and network."""
-    certify.add_argument("checkpoint", type=Path, help="file that train wrote")
+    certify.add_argument("checkpoint", type=Path, help="file that train --out or --checkpoint wrote")
     certify.add_argument(
         "--radii",
         type=radius,
@@ -65,7 +67,7 @@ def add_options(certify: argparse.ArgumentParser) -> None:
 
 def add_explain_options(explain: argparse.ArgumentParser) -> None:
     """What ``explain`` takes besides the options that name data and network."""
-    explain.add_argument("checkpoint", type=Path, help="file that train wrote")
+    explain.add_argument("checkpoint", type=Path, help="file that train --out or --checkpoint wrote")
     explain.add_argument(
         "--samples",
         type=int,
@@ -81,7 +83,7 @@ def add_explain_options(explain: argparse.ArgumentParser) -> None:
     explain.add_argument("--plot", type=Path, metavar="FILE", help="draw the images; needs matplotlib")
 
 
-def _check_files(out: Path | None, plot: Path | None) -> None:
+def check_files(out: Path | None, plot: Path | None) -> None:
     """Refuses files that cannot be written, before anything is computed.
 
     Raises:
@@ -132,9 +134,27 @@ def certify_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         CheckpointError: as :func:`load_weights`; or a file cannot be written.
         ConfigurationError: an option is out of range.
     """
-    _check_files(options.out, options.plot)
+    check_files(options.out, options.plot)
     run = load_weights(model, options.checkpoint)
-    inputs, targets = data.test
+    certify_model(model, data.test, f"held-out samples of {options.dataset}", run, options)
+
+
+def certify_model(
+    model: DPLipModel, data: tuple[Tensor, Tensor], told: str, run: Mapping[str, Any], options: argparse.Namespace
+) -> None:
+    """Prints what is certified of a model on samples, and what attacks leave, beside its ε.
+
+    Args:
+        model: with its weights.
+        data: samples and labels.
+        told: what they are.
+        run: ``epsilon``, ``delta`` and ``relation`` that it was trained for, as far as they are known.
+        options: of the command.
+
+    Raises:
+        ConfigurationError: an option is out of range.
+    """
+    inputs, targets = data
     count = len(inputs) if options.samples is None else whole("--samples", options.samples)
     found = curve(
         model,
@@ -145,18 +165,29 @@ def certify_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         attacked_samples=min(whole("--attacked-samples", options.attacked_samples), len(inputs[:count])),
         level=options.level,
     )
+    show_curve(found, told, run, options)
+
+
+def show_curve(found: Curve, told: str, run: Mapping[str, Any], options: argparse.Namespace) -> None:
+    """Prints and writes a curve; arguments as :func:`certify_model`."""
     print(found)
-    print(f"Lipschitz      {found.certificate.lipschitz:.6g} ({found.certificate.method})")
+    certificate = found.certificate
+    if isinstance(certificate, SmoothedCertificate):
+        print(f"smoothing      σ = {certificate.sigma:g}, {certificate.n} draws; a radius is wrong with α = ", end="")
+        print(f"{certificate.alpha:g} at most")
+    else:
+        print(f"Lipschitz      {certificate.lipschitz:.6g} ({certificate.method})")
     epsilon, delta = run.get("epsilon"), run.get("delta")
     if isinstance(epsilon, float) and isinstance(delta, float):
         print(f"privacy        at most ε = {epsilon:g} at δ = {delta:g}, {run.get('relation')}: the run's target")
     if options.out is not None:
-        described = found.described(f"the first {len(found.certificate)} held-out samples of {options.dataset}")
+        described = found.described(f"the first {len(found.certificate)} {told}")
         facts = {**described, "privacy": {name: run.get(name) for name in ("epsilon", "delta", "relation")}}
-        options.out.write_text(json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+        write_text(options.out, json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
         print(f"certificate    {options.out}")
     if options.plot is not None:
-        found.plot(options.plot)
+        with replacing(options.plot) as beside:
+            found.plot(beside)
         print(f"plot           {options.plot}")
 
 
@@ -168,10 +199,26 @@ def explain_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         ConfigurationError: an option is out of range, or matplotlib is missing.
         InputError: what is to be drawn are no images, or a target is no class, or what all are predicted as.
     """
-    _check_files(options.out, options.plot)
-    count, measured = whole("--samples", options.samples), whole("--measured", options.measured, 0)
+    check_files(options.out, options.plot)
     load_weights(model, options.checkpoint)
-    inputs = data.test[0].to(options.device)
+    explain_model(model, data.test[0], f"held-out samples of {options.dataset}", options)
+
+
+def explain_model(model: DPLipModel, samples: Tensor, told: str, options: argparse.Namespace) -> None:
+    """As :func:`explain_checkpoint`, of a model with its weights.
+
+    Args:
+        model: see above.
+        samples: ``(N, ...)``.
+        told: what they are.
+        options: of the command.
+
+    Raises:
+        ConfigurationError: as there.
+        InputError: as there.
+    """
+    count, measured = whole("--samples", options.samples), whole("--measured", options.measured, 0)
+    inputs = samples.to(options.device)
     box = None if options.box is None else (options.box[0], options.box[1])
     walk: dict[str, Any] = {"form": options.form, "t": options.t, "box": box}
     rows = _explained(model, inputs, count, options.target)
@@ -184,7 +231,7 @@ def explain_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         )
     known = quality(model, inputs[:measured], box=box or (0.0, 1.0)) if measured else None
     if known is not None:
-        print(f"\n{known}\nof the first {len(inputs[:measured])} held-out samples of {options.dataset}")
+        print(f"\n{known}\nof the first {len(inputs[:measured])} {told}")
     if options.out is not None:
         numbers = {
             name: [round(value, 9) if math.isfinite(value) else None for value in getattr(found, name).tolist()]
@@ -192,15 +239,16 @@ def explain_checkpoint(model: DPLipModel, data: Split, options: argparse.Namespa
         }
         means = {} if known is None else known.means()
         facts = {
-            "data": f"the first held-out samples of {options.dataset}",
+            "data": f"the first {told}",
             "rows": rows.tolist(),
             "counterfactuals": numbers,
             "quality": {name: mean if math.isfinite(mean) else None for name, mean in means.items()},
         }
-        options.out.write_text(json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+        write_text(options.out, json.dumps(facts, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
         print(f"explanations   {options.out}")
     if options.plot is not None:
-        picture(model, inputs[rows], options.plot, options.target, **walk)
+        with replacing(options.plot) as beside:
+            picture(model, inputs[rows], beside, options.target, **walk)
         print(f"plot           {options.plot}")
 
 

@@ -5,6 +5,6 @@ setting, unit of privacy, neighbouring relation, data accesses covered, what is 
 a reader can check all that.
 """
 
-from clipless_dp.statement.report import PrivacyStatement, report, statement_files
+from clipless_dp.statement.report import PrivacyStatement, report, report_ledger, statement_files
 
-__all__ = ["PrivacyStatement", "report", "statement_files"]
+__all__ = ["PrivacyStatement", "report", "report_ledger", "statement_files"]

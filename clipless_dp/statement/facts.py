@@ -23,6 +23,7 @@ from clipless_dp.statement.risk import risk_of
 from clipless_dp.version import __version__
 
 STATEMENT_FORMAT = 2
+STATEMENT_KIND = "clipless_dp.privacy_statement"
 _STEPS = ("gaussian_step", "gaussian_vector_step")
 _NOISE = {
     source_name(SystemNoise): "a generator whose whole state comes from the operating system; seeds set by user code "
@@ -72,7 +73,7 @@ def facts_of(
     accountant = type(optimizer.accountant)
     audits = [] if audit is None else list(audit) if isinstance(audit, (list, tuple)) else [audit]
     facts: dict[str, Any] = {
-        "format": "clipless_dp.privacy_statement",
+        "format": STATEMENT_KIND,
         "version": STATEMENT_FORMAT,
         "title": title,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

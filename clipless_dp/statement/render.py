@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from clipless_dp.statement.figures import epsilon_figure, risk_figure
+from clipless_dp.statement.ledgers import LEDGER_KIND, ledger_sections
 from clipless_dp.statement.sections import Section, sections
 
 
 def to_markdown(facts: Mapping[str, Any]) -> str:
     """The readable statement; the curve is a table there."""
     lines = [f"# {_one_line(facts['title'])}", ""]
-    for section in sections(facts):
+    for section in _sections(facts):
         lines += [f"## {section.title}", ""]
         lines += [line for paragraph in section.text for line in (_one_line(paragraph), "")]
         lines += [f"* {_one_line(item)}" for item in section.items] + [""] * bool(section.items)
@@ -27,7 +28,7 @@ def to_markdown(facts: Mapping[str, Any]) -> str:
 def to_html(facts: Mapping[str, Any]) -> str:
     """One page that loads nothing else, with the curves as pictures."""
     body = [f"<h1>{html.escape(facts['title'])}</h1>"]
-    for section in sections(facts):
+    for section in _sections(facts):
         body.append(f"<section><h2>{html.escape(section.title)}</h2>")
         body += [f"<p>{html.escape(paragraph)}</p>" for paragraph in section.text]
         if section.items:
@@ -41,6 +42,10 @@ def to_html(facts: Mapping[str, Any]) -> str:
             body.append(f"<figure>{risk_figure(facts['risk']['curve'])}</figure>")
         body.append("</section>")
     return _PAGE.format(title=html.escape(facts["title"]), body="\n".join(body))
+
+
+def _sections(facts: Mapping[str, Any]) -> Iterator[Section]:
+    return ledger_sections(facts) if facts["format"] == LEDGER_KIND else sections(facts)
 
 
 def _one_line(text: str) -> str:

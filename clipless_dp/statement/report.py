@@ -12,13 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipless_dp.arguments import positive
+from accounting import Ledger
+from clipless_dp.arguments import positive, share
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
 from clipless_dp.statement.described import check_described
-from clipless_dp.statement.facts import facts_of
+from clipless_dp.statement.facts import STATEMENT_FORMAT, STATEMENT_KIND, facts_of
+from clipless_dp.statement.ledgers import LEDGER_FORMAT, LEDGER_KIND, facts_of_ledger
+from clipless_dp.statement.sections import ABOUT
 
 SUFFIXES = (".md", ".json", ".html")
 
@@ -39,6 +42,45 @@ class PrivacyStatement:
     def findings(self) -> list[str]:
         """What weakens the promise, or should be looked at before relying on it."""
         return list(self.facts["findings"])
+
+    def signed(self, **about: str | None) -> PrivacyStatement:
+        """The same with who states it: a first section of the readable forms, and ``about`` in the facts.
+
+        Args:
+            about: ``organisation``, ``purpose`` of the model, ``data_set``, ``contact``; what is ``None`` is left as it
+                was.
+
+        Raises:
+            ConfigurationError: it is none of these, or no text of one line.
+        """
+        told = dict(self.facts.get("about", {}))
+        for name, text in about.items():
+            if name not in ABOUT:
+                raise ConfigurationError(f"a statement says {', '.join(ABOUT)} of who states it, not {name}")
+            if text is not None and not (isinstance(text, str) and text.strip() and len(text.splitlines()) == 1):
+                raise ConfigurationError(f"{name} must be a text of one line, got {text!r}")
+            if text is not None:
+                told[name] = text.strip()
+        facts = {**self.facts, "about": told} if told else self.facts
+        return dataclasses.replace(self, facts=facts)
+
+    @classmethod
+    def read(cls, path: str | os.PathLike[str]) -> PrivacyStatement:
+        """The statement of a JSON file that :meth:`save` wrote.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        try:
+            facts = json.loads(Path(path).read_text("utf-8"))
+            versions = {STATEMENT_KIND: STATEMENT_FORMAT, LEDGER_KIND: LEDGER_FORMAT}
+            if not facts["version"] <= versions.get(facts["format"], 0):
+                raise ValueError(f"format {facts['format']!r}, version {facts['version']!r}")
+            made = cls(facts)
+            made.to_markdown()
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{os.fspath(path)} is no privacy statement of this version: {error!r}") from error
+        return made
 
     def to_json(self) -> str:
         """The facts, the whole ledger included."""
@@ -81,6 +123,23 @@ class PrivacyStatement:
     def _repr_html_(self) -> str:
         page = html.escape(self.to_html())
         return f'<iframe srcdoc="{page}" style="width:100%;height:40em;border:1px solid #ccc"></iframe>'
+
+
+def report_ledger(
+    ledger: Ledger, *, delta: float = 1e-5, title: str = "What a ledger holds", source: str = "a ledger"
+) -> PrivacyStatement:
+    """States what a stored ledger alone says: what was spent, by which mechanisms; of the model it knows nothing.
+
+    Args:
+        ledger: of an accountant, or read from a file.
+        delta: the δ in (0, 1) of the summary.
+        title: heading.
+        source: where the ledger is from.
+
+    Raises:
+        ConfigurationError: δ lies outside (0, 1).
+    """
+    return PrivacyStatement(facts_of_ledger(ledger, share("delta", delta, "(0, 1)"), title, source))
 
 
 def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:

@@ -12,6 +12,14 @@ from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from accounting.risk import percent
 from clipless_dp.statement.facts import DRAWN, noise_in_words, shown
 
+ABOUT = {
+    "organisation": "organisation",
+    "purpose": "purpose of the model",
+    "data_set": "data set",
+    "contact": "contact",
+}
+"""What may be said of who states it, and how it is called."""
+
 _SHOWN_RUNS = 20
 """Lines of a noise schedule in the readable forms; the JSON holds all of them."""
 
@@ -44,8 +52,15 @@ class Section:
     printed: tuple[str, ...] = ()
 
 
+def about_section(facts: Mapping[str, Any]) -> Iterator[Section]:
+    """Who states it, where that is said."""
+    if about := facts.get("about"):
+        yield Section("Who states this", rows=tuple((ABOUT[name], about[name]) for name in ABOUT if name in about))
+
+
 def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     """The parts of a readable statement, in their order."""
+    yield from about_section(facts)
     yield Section("What is promised", tuple(_promise(facts)))
     yield Section(
         "Findings",

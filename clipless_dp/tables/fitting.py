@@ -16,7 +16,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.features import RandomCosines, TableEncoding
 from clipless_dp.graph import gated
-from clipless_dp.losses import Huber
+from clipless_dp.losses import BinaryCrossEntropy, Huber, Loss, TauCrossEntropy
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
@@ -251,12 +251,12 @@ def _model(inputs: int, start: Start) -> DPLipModel:
     nn.init.zeros_(linear.weight)
     with torch.no_grad():
         linear.bias.requires_grad_(False).copy_(start.bias)
-    return DPLipModel(
-        gated(nn.Sequential(linear), cotangent_norm=start.cap),
-        input_shape=(inputs,),
-        input_norm=1.0,
-        loss=start.loss,
-    )
+    return _wrapped(linear, inputs, start.cap, start.loss)
+
+
+def _wrapped(linear: nn.Linear, inputs: int, cap: float, loss: Loss) -> DPLipModel:
+    net = gated(nn.Sequential(linear), cotangent_norm=cap)
+    return DPLipModel(net, input_shape=(inputs,), input_norm=1.0, loss=loss)
 
 
 def loaded_table(content: Content) -> Predictor:
@@ -281,6 +281,34 @@ def loaded_table(content: Content) -> Predictor:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     return rebuilt(content, nn.Sequential(standardise, expand, layer, head), encode=encode)
+
+
+def bounded_table(content: Content, predictor: Predictor) -> DPLipModel:
+    """The layer of a loaded table behind its features, wrapped as it was for training: what an audit attacks.
+
+    Args:
+        content: of the file.
+        predictor: of :func:`loaded_table`.
+
+    Raises:
+        CheckpointError: the file is of a version that does not say how its gradients were bounded.
+    """
+    settings = content.settings
+    try:
+        cap, weights = float(settings["cap"]), settings["class_weights"]
+        inputs = int(settings["columns"]) + int(settings["cosines"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{content.name} does not say how gradients were bounded: it is of a former version, or altered"
+        ) from error
+    known = None if weights is None else tuple(map(float, weights))
+    losses: dict[str, Loss] = {"logistic": BinaryCrossEntropy(class_weights=known), "number": Huber()}
+    loss = losses.get(predictor.link.kind) or TauCrossEntropy(class_weights=known)
+    (linear,) = (part for part in predictor.net.modules() if isinstance(part, nn.Linear))
+    linear.requires_grad_(True)
+    if linear.bias is not None:
+        linear.bias.requires_grad_(False)
+    return _wrapped(linear, inputs, cap, loss)
 
 
 def _notes(encoding: TableEncoding | None, measured: int, task: Task) -> tuple[str, ...]:

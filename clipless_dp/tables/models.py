@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.features import RandomCosines, TableEncoding
+from clipless_dp.gates import CotangentGate
 from clipless_dp.prediction import Predictor, Predicts, Probe, Promise, content_of
 from clipless_dp.statement import PrivacyStatement, report
 from clipless_dp.statistics.release import require_tensor
@@ -76,9 +77,13 @@ class TableModel(Predicts):
 
     def _settings(self) -> dict[str, Any]:
         """What the network is built from, plain values."""
-        standardise, expand, _, head = self.net.children()
+        standardise, expand, layer, head = self.net.children()
         encoding = self.encoding
+        (cap,) = (part.limit for part in layer.modules() if isinstance(part, CotangentGate))
+        weights = getattr(self.result.optimizer.model.loss_function, "class_weights", None)
         return {
+            "cap": float(cap),
+            "class_weights": None if weights is None else [float(weight) for weight in weights],
             "measured": standardise.measured,
             "columns": expand.columns,
             "cosines": expand.cosines,

@@ -39,7 +39,7 @@ def inputs_of_inference_mode() -> Tensor:
 
 
 CALLS: dict[str, tuple[Callable[[], object], type[CliplessError], str]] = {
-    "jit.trace": (lambda: torch.jit.trace(model_of(), data()[0]), ConfigurationError, "trace model.net"),
+    "jit.trace": (lambda: torch.jit.trace(model_of(), data()[0]), ConfigurationError, "trace model.export_net"),
     "sparse": (lambda: model_of()(data()[0].to_sparse()), InputError, "to_dense"),
     "inference inputs": (lambda: model_of()(inputs_of_inference_mode()), InputError, "inference_mode"),
     "wrapped in inference mode": (wrapped_in_inference_mode, ConfigurationError, "inference_mode"),

@@ -1,0 +1,46 @@
+"""``audit``: attacks on the bounds of a trained model, as it is."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from clipless_dp import audit
+from clipless_dp.arguments import whole
+from clipless_dp.commands import options as shared
+from clipless_dp.commands.results import opened
+from clipless_dp.tables import bounded_table
+
+_QUICK = 200
+"""Passes of the quick form."""
+
+
+def add(commands: Any) -> None:
+    """Adds the command to a parser."""
+    parser = commands.add_parser(
+        "audit",
+        help="attacks on the bounds that ε rests on",
+        description="Tries to break the bounds of a trained model: its own layers, gates, loss and weights, on made-up "
+        "samples; no data is read. Exit status 1 where an attack passes a bound.",
+        formatter_class=shared.Formatter,
+    )
+    shared.add_result(parser)
+    parser.add_argument("--attempts", type=int, default=_QUICK, help="about so many passes, begun within two seconds")
+    parser.add_argument(
+        "--full", action="store_true", help="all attacks, gradient ascents too, in place of the quick form"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
+    """Prints what the attacks reached.
+
+    Raises:
+        AuditError: one passed a bound.
+        CheckpointError: the file of the model does not do.
+    """
+    attempts = None if options.full else whole("--attempts", options.attempts)
+    found = opened(options.result)
+    model = found.model if found.model is not None else bounded_table(found.content, found.predictor)
+    print(audit.sensitivity(model, attempts=attempts))
+    print(f"model     {found.privacy}")

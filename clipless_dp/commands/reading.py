@@ -1,0 +1,52 @@
+"""What ``certify`` and ``explain`` share: the model of a result file, or of a checkpoint and the options beside it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from clipless_dp import presets
+from clipless_dp.commands import options as shared
+from clipless_dp.commands.networks import model_of
+from clipless_dp.commands.sources import read_to_train
+from clipless_dp.datasets import Split
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.model import DPLipModel
+from clipless_dp.robustness import command
+
+
+def add_options(reader: argparse.ArgumentParser) -> None:
+    """Data, and what a checkpoint of training does not hold."""
+    shared.add_data(reader)
+    reader.add_argument(
+        "--all-rows", action="store_true", help="read all rows of the file, in place of those that train leaves out"
+    )
+    beside = reader.add_argument_group("of a checkpoint of training, which does not hold its network")
+    shared.add_network(beside)
+    beside.add_argument("--preset", choices=tuple(presets.PRESETS), help="network and bounds of a preset")
+    shared.add_device(reader)
+
+
+def of_checkpoint(options: argparse.Namespace) -> tuple[DPLipModel, Split]:
+    """The network that options name, without its weights, and the data.
+
+    Raises:
+        ConfigurationError: the preset reads features, or the data is no samples.
+    """
+    preset = None if options.preset is None else presets.get(options.preset)
+    if preset is not None:
+        command.refuse_front(preset)
+    data = read_to_train(options)
+    if data.split is None:
+        raise ConfigurationError(
+            "a checkpoint of columns does not hold how they are read: give the file of train --out"
+        )
+    shape, classes = data.shape, data.split.classes
+    model = model_of(options, shape, classes) if preset is None else preset.model(shape, classes)
+    return model.to(options.device), data.split
+
+
+def promised(privacy: Any) -> dict[str, Any]:
+    """What was promised of a result, by the names that a checkpoint has."""
+    facts = privacy.statement.facts
+    return {"epsilon": privacy.epsilon, "delta": privacy.delta, "relation": facts.get("relation")}

@@ -1,0 +1,185 @@
+"""Cells are read one by one, by what is said of their column; what is held out is decided by each row alone."""
+
+import argparse
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipless_dp.commands import columns
+from clipless_dp.commands.scores import auroc, scores_of
+from clipless_dp.commands.sources import Known, Part, read_rows, read_to_train
+from clipless_dp.errors import ConfigurationError, InputError
+
+OPTIONS = {
+    "dataset": None, "data_dir": None, "classes": None, "label": None, "labels": None, "target_range": None,
+    "categories": [], "drop": [], "missing": [], "groups": None, "image_size": None, "channels": None,
+}  # fmt: skip
+
+
+def options(path, **changes):
+    return argparse.Namespace(**{**OPTIONS, "dataset": str(path), **changes})
+
+
+CELLS = st.one_of(st.floats().map(repr), st.sampled_from(["", " NA ", "nan", "?", "1e400", "-0"]))
+
+
+@settings(max_examples=50)
+@given(st.lists(CELLS, min_size=1, max_size=8))
+def test_a_number_is_read_as_it_is_alone(cells):
+    alone = [columns.numbers_of([cell], "a")[0] for cell in cells]
+    np.testing.assert_array_equal(columns.numbers_of(cells, "a"), alone)
+
+
+def test_missing_cells_are_missing_and_text_is_refused_by_its_row_without_its_words():
+    assert columns.numbers_of(["1", "", "None"], "a").tolist()[0] == 1.0
+    assert np.isnan(columns.numbers_of(["", "NULL", "n/a"], "a")).all()
+    with pytest.raises(InputError, match="row 2") as caught:
+        columns.numbers_of(["1", "secret"], "a")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_row_more_in_a_table_changes_no_other_row(tmp_path):
+    lines = ["a,b,label", *(f"{index},{index % 7},{index % 2}" for index in range(200))]
+    found = []
+    for content in (lines, [*lines, "1e300,,1"]):
+        (tmp_path / "table.csv").write_text("\n".join(content) + "\n")
+        data = read_to_train(options(tmp_path / "table.csv"))
+        rows = zip(*(data.train.rows[name].tolist() for name in ("a", "b")), data.train.labels, strict=True)
+        held = zip(*(data.test.rows[name].tolist() for name in ("a", "b")), data.test.labels, strict=True)
+        found.append((list(rows), list(held)))
+    (few, few_held), (many, many_held) = found
+    assert (few == many[: len(few)], few_held == many_held[: len(few_held)]) == (True, True)
+    assert len(many) + len(many_held) == len(few) + len(few_held) + 1
+    # A fifth of 200, within six standard deviations of 5.7.
+    assert abs(len(few_held) - 40) < 34
+
+
+def test_the_label_is_the_column_of_a_usual_name_or_the_last_one_whatever_it_holds(tmp_path):
+    for header, expected in (("a,Target,b", "Target"), ("a,b,c", "c"), ("y,label", "y")):
+        (tmp_path / "table.csv").write_text(f"{header}\n" + "0," * header.count(",") + "1\n")
+        table = columns.read_columns(tmp_path / "table.csv")
+        assert columns.label_of(table, options("")) == expected
+
+
+def test_labels_of_any_kind_are_those_that_are_said(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,label\n" + "".join(f"{index},{('0', '1.0', '2')[index % 3]}\n" for index in range(60)))
+    assert set(read_to_train(options(path, classes=3)).train.labels) == {0, 1, 2}
+    with pytest.raises(InputError, match="are none of 0, 1"):
+        read_to_train(options(path))
+    with pytest.raises(InputError, match="none of a, b"):
+        read_to_train(options(path, labels=["a", "b"]))
+    data = read_to_train(options(path, target_range=[0.0, 2.0]))
+    assert data.classes is None
+    assert set(data.train.labels.tolist()) == {0.0, 1.0, 2.0}
+
+
+def test_held_out_rows_of_a_file_are_those_that_training_leaves_out(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,label\n" + "".join(f"{index},{index % 2}\n" for index in range(100)))
+    data = read_to_train(options(path))
+    known = Known(data.classes, None, data.encoding, data.label)
+    held_out = read_rows(options(path), known, labelled=True, held_out=True)
+    assert held_out.rows["a"].tolist() == data.test.rows["a"].tolist()
+    assert [int(name) for name in held_out.names] == data.test.rows["a"].tolist()
+    whole = read_rows(options(path), known, labelled=False)
+    assert whole.rows["a"].tolist() == [*range(100)]
+    assert whole.labels is None
+
+
+def test_people_of_a_table_are_held_out_as_a_whole(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,who,label\n" + "".join(f"{index},p{index // 4},{index % 2}\n" for index in range(200)))
+    data = read_to_train(options(path, groups="who"))
+    assert data.encoding.numbers == ("a",)
+    trained = set(data.groups)
+    assert len(data.groups) == len(data.train)
+    assert not trained & {f"p{int(number) // 4}" for number in data.test.rows["a"]}
+
+
+def test_a_parquet_file_is_read_as_the_csv_file_of_it(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    table = pandas.DataFrame({"a": np.arange(60) * 1.5, "c": ["x", "y"] * 30, "label": np.arange(60) % 2})
+    table.to_csv(tmp_path / "table.csv", index=False)
+    table.to_parquet(tmp_path / "table.parquet")
+    found = []
+    for name in ("table.csv", "table.parquet"):
+        data = read_to_train(options(tmp_path / name, categories=["c=x,y"]))
+        part = read_rows(
+            options(tmp_path / name), Known((0, 1), None, data.encoding, data.label), labelled=True, held_out=False
+        )
+        found.append((data.encoding(part.rows), part.labels))
+    assert (found[0][0] == found[1][0]).all()
+    assert found[0][1] == found[1][1]
+
+
+def test_categories_that_are_whole_numbers_are_and_others_are_text(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b,label\n" + "1,01,0\n2,02,1\n" * 20)
+    encoding = read_to_train(options(path, categories=["a=1,2", "b=01,02"])).encoding
+    assert encoding.categories == {"a": (1, 2), "b": ("01", "02")}
+    with pytest.raises(ConfigurationError, match="label, or whose rows"):
+        read_to_train(options(path, categories=["label=0,1"]))
+
+
+class Fixed:
+    """Predicts what it is given."""
+
+    def __init__(self, scores):
+        self.scores_given = scores
+
+    def scores(self, rows):
+        return self.scores_given[rows[:, 0].long()]
+
+    def predict(self, rows):
+        return self.scores(rows).argmax(1)
+
+
+def test_figures_are_those_of_a_count_by_hand():
+    torch = pytest.importorskip("torch")
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(60, 3, generator=generator).double()
+    labels = torch.randint(3, (60,), generator=generator)
+    scores[7] = math.nan
+    rows = torch.arange(60.0)[:, None]
+    found = scores_of(Fixed(scores), Part(rows, labels, [str(one) for one in range(60)], "rows"), (0, 1, 2))
+    said = [-1 if torch.isnan(row).any() else int(row.argmax()) for row in scores]
+    assert found.accuracy == pytest.approx(sum(a == b for a, b in zip(said, labels.tolist(), strict=True)) / 60)
+    for one in found.classes:
+        own, called = [b == one.label for b in labels.tolist()], [a == one.label for a in said]
+        hits = sum(a and b for a, b in zip(own, called, strict=True))
+        assert (one.rows, one.predicted) == (sum(own), sum(called))
+        assert one.recall == pytest.approx(hits / sum(own))
+        assert one.precision == pytest.approx(hits / sum(called))
+        clean = scores.nan_to_num(0.0)
+        others = clean[:, [k for k in range(3) if k != one.label]].amax(1)
+        assert one.auroc == pytest.approx(auroc(clean[:, one.label] - others, torch.tensor(own).long()))
+
+
+def test_data_with_a_test_part_is_read_there_and_said_to_be(folder, tmp_path):
+    torch = pytest.importorskip("torch")
+    for part in ("train", "test"):
+        for name in ("left", "right"):
+            (tmp_path / "split" / part / name).mkdir(parents=True)
+            for file in list((folder / name).iterdir())[: 6 if part == "train" else 2]:
+                (tmp_path / "split" / part / name / file.name).write_bytes(file.read_bytes())
+    data = read_to_train(options(tmp_path / "split"))
+    assert (len(data.train), len(data.test), data.classes) == (12, 4, ("left", "right"))
+    known = Known(data.classes, data.shape)
+    part = read_rows(options(tmp_path / "split"), known, labelled=True)
+    assert part.told == f"4 test samples of {tmp_path / 'split'}"
+    assert torch.equal(part.rows, data.test.rows)
+    np.savez(
+        tmp_path / "s.npz", x_train=np.ones((5, 2)), y_train=[0, 1] * 2 + [0], x_test=np.zeros((3, 2)), y_test=[1] * 3
+    )
+    part = read_rows(options(tmp_path / "s.npz"), Known((0, 1), (2,)), labelled=True)
+    assert (part.told, part.labels.tolist()) == (f"3 test samples of {tmp_path / 's.npz'}", [1, 1, 1])
+    # Held-out images are those that training leaves out, in its order.
+    whole = read_to_train(options(folder))
+    held_out = read_rows(options(folder), Known(whole.classes, whole.shape), labelled=True, held_out=True)
+    assert torch.equal(held_out.rows, whole.test.rows)
+    assert torch.equal(held_out.labels, whole.test.labels)
