@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -22,11 +21,9 @@ from statistics import fmean, stdev
 from typing import Any
 
 import torch
+from defaults import problem, score, wrapped
 from tabulate import tabulate
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.defaults import problem, score, wrapped
 from clipless_dp import fit
 from clipless_dp.architectures.small import two_hidden_layers
 from clipless_dp.optim import AdamBC
