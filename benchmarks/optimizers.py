@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from defaults import problem, score, wrapped
 from tabulate import tabulate
+from torch import nn
 
 from clipless_dp import fit
 from clipless_dp.architectures.small import two_hidden_layers
@@ -50,12 +52,16 @@ RULES: dict[str, tuple[tuple[float, ...], Any]] = {
 }
 
 
+def _flat(shape: tuple[int, ...], outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), two_hidden_layers((math.prod(shape),), outputs))
+
+
 def trained(name: str, folder: Path, epsilon: float, rule: str, lr: float, seed: int) -> tuple[float, float]:
     """Scores on held-out rows and on test rows."""
     torch.set_num_threads(1)
     given = problem(name, folder)
     if name == "mnist":
-        given = replace(given, network=two_hidden_layers)
+        given = replace(given, network=_flat)
     torch.manual_seed(seed)
     model = wrapped("gradient_gated", given)
     settings = {**given.tuned, **RULES[rule][1](lr)}
