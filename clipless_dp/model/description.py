@@ -119,7 +119,9 @@ def _as_first(now: Any, first: Any, own: bool = False) -> Any:
         alike = isinstance(first, (tuple, list)) and len(first) == len(now)
         if own and not alike:
             return UNTOLD
-        return tuple(_as_first(one, then, own) for one, then in zip(now, first if alike else [_NEW] * len(now), strict=True))
+        return tuple(
+            _as_first(one, then, own) for one, then in zip(now, first if alike else [_NEW] * len(now), strict=True)
+        )
     return now if not own or (type(now) is type(first) and _agree(first, now)) else UNTOLD
 
 

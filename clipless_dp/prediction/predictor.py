@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from accounting.errors import warn_caller
-from clipless_dp.arguments import share, whole
+from clipless_dp.arguments import share, unmasked, whole
 from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, PrivacyWarning
 from clipless_dp.gates.plain import plain_copy
@@ -246,12 +246,20 @@ class Predictor:
             rows = self.encode(rows)
         device, _ = parameter_device_and_dtype(self.net)
         if isinstance(rows, (Mapping, tuple)):
+            for part in rows.values() if isinstance(rows, Mapping) else rows:
+                unmasked("rows", part)
             return rows
         if not isinstance(rows, Tensor):
+            unmasked("rows", rows)
             try:
                 rows = torch.as_tensor(np.asarray(rows))
             except (TypeError, ValueError) as error:
                 raise InputError(f"rows must be numbers, got {type(rows).__name__}: {error}") from error
+        if rows.layout != torch.strided or rows.is_nested or rows.is_quantized or rows.is_meta:
+            raise InputError(
+                f"rows must be a dense tensor of numbers, got one of layout {rows.layout} on {rows.device}: "
+                "rows.to_dense(), or padded"
+            )
         return rows.to(device, self.dtype if rows.is_floating_point() else None)
 
 
