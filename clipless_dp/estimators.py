@@ -93,8 +93,7 @@ class _Private(BaseEstimator):  # type: ignore[misc]
         try:
             yield
         except BaseException:
-            vars(self).clear()
-            vars(self).update(before)
+            self.__dict__ = before
             raise
 
     def _asked(self, groups: Any) -> dict[str, Any]:

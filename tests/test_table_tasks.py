@@ -227,10 +227,14 @@ def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
         ({"target_range": (1.0, 0.0)}, "the lower first"),
         ({"target_range": (0.0, math.inf)}, "finite"),
         ({"target_range": 3.0}, "two numbers"),
+        ({"target_range": (-1e308, 1e308)}, "other units"),
+        ({"target_range": (0.0, 1e300)}, "other units"),
+        ({"target_range": (0.0, 1e-320)}, "other units"),
         ({"target_range": (0.0, 1.0), "classes": (0, 1)}, "neither classes nor balance"),
         ({"encoding": "one-hot"}, "must be a TableEncoding"),
     ],
-    ids=["one", "twice", "a word", "lists", "NaN", "balance", "turned", "infinite", "a number", "both", "no encoding"],
+    ids=["one", "twice", "a word", "lists", "NaN", "balance", "turned", "infinite", "a number", "wide", "high",
+         "narrow", "both", "no encoding"],  # fmt: skip
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_spent(
     options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch

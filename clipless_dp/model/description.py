@@ -113,7 +113,7 @@ def _as_first(now: Any, first: Any, own: bool = False) -> Any:
         return {
             name: part if name == "type" else _as_first(part, then.get(name, _NEW), own)
             for name, part in now.items()
-            if not own or name in then
+            if not own or name in then or name == "type"
         }
     if isinstance(now, tuple):
         alike = isinstance(first, (tuple, list)) and len(first) == len(now)

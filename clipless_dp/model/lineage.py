@@ -351,7 +351,9 @@ class Lineage:
             "runs": self.runs,
             "changed": self.changed,
             "bounds": self.bounds.record(),
-            "buffers": None if self._buffers is None else {name: [*one.known] for name, one in self._buffers.items()},
+            "buffers": None
+            if self._buffers is None
+            else {name: [int(value) for value in one.known] for name, one in self._buffers.items()},
             "parameters": {
                 name: {
                     "runs": dict(trace.runs),
@@ -441,7 +443,7 @@ class Lineage:
             sums[name] = known[-1]
             if len(known) > 1 and any(agree(now := _sum(trace, parameter), value) for value in known):
                 sums[name] = now
-        sums.update({name: trace.known[-1] for name, trace in (self._buffers or {}).items() if trace.known})
+        sums.update({name: int(trace.known[-1]) for name, trace in (self._buffers or {}).items() if trace.known})
         return sums or None
 
 
@@ -450,9 +452,9 @@ _lineages: WeakKeyDictionary[nn.Module, Lineage] = WeakKeyDictionary()
 
 def of(model: nn.Module) -> Lineage:
     """The lineage of a wrapped model in this process: of its network, which may be wrapped more than once."""
-    model = getattr(model, "_orig_mod", model)
+    inner: Any = getattr(model, "_orig_mod", model)
     # Of a module of a user's own, what it calls ``net`` is a part.
-    net: nn.Module = model.net if hasattr(type(model), "_placement_of") else model
+    net: nn.Module = inner.net if hasattr(type(inner), "_placement_of") else inner
     lineage = _lineages.get(net)
     if lineage is None:
         lineage = _lineages[net] = Lineage(net)

@@ -42,8 +42,8 @@ DRAWN = {
 """How batches were drawn, the least trustworthy first."""
 
 CHANGED = (
-    "The model's weights are not those that the last recorded step left, or its buffers are not: something else has set "
-    "or trained them since. Unless that read none of the data, the ε shown is not that of this model."
+    "The model's weights are not those that the last recorded step left, or its buffers are not: something else has "
+    "set or trained them since. Unless that read none of the data, the ε shown is not that of this model."
 )
 
 _UNCOVERED = (
