@@ -233,8 +233,22 @@ def test_labels_that_cannot_be_are_refused_before_anything_is_spent(
         ({"target_range": (0.0, 1.0), "classes": (0, 1)}, "neither classes nor balance"),
         ({"encoding": "one-hot"}, "must be a TableEncoding"),
     ],
-    ids=["one", "twice", "a word", "lists", "NaN", "balance", "turned", "infinite", "a number", "wide", "high",
-         "narrow", "both", "no encoding"],  # fmt: skip
+    ids=[
+        "one",
+        "twice",
+        "a word",
+        "lists",
+        "NaN",
+        "balance",
+        "turned",
+        "infinite",
+        "a number",
+        "wide",
+        "high",
+        "narrow",
+        "both",
+        "no encoding",
+    ],
 )
 def test_arguments_out_of_range_are_refused_before_anything_is_spent(
     options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch

@@ -337,7 +337,9 @@ def test_rows_that_are_no_dense_tensor_are_refused_in_words(layout):
 
 @pytest.mark.parametrize("as_list", [False, True])
 @pytest.mark.parametrize(
-    ("odd", "said"), [(None, "missing"), (math.nan, "missing"), (np.ma.masked, "missing"), (1, "several types")], ids=str
+    ("odd", "said"),
+    [(None, "missing"), (math.nan, "missing"), (np.ma.masked, "missing"), (1, "several types")],
+    ids=str,
 )
 def test_labels_of_objects_that_are_missing_or_of_another_type_are_refused_in_words(odd, said, as_list):
     labels = [*["a", "b"] * 39, "a", odd]

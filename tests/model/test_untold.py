@@ -102,7 +102,12 @@ def test_it_is_not_told_after_copies_and_where_the_network_is_wrapped_again(how:
     model = model_of(how)
     made_up = kept_by(model)
     fit(model, DATA, lr=0.5, audit=False, **RUN)
-    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), wrapped(model.net), wrapped(copy.deepcopy(model.net))]
+    others = [
+        copy.deepcopy(model),
+        pickle.loads(pickle.dumps(model)),
+        wrapped(model.net),
+        wrapped(copy.deepcopy(model.net)),
+    ]
     for other in others:
         kept = kept_by(model) - made_up
         assert kept

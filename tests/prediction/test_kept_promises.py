@@ -188,7 +188,8 @@ ODD = [None, -1, "x", [], {}, float("inf"), float("nan"), torch.zeros(2), True, 
 
 
 @pytest.mark.parametrize(
-    "name", ["result", "result_format", "state", "settings", "probe", "link", "outputs", "statement", "epsilon", "delta"]
+    "name",
+    ["result", "result_format", "state", "settings", "probe", "link", "outputs", "statement", "epsilon", "delta"],
 )
 def test_fields_of_a_file_that_hold_something_odd_are_refused_by_its_name(path, tmp_path, name):
     for odd in ODD:
@@ -207,7 +208,7 @@ def test_odd_settings_of_a_table_are_refused_by_the_name_of_its_file(tmp_path):
 
 @pytest.mark.parametrize("norm", [0.5, 1.1, 2.0, 100.0])
 def test_weights_are_not_given_to_a_model_that_projects_samples_elsewhere(path, tmp_path, norm):
-    with pytest.raises(CheckpointError, match="input_norm=1.0"):
+    with pytest.raises(CheckpointError, match=r"input_norm=1\.0"):
         load(path, net=build(1, norm))
     for odd in (-1.0, 0.0, "1", float("nan"), float("inf"), True, 1.0 + 1e-3):
         with pytest.raises(CheckpointError):
