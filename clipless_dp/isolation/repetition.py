@@ -130,7 +130,7 @@ def _bits(value: Tensor) -> Any:
 
     Of all bytes on a CPU, and up to 64 KiB elsewhere. Above, of sums over the rows and the columns of a table of the
     bytes, 8 of them as an integer, modulo 2⁶⁴, so that no more than these is read from an accelerator: in each row bits
-    are mixed, and columns weighed by odd numbers, so that the order shows. Of a sparse tensor the tensors that it is of.
+    are mixed, and columns weighed by odd numbers, so that the order shows. Of a sparse tensor those that it is made of.
     """
     about = value.dtype, value.device, value.layout, tuple(value.shape)
     if value.device.type == "meta":

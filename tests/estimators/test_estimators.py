@@ -311,7 +311,7 @@ def test_what_lies_under_a_mask_is_read_by_no_way():
     zeros = np.array([0, 1] * 40)
     model = PrivateClassifier(**QUICK).fit(masked(ROWS), masked(zeros))
     covered = masked(ROWS, (3, 1))
-    under = [covered, [*covered], ROWS.tolist()[:-1] + [covered[3]]]
+    under = [covered, [*covered], [*ROWS.tolist()[:-1], covered[3]]]
     for rows in under:
         with pytest.raises(InputError, match="masked"):
             PrivateClassifier(**QUICK).fit(rows, zeros)
