@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from accounting import Accountant
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, InputError
 
 LARGEST_COUNT = 10**15
 """Whole numbers up to here are exact in float64, which counts of samples, rows and steps are computed in."""
@@ -145,6 +145,21 @@ def seed(name: str, value: object) -> int | None:
         ConfigurationError: it is anything else.
     """
     return None if value is None else whole(name, value, None, None)
+
+
+def unmasked(name: str, value: Any) -> Any:
+    """An array, or a list of such, that numpy's masks cover nothing of: what is under a mask is no number of anybody's.
+
+    Raises:
+        InputError: a mask covers some of it.
+    """
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    if any(isinstance(one, np.ma.MaskedArray) and np.ma.is_masked(one) for one in listed):
+        raise InputError(
+            f"some {name} are masked, and what is under the mask would be read: fill them (rows.filled(np.nan) where "
+            "cells may be missing), or leave them out"
+        )
+    return value
 
 
 def flag(name: str, value: object) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,13 @@ from sklearn.utils.validation import check_array, check_consistent_length, check
 from torch import Tensor
 
 from clipless_dp import presets
+from clipless_dp.arguments import unmasked
 from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 from clipless_dp.loading import rebuilt
 from clipless_dp.prediction import Content, Predictor
+from clipless_dp.sampling.cells import is_missing
 from clipless_dp.statement import PrivacyStatement
 from clipless_dp.tables import TableModel, fit_table
 
@@ -46,6 +49,7 @@ class _Private(BaseEstimator):  # type: ignore[misc]
             return X
         if isinstance(X, Tensor):
             X = X.detach().cpu()
+        unmasked("rows", X)
         if len(getattr(X, "shape", None) or np.asarray(X).shape) > 2:
             return self._images(X, reset=reset)
         known = {} if reset else {"reset": False}
@@ -82,6 +86,16 @@ class _Private(BaseEstimator):  # type: ignore[misc]
             raise InputError(f"expected images of shape {getattr(self, 'shape_', None)}, got {tuple(found.shape[1:])}")
         return found
 
+    @contextmanager
+    def _as_it_was(self) -> Iterator[None]:
+        """What is known of the data and the last fit stays so where another one fails."""
+        before = dict(vars(self))
+        try:
+            yield
+        except BaseException:
+            self.__dict__ = before
+            raise
+
     def _asked(self, groups: Any) -> dict[str, Any]:
         """Arguments of ``fit_table``, or of a preset."""
         named = ("epsilon", "delta", "dataset_size", "accountant", "noise", "reproducible_seed")
@@ -103,7 +117,12 @@ class _Private(BaseEstimator):  # type: ignore[misc]
     def _take(self, result: presets.Trained | TableModel, predictor: Predictor) -> None:
         self.__dict__.pop("_content", None)
         self.result_, self.predictor_ = result, predictor
-        self.epsilon_, self.delta_ = result.result.epsilon, result.result.delta
+        self.delta_ = result.result.delta
+
+    @property
+    def epsilon_(self) -> float:
+        """ε spent by now on what predicts, an upper bound: see :class:`clipless_dp.prediction.Predictor`."""
+        return self._known().epsilon
 
     def _known(self) -> Predictor:
         check_is_fitted(self, "predictor_")
@@ -175,7 +194,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         delta: target δ.
         classes: all labels there can be, *public*: which labels occur tells who has a rare one. ``None``: 0 and 1.
             ``"from y"`` says that the labels that occur are public.
-        threshold: of two classes, the probability above which the second is predicted.
+        threshold: of two classes, the probability above which the second is predicted, as it is when ``fit`` is called.
         encoding: how the columns of a data frame become numbers.
         balance: of tables, see :func:`clipless_dp.tables.fit_table`.
         cosines: of tables, the number of random features.
@@ -189,7 +208,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
 
     Attributes:
         classes_: the labels, in the order of the probabilities.
-        epsilon_: spent by the last ``fit``, an upper bound.
+        epsilon_: spent on what predicts, an upper bound: by the last ``fit``, and whatever trained on since.
         delta_: the δ that it holds at.
         n_features_in_: numbers of a row, or of an image.
         feature_names_in_: of a data frame.
@@ -244,11 +263,13 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         Guarantee:
             That of :func:`clipless_dp.tables.fit_table`, or of :meth:`clipless_dp.presets.Preset.fit`.
         """
+        with self._as_it_was():
+            return self._fit(X, y, groups)
+
+    def _fit(self, X: Any, y: Any, groups: Any) -> PrivateClassifier:
         rows = self._rows(X, reset=True)
         check_consistent_length(X, y)
-        if isinstance(y, (list, tuple)) and len({np.asarray(label).dtype.kind for label in y}) > 1:
-            # Of a list numpy makes the type that holds all: one label would say what every other is.
-            raise InputError("labels are of several types (text, whole numbers, others): give all of one type")
+        _require_labels(y)
         labels = column_or_1d(y, warn=True)
         check_classification_targets(labels)
         classes = self._classes(labels)
@@ -268,12 +289,16 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
             result = preset.fit((rows.float(), targets), outputs=len(classes), **{**asked, "batch_size": batch})
         self.classes_ = np.asarray(classes)
         self._labelled = preset is not None
-        self._take(result, result.predictor(**self._labels()))
+        self._take(result, result.predictor(threshold=self.threshold, **self._names()))
         return self
 
     def _labels(self) -> dict[str, Any]:
+        # Of the fit: what is set afterwards is of the next one.
+        return {"threshold": self._known().threshold, **self._names()}
+
+    def _names(self) -> dict[str, Any]:
         # A table knows its labels.
-        return {"threshold": self.threshold, **({"classes": self.classes_.tolist()} if self._labelled else {})}
+        return {"classes": self.classes_.tolist()} if self._labelled else {}
 
     def _preset(self, rows: Any) -> presets.Preset | None:
         """That was asked for, or that images have; ``None`` of tables."""
@@ -328,6 +353,22 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         chosen = [place[label] for label in predictor.predict(self._rows(X, reset=False))]
         found: NDArray[Any] = self.classes_[chosen]
         return found
+
+
+def _require_labels(y: Any) -> None:
+    """Refuses labels that are missing, and such that numpy would make one type of: one would say what all others are.
+
+    Raises:
+        InputError: there are some.
+    """
+    unmasked("labels", y)
+    if not isinstance(y, (list, tuple)):
+        found = np.asarray(y)
+        y = found.reshape(-1).tolist() if found.dtype == object else []
+    if any(is_missing(label) for label in y):
+        raise InputError("labels are missing (None, NaN, NA): leave out the rows that have none")
+    if len({np.asarray(label).dtype.kind for label in y}) > 1:
+        raise InputError("labels are of several types (text, whole numbers, others): give all of one type")
 
 
 def _read(labels: NDArray[Any], classes: tuple[Any, ...]) -> Any:
@@ -391,12 +432,17 @@ class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
         Guarantee:
             That of :func:`clipless_dp.tables.fit_table`.
         """
+        with self._as_it_was():
+            return self._fit(X, y, groups)
+
+    def _fit(self, X: Any, y: Any, groups: Any) -> PrivateRegressor:
         rows = self._rows(X, reset=True)
         if isinstance(rows, Tensor) and rows.dim() > 2:
             raise InputError("a regression is of rows (N, columns): compute features of images first")
         check_consistent_length(X, y)
         if y is None:
             raise InputError("PrivateRegressor requires y to be passed, but the target y is None")
+        unmasked("targets", y)
         if self.target_range is None:
             raise ConfigurationError("target_range=(low, high), the public range of targets, is missing")
         if np.asarray(y).dtype.kind in "OUS" and not _are_numbers(y):

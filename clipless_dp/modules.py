@@ -69,6 +69,45 @@ def has_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
+def buffers_of(net: nn.Module) -> dict[str, Tensor]:
+    """The buffers that files of a network hold, by name."""
+    found: dict[str, Tensor] = {}
+    if not any(module._buffers for module in modules_of(net)):
+        # Every step asks.
+        return found
+    for path, module in net.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{path}.{name}".lstrip(".")] = buffer
+    return found
+
+
+def bits_of(value: Tensor) -> int:
+    """128 bits of a hash of a tensor's numbers and shape, the same in every layout in memory and on every device."""
+    found = hashlib.blake2b(f"{value.dtype} {tuple(value.shape)} {value.layout}".encode(), digest_size=16)
+    if value.device.type != "meta":
+        for part in parts_of(value.detach()):
+            held = part.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
+            found.update(held.view(torch.uint8).numpy().data)
+    return int.from_bytes(found.digest(), "little")
+
+
+def parts_of(value: Tensor) -> list[Tensor]:
+    """The tensors that hold a tensor's numbers, and where these are."""
+    if value.is_quantized:
+        return [value.int_repr()]
+    if value.is_nested:
+        return [part for one in value.unbind() for part in parts_of(one)]
+    if value.layout == torch.sparse_coo:
+        # Of one that is not coalesced the parts as they are, which is more than its numbers tell.
+        return [value._indices(), value._values()]
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [value.crow_indices(), value.col_indices(), value.values()]
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [value.ccol_indices(), value.row_indices(), value.values()]
+    return [value if value.layout == torch.strided else value.to_dense()]
+
+
 def parameter_device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a network's parameters.
 

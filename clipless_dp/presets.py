@@ -32,16 +32,16 @@ from clipless_dp.arguments import share
 from clipless_dp.errors import CheckpointError, CliplessError, ConfigurationError
 from clipless_dp.features import FrozenFeatures, GroupedScattering, MirroredScattering, OpponentColours
 from clipless_dp.graph import gated, gradient_gated
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.modules import state_of
-from clipless_dp.prediction import Content, Predictor, Predicts, Probe, Whole, content_of, rebuilt
+from clipless_dp.prediction import ODD, Content, Predictor, Predicts, Probe, Whole, content_of, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.people import ROWS_PER_GROUP, column_of, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, private_moments
 from clipless_dp.training import Data, FitResult, evaluate, fit
 from clipless_dp.training.groups import require_known
-from clipless_dp.training.result import PROBES, predictor_of
+from clipless_dp.training.result import PROBES, bounded, predictor_of, require_same_norm
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Trained(Predicts):
             "shape": list(self.shape),
             "behind": list(self.model.input_shape),
             "outputs": math.prod(self.model.output_shape),
+            "input_norm": bounded(self.model.input_norm),
             "directions": None if change is None else change.directions,
         }
         made_up = torch.rand(PROBES, *self.shape, generator=torch.Generator().manual_seed(0))
@@ -278,6 +279,8 @@ class Preset:
             validation=held_out,
             **self.arguments(size, **changes),
         )
+        if isinstance(change, nn.Module):
+            lineage.of(model).goes_with(change)
         return Trained(model, result, prepare, self, tuple(inputs.shape[1:]), change)
 
     def arguments(self, dataset_size: int, /, **changes: Any) -> dict[str, Any]:
@@ -322,7 +325,7 @@ def loaded_preset(content: Content, preset: Preset | None = None) -> Predictor:
         behind, outputs = tuple(map(int, settings["behind"])), int(settings["outputs"])
         state = dict(content.state)
         change = None if directions is None else WithoutMean(state.pop("mean"), directions=bool(directions))
-    except (KeyError, TypeError, ValueError) as error:
+    except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     if preset is None and name not in PRESETS:
         raise CheckpointError(
@@ -336,12 +339,17 @@ def loaded_preset(content: Content, preset: Preset | None = None) -> Predictor:
 
     model = known.model(behind, outputs)
     state = {key.removeprefix("model."): value for key, value in state.items()}
+    if "input_norm" in settings:
+        require_same_norm(content, model)
     try:
         front = known.before(tuple(map(int, settings["shape"])), change)
-    except (KeyError, TypeError, ValueError) as error:
+    except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     whole = Whole(prepare, model, front)
-    return rebuilt(replace(content, state=state), whole, model.net, dtype=model.device_and_dtype()[1])
+    found = rebuilt(replace(content, state=state), whole, model.net, dtype=model.device_and_dtype()[1])
+    if change is not None:
+        lineage.of(whole).goes_with(change)
+    return found
 
 
 def _root_of_entries(shape: Shape) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.modules import parts_of
 
 ELSEWHERE = (
     "a part of the network that is computed again (torch.utils.checkpoint) reads a value of the sample from elsewhere "
@@ -23,7 +24,7 @@ _CHANGED = (
     "it reads (buffers, attributes, counters, other tensors and numbers) must stay as it is between a forward pass and "
     "its backward pass: change it between steps, or leave checkpointing out there"
 )
-_EXACT, _COLUMNS = 1 << 16, 1 << 10
+_EXACT, _COLUMNS, _ODD = 1 << 16, 1 << 10, -7046029254386353131
 
 
 def changed(how: str) -> PrivacyError:
@@ -125,33 +126,37 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _bits(value: Tensor) -> Any:
-    """Tells a tensor that all samples share from others, by what it holds.
+    """Tells a tensor that all samples share from others, by what it holds: a hash of 128 bits.
 
-    Up to 64 KiB by its bytes. Above by the sums of each row and of each column of a table of its bytes, 8 of them as an
-    integer, modulo 2⁶⁴: a sum over a row and one over a column change with any one entry, and no more than that is read
-    from an accelerator. All up to collisions of a 128-bit hash.
+    Of all bytes on a CPU, and up to 64 KiB elsewhere. Above, of sums over the rows and the columns of a table of the
+    bytes, 8 of them as an integer, modulo 2⁶⁴, so that no more than these is read from an accelerator: in each row bits
+    are mixed, and columns weighed by odd numbers, so that the order shows. Of a sparse tensor those that it is made of.
     """
-    about = value.dtype, value.device, tuple(value.shape)
+    about = value.dtype, value.device, value.layout, tuple(value.shape)
     if value.device.type == "meta":
         return about
-    if value.layout != torch.strided or value.is_quantized:
-        # Its entries are in tensors of their own.
-        return *about, value._version, id(value)
     with torch.no_grad():
-        flat = value.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        if flat.element_size() * flat.storage_offset() % 8:
-            flat = flat.clone()
-        told = _sums(flat.view(torch.uint8))
+        told = [part for one in parts_of(value.detach()) for part in _summary(one)]
     return *about, hashlib.blake2b(b"".join(part.cpu().numpy().tobytes() for part in told), digest_size=16).digest()
 
 
+def _summary(value: Tensor) -> list[Tensor]:
+    flat = value.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    if flat.device.type == "cpu" or flat.element_size() * flat.numel() <= _EXACT:
+        return [flat.view(torch.uint8)]
+    if flat.element_size() * flat.storage_offset() % 8:
+        flat = flat.clone()
+    return _sums(flat.view(torch.uint8))
+
+
 def _sums(octets: Tensor) -> list[Tensor]:
-    if len(octets) <= _EXACT:
-        return [octets]
     size = 8 * _COLUMNS
     whole = len(octets) - len(octets) % size
     table = octets[:whole].view(torch.int64).view(-1, _COLUMNS)
-    return [table.sum(0), table.sum(1), octets[whole:]]
+    # Numbers such as 1.0 have zeros below, which a product would leave there.
+    mixed = (table ^ (table >> 32)) * _ODD
+    mixed = (mixed ^ (mixed >> 29)) * ((2 * torch.arange(_COLUMNS, device=octets.device) + 1) * _ODD)
+    return [table.sum(0), mixed.sum(1), octets[whole:]]
 
 
 def _told(function: Any) -> str:

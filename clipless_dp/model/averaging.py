@@ -57,7 +57,7 @@ class WeightAverage:
         named = dict(self.model.net.named_parameters())
         known = lineage.of(self.model)
         # Of weights that no optimizer has seen nobody knows where they come from.
-        self._counted = self._counted and known.started and known.unchanged(named, quick=True)
+        self._counted = self._counted and known.started and known.unchanged(named, quick=True, buffers=False)
         self._enter(known.runs)
         for name, parameter in named.items():
             average = self._average.get(name)
@@ -82,7 +82,7 @@ class WeightAverage:
         named = dict(self.model.net.named_parameters())
         replaced = {name: parameter.detach().clone() for name, parameter in named.items()}
         # An average of weights that steps left is as well counted as they are.
-        counted = self._counted and lineage.of(self.model).unchanged(named)
+        counted = self._counted and lineage.of(self.model).unchanged(named, buffers=False)
         for name, average in self._average.items():
             named[name].copy_(average)
         if self._average:
@@ -98,7 +98,7 @@ class WeightAverage:
         """The model holds the projected average within, and its own weights again, bit by bit, behind."""
         self.model.placement.reshard_()
         named = dict(self.model.net.named_parameters())
-        counted = lineage.of(self.model).unchanged(named)
+        counted = lineage.of(self.model).unchanged(named, buffers=False)
         replaced = self.apply_()
         try:
             yield

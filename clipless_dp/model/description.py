@@ -1,4 +1,9 @@
-"""What a model's bounds rest on besides its weights, as plain values that states hold, and where two of them differ."""
+"""What a model's bounds rest on besides its weights, as plain values that states hold, and where two of them differ.
+
+States and statements are published, and are no place for what a layer has kept of samples. So of objects that are none
+of this package's or torch's a value is told as long as it is what it was when the network was first wrapped, before any
+pass of private rows; of one that has changed since, that it has.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +30,108 @@ _SHOWN = 4
 """Parts of a tuple up to which all of it is shown."""
 
 
+UNTOLD = "not told, as it has changed since the network was wrapped"
+"""In place of the value of an attribute of a user's own."""
+
+_FIRST = "__clipless_dp_first"
+"""Where a layer of a user's own holds what was told of it first: its copies, and networks that it is in, have it."""
+
+
+class _Own(dict[str, Any]):
+    """The attributes of an object of a user's own."""
+
+
 def settings_of(model: Any) -> dict[str, Any]:
     """What a model's bounds rest on besides its weights: caps, loss, constraints and layers, as plain values.
 
     Of an object all attributes, private ones too, since bounds do not ask what a name begins with; but of torch's own
-    layers the public ones.
+    layers the public ones. Of objects of a user's own :data:`UNTOLD` in place of what has changed since they were
+    wrapped.
     """
+    objects = _objects(model)
+    first = vars(model).get("_first", objects)
+    layers = {".".join(leaf.path): leaf.module for leaf in model._watch.leaves}
     return {
         "input_norm": float(model.input_norm),
         **({} if model.packing is None else {"inputs": model.packing.described()}),
+        **{name: _as_first(part, first[name]) for name, part in objects.items()},
+        "layers": {path: _layer_as_first(module) for path, module in layers.items()},
+    }
+
+
+def make_room(net: nn.Module) -> None:
+    """Gives modules of a user's own a place for what is told of them first; before their attributes are noted."""
+    for module in net.modules():
+        if not _is_known(kind_of(module)):
+            vars(module).setdefault(_FIRST, None)
+
+
+def remember(model: Any) -> None:
+    """Notes what is told of a model that was just wrapped; of layers that were before, what was told then stays."""
+    model._first = _objects(model)
+    for module in model.net.modules():
+        if vars(module).get(_FIRST, _NEW) is None:
+            vars(module)[_FIRST] = _of_layer(module)
+
+
+def forget(model: Any) -> None:
+    """Nothing says what objects of a user's own were when the model was wrapped: it was by a former version."""
+    model.__dict__.setdefault("_first", {"loss": {}, "constraints": {}})
+    for module in model.net.modules():
+        if vars(module).get(_FIRST, _NEW) is None:
+            vars(module)[_FIRST] = {}
+
+
+def _layer_as_first(module: nn.Module) -> Any:
+    now = _of_layer(module)
+    first = vars(module).get(_FIRST)
+    return _as_first(now, now if first is None else first)
+
+
+def _objects(model: Any) -> dict[str, Any]:
+    return {
         "loss": _parts(model.loss_function),
         "constraints": {name: _parts(constraint) for name, constraint in model.constraints.items()},
-        "layers": {".".join(leaf.path): _of_layer(leaf.module) for leaf in model._watch.leaves},
     }
+
+
+_NEW = object()
+"""In place of what was told first of something that was not there."""
+
+
+def _as_first(now: Any, first: Any, own: bool = False) -> Any:
+    """Plain values: of objects of a user's own those that are what was told first.
+
+    Args:
+        now: what is told.
+        first: what was told first, at the same place.
+        own: whether it is of an object of a user's own.
+    """
+    own = own or isinstance(now, _Own)
+    if isinstance(now, dict):
+        then = first if isinstance(first, dict) else {}
+        return {
+            name: part if name == "type" else _as_first(part, then.get(name, _NEW), own)
+            for name, part in now.items()
+            if not own or name in then or name == "type"
+        }
+    if isinstance(now, tuple):
+        alike = isinstance(first, (tuple, list)) and len(first) == len(now)
+        if own and not alike:
+            return UNTOLD
+        return tuple(
+            _as_first(one, then, own) for one, then in zip(now, first if alike else [_NEW] * len(now), strict=True)
+        )
+    return now if not own or (type(now) is type(first) and _agree(first, now)) else UNTOLD
+
+
+def _is_known(kind: Any) -> bool:
+    return _package(kind) in ("clipless_dp", "torch")
+
+
+def without_untold(lines: list[str]) -> list[str]:
+    """Differences in words, less those of values that neither side tells: they refuse nothing."""
+    return [line for line in lines if not line.endswith(UNTOLD)]
 
 
 def differences(there: Any, here: Any, place: str = "") -> list[str]:
@@ -52,6 +146,8 @@ def differences(there: Any, here: Any, place: str = "") -> list[str]:
         ]
     if _agree(there, here):
         return []
+    if UNTOLD in (there, here):
+        return [f"{place}: {UNTOLD}"]
     if isinstance(there, tuple) and isinstance(here, tuple) and len(there) == len(here) > _SHOWN:
         there, here = next((one, other) for one, other in zip(there, here, strict=True) if not _agree(one, other))
         return [f"{place}: {there!r} there, {here!r} here, and maybe more"]
@@ -91,13 +187,16 @@ def _of_layer(module: nn.Module) -> dict[str, Any]:
         return {**_parts(module), **told}
     hidden = _package(kind) == "torch"
     plain = {name: _plain(value) for name, value in _attributes(module) if _is_plain(value)}
-    return {**{name: value for name, value in plain.items() if not (hidden and name[0] == "_")}, **told}
+    if hidden:
+        return {**{name: value for name, value in plain.items() if name[0] != "_"}, **told}
+    return _Own({**plain, **told})
 
 
 def _parts(value: Any, depth: int = _DEPTH) -> dict[str, Any]:
     """An object's type and attributes."""
     parts = {name: _plain(part, depth - 1) for name, part in _attributes(value)}
-    return {**parts, "type": type(value).__qualname__}
+    told = {**parts, "type": type(value).__qualname__}
+    return told if _is_known(type(value)) else _Own(told)
 
 
 def _attributes(value: Any) -> Iterator[tuple[str, Any]]:

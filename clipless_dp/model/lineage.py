@@ -1,7 +1,8 @@
 """Where a model's weights come from: the runs that took private steps on them, and what the last step left.
 
 Weights that something else has changed since (training without privacy, a step of the base optimizer itself, a file
-that was loaded) are not those that a ledger is about. Nothing prevents that, but it is seen.
+that was loaded) are not those that a ledger is about, and nor are other buffers: these are in every file of the model.
+Nothing prevents that, but it is seen.
 """
 
 from __future__ import annotations
@@ -13,27 +14,30 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from torch import Tensor, nn
 
+from clipless_dp.distributed.placement import local
 from clipless_dp.model.bounds_taken import BoundsTaken
 from clipless_dp.model.sums import Mark, Numbers, Sums, agree
-from clipless_dp.modules import parameters_of
+from clipless_dp.modules import bits_of, buffers_of, parameters_of
 
 Bits = dict[str, int]
-"""For each parameter by name two sums of its bit patterns in one number, the same in every layout and on every device.
+"""For each parameter by name two sums of its bit patterns in one number, the same in every layout and on every device;
+for each buffer that files hold a hash of its own.
 
-States of before hold the first of them alone, which does not see the order.
+States of before hold the first of the sums alone, which does not see the order, and no buffers.
 """
 
 
 @dataclass
 class _Trace:
-    """What is known of one parameter, whichever networks it is in.
+    """What is known of one parameter, or buffer, whichever networks it is in.
 
     Attributes:
         runs: how many private steps of each run its values come from; not changed in place, so that many may share it.
         changed: before how many steps weights were not those that a step had left.
-        known: sums of the values that a step left; of several, each is as good.
+        known: sums (of buffers, hashes) of the values that a step left; of several, each is as good.
         counted: whether they are those of a step, and not the first ones.
         mark: of the last of them.
         numbers: where they lie.
@@ -43,7 +47,7 @@ class _Trace:
     changed: int = 0
     known: list[Sums | int] = field(default_factory=list)
     counted: bool = False
-    mark: Mark | None = None
+    mark: Mark | tuple[int, int] | None = None
     numbers: Numbers | None = None
 
     def found(self, parameter: nn.Parameter) -> Numbers:
@@ -99,6 +103,27 @@ def _hang(trace: _Trace, parameter: Tensor) -> None:
     setattr(parameter, _Held.NAME, _Held(parameter, trace))
 
 
+def _is_followed(trace: _Trace, buffer: Tensor, *, quick: bool) -> bool:
+    if quick and _known_of(buffer) is trace and trace.mark is not None and trace.mark == _mark_of(buffer):
+        return True
+    return bits_of(local(buffer)) in trace.known
+
+
+def _mark_of(buffer: Tensor) -> tuple[int, int] | None:
+    """What tells, without a look at the numbers, that a buffer may have changed; ``None`` where nothing does."""
+    return None if buffer.is_inference() else (buffer._version, local(buffer).data_ptr())
+
+
+def _followed(buffer: Tensor) -> _Trace:
+    """What is known of a buffer, where it is as that says; as it is now, where not."""
+    trace = _known_of(buffer)
+    strided = buffer.layout == torch.strided and not buffer.is_nested
+    if trace is None or trace.mark is None or trace.mark != _mark_of(buffer):
+        trace = _Trace(known=[bits_of(local(buffer))], mark=_mark_of(buffer) if strided else None)
+        _hang(trace, buffer)
+    return trace
+
+
 def _sum(trace: _Trace, parameter: nn.Parameter) -> int:
     return int(trace.found(parameter).sums())
 
@@ -145,9 +170,16 @@ class Lineage:
         self._changed = 0
         # The parameters that a step left here, and what is known of them: others may take their places.
         self._names: dict[str, tuple[int, _Trace]] = {}
+        self._buffers: dict[str, _Trace] | None = None
+        self._beside: list[ref[nn.Module]] = []
         self._loaded: tuple[Bits | None, Mapping[str, int]] = {}, {}
         # The parameters that runs were found of, when, and these.
         self._found: tuple[list[nn.Parameter], int, dict[str, int]] | None = None
+
+    def named(self) -> dict[str, nn.Parameter]:
+        """The network's parameters."""
+        net = self._net()
+        return {} if net is None else dict(net.named_parameters())
 
     def _parameters(self) -> list[nn.Parameter]:
         net = self._net()
@@ -192,6 +224,26 @@ class Lineage:
             if not trace.known:
                 _settle(trace, parameter, counted=False)
         self._hold(named)
+        self.start_buffers()
+
+    def start_buffers(self) -> None:
+        """These are the first buffers that are seen here; what is known of some from elsewhere stays so."""
+        net = self._net()
+        if self._buffers is None and net is not None:
+            self._buffers = {
+                name: trace if (trace := _known_of(buffer)) is not None else _followed(buffer)
+                for name, buffer in buffers_of(net).items()
+            }
+
+    def settle_buffers(self) -> None:
+        """These are the buffers that belong to the weights of the last step."""
+        net = self._net()
+        self._buffers = {} if net is None else {name: _followed(one) for name, one in buffers_of(net).items()}
+
+    def goes_with(self, module: nn.Module) -> None:
+        """Statistics that were released before training are in what is published with these weights."""
+        of(module).start_buffers()
+        self._beside.append(ref(module))
 
     def _hold(self, named: Mapping[str, nn.Parameter]) -> None:
         self._names = {name: (id(parameter), _trace_of(parameter)) for name, parameter in named.items()}
@@ -216,7 +268,12 @@ class Lineage:
             for name, parameter in named.items()
         ):
             self._hold(named)
+        self.settle_buffers()
         self._loaded = {}, {}
+
+    def leave(self) -> None:
+        """Weights and buffers are those that a file says that a step left."""
+        self.settle(self.named())
 
     def follow(self, named: Mapping[str, nn.Parameter]) -> None:
         """These weights were computed from those that were known and from counted ones; both are as good."""
@@ -237,6 +294,15 @@ class Lineage:
             elif name in bits:
                 trace.known = [*(trace.known[:2] if trace.counted else []), bits[name]]
                 trace.counted = True
+        buffers = {} if net is None else buffers_of(net)
+        if bits is None or not buffers.keys() <= bits.keys():
+            # Which they are to be, nothing says.
+            self._buffers = None
+        else:
+            here = self._buffers or {}
+            self._buffers = {
+                name: _Trace(known=[*(here[name].known[:2] if name in here else []), bits[name]]) for name in buffers
+            }
 
     def _notice_loaded(self) -> None:
         """Notes the runs of a loaded state once the weights are those of it."""
@@ -246,10 +312,11 @@ class Lineage:
             self.add_runs(runs)
 
     def are(self, bits: Bits) -> bool:
-        """Whether the weights are those of which a state holds these sums."""
+        """Whether the weights are those of which a state holds these sums, whatever the buffers are."""
         net = self._net()
         named = {} if net is None else dict(net.named_parameters())
-        return named.keys() == bits.keys() and all(
+        others = set() if net is None else buffers_of(net).keys()
+        return named.keys() == bits.keys() - others and all(
             agree(_sum(_trace_of(parameter), parameter), bits[name]) for name, parameter in named.items()
         )
 
@@ -284,6 +351,9 @@ class Lineage:
             "runs": self.runs,
             "changed": self.changed,
             "bounds": self.bounds.record(),
+            "buffers": None
+            if self._buffers is None
+            else {name: [int(value) for value in one.known] for name, one in self._buffers.items()},
             "parameters": {
                 name: {
                     "runs": dict(trace.runs),
@@ -309,19 +379,39 @@ class Lineage:
                 trace = _trace_of(named[name])
                 trace.runs, trace.changed = dict(known["runs"]), known["changed"]
                 trace.known, trace.counted = list(known["known"]), known["counted"]
+        if self._buffers is None and record.get("buffers") is not None:
+            self._buffers = {name: _Trace(known=list(known)) for name, known in record["buffers"].items()}
         _note()
 
-    def unchanged(self, named: Mapping[str, nn.Parameter], *, quick: bool = False) -> bool:
+    def unchanged(self, named: Mapping[str, nn.Parameter], *, quick: bool = False, buffers: bool = True) -> bool:
         """Whether the weights are such as a step left; true where nothing is known.
 
         Args:
             named: the network's parameters.
             quick: trust autograd's counters of changes, and some of the entries, where they say that there was none.
+            buffers: whether those that files hold, statistics beside the network included, must be the same too.
         """
         self.keep()
         if self.started and named.keys() != self._names.keys():
             return False
-        return all(self._as_known(name, parameter, quick=quick) for name, parameter in named.items())
+        if not all(self._as_known(name, parameter, quick=quick) for name, parameter in named.items()):
+            return False
+        beside = [of(module) for one in self._beside if (module := one()) is not None]
+        return not buffers or all(known.buffers_unchanged(quick=quick) for known in (self, *beside))
+
+    def is_as_left(self) -> bool:
+        """Whether weights and buffers are those that a step, or a file, left; true where nothing is known."""
+        return self.unchanged(self.named())
+
+    def buffers_unchanged(self, *, quick: bool = False) -> bool:
+        """Whether the buffers that files hold are those that belong to the weights; true where nothing is known."""
+        net = self._net()
+        if net is None or self._buffers is None:
+            return True
+        here = buffers_of(net)
+        return here.keys() == self._buffers.keys() and all(
+            _is_followed(self._buffers[name], buffer, quick=quick) for name, buffer in here.items()
+        )
 
     def _as_known(self, name: str, parameter: nn.Parameter, *, quick: bool) -> bool:
         trace, held = _known_of(parameter), self._names.get(name)
@@ -340,7 +430,7 @@ class Lineage:
         return any(agree(now, int(known)) for known in candidates)
 
     def bits(self) -> Bits | None:
-        """The sums of the weights that the last step left, for a state; ``None`` where they are not known."""
+        """The sums of the weights that the last step left, and of their buffers; ``None`` where they are not known."""
         self.keep()
         net = self._net()
         sums: Bits = {}
@@ -353,6 +443,7 @@ class Lineage:
             sums[name] = known[-1]
             if len(known) > 1 and any(agree(now := _sum(trace, parameter), value) for value in known):
                 sums[name] = now
+        sums.update({name: int(trace.known[-1]) for name, trace in (self._buffers or {}).items() if trace.known})
         return sums or None
 
 
@@ -361,7 +452,9 @@ _lineages: WeakKeyDictionary[nn.Module, Lineage] = WeakKeyDictionary()
 
 def of(model: nn.Module) -> Lineage:
     """The lineage of a wrapped model in this process: of its network, which may be wrapped more than once."""
-    net: nn.Module = getattr(model, "net", model)
+    inner: Any = getattr(model, "_orig_mod", model)
+    # Of a module of a user's own, what it calls ``net`` is a part.
+    net: nn.Module = inner.net if hasattr(type(inner), "_placement_of") else inner
     lineage = _lineages.get(net)
     if lineage is None:
         lineage = _lineages[net] = Lineage(net)

@@ -126,6 +126,7 @@ class DPLipModel(nn.Module):
         self.register = Register(self, net)
         self._trace()
         self._constraints.update(assign(constraint, self._tracker.operators))
+        description.remember(self)
         self.changes = 0
         if flag("rescale", rescale) and self._constraints:
             rescaled(net, self._traced, self._tracker.operators, self._constraints, self.input_shape)
@@ -141,6 +142,7 @@ class DPLipModel(nn.Module):
     def _trace(self) -> None:
         device, dtype = parameter_device_and_dtype(self.net)
         counts = {name: description.integers_of(part) for name, part in self.net.named_modules()}
+        description.make_room(self.net)
         traced = trace(self.net, self.input_shape, device=device, dtype=dtype)
         watch = Watch(self.net, traced, device, dtype)
         checks.refuse_norm(self._input_norm, traced, self._packing)
@@ -678,6 +680,7 @@ class DPLipModel(nn.Module):
         self._count_()
         self.register = Register(self, self.net)
         self._trace()
+        description.forget(self)
         self.settle_()
         if past is not None:
             lineage.of(self).restore(past)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from clipless_dp.statement import PrivacyStatement
 _KIND = "clipless_dp.result"
 RESULT_FORMAT = 1
 _NEEDED = {"made_by", "state", "settings", "probe", "link", "outputs", "classes", "threshold", "statement"}
+
+ODD = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, ConfigurationError)
+"""What reading a file trips over that was altered: whatever is where something else should be."""
 
 _TOLERANCE = 1e-3
 """Of the largest score: other kernels, threads and versions round otherwise, by some 1e-5 in float32; another network,
@@ -56,7 +60,7 @@ class Probe:
         """
         try:
             scores = replace(predictor, encode=None).scores(self.inputs)
-        except (RuntimeError, TypeError, ValueError) as error:
+        except ODD as error:
             raise CheckpointError(f"the network does not run on what {name} holds: {error}") from error
         if scores.dtype != self.scores.dtype:
             raise CheckpointError(
@@ -99,20 +103,21 @@ class Content:
         Raises:
             CheckpointError: it is something else.
         """
-        if values.get("result") != _KIND:
+        if type(values.get("result")) is not str or values["result"] != _KIND:
             raise CheckpointError(
                 f"{name} is a checkpoint that training goes on from, by fit(..., checkpoint={name!r}): what predicts "
                 "is written by result.save(path)"
             )
-        if values.get("result_format") != RESULT_FORMAT:
-            raise CheckpointError(
-                f"{name} has format {values.get('result_format')!r} of results, this version reads {RESULT_FORMAT}"
-            )
+        told = values.get("result_format")
+        if type(told) is not int or told != RESULT_FORMAT:
+            raise CheckpointError(f"{name} has format {told!r:.99} of results, this version reads {RESULT_FORMAT}")
         if lacking := _NEEDED - values.keys():
             raise CheckpointError(f"{name} lacks {sorted(lacking)}")
         for part in ("state", "settings"):
             if not isinstance(values[part], Mapping):
                 raise CheckpointError(f"{name} is altered: its {part} is {type(values[part]).__name__}, no mapping")
+        if not all(type(key) is str and isinstance(value, Tensor) for key, value in values["state"].items()):
+            raise CheckpointError(f"{name} is altered: its state holds something else than tensors by name")
         return cls(name, str(values["made_by"]), values["state"], values["settings"], values)
 
 
@@ -182,30 +187,30 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
     try:
         statement = PrivacyStatement(json.loads(values["statement"]))
         runs = _runs_of(statement.facts)
+        probe = Probe(values["probe"]["inputs"], values["probe"]["scores"])
         predictor = Predictor(
             net,
             Link.read(values["link"]),
-            int(values["outputs"]),
-            Promise(*_bound_of(values["epsilon"], values["delta"]), statement),
+            _outputs_of(values["outputs"], probe),
+            Promise(*_bound_of(values["epsilon"], values["delta"], statement.facts), statement),
             classes=values["classes"],
             threshold=values["threshold"],
-            target_range=None if values["target_range"] is None else tuple(values["target_range"]),
+            target_range=_range_of(values["target_range"]),
             **more,
         )
-        probe = Probe(values["probe"]["inputs"], values["probe"]["scores"])
-    except (AttributeError, KeyError, TypeError, ValueError, ConfigurationError) as error:
+    except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     with _undone(holder):
         try:
             with torch.no_grad():
                 holder.load_state_dict(dict(content.state))
-        except (RuntimeError, TypeError, ValueError) as error:
+        except ODD as error:
             raise CheckpointError(f"the weights of {content.name} do not fit this network: {error}") from error
         probe.require(predictor, content.name)
-    known = lineage.of(holder)
     # Training that goes on from here is another run: its ledger lacks these.
-    known.add_runs(runs)
-    known.settle(dict(holder.named_parameters()))
+    lineage.of(holder).add_runs(runs)
+    for part in (holder, net):
+        lineage.of(part).leave()
     # Made anew, since it counts the runs that are known then.
     return replace(predictor)
 
@@ -224,10 +229,44 @@ def _undone(net: nn.Module) -> Iterator[None]:
         raise
 
 
-def _bound_of(epsilon: Any, delta: Any) -> tuple[float, float]:
-    if not (float(epsilon) >= 0.0 and 0.0 < float(delta) < 1.0):
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ValueError(f"its {name} is of type {type(value).__name__}, no number")
+    return float(value)
+
+
+def _outputs_of(outputs: Any, probe: Probe) -> int:
+    """Scores of one sample, once they are as many as those of the made-up rows."""
+    if type(outputs) is not int or outputs < 1:
+        raise ValueError(f"{outputs!r:.99} scores of a sample")
+    if not (isinstance(probe.inputs, Tensor) and isinstance(probe.scores, Tensor)):
+        raise ValueError("its made-up rows are no tensors")
+    if probe.scores.dim() and len(probe.scores) and outputs != probe.scores[0].numel():
+        raise ValueError(f"{outputs} scores of a sample, {probe.scores[0].numel()} of a made-up row")
+    return outputs
+
+
+def _range_of(found: Any) -> tuple[float, float] | None:
+    if found is None:
+        return None
+    low, high = (_number("target_range", end) for end in found)
+    if not low < high:
+        raise ValueError(f"a range of targets from {low} to {high}")
+    return low, high
+
+
+def _bound_of(epsilon: Any, delta: Any, facts: Mapping[str, Any]) -> tuple[float, float]:
+    """ε and δ, once they are those of the statement beside them."""
+    promised = _number("epsilon", epsilon), _number("delta", delta)
+    if not (promised[0] >= 0.0 and 0.0 < promised[1] < 1.0):
         raise ValueError(f"ε = {epsilon!r} at δ = {delta!r} is no promise")
-    return float(epsilon), float(delta)
+    told = facts["epsilon"]["epsilon"], facts["epsilon"]["delta"]
+    stated = math.inf if told[0] is None else _number("stated epsilon", told[0]), _number("stated delta", told[1])
+    if stated != promised:
+        raise ValueError(
+            f"ε = {promised[0]:g} at δ = {promised[1]:g} beside a statement of ε = {stated[0]:g} at δ = {stated[1]:g}"
+        )
+    return promised
 
 
 def _runs_of(facts: Mapping[str, Any]) -> dict[str, int]:

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import share, whole
+from accounting.errors import warn_caller
+from clipless_dp.arguments import share, unmasked, whole
 from clipless_dp.checkpoint import save_checkpoint
-from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, PrivacyWarning
 from clipless_dp.gates.plain import plain_copy
 from clipless_dp.model import lineage
 from clipless_dp.modules import parameter_device_and_dtype
 from clipless_dp.prediction.links import Link
 from clipless_dp.statement import PrivacyStatement
+from clipless_dp.statement.facts import CHANGED
 
 
 def checked_classes(classes: Any, outputs: int, link: Link) -> tuple[Any, ...] | None:
@@ -74,7 +76,8 @@ class Predictor:
         dtype: of numbers that the network takes; ``None``: any.
         promise: what was promised, or what finds out, and is asked each time: weights may be trained on. The
             properties ``epsilon``, ``delta`` and ``statement`` read it, and raise a :class:`clipless_dp.PrivacyError`
-            where private steps that it does not count were taken on the weights.
+            where private steps that it does not count were taken on the weights. They warn, and the statement says so,
+            where weights or buffers are others than those that it is of.
     """
 
     net: nn.Module
@@ -91,6 +94,7 @@ class Predictor:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_classes(self.classes, self.outputs, self.link))
         object.__setattr__(self, "_runs", lineage.of(self.net).runs)
+        self._start()
         if self.threshold is not None:
             object.__setattr__(self, "threshold", share("threshold", self.threshold, "[0, 1]"))
             of_two = self.link.kind == "logistic" or (self.link.kind == "softmax" and self.outputs == 2)
@@ -98,15 +102,42 @@ class Predictor:
                 raise ConfigurationError("a threshold is of the probability of the second of two classes: leave it out")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "promise": self.promised, "_runs": lineage.of(self.net).runs}
+        promised, known = self.promised, lineage.of(self.net)
+        if not isinstance(self.promise, Promise):
+            # What was changed until now, the promise tells.
+            known.settle_buffers()
+        return {**vars(self), "promise": promised, "_runs": known.runs, "_past": known.record()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        past = state.pop("_past", None)
+        vars(self).update(state)
+        if past is not None:
+            lineage.of(self.net).restore(past)
+        self._start()
+
+    def _start(self) -> None:
+        """From here on weights and buffers are compared with what is known of them."""
+        if isinstance(self.promise, Promise):
+            known = lineage.of(self.net)
+            known.start(known.named())
 
     @property
     def promised(self) -> Promise:
         """ε, δ and statement of one time; each question makes the statement anew where training may go on.
 
+        Warns with :class:`clipless_dp.PrivacyWarning` where weights or buffers are not those that the promise is of:
+        something else has set or trained them since. The statement then has that among its findings.
+
         Raises:
             PrivacyError: private steps were taken on the weights that are not counted.
         """
+        found = self._promised()
+        if not found.statement.is_of_the_weights:
+            warn_caller(f"{CHANGED} Read predictor.statement, and publish it with them", PrivacyWarning)
+        return found
+
+    def _promised(self) -> Promise:
         if not isinstance(self.promise, Promise):
             return self.promise()
         if any(count > self._runs.get(run, 0) for run, count in lineage.of(self.net).runs.items()):
@@ -114,7 +145,9 @@ class Predictor:
                 "private steps were taken on these weights since their promise was made, which it does not count: read "
                 "it from the result of the last training, and give that the first one's accountant"
             )
-        return self.promise
+        if lineage.of(self.net).is_as_left():
+            return self.promise
+        return replace(self.promise, statement=self.promise.statement.of_other_weights())
 
     @property
     def epsilon(self) -> float:
@@ -213,12 +246,20 @@ class Predictor:
             rows = self.encode(rows)
         device, _ = parameter_device_and_dtype(self.net)
         if isinstance(rows, (Mapping, tuple)):
+            for part in rows.values() if isinstance(rows, Mapping) else rows:
+                unmasked("rows", part)
             return rows
         if not isinstance(rows, Tensor):
+            unmasked("rows", rows)
             try:
                 rows = torch.as_tensor(np.asarray(rows))
             except (TypeError, ValueError) as error:
                 raise InputError(f"rows must be numbers, got {type(rows).__name__}: {error}") from error
+        if rows.layout != torch.strided or rows.is_nested or rows.is_quantized or rows.is_meta:
+            raise InputError(
+                f"rows must be a dense tensor of numbers, got one of layout {rows.layout} on {rows.device}: "
+                "rows.to_dense(), or padded"
+            )
         return rows.to(device, self.dtype if rows.is_floating_point() else None)
 
 

@@ -18,7 +18,7 @@ from clipless_dp.checkpoint import check_writable, load_checkpoint, replacing, w
 from clipless_dp.datasets import Split
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.model import DPLipModel
-from clipless_dp.model.description import differences, settings_of
+from clipless_dp.model.description import differences, settings_of, without_untold
 from clipless_dp.robustness import attacks
 from clipless_dp.robustness.counterfactuals import Form, counterfactual
 from clipless_dp.robustness.curves import RADII, Curve, curve, new_figure
@@ -113,7 +113,7 @@ def load_weights(model: DPLipModel, path: Path) -> dict[str, Any]:
     # Loss and constraints decide how weights were found, and not what they compute.
     parts = ("input_norm", "layers")
     theirs = {name: known.get(name) for name in parts} if isinstance(known, dict) else None
-    differing = [] if theirs is None else differences(theirs, {name: here[name] for name in parts})
+    differing = [] if theirs is None else without_untold(differences(theirs, {name: here[name] for name in parts}))
     if differing:
         raise CheckpointError(
             f"{path} belongs to another network ({', '.join(differing[:4])}): give the options that it was trained with"

@@ -41,6 +41,11 @@ DRAWN = {
 }
 """How batches were drawn, the least trustworthy first."""
 
+CHANGED = (
+    "The model's weights are not those that the last recorded step left, or its buffers are not: something else has "
+    "set or trained them since. Unless that read none of the data, the ε shown is not that of this model."
+)
+
 _UNCOVERED = (
     "Choices made by looking at results on this data: hyper-parameters, architecture, which run to keep. Each run that "
     "looked at the data adds to ε, and only the runs in the ledger are counted.",
@@ -279,14 +284,12 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
     """Where the weights may hold more than the ledger counts."""
     weights = facts["weights"]
     if not weights["as_counted"]:
-        yield (
-            "The model's weights are not those that the last recorded step left: something else has set or trained "
-            "them since. Unless that read none of the data, the ε shown is not that of these weights."
-        )
+        yield CHANGED
     if weights["uncounted_changes"]:
         yield (
-            f"Before {weights['uncounted_changes']} of the steps the weights were not those that a step had left: "
-            "something else had set or trained them. Unless that read none of the data, the ε shown is too small."
+            f"Before {weights['uncounted_changes']} of the steps the weights were not those that a step had left, or "
+            "the buffers were not: something else had set or trained them. Unless that read none of the data, the ε "
+            "shown is too small."
         )
     if weights["changed_settings"]:
         yield (

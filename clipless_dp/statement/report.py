@@ -19,7 +19,7 @@ from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
 from clipless_dp.statement.described import check_described
-from clipless_dp.statement.facts import STATEMENT_FORMAT, STATEMENT_KIND, facts_of
+from clipless_dp.statement.facts import CHANGED, STATEMENT_FORMAT, STATEMENT_KIND, facts_of
 from clipless_dp.statement.ledgers import LEDGER_FORMAT, LEDGER_KIND, facts_of_ledger
 from clipless_dp.statement.sections import ABOUT
 
@@ -42,6 +42,18 @@ class PrivacyStatement:
     def findings(self) -> list[str]:
         """What weakens the promise, or should be looked at before relying on it."""
         return list(self.facts["findings"])
+
+    @property
+    def is_of_the_weights(self) -> bool:
+        """Whether the weights, and the buffers, were those that the last recorded step left, when it was made."""
+        weights = self.facts.get("weights")
+        return not isinstance(weights, Mapping) or bool(weights.get("as_counted", True))
+
+    def of_other_weights(self) -> PrivacyStatement:
+        """The same of a model whose weights or buffers something else has changed since."""
+        weights = {**self.facts.get("weights", {}), "as_counted": False}
+        found = [CHANGED, *(line for line in self.facts["findings"] if line != CHANGED)]
+        return PrivacyStatement({**self.facts, "weights": weights, "findings": found})
 
     def signed(self, **about: str | None) -> PrivacyStatement:
         """The same with who states it: a first section of the readable forms, and ``about`` in the facts.

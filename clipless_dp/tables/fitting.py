@@ -17,10 +17,10 @@ from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.features import RandomCosines, TableEncoding
 from clipless_dp.graph import gated
 from clipless_dp.losses import BinaryCrossEntropy, Huber, Loss, TauCrossEntropy
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
-from clipless_dp.prediction import Content, Predictor, rebuilt
+from clipless_dp.prediction import ODD, Content, Predictor, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.people import ROWS_PER_GROUP, People, people_of
 from clipless_dp.sampling.samples import public_size
@@ -156,6 +156,8 @@ def fit_table(
         settings["validation"] = expand(standardise(held_out[0])), start.targets(held_out[1])
     features = expand(standardise(table))
     result = fit(model, (features, start.targets(targets)), epsilon=epsilon, delta=delta, accountant=ledger, **settings)
+    for part in (standardise, expand, start.head):
+        lineage.of(model).goes_with(part)
     net = nn.Sequential(standardise, expand, model.net, start.head)
     notes = _notes(encoding, measured, task)
     if isinstance(task, Numbers):
@@ -278,7 +280,7 @@ def loaded_table(content: Content) -> Predictor:
         if measured:
             standardise.of_numbers = Standardisation.of_state(content.state, "0.of_numbers.")
         layer = gated(nn.Sequential(nn.Linear(columns + expand.cosines, outputs)))
-    except (KeyError, TypeError, ValueError) as error:
+    except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     return rebuilt(content, nn.Sequential(standardise, expand, layer, head), encode=encode)
 

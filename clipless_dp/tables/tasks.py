@@ -18,6 +18,9 @@ from clipless_dp.losses.base import Loss
 from clipless_dp.sampling.cells import Cells, as_numbers, cells_of, is_missing, places_of
 from clipless_dp.statistics import private_fraction, private_moments, private_shares
 
+_LARGEST = 1e30
+"""Of the ends of a range of targets: sums and products of them are float32 numbers, too."""
+
 _GATE = 0.5
 """Of a gradient that is at most 1: rows that are far off count no more than those of even odds."""
 
@@ -156,7 +159,7 @@ class Numbers(Task):
         target_range: its two ends.
 
     Raises:
-        ConfigurationError: they are not two finite numbers, the lower first.
+        ConfigurationError: they are not two finite numbers, the lower first, or float32 does not hold them.
     """
 
     def __init__(self, target_range: tuple[float, float]) -> None:
@@ -166,6 +169,11 @@ class Numbers(Task):
             raise ConfigurationError(f"target_range must be two numbers, got {target_range!r}") from error
         if not (math.isfinite(low) and math.isfinite(high) and low < high):
             raise ConfigurationError(f"target_range must be two finite numbers, the lower first, got {target_range!r}")
+        if max(abs(low), abs(high)) > _LARGEST or high - low < 1.0 / _LARGEST:
+            raise ConfigurationError(
+                f"target_range must lie within {_LARGEST:g} of zero and be wider than {1.0 / _LARGEST:g}, got "
+                f"{target_range!r}: predictions are float32. Give targets in other units"
+            )
         self.target_range = (low, high)
         self.settings = {"target_range": [low, high]}
         self.told = f"Targets: their range, {low:g} to {high:g}, was public; their mean and deviation were charged."

@@ -49,7 +49,7 @@ def train(run: Run, batches: PoissonBatches | StreamedBatches, held_out: Samples
             )
         last_weights = None if run.average is None else run.average.apply_()
         return FitResult(
-            epsilon=run.optimizer.get_epsilon(delta),
+            spent=run.optimizer.get_epsilon(delta),
             delta=delta,
             noise_multiplier=run.settings["noise_multiplier"],
             sample_rate=run.plan.sample_rate,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clipless_dp.audit.gradients import SensitivityAudit
 from clipless_dp.display import Table
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.errors import CheckpointError, ConfigurationError, PrivacyError
 from clipless_dp.gates import BallProjection
 from clipless_dp.model import DPLipModel
 from clipless_dp.modules import parameter_device_and_dtype, state_of
@@ -65,7 +65,7 @@ class FitResult(Predicts):
     """What :func:`clipless_dp.fit` has done.
 
     Attributes:
-        epsilon: spent, an upper bound, under the accountant's neighbouring relation: by default adding or removing one.
+        spent: ε when the run ended; :attr:`epsilon` is what was spent by now.
         delta: the δ it holds for.
         noise_multiplier: ``σ``; with a noise schedule, what its factors multiply.
         sample_rate: ``q``, of each sample, or person.
@@ -80,7 +80,7 @@ class FitResult(Predicts):
             ``model.net.load_state_dict(result.last_weights, strict=False)`` puts them back.
     """
 
-    epsilon: float
+    spent: float
     delta: float
     noise_multiplier: float
     sample_rate: float
@@ -92,6 +92,20 @@ class FitResult(Predicts):
     micro_batch_size: int | None = None
     last_weights: dict[str, Tensor] | None = None
     learning: Learning | None = None
+
+    def __post_init__(self) -> None:
+        self._at = self.optimizer.accountant.ledger.entries, self.spent
+
+    @property
+    def epsilon(self) -> float:
+        """ε spent by now, an upper bound, under the accountant's neighbouring relation: by default adding or removing
+        one. Further steps by :attr:`optimizer`, and all else that its ledger holds by now, are in it."""
+        known, found = self._at
+        entries = self.optimizer.accountant.ledger.entries
+        if entries != known:
+            found = float(self.optimizer.get_epsilon(self.delta))
+            self._at = entries, found
+        return found
 
     def __str__(self) -> str:
         accuracy = self.history[-1].accuracy if self.history else None
@@ -123,8 +137,36 @@ class FitResult(Predicts):
         model = self.optimizer.model
         predictor = predictor_of(self, model, classes=classes, threshold=threshold, notes=notes)
         probe = Probe.of(predictor, model.random_inputs(PROBES, torch.Generator().manual_seed(0)))
-        settings = {"input_norm": model.input_norm if math.isfinite(model.input_norm) else None}
+        settings = {"input_norm": bounded(model.input_norm)}
         return content_of(predictor, "fit", state_of(model.net), settings, probe)
+
+
+def bounded(norm: float) -> float | None:
+    """An input norm for a file; ``None`` where samples stay as they are."""
+    return norm if math.isfinite(norm) else None
+
+
+def _norm_in(content: Content) -> float | None:
+    found = content.settings.get("input_norm")
+    if found is None:
+        return None
+    if type(found) not in (int, float) or not 0.0 < found < math.inf:
+        raise CheckpointError(f"{content.name} is altered: its input_norm is no positive number")
+    return float(found)
+
+
+def require_same_norm(content: Content, model: DPLipModel) -> None:
+    """Refuses a model that projects samples onto another ball than the one that was trained: made-up rows may fit both.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    there, here = _norm_in(content), bounded(model.input_norm)
+    if there != here:
+        raise CheckpointError(
+            f"{content.name} holds the weights of a network that computes something else than this one: it was trained "
+            f"with input_norm={there}, and this one has {here}. Build it as it was for training"
+        )
 
 
 PROBES = 4
@@ -179,14 +221,15 @@ def loaded_fit(content: Content, net: nn.Module) -> Predictor:
 
     Raises:
         ConfigurationError: it is no network.
-        CheckpointError: it is another one.
+        CheckpointError: it is another one, or projects samples onto another ball.
     """
     if not isinstance(net, nn.Module):
         raise ConfigurationError(f"net must be a torch.nn.Module, got {type(net).__name__}")
     if any(parameter.is_meta for parameter in net.parameters()):
         raise ConfigurationError("net has parameters without values, on the meta device: net.to_empty(device='cpu')")
+    norm = _norm_in(content)
     if isinstance(net, DPLipModel):
+        require_same_norm(content, net)
         return rebuilt(content, net, net.net, dtype=net.device_and_dtype()[1])
-    norm = content.settings.get("input_norm")
     whole = net if norm is None else nn.Sequential(BallProjection(norm), net)
     return rebuilt(content, whole, net, dtype=parameter_device_and_dtype(net)[1])

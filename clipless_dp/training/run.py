@@ -21,7 +21,7 @@ from clipless_dp.errors import AuditError, CheckpointError, PrivacyError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.compiled import BatchLoss
-from clipless_dp.model.description import differences, without_counts
+from clipless_dp.model.description import differences, without_counts, without_untold
 from clipless_dp.modules import state_of
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.sampling import People
@@ -227,7 +227,7 @@ class Run:
         if content["format"] < _FORMAT_WITH_MODEL:
             settings = {**{name: self.settings[name] for name in ("relation", "model")}, **settings}
         differing = differences({name: settings.get(name) for name in self.settings}, self.settings)
-        differing = without_counts(differing, self.model.counted)
+        differing = without_untold(without_counts(differing, self.model.counted))
         if differing:
             more = len(differing) - _SHOWN_DIFFERENCES
             listed = ", ".join(differing[:_SHOWN_DIFFERENCES]) + (f", and {more} more" if more > 0 else "")

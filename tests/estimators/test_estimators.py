@@ -20,7 +20,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
 import clipless_dp
-from clipless_dp import CheckpointError, ConfigurationError, InputError, load, presets
+from clipless_dp import CheckpointError, ConfigurationError, InputError, PrivacyWarning, load, presets
 from clipless_dp.datasets import load_dataset
 from clipless_dp.estimators import PrivateClassifier, PrivateRegressor
 from clipless_dp.features import TableEncoding
@@ -258,7 +258,7 @@ def test_the_package_is_imported_without_scikit_learn():
 def test_one_label_of_another_type_does_not_say_what_all_others_are(odd):
     labels = [0, 1] * 10
     model = PrivateClassifier(epsilon=1.0, delta=1e-3, classes=("0", "1"))
-    with pytest.raises(InputError, match="several types"):
+    with pytest.raises(InputError, match="are missing" if odd is None else "several types"):
         model.fit(np.zeros((21, 2)), [*labels, odd])
 
 
@@ -298,3 +298,89 @@ def test_arguments_of_wrong_types_are_refused_in_words_that_quote_no_cell():
 def test_rows_that_require_gradients_are_read_as_others():
     rows = torch.tensor(ROWS, requires_grad=True)
     assert PrivateClassifier(**QUICK).fit(rows, torch.tensor([0, 1] * 40)).predict(rows).shape == (80,)
+
+
+def masked(values, *places):
+    found = np.ma.masked_array(values, mask=np.zeros(np.shape(values), dtype=bool))
+    for place in places:
+        found.mask[place] = True
+    return found
+
+
+def test_what_lies_under_a_mask_is_read_by_no_way():
+    zeros = np.array([0, 1] * 40)
+    model = PrivateClassifier(**QUICK).fit(masked(ROWS), masked(zeros))
+    covered = masked(ROWS, (3, 1))
+    under = [covered, [*covered], [*ROWS.tolist()[:-1], covered[3]]]
+    for rows in under:
+        with pytest.raises(InputError, match="masked"):
+            PrivateClassifier(**QUICK).fit(rows, zeros)
+        with pytest.raises(InputError, match="masked"):
+            model.predict(rows)
+        with pytest.raises(InputError, match="masked"):
+            model.predictor_.predict(rows)
+    with pytest.raises(InputError, match="masked"):
+        PrivateClassifier(**QUICK).fit(ROWS, masked(zeros, 5))
+    with pytest.raises(InputError, match="masked"):
+        PrivateRegressor(**QUICK, target_range=(0.0, 1.0)).fit(ROWS, masked(zeros / 2.0, 5))
+    with pytest.raises(InputError, match="masked"):
+        PrivateClassifier(**IMAGES).fit(masked(np.ones((8, 8, 8)), (0, 1, 1)), zeros[:8])
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr"])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_rows_that_are_no_dense_tensor_are_refused_in_words(layout):
+    model = PrivateClassifier(**QUICK).fit(ROWS, [0, 1] * 40)
+    with pytest.raises(InputError, match="dense"):
+        model.predictor_.predict(getattr(torch.tensor(ROWS), layout)())
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [(None, "missing"), (math.nan, "missing"), (np.ma.masked, "missing"), (1, "several types")],
+    ids=str,
+)
+def test_labels_of_objects_that_are_missing_or_of_another_type_are_refused_in_words(odd, said, as_list):
+    labels = [*["a", "b"] * 39, "a", odd]
+    labels = labels if as_list else np.array(labels, dtype=object)
+    with pytest.raises(InputError, match=said) as refused:
+        PrivateClassifier(**QUICK, classes=["a", "b"]).fit(ROWS, labels)
+    assert "'a'" not in str(refused.value)
+
+
+def test_a_fit_that_fails_leaves_the_estimator_as_it_was():
+    model = PrivateClassifier(**QUICK).fit(ROWS, [0, 1] * 40)
+    before, known = model.predict_proba(ROWS), dict(vars(model))
+    for rows, labels in ((ROWS[:, :2], [5, 7] * 40), (np.ones((80, 8, 8)), [0, 3] * 40), (ROWS, ["a"] * 80)):
+        with pytest.raises(ConfigurationError):
+            model.fit(rows, labels)
+        assert vars(model) == known
+        np.testing.assert_array_equal(model.predict_proba(ROWS), before)
+    fresh = PrivateClassifier(**QUICK)
+    with pytest.raises(ConfigurationError):
+        fresh.fit(ROWS, [5, 7] * 40)
+    assert not hasattr(fresh, "n_features_in_")
+
+
+def test_the_threshold_of_a_fit_is_that_of_its_predictions_its_file_and_its_pickle(tmp_path):
+    model = PrivateClassifier(**QUICK, threshold=0.0).fit(ROWS, [0, 1] * 40)
+    model.threshold = 1.0
+    assert model.predict(ROWS).all()
+    model.save(tmp_path / "a.pt")
+    assert all(load(tmp_path / "a.pt").predict(ROWS))
+    assert pickle.loads(pickle.dumps(model)).predict(ROWS).all()
+    assert not model.fit(ROWS, [0, 1] * 40).predict(ROWS).any()
+
+
+def test_an_estimator_states_what_is_spent_by_now_and_whether_its_weights_are_those():
+    model = PrivateClassifier(**QUICK).fit(ROWS, [0, 1] * 40)
+    before = model.epsilon_
+    model.result_.result.optimizer.accountant.step(noise_multiplier=1.0, sample_rate=1.0)
+    assert model.epsilon_ > before
+    copied = pickle.loads(pickle.dumps(model))
+    assert copied.epsilon_ == model.epsilon_
+    with torch.no_grad():
+        next(copied.predictor_.net.parameters()).add_(1.0)
+    with pytest.warns(PrivacyWarning, match="not those"):
+        copied.epsilon_  # noqa: B018

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from clipless_dp import gradient_gated
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation.checkpointing import repeating
-from clipless_dp.isolation.repetition import _bits
+from clipless_dp.isolation.repetition import _bits, _sums
 from tests.isolation.test_checkpointing import Blocks, wrapped
 from tests.isolation.test_soundness import gradients
 
@@ -352,3 +352,49 @@ def test_a_checkpointed_module_has_arguments_of_any_names() -> None:
     # By the second name of one module, too.
     model = wrapped(Outer(), (6,), checkpoint="two")
     assert gradients(model, torch.randn(ROWS, 6), torch.randn(ROWS, 3))
+
+
+def _moved_in_pairs(values: Tensor) -> Tensor:
+    """As many of each in every row and every column as before."""
+    return values[torch.arange(len(values)).view(-1, 2).flip(1).reshape(-1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.bool])
+def test_a_permutation_of_a_large_constant_is_another_constant(dtype: torch.dtype) -> None:
+    values = torch.eye(1024).to(dtype)
+    assert _bits(values) == _bits(values.clone())
+    assert _bits(values) != _bits(_moved_in_pairs(values))
+
+    # As on an accelerator, where a table of the bytes is summed up.
+    def told(some: Tensor) -> list[list[int]]:
+        return [part.tolist() for part in _sums(some.reshape(-1).view(torch.uint8))]
+
+    assert told(values) == told(values.clone())
+    others = [_moved_in_pairs(values), values.roll(1, 0), values.flip(1)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        place = torch.arange(1024)
+        first, second = torch.randperm(1024, generator=generator)[:2].tolist()
+        place[[first, second]] = place[[second, first]]
+        others.append(values[place])
+    assert all(told(values) != told(other) for other in others)
+
+
+SPARSE = {
+    "coordinates": lambda values: values.to_sparse(),
+    "rows": lambda values: values.to_sparse_csr(),
+    "columns": lambda values: values.to_sparse_csc(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize("layout", SPARSE)
+def test_sparse_constants_are_told_apart_by_what_they_hold(layout: str) -> None:
+    of = SPARSE[layout]
+    assert _bits(of(torch.eye(5))) == _bits(of(torch.eye(5)))
+    others = [torch.eye(5).flip(0), 2.0 * torch.eye(5), torch.eye(5)[:4], torch.zeros(5, 5)]
+    assert len({_bits(of(one)) for one in [torch.eye(5), *others]}) == 5
+    known = of(torch.eye(5))
+    before = _bits(known)
+    known.values().data.mul_(2.0) if layout != "coordinates" else known._values().mul_(2.0)
+    assert _bits(known) != before

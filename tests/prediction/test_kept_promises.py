@@ -1,0 +1,252 @@
+"""What a result, a file or a pickle states is of its own weights, buffers, network and statement, or it is said."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from clipless_dp import CheckpointError, DPLipModel, PoissonBatches, PrivacyWarning, fit, gradient_gated, load, losses
+from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
+from clipless_dp.prediction import Predictor
+from clipless_dp.statement.facts import CHANGED
+from clipless_dp.tables import fit_table
+from tests.support import samples
+
+RUN = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 20, "accountant": "rdp", "progress": False}
+DATA = samples(60)
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(6))
+        self.register_buffer("scratch", torch.zeros(6), persistent=False)
+
+    def forward(self, values):
+        return values - self.mean
+
+
+def build(seed=0, norm=1.0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(Shift(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    return DPLipModel(gradient_gated(net), input_shape=(6,), input_norm=norm, loss=losses.TauCrossEntropy(2.0))
+
+
+def trained(**given):
+    return fit(build(), DATA, lr=0.5, audit=False, **{**RUN, **given})
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("kept") / "a.pt"
+    trained().save(path)
+    return path
+
+
+def buffer_of(predictor: Predictor, name="mean"):
+    return next(value for key, value in predictor.net.named_buffers() if key.endswith(name))
+
+
+def train_plainly(predictor):
+    optimizer = torch.optim.SGD(predictor.net.parameters(), lr=1.0)
+    nn.functional.cross_entropy(predictor.net(DATA[0]), DATA[1]).backward()
+    optimizer.step()
+
+
+def replace_a_weight(predictor):
+    layer = next(part for part in predictor.net.modules() if isinstance(part, nn.Linear))
+    layer.weight = nn.Parameter(2.0 * layer.weight.detach())
+
+
+CHANGES = {
+    "training without privacy": train_plainly,
+    "weights of another": lambda one: one.net.load_state_dict(build(seed=5).state_dict()),
+    "an average with another": lambda one: [
+        value.detach().add_(other).div_(2.0)
+        for value, other in zip(one.net.parameters(), build(seed=5).parameters(), strict=True)
+    ],
+    "a mean of the data in a buffer": lambda one: buffer_of(one).copy_(DATA[0].mean(0)),
+    "a mean of the data through .data": lambda one: buffer_of(one).data.copy_(DATA[0].mean(0)),
+    "another parameter in place of one": replace_a_weight,
+}
+OPENED = {
+    "loaded": lambda path: load(path, net=build(1)),
+    "unpickled": lambda path: pickle.loads(pickle.dumps(load(path, net=build(1)))),
+    "copied": lambda path: copy.deepcopy(load(path, net=build(1))),
+    "with another threshold": lambda path: replace(load(path, net=build(1))),
+    "the network alone": lambda path: load(path, net=build(1).net),
+    "the network alone, unpickled": lambda path: pickle.loads(pickle.dumps(load(path, net=build(1).net))),
+    "live": lambda path: trained().predictor(),
+    "live, unpickled": lambda path: pickle.loads(pickle.dumps(trained().predictor())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("opened", ["loaded", "unpickled"])
+def test_a_promise_of_a_file_says_so_where_weights_or_buffers_are_others_by_now(path, opened, change):
+    predictor = OPENED[opened](path)
+    before = predictor.epsilon
+    assert CHANGED not in predictor.statement.findings
+    CHANGES[change](predictor)
+    with pytest.warns(PrivacyWarning, match="not those that the last recorded step left"):
+        assert predictor.epsilon == before
+    with pytest.warns(PrivacyWarning):
+        assert predictor.statement.findings.count(CHANGED) == 1
+    with pytest.warns(PrivacyWarning):
+        again = pickle.loads(pickle.dumps(predictor))
+    with pytest.warns(PrivacyWarning):
+        assert again.statement.facts["weights"]["as_counted"] is False
+
+
+@pytest.mark.parametrize("opened", OPENED)
+def test_whatever_a_predictor_was_made_of_its_buffers_are_held_against_it_and_other_uses_are_free(path, opened):
+    predictor = OPENED[opened](path)
+    predictor.predict(DATA[0])
+    predictor.net.to("cpu").train()
+    buffer_of(predictor, "scratch").fill_(1.0)
+    buffer_of(predictor).copy_(buffer_of(predictor).clone())
+    assert CHANGED not in predictor.statement.findings
+    buffer_of(predictor)[2] = 1e-3
+    with pytest.warns(PrivacyWarning):
+        assert CHANGED in predictor.statement.findings
+
+
+def test_a_buffer_that_is_written_after_training_is_found_in_the_file_too(tmp_path):
+    result = trained()
+    dict(result.optimizer.model.net.named_buffers())["0.mean"].copy_(DATA[0].mean(0))
+    assert not result.optimizer.weights_are_counted()
+    with pytest.warns(PrivacyWarning):
+        result.save(tmp_path / "a.pt")
+    with pytest.warns(PrivacyWarning):
+        assert CHANGED in load(tmp_path / "a.pt", net=build(1)).statement.findings
+
+
+def test_a_buffer_that_is_set_between_steps_counts_and_the_next_step_leaves_it(tmp_path):
+    optimizer = trained().optimizer
+    model, buffer = optimizer.model, dict(optimizer.model.net.named_buffers())["0.mean"]
+
+    def step():
+        for inputs, targets, mask in PoissonBatches(DATA, sample_rate=optimizer.sample_rate, steps=1):
+            optimizer.zero_grad()
+            model.loss(model(inputs), targets, mask).backward()
+            optimizer.step()
+
+    optimizer.budget = None
+    step()
+    assert optimizer.uncounted_changes == 0
+    buffer.add_(0.5)
+    step()
+    assert optimizer.uncounted_changes == 1
+    assert optimizer.weights_are_counted()
+    # Another process that loads the state, and then weights and buffers, has those of the last step.
+    other = trained().optimizer
+    other.load_state_dict(optimizer.state_dict())
+    other.model.net.load_state_dict(model.net.state_dict())
+    assert other.weights_are_counted()
+    dict(other.model.net.named_buffers())["0.mean"].add_(1.0)
+    assert not other.weights_are_counted()
+
+
+def table(tmp_path=None, **given):
+    rows = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 100
+    return fit_table(rows, (rows[:, 0] > 0).long(), cosines=8, audit=False, **{**RUN, **given}), rows
+
+
+def test_statistics_of_a_table_are_held_against_those_that_were_charged(tmp_path):
+    model, rows = table()
+    model.save(tmp_path / "t.pt")
+    loaded, live = load(tmp_path / "t.pt"), model.predictor()
+    copied = pickle.loads(pickle.dumps(live))
+    for one in (loaded, live, copied):
+        assert CHANGED not in one.statement.findings
+        one.net[0].of_numbers.mean.copy_(rows.mean(0))
+        with pytest.warns(PrivacyWarning):
+            assert CHANGED in one.statement.findings
+
+
+def altered(path, tmp_path, **values):
+    content = load_checkpoint(path)
+    content.pop("format")
+    save_checkpoint(tmp_path / "altered.pt", {**content, **values})
+    return tmp_path / "altered.pt"
+
+
+@pytest.mark.parametrize("name", ["epsilon", "delta"])
+def test_a_file_whose_numbers_are_not_those_of_its_statement_is_refused(path, tmp_path, name):
+    # So that the smaller one would be said.
+    with pytest.raises(CheckpointError, match="beside a statement of"):
+        load(altered(path, tmp_path, **{name: load_checkpoint(path)[name] / 2.0}), net=build())
+
+
+ODD = [None, -1, "x", [], {}, float("inf"), float("nan"), torch.zeros(2), True, "{}", [[]]]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["result", "result_format", "state", "settings", "probe", "link", "outputs", "statement", "epsilon", "delta"],
+)
+def test_fields_of_a_file_that_hold_something_odd_are_refused_by_its_name(path, tmp_path, name):
+    for odd in ODD:
+        with pytest.raises(CheckpointError, match="altered"):
+            load(altered(path, tmp_path, **{name: odd}), net=build())
+
+
+def test_odd_settings_of_a_table_are_refused_by_the_name_of_its_file(tmp_path):
+    table()[0].save(tmp_path / "t.pt")
+    known = load_checkpoint(tmp_path / "t.pt")["settings"]
+    for name in ("measured", "columns", "cosines", "outputs"):
+        for odd in (None, -1, "x", float("inf"), torch.zeros(2)):
+            with pytest.raises(CheckpointError, match=r"altered\.pt"):
+                load(altered(tmp_path / "t.pt", tmp_path, settings={**known, name: odd}))
+
+
+@pytest.mark.parametrize("norm", [0.5, 1.1, 2.0, 100.0])
+def test_weights_are_not_given_to_a_model_that_projects_samples_elsewhere(path, tmp_path, norm):
+    with pytest.raises(CheckpointError, match=r"input_norm=1\.0"):
+        load(path, net=build(1, norm))
+    for odd in (-1.0, 0.0, "1", float("nan"), float("inf"), True, 1.0 + 1e-3):
+        with pytest.raises(CheckpointError):
+            load(altered(path, tmp_path, settings={"input_norm": odd}), net=build(1))
+
+
+def test_a_module_that_calls_a_part_of_it_net_is_known_as_a_whole(tmp_path):
+    class Named(nn.Module):
+        def __init__(self, seed):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.net, self.head = nn.Sequential(nn.Linear(6, 8), nn.ReLU()), nn.Linear(8, 3)
+
+        def forward(self, values):
+            return self.head(self.net(values))
+
+    def of(seed):
+        return gradient_gated(Named(seed))
+
+    model = DPLipModel(of(0), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    fit(model, DATA, lr=0.5, audit=False, **RUN).save(tmp_path / "a.pt")
+    loaded = load(tmp_path / "a.pt", net=of(1))
+    with torch.no_grad():
+        next(value for name, value in loaded.net.named_parameters() if "head" in name).add_(1.0)
+    with pytest.warns(PrivacyWarning):
+        assert CHANGED in loaded.statement.findings
+
+
+def test_a_result_states_what_is_spent_by_now():
+    result = trained()
+    assert result.epsilon == result.spent
+    result.optimizer.accountant.step(noise_multiplier=2.0, sample_rate=1.0)
+    assert result.epsilon == result.optimizer.get_epsilon(1e-3) > result.spent
+    assert f"ε = {result.epsilon:.4f}" in str(result)
+
+
+def test_a_statement_of_another_time_is_a_statement(path):
+    statement = load(path, net=build()).statement.of_other_weights()
+    assert json.loads(statement.to_json())["findings"][0] == CHANGED
+    assert statement.of_other_weights().findings == statement.findings
+    assert CHANGED in statement.to_markdown()
