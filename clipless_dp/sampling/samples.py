@@ -179,7 +179,7 @@ class Samples:
                 persons.refuse_repeated_rows(samples.tensors[:-1])
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
             samples._checked = True
-            trained_on.note(samples._dataset, samples.tensors or ())
+            trained_on.note(samples._dataset, samples.tensors or (), samples.first)
         return samples
 
     @property

@@ -19,7 +19,7 @@ _ENTRIES = 1 << 20
 
 def extent(value: Any) -> tuple[int, int] | None:
     """From where to where a tensor or an array lies in memory; ``None`` if it has no place."""
-    if isinstance(value, Tensor):
+    if is_plain(value):
         try:
             start = value.data_ptr() if value.numel() else 0
             steps = [stride * value.element_size() for stride in value.stride()]
@@ -33,6 +33,30 @@ def extent(value: Any) -> tuple[int, int] | None:
     ends = [(length - 1) * step for length, step in zip(value.shape, steps, strict=True)]
     low, high = sum(end for end in ends if end < 0), sum(end for end in ends if end > 0)
     return (start + low, start + high + size) if start else None
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a tensor is one whose entries lie in memory by its strides."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
+
+
+def components(value: Any) -> list[Tensor]:
+    """The plain tensors that a sparse or nested one, or a storage, consists of; of a plain one none."""
+    if isinstance(value, torch.UntypedStorage):
+        return [torch.empty(0, dtype=torch.uint8, device=value.device).set_(value)]
+    if not isinstance(value, Tensor) or is_plain(value):
+        return []
+    value = value.detach()
+    if value.is_nested:
+        lengths = value.offsets() if value.layout is torch.jagged else value._nested_tensor_size()
+        return [value.values(), lengths]
+    if value.layout is torch.sparse_coo:
+        return [value._indices(), value._values()]
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [value.crow_indices(), value.col_indices(), value.values()]
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [value.ccol_indices(), value.row_indices(), value.values()]
+    return []
 
 
 def overlapping(samples: Sequence[Sequence[Any]]) -> tuple[int, int] | None:
