@@ -124,7 +124,7 @@ def canaries(
         )
     samples = Samples.of(dataset, model.packing)
     if samples.tensors is not None:
-        persons.refuse_repeated_rows(samples.tensors[:-1])
+        persons.refuse_overlapping_columns(samples.tensors[:-1], samples.tensors[-1:])
     shown = samples.first[0][0], samples.first[1][0]
     inputs, targets = _made(model, shown, canaries) if isinstance(canaries, int) else _given(model, canaries[:2])
     people, strangers = people_of(groups, len(samples)), _strangers(canaries, len(inputs), groups)

@@ -120,7 +120,7 @@ class PoissonBatches:
         refuse_draws(sample_rate, steps, seed, start)
         dataset, groups = column_of(dataset, groups)
         people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
-        samples = Samples.to_train_on(dataset)
+        samples = Samples.to_train_on(dataset, people=people)
         inputs, targets = samples.all(in_order=people is not None)
         self.packing = samples.packing
         units = len(inputs) if people is None else people.count

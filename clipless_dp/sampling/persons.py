@@ -11,6 +11,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
 from clipless_dp.packing import LABELS
 from clipless_dp.sampling import memory
-from clipless_dp.sampling.windows import overlapping, rows_overlap
+from clipless_dp.sampling.people import People
+from clipless_dp.sampling.windows import is_plain, lags, overlapping, shared_parts, shared_rows
 
 Indices = npt.NDArray[np.int64]
 Rows = range | Indices
@@ -53,36 +55,45 @@ _INSTEAD = (
 )
 
 
-def refuse_repeats(dataset: Any) -> None:
+def refuse_repeats(dataset: Any, people: People | None = None) -> None:
     """Refuses a data set in which a row is there more than once, for certain.
 
     ``Subset`` (``random_split`` too), ``ConcatDataset`` and ``StackDataset``, nested in each other, are followed to
     what they choose from, the last by its first part; there a row is known by its number, in tensors by its place in
     memory, and in a list of samples by the sample, or by the memory of its inputs together with its target. Tensors
-    are looked at by their inputs: targets may be shared. Inputs of listed samples must not overlap in memory; those
-    that other data sets return are looked at where they are read (:class:`Beside`).
+    are looked at by their inputs: targets may be shared. A row must not lie on a row of another number, in no column.
+    Parts of listed samples must not overlap in memory, nor be parts of others, but for constants
+    (:func:`clipless_dp.sampling.windows.shared_parts`); those that other data sets return are looked at where they are
+    read (:class:`Beside`).
 
     Args:
         dataset: a map-style data set, or a pair of tensors, inputs first.
+        people: whose samples are, if the unit is a person: one person's may overlap.
 
     Raises:
         PrivacyError: it has.
     """
     if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(isinstance(part, Tensor) for part in dataset):
-        dataset = TensorDataset(dataset[0])
+        dataset = TensorDataset(*dataset[: 1 + (len(dataset[0]) == len(dataset[1]))])
     pieces = list(_pieces(dataset, range(len(dataset)), range(len(dataset)), by_memory=True))
-    if any(rows_overlap(tensor) for tensor in {id(inputs): inputs for inputs in _inputs(dataset)}.values()):
-        raise _overlapping("rows of the inputs")
+    whole = isinstance(dataset, TensorDataset)
+    # Of a part of a table it is not known whose its rows are.
+    for inputs, *beside in _tables(dataset):
+        refuse_overlapping_columns([inputs], beside, people if whole else None)
     listed = range(min(len(dataset), _LISTED)) if _is_listed(dataset) else ()
-    if (pair := overlapping([_arrays(dataset[index]) for index in listed])) is not None:
-        raise _overlapping(f"samples {pair[0]} and {pair[1]}")
+    if listed:
+        _refuse_overlap([dataset[index] for index in listed], len(dataset), None if people is None else people.codes)
     for owner in {piece.owner for piece in pieces}:
         own = [piece for piece in pieces if piece.owner == owner]
         if len(own) == 1 and isinstance(own[0].place, range):
             continue
         place = np.concatenate([np.asarray(piece.place, dtype=np.int64) for piece in own])
         order = np.argsort(place, kind="stable")
-        twice = np.diff(place[order]) == 0
+        steps = np.diff(place[order])
+        widths = np.concatenate([np.full(len(piece.rows), piece.width) for piece in own])[order]
+        if bool(((steps > 0) & (steps < widths[:-1])).any()):
+            raise _overlapping("rows of the inputs")
+        twice = steps == 0
         if twice.any():
             rows = np.concatenate([np.asarray(piece.rows) for piece in own])[order]
             at = int(twice.argmax())
@@ -96,24 +107,81 @@ def refuse_repeats(dataset: Any) -> None:
 
 def _overlapping(which: str) -> PrivacyError:
     return PrivacyError(
-        f"{which} lie on one another in memory (an expanded tensor, windows that overlap), so that what is one "
-        f"person's enters a batch more than once: {_INSTEAD}"
+        f"{which} lie on one another in memory (an expanded tensor, windows that overlap, a series beside the same "
+        "series one step later), so that what is one "
+        f"person's enters a batch more than once: {_INSTEAD}; or say whose the rows are, groups=, where all that "
+        "overlap are one person's. Of a constant that few samples share give each a copy, .clone()"
     )
 
 
-def refuse_repeated_columns(columns: Sequence[Any], targets: Any) -> None:
+def refuse_overlapping_columns(
+    inputs: Sequence[Tensor], beside: Sequence[Tensor] = (), people: People | None = None
+) -> None:
+    """Refuses tensors of which a row lies on a row of another number, of the same or of another one.
+
+    Args:
+        inputs: ``(N, ...)`` each. One may hold one row for all samples (types of tokens that are all zero, expanded),
+            if not all of them do.
+        beside: targets, which may be one row for all.
+        people: whose rows are, if the unit is a person: one person's may overlap.
+
+    Raises:
+        PrivacyError: one does.
+    """
+    varying = [values for values in inputs if not _is_expanded(values)]
+    if inputs and not varying:
+        raise _overlapping("rows of the inputs")
+    columns = [
+        values
+        for values in (*varying, *(target for target in beside if not _is_expanded(target)))
+        if is_plain(values) and len(values) > 1 and values.numel() and len(values) == len(inputs[0])
+    ]
+    codes = None if people is None else people.codes
+    steps = [values.stride(0) * values.element_size() for values in columns]
+    for step in {*steps}:
+        for lag in lags([values for values, own in zip(columns, steps, strict=True) if own == step]):
+            if codes is None or bool((codes[lag:] != codes[:-lag]).any()):
+                raise _overlapping("rows of the inputs" if len(columns) == 1 else "rows of the inputs, or of targets,")
+    for (one, first), (other, second) in combinations(zip(columns, steps, strict=True), 2):
+        if first != second:
+            rows = shared_rows(one, other)
+            if rows.size and (codes is None or bool((codes[rows[0]] != codes[rows[1]]).any())):
+                raise _overlapping("rows of the inputs, or of targets,")
+
+
+def _is_expanded(values: Tensor) -> bool:
+    return is_plain(values) and len(values) > 1 and values.numel() > 0 and values.stride(0) == 0
+
+
+def _refuse_overlap(samples: Sequence[Any], count: int, owners: Any = None, read: str = "") -> None:
+    """Refuses samples of which one lies on another.
+
+    Args:
+        samples: some of a data set.
+        count: how many the data set has.
+        owners: whose they are.
+        read: how they were come by, for the message.
+    """
+    parts = [*map(_parts, samples)]
+    pair = overlapping([[value for _, value in some] for some in parts], owners) or shared_parts(parts, count, owners)
+    if pair is not None:
+        raise _overlapping(f"samples {pair[0]} and {pair[1]}{read}")
+
+
+def refuse_repeated_columns(columns: Sequence[Any], targets: Any, people: People | None = None) -> None:
     """The same of lists of tensors or arrays, one for each input, of which each sample has an entry.
 
     Args:
         columns: of the inputs, those that are tensors, too.
         targets: one for each sample.
+        people: as of :func:`refuse_repeats`.
 
     Raises:
         PrivacyError: a sample's inputs lie where those of another lie, with one target, or overlap with them.
     """
     if any(isinstance(part, (list, tuple)) and part and isinstance(part[0], (Tensor, np.ndarray)) for part in columns):
         inputs = columns[0] if len(columns) == 1 else [*zip(*columns, strict=True)]
-        refuse_repeats([*zip(inputs, targets, strict=True)])
+        refuse_repeats([*zip(inputs, targets, strict=True)], people)
 
 
 def refuse_same(samples: Sequence[Any]) -> None:
@@ -130,22 +198,6 @@ def refuse_same(samples: Sequence[Any]) -> None:
         )
 
 
-def refuse_repeated_rows(inputs: Sequence[Tensor]) -> None:
-    """The same of a data set of tensors, of which one sample has a row each.
-
-    A tensor may hold one row for all samples (types of tokens that are all zero, expanded), if not all of them do.
-
-    Args:
-        inputs: ``(N, ...)`` each.
-
-    Raises:
-        PrivacyError: rows of one of them lie on one another in memory.
-    """
-    varying = [values for values in inputs if len(values) < 2 or values.layout != torch.strided or values.stride(0)]
-    for values in varying or inputs:
-        refuse_repeats(TensorDataset(values))
-
-
 def refuse_reused_memory(dataset: Any) -> None:
     """Refuses a data set that reads samples into memory of other samples, which all become the last one read.
 
@@ -157,7 +209,7 @@ def refuse_reused_memory(dataset: Any) -> None:
         PrivacyError: they lie on one another, and did not change.
     """
     several = getattr(dataset, "__getitems__", None)
-    beside = Beside()
+    beside = Beside(len(dataset))
     kept: list[tuple[Any, memory.State]] = []
     for index in range(min(len(dataset), AT_ONCE)):
         try:
@@ -174,29 +226,48 @@ def refuse_reused_memory(dataset: Any) -> None:
     beside.refuse_overlap()
 
 
-def _inputs(dataset: Any) -> Iterator[Tensor]:
-    if isinstance(dataset, TensorDataset):
-        yield dataset.tensors[0]
+def _tables(dataset: Any) -> Iterator[list[Tensor]]:
+    """The tensors of which a row each is a sample, inputs first."""
+    if isinstance(dataset, Tensor):
+        yield [dataset]
+    elif isinstance(dataset, TensorDataset):
+        yield [*dataset.tensors]
     elif isinstance(dataset, Subset):
-        yield from _inputs(dataset.dataset)
+        yield from _tables(dataset.dataset)
     elif isinstance(dataset, StackDataset):
-        yield from _inputs(_first_of(dataset))
+        parts = dataset.datasets
+        of_parts = [[*_tables(part)] for part in (parts.values() if isinstance(parts, dict) else parts)]
+        if of_parts[0]:
+            # Of several tables rows are numbered otherwise.
+            yield [column for tables in of_parts if len(tables) == 1 for column in tables[0]]
     elif isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
-            yield from _inputs(part)
+            yield from _tables(part)
 
 
 class Beside:
-    """The first samples that a data set returns, held at once to see whether they lie on one another."""
+    """The first samples that a data set returns, held at once to see whether they lie on one another.
 
-    def __init__(self) -> None:
+    Args:
+        count: samples of the data set.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._owners: list[int] | None = []
         self._samples: list[Any] = []
         self._first: memory.State | None = None
 
-    def add(self, sample: Any) -> None:
-        """Holds a sample, if few are."""
+    def add(self, sample: Any, owner: int | None = None) -> None:
+        """Holds a sample, if few are.
+
+        Args:
+            sample: what was read.
+            owner: whose it is, if the unit is a person.
+        """
         if len(self._samples) < AT_ONCE:
             self._samples.append(sample)
+            self._owners = None if owner is None or self._owners is None else [*self._owners, owner]
             self._first = self._first or memory.State(_arrays(sample))
 
     def refuse_overlap(self) -> None:
@@ -206,9 +277,11 @@ class Beside:
             PrivacyError: two samples overlap, and reading the second has left the first one as it was: what is read
                 into memory that is used again lies on nothing.
         """
-        pair = overlapping([*map(_arrays, self._samples)])
-        if pair is not None and memory.State(_arrays(self._samples[0])) == self._first:
-            raise _overlapping(f"samples {pair[0]} and {pair[1]} of those that were read")
+        try:
+            _refuse_overlap(self._samples, self._count, self._owners, " of those that were read")
+        except PrivacyError:
+            if memory.State(_arrays(self._samples[0])) == self._first:
+                raise
 
 
 def _is_listed(dataset: Any) -> bool:
@@ -222,11 +295,19 @@ def _is_listed(dataset: Any) -> bool:
 
 def _arrays(sample: Any) -> list[Any]:
     """Tensors and arrays of a sample's inputs."""
+    return [part for name, part in _parts(sample) if name >= 0]
+
+
+def _parts(sample: Any) -> list[tuple[int, Any]]:
+    """Tensors and arrays of a sample, by their places in it: those of targets are negative."""
+    targets: Any = ()
     if isinstance(sample, (tuple, list)) and len(sample) == 2:
-        sample = sample[0]
+        sample, targets = sample
     if isinstance(sample, Mapping):
+        targets = [targets, *(part for name, part in sample.items() if name in LABELS)]
         sample = [part for name, part in sample.items() if name not in LABELS]
-    return [part for part in tree_leaves(sample) if isinstance(part, (Tensor, np.ndarray))]
+    named = [*enumerate(tree_leaves(sample)), *((-1 - place, part) for place, part in enumerate(tree_leaves(targets)))]
+    return [(name, part) for name, part in named if isinstance(part, (Tensor, np.ndarray))]
 
 
 def _first_of(dataset: StackDataset[Any]) -> Any:
@@ -237,11 +318,13 @@ def _first_of(dataset: StackDataset[Any]) -> Any:
 
 
 class _Piece(NamedTuple):
-    """Rows of a data set that are taken from one thing: what it is, where they are there, and their own numbers."""
+    """Rows of a data set that are taken from one thing: what it is, where they are there, their own numbers, and over
+    how many places one reaches without gaps."""
 
     owner: Any
     place: Rows
     rows: Rows
+    width: int = 1
 
 
 def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Iterator[_Piece]:
@@ -269,7 +352,8 @@ def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Itera
             place: Rows = range(start, start + step * len(chosen), step)
         else:
             place = start + step * np.asarray(chosen)
-        yield _Piece(inputs.untyped_storage().data_ptr(), place, rows)
+        width = inputs[0].numel() * inputs.element_size() if inputs[0].is_contiguous() else 1
+        yield _Piece(inputs.untyped_storage().data_ptr(), place, rows, width)
     else:
         yield _Piece(id(dataset), chosen, rows)
         if by_memory and getattr(type(dataset), "__getitem__", None) in (list.__getitem__, tuple.__getitem__):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -59,14 +60,16 @@ def components(value: Any) -> list[Tensor]:
     return []
 
 
-def overlapping(samples: Sequence[Sequence[Any]]) -> tuple[int, int] | None:
+def overlapping(samples: Sequence[Sequence[Any]], owners: Sequence[int] | None = None) -> tuple[int, int] | None:
     """Two samples of which a tensor or an array lies on one of the other, in part; ``None`` if none do.
 
-    What lies where another lies as a whole is one and the same, and may be a constant.
+    What lies where another lies as a whole is one and the same: :func:`shared_parts`.
 
     Args:
         samples: tensors and arrays of each.
+        owners: whose samples are: one person's may overlap.
     """
+    whose = range(len(samples)) if owners is None else owners
     placed = [
         (*reach, number, value)
         for number, sample in enumerate(samples)
@@ -79,7 +82,7 @@ def overlapping(samples: Sequence[Sequence[Any]]) -> tuple[int, int] | None:
         low, _, number, value = placed[place]
         for before in {place - 1, widest}:
             start, stop, other, earlier = placed[before]
-            if low >= stop or number == other or _layout(value) == _layout(earlier):
+            if low >= stop or whose[number] == whose[other] or _layout(value) == _layout(earlier):
                 continue
             if _is_dense(value, low, placed[place][1]) and _is_dense(earlier, start, stop):
                 return min(number, other), max(number, other)
@@ -128,24 +131,139 @@ def _places(value: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 def rows_overlap(values: Tensor) -> bool:
     """Whether a row of a tensor shares memory with another one."""
-    if values.layout != torch.strided or len(values) < 2 or values.numel() == 0:
+    if len(values) < 2 or not is_plain(values) or values.numel() == 0:
         return False
-    step = values.stride(0)
-    if step == 0:
-        return True
-    inner = [(stride, size) for stride, size in zip(values.stride()[1:], values.shape[1:], strict=True) if stride]
-    reach = 0
-    for stride, size in sorted([(step, len(values)), *inner]):
-        if size > 1 and stride <= reach:
-            break
-        reach += stride * (size - 1)
-    else:
-        return False
-    places = np.zeros(1, dtype=np.int64)
-    for stride, size in inner:
-        places = np.unique(places[:, None] + stride * np.arange(size))
+    return values.stride(0) == 0 or len(lags([values])) > 0
+
+
+def lags(columns: Sequence[Tensor]) -> list[int]:
+    """Distances of rows that share memory: one of one column with one of the same or of another column.
+
+    All rows that share memory are linked by steps of these distances, through rows that share it too.
+
+    Args:
+        columns: of as many rows each, and of one stride from row to row that is not zero.
+    """
+    count, step = len(columns[0]), columns[0].stride(0) * columns[0].element_size()
+    reaches = sorted(reach for column in columns if (reach := extent(column)) is not None)
+    apart = all(before[1] <= after[0] for before, after in pairwise(reaches))
+    if apart and all(map(_rows_apart, columns)):
+        return []
+    unit = min(column.element_size() for column in columns)
+    places = np.unique(np.concatenate([_places_of_row(column, unit) for column in columns]))
     # Two places whose distance is k steps are one and the same in two rows that are k apart. Of all pairs with one
     # remainder the nearest are neighbours.
     order = np.lexsort((places, places % step))
     same = np.diff((places % step)[order]) == 0
-    return bool((np.diff(places[order])[same] < step * len(values)).any())
+    found = np.unique(np.diff(places[order])[same] // step)
+    return [int(lag) for lag in found if lag < count]
+
+
+def _rows_apart(values: Tensor) -> bool:
+    """Whether each axis steps over all that those of smaller steps reach: no entry lies on another."""
+    reach = 0
+    inner = [(stride, size) for stride, size in zip(values.stride()[1:], values.shape[1:], strict=True) if stride]
+    for stride, size in sorted([(values.stride(0), len(values)), *inner]):
+        if size > 1 and stride <= reach:
+            return False
+        reach += stride * (size - 1)
+    return True
+
+
+def _places_of_row(values: Tensor, unit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Where the first row's entries lie, in steps of so many bytes."""
+    row = _without_copies(values)[0]
+    return np.asarray((_places(row)[:, None] + np.arange(0, row.element_size(), unit)).reshape(-1))
+
+
+def _without_copies(values: Tensor) -> Tensor:
+    """Rows without what is expanded within them."""
+    for axis in range(1, values.dim()):
+        if not values.stride(axis):
+            values = values.narrow(axis, 0, 1)
+    return values
+
+
+def shared_rows(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """``(2, pairs)``: rows of two columns, of other numbers, that share memory; of large ones of the first rows.
+
+    Args:
+        one: a column.
+        other: a column of as many rows and another stride from row to row.
+    """
+    nothing = np.zeros((2, 0), dtype=np.int64)
+    reaches = extent(one), extent(other)
+    if reaches[0] is None or reaches[1] is None or reaches[0][1] <= reaches[1][0] or reaches[1][1] <= reaches[0][0]:
+        return nothing
+    one, other = _without_copies(one), _without_copies(other)
+    rows = max(1, _ENTRIES // max(_size(one[0]), _size(other[0])))
+    places, others = _places(one[:rows]), _places(other[:rows])
+    order = np.argsort(others, kind="stable")
+    begins = np.searchsorted(others[order], places, side="left")
+    met = np.searchsorted(others[order], places, side="right") - begins
+    inner = np.arange(met.sum()) - np.repeat(np.cumsum(met) - met, met)
+    first = np.repeat(np.arange(len(places)), met) // _size(one[0])
+    second = order[np.repeat(begins, met) + inner] // _size(other[0])
+    return np.unique(np.stack([first, second])[:, first != second], axis=1)
+
+
+_FEW = 8
+"""A pool of constants has so many samples for each, on average."""
+
+
+def shared_parts(
+    samples: Sequence[Sequence[tuple[int, Any]]], count: int, owners: Sequence[int] | None = None
+) -> tuple[int, int] | None:
+    """Two samples of which a part of one is a part of the other, and no constant; ``None`` if there are none.
+
+    A part lies at the same place as a whole. It is a constant where more than half of the samples have it, or where it
+    is of a small pool: classes have prototypes, which on average eight samples share, or which are views of a tensor
+    that has an eighth as many rows. Else it is of two samples under two names (a series beside the same series, one
+    step later), or, among other inputs under one name, of fewer than eight samples: a row that several samples share.
+
+    Args:
+        samples: names of parts, negative of targets, and the parts.
+        count: samples of the data set.
+        owners: whose samples are: what one person's samples share is theirs.
+    """
+    having: dict[Any, dict[int, set[int]]] = {}
+    pools: dict[int, tuple[set[Any], list[int]]] = {}
+    values: dict[Any, Any] = {}
+    for number, sample in enumerate(samples):
+        for name, value in sample:
+            place = extent(value)
+            if place is not None:
+                values[place] = value
+                having.setdefault(place, {}).setdefault(number, set()).add(name)
+                pool = pools.setdefault(name, (set(), []))
+                pool[0].add(place)
+                pool[1].append(number)
+    inputs = sum(name >= 0 for name in pools)
+    few = max(1.5, min(_FEW, len(samples) / 5))
+    for place, own in having.items():
+        if len(own) < 2 or (owners is not None and len({owners[number] for number in own}) < 2):
+            continue
+        names = set().union(*own.values())
+        several = min(len(pools[name][1]) / len(pools[name][0]) for name in names)
+        if several >= few or 2 * len(own) > len(samples) or _is_of_small_pool(values[place], count):
+            continue
+        first, *others = own
+        meets_nowhere = next((number for number in others if not own[number] & own[first]), None)
+        if meets_nowhere is not None:
+            return first, meets_nowhere
+        if inputs > 1 and len(own) < few and min(names) >= 0:
+            return first, others[0]
+    return None
+
+
+def _is_of_small_pool(value: Any, count: int) -> bool:
+    """Whether a tensor or an array is a part of one that holds few of this size."""
+    if isinstance(value, Tensor):
+        whole = value.untyped_storage().nbytes()
+    else:
+        base = value
+        while isinstance(base.base, np.ndarray):
+            base = base.base
+        whole = base.nbytes
+    own = _size(value) * (value.element_size() if isinstance(value, Tensor) else value.itemsize)
+    return bool(own < whole and _FEW * whole <= count * own)
