@@ -27,7 +27,7 @@ from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
 from clipless_dp.packing import LABELS
 from clipless_dp.sampling import memory
 from clipless_dp.sampling.people import People
-from clipless_dp.sampling.windows import is_plain, lags, overlapping, shared_parts, shared_rows
+from clipless_dp.sampling.windows import is_plain, lags, overlapping, placed, shared_parts, shared_rows
 
 Indices = npt.NDArray[np.int64]
 Rows = range | Indices
@@ -162,8 +162,8 @@ def _refuse_overlap(samples: Sequence[Any], count: int, owners: Any = None, read
         owners: whose they are.
         read: how they were come by, for the message.
     """
-    parts = [*map(_parts, samples)]
-    pair = overlapping([[value for _, value in some] for some in parts], owners) or shared_parts(parts, count, owners)
+    parts = placed([*map(_parts, samples)])
+    pair = overlapping(parts, owners) or shared_parts(parts, len(samples), count, owners)
     if pair is not None:
         raise _overlapping(f"samples {pair[0]} and {pair[1]}{read}")
 
@@ -298,6 +298,10 @@ def _arrays(sample: Any) -> list[Any]:
     return [part for name, part in _parts(sample) if name >= 0]
 
 
+def _leaves(value: Any) -> list[Any]:
+    return [value] if isinstance(value, (Tensor, np.ndarray, int, float)) else tree_leaves(value)
+
+
 def _parts(sample: Any) -> list[tuple[int, Any]]:
     """Tensors and arrays of a sample, by their places in it: those of targets are negative."""
     targets: Any = ()
@@ -306,7 +310,7 @@ def _parts(sample: Any) -> list[tuple[int, Any]]:
     if isinstance(sample, Mapping):
         targets = [targets, *(part for name, part in sample.items() if name in LABELS)]
         sample = [part for name, part in sample.items() if name not in LABELS]
-    named = [*enumerate(tree_leaves(sample)), *((-1 - place, part) for place, part in enumerate(tree_leaves(targets)))]
+    named = [*enumerate(_leaves(sample)), *((-1 - place, part) for place, part in enumerate(_leaves(targets)))]
     return [(name, part) for name, part in named if isinstance(part, (Tensor, np.ndarray))]
 
 

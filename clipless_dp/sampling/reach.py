@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.sampling import caches
-from clipless_dp.sampling.windows import components
+from clipless_dp.sampling.windows import components, is_plain
 
 Label = str | int
 """How a part is called in what it is a part of: an attribute's or a variable's name; a place in a container."""
@@ -195,6 +195,10 @@ def _parts(value: Any) -> list[Part]:
     if package(kind.__module__) in _APART and not kind.__module__.startswith(_OF_DATA):
         own = vars(value) if kind.__module__ == "logging" and hasattr(value, "manager") else {}
         return [(name, part) for name, part in own.items() if name not in _OF_LOGGERS]
+    if kind is Tensor and is_plain(value) and value.is_leaf and value.grad is None and not vars(value):
+        return []
+    if kind is np.ndarray and not value.dtype.hasobject:
+        return []
     if any(value is one for one in GLOBAL_GENERATORS):
         return []
     if isinstance(value, type):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any
+from itertools import groupby, pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +22,14 @@ _ENTRIES = 1 << 20
 def extent(value: Any) -> tuple[int, int] | None:
     """From where to where a tensor or an array lies in memory; ``None`` if it has no place."""
     if is_plain(value):
+        size = value.element_size()
         try:
             start = value.data_ptr() if value.numel() else 0
-            steps = [stride * value.element_size() for stride in value.stride()]
+            if value.is_contiguous():
+                return (start, start + size * value.numel()) if start else None
+            steps = [stride * size for stride in value.stride()]
         except RuntimeError:
             return None
-        size = value.element_size()
     elif isinstance(value, np.ndarray) and value.size:
         start, steps, size = int(value.__array_interface__["data"][0]), [*value.strides], value.itemsize
     else:
@@ -60,36 +63,69 @@ def components(value: Any) -> list[Tensor]:
     return []
 
 
-def overlapping(samples: Sequence[Sequence[Any]], owners: Sequence[int] | None = None) -> tuple[int, int] | None:
+Places = np.ndarray[Any, np.dtype[np.int64]]
+"""Addresses."""
+
+
+class Placed(NamedTuple):
+    """A tensor or an array of a sample: from where to where it lies, whose it is, its name (of a target a negative
+    one) and itself."""
+
+    start: int
+    stop: int
+    sample: int
+    name: int
+    value: Any
+
+
+def placed(samples: Sequence[Sequence[tuple[int, Any]]]) -> list[Placed]:
+    """What samples consist of, in the order in which it lies in memory.
+
+    Args:
+        samples: names and tensors or arrays of each.
+    """
+    found = [
+        Placed(*reach, number, name, value)
+        for number, sample in enumerate(samples)
+        for name, value in sample
+        if (reach := extent(value)) is not None
+    ]
+    # No two parts of a sample have one name.
+    return sorted(found)
+
+
+def _reaches(parts: Sequence[Placed]) -> tuple[Places, Places]:
+    starts = np.fromiter((one[0] for one in parts), dtype=np.int64, count=len(parts))
+    return starts, np.fromiter((one[1] for one in parts), dtype=np.int64, count=len(parts))
+
+
+def overlapping(parts: Sequence[Placed], owners: Sequence[int] | None = None) -> tuple[int, int] | None:
     """Two samples of which a tensor or an array lies on one of the other, in part; ``None`` if none do.
 
     What lies where another lies as a whole is one and the same: :func:`shared_parts`.
 
     Args:
-        samples: tensors and arrays of each.
+        parts: of :func:`placed`.
         owners: whose samples are: one person's may overlap.
     """
-    whose = range(len(samples)) if owners is None else owners
-    placed = [
-        (*reach, number, value)
-        for number, sample in enumerate(samples)
-        for value in sample
-        if (reach := extent(value)) is not None
-    ]
-    placed.sort(key=lambda one: one[:3])
+    starts, stops = _reaches(parts)
+    if len(parts) < 2 or not bool((np.maximum.accumulate(stops)[:-1] > starts[1:]).any()):
+        return None
     tried, widest = 0, 0
-    for place in range(1, len(placed)):
-        low, _, number, value = placed[place]
+    for place in range(1, len(parts)):
+        low, high, number, _, value = parts[place]
         for before in {place - 1, widest}:
-            start, stop, other, earlier = placed[before]
-            if low >= stop or whose[number] == whose[other] or _layout(value) == _layout(earlier):
+            start, stop, other, _, earlier = parts[before]
+            if low >= stop or number == other or (owners is not None and owners[number] == owners[other]):
                 continue
-            if _is_dense(value, low, placed[place][1]) and _is_dense(earlier, start, stop):
+            if _layout(value) == _layout(earlier):
+                continue
+            if _is_dense(value, low, high) and _is_dense(earlier, start, stop):
                 return min(number, other), max(number, other)
             tried += 1
             if tried <= _TRIED and max(_size(value), _size(earlier)) <= _ENTRIES and _meet(value, earlier):
                 return min(number, other), max(number, other)
-        if placed[place][1] > placed[widest][1]:
+        if high > parts[widest].stop:
             widest = place
     return None
 
@@ -212,7 +248,7 @@ _FEW = 8
 
 
 def shared_parts(
-    samples: Sequence[Sequence[tuple[int, Any]]], count: int, owners: Sequence[int] | None = None
+    parts: Sequence[Placed], samples: int, count: int, owners: Sequence[int] | None = None
 ) -> tuple[int, int] | None:
     """Two samples of which a part of one is a part of the other, and no constant; ``None`` if there are none.
 
@@ -222,30 +258,29 @@ def shared_parts(
     step later), or, among other inputs under one name, of fewer than eight samples: a row that several samples share.
 
     Args:
-        samples: names of parts, negative of targets, and the parts.
+        parts: of :func:`placed`.
+        samples: how many they are of.
         count: samples of the data set.
         owners: whose samples are: what one person's samples share is theirs.
     """
-    having: dict[Any, dict[int, set[int]]] = {}
-    pools: dict[int, tuple[set[Any], list[int]]] = {}
-    values: dict[Any, Any] = {}
-    for number, sample in enumerate(samples):
-        for name, value in sample:
-            place = extent(value)
-            if place is not None:
-                values[place] = value
-                having.setdefault(place, {}).setdefault(number, set()).add(name)
-                pool = pools.setdefault(name, (set(), []))
-                pool[0].add(place)
-                pool[1].append(number)
-    inputs = sum(name >= 0 for name in pools)
-    few = max(1.5, min(_FEW, len(samples) / 5))
-    for place, own in having.items():
+    starts, stops = _reaches(parts)
+    if not bool(((starts[1:] == starts[:-1]) & (stops[1:] == stops[:-1])).any()):
+        return None
+    together = [[*some] for _, some in groupby(parts, key=lambda one: one[:2])]
+    held, places = Counter(one.name for one in parts), Counter[int]()
+    for some in together:
+        places.update({one.name for one in some})
+    inputs = sum(name >= 0 for name in held)
+    few = max(1.5, min(_FEW, samples / 5))
+    for some in together:
+        own: dict[int, set[int]] = {}
+        for one in some:
+            own.setdefault(one.sample, set()).add(one.name)
         if len(own) < 2 or (owners is not None and len({owners[number] for number in own}) < 2):
             continue
-        names = set().union(*own.values())
-        several = min(len(pools[name][1]) / len(pools[name][0]) for name in names)
-        if several >= few or 2 * len(own) > len(samples) or _is_of_small_pool(values[place], count):
+        names = {one.name for one in some}
+        several = min(held[name] / places[name] for name in names)
+        if several >= few or 2 * len(own) > samples or _is_of_small_pool(some[0].value, count):
             continue
         first, *others = own
         meets_nowhere = next((number for number in others if not own[number] & own[first]), None)
