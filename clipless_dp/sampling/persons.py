@@ -11,7 +11,6 @@ import hashlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,10 +23,9 @@ from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
-from clipless_dp.packing import LABELS
-from clipless_dp.sampling import memory
+from clipless_dp.sampling import memory, overlaps
+from clipless_dp.sampling.overlaps import INSTEAD, Beside, lying_together, refuse_overlap, refuse_overlapping_columns
 from clipless_dp.sampling.people import People
-from clipless_dp.sampling.windows import is_plain, lags, overlapping, placed, shared_parts, shared_rows
 
 Indices = npt.NDArray[np.int64]
 Rows = range | Indices
@@ -38,9 +36,6 @@ HASHED = 1 << 30
 ROWS, READS = 4096, 32
 """Rows that are compared of larger tensors, and samples of data sets that are read one by one."""
 
-AT_ONCE = 4
-"""Samples that are held at once to see whether a data set reads into memory that it uses again."""
-
 _LISTED = 1 << 16
 """Samples of a list that are held against each other."""
 
@@ -48,11 +43,6 @@ _CHUNK = 1 << 26
 
 _SMALL_TARGET = 16
 """Numbers of a target up to which targets of one value are one."""
-
-_INSTEAD = (
-    "each person may be one row, once: a person's rows, windows or views together (fit's augment= and multiplicity= "
-    "average views), rare classes by class_weights of the loss"
-)
 
 
 def refuse_repeats(dataset: Any, people: People | None = None) -> None:
@@ -64,7 +54,7 @@ def refuse_repeats(dataset: Any, people: People | None = None) -> None:
     are looked at by their inputs: targets may be shared. A row must not lie on a row of another number, in no column.
     Parts of listed samples must not overlap in memory, nor be parts of others, but for constants
     (:func:`clipless_dp.sampling.windows.shared_parts`); those that other data sets return are looked at where they are
-    read (:class:`Beside`).
+    read (:class:`clipless_dp.sampling.overlaps.Beside`).
 
     Args:
         dataset: a map-style data set, or a pair of tensors, inputs first.
@@ -82,7 +72,7 @@ def refuse_repeats(dataset: Any, people: People | None = None) -> None:
         refuse_overlapping_columns([inputs], beside, people if whole else None)
     listed = range(min(len(dataset), _LISTED)) if _is_listed(dataset) else ()
     if listed:
-        _refuse_overlap([dataset[index] for index in listed], len(dataset), None if people is None else people.codes)
+        refuse_overlap([dataset[index] for index in listed], len(dataset), None if people is None else people.codes)
     for owner in {piece.owner for piece in pieces}:
         own = [piece for piece in pieces if piece.owner == owner]
         if len(own) == 1 and isinstance(own[0].place, range):
@@ -92,7 +82,7 @@ def refuse_repeats(dataset: Any, people: People | None = None) -> None:
         steps = np.diff(place[order])
         widths = np.concatenate([np.full(len(piece.rows), piece.width) for piece in own])[order]
         if bool(((steps > 0) & (steps < widths[:-1])).any()):
-            raise _overlapping("rows of the inputs")
+            raise lying_together("rows of the inputs")
         twice = steps == 0
         if twice.any():
             rows = np.concatenate([np.asarray(piece.rows) for piece in own])[order]
@@ -101,71 +91,8 @@ def refuse_repeats(dataset: Any, people: People | None = None) -> None:
             raise PrivacyError(
                 f"samples {first} and {second} of the data set are one and the same, and {int(twice.sum())} in all are "
                 "repeated (a Subset with an index twice, as sampling with replacement gives; a data set twice in a "
-                f"ConcatDataset), so that a person would enter a batch more than once: {_INSTEAD}"
+                f"ConcatDataset), so that a person would enter a batch more than once: {INSTEAD}"
             )
-
-
-def _overlapping(which: str) -> PrivacyError:
-    return PrivacyError(
-        f"{which} lie on one another in memory (an expanded tensor, windows that overlap, a series beside the same "
-        "series one step later), so that what is one "
-        f"person's enters a batch more than once: {_INSTEAD}; or say whose the rows are, groups=, where all that "
-        "overlap are one person's. Of a constant that few samples share give each a copy, .clone()"
-    )
-
-
-def refuse_overlapping_columns(
-    inputs: Sequence[Tensor], beside: Sequence[Tensor] = (), people: People | None = None
-) -> None:
-    """Refuses tensors of which a row lies on a row of another number, of the same or of another one.
-
-    Args:
-        inputs: ``(N, ...)`` each. One may hold one row for all samples (types of tokens that are all zero, expanded),
-            if not all of them do.
-        beside: targets, which may be one row for all.
-        people: whose rows are, if the unit is a person: one person's may overlap.
-
-    Raises:
-        PrivacyError: one does.
-    """
-    varying = [values for values in inputs if not _is_expanded(values)]
-    if inputs and not varying:
-        raise _overlapping("rows of the inputs")
-    columns = [
-        values
-        for values in (*varying, *(target for target in beside if not _is_expanded(target)))
-        if is_plain(values) and len(values) > 1 and values.numel() and len(values) == len(inputs[0])
-    ]
-    codes = None if people is None else people.codes
-    steps = [values.stride(0) * values.element_size() for values in columns]
-    for step in {*steps}:
-        for lag in lags([values for values, own in zip(columns, steps, strict=True) if own == step]):
-            if codes is None or bool((codes[lag:] != codes[:-lag]).any()):
-                raise _overlapping("rows of the inputs" if len(columns) == 1 else "rows of the inputs, or of targets,")
-    for (one, first), (other, second) in combinations(zip(columns, steps, strict=True), 2):
-        if first != second:
-            rows = shared_rows(one, other)
-            if rows.size and (codes is None or bool((codes[rows[0]] != codes[rows[1]]).any())):
-                raise _overlapping("rows of the inputs, or of targets,")
-
-
-def _is_expanded(values: Tensor) -> bool:
-    return is_plain(values) and len(values) > 1 and values.numel() > 0 and values.stride(0) == 0
-
-
-def _refuse_overlap(samples: Sequence[Any], count: int, owners: Any = None, read: str = "") -> None:
-    """Refuses samples of which one lies on another.
-
-    Args:
-        samples: some of a data set.
-        count: how many the data set has.
-        owners: whose they are.
-        read: how they were come by, for the message.
-    """
-    parts = placed([*map(_parts, samples)])
-    pair = overlapping(parts, owners) or shared_parts(parts, len(samples), count, owners)
-    if pair is not None:
-        raise _overlapping(f"samples {pair[0]} and {pair[1]}{read}")
 
 
 def refuse_repeated_columns(columns: Sequence[Any], targets: Any, people: People | None = None) -> None:
@@ -194,7 +121,7 @@ def refuse_same(samples: Sequence[Any]) -> None:
     if len({*marks}) < len(marks):
         raise PrivacyError(
             "the data set returned one and the same sample for several indices, so that a person would enter a batch "
-            f"more than once: {_INSTEAD}"
+            f"more than once: {INSTEAD}"
         )
 
 
@@ -211,7 +138,7 @@ def refuse_reused_memory(dataset: Any) -> None:
     several = getattr(dataset, "__getitems__", None)
     beside = Beside(len(dataset))
     kept: list[tuple[Any, memory.State]] = []
-    for index in range(min(len(dataset), AT_ONCE)):
+    for index in range(min(len(dataset), overlaps.AT_ONCE)):
         try:
             sample = dataset[index] if several is None else several([index])
         except Exception:
@@ -245,45 +172,6 @@ def _tables(dataset: Any) -> Iterator[list[Tensor]]:
             yield from _tables(part)
 
 
-class Beside:
-    """The first samples that a data set returns, held at once to see whether they lie on one another.
-
-    Args:
-        count: samples of the data set.
-    """
-
-    def __init__(self, count: int) -> None:
-        self._count = count
-        self._owners: list[int] | None = []
-        self._samples: list[Any] = []
-        self._first: memory.State | None = None
-
-    def add(self, sample: Any, owner: int | None = None) -> None:
-        """Holds a sample, if few are.
-
-        Args:
-            sample: what was read.
-            owner: whose it is, if the unit is a person.
-        """
-        if len(self._samples) < AT_ONCE:
-            self._samples.append(sample)
-            self._owners = None if owner is None or self._owners is None else [*self._owners, owner]
-            self._first = self._first or memory.State(_arrays(sample))
-
-    def refuse_overlap(self) -> None:
-        """Refuses windows of what the data set holds.
-
-        Raises:
-            PrivacyError: two samples overlap, and reading the second has left the first one as it was: what is read
-                into memory that is used again lies on nothing.
-        """
-        try:
-            _refuse_overlap(self._samples, self._count, self._owners, " of those that were read")
-        except PrivacyError:
-            if memory.State(_arrays(self._samples[0])) == self._first:
-                raise
-
-
 def _is_listed(dataset: Any) -> bool:
     """Whether samples lie in a list, and nothing is read."""
     if isinstance(dataset, Subset):
@@ -291,27 +179,6 @@ def _is_listed(dataset: Any) -> bool:
     if isinstance(dataset, ConcatDataset):
         return all(map(_is_listed, dataset.datasets))
     return getattr(type(dataset), "__getitem__", None) in (list.__getitem__, tuple.__getitem__)
-
-
-def _arrays(sample: Any) -> list[Any]:
-    """Tensors and arrays of a sample's inputs."""
-    return [part for name, part in _parts(sample) if name >= 0]
-
-
-def _leaves(value: Any) -> list[Any]:
-    return [value] if isinstance(value, (Tensor, np.ndarray, int, float)) else tree_leaves(value)
-
-
-def _parts(sample: Any) -> list[tuple[int, Any]]:
-    """Tensors and arrays of a sample, by their places in it: those of targets are negative."""
-    targets: Any = ()
-    if isinstance(sample, (tuple, list)) and len(sample) == 2:
-        sample, targets = sample
-    if isinstance(sample, Mapping):
-        targets = [targets, *(part for name, part in sample.items() if name in LABELS)]
-        sample = [part for name, part in sample.items() if name not in LABELS]
-    named = [*enumerate(_leaves(sample)), *((-1 - place, part) for place, part in enumerate(_leaves(targets)))]
-    return [(name, part) for name, part in named if isinstance(part, (Tensor, np.ndarray))]
 
 
 def _first_of(dataset: StackDataset[Any]) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
-from clipless_dp.sampling import memory, persons, trained_on
+from clipless_dp.sampling import memory, overlaps, persons, trained_on
 from clipless_dp.sampling.loaders import may_reorder, refuse_other_count
 from clipless_dp.sampling.people import Classes, People, spans_of
 
@@ -182,7 +182,7 @@ class Samples:
                 persons.refuse_repeats(samples._dataset, people)
             else:
                 persons.refuse_repeated_columns(*samples._columns(), people)
-                persons.refuse_overlapping_columns(samples.tensors[:-1], samples.tensors[-1:], people)
+                overlaps.refuse_overlapping_columns(samples.tensors[:-1], samples.tensors[-1:], people)
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
             samples._checked, samples._people = True, people
             trained_on.note(samples._dataset, samples.tensors or (), samples.first)
@@ -234,8 +234,8 @@ class Samples:
             if memory.lie_together(samples):
                 samples = [memory.copied(sample) for index in indices for sample in self._fetched([index])]
             elif self._checked:
-                beside = persons.Beside(len(self))
-                for index, sample in zip(indices, islice(samples, persons.AT_ONCE), strict=False):
+                beside = overlaps.Beside(len(self))
+                for index, sample in zip(indices, islice(samples, overlaps.AT_ONCE), strict=False):
                     beside.add(sample, self._owner(index))
                 beside.refuse_overlap()
         try:
@@ -246,7 +246,7 @@ class Samples:
 
     def _read_alone(self, indices: Sequence[int]) -> list[Any]:
         """Copies of samples, read one by one, the first of which are seen not to lie on one another."""
-        beside, samples = persons.Beside(len(self)), []
+        beside, samples = overlaps.Beside(len(self)), []
         for index in indices:
             sample = self._dataset[index]
             beside.add(sample, self._owner(index))
