@@ -21,7 +21,7 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.packing import Structure
-from clipless_dp.sampling import Samples
+from clipless_dp.sampling import Samples, overlaps
 from clipless_dp.sampling.people import People, people_of
 from clipless_dp.testing.company import plausible_targets
 
