@@ -23,7 +23,9 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 from clipless_dp.loading import rebuilt
 from clipless_dp.prediction import Content, Predictor
+from clipless_dp.sampling import trained_on
 from clipless_dp.sampling.cells import is_missing
+from clipless_dp.sampling.people import number_of
 from clipless_dp.statement import PrivacyStatement
 from clipless_dp.tables import TableModel, fit_table
 
@@ -267,6 +269,8 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
             return self._fit(X, y, groups)
 
     def _fit(self, X: Any, y: Any, groups: Any) -> PrivateClassifier:
+        # What is trained on is a copy of these.
+        trained_on.note((X, y))
         rows = self._rows(X, reset=True)
         check_consistent_length(X, y)
         _require_labels(y)
@@ -280,7 +284,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
             asked |= {"encoding": self.encoding, "balance": self.balance, "cosines": self.cosines}
             result = fit_table(rows, _read(labels, classes), classes=classes, **asked)
         else:
-            size = np.unique(groups).size if groups is not None else len(rows)
+            size = len(rows) if groups is None else number_of(groups, len(rows))
             size = size if self.dataset_size is None else self.dataset_size
             # Presets are made for large data sets; of a small one a draw has all rows in expectation.
             batch = min(size, preset.arguments(size, **asked).get("batch_size", size))
@@ -436,6 +440,7 @@ class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
             return self._fit(X, y, groups)
 
     def _fit(self, X: Any, y: Any, groups: Any) -> PrivateRegressor:
+        trained_on.note((X, y))
         rows = self._rows(X, reset=True)
         if isinstance(rows, Tensor) and rows.dim() > 2:
             raise InputError("a regression is of rows (N, columns): compute features of images first")

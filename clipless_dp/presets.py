@@ -37,6 +37,7 @@ from clipless_dp.modules import state_of
 from clipless_dp.prediction import ODD, Content, Predictor, Predicts, Probe, Whole, content_of, rebuilt
 from clipless_dp.sampling import Samples, as_tensors
 from clipless_dp.sampling.people import ROWS_PER_GROUP, column_of, people_of
+from clipless_dp.sampling.samples import count as samples_in
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, private_moments
 from clipless_dp.training import Data, FitResult, evaluate, fit
@@ -239,8 +240,8 @@ class Preset:
             share("sample_rate", rate, "(0, 1]")
         require_known(asked)
         dataset, groups = column_of(dataset, changes.get("groups"))
-        inputs, targets = Samples.to_train_on(dataset).all()
-        people = people_of(groups, len(inputs), asked.get("rows_per_group", ROWS_PER_GROUP))
+        people = people_of(groups, samples_in(dataset), asked.get("rows_per_group", ROWS_PER_GROUP))
+        inputs, targets = Samples.to_train_on(dataset, people=people).all()
         size = public_size(changes.get("dataset_size"), len(inputs), people)
         if people is not None:
             changes["groups"] = groups

@@ -21,7 +21,7 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.packing import Structure
-from clipless_dp.sampling import Samples, persons
+from clipless_dp.sampling import Samples, overlaps
 from clipless_dp.sampling.people import People, people_of
 from clipless_dp.testing.company import plausible_targets
 
@@ -124,7 +124,7 @@ def canaries(
         )
     samples = Samples.of(dataset, model.packing)
     if samples.tensors is not None:
-        persons.refuse_repeated_rows(samples.tensors[:-1])
+        overlaps.refuse_overlapping_columns(samples.tensors[:-1], samples.tensors[-1:])
     shown = samples.first[0][0], samples.first[1][0]
     inputs, targets = _made(model, shown, canaries) if isinstance(canaries, int) else _given(model, canaries[:2])
     people, strangers = people_of(groups, len(samples)), _strangers(canaries, len(inputs), groups)

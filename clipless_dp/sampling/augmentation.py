@@ -7,9 +7,11 @@ import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -21,7 +23,7 @@ from clipless_dp.noise.randomness import Randomness, current_generator
 from clipless_dp.noise.randomness import shared as shared_randomness
 from clipless_dp.sampling import draws, memory, trained_on
 from clipless_dp.sampling.generators import random_states, set_random_states
-from clipless_dp.sampling.reach import reachable
+from clipless_dp.sampling.reach import ATOMS, reachable
 
 
 class RowAugmentation(ABC):
@@ -146,13 +148,15 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
     """
     memory.refuse_refused(augment, f"augment={augment!r}")
     source = source or shared_randomness
-    if not _is_due(augment):
-        _refuse_data(augment, _near(augment))
+    near = [*_near(augment)]
+    if not _is_due(augment, near):
+        _refuse_data(augment, near, inputs)
         with source.visit(inputs.device):
             return _views(augment, inputs, mask)
     reached = [value for value, *_ in reachable(augment)]
     _refuse_generators(augment, reached, "augment")
-    _refuse_data(augment, [*_near(augment), *reached])
+    _refuse_data(augment, [*near, *reached], inputs)
+    _note_looked(near)
     # Whole batches are not counted: on an accelerator that would wait for it.
     look = _Look(augment, len(inputs) if isinstance(augment, RowAugmentation) else int(mask.sum()))
     with source.visit(inputs.device):
@@ -161,14 +165,43 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
     return made
 
 
-def _is_due(augment: Augmentation) -> bool:
+def _is_due(augment: Augmentation, near: list[object]) -> bool:
     """Whether all that an augmentation reaches is looked at: where that is little, in the first call, and in some.
 
-    A function that is made anew in each step is known by its code.
+    A function that is made anew in each step is known by its code, if what it holds is known, too.
+
+    Args:
+        augment: the augmentation.
+        near: what it holds (:func:`_near`).
     """
-    known = (_sizes.get(some) for some in (_known(augment), _code(augment)) if some is not None)
+    known = (_looked_up(_sizes, some) for some in (_known(augment), _code(augment)) if some is not None)
     size = next((size for size in known if size is not None), 0)
-    return int(size) <= SMALL or secrets.randbelow(EVERY) == 0
+    return int(size) <= SMALL or not all(map(_is_known, near)) or secrets.randbelow(EVERY) == 0
+
+
+def _looked_up(mapping: Any, key: object) -> Any:
+    """What a mapping of weak references holds; ``None`` of what has none, such as objects of slots."""
+    try:
+        return mapping.get(key)
+    except TypeError:
+        return None
+
+
+def _is_known(value: object) -> bool:
+    """Whether something needs no look, or was looked into since data was last said to be trained on.
+
+    Tensors, arrays and containers are looked at in each call.
+    """
+    if type(value) in ATOMS or isinstance(value, (Tensor, np.ndarray, dict, list, tuple)):
+        return True
+    return bool(_looked_up(_looked, value) == trained_on.version())
+
+
+def _note_looked(near: list[object]) -> None:
+    for value in near:
+        if type(value) not in ATOMS and not isinstance(value, (Tensor, np.ndarray)):
+            with suppress(TypeError):
+                _looked[value] = trained_on.version()
 
 
 def _known(augment: Any) -> Any:
@@ -300,6 +333,9 @@ _FOLLOWED = 64
 _sizes: Any = WeakIdKeyDictionary()
 """Of what the augmentations reach that were called, and of the code of those that are functions."""
 
+_looked: Any = WeakIdKeyDictionary()
+"""What augmentations hold that was looked into, and the version of the data that is trained on at that time."""
+
 _passed: Any = WeakIdKeyDictionary()
 """The augmentations that were looked at."""
 
@@ -366,9 +402,9 @@ def _same(first: Tensor, second: Tensor) -> Tensor:
     return ((first == second) | ((first != first) & (second != second))).flatten(1).all(1)
 
 
-def _refuse_data(augment: Augmentation, values: Iterable[object]) -> None:
+def _refuse_data(augment: Augmentation, values: Iterable[object], inputs: Tensor) -> None:
     """Refuses an augmentation that holds a batch that was handed out, whose rows would enter the views of others, or
-    data that is trained on."""
+    data that is trained on, as what these inputs are views of."""
     values = [*values]
     for value in values:
         if isinstance(value, Tensor) and draws.is_delivered(value):
@@ -376,11 +412,11 @@ def _refuse_data(augment: Augmentation, values: Iterable[object]) -> None:
                 f"augment={augment!r} holds a batch of samples (in a closure, a default, an attribute or a global), "
                 "through which rows enter the views of others: make each view from its row alone"
             )
-    trained_on.refuse(augment, "augment", values)
+    trained_on.refuse(augment, "augment", values, inputs)
 
 
 _FEW = 64
-"""Parts of a container that are looked at in each call."""
+"""Parts of a container that are looked at in each call: of more, some."""
 
 
 def _near(augment: Any) -> Iterator[object]:
@@ -393,12 +429,16 @@ def _near(augment: Any) -> Iterator[object]:
     waiting += [named[name] for name in (() if code is None else code.co_names) if name in named]
     for _ in range(3):
         yield from waiting
-        inner = [[*(value.values() if isinstance(value, dict) else value)] for value in waiting if _is_few(value)]
-        waiting = [part for parts in inner for part in parts]
+        waiting = [part for value in waiting if isinstance(value, (dict, list, tuple)) for part in _some_of(value)]
 
 
-def _is_few(value: object) -> bool:
-    return isinstance(value, (dict, list, tuple)) and len(value) <= _FEW
+def _some_of(value: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
+    if len(value) > _FEW:
+        if isinstance(value, dict):
+            return islice(dict.values(value), _FEW)
+        step = len(value) // _FEW
+        return value[secrets.randbelow(step + 1) :: step]
+    return dict.values(value) if isinstance(value, dict) else value
 
 
 def _held(augment: Any) -> list[object]:

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from clipless_dp import arguments
 from clipless_dp.arguments import whole
 from clipless_dp.packing import Packing, Structure
-from clipless_dp.sampling import draws
+from clipless_dp.sampling import draws, trained_on
 from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, column_of, people_of
 from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
@@ -120,7 +120,7 @@ class PoissonBatches:
         refuse_draws(sample_rate, steps, seed, start)
         dataset, groups = column_of(dataset, groups)
         people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
-        samples = Samples.to_train_on(dataset)
+        samples = Samples.to_train_on(dataset, people=people)
         inputs, targets = samples.all(in_order=people is not None)
         self.packing = samples.packing
         units = len(inputs) if people is None else people.count
@@ -132,6 +132,8 @@ class PoissonBatches:
         own = slice(rank, None, ranks) if self._own is None else self._own
         self._inputs = inputs[own].to(device)
         self._targets = targets[own].to(device)
+        # On another device, or of several processes, these are copies.
+        trained_on.note(None, (self._inputs, self._targets))
         self.physical_batch_size = checked_rows(physical_batch_size, len(self._inputs), self.sampler.sample_rate)
 
     def __len__(self) -> int:

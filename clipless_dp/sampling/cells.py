@@ -152,7 +152,8 @@ def places_of(cells: Cells, places: Mapping[Any, int], name: str) -> npt.NDArray
     if any(_may_be_rounded(cell, largest) for cell in _floats(cells)):
         raise InputError(
             f"{name} holds floating-point numbers, in which whole numbers as large as {largest} are one with their "
-            "neighbours: give whole numbers (of pandas, Int64) or text"
+            "neighbours, and converting them back brings none: read the column as whole numbers (of pandas, "
+            'dtype="Int64" where the file is read) or as text'
         )
     return np.fromiter((_place(cell, places) for cell in cells.tolist()), dtype=np.int64, count=len(cells))
 

@@ -117,9 +117,13 @@ def _as_array(flat: Tensor) -> np.ndarray[Any, Any]:
 
 def _in_memory(values: Tensor) -> Tensor | None:
     """All entries in the order in which they lie in memory, if that is the processor's; copied if there are gaps."""
-    if not values.is_cpu or values.layout is not torch.strided:
+    if not values.is_cpu or values.layout is not torch.strided or values.is_nested:
         return None
     values = values.detach()
+    if values.is_conj():
+        values = values.conj()
+    if values.is_neg():
+        values = torch._neg_view(values)
     if hasattr(values, "to_local"):
         return _in_memory(values.to_local())
     if not values.is_contiguous():

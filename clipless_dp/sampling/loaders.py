@@ -26,6 +26,7 @@ from torch.utils.data._utils.fetch import _MapDatasetFetcher
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.sampling import trained_on
 from clipless_dp.sampling.draws import deliver, is_batch
 from clipless_dp.sampling.fingerprints import fingerprint
 from clipless_dp.sampling.people import Classes, spans_of
@@ -77,7 +78,10 @@ _current = _Current()
 def upcoming(draw: Draw, indices: list[int]) -> list[int]:
     """The indices of a draw, for a ``DataLoader``, whose ``collate_fn`` is to hand its batch to :func:`arrived`."""
     asking = _frame(_NEXT_INDEX)
-    loader = None if asking is None else weakref.ref(asking.f_locals["self"])
+    loader = None
+    if asking is not None:
+        trained_on.note_of(asking.f_locals["self"])
+        loader = weakref.ref(asking.f_locals["self"])
     drawn = _Drawn(draw, b"", len(indices), loader)
     drawn.key = _key(indices, drawn.by_place) or b""
     _current.drawn = drawn

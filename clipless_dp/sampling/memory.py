@@ -23,6 +23,7 @@ from clipless_dp.errors import PrivacyError
 from clipless_dp.sampling import caches, fingerprints
 from clipless_dp.sampling.generators import left_alone
 from clipless_dp.sampling.reach import ATOMS, CONTAINERS, GLOBAL_GENERATORS, Label, package, reachable
+from clipless_dp.sampling.windows import is_plain
 
 _READ_ONLY = 1 << 24
 """Bytes of an array that cannot be written into, a file's say, up to which all are compared."""
@@ -85,7 +86,7 @@ class State:
                 if isinstance(value, caches.CACHES):
                     kept: dict[int, Any] = {caches.entry(key): key for key, _ in caches.results(value)}
                     self._caches[len(self.entries)] = value, kept
-                if isinstance(value, (Tensor, np.ndarray)):
+                if isinstance(value, np.ndarray) or is_plain(value):
                     size += value.nbytes // _WEIGHT
             self.entries.append((parent, label, told))
         self.size = size
@@ -274,7 +275,7 @@ def lie_together(samples: Sequence[Any]) -> bool:
 
 def _places(value: Any) -> Iterator[int]:
     if isinstance(value, Tensor):
-        if value.layout is torch.strided and not value.is_nested and value.numel():
+        if is_plain(value) and value.numel():
             yield value.data_ptr()
     elif isinstance(value, np.ndarray):
         if value.size:
@@ -294,8 +295,9 @@ def _content(value: Any, by_content: bool) -> object:
         version = None if value.is_inference() else value._version
         ashore = by_content and value.device.type not in ("cpu", "meta")
         print_ = fingerprints.fingerprint(value.cpu() if ashore else value)
-        place = value.data_ptr() if print_ is None and value.layout is torch.strided else None
-        return tuple(value.shape), value.dtype, version, place, print_
+        place = value.data_ptr() if print_ is None and is_plain(value) else None
+        # Of nested ones components tell.
+        return None if value.is_nested else tuple(value.shape), value.dtype, version, place, print_
     if isinstance(value, np.ndarray) and not value.dtype.hasobject:
         return value.shape, value.dtype.str, _bytes_of(value)
     if isinstance(value, np.generic):

@@ -77,6 +77,7 @@ class People:
         rows: number of rows.
         rows_per_group: ``m``.
         weights: as given.
+        codes: ``(rows,)``, a number of each row's person, from 0.
     """
 
     def __init__(
@@ -88,18 +89,18 @@ class People:
         weights: GroupWeights = "mean",
     ) -> None:
         self.rows_per_group, self.weights = checked_cap(rows_per_group), checked_weights(weights)
-        self._codes = _codes(groups, rows)
-        self.rows = len(self._codes)
+        self.codes = _codes(groups, rows)
+        self.rows = len(self.codes)
         if not self.rows:
             raise InputError("groups= names whose each row is, and there are no rows")
-        self._sizes = np.bincount(self._codes).astype(np.int64)
+        self._sizes = np.bincount(self.codes).astype(np.int64)
         self.count = len(self._sizes)
-        self._order = np.argsort(self._codes, kind="stable").astype(np.int64, copy=False)
+        self._order = np.argsort(self.codes, kind="stable").astype(np.int64, copy=False)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._warn_of_one()
         if placement.world().size > 1:
             placement.agree(
-                {"the ids of groups": hashlib.sha256(self._codes.tobytes()).hexdigest()},
+                {"the ids of groups": hashlib.sha256(self.codes.tobytes()).hexdigest()},
                 remedy="All ranks need the ids of the whole data set, in one order",
             )
 
@@ -121,7 +122,7 @@ class People:
     @cached_property
     def grouping(self) -> bytes:
         """Digest of which rows are one person's, whatever the ids are; as private as they are."""
-        _, first, inverse = np.unique(self._codes, return_index=True, return_inverse=True)
+        _, first, inverse = np.unique(self.codes, return_index=True, return_inverse=True)
         return hashlib.sha256(first[inverse].astype(np.int64).tobytes()).digest()
 
     def warn_of_size(self, dataset_size: int) -> None:
@@ -151,7 +152,7 @@ class People:
     def rows_of(self, rank: int, ranks: int) -> Indices:
         """The rows, ascending, of the people that one of several ranks draws from: those of number ``rank, rank + W,
         …``; so nobody is on two ranks."""
-        return np.flatnonzero(self._codes % ranks == rank).astype(np.int64)
+        return np.flatnonzero(self.codes % ranks == rank).astype(np.int64)
 
     def choose(
         self, people: Indices, generator: np.random.Generator, kept: npt.NDArray[np.bool_] | None = None
@@ -211,21 +212,21 @@ class People:
 
     def with_strangers(self, others: People) -> Indices:
         """An id for each row, and behind them those of other people's rows, none of whom is one of these."""
-        return np.concatenate([self._codes, self.count + others._codes])
+        return np.concatenate([self.codes, self.count + others.codes])
 
     def sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """``(people,)``: of one number for each row the sum over each person's."""
         total = np.zeros(self.count)
-        np.add.at(total, self._codes, values)
+        np.add.at(total, self.codes, values)
         return total
 
     def spread(self, values: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         """``(rows,)``: of one truth value for each person that of each row's."""
-        return values[self._codes]
+        return values[self.codes]
 
     def shares(self, device: torch.device | str = "cpu") -> Tensor:
         """``(rows,)``, float64: one over the number of rows of each row's person, so that all of one's add up to 1."""
-        return torch.from_numpy(1.0 / self._sizes[self._codes]).to(device)
+        return torch.from_numpy(1.0 / self._sizes[self.codes]).to(device)
 
 
 def spans_of(classes: Classes) -> list[tuple[int, int]]:
@@ -257,6 +258,15 @@ def refuse_without_groups(rows_per_group: object, weights: object) -> None:
     """
     if (checked_cap(rows_per_group), checked_weights(weights)) != (ROWS_PER_GROUP, "mean"):
         raise ConfigurationError("rows_per_group and group_weights are about groups: give an id for each row")
+
+
+def number_of(groups: Any, rows: int) -> int:
+    """The number of people.
+
+    Raises:
+        InputError: as :class:`People`.
+    """
+    return len(np.unique(_codes(groups, rows)))
 
 
 def _codes(groups: Any, rows: int | None) -> Indices:
@@ -308,8 +318,9 @@ def _of_objects(ids: npt.NDArray[Any]) -> npt.NDArray[Any]:
         named = ", ".join(sorted(kind.__name__ for kind in kinds))
         raise InputError(f"the ids in groups are of type {named}: give integers, or strings, all of one type")
     if whole_numbers:
-        # Of numbers beyond 64 bits numpy would make floats, in which two people may be one.
-        return np.array(listed, dtype=object if max(map(abs, listed)) >= 1 << 63 else None)
+        # Of numbers of several types, or beyond 64 bits, numpy would make floats, in which two people may be one.
+        numbers = [int(one) for one in listed]
+        return np.array(numbers, dtype=np.int64 if max(map(abs, numbers)) < 1 << 63 else object)
     # numpy's own strings lose the NULs at their end.
     kept = any(one.endswith("\0" if isinstance(one, str) else b"\0") for one in listed)
     return np.array(listed, dtype=object if kept else None)

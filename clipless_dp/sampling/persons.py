@@ -23,9 +23,9 @@ from torch.utils.data import ConcatDataset, StackDataset, Subset, TensorDataset
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError, RankError
-from clipless_dp.packing import LABELS
-from clipless_dp.sampling import memory
-from clipless_dp.sampling.windows import overlapping, rows_overlap
+from clipless_dp.sampling import memory, overlaps
+from clipless_dp.sampling.overlaps import INSTEAD, Beside, lying_together, refuse_overlap, refuse_overlapping_columns
+from clipless_dp.sampling.people import People
 
 Indices = npt.NDArray[np.int64]
 Rows = range | Indices
@@ -36,9 +36,6 @@ HASHED = 1 << 30
 ROWS, READS = 4096, 32
 """Rows that are compared of larger tensors, and samples of data sets that are read one by one."""
 
-AT_ONCE = 4
-"""Samples that are held at once to see whether a data set reads into memory that it uses again."""
-
 _LISTED = 1 << 16
 """Samples of a list that are held against each other."""
 
@@ -47,42 +44,46 @@ _CHUNK = 1 << 26
 _SMALL_TARGET = 16
 """Numbers of a target up to which targets of one value are one."""
 
-_INSTEAD = (
-    "each person may be one row, once: a person's rows, windows or views together (fit's augment= and multiplicity= "
-    "average views), rare classes by class_weights of the loss"
-)
 
-
-def refuse_repeats(dataset: Any) -> None:
+def refuse_repeats(dataset: Any, people: People | None = None) -> None:
     """Refuses a data set in which a row is there more than once, for certain.
 
     ``Subset`` (``random_split`` too), ``ConcatDataset`` and ``StackDataset``, nested in each other, are followed to
     what they choose from, the last by its first part; there a row is known by its number, in tensors by its place in
     memory, and in a list of samples by the sample, or by the memory of its inputs together with its target. Tensors
-    are looked at by their inputs: targets may be shared. Inputs of listed samples must not overlap in memory; those
-    that other data sets return are looked at where they are read (:class:`Beside`).
+    are looked at by their inputs: targets may be shared. A row must not lie on a row of another number, in no column.
+    Parts of listed samples must not overlap in memory, nor be parts of others, but for constants
+    (:func:`clipless_dp.sampling.windows.shared_parts`); those that other data sets return are looked at where they are
+    read (:class:`clipless_dp.sampling.overlaps.Beside`).
 
     Args:
         dataset: a map-style data set, or a pair of tensors, inputs first.
+        people: whose samples are, if the unit is a person: one person's may overlap.
 
     Raises:
         PrivacyError: it has.
     """
     if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(isinstance(part, Tensor) for part in dataset):
-        dataset = TensorDataset(dataset[0])
+        dataset = TensorDataset(*dataset[: 1 + (len(dataset[0]) == len(dataset[1]))])
     pieces = list(_pieces(dataset, range(len(dataset)), range(len(dataset)), by_memory=True))
-    if any(rows_overlap(tensor) for tensor in {id(inputs): inputs for inputs in _inputs(dataset)}.values()):
-        raise _overlapping("rows of the inputs")
+    whole = isinstance(dataset, TensorDataset)
+    # Of a part of a table it is not known whose its rows are.
+    for inputs, *beside in _tables(dataset):
+        refuse_overlapping_columns([inputs], beside, people if whole else None)
     listed = range(min(len(dataset), _LISTED)) if _is_listed(dataset) else ()
-    if (pair := overlapping([_arrays(dataset[index]) for index in listed])) is not None:
-        raise _overlapping(f"samples {pair[0]} and {pair[1]}")
+    if listed:
+        refuse_overlap([dataset[index] for index in listed], len(dataset), None if people is None else people.codes)
     for owner in {piece.owner for piece in pieces}:
         own = [piece for piece in pieces if piece.owner == owner]
         if len(own) == 1 and isinstance(own[0].place, range):
             continue
         place = np.concatenate([np.asarray(piece.place, dtype=np.int64) for piece in own])
         order = np.argsort(place, kind="stable")
-        twice = np.diff(place[order]) == 0
+        steps = np.diff(place[order])
+        widths = np.concatenate([np.full(len(piece.rows), piece.width) for piece in own])[order]
+        if bool(((steps > 0) & (steps < widths[:-1])).any()):
+            raise lying_together("rows of the inputs")
+        twice = steps == 0
         if twice.any():
             rows = np.concatenate([np.asarray(piece.rows) for piece in own])[order]
             at = int(twice.argmax())
@@ -90,30 +91,24 @@ def refuse_repeats(dataset: Any) -> None:
             raise PrivacyError(
                 f"samples {first} and {second} of the data set are one and the same, and {int(twice.sum())} in all are "
                 "repeated (a Subset with an index twice, as sampling with replacement gives; a data set twice in a "
-                f"ConcatDataset), so that a person would enter a batch more than once: {_INSTEAD}"
+                f"ConcatDataset), so that a person would enter a batch more than once: {INSTEAD}"
             )
 
 
-def _overlapping(which: str) -> PrivacyError:
-    return PrivacyError(
-        f"{which} lie on one another in memory (an expanded tensor, windows that overlap), so that what is one "
-        f"person's enters a batch more than once: {_INSTEAD}"
-    )
-
-
-def refuse_repeated_columns(columns: Sequence[Any], targets: Any) -> None:
+def refuse_repeated_columns(columns: Sequence[Any], targets: Any, people: People | None = None) -> None:
     """The same of lists of tensors or arrays, one for each input, of which each sample has an entry.
 
     Args:
         columns: of the inputs, those that are tensors, too.
         targets: one for each sample.
+        people: as of :func:`refuse_repeats`.
 
     Raises:
         PrivacyError: a sample's inputs lie where those of another lie, with one target, or overlap with them.
     """
     if any(isinstance(part, (list, tuple)) and part and isinstance(part[0], (Tensor, np.ndarray)) for part in columns):
         inputs = columns[0] if len(columns) == 1 else [*zip(*columns, strict=True)]
-        refuse_repeats([*zip(inputs, targets, strict=True)])
+        refuse_repeats([*zip(inputs, targets, strict=True)], people)
 
 
 def refuse_same(samples: Sequence[Any]) -> None:
@@ -126,24 +121,8 @@ def refuse_same(samples: Sequence[Any]) -> None:
     if len({*marks}) < len(marks):
         raise PrivacyError(
             "the data set returned one and the same sample for several indices, so that a person would enter a batch "
-            f"more than once: {_INSTEAD}"
+            f"more than once: {INSTEAD}"
         )
-
-
-def refuse_repeated_rows(inputs: Sequence[Tensor]) -> None:
-    """The same of a data set of tensors, of which one sample has a row each.
-
-    A tensor may hold one row for all samples (types of tokens that are all zero, expanded), if not all of them do.
-
-    Args:
-        inputs: ``(N, ...)`` each.
-
-    Raises:
-        PrivacyError: rows of one of them lie on one another in memory.
-    """
-    varying = [values for values in inputs if len(values) < 2 or values.layout != torch.strided or values.stride(0)]
-    for values in varying or inputs:
-        refuse_repeats(TensorDataset(values))
 
 
 def refuse_reused_memory(dataset: Any) -> None:
@@ -157,9 +136,9 @@ def refuse_reused_memory(dataset: Any) -> None:
         PrivacyError: they lie on one another, and did not change.
     """
     several = getattr(dataset, "__getitems__", None)
-    beside = Beside()
+    beside = Beside(len(dataset))
     kept: list[tuple[Any, memory.State]] = []
-    for index in range(min(len(dataset), AT_ONCE)):
+    for index in range(min(len(dataset), overlaps.AT_ONCE)):
         try:
             sample = dataset[index] if several is None else several([index])
         except Exception:
@@ -174,41 +153,23 @@ def refuse_reused_memory(dataset: Any) -> None:
     beside.refuse_overlap()
 
 
-def _inputs(dataset: Any) -> Iterator[Tensor]:
-    if isinstance(dataset, TensorDataset):
-        yield dataset.tensors[0]
+def _tables(dataset: Any) -> Iterator[list[Tensor]]:
+    """The tensors of which a row each is a sample, inputs first."""
+    if isinstance(dataset, Tensor):
+        yield [dataset]
+    elif isinstance(dataset, TensorDataset):
+        yield [*dataset.tensors]
     elif isinstance(dataset, Subset):
-        yield from _inputs(dataset.dataset)
+        yield from _tables(dataset.dataset)
     elif isinstance(dataset, StackDataset):
-        yield from _inputs(_first_of(dataset))
+        parts = dataset.datasets
+        of_parts = [[*_tables(part)] for part in (parts.values() if isinstance(parts, dict) else parts)]
+        if of_parts[0]:
+            # Of several tables rows are numbered otherwise.
+            yield [column for tables in of_parts if len(tables) == 1 for column in tables[0]]
     elif isinstance(dataset, ConcatDataset):
         for part in dataset.datasets:
-            yield from _inputs(part)
-
-
-class Beside:
-    """The first samples that a data set returns, held at once to see whether they lie on one another."""
-
-    def __init__(self) -> None:
-        self._samples: list[Any] = []
-        self._first: memory.State | None = None
-
-    def add(self, sample: Any) -> None:
-        """Holds a sample, if few are."""
-        if len(self._samples) < AT_ONCE:
-            self._samples.append(sample)
-            self._first = self._first or memory.State(_arrays(sample))
-
-    def refuse_overlap(self) -> None:
-        """Refuses windows of what the data set holds.
-
-        Raises:
-            PrivacyError: two samples overlap, and reading the second has left the first one as it was: what is read
-                into memory that is used again lies on nothing.
-        """
-        pair = overlapping([*map(_arrays, self._samples)])
-        if pair is not None and memory.State(_arrays(self._samples[0])) == self._first:
-            raise _overlapping(f"samples {pair[0]} and {pair[1]} of those that were read")
+            yield from _tables(part)
 
 
 def _is_listed(dataset: Any) -> bool:
@@ -220,15 +181,6 @@ def _is_listed(dataset: Any) -> bool:
     return getattr(type(dataset), "__getitem__", None) in (list.__getitem__, tuple.__getitem__)
 
 
-def _arrays(sample: Any) -> list[Any]:
-    """Tensors and arrays of a sample's inputs."""
-    if isinstance(sample, (tuple, list)) and len(sample) == 2:
-        sample = sample[0]
-    if isinstance(sample, Mapping):
-        sample = [part for name, part in sample.items() if name not in LABELS]
-    return [part for part in tree_leaves(sample) if isinstance(part, (Tensor, np.ndarray))]
-
-
 def _first_of(dataset: StackDataset[Any]) -> Any:
     """What the first part of each sample is taken from."""
     parts = dataset.datasets
@@ -237,11 +189,13 @@ def _first_of(dataset: StackDataset[Any]) -> Any:
 
 
 class _Piece(NamedTuple):
-    """Rows of a data set that are taken from one thing: what it is, where they are there, and their own numbers."""
+    """Rows of a data set that are taken from one thing: what it is, where they are there, their own numbers, and over
+    how many places one reaches without gaps."""
 
     owner: Any
     place: Rows
     rows: Rows
+    width: int = 1
 
 
 def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Iterator[_Piece]:
@@ -269,7 +223,8 @@ def _pieces(dataset: Any, chosen: Rows, rows: Rows, *, by_memory: bool) -> Itera
             place: Rows = range(start, start + step * len(chosen), step)
         else:
             place = start + step * np.asarray(chosen)
-        yield _Piece(inputs.untyped_storage().data_ptr(), place, rows)
+        width = inputs[0].numel() * inputs.element_size() if inputs[0].is_contiguous() else 1
+        yield _Piece(inputs.untyped_storage().data_ptr(), place, rows, width)
     else:
         yield _Piece(id(dataset), chosen, rows)
         if by_memory and getattr(type(dataset), "__getitem__", None) in (list.__getitem__, tuple.__getitem__):

@@ -22,12 +22,19 @@ import torch
 from torch import Tensor
 
 from clipless_dp.sampling import caches
+from clipless_dp.sampling.windows import components, is_plain
 
 Label = str | int
 """How a part is called in what it is a part of: an attribute's or a variable's name; a place in a container."""
 
 _APART = {"accelerate", "clipless_dp", "lightning", "logging", "pytorch_lightning"}
 """Packages whose objects are not looked into: what trains holds all of a process."""
+
+_OF_DATA = ("clipless_dp.audit.canaries", "clipless_dp.datasets", "clipless_dp.sampling")
+"""Modules whose objects are looked into all the same: they hold data."""
+
+_OF_LOGGERS = {"_cache", "disabled", "filters", "handlers", "level", "manager", "name", "parent", "propagate", "root"}
+"""Attributes that loggers have: others are a user's."""
 
 _TOOLS = {
     "IPython",
@@ -94,7 +101,7 @@ Reached = tuple[Any, int, Label]
 """What was reached; the place in the walk of what it is a part of, -1 of the root; how it is called there."""
 
 
-def reachable(root: object) -> Iterator[Reached]:
+def reachable(root: object, longest: int | None = None) -> Iterator[Reached]:
     """Everything that a function or an object can reach, once for each way to it; an object's parts once.
 
     Of functions: contents of closures, defaults, attributes, and the globals that their code names, in functions that
@@ -103,6 +110,10 @@ def reachable(root: object) -> Iterator[Reached]:
     gradients; of context variables what they hold; of cached functions their results, last of all. Code of libraries is
     not read, though what objects of theirs hold is looked at. What C extensions, files and other processes hold is not
     seen, but for what :mod:`clipless_dp.sampling.memory` asks some types.
+
+    Args:
+        root: the function or object.
+        longest: of longer lists, tuples, sets and mappings about so many parts are followed, evenly; by default all.
     """
     # Parts are kept, since another object could get the identity of one that is gone.
     known: dict[int, object] = {}
@@ -118,6 +129,9 @@ def reachable(root: object) -> Iterator[Reached]:
             known[id(value)] = value
             last.note(value, place)
             parts = _parts_of_function(value, last.reads(value)) if isinstance(value, FunctionType) else _parts(value)
+            if longest is not None and len(parts) > longest and isinstance(value, (dict, *CONTAINERS)):
+                # Of mappings keys and values alternate.
+                parts = parts[:: len(parts) // longest | 1]
             waiting.extend([(part, place, label) for label, part in reversed(parts)])
 
 
@@ -176,7 +190,14 @@ Part = tuple[Label, object]
 
 def _parts(value: Any) -> list[Part]:
     kind = type(value)
-    if isinstance(value, (ModuleType, CodeType, FrameType, TracebackType)) or package(kind.__module__) in _APART:
+    if isinstance(value, (ModuleType, CodeType, FrameType, TracebackType)):
+        return []
+    if package(kind.__module__) in _APART and not kind.__module__.startswith(_OF_DATA):
+        own = vars(value) if kind.__module__ == "logging" and hasattr(value, "manager") else {}
+        return [(name, part) for name, part in own.items() if name not in _OF_LOGGERS]
+    if kind is Tensor and is_plain(value) and value.is_leaf and value.grad is None and not vars(value):
+        return []
+    if kind is np.ndarray and not value.dtype.hasobject:
         return []
     if any(value is one for one in GLOBAL_GENERATORS):
         return []
@@ -204,12 +225,19 @@ def _parts(value: Any) -> list[Part]:
     if isinstance(value, weakref.ref):
         parts.append(("", value()))
     if isinstance(value, contextvars.ContextVar):
-        parts.append(("value", value.get(None)))
+        parts += [("value", value.get(None)), *_numbered(gc.get_referents(value))]
+    if isinstance(value, np.ufunc) and gc.is_tracked(value):
+        # Of numpy.frompyfunc.
+        parts += _numbered(gc.get_referents(value))
+    if kind.__module__ == "operator":
+        # A methodcaller's arguments, those by name in a partial.
+        parts += _numbered(_reduced(value, 0))
     if isinstance(value, functools.partial):
         parts += [*_numbered(value.args), ("keywords", value.keywords)]
     if isinstance(value, GeneratorType) and value.gi_frame is not None:
         parts += [("place", value.gi_frame.f_lasti), ("locals", dict(value.gi_frame.f_locals))]
     parts += [("state", state) for state in _state_of_generator(value)]
+    parts += [("component", part) for part in components(value)]
     if isinstance(value, Tensor) and (value.is_leaf or value.retains_grad) and value.grad is not None:
         parts.append(("grad", value.grad))
     parts += _attributes(value)
@@ -346,12 +374,12 @@ def _attribute(value: Any, name: str) -> object:
         return None
 
 
-def _reduced(value: Any) -> list[object]:
+def _reduced(value: Any, start: int = 1) -> list[object]:
     """What a type in C says of itself for copies: of iterators how far they are."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return [*value.__reduce_ex__(4)[1:]]
+            return [*value.__reduce_ex__(4)[start:]]
     except Exception:
         return []
 

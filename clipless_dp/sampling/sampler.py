@@ -202,9 +202,10 @@ def poisson_collate(
             ``collate`` remembers something of a sample, or reaches the data; a method of the data set may.
         RankError: the data of the ranks differs.
     """
+    first = dataset[0]
     if collation.sees_single_rows(collate):
         try:
-            empty = _emptied(_plain(collate([dataset[0]])))
+            empty = _emptied(_plain(collate([first])))
         except TypeError as error:
             raise ConfigurationError(
                 f"the first sample cannot be collated ({str(error).splitlines()[0]}): let each sample be tensors, "
@@ -212,14 +213,14 @@ def poisson_collate(
                 "give a collate function that does"
             ) from error
     else:
-        alone = collate = collation.RowByRow(collate, dataset[0])
+        alone = collate = collation.RowByRow(collate, first)
         empty = alone.empty
     if hasattr(dataset, "__len__"):
         persons.refuse_repeats(dataset)
         persons.refuse_reused_memory(dataset)
         tensors = dataset.tensors if isinstance(dataset, TensorDataset) else None
         persons.require_alike(dataset, tensors, lambda index: list(_leaves(dataset[index])))
-        trained_on.note(dataset)
+        trained_on.note(dataset, sample=first)
         if isinstance(collate, collation.RowByRow):
             collate.refuse_data(dataset)
     return _Collate(empty, collate, by_memory=_is_made_of_tensors(dataset))

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, TensorDataset, default_collate
 from clipless_dp.arguments import whole
 from clipless_dp.errors import CliplessError, ConfigurationError, InputError
 from clipless_dp.packing import LABELS, Packing, Structure
-from clipless_dp.sampling import memory, persons, trained_on
+from clipless_dp.sampling import memory, overlaps, persons, trained_on
 from clipless_dp.sampling.loaders import may_reorder, refuse_other_count
 from clipless_dp.sampling.people import Classes, People, spans_of
 
@@ -129,6 +129,7 @@ class Samples:
         self._labels = labels
         self._names: tuple[str, ...] | None = None
         self._checked = False
+        self._people: People | None = None
         self._dataset = dataset
         if isinstance(dataset, TensorDataset) and len(dataset.tensors) == 2:
             dataset = self._dataset = dataset.tensors
@@ -157,12 +158,17 @@ class Samples:
         if packing is None or packing == dataset.packing or not dataset.is_structured:
             return dataset
         packed = cls(dataset._dataset, packing, labels=dataset._labels)
-        packed._checked = dataset._checked
+        packed._checked, packed._people = dataset._checked, dataset._people
         return packed
 
     @classmethod
-    def to_train_on(cls, dataset: Any, packing: Packing | None = None) -> Samples:
+    def to_train_on(cls, dataset: Any, packing: Packing | None = None, people: People | None = None) -> Samples:
         """The samples of a data set in which each is there once, and that all ranks hold alike.
+
+        Args:
+            dataset: see the constructor.
+            packing: ``model.packing``.
+            people: whose samples are, if the unit is a person: what is one person's may overlap.
 
         Raises:
             ConfigurationError: as the constructor does.
@@ -171,15 +177,15 @@ class Samples:
             RankError: the data of the ranks differs, see :func:`clipless_dp.sampling.persons.require_alike`.
         """
         samples = cls.of(dataset, packing)
-        if not samples._checked:
+        if not samples._checked or (samples._people is not None and samples._people is not people):
             if samples.tensors is None:
-                persons.refuse_repeats(samples._dataset)
+                persons.refuse_repeats(samples._dataset, people)
             else:
-                persons.refuse_repeated_columns(*samples._columns())
-                persons.refuse_repeated_rows(samples.tensors[:-1])
+                persons.refuse_repeated_columns(*samples._columns(), people)
+                overlaps.refuse_overlapping_columns(samples.tensors[:-1], samples.tensors[-1:], people)
             persons.require_alike(samples._dataset, samples.tensors, lambda index: samples.read([index]))
-            samples._checked = True
-            trained_on.note(samples._dataset, samples.tensors or ())
+            samples._checked, samples._people = True, people
+            trained_on.note(samples._dataset, samples.tensors or (), samples.first)
         return samples
 
     @property
@@ -228,9 +234,9 @@ class Samples:
             if memory.lie_together(samples):
                 samples = [memory.copied(sample) for index in indices for sample in self._fetched([index])]
             elif self._checked:
-                beside = persons.Beside()
-                for sample in islice(samples, persons.AT_ONCE):
-                    beside.add(sample)
+                beside = overlaps.Beside(len(self))
+                for index, sample in zip(indices, islice(samples, overlaps.AT_ONCE), strict=False):
+                    beside.add(sample, self._owner(index))
                 beside.refuse_overlap()
         try:
             inputs, targets = self._collated(samples)
@@ -240,14 +246,17 @@ class Samples:
 
     def _read_alone(self, indices: Sequence[int]) -> list[Any]:
         """Copies of samples, read one by one, the first of which are seen not to lie on one another."""
-        beside, samples = persons.Beside(), []
+        beside, samples = overlaps.Beside(len(self)), []
         for index in indices:
             sample = self._dataset[index]
-            beside.add(sample)
+            beside.add(sample, self._owner(index))
             samples.append(memory.copied(sample))
         if self._checked:
             beside.refuse_overlap()
         return samples
+
+    def _owner(self, index: int) -> int | None:
+        return None if self._people is None else int(self._people.codes[index])
 
     def _fetched(self, indices: Sequence[int]) -> Any:
         """What the data set returns for several indices at once, one sample for each."""

@@ -91,7 +91,7 @@ class StreamedBatches:
             raise ConfigurationError(
                 "the data is on a device already, so there is nothing to stream: use PoissonBatches"
             )
-        Samples.to_train_on(self._samples)
+        Samples.to_train_on(self._samples, people=people)
         self.packing = self._samples.packing
         count = len(self._samples)
         self.sampler = PoissonBatchSampler(

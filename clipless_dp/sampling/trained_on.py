@@ -1,29 +1,40 @@
 """The data that this process trains on privately, as far as it lies in memory: what augmentations must not hold.
 
 A view that is mixed with rows of the training data puts a sample into the gradients of others, which no bound covers.
-Known are where tensors and arrays lie, and data sets as objects; nothing is kept alive for that.
+Known are where tensors and arrays lie that a data set reaches, whatever its class, and data sets as objects; nothing is
+kept alive for that.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
 from clipless_dp.errors import PrivacyError
-from clipless_dp.sampling.windows import extent
+from clipless_dp.sampling.reach import CONTAINERS, reachable
+from clipless_dp.sampling.windows import extent, is_plain
 
 _READ = 1024
 """Samples of a list whose memory is known: what holds a hundredth of them is found but for one case in 10⁴."""
 
-_DEEP = 4
-"""Data sets within data sets that are followed."""
+_MOST = 1 << 16
+"""Things that are looked at of what a data set reaches: a tenth of a second."""
+
+_SAMPLES = 8
+_NAMED = 64
+"""Entries from which on a sequence, or a mapping, holds samples, though a data set has another number of these."""
+
+_SHARED = 8
+"""What one sample in so many has is a constant, which tells nothing of one."""
 
 
 class _Block(NamedTuple):
@@ -35,12 +46,16 @@ class _Block(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """One data set: its objects by their identities, and its memory in the order of addresses."""
+    """One data set: its objects by their identities, and its memory in the order of addresses.
+
+    Blocks may lie in one another: a table, and views of some of its rows. So up to where those before reach, too.
+    """
 
     objects: dict[int, weakref.ref[Any]]
     blocks: list[_Block]
     starts: np.ndarray[Any, np.dtype[np.int64]]
     stops: np.ndarray[Any, np.dtype[np.int64]]
+    furthest: np.ndarray[Any, np.dtype[np.int64]]
 
     @property
     def lives(self) -> bool:
@@ -49,33 +64,54 @@ class _Known(NamedTuple):
 
 _known: list[_Known] = []
 _lock = threading.Lock()
+_noted = 0
 
 
-def note(dataset: Any, tensors: Sequence[Tensor] = ()) -> None:
-    """Notes that a data set is trained on.
+def version() -> int:
+    """Another number once more data is trained on."""
+    return _noted
+
+
+def note(dataset: Any, tensors: Sequence[Tensor] = (), sample: Any = ()) -> None:
+    """Notes that a data set is trained on: all tensors and arrays that it reaches, but for constants.
+
+    A constant is what lies alone (not among samples) and has as many numbers as a part of a sample (a mean image), or
+    fewer than there are samples (statistics of channels) and no multiple of a sample's; what one sample in eight has;
+    and parameters of modules.
 
     Args:
-        dataset: the data set.
+        dataset: the data set, or what it was made of.
         tensors: what it consists of, if it is tensors.
+        sample: one of its samples.
     """
+    global _noted
     objects: dict[int, weakref.ref[Any]] = {}
     blocks: dict[tuple[int, int], _Block] = {}
-    shared: set[tuple[int, int]] = set()
-    for value, is_row in [*((tensor, False) for tensor in tensors), *_parts(dataset, _DEEP)]:
+    varying = [tensor for tensor in tensors if not (is_plain(tensor) and len(tensor) > 1 and not tensor.stride(0))]
+    sizes = {_size(part) for part in tree_leaves(sample) if isinstance(part, (Tensor, np.ndarray))}
+    count = max([_length(dataset), *map(_length, tensors)])
+    for value in [*varying, *_data(dataset, count, sizes)]:
         block = _block(value)
         if block is not None:
-            place = block[:2]
-            if is_row and place in blocks:
-                # A constant that samples share tells nothing of one.
-                shared.add(place)
-            blocks[place] = block
+            blocks[block[:2]] = block
         elif not isinstance(value, (Tensor, np.ndarray)):
             objects[id(value)] = weakref.ref(value)
-    ordered = sorted((block for place, block in blocks.items() if place not in shared), key=lambda block: block[:2])
+    ordered = sorted(blocks.values(), key=lambda block: block[:2])
     starts, stops = np.asarray([block[:2] for block in ordered], dtype=np.int64).reshape(-1, 2).T
-    made = _Known(objects, ordered, starts, stops)
+    made = _Known(objects, ordered, starts, stops, np.maximum.accumulate(stops))
     with _lock:
         _known[:] = [*(one for one in _known if one.lives), made]
+        _noted += 1
+
+
+_loaders: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def note_of(loader: Any) -> None:
+    """Notes what the iterator of a ``DataLoader`` reads, once."""
+    if loader not in _loaders:
+        _loaders.add(loader)
+        note(loader._dataset)
 
 
 def holds(value: Any) -> bool:
@@ -88,77 +124,117 @@ def holds(value: Any) -> bool:
         if reference is not None and reference() is value:
             return True
         if reach is not None:
-            # Blocks may lie in one another: a table, and views of some of its rows.
             last = int(np.searchsorted(one.starts, reach[1]))
+            if not last or one.furthest[last - 1] <= reach[0]:
+                continue
             if any(one.blocks[at].lives() for at in np.flatnonzero(one.stops[:last] > reach[0])):
                 return True
     return False
 
 
-def refuse(function: Any, name: str, reached: Iterable[object]) -> None:
+def refuse(function: Any, name: str, reached: Iterable[object], batch: Tensor | None = None) -> None:
     """Refuses a function of a user's that reaches data which is trained on.
 
     Args:
         function: the function.
         name: of the argument.
         reached: what it reaches.
+        batch: rows that it is called on, which are trained on, whatever is known of where they are from.
 
     Raises:
         PrivacyError: it does.
     """
-    if _known and any(map(holds, reached)):
+    place = None if batch is None else extent(batch)
+    if any((_known and holds(value)) or (place is not None and _meets(value, place)) for value in reached):
         called = getattr(function, "__qualname__", type(function).__qualname__)
         raise PrivacyError(
             f"{name}={called} reaches the data that is trained on (an attribute, a closure, a global that its code "
             "names), so that one sample may enter the gradients of all others, which no bound covers: let it reach "
             "rows of public data alone, as a copy of their own, and the numbers that it needs (a shape, a length) in "
-            "place of the data. Nothing was released"
+            "place of the data. (Data of an earlier training in this process counts as such while it is in memory.) "
+            "Nothing was released"
         )
 
 
-def _parts(dataset: Any, deep: int) -> Iterator[tuple[Any, bool]]:
-    """A data set, those in it, and what holds something of each sample; with whether that is of one sample alone."""
-    if isinstance(dataset, (Tensor, np.ndarray)):
-        yield dataset, False
-        return
-    columns = _columns(dataset)
-    if columns is not None:
-        for column in columns:
-            yield from _parts(column, deep - 1)
-    elif isinstance(dataset, (list, tuple)):
-        step = max(1, len(dataset) // _READ)
-        for sample in dataset[::step]:
-            parts = [*sample.values()] if isinstance(sample, Mapping) else sample
-            yield from ((part, True) for part in _tensors(parts))
-    elif isinstance(dataset, Dataset) or hasattr(dataset, "__getitem__"):
-        yield from ((one, False) for one in [dataset] if _has_references(one))
-        count = _length(dataset)
-        for value in list(getattr(dataset, "__dict__", {}).values()) if deep else ():
-            inner = value if isinstance(value, (list, tuple)) and _length(value) != count else [value]
-            for part in inner:
-                if isinstance(part, Dataset) or (count > 1 and _length(part) == count):
-                    yield from _parts(part, deep - 1)
+def _meets(value: object, place: tuple[int, int]) -> bool:
+    reach = extent(value)
+    return reach is not None and reach[0] < place[1] and place[0] < reach[1]
 
 
-def _columns(dataset: Any) -> list[Any] | None:
-    """The columns of a mapping, or of a pair of inputs and targets; ``None`` of a list of samples and of others."""
-    if isinstance(dataset, Mapping):
-        return [*dataset.values()]
-    if isinstance(dataset, (list, tuple)) and len(dataset) == 2 and not isinstance(dataset[0], (list, tuple)):
-        return [*dataset]
-    return None
+def _data(dataset: Any, count: int, sizes: Set[int]) -> Iterator[Any]:
+    """A data set, those in it, and tensors and arrays that it reaches and that are no constants.
+
+    Args:
+        dataset: the data set.
+        count: of its samples.
+        sizes: numbers of the parts of a sample.
+    """
+    reached = [*islice(reachable(dataset, _READ), _MOST)]
+    sets = [value for value, *_ in reached if value is dataset or isinstance(value, Dataset)]
+    lengths = {count, *map(_length, sets)} - {-1, 0, 1}
+    parameters = {
+        id(one) for value, *_ in reached if isinstance(value, nn.Module) for one in value._parameters.values()
+    }
+    entries: list[_Entry | None] = []
+    found: dict[int, tuple[Any, list[_Entry | None]]] = {}
+    for value, parent, label in reached:
+        entry = entries[parent] if parent >= 0 else None
+        if entry is None and isinstance(label, int) and parent >= 0 and _holds_samples(reached[parent][0], lengths):
+            entry = parent, label // 2 if isinstance(reached[parent][0], dict) else label
+        entries.append(entry)
+        if isinstance(value, (Tensor, np.ndarray)):
+            if id(value) not in parameters and (is_plain(value) or isinstance(value, np.ndarray)):
+                found.setdefault(id(value), (value, []))[1].append(entry)
+        elif _has_references(value) and (value is dataset or isinstance(value, Dataset) or _has_rows(value, count)):
+            yield value
+    shared = _shared(found.values(), entries)
+    row = max(sizes, default=0)
+    for value, within in found.values():
+        size = _size(value)
+        if within != [None] * len(within):
+            is_constant = extent(value) in shared and (not row or size <= row)
+        elif _length(value) in lengths:
+            is_constant = False
+        else:
+            is_constant = size in sizes or (size < count and not (row and size > row and size % row == 0))
+        if not is_constant:
+            yield value
 
 
-def _tensors(sample: Any) -> Iterator[Any]:
-    """Tensors and arrays of a sample, whose target, which many share, comes last."""
-    if isinstance(sample, (Tensor, np.ndarray)):
-        yield sample
-    elif isinstance(sample, (list, tuple)):
-        for part in sample[: max(1, len(sample) - 1)]:
-            yield from _tensors(part)
-    elif isinstance(sample, Mapping):
-        for part in sample.values():
-            yield from _tensors(part)
+_Entry = tuple[int, int]
+"""Where a container of samples was met, and which entry of it something is in."""
+
+
+def _shared(
+    found: Iterable[tuple[Any, list[_Entry | None]]], entries: Iterable[_Entry | None]
+) -> set[tuple[int, int] | None]:
+    """Places that several samples of one container have, one in :data:`_SHARED` at least."""
+    counts: dict[int, int] = {}
+    for container, _ in {entry for entry in entries if entry is not None}:
+        counts[container] = counts.get(container, 0) + 1
+    having: dict[tuple[int, tuple[int, int] | None], set[int]] = {}
+    for value, within in found:
+        place = extent(value)
+        for entry in within:
+            if entry is not None:
+                having.setdefault((entry[0], place), set()).add(entry[1])
+    return {place for (container, place), some in having.items() if len(some) >= max(2, counts[container] / _SHARED)}
+
+
+def _holds_samples(value: Any, lengths: Set[int]) -> bool:
+    if isinstance(value, dict):
+        return len(value) in lengths or len(value) >= _NAMED
+    return isinstance(value, CONTAINERS) and (len(value) in lengths or len(value) >= _SAMPLES)
+
+
+def _has_rows(value: Any, count: int) -> bool:
+    """Whether something is read by numbers, or names, and has as many as there are samples."""
+    kind = type(value)
+    return count > 1 and hasattr(kind, "__getitem__") and hasattr(kind, "__len__") and _length(value) == count
+
+
+def _size(value: Any) -> int:
+    return value.numel() if isinstance(value, Tensor) else int(value.size)
 
 
 def _length(value: Any) -> int:

@@ -21,7 +21,7 @@ from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
 from clipless_dp.prediction import ODD, Content, Predictor, rebuilt
-from clipless_dp.sampling import Samples, as_tensors
+from clipless_dp.sampling import Samples, as_tensors, trained_on
 from clipless_dp.sampling.people import ROWS_PER_GROUP, People, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_standardisation
@@ -197,6 +197,8 @@ def _read(rows: Any, labels: Any, encoding: TableEncoding | None, task: Task) ->
             raise ConfigurationError(f"encoding must be a TableEncoding, got {type(encoding).__name__}")
         table = encoding(rows)
         labels = encoding.column(rows, labels) if isinstance(labels, str) else labels
+        # What is trained on is a copy of these.
+        trained_on.note((rows, labels))
     elif not isinstance(rows, Tensor) and hasattr(rows, "columns"):
         raise InputError(
             f"a {type(rows).__name__} needs encoding=TableEncoding(numbers, categories), which says what columns are"

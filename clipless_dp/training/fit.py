@@ -185,7 +185,7 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
         people.warn_of_size(size)
     asked.require_in_range(size)
     held_out = None if keeping.validation is None else Samples.of(keeping.validation, model.packing)
-    samples = Samples.to_train_on(dataset, model.packing)
+    samples = Samples.to_train_on(dataset, model.packing, people)
     for some in filter(None, (samples, held_out)):
         # What does not fit shows on one sample, before anything is spent.
         evaluate(model, some.first)

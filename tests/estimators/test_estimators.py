@@ -20,7 +20,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
 import clipless_dp
-from clipless_dp import CheckpointError, ConfigurationError, InputError, PrivacyWarning, load, presets
+from clipless_dp import CheckpointError, ConfigurationError, InputError, PrivacyError, PrivacyWarning, load, presets
 from clipless_dp.datasets import load_dataset
 from clipless_dp.estimators import PrivateClassifier, PrivateRegressor
 from clipless_dp.features import TableEncoding
@@ -384,3 +384,23 @@ def test_an_estimator_states_what_is_spent_by_now_and_whether_its_weights_are_th
         next(copied.predictor_.net.parameters()).add_(1.0)
     with pytest.warns(PrivacyWarning, match="not those"):
         copied.epsilon_  # noqa: B018
+
+
+@pytest.mark.parametrize("kind", ["rows", "labels", "frame", "images"])
+def test_an_augmentation_that_reads_what_fit_was_given_is_refused(kind):
+    images = np.random.default_rng(1).random((80, 8, 8))
+    labels = LABELS == "yes"
+    frame = pytest.importorskip("pandas").DataFrame(ROWS, columns=["a", "b", "c"])
+    held = {"rows": ROWS.copy(), "labels": labels, "frame": frame, "images": images}[kind]
+    given = {"labels": ROWS.copy(), "images": images, "frame": frame}.get(kind, held)
+    if kind == "frame":
+        held = frame.values
+
+    def mixed(sample):
+        return sample + 0.0 * float(np.asarray(held[3]).sum())
+
+    options = {"epochs": 1, "audit": False, "augment": mixed, "multiplicity": 2}
+    encoding = {"encoding": TableEncoding(["a", "b", "c"])} if kind == "frame" else {}
+    own = {**IMAGES, "options": options} if kind == "images" else {**QUICK, **encoding, "options": options}
+    with pytest.raises(PrivacyError, match="reaches the data that is trained on"):
+        PrivateClassifier(**own).fit(given, labels.astype(np.int64) if kind != "labels" else labels)

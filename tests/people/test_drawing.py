@@ -29,6 +29,7 @@ from clipless_dp import (
 )
 from clipless_dp.errors import CheckpointError
 from clipless_dp.sampling import People, StreamedBatches, bound_contributions
+from clipless_dp.sampling.people import number_of
 from tests.soundness.mutation import Mutant
 from tests.support import gated_model, samples
 
@@ -402,3 +403,12 @@ def test_an_error_in_a_later_class_leaves_nothing_of_an_earlier_one() -> None:
     with pytest.raises(ValueError, match="no more"):
         own.accumulate(batch, loss=failing)  # type: ignore[arg-type]
     assert all(parameter.grad is None for parameter in own.model.parameters())
+
+
+@pytest.mark.parametrize("more", [np.uint64(1 << 62), np.uint8(3), np.int64(-1), 1 << 70])
+def test_one_more_id_of_another_type_merges_nobody(more: Any) -> None:
+    ids = [np.int64((1 << 60) + place) for place in range(50)]
+    assert np.array_equal(People(ids, None).codes, np.arange(50))
+    codes = People([*ids, more], None).codes
+    assert len(set(codes.tolist())) == 51
+    assert number_of([*ids, more], 51) == 51

@@ -64,7 +64,7 @@ def test_rows_of_a_person_in_two_ranks_would_show(monkeypatch: pytest.MonkeyPatc
         return one & other
 
     assert not shared(People(IDS, ROWS))
-    Mutant("by row", People, "rows_of", "self._codes % ranks", "np.arange(self.rows) % ranks").apply(monkeypatch)
+    Mutant("by row", People, "rows_of", "self.codes % ranks", "np.arange(self.rows) % ranks").apply(monkeypatch)
     assert shared(People(IDS, ROWS))
 
 

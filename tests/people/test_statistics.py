@@ -51,7 +51,7 @@ def test_a_person_moves_the_counts_as_one_record_may() -> None:
 
 
 def test_records_that_weigh_one_each_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    Mutant("one each", People, "shares", "1.0 / self._sizes[self._codes]", "1.0 + 0.0 * self._codes").apply(monkeypatch)
+    Mutant("one each", People, "shares", "1.0 / self._sizes[self.codes]", "1.0 + 0.0 * self.codes").apply(monkeypatch)
     assert moved(lambda values, shares: moment_sums(values, 1.0, shares)) > 2.0 * MOMENTS_SENSITIVITY
 
 

@@ -32,8 +32,10 @@ from clipless_dp import (
     fit,
     poisson_collate,
 )
-from clipless_dp.sampling import persons
-from clipless_dp.sampling.persons import refuse_repeats, rows_overlap
+from clipless_dp.sampling import Samples, persons
+from clipless_dp.sampling import people as people_module
+from clipless_dp.sampling.persons import refuse_repeats
+from clipless_dp.sampling.windows import lags, rows_overlap, shared_rows
 from tests.support import gated_model, samples
 
 RUN: dict[str, Any] = {
@@ -96,6 +98,8 @@ TENSORS = TensorDataset(INPUTS, TARGETS)
 SPLIT = split()
 SAMPLES = [(row, 0) for row in INPUTS]
 WINDOWS = torch.randn(60)
+SERIES, OTHERS = torch.randn(41, 6), torch.randn(20, 6)
+PROTOTYPES, ONES = torch.randn(5, 6), torch.eye(3)
 
 REPEATED: dict[str, Any] = {
     "a subset with an index twice": Subset(LISTED, [0, 1, 2, 1]),
@@ -136,6 +140,20 @@ REPEATED: dict[str, Any] = {
     "a part of another sample": [(WINDOWS[:6], 0), (WINDOWS[20:26], 0), (WINDOWS[2:4], 1)],
     "cuts of a picture that overlap": tiles(4),
     "a subset of a list of windows": Subset([(WINDOWS[k : k + 6], 0) for k in range(40)], [0, 12, 8, 3]),  # type: ignore[arg-type]
+    "a series and its next rows": (SERIES[:-1], SERIES[1:]),
+    "a series and a number of its next rows": (SERIES[:-1], SERIES[1:, 0]),
+    "a series, its next rows, and targets": TensorDataset(SERIES[:-1], SERIES[1:], TARGETS),
+    "a stack of a series and its next rows": StackDataset(TensorDataset(SERIES[:-1]), TensorDataset(SERIES[1:])),
+    "rows of a series and every other one": (SERIES[:20], SERIES[::2][:20]),
+    "tensors half a row apart": ConcatDataset(
+        [TensorDataset(SERIES[:20], TARGETS[:20]), TensorDataset(SERIES.view(-1)[3:123].view(20, 6), TARGETS[:20])]
+    ),
+    "a list of a series and its next rows": [((SERIES[k], SERIES[k + 1]), 0) for k in range(40)],
+    "a list of rows and next ones as targets": [(SERIES[k], SERIES[k + 1]) for k in range(40)],
+    "a list of mappings of lags": [
+        {f"lag {lag}": SERIES[k + lag] for lag in range(9)} | {"labels": 0} for k in range(30)
+    ],
+    "a list of pairs of which some share one": [((row, OTHERS[k // 3]), 0) for k, row in enumerate(INPUTS)],
     "a list with an index twice": Subset([(0.0, 1), (1.0, 0)], [1, 1]),  # type: ignore[arg-type]
 }
 
@@ -165,6 +183,17 @@ DISTINCT: dict[str, Any] = {
     "a list of cuts of a picture side by side": tiles(6),
     "a subset of windows that are apart": Subset([(WINDOWS[k : k + 6], 0) for k in range(40)], [0, 6, 12, 30]),  # type: ignore[arg-type]
     "an input that samples share": [({"x": row, "bias": WINDOWS}, 0) for row in INPUTS],
+    "columns of one table": ((TABLE := torch.randn(40, 9))[:, :6], TABLE[:, 6:]),
+    "a column beside a table that has it": TensorDataset(TABLE, TABLE[:, 2:5], TABLE[:, 8]),
+    "the same tensor as input and target": (INPUTS, INPUTS),
+    "the same rows as input and target of a list": [(row, row) for row in INPUTS],
+    "one for all beside rows": TensorDataset(INPUTS, torch.zeros(1, 3).expand(40, 3), TARGETS),
+    "prototypes of classes": [((row, PROTOTYPES[k % 5]), 0) for k, row in enumerate(INPUTS)],
+    "prototypes of classes, one of which is rare": [
+        ((row, PROTOTYPES[0 if k == 7 or k == 8 else 1 + k % 3]), 0) for k, row in enumerate(INPUTS)
+    ],
+    "codes of classes as inputs and targets": [((row, ONES[k % 3]), ONES[k // 14]) for k, row in enumerate(INPUTS)],
+    "a list of labels that are views": [(row.clone(), label) for row, label in zip(INPUTS, TARGETS, strict=True)],
     "one row": (torch.randn(1, 6).expand(1, 6), TARGETS[:1]),
     "no row": Subset(LISTED, []),
 }
@@ -213,6 +242,65 @@ def test_views_of_a_data_set_may_lie_side_by_side_and_in_a_buffer_that_is_filled
         PoissonBatches(data, sample_rate=0.5, steps=1)
 
 
+class Pairs(Dataset):  # type: ignore[type-arg]
+    """Rows of one table, two a sample."""
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        return [*self.pairs[index]], index % 3
+
+
+def test_rows_of_two_samples_that_a_data_set_returns_as_views_are_refused_and_codes_of_classes_are_not() -> None:
+    lagged = Pairs([(SERIES[k], SERIES[k + 1]) for k in range(40)])
+    with pytest.raises(PrivacyError, match="of those that were read lie on one another"):
+        PoissonBatches(lagged, sample_rate=0.5, steps=1)
+    with pytest.raises(PrivacyError, match="of those that were read lie on one another"):
+        poisson_collate(lagged)
+    PoissonBatches(Pairs([(ONES[k % 3], ONES[(k + 1) % 3]) for k in range(40)]), sample_rate=0.5, steps=1)
+
+
+class OfWindows(Dataset):  # type: ignore[type-arg]
+    def __init__(self, windows: list[Any]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.windows[index]
+
+
+@pytest.mark.parametrize("kind", ["list", "data set", "tensor", "series and next rows"])
+def test_windows_may_overlap_within_a_person_and_not_between_people(kind: str) -> None:
+    series = torch.randn(4, 15)
+    windows = [(series[person, k : k + 6], k % 3) for person in range(4) for k in range(10)]
+    own, other = [row // 10 for row in range(40)], [row // 8 for row in range(40)]
+    data: Any = {"list": windows, "data set": OfWindows(windows), "tensor": None, "series and next rows": None}[kind]
+    if kind == "tensor":
+        data = torch.randn(45).unfold(0, 6, 1), TARGETS
+        own, other = [0] * 40, [0] * 20 + [1] * 20
+    elif kind == "series and next rows":
+        data, own, other = TensorDataset(SERIES[:-1], SERIES[1:], TARGETS), [0] * 40, [0] * 20 + [1] * 20
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        mine, theirs = (people_module.People([*ids, 9], None) for ids in (own, other))
+    for people in (mine, theirs):
+        people.codes = people.codes[:-1]
+    samples_ = Samples.to_train_on(data, people=mine)
+    samples_.read(range(4))
+    for refused in (theirs, None) if kind != "data set" else (None,):
+        with pytest.raises(PrivacyError, match="lie on one another"):
+            Samples.to_train_on(data, people=refused).read(range(4))
+        # What was looked at for people was not looked at for rows.
+        with pytest.raises(PrivacyError, match="lie on one another"):
+            Samples.to_train_on(samples_, people=refused).read(range(4))
+
+
 ROWS = [row.clone() for row in INPUTS]
 COLUMNS: dict[str, tuple[Any, bool]] = {
     "a list twice": ({"x": ROWS * 2, "labels": [0] * 80}, False),
@@ -220,6 +308,7 @@ COLUMNS: dict[str, tuple[Any, bool]] = {
     "arrays twice": ({"x": [row.numpy() for row in ROWS] * 2, "labels": [0] * 80}, False),
     "two lists twice": ({"x": ROWS * 2, "z": [row + 1 for row in ROWS] * 2, "labels": [0] * 80}, False),
     "beside a pair": (({"x": ROWS * 2}, TARGETS.repeat(2)), False),
+    "a series and its next rows": ({"x": [*SERIES[:-1]], "z": [*SERIES[1:]], "labels": TARGETS}, False),
     "windows": ({"x": [WINDOWS[k : k + 6] for k in range(40)], "labels": TARGETS}, False),
     "once": ({"x": ROWS, "labels": [*TARGETS]}, True),
     "a constant beside rows": ({"x": ROWS, "bias": [WINDOWS] * 40, "labels": TARGETS}, True),
@@ -288,6 +377,38 @@ def test_overlap_of_rows_is_that_of_their_elements(seed: int) -> None:
     rows = [set(row.flatten().tolist()) for row in places]
     meet = any(first & second for first, second in combinations(rows, 2))
     assert rows_overlap(values) == meet
+
+
+@pytest.mark.parametrize("seed", range(80))
+def test_rows_of_two_columns_that_share_memory_are_those_of_which_elements_do(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    rows = int(generator.integers(2, 5))
+    places = torch.arange(200)
+    columns, of_rows = [], []
+    same = bool(generator.integers(2))
+    step = int(generator.integers(1, 7))
+    for _ in range(2):
+        shape = (rows, *generator.integers(1, 4, size=2).tolist())
+        first = step if same else int(generator.integers(1, 7))
+        strides = (first, *generator.integers(0, 8, size=2).tolist())
+        start = int(generator.integers(0, 30))
+        columns.append(places.as_strided(shape, strides, start))
+        of_rows.append([set(row.flatten().tolist()) for row in columns[-1]])
+    across = {
+        (i, j) for i, one in enumerate(of_rows[0]) for j, other in enumerate(of_rows[1]) if i != j and one & other
+    }
+    if columns[0].stride(0) != columns[1].stride(0):
+        assert {(int(i), int(j)) for i, j in shared_rows(*columns).T} == across
+    whole = [one | other for one, other in zip(*of_rows, strict=True)]
+    linked = np.eye(rows, dtype=bool)
+    if columns[0].stride(0) == columns[1].stride(0):
+        for lag in lags(columns):
+            linked |= np.eye(rows, k=lag, dtype=bool) | np.eye(rows, k=-lag, dtype=bool)
+        for _ in range(rows):
+            linked = linked @ linked
+        met = {(i, j) for i in range(rows) for j in range(rows) if i != j and whole[i] & whole[j]}
+        assert bool(lags(columns)) == bool(met)
+        assert all(linked[pair] for pair in met)
 
 
 class Twice(PoissonBatchSampler):

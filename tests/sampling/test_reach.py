@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextvars
+import dataclasses
 import functools
+import logging
 import mmap
+import operator
 import queue
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +21,9 @@ from torch import Tensor
 
 from clipless_dp import poisson_collate
 from clipless_dp.errors import PrivacyError
-from clipless_dp.sampling import caches, memory, reach
+from clipless_dp.sampling import Samples, caches, memory, reach
 from clipless_dp.sampling.augmentation import views
+from clipless_dp.sampling.windows import components, extent
 
 ROWS = torch.arange(12.0).reshape(3, 4)
 COUNT = torch.ones(3, dtype=torch.bool)
@@ -320,4 +325,84 @@ def test_a_result_that_a_cache_lost_and_made_otherwise_is_a_change() -> None:
     assert memory.State(augment) == before
     held[0] = 2.0
     cached()
+    assert memory.State(augment) != before
+
+
+POOL = torch.arange(8.0)
+
+HOLDERS: dict[str, Callable[[], Any]] = {
+    "a methodcaller": lambda: operator.methodcaller("lerp", POOL, 0.5),
+    "a methodcaller by name": lambda: operator.methodcaller("lerp", end=POOL, weight=0.5),
+    "a context variable's default": lambda: contextvars.ContextVar("pool", default=POOL),
+    "a function of numpy": lambda: np.frompyfunc(lambda place: float(POOL[place]), 1, 1),
+    "a storage": lambda: POOL.untyped_storage(),
+    "a typed storage": lambda: POOL.storage(),
+    "values of a sparse tensor": lambda: torch.sparse_csr_tensor(
+        torch.tensor([0, 4, 8]), torch.arange(4).repeat(2), POOL, check_invariants=True
+    ),
+    "a logger's attribute": lambda: _logger_with(POOL),
+    "a nested tensor": lambda: torch.nested.nested_tensor_from_jagged(POOL, torch.tensor([0, 3, 8])),
+    "samples": lambda: Samples((POOL.view(4, 2), torch.zeros(4))),
+}
+
+
+def _logger_with(pool: Tensor) -> logging.Logger:
+    logger = logging.Logger("of a test")
+    logger.pool = pool  # type: ignore[attr-defined]
+    return logger
+
+
+@pytest.mark.filterwarnings(
+    "ignore:TypedStorage is deprecated:UserWarning", "ignore:.*prototype.*", "ignore:.*beta state"
+)
+@pytest.mark.parametrize("name", HOLDERS)
+def test_memory_is_reached_behind_what_is_written_in_c(name: str) -> None:
+    holder = HOLDERS[name]()
+    places = [extent(value) for value, *_ in reach.reachable(holder)]
+    assert any(place is not None and place[0] <= POOL.data_ptr() < place[1] for place in places)
+
+
+@dataclasses.dataclass(slots=True)
+class Scaled:
+    factor: Any = 2.0
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * 2.0
+
+
+ODD: dict[str, Callable[[], Any]] = {
+    "slots": Scaled,
+    "a methodcaller": lambda: operator.methodcaller("mul", 2.0),
+    "a method of a type": lambda: Tensor.abs,
+    "a sparse tensor": lambda: Scaled(
+        torch.sparse_coo_tensor(torch.tensor([[0, 1]]), torch.ones(2), (4,), check_invariants=True)
+    ),
+    "a tensor of compressed rows": lambda: Scaled(
+        torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([2]), torch.ones(1), (1, 4), check_invariants=True)
+    ),
+    "a nested tensor": lambda: Scaled(torch.nested.nested_tensor([torch.ones(3), torch.ones(4)])),
+    "a jagged tensor": lambda: Scaled(torch.nested.nested_tensor([torch.ones(3), torch.ones(4)], layout=torch.jagged)),
+    "a conjugate view": lambda: Scaled((torch.ones(4) * 1j).conj()),
+    "an imaginary part": lambda: Scaled((torch.ones(4) * 1j).conj().imag),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype.*", "ignore:.*beta state")
+@pytest.mark.parametrize("name", ODD)
+def test_what_has_no_weak_references_and_tensors_of_all_layouts_may_be_held(name: str) -> None:
+    augment = ODD[name]()
+    for _ in range(3):
+        assert views(augment, ROWS, COUNT).shape == ROWS.shape
+
+
+@pytest.mark.filterwarnings("ignore:.*prototype.*", "ignore:.*beta state")
+@pytest.mark.parametrize(
+    "name", ["a sparse tensor", "a tensor of compressed rows", "a nested tensor", "a jagged tensor"]
+)
+def test_what_is_written_into_parts_of_a_tensor_shows(name: str) -> None:
+    augment = ODD[name]()
+    before = memory.State(augment)
+    assert memory.State(augment) == before
+    (part,) = (part for part in components(augment.factor) if part.is_floating_point())
+    part.data.add_(1.0)
     assert memory.State(augment) != before

@@ -9,11 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset, default_collate, random_split
 
-from clipless_dp import CliplessDPSGD, PoissonBatches, PrivacyError, StreamedBatches, fit, poisson_collate
-from clipless_dp.sampling import trained_on
+from clipless_dp import (
+    CliplessDPSGD,
+    PoissonBatches,
+    PoissonBatchSampler,
+    PrivacyError,
+    StreamedBatches,
+    fit,
+    poisson_collate,
+)
+from clipless_dp.datasets import Split
+from clipless_dp.sampling import Samples, trained_on
 from tests.support import gated_model
 
 N = 40
@@ -117,6 +126,95 @@ def _row_of_a_table_and_views() -> tuple[Any, Any]:
     return data, inputs[30:32]
 
 
+class Of(Dataset):  # type: ignore[type-arg]
+    """A data set of whatever attributes, and a way to read a sample."""
+
+    def __init__(self, read: Callable[[Any, int], Any], count: int = N, **held: Any) -> None:
+        vars(self).update(held, read=read, count=count)
+
+    def __len__(self) -> int:
+        return int(self.count)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return torch.as_tensor(self.read(self, index)).clone(), index % 3
+
+
+def _short_index() -> tuple[Any, Any]:
+    inputs = rows_of()[0]
+    return Of(lambda self, at: self.x[self.index[at]], 30, x=inputs, index=torch.randperm(N)[:30]), inputs
+
+
+def _mapping_of_columns() -> tuple[Any, Any]:
+    inputs = rows_of()[0]
+    return Of(lambda self, at: self.encodings["ids"][at], encodings={"ids": inputs}), inputs
+
+
+def _split_of_a_list() -> tuple[Any, Any]:
+    samples = [(x.clone(), int(y)) for x, y in zip(*rows_of(), strict=True)]
+    return random_split(samples, [30, 10])[0], samples  # type: ignore[arg-type]
+
+
+def _shards() -> tuple[Any, Any]:
+    shards = [*rows_of()[0].split(10)]
+    return Of(lambda self, at: self.shards[at // 10][at % 10], shards=shards), shards[0]
+
+
+def _two_names_of_one_list() -> tuple[Any, Any]:
+    samples = [(x.clone(), int(y)) for x, y in zip(*rows_of(), strict=True)]
+    return Of(lambda self, at: self.samples[at][0], samples=samples, images=samples), samples
+
+
+def _one_tensor_under_two_names() -> tuple[Any, Any]:
+    pairs = [{"anchor": x, "positive": x} for x in rows_of()[0].clone().unbind()]
+    return Of(lambda self, at: self.pairs[at]["anchor"], pairs=pairs), [pair["anchor"] for pair in pairs]
+
+
+def _wave() -> tuple[Any, Any]:
+    wave = torch.randn(6 * N)
+    return Of(lambda self, at: self.wave[6 * at : 6 * at + 6], wave=wave), wave.view(N, 6)
+
+
+class Slotted(Dataset):  # type: ignore[type-arg]
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.rows[index].clone(), index % 3
+
+
+def _slots() -> tuple[Any, Any]:
+    inputs = rows_of()[0]
+    return Slotted(inputs), inputs
+
+
+def _closure_of_the_class() -> tuple[Any, Any]:
+    inputs = rows_of()[0]
+    return Of(lambda self, at: inputs[at]), inputs
+
+
+def _frame() -> tuple[Any, Any]:
+    frame = pytest.importorskip("pandas").DataFrame(rows_of()[0].numpy().copy())
+    return Of(lambda self, at: self.frame.iloc[at].to_numpy().copy(), frame=frame), frame.values
+
+
+def _deep() -> tuple[Any, Any]:
+    inputs = rows_of()[0]
+    data: Any = TensorDataset(inputs)
+    for _ in range(6):
+        data = Of(lambda self, at: self.inner[at][0], inner=Subset(data, range(N)))
+    return data, inputs
+
+
+def _viewed_labels() -> tuple[Any, Any]:
+    inputs, targets = rows_of()
+    return [(x.clone(), y) for x, y in zip(inputs, targets, strict=True)], targets.view(N, 1).expand(N, 6)
+
+
 HELD: dict[str, Callable[[], tuple[Any, Any]]] = {
     "tensors": _tensors,
     "two rows": _part_of_it,
@@ -127,6 +225,18 @@ HELD: dict[str, Callable[[], tuple[Any, Any]]] = {
     "what a Subset chooses from": _subset,
     "list in a data set": _inner_rows,
     "row of a table of which there are views": _row_of_a_table_and_views,
+    "data set whose index is shorter than its table": _short_index,
+    "mapping of columns": _mapping_of_columns,
+    "split of a list": _split_of_a_list,
+    "shards": _shards,
+    "two names of one list": _two_names_of_one_list,
+    "one tensor under two names": _one_tensor_under_two_names,
+    "one wave": _wave,
+    "slots": _slots,
+    "closure of the class": _closure_of_the_class,
+    "frame": _frame,
+    "data set behind six others": _deep,
+    "labels of which samples are views": _viewed_labels,
     "data set without rows": _computed,
     "data set of a loader": _loader,
 }
@@ -208,3 +318,75 @@ def test_a_collate_function_that_reaches_the_data_is_refused_and_a_method_of_the
     with pytest.raises(PrivacyError, match=MESSAGE):
         poisson_collate(data, mixed)
     poisson_collate(data, data.collated)
+
+
+def test_statistics_and_parameters_that_a_data_set_shares_with_an_augmentation_may_be_held() -> None:
+    mean, scale, layer = torch.zeros(6), torch.ones(3, 1), nn.Linear(6, 60)
+    data = Of(lambda self, at: self.x[at] - self.mean, x=rows_of()[0], mean=mean, scale=scale, layer=layer)
+    trained_on.note(data, sample=data[0])
+    assert not any(map(trained_on.holds, (mean, scale, layer.weight)))
+    assert trained_on.holds(data.x[:1])
+
+
+@pytest.mark.parametrize("kind", ["split", "samples", "pairs", "batches"])
+def test_data_that_an_object_of_this_package_holds_is_the_data(kind: str) -> None:
+    inputs, targets = rows_of()
+    split, samples = Split(inputs, targets, inputs[:0], targets[:0], 3), Samples((inputs, targets))
+    draws = PoissonBatches(samples, sample_rate=0.5, steps=1)
+    held: dict[str, tuple[Any, Callable[[Any], Tensor]]] = {
+        "split": (split, lambda held: held.train[0][3]),
+        "samples": (samples, lambda held: held.read([3])[0][0]),
+        "pairs": (samples.as_pairs(), lambda held: held[3][0]),
+        "batches": (draws, lambda held: held._inputs[3]),
+    }
+    one, read = held[kind]
+    with pytest.raises(PrivacyError, match=MESSAGE):
+        trained(draws, lambda x: x + read(one))
+
+
+def test_each_function_of_one_code_is_looked_at_by_what_it_holds() -> None:
+    public = [(row, 0) for row in rows_of(300)[0]]
+    samples = [(x.clone(), int(y)) for x, y in zip(*rows_of(300), strict=True)]
+
+    def mixed(pool: list[Any]) -> Callable[[Tensor], Tensor]:
+        return lambda x: x + pool[int(torch.randint(len(pool), ()))][0]
+
+    def of_object(pool: Mixed) -> Callable[[Tensor], Tensor]:
+        return lambda x: x + pool.rows[7][0]
+
+    optimizer = CliplessDPSGD(gated_model(), lr=1.0, noise_multiplier=1.3, sample_rate=1.0, dataset_size=300)
+    (batch,) = PoissonBatches(rows_of(300), sample_rate=1.0, steps=1)
+    for augment in (mixed(public), of_object(Mixed(public))):
+        optimizer.accumulate(batch, augment=augment)
+        optimizer.skip_draw()
+        (batch,) = PoissonBatches(rows_of(300), sample_rate=1.0, steps=1)
+    for made in (mixed, lambda pool: of_object(Mixed(pool))):
+        for _ in range(3):
+            with pytest.raises(PrivacyError, match=MESSAGE):
+                trained(PoissonBatches(samples, sample_rate=0.5, steps=1), made(samples))
+
+
+def test_an_augmentation_that_was_looked_at_is_looked_at_again_once_its_rows_are_trained_on() -> None:
+    samples = [(x.clone(), int(y)) for x, y in zip(*rows_of(300), strict=True)]
+    augment = Mixed(Mixed(samples))
+    augment.__class__ = type("Deep", (Mixed,), {"__call__": lambda self, x: x + self.rows.rows[3][0]})
+    trained(PoissonBatches(rows_of(), sample_rate=0.5, steps=1), augment)
+    with pytest.raises(PrivacyError, match=MESSAGE):
+        trained(PoissonBatches(samples, sample_rate=0.5, steps=1), augment)
+
+
+def test_the_data_of_a_loader_with_the_usual_collate_function_is_known_and_so_is_what_a_batch_is_a_view_of() -> None:
+    data = Of(lambda self, at: self.x[at], x=rows_of()[0])
+    loader = DataLoader(data, batch_sampler=PoissonBatchSampler(N, sample_rate=0.5, steps=1))
+    with pytest.raises(PrivacyError, match=MESSAGE):
+        trained(loader, Mixed(data.x))
+    inputs, targets = rows_of()
+    with pytest.raises(PrivacyError, match=MESSAGE):
+        trained([(inputs[:10], targets[:10])], Mixed(inputs))
+
+
+def test_a_long_list_is_read_in_part_and_a_large_table_at_once() -> None:
+    samples = [(torch.zeros(2), 0) for _ in range(20_000)]
+    trained_on.note(samples, sample=samples[0])
+    assert 1000 < len(trained_on._known[-1].blocks) < 2100
+    assert trained_on._known[-1].furthest[-1] == trained_on._known[-1].stops.max()
