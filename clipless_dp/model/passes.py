@@ -46,6 +46,7 @@ class Pass:
         trains: of each parameter, whether it took gradients when the pass began.
         parts: the passes that it stands for, if it is not one by itself.
         lost: whether its draw was left out for good, together with its gradients.
+        beside_inputs: what would fill gradients of what the inputs were computed from.
         divided: which of its rows came in by :meth:`Register.apart`, and what their gradients were divided by.
     """
 
@@ -53,6 +54,7 @@ class Pass:
     parts: Sequence[Pass] = ()
     lost = False
     divided: Sequence[tuple[Rows, int]] = ()
+    beside_inputs: Sequence[Any] = ()
 
     def __init__(
         self,
@@ -89,6 +91,25 @@ class Pass:
                 "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
                 f"for what they were: give each batch memory of its own. {DROPPED}"
             )
+
+    def refuse_learned_inputs(self) -> None:
+        """Refuses a backward pass that fills gradients of what the inputs were computed from: a layer ahead, a scale.
+
+        Slopes of the inputs, by ``autograd.grad`` or in their own ``.grad``, are of one row each.
+        """
+        nodes, self.beside_inputs = self.beside_inputs, ()
+        for node in nodes:
+            try:
+                fills = torch._C._will_engine_execute_node(node)
+            except RuntimeError:
+                # autograd.grad, which fills no .grad.
+                continue
+            if fills:
+                raise PrivacyError(
+                    "the model's inputs were computed from a tensor that requires gradients (a layer ahead of the "
+                    "model, a learned scale or prompt): its gradient is a sum over samples that has no bound and gets "
+                    f"no noise. Make it a part of the network, or detach the inputs. {DROPPED}"
+                )
 
     def refuse_padding(self, norms: Tensor) -> None:
         """Refuses cotangents of rows that pad a draw: how many they are depends on what was drawn.

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
@@ -28,6 +28,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model.door import Aliases
 from clipless_dp.model.noted import Noted
+from clipless_dp.model.own_loss import leaves_beside
 from clipless_dp.model.owed import Owed, for_all
 from clipless_dp.model.passes import DROPPED, Pass, Watched, declaring, joined, opened
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
@@ -119,6 +120,8 @@ class Register:
             sensitivity, fingerprint = model.bounds_of_pass()
         begun = opened(inputs, sensitivity, fingerprint, self.names())
         begun.trains = self._trains()
+        if inputs.requires_grad and not begun.public:
+            begun.beside_inputs = leaves_beside(inputs)
         return begun
 
     def _trains(self) -> tuple[bool, ...]:
@@ -158,6 +161,7 @@ class Register:
                 )
             refuse_interference()
             entering.refuse_other_inputs()
+            entering.refuse_learned_inputs()
             model = self._model()
             if model is not None:
                 model.check_pass(entering.fingerprint)
@@ -367,6 +371,19 @@ class Register:
     def note_all(self, *, sampled: bool = True) -> None:
         """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
         self.noted.note_all(self.parameters, sampled=sampled)
+
+    def refuse_hooks(self) -> NoReturn:
+        """Refuses what hooks have changed on the way back.
+
+        Raises:
+            PrivacyError: always.
+        """
+        self.drop()
+        raise PrivacyError(
+            "a hook on an output of the model, or on what model.loss was given, has changed what comes back: by a number "
+            "that follows from the batch it would put one sample into the gradients of all others. Hooks may look, not "
+            f"change; what a row is to count for belongs into the loss. {DROPPED}"
+        )
 
     def let_go(self) -> None:
         """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
