@@ -301,6 +301,15 @@ def _model(
             # Of tokens, an isolated network is told their type by an example.
             shape = (example,) if isinstance(inner, Isolated) and not numbers else tuple(example.shape[1:])
         model = DPLipModel(inner, input_shape=shape, input_norm=input_norm, loss=known)
+    except ConfigurationError as error:
+        known = ("where it was run on zeros", "input_shape does not fit")
+        if not isinstance(example, Tensor) or all(some not in str(error) for some in known):
+            raise
+        raise ConfigurationError(
+            f"{error}. make_private ran it on what the loader returns, samples of shape {tuple(example.shape[1:])}: where "
+            "the loop reshapes them ahead of the network (inputs.view(len(inputs), -1)), let the network do so, with "
+            "nn.Flatten() in front"
+        ) from error
     finally:
         for part, training in modes:
             part.training = training

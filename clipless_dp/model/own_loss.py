@@ -102,7 +102,7 @@ class Between:
         if len(output) < 2 or not (self._due or secrets.randbelow(EVERY) == 0):
             return
         cotangent = torch.zeros_like(output)
-        cotangent[secrets.randbelow(len(output))] = 0.5 + random_numbers(torch.rand, *output.shape[1:]).to(output)
+        cotangent[secrets.randbelow(len(output))] = 0.5 + random_numbers(torch.rand, 1, *output.shape[1:])[0].to(output)
         found = torch.autograd.grad([edge], ends, [cotangent], retain_graph=True, allow_unused=True)
         reached = [flat_rows(part) for part in found if part is not None]
         # What is NaN throughout, as rows that do not count, is no way.
@@ -130,6 +130,7 @@ _CHOOSING = frozenset({"IndexBackward0", "IndexSelectBackward0", "MaskedSelectBa
 """Operations by which rows are chosen for what is in them, as slices are not."""
 
 
+@torch._disable_dynamo
 def guarded(values: Tensor, refuse: Callable[[], NoReturn]) -> Tensor:
     """A copy, whose hooks may look at what comes back to it and not change it.
 
@@ -148,8 +149,12 @@ def guarded(values: Tensor, refuse: Callable[[], NoReturn]) -> Tensor:
 def _surround(output: Tensor, refuse: Callable[[], NoReturn]) -> None:
     """Lets what comes back to a tensor be compared before its hooks and behind them."""
     ahead, behind = _comparing(refuse)
+    output.register_hook(ahead)
     hooks: Any = output._backward_hooks
-    hooks.move_to_end(output.register_hook(ahead).id, last=False)
+    # Autograd follows the order in which they were put in.
+    *others, first = hooks.items()
+    hooks.clear()
+    hooks.update([first, *others])
     output.register_hook(behind)
 
 

@@ -106,6 +106,7 @@ class Register:
         self._aliases = Aliases(net)
         self.parameters, self.counts = self._aliases.parameters, self._aliases.counts
 
+    @torch._disable_dynamo
     def open(self, inputs: Tensor) -> Pass:
         """A pass of these rows.
 
