@@ -132,7 +132,7 @@ def make_private(
     Args:
         net: any network, in training mode as it is to be trained. Its parameters are shared, and trained in place. Or a
             :class:`clipless_dp.DPLipModel`, bounded as you like: then neither loss nor gates are given.
-        optimizer: any first-order ``torch.optim.Optimizer`` over its parameters that has not stepped yet, which its state
+        optimizer: any first-order ``torch.optim.Optimizer`` over its parameters that has not stepped yet: its state
             tells, or a schedule of it (of plain SGD without either nothing does).
         data_loader: with a ``batch_size``; ``shuffle`` or not. Of several processes the same in each, and its
             ``batch_size`` that of all together.
@@ -302,11 +302,12 @@ def _model(
             shape = (example,) if isinstance(inner, Isolated) and not numbers else tuple(example.shape[1:])
         model = DPLipModel(inner, input_shape=shape, input_norm=input_norm, loss=known)
     except ConfigurationError as error:
-        known = ("where it was run on zeros", "input_shape does not fit")
-        if not isinstance(example, Tensor) or all(some not in str(error) for some in known):
+        said = str(error)
+        fits = "where it was run on zeros" not in said and "input_shape does not fit" not in said
+        if fits or not isinstance(example, Tensor):
             raise
         raise ConfigurationError(
-            f"{error}. make_private ran it on what the loader returns, samples of shape {tuple(example.shape[1:])}: where "
+            f"{said}. make_private ran it on samples of the loader, of shape {tuple(example.shape[1:])}: where "
             "the loop reshapes them ahead of the network (inputs.view(len(inputs), -1)), let the network do so, with "
             "nn.Flatten() in front"
         ) from error

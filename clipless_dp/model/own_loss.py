@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import unserializable_hook
 
@@ -108,8 +109,8 @@ class Between:
         # What is NaN throughout, as rows that do not count, is no way.
         if sum(int(((rows != 0.0) & ~rows.isnan()).any(1).sum()) for rows in reached) > 1:
             raise PrivacyError(
-                "a row of what model.loss is given comes from several rows of the model's output: rows meet in what the "
-                "loop computes in between (a batch norm, a mean over the batch, a division by its maximum, mixed "
+                "a row of what model.loss is given comes from several rows of the model's output: rows meet in what "
+                "the loop computes in between (a batch norm, a mean over the batch, a division by its maximum, mixed "
                 "rows), so that one sample changes what all others contribute. Compute each row from its own alone, "
                 "or within the network. Nothing was released"
             )
@@ -130,7 +131,7 @@ _CHOOSING = frozenset({"IndexBackward0", "IndexSelectBackward0", "MaskedSelectBa
 """Operations by which rows are chosen for what is in them, as slices are not."""
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def guarded(values: Tensor, refuse: Callable[[], NoReturn]) -> Tensor:
     """A copy, whose hooks may look at what comes back to it and not change it.
 

@@ -22,14 +22,15 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
 from clipless_dp.model.door import Aliases
 from clipless_dp.model.noted import Noted
-from clipless_dp.model.own_loss import leaves_beside
 from clipless_dp.model.owed import Owed, for_all
+from clipless_dp.model.own_loss import leaves_beside
 from clipless_dp.model.passes import DROPPED, Pass, Watched, declaring, joined, opened
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
 from clipless_dp.sampling.series import Draw, Rows
@@ -106,7 +107,7 @@ class Register:
         self._aliases = Aliases(net)
         self.parameters, self.counts = self._aliases.parameters, self._aliases.counts
 
-    @torch._disable_dynamo
+    @_disable_dynamo
     def open(self, inputs: Tensor) -> Pass:
         """A pass of these rows.
 
@@ -381,9 +382,9 @@ class Register:
         """
         self.drop()
         raise PrivacyError(
-            "a hook on an output of the model, or on what model.loss was given, has changed what comes back: by a number "
-            "that follows from the batch it would put one sample into the gradients of all others. Hooks may look, not "
-            f"change; what a row is to count for belongs into the loss. {DROPPED}"
+            "a hook on an output of the model, or on what model.loss was given, has changed what comes back: by a "
+            "number that follows from the batch it would put one sample into the gradients of all others. Hooks may "
+            f"look, not change; what a row is to count for belongs into the loss. {DROPPED}"
         )
 
     def let_go(self) -> None:

@@ -94,7 +94,7 @@ class Around(Optimizer):
         self._is_made = True
         del self._given
 
-    @property  # type: ignore[override]
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """Those of the base optimizer, as they are now."""
         return self.base_optimizer.param_groups if self._is_made else self._given
@@ -107,7 +107,7 @@ class Around(Optimizer):
             # While torch takes and checks them.
             self._given = groups
 
-    @property  # type: ignore[override]
+    @property
     def state(self) -> Any:
         """That of the base optimizer, as it is now."""
         return self.base_optimizer.state

@@ -1,8 +1,8 @@
 """What a base optimizer keeps between steps (momentum, second moments): what private steps have left, and nothing else.
 
-A method of the base optimizer that is called between the passes and the step (``update_hessian()`` of Sophia), or a state
-that is assigned or loaded, may hold gradients as they were before the noise. So each step leaves marks on the state,
-and the next one begins with a look whether it is as marked, or is that of a new optimizer.
+A method of the base optimizer that is called between the passes and the step (``update_hessian()`` of Sophia), or a
+state that is assigned or loaded, may hold gradients as they were before the noise. So each step leaves marks on the
+state, and the next one begins with a look whether it is as marked, or is that of a new optimizer.
 """
 
 from __future__ import annotations

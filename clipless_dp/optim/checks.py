@@ -80,8 +80,8 @@ def refuse_closures(base: object) -> None:
         raise ConfigurationError(f"base_optimizer must be a torch.optim.Optimizer, got {shown(base)}")
     if not guardable(base):
         raise ConfigurationError(
-            f"{type(base).__name__} does not call super().__init__() of torch.optim.Optimizer, so that nothing guards its "
-            "steps: make the optimizer that it is around private, and put it around the private one, as "
+            f"{type(base).__name__} does not call super().__init__() of torch.optim.Optimizer, so that nothing guards "
+            "its steps: make the optimizer that it is around private, and put it around the private one, as "
             f"{type(base).__name__}(private)"
         )
     if isinstance(base, (LBFGS, SparseAdam)):
