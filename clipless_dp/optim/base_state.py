@@ -8,10 +8,9 @@ state, and the next one begins with a look whether it is as marked, or is that o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,38 +22,37 @@ from clipless_dp.sampling import fingerprints
 _Place = tuple[object, ...]
 
 
-class _Mark(NamedTuple):
+class _Mark:
     """A tensor of a state as a step left it.
 
-    Attributes:
+    Args:
         tensor: it.
-        version: autograd's counter of its changes.
-        entries: some of its numbers, where they lie; ``None`` on other devices.
-        sample: what these were.
     """
 
-    tensor: ref[Tensor]
-    version: int
-    entries: np.ndarray[Any, Any] | None
-    sample: bytes | None
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = ref(tensor)
+        self._place = -1
+        self.renew(tensor)
 
-    @classmethod
-    def of(cls, tensor: Tensor, before: object) -> _Mark:
+    def renew(self, tensor: Tensor) -> None:
+        """The tensor, which is the same object, is as a further step left it."""
         local = placement.local(tensor)
-        if isinstance(before, _Mark) and before.tensor() is tensor and before.entries is not None:
-            entries: np.ndarray[Any, Any] | None = before.entries
-        else:
-            entries = fingerprints.sampled(local) if local.numel() else None
-        return cls(ref(tensor), local._version, entries, None if entries is None else entries.tobytes())
+        if self._place != local.data_ptr():
+            self._place = local.data_ptr()
+            # Some of its numbers, where they lie; None on other devices.
+            self._entries = fingerprints.sampled(local) if local.numel() else None
+        self.version = local._version
+        self.sample = None if self._entries is None else self._entries.tobytes()
 
     def fits(self, tensor: Tensor) -> bool:
         """Whether a tensor is the one that was marked, unchanged, or holds what that did."""
-        if self.tensor() is tensor and self.version == placement.local(tensor)._version:
-            return self.entries is None or self.entries.tobytes() == self.sample
+        local = placement.local(tensor)
+        if self.tensor() is tensor and self.version == local._version and self._place == local.data_ptr():
+            return self._entries is None or self._entries.tobytes() == self.sample
         known = self.tensor()
         if known is None:
             # What a copy was made of is gone, as where a state is moved, or loaded again.
-            entries = fingerprints.sampled(placement.local(tensor))
+            entries = fingerprints.sampled(local)
             return self.sample is not None and entries is not None and entries.tobytes() == self.sample
         if known is tensor or known.shape != tensor.shape or known.dtype != tensor.dtype:
             return False
@@ -67,10 +65,18 @@ _marks: WeakKeyDictionary[Optimizer, dict[_Place, object]] = WeakKeyDictionary()
 def note(optimizer: Optimizer) -> None:
     """The state is one that a private step has left, or was loaded together with its ledger."""
     before = _marks.get(optimizer, {})
-    _marks[optimizer] = {
-        place: _Mark.of(value, before.get(place)) if isinstance(value, Tensor) else value
-        for place, _, value in _values(optimizer)
-    }
+    marks: dict[_Place, object] = {}
+    for place, _, value in _values(optimizer):
+        if isinstance(value, Tensor):
+            mark = before.get(place)
+            if isinstance(mark, _Mark) and mark.tensor() is value:
+                mark.renew(value)
+            else:
+                mark = _Mark(value)
+            marks[place] = mark
+        else:
+            marks[place] = value
+    _marks[optimizer] = marks
 
 
 def refuse_other_state(optimizer: Optimizer) -> None:
