@@ -7,6 +7,7 @@ state, and the next one begins with a look whether it is as marked, or is that o
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -22,61 +23,49 @@ from clipless_dp.sampling import fingerprints
 _Place = tuple[object, ...]
 
 
-class _Mark:
-    """A tensor of a state as a step left it.
+class _Marks:
+    """A state as a step left it.
 
     Args:
-        tensor: it.
+        optimizer: whose.
     """
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = ref(tensor)
-        self._place = -1
-        self.renew(tensor)
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._held: dict[_Place, tuple[ref[Tensor], int] | object] = {
+            place: (ref(value), _version(value)) if isinstance(value, Tensor) else value
+            for place, _, value in _values(optimizer)
+        }
+        # Of one tensor some numbers: what is written beneath the counters goes into all of a kind, as a rule.
+        some = [value for _, _, value in _values(optimizer) if isinstance(value, Tensor) and value.numel() > 1]
+        self._looked_at = secrets.choice(some) if some else None
+        self._sample = None if self._looked_at is None else fingerprints.sample(placement.local(self._looked_at))
 
-    def renew(self, tensor: Tensor) -> None:
-        """The tensor, which is the same object, is as a further step left it."""
-        local = placement.local(tensor)
-        if self._place != local.data_ptr():
-            self._place = local.data_ptr()
-            # Some of its numbers, where they lie; None on other devices.
-            self._entries = fingerprints.sampled(local) if local.numel() else None
-        self.version = local._version
-        self.sample = None if self._entries is None else self._entries.tobytes()
+    def hold(self, optimizer: Optimizer) -> bool:
+        """Whether all is as it was, but for what is gone."""
+        return self._numbers_hold() and all(self.fit(place, value) for place, _, value in _values(optimizer))
 
-    def fits(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the one that was marked, unchanged, or holds what that did."""
-        local = placement.local(tensor)
-        if self.tensor() is tensor and self.version == local._version and self._place == local.data_ptr():
-            return self._entries is None or self._entries.tobytes() == self.sample
-        known = self.tensor()
-        if known is None:
-            # What a copy was made of is gone, as where a state is moved, or loaded again.
-            entries = fingerprints.sampled(local)
-            return self.sample is not None and entries is not None and entries.tobytes() == self.sample
-        if known is tensor or known.shape != tensor.shape or known.dtype != tensor.dtype:
-            return False
-        return self.fits(known) and _equal(known, tensor)
+    def _numbers_hold(self) -> bool:
+        some = self._looked_at
+        return some is None or self._sample is None or fingerprints.sample(placement.local(some)) == self._sample
+
+    def fit(self, place: _Place, value: object) -> bool:
+        """Whether a value is the one that was there, or holds what that did."""
+        mark = self._held.get(place)
+        if not isinstance(mark, tuple):
+            return mark is value or (not isinstance(value, Tensor) and mark == value)
+        known = mark[0]()
+        if known is value:
+            return _version(known) == mark[1] and (known is not self._looked_at or self._numbers_hold())
+        same = known is not None and isinstance(value, Tensor) and _version(known) == mark[1]
+        return same and known.shape == value.shape and known.dtype == value.dtype and _equal(known, value)
 
 
-_marks: WeakKeyDictionary[Optimizer, dict[_Place, object]] = WeakKeyDictionary()
+_marks: WeakKeyDictionary[Optimizer, _Marks] = WeakKeyDictionary()
 
 
 def note(optimizer: Optimizer) -> None:
     """The state is one that a private step has left, or was loaded together with its ledger."""
-    before = _marks.get(optimizer, {})
-    marks: dict[_Place, object] = {}
-    for place, _, value in _values(optimizer):
-        if isinstance(value, Tensor):
-            mark = before.get(place)
-            if isinstance(mark, _Mark) and mark.tensor() is value:
-                mark.renew(value)
-            else:
-                mark = _Mark(value)
-            marks[place] = mark
-        else:
-            marks[place] = value
-    _marks[optimizer] = marks
+    _marks[optimizer] = _Marks(optimizer)
 
 
 def refuse_other_state(optimizer: Optimizer) -> None:
@@ -85,27 +74,26 @@ def refuse_other_state(optimizer: Optimizer) -> None:
     Raises:
         PrivacyError: something else has written to it.
     """
-    known = _marks.get(optimizer)
+    marks = _marks.get(optimizer)
+    if marks is not None and marks.hold(optimizer):
+        return
     for place, parameter, value in _values(optimizer):
-        if known is None:
-            if _is_new(place, parameter, value):
-                continue
-        else:
-            mark = known.get(place)
-            if isinstance(mark, _Mark):
-                same = isinstance(value, Tensor) and mark.fits(value)
-            else:
-                same = mark is value or (not isinstance(value, Tensor) and mark == value)
-            if same:
-                continue
-            if _is_reset(parameter, value):
-                continue
+        if (
+            _is_new(place, parameter, value)
+            if marks is None
+            else _is_reset(parameter, value) or marks.fit(place, value)
+        ):
+            continue
         raise PrivacyError(
             f"{place[1]!r} in the state of the base optimizer, a {type(optimizer).__name__}, was not left by a private "
             "step: by steps from before, a method that reads gradients as they are (update_hessian()), an assignment, "
             "or a state that was loaded into it. No noise protects what is in it. Make a new optimizer, or clear its "
             "state (optimizer.state.clear()); load states into the private optimizer. Nothing was released"
         )
+
+
+def _version(tensor: Tensor) -> int:
+    return placement.local(tensor)._version
 
 
 def has_stepped(optimizer: Optimizer) -> bool:
@@ -118,8 +106,8 @@ def has_stepped(optimizer: Optimizer) -> bool:
 def _values(optimizer: Optimizer) -> Iterator[tuple[_Place, object, object]]:
     """Tensors and numbers of a state: where they are, of which parameter, and they."""
     for key, held in optimizer.state.items():
-        place = key if isinstance(key, (str, int)) else id(key)
-        for name, value in held.items() if isinstance(held, Mapping) else (("", held),):
+        place = key if isinstance(key, str) else id(key)
+        for name, value in held.items() if isinstance(held, dict) else (("", held),):
             if isinstance(value, (Tensor, int, float)):
                 yield (place, name), key, value
             elif isinstance(value, (Mapping, list, tuple)):

@@ -370,8 +370,11 @@ def test_a_state_that_private_steps_have_left_may_be_kept_reset_copied_and_loade
     step()
     base.load_state_dict(base.state_dict())
     step()
+    kept = []
     for held in base.state.values():
-        held["exp_avg"] = held["exp_avg"].clone()
+        before = held["exp_avg"]
+        held["exp_avg"] = before.clone()
+        kept.append(before)
         held["exp_avg_sq"].zero_()
     step()
     base.state.clear()
