@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +61,13 @@ class Between:
         self._due = True
         self._warned = False
 
-    def own_output(self, output: Tensor, parameters: Iterable[nn.Parameter], refuse: Callable[[], NoReturn]) -> Tensor:
+    def own_output(self, output: Tensor, parameters: Iterable[nn.Parameter], drop: Callable[[], None]) -> Tensor:
         """A copy of a loss's input, which tells the passes that it comes from what the loss sends back to them.
 
         Args:
             output: what a loss is computed of, by a loop from what the network returned.
             parameters: of the network.
-            refuse: refuses what hooks have changed.
+            drop: drops the gradients, where hooks have changed what comes back.
 
         Raises:
             PrivacyError: another leaf, a temperature of the loop's own, say, has a part in it; or, in a batch that is
@@ -87,7 +87,7 @@ class Between:
 
         def send(cotangent: Tensor) -> None:
             if not direct and output._backward_hooks:
-                _surround(output, refuse)
+                _surround(output, drop)
             # Ahead of what is between the loss and the network, which goes through its graph once more behind this.
             found = torch.autograd.grad([edge], ends, [cotangent.detach()], retain_graph=True, allow_unused=True)
             for node, part in zip(passes, found, strict=True):
@@ -132,24 +132,24 @@ _CHOOSING = frozenset({"IndexBackward0", "IndexSelectBackward0", "MaskedSelectBa
 
 
 @_disable_dynamo
-def guarded(values: Tensor, refuse: Callable[[], NoReturn]) -> Tensor:
+def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     """A copy, whose hooks may look at what comes back to it and not change it.
 
     Args:
         values: what an operation has returned.
-        refuse: called on the way back where they do.
+        drop: drops the gradients, where they do.
     """
     copy = values.clone()
     if copy.requires_grad:
-        ahead, behind = _comparing(refuse)
+        ahead, behind = _comparing(drop)
         copy.register_hook(ahead)
         values.register_hook(behind)
     return copy
 
 
-def _surround(output: Tensor, refuse: Callable[[], NoReturn]) -> None:
+def _surround(output: Tensor, drop: Callable[[], None]) -> None:
     """Lets what comes back to a tensor be compared before its hooks and behind them."""
-    ahead, behind = _comparing(refuse)
+    ahead, behind = _comparing(drop)
     output.register_hook(ahead)
     hooks: Any = output._backward_hooks
     # Autograd follows the order in which they were put in.
@@ -159,7 +159,7 @@ def _surround(output: Tensor, refuse: Callable[[], NoReturn]) -> None:
     output.register_hook(behind)
 
 
-def _comparing(refuse: Callable[[], NoReturn]) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+def _comparing(drop: Callable[[], None]) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
     """Hooks, of which the second refuses where it is given something else than the first."""
     came: list[tuple[Tensor, int]] = []
 
@@ -169,7 +169,13 @@ def _comparing(refuse: Callable[[], NoReturn]) -> tuple[Callable[[Tensor], None]
     def behind(cotangent: Tensor) -> None:
         known = came.pop() if came else None
         if known is not None and _changed(*known, cotangent):
-            refuse()
+            drop()
+            raise PrivacyError(
+                "a hook on an output of the model, or on what model.loss was given, has changed what comes back: by a "
+                "number that follows from the batch it would put one sample into the gradients of all others. "
+                "Hooks may look, not change; what a row is to count for belongs into the loss. The gradients are "
+                "dropped; nothing was released"
+            )
 
     # Who saves an output is not warned of them.
     unserializable_hook(ahead)

@@ -17,7 +17,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
@@ -30,7 +30,6 @@ from clipless_dp.errors import PrivacyError
 from clipless_dp.model.door import Aliases
 from clipless_dp.model.noted import Noted
 from clipless_dp.model.owed import Owed, for_all
-from clipless_dp.model.own_loss import leaves_beside
 from clipless_dp.model.passes import DROPPED, Pass, Watched, declaring, joined, opened
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
 from clipless_dp.sampling.series import Draw, Rows
@@ -112,18 +111,15 @@ class Register:
         """A pass of these rows.
 
         Raises:
-            PrivacyError: hooks or modes in force may change what the network computes; or as :func:`opened`.
-            InputError: as :func:`opened`.
+            PrivacyError: hooks or modes in force may change what is computed; or, as an InputError, see :func:`opened`.
         """
         refuse_interference()
         model = self._model()
         assert model is not None
         with self.lock:
-            sensitivity, fingerprint = model.bounds_of_pass()
-        begun = opened(inputs, sensitivity, fingerprint, self.names())
+            rests_on = model.bounds_of_pass()
+        begun = opened(inputs, *rests_on, self.names())
         begun.trains = self._trains()
-        if inputs.requires_grad and not begun.public:
-            begun.beside_inputs = leaves_beside(inputs)
         return begun
 
     def _trains(self) -> tuple[bool, ...]:
@@ -163,7 +159,6 @@ class Register:
                 )
             refuse_interference()
             entering.refuse_other_inputs()
-            entering.refuse_learned_inputs()
             model = self._model()
             if model is not None:
                 model.check_pass(entering.fingerprint)
@@ -374,27 +369,13 @@ class Register:
         """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
         self.noted.note_all(self.parameters, sampled=sampled)
 
-    def refuse_hooks(self) -> NoReturn:
-        """Refuses what hooks have changed on the way back.
-
-        Raises:
-            PrivacyError: always.
-        """
-        self.drop()
-        raise PrivacyError(
-            "a hook on an output of the model, or on what model.loss was given, has changed what comes back: by a "
-            "number that follows from the batch it would put one sample into the gradients of all others. Hooks may "
-            f"look, not change; what a row is to count for belongs into the loss. {DROPPED}"
-        )
-
     def let_go(self) -> None:
         """Lets torch swap the gradients with converted ones; a step on what is in them now is refused then."""
         self.noted.clear()
 
     def forget(self) -> None:
         """No pass is in the gradients any more, and none is owed: all were released, or are left out by word."""
-        self.passes, self._taint = [], None
-        self._filled.clear()
+        self.passes, self._taint, self._filled = [], None, set()
         self._strike(self.owed())
 
     def drop(self) -> None:

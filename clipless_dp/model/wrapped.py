@@ -234,7 +234,7 @@ class DPLipModel(nn.Module):
         if not isinstance(opened, passes.Pass) or opened.public:
             # Not the gate's view: what is returned may be overwritten.
             return outputs.clone() if whole else outputs
-        returned = guarded(outputs, self.register.refuse_hooks)
+        returned = guarded(outputs, self.register.drop)
         if own is not None:
             own.returned, own.rows = ref(returned), len(returned)
         return returned
@@ -334,7 +334,7 @@ class DPLipModel(nn.Module):
         if target.requires_grad and passes.is_private():
             checks.refuse_trained_targets()
         if self._factors.required and passes.is_witnessed() and not torch.compiler.is_compiling():
-            output = self._between.own_output(output, self.register.parameters, self.register.refuse_hooks)
+            output = self._between.own_output(output, self.register.parameters, self.register.drop)
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         total, dropped = summed(losses, mask)
         if dropped is not None and torch.is_grad_enabled() and not is_exported():

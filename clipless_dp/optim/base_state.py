@@ -54,10 +54,11 @@ class _Marks:
         if not isinstance(mark, tuple):
             return mark is value or (not isinstance(value, Tensor) and mark == value)
         known = mark[0]()
-        if known is value:
+        if known is not None and known is value:
             return _version(known) == mark[1] and (known is not self._looked_at or self._numbers_hold())
-        same = known is not None and isinstance(value, Tensor) and _version(known) == mark[1]
-        return same and known.shape == value.shape and known.dtype == value.dtype and _equal(known, value)
+        if known is None or not isinstance(value, Tensor) or _version(known) != mark[1]:
+            return False
+        return known.shape == value.shape and known.dtype == value.dtype and _equal(known, value)
 
 
 _marks: WeakKeyDictionary[Optimizer, _Marks] = WeakKeyDictionary()
