@@ -48,7 +48,7 @@ class _Marks:
         some = self._looked_at
         return some is None or self._sample is None or fingerprints.sample(placement.local(some)) == self._sample
 
-    def fit(self, place: _Place, value: object) -> bool:
+    def fit(self, place: _Place, value: Any) -> bool:
         """Whether a value is the one that was there, or holds what that did."""
         mark = self._held.get(place)
         if not isinstance(mark, tuple):
