@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from clipless_dp.arguments import shown
 from clipless_dp.errors import ConfigurationError, LossBoundError
 from clipless_dp.losses import BinaryCrossEntropy, Huber, Loss, MeanAbsoluteError, TauCrossEntropy
 
-_FUNCTIONS: dict[Any, Callable[[], nn.Module]] = {
+_FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     functional.cross_entropy: nn.CrossEntropyLoss,
     functional.binary_cross_entropy_with_logits: nn.BCEWithLogitsLoss,
     functional.l1_loss: nn.L1Loss,
@@ -46,7 +47,7 @@ def loss_of(given: object) -> tuple[Loss, str | None]:
     """
     if isinstance(given, Loss):
         return given, None
-    module = _FUNCTIONS[given]() if isinstance(given, Callable) and given in _FUNCTIONS else given  # type: ignore[arg-type]
+    module = _module_of(given)
     made = _made(module)
     if made is None:
         why = _REMEDIES.get(type(module), "nothing states the bound of its gradient")  # type: ignore[arg-type]
@@ -59,11 +60,23 @@ def loss_of(given: object) -> tuple[Loss, str | None]:
             f"loss={shown(given)} has reduction={module.reduction!r}, and a private step is by a mean: "  # type: ignore[attr-defined]
             "give it with reduction='mean', and a learning rate that is made for means"
         )
-    name = getattr(given, "__name__", type(module).__name__)
+    name = getattr(getattr(given, "func", given), "__name__", type(module).__name__)
     told = f"loss: {name} became model.loss, {made!r}, summed over samples; the optimizer makes it a mean"
     if isinstance(module, nn.CrossEntropyLoss) and module.weight is not None:
         told += ": over samples, where torch's divides by the sum of their weights, which would join them"
     return made, told
+
+
+def _module_of(given: object) -> object:
+    """The module that a function of torch's, with options of its own or without, is; or what was given."""
+    function, options = given, {}
+    if isinstance(given, partial) and not given.args:
+        function, options = given.func, given.keywords
+    try:
+        return _FUNCTIONS[function](**options)
+    except (KeyError, TypeError):
+        # Nothing of torch's, or no options of it.
+        return given
 
 
 def _made(module: object) -> Loss | None:

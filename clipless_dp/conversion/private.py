@@ -24,6 +24,8 @@ from clipless_dp.isolation import Isolated
 from clipless_dp.model import DPLipModel
 from clipless_dp.noise import Allocation, NoiseSource
 from clipless_dp.optim import CliplessDPOptimizer
+from clipless_dp.optim.base_state import has_stepped
+from clipless_dp.optim.checks import refuse_closures
 from clipless_dp.packing import LABELS
 from clipless_dp.training import Plan
 
@@ -130,7 +132,8 @@ def make_private(
     Args:
         net: any network, in training mode as it is to be trained. Its parameters are shared, and trained in place. Or a
             :class:`clipless_dp.DPLipModel`, bounded as you like: then neither loss nor gates are given.
-        optimizer: any first-order ``torch.optim.Optimizer`` over its parameters that has not stepped yet.
+        optimizer: any first-order ``torch.optim.Optimizer`` over its parameters that has not stepped yet: its state
+            tells, or a schedule of it (of plain SGD without either nothing does).
         data_loader: with a ``batch_size``; ``shuffle`` or not. Of several processes the same in each, and its
             ``batch_size`` that of all together.
         loss: one of :mod:`clipless_dp.losses`, or of torch's ``CrossEntropyLoss``, ``BCEWithLogitsLoss``, ``L1Loss``,
@@ -230,7 +233,8 @@ def _refuse_optimizers(optimizer: object, net: object) -> None:
         raise ConfigurationError("the optimizer is private already: give make_private the one that it is around")
     if not isinstance(optimizer, Optimizer):
         raise ConfigurationError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
-    if optimizer.state:
+    refuse_closures(optimizer)
+    if has_stepped(optimizer):
         raise ConfigurationError(
             "the optimizer has taken steps: its momentum, and the weights, may hold what no noise protects. Make a "
             "new one, over weights that no private data entered; of an interrupted private run, load its state_dict() "
@@ -297,6 +301,16 @@ def _model(
             # Of tokens, an isolated network is told their type by an example.
             shape = (example,) if isinstance(inner, Isolated) and not numbers else tuple(example.shape[1:])
         model = DPLipModel(inner, input_shape=shape, input_norm=input_norm, loss=known)
+    except ConfigurationError as error:
+        said = str(error)
+        fits = "where it was run on zeros" not in said and "input_shape does not fit" not in said
+        if fits or not isinstance(example, Tensor):
+            raise
+        raise ConfigurationError(
+            f"{said}. make_private ran it on samples of the loader, of shape {tuple(example.shape[1:])}: where "
+            "the loop reshapes them ahead of the network (inputs.view(len(inputs), -1)), let the network do so, with "
+            "nn.Flatten() in front"
+        ) from error
     finally:
         for part, training in modes:
             part.training = training

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import cap, flag, shown, whole
 from clipless_dp.distributed import placement
-from clipless_dp.errors import ConfigurationError, InputError, LossBoundError
+from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
 from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.isolation import Isolated
 from clipless_dp.losses import Loss
@@ -153,6 +153,19 @@ def _refuse_transforms(inputs: Tensor) -> None:
             "inputs were made in torch.inference_mode(), which cannot be trained on: make them outside of it, or "
             "clone() them there"
         )
+
+
+def refuse_trained_targets() -> NoReturn:
+    """Refuses targets that require gradients.
+
+    Raises:
+        PrivacyError: always.
+    """
+    raise PrivacyError(
+        "the target that model.loss is given requires gradients (centres that are learned, a teacher, outputs of other "
+        "rows): what it would get is a sum over samples that has no bound and gets no noise. Let what is learned be a "
+        "part of the network, and detach targets (target.detach()). Nothing was released"
+    )
 
 
 def check_targets(output: Tensor, target: Tensor, mask: Tensor | None) -> None:

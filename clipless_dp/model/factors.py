@@ -80,7 +80,8 @@ class Factors:
         watched = total if self.weight == 1.0 else total * self.weight
         # A hook, since an operation written in Python takes ten times as long.
         watched.register_hook(look)
-        return watched
+        # Of a copy, whose hooks run ahead of the look.
+        return watched.clone()
 
     def _arrive(self, cotangent: Tensor) -> None:
         self._task = torch._C._current_graph_task_id()

@@ -170,12 +170,15 @@ def _keeping(loss: Loss, changes: list[memory.Change]) -> PrivacyError:
         f"{loss!r} keeps a state that depends on the rows that it was called on{shown}: through it a sample may enter "
         "the gradients of others, as where the batch that came first decides a centre or a scale. Compute such a state "
         "from public data, or privately (clipless_dp.statistics), before training; leave out logs of losses and of "
-        "rows; and keep nothing in classes, modules or objects that others share. Nothing was released"
+        "rows, and timers; and keep nothing in classes, modules or objects that others share. Nothing was released"
     )
 
 
 def _copied_function(function: FunctionType) -> FunctionType:
     """A function with copies of what it closes over, and of the lists, mappings and tensors that it finds globally."""
+    while compiled := getattr(function, "_torchdynamo_orig_callable", None):
+        # What a compiler makes of it is found globally by names that come later.
+        function = compiled
     names, held = function.__code__.co_names, function.__globals__
     kept = {name: held[name] for name in names if isinstance(held.get(name), (list, dict, set, Tensor))}
     cells = tuple(CellType(_copied_value(cell.cell_contents)) for cell in function.__closure__ or ())

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge
+from torch.utils.hooks import unserializable_hook
 
-from clipless_dp.errors import PrivacyError
+from accounting.errors import warn_caller
+from clipless_dp.errors import PrivacyError, PrivacyWarning
+from clipless_dp.gates.arithmetic import flat_rows
+from clipless_dp.model.rowwise import EVERY, random_numbers
 
 _ROUNDING = 1e-5
 """Of the largest number: sums of several terms in another order differ by some 1e-6 in float32."""
 
 
 class Own:
-    """What came from the sums of one model to the output of one pass, by backward pass."""
+    """What came from the sums of one model to the output of one pass, by backward pass.
+
+    Attributes:
+        returned: what the pass returned; nothing lies between it and a loss of it.
+        rows: of the pass.
+    """
 
     def __init__(self) -> None:
         self._sent: dict[int, Tensor] = {}
+        self.returned: Callable[[], Tensor | None] = lambda: None
+        self.rows = 0
 
     def note(self, cotangent: Tensor) -> None:
         """A sum has sent this, in the backward pass under way."""
@@ -41,44 +54,162 @@ class Own:
         return sent, not same
 
 
-def own_output(output: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
-    """A copy of a loss's input, which tells the passes that it comes from what the loss sends back to them.
+class Between:
+    """What lies between the outputs of one model and its loss, which a loop computes."""
+
+    def __init__(self) -> None:
+        self._due = True
+        self._warned = False
+
+    def own_output(self, output: Tensor, parameters: Iterable[nn.Parameter], drop: Callable[[], None]) -> Tensor:
+        """A copy of a loss's input, which tells the passes that it comes from what the loss sends back to them.
+
+        Args:
+            output: what a loss is computed of, by a loop from what the network returned.
+            parameters: of the network.
+            drop: drops the gradients, where hooks have changed what comes back.
+
+        Raises:
+            PrivacyError: another leaf, a temperature of the loop's own, say, has a part in it; or, in a batch that is
+                looked at, a row of it comes from several rows of the network's.
+        """
+        if not output.requires_grad:
+            return output
+        passes, names = _ways(output, set(map(id, parameters)))
+        if not passes:
+            return output
+        edge = GradientEdge(output.grad_fn, output.output_nr)  # type: ignore[arg-type]
+        ends = [GradientEdge(node, 0) for node in passes]
+        direct = len(passes) == 1 and passes[0].own.returned() is output
+        if not direct:
+            self._look(output, edge, ends)
+            self._warn_of_choices(len(output), sum(node.own.rows for node in passes), names)
+
+        def send(cotangent: Tensor) -> None:
+            if not direct and output._backward_hooks:
+                _surround(output, drop)
+            # Ahead of what is between the loss and the network, which goes through its graph once more behind this.
+            found = torch.autograd.grad([edge], ends, [cotangent.detach()], retain_graph=True, allow_unused=True)
+            for node, part in zip(passes, found, strict=True):
+                if part is not None:
+                    node.own.note(part)
+
+        copy = output.clone()
+        copy.register_hook(send)
+        return copy
+
+    def _look(self, output: Tensor, edge: GradientEdge, ends: Sequence[GradientEdge]) -> None:
+        """Refuses a row that comes from several, in the first batch and in one of :data:`EVERY`, as losses are."""
+        if len(output) < 2 or not (self._due or secrets.randbelow(EVERY) == 0):
+            return
+        cotangent = torch.zeros_like(output)
+        cotangent[secrets.randbelow(len(output))] = 0.5 + random_numbers(torch.rand, 1, *output.shape[1:])[0].to(output)
+        found = torch.autograd.grad([edge], ends, [cotangent], retain_graph=True, allow_unused=True)
+        reached = [flat_rows(part) for part in found if part is not None]
+        # What is NaN throughout, as rows that do not count, is no way.
+        if sum(int(((rows != 0.0) & ~rows.isnan()).any(1).sum()) for rows in reached) > 1:
+            raise PrivacyError(
+                "a row of what model.loss is given comes from several rows of the model's output: rows meet in what "
+                "the loop computes in between (a batch norm, a mean over the batch, a division by its maximum, mixed "
+                "rows), so that one sample changes what all others contribute. Compute each row from its own alone, "
+                "or within the network. Nothing was released"
+            )
+        self._due = False
+
+    def _warn_of_choices(self, given: int, returned: int, names: Set[str]) -> None:
+        if given < returned and not self._warned and not names.isdisjoint(_CHOOSING):
+            self._warned = True
+            warn_caller(
+                "model.loss is given some of the rows that the model returned. Whether a row is left out must follow "
+                "from that row alone: choosing the hardest of a batch, or those above its mean loss, lets one sample "
+                "decide on others, and no noise covers that",
+                PrivacyWarning,
+            )
+
+
+_CHOOSING = frozenset({"IndexBackward0", "IndexSelectBackward0", "MaskedSelectBackward0", "TakeBackward0"})
+"""Operations by which rows are chosen for what is in them, as slices are not."""
+
+
+@_disable_dynamo
+def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
+    """A copy, whose hooks may look at what comes back to it and not change it.
 
     Args:
-        output: what a loss is computed of, by a loop from what the network returned.
-        parameters: of the network.
-
-    Raises:
-        PrivacyError: another leaf, a temperature of the loop's own, say, has a part in it.
+        values: what an operation has returned.
+        drop: drops the gradients, where they do.
     """
-    if not output.requires_grad:
-        return output
-    passes = _ways(output, set(map(id, parameters)))
-    if not passes:
-        return output
-    edge = GradientEdge(output.grad_fn, output.output_nr)  # type: ignore[arg-type]
-    ends = [GradientEdge(node, 0) for node in passes]
-
-    def send(cotangent: Tensor) -> None:
-        # Ahead of what is between the loss and the network, which goes through its graph once more behind this.
-        found = torch.autograd.grad([edge], ends, [cotangent.detach()], retain_graph=True, allow_unused=True)
-        for node, part in zip(passes, found, strict=True):
-            if part is not None:
-                node.own.note(part)
-
-    copy = output.clone()
-    copy.register_hook(send)
+    copy = values.clone()
+    if copy.requires_grad:
+        ahead, behind = _comparing(drop)
+        copy.register_hook(ahead)
+        values.register_hook(behind)
     return copy
 
 
-def _ways(output: Tensor, known: set[int]) -> list[Any]:
-    """The gates of passes that an output comes from."""
-    found, seen, left = [], set(), [output.grad_fn]
+def _surround(output: Tensor, drop: Callable[[], None]) -> None:
+    """Lets what comes back to a tensor be compared before its hooks and behind them."""
+    ahead, behind = _comparing(drop)
+    output.register_hook(ahead)
+    hooks: Any = output._backward_hooks
+    # Autograd follows the order in which they were put in.
+    *others, first = hooks.items()
+    hooks.clear()
+    hooks.update([first, *others])
+    output.register_hook(behind)
+
+
+def _comparing(drop: Callable[[], None]) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
+    """Hooks, of which the second refuses where it is given something else than the first."""
+    came: list[tuple[Tensor, int]] = []
+
+    def ahead(cotangent: Tensor) -> None:
+        came[:] = [(cotangent, cotangent._version)]
+
+    def behind(cotangent: Tensor) -> None:
+        known = came.pop() if came else None
+        if known is not None and _changed(*known, cotangent):
+            drop()
+            raise PrivacyError(
+                "a hook on an output of the model, or on what model.loss was given, has changed what comes back: by a "
+                "number that follows from the batch it would put one sample into the gradients of all others. "
+                "Hooks may look, not change; what a row is to count for belongs into the loss. The gradients are "
+                "dropped; nothing was released"
+            )
+
+    # Who saves an output is not warned of them.
+    unserializable_hook(ahead)
+    return ahead, behind
+
+
+def _changed(before: Tensor, version: int, now: Tensor) -> bool:
+    if before._version != version or before.shape != now.shape:
+        return True
+    return now is not before and not bool(((now == before) | (now.isnan() & before.isnan())).all())
+
+
+def leaves_beside(inputs: Tensor) -> list[Any]:
+    """What would fill gradients of tensors that a pass's inputs were computed from; none of the inputs themselves."""
+    return [] if inputs.grad_fn is None else [node for node in _nodes(inputs.grad_fn) if hasattr(node, "variable")]
+
+
+def _nodes(root: Any) -> Iterator[Any]:
+    """The nodes of a graph, down to the gates of passes, behind which each sample is bounded."""
+    seen, left = set(), [root]
     while left:
         node: Any = left.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
+        yield node
+        if not node.name().startswith("_OutermostGate"):
+            left += [below for below, _ in node.next_functions]
+
+
+def _ways(output: Tensor, known: set[int]) -> tuple[list[Any], set[str]]:
+    """The gates of passes that an output comes from, and the names of operations in between."""
+    found, names = [], set()
+    for node in _nodes(output.grad_fn):
         if isinstance(getattr(node, "own", None), Own):
             found.append(node)
             continue
@@ -89,5 +220,5 @@ def _ways(output: Tensor, known: set[int]) -> list[Any]:
                 "temperature beside it, say: its gradient is a sum over samples that no noise is added to. Make it a "
                 "parameter of the network, or detach it. Nothing was released"
             )
-        left += [below for below, _ in node.next_functions]
-    return found
+        names.add(node.name())
+    return found, names

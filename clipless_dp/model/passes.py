@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.errors import InputError, PrivacyError
+from clipless_dp.model.own_loss import leaves_beside
 from clipless_dp.sampling import draws, fingerprints
 from clipless_dp.sampling.series import Draw, Rows
 
@@ -46,6 +47,7 @@ class Pass:
         trains: of each parameter, whether it took gradients when the pass began.
         parts: the passes that it stands for, if it is not one by itself.
         lost: whether its draw was left out for good, together with its gradients.
+        beside_inputs: what would fill gradients of what the inputs were computed from.
         divided: which of its rows came in by :meth:`Register.apart`, and what their gradients were divided by.
     """
 
@@ -70,6 +72,8 @@ class Pass:
         self.beside = beside
         self.public = public
         self.entered = False
+        learned = inputs is not None and inputs.requires_grad and not public
+        self.beside_inputs = leaves_beside(inputs) if learned and inputs is not None else []
         self.declared = _declared.tensor is not None and inputs is _declared.tensor
         self._inputs = None if inputs is None else (inputs, _fingerprint_of(rows, inputs))
 
@@ -82,13 +86,36 @@ class Pass:
         return self.rows is not None and self.rows.draw is not None and not self.rows.draw.used
 
     def refuse_other_inputs(self) -> None:
-        """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again."""
+        """Refuses rows that are not what they were on the way forward, as in a buffer that was filled again.
+
+        And a backward pass that fills gradients of what they were computed from.
+        """
+        self._refuse_learned_inputs()
         kept, self._inputs = self._inputs, None
         if kept is not None and fingerprints.fingerprint(kept[0]) != kept[1]:
             raise PrivacyError(
                 "the rows of a pass were overwritten between its forward pass and its backward pass, which caps them "
                 f"for what they were: give each batch memory of its own. {DROPPED}"
             )
+
+    def _refuse_learned_inputs(self) -> None:
+        """Refuses a backward pass that fills gradients of what the inputs were computed from: a layer ahead, a scale.
+
+        Slopes of the inputs, by ``autograd.grad`` or in their own ``.grad``, are of one row each.
+        """
+        nodes, self.beside_inputs = self.beside_inputs, []
+        for node in nodes:
+            try:
+                fills = torch._C._will_engine_execute_node(node)
+            except RuntimeError:
+                # autograd.grad, which fills no .grad.
+                continue
+            if fills:
+                raise PrivacyError(
+                    "the model's inputs were computed from a tensor that requires gradients (a layer ahead of the "
+                    "model, a learned scale or prompt): its gradient is a sum over samples that has no bound and gets "
+                    f"no noise. Make it a part of the network, or detach the inputs. {DROPPED}"
+                )
 
     def refuse_padding(self, norms: Tensor) -> None:
         """Refuses cotangents of rows that pad a draw: how many they are depends on what was drawn.

@@ -22,6 +22,7 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.distributed import placement
@@ -105,19 +106,19 @@ class Register:
         self._aliases = Aliases(net)
         self.parameters, self.counts = self._aliases.parameters, self._aliases.counts
 
+    @_disable_dynamo
     def open(self, inputs: Tensor) -> Pass:
         """A pass of these rows.
 
         Raises:
-            PrivacyError: hooks or modes in force may change what the network computes; or as :func:`opened`.
-            InputError: as :func:`opened`.
+            PrivacyError: hooks or modes in force may change what is computed; or, as an InputError, see :func:`opened`.
         """
         refuse_interference()
         model = self._model()
         assert model is not None
         with self.lock:
-            sensitivity, fingerprint = model.bounds_of_pass()
-        begun = opened(inputs, sensitivity, fingerprint, self.names())
+            rests_on = model.bounds_of_pass()
+        begun = opened(inputs, *rests_on, self.names())
         begun.trains = self._trains()
         return begun
 
@@ -374,8 +375,7 @@ class Register:
 
     def forget(self) -> None:
         """No pass is in the gradients any more, and none is owed: all were released, or are left out by word."""
-        self.passes, self._taint = [], None
-        self._filled.clear()
+        self.passes, self._taint, self._filled = [], None, set()
         self._strike(self.owed())
 
     def drop(self) -> None:

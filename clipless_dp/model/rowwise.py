@@ -168,7 +168,7 @@ class RowLosses:
         if is_proved(loss) or (loss is self._loss and not self._due):
             return
         require_mappable(loss, output, target)
-        made_up = _random(torch.rand, *output.shape).to(output).requires_grad_()
+        made_up = random_numbers(torch.rand, *output.shape).to(output).requires_grad_()
         try:
             self(loss, made_up, target, mask, bound=bound)
         except CliplessError:
@@ -233,11 +233,11 @@ class RowLosses:
         if len(rows) < 2:
             return
         if not self._mapped and len(rows) > _ROWS:
-            rows = rows[_random(torch.randperm, len(rows))[:_ROWS].to(rows.device)]
+            rows = rows[random_numbers(torch.randperm, len(rows))[:_ROWS].to(rows.device)]
         differing = self._differing(loss, output, target, usable, rows, bound)
         if differing == 1:
             # At a kink one ulp decides the derivative, and beside it none does. What lies in [0, 1] stays there.
-            shrunk = output * (1.0 - 1e-3 * _random(torch.rand, *output.shape).to(output))
+            shrunk = output * (1.0 - 1e-3 * random_numbers(torch.rand, *output.shape).to(output))
             differing = self._differing(loss, shrunk, target, usable, rows, bound)
         if differing:
             raise PrivacyError(
@@ -269,7 +269,7 @@ class RowLosses:
                 alone = _with_gradient(lambda leaf: mapped(loss, leaf, target), output, usable)
                 differing[rows.cpu()] |= _rows_differ(batch, alone, output, bound)[rows.cpu()]
                 # An operation may have a rule for vmap of its own, in which rows meet.
-                single = rows[_random(torch.randperm, len(rows))[:_SINGLE].to(rows.device)]
+                single = rows[random_numbers(torch.randperm, len(rows))[:_SINGLE].to(rows.device)]
             alone = _with_gradient(one_by_one(single), output[single], usable[single])
         except Exception as error:
             raise PrivacyError(
@@ -429,7 +429,8 @@ def _refuse_beginning(loss: Loss, output: Tensor, target: Tensor, bound: float) 
         )
 
 
-def _random(draw: Callable[..., Tensor], *size: int) -> Tensor:
+def random_numbers(draw: Callable[..., Tensor], *size: int) -> Tensor:
+    """Numbers that a function of torch draws, of a seed that nobody knows; torch's own generator stays as it is."""
     return draw(*size, generator=torch.Generator().manual_seed(secrets.randbits(63)))
 
 

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as modules
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.isolation.hidden import foreign_mode
+
+_UPDATE = "_clipless_dp_update"
+"""By which the hooks of a parameter know that of :func:`without_gradients`."""
+
+
+def _refuse_gradients(*_: object) -> NoReturn:
+    raise PrivacyError(
+        "the base optimizer, or a hook of it, computes gradients within its step, as one that passes batches by itself "
+        "does (GSAM, SAM with a closure of its own): they would go into the weights without noise and without charge. "
+        "Take a first-order optimizer that steps on the gradients that are there. Nothing of them was released"
+    )
+
+
+@contextmanager
+def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Nothing is differentiated within: no graph is recorded, and of one from before no gradient arrives.
+
+    Args:
+        parameters: at which none arrives, of whatever graph.
+
+    Raises:
+        PrivacyError: from within, where something would be.
+    """
+    hooked: list[dict[Any, Any]] = []
+    try:
+        for parameter in parameters:
+            if parameter.requires_grad:
+                if parameter._backward_hooks is None:
+                    # What holds hooks stays with the parameter; to fill it costs a tenth of registering one.
+                    parameter.register_hook(_refuse_gradients).remove()
+                hooks: Any = parameter._backward_hooks
+                hooks[_UPDATE] = _refuse_gradients
+                hooked.append(hooks)
+        with saved_tensors_hooks(_refuse_gradients, _refuse_gradients):
+            yield
+    finally:
+        for hooks in hooked:
+            hooks.pop(_UPDATE, None)
 
 
 def refuse_interference() -> None:
@@ -43,6 +84,8 @@ def refuse_interference() -> None:
         )
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
     if hooks is not None:
+        if hooks[0] is _refuse_gradients:
+            _refuse_gradients()
         owners = {getattr(hook, "__module__", None) for hook in hooks}
         if not owners <= {"torch.utils.checkpoint", "torch.autograd.graph"}:
             raise PrivacyError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from clipless_dp.model import checks, description, exported, lineage, passes
 from clipless_dp.model.factors import Factors, summed
 from clipless_dp.model.network import Network
 from clipless_dp.model.outermost import is_exported, open_operator, outermost_gate
-from clipless_dp.model.own_loss import Own, own_output
+from clipless_dp.model.own_loss import Between, Own, guarded
 from clipless_dp.model.register import Register
 from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
@@ -120,6 +121,7 @@ class DPLipModel(nn.Module):
         self.loss_function = loss
         self.row_losses = RowLosses()
         self._factors = Factors()
+        self._between = Between()
         self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self._constraints: dict[str, Constraint] = {}
         self._count_()
@@ -227,10 +229,15 @@ class DPLipModel(nn.Module):
         entry = partial(self._enter, opened) if isinstance(opened, passes.Pass) else opened
         own = Own() if self._factors.required and isinstance(opened, passes.Pass) else None
         outputs = outermost_gate(outputs, self.cotangent_norm, entry, own)
-        if whole:
+        if not whole:
+            outputs = outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
+        if not isinstance(opened, passes.Pass) or opened.public:
             # Not the gate's view: what is returned may be overwritten.
-            return outputs.clone()
-        return outputs.masked_fill(~finite.reshape(-1, *([1] * len(self.output_shape))), math.nan)
+            return outputs.clone() if whole else outputs
+        returned = guarded(outputs, self.register.drop)
+        if own is not None:
+            own.returned, own.rows = ref(returned), len(returned)
+        return returned
 
     def _enter(self, entering: passes.Pass, norms: Tensor | None, other: bool) -> None:
         enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
@@ -318,13 +325,16 @@ class DPLipModel(nn.Module):
 
         Raises:
             InputError: the mask or the target does not fit the output, or the loss is not one real number a row.
-            PrivacyError: the output hangs on another tensor that requires gradients (:meth:`require_own_loss`).
+            PrivacyError: the target requires gradients, or the output hangs on another tensor that does
+                (:meth:`require_own_loss`).
             PrivacyError: autocast is on, or the loss of a row depends on other rows, on chance or on earlier calls
                 (:class:`clipless_dp.model.rowwise.RowLosses`).
         """
         checks.check_targets(output, target, mask)
+        if target.requires_grad and passes.is_private():
+            checks.refuse_trained_targets()
         if self._factors.required and passes.is_witnessed() and not torch.compiler.is_compiling():
-            output = own_output(output, self.register.parameters)
+            output = self._between.own_output(output, self.register.parameters, self.register.drop)
         losses = self.row_losses(self.loss_function, output, target, mask, bound=self.cotangent_norm)
         total, dropped = summed(losses, mask)
         if dropped is not None and torch.is_grad_enabled() and not is_exported():
@@ -675,6 +685,7 @@ class DPLipModel(nn.Module):
         # Files of former versions hold the count as a buffer, which would go on into new ones.
         self._buffers.pop("nonfinite_samples", None)
         self.__dict__.setdefault("_factors", Factors())
+        self.__dict__.setdefault("_between", Between())
         self.__dict__.setdefault("_packing", None)
         self._dropped_samples = torch.zeros((), dtype=torch.int64)
         self._count_()

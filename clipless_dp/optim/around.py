@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Generic, NoReturn, TypeVar, cast, overload
+from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 from weakref import WeakSet
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.model.surroundings import without_gradients
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -45,11 +47,11 @@ class Setting(Generic[Given, Kept]):
 
 
 _guarded: WeakSet[Optimizer] = WeakSet()
-_stepping: ContextVar[Optimizer | None] = ContextVar("_stepping", default=None)
+_stepping: ContextVar[Sequence[Optimizer]] = ContextVar("_stepping", default=())
 
 
 def _refuse_steps_by_hand(optimizer: Optimizer, args: object, kwargs: object) -> None:
-    if _stepping.get() is not optimizer:
+    if all(one is not optimizer for one in _stepping.get()):
         raise PrivacyError(
             f"this {type(optimizer).__name__} is the base optimizer of a private one: stepped by itself it would put "
             "gradients into the weights without noise and without charge. Call step() of the private optimizer, as "
@@ -57,40 +59,100 @@ def _refuse_steps_by_hand(optimizer: Optimizer, args: object, kwargs: object) ->
         )
 
 
+def guardable(optimizer: Optimizer) -> bool:
+    """Whether an optimizer's step runs hooks; one whose class leaves out ``super().__init__`` has none."""
+    return isinstance(vars(optimizer).get("_optimizer_step_pre_hooks"), dict) and hasattr(optimizer, "defaults")
+
+
+def _nested(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer, and those that it is around, as Lookahead is, whose steps run hooks."""
+    found: list[Optimizer] = []
+    left = [optimizer]
+    while left:
+        one = left.pop()
+        if guardable(one) and all(one is not known for known in found):
+            found.append(one)
+            left += [value for value in vars(one).values() if isinstance(value, Optimizer)]
+    return found
+
+
 class Around(Optimizer):
     """Shares ``param_groups`` and ``state`` with the optimizer that it is around: schedulers work on it as on any.
+
+    They are read from it each time: whatever is assigned to the other one, or loaded into it, is what counts here.
 
     Args:
         base_optimizer: the other one.
     """
 
     _step_supports_amp_scaling = True
+    _is_made = False
 
     def __init__(self, base_optimizer: Optimizer) -> None:
         self.base_optimizer = base_optimizer
         super().__init__(base_optimizer.param_groups, base_optimizer.defaults)
-        self._share_state()
+        self._is_made = True
+        del self._given
 
-    def _share_state(self) -> None:
-        """After groups were added to the other one, or a state was loaded into it."""
-        self.param_groups = self.base_optimizer.param_groups
-        self.state = self.base_optimizer.state
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Those of the base optimizer, as they are now."""
+        return self.base_optimizer.param_groups if self._is_made else self._given
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        if self._is_made:
+            self.base_optimizer.param_groups = groups
+        else:
+            # While torch takes and checks them.
+            self._given = groups
+
+    @property
+    def state(self) -> Any:
+        """That of the base optimizer, as it is now."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        if self._is_made:
+            self.base_optimizer.state = state
 
     def _guard(self) -> None:
         """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it."""
-        if self.base_optimizer not in _guarded:
-            # One hook, however many are made around it: none of them refuses the steps of another.
-            self.base_optimizer.register_step_pre_hook(_refuse_steps_by_hand)
-            _guarded.add(self.base_optimizer)
+        for optimizer in _nested(self.base_optimizer):
+            if optimizer not in _guarded:
+                # One hook, however many are made around it: none of them refuses the steps of another.
+                optimizer.register_step_pre_hook(_refuse_steps_by_hand)
+                _guarded.add(optimizer)
 
     @contextmanager
-    def _base_may_step(self) -> Iterator[None]:
-        """The other one may step: what it steps on is private."""
-        token = _stepping.set(self.base_optimizer)
+    def _base_may_step(
+        self, parameters: Iterable[Tensor], require: Callable[[Iterable[Tensor]], object]
+    ) -> Iterator[None]:
+        """The other one may step: what it steps on is private, and nothing else arrives meanwhile.
+
+        Args:
+            parameters: of the network.
+            require: raises where the given parameters are not of the network.
+
+        Raises:
+            PrivacyError: it computes gradients, or steps on other parameters.
+        """
+        optimizers = _nested(self.base_optimizer)
+
+        def refuse_foreign(optimizer: Optimizer, args: object, kwargs: object) -> None:
+            require(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+        # Last of their hooks, which may add parameters.
+        handles = [optimizer.register_step_pre_hook(refuse_foreign) for optimizer in optimizers]
+        token = _stepping.set(optimizers)
         try:
-            yield
+            with without_gradients(parameters):
+                yield
         finally:
             _stepping.reset(token)
+            for handle in handles:
+                handle.remove()
 
     def __getstate__(self) -> NoReturn:
         raise ConfigurationError(

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from clipless_dp.arguments import choice, shown
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.optim.around import guardable
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.sampling.people import Unit
 
@@ -77,6 +78,12 @@ def refuse_closures(base: object) -> None:
     """
     if not isinstance(base, Optimizer):
         raise ConfigurationError(f"base_optimizer must be a torch.optim.Optimizer, got {shown(base)}")
+    if not guardable(base):
+        raise ConfigurationError(
+            f"{type(base).__name__} does not call super().__init__() of torch.optim.Optimizer, so that nothing guards "
+            "its steps: make the optimizer that it is around private, and put it around the private one, as "
+            f"{type(base).__name__}(private)"
+        )
     if isinstance(base, (LBFGS, SparseAdam)):
         raise ConfigurationError(
             f"{type(base).__name__} evaluates gradients several times a step or needs sparse ones; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 from weakref import ref
 
 import torch
@@ -17,12 +17,13 @@ from clipless_dp.arguments import multiplier, require_accountant, share, whole
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.model import DPLipModel, lineage, passes
+from clipless_dp.model.surroundings import without_gradients
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
-from clipless_dp.optim import accumulation, checks
+from clipless_dp.optim import accumulation, base_state, checks
 from clipless_dp.optim.adam import tell_noise
 from clipless_dp.optim.adaptation import Adaptation, CapRecord
 from clipless_dp.optim.around import Around, Setting
@@ -83,7 +84,8 @@ class CliplessDPOptimizer(Around):
 
     Raises:
         ConfigurationError: an argument is out of range.
-        PrivacyError: the base optimizer holds parameters that the model does not protect.
+        PrivacyError: the base optimizer holds parameters that the model does not protect, or a state of steps that
+            were not private.
         RankError: the ranks' arguments differ.
 
     Guarantee:
@@ -124,6 +126,7 @@ class CliplessDPOptimizer(Around):
         placement.refuse_averages(model)
         checks.refuse_closures(base_optimizer)
         checks.refuse_groups(base_optimizer.param_groups)
+        base_state.refuse_other_state(base_optimizer)
         model.placement.reshard_()
         self.placement = model.place()
         self.model = model
@@ -167,6 +170,7 @@ class CliplessDPOptimizer(Around):
         model.sensitivity()
         self._books.open(self._require_protected())
         self._guard()
+        base_state.note(base_optimizer)
 
     @property
     def unit(self) -> Unit:
@@ -312,12 +316,13 @@ class CliplessDPOptimizer(Around):
                 self._leave_out(said=False)
                 raise
             try:
-                with self._base_may_step():
+                with self._base_may_step(self.model.register.parameters, self._protected.including):
                     self.base_optimizer.step()
                 self.model.project_()
             finally:
                 # Whatever part of the update was applied, the ledger counts it.
                 lineage.of(self.model).settle(self._protected.named)
+                base_state.note(self.base_optimizer)
         return loss
 
     def get_epsilon(self, delta: float) -> float:
@@ -394,6 +399,37 @@ class CliplessDPOptimizer(Around):
         """
         return self._books.changed_bounds()
 
+    def _switch(self, name: str, mode: Callable[..., Any], *args: Any) -> Any:
+        """Lets the base optimizer change weights between those to train and those to predict with (schedule-free).
+
+        Raises:
+            PrivacyError: gradients of passes are there, which it might read; or it computes some.
+        """
+        if self.model.register.passes:
+            raise PrivacyError(
+                f"{name}() between backward() and step() might read gradients before they are private: call it before "
+                "the pass, or after the step"
+            )
+        base_state.refuse_other_state(self.base_optimizer)
+        known = lineage.of(self.model)
+        named = self._require_protected()
+        counted = known.unchanged(named)
+        with without_gradients(self.model.register.parameters):
+            found = mode(*args)
+        if counted:
+            known.follow(named)
+        base_state.note(self.base_optimizer)
+        return found
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # Of bases that have them alone; loops and trainers ask whether an optimizer does.
+            mode = getattr(self.__dict__.get("base_optimizer"), name, None) if name in ("train", "eval") else None
+            if mode is None:
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return partial(self._switch, name, mode)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
@@ -415,7 +451,6 @@ class CliplessDPOptimizer(Around):
         for parameter in params:
             parameter.grad = None
         self.base_optimizer.add_param_group({**param_group, "params": params})
-        self._share_state()
 
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only."""
@@ -445,7 +480,7 @@ class CliplessDPOptimizer(Around):
         self._books.take(saved)
         self._adaptation.take(caps)
         self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
-        self._share_state()
+        base_state.note(self.base_optimizer)
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
         """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
@@ -458,6 +493,7 @@ class CliplessDPOptimizer(Around):
         """Records the event, then turns the summed gradients into private averages."""
         named = self._require_protected()
         checks.refuse_groups(self.param_groups)
+        base_state.refuse_other_state(self.base_optimizer)
         self.placement.require_ready()
         refuse_other_units(self.accountant.ledger, self.unit)
         register = self.model.register

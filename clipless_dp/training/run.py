@@ -81,7 +81,9 @@ class Run:
     def __post_init__(self) -> None:
         self.given = len(self.optimizer.accountant)
         self.signal_to_noise = SignalToNoise(self.optimizer)
-        self.loss = lambda inputs, targets, mask: self.model.loss(self.model(inputs), targets, mask)
+        # Of the model alone: what holds the run itself would keep its data in memory.
+        model = self.model
+        self.loss = lambda inputs, targets, mask: model.loss(model(inputs), targets, mask)
 
     @property
     def model(self) -> DPLipModel:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -33,6 +35,7 @@ from clipless_dp import (
     gated,
     losses,
     make_private,
+    passes,
 )
 from clipless_dp.noise import ReproducibleNoise
 from tests.support import samples
@@ -503,3 +506,290 @@ def test_a_batch_norm_that_is_frozen_in_evaluation_stays_so():
     train(made)
     assert made.optimizer.steps_taken == 3
     assert torch.equal(net[1].running_mean, torch.zeros(8))
+
+
+def squares(outputs, targets):
+    return (outputs - targets).pow(2).sum(1)
+
+
+OWN = losses.BoundedLoss(squares, 2.0)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        lambda net, outputs, targets, beside: beside[targets],
+        lambda net, outputs, targets, beside: outputs.roll(1, 0),
+        lambda net, outputs, targets, beside: outputs.mean(0, keepdim=True).expand_as(outputs),
+        lambda net, outputs, targets, beside: net[2].bias.expand_as(outputs),
+    ],
+    ids=["centres", "other-rows", "mean", "weights"],
+)
+def test_a_target_that_requires_gradients_is_refused_and_a_detached_one_trains(target):
+    """What centres that are learned got was a sum over samples without bound or noise."""
+    net, beside = network(), nn.Parameter(torch.zeros(3, 3))
+    model, optimizer, loader = made = private(net, loss=OWN, max_grad_norm=1.0)
+    for inputs, targets in loader:
+        outputs = model(inputs)
+        wanted = target(net, outputs, targets, beside)
+        if len(inputs):
+            with pytest.raises(PrivacyError, match=r"target that model\.loss is given requires gradients"):
+                made.loss(outputs, wanted)
+        made.loss(outputs, wanted.detach()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert beside.grad is None
+    assert optimizer.steps_taken == 3
+
+
+@pytest.mark.parametrize("given", [{}, {"input_norm": 3.0}], ids=["isolated", "graph"])
+@pytest.mark.parametrize(
+    "ahead", [lambda inputs, beside: inputs * beside, lambda inputs, beside: inputs + beside - 1.0], ids=["*", "+"]
+)
+def test_a_tensor_that_inputs_are_computed_from_gets_no_gradient_without_bound_and_noise(given, ahead):
+    """A scale of ones and a shift of zeros leave the draw as it is, so that its rows were taken for the draw's."""
+    beside = nn.Parameter(torch.ones(6))
+    model, optimizer, loader = made = private(**given)
+    batches = iter(loader)
+    inputs, targets = next(batches)
+    with pytest.raises(PrivacyError, match="inputs were computed from a tensor that requires gradients"):
+        made.loss(model(ahead(inputs, beside)), targets).backward()
+    assert beside.grad is None
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+    optimizer.skip_draw()
+    # Slopes of inputs are of a row each.
+    inputs, targets = next(batches)
+    inputs.requires_grad_()
+    made.loss(model(inputs), targets).backward()
+    assert inputs.grad.shape == inputs.shape
+    optimizer.step()
+    # Declared as nobody's, rows train what they come from, as a generator.
+    with passes.public():
+        model(torch.ones(4, 6) * beside).square().sum()
+
+
+def flooding(loss, outputs, count):
+    loss.register_hook(lambda cotangent: cotangent / count)
+
+
+def flooding_a_node(loss, outputs, count):
+    loss.grad_fn.register_prehook(lambda cotangents: (cotangents[0] / count,))
+
+
+def flooding_behind_a_node(loss, outputs, count):
+    loss.grad_fn.register_hook(lambda found, cotangents: (found[0] / count,))
+
+
+@pytest.mark.parametrize("hook", [flooding, flooding_a_node, flooding_behind_a_node])
+def test_a_hook_on_the_loss_that_divides_by_what_was_drawn_is_refused_as_the_factor_that_it_is(hook):
+    model, optimizer, loader = made = private(input_norm=3.0)
+
+    def trained():
+        for step, (inputs, targets) in enumerate(loader):
+            outputs = model(inputs)
+            loss = made.loss(outputs, targets)
+            hook(loss, outputs, 1.0 + step)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    with pytest.raises(PrivacyError, match="the summed loss was multiplied by"):
+        trained()
+    assert optimizer.steps_taken == 1
+
+
+def in_place(cotangent):
+    cotangent.mul_(0.0)
+
+
+@pytest.mark.parametrize("later", [True, False])
+@pytest.mark.parametrize("between", [lambda outputs: outputs, torch.tanh], ids=["output", "between"])
+@pytest.mark.parametrize(
+    "hook",
+    [lambda cotangent: cotangent - cotangent.mean(0), lambda cotangent: cotangent * 0.5, in_place],
+    ids=["centred", "scaled", "in-place"],
+)
+def test_a_hook_that_changes_what_comes_back_to_outputs_is_refused(hook, between, later, monkeypatch):
+    model, _optimizer, loader = made = private(input_norm=3.0)
+    inputs, targets = next(draw for draw in loader if len(draw[0]) > 1)
+    model._between._due = False
+    monkeypatch.setattr("clipless_dp.model.own_loss.EVERY", 2**40)
+    given_on = between(model(inputs))
+    if not later:
+        given_on.register_hook(hook)
+    loss = made.loss(given_on, targets)
+    if later:
+        given_on.register_hook(hook)
+    with pytest.raises(PrivacyError, match="Hooks may look, not change"):
+        loss.backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+@pytest.mark.parametrize("where", ["prehook", "hook"])
+def test_a_hook_on_the_node_of_an_output_is_refused_too_without_a_loss_that_is_required(where):
+    model, _optimizer, loader = private(input_norm=3.0)
+    model._factors.required = False
+    inputs, targets = next(iter(loader))
+    outputs = model(inputs)
+    if where == "prehook":
+        outputs.grad_fn.register_prehook(lambda cotangents: (cotangents[0] * 0.5,))
+    else:
+        outputs.grad_fn.register_hook(lambda found, cotangents: (found[0] * 0.5,))
+    with pytest.raises(PrivacyError, match="Hooks may look, not change"):
+        model.loss(outputs, targets).backward()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+def test_hooks_that_look_and_gradients_that_are_retained_train_as_ever(tmp_path):
+    model, optimizer, loader = made = private(input_norm=3.0)
+    seen = []
+    for inputs, targets in loader:
+        outputs = model(inputs)
+        softer = outputs / 2.0
+        for some in (outputs, softer):
+            some.register_hook(lambda cotangent: seen.append(cotangent.norm()))
+            some.retain_grad()
+        loss = made.loss(softer, targets)
+        loss.register_hook(seen.append)
+        loss.retain_grad()
+        loss.backward()
+        assert torch.equal(outputs.grad, softer.grad / 2.0)
+        assert float(loss.grad) == 1.0
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.steps_taken == 3
+    torch.save(model(inputs), tmp_path / "outputs.pt")
+
+
+@pytest.mark.parametrize(
+    "joined",
+    [
+        lambda outputs: functional.batch_norm(outputs, None, None, training=True),
+        lambda outputs: outputs - outputs.mean(0),
+        lambda outputs: outputs / outputs.abs().max(),
+        lambda outputs: 0.6 * outputs + 0.4 * outputs.flip(0),
+    ],
+    ids=["norm", "centred", "largest", "mixed"],
+)
+@pytest.mark.parametrize("given", [{}, {"max_grad_norm": 1.0}], ids=["isolated", "flat"])
+def test_rows_that_meet_between_the_model_and_its_loss_are_refused(joined, given):
+    """One sample more changed the sum of gradients by seven times what is stated."""
+    model, _optimizer, loader = made = private(**given)
+    inputs, targets = next(draw for draw in loader if len(draw[0]) > 3)
+    outputs = model(inputs)
+
+    def looked_at_often():
+        # Of the row that has the largest entry nothing is told.
+        for _ in range(60):
+            model._between._due = True
+            made.loss(joined(outputs), targets)
+
+    with pytest.raises(PrivacyError, match="rows meet in what the loop computes"):
+        looked_at_often()
+    assert all(parameter.grad is None for parameter in model.net.parameters())
+
+
+@pytest.mark.parametrize(
+    "given_on",
+    [
+        lambda outputs: outputs.flip(0).flip(0),
+        lambda outputs: torch.cat(outputs.split(2)),
+        lambda outputs: 30.0 * torch.tanh(outputs / 30.0),
+        lambda outputs: outputs[:, [2, 0, 1]],
+        lambda outputs: outputs @ torch.ones(3, 3).triu(),
+        lambda outputs: outputs.double().log_softmax(1).float(),
+    ],
+    ids=["flipped", "parts", "capped", "columns", "linear", "softmax"],
+)
+def test_what_a_loop_computes_of_each_row_alone_is_not_refused(given_on):
+    model, optimizer, loader = made = private(input_norm=3.0)
+    for inputs, targets in loader:
+        made.model._between._due = True
+        made.loss(given_on(model(inputs)), targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert optimizer.steps_taken == 3
+
+
+def test_rows_that_are_chosen_before_the_loss_are_warned_of_once():
+    model, optimizer, loader = made = private(input_norm=3.0)
+    warned = 0
+    for inputs, targets in (draw for draw in loader if len(draw[0]) > 3):
+        outputs = model(inputs)
+        hardest = functional.cross_entropy(outputs, targets, reduction="none").topk(2).indices
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            made.loss(outputs[hardest], targets[hardest]).backward()
+        warned += sum("some of the rows" in str(one.message) for one in told)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert warned == 1
+
+
+def test_a_new_adagrad_trains_and_optimizers_that_have_stepped_are_refused():
+    net = network()
+    train(private(net, optimizer=torch.optim.Adagrad(net.parameters(), lr=0.1)))
+    for kind, options in ((torch.optim.Adagrad, {}), (torch.optim.Adam, {}), (torch.optim.SGD, {"momentum": 0.5})):
+        own = kind(net.parameters(), lr=0.1, **options)
+        functional.cross_entropy(net(DATA.tensors[0]), DATA.tensors[1]).backward()
+        own.step()
+        with pytest.raises(ConfigurationError, match="has taken steps"):
+            private(net, optimizer=own)
+    own = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(own, 0.9)
+    private(net, optimizer=own)
+    net = network()
+    own = torch.optim.SGD(net.parameters(), lr=0.1)
+    torch.optim.lr_scheduler.ExponentialLR(own, 0.9)
+    functional.cross_entropy(net(DATA.tensors[0]), DATA.tensors[1]).backward()
+    own.step()
+    with pytest.raises(ConfigurationError, match="has taken steps"):
+        private(net, optimizer=own)
+
+
+def test_options_of_a_function_of_torch_are_those_of_the_loss():
+    given = partial(functional.cross_entropy, label_smoothing=0.1)
+    model = private(loss=given).model
+    outputs, targets = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, -100])
+    torch.testing.assert_close(model.loss(outputs, targets), given(outputs, targets, reduction="sum"))
+    for other in (partial(squares, targets=None), partial(functional.cross_entropy, unknown=1)):
+        with pytest.raises(LossBoundError):
+            private(loss=other)
+
+
+@pytest.mark.parametrize("given", [{}, {"input_norm": 3.0}], ids=["isolated", "graph"])
+def test_a_loop_that_reshapes_samples_is_told_to_let_the_network_do_so(given):
+    data = TensorDataset(DATA.tensors[0].view(-1, 2, 3), DATA.tensors[1])
+    with pytest.raises(ConfigurationError, match=r"nn\.Flatten\(\) in front"):
+        private(loader=DataLoader(data, batch_size=20), **given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"max_grad_norm": 1.0},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"route": "signal gates"}, marks=pytest.mark.slow),
+    ],
+    ids=["flat", "gates", "signal"],
+)
+def test_a_compiled_model_of_a_loop_trains(given):
+    torch._dynamo.reset()
+    made = private(input_norm=3.0, loader=DataLoader(DATA, batch_size=30), **given)
+    compiled = torch.compile(made.model, backend="eager")
+    for inputs, targets in made.data_loader:
+        made.loss(compiled(inputs), targets).backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+    assert made.optimizer.steps_taken == 2
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_loss_of_a_compiled_function_trains():
+    torch._dynamo.reset()
+
+    def own(outputs, targets):
+        return functional.cross_entropy(outputs, targets, reduction="none")
+
+    compiled = torch.compile(own, backend="eager", dynamic=True)
+    train(private(loss=losses.BoundedLoss(compiled, 2.0), loader=DataLoader(DATA, batch_size=30)))

@@ -131,3 +131,322 @@ def test_a_base_optimizer_steps_inside_of_private_steps_alone_however_many_are_a
         second.step()
     with pytest.raises(PrivacyError, match="base optimizer of a private one"):
         base.step()
+
+
+SETTINGS = {"noise_multiplier": 1.0, "sample_rate": 1.0, "dataset_size": 8, "accountant": "rdp", "sampling": "none"}
+
+
+def around(base_of):
+    """A private optimizer around what a function makes of the parameters, with the gradients of a few samples."""
+    model = gated_model()
+    optimizer = CliplessDPOptimizer(model, base_of(list(model.net.parameters())), **SETTINGS)
+    pass_rows(model)
+    return model, optimizer
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.net.parameters()]
+
+
+class Own(torch.optim.Optimizer):
+    """SGD that calls a function within its step."""
+
+    def __init__(self, parameters, call):
+        super().__init__(parameters, {"lr": 0.1})
+        self.call = call
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.call(self)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter -= group["lr"] * parameter.grad
+
+
+def plain(model):
+    inputs, targets = samples(8)
+    return torch.nn.functional.cross_entropy(model.net(inputs), targets)
+
+
+@pytest.mark.parametrize("of", ["net", "model", "copy", "before", "grad"])
+@pytest.mark.parametrize("place", ["step", "before", "after"])
+def test_a_base_optimizer_that_passes_batches_within_its_step_is_refused_before_they_reach_a_weight(of, place):
+    """As GSAM does, which calls a closure of its own: its steps were those of the raw gradients."""
+
+    def passes(*_):
+        with torch.enable_grad():
+            if of == "net":
+                plain(model).backward()
+            elif of == "model":
+                pass_rows(model)
+            elif of == "before":
+                computed.backward()
+            elif of == "grad":
+                torch.autograd.grad(computed, list(model.net.parameters()))
+            else:
+                copies = {name: p.detach().clone().requires_grad_() for name, p in model.net.named_parameters()}
+                inputs, targets = samples(8)
+                outputs = torch.func.functional_call(model.net, copies, (inputs,))
+                torch.nn.functional.cross_entropy(outputs, targets).backward()
+
+    model, optimizer = around(lambda parameters: Own(parameters, passes if place == "step" else lambda base: None))
+    if place == "before":
+        optimizer.base_optimizer.register_step_pre_hook(passes)
+    elif place == "after":
+        optimizer.base_optimizer.register_step_post_hook(passes)
+    # A graph that the update does not spoil.
+    computed = sum((parameter * torch.full_like(parameter, 3.0)).sum() for parameter in model.net.parameters())
+    released = []
+    optimizer.base_optimizer.register_step_pre_hook(
+        lambda *_: released.append([p.grad.clone() for p in model.net.parameters()])
+    )
+    start = weights(model)
+    with pytest.raises(PrivacyError, match="computes gradients within its step"):
+        optimizer.step()
+    for old, new, parameter in zip(start, weights(model), model.net.parameters(), strict=True):
+        assert torch.equal(old, new) == (place != "after")
+        assert not parameter._backward_hooks
+    if released:
+        # No gradient has arrived at any parameter.
+        found = [parameter.grad for parameter in model.net.parameters()]
+        assert all(map(torch.equal, released[0], found))
+    # Outside of the step gradients are computed as ever.
+    optimizer.skip_draw()
+    plain(model).backward()
+    assert all(parameter.grad is not None for parameter in model.net.parameters())
+
+
+def test_a_base_optimizer_may_look_at_outputs_without_gradients():
+    seen = []
+    model, optimizer = around(lambda parameters: Own(parameters, lambda base: seen.append(float(plain(model)))))
+    optimizer.step()
+    assert len(seen) == optimizer.steps_taken == 1
+
+
+class Outer(torch.optim.Optimizer):
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, inner.defaults)
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def added_after_loading(base, group):
+    base.load_state_dict(base.state_dict())
+    base.add_param_group(group)
+
+
+def assigned(base, group):
+    base.param_groups = [*base.param_groups, {**base.param_groups[0], **group}]
+
+
+@pytest.mark.parametrize(
+    "add",
+    [
+        added_after_loading,
+        assigned,
+        lambda base, group: base.param_groups[0]["params"].extend(group["params"]),
+        lambda base, group: base.register_step_pre_hook(lambda *_: base.add_param_group(group)),
+    ],
+    ids=["loaded", "assigned", "extended", "hook"],
+)
+def test_a_parameter_beside_the_network_that_the_base_optimizer_holds_by_now_is_not_stepped_on(add):
+    model, optimizer = around(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    beside = torch.nn.Parameter(torch.ones(1))
+    add(optimizer.base_optimizer, {"params": [beside]})
+    beside.grad, start = torch.ones(1), weights(model)
+    with pytest.raises(PrivacyError, match=r"not of model\.net"):
+        optimizer.step()
+    assert float(beside.detach()) == 1.0
+    assert all(map(torch.equal, start, weights(model)))
+
+
+def test_an_optimizer_within_the_base_one_steps_on_protected_parameters_within_private_steps_alone():
+    model, optimizer = around(lambda parameters: Outer(torch.optim.SGD(parameters, lr=0.1)))
+    inner = optimizer.base_optimizer.inner
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        inner.step()
+    optimizer.step()
+    assert optimizer.steps_taken == 1
+    beside = torch.nn.Parameter(torch.ones(1))
+    inner.add_param_group({"params": [beside]})
+    beside.grad = torch.ones(1)
+    pass_rows(model)
+    with pytest.raises(PrivacyError, match=r"not of model\.net"):
+        optimizer.step()
+    assert float(beside.detach()) == 1.0
+
+
+def test_groups_and_state_are_those_of_the_base_optimizer_at_any_time():
+    model, optimizer = around(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    base = optimizer.base_optimizer
+    base.load_state_dict(base.state_dict())
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    start = weights(model)
+    optimizer.step()
+    assert all(map(torch.equal, start, weights(model)))
+    assert optimizer.learning_rates == [((0.0,), 1)]
+    assert optimizer.state is base.state
+    assert optimizer.param_groups is base.param_groups
+    optimizer.param_groups = [base.param_groups[0]]
+    assert optimizer.param_groups is base.param_groups
+
+
+class Curved(Own):
+    """Keeps squares of gradients by a method of its own, as Sophia does."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lambda base: None)
+
+    @torch.no_grad()
+    def update_hessian(self):
+        for parameter in self.param_groups[0]["params"]:
+            held = self.state[parameter]
+            held["hessian"] = held.get("hessian", 0.0) + parameter.grad.square()
+
+
+def assign_momentum(base):
+    for parameter in base.param_groups[0]["params"]:
+        base.state[parameter]["momentum_buffer"] = parameter.grad.clone()
+
+
+def add_to_momentum(base):
+    for parameter in base.param_groups[0]["params"]:
+        base.state[parameter]["momentum_buffer"].data.add_(parameter.grad)
+
+
+def load_momentum(base):
+    other = torch.optim.SGD([p for group in base.param_groups for p in group["params"]], lr=0.1, momentum=0.9)
+    assign_momentum(other)
+    base.load_state_dict(other.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("kind", "write"),
+    [
+        (Curved, Curved.update_hessian),
+        (None, assign_momentum),
+        (None, add_to_momentum),
+        (None, load_momentum),
+    ],
+    ids=["method", "assigned", "added", "loaded"],
+)
+def test_what_anything_but_a_private_step_has_written_to_the_state_of_the_base_optimizer_is_refused(kind, write):
+    model, optimizer = around(kind or (lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9)))
+    optimizer.step()
+    optimizer.zero_grad()
+    pass_rows(model)
+    write(optimizer.base_optimizer)
+    start = weights(model)
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+    assert all(map(torch.equal, start, weights(model)))
+    assert len(optimizer.accountant) == 1
+    # Another optimizer made around it does not forget.
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        CliplessDPOptimizer(model, optimizer.base_optimizer, **SETTINGS)
+    optimizer.base_optimizer.state.clear()
+    optimizer.skip_draw()
+    pass_rows(model)
+    optimizer.step()
+    assert optimizer.steps_taken == 2
+
+
+def test_a_state_that_private_steps_have_left_may_be_kept_reset_copied_and_loaded():
+    model, optimizer = around(lambda parameters: torch.optim.Adam(parameters, lr=0.1))
+    base = optimizer.base_optimizer
+
+    def step(some=optimizer):
+        pass_rows(model)
+        some.step()
+        some.zero_grad()
+
+    optimizer.step()
+    optimizer.zero_grad()
+    step(CliplessDPOptimizer(model, base, **{**SETTINGS, "accountant": optimizer.accountant}))
+    optimizer.load_state_dict(optimizer.state_dict())
+    step()
+    base.load_state_dict(base.state_dict())
+    step()
+    kept = []
+    for held in base.state.values():
+        before = held["exp_avg"]
+        held["exp_avg"] = before.clone()
+        kept.append(before)
+        held["exp_avg_sq"].zero_()
+    step()
+    base.state.clear()
+    step()
+    assert len(optimizer.accountant) == 6
+
+
+@pytest.mark.parametrize(
+    "kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adam, torch.optim.RMSprop, torch.optim.NAdam]
+)
+def test_a_base_optimizer_that_has_stepped_before_is_refused_and_a_new_one_is_not(kind):
+    options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
+    model = gated_model()
+    base = kind(model.net.parameters(), lr=0.1, **options)
+    CliplessDPOptimizer(model, base, **SETTINGS)
+    base = kind(model.net.parameters(), lr=0.1, **options)
+    plain(model).backward()
+    base.step()
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        CliplessDPOptimizer(model, base, **SETTINGS)
+
+
+class Unmade(torch.optim.Optimizer):
+    """An optimizer whose class leaves out what torch's sets up, as a well-known Lookahead does."""
+
+    def __init__(self, inner):
+        self.inner, self.param_groups, self.state = inner, inner.param_groups, {}
+
+    def step(self, closure=None):
+        self.inner.step()
+
+
+def test_an_optimizer_that_nothing_can_guard_is_refused_as_a_base_and_goes_around_a_private_one():
+    model = gated_model()
+    base = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    with pytest.raises(ConfigurationError, match="put it around the private one"):
+        CliplessDPOptimizer(model, Unmade(base), **SETTINGS)
+    private = CliplessDPOptimizer(model, base, **SETTINGS)
+    pass_rows(model)
+    Unmade(private).step()
+    assert private.steps_taken == 1
+    assert private.weights_are_counted()
+
+
+class Free(Own):
+    """Changes weights between those to train and those to predict with, as schedule-free optimizers do."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lambda base: None)
+        self.reads = False
+
+    @torch.no_grad()
+    def train(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.mul_(2.0)
+
+    @torch.no_grad()
+    def eval(self):
+        for parameter in self.param_groups[0]["params"]:
+            parameter.mul_(0.5)
+
+
+def test_weights_that_a_base_optimizer_changes_for_predictions_are_counted():
+    model, optimizer = around(Free)
+    with pytest.raises(PrivacyError, match="between backward"):
+        optimizer.train()
+    optimizer.step()
+    optimizer.zero_grad()
+    for switch in (optimizer.eval, optimizer.train, optimizer.eval):
+        switch()
+        assert optimizer.weights_are_counted()
+    pass_rows(model)
+    optimizer.step()
+    assert optimizer.uncounted_changes == 0
+    assert not hasattr(around(lambda parameters: torch.optim.SGD(parameters, lr=0.1))[1], "train")
