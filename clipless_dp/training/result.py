@@ -65,7 +65,7 @@ class FitResult(Predicts):
     """What :func:`clipless_dp.fit` has done.
 
     Attributes:
-        spent: ε when the run ended; :attr:`epsilon` is what was spent by now.
+        spent: ε when the run ended; :attr:`FitResult.epsilon` is what was spent by now.
         delta: the δ it holds for.
         noise_multiplier: ``σ``; with a noise schedule, what its factors multiply.
         sample_rate: ``q``, of each sample, or person.

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -237,3 +239,19 @@ def test_budgets_that_are_no_number_of_bytes_are_refused(budget) -> None:
 def test_a_budget_and_a_size_contradict() -> None:
     with pytest.raises(ConfigurationError, match="give one of them"):
         fit(gated_model(), samples(300), memory_budget=1e9, micro_batch_size=8, **RUN)
+
+
+def test_data_is_freed_once_a_run_is_over_and_its_result_is_gone() -> None:
+    def trained() -> weakref.ref[torch.Tensor]:
+        rows, labels = samples(300)
+        fit(gated_model(), (rows, labels), **RUN)
+        return weakref.ref(rows)
+
+    trained()  # the first optimizer of a process imports modules, whose errors hold their callers
+    gc.collect()
+    gc.disable()
+    try:
+        # Graphs of a model refer to themselves and wait for the collector; two gigabytes of features must not.
+        assert trained()() is None
+    finally:
+        gc.enable()
