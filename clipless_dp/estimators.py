@@ -183,9 +183,10 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
 
     Rows ``(N, columns)`` of any scale go through :func:`clipless_dp.tables.fit_table`. Images ``(N, H, W)``,
     ``(N, C, H, W)`` or ``(N, H, W, C)`` of one or three channels go through scattering features and one layer, the
-    presets ``"features-linear"`` and ``"photographs-linear"``; numbers in [0, 1], or whole ones up to 255, all
-    of one type. ``preset`` names another, for rows too: ``"transfer"`` for features of a backbone that was trained on
-    public data.
+    presets ``"features-linear"`` and, of three channels, ``"photographs-linear"``, which takes a minute or two to make
+    its features (``preset="photographs-scattering"`` does not, and is less accurate); numbers in [0, 1], or whole ones
+    up to 255, all of one type. ``preset`` names another, for rows too: ``"transfer"`` for features of a backbone that
+    was trained on public data.
 
     Each call of ``fit`` spends ``epsilon`` anew, and calls on the same data compose: cross-validation and grid search
     of ``k`` candidates spend about ``√k`` to ``k`` times as much, and :mod:`clipless_dp.search` pays for a search.

@@ -29,6 +29,8 @@ COLOURS = {
     "constrained": "#2166ac",
     "DP-SGD (Opacus)": "#333333",
     "DP-SGD (Opacus) on features": "#333333",
+    "whitened features": "#b2182b",
+    "DP-SGD (Opacus) on whitened features": "#333333",
 }
 LABELS = {"constrained": "constraints", "features": "features first", "DP-SGD (Opacus)": "Opacus (clipping)"}
 STYLE = {

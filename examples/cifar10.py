@@ -1,4 +1,4 @@
-"""CIFAR-10 at ε = 3: scattering features, which cost no privacy, and one linear layer.
+"""CIFAR-10 at ε = 3: features of scattering and synthetic patches, which cost no privacy, and one linear layer.
 
 python examples/cifar10.py --cache-dir runs/features
 """

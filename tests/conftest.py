@@ -5,6 +5,7 @@ import os
 import pytest
 from hypothesis import settings
 
+from clipless_dp.presets import named
 from clipless_dp.sampling import draws
 
 # A loaded machine must not fail a property; continuous integration must not fail by luck.
@@ -22,6 +23,14 @@ def no_draw_in_hand():
     """A draw that one test has left is not in the hands of the next."""
     draws.skip()
     draws._in_hand.clear()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_synthetic_images():
+    """What presets draw takes a minute or two; tests need some features only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(named, "_SYNTHETIC", 60)
+        yield
 
 
 @pytest.fixture(scope="session")

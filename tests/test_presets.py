@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from clipless_dp import ConfigurationError, SystemNoise, evaluate, fit, presets
+from clipless_dp import CheckpointError, ConfigurationError, SystemNoise, evaluate, fit, load, presets
 from clipless_dp.features import OpponentColours
+from clipless_dp.presets import named
 from clipless_dp.statistics import private_moments
 
 SHAPES = {"transfer": (12,), "regression": (12,)}
@@ -37,7 +38,7 @@ def test_a_preset_trains_to_the_target_with_its_own_settings(name):
     assert 2.9 < trained.result.epsilon <= 3.0
     assert trained.result.steps == 2
     (group,) = trained.result.optimizer.param_groups
-    assert group["initial_lr"] == preset.settings["lr"]
+    assert group["initial_lr"] == preset.arguments(40, epsilon=3.0)["lr"]
     if preset.statistics is None:
         assert trained.evaluate((inputs, targets)) == evaluate(trained.model, (preset.features(inputs), targets))
 
@@ -46,8 +47,10 @@ def test_a_preset_trains_to_the_target_with_its_own_settings(name):
 def test_a_preset_holds_arguments_of_fit_only_and_can_not_be_changed(name):
     preset = presets.get(name)
     assert preset.name == name
-    assert set(preset.arguments(1000)) <= set(inspect.signature(fit).parameters)
-    assert {"epochs", "batch_size"} <= set(preset.arguments(1000))
+    arguments = preset.arguments(1000, epsilon=2.0)
+    assert set(arguments) <= set(inspect.signature(fit).parameters)
+    assert {"epochs", "batch_size"} <= set(arguments)
+    assert arguments["lr"] > 0.0
     with pytest.raises(TypeError):
         preset.settings["epochs"] = 1
 
@@ -71,7 +74,7 @@ def test_features_are_computed_once(tmp_path):
     torch.testing.assert_close(preset.features(images), trained.prepare(images), rtol=0.0, atol=0.0)
 
 
-@pytest.mark.parametrize("name", ["features-linear", "photographs-linear", "transfer"])
+@pytest.mark.parametrize("name", ["features-linear", "photographs-scattering", "transfer"])
 def test_features_lose_their_mean_which_is_charged_and_new_samples_lose_that_of_the_training_data(name):
     preset, (images, labels) = presets.get(name), data((1, 8, 8), count=2000)
     settings = {"epochs": 0.1, "batch_size": 200, "reproducible_seed": 0, "accountant": "rdp", "progress": False}
@@ -120,7 +123,7 @@ def test_a_shape_that_a_preset_does_not_take_is_refused_by_name(name, shape):
 
 @pytest.mark.parametrize(("size", "coefficients", "places"), [((32, 32), 217, 4 * 2), ((28, 28), 81, 7 * 4)])
 def test_photographs_are_seen_at_three_scales_where_their_size_allows(size, coefficients, places):
-    features = presets.get("photographs-linear").features(torch.rand(2, 3, *size))
+    features = presets.get("photographs-scattering").features(torch.rand(2, 3, *size))
     assert features.shape == (2, 3 * coefficients * places)
 
 
@@ -183,3 +186,112 @@ def test_statistics_of_a_preset_are_charged_once_with_training_on_top(tmp_path):
     again = preset.fit((inputs, targets), **settings)
     assert again.result.optimizer.accountant.ledger == trained.result.optimizer.accountant.ledger
     assert torch.equal(again.prepare(inputs), trained.prepare(inputs))
+
+
+RATES = {"photographs-linear": {1.0: 1.0, 3.0: 2.0, 8.0: 4.0}, "photographs-scattering": {1.0: 1.0, 3.0: 4.0, 8.0: 8.0}}
+
+
+def test_rates_are_those_given_and_lie_between_them_in_between_and_stay_beyond():
+    rates = {8.0: 4.0, 1.0: 1.0, 3.0: 2.0}
+    for epsilon, rate in rates.items():
+        assert presets.rate_at(rates, epsilon) == rate
+        assert presets.rate_at(rates, epsilon * (1 + 1e-9)) == pytest.approx(rate)
+    assert presets.rate_at(rates, 1e-3) == pytest.approx(1.0)
+    assert presets.rate_at(rates, 1e3) == pytest.approx(4.0)
+    # Halfway between the logarithms.
+    assert presets.rate_at(rates, 3.0**0.5) == pytest.approx(2.0**0.5)
+    climbing = [presets.rate_at(rates, 1.0 + 0.1 * step) for step in range(71)]
+    assert climbing == sorted(climbing)
+    for epsilon in (0.0, -1.0, float("nan"), float("inf"), "3", None):
+        with pytest.raises(ConfigurationError, match="epsilon must be a finite and positive number"):
+            presets.rate_at(rates, epsilon)
+
+
+@pytest.mark.parametrize("name", RATES)
+@pytest.mark.parametrize("epsilon", [1.0, 8.0])
+def test_a_preset_whose_rate_depends_on_epsilon_trains_at_the_rate_there(name, epsilon):
+    dataset = data((1, 8, 8))
+    settings = {"epochs": 1, "batch_size": 20, "accountant": "rdp", "progress": False, "delta": 1e-3, "outputs": 3}
+    trained = presets.get(name).fit(dataset, epsilon=epsilon, **settings)
+    assert trained.result.optimizer.param_groups[0]["initial_lr"] == pytest.approx(RATES[name][epsilon], rel=1e-12)
+    trained = presets.get(name).fit(dataset, epsilon=epsilon, lr=0.25, **settings)
+    assert trained.result.optimizer.param_groups[0]["initial_lr"] == 0.25
+
+
+def test_without_an_epsilon_there_is_no_rate_and_a_wrong_one_is_refused_before_anything_is_computed():
+    preset = presets.get("photographs-linear")
+    with pytest.raises(ConfigurationError, match="depends on ε"):
+        preset.arguments(100)
+    assert preset.arguments(100, lr=0.5)["lr"] == 0.5
+    with pytest.raises(TypeError):
+        preset.settings["lr"][3.0] = 9.0
+    unmade = dataclasses.replace(preset, front=lambda shape: pytest.fail("features were computed"))
+    with pytest.raises(ConfigurationError, match="epsilon"):
+        unmade.fit(data((1, 8, 8)), epsilon=-1.0, delta=1e-3, outputs=3)
+
+
+def test_photographs_are_seen_by_scattering_and_patches_of_unit_norm():
+    for size, channels, scattering in (((16, 16), 3, 81 * 3 * 4 * 2), ((28, 28), 1, 81 * 7 * 4)):
+        features = presets.get("photographs-linear").features(data((channels, *size), count=3)[0])
+        assert features.shape == (3, scattering + 4608)
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+        shares = features[:, scattering:].square().sum(1)
+        torch.testing.assert_close(shares, torch.full((3,), 0.7**2 / (1.0 + 0.7**2)))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 16), (4, 16, 16), (3, 7, 16), (1, 16, 7)])
+def test_images_that_patches_do_not_take_are_sent_to_the_preset_that_takes_them(shape):
+    with pytest.raises(ConfigurationError, match="'photographs-scattering'"):
+        presets.get("photographs-linear").features(data(shape, count=2)[0])
+
+
+def test_whoever_changes_the_front_end_of_a_preset_changes_no_others():
+    front = presets.get("photographs-linear").front((1, 8, 8))
+    kept = front.blocks[0].mean.clone()
+    front.blocks[0].mean.zero_()
+    assert torch.equal(presets.get("photographs-linear").front((1, 8, 8)).blocks[0].mean, kept)
+
+
+def test_a_file_of_features_of_another_recipe_is_refused_and_says_what_made_them(tmp_path):
+    dataset = data((1, 8, 8))
+    settings = {"epsilon": 3.0, "delta": 1e-3, "outputs": 3, "epochs": 1, "batch_size": 20, "progress": False}
+    # As files of this name were before it had a recipe.
+    former = dataclasses.replace(presets.get("photographs-scattering"), name="photographs-linear")
+    made = former.fit(dataset, audit=False, **settings)
+    made.save(tmp_path / "former.pt")
+    with pytest.raises(CheckpointError, match=r"presets.get\('photographs-scattering'\)"):
+        load(tmp_path / "former.pt")
+    loaded = load(tmp_path / "former.pt", preset=presets.get("photographs-scattering"))
+    torch.testing.assert_close(loaded.scores(dataset[0]), made.scores(dataset[0]))
+    later = dataclasses.replace(presets.get("photographs-linear"), recipe="patches 7")
+    made = later.fit(dataset, audit=False, **settings)
+    made.save(tmp_path / "later.pt")
+    with pytest.raises(CheckpointError, match=r"'patches 7'.*train anew"):
+        load(tmp_path / "later.pt")
+
+
+def test_a_model_of_synthetic_features_predicts_the_same_from_its_file_and_nothing_is_made_anew(tmp_path, monkeypatch):
+    dataset = data((1, 8, 8))
+    settings = {"epsilon": 3.0, "delta": 1e-3, "outputs": 3, "epochs": 1, "batch_size": 20, "progress": False}
+    made = presets.get("photographs-linear").fit(dataset, audit=False, **settings)
+    made.save(tmp_path / "p.pt")
+    monkeypatch.setattr(named, "_made_once", lambda *_: pytest.fail("a front-end was made"))
+    loaded = load(tmp_path / "p.pt")
+    torch.testing.assert_close(loaded.scores(dataset[0]), made.scores(dataset[0]))
+
+
+def test_what_takes_long_to_make_is_kept_beside_the_features_and_made_again_where_it_is_damaged(tmp_path, monkeypatch):
+    preset, (images, _) = presets.get("photographs-linear"), data((1, 8, 8))
+    features = preset.features(images, cache_dir=tmp_path)
+    (front,) = tmp_path.glob("front-*.pt")
+    with monkeypatch.context() as patch:
+        patch.setattr(named, "_made_once", lambda *_: pytest.fail("a front-end was made"))
+        assert torch.equal(preset.features(images, cache_dir=tmp_path), features)
+    assert len(list(tmp_path.glob("*.npy"))) == 2, "features were computed again"
+    front.write_bytes(front.read_bytes()[:-9])
+    with pytest.warns(UserWarning, match="is damaged; the front-end is made again"):
+        assert torch.equal(preset.features(images, cache_dir=tmp_path), features)
+    # Another size, and another recipe, have another one.
+    preset.features(torch.rand(2, 1, 8, 12), cache_dir=tmp_path)
+    dataclasses.replace(preset, recipe="another").features(images, cache_dir=tmp_path)
+    assert len(list(tmp_path.glob("front-*.pt"))) == 3

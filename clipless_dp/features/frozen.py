@@ -9,13 +9,15 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from accounting.errors import warn_caller
 from clipless_dp.arguments import whole
@@ -35,6 +37,47 @@ _BLOCK = 1 << 24
 """Bytes hashed at once."""
 
 
+class Composed(nn.Module):
+    """Features that are made in little time, each row by itself, of features of other modules, which take long.
+
+    :meth:`FrozenFeatures.compute` keeps what takes long, each such module's by itself: whoever changes what is made of
+    them computes none of them again.
+    """
+
+    @abstractmethod
+    def composed(self, compute: Callable[[nn.Module], Tensor]) -> Tensor:
+        """The features of a data set ``(N, ...)``.
+
+        Args:
+            compute: features of the data set by another module, ``(N, ...)`` on the CPU.
+        """
+
+
+def in_batches(finish: Callable[[Tensor], Tensor], rows: Tensor, size: int, device: torch.device) -> Tensor:
+    """What a function makes of rows, each by itself: always ``size`` at once, with zeros where there are fewer.
+
+    Args:
+        finish: maps ``(size, ...)`` to ``(size, ...)``.
+        rows: ``(N, ...)`` on the CPU, ``N ≥ 1``.
+        size: the number of rows chooses how sums are rounded; this way no feature depends on how many there are.
+        device: where ``finish`` is computed.
+
+    Returns:
+        ``(N, ...)`` on the CPU.
+    """
+    made: Tensor | None = None
+    for start in range(0, len(rows), size):
+        some = rows[start : start + size]
+        if len(some) < size:
+            some = torch.cat([some, some.new_zeros(size - len(some), *some.shape[1:])])
+        finished = finish(some.to(device)).cpu()
+        if made is None:
+            made = finished.new_empty(len(rows), *finished.shape[1:])
+        made[start : start + size] = finished[: len(rows) - start]
+    assert made is not None
+    return made
+
+
 class FrozenFeatures(nn.Module):
     """A fixed module in front of a private model: evaluation mode, no gradients, features cached on disk.
 
@@ -51,19 +94,26 @@ class FrozenFeatures(nn.Module):
             parameters are frozen.
         cache_dir: folder for the features; ``None`` computes them anew each time.
         batch_size: samples at once: every batch of :meth:`compute` has this size, padding included.
+        progress: whether :meth:`compute` shows a bar at a terminal.
 
     Raises:
         ConfigurationError: the module is none, the batch size is below 1, or the folder cannot be written.
     """
 
     def __init__(
-        self, module: nn.Module, *, cache_dir: str | os.PathLike[str] | None = None, batch_size: int = 256
+        self,
+        module: nn.Module,
+        *,
+        cache_dir: str | os.PathLike[str] | None = None,
+        batch_size: int = 256,
+        progress: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(module, nn.Module):
             raise ConfigurationError(f"module must be a torch.nn.Module, got {type(module).__name__}")
         self.module = module.requires_grad_(False)
         self.batch_size = whole("batch_size", batch_size)
+        self.progress = bool(progress)
         self.cache_dir = None if cache_dir is None else Path(cache_dir)
         if self.cache_dir is not None:
             check_writable(self.cache_dir / "features.npy")
@@ -103,7 +153,8 @@ class FrozenFeatures(nn.Module):
         this library's features and layers are computed once: they are known to take each sample by itself.
 
         The cache's key is a hash of the module (its weights and buffers, its structure and settings, the source files
-        of its classes) and of the inputs. A damaged file is computed again, with a warning.
+        of its classes) and of the inputs. A damaged file is computed again, with a warning. Of features that are made
+        of others in little time (:class:`JoinedFeatures`, :class:`SyntheticWhitening`) those others are kept.
 
         Args:
             inputs: ``(N, ...)``, ``N ≥ 1``, on any device; batches are moved to the module's.
@@ -118,6 +169,9 @@ class FrozenFeatures(nn.Module):
         """
         if not isinstance(inputs, Tensor) or inputs.dim() == 0 or len(inputs) == 0:
             raise InputError("inputs must be a tensor (N, ...) with at least one sample")
+        if isinstance(self.module, Composed) and _is_own(self.module):
+            with torch.no_grad():
+                return self.module.composed(lambda part: self._like_this(part).compute(inputs))
         if self.cache_dir is None:
             features = torch.cat(list(self._parts(inputs)))
             self._require_independence_of_all(inputs, features)
@@ -134,6 +188,9 @@ class FrozenFeatures(nn.Module):
             raise ConfigurationError(f"{path} does not hold what was written there: check the disk")
         return written
 
+    def _like_this(self, module: nn.Module) -> FrozenFeatures:
+        return FrozenFeatures(module, cache_dir=self.cache_dir, batch_size=self.batch_size, progress=self.progress)
+
     def _batch(self, inputs: Tensor) -> Tensor:
         place = next((value.device for value in (*self.module.parameters(), *self.module.buffers())), inputs.device)
         features: Tensor = self(inputs.to(place))
@@ -143,7 +200,11 @@ class FrozenFeatures(nn.Module):
     def _parts(self, inputs: Tensor) -> Iterator[Tensor]:
         """The features, batch by batch; those of the first one are checked at once, as all of them may take hours."""
         untouched = self._copied()
-        for number, some in enumerate(inputs.split(self.batch_size)):
+        shown = tqdm(
+            inputs.split(self.batch_size), disable=None if self.progress else True, unit="batch",
+            desc=type(self.module).__name__,
+        )  # fmt: skip
+        for number, some in enumerate(shown):
             batch = some
             if len(some) < self.batch_size:
                 batch = torch.cat([some, self._strangers(inputs, "silent")[len(some) :]])
@@ -276,12 +337,19 @@ class FrozenFeatures(nn.Module):
 def _is_known(module: nn.Module) -> bool:
     """Whether a module consists of this library's features and layers alone, which take each sample by itself."""
 
-    def known(part: nn.Module) -> bool:
-        own = type(part).__module__.startswith(("clipless_dp.features.", "clipless_dp.layers."))
-        changed = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
-        return not changed and (own or type(part) in (nn.Sequential, nn.Flatten, nn.Identity))
+    containers = (nn.Sequential, nn.ModuleList, nn.Flatten, nn.Identity)
+    return all(_is_own(part) or (type(part) in containers and not _is_changed(part)) for part in module.modules())
 
-    return all(known(part) for part in module.modules())
+
+def _is_own(part: nn.Module) -> bool:
+    """Whether a module, whatever is in it, is this library's, as it was written."""
+    return type(part).__module__.startswith(("clipless_dp.features.", "clipless_dp.layers.")) and not _is_changed(part)
+
+
+def _is_changed(part: nn.Module) -> bool:
+    """Whether hooks, or functions set on the instance in place of the class's, decide what it computes."""
+    replaced = any(callable(value) and hasattr(type(part), name) for name, value in vars(part).items())
+    return bool(part._forward_hooks or part._forward_pre_hooks or replaced)
 
 
 def _versions(module: nn.Module) -> dict[str, tuple[int, int]]:
