@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -93,10 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     risk.add_argument("--plot", metavar="FILE", help="also draw the trade-off curve (needs matplotlib)")
     risk.set_defaults(run=_risk)
 
-    explain = commands.add_parser("explain", help="what stored ledgers about one data set hold and cost together")
-    explain.add_argument("ledger", metavar="LEDGER.json", nargs="+", help="what several hold of one run counts once")
+    explain = commands.add_parser(
+        "explain", help="what stored ledgers, or those in statements, about one data set hold and cost together"
+    )
+    explain.add_argument(
+        "ledger", metavar="LEDGER.json", nargs="+", help="or STATEMENT.json; what several hold of one run counts once"
+    )
     explain.add_argument("--accountant", default="auto", choices=["auto", "prv", "rdp"])
-    explain.add_argument("--delta", type=float, nargs="+", default=[1e-5, 1e-6, 1e-8])
+    explain.add_argument(
+        "--delta", type=float, nargs="+", help="default: 1e-5 1e-6 1e-8, and first those that statements state"
+    )
     explain.add_argument(
         "--second-opinion", action="store_true", help="also ask opacus and prv-accountant, at the first delta"
     )
@@ -334,16 +342,60 @@ def _title(bound: PrivacyBound) -> str:
     return f"{bound.relation}{group}, sampling {bound.sampling}"
 
 
+_DELTAS = [1e-5, 1e-6, 1e-8]
+
+
 def _explain(options: argparse.Namespace) -> str:
-    ledger, *others = map(Ledger.load, options.ledger)
+    ledgers = [Ledger.load(path) for path in options.ledger]
+    stated = {path: epsilon for path in options.ledger if (epsilon := _stated(path)) is not None}
+    ledger, *others = ledgers
     for other in others:
         ledger = ledger.merge(other)
-    accountant = create_accountant(options.accountant, relation=ledger.relation)
-    accountant.ledger = ledger
-    bounds = accountant.epsilon_curve(options.delta, group_size=options.group_size)
+    deltas = options.delta or list(dict.fromkeys([*(delta for _, delta in stated.values()), *_DELTAS]))
+    bounds = _of(ledger, options).epsilon_curve(deltas, group_size=options.group_size)
     shown = [ledger.table(), "", *map(_line, bounds)]
+    for path, own in zip(options.ledger, ledgers, strict=True):
+        if path in stated:
+            shown += ["", _compared(path, *stated[path], _of(own, options))]
     if options.second_opinion:
         if options.group_size != 1:
             raise InvalidParameterError("others know no groups: ask for a second opinion without --group-size")
-        shown += ["", str(second_opinion(ledger, options.delta[0]))]
+        shown += ["", str(second_opinion(ledger, deltas[0]))]
     return "\n".join(shown)
+
+
+def _of(ledger: Ledger, options: argparse.Namespace) -> Accountant:
+    accountant = create_accountant(options.accountant, relation=ledger.relation)
+    accountant.ledger = ledger
+    return accountant
+
+
+def _stated(path: str) -> tuple[float, float] | None:
+    """ε and δ of a privacy statement, whose file was read as a ledger; a ledger by itself states none."""
+    stated = json.loads(Path(path).read_text(encoding="utf-8")).get("epsilon")
+    if not isinstance(stated, dict):
+        return None
+    epsilon, delta = stated.get("epsilon"), stated.get("delta")
+    if not isinstance(epsilon, (int, float)) or not isinstance(delta, (int, float)):
+        return None
+    # JSON knows integers that no float holds.
+    return float(min(epsilon, 1e300)), float(min(delta, 1e300))
+
+
+def _compared(path: str, epsilon: float, delta: float, accountant: Accountant) -> str:
+    """Whether a statement's ε follows from its own ledger.
+
+    Raises:
+        AccountingError: When its ledger gives more for certain.
+    """
+    bound = accountant.get_epsilon(delta)
+    states = f"{path} states epsilon = {rounded_up(epsilon)} at delta = {delta:g}"
+    # As far as floating point on another machine moves it.
+    if epsilon >= bound.upper * (1.0 - 1e-9):
+        return f"{states}: this follows from its ledger"
+    if epsilon >= bound.lower * (1.0 - 1e-9):
+        return (
+            f"{states}: this neither follows from its ledger nor contradicts it, by the engine {bound.engine}, which "
+            f"knows epsilon = {rounded_up(bound.upper)}"
+        )
+    raise AccountingError(f"{states}, and its ledger gives at least {rounded_down(bound.lower)}: one was altered")

@@ -375,7 +375,7 @@ class Ledger:
 
     @classmethod
     def from_json(cls, text: str) -> Ledger:
-        """Returns the ledger that `to_json` wrote.
+        """Returns the ledger that `to_json` wrote, or the one in an accountant's state or a privacy statement.
 
         Raises:
             LedgerFormatError: When the text is truncated or not a ledger of a known version.
@@ -384,6 +384,8 @@ class Ledger:
             state = json.loads(text)
         except (ValueError, RecursionError) as error:  # Overlong numbers and deep nesting are no JSON errors.
             raise LedgerFormatError(f"not JSON, perhaps a truncated file: {error}") from error
+        while isinstance(state, dict) and state.get("format") != FORMAT and isinstance(state.get("ledger"), dict):
+            state = state["ledger"]
         return cls.from_state_dict(state)
 
     def save(self, path: str | Path) -> None:
@@ -400,7 +402,7 @@ class Ledger:
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
-        """Reads a ledger written by `save`.
+        """Reads a ledger written by `save`, or the one in the JSON file of a privacy statement.
 
         Raises:
             LedgerFormatError: When the file holds no ledger of a known version; it is named.

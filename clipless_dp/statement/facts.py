@@ -114,6 +114,7 @@ def facts_of(
             "changed_settings": optimizer.changed_settings(),
             "changed_bounds": optimizer.changed_bounds(),
         },
+        "model": _model(optimizer.model),
         "bounds": _bounds(optimizer),
         **({"adaptive_caps": _adaptive_caps(optimizer)} if optimizer.caps else {}),
         "accountant": {"class": f"{accountant.__module__}.{accountant.__qualname__}", "engine": curve[0]["engine"]},
@@ -169,6 +170,20 @@ def _entries(optimizer: CliplessDPOptimizer) -> list[dict[str, Any]]:
         }
         for line in optimizer.accountant.ledger.lines
     ]
+
+
+def _model(model: DPLipModel) -> dict[str, Any]:
+    """What tells this model from others: public settings, and a hash of the weights, which are released."""
+    sizes = {True: 0, False: 0}
+    for parameter in model.net.parameters():
+        sizes[parameter.requires_grad] += parameter.numel()
+    return {
+        "kind": type(model.net).__name__,
+        "trained": sizes[True],
+        "frozen": sizes[False],
+        # A process of several that holds a part of them knows no hash of all.
+        "weights": digest_of(model.net) if model.placement.is_whole else None,
+    }
 
 
 def _bounds(optimizer: CliplessDPOptimizer) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from accounting import Ledger, create_accountant
 from accounting.errors import MixedUnitsError
+from clipless_dp.statement.brief import about_rows, found_section, written
 from clipless_dp.statement.facts import shown
 from clipless_dp.statement.risk import risk_of
-from clipless_dp.statement.sections import Section, about_section
+from clipless_dp.statement.section import Section
 from clipless_dp.version import __version__
 
 LEDGER_KIND = "clipless_dp.ledger_statement"
@@ -72,7 +73,6 @@ def facts_of_ledger(ledger: Ledger, delta: float, title: str, source: str) -> di
 
 def ledger_sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     """The parts of a readable statement of a ledger."""
-    yield from about_section(facts)
     spent = facts["epsilon"]
     one = " and ".join(facts["counted"]) or "row"
     amount = "no single ε" if spent["epsilon"] is None else f"ε = {shown(spent['epsilon'])} at δ = {spent['delta']:g}"
@@ -82,16 +82,19 @@ def ledger_sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             f"All that the ledger holds is differentially private with {amount}, for one {one} ("
             f"{facts['relation'].replace('_', ' ')}), if each step and release was as it says.",
         ),
+        rows=(*about_rows(facts), ("Written", written(facts))),
+        figure="guesses" if spent["epsilon"] is not None else "",
+        place="box",
     )
-    yield Section("Findings", items=tuple(facts["findings"]))
+    yield Section("Findings", items=tuple(facts["findings"]), place="box")
+    yield Section("What is not covered", items=tuple(facts["not_covered"]))
+    yield from found_section(facts)
     yield Section("Ledger", printed=(facts["table"],))
     yield Section(
         "ε for other δ",
         header=("δ", "ε at most"),
         rows=tuple((f"{at['delta']:g}", shown(at["epsilon"])) for at in spent["curve"] if at["epsilon"] is not None),
-        figure="epsilon" if spent["epsilon"] is not None else "",
     )
-    yield Section("What is not covered", items=tuple(facts["not_covered"]))
     yield Section(
         "How to check this",
         ("The JSON file holds the ledger: anyone can compute ε from it again, with the `accounting` package.",),

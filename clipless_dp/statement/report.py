@@ -18,10 +18,10 @@ from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
+from clipless_dp.statement.brief import about_of
 from clipless_dp.statement.described import check_described
 from clipless_dp.statement.facts import CHANGED, STATEMENT_FORMAT, STATEMENT_KIND, facts_of
 from clipless_dp.statement.ledgers import LEDGER_FORMAT, LEDGER_KIND, facts_of_ledger
-from clipless_dp.statement.sections import ABOUT
 
 SUFFIXES = (".md", ".json", ".html")
 
@@ -56,7 +56,7 @@ class PrivacyStatement:
         return PrivacyStatement({**self.facts, "weights": weights, "findings": found})
 
     def signed(self, **about: str | None) -> PrivacyStatement:
-        """The same with who states it: a first section of the readable forms, and ``about`` in the facts.
+        """The same with who states it: in the box on top of the readable forms, and ``about`` in the facts.
 
         Args:
             about: ``organisation``, ``purpose`` of the model, ``data_set``, ``contact``; what is ``None`` is left as it
@@ -65,14 +65,7 @@ class PrivacyStatement:
         Raises:
             ConfigurationError: it is none of these, or no text of one line.
         """
-        told = dict(self.facts.get("about", {}))
-        for name, text in about.items():
-            if name not in ABOUT:
-                raise ConfigurationError(f"a statement says {', '.join(ABOUT)} of who states it, not {name}")
-            if text is not None and not (isinstance(text, str) and text.strip() and len(text.splitlines()) == 1):
-                raise ConfigurationError(f"{name} must be a text of one line, got {text!r}")
-            if text is not None:
-                told[name] = text.strip()
+        told = about_of(self.facts.get("about", {}), about)
         facts = {**self.facts, "about": told} if told else self.facts
         return dataclasses.replace(self, facts=facts)
 
@@ -103,7 +96,7 @@ class PrivacyStatement:
         return render.to_markdown(self.facts)
 
     def to_html(self) -> str:
-        """One page that loads nothing else, with the curve as a picture."""
+        """One page that loads nothing else: a box for whoever signs, pictures, and the technical part folded."""
         return render.to_html(self.facts)
 
     def save(self, path: str | os.PathLike[str]) -> PrivacyStatement:
@@ -186,6 +179,10 @@ def report(
     notes: Sequence[str] = (),
     audit: object = None,
     robustness: Mapping[str, Any] | None = None,
+    organisation: str | None = None,
+    purpose: str | None = None,
+    data_set: str | None = None,
+    contact: str | None = None,
 ) -> PrivacyStatement:
     """States what the steps taken so far guarantee, and writes it as Markdown, JSON and one HTML page.
 
@@ -205,10 +202,14 @@ def report(
             false is a finding.
         robustness: what was certified on *public* data, :meth:`clipless_dp.robustness.Curve.described`: a section of
             its own beside ε, and part of the JSON. A certificate of other weights is a finding.
+        organisation: who states it, on one line; like the next three also by :meth:`PrivacyStatement.signed`, later.
+        purpose: what the model is for.
+        data_set: what it was trained on, by the name that readers know.
+        contact: whom to ask.
 
     Raises:
-        ConfigurationError: δ lies outside (0, 1), the optimizer is none of this package, a text is no string, or what
-            is said of robustness is not what a curve says.
+        ConfigurationError: δ lies outside (0, 1), the optimizer is none of this package, a text is no string (of who
+            states it: on one line), or what is said of robustness is not what a curve says.
         CheckpointError: the path names no file, or the folder is not writable.
 
     Source:
@@ -227,8 +228,9 @@ def report(
         raise ConfigurationError(f"notes must be a list of strings, got {notes!r}")
     if robustness is not None:
         check_described(robustness)
+    about = about_of({}, {"organisation": organisation, "purpose": purpose, "data_set": data_set, "contact": contact})
     delta = None if delta is None else positive("delta", delta)
     if delta is not None and delta >= 1.0:
         raise ConfigurationError(f"delta must be a number in (0, 1), got {delta!r}")
-    statement = PrivacyStatement(facts_of(optimizer, delta, unit, title, notes, audit, robustness))
+    statement = PrivacyStatement(facts_of(optimizer, delta, unit, title, notes, audit, robustness)).signed(**about)
     return statement if path is None else statement.save(path)

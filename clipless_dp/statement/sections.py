@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from decimal import ROUND_FLOOR
 from typing import Any
 
 from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from accounting.risk import percent
+from clipless_dp.statement.brief import best_guess, brief_sections, found_section, question, tier
 from clipless_dp.statement.facts import DRAWN, noise_in_words, shown
-
-ABOUT = {
-    "organisation": "organisation",
-    "purpose": "purpose of the model",
-    "data_set": "data set",
-    "contact": "contact",
-}
-"""What may be said of who states it, and how it is called."""
+from clipless_dp.statement.section import Section
 
 _SHOWN_RUNS = 20
 """Lines of a noise schedule in the readable forms; the JSON holds all of them."""
@@ -29,47 +23,27 @@ _RELATIONS: dict[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Section:
-    """One part of a readable statement.
-
-    Attributes:
-        title: its heading.
-        text: paragraphs.
-        items: a list below them.
-        header: column titles of a table; empty where it is of names and values.
-        rows: of the table.
-        figure: which one stands here, ``"epsilon"`` or ``"risk"``; none where it is empty.
-        printed: what other parts of the library print as tables, kept as it is.
-    """
-
-    title: str
-    text: tuple[str, ...] = ()
-    items: tuple[str, ...] = ()
-    header: tuple[str, ...] = ()
-    rows: tuple[tuple[str, ...], ...] = ()
-    figure: str = ""
-    printed: tuple[str, ...] = ()
-
-
-def about_section(facts: Mapping[str, Any]) -> Iterator[Section]:
-    """Who states it, where that is said."""
-    if about := facts.get("about"):
-        yield Section("Who states this", rows=tuple((ABOUT[name], about[name]) for name in ABOUT if name in about))
-
-
 def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     """The parts of a readable statement, in their order."""
-    yield from about_section(facts)
+    yield from brief_sections(facts)
+    yield Section("What is not covered", items=(*facts["not_covered"], *facts["notes"]))
     yield Section("What is promised", tuple(_promise(facts)))
+    yield from found_section(facts)
+    audits = facts["audits"]
     yield Section(
-        "Findings",
-        () if facts["findings"] else ("None: nothing in the records weakens the promise above.",),
-        tuple(facts["findings"]),
+        "Audit",
+        ("No audit was handed to this statement: the promise rests on the proofs and on the code.",) * (not audits),
+        printed=tuple(f"{one['kind']}\n\n{one['text']}" for one in audits),
     )
+    yield _checking(facts)
+    yield from (replace(section, place="folded") for section in _technical(facts))
+
+
+def _technical(facts: Mapping[str, Any]) -> Iterator[Section]:
+    """What the promise rests on, for whoever checks it."""
+    yield _terms(facts)
     if facts.get("risk") is not None:
         yield _risk(facts)
-    yield _terms(facts)
     yield _added_noise(facts)
     yield _ledger(facts)
     yield Section(
@@ -90,21 +64,22 @@ def sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     yield _curve(facts)
     if "robustness" in facts:
         yield _robustness(facts["robustness"])
-    yield Section("What is not covered", items=(*facts["not_covered"], *facts["notes"]))
-    audits = facts["audits"]
-    yield Section(
-        "Audit",
-        ("No audit was handed to this statement: the promise rests on the proofs and on the code.",) * (not audits),
-        printed=tuple(f"{one['kind']}\n\n{one['text']}" for one in audits),
-    )
-    yield Section(
+
+
+def _checking(facts: Mapping[str, Any]) -> Section:
+    weights = facts.get("model", {}).get("weights")
+    return Section(
         "How to check this",
         (
-            "The JSON file holds the ledger: anyone can compute ε from it again, with the `accounting` package that "
-            "comes with clipless_dp or with another accountant. That the steps were what the ledger says is shown by "
-            "the code of the training, which is open, and by audits.",
+            "The JSON file holds the ledger: anyone can compute ε from it again, with \"python -m accounting explain "
+            "STATEMENT.json\" of the package that comes with clipless_dp, or with another accountant. That the steps "
+            "were what the ledger says is shown by the code of the training, which is open, and by audits.",
         ),
-        rows=(*((name, version) for name, version in facts["versions"].items()), ("written", facts["created"])),
+        rows=(
+            *((name, version) for name, version in facts["versions"].items()),
+            *((("fingerprint of the weights (SHA-256)", weights),) if weights else ()),
+            ("written", facts["created"]),
+        ),
     )
 
 
@@ -145,7 +120,7 @@ def _added_noise(facts: Mapping[str, Any]) -> Section:
     steps, sampling = facts["steps"], facts["sampling"]
     declared = {"poisson": "vouched"}.get(sampling["declared"], sampling["declared"])
     drawn = "; ".join(
-        f"{DRAWN[kind]} ({count} of {steps['recorded']} steps)" for kind, count in sampling["drawn"].items()
+        f"{DRAWN[kind]} ({count} of {steps['recorded']} steps)" for kind, count in sampling.get("drawn", {}).items()
     )
     return Section(
         "How the noise was added",
@@ -172,9 +147,9 @@ def _ledger(facts: Mapping[str, Any]) -> Section:
             "–" if entry["noise_multiplier"] is None else f"{entry['noise_multiplier']:.6g}",
             f"{entry['sample_rate']:.6g}",
             str(entry["count"]),
-            entry["drawn"],
-            (entry["noise"] or "unknown").rpartition(".")[2],
-            (entry["run"] or "–")[:8],
+            entry.get("drawn", "unknown"),
+            (entry.get("noise") or "unknown").rpartition(".")[2],
+            (entry.get("run") or "–")[:8],
         )
         for entry in facts["steps"]["entries"]
     ]
@@ -257,7 +232,6 @@ def _curve(facts: Mapping[str, Any]) -> Section:
             )
             for point in facts["epsilon"]["curve"]
         ),
-        figure="epsilon",
     )
 
 
@@ -266,14 +240,13 @@ def _risk(facts: Mapping[str, Any]) -> Section:
     risk = facts["risk"]
     mu = risk["gaussian_mu"]
     gaussian = f"Gaussian differential privacy with μ = {shown(mu)}" if mu is not None else "no Gaussian mechanism"
-    question = "which of two units it was" if facts["relation"] == REPLACE_ONE else "whether one unit was in the data"
     return Section(
         "Risk",
         (
-            f"What someone can achieve who tries to tell {question}, sees all that was released, and knows all other "
-            "data and the training method. A false positive is a unit that was not there and that they take to have "
-            "been; a true positive is one that was, and that they find. No attacker does better, whatever they do; "
-            "what real ones achieve is usually far less.",
+            f"What someone can achieve who tries to tell {question(facts)}, sees all that was released, and knows all "
+            "other data and the training method. A false positive is a unit that was not there and that they take to "
+            "have been; a true positive is one that was, and that they find. No attacker does better, whatever they "
+            "do; what real ones achieve is usually far less.",
             f"With even odds beforehand they are right with probability at most "
             f"{percent(risk['success_at_even_odds'])} (guessing: 50 %). Their membership advantage, true- minus "
             f"false-positive rate, is at most {percent(risk['advantage'])}.",
@@ -289,7 +262,7 @@ def _risk(facts: Mapping[str, Any]) -> Section:
             )
             for rates in risk["true_positive_rates"]
         ),
-        figure="risk",
+        figure="curve",
     )
 
 
@@ -359,22 +332,11 @@ def _promise(facts: Mapping[str, Any]) -> Iterator[str]:
         f"The training is (ε, δ)-differentially private with ε = {shown(epsilon)} at δ = {delta:g}, with respect to "
         f"{_relation(facts)}. The unit of privacy is {facts['unit']}."
     )
-    best = (1.0 + delta * math.exp(-epsilon)) / (1.0 + math.exp(-epsilon))
-    if (risk := facts.get("risk")) is not None:
-        # Read from all (ε, δ) that hold, and not from this one alone.
-        best = min(best, risk["success_at_even_odds"])
     yield (
         "In words: take any one unit, and someone who knows all other data and the training method, and who sees the "
         "weights of every step. Asked whether that unit was in the data, with even odds beforehand, they are right "
-        f"with probability at most {percent(best)} (guessing: 50 %). This holds for every unit, however unusual, and "
-        "whatever else is known or becomes known. It does not hide what is learned about everybody from everybody "
-        "else's data."
+        f"with probability at most {percent(best_guess(facts))} (guessing: 50 %). This holds for every unit, however "
+        "unusual, and whatever else is known or becomes known. It does not hide what is learned about everybody from "
+        "everybody else's data."
     )
-    tier = (
-        "a strong formal guarantee"
-        if epsilon <= 1.0
-        else "a reasonable guarantee"
-        if epsilon <= 10.0
-        else "weak as a formal guarantee"
-    )
-    yield f"By the scale of Ponomareva et al. 2023 (ε ≤ 1 strong, ε ≤ 10 reasonable) this is {tier}."
+    yield f"By the scale of Ponomareva et al. 2023 (ε ≤ 1 strong, ε ≤ 10 reasonable) this is {tier(epsilon)}."

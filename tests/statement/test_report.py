@@ -40,7 +40,7 @@ def trained(steps=5, *, model=None, **options):
 class Page(HTMLParser):
     """Collects text, and fails on tags that do not close what was opened last."""
 
-    VOID = frozenset({"meta", "line", "polyline", "circle", "br"})
+    VOID = frozenset({"meta", "line", "polyline", "path", "rect", "br"})
 
     def __init__(self):
         super().__init__()
@@ -118,7 +118,6 @@ def test_the_three_forms_say_the_same_and_the_page_needs_nothing_else(tmp_path):
         for layer in statement.facts["bounds"]["layers"]:
             assert layer["path"] in form
     assert not [a for a in parser.attributes if a[1] in {"src", "href", "srcset", "onload"} or a[0] == "script"]
-    assert sum(tag == "circle" and name == "r" for tag, name, _ in parser.attributes) == 7
 
 
 def test_no_name_or_note_writes_a_heading_of_its_own() -> None:
@@ -172,7 +171,8 @@ def test_the_risk_in_the_json_is_that_of_its_ledger_and_stands_in_the_readable_f
         (cell,) = re.findall(rf"^\| {100 * false:g} % \| ([\d.]+) %", text, re.MULTILINE)
         assert true <= float(cell) / 100 <= true + 1e-4
         assert f"<td>{cell} %</td>" in page
-    assert len(re.findall("<svg", page)) == 2
+    # A thousand guesses, who is found, the curve.
+    assert len(re.findall("<svg", page)) == 3
 
 
 def test_a_statement_without_one_unit_has_no_risk():
