@@ -267,8 +267,9 @@ def peak_bytes(build: Callable[[], Step], device: torch.device) -> int:
         return step
 
     gc.collect()  # What contenders before left in cycles would be freed, and counted, meanwhile.
-    step, kept, _ = traffic(built, device)
-    return kept + round(statistics.fmean(traffic(step, device).peak for _ in range(8)))
+    construction = traffic(built, device)
+    steps = (traffic(construction.result, device).peak for _ in range(8))
+    return construction.kept + round(statistics.fmean(steps))
 
 
 def measure(

@@ -1,13 +1,19 @@
-"""The pictures of README and site, from the figures in benchmarks/results.
+"""The pictures of README and site: from the figures in benchmarks/results, and of the tutorials, run in whole.
 
-python docs/figures.py          # writes docs/figures/*.png
+python docs/figures.py                  # writes docs/figures/*.png
+python docs/figures.py --tutorials      # trains, for two minutes, and writes the pictures of docs/tutorials
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
+import re
+import shutil
 import statistics
+import sys
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -185,8 +191,20 @@ def way_of_a_sample() -> None:
     plt.close(figure)
 
 
+def tutorials() -> None:
+    """Runs what a reader of each tutorial would run, in a folder of its own, and keeps what it draws."""
+    for page in sorted((ROOT / "docs" / "tutorials").glob("*.md")):
+        code = re.findall(r"^```python\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            exec(compile("\n".join(code), str(page), "exec"), {"__name__": "tutorial"})
+            for picture in Path(folder).glob("*.png"):
+                shutil.copy(picture, FIGURES)
+            os.chdir(ROOT)
+
+
 def main() -> None:
-    """Draws all of them."""
+    """Draws all that follow from results."""
     FIGURES.mkdir(exist_ok=True)
     with plt.rc_context(STYLE):
         accuracy_against_epsilon()
@@ -195,4 +213,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    tutorials() if "--tutorials" in sys.argv[1:] else main()

@@ -174,7 +174,7 @@ def _meaning(facts: Mapping[str, Any]) -> str:
 
 
 def _model(model: Mapping[str, Any]) -> str:
-    held = f"{model['kind']} with {model['trained']:,} trained numbers"
+    held = f"A network with {model['trained']:,} trained numbers"
     held += f" and {model['frozen']:,} that were not trained here" if model["frozen"] else ""
     return held + (f"; fingerprint of the weights {model['weights'][:16]}" if model["weights"] else "")
 

@@ -71,8 +71,8 @@ def _checking(facts: Mapping[str, Any]) -> Section:
     return Section(
         "How to check this",
         (
-            "The JSON file holds the ledger: anyone can compute ε from it again, with \"python -m accounting explain "
-            "STATEMENT.json\" of the package that comes with clipless_dp, or with another accountant. That the steps "
+            'The JSON file holds the ledger: anyone can compute ε from it again, with "python -m accounting explain '
+            'STATEMENT.json" of the package that comes with clipless_dp, or with another accountant. That the steps '
             "were what the ledger says is shown by the code of the training, which is open, and by audits.",
         ),
         rows=(

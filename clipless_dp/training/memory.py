@@ -6,7 +6,8 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.autograd.profiler import profile
@@ -16,7 +17,8 @@ from clipless_dp.errors import ConfigurationError
 Result = TypeVar("Result")
 
 
-class Traffic(NamedTuple, Generic[Result]):
+@dataclass(frozen=True)
+class Traffic(Generic[Result]):
     """What a function did to the memory of a device.
 
     Attributes:

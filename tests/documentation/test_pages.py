@@ -25,6 +25,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(
     path for path in (ROOT / "README.md", *DOCS.rglob("*.md")) if path.parent.name not in ("repository", "_build")
 )
+TUTORIALS = sorted((DOCS / "tutorials").glob("*.md"))
 NOT_RUN = 9
 """Blocks that need data, a download, another process or minutes. Let it fall; it should not rise."""
 PARTS = re.compile(
@@ -72,7 +73,7 @@ WITH_CODE = [name for name, blocks in BLOCKS.items() if blocks and name not in E
 def needs(*blocks: Block) -> None:
     """Skips a page of which a package is not there."""
     code = "\n".join(block.code for block in blocks)
-    packages = re.findall(r"^(?:from|import) (transformers|opacus|matplotlib)\b", code, re.MULTILINE)
+    packages = re.findall(r"^(?:from|import) (transformers|opacus|matplotlib|pandas|peft)\b", code, re.MULTILINE)
     for package in (*packages, *["sklearn"] * ('load_dataset("digits")' in code)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -93,6 +94,13 @@ def test_the_blocks_of_a_page_run_one_after_the_other(name, tmp_path, monkeypatc
         for block in running:
             # Line numbers of the page, so that a failure points at it.
             exec(compile("\n" * (block.line - 1) + block.code, str(ROOT / name), "exec"), space)
+    assert all((tmp_path / picture).is_file() for picture in pictures_of(name))
+
+
+def pictures_of(name: str) -> set[str]:
+    """What the blocks of a tutorial draw; the page shows them as a whole run drew them."""
+    saved = r'^figure\.savefig\("([\w-]+\.png)"'
+    return {found for block in BLOCKS[name] for found in re.findall(saved, block.code, re.MULTILINE)}
 
 
 def test_blocks_that_do_not_run_are_few():
@@ -135,7 +143,21 @@ def test_the_pictures_of_the_pages_are_made_from_the_results(tmp_path, monkeypat
     script = runpy.run_path(str(DOCS / "figures.py"), run_name="figures")
     monkeypatch.setitem(script["main"].__globals__, "FIGURES", tmp_path)
     script["main"]()
-    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "figures").iterdir()}
+    of_tutorials = {picture for name in WITH_CODE for picture in pictures_of(name)}
+    assert of_tutorials == {f"{page.stem}.png" for page in TUTORIALS}
+    drawn = {path.name for path in tmp_path.iterdir()}
+    assert drawn | of_tutorials == {path.name for path in (DOCS / "figures").iterdir()}
+
+
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_a_tutorial_shows_its_picture_and_is_shortened_where_a_reader_chooses_its_length(page):
+    text = page.read_text("utf-8")
+    assert f"](../figures/{page.stem}.png)" in text
+    # What this test runs instead is assigned by the reader's block right before it.
+    for chosen, shorter in re.findall(
+        r"^```python\n([^`]*)^```\n\n<!-- given\n(.*?)^-->", text, re.MULTILINE | re.DOTALL
+    ):
+        assert set(re.findall(r"^([\w, ]+) = ", shorter.splitlines()[0])) <= set(re.findall(r"^([\w, ]+) = ", chosen))
 
 
 def anchors(page: Path) -> set[str]:
