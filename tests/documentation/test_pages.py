@@ -205,3 +205,17 @@ def test_the_api_pages_have_each_public_name_and_each_has_a_docstring(package):
         thing = getattr(package, name)
         assert id(thing) in shown, name
         assert isinstance(thing, str) or thing.__doc__, name
+
+
+def test_pages_and_citation_tell_the_versions_that_the_package_declares():
+    declared = (ROOT / "pyproject.toml").read_text("utf-8")
+    needed = {
+        "torch": re.search(r'"torch>=([\d.]+)"', declared)[1],
+        "Python": re.search(r'requires-python = ">=([\d.]+)"', declared)[1],
+    }
+    told = [found for page in PAGES for found in re.findall(r"(Python|torch) ≥ ([\d.]*\d)", page.read_text("utf-8"))]
+    assert len(told) >= 6
+    assert {version for name, version in told if name == "torch"} == {needed["torch"]}
+    assert {version for name, version in told if name == "Python"} == {needed["Python"]}
+    version = re.search(r'^version = "(.+)"', declared, re.MULTILINE)[1]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
