@@ -95,7 +95,7 @@ def test_options_that_do_not_fit_are_refused_before_a_statistic_is_released(case
 
 
 def test_settings_that_a_preset_cannot_train_with_are_refused_before_its_statistic(folder, capsys, monkeypatch):
-    monkeypatch.setattr("clipless_dp.presets.private_moments", lambda *_, **__: pytest.fail("released"))
+    monkeypatch.setattr("clipless_dp.presets.named.private_moments", lambda *_, **__: pytest.fail("released"))
     for arguments, message in (
         (["--batch-size", "5000"], "batch_size"),
         (["--lr", "-1"], "lr"),
