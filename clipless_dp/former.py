@@ -15,7 +15,7 @@ _MOVED = {
     "memory": "training.memory",
     "overlaps": "model.overlaps",
     "passes": "model.passes model.register model.door model.outermost model.noted",
-    "persons": "sampling.persons",
+    "persons": "sampling.persons sampling.windows",
     "randomness": "noise.randomness graph.dropout",
     "report": "statement.report statement.sections statement.facts",
     "row_invariance": "model.row_invariance",

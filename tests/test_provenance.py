@@ -597,3 +597,16 @@ def test_a_budget_that_is_tightened_holds_at_once():
     optimizer.budget = (float(optimizer.get_epsilon(1e-3)), 1e-3)
     with pytest.raises(BudgetExhaustedError):
         train(optimizer, 1)
+
+
+def test_an_optimizer_that_took_the_state_of_another_keeps_nothing_of_its_later_steps():
+    first = train(private(momentum=0.9), 2)
+    second = private(momentum=0.9)
+    second.load_state_dict(first.state_dict())
+    taken = [held["momentum_buffer"].clone() for held in second.base_optimizer.state.values()]
+    train(first, 3)
+    # Momentum that both hold would bring the first one's steps into the second one's weights, past its ledger.
+    for held, before in zip(second.base_optimizer.state.values(), taken, strict=True):
+        assert torch.equal(held["momentum_buffer"], before)
+    train(second, 1)
+    assert second.accountant.history == [(1.5, 0.1, 3)]

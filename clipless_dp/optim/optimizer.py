@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, overload
@@ -479,7 +480,10 @@ class CliplessDPOptimizer(Around):
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
         self._adaptation.take(caps)
-        self.base_optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "clipless_dp"})
+        # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here too,
+        # which this ledger does not know.
+        base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
+        self.base_optimizer.load_state_dict(copy.deepcopy(base))
         base_state.note(self.base_optimizer)
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:

@@ -97,7 +97,7 @@ def _read_by() -> dict[str, Callable[[Any], Any]]:
         "codes": lambda column: codes({"c": column}),
         "numbers": lambda column: numbers({"c": column}),
         "labels": labels(Classes((3, "3", CODE, CODE + 1, "cook", "nan", None), 0.0)),
-        "targets": labels(Numbers((0.0, 1e300))),
+        "targets": labels(Numbers((0.0, 1e30))),
     }
 
 
