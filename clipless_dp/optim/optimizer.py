@@ -480,8 +480,8 @@ class CliplessDPOptimizer(Around):
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
         self._adaptation.take(caps)
-        # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here too,
-        # which this ledger does not know.
+        # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here,
+        # too, which this ledger does not know.
         base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
         self.base_optimizer.load_state_dict(copy.deepcopy(base))
         base_state.note(self.base_optimizer)

@@ -387,7 +387,7 @@ def test_samples_of_another_length_are_refused_before_anything_is_charged(tmp_pa
 
 def test_a_sample_that_is_there_twice_is_refused(tmp_path: Path) -> None:
     data = rows()
-    with pytest.raises(PrivacyError, match="one and the same|lie on one another"):
+    with pytest.raises(PrivacyError, match=r"one and the same|lie on one another"):
         trainer(tmp_path, train_dataset=[*data, data[0]]).train()
 
 
