@@ -392,13 +392,10 @@ def _are_numbers(values: Any) -> bool:
 class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
     """A private regression on tables, by scikit-learn's conventions: :func:`clipless_dp.tables.fit_table` of numbers.
 
-    Args:
-        epsilon, delta, encoding, cosines, dataset_size, accountant, noise, reproducible_seed, options: as of
-            :class:`PrivateClassifier`.
-        target_range: the *public* range ``(low, high)`` that targets are cut to, and predictions.
+    Arguments and attributes of a name that :class:`PrivateClassifier` knows are as there.
 
-    Attributes:
-        epsilon_, delta_, n_features_in_, feature_names_in_, result_, predictor_: as of :class:`PrivateClassifier`.
+    Args:
+        target_range: the *public* range ``(low, high)`` that targets are cut to, and predictions.
     """
 
     def __init__(
