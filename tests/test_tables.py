@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +45,15 @@ def test_a_table_of_any_scales_is_learnt_from_within_the_budget():
     assert share_of_ordered_pairs(scores, labels[3000:]) > 0.85
     assert trained.result.history[-1].accuracy == float(((scores > 0) == (labels[3000:] == 1)).double().mean())
     assert 0.98 * BUDGET["epsilon"] < trained.result.epsilon <= BUDGET["epsilon"]
+
+
+def test_arrays_are_trained_on_as_tensors_are_and_what_a_mask_covers_is_not():
+    rows, labels = table(300)
+    of_tensors = fit_table(rows, labels, **BUDGET)
+    of_arrays = fit_table(rows.numpy(), labels.numpy(), **BUDGET)
+    assert torch.equal(of_arrays.scores(rows.numpy()), of_tensors.scores(rows))
+    with pytest.raises(InputError, match="mask"):
+        fit_table(np.ma.masked_greater(rows.numpy(), 2.0), labels.numpy(), **BUDGET)
 
 
 def test_statistics_and_training_are_in_one_ledger_with_their_shares():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +71,19 @@ def require_tensor(values: object) -> Tensor:
     if values.layout is not torch.strided or values.is_quantized or values.is_meta:
         raise InputError(f"expected a dense tensor, got {values.dtype} of {values.layout} on {values.device}")
     return values
+
+
+def tensor_of(values: object) -> Tensor:
+    """A tensor, or a numpy array of numbers as one.
+
+    Raises:
+        InputError: it is neither, or a mask lies over it.
+    """
+    if isinstance(values, np.ma.MaskedArray):
+        raise InputError("what a mask covers is no cell: fill masked arrays with NaN, or with a number of your own")
+    if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
+        values = torch.from_numpy(np.ascontiguousarray(values))
+    return require_tensor(values)
 
 
 def checked_size(values: Tensor, dataset_size: int | None, people: People | None = None) -> int:

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from clipless_dp.sampling import Samples, as_tensors, trained_on
 from clipless_dp.sampling.people import ROWS_PER_GROUP, People, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_standardisation
-from clipless_dp.statistics.release import require_tensor
+from clipless_dp.statistics.release import tensor_of
 from clipless_dp.tables.kept import require_same_task
 from clipless_dp.tables.models import TableClassifier, TableRegressor
 from clipless_dp.tables.settings import LABELS_SHARE, STATISTICS_SHARE, learning
@@ -76,7 +77,8 @@ def fit_table(
     all of them, never on test data. For a table of yours they cost no privacy.
 
     Args:
-        rows: ``(N, columns)``, floating-point; cells may be missing (NaN). With ``encoding``, a data frame.
+        rows: ``(N, columns)``, floating-point, a tensor or numpy array; cells may be missing (NaN). With ``encoding``,
+            a data frame.
         labels: ``(N,)``, 0 or 1; with ``classes`` any of them; with ``target_range`` numbers. Of a data frame, a column
             may be named in their place.
         epsilon: target ε of statistics and training together.
@@ -204,9 +206,12 @@ def _read(rows: Any, labels: Any, encoding: TableEncoding | None, task: Task) ->
             f"a {type(rows).__name__} needs encoding=TableEncoding(numbers, categories), which says what columns are"
         )
     else:
-        table = require_tensor(rows)
+        if isinstance(rows, np.ndarray):
+            # What is trained on may be a copy of these.
+            trained_on.note((rows, labels))
+        table = tensor_of(rows)
         if isinstance(task, Classes) and task.classes == (0, 1):
-            require_tensor(labels)
+            labels = tensor_of(labels)
     if table.dim() != 2 or table.shape[1] == 0 or not table.is_floating_point():
         raise InputError(f"expected floating-point rows (N, columns), got {table.dtype} {tuple(table.shape)}")
     targets = task.read(labels, len(table)).to(table.device)

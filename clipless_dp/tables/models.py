@@ -15,7 +15,7 @@ from clipless_dp.features import RandomCosines, TableEncoding
 from clipless_dp.gates import CotangentGate
 from clipless_dp.prediction import Predictor, Predicts, Probe, Promise, content_of
 from clipless_dp.statement import PrivacyStatement, report
-from clipless_dp.statistics.release import require_tensor
+from clipless_dp.statistics.release import tensor_of
 from clipless_dp.training.result import PROBES, FitResult, predictor_of
 
 
@@ -49,7 +49,7 @@ class TableModel(Predicts):
         """
         if self.encoding is not None:
             rows = self.encoding(rows).to(next(self.net.buffers()).device)
-        return torch.cat([self.net(some) for some in require_tensor(rows).split(batch_size)])
+        return torch.cat([self.net(some) for some in tensor_of(rows).split(batch_size)])
 
     def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
         """See :meth:`clipless_dp.prediction.Predicts.predictor`; the labels are known."""
