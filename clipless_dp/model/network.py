@@ -64,7 +64,9 @@ class Network:
 
     def run(self, inputs: Tensor, *, training: bool) -> Values:
         """The values of all rows, at numbers of rows that are chosen; all at once where nothing is trained."""
-        fused = FusedNet.can_run(inputs)
+        # Fused gates leave out a row that they shrink by more than 1e27, for its gradient; float32 has hardly such rows.
+        predicts = not training and not torch.is_grad_enabled() and inputs.dtype == torch.float64
+        fused = FusedNet.can_run(inputs) and not predicts
         net = self.fused.module if fused else self._traced.module
         # Without gradients too, while training: a checkpointed pass is computed so first.
         enabled = (torch.is_grad_enabled() or training) and not is_unwitnessed() and not torch.compiler.is_compiling()

@@ -74,6 +74,17 @@ def test_every_form_says_what_the_model_says(name, form):
     assert bool(expected[[0, 3, 8]].isfinite().all())
 
 
+@pytest.mark.parametrize("name", NETS)
+def test_in_float64_it_says_what_the_model_says_of_rows_of_every_size(name):
+    model = model_of(name).double().eval()
+    values = torch.randn(9, 1, 6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    values = values * torch.logspace(0, 40, 9, dtype=torch.float64)[:, None, None, None]
+    with torch.no_grad():
+        expected = model(values)
+    torch.testing.assert_close(model.export_net()(values), expected, equal_nan=True)
+    assert bool(expected[:6].isfinite().all())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_onnx_says_what_the_model_says(name, tmp_path):
