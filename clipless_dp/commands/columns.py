@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import argparse
 import csv
+import decimal
+import importlib
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +29,12 @@ _LABELS = ("label", "target", "class", "y")
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
 """How a missing number is written, in any case."""
 
+_TRUTH = ("true", "false", "yes")
+_DATE = re.compile(r"\d{1,4}[-/.:]\d{1,2}([-/.:]\d{1,4})?([ T].*)?")
+_BESIDE_DIGITS = str.maketrans("", "", "$€£%, ")
+_COUNTED = 4
+"""Names that are numbers are none, but for so many or more that count columns from 0 or 1: a frame without names."""
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -34,14 +43,14 @@ class Columns:
     Attributes:
         file: its name.
         names: of the columns, in order.
-        cells: a column by its name: of CSV text, in a list; of Parquet a column of pandas.
+        cells: a column by its name, in a list: of CSV text; of Parquet values, each as it is alone.
         is_text: whether all cells are text.
         rows: how many there are.
     """
 
     file: str
     names: tuple[str, ...]
-    cells: Mapping[str, Any]
+    cells: Mapping[str, list[Any]]
     is_text: bool
     rows: int
 
@@ -56,24 +65,21 @@ class Columns:
                 f"{option}: {self.file} has no column {lacking[0]!r}; it has {', '.join(self.names)}"
             )
 
-    def listed(self, name: str) -> list[Any]:
-        """The cells of a column as plain values."""
-        cells = self.cells[name]
-        return list(cells) if self.is_text else list(cells.tolist())
+    def contents(self, groups: str | None = None) -> list[bytes]:
+        """Each row by itself, or whose it is, as bytes: what decides whether it is held out.
 
-    def contents(self) -> list[bytes]:
-        """Each row by itself, as bytes."""
-        columns = [self.listed(name) for name in self.names]
-        return [repr(row).encode() for row in zip(*columns, strict=True)]
+        Args:
+            groups: the column that says whose the rows are.
+        """
+        if groups is not None:
+            return [repr(one).encode() for one in self.cells[groups]]
+        return [repr(row).encode() for row in zip(*self.cells.values(), strict=True)]
 
     def part(self, chosen: np.ndarray[Any, Any]) -> Columns:
         """Some of the rows, ``(N,)`` truth values."""
-        if self.is_text:
-            places = chosen.nonzero()[0].tolist()
-            cells = {name: [column[place] for place in places] for name, column in self.cells.items()}
-        else:
-            cells = {name: self.cells[name][chosen] for name in self.names}
-        return Columns(self.file, self.names, cells, self.is_text, int(chosen.sum()))
+        places = chosen.nonzero()[0].tolist()
+        cells = {name: [column[place] for place in places] for name, column in self.cells.items()}
+        return Columns(self.file, self.names, cells, self.is_text, len(places))
 
     def frame(self, encoding: TableEncoding) -> dict[str, Any]:
         """Columns that an encoding reads, in the types that it says.
@@ -84,13 +90,18 @@ class Columns:
         """
         self.require([*encoding.numbers, *encoding.categories], "the columns that are read")
         if not self.is_text:
-            return {name: self.cells[name] for name in (*encoding.numbers, *encoding.categories)}
+            return {name: _objects(self.cells[name]) for name in (*encoding.numbers, *encoding.categories)}
         typed: dict[str, Any] = {name: numbers_of(self.cells[name], name) for name in encoding.numbers}
         for name, values in encoding.categories.items():
             whole = isinstance(values[0], int)
             cells = [_whole(cell) if whole else (cell if cell else None) for cell in self.cells[name]]
-            typed[name] = np.fromiter(cells, dtype=object, count=len(cells))
+            typed[name] = _objects(cells)
         return typed
+
+
+def _objects(cells: Sequence[Any]) -> np.ndarray[Any, Any]:
+    """Cells ``(N,)`` in the types that they have."""
+    return np.fromiter(cells, dtype=object, count=len(cells))
 
 
 def numbers_of(cells: Sequence[str], name: str) -> np.ndarray[Any, Any]:
@@ -120,64 +131,140 @@ def _whole(cell: str) -> int | None:
     return int(number) if number.is_integer() else None
 
 
-def read_columns(path: Path) -> Columns:
-    """The table of a CSV or Parquet file.
+def read_table(name: str, options: argparse.Namespace) -> Columns:
+    """The table of a file, by the options that say what its first line is.
 
     Raises:
-        ConfigurationError: it cannot be read; or it is Parquet, and pandas is missing.
+        ConfigurationError: it cannot be read; or its first line looks like a row, and nothing says that it is none.
         InputError: it has no rows, or one of another length than its header.
     """
+    found = read_columns(Path(name), options.columns, has_header=not options.no_header)
+    if (
+        options.columns is None
+        and options.label is None
+        and (label := label_of(found, options)) in (options.labels or ())
+    ):
+        raise _looks_like_a_row(found.file, [found.names.index(label)], "one of --labels")
+    return found
+
+
+def read_columns(path: Path, names: Sequence[str] | None = None, *, has_header: bool = True) -> Columns:
+    """The table of a CSV or Parquet file.
+
+    Args:
+        path: of the file.
+        names: of its columns, in order, which are public; by default its header says them.
+        has_header: whether the first line of a CSV file is none of its rows.
+
+    Raises:
+        ConfigurationError: it cannot be read; or its header looks like a row, whose cells would be published as the
+            names of columns; or it is Parquet, and pyarrow is missing.
+        InputError: it has no rows, or one of another length than its header.
+    """
+    if not has_header and names is None:
+        raise ConfigurationError("--no-header: say how the columns are called, --columns A,B,C, in order")
     if path.suffix.lower() == ".parquet":
+        if names is not None or not has_header:
+            raise ConfigurationError(f"{path} has names of its columns: leave --columns and --no-header out")
         return _parquet(path)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             lines = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-            header = tuple(name.strip() for name in next(lines, []))
+            found = [name.strip() for name in next(lines, [])] if has_header else None
+            if names is None:
+                assert found is not None
+                _refuse_row(found, path)
+            header = tuple(name.strip() for name in (found if names is None else names) or ())
             _check_header(header, path)
+            if found is not None and len(found) != len(header):
+                raise ConfigurationError(f"--columns: {len(header)} names, and {path} has {len(found)} columns")
             rows = []
             for line in lines:
                 if not line:
                     continue
                 if len(line) != len(header):
                     raise InputError(
-                        f"{path}, line {lines.line_num}: {len(line)} cells, and the header has {len(header)} columns"
+                        f"{path}, line {lines.line_num}: {len(line)} cells, and there are {len(header)} columns"
                     )
                 rows.append(line)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error
     if not rows:
-        raise InputError(f"{path} holds a header and no rows")
+        raise InputError(f"{path} holds a header and no rows" if has_header else f"{path} holds no rows")
     cells = {name: list(column) for name, column in zip(header, zip(*rows, strict=True), strict=True)}
     return Columns(str(path), header, cells, True, len(rows))
 
 
 def _parquet(path: Path) -> Columns:
+    """A table cell by cell: a library of frames makes numbers of other rows' cells where one is missing."""
     try:
-        import pandas
+        parquet: Any = importlib.import_module("pyarrow.parquet")
     except ImportError as error:
         raise ConfigurationError(
-            f"{path}: Parquet files are read by pandas: pip install 'clipless-dp[parquet]', or write a CSV file"
+            f"{path}: Parquet files are read by pyarrow: pip install 'clipless-dp[parquet]', or write a CSV file"
         ) from error
     try:
-        table = pandas.read_parquet(path)
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{path}: pandas reads Parquet by pyarrow, which is missing: pip install 'clipless-dp[parquet]'"
-        ) from error
-    except Exception as error:  # Its libraries have errors of their own.
+        table = parquet.read_table(path)
+        index = (table.schema.pandas_metadata or {}).get("index_columns", ())
+        table = table.drop_columns([name for name in index if isinstance(name, str) and name in table.column_names])
+        header = tuple(table.column_names)
+        columns = [[_alone(cell) for cell in column.to_pylist()] for column in table.columns]
+    except Exception as error:  # It has errors of its own.
         raise ConfigurationError(f"cannot read {path}: {type(error).__name__}: {error}") from error
-    header = tuple(map(str, table.columns))
     _check_header(header, path)
-    if not len(table):
+    if not table.num_rows:
         raise InputError(f"{path} holds no rows")
-    return Columns(str(path), header, {name: table[name] for name in header}, False, len(table))
+    return Columns(str(path), header, dict(zip(header, columns, strict=True)), False, table.num_rows)
+
+
+def _alone(cell: Any) -> Any:
+    """A cell in the same type whatever its column's is: one missing cell makes floating-point numbers of whole ones."""
+    if isinstance(cell, decimal.Decimal):
+        cell = float(cell)
+    if not isinstance(cell, float):
+        return cell
+    return None if math.isnan(cell) else int(cell) if cell.is_integer() else cell
+
+
+def _refuse_row(header: Sequence[str], path: Path) -> None:
+    """Refuses a header that looks like a row: the names of columns are kept in the file of a model, and are public."""
+    numbers = [name for name in header if _is_number(name)]
+    counted = len(numbers) >= _COUNTED and any(
+        numbers == [str(first + place) for place in range(len(numbers))] for first in (0, 1)
+    )
+    places = [
+        place
+        for place, name in enumerate(header)
+        if name.lower() in (*_MISSING, *_TRUTH) or _DATE.fullmatch(name) or (_is_number(name) and not counted)
+    ]
+    if places:
+        raise _looks_like_a_row(path, places, "empty, a number or a date")
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text.translate(_BESIDE_DIGITS))
+    except ValueError:
+        return False
+    return True
+
+
+def _looks_like_a_row(path: object, places: Sequence[int], what: str) -> ConfigurationError:
+    shown = ", ".join(str(place + 1) for place in places[:8]) + (", …" if len(places) > 8 else "")
+    return ConfigurationError(
+        f"the first line of {path} looks like a row, and names of columns are published with the model (column "
+        f"{shown}: {what}): add a line with public names, or say --no-header --columns A,B,C; where it is a header, --columns "
+        "A,B,C alone calls the columns by other names"
+    )
 
 
 def _check_header(header: Sequence[str], path: Path) -> None:
+    """Refuses names that are none, without quoting them: where there is no header, they are a person's cells."""
     if len(header) < 2 or "" in header or len(set(header)) < len(header):
         raise ConfigurationError(
             f"{path} needs a header of two or more columns, each with a name of its own, separated by commas (of .tsv "
-            f"by tabs); it has {list(header)[:8]}"
+            f"by tabs); it has {len(header)}, {len(set(header) - {''})} of them with names of their own: add one, or "
+            "say the names, --columns A,B,C, with --no-header where the first line is a row"
         )
 
 
@@ -244,10 +331,8 @@ def labels_from(columns: Columns, label: str, classes: tuple[Any, ...] | None) -
         InputError: a label is none of the classes; how they are given is told.
     """
     if classes is None:
-        if columns.is_text:
-            return numbers_of(columns.cells[label], label)
-        return columns.cells[label]
-    cells = columns.listed(label)
+        return numbers_of(columns.cells[label], label) if columns.is_text else _objects(columns.cells[label])
+    cells = columns.cells[label]
     if all(isinstance(one, int) for one in classes) and columns.is_text:
         cells = [_whole(cell) for cell in cells]
     strangers = [place for place, cell in enumerate(cells) if cell not in classes]

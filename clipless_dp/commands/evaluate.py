@@ -27,9 +27,7 @@ def add(commands: Any) -> None:
     )
     shared.add_result(parser)
     shared.add_data(parser)
-    parser.add_argument(
-        "--held-out", action="store_true", help="only the fifth that train leaves out of the same file without --groups"
-    )
+    parser.add_argument("--held-out", action="store_true", help="only the fifth of the same file that train left out")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures")
     parser.set_defaults(run=run)
 

@@ -54,6 +54,13 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
         metavar="COLUMN=A,B,C",
         help="a column of categories, with all of them; may be given several times. Other columns are numbers",
     )
+    columns.add_argument(
+        "--columns",
+        type=lambda text: text.split(","),
+        metavar="A,B,C",
+        help="names of all columns of a CSV file, in order (default: its first line)",
+    )
+    columns.add_argument("--no-header", action="store_true", help="the first line is a row: --columns has the names")
     columns.add_argument("--drop", nargs="+", default=[], metavar="COLUMN", help="columns that are not read")
     columns.add_argument(
         "--missing", nargs="+", default=[], metavar="COLUMN", help="columns of which the model sees what is missing"

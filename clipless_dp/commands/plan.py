@@ -83,9 +83,12 @@ def _said(only: argparse.Namespace, delta: float) -> list[str]:
     left_out = ("run", "parser", "command", "rows", "shape", "minutes", "delta", "dataset")
     found = ["--data", str(only.dataset)]
     for name, value in vars(only).items():
-        if name in left_out or value is None or value == []:
+        if name in left_out or value is None or value is False or value == []:
             continue
         flag = f"--{name.replace('_', '-')}"
+        if value is True or name == "columns":
+            found += [flag] if value is True else [flag, ",".join(value)]
+            continue
         listed = value if isinstance(value, (list, tuple)) else [value]
         found += [part for one in listed for part in (flag, one)] if name == "categories" else [flag, *map(str, listed)]
     return [*found, "--delta", f"{delta:g}"]
@@ -106,7 +109,7 @@ def _public(options: argparse.Namespace) -> tuple[int, tuple[int, ...], bool]:
     name = str(options.dataset)
     kind = sources.kind_of(name)
     if kind == "columns":
-        table = columns.read_columns(Path(name))
+        table = columns.read_table(name, options)
         encoding = columns.encoding_of(table, columns.label_of(table, options), None, options)
         count = table.rows - table.rows // _HELD_OUT
         shape: tuple[int, ...] = (encoding.width,)

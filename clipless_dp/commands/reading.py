@@ -23,6 +23,7 @@ def add_options(reader: argparse.ArgumentParser) -> None:
     )
     beside = reader.add_argument_group("of a checkpoint of training, which does not hold its network")
     shared.add_network(beside)
+    beside.add_argument("--groups", metavar="NAME", help="array that said whose each row is: people were held out")
     beside.add_argument("--preset", choices=tuple(presets.PRESETS), help="network and bounds of a preset")
     shared.add_device(reader)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,51 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Rule:
+    """By which rows of a file are held out: public, kept with a model, and the same where it is evaluated.
+
+    Attributes:
+        groups: the column, or array, that says whose the rows are, each of whom is held out as a whole; ``None``: each
+            row is decided by all that is in it.
+        names: of the columns of a table that decide.
+        is_text: of a table, whether its cells are text.
+    """
+
+    groups: str | None = None
+    names: tuple[str, ...] = ()
+    is_text: bool | None = None
+
+    @staticmethod
+    def of(groups: str | None, table: columns.Columns) -> Rule:
+        """That of a table. Of people their ids decide, whatever the other columns are."""
+        return Rule(groups, (groups,) if groups is not None else table.names, table.is_text)
+
+    @staticmethod
+    def read(kept: Any) -> Rule | None:
+        """That of a model's file; ``None``: there is none."""
+        if not isinstance(kept, Mapping) or set(kept) != {"groups", "names", "is_text"}:
+            return None
+        return Rule(kept["groups"], tuple(kept["names"]), kept["is_text"])
+
+    def kept(self) -> dict[str, Any]:
+        """What a model's file says of it."""
+        return {"groups": self.groups, "names": list(self.names), "is_text": self.is_text}
+
+    def require(self, table: columns.Columns) -> None:
+        """Refuses a table whose rows would be held out by something else than in training.
+
+        Raises:
+            ConfigurationError: its columns, or the kind of its cells, are others.
+        """
+        if Rule.of(self.groups, table) != self or not {*self.names} <= {*table.names}:
+            raise ConfigurationError(
+                f"{table.file} has other columns, or is of another format, than what the model was trained on, so that "
+                "other rows would be held out, among them some that it was trained on: give the same file, or leave "
+                "--held-out out (with certify and explain: --all-rows) for a file of rows that it was not trained on"
+            )
+
+
+@dataclass(frozen=True)
 class Material:
     """What is trained on, and what is known of it in public.
 
@@ -58,6 +104,7 @@ class Material:
         label: the column that is learnt.
         target_range: of a regression.
         groups: whose each row of ``train`` is.
+        rule: by which rows are held out.
         split: of samples, as :func:`clipless_dp.datasets.load_dataset` returns them; ``None`` of columns.
     """
 
@@ -70,6 +117,7 @@ class Material:
     label: str | None = None
     target_range: tuple[float, float] | None = None
     groups: Any = None
+    rule: Rule = field(default_factory=lambda: Rule())
     split: Split | None = None
 
 
@@ -83,6 +131,7 @@ class Known:
         encoding: of columns.
         label: the column that was learnt.
         is_regression: whether labels are numbers.
+        rule: by which rows were held out; ``None``: not known.
     """
 
     classes: tuple[Any, ...] | None = None
@@ -90,6 +139,7 @@ class Known:
     encoding: TableEncoding | None = None
     label: str | None = None
     is_regression: bool = False
+    rule: Rule | None = None
 
 
 def kind_of(name: str) -> str:
@@ -148,6 +198,7 @@ def read_to_train(options: argparse.Namespace) -> Material:
         labels,
         tuple(split.inputs.shape[1:]),
         groups=split.groups,
+        rule=Rule(groups),
         split=split,
     )
 
@@ -187,6 +238,21 @@ def read_rows(options: argparse.Namespace, known: Known, *, labelled: bool, held
 _HELD_OUT = "held-out "
 
 
+def _rule_of(known: Known, name: str) -> Rule:
+    """By which rows were held out in training.
+
+    Raises:
+        ConfigurationError: the file of the model does not say.
+    """
+    if known.rule is None:
+        raise ConfigurationError(
+            f"the file of the model does not say which rows of {name} were held out (written in Python, or by an "
+            "earlier version): give a file of rows that it was not trained on, without --held-out (with certify and "
+            "explain: --all-rows)"
+        )
+    return known.rule
+
+
 def _has_test(name: str, kind: str) -> bool:
     """Whether data says itself which rows are for testing."""
     if kind == "folder":
@@ -200,18 +266,18 @@ def _numbered(count: int) -> list[str]:
 
 def _refuse_column_options(options: argparse.Namespace, kind: str) -> None:
     lists = [f"--{name}" for name in ("categories", "drop", "missing") if getattr(options, name)]
-    lists += [f"--{name.replace('_', '-')}" for name in ("label", "labels", "target_range") if getattr(options, name)]
+    named = ("label", "labels", "target_range", "columns", "no_header")
+    lists += [f"--{name.replace('_', '-')}" for name in named if getattr(options, name)]
     if lists:
         raise ConfigurationError(f"{', '.join(lists)}: of CSV and Parquet files, and {options.dataset} is {kind}")
 
 
 def _columns_to_train(name: str, groups: str | None, options: argparse.Namespace) -> Material:
     classes = columns.classes_of(options)
-    table = columns.read_columns(Path(name))
+    table = columns.read_table(name, options)
     label = columns.label_of(table, options)
     encoding = columns.encoding_of(table, label, groups, options)
-    of = table.contents() if groups is None else [repr(one).encode() for one in table.listed(groups)]
-    held_out = held_out_of(of)
+    held_out = held_out_of(table.contents(groups))
     if not held_out.any() or held_out.all():
         raise InputError(f"{name} has too few rows to hold a fifth of them out")
     parts = []
@@ -229,16 +295,19 @@ def _columns_to_train(name: str, groups: str | None, options: argparse.Namespace
         encoding=encoding,
         label=label,
         target_range=None if options.target_range is None else tuple(options.target_range),
-        groups=None if groups is None else table.part(~held_out).listed(groups),
+        groups=None if groups is None else table.part(~held_out).cells[groups],
+        rule=Rule.of(groups, table),
     )
 
 
 def _columns(name: str, known: Known, options: argparse.Namespace, labelled: bool, held_out: bool) -> Part:
     assert known.encoding is not None
-    table = columns.read_columns(Path(name))
+    table = columns.read_table(name, options)
     names = _numbered(table.rows)
     if held_out:
-        chosen = held_out_of(table.contents())
+        rule = _rule_of(known, name)
+        rule.require(table)
+        chosen = held_out_of(table.contents(rule.groups))
         table, names = table.part(chosen), [str(place) for place in chosen.nonzero()[0].tolist()]
         if not names:
             raise InputError(f"no row of {name} is held out")
@@ -279,6 +348,7 @@ def _folder(
     pixels = images.read_images(files, options, known.shape)
     names = [str(file.relative_to(inner)) for file in files]
     if held_out and test is None and targets is not None:
+        _rule_of(known, str(folder))
         rows = np.ascontiguousarray(pixels)
         chosen = held_out_of(
             row.tobytes() + label.tobytes() for row, label in zip(rows, targets.astype(np.int64), strict=True)
@@ -295,7 +365,8 @@ def _samples(
 ) -> tuple[Tensor, Tensor | None, list[str]]:
     classes = options.classes or (None if known.classes is None else len(known.classes))
     if kind == "named" or held_out:
-        split = load_dataset(name, options.data_dir, classes=None if kind == "named" else classes or 2)
+        groups = None if kind == "named" or "x_train" in read_npz(Path(name)) else _rule_of(known, name).groups
+        split = load_dataset(name, options.data_dir, classes=None if kind == "named" else classes or 2, groups=groups)
         return split.test_inputs, split.test_targets if labelled else None, _numbered(len(split.test_targets))
     arrays = read_npz(Path(name))
     inputs_name, labels_name = ("x_test", "y_test") if "x_test" in arrays else ("X", "y")

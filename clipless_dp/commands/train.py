@@ -233,7 +233,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     labels: dict[str, Any] = {} if choice.name == TABLES else {"classes": classes}
     if options.out is not None:
         content = trained.content(**labels, notes=_notes(choice))
-        content["settings"] = {**content["settings"], MADE: {**made, "label": data.label}}
+        content["settings"] = {**content["settings"], MADE: {**made, "label": data.label, "held_out": data.rule.kept()}}
         save_checkpoint(options.out, content)
     reached = scores_of(trained.predictor(**labels), data.test, classes).lines
     if isinstance(trained, presets.Trained) and classes is None and data.split is not None:

@@ -64,7 +64,7 @@ class Network:
 
     def run(self, inputs: Tensor, *, training: bool) -> Values:
         """The values of all rows, at numbers of rows that are chosen; all at once where nothing is trained."""
-        # Fused gates leave out a row that they shrink by more than 1e27, for its gradient; float32 has hardly such rows.
+        # Fused gates leave out rows that they shrink by more than 1e27, for the gradients' sake: float32 has none.
         predicts = not training and not torch.is_grad_enabled() and inputs.dtype == torch.float64
         fused = FusedNet.can_run(inputs) and not predicts
         net = self.fused.module if fused else self._traced.module

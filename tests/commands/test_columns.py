@@ -1,7 +1,9 @@
 """Cells are read one by one, by what is said of their column; what is held out is decided by each row alone."""
 
 import argparse
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,12 +12,14 @@ from hypothesis import strategies as st
 
 from clipless_dp.commands import columns
 from clipless_dp.commands.scores import auroc, scores_of
-from clipless_dp.commands.sources import Known, Part, read_rows, read_to_train
+from clipless_dp.commands.sources import Known, Part, Rule, read_rows, read_to_train
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.features import TableEncoding
 
 OPTIONS = {
     "dataset": None, "data_dir": None, "classes": None, "label": None, "labels": None, "target_range": None,
-    "categories": [], "drop": [], "missing": [], "groups": None, "image_size": None, "channels": None,
+    "categories": [], "drop": [], "missing": [], "groups": None,
+    "columns": None, "no_header": False, "image_size": None, "channels": None,
 }  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def test_held_out_rows_of_a_file_are_those_that_training_leaves_out(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("a,label\n" + "".join(f"{index},{index % 2}\n" for index in range(100)))
     data = read_to_train(options(path))
-    known = Known(data.classes, None, data.encoding, data.label)
+    known = Known(data.classes, None, data.encoding, data.label, rule=data.rule)
     held_out = read_rows(options(path), known, labelled=True, held_out=True)
     assert held_out.rows["a"].tolist() == data.test.rows["a"].tolist()
     assert [int(name) for name in held_out.names] == data.test.rows["a"].tolist()
@@ -98,6 +102,128 @@ def test_people_of_a_table_are_held_out_as_a_whole(tmp_path):
     trained = set(data.groups)
     assert len(data.groups) == len(data.train)
     assert not trained & {f"p{int(number) // 4}" for number in data.test.rows["a"]}
+
+
+@pytest.mark.parametrize("kind", ["csv", "npz"])
+def test_what_was_trained_on_by_people_is_never_held_out_of_the_same_file(kind, tmp_path):
+    path, who = tmp_path / f"table.{kind}", np.arange(200) // 4
+    if kind == "csv":
+        path.write_text("a,who,label\n" + "".join(f"{row},{one},{row % 2}\n" for row, one in enumerate(who)))
+    else:
+        np.savez(path, X=np.arange(400.0).reshape(200, 2) / 2, y=np.arange(200) % 2, who=who)
+    data = read_to_train(options(path, groups="who"))
+    # As the file of a model keeps it.
+    rule = Rule.read(json.loads(json.dumps(data.rule.kept())))
+    known = Known((0, 1), None if data.encoding else data.shape, data.encoding, data.label, rule=rule)
+    held_out = read_rows(options(path), known, labelled=True, held_out=True)
+
+    def numbers(part):
+        return (part.rows["a"] if data.encoding else part.rows[:, 0]).tolist()
+
+    assert numbers(held_out) == numbers(data.test)
+    assert not {*numbers(held_out)} & {*numbers(data.train)}
+    # Rows by themselves, as it was: some that were trained on.
+    by_rows = read_rows(
+        options(path), replace(known, rule=read_to_train(options(path)).rule), labelled=True, held_out=True
+    )
+    assert {*numbers(by_rows)} & {*numbers(data.train)}
+
+
+def test_rows_are_held_out_by_no_rule_but_that_of_training(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b,label\n" + "".join(f"{row},{row % 3},{row % 2}\n" for row in range(100)))
+    data = read_to_train(options(path))
+    known = Known(data.classes, None, data.encoding, data.label, rule=data.rule)
+    with pytest.raises(ConfigurationError, match="does not say which rows"):
+        read_rows(options(path), replace(known, rule=None), labelled=True, held_out=True)
+    path.write_text("a,b,note,label\n" + "".join(f"{row},{row % 3},x,{row % 2}\n" for row in range(100)))
+    with pytest.raises(ConfigurationError, match="other columns"):
+        read_rows(options(path), known, labelled=True, held_out=True)
+    assert len(read_rows(options(path), known, labelled=True)) == 100
+
+
+ROWS = {
+    "numbers": "0.1257,-0.1321,0.6404,1",
+    "a number among words": "red,0,london",
+    "an empty cell": "red,,london",
+    "a missing cell": "red,NA,london",
+    "a cell twice": "red,blue,red",
+    "a date": "red,2024-03-01,london",
+    "a time": "12/31/2023 23:59,red,london",
+    "money": "ann,$12.50,london",
+    "a truth value": "ann,True,london",
+    "a few counted ones": "0,1,red",
+    "a label": "ann,london,maybe",
+}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_first_line_that_looks_like_a_row_is_refused_without_its_cells(row, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(f"{ROWS[row]}\n" * 3)
+    labels = ["maybe", "no"] if row == "a label" else None
+    with pytest.raises(ConfigurationError, match="--no-header") as caught:
+        columns.read_table(str(path), options(path, labels=labels))
+    said = str(caught.value).replace(str(path), "")
+    assert not any(cell in said for cell in ROWS[row].split(",") if len(cell) > 1)
+    count = ROWS[row].count(",") + 1
+    names = [f"c{place}" for place in range(count)]
+    found = columns.read_table(str(path), options(path, labels=labels, columns=names, no_header=True))
+    assert (found.names, found.rows) == (tuple(names), 3)
+    assert [found.cells[name][0] for name in names] == ROWS[row].split(",")
+    assert columns.read_table(str(path), options(path, columns=names)).rows == 2
+
+
+@pytest.mark.parametrize(
+    "header", ["0,1,2,3,4", "0,1,2,3,label", "1,2,3,4,y", "1x1,1x2,label", "age_2,Q1 (a),label", "a b,x.1,y-2"]
+)
+def test_headers_with_digits_and_counted_columns_are_headers(header, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(header + "\n" + ",".join("7" * (header.count(",") + 1)) + "\n")
+    assert columns.read_columns(path).names == tuple(header.split(","))
+
+
+def test_names_of_columns_are_as_many_as_there_are_and_said_where_there_is_no_header(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b\n1,0\n")
+    with pytest.raises(ConfigurationError, match="3 names"):
+        columns.read_columns(path, ["a", "b", "c"])
+    with pytest.raises(InputError, match="there are 3 columns"):
+        columns.read_columns(path, ["a", "b", "c"], has_header=False)
+    with pytest.raises(ConfigurationError, match="say how the columns are called"):
+        columns.read_columns(path, has_header=False)
+
+
+def _written(path, cells, types):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    schema = pyarrow.schema([(name, getattr(pyarrow, kind)()) for name, kind in types.items()])
+    parquet.write_table(pyarrow.table(cells, schema=schema), path)
+    return columns.read_columns(path)
+
+
+@pytest.mark.parametrize("groups", [None, "who"])
+@pytest.mark.parametrize("kind", ["int64", "float64"])
+def test_a_missing_cell_of_one_row_changes_what_no_other_row_of_a_parquet_file_is(kind, groups, tmp_path):
+    cells = {
+        "age": [*range(18, 318)],
+        "who": [row // 3 for row in range(300)],
+        "label": [row % 2 for row in range(300)],
+    }
+    types = {"age": "int64", "who": "int64", "label": "int64"}
+    without = _written(tmp_path / "table.parquet", cells, types)
+    more = {"age": [*cells["age"], None], "who": [*cells["who"], None], "label": [*cells["label"], 1]}
+    # As pandas writes whole numbers of which one is missing.
+    found = _written(tmp_path / "more.parquet", more, {**types, "age": kind, "who": kind})
+    assert found.contents(groups)[:-1] == without.contents(groups)
+    assert [type(cell) for cell in found.cells["age"][:-1]] == [int] * 300
+
+
+def test_whole_numbers_of_a_parquet_file_are_read_to_their_last_digit_beside_a_missing_one(tmp_path):
+    big = [2**60 + 1, 2**60 + 3, None]
+    found = _written(tmp_path / "table.parquet", {"a": big, "label": [0, 1, 0]}, {"a": "int64", "label": "int64"})
+    assert found.cells["a"] == big
+    assert np.isnan(found.frame(TableEncoding(["a"]))["a"].astype(float)[2])
 
 
 def test_a_parquet_file_is_read_as_the_csv_file_of_it(tmp_path):
@@ -180,6 +306,8 @@ def test_data_with_a_test_part_is_read_there_and_said_to_be(folder, tmp_path):
     assert (part.told, part.labels.tolist()) == (f"3 test samples of {tmp_path / 's.npz'}", [1, 1, 1])
     # Held-out images are those that training leaves out, in its order.
     whole = read_to_train(options(folder))
-    held_out = read_rows(options(folder), Known(whole.classes, whole.shape), labelled=True, held_out=True)
+    held_out = read_rows(
+        options(folder), Known(whole.classes, whole.shape, rule=whole.rule), labelled=True, held_out=True
+    )
     assert torch.equal(held_out.rows, whole.test.rows)
     assert torch.equal(held_out.labels, whole.test.labels)

@@ -63,7 +63,7 @@ def test_tables_that_cannot_be_read_are_refused_before_a_statistic_is_released(c
     ],
 )
 def test_settings_out_of_range_are_refused_before_data_is_read(arguments, message, table, capsys, monkeypatch):
-    monkeypatch.setattr("clipless_dp.commands.columns.read_columns", lambda path: pytest.fail("read"))
+    monkeypatch.setattr("clipless_dp.commands.columns.read_columns", lambda *_, **__: pytest.fail("read"))
     assert message in refused(capsys, "train", "--data", table, *READ, *TARGET, *arguments)
 
 
@@ -198,8 +198,8 @@ def test_what_cannot_be_planned_says_what_is_missing(arrays, capsys):
     assert "a preset has its own" in refused(capsys, "plan", "--data", arrays, *preset, "--epsilon", "1")
 
 
-def test_without_pandas_parquet_is_refused_in_words(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pandas", None)
+def test_without_pyarrow_parquet_is_refused_in_words(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
     assert "clipless-dp[parquet]" in refused(capsys, "train", "--data", tmp_path / "table.parquet", *TARGET)
 
