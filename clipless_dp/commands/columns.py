@@ -253,8 +253,8 @@ def _looks_like_a_row(path: object, places: Sequence[int], what: str) -> Configu
     shown = ", ".join(str(place + 1) for place in places[:8]) + (", …" if len(places) > 8 else "")
     return ConfigurationError(
         f"the first line of {path} looks like a row, and names of columns are published with the model (column "
-        f"{shown}: {what}): add a line with public names, or say --no-header --columns A,B,C; where it is a header, --columns "
-        "A,B,C alone calls the columns by other names"
+        f"{shown}: {what}): add a line with public names, or say --no-header --columns A,B,C; where it is a header, "
+        "--columns A,B,C alone calls the columns by other names"
     )
 
 

@@ -6,7 +6,9 @@ import contextvars
 import dis
 import functools
 import gc
+import heapq
 import importlib.util
+import math
 import os
 import random
 import sys
@@ -97,11 +99,13 @@ GLOBAL_GENERATORS = (
 )
 
 
+Part = tuple[Label, object]
+
 Reached = tuple[Any, int, Label]
 """What was reached; the place in the walk of what it is a part of, -1 of the root; how it is called there."""
 
 
-def reachable(root: object, longest: int | None = None) -> Iterator[Reached]:
+def reachable(root: object) -> Iterator[Reached]:
     """Everything that a function or an object can reach, once for each way to it; an object's parts once.
 
     Of functions: contents of closures, defaults, attributes, and the globals that their code names, in functions that
@@ -113,7 +117,6 @@ def reachable(root: object, longest: int | None = None) -> Iterator[Reached]:
 
     Args:
         root: the function or object.
-        longest: of longer lists, tuples, sets and mappings about so many parts are followed, evenly; by default all.
     """
     # Parts are kept, since another object could get the identity of one that is gone.
     known: dict[int, object] = {}
@@ -129,10 +132,59 @@ def reachable(root: object, longest: int | None = None) -> Iterator[Reached]:
             known[id(value)] = value
             last.note(value, place)
             parts = _parts_of_function(value, last.reads(value)) if isinstance(value, FunctionType) else _parts(value)
-            if longest is not None and len(parts) > longest and isinstance(value, (dict, *CONTAINERS)):
-                # Of mappings keys and values alternate.
-                parts = parts[:: len(parts) // longest | 1]
             waiting.extend([(part, place, label) for label, part in reversed(parts)])
+
+
+def shared_out(root: object, longest: int, most: int) -> tuple[list[Reached], bool]:
+    """What :func:`reachable` finds, that of the largest share first: each thing shares its own evenly among its parts.
+
+    So a list of many things, or many lists, hide nothing that lies beside them, nor do deep ones. Tensors and arrays
+    come with what they are a part of, before all else; numbers and text are left out.
+
+    Args:
+        root: the function or object.
+        longest: of longer lists, tuples, sets and mappings about so many parts are followed, evenly.
+        most: things that are looked at, but for tensors and arrays, of which there may be eight times as many.
+
+    Returns:
+        What was reached, and whether that is all.
+    """
+    known: dict[int, object] = {}
+    found: list[Reached] = []
+    waiting: list[tuple[float, int, Reached]] = [(0.0, 0, (root, -1, ""))]
+    pushed = others = 0
+    last = _Last()
+    while True:
+        if not waiting:
+            for reached in last.opened()[::-1]:
+                pushed += 1
+                heapq.heappush(waiting, (math.inf, pushed, reached))
+            if not waiting:
+                return found, True
+        if others >= most or len(found) >= 9 * most:
+            return found, False
+        cost, _, reached = heapq.heappop(waiting)
+        place, value = len(found), reached[0]
+        found.append(reached)
+        others += not isinstance(value, (Tensor, np.ndarray))
+        if id(value) in known:
+            continue
+        known[id(value)] = value
+        last.note(value, place)
+        parts = _parts_of_function(value, last.reads(value)) if isinstance(value, FunctionType) else _parts(value)
+        if isinstance(value, (dict, *CONTAINERS)):
+            parts = parts[:: stride(len(parts), longest)]
+        parts = [part for part in parts if type(part[1]) not in ATOMS]
+        further = cost + math.log2(max(1, len(parts)))
+        for label, part in parts:
+            pushed += 1
+            own = cost if isinstance(part, (Tensor, np.ndarray)) else further
+            heapq.heappush(waiting, (own, pushed, (part, place, label)))
+
+
+def stride(count: int, longest: int) -> int:
+    """Of so many parts each of which is looked at; of mappings, keys and values alternate, so that it is odd."""
+    return count // longest | 1 if count > longest else 1
 
 
 class _Last:
@@ -183,9 +235,6 @@ class _Last:
                     found.append((tuple(cache.cache_info()), place, "cache_info"))
             self._caches.clear()
         return found[::-1]
-
-
-Part = tuple[Label, object]
 
 
 def _parts(value: Any) -> list[Part]:

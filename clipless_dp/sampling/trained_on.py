@@ -8,9 +8,9 @@ kept alive for that.
 from __future__ import annotations
 
 import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,15 +19,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 
-from clipless_dp.errors import PrivacyError
-from clipless_dp.sampling.reach import CONTAINERS, reachable
+from clipless_dp.errors import PrivacyError, PrivacyWarning
+from clipless_dp.sampling.reach import CONTAINERS, Reached, shared_out, stride
 from clipless_dp.sampling.windows import extent, is_plain
 
 _READ = 1024
 """Samples of a list whose memory is known: what holds a hundredth of them is found but for one case in 10⁴."""
 
 _MOST = 1 << 16
-"""Things that are looked at of what a data set reaches: a tenth of a second."""
+"""Things that are looked at of what a data set reaches, those beside tensors and arrays: tenths of a second."""
 
 _SAMPLES = 8
 _NAMED = 64
@@ -35,6 +35,13 @@ _NAMED = 64
 
 _SHARED = 8
 """What one sample in so many has is a constant, which tells nothing of one."""
+
+_CONSTANT = 0.1
+"""What samples are read from is known, and all else together holds at most this share of it: constants, of a transform
+say."""
+
+_COMPARED = 16
+"""Rows of a constant that are looked for among the samples."""
 
 
 class _Block(NamedTuple):
@@ -48,7 +55,8 @@ class _Block(NamedTuple):
 class _Known(NamedTuple):
     """One data set: its objects by their identities, and its memory in the order of addresses.
 
-    Blocks may lie in one another: a table, and views of some of its rows. So up to where those before reach, too.
+    Blocks may lie in one another: a table, and views of some of its rows. So up to where those before reach, too. What
+    lay beyond what is looked at is not known, which :func:`refuse` says once.
     """
 
     objects: dict[int, weakref.ref[Any]]
@@ -56,6 +64,7 @@ class _Known(NamedTuple):
     starts: np.ndarray[Any, np.dtype[np.int64]]
     stops: np.ndarray[Any, np.dtype[np.int64]]
     furthest: np.ndarray[Any, np.dtype[np.int64]]
+    untold: list[str]
 
     @property
     def lives(self) -> bool:
@@ -77,7 +86,9 @@ def note(dataset: Any, tensors: Sequence[Tensor] = (), sample: Any = ()) -> None
 
     A constant is what lies alone (not among samples) and has as many numbers as a part of a sample (a mean image), or
     fewer than there are samples (statistics of channels) and no multiple of a sample's; what one sample in eight has;
-    and parameters of modules.
+    parameters of modules; and, of a data set with tensors or arrays of its own length that have all numbers of a
+    sample, square matrices of a sample's size, and what else is there if together it has no more numbers than a tenth
+    of the samples and repeats none of them.
 
     Args:
         dataset: the data set, or what it was made of.
@@ -88,9 +99,10 @@ def note(dataset: Any, tensors: Sequence[Tensor] = (), sample: Any = ()) -> None
     objects: dict[int, weakref.ref[Any]] = {}
     blocks: dict[tuple[int, int], _Block] = {}
     varying = [tensor for tensor in tensors if not (is_plain(tensor) and len(tensor) > 1 and not tensor.stride(0))]
-    sizes = {_size(part) for part in tree_leaves(sample) if isinstance(part, (Tensor, np.ndarray))}
+    parts = [part for part in tree_leaves(sample) if isinstance(part, (Tensor, np.ndarray))]
     count = max([_length(dataset), *map(_length, tensors)])
-    for value in [*varying, *_data(dataset, count, sizes)]:
+    reached, is_all = shared_out(dataset, _READ, _MOST)
+    for value in [*varying, *_data(dataset, reached, count, parts)]:
         block = _block(value)
         if block is not None:
             blocks[block[:2]] = block
@@ -98,7 +110,9 @@ def note(dataset: Any, tensors: Sequence[Tensor] = (), sample: Any = ()) -> None
             objects[id(value)] = weakref.ref(value)
     ordered = sorted(blocks.values(), key=lambda block: block[:2])
     starts, stops = np.asarray([block[:2] for block in ordered], dtype=np.int64).reshape(-1, 2).T
-    made = _Known(objects, ordered, starts, stops, np.maximum.accumulate(stops))
+    made = _Known(
+        objects, ordered, starts, stops, np.maximum.accumulate(stops), [] if is_all else [type(dataset).__name__]
+    )
     with _lock:
         _known[:] = [*(one for one in _known if one.lives), made]
         _noted += 1
@@ -145,14 +159,31 @@ def refuse(function: Any, name: str, reached: Iterable[object], batch: Tensor | 
         PrivacyError: it does.
     """
     place = None if batch is None else extent(batch)
+    _tell(name)
     if any((_known and holds(value)) or (place is not None and _meets(value, place)) for value in reached):
         called = getattr(function, "__qualname__", type(function).__qualname__)
         raise PrivacyError(
             f"{name}={called} reaches the data that is trained on (an attribute, a closure, a global that its code "
             "names), so that one sample may enter the gradients of all others, which no bound covers: let it reach "
             "rows of public data alone, as a copy of their own, and the numbers that it needs (a shape, a length) in "
-            "place of the data. (Data of an earlier training in this process counts as such while it is in memory.) "
+            "place of the data. A method reaches all that its object holds: let a function do it. Constants that a "
+            "transform of the data set holds, too, need a copy, .clone(); rows of one part of a data set that was "
+            "split, a copy in place of the Subset, which reaches the others. (Data of an earlier training in this "
+            "process counts as such while it is in memory.) "
             "Nothing was released"
+        )
+
+
+def _tell(name: str) -> None:
+    """Says once of each data set what of it is not known."""
+    with _lock:
+        kinds = [one.untold.pop() for one in _known if one.untold]
+    for kind in kinds:
+        warnings.warn(
+            f"a {kind} that is trained on reaches more than {_MOST} things, of which that many were looked at: {name}= "
+            "is not refused if it reaches rows in others of them. Keep rows in a tensor or an array of the data set",
+            PrivacyWarning,
+            stacklevel=3,
         )
 
 
@@ -161,15 +192,16 @@ def _meets(value: object, place: tuple[int, int]) -> bool:
     return reach is not None and reach[0] < place[1] and place[0] < reach[1]
 
 
-def _data(dataset: Any, count: int, sizes: Set[int]) -> Iterator[Any]:
+def _data(dataset: Any, reached: Sequence[Reached], count: int, parts: Sequence[Any]) -> Iterator[Any]:
     """A data set, those in it, and tensors and arrays that it reaches and that are no constants.
 
     Args:
         dataset: the data set.
+        reached: what it reaches.
         count: of its samples.
-        sizes: numbers of the parts of a sample.
+        parts: tensors and arrays of a sample.
     """
-    reached = [*islice(reachable(dataset, _READ), _MOST)]
+    sizes = {*map(_size, parts)}
     sets = [value for value, *_ in reached if value is dataset or isinstance(value, Dataset)]
     lengths = {count, *map(_length, sets)} - {-1, 0, 1}
     parameters = {
@@ -187,18 +219,85 @@ def _data(dataset: Any, count: int, sizes: Set[int]) -> Iterator[Any]:
                 found.setdefault(id(value), (value, []))[1].append(entry)
         elif _has_references(value) and (value is dataset or isinstance(value, Dataset) or _has_rows(value, count)):
             yield value
-    shared = _shared(found.values(), entries)
+    shared = _shared(found.values(), entries, reached)
     row = max(sizes, default=0)
+    columns: list[Any] = []
+    others: list[Any] = []
     for value, within in found.values():
         size = _size(value)
         if within != [None] * len(within):
             is_constant = extent(value) in shared and (not row or size <= row)
         elif _length(value) in lengths:
             is_constant = False
+            columns.append(value)
         else:
             is_constant = size in sizes or (size < count and not (row and size > row and size % row == 0))
+            if not is_constant:
+                others.append(value)
+                continue
         if not is_constant:
             yield value
+    yield from _no_constants(others, columns, count, parts)
+
+
+def _no_constants(others: Sequence[Any], columns: Sequence[Any], count: int, parts: Sequence[Any]) -> Iterable[Any]:
+    """What is data of tensors and arrays that are of another length than the samples.
+
+    Args:
+        others: these.
+        columns: tensors and arrays that have rows for samples.
+        count: of the samples.
+        parts: tensors and arrays of a sample.
+    """
+    sizes = {*map(_size, parts)}
+    # Whole numbers may be places in what else is there.
+    measured = [column for column in columns if len(column) >= count and not _are_places(column)]
+    own = {extent(column): _size(column) // len(column) for column in measured}
+    floating = sum(_size(part) for part in parts if _is_floating(part))
+    if not floating or sum(own.values()) < max(floating, *sizes):
+        # Who knows what samples are read from.
+        return others
+    whole = count * max(sizes)
+    read = [place for part in parts if (place := extent(part)) is not None]
+    rest = [one for one in others if not (_is_map(one, sizes) and 2 * _size(one) <= whole)]
+    if sum(map(_size, rest)) > _CONSTANT * whole:
+        return rest
+    return [
+        one for one in others if any(_meets(one, place) for place in read) or any(_repeats(one, of) for of in columns)
+    ]
+
+
+def _is_floating(value: Any) -> bool:
+    return value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
+
+
+def _are_places(value: Any) -> bool:
+    return not _is_floating(value) and (value.element_size() if isinstance(value, Tensor) else value.itemsize) > 2
+
+
+def _is_map(value: Any, sizes: Set[int]) -> bool:
+    """Whether something is a matrix from samples to samples, which whitens them say."""
+    return len(value.shape) == 2 and value.shape[0] == value.shape[1] and int(value.shape[0]) in sizes
+
+
+def _repeats(value: Any, column: Any) -> bool:
+    """Whether one of some rows of a tensor, or array, is one of another; so if unknown. Rows of one value are none."""
+    size = _size(column) // len(column)
+    if size < 2 or _size(value) % size:
+        return False
+    try:
+        rows, table = (np.asarray(one.detach() if isinstance(one, Tensor) else one) for one in (value, column))
+    except (TypeError, RuntimeError):
+        return True
+    rows, table = rows.reshape(-1, size), table.reshape(len(table), -1)
+    for row in rows[:: -(-len(rows) // _COMPARED)]:
+        alike = np.arange(len(table))
+        # Entries that differ from most come first.
+        for place in (*np.argsort(row == row[0], kind="stable")[:8], *range(0, size, -(-size // 8))):
+            alike = alike[table[alike, place] == row[place]]
+        if (row != row[0]).any() and any(np.array_equal(table[one], row) for one in alike[:_COMPARED]):
+            return True
+    return False
 
 
 _Entry = tuple[int, int]
@@ -206,12 +305,12 @@ _Entry = tuple[int, int]
 
 
 def _shared(
-    found: Iterable[tuple[Any, list[_Entry | None]]], entries: Iterable[_Entry | None]
+    found: Iterable[tuple[Any, list[_Entry | None]]],
+    entries: Iterable[_Entry | None],
+    reached: Sequence[Reached],
 ) -> set[tuple[int, int] | None]:
     """Places that several samples of one container have, one in :data:`_SHARED` at least."""
-    counts: dict[int, int] = {}
-    for container, _ in {entry for entry in entries if entry is not None}:
-        counts[container] = counts.get(container, 0) + 1
+    counts = {container: _looked_at(reached[container][0]) for container in {one[0] for one in entries if one}}
     having: dict[tuple[int, tuple[int, int] | None], set[int]] = {}
     for value, within in found:
         place = extent(value)
@@ -219,6 +318,12 @@ def _shared(
             if entry is not None:
                 having.setdefault((entry[0], place), set()).add(entry[1])
     return {place for (container, place), some in having.items() if len(some) >= max(2, counts[container] / _SHARED)}
+
+
+def _looked_at(container: Any) -> int:
+    """How many entries of a container are looked at, numbers and text among them."""
+    count = len(container) * (2 if isinstance(container, dict) else 1)
+    return min(len(container), -(-count // stride(count, _READ)))
 
 
 def _holds_samples(value: Any, lengths: Set[int]) -> bool:

@@ -199,7 +199,7 @@ def test_what_cannot_be_planned_says_what_is_missing(arrays, capsys):
 
 
 def test_without_pyarrow_parquet_is_refused_in_words(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow.parquet", None)
     (tmp_path / "table.parquet").write_bytes(b"PAR1")
     assert "clipless-dp[parquet]" in refused(capsys, "train", "--data", tmp_path / "table.parquet", *TARGET)
 

@@ -215,6 +215,45 @@ def _viewed_labels() -> tuple[Any, Any]:
     return [(x.clone(), y) for x, y in zip(inputs, targets, strict=True)], targets.view(N, 1).expand(N, 6)
 
 
+def _behind_lists(other: Any) -> tuple[Any, Any]:
+    inputs = rows_of(1100)[0]
+    return Of(lambda self, at: self.x[at], 1100, other=other, x=inputs), inputs
+
+
+def _behind_columns_of_numbers() -> tuple[Any, Any]:
+    return _behind_lists({f"c{column}": [*map(float, range(1100))] for column in range(70)})
+
+
+def _behind_a_list_of_mappings() -> tuple[Any, Any]:
+    return _behind_lists([{f"k{place}": [place + 0.5, [row]] for place in range(20)} for row in range(1100)])
+
+
+def _deep_beside_lists() -> tuple[Any, Any]:
+    inputs = rows_of()[0]
+    data: Any = TensorDataset(inputs)
+    for _ in range(6):
+        other = [{"a": [0.5, [1]], "b": [row]} for row in range(300)]
+        data = Of(lambda self, at: self.inner[at][0], other=other, inner=data)
+    return data, inputs
+
+
+def _classes_beside_their_rows() -> tuple[Any, Any]:
+    inputs, targets = rows_of(210)
+    pools = {kind: inputs[targets == kind].clone() for kind in range(3)}
+    return Of(lambda self, at: self.x[at], 210, x=inputs, pools=pools), pools[1]
+
+
+def _rare_rows_copied() -> tuple[Any, Any]:
+    inputs = rows_of(200)[0]
+    rare = inputs[torch.tensor([3, 50, 7, 120])].clone()
+    return Of(lambda self, at: self.x[at], 200, x=inputs, rare=rare), rare
+
+
+def _numbers_by_their_places() -> tuple[Any, Any]:
+    numbers, places = torch.randn(60), torch.randint(60, (200, 6))
+    return Of(lambda self, at: self.numbers[self.places[at]], 200, numbers=numbers, places=places), numbers.view(10, 6)
+
+
 HELD: dict[str, Callable[[], tuple[Any, Any]]] = {
     "tensors": _tensors,
     "two rows": _part_of_it,
@@ -239,6 +278,12 @@ HELD: dict[str, Callable[[], tuple[Any, Any]]] = {
     "labels of which samples are views": _viewed_labels,
     "data set without rows": _computed,
     "data set of a loader": _loader,
+    "tensor behind columns of numbers": _behind_columns_of_numbers,
+    "tensor behind a list of mappings": _behind_a_list_of_mappings,
+    "data set behind six others beside lists": _deep_beside_lists,
+    "classes beside their rows": _classes_beside_their_rows,
+    "a few rows, copied, beside all": _rare_rows_copied,
+    "numbers that are read by their places": _numbers_by_their_places,
 }
 
 
@@ -390,3 +435,41 @@ def test_a_long_list_is_read_in_part_and_a_large_table_at_once() -> None:
     trained_on.note(samples, sample=samples[0])
     assert 1000 < len(trained_on._known[-1].blocks) < 2100
     assert trained_on._known[-1].furthest[-1] == trained_on._known[-1].stops.max()
+
+
+CONSTANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "whitening": ((1, 8, 8), (64, 64)),
+    "principal axes": ((1, 8, 8), (64, 10)),
+    "prototypes": ((1, 8, 8), (5, 1, 8, 8)),
+    "random directions": ((4,), (16, 4)),
+    "covariances": ((4,), (4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_public_constants_of_a_transform_that_data_set_and_augmentation_share_may_be_held(name: str) -> None:
+    shape, size = CONSTANTS[name]
+    constant, inputs = torch.randn(size), torch.randn(200, *shape)
+    data = Of(lambda self, at: self.x[at], 200, x=inputs, transform=Mixed([constant]))
+    trained_on.note(data, sample=data[0])
+    assert not trained_on.holds(constant)
+    assert trained_on.holds(inputs[7])
+    # More than a tenth of the samples' numbers are too many, but for square ones, and all where shards hold the rows.
+    several = Of(data.read, 200, x=inputs, transform=Mixed([constant, *(torch.randn(9, *shape) for _ in range(3))]))
+    listed = Of(lambda self, at: self.shards[at // 50][at % 50], 200, shards=inputs.clone().split(50), held=constant)
+    for strict in (several, listed):
+        trained_on.note(strict, sample=strict[0])
+        if size[0] != size[1] or strict is listed:
+            assert trained_on.holds(constant)
+        assert trained_on.holds([*vars(strict).get("shards", ()), inputs][0][:2])
+
+
+def test_what_a_data_set_reaches_beyond_what_is_looked_at_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    many = [[[[row] for _ in range(9)] for _ in range(9)] for row in range(1024)]
+    data = Of(lambda self, at: self.x[at], 1024, x=rows_of(1024)[0], many=many)
+    trained_on.note(data, sample=data[0])
+    assert trained_on.holds(data.x[3])
+    for _ in range(2):
+        trained_on.refuse(abs, "augment", [])
+    told = [one for one in recwarn if "of which that many were looked at" in str(one.message)]
+    assert len(told) == 1
