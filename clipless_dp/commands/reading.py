@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from clipless_dp import presets
+from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.networks import model_of
 from clipless_dp.commands.sources import read_to_train
@@ -32,11 +33,19 @@ def of_checkpoint(options: argparse.Namespace) -> tuple[DPLipModel, Split]:
     """The network that options name, without its weights, and the data.
 
     Raises:
-        ConfigurationError: the preset reads features, or the data is no samples.
+        CheckpointError: the checkpoint cannot be read.
+        ConfigurationError: the preset reads features, or the data is no samples, or people were held out, or rows, and
+            options say otherwise.
     """
     preset = None if options.preset is None else presets.get(options.preset)
     if preset is not None:
         command.refuse_front(preset)
+    settings = load_checkpoint(options.checkpoint).get("settings")
+    if (isinstance(settings, dict) and settings.get("groups") is not None) != (options.groups is not None):
+        raise ConfigurationError(
+            "rows that the checkpoint was trained on would be taken for held-out ones: give --groups as in train, the "
+            "same array or none"
+        )
     data = read_to_train(options)
     if data.split is None:
         raise ConfigurationError(

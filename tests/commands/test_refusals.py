@@ -191,6 +191,21 @@ def test_a_checkpoint_of_training_is_no_result_and_its_ledger_is_reported(arrays
     assert "neither" in refused(capsys, "report", tmp_path / "other.json")
 
 
+def test_a_checkpoint_of_people_is_read_on_people_that_were_held_out(tmp_path, capsys):
+    path, checkpoint, who = tmp_path / "rows.npz", tmp_path / "run.pt", np.arange(300) // 3
+    inputs = np.random.default_rng(0).normal(size=(300, 5))
+    np.savez(path, X=inputs, y=(inputs[:, 0] > 0).astype(np.int64), who=who)
+    of_net = ["--data", path, "--route", "orthogonal"]
+    train = ["train", *of_net, *TARGET, "--audit", "off", "--epochs", "1", "--batch-size", "20", "--lr", "0.1"]
+    for people, others in ((["--groups", "who"], []), ([], ["--groups", "who"])):
+        assert main([*map(str, [*train, *people, "--checkpoint", checkpoint])]) == 0
+        capsys.readouterr()
+        for command in ("certify", "explain"):
+            assert "give --groups as in train" in refused(capsys, command, checkpoint, *of_net, *others)
+        assert main([*map(str, ["certify", checkpoint, *of_net, *people, "--samples", "5"])]) == 0
+        checkpoint.unlink()
+
+
 def test_what_cannot_be_planned_says_what_is_missing(arrays, capsys):
     assert "--rows N and --shape" in refused(capsys, "plan", "--epsilon", "1")
     assert "leave --shape out" in refused(capsys, "plan", "--data", arrays, "--shape", "3", "--epsilon", "1")
