@@ -64,7 +64,7 @@ def guardable(optimizer: Optimizer) -> bool:
     return isinstance(vars(optimizer).get("_optimizer_step_pre_hooks"), dict) and hasattr(optimizer, "defaults")
 
 
-def _nested(optimizer: Optimizer) -> list[Optimizer]:
+def nested(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer, and those that it is around, as Lookahead is, whose steps run hooks."""
     found: list[Optimizer] = []
     left = [optimizer]
@@ -119,7 +119,7 @@ class Around(Optimizer):
 
     def _guard(self) -> None:
         """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it."""
-        for optimizer in _nested(self.base_optimizer):
+        for optimizer in nested(self.base_optimizer):
             if optimizer not in _guarded:
                 # One hook, however many are made around it: none of them refuses the steps of another.
                 optimizer.register_step_pre_hook(_refuse_steps_by_hand)
@@ -138,7 +138,7 @@ class Around(Optimizer):
         Raises:
             PrivacyError: it computes gradients, or steps on other parameters.
         """
-        optimizers = _nested(self.base_optimizer)
+        optimizers = nested(self.base_optimizer)
 
         def refuse_foreign(optimizer: Optimizer, args: object, kwargs: object) -> None:
             require(parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from accounting import Accountant, create_accountant
@@ -289,8 +290,9 @@ class CliplessDPOptimizer(Around):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One private update.
+        """One private update; of what ``torch.compile`` is called around, a compiler takes no part of it.
 
         Hooks of ``torch.optim`` come between its parts: pre-hooks of this optimizer before anything is charged,
         ``begin_step`` of the noise source behind the charge, pre-hooks of the base optimizer where gradients are
