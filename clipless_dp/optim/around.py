@@ -8,11 +8,11 @@ from contextvars import ContextVar
 from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.model.surroundings import without_gradients
+from clipless_dp.model.surroundings import without_gradients, without_passes
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -127,16 +127,17 @@ class Around(Optimizer):
 
     @contextmanager
     def _base_may_step(
-        self, parameters: Iterable[Tensor], require: Callable[[Iterable[Tensor]], object]
+        self, net: nn.Module, parameters: Iterable[Tensor], require: Callable[[Iterable[Tensor]], object]
     ) -> Iterator[None]:
         """The other one may step: what it steps on is private, and nothing else arrives meanwhile.
 
         Args:
+            net: the wrapped network.
             parameters: of the network.
             require: raises where the given parameters are not of the network.
 
         Raises:
-            PrivacyError: it computes gradients, or steps on other parameters.
+            PrivacyError: it calls the network, computes gradients, or steps on other parameters.
         """
         optimizers = nested(self.base_optimizer)
 
@@ -147,7 +148,7 @@ class Around(Optimizer):
         handles = [optimizer.register_step_pre_hook(refuse_foreign) for optimizer in optimizers]
         token = _stepping.set(optimizers)
         try:
-            with without_gradients(parameters):
+            with without_passes(net), without_gradients(parameters):
                 yield
         finally:
             _stepping.reset(token)

@@ -155,9 +155,10 @@ def refuse_other_state(optimizer: Optimizer) -> None:
             continue
         raise PrivacyError(
             f"{place[2]!r} in {place[0]} of the base optimizer, a {type(optimizer).__name__}, was not left by a "
-            "private step: by steps from before, a method that reads gradients as they are (update_hessian()), an assignment, "
-            "or a state that was loaded into it. No noise protects what is in it. Make a new optimizer, or clear its "
-            "state (optimizer.state.clear()) and what it keeps elsewhere; load states into the private optimizer. Nothing was released"
+            "private step: by steps from before, a method that reads gradients as they are (update_hessian()), an "
+            "assignment, or a state that was loaded into it. No noise protects what is in it. Make a new optimizer, or "
+            "clear its state (optimizer.state.clear()) and what it keeps elsewhere; load states into the private "
+            "optimizer. Nothing was released"
         )
 
 

@@ -319,7 +319,7 @@ class CliplessDPOptimizer(Around):
                 self._leave_out(said=False)
                 raise
             try:
-                with self._base_may_step(self.model.register.parameters, self._protected.including):
+                with self._base_may_step(self.model, self.model.register.parameters, self._protected.including):
                     self.base_optimizer.step()
                 self.model.project_()
             finally:

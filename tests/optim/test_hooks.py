@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections import deque
+from threading import Thread
 from types import SimpleNamespace
 
 import numpy as np
@@ -221,11 +222,64 @@ def test_a_base_optimizer_that_passes_batches_within_its_step_is_refused_before_
     assert all(parameter.grad is not None for parameter in model.net.parameters())
 
 
-def test_a_base_optimizer_may_look_at_outputs_without_gradients():
-    seen = []
-    model, optimizer = around(lambda parameters: Own(parameters, lambda base: seen.append(float(plain(model)))))
+def slope(model):
+    """Of two passes without gradients, as MeZO's."""
+    with torch.no_grad():
+        return float(plain(model))
+
+
+def slope_of_a_layer(model):
+    with torch.no_grad():
+        return float(
+            next(part for part in model.net.modules() if isinstance(part, torch.nn.Linear))(torch.ones(6)).sum()
+        )
+
+
+def slope_along(model):
+    """Of a pass in forward mode."""
+    held = {name: parameter.detach() for name, parameter in model.net.named_parameters()}
+    inputs, targets = samples(8)
+
+    def loss(some):
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(model.net, some, (inputs,)), targets)
+
+    return float(torch.func.jvp(loss, (held,), (held,))[1])
+
+
+def slope_of_functions(model):
+    held = {name: parameter.detach() for name, parameter in model.net.named_parameters()}
+    return torch.func.grad(lambda some: sum(one.square().sum() for one in some.values()))(held)
+
+
+@pytest.mark.parametrize("look", [slope, slope_of_a_layer, slope_along, slope_of_functions])
+def test_a_base_optimizer_that_calls_the_network_without_gradients_is_refused_too(look):
+    """A slope along one direction is a part of the gradient, and so is what a line search sees."""
+    model, optimizer = around(lambda parameters: Own(parameters, lambda base: look(model)))
+    start = weights(model)
+    with pytest.raises(PrivacyError, match="calls the network or computes gradients within its step"):
+        optimizer.step()
+    assert all(map(torch.equal, start, weights(model)))
+    # Outside of the step, and of other networks and threads, calls are free.
+    optimizer.skip_draw()
+    slope(model)
+    pass_rows(model)
+
+
+def test_calls_of_other_networks_and_of_other_threads_are_free_while_a_base_optimizer_steps():
+    other = gated_model()
+
+    def meanwhile(base):
+        torch.nn.Linear(2, 2)(torch.ones(2))
+        found = []
+        thread = Thread(target=lambda: (pass_rows(other), found.append(slope(model))))
+        thread.start()
+        thread.join()
+        assert found
+
+    model, optimizer = around(lambda parameters: Own(parameters, meanwhile))
     optimizer.step()
-    assert len(seen) == optimizer.steps_taken == 1
+    assert optimizer.steps_taken == 1
+    assert other.register.passes
 
 
 class Outer(torch.optim.Optimizer):
