@@ -122,8 +122,9 @@ class _Marks:
             return mark is value or (not isinstance(value, (Tensor, np.ndarray)) and mark == value)
         if not isinstance(value, Tensor):
             return mark.tensor is None and isinstance(value, np.ndarray) and mark.print.fits(_tensor(value))
-        if mark.tensor is not None and mark.tensor() is value:
-            return _version(value) == mark.version and (value is not self._looked_at or self._numbers_hold())
+        if mark.tensor is not None and mark.tensor() is value and _version(value) == mark.version:
+            return value is not self._looked_at or self._numbers_hold()
+        # Swapped to and fro, moved, or loaded.
         return mark.print.fits(value)
 
 

@@ -597,7 +597,7 @@ def test_what_a_step_leaves_beside_the_state_and_settings_of_schedules_are_free(
     assert optimizer.steps_taken == 4
 
 
-@pytest.mark.parametrize("moved", ["moved", "loaded"])
+@pytest.mark.parametrize("moved", ["moved", "loaded", "swapped"])
 def test_a_state_that_is_moved_and_brought_back_goes_on_and_another_in_its_place_does_not(moved):
     model, optimizer = around(lambda parameters: torch.optim.Adam(parameters, lr=0.1))
     base = optimizer.base_optimizer
@@ -607,6 +607,11 @@ def test_a_state_that_is_moved_and_brought_back_goes_on_and_another_in_its_place
         if moved == "moved":
             for held in base.state.values():
                 held.update({name: value.clone() for name, value in held.items()})
+        elif moved == "swapped":
+            for held in base.state.values():
+                before = held["exp_avg"].clone()
+                held["exp_avg"].zero_().add_(1.0)
+                held["exp_avg"].copy_(before)
         else:
             base.load_state_dict(pickle.loads(pickle.dumps(base.state_dict())))
         pass_rows(model)
