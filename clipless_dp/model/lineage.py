@@ -343,15 +343,21 @@ class Lineage:
             trace.runs = {}
         self.add_runs(runs)
 
-    def record(self) -> dict[str, Any]:
-        """What copies and files of the model hold of this: plain values."""
+    def record(self, *, as_now: bool = False) -> dict[str, Any]:
+        """What copies and files of the model hold of this: plain values; here nothing changes by it.
+
+        Args:
+            as_now: hold the copy's buffers against those of now, whichever a step left.
+        """
         self.keep()
         net = self._net()
         return {
             "runs": self.runs,
             "changed": self.changed,
             "bounds": self.bounds.record(),
-            "buffers": None
+            "buffers": {name: [bits_of(local(one))] for name, one in buffers_of(net).items()}
+            if as_now and net is not None
+            else None
             if self._buffers is None
             else {name: [int(value) for value in one.known] for name, one in self._buffers.items()},
             "parameters": {

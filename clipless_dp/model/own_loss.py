@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,15 @@ class Own:
         self._sent: dict[int, Tensor] = {}
         self.returned: Callable[[], Tensor | None] = lambda: None
         self.rows = 0
+        self._written: tuple[int, object] = 0, None
+
+    def return_(self, returned: Tensor) -> None:
+        """The pass returns this."""
+        self.returned, self.rows, self._written = ref(returned), len(returned), _graph_of(returned)
+
+    def is_as_returned(self, output: Tensor) -> bool:
+        """Whether this is what the pass returned, and nothing was computed in its place since."""
+        return self.returned() is output and _graph_of(output) == self._written
 
     def note(self, cotangent: Tensor) -> None:
         """A sum has sent this, in the backward pass under way."""
@@ -80,7 +90,7 @@ class Between:
             return output
         edge = GradientEdge(output.grad_fn, output.output_nr)  # type: ignore[arg-type]
         ends = [GradientEdge(node, 0) for node in passes]
-        direct = len(passes) == 1 and passes[0].own.returned() is output
+        direct = len(passes) == 1 and passes[0].own.is_as_returned(output)
         if not direct:
             self._look(output, edge, ends)
             self._warn_of_choices(len(output), sum(node.own.rows for node in passes), names)
@@ -186,6 +196,12 @@ def _changed(before: Tensor, version: int, now: Tensor) -> bool:
     if before._version != version or before.shape != now.shape:
         return True
     return now is not before and not bool(((now == before) | (now.isnan() & before.isnan())).all())
+
+
+def _graph_of(output: Tensor) -> tuple[int, object]:
+    """How often a tensor was written to, and what computes it: the node itself would hold all of the pass."""
+    node = output.grad_fn
+    return output._version, None if node is None else (node.name(), node._sequence_nr())
 
 
 def leaves_beside(inputs: Tensor) -> list[Any]:

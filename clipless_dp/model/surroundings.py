@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any, NoReturn
 
 import torch
@@ -20,9 +21,10 @@ _UPDATE = "_clipless_dp_update"
 
 def _refuse_gradients(*_: object) -> NoReturn:
     raise PrivacyError(
-        "the base optimizer, or a hook of it, computes gradients within its step, as one that passes batches by itself "
-        "does (GSAM, SAM with a closure of its own): they would go into the weights without noise and without charge. "
-        "Take a first-order optimizer that steps on the gradients that are there. Nothing of them was released"
+        "the base optimizer, or a hook of it, calls the network or computes gradients within its step, as one that "
+        "passes batches by itself does (GSAM, SAM with a closure of its own, MeZO, a line search): what that says of "
+        "them would go into the weights without noise and without charge. Look at outputs outside of step(). Take a "
+        "first-order optimizer that steps on the gradients that are there. Nothing of them was released"
     )
 
 
@@ -48,9 +50,56 @@ def without_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
                 hooked.append(hooks)
         with saved_tensors_hooks(_refuse_gradients, _refuse_gradients):
             yield
+    except RuntimeError as error:
+        if "saved tensor hooks" in str(error):
+            # By which torch.func says that it does without them.
+            _refuse_gradients()
+        raise
     finally:
         for hooks in hooked:
             hooks.pop(_UPDATE, None)
+
+
+class _NoPasses:
+    """A hook on all modules by which those of one network refuse calls of this thread.
+
+    Args:
+        net: the network.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self._thread = get_ident()
+
+    def __call__(self, module: nn.Module, inputs: object) -> None:
+        if get_ident() == self._thread and any(
+            module is part and "parametrizations" not in name.split(".") for name, part in self._net.named_modules()
+        ):
+            # To read a weight that others are computed from calls its parametrization.
+            _refuse_gradients()
+
+
+@contextmanager
+def without_passes(net: nn.Module) -> Iterator[None]:
+    """No module of a network is called within, as two passes without gradients would measure a slope.
+
+    Raises:
+        PrivacyError: from within, where one is.
+    """
+    handle = modules.register_module_forward_pre_hook(_NoPasses(net))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _has_foreign_hook() -> bool:
+    """Whether a global module hook is registered, other than those of steps of other threads."""
+    if not modules._has_any_global_hook():
+        return False
+    ours = sum(isinstance(hook, _NoPasses) for hook in [*modules._global_forward_pre_hooks.values()])
+    others = modules._global_backward_pre_hooks, modules._global_backward_hooks, modules._global_forward_hooks
+    return any(others) or len(modules._global_forward_pre_hooks) > ours
 
 
 def refuse_interference() -> None:
@@ -61,7 +110,7 @@ def refuse_interference() -> None:
             the model is called through DDP. Modes of torch itself, activation checkpointing and ``save_on_cpu`` are let
             through.
     """
-    if modules._has_any_global_hook():
+    if _has_foreign_hook():
         raise PrivacyError(
             "a global module hook is registered (torch.nn.modules.module.register_module_…_hook), which may change "
             "what the network computes: remove it around the passes of a wrapped model"

@@ -106,8 +106,9 @@ class Watch:
             for leaf in self.leaves:
                 if leaf.is_altered(self._net, whole):
                     raise PrivacyError(
-                        f"the module {'.'.join(leaf.path)!r} of model.net was replaced or given hooks after wrapping: "
-                        "the bounds are not its own. Wrap the changed network in a new DPLipModel"
+                        f"the module {'.'.join(('model.net', *leaf.path))!r} was replaced or given hooks after "
+                        "wrapping, or a parameter of it was (register_hook, also one that only looks): the bounds are "
+                        "not its own. Wrap the changed network in a new DPLipModel"
                     )
         remedy = coarse_products(self._device)
         if remedy is not None:

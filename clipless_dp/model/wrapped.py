@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, cast
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +235,7 @@ class DPLipModel(nn.Module):
             return outputs.clone() if whole else outputs
         returned = guarded(outputs, self.register.drop)
         if own is not None:
-            own.returned, own.rows = ref(returned), len(returned)
+            own.return_(returned)
         return returned
 
     def _enter(self, entering: passes.Pass, norms: Tensor | None, other: bool) -> None:

@@ -8,11 +8,11 @@ from contextvars import ContextVar
 from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 from weakref import WeakSet
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.model.surroundings import without_gradients
+from clipless_dp.model.surroundings import without_gradients, without_passes
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -64,7 +64,7 @@ def guardable(optimizer: Optimizer) -> bool:
     return isinstance(vars(optimizer).get("_optimizer_step_pre_hooks"), dict) and hasattr(optimizer, "defaults")
 
 
-def _nested(optimizer: Optimizer) -> list[Optimizer]:
+def nested(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer, and those that it is around, as Lookahead is, whose steps run hooks."""
     found: list[Optimizer] = []
     left = [optimizer]
@@ -119,7 +119,7 @@ class Around(Optimizer):
 
     def _guard(self) -> None:
         """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it."""
-        for optimizer in _nested(self.base_optimizer):
+        for optimizer in nested(self.base_optimizer):
             if optimizer not in _guarded:
                 # One hook, however many are made around it: none of them refuses the steps of another.
                 optimizer.register_step_pre_hook(_refuse_steps_by_hand)
@@ -127,18 +127,19 @@ class Around(Optimizer):
 
     @contextmanager
     def _base_may_step(
-        self, parameters: Iterable[Tensor], require: Callable[[Iterable[Tensor]], object]
+        self, net: nn.Module, parameters: Iterable[Tensor], require: Callable[[Iterable[Tensor]], object]
     ) -> Iterator[None]:
         """The other one may step: what it steps on is private, and nothing else arrives meanwhile.
 
         Args:
+            net: the wrapped network.
             parameters: of the network.
             require: raises where the given parameters are not of the network.
 
         Raises:
-            PrivacyError: it computes gradients, or steps on other parameters.
+            PrivacyError: it calls the network, computes gradients, or steps on other parameters.
         """
-        optimizers = _nested(self.base_optimizer)
+        optimizers = nested(self.base_optimizer)
 
         def refuse_foreign(optimizer: Optimizer, args: object, kwargs: object) -> None:
             require(parameter for group in optimizer.param_groups for parameter in group["params"])
@@ -147,7 +148,7 @@ class Around(Optimizer):
         handles = [optimizer.register_step_pre_hook(refuse_foreign) for optimizer in optimizers]
         token = _stepping.set(optimizers)
         try:
-            with without_gradients(parameters):
+            with without_passes(net), without_gradients(parameters):
                 yield
         finally:
             _stepping.reset(token)

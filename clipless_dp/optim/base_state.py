@@ -2,25 +2,92 @@
 
 A method of the base optimizer that is called between the passes and the step (``update_hessian()`` of Sophia), or a
 state that is assigned or loaded, may hold gradients as they were before the noise. So each step leaves marks on the
-state, and the next one begins with a look whether it is as marked, or is that of a new optimizer.
+state, and the next one begins with a look whether it is as marked, or is that of a new optimizer. The state is what
+lies in ``state``, of optimizers within it too, and tensors in attributes of the optimizer and of its parameters, and in
+its groups. Numbers there are settings, which schedules change.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
+from clipless_dp.model.sums import INTEGERS
+from clipless_dp.optim.around import nested
 from clipless_dp.sampling import fingerprints
 
 _Place = tuple[object, ...]
+"""In what of the base optimizer, of which part of that, and under which name; and further within."""
+
+_Found = tuple[_Place, object, Any]
+
+
+class _Print:
+    """What tells whether another tensor holds the numbers of one that is gone, on whichever device.
+
+    Args:
+        values: its numbers.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        values = placement.local(values).detach()
+        self._kind = values.shape, values.dtype
+        self._numbers: Tensor | None = None
+        self._are_kept = values.numel() <= _SHORT
+        if self._are_kept:
+            self._numbers = values.clone()
+        elif _has_sum(values):
+            self._numbers = _sum(values)
+
+    def fits(self, values: Tensor) -> bool:
+        """Whether these are such numbers."""
+        values = placement.local(values).detach()
+        if self._numbers is None or self._kind != (values.shape, values.dtype):
+            return False
+        if self._are_kept:
+            return _equal(values, self._numbers)
+        return _has_sum(values) and int(_sum(values)) == int(self._numbers)
+
+
+def _has_sum(values: Tensor) -> bool:
+    plain = values.layout == torch.strided and not values.is_complex() and not values.is_quantized
+    return plain and values.element_size() in INTEGERS
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Of the bit patterns in order, eight bytes at a time where these come out even: modulo 2⁶⁴, on the device."""
+    flat = values.reshape(-1)
+    if flat.numel() * flat.element_size() % 8:
+        return flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
+    if flat.storage_offset() * flat.element_size() % 8 or flat.stride(0) != 1:
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.int64).sum()
+
+
+_SHORT = 64
+"""Numbers that are kept as they are."""
+
+
+class _Mark(NamedTuple):
+    tensor: ref[Tensor] | None
+    version: int
+    print: _Print
+
+
+def _mark_of(value: object) -> object:
+    if isinstance(value, Tensor):
+        return _Mark(ref(value), _version(value), _Print(value))
+    return _Mark(None, 0, _Print(_tensor(value))) if isinstance(value, np.ndarray) else value
 
 
 class _Marks:
@@ -31,18 +98,18 @@ class _Marks:
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._held: dict[_Place, tuple[ref[Tensor], int] | object] = {
-            place: (ref(value), _version(value)) if isinstance(value, Tensor) else value
-            for place, _, value in _values(optimizer)
-        }
+        values = [*_values(optimizer), *_beside(optimizer)]
+        self._held = {place: _mark_of(value) for place, _, value in values}
         # Of one tensor some numbers: what is written beneath the counters goes into all of a kind, as a rule.
-        some = [value for _, _, value in _values(optimizer) if isinstance(value, Tensor) and value.numel() > 1]
+        some = [value for _, _, value in values if isinstance(value, Tensor) and value.numel() > 1]
         self._looked_at = secrets.choice(some) if some else None
         self._sample = None if self._looked_at is None else fingerprints.sample(placement.local(self._looked_at))
 
     def hold(self, optimizer: Optimizer) -> bool:
         """Whether all is as it was, but for what is gone."""
-        return self._numbers_hold() and all(self.fit(place, value) for place, _, value in _values(optimizer))
+        return self._numbers_hold() and all(
+            self.fit(place, value) for place, _, value in (*_values(optimizer), *_beside(optimizer))
+        )
 
     def _numbers_hold(self) -> bool:
         some = self._looked_at
@@ -51,14 +118,14 @@ class _Marks:
     def fit(self, place: _Place, value: Any) -> bool:
         """Whether a value is the one that was there, or holds what that did."""
         mark = self._held.get(place)
-        if not isinstance(mark, tuple):
-            return mark is value or (not isinstance(value, Tensor) and mark == value)
-        known = mark[0]()
-        if known is not None and known is value:
-            return _version(known) == mark[1] and (known is not self._looked_at or self._numbers_hold())
-        if known is None or not isinstance(value, Tensor) or _version(known) != mark[1]:
-            return False
-        return known.shape == value.shape and known.dtype == value.dtype and _equal(known, value)
+        if not isinstance(mark, _Mark):
+            return mark is value or (not isinstance(value, (Tensor, np.ndarray)) and mark == value)
+        if not isinstance(value, Tensor):
+            return mark.tensor is None and isinstance(value, np.ndarray) and mark.print.fits(_tensor(value))
+        if mark.tensor is not None and mark.tensor() is value and _version(value) == mark.version:
+            return value is not self._looked_at or self._numbers_hold()
+        # Swapped to and fro, moved, or loaded.
+        return mark.print.fits(value)
 
 
 _marks: WeakKeyDictionary[Optimizer, _Marks] = WeakKeyDictionary()
@@ -78,7 +145,9 @@ def refuse_other_state(optimizer: Optimizer) -> None:
     marks = _marks.get(optimizer)
     if marks is not None and marks.hold(optimizer):
         return
-    for place, parameter, value in _values(optimizer):
+    # A constructor may have made any tensors of its own.
+    beside = () if marks is None else _beside(optimizer)
+    for place, parameter, value in (*_values(optimizer), *beside):
         if (
             _is_new(place, parameter, value)
             if marks is None
@@ -86,10 +155,11 @@ def refuse_other_state(optimizer: Optimizer) -> None:
         ):
             continue
         raise PrivacyError(
-            f"{place[1]!r} in the state of the base optimizer, a {type(optimizer).__name__}, was not left by a private "
-            "step: by steps from before, a method that reads gradients as they are (update_hessian()), an assignment, "
-            "or a state that was loaded into it. No noise protects what is in it. Make a new optimizer, or clear its "
-            "state (optimizer.state.clear()); load states into the private optimizer. Nothing was released"
+            f"{place[2]!r} in {place[0]} of the base optimizer, a {type(optimizer).__name__}, was not left by a "
+            "private step: by steps from before, a method that reads gradients as they are (update_hessian()), an "
+            "assignment, or a state that was loaded into it. No noise protects what is in it. Make a new optimizer, or "
+            "clear its state (optimizer.state.clear()) and what it keeps elsewhere; load states into the private "
+            "optimizer. Nothing was released"
         )
 
 
@@ -104,27 +174,75 @@ def has_stepped(optimizer: Optimizer) -> bool:
     return noted or not all(_is_new(*found) for found in _values(optimizer))
 
 
-def _values(optimizer: Optimizer) -> Iterator[tuple[_Place, object, object]]:
-    """Tensors and numbers of a state: where they are, of which parameter, and they."""
-    for key, held in optimizer.state.items():
-        place = key if isinstance(key, str) else id(key)
-        for name, value in held.items() if isinstance(held, dict) else (("", held),):
-            if isinstance(value, (Tensor, int, float)):
-                yield (place, name), key, value
-            elif isinstance(value, (Mapping, list, tuple)):
-                yield from _within((place, name), key, value)
+def _values(optimizer: Optimizer) -> Iterator[_Found]:
+    """Tensors and numbers of the states: where they are, of which parameter, and they."""
+    for number, one in enumerate(_all(optimizer)):
+        for key, held in one.state.items():
+            place = "the state", (number, key if isinstance(key, str) else id(key))
+            for name, value in held.items() if isinstance(held, dict) else (("", held),):
+                yield from _within((*place, name), key, value)
 
 
-def _within(place: _Place, key: object, value: Any) -> Iterator[tuple[_Place, object, object]]:
-    for name, one in value.items() if isinstance(value, Mapping) else enumerate(value):
-        if isinstance(one, (Tensor, int, float)):
-            yield (*place, name), key, one
-        elif isinstance(one, (Mapping, list, tuple)):
-            yield from _within((*place, name), key, one)
+def _beside(optimizer: Optimizer) -> Iterator[_Found]:
+    """Tensors that are kept elsewhere: in attributes of optimizers and of parameters, and in groups."""
+    everything = _all(optimizer)
+    parameters = {id(one): one for some in everything for group in some.param_groups for one in group["params"]}
+    # Which are known, and are as private.
+    known = {*parameters, *(id(one.grad) for one in parameters.values())}
+    places: list[tuple[_Place, object, Mapping[str, Any]]] = []
+    for number, some in enumerate(everything):
+        places.append((("an attribute", number), None, {k: v for k, v in vars(some).items() if k not in _OF_TORCH}))
+        places += [(("a group", (number, at)), None, group) for at, group in enumerate(some.param_groups)]
+    places += [(("an attribute of a parameter", key), one, one.__dict__) for key, one in parameters.items()]
+    for place, owner, held in places:
+        for name, value in held.items():
+            if isinstance(value, _KEPT) and name != "params":
+                for found in _within((*place, name), owner, value):
+                    one = found[2]
+                    if (isinstance(one, Tensor) and one.numel() > 1 and id(one) not in known) or (
+                        isinstance(one, np.ndarray) and one.size > 1
+                    ):
+                        yield found
+
+
+_OF_TORCH = frozenset({"state", "param_groups", "defaults"})
+_KEPT = (Tensor, np.ndarray, Mapping, list, tuple, deque, set, frozenset)
+
+
+def _all(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those within it."""
+    return [optimizer, *(one for one in nested(optimizer) if one is not optimizer)]
+
+
+def _within(place: _Place, key: object, value: Any, around: tuple[int, ...] = ()) -> Iterator[_Found]:
+    if isinstance(value, (Tensor, int, float)) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub"):
+        yield place, key, value
+        return
+    if id(value) in around:
+        return
+    if isinstance(value, Mapping):
+        # Parameters compare by their numbers.
+        held: Iterable[tuple[object, object]] = (
+            (id(name) if isinstance(name, Tensor) else name, one) for name, one in value.items()
+        )
+    elif isinstance(value, _KEPT):
+        held = enumerate(value)
+    elif isinstance(value, (nn.Module, Optimizer, type)) or callable(value):
+        return
+    else:
+        held = getattr(value, "__dict__", {}).items()
+    for name, one in held:
+        yield from _within((*place, name), key, one, (*around, id(value)))
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """A copy, since arrays of some kinds and strides are none of torch's."""
+    return torch.from_numpy(array.astype(np.float64))
 
 
 def _is_new(place: _Place, parameter: object, value: object) -> bool:
     """Whether a constructor may have left this: no steps yet, one number throughout, or the parameter itself."""
+    value = _tensor(value) if isinstance(value, np.ndarray) else value
     if not isinstance(value, Tensor):
         return place[-1] != "step" or not value
     if value.numel() == 1:
@@ -134,6 +252,7 @@ def _is_new(place: _Place, parameter: object, value: object) -> bool:
 
 def _is_reset(parameter: object, value: object) -> bool:
     """Whether a number is zero, or a tensor is of zeros or a copy of the parameter."""
+    value = _tensor(value) if isinstance(value, np.ndarray) else value
     if not isinstance(value, Tensor):
         return not value
     if isinstance(parameter, Tensor) and value.shape == parameter.shape and _equal(value, parameter):

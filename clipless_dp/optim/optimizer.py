@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from accounting import Accountant, create_accountant
@@ -289,8 +290,9 @@ class CliplessDPOptimizer(Around):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One private update.
+        """One private update; of what ``torch.compile`` is called around, a compiler takes no part of it.
 
         Hooks of ``torch.optim`` come between its parts: pre-hooks of this optimizer before anything is charged,
         ``begin_step`` of the noise source behind the charge, pre-hooks of the base optimizer where gradients are
@@ -317,7 +319,7 @@ class CliplessDPOptimizer(Around):
                 self._leave_out(said=False)
                 raise
             try:
-                with self._base_may_step(self.model.register.parameters, self._protected.including):
+                with self._base_may_step(self.model, self.model.register.parameters, self._protected.including):
                     self.base_optimizer.step()
                 self.model.project_()
             finally:

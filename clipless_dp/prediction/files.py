@@ -188,11 +188,12 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
         statement = PrivacyStatement(json.loads(values["statement"]))
         runs = _runs_of(statement.facts)
         probe = Probe(values["probe"]["inputs"], values["probe"]["scores"])
+        promise = Promise(*_bound_of(values["epsilon"], values["delta"], statement.facts), statement)
         predictor = Predictor(
             net,
             Link.read(values["link"]),
             _outputs_of(values["outputs"], probe),
-            Promise(*_bound_of(values["epsilon"], values["delta"], statement.facts), statement),
+            promise,
             classes=values["classes"],
             threshold=values["threshold"],
             target_range=_range_of(values["target_range"]),
@@ -212,7 +213,7 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
     for part in (holder, net):
         lineage.of(part).leave()
     # Made anew, since it counts the runs that are known then.
-    return replace(predictor)
+    return replace(predictor, promise=promise)
 
 
 @contextmanager

@@ -53,11 +53,14 @@ class Promise:
         epsilon: spent on what was released, an upper bound.
         delta: the δ that it holds at.
         statement: as :func:`clipless_dp.report` says it, the ledger included.
+        runs: how many private steps of each run on the weights it counts; ``None``: those that are known once a
+            :class:`Predictor` is made with it.
     """
 
     epsilon: float
     delta: float
     statement: PrivacyStatement = field(repr=False)
+    runs: Mapping[str, int] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +92,11 @@ class Predictor:
     target_range: tuple[float, float] | None = None
     encode: Callable[[Any], Tensor] | None = field(default=None, repr=False)
     dtype: torch.dtype | None = field(default=None, repr=False)
-    _runs: Mapping[str, int] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_classes(self.classes, self.outputs, self.link))
-        object.__setattr__(self, "_runs", lineage.of(self.net).runs)
+        if isinstance(self.promise, Promise) and self.promise.runs is None:
+            object.__setattr__(self, "promise", replace(self.promise, runs=lineage.of(self.net).runs))
         self._start()
         if self.threshold is not None:
             object.__setattr__(self, "threshold", share("threshold", self.threshold, "[0, 1]"))
@@ -103,14 +106,18 @@ class Predictor:
 
     def __getstate__(self) -> dict[str, Any]:
         promised, known = self.promised, lineage.of(self.net)
-        if not isinstance(self.promise, Promise):
-            # What was changed until now, the promise tells.
-            known.settle_buffers()
-        return {**vars(self), "promise": promised, "_runs": known.runs, "_past": known.record()}
+        if promised.runs is None:
+            promised = replace(promised, runs=known.runs)
+        # What was changed until now in buffers of a live result, the promise tells.
+        past = known.record(as_now=not isinstance(self.promise, Promise))
+        return {**vars(self), "promise": promised, "_past": past}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
-        past = state.pop("_past", None)
+        past, runs = state.pop("_past", None), state.pop("_runs", None)
+        if runs is not None:
+            # Pickles of former versions.
+            state["promise"] = replace(state["promise"], runs=runs)
         vars(self).update(state)
         if past is not None:
             lineage.of(self.net).restore(past)
@@ -140,7 +147,8 @@ class Predictor:
     def _promised(self) -> Promise:
         if not isinstance(self.promise, Promise):
             return self.promise()
-        if any(count > self._runs.get(run, 0) for run, count in lineage.of(self.net).runs.items()):
+        counted = self.promise.runs or {}
+        if any(count > counted.get(run, 0) for run, count in lineage.of(self.net).runs.items()):
             raise PrivacyError(
                 "private steps were taken on these weights since their promise was made, which it does not count: read "
                 "it from the result of the last training, and give that the first one's accountant"

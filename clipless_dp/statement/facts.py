@@ -43,7 +43,8 @@ DRAWN = {
 
 CHANGED = (
     "The model's weights are not those that the last recorded step left, or its buffers are not: something else has "
-    "set or trained them since. Unless that read none of the data, the ε shown is not that of this model."
+    "set or trained them since. Unless that read none of the data, as a conversion to another dtype does not, the ε "
+    "shown is not that of this model."
 )
 
 _UNCOVERED = (

@@ -625,6 +625,47 @@ def test_a_hook_that_changes_what_comes_back_to_outputs_is_refused(hook, between
     assert all(parameter.grad is None for parameter in model.net.parameters())
 
 
+def centred(outputs):
+    outputs -= outputs.mean(0)
+
+
+def normed(outputs):
+    outputs[:] = nn.functional.batch_norm(outputs.clone(), None, None, training=True)
+
+
+def centred_by_a_view(outputs):
+    outputs.view(-1, 3).sub_(outputs.mean(0))
+
+
+@pytest.mark.parametrize("mix", [centred, normed, centred_by_a_view])
+def test_rows_that_meet_in_an_output_that_is_written_to_are_refused(mix):
+    """It is the same object by then, and what computes it is not the pass."""
+    model, _optimizer, loader = made = private(input_norm=3.0)
+    inputs, targets = next(draw for draw in loader if len(draw[0]) > 1)
+    outputs = model(inputs)
+    mix(outputs)
+    with pytest.raises(PrivacyError, match="comes from several rows"):
+        made.loss(outputs, targets)
+
+
+@pytest.mark.parametrize("write", [lambda outputs: outputs.mul_(1.0), lambda outputs: outputs.div_(0.5)])
+def test_a_hook_on_an_output_that_was_written_to_is_refused_and_without_one_it_trains(write):
+    model, optimizer, loader = made = private(input_norm=3.0)
+    batches = (draw for draw in loader if len(draw[0]) > 1)
+    inputs, targets = next(batches)
+    outputs = model(inputs)
+    write(outputs)
+    made.loss(outputs, targets).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    inputs, targets = next(batches)
+    outputs = model(inputs)
+    write(outputs)
+    outputs.register_hook(lambda cotangent: cotangent * 0.5)
+    with pytest.raises(PrivacyError, match="Hooks may look, not change"):
+        made.loss(outputs, targets).backward()
+
+
 @pytest.mark.parametrize("where", ["prehook", "hook"])
 def test_a_hook_on_the_node_of_an_output_is_refused_too_without_a_loss_that_is_required(where):
     model, _optimizer, loader = private(input_norm=3.0)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
+from collections import deque
+from threading import Thread
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -216,11 +222,64 @@ def test_a_base_optimizer_that_passes_batches_within_its_step_is_refused_before_
     assert all(parameter.grad is not None for parameter in model.net.parameters())
 
 
-def test_a_base_optimizer_may_look_at_outputs_without_gradients():
-    seen = []
-    model, optimizer = around(lambda parameters: Own(parameters, lambda base: seen.append(float(plain(model)))))
+def slope(model):
+    """Of two passes without gradients, as MeZO's."""
+    with torch.no_grad():
+        return float(plain(model))
+
+
+def slope_of_a_layer(model):
+    with torch.no_grad():
+        return float(
+            next(part for part in model.net.modules() if isinstance(part, torch.nn.Linear))(torch.ones(6)).sum()
+        )
+
+
+def slope_along(model):
+    """Of a pass in forward mode."""
+    held = {name: parameter.detach() for name, parameter in model.net.named_parameters()}
+    inputs, targets = samples(8)
+
+    def loss(some):
+        return torch.nn.functional.cross_entropy(torch.func.functional_call(model.net, some, (inputs,)), targets)
+
+    return float(torch.func.jvp(loss, (held,), (held,))[1])
+
+
+def slope_of_functions(model):
+    held = {name: parameter.detach() for name, parameter in model.net.named_parameters()}
+    return torch.func.grad(lambda some: sum(one.square().sum() for one in some.values()))(held)
+
+
+@pytest.mark.parametrize("look", [slope, slope_of_a_layer, slope_along, slope_of_functions])
+def test_a_base_optimizer_that_calls_the_network_without_gradients_is_refused_too(look):
+    """A slope along one direction is a part of the gradient, and so is what a line search sees."""
+    model, optimizer = around(lambda parameters: Own(parameters, lambda base: look(model)))
+    start = weights(model)
+    with pytest.raises(PrivacyError, match="calls the network or computes gradients within its step"):
+        optimizer.step()
+    assert all(map(torch.equal, start, weights(model)))
+    # Outside of the step, and of other networks and threads, calls are free.
+    optimizer.skip_draw()
+    slope(model)
+    pass_rows(model)
+
+
+def test_calls_of_other_networks_and_of_other_threads_are_free_while_a_base_optimizer_steps():
+    other = gated_model()
+
+    def meanwhile(base):
+        torch.nn.Linear(2, 2)(torch.ones(2))
+        found = []
+        thread = Thread(target=lambda: (pass_rows(other), found.append(slope(model))))
+        thread.start()
+        thread.join()
+        assert found
+
+    model, optimizer = around(lambda parameters: Own(parameters, meanwhile))
     optimizer.step()
-    assert len(seen) == optimizer.steps_taken == 1
+    assert optimizer.steps_taken == 1
+    assert other.register.passes
 
 
 class Outer(torch.optim.Optimizer):
@@ -450,3 +509,131 @@ def test_weights_that_a_base_optimizer_changes_for_predictions_are_counted():
     optimizer.step()
     assert optimizer.uncounted_changes == 0
     assert not hasattr(around(lambda parameters: torch.optim.SGD(parameters, lr=0.1))[1], "train")
+
+
+def attribute(base, parameter):
+    base.held = {parameter: parameter.grad.clone()}
+
+
+def of_parameter(base, parameter):
+    parameter.hess = parameter.grad.clone()
+
+
+def of_group(base, parameter):
+    base.param_groups[0]["h"] = [parameter.grad.clone()]
+
+
+def in_a_queue(base, parameter):
+    base.state[parameter]["h"] = deque([parameter.grad.clone()])
+
+
+def as_an_array(base, parameter):
+    base.state[parameter]["h"] = parameter.grad.numpy().copy()
+
+
+def in_an_object(base, parameter):
+    base.state[parameter]["h"] = SimpleNamespace(of=parameter.grad.clone())
+
+
+def of_the_inner(base, parameter):
+    base.inner.state[parameter]["momentum_buffer"] = parameter.grad.clone()
+
+
+@pytest.mark.parametrize(
+    "write", [attribute, of_parameter, of_group, in_a_queue, as_an_array, in_an_object, of_the_inner]
+)
+def test_gradients_that_are_kept_beside_the_state_are_refused_too(write):
+    inner = []
+
+    def nested(parameters):
+        inner.append(torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+        return Outer(inner[0])
+
+    model, optimizer = around(nested)
+    optimizer.step()
+    optimizer.zero_grad()
+    pass_rows(model)
+    base = optimizer.base_optimizer
+    write(base, next(parameter for parameter in base.param_groups[0]["params"] if parameter.numel() > 1))
+    start = weights(model)
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+    assert all(map(torch.equal, start, weights(model)))
+    assert len(optimizer.accountant) == 1
+
+
+def test_an_optimizer_within_the_base_one_that_has_stepped_before_is_refused():
+    model = gated_model()
+    inner = torch.optim.SGD(model.net.parameters(), lr=0.1, momentum=0.9)
+    plain(model).backward()
+    inner.step()
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        CliplessDPOptimizer(model, Outer(inner), **SETTINGS)
+
+
+class Keeping(Own):
+    """Keeps tensors of its own in attributes, groups and parameters, and changes them in its step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, Keeping.keep)
+        self.directions = torch.randn(5, 5)
+
+    def keep(self):
+        for group in self.param_groups:
+            group["mean"] = [parameter.grad.clone() for parameter in group["params"]]
+            for parameter in group["params"]:
+                parameter.before = parameter.grad.clone()
+        self.everything = (deque([self.directions.mul_(0.9)]), np.ones(3) * self.directions[0, 0].item())
+
+
+def test_what_a_step_leaves_beside_the_state_and_settings_of_schedules_are_free():
+    model, optimizer = around(Keeping)
+    for _ in range(3):
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.param_groups[0]["lr"] = torch.tensor(0.1 / optimizer.steps_taken)
+        pass_rows(model)
+    optimizer.step()
+    assert optimizer.steps_taken == 4
+
+
+@pytest.mark.parametrize("moved", ["moved", "loaded", "swapped"])
+def test_a_state_that_is_moved_and_brought_back_goes_on_and_another_in_its_place_does_not(moved):
+    model, optimizer = around(lambda parameters: torch.optim.Adam(parameters, lr=0.1))
+    base = optimizer.base_optimizer
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        if moved == "moved":
+            for held in base.state.values():
+                held.update({name: value.clone() for name, value in held.items()})
+        elif moved == "swapped":
+            for held in base.state.values():
+                before = held["exp_avg"].clone()
+                held["exp_avg"].zero_().add_(1.0)
+                held["exp_avg"].copy_(before)
+        else:
+            base.load_state_dict(pickle.loads(pickle.dumps(base.state_dict())))
+        pass_rows(model)
+    optimizer.step()
+    optimizer.zero_grad()
+    pass_rows(model)
+    # One entry of one tensor.
+    held = max(base.state.values(), key=lambda one: one["exp_avg"].numel())
+    held["exp_avg"] = held["exp_avg"].clone()
+    held["exp_avg"].view(-1)[-2] += 1e-3
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+
+
+def test_of_a_compiled_step_the_private_part_runs_as_it_is():
+    model, optimizer = around(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    start = weights(model)
+
+    @torch.compile(backend="eager")
+    def step():
+        optimizer.step()
+
+    step()
+    assert optimizer.steps_taken == len(optimizer.accountant) == 1
+    assert not all(map(torch.equal, start, weights(model)))

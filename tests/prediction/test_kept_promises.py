@@ -5,14 +5,26 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from clipless_dp import CheckpointError, DPLipModel, PoissonBatches, PrivacyWarning, fit, gradient_gated, load, losses
+from clipless_dp import (
+    CheckpointError,
+    DPLipModel,
+    PoissonBatches,
+    PrivacyError,
+    PrivacyWarning,
+    fit,
+    gradient_gated,
+    load,
+    losses,
+)
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
+from clipless_dp.model import lineage
 from clipless_dp.prediction import Predictor
 from clipless_dp.statement.facts import CHANGED
 from clipless_dp.tables import fit_table
@@ -250,3 +262,49 @@ def test_a_statement_of_another_time_is_a_statement(path):
     assert json.loads(statement.to_json())["findings"][0] == CHANGED
     assert statement.of_other_weights().findings == statement.findings
     assert CHANGED in statement.to_markdown()
+
+
+WRITTEN = {"pickled": pickle.dumps, "copied": copy.deepcopy, "replaced": lambda one: replace(one, threshold=None)}
+
+
+@pytest.mark.parametrize("written", WRITTEN)
+def test_a_predictor_that_is_written_leaves_what_is_known_of_the_result_as_it_was(written, tmp_path):
+    result = trained()
+    predictor = result.predictor()
+    buffer, before = buffer_of(predictor), buffer_of(predictor).clone()
+    buffer.copy_(DATA[0][0])
+    for _ in range(2):
+        with pytest.warns(PrivacyWarning):
+            assert result.predictor().statement.facts["weights"]["as_counted"] is False
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PrivacyWarning)
+            WRITTEN[written](predictor)
+    with pytest.warns(PrivacyWarning):
+        result.save(tmp_path / "a.pt")
+    with pytest.warns(PrivacyWarning):
+        assert CHANGED in load(tmp_path / "a.pt", net=build(1)).statement.findings
+    buffer.copy_(before)
+    assert CHANGED not in result.predictor().statement.findings
+
+
+@pytest.mark.parametrize("opened", ["loaded", "unpickled", "the network alone", "live, unpickled"])
+def test_a_promise_that_is_read_in_another_way_does_not_count_what_it_did_not(path, opened):
+    predictor = OPENED[opened](path)
+    same = replace(predictor, target_range=(0.0, 1.0))
+    assert same.epsilon == predictor.epsilon
+    lineage.of(predictor.net).add_runs({"another": 3})
+    for one in (predictor, same, replace(predictor, target_range=(0.0, 1.0))):
+        with pytest.raises(PrivacyError, match="does not count"):
+            _ = one.epsilon
+        for write in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(PrivacyError, match="does not count"):
+                write(one)
+
+
+def test_a_conversion_of_a_finished_model_is_told_in_words_that_name_it(path):
+    predictor = load(path, net=build(1))
+    predictor.net.double()
+    with pytest.warns(PrivacyWarning, match="conversion to another dtype"):
+        assert predictor.epsilon > 0
+    predictor.net.float()
+    assert CHANGED not in predictor.statement.findings
