@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, NoReturn, TypeVar, cast, overload
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model.surroundings import without_gradients, without_passes
@@ -46,7 +48,7 @@ class Setting(Generic[Given, Kept]):
         setattr(instance, self._name, self._checked(value))
 
 
-_guarded: WeakSet[Optimizer] = WeakSet()
+_guard_of: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 _stepping: ContextVar[Sequence[Optimizer]] = ContextVar("_stepping", default=())
 
 
@@ -74,6 +76,25 @@ def nested(optimizer: Optimizer) -> list[Optimizer]:
             found.append(one)
             left += [value for value in vars(one).values() if isinstance(value, Optimizer)]
     return found
+
+
+_TORCH = frozenset(
+    getattr(torch.optim, name)
+    for name in ("SGD", "ASGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "Adagrad", "RMSprop", "Rprop")
+)
+
+
+def is_plain(optimizer: Optimizer) -> bool:
+    """Whether nobody's code but torch's runs in its step, which reads parameters, gradients, groups and ``state``."""
+    own = vars(optimizer)
+    return (
+        type(optimizer) in _TORCH
+        and "step" not in own
+        and own["_optimizer_step_pre_hooks"].keys() <= {_guard_of.get(optimizer)}
+        and not own["_optimizer_step_post_hooks"]
+        and not _global_optimizer_pre_hooks
+        and not _global_optimizer_post_hooks
+    )
 
 
 class Around(Optimizer):
@@ -120,10 +141,9 @@ class Around(Optimizer):
     def _guard(self) -> None:
         """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it."""
         for optimizer in nested(self.base_optimizer):
-            if optimizer not in _guarded:
+            if optimizer not in _guard_of:
                 # One hook, however many are made around it: none of them refuses the steps of another.
-                optimizer.register_step_pre_hook(_refuse_steps_by_hand)
-                _guarded.add(optimizer)
+                _guard_of[optimizer] = optimizer.register_step_pre_hook(_refuse_steps_by_hand).id
 
     @contextmanager
     def _base_may_step(
@@ -139,6 +159,14 @@ class Around(Optimizer):
         Raises:
             PrivacyError: it calls the network, computes gradients, or steps on other parameters.
         """
+        if is_plain(self.base_optimizer):
+            # Its groups were looked at, and nobody's code runs in between.
+            token = _stepping.set([self.base_optimizer])
+            try:
+                yield
+            finally:
+                _stepping.reset(token)
+            return
         optimizers = nested(self.base_optimizer)
 
         def refuse_foreign(optimizer: Optimizer, args: object, kwargs: object) -> None:

@@ -22,8 +22,7 @@ from torch.optim import Optimizer
 
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
-from clipless_dp.model.sums import INTEGERS
-from clipless_dp.optim.around import nested
+from clipless_dp.optim.around import is_plain, nested
 from clipless_dp.sampling import fingerprints
 
 _Place = tuple[object, ...]
@@ -32,62 +31,18 @@ _Place = tuple[object, ...]
 _Found = tuple[_Place, object, Any]
 
 
-class _Print:
-    """What tells whether another tensor holds the numbers of one that is gone, on whichever device.
-
-    Args:
-        values: its numbers.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        values = placement.local(values).detach()
-        self._kind = values.shape, values.dtype
-        self._numbers: Tensor | None = None
-        self._are_kept = values.numel() <= _SHORT
-        if self._are_kept:
-            self._numbers = values.clone()
-        elif _has_sum(values):
-            self._numbers = _sum(values)
-
-    def fits(self, values: Tensor) -> bool:
-        """Whether these are such numbers."""
-        values = placement.local(values).detach()
-        if self._numbers is None or self._kind != (values.shape, values.dtype):
-            return False
-        if self._are_kept:
-            return _equal(values, self._numbers)
-        return _has_sum(values) and int(_sum(values)) == int(self._numbers)
-
-
-def _has_sum(values: Tensor) -> bool:
-    plain = values.layout == torch.strided and not values.is_complex() and not values.is_quantized
-    return plain and values.element_size() in INTEGERS
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Of the bit patterns in order, eight bytes at a time where these come out even: modulo 2⁶⁴, on the device."""
-    flat = values.reshape(-1)
-    if flat.numel() * flat.element_size() % 8:
-        return flat.view(INTEGERS[flat.element_size()]).sum(dtype=torch.int64)
-    if flat.storage_offset() * flat.element_size() % 8 or flat.stride(0) != 1:
-        flat = flat.clone(memory_format=torch.contiguous_format)
-    return flat.view(torch.int64).sum()
-
-
-_SHORT = 64
-"""Numbers that are kept as they are."""
-
-
 class _Mark(NamedTuple):
+    """A tensor, which nothing is kept alive for and no number of which is read, or an array's numbers."""
+
     tensor: ref[Tensor] | None
     version: int
-    print: _Print
+    numbers: Tensor | None
 
 
 def _mark_of(value: object) -> object:
     if isinstance(value, Tensor):
-        return _Mark(ref(value), _version(value), _Print(value))
-    return _Mark(None, 0, _Print(_tensor(value))) if isinstance(value, np.ndarray) else value
+        return _Mark(ref(value), _version(value), None)
+    return _Mark(None, 0, _tensor(value)) if isinstance(value, np.ndarray) else value
 
 
 class _Marks:
@@ -120,12 +75,15 @@ class _Marks:
         mark = self._held.get(place)
         if not isinstance(mark, _Mark):
             return mark is value or (not isinstance(value, (Tensor, np.ndarray)) and mark == value)
-        if not isinstance(value, Tensor):
-            return mark.tensor is None and isinstance(value, np.ndarray) and mark.print.fits(_tensor(value))
-        if mark.tensor is not None and mark.tensor() is value and _version(value) == mark.version:
+        if mark.numbers is not None:
+            return isinstance(value, np.ndarray) and _same(_tensor(value), mark.numbers)
+        known = None if mark.tensor is None else mark.tensor()
+        if known is None or not isinstance(value, Tensor) or _version(known) != mark.version:
+            return False
+        if known is value:
             return value is not self._looked_at or self._numbers_hold()
-        # Swapped to and fro, moved, or loaded.
-        return mark.print.fits(value)
+        # Swapped to and fro.
+        return known.dtype == value.dtype and _same(known, value)
 
 
 _marks: WeakKeyDictionary[Optimizer, _Marks] = WeakKeyDictionary()
@@ -185,6 +143,9 @@ def _values(optimizer: Optimizer) -> Iterator[_Found]:
 
 def _beside(optimizer: Optimizer) -> Iterator[_Found]:
     """Tensors that are kept elsewhere: in attributes of optimizers and of parameters, and in groups."""
+    if is_plain(optimizer):
+        # It reads none of them.
+        return
     everything = _all(optimizer)
     parameters = {id(one): one for some in everything for group in some.param_groups for one in group["params"]}
     # Which are known, and are as private.
@@ -211,6 +172,8 @@ _KEPT = (Tensor, np.ndarray, Mapping, list, tuple, deque, set, frozenset)
 
 def _all(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer and those within it."""
+    if is_plain(optimizer):
+        return [optimizer]
     return [optimizer, *(one for one in nested(optimizer) if one is not optimizer)]
 
 
@@ -258,6 +221,10 @@ def _is_reset(parameter: object, value: object) -> bool:
     if isinstance(parameter, Tensor) and value.shape == parameter.shape and _equal(value, parameter):
         return True
     return not bool(value.detach().any())
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and _equal(one, other)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

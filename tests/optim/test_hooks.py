@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections import deque
 from threading import Thread
@@ -598,32 +599,32 @@ def test_what_a_step_leaves_beside_the_state_and_settings_of_schedules_are_free(
 
 
 @pytest.mark.parametrize("moved", ["moved", "loaded", "swapped"])
-def test_a_state_that_is_moved_and_brought_back_goes_on_and_another_in_its_place_does_not(moved):
+def test_a_state_that_is_moved_or_loaded_past_the_private_optimizer_is_refused_and_through_it_goes_on(moved):
     model, optimizer = around(lambda parameters: torch.optim.Adam(parameters, lr=0.1))
     base = optimizer.base_optimizer
-    for _ in range(2):
-        optimizer.step()
-        optimizer.zero_grad()
-        if moved == "moved":
-            for held in base.state.values():
-                held.update({name: value.clone() for name, value in held.items()})
-        elif moved == "swapped":
-            for held in base.state.values():
-                before = held["exp_avg"].clone()
-                held["exp_avg"].zero_().add_(1.0)
-                held["exp_avg"].copy_(before)
-        else:
-            base.load_state_dict(pickle.loads(pickle.dumps(base.state_dict())))
-        pass_rows(model)
     optimizer.step()
     optimizer.zero_grad()
+    kept = copy.deepcopy(optimizer.state_dict())
+    if moved == "moved":
+        for held in base.state.values():
+            held.update({name: value.clone() for name, value in held.items()})
+    elif moved == "swapped":
+        for held in base.state.values():
+            before = held["exp_avg"].clone()
+            held["exp_avg"].zero_().add_(1.0)
+            held["exp_avg"].copy_(before)
+    else:
+        base.load_state_dict(pickle.loads(pickle.dumps(base.state_dict())))
     pass_rows(model)
-    # One entry of one tensor.
-    held = max(base.state.values(), key=lambda one: one["exp_avg"].numel())
-    held["exp_avg"] = held["exp_avg"].clone()
-    held["exp_avg"].view(-1)[-2] += 1e-3
-    with pytest.raises(PrivacyError, match="not left by a private step"):
+    # To compare all numbers at each step would cost a tenth of it.
+    with pytest.raises(PrivacyError, match="load states into the private optimizer"):
         optimizer.step()
+    optimizer.skip_draw()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(kept)
+    pass_rows(model)
+    optimizer.step()
+    assert optimizer.steps_taken == 2
 
 
 def test_of_a_compiled_step_the_private_part_runs_as_it_is():
