@@ -366,6 +366,8 @@ def _require_labels(y: Any) -> None:
     Raises:
         InputError: there are some.
     """
+    if y is None:
+        raise InputError("fit requires y to be passed, but the target y is None")
     unmasked("labels", y)
     if not isinstance(y, (list, tuple)):
         found = np.asarray(y)
