@@ -48,6 +48,8 @@ class Network:
         packing: Packing | None = None,
     ) -> None:
         self._net, self._traced, self._cap, self._resting = net, traced, cap, resting
+        # Of several models in one graph's cache compilers make one symbol, of which they cannot ask this.
+        self._has_cap = math.isfinite(cap)
         self._packing = packing
         # Where samples are, so that no pass copies it there.
         self._limits = torch.tensor(traced.limits, dtype=torch.int64, device=parameter_device_and_dtype(net)[0])
@@ -76,14 +78,14 @@ class Network:
 
     def values(self, net: Callable[..., Tensor], fused: bool, inputs: Tensor) -> Values:
         """Input gate and network, in the form that is given."""
-        if fused and self.fused.takes_entry and math.isfinite(self._cap) and not inputs.requires_grad:
+        if fused and self.fused.takes_entry and self._has_cap and not inputs.requires_grad:
             norms = sample_norms(inputs)
             finite = norms <= largest_norm(self._cap, norms.dtype)
             whole = bool(finite.all())
             return Values(net(inputs, Entry(norms, self._cap, whole)), finite, whole)
         if self._traced.vocabulary is not None:
             gated, finite = token_gate(inputs, self._traced.vocabulary)
-        elif math.isfinite(self._cap):
+        elif self._has_cap:
             gated, finite = input_gate(inputs, self._cap)
         elif self._traced.limits:
             gated, finite = table_gate(inputs, self._limits)

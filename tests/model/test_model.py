@@ -522,3 +522,16 @@ def test_a_model_tells_its_graph_and_its_vocabulary() -> None:
         loss=losses.TauCrossEntropy(8.0),
     )
     assert tokens.vocabulary == 7
+
+
+def test_models_of_different_input_norms_compile_in_one_process():
+    torch._dynamo.reset()
+    inputs = 10.0 * torch.randn(4, 6)
+    for input_norm in (1.0, 2.0, 3.5):
+        model = DPLipModel(
+            nn.Sequential(nn.Linear(6, 3)), input_shape=(6,), input_norm=input_norm, loss=losses.TauCrossEntropy()
+        )
+        # From the second one on the number is a symbol of the graph.
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(inputs), model(inputs))
+    torch._dynamo.reset()
