@@ -40,6 +40,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         ConfigurationError: the data is not like what the model was trained on.
         InputError: rows or labels are not what they should be.
     """
+    shared.require_apart([options.out], [options.dataset, options.result])
     if options.out is not None:
         check_writable(options.out)
     found = opened(options.result)

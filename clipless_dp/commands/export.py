@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from accounting import Ledger
+from accounting.errors import AccountingError
 from clipless_dp.checkpoint import check_writable, replacing, write_text
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.results import Opened, opened
@@ -42,6 +44,14 @@ def add(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
+def _is_statement(file: Path) -> bool:
+    try:
+        Ledger.load(file)
+    except (AccountingError, OSError, ValueError):
+        return False
+    return True
+
+
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     """Writes the files.
 
@@ -54,6 +64,9 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         raise ConfigurationError("ONNX files are written by onnx and onnxscript: pip install 'clipless-dp[export]'")
     base = options.out.with_suffix("") if options.out.suffix[1:] in (*FORMATS, "json") else options.out
     files = {name: base.with_name(f"{base.name}.{name}") for name in (*asked, "json")}
+    shared.require_apart(files.values(), [options.result])
+    if _is_statement(files["json"]):
+        raise ConfigurationError(f"{files['json']} holds a privacy statement or a ledger: choose another --out")
     for file in files.values():
         check_writable(file)
     found = opened(options.result)

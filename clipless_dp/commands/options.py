@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -102,3 +103,20 @@ def require_device(name: str) -> None:
         torch.zeros(1, device=name).item()  # A meta device has no numbers to read.
     except (RuntimeError, AssertionError) as error:
         raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
+
+
+def require_apart(written: Iterable[Path | None], read: Iterable[Path | str | None] = ()) -> None:
+    """Refuses one file for two things: what is written last would be all that is left.
+
+    Args:
+        written: files to write; ``None`` is none.
+        read: files that are read, which nothing is written to.
+
+    Raises:
+        ConfigurationError: two of the written are one, or one of them is read.
+    """
+    files = [file.resolve() for file in written if file is not None]
+    known = {Path(file).resolve() for file in read if file is not None}
+    for number, file in enumerate(files):
+        if file in files[:number] or file in known:
+            raise ConfigurationError(f"{file} would be written over: give each thing a file of its own")

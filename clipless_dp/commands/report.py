@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accounting import Ledger
-from accounting.errors import LedgerFormatError
+from accounting import Ledger, create_accountant
+from accounting.errors import AccountingError, LedgerFormatError
 from clipless_dp.checkpoint import check_writable, load_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.errors import CheckpointError
@@ -83,6 +83,30 @@ def statement_of(source: Path, delta: float | None) -> PrivacyStatement:
     return report_ledger(ledger, delta=1e-5 if delta is None else delta, source=source.name)
 
 
+def _followed(statement: PrivacyStatement, source: Path) -> PrivacyStatement:
+    """A statement whose ε does not contradict the ledger in its file.
+
+    Raises:
+        CheckpointError: its ledger gives more for certain.
+    """
+    stated = statement.facts.get("epsilon")
+    if isinstance(stated, dict) and isinstance(stated.get("epsilon"), (int, float)):
+        try:
+            ledger = Ledger.load(source)
+        except AccountingError:
+            # Former statements hold none that is read here.
+            return statement
+        accountant = create_accountant("auto", relation=ledger.relation)
+        accountant.ledger = ledger
+        known = accountant.get_epsilon(float(stated["delta"])).lower
+        if float(stated["epsilon"]) < known * (1.0 - 1e-9):
+            raise CheckpointError(
+                f"{source} states ε = {stated['epsilon']:g}, and the ledger in it gives at least {known:.6g}: one was "
+                "altered"
+            )
+    return statement
+
+
 def _of_json(source: Path, delta: float | None) -> PrivacyStatement:
     try:
         facts = json.loads(source.read_text("utf-8"))
@@ -91,7 +115,7 @@ def _of_json(source: Path, delta: float | None) -> PrivacyStatement:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{source} cannot be read as JSON: {error}") from error
     if isinstance(facts, dict) and str(facts.get("format", "")).startswith("clipless_dp."):
-        return PrivacyStatement.read(source)
+        return _followed(PrivacyStatement.read(source), source)
     try:
         ledger = Ledger.from_json(source.read_text("utf-8"))
     except LedgerFormatError as error:

@@ -199,7 +199,9 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         CliplessError: something does not fit; before ε is spent.
     """
     shared.require_device(options.device)
-    for file in () if options.report is None else statement_files(options.report):
+    statement = [] if options.report is None else [*statement_files(options.report)]
+    shared.require_apart([options.out, options.checkpoint, *statement], [options.dataset])
+    for file in statement:
         check_writable(file)
     if options.out is not None:
         check_writable(options.out)

@@ -263,3 +263,27 @@ def test_an_export_that_computes_something_else_is_not_kept(result, tmp_path, ca
     monkeypatch.setattr("clipless_dp.prediction.Predictor.export_net", lambda self: Other())
     assert "other scores" in refused(capsys, "export", result, "--out", tmp_path / "model", "--formats", "pt2")
     assert not list(tmp_path.iterdir())
+
+
+def test_no_command_writes_two_things_to_one_file_or_over_what_it_reads(result, arrays, tmp_path, capsys):
+    start = ["train", "--data", arrays, *TARGET]
+    assert "written over" in refused(capsys, *start, "--out", tmp_path / "a.json", "--report", tmp_path / "a")
+    assert "written over" in refused(capsys, *start, "--out", tmp_path / "a.pt", "--checkpoint", tmp_path / "a.pt")
+    assert "written over" in refused(capsys, *start, "--out", arrays)
+    assert "written over" in refused(capsys, "predict", result, "--data", arrays, "--out", arrays)
+    assert "written over" in refused(capsys, "evaluate", result, "--data", arrays, "--out", result)
+    assert main(["report", str(result), "--out", str(tmp_path / "statement")]) == 0
+    capsys.readouterr()
+    before = (tmp_path / "statement.json").read_bytes()
+    assert "privacy statement" in refused(capsys, "export", result, "--out", tmp_path / "statement")
+    assert (tmp_path / "statement.json").read_bytes() == before
+
+
+def test_a_statement_whose_epsilon_its_own_ledger_contradicts_is_not_reported(result, tmp_path, capsys):
+    assert main(["report", str(result), "--out", str(tmp_path / "statement")]) == 0
+    assert main(["report", str(tmp_path / "statement.json")]) == 0
+    capsys.readouterr()
+    facts = json.loads((tmp_path / "statement.json").read_text("utf-8"))
+    facts["epsilon"]["epsilon"] = 0.03
+    (tmp_path / "statement.json").write_text(json.dumps(facts), encoding="utf-8")
+    assert "altered" in refused(capsys, "report", tmp_path / "statement.json")
