@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from .ledger import Ledger
 from .risk import FALSE_POSITIVE_RATES, TradeOff, trade_off
 from .second_opinion import second_opinion
+from .stated import compared, stated_epsilon
 
 __all__ = ["main"]
 
@@ -347,7 +346,7 @@ _DELTAS = [1e-5, 1e-6, 1e-8]
 
 def _explain(options: argparse.Namespace) -> str:
     ledgers = [Ledger.load(path) for path in options.ledger]
-    stated = {path: epsilon for path in options.ledger if (epsilon := _stated(path)) is not None}
+    stated = {path: epsilon for path in options.ledger if (epsilon := stated_epsilon(path)) is not None}
     ledger, *others = ledgers
     for other in others:
         ledger = ledger.merge(other)
@@ -356,7 +355,7 @@ def _explain(options: argparse.Namespace) -> str:
     shown = [ledger.table(), "", *map(_line, bounds)]
     for path, own in zip(options.ledger, ledgers, strict=True):
         if path in stated:
-            shown += ["", _compared(path, *stated[path], _of(own, options))]
+            shown += ["", compared(path, *stated[path], _of(own, options))]
     if options.second_opinion:
         if options.group_size != 1:
             raise InvalidParameterError("others know no groups: ask for a second opinion without --group-size")
@@ -368,34 +367,3 @@ def _of(ledger: Ledger, options: argparse.Namespace) -> Accountant:
     accountant = create_accountant(options.accountant, relation=ledger.relation)
     accountant.ledger = ledger
     return accountant
-
-
-def _stated(path: str) -> tuple[float, float] | None:
-    """ε and δ of a privacy statement, whose file was read as a ledger; a ledger by itself states none."""
-    stated = json.loads(Path(path).read_text(encoding="utf-8")).get("epsilon")
-    if not isinstance(stated, dict):
-        return None
-    epsilon, delta = stated.get("epsilon"), stated.get("delta")
-    if not isinstance(epsilon, (int, float)) or not isinstance(delta, (int, float)):
-        return None
-    # JSON knows integers that no float holds.
-    return float(min(epsilon, 1e300)), float(min(delta, 1e300))
-
-
-def _compared(path: str, epsilon: float, delta: float, accountant: Accountant) -> str:
-    """Whether a statement's ε follows from its own ledger.
-
-    Raises:
-        AccountingError: When its ledger gives more for certain.
-    """
-    bound = accountant.get_epsilon(delta)
-    states = f"{path} states epsilon = {rounded_up(epsilon)} at delta = {delta:g}"
-    # As far as floating point on another machine moves it.
-    if epsilon >= bound.upper * (1.0 - 1e-9):
-        return f"{states}: this follows from its ledger"
-    if epsilon >= bound.lower * (1.0 - 1e-9):
-        return (
-            f"{states}: this neither follows from its ledger nor contradicts it, by the engine {bound.engine}, which "
-            f"knows epsilon = {rounded_up(bound.upper)}"
-        )
-    raise AccountingError(f"{states}, and its ledger gives at least {rounded_down(bound.lower)}: one was altered")

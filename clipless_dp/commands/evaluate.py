@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clipless_dp.checkpoint import check_writable, write_text
+from clipless_dp.checkpoint import write_text
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.results import opened
 from clipless_dp.commands.scores import scores_of
@@ -40,9 +40,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         ConfigurationError: the data is not like what the model was trained on.
         InputError: rows or labels are not what they should be.
     """
-    shared.require_apart([options.out], [options.dataset, options.result])
-    if options.out is not None:
-        check_writable(options.out)
+    shared.require_writable([options.out], [options.dataset, options.result])
     found = opened(options.result)
     known = found.known
     part = read_rows(options, known, labelled=True, held_out=options.held_out)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from accounting import Ledger
 from accounting.errors import AccountingError
-from clipless_dp.checkpoint import check_writable, replacing, write_text
+from clipless_dp.checkpoint import replacing, write_text
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.results import Opened, opened
 from clipless_dp.errors import ConfigurationError
@@ -64,11 +64,9 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         raise ConfigurationError("ONNX files are written by onnx and onnxscript: pip install 'clipless-dp[export]'")
     base = options.out.with_suffix("") if options.out.suffix[1:] in (*FORMATS, "json") else options.out
     files = {name: base.with_name(f"{base.name}.{name}") for name in (*asked, "json")}
-    shared.require_apart(files.values(), [options.result])
+    shared.require_writable(files.values(), [options.result])
     if _is_statement(files["json"]):
         raise ConfigurationError(f"{files['json']} holds a privacy statement or a ledger: choose another --out")
-    for file in files.values():
-        check_writable(file)
     found = opened(options.result)
     net, example = exported(found)
     if "onnx" in asked:

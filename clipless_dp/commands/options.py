@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from clipless_dp.checkpoint import check_writable
 from clipless_dp.commands.networks import NETWORKS, ROUTES
 from clipless_dp.datasets import NAMES
 from clipless_dp.errors import ConfigurationError
@@ -105,18 +106,22 @@ def require_device(name: str) -> None:
         raise ConfigurationError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
-def require_apart(written: Iterable[Path | None], read: Iterable[Path | str | None] = ()) -> None:
-    """Refuses one file for two things: what is written last would be all that is left.
+def require_writable(written: Iterable[Path | None], read: Iterable[Path | str | None] = ()) -> None:
+    """Refuses files that cannot be written, and one for two things, of which the last would be all that is left.
 
     Args:
         written: files to write; ``None`` is none.
         read: files that are read, which nothing is written to.
 
     Raises:
+        CheckpointError: one cannot be written.
         ConfigurationError: two of the written are one, or one of them is read.
     """
-    files = [file.resolve() for file in written if file is not None]
     known = {Path(file).resolve() for file in read if file is not None}
-    for number, file in enumerate(files):
-        if file in files[:number] or file in known:
+    for file in written:
+        if file is None:
+            continue
+        if file.resolve() in known:
             raise ConfigurationError(f"{file} would be written over: give each thing a file of its own")
+        known.add(file.resolve())
+        check_writable(file)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from clipless_dp.checkpoint import check_writable, write_text
+from clipless_dp.checkpoint import write_text
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.results import Opened, opened
 from clipless_dp.commands.sources import Part, read_rows
@@ -44,9 +44,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         ConfigurationError: the data is not like what the model was trained on.
         InputError: rows are not what they should be; or one has no scores.
     """
-    shared.require_apart([options.out], [options.dataset, options.result])
-    if options.out is not None:
-        check_writable(options.out)
+    shared.require_writable([options.out], [options.dataset, options.result])
     found = opened(options.result)
     part = read_rows(options, found.known, labelled=False)
     text = _written(found, part, options.threshold)

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from accounting import Ledger, create_accountant
-from accounting.errors import AccountingError, LedgerFormatError
-from clipless_dp.checkpoint import check_writable, load_checkpoint
+from accounting.errors import LedgerFormatError
+from accounting.stated import compared, stated_epsilon
+from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.errors import CheckpointError
 from clipless_dp.prediction import Content
@@ -46,8 +47,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         CheckpointError: the source, or a file to write, does not do.
         ConfigurationError: a text does not do.
     """
-    for file in () if options.out is None else statement_files(options.out):
-        check_writable(file)
+    shared.require_writable(() if options.out is None else statement_files(options.out))
     about = {name: getattr(options, name) for name in ("organisation", "purpose", "data_set", "contact")}
     made = statement_of(options.source, options.delta).signed(**about)
     if options.out is None:
@@ -87,23 +87,18 @@ def _followed(statement: PrivacyStatement, source: Path) -> PrivacyStatement:
     """A statement whose ε does not contradict the ledger in its file.
 
     Raises:
-        CheckpointError: its ledger gives more for certain.
+        AccountingError: its ledger gives more for certain.
     """
-    stated = statement.facts.get("epsilon")
-    if isinstance(stated, dict) and isinstance(stated.get("epsilon"), (int, float)):
+    stated = stated_epsilon(source)
+    if stated is not None:
         try:
             ledger = Ledger.load(source)
-        except AccountingError:
+        except LedgerFormatError:
             # Former statements hold none that is read here.
             return statement
         accountant = create_accountant("auto", relation=ledger.relation)
         accountant.ledger = ledger
-        known = accountant.get_epsilon(float(stated["delta"])).lower
-        if float(stated["epsilon"]) < known * (1.0 - 1e-9):
-            raise CheckpointError(
-                f"{source} states ε = {stated['epsilon']:g}, and the ledger in it gives at least {known:.6g}: one was "
-                "altered"
-            )
+        compared(source, *stated, accountant)
     return statement
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp import architectures, presets
-from clipless_dp.checkpoint import check_writable, save_checkpoint
+from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.choosing import TABLES, Choice, choose, settings_of
 from clipless_dp.commands.networks import built_from, model_of
@@ -200,11 +200,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     """
     shared.require_device(options.device)
     statement = [] if options.report is None else [*statement_files(options.report)]
-    shared.require_apart([options.out, options.checkpoint, *statement], [options.dataset])
-    for file in statement:
-        check_writable(file)
-    if options.out is not None:
-        check_writable(options.out)
+    shared.require_writable([options.out, options.checkpoint, *statement], [options.dataset])
     built = given_of_networks(only)
     if options.preset is not None and built:
         raise ConfigurationError(

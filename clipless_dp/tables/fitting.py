@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 from typing import Any, overload
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -199,21 +198,19 @@ def _read(rows: Any, labels: Any, encoding: TableEncoding | None, task: Task) ->
             raise ConfigurationError(f"encoding must be a TableEncoding, got {type(encoding).__name__}")
         table = encoding(rows)
         labels = encoding.column(rows, labels) if isinstance(labels, str) else labels
-        # What is trained on is a copy of these.
-        trained_on.note((rows, labels))
     elif not isinstance(rows, Tensor) and hasattr(rows, "columns"):
         raise InputError(
             f"a {type(rows).__name__} needs encoding=TableEncoding(numbers, categories), which says what columns are"
         )
     else:
-        if isinstance(rows, np.ndarray):
-            # What is trained on may be a copy of these.
-            trained_on.note((rows, labels))
         table = tensor_of(rows)
         if isinstance(task, Classes) and task.classes == (0, 1):
             labels = tensor_of(labels)
     if table.dim() != 2 or table.shape[1] == 0 or not table.is_floating_point():
         raise InputError(f"expected floating-point rows (N, columns), got {table.dtype} {tuple(table.shape)}")
+    if table is not rows:
+        # What is trained on may be a copy of these.
+        trained_on.note((rows, labels))
     targets = task.read(labels, len(table)).to(table.device)
     Samples.to_train_on((table, targets))
     return table, targets
