@@ -184,7 +184,12 @@ def bjorck_step(matrices: Tensor) -> Tensor:
     """``W ← W(3I - WᴴW)/2``, for ``(..., rows, columns)``, real or complex."""
     if matrices.shape[-2] < matrices.shape[-1]:
         return bjorck_step(matrices.mH).mH
-    return 1.5 * matrices - 0.5 * matrices @ (matrices.mH @ matrices)
+    return step_by_gram(matrices, matrices.mH @ matrices)
+
+
+def step_by_gram(matrices: Tensor, gram: Tensor) -> Tensor:
+    """Björck's step of matrices with no fewer rows than columns, whose ``WᴴW`` is known."""
+    return 1.5 * matrices - 0.5 * matrices @ gram
 
 
 def tangent_step(frames: Tensor, noisy: Tensor) -> Tensor:

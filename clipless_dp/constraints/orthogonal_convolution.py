@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from clipless_dp.constraints.base import scale_to_limit_
-from clipless_dp.constraints.orthogonal import Orthogonal, bjorck_step, overshoot, tangent_step
+from clipless_dp.constraints.orthogonal import Orthogonal, overshoot, step_by_gram, tangent_step
 from clipless_dp.norms.conv import polyphase
 from clipless_dp.norms.operators import ConvOperator, Operator
 from clipless_dp.norms.rounding import exact_float64
 
 _FRESH_ITERATIONS = 50
 
-_ENOUGH = 1e-3
-"""Root mean square by which a step may move the singular values of one frequency and be the last one."""
+_ENOUGH = 2e-3
+"""Root mean square of the eigenvalues of ``KᴴK - I`` at one frequency that one step takes care of."""
 
 
 class OrthogonalConvolution(Orthogonal):
@@ -104,10 +104,15 @@ class _Symbol:
             matrices = self._of(weight) / limit
             if step == 0:
                 matrices = matrices / overshoot(matrices).amax(1, keepdim=True)
-            stepped = bjorck_step(matrices)
-            self._write(limit * stepped, weight)
-            # At no frequency is more left than what the first step of another weight would stop at.
-            if float(torch.linalg.matrix_norm(stepped - matrices).amax()) <= enough:
+            is_wide = matrices.shape[-2] < matrices.shape[-1]
+            tall = matrices.mH if is_wide else matrices
+            gram = tall.mH @ tall
+            stepped = step_by_gram(tall, gram)
+            self._write(limit * (stepped.mH if is_wide else stepped), weight)
+            # Little is left at every frequency: of singular values, not of what this step has moved, which is little
+            # of tiny ones too.
+            gram.diagonal(dim1=-2, dim2=-1).sub_(1.0)
+            if float(torch.linalg.matrix_norm(gram).amax()) <= enough:
                 break
 
     def project_(self, gradient: Tensor, weight: Tensor, iterations: int) -> None:

@@ -53,7 +53,8 @@ def largest_eigenvalue_bound(grams: Tensor, effort: Effort, floor: float = 0.0) 
     if effort.factorise and grams.numel() <= _SMALL_ENTRIES and size < _LANCZOS_FROM:
         estimate = _small_estimate(grams)
         for _ in range(2):
-            level = max(floor, estimate * (1.0 + (slack if len(grams) > 1 else min(slack, 1e-9))))
+            # A floor that the estimate does not pass may cover all as it is.
+            level = floor if floor > estimate else estimate * (1.0 + (slack if len(grams) > 1 else min(slack, 1e-9)))
             if not 0.0 < level < math.inf:
                 break
             certain = cholesky_certifies(grams.clone(), level)
@@ -213,7 +214,7 @@ def _factorises(matrices: Tensor) -> Tensor:
 
 
 def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
-    """A guess, from below, of the largest eigenvalue of one Hermitian matrix. It guides and never certifies.
+    """A guess, mostly from below, of the largest eigenvalue of one Hermitian matrix. It guides and never certifies.
 
     Args:
         gram: Shape (r, r), float64 or complex128, or of half the precision where that is enough for the tolerance.
@@ -228,7 +229,7 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
 
 
 def ritz_values(gram: Tensor) -> Iterator[tuple[float, float]]:
-    """Larger and larger guesses, from below, of the largest eigenvalue of one Hermitian matrix.
+    """Larger and larger guesses of the largest eigenvalue of one Hermitian matrix, mostly from below.
 
     Args:
         gram: Shape (r, r), real or complex.

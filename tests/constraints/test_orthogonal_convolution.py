@@ -232,6 +232,17 @@ def test_aliased_products_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     assert min(low for low, _ in found) < 0.92
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_steps_do_not_end_where_little_moves_because_little_is_there(scale: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(4, 4, 3, bias=False)
+    layer.weight.data *= scale
+    operator = ConvOperator((9, 9), (1, 1), ((0, 0), (0, 0)), (1, 1), groups=1, coverage=9)
+    OrthogonalConvolution().initialize_(layer.weight.data, (operator,))
+    # It ended at .003 of the limit.
+    assert 0.9 < conv2d_norm(layer.weight, input_size=(9, 9), budget="tight") <= 1.0
+
+
 @pytest.mark.parametrize("mutant", MUTANTS[2:], ids=lambda mutant: mutant.name)
 def test_half_of_the_frequencies_counted_wrongly_are_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

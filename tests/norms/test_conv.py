@@ -373,6 +373,21 @@ def test_a_bound_does_not_grow_with_the_parts_into_which_frequencies_are_cut(
     assert 1.0 - TRUTH_ROUNDING <= bound / circle_truth(kernel, 32) <= 1.0 + 6e-4
 
 
+@pytest.mark.parametrize("above", [1e-9, 1e-6, 4e-4, 0.1])
+@pytest.mark.parametrize("entries", [0, 1 << 15])
+def test_a_floor_that_covers_all_is_what_a_bound_stays_at(
+    above: float, entries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr(eigenvalue, "_SMALL_ENTRIES", entries)
+    factors = torch.randn(3, 12, 30, dtype=torch.complex128)
+    grams = factors @ factors.mH
+    floor = float(torch.linalg.eigvalsh(grams).max()) * (1.0 + above)
+    assert (
+        floor <= eigenvalue.largest_eigenvalue_bound(grams, budgets.effort_of("balanced"), floor) <= floor * (1 + 1e-9)
+    )
+
+
 @pytest.mark.parametrize(
     "channels", [160, pytest.param(256, marks=pytest.mark.slow), pytest.param(512, marks=pytest.mark.slow)]
 )
