@@ -6,7 +6,9 @@ import functools
 import math
 from collections.abc import Iterator
 
+import numpy as np
 import torch
+from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from clipless_dp.norms.budget import Effort
@@ -214,7 +216,7 @@ def _factorises(matrices: Tensor) -> Tensor:
 
 
 def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
-    """A guess, mostly from below, of the largest eigenvalue of one Hermitian matrix. It guides and never certifies.
+    """A guess, from below but for rounding, of the largest eigenvalue of one Hermitian matrix. It guides and never certifies.
 
     Args:
         gram: Shape (r, r), float64 or complex128, or of half the precision where that is enough for the tolerance.
@@ -229,7 +231,7 @@ def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
 
 
 def ritz_values(gram: Tensor) -> Iterator[tuple[float, float]]:
-    """Larger and larger guesses of the largest eigenvalue of one Hermitian matrix, mostly from below.
+    """Larger and larger guesses of the largest eigenvalue of one Hermitian matrix, from below but for rounding.
 
     Args:
         gram: Shape (r, r), real or complex.
@@ -281,23 +283,9 @@ def _tridiagonal_top(alphas: list[float], betas: list[float]) -> tuple[float, fl
     Args:
         alphas: Diagonal.
         betas: Beside it; the last one is not read.
-
-    Formula: Newton's method from a bound above all eigenvalues, on the determinant `Π q_i` of `x - T` with
-    `q_i = x - α_i - β²_{i-1}/q_{i-1}`, whose roots it meets from above; there the last `q_i` vanishes, and the entry's
-    square is one over its derivative.
     """
-    beside = [0.0, *betas[:-1], 0.0]
-    point = max(a + b + c for a, b, c in zip(alphas, beside, beside[1:], strict=False))
-    smallest = 1e-300 + 2.0**-52 * abs(point)
-    slope = 1.0
-    for _ in range(100):
-        pivot, slope, logarithmic = math.inf, 0.0, 0.0
-        for alpha, beta in zip(alphas, beside, strict=False):
-            ratio = beta / pivot
-            pivot = max(point - alpha - beta * ratio, smallest)
-            slope = 1.0 + ratio * ratio * slope
-            logarithmic += slope / pivot
-        if logarithmic * max(smallest, 1e-13 * abs(point)) >= 0.25:
-            break
-        point -= 1.0 / logarithmic
-    return point, slope
+    last = len(alphas) - 1
+    values, vectors = eigh_tridiagonal(
+        np.asarray(alphas), np.asarray(betas[:-1]), select="i", select_range=(last, last), check_finite=False
+    )
+    return float(values[0]), 1.0 / max(float(vectors[-1, 0]) ** 2, 1e-300)
