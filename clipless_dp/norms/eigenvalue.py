@@ -216,7 +216,7 @@ def _factorises(matrices: Tensor) -> Tensor:
 
 
 def lanczos_estimate(gram: Tensor, tolerance: float) -> float:
-    """A guess, from below but for rounding, of the largest eigenvalue of one Hermitian matrix. It guides and never certifies.
+    """A guess of the largest eigenvalue of one Hermitian matrix, from below but for rounding: a guide, no certificate.
 
     Args:
         gram: Shape (r, r), float64 or complex128, or of half the precision where that is enough for the tolerance.
