@@ -56,6 +56,28 @@ def test_arrays_are_trained_on_as_tensors_are_and_what_a_mask_covers_is_not():
         fit_table(np.ma.masked_greater(rows.numpy(), 2.0), labels.numpy(), **BUDGET)
 
 
+@pytest.mark.parametrize("kind", [">f8", ">f4"])
+def test_arrays_of_another_byte_order_are_read_by_their_numbers(kind):
+    rows, labels = (part.numpy() for part in table(400))
+    found = [
+        fit_table(some, own, **BUDGET, epochs=1).scores(some)
+        for some, own in ((rows.astype(kind[1:]), labels), (rows.astype(kind), labels.astype(">i8")))
+    ]
+    assert torch.equal(*found)
+
+
+def test_arrays_wider_than_tensors_are_refused_in_words_before_anything_is_spent(monkeypatch):
+    rows, labels = (part.numpy() for part in table(400))
+    trained = fit_table(rows, labels, **BUDGET, epochs=1)
+    assert trained.scores(rows[:0]).shape == (0,)
+    if np.dtype(np.longdouble).itemsize == 8:
+        pytest.skip("the widest numbers are float64 here")
+    monkeypatch.setattr(fitting, "private_standardisation", lambda *_, **__: pytest.fail("released"))
+    for refuse in (trained.scores, lambda wide: fit_table(wide, labels, **BUDGET)):
+        with pytest.raises(InputError, match="give float64"):
+            refuse(rows.astype(np.longdouble))
+
+
 def test_statistics_and_training_are_in_one_ledger_with_their_shares():
     trained = fit_table(*table(500), **BUDGET)
     (columns, once), (labels, one), (step, count) = trained.result.optimizer.accountant.ledger

@@ -25,6 +25,7 @@ from clipless_dp.sampling.augmentation import ShiftAndFlip
 from clipless_dp.sampling.people import GroupWeights
 from clipless_dp.statement import report, statement_files
 from clipless_dp.tables import TableModel, fit_table
+from clipless_dp.tables.kept import files_beside
 from clipless_dp.training import (
     OPTIMIZERS,
     Execution,
@@ -200,7 +201,8 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     """
     shared.require_device(options.device)
     statement = [] if options.report is None else [*statement_files(options.report)]
-    shared.require_writable([options.out, options.checkpoint, *statement], [options.dataset])
+    beside = files_beside(options.checkpoint)
+    shared.require_writable([options.out, options.checkpoint, *beside, *statement], [options.dataset])
     built = given_of_networks(only)
     if options.preset is not None and built:
         raise ConfigurationError(

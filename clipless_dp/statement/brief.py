@@ -22,8 +22,9 @@ ABOUT = {
 """What may be said of who states it, and how it is called."""
 
 _NOT_STATED = "not stated"
-_CONTROLS = {"Cc", "Cs", "Zl", "Zp"}
-_DIRECTIONS = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+_CONTROLS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"
+"""Which words of some scripts, and pictures of several signs, are written with."""
 
 
 def about_of(former: Mapping[str, str], about: Mapping[str, str | None]) -> dict[str, str]:
@@ -45,8 +46,8 @@ def about_of(former: Mapping[str, str], about: Mapping[str, str | None]) -> dict
 
 
 def _is_control(character: str) -> bool:
-    """Whether it ends a line, is no text, or turns what stands behind it round."""
-    return unicodedata.category(character) in _CONTROLS or unicodedata.bidirectional(character) in _DIRECTIONS
+    """Whether it ends a line, is no text, is not seen, or turns what stands behind it round."""
+    return unicodedata.category(character) in _CONTROLS and character not in _JOINERS
 
 
 def brief_sections(facts: Mapping[str, Any]) -> Iterator[Section]:

@@ -111,8 +111,9 @@ def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(_MARKS.sub(r"\\\g<0>", _one_line(cell)) for cell in cells) + " |"
 
 
-_MARKS = re.compile(r"[|<`]|\[(?=[^\]]*\]\()")
-"""What would end a cell, or make a tag, code or a link of a name."""
+_MARKS = re.compile(r"[\\|<`\[*~]|!(?=\[)|&(?=#?[0-9A-Za-z]+;)|(?<![^\W_])_|_(?![^\W_])")
+"""What would end a cell, or make a tag, code, a link, a picture, emphasis or another character of a name; the backslash,
+or it would undo that of the mark behind it. A ``_`` within a word is none."""
 
 
 def _table(section: Section) -> str:

@@ -82,7 +82,9 @@ def tensor_of(values: object) -> Tensor:
     if isinstance(values, np.ma.MaskedArray):
         raise InputError("what a mask covers is no cell: fill masked arrays with NaN, or with a number of your own")
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
-        values = torch.from_numpy(np.ascontiguousarray(values))
+        if values.dtype.kind == "f" and values.dtype.itemsize > 8:
+            raise InputError(f"{values.dtype} is wider than tensors are: give float64, rows.astype('float64')")
+        values = torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
     return require_tensor(values)
 
 

@@ -16,6 +16,13 @@ RELEASES = ("statistics", "labels")
 """Names of what is released before training, each in a file beside the checkpoint."""
 
 
+def files_beside(checkpoint: str | os.PathLike[str] | None) -> tuple[Path, ...]:
+    """What is kept beside a checkpoint of training: statistics that were released for it, and of which task they are."""
+    if checkpoint is None:
+        return ()
+    return tuple(Path(f"{os.fspath(checkpoint)}.{name}") for name in (*RELEASES, "task"))
+
+
 def require_same_task(
     checkpoint: str | os.PathLike[str] | None, encoding: TableEncoding | None, columns: int, task: Task, **named: Any
 ) -> None:

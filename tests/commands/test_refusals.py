@@ -279,6 +279,15 @@ def test_no_command_writes_two_things_to_one_file_or_over_what_it_reads(result, 
     assert (tmp_path / "statement.json").read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["statistics", "labels", "task"])
+def test_a_result_does_not_replace_what_is_kept_beside_a_checkpoint(name, table, tmp_path, capsys):
+    checkpoint = tmp_path / "run.pt"
+    beside = tmp_path / f"run.pt.{name}"
+    start = ["train", "--data", table, *READ, *TARGET, "--checkpoint", checkpoint]
+    assert "written over" in refused(capsys, *start, "--out", beside)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_statement_whose_epsilon_its_own_ledger_contradicts_is_not_reported(result, tmp_path, capsys):
     assert main(["report", str(result), "--out", str(tmp_path / "statement")]) == 0
     assert main(["report", str(tmp_path / "statement.json")]) == 0

@@ -92,6 +92,35 @@ def test_a_statement_is_signed_later_and_says_nothing_else_for_it(optimizer, sta
     assert again.facts["about"] == {**ABOUT, "contact": "other@clinic.example"}
 
 
+MARKUP = [
+    r"\<img src=x onerror=alert(1)>", r"\[x](https://evil)", "[a [b] c](https://evil)", "![x](http://evil/x.png)",
+    r"\\`code`", r"\| new cell |", "**strong**", "__strong__", "_a_", "~~gone~~", "&lt;b&gt;", "&#106;", "a\\",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", MARKUP)
+def test_no_mark_of_a_name_is_markup_and_all_of_it_is_read(optimizer, text):
+    lines = report(optimizer, delta=1e-3, organisation=text).to_markdown().splitlines()
+    cell = next(line for line in lines if line.startswith("| Stated by"))[len("| Stated by | ") : -len(" |")]
+    # Whoever renders it reads an escaped mark as the mark, and what is left by itself is none.
+    left, read = re.sub(r"\\([!-/:-@[-`{-~])", "", cell), re.sub(r"\\([!-/:-@[-`{-~])", r"\1", cell)
+    assert read == text
+    assert not re.search(r"[\\|<`\[*~]|&#?\w+;|\b_|_\b", left)
+
+
+def test_names_with_lines_within_them_stay_as_they_are(optimizer):
+    text = "clinic_of_a & b! (1 > 0)"
+    assert f"| Stated by | {text} |" in report(optimizer, delta=1e-3, organisation=text).to_markdown()
+
+
+@pytest.mark.parametrize(
+    "text", ["a\u200bb", "a\u200eb", "a\u200fb", "a\u061cb", "a\u00adb", "\ufeffa", "a\U000e0041b", "a\u2060b"]
+)
+def test_letters_that_are_not_seen_are_refused(optimizer, text):
+    with pytest.raises(ConfigurationError, match="^organisation must be a text of one line"):
+        report(optimizer, delta=1e-3, organisation=text)
+
+
 @pytest.mark.parametrize(
     "text", ["", " ", 3, b"a", "a\nb", "a\u2028b", "a\0b", "a\x1b[2Jb", "a\u202eb", "a\u2066b", "\ud800"]
 )
