@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
+import struct
 import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -28,6 +30,14 @@ _SPLIT_SEED = 20240507
 
 _SPLIT_KEY = b"clipless_dp.datasets: held-out fifth"
 """Public key of the hash that decides by itself about each row of a file whether it is held out."""
+
+_WHOLE = 2.0**53
+"""Whole numbers up to this one are told apart, as ids are; of others as many digits as float32 has."""
+
+_FLOAT32 = struct.Struct("<f")
+
+_BLOCK = 1 << 22
+"""Numbers that are hashed at once."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +83,8 @@ def load_dataset(
     Args:
         name: one of the names, or the path of an NPZ file with ``x_train``, ``y_train``, ``x_test``, ``y_test``, or
             with ``X`` and ``y``, of which about a fifth is held out: a keyed hash of a row and its target decides about
-            that row alone, so that one row more changes no other's part, and equal rows fall together. Images are uint8
+            that row alone, so that one row more changes no other's part, and equal rows fall together, in whatever type
+            they are stored. Images are uint8
             ``(N, H, W)`` or ``(N, H, W, 3)`` and are divided by 255; anything else is taken as it is.
         data_dir: folder that holds ``mnist.npz`` and ``cifar10_jpeg.npz``; without it scikit-learn downloads the
             data set from OpenML.
@@ -124,11 +135,11 @@ def _file(name: str, classes: int | None, groups: str | None) -> Split:
     inputs, targets = _required(arrays, "X", name), _required(arrays, "y", name)
     _require_pairs(inputs, targets)
     if ids is None:
-        held_out = _held_out(inputs, targets)
+        held_out = rows_held_out(inputs, targets)
     elif ids.shape != targets.shape:
         raise ConfigurationError(f"need as many ids {groups!r} as targets, got {ids.shape} and {targets.shape}")
     else:
-        held_out = held_out_of(repr(one).encode() for one in ids.tolist())
+        held_out = held_out_of(map(alone, ids.tolist()))
     split = _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
     return split if ids is None else replace(split, groups=ids[~held_out])
 
@@ -145,7 +156,7 @@ def split_of(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], classe
         ConfigurationError: they do not fit each other, or none is held out.
     """
     _require_pairs(inputs, targets)
-    held_out = _held_out(inputs, targets)
+    held_out = rows_held_out(inputs, targets)
     return _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
 
 
@@ -231,12 +242,67 @@ def held_out_of(contents: Iterable[bytes]) -> np.ndarray[Any, Any]:
     return np.fromiter(map(_tossed, contents), np.bool_)
 
 
-def _held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Which rows are held out, about a fifth: each by a coin of its own, which its content tosses."""
-    rows = np.ascontiguousarray(inputs)
-    labels = np.ascontiguousarray(targets.astype(np.int64))
+def rows_held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Which rows are held out, about a fifth: each by a coin of its own, which its numbers and its target toss.
 
-    return held_out_of(row.tobytes() + label.tobytes() for row, label in zip(rows, labels, strict=True))
+    Equal numbers are equal bytes, in whatever type, byte order or layout they are stored.
+
+    Args:
+        inputs: ``(N, ...)``, numbers.
+        targets: ``(N,)`` class indices.
+
+    Returns:
+        ``(N,)``, truth values.
+    """
+    labels = targets.astype("<i8")
+    size = max(1, _BLOCK // max(1, inputs[0].size))
+    blocks = (_numbers(inputs[start : start + size]) for start in range(0, len(inputs), size))
+    rows = (row.tobytes() for block in blocks for row in block)
+    return held_out_of(row + label.tobytes() for row, label in zip(rows, labels, strict=True))
+
+
+def _numbers(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Numbers as whole ones, or as float32 tells them: those of a file that was saved in another type are the same."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = values.astype("<f8")
+        near = wide.astype(np.float32).astype("<f8")
+        is_whole = (wide == np.trunc(wide)) & (np.abs(wide) <= _WHOLE)
+        found = np.where(is_whole, wide, near) + 0.0  # Of two zeros one.
+    return np.where(np.isnan(found), np.nan, found).astype("<f8")
+
+
+def alone(cell: Any) -> bytes:
+    """A cell, or an id, by what it says, whatever it is stored as: ``7``, ``7.0`` and ``"7"`` are one.
+
+    What toss a coin are these; whatever falls together here has one coin, and is told apart everywhere else.
+    """
+    if isinstance(cell, bytes):
+        cell = cell.decode("utf-8", "replace")
+    number = _read_number(cell.strip()) if isinstance(cell, str) else cell
+    if isinstance(number, int):
+        return b"%d" % number
+    if not isinstance(number, float):
+        if cell is None:
+            return b""
+        return (cell.strip() if isinstance(cell, str) else repr(cell)).encode("utf-8", "surrogatepass")
+    if math.isnan(number):
+        return b""
+    if not number.is_integer() or abs(number) > _WHOLE:
+        try:
+            (number,) = _FLOAT32.unpack(_FLOAT32.pack(number))
+        except OverflowError:
+            number = math.copysign(math.inf, number)
+    return b"%d" % int(number) if number.is_integer() else repr(number).encode()
+
+
+def _read_number(text: str) -> int | float | None:
+    """What a text says as a number, or ``None`` for what says none."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
 
 
 def _tossed(content: bytes) -> bool:

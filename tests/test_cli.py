@@ -72,7 +72,7 @@ def test_training_on_a_table_prints_accuracy_and_what_was_spent(table, tmp_path,
     printed = capsys.readouterr().out
     epsilon = float(re.search(r"epsilon\s+([\d.]+)", printed)[1])
     assert 2.9 < epsilon <= 3.0
-    assert re.search(r"test accuracy\s+[\d.]+ % of 77 held-out samples", printed)
+    assert re.search(r"test accuracy\s+[\d.]+ % of 73 held-out samples", printed)
     assert re.search(r"delta\s+0.001", printed)
     assert str(checkpoint) in printed
     assert checkpoint.exists()
@@ -99,7 +99,7 @@ def test_a_preset_brings_network_and_settings_which_options_change(images, tmp_p
     assert "preset mnist-orthogonal" in printed
     assert presets.get("mnist-orthogonal").provenance in printed
     settings = load_checkpoint(checkpoint)["settings"]
-    assert settings["steps"] == 2
+    assert settings["steps"] == 3
     assert settings["lr and momentum"] == [(presets.get("mnist-orthogonal").settings["lr"], 0.9)]
     assert "Hyper-parameters, of the preset mnist-orthogonal" in (tmp_path / "statement.md").read_text("utf-8")
     assert main([*arguments, "--route", "gated", "--tau", "3"]) == 2
@@ -124,7 +124,7 @@ def test_a_preset_for_regression_prints_its_loss_and_takes_no_classes(tmp_path, 
     for name, targets in (("one", np.zeros(100, int)), ("three", np.arange(100) % 3)):
         np.savez(tmp_path / f"{name}.npz", X=inputs, y=targets)
     assert main(["train", "--dataset", str(tmp_path / "one.npz"), "--classes", "1", "--quiet", *arguments]) == 0
-    assert re.search(r"test loss +[\d.]+ on 21 held-out samples", capsys.readouterr().out)
+    assert re.search(r"test loss +[\d.]+ on 24 held-out samples", capsys.readouterr().out)
     assert main(["train", "--dataset", str(tmp_path / "three.npz"), "--classes", "3", "--quiet", *arguments]) == 2
     assert "must have one size" in capsys.readouterr().err
 
@@ -133,7 +133,7 @@ def test_the_preset_for_tables_charges_its_statistics_and_states_where_it_is_fro
     arguments = ["--epsilon", "3", "--delta", "1e-3", "--preset", "tables", "--epochs", "1", "--accountant", "rdp"]
     assert main(["train", "--dataset", str(table), *arguments, "--report", str(tmp_path / "statement")]) == 0
     printed = capsys.readouterr().out
-    assert float(re.search(r"test AUROC +([\d.]+) % on 77 held-out samples", printed)[1]) > 60  # Chance is 50 %.
+    assert float(re.search(r"test AUROC +([\d.]+) % on 73 held-out samples", printed)[1]) > 60  # Chance is 50 %.
     facts = json.loads((tmp_path / "statement.json").read_text("utf-8"))
     assert facts["steps"]["entries"][0]["event"] == "gaussian_release"
     assert any("eight public tables" in note for note in facts["notes"])
@@ -165,7 +165,7 @@ def test_options_of_training_reach_it(images, tmp_path, capsys):
     factors = [factor for factor, _ in settings["noise_schedule"]]
     assert (factors[0], factors[-1]) == pytest.approx((1.5, 0.75))
     facts = json.loads((tmp_path / "statement.json").read_text("utf-8"))
-    assert facts["learning_rates"] == [{"rates": [0.01], "count": 2}]
+    assert facts["learning_rates"] == [{"rates": [0.01], "count": 3}]
     # σ of each step follows the factors; their shared multiple is calibrated.
     noise = [entry["noise_multiplier"] for entry in facts["steps"]["entries"]]
     assert noise[0] / noise[-1] == pytest.approx(2.0)

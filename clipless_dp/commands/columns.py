@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from clipless_dp.datasets import alone
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 
@@ -72,8 +73,8 @@ class Columns:
             groups: the column that says whose the rows are.
         """
         if groups is not None:
-            return [repr(one).encode() for one in self.cells[groups]]
-        return [repr(row).encode() for row in zip(*self.cells.values(), strict=True)]
+            return [_content(one) for one in self.cells[groups]]
+        return [b"".join(map(_framed, row)) for row in zip(*self.cells.values(), strict=True)]
 
     def part(self, chosen: np.ndarray[Any, Any]) -> Columns:
         """Some of the rows, ``(N,)`` truth values."""
@@ -97,6 +98,17 @@ class Columns:
             cells = [_whole(cell) if whole else (cell if cell else None) for cell in self.cells[name]]
             typed[name] = _objects(cells)
         return typed
+
+
+def _content(cell: Any) -> bytes:
+    """A cell by what it says; text that stands for a missing one as a missing one."""
+    return b"" if isinstance(cell, str) and cell.strip().lower() in _MISSING else alone(cell)
+
+
+def _framed(cell: Any) -> bytes:
+    """The same beside others, which it does not run into."""
+    content = _content(cell)
+    return b"%d:%b" % (len(content), content)
 
 
 def _objects(cells: Sequence[Any]) -> np.ndarray[Any, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import Any
 
 from clipless_dp import presets
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.networks import model_of
-from clipless_dp.commands.sources import read_to_train
+from clipless_dp.commands.sources import has_test, kind_of, read_to_train
 from clipless_dp.datasets import Split
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
@@ -35,7 +36,7 @@ def of_checkpoint(options: argparse.Namespace) -> tuple[DPLipModel, Split]:
     Raises:
         CheckpointError: the checkpoint cannot be read.
         ConfigurationError: the preset reads features, or the data is no samples, or people were held out, or rows, and
-            options say otherwise.
+            options say otherwise; or others than in training would be held out.
     """
     preset = None if options.preset is None else presets.get(options.preset)
     if preset is not None:
@@ -51,6 +52,8 @@ def of_checkpoint(options: argparse.Namespace) -> tuple[DPLipModel, Split]:
         raise ConfigurationError(
             "a checkpoint of columns does not hold how they are read: give the file of train --out"
         )
+    if isinstance(settings, dict) and not has_test(data.name, kind_of(data.name)):
+        replace(data.rule, trained=settings.get("dataset_size")).require_trained(data.people_or_rows, data.name)
     shape, classes = data.shape, data.split.classes
     model = model_of(options, shape, classes) if preset is None else preset.model(shape, classes)
     return model.to(options.device), data.split

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.commands import columns, images
-from clipless_dp.datasets import NAMES, Split, as_inputs, held_out_of, load_dataset, read_npz, split_of
+from clipless_dp.datasets import NAMES, Split, as_inputs, held_out_of, load_dataset, read_npz, rows_held_out, split_of
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 
@@ -54,11 +54,15 @@ class Rule:
             row is decided by all that is in it.
         names: of the columns of a table that decide.
         is_text: of a table, whether its cells are text.
+        trained: how many rows, or people, were trained on, which is public; ``None``: not said, as where a size was
+            given in place of their number. Of those that were held out nothing is kept, not even how many: no ε covers
+            them.
     """
 
     groups: str | None = None
     names: tuple[str, ...] = ()
     is_text: bool | None = None
+    trained: int | None = None
 
     @staticmethod
     def of(groups: str | None, table: columns.Columns) -> Rule:
@@ -68,13 +72,14 @@ class Rule:
     @staticmethod
     def read(kept: Any) -> Rule | None:
         """That of a model's file; ``None``: there is none."""
-        if not isinstance(kept, Mapping) or set(kept) != {"groups", "names", "is_text"}:
+        if not isinstance(kept, Mapping) or set(kept) != {"groups", "names", "is_text", "trained"}:
+            # Former rules were about how rows are stored.
             return None
-        return Rule(kept["groups"], tuple(kept["names"]), kept["is_text"])
+        return Rule(kept["groups"], tuple(kept["names"]), kept["is_text"], kept["trained"])
 
     def kept(self) -> dict[str, Any]:
         """What a model's file says of it."""
-        return {"groups": self.groups, "names": list(self.names), "is_text": self.is_text}
+        return {"groups": self.groups, "names": list(self.names), "is_text": self.is_text, "trained": self.trained}
 
     def require(self, table: columns.Columns) -> None:
         """Refuses a table whose rows would be held out by something else than in training.
@@ -82,11 +87,30 @@ class Rule:
         Raises:
             ConfigurationError: its columns, or the kind of its cells, are others.
         """
-        if Rule.of(self.groups, table) != self or not {*self.names} <= {*table.names}:
+        if replace(Rule.of(self.groups, table), trained=self.trained) != self or not {*self.names} <= {*table.names}:
             raise ConfigurationError(
                 f"{table.file} has other columns, or is of another format, than what the model was trained on, so that "
                 "other rows would be held out, among them some that it was trained on: give the same file, or leave "
                 "--held-out out (with certify and explain: --all-rows) for a file of rows that it was not trained on"
+            )
+
+    def require_trained(self, found: int, name: str) -> None:
+        """Refuses a file of which other rows would be held out than in training, as the number of the others tells.
+
+        Args:
+            found: rows, or people, that are not held out.
+            name: of the file.
+
+        Raises:
+            ConfigurationError: they are more or fewer than were trained on.
+        """
+        if self.trained not in (None, found):
+            whom = "rows" if self.groups is None else "people"
+            raise ConfigurationError(
+                f"{name} is another file than the model was trained on, or its numbers were rounded since: {found} "
+                f"{whom} of it are not held out, and {self.trained} were trained on, some of which would be taken for "
+                "held-out ones: give the same file, or leave --held-out out (with certify and explain: --all-rows) for "
+                "a file of rows that it was not trained on"
             )
 
 
@@ -119,6 +143,11 @@ class Material:
     groups: Any = None
     rule: Rule = field(default_factory=lambda: Rule())
     split: Split | None = None
+
+    @property
+    def people_or_rows(self) -> int:
+        """How many are trained on."""
+        return len(self.train) if self.groups is None else len({*map(repr, self.groups)})
 
 
 @dataclass(frozen=True)
@@ -232,7 +261,7 @@ def read_rows(options: argparse.Namespace, known: Known, *, labelled: bool, held
         )
     if labels is not None and known.classes is not None and int(labels.max()) >= len(known.classes):
         raise InputError(f"labels of {name} must be class indices below {len(known.classes)}, got {int(labels.max())}")
-    return Part(rows, labels, names, f"{'test ' if _has_test(name, kind) else _HELD_OUT * held_out}samples of {name}")
+    return Part(rows, labels, names, f"{'test ' if has_test(name, kind) else _HELD_OUT * held_out}samples of {name}")
 
 
 _HELD_OUT = "held-out "
@@ -253,11 +282,18 @@ def _rule_of(known: Known, name: str) -> Rule:
     return known.rule
 
 
-def _has_test(name: str, kind: str) -> bool:
+def has_test(name: str, kind: str) -> bool:
     """Whether data says itself which rows are for testing."""
     if kind == "folder":
         return images.parts_of(Path(name))[1] is not None
     return kind == "named" or "x_test" in read_npz(Path(name))
+
+
+def _trained_on(held_out: np.ndarray[Any, Any], ids: Sequence[Any] | None = None) -> int:
+    """How many rows, or people, are not held out; ``held_out`` ``(N,)`` says which are."""
+    if ids is None:
+        return int((~held_out).sum())
+    return len({repr(one) for one, is_held in zip(ids, held_out.tolist(), strict=True) if not is_held})
 
 
 def _numbered(count: int) -> list[str]:
@@ -308,6 +344,8 @@ def _columns(name: str, known: Known, options: argparse.Namespace, labelled: boo
         rule = _rule_of(known, name)
         rule.require(table)
         chosen = held_out_of(table.contents(rule.groups))
+        ids = None if rule.groups is None else table.cells[rule.groups]
+        rule.require_trained(_trained_on(chosen, ids), name)
         table, names = table.part(chosen), [str(place) for place in chosen.nonzero()[0].tolist()]
         if not names:
             raise InputError(f"no row of {name} is held out")
@@ -348,11 +386,8 @@ def _folder(
     pixels = images.read_images(files, options, known.shape)
     names = [str(file.relative_to(inner)) for file in files]
     if held_out and test is None and targets is not None:
-        _rule_of(known, str(folder))
-        rows = np.ascontiguousarray(pixels)
-        chosen = held_out_of(
-            row.tobytes() + label.tobytes() for row, label in zip(rows, targets.astype(np.int64), strict=True)
-        )
+        chosen = rows_held_out(pixels, targets)
+        _rule_of(known, str(folder)).require_trained(_trained_on(chosen), str(folder))
         pixels, targets = pixels[chosen], targets[chosen]
         names = [name for name, is_held in zip(names, chosen.tolist(), strict=True) if is_held]
     if not names:
@@ -365,8 +400,12 @@ def _samples(
 ) -> tuple[Tensor, Tensor | None, list[str]]:
     classes = options.classes or (None if known.classes is None else len(known.classes))
     if kind == "named" or held_out:
-        groups = None if kind == "named" or "x_train" in read_npz(Path(name)) else _rule_of(known, name).groups
+        rule = None if kind == "named" or "x_train" in read_npz(Path(name)) else _rule_of(known, name)
+        groups = None if rule is None else rule.groups
         split = load_dataset(name, options.data_dir, classes=None if kind == "named" else classes or 2, groups=groups)
+        if rule is not None:
+            count = len(split.targets) if split.groups is None else len({*split.groups.tolist()})
+            rule.require_trained(count, name)
         return split.test_inputs, split.test_targets if labelled else None, _numbered(len(split.test_targets))
     arrays = read_npz(Path(name))
     inputs_name, labels_name = ("x_test", "y_test") if "x_test" in arrays else ("X", "y")

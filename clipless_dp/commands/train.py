@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -233,7 +234,9 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     labels: dict[str, Any] = {} if choice.name == TABLES else {"classes": classes}
     if options.out is not None:
         content = trained.content(**labels, notes=_notes(choice))
-        content["settings"] = {**content["settings"], MADE: {**made, "label": data.label, "held_out": data.rule.kept()}}
+        # What was taken to be public, and stands in the statement.
+        rule = replace(data.rule, trained=result.optimizer.dataset_size if options.dataset_size is None else None)
+        content["settings"] = {**content["settings"], MADE: {**made, "label": data.label, "held_out": rule.kept()}}
         save_checkpoint(options.out, content)
     reached = scores_of(trained.predictor(**labels), data.test, classes).lines
     if isinstance(trained, presets.Trained) and classes is None and data.split is not None:

@@ -112,8 +112,8 @@ def _row(cells: Sequence[str]) -> str:
 
 
 _MARKS = re.compile(r"[\\|<`\[*~]|!(?=\[)|&(?=#?[0-9A-Za-z]+;)|(?<![^\W_])_|_(?![^\W_])")
-"""What would end a cell, or make a tag, code, a link, a picture, emphasis or another character of a name; the backslash,
-or it would undo that of the mark behind it. A ``_`` within a word is none."""
+"""What would end a cell, or make a tag, code, a link, a picture, emphasis or another character of a name; and the
+backslash, which would undo that of the mark behind it. A ``_`` within a word is none."""
 
 
 def _table(section: Section) -> str:

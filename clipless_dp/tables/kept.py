@@ -17,7 +17,7 @@ RELEASES = ("statistics", "labels")
 
 
 def files_beside(checkpoint: str | os.PathLike[str] | None) -> tuple[Path, ...]:
-    """What is kept beside a checkpoint of training: statistics that were released for it, and of which task they are."""
+    """What is kept beside a checkpoint of training: statistics that were released for it, and their task."""
     if checkpoint is None:
         return ()
     return tuple(Path(f"{os.fspath(checkpoint)}.{name}") for name in (*RELEASES, "task"))

@@ -142,6 +142,108 @@ def test_rows_are_held_out_by_no_rule_but_that_of_training(tmp_path):
     assert len(read_rows(options(path), known, labelled=True)) == 100
 
 
+def float32(values):
+    with np.errstate(over="ignore"):
+        return values.astype(np.float32)
+
+
+STORED = {
+    "float32": lambda X, who: (float32(X), who),
+    "big-endian": lambda X, who: (X.astype(">f8"), who.astype(">i4")),
+    "Fortran": lambda X, who: (np.asfortranarray(X), who.astype("u4")),
+    "ids as float64": lambda X, who: (X, who.astype("f8")),
+    "ids as text": lambda X, who: (X, who.astype(str)),
+    "ids as bytes": lambda X, who: (X, who.astype("S")),
+    "zeros of another sign": lambda X, who: (np.where(X == 0.0, -X, X), who),
+}
+
+
+@pytest.mark.parametrize("groups", [None, "who"])
+@pytest.mark.parametrize("case", STORED)
+def test_the_same_numbers_are_held_out_whatever_they_are_stored_as(case, groups, tmp_path):
+    generator = np.random.default_rng(0)
+    X, who, y = generator.normal(size=(300, 3)), np.arange(300) // 3 + 10**6, np.arange(300) % 2
+    X[::7, 1], X[::9, 2], X[::11, 0] = 0.0, math.nan, 1e300
+    np.savez(tmp_path / "a.npz", X=X, y=y, who=who)
+    stored, ids = STORED[case](X, who)
+    np.savez(tmp_path / "b.npz", X=stored, y=y.astype(">i2"), who=ids)
+    known = Known((0, 1), (3,), rule=Rule(groups))
+    with np.errstate(over="ignore"):
+        first, second = (
+            read_rows(options(tmp_path / name), known, labelled=True, held_out=True).rows for name in ("a.npz", "b.npz")
+        )
+    np.testing.assert_array_equal(first, second)
+    assert 20 < len(first) < 120
+
+
+def test_cells_are_held_out_by_what_they_say_and_not_by_how_it_is_written(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    lines = ["a,b,who,label", *(f"{row / 8:.4f},{row % 5 - 2}.0,p{row},{row % 2}" for row in range(300))]
+    lines += [f"{word},1e-3,p{300 + place},1" for place, word in enumerate(["", "NA", "NaN", " null "] * 9)]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    pandas.read_csv(tmp_path / "a.csv", dtype={"who": str}).to_csv(tmp_path / "b.csv", index=False)
+    assert (tmp_path / "a.csv").read_text() != (tmp_path / "b.csv").read_text()
+    for groups in (None, "who", "b"):
+        found = [columns.read_columns(tmp_path / name).contents(groups) for name in ("a.csv", "b.csv")]
+        assert found[0] == found[1]
+        assert len({*found[0]}) == {None: 336, "who": 336, "b": 6}[groups]
+
+
+@given(st.lists(st.tuples(st.text(max_size=4), st.text(max_size=4)), min_size=2, max_size=2, unique=True))
+def test_cells_do_not_run_into_each_other(rows):
+    one, other = (columns.Columns("f", ("a", "b"), {"a": [a], "b": [b]}, True, 1).contents()[0] for a, b in rows)
+    alike = [columns._content(cell) for cell in rows[0]] == [columns._content(cell) for cell in rows[1]]
+    assert (one == other) == alike
+
+
+@pytest.mark.parametrize(
+    ("cells", "said"),
+    [
+        (["7", "7.0", " 7 ", 7, 7.0, "7e0", b"7", True + 6], b"7"),
+        (["", None, "nan", math.nan], b""),
+        (["-0.0", -0.0, 0, "0", 0.0], b"0"),
+        ([2**60 + 1, str(2**60 + 1)], b"1152921504606846977"),
+        ([0.1, "0.1", "0.10", float(np.float32(0.1))], repr(float(np.float32(0.1))).encode()),
+        (["red", " red"], b"red"),
+        ([math.inf, "inf", "1e999", 1e300, float(np.float32(math.inf))], b"inf"),
+        ([-1e300, "-inf"], b"-inf"),
+        ([2.0**80, "1.2089258e24"], b"1208925819614629174706176"),
+    ],
+)
+def test_a_cell_is_what_it_says(cells, said):
+    assert {columns._content(cell) for cell in cells} == {said}
+
+
+def test_a_file_of_which_others_would_be_held_out_is_refused_in_words(tmp_path, folder):
+    generator = np.random.default_rng(0)
+    X, y, who = generator.normal(size=(300, 3)), np.arange(300) % 2, np.arange(300) // 2
+    (tmp_path / "rows.csv").write_text(
+        "a,who,label\n" + "".join(f"{a},{b},{c}\n" for a, b, c in zip(X[:, 0], who, y, strict=True))
+    )
+    np.savez(tmp_path / "rows.npz", X=X, y=y, who=who)
+    for path, groups in (
+        (tmp_path / "rows.csv", None),
+        (tmp_path / "rows.csv", "who"),
+        (tmp_path / "rows.npz", None),
+        (tmp_path / "rows.npz", "who"),
+        (folder, None),
+    ):
+        data = read_to_train(options(path, groups=groups))
+        shape = None if data.encoding else data.shape
+        known = Known(data.classes, shape, data.encoding, data.label, rule=data.rule)
+        count = data.people_or_rows
+        for trained in (count, None):
+            rule = Rule.read(json.loads(json.dumps(replace(data.rule, trained=trained).kept())))
+            part = read_rows(options(path), replace(known, rule=rule), labelled=True, held_out=True)
+            assert len(part) == len(data.test)
+        for trained in (count - 1, count + 1):
+            rule = replace(data.rule, trained=trained)
+            with pytest.raises(ConfigurationError, match="some of which would be taken for held-out ones"):
+                read_rows(options(path), replace(known, rule=rule), labelled=True, held_out=True)
+    # Of a former version, which decided by how rows are stored.
+    assert Rule.read({"groups": None, "names": [], "is_text": None}) is None
+
+
 ROWS = {
     "numbers": "0.1257,-0.1321,0.6404,1",
     "a number among words": "red,0,london",

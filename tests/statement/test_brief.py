@@ -117,7 +117,7 @@ def test_names_with_lines_within_them_stay_as_they_are(optimizer):
     "text", ["a\u200bb", "a\u200eb", "a\u200fb", "a\u061cb", "a\u00adb", "\ufeffa", "a\U000e0041b", "a\u2060b"]
 )
 def test_letters_that_are_not_seen_are_refused(optimizer, text):
-    with pytest.raises(ConfigurationError, match="^organisation must be a text of one line"):
+    with pytest.raises(ConfigurationError, match=r"^organisation must be a text of one line"):
         report(optimizer, delta=1e-3, organisation=text)
 
 
