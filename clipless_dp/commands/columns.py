@@ -12,6 +12,7 @@ import decimal
 import importlib
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,30 @@ _LABELS = ("label", "target", "class", "y")
 _MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
 """How a missing number is written, in any case."""
 
-_TRUTH = ("true", "false", "yes")
-_DATE = re.compile(r"\d{1,4}[-/.:]\d{1,2}([-/.:]\d{1,4})?([ T].*)?")
-_BESIDE_DIGITS = str.maketrans("", "", "$€£%, ")
-_COUNTED = 4
-"""Names that are numbers are none, but for so many or more that count columns from 0 or 1: a frame without names."""
+_VALUES = ("true", "false", "yes", "#n/a", "#na", "#value!", "<na>", "n.a.", "nil", "nat")
+_VALUE = re.compile(
+    r"""
+    [\W\d_]*                                             # No letter: a number, a range, a date, a telephone, a dash.
+    |.*\d{5}.*                                            # A number that tells who somebody is, or when.
+    |.*[^\s@]@[^\s@]+\.[^\s@]+.*                          # An address of electronic mail.
+    |[<>≤≥=~≈±]+\s*\d.*                                  # A bound.
+    |[-+(]*\d.*\s.*                                      # Number and words: a quantity, a street, a date.
+    |[-+(]*\d+([.,]\d+)*(?!(st|nd|rd|th)$)[^\W\d_]{1,6}(/[^\W\d_]+)?[)]*   # A number and its unit.
+    |\d{1,2}:\d\d.*|\d{1,4}[-/.]\d{1,2}[-/.T ].*         # A time, a date with more behind it.
+    |(.*[^a-z])?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*[^a-z_]*\d.*
+    |\d+[^a-z_]*(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec).*  # A date in words.
+    |0x[0-9a-f]+|[-+]?\d+(\.\d*)?e[-+]?\d+|[-+]?(inf|infinity)
+    |[a-z]\d\d\.\d[0-9a-z]*                               # A diagnosis (ICD).
+    |[0-9a-f]{8}-[0-9a-f]{4}-.*                           # A random identity (UUID).
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+"""What a cell of a row looks like, in small letters, with a hyphen for each dash, and without money and units of it."""
+
+_DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
+_COUNTED = {0: 4, 1: 8}
+"""Names that are numbers are none, but for so many or more that count columns from 0, or from 1: a frame without names;
+four answers on a scale count from 1 as well."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +170,12 @@ def read_table(name: str, options: argparse.Namespace) -> Columns:
         ConfigurationError: it cannot be read; or its first line looks like a row, and nothing says that it is none.
         InputError: it has no rows, or one of another length than its header.
     """
-    found = read_columns(Path(name), options.columns, has_header=not options.no_header)
+    if options.header and (options.no_header or options.columns is not None):
+        raise ConfigurationError("--header: the first line says the names; leave --no-header and --columns out")
+    found = read_columns(Path(name), options.columns, has_header=not options.no_header, is_public=options.header)
     if (
-        options.columns is None
+        not options.header
+        and options.columns is None
         and options.label is None
         and (label := label_of(found, options)) in (options.labels or ())
     ):
@@ -160,13 +183,16 @@ def read_table(name: str, options: argparse.Namespace) -> Columns:
     return found
 
 
-def read_columns(path: Path, names: Sequence[str] | None = None, *, has_header: bool = True) -> Columns:
+def read_columns(
+    path: Path, names: Sequence[str] | None = None, *, has_header: bool = True, is_public: bool = False
+) -> Columns:
     """The table of a CSV or Parquet file.
 
     Args:
         path: of the file.
         names: of its columns, in order, which are public; by default its header says them.
         has_header: whether the first line of a CSV file is none of its rows.
+        is_public: whether that was said to be so, whatever it looks like.
 
     Raises:
         ConfigurationError: it cannot be read; or its header looks like a row, whose cells would be published as the
@@ -185,7 +211,8 @@ def read_columns(path: Path, names: Sequence[str] | None = None, *, has_header: 
             found = [name.strip() for name in next(lines, [])] if has_header else None
             if names is None:
                 assert found is not None
-                _refuse_row(found, path)
+                if not is_public:
+                    _refuse_row(found, path)
             header = tuple(name.strip() for name in (found if names is None else names) or ())
             _check_header(header, path)
             if found is not None and len(found) != len(header):
@@ -240,25 +267,23 @@ def _alone(cell: Any) -> Any:
 
 def _refuse_row(header: Sequence[str], path: Path) -> None:
     """Refuses a header that looks like a row: the names of columns are kept in the file of a model, and are public."""
-    numbers = [name for name in header if _is_number(name)]
-    counted = len(numbers) >= _COUNTED and any(
-        numbers == [str(first + place) for place in range(len(numbers))] for first in (0, 1)
-    )
-    places = [
-        place
-        for place, name in enumerate(header)
-        if name.lower() in (*_MISSING, *_TRUTH) or _DATE.fullmatch(name) or (_is_number(name) and not counted)
-    ]
-    if places:
-        raise _looks_like_a_row(path, places, "empty, a number or a date")
+    numbers = [name for name in header if name.isdecimal()]
+    counted = {
+        str(first + place)
+        for first, least in _COUNTED.items()
+        if len(numbers) >= least and numbers == [str(first + place) for place in range(len(numbers))]
+        for place in range(len(numbers))
+    }
+    if places := [place for place, name in enumerate(header) if name not in counted and _is_value(name)]:
+        raise _looks_like_a_row(path, places, "empty, a number, a quantity, a date or an identity")
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text.translate(_BESIDE_DIGITS))
-    except ValueError:
-        return False
-    return True
+def _is_value(name: str) -> bool:
+    """Whether it is rather a cell than a name."""
+    seen = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) not in ("Cf", "Sc"))
+    text = _DASHES.sub("-", seen).strip().lower()
+    # How rows and shares are called.
+    return text in (*_MISSING, *_VALUES) or (text not in ("#", "%") and _VALUE.fullmatch(text) is not None)
 
 
 def _looks_like_a_row(path: object, places: Sequence[int], what: str) -> ConfigurationError:
@@ -266,7 +291,7 @@ def _looks_like_a_row(path: object, places: Sequence[int], what: str) -> Configu
     return ConfigurationError(
         f"the first line of {path} looks like a row, and names of columns are published with the model (column "
         f"{shown}: {what}): add a line with public names, or say --no-header --columns A,B,C; where it is a header, "
-        "--columns A,B,C alone calls the columns by other names"
+        "say so, --header, or give other names, --columns A,B,C alone"
     )
 
 

@@ -62,6 +62,9 @@ def add_data(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
         metavar="A,B,C",
         help="names of all columns of a CSV file, in order (default: its first line)",
     )
+    columns.add_argument(
+        "--header", action="store_true", help="the first line holds names, which are public, whatever it looks like"
+    )
     columns.add_argument("--no-header", action="store_true", help="the first line is a row: --columns has the names")
     columns.add_argument("--drop", nargs="+", default=[], metavar="COLUMN", help="columns that are not read")
     columns.add_argument(

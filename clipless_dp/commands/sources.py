@@ -302,7 +302,7 @@ def _numbered(count: int) -> list[str]:
 
 def _refuse_column_options(options: argparse.Namespace, kind: str) -> None:
     lists = [f"--{name}" for name in ("categories", "drop", "missing") if getattr(options, name)]
-    named = ("label", "labels", "target_range", "columns", "no_header")
+    named = ("label", "labels", "target_range", "columns", "header", "no_header")
     lists += [f"--{name.replace('_', '-')}" for name in named if getattr(options, name)]
     if lists:
         raise ConfigurationError(f"{', '.join(lists)}: of CSV and Parquet files, and {options.dataset} is {kind}")

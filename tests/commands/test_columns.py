@@ -19,7 +19,7 @@ from clipless_dp.features import TableEncoding
 OPTIONS = {
     "dataset": None, "data_dir": None, "classes": None, "label": None, "labels": None, "target_range": None,
     "categories": [], "drop": [], "missing": [], "groups": None,
-    "columns": None, "no_header": False, "image_size": None, "channels": None,
+    "columns": None, "header": False, "no_header": False, "image_size": None, "channels": None,
 }  # fmt: skip
 
 
@@ -255,6 +255,35 @@ ROWS = {
     "money": "ann,$12.50,london",
     "a truth value": "ann,True,london",
     "a few counted ones": "0,1,red",
+    "four answers": "1,2,3,4,ill",
+    "an identity": "A12345678,M,ill",
+    "an identity with a letter behind": "9780306406157X,M,ill",
+    "a random identity": "deadbeef-cafe-4bad-8abc-abcdefabcdef,M,ill",
+    "an address": "a@b.com,M,ill",
+    "quantities": "5.1cm,3.5cm,setosa",
+    "a dose": "5 mg/l,M,ill",
+    "thousands": "£30k,M,ill",
+    "a bound": "<30,M,ill",
+    "a range": "30-40,M,ill",
+    "a range with a dash": "30–40,M,ill",
+    "an open range": "30+,M,ill",
+    "a date in words": "Jan 3 2020,M,ill",
+    "a date that begins by its day": "3-Jan-20,M,ill",
+    "a date with a time": "20200102T10,M,ill",
+    "a date and more": "2020/01/02 x,M,ill",
+    "a time of day": "10:30pm,M,ill",
+    "a minus sign": "−5,M,ill",
+    "a hidden letter": "\u200b5,M,ill",
+    "wide digits": "５,M,ill",
+    "other money": "¥5,M,ill",
+    "a number in brackets": "(5),M,ill",
+    "an error": "#N/A,M,ill",
+    "another missing cell": "<NA>,M,ill",
+    "a dash": "-,M,ill",
+    "a street": "1234 Main St,M,ill",
+    "a telephone": "555-1234,M,ill",
+    "a diagnosis": "K50.9,M,ill",
+    "a hexadecimal number": "0x1F,M,ill",
     "a label": "ann,london,maybe",
 }
 
@@ -268,6 +297,9 @@ def test_a_first_line_that_looks_like_a_row_is_refused_without_its_cells(row, tm
         columns.read_table(str(path), options(path, labels=labels))
     said = str(caught.value).replace(str(path), "")
     assert not any(cell in said for cell in ROWS[row].split(",") if len(cell) > 1)
+    if len({*ROWS[row].split(",")}) == ROWS[row].count(",") + 1 and ",," not in ROWS[row]:
+        said = columns.read_table(str(path), options(path, labels=labels, header=True))
+        assert (said.names, said.rows) == (tuple(ROWS[row].split(",")), 2)
     count = ROWS[row].count(",") + 1
     names = [f"c{place}" for place in range(count)]
     found = columns.read_table(str(path), options(path, labels=labels, columns=names, no_header=True))
@@ -276,9 +308,14 @@ def test_a_first_line_that_looks_like_a_row_is_refused_without_its_cells(row, tm
     assert columns.read_table(str(path), options(path, columns=names)).rows == 2
 
 
-@pytest.mark.parametrize(
-    "header", ["0,1,2,3,4", "0,1,2,3,label", "1,2,3,4,y", "1x1,1x2,label", "age_2,Q1 (a),label", "a b,x.1,y-2"]
-)
+HEADERS = [
+    "0,1,2,3,4", "0,1,2,3,label", "1,2,3,4,5,6,7,8,y", "1x1,1x2,label", "age_2,Q1 (a),label", "a b,x.1,y-2", "#,a,y",
+    "Unnamed: 0,a,y", "1st,2nd,y", "feature 1,feature 2,y", "E1,E2,E3", "No,a,y", "K,Ca,Fe", "pct_50,share (%),y",
+    "may_2020,sales_2021,y", "march,april,y", "größe,年齢,y", "x@2,b,y", "sepal length (cm),petal width (cm),y",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("header", HEADERS)
 def test_headers_with_digits_and_counted_columns_are_headers(header, tmp_path):
     path = tmp_path / "table.csv"
     path.write_text(header + "\n" + ",".join("7" * (header.count(",") + 1)) + "\n")
@@ -294,6 +331,19 @@ def test_names_of_columns_are_as_many_as_there_are_and_said_where_there_is_no_he
         columns.read_columns(path, ["a", "b", "c"], has_header=False)
     with pytest.raises(ConfigurationError, match="say how the columns are called"):
         columns.read_columns(path, has_header=False)
+
+
+@pytest.mark.parametrize("header", ["Na,Mg,K", "ID,NA,class", "2020,2021,y", "5%,10%,y", "0,1,2,y", "100m,200m,y"])
+def test_ordinary_headers_that_look_like_rows_are_read_where_they_are_said_to_be_headers(header, tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text(header + "\n" + ",".join("7" * (header.count(",") + 1)) + "\n")
+    with pytest.raises(ConfigurationError, match=r"where it is a header, say so, --header"):
+        columns.read_table(str(path), options(path))
+    found = columns.read_table(str(path), options(path, header=True))
+    assert (found.names, found.rows) == (tuple(header.split(",")), 1)
+    for other in ({"no_header": True}, {"columns": ["a", "b", "c"]}):
+        with pytest.raises(ConfigurationError, match="leave --no-header and --columns out"):
+            columns.read_table(str(path), options(path, header=True, **other))
 
 
 def _written(path, cells, types):
