@@ -17,15 +17,15 @@ from clipless_dp.statement.sections import sections
 
 def to_markdown(facts: Mapping[str, Any]) -> str:
     """The readable statement, without its pictures."""
-    lines = [f"# {_one_line(facts['title'])}", ""]
+    lines = [f"# {_plain(facts['title'])}", ""]
     folded = False
     for section in _sections(facts):
         if section.place == "folded" and not folded:
             lines += [f"## {_FOLDED}", ""]
             folded = True
         lines += [f"{'###' if folded else '##'} {section.title}", ""]
-        lines += [line for paragraph in section.text for line in (_one_line(paragraph), "")]
-        lines += [f"* {_one_line(item)}" for item in section.items] + [""] * bool(section.items)
+        lines += [line for paragraph in section.text for line in (_paragraph(paragraph), "")]
+        lines += [f"* {_paragraph(item)}" for item in section.items] + [""] * bool(section.items)
         if section.rows:
             header = section.header or ("", "")
             lines += [_row(header), _row(("---",) * len(header)), *map(_row, section.rows), ""]
@@ -107,13 +107,27 @@ def _one_line(text: str) -> str:
     return " ".join(text.splitlines())
 
 
+def _plain(text: str) -> str:
+    """A text on one line, of which nothing is markup."""
+    return _MARKS.sub(r"\\\g<0>", _one_line(text))
+
+
+def _paragraph(text: str) -> str:
+    """The same where a line begins."""
+    return _BLOCK.sub(r"\g<1>\\\g<2>", _plain(text))
+
+
 def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(_MARKS.sub(r"\\\g<0>", _one_line(cell)) for cell in cells) + " |"
+    return "| " + " | ".join(map(_plain, cells)) + " |"
 
 
 _MARKS = re.compile(r"[\\|<`\[*~]|!(?=\[)|&(?=#?[0-9A-Za-z]+;)|(?<![^\W_])_|_(?![^\W_])")
 """What would end a cell, or make a tag, code, a link, a picture, emphasis or another character of a name; and the
 backslash, which would undo that of the mark behind it. A ``_`` within a word is none."""
+
+
+_BLOCK = re.compile(r"^(\s*|\s*\d+(?=[.)]\s))([#>]|[-+](?=[\s-])|(?<=\d)[.)])")
+"""What would make a heading, a list or a quotation of the start of a line."""
 
 
 def _table(section: Section) -> str:

@@ -110,7 +110,7 @@ def test_the_three_forms_say_the_same_and_the_page_needs_nothing_else(tmp_path):
     for form in (markdown, words):
         assert shown in form
         assert "one patient" in form
-        assert "<b>Read & me</b>" in form
+        assert "<b>Read & me</b>" in form.replace("\\", "")
         assert "hyper-parameters" in form
         assert "Poisson" in form
         assert "adding or removing one unit" in form
@@ -125,7 +125,7 @@ def test_no_name_or_note_writes_a_heading_of_its_own() -> None:
     plain, text = (report(trained(), unit=one, notes=[one]).to_markdown() for one in ("fine", sly))
     headings = [[line for line in some.splitlines() if line.startswith(("#", "*"))] for some in (plain, text)]
     assert len(headings[0]) == len(headings[1])
-    assert "* fine  ## Certified by nobody # twice * and more" in headings[1]
+    assert r"* fine  ## Certified by nobody # twice \* and more" in headings[1]
 
 
 def test_tables_in_markdown_have_as_many_cells_in_every_row():
