@@ -21,7 +21,7 @@ from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from .ledger import Ledger
 from .risk import FALSE_POSITIVE_RATES, TradeOff, trade_off
 from .second_opinion import second_opinion
-from .stated import compared, stated_epsilon
+from .stated import compared, facts_stated
 
 __all__ = ["main"]
 
@@ -346,16 +346,21 @@ _DELTAS = [1e-5, 1e-6, 1e-8]
 
 def _explain(options: argparse.Namespace) -> str:
     ledgers = [Ledger.load(path) for path in options.ledger]
-    stated = {path: epsilon for path in options.ledger if (epsilon := stated_epsilon(path)) is not None}
+    stated = {path: facts for path in options.ledger if (facts := facts_stated(path)) is not None}
+    compared_with = {
+        path: compared(path, stated[path], _of(own, options))
+        for path, own in zip(options.ledger, ledgers, strict=True)
+        if path in stated
+    }
     ledger, *others = ledgers
     for other in others:
         ledger = ledger.merge(other)
-    deltas = options.delta or list(dict.fromkeys([*(delta for _, delta in stated.values()), *_DELTAS]))
+    own_deltas = [facts["epsilon"]["delta"] for facts in stated.values() if facts["epsilon"]["epsilon"] is not None]
+    deltas = options.delta or list(dict.fromkeys([*own_deltas, *_DELTAS]))
     bounds = _of(ledger, options).epsilon_curve(deltas, group_size=options.group_size)
     shown = [ledger.table(), "", *map(_line, bounds)]
-    for path, own in zip(options.ledger, ledgers, strict=True):
-        if path in stated:
-            shown += ["", compared(path, *stated[path], _of(own, options))]
+    for found in compared_with.values():
+        shown += ["", str(found)]
     if options.second_opinion:
         if options.group_size != 1:
             raise InvalidParameterError("others know no groups: ask for a second opinion without --group-size")

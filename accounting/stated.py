@@ -3,46 +3,235 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import ndtri
 
 from .accountants import Accountant
-from .bounds import rounded_down, rounded_up
-from .errors import AccountingError
+from .bounds import PrivacyBound, rounded_down, rounded_up
+from .errors import AccountingError, EngineRangeError, LedgerFormatError, UnsupportedEventError
+from .ledger import Ledger
+from .risk import TradeOff, trade_off
+
+_MOVED = 1e-9
+"""As far, relatively, as floating point on another machine moves a bound."""
+
+_SHARES_MOVED = 1e-6
+"""The same of rates and of δ, which are sums of many terms."""
 
 
-def stated_epsilon(path: str | os.PathLike[str]) -> tuple[float, float] | None:
-    """ε and δ of a privacy statement, whose file was read as a ledger; a ledger by itself states none."""
-    stated = json.loads(Path(path).read_text(encoding="utf-8")).get("epsilon")
-    if not isinstance(stated, dict):
+_LOOKED_AT = 9
+"""ε at which a lower bound of δ is computed."""
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of it where nothing contradicts the ledger.
+
+    Attributes:
+        text: whether ε follows, in a sentence.
+        open: what neither follows from the ledger nor contradicts it, a sentence each; ε is the first where it is one.
+    """
+
+    text: str
+    open: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return "\n".join(dict.fromkeys([self.text, *self.open]))
+
+
+@dataclass(frozen=True)
+class _Claim:
+    """An upper bound that is stated, and what the ledger gives: at least, for certain, and what is certified."""
+
+    said: str
+    stated: float
+    lower: float
+    upper: float
+    engine: str
+    moved: float = _MOVED
+
+    @property
+    def is_contradicted(self) -> bool:
+        return self.stated < self.lower * (1.0 - self.moved)
+
+    @property
+    def follows(self) -> bool:
+        return self.stated >= self.upper * (1.0 - self.moved) - (self.moved > _MOVED) * 1e-12
+
+
+def facts_stated(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
+    """What a privacy statement says, whose file was read as a ledger; ``None``: a ledger by itself, which says nothing.
+
+    Raises:
+        LedgerFormatError: it cannot be read.
+    """
+    try:
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LedgerFormatError(f"{os.fspath(path)} is no privacy statement: {error}") from error
+    if not isinstance(facts, dict):
         return None
-    epsilon, delta = stated.get("epsilon"), stated.get("delta")
-    if not isinstance(epsilon, (int, float)) or not isinstance(delta, (int, float)):
-        return None
-    # JSON knows integers that no float holds.
-    return float(min(epsilon, 1e300)), float(min(delta, 1e300))
+    is_one = "epsilon" in facts or str(facts.get("format", "")).startswith("clipless_dp.")
+    return facts if is_one else None
 
 
-def compared(path: str | os.PathLike[str], epsilon: float, delta: float, accountant: Accountant) -> str:
-    """Whether a statement's ε follows from its own ledger, in a sentence.
+def compared(path: str | os.PathLike[str], facts: Mapping[str, Any], accountant: Accountant) -> Comparison:
+    """Whether what a statement promises follows from its own ledger: ε at each δ, risk, relation, unit and steps.
 
     Args:
         path: the statement's file.
-        epsilon: as it states.
-        delta: its δ.
+        facts: what it states.
         accountant: of its ledger.
 
     Raises:
-        AccountingError: When its ledger gives more for certain.
+        AccountingError: its ledger gives more for certain, or is about something else.
+        LedgerFormatError: what it states is no number where one must be, or is missing.
+        MixedUnitsError: it states an ε of a ledger about rows and people.
     """
-    bound = accountant.get_epsilon(delta)
-    states = f"{os.fspath(path)} states epsilon = {rounded_up(epsilon)} at delta = {delta:g}"
-    # As far as floating point on another machine moves it.
-    if epsilon >= bound.upper * (1.0 - 1e-9):
-        return f"{states}: this follows from its ledger"
-    if epsilon >= bound.lower * (1.0 - 1e-9):
-        return (
-            f"{states}: this neither follows from its ledger nor contradicts it, by the engine {bound.engine}, which "
-            f"knows epsilon = {rounded_up(bound.upper)}"
+    name = os.fspath(path)
+    try:
+        _require_same(name, facts, accountant.ledger)
+        claims = [*_epsilons(facts["epsilon"], accountant), *_risks(facts.get("risk"), accountant)]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise LedgerFormatError(f"{name} is an incomplete privacy statement, or was altered: {error!r}") from error
+    for claim in claims:
+        if claim.is_contradicted:
+            raise AccountingError(
+                f"{name} states {claim.said}, and its ledger gives at least {rounded_down(claim.lower)}: "
+                "one was altered"
+            )
+    left = tuple(
+        f"{name} states {claim.said}: this neither follows from its ledger nor contradicts it, by the engine "
+        f"{claim.engine}, which knows {rounded_up(claim.upper)}"
+        for claim in claims
+        if not claim.follows
+    )
+    if facts["epsilon"]["epsilon"] is None:
+        return Comparison(f"{name} states no epsilon", left)
+    follows = f"{name} states {claims[0].said}: this follows from its ledger"
+    return Comparison(follows if claims[0].follows else left[0], left)
+
+
+def _require_same(name: str, facts: Mapping[str, Any], ledger: Ledger) -> None:
+    """Refuses what is about another promise, or other steps, than the ledger."""
+    if facts["relation"] != ledger.relation:
+        raise AccountingError(
+            f"{name} is about neighbours by {facts['relation']!r}, and its ledger by {ledger.relation!r}: "
+            "one was altered"
         )
-    raise AccountingError(f"{states}, and its ledger gives at least {rounded_down(bound.lower)}: one was altered")
+    counted = facts.get("counted", "row")
+    promised = set(counted) if isinstance(counted, list) else {counted}
+    if promised == {"person"} and ledger.units - {"person"}:
+        raise AccountingError(f"{name} promises something to people, and its ledger is about rows: one was altered")
+    if "steps" in facts:
+        stated: Counter[tuple[Any, ...]] = Counter()
+        for entry in facts["steps"]["entries"]:
+            stated[entry["event"], entry["noise_multiplier"], entry["sample_rate"]] += entry["count"]
+        held: Counter[tuple[Any, ...]] = Counter()
+        for event, count in ledger:
+            rate = getattr(getattr(event, "sampling", None), "sample_rate", 1.0)
+            held[event.kind, getattr(event, "noise_multiplier", None), rate] += count
+        if stated != held:
+            raise AccountingError(f"{name} lists other steps and releases than its ledger holds: one was altered")
+
+
+def _epsilons(summary: Mapping[str, Any], accountant: Accountant) -> Iterator[_Claim]:
+    """ε of the summary, and of the curve."""
+    bounds: dict[float, PrivacyBound] = {}
+    for place in (summary, *summary.get("curve", ())):
+        if place["epsilon"] is None:
+            continue
+        epsilon, delta = _number(place["epsilon"], "epsilon"), _number(place["delta"], "delta")
+        if delta not in bounds:
+            bounds[delta] = accountant.get_epsilon(delta)
+        bound = bounds[delta]
+        said = f"epsilon = {rounded_up(epsilon)} at delta = {delta:g}"
+        yield _Claim(said, epsilon, bound.lower, bound.upper, bound.engine)
+
+
+def _risks(risk: Mapping[str, Any] | None, accountant: Accountant) -> Iterator[_Claim]:
+    """What attackers achieve at most."""
+    if risk is None:
+        return
+    try:
+        curve = trade_off(accountant)
+    except (UnsupportedEventError, EngineRangeError):
+        yield _Claim("what attackers achieve", 0.0, 0.0, math.inf, accountant.mechanism)
+        return
+    engine = curve.bounds[0].engine
+
+    def claim(what: str, value: Any, lower: float, upper: float) -> _Claim:
+        number = _number(value, what)
+        return _Claim(f"{what} = {rounded_up(number)}", number, lower, upper, engine, _SHARES_MOVED)
+
+    certain = _certain(accountant, curve)
+    # δ at ε = 0 is the total variation, which the best attacker's advantage is.
+    apart = float(certain[1][0])
+    yield claim("advantage", risk["advantage"], apart, curve.advantage)
+    yield claim("success at even odds", risk["success_at_even_odds"], 0.5 * (1.0 + apart), curve.success)
+    for place in (*risk["true_positive_rates"], *risk["curve"]):
+        false = _number(place["false_positive"], "a false-positive rate")
+        upper = float(curve.true_positive_rate(false))
+        what = f"at the false-positive rate {false:g} a true-positive rate"
+        yield claim(what, place["true_positive"], float(_found_at_least(certain, np.array(false))), upper)
+    if risk["gaussian_mu"] is not None:
+        rarest = _number(risk["gaussian_mu_from"], "the rarest error")
+        upper = curve.gaussian_mu(rarest)
+        yield claim("Gaussian mu", risk["gaussian_mu"], _mu_at_least(certain, curve, rarest), upper)
+    profile = risk["profile"]
+    epsilons = [min(_number(place["epsilon"], "epsilon of the profile"), 1e100) for place in profile]
+    for place, bound in zip(profile, accountant.delta_curve(epsilons), strict=True):
+        # δ falls as ε grows: what holds at a larger ε holds here.
+        lower = max([bound.lower, *certain[1][certain[0] >= bound.delta].tolist()])
+        yield claim(f"at epsilon = {bound.delta:g} delta", place["delta"], lower, bound.upper)
+
+
+def _certain(accountant: Accountant, curve: TradeOff) -> tuple[Array, Array]:
+    """Some ε of a curve, and lower bounds of δ at each, shapes ``(points,)``: its own points may have none."""
+    last = len(curve.bounds) - 1
+    places = sorted({round(last * share) for share in np.linspace(0.0, 1.0, _LOOKED_AT).tolist()})
+    bounds = [accountant.get_delta(curve.bounds[place].delta) for place in places]
+    return np.array([bound.delta for bound in bounds]), np.array([bound.lower for bound in bounds])
+
+
+def _found_at_least(certain: tuple[Array, Array], rates: Array) -> Array:
+    """A true-positive rate ``(...)`` that some attacker reaches at false-positive rates ``(...)``, for certain.
+
+    For each lower bound δ of δ(ε) some set has P(A) ≥ e^ε Q(A) + δ, at a Q(A) that is not known, but is at most
+    (1 − δ) e^−ε. Attackers who toss a coin between it, nothing and everything reach the lines between (0, 0),
+    (Q(A), P(A)) and (1, 1): at the rate α at least α e^ε / (1 − δ) where Q(A) is above α, and δ + (1 − δ) α where not.
+    """
+    epsilons, least = certain
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        above = np.nan_to_num(rates[..., None] * np.exp(epsilons) / (1.0 - least), nan=0.0, posinf=math.inf)
+        below = least + (1.0 - least) * rates[..., None]
+    found: Array = np.clip(np.minimum(above, below).max(axis=-1), rates, 1.0)
+    return found
+
+
+def _mu_at_least(certain: tuple[Array, Array], curve: TradeOff, rarest: float) -> float:
+    """A μ that no smaller one sums up the curve, between error rates that are at least ``rarest``."""
+    rates = np.geomspace(rarest, 0.5, 33)
+    counted = curve.false_negative_rate(rates) >= rarest
+    if not counted.any():
+        return 0.0
+    missed = 1.0 - _found_at_least(certain, rates[counted])
+    return max(0.0, float(np.max(-ndtri(rates[counted]) - ndtri(missed))))
+
+
+def _number(value: Any, what: str) -> float:
+    """A number that JSON holds; it knows integers that no float does."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise LedgerFormatError(f"{what} is stated as {value!r}, which is no number: the statement was altered")
+    return float(min(max(value, -1e300), 1e300))

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from accounting import Ledger, create_accountant
+from accounting import Ledger
 from accounting.errors import LedgerFormatError
-from accounting.stated import compared, stated_epsilon
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.errors import CheckpointError
 from clipless_dp.prediction import Content
 from clipless_dp.statement import PrivacyStatement, report_ledger, statement_files
+from clipless_dp.statement.followed import followed
 
 
 def add(commands: Any) -> None:
@@ -60,9 +60,10 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
 
 
 def statement_of(source: Path, delta: float | None) -> PrivacyStatement:
-    """The statement that a file holds, or of the ledger that it holds.
+    """The statement that a file holds, with what its own ledger says against it, or of the ledger that it holds.
 
     Raises:
+        AccountingError: what it states contradicts its ledger.
         CheckpointError: it holds none.
         FileNotFoundError: there is none.
     """
@@ -72,9 +73,10 @@ def statement_of(source: Path, delta: float | None) -> PrivacyStatement:
     if "result" in content:
         values = Content.of(content, str(source)).values
         try:
-            return PrivacyStatement(json.loads(values["statement"]))
-        except (TypeError, ValueError) as error:
+            statement = PrivacyStatement.of_json(values["statement"], str(source))
+        except CheckpointError as error:
             raise CheckpointError(f"{source} is altered: its statement cannot be read: {error}") from error
+        return followed(statement, str(source))
     try:
         state = content["optimizer"]["clipless_dp"]["accountant"]["ledger"]
         ledger = Ledger.from_state_dict(state)
@@ -83,34 +85,15 @@ def statement_of(source: Path, delta: float | None) -> PrivacyStatement:
     return report_ledger(ledger, delta=1e-5 if delta is None else delta, source=source.name)
 
 
-def _followed(statement: PrivacyStatement, source: Path) -> PrivacyStatement:
-    """A statement whose ε does not contradict the ledger in its file.
-
-    Raises:
-        AccountingError: its ledger gives more for certain.
-    """
-    stated = stated_epsilon(source)
-    if stated is not None:
-        try:
-            ledger = Ledger.load(source)
-        except LedgerFormatError:
-            # Former statements hold none that is read here.
-            return statement
-        accountant = create_accountant("auto", relation=ledger.relation)
-        accountant.ledger = ledger
-        compared(source, *stated, accountant)
-    return statement
-
-
 def _of_json(source: Path, delta: float | None) -> PrivacyStatement:
     try:
         facts = json.loads(source.read_text("utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{source} cannot be read as JSON: {error}") from error
     if isinstance(facts, dict) and str(facts.get("format", "")).startswith("clipless_dp."):
-        return _followed(PrivacyStatement.read(source), source)
+        return followed(PrivacyStatement.read(source), str(source))
     try:
         ledger = Ledger.from_json(source.read_text("utf-8"))
     except LedgerFormatError as error:

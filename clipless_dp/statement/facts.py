@@ -133,8 +133,18 @@ def facts_of(
     }
     if robustness is not None:
         facts["robustness"] = dict(robustness)
-    facts["findings"] = [*_weak_promises(facts), *_weak_records(optimizer, facts), *_weak_weights(optimizer, facts)]
+    facts["findings"] = [*findings_of(facts), *_weak_optimizer(optimizer, facts)]
     return facts
+
+
+def findings_of(facts: Mapping[str, Any]) -> Iterator[str]:
+    """What the facts themselves say against the promise; some of former statements are not there, and say nothing."""
+    yield from _weak_promises(facts)
+    yield from _weak_records(facts)
+    yield from _weak_weights(facts)
+    for one in facts["audits"]:
+        if one["passed"] is False:
+            yield f"An audit failed ({one['kind']}): do not rely on the promise until it is explained."
 
 
 def _bound_at(optimizer: CliplessDPOptimizer, delta: float) -> dict[str, Any]:
@@ -216,7 +226,7 @@ def _adaptive_caps(optimizer: CliplessDPOptimizer) -> dict[str, Any]:
 
 def _steps_of(entries: Sequence[Mapping[str, Any]], name: str, value: object) -> int:
     """How many steps have this property."""
-    return sum(entry["count"] for entry in entries if entry["event"] in _STEPS and entry[name] == value)
+    return sum(entry["count"] for entry in entries if entry["event"] in _STEPS and entry.get(name) == value)
 
 
 def _number(value: float) -> float | None:
@@ -240,9 +250,9 @@ def _weak_promises(facts: Mapping[str, Any]) -> Iterator[str]:
         yield f"δ = {summary['delta']:g} exceeds 1/{size}: publishing one whole record at random would satisfy it."
 
 
-def _weak_records(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Iterator[str]:
+def _weak_records(facts: Mapping[str, Any]) -> Iterator[str]:
     """Where what was recorded says little, or something else than a release should."""
-    steps = facts["steps"]
+    steps, about = facts["steps"], facts.get("counted", "row")
     for name in facts["noise"]["sources"]:
         if name == source_name(ReproducibleNoise):
             yield (
@@ -252,26 +262,26 @@ def _weak_records(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
         elif name not in _NOISE:
             yield f"The noise came from {name}, which is not a source of this package and was not checked."
     entries = steps["entries"]
-    if others := sum(entry["count"] for entry in entries if entry["unit"] != facts["counted"]):
-        counted, other = ("people", "rows") if facts["counted"] == "person" else ("rows", "people")
+    if others := sum(entry["count"] for entry in entries if entry.get("unit", "row") != about):
+        counted, other = ("people", "rows") if about == "person" else ("rows", "people")
         yield (
             f"{others} of {sum(entry['count'] for entry in entries)} entries of the ledger are about {other}, and this "
             f"statement is about {counted}: their ε do not add up, and there is no promise. Take them apart, or, where "
             "each person has one row only, say so by Ledger.about."
         )
-    unnamed = sum(entry["count"] for entry in entries if entry["noise"] is None)
+    unnamed = sum(entry["count"] for entry in entries if entry.get("noise") is None)
     if unnamed:
         yield (
             f"The records of {unnamed} of {sum(entry['count'] for entry in entries)} entries do not say where their "
             "noise came from: they were made by hand or by an earlier version, and were not checked."
         )
     unsampled = sum(entry["count"] for entry in entries if entry["event"] in _STEPS and entry["sample_rate"] == 1.0)
-    if unsampled and optimizer.sample_rate < 1.0:
+    if unsampled and facts["sampling"]["sample_rate"] < 1.0:
         yield (
             f"{unsampled} of {steps['recorded']} steps were charged without amplification by sampling (q = 1), since "
             "no Poisson draw was announced for them: the ε shown holds, and is larger than it need be."
         )
-    drawn = facts["sampling"]["drawn"]
+    drawn = facts["sampling"].get("drawn", {})
     if "seeded" in drawn:
         yield (
             f"The batches of {drawn['seeded']} of {steps['recorded']} steps are a function of a seed: whoever learns "
@@ -296,9 +306,11 @@ def _weak_records(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
         )
 
 
-def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Iterator[str]:
+def _weak_weights(facts: Mapping[str, Any]) -> Iterator[str]:
     """Where the weights may hold more than the ledger counts."""
-    weights = facts["weights"]
+    weights = facts.get("weights")
+    if weights is None:
+        return
     if not weights["as_counted"]:
         yield CHANGED
     if weights["uncounted_changes"]:
@@ -320,6 +332,10 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
             + "; ".join(weights["changed_bounds"])
             + "): each was charged by its own, of other layers, another loss, or parameters that were frozen since."
         )
+
+
+def _weak_optimizer(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> Iterator[str]:
+    """What only the optimizer and the model tell."""
     if optimizer.ledger_is_incomplete():
         yield (
             "Another optimizer took private steps on this model that this ledger does not hold: the ε shown is too "
@@ -332,9 +348,6 @@ def _weak_weights(optimizer: CliplessDPOptimizer, facts: Mapping[str, Any]) -> I
         )
     if "robustness" in facts:
         yield from _weak_certificates(optimizer.model, facts["robustness"])
-    for one in facts["audits"]:
-        if one["passed"] is False:
-            yield f"An audit failed ({one['kind']}): do not rely on the promise until it is explained."
 
 
 def _weak_certificates(model: DPLipModel, robustness: Mapping[str, Any]) -> Iterator[str]:

@@ -16,6 +16,7 @@ from clipless_dp.version import __version__
 
 LEDGER_KIND = "clipless_dp.ledger_statement"
 LEDGER_FORMAT = 1
+ONLY = "Only a ledger was read: nothing is known of the model that it belongs to."
 
 _UNCOVERED = (
     "What the ledger does not hold: other uses of the same data, choices made by looking at results on it.",
@@ -36,7 +37,7 @@ def facts_of_ledger(ledger: Ledger, delta: float, title: str, source: str) -> di
     """
     accountant = create_accountant("auto", relation=ledger.relation)
     accountant.ledger = ledger
-    findings = ["Only a ledger was read: nothing is known of the model that it belongs to."]
+    findings = [ONLY]
     curve: list[dict[str, Any]] = []
     try:
         for exponent in range(7):
@@ -97,6 +98,6 @@ def ledger_sections(facts: Mapping[str, Any]) -> Iterator[Section]:
     )
     yield Section(
         "How to check this",
-        ("The JSON file holds the ledger: anyone can compute ε from it again, with the `accounting` package.",),
+        ("The JSON file holds the ledger: anyone can compute ε from it again, with the package accounting.",),
         rows=(("read from", facts["source"]), *facts["versions"].items(), ("written", facts["created"])),
     )

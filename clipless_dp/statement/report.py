@@ -77,14 +77,35 @@ class PrivacyStatement:
             CheckpointError: it is none.
         """
         try:
-            facts = json.loads(Path(path).read_text("utf-8"))
+            text = Path(path).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{os.fspath(path)} is no privacy statement of this version: {error!r}") from error
+        return cls.of_json(text, os.fspath(path))
+
+    @classmethod
+    def of_json(cls, text: str, name: str) -> PrivacyStatement:
+        """The statement that :meth:`to_json` wrote.
+
+        Args:
+            text: JSON.
+            name: where it is from, for messages.
+
+        Raises:
+            CheckpointError: it is none.
+        """
+        try:
+            facts = json.loads(text)
             versions = {STATEMENT_KIND: STATEMENT_FORMAT, LEDGER_KIND: LEDGER_FORMAT}
             if not facts["version"] <= versions.get(facts["format"], 0):
                 raise ValueError(f"format {facts['format']!r}, version {facts['version']!r}")
+            if not isinstance(facts["findings"], list) or not all(isinstance(one, str) for one in facts["findings"]):
+                raise ValueError("findings are no list of texts")
             made = cls(facts)
             made.to_markdown()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{os.fspath(path)} is no privacy statement of this version: {error!r}") from error
+            made.to_html()
+        # Arithmetic: numbers that are none, such as true.
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{name} is no privacy statement of this version: {error!r}") from error
         return made
 
     def to_json(self) -> str:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 import accounting
 from accounting.cli import main
-from clipless_dp import ConfigurationError, ReproducibleNoise, report
+from clipless_dp import CheckpointError, ConfigurationError, ReproducibleNoise, report
+from clipless_dp.commands.report import statement_of
 from clipless_dp.modules import digest_of
 from clipless_dp.statement import PrivacyStatement
 from clipless_dp.statement.brief import best_guess, of_thousand, tier, verdict
@@ -106,6 +107,26 @@ def test_no_mark_of_a_name_is_markup_and_all_of_it_is_read(optimizer, text):
     left, read = re.sub(r"\\([!-/:-@[-`{-~])", "", cell), re.sub(r"\\([!-/:-@[-`{-~])", r"\1", cell)
     assert read == text
     assert not re.search(r"[\\|<`\[*~]|&#?\w+;|\b_|_\b", left)
+
+
+@pytest.mark.parametrize(
+    "text", [*MARKUP, "# Verdict: strong", "> said", "- one", "+ one", "3. three", "3) three", "--- "]
+)
+def test_no_mark_of_a_title_a_unit_or_a_note_is_markup(optimizer, text):
+    lines = report(optimizer, delta=1e-3, title=text, notes=[text], unit=text).to_markdown().splitlines()
+    notes = lines[lines.index("## What is not covered") :]
+    shown = [
+        lines[0].removeprefix("# "),
+        next(one for one in reversed(notes[: notes.index("## What is promised")]) if one),
+    ]
+    unescaped = [re.sub(r"\\([!-/:-@[-`{-~])", r"\1", one) for one in (shown[0], shown[1].removeprefix("* "))]
+    assert [one.strip() for one in unescaped] == [text.strip()] * 2
+    (unit,) = [line for line in lines if "The unit of privacy is" in line]
+    for line in (shown[0], shown[1].removeprefix("* "), unit):
+        left = re.sub(r"\\([!-/:-@[-`{-~])", "x", line)
+        assert not re.search(r"[\\|<`\[*~]|&#?\w+;|\b_|_\b", left)
+        # A heading's words are not the start of a line.
+        assert line is shown[0] or not re.match(r"[#>]|[-+]\s|---|\d+[.)]\s", left)
 
 
 def test_names_with_lines_within_them_stay_as_they_are(optimizer):
@@ -275,11 +296,94 @@ def test_a_statement_whose_epsilon_was_made_smaller_is_refused(written, capsys):
         assert words in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("epsilon", [None, "3", [], {}, {"epsilon": None, "delta": 0.1}, {"epsilon": 10**400}])
-def test_a_statement_without_an_epsilon_is_explained_by_its_ledger_alone(written, capsys, epsilon):
+@pytest.mark.parametrize("epsilon", [None, "3", [], {}, {"epsilon": "3", "delta": 0.1}, {"epsilon": 10**400}])
+def test_a_statement_whose_epsilon_is_none_that_can_be_compared_is_refused(written, capsys, epsilon):
     written.write_text(json.dumps({**json.loads(written.read_text("utf-8")), "epsilon": epsilon}), "utf-8")
+    assert main(["explain", str(written)]) == 2
+    assert "altered" in capsys.readouterr().err
+
+
+def test_a_statement_that_promises_nothing_is_explained_by_its_ledger_alone(written, capsys):
+    facts = {**json.loads(written.read_text("utf-8")), "epsilon": {"epsilon": None, "delta": 0.1}}
+    written.write_text(json.dumps(facts), "utf-8")
     assert main(["explain", str(written)]) == 0
-    assert "states" not in capsys.readouterr().out
+    assert "states no epsilon" in capsys.readouterr().out
+
+
+EDITED = {
+    "success": lambda facts: facts["risk"].update(success_at_even_odds=0.5),
+    "rates": lambda facts: [one.update(true_positive=one["false_positive"]) for one in facts["risk"]["curve"]],
+    "relation": lambda facts: facts.update(relation="replace_one"),
+    "curve": lambda facts: [one.update(epsilon=0.01) for one in facts["epsilon"]["curve"]],
+    "steps": lambda facts: [one.update(noise_multiplier=100.0) for one in facts["steps"]["entries"]],
+    "ledger's steps": lambda facts: facts["ledger"]["ledger"].update(entries=[]),
+}
+
+
+@pytest.mark.parametrize("case", EDITED)
+def test_edited_numbers_are_refused_by_report_and_by_explain(written, case, capsys):
+    facts = json.loads(written.read_text("utf-8"))
+    EDITED[case](facts)
+    written.write_text(json.dumps(facts), "utf-8")
+    assert main(["explain", str(written)]) == 2
+    assert "was altered" in capsys.readouterr().err
+    with pytest.raises(accounting.errors.AccountingError, match="was altered"):
+        statement_of(written, None)
+
+
+@pytest.mark.parametrize("ledger", [None, {}, "gone", {"format": "accounting.ledger", "version": 99}])
+def test_a_statement_without_its_ledger_is_shown_with_a_warning(written, ledger):
+    facts = json.loads(written.read_text("utf-8"))
+    facts["epsilon"]["epsilon"] = 0.03
+    if ledger == "gone":
+        del facts["ledger"]
+    else:
+        facts["ledger"] = ledger
+    written.write_text(json.dumps(facts), "utf-8")
+    shown = statement_of(written, None)
+    (finding,) = [one for one in shown.findings if "without a ledger" in one]
+    assert finding in shown.to_markdown()
+    assert "Nothing in the records weakens it" not in shown.to_markdown()
+    assert '<div class="box warning">' in shown.to_html()
+    # Written and read again it is told once.
+    again = shown.save(written)
+    assert statement_of(again.files[1], None).findings == shown.findings
+
+
+def test_findings_that_were_taken_out_are_told_again(tmp_path):
+    file = report(trained(noise=ReproducibleNoise(1)), tmp_path / "statement").files[1]
+    facts = json.loads(file.read_text("utf-8"))
+    assert facts["findings"]
+    found = {*facts["findings"]}
+    file.write_text(json.dumps({**facts, "findings": []}), "utf-8")
+    assert {*statement_of(file, None).findings} == found
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda facts: facts["epsilon"].update(epsilon=True),
+        lambda facts: facts["epsilon"]["curve"][1].update(epsilon=True),
+        lambda facts: facts.update(findings="abc"),
+        lambda facts: facts["risk"]["curve"][0].update(false_positive=0.0),
+    ],
+)
+def test_values_that_are_none_are_refused_in_words(written, edit):
+    facts = json.loads(written.read_text("utf-8"))
+    edit(facts)
+    written.write_text(json.dumps(facts), "utf-8")
+    with pytest.raises(CheckpointError, match="no privacy statement"):
+        statement_of(written, None)
+
+
+def test_deep_json_is_refused_in_words(tmp_path, capsys):
+    file = tmp_path / "deep.json"
+    file.write_text("[" * 10**5, "utf-8")
+    for refuse in (lambda path: statement_of(path, None), PrivacyStatement.read):
+        with pytest.raises(CheckpointError):
+            refuse(file)
+    assert main(["explain", str(file)]) == 2
+    assert "deep.json is no ledger" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
