@@ -53,7 +53,13 @@ def of_checkpoint(options: argparse.Namespace) -> tuple[DPLipModel, Split]:
             "a checkpoint of columns does not hold how they are read: give the file of train --out"
         )
     if isinstance(settings, dict) and not has_test(data.name, kind_of(data.name)):
-        replace(data.rule, trained=settings.get("dataset_size")).require_trained(data.people_or_rows, data.name)
+        try:
+            replace(data.rule, trained=settings.get("dataset_size")).require_trained(data.people_or_rows, data.name)
+        except ConfigurationError as error:
+            # The file of a result says whether its size was counted, and a checkpoint does not.
+            raise ConfigurationError(
+                f"{error}; where train was given --dataset-size: the file of train --out"
+            ) from error
     shape, classes = data.shape, data.split.classes
     model = model_of(options, shape, classes) if preset is None else preset.model(shape, classes)
     return model.to(options.device), data.split

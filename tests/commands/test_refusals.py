@@ -288,6 +288,19 @@ def test_a_result_does_not_replace_what_is_kept_beside_a_checkpoint(name, table,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_checkpoint_of_other_rows_than_are_left_is_refused_and_a_result_of_a_size_that_was_given_is_not(
+    arrays, tmp_path, capsys
+):
+    checkpoint, result = tmp_path / "run.pt", tmp_path / "model.pt"
+    train = ["train", "--data", arrays, *TARGET, "--audit", "off", "--epochs", "1", "--checkpoint", checkpoint]
+    assert main([*map(str, [*train, "--out", result, "--dataset-size", "300"])]) == 0
+    capsys.readouterr()
+    said = refused(capsys, "certify", checkpoint, "--data", arrays, "--route", "gated", "--samples", "5")
+    assert "300 were trained on" in said
+    assert "--dataset-size: the file of train --out" in said
+    assert main([*map(str, ["evaluate", result, "--data", arrays, "--held-out"])]) == 0
+
+
 def test_a_statement_whose_epsilon_its_own_ledger_contradicts_is_not_reported(result, tmp_path, capsys):
     assert main(["report", str(result), "--out", str(tmp_path / "statement")]) == 0
     assert main(["report", str(tmp_path / "statement.json")]) == 0
