@@ -1,4 +1,5 @@
-"""Base optimizers behind gradient gates: SGD, Adam, and Adam that is corrected for the noise, each tuned alike.
+"""Base optimizers behind gradient gates: SGD, Adam, Adam that is corrected for the noise, and
+sharpness-aware steps, each tuned alike.
 
 python benchmarks/optimizers.py --data-dir DIR
 
@@ -28,7 +29,7 @@ from torch import nn
 
 from clipless_dp import fit
 from clipless_dp.architectures.small import two_hidden_layers
-from clipless_dp.optim import AdamBC
+from clipless_dp.optim import AdamBC, SharpnessAwareAdam
 
 DATA_SETS = ("digits", "mnist", "table")
 EPSILONS = (1.0, 3.0, 8.0)
@@ -40,6 +41,11 @@ def corrected(parameters: Any, lr: float, floor: float) -> AdamBC:
     return AdamBC(parameters, lr=lr, floor=floor)
 
 
+def sharpness_aware(parameters: Any, lr: float, radius: float) -> SharpnessAwareAdam:
+    """Adam at weights that the last noisy gradient shifts."""
+    return SharpnessAwareAdam(parameters, lr=lr, radius=radius)
+
+
 RULES: dict[str, tuple[tuple[float, ...], Any]] = {
     "SGD": (SGD_RATES, lambda lr: {"optimizer": "sgd", "momentum": 0.0, "lr": lr}),
     "SGD, momentum .9": (
@@ -49,6 +55,8 @@ RULES: dict[str, tuple[tuple[float, ...], Any]] = {
     "Adam": (ADAM_RATES, lambda lr: {"optimizer": "adam", "lr": lr}),
     "AdamBC, floor .3": (ADAM_RATES, lambda lr: {"optimizer": partial(corrected, lr=lr, floor=0.3)}),
     "AdamBC, floor 1": (ADAM_RATES, lambda lr: {"optimizer": partial(corrected, lr=lr, floor=1.0)}),
+    "sharpness .03": (ADAM_RATES, lambda lr: {"optimizer": partial(sharpness_aware, lr=lr, radius=0.03)}),
+    "sharpness .3": (ADAM_RATES, lambda lr: {"optimizer": partial(sharpness_aware, lr=lr, radius=0.3)}),
 }
 
 
@@ -103,22 +111,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "optimizers.json")
     options = parser.parse_args()
     cells = json.loads(options.out.read_text()) if options.out.exists() else []
-    known = {(one["data set"], one["epsilon"]) for one in cells}
     with ProcessPoolExecutor(options.workers) as pool:
         for name in options.data_sets:
             for epsilon in options.epsilons:
-                if (name, epsilon) in known:
+                cell = next((one for one in cells if (one["data set"], one["epsilon"]) == (name, epsilon)), None)
+                if cell is None:
+                    cells.append(cell := {"data set": name, "epsilon": epsilon})
+                rules = {rule: rates for rule, (rates, _) in RULES.items() if rule not in cell}
+                if not rules:
                     continue
                 run = partial(pool.submit, trained, name, options.data_dir, epsilon)
-                tries = {rule: {lr: run(rule, lr, 0) for lr in rates} for rule, (rates, _) in RULES.items()}
+                tries = {rule: {lr: run(rule, lr, 0) for lr in rates} for rule, rates in rules.items()}
                 best = {rule: max(found, key=lambda lr: found[lr].result()[0]) for rule, found in tries.items()}
                 of_seeds = {rule: [run(rule, lr, seed) for seed in options.seeds] for rule, lr in best.items()}
-                cell: dict[str, Any] = {"data set": name, "epsilon": epsilon}
                 for rule, found in of_seeds.items():
                     cell[rule] = {"lr": best[rule], "test": [one.result()[1] for one in found]}
-                cells.append(cell)
                 options.out.write_text(json.dumps(cells, indent=1) + "\n")
-                options.out.with_suffix(".md").write_text(markdown(cells))
+                options.out.with_suffix(".md").write_text(
+                    markdown([one for one in cells if one.keys() >= RULES.keys()])
+                )
                 print(markdown([cell]).splitlines()[-1], flush=True)
 
 

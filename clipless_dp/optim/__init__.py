@@ -7,6 +7,7 @@ from clipless_dp.optim.books import STATE_FORMAT, Rates
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.optim.optimizer import CliplessDPOptimizer
 from clipless_dp.optim.sgd import CliplessDPSGD
+from clipless_dp.optim.sharpness import SharpnessAwareAdam, SharpnessAwareSGD
 
 __all__ = [
     "STATE_FORMAT",
@@ -17,4 +18,6 @@ __all__ = [
     "PrivacyWarning",
     "Rates",
     "Sampling",
+    "SharpnessAwareAdam",
+    "SharpnessAwareSGD",
 ]

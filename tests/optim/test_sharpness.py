@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from clipless_dp import (
+    CliplessDPOptimizer,
+    ConfigurationError,
+    DPLipModel,
+    PoissonBatches,
+    PrivacyError,
+    constraints,
+    losses,
+)
+from clipless_dp.layers import GroupSort
+from clipless_dp.optim import SharpnessAwareAdam, SharpnessAwareSGD
+from tests.support import gated_model, samples
+
+PAIRS = [(SharpnessAwareSGD, torch.optim.SGD, {"momentum": 0.5}), (SharpnessAwareAdam, torch.optim.Adam, {})]
+
+
+def quadratic(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, steps: int) -> list[torch.Tensor]:
+    """Weights at which passes are made, with the gradients ``Hw`` of a loss of known curvature."""
+    seen = []
+    for _ in range(steps):
+        seen.append(parameter.detach().clone())
+        parameter.grad = torch.tensor([1.0, 10.0], dtype=torch.float64) * parameter.detach()
+        optimizer.step()
+    return seen
+
+
+@pytest.mark.parametrize(("ours", "base", "settings"), PAIRS)
+def test_of_radius_zero_it_is_the_optimizer_of_torch(ours: Any, base: Any, settings: dict[str, float]) -> None:
+    mine, theirs = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    quadratic(ours([mine], lr=0.05, radius=0.0, **settings), mine, 20)
+    quadratic(base([theirs], lr=0.05, **settings), theirs, 20)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize(("ours", "base", "settings"), PAIRS)
+def test_passes_run_a_radius_along_the_last_gradient_from_where_torch_would_be(
+    ours: Any, base: Any, settings: dict[str, float]
+) -> None:
+    shifted, plain = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    optimizer, reference = ours([shifted], lr=0.05, radius=0.2, **settings), base([plain], lr=0.05, **settings)
+    for _ in range(10):
+        gradient = torch.tensor([1.0, 10.0], dtype=torch.float64) * shifted.detach()
+        shifted.grad, plain.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(shifted - plain, 0.2 * gradient / gradient.norm())
+
+
+def test_shifts_are_of_all_weights_together_and_fall_with_the_learning_rate() -> None:
+    first, second = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    optimizer = SharpnessAwareSGD([{"params": [first]}, {"params": [second]}], lr=0.0, radius=0.5)
+    for group in optimizer.param_groups:
+        group["initial_lr"], group["lr"] = 1e-9, 0.25e-9
+    first.grad, second.grad = torch.ones_like(first), 2.0 * torch.ones_like(second)
+    optimizer.step()
+    assert torch.cat((first, second)).norm().item() == pytest.approx(0.125)
+    torch.testing.assert_close(second, 2.0 * first)
+
+
+def test_a_gradient_of_zero_shifts_nothing() -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = SharpnessAwareSGD([parameter], lr=0.1, radius=0.5)
+    parameter.grad = torch.zeros(3)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
+
+
+@pytest.mark.parametrize(("ours", "base", "settings"), PAIRS)
+def test_a_run_goes_on_from_its_state_as_if_it_had_not_stopped(
+    ours: Any, base: Any, settings: dict[str, float]
+) -> None:
+    through, stopped = (nn.Parameter(torch.ones(2, dtype=torch.float64)) for _ in range(2))
+    quadratic(ours([through], lr=0.05, radius=0.2, **settings), through, 6)
+    first = ours([stopped], lr=0.05, radius=0.2, **settings)
+    quadratic(first, stopped, 3)
+    second = ours([stopped], lr=1.0, radius=0.0)
+    second.load_state_dict(first.state_dict())
+    quadratic(second, stopped, 3)
+    assert torch.equal(through, stopped)
+
+
+@pytest.mark.parametrize("kind", [SharpnessAwareSGD, SharpnessAwareAdam])
+@pytest.mark.parametrize("constraint", [None, constraints.Orthogonal()], ids=["gates", "orthogonal"])
+def test_private_steps_take_it_as_any_base_optimizer(kind: Any, constraint: constraints.Constraint | None) -> None:
+    model, data = gated_model(), samples(200)
+    if constraint is not None:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), GroupSort(2), nn.Linear(8, 3))
+        loss = losses.TauCrossEntropy(2.0)
+        model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=loss, constraint=constraint)
+    # Torch's class has stepped before: its step carries hooks of its own then.
+    kind.__mro__[2]([nn.Parameter(torch.ones(1))], lr=0.1).step()
+    base = kind(model.net.parameters(), lr=0.05, radius=0.1)
+    optimizer = CliplessDPOptimizer(
+        model, base, noise_multiplier=1.0, sample_rate=0.2, dataset_size=200, accountant="rdp"
+    )
+    for batch in PoissonBatches(data, sample_rate=0.2, steps=4):
+        optimizer.zero_grad()
+        model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+        optimizer.step()
+    assert optimizer.steps_taken == 4
+    assert optimizer.weights_are_counted()
+    shifts = [base.state[parameter]["shift"] for parameter in model.net.parameters()]
+    assert torch.cat([shift.flatten() for shift in shifts]).norm().item() == pytest.approx(0.1, rel=1e-4)
+    if constraint is not None:
+        assert model.lipschitz_constant() <= 1.0 + 1e-6
+
+
+def test_a_shift_that_raw_gradients_made_is_refused() -> None:
+    model, data = gated_model(), samples(200)
+    base = SharpnessAwareSGD(model.net.parameters(), lr=0.05, radius=0.1)
+    model.loss(model(data[0]), data[1], None).backward()
+    base.step()
+    base.zero_grad()
+    with pytest.raises(PrivacyError):
+        CliplessDPOptimizer(model, base, noise_multiplier=1.0, sample_rate=0.2, dataset_size=200, accountant="rdp")
+
+
+@pytest.mark.parametrize("radius", [-1.0, float("nan"), float("inf"), "large", True])
+def test_a_radius_that_is_no_length_is_refused(radius: Any) -> None:
+    with pytest.raises(ConfigurationError, match="radius"):
+        SharpnessAwareSGD([nn.Parameter(torch.ones(2))], lr=0.1, radius=radius)
+    optimizer = SharpnessAwareSGD([nn.Parameter(torch.ones(2))], lr=0.1, radius=0.1)
+    with pytest.raises(ConfigurationError, match="radius"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "radius": radius})
+
+
+def test_a_closure_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="closure"):
+        SharpnessAwareSGD([nn.Parameter(torch.ones(2))], lr=0.1, radius=0.1).step(lambda: 0.0)
