@@ -10,6 +10,7 @@ from torch import Tensor
 
 from clipless_dp.constraints.base import scale_to_limit_
 from clipless_dp.constraints.orthogonal import Orthogonal, overshoot, step_by_gram, tangent_step
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.norms.conv import polyphase
 from clipless_dp.norms.operators import ConvOperator, Operator
 from clipless_dp.norms.rounding import exact_float64
@@ -43,6 +44,9 @@ class OrthogonalConvolution(Orthogonal):
         As for :class:`Orthogonal`: the operator norm is at most ``limit`` by the last division, and no bound relies
         on orthogonality.
 
+    Raises:
+        ConfigurationError: on projecting, a kernel is neither float32 nor float64.
+
     What stays norm-preserving:
         Nothing exactly: after a noisy step the singular values lie within a small interval below the limit. The
         iteration aims at all circles of at least ``2k - 1`` pixels at once. Of zero-padded layers, isometries (no
@@ -60,7 +64,7 @@ class OrthogonalConvolution(Orthogonal):
         operator = operators[0]
         if isinstance(operator, ConvOperator):
             exact = exact_float64(weight)
-            _Symbol(operator, exact.shape).orthogonalize_(exact, self.limit, _FRESH_ITERATIONS)
+            _Symbol(operator, exact).orthogonalize_(exact, self.limit, _FRESH_ITERATIONS)
             weight.copy_(exact)
             scale_to_limit_(weight, operators, self.limit)
         else:
@@ -73,11 +77,11 @@ class OrthogonalConvolution(Orthogonal):
         if not isinstance(operator, ConvOperator):
             super().project_gradient_(gradient, weight, operators)
         elif self.tangent:
-            _Symbol(operator, weight.shape).project_(gradient, weight, self.iterations)
+            _Symbol(operator, weight).project_(gradient, weight, self.iterations)
 
     def _orthogonalize_(self, weight: Tensor, operator: Operator) -> None:
         if isinstance(operator, ConvOperator):
-            _Symbol(operator, weight.shape).orthogonalize_(weight, self.limit, self.iterations)
+            _Symbol(operator, weight).orthogonalize_(weight, self.limit, self.iterations)
         else:
             super()._orthogonalize_(weight, operator)
 
@@ -89,7 +93,12 @@ class _Symbol:
     holds the ``t`` first taps of a product ``K∗Kᵀ∗K`` without aliasing: it reaches from ``1 - t`` to ``2t - 2``.
     """
 
-    def __init__(self, operator: ConvOperator, shape: torch.Size) -> None:
+    def __init__(self, operator: ConvOperator, weight: Tensor) -> None:
+        if weight.dtype not in (torch.float32, torch.float64):
+            raise ConfigurationError(
+                f"kernels are orthogonalised in float32 or float64, got {weight.dtype}: convert the kernel first"
+            )
+        shape = weight.shape
         missing = 2 - len(operator.stride)
         self._operator = operator
         self._shape = (*shape[:2], *[1] * missing, *shape[2:])

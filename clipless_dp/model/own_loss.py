@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set, Sized
 from typing import Any
 from weakref import ref
 
@@ -17,6 +17,7 @@ from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.gates.arithmetic import flat_rows
 from clipless_dp.model.rowwise import EVERY, random_numbers
+from clipless_dp.sampling import fingerprints
 
 _ROUNDING = 1e-5
 """Of the largest number: sums of several terms in another order differ by some 1e-6 in float32."""
@@ -151,16 +152,13 @@ def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     """
     copy = values.clone()
     if copy.requires_grad:
-        ahead, behind = _comparing(drop)
-        copy.register_hook(ahead)
-        values.register_hook(behind)
+        values.register_hook(_comparing(copy, drop))
     return copy
 
 
 def _surround(output: Tensor, drop: Callable[[], None]) -> None:
     """Lets what comes back to a tensor be compared before its hooks and behind them."""
-    ahead, behind = _comparing(drop)
-    output.register_hook(ahead)
+    behind = _comparing(output, drop)
     hooks: Any = output._backward_hooks
     # Autograd follows the order in which they were put in.
     *others, first = hooks.items()
@@ -169,12 +167,15 @@ def _surround(output: Tensor, drop: Callable[[], None]) -> None:
     output.register_hook(behind)
 
 
-def _comparing(drop: Callable[[], None]) -> tuple[Callable[[Tensor], None], Callable[[Tensor], None]]:
-    """Hooks, of which the second refuses where it is given something else than the first."""
-    came: list[tuple[Tensor, int]] = []
+def _comparing(hooked: Tensor, drop: Callable[[], None]) -> Callable[[Tensor], None]:
+    """A hook that refuses what is not as it came to a tensor, which a first one, put there, notes."""
+    came: list[tuple[Tensor, int, object]] = []
 
     def ahead(cotangent: Tensor) -> None:
-        came[:] = [(cotangent, cotangent._version)]
+        others = hooks()
+        # Where there is no other one, nobody is given what could be written to.
+        looked_at = None if others is not None and len(others) == 1 else _numbers(cotangent)
+        came[:] = [(cotangent, cotangent._version, looked_at)]
 
     def behind(cotangent: Tensor) -> None:
         known = came.pop() if came else None
@@ -189,11 +190,23 @@ def _comparing(drop: Callable[[], None]) -> tuple[Callable[[Tensor], None], Call
 
     # Who saves an output is not warned of them.
     unserializable_hook(ahead)
-    return ahead, behind
+    hooked.register_hook(ahead)
+    # Which outlive the tensor, as a part of the graph, and would hold themselves.
+    hooks: ref[Sized] = ref(hooked._backward_hooks)  # type: ignore[arg-type]
+    return behind
 
 
-def _changed(before: Tensor, version: int, now: Tensor) -> bool:
+def _numbers(cotangent: Tensor) -> object:
+    """What tells whether a tensor was written to beneath its counter; ``None`` on accelerators."""
+    if type(cotangent) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(cotangent):
+        return None
+    return fingerprints.fingerprint(cotangent)
+
+
+def _changed(before: Tensor, version: int, numbers: object, now: Tensor) -> bool:
     if before._version != version or before.shape != now.shape:
+        return True
+    if numbers is not None and _numbers(before) != numbers:
         return True
     return now is not before and not bool(((now == before) | (now.isnan() & before.isnan())).all())
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import lru_cache
 from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
@@ -66,16 +68,53 @@ def guardable(optimizer: Optimizer) -> bool:
     return isinstance(vars(optimizer).get("_optimizer_step_pre_hooks"), dict) and hasattr(optimizer, "defaults")
 
 
+OF_TORCH = frozenset({"state", "param_groups", "defaults"})
+"""Attributes that each optimizer has."""
+
+
 def nested(optimizer: Optimizer) -> list[Optimizer]:
-    """An optimizer, and those that it is around, as Lookahead is, whose steps run hooks."""
+    """An optimizer, and those that it is around, whose steps run hooks: in attributes, as Lookahead's, or in groups.
+
+    Lists, tuples, sets and mappings there are looked into as well, objects of other classes and states are not.
+    """
     found: list[Optimizer] = []
-    left = [optimizer]
+    seen: set[int] = set()
+    left: list[Any] = [optimizer]
     while left:
         one = left.pop()
-        if guardable(one) and all(one is not known for known in found):
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        kind = _container(type(one))  # type: ignore[arg-type]
+        if kind is Optimizer:
+            if not guardable(one):
+                continue
             found.append(one)
-            left += [value for value in vars(one).values() if isinstance(value, Optimizer)]
+            held = [value for name, value in vars(one).items() if name not in OF_TORCH]
+            held += [value for group in one.param_groups for name, value in group.items() if name != "params"]
+        else:
+            held = one.values() if kind is Mapping else one
+        for value in held:
+            kind = _container(type(value))  # type: ignore[arg-type]
+            # Empty ones are many: torch's hooks.
+            if kind is Optimizer or (kind is not None and value):
+                left.append(value)
     return found
+
+
+@lru_cache(maxsize=256)
+def _container(kind: type) -> type | None:
+    """As which of these a class may hold optimizers: asked at each step, so that it is kept."""
+    return next(
+        (known for known in (Optimizer, Mapping, list, tuple, deque, set, frozenset) if issubclass(kind, known)), None
+    )
+
+
+def everything(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer first, and those within it; a plain one uses none."""
+    if is_plain(optimizer):
+        return [optimizer]
+    return [optimizer, *(one for one in nested(optimizer) if one is not optimizer)]
 
 
 _TORCH = frozenset(
@@ -84,11 +123,16 @@ _TORCH = frozenset(
 )
 
 
+def is_of_torch(optimizer: Optimizer) -> bool:
+    """Whether its class is one of torch's, which read those entries of groups that they have defaults for."""
+    return type(optimizer) in _TORCH
+
+
 def is_plain(optimizer: Optimizer) -> bool:
     """Whether nobody's code but torch's runs in its step, which reads parameters, gradients, groups and ``state``."""
     own = vars(optimizer)
     return (
-        type(optimizer) in _TORCH
+        is_of_torch(optimizer)
         and "step" not in own
         and own["_optimizer_step_pre_hooks"].keys() <= {_guard_of.get(optimizer)}
         and not own["_optimizer_step_post_hooks"]
@@ -138,12 +182,18 @@ class Around(Optimizer):
         if self._is_made:
             self.base_optimizer.state = state
 
-    def _guard(self) -> None:
-        """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it."""
-        for optimizer in nested(self.base_optimizer):
+    def _guard(self) -> list[Optimizer]:
+        """From now on the other one steps inside of :meth:`_base_may_step` alone, whichever loop still knows it.
+
+        Returns:
+            It, and those within it.
+        """
+        optimizers = nested(self.base_optimizer)
+        for optimizer in optimizers:
             if optimizer not in _guard_of:
                 # One hook, however many are made around it: none of them refuses the steps of another.
                 _guard_of[optimizer] = optimizer.register_step_pre_hook(_refuse_steps_by_hand).id
+        return optimizers
 
     @contextmanager
     def _base_may_step(
@@ -167,7 +217,8 @@ class Around(Optimizer):
             finally:
                 _stepping.reset(token)
             return
-        optimizers = nested(self.base_optimizer)
+        # Those that were put into it since.
+        optimizers = self._guard()
 
         def refuse_foreign(optimizer: Optimizer, args: object, kwargs: object) -> None:
             require(parameter for group in optimizer.param_groups for parameter in group["params"])

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import secrets
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
-from clipless_dp.optim.around import is_plain, nested
+from clipless_dp.optim.around import OF_TORCH, everything, is_plain, nested
 from clipless_dp.sampling import fingerprints
 
 _Place = tuple[object, ...]
@@ -46,35 +47,42 @@ def _mark_of(value: object) -> object:
 
 
 class _Marks:
-    """A state as a step left it.
+    """Values as they were left.
 
     Args:
-        optimizer: whose.
+        found: where they are, and they.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        values = [*_values(optimizer), *_beside(optimizer)]
+    def __init__(self, found: Iterable[_Found]) -> None:
+        values = [*found]
         self._held = {place: _mark_of(value) for place, _, value in values}
         # Of one tensor some numbers: what is written beneath the counters goes into all of a kind, as a rule.
         some = [value for _, _, value in values if isinstance(value, Tensor) and value.numel() > 1]
         self._looked_at = secrets.choice(some) if some else None
         self._sample = None if self._looked_at is None else fingerprints.sample(placement.local(self._looked_at))
 
-    def hold(self, optimizer: Optimizer) -> bool:
-        """Whether all is as it was, but for what is gone."""
-        return self._numbers_hold() and all(
-            self.fit(place, value) for place, _, value in (*_values(optimizer), *_beside(optimizer))
-        )
+    def replace(self, found: Iterable[_Found], replaced: Callable[[_Place], bool]) -> None:
+        """These are there now, in place of what was at certain places."""
+        kept = {place: mark for place, mark in self._held.items() if not replaced(place)}
+        self._held = {**kept, **{place: _mark_of(value) for place, _, value in found}}
+
+    def first_other(self, found: Iterable[_Found]) -> _Found | None:
+        """The first value that is not as it was left, nor reset, if there is one; some may be gone."""
+        values = [*found]
+        if self._numbers_hold() and all(self._fit(place, value) for place, _, value in values):
+            return None
+        others = (one for one in values if not (_is_reset(*one[1:]) or self._fit(one[0], one[2])))
+        return next(others, None)
 
     def _numbers_hold(self) -> bool:
         some = self._looked_at
         return some is None or self._sample is None or fingerprints.sample(placement.local(some)) == self._sample
 
-    def fit(self, place: _Place, value: Any) -> bool:
+    def _fit(self, place: _Place, value: Any) -> bool:
         """Whether a value is the one that was there, or holds what that did."""
         mark = self._held.get(place)
         if not isinstance(mark, _Mark):
-            return mark is value or (not isinstance(value, (Tensor, np.ndarray)) and mark == value)
+            return mark is value or (not isinstance(value, (Tensor, np.ndarray)) and bool(mark == value))
         if mark.numbers is not None:
             return isinstance(value, np.ndarray) and _same(_tensor(value), mark.numbers)
         known = None if mark.tensor is None else mark.tensor()
@@ -86,12 +94,54 @@ class _Marks:
         return known.dtype == value.dtype and _same(known, value)
 
 
-_marks: WeakKeyDictionary[Optimizer, _Marks] = WeakKeyDictionary()
+class _Noted(NamedTuple):
+    """What was left in the optimizer's own state, and in all else; of a plain one, as long as it is plain, the latter
+    stays what it was at first: neither the step nor a look at it was concerned with it."""
+
+    own: _Marks
+    rest: _Marks
+
+
+_noted: WeakKeyDictionary[Optimizer, _Noted] = WeakKeyDictionary()
+_seen: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+"""Whether the last look before a step was at all of it."""
 
 
 def note(optimizer: Optimizer) -> None:
-    """The state is one that a private step has left, or was loaded together with its ledger."""
-    _marks[optimizer] = _Marks(optimizer)
+    """The state is one that a private step has left."""
+    before = _noted.get(optimizer)
+    rest = _Marks(_rest(optimizer)) if before is None or _seen.get(optimizer, False) else before.rest
+    _noted[optimizer] = _Noted(_Marks(_own(optimizer)), rest)
+
+
+@contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """The state that is loaded within comes together with its ledger. All else has to be as it was.
+
+    Optimizers whose ``load_state_dict`` fills what they keep elsewhere may do so, where all there was as it was left.
+    Gradients, which need not be private by then, are put aside meanwhile.
+    """
+    before = _noted.get(optimizer) or _Noted(_Marks(()), _Marks(()))
+    elsewhere = (one for one in _rest(optimizer) if not _is_loaded(one[0]))
+    holds = before.rest.first_other(elsewhere) is None
+    parameters = {id(one): one for some in nested(optimizer) for group in some.param_groups for one in group["params"]}
+    gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
+    try:
+        for parameter, _ in gradients:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+    rest = _Marks(_rest(optimizer)) if holds else before.rest
+    if not holds:
+        rest.replace((one for one in _rest(optimizer) if _is_loaded(one[0])), _is_loaded)
+    _noted[optimizer] = _Noted(_Marks(_own(optimizer)), rest)
+
+
+def _is_loaded(place: _Place) -> bool:
+    """Whether this is in groups of the optimizer itself, which are a part of what is loaded."""
+    return place[0] == _GROUP and isinstance(place[1], tuple) and place[1][0] == 0
 
 
 def refuse_other_state(optimizer: Optimizer) -> None:
@@ -100,18 +150,18 @@ def refuse_other_state(optimizer: Optimizer) -> None:
     Raises:
         PrivacyError: something else has written to it.
     """
-    marks = _marks.get(optimizer)
-    if marks is not None and marks.hold(optimizer):
-        return
-    # A constructor may have made any tensors of its own.
-    beside = () if marks is None else _beside(optimizer)
-    for place, parameter, value in (*_values(optimizer), *beside):
-        if (
-            _is_new(place, parameter, value)
-            if marks is None
-            else _is_reset(parameter, value) or marks.fit(place, value)
-        ):
-            continue
+    noted = _noted.get(optimizer)
+    if noted is None:
+        # A constructor may have made any tensors of its own beside it.
+        other = next((found for found in _values(optimizer) if not _is_new(*found)), None)
+    else:
+        other = noted.own.first_other(_own(optimizer))
+        # A plain one reads nothing else.
+        _seen[optimizer] = whole = not is_plain(optimizer)
+        if other is None and whole:
+            other = noted.rest.first_other(_rest(optimizer))
+    if other is not None:
+        place = other[0]
         raise PrivacyError(
             f"{place[2]!r} in {place[0]} of the base optimizer, a {type(optimizer).__name__}, was not left by a "
             "private step: by steps from before, a method that reads gradients as they are (update_hessian()), an "
@@ -133,27 +183,32 @@ def has_stepped(optimizer: Optimizer) -> bool:
 
 
 def _values(optimizer: Optimizer) -> Iterator[_Found]:
-    """Tensors and numbers of the states: where they are, of which parameter, and they."""
-    for number, one in enumerate(_all(optimizer)):
-        for key, held in one.state.items():
-            place = "the state", (number, key if isinstance(key, str) else id(key))
-            for name, value in held.items() if isinstance(held, dict) else (("", held),):
-                yield from _within((*place, name), key, value)
+    """Tensors and numbers of the states of all optimizers that take part."""
+    for number, one in enumerate(everything(optimizer)):
+        yield from _own(one, number)
 
 
-def _beside(optimizer: Optimizer) -> Iterator[_Found]:
-    """Tensors that are kept elsewhere: in attributes of optimizers and of parameters, and in groups."""
-    if is_plain(optimizer):
-        # It reads none of them.
-        return
-    everything = _all(optimizer)
-    parameters = {id(one): one for some in everything for group in some.param_groups for one in group["params"]}
+def _own(optimizer: Optimizer, number: int = 0) -> Iterator[_Found]:
+    """Tensors and numbers of one state: where they are, of which parameter, and they."""
+    for key, held in optimizer.state.items():
+        place = "the state", (number, key if isinstance(key, str) else id(key))
+        for name, value in held.items() if isinstance(held, dict) else (("", held),):
+            yield from _within((*place, name), key, value)
+
+
+def _rest(optimizer: Optimizer) -> Iterator[_Found]:
+    """All that is beside an optimizer's own state: states within, and tensors in attributes, parameters and groups."""
+    optimizers = nested(optimizer)
+    for number, some in enumerate(optimizers):
+        if some is not optimizer:
+            yield from _own(some, number)
+    parameters = {id(one): one for some in optimizers for group in some.param_groups for one in group["params"]}
     # Which are known, and are as private.
     known = {*parameters, *(id(one.grad) for one in parameters.values())}
     places: list[tuple[_Place, object, Mapping[str, Any]]] = []
-    for number, some in enumerate(everything):
-        places.append((("an attribute", number), None, {k: v for k, v in vars(some).items() if k not in _OF_TORCH}))
-        places += [(("a group", (number, at)), None, group) for at, group in enumerate(some.param_groups)]
+    for number, some in enumerate(optimizers):
+        places.append((("an attribute", number), None, {k: v for k, v in vars(some).items() if k not in OF_TORCH}))
+        places += [((_GROUP, (number, at)), None, group) for at, group in enumerate(some.param_groups)]
     places += [(("an attribute of a parameter", key), one, one.__dict__) for key, one in parameters.items()]
     for place, owner, held in places:
         for name, value in held.items():
@@ -166,24 +221,20 @@ def _beside(optimizer: Optimizer) -> Iterator[_Found]:
                         yield found
 
 
-_OF_TORCH = frozenset({"state", "param_groups", "defaults"})
-_KEPT = (Tensor, np.ndarray, Mapping, list, tuple, deque, set, frozenset)
-
-
-def _all(optimizer: Optimizer) -> list[Optimizer]:
-    """An optimizer and those within it."""
-    if is_plain(optimizer):
-        return [optimizer]
-    return [optimizer, *(one for one in nested(optimizer) if one is not optimizer)]
+_GROUP = "a group"
+_PARAMETERS = (nn.ParameterList, nn.ParameterDict)
+_KEPT = (Tensor, np.ndarray, Mapping, list, tuple, deque, set, frozenset, *_PARAMETERS)
 
 
 def _within(place: _Place, key: object, value: Any, around: tuple[int, ...] = ()) -> Iterator[_Found]:
-    if isinstance(value, (Tensor, int, float)) or (isinstance(value, np.ndarray) and value.dtype.kind in "fiub"):
+    if isinstance(value, (Tensor, int, float)) or (
+        isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub"
+    ):
         yield place, key, value
         return
     if id(value) in around:
         return
-    if isinstance(value, Mapping):
+    if isinstance(value, (Mapping, nn.ParameterDict)):
         # Parameters compare by their numbers.
         held: Iterable[tuple[object, object]] = (
             (id(name) if isinstance(name, Tensor) else name, one) for name, one in value.items()

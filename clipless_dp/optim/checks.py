@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from clipless_dp.arguments import choice, shown
-from clipless_dp.errors import ConfigurationError
-from clipless_dp.optim.around import guardable
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.optim.around import everything, guardable, is_of_torch
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.sampling.people import Unit
 
@@ -33,27 +34,56 @@ def checked_unit(value: Unit) -> Unit:
     return checked
 
 
-def refuse_groups(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Refuses a step that would be charged, and leave weights of NaN: what a schedule sets is looked at each time.
+def refuse_settings(base: Optimizer) -> None:
+    """Refuses a step that would be charged, and fail, or leave weights of NaN: what a schedule sets is seen each time.
 
     Args:
-        groups: the base optimizer's.
+        base: the base optimizer, whose groups and those of optimizers within it are looked at.
 
     Raises:
         ConfigurationError: a number in a group is NaN, or its learning rate (momentum, ...) is more than its
-            parameters' numbers hold.
+            parameters' numbers hold, or a setting of an optimizer of torch's is a tensor of more or fewer than one.
+        PrivacyError: a ``GradScaler`` has left on one of them whether to skip its step, or a scale.
     """
+    for one in everything(base):
+        for name in ("found_inf", "grad_scale"):
+            if getattr(one, name, None) is not None:
+                raise PrivacyError(
+                    f"{name} is set on the base optimizer, a {type(one).__name__}, as a GradScaler does: steps that "
+                    "are skipped or scaled depending on the data are not in the ledger. Train without it, and delete "
+                    f"the attribute (del optimizer.{name}). Nothing was charged"
+                )
+        _refuse_groups(one.param_groups, one.defaults.keys() if is_of_torch(one) else ())
+
+
+def _refuse_groups(groups: Sequence[Mapping[str, Any]], read: Collection[str]) -> None:
+    """As :func:`refuse_settings`; ``read`` are the entries that have to be single numbers."""
     for index, group in enumerate(groups):
         largest = min((torch.finfo(parameter.dtype).max for parameter in group["params"]), default=math.inf)
         for name, value in group.items():
             if name == "params":
                 continue
+            if type(value) is bool or value is None:
+                continue
+            if name in read and not isinstance(value, float) and not _is_setting(value):
+                raise ConfigurationError(
+                    f"{name} of parameter group {index} is not one number but a tensor or an array: give a number, and "
+                    "parameters that need others a group of their own. Nothing was charged"
+                )
             for number in _numbers(value):
                 if math.isnan(number) or (name in _DIVERGING and not abs(number) <= largest):
                     raise ConfigurationError(
                         f"{name} of parameter group {index} is {number}: give a finite number, and a schedule that "
                         "returns one at each step. Nothing was charged"
                     )
+
+
+def _is_setting(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_setting, value))
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return not isinstance(value, np.ndarray) or value.size == 1
 
 
 def _numbers(value: object) -> Iterator[float]:

@@ -127,7 +127,7 @@ class CliplessDPOptimizer(Around):
         require_wrapped(model)
         placement.refuse_averages(model)
         checks.refuse_closures(base_optimizer)
-        checks.refuse_groups(base_optimizer.param_groups)
+        checks.refuse_settings(base_optimizer)
         base_state.refuse_other_state(base_optimizer)
         model.placement.reshard_()
         self.placement = model.place()
@@ -485,8 +485,8 @@ class CliplessDPOptimizer(Around):
         # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here,
         # too, which this ledger does not know.
         base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
-        self.base_optimizer.load_state_dict(copy.deepcopy(base))
-        base_state.note(self.base_optimizer)
+        with base_state.loading(self.base_optimizer):
+            self.base_optimizer.load_state_dict(copy.deepcopy(base))
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
         """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""
@@ -498,7 +498,7 @@ class CliplessDPOptimizer(Around):
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
         named = self._require_protected()
-        checks.refuse_groups(self.param_groups)
+        checks.refuse_settings(self.base_optimizer)
         base_state.refuse_other_state(self.base_optimizer)
         self.placement.require_ready()
         refuse_other_units(self.accountant.ledger, self.unit)

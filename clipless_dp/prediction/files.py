@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from accounting import Ledger
-from accounting.errors import LedgerFormatError
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.model import lineage
 from clipless_dp.prediction.links import Link
-from clipless_dp.prediction.predictor import Predictor, Promise
+from clipless_dp.prediction.predictor import Predictor, Promise, runs_of
 from clipless_dp.statement import PrivacyStatement
 
 _KIND = "clipless_dp.result"
@@ -186,9 +184,9 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
     values = content.values
     try:
         statement = PrivacyStatement(json.loads(values["statement"]))
-        runs = _runs_of(statement.facts)
+        runs = runs_of(statement) or {_name_of(statement): 1}
         probe = Probe(values["probe"]["inputs"], values["probe"]["scores"])
-        promise = Promise(*_bound_of(values["epsilon"], values["delta"], statement.facts), statement)
+        promise = Promise(*_bound_of(values["epsilon"], values["delta"], statement.facts), statement, runs)
         predictor = Predictor(
             net,
             Link.read(values["link"]),
@@ -212,8 +210,8 @@ def rebuilt(content: Content, net: nn.Module, holder: nn.Module | None = None, *
     lineage.of(holder).add_runs(runs)
     for part in (holder, net):
         lineage.of(part).leave()
-    # Made anew, since it counts the runs that are known then.
-    return replace(predictor, promise=promise)
+    # Weights that were there before are gone, and the runs on them are none of these weights.
+    return replace(predictor, promise=replace(promise, runs=lineage.of(net).runs))
 
 
 @contextmanager
@@ -270,13 +268,7 @@ def _bound_of(epsilon: Any, delta: Any, facts: Mapping[str, Any]) -> tuple[float
     return promised
 
 
-def _runs_of(facts: Mapping[str, Any]) -> dict[str, int]:
-    """The runs that the ledger of a statement knows, which weights come from; one of its own where it names none."""
-    state = facts["ledger"]
-    try:
-        runs = Ledger.from_state_dict(state.get("ledger", state)).runs
-    except LedgerFormatError:
-        # That of an accountant of a user's own.
-        runs = {}
-    told = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
-    return runs or {f"file {told}": 1}
+def _name_of(statement: PrivacyStatement) -> str:
+    """Of the run that the weights of a file come from, whose ledger names none."""
+    told = hashlib.sha256(json.dumps(statement.facts, sort_keys=True).encode()).hexdigest()[:32]
+    return f"file {told}"

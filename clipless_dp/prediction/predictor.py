@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from accounting.errors import warn_caller
+from accounting import Ledger
+from accounting.errors import LedgerFormatError, warn_caller
 from clipless_dp.arguments import share, unmasked, whole
 from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, PrivacyWarning
@@ -53,14 +54,24 @@ class Promise:
         epsilon: spent on what was released, an upper bound.
         delta: the δ that it holds at.
         statement: as :func:`clipless_dp.report` says it, the ledger included.
-        runs: how many private steps of each run on the weights it counts; ``None``: those that are known once a
-            :class:`Predictor` is made with it.
+        runs: how many private steps of each run on the weights it counts; ``None``: those that the ledger of the
+            statement names, whatever was done to the weights by the time that a :class:`Predictor` is made with it.
     """
 
     epsilon: float
     delta: float
     statement: PrivacyStatement = field(repr=False)
     runs: Mapping[str, int] | None = field(default=None, repr=False)
+
+
+def runs_of(statement: PrivacyStatement) -> dict[str, int]:
+    """How many private steps of each run the ledger of a statement knows; none where it names none."""
+    state = statement.facts["ledger"]
+    try:
+        return dict(Ledger.from_state_dict(state.get("ledger", state)).runs)
+    except LedgerFormatError:
+        # That of an accountant of a user's own.
+        return {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +107,7 @@ class Predictor:
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_classes(self.classes, self.outputs, self.link))
         if isinstance(self.promise, Promise) and self.promise.runs is None:
-            object.__setattr__(self, "promise", replace(self.promise, runs=lineage.of(self.net).runs))
+            object.__setattr__(self, "promise", replace(self.promise, runs=runs_of(self.promise.statement)))
         self._start()
         if self.threshold is not None:
             object.__setattr__(self, "threshold", share("threshold", self.threshold, "[0, 1]"))

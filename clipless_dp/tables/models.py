@@ -69,7 +69,7 @@ class TableModel(Predicts):
         known = self.predictor(classes=classes, threshold=threshold)
         told = self.report(delta=self.result.delta, notes=notes)
         promised = known.promised
-        predictor = replace(known, promise=Promise(promised.epsilon, promised.delta, told))
+        predictor = replace(known, promise=Promise(promised.epsilon, promised.delta, told, promised.runs))
         expand = self.net[1]  # type: ignore[index]
         assert isinstance(expand, RandomCosines)
         made_up = torch.rand(PROBES, expand.columns, generator=torch.Generator().manual_seed(0))

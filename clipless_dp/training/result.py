@@ -15,7 +15,7 @@ from clipless_dp.audit.gradients import SensitivityAudit
 from clipless_dp.display import Table
 from clipless_dp.errors import CheckpointError, ConfigurationError, PrivacyError
 from clipless_dp.gates import BallProjection
-from clipless_dp.model import DPLipModel
+from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.modules import parameter_device_and_dtype, state_of
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.prediction import Content, Link, Predictor, Predicts, Probe, Promise, content_of, rebuilt
@@ -200,7 +200,8 @@ def predictor_of(result: FitResult, net: nn.Module, *, notes: Sequence[str] = ()
                 "so that both compose, and read and save the result of the last training"
             )
         statement = report(optimizer, delta=result.delta, notes=notes)
-        return Promise(optimizer.get_epsilon(result.delta), result.delta, statement)
+        # The ledger has all of them, as was asked above.
+        return Promise(optimizer.get_epsilon(result.delta), result.delta, statement, lineage.of(net).runs)
 
     return Predictor(
         net,

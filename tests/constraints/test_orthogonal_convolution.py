@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -243,12 +244,25 @@ def test_steps_do_not_end_where_little_moves_because_little_is_there(scale: floa
     assert 0.9 < conv2d_norm(layer.weight, input_size=(9, 9), budget="tight") <= 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("projected", ["weight", "gradient"])
+def test_kernels_of_coarser_numbers_are_refused_and_stay_as_they_are(dtype: torch.dtype, projected: str) -> None:
+    weight = torch.randn(4, 4, 3, 3).to(dtype)
+    before, gradient = weight.clone(), torch.randn(4, 4, 3, 3).to(dtype)
+    operators = (ConvOperator((9, 9), (1, 1), ((0, 0), (0, 0)), (1, 1), groups=1, coverage=9),)
+    constraint = OrthogonalConvolution(tangent=True)
+    project = constraint.project_ if projected == "weight" else partial(constraint.project_gradient_, gradient)
+    with pytest.raises(ConfigurationError, match="float32 or float64"):
+        project(weight, operators)
+    assert torch.equal(weight, before)
+
+
 @pytest.mark.parametrize("mutant", MUTANTS[2:], ids=lambda mutant: mutant.name)
 def test_half_of_the_frequencies_counted_wrongly_are_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 4, 3, bias=False)
     symbol = orthogonal_convolution._Symbol(
-        ConvOperator((9, 9), (1, 1), ((0, 0), (0, 0)), (1, 1), groups=1, coverage=9), layer.weight.shape
+        ConvOperator((9, 9), (1, 1), ((0, 0), (0, 0)), (1, 1), groups=1, coverage=9), layer.weight.detach()
     )
     weight = layer.weight.detach().clone()
     symbol._write(symbol._of(weight), weight)

@@ -602,12 +602,26 @@ def in_place(cotangent):
     cotangent.mul_(0.0)
 
 
+def beneath_the_counter(cotangent):
+    cotangent.data.mul_(0.5)
+
+
+def one_row_beneath_the_counter(cotangent):
+    cotangent.data[-1] = 0.0
+
+
 @pytest.mark.parametrize("later", [True, False])
 @pytest.mark.parametrize("between", [lambda outputs: outputs, torch.tanh], ids=["output", "between"])
 @pytest.mark.parametrize(
     "hook",
-    [lambda cotangent: cotangent - cotangent.mean(0), lambda cotangent: cotangent * 0.5, in_place],
-    ids=["centred", "scaled", "in-place"],
+    [
+        lambda cotangent: cotangent - cotangent.mean(0),
+        lambda cotangent: cotangent * 0.5,
+        in_place,
+        beneath_the_counter,
+        one_row_beneath_the_counter,
+    ],
+    ids=["centred", "scaled", "in-place", "data", "data of a row"],
 )
 def test_a_hook_that_changes_what_comes_back_to_outputs_is_refused(hook, between, later, monkeypatch):
     model, _optimizer, loader = made = private(input_norm=3.0)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from clipless_dp import CliplessDPOptimizer, CliplessDPSGD, ConfigurationError, PrivacyError
 from clipless_dp.noise import SystemNoise
@@ -637,4 +638,274 @@ def test_of_a_compiled_step_the_private_part_runs_as_it_is():
 
     step()
     assert optimizer.steps_taken == len(optimizer.accountant) == 1
+    assert not all(map(torch.equal, start, weights(model)))
+
+
+class Several(torch.optim.Optimizer):
+    """Steps one optimizer for each layer, which it keeps in some container."""
+
+    def __init__(self, parameters, keep, momentum=0.9):
+        halves = parameters[:2], parameters[2:]
+        self.parts = [torch.optim.SGD(half, lr=0.1, momentum=momentum) for half in halves if half]
+        self.optimizers = keep(self.parts)
+        del self.parts
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        for one in parts_of(self):
+            one.step()
+
+    def load_state_dict(self, state_dict):
+        for one, state in zip(parts_of(self), state_dict.pop("parts"), strict=True):
+            one.load_state_dict(state)
+        super().load_state_dict(state_dict)
+
+    def state_dict(self):
+        return {**super().state_dict(), "parts": [one.state_dict() for one in parts_of(self)]}
+
+
+def parts_of(base):
+    found, left = [], [base.optimizers]
+    while left:
+        one = left.pop(0)
+        if isinstance(one, torch.optim.Optimizer):
+            found.append(one)
+        else:
+            left += one.values() if isinstance(one, dict) else one
+    return found
+
+
+CONTAINERS = {
+    "list": list,
+    "tuple": tuple,
+    "queue": deque,
+    "mapping": lambda parts: {str(index): one for index, one in enumerate(parts)},
+    "lists of mappings": lambda parts: [{"of": (one,)} for one in parts],
+    "sets": frozenset,
+}
+
+
+@pytest.mark.parametrize("keep", CONTAINERS.values(), ids=CONTAINERS)
+def test_optimizers_in_containers_of_the_base_one_are_guarded_as_it_is_itself(keep):
+    model, optimizer = around(lambda parameters: Several(parameters, keep))
+    base = optimizer.base_optimizer
+    first, *_ = parts_of(base)
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        first.step()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert optimizer.weights_are_counted()
+    pass_rows(model)
+    assign_momentum(first)
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+    first.state.clear()
+    optimizer.skip_draw()
+    pass_rows(model)
+    beside = torch.nn.Parameter(torch.ones(1))
+    first.add_param_group({"params": [beside]})
+    beside.grad = torch.ones(1)
+    with pytest.raises(PrivacyError, match=r"not of model\.net"):
+        optimizer.step()
+    assert float(beside.detach()) == 1.0
+
+
+def test_optimizers_in_a_list_that_have_stepped_before_or_are_put_there_later_are_no_way_around():
+    model = gated_model()
+    base = Several(list(model.net.parameters()), list)
+    plain(model).backward()
+    base.optimizers[0].step()
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        CliplessDPOptimizer(model, base, **SETTINGS)
+    model, optimizer = around(lambda parameters: Several(parameters, list))
+    late = torch.optim.SGD(model.net.parameters(), lr=0.1, momentum=0.9)
+    optimizer.base_optimizer.optimizers.append(late)
+    optimizer.step()
+    pass_rows(model)
+    with pytest.raises(PrivacyError, match="base optimizer of a private one"):
+        late.step()
+
+
+def test_a_base_optimizer_that_loads_those_within_it_goes_on_from_a_state_and_a_ring_of_them_ends():
+    model, optimizer = around(lambda parameters: Several(parameters, list))
+    optimizer.base_optimizer.optimizers[0].around = optimizer.base_optimizer.optimizers
+    for _ in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        pass_rows(model)
+    optimizer.step()
+    assert optimizer.steps_taken == 3
+
+
+def in_a_parameter_list(base, parameter):
+    base.held = torch.nn.ParameterList([parameter.grad.clone()])
+
+
+def in_a_parameter_dict(base, parameter):
+    base.held = torch.nn.ParameterDict({"a": parameter.grad.clone()})
+
+
+def momentum_of_the_inner(base, parameter):
+    assign_momentum(base.inner)
+
+
+BESIDE = [attribute, of_parameter, in_a_parameter_list, in_a_parameter_dict, momentum_of_the_inner]
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+@pytest.mark.parametrize("write", BESIDE)
+def test_a_state_that_is_loaded_behind_a_pass_vouches_for_nothing_beside_it(write, loaded):
+    model, optimizer = around(lambda parameters: Outer(torch.optim.SGD(parameters, lr=0.1, momentum=0.9)))
+    optimizer.step()
+    optimizer.zero_grad()
+    kept = copy.deepcopy(optimizer.state_dict())
+    pass_rows(model)
+    base = optimizer.base_optimizer
+    write(base, next(parameter for parameter in base.param_groups[0]["params"] if parameter.numel() > 1))
+    if loaded:
+        # Twice: the first one makes it no part of what was there before.
+        optimizer.load_state_dict(copy.deepcopy(kept))
+        optimizer.load_state_dict(copy.deepcopy(kept))
+    start = weights(model)
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+    assert all(map(torch.equal, start, weights(model)))
+    # Nor when the gradients are gone by then.
+    optimizer.skip_draw()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(kept)
+    pass_rows(model)
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+
+
+def test_what_is_called_while_a_state_is_loaded_sees_no_gradients_and_leaves_them():
+    model, optimizer = around(lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9))
+    kept, seen = optimizer.state_dict(), []
+    optimizer.base_optimizer.register_load_state_dict_post_hook(
+        lambda base: seen.extend(parameter.grad for group in base.param_groups for parameter in group["params"])
+    )
+    before = gradient(optimizer).clone()
+    optimizer.load_state_dict(kept)
+    assert seen == [None] * len(list(model.net.parameters()))
+    assert torch.equal(gradient(optimizer), before)
+    optimizer.step()
+    assert optimizer.steps_taken == 1
+
+
+def number_of_numpy(base, parameter):
+    base.state[parameter]["h"] = np.float32(parameter.grad.norm())
+
+
+@pytest.mark.parametrize("write", [number_of_numpy, in_a_parameter_list, in_a_parameter_dict])
+def test_numbers_of_numpy_in_the_state_and_lists_of_parameters_are_looked_at(write):
+    _model, optimizer = around(Curved)
+    base = optimizer.base_optimizer
+    write(base, next(parameter for parameter in base.param_groups[0]["params"] if parameter.numel() > 1))
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+
+
+FLIPS = {
+    "a hook": lambda base: base.register_step_post_hook(lambda *_: None),
+    "a hook of all": lambda base: register_optimizer_step_post_hook(lambda *_: None),
+    "a schedule": lambda base: torch.optim.lr_scheduler.StepLR(base, 5),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("flip", FLIPS)
+def test_tensors_from_before_are_free_when_code_comes_into_steps_later_and_later_ones_are_not(flip, late):
+    model = gated_model()
+    for parameter in model.net.parameters():
+        parameter.start = parameter.detach().clone()
+    groups = [{"params": list(model.net.parameters()), "mask": torch.rand(5)}]
+    base = torch.optim.SGD(groups, lr=0.1)
+    base.anchors = [parameter.detach().clone() for parameter in model.net.parameters()]
+    optimizer = CliplessDPOptimizer(model, base, **SETTINGS)
+
+    def step():
+        pass_rows(model)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    if late:
+        # A plain step, and a state that is loaded, do not make it theirs.
+        pass_rows(model)
+        of_parameter(base, max(model.net.parameters(), key=torch.Tensor.numel))
+        optimizer.step()
+        optimizer.zero_grad()
+        optimizer.load_state_dict(optimizer.state_dict())
+    else:
+        optimizer.load_state_dict(optimizer.state_dict())
+    handle = FLIPS[flip](base)
+    try:
+        if late:
+            with pytest.raises(PrivacyError, match="not left by a private step"):
+                step()
+        else:
+            step()
+            step()
+    finally:
+        if handle is not None and hasattr(handle, "remove"):
+            handle.remove()
+    if not late:
+        step()
+        assert optimizer.steps_taken == 4
+
+
+SETTINGS_OF_TORCH = [
+    (torch.optim.SGD, "lr"),
+    (torch.optim.Adam, "lr"),
+    (torch.optim.Adam, "betas"),
+    (torch.optim.AdamW, "weight_decay"),
+    (torch.optim.RMSprop, "eps"),
+]
+
+
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize(("kind", "name"), SETTINGS_OF_TORCH)
+def test_a_setting_of_several_numbers_is_refused_before_anything_is_charged(kind, name, inner):
+    model, optimizer = around(
+        lambda parameters: Outer(kind(parameters, lr=0.1)) if inner else kind(parameters, lr=0.1, foreach=False)
+    )
+    group = optimizer.param_groups[0]
+    before, several = group[name], group["params"][0].grad.abs().clone()
+    group[name] = (0.9, several) if name == "betas" else several
+    start = weights(model)
+    with pytest.raises(ConfigurationError, match=f"{name} of parameter group 0 is not one number"):
+        optimizer.step()
+    with pytest.raises(ConfigurationError, match=f"{name} of parameter group 0 is not one number"):
+        CliplessDPOptimizer(model, optimizer.base_optimizer, **SETTINGS)
+    assert len(optimizer.accountant) == 0
+    assert all(map(torch.equal, start, weights(model)))
+    group[name] = before
+    group["mask"] = None
+    optimizer.skip_draw()
+    pass_rows(model)
+    optimizer.step()
+    assert optimizer.steps_taken == 1
+
+
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_a_grad_scaler_leaves_on_the_base_optimizer_is_refused_before_anything_is_charged(name, inner):
+    """Fused optimizers of torch's skip their step by it, or divide gradients."""
+    model, optimizer = around(
+        lambda parameters: (lambda one: Outer(one) if inner else one)(torch.optim.Adam(parameters, fused=True))
+    )
+    base = optimizer.base_optimizer
+    base = base.inner if inner else base
+    setattr(base, name, torch.tensor(1.0))
+    start = weights(model)
+    with pytest.raises(PrivacyError, match=f"{name} is set on the base optimizer"):
+        optimizer.step()
+    assert len(optimizer.accountant) == 0
+    assert all(map(torch.equal, start, weights(model)))
+    setattr(base, name, None)
+    optimizer.skip_draw()
+    pass_rows(model)
+    optimizer.step()
     assert not all(map(torch.equal, start, weights(model)))

@@ -25,7 +25,7 @@ from clipless_dp import (
 )
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 from clipless_dp.model import lineage
-from clipless_dp.prediction import Predictor
+from clipless_dp.prediction import Predictor, Promise
 from clipless_dp.statement.facts import CHANGED
 from clipless_dp.tables import fit_table
 from tests.support import samples
@@ -299,6 +299,28 @@ def test_a_promise_that_is_read_in_another_way_does_not_count_what_it_did_not(pa
         for write in (pickle.dumps, copy.copy, copy.deepcopy):
             with pytest.raises(PrivacyError, match="does not count"):
                 write(one)
+
+
+@pytest.mark.parametrize("given", ["of the time", "numbers alone", "read back"])
+def test_a_promise_of_before_that_is_put_into_a_predictor_does_not_count_a_later_run(given):
+    """The ε of the first run stood for both."""
+    result = trained()
+    predictor = result.predictor()
+    before = predictor.promised
+    assert before.runs
+    promise = {
+        "of the time": before,
+        "numbers alone": Promise(before.epsilon, before.delta, before.statement),
+        "read back": replace(before, statement=pickle.loads(pickle.dumps(before.statement)), runs=None),
+    }[given]
+    assert replace(predictor, promise=promise).epsilon == before.epsilon
+    fit(result.optimizer.model, DATA, lr=0.5, audit=False, **{**RUN, "accountant": result.optimizer.accountant})
+    late = [replace(predictor, promise=promise), replace(predictor, promise=promise, threshold=None)]
+    for one in late:
+        with pytest.raises(PrivacyError, match="does not count"):
+            _ = one.epsilon
+        with pytest.raises(PrivacyError, match="does not count"):
+            pickle.dumps(one)
 
 
 def test_a_conversion_of_a_finished_model_is_told_in_words_that_name_it(path):
