@@ -90,7 +90,9 @@ class Recipe(nn.Module):
         for name in self._buffers:
             value = state_dict.get(f"{prefix}{name}")
             if isinstance(value, Tensor) and not bool(value.isfinite().all()):
-                raise CheckpointError(f"{name} in the state of this {kind} has numbers that are not finite: make it anew")
+                raise CheckpointError(
+                    f"{name} in the state of this {kind} has numbers that are not finite: make it anew"
+                )
         super()._load_from_state_dict(state_dict, prefix, *others)
 
 
@@ -103,7 +105,7 @@ def _read(text: Tensor) -> str:
 
 
 def _told(module: nn.Module) -> list[object]:
-    """What a module's parts are called, and are set to, apart from tensors and from what torch keeps in each of them."""
+    """What a module's parts are called, and are set to, apart from tensors and what torch keeps in each of them."""
     ours = vars(nn.Module()).keys()
     return [
         (
