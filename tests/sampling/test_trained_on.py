@@ -456,7 +456,9 @@ def test_constants_of_a_transform_that_data_set_and_augmentation_share_are_refus
     data = Of(lambda self, at: self.x[at], 200, x=inputs, transform=Mixed([constant]))
     trained_on.note(data, sample=data[0])
     assert trained_on.holds(inputs[7])
-    with pytest.raises(PrivacyError, match=r"Constants that a transform of the data set holds, too, need a copy, \.clo"):
+    with pytest.raises(
+        PrivacyError, match=r"Constants that a transform of the data set holds, too, need a copy, \.clo"
+    ):
         trained_on.refuse(abs, "augment", [constant])
     trained_on.refuse(abs, "augment", [constant.clone()])
 
