@@ -19,13 +19,14 @@ from torch import Tensor
 from clipless_dp import presets
 from clipless_dp.arguments import unmasked
 from clipless_dp.checkpoint import save_checkpoint
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.features import TableEncoding
 from clipless_dp.loading import rebuilt
 from clipless_dp.prediction import Content, Predictor
 from clipless_dp.sampling import trained_on
 from clipless_dp.sampling.cells import is_missing
-from clipless_dp.sampling.people import number_of
+from clipless_dp.sampling.overlaps import refuse_overlapping_table
+from clipless_dp.sampling.people import number_of, people_of
 from clipless_dp.statement import PrivacyStatement
 from clipless_dp.tables import TableModel, fit_table
 
@@ -87,6 +88,18 @@ class _Private(BaseEstimator):  # type: ignore[misc]
         elif tuple(found.shape[1:]) != getattr(self, "shape_", None):
             raise InputError(f"expected images of shape {getattr(self, 'shape_', None)}, got {tuple(found.shape[1:])}")
         return found
+
+    def _refuse_overlap(self, X: Any, y: Any, groups: Any) -> None:
+        """Looks at what was given: of a copy it is seen no more what lay on one another."""
+        if self.encoding is not None:
+            # Which hands on what was given.
+            return
+        try:
+            refuse_overlapping_table(X, y)
+        except PrivacyError:
+            if groups is None:
+                raise
+            refuse_overlapping_table(X, y, people_of(groups, len(X)))
 
     @contextmanager
     def _as_it_was(self) -> Iterator[None]:
@@ -261,6 +274,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         Raises:
             ConfigurationError: an argument is out of range; or there are labels that ``classes`` lacks.
             InputError: images are of another shape, or images or labels of a list are of several types.
+            PrivacyError: a row is there more than once, or lies on another person's in memory (windows that overlap).
             ValueError: as scikit-learn has it, rows or labels are no numbers, too few, or of another length.
 
         Guarantee:
@@ -274,6 +288,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         trained_on.note((X, y))
         rows = self._rows(X, reset=True)
         check_consistent_length(X, y)
+        self._refuse_overlap(X, y, groups)
         _require_labels(y)
         labels = column_or_1d(y, warn=True)
         check_classification_targets(labels)
@@ -445,6 +460,7 @@ class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
         if isinstance(rows, Tensor) and rows.dim() > 2:
             raise InputError("a regression is of rows (N, columns): compute features of images first")
         check_consistent_length(X, y)
+        self._refuse_overlap(X, y, groups)
         if y is None:
             raise InputError("PrivateRegressor requires y to be passed, but the target y is None")
         unmasked("targets", y)

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from accounting import GaussianRelease, GaussianStep
-from clipless_dp import ConfigurationError, InputError
+from clipless_dp import ConfigurationError, InputError, PrivacyError
+from clipless_dp.features import TableEncoding
 from clipless_dp.tables import (
     LABELS_SHARE,
     LARGEST_BATCH,
@@ -76,6 +78,101 @@ def test_arrays_wider_than_tensors_are_refused_in_words_before_anything_is_spent
     for refuse in (trained.scores, lambda wide: fit_table(wide, labels, **BUDGET)):
         with pytest.raises(InputError, match="give float64"):
             refuse(rows.astype(np.longdouble))
+
+
+def _masked(rows: np.ndarray) -> np.ndarray:
+    return np.ma.masked_array(rows, mask=np.zeros(rows.shape, dtype=bool))
+
+
+def _of_records(rows: np.ndarray) -> np.ndarray:
+    records = np.zeros(len(rows), dtype=[("id", "i1"), ("rows", rows.dtype, rows.shape[1:])])
+    records["rows"] = rows
+    return records["rows"]
+
+
+def _mapped(rows: np.ndarray, path: Path) -> np.ndarray:
+    np.save(path / "rows.npy", rows)
+    return np.load(path / "rows.npy", mmap_mode="r")
+
+
+APART = {
+    "Fortran order": lambda rows, path: np.asfortranarray(rows),
+    "every other row and column": lambda rows, path: np.repeat(np.repeat(rows, 2, 0), 2, 1)[::2, ::2],
+    "in reverse": lambda rows, path: rows[::-1].copy()[::-1],
+    "columns in reverse": lambda rows, path: rows[:, ::-1].copy()[:, ::-1],
+    "columns of a wider table": lambda rows, path: np.concatenate([rows, rows], 1)[:, 2:6][:, [2, 3, 0, 1]],
+    "a slice of a wider table": lambda rows, path: np.concatenate([0 * rows, rows, rows], 1)[:, 4:8],
+    "a field of records": lambda rows, path: _of_records(rows),
+    "read from a mapped file": _mapped,
+    "read-only": lambda rows, path: np.frombuffer(rows.tobytes()).reshape(rows.shape),
+    "under a mask that covers nothing": lambda rows, path: _masked(rows),
+}
+
+
+@pytest.mark.parametrize("name", APART)
+def test_arrays_of_any_layout_in_which_rows_lie_apart_are_trained_on_as_others(name, tmp_path):
+    rows, labels = (part.numpy() for part in table(100))
+    plain = fit_table(rows, labels, **BUDGET)
+    found = fit_table(APART[name](rows, tmp_path), labels, **BUDGET)
+    assert torch.equal(found.scores(rows), plain.scores(rows))
+
+
+def test_labels_may_be_one_for_all_and_a_column_within_rows_too():
+    rows, _ = table(100)
+    fit_table(rows.numpy(), np.broadcast_to(np.int64(1), (100,)), **BUDGET)
+    fit_table(np.broadcast_to(rows.numpy()[:, :1], (100, 4)), np.arange(100) % 2, **BUDGET)
+
+
+def _windows(kind: str) -> np.ndarray:
+    return np.lib.stride_tricks.sliding_window_view(np.random.default_rng(0).normal(size=103).astype(kind), 4)
+
+
+TOGETHER = {
+    "one row for all": lambda: np.broadcast_to(np.random.default_rng(0).normal(size=4), (100, 4)),
+    "windows": lambda: _windows("f8"),
+    "windows of float32": lambda: _windows("f4"),
+    "windows of float16": lambda: _windows("f2"),
+    "windows in reverse": lambda: _windows("f8")[::-1],
+    "reversed windows": lambda: _windows("f8")[:, ::-1],
+    "every other window": lambda: np.lib.stride_tricks.sliding_window_view(np.arange(202.0), 4)[::2],
+    "windows under a mask that covers nothing": lambda: _masked(_windows("f8")),
+    "a tensor's windows": lambda: torch.randn(103).unfold(0, 4, 1),
+    "a frame of windows": lambda: pytest.importorskip("pandas").DataFrame(
+        _windows("f8"), columns=[*"abcd"], copy=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_rows_that_lie_on_one_another_are_refused_before_a_copy_hides_it_and_nothing_is_charged(name, monkeypatch):
+    rows, labels = TOGETHER[name](), np.arange(100) % 2
+    asked = {"encoding": TableEncoding([*"abcd"])} if hasattr(rows, "iloc") else {}
+    monkeypatch.setattr(fitting, "private_standardisation", None)
+    for task in ({}, {"target_range": (0.0, 1.0)}):
+        if asked and not task:
+            task = {"classes": (0, 1)}
+        with pytest.raises(PrivacyError, match="lie on one another"):
+            fit_table(rows, labels, **BUDGET, **asked, **task)
+
+
+def test_targets_that_are_the_series_of_the_rows_one_step_later_are_refused():
+    series = np.random.default_rng(0).normal(size=(101, 4))
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        fit_table(series[:-1], series[1:, 0], target_range=(-1.0, 1.0), **BUDGET)
+    # Of the same rows it is a column of theirs.
+    fit_table(series[:, :3], series[:, 3], target_range=(-1.0, 1.0), **BUDGET)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_windows_of_one_person_may_overlap_and_of_two_may_not(as_tensor):
+    # The series of two people by turns.
+    series, labels = np.random.default_rng(0).normal(size=106), np.arange(100) % 3 // 2
+    rows = np.lib.stride_tricks.as_strided(series, (100, 4), (8, 16))
+    if as_tensor:
+        rows, labels = torch.from_numpy(series).as_strided((100, 4), (1, 2)), torch.from_numpy(labels)
+    fit_table(rows, labels, groups=np.arange(100) % 2, **BUDGET)
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        fit_table(rows, labels, groups=np.arange(100) // 50, **BUDGET)
 
 
 def test_statistics_and_training_are_in_one_ledger_with_their_shares():

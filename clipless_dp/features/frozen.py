@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from accounting.errors import warn_caller
 from clipless_dp.arguments import whole
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.features.told import HELD, Told, update
 
 _TOLERANCE = 1e-5
 """Of a sample's norm: in batches of one size, most kernels return the same bits at every place, and others round."""
@@ -153,8 +153,10 @@ class FrozenFeatures(nn.Module):
         this library's features and layers are computed once: they are known to take each sample by itself.
 
         The cache's key is a hash of the module (its weights and buffers, its structure and settings, the source files
-        of its classes) and of the inputs. A damaged file is computed again, with a warning. Of features that are made
-        of others in little time (:class:`JoinedFeatures`, :class:`SyntheticWhitening`) those others are kept.
+        of its classes and functions) and of the inputs. A module that holds something else, a function made on the spot
+        say, is computed anew each time, with a warning. Not told are globals that code reads, objects set on a class,
+        and files. A damaged file is computed again, with a warning. Of features that are made of others in little time
+        (:class:`JoinedFeatures`, :class:`SyntheticWhitening`) those others are kept.
 
         Args:
             inputs: ``(N, ...)``, ``N ≥ 1``, on any device; batches are moved to the module's.
@@ -173,10 +175,17 @@ class FrozenFeatures(nn.Module):
             with torch.no_grad():
                 return self.module.composed(lambda part: self._like_this(part).compute(inputs))
         if self.cache_dir is None:
-            features = torch.cat(list(self._parts(inputs)))
-            self._require_independence_of_all(inputs, features)
-            return features
-        path = self.cache_dir / f"{fingerprint(self.module, inputs)}.npy"
+            return self._computed(inputs)
+        key = fingerprint(self.module, inputs)
+        if key is None:
+            warn_caller(
+                f"{type(self.module).__name__} holds what no hash tells (a function made on the spot, an object, a "
+                "class without a source file), so that its features are not kept: another module could be given them. "
+                "Let its settings be numbers, text, tensors, modules or functions of a file",
+                UserWarning,
+            )
+            return self._computed(inputs)
+        path = self.cache_dir / f"{key}.npy"
         if path.exists():
             kept = _read(path)
             if kept is not None and len(kept) == len(inputs):
@@ -187,6 +196,11 @@ class FrozenFeatures(nn.Module):
         if written is None:
             raise ConfigurationError(f"{path} does not hold what was written there: check the disk")
         return written
+
+    def _computed(self, inputs: Tensor) -> Tensor:
+        features = torch.cat(list(self._parts(inputs)))
+        self._require_independence_of_all(inputs, features)
+        return features
 
     def _like_this(self, module: nn.Module) -> FrozenFeatures:
         return FrozenFeatures(module, cache_dir=self.cache_dir, batch_size=self.batch_size, progress=self.progress)
@@ -369,46 +383,28 @@ def _differing(first: Tensor, second: Tensor, tolerance: float) -> Tensor:
     return ~same_rows
 
 
-def fingerprint(module: nn.Module, inputs: Tensor) -> str:
-    """Hash of what decides the features: weights, buffers, structure, settings, source files, and the inputs."""
-    digest = hashlib.sha256(f"clipless_dp features 2, torch {torch.__version__}".encode())
+def fingerprint(module: nn.Module, inputs: Tensor) -> str | None:
+    """Hash of what decides the features: weights, buffers, structure, settings, source files, and the inputs.
+
+    Returns:
+        ``None`` where something is set on the module, or a class is made of something, that no hash tells.
+    """
+    digest = hashlib.sha256(f"clipless_dp features 3, torch {torch.__version__}".encode())
+    told = Told(digest, module)
     for name, part in module.named_modules():
         kind = type(part)
-        settings = {key: repr(value) for key, value in vars(part).items() if _is_plain(value)}
-        config = getattr(part, "config", None)
-        digest.update(repr((name, kind.__module__, kind.__qualname__, sorted(settings.items()), str(config))).encode())
+        digest.update(repr((name, kind.__module__, kind.__qualname__)).encode())
         digest.update(repr(part).encode())
-    for source in sorted({_source(type(part)) for part in module.modules()}):
-        digest.update(source.encode())
+        for key, value in sorted(vars(part).items()):
+            if key not in HELD:
+                digest.update(repr(key).encode())
+                told.add(value)
+        told.add(kind)
+    if not told.is_all:
+        return None
     for name, value in (*module.named_parameters(), *module.named_buffers(), ("inputs", inputs)):
-        _update(digest, name, value)
+        update(digest, name, value)
     return digest.hexdigest()
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_plain(item) for item in value)
-    return value is None or isinstance(value, (bool, int, float, str))
-
-
-def _source(kind: type) -> str:
-    """The text of the file that defines a class; torch's own are named by its version."""
-    if kind.__module__.partition(".")[0] == "torch":
-        return ""
-    try:
-        return Path(inspect.getfile(kind)).read_text(encoding="utf-8")
-    except (OSError, TypeError, UnicodeDecodeError):
-        return ""
-
-
-def _update(digest: Any, name: str, value: Tensor) -> None:
-    digest.update(repr((name, value.dtype, tuple(value.shape))).encode())
-    if value.numel() == 0:
-        return
-    rows = value.detach().reshape(len(value) if value.dim() else 1, -1)
-    size = max(1, _BLOCK // max(1, rows.shape[1] * value.element_size()))
-    for some in rows.split(size):
-        digest.update(some.contiguous().cpu().view(torch.uint8).numpy().tobytes())
 
 
 def _seal(path: Path) -> Path:

@@ -69,7 +69,8 @@ class PatchDictionary(Recipe):
         ConfigurationError: an argument is out of range, the image holds too few patches, or the synthetic images too
             few of enough contrast.
         InputError: the images have another shape, or are not floating-point numbers.
-        CheckpointError: the state is of another recipe, or does not fit.
+        CheckpointError: the state is of another recipe or of other arguments, has numbers that are not finite, or does
+            not fit.
 
     Attributes:
         lipschitz: ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all images. **With the square root there is none**, and
@@ -127,6 +128,11 @@ class PatchDictionary(Recipe):
         self.threshold = not_negative("threshold", threshold)
         self.contrast, self.regularisation = positive("contrast", contrast), positive("regularisation", regularisation)
         self.images, self.seed = whole("images", images), whole("seed", seed, 0)
+        self._made_of(
+            image_size=self.image_size, channels=int(channels), atoms=atoms, patch_size=patch_size, windows=windows,
+            threshold=self.threshold, contrast=self.contrast, regularisation=self.regularisation, images=self.images,
+            seed=self.seed, root=self.root,
+        )  # fmt: skip
         if state is None:
             drawn = dead_leaves(self.images, self.image_size, channels, seed=self.seed, progress=progress)
             filters, offsets = self._dictionary(drawn.float().div_(255.0))

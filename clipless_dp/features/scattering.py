@@ -107,12 +107,17 @@ class Scattering2d(nn.Module):
         """Computes the coefficients.
 
         Raises:
-            InputError: the images have another size, or are not floating-point numbers.
+            InputError: the images have another size, or are not of float32 or float64.
         """
         if images.dim() != 4 or tuple(images.shape[2:]) != self.image_size or not images.is_floating_point():
             raise InputError(
                 f"expected floating-point images (batch, channels, {self.image_size[0]}, {self.image_size[1]}), got "
                 f"{images.dtype} {tuple(images.shape)}"
+            )
+        if images.dtype not in (torch.float32, torch.float64):
+            raise InputError(
+                f"got images of {images.dtype}, in which torch has no Fourier transform: hand in images.float(), and "
+                "round the features afterwards if you want them smaller"
             )
         batch, channels = images.shape[:2]
         if batch * channels == 0:

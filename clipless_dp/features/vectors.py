@@ -85,6 +85,7 @@ class MirroredScattering(nn.Sequential):
     Raises:
         ConfigurationError: ``2^J`` does not divide the width, so that mirror images fall between the places that are
             kept; or the image is too small for so many scales.
+        InputError: the images have another size, or are not of float32 or float64.
 
     Chosen by:
         Contrast 3, offset 0.01 and these weights are from CIFAR-10's training images, at ε = 3.

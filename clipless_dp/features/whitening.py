@@ -63,7 +63,8 @@ class SyntheticWhitening(Recipe, Composed):
         ConfigurationError: an argument is out of range, or the features of all synthetic images are alike.
         InputError: the features are of another length.
         PrivacyError: see :meth:`clipless_dp.features.FrozenFeatures.compute`.
-        CheckpointError: the state is of another recipe, or does not fit.
+        CheckpointError: the state is of another recipe or of other arguments, has numbers that are not finite, or does
+            not fit.
 
     Certificates:
         Between the two divisions, the map is linear and expands nothing: its singular values are 1 and
@@ -95,6 +96,10 @@ class SyntheticWhitening(Recipe, Composed):
         self.directions, self.images = whole("directions", directions), whole("images", images, 3)
         self.seed = whole("seed", seed, 0)
         self.features = features
+        self._made_of(
+            image_size=tuple(whole("image_size", size) for size in image_size), channels=int(channels),
+            exponent=self.exponent, directions=self.directions, images=self.images, seed=self.seed, features=features,
+        )  # fmt: skip
         frozen = FrozenFeatures(features, batch_size=64, progress=progress)
         if state is None:
             drawn = dead_leaves(self.images, image_size, channels, seed=self.seed, progress=progress)

@@ -147,6 +147,17 @@ class _GatedConvolution(torch.autograd.Function):
         return passed, of_weight, of_bias, *([None] * 12)
 
 
+def _applied(function: Any, *given: Any) -> Tensor:
+    """What a function with gates makes; a compiler traces none of those that no gradient comes back through."""
+    if torch.compiler.is_compiling():
+        trains = any(isinstance(value, Tensor) and value.requires_grad for value in given)
+        if not (trains and torch.is_grad_enabled()):
+            made: Tensor = function.forward(*given)
+            return made
+    output: Tensor = function.apply(*given)
+    return output
+
+
 def _convolution_parts(ctx: Any, values: Tensor, weight: Tensor, cotangents: Tensor) -> tuple[Part | None, Part | None]:
     stride, padding, dilation, transposed, _, groups = ctx.geometry
     of_weight: Part | None = None
@@ -266,10 +277,9 @@ class GradientGatedLinear(GradientGated, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        output: Tensor = _GatedLinear.apply(  # type: ignore[no-untyped-call]
-            input, self.weight, self.bias, *self.gates(), self.chunk, self.joint, *self.counters()
+        return _applied(
+            _GatedLinear, input, self.weight, self.bias, *self.gates(), self.chunk, self.joint, *self.counters()
         )
-        return output
 
     def extra_repr(self) -> str:
         """The layer's and the gate's settings."""
@@ -307,10 +317,8 @@ class _GradientGatedTransposed(GradientGated):
 
 def _convolve(layer: Any, values: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
     geometry = layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups
-    output: Tensor = _GatedConvolution.apply(  # type: ignore[no-untyped-call]
-        values, layer.weight, layer.bias, *geometry, *layer.gates(), layer.chunk, layer.joint, *layer.counters()
-    )
-    return output
+    gates = *layer.gates(), layer.chunk, layer.joint, *layer.counters()
+    return _applied(_GatedConvolution, values, layer.weight, layer.bias, *geometry, *gates)
 
 
 class GradientGatedConv1d(_GradientGatedConvolution, nn.Conv1d):

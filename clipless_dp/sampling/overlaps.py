@@ -14,7 +14,17 @@ from clipless_dp.errors import PrivacyError
 from clipless_dp.packing import LABELS
 from clipless_dp.sampling import memory
 from clipless_dp.sampling.people import People
-from clipless_dp.sampling.windows import is_plain, lags, overlapping, placed, shared_parts, shared_rows
+from clipless_dp.sampling.windows import (
+    extent,
+    has_places,
+    is_expanded,
+    lags,
+    overlapping,
+    placed,
+    row_step,
+    shared_parts,
+    shared_rows,
+)
 
 AT_ONCE = 4
 """Samples that are held at once to see whether a data set reads into memory that it uses again."""
@@ -35,10 +45,8 @@ def lying_together(which: str) -> PrivacyError:
     )
 
 
-def refuse_overlapping_columns(
-    inputs: Sequence[Tensor], beside: Sequence[Tensor] = (), people: People | None = None
-) -> None:
-    """Refuses tensors of which a row lies on a row of another number, of the same or of another one.
+def refuse_overlapping_columns(inputs: Sequence[Any], beside: Sequence[Any] = (), people: People | None = None) -> None:
+    """Refuses tensors and arrays of which a row lies on a row of another number, of the same or of another one.
 
     Args:
         inputs: ``(N, ...)`` each. One may hold one row for all samples (types of tokens that are all zero, expanded),
@@ -49,31 +57,77 @@ def refuse_overlapping_columns(
     Raises:
         PrivacyError: one does.
     """
-    varying = [values for values in inputs if not _is_expanded(values)]
+    codes = None if people is None else people.codes
+    varying = [values for values in inputs if not (has_places(values) and is_expanded(values))]
     if inputs and not varying:
         raise lying_together("rows of the inputs")
     columns = [
         values
-        for values in (*varying, *(target for target in beside if not _is_expanded(target)))
-        if is_plain(values) and len(values) > 1 and values.numel() and len(values) == len(inputs[0])
+        for values in (*varying, *beside)
+        if has_places(values) and not is_expanded(values) and len(values) == len(inputs[0])
     ]
-    codes = None if people is None else people.codes
-    steps = [values.stride(0) * values.element_size() for values in columns]
+    steps = [*map(row_step, columns)]
     for step in {*steps}:
         for lag in lags([values for values, own in zip(columns, steps, strict=True) if own == step]):
             if codes is None or bool((codes[lag:] != codes[:-lag]).any()):
                 raise lying_together(
                     "rows of the inputs" if len(columns) == 1 else "rows of the inputs, or of targets,"
                 )
-    for (one, first), (other, second) in combinations(zip(columns, steps, strict=True), 2):
-        if first != second:
+    if len({*steps}) < 2:
+        return
+    placed_columns = [
+        (reach, *one) for one in zip(columns, steps, strict=True) if (reach := extent(one[0])) is not None
+    ]
+    for ((low, high), one, first), ((least, most), other, second) in combinations(placed_columns, 2):
+        if first != second and low < most and least < high:
             rows = shared_rows(one, other)
             if rows.size and (codes is None or bool((codes[rows[0]] != codes[rows[1]]).any())):
                 raise lying_together("rows of the inputs, or of targets,")
 
 
-def _is_expanded(values: Tensor) -> bool:
-    return is_plain(values) and len(values) > 1 and values.numel() > 0 and values.stride(0) == 0
+def refuse_overlapping_table(rows: Any, labels: Any, people: People | None = None) -> None:
+    """Refuses rows that lie on one another, in what was given: of a copy it is seen no more.
+
+    Args:
+        rows: a tensor, an array, a data frame, or a list of rows.
+        labels: of the rows; only tensors, arrays and columns of pandas are looked at.
+        people: whose rows are, if the unit is a person.
+
+    Raises:
+        PrivacyError: some do.
+    """
+    if isinstance(rows, (list, tuple)):
+        _refuse_overlapping_list(rows, people)
+        return
+    beside = [_array_of(labels)]
+    if hasattr(rows, "iloc") and hasattr(rows, "columns"):
+        columns = [_array_of(rows.iloc[:, place]) for place in range(len(rows.columns))]
+        if all(isinstance(column, np.ndarray) for column in columns):
+            refuse_overlapping_columns(columns, beside, people)
+            return
+        # Columns of other types are objects of their own, which vary.
+        columns = [column for column in columns if isinstance(column, np.ndarray) and not is_expanded(column)]
+        refuse_overlapping_columns(columns, beside, people)
+    elif has_places(found := _array_of(rows)):
+        refuse_overlapping_columns([found], beside, people)
+
+
+def _array_of(values: Any) -> Any:
+    """What a column of pandas holds, without a copy; all else as it is."""
+    return values.values if hasattr(values, "iloc") else values
+
+
+def _refuse_overlapping_list(rows: Sequence[Any], people: People | None) -> None:
+    """Refuses lists in which a row is there twice, or lies on another one."""
+    owners = range(len(rows)) if people is None else people.codes.tolist()
+    first: dict[Any, int] = {}
+    for row, owner in zip(rows, owners, strict=True):
+        place = extent(row) if isinstance(row, (Tensor, np.ndarray)) else id(row) if isinstance(row, list) else None
+        if place is not None and first.setdefault(place, owner) != owner:
+            raise lying_together("rows of the inputs")
+    pair = overlapping(placed([[(0, row)] if isinstance(row, (Tensor, np.ndarray)) else [] for row in rows]), owners)
+    if pair is not None:
+        raise lying_together(f"rows {pair[0]} and {pair[1]} of the inputs")
 
 
 def refuse_overlap(samples: Sequence[Any], count: int, owners: Any = None, read: str = "") -> None:

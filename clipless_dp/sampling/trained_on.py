@@ -36,12 +36,8 @@ _NAMED = 64
 _SHARED = 8
 """What one sample in so many has is a constant, which tells nothing of one."""
 
-_CONSTANT = 0.1
-"""What samples are read from is known, and all else together holds at most this share of it: constants, of a transform
-say."""
-
-_COMPARED = 16
-"""Rows of a constant that are looked for among the samples."""
+_FEW = 16
+"""Numbers that a constant has at most, where nothing tells how many a sample has: statistics of channels."""
 
 
 class _Block(NamedTuple):
@@ -85,10 +81,8 @@ def note(dataset: Any, tensors: Sequence[Tensor] = (), sample: Any = ()) -> None
     """Notes that a data set is trained on: all tensors and arrays that it reaches, but for constants.
 
     A constant is what lies alone (not among samples) and has as many numbers as a part of a sample (a mean image), or
-    fewer than there are samples (statistics of channels) and no multiple of a sample's; what one sample in eight has;
-    parameters of modules; and, of a data set with tensors or arrays of its own length that have all numbers of a
-    sample, square matrices of a sample's size, and what else is there if together it has no more numbers than a tenth
-    of the samples and repeats none of them.
+    fewer than a sample and than there are samples (statistics of channels); what one sample in eight has; and
+    parameters of modules. Numbers are not compared: rows that were scaled are rows.
 
     Args:
         dataset: the data set, or what it was made of.
@@ -221,83 +215,22 @@ def _data(dataset: Any, reached: Sequence[Reached], count: int, parts: Sequence[
             yield value
     shared = _shared(found.values(), entries, reached)
     row = max(sizes, default=0)
-    columns: list[Any] = []
-    others: list[Any] = []
+    is_known = row > 0
+    if not is_known:
+        # A table tells it by its rows where no sample is at hand.
+        tables = [value for value, within in found.values() if within == [None] * len(within)]
+        sizes = {_size(value) // length for value in tables if (length := _length(value)) in lengths}
+        row = max(sizes, default=_FEW)
     for value, within in found.values():
         size = _size(value)
         if within != [None] * len(within):
-            is_constant = extent(value) in shared and (not row or size <= row)
+            is_constant = extent(value) in shared and (not is_known or size <= row)
         elif _length(value) in lengths:
             is_constant = False
-            columns.append(value)
         else:
-            is_constant = size in sizes or (size < count and not (row and size > row and size % row == 0))
-            if not is_constant:
-                others.append(value)
-                continue
+            is_constant = size in sizes or size <= min(row, count - 1)
         if not is_constant:
             yield value
-    yield from _no_constants(others, columns, count, parts)
-
-
-def _no_constants(others: Sequence[Any], columns: Sequence[Any], count: int, parts: Sequence[Any]) -> Iterable[Any]:
-    """What is data of tensors and arrays that are of another length than the samples.
-
-    Args:
-        others: these.
-        columns: tensors and arrays that have rows for samples.
-        count: of the samples.
-        parts: tensors and arrays of a sample.
-    """
-    sizes = {*map(_size, parts)}
-    # Whole numbers may be places in what else is there.
-    measured = [column for column in columns if len(column) >= count and not _are_places(column)]
-    own = {extent(column): _size(column) // len(column) for column in measured}
-    floating = sum(_size(part) for part in parts if _is_floating(part))
-    if not floating or sum(own.values()) < max(floating, *sizes):
-        # Who knows what samples are read from.
-        return others
-    whole = count * max(sizes)
-    read = [place for part in parts if (place := extent(part)) is not None]
-    rest = [one for one in others if not (_is_map(one, sizes) and 2 * _size(one) <= whole)]
-    if sum(map(_size, rest)) > _CONSTANT * whole:
-        return rest
-    return [
-        one for one in others if any(_meets(one, place) for place in read) or any(_repeats(one, of) for of in columns)
-    ]
-
-
-def _is_floating(value: Any) -> bool:
-    return value.is_floating_point() if isinstance(value, Tensor) else value.dtype.kind == "f"
-
-
-def _are_places(value: Any) -> bool:
-    return not _is_floating(value) and (value.element_size() if isinstance(value, Tensor) else value.itemsize) > 2
-
-
-def _is_map(value: Any, sizes: Set[int]) -> bool:
-    """Whether something is a matrix from samples to samples, which whitens them say."""
-    return len(value.shape) == 2 and value.shape[0] == value.shape[1] and int(value.shape[0]) in sizes
-
-
-def _repeats(value: Any, column: Any) -> bool:
-    """Whether one of some rows of a tensor, or array, is one of another; so if unknown. Rows of one value are none."""
-    size = _size(column) // len(column)
-    if size < 2 or _size(value) % size:
-        return False
-    try:
-        rows, table = (np.asarray(one.detach() if isinstance(one, Tensor) else one) for one in (value, column))
-    except (TypeError, RuntimeError):
-        return True
-    rows, table = rows.reshape(-1, size), table.reshape(len(table), -1)
-    for row in rows[:: -(-len(rows) // _COMPARED)]:
-        alike = np.arange(len(table))
-        # Entries that differ from most come first.
-        for place in (*np.argsort(row == row[0], kind="stable")[:8], *range(0, size, -(-size // 8))):
-            alike = alike[table[alike, place] == row[place]]
-        if (row != row[0]).any() and any(np.array_equal(table[one], row) for one in alike[:_COMPARED]):
-            return True
-    return False
 
 
 _Entry = tuple[int, int]

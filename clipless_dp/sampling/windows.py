@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from itertools import groupby, pairwise
@@ -142,8 +143,23 @@ def _strides(value: Any) -> tuple[int, ...]:
     return tuple(value.strides)
 
 
+def row_step(values: Any) -> int:
+    """Bytes from a row of a tensor, or array, to the next one; below zero where rows are in reverse."""
+    return _strides(values)[0]
+
+
+def is_expanded(values: Any) -> bool:
+    """Whether all rows of a tensor, or array, are one and the same in memory."""
+    return len(values) > 1 and _size(values) > 0 and row_step(values) == 0
+
+
 def _size(value: Any) -> int:
     return value.numel() if isinstance(value, Tensor) else int(value.size)
+
+
+def _bytes(value: Any) -> int:
+    """Of an entry."""
+    return value.element_size() if isinstance(value, Tensor) else int(value.itemsize)
 
 
 def _is_dense(value: Any, low: int, high: int) -> bool:
@@ -165,27 +181,37 @@ def _places(value: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     return places
 
 
-def rows_overlap(values: Tensor) -> bool:
-    """Whether a row of a tensor shares memory with another one."""
-    if len(values) < 2 or not is_plain(values) or values.numel() == 0:
+def rows_overlap(values: Any) -> bool:
+    """Whether a row of a tensor, or array, shares memory with another one."""
+    if not has_places(values):
         return False
-    return values.stride(0) == 0 or len(lags([values])) > 0
+    return is_expanded(values) or len(lags([values])) > 0
 
 
-def lags(columns: Sequence[Tensor]) -> list[int]:
+def has_places(values: Any) -> bool:
+    """Whether something has rows, several, that lie in memory by its strides."""
+    if not (is_plain(values) or isinstance(values, np.ndarray)):
+        return False
+    return len(values.shape) > 0 and len(values) > 1 and _size(values) > 0
+
+
+def lags(columns: Sequence[Any]) -> list[int]:
     """Distances of rows that share memory: one of one column with one of the same or of another column.
 
     All rows that share memory are linked by steps of these distances, through rows that share it too.
 
     Args:
-        columns: of as many rows each, and of one stride from row to row that is not zero.
+        columns: tensors and arrays of as many rows each, and of one stride from row to row that is not zero.
     """
-    count, step = len(columns[0]), columns[0].stride(0) * columns[0].element_size()
+    count, step = len(columns[0]), abs(row_step(columns[0]))
     reaches = sorted(reach for column in columns if (reach := extent(column)) is not None)
     apart = all(before[1] <= after[0] for before, after in pairwise(reaches))
     if apart and all(map(_rows_apart, columns)):
         return []
-    unit = min(column.element_size() for column in columns)
+    # Entries of packed records lie at any bytes.
+    starts = [_layout(column)[0] for column in columns]
+    of_all = (*map(_bytes, columns), *(step for column in columns for step in _strides(column)))
+    unit = math.gcd(*of_all, *(start - starts[0] for start in starts))
     places = np.unique(np.concatenate([_places_of_row(column, unit) for column in columns]))
     # Two places whose distance is k steps are one and the same in two rows that are k apart. Of all pairs with one
     # remainder the nearest are neighbours.
@@ -195,36 +221,35 @@ def lags(columns: Sequence[Tensor]) -> list[int]:
     return [int(lag) for lag in found if lag < count]
 
 
-def _rows_apart(values: Tensor) -> bool:
+def _rows_apart(values: Any) -> bool:
     """Whether each axis steps over all that those of smaller steps reach: no entry lies on another."""
-    reach = 0
-    inner = [(stride, size) for stride, size in zip(values.stride()[1:], values.shape[1:], strict=True) if stride]
-    for stride, size in sorted([(values.stride(0), len(values)), *inner]):
-        if size > 1 and stride <= reach:
+    reach = _bytes(values) - 1
+    steps = [abs(step) for step in _strides(values)]
+    inner = [(step, size) for step, size in zip(steps[1:], values.shape[1:], strict=True) if step]
+    for step, size in sorted([(steps[0], len(values)), *inner]):
+        if size > 1 and step <= reach:
             return False
-        reach += stride * (size - 1)
+        reach += step * (size - 1)
     return True
 
 
-def _places_of_row(values: Tensor, unit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _places_of_row(values: Any, unit: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """Where the first row's entries lie, in steps of so many bytes."""
-    row = _without_copies(values)[0]
-    return np.asarray((_places(row)[:, None] + np.arange(0, row.element_size(), unit)).reshape(-1))
+    row = _without_copies(values)[:1]
+    return np.asarray((_places(row)[:, None] + np.arange(0, _bytes(row), unit)).reshape(-1))
 
 
-def _without_copies(values: Tensor) -> Tensor:
+def _without_copies(values: Any) -> Any:
     """Rows without what is expanded within them."""
-    for axis in range(1, values.dim()):
-        if not values.stride(axis):
-            values = values.narrow(axis, 0, 1)
-    return values
+    once = [slice(None), *(slice(None) if step else slice(1) for step in _strides(values)[1:])]
+    return values[tuple(once)]
 
 
-def shared_rows(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.int64]]:
+def shared_rows(one: Any, other: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
     """``(2, pairs)``: rows of two columns, of other numbers, that share memory; of large ones of the first rows.
 
     Args:
-        one: a column.
+        one: a column, a tensor or an array.
         other: a column of as many rows and another stride from row to row.
     """
     nothing = np.zeros((2, 0), dtype=np.int64)
@@ -232,14 +257,14 @@ def shared_rows(one: Tensor, other: Tensor) -> np.ndarray[Any, np.dtype[np.int64
     if reaches[0] is None or reaches[1] is None or reaches[0][1] <= reaches[1][0] or reaches[1][1] <= reaches[0][0]:
         return nothing
     one, other = _without_copies(one), _without_copies(other)
-    rows = max(1, _ENTRIES // max(_size(one[0]), _size(other[0])))
+    rows = max(1, _ENTRIES // max(_size(one[:1]), _size(other[:1])))
     places, others = _places(one[:rows]), _places(other[:rows])
     order = np.argsort(others, kind="stable")
     begins = np.searchsorted(others[order], places, side="left")
     met = np.searchsorted(others[order], places, side="right") - begins
     inner = np.arange(met.sum()) - np.repeat(np.cumsum(met) - met, met)
-    first = np.repeat(np.arange(len(places)), met) // _size(one[0])
-    second = order[np.repeat(begins, met) + inner] // _size(other[0])
+    first = np.repeat(np.arange(len(places)), met) // _size(one[:1])
+    second = order[np.repeat(begins, met) + inner] // _size(other[:1])
     return np.unique(np.stack([first, second])[:, first != second], axis=1)
 
 
@@ -300,5 +325,5 @@ def _is_of_small_pool(value: Any, count: int) -> bool:
         while isinstance(base.base, np.ndarray):
             base = base.base
         whole = base.nbytes
-    own = _size(value) * (value.element_size() if isinstance(value, Tensor) else value.itemsize)
+    own = _size(value) * _bytes(value)
     return bool(own < whole and _FEW * whole <= count * own)

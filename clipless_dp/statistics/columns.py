@@ -122,6 +122,7 @@ def private_standardisation(
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
         InputError: the values are not floating-point numbers of shape ``(N, C)``, or there are none.
+        PrivacyError: a record lies on another person's in memory: an expanded tensor, windows that overlap.
         CheckpointError: as for :func:`private_moments`.
 
     Guarantee:

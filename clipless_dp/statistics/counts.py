@@ -56,6 +56,7 @@ def private_quantile(
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
         InputError: the values are not ``(N,)`` floating-point numbers, or there are none.
+        PrivacyError: a record lies on another person's in memory: an expanded tensor, windows that overlap.
         CheckpointError: as for :func:`private_moments`.
 
     Returns:
@@ -146,7 +147,8 @@ def private_fraction(
     """
     if require_tensor(flags).dim() != 1 or flags.is_complex() or not bool(((flags == 0) | (flags == 1)).all()):
         raise InputError(f"expected zeros and ones, (N,), got {flags.dtype} {tuple(flags.shape)}")
-    exact = flags.detach().double()
+    # One flag for all, expanded, is a constant.
+    exact = flags.detach().double().contiguous()
     people = people_of(groups, len(exact))
     size = checked_size(exact[:, None], dataset_size, people)
     noise_multiplier = positive("noise_multiplier", noise_multiplier)

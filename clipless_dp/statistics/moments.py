@@ -90,6 +90,7 @@ def private_moments(
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
         InputError: the values are not floating-point numbers of shape ``(N, C, ...)``, or hold no record.
+        PrivacyError: a record lies on another person's in memory: an expanded tensor, windows that overlap.
         CheckpointError: the file belongs to other settings, is damaged or cannot be written.
 
     Returns:

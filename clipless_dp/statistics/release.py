@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from accounting import Accountant, GaussianRelease, Provenance, new_run
-from clipless_dp.arguments import require_accountant
+from clipless_dp.arguments import require_accountant, unmasked
 from clipless_dp.checkpoint import check_writable, load_checkpoint, save_checkpoint
 from clipless_dp.distributed import placement
 from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed, noise_source, source_name
+from clipless_dp.sampling.overlaps import refuse_overlapping_columns
 from clipless_dp.sampling.people import People, Unit, refuse_other_units
 from clipless_dp.sampling.samples import public_size
 
@@ -77,14 +78,15 @@ def tensor_of(values: object) -> Tensor:
     """A tensor, or a numpy array of numbers as one.
 
     Raises:
-        InputError: it is neither, or a mask lies over it.
+        InputError: it is neither, or a mask covers some of it.
     """
-    if isinstance(values, np.ma.MaskedArray):
-        raise InputError("what a mask covers is no cell: fill masked arrays with NaN, or with a number of your own")
+    unmasked("rows", values)
     if isinstance(values, np.ndarray) and values.dtype.kind in "biuf":
         if values.dtype.kind == "f" and values.dtype.itemsize > 8:
             raise InputError(f"{values.dtype} is wider than tensors are: give float64, rows.astype('float64')")
-        values = torch.from_numpy(np.ascontiguousarray(values, values.dtype.newbyteorder("=")))
+        plain = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+        # Of an array that is read-only torch warns.
+        values = torch.from_numpy(plain if plain.flags.writeable else plain.copy())
     return require_tensor(values)
 
 
@@ -93,12 +95,14 @@ def checked_size(values: Tensor, dataset_size: int | None, people: People | None
 
     Raises:
         InputError: the values are not floating-point numbers of shape ``(N, C, ...)``, or hold no record.
+        PrivacyError: a record lies on another person's in memory.
         ConfigurationError: the number of records is out of range.
     """
     if values.dim() < 2 or not values.is_floating_point() or values.numel() == 0:
         raise InputError(
             f"expected floating-point values (records, channels, ...), got {values.dtype} {tuple(values.shape)}"
         )
+    refuse_overlapping_columns([values.detach()], people=people)
     if people is None:
         return public_size(dataset_size, len(values))
     size = public_size(dataset_size, people.count)

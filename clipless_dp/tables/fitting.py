@@ -22,6 +22,7 @@ from clipless_dp.noise import NoiseSource
 from clipless_dp.precision import full_precision
 from clipless_dp.prediction import ODD, Content, Predictor, rebuilt
 from clipless_dp.sampling import Samples, as_tensors, trained_on
+from clipless_dp.sampling.overlaps import refuse_overlapping_table
 from clipless_dp.sampling.people import ROWS_PER_GROUP, People, people_of
 from clipless_dp.sampling.samples import public_size
 from clipless_dp.statistics import Releases, Standardisation, private_standardisation
@@ -107,6 +108,7 @@ def fit_table(
     Raises:
         InputError: rows or labels have another shape or type, or a label is none of the classes, or an id is missing,
             or a frame lacks a column or has one of another type.
+        PrivacyError: a row is there more than once, or lies on another person's in memory (windows that overlap).
         ConfigurationError: an argument is out of range, or several processes train together: each would release
             statistics of its own. Nothing was released then.
         CheckpointError: the checkpoint, or the statistics beside it, are of another task or run, or unreadable.
@@ -126,6 +128,9 @@ def fit_table(
     validation = changes.get("validation")
     held_out = None if validation is None else _validation(validation, encoding, task, table.shape[1])
     people = people_of(groups, len(table), changes.get("rows_per_group", ROWS_PER_GROUP))
+    # What was given: of a copy it is seen no more what lay on one another.
+    refuse_overlapping_table(rows, labels, people)
+    Samples.to_train_on((table, targets), people=people)
     size = public_size(dataset_size, len(table), people)
     epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
     expand = RandomCosines(table.shape[1], cosines).to(table.device)
@@ -211,9 +216,7 @@ def _read(rows: Any, labels: Any, encoding: TableEncoding | None, task: Task) ->
     if table is not rows:
         # What is trained on may be a copy of these.
         trained_on.note((rows, labels))
-    targets = task.read(labels, len(table)).to(table.device)
-    Samples.to_train_on((table, targets))
-    return table, targets
+    return table, task.read(labels, len(table)).to(table.device)
 
 
 def _validation(data: Any, encoding: TableEncoding | None, task: Task, columns: int) -> tuple[Tensor, Tensor]:

@@ -405,3 +405,40 @@ def test_an_augmentation_that_reads_what_fit_was_given_is_refused(kind):
     own = {**IMAGES, "options": options} if kind == "images" else {**QUICK, **encoding, "options": options}
     with pytest.raises(PrivacyError, match="reaches the data that is trained on"):
         PrivateClassifier(**own).fit(given, labels.astype(np.int64) if kind != "labels" else labels)
+
+
+def _windows() -> np.ndarray:
+    return np.lib.stride_tricks.sliding_window_view(np.random.default_rng(0).normal(size=83), 4)
+
+
+LYING = {
+    "one row for all": lambda: np.broadcast_to(_windows()[:1].copy(), (80, 4)),
+    "windows": _windows,
+    "windows of a tensor": lambda: torch.randn(83).unfold(0, 4, 1),
+    "windows of a frame": lambda: pytest.importorskip("pandas").DataFrame(_windows(), columns=[*"abcd"], copy=False),
+    "a list of windows": lambda: [*_windows()],
+    "a list of one row": lambda: [[0.0, 1.0, 2.0, 3.0]] * 80,
+    "a list of one array": lambda: [np.arange(4.0)] * 80,
+    "one image for all": lambda: np.broadcast_to(np.random.default_rng(0).uniform(size=(1, 8, 8)), (80, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("kind", [PrivateClassifier, PrivateRegressor])
+@pytest.mark.parametrize("name", LYING)
+def test_rows_that_lie_on_one_another_are_refused_before_a_copy_hides_it(name, kind):
+    if kind is PrivateRegressor and "image" in name:
+        pytest.skip("a regression has no images")
+    own = {"classes": [0, 1]} if kind is PrivateClassifier else {"target_range": (0.0, 1.0)}
+    made, rows, labels = kind(**QUICK, **own), LYING[name](), np.arange(80) % 2
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        made.fit(rows, labels)
+    assert not hasattr(made, "predictor_")
+
+
+def test_windows_of_one_person_may_overlap():
+    # The series of two people by turns.
+    rows = np.lib.stride_tricks.as_strided(np.random.default_rng(0).normal(size=86), (80, 4), (8, 16))
+    made, labels = PrivateClassifier(**QUICK, classes=[0, 1]), np.arange(80) % 3 // 2
+    made.fit(rows, labels, groups=np.arange(80) % 2)
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        made.fit(rows, labels, groups=np.arange(80) // 40)

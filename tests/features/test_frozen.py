@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -62,6 +64,126 @@ def test_whatever_decides_the_features_changes_the_hash():
     hashes |= {fingerprint(Backbone(), inputs) for inputs in (INPUTS + 1, INPUTS[:10], INPUTS.double())}
     assert len(hashes) == 8
     assert fingerprint(Backbone(), INPUTS.clone()) == fingerprint(Backbone(), INPUTS)
+
+
+class Set(nn.Module):
+    """A module whose output is decided by whatever is set on it."""
+
+    def __init__(self, how: object) -> None:
+        super().__init__()
+        self.how = how
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        how = self.how["how"] if isinstance(self.how, dict) else self.how
+        return how(inputs) if callable(how) else inputs * torch.as_tensor(how)
+
+
+def twice(inputs: torch.Tensor) -> torch.Tensor:
+    return 2 * inputs
+
+
+def thrice(inputs: torch.Tensor) -> torch.Tensor:
+    return 3 * inputs
+
+
+def times(factor: float, inputs: torch.Tensor) -> torch.Tensor:
+    return factor * inputs
+
+
+def _scaled(factor: float) -> type[nn.Module]:
+    class Scaled(nn.Module):
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return inputs * factor
+
+    return Scaled
+
+
+def _hooked(factor: float) -> nn.Module:
+    module = nn.Tanh()
+    module.register_forward_hook(lambda part, given, made: factor * made)
+    return module
+
+
+def _with_a_tensor_of_its_class(factor: float) -> nn.Module:
+    kind = type("Set", (Set,), {"factors": torch.full((5,), factor), "forward": lambda self, x: x * self.factors})
+    kind.__module__ = __name__
+    return kind(0.0)
+
+
+def _with_a_method_set_afterwards(factor: float) -> nn.Module:
+    kind = type("Set", (Set,), {})
+    kind.__module__ = __name__
+    kind.forward = (lambda self, x: 2.0 * x) if factor == 2.0 else (lambda self, x: 3.0 * x)
+    return kind(0.0)
+
+
+@dataclass
+class Settings:
+    factors: torch.Tensor
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.factors[-5:]
+
+
+class Says:
+    """As configurations of other packages do."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def to_dict(self) -> dict[str, object]:
+        return {"of many": torch.full((5000,), self.factor)}
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs * self.factor
+
+
+def _long(factor: float) -> torch.Tensor:
+    """A tensor whose text tells but a part of it."""
+    return torch.cat([torch.zeros(3000), torch.full((5,), factor), torch.zeros(3000), torch.full((5,), factor)])
+
+
+TWINS = {
+    "methods set afterwards": (True, lambda: (_with_a_method_set_afterwards(2.0), _with_a_method_set_afterwards(3.0))),
+    "data classes": (True, lambda: (Set(Settings(_long(2.0))), Set(Settings(_long(3.0))))),
+    "configurations": (True, lambda: (Set(Says(2.0)), Set(Says(3.0)))),
+    "tensors": (True, lambda: (Set(torch.ones(5)), Set(torch.full((5,), 3.0)))),
+    "arrays": (True, lambda: (Set(torch.ones(5).numpy()), Set(torch.full((5,), 3.0).numpy()))),
+    "numbers in a mapping": (True, lambda: (Set({"how": 1.0}), Set({"how": 3.0}))),
+    "functions of a file": (True, lambda: (Set(twice), Set(thrice))),
+    "functions of torch": (True, lambda: (Set(torch.tanh), Set(torch.relu))),
+    "functions with arguments": (True, lambda: (Set(partial(times, 2.0)), Set(partial(times, 3.0)))),
+    "functions made on the spot": (False, lambda: (Set(lambda x: x), Set(lambda x: 3 * x))),
+    "objects": (False, lambda: (Set(Times(2.0)), Set(Times(3.0)))),
+    "modules in a mapping": (False, lambda: (Set({"how": nn.PReLU(init=0.1)}), Set({"how": nn.PReLU(init=0.9)}))),
+    "classes with closures": (True, lambda: (_scaled(2.0)(), _scaled(3.0)())),
+    "hooks": (False, lambda: (_hooked(2.0), _hooked(3.0))),
+    "tensors of a class": (True, lambda: (_with_a_tensor_of_its_class(2.0), _with_a_tensor_of_its_class(3.0))),
+}
+
+
+class Times:
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.factor * inputs
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.filterwarnings("ignore:.*what no hash tells:UserWarning")
+def test_a_module_is_given_no_features_of_another_one_that_differs_in_what_is_set_on_it(tmp_path, name):
+    is_told, made = TWINS[name]
+    for module in (*made(), *made()):
+        found = FrozenFeatures(module, cache_dir=tmp_path).compute(INPUTS)
+        torch.testing.assert_close(found, module(INPUTS).detach())
+    assert len(list(tmp_path.glob("*.npy"))) == 2 * is_told, "what is told is kept, once each"
+
+
+def test_that_features_are_not_kept_is_said_with_the_reason(tmp_path):
+    with pytest.warns(UserWarning, match="Set holds what no hash tells .a function made on the spot"):
+        FrozenFeatures(Set(lambda x: x), cache_dir=tmp_path).compute(INPUTS)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no digest", "empty", "foreign digest"])

@@ -223,15 +223,52 @@ def test_from_the_state_of_another_one_comes_the_same_and_nothing_is_drawn(monke
     again = PatchDictionary((8, 8), **SMALL, state=module.state_dict())
     assert torch.equal(again(images), module(images))
     assert frozen.fingerprint(again, images) == frozen.fingerprint(module, images)
-    for change in ({"atoms": 14}, {"patch_size": 4}, {"channels": 1}):
-        with pytest.raises(CheckpointError, match="does not fit"):
-            PatchDictionary((8, 8), **{**SMALL, **change}, state=module.state_dict())
+    lacking = {name: value for name, value in module.state_dict().items() if name != "offsets"}
+    with pytest.raises(CheckpointError, match="does not fit"):
+        PatchDictionary((8, 8), **SMALL, state=lacking)
+
+
+OTHERS = {
+    "atoms": 14, "patch_size": 4, "channels": 1, "windows": 2, "threshold": 0.1, "contrast": 0.1,
+    "regularisation": 0.5, "images": 41, "seed": 1, "root": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_state_of_other_arguments_is_refused(name):
+    state = PatchDictionary((8, 8), **SMALL).state_dict()
+    assert {**SMALL, name: OTHERS[name]} != SMALL
+    with pytest.raises(CheckpointError, match="made with other arguments"):
+        PatchDictionary((8, 8), **{**SMALL, name: OTHERS[name]}, state=state)
+    with pytest.raises(CheckpointError, match="made with other arguments"):
+        PatchDictionary((9, 8), **SMALL, state=state)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["filters", "offsets"])
+def test_a_state_with_numbers_that_are_not_finite_is_refused(name, number):
+    module = PatchDictionary((8, 8), **SMALL)
+    state = {key: value.clone() for key, value in module.state_dict().items()}
+    state[name].view(-1)[3] = number
+    with pytest.raises(CheckpointError, match=f"{name} .* not finite"):
+        PatchDictionary((8, 8), **SMALL, state=state)
+    with pytest.raises(CheckpointError, match=f"{name} .* not finite"):
+        module.load_state_dict(state)
+
+
+def test_a_state_that_tells_its_version_alone_is_read_with_a_warning():
+    module, images = PatchDictionary((8, 8), **SMALL), photographs(3, (8, 8))
+    former = {**module.state_dict(), "recipe": torch.tensor(list(b"patches 1, dead leaves 1"), dtype=torch.uint8)}
+    with pytest.warns(UserWarning, match="did not write down its arguments"):
+        again = PatchDictionary((8, 8), **SMALL, state=former)
+    assert torch.equal(again(images), module(images))
+    assert torch.equal(again.recipe, module.recipe)
 
 
 def test_a_state_of_another_recipe_or_of_none_is_refused():
     module = PatchDictionary((8, 8), **SMALL)
     state = module.state_dict()
-    PatchDictionary((8, 8), **SMALL, seed=1).load_state_dict(state)
+    PatchDictionary((8, 8), **SMALL).load_state_dict(state)
     for recipe in (b"patches 0", b""):
         other = {**state, "recipe": torch.tensor(list(recipe), dtype=torch.uint8)}
         with pytest.raises(CheckpointError, match=r"recipe '.*'.*this package has 'patches 1, dead leaves 1'"):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from clipless_dp import ConfigurationError, InputError
-from clipless_dp.features import Scattering2d, scattering
+from clipless_dp.features import MirroredScattering, Scattering2d, scattering
 
 SHAPES = (
     ((8, 10), 2, 4, "zeros"),
@@ -213,3 +213,10 @@ def test_copies_that_are_not_counted_are_caught(monkeypatch):
     monkeypatch.setattr(Scattering2d, "_copies", lambda self, size: 1)
     with pytest.raises(AssertionError):
         test_no_pixel_enters_the_padded_image_more_often_than_the_constant_says_and_one_as_often()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_images_of_half_precision_are_refused_with_what_to_do(dtype):
+    for module in (Scattering2d((8, 8)), MirroredScattering((8, 8))):
+        with pytest.raises(InputError, match=r"no Fourier transform: hand in images\.float\(\)"):
+            module(torch.rand(2, 3, 8, 8).to(dtype))

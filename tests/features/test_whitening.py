@@ -33,16 +33,14 @@ def patches(channels: int = 3, **changes: object) -> PatchDictionary:
     return PatchDictionary(SIZE, channels, atoms=8, patch_size=3, images=20, **changes)
 
 
-class Pixels(nn.Module):
-    """The pixels as they are, and how often they were asked for."""
+ASKED = {"images": 0}
 
-    def __init__(self) -> None:
-        super().__init__()
-        # No setting, which would be part of what features are kept under.
-        self.calls = {"images": 0}
+
+class Pixels(nn.Module):
+    """The pixels as they are; how often they were asked for is no setting of it, under which features are kept."""
 
     def forward(self, images: Tensor) -> Tensor:
-        self.calls["images"] += len(images)
+        ASKED["images"] += len(images)
         return images.flatten(1)
 
 
@@ -194,9 +192,9 @@ def test_what_takes_long_is_kept_by_itself_and_whitened_when_it_is_read(tmp_path
         other = SyntheticWhitening(Pixels(), SIZE, **SMALL, exponent=exponent)
         other.features = source
         front = JoinedFeatures([other, patches()], weights)
-        source.calls["images"] = 0
+        ASKED["images"] = 0
         found = FrozenFeatures(front, cache_dir=tmp_path, batch_size=8).compute(images)
-        assert source.calls["images"] == 0
+        assert ASKED["images"] == 0
         assert torch.equal(found, features) == (exponent == 0.2)
         torch.testing.assert_close(found, front(images), rtol=0, atol=1e-4)
     assert len(list(tmp_path.glob("*.npy"))) == 2
@@ -263,7 +261,7 @@ def test_from_the_state_of_another_one_comes_the_same_and_nothing_is_drawn(monke
 def test_a_state_of_another_recipe_is_refused():
     module = SyntheticWhitening(patches(), SIZE, **SMALL)
     state = module.state_dict()
-    SyntheticWhitening(patches(), SIZE, **SMALL, seed=1).load_state_dict(state)
+    SyntheticWhitening(patches(), SIZE, **SMALL).load_state_dict(state)
     other = torch.tensor(list(b"whitening 0"), dtype=torch.uint8)
     with pytest.raises(CheckpointError, match=r"'whitening 0'.*'whitening 1, dead leaves 1'"):
         module.load_state_dict({**state, "recipe": other})
@@ -271,6 +269,26 @@ def test_a_state_of_another_recipe_is_refused():
         JoinedFeatures([module]).load_state_dict({
             **JoinedFeatures([module]).state_dict(), "blocks.0.features.recipe": other,
         })  # fmt: skip
+
+
+def test_a_state_of_other_arguments_or_around_a_module_of_others_is_refused():
+    state = SyntheticWhitening(patches(), SIZE, **SMALL).state_dict()
+    for change in ({"seed": 1}, {"images": 41}, {"exponent": 0.3}, {"directions": 7}):
+        with pytest.raises(CheckpointError, match="made with other arguments"):
+            SyntheticWhitening(patches(), SIZE, **{**SMALL, **change}, state=state)
+    for inner in ({"threshold": 0.1}, {"root": False}, {"seed": 1}):
+        with pytest.raises(CheckpointError, match="made with other arguments"):
+            SyntheticWhitening(patches(**inner), SIZE, **SMALL, state=state)
+    with pytest.raises(CheckpointError, match="made with other arguments"):
+        SyntheticWhitening(nn.Sequential(nn.Flatten(), nn.Tanh()), SIZE, **SMALL, state=state)
+
+
+@pytest.mark.parametrize("name", ["mean", "axes", "gains", "features.filters"])
+def test_a_state_with_numbers_that_are_not_finite_is_refused(name):
+    state = {key: value.clone() for key, value in SyntheticWhitening(patches(), SIZE, **SMALL).state_dict().items()}
+    state[name].view(-1)[0] = math.nan
+    with pytest.raises(CheckpointError, match="not finite"):
+        SyntheticWhitening(patches(), SIZE, **SMALL, state=state)
 
 
 class Constant(nn.Module):

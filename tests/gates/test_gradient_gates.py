@@ -681,3 +681,34 @@ def test_the_loss_of_a_classifier_trains_through_the_gates() -> None:
             parameter.grad /= 64  # type: ignore[operator]
         optimizer.step()
     assert float((model(inputs).argmax(1) == targets).float().mean()) > 0.9
+
+
+COMPILED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), (6,)),
+    "convolution": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Flatten(), nn.Linear(48, 3)), (2, 4, 4)),
+    "transposed": (lambda: nn.Sequential(nn.ConvTranspose1d(2, 2, 2), nn.Flatten(), nn.Linear(10, 3)), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_compiled_model_computes_without_gradients_what_it_does_with_them(name: str, backend: str) -> None:
+    make, shape = COMPILED[name]
+    torch._dynamo.reset()
+    model = DPLipModel(
+        gradient_gated(make()), input_shape=shape, input_norm=4.0, loss=losses.TauCrossEntropy(8.0)
+    )  # fmt: skip
+    inputs, targets = torch.randn(5, *shape), torch.arange(5) % 3
+    compiled = torch.compile(model, backend=backend)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(compiled(inputs), model(inputs))
+    # Passes with gradients have their gates afterwards.
+    found = []
+    for run in (compiled, model):
+        model.loss(run(inputs), targets).backward()
+        found.append([parameter.grad.clone() for parameter in model.net.parameters() if parameter.grad is not None])
+        model.zero_grad()
+    assert len(found[0]) == len([*model.net.parameters()])
+    torch.testing.assert_close(*found)
+    torch._dynamo.reset()

@@ -379,6 +379,22 @@ def test_overlap_of_rows_is_that_of_their_elements(seed: int) -> None:
     assert rows_overlap(values) == meet
 
 
+def _strided(generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """An array of entries of four bytes that lie at any bytes, and the bytes at which they begin."""
+    shape = tuple(generator.integers(1, 4, size=3).tolist())
+    strides = tuple((generator.integers(-10, 11, size=3) * generator.choice([1, 4], size=3)).tolist())
+    start = -sum(min(0, step * (length - 1)) for step, length in zip(strides, shape, strict=True))
+    values = np.ndarray(shape, dtype="<f4", buffer=np.zeros(600, dtype=np.uint8), offset=start, strides=strides)
+    return values, start + np.tensordot(strides, np.indices(shape), 1)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_overlap_of_rows_of_an_array_is_that_of_their_bytes(seed: int) -> None:
+    values, places = _strided(np.random.default_rng(seed))
+    rows = [{int(place) + byte for place in row.flatten() for byte in range(4)} for row in places]
+    assert rows_overlap(values) == any(first & second for first, second in combinations(rows, 2))
+
+
 @pytest.mark.parametrize("seed", range(80))
 def test_rows_of_two_columns_that_share_memory_are_those_of_which_elements_do(seed: int) -> None:
     generator = np.random.default_rng(seed)

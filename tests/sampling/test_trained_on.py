@@ -443,25 +443,65 @@ CONSTANTS: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "prototypes": ((1, 8, 8), (5, 1, 8, 8)),
     "random directions": ((4,), (16, 4)),
     "covariances": ((4,), (4, 4)),
+    "quantiles": ((4,), (7,)),
 }
 
 
 @pytest.mark.parametrize("name", CONSTANTS)
-def test_public_constants_of_a_transform_that_data_set_and_augmentation_share_may_be_held(name: str) -> None:
+def test_constants_of_a_transform_that_data_set_and_augmentation_share_are_refused_and_a_copy_of_them_is_not(
+    name: str,
+) -> None:
     shape, size = CONSTANTS[name]
     constant, inputs = torch.randn(size), torch.randn(200, *shape)
     data = Of(lambda self, at: self.x[at], 200, x=inputs, transform=Mixed([constant]))
     trained_on.note(data, sample=data[0])
-    assert not trained_on.holds(constant)
     assert trained_on.holds(inputs[7])
-    # More than a tenth of the samples' numbers are too many, but for square ones, and all where shards hold the rows.
-    several = Of(data.read, 200, x=inputs, transform=Mixed([constant, *(torch.randn(9, *shape) for _ in range(3))]))
-    listed = Of(lambda self, at: self.shards[at // 50][at % 50], 200, shards=inputs.clone().split(50), held=constant)
-    for strict in (several, listed):
-        trained_on.note(strict, sample=strict[0])
-        if size[0] != size[1] or strict is listed:
-            assert trained_on.holds(constant)
-        assert trained_on.holds([*vars(strict).get("shards", ()), inputs][0][:2])
+    with pytest.raises(
+        PrivacyError, match=r"Constants that a transform of the data set holds, too, need a copy, \.clo"
+    ):
+        trained_on.refuse(abs, "augment", [constant])
+    trained_on.refuse(abs, "augment", [constant.clone()])
+
+
+def _bytes_of(rows: Tensor) -> Tensor:
+    return (255 * rows.sigmoid()).to(torch.uint8)
+
+
+BANKS: dict[str, Callable[[Tensor], Tensor]] = {
+    "as they are": lambda rows: rows[:20].clone(),
+    "standardised": lambda rows: (rows[:20] - rows.mean(0)) / rows.std(0),
+    "halved": lambda rows: rows[:20] / 2,
+    "mirrored": lambda rows: rows[:20].flip(-1),
+    "of half the bytes": lambda rows: rows[:20].half(),
+    "of twice the bytes": lambda rows: rows[:20].double(),
+    "images of bytes, scaled": lambda rows: _bytes_of(rows[:40]).float() / 255,
+    "means of classes": lambda rows: torch.stack([rows[kind::3].mean(0) for kind in range(3)]),
+    "a square": lambda rows: rows[:16].clone(),
+    "a square, halved": lambda rows: rows[:16] / 2,
+    "one among public ones": lambda rows: torch.cat([torch.randn(30, 16), rows[7:8], torch.randn(8, 16)]),
+    "flat, with three numbers more": lambda rows: torch.cat([rows[:20].flatten(), torch.zeros(3)]),
+}
+
+
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize("name", BANKS)
+def test_a_bank_that_was_made_of_training_rows_is_data_in_whatever_unit_it_is(name: str, is_read: bool) -> None:
+    # Of a loader no sample is at hand, and the rows of the table tell what a sample has.
+    inputs = torch.randn(400, 16)
+    bank = BANKS[name](inputs)
+    held = _bytes_of(inputs) if "bytes, scaled" in name else inputs
+    for others in ({}, {"public": torch.randn(50, 16)}):
+        data = Of(lambda self, at: self.x[at].float(), 400, x=held, bank=bank, **others)
+        trained_on.note(data, sample=data[0] if is_read else ())
+        assert trained_on.holds(bank)
+        assert not trained_on.holds(bank.clone())
+
+
+def test_a_bank_that_a_transform_of_the_data_set_holds_reaches_no_step() -> None:
+    data = Of(lambda self, at: self.x[at] / 255, 400, x=_bytes_of(rows_of(400)[0]))
+    data.bank = data.x[:40].float() / 255
+    with pytest.raises(PrivacyError, match=MESSAGE):
+        trained(PoissonBatches(data, sample_rate=0.5, steps=1), Mixed(data.bank))
 
 
 def test_what_a_data_set_reaches_beyond_what_is_looked_at_is_said_once(recwarn: pytest.WarningsRecorder) -> None:

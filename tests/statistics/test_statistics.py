@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from accounting import GaussianRelease, GaussianStep, PRVAccountant, RDPAccountant, UnreachableTargetError
-from clipless_dp import CheckpointError, ConfigurationError, InputError, ReproducibleNoise, fit, statistics
+from clipless_dp import (
+    CheckpointError,
+    ConfigurationError,
+    InputError,
+    PrivacyError,
+    ReproducibleNoise,
+    fit,
+    statistics,
+)
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 from clipless_dp.noise import adding
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile, private_standardisation
@@ -486,3 +494,46 @@ def test_a_file_of_numbers_of_another_type_is_refused_and_one_of_before_types_we
     for form in (values, values.double()):
         assert torch.equal(private_moments(form, **settings).mean, first.mean)
     assert len(settings["accountant"]) == 1
+
+
+LYING = {
+    "one record for all": lambda: torch.rand(1, 4).expand(50, 4),
+    "windows": lambda: torch.rand(53).unfold(0, 4, 1),
+}
+RELEASED = {
+    "moments": lambda rows, **run: private_moments(rows, norm=1.0, noise_multiplier=1.0, **run),
+    "standardisation": lambda rows, **run: private_standardisation(rows, noise_multiplier=1.0, **run),
+}
+
+
+@pytest.mark.parametrize("statistic", RELEASED)
+@pytest.mark.parametrize("name", LYING)
+def test_records_that_lie_on_one_another_are_refused_unless_they_are_one_persons_and_nothing_is_charged(
+    name, statistic
+):
+    accountant, rows, release = RDPAccountant(), LYING[name](), RELEASED[statistic]
+    for given in (rows, rows[:, :2]):
+        with pytest.raises(PrivacyError, match="lie on one another"):
+            release(given, accountant=accountant)
+        with pytest.raises(PrivacyError, match="lie on one another"):
+            release(given, accountant=accountant, groups=torch.arange(50) // 25)
+    assert not accountant.ledger
+    release(rows.clone(), accountant=accountant)
+    of_two_by_turns = torch.rand(56).as_strided((50, 4), (1, 2))
+    release(of_two_by_turns, accountant=RDPAccountant(), groups=torch.arange(50) % 2)
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        release(of_two_by_turns, accountant=accountant, groups=torch.arange(50) // 25)
+    # A table's columns, rows in another order of memory, and one number for all channels lie on nothing.
+    table = torch.rand(4, 50)
+    for apart in (table.T, torch.rand(50, 9)[:, 1:8:2], torch.rand(100, 4)[::2], torch.rand(50, 1).expand(50, 4)):
+        release(apart, accountant=RDPAccountant())
+
+
+def test_one_number_of_all_records_has_no_quantile_and_one_flag_for_all_is_a_constant():
+    run = {"accountant": RDPAccountant(), "noise_multiplier": 1.0}
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        private_quantile(torch.rand(1).expand(50), quantile=0.5, lower=0.1, upper=1.0, **run)
+    assert not run["accountant"].ledger
+    for kind in (torch.bool, torch.float64):
+        private_fraction(torch.ones(1, dtype=kind).expand(50), **run)
+    statistics.private_shares(torch.ones(1, dtype=torch.int64).expand(50), classes=2, **run)
