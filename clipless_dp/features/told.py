@@ -7,6 +7,8 @@ import functools
 import inspect
 import sys
 import types
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.features.recipes import is_plain
+from clipless_dp.sampling.reach import is_installed, package
 
 HELD: Final = frozenset(vars(nn.Module())) - {name for name in vars(nn.Module()) if name.endswith("_hooks")}
 """What torch keeps in each module, apart from hooks: told by its parts, its tensors and its repr."""
@@ -108,9 +111,12 @@ class Told:
         """A class by the files of all that it comes from, and what functions of it enclose."""
         for base in kind.__mro__:
             self._digest.update(f"{base.__module__}.{base.__qualname__}".encode())
-            if _is_told_by_version(base) or base in self._sources:
+            if base in self._sources or _is_torch(base.__module__):
                 continue
             self._sources.add(base)
+            if self._is_of_a_package(base.__module__):
+                self._add_changes(base, depth)
+                continue
             self._add_source(base)
             for name, member in sorted(vars(base).items()):
                 if name in _OF_FIELDS and hasattr(base, "__dataclass_fields__"):
@@ -124,6 +130,26 @@ class Told:
                 elif is_plain(member) or isinstance(member, (Tensor, np.ndarray, list, tuple, dict, set)):
                     self._digest.update(repr(name).encode())
                     self.add(member, depth + 1)
+
+    def _is_of_a_package(self, module: str | None) -> bool:
+        """Whether a module is of a package that was installed, whose version is told in its stead."""
+        name = package(module)
+        if not is_installed(name):
+            return False
+        self._digest.update(f"{name} {_version(name)}".encode())
+        return True
+
+    def _add_changes(self, kind: type, depth: int) -> None:
+        """What a class of an installed package says in numbers and words, and methods that were set on it by others."""
+        for name, member in sorted(vars(kind).items()):
+            function = getattr(member, "__func__", getattr(member, "fget", member))
+            if isinstance(function, types.FunctionType):
+                home = function.__globals__.get("__name__")
+                # Data classes have theirs from text.
+                if home is not None and not _is_torch(home) and not self._is_of_a_package(home):
+                    self._add_method(function, depth)
+            elif not name.startswith("__") and is_plain(member):
+                self._digest.update(repr((name, member)).encode())
 
     def _add_method(self, function: types.FunctionType, depth: int) -> None:
         """A method by its code and what it encloses: of decorated ones, methods."""
@@ -153,7 +179,7 @@ class Told:
         self._digest.update(f"{place}.{name}".encode())
         if found is not function and not any(getattr(home, function.__name__, None) is function for home in _HOMES):
             self.is_all = False
-        elif not _is_told_by_version(function) and not isinstance(function, types.BuiltinFunctionType):
+        elif not (isinstance(function, types.BuiltinFunctionType) or _is_torch(place) or self._is_of_a_package(place)):
             self._add_source(function)
 
     def _add_source(self, value: Any) -> None:
@@ -180,9 +206,20 @@ _HOMES = (torch, nn.functional)
 """Of functions that do not tell their modules."""
 
 
-def _is_told_by_version(value: Any) -> bool:
-    """Whether something is torch's, whose version is in the hash, or built in."""
-    return (value.__module__ or "").partition(".")[0] in ("torch", "builtins", "abc", "typing")
+def _is_torch(module: str | None) -> bool:
+    """Whether a module is torch's, whose version is in the hash, or built in."""
+    return package(module) in ("torch", "builtins", "abc", "typing")
+
+
+@functools.lru_cache(maxsize=256)
+def _version(name: str) -> str:
+    """Of the distributions that an installed package is of."""
+    return repr([(one, metadata.version(one)) for one in sorted({*_distributions().get(name, ())})])
+
+
+@functools.lru_cache(maxsize=1)
+def _distributions() -> Mapping[str, list[str]]:
+    return metadata.packages_distributions()
 
 
 def _contents(cell: Any) -> object:

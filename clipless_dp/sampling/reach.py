@@ -217,7 +217,7 @@ class _Last:
     def reads(self, value: FunctionType | ModuleType) -> bool:
         """Whether code of the package that a function or a module is of is read."""
         of = _package_of(value)
-        return of not in _LIBRARIES and (of in self._near or not _is_installed(of))
+        return of not in _LIBRARIES and (of in self._near or not is_installed(of))
 
     def opened(self) -> list[Reached]:
         """What was not looked at yet, in reverse order."""
@@ -452,7 +452,7 @@ def _package_of(code: FunctionType | ModuleType) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_installed(of: str) -> bool:
+def is_installed(of: str) -> bool:
     """Whether a package lies where installers put it."""
     module = sys.modules.get(of)
     places = [*getattr(module, "__path__", ()), getattr(module, "__file__", None) or ""]

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import contextlib
+import importlib
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, InputError, PrivacyError
-from clipless_dp.features import FrozenFeatures, RandomCosines
+from clipless_dp.features import FrozenFeatures, RandomCosines, told
 from clipless_dp.features.frozen import fingerprint
+from clipless_dp.sampling import reach
 
 
 class Backbone(nn.Module):
@@ -440,3 +444,63 @@ class FromTheFirstBatch(nn.Module):
 def test_a_module_that_takes_a_state_from_its_first_batch_is_refused() -> None:
     with pytest.raises(PrivacyError, match="the batch that came first"):
         FrozenFeatures(FromTheFirstBatch(), batch_size=64).compute(torch.randn(300, 8))
+
+
+_PACKAGED = """
+import functools, contextlib
+import torch
+from torch import nn
+
+def within(context):
+    def decorate(function):
+        @functools.wraps(function)
+        def wrapped(*args):
+            with context:
+                return function(*args)
+        return wrapped
+    return decorate
+
+class Backbone(nn.Module):
+    power = 2
+
+    @within(contextlib.nullcontext())
+    def forward(self, inputs):
+        return self.scale(inputs) ** self.power
+
+    def scale(self, inputs):
+        return 2.0 * inputs
+"""
+
+
+def test_modules_of_installed_packages_are_told_by_their_version_and_what_others_set_on_them(tmp_path, monkeypatch):
+    folder = tmp_path / "site-packages"
+    for version in ("1.0", "1.1"):
+        (folder / f"packaged_features-{version}.dist-info").mkdir(parents=True)
+    (folder / "packaged_features.py").write_text(_PACKAGED)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "packaged_features", raising=False)
+    told._distributions.cache_clear()
+    told._version.cache_clear()
+    reach.is_installed.cache_clear()
+    version = ["1.0"]
+    monkeypatch.setattr(told.metadata, "packages_distributions", lambda: {"packaged_features": ["packaged-features"]})
+    monkeypatch.setattr(told.metadata, "version", lambda name: version[0])
+    kind = importlib.import_module("packaged_features").Backbone
+    # What its decorator encloses no hash can tell: the version does.
+    first = fingerprint(kind().eval(), INPUTS)
+    assert first is not None
+    assert first == fingerprint(kind().eval(), INPUTS)
+    version[0] = "1.1"
+    told._version.cache_clear()
+    seen = {first, fingerprint(kind().eval(), INPUTS)}
+    monkeypatch.setattr(kind, "scale", lambda self, inputs: 3.0 * inputs)
+    seen.add(fingerprint(kind().eval(), INPUTS))
+    monkeypatch.setattr(kind, "power", 3)
+    seen.add(fingerprint(kind().eval(), INPUTS))
+    factor = contextlib.nullcontext(3.0)
+    monkeypatch.setattr(kind, "scale", lambda self, inputs: factor.enter_result * inputs)
+    assert len(seen) == 4
+    assert fingerprint(kind().eval(), INPUTS) is None, "nothing tells what a method of somebody else encloses"
+    told._distributions.cache_clear()
+    told._version.cache_clear()
+    reach.is_installed.cache_clear()

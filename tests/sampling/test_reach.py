@@ -56,7 +56,7 @@ def dotted(x):
 def project(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     """A package of a user's: ``data`` with the modules ``state`` and ``views``."""
     made = {}
-    reach._is_installed.cache_clear()
+    reach.is_installed.cache_clear()
     for name, source in (("", ""), (".data", ""), (".data.state", STATE), (".data.views", VIEWS)):
         module = ModuleType(f"reached_project{name}")
         is_package = name in ("", ".data")
@@ -123,7 +123,7 @@ def test_what_an_installed_package_imports_is_not_read_unless_code_that_is_looke
     for name, module in made.items():
         module.__path__ = [f"/usr/lib/site-packages/{name}"]
         monkeypatch.setitem(sys.modules, name, module)
-    reach._is_installed.cache_clear()
+    reach.is_installed.cache_clear()
     near, far = made.values()
     near.far, far.BANK, near.BANK = far, ["of far"], ["of near"]  # type: ignore[attr-defined]
 
