@@ -2,9 +2,8 @@ import os
 
 os.environ["KERAS_BACKEND"] = "jax"
 import keras
-from jax_privacy import keras_api
-
 from digits import x, x_test, y, y_test
+from jax_privacy import keras_api
 
 steps = 30 * len(x) // 128
 config = keras_api.DPKerasConfig(

@@ -1,9 +1,8 @@
 import torch
+from digits import x, x_test, y, y_test
 from opacus import PrivacyEngine
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from digits import x, x_test, y, y_test
 
 loader = DataLoader(TensorDataset(torch.tensor(x), torch.tensor(y)), batch_size=128)
 net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

@@ -1,14 +1,13 @@
 import opake.accounting as acc
 import opake.dpsgd.accounting as dpsgd_acc
 import torch
+from digits import x, x_test, y, y_test
 from opake.dpsgd.clipping import clipped_grad
 from opake.dpsgd.noise import gaussian_noise
 from opake.dpsgd.sampling import PoissonSampler
 from opake.random import key
 from torch import nn
 from torch.func import functional_call
-
-from digits import x, x_test, y, y_test
 
 inputs, targets, seed = torch.tensor(x), torch.tensor(y), key(torch.seed() % 2**31)
 rate, steps = 128 / len(x), 30 * len(x) // 128

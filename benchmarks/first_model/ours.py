@@ -1,7 +1,7 @@
+from digits import x, x_test, y, y_test
 from torch import nn
 
 from clipless_dp import DPLipModel, evaluate, fit, gradient_gated, losses
-from digits import x, x_test, y, y_test
 
 net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 model = DPLipModel(gradient_gated(net), input_shape=(64,), input_norm=4.0, loss=losses.TauCrossEntropy(8.0))

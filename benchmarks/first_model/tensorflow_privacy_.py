@@ -1,13 +1,12 @@
 import tensorflow as tf
 import tensorflow_privacy as tfp
-from dp_accounting import dp_event, mechanism_calibration, rdp
-
 from digits import x, x_test, y, y_test
+from dp_accounting import dp_event, mechanism_calibration, rdp
 
 rate, steps = 128 / len(x), 30 * (len(x) // 128)
 sigma = mechanism_calibration.calibrate_dp_mechanism(
     rdp.RdpAccountant,
-    lambda sigma: dp_event.SelfComposedDpEvent(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma)), steps),
+    lambda z: dp_event.SelfComposedDpEvent(dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(z)), steps),
     3.0, 1e-4,
 )  # fmt: skip
 net = tfp.DPSequential(
