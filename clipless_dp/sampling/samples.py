@@ -61,6 +61,11 @@ def count(dataset: Any) -> int:
                     f"{lengths[0]} inputs and {lengths[-1]} targets: need as many of each, and some"
                 )
             return lengths[0]
+        if isinstance(dataset, (tuple, list)) and len(dataset) == 2 and all(_is_column(part) for part in dataset):
+            raise ConfigurationError(
+                "a pair of which at least one is no tensor or array: convert both, "
+                "by torch.as_tensor or numpy.asarray, labels to whole numbers from 0"
+            )
         if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, (str, bytes)):
             length = len(dataset)
             if length == 0:
@@ -73,6 +78,11 @@ def count(dataset: Any) -> int:
     raise ConfigurationError(
         f"expected a pair of tensors, a TensorDataset or a map-style data set, got {type(dataset).__name__}"
     )
+
+
+def _is_column(part: Any) -> bool:
+    """Whether it is longer than a sample, which is a pair or a mapping: of two such, a data set of two is not meant."""
+    return hasattr(part, "__len__") and not isinstance(part, Mapping) and len(part) > 3
 
 
 def _parts(dataset: Any) -> list[Any] | None:
