@@ -517,6 +517,8 @@ def interrupted_at(operation: int, call: Callable[[], object]) -> bool:
         return tracer
 
     before = sys.gettrace()
+    # Python 3.12.1 looks whether any frame asks for opcodes when tracing begins, and not later.
+    sys._getframe().f_trace_opcodes = True
     try:
         sys.settrace(tracer)
         call()
