@@ -396,8 +396,12 @@ class Bench:
     def once(self, method: str, contender: Contender, epsilon: float, seed: int, split: str) -> Run:
         """The run of the file, or one that is added to it."""
         run: Run = {"data": self.name, "method": method, "epsilon": epsilon, "seed": seed, "split": split}
+        told = {}
+        if isinstance(contender, Clipping) and contender.lr is not None:
+            told = {"norm": contender.norm, "lr": contender.lr}
         for other in read(self.out):
-            if key(other) == key(run):
+            # Another choice from a grid is another run.
+            if key(other) == key(run) and all(other.get(name, value) == value for name, value in told.items()):
                 return other
         preset, parts = self._without_front(preset_of(contender), split)
         share = self.options.share
@@ -405,7 +409,7 @@ class Bench:
             preset if isinstance(contender, Preset) else dataclasses.replace(contender, preset=preset), parts,
             self._data.classes, epsilon=epsilon, delta=comparison(self.name).delta, seed=seed, share=share,
         )  # fmt: skip
-        put(self.out, [run])
+        put(self.out, [run | told])
         print(
             f"{self.name}, ε = {epsilon:g}, {method}, {split}, seed {seed}: {100 * run['accuracy']:.2f} %, "
             f"{run['seconds']} s",
@@ -496,10 +500,13 @@ def picture(runs: list[Run], path: Path) -> None:
     for axis, (name, methods) in zip(axes[0], panels, strict=True):
         for method, by_epsilon in methods.items():
             values = [mean_and_deviation(some) for some in by_epsilon.values()]
-            dashed, colour = ("-", f"C{ROUTES.index(method)}") if method in ROUTES else ("--", "C7")
+            route = method.removesuffix(", defaults")
+            line = "-" if method in ROUTES else ":" if route in ROUTES else "--"
+            colour = f"C{ROUTES.index(route)}" if route in ROUTES else "C7"
+            marker = "v" if "whitened" in method else "^" if "features" in method else "D" if CHOSEN in method else "o"
             axis.errorbar(
                 list(by_epsilon), [mean for mean, _ in values], [deviation for _, deviation in values],
-                label=method, marker="o", markersize=4, capsize=3, linewidth=1.5, linestyle=dashed, color=colour,
+                label=method, marker=marker, markersize=4, capsize=3, linewidth=1.5, linestyle=line, color=colour,
             )  # fmt: skip
         axis.set_xscale("log")
         ticks = sorted({epsilon for by_epsilon in methods.values() for epsilon in by_epsilon})
@@ -509,7 +516,7 @@ def picture(runs: list[Run], path: Path) -> None:
         axis.set_xlabel("ε")
         axis.set_ylabel("test accuracy in %")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8, loc="lower right")
+        axis.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

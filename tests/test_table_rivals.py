@@ -124,5 +124,12 @@ def test_the_settings_are_those_that_held_out_training_rows_prefer(tables, tmp_p
     before = len(seen)
     tables.compare("dp-ebm", options, content, lambda: None)
     assert len(seen) == before, "what is there is not run again"
+    grid = tables.grid
+    monkeypatch.setattr(tables, "grid", lambda *about: [one for one in grid(*about) if one["learning_rate"] != 0.01])
+    tables.compare("dp-ebm", options, content, lambda: None)
+    tested = [entry["settings"]["learning_rate"] for entry in content["rivals"] if entry["split"] == "test"]
+    assert len(tested) == 6, "runs of another choice are gone"
+    assert 0.01 not in tested
+    monkeypatch.undo()
     shown = "\n".join(tables.rivals_markdown(content))
-    assert "| yeast | – | 0.00 ± 0.00 (3) | 0.00 ± 0.00 (3) | – | – |" in shown
+    assert "| yeast | – | 100.00 ± 0.00 (3) | 100.00 ± 0.00 (3) | – | – |" in shown
