@@ -9,11 +9,11 @@ route by ``fit(model, data, epsilon=…, delta=…)`` and no other setting. ``DP
 of the routes with the same draws, steps, ε and schedule, clipping each sample's whole gradient, with a clipping norm
 and a learning rate of its own. All settings come from held-out training data, at ε = 3 (digits: 1 and 3); for Opacus
 three rates were tried on MNIST (and a norm of 1 for one of them) and on CIFAR-10. Where it says ``chosen at each ε``,
-its norm and rate are the best of a grid at that ε, on the last sixth of the training data (runs of split
-``validation`` in the JSON file); ours had a few rates, the same at all ε. On MNIST, the settings of Opacus and of
-gradient gates are the best of three for a quarter of the epochs (``--share 0.25``). ``--take FILE`` adds the test runs
-of ``benchmarks/accuracy.py --out FILE``. The picture needs matplotlib (extra ``plot``). Tables have a comparison of
-their own, ``benchmarks/tables.py``.
+they are the best of a grid at that ε, on the last sixth of the training data (runs of split ``validation`` in the JSON
+file): 8 or 10 norms and rates of Opacus, 6 rates of our routes; else one serves all ε. On MNIST, the settings of Opacus
+and of gradient gates are the best of three for a quarter of the epochs (``--share 0.25``). ``--take FILE`` adds the
+test runs of ``benchmarks/accuracy.py --out FILE``. The picture needs matplotlib (extra ``plot``). Tables have a
+comparison of their own, ``benchmarks/tables.py``.
 """
 
 from __future__ import annotations
@@ -77,18 +77,6 @@ class Clipping:
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-    """DP-SGD by Opacus whose norm and learning rate are the best of some at each ε, on held-out training data."""
-
-    grid: tuple[Clipping, ...]
-
-    @property
-    def preset(self) -> Preset:
-        """Whose network, front-end and settings."""
-        return self.grid[0].preset
-
-
-@dataclasses.dataclass(frozen=True)
 class Defaults:
     """The model of a preset, and settings that follow from public numbers."""
 
@@ -96,6 +84,25 @@ class Defaults:
 
 
 Contender = Preset | Clipping | Defaults
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """Opacus or a route with the best of some settings at each ε, on held-out training data.
+
+    Attributes:
+        preset: whose network, front-end and other settings.
+        grid: clipping norms and learning rates, or, without a norm, learning rates of the route.
+    """
+
+    preset: Preset
+    grid: tuple[tuple[float | None, float], ...]
+
+    def option(self, norm: float | None, lr: float) -> Contender:
+        """With these settings."""
+        if norm is None:
+            return dataclasses.replace(self.preset, settings={**self.preset.settings, "lr": lr})
+        return Clipping(self.preset, norm, lr)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +146,14 @@ def comparison(name: str, share: float = 1.0) -> Comparison:
     return Comparison(1e-4, _digits())
 
 
-def chosen(preset: Preset, norms: Sequence[float], paces: Sequence[float]) -> Chosen:
+def clippings(preset: Preset, norms: Sequence[float], paces: Sequence[float]) -> Chosen:
     """A grid of norms, and of learning rates times norms: how far a step of clipped gradients goes."""
-    return Chosen(tuple(Clipping(preset, norm, pace / norm) for norm, pace in itertools.product(norms, paces)))
+    return Chosen(preset, tuple((norm, pace / norm) for norm, pace in itertools.product(norms, paces)))
+
+
+def rates(preset: Preset, *some: float) -> Chosen:
+    """Learning rates of a route."""
+    return Chosen(preset, tuple((None, rate) for rate in some))
 
 
 def _digits() -> dict[str, Contender | Chosen]:
@@ -182,8 +194,10 @@ def _digits() -> dict[str, Contender | Chosen]:
         "features": features,
         DEFAULTS: Defaults(gradient),
         OPACUS: Clipping(signal, norm=0.1, lr=1.0),
-        OPACUS + CHOSEN: chosen(signal, norms=(0.1, 1.0), paces=(0.03, 0.06, 0.12, 0.24)),
-        f"{OPACUS} on features{CHOSEN}": chosen(features, norms=(0.1, 1.0), paces=(0.05, 0.1, 0.2, 0.4)),
+        f"gradient gates{CHOSEN}": rates(gradient, 0.0125, 0.025, 0.05, 0.1, 0.2, 0.4),
+        f"features{CHOSEN}": rates(features, 0.04, 0.075, 0.15, 0.3, 0.6, 1.2),
+        OPACUS + CHOSEN: clippings(signal, norms=(0.1, 1.0), paces=(0.03, 0.06, 0.12, 0.24, 0.48)),
+        f"{OPACUS} on features{CHOSEN}": clippings(features, norms=(0.1, 1.0), paces=(0.05, 0.1, 0.2, 0.4)),
     }
 
 
@@ -393,15 +407,11 @@ class Bench:
         there, parts = self._behind[2:]
         return dataclasses.replace(preset, front=there.front, recipe=there.recipe), parts
 
-    def once(self, method: str, contender: Contender, epsilon: float, seed: int, split: str) -> Run:
-        """The run of the file, or one that is added to it."""
+    def once(self, method: str, contender: Contender, epsilon: float, seed: int, split: str, **told: float) -> Run:
+        """The run of the file, unless it was of other settings than are told, or one that is added to it."""
         run: Run = {"data": self.name, "method": method, "epsilon": epsilon, "seed": seed, "split": split}
-        told = {}
-        if isinstance(contender, Clipping) and contender.lr is not None:
-            told = {"norm": contender.norm, "lr": contender.lr}
         for other in read(self.out):
-            # Another choice from a grid is another run.
-            if key(other) == key(run) and all(other.get(name, value) == value for name, value in told.items()):
+            if key(other) == key(run) and told.items() <= other.items():
                 return other
         preset, parts = self._without_front(preset_of(contender), split)
         share = self.options.share
@@ -417,20 +427,25 @@ class Bench:
         )
         return run
 
-    def choice(self, method: str, contender: Chosen, epsilon: float) -> Clipping:
+    def choice(self, method: str, contender: Chosen, epsilon: float) -> dict[str, float]:
         """The best of the grid on held-out training data."""
-        reached = [
-            self.once(f"{method}: norm {option.norm:g}, rate {option.lr:g}", option, epsilon, 0, "validation")
-            for option in contender.grid
-        ]
-        return contender.grid[max(range(len(reached)), key=lambda index: reached[index]["accuracy"])]
+        reached = []
+        for norm, lr in contender.grid:
+            told = f"{method}: rate {lr:g}" if norm is None else f"{method}: norm {norm:g}, rate {lr:g}"
+            reached.append(self.once(told, contender.option(norm, lr), epsilon, 0, "validation")["accuracy"])
+        norm, lr = contender.grid[reached.index(max(reached))]
+        return {"lr": lr} if norm is None else {"norm": norm, "lr": lr}
 
     def compare(self, method: str, contender: Contender | Chosen) -> None:
         """All seeds and ε of the command line."""
         split = "validation" if self.options.validate else "test"
         for seed, epsilon in itertools.product(self.options.seeds, self.options.epsilons):
-            one = self.choice(method, contender, epsilon) if isinstance(contender, Chosen) else contender
-            self.once(method, one, epsilon, seed, split)
+            if isinstance(contender, Chosen):
+                settings = self.choice(method, contender, epsilon)
+                option = contender.option(settings.get("norm"), settings["lr"])
+                self.once(method, option, epsilon, seed, split, **settings)
+            else:
+                self.once(method, contender, epsilon, seed, split)
 
 
 def cells(runs: list[Run]) -> Iterator[tuple[str, dict[str, dict[float, list[Run]]]]]:

@@ -85,6 +85,7 @@ def test_a_grid_is_chosen_from_at_each_epsilon_on_held_out_training_rows_only(ut
     assert [run["split"] for run in runs].count("validation") == 2 * len(chosen.grid)
     shown = utility.markdown(runs)
     assert f"| {method} | 0.00 ± 0.00 (2) | 0.00 ± 0.00 (2) |" in shown
+    assert {(run.get("norm"), run.get("lr")) for run in runs if run["split"] == "test"} == {(0.1, 0.6), (1.0, 0.12)}
     assert "norm" not in shown.partition("## digits")[2], "what was tried is in the JSON file only"
 
 
@@ -115,3 +116,24 @@ def test_results_of_the_other_script_are_runs_of_the_route_whose_preset_they_had
     utility.put(out, runs)
     assert len(utility.read(out)) == len(runs), "taken twice, there once"
     assert "| whitened features |" in utility.markdown(utility.read(out))
+
+
+def test_routes_are_chosen_for_as_opacus_is_and_another_choice_is_another_run(utility, tmp_path, monkeypatch):
+    out = tmp_path / "utility.json"
+    bench = utility.Bench("digits", options(epsilons=[3.0]), out)
+    favourite = 0.1
+
+    def train(contender, parts, outputs, **asked):
+        return {"accuracy": float(contender.settings["lr"] == favourite), "epochs": 1, "seconds": 1.0}
+
+    monkeypatch.setattr(utility, "train", train)
+    for method, contender in utility.comparison("digits").contenders.items():
+        if method != "gradient gates" + utility.CHOSEN:
+            continue
+        bench.compare(method, contender)
+        assert {run["lr"] for run in utility.read(out) if run["split"] == "test"} == {favourite}
+        less = utility.Chosen(contender.preset, tuple(one for one in contender.grid if one[1] != favourite))
+        bench.compare(method, less)
+        tests = [run for run in utility.read(out) if run["split"] == "test"]
+        assert len(tests) == 2
+        assert favourite not in {run["lr"] for run in tests}
