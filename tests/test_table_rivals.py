@@ -66,7 +66,6 @@ def test_what_ranges_cost_is_missing_from_what_a_rival_trains_with(tables, monke
             told.update(arguments)
 
         def fit(self, rows, labels):
-            told["norms"] = np.abs(rows).max()
             return self
 
         def decision_function(self, rows):
@@ -85,9 +84,11 @@ def test_what_ranges_cost_is_missing_from_what_a_rival_trains_with(tables, monke
     for settings in tables.grid(rival, 1000, free):
         tables.fit_rival(rival, rows, np.arange(50) % 2, settings, free=free, epsilon=2.0, delta=1e-5, seed=0)
         share = settings.get("share", 0.0)
-        assert (share == 0.0) == free
+        assert share == 0.0 or not free
+        assert share > 0.0 or free or rival == "logistic", "DP-EBM needs ranges"
         assert told["epsilon"] == pytest.approx(2.0 * (1.0 - share))
-        assert asked[-1:] == ([] if free else [2.0 * share])
+        assert asked == ([2.0 * share] if share else []), "ranges are released if, and only if, they are paid for"
+        asked.clear()
     assert told.get("delta", 1e-5) == 1e-5
     if rival == "logistic":
         assert told["data_norm"] == pytest.approx(settings["norm"] * 2.0)
