@@ -311,7 +311,7 @@ def rivals_markdown(content: dict[str, Any]) -> list[str]:
         "`python benchmarks/tables.py --rival dp-ebm` (`interpret-core`) and `--rival logistic` (`diffprivlib`: pure",
         "ε) at ε = 1: AUROC ± deviation (seeds). A rival's settings are the best of 4 to 36 (`grid`) for each table by",
         "itself, on held-out training rows; ours are one set for all. Rivals release ranges of columns for a tenth or",
-        "three of ε, or (logistic) take columns as they are; *at free scales* they read ranges, or means and deviations,",
+        "three of ε, or (logistic) take columns as they are; *at free scales* they read ranges, means and deviations",
         "from the rows without paying, as DP-EBM does by default: no guarantee of ε = 1.",
         "",
         "| table | ours | " + " | ".join(names) + " | seconds |",
