@@ -16,6 +16,7 @@ from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import CotangentGate, adapting
 from clipless_dp.graph.tracing import TracedNet, function_name
 from clipless_dp.isolation import Isolated
+from clipless_dp.layers import DistanceLinear, SortLinear
 from clipless_dp.modules import kind_of
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, find_function_rule, find_rule, is_builtin, value_of
@@ -23,6 +24,12 @@ from clipless_dp.rules.base import LARGEST
 
 FLOAT64_ROUNDING = 1.0 + 1e-10
 """Covers the rounding of the sweeps' own float64 arithmetic: a relative 2^-52 for each of under 10^5 operations."""
+
+
+def carries_l1(traced: TracedNet) -> bool:
+    """Whether the cotangent's ℓ1 norm is carried beside its Euclidean one: in networks with layers that keep it."""
+    calls = (node for node in traced.tensor_nodes() if node.op == "call_module")
+    return any(isinstance(traced.leaf(node), (DistanceLinear, SortLinear)) for node in calls)
 
 
 class NeedsWeights(Exception):
@@ -40,6 +47,8 @@ class Sweep:
         operators: of each parameter the operators that its limit speaks for.
         certify: the certified norm of a parameter as an operator, from its value.
         whole: whether a user's rule may read the weights.
+        cotangent_norm_l1: the cap of the cotangent's ℓ1 norm at the output, rounding included; ``None`` where nothing
+            caps it but the Euclidean norm.
 
     Attributes:
         reads: what was read besides the limits: names of parameters, and rules of the user's own.
@@ -55,6 +64,7 @@ class Sweep:
         operators: Mapping[str, tuple[Operator, ...]],
         certify: Callable[[Tensor, Operator], float],
         whole: bool = True,
+        cotangent_norm_l1: float | None = None,
     ) -> None:
         self.traced = traced
         self.input_norm = input_norm
@@ -68,6 +78,11 @@ class Sweep:
         self._bounds: dict[fx.Node, LayerBounds | None] = {}
         self._norms: dict[fx.Node, float] = {}
         self._cotangents: dict[fx.Node, float] = {}
+        self._l1 = math.inf if cotangent_norm_l1 is None else cotangent_norm_l1
+        self._carries_l1 = carries_l1(traced)
+        self._pairs: dict[fx.Node, tuple[float, float]] = {}
+        self._norms_inf: dict[fx.Node, float] = {}
+        self._slopes_inf: dict[fx.Node, float] = {}
         self._slopes: dict[fx.Node, float] = {}
         self._reaches: dict[fx.Node, float] = {}
         self._certified: dict[tuple[str, Operator], float] = {}
@@ -118,6 +133,8 @@ class Sweep:
 
     def cotangent(self, node: fx.Node) -> float:
         """``G``: bound on the norm of the cotangent that arrives at a node's value: its consumers' bounds add."""
+        if self._carries_l1:
+            return self.cotangents(node)[0]
         if node not in self._cotangents:
             total = self.cotangent_norm if node is self.traced.output else 0.0
             for consumer, position in self._consumers.get(node, ()):
@@ -135,6 +152,78 @@ class Sweep:
         if math.isinf(bounds.cotangent_cap):
             return stretched()
         return min(self.free(stretched), bounds.cotangent_cap)
+
+    def cotangents(self, node: fx.Node) -> tuple[float, float]:
+        """Bounds on the Euclidean and the ℓ1 norm of the cotangent at a node's value, each of use to the other.
+
+        ``‖g‖₂ ≤ ‖g‖₁ ≤ √n·‖g‖₂``. A layer stretches the one by ``K``, the other by ``K_∞``, where that is known.
+        """
+        if node not in self._pairs:
+            at_output = node is self.traced.output
+            second, first = (self.cotangent_norm, self._l1) if at_output else (0.0, 0.0)
+            for consumer, position in self._consumers.get(node, ()):
+                found = self._pair_passed_back(consumer, position)
+                second, first = second + found[0], first + found[1]
+            first = min(first, math.sqrt(math.prod(self.traced.shapes[node])) * second)
+            self._pairs[node] = min(second, first), first
+        return self._pairs[node]
+
+    def _pair_passed_back(self, consumer: fx.Node, position: int) -> tuple[float, float]:
+        bounds = self.bounds(consumer)
+        assert bounds is not None
+        source = self.traced.operands(consumer)[position]
+        root = math.sqrt(math.prod(self.traced.shapes[source]))
+
+        def stretched() -> tuple[float, float]:
+            second, first = self.cotangents(consumer)
+            if second == 0.0:
+                return 0.0, 0.0
+            least = _factor(bounds, position) * second
+            factor = _factor_inf(bounds, position)
+            return (least, math.inf) if factor is None else (least, factor * first)
+
+        if math.isinf(bounds.cotangent_cap):
+            second, first = stretched()
+        else:
+            second = min(self.free(lambda: stretched()[0]), bounds.cotangent_cap)
+            first = self.free(lambda: stretched()[1])
+        return min(second, first), min(first, root * second)
+
+    def norm_inf(self, node: fx.Node) -> float:
+        """Bound on the size of the largest entry of a node's value."""
+        if node not in self._norms_inf:
+            bounds = self.bounds(node)
+            known = None if bounds is None else bounds.output_norm_inf
+            self._norms_inf[node] = self.norm(node) if known is None else value_of(known)
+        return self._norms_inf[node]
+
+    def slope_inf(self, node: fx.Node) -> float:
+        """As :meth:`slope`, in maximum norms; infinite where a layer on the way has no constant there."""
+        if node not in self._slopes_inf:
+            total = 1.0 if node is self.traced.output else 0.0
+            for consumer, position in self._consumers.get(node, ()):
+                beyond = self.slope_inf(consumer)
+                if beyond > 0.0:
+                    total += self.factor_inf(consumer, position) * beyond
+            self._slopes_inf[node] = total
+        return self._slopes_inf[node]
+
+    def factor_inf(self, node: fx.Node, position: int) -> float:
+        """``K_∞`` of a node in one of its operands, infinite where it is not known."""
+        bounds = self.bounds(node)
+        assert bounds is not None
+        if node.op == "call_module" and isinstance(self.traced.leaf(node), CotangentGate):
+            return 1.0
+        factor = _factor_inf(bounds, position) if math.isinf(bounds.cotangent_cap) else None
+        return math.inf if factor is None else factor
+
+    def unknown_inf(self) -> list[fx.Node]:
+        """Nodes without a Lipschitz constant in the maximum norm."""
+        return [
+            node
+            for node in self.traced.tensor_nodes()
+            if any(math.isinf(self.factor_inf(node, i)) for i in range(len(self.traced.operands(node))))
+        ]
 
     def slope(self, node: fx.Node) -> float:
         """Bound on how far the output moves per unit of a node's value: its consumers' bounds add.
@@ -361,6 +450,12 @@ def _factor(bounds: LayerBounds, position: int) -> float:
     return value_of(factor)  # type: ignore[arg-type]
 
 
+def _factor_inf(bounds: LayerBounds, position: int) -> float | None:
+    lipschitz = bounds.lipschitz_inf
+    factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
+    return None if factor is None else value_of(factor)
+
+
 def named_parameters(leaf: nn.Module) -> dict[str, nn.Parameter]:
     """A module's parameters, one that is held under two names under both: each use counts."""
     return dict(leaf.named_parameters(remove_duplicate=False))
@@ -392,6 +487,10 @@ class _Context:
 
     def input_norms(self) -> tuple[float, ...]:
         return tuple(self._sweep.norm(source) for source in self._operands)
+
+    @property
+    def input_norm_inf(self) -> float:
+        return max(self._sweep.norm_inf(source) for source in self._operands)
 
     @property
     def free_input_norm(self) -> float:
