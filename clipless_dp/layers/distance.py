@@ -46,10 +46,6 @@ def _joined(parts: list[tuple[slice, slice, Tensor]]) -> Tensor:
     return torch.cat([torch.cat(several, 1) for several in rows.values()])
 
 
-def _added(total: Tensor | None, part: Tensor) -> Tensor:
-    return part if total is None else total + part
-
-
 class _Distances(torch.autograd.Function):
     """``‖x - w_j‖_p``, or the mean's root of it, with its gradient taken in pieces.
 
@@ -76,38 +72,35 @@ class _Distances(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         (cotangent,) = cotangents
         inputs, weight = ctx.saved_tensors
-        of_inputs: dict[int, Tensor] = {}
-        of_weight: dict[int, Tensor] = {}
+        of_inputs, of_weight = cotangent.new_zeros(inputs.shape), cotangent.new_zeros(weight.shape)
         for rows, outputs in _pieces(inputs, weight):
-            slopes = _slopes(inputs[rows, None, :] - weight[outputs], ctx.p, ctx.scale)
-            arriving = cotangent[rows, outputs]
-            if ctx.needs_input_grad[0]:
-                back = torch.bmm(arriving.unsqueeze(1), slopes).squeeze(1)
-                of_inputs[rows.start] = _added(of_inputs.get(rows.start), back)
-            if ctx.needs_input_grad[1]:
-                of_weight[outputs.start] = _added(
-                    of_weight.get(outputs.start), -(arriving.unsqueeze(2) * slopes).sum(0)
-                )
-        return (
-            torch.cat(list(of_inputs.values())) if of_inputs else None if len(inputs) else torch.zeros_like(inputs),
-            torch.cat(list(of_weight.values())) if of_weight else None if len(inputs) else torch.zeros_like(weight),
-            None,
-            None,
-        )
+            differences, arriving = inputs[rows, None, :] - weight[outputs], cotangent[rows, outputs]
+            if math.isinf(ctx.p):
+                _add_largest_(of_inputs[rows], of_weight[outputs], differences, arriving)
+                continue
+            slopes = _slopes(differences, ctx.p, ctx.scale)
+            of_inputs[rows] += torch.bmm(arriving.unsqueeze(1), slopes).squeeze(1)
+            of_weight[outputs] -= (arriving.unsqueeze(2) * slopes).sum(0)
+        return of_inputs, of_weight, None, None
+
+
+def _add_largest_(of_inputs: Tensor, of_weight: Tensor, differences: Tensor, arriving: Tensor) -> None:
+    """Adds what flows back through the largest differences, of which there are few; those that tie share evenly."""
+    sizes = differences.abs()
+    largest = sizes == sizes.amax(-1, keepdim=True)
+    rows, outputs, entries = largest.nonzero(as_tuple=True)
+    shares = arriving / largest.sum(-1).clamp(min=1)
+    flowing = shares[rows, outputs] * differences[rows, outputs, entries].sign()
+    of_inputs.index_put_((rows, entries), flowing, accumulate=True)
+    of_weight.index_put_((outputs, entries), -flowing, accumulate=True)
 
 
 def _slopes(differences: Tensor, p: float, scale: float) -> Tensor:
-    """``v``, the gradient with respect to ``x``, ``(B, out, in)``; where maxima tie, shared evenly."""
+    """``v``, the gradient of a p-norm with respect to ``x``, ``(B, out, in)``."""
     sizes = differences.abs()
-    top = sizes.amax(-1, keepdim=True)
-    signs = differences.sign()
-    if math.isinf(p):
-        largest = sizes == top
-        slopes = signs * (largest / largest.sum(-1, keepdim=True).clamp(min=1))
-    else:
-        shares = sizes / top.clamp(min=torch.finfo(sizes.dtype).tiny)
-        total = shares.pow(p).sum(-1, keepdim=True).clamp(min=1.0)
-        slopes = signs * (shares.pow(p - 1.0) / total.pow((p - 1.0) / p)) * scale
+    shares = sizes / sizes.amax(-1, keepdim=True).clamp(min=torch.finfo(sizes.dtype).tiny)
+    total = shares.pow(p).sum(-1, keepdim=True).clamp(min=1.0)
+    slopes = differences.sign() * (shares.pow(p - 1.0) / total.pow((p - 1.0) / p)) * scale
     return slopes.nan_to_num(0.0, 0.0, 0.0)
 
 
