@@ -26,10 +26,13 @@ FLOAT64_ROUNDING = 1.0 + 1e-10
 """Covers the rounding of the sweeps' own float64 arithmetic: a relative 2^-52 for each of under 10^5 operations."""
 
 
+_OF_DISTANCES = (DistanceLinear, SortLinear)
+
+
 def carries_l1(traced: TracedNet) -> bool:
     """Whether the cotangent's ℓ1 norm is carried beside its Euclidean one: in networks with layers that keep it."""
     calls = (node for node in traced.tensor_nodes() if node.op == "call_module")
-    return any(isinstance(traced.leaf(node), (DistanceLinear, SortLinear)) for node in calls)
+    return any(isinstance(traced.leaf(node), _OF_DISTANCES) for node in calls)
 
 
 class NeedsWeights(Exception):
@@ -311,7 +314,9 @@ class Sweep:
             sources = self.traced.operands(node)
             known = self.free if capped else value_of
             arriving = known(partial(self.cotangent, node))
-            entering = known(partial(self._largest_norm, sources))
+            # Layers of distances have bounds without one, which no certificate is computed for.
+            unread = self.free if isinstance(leaf, _OF_DISTANCES) else known
+            entering = unread(partial(self._largest_norm, sources))
             own: dict[str, float] = {}
             for name, parameter in trainable.items():
                 own[name] = scale * self._gradient(bounds, name, arriving)

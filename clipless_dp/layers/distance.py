@@ -24,6 +24,9 @@ _CHUNK = 1 << 18
 _GRID = 2.0**-24
 """Coefficients are multiples of it that add to one exactly, in float32 too."""
 
+_INITIAL_SIZE = 0.3
+"""Standard deviation of fresh weights: as large as entries of inputs in [-½, ½], which they are held against."""
+
 _INITIAL_ROWS = 64
 """Random inputs by which biases start."""
 
@@ -144,14 +147,14 @@ class _MaximumNorm(nn.Module):
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
         super().__init__()
         self.in_features, self.out_features = whole("in_features", in_features), whole("out_features", out_features)
-        self.weight = nn.Parameter(torch.randn(self.out_features, self.in_features))
+        self.weight = nn.Parameter(_INITIAL_SIZE * torch.randn(self.out_features, self.in_features))
         self.bias = nn.Parameter(torch.zeros(self.out_features)) if flag("bias", bias) else None
 
     @torch.no_grad()
     def _centre_(self) -> None:
-        """Starts the bias at what brings outputs of random inputs, uniform in [-1, 1], to zero: no data is seen."""
+        """Starts the bias at what brings outputs of random inputs, uniform in [-½, ½], to zero: no data is seen."""
         if self.bias is not None:
-            self.bias -= self(2.0 * torch.rand(_INITIAL_ROWS, self.in_features) - 1.0).mean(0)
+            self.bias -= self(torch.rand(_INITIAL_ROWS, self.in_features) - 0.5).mean(0)
 
     def _refuse_others(self, inputs: Tensor) -> None:
         if inputs.dim() != 2 or inputs.shape[1] != self.in_features:

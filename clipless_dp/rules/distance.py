@@ -46,8 +46,6 @@ def _bounds(
 
     ``Y``: ``|y_j| ≤ least·(‖x‖ + ‖w_j‖) + |b_j|``, and in the maximum norm ``most`` in place of ``least``.
     """
-    if len(context.input_shape) != 1:
-        raise RuleError(f"needs inputs (batch, entries), got {context.input_shape} per sample: flatten them first")
     root = math.sqrt(module.out_features) * _ROUNDING
     gradients: dict[str, Deferred] = {"weight": least}
     if module.bias is not None:
