@@ -21,6 +21,12 @@ from clipless_dp.errors import ConfigurationError
 _CHUNK = 1 << 18
 """Differences ``B·out·in`` that are held at once: what fits into a core's cache."""
 
+_ROWS = 1 << 16
+"""Outputs of as many rows whose largest differences are found at once."""
+
+_FEW = 1 << 12
+"""Outputs below which finding them row by row is as fast."""
+
 _GRID = 2.0**-24
 """Coefficients are multiples of it that add to one exactly, in float32 too."""
 
@@ -31,11 +37,11 @@ _INITIAL_ROWS = 64
 """Random inputs by which biases start."""
 
 
-def _pieces(inputs: Tensor, weight: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and of outputs, of at most :data:`_CHUNK` differences each, or of one."""
-    columns = max(1, weight.shape[1])
-    outputs = min(max(1, _CHUNK // columns), len(weight))
-    rows = max(1, _CHUNK // (columns * outputs))
+def _pieces(inputs: Tensor, weight: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, slice]]:
+    """Slices of rows and of outputs, of at most ``chunk`` differences each (:data:`_CHUNK`), or of one neuron's."""
+    columns, most = max(1, weight.shape[1]), _CHUNK if chunk is None else chunk
+    outputs = min(max(1, most // columns), len(weight))
+    rows = max(1, most // (columns * outputs))
     for start in range(0, len(inputs), rows):
         for first in range(0, len(weight), outputs):
             yield slice(start, start + rows), slice(first, first + outputs)
@@ -108,37 +114,63 @@ def _slopes(differences: Tensor, p: float, scale: float) -> Tensor:
 
 
 class _Ordered(torch.autograd.Function):
-    """``Σ_k c_k·|x - w_j|_(k)`` over the largest differences, whose places are kept for the way back."""
+    """``Σ_k c_k·|x - w_j|_(k)`` over the largest differences, which the way back finds again by their sizes.
+
+    Where sizes tie, the entries share what their places have evenly. Rows whose differences are no numbers pass nothing
+    back.
+    """
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, coefficients: tuple[float, ...]) -> Tensor:
-        ctx.coefficients, ctx.shape = coefficients, (inputs.shape, weight.shape)
-        factors = inputs.new_tensor(coefficients)
-        values, places, signs = [], [], []
-        for rows, outputs in _pieces(inputs, weight):
-            differences = inputs[rows, None, :] - weight[outputs]
-            largest, where = differences.abs().topk(len(coefficients), -1)
-            values.append((rows, outputs, (largest * factors).sum(-1)))
-            places.append((rows, outputs, where.int()))
-            signs.append((rows, outputs, differences.gather(-1, where).sign().nan_to_num(0.0).char()))
-        if not values:
-            ctx.save_for_backward(inputs.new_zeros(0, 0, 0, dtype=torch.int32), inputs.new_zeros(0))
-            return inputs.new_zeros(0, len(weight))
-        ctx.save_for_backward(_joined(places), _joined(signs))
-        return _joined(values)
+        ctx.coefficients = coefficients
+        pieces = _pieces(inputs, weight, _ROWS * weight.shape[1])
+        found = [
+            (rows, outputs, _largest(inputs[rows], weight[outputs], len(coefficients))) for rows, outputs in pieces
+        ]
+        ordered = _joined(found) if found else inputs.new_zeros(0, len(weight), len(coefficients))
+        ctx.save_for_backward(inputs, weight, ordered)
+        return (ordered * inputs.new_tensor(coefficients)).sum(-1)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor, None]:
         (cotangent,) = cotangents
-        places, signs = ctx.saved_tensors
-        of_inputs, of_weight = cotangent.new_zeros(ctx.shape[0]), cotangent.new_zeros(ctx.shape[1])
-        if not places.numel():
-            return of_inputs, of_weight, None
-        slopes = signs.to(cotangent.dtype) * cotangent.new_tensor(ctx.coefficients)
-        flowing, where = cotangent.unsqueeze(-1) * slopes, places.long()
-        of_inputs = of_inputs.scatter_add(1, where.flatten(1), flowing.flatten(1))
-        of_weight = of_weight.scatter_add(1, where.transpose(0, 1).flatten(1), -flowing.transpose(0, 1).flatten(1))
+        inputs, weight, ordered = ctx.saved_tensors
+        shares, terms = cotangent.new_tensor(ctx.coefficients), len(ctx.coefficients)
+        of_inputs, of_weight = cotangent.new_zeros(inputs.shape), cotangent.new_zeros(weight.shape)
+        for some, several in _pieces(inputs, weight):
+            differences, sizes = inputs[some, None, :] - weight[several], ordered[some, several]
+            least = sizes[..., -1:]
+            counted = differences.abs() >= least
+            rows, outputs, entries = counted.nonzero(as_tuple=True)
+            moving = differences[rows, outputs, entries]
+            own = sizes[rows, outputs]
+            alike = own == moving.abs().unsqueeze(-1)
+            # Of those that tie with the last place some may be past it: they share with the others.
+            past = (counted.sum(-1) - terms)[rows, outputs] * alike[:, -1]
+            slopes = (alike * shares).sum(-1) / (alike.sum(-1) + past).clamp(min=1) * moving.sign()
+            flowing = cotangent[some, several][rows, outputs] * slopes
+            of_inputs[some].index_put_((rows, entries), flowing, accumulate=True)
+            of_weight[several].index_put_((outputs, entries), -flowing, accumulate=True)
         return of_inputs, of_weight, None
+
+
+def _largest(inputs: Tensor, weight: Tensor, terms: int) -> Tensor:
+    """The largest sizes ``|x - w_j|``, falling, ``(B, out, terms)``.
+
+    On a CPU they are inserted entry by entry into places that are kept in order, for many rows at once: torch's search
+    of each row takes several times as long.
+    """
+    if inputs.device.type != "cpu" or len(inputs) * len(weight) < _FEW or torch.compiler.is_compiling():
+        return (inputs[:, None, :] - weight).abs().topk(terms, -1).values
+    places = inputs.new_zeros(terms, len(inputs), len(weight))
+    spare = torch.empty_like(places[0])
+    for entry in range(inputs.shape[1]):
+        moving = (inputs[:, entry, None] - weight[:, entry]).abs_()
+        for place in places[: entry + 1]:
+            torch.minimum(place, moving, out=spare)
+            torch.maximum(place, moving, out=place)
+            moving, spare = spare, moving
+    return places.permute(1, 2, 0)
 
 
 class _MaximumNorm(nn.Module):

@@ -12,15 +12,15 @@ from torch.nn import functional
 
 from clipless_dp.errors import Unsupported, UnsupportedModuleError
 from clipless_dp.gates import CotangentGate
-from clipless_dp.layers import DistanceLinear, FullSort, GroupSort, MaxMin, SortLinear
+from clipless_dp.layers import DistanceLinear, FullSort, GroupSort, MaxMin, ScaledAvgPool2d, SortLinear
 from clipless_dp.modules import kind_of
 
 Interval = tuple[Tensor, Tensor]
 """The lowest and the highest values of each entry."""
 
-_MONOTONE = (
+_MONOTONE: tuple[type[nn.Module], ...] = (
     *(nn.Identity, nn.ReLU, nn.Tanh, nn.Flatten, nn.Unflatten, nn.Dropout, GroupSort, MaxMin, FullSort),
-    CotangentGate,
+    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, ScaledAvgPool2d, CotangentGate),
 )
 _FUNCTIONS: tuple[Any, ...] = (torch.flatten, torch.relu, torch.tanh, functional.relu, operator.add, torch.add)
 _METHODS = ("flatten", "reshape", "view", "relu", "tanh", "contiguous", "clone")

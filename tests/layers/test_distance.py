@@ -58,6 +58,8 @@ def test_values_and_gradients_are_those_of_the_definition_in_pieces_of_any_size(
     name: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(distance, "_CHUNK", chunk)
+    monkeypatch.setattr(distance, "_ROWS", chunk)
+    monkeypatch.setattr(distance, "_FEW", chunk % 2)
     layer, inputs, cotangent = made(name), drawn(6, 7).requires_grad_(), drawn(6, 5, seed=2)
     wanted = [inputs, *layer.parameters()]
     found, expected = layer(inputs), reference(layer, inputs)
