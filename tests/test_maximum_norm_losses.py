@@ -100,7 +100,8 @@ def test_decay_never_raises_a_gradient_above_the_bounds_of_the_start() -> None:
     for decay in (0.5, 0.1, 0.0):
         loss.set_decay(decay)
         found = tried(loss)
-        assert float(found.norm(dim=1).max()) <= most[0] and float(found.abs().sum(1).max()) <= most[1]
+        assert float(found.norm(dim=1).max()) <= most[0]
+        assert float(found.abs().sum(1).max()) <= most[1]
         assert (loss.gradient_bound((CLASSES,)), loss.gradient_bound_l1((CLASSES,))) == most
 
 

@@ -458,7 +458,7 @@ def _factor(bounds: LayerBounds, position: int) -> float:
 def _factor_inf(bounds: LayerBounds, position: int) -> float | None:
     lipschitz = bounds.lipschitz_inf
     factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
-    return None if factor is None else value_of(factor)
+    return None if factor is None else value_of(factor)  # type: ignore[arg-type]
 
 
 def named_parameters(leaf: nn.Module) -> dict[str, nn.Parameter]:

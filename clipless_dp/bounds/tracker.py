@@ -24,10 +24,9 @@ from clipless_dp.graph.tracing import TracedNet, function_name, place
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import RuleError
 
-
 _NOT_IN_MAXIMUM_NORM = (
-    "no Lipschitz constant of it is known in the maximum norm (a rotation stretches it, and so does a projection onto a "
-    "Euclidean ball): between layers of distances use nn.ReLU, GroupSort, MaxMin or nn.Linear, or give "
+    "no Lipschitz constant of it is known in the maximum norm (a rotation stretches it, and so does a projection onto "
+    "a Euclidean ball): between layers of distances use nn.ReLU, GroupSort, MaxMin or nn.Linear, or give "
     "lipschitz_inf in the layer's rule"
 )
 

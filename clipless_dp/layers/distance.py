@@ -186,7 +186,7 @@ class _MaximumNorm(nn.Module):
     def _centre_(self) -> None:
         """Starts the bias at what brings outputs of random inputs, uniform in [-½, ½], to zero: no data is seen."""
         if self.bias is not None:
-            self.bias -= self(torch.rand(_INITIAL_ROWS, self.in_features) - 0.5).mean(0)
+            self.bias.sub_(self(torch.rand(_INITIAL_ROWS, self.in_features) - 0.5).mean(0))
 
     def _refuse_others(self, inputs: Tensor) -> None:
         if inputs.dim() != 2 or inputs.shape[1] != self.in_features:

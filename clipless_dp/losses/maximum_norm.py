@@ -39,7 +39,7 @@ class LInfMargin(Loss):
         self.decay = 1.0
 
     def set_decay(self, decay: float) -> None:
-        """Sets ``s``: a number in [0, 1] that follows from the number of the step alone. Bounds stay those of ``s = 1``.
+        """Sets ``s``: a number in [0, 1] that follows from the step's number alone. Bounds stay those of ``s = 1``.
 
         Raises:
             ConfigurationError: it is none.

@@ -61,8 +61,8 @@ class Certificate:
 
     Guarantee:
         Let ``f`` be the network in real arithmetic, with the weights as they are stored. For each sample ``x`` and
-        every ``x'`` (of the box) with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions`` alone. The
-        rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward pass of
+        every ``x'`` (of the box) with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions``
+        alone. The rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward pass of
         coarser arithmetic at ``x'`` is at a distance of its own from ``f``; see ``score_error`` of :func:`certify`.
     """
 
@@ -122,8 +122,9 @@ class Certificate:
     def claim(self) -> str:
         """What radii hold for, in words."""
         return (
-            ("" if self.norm == 2 else "Radii are in the maximum norm. ") + "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
-            "pass in float32 may differ from it by its own rounding next to a boundary."
+            ("" if self.norm == 2 else "Radii are in the maximum norm. ")
+            + "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a "
+            "forward pass in float32 may differ from it by its own rounding next to a boundary."
         )
 
     def signed(self) -> Tensor:
@@ -154,7 +155,7 @@ def certify(
     """The radius around each sample within which no perturbation of Euclidean norm changes the prediction.
 
     With ``norm="inf"`` it is of the maximum norm, in which the scores' constant is ``L`` and the radius ``(f_l -
-    f_j)/(2L)`` (Zhang et al. 2022, prop. 2.1), as far as the input gate leaves alone what moves. With a ``box`` interval
+    f_j)/(2L)`` (Zhang et al. 2021, prop. 3), as far as the input gate leaves alone what moves. With a ``box`` interval
     bounds are taken too, and the larger radius holds.
 
     With the predicted class ``l`` and constants ``K`` of the differences of scores, the radius is ``min_{j ≠ l} (f_l -

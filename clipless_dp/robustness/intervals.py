@@ -45,8 +45,10 @@ def _through_distances(layer: DistanceLinear | SortLinear, interval: Interval) -
 def _of_sizes(layer: DistanceLinear | SortLinear, sizes: Tensor) -> Tensor:
     """What a layer makes of differences' sizes ``(B, out, in)``, without its bias."""
     if isinstance(layer, SortLinear):
-        return (sizes.topk(layer.terms, -1).values * sizes.new_tensor(layer.coefficients)).sum(-1)
-    return torch.linalg.vector_norm(sizes, ord=layer.p, dim=-1) * layer.scale
+        ordered: Tensor = sizes.topk(layer.terms, -1).values * sizes.new_tensor(layer.coefficients)
+        return ordered.sum(-1)
+    lengths: Tensor = torch.linalg.vector_norm(sizes, ord=layer.p, dim=-1) * layer.scale
+    return lengths
 
 
 def _through_linear(layer: nn.Linear, interval: Interval) -> Interval:

@@ -70,7 +70,8 @@ def gate_caps(inputs: Tensor, input_norm: float, box: Box) -> Tensor:
     lengths = rows.norm(dim=1) * (1.0 + rows.shape[1] * 2.0**-52)
     if box is not None and root * max(map(abs, ends_of(box))) <= input_norm:
         return caps
-    return ((input_norm - lengths) * _DOWN / root * _DOWN).clamp(min=0.0).nan_to_num(0.0)
+    found: Tensor = ((input_norm - lengths) * _DOWN / root * _DOWN).clamp(min=0.0).nan_to_num(0.0)
+    return found
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ class LayerBounds:
         operators: the operator each parameter acts as, for constraints.
         coverage: for windows, the coverage ``N``; reported only.
         kinds: where each parameter has a line of its own in the report: what it says of it.
-        lipschitz_inf: ``K_∞``, the same as ``lipschitz`` in the maximum norm, in which ``‖J‖`` is the largest ℓ1 norm of
-            a row: by so much the cotangent's ℓ1 norm may grow. ``None`` where it is not known.
+        lipschitz_inf: ``K_∞``, the same as ``lipschitz`` in the maximum norm, in which ``‖J‖`` is the largest ℓ1 norm
+            of a row: by so much the cotangent's ℓ1 norm may grow. ``None`` where it is not known.
         output_norm_inf: bound on the size of the output's largest entry, given the context's; ``None``: ``Y`` is one.
     """
 

@@ -16,10 +16,10 @@ _ROUNDING = 1.0 + 1e-12
 
 @register_rule(DistanceLinear)
 def distance_rule(module: DistanceLinear, context: RuleContext) -> LayerBounds:
-    """``Δ_W = sG``, ``Δ_b = G``, ``K = s√out``, ``K_∞ = s·n^{1/p}``, with ``s = n^{-1/p}`` where means are taken, else 1.
+    """``Δ_W = sG``, ``Δ_b = G``, ``K = s√out``, ``K_∞ = s·n^{1/p}``, with ``s = n^{-1/p}`` of means, else 1.
 
-    ``v = s·∇‖d‖_p`` has ``‖v‖_{p/(p-1)} = s``: so ``‖v‖₂ ≤ s``, as ``p ≥ 2``, and ``‖v‖₁ ≤ s·n^{1/p}``. Row ``j`` of the
-    weight's gradient is ``-g_j v_jᵀ``. Proofs: ``docs/bounds.md``.
+    ``v = s·∇‖d‖_p`` has ``‖v‖_{p/(p-1)} = s``: so ``‖v‖₂ ≤ s``, as ``p ≥ 2``, and ``‖v‖₁ ≤ s·n^{1/p}``. Row ``j`` of
+    the weight's gradient is ``-g_j v_jᵀ``. Proofs: ``docs/bounds.md``.
     """
     try:
         p = exponent(module.p)
@@ -34,14 +34,12 @@ def distance_rule(module: DistanceLinear, context: RuleContext) -> LayerBounds:
 
 @register_rule(SortLinear)
 def sort_rule(module: SortLinear, context: RuleContext) -> LayerBounds:
-    """``Δ_W = cG``, ``Δ_b = G``, ``K = c√out``, ``K_∞ = c`` with ``c = Σ|c_k| = 1``, as the layer computes with them."""
+    """``Δ_W = cG``, ``Δ_b = G``, ``K = c√out``, ``K_∞ = c``, with ``c = Σ|c_k| = 1`` as the layer computes with."""
     total = math.fsum(map(abs, module.coefficients))
     return _bounds(module, context, least=total, most=total)
 
 
-def _bounds(
-    module: DistanceLinear | SortLinear, context: RuleContext, *, least: float, most: float
-) -> LayerBounds:
+def _bounds(module: DistanceLinear | SortLinear, context: RuleContext, *, least: float, most: float) -> LayerBounds:
     """The bounds of outputs with ``‖v‖₂ ≤ least`` and ``‖v‖₁ ≤ most`` that are zero where ``x = w_j``, plus a bias.
 
     ``Y``: ``|y_j| ≤ least·(‖x‖ + ‖w_j‖) + |b_j|``, and in the maximum norm ``most`` in place of ``least``.

@@ -18,9 +18,7 @@ def linear_rule(module: nn.Linear, context: RuleContext) -> LayerBounds:
     The weight's gradient is ``Σ_t g_t x_tᵀ``, of Frobenius norm at most ``Σ‖g_t‖‖x_t‖ ≤ ‖g‖‖x‖``: ``N = 1``. In the
     maximum norm ``‖W‖`` is the largest ℓ1 norm of a row: the column-sum norm of ``Wᵀ``, which cotangents meet.
     """
-    bounds = affine_bounds(
-        context, DenseOperator(), math.prod(context.input_shape[:-1]), bias=module.bias is not None
-    )
+    bounds = affine_bounds(context, DenseOperator(), math.prod(context.input_shape[:-1]), bias=module.bias is not None)
 
     def stretch() -> float:
         return context.norm("weight", RowSumOperator())

@@ -76,7 +76,8 @@ def _require_numbers(given: dict[str, Any]) -> None:
 def _average_bounds(context: RuleContext, pool: Any) -> LayerBounds:
     """Schur's test: for a matrix A of non-negative weights ``‖A‖² ≤ max_j (AᵀA1)_j``.
 
-    In the maximum norm it is ``max_i (A1)_i``. For full windows the first is the ``√N/√n_w`` of ``bounds.md``, and near borders it stays exact about divisors.
+    In the maximum norm it is ``max_i (A1)_i``. For full windows the first is the ``√N/√n_w`` of ``bounds.md``, and near
+    borders it stays exact about divisors.
     """
     height, width = _require_maps(context)
     with torch.enable_grad():

@@ -70,10 +70,9 @@ class _Relaxing(LRScheduler):
         self.inner.step()
         self._follow()
 
-    def get_last_lr(self) -> list[float]:
+    def get_last_lr(self) -> Any:
         """Of the other one."""
-        found: list[float] = self.inner.get_last_lr()  # type: ignore[assignment]
-        return found
+        return self.inner.get_last_lr()
 
     def state_dict(self) -> dict[str, Any]:
         """Of the other one: what is applied follows from the number of the step."""

@@ -75,13 +75,15 @@ def test_an_empty_batch_is_one(name: str) -> None:
     layer, inputs = made(name), torch.zeros(0, 7, dtype=torch.float64, requires_grad=True)
     layer(inputs).sum().backward()
     assert layer(inputs).shape == (0, 5)
-    assert layer.weight.grad is not None and not layer.weight.grad.any()
+    assert layer.weight.grad is not None
+    assert not layer.weight.grad.any()
 
 
 @given(st.floats(1e-3, 1.0), st.integers(1, 40))
 def test_coefficients_add_to_one_exactly_in_both_precisions(quantile: float, terms: int) -> None:
     shares = distance.order_weights(quantile, terms)
-    assert len(shares) == terms and min(shares) >= 0.0
+    assert len(shares) == terms
+    assert min(shares) >= 0.0
     assert math.fsum(shares) == 1.0
     assert [float(torch.tensor(one)) for one in shares] == list(shares)
 

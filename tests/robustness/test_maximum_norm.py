@@ -71,14 +71,13 @@ def test_the_radius_is_the_margin_over_twice_the_constant(name: str) -> None:
         assert constant == pytest.approx(1.0, abs=1e-9)
     assert torch.allclose(found.radii, found.margins / (2.0 * constant), rtol=1e-6, atol=1e-9)
     assert bool((found.radii <= found.margins / (2.0 * constant)).all())
-    assert found.norm == "inf" and "maximum norm" in found.claim
+    assert found.norm == "inf"
+    assert "maximum norm" in found.claim
 
 
 @pytest.mark.parametrize("box", [None, (0.0, 1.0)])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_no_attack_in_the_maximum_norm_succeeds_within_a_radius(
-    name: str, box: tuple[float, float] | None
-) -> None:
+def test_no_attack_in_the_maximum_norm_succeeds_within_a_radius(name: str, box: tuple[float, float] | None) -> None:
     model = made(name)
     inputs = samples(model)
     found = certify(model, inputs, norm="inf", box=box)
@@ -109,7 +108,8 @@ def test_interval_bounds_hold_the_outputs_of_all_inputs_between(name: str) -> No
         outputs = plain.outputs(between)
         assert bool(((outputs >= low - 1e-12) & (outputs <= high + 1e-12)).all())
     same = intervals.output_interval(plain.net[0], lowest, lowest)
-    assert torch.allclose(same[0], plain.outputs(lowest)) and torch.allclose(same[1], same[0])
+    assert torch.allclose(same[0], plain.outputs(lowest))
+    assert torch.allclose(same[1], same[0])
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -183,10 +183,13 @@ def turning() -> tuple[DPLipModel, Tensor]:
 def test_radii_end_where_the_input_gate_begins_which_stretches_the_maximum_norm() -> None:
     model, sample = turning()
     found = certify(model, sample, norm="inf")
-    assert float(found.radii) <= 1e-9 and found.reason is not None and "input_norm" in found.reason
+    assert float(found.radii) <= 1e-9
+    assert found.reason is not None
+    assert "input_norm" in found.reason
     moved = sample + 0.048 * torch.tensor([[-1.0, 1.0]], dtype=torch.float64)
     plain = robustness.plain_network(model)
-    assert int(plain(sample).argmax()) == 1 and int(plain(moved).argmax()) == 0
+    assert int(plain(sample).argmax()) == 1
+    assert int(plain(moved).argmax()) == 0
 
 
 def test_a_sample_inside_the_gate_has_a_radius_up_to_it() -> None:
