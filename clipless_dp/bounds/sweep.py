@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, fx, nn
 
+from clipless_dp.bounds.maximum_norm import OF_DISTANCES, MaximumNorms, carries_l1, factor_of
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import CotangentGate, adapting
 from clipless_dp.graph.tracing import TracedNet, function_name
 from clipless_dp.isolation import Isolated
-from clipless_dp.layers import DistanceLinear, SortLinear
 from clipless_dp.modules import kind_of
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import LayerBounds, find_function_rule, find_rule, is_builtin, value_of
@@ -26,20 +26,11 @@ FLOAT64_ROUNDING = 1.0 + 1e-10
 """Covers the rounding of the sweeps' own float64 arithmetic: a relative 2^-52 for each of under 10^5 operations."""
 
 
-_OF_DISTANCES = (DistanceLinear, SortLinear)
-
-
-def carries_l1(traced: TracedNet) -> bool:
-    """Whether the cotangent's ℓ1 norm is carried beside its Euclidean one: in networks with layers that keep it."""
-    calls = (node for node in traced.tensor_nodes() if node.op == "call_module")
-    return any(isinstance(traced.leaf(node), _OF_DISTANCES) for node in calls)
-
-
 class NeedsWeights(Exception):
     """A bound cannot be had without reading a weight."""
 
 
-class Sweep:
+class Sweep(MaximumNorms):
     """One evaluation; memoises what it has computed and remembers which weights it read.
 
     Args:
@@ -81,11 +72,8 @@ class Sweep:
         self._bounds: dict[fx.Node, LayerBounds | None] = {}
         self._norms: dict[fx.Node, float] = {}
         self._cotangents: dict[fx.Node, float] = {}
-        self._l1 = math.inf if cotangent_norm_l1 is None else cotangent_norm_l1
+        super().__init__(cotangent_norm_l1)
         self._carries_l1 = carries_l1(traced)
-        self._pairs: dict[fx.Node, tuple[float, float]] = {}
-        self._norms_inf: dict[fx.Node, float] = {}
-        self._slopes_inf: dict[fx.Node, float] = {}
         self._slopes: dict[fx.Node, float] = {}
         self._reaches: dict[fx.Node, float] = {}
         self._certified: dict[tuple[str, Operator], float] = {}
@@ -134,13 +122,17 @@ class Sweep:
             self._norms[node] = self.input_norm if bounds is None else value_of(bounds.output_norm)
         return self._norms[node]
 
+    def consumers(self, node: fx.Node) -> Sequence[tuple[fx.Node, int]]:
+        """Which nodes read a value, and at which place."""
+        return self._consumers.get(node, ())
+
     def cotangent(self, node: fx.Node) -> float:
         """``G``: bound on the norm of the cotangent that arrives at a node's value: its consumers' bounds add."""
         if self._carries_l1:
             return self.cotangents(node)[0]
         if node not in self._cotangents:
             total = self.cotangent_norm if node is self.traced.output else 0.0
-            for consumer, position in self._consumers.get(node, ()):
+            for consumer, position in self.consumers(node):
                 total += self._passed_back(consumer, position)
             self._cotangents[node] = total
         return self._cotangents[node]
@@ -150,83 +142,11 @@ class Sweep:
         assert bounds is not None
 
         def stretched() -> float:
-            return _factor(bounds, position) * self.cotangent(consumer)
+            return factor_of(bounds, position) * self.cotangent(consumer)
 
         if math.isinf(bounds.cotangent_cap):
             return stretched()
         return min(self.free(stretched), bounds.cotangent_cap)
-
-    def cotangents(self, node: fx.Node) -> tuple[float, float]:
-        """Bounds on the Euclidean and the ℓ1 norm of the cotangent at a node's value, each of use to the other.
-
-        ``‖g‖₂ ≤ ‖g‖₁ ≤ √n·‖g‖₂``. A layer stretches the one by ``K``, the other by ``K_∞``, where that is known.
-        """
-        if node not in self._pairs:
-            at_output = node is self.traced.output
-            second, first = (self.cotangent_norm, self._l1) if at_output else (0.0, 0.0)
-            for consumer, position in self._consumers.get(node, ()):
-                found = self._pair_passed_back(consumer, position)
-                second, first = second + found[0], first + found[1]
-            first = min(first, math.sqrt(math.prod(self.traced.shapes[node])) * second)
-            self._pairs[node] = min(second, first), first
-        return self._pairs[node]
-
-    def _pair_passed_back(self, consumer: fx.Node, position: int) -> tuple[float, float]:
-        bounds = self.bounds(consumer)
-        assert bounds is not None
-        source = self.traced.operands(consumer)[position]
-        root = math.sqrt(math.prod(self.traced.shapes[source]))
-
-        def stretched() -> tuple[float, float]:
-            second, first = self.cotangents(consumer)
-            if second == 0.0:
-                return 0.0, 0.0
-            least = _factor(bounds, position) * second
-            factor = _factor_inf(bounds, position)
-            return (least, math.inf) if factor is None else (least, factor * first)
-
-        if math.isinf(bounds.cotangent_cap):
-            second, first = stretched()
-        else:
-            second = min(self.free(lambda: stretched()[0]), bounds.cotangent_cap)
-            first = self.free(lambda: stretched()[1])
-        return min(second, first), min(first, root * second)
-
-    def norm_inf(self, node: fx.Node) -> float:
-        """Bound on the size of the largest entry of a node's value."""
-        if node not in self._norms_inf:
-            bounds = self.bounds(node)
-            known = None if bounds is None else bounds.output_norm_inf
-            self._norms_inf[node] = self.norm(node) if known is None else value_of(known)
-        return self._norms_inf[node]
-
-    def slope_inf(self, node: fx.Node) -> float:
-        """As :meth:`slope`, in maximum norms; infinite where a layer on the way has no constant there."""
-        if node not in self._slopes_inf:
-            total = 1.0 if node is self.traced.output else 0.0
-            for consumer, position in self._consumers.get(node, ()):
-                beyond = self.slope_inf(consumer)
-                if beyond > 0.0:
-                    total += self.factor_inf(consumer, position) * beyond
-            self._slopes_inf[node] = total
-        return self._slopes_inf[node]
-
-    def factor_inf(self, node: fx.Node, position: int) -> float:
-        """``K_∞`` of a node in one of its operands, infinite where it is not known."""
-        bounds = self.bounds(node)
-        assert bounds is not None
-        if node.op == "call_module" and isinstance(self.traced.leaf(node), CotangentGate):
-            return 1.0
-        factor = _factor_inf(bounds, position) if math.isinf(bounds.cotangent_cap) else None
-        return math.inf if factor is None else factor
-
-    def unknown_inf(self) -> list[fx.Node]:
-        """Nodes without a Lipschitz constant in the maximum norm."""
-        return [
-            node
-            for node in self.traced.tensor_nodes()
-            if any(math.isinf(self.factor_inf(node, i)) for i in range(len(self.traced.operands(node))))
-        ]
 
     def slope(self, node: fx.Node) -> float:
         """Bound on how far the output moves per unit of a node's value: its consumers' bounds add.
@@ -235,7 +155,7 @@ class Sweep:
         """
         if node not in self._slopes:
             total = 1.0 if node is self.traced.output else 0.0
-            for consumer, position in self._consumers.get(node, ()):
+            for consumer, position in self.consumers(node):
                 beyond = self.slope(consumer)
                 if beyond > 0.0:
                     total += self._forward_factor(consumer, position) * beyond
@@ -257,7 +177,7 @@ class Sweep:
         if node.op == "call_module" and isinstance(self.traced.leaf(node), CotangentGate):
             return 1.0
         # Any other rule that caps cotangents says nothing of the values that its layer returns.
-        return _factor(bounds, position) if math.isinf(bounds.cotangent_cap) else math.inf
+        return factor_of(bounds, position) if math.isinf(bounds.cotangent_cap) else math.inf
 
     def free(self, evaluate: Callable[[], float]) -> float:
         """A bound if it follows without reading weights, else infinity."""
@@ -315,7 +235,7 @@ class Sweep:
             known = self.free if capped else value_of
             arriving = known(partial(self.cotangent, node))
             # Layers of distances have bounds without one, which no certificate is computed for.
-            unread = self.free if isinstance(leaf, _OF_DISTANCES) else known
+            unread = self.free if isinstance(leaf, OF_DISTANCES) else known
             entering = unread(partial(self._largest_norm, sources))
             own: dict[str, float] = {}
             for name, parameter in trainable.items():
@@ -447,18 +367,6 @@ def _merged(together: Iterable[tuple[frozenset[str], float]]) -> list[tuple[froz
                 apart.append((others, more))
         found = [*apart, (members, bound)]
     return found
-
-
-def _factor(bounds: LayerBounds, position: int) -> float:
-    lipschitz = bounds.lipschitz
-    factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
-    return value_of(factor)  # type: ignore[arg-type]
-
-
-def _factor_inf(bounds: LayerBounds, position: int) -> float | None:
-    lipschitz = bounds.lipschitz_inf
-    factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
-    return None if factor is None else value_of(factor)  # type: ignore[arg-type]
 
 
 def named_parameters(leaf: nn.Module) -> dict[str, nn.Parameter]:

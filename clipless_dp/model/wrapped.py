@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import flag
+from clipless_dp.bounds.maximum_norm import carries_l1
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
-from clipless_dp.bounds.sweep import carries_l1
 from clipless_dp.bounds.tightness import TightnessReport, measure
 from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign

@@ -62,8 +62,9 @@ class Certificate:
     Guarantee:
         Let ``f`` be the network in real arithmetic, with the weights as they are stored. For each sample ``x`` and
         every ``x'`` (of the box) with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions``
-        alone. The rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward pass of
-        coarser arithmetic at ``x'`` is at a distance of its own from ``f``; see ``score_error`` of :func:`certify`.
+        alone. The rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward
+        pass of coarser arithmetic at ``x'`` is at a distance of its own from ``f``; see ``score_error`` of
+        :func:`certify`.
     """
 
     radii: Tensor

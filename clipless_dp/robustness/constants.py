@@ -66,13 +66,12 @@ def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int, *, norm: 
     In the maximum norm each of two scores that are together L-Lipschitz moves by ``L`` of its own: ``2L``.
     """
     model = getattr(model, "_orig_mod", model)
-    apart = math.sqrt(2.0) if norm == 2 else 2.0
     if isinstance(model, DPLipModel):
         if lipschitz is not None:
             raise ConfigurationError("a wrapped model certifies its own constant: leave lipschitz out")
         if norm == "inf":
             joint = model.lipschitz_constant(norm="inf")
-            pairs = _off_diagonal(apart * joint * ROUNDING, max(2, math.prod(model.output_shape)))
+            pairs = _off_diagonal(2.0 * joint * ROUNDING, max(2, math.prod(model.output_shape)))
             return Constants(pairs, joint, "constants of the layers in the maximum norm, composed over the network")
         pairs = model.margin_constants()
         joint = model.lipschitz_constant()
@@ -107,7 +106,7 @@ def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int, *, norm: 
     if lipschitz == math.inf:
         return Constants(_off_diagonal(math.inf, classes), math.inf, "none", "the constant that was stated is infinite")
     joint = not_negative("lipschitz", lipschitz)
-    pairs = _off_diagonal(apart * joint * ROUNDING, classes)
+    pairs = _off_diagonal((math.sqrt(2.0) * joint if norm == 2 else 2.0 * joint) * ROUNDING, classes)
     return Constants(pairs, joint, "a constant that was stated of the scores together, not checked")
 
 

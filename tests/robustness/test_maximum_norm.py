@@ -236,8 +236,14 @@ def test_units_scale_radii() -> None:
 @pytest.mark.parametrize(
     ("mutant"),
     [
-        Mutant("r in place of 2r", constants, "constants_of", "norm == 2 else 2.0", "norm == 2 else 1.0"),
-        Mutant("√2r in place of 2r", constants, "constants_of", "norm == 2 else 2.0", "norm == 2 else math.sqrt(2.0)"),
+        Mutant("r in place of 2r", constants, "constants_of", "2.0 * joint * R", "joint * R"),
+        Mutant(
+            "√2r in place of 2r",
+            constants,
+            "constants_of",
+            "2.0 * joint * ROUNDING, max",
+            "1.4 * joint * ROUNDING, max",
+        ),
     ],
     ids=lambda mutant: mutant.name,
 )
