@@ -135,7 +135,8 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# Order statistics in the maximum norm",
         "",
-        f"{report['machine']}, one thread, torch {report['torch']}. Made by `python benchmarks/sort_net.py --data-dir DIR`.",
+        f"{report['machine']}, one thread, torch {report['torch']}. Made by "
+        "`python benchmarks/sort_net.py --data-dir DIR`.",
         "",
         "## The largest Δ of a parameter by depth",
         "",
@@ -151,8 +152,8 @@ def page(report: dict[str, Any]) -> str:
         "",
         "## Accuracy, in percent",
         "",
-        "Certified at 0.05 and 0.1 in the maximum norm, by the constant alone / by intervals within the box; attacked by "
-        "10 signed steps at 0.1.",
+        "Certified at 0.05 and 0.1 in the maximum norm, by the constant alone / by intervals within the box; "
+        "attacked by 10 signed steps at 0.1.",
         "",
         "| data | widths | ε | clean | certified .05 | certified .1 | attacked .1 |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
