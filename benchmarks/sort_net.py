@@ -183,7 +183,7 @@ def main() -> None:
     report: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"rows": []}
     report |= {"machine": f"{platform.machine()} CPU", "torch": torch.__version__}
     parts: dict[str, list[tuple[tuple[int, ...], float]]] = {
-        name: [((WIDTH,), math.inf), ((WIDTH,), asked.epsilon), ((), asked.epsilon)] for name in ("digits", "mnist")
+        name: [((), asked.epsilon), ((WIDTH,), math.inf), ((WIDTH,), asked.epsilon)] for name in ("digits", "mnist")
     }
     if asked.only in (None, "depth"):
         report["depths"] = depths()
