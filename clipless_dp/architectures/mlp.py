@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
 from clipless_dp.architectures.parts import isometric_, require_even, require_positive
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.layers import ConvexPotential, GroupSort
+from clipless_dp.layers import ConvexPotential, DistanceLinear, GroupSort, SortLinear
 
 
 def _entries(input_shape: tuple[int, ...]) -> int:
@@ -62,3 +63,45 @@ def residual_mlp(input_shape: tuple[int, ...], classes: int, *, width: int = 64,
     parts.append(nn.Linear(_entries(input_shape), width))
     parts += [ConvexPotential(width) for _ in range(depth)]
     return isometric_(nn.Sequential(*parts, nn.Linear(width, classes)))
+
+
+def sort_mlp(
+    input_shape: tuple[int, ...],
+    classes: int,
+    *,
+    widths: Sequence[int] = (128, 128),
+    quantile: float | None = 0.3,
+    terms: int = 10,
+    p: float = math.inf,
+) -> nn.Sequential:
+    """Layers of weighted order statistics of differences (Zhang, Jiang, He and Wang, "Rethinking Lipschitz neural
+    networks and certified robustness: a Boolean function perspective", NeurIPS 2022), or of distances.
+
+    1-Lipschitz in the maximum norm whatever the weights are, without constraints and gates. A layer's Δ is at most
+    ``G₁·√2`` at any depth, and does not grow with the wrapper's ``input_norm``: take it large, ``10·√n`` say of entries
+    in [0, 1], since certificates end where the input gate begins.
+
+    Args:
+        input_shape: of one sample: a row of a table, or an image, which is flattened.
+        classes: number of outputs.
+        widths: of the hidden layers.
+        quantile: of each :class:`~clipless_dp.layers.SortLinear`; ``None``:
+            :class:`~clipless_dp.layers.DistanceLinear`, of means where ``p`` is finite.
+        terms: of each ``SortLinear``.
+        p: of each ``DistanceLinear``; :func:`clipless_dp.training.relaxation` lets it grow.
+
+    Raises:
+        ConfigurationError: a size is out of range, or ``p`` is given with a quantile.
+    """
+    require_positive(classes=classes)
+    if quantile is not None and p != math.inf:
+        raise ConfigurationError("p is the exponent of distances: give quantile=None with it")
+    sizes = [_entries(input_shape), *widths, classes]
+    require_positive(**{f"width {index}": size for index, size in enumerate(sizes)})
+    parts: list[nn.Module] = [nn.Flatten()] if len(input_shape) > 1 else []
+    for entries, width in pairwise(sizes):
+        if quantile is None:
+            parts.append(DistanceLinear(entries, width, p=p, mean=True))
+        else:
+            parts.append(SortLinear(entries, width, quantile, terms=terms))
+    return nn.Sequential(*parts)

@@ -122,3 +122,31 @@ def forward_error(sweep: Sweep) -> float:
         if slope > 0.0:
             total += slope * gamma(n) * math.sqrt(n) * values
     return total * FLOAT64_ROUNDING if math.isfinite(total) else math.inf
+
+
+def forward_error_inf(sweep: Sweep) -> float:
+    """How far any output of a float64 forward pass may lie from that of the network in real arithmetic.
+
+    As :func:`forward_error` in maximum norms, without its ``√n``: an output is a few roundings of a sum of at most
+    ``n`` products, off by at most ``γ_n·Σ|w||x|``, and ``Σ|w||x| ≤ K_∞·max|x|``; of differences ``|x - w|``, whose
+    sums, maxima and roots are off by a share ``γ_n`` of what bounds them, ``Y_∞``.
+
+    Returns:
+        The bound; infinite where no size of a value, or no slope, is known.
+    """
+    traced = sweep.traced
+    total = 0.0
+    for node in traced.tensor_nodes():
+        if node.op == "placeholder":
+            n, values = math.prod(traced.shapes[node]), 2.0 * sweep.input_norm
+        else:
+            sources = traced.operands(node)
+            n = max(math.prod(traced.shapes[one]) for one in (node, *sources))
+            reached = (
+                sweep.factor_inf(node, position) * sweep.norm_inf(source) for position, source in enumerate(sources)
+            )
+            values = sweep.norm_inf(node) + sum(reached)
+        slope = sweep.slope_inf(node)
+        if slope > 0.0:
+            total += slope * gamma(n) * values
+    return total * FLOAT64_ROUNDING if math.isfinite(total) else math.inf

@@ -23,7 +23,7 @@ class LayerSensitivity:
         path: where the layer is in the network.
         kind: its type.
         input_norm: ``X``; of T tokens ``√T``, the norm of their one-hot rows. Infinite where gradient gates bound all
-            that is trained and ``X`` would need weights.
+            that is trained, or bounds do not depend on it (layers of distances), and ``X`` would need weights.
         cotangent_norm: ``G`` at its output; infinite in the same cases.
         coverage: ``N`` for windows, else ``None``.
         certified_norm: of its weight, where the sweeps needed it, else ``None``.

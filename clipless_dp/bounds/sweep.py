@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, fx, nn
 
+from clipless_dp.bounds.maximum_norm import OF_DISTANCES, MaximumNorms, carries_l1, factor_of
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import CotangentGate, adapting
@@ -29,7 +30,7 @@ class NeedsWeights(Exception):
     """A bound cannot be had without reading a weight."""
 
 
-class Sweep:
+class Sweep(MaximumNorms):
     """One evaluation; memoises what it has computed and remembers which weights it read.
 
     Args:
@@ -40,6 +41,8 @@ class Sweep:
         operators: of each parameter the operators that its limit speaks for.
         certify: the certified norm of a parameter as an operator, from its value.
         whole: whether a user's rule may read the weights.
+        cotangent_norm_l1: the cap of the cotangent's ℓ1 norm at the output, rounding included; ``None`` where nothing
+            caps it but the Euclidean norm.
 
     Attributes:
         reads: what was read besides the limits: names of parameters, and rules of the user's own.
@@ -55,6 +58,7 @@ class Sweep:
         operators: Mapping[str, tuple[Operator, ...]],
         certify: Callable[[Tensor, Operator], float],
         whole: bool = True,
+        cotangent_norm_l1: float | None = None,
     ) -> None:
         self.traced = traced
         self.input_norm = input_norm
@@ -68,6 +72,8 @@ class Sweep:
         self._bounds: dict[fx.Node, LayerBounds | None] = {}
         self._norms: dict[fx.Node, float] = {}
         self._cotangents: dict[fx.Node, float] = {}
+        super().__init__(cotangent_norm_l1)
+        self._carries_l1 = carries_l1(traced)
         self._slopes: dict[fx.Node, float] = {}
         self._reaches: dict[fx.Node, float] = {}
         self._certified: dict[tuple[str, Operator], float] = {}
@@ -116,11 +122,17 @@ class Sweep:
             self._norms[node] = self.input_norm if bounds is None else value_of(bounds.output_norm)
         return self._norms[node]
 
+    def consumers(self, node: fx.Node) -> Sequence[tuple[fx.Node, int]]:
+        """Which nodes read a value, and at which place."""
+        return self._consumers.get(node, ())
+
     def cotangent(self, node: fx.Node) -> float:
         """``G``: bound on the norm of the cotangent that arrives at a node's value: its consumers' bounds add."""
+        if self._carries_l1:
+            return self.cotangents(node)[0]
         if node not in self._cotangents:
             total = self.cotangent_norm if node is self.traced.output else 0.0
-            for consumer, position in self._consumers.get(node, ()):
+            for consumer, position in self.consumers(node):
                 total += self._passed_back(consumer, position)
             self._cotangents[node] = total
         return self._cotangents[node]
@@ -130,7 +142,7 @@ class Sweep:
         assert bounds is not None
 
         def stretched() -> float:
-            return _factor(bounds, position) * self.cotangent(consumer)
+            return factor_of(bounds, position) * self.cotangent(consumer)
 
         if math.isinf(bounds.cotangent_cap):
             return stretched()
@@ -143,7 +155,7 @@ class Sweep:
         """
         if node not in self._slopes:
             total = 1.0 if node is self.traced.output else 0.0
-            for consumer, position in self._consumers.get(node, ()):
+            for consumer, position in self.consumers(node):
                 beyond = self.slope(consumer)
                 if beyond > 0.0:
                     total += self._forward_factor(consumer, position) * beyond
@@ -165,7 +177,7 @@ class Sweep:
         if node.op == "call_module" and isinstance(self.traced.leaf(node), CotangentGate):
             return 1.0
         # Any other rule that caps cotangents says nothing of the values that its layer returns.
-        return _factor(bounds, position) if math.isinf(bounds.cotangent_cap) else math.inf
+        return factor_of(bounds, position) if math.isinf(bounds.cotangent_cap) else math.inf
 
     def free(self, evaluate: Callable[[], float]) -> float:
         """A bound if it follows without reading weights, else infinity."""
@@ -222,7 +234,9 @@ class Sweep:
             sources = self.traced.operands(node)
             known = self.free if capped else value_of
             arriving = known(partial(self.cotangent, node))
-            entering = known(partial(self._largest_norm, sources))
+            # Layers of distances have bounds without one, which no certificate is computed for.
+            unread = self.free if isinstance(leaf, OF_DISTANCES) else known
+            entering = unread(partial(self._largest_norm, sources))
             own: dict[str, float] = {}
             for name, parameter in trainable.items():
                 own[name] = scale * self._gradient(bounds, name, arriving)
@@ -355,12 +369,6 @@ def _merged(together: Iterable[tuple[frozenset[str], float]]) -> list[tuple[froz
     return found
 
 
-def _factor(bounds: LayerBounds, position: int) -> float:
-    lipschitz = bounds.lipschitz
-    factor = lipschitz[position] if isinstance(lipschitz, (tuple, list)) else lipschitz
-    return value_of(factor)  # type: ignore[arg-type]
-
-
 def named_parameters(leaf: nn.Module) -> dict[str, nn.Parameter]:
     """A module's parameters, one that is held under two names under both: each use counts."""
     return dict(leaf.named_parameters(remove_duplicate=False))
@@ -392,6 +400,10 @@ class _Context:
 
     def input_norms(self) -> tuple[float, ...]:
         return tuple(self._sweep.norm(source) for source in self._operands)
+
+    @property
+    def input_norm_inf(self) -> float:
+        return max(self._sweep.norm_inf(source) for source in self._operands)
 
     @property
     def free_input_norm(self) -> float:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from clipless_dp.bounds import margins
 from clipless_dp.bounds.sensitivity import RELATIONS, Relation, Sensitivity
@@ -24,6 +24,12 @@ from clipless_dp.graph.tracing import TracedNet, function_name, place
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import RuleError
 
+_NOT_IN_MAXIMUM_NORM = (
+    "no Lipschitz constant of it is known in the maximum norm (a rotation stretches it, and so does a projection onto "
+    "a Euclidean ball): between layers of distances use nn.ReLU, GroupSort, MaxMin or nn.Linear, or give "
+    "lipschitz_inf in the layer's rule"
+)
+
 
 class SensitivityTracker:
     """Composes the layers' bounds over a traced network.
@@ -33,6 +39,7 @@ class SensitivityTracker:
         input_norm: ``X₀``, the cap of the input gate, rounding included.
         cotangent_norm: ``G``, the cap of the cotangent gate at the output, rounding included.
         weights: where the weights are; by default whole, in this process.
+        cotangent_norm_l1: the cap of the cotangent's ℓ1 norm at the output, rounding included; ``None`` without one.
 
     Raises:
         UnsupportedModuleError: a rule refuses a layer's configuration, or leaves out one of its parameters.
@@ -45,10 +52,12 @@ class SensitivityTracker:
         input_norm: float,
         cotangent_norm: float,
         weights: Placement | None = None,
+        cotangent_norm_l1: float | None = None,
     ) -> None:
         self.traced = traced
         self.input_norm = input_norm
         self.cotangent_norm = cotangent_norm
+        self.cotangent_norm_l1 = cotangent_norm_l1
         self.weights: Placement = OneProcess() if weights is None else weights
         self._certificates: dict[tuple[int, Operator], tuple[Stamp, float]] = {}
         self.operators: dict[str, tuple[Operator, ...]] = {}
@@ -103,6 +112,34 @@ class SensitivityTracker:
                 else sweep.slope(source) * FLOAT64_ROUNDING
             )
 
+    def lipschitz_constant_inf(self, limits: Mapping[str, float]) -> float:
+        """As :meth:`lipschitz_constant`, in maximum norms of input and output.
+
+        Raises:
+            UnsupportedModuleError: a layer has no constant there that is known.
+        """
+        sweep = self._sweep(limits)
+        with deep_recursion(len(self.traced.shapes)):
+            if self.traced.vocabulary is not None or self.traced.isolated:
+                return math.inf
+            unknown = sweep.unknown_inf()
+            if unknown:
+                raise UnsupportedModuleError(
+                    [Unsupported(place(node), self._kind(node), _NOT_IN_MAXIMUM_NORM) for node in unknown]
+                )
+            source = next(node for node in self.traced.tensor_nodes() if node.op == "placeholder")
+            return sweep.slope_inf(source) * FLOAT64_ROUNDING
+
+    def forward_error_inf(self, limits: Mapping[str, float]) -> float:
+        """As :meth:`forward_error`, of each score by itself."""
+        if self.traced.vocabulary is not None or self.traced.isolated:
+            return math.inf
+        with deep_recursion(len(self.traced.shapes)):
+            return margins.forward_error_inf(self._sweep(limits))
+
+    def _kind(self, node: fx.Node) -> str:
+        return type(self.traced.leaf(node)).__name__ if node.op == "call_module" else function_name(node)
+
     def margin_constants(self, limits: Mapping[str, float]) -> Tensor:
         """Lipschitz constants of differences of scores, ``(C, C)``; see :func:`clipless_dp.bounds.margins`."""
         sweep = self._sweep(limits)
@@ -139,6 +176,7 @@ class SensitivityTracker:
             operators=self.operators,
             certify=self.certify,
             whole=whole,
+            cotangent_norm_l1=self.cotangent_norm_l1,
         )
 
     def _collect_operators(self) -> dict[str, tuple[Operator, ...]]:

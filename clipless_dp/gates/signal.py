@@ -14,6 +14,7 @@ from clipless_dp.gates.arithmetic import (
     can_look,
     checked_cap,
     drop_rows_,
+    flat_rows,
     is_dense,
     largest_norm,
     per_sample,
@@ -164,6 +165,34 @@ class _CotangentGateFunction(torch.autograd.Function):
 def cotangent_gate(values: Tensor, limit: float, mode: GateMode = "clip", floor: float = 1e-8) -> Tensor:
     """Functional form of :class:`CotangentGate`."""
     gated: Tensor = _CotangentGateFunction.apply(values, limit, mode == "normalize", floor)  # type: ignore[no-untyped-call]
+    return gated
+
+
+class _CotangentGateL1Function(torch.autograd.Function):
+    """Identity forwards; caps the ℓ1 norm of each sample's cotangent backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, limit: float) -> Tensor:
+        ctx.limit = limit
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        (cotangent,) = cotangents
+        sums = outside_autocast(torch.linalg.vector_norm(flat_rows(cotangent), ord=1, dim=1))
+        factors = scale_factors(sums, cap=ctx.limit, floor=ctx.limit)
+        gated = cotangent * per_sample(factors, cotangent).to(cotangent.dtype)
+        return drop_rows_(gated, sums, largest_norm(ctx.limit, sums.dtype)), None
+
+
+def cotangent_gate_l1(values: Tensor, limit: float) -> Tensor:
+    """Caps the ℓ1 norm of each sample's cotangent at ``limit``, up to :func:`rounding_slack`; no norm of it grows.
+
+    Args:
+        values: ``(B, ...)``, returned unchanged.
+        limit: the cap.
+    """
+    gated: Tensor = _CotangentGateL1Function.apply(values, limit)  # type: ignore[no-untyped-call]
     return gated
 
 

@@ -3,6 +3,7 @@
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.centering import LayerCentering
 from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
+from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
@@ -18,6 +19,7 @@ __all__ = [
     "ConvexPotentialConv2d",
     "ConvexResidual",
     "CotangentGate",
+    "DistanceLinear",
     "FullSort",
     "GatedResidual",
     "GroupSort",
@@ -31,10 +33,12 @@ __all__ = [
     "SampleGroupNorm",
     "ScaledAvgPool2d",
     "SigmoidMix",
+    "SortLinear",
     "SphereScaling",
     "TokenMixing",
     "Tokens",
     "adaptive_orthogonal_conv2d",
     "from_orthogonium",
     "orthogonal_",
+    "set_exponent_",
 ]

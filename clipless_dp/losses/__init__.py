@@ -14,6 +14,7 @@ from clipless_dp.losses.classification import (
     balanced_weights,
     class_scores,
 )
+from clipless_dp.losses.maximum_norm import LInfMargin
 from clipless_dp.losses.regression import Huber, MeanAbsoluteError
 from clipless_dp.losses.tokens import CausalCrossEntropy, TokenCrossEntropy
 from clipless_dp.losses.transport import (
@@ -35,6 +36,7 @@ __all__ = [
     "HingeMargin",
     "Huber",
     "KantorovichRubinstein",
+    "LInfMargin",
     "LogSumExpHKR",
     "Loss",
     "MeanAbsoluteError",

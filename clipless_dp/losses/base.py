@@ -37,6 +37,10 @@ class Loss(ABC):
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``G``: sup over outputs and targets of ``‖∂loss/∂output‖`` for one sample, finite and positive."""
 
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``G₁``: the same in the ℓ1 norm, for layers that keep it; by default ``√n·G``, which always holds."""
+        return math.sqrt(math.prod(output_shape)) * self.gradient_bound(output_shape)
+
     def correct(self, output: Tensor, target: Tensor) -> Tensor | None:
         """Which predictions are right, for :func:`clipless_dp.evaluate`; training never asks.
 

@@ -153,6 +153,11 @@ class TauCrossEntropy(_SmoothedCrossEntropy):
         classes = output_shape[-1]
         return _largest(self.class_weights, classes) * cross_entropy_bound(classes, self.label_smoothing)
 
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``max_c w_c·2(1 - s/C)``: the ℓ1 norm of ``e_c - t``, ``c ≠ y``, at the corner where it is largest too."""
+        classes = output_shape[-1]
+        return _largest(self.class_weights, classes) * 2.0 * (1.0 - self.label_smoothing / classes)
+
 
 class BinaryCrossEntropy(_SmoothedCrossEntropy):
     """``BCE(sigmoid(τz), t)/τ``, the mean over ``k`` outputs, with smoothed targets ``t = (1-s)y + s/2``.
@@ -197,6 +202,10 @@ class BinaryCrossEntropy(_SmoothedCrossEntropy):
         """``max(w_0, w_1)·(1 - s/2)/√k``."""
         return _largest(self.class_weights, 2) * (1.0 - self.label_smoothing / 2.0) / math.sqrt(math.prod(output_shape))
 
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``max(w_0, w_1)·(1 - s/2)``: ``k`` entries of a ``k``-th of it."""
+        return _largest(self.class_weights, 2) * (1.0 - self.label_smoothing / 2.0)
+
 
 class MulticlassHinge(Loss):
     """``w_y·Σ_{c≠y} max(0, m - z_y + z_c)/C`` (Weston and Watkins 1999; torch's ``multi_margin_loss``).
@@ -230,6 +239,11 @@ class MulticlassHinge(Loss):
         """``max_c w_c·√((C-1)/C)``."""
         classes = output_shape[-1]
         return _largest(self.class_weights, classes) * math.sqrt(max(classes - 1, 1) / classes)
+
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``max_c w_c·2(C-1)/C``."""
+        classes = output_shape[-1]
+        return _largest(self.class_weights, classes) * 2.0 * max(classes - 1, 1) / classes
 
 
 class HingeKR(Loss):
@@ -285,6 +299,16 @@ class HingeKR(Loss):
         squares = [(1.0 / (1.0 - prior) + self.alpha) ** 2 for prior in self.priors]
         own = [(1.0 / prior + self.alpha) ** 2 for prior in self.priors]
         return math.sqrt(max(sum(squares) - square + mine for square, mine in zip(squares, own, strict=True))) / classes
+
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``max_y (1/π_y + Σ_{c≠y} 1/(1-π_c))/C + α``; of one output that of its size."""
+        classes = max(2, math.prod(output_shape))
+        if math.prod(output_shape) == 1:
+            return self.gradient_bound(output_shape)
+        require_classes("priors", self.priors, classes)
+        others = [1.0 / (1.0 - prior) for prior in self.priors]
+        each = (sum(others) - other + 1.0 / prior for other, prior in zip(others, self.priors, strict=True))
+        return max(each) / classes + self.alpha
 
 
 class CosineSimilarity(Loss):

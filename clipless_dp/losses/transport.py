@@ -83,6 +83,13 @@ class _OneAgainstAll(Loss):
             return max(sum(slopes) for slopes in steepest) / 2.0
         return max(math.hypot(*slopes) for slopes in steepest) / classes
 
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``max_y Σ_c b_{yc}/C``; of one output that of its size."""
+        if math.prod(output_shape) == 1:
+            return self.gradient_bound(output_shape)
+        classes = max(2, math.prod(output_shape))
+        return max(sum(self._slopes(label, classes)) for label in range(classes)) / classes
+
     @abstractmethod
     def _terms(self, signed: Tensor, own: Tensor) -> Tensor:
         """Of signed scores ``(B, C)`` and where the true class is: the terms ``(B, C)``."""
@@ -238,6 +245,10 @@ class LogSumExpHKR(_TrueAgainstOthers):
         """``√2·θ``."""
         return math.sqrt(2.0) * self.temperature
 
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``2θ``: the true score's part is at most ``θ``, and a softmax adds to one."""
+        return 2.0 * self.temperature
+
 
 class SoftHKR(_TrueAgainstOthers):
     """Hinge-KR of the true score against a mean of the others, weighted towards the largest.
@@ -272,6 +283,10 @@ class SoftHKR(_TrueAgainstOthers):
     def gradient_bound(self, output_shape: tuple[int, ...]) -> float:
         """``√2``."""
         return math.sqrt(2.0)
+
+    def gradient_bound_l1(self, output_shape: tuple[int, ...]) -> float:
+        """``2``: the true score's part is at most 1, and the weights add to one."""
+        return 2.0
 
 
 class OffsetCrossEntropy(TauCrossEntropy):

@@ -77,6 +77,17 @@ def checked_bound(loss: Loss, shape: tuple[int, ...]) -> float:
     return float(bound)
 
 
+def checked_bound_l1(loss: Loss, shape: tuple[int, ...], bound: float) -> float | None:
+    """The bound of the gradient's ℓ1 norm that a loss states, where it says more than the Euclidean one."""
+    stated: Any = loss.gradient_bound_l1(shape)
+    if not (isinstance(stated, Real) and float(stated) >= 1e-8):
+        raise LossBoundError(
+            f"{loss!r} states the ℓ1 gradient bound {stated!r}; gradient_bound_l1 must return a number, at least 1e-8, "
+            "or infinity where none is known"
+        )
+    return float(stated) if float(stated) < math.sqrt(math.prod(shape)) * bound * (1.0 - 1e-12) else None
+
+
 def checked_shape(shape: object) -> tuple[int, ...]:
     """The shape of one sample."""
     try:

@@ -7,12 +7,13 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import flag
+from clipless_dp.bounds.maximum_norm import carries_l1
 from clipless_dp.bounds.sensitivity import Relation, Sensitivity
 from clipless_dp.bounds.tightness import TightnessReport, measure
 from clipless_dp.bounds.tracker import SensitivityTracker
@@ -21,7 +22,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.fusion import FusedNet
-from clipless_dp.gates import adapting, adapting_in, rounding_slack
+from clipless_dp.gates import adapting, adapting_in, cotangent_gate_l1, rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
@@ -157,12 +158,18 @@ class DPLipModel(nn.Module):
             for count in description.moved(counts.get(name, {}), description.integers_of(part))
         }
         self.output_shape = traced.shapes[traced.output]
-        self._cotangent_norm = checks.checked_bound(self.loss_function, self.output_shape)
+        loss, shape = self.loss_function, self.output_shape
+        self._cotangent_norm = checks.checked_bound(loss, shape)
+        self._cotangent_norm_l1 = (
+            checks.checked_bound_l1(loss, shape, self._cotangent_norm) if carries_l1(traced) else None
+        )
+        limit_l1 = self._cotangent_norm_l1
         self._tracker = SensitivityTracker(
             traced,
             input_norm=self.input_norm * rounding_slack(math.prod(self.input_shape), dtype),
             cotangent_norm=self.cotangent_norm * rounding_slack(math.prod(self.output_shape), dtype),
             weights=self.placement,
+            cotangent_norm_l1=None if limit_l1 is None else limit_l1 * rounding_slack(math.prod(shape), dtype),
         )
         self._network = Network(
             self.net, traced, self.input_norm, self._row_invariant, self.register.resting, self._packing
@@ -225,6 +232,8 @@ class DPLipModel(nn.Module):
                 outputs, finite, whole = self._network.run(inputs, training=self.training)
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
+        if self._cotangent_norm_l1 is not None:
+            outputs = cotangent_gate_l1(outputs, self._cotangent_norm_l1)
         entry = partial(self._enter, opened) if isinstance(opened, passes.Pass) else opened
         own = Own() if self._factors.required and isinstance(opened, passes.Pass) else None
         outputs = outermost_gate(outputs, self.cotangent_norm, entry, own)
@@ -449,13 +458,25 @@ class DPLipModel(nn.Module):
         device, _ = self.device_and_dtype()
         return self._network.rows.found if self.placement.is_whole and self._network.chooses_rows(device) else False
 
-    def lipschitz_constant(self) -> float:
-        """Certified Lipschitz constant of the network at the current weights, in Euclidean norms.
+    def lipschitz_constant(self, *, norm: Literal[2, "inf"] = 2) -> float:
+        """Certified Lipschitz constant of the network at the current weights, from behind the input gate.
+
+        Args:
+            norm: 2: in Euclidean norms; ``"inf"``: in maximum norms, in which layers of distances are 1-Lipschitz.
 
         Returns:
-            ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say).
+            ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say). The
+            input gate, a Euclidean projection, keeps the first; the second is of inputs that it leaves as they are.
+
+        Raises:
+            ConfigurationError: the norm is another one.
+            UnsupportedModuleError: of maximum norms: names the layers of which no constant is known there.
         """
         self._follow_changes()
+        if norm == "inf":
+            return self._tracker.lipschitz_constant_inf(self._weights.limits(self.placement)[0])
+        if norm != 2:
+            raise ConfigurationError(f'norm must be 2 or "inf", got {norm!r}')
         return self._tracker.lipschitz_constant(self._weights.limits(self.placement)[0])
 
     def margin_constants(self) -> Tensor:
@@ -471,9 +492,15 @@ class DPLipModel(nn.Module):
         self._follow_changes()
         return self._tracker.margin_constants(self._weights.limits(self.placement)[0])
 
-    def forward_error(self) -> float:
-        """How far scores of a float64 forward pass may lie from those of real arithmetic, in Euclidean norm."""
+    def forward_error(self, *, norm: Literal[2, "inf"] = 2) -> float:
+        """How far scores of a float64 forward pass may lie from those of real arithmetic, in Euclidean norm.
+
+        Args:
+            norm: ``"inf"``: in the maximum norm.
+        """
         self._follow_changes()
+        if norm == "inf":
+            return self._tracker.forward_error_inf(self._weights.limits(self.placement)[0])
         return self._tracker.forward_error(self._weights.limits(self.placement)[0])
 
     def export_net(self) -> exported.ExportedNet:

@@ -135,6 +135,16 @@ class DiagonalOperator:
 
 
 @dataclass(frozen=True)
+class RowSumOperator(DenseOperator):
+    """``x ↦ Wx`` in the maximum norm; no constraint projects onto it."""
+
+    def norm(self, weight: Tensor) -> float:
+        """The largest ℓ1 norm of a row in float64, rounded up."""
+        sums = exact_float64(weight).abs().sum(1)
+        return float(sums.max()) * (1.0 + (weight.shape[1] + 4) * 2.0**-52) if sums.numel() else 0.0
+
+
+@dataclass(frozen=True)
 class SigmoidOperator(DiagonalOperator):
     """Multiplication by ``sigmoid(sign·w)``; no constraint projects onto it, as it is not linear in ``w``."""
 

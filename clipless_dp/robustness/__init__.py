@@ -13,6 +13,7 @@ from clipless_dp.robustness.counterfactuals import Counterfactuals, counterfactu
 from clipless_dp.robustness.curves import Abstaining, Curve, Front, abstain, curve, pareto
 from clipless_dp.robustness.draws import Draws, SmoothedCertificate
 from clipless_dp.robustness.explanations import saliency, score_gradients, smooth_grad
+from clipless_dp.robustness.maximum_norm import AttackedInf, attack_inf
 from clipless_dp.robustness.networks import PlainNetwork, plain_network
 from clipless_dp.robustness.quality import Quality, picture, quality
 from clipless_dp.robustness.results import read_radii
@@ -22,6 +23,7 @@ from clipless_dp.robustness.smoothing import Smoothed, draw_together
 __all__ = [
     "Abstaining",
     "Attacked",
+    "AttackedInf",
     "Certificate",
     "Counterfactuals",
     "Curve",
@@ -33,6 +35,7 @@ __all__ = [
     "SmoothedCertificate",
     "abstain",
     "attack",
+    "attack_inf",
     "attacks",
     "average_certified_radius",
     "certified_accuracy",

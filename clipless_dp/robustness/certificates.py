@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import not_negative, whole
-from clipless_dp.errors import InputError
+from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.robustness.attacks import Box, ends_of, limits_of
 from clipless_dp.robustness.constants import Lipschitz
 from clipless_dp.robustness.frozen import Frozen, unchecked_rounding
-from clipless_dp.robustness.networks import Units, read, refuse_other_labels, scale_of
+from clipless_dp.robustness.maximum_norm import Norm, Within, gate_caps, refuse_other_norm
+from clipless_dp.robustness.networks import PlainNetwork, Units, read, refuse_other_labels, scale_of
 from clipless_dp.training import Data
 
 _DOWN = 1.0 - 2.0**-50
@@ -51,15 +53,18 @@ class Certificate:
         units: as they were stated, one number or one for each channel; ``None``: those of the input.
         score_error: what each score was taken to be off by where the model is deployed.
         samples: a hash of the inputs, and their shape.
+        norm: of perturbations: 2, or ``"inf"``, where every entry moves by less than the radius.
+        box: in which perturbed inputs are taken to lie; ``None``: anywhere.
 
     Raises:
         InputError: labels are not one for each sample, or below 0.
 
     Guarantee:
         Let ``f`` be the network in real arithmetic, with the weights as they are stored. For each sample ``x`` and
-        every ``x'`` with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions`` alone. The
-        rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward pass of
-        coarser arithmetic at ``x'`` is at a distance of its own from ``f``; see ``score_error`` of :func:`certify`.
+        every ``x'`` (of the box) with ``‖x' - x‖ < radii``, ``f`` at ``x'`` has its largest score at ``predictions``
+        alone. The rounding of margins and radii is inside: they are computed in float64 and rounded down. A forward
+        pass of coarser arithmetic at ``x'`` is at a distance of its own from ``f``; see ``score_error`` of
+        :func:`certify`.
     """
 
     radii: Tensor
@@ -79,6 +84,8 @@ class Certificate:
     samples: str | None = None
     function: str | None = None
     answers: str | None = None
+    norm: Norm = 2
+    box: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.labels is not None:
@@ -116,8 +123,9 @@ class Certificate:
     def claim(self) -> str:
         """What radii hold for, in words."""
         return (
-            "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a forward "
-            "pass in float32 may differ from it by its own rounding next to a boundary."
+            ("" if self.norm == 2 else "Radii are in the maximum norm. ")
+            + "Radii hold for the network in real arithmetic with the released weights, and are rounded down; a "
+            "forward pass in float32 may differ from it by its own rounding next to a boundary."
         )
 
     def signed(self) -> Tensor:
@@ -142,8 +150,14 @@ def certify(
     units: Units = None,
     score_error: float = 0.0,
     batch_size: int = 1024,
+    norm: Norm = 2,
+    box: Box = None,
 ) -> Certificate:
     """The radius around each sample within which no perturbation of Euclidean norm changes the prediction.
+
+    With ``norm="inf"`` it is of the maximum norm, in which the scores' constant is ``L`` and the radius ``(f_l -
+    f_j)/(2L)`` (Zhang et al. 2021, prop. 3), as far as the input gate leaves alone what moves. With a ``box`` interval
+    bounds are taken too, and the larger radius holds.
 
     With the predicted class ``l`` and constants ``K`` of the differences of scores, the radius is ``min_{j ≠ l} (f_l -
     f_j)/K_lj``: over all other classes, for with unequal constants the second best need not be the nearest. For scores
@@ -164,27 +178,35 @@ def certify(
         score_error: bound of what each score may be off by where the model is deployed: of float32, or of a quantised
             one. Twice this is taken off the margins.
         batch_size: rows at once.
+        norm: of perturbations, 2 or ``"inf"``.
+        box: limits of all entries of inputs, in which perturbed ones lie too, for ``norm="inf"`` and a wrapped model.
 
     Returns:
         Radii in units of the input, or of ``units``, rounded down.
 
     Raises:
         ConfigurationError: an argument is out of range, or the model reads tokens.
-        InputError: the data does not fit, or a label is no class.
+        InputError: the data does not fit, or a label is no class, or samples lie outside of the box.
         PrivacyError: a layer of the model was replaced or hooked, or a global module hook is registered.
+        UnsupportedModuleError: in the maximum norm: a layer has no constant there, or with a box no interval rule.
     """
+    refuse_other_norm(norm, front, box)
     error = not_negative("score_error", score_error)
     rows = whole("batch_size", batch_size)
     inputs, labels = read(data)
     if not len(inputs):
         raise InputError("there are no samples to certify")
     scale = scale_of(units, inputs)
-    frozen = Frozen(model, front, deployed=True)
+    frozen = Frozen(model, front, deployed=True, norm=norm)
     plain, deployed, known = frozen.plain, frozen.deployed, frozen.known_error
     classes = plain.classes(inputs)
     if labels is not None:
         refuse_other_labels(labels, classes)
     constants = frozen.constants(lipschitz, front_lipschitz, classes)
+    if box is not None:
+        limits_of(box, inputs)
+        if known is None:
+            raise ConfigurationError("interval bounds need the graph of a wrapped model: leave box out")
     parts: list[_Part] = []
     with torch.no_grad():
         for some in inputs.split(rows):
@@ -193,7 +215,10 @@ def certify(
             slack: Tensor | float = unchecked_rounding(some, scores, constants.pairs)
             if known is not None:
                 slack = known + (0.0 if front is None else slack)
-            parts.append(_certified(scores, constants.pairs, 2.0 * (slack + error), _predictions(predicted)))
+            part = _certified(scores, constants.pairs, 2.0 * (slack + error), _predictions(predicted))
+            if norm == "inf":
+                part = _in_maximum_norm(part, plain, some, box, 2.0 * ((known or 0.0) + error))
+            parts.append(part)
     radii, predictions, margins, nearest, dropped = (torch.cat(column) for column in zip(*parts, strict=True))
     smallest = float(scale.min())
     return Certificate(
@@ -205,11 +230,13 @@ def certify(
         nearest,
         lipschitz=constants.joint / smallest,
         method=constants.method,
-        reason=constants.reason,
+        reason=constants.reason or _reason_of_gate(radii, margins, plain, norm),
         dropped=int(dropped.sum()),
         units=None if units is None else tuple(scale.flatten().tolist()),
         score_error=error,
         samples=digest_of_samples(inputs.split(rows)),
+        norm=norm,
+        box=None if box is None else ends_of(box),
         **frozen.identity(inputs),
     )
 
@@ -251,6 +278,30 @@ def _certified(scores: Tensor, pairs: Tensor, slack: Tensor | float, deployed: T
         margins.masked_fill(dropped, math.nan),
         nearest.masked_fill(dropped, -1),
         dropped,
+    )
+
+
+def _in_maximum_norm(part: _Part, plain: PlainNetwork, inputs: Tensor, box: Box, slack: float) -> _Part:
+    """Radii as far as the input gate leaves alone what moves, and as interval bounds over a box enlarge them."""
+    caps = gate_caps(inputs, plain.input_norm, box)
+    radii = torch.minimum(part.radii, caps)
+    if box is None:
+        return part._replace(radii=radii)
+    sure = radii > 0.0
+    if bool(sure.any()):
+        within = Within(plain, ends_of(box), slack)
+        found = within.radii(inputs[sure.to(inputs.device)], part.predictions[sure], radii[sure], caps[sure])
+        radii = radii.masked_scatter(sure, found)
+    return part._replace(radii=radii)
+
+
+def _reason_of_gate(radii: Tensor, margins: Tensor, plain: PlainNetwork, norm: Norm) -> str | None:
+    if norm == 2 or math.isinf(plain.input_norm) or bool((radii > 0.0).any()) or not bool((margins > 0.0).any()):
+        return None
+    return (
+        f"samples lie at or beyond the input gate, a ball of radius {plain.input_norm:g}, whose projection is not "
+        "non-expansive in the maximum norm: wrap with a larger input_norm (layers of distances cost no more noise "
+        "for it), or give the box"
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -60,12 +60,19 @@ def margin_constants(model: nn.Module, *, lipschitz: Lipschitz = None, classes: 
     return constants_of(model, lipschitz, classes or 0).pairs
 
 
-def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int) -> Constants:
-    """What is known of a model's scores, or stated; arguments as :func:`margin_constants`, ``classes`` at least 2."""
+def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int, *, norm: Literal[2, "inf"] = 2) -> Constants:
+    """What is known of a model's scores, or stated; arguments as :func:`margin_constants`, ``classes`` at least 2.
+
+    In the maximum norm each of two scores that are together L-Lipschitz moves by ``L`` of its own: ``2L``.
+    """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, DPLipModel):
         if lipschitz is not None:
             raise ConfigurationError("a wrapped model certifies its own constant: leave lipschitz out")
+        if norm == "inf":
+            joint = model.lipschitz_constant(norm="inf")
+            pairs = _off_diagonal(2.0 * joint * ROUNDING, max(2, math.prod(model.output_shape)))
+            return Constants(pairs, joint, "constants of the layers in the maximum norm, composed over the network")
         pairs = model.margin_constants()
         joint = model.lipschitz_constant()
         reason = None
@@ -99,7 +106,7 @@ def constants_of(model: nn.Module, lipschitz: Lipschitz, classes: int) -> Consta
     if lipschitz == math.inf:
         return Constants(_off_diagonal(math.inf, classes), math.inf, "none", "the constant that was stated is infinite")
     joint = not_negative("lipschitz", lipschitz)
-    pairs = _off_diagonal(math.sqrt(2.0) * joint * ROUNDING, classes)
+    pairs = _off_diagonal((math.sqrt(2.0) * joint if norm == 2 else 2.0 * joint) * ROUNDING, classes)
     return Constants(pairs, joint, "a constant that was stated of the scores together, not checked")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class Frozen:
         model: a wrapped model, or any module.
         front: what runs before it.
         deployed: whether the forward pass in the model's own dtype is wanted too.
+        norm: in which constants and rounding are: 2, or ``"inf"``.
 
     Attributes:
         plain: the forward pass in float64.
@@ -38,12 +39,20 @@ class Frozen:
         PrivacyError: likewise.
     """
 
-    def __init__(self, model: nn.Module, front: nn.Module | None, *, deployed: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        front: nn.Module | None,
+        *,
+        deployed: bool = False,
+        norm: Literal[2, "inf"] = 2,
+    ) -> None:
         own = wrapped_model(model)
         self.plain = PlainNetwork(model, front=front)
         self.deployed = PlainNetwork(model, dtype=None, front=front) if deployed else self.plain
-        self._certified = None if own is None else constants_of(own, None, 0)
-        self.known_error = None if own is None else own.forward_error()
+        self._certified = None if own is None else constants_of(own, None, 0, norm=norm)
+        self.known_error = None if own is None else own.forward_error(norm=norm)
+        self._norm = norm
         self._has_front = front is not None
         self._of_front = getattr(front, "lipschitz", math.inf)
         self._identity: dict[str, Any] = {
@@ -103,7 +112,7 @@ class Frozen:
 
     def _of_model(self, lipschitz: Lipschitz, classes: int) -> Constants:
         if self._certified is None:
-            found = constants_of(nn.Identity(), lipschitz, classes)
+            found = constants_of(nn.Identity(), lipschitz, classes, norm=self._norm)
             return of_single_output(found) if self.plain.is_single else found
         if lipschitz is not None:
             raise ConfigurationError("a wrapped model certifies its own constant: leave lipschitz out")

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from clipless_dp.rules import activations, conv, embedding, gates, graph, linear, pooling, residual
+from clipless_dp.rules import activations, conv, distance, embedding, gates, graph, linear, pooling, residual
 from clipless_dp.rules.base import (
     Deferred,
     LayerBounds,
@@ -72,6 +72,7 @@ __all__ = [
     "RuleError",
     "activations",
     "conv",
+    "distance",
     "embedding",
     "find_function_rule",
     "find_rule",

@@ -15,7 +15,11 @@ from clipless_dp.rules.base import LARGEST, LayerBounds, RuleContext, RuleError,
 
 
 def _non_expansive(context: RuleContext) -> LayerBounds:
-    return LayerBounds(output_norm=lambda: context.input_norm)
+    return LayerBounds(
+        output_norm=lambda: context.input_norm,
+        lipschitz_inf=1.0,
+        output_norm_inf=lambda: context.input_norm_inf,
+    )
 
 
 def _tanh(context: RuleContext) -> LayerBounds:
@@ -26,18 +30,27 @@ def _tanh(context: RuleContext) -> LayerBounds:
         # Where the input may overflow it may be NaN, which no saturation caps.
         return min(arriving, cap) if arriving < LARGEST else math.inf
 
-    return LayerBounds(output_norm=output_norm)
+    return LayerBounds(output_norm=output_norm, lipschitz_inf=1.0)
 
 
 @register_rule(nn.Identity, nn.ReLU, GroupSort, MaxMin, FullSort, LayerCentering)
 def non_expansive_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
-    """``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections."""
+    """``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections.
+
+    In the maximum norm too, but for centering, which moves an entry by what it moves and by what the mean does.
+    """
     if isinstance(module, LayerCentering) and module.dims is not None:
         rank = len(context.input_shape) + 1
         if not module.dims:
             raise RuleError("dims=() means every axis, the batch too: the mean would mix samples; use dims=None")
         if 0 in {dim % rank for dim in module.dims}:
             raise RuleError("dims include the batch axis: the mean would mix samples; leave axis 0 out")
+    if isinstance(module, LayerCentering):
+        return LayerBounds(
+            output_norm=lambda: context.input_norm,
+            lipschitz_inf=2.0,
+            output_norm_inf=lambda: 2.0 * context.input_norm_inf,
+        )
     return _non_expansive(context)
 
 
@@ -47,7 +60,7 @@ def leaky_relu_rule(module: nn.LeakyReLU, context: RuleContext) -> LayerBounds:
     slope = max(1.0, abs(module.negative_slope))
     if module.inplace and slope > 1.0:
         raise RuleError("inplace=True with a slope above 1 may stretch a value that others hold: use inplace=False")
-    return LayerBounds(output_norm=lambda: slope * context.input_norm, lipschitz=slope)
+    return LayerBounds(output_norm=lambda: slope * context.input_norm, lipschitz=slope, lipschitz_inf=slope)
 
 
 @register_rule(nn.PReLU)
@@ -107,7 +120,7 @@ def dropout_rule(module: nn.Dropout, context: RuleContext) -> LayerBounds:
     if module.inplace:
         raise RuleError("inplace=True stretches a value that others may hold: use inplace=False")
     stretch = 1.0 / (1.0 - module.p)
-    return LayerBounds(output_norm=lambda: stretch * context.input_norm, lipschitz=stretch)
+    return LayerBounds(output_norm=lambda: stretch * context.input_norm, lipschitz=stretch, lipschitz_inf=stretch)
 
 
 @register_function_rule(torch.relu, torch.relu_, torch.abs, "relu", "relu_", "abs", call=lambda input: None)

@@ -54,6 +54,11 @@ class RuleContext(Protocol):
         ...
 
     @property
+    def input_norm_inf(self) -> float:
+        """Bound on the size of the largest entry of any input."""
+        ...
+
+    @property
     def free_input_norm(self) -> float:
         """``X`` if it follows without reading a weight, else infinity: lets a gate skip costly certificates."""
         ...
@@ -81,6 +86,9 @@ class LayerBounds:
         operators: the operator each parameter acts as, for constraints.
         coverage: for windows, the coverage ``N``; reported only.
         kinds: where each parameter has a line of its own in the report: what it says of it.
+        lipschitz_inf: ``K_∞``, the same as ``lipschitz`` in the maximum norm, in which ``‖J‖`` is the largest ℓ1 norm
+            of a row: by so much the cotangent's ℓ1 norm may grow. ``None`` where it is not known.
+        output_norm_inf: bound on the size of the output's largest entry, given the context's; ``None``: ``Y`` is one.
     """
 
     output_norm: Deferred
@@ -94,6 +102,8 @@ class LayerBounds:
     operators: Mapping[str, Operator] = field(default_factory=dict)
     coverage: int | None = None
     kinds: Mapping[str, str] = field(default_factory=dict)
+    lipschitz_inf: Deferred | Sequence[Deferred] | None = None
+    output_norm_inf: Deferred | None = None
 
 
 class RuleError(Exception):

@@ -59,9 +59,18 @@ def cotangent_gate_rule(module: CotangentGate, context: RuleContext) -> LayerBou
     cap = module.limit * rounding_slack(math.prod(context.input_shape))
     if module.mode == "normalize":
         return LayerBounds(
-            output_norm=lambda: context.input_norm, lipschitz=module.limit / module.floor, cotangent_cap=cap
+            output_norm=lambda: context.input_norm,
+            lipschitz=module.limit / module.floor,
+            cotangent_cap=cap,
+            lipschitz_inf=module.limit / module.floor,
+            output_norm_inf=lambda: context.input_norm_inf,
         )
-    return LayerBounds(output_norm=lambda: context.input_norm, cotangent_cap=cap)
+    return LayerBounds(
+        output_norm=lambda: context.input_norm,
+        cotangent_cap=cap,
+        lipschitz_inf=1.0,
+        output_norm_inf=lambda: context.input_norm_inf,
+    )
 
 
 @register_rule(GradientGatedLinear)

@@ -16,10 +16,18 @@ from torch import fx, nn
 from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
 
 
+def _rearranged(context: RuleContext) -> LayerBounds:
+    return LayerBounds(
+        output_norm=lambda: context.input_norm,
+        lipschitz_inf=1.0,
+        output_norm_inf=lambda: context.input_norm_inf,
+    )
+
+
 @register_rule(nn.Flatten, nn.Unflatten)
 def reshape_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     """``Y = X``, ``K = 1``."""
-    return LayerBounds(output_norm=lambda: context.input_norm)
+    return _rearranged(context)
 
 
 @register_rule(nn.PixelShuffle, nn.PixelUnshuffle, nn.ChannelShuffle)
@@ -27,7 +35,7 @@ def permutation_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     """``Y = X``, ``K = 1``: each output is one input, and each input one output."""
     if len(context.input_shape) < 3:
         raise RuleError(f"needs inputs (batch, channels, height, width), got {context.input_shape} per sample")
-    return LayerBounds(output_norm=lambda: context.input_norm)
+    return _rearranged(context)
 
 
 _SIZES = (lambda input, *sizes: None, lambda input, shape: None, lambda input, size: None)
@@ -45,7 +53,7 @@ def rearrangement_function_rule(context: RuleContext, args: tuple[Any, ...], kwa
     """``Y = X``, ``K = 1``: reshapes, permutations of axes, sign changes."""
     if any(isinstance(value, torch.dtype) for value in kwargs.get("sizes", ())):
         raise RuleError("reading the bits of a value as another dtype has no bound")
-    return LayerBounds(output_norm=lambda: context.input_norm)
+    return _rearranged(context)
 
 
 @register_function_rule(
@@ -58,7 +66,7 @@ def sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[
     shapes = context.input_shapes
     if len(shapes) != 2 or shapes[0] != shapes[1]:
         raise RuleError(f"needs two values of one shape, got {shapes}: broadcasting and constants have no bound")
-    return LayerBounds(output_norm=lambda: sum(context.input_norms()), lipschitz=(1.0, 1.0))
+    return LayerBounds(output_norm=lambda: sum(context.input_norms()), lipschitz=(1.0, 1.0), lipschitz_inf=(1.0, 1.0))
 
 
 @register_function_rule(
@@ -76,14 +84,18 @@ def scale_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dic
         factor = math.inf if factor == 0 else 1.0 / factor
     if not math.isfinite(factor):
         raise RuleError("the factor is not finite")
-    return LayerBounds(output_norm=lambda: factor * context.input_norm, lipschitz=factor)
+    return LayerBounds(output_norm=lambda: factor * context.input_norm, lipschitz=factor, lipschitz_inf=factor)
 
 
 @register_function_rule(torch.cat, torch.concat, torch.concatenate, torch.stack, call=lambda tensors, dim=0: None)
 def concatenation_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """``Y = (Σ X_i²)^½``, ``G`` to each; the batch axis is excluded by the tracker's shape check."""
+    each = (1.0,) * len(context.input_shapes)
     return LayerBounds(
-        output_norm=lambda: math.hypot(*context.input_norms()), lipschitz=(1.0,) * len(context.input_shapes)
+        output_norm=lambda: math.hypot(*context.input_norms()),
+        lipschitz=each,
+        lipschitz_inf=each,
+        output_norm_inf=lambda: context.input_norm_inf,
     )
 
 
@@ -94,4 +106,4 @@ def mean_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict
         raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
     ratio = math.prod(context.output_shape) / math.prod(context.input_shape)
     constant = math.sqrt(ratio) * (1.0 + 1e-12)
-    return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant)
+    return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant, lipschitz_inf=1.0)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import nn
 
-from clipless_dp.norms.operators import DenseOperator, Operator, VectorOperator
+from clipless_dp.norms.operators import DenseOperator, DiagonalOperator, Operator, RowSumOperator, VectorOperator
 from clipless_dp.rules.base import Deferred, LayerBounds, RuleContext, register_rule
 
 
@@ -14,9 +15,19 @@ from clipless_dp.rules.base import Deferred, LayerBounds, RuleContext, register_
 def linear_rule(module: nn.Linear, context: RuleContext) -> LayerBounds:
     """:func:`affine_bounds` at T positions.
 
-    The weight's gradient is ``Σ_t g_t x_tᵀ``, of Frobenius norm at most ``Σ‖g_t‖‖x_t‖ ≤ ‖g‖‖x‖``: ``N = 1``.
+    The weight's gradient is ``Σ_t g_t x_tᵀ``, of Frobenius norm at most ``Σ‖g_t‖‖x_t‖ ≤ ‖g‖‖x‖``: ``N = 1``. In the
+    maximum norm ``‖W‖`` is the largest ℓ1 norm of a row: the column-sum norm of ``Wᵀ``, which cotangents meet.
     """
-    return affine_bounds(context, DenseOperator(), math.prod(context.input_shape[:-1]), bias=module.bias is not None)
+    bounds = affine_bounds(context, DenseOperator(), math.prod(context.input_shape[:-1]), bias=module.bias is not None)
+
+    def stretch() -> float:
+        return context.norm("weight", RowSumOperator())
+
+    def largest() -> float:
+        return stretch() * context.input_norm_inf + (context.norm("bias", DiagonalOperator()) if has_bias else 0.0)
+
+    has_bias = module.bias is not None
+    return replace(bounds, lipschitz_inf=stretch, output_norm_inf=largest)
 
 
 def affine_bounds(

@@ -61,7 +61,8 @@ def _max_bounds(
     empty = torch.zeros(1, 1, *_require_maps(context))
     if not functional.max_pool2d(empty, kernel, stride, padding, dilation, ceil_mode).isfinite().all():
         raise RuleError("a window that reads nothing but padding returns -inf; use less padding or dilation")
-    return bounds
+    # Each output is one of its window's entries.
+    return replace(bounds, lipschitz_inf=1.0, output_norm_inf=lambda: context.input_norm_inf)
 
 
 def _require_numbers(given: dict[str, Any]) -> None:
@@ -75,14 +76,20 @@ def _require_numbers(given: dict[str, Any]) -> None:
 def _average_bounds(context: RuleContext, pool: Any) -> LayerBounds:
     """Schur's test: for a matrix A of non-negative weights ``‖A‖² ≤ max_j (AᵀA1)_j``.
 
-    For full windows this is the ``√N/√n_w`` of ``bounds.md``, and near borders it stays exact about divisors.
+    In the maximum norm it is ``max_i (A1)_i``. For full windows the first is the ``√N/√n_w`` of ``bounds.md``, and near
+    borders it stays exact about divisors.
     """
     height, width = _require_maps(context)
     with torch.enable_grad():
         ones = torch.ones(1, 1, height, width, dtype=torch.float64, requires_grad=True)
         rows = pool(ones)
         (columns,) = torch.autograd.grad(rows, ones, rows.detach())
-    return _stretched(context, math.sqrt(float(columns.max())) * (1.0 + 1e-12), None)
+    constant, largest = (math.sqrt(float(columns.max())) * (1.0 + 1e-12), float(rows.detach().max()) * (1.0 + 1e-12))
+    return replace(
+        _stretched(context, constant, None),
+        lipschitz_inf=largest,
+        output_norm_inf=lambda: largest * context.input_norm_inf,
+    )
 
 
 @register_rule(nn.MaxPool2d)

@@ -41,7 +41,12 @@ class Probe(nn.Module):
 @register_rule(Probe)
 def probe_rule(module: Probe, context: RuleContext) -> LayerBounds:
     """``Y = X``, ``K = 1``, ``Δ_shift = G``: the shift stays zero, and reaches every entry once."""
-    return LayerBounds(output_norm=lambda: context.input_norm, gradients={"shift": 1.0})
+    return LayerBounds(
+        output_norm=lambda: context.input_norm,
+        gradients={"shift": 1.0},
+        lipschitz_inf=1.0,
+        output_norm_inf=lambda: context.input_norm_inf,
+    )
 
 
 class Probed(nn.Module):

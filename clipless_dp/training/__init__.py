@@ -14,6 +14,7 @@ from clipless_dp.training.schedules import (
     linear_decay,
     noise_factors,
     noise_stages,
+    relaxation,
 )
 from clipless_dp.training.settings import StepNoise, SuggestedSettings, suggest_settings
 from clipless_dp.training.unprotected import UnprotectedResult, fit_without_privacy
@@ -45,6 +46,7 @@ __all__ = [
     "linear_decay",
     "noise_factors",
     "noise_stages",
+    "relaxation",
     "suggest_sampling",
     "suggest_settings",
     "watched_by",

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from clipless_dp.arguments import positive, whole
+from clipless_dp.arguments import positive, share, whole
+from clipless_dp.layers import set_exponent_
+from clipless_dp.layers.distance import exponent
+from clipless_dp.losses import LInfMargin
 
 SchedulerFactory = Callable[[Optimizer, int], LRScheduler]
 NoiseSchedule = Callable[[int, int], float]
@@ -47,6 +52,80 @@ def noise_stages(first: float, last: float, count: int = 10) -> NoiseSchedule:
         return first * math.pow(last / first, step * stages // steps / max(1, stages - 1))
 
     return factor
+
+
+class _Relaxing(LRScheduler):
+    """Another scheduler of learning rates, which calls a function of the number of the step besides."""
+
+    def __init__(self, inner: LRScheduler, apply: Callable[[int], None]) -> None:
+        self.inner, self.apply, self.optimizer = inner, apply, inner.optimizer
+        self._follow()
+
+    def _follow(self) -> None:
+        self.last_epoch = self.inner.last_epoch
+        self.apply(self.last_epoch)
+
+    def step(self, epoch: int | None = None) -> None:
+        """One step of the other one, and the next number."""
+        self.inner.step()
+        self._follow()
+
+    def get_last_lr(self) -> Any:
+        """Of the other one."""
+        return self.inner.get_last_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the other one: what is applied follows from the number of the step."""
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of the other one."""
+        self.inner.load_state_dict(state_dict)
+        self._follow()
+
+
+def relaxation(
+    net: nn.Module,
+    *,
+    first: float = 8.0,
+    last: float = 1000.0,
+    until: float = 0.8,
+    stages: int = 16,
+    loss: LInfMargin | None = None,
+    lr: SchedulerFactory = linear_decay,
+) -> SchedulerFactory:
+    """A ``scheduler=`` of :func:`fit` that lets distances harden: ``p`` grows geometrically, and then is infinite.
+
+    Between steps, by the number of the step alone: a public schedule (Zhang et al. 2021, §4.2). Each stage traces the
+    network anew. With a loss, the weight of its cross-entropy decays alongside, geometrically to a thousandth and then
+    to 0.
+
+    Args:
+        net: the network, or the wrapping model: all its :class:`clipless_dp.layers.DistanceLinear` are set.
+        first: ``p`` of the first stage, at least 2.
+        last: of the last finite one.
+        until: share of the steps after which ``p`` is infinite.
+        stages: of finite ``p``.
+        loss: the model's, whose cross-entropy decays.
+        lr: of learning rates.
+
+    Raises:
+        ConfigurationError: an argument is out of range.
+    """
+    low, high = exponent(first), positive("last", exponent(last))
+    until, stages = share("until", until, "(0, 1]"), whole("stages", stages, 2)
+
+    def factory(optimizer: Optimizer, steps: int) -> LRScheduler:
+        def apply(step: int) -> None:
+            stage = int(step * stages / max(1.0, until * steps))
+            progress = stage / (stages - 1)
+            set_exponent_(net, low * (high / low) ** progress if stage < stages else math.inf)
+            if loss is not None:
+                loss.set_decay(10.0 ** (-3.0 * progress) if stage < stages else 0.0)
+
+        return _Relaxing(lr(optimizer, steps), apply)
+
+    return factory
 
 
 def noise_factors(schedule: NoiseSchedule | None, steps: int) -> list[float] | None:

@@ -188,6 +188,19 @@ ACTIVATION_CASES = (
     Case("centering over channels", lambda: layers.LayerCentering((1,)), (4, 2)),
 )
 
+DISTANCE_CASES = (
+    Case("distances", lambda: layers.DistanceLinear(5, 4), (5,), attained=(("layer.weight", 0.999),)),
+    Case("distances, p = 8", lambda: layers.DistanceLinear(5, 4, p=8.0), (5,)),
+    Case("distances, means of p = 4", lambda: layers.DistanceLinear(5, 3, p=4.0, mean=True), (5,)),
+    Case("order statistics", lambda: layers.SortLinear(6, 4, 0.4, terms=4), (6,), attained=(("layer.bias", 0.999),)),
+    Case("order statistics, one term", lambda: layers.SortLinear(3, 3, 1.0), (3,), attained=(("layer.weight", 0.999),)),
+    Case(
+        "order statistics behind a linear layer",
+        lambda: nn.Sequential(layers.SortLinear(4, 4), nn.Linear(4, 4), layers.DistanceLinear(4, 2)),
+        (4,),
+    ),
+)
+
 POOLING_CASES = (
     Case("max pooling 2", lambda: nn.MaxPool2d(2), (2, 6, 6)),
     Case("max pooling 3, stride 1", lambda: nn.MaxPool2d(3, stride=1), (1, 6, 6)),
@@ -401,6 +414,7 @@ CASES = (
     *CIRCULAR_CASES,
     *TRANSPOSED_CASES,
     *ACTIVATION_CASES,
+    *DISTANCE_CASES,
     *POOLING_CASES,
     *GATE_CASES,
     *GRADIENT_GATE_CASES,
