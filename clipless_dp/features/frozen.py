@@ -154,8 +154,10 @@ class FrozenFeatures(nn.Module):
 
         The cache's key is a hash of the module (its weights and buffers, its structure and settings, the source files
         of its classes and functions) and of the inputs. A module that holds something else, a function made on the spot
-        say, is computed anew each time, with a warning. Not told are globals that code reads, objects set on a class,
-        and files. A damaged file is computed again, with a warning. Of features that are made of others in little time
+        say, is computed anew each time, with a warning. Not all that decides can be told (globals that code reads,
+        objects set on a class, packages that change under their version): so one batch of samples, evenly spread, is
+        computed again and compared, and where it differs by more than rounding, or a file is damaged, all are computed
+        again, with a warning. Of features that are made of others in little time
         (:class:`JoinedFeatures`, :class:`SyntheticWhitening`) those others are kept.
 
         Args:
@@ -188,14 +190,31 @@ class FrozenFeatures(nn.Module):
         path = self.cache_dir / f"{key}.npy"
         if path.exists():
             kept = _read(path)
-            if kept is not None and len(kept) == len(inputs):
+            if kept is None or len(kept) != len(inputs):
+                warn_caller(f"{path} is damaged; the features are computed again", UserWarning)
+            elif self._makes(inputs, kept):
                 return kept
-            warn_caller(f"{path} is damaged; the features are computed again", UserWarning)
+            else:
+                warn_caller(
+                    f"{path} holds other features than {type(self.module).__name__} makes of some of the samples: "
+                    "something that its hash does not tell has changed since, or the device rounds otherwise. They are "
+                    "computed again",
+                    UserWarning,
+                )
         self._write(path, inputs)
         written = _read(path)
         if written is None:
             raise ConfigurationError(f"{path} does not hold what was written there: check the disk")
         return written
+
+    def _makes(self, inputs: Tensor, kept: Tensor) -> bool:
+        """Whether the module makes these of a batch of samples, evenly spread: no hash tells all of a module."""
+        if _is_known(self.module):
+            return True
+        rows = torch.linspace(0, len(inputs) - 1, self.batch_size).long()
+        made = self._batch(inputs[rows.to(inputs.device)])
+        same_kind = made.shape[1:] == kept.shape[1:] and made.dtype == kept.dtype
+        return same_kind and not bool(_differing(kept[rows], made, self._tolerance()).any())
 
     def _computed(self, inputs: Tensor) -> Tensor:
         features = torch.cat(list(self._parts(inputs)))

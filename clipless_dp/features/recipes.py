@@ -43,7 +43,8 @@ class Recipe(nn.Module):
     def _made_of(self, **arguments: object) -> None:
         """Tells the arguments that decide what is made, and what is made of it: values whose ``repr`` is all of them.
 
-        A module is told by its structure and the settings of its parts; its tensors are in the state themselves.
+        A module is told by its structure and the settings of its parts (functions by name, objects by their class); its
+        tensors are in the state themselves.
         """
         told = {name: _told(value) if isinstance(value, nn.Module) else value for name, value in arguments.items()}
         digest = hashlib.sha256(repr(sorted(told.items())).encode()).hexdigest()
@@ -113,11 +114,25 @@ def _told(module: nn.Module) -> list[object]:
             type(part).__module__,
             type(part).__qualname__,
             part.extra_repr(),
-            sorted((key, repr(value)) for key, value in vars(part).items() if key not in ours and is_plain(value)),
+            sorted((key, _shown(value)) for key, value in vars(part).items() if key not in ours),
             _read(part.recipe) if isinstance(part, Recipe) else "",
         )
         for name, part in module.named_modules()
     ]
+
+
+def _shown(value: object) -> str:
+    """A setting in words: in full, functions by their names, and other objects by their class."""
+    if is_plain(value):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return repr(sorted((repr(key), _shown(item)) for key, item in value.items()))
+    if isinstance(value, (tuple, list)):
+        return repr([_shown(item) for item in value])
+    if isinstance(value, Tensor):
+        return repr(value.tolist())
+    named = value if hasattr(value, "__qualname__") else type(value)
+    return f"{named.__module__}.{named.__qualname__}"
 
 
 def is_plain(value: object) -> bool:

@@ -134,7 +134,7 @@ class Told:
     def _is_of_a_package(self, module: str | None) -> bool:
         """Whether a module is of a package that was installed, whose version is told in its stead."""
         name = package(module)
-        if not is_installed(name):
+        if not is_installed(name) or not _distributions().get(name):
             return False
         self._digest.update(f"{name} {_version(name)}".encode())
         return True

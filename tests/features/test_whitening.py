@@ -194,7 +194,7 @@ def test_what_takes_long_is_kept_by_itself_and_whitened_when_it_is_read(tmp_path
         front = JoinedFeatures([other, patches()], weights)
         ASKED["images"] = 0
         found = FrozenFeatures(front, cache_dir=tmp_path, batch_size=8).compute(images)
-        assert ASKED["images"] == 0
+        assert ASKED["images"] == 8, "one batch, to compare"
         assert torch.equal(found, features) == (exponent == 0.2)
         torch.testing.assert_close(found, front(images), rtol=0, atol=1e-4)
     assert len(list(tmp_path.glob("*.npy"))) == 2
@@ -337,3 +337,27 @@ def test_at_true_size_whitening_brings_classes_of_photographs_like_images_apart(
     ]
     # Directions that take part: whitening spreads unit vectors over more of them.
     assert shares[1] > 1.5 * shares[0]
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: object, settings: object) -> None:
+        super().__init__()
+        self.activation, self.settings, self.pool = activation, settings, nn.AvgPool2d(4)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.pool(images) - 0.5)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("activation", "settings"),
+    [(torch.tanh, ({"a": 1},)), (torch.relu, ({"a": 2},)), (torch.relu, (torch.ones(1),))],
+    ids=["a function", "a mapping within", "a tensor"],
+)
+def test_the_state_of_a_module_with_another_function_or_container_is_refused(activation, settings):
+    def made(module: nn.Module, state: object = None) -> SyntheticWhitening:
+        return SyntheticWhitening(module, (8, 8), 3, directions=4, images=16, progress=False, state=state)
+
+    state = made(Activated(torch.relu, ({"a": 1},))).state_dict()
+    made(Activated(torch.relu, ({"a": 1},)), state)
+    with pytest.raises(CheckpointError, match="other arguments"):
+        made(Activated(activation, settings), state)
