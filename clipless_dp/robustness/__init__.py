@@ -15,6 +15,7 @@ from clipless_dp.robustness.draws import Draws, SmoothedCertificate
 from clipless_dp.robustness.explanations import saliency, score_gradients, smooth_grad
 from clipless_dp.robustness.networks import PlainNetwork, plain_network
 from clipless_dp.robustness.quality import Quality, picture, quality
+from clipless_dp.robustness.ranking import certified_auroc
 from clipless_dp.robustness.results import read_radii
 from clipless_dp.robustness.slopes import lipschitz_lower_bound
 from clipless_dp.robustness.smoothing import Smoothed, draw_together
@@ -36,6 +37,7 @@ __all__ = [
     "attacks",
     "average_certified_radius",
     "certified_accuracy",
+    "certified_auroc",
     "certify",
     "counterfactual",
     "curve",
