@@ -47,10 +47,13 @@ class BoxProjection(nn.Module):
     def __init__(self, low: Any, high: Any, input_shape: tuple[int, ...]) -> None:
         super().__init__()
         lows, highs = _ends("lower", low, input_shape), _ends("upper", high, input_shape)
+        wide = max(len(lows), len(highs))
+        lows, highs = lows * (wide // len(lows)), highs * (wide // len(highs))
         if not all(math.isfinite(b - a) and a < b for a, b in zip(lows, highs, strict=True)):
             raise ConfigurationError(f"the domain must have lo < hi, both finite, got {shown((low, high))}")
         self.input_shape = input_shape
-        each = math.prod(input_shape[1:])
+        # A number for all columns stands for each of them.
+        each = math.prod(input_shape) / len(lows)
         shape = (len(lows), *[1] * (len(input_shape) - 1))
         self.register_buffer("low", torch.tensor(lows).reshape(shape))
         self.register_buffer("high", torch.tensor(highs).reshape(shape))
