@@ -3,7 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from clipless_dp import architectures, audit, constraints, distributed, layers, losses, one_class, presets, recipes, robustness
+from clipless_dp import (
+    architectures,
+    audit,
+    constraints,
+    distributed,
+    layers,
+    losses,
+    one_class,
+    presets,
+    recipes,
+    robustness,
+)
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.conversion import PrivateTraining, make_private
 from clipless_dp.errors import (

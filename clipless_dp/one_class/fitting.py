@@ -68,7 +68,7 @@ class _Asked:
     model: DPLipModel
     box: BoxProjection
     sampler: BoundarySampler
-    margin: float
+    level: float
     plan: Plan
     negatives: int
     optimizer: Callable[[list[nn.Parameter]], Optimizer]
@@ -77,7 +77,7 @@ class _Asked:
 
     def made_up(self) -> tuple[Tensor, Tensor]:
         """Negatives at the weights of now, and their labels."""
-        points = self.sampler.draw(self.negatives, level=-self.margin)
+        points = self.sampler.draw(self.negatives, level=self.level)
         return points, torch.full((self.negatives,), _NEGATIVE)
 
 
@@ -100,6 +100,7 @@ def fit_one_class(
     scheduler: SchedulerFactory = linear_decay,
     walk_steps: int = 8,
     walk_damping: float = 1.0,
+    level: float | None = None,
     rate: float | None = None,
     threshold_share: float = 0.1,
     accountant: str | Accountant = "prv",
@@ -139,6 +140,9 @@ def fit_one_class(
         scheduler: builds a scheduler from the optimizer and the number of steps.
         walk_steps: ``T`` of :func:`newton_walk`.
         walk_damping: ``c`` of it, in (0, 1].
+        level: of ``f``, up to which negatives walk, in [-m, m); by default ``-m``, at which the loss has its optimum at
+            the signed distance, and negatives press on it by ``1/λ`` alone. Above it they press with the whole hinge:
+            that tells more apart in few steps and many dimensions, and shrinks distances by up to ``level + m``.
         rate: share of normal rows that may be called anomalies: then a threshold is part of the result, within ε.
         threshold_share: of the budget, in (0, 1): the threshold's noise has a variance of one over this share of that
             with which it would spend all of ε alone.
@@ -181,7 +185,7 @@ def fit_one_class(
     chosen = optimizer or _usual(private, step)
     seed = None if reproducible_seed is None else derived_seed(reproducible_seed, "negatives")
     sampler = BoundarySampler(model, box, steps=walk_steps, damping=walk_damping, seed=seed)
-    asked = _Asked(model, box, sampler, margin, plan, count, chosen, scheduler, progress)
+    asked = _Asked(model, box, sampler, _level(level, margin), plan, count, chosen, scheduler, progress)
     quota = None if rate is None else share("rate", rate, "(0, 1)")
     part = share("threshold_share", threshold_share, "(0, 1)")
     known = {"model": model, "box": box, "margin": margin, "weight": float(weight), "network": shown_network(network)}
@@ -225,9 +229,7 @@ def _promised(epsilon: Any, delta: Any, noise: Any, seed: Any) -> bool:
     return True
 
 
-def _model(
-    network: str | nn.Module, box: BoxProjection, loss: ConvexHingeKR, constraint: ConstraintSpec
-) -> DPLipModel:
+def _model(network: str | nn.Module, box: BoxProjection, loss: ConvexHingeKR, constraint: ConstraintSpec) -> DPLipModel:
     if isinstance(network, nn.Module):
         net = network
     else:
@@ -249,6 +251,14 @@ def _plan(private: bool, size: int, epochs: float | None, batch_size: int | None
     if epochs is None:
         epochs = max(1.0, (300 if private else 1000) * batch / size)
     return Plan.of(positive("epochs", epochs), batch, size)
+
+
+def _level(level: float | None, margin: float) -> float:
+    if level is None:
+        return -margin
+    if isinstance(level, bool) or not isinstance(level, (int, float)) or not -margin <= level < margin:
+        raise ConfigurationError(f"level must lie in [-margin, margin) = [{-margin:g}, {margin:g}), got {shown(level)}")
+    return float(level)
 
 
 def _usual(private: bool, lr: float) -> Callable[[list[nn.Parameter]], Optimizer]:
@@ -317,7 +327,7 @@ def _train_privately(
         budget=budget,
     )
     schedule = asked.scheduler(optimizer, plan.steps)
-    audits = [sensitivity(model, attempts=_ATTEMPTS, like=asked.sampler.draw(1, level=-asked.margin)[0])]
+    audits = [sensitivity(model, attempts=_ATTEMPTS, like=asked.sampler.draw(1, level=asked.level)[0])]
     batches = PoissonBatches(
         (rows, torch.full((len(rows),), _POSITIVE)),
         sample_rate=plan.sample_rate,
