@@ -15,7 +15,7 @@ from clipless_dp.training.result import loaded_fit
 
 
 def load(path: str | os.PathLike[str], *, net: nn.Module | None = None, preset: Preset | None = None) -> Predictor:
-    """What predicts, from the file that ``save`` of a result of ``fit``, ``fit_one_class``, a preset or ``fit_table`` wrote.
+    """What predicts, from the file that ``save`` of a result has written: of ``fit``, ``fit_table``, ...
 
     The file is read with ``weights_only=True``, so that nothing in it is run, once its digest has been checked: that
     finds damage, not forgery. Networks are built by this package, or by you, and are compared by what they say of some

@@ -12,9 +12,9 @@ from clipless_dp.arguments import shown
 from clipless_dp.errors import ConfigurationError, InputError
 
 _WANTED = (
-    "the domain is part of what is released, so it must be public: a range that is known without the data, as of pixels "
-    "or by what a column means. Minima and maxima of private rows are rows' own values. Where no range is known, release "
-    "a scale first (clipless_dp.statistics.private_standardisation: its columns lie in [-4, 4])"
+    "the domain is part of what is released, so it must be public: a range that is known without the data, as of "
+    "pixels or by what a column means. Minima and maxima of private rows are rows' own values. Where no range is "
+    "known, release a scale first (clipless_dp.statistics.private_standardisation: its columns lie in [-4, 4])"
 )
 
 
@@ -57,7 +57,7 @@ class BoxProjection(nn.Module):
         shape = (len(lows), *[1] * (len(input_shape) - 1))
         self.register_buffer("low", torch.tensor(lows).reshape(shape))
         self.register_buffer("high", torch.tensor(highs).reshape(shape))
-        halves = self.half.double()
+        halves = self.reach.double()
         self.radius = math.sqrt(each * float((halves * halves).sum())) * (1.0 + 1e-5)
 
     @property
@@ -66,7 +66,7 @@ class BoxProjection(nn.Module):
         return 0.5 * self.low + 0.5 * self.high
 
     @property
-    def half(self) -> Tensor:
+    def reach(self) -> Tensor:
         """``(hi - lo)/2``: the box reaches so far from its centre along each axis."""
         return 0.5 * self.high - 0.5 * self.low
 
@@ -77,11 +77,11 @@ class BoxProjection(nn.Module):
     def uniform(self, count: int, generator: torch.Generator) -> Tensor:
         """So many points that are uniform in the box, from its centre."""
         unit = torch.rand(count, *self.input_shape, generator=generator).to(self.low)
-        return (2.0 * unit - 1.0) * self.half
+        return (2.0 * unit - 1.0) * self.reach
 
     def inside(self, points: Tensor) -> Tensor:
         """The nearest points of the box to such, both from its centre."""
-        return points.clamp(-self.half, self.half)
+        return points.clamp(-self.reach, self.reach)
 
     def extra_repr(self) -> str:
         """The ends."""

@@ -22,8 +22,7 @@ from clipless_dp.losses import ConvexHingeKR
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.one_class.box import BoxProjection, public_box, require_rows
-from clipless_dp.one_class.model import OneClassModel, exact_quantile
-from clipless_dp.one_class.networks import convolutional_distance, dense_distance
+from clipless_dp.one_class.model import NETWORKS, OneClassModel
 from clipless_dp.one_class.sampler import BoundarySampler
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
@@ -139,7 +138,7 @@ def fit_one_class(
         optimizer: makes another one from the parameters.
         scheduler: builds a scheduler from the optimizer and the number of steps.
         walk_steps: ``T`` of :func:`newton_walk`.
-        walk_damping: ``c`` of it, in (0, 1].
+        walk_damping: ``c`` of it, in (0, T]; more of it is for many dimensions, where uniform points lie far away.
         level: of ``f``, up to which negatives walk, in [-m, m); by default ``-m``, at which the loss has its optimum at
             the signed distance, and negatives press on it by ``1/λ`` alone. Above it they press with the whole hinge:
             that tells more apart in few steps and many dimensions, and shrinks distances by up to ``level + m``.
@@ -188,28 +187,23 @@ def fit_one_class(
     asked = _Asked(model, box, sampler, _level(level, margin), plan, count, chosen, scheduler, progress)
     quota = None if rate is None else share("rate", rate, "(0, 1)")
     part = share("threshold_share", threshold_share, "(0, 1)")
-    known = {"model": model, "box": box, "margin": margin, "weight": float(weight), "network": shown_network(network)}
+    made = OneClassModel(model, box, margin, float(weight), network if isinstance(network, str) else None)
     if not private:
         _train(asked, box(table), reproducible_seed)
-        threshold = 0.0 if quota is None else exact_quantile(OneClassModel(**known), table, quota)
-        return OneClassModel(**known, offset=threshold)
+        if quota is not None:
+            made.threshold(quota, table)
+        return made
     assert epsilon is not None
     assert delta is not None
     ledger = create_accountant(accountant, dataset_size=size) if isinstance(accountant, str) else accountant
     source = noise if reproducible_seed is None else ReproducibleNoise(reproducible_seed)
     of_threshold = None if quota is None else _threshold_noise(epsilon, delta, part)
     sigma = plan.noise_multiplier(epsilon, delta, _with_release(require_accountant(ledger), of_threshold))
-    result = _train_privately(asked, box(table), sigma, (epsilon, delta), ledger, source, reproducible_seed)
-    trained = OneClassModel(**known, result=result)
+    made.result = _train_privately(asked, box(table), sigma, (epsilon, delta), ledger, source, reproducible_seed)
     if quota is not None:
         apart = noise if reproducible_seed is None else ReproducibleNoise(derived_seed(reproducible_seed, "threshold"))
-        trained.threshold(quota, table, noise_multiplier=of_threshold, dataset_size=size, noise=apart)
-    return trained
-
-
-def shown_network(network: str | nn.Module) -> str | None:
-    """The name of a network that a file can say, or ``None`` of a module."""
-    return network if isinstance(network, str) else None
+        made.threshold(quota, table, noise_multiplier=of_threshold, dataset_size=size, noise=apart)
+    return made
 
 
 def _promised(epsilon: Any, delta: Any, noise: Any, seed: Any) -> bool:
@@ -233,8 +227,7 @@ def _model(network: str | nn.Module, box: BoxProjection, loss: ConvexHingeKR, co
     if isinstance(network, nn.Module):
         net = network
     else:
-        name = choice("network", network, "dense", "convolutional")
-        net = (dense_distance if name == "dense" else convolutional_distance)(box.input_shape)
+        net = NETWORKS[choice("network", network, *NETWORKS)](box.input_shape)
     model = DPLipModel(net, input_shape=box.input_shape, input_norm=box.radius, loss=loss, constraint=constraint)
     if math.prod(model.output_shape) != 1:
         raise ConfigurationError(f"the network must have one output, the distance, got {tuple(model.output_shape)}")

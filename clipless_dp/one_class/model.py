@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,10 @@ from clipless_dp.statistics import private_quantile
 from clipless_dp.training import FitResult
 from clipless_dp.training.result import PROBES, predictor_of
 
-NETWORKS = {"dense": dense_distance, "convolutional": convolutional_distance}
+NETWORKS: dict[str, Callable[[tuple[int, ...]], nn.Sequential]] = {
+    "dense": dense_distance,
+    "convolutional": convolutional_distance,
+}
 """By the names that :func:`clipless_dp.one_class.fit_one_class` takes and files hold."""
 
 
@@ -103,8 +106,8 @@ class OneClassModel(Predicts):
     ) -> float:
         """The score that a share of normal rows lies below, which :attr:`offset` becomes.
 
-        With privacy it is a release of its own, :func:`clipless_dp.statistics.private_quantile` of ``exp(f/R)`` with the
-        public bound ``R = |f(0)| + L·radius`` of scores, and goes into the ledger of the training: :attr:`epsilon`
+        With privacy it is a release of its own, :func:`clipless_dp.statistics.private_quantile` of ``exp(f/R)`` with
+        the public bound ``R = |f(0)| + L·radius`` of scores, and goes into the ledger of the training: :attr:`epsilon`
         grows by it. ``fit_one_class(..., rate=...)`` leaves room for one within its ε instead.
 
         Args:
@@ -123,7 +126,7 @@ class OneClassModel(Predicts):
         if self.result is None:
             if noise_multiplier is not None:
                 raise ConfigurationError("the model was trained without privacy: leave noise_multiplier out")
-            self.offset = exact_quantile(self, table, quota)
+            self.offset = float(torch.quantile(self.scores(table).double(), quota))
             return self.offset
         if noise_multiplier is None:
             raise ConfigurationError(
@@ -264,11 +267,6 @@ class OneClassModel(Predicts):
         return content_of(predictor, "one class", self.net().state_dict(), settings, Probe.of(predictor, made_up))
 
 
-def exact_quantile(model: OneClassModel, rows: Tensor, rate: float) -> float:
-    """The score that a share of the rows lies below, of a model without privacy."""
-    return float(torch.quantile(model.scores(rows).double(), rate))
-
-
 def _finite(name: str, value: object) -> float:
     number = math.nan if isinstance(value, bool) or not isinstance(value, (int, float)) else float(value)
     if not math.isfinite(number):
@@ -290,9 +288,9 @@ def loaded_one_class(content: Content, net: nn.Module | None = None) -> Predicto
     settings = content.settings
     try:
         shape = tuple(int(size) for size in settings["shape"])
-        ends = [[float(end) for end in settings[name]] for name in ("low", "high")]
+        low, high = ([float(end) for end in settings[name]] for name in ("low", "high"))
         name, offset = settings["network"], float(settings["offset"])
-        box = BoxProjection(*ends, shape)
+        box = BoxProjection(low, high, shape)
     except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     if (name is None) != (net is not None):

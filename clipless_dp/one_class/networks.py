@@ -40,7 +40,7 @@ def dense_distance(input_shape: tuple[int, ...], *, widths: Sequence[int] = (128
 def convolutional_distance(
     input_shape: tuple[int, ...], *, channels: Sequence[int] = (16, 32), width: int = 128
 ) -> nn.Sequential:
-    """Convolutions on windows of two by two that do not overlap, whose kernels are plain orthogonal matrices, then dense.
+    """Convolutions on windows of two by two that do not overlap, whose kernels are orthogonal matrices, then dense.
 
     Args:
         input_shape: ``(channels, height, width)``, sides divisible by 2 to the number of convolutions.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clipless_dp.arguments import share, whole
-from clipless_dp.errors import PrivacyError
+from clipless_dp.arguments import positive, whole
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.model import DPLipModel
 from clipless_dp.one_class.box import BoxProjection
@@ -32,8 +32,9 @@ def newton_walk(
     Newton's step for ``f(z) = level``, in ``T`` parts (Béthune et al., "Robust one-class classification with signed
     distance function using 1-Lipschitz neural networks", ICML 2023, algorithm 1). With ``η ~ U(0, 1)`` points end
     anywhere between where they began and the boundary. Of a signed distance, or of any 1-Lipschitz function whose
-    gradient has norm 1 along the way, none passes the level: the parts add up to at most ``η·c ≤ 1`` of the way.
-    A point that ends a part above the level goes no further.
+    gradient has norm 1 along the way, none passes the level: each part is at most the whole of what is left, where
+    ``c ≤ T``. What is left in the end is ``(1 - η·c/T)^T`` of the way: at ``c = 1`` most points stay far from the
+    boundary, at ``c = T`` most come close to it. A point that ends a part above the level goes no further.
 
     Args:
         function: of points ``(B, ...)`` to numbers ``(B,)``.
@@ -64,7 +65,7 @@ class BoundarySampler:
         model: that is trained; its inputs are seen from the centre of the box.
         box: that points lie in.
         steps: ``T``.
-        damping: ``c`` in (0, 1].
+        damping: ``c`` in (0, T].
         seed: of the public randomness; ``None``: another one each time.
 
     Raises:
@@ -74,7 +75,12 @@ class BoundarySampler:
     def __init__(
         self, model: DPLipModel, box: BoxProjection, *, steps: int = 8, damping: float = 1.0, seed: int | None = None
     ) -> None:
-        self._steps, self._damping = whole("walk_steps", steps), share("walk_damping", damping, "(0, 1]")
+        self._steps, self._damping = whole("walk_steps", steps), positive("walk_damping", damping)
+        if self._damping > self._steps:
+            raise ConfigurationError(
+                f"walk_damping={self._damping:g} is above walk_steps={self._steps}: a part of the walk would be more "
+                "than Newton's step, and pass the boundary"
+            )
         self._model, self._box = model, box
         self._plain = plain_network(model, dtype=None)
         self._pairs = self._paired()

@@ -26,7 +26,7 @@ def certified_auroc(
     """The share of pairs that stay in order: a lower bound of the AUROC after any attack within ``radius``.
 
     Scores are L-Lipschitz: a sample that is moved by ``r`` changes its own by at most ``Lr``. An attacker who moves
-    both samples of a pair closes a gap of ``2Lr``, one who moves one of them, the positive or the negative ones, ``Lr``.
+    both samples of a pair closes a gap of ``2Lr``, one who moves the positive, or the negative ones, ``Lr``.
     So ``P(s⁺ - s⁻ > 2Lr)``, or ``> Lr``, over pairs is certified. At ``r = 0`` it is the AUROC, where ties count half;
     else a pair that could be tied counts for nothing. Found by sorting, in ``O((P + N) log N)``.
 
@@ -38,7 +38,7 @@ def certified_auroc(
         sides: ``"both"``: all samples are attacked. ``"one"``: either the positive or the negative ones.
 
     Returns:
-        A number in [0, 1]: of these samples. Rounding is against the claim: what lies within one of a tie counts as one.
+        A number in [0, 1]: of these samples. Rounding is against the claim: what is that near to a tie is one.
 
     Raises:
         ConfigurationError: an argument is out of range.

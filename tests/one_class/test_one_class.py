@@ -136,6 +136,7 @@ def goes_inside(function: Any = distance_to_disk, **changes: Any) -> bool:
 def test_the_sampler_never_comes_inside() -> None:
     assert not goes_inside()
     assert not goes_inside(lengths=torch.ones(4000))
+    assert not goes_inside(damping=4.0)
     start, end = walked()
     outside = distance_to_disk(start) < -MARGIN
     # Those that began inside stay, the others come nearer, anywhere on the way.
@@ -190,7 +191,7 @@ def test_no_row_lies_further_from_the_centre_than_the_radius(shape: tuple[int, .
         points = box.uniform(500, torch.Generator().manual_seed(0))
         assert points.shape == (500, *shape)
         assert torch.equal(box.inside(points), points)
-        assert float((points / box.half).abs().max()) > 0.95
+        assert float((points / box.reach).abs().max()) > 0.95
 
 
 def test_the_projection_moves_no_two_points_apart() -> None:
@@ -367,7 +368,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CliplessError], str]] = {
         UnsupportedModuleError,
         "BatchNorm",
     ),
-    "a walk beyond the boundary": ({"walk_damping": 1.5}, ConfigurationError, "walk_damping"),
+    "a walk beyond the boundary": ({"walk_damping": 2.5}, ConfigurationError, "walk_damping"),
     "a level within the set": ({"level": MARGIN}, ConfigurationError, "level"),
     "a level beyond the margin": ({"level": -2.0 * MARGIN}, ConfigurationError, "level"),
     "a rate of all": ({"rate": 1.0}, ConfigurationError, "rate"),
