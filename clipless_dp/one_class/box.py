@@ -98,7 +98,8 @@ def public_box(domain: Any, input_shape: tuple[int, ...]) -> BoxProjection:
         raise ConfigurationError(f"domain=(lo, hi) is missing: {_WANTED}")
     if not isinstance(domain, (tuple, list)) or len(domain) != 2:
         raise ConfigurationError(f"domain must be a pair (lo, hi), got {shown(domain)}: {_WANTED}")
-    return BoxProjection(*domain, input_shape)
+    low, high = domain
+    return BoxProjection(low, high, input_shape)
 
 
 def _ends(name: str, given: Any, input_shape: tuple[int, ...]) -> list[float]:
