@@ -42,24 +42,35 @@ from clipless_dp.statistics import private_moments, private_standardisation
 
 RESULTS = Path(__file__).resolve().parent / "results" / "one-class.json"
 TABLES = ("shuttle", "magic", "yeast", "skin", "campaign", "aloi", "celeba", "donors")
-EPSILONS = (None, 3.0, 1.0)
+EPSILONS: tuple[float | None, ...] = (None, 3.0, 1.0)
 DELTA = 1e-5
 MOST_ROWS, MOST_TEST = 20_000, 1000
 SPLIT_SEED = 20231105
-POOL = 2
+POOL = 4
 
 PIXEL_RADII = tuple(size / 255 for size in (8, 16, 36, 72))
 TABLE_RADII = (0.05, 0.1, 0.25, 0.5)
 
+NEAR = {"weight": 200.0, "level": 0.0}
+"""Negatives come close to the boundary and press on the hinge: see docs/one-class.md."""
+
 MNIST: dict[str, dict[str, Any]] = {
-    "not private": {"epochs": 12.0, "batch_size": 128, "margin": 0.4, "weight": 200.0, "walk_steps": 8, "lr": 1e-3},
-    "private": {"epochs": 40.0, "batch_size": 512, "margin": 0.4, "weight": 20.0, "walk_steps": 4, "lr": 1e-2},
-}
+    "not private": {
+        **NEAR, "epochs": 25.0, "batch_size": 256, "margin": 1.0, "walk_steps": 2, "walk_damping": 2.0, "lr": 2e-2,
+    },
+    "private": {
+        **NEAR, "epochs": 20.0, "batch_size": 768, "margin": 1.5, "walk_steps": 4, "walk_damping": 4.0, "lr": 2e-2,
+    },
+}  # fmt: skip
 TABULAR: dict[str, dict[str, Any]] = {
-    "not private": {"batch_size": 128, "margin": 0.2, "weight": 100.0, "walk_steps": 4, "lr": 1e-3},
-    "private": {"batch_size": 512, "margin": 0.2, "weight": 20.0, "walk_steps": 4, "lr": 1e-2},
-}
-STEPS = {"not private": 500, "private": 150}
+    "not private": {
+        **NEAR, "batch_size": 256, "margin": 0.5, "walk_steps": 2, "walk_damping": 2.0, "lr": 1e-2,
+    },
+    "private": {
+        **NEAR, "batch_size": 768, "margin": 0.5, "walk_steps": 2, "walk_damping": 2.0, "lr": 2e-2,
+    },
+}  # fmt: skip
+STEPS = {"not private": 400, "private": 120}
 SCALES_SHARE = 0.1
 
 
@@ -195,9 +206,9 @@ def jobs() -> list[tuple[str, str, str, float | None]]:
         for method in ("distance from mean", "isolation forest", "one-class SVM"):
             private = method == "distance from mean"
             wanted += [(kind, name, method, eps) for eps in EPSILONS if private or eps is None for name in names]
-    for epsilon in EPSILONS:
-        wanted += [("table", name, "one class", epsilon) for name in TABLES]
-        wanted += [("mnist", name, "one class", epsilon) for name in digits]
+    order = (("mnist", None), ("mnist", 3.0), ("table", None), ("table", 3.0), ("table", 1.0), ("mnist", 1.0))
+    for kind, epsilon in order:
+        wanted += [(kind, name, "one class", epsilon) for name in (digits if kind == "mnist" else TABLES)]
     return wanted
 
 

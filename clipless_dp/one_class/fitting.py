@@ -17,6 +17,7 @@ from accounting import Accountant, GaussianRelease, calibrate_noise_multiplier, 
 from clipless_dp.arguments import choice, learning_rate, positive, require_accountant, share, shown, whole
 from clipless_dp.audit.gradients import sensitivity
 from clipless_dp.constraints import ConstraintSpec, Orthogonal
+from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.losses import ConvexHingeKR
 from clipless_dp.model import DPLipModel, lineage
@@ -166,6 +167,8 @@ def fit_one_class(
         respect to adding or removing one row. Without: none.
     """
     private = _promised(epsilon, delta, noise, reproducible_seed)
+    if placement.world().size > 1:
+        raise ConfigurationError("fit_one_class runs in one process: each rank would add negatives of its own")
     trained_on.note(rows)
     table = require_rows(rows)
     box = public_box(domain, tuple(table.shape[1:]))

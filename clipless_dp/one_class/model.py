@@ -135,8 +135,10 @@ class OneClassModel(Predicts):
             )
         optimizer = self.result.optimizer
         bound = self._bound()
+        # Row by row: among other numbers of rows a row's score may be rounded otherwise, and a count then moves by more
+        # than the row that was added.
         found = private_quantile(
-            (self.scores(table).double() / bound).exp(),
+            (self.scores(table, batch_size=1).double() / bound).exp(),
             quota,
             lower=math.exp(-1.0),
             upper=math.exp(1.0),

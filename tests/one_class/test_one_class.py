@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -319,6 +320,27 @@ def test_a_threshold_of_private_rows_is_charged_or_refused(private: OneClassMode
         assert found != exact
     finally:
         private.offset = 0.0
+
+
+def test_a_row_more_moves_no_other_rows_score_in_a_threshold(private: OneClassModel) -> None:
+    rows = disk(40)
+    alone = private.scores(rows[1:], batch_size=1)
+    assert torch.equal(private.scores(rows, batch_size=1)[1:], alone)
+    with mock.patch.object(OneClassModel, "scores", autospec=True, side_effect=OneClassModel.scores) as asked:
+        private.threshold(0.5, rows, noise_multiplier=50.0)
+    private.offset = 0.0
+    assert [call.kwargs for call in asked.call_args_list] == [{"batch_size": 1}]
+
+
+def test_several_processes_are_refused_before_anything_is_charged() -> None:
+    ledger = create_accountant("rdp")
+    world = type("World", (), {"size": 2, "rank": 0})()
+    with (
+        mock.patch("clipless_dp.one_class.fitting.placement.world", return_value=world),
+        pytest.raises(ConfigurationError, match="one process"),
+    ):
+        trained(3.0, accountant=ledger)
+    assert len(ledger) == 0
 
 
 def test_a_threshold_without_privacy_is_the_quantile(plain: OneClassModel) -> None:
