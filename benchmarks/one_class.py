@@ -206,9 +206,16 @@ def jobs() -> list[tuple[str, str, str, float | None]]:
         for method in ("distance from mean", "isolation forest", "one-class SVM"):
             private = method == "distance from mean"
             wanted += [(kind, name, method, eps) for eps in EPSILONS if private or eps is None for name in names]
-    order = (("mnist", None), ("mnist", 3.0), ("table", None), ("table", 3.0), ("table", 1.0), ("mnist", 1.0))
-    for kind, epsilon in order:
-        wanted += [(kind, name, "one class", epsilon) for name in (digits if kind == "mnist" else TABLES)]
+    parts = (
+        ("mnist", None, digits),
+        ("mnist", 3.0, digits[:5]),
+        ("table", 3.0, TABLES),
+        ("table", None, TABLES),
+        ("mnist", 3.0, digits[5:]),
+        ("table", 1.0, TABLES),
+        ("mnist", 1.0, digits),
+    )
+    wanted += [(kind, name, "one class", epsilon) for kind, epsilon, names in parts for name in names]
     return wanted
 
 
