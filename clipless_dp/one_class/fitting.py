@@ -142,7 +142,7 @@ def fit_one_class(
         walk_damping: ``c`` of it, in (0, T]; more of it is for many dimensions, where uniform points lie far away.
         level: of ``f``, up to which negatives walk, in [-m, m); by default ``-m``, at which the loss has its optimum at
             the signed distance, and negatives press on it by ``1/λ`` alone. Above it they press with the whole hinge:
-            that tells more apart in few steps and many dimensions, and shrinks distances by up to ``level + m``.
+            that tells more apart in few steps and many dimensions, but ``m - f`` estimates no distance then.
         rate: share of normal rows that may be called anomalies: then a threshold is part of the result, within ε.
         threshold_share: of the budget, in (0, 1): the threshold's noise has a variance of one over this share of that
             with which it would spend all of ε alone.
