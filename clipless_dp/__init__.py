@@ -3,7 +3,18 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from clipless_dp import architectures, audit, constraints, distributed, layers, losses, presets, recipes, robustness
+from clipless_dp import (
+    architectures,
+    audit,
+    constraints,
+    distributed,
+    layers,
+    losses,
+    one_class,
+    presets,
+    recipes,
+    robustness,
+)
 from clipless_dp.bounds import LayerTightness, Sensitivity, SensitivityTracker, TightnessReport
 from clipless_dp.conversion import PrivateTraining, make_private
 from clipless_dp.errors import (
@@ -62,16 +73,18 @@ from clipless_dp.version import __version__
 if TYPE_CHECKING:
     from clipless_dp.estimators import PrivateClassifier as PrivateClassifier
     from clipless_dp.estimators import PrivateRegressor as PrivateRegressor
+    from clipless_dp.one_class.detector import PrivateOutlierDetector as PrivateOutlierDetector
 
 alias_modules()
 
 
 def __getattr__(name: str) -> Any:
     # Estimators need scikit-learn, which nothing else here imports.
-    if name not in ("PrivateClassifier", "PrivateRegressor"):
+    if name not in ("PrivateClassifier", "PrivateOutlierDetector", "PrivateRegressor"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        estimators = import_module("clipless_dp.estimators")
+        room = "one_class.detector" if name == "PrivateOutlierDetector" else "estimators"
+        estimators = import_module(f"clipless_dp.{room}")
     except ModuleNotFoundError as error:
         raise ConfigurationError(f"{name} needs scikit-learn: pip install 'clipless-dp[sklearn]'") from error
     return getattr(estimators, name)
@@ -132,6 +145,7 @@ __all__ = [
     "load",
     "losses",
     "make_private",
+    "one_class",
     "passes",
     "poisson_collate",
     "presets",

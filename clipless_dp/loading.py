@@ -7,6 +7,7 @@ import os
 from torch import nn
 
 from clipless_dp.errors import CheckpointError, ConfigurationError
+from clipless_dp.one_class import loaded_one_class
 from clipless_dp.prediction import Content, Predictor, read_result
 from clipless_dp.presets import Preset, loaded_preset
 from clipless_dp.tables import loaded_table
@@ -14,7 +15,7 @@ from clipless_dp.training.result import loaded_fit
 
 
 def load(path: str | os.PathLike[str], *, net: nn.Module | None = None, preset: Preset | None = None) -> Predictor:
-    """What predicts, from the file that ``save`` of a result of ``fit``, a preset or ``fit_table`` has written.
+    """What predicts, from the file that ``save`` of a result has written: of ``fit``, ``fit_table``, ...
 
     The file is read with ``weights_only=True``, so that nothing in it is run, once its digest has been checked: that
     finds damage, not forgery. Networks are built by this package, or by you, and are compared by what they say of some
@@ -49,6 +50,10 @@ def rebuilt(content: Content, net: nn.Module | None = None, preset: Preset | Non
         if preset is not None:
             raise ConfigurationError(f"{content.name} is of fit: leave preset out")
         return loaded_fit(content, net)
+    if content.made_by == "one class":
+        if preset is not None:
+            raise ConfigurationError(f"{content.name} is of a one-class model: leave preset out")
+        return loaded_one_class(content, net)
     if net is not None:
         raise ConfigurationError(f"{content.name} is of a {content.made_by}, whose network is known: leave net out")
     if content.made_by == "preset":

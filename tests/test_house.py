@@ -40,7 +40,8 @@ FLOORS = (
     "prediction",
     "training",
     # By name, and faces.
-    "conversion integrations one_class presets robustness search tables",
+    "conversion integrations presets robustness search tables",
+    "one_class",
     "loading",
     "estimators",
     "__init__",

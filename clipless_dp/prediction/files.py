@@ -82,7 +82,7 @@ class Content:
 
     Attributes:
         name: of the file, for messages.
-        made_by: what made the result: ``"fit"``, ``"preset"`` or ``"table"``.
+        made_by: what made the result: ``"fit"``, ``"preset"``, ``"table"`` or ``"one class"``.
         state: weights and buffers, by name.
         settings: what the network is built from.
         values: the rest.

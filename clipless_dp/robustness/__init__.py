@@ -16,6 +16,7 @@ from clipless_dp.robustness.explanations import saliency, score_gradients, smoot
 from clipless_dp.robustness.maximum_norm import AttackedInf, attack_inf
 from clipless_dp.robustness.networks import PlainNetwork, plain_network
 from clipless_dp.robustness.quality import Quality, picture, quality
+from clipless_dp.robustness.ranking import certified_auroc
 from clipless_dp.robustness.results import read_radii
 from clipless_dp.robustness.slopes import lipschitz_lower_bound
 from clipless_dp.robustness.smoothing import Smoothed, draw_together
@@ -39,6 +40,7 @@ __all__ = [
     "attacks",
     "average_certified_radius",
     "certified_accuracy",
+    "certified_auroc",
     "certify",
     "counterfactual",
     "curve",

@@ -134,7 +134,7 @@ def fit_without_privacy(
             total = 0.0
             for rows in torch.randperm(len(samples), generator=generator).split(batch_size):
                 inputs, targets = samples.read(rows.tolist())
-                total += _step(model, base, parameters, inputs.to(device), targets.to(device)) * len(rows)
+                total += ordinary_step(model, base, parameters, inputs.to(device), targets.to(device)) * len(rows)
                 schedule.step()
                 bar.update()
             means.append(total / len(samples))
@@ -142,7 +142,9 @@ def fit_without_privacy(
     return UnprotectedResult(steps, tuple(means), tuple(accuracies))
 
 
-def _step(model: DPLipModel, base: Optimizer, parameters: list[nn.Parameter], inputs: Tensor, targets: Tensor) -> float:
+def ordinary_step(
+    model: DPLipModel, base: Optimizer, parameters: list[nn.Parameter], inputs: Tensor, targets: Tensor
+) -> float:
     """One ordinary step; gradients are handed to the optimizer and taken away again, so that none is left behind."""
     refuse_interference()
     model.check_inputs(inputs)
