@@ -58,6 +58,15 @@ def positive(name: str, value: object) -> float:
     return _finite(name, value, lambda number: number > 0.0, "a finite and positive number")
 
 
+def number(name: str, value: object) -> float:
+    """A finite number of either sign, plain or of numpy, as a float.
+
+    Raises:
+        ConfigurationError: it is anything else, as in :func:`positive`.
+    """
+    return _finite(name, value, lambda found: True, "a finite number")
+
+
 def cap(name: str, value: object) -> float:
     """A finite number of at least 1e-8, plain or of numpy, as a float.
 

@@ -93,16 +93,20 @@ class UnsupportedModuleError(CliplessError, TypeError):
     Args:
         parts: one :class:`Unsupported` for each offending path.
         isolated: whether the network runs sample by sample, which asks for no rules.
+        monotone: whether what lacks is how outputs move with single coordinates.
 
     Attributes:
         parts: one :class:`Unsupported` for each offending path, all of them at once.
     """
 
-    def __init__(self, parts: Sequence[Unsupported], *, isolated: bool = False) -> None:
+    def __init__(self, parts: Sequence[Unsupported], *, isolated: bool = False, monotone: bool = False) -> None:
         self.parts = tuple(parts)
         lines = "\n".join(f"  {part.path} ({part.kind}): {part.remedy}" for part in self.parts)
         if isolated:
             super().__init__(f"{len(self.parts)} part(s) of the network cannot run sample by sample:\n{lines}")
+            return
+        if monotone:
+            super().__init__(f"{len(self.parts)} part(s) cannot be in a monotone network:\n{lines}")
             return
         super().__init__(
             f"{len(self.parts)} part(s) of the network have no sensitivity rule:\n{lines}\n"

@@ -286,7 +286,7 @@ TABLES: dict[str, tuple[Any, dict[str, Fits]]] = {
         kind.__name__: (
             lambda data, accountant, kind=kind: (kind, {}),
             {
-                name: {"limit": limit, "iterations": whole(), "tangent": truth}[name]
+                name: {"limit": limit, "iterations": whole(), "tangent": truth, "signed": truth}[name]
                 for name in inspect.signature(kind.__init__).parameters
                 if name != "self"
             },

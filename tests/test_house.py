@@ -33,7 +33,7 @@ FLOORS = (
     "sampling",
     "features statistics",
     "model",
-    "architectures optim testing",
+    "architectures monotone optim testing",
     # Training audits bounds before it starts, so that evidence stands below it.
     "audit statement",
     # What predicts tells what was promised.

@@ -96,7 +96,7 @@ class Sweep(MaximumNorms):
             leaf = self.traced.leaf(node)
             rule = find_rule(leaf)
             assert rule is not None
-            if not is_builtin(rule):
+            if not is_builtin(rule) or getattr(leaf, "reads_weights", False):
                 self._count_as_read(leaf, context.path)
             return rule(leaf, context)
         function_rule = find_function_rule(node.target)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, fx
 
-from clipless_dp.bounds import margins
+from clipless_dp.bounds import coordinates, margins
 from clipless_dp.bounds.sensitivity import RELATIONS, Relation, Sensitivity
 from clipless_dp.bounds.stamp import Stamp, stamp
 from clipless_dp.bounds.sweep import (
@@ -21,6 +21,7 @@ from clipless_dp.bounds.sweep import (
 from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, PrivacyError, Unsupported, UnsupportedModuleError
 from clipless_dp.graph.tracing import TracedNet, function_name, place
+from clipless_dp.layers.coordinates import Slopes
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import RuleError
 
@@ -139,6 +140,20 @@ class SensitivityTracker:
 
     def _kind(self, node: fx.Node) -> str:
         return type(self.traced.leaf(node)).__name__ if node.op == "call_module" else function_name(node)
+
+    def coordinate_slopes(self) -> Slopes:
+        """How outputs move with single coordinates of the input; see :mod:`clipless_dp.bounds.coordinates`.
+
+        Raises:
+            UnsupportedModuleError: of a part of the network that is not known.
+        """
+        with deep_recursion(len(self.traced.shapes)):
+            return coordinates.coordinate_slopes(self.traced, self.weights)
+
+    def rounding(self, dtype: torch.dtype) -> float:
+        """How far outputs computed in a dtype may lie from those of real arithmetic; infinite without a box."""
+        with deep_recursion(len(self.traced.shapes)):
+            return coordinates.rounding(self.traced, self.weights, dtype)
 
     def margin_constants(self, limits: Mapping[str, float]) -> Tensor:
         """Lipschitz constants of differences of scores, ``(C, C)``; see :func:`clipless_dp.bounds.margins`."""

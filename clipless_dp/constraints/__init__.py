@@ -4,6 +4,7 @@ from clipless_dp.constraints.almost_orthogonal import AlmostOrthogonal
 from clipless_dp.constraints.assignment import assign
 from clipless_dp.constraints.ball import Ball
 from clipless_dp.constraints.base import Constraint, ConstraintSpec
+from clipless_dp.constraints.coordinates import EntryBound, RowSum
 from clipless_dp.constraints.frobenius import Frobenius
 from clipless_dp.constraints.orthogonal import Orthogonal
 from clipless_dp.constraints.orthogonal_convolution import OrthogonalConvolution
@@ -15,10 +16,12 @@ __all__ = [
     "Ball",
     "Constraint",
     "ConstraintSpec",
+    "EntryBound",
     "Frobenius",
     "Orthogonal",
     "OrthogonalConvolution",
     "RowNorm",
+    "RowSum",
     "Spectral",
     "assign",
 ]

@@ -75,6 +75,10 @@ class Constraint(ABC):
             for operator in operators
         )
 
+    def implied(self, rows: int, columns: int) -> float:
+        """The operator norm that follows from the limit, of a weight of this shape: by default the limit is one."""
+        return self.limit
+
     def project_gradient_(  # noqa: B027
         self, gradient: Tensor, weight: Tensor, operators: tuple[Operator, ...]
     ) -> None:

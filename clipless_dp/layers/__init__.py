@@ -6,6 +6,7 @@ from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotential
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
+from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
 from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
 from clipless_dp.layers.pooling import L2NormPool2d, ScaledAvgPool2d
 from clipless_dp.layers.residual import ConvexResidual, GatedResidual, Residual, SigmoidMix
@@ -15,6 +16,7 @@ from clipless_dp.layers.standardisation import SampleGroupNorm
 
 __all__ = [
     "BallProjection",
+    "BoxProjection",
     "ConvexPotential",
     "ConvexPotentialConv2d",
     "ConvexResidual",
@@ -29,6 +31,7 @@ __all__ = [
     "LinearSpline",
     "MaxMin",
     "MixerBlock",
+    "MonotoneResidual",
     "Residual",
     "SampleGroupNorm",
     "ScaledAvgPool2d",

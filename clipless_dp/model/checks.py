@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import cap, flag, shown, whole
+from clipless_dp.bounds import coordinates
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
 from clipless_dp.graph.tracing import TracedNet
@@ -45,12 +46,24 @@ def refuse_arguments(net: object, input_norm: object, loss: object, row_invarian
 def refuse_norm(input_norm: float | None, traced: TracedNet, packing: Packing | None) -> None:
     """Refuses a cap where the network reads tokens or several inputs, and none where bounds rest on it."""
     numbers = traced.reads.is_floating_point
-    if input_norm is None and numbers and not traced.isolated:
+    if coordinates.has_lift(traced):
+        coordinates.refuse(traced)
+    if input_norm is None and numbers and not traced.isolated and not coordinates.boxes(traced):
         raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
     if input_norm is not None and not (numbers and packing is None):
         raise ConfigurationError(
             "input_norm must be None: the network reads tokens, which have no norm, or several inputs at once"
         )
+
+
+def checked_norm(norm: object) -> object:
+    """The norm that a Lipschitz constant is asked for: 2, ``"inf"``, ``(1, inf)`` or ``(inf, inf)``."""
+    if isinstance(norm, tuple) and norm == (2, 2):
+        return 2
+    pair = isinstance(norm, tuple) and norm in {(1, math.inf), (math.inf, math.inf)}
+    if not (pair or (isinstance(norm, str) and norm == "inf") or (isinstance(norm, (int, float)) and norm == 2)):
+        raise ConfigurationError(f'norm must be 2, "inf", (1, inf) or (inf, inf), got {shown(norm)}')
+    return norm
 
 
 def packing_of(net: nn.Module, shape: object) -> Packing | None:

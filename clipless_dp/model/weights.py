@@ -111,10 +111,20 @@ class Weights:
         ]
 
         def projected(name: str) -> None:
-            self._projected[name] = self._stamp(name, here), self._constraints[name].limit
+            self._projected[name] = self._stamp(name, here), self._established(name, here)
 
         # Each weight is stamped before another is touched: what changes it from here on shows.
         here.change_(changes, projected)
+
+    def _established(self, name: str, here: Placement) -> float:
+        """The norm that a projection has just established, of each operator that the weight acts as."""
+        constraint, (first, *_) = self._constraints[name], self._tracker.operators[name]
+        if type(constraint).implied is Constraint.implied:
+            return constraint.limit
+        weight = self._net.get_parameter(name)
+        implied = constraint.implied(weight.shape[0], math.prod(weight.shape[1:]))
+        # Limits of other norms say little of this one, and the weight is public by now.
+        return min(implied, first.norm(self._values(name))) if here.is_whole else implied
 
     def project_gradients_(self, here: Placement) -> None:
         """Lets the constraints turn gradients into directions that projections keep."""

@@ -20,13 +20,14 @@ from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint, ConstraintSpec, assign
 from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
-from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, UnsupportedModuleError
 from clipless_dp.fusion import FusedNet
 from clipless_dp.gates import adapting, adapting_in, cotangent_gate_l1, rounding_slack
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
 from clipless_dp.graph.unwritten import buffers_unwritten
+from clipless_dp.layers.coordinates import Slopes
 from clipless_dp.losses import Loss
 from clipless_dp.model import checks, description, exported, lineage, passes
 from clipless_dp.model.factors import Factors, summed
@@ -63,7 +64,8 @@ class DPLipModel(nn.Module):
             a pair ``(shape, dtype)``, or an example ``(B, ...)`` of which shape and dtype are read.
         input_norm: ``X₀``: samples of larger Euclidean norm are projected onto this ball. ``None`` where embeddings
             read the input: samples are integers then, and one with a token that they do not know contributes nothing;
-            and where all that is trained is isolated, if samples are to stay as they are.
+            and where all that is trained is isolated, or the input first goes through a
+            :class:`clipless_dp.layers.BoxProjection`, if samples are to stay as they are.
         loss: a loss that states the bound ``G`` of its gradient.
         constraint: projections that bound the weights' norms, applied now and after each step: one for all, or a
             mapping from patterns to constraints (:func:`clipless_dp.constraints.assign`). ``None``: norms follow
@@ -458,26 +460,57 @@ class DPLipModel(nn.Module):
         device, _ = self.device_and_dtype()
         return self._network.rows.found if self.placement.is_whole and self._network.chooses_rows(device) else False
 
-    def lipschitz_constant(self, *, norm: Literal[2, "inf"] = 2) -> float:
+    def lipschitz_constant(self, *, norm: Literal[2, "inf"] | tuple[float, float] = 2) -> float:
         """Certified Lipschitz constant of the network at the current weights, from behind the input gate.
 
         Args:
-            norm: 2: in Euclidean norms; ``"inf"``: in maximum norms, in which layers of distances are 1-Lipschitz.
+            norm: 2: in Euclidean norms; ``"inf"``: in maximum norms, in which layers of distances are 1-Lipschitz. Or a
+                pair ``(p, q)``, of inputs and of outputs: ``(1, inf)``, the most that any output moves with any single
+                coordinate, and ``(inf, inf)``, with all of them at once, from the slopes in single coordinates
+                (:meth:`coordinate_slopes`) where those are known; ``(2, 2)`` is 2.
 
         Returns:
-            ``L`` with ``‖f(x) - f(y)‖ ≤ L·‖x - y‖`` for all inputs; infinite where none is known (tokens, say). The
-            input gate, a Euclidean projection, keeps the first; the second is of inputs that it leaves as they are.
+            ``L`` with ``‖f(x) - f(y)‖_q ≤ L·‖x - y‖_p`` for all inputs; infinite where none is known (tokens, say). The
+            input gate, a Euclidean projection, keeps the first; others are of inputs that it leaves as they are.
 
         Raises:
             ConfigurationError: the norm is another one.
-            UnsupportedModuleError: of maximum norms: names the layers of which no constant is known there.
+            UnsupportedModuleError: of ``"inf"``: names the layers of which no constant is known there.
         """
         self._follow_changes()
-        if norm == "inf":
+        chosen = checks.checked_norm(norm)
+        if chosen == "inf":
             return self._tracker.lipschitz_constant_inf(self._weights.limits(self.placement)[0])
-        if norm != 2:
-            raise ConfigurationError(f'norm must be 2 or "inf", got {norm!r}')
+        if chosen != 2:
+            slopes = self._coordinate_slopes()
+            if slopes is None:
+                return math.inf
+            return float(slopes.magnitude().amax() if chosen == (1.0, math.inf) else slopes.total.amax())
         return self._tracker.lipschitz_constant(self._weights.limits(self.placement)[0])
+
+    def _coordinate_slopes(self) -> Slopes | None:
+        try:
+            return self._tracker.coordinate_slopes()
+        except UnsupportedModuleError:
+            return None
+
+    def coordinate_slopes(self) -> Slopes:
+        """Bounds of the slopes of each output in each coordinate of the input, at the current weights.
+
+        Raises:
+            UnsupportedModuleError: lists every part of the network of which none are known, with the reason.
+        """
+        self._follow_changes()
+        return self._tracker.coordinate_slopes()
+
+    def coordinate_rounding(self) -> float:
+        """How far an output in the model's dtype may lie from that of real arithmetic; infinite without a box in front.
+
+        Raises:
+            UnsupportedModuleError: as :meth:`coordinate_slopes`.
+        """
+        self.coordinate_slopes()
+        return self._tracker.rounding(self.device_and_dtype()[1])
 
     def margin_constants(self) -> Tensor:
         """Certified Lipschitz constants of the differences of scores: ``K_ij`` for ``f_i - f_j``, at most ``√2·L``.

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from clipless_dp.layers import FullSort, GroupSort, Householder, LayerCentering, LinearSpline, MaxMin
+from clipless_dp.layers.monotone import BoxProjection, MonotoneLift
 from clipless_dp.norms.operators import DiagonalOperator
 from clipless_dp.rules.base import LARGEST, LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
 
@@ -104,6 +105,28 @@ def linear_spline_rule(module: LinearSpline, context: RuleContext) -> LayerBound
 def tanh_rule(module: nn.Tanh, context: RuleContext) -> LayerBounds:
     """``Y = min(X, √n)``, ``K = 1``."""
     return _tanh(context)
+
+
+@register_rule(BoxProjection)
+def box_projection_rule(module: BoxProjection, context: RuleContext) -> LayerBounds:
+    """``Y`` is the norm of the box's farthest corner, or ``X`` if that is less and zero is in the box; ``K = 1``."""
+    columns = math.prod(context.input_shape)
+    if module.columns is not None and context.input_shape != (module.columns,):
+        raise RuleError(f"the box has {module.columns} columns, and its input is {context.input_shape} per sample")
+    cap = module.norm(columns)
+    return LayerBounds(output_norm=lambda: min(context.free_input_norm, cap) if module.holds_zero else cap)
+
+
+@register_rule(MonotoneLift)
+def monotone_lift_rule(module: MonotoneLift, context: RuleContext) -> LayerBounds:
+    """``Y = √k‖λ‖·X``, ``K = √k‖λ‖``, of ``k`` outputs; float32 rounds each of them once, which ``1e-6`` covers."""
+    if context.input_shape != (len(module.signs),):
+        raise RuleError(f"it has a sign for each of {len(module.signs)} columns, and rows are {context.input_shape}")
+
+    def stretch() -> float:
+        return math.sqrt(module.outputs) * float(torch.linalg.vector_norm(module.slopes())) * (1.0 + 1e-6)
+
+    return LayerBounds(output_norm=lambda: stretch() * context.input_norm, lipschitz=stretch)
 
 
 @register_rule(Householder)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import Any, overload
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ from clipless_dp.statistics import Releases, Standardisation, private_standardis
 from clipless_dp.statistics.release import tensor_of
 from clipless_dp.tables.kept import require_same_task
 from clipless_dp.tables.models import TableClassifier, TableRegressor
+from clipless_dp.tables.monotone import learning_rate as monotone_rate
+from clipless_dp.tables.monotone import monotone_model, monotone_net, signs_of
 from clipless_dp.tables.settings import LABELS_SHARE, STATISTICS_SHARE, learning
 from clipless_dp.tables.tasks import Classes, Numbers, Start, Task, regression_head
 from clipless_dp.training import fit
@@ -62,6 +65,7 @@ def fit_table(
     classes: Sequence[Any] | None = None,
     target_range: tuple[float, float] | None = None,
     balance: float = 0.0,
+    monotone: Mapping[Any, int] | None = None,
     **changes: Any,
 ) -> TableClassifier | TableRegressor:
     """Trains on a table of any scales: private statistics, random cosines, one linear layer.
@@ -99,6 +103,11 @@ def fit_table(
         target_range: for a regression, the *public* range ``(low, high)`` that targets are cut to.
         balance: ``p`` in [0, 1] of :func:`clipless_dp.losses.balanced_weights` of the charged shares: at 0, the
             default, each row counts the same, at 1 each class. The noise grows by the largest weight.
+        monotone: for columns of numbers, by name or place, 1 where more of it must never lower the answer, -1 where it
+            must never raise it, all else being the same; the answer is the log-odds of the second class, or the number.
+            By public knowledge, never by a look at the data. In place of random cosines there are hidden units of the
+            same signs then (:class:`clipless_dp.layers.MonotoneResidual`); ``cosines`` is not read.
+            :meth:`TableModel.certificate` says what is certain.
         changes: further arguments of :func:`clipless_dp.fit`, in place of these settings; ``validation`` is rows as
             they are, with labels; of a data frame, a pair of a frame and its labels.
 
@@ -133,11 +142,14 @@ def fit_table(
     Samples.to_train_on((table, targets), people=people)
     size = public_size(dataset_size, len(table), people)
     epsilon, delta, cosines = positive("epsilon", epsilon), positive("delta", delta), whole("cosines", cosines)
-    expand = RandomCosines(table.shape[1], cosines).to(table.device)
-    _require_trainable(table.shape[1] + cosines, {**changes, **given, "epsilon": epsilon, "dataset_size": size}, people)
+    signs = None if monotone is None else signs_of(monotone, encoding, table.shape[1], task)
+    expand: nn.Module = nn.Identity() if signs is not None else RandomCosines(table.shape[1], cosines).to(table.device)
+    inputs = table.shape[1] + (cosines if signs is None else 0)
+    made = partial(_model, inputs) if signs is None else partial(_monotone_model, signs)
+    _require_trainable(made, inputs, {**changes, **given, "epsilon": epsilon, "dataset_size": size}, people)
     ledger = create_accountant(accountant, dataset_size=size)
     unit = calibrate_noise_multiplier(target_epsilon=epsilon, delta=delta, sample_rate=1.0, steps=1)
-    require_same_task(checkpoint, encoding, table.shape[1], task, **named)
+    require_same_task(checkpoint, encoding, table.shape[1], task, signs, **named)
     releases = Releases(ledger, size, checkpoint, reproducible_seed, noise, people)
     measured = table.shape[1] if encoding is None else encoding.measured
     standardise = _Standardised(measured)
@@ -148,9 +160,10 @@ def fit_table(
             **releases.arguments("statistics"),
         )
     start = task.start(targets, unit / math.sqrt(LABELS_SHARE), **releases.arguments("labels"))
-    model = _model(table.shape[1] + cosines, start).to(table.device)
+    model = made(start).to(table.device)
     settings: dict[str, Any] = {
         **learning(size, epsilon, start.rate, start.largest_rate),
+        **({} if signs is None else {"lr": start.rate * monotone_rate(size, epsilon)}),
         "checkpoint": checkpoint,
         "noise": noise,
         "reproducible_seed": reproducible_seed,
@@ -165,7 +178,7 @@ def fit_table(
     for part in (standardise, expand, start.head):
         lineage.of(model).goes_with(part)
     net = nn.Sequential(standardise, expand, model.net, start.head)
-    notes = _notes(encoding, measured, task)
+    notes = _notes(encoding, measured, task, signs)
     if isinstance(task, Numbers):
         return TableRegressor(net, result, encoding, notes, task.target_range)
     return TableClassifier(net, result, encoding, notes, task.classes)
@@ -241,7 +254,9 @@ def _check_run(noise: NoiseSource | str | None, reproducible_seed: int | None) -
         raise ConfigurationError(f"noise={noise!r} cannot be reproduced: leave out reproducible_seed, or noise")
 
 
-def _require_trainable(inputs: int, arguments: dict[str, Any], people: People | None) -> None:
+def _require_trainable(
+    made: Callable[[Start], DPLipModel], inputs: int, arguments: dict[str, Any], people: People | None
+) -> None:
     """Refuses arguments of the training before a statistic is released for it, on made-up rows."""
     size, epsilon = arguments["dataset_size"], arguments["epsilon"]
     options = {**learning(size, epsilon, 1.0, 1.0), **arguments, "accountant": "rdp", "noise": None}
@@ -251,7 +266,7 @@ def _require_trainable(inputs: int, arguments: dict[str, Any], people: People | 
         options = {name: value for name, value in options.items() if name not in ("rows_per_group", "group_weights")}
     start = Start(Huber(), torch.zeros(1), 1.0, Tensor.float, nn.Identity(), 1.0, 1.0)
     rows = torch.rand(2, inputs, generator=torch.Generator().manual_seed(0)) / inputs
-    require_trainable(_model(inputs, start), (rows, torch.zeros(2)), **options)
+    require_trainable(made(start), (rows, torch.zeros(2)), **options)
 
 
 def _model(inputs: int, start: Start) -> DPLipModel:
@@ -261,6 +276,10 @@ def _model(inputs: int, start: Start) -> DPLipModel:
     with torch.no_grad():
         linear.bias.requires_grad_(False).copy_(start.bias)
     return _wrapped(linear, inputs, start.cap, start.loss)
+
+
+def _monotone_model(signs: tuple[int, ...], start: Start) -> DPLipModel:
+    return monotone_model(signs, start.loss, start.bias)
 
 
 def _wrapped(linear: nn.Linear, inputs: int, cap: float, loss: Loss) -> DPLipModel:
@@ -277,7 +296,11 @@ def loaded_table(content: Content) -> Predictor:
     settings = content.settings
     try:
         measured, columns = int(settings["measured"]), int(settings["columns"])
-        expand = RandomCosines(columns, int(settings["cosines"]), seed=int(settings["seed"]))
+        # Files of former versions know of no monotone tables.
+        signs = None if settings.get("monotone") is None else tuple(map(int, settings["monotone"]))
+        expand: nn.Module = nn.Identity()
+        if signs is None:
+            expand = RandomCosines(columns, int(settings["cosines"]), seed=int(settings["seed"]))
         outputs, affine, encoding = int(settings["outputs"]), settings["affine"], settings["encoding"]
         head: nn.Module = nn.Identity() if outputs > 1 else nn.Flatten(0)
         if affine is not None:
@@ -286,7 +309,10 @@ def loaded_table(content: Content) -> Predictor:
         standardise = _Standardised(measured)
         if measured:
             standardise.of_numbers = Standardisation.of_state(content.state, "0.of_numbers.")
-        layer = gated(nn.Sequential(nn.Linear(columns + expand.cosines, outputs)))
+        if isinstance(expand, RandomCosines):
+            layer: nn.Module = gated(nn.Sequential(nn.Linear(columns + expand.cosines, outputs)))
+        else:
+            layer = monotone_net(signs or ())
     except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     return rebuilt(content, nn.Sequential(standardise, expand, layer, head), encode=encode)
@@ -305,7 +331,8 @@ def bounded_table(content: Content, predictor: Predictor) -> DPLipModel:
     settings = content.settings
     try:
         cap, weights = float(settings["cap"]), settings["class_weights"]
-        inputs = int(settings["columns"]) + int(settings["cosines"])
+        signs = None if settings.get("monotone") is None else tuple(map(int, settings["monotone"]))
+        inputs = int(settings["columns"]) + (int(settings["cosines"]) if signs is None else 0)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{content.name} does not say how gradients were bounded: it is of a former version, or altered"
@@ -313,6 +340,11 @@ def bounded_table(content: Content, predictor: Predictor) -> DPLipModel:
     known = None if weights is None else tuple(map(float, weights))
     losses: dict[str, Loss] = {"logistic": BinaryCrossEntropy(class_weights=known), "number": Huber()}
     loss = losses.get(predictor.link.kind) or TauCrossEntropy(class_weights=known)
+    if signs is not None:
+        model = monotone_model(signs, loss, torch.zeros(1))
+        trained = cast(nn.Sequential, predictor.net)[2]
+        model.net.load_state_dict(trained.state_dict())
+        return model
     (linear,) = (part for part in predictor.net.modules() if isinstance(part, nn.Linear))
     linear.requires_grad_(True)
     if linear.bias is not None:
@@ -320,10 +352,17 @@ def bounded_table(content: Content, predictor: Predictor) -> DPLipModel:
     return _wrapped(linear, inputs, cap, loss)
 
 
-def _notes(encoding: TableEncoding | None, measured: int, task: Task) -> tuple[str, ...]:
+def _notes(
+    encoding: TableEncoding | None, measured: int, task: Task, signs: tuple[int, ...] | None = None
+) -> tuple[str, ...]:
     """What was public and what was charged, for a statement."""
     public = f"{measured} columns" if encoding is None else encoding.described()
     charged = "Their scales were charged" if measured else "No scale was measured"
     if encoding is not None and measured:
         charged = f"The scales of {', '.join(encoding.numbers)} were charged"
-    return f"Rows: public were {public}. {charged}.", task.told
+    rows = f"Rows: public were {public}. {charged}."
+    if signs is None:
+        return rows, task.told
+    named = [str(place) for place in range(len(signs))] if encoding is None else list(encoding.names)
+    told = ", ".join(f"{named[place]} ({sign:+d})" for place, sign in enumerate(signs) if sign)
+    return rows, task.told, f"Monotone, whatever was learnt, in the public columns {told}."

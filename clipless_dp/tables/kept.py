@@ -24,7 +24,12 @@ def files_beside(checkpoint: str | os.PathLike[str] | None) -> tuple[Path, ...]:
 
 
 def require_same_task(
-    checkpoint: str | os.PathLike[str] | None, encoding: TableEncoding | None, columns: int, task: Task, **named: Any
+    checkpoint: str | os.PathLike[str] | None,
+    encoding: TableEncoding | None,
+    columns: int,
+    task: Task,
+    signs: tuple[int, ...] | None = None,
+    **named: Any,
 ) -> None:
     """Refuses a checkpoint, or statistics beside it, of other columns, classes or ranges; then keeps what this task is.
 
@@ -36,6 +41,7 @@ def require_same_task(
         encoding: of data frames.
         columns: how many numbers a row has.
         task: what is learnt.
+        signs: of the columns that the answer is monotone in.
         named: columns of labels and ids; what is no name is not compared.
 
     Raises:
@@ -47,6 +53,8 @@ def require_same_task(
     path = Path(f"{base}.task")
     settings = {"columns": columns, "encoding": None if encoding is None else _plain(encoding), **task.settings}
     settings |= {name: column if isinstance(column, str) else None for name, column in named.items()}
+    if signs is not None:
+        settings["monotone"] = list(signs)
     if path.exists():
         differing = differences(load_checkpoint(path).get("settings"), settings)
         if differing:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.features import RandomCosines, TableEncoding
 from clipless_dp.gates import CotangentGate
+from clipless_dp.layers.monotone import MonotoneLift
+from clipless_dp.monotone import MonotoneCertificate
 from clipless_dp.prediction import Predictor, Predicts, Probe, Promise, content_of
 from clipless_dp.statement import PrivacyStatement, report
 from clipless_dp.statistics.release import tensor_of
+from clipless_dp.tables.monotone import raw_certificate
 from clipless_dp.training.result import PROBES, FitResult, predictor_of
 
 
@@ -70,24 +73,47 @@ class TableModel(Predicts):
         told = self.report(delta=self.result.delta, notes=notes)
         promised = known.promised
         predictor = replace(known, promise=Promise(promised.epsilon, promised.delta, told, promised.runs))
-        expand = self.net[1]  # type: ignore[index]
-        assert isinstance(expand, RandomCosines)
-        made_up = torch.rand(PROBES, expand.columns, generator=torch.Generator().manual_seed(0))
+        made_up = torch.rand(PROBES, self._columns(), generator=torch.Generator().manual_seed(0))
         return content_of(predictor, "table", self.net.state_dict(), self._settings(), Probe.of(predictor, made_up))
+
+    def certificate(self) -> MonotoneCertificate:
+        """What is certain of the answer's slope in each column, as it is: prints a line for each.
+
+        A column whose cell is missing has no place in an order, and none is claimed.
+
+        Raises:
+            ConfigurationError: the table was not trained with ``monotone=``.
+        """
+        standardise, _, layer, head = self.net.children()
+        if self._signs() is None:
+            raise ConfigurationError("the table was not trained to be monotone: give fit_table monotone={column: 1}")
+        scale = float(head[1].scale) if isinstance(head, nn.Sequential) else 1.0  # type: ignore[arg-type]
+        return raw_certificate(layer, standardise, scale, None if self.encoding is None else self.encoding.names)
+
+    def _signs(self) -> list[int] | None:
+        lifts = [part for part in self.net.modules() if isinstance(part, MonotoneLift)]
+        return list(lifts[0].signs) if lifts else None
+
+    def _columns(self) -> int:
+        expand = self.net[1]  # type: ignore[index]
+        signs = self._signs()
+        return expand.columns if isinstance(expand, RandomCosines) else len(signs or ())
 
     def _settings(self) -> dict[str, Any]:
         """What the network is built from, plain values."""
         standardise, expand, layer, head = self.net.children()
         encoding = self.encoding
-        (cap,) = (part.limit for part in layer.modules() if isinstance(part, CotangentGate))
+        caps = [part.limit for part in layer.modules() if isinstance(part, CotangentGate)]
+        signs = self._signs()
         weights = getattr(self.result.optimizer.model.loss_function, "class_weights", None)
         return {
-            "cap": float(cap),
+            "cap": float(caps[0]) if caps else 0.0,
             "class_weights": None if weights is None else [float(weight) for weight in weights],
             "measured": standardise.measured,
-            "columns": expand.columns,
-            "cosines": expand.cosines,
-            "seed": expand.seed,
+            "columns": self._columns(),
+            "cosines": getattr(expand, "cosines", 0),
+            "seed": getattr(expand, "seed", 0),
+            **({} if signs is None else {"monotone": signs}),
             "outputs": int(self.result.optimizer.model.output_shape[0]),
             "affine": [head[1].scale, head[1].shift] if isinstance(head, nn.Sequential) else None,
             "encoding": None

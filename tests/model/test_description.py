@@ -143,12 +143,13 @@ OTHERS: dict[str, Any] = {
     "tau": 3.0, "label_smoothing": 0.25, "class_weights": (1.0, 2.0), "priors": (0.25, 0.75), "alpha": 0.5,
     "margin": 2.0, "balanced": True, "delta": 2.0, "penalty": 0.25, "temperature": 2.0, "offset": 2.0, "bound": 2.0,
     "ignore_index": 0, "reduction": "sum", "segments": 4,
+    "signed": False, "lo": -2.0, "hi": 2.0,
 }  # fmt: skip
 """For each argument of a constraint, a loss or a layer another value than below."""
 
 NEEDED: dict[str, Any] = {
     "limit": 1.0, "kernel_size": 2, "groups": 2, "floor": 0.5, "priors": (0.5, 0.5), "offset": 1.0, "bound": 1.0,
-    "function": nn.functional.l1_loss,
+    "function": nn.functional.l1_loss, "lo": -1.0, "hi": 1.0,
 }  # fmt: skip
 
 KINDS = [
@@ -156,6 +157,7 @@ KINDS = [
     *(getattr(losses, name) for name in losses.__all__ if inspect.isclass(getattr(losses, name)) and name != "Loss"),
     *(layers.BallProjection, layers.SphereScaling, layers.CotangentGate, layers.L2NormPool2d, layers.ScaledAvgPool2d),
     *(layers.GroupSort, layers.FullSort, layers.LayerCentering, layers.LinearSpline, layers.SampleGroupNorm),
+    layers.BoxProjection,
 ]
 CASES = [
     (kind, name)

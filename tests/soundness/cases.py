@@ -228,6 +228,9 @@ POOLING_CASES = (
 GATE_CASES = (
     Case("ball projection that bites", lambda: layers.BallProjection(0.5), (5,), input_norm=2.0),
     Case("ball projection that does not", lambda: layers.BallProjection(5.0), (5,), input_norm=2.0),
+    Case("box that bites", lambda: layers.BoxProjection(-0.3, 0.5), (5,), input_norm=2.0),
+    Case("box without zero", lambda: layers.BoxProjection(0.5, 0.7), (5,), input_norm=2.0),
+    Case("box of a side for each", lambda: layers.BoxProjection((-1.0, 0.0, -9.0), (2.0, 0.0, 9.0)), (3,)),
     Case("sphere scaling", lambda: layers.SphereScaling(1.0, floor=0.1), (2, 3), input_norm=2.0),
     Case("group norm", lambda: layers.SampleGroupNorm(2, floor=0.3), (4, 3), input_norm=2.0),
     Case("group norm under its floor", lambda: layers.SampleGroupNorm(2, floor=10.0), (2, 2, 3)),
