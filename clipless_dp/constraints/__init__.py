@@ -10,6 +10,7 @@ from clipless_dp.constraints.orthogonal import Orthogonal
 from clipless_dp.constraints.orthogonal_convolution import OrthogonalConvolution
 from clipless_dp.constraints.row_norm import RowNorm
 from clipless_dp.constraints.spectral import Spectral
+from clipless_dp.constraints.spline_variation import SplineVariation
 
 __all__ = [
     "AlmostOrthogonal",
@@ -23,5 +24,6 @@ __all__ = [
     "RowNorm",
     "RowSum",
     "Spectral",
+    "SplineVariation",
     "assign",
 ]

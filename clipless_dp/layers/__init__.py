@@ -1,6 +1,7 @@
 """Modules that torch lacks, usable in any network: norm-preserving activations, pooling, residual blocks."""
 
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
+from clipless_dp.layers.absolute import AbsoluteValue
 from clipless_dp.layers.centering import LayerCentering
 from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
@@ -11,10 +12,11 @@ from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_ortho
 from clipless_dp.layers.pooling import L2NormPool2d, ScaledAvgPool2d
 from clipless_dp.layers.residual import ConvexResidual, GatedResidual, Residual, SigmoidMix
 from clipless_dp.layers.sorting import FullSort, GroupSort, MaxMin
-from clipless_dp.layers.spline import LinearSpline
+from clipless_dp.layers.spline import EffectiveRegions, LinearSpline, SplineRegions, effective_regions
 from clipless_dp.layers.standardisation import SampleGroupNorm
 
 __all__ = [
+    "AbsoluteValue",
     "BallProjection",
     "BoxProjection",
     "ConvexPotential",
@@ -22,6 +24,7 @@ __all__ = [
     "ConvexResidual",
     "CotangentGate",
     "DistanceLinear",
+    "EffectiveRegions",
     "FullSort",
     "GatedResidual",
     "GroupSort",
@@ -38,9 +41,11 @@ __all__ = [
     "SigmoidMix",
     "SortLinear",
     "SphereScaling",
+    "SplineRegions",
     "TokenMixing",
     "Tokens",
     "adaptive_orthogonal_conv2d",
+    "effective_regions",
     "from_orthogonium",
     "orthogonal_",
     "set_exponent_",

@@ -6,24 +6,30 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.layers.pairing import Paired, Pairing
 
 
-class GroupSort(nn.Module):
+class GroupSort(Paired):
     """Sorts each group of adjacent channels in ascending order (Anil, Lucas and Grosse 2019, §4).
 
     Args:
         group_size: entries per group, at least 2; it must divide the number of channels.
         dim: the channel axis; 1 for vectors and maps, -1 for token sequences ``(B, T, C)``. Never 0, the batch.
+        pairing: ``"adjacent"``, or for groups of two ``"halves"``: channels ``i`` and ``i + C/2`` are a pair, and the
+            smaller one stays in the first half.
 
     Shape:
         ``(B, ...)`` to the same shape.
 
     Raises:
-        ConfigurationError: the group size is below 2 or does not divide the channels, or ``dim`` is the batch axis.
+        ConfigurationError: the group size is below 2 or does not divide the channels, ``dim`` is the batch axis, or
+            ``pairing`` is another, or ``"halves"`` for larger groups.
     """
 
-    def __init__(self, group_size: int = 2, dim: int = 1) -> None:
-        super().__init__()
+    def __init__(self, group_size: int = 2, dim: int = 1, *, pairing: Pairing = "adjacent") -> None:
+        super().__init__(pairing)
+        if pairing != "adjacent" and group_size != 2:
+            raise ConfigurationError(f"pairing={pairing!r} makes groups of two, got group_size={group_size}")
         if group_size < 2:
             raise ConfigurationError(f"group_size must be at least 2, got {group_size}")
         if dim == 0:
@@ -41,24 +47,23 @@ class GroupSort(nn.Module):
             raise ConfigurationError(
                 f"group_size={self.group_size} does not divide the {channels} channels of axis {dim}"
             )
-        groups = values.unflatten(dim, (channels // self.group_size, self.group_size))
         if self.group_size == 2:
-            first, second = groups.unbind(dim + 1)
-            ordered = torch.stack((torch.minimum(first, second), torch.maximum(first, second)), dim + 1)
-        else:
-            ordered = groups.sort(dim=dim + 1).values
-        return ordered.flatten(dim, dim + 1)
+            first, second = self._pairs(values, dim)
+            return self._joined(torch.minimum(first, second), torch.maximum(first, second), dim)
+        groups = values.unflatten(dim, (channels // self.group_size, self.group_size))
+        return groups.sort(dim=dim + 1).values.flatten(dim, dim + 1)
 
     def extra_repr(self) -> str:
-        """Group size and axis."""
-        return f"group_size={self.group_size}, dim={self.dim}"
+        """Group size, axis, and the pairing where it is not of neighbours."""
+        pairing = "" if self.pairing == "adjacent" else f", pairing={self.pairing!r}"
+        return f"group_size={self.group_size}, dim={self.dim}{pairing}"
 
 
 class MaxMin(GroupSort):
     """:class:`GroupSort` with groups of two."""
 
-    def __init__(self, dim: int = 1) -> None:
-        super().__init__(2, dim)
+    def __init__(self, dim: int = 1, *, pairing: Pairing = "adjacent") -> None:
+        super().__init__(2, dim, pairing=pairing)
 
 
 class FullSort(nn.Module):

@@ -57,6 +57,7 @@ _HOMOGENEOUS: frozenset[type[nn.Module]] = _AFFINE | {
     nn.ReLU,
     nn.LeakyReLU,
     nn.PReLU,
+    layers.AbsoluteValue,
     layers.GroupSort,
     layers.MaxMin,
     layers.FullSort,

@@ -145,6 +145,11 @@ class RowSumOperator(DenseOperator):
 
 
 @dataclass(frozen=True)
+class SegmentsOperator(DiagonalOperator):
+    """Slopes of piecewise linear functions: each row those of one, in the order of its segments."""
+
+
+@dataclass(frozen=True)
 class SigmoidOperator(DiagonalOperator):
     """Multiplication by ``sigmoid(sign·w)``; no constraint projects onto it, as it is not linear in ``w``."""
 

@@ -9,9 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from clipless_dp.layers import FullSort, GroupSort, Householder, LayerCentering, LinearSpline, MaxMin
+from clipless_dp.layers import (
+    AbsoluteValue,
+    FullSort,
+    GroupSort,
+    Householder,
+    LayerCentering,
+    LinearSpline,
+    MaxMin,
+)
 from clipless_dp.layers.monotone import BoxProjection, MonotoneLift
-from clipless_dp.norms.operators import DiagonalOperator
+from clipless_dp.norms.operators import DiagonalOperator, SegmentsOperator
 from clipless_dp.rules.base import LARGEST, LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
 
 
@@ -34,7 +42,7 @@ def _tanh(context: RuleContext) -> LayerBounds:
     return LayerBounds(output_norm=output_norm, lipschitz_inf=1.0)
 
 
-@register_rule(nn.Identity, nn.ReLU, GroupSort, MaxMin, FullSort, LayerCentering)
+@register_rule(nn.Identity, nn.ReLU, AbsoluteValue, GroupSort, MaxMin, FullSort, LayerCentering)
 def non_expansive_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     """``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections.
 
@@ -90,9 +98,9 @@ def linear_spline_rule(module: LinearSpline, context: RuleContext) -> LayerBound
 
     ``f(0) = 0`` and ``|f'| ≤ max|s|``. ``∂f/∂s_i = φ_i(x)``, the lengths into which the segments cut ``[0, x]``:
     ``(Σφ_i²)^½ ≤ Σ|φ_i| = |x|``, so the gradient of a channel's slopes is at most ``Σ_p |g_p||x_p|``, and so on as for
-    PReLU.
+    PReLU. Neither the number of segments nor their width enters.
     """
-    slopes = DiagonalOperator()
+    slopes = SegmentsOperator()
     return LayerBounds(
         output_norm=lambda: context.norm("slopes", slopes) * context.input_norm,
         lipschitz=lambda: context.norm("slopes", slopes),
@@ -131,7 +139,11 @@ def monotone_lift_rule(module: MonotoneLift, context: RuleContext) -> LayerBound
 
 @register_rule(Householder)
 def householder_rule(module: Householder, context: RuleContext) -> LayerBounds:
-    """Norm-preserving; ``Δ_θ = GX``: ``∂y/∂θ`` is orthogonal on each pair: Cauchy–Schwarz over pairs and positions."""
+    """Norm-preserving; ``Δ_θ = GX``: ``∂y/∂θ`` is orthogonal on each pair: Cauchy–Schwarz over pairs and positions.
+
+    Of the three angles of order 2 the map of each sector depends on one at most, so that a position adds to one entry of
+    the gradient, by at most ``|g_p||z_p|``: a pair's part is at most ``Σ_p |g_p||z_p|``, as for order 1.
+    """
     return LayerBounds(output_norm=lambda: context.input_norm, gradients={"theta": lambda: context.input_norm})
 
 
