@@ -45,7 +45,7 @@ class SplineVariation(Constraint):
         As many passes over the slopes as the function with most pieces has, in float64.
     """
 
-    def __init__(self, strength: float, limit: float = 1.0) -> None:
+    def __init__(self, strength: float, *, limit: float = 1.0) -> None:
         super().__init__(limit)
         self.strength = positive("the strength of a proximal step", strength)
 

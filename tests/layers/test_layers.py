@@ -24,6 +24,12 @@ PRESERVING: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
     (layers.MaxMin(dim=2), (3, 4)),
     (layers.Householder(4), (4, 3, 3)),
     (layers.Householder(4, dim=-1), (3, 4)),
+    (layers.Householder(4, pairing="halves"), (4, 3)),
+    (layers.Householder(4, order=2), (4, 3, 3)),
+    (layers.Householder(6, dim=-1, order=2, pairing="halves"), (2, 6)),
+    (layers.GroupSort(2, pairing="halves"), (6,)),
+    (layers.MaxMin(pairing="halves"), (4, 3, 3)),
+    (layers.MaxMin(dim=-1, pairing="halves"), (3, 4)),
 )
 
 
@@ -231,6 +237,14 @@ def refusals() -> list[tuple[str, type[Exception], object]]:
         ("kernel_size", ConfigurationError, lambda: layers.L2NormPool2d(0)),
         ("batch axis", ConfigurationError, lambda: layers.FullSort(dim=0)),
         ("batch axis", ConfigurationError, lambda: layers.FullSort(dim=-2)(torch.zeros(4, 4))),
+        ("order", ConfigurationError, lambda: layers.Householder(4, order=3)),
+        ("halves", ConfigurationError, lambda: layers.Householder(4, pairing="thirds")),  # type: ignore[arg-type]
+        ("halves", ConfigurationError, lambda: layers.MaxMin(pairing="neighbours")),  # type: ignore[arg-type]
+        ("groups of two", ConfigurationError, lambda: layers.GroupSort(4, pairing="halves")),
+        ("init", ConfigurationError, lambda: layers.LinearSpline(init="gelu")),  # type: ignore[arg-type]
+        ("pairs", ConfigurationError, lambda: layers.LinearSpline(3, init="maxmin")),
+        ("pairs", ConfigurationError, lambda: layers.LinearSpline(init="maxmin")),
+        ("tolerance", ConfigurationError, lambda: layers.effective_regions(nn.ReLU(), tolerance=-1.0)),
         ("even", ConfigurationError, lambda: layers.LinearSpline(segments=3)),
         ("channels", ConfigurationError, lambda: layers.LinearSpline(channels=0)),
         ("reach", ConfigurationError, lambda: layers.LinearSpline(reach=math.inf)),

@@ -142,14 +142,14 @@ OTHERS: dict[str, Any] = {
     "stride": 1, "padding": 1, "ceil_mode": True, "group_size": 4, "dim": 2, "dims": (1, 2), "groups": 4, "reach": 2.0,
     "tau": 3.0, "label_smoothing": 0.25, "class_weights": (1.0, 2.0), "priors": (0.25, 0.75), "alpha": 0.5,
     "margin": 2.0, "balanced": True, "delta": 2.0, "penalty": 0.25, "temperature": 2.0, "offset": 2.0, "bound": 2.0,
-    "ignore_index": 0, "reduction": "sum", "segments": 4,
+    "ignore_index": 0, "reduction": "sum", "segments": 4, "strength": 0.25, "pairing": "halves", "order": 2,
     "signed": False, "lo": -2.0, "hi": 2.0,
 }  # fmt: skip
 """For each argument of a constraint, a loss or a layer another value than below."""
 
 NEEDED: dict[str, Any] = {
     "limit": 1.0, "kernel_size": 2, "groups": 2, "floor": 0.5, "priors": (0.5, 0.5), "offset": 1.0, "bound": 1.0,
-    "function": nn.functional.l1_loss, "lo": -1.0, "hi": 1.0,
+    "function": nn.functional.l1_loss, "lo": -1.0, "hi": 1.0, "strength": 0.5, "channels": 4,
 }  # fmt: skip
 
 KINDS = [
@@ -158,14 +158,16 @@ KINDS = [
     *(layers.BallProjection, layers.SphereScaling, layers.CotangentGate, layers.L2NormPool2d, layers.ScaledAvgPool2d),
     *(layers.GroupSort, layers.FullSort, layers.LayerCentering, layers.LinearSpline, layers.SampleGroupNorm),
     layers.BoxProjection,
+    *(layers.Householder, layers.MaxMin),
 ]
 CASES = [
     (kind, name)
     for kind in KINDS
     if isinstance(kind, type)
     for name in inspect.signature(kind.__init__).parameters
-    if name not in ("self", "args", "kwargs", "function", "channels")
+    if name not in ("self", "args", "kwargs", "function", "channels", "init")
 ]
+"""Not of what is initial alone: the function that a layer begins as is in its weights."""
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES, ids=[f"{kind.__name__}-{name}" for kind, name in CASES])

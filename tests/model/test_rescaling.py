@@ -98,7 +98,8 @@ def small(*between: nn.Module, biases: bool = True) -> nn.Sequential:
 
 KEPT = {
     "identity": nn.Identity, "ReLU": nn.ReLU, "LeakyReLU": lambda: nn.LeakyReLU(0.3), "GroupSort": layers.GroupSort,
-    "MaxMin": layers.MaxMin, "FullSort": layers.FullSort, "centering": layers.LayerCentering,
+    "MaxMin": layers.MaxMin, "halves": lambda: layers.MaxMin(pairing="halves"), "absolute": layers.AbsoluteValue,
+    "order 2": lambda: layers.Householder(4, order=2), "FullSort": layers.FullSort, "centering": layers.LayerCentering,
     "maxima": lambda: nn.MaxPool2d(2, padding=1), "averages": lambda: nn.AvgPool2d(3, padding=1),
     "adaptive": lambda: nn.AdaptiveAvgPool2d(2), "scaled": lambda: layers.ScaledAvgPool2d(2),
     "dropout": lambda: nn.Dropout(0.5), "shuffle": lambda: nn.PixelShuffle(2), "channels": lambda: nn.ChannelShuffle(2),

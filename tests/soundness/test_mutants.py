@@ -201,6 +201,16 @@ MUTANTS = (
         "Householder on maps",
     ),
     (
+        Mutant(
+            "order 2 of Householder, angle halved",
+            activations,
+            "householder_rule",
+            '{"theta": lambda: context.input_norm}',
+            '{"theta": lambda: 0.5 * context.input_norm}',
+        ),
+        "Householder, order 2",
+    ),
+    (
         Mutant("PReLU's slopes forgotten", activations, "prelu_rule", 'context.norm("weight", slopes)', "0.0"),
         "PReLU of each channel",
     ),
