@@ -4,11 +4,11 @@
 
 Dense networks with two hidden layers, all weights semi-orthogonal (``Orthogonal()``), slopes within [-1, 1], learn a
 zigzag of eight pieces on [-1, 1] from noisy values: without privacy, and at ε = 3. Splines have 10 units a layer, 16
-segments each; the others 20 units, which have as many parameters or more, and ReLU 10 units too. For each activation the
-learning rate of a grid with the least error on held-out points (one seed) is trained with several seeds; reported is the
-root of the mean square error against the function itself, on an even grid. All numbers of the setting, the splines' reach
-among them, are chosen without the data. Results go to benchmarks/results/splines.json and .md; cells that are there are
-kept.
+segments each; the others 20 units, which have as many parameters or more, and ReLU 10 units too. For each activation
+the learning rate of a grid with the least error on held-out points (one seed) is trained with several seeds; reported
+is the root of the mean square error against the function itself, on an even grid. All numbers of the setting, the
+splines' reach among them, are chosen without the data. Results go to benchmarks/results/splines.json and .md; cells
+that are there are kept.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -60,7 +61,7 @@ ACTIVATIONS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
 def zigzag(points: Tensor) -> Tensor:
     """The integral of slopes 1 and -1 in turn between the knots, of about mean 0."""
     values, slope = torch.zeros_like(points), 1.0
-    for low, high in zip(KNOTS, KNOTS[1:], strict=False):
+    for low, high in pairwise(KNOTS):
         values += slope * (points.clamp(low, high) - low)
         slope = -slope
     return values - 0.15
@@ -140,8 +141,8 @@ def markdown(cells: dict[str, dict[str, Any]]) -> str:
     headers = ["activation", "units", "parameters", *(h for mode in MODES for h in (mode, "pieces"))]
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     return (
-        "# Splines and fixed activations\n\n`python benchmarks/splines.py`: root mean square error of 1-Lipschitz networks "
-        f"on a zigzag of slopes ±1, mean and deviation over seeds, in brackets the learning rate; linear pieces of "
+        "# Splines and fixed activations\n\n`python benchmarks/splines.py`: root mean square error of 1-Lipschitz "
+        f"networks on a zigzag of slopes ±1, mean and deviation over seeds, in brackets the learning rate; linear pieces of "
         f"a spline on average. A constant has {still:.4f}.\n\n{table}\n"
     )
 

@@ -18,10 +18,10 @@ class SplineVariation(Constraint):
     """The proximal step of ``strength·TV⁽²⁾`` on learnt splines, with slopes kept in ``[-limit, limit]``.
 
     The second-order total variation of a continuous piecewise linear function is the sum of the sizes of its changes
-    of slope, ``TV⁽²⁾(f) = Σ_i |s_{i+1} - s_i|``, whatever the knots' distance (Bohra et al. 2020, §III; Ducotterd et al.
-    2024, §4). Each function's slopes become the one minimiser of ``½‖s' - s‖² + strength·TV⁽²⁾(s')`` within the limit:
-    changes that the penalty does not pay for vanish exactly, and neighbouring segments become one piece
-    (:func:`clipless_dp.layers.effective_regions` counts them).
+    of slope, ``TV⁽²⁾(f) = Σ_i |s_{i+1} - s_i|``, whatever the knots' distance (the penalty of Bohra et al. 2020 and of
+    Ducotterd et al. 2024). Each function's slopes become the one minimiser of ``½‖s' - s‖² + strength·TV⁽²⁾(s')``
+    within the limit: changes that do not pay for the penalty vanish exactly, and neighbouring segments become one
+    piece (:func:`clipless_dp.layers.effective_regions` counts them). The proof is in docs/bounds.md.
 
     It runs after the noise, as the projection does, and reads nothing but the released slopes: post-processing, which
     neither sensitivity nor ledger notice. Slopes are projected onto the limit at wrapping, without the proximal step.
@@ -30,8 +30,8 @@ class SplineVariation(Constraint):
     Name the slopes: ``constraint={"*.slopes": SplineVariation(1e-3), "*.weight": Spectral()}``.
 
     Args:
-        strength: what each step takes off: the penalty on the loss that it stands for, times the learning rate. A local
-            extremum of the slopes moves by up to ``2·strength`` divided by its segments.
+        strength: ``λ`` of one step: a penalty ``p·TV⁽²⁾`` on the loss stands for ``p`` times the learning rate. A local
+            extremum of the slopes moves by ``2·strength`` divided by its segments, until it is none.
         limit: the largest size of a slope, 1 by default.
 
     Raises:
@@ -86,9 +86,9 @@ def _taut(slopes: Tensor, strength: float) -> Tensor:
     """``argmin_u ½‖u - s‖² + strength·Σ|u_{i+1} - u_i|`` for each row ``s`` of ``(channels, segments)``, exactly.
 
     Its partial sums are the shortest path through a tube of half the width ``strength`` around those of ``s`` that is
-    pinched at both ends (Davies and Kovac, "Local extremes, runs, strings and multiresolution", Ann. Statist. 2001): the
-    taut string. From each vertex it goes straight as far as some line stays in the tube, and bends where it last touched
-    the side that stops it. All rows go from vertex to vertex together.
+    pinched at both ends (Davies and Kovac, "Local extremes, runs, strings and multiresolution", Ann. Statist. 2001):
+    the taut string. From each vertex it goes straight as far as some line stays in the tube, and bends where it last
+    touched the side that stops it. All rows go from vertex to vertex together.
     """
     channels, size = slopes.shape
     sums = torch.nn.functional.pad(slopes.cumsum(1), (1, 0))

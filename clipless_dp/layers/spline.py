@@ -37,10 +37,10 @@ class LinearSpline(nn.Module):
             never by activations of private ones.
         dim: the channel axis.
         init: the fresh function. ``"relu"``; ``"identity"``; ``"abs"``, the absolute value, which preserves norms
-            and, away from 0, those of gradients; ``"maxmin"``, absolute values and identities in turn, beginning with an
-            absolute value, for ``max(a, b) = (a+b)/2 + |a-b|/2`` and ``min(a, b) = (a+b)/2 - |a-b|/2``: MaxMin up to a
-            rotation of each pair, which preserves norms too (Ducotterd, Goujon, Bohra, Perdios, Neumayer and Unser,
-            "Improving Lipschitz-constrained neural networks by learning activation functions", JMLR 2024; the one of their
+            and, away from 0, those of gradients; ``"maxmin"``, absolute values and identities in turn, beginning with
+            an absolute value, as ``max(a, b) = (a+b)/2 + |a-b|/2`` and ``min(a, b) = (a+b)/2 - |a-b|/2``: MaxMin up to
+            rotations of each pair, which preserves norms too (Ducotterd, Goujon, Bohra, Perdios, Neumayer and Unser,
+            "Improving Lipschitz-constrained neural networks by learning activation functions", JMLR 2024, in their
             code).
 
     Shape:

@@ -141,8 +141,8 @@ def monotone_lift_rule(module: MonotoneLift, context: RuleContext) -> LayerBound
 def householder_rule(module: Householder, context: RuleContext) -> LayerBounds:
     """Norm-preserving; ``Δ_θ = GX``: ``∂y/∂θ`` is orthogonal on each pair: Cauchy–Schwarz over pairs and positions.
 
-    Of the three angles of order 2 the map of each sector depends on one at most, so that a position adds to one entry of
-    the gradient, by at most ``|g_p||z_p|``: a pair's part is at most ``Σ_p |g_p||z_p|``, as for order 1.
+    Of the three angles of order 2 the map of each sector depends on one at most, so that a position adds to one entry
+    of the gradient, by at most ``|g_p||z_p|``: a pair's part is at most ``Σ_p |g_p||z_p|``, as for order 1.
     """
     return LayerBounds(output_norm=lambda: context.input_norm, gradients={"theta": lambda: context.input_norm})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.soundness.mutation import Mutant
 
 class TestOrderTwo(LipschitzLayerTestCase):
     shapes = ((2,), (4, 3))
-    attained = {"theta": 0.8}
+    attained: ClassVar = {"theta": 0.8}
     steps = 4
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
@@ -27,7 +27,7 @@ class TestOrderTwo(LipschitzLayerTestCase):
 
 class TestHalves(LipschitzLayerTestCase):
     shapes = ((4,),)
-    attained = {"theta": 0.8}
+    attained: ClassVar = {"theta": 0.8}
     steps = 4
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
@@ -177,7 +177,11 @@ def test_rows_that_are_not_numbers_stay_so() -> None:
     ("mutant", "claim"),
     [
         (
-            Mutant("mirrors in the other order", householder, "_folded_twice", "torch.where(mirrored, mirror, torch.where(rotated, rotation, start))", "torch.where(mirrored, start, torch.where(rotated, rotation, mirror))"),
+            Mutant(
+                "mirrors in the other order", householder, "_folded_twice",
+                "torch.where(mirrored, mirror, torch.where(rotated, rotation, start))",
+                "torch.where(mirrored, start, torch.where(rotated, rotation, mirror))",
+            ),
             order_two_is_an_isometry_by_pieces,
         ),
         (

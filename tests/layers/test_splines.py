@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis.strategies as st
 import pytest
@@ -24,7 +24,7 @@ SEGMENTS = (SegmentsOperator(),)
 
 class TestSpline(LipschitzLayerTestCase):
     shapes = ((4,), (4, 3))
-    attained = {"slopes": 0.7}
+    attained: ClassVar = {"slopes": 0.7}
     steps = 4
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
@@ -117,7 +117,9 @@ def test_the_step_is_the_minimiser_within_the_limit(rows: list[list[float]], str
     ]
     generator = torch.Generator().manual_seed(0)
     others = [torch.stack(solved).clamp(-limit, limit), slopes.clamp(-limit, limit)]
-    others += [found + size * torch.randn(found.shape, generator=generator, dtype=torch.float64) for size in (1e-3, 0.1)]
+    others += [
+        found + size * torch.randn(found.shape, generator=generator, dtype=torch.float64) for size in (1e-3, 0.1)
+    ]
     for other in others:
         assert bool((objective(found) <= objective(other.clamp(-limit, limit)) + 1e-10).all())
     assert torch.allclose(found, others[0], atol=1e-7)  # the solver's own tolerance
@@ -252,8 +254,8 @@ def test_mutant_caught_in_private_steps(mutant: Mutant, monkeypatch: pytest.Monk
     "mutant",
     [
         Mutant("half the strength", spline_variation, "_taut", "sums - strength", "sums - 0.5 * strength"),
-        Mutant("ends not pinched", spline_variation, "_taut", "side[:, -1] = sums[:, 0], sums[:, -1]", "side[:, 0] = 2 * (sums[:, 0],)"),
-        Mutant("the wrong side touched", spline_variation, "_taut", "torch.where(rises, high", "torch.where(~rises, high"),
+        Mutant("an end not pinched", spline_variation, "_taut", "sums[:, 0], sums[:, -1]", "sums[:, 0], side[:, -1]"),
+        Mutant("another side touched", spline_variation, "_taut", "torch.where(rises, high", "torch.where(~rises, high"),
     ],
     ids=lambda mutant: mutant.name,
 )  # fmt: skip
@@ -278,7 +280,9 @@ def test_mutant_caught_knots_outside_the_reach_with_slopes_above_one(monkeypatch
 
 
 def test_pieces_are_runs_of_equal_slopes() -> None:
-    net = nn.Sequential(layers.LinearSpline(3, 4, init="identity"), nn.ReLU(), layers.LinearSpline(1, 6, 2.0, init="abs"))
+    net = nn.Sequential(
+        layers.LinearSpline(3, 4, init="identity"), nn.ReLU(), layers.LinearSpline(1, 6, 2.0, init="abs")
+    )
     with torch.no_grad():
         net[0].slopes[1] = torch.tensor([0.5, 0.5, 0.25, 0.5])  # type: ignore[index]
         net[0].slopes[2] = torch.tensor([0.5, 0.5001, 0.5, 0.5])  # type: ignore[index]

@@ -172,7 +172,9 @@ ACTIVATION_CASES = (
         attained=(("layer.slopes", 0.999),),
     ),
     Case("linear spline of 64 segments", lambda: layers.LinearSpline(3, 64, 2.0, init="abs"), (3,)),
-    Case("linear spline, knots near 0", lambda: layers.LinearSpline(2, 4, 0.05), (2,), attained=(("layer.slopes", 0.9),)),
+    Case(
+        "linear spline, knots near 0", lambda: layers.LinearSpline(2, 4, 0.05), (2,), attained=(("layer.slopes", 0.9),)
+    ),
     Case("absolute value", layers.AbsoluteValue, (6,)),
     Case("full sort", layers.FullSort, (6,)),
     Case("full sort of each pixel's channels", layers.FullSort, (4, 3, 3)),
@@ -188,9 +190,7 @@ ACTIVATION_CASES = (
     Case("Householder on tokens", lambda: layers.Householder(4, dim=-1), (3, 4)),
     Case("MaxMin of halves on maps", lambda: layers.MaxMin(pairing="halves"), (4, 3, 3)),
     Case("Householder of halves", lambda: layers.Householder(4, pairing="halves"), (4,)),
-    Case(
-        "Householder, order 2", lambda: layers.Householder(2, order=2), (2, 3, 3), attained=(("layer.theta", 0.8),)
-    ),
+    Case("Householder, order 2", lambda: layers.Householder(2, order=2), (2, 3, 3), attained=(("layer.theta", 0.8),)),
     Case("Householder of halves, order 2", lambda: layers.Householder(4, -1, order=2, pairing="halves"), (3, 4)),
     Case("centering", layers.LayerCentering, (2, 3, 3)),
     Case("centering of each channel", lambda: layers.LayerCentering((-2, -1)), (2, 3, 3)),

@@ -48,6 +48,8 @@ UNARY: dict[str, Callable[[str], nn.Module]] = {
         layers.ConvexPotentialConv2d(4, hidden=2) if family == "map" else layers.ConvexPotential(4, 2)
     ),
     "householder": lambda family: layers.Householder(4, dim=_channel_axis(family)),
+    "householder twice": lambda family: layers.Householder(4, _channel_axis(family), order=2, pairing="halves"),
+    "absolute": lambda family: layers.AbsoluteValue(),
     "centering": lambda family: layers.LayerCentering(),
     "ball": lambda family: layers.BallProjection(0.7),
     "sphere": lambda family: layers.SphereScaling(1.3, floor=0.4),

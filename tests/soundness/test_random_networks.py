@@ -101,8 +101,10 @@ class Drawn:
             nn.PReLU(),
             nn.Identity(),
         ]
-        found += [layers.LinearSpline(), layers.FullSort(dim=axis), layers.LayerCentering()]
+        found += [layers.LinearSpline(), layers.FullSort(dim=axis), layers.LayerCentering(), layers.AbsoluteValue()]
         found += [layers.GroupSort(2, dim=axis), layers.Householder(channels, dim=axis)] if channels % 2 == 0 else []
+        halves: dict[str, Any] = {"dim": axis, "pairing": "halves"}
+        found += [layers.MaxMin(**halves), layers.Householder(channels, order=2, **halves)] if channels % 2 == 0 else []
         return self.choice(*found)  # type: ignore[no-any-return]
 
     def dense(self) -> Made:
