@@ -142,8 +142,8 @@ def markdown(cells: dict[str, dict[str, Any]]) -> str:
     table = tabulate(rows, headers=headers, tablefmt="github", disable_numparse=True)
     return (
         "# Splines and fixed activations\n\n`python benchmarks/splines.py`: root mean square error of 1-Lipschitz "
-        f"networks on a zigzag of slopes ±1, mean and deviation over seeds, in brackets the learning rate; linear pieces of "
-        f"a spline on average. A constant has {still:.4f}.\n\n{table}\n"
+        "networks on a zigzag of slopes ±1, mean and deviation over seeds, in brackets the learning rate; linear "
+        f"pieces of a spline on average. A constant has {still:.4f}.\n\n{table}\n"
     )
 
 

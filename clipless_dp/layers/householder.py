@@ -20,12 +20,12 @@ class Householder(Paired):
     deterministic l2 robustness on CIFAR-10 and CIFAR-100", ICLR 2022, §5). ``θ = π/2`` is MaxMin.
 
     *Order 2.* Four sectors meet in 0, beginning at the angle ``α/2``, of widths ``ω/2``, ``γ/2``, ``π - ω/2`` and
-    ``π - γ/2`` (of the same authors, whose code has ``(θ₀, θ₁, θ₂) = (α, ω, γ)``). In turn: ``z`` itself; its reflection across
-    the line at ``β/2``, ``β = α + ω``; that of the reflection across the line at ``(β-γ)/2``, which is a rotation by
-    ``-γ``; and the reflection across the line at ``α/2``. Neighbours agree on the ray between them. ``theta`` holds
-    ``(α, β, γ)``, so that each sector's map depends on one angle at most; ``ω`` and ``γ`` count modulo ``2π`` in the
-    widths. Fresh ones make four quarters, absolute values in coordinates turned by 45 degrees; with ``γ = 2π - ω``
-    the result is a composition of two of order 1, with ``γ = 0`` it is of order 1.
+    ``π - γ/2`` (of the same authors, whose code has ``(θ₀, θ₁, θ₂) = (α, ω, γ)``). In turn: ``z`` itself; its
+    reflection across the line at ``β/2``, ``β = α + ω``; that reflected again across the line at ``(β-γ)/2``, both a
+    rotation by ``-γ``; and ``z``'s reflection across the line at ``α/2``. Neighbours agree on the ray between them.
+    ``theta`` holds ``(α, β, γ)``, so that each sector's map depends on one angle at most; ``ω`` and ``γ`` count modulo
+    ``2π`` in the widths. Fresh ones make four quarters, absolute values in coordinates turned by 45 degrees; with
+    ``γ = 2π - ω`` the result is a composition of two of order 1, with ``γ = 0`` it is of order 1.
 
     Continuous, piecewise orthogonal, hence norm-preserving and 1-Lipschitz.
 

@@ -51,7 +51,8 @@ class GroupSort(Paired):
             first, second = self._pairs(values, dim)
             return self._joined(torch.minimum(first, second), torch.maximum(first, second), dim)
         groups = values.unflatten(dim, (channels // self.group_size, self.group_size))
-        return groups.sort(dim=dim + 1).values.flatten(dim, dim + 1)
+        ordered: Tensor = groups.sort(dim=dim + 1).values
+        return ordered.flatten(dim, dim + 1)
 
     def extra_repr(self) -> str:
         """Group size, axis, and the pairing where it is not of neighbours."""

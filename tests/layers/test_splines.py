@@ -255,7 +255,7 @@ def test_mutant_caught_in_private_steps(mutant: Mutant, monkeypatch: pytest.Monk
     [
         Mutant("half the strength", spline_variation, "_taut", "sums - strength", "sums - 0.5 * strength"),
         Mutant("an end not pinched", spline_variation, "_taut", "sums[:, 0], sums[:, -1]", "sums[:, 0], side[:, -1]"),
-        Mutant("another side touched", spline_variation, "_taut", "torch.where(rises, high", "torch.where(~rises, high"),
+        Mutant("other side touched", spline_variation, "_taut", "torch.where(rises, high", "torch.where(~rises, high"),
     ],
     ids=lambda mutant: mutant.name,
 )  # fmt: skip
