@@ -52,9 +52,9 @@ ACTIVATIONS: dict[str, tuple[int, Callable[[int], nn.Module]]] = {
     "Householder": (20, layers.Householder),
     "Householder, order 2": (20, lambda width: layers.Householder(width, order=2)),
     "spline from ReLU": (10, lambda width: spline(width, "relu")),
-    "spline from |x|": (10, lambda width: spline(width, "abs")),
+    "spline from abs": (10, lambda width: spline(width, "abs")),
     "spline from maxmin": (10, lambda width: spline(width, "maxmin")),
-    "spline from |x|, variation": (10, lambda width: spline(width, "abs")),
+    "spline from abs, variation": (10, lambda width: spline(width, "abs")),
 }
 
 
