@@ -172,6 +172,7 @@ class CliplessDPOptimizer(Around):
         model.sensitivity()
         self._books.open(self._require_protected())
         self._guard()
+        base_state.know(model)
         base_state.note(base_optimizer)
 
     @property
@@ -485,7 +486,7 @@ class CliplessDPOptimizer(Around):
         # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here,
         # too, which this ledger does not know.
         base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
-        with base_state.loading(self.base_optimizer):
+        with base_state.loading(self.base_optimizer, base):
             self.base_optimizer.load_state_dict(copy.deepcopy(base))
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
