@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
@@ -101,8 +101,16 @@ def nested(optimizer: Optimizer) -> list[Optimizer]:
             held = [one.optimizer]
         else:
             held = [value for _, value in opened(type(one))(one)]  # type: ignore[misc, arg-type]
-        left += [value for value in held if _may_hold_optimizers(type(value))]  # type: ignore[arg-type]
+        for value in held:
+            kind = type(value)
+            # Empty ones are many: torch's hooks.
+            if kind not in _NO_CONTAINERS and (kind not in _OF_PYTHON or value) and _may_hold_optimizers(kind):
+                left.append(value)
     return found
+
+
+_NO_CONTAINERS = frozenset({bool, int, float, str, type(None), FunctionType, Tensor, nn.Parameter})
+_OF_PYTHON = frozenset({dict, OrderedDict, list, tuple, set, deque})
 
 
 @lru_cache(maxsize=1024)

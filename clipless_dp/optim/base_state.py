@@ -33,7 +33,7 @@ _Place = tuple[object, ...]
 
 _Found = tuple[_Place, object, Any]
 
-_Known = Callable[[], Mapping[int, object]]
+_Known = Mapping[int, object]
 """Parameters and gradients, by their identities."""
 
 
@@ -81,8 +81,9 @@ class _Marks:
         values = [*found]
         self._held = {place: _mark_of(value) for place, _, value in values}
         # Of one tensor some numbers: what is written beneath the counters goes into all of a kind, as a rule.
-        some = [value for _, _, value in values if isinstance(value, Tensor) and _is_dense(value) and value.numel() > 1]
-        self._looked_at = secrets.choice(some) if some else None
+        some = [value for _, _, value in values if isinstance(value, Tensor) and value.numel() > 1]
+        chosen = secrets.choice(some) if some else None
+        self._looked_at = chosen if chosen is None or _is_dense(chosen) else None
         self._sample = None if self._looked_at is None else fingerprints.sample(placement.local(self._looked_at))
 
     def add(self, found: Iterable[_Found]) -> None:
@@ -133,8 +134,9 @@ _seen: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
 def note(optimizer: Optimizer) -> None:
     """The state is one that a private step has left."""
     before = _noted.get(optimizer)
-    rest = _Marks(_rest(optimizer)) if before is None or _seen.get(optimizer, False) else before.rest
-    _noted[optimizer] = _Noted(_Marks(_own(optimizer)), rest)
+    whole = before is None or _seen.get(optimizer, False)
+    rest = _Marks(_rest(optimizer)) if before is None or whole else before.rest
+    _noted[optimizer] = _Noted(_Marks(_own(optimizer, whole=whole)), rest)
 
 
 @contextmanager
@@ -192,9 +194,9 @@ def refuse_other_state(optimizer: Optimizer) -> None:
         # A constructor may have made any tensors of its own beside it.
         other = next((found for found in _values(optimizer) if not _is_new(*found)), None)
     else:
-        other = noted.own.first_other(_own(optimizer))
         # A plain one reads nothing else.
         _seen[optimizer] = whole = not is_plain(optimizer)
+        other = noted.own.first_other(_own(optimizer, whole=whole))
         if other is None and whole:
             other = noted.rest.first_other(_rest(optimizer))
     if other is not None:
@@ -228,14 +230,26 @@ def _values(optimizer: Optimizer) -> Iterator[_Found]:
         yield from _own(one, number)
 
 
-def _own(optimizer: Optimizer, number: int = 0) -> Iterator[_Found]:
-    """Tensors and numbers of one state: where they are, of which parameter, and they."""
-    # A plain one reads nothing else.
-    known = None if is_plain(optimizer) else lambda: _known([optimizer])
+def _own(optimizer: Optimizer, number: int = 0, *, whole: bool = True) -> Iterator[_Found]:
+    """Tensors and numbers of one state: where they are, of which parameter, and they.
+
+    Whole: with what tensors have beside their numbers, which a plain optimizer does not read.
+    """
+    known: _Known | None = None
     for key, held in optimizer.state.items():
         place = "the state", (number, key if isinstance(key, str) else id(key))
         for name, value in held.items() if isinstance(held, dict) else (("", held),):
-            yield from _within((*place, name), key, value, known)
+            if type(value) in _ORDINARY:
+                yield (*place, name), key, value
+                if whole and type(value) is Tensor and ((value.is_leaf and value.grad is not None) or vars(value)):
+                    known = known or _known([optimizer])
+                    yield from _within((*place, name), key, value, known)
+            else:
+                known = known or (_known([optimizer]) if whole else None)
+                yield from _within((*place, name), key, value, known)
+
+
+_ORDINARY = frozenset({Tensor, bool, int, float})
 
 
 def _rest(optimizer: Optimizer) -> Iterator[_Found]:
@@ -255,7 +269,7 @@ def _rest(optimizer: Optimizer) -> Iterator[_Found]:
     for place, owner, held in places:
         for name, value in held.items():
             if _is_kept(type(value)) and name != "params":
-                yield from _beside((*place, name), owner, value, lambda: known)
+                yield from _beside((*place, name), owner, value, known)
 
 
 def _beside(place: _Place, owner: object, value: Any, known: _Known) -> Iterator[_Found]:
@@ -295,7 +309,7 @@ def _within(
     """
     kind = type(value)
     if isinstance(value, Tensor):
-        is_known = known is not None and id(value) in known()
+        is_known = known is not None and id(value) in known
         if not (settings and is_known):
             yield place, key, value
         if is_known or known is None or kind not in (Tensor, nn.Parameter):
