@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, 
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from types import FunctionType, MethodType
+from types import BuiltinMethodType, FunctionType, MethodType, MethodWrapperType
 from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
@@ -76,6 +76,11 @@ OF_TORCH = frozenset({"state", "param_groups", "defaults"})
 """Attributes that each optimizer has."""
 
 
+def per_class(function: Callable[[type], Kept]) -> Callable[[type], Kept]:
+    """A function of classes that is asked at each step, so that its answers are kept."""
+    return cast("Callable[[type], Kept]", lru_cache(maxsize=1024)(function))
+
+
 def nested(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer, and those that it is around, whose steps run hooks: in attributes, as Lookahead's, or in groups.
 
@@ -100,7 +105,7 @@ def nested(optimizer: Optimizer) -> list[Optimizer]:
         elif isinstance(one, LRScheduler):
             held = [one.optimizer]
         else:
-            held = [value for _, value in opened(type(one))(one)]  # type: ignore[misc, arg-type]
+            held = [value for _, value in opened(type(one))(one)]  # type: ignore[misc]
         for value in held:
             kind = type(value)
             # Empty ones are many: torch's hooks.
@@ -113,18 +118,18 @@ _NO_CONTAINERS = frozenset({bool, int, float, str, type(None), FunctionType, Ten
 _OF_PYTHON = frozenset({dict, OrderedDict, list, tuple, set, deque})
 
 
-@lru_cache(maxsize=1024)
+@per_class
 def _may_hold_optimizers(kind: type) -> bool:
     return issubclass(kind, (Optimizer, LRScheduler)) or (opened(kind) is not None and not issubclass(kind, nn.Module))
 
 
 _Parts = Iterable[tuple[object, Any]]
 
-_BOUND = (MethodType, type([].append))
+_BOUND = (MethodType, BuiltinMethodType, MethodWrapperType)
 _TEXT = (str, bytes, bytearray, memoryview, range)
 
 
-@lru_cache(maxsize=1024)
+@per_class
 def opened(kind: type) -> Callable[[Any], _Parts] | None:
     """How objects of a class are looked into that hold others: parts by name; ``None`` of classes that are not.
 

@@ -11,9 +11,8 @@ which schedules change.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 from numbers import Number
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary, ref
@@ -25,7 +24,7 @@ from torch.optim import Optimizer
 
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
-from clipless_dp.optim.around import OF_TORCH, everything, is_plain, nested, opened
+from clipless_dp.optim.around import OF_TORCH, everything, is_plain, nested, opened, per_class
 from clipless_dp.sampling import fingerprints
 
 _Place = tuple[object, ...]
@@ -58,14 +57,14 @@ def _bits(value: Any) -> object:
     return array.dtype.str, array.shape, array.tobytes()
 
 
-@lru_cache(maxsize=1024)
+@per_class
 def _is_array(kind: type) -> bool:
     """Whether values of a class are arrays, of whatever numbers, or bytes."""
     of_numpy = issubclass(kind, (np.ndarray, np.generic)) and not _is_number(kind) and not issubclass(kind, np.str_)
     return of_numpy or issubclass(kind, (bytes, bytearray, memoryview))
 
 
-@lru_cache(maxsize=1024)
+@per_class
 def _is_number(kind: type) -> bool:
     return issubclass(kind, (Number, np.number, np.bool_))
 
@@ -178,7 +177,9 @@ def _is_loaded(found: _Found, loaded: Mapping[object, list[Any]]) -> bool:
         if isinstance(value, Tensor) and isinstance(other, Tensor):
             if _same(value, other):
                 return True
-        elif type(value) is type(other) and (_bits(value) == _bits(other) if _is_array(type(value)) else value == other):
+        elif type(value) is type(other) and (
+            _bits(value) == _bits(other) if _is_array(type(value)) else value == other
+        ):
             return True
     return False
 
@@ -295,13 +296,19 @@ def _size(value: Any) -> int:
     return 1 if _is_number(type(value)) else np.size(value) if isinstance(value, np.ndarray) else 2
 
 
-@lru_cache(maxsize=1024)
+@per_class
 def _is_kept(kind: type) -> bool:
     return issubclass(kind, Tensor) or _is_array(kind) or opened(kind) is not None
 
 
 def _within(
-    place: _Place, key: object, value: Any, known: _Known | None, around: tuple[int, ...] = (), *, settings: bool = False
+    place: _Place,
+    key: object,
+    value: Any,
+    known: _Known | None,
+    around: tuple[int, ...] = (),
+    *,
+    settings: bool = False,
 ) -> Iterator[_Found]:
     """Tensors, arrays and numbers within; where numbers are settings, those of objects and modules are left out.
 

@@ -111,9 +111,9 @@ class SharpnessAwareSGD(_SharpnessAware, SGD):
     The next pass thus runs where the loss is larger (Foret et al. 2021, *Sharpness-aware minimization*, equation 2),
     along a gradient that was paid for: a fresh one would be a second release. The weights between steps are the
     shifted ones, so that bounds, certificates and constraints are of these, as with any optimizer, and privacy is what
-    it was. ``ρ_t`` falls with the learning rate, ``ρ·lr_t/lr_max``, where ``lr_max`` is the largest rate so far, or the one
-    that a schedule begins from if that is larger: it never exceeds ``ρ``. The rate should end near 0, as that of ``fit``
-    does: the shift of the last step stays. With ``maximize=True`` the shift is along ``−g_t``.
+    it was. ``ρ_t`` falls with the learning rate, ``ρ·lr_t/lr_max``, where ``lr_max`` is the largest rate so far, or the
+    one that a schedule begins from if that is larger: it never exceeds ``ρ``. The rate should end near 0, as that of
+    ``fit`` does: the shift of the last step stays. With ``maximize=True`` the shift is along ``−g_t``.
 
     A base optimizer of :class:`clipless_dp.CliplessDPOptimizer`: ``fit(..., optimizer=lambda p:
     SharpnessAwareSGD(p, lr=0.1, radius=0.05))``.

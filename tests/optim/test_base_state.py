@@ -106,7 +106,8 @@ PYTHON = {
     "a mapping of mappings": lambda gradient: ChainMap({"of": gradient}),
     "a view of a mapping": lambda gradient: MappingProxyType({"of": gradient}),
     "a bound method": lambda gradient: gradient.clone,
-    "a method of a list": lambda gradient: [gradient].__iter__,
+    "a method of a list": lambda gradient: [gradient].pop,
+    "a special method of a list": lambda gradient: [gradient].__iter__,
     "an argument": lambda gradient: functools.partial(torch.add, other=gradient),
     "all of these": lambda gradient: [{"of": (deque([UserList([gradient.numpy().tobytes()])]),)}],
 }
@@ -301,9 +302,9 @@ def test_a_load_behind_a_pass_vouches_for_what_was_loaded_and_for_nothing_that_i
     pass_rows(model)
     base = optimizer.base_optimizer
     place(base, largest(base).grad.clone())
-    for _ in range(2):
+    for _ in range(1 if kind is Moving else 2):
         optimizer.load_state_dict(copy.deepcopy(kept))
-    with pytest.raises(PrivacyError, match="'(h|kept)' in (the state|a group)"):
+    with pytest.raises(PrivacyError, match=r"'(h|kept)' in (the state|a group)"):
         optimizer.step()
     # Without it, the rest is as it was loaded.
     base.state[largest(base)].pop("h", None)
@@ -321,10 +322,11 @@ def test_averages_beside_the_optimizer_or_in_a_hook_of_the_base_one_are_the_reme
             held.setdefault("average", parameter.detach().clone()).lerp_(parameter.detach(), 0.1)
 
     model, optimizer = private()
-    step(model, optimizer)
-    average(optimizer.base_optimizer)
+    for _ in range(2):
+        step(model, optimizer)
+        average(optimizer.base_optimizer)
     pass_rows(model)
-    with pytest.raises(PrivacyError, match=r"beside the optimizer .*WeightAverage.* register_step_post_hook"):
+    with pytest.raises(PrivacyError, match=r"beside the optimizer .*WeightAverage.*register_step_post_hook"):
         optimizer.step()
     model, optimizer = private()
     optimizer.base_optimizer.register_step_post_hook(average)
