@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, MappingView, Sequence, Set
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
+from types import BuiltinMethodType, FunctionType, MethodType, MethodWrapperType
 from typing import Any, Generic, NoReturn, TypeVar, cast, overload
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
@@ -72,42 +76,92 @@ OF_TORCH = frozenset({"state", "param_groups", "defaults"})
 """Attributes that each optimizer has."""
 
 
+def per_class(function: Callable[[type], Kept]) -> Callable[[type], Kept]:
+    """A function of classes that is asked at each step, so that its answers are kept."""
+    return cast("Callable[[type], Kept]", lru_cache(maxsize=1024)(function))
+
+
 def nested(optimizer: Optimizer) -> list[Optimizer]:
     """An optimizer, and those that it is around, whose steps run hooks: in attributes, as Lookahead's, or in groups.
 
-    Lists, tuples, sets and mappings there are looked into as well, objects of other classes and states are not.
+    What :func:`opened` opens is looked into as well, and schedules; objects of other classes and states are not.
     """
     found: list[Optimizer] = []
-    seen: set[int] = set()
+    # Kept, since another object could get the identity of one that is gone.
+    seen: dict[int, object] = {}
     left: list[Any] = [optimizer]
     while left:
         one = left.pop()
         if id(one) in seen:
             continue
-        seen.add(id(one))
-        kind = _container(type(one))  # type: ignore[arg-type]
-        if kind is Optimizer:
-            if not guardable(one):
+        seen[id(one)] = one
+        if isinstance(one, Optimizer):
+            # Private ones, which schedules know, guard themselves.
+            if isinstance(one, Around) or not guardable(one):
                 continue
             found.append(one)
             held = [value for name, value in vars(one).items() if name not in OF_TORCH]
             held += [value for group in one.param_groups for name, value in group.items() if name != "params"]
+        elif isinstance(one, LRScheduler):
+            held = [one.optimizer]
         else:
-            held = one.values() if kind is Mapping else one
+            held = [value for _, value in opened(type(one))(one)]  # type: ignore[misc]
         for value in held:
-            kind = _container(type(value))  # type: ignore[arg-type]
+            kind = type(value)
             # Empty ones are many: torch's hooks.
-            if kind is Optimizer or (kind is not None and value):
+            if kind not in _NO_CONTAINERS and (kind not in _OF_PYTHON or value) and _may_hold_optimizers(kind):
                 left.append(value)
     return found
 
 
-@lru_cache(maxsize=256)
-def _container(kind: type) -> type | None:
-    """As which of these a class may hold optimizers: asked at each step, so that it is kept."""
-    return next(
-        (known for known in (Optimizer, Mapping, list, tuple, deque, set, frozenset) if issubclass(kind, known)), None
-    )
+_NO_CONTAINERS = frozenset({bool, int, float, str, type(None), FunctionType, Tensor, nn.Parameter})
+_OF_PYTHON = frozenset({dict, OrderedDict, list, tuple, set, deque})
+
+
+@per_class
+def _may_hold_optimizers(kind: type) -> bool:
+    return issubclass(kind, (Optimizer, LRScheduler)) or (opened(kind) is not None and not issubclass(kind, nn.Module))
+
+
+_Parts = Iterable[tuple[object, Any]]
+
+_BOUND = (MethodType, BuiltinMethodType, MethodWrapperType)
+_TEXT = (str, bytes, bytearray, memoryview, range)
+
+
+@per_class
+def opened(kind: type) -> Callable[[Any], _Parts] | None:
+    """How objects of a class are looked into that hold others: parts by name; ``None`` of classes that are not.
+
+    Those of Python's, numpy's and torch's: mappings, sequences, sets and views of such, arrays of objects, modules,
+    methods with what they are bound to, and references. It is asked at each step, so that it is kept.
+    """
+    if issubclass(kind, (Tensor, Optimizer, LRScheduler, type, *_TEXT)):
+        return None
+    known: list[tuple[tuple[type, ...], Callable[[Any], _Parts]]] = [
+        ((np.ndarray,), lambda array: enumerate(array.ravel().tolist()) if array.dtype.hasobject else ()),
+        ((Mapping,), _of_mapping),
+        ((nn.Module,), lambda module: _no_objects(vars(module).items())),
+        ((Sequence, Set, MappingView, deque), enumerate),
+        (_BOUND, lambda method: _no_objects([("", method.__self__)])),
+        ((partial,), lambda call: _no_objects(enumerate((call.func, *call.args, *call.keywords.values())))),
+        ((weakref.ref,), lambda reference: _no_objects([("", reference())])),
+    ]
+    return next((parts for kinds, parts in known if issubclass(kind, kinds)), None)
+
+
+def _of_mapping(mapping: Mapping[Any, Any]) -> _Parts:
+    for name, value in mapping.items():
+        # Tensors compare by their numbers.
+        yield id(name) if isinstance(name, Tensor) else name, value
+        if not isinstance(name, (str, int, nn.Parameter)):
+            yield ("key", id(name) if isinstance(name, Tensor) else name), name
+
+
+def _no_objects(parts: _Parts) -> _Parts:
+    """Of what a module, a method or a reference holds, what may hold numbers or optimizers: no trainers."""
+    known = (Tensor, np.ndarray, bytes, bytearray, Optimizer, LRScheduler)
+    return [(name, one) for name, one in parts if isinstance(one, known) or opened(type(one)) is not None]
 
 
 def everything(optimizer: Optimizer) -> list[Optimizer]:

@@ -4,17 +4,18 @@ A method of the base optimizer that is called between the passes and the step (`
 state that is assigned or loaded, may hold gradients as they were before the noise. So each step leaves marks on the
 state, and the next one begins with a look whether it is as marked, or is that of a new optimizer. The state is what
 lies in ``state``, of optimizers within it too, and tensors in attributes of the optimizer and of its parameters, and in
-its groups. Numbers there are settings, which schedules change.
+its groups; arrays, bytes, and more than a few numbers in one of these count as tensors. A few numbers are settings,
+which schedules change.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Number
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from torch.optim import Optimizer
 
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError
-from clipless_dp.optim.around import OF_TORCH, everything, is_plain, nested
+from clipless_dp.optim.around import OF_TORCH, everything, is_plain, nested, opened, per_class
 from clipless_dp.sampling import fingerprints
 
 _Place = tuple[object, ...]
@@ -31,19 +32,41 @@ _Place = tuple[object, ...]
 
 _Found = tuple[_Place, object, Any]
 
+_Known = Mapping[int, object]
+"""Parameters and gradients, by their identities."""
+
 
 class _Mark(NamedTuple):
-    """A tensor, which nothing is kept alive for and no number of which is read, or an array's numbers."""
+    """A tensor, which nothing is kept alive for and no number of which is read, or the bits of an array or of bytes."""
 
     tensor: ref[Tensor] | None
     version: int
-    numbers: Tensor | None
+    bits: object
 
 
 def _mark_of(value: object) -> object:
     if isinstance(value, Tensor):
         return _Mark(ref(value), _version(value), None)
-    return _Mark(None, 0, _tensor(value)) if isinstance(value, np.ndarray) else value
+    return _Mark(None, 0, _bits(value)) if _is_array(type(value)) else value
+
+
+def _bits(value: Any) -> object:
+    if not isinstance(value, (np.ndarray, np.generic)):
+        return bytes(value)
+    array = np.asarray(value)
+    return array.dtype.str, array.shape, array.tobytes()
+
+
+@per_class
+def _is_array(kind: type) -> bool:
+    """Whether values of a class are arrays, of whatever numbers, or bytes."""
+    of_numpy = issubclass(kind, (np.ndarray, np.generic)) and not _is_number(kind) and not issubclass(kind, np.str_)
+    return of_numpy or issubclass(kind, (bytes, bytearray, memoryview))
+
+
+@per_class
+def _is_number(kind: type) -> bool:
+    return issubclass(kind, (Number, np.number, np.bool_))
 
 
 class _Marks:
@@ -58,13 +81,13 @@ class _Marks:
         self._held = {place: _mark_of(value) for place, _, value in values}
         # Of one tensor some numbers: what is written beneath the counters goes into all of a kind, as a rule.
         some = [value for _, _, value in values if isinstance(value, Tensor) and value.numel() > 1]
-        self._looked_at = secrets.choice(some) if some else None
+        chosen = secrets.choice(some) if some else None
+        self._looked_at = chosen if chosen is None or _is_dense(chosen) else None
         self._sample = None if self._looked_at is None else fingerprints.sample(placement.local(self._looked_at))
 
-    def replace(self, found: Iterable[_Found], replaced: Callable[[_Place], bool]) -> None:
-        """These are there now, in place of what was at certain places."""
-        kept = {place: mark for place, mark in self._held.items() if not replaced(place)}
-        self._held = {**kept, **{place: _mark_of(value) for place, _, value in found}}
+    def add(self, found: Iterable[_Found]) -> None:
+        """These are there now, in place of what was there, if anything was."""
+        self._held.update((place, _mark_of(value)) for place, _, value in found)
 
     def first_other(self, found: Iterable[_Found]) -> _Found | None:
         """The first value that is not as it was left, nor reset, if there is one; some may be gone."""
@@ -82,10 +105,10 @@ class _Marks:
         """Whether a value is the one that was there, or holds what that did."""
         mark = self._held.get(place)
         if not isinstance(mark, _Mark):
-            return mark is value or (not isinstance(value, (Tensor, np.ndarray)) and bool(mark == value))
-        if mark.numbers is not None:
-            return isinstance(value, np.ndarray) and _same(_tensor(value), mark.numbers)
-        known = None if mark.tensor is None else mark.tensor()
+            return mark is value or (not isinstance(value, Tensor) and not _is_array(type(value)) and mark == value)
+        if mark.tensor is None:
+            return _is_array(type(value)) and _bits(value) == mark.bits
+        known = mark.tensor()
         if known is None or not isinstance(value, Tensor) or _version(known) != mark.version:
             return False
         if known is value:
@@ -110,20 +133,26 @@ _seen: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
 def note(optimizer: Optimizer) -> None:
     """The state is one that a private step has left."""
     before = _noted.get(optimizer)
-    rest = _Marks(_rest(optimizer)) if before is None or _seen.get(optimizer, False) else before.rest
-    _noted[optimizer] = _Noted(_Marks(_own(optimizer)), rest)
+    whole = before is None or _seen.get(optimizer, False)
+    rest = _Marks(_rest(optimizer)) if before is None or whole else before.rest
+    _noted[optimizer] = _Noted(_Marks(_own(optimizer, whole=whole)), rest)
 
 
 @contextmanager
-def loading(optimizer: Optimizer) -> Iterator[None]:
+def loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[None]:
     """The state that is loaded within comes together with its ledger. All else has to be as it was.
 
-    Optimizers whose ``load_state_dict`` fills what they keep elsewhere may do so, where all there was as it was left.
-    Gradients, which need not be private by then, are put aside meanwhile.
+    Optimizers whose ``load_state_dict`` keeps entries of their own, or fills what they keep elsewhere, may do so where
+    all was as it was left; else what equals a loaded value is the state, and nothing else. Gradients, which need not be
+    private by then, are put aside meanwhile.
     """
     before = _noted.get(optimizer) or _Noted(_Marks(()), _Marks(()))
-    elsewhere = (one for one in _rest(optimizer) if not _is_loaded(one[0]))
-    holds = before.rest.first_other(elsewhere) is None
+    loaded: dict[object, list[Any]] = {}
+    for place, _, value in _within((), None, state_dict, None):
+        loaded.setdefault(place[-1], []).append(value)
+    elsewhere = before.rest.first_other(_rest(optimizer)) is None
+    # A load may leave what it finds, or move it.
+    holds = elsewhere and before.own.first_other(_own(optimizer)) is None
     parameters = {id(one): one for some in nested(optimizer) for group in some.param_groups for one in group["params"]}
     gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
     try:
@@ -133,15 +162,26 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
     finally:
         for parameter, gradient in gradients:
             parameter.grad = gradient
-    rest = _Marks(_rest(optimizer)) if holds else before.rest
-    if not holds:
-        rest.replace((one for one in _rest(optimizer) if _is_loaded(one[0])), _is_loaded)
-    _noted[optimizer] = _Noted(_Marks(_own(optimizer)), rest)
+    if holds:
+        _noted[optimizer] = _Noted(_Marks(_own(optimizer)), _Marks(_rest(optimizer)))
+        return
+    before.own.add(one for one in _own(optimizer) if _is_loaded(one, loaded))
+    before.rest.add(one for one in _rest(optimizer) if one[0][0] == _GROUP and _is_loaded(one, loaded))
+    _noted[optimizer] = before
 
 
-def _is_loaded(place: _Place) -> bool:
-    """Whether this is in groups of the optimizer itself, which are a part of what is loaded."""
-    return place[0] == _GROUP and isinstance(place[1], tuple) and place[1][0] == 0
+def _is_loaded(found: _Found, loaded: Mapping[object, list[Any]]) -> bool:
+    """Whether a value is one of those of its name that were loaded, up to the dtype of a parameter."""
+    place, _, value = found
+    for other in loaded.get(place[-1], ()):
+        if isinstance(value, Tensor) and isinstance(other, Tensor):
+            if _same(value, other):
+                return True
+        elif type(value) is type(other) and (
+            _bits(value) == _bits(other) if _is_array(type(value)) else value == other
+        ):
+            return True
+    return False
 
 
 def refuse_other_state(optimizer: Optimizer) -> None:
@@ -155,9 +195,9 @@ def refuse_other_state(optimizer: Optimizer) -> None:
         # A constructor may have made any tensors of its own beside it.
         other = next((found for found in _values(optimizer) if not _is_new(*found)), None)
     else:
-        other = noted.own.first_other(_own(optimizer))
         # A plain one reads nothing else.
         _seen[optimizer] = whole = not is_plain(optimizer)
+        other = noted.own.first_other(_own(optimizer, whole=whole))
         if other is None and whole:
             other = noted.rest.first_other(_rest(optimizer))
     if other is not None:
@@ -167,7 +207,10 @@ def refuse_other_state(optimizer: Optimizer) -> None:
             "private step: by steps from before, a method that reads gradients as they are (update_hessian()), an "
             "assignment, or a state that was loaded into it. No noise protects what is in it. Make a new optimizer, or "
             "clear its state (optimizer.state.clear()) and what it keeps elsewhere; load states into the private "
-            "optimizer. Nothing was released"
+            "optimizer. Averages and copies of weights are not told from gradients there: keep them beside the "
+            "optimizer and its parameters (clipless_dp.WeightAverage, a list of your own), or update them within the "
+            "private step, by a hook of the base optimizer (base.register_step_post_hook(lambda *_: ...)). Nothing was "
+            "released"
         )
 
 
@@ -188,12 +231,26 @@ def _values(optimizer: Optimizer) -> Iterator[_Found]:
         yield from _own(one, number)
 
 
-def _own(optimizer: Optimizer, number: int = 0) -> Iterator[_Found]:
-    """Tensors and numbers of one state: where they are, of which parameter, and they."""
+def _own(optimizer: Optimizer, number: int = 0, *, whole: bool = True) -> Iterator[_Found]:
+    """Tensors and numbers of one state: where they are, of which parameter, and they.
+
+    Whole: with what tensors have beside their numbers, which a plain optimizer does not read.
+    """
+    known: _Known | None = None
     for key, held in optimizer.state.items():
         place = "the state", (number, key if isinstance(key, str) else id(key))
         for name, value in held.items() if isinstance(held, dict) else (("", held),):
-            yield from _within((*place, name), key, value)
+            if type(value) in _ORDINARY:
+                yield (*place, name), key, value
+                if whole and type(value) is Tensor and ((value.is_leaf and value.grad is not None) or vars(value)):
+                    known = known or _known([optimizer])
+                    yield from _within((*place, name), key, value, known)
+            else:
+                known = known or (_known([optimizer]) if whole else None)
+                yield from _within((*place, name), key, value, known)
+
+
+_ORDINARY = frozenset({Tensor, bool, int, float})
 
 
 def _rest(optimizer: Optimizer) -> Iterator[_Found]:
@@ -202,9 +259,9 @@ def _rest(optimizer: Optimizer) -> Iterator[_Found]:
     for number, some in enumerate(optimizers):
         if some is not optimizer:
             yield from _own(some, number)
+    # Which are as private.
+    known = _known(optimizers)
     parameters = {id(one): one for some in optimizers for group in some.param_groups for one in group["params"]}
-    # Which are known, and are as private.
-    known = {*parameters, *(id(one.grad) for one in parameters.values())}
     places: list[tuple[_Place, object, Mapping[str, Any]]] = []
     for number, some in enumerate(optimizers):
         places.append((("an attribute", number), None, {k: v for k, v in vars(some).items() if k not in OF_TORCH}))
@@ -212,51 +269,116 @@ def _rest(optimizer: Optimizer) -> Iterator[_Found]:
     places += [(("an attribute of a parameter", key), one, one.__dict__) for key, one in parameters.items()]
     for place, owner, held in places:
         for name, value in held.items():
-            if isinstance(value, _KEPT) and name != "params":
-                for found in _within((*place, name), owner, value):
-                    one = found[2]
-                    if (isinstance(one, Tensor) and one.numel() > 1 and id(one) not in known) or (
-                        isinstance(one, np.ndarray) and one.size > 1
-                    ):
-                        yield found
+            if _is_kept(type(value)) and name != "params":
+                yield from _beside((*place, name), owner, value, known)
+
+
+def _beside(place: _Place, owner: object, value: Any, known: _Known) -> Iterator[_Found]:
+    """What counts in an attribute or an entry of a group: all but a few numbers, and what is known."""
+    numbers = []
+    for found in _within(place, owner, value, known, settings=True):
+        if _size(found[2]) > 1:
+            yield found
+        else:
+            numbers.append(found)
+    if len(numbers) > _SETTINGS:
+        yield from numbers
 
 
 _GROUP = "a group"
-_PARAMETERS = (nn.ParameterList, nn.ParameterDict)
-_KEPT = (Tensor, np.ndarray, Mapping, list, tuple, deque, set, frozenset, *_PARAMETERS)
+_SETTINGS = 4
+"""How many numbers an attribute or an entry of a group may have that change from step to step, as three betas do."""
 
 
-def _within(place: _Place, key: object, value: Any, around: tuple[int, ...] = ()) -> Iterator[_Found]:
-    if isinstance(value, (Tensor, int, float)) or (
-        isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind in "fiub"
-    ):
+def _size(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    return 1 if _is_number(type(value)) else np.size(value) if isinstance(value, np.ndarray) else 2
+
+
+@per_class
+def _is_kept(kind: type) -> bool:
+    return issubclass(kind, Tensor) or _is_array(kind) or opened(kind) is not None
+
+
+def _within(
+    place: _Place,
+    key: object,
+    value: Any,
+    known: _Known | None,
+    around: tuple[int, ...] = (),
+    *,
+    settings: bool = False,
+) -> Iterator[_Found]:
+    """Tensors, arrays and numbers within; where numbers are settings, those of objects and modules are left out.
+
+    ``known`` are parameters and gradients, which are not looked into; ``None``: no tensor is.
+    """
+    kind = type(value)
+    if isinstance(value, Tensor):
+        is_known = known is not None and id(value) in known
+        if not (settings and is_known):
+            yield place, key, value
+        if is_known or known is None or kind not in (Tensor, nn.Parameter):
+            return
+        held = [*vars(value).items(), *((("grad", value.grad),) if value.is_leaf else ())]
+    elif _is_number(kind) or (_is_array(kind) and not (isinstance(value, np.ndarray) and value.dtype.hasobject)):
         yield place, key, value
         return
-    if id(value) in around:
+    elif id(value) in around or _wrapped.get(id(value)) is value:
         return
-    if isinstance(value, (Mapping, nn.ParameterDict)):
-        # Parameters compare by their numbers.
-        held: Iterable[tuple[object, object]] = (
-            (id(name) if isinstance(name, Tensor) else name, one) for name, one in value.items()
-        )
-    elif isinstance(value, _KEPT):
-        held = enumerate(value)
-    elif isinstance(value, (nn.Module, Optimizer, type)) or callable(value):
+    elif (parts := opened(kind)) is not None:
+        held = [*parts(value)]
+    elif isinstance(value, (Optimizer, type)) or callable(value):
         return
     else:
-        held = getattr(value, "__dict__", {}).items()
+        held = [(name, one) for name, one in _attributes(value) if not (settings and _is_number(type(one)))]
     for name, one in held:
-        yield from _within((*place, name), key, one, (*around, id(value)))
+        if one is not None:
+            yield from _within((*place, name), key, one, known, (*around, id(value)), settings=settings)
 
 
-def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
-    """A copy, since arrays of some kinds and strides are none of torch's."""
-    return torch.from_numpy(array.astype(np.float64))
+def _attributes(value: object) -> Iterable[tuple[str, Any]]:
+    return getattr(value, "__dict__", {}).items()
 
 
-def _is_new(place: _Place, parameter: object, value: object) -> bool:
+_wrapped: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
+"""Networks that private optimizers are made for, with all modules of theirs, which base optimizers may know."""
+
+
+def know(model: nn.Module) -> None:
+    """A network is one that is trained: what its modules hold is none of an optimizer's."""
+    _wrapped.update((id(module), module) for module in model.modules())
+
+
+def _known(optimizers: Iterable[Optimizer]) -> dict[int, Any]:
+    parameters = {id(one): one for some in optimizers for group in some.param_groups for one in group["params"]}
+    return {**parameters, **{id(one.grad): one.grad for one in parameters.values()}}
+
+
+def _tensor(value: Any) -> Tensor:
+    """Numbers that torch compares; a copy of arrays, since those of some kinds and strides are none of torch's."""
+    if isinstance(value, Tensor):
+        if value.is_meta:
+            return torch.zeros(())
+        if value.is_nested:
+            return torch.cat([part.flatten() for part in value.unbind()])
+        if value.is_quantized:
+            return value.dequantize()
+        return value if value.layout is torch.strided else value.to_dense()
+    array = np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else np.array([*bytes(value)], np.uint8)
+    if array.dtype.kind not in "fiubc":
+        array = np.array([*array.tobytes()], np.uint8)
+    return torch.from_numpy(array.astype(np.complex128 if array.dtype.kind == "c" else np.float64))
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
+def _is_new(place: _Place, parameter: object, value: Any) -> bool:
     """Whether a constructor may have left this: no steps yet, one number throughout, or the parameter itself."""
-    value = _tensor(value) if isinstance(value, np.ndarray) else value
+    value = value if _is_number(type(value)) else _tensor(value)
     if not isinstance(value, Tensor):
         return place[-1] != "step" or not value
     if value.numel() == 1:
@@ -264,9 +386,9 @@ def _is_new(place: _Place, parameter: object, value: object) -> bool:
     return _is_reset(parameter, value) or bool((value == value.flatten()[0]).all())
 
 
-def _is_reset(parameter: object, value: object) -> bool:
+def _is_reset(parameter: object, value: Any) -> bool:
     """Whether a number is zero, or a tensor is of zeros or a copy of the parameter."""
-    value = _tensor(value) if isinstance(value, np.ndarray) else value
+    value = value if _is_number(type(value)) else _tensor(value)
     if not isinstance(value, Tensor):
         return not value
     if isinstance(parameter, Tensor) and value.shape == parameter.shape and _equal(value, parameter):
@@ -275,6 +397,8 @@ def _is_reset(parameter: object, value: object) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
+    if not (_is_dense(one) and _is_dense(other)):
+        one, other = _tensor(one), _tensor(other)
     return one.shape == other.shape and _equal(one, other)
 
 

@@ -47,13 +47,22 @@ def refuse_settings(base: Optimizer) -> None:
     """
     for one in everything(base):
         for name in ("found_inf", "grad_scale"):
-            if getattr(one, name, None) is not None:
+            value = getattr(one, name, None)
+            if isinstance(value, Tensor) or (value is not None and _asks_for_scales(one)):
                 raise PrivacyError(
                     f"{name} is set on the base optimizer, a {type(one).__name__}, as a GradScaler does: steps that "
                     "are skipped or scaled depending on the data are not in the ledger. Train without it, and delete "
-                    f"the attribute (del optimizer.{name}). Nothing was charged"
+                    f"the attribute (del optimizer.{name}), or give a setting of your own another name, which torch "
+                    "does not read. Nothing was charged"
                 )
         _refuse_groups(one.param_groups, one.defaults.keys() if is_of_torch(one) else ())
+
+
+def _asks_for_scales(optimizer: Optimizer) -> bool:
+    """Whether its step is one of torch's, which read these attributes, or says that it supports them."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False) or type(optimizer).step.__module__.startswith(
+        "torch.optim"
+    )
 
 
 def _refuse_groups(groups: Sequence[Mapping[str, Any]], read: Collection[str]) -> None:

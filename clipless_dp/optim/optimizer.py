@@ -19,7 +19,7 @@ from clipless_dp.arguments import multiplier, require_accountant, share, whole
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError
 from clipless_dp.gates import AdaptiveLimit
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.surroundings import without_gradients
@@ -172,6 +172,7 @@ class CliplessDPOptimizer(Around):
         model.sensitivity()
         self._books.open(self._require_protected())
         self._guard()
+        base_state.know(model)
         base_state.note(base_optimizer)
 
     @property
@@ -473,7 +474,8 @@ class CliplessDPOptimizer(Around):
         one by itself, known only to be the same when the very same state is loaded twice.
 
         Raises:
-            ConfigurationError: the state is not one of this class, or of an unknown format.
+            ConfigurationError: the state is not one of this class, or of an unknown format, or the base optimizer does
+                not load it.
         """
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
         caps = self._adaptation.checked(state_dict["clipless_dp"].get("caps"))
@@ -485,8 +487,19 @@ class CliplessDPOptimizer(Around):
         # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here,
         # too, which this ledger does not know.
         base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
-        with base_state.loading(self.base_optimizer):
-            self.base_optimizer.load_state_dict(copy.deepcopy(base))
+        kind = type(self.base_optimizer).__name__
+        with base_state.loading(self.base_optimizer, base):
+            try:
+                self.base_optimizer.load_state_dict(copy.deepcopy(base))
+            except (RuntimeError, TypeError) as error:
+                if isinstance(error, CliplessError):
+                    raise
+                raise ConfigurationError(
+                    f"{kind} does not load its state: torch does not copy or cast some "
+                    "kinds of values in it (arrays of numpy, compressed, quantised and nested tensors). Keep dense "
+                    "tensors in the state, or give the optimizer a load_state_dict of its own. The ledger was loaded, "
+                    "the state was not"
+                ) from error
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:
         """The network's parameters by name, once those of the optimizer (or the given ones) are known to be of them."""

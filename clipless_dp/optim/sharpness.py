@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -18,6 +19,8 @@ class _SharpnessAware(Optimizer):
     def __init__(self, params: Any, lr: float = 1e-3, *, radius: float, **settings: Any) -> None:
         self._radius = not_negative("radius", radius)
         super().__init__(params, lr=learning_rate("lr", lr), **settings)  # type: ignore[call-arg]
+        # Among the defaults by now, which copies have.
+        del self._radius
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with settings of their own.
@@ -25,8 +28,24 @@ class _SharpnessAware(Optimizer):
         Raises:
             ConfigurationError: the radius is negative or not finite.
         """
-        not_negative("radius", param_group.setdefault("radius", self._radius))
+        if "radius" not in self.defaults:
+            self.defaults["radius"] = self._radius
+        not_negative("radius", param_group.get("radius", self.defaults["radius"]))
         super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores a state of this class.
+
+        Raises:
+            ConfigurationError: it is that of another optimizer.
+        """
+        if any("radius" not in group for group in state_dict.get("param_groups", ())):
+            raise ConfigurationError(
+                f"this is the state of another optimizer, as of torch.optim.{type(self).__mro__[2].__name__}, which "
+                f"has no radius and knows no shift: begin with a new {type(self).__name__}, or go on with the "
+                "optimizer that the state is of"
+            )
+        super().load_state_dict(state_dict)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -47,14 +66,17 @@ class _SharpnessAware(Optimizer):
             not_negative("radius", group["radius"])
         self._shift_(-1.0)
         super().step()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack([torch.linalg.vector_norm(one) for one in gradients]).norm() if gradients else 0.0
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+        # In units of the largest entry, since squares of very small or large numbers are none.
+        unit = torch.stack([torch.linalg.vector_norm(one, math.inf) for one in gradients]).max() if gradients else 1.0
+        norm = torch.stack([torch.linalg.vector_norm(one / unit) for one in gradients]).norm() if gradients else 1.0
         for group in self.param_groups:
-            length = float(group["radius"]) * _progress(group)
+            length = float(group["radius"]) * _progress(group) * (-1.0 if group["maximize"] else 1.0)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     # A gradient of zero shifts nothing.
-                    self.state[parameter]["shift"] = torch.nan_to_num(parameter.grad * (length / norm), 0.0, 0.0, 0.0)
+                    shift = torch.nan_to_num(parameter.grad / unit * (length / norm), 0.0, 0.0, 0.0)
+                    self.state[parameter]["shift"] = shift
         self._shift_(1.0)
         return None
 
@@ -65,9 +87,18 @@ class _SharpnessAware(Optimizer):
 
 
 def _progress(group: dict[str, Any]) -> float:
-    """The learning rate now in units of its peak, which a schedule notes in the group."""
-    peak = float(group.get("initial_lr", 0.0))
-    return float(group["lr"]) / peak if peak > 0.0 else 1.0
+    """The learning rate now in units of its peak so far, 1 at most.
+
+    A schedule notes in the group where it began; the largest rate of all steps is kept there, too, so that schedules
+    that rise from where they began exceed no radius.
+    """
+    rate = float(group["lr"])
+    peak = max(rate, float(group.get("initial_lr", 0.0)), float(group.get(_PEAK, 0.0)))
+    group[_PEAK] = peak
+    return rate / peak if peak > 0.0 else 1.0
+
+
+_PEAK = "largest_lr"
 
 
 class SharpnessAwareSGD(_SharpnessAware, SGD):
@@ -80,8 +111,9 @@ class SharpnessAwareSGD(_SharpnessAware, SGD):
     The next pass thus runs where the loss is larger (Foret et al. 2021, *Sharpness-aware minimization*, equation 2),
     along a gradient that was paid for: a fresh one would be a second release. The weights between steps are the
     shifted ones, so that bounds, certificates and constraints are of these, as with any optimizer, and privacy is what
-    it was. ``ρ_t`` falls with the learning rate, ``ρ·lr_t/lr_0`` under a schedule, which should end near 0, as that of
-    ``fit`` does: the shift of the last step stays.
+    it was. ``ρ_t`` falls with the learning rate, ``ρ·lr_t/lr_max``, where ``lr_max`` is the largest rate so far, or the
+    one that a schedule begins from if that is larger: it never exceeds ``ρ``. The rate should end near 0, as that of
+    ``fit`` does: the shift of the last step stays. With ``maximize=True`` the shift is along ``−g_t``.
 
     A base optimizer of :class:`clipless_dp.CliplessDPOptimizer`: ``fit(..., optimizer=lambda p:
     SharpnessAwareSGD(p, lr=0.1, radius=0.05))``.

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from clipless_dp import (
     CliplessDPOptimizer,
@@ -136,3 +140,97 @@ def test_a_radius_that_is_no_length_is_refused(radius: Any) -> None:
 def test_a_closure_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="closure"):
         SharpnessAwareSGD([nn.Parameter(torch.ones(2))], lr=0.1, radius=0.1).step(lambda: 0.0)
+
+
+SCHEDULES = {
+    "rises to a peak": lambda base: lr_scheduler.OneCycleLR(base, max_lr=0.1, total_steps=10),
+    "in cycles": lambda base: lr_scheduler.CyclicLR(base, base_lr=1e-3, max_lr=0.1, step_size_up=3),
+    "without end": lambda base: lr_scheduler.LambdaLR(base, lambda step: 10.0**step),
+    "to a rate of averages": lambda base: SWALR(base, swa_lr=1.0),
+    "warms up": lambda base: lr_scheduler.LinearLR(base, 0.1, 1.0, 4),
+    "falls": lambda base: lr_scheduler.CosineAnnealingLR(base, 10),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize(("ours", "base", "settings"), PAIRS)
+def test_no_schedule_takes_the_shift_beyond_the_radius_in_one_run_or_two(
+    ours: Any, base: Any, settings: dict[str, float], schedule: Any
+) -> None:
+    parameter = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    optimizer = ours([parameter], lr=0.1, radius=0.2, **settings)
+    scheduler, shifts = schedule(optimizer), []
+    for step in range(9):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        scheduler.step()
+        shifts.append(optimizer.state[parameter]["shift"].norm().item())
+        if step == 4:
+            kept = optimizer.state_dict()
+            optimizer = ours([parameter], lr=0.1, radius=0.2, **settings)
+            optimizer.load_state_dict(kept)
+            scheduler.optimizer = optimizer
+    assert max(shifts) <= 0.2 * (1.0 + 1e-12)
+    assert max(shifts) > 0.05
+
+
+def test_a_rate_that_fell_by_hand_shifts_less_and_the_peak_is_kept() -> None:
+    parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = SharpnessAwareSGD([parameter], lr=0.1, radius=0.5)
+    lengths = []
+    for rate in (0.1, 0.05, 0.025, 0.1, 0.2, 0.1):
+        optimizer.param_groups[0]["lr"] = rate
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        lengths.append(optimizer.state[parameter]["shift"].norm().item())
+    assert lengths == pytest.approx([0.5, 0.25, 0.125, 0.5, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_gradients_whose_squares_are_no_numbers_shift_by_the_radius(scale: float) -> None:
+    parameter = nn.Parameter(torch.zeros(1000))
+    optimizer = SharpnessAwareSGD([parameter], lr=0.0, radius=0.5)
+    parameter.grad = torch.full((1000,), scale)
+    parameter.grad[0] *= 10.0
+    optimizer.step()
+    assert optimizer.state[parameter]["shift"].norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+def test_what_is_maximised_is_shifted_to_where_it_is_smaller() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = SharpnessAwareSGD([parameter], lr=0.0, radius=0.5, maximize=True)
+    parameter.grad = torch.tensor([1.0, 0.0])
+    optimizer.step()
+    torch.testing.assert_close(parameter.detach(), torch.tensor([-0.5, 0.0]))
+
+
+@pytest.mark.parametrize(("ours", "base", "settings"), PAIRS)
+def test_the_state_of_the_optimizer_of_torch_is_refused_before_any_charge(
+    ours: Any, base: Any, settings: dict[str, float]
+) -> None:
+    def private(kind: Any, **more: Any) -> CliplessDPOptimizer:
+        model = gated_model()
+        return CliplessDPOptimizer(
+            model,
+            kind(model.net.parameters(), lr=0.1, **settings, **more),
+            noise_multiplier=1.0,
+            sample_rate=1.0,
+            dataset_size=200,
+            accountant="rdp",
+        )
+
+    optimizer = private(ours, radius=0.1)
+    with pytest.raises(ConfigurationError, match=f"state of another optimizer, as of torch.optim.{base.__name__}"):
+        optimizer.load_state_dict(private(base).state_dict())
+    assert len(optimizer.accountant) == 0
+    optimizer.load_state_dict(private(ours, radius=0.2).state_dict())
+    assert optimizer.param_groups[0]["radius"] == 0.2
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("kind", [SharpnessAwareSGD, SharpnessAwareAdam])
+def test_copies_take_further_groups_with_the_radius_of_the_first(kind: Any, copied: Any) -> None:
+    optimizer = copied(kind([nn.Parameter(torch.ones(2))], lr=0.1, radius=0.3))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "radius": 0.1})
+    assert [group["radius"] for group in optimizer.param_groups] == [0.3, 0.3, 0.1]
