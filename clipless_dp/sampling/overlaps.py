@@ -38,10 +38,11 @@ INSTEAD = (
 def lying_together(which: str) -> PrivacyError:
     """What lies on one another, in words."""
     return PrivacyError(
-        f"{which} lie on one another in memory (an expanded tensor, windows that overlap, a series beside the same "
-        "series one step later), so that what is one "
+        f"{which} lie on one another in memory (an expanded tensor, one object several times in a list, windows that "
+        "overlap, a series beside the same series one step later), so that what is one "
         f"person's enters a batch more than once: {INSTEAD}; or say whose the rows are, groups=, where all that "
-        "overlap are one person's. Of a constant that few samples share give each a copy, .clone()"
+        "overlap are one person's. Of a constant that few samples share give each a copy, .clone(); of equal rows of "
+        "several people that a cache keeps once, too, [*map(list, rows)]"
     )
 
 
@@ -61,10 +62,11 @@ def refuse_overlapping_columns(inputs: Sequence[Any], beside: Sequence[Any] = ()
     varying = [values for values in inputs if not (has_places(values) and is_expanded(values))]
     if inputs and not varying:
         raise lying_together("rows of the inputs")
+    count = max((len(values) for values in inputs if has_places(values)), default=0)
     columns = [
         values
         for values in (*varying, *beside)
-        if has_places(values) and not is_expanded(values) and len(values) == len(inputs[0])
+        if has_places(values) and not is_expanded(values) and len(values) == count
     ]
     steps = [*map(row_step, columns)]
     for step in {*steps}:
@@ -89,32 +91,71 @@ def refuse_overlapping_table(rows: Any, labels: Any, people: People | None = Non
     """Refuses rows that lie on one another, in what was given: of a copy it is seen no more.
 
     Args:
-        rows: a tensor, an array, a data frame, or a list of rows.
-        labels: of the rows; only tensors, arrays and columns of pandas are looked at.
+        rows: a tensor, an array, what gives one without a copy (a buffer), a data frame, a mapping of columns, or a list
+            of rows. Of a list the same row may not be there twice; tuples that Python and caches keep once for all that
+            are equal, those of whole numbers and text alone, may.
+        labels: of the rows; only tensors, arrays, columns, and lists of these are looked at.
         people: whose rows are, if the unit is a person.
 
     Raises:
         PrivacyError: some do.
     """
+    rows, labels = _array_of(rows), _array_of(labels)
+    if isinstance(labels, (list, tuple)):
+        labels = [*map(_array_of, labels)]
     if isinstance(rows, (list, tuple)):
+        rows = [*map(_array_of, rows)]
         _refuse_overlapping_list(rows, people)
+        _refuse_targets_among(rows, labels, people)
         return
-    beside = [_array_of(labels)]
-    if hasattr(rows, "iloc") and hasattr(rows, "columns"):
-        columns = [_array_of(rows.iloc[:, place]) for place in range(len(rows.columns))]
-        if all(isinstance(column, np.ndarray) for column in columns):
-            refuse_overlapping_columns(columns, beside, people)
-            return
+    columns = _columns_of(rows)
+    arrays = [column for column in columns if isinstance(column, (Tensor, np.ndarray))]
+    if len(arrays) < len(columns):
         # Columns of other types are objects of their own, which vary.
-        columns = [column for column in columns if isinstance(column, np.ndarray) and not is_expanded(column)]
-        refuse_overlapping_columns(columns, beside, people)
-    elif has_places(found := _array_of(rows)):
-        refuse_overlapping_columns([found], beside, people)
+        arrays = [column for column in arrays if not (has_places(column) and is_expanded(column))]
+    if arrays:
+        refuse_overlapping_columns(arrays, [labels], people)
+    _refuse_repeated_names(rows, people)
+    if isinstance(labels, list):
+        _refuse_targets_among(arrays, labels, people, as_columns=True)
+
+
+def _columns_of(rows: Any) -> list[Any]:
+    """Columns of a table, those that are tensors or arrays as such; a tensor or an array is one column."""
+    if hasattr(rows, "iloc") and hasattr(rows, "columns"):
+        return [_array_of(rows.iloc[:, place]) for place in range(len(rows.columns))]
+    if isinstance(rows, Mapping):
+        return [*map(_array_of, rows.values())]
+    names = getattr(rows, "column_names", None) or getattr(rows, "columns", None)
+    if names is not None:
+        return [_array_of(rows[name]) for name in names]
+    return [rows] if has_places(rows) else []
+
+
+_OF_PYTHON = (str, bytes, bool, int, float, complex, np.generic, list, tuple, Mapping, type(None))
 
 
 def _array_of(values: Any) -> Any:
-    """What a column of pandas holds, without a copy; all else as it is."""
-    return values.values if hasattr(values, "iloc") else values
+    """What a column, a buffer, or what gives an array of itself, holds, where that is to be had as an array.
+
+    Without a copy, where there is one: a copy lies on nothing. All else as it is.
+    """
+    if isinstance(values, (Tensor, np.ndarray, *_OF_PYTHON)):
+        return values
+    try:
+        if hasattr(values, "columns") or hasattr(values, "column_names"):
+            return values
+        if hasattr(values, "to_numpy"):
+            found = getattr(values, "values", None)
+            if isinstance(found, np.ndarray) or getattr(getattr(values, "dtype", None), "kind", "f") not in "biuf":
+                return found
+            return values.to_numpy()
+        if hasattr(values, "__array__"):
+            return np.asarray(values)
+        return np.asarray(memoryview(values))
+    except Exception:
+        # What cannot be read is told by who reads it.
+        return values
 
 
 def _refuse_overlapping_list(rows: Sequence[Any], people: People | None) -> None:
@@ -122,12 +163,99 @@ def _refuse_overlapping_list(rows: Sequence[Any], people: People | None) -> None
     owners = range(len(rows)) if people is None else people.codes.tolist()
     first: dict[Any, int] = {}
     for row, owner in zip(rows, owners, strict=True):
-        place = extent(row) if isinstance(row, (Tensor, np.ndarray)) else id(row) if isinstance(row, list) else None
+        place = _place_of(row)
         if place is not None and first.setdefault(place, owner) != owner:
             raise lying_together("rows of the inputs")
     pair = overlapping(placed([[(0, row)] if isinstance(row, (Tensor, np.ndarray)) else [] for row in rows]), owners)
     if pair is not None:
         raise lying_together(f"rows {pair[0]} and {pair[1]} of the inputs")
+
+
+def _place_of(row: Any) -> Any:
+    """What only one row has: where it lies, or which object it is; ``None`` where equal rows may be one object."""
+    if isinstance(row, (Tensor, np.ndarray)):
+        return extent(row)
+    if isinstance(row, tuple):
+        return None if all(type(cell) in (int, bool, str, bytes, type(None)) for cell in row) else id(row)
+    return None if isinstance(row, _OF_PYTHON) and not isinstance(row, (list, Mapping)) else id(row)
+
+
+def _refuse_targets_among(rows: Sequence[Any], labels: Any, people: People | None, as_columns: bool = False) -> None:
+    """Refuses targets that lie on a row of another number, where rows, or targets, are a list.
+
+    Args:
+        rows: one by one, or columns of them.
+        labels: a list, a tensor or an array.
+        people: whose rows are, if the unit is a person.
+        as_columns: whether rows are columns.
+    """
+    reaches = [reach for part in rows if (reach := extent(part)) is not None]
+    if not reaches or not (isinstance(labels, list) or has_places(labels)):
+        return
+    count = len(labels)
+    low, high = min(start for start, _ in reaches), max(stop for _, stop in reaches)
+    targets = labels if isinstance(labels, list) else [labels[place : place + 1] for place in range(count)]
+    near = [
+        [(-1, one)] if (reach := extent(one)) is not None and low < reach[1] and reach[0] < high else []
+        for one in targets
+    ]
+    if not any(near) or count != (len(people.codes) if people is not None else count):
+        return
+    if as_columns:
+        columns = [column for column in rows if has_places(column) and len(column) == count and not is_expanded(column)]
+        samples = [[column[place : place + 1] for column in columns] for place in range(count)]
+    else:
+        samples = [[row] for row in rows]
+    if len(samples) != count:
+        return
+    owners = range(count) if people is None else people.codes.tolist()
+    first = {extent(part): owner for sample, owner in zip(samples, owners, strict=True) for part in sample}
+    for one, owner in zip(near, owners, strict=True):
+        if one and first.get(extent(one[0][1]), owner) != owner:
+            raise lying_together("rows of the inputs, or of targets,")
+    named = [
+        [*((number, part) for number, part in enumerate(sample) if isinstance(part, (Tensor, np.ndarray))), *one]
+        for sample, one in zip(samples, near, strict=True)
+    ]
+    if overlapping(placed(named), owners) is not None:
+        raise lying_together("rows of the inputs, or of targets,")
+
+
+_REPEATED = 4
+"""Rows of one name in an index up to which, on average, a name may be of one row that repeats, not of a class."""
+
+
+def _refuse_repeated_names(rows: Any, people: People | None) -> None:
+    """Refuses a frame in which rows repeat, where its index tells it: of one name all rows are equal, of two none are.
+
+    Names of which rows differ (two frames one after the other, a date, a person's number) are usual; so are equal rows
+    under names of their own. What cannot be compared is left.
+    """
+    if not (hasattr(rows, "iloc") and hasattr(rows, "columns")):
+        return
+    names = rows.index
+    try:
+        if names.is_unique or not len(rows.columns):
+            return
+        number = np.asarray(names.factorize()[0])
+        count = len({*number.tolist()})
+        if count * _REPEATED < len(rows) or (
+            people is not None and len({*zip(number.tolist(), people.codes.tolist(), strict=True)}) == count
+        ):
+            return
+        distinct = int((~rows.duplicated()).sum())
+        together = rows.copy(deep=False)
+        together.insert(0, "", number, allow_duplicates=True)
+        is_told = distinct == count == int((~together.duplicated()).sum())
+    except (TypeError, ValueError):
+        return
+    if is_told:
+        raise PrivacyError(
+            "rows of the frame repeat: those of one name in its index are equal, and those of different names are not, "
+            "as sample(replace=True) and loc with repeated names leave them, so that what is one person's enters a "
+            f"batch more than once: {INSTEAD}; or say whose the rows are, groups=. Rows that are different persons' "
+            "need names of their own, reset_index(drop=True)"
+        )
 
 
 def refuse_overlap(samples: Sequence[Any], count: int, owners: Any = None, read: str = "") -> None:

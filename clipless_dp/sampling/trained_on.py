@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -81,8 +82,10 @@ def note(dataset: Any, tensors: Sequence[Tensor] = (), sample: Any = ()) -> None
     """Notes that a data set is trained on: all tensors and arrays that it reaches, but for constants.
 
     A constant is what lies alone (not among samples) and has as many numbers as a part of a sample (a mean image), or
-    fewer than a sample and than there are samples (statistics of channels); what one sample in eight has; and
-    parameters of modules. Numbers are not compared: rows that were scaled are rows.
+    fewer than a sample and than there are samples (statistics of channels), as long as there are not half as many such
+    as samples; what one sample in eight has, and no sample by itself; and parameters of modules, but for those that
+    hold rows: of as many rows, or columns, as there are samples (a table in an ``nn.Embedding``, a row for padding
+    beside it), or in a list of as many. Numbers are not compared: rows that were scaled are rows.
 
     Args:
         dataset: the data set, or what it was made of.
@@ -199,7 +202,7 @@ def _data(dataset: Any, reached: Sequence[Reached], count: int, parts: Sequence[
     sets = [value for value, *_ in reached if value is dataset or isinstance(value, Dataset)]
     lengths = {count, *map(_length, sets)} - {-1, 0, 1}
     parameters = {
-        id(one) for value, *_ in reached if isinstance(value, nn.Module) for one in value._parameters.values()
+        id(one): value for value, *_ in reached if isinstance(value, nn.Module) for one in value._parameters.values()
     }
     entries: list[_Entry | None] = []
     found: dict[int, tuple[Any, list[_Entry | None]]] = {}
@@ -209,11 +212,14 @@ def _data(dataset: Any, reached: Sequence[Reached], count: int, parts: Sequence[
             entry = parent, label // 2 if isinstance(reached[parent][0], dict) else label
         entries.append(entry)
         if isinstance(value, (Tensor, np.ndarray)):
-            if id(value) not in parameters and (is_plain(value) or isinstance(value, np.ndarray)):
+            is_learnt = id(value) in parameters and not _are_rows(
+                value, parameters[id(value)], None if entry is None else reached[entry[0]][0], lengths
+            )
+            if not is_learnt and (is_plain(value) or isinstance(value, np.ndarray)):
                 found.setdefault(id(value), (value, []))[1].append(entry)
         elif _has_references(value) and (value is dataset or isinstance(value, Dataset) or _has_rows(value, count)):
             yield value
-    shared = _shared(found.values(), entries, reached)
+    shared = _shared(found.values(), entries, reached, lengths)
     row = max(sizes, default=0)
     is_known = row > 0
     if not is_known:
@@ -221,14 +227,17 @@ def _data(dataset: Any, reached: Sequence[Reached], count: int, parts: Sequence[
         tables = [value for value, within in found.values() if within == [None] * len(within)]
         sizes = {_size(value) // length for value in tables if (length := _length(value)) in lengths}
         row = max(sizes, default=_FEW)
+    alone = Counter(_size(value) for value, within in found.values() if within == [None] * len(within))
     for value, within in found.values():
         size = _size(value)
         if within != [None] * len(within):
-            is_constant = extent(value) in shared and (not is_known or size <= row)
+            is_constant = extent(value) in shared and (not is_known or size <= row or id(value) in parameters)
         elif _length(value) in lengths:
             is_constant = False
         else:
-            is_constant = size in sizes or size <= min(row, count - 1)
+            # Half as many of a size as there are samples are the samples, wherever each lies.
+            are_few = alone[size] < max(_SAMPLES, count / 2)
+            is_constant = are_few and (size in sizes or size <= min(row, count - 1))
         if not is_constant:
             yield value
 
@@ -241,8 +250,12 @@ def _shared(
     found: Iterable[tuple[Any, list[_Entry | None]]],
     entries: Iterable[_Entry | None],
     reached: Sequence[Reached],
+    lengths: Set[int],
 ) -> set[tuple[int, int] | None]:
-    """Places that several samples of one container have, one in :data:`_SHARED` at least."""
+    """Places that several samples of one container have, one in :data:`_SHARED` at least.
+
+    Not those that one alone has of a container with an entry for each sample: a row that is a neighbour of many.
+    """
     counts = {container: _looked_at(reached[container][0]) for container in {one[0] for one in entries if one}}
     having: dict[tuple[int, tuple[int, int] | None], set[int]] = {}
     for value, within in found:
@@ -250,7 +263,30 @@ def _shared(
         for entry in within:
             if entry is not None:
                 having.setdefault((entry[0], place), set()).add(entry[1])
-    return {place for (container, place), some in having.items() if len(some) >= max(2, counts[container] / _SHARED)}
+    own = {
+        place
+        for (container, place), some in having.items()
+        if len(some) == 1 and len(reached[container][0]) in lengths
+    }
+    found_shared = {
+        place for (container, place), some in having.items() if len(some) >= max(2, counts[container] / _SHARED)
+    }
+    return found_shared - own
+
+
+def _are_rows(value: Any, module: nn.Module, container: Any, lengths: Set[int]) -> bool:
+    """Whether a parameter of a module holds samples, as far as its shape and where it is show it.
+
+    Args:
+        value: the parameter.
+        module: whose it is.
+        container: the outermost list, or mapping, of samples that it is in, or ``None``.
+        lengths: numbers of samples.
+    """
+    if container is not None and (len(container) in lengths or container is module._parameters):
+        return True
+    padding = 1 if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) else 0
+    return value.dim() > 0 and bool({len(value), len(value) - padding, value.shape[-1]} & lengths)
 
 
 def _looked_at(container: Any) -> int:

@@ -65,8 +65,8 @@ class FitResult(Predicts):
     """What :func:`clipless_dp.fit` has done.
 
     Attributes:
-        spent: ε when the run ended; :attr:`FitResult.epsilon` is what was spent by now.
-        delta: the δ it holds for.
+        spent: ε when the run ended, at the δ of the run; :attr:`FitResult.epsilon` is what was spent by now.
+        delta: the δ of :attr:`epsilon`, of predictors and of files; another one may be set.
         noise_multiplier: ``σ``; with a noise schedule, what its factors multiply.
         sample_rate: ``q``, of each sample, or person.
         steps: optimizer steps in all.
@@ -94,18 +94,19 @@ class FitResult(Predicts):
     learning: Learning | None = None
 
     def __post_init__(self) -> None:
-        self._at = self.optimizer.accountant.ledger.entries, self.spent
+        # Not what was spent at the end of the run: copies by dataclasses.replace are made after further steps, too.
+        self._at: tuple[Any, ...] | None = None
 
     @property
     def epsilon(self) -> float:
-        """ε spent by now, an upper bound, under the accountant's neighbouring relation: by default adding or removing
-        one. Further steps by :attr:`optimizer`, and all else that its ledger holds by now, are in it."""
-        known, found = self._at
-        entries = self.optimizer.accountant.ledger.entries
-        if entries != known:
-            found = float(self.optimizer.get_epsilon(self.delta))
-            self._at = entries, found
-        return found
+        """ε spent by now at :attr:`delta` as it is now, an upper bound, under the accountant's neighbouring relation:
+        by default adding or removing one. Further steps by :attr:`optimizer`, and all else that its ledger holds by
+        now, are in it."""
+        accountant, delta = self.optimizer.accountant, self.delta
+        entries = accountant.ledger.entries
+        if self._at is None or self._at[0] is not accountant or self._at[1:3] != (delta, entries):
+            self._at = accountant, delta, entries, float(self.optimizer.get_epsilon(delta))
+        return float(self._at[3])
 
     def __str__(self) -> str:
         accuracy = self.history[-1].accuracy if self.history else None
@@ -124,7 +125,7 @@ class FitResult(Predicts):
             (record.step, f"{record.epsilon:.4f}", "–" if record.accuracy is None else f"{100 * record.accuracy:.2f}")
             for record in self.history
         ]
-        return Table(("step", f"ε at δ = {self.delta:g}", "accuracy %"), rows, ("right",) * 3, [str(self)]).html()
+        return Table(("step", "ε at the δ of the run", "accuracy %"), rows, ("right",) * 3, [str(self)]).html()
 
     def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
         """See :meth:`clipless_dp.prediction.Predicts.predictor`."""
