@@ -511,7 +511,9 @@ class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
             raise InputError("targets must be numbers, and some are text or other things")
         numbers = column_or_1d(check_array(y, ensure_2d=False, dtype=np.float64), warn=True)
         asked = {**self._asked(groups), "encoding": self.encoding, "cosines": self.cosines}
-        result = fit_table(rows, torch.from_numpy(np.array(numbers, order="C")), target_range=self.target_range, **asked)
+        result = fit_table(
+            rows, torch.from_numpy(np.array(numbers, order="C")), target_range=self.target_range, **asked
+        )
         self._take(result, result.predictor())
         return self
 

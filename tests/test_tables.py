@@ -163,6 +163,15 @@ def test_targets_that_are_the_series_of_the_rows_one_step_later_are_refused():
     fit_table(series[:, :3], series[:, 3], target_range=(-1.0, 1.0), **BUDGET)
 
 
+def test_columns_of_a_mapping_that_are_the_series_one_step_later_are_refused():
+    series, encoding = np.random.default_rng(0).normal(size=101), TableEncoding(["now", "next"])
+    asked = {**BUDGET, "encoding": encoding, "classes": (0, 1)}
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        fit_table({"now": series[:-1], "next": series[1:]}, np.arange(100) % 2, **asked)
+    fit_table({"now": series[:-1], "next": series[1:].copy()}, np.arange(100) % 2, **asked)
+    fit_table({"now": series[:-1].tolist(), "next": series[1:]}, np.arange(100) % 2, **asked)
+
+
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_windows_of_one_person_may_overlap_and_of_two_may_not(as_tensor):
     # The series of two people by turns.

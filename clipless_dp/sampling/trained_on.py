@@ -11,7 +11,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -206,6 +206,7 @@ def _data(dataset: Any, reached: Sequence[Reached], count: int, parts: Sequence[
     }
     entries: list[_Entry | None] = []
     found: dict[int, tuple[Any, list[_Entry | None]]] = {}
+    met = Counter(id(value) for value, *_ in reached)
     for value, parent, label in reached:
         entry = entries[parent] if parent >= 0 else None
         if entry is None and isinstance(label, int) and parent >= 0 and _holds_samples(reached[parent][0], lengths):
@@ -213,7 +214,7 @@ def _data(dataset: Any, reached: Sequence[Reached], count: int, parts: Sequence[
         entries.append(entry)
         if isinstance(value, (Tensor, np.ndarray)):
             is_learnt = id(value) in parameters and not _are_rows(
-                value, parameters[id(value)], None if entry is None else reached[entry[0]][0], lengths
+                value, parameters[id(value)], _container(entry, parent, reached, met), lengths
             )
             if not is_learnt and (is_plain(value) or isinstance(value, np.ndarray)):
                 found.setdefault(id(value), (value, []))[1].append(entry)
@@ -264,14 +265,23 @@ def _shared(
             if entry is not None:
                 having.setdefault((entry[0], place), set()).add(entry[1])
     own = {
-        place
-        for (container, place), some in having.items()
-        if len(some) == 1 and len(reached[container][0]) in lengths
+        place for (container, place), some in having.items() if len(some) == 1 and len(reached[container][0]) in lengths
     }
     found_shared = {
         place for (container, place), some in having.items() if len(some) >= max(2, counts[container] / _SHARED)
     }
     return found_shared - own
+
+
+def _container(entry: _Entry | None, parent: int, reached: Sequence[Reached], met: Mapping[int, int]) -> Any:
+    """The list, or mapping, of samples that something is in, if one entry of it alone leads there; or ``None``."""
+    if entry is None:
+        return None
+    while parent != entry[0]:
+        if met[id(reached[parent][0])] > 1:
+            return None
+        parent = reached[parent][1]
+    return reached[parent][0]
 
 
 def _are_rows(value: Any, module: nn.Module, container: Any, lengths: Set[int]) -> bool:
@@ -280,7 +290,7 @@ def _are_rows(value: Any, module: nn.Module, container: Any, lengths: Set[int]) 
     Args:
         value: the parameter.
         module: whose it is.
-        container: the outermost list, or mapping, of samples that it is in, or ``None``.
+        container: the list, or mapping, of samples of which one entry leads to it, or ``None``.
         lengths: numbers of samples.
     """
     if container is not None and (len(container) in lengths or container is module._parameters):

@@ -24,6 +24,8 @@ from clipless_dp import CheckpointError, ConfigurationError, InputError, Privacy
 from clipless_dp.datasets import load_dataset
 from clipless_dp.estimators import PrivateClassifier, PrivateRegressor
 from clipless_dp.features import TableEncoding
+from clipless_dp.sampling import overlaps
+from clipless_dp.sampling.people import people_of
 
 QUICK = {
     "epsilon": 5.0, "delta": 1e-3, "accountant": "rdp", "cosines": 16, "options": {"epochs": 3, "audit": False},
@@ -411,6 +413,47 @@ def _windows() -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(np.random.default_rng(0).normal(size=83), 4)
 
 
+def _numbers() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=83)
+
+
+def _twice(rows: list) -> list:
+    return [*rows, *rows, *rows, *rows]
+
+
+def _series(values: np.ndarray):
+    return pytest.importorskip("pandas").Series(values, copy=False)
+
+
+def _frame():
+    return pytest.importorskip("pandas").DataFrame(np.random.default_rng(0).normal(size=(80, 4)), columns=[*"abcd"])
+
+
+def _own_columns(series: np.ndarray):
+    pandas = pytest.importorskip("pandas")
+    columns = {
+        name: pandas.arrays.FloatingArray(series[at : at + 80], np.zeros(80, dtype=bool))
+        for at, name in enumerate("ab")
+    }
+    return pandas.DataFrame(columns, copy=False)
+
+
+class _GivesArray:
+    """As an array of a file: read as a whole, or by rows."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape = values, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, at):
+        return self.values[at]
+
+
 LYING = {
     "one row for all": lambda: np.broadcast_to(_windows()[:1].copy(), (80, 4)),
     "windows": _windows,
@@ -419,6 +462,18 @@ LYING = {
     "a list of windows": lambda: [*_windows()],
     "a list of one row": lambda: [[0.0, 1.0, 2.0, 3.0]] * 80,
     "a list of one array": lambda: [np.arange(4.0)] * 80,
+    "tuples, some of them twice": lambda: _twice([tuple(row) for row in _windows()[::4].tolist()]),
+    "mixed tuples, some of them twice": lambda: _twice([(at, 0.5, 1, 2) for at in range(20)]),
+    "columns of pandas, twice": lambda: _twice([_series(row) for row in np.random.default_rng(0).normal(size=(20, 4))]),
+    "windows of a column of pandas": lambda: [
+        column.iloc[at : at + 4] for column in [_series(_numbers())] for at in range(80)
+    ],
+    "a buffer of windows": lambda: memoryview(_windows()),
+    "what gives an array of windows": lambda: _GivesArray(_windows()),
+    "a list of buffers": lambda: [memoryview(row) for row in _windows()],
+    "columns of pandas' own types, one step later": lambda: _own_columns(_numbers()),
+    "a frame that was drawn with replacement": lambda: _frame().sample(80, replace=True, random_state=0),
+    "a frame of which a row was taken again": lambda: _frame().iloc[:60].loc[[*range(60), *[1] * 20]],
     "one image for all": lambda: np.broadcast_to(np.random.default_rng(0).uniform(size=(1, 8, 8)), (80, 8, 8)),
 }
 
@@ -430,9 +485,93 @@ def test_rows_that_lie_on_one_another_are_refused_before_a_copy_hides_it(name, k
         pytest.skip("a regression has no images")
     own = {"classes": [0, 1]} if kind is PrivateClassifier else {"target_range": (0.0, 1.0)}
     made, rows, labels = kind(**QUICK, **own), LYING[name](), np.arange(80) % 2
-    with pytest.raises(PrivacyError, match="lie on one another"):
+    with pytest.raises(PrivacyError, match="lie on one another|rows of the frame repeat"):
         made.fit(rows, labels)
     assert not hasattr(made, "predictor_")
+
+
+APART = {
+    "equal tuples": lambda: [tuple(row) for row in [[0.5, 1.0, 2.0, 3.0]] * 80],
+    "tuples of whole numbers that a cache keeps once": lambda: [(1, 2, 3, 4), (4, 3, 2, 1)] * 40,
+    "equal lists": lambda: [[0.5, 1.0, 2.0, 3.0] for _ in range(80)],
+    "rows of a table one by one": lambda: [*np.random.default_rng(0).normal(size=(80, 4))],
+    "rows of a frame one by one": lambda: [_frame().iloc[at] for at in range(80)],
+    "rows of a frame one by one, of several types": lambda: [_frame().assign(a=1).iloc[at] for at in range(80)],
+    "two frames, one after the other": lambda: _joined(_frame().iloc[:40], -_frame().iloc[:40]),
+    "a frame whose names are a class": lambda: _frame().assign(a=np.arange(80) % 2).set_index("a", drop=False),
+    "equal rows under one name, of classes": lambda: _classes().set_index("a", drop=False),
+    "equal rows under one name and under others": lambda: _classes().set_index(np.arange(80) // 2),
+    "a frame in another order": lambda: _frame().sample(80, random_state=0),
+    "a buffer": lambda: memoryview(np.random.default_rng(0).normal(size=(80, 4))),
+}
+
+
+def _joined(*frames):
+    return pytest.importorskip("pandas").concat(frames)
+
+
+def _classes():
+    return pytest.importorskip("pandas").DataFrame({name: np.arange(80) % 2 for name in "abcd"})
+
+
+@pytest.mark.parametrize("name", APART)
+def test_rows_that_are_equal_or_have_one_name_may_be_different_persons(name):
+    made = PrivateClassifier(**QUICK, classes=[0, 1]).fit(APART[name](), np.arange(80) % 2)
+    assert made.epsilon_ <= QUICK["epsilon"]
+
+
+TARGETS_LATER = {
+    "lists of both": lambda series: (
+        [series[at : at + 1] for at in range(80)],
+        [series[at + 1 :][:1] for at in range(80)],
+    ),
+    "a table and a list": lambda series: (series[:80, None], [series[at + 1 :][:1] for at in range(80)]),
+    "a frame and a list": lambda series: (
+        pytest.importorskip("pandas").DataFrame(series[:80, None], copy=False),
+        [*torch.from_numpy(series)[1:81]],
+    ),
+    "a tensor and a list": lambda series: (torch.from_numpy(series)[:80, None], [*torch.from_numpy(series)[1:81]]),
+    "a list and an array": lambda series: ([series[at : at + 1] for at in range(80)], series[1:81]),
+    "rows of two and a list": lambda series: (
+        [series[2 * at :][:2] for at in range(40)],
+        [series[2 * at + 2 :][:1] for at in range(40)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TARGETS_LATER)
+def test_targets_of_a_list_that_are_the_next_rows_are_refused_and_those_of_their_own_row_are_not(name):
+    rows, targets = TARGETS_LATER[name](_numbers())
+    made = PrivateRegressor(**QUICK, target_range=(-1.0, 1.0))
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        made.fit(rows, targets)
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        made.fit(rows, targets, groups=np.arange(len(targets)))
+    of_two = np.minimum(np.arange(len(targets)), 1)
+    with pytest.raises(PrivacyError, match="lie on one another"):
+        overlaps.refuse_overlapping_table(rows, targets, people_of(of_two, len(targets), 100))
+    table = _numbers()[:80].reshape(40, 2)
+    for own in ([*table[:, 1:]], [*torch.from_numpy(table)[:, 1]]):
+        overlaps.refuse_overlapping_table(table, own)
+        overlaps.refuse_overlapping_table([*table], own)
+        overlaps.refuse_overlapping_table([*table[:, :1]], own)
+
+
+def test_targets_that_are_the_next_rows_of_the_same_person_may_be_given():
+    rows, targets = TARGETS_LATER["lists of both"](_numbers())
+    others, later = TARGETS_LATER["lists of both"](_numbers())
+    people = people_of(np.repeat([0, 1], 80), 160, 100)
+    overlaps.refuse_overlapping_table([*rows, *others], [*targets, *later], people)
+
+
+def test_a_row_that_repeats_may_be_one_persons():
+    frame = _frame().sample(80, replace=True, random_state=0)
+    made, labels = PrivateClassifier(**QUICK, classes=[0, 1]), np.arange(80) % 2
+    made.fit(frame, labels, groups=frame.index.to_numpy())
+    with pytest.raises(PrivacyError, match="rows of the frame repeat"):
+        made.fit(frame, labels, groups=np.arange(80))
+    rows = _twice([tuple(row) for row in np.random.default_rng(0).normal(size=(20, 4)).tolist()])
+    made.fit(rows, labels, groups=np.arange(80) % 20)
 
 
 def test_windows_of_one_person_may_overlap():

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn", minversion="1.6")
-pandas = pytest.importorskip("pandas")
+pytest.importorskip("pandas")
+
+import pandas
 
 from clipless_dp import InputError
 from clipless_dp.estimators import PrivateClassifier, PrivateRegressor

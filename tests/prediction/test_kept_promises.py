@@ -257,6 +257,42 @@ def test_a_result_states_what_is_spent_by_now():
     assert f"ε = {result.epsilon:.4f}" in str(result)
 
 
+def more_steps(result, count=3):
+    result.optimizer.budget = None
+    for batch in PoissonBatches(DATA, sample_rate=result.sample_rate, steps=count):
+        result.optimizer.accumulate(batch)
+        result.optimizer.step()
+
+
+OTHER_RESULTS = {
+    "delta set": lambda result: (setattr(result, "delta", 1e-9), result)[1],
+    "delta replaced": lambda result: replace(result, delta=1e-9),
+    "replaced after further steps": lambda result: (more_steps(result), replace(result, checkpoint=None))[1],
+    "both": lambda result: (more_steps(result), replace(result, delta=1e-9))[1],
+    "read, and then both": lambda result: (
+        result.epsilon, replace(result).epsilon, more_steps(result), setattr(result, "delta", 1e-9), result,
+    )[-1],
+    "copied before further steps": lambda result: (copy.copy(result), more_steps(result))[0],
+    "with a smaller number spent": lambda result: replace(result, spent=0.5),
+    "with the optimizer of a longer run": lambda result: replace(result, optimizer=trained(epochs=3).optimizer),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_RESULTS)
+def test_epsilon_of_a_result_is_of_its_delta_and_of_all_steps_however_it_was_made(name):
+    result = trained()
+    assert result.epsilon == result.spent
+    found = OTHER_RESULTS[name](result)
+    truth = found.optimizer.get_epsilon(found.delta)
+    assert found.epsilon == truth
+    assert f"ε = {truth:.4f} at δ = {found.delta:g}" in str(found)
+    if "optimizer" not in name:
+        assert found.predictor().epsilon == truth
+    assert "ε at δ" not in found._repr_html_()
+    if "spent" not in name and "optimizer" not in name:
+        assert truth > 1.01 * result.history[-1].epsilon
+
+
 def test_a_statement_of_another_time_is_a_statement(path):
     statement = load(path, net=build()).statement.of_other_weights()
     assert json.loads(statement.to_json())["findings"][0] == CHANGED

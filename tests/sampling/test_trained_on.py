@@ -254,7 +254,58 @@ def _numbers_by_their_places() -> tuple[Any, Any]:
     return Of(lambda self, at: self.numbers[self.places[at]], 200, numbers=numbers, places=places), numbers.view(10, 6)
 
 
+def _embedding(bank: Callable[[Tensor, nn.Embedding], Any], padding: int = 0) -> tuple[Any, Any]:
+    inputs = torch.cat([torch.zeros(padding, 6), rows_of()[0]])
+    table = nn.Embedding.from_pretrained(inputs)
+    return Of(lambda self, at: self.table.weight[at + padding], table=table), bank(inputs, table)
+
+
+class Looked(Mixed):
+    """Looks a row up in a module."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 0.5 * x + 0.5 * self.rows(torch.tensor(3)).detach()
+
+
+def _columns_in_a_parameter() -> tuple[Any, Any]:
+    layer = nn.Linear(N, 6, bias=False)
+    return Of(lambda self, at: self.layer.weight[:, at].detach(), layer=layer), layer.weight.detach().T
+
+
+def _parameters(count: int, extra: int = 0) -> tuple[Any, Any]:
+    listed = nn.ParameterList([nn.Parameter(row.clone(), requires_grad=False) for row in rows_of(count)[0]])
+    return Of(lambda self, at: self.rows[at].detach(), count - extra, rows=listed), [*listed][:7]
+
+
+def _modules_by_sample() -> tuple[Any, Any]:
+    modules = [nn.Linear(6, 1, bias=False) for _ in range(N)]
+    return Of(lambda self, at: self.modules[at].weight[0].detach(), modules=modules), [modules[5].weight.detach()[0]]
+
+
+def _few_people(as_mapping: bool) -> tuple[Any, Any]:
+    by_person = {person: [row.clone() for row in rows_of(5)[0]] for person in range(12)}
+    data = Of(lambda self, at: self.by_person[at // 5][at % 5], 60, by_person=by_person)
+    return data, by_person[3] if as_mapping else [by_person[3][2]]
+
+
+def _neighbours_of_many() -> tuple[Any, Any]:
+    rows = [row.clone() for row in rows_of(64)[0]]
+    near = [[rows[at * step % 8] for step in range(3)] for at in range(64)]
+    return Of(lambda self, at: self.rows[at], 64, rows=rows, near=near), rows[:8]
+
+
 HELD: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "rows of which an embedding was made": lambda: _embedding(lambda inputs, table: inputs),
+    "weights of an embedding": lambda: _embedding(lambda inputs, table: table.weight.detach()),
+    "an embedding's own row": lambda: _embedding(lambda inputs, table: table.weight.detach()[3:4]),
+    "an embedding with a row for padding": lambda: _embedding(lambda inputs, table: inputs, 1),
+    "columns of a parameter": _columns_in_a_parameter,
+    "a list of parameters": lambda: _parameters(N),
+    "a list of parameters that has more than there are samples": lambda: _parameters(70, 5),
+    "modules of which each holds a sample": _modules_by_sample,
+    "few rows of few people": lambda: _few_people(True),
+    "one row of few people": lambda: _few_people(False),
+    "rows that are neighbours of many": _neighbours_of_many,
     "tensors": _tensors,
     "two rows": _part_of_it,
     "views of rows": _list_of_rows,
@@ -371,6 +422,49 @@ def test_statistics_and_parameters_that_a_data_set_shares_with_an_augmentation_m
     trained_on.note(data, sample=data[0])
     assert not any(map(trained_on.holds, (mean, scale, layer.weight)))
     assert trained_on.holds(data.x[:1])
+
+
+def test_an_embedding_of_the_data_set_is_the_data_as_a_module() -> None:
+    data, table = _embedding(lambda inputs, table: table)
+    with pytest.raises(PrivacyError, match=MESSAGE):
+        trained(PoissonBatches(data, sample_rate=0.5, steps=1), Looked(table))
+    trained(PoissonBatches(data, sample_rate=0.5, steps=1), Looked(nn.Embedding(N, 6)))
+
+
+FROZEN: dict[str, tuple[Callable[[], Any], Callable[[Any], Tensor]]] = {
+    "an embedding of words": (lambda: nn.Embedding(500, 6), lambda held: held.weight),
+    "a layer as wide as a sample": (lambda: nn.Linear(6, 6), lambda held: held.weight),
+    "many blocks": (
+        lambda: nn.Sequential(*[nn.Sequential(nn.Linear(6, 6), nn.ReLU()) for _ in range(70)]),
+        lambda held: held[30][0].weight,
+    ),
+    "a list of layers": (lambda: [nn.Linear(6, 6) for _ in range(12)], lambda held: held[3].weight),
+    "means of ten classes": (lambda: {kind: torch.randn(6) for kind in range(10)}, lambda held: held[3]),
+    "a mean and deviations": (lambda: [torch.randn(6), torch.rand(6)], lambda held: held[0]),
+    "one layer that each sample holds": (
+        lambda: [{"place": at, "layer": layer} for layer in [nn.Linear(6, 6)] for at in range(N)],
+        lambda held: held[3]["layer"].weight,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_public_modules_and_few_constants_that_a_data_set_holds_may_be_shared(name: str) -> None:
+    make, part = FROZEN[name]
+    held = make()
+    data = Of(lambda self, at: self.x[at], x=rows_of()[0], held=held)
+    trained_on.note(data, sample=data[0])
+    assert not trained_on.holds(part(held))
+    assert trained_on.holds(data.x[3])
+
+
+def test_a_prototype_that_an_eighth_of_samples_share_is_none_of_a_row() -> None:
+    rows, shared = rows_of()[0], [torch.randn(6) for _ in range(4)]
+    samples = [{"x": row.clone(), "prototype": shared[at % 4]} for at, row in enumerate(rows)]
+    data = Of(lambda self, at: self.samples[at]["x"], samples=samples, again=[*samples])
+    trained_on.note(data, sample=data[0])
+    assert not any(map(trained_on.holds, shared))
+    assert trained_on.holds(samples[7]["x"])
 
 
 @pytest.mark.parametrize("kind", ["split", "samples", "pairs", "batches"])
