@@ -91,9 +91,9 @@ def refuse_overlapping_table(rows: Any, labels: Any, people: People | None = Non
     """Refuses rows that lie on one another, in what was given: of a copy it is seen no more.
 
     Args:
-        rows: a tensor, an array, what gives one without a copy (a buffer), a data frame, a mapping of columns, or a list
-            of rows. Of a list the same row may not be there twice; tuples that Python and caches keep once for all that
-            are equal, those of whole numbers and text alone, may.
+        rows: a tensor, an array, what gives one without a copy (a buffer), a data frame, a mapping of columns, or a
+            list of rows. Of a list the same row may not be there twice; tuples that Python and caches keep once for all
+            that are equal, those of whole numbers and text alone, may.
         labels: of the rows; only tensors, arrays, columns, and lists of these are looked at.
         people: whose rows are, if the unit is a person.
 
