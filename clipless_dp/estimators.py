@@ -24,7 +24,7 @@ from clipless_dp.features import TableEncoding
 from clipless_dp.loading import rebuilt
 from clipless_dp.prediction import Content, Predictor
 from clipless_dp.sampling import trained_on
-from clipless_dp.sampling.cells import is_missing
+from clipless_dp.sampling.cells import is_missing, readable, refuse_mapping
 from clipless_dp.sampling.overlaps import refuse_overlapping_table
 from clipless_dp.sampling.people import number_of, people_of
 from clipless_dp.statement import PrivacyStatement
@@ -36,16 +36,13 @@ FROM_Y = "from y"
 _CHANNELS = (1, 3)
 _LIVE = ("result_", "predictor_")
 
-_OTHER_FLOATS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
-"""Types of tensors that numpy has none for."""
-
 
 class _Private(BaseEstimator):  # type: ignore[misc]
     """What both estimators share: inputs, what was spent, files and pickles."""
 
     def _rows(self, X: Any, *, reset: bool) -> Any:
         """Rows of a table as float64, of images as float32 ``(N, C, H, W)``, or a data frame that is encoded."""
-        _refuse_mapping("rows", X)
+        refuse_mapping("rows", X)
         encoding = getattr(self, "encoding", None)
         if encoding is not None:
             if not isinstance(encoding, TableEncoding):
@@ -54,7 +51,7 @@ class _Private(BaseEstimator):  # type: ignore[misc]
                 self.feature_names_in_ = np.asarray([*encoding.numbers, *encoding.categories], dtype=object)
                 self.n_features_in_ = len(self.feature_names_in_)
             return X
-        X = _readable("rows", X)
+        X = readable("rows", X)
         unmasked("rows", X)
         if len(getattr(X, "shape", None) or np.asarray(X).shape) > 2:
             return self._images(X, reset=reset)
@@ -292,7 +289,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         rows = self._rows(X, reset=True)
         check_consistent_length(X, y)
         self._refuse_overlap(X, y, groups)
-        y = _readable("labels", y)
+        y = readable("labels", y)
         _require_labels(y)
         labels = column_or_1d(y, warn=True)
         check_classification_targets(labels)
@@ -377,41 +374,6 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         chosen = [place[label] for label in predictor.predict(self._rows(X, reset=False))]
         found: NDArray[Any] = self.classes_[chosen]
         return found
-
-
-def _readable(name: str, values: Any) -> Any:
-    """What numpy and scikit-learn read: of tensors those that numpy has a type for, of frames no sparse columns.
-
-    Raises:
-        InputError: there is no reading it as a table.
-    """
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        if values.layout is torch.strided and values.dtype in _OTHER_FLOATS:
-            # Which holds all of them.
-            return values.to(torch.float32)
-        return values
-    _refuse_mapping(name, values)
-    if not hasattr(values, "iloc"):
-        return values
-    if not hasattr(values, "columns"):
-        return values.sparse.to_dense() if _is_sparse(values.dtype) else values
-    if not len(values.columns):
-        raise InputError(f"{name} have no columns")
-    if not values.columns.is_unique:
-        raise InputError(f"{name} have several columns of one name: rename them, or give an array (N, columns)")
-    sparse = {column: kind.subtype for column, kind in values.dtypes.items() if _is_sparse(kind)}
-    return values.astype(sparse) if sparse else values
-
-
-def _refuse_mapping(name: str, values: Any) -> None:
-    if isinstance(values, Mapping):
-        raise InputError(f"{name} are a {type(values).__name__}: give a data frame, pandas.DataFrame(...), or an array")
-
-
-def _is_sparse(kind: Any) -> bool:
-    """Whether a type of a column is pandas' own for few values among many equal ones."""
-    return hasattr(kind, "subtype") and hasattr(kind, "fill_value")
 
 
 def _require_labels(y: Any) -> None:
@@ -502,7 +464,7 @@ class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
         self._refuse_overlap(X, y, groups)
         if y is None:
             raise InputError("PrivateRegressor requires y to be passed, but the target y is None")
-        y = _readable("targets", y)
+        y = readable("targets", y)
         unmasked("targets", y)
         if self.target_range is None:
             raise ConfigurationError("target_range=(low, high), the public range of targets, is missing")

@@ -177,3 +177,47 @@ def _place(cell: Any, places: Mapping[Any, int]) -> int:
     except Exception:
         # What has no hash, or cannot be compared, is none of them.
         return -1
+
+
+_OTHER_FLOATS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+"""Types of tensors that numpy has none for."""
+
+
+def readable(name: str, values: Any) -> Any:
+    """What numpy and scikit-learn read: of tensors those that numpy has a type for, of frames no sparse columns.
+
+    Raises:
+        InputError: there is no reading it as a table.
+    """
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        if values.layout is torch.strided and values.dtype in _OTHER_FLOATS:
+            # Which holds all of them.
+            return values.to(torch.float32)
+        return values
+    refuse_mapping(name, values)
+    if not hasattr(values, "iloc"):
+        return values
+    if not hasattr(values, "columns"):
+        return values.sparse.to_dense() if _is_sparse(values.dtype) else values
+    if not len(values.columns):
+        raise InputError(f"{name} have no columns")
+    if not values.columns.is_unique:
+        raise InputError(f"{name} have several columns of one name: rename them, or give an array (N, columns)")
+    sparse = {column: kind.subtype for column, kind in values.dtypes.items() if _is_sparse(kind)}
+    return values.astype(sparse) if sparse else values
+
+
+def refuse_mapping(name: str, values: Any) -> None:
+    """Refuses a mapping of columns where an array, or a frame, is read.
+
+    Raises:
+        InputError: it is one.
+    """
+    if isinstance(values, Mapping):
+        raise InputError(f"{name} are a {type(values).__name__}: give a data frame, pandas.DataFrame(...), or an array")
+
+
+def _is_sparse(kind: Any) -> bool:
+    """Whether a type of a column is pandas' own for few values among many equal ones."""
+    return hasattr(kind, "subtype") and hasattr(kind, "fill_value")
