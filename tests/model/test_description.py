@@ -141,9 +141,9 @@ OTHERS: dict[str, Any] = {
     "limit": 0.5, "iterations": 7, "tangent": True, "radius": 2.0, "mode": "normalize", "floor": 0.25, "kernel_size": 3,
     "stride": 1, "padding": 1, "ceil_mode": True, "group_size": 4, "dim": 2, "dims": (1, 2), "groups": 4, "reach": 2.0,
     "tau": 3.0, "label_smoothing": 0.25, "class_weights": (1.0, 2.0), "priors": (0.25, 0.75), "alpha": 0.5,
-    "margin": 2.0, "cross_entropy": 0.5, "balanced": True, "delta": 2.0, "penalty": 0.25, "temperature": 2.0, "offset": 2.0, "bound": 2.0,
-    "ignore_index": 0, "reduction": "sum", "segments": 4, "strength": 0.25, "pairing": "halves", "order": 2,
-    "signed": False, "lo": -2.0, "hi": 2.0,
+    "margin": 2.0, "cross_entropy": 0.5, "balanced": True, "delta": 2.0, "penalty": 0.25, "temperature": 2.0,
+    "offset": 2.0, "bound": 2.0, "ignore_index": 0, "reduction": "sum", "segments": 4, "strength": 0.25,
+    "pairing": "halves", "order": 2, "signed": False, "lo": -2.0, "hi": 2.0,
 }  # fmt: skip
 """For each argument of a constraint, a loss or a layer another value than below."""
 
