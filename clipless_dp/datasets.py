@@ -32,9 +32,15 @@ _SPLIT_KEY = b"clipless_dp.datasets: held-out fifth"
 """Public key of the hash that decides by itself about each row of a file whether it is held out."""
 
 _WHOLE = 2.0**53
-"""Whole numbers up to this one are told apart, as ids are; of others as many digits as float32 has."""
+"""Whole numbers up to this one are told apart where they are ids; of others as many digits as float32 has."""
+
+_FLOAT32_WHOLE = 2**24
+"""Whole numbers up to this one are told apart by float32."""
 
 _FLOAT32 = struct.Struct("<f")
+
+_TRUTH = {"true": 1, "false": 0}
+"""As a library of frames, a spreadsheet and Parquet write truth values, each in its own way."""
 
 _BLOCK = 1 << 22
 """Numbers that are hashed at once."""
@@ -51,6 +57,7 @@ class Split:
         test_targets: held out.
         classes: number of classes.
         groups: ``(N,)``, whose each row of ``inputs`` is, where an array of a file was named; else ``None``.
+        test_groups: the same of ``test_inputs``, where these were held out of the file; else ``None``.
     """
 
     inputs: Tensor
@@ -59,6 +66,7 @@ class Split:
     test_targets: Tensor
     classes: int
     groups: np.ndarray[Any, Any] | None = None
+    test_groups: np.ndarray[Any, Any] | None = None
 
     @property
     def train(self) -> tuple[Tensor, Tensor]:
@@ -141,7 +149,7 @@ def _file(name: str, classes: int | None, groups: str | None) -> Split:
     else:
         held_out = held_out_of(map(alone, ids.tolist()))
     split = _split(inputs[~held_out], targets[~held_out], inputs[held_out], targets[held_out], classes)
-    return split if ids is None else replace(split, groups=ids[~held_out])
+    return split if ids is None else replace(split, groups=ids[~held_out], test_groups=ids[held_out])
 
 
 def split_of(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any], classes: int) -> Split:
@@ -262,32 +270,38 @@ def rows_held_out(inputs: np.ndarray[Any, Any], targets: np.ndarray[Any, Any]) -
 
 
 def _numbers(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Numbers as whole ones, or as float32 tells them: those of a file that was saved in another type are the same."""
+    """Numbers as float32 tells them: those of a file that was saved in it, or in a wider type, are the same."""
     with np.errstate(over="ignore", invalid="ignore"):
-        wide = values.astype("<f8")
-        near = wide.astype(np.float32).astype("<f8")
-        is_whole = (wide == np.trunc(wide)) & (np.abs(wide) <= _WHOLE)
-        found = np.where(is_whole, wide, near) + 0.0  # Of two zeros one.
+        found = values.astype(np.float32).astype("<f8") + 0.0  # Of two zeros one.
     return np.where(np.isnan(found), np.nan, found).astype("<f8")
 
 
-def alone(cell: Any) -> bytes:
+def alone(cell: Any, *, is_id: bool = True) -> bytes:
     """A cell, or an id, by what it says, whatever it is stored as: ``7``, ``7.0`` and ``"7"`` are one.
 
     What toss a coin are these; whatever falls together here has one coin, and is told apart everywhere else.
+
+    Args:
+        cell: of any type.
+        is_id: whether whole numbers are told apart to their last digit; else as far as float32 does.
     """
     if isinstance(cell, bytes):
         cell = cell.decode("utf-8", "replace")
     number = _read_number(cell.strip()) if isinstance(cell, str) else cell
     if isinstance(number, int):
-        return b"%d" % number
+        if is_id or abs(number) <= _FLOAT32_WHOLE:
+            return b"%d" % number
+        try:
+            number = float(number)
+        except OverflowError:
+            number = math.copysign(math.inf, number)
     if not isinstance(number, float):
         if cell is None:
             return b""
         return (cell.strip() if isinstance(cell, str) else repr(cell)).encode("utf-8", "surrogatepass")
     if math.isnan(number):
         return b""
-    if not number.is_integer() or abs(number) > _WHOLE:
+    if not number.is_integer() or abs(number) > (_WHOLE if is_id else _FLOAT32_WHOLE):
         try:
             (number,) = _FLOAT32.unpack(_FLOAT32.pack(number))
         except OverflowError:
@@ -296,7 +310,9 @@ def alone(cell: Any) -> bytes:
 
 
 def _read_number(text: str) -> int | float | None:
-    """What a text says as a number, or ``None`` for what says none."""
+    """What a text says as a number, or ``None`` for what says none; a truth value in any case is one as well."""
+    if (truth := _TRUTH.get(text.lower())) is not None:
+        return truth
     for kind in (int, float):
         try:
             return kind(text)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import positive, share, whole
 from clipless_dp.commands import options as shared
+from clipless_dp.commands.held_out import file_beside
 from clipless_dp.commands.reading import add_options, of_checkpoint, promised
 from clipless_dp.commands.results import Opened, is_result, opened
 from clipless_dp.commands.sources import Part, read_rows
@@ -55,6 +56,9 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     """
     shared.require_device(options.device)
     command.check_files(options.out, options.plot)
+    shared.require_writable(
+        [options.out, options.plot], [options.dataset, options.checkpoint, file_beside(options.checkpoint)]
+    )
     if not is_result(options.checkpoint):
         if options.sigma is not None:
             raise ConfigurationError("--sigma smooths the model of a result: give the file of train --out")

@@ -93,7 +93,7 @@ class Columns:
             groups: the column that says whose the rows are.
         """
         if groups is not None:
-            return [_content(one) for one in self.cells[groups]]
+            return [_content(one, is_id=True) for one in self.cells[groups]]
         return [b"".join(map(_framed, row)) for row in zip(*self.cells.values(), strict=True)]
 
     def part(self, chosen: np.ndarray[Any, Any]) -> Columns:
@@ -120,9 +120,9 @@ class Columns:
         return typed
 
 
-def _content(cell: Any) -> bytes:
+def _content(cell: Any, *, is_id: bool = False) -> bytes:
     """A cell by what it says; text that stands for a missing one as a missing one."""
-    return b"" if isinstance(cell, str) and cell.strip().lower() in _MISSING else alone(cell)
+    return b"" if isinstance(cell, str) and cell.strip().lower() in _MISSING else alone(cell, is_id=is_id)
 
 
 def _framed(cell: Any) -> bytes:

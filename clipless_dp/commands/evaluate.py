@@ -9,6 +9,7 @@ from typing import Any
 
 from clipless_dp.checkpoint import write_text
 from clipless_dp.commands import options as shared
+from clipless_dp.commands.held_out import file_beside
 from clipless_dp.commands.results import opened
 from clipless_dp.commands.scores import scores_of
 from clipless_dp.commands.sources import read_rows
@@ -36,11 +37,11 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     """Prints the figures.
 
     Raises:
-        CheckpointError: the file of the model, or that to write, does not do.
+        CheckpointError: the file of the model, or of what was held out, or that to write, does not do.
         ConfigurationError: the data is not like what the model was trained on.
         InputError: rows or labels are not what they should be.
     """
-    shared.require_writable([options.out], [options.dataset, options.result])
+    shared.require_writable([options.out], [options.dataset, options.result, file_beside(options.result)])
     found = opened(options.result)
     known = found.known
     part = read_rows(options, known, labelled=True, held_out=options.held_out)

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from clipless_dp.commands import options as shared
+from clipless_dp.commands.held_out import file_beside
 from clipless_dp.commands.reading import add_options, of_checkpoint
 from clipless_dp.commands.results import is_result, opened, require_model
 from clipless_dp.commands.sources import read_rows
@@ -39,6 +40,9 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     """
     shared.require_device(options.device)
     command.check_files(options.out, options.plot)
+    shared.require_writable(
+        [options.out, options.plot], [options.dataset, options.checkpoint, file_beside(options.checkpoint)]
+    )
     if not is_result(options.checkpoint):
         command.explain_checkpoint(*of_checkpoint(options), options)
         return

@@ -19,6 +19,7 @@ from accounting import Ledger
 from accounting.errors import AccountingError
 from clipless_dp.checkpoint import replacing, write_text
 from clipless_dp.commands import options as shared
+from clipless_dp.commands.held_out import file_beside
 from clipless_dp.commands.results import Opened, opened
 from clipless_dp.errors import ConfigurationError
 
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         raise ConfigurationError("ONNX files are written by onnx and onnxscript: pip install 'clipless-dp[export]'")
     base = options.out.with_suffix("") if options.out.suffix[1:] in (*FORMATS, "json") else options.out
     files = {name: base.with_name(f"{base.name}.{name}") for name in (*asked, "json")}
-    shared.require_writable(files.values(), [options.result])
+    shared.require_writable(files.values(), [options.result, file_beside(options.result)])
     if _is_statement(files["json"]):
         raise ConfigurationError(f"{files['json']} holds a privacy statement or a ledger: choose another --out")
     found = opened(options.result)

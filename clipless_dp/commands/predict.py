@@ -13,6 +13,7 @@ import torch
 
 from clipless_dp.checkpoint import write_text
 from clipless_dp.commands import options as shared
+from clipless_dp.commands.held_out import file_beside
 from clipless_dp.commands.results import Opened, opened
 from clipless_dp.commands.sources import Part, read_rows
 from clipless_dp.errors import ConfigurationError
@@ -44,7 +45,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         ConfigurationError: the data is not like what the model was trained on.
         InputError: rows are not what they should be; or one has no scores.
     """
-    shared.require_writable([options.out], [options.dataset, options.result])
+    shared.require_writable([options.out], [options.dataset, options.result, file_beside(options.result)])
     found = opened(options.result)
     part = read_rows(options, found.known, labelled=False)
     text = _written(found, part, options.threshold)

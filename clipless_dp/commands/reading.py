@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from clipless_dp import presets
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.networks import model_of
-from clipless_dp.commands.sources import has_test, kind_of, read_to_train
+from clipless_dp.commands.held_out import HeldOut, file_beside
+from clipless_dp.commands.sources import Material, read_to_train
 from clipless_dp.datasets import Split
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
@@ -52,17 +53,27 @@ def of_checkpoint(options: argparse.Namespace) -> tuple[DPLipModel, Split]:
         raise ConfigurationError(
             "a checkpoint of columns does not hold how they are read: give the file of train --out"
         )
-    if isinstance(settings, dict) and not has_test(data.name, kind_of(data.name)):
-        try:
-            replace(data.rule, trained=settings.get("dataset_size")).require_trained(data.people_or_rows, data.name)
-        except ConfigurationError as error:
-            # The file of a result says whether its size was counted, and a checkpoint does not.
-            raise ConfigurationError(
-                f"{error}; where train was given --dataset-size: the file of train --out"
-            ) from error
+    if data.held_out is not None:
+        _require_same(options.checkpoint, data)
     shape, classes = data.shape, data.split.classes
     model = model_of(options, shape, classes) if preset is None else preset.model(shape, classes)
     return model.to(options.device), data.split
+
+
+def _require_same(checkpoint: Path, data: Material) -> None:
+    """Refuses data of which others are held out than when the checkpoint's training began."""
+    kept = HeldOut.of_checkpoint(checkpoint)
+    if kept is None:
+        raise ConfigurationError(
+            f"which rows of {data.name} were held out is kept in {file_beside(checkpoint)}, and there is none: train "
+            "--checkpoint writes it (of this version on), and it stays with the data, since it is private; put it "
+            "there, or give a file with a test part, x_test and y_test"
+        )
+    if kept != data.held_out:
+        raise ConfigurationError(
+            f"other rows of {data.name} would be held out than when training began, among them some that were trained "
+            "on: give the same file, as it was, and --groups as in train, or a file with a test part, x_test and y_test"
+        )
 
 
 def promised(privacy: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.commands.networks import rebuilt_model
-from clipless_dp.commands.sources import Known, Rule
+from clipless_dp.commands.sources import Known
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.features import TableEncoding
 from clipless_dp.loading import rebuilt
@@ -51,7 +51,7 @@ class Opened:
             encoding if isinstance(encoding, TableEncoding) else None,
             made.get("label"),
             is_regression,
-            Rule.read(made.get("held_out")),
+            self.path,
         )
 
     @property

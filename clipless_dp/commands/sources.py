@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from clipless_dp.commands import columns, images
-from clipless_dp.datasets import NAMES, Split, as_inputs, held_out_of, load_dataset, read_npz, rows_held_out, split_of
+from clipless_dp.commands.held_out import HeldOut, digests_of, digests_of_samples
+from clipless_dp.datasets import NAMES, Split, as_inputs, held_out_of, load_dataset, read_npz, split_of
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 
@@ -46,75 +47,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Rule:
-    """By which rows of a file are held out: public, kept with a model, and the same where it is evaluated.
-
-    Attributes:
-        groups: the column, or array, that says whose the rows are, each of whom is held out as a whole; ``None``: each
-            row is decided by all that is in it.
-        names: of the columns of a table that decide.
-        is_text: of a table, whether its cells are text.
-        trained: how many rows, or people, were trained on, which is public; ``None``: not said, as where a size was
-            given in place of their number. Of those that were held out nothing is kept, not even how many: no ε covers
-            them.
-    """
-
-    groups: str | None = None
-    names: tuple[str, ...] = ()
-    is_text: bool | None = None
-    trained: int | None = None
-
-    @staticmethod
-    def of(groups: str | None, table: columns.Columns) -> Rule:
-        """That of a table. Of people their ids decide, whatever the other columns are."""
-        return Rule(groups, (groups,) if groups is not None else table.names, table.is_text)
-
-    @staticmethod
-    def read(kept: Any) -> Rule | None:
-        """That of a model's file; ``None``: there is none."""
-        if not isinstance(kept, Mapping) or set(kept) != {"groups", "names", "is_text", "trained"}:
-            # Former rules were about how rows are stored.
-            return None
-        return Rule(kept["groups"], tuple(kept["names"]), kept["is_text"], kept["trained"])
-
-    def kept(self) -> dict[str, Any]:
-        """What a model's file says of it."""
-        return {"groups": self.groups, "names": list(self.names), "is_text": self.is_text, "trained": self.trained}
-
-    def require(self, table: columns.Columns) -> None:
-        """Refuses a table whose rows would be held out by something else than in training.
-
-        Raises:
-            ConfigurationError: its columns, or the kind of its cells, are others.
-        """
-        if replace(Rule.of(self.groups, table), trained=self.trained) != self or not {*self.names} <= {*table.names}:
-            raise ConfigurationError(
-                f"{table.file} has other columns, or is of another format, than what the model was trained on, so that "
-                "other rows would be held out, among them some that it was trained on: give the same file, or leave "
-                "--held-out out (with certify and explain: --all-rows) for a file of rows that it was not trained on"
-            )
-
-    def require_trained(self, found: int, name: str) -> None:
-        """Refuses a file of which other rows would be held out than in training, as the number of the others tells.
-
-        Args:
-            found: rows, or people, that are not held out.
-            name: of the file.
-
-        Raises:
-            ConfigurationError: they are more or fewer than were trained on.
-        """
-        if self.trained not in (None, found):
-            whom = "rows" if self.groups is None else "people"
-            raise ConfigurationError(
-                f"{name} is another file than the model was trained on, or its numbers were rounded since: {found} "
-                f"{whom} of it are not held out, and {self.trained} were trained on, some of which would be taken for "
-                "held-out ones: give the same file, or leave --held-out out (with certify and explain: --all-rows) for "
-                "a file of rows that it was not trained on"
-            )
-
-
-@dataclass(frozen=True)
 class Material:
     """What is trained on, and what is known of it in public.
 
@@ -128,7 +60,7 @@ class Material:
         label: the column that is learnt.
         target_range: of a regression.
         groups: whose each row of ``train`` is.
-        rule: by which rows are held out.
+        held_out: which rows were held out, where the data has no test part. Private.
         split: of samples, as :func:`clipless_dp.datasets.load_dataset` returns them; ``None`` of columns.
     """
 
@@ -141,13 +73,8 @@ class Material:
     label: str | None = None
     target_range: tuple[float, float] | None = None
     groups: Any = None
-    rule: Rule = field(default_factory=lambda: Rule())
+    held_out: HeldOut | None = None
     split: Split | None = None
-
-    @property
-    def people_or_rows(self) -> int:
-        """How many are trained on."""
-        return len(self.train) if self.groups is None else len({*map(repr, self.groups)})
 
 
 @dataclass(frozen=True)
@@ -160,7 +87,7 @@ class Known:
         encoding: of columns.
         label: the column that was learnt.
         is_regression: whether labels are numbers.
-        rule: by which rows were held out; ``None``: not known.
+        result: its file, beside which it is kept which rows it was not trained on.
     """
 
     classes: tuple[Any, ...] | None = None
@@ -168,7 +95,7 @@ class Known:
     encoding: TableEncoding | None = None
     label: str | None = None
     is_regression: bool = False
-    rule: Rule | None = None
+    result: Path | None = None
 
 
 def kind_of(name: str) -> str:
@@ -227,7 +154,7 @@ def read_to_train(options: argparse.Namespace) -> Material:
         labels,
         tuple(split.inputs.shape[1:]),
         groups=split.groups,
-        rule=Rule(groups),
+        held_out=None if _is_split(name, kind) else _samples_held_out(split, groups),
         split=split,
     )
 
@@ -267,19 +194,29 @@ def read_rows(options: argparse.Namespace, known: Known, *, labelled: bool, held
 _HELD_OUT = "held-out "
 
 
-def _rule_of(known: Known, name: str) -> Rule:
-    """By which rows were held out in training.
+def _is_split(name: str, kind: str) -> bool:
+    """Whether data says itself which rows are not trained on."""
+    if kind != "npz":
+        return has_test(name, kind)
+    with np.load(name, allow_pickle=False) as archive:
+        return "x_train" in archive.files
+
+
+def _kept(known: Known, name: str) -> HeldOut:
+    """Which rows were held out in training.
 
     Raises:
-        ConfigurationError: the file of the model does not say.
+        ConfigurationError: nothing says it.
+        CheckpointError: what says it cannot be read.
     """
-    if known.rule is None:
-        raise ConfigurationError(
-            f"the file of the model does not say which rows of {name} were held out (written in Python, or by an "
-            "earlier version): give a file of rows that it was not trained on, without --held-out (with certify and "
-            "explain: --all-rows)"
-        )
-    return known.rule
+    if known.result is None:
+        raise ConfigurationError(f"nothing says which rows of {name} were held out")
+    return HeldOut.of_model(known.result, name)
+
+
+def _samples_held_out(split: Split, groups: str | None) -> HeldOut:
+    ids = None if split.test_groups is None else split.test_groups.tolist()
+    return HeldOut(Counter(digests_of_samples(split.test_inputs, split.test_targets, ids)), groups)
 
 
 def has_test(name: str, kind: str) -> bool:
@@ -287,13 +224,6 @@ def has_test(name: str, kind: str) -> bool:
     if kind == "folder":
         return images.parts_of(Path(name))[1] is not None
     return kind == "named" or "x_test" in read_npz(Path(name))
-
-
-def _trained_on(held_out: np.ndarray[Any, Any], ids: Sequence[Any] | None = None) -> int:
-    """How many rows, or people, are not held out; ``held_out`` ``(N,)`` says which are."""
-    if ids is None:
-        return int((~held_out).sum())
-    return len({repr(one) for one, is_held in zip(ids, held_out.tolist(), strict=True) if not is_held})
 
 
 def _numbered(count: int) -> list[str]:
@@ -332,7 +262,7 @@ def _columns_to_train(name: str, groups: str | None, options: argparse.Namespace
         label=label,
         target_range=None if options.target_range is None else tuple(options.target_range),
         groups=None if groups is None else table.part(~held_out).cells[groups],
-        rule=Rule.of(groups, table),
+        held_out=HeldOut(Counter(digests_of(table.part(held_out).contents()))),
     )
 
 
@@ -341,14 +271,8 @@ def _columns(name: str, known: Known, options: argparse.Namespace, labelled: boo
     table = columns.read_table(name, options)
     names = _numbered(table.rows)
     if held_out:
-        rule = _rule_of(known, name)
-        rule.require(table)
-        chosen = held_out_of(table.contents(rule.groups))
-        ids = None if rule.groups is None else table.cells[rule.groups]
-        rule.require_trained(_trained_on(chosen, ids), name)
+        chosen = _kept(known, name).chosen(digests_of(table.contents()), name)
         table, names = table.part(chosen), [str(place) for place in chosen.nonzero()[0].tolist()]
-        if not names:
-            raise InputError(f"no row of {name} is held out")
     labels = None
     if labelled:
         label = options.label or known.label or columns.label_of(table, options)
@@ -386,12 +310,10 @@ def _folder(
     pixels = images.read_images(files, options, known.shape)
     names = [str(file.relative_to(inner)) for file in files]
     if held_out and test is None and targets is not None:
-        chosen = rows_held_out(pixels, targets)
-        _rule_of(known, str(folder)).require_trained(_trained_on(chosen), str(folder))
+        digests = digests_of_samples(as_inputs(pixels), torch.from_numpy(targets))
+        chosen = _kept(known, str(folder)).chosen(digests, str(folder))
         pixels, targets = pixels[chosen], targets[chosen]
         names = [name for name, is_held in zip(names, chosen.tolist(), strict=True) if is_held]
-    if not names:
-        raise InputError(f"no image of {folder} is held out")
     return as_inputs(pixels), torch.from_numpy(targets) if labelled and targets is not None else None, names
 
 
@@ -399,13 +321,8 @@ def _samples(
     name: str, kind: str, known: Known, options: argparse.Namespace, labelled: bool, held_out: bool
 ) -> tuple[Tensor, Tensor | None, list[str]]:
     classes = options.classes or (None if known.classes is None else len(known.classes))
-    if kind == "named" or held_out:
-        rule = None if kind == "named" or "x_train" in read_npz(Path(name)) else _rule_of(known, name)
-        groups = None if rule is None else rule.groups
-        split = load_dataset(name, options.data_dir, classes=None if kind == "named" else classes or 2, groups=groups)
-        if rule is not None:
-            count = len(split.targets) if split.groups is None else len({*split.groups.tolist()})
-            rule.require_trained(count, name)
+    if kind == "named" or (held_out and _is_split(name, kind)):
+        split = load_dataset(name, options.data_dir, classes=None if kind == "named" else classes or 2)
         return split.test_inputs, split.test_targets if labelled else None, _numbered(len(split.test_targets))
     arrays = read_npz(Path(name))
     inputs_name, labels_name = ("x_test", "y_test") if "x_test" in arrays else ("X", "y")
@@ -423,7 +340,18 @@ def _samples(
         if not known.is_regression and int(found.min()) < 0:
             raise InputError(f"{labels_name} of {name} must be class indices from 0, got {int(found.min())}")
         targets = torch.from_numpy(found if known.is_regression else found.astype(np.int64))
-    return as_inputs(inputs), targets, _numbered(len(inputs))
+    rows, names = as_inputs(inputs), _numbered(len(inputs))
+    if not held_out:
+        return rows, targets, names
+    kept = _kept(known, name)
+    assert targets is not None
+    ids = None if kept.groups is None else arrays.get(kept.groups)
+    if kept.groups is not None and (ids is None or ids.shape != targets.shape):
+        raise ConfigurationError(
+            f"{name} has no array {kept.groups!r} that says whose each row is, as --groups was told"
+        )
+    chosen = kept.chosen(digests_of_samples(rows, targets, None if ids is None else ids.tolist()), name)
+    return rows[chosen], targets[chosen], [names[place] for place in chosen.nonzero()[0].tolist()]
 
 
 def size_of(options: argparse.Namespace, kind: str) -> tuple[int, tuple[int, ...]]:

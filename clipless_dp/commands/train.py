@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ from clipless_dp import architectures, presets
 from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.commands import options as shared
 from clipless_dp.commands.choosing import TABLES, Choice, choose, settings_of
+from clipless_dp.commands.held_out import SUFFIX, HeldOut, file_beside
 from clipless_dp.commands.networks import built_from, model_of
 from clipless_dp.commands.results import MADE
 from clipless_dp.commands.scores import scores_of
@@ -203,7 +205,8 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     shared.require_device(options.device)
     statement = [] if options.report is None else [*statement_files(options.report)]
     beside = files_beside(options.checkpoint)
-    shared.require_writable([options.out, options.checkpoint, *beside, *statement], [options.dataset])
+    private = [file_beside(options.out), file_beside(options.checkpoint)]
+    shared.require_writable([options.out, options.checkpoint, *beside, *private, *statement], [options.dataset])
     built = given_of_networks(only)
     if options.preset is not None and built:
         raise ConfigurationError(
@@ -225,7 +228,8 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     if not options.quiet and choice.told:
         print(*choice.told, sep="\n", end="\n\n")
     arguments: dict[str, Any] = {**given, "groups": data.groups, **_tuned(options if choice.name is None else only)}
-    trained, made = _fitted(options, data, choice, arguments)
+    with _held_out(options.checkpoint, data) as held_out:
+        trained, made = _fitted(options, data, choice, arguments)
     result = trained if isinstance(trained, FitResult) else trained.result
     if choice.name is not None:
         _show(result.optimizer.model, options)
@@ -234,14 +238,58 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
     labels: dict[str, Any] = {} if choice.name == TABLES else {"classes": classes}
     if options.out is not None:
         content = trained.content(**labels, notes=_notes(choice))
-        # What was taken to be public, and stands in the statement.
-        rule = replace(data.rule, trained=result.optimizer.dataset_size if options.dataset_size is None else None)
-        content["settings"] = {**content["settings"], MADE: {**made, "label": data.label, "held_out": rule.kept()}}
+        content["settings"] = {**content["settings"], MADE: {**made, "label": data.label}}
         save_checkpoint(options.out, content)
+        _keep(options.out, held_out, of_model=True)
     reached = scores_of(trained.predictor(**labels), data.test, classes).lines
     if isinstance(trained, presets.Trained) and classes is None and data.split is not None:
         reached.insert(0, f"loss      {trained.evaluate(data.split.test)[1]:.6f} on {data.test.told}")
     _tell(options, result, [f"test {line}" for line in reached], _notes(choice))
+
+
+@contextmanager
+def _held_out(checkpoint: Path | None, data: Material) -> Iterator[HeldOut | None]:
+    """Which rows nothing of a run is computed from, kept beside its checkpoint from before it begins.
+
+    Yields:
+        What is held out; ``None``: the data has a test part, or nothing says what the run began with.
+
+    Raises:
+        ConfigurationError: the checkpoint's training began with others held out.
+        CheckpointError: what is kept beside it cannot be read.
+    """
+    if checkpoint is None:
+        yield data.held_out
+        return
+    if not _has_begun(checkpoint):
+        _keep(checkpoint, data.held_out)
+        try:
+            yield data.held_out
+        finally:
+            if not _has_begun(checkpoint):
+                _keep(checkpoint, None)
+        return
+    kept = HeldOut.of_checkpoint(checkpoint)
+    if kept is not None and data.held_out is not None and kept != data.held_out:
+        raise ConfigurationError(
+            f"other rows of {data.name} are held out than when the training of {checkpoint} began, so that figures of "
+            "these would be of rows that it was trained on: give the same file, as it was, or choose another checkpoint"
+        )
+    yield None if kept is None else data.held_out
+
+
+def _has_begun(checkpoint: Path) -> bool:
+    """Whether anything was released, or trained, under a checkpoint."""
+    return any(file.exists() for file in (checkpoint, *files_beside(checkpoint)))
+
+
+def _keep(path: Path, held_out: HeldOut | None, *, of_model: bool = False) -> None:
+    """Writes beside a file which rows were held out; what is there of another training goes."""
+    private = Path(f"{path}{SUFFIX}")
+    if held_out is None:
+        private.unlink(missing_ok=True)
+    else:
+        held_out.write(private, path if of_model else None)
 
 
 def _fitted(
