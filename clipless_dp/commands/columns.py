@@ -32,24 +32,34 @@ _MISSING = ("", "na", "n/a", "nan", "null", "none", "?")
 """How a missing number is written, in any case."""
 
 _VALUES = ("true", "false", "yes", "#n/a", "#na", "#value!", "<na>", "n.a.", "nil", "nat")
+_MONTH = (
+    "(jan(uary)?|feb(ruary)?|mar(ch)?|apr(il)?|may|june?|july?|aug(ust)?|sept?(ember)?|oct(ober)?|nov(ember)?"
+    "|dec(ember)?)"
+)
 _VALUE = re.compile(
-    r"""
+    rf"""
     [\W\d_]*                                             # No letter: a number, a range, a date, a telephone, a dash.
-    |.*\d{5}.*                                            # A number that tells who somebody is, or when.
+    |.*\d{{5}}.*                                          # A number that tells who somebody is, or when.
     |.*[^\s@]@[^\s@]+\.[^\s@]+.*                          # An address of electronic mail.
     |[<>≤≥=~≈±]+\s*\d.*                                  # A bound.
     |[-+(]*\d.*\s.*                                      # Number and words: a quantity, a street, a date.
-    |[-+(]*\d+([.,]\d+)*(?!(st|nd|rd|th)$)[^\W\d_]{1,6}(/[^\W\d_]+)?[)]*   # A number and its unit.
-    |\d{1,2}:\d\d.*|\d{1,4}[-/.]\d{1,2}[-/.T ].*         # A time, a date with more behind it.
-    |(.*[^a-z])?(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)[a-z]*[^a-z_]*\d.*
-    |\d+[^a-z_]*(jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec).*  # A date in words.
+    |[-+(]*\d+([.,]\d+)*(?!(st|nd|rd|th)$)[^\W\d_]{{1,6}}(/[^\W\d_]+)?[)]*   # A number and its unit.
+    |\d{{1,2}}:\d\d.*|\d{{1,4}}[-/.]\d{{1,2}}[-/.T ].*         # A time, a date with more behind it.
+    |(.*[^a-z])?{_MONTH}[^a-z_]*\d.*                     # A date in words.
+    |\d+[^a-z_]*{_MONTH}([^a-z].*)?
     |0x[0-9a-f]+|[-+]?\d+(\.\d*)?e[-+]?\d+|[-+]?(inf|infinity)
     |[a-z]\d\d\.\d[0-9a-z]*                               # A diagnosis (ICD).
-    |[0-9a-f]{8}-[0-9a-f]{4}-.*                           # A random identity (UUID).
+    |[0-9a-f]{{8}}-[0-9a-f]{{4}}-.*                           # A random identity (UUID).
     """,
     re.VERBOSE | re.DOTALL,
 )
 """What a cell of a row looks like, in small letters, with a hyphen for each dash, and without money and units of it."""
+
+_WINDOW = re.compile(r"\d{1,3}(h|min)")
+"""How spans of time are called, which columns are of: 24h, 5min."""
+
+_NUMBERED = re.compile(r"(.*[^\W\d].*?)(\d{5,6})", re.DOTALL)
+"""A name with a number behind it, of so many digits that it could say who somebody is."""
 
 _DASHES = re.compile(r"[\u2010-\u2015\u2212\ufe58\ufe63\uff0d]")
 _COUNTED = {0: 4, 1: 8}
@@ -274,6 +284,14 @@ def _refuse_row(header: Sequence[str], path: Path) -> None:
         if len(numbers) >= least and numbers == [str(first + place) for place in range(len(numbers))]
         for place in range(len(numbers))
     }
+    known = {*header}
+    # Three numbers that follow one another, V9999 to V10001, are of columns; identities in one row are others.
+    counted |= {
+        name
+        for name in header
+        if (found := _NUMBERED.fullmatch(name))
+        and sum(f"{found[1]}{int(found[2]) + step}" in known for step in (-2, -1, 1, 2)) > 1
+    }
     if places := [place for place, name in enumerate(header) if name not in counted and _is_value(name)]:
         raise _looks_like_a_row(path, places, "empty, a number, a quantity, a date or an identity")
 
@@ -283,6 +301,8 @@ def _is_value(name: str) -> bool:
     seen = "".join(one for one in unicodedata.normalize("NFKC", name) if unicodedata.category(one) not in ("Cf", "Sc"))
     text = _DASHES.sub("-", seen).strip().lower()
     # How rows and shares are called.
+    if _WINDOW.fullmatch(text):
+        return False
     return text in (*_MISSING, *_VALUES) or (text not in ("#", "%") and _VALUE.fullmatch(text) is not None)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from clipless_dp import presets
 from clipless_dp.checkpoint import load_checkpoint
 from clipless_dp.commands import options as shared
-from clipless_dp.commands.networks import model_of
 from clipless_dp.commands.held_out import HeldOut, file_beside
+from clipless_dp.commands.networks import model_of
 from clipless_dp.commands.sources import Material, read_to_train
 from clipless_dp.datasets import Split
 from clipless_dp.errors import ConfigurationError

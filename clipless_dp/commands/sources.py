@@ -347,9 +347,7 @@ def _samples(
     assert targets is not None
     ids = None if kept.groups is None else arrays.get(kept.groups)
     if kept.groups is not None and (ids is None or ids.shape != targets.shape):
-        raise ConfigurationError(
-            f"{name} has no array {kept.groups!r} that says whose each row is, as --groups was told"
-        )
+        raise ConfigurationError(f"{name} has no array {kept.groups!r}, which said in training whose each row is")
     chosen = kept.chosen(digests_of_samples(rows, targets, None if ids is None else ids.tolist()), name)
     return rows[chosen], targets[chosen], [names[place] for place in chosen.nonzero()[0].tolist()]
 
