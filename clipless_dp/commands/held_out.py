@@ -131,8 +131,8 @@ class HeldOut:
         if not path.exists():
             raise ConfigurationError(
                 f"which rows of {name} were held out is kept in {path}, and there is none: train --out writes it "
-                "beside the model (of this version on, for data without a test part), and it stays with the data, since "
-                f"it is private; put it there, or {_UNTRAINED}"
+                "beside the model (of this version on, for data without a test part), and it stays with the data, "
+                f"since it is private; put it there, or {_UNTRAINED}"
             )
         found, of = _read(path)
         if of != _digest_of_file(model):

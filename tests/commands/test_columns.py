@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clipless_dp.commands import columns
+from clipless_dp.commands.held_out import HeldOut, file_beside
 from clipless_dp.commands.scores import auroc, scores_of
-from clipless_dp.commands.sources import Known, Part, Rule, read_rows, read_to_train
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.commands.sources import Known, Part, read_rows, read_to_train
+from clipless_dp.errors import CheckpointError, ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 
 OPTIONS = {
@@ -25,6 +26,14 @@ OPTIONS = {
 
 def options(path, **changes):
     return argparse.Namespace(**{**OPTIONS, "dataset": str(path), **changes})
+
+
+def known_of(data, model, **changes):
+    """What the file of a model says, with the private file beside it."""
+    model.write_bytes(b"weights")
+    data.held_out.write(file_beside(model), model)
+    shape = None if data.encoding else data.shape
+    return Known(data.classes, shape, data.encoding, data.label, **{"result": model, **changes})
 
 
 CELLS = st.one_of(st.floats().map(repr), st.sampled_from(["", " NA ", "nan", "?", "1e400", "-0"]))
@@ -85,7 +94,7 @@ def test_held_out_rows_of_a_file_are_those_that_training_leaves_out(tmp_path):
     path = tmp_path / "table.csv"
     path.write_text("a,label\n" + "".join(f"{index},{index % 2}\n" for index in range(100)))
     data = read_to_train(options(path))
-    known = Known(data.classes, None, data.encoding, data.label, rule=data.rule)
+    known = known_of(data, tmp_path / "model.pt")
     held_out = read_rows(options(path), known, labelled=True, held_out=True)
     assert held_out.rows["a"].tolist() == data.test.rows["a"].tolist()
     assert [int(name) for name in held_out.names] == data.test.rows["a"].tolist()
@@ -112,9 +121,7 @@ def test_what_was_trained_on_by_people_is_never_held_out_of_the_same_file(kind, 
     else:
         np.savez(path, X=np.arange(400.0).reshape(200, 2) / 2, y=np.arange(200) % 2, who=who)
     data = read_to_train(options(path, groups="who"))
-    # As the file of a model keeps it.
-    rule = Rule.read(json.loads(json.dumps(data.rule.kept())))
-    known = Known((0, 1), None if data.encoding else data.shape, data.encoding, data.label, rule=rule)
+    known = known_of(data, tmp_path / "model.pt")
     held_out = read_rows(options(path), known, labelled=True, held_out=True)
 
     def numbers(part):
@@ -122,24 +129,56 @@ def test_what_was_trained_on_by_people_is_never_held_out_of_the_same_file(kind, 
 
     assert numbers(held_out) == numbers(data.test)
     assert not {*numbers(held_out)} & {*numbers(data.train)}
-    # Rows by themselves, as it was: some that were trained on.
-    by_rows = read_rows(
-        options(path), replace(known, rule=read_to_train(options(path)).rule), labelled=True, held_out=True
-    )
-    assert {*numbers(by_rows)} & {*numbers(data.train)}
+    # Rows by themselves are others.
+    assert {*numbers(read_to_train(options(path)).test)} & {*numbers(data.train)}
 
 
-def test_rows_are_held_out_by_no_rule_but_that_of_training(tmp_path):
-    path = tmp_path / "table.csv"
+def test_rows_are_held_out_by_nothing_but_what_training_has_kept(tmp_path):
+    path, model = tmp_path / "table.csv", tmp_path / "model.pt"
     path.write_text("a,b,label\n" + "".join(f"{row},{row % 3},{row % 2}\n" for row in range(100)))
-    data = read_to_train(options(path))
-    known = Known(data.classes, None, data.encoding, data.label, rule=data.rule)
-    with pytest.raises(ConfigurationError, match="does not say which rows"):
-        read_rows(options(path), replace(known, rule=None), labelled=True, held_out=True)
-    path.write_text("a,b,note,label\n" + "".join(f"{row},{row % 3},x,{row % 2}\n" for row in range(100)))
-    with pytest.raises(ConfigurationError, match="other columns"):
+    known = known_of(read_to_train(options(path)), model)
+    private = file_beside(model)
+    assert len(read_rows(options(path), known, labelled=True, held_out=True)) > 5
+    with pytest.raises(ConfigurationError, match="nothing says which rows"):
+        read_rows(options(path), replace(known, result=None), labelled=True, held_out=True)
+    kept = private.read_text("utf-8")
+    for content, error, message in (
+        (None, ConfigurationError, "stays with the data"),
+        (kept[:-9], CheckpointError, "cannot be read"),
+        ("[]", CheckpointError, "cannot be read"),
+        ("[" * 10**5, CheckpointError, "cannot be read"),
+        (kept.replace("held_out/1", "held_out/2"), CheckpointError, "a later version"),
+        (kept.replace(": 1", ": -1"), CheckpointError, "does not say"),
+    ):
+        private.unlink() if content is None else private.write_text(content, "utf-8")
+        with pytest.raises(error, match=message):
+            read_rows(options(path), known, labelled=True, held_out=True)
+    private.write_text(kept, "utf-8")
+    # Another model's, as of a file that was moved.
+    model.write_bytes(b"other weights")
+    with pytest.raises(ConfigurationError, match="is of another model"):
         read_rows(options(path), known, labelled=True, held_out=True)
+    model.write_bytes(b"weights")
+    for lines in ("a,b,note,label", "b,a,label"):
+        cells = "{0},{1},x,{2}" if "note" in lines else "{1},{0},{2}"
+        path.write_text(f"{lines}\n" + "".join(cells.format(row, row % 3, row % 2) + "\n" for row in range(100)))
+        with pytest.raises(ConfigurationError, match="taken for held-out ones"):
+            read_rows(options(path), known, labelled=True, held_out=True)
     assert len(read_rows(options(path), known, labelled=True)) == 100
+
+
+def test_the_private_file_holds_digests_of_held_out_rows_alone_and_says_that_it_is_private(tmp_path):
+    path, model = tmp_path / "table.csv", tmp_path / "model.pt"
+    path.write_text("a,name,label\n" + "".join(f"{row},secret{row},{row % 2}\n" for row in range(100)))
+    data = read_to_train(options(path, drop=["name"]))
+    known_of(data, model)
+    text = file_beside(model).read_text("utf-8")
+    assert "PRIVATE" in text
+    assert "private" in file_beside(model).name
+    assert "secret" not in text
+    assert json.loads(text)["rows"] == data.held_out.rows
+    assert data.held_out.rows.total() == len(data.test)
+    assert HeldOut.of_model(model, "t") == data.held_out
 
 
 def float32(values):
@@ -158,22 +197,105 @@ STORED = {
 }
 
 
+def rows_with_timestamps(groups, tmp_path):
+    """Numbers of several kinds, a model's file, and the private one beside it."""
+    generator = np.random.default_rng(0)
+    X, who, y = generator.normal(size=(300, 4)), np.arange(300) // 3 + 10**6, np.arange(300) % 2
+    X[::7, 1], X[::9, 2], X[::11, 0] = 0.0, math.nan, 1e300
+    X[:, 3] = generator.integers(1_600_000_000, 1_700_000_000, 300)
+    np.savez(tmp_path / "a.npz", X=X, y=y, who=who)
+    with np.errstate(over="ignore"):
+        data = read_to_train(options(tmp_path / "a.npz", groups=groups))
+    return X, y, who, data, known_of(data, tmp_path / "model.pt")
+
+
 @pytest.mark.parametrize("groups", [None, "who"])
 @pytest.mark.parametrize("case", STORED)
 def test_the_same_numbers_are_held_out_whatever_they_are_stored_as(case, groups, tmp_path):
-    generator = np.random.default_rng(0)
-    X, who, y = generator.normal(size=(300, 3)), np.arange(300) // 3 + 10**6, np.arange(300) % 2
-    X[::7, 1], X[::9, 2], X[::11, 0] = 0.0, math.nan, 1e300
-    np.savez(tmp_path / "a.npz", X=X, y=y, who=who)
+    X, y, who, data, known = rows_with_timestamps(groups, tmp_path)
     stored, ids = STORED[case](X, who)
     np.savez(tmp_path / "b.npz", X=stored, y=y.astype(">i2"), who=ids)
-    known = Known((0, 1), (3,), rule=Rule(groups))
     with np.errstate(over="ignore"):
-        first, second = (
-            read_rows(options(tmp_path / name), known, labelled=True, held_out=True).rows for name in ("a.npz", "b.npz")
-        )
-    np.testing.assert_array_equal(first, second)
-    assert 20 < len(first) < 120
+        part = read_rows(options(tmp_path / "b.npz"), known, labelled=True, held_out=True)
+    np.testing.assert_array_equal(part.rows, data.test.rows)
+    np.testing.assert_array_equal(part.labels, data.test.labels)
+    assert 20 < len(part) < 120
+    with np.errstate(over="ignore"):
+        again = read_to_train(options(tmp_path / "b.npz", groups=groups))
+    np.testing.assert_array_equal(again.train.rows, data.train.rows)
+
+
+CHANGED = {
+    "float16": lambda X, y, who: (X.astype(np.float16), y, who),
+    "three digits": lambda X, y, who: (X.round(3), y, who),
+    "another order of columns": lambda X, y, who: (X[:, ::-1], y, who),
+    "one number of a held-out row": lambda X, y, who: (X + 1e-3 * (X[:, :1] == X[:, 0].max()), y, who),
+    "other labels": lambda X, y, who: (X, 1 - y, who),
+    "a row twice": lambda X, y, who: (np.r_[X, X], np.r_[y, y], np.r_[who, who]),
+    "fewer rows": lambda X, y, who: (X[:150], y[:150], who[:150]),
+    "people by other ids": lambda X, y, who: (X, y, (who - 10**6 + 50) % 100 + 10**6),
+    "no ids": lambda X, y, who: (X, y, who[:5]),
+}
+
+
+@pytest.mark.parametrize("groups", [None, "who"])
+@pytest.mark.parametrize("case", CHANGED)
+def test_a_file_that_is_another_is_refused_and_none_of_its_rows_is_judged(case, groups, tmp_path):
+    if groups is None and case in ("people by other ids", "no ids"):
+        pytest.skip("of people")
+    generator = np.random.default_rng(1)
+    X, y, who = generator.normal(size=(300, 4)), np.arange(300) % 2, np.arange(300) // 3 + 10**6
+    np.savez(tmp_path / "a.npz", X=X, y=y, who=who)
+    data = read_to_train(options(tmp_path / "a.npz", groups=groups))
+    held = data.test.rows[:, 0].numpy()
+    X[:, 0] = np.where(X[:, 0].astype(np.float32) == held[0], X[:, 0], X[:, 0])
+    if case.startswith("one number"):
+        X = np.where((X[:, :1].astype(np.float32) == held[0]), X + 1e-3, X)
+    else:
+        X, y, who = CHANGED[case](X, y, who)
+    np.savez(tmp_path / "b.npz", X=X, y=y, who=who)
+    known = known_of(data, tmp_path / "model.pt")
+    with pytest.raises(ConfigurationError, match="taken for held-out ones|said in training whose each row is"):
+        read_rows(options(tmp_path / "b.npz"), known, labelled=True, held_out=True)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_chance_lets_a_copy_of_lower_precision_through(seed, tmp_path):
+    """Of so few rows the number that is left agreed in one of twelve copies, whose trained rows were judged."""
+    generator = np.random.default_rng(seed)
+    X, y = generator.normal(size=(100, 5)), generator.integers(0, 2, 100)
+    np.savez(tmp_path / "a.npz", X=X, y=y)
+    np.savez(tmp_path / "b.npz", X=X.astype(np.float16), y=y)
+    data = read_to_train(options(tmp_path / "a.npz"))
+    with pytest.raises(ConfigurationError, match="taken for held-out ones"):
+        read_rows(options(tmp_path / "b.npz"), known_of(data, tmp_path / "m.pt"), labelled=True, held_out=True)
+
+
+def test_rows_that_are_more_are_not_judged(tmp_path):
+    X, y, _, data, known = rows_with_timestamps(None, tmp_path)
+    more = np.random.default_rng(5).normal(size=(100, 4))
+    np.savez(tmp_path / "b.npz", X=np.r_[more, X], y=np.r_[np.zeros(100, int), y])
+    with np.errstate(over="ignore"):
+        part = read_rows(options(tmp_path / "b.npz"), known, labelled=True, held_out=True)
+    np.testing.assert_array_equal(part.rows, data.test.rows)
+    assert min(map(int, part.names)) >= 100
+
+
+@pytest.mark.parametrize("groups", [None, "who"])
+def test_truth_values_are_one_in_any_way_to_write_them(groups, tmp_path):
+    """A library of frames writes True, a spreadsheet TRUE."""
+    generator = np.random.default_rng(49)
+    rows = [(a, a > 0.3, f"p{index // 2}", int(a > 0)) for index, a in enumerate(generator.normal(size=120))]
+    found = []
+    for name, write in (("a", str), ("b", lambda one: str(one).upper()), ("c", lambda one: str(one).lower())):
+        lines = [f"{a},{write(flag)},{who},{label}" for a, flag, who, label in rows]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["aa,flag,who,label", *lines]) + "\n")
+        asked = options(tmp_path / f"{name}.csv", drop=["flag"] if groups else ["flag", "who"], groups=groups)
+        found.append((asked, read_to_train(asked)))
+    known = known_of(found[0][1], tmp_path / "model.pt")
+    for asked, data in found:
+        part = read_rows(asked, known, labelled=True, held_out=True)
+        assert part.rows["aa"].tolist() == data.test.rows["aa"].tolist() == found[0][1].test.rows["aa"].tolist()
 
 
 def test_cells_are_held_out_by_what_they_say_and_not_by_how_it_is_written(tmp_path):
@@ -202,7 +324,12 @@ def test_cells_do_not_run_into_each_other(rows):
         (["7", "7.0", " 7 ", 7, 7.0, "7e0", b"7", True + 6], b"7"),
         (["", None, "nan", math.nan], b""),
         (["-0.0", -0.0, 0, "0", 0.0], b"0"),
-        ([2**60 + 1, str(2**60 + 1)], b"1152921504606846977"),
+        ([2**60 + 1, str(2**60 + 1), float(np.float32(2**60 + 1))], b"1152921504606846976"),
+        ([1_650_000_037, "1650000037", float(np.float32(1_650_000_037)), "1.65e9"], b"1650000000"),
+        ([2**24 - 1, float(2**24 - 1)], b"16777215"),
+        ([10**400, "9" * 400], b"inf"),
+        (["TRUE", "True", " true", True, "1"], b"1"),
+        (["False", "FALSE", False, "0.0"], b"0"),
         ([0.1, "0.1", "0.10", float(np.float32(0.1))], repr(float(np.float32(0.1))).encode()),
         (["red", " red"], b"red"),
         ([math.inf, "inf", "1e999", 1e300, float(np.float32(math.inf))], b"inf"),
@@ -214,34 +341,9 @@ def test_a_cell_is_what_it_says(cells, said):
     assert {columns._content(cell) for cell in cells} == {said}
 
 
-def test_a_file_of_which_others_would_be_held_out_is_refused_in_words(tmp_path, folder):
-    generator = np.random.default_rng(0)
-    X, y, who = generator.normal(size=(300, 3)), np.arange(300) % 2, np.arange(300) // 2
-    (tmp_path / "rows.csv").write_text(
-        "a,who,label\n" + "".join(f"{a},{b},{c}\n" for a, b, c in zip(X[:, 0], who, y, strict=True))
-    )
-    np.savez(tmp_path / "rows.npz", X=X, y=y, who=who)
-    for path, groups in (
-        (tmp_path / "rows.csv", None),
-        (tmp_path / "rows.csv", "who"),
-        (tmp_path / "rows.npz", None),
-        (tmp_path / "rows.npz", "who"),
-        (folder, None),
-    ):
-        data = read_to_train(options(path, groups=groups))
-        shape = None if data.encoding else data.shape
-        known = Known(data.classes, shape, data.encoding, data.label, rule=data.rule)
-        count = data.people_or_rows
-        for trained in (count, None):
-            rule = Rule.read(json.loads(json.dumps(replace(data.rule, trained=trained).kept())))
-            part = read_rows(options(path), replace(known, rule=rule), labelled=True, held_out=True)
-            assert len(part) == len(data.test)
-        for trained in (count - 1, count + 1):
-            rule = replace(data.rule, trained=trained)
-            with pytest.raises(ConfigurationError, match="some of which would be taken for held-out ones"):
-                read_rows(options(path), replace(known, rule=rule), labelled=True, held_out=True)
-    # Of a former version, which decided by how rows are stored.
-    assert Rule.read({"groups": None, "names": [], "is_text": None}) is None
+def test_an_id_is_told_apart_to_its_last_digit():
+    ids = [2**60 + 1, str(2**60), 1_650_000_037, "1650000038"]
+    assert len({columns._content(one, is_id=True) for one in ids}) == len(ids)
 
 
 ROWS = {
@@ -284,6 +386,12 @@ ROWS = {
     "a telephone": "555-1234,M,ill",
     "a diagnosis": "K50.9,M,ill",
     "a hexadecimal number": "0x1F,M,ill",
+    "a month before a day": "mar1,M,ill",
+    "a long month": "September 12,M,ill",
+    "a month between": "01JAN2020,M,ill",
+    "a span of time with a fraction": "1.5h,M,ill",
+    "two identities that follow one another": "A12345,A12346,ill",
+    "an identity of five digits": "A12345,M,ill",
     "a label": "ann,london,maybe",
 }
 
@@ -311,7 +419,8 @@ def test_a_first_line_that_looks_like_a_row_is_refused_without_its_cells(row, tm
 HEADERS = [
     "0,1,2,3,4", "0,1,2,3,label", "1,2,3,4,5,6,7,8,y", "1x1,1x2,label", "age_2,Q1 (a),label", "a b,x.1,y-2", "#,a,y",
     "Unnamed: 0,a,y", "1st,2nd,y", "feature 1,feature 2,y", "E1,E2,E3", "No,a,y", "K,Ca,Fe", "pct_50,share (%),y",
-    "may_2020,sales_2021,y", "march,april,y", "größe,年齢,y", "x@2,b,y", "sepal length (cm),petal width (cm),y",
+    "may_2020,sales_2021,y", "novel1,decision2,y", "octave1,marks1,marital1", "mayor1,maybe2,junction3,augment1,y",
+    "24h,5min,y", "V9999,V10000,V10001,y", "feature_10000,feature_10001,feature_10002,y", "march,april,y", "größe,年齢,y", "x@2,b,y", "sepal length (cm),petal width (cm),y",
 ]  # fmt: skip
 
 
@@ -458,8 +567,7 @@ def test_data_with_a_test_part_is_read_there_and_said_to_be(folder, tmp_path):
     assert (part.told, part.labels.tolist()) == (f"3 test samples of {tmp_path / 's.npz'}", [1, 1, 1])
     # Held-out images are those that training leaves out, in its order.
     whole = read_to_train(options(folder))
-    held_out = read_rows(
-        options(folder), Known(whole.classes, whole.shape, rule=whole.rule), labelled=True, held_out=True
-    )
+    known = known_of(whole, tmp_path / "model.pt")
+    held_out = read_rows(options(folder), known, labelled=True, held_out=True)
     assert torch.equal(held_out.rows, whole.test.rows)
     assert torch.equal(held_out.labels, whole.test.labels)
