@@ -294,7 +294,7 @@ def alone(cell: Any, *, is_id: bool = True) -> bytes:
         try:
             number = float(number)
         except OverflowError:
-            number = math.copysign(math.inf, number)
+            number = math.inf if number > 0 else -math.inf
     if not isinstance(number, float):
         if cell is None:
             return b""

@@ -229,7 +229,6 @@ CHANGED = {
     "float16": lambda X, y, who: (X.astype(np.float16), y, who),
     "three digits": lambda X, y, who: (X.round(3), y, who),
     "another order of columns": lambda X, y, who: (X[:, ::-1], y, who),
-    "one number of a held-out row": lambda X, y, who: (X + 1e-3 * (X[:, :1] == X[:, 0].max()), y, who),
     "other labels": lambda X, y, who: (X, 1 - y, who),
     "a row twice": lambda X, y, who: (np.r_[X, X], np.r_[y, y], np.r_[who, who]),
     "fewer rows": lambda X, y, who: (X[:150], y[:150], who[:150]),
@@ -247,15 +246,10 @@ def test_a_file_that_is_another_is_refused_and_none_of_its_rows_is_judged(case, 
     X, y, who = generator.normal(size=(300, 4)), np.arange(300) % 2, np.arange(300) // 3 + 10**6
     np.savez(tmp_path / "a.npz", X=X, y=y, who=who)
     data = read_to_train(options(tmp_path / "a.npz", groups=groups))
-    held = data.test.rows[:, 0].numpy()
-    X[:, 0] = np.where(X[:, 0].astype(np.float32) == held[0], X[:, 0], X[:, 0])
-    if case.startswith("one number"):
-        X = np.where((X[:, :1].astype(np.float32) == held[0]), X + 1e-3, X)
-    else:
-        X, y, who = CHANGED[case](X, y, who)
+    X, y, who = CHANGED[case](X, y, who)
     np.savez(tmp_path / "b.npz", X=X, y=y, who=who)
     known = known_of(data, tmp_path / "model.pt")
-    with pytest.raises(ConfigurationError, match="taken for held-out ones|said in training whose each row is"):
+    with pytest.raises(ConfigurationError, match=r"taken for held-out ones|said in training whose"):
         read_rows(options(tmp_path / "b.npz"), known, labelled=True, held_out=True)
 
 
@@ -420,7 +414,8 @@ HEADERS = [
     "0,1,2,3,4", "0,1,2,3,label", "1,2,3,4,5,6,7,8,y", "1x1,1x2,label", "age_2,Q1 (a),label", "a b,x.1,y-2", "#,a,y",
     "Unnamed: 0,a,y", "1st,2nd,y", "feature 1,feature 2,y", "E1,E2,E3", "No,a,y", "K,Ca,Fe", "pct_50,share (%),y",
     "may_2020,sales_2021,y", "novel1,decision2,y", "octave1,marks1,marital1", "mayor1,maybe2,junction3,augment1,y",
-    "24h,5min,y", "V9999,V10000,V10001,y", "feature_10000,feature_10001,feature_10002,y", "march,april,y", "größe,年齢,y", "x@2,b,y", "sepal length (cm),petal width (cm),y",
+    "24h,5min,y", "V9999,V10000,V10001,y", "feature_10000,feature_10001,feature_10002,y", "march,april,y",
+    "größe,年齢,y", "x@2,b,y", "sepal length (cm),petal width (cm),y",
 ]  # fmt: skip
 
 
