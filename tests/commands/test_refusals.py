@@ -10,6 +10,8 @@ from accounting import Ledger, PRVAccountant
 from clipless_dp import CheckpointError
 from clipless_dp.checkpoint import load_checkpoint, replacing, save_checkpoint, write_text
 from clipless_dp.cli import COMMANDS, main
+from clipless_dp.commands.held_out import file_beside
+from clipless_dp.datasets import rows_held_out
 
 from .conftest import READ
 
@@ -288,17 +290,90 @@ def test_a_result_does_not_replace_what_is_kept_beside_a_checkpoint(name, table,
     assert not list(tmp_path.iterdir())
 
 
-def test_a_checkpoint_of_other_rows_than_are_left_is_refused_and_a_result_of_a_size_that_was_given_is_not(
-    arrays, tmp_path, capsys
-):
-    checkpoint, result = tmp_path / "run.pt", tmp_path / "model.pt"
-    train = ["train", "--data", arrays, *TARGET, "--audit", "off", "--epochs", "1", "--checkpoint", checkpoint]
-    assert main([*map(str, [*train, "--out", result, "--dataset-size", "300"])]) == 0
+@pytest.mark.parametrize("size", [[], ["--dataset-size", "300"]])
+def test_a_copy_of_lower_precision_is_refused_whether_its_size_was_given_or_not(size, arrays, tmp_path, capsys):
+    checkpoint, result, copy = tmp_path / "run.pt", tmp_path / "model.pt", tmp_path / "copy.npz"
+    with np.load(arrays) as found:
+        np.savez(copy, X=found["X"].astype(np.float16), y=found["y"])
+    of_net = ["--route", "orthogonal", "--network", "mlp"]
+    train = ["train", "--data", arrays, *TARGET, *of_net, "--audit", "off", "--epochs", "1", *size]
+    assert main([*map(str, [*train, "--out", result, "--checkpoint", checkpoint])]) == 0
+    reading = {
+        "evaluate": ["--held-out"],
+        "certify": ["--samples", "5", "--attacks", "none"],
+        "explain": ["--samples", "2", "--measured", "0"],
+    }
+    for command, more in reading.items():
+        for of in (result, checkpoint)[: 1 + (command != "evaluate")]:
+            named = of_net if of == checkpoint else []
+            assert main([*map(str, [command, of, "--data", arrays, *more, *named])]) == 0
+            capsys.readouterr()
+            said = refused(capsys, command, of, "--data", copy, *more, *named)
+            assert "taken for held-out ones" in said or "some that were trained on" in said
+    # A file that is not there, or that another model's lies in place of.
+    for of in (result, checkpoint):
+        file_beside(of).unlink()
+        named = of_net if of == checkpoint else []
+        said = refused(capsys, "certify", of, "--data", arrays, *reading["certify"], *named)
+        assert f"kept in {file_beside(of)}" in said
+        assert "stays with the data, since it is private" in said
+
+
+def test_what_was_held_out_is_no_part_of_what_is_released(arrays, tmp_path, capsys):
+    """Two models of one seed, whose held-out rows differ, are one file."""
+    with np.load(arrays) as found:
+        inputs, targets = found["X"], found["y"]
+    held = rows_held_out(inputs, targets)
+    files = []
+    for name, rows in (("all", np.ones(300, bool)), ("fewer", ~held | (held.cumsum() % 2 == 0))):
+        np.savez(tmp_path / "rows.npz", X=inputs[rows], y=targets[rows])
+        path = tmp_path / f"{name}.pt"
+        train = ["train", "--data", tmp_path / "rows.npz", *TARGET, "--route", "orthogonal", "--audit", "off"]
+        train += ["--reproducible-seed", "1", "--init-seed", "1", "--epochs", "1", "--out", path]
+        assert main([*map(str, train)]) == 0
+        files.append(load_checkpoint(path)["settings"]["made"])
+        assert file_beside(path).exists()
+    assert files[0] == files[1]
+    assert "held_out" not in files[0]
+    assert file_beside(tmp_path / "all.pt").read_text() != file_beside(tmp_path / "fewer.pt").read_text()
+
+
+def test_training_goes_on_with_the_rows_that_it_began_with_alone(arrays, tmp_path, capsys):
+    checkpoint, out, copy = tmp_path / "run.pt", tmp_path / "model.pt", tmp_path / "copy.npz"
+    with np.load(arrays) as found:
+        np.savez(copy, X=found["X"].astype(np.float16), y=found["y"])
+        np.savez(tmp_path / "split.npz", x_train=found["X"], y_train=found["y"], x_test=found["X"], y_test=found["y"])
+    train = ["train", *TARGET, "--route", "orthogonal", "--network", "mlp", "--audit", "off", "--epochs", "1"]
+    train += ["--dataset-size", "240", "--checkpoint", checkpoint, "--out", out]
+    # What is refused before it begins leaves nothing.
+    assert "lr" in refused(capsys, *train, "--data", arrays, "--lr", "-1")
+    assert not file_beside(checkpoint).exists()
+    assert main([*map(str, [*train, "--data", arrays])]) == 0
+    kept = file_beside(checkpoint).read_bytes()
+    assert main([*map(str, [*train, "--data", arrays])]) == 0
     capsys.readouterr()
-    said = refused(capsys, "certify", checkpoint, "--data", arrays, "--route", "gated", "--samples", "5")
-    assert "300 were trained on" in said
-    assert "--dataset-size: the file of train --out" in said
-    assert main([*map(str, ["evaluate", result, "--data", arrays, "--held-out"])]) == 0
+    assert "when the training of" in refused(capsys, *train, "--data", copy)
+    assert file_beside(checkpoint).read_bytes() == kept
+    # Of a checkpoint of which nothing says what it began with, nothing is said.
+    file_beside(checkpoint).unlink()
+    assert main([*map(str, [*train, "--data", arrays])]) == 0
+    assert not file_beside(checkpoint).exists()
+    assert not file_beside(out).exists()
+    capsys.readouterr()
+    assert "there is none" in refused(capsys, "evaluate", out, "--data", arrays, "--held-out")
+
+
+def test_no_command_writes_over_what_says_which_rows_were_held_out(result, arrays, tmp_path, capsys):
+    private = file_beside(result)
+    before = private.read_bytes()
+    for command in ("evaluate", "predict", "certify", "explain"):
+        assert "written over" in refused(capsys, command, result, "--data", arrays, "--out", private)
+    assert private.read_bytes() == before
+    run = tmp_path / "run.pt"
+    for out, checkpoint in ((file_beside(run), run), (run, file_beside(run))):
+        start = ["train", "--data", arrays, *TARGET, "--out", out, "--checkpoint", checkpoint]
+        assert "written over" in refused(capsys, *start)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_statement_whose_epsilon_its_own_ledger_contradicts_is_not_reported(result, tmp_path, capsys):
