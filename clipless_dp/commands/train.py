@@ -370,6 +370,8 @@ def _tell(options: argparse.Namespace, result: FitResult, reached: list[str], no
     missing = "none (pass --checkpoint FILE)" if options.checkpoint is None else "none: the last one was not written"
     print(f"checkpoint     {result.checkpoint if result.checkpoint is not None else missing}")
     print(f"result         {options.out if options.out is not None else 'none (pass --out FILE)'}")
+    if (private := file_beside(options.out)) is not None and private.exists():
+        print(f"held out       {private} (private: it stays with the data)")
     if result.audits:
         print(f"audit          {str(result.audits[-1]).splitlines()[-1]}")
     if options.report is not None:

@@ -13,6 +13,7 @@ import clipless_dp
 from clipless_dp.bounds import SensitivityTracker
 from clipless_dp.cli import main
 from clipless_dp.commands.columns import read_columns
+from clipless_dp.commands.held_out import file_beside
 from clipless_dp.statement import PrivacyStatement
 
 from .conftest import READ
@@ -66,6 +67,7 @@ def test_settings_of_a_plan_are_the_same_whatever_the_cells_are(table, tmp_path,
 def test_what_was_trained_is_evaluated_and_says_what_it_was_evaluated_on(trained, kind, tmp_path, capsys):
     result, data = trained[kind]
     printed = told(capsys, "evaluate", result, "--data", data, "--held-out", "--out", tmp_path / "figures.json")
+    assert file_beside(result).exists()
     count = re.search(r"accuracy  [\d.]+ % of (\d+) held-out samples", printed)[1]
     assert "no ε covers" in printed
     facts = json.loads((tmp_path / "figures.json").read_text("utf-8"))

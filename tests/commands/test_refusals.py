@@ -349,6 +349,7 @@ def test_training_goes_on_with_the_rows_that_it_began_with_alone(arrays, tmp_pat
     assert "lr" in refused(capsys, *train, "--data", arrays, "--lr", "-1")
     assert not file_beside(checkpoint).exists()
     assert main([*map(str, [*train, "--data", arrays])]) == 0
+    assert f"{file_beside(out)} (private: it stays with the data)" in capsys.readouterr().out
     kept = file_beside(checkpoint).read_bytes()
     assert main([*map(str, [*train, "--data", arrays])]) == 0
     capsys.readouterr()
