@@ -74,6 +74,10 @@ def _checking(facts: Mapping[str, Any]) -> Section:
             'The JSON file holds the ledger: anyone can compute ε from it again, with "python -m accounting explain '
             'STATEMENT.json" of the package that comes with clipless_dp, or with another accountant. That the steps '
             "were what the ledger says is shown by the code of the training, which is open, and by audits.",
+            "ε and the risk, the neighbouring data sets, the steps, how batches were drawn and where noise came from "
+            "follow from the ledger. Whoever states this answers for the rest, which no ledger tells: for whom or what "
+            "one unit stands, the size of the data set, bounds, the noise by parameter, learning rates, weights, "
+            "audits and notes.",
         ),
         rows=(
             *((name, version) for name, version in facts["versions"].items()),
