@@ -55,6 +55,8 @@ def _lacking(value: Any, path: str, names: list[str], is_one: Kind) -> Iterator[
             yield f"{path.rstrip('?')} cannot be {str(value)[:60]!r}"
         return
     first, *others = names
+    if value is None and path.endswith("?"):
+        return
     if first == "*":
         if not isinstance(value, list):
             yield f"{path.rstrip('?')} is no list"
@@ -100,6 +102,10 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_number, value.values()))
+
+
 def _or_none(kind: Kind) -> Kind:
     return lambda value: value is None or kind(value)
 
@@ -115,6 +121,7 @@ _COMMON: dict[str, Kind] = {
     "epsilon.curve.*.epsilon": _or_none(_is_number),
     "epsilon.curve.*.delta": _is_number,
     "epsilon.curve.*.lower?": _or_none(_is_number),
+    "risk?": _or_none(lambda value: isinstance(value, dict) and bool(value.get("curve"))),
     "about?": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),
 }
 _OF_LEDGERS: dict[str, Kind] = {"counted.*": lambda value: value in ("row", "person"), "table": _is_text}
@@ -132,9 +139,13 @@ _OF_RESULTS: dict[str, Kind] = {
     "steps.entries.*.sample_rate": _is_number,
     "steps.entries.*.count": lambda value: _is_count(value) and value > 0,
     "noise.sources": _is_texts,
-    "noise.deviations": lambda value: isinstance(value, dict) and all(map(_is_number, value.values())),
+    "noise.deviations": _is_numbers,
     "bounds.total": _is_number,
-    "bounds.relation": _is_text,
+    "bounds.relation": lambda value: value == "add-or-remove-one",
+    "bounds.per_parameter": _is_numbers,
+    "learning_rates.*.rates.*": _or_none(_is_number),
+    "learning_rates.*.count": _is_count,
+    "weights?": _or_none(lambda value: isinstance(value, dict)),
     "weights.as_counted?": lambda value: isinstance(value, bool),
     "weights.uncounted_changes?": _is_count,
     "weights.changed_settings?": _is_texts,

@@ -43,6 +43,12 @@ DRAWN = {
 }
 """How batches were drawn, the least trustworthy first."""
 
+UNITS = {
+    "row": "one sample: one row of the training data, its target included",
+    "person": "one person: all rows of the training data that carry their id, targets included",
+}
+"""What a statement calls the unit by default."""
+
 CHANGED = (
     "The model's weights are not those that the last recorded step left, or its buffers are not: something else has "
     "set or trained them since. Unless that read none of the data, as a conversion to another dtype does not, the ε "

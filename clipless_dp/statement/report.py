@@ -22,7 +22,7 @@ from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
 from clipless_dp.statement.brief import about_of
 from clipless_dp.statement.described import check_described
-from clipless_dp.statement.facts import CHANGED, facts_of
+from clipless_dp.statement.facts import CHANGED, UNITS, facts_of
 from clipless_dp.statement.ledgers import facts_of_ledger
 
 SUFFIXES = (".md", ".json", ".html")
@@ -184,13 +184,6 @@ def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     return tuple(base.with_name(base.name + suffix) for suffix in SUFFIXES)
 
 
-_UNITS = {
-    "row": "one sample: one row of the training data, its target included",
-    "person": "one person: all rows of the training data that carry their id, targets included",
-}
-"""What a statement calls the unit by default."""
-
-
 def report(
     optimizer: CliplessDPOptimizer,
     path: str | os.PathLike[str] | None = None,
@@ -242,7 +235,7 @@ def report(
         raise ConfigurationError(
             f"report takes the optimizer that trained, of fit the result's .optimizer, got {type(optimizer).__name__}"
         )
-    unit = _UNITS[getattr(optimizer, "unit", "row")] if unit is None else unit
+    unit = UNITS[getattr(optimizer, "unit", "row")] if unit is None else unit
     for name, text in (("unit", unit), ("title", title)):
         if not isinstance(text, str):
             raise ConfigurationError(f"{name} must be a string, got {text!r}")

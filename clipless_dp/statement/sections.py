@@ -10,7 +10,7 @@ from typing import Any
 
 from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from accounting.risk import percent
-from clipless_dp.statement.brief import best_guess, brief_sections, found_section, question, tier
+from clipless_dp.statement.brief import best_guess, brief_sections, found_section, protected, question, tier
 from clipless_dp.statement.facts import DRAWN, noise_in_words, shown
 from clipless_dp.statement.section import Section
 
@@ -108,7 +108,7 @@ def _terms(facts: Mapping[str, Any]) -> Section:
         "Terms",
         rows=(
             ("Setting", "central: whoever trains sees the data, whoever gets the weights does not"),
-            ("Unit of privacy", facts["unit"]),
+            ("Unit of privacy", protected(facts)),
             ("Neighbouring data sets", f"differ by {_relation(facts)}"),
             ("Size of the data set", f"{facts['dataset_size']}{_PEOPLE[_by_person(facts)]}, taken to be public"),
             ("What is released", "the weights after every step, and whatever is computed from them alone"),
@@ -334,7 +334,7 @@ def _promise(facts: Mapping[str, Any]) -> Iterator[str]:
         return
     yield (
         f"The training is (ε, δ)-differentially private with ε = {shown(epsilon)} at δ = {delta:g}, with respect to "
-        f"{_relation(facts)}. The unit of privacy is {facts['unit']}."
+        f"{_relation(facts)}. The unit of privacy is {protected(facts)}."
     )
     yield (
         "In words: take any one unit, and someone who knows all other data and the training method, and who sees the "
