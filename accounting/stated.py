@@ -28,6 +28,7 @@ _MOVED = 1e-9
 _SHARES_MOVED = 1e-6
 """The same of rates and of δ, which are sums of many terms."""
 
+_LOST = 8.0 * float(np.finfo(float).eps)
 _STEPS = ("gaussian_step", "gaussian_vector_step")
 
 _LOOKED_AT = 9
@@ -305,7 +306,8 @@ def _mu_at_least(certain: tuple[Array, Array], curve: TradeOff, rarest: float) -
     counted = curve.false_negative_rate(rates) >= rarest
     if not counted.any():
         return 0.0
-    missed = 1.0 - _found_at_least(certain, rates[counted])
+    # Rather more by what floating point loses of it: near 1 that is all there is.
+    missed = np.minimum(1.0 - _found_at_least(certain, rates[counted]) + _LOST, 1.0)
     return max(0.0, float(np.max(-ndtri(rates[counted]) - ndtri(missed))))
 
 
