@@ -40,7 +40,7 @@ def _wrong(facts: Any) -> Iterator[str]:
         yield "it names no format"
         return
     kind, version = facts["format"], facts.get("version")
-    if not _is_count(version) or not 1 <= version <= FORMATS.get(kind, 0):
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= FORMATS.get(kind, 0):
         yield f"format {kind!r}, version {version!r}"
         return
     yield from _unwritable({name: value for name, value in facts.items() if name != "ledger"})

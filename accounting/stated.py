@@ -113,7 +113,7 @@ class Recorded:
 
 def recorded(ledger: Ledger) -> Recorded:
     """What a ledger tells of the facts that a statement repeats."""
-    entries = [
+    entries: list[dict[str, Any]] = [
         {
             "event": line.event.kind,
             "noise_multiplier": getattr(line.event, "noise_multiplier", None),
@@ -231,7 +231,9 @@ def _epsilons(summary: Mapping[str, Any], accountant: Accountant) -> Iterator[_C
             bounds[delta] = accountant.get_epsilon(delta)
         bound = bounds[delta]
         least = place.get("lower")
-        if least is not None and _number(least, "what epsilon is at least") > min(epsilon, bound.upper) * (1.0 + _MOVED):
+        if least is not None and _number(least, "what epsilon is at least") > min(epsilon, bound.upper) * (
+            1.0 + _MOVED
+        ):
             raise AccountingError(
                 f"epsilon is stated to be at least {rounded_up(least)} at delta = {delta:g}, and is at most "
                 f"{rounded_up(min(epsilon, bound.upper))} there: one was altered"

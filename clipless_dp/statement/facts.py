@@ -135,9 +135,7 @@ def facts_of(
         "ledger": optimizer.accountant.state_dict(),
         "not_covered": list(_UNCOVERED),
         "notes": [str(note) for note in notes],
-        "audits": [
-            {"kind": type(one).__name__, "passed": _passed(one), "text": str(one)} for one in audits
-        ],
+        "audits": [{"kind": type(one).__name__, "passed": _passed(one), "text": str(one)} for one in audits],
     }
     if robustness is not None:
         facts["robustness"] = dict(robustness)

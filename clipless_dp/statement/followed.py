@@ -38,7 +38,9 @@ def followed(statement: PrivacyStatement, name: str) -> PrivacyStatement:
         try:
             ledger = Ledger.from_json(json.dumps(facts))
         except LedgerFormatError as error:
-            told = [f"ε is stated without a ledger from which it follows, so that nothing here can be checked: {error}."]
+            told = [
+                f"ε is stated without a ledger from which it follows, so that nothing here can be checked: {error}."
+            ]
         else:
             told = list(_compared(facts, name, ledger))
             facts = facts if facts["format"] == LEDGER_KIND else _completed(facts, ledger)

@@ -184,6 +184,11 @@ def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     return tuple(base.with_name(base.name + suffix) for suffix in SUFFIXES)
 
 
+def _is_text(value: object) -> bool:
+    """Whether it can be written: lone surrogates cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
+
+
 def report(
     optimizer: CliplessDPOptimizer,
     path: str | os.PathLike[str] | None = None,
@@ -237,10 +242,10 @@ def report(
         )
     unit = UNITS[getattr(optimizer, "unit", "row")] if unit is None else unit
     for name, text in (("unit", unit), ("title", title)):
-        if not isinstance(text, str):
-            raise ConfigurationError(f"{name} must be a string, got {text!r}")
-    if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
-        raise ConfigurationError(f"notes must be a list of strings, got {notes!r}")
+        if not _is_text(text):
+            raise ConfigurationError(f"{name} must be a string that UTF-8 can hold, got {text!r}")
+    if not isinstance(notes, (tuple, list)) or not all(map(_is_text, notes)):
+        raise ConfigurationError(f"notes must be a list of strings that UTF-8 can hold, got {notes!r}")
     if robustness is not None:
         check_described(robustness)
     about = about_of({}, {"organisation": organisation, "purpose": purpose, "data_set": data_set, "contact": contact})

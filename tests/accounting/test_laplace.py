@@ -32,7 +32,9 @@ def brute_force(scales, epsilon, cells=4096):
 
             # The loss at x in (0, 1) is (1 − 2x)/b; P(loss ≤ s) is that of x ≥ (1 − s b)/2.
             def below(s, scale=scale, end=end):
-                return np.where(s >= end, 1.0, np.where(s < -end, 0.0, laplace.sf((1.0 - s * scale) / 2.0, scale=scale)))
+                return np.where(
+                    s >= end, 1.0, np.where(s < -end, 0.0, laplace.sf((1.0 - s * scale) / 2.0, scale=scale))
+                )
 
             mass = np.diff(below(index * width), prepend=0.0)
             for _ in range(count):

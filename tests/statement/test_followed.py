@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 
@@ -73,7 +74,9 @@ def of_a_schedule():
     optimizer = trained(2)
     ledger = optimizer.accountant.ledger
     for sigma in (1.2, 1.7):
-        ledger.append(GaussianStep(sigma, PoissonSampling(0.1)), 2, Provenance("a", sampling="announced", noise="x.Own"))
+        ledger.append(
+            GaussianStep(sigma, PoissonSampling(0.1)), 2, Provenance("a", sampling="announced", noise="x.Own")
+        )
     return optimizer
 
 
@@ -242,7 +245,7 @@ def test_nothing_that_an_audit_prints_leaves_its_fence(ticks, stated):
     tokens = markdown_it.MarkdownIt().parse(PrivacyStatement(facts).to_markdown())
     (fence,) = [token for token in tokens if token.type == "fence"]
     assert fence.content == f"```\n# OUT\n\n{text}\n"
-    headings = [after.content for token, after in zip(tokens, tokens[1:], strict=False) if token.type == "heading_open"]
+    headings = [after.content for token, after in pairwise(tokens) if token.type == "heading_open"]
     assert "OUT" not in headings
     assert "How to check this" in headings
     assert not [token for token in tokens if token.type == "html_block"]
