@@ -231,12 +231,11 @@ def _epsilons(summary: Mapping[str, Any], accountant: Accountant) -> Iterator[_C
             bounds[delta] = accountant.get_epsilon(delta)
         bound = bounds[delta]
         least = place.get("lower")
-        if least is not None and _number(least, "what epsilon is at least") > min(epsilon, bound.upper) * (
-            1.0 + _MOVED
-        ):
+        most = min(epsilon, bound.upper)
+        if least is not None and _number(least, "what epsilon is at least") > most * (1.0 + _MOVED):
             raise AccountingError(
                 f"epsilon is stated to be at least {rounded_up(least)} at delta = {delta:g}, and is at most "
-                f"{rounded_up(min(epsilon, bound.upper))} there: one was altered"
+                f"{rounded_up(most)} there: one was altered"
             )
         said = f"epsilon = {rounded_up(epsilon)} at delta = {delta:g}"
         yield _Claim(said, epsilon, bound.lower, bound.upper, bound.engine)
