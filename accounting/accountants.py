@@ -22,6 +22,7 @@ from .errors import (
 )
 from .events import ADD_OR_REMOVE_ONE, Event, GaussianStep, NoSampling, PoissonSampling, Relation
 from .gaussian import gaussian_delta, gaussian_epsilon
+from .laplace import laplace_delta, laplace_epsilon
 from .ledger import FORMAT as LEDGER_FORMAT
 from .ledger import Ledger
 from .provenance import Provenance, new_run
@@ -36,6 +37,8 @@ _VERSION = 1
 _OF_THE_LEDGER = ("ledger", "_ledger", "_by_hand", "_process")
 _RDP_PHASES = 1024
 _PRV_PHASES = 256
+_CLOSE = 2e-4
+"""As near as composition brings an upper and a lower bound."""
 
 
 class Accountant(ABC):
@@ -334,7 +337,8 @@ class RDPAccountant(Accountant):
 class PRVAccountant(Accountant):
     """Numerical composition of privacy losses: tight, with certified bounds on both sides.
 
-    Ledgers without sampling are answered by the analytic Gaussian mechanism, exactly. Where the
+    Ledgers without sampling are answered by the analytic Gaussian mechanism, exactly; Laplace releases alone by their
+    closed form, where ε is near the one that holds with certainty (`accounting.laplace`). Where the
     numerical engine cannot certify an answer, or the Rényi bound is smaller, that bound is returned;
     the `engine` of the result says which one answered.
 
@@ -348,6 +352,9 @@ class PRVAccountant(Accountant):
         if terms.gaussian_only:
             lower = gaussian_epsilon(terms.mu, delta, lower=True)
             return self._bound(terms, gaussian_epsilon(terms.mu, delta), lower, delta, "analytic-gaussian")
+        known = laplace_epsilon(terms.laplace, delta) if terms.laplace_only else (0.0, math.inf)
+        if known[1] - known[0] <= _CLOSE * known[1] < math.inf:
+            return self._bound(terms, known[1], known[0], delta, "analytic-laplace")
         terms = terms.grouped(_PRV_PHASES)
         directions = terms.directions()
         epsilon, order = rdp_to_epsilon(terms.cumulant(fixed_as_guess=True), delta, max_order=terms.max_order)
@@ -357,6 +364,7 @@ class PRVAccountant(Accountant):
             return self._bound(terms, 0.0, 0.0, delta, "rdp")
         try:
             lower, upper = compose_epsilon(directions, delta, guess=(epsilon, order - 1.0))
+            lower, upper = max(lower, known[0]), min(upper, known[1])
         except EngineRangeError as error:
             if terms.fixed:
                 raise
@@ -370,6 +378,9 @@ class PRVAccountant(Accountant):
         if terms.gaussian_only:
             lower = gaussian_delta(terms.mu, epsilon, lower=True)
             return self._bound(terms, gaussian_delta(terms.mu, epsilon), lower, epsilon, "analytic-gaussian")
+        known = laplace_delta(terms.laplace, epsilon) if terms.laplace_only else (0.0, math.inf)
+        if known[1] - known[0] <= _CLOSE * known[1] < math.inf:
+            return self._bound(terms, known[1], known[0], epsilon, "analytic-laplace")
         terms = terms.grouped(_PRV_PHASES)
         directions = terms.directions()
         delta, order = rdp_to_delta(terms.cumulant(fixed_as_guess=True), epsilon, max_order=terms.max_order)
@@ -378,6 +389,7 @@ class PRVAccountant(Accountant):
             return self._bound(terms, 0.0, 0.0, epsilon, "rdp")
         try:
             lower, upper = compose_delta(directions, epsilon, guess=(delta, order - 1.0))
+            lower, upper = max(lower, known[0]), min(upper, known[1])
         except EngineRangeError as error:
             if terms.fixed:
                 raise

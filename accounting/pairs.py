@@ -166,10 +166,13 @@ class LaplacePair:
         """
         end = 1.0 / self.scale
         # A grid edge that equals the end up to rounding has to count the atom there on one side only.
+        outside, whole = edges < -end * (1.0 + 4.0 * _ULP), edges >= end * (1.0 - 4.0 * _ULP)
         inside = np.clip(edges, -end, end)
-        p = np.where(edges < -end, 0.0, np.where(edges >= end, 1.0, 0.5 * np.exp(0.5 * (inside - end))))
-        q = np.where(edges < -end, 0.0, np.where(edges >= end, 1.0, 1.0 - 0.5 * np.exp(-0.5 * (inside + end))))
-        sizes = 4.0 * _ULP * np.ones(len(edges) + 1)
+        p = np.where(outside, 0.0, np.where(whole, 1.0, 0.5 * np.exp(0.5 * (inside - end))))
+        q = np.where(outside, 0.0, np.where(whole, 1.0, 1.0 - 0.5 * np.exp(-0.5 * (inside + end))))
+        # Nothing is rounded where there is no mass: beyond the ends. An error there would count as a loss of +∞.
+        none = np.concatenate((outside, [False])) | np.concatenate(([False], whole))
+        sizes = np.where(none, 0.0, 4.0 * _ULP)
         return BinMasses(
             np.maximum(np.diff(p, prepend=0.0, append=1.0), 0.0),
             np.maximum(np.diff(q, prepend=0.0, append=1.0), 0.0),

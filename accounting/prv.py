@@ -24,6 +24,7 @@ _MAX_SIZE = 1 << 21
 _LARGE = 1 << 16
 _LARGEST_EPSILON = 1e8
 _NEAR = 24
+_MOST_EQUAL = 1 << 17
 _CONCENTRATED = 0.1
 _LOG_OUTSIDE = -30.0
 _ULP = float(np.finfo(float).eps)
@@ -38,7 +39,8 @@ def _discrete(
     if side == "lower":
         # Balancing the lower form needs equal bins where the mass is; its tails may be sparse.
         upper = _discrete(pair, width, t, log_tail, tolerance, "upper")
-        core = 8.0 * upper.root_mean_square(t)
+        # Bounded losses whose ε lies near their end ask for tiny cells: elsewhere, any bins are valid.
+        core = min(8.0 * upper.root_mean_square(t), _MOST_EQUAL * width)
         offset = _offset(pair, width)
     index = loss_edges(low - offset, high - offset, width, t, tolerance, core)
     if len(index) < 2:

@@ -20,6 +20,7 @@ from .bounds import PrivacyBound, rounded_down, rounded_up
 from .errors import AccountingError, EngineRangeError, LedgerFormatError, UnsupportedEventError
 from .ledger import Ledger
 from .risk import TradeOff, trade_off
+from .shape import require_statement
 
 _MOVED = 1e-9
 """As far, relatively, as floating point on another machine moves a bound."""
@@ -27,6 +28,8 @@ _MOVED = 1e-9
 _SHARES_MOVED = 1e-6
 """The same of rates and of δ, which are sums of many terms."""
 
+_LOST = 8.0 * float(np.finfo(float).eps)
+_STEPS = ("gaussian_step", "gaussian_vector_step")
 
 _LOOKED_AT = 9
 """ε at which a lower bound of δ is computed."""
@@ -74,7 +77,7 @@ def facts_stated(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     """What a privacy statement says, whose file was read as a ledger; ``None``: a ledger by itself, which says nothing.
 
     Raises:
-        LedgerFormatError: it cannot be read.
+        LedgerFormatError: it cannot be read, or is none of a known version.
     """
     try:
         facts = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -83,7 +86,55 @@ def facts_stated(path: str | os.PathLike[str]) -> Mapping[str, Any] | None:
     if not isinstance(facts, dict):
         return None
     is_one = "epsilon" in facts or str(facts.get("format", "")).startswith("clipless_dp.")
-    return facts if is_one else None
+    if not is_one:
+        return None
+    require_statement(os.fspath(path), facts)
+    return facts
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a ledger tells of the facts that a statement repeats.
+
+    Attributes:
+        entries: of each line its event, what it rests on and whose it is.
+        steps: how many there are.
+        drawn: how many steps' batches were drawn in which way.
+        sources: where noise came from, as far as that is recorded.
+        counted: the units of privacy, ``"row"`` and ``"person"``.
+    """
+
+    entries: list[dict[str, Any]]
+    steps: int
+    drawn: dict[str, int]
+    sources: list[str]
+    counted: list[str]
+
+
+def recorded(ledger: Ledger) -> Recorded:
+    """What a ledger tells of the facts that a statement repeats."""
+    entries: list[dict[str, Any]] = [
+        {
+            "event": line.event.kind,
+            "noise_multiplier": getattr(line.event, "noise_multiplier", None),
+            "sample_rate": (rate := getattr(getattr(line.event, "sampling", None), "sample_rate", 1.0)),
+            "count": line.count,
+            # Whoever claims nothing need not be believed.
+            "drawn": "none" if line.event.kind in _STEPS and rate == 1.0 else line.provenance.sampling or "unknown",
+            "seeded_masks": line.provenance.seeded_masks,
+            "noise": line.provenance.noise or None,
+            "unit": line.provenance.unit or "row",
+            "run": line.provenance.run or None,
+        }
+        for line in ledger.lines
+    ]
+    drawn: Counter[str] = Counter()
+    for entry in entries:
+        if entry["event"] in _STEPS:
+            drawn[entry["drawn"]] += entry["count"]
+    sources = sorted({entry["noise"] for entry in entries if entry["noise"]})
+    counted = ["person" if unit == "person" else "row" for unit in sorted(ledger.units)]
+    return Recorded(entries, sum(drawn.values()), dict(drawn), sources, counted)
 
 
 def compared(path: str | os.PathLike[str], facts: Mapping[str, Any], accountant: Accountant) -> Comparison:
@@ -130,20 +181,43 @@ def _require_same(name: str, facts: Mapping[str, Any], ledger: Ledger) -> None:
             f"{name} is about neighbours by {facts['relation']!r}, and its ledger by {ledger.relation!r}: "
             "one was altered"
         )
+    held = recorded(ledger)
     counted = facts.get("counted", "row")
-    promised = set(counted) if isinstance(counted, list) else {counted}
-    if promised == {"person"} and ledger.units - {"person"}:
+    promised = counted if isinstance(counted, list) else [counted]
+    if promised == ["person"] and "row" in held.counted:
         raise AccountingError(f"{name} promises something to people, and its ledger is about rows: one was altered")
+    if isinstance(counted, list) and counted != held.counted:
+        raise AccountingError(f"{name} is about {counted}, and its ledger about {held.counted}: one was altered")
+    for what, stated, kept in _repeated(facts, held):
+        if stated != kept:
+            raise AccountingError(f"{name} lists other {what} than its ledger holds: one was altered")
+
+
+def _repeated(facts: Mapping[str, Any], held: Recorded) -> Iterator[tuple[str, Any, Any]]:
+    """What a statement repeats of its ledger, as stated and as held; former ones repeat less."""
     if "steps" in facts:
-        stated: Counter[tuple[Any, ...]] = Counter()
-        for entry in facts["steps"]["entries"]:
-            stated[entry["event"], entry["noise_multiplier"], entry["sample_rate"]] += entry["count"]
-        held: Counter[tuple[Any, ...]] = Counter()
-        for event, count in ledger:
-            rate = getattr(getattr(event, "sampling", None), "sample_rate", 1.0)
-            held[event.kind, getattr(event, "noise_multiplier", None), rate] += count
-        if stated != held:
-            raise AccountingError(f"{name} lists other steps and releases than its ledger holds: one was altered")
+        steps = facts["steps"]
+        # Of what each of them names; what some leave out, all do.
+        named = [name for name in _REPEATED if all(name in entry for entry in steps["entries"])]
+        yield "steps and releases", _tally(steps["entries"], named), _tally(held.entries, named)
+        if "recorded" in steps:
+            yield "numbers of steps", steps["recorded"], held.steps
+    if "drawn" in facts.get("sampling", {}):
+        yield "ways in which batches were drawn", dict(facts["sampling"]["drawn"]), held.drawn
+    if "noise" in facts:
+        # Others are of steps of which nothing is recorded, or of noise that is yet to come.
+        sources = facts["noise"]["sources"]
+        yield "sources of noise", [one for one in held.sources if one in sources], held.sources
+
+
+_REPEATED = ("event", "noise_multiplier", "sample_rate", "drawn", "seeded_masks", "noise", "unit", "run")
+
+
+def _tally(entries: list[dict[str, Any]], names: list[str]) -> Counter[tuple[Any, ...]]:
+    found: Counter[tuple[Any, ...]] = Counter()
+    for entry in entries:
+        found[tuple(entry[name] for name in names)] += entry["count"]
+    return found
 
 
 def _epsilons(summary: Mapping[str, Any], accountant: Accountant) -> Iterator[_Claim]:
@@ -156,6 +230,13 @@ def _epsilons(summary: Mapping[str, Any], accountant: Accountant) -> Iterator[_C
         if delta not in bounds:
             bounds[delta] = accountant.get_epsilon(delta)
         bound = bounds[delta]
+        least = place.get("lower")
+        most = min(epsilon, bound.upper)
+        if least is not None and _number(least, "what epsilon is at least") > most * (1.0 + _MOVED):
+            raise AccountingError(
+                f"epsilon is stated to be at least {rounded_up(least)} at delta = {delta:g}, and is at most "
+                f"{rounded_up(most)} there: one was altered"
+            )
         said = f"epsilon = {rounded_up(epsilon)} at delta = {delta:g}"
         yield _Claim(said, epsilon, bound.lower, bound.upper, bound.engine)
 
@@ -226,7 +307,8 @@ def _mu_at_least(certain: tuple[Array, Array], curve: TradeOff, rarest: float) -
     counted = curve.false_negative_rate(rates) >= rarest
     if not counted.any():
         return 0.0
-    missed = 1.0 - _found_at_least(certain, rates[counted])
+    # Rather more by what floating point loses of it: near 1 that is all there is.
+    missed = np.minimum(1.0 - _found_at_least(certain, rates[counted]) + _LOST, 1.0)
     return max(0.0, float(np.max(-ndtri(rates[counted]) - ndtri(missed))))
 
 

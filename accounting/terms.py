@@ -88,6 +88,11 @@ class Terms:
         return not (self.poisson or self.fixed or self.laplace or self.renyi_only)
 
     @property
+    def laplace_only(self) -> bool:
+        """Whether everything together is releases with Laplace noise."""
+        return bool(self.laplace) and not (self.mu or self.poisson or self.fixed or self.renyi_only)
+
+    @property
     def renyi_only(self) -> bool:
         """Whether something is there that has no dominating pair."""
         return bool(self.selections or self.choices)

@@ -10,7 +10,7 @@ from typing import Any
 
 from accounting import REPLACE_ONE
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.statement.facts import shown
+from clipless_dp.statement.facts import UNITS, shown
 from clipless_dp.statement.section import Section
 
 ABOUT = {
@@ -65,7 +65,7 @@ def brief_sections(facts: Mapping[str, Any]) -> Iterator[Section]:
             *((("Model", _model(facts["model"])),) if "model" in facts else ()),
             *_about_rows(about, "purpose"),
             (ABOUT["data_set"], f"{about.get('data_set', _NOT_STATED)} ({size})"),
-            ("Who or what is protected", facts["unit"]),
+            ("Who or what is protected", protected(facts)),
             ("Written", written(facts)),
             *(_parameters(facts) if promised else ()),
         ),
@@ -78,6 +78,15 @@ def brief_sections(facts: Mapping[str, Any]) -> Iterator[Section]:
         tuple(facts["findings"]),
         place="box",
     )
+
+
+def protected(facts: Mapping[str, Any]) -> str:
+    """The unit, as it is stated, and what the ledger knows of it where that is in others' words."""
+    counted = facts.get("counted", "row")
+    if facts["unit"] == UNITS[counted]:
+        return UNITS[counted]
+    noun = "people, each with all their rows" if counted == "person" else "single rows"
+    return f"{facts['unit']} (in the words of whoever states this; what is counted are {noun})"
 
 
 def _about_rows(about: Mapping[str, str], *names: str) -> Iterator[tuple[str, str]]:

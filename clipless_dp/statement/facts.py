@@ -14,6 +14,7 @@ import torch
 
 from accounting import ADD_OR_REMOVE_ONE
 from accounting.errors import MixedUnitsError
+from accounting.stated import recorded
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.functions import answers_of_graph, function_of
 from clipless_dp.modules import digest_of
@@ -24,6 +25,7 @@ from clipless_dp.version import __version__
 
 STATEMENT_FORMAT = 2
 STATEMENT_KIND = "clipless_dp.privacy_statement"
+_CLOSE = 1e-6
 _STEPS = ("gaussian_step", "gaussian_vector_step")
 _NOISE = {
     source_name(SystemNoise): "a generator whose whole state comes from the operating system; seeds set by user code "
@@ -40,6 +42,12 @@ DRAWN = {
     "none": "none claimed: charged as if every step read all the data",
 }
 """How batches were drawn, the least trustworthy first."""
+
+UNITS = {
+    "row": "one sample: one row of the training data, its target included",
+    "person": "one person: all rows of the training data that carry their id, targets included",
+}
+"""What a statement calls the unit by default."""
 
 CHANGED = (
     "The model's weights are not those that the last recorded step left, or its buffers are not: something else has "
@@ -75,7 +83,7 @@ def facts_of(
     if delta is None:
         delta = 10.0 ** min(-1, math.floor(-math.log10(size))) if optimizer.budget is None else optimizer.budget[1]
     curve = [_bound_at(optimizer, delta * 10.0**-index) for index in range(7)]
-    entries = _entries(optimizer)
+    held = recorded(optimizer.accountant.ledger)
     accountant = type(optimizer.accountant)
     audits = [] if audit is None else list(audit) if isinstance(audit, (list, tuple)) else [audit]
     facts: dict[str, Any] = {
@@ -93,12 +101,12 @@ def facts_of(
             "declared": optimizer.sampling,
             "sample_rate": optimizer.sample_rate,
             "expected_batch_size": optimizer.expected_batch_size,
-            "drawn": {kind: count for kind in DRAWN if (count := _steps_of(entries, "drawn", kind))},
+            "drawn": {kind: held.drawn[kind] for kind in DRAWN if kind in held.drawn},
         },
         "steps": {
-            "recorded": sum(entry["count"] for entry in entries if entry["event"] in _STEPS),
+            "recorded": held.steps,
             "taken": optimizer.steps_taken,
-            "entries": entries,
+            "entries": held.entries,
         },
         "learning_rates": [
             {"rates": [None if rate is None else _number(rate) for rate in rates], "count": count}
@@ -127,9 +135,7 @@ def facts_of(
         "ledger": optimizer.accountant.state_dict(),
         "not_covered": list(_UNCOVERED),
         "notes": [str(note) for note in notes],
-        "audits": [
-            {"kind": type(one).__name__, "passed": getattr(one, "passed", None), "text": str(one)} for one in audits
-        ],
+        "audits": [{"kind": type(one).__name__, "passed": _passed(one), "text": str(one)} for one in audits],
     }
     if robustness is not None:
         facts["robustness"] = dict(robustness)
@@ -143,8 +149,13 @@ def findings_of(facts: Mapping[str, Any]) -> Iterator[str]:
     yield from _weak_records(facts)
     yield from _weak_weights(facts)
     for one in facts["audits"]:
-        if one["passed"] is False:
+        if one["passed"] is not True and one["passed"] is not None:
             yield f"An audit failed ({one['kind']}): do not rely on the promise until it is explained."
+
+
+def _passed(audit: object) -> bool | None:
+    passed = getattr(audit, "passed", None)
+    return None if passed is None else bool(passed)
 
 
 def _bound_at(optimizer: CliplessDPOptimizer, delta: float) -> dict[str, Any]:
@@ -162,25 +173,6 @@ def _bound_at(optimizer: CliplessDPOptimizer, delta: float) -> dict[str, Any]:
         "lower": None if lower is None else _number(float(lower)),
         "engine": getattr(bound, "engine", None),
     }
-
-
-def _entries(optimizer: CliplessDPOptimizer) -> list[dict[str, Any]]:
-    """The lines of the ledger, with what their records say."""
-    return [
-        {
-            "event": line.event.kind,
-            "noise_multiplier": getattr(line.event, "noise_multiplier", None),
-            "sample_rate": (rate := getattr(getattr(line.event, "sampling", None), "sample_rate", 1.0)),
-            "count": line.count,
-            # Whoever claims nothing need not be believed.
-            "drawn": "none" if line.event.kind in _STEPS and rate == 1.0 else line.provenance.sampling or "unknown",
-            "seeded_masks": line.provenance.seeded_masks,
-            "noise": line.provenance.noise or None,
-            "unit": line.provenance.unit or "row",
-            "run": line.provenance.run or None,
-        }
-        for line in optimizer.accountant.ledger.lines
-    ]
 
 
 def _model(model: DPLipModel) -> dict[str, Any]:
@@ -281,6 +273,7 @@ def _weak_records(facts: Mapping[str, Any]) -> Iterator[str]:
             f"{unsampled} of {steps['recorded']} steps were charged without amplification by sampling (q = 1), since "
             "no Poisson draw was announced for them: the ε shown holds, and is larger than it need be."
         )
+    yield from _weak_settings(facts)
     drawn = facts["sampling"].get("drawn", {})
     if "seeded" in drawn:
         yield (
@@ -306,12 +299,41 @@ def _weak_records(facts: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
+def _weak_settings(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Where settings that are shown are not those of the steps, each of which was charged by its own."""
+    steps = [entry for entry in facts["steps"]["entries"] if entry["event"] in _STEPS]
+    sampling, noise, bounds = facts["sampling"], facts["noise"], facts["bounds"]
+    rate, size = sampling["sample_rate"], sampling["expected_batch_size"]
+    charged = {entry["sample_rate"] for entry in steps} - {1.0}
+    if charged and not any(math.isclose(rate, one, rel_tol=_CLOSE) for one in charged):
+        yield f"The sample rate shown, {rate:.6g}, is that of no step in the ledger: each was charged by its own."
+    if not math.isclose(size, rate * facts["dataset_size"], rel_tol=_CLOSE):
+        yield f"The expected batch size shown, {size:.6g}, is not the sample rate times the size of the data set."
+    largest = max(bounds["per_parameter"].values(), default=0.0)
+    if bounds["total"] < largest * (1.0 - _CLOSE):
+        yield f"The bound of all layers together, {bounds['total']:.4g}, is below that of one of them, {largest:.4g}."
+    # Of what a step releases, counts of caps that adapt take a share, so that gradients have more noise than σ says.
+    strongest = max((entry["noise_multiplier"] or 0.0 for entry in steps), default=math.inf)
+    shares = [
+        bounds["per_parameter"][name] / deviation for name, deviation in noise["deviations"].items() if deviation > 0.0
+    ]
+    if "adaptive_caps" not in facts and shares and math.hypot(*shares) * strongest * 1.01 < 1.0:
+        yield (
+            "The noise shown by parameter is more than that of any step in the ledger, whose noise multipliers are at "
+            f"most {strongest:.4g}: ε is that of the ledger."
+        )
+
+
 def _weak_weights(facts: Mapping[str, Any]) -> Iterator[str]:
     """Where the weights may hold more than the ledger counts."""
     weights = facts.get("weights")
     if weights is None:
+        yield (
+            "It is not said whether the model's weights are those that the last recorded step left: a former version "
+            "wrote this statement, or it was altered."
+        )
         return
-    if not weights["as_counted"]:
+    if weights["as_counted"] is not True:
         yield CHANGED
     if weights["uncounted_changes"]:
         yield (

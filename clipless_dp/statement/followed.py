@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from accounting import Ledger, create_accountant
-from accounting.errors import LedgerFormatError
-from accounting.stated import compared
+from accounting.errors import AccountingError, LedgerFormatError
+from accounting.stated import compared, recorded
 from clipless_dp.errors import CheckpointError
-from clipless_dp.statement.facts import findings_of
+from clipless_dp.statement.facts import DRAWN, UNITS, findings_of
 from clipless_dp.statement.ledgers import LEDGER_KIND, ONLY
 from clipless_dp.statement.report import PrivacyStatement
 
@@ -32,26 +32,46 @@ def followed(statement: PrivacyStatement, name: str) -> PrivacyStatement:
         AccountingError: ε, what attackers achieve, the relation, the unit or the steps contradict its ledger.
         CheckpointError: it cannot be compared.
     """
+    facts = statement.facts
     try:
-        findings = dict.fromkeys([*statement.facts["findings"], *_found(statement.facts, name)])
-    except (AttributeError, KeyError, RecursionError, TypeError) as error:
+        told: list[str]
+        try:
+            ledger = Ledger.from_json(json.dumps(facts))
+        except LedgerFormatError as error:
+            told = [
+                f"ε is stated without a ledger from which it follows, so that nothing here can be checked: {error}."
+            ]
+        else:
+            told = list(_compared(facts, name, ledger))
+            facts = facts if facts["format"] == LEDGER_KIND else _completed(facts, ledger)
+        own = [ONLY] if facts["format"] == LEDGER_KIND else findings_of(facts)
+        findings = dict.fromkeys([*facts["findings"], *own, *told])
+    except AccountingError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         raise CheckpointError(f"{name} is no privacy statement of this version: {error!r}") from error
-    return replace(statement, facts={**statement.facts, "findings": list(findings)})
+    return replace(statement, facts={**facts, "findings": list(findings)})
 
 
-def _found(facts: Any, name: str) -> Iterator[str]:
-    is_of_ledger = facts["format"] == LEDGER_KIND
-    yield from (ONLY,) if is_of_ledger else findings_of(facts)
-    try:
-        ledger = Ledger.from_json(json.dumps(facts))
-    except LedgerFormatError as error:
-        yield f"ε is stated without a ledger from which it follows, so that nothing here can be checked: {error}."
-        return
+def _compared(facts: Mapping[str, Any], name: str, ledger: Ledger) -> Iterator[str]:
+    counted = facts.get("counted", "row")
+    if any(facts.get("unit") == text for other, text in UNITS.items() if other != counted):
+        raise AccountingError(f"{name} names another unit than the one that it counts, {counted!r}: one was altered")
     accountant = create_accountant("auto", relation=ledger.relation)
     accountant.ledger = ledger
     left = compared(name, facts, accountant).open
     yield from left[:_SHOWN]
     if len(left) > _SHOWN:
         yield f"{len(left) - _SHOWN} more numbers that are stated neither follow from the ledger nor contradict it."
-    if is_of_ledger and facts["table"] != ledger.table():
+    if facts["format"] == LEDGER_KIND and facts["table"] != ledger.table():
         yield _OTHER_TABLE
+
+
+def _completed(facts: Mapping[str, Any], ledger: Ledger) -> dict[str, Any]:
+    """With what the ledger tells of its own lines, of which a statement may leave some out, and former ones do."""
+    held = recorded(ledger)
+    return {
+        **facts,
+        "sampling": {**facts["sampling"], "drawn": {kind: held.drawn[kind] for kind in DRAWN if kind in held.drawn}},
+        "steps": {**facts["steps"], "entries": held.entries},
+    }

@@ -29,8 +29,14 @@ def to_markdown(facts: Mapping[str, Any]) -> str:
         if section.rows:
             header = section.header or ("", "")
             lines += [_row(header), _row(("---",) * len(header)), *map(_row, section.rows), ""]
-        lines += [line for table in section.printed for line in ("```", table, "```", "")]
+        lines += [line for text in section.printed for line in _printed(text)]
     return "\n".join(lines)
+
+
+def _printed(text: str) -> tuple[str, ...]:
+    """A text as it is, between fences longer than any run of backticks in it, which would end a shorter one."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return fence, text, fence, ""
 
 
 def to_html(facts: Mapping[str, Any]) -> str:

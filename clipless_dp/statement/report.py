@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from accounting import Ledger
+from accounting.errors import LedgerFormatError
+from accounting.shape import require_statement
 from clipless_dp.arguments import positive, share
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
@@ -20,8 +22,8 @@ from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
 from clipless_dp.statement.brief import about_of
 from clipless_dp.statement.described import check_described
-from clipless_dp.statement.facts import CHANGED, STATEMENT_FORMAT, STATEMENT_KIND, facts_of
-from clipless_dp.statement.ledgers import LEDGER_FORMAT, LEDGER_KIND, facts_of_ledger
+from clipless_dp.statement.facts import CHANGED, UNITS, facts_of
+from clipless_dp.statement.ledgers import facts_of_ledger
 
 SUFFIXES = (".md", ".json", ".html")
 
@@ -95,15 +97,13 @@ class PrivacyStatement:
         """
         try:
             facts = json.loads(text)
-            versions = {STATEMENT_KIND: STATEMENT_FORMAT, LEDGER_KIND: LEDGER_FORMAT}
-            if not facts["version"] <= versions.get(facts["format"], 0):
-                raise ValueError(f"format {facts['format']!r}, version {facts['version']!r}")
-            if not isinstance(facts["findings"], list) or not all(isinstance(one, str) for one in facts["findings"]):
-                raise ValueError("findings are no list of texts")
+            require_statement(name, facts)
             made = cls(facts)
             made.to_markdown()
             made.to_html()
         # Arithmetic: numbers that are none, such as true.
+        except LedgerFormatError as error:
+            raise CheckpointError(str(error)) from error
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             raise CheckpointError(f"{name} is no privacy statement of this version: {error!r}") from error
         return made
@@ -124,7 +124,8 @@ class PrivacyStatement:
         """Writes ``path.md``, ``path.json`` and ``path.html``; one of these endings in ``path`` is left out first.
 
         Raises:
-            CheckpointError: the folder is not writable or the disk is full; existing files are left as they were.
+            CheckpointError: the folder is not writable, the disk is full, or a text holds what UTF-8 has no form for (a
+                lone surrogate); existing files are left as they were.
         """
         files = statement_files(path)
         contents = (self.to_markdown(), self.to_json(), self.to_html())
@@ -135,7 +136,7 @@ class PrivacyStatement:
                 part.write_text(content, encoding="utf-8")
             for file, part in zip(files, beside, strict=True):
                 part.replace(file)
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
             raise CheckpointError(f"{files[0]} could not be written: {error}") from error
         finally:
             for part in beside:
@@ -183,11 +184,9 @@ def statement_files(path: str | os.PathLike[str]) -> tuple[Path, ...]:
     return tuple(base.with_name(base.name + suffix) for suffix in SUFFIXES)
 
 
-_UNITS = {
-    "row": "one sample: one row of the training data, its target included",
-    "person": "one person: all rows of the training data that carry their id, targets included",
-}
-"""What a statement calls the unit by default."""
+def _is_text(value: object) -> bool:
+    """Whether it can be written: lone surrogates cannot."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def report(
@@ -241,12 +240,12 @@ def report(
         raise ConfigurationError(
             f"report takes the optimizer that trained, of fit the result's .optimizer, got {type(optimizer).__name__}"
         )
-    unit = _UNITS[getattr(optimizer, "unit", "row")] if unit is None else unit
+    unit = UNITS[getattr(optimizer, "unit", "row")] if unit is None else unit
     for name, text in (("unit", unit), ("title", title)):
-        if not isinstance(text, str):
-            raise ConfigurationError(f"{name} must be a string, got {text!r}")
-    if not isinstance(notes, (tuple, list)) or not all(isinstance(note, str) for note in notes):
-        raise ConfigurationError(f"notes must be a list of strings, got {notes!r}")
+        if not _is_text(text):
+            raise ConfigurationError(f"{name} must be a string that UTF-8 can hold, got {text!r}")
+    if not isinstance(notes, (tuple, list)) or not all(map(_is_text, notes)):
+        raise ConfigurationError(f"notes must be a list of strings that UTF-8 can hold, got {notes!r}")
     if robustness is not None:
         check_described(robustness)
     about = about_of({}, {"organisation": organisation, "purpose": purpose, "data_set": data_set, "contact": contact})

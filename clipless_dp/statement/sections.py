@@ -10,7 +10,7 @@ from typing import Any
 
 from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from accounting.risk import percent
-from clipless_dp.statement.brief import best_guess, brief_sections, found_section, question, tier
+from clipless_dp.statement.brief import best_guess, brief_sections, found_section, protected, question, tier
 from clipless_dp.statement.facts import DRAWN, noise_in_words, shown
 from clipless_dp.statement.section import Section
 
@@ -74,6 +74,10 @@ def _checking(facts: Mapping[str, Any]) -> Section:
             'The JSON file holds the ledger: anyone can compute ε from it again, with "python -m accounting explain '
             'STATEMENT.json" of the package that comes with clipless_dp, or with another accountant. That the steps '
             "were what the ledger says is shown by the code of the training, which is open, and by audits.",
+            "ε and the risk, the neighbouring data sets, the steps, how batches were drawn and where noise came from "
+            "follow from the ledger. Whoever states this answers for the rest, which no ledger tells: for whom or what "
+            "one unit stands, the size of the data set, bounds, the noise by parameter, learning rates, weights, "
+            "audits and notes.",
         ),
         rows=(
             *((name, version) for name, version in facts["versions"].items()),
@@ -104,7 +108,7 @@ def _terms(facts: Mapping[str, Any]) -> Section:
         "Terms",
         rows=(
             ("Setting", "central: whoever trains sees the data, whoever gets the weights does not"),
-            ("Unit of privacy", facts["unit"]),
+            ("Unit of privacy", protected(facts)),
             ("Neighbouring data sets", f"differ by {_relation(facts)}"),
             ("Size of the data set", f"{facts['dataset_size']}{_PEOPLE[_by_person(facts)]}, taken to be public"),
             ("What is released", "the weights after every step, and whatever is computed from them alone"),
@@ -330,7 +334,7 @@ def _promise(facts: Mapping[str, Any]) -> Iterator[str]:
         return
     yield (
         f"The training is (ε, δ)-differentially private with ε = {shown(epsilon)} at δ = {delta:g}, with respect to "
-        f"{_relation(facts)}. The unit of privacy is {facts['unit']}."
+        f"{_relation(facts)}. The unit of privacy is {protected(facts)}."
     )
     yield (
         "In words: take any one unit, and someone who knows all other data and the training method, and who sees the "

@@ -30,7 +30,9 @@ def test_a_path_that_names_no_file_is_refused(path):
         report(private(), path)
 
 
-@pytest.mark.parametrize("change", [{"unit": 3}, {"title": None}, {"notes": None}, {"notes": "one"}, {"notes": [3]}])
+@pytest.mark.parametrize(
+    "change", [{"unit": 3}, {"title": None}, {"notes": None}, {"notes": "one"}, {"notes": [3]}, {"title": "\ud800"}]
+)
 def test_texts_that_are_none_are_refused(change):
     with pytest.raises(ConfigurationError, match=next(iter(change))):
         report(private(), **change)

@@ -304,7 +304,7 @@ def test_a_statement_whose_epsilon_is_none_that_can_be_compared_is_refused(writt
 
 
 def test_a_statement_that_promises_nothing_is_explained_by_its_ledger_alone(written, capsys):
-    facts = {**json.loads(written.read_text("utf-8")), "epsilon": {"epsilon": None, "delta": 0.1}}
+    facts = {**json.loads(written.read_text("utf-8")), "epsilon": {"epsilon": None, "delta": 0.1, "curve": []}}
     written.write_text(json.dumps(facts), "utf-8")
     assert main(["explain", str(written)]) == 0
     assert "states no epsilon" in capsys.readouterr().out
