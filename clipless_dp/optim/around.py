@@ -21,6 +21,8 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model.surroundings import without_gradients, without_passes
+from clipless_dp.optim.adam import AdamBC
+from clipless_dp.optim.sharpness import SharpnessAwareAdam, SharpnessAwareSGD
 
 Given = TypeVar("Given")
 Kept = TypeVar("Kept")
@@ -171,22 +173,20 @@ def everything(optimizer: Optimizer) -> list[Optimizer]:
     return [optimizer, *(one for one in nested(optimizer) if one is not optimizer)]
 
 
-_TORCH = frozenset(
-    getattr(torch.optim, name)
-    for name in ("SGD", "ASGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "Adagrad", "RMSprop", "Rprop")
-)
+_TORCH = ("SGD", "ASGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "Adagrad", "RMSprop", "Rprop")
+_KNOWN = frozenset({*(getattr(torch.optim, name) for name in _TORCH), AdamBC, SharpnessAwareAdam, SharpnessAwareSGD})
 
 
-def is_of_torch(optimizer: Optimizer) -> bool:
-    """Whether its class is one of torch's, which read those entries of groups that they have defaults for."""
-    return type(optimizer) in _TORCH
+def is_known(optimizer: Optimizer) -> bool:
+    """Whether its class is one of torch's or ours, which read those entries of groups that they have defaults for."""
+    return type(optimizer) in _KNOWN
 
 
 def is_plain(optimizer: Optimizer) -> bool:
-    """Whether nobody's code but torch's runs in its step, which reads parameters, gradients, groups and ``state``."""
+    """Whether no code of others runs in its step, which reads parameters, gradients, groups and ``state``."""
     own = vars(optimizer)
     return (
-        is_of_torch(optimizer)
+        is_known(optimizer)
         and "step" not in own
         and own["_optimizer_step_pre_hooks"].keys() <= {_guard_of.get(optimizer)}
         and not own["_optimizer_step_post_hooks"]

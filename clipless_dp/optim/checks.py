@@ -14,7 +14,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from clipless_dp.arguments import choice, shown
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.optim.around import everything, guardable, is_of_torch
+from clipless_dp.optim.around import everything, guardable, is_known
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.sampling.people import Unit
 
@@ -55,7 +55,7 @@ def refuse_settings(base: Optimizer) -> None:
                     f"the attribute (del optimizer.{name}), or give a setting of your own another name, which torch "
                     "does not read. Nothing was charged"
                 )
-        _refuse_groups(one.param_groups, one.defaults.keys() if is_of_torch(one) else ())
+        _refuse_groups(one.param_groups, one.defaults.keys() if is_known(one) else ())
 
 
 def _asks_for_scales(optimizer: Optimizer) -> bool:

@@ -234,3 +234,18 @@ def test_copies_take_further_groups_with_the_radius_of_the_first(kind: Any, copi
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "radius": 0.1})
     assert [group["radius"] for group in optimizer.param_groups] == [0.3, 0.3, 0.1]
+
+
+def test_a_loop_may_keep_its_notes_on_it_as_on_optimizers_of_torch() -> None:
+    model, data = gated_model(), samples(200)
+    base = SharpnessAwareSGD(model.net.parameters(), lr=0.05, radius=0.1)
+    base.timings = [0.0] * 6  # type: ignore[attr-defined]
+    optimizer = CliplessDPOptimizer(
+        model, base, noise_multiplier=1.0, sample_rate=0.2, dataset_size=200, accountant="rdp"
+    )
+    for number, batch in enumerate(PoissonBatches(data, sample_rate=0.2, steps=3)):
+        optimizer.zero_grad()
+        model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+        optimizer.step()
+        base.timings.append(float(number))  # type: ignore[attr-defined]
+    assert optimizer.steps_taken == 3
