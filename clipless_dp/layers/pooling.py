@@ -1,13 +1,130 @@
-"""L2-norm pooling and scaled average pooling."""
+"""L2-norm pooling over windows, fixed or adaptive, and scaled average pooling."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, InputError
+
+
+def _root(squares: Tensor) -> Tensor:
+    return (squares + 1e-12).sqrt() - 1e-6
+
+
+class L2NormPool1d(nn.Module):
+    """:class:`L2NormPool2d` on signals.
+
+    Args:
+        kernel_size: window.
+        stride: defaults to the window.
+        padding: zeros on each side.
+
+    Shape:
+        ``(B, C, L)`` to ``(B, C, L')``.
+    """
+
+    def __init__(self, kernel_size: int, stride: int | None = None, padding: int = 0) -> None:
+        super().__init__()
+        if kernel_size < 1:
+            raise ConfigurationError(f"kernel_size must be positive, got {kernel_size}")
+        self.kernel_size = kernel_size
+        self.stride = kernel_size if stride is None else stride
+        self.padding = padding
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Pools each channel."""
+        squares = functional.avg_pool1d(values.square(), self.kernel_size, self.stride, self.padding)
+        return _root(squares * self.kernel_size)
+
+    def extra_repr(self) -> str:
+        """Window, stride and padding."""
+        return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+
+
+class _AdaptiveL2NormPool(nn.Module):
+    """The norm of each of a fixed number of windows.
+
+    Args:
+        output_size: windows on each axis.
+    """
+
+    def __init__(self, output_size: tuple[int, ...]) -> None:
+        super().__init__()
+        if min(output_size) < 1:
+            raise ConfigurationError(f"output_size must be positive, got {output_size}")
+        self.output_size = output_size
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Pools each channel."""
+        axes = len(self.output_size)
+        if values.dim() != axes + 2:
+            names = "length" if axes == 1 else "height, width"
+            raise InputError(f"needs inputs (batch, channels, {names}), got {tuple(values.shape)}")
+        squares = values.square()
+        for axis, made in enumerate(self.output_size, start=2):
+            squares = _window_sums(squares, axis, made)
+        return _root(squares)
+
+    def extra_repr(self) -> str:
+        """Windows on each axis."""
+        return f"output_size={self.output_size}"
+
+
+def _window_sums(values: Tensor, axis: int, made: int) -> Tensor:
+    """Sums over the windows that adaptive pooling has along one axis: entries ``⌊in/m⌋`` to ``⌈(i+1)n/m⌉``."""
+    windows = adaptive_windows(values.shape[axis], made)
+    if made == 1:
+        return values.sum(axis, keepdim=True)
+    return torch.cat([values.narrow(axis, low, high - low).sum(axis, keepdim=True) for low, high in windows], axis)
+
+
+def adaptive_windows(size: int, made: int) -> Sequence[tuple[int, int]]:
+    """First entry and end of each window that adaptive pooling makes of an axis of so many entries.
+
+    Args:
+        size: entries.
+        made: windows.
+    """
+    return [(index * size // made, -(-(index + 1) * size // made)) for index in range(made)]
+
+
+class AdaptiveL2NormPool1d(_AdaptiveL2NormPool):
+    """The Euclidean norm of each of a fixed number of windows of a signal; 1: of each channel as a whole.
+
+    Windows are those of ``nn.AdaptiveAvgPool1d``; they overlap where their number does not divide the length.
+    ``sqrt(Σ x² + ε²) - ε`` as in :class:`L2NormPool2d`.
+
+    Args:
+        output_size: windows.
+
+    Shape:
+        ``(B, C, L)`` to ``(B, C, output_size)``.
+    """
+
+    def __init__(self, output_size: int = 1) -> None:
+        super().__init__((output_size,))
+
+
+class AdaptiveL2NormPool2d(_AdaptiveL2NormPool):
+    """The Euclidean norm of each of a fixed number of windows of a map; 1: of each channel as a whole.
+
+    Windows are those of ``nn.AdaptiveAvgPool2d``; they overlap where their number does not divide the size.
+    ``sqrt(Σ x² + ε²) - ε`` as in :class:`L2NormPool2d`.
+
+    Args:
+        output_size: windows, an int or a pair.
+
+    Shape:
+        ``(B, C, H, W)`` to ``(B, C, *output_size)``.
+    """
+
+    def __init__(self, output_size: int | tuple[int, int] = 1) -> None:
+        super().__init__(output_size if isinstance(output_size, tuple) else (output_size, output_size))
 
 
 class L2NormPool2d(nn.Module):
@@ -40,10 +157,9 @@ class L2NormPool2d(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Pools each channel."""
-        squares = functional.avg_pool2d(
-            values.square(), self.kernel_size, self.stride, self.padding, divisor_override=1
-        )
-        return (squares + 1e-12).sqrt() - 1e-6
+        # Not by divisor_override, which exporters drop without a word.
+        squares = functional.avg_pool2d(values.square(), self.kernel_size, self.stride, self.padding)
+        return _root(squares * math.prod(self.kernel_size))
 
     def extra_repr(self) -> str:
         """Window, stride and padding."""
