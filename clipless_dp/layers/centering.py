@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.modules import Unscripted
 
 
-class LayerCentering(nn.Module):
+class LayerCentering(Unscripted, nn.Module):
     """Subtracts each sample's own mean over the given axes: an orthogonal projection, hence 1-Lipschitz.
 
     Args:
@@ -33,7 +34,7 @@ class LayerCentering(nn.Module):
         return f"dims={self.dims}"
 
 
-class ChannelBias(nn.Module):
+class ChannelBias(Unscripted, nn.Module):
     """Adds one learnable number to each channel.
 
     Args:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.modules import Unscripted
 
 
-class _SymmetricPad(nn.Module):
+class _SymmetricPad(Unscripted, nn.Module):
     """Mirrors signals at their edges, the edge included.
 
     Args:

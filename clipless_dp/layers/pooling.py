@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.modules import Unscripted
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -46,7 +47,7 @@ class L2NormPool1d(nn.Module):
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
 
-class _AdaptiveL2NormPool(nn.Module):
+class _AdaptiveL2NormPool(Unscripted, nn.Module):
     """The norm of each of a fixed number of windows.
 
     Args:
@@ -127,7 +128,7 @@ class AdaptiveL2NormPool2d(_AdaptiveL2NormPool):
         super().__init__(output_size if isinstance(output_size, tuple) else (output_size, output_size))
 
 
-class L2NormPool2d(nn.Module):
+class L2NormPool2d(Unscripted, nn.Module):
     """The Euclidean norm of each window and channel (Boureau, Ponce and LeCun 2010).
 
     ``sqrt(Σ x² + ε²) - ε`` with ``ε = 1e-6``, so that the gradient exists at zero; never above the norm itself.
@@ -166,7 +167,7 @@ class L2NormPool2d(nn.Module):
         return f"kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
 
 
-class ScaledAvgPool2d(nn.AvgPool2d):
+class ScaledAvgPool2d(Unscripted, nn.AvgPool2d):
     """Average pooling times ``√n_w``, ``n_w`` entries in a window: 1-Lipschitz where windows do not overlap.
 
     A plain average shrinks even a constant map by ``√n_w``; this one keeps its norm.

@@ -130,7 +130,9 @@ def entries_sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwarg
         raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
     entries = math.prod(context.input_shape) / math.prod(context.output_shape)
     constant = math.sqrt(entries) * (1.0 + 1e-12)
-    return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant, lipschitz_inf=entries * (1.0 + 1e-12))
+    return LayerBounds(
+        output_norm=lambda: constant * context.input_norm, lipschitz=constant, lipschitz_inf=entries * (1.0 + 1e-12)
+    )
 
 
 @register_function_rule(operator.getitem, call=lambda input, index: None)
@@ -150,7 +152,7 @@ def slice_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dic
 
 def _is_basic(part: object) -> bool:
     if isinstance(part, slice):
-        return all(end is None or (isinstance(end, int)) for end in (part.start, part.stop, part.step))
+        return all(end is None or isinstance(end, int) for end in (part.start, part.stop, part.step))
     return part is None or part is Ellipsis or (isinstance(part, int) and not isinstance(part, bool))
 
 
@@ -166,11 +168,13 @@ def narrow_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: di
 
 @register_function_rule(
     piece,
-    call=lambda input, function, index, *settings, dim=0, split_size_or_sections=None, split_size=None, chunks=None: None,
+    call=lambda input, function, index, *settings, dim=0, split_size_or_sections=None, split_size=None, chunks=None: (
+        None
+    ),
 )
 def piece_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """One of the pieces that ``chunk``, ``split`` or ``unbind`` make along an axis: ``Y = X``, ``K = 1``."""
-    settings = kwargs["settings"]
+    settings = kwargs.get("settings", ())
     _require_other_axis(context, settings[-1] if len(settings) == _AXIS_AT[kwargs["function"]] else kwargs["dim"])
     return _rearranged(context)
 
