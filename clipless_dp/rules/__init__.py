@@ -62,8 +62,8 @@ register_remedy(
     nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Hardswish, nn.GLU, nn.Threshold, nn.Hardshrink, nn.Softmin, nn.Softmax2d,
 )  # fmt: skip
 register_remedy(
-    "it does not know its parameters yet: run the network once on a batch of zeros, net(torch.zeros(2, ...)), before it "
-    "is wrapped; it is then an ordinary layer",
+    "it does not know its parameters yet: run the network once on a batch of zeros, net(torch.zeros(2, ...)), before "
+    "it is wrapped; it is then an ordinary layer",
     LazyModuleMixin,
 )
 register_remedy(
@@ -84,8 +84,12 @@ register_remedy(
     nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
 )  # fmt: skip
 register_remedy(
-    "it draws from torch's own generator; use nn.Dropout (for nn.RReLU: nn.LeakyReLU), whose masks come from the model's",
-    nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU,
+    "it draws from torch's own generator; use nn.Dropout, whose masks come from the model's",
+    nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+register_remedy(
+    "it draws its slopes from torch's own generator; use nn.LeakyReLU, or nn.PReLU, which learns them",
+    nn.RReLU,
 )  # fmt: skip
 register_remedy(
     f"use nn.ConvTranspose2d with a stride, or nn.PixelShuffle{_ANY}",

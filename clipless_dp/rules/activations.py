@@ -85,7 +85,7 @@ def _exponential(context: RuleContext, alpha: float, scale: float = 1.0, *, inpl
 
 @register_rule(nn.Identity, nn.ReLU, nn.Tanhshrink, AbsoluteValue, GroupSort, MaxMin, FullSort, LayerCentering)
 def non_expansive_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
-    """``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections.
+    """``Y = X``, ``K = 1``: ``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections.
 
     In the maximum norm too, but for centering, which moves an entry by what it moves and by what the mean does.
     """
@@ -271,7 +271,7 @@ def channel_bias_rule(module: ChannelBias, context: RuleContext) -> LayerBounds:
 
 @register_rule(Householder)
 def householder_rule(module: Householder, context: RuleContext) -> LayerBounds:
-    """Norm-preserving; ``Δ_θ = GX``: ``∂y/∂θ`` is orthogonal on each pair: Cauchy–Schwarz over pairs and positions.
+    """``Y = X``, ``K = 1``, ``Δ_θ = GX``: ``∂y/∂θ`` is orthogonal on each pair; then Cauchy–Schwarz.
 
     Of the three angles of order 2 the map of each sector depends on one at most, so that a position adds to one entry
     of the gradient, by at most ``|g_p||z_p|``: a pair's part is at most ``Σ_p |g_p||z_p|``, as for order 1.

@@ -68,7 +68,9 @@ def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
 
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d)
 def transposed_convolution_rule(module: TransposedConvolution, context: RuleContext) -> LayerBounds:
-    """The adjoint's norm; ``Δ_W = √N·GX`` with the coverage N of the *output*'s pixels, ``Δ_b = √P·G``.
+    """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ_W = √N·GX``, ``Δ_b = √P·G``, coverage N of the *output*'s pixels.
+
+    The norm is the adjoint's.
 
     Input and cotangent change places: the gradient's slice at offset τ is ``Σ_p x(p) g(sp+τ)ᵀ``, of norm at most
     ``‖x‖‖g_τ‖``, and ``Σ_τ‖g_τ‖²`` counts each output pixel as often as a window reaches it, at most N times.

@@ -109,7 +109,7 @@ def _axes(module: nn.Module) -> int:
 
 @register_rule(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def max_pool_rule(module: nn.MaxPool2d, context: RuleContext) -> LayerBounds:
-    """``K = √N``: each output is one of its window's entries, and an entry lies in at most N windows."""
+    """``Y = √N·X``, ``K = √N``: each output is one of its window's entries, and an entry lies in at most N windows."""
     if module.return_indices:
         raise RuleError("return_indices=True is not supported: use return_indices=False")
     settings = module.kernel_size, module.stride, module.padding, module.dilation, module.ceil_mode
@@ -118,7 +118,7 @@ def max_pool_rule(module: nn.MaxPool2d, context: RuleContext) -> LayerBounds:
 
 @register_rule(L2NormPool1d, L2NormPool2d)
 def l2_norm_pool_rule(module: L2NormPool1d | L2NormPool2d, context: RuleContext) -> LayerBounds:
-    """``K = √N``: each window's norm is 1-Lipschitz in the window. Squares must not overflow."""
+    """``Y = √N·X``, ``K = √N``: each window's norm is 1-Lipschitz in the window. Squares must not overflow."""
     settings = module.kernel_size, module.stride, module.padding
     return _norm_bounds(context, _window_bounds(context, _axes(module), *settings, 1, False))
 
@@ -127,7 +127,7 @@ def l2_norm_pool_rule(module: L2NormPool1d | L2NormPool2d, context: RuleContext)
 def adaptive_l2_norm_pool_rule(
     module: AdaptiveL2NormPool1d | AdaptiveL2NormPool2d, context: RuleContext
 ) -> LayerBounds:
-    """``K = √N`` with the true windows, which overlap where their number does not divide the size."""
+    """``Y = √N·X``, ``K = √N`` with the true windows, which overlap where their number does not divide the size."""
     most = 1
     for size, made in zip(_require_maps(context, _axes(module)), module.output_size, strict=True):
         reads = [index for low, high in adaptive_windows(size, made) for index in range(low, high)]
@@ -153,7 +153,7 @@ def _norm_bounds(context: RuleContext, bounds: LayerBounds) -> LayerBounds:
     ScaledAvgPool2d,
 )
 def average_pool_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
-    """``K = √N/√n_w``, by Schur's test on the layer itself: it is linear with weights of one sign."""
+    """``Y = KX``, ``K = √N/√n_w``, by Schur's test on the layer itself: it is linear with weights of one sign."""
     return _linear_bounds(context, module, _axes(module))
 
 
