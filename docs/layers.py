@@ -24,15 +24,17 @@ PAGE = Path(__file__).with_name("layers.md")
 
 HEAD = """# Layers and their bounds
 
-Every module that has a rule, and so may stand in a certified Lipschitz network; written by `python docs/layers.py` from the rules'
-own words. Behind [gradient gates](any-network.md) any other module runs too. Symbols are those of [bounds](bounds.md#rules): inputs
-of norm at most `X`, cotangents of norm at most `G`; `Y` bounds the output, `K` the Jacobian, `Δ` a parameter's per-sample gradient.
+Every module that has a rule, and so may stand in a certified Lipschitz network; written by `python docs/layers.py` from
+the rules' own words. Behind [gradient gates](any-network.md) any other module runs too. Symbols are those of
+[bounds](bounds.md#rules): inputs of norm at most `X`, cotangents of norm at most `G`; `Y` bounds the output, `K` the
+Jacobian, `Δ` a parameter's per-sample gradient.
 
-*Constraint*: parameters that a constraint can limit. *Gates*: what can take the place of certified norms: signal gates around the
-layer, gradient gates on its parameters. *Source*: who introduced the layer, and the rule.
+*Constraint*: parameters that a constraint can limit. *Gates*: what can take the place of certified norms: signal gates
+around the layer, gradient gates on its parameters. *Source*: who is named for the layer, and the rule.
 
-Functions have rules as well: `relu`, `tanh`, `sigmoid`, `softsign`, `logsigmoid`, `clamp` and their like, sums, means, slices, chunks,
-concatenations, reshapes and padding ([bounds](bounds.md#rules)). Three-dimensional convolutions have none: gate them.
+Functions have rules as well: `relu`, `tanh`, `sigmoid`, `softsign`, `logsigmoid`, `clamp` and their like, sums, means,
+slices, chunks, concatenations, reshapes and padding ([bounds](bounds.md#rules)). Three-dimensional convolutions have
+none: gate them.
 
 | layer | `Y` | `K` | `Δ` | constraint | gates | source |
 | --- | --- | --- | --- | --- | --- | --- |

@@ -10,11 +10,10 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from clipless_dp.gates.arithmetic import LARGEST_NORM, largest_norm, per_sample
 from clipless_dp.gates.gradient_layers import (
@@ -26,7 +25,6 @@ from clipless_dp.gates.gradient_layers import (
 )
 from clipless_dp.gates.signal import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.modules import Unscripted
-from clipless_dp.norms.geometry import Axis
 
 _Form = Callable[[Any], nn.Module]
 _FORMS: dict[type[nn.Module], _Form] = {}
@@ -146,35 +144,6 @@ def _of_ball(gate: BallProjection) -> nn.Module:
 @plain_form(CotangentGate)
 def _of_cotangents(gate: CotangentGate) -> nn.Module:
     return nn.Identity()
-
-
-class _WindowSums(Unscripted, nn.Module):
-    """Average pooling with a divisor of its own, without torch's argument for it, which ONNX exports drop silently."""
-
-    def __init__(self, pool: nn.AvgPool2d) -> None:
-        super().__init__()
-        self.kernel, self.stride, self.padding = map(_pair, (pool.kernel_size, pool.stride, pool.padding))
-        self.ceil_mode, self.divisor = pool.ceil_mode, pool.divisor_override
-
-    def forward(self, values: Tensor) -> Tensor:
-        sides: list[int] = []
-        for axis in (1, 0):
-            size, pad = values.shape[axis - 2], self.padding[axis]
-            geometry = Axis(size, self.kernel[axis], self.stride[axis], 1, pad, pad)
-            windows = geometry.outputs(ceil_mode=self.ceil_mode)
-            missing = (windows - 1) * self.stride[axis] + self.kernel[axis] - size - 2 * pad
-            sides += [pad, pad + max(missing, 0)]
-        averages = functional.avg_pool2d(functional.pad(values, sides), self.kernel, self.stride)
-        return averages * (math.prod(self.kernel) / cast(int, self.divisor))
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
-
-
-@plain_form(nn.AvgPool2d)
-def _of_averages(pool: nn.AvgPool2d) -> nn.Module:
-    return pool if pool.divisor_override is None else _WindowSums(pool)
 
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {

@@ -85,7 +85,7 @@ def _exponential(context: RuleContext, alpha: float, scale: float = 1.0, *, inpl
 
 @register_rule(nn.Identity, nn.ReLU, nn.Tanhshrink, AbsoluteValue, GroupSort, MaxMin, FullSort, LayerCentering)
 def non_expansive_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
-    """``Y = X``, ``K = 1``: ``‖f(x)‖ ≤ ‖x‖`` and 1-Lipschitz: coordinatewise contractions, permutations, orthogonal projections.
+    """``Y = X``, ``K = 1``: coordinatewise contractions with ``f(0) = 0``, permutations, orthogonal projections.
 
     In the maximum norm too, but for centering, which moves an entry by what it moves and by what the mean does.
     """

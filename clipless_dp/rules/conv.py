@@ -54,15 +54,14 @@ def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
         dilation=dilation,
         padding_mode=module.padding_mode,
     )
-    if module.padding_mode in ("reflect", "replicate"):
+    if module.padding_mode == "reflect" or module.padding_mode == "replicate":
         padded = tuple(size + low + high for size, (low, high) in zip(input_size, padding, strict=True))
         none = ((0, 0),) * len(padded)
         copies = padded_copies(input_size, padding, module.padding_mode)
         copied = CopyPaddedConvOperator(padded, stride, none, dilation, module.groups, windows, copies=copies)
         return _bounds(module, context, copied)
-    operator = ConvOperator(
-        input_size, stride, padding, dilation, module.groups, windows, padding_mode=module.padding_mode
-    )
+    mode = module.padding_mode
+    operator = ConvOperator(input_size, stride, padding, dilation, module.groups, windows, padding_mode=mode)
     return _bounds(module, context, operator)
 
 

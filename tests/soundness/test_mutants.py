@@ -95,7 +95,7 @@ MUTANTS = (
             "zero padding's norm on a torus",
             conv,
             "convolution_rule",
-            "windows, padding_mode=module.padding_mode",
+            "windows, padding_mode=mode",
             "windows, padding_mode='zeros'",
         ),
         "circular conv1d 3",
