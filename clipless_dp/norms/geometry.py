@@ -224,6 +224,8 @@ def _pixels_read(reads: Tensor, size: int, padding_mode: str) -> Tensor:
         # A mirror at each edge's own pixel: torch pads by less than the size, so that one reflection is enough.
         reads = reads.abs()
         reads = torch.where(reads < size, reads, 2 * (size - 1) - reads)
+        if bool((reads < 0).any()) or bool((reads >= size).any()):
+            raise NormError(f"reflecting padding must be smaller than the axis, of {size} pixels")
     elif padding_mode == "replicate":
         reads = reads.clamp(0, size - 1)
     return reads[(reads >= 0) & (reads < size)].flatten()

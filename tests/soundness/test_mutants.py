@@ -187,7 +187,7 @@ MUTANTS = (
         "LeakyReLU, slope 3",
     ),
     (
-        Mutant("tanh's cap without its √n", activations, "_tanh", "math.sqrt(math.prod(context.input_shape))", "1.0"),
+        Mutant("tanh's cap without its √n", activations, "_bounded_slope", "cap * root", "cap"),
         "tanh, saturated",
     ),
     (
