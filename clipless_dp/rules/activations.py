@@ -207,7 +207,8 @@ def hardsigmoid_rule(module: nn.Hardsigmoid, context: RuleContext) -> LayerBound
     """``min(max(x/6 + 1/2, 0), 1)``: ``Y = min(X/6 + √n/2, √n)``, ``K = 1/6``."""
     if module.inplace:
         raise RuleError("inplace=True moves a zero that others may hold: use inplace=False")
-    return _bounded_slope(context, _ROUNDING / 6.0, 0.5, 1.0)
+    # Torch holds the sixth in float32, even for gradients in float64: 3e-8 above it.
+    return _bounded_slope(context, (1.0 + 5e-8) / 6.0, 0.5, 1.0)
 
 
 @register_rule(nn.LogSigmoid)
