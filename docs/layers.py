@@ -129,10 +129,15 @@ def source(rule: Any, kinds: list[type[nn.Module]]) -> str:
     return f"{who}, {where}" if who else where
 
 
+def is_layer(value: object) -> bool:
+    """Whether it is a class of modules."""
+    return isinstance(value, type) and issubclass(value, nn.Module)
+
+
 def traced_through() -> list[type[nn.Module]]:
     """Layers of this library without a rule of their own."""
     kinds = [getattr(layers, name) for name in layers.__all__]
-    return [kind for kind in kinds if isinstance(kind, type) and kind not in base._RULES]
+    return [kind for kind in kinds if is_layer(kind) and kind not in base._RULES]
 
 
 def label(kind: type[nn.Module]) -> str:

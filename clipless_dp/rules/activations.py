@@ -158,7 +158,7 @@ def tanh_rule(module: nn.Tanh, context: RuleContext) -> LayerBounds:
 
 @register_rule(BoxProjection)
 def box_projection_rule(module: BoxProjection, context: RuleContext) -> LayerBounds:
-    """``Y`` is the norm of the box's farthest corner, or ``X`` if that is less and zero is in the box; ``K = 1``."""
+    """``Y = min(X, R)`` with zero in the box, else ``Y = R``, the norm of its farthest corner; ``K = 1``."""
     columns = math.prod(context.input_shape)
     if module.columns is not None and context.input_shape != (module.columns,):
         raise RuleError(f"the box has {module.columns} columns, and its input is {context.input_shape} per sample")

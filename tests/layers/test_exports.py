@@ -18,10 +18,13 @@ Build = Callable[[], nn.Module]
 MAPS, TOKENS, ROWS = (4, 6, 6), (5, 4), (4,)
 
 LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
+    "AbsoluteValue": (layers.AbsoluteValue, MAPS),
     "AdaptiveL2NormPool1d": (lambda: layers.AdaptiveL2NormPool1d(3), (2, 7)),
     "AdaptiveL2NormPool2d": (lambda: layers.AdaptiveL2NormPool2d((4, 1)), MAPS),
     "BallProjection": (lambda: layers.BallProjection(0.5), MAPS),
     "BiasedCentering": (lambda: layers.BiasedCentering(4, (-2, -1)), MAPS),
+    "BoxProjection": (lambda: layers.BoxProjection(-0.5, 1.0), MAPS),
+    "BoxProjection of columns": (lambda: layers.BoxProjection([-1.0, 0.0, 0.2, -3.0], 0.5), ROWS),
     "ChannelBias": (lambda: layers.ChannelBias(4), MAPS),
     "ConcatReLU": (layers.ConcatReLU, MAPS),
     "ConcatResidual": (lambda: layers.ConcatResidual(nn.Linear(4, 2)), ROWS),
@@ -35,12 +38,14 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "GatedResidual": (lambda: layers.GatedResidual(nn.Linear(4, 4)), ROWS),
     "GroupSort": (lambda: layers.GroupSort(2), MAPS),
     "Householder": (lambda: layers.Householder(4), MAPS),
+    "Householder, order 2": (lambda: layers.Householder(4, order=2, pairing="halves"), MAPS),
     "L2NormPool1d": (lambda: layers.L2NormPool1d(3, 2, 1), (2, 7)),
     "L2NormPool2d": (lambda: layers.L2NormPool2d(3, 2, 1), MAPS),
     "LayerCentering": (layers.LayerCentering, MAPS),
     "LinearSpline": (lambda: layers.LinearSpline(4), MAPS),
     "MaxMin": (layers.MaxMin, MAPS),
     "MixerBlock": (lambda: layers.MixerBlock(4, 3), (4, 3)),
+    "MonotoneResidual": (lambda: layers.MonotoneResidual(nn.Sequential(nn.Linear(4, 2)), [1, -1, 0, 0], 2), ROWS),
     "Residual": (lambda: layers.Residual(nn.Linear(4, 4)), ROWS),
     "SampleGroupNorm": (lambda: layers.SampleGroupNorm(2, floor=0.1), MAPS),
     "ScaledAvgPool2d": (lambda: layers.ScaledAvgPool2d(3, 2, 1), MAPS),
@@ -95,7 +100,8 @@ def expected_of(layer: nn.Module, values: Tensor) -> Tensor:
 
 
 def test_every_layer_is_exported_here() -> None:
-    kinds = {name for name in layers.__all__ if isinstance(getattr(layers, name), type)}
+    values = {name: getattr(layers, name) for name in layers.__all__}
+    kinds = {name for name, value in values.items() if isinstance(value, type) and issubclass(value, nn.Module)}
     assert kinds <= LAYERS.keys()
 
 
