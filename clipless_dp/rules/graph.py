@@ -138,6 +138,8 @@ def entries_sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwarg
 @register_function_rule(operator.getitem, call=lambda input, index: None)
 def slice_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Slices ``x[:, 1:3]``, ``x[..., 0]``, ``x[:, None]``: ``Y = X``, ``K = 1``: no entry is taken twice."""
+    if len(context.input_shapes) != 1:
+        raise RuleError("it takes a part of what is no tensor, or at a place that is computed: neither has a bound")
     index = kwargs["index"]
     parts = index if isinstance(index, tuple) else (index,)
     if not all(map(_is_basic, parts)):

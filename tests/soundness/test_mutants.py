@@ -329,7 +329,7 @@ MUTANTS = (
         "max pooling 3, stride 1",
     ),
     (
-        Mutant("average overlap in average pooling", pooling, "_average_bounds", "columns.max()", "columns.min()"),
+        Mutant("average overlap in average pooling", pooling, "_linear_bounds", "columns.max()", "columns.min()"),
         "average pooling 3, stride 1, padding 1",
     ),
     (
