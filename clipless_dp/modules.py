@@ -18,6 +18,16 @@ def kind_of(module: nn.Module) -> type[nn.Module]:
     return bases[1] if mixed else own
 
 
+class Unscripted:
+    """Mixed into a module whose code ``torch.jit.script`` cannot compile: it is told what can be done instead."""
+
+    def __prepare_scriptable__(self) -> Any:
+        raise ConfigurationError(
+            f"torch.jit.script does not compile {type(self).__name__}: record model.export_net() by torch.jit.trace or "
+            "torch.export, which compute the same"
+        )
+
+
 def modules_of(net: nn.Module) -> list[nn.Module]:
     """What ``net.modules()`` yields, in its order, without a name for each: every step asks."""
     found: dict[nn.Module, None] = {}

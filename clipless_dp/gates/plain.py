@@ -24,6 +24,7 @@ from clipless_dp.gates.gradient_layers import (
     GradientGatedLinear,
 )
 from clipless_dp.gates.signal import BallProjection, CotangentGate, SphereScaling
+from clipless_dp.modules import Unscripted
 
 _Form = Callable[[Any], nn.Module]
 _FORMS: dict[type[nn.Module], _Form] = {}
@@ -84,7 +85,7 @@ def scaled(values: Tensor, cap: float, floor: float, largest: float) -> tuple[Te
     return torch.where(per_sample(known, values), moved, torch.zeros_like(moved)), known
 
 
-class PlainScaling(nn.Module):
+class PlainScaling(Unscripted, nn.Module):
     """``cap·x/max(‖x‖, floor)`` per sample: a sphere, or where the floor is the cap a ball.
 
     Args:
@@ -108,7 +109,7 @@ class PlainScaling(nn.Module):
         return f"cap={self.cap:g}, floor={self.floor:g}"
 
 
-class InputBall(nn.Module):
+class InputBall(Unscripted, nn.Module):
     """The input gate: samples on a ball, and which of them have a norm.
 
     Args:

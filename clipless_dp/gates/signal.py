@@ -22,6 +22,7 @@ from clipless_dp.gates.arithmetic import (
     scale_factors,
     tangent_part,
 )
+from clipless_dp.modules import Unscripted
 from clipless_dp.precision import outside_autocast
 
 GateMode = Literal["clip", "normalize"]
@@ -196,7 +197,7 @@ def cotangent_gate_l1(values: Tensor, limit: float) -> Tensor:
     return gated
 
 
-class BallProjection(nn.Module):
+class BallProjection(Unscripted, nn.Module):
     """``x·min(1, r/‖x‖)`` per sample: the projection onto the ball of radius ``r``; 1-Lipschitz.
 
     Args:
@@ -226,7 +227,7 @@ class BallProjection(nn.Module):
         return f"radius={self.radius:g}"
 
 
-class SphereScaling(nn.Module):
+class SphereScaling(Unscripted, nn.Module):
     """``r·x/max(‖x‖, c)`` per sample: scales to the sphere of radius ``r``; (r/c)-Lipschitz.
 
     Args:
@@ -260,7 +261,7 @@ class SphereScaling(nn.Module):
         return f"radius={self.radius:g}, floor={self.floor:g}"
 
 
-class CotangentGate(nn.Module):
+class CotangentGate(Unscripted, nn.Module):
     """Identity forwards; backwards it caps each sample's cotangent at ``limit``.
 
     Args:

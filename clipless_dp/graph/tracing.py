@@ -20,9 +20,13 @@ from clipless_dp.isolation import Isolated
 from clipless_dp.modules import is_hooked
 from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
+from clipless_dp.rules.graph import piece
 
 _BATCH_SIZES = (2, 3)
 _SHAPE_METHODS = {"size", "dim", "numel"}
+_SPLITS = {torch.chunk: "chunk", torch.split: "split", torch.unbind: "unbind"} | {
+    name: name for name in ("chunk", "split", "unbind")
+}
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -140,7 +144,26 @@ def symbolic_trace(net: nn.Module) -> fx.GraphModule:
             )
         )
         raise UnsupportedModuleError(parts) from error
+    _take_pieces_apart(graph)
     return fx.GraphModule(root, graph)
+
+
+def _take_pieces_apart(graph: fx.Graph) -> None:
+    """Replaces tuples of pieces, of which each is taken by its number, by the pieces: other values are tensors."""
+    for node in list(graph.nodes):
+        name = _SPLITS.get(node.target)
+        users = list(node.users)
+        taken = [user.target is getitem and isinstance(user.args[1], int) for user in users]
+        if name is None or not users or not all(taken) or not node.args:
+            continue
+        for user in users:
+            with graph.inserting_before(user):
+                settings = (node.args[0], name, user.args[1], *node.args[1:])
+                made = graph.call_function(piece, settings, dict(node.kwargs))
+            made.meta.update(node.meta)
+            user.replace_all_uses_with(made)
+            graph.erase_node(user)
+        graph.erase_node(node)
 
 
 def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> TracedNet:

@@ -2,23 +2,36 @@
 
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.absolute import AbsoluteValue
-from clipless_dp.layers.centering import LayerCentering
+from clipless_dp.layers.centering import BiasedCentering, ChannelBias, LayerCentering
 from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
 from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
-from clipless_dp.layers.pooling import L2NormPool2d, ScaledAvgPool2d
-from clipless_dp.layers.residual import ConvexResidual, GatedResidual, Residual, SigmoidMix
-from clipless_dp.layers.sorting import FullSort, GroupSort, MaxMin
+from clipless_dp.layers.padding import SymmetricPad1d, SymmetricPad2d
+from clipless_dp.layers.pooling import (
+    AdaptiveL2NormPool1d,
+    AdaptiveL2NormPool2d,
+    L2NormPool1d,
+    L2NormPool2d,
+    ScaledAvgPool2d,
+)
+from clipless_dp.layers.residual import ConcatResidual, ConvexResidual, GatedResidual, Residual, SigmoidMix
+from clipless_dp.layers.sorting import ConcatReLU, FullSort, GroupSort, MaxMin
 from clipless_dp.layers.spline import EffectiveRegions, LinearSpline, SplineRegions, effective_regions
 from clipless_dp.layers.standardisation import SampleGroupNorm
 
 __all__ = [
     "AbsoluteValue",
+    "AdaptiveL2NormPool1d",
+    "AdaptiveL2NormPool2d",
     "BallProjection",
+    "BiasedCentering",
     "BoxProjection",
+    "ChannelBias",
+    "ConcatReLU",
+    "ConcatResidual",
     "ConvexPotential",
     "ConvexPotentialConv2d",
     "ConvexResidual",
@@ -29,6 +42,7 @@ __all__ = [
     "GatedResidual",
     "GroupSort",
     "Householder",
+    "L2NormPool1d",
     "L2NormPool2d",
     "LayerCentering",
     "LinearSpline",
@@ -42,6 +56,8 @@ __all__ = [
     "SortLinear",
     "SphereScaling",
     "SplineRegions",
+    "SymmetricPad1d",
+    "SymmetricPad2d",
     "TokenMixing",
     "Tokens",
     "adaptive_orthogonal_conv2d",

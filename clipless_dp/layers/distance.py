@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import flag, share, shown, whole
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates.plain import plain_form
+from clipless_dp.modules import Unscripted
 
 _CHUNK = 1 << 18
 """Differences ``B·out·in`` that are held at once: what fits into a core's cache."""
@@ -173,7 +175,7 @@ def _largest(inputs: Tensor, weight: Tensor, terms: int) -> Tensor:
     return places.permute(1, 2, 0)
 
 
-class _MaximumNorm(nn.Module):
+class _MaximumNorm(Unscripted, nn.Module):
     """What both layers share: sizes, a weight ``(out, in)`` and a bias in place of a mean over the batch."""
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
@@ -343,3 +345,45 @@ def set_exponent_(net: nn.Module, p: float) -> None:
     for layer in net.modules():
         if isinstance(layer, DistanceLinear):
             layer.p = value
+
+
+_ENTRIES = 1 << 20
+"""Differences of one row that its plain form holds at once."""
+
+
+class _Plain(Unscripted, nn.Module):
+    """Either layer by ordinary operations, in pieces that the number of rows does not decide."""
+
+    def __init__(self, layer: DistanceLinear | SortLinear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.coefficients: tuple[float, ...] = ()
+        self.p, self.scale = math.inf, 1.0
+        if isinstance(layer, SortLinear):
+            self.coefficients = layer.coefficients
+        else:
+            self.p, self.scale = layer.p, layer.scale
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        step = max(1, _ENTRIES // self.weight.shape[1])
+        values = torch.cat(
+            [self._of(inputs, self.weight[low : low + step]) for low in range(0, len(self.weight), step)], 1
+        )
+        return values if self.bias is None else values + self.bias
+
+    def _of(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        sizes = (inputs.unsqueeze(1) - weight).abs()
+        if self.coefficients:
+            largest = sizes.topk(len(self.coefficients), -1).values
+            return (largest * torch.tensor(self.coefficients, dtype=inputs.dtype, device=inputs.device)).sum(-1)
+        top = sizes.amax(-1, keepdim=True)
+        if math.isinf(self.p):
+            return top.squeeze(-1)
+        top = top.clamp(min=torch.finfo(sizes.dtype).tiny)
+        return (sizes / top).pow(self.p).sum(-1).pow(1.0 / self.p) * top.squeeze(-1) * self.scale
+
+
+@plain_form(DistanceLinear)
+@plain_form(SortLinear)
+def _of_layer(layer: DistanceLinear | SortLinear) -> nn.Module:
+    return _Plain(layer)

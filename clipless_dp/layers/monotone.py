@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import number
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.layers.coordinates import INCREASING, chain_slopes, parts_of, refuse_parts
+from clipless_dp.modules import Unscripted
 
 SLACK = 2.0**-20
 """By how much, relatively, the slopes of a residual are above what they outweigh: its rounding is far below."""
@@ -19,7 +20,7 @@ SLACK = 2.0**-20
 Side = float | Sequence[float]
 
 
-class BoxProjection(nn.Module):
+class BoxProjection(Unscripted, nn.Module):
     """Cuts each coordinate to an interval: the projection on a box, increasing in each coordinate.
 
     It is 1-Lipschitz in every ℓp norm, and unlike the projection on a ball (:class:`clipless_dp.layers.BallProjection`)
@@ -110,7 +111,7 @@ def _end(name: str, end: Any) -> float:
     return found
 
 
-class MonotoneLift(nn.Module):
+class MonotoneLift(Unscripted, nn.Module):
     """``λ_1·s_1·x_1 + … + λ_n·s_n·x_n`` for each of the outputs of a network, of which no parameter is learnt.
 
     Args:

@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import shown
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.modules import Unscripted
 
 Pairing = Literal["adjacent", "halves"]
 
 
-class Paired(nn.Module):
+class Paired(Unscripted, nn.Module):
     """A module that acts on pairs of channels.
 
     Args:

@@ -24,6 +24,33 @@ class Residual(nn.Module):
         return output
 
 
+class ConcatResidual(nn.Module):
+    """``x`` and ``f(x)`` one after the other along an axis; ``Y = (X² + Y_f²)^½``, and ``1 + K_f`` bounds its constant.
+
+    Args:
+        block: ``f``; what it returns fits to its input on all other axes.
+        dim: the axis, not the batch's; 1 is that of channels.
+
+    Shape:
+        ``(B, C, ...)`` to ``(B, C + C', ...)``.
+    """
+
+    def __init__(self, block: nn.Module, dim: int = 1) -> None:
+        super().__init__()
+        if dim == 0:
+            raise ConfigurationError("dim=0 is the batch axis, along which samples would be joined; use dim=1")
+        self.block = block
+        self.dim = dim
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Joins the input and the block's output."""
+        return torch.cat([values, self.block(values)], self.dim)
+
+    def extra_repr(self) -> str:
+        """The axis."""
+        return f"dim={self.dim}"
+
+
 class ConvexResidual(nn.Module):
     """``(1-α)·x + α·f(x)`` with a fixed ``α`` in [0, 1]; 1-Lipschitz when ``f`` is.
 

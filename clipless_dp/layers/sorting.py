@@ -95,3 +95,28 @@ class FullSort(nn.Module):
     def extra_repr(self) -> str:
         """The axis."""
         return f"dim={self.dim}"
+
+
+class ConcatReLU(nn.Module):
+    """``relu(x)`` and ``relu(-x)``, one after the other along an axis (Shang et al. 2016): norm-preserving.
+
+    Args:
+        dim: the axis, not the batch's, whose length doubles.
+
+    Shape:
+        ``(B, C, ...)`` to ``(B, 2C, ...)``.
+    """
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        if dim == 0:
+            raise ConfigurationError("dim=0 is the batch axis, along which samples would be joined; use dim=1")
+        self.dim = dim
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Joins both halves."""
+        return torch.cat([values.relu(), (-values).relu()], self.dim)
+
+    def extra_repr(self) -> str:
+        """The axis."""
+        return f"dim={self.dim}"

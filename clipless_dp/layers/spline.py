@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from clipless_dp.arguments import not_negative, shown
 from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.modules import Unscripted
 
 SplineInit = Literal["identity", "abs", "maxmin", "relu"]
 
 
-class LinearSpline(nn.Module):
+class LinearSpline(Unscripted, nn.Module):
     """A continuous piecewise linear function of each channel, zero at zero, with learnable slopes.
 
     ``f(x) = Σ_i s_i·φ_i(x)`` where ``φ_i(x)`` is the signed length of ``[0, x]`` within segment ``i``; the first and

@@ -10,9 +10,10 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.arithmetic import LARGEST_NORM, checked_cap
 from clipless_dp.gates.plain import plain_form, scaled
 from clipless_dp.gates.signal import scale_samples
+from clipless_dp.modules import Unscripted
 
 
-class SampleGroupNorm(nn.Module):
+class SampleGroupNorm(Unscripted, nn.Module):
     """``(x - μ)/max(σ, c)`` with the mean and deviation of each group of channels of each sample; (1/c)-Lipschitz.
 
     ``nn.GroupNorm`` with a floor under the deviation, without which no Lipschitz constant exists, and without
@@ -55,7 +56,7 @@ class SampleGroupNorm(nn.Module):
         return f"groups={self.groups}, floor={self.floor:g}"
 
 
-class _Plain(nn.Module):
+class _Plain(Unscripted, nn.Module):
     """The same by ordinary operations."""
 
     def __init__(self, groups: int, floor: float) -> None:

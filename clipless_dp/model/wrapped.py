@@ -40,7 +40,7 @@ from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
-from clipless_dp.modules import modules_of, parameter_device_and_dtype, parameters_of
+from clipless_dp.modules import Unscripted, modules_of, parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.packing import Packing, Structure
@@ -51,7 +51,7 @@ _Opened = passes.Pass | Tensor | None
 """A pass, or in a compiled graph its token; ``None`` where it is nobody's."""
 
 
-class DPLipModel(nn.Module):
+class DPLipModel(Unscripted, nn.Module):
     """A network whose per-sample gradients are bounded, whatever it is fed.
 
     The network is traced with ``torch.fx`` and the traced graph is what runs, so the bounds are those of the code

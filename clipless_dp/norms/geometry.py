@@ -187,7 +187,8 @@ def coverage(
         padding: An integer, one per axis, `"same"`, `"valid"`, or one (low, high) pair per axis.
         dilation: Spacing of the window's pixels.
         ceil_mode: Count the overhanging windows that torch's pooling adds in ceil mode.
-        padding_mode: `"zeros"` (padding is no pixel) or `"circular"` (padding is the pixel it copies).
+        padding_mode: `"zeros"` (padding is no pixel), or `"circular"`, `"reflect"` or `"replicate"` (padding is the
+            pixel it copies).
 
     Returns:
         N, a non-negative integer (0 when no window reads any pixel).
@@ -203,16 +204,47 @@ def coverage(
     has operator norm exactly √N, as each pixel is copied at most N times into distinct places.
     """
     axes = window_axes(input_size, kernel_size, stride=stride, padding=padding, dilation=dilation)
-    if padding_mode not in ("zeros", "circular"):
-        raise NormError(f"padding_mode must be 'zeros' or 'circular', got {padding_mode!r}")
+    if padding_mode not in ("zeros", "circular", "reflect", "replicate"):
+        raise NormError(f"padding_mode must be 'zeros', 'circular', 'reflect' or 'replicate', got {padding_mode!r}")
     most = 1
     for axis in axes:
         windows = axis.outputs(ceil_mode=ceil_mode)
         if windows < 1:
             raise NormError(f"no window fits: kernel_size={kernel_size!r} on input_size={input_size!r}")
         reads = window_reads(axis, windows)
-        reads = reads % axis.size if padding_mode == "circular" else reads[(reads >= 0) & (reads < axis.size)]
-        most *= int(torch.bincount(reads.flatten(), minlength=1).max())
+        most *= int(torch.bincount(_pixels_read(reads, axis.size, padding_mode), minlength=1).max())
+    return most
+
+
+def _pixels_read(reads: Tensor, size: int, padding_mode: str) -> Tensor:
+    """The pixels that stand at positions, some of which are padding."""
+    if padding_mode == "circular":
+        reads = reads % size
+    elif padding_mode == "reflect":
+        # A mirror at each edge's own pixel: torch pads by less than the size, so that one reflection is enough.
+        reads = reads.abs()
+        reads = torch.where(reads < size, reads, 2 * (size - 1) - reads)
+        if bool((reads < 0).any()) or bool((reads >= size).any()):
+            raise NormError(f"reflecting padding must be smaller than the axis, of {size} pixels")
+    elif padding_mode == "replicate":
+        reads = reads.clamp(0, size - 1)
+    return reads[(reads >= 0) & (reads < size)].flatten()
+
+
+def padded_copies(input_size: Sequence[int], sides: Sequence[tuple[int, int]], padding_mode: str) -> int:
+    """In how many places of the padded map any one pixel stands at most.
+
+    Args:
+        input_size: pixels per axis.
+        sides: entries added before and behind on each axis.
+        padding_mode: as in :func:`coverage`.
+
+    Guarantee: exact counting. Padding is a matrix of one 1 in each row, so its norm is exactly the number's root.
+    """
+    most = 1
+    for size, (low, high) in zip(input_size, sides, strict=True):
+        places = torch.arange(-low, size + high, device="cpu")
+        most *= int(torch.bincount(_pixels_read(places, size, padding_mode), minlength=1).max())
     return most
 
 

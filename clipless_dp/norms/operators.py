@@ -113,6 +113,21 @@ class ConvOperator:
 
 
 @dataclass(frozen=True)
+class CopyPaddedConvOperator(ConvOperator):
+    """A convolution of a map whose padding copies its own pixels: the other fields are those of the padded map.
+
+    Attributes:
+        copies: ``M``: in how many places of the padded map a pixel stands at most.
+    """
+
+    copies: int = 1
+
+    def norm(self, weight: Tensor) -> float:
+        """``√M`` times the certified norm on the padded map: padding has the norm ``√M``."""
+        return math.sqrt(self.copies) * (1.0 + 1e-12) * super().norm(weight)
+
+
+@dataclass(frozen=True)
 class DiagonalOperator:
     """Slopes that multiply one coordinate each."""
 

@@ -1,6 +1,7 @@
 """One rule per layer type: its ``Y``, ``K`` and ``Δ_θ``; users extend them with :func:`register_rule`."""
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from clipless_dp.rules import activations, conv, distance, embedding, gates, graph, linear, pooling, residual
 from clipless_dp.rules.base import (
@@ -24,7 +25,8 @@ _ANY = "; behind gradient gates, clipless_dp.gradient_gated(net), it runs as it 
 _MIXES = (
     "it mixes samples through batch statistics; clipless_dp.recipes.convert_batchnorm(net) replaces it by group norms, "
     "for networks behind gradient gates (clipless_dp.gradient_gated(net)); in a certified Lipschitz network use "
-    "clipless_dp.layers.LayerCentering and BallProjection"
+    "clipless_dp.layers.LayerCentering and BallProjection; with frozen statistics it is affine, and "
+    "torch.nn.utils.fuse_conv_bn_eval or fuse_linear_bn_eval folds it into the layer before"
 )
 register_remedy(
     _MIXES,
@@ -57,7 +59,41 @@ register_remedy(
 )  # fmt: skip
 register_remedy(
     f"in a certified Lipschitz network use nn.ReLU, nn.Tanh or clipless_dp.layers.GroupSort{_ANY}",
-    nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.ELU,
+    nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Hardswish, nn.GLU, nn.Threshold, nn.Hardshrink, nn.Softmin, nn.Softmax2d,
+)  # fmt: skip
+register_remedy(
+    "it does not know its parameters yet: run the network once on a batch of zeros, net(torch.zeros(2, ...)), before "
+    "it is wrapped; it is then an ordinary layer",
+    LazyModuleMixin,
+)
+register_remedy(
+    "its norm is not certified in three dimensions; in a certified Lipschitz network fold one axis into the channels "
+    f"(flatten(1, 2)) and use nn.Conv2d, or nn.MaxPool3d and nn.AvgPool3d, which have rules{_ANY}",
+    nn.Conv3d, nn.ConvTranspose3d,
+)  # fmt: skip
+register_remedy(
+    f"it reads the places of maxima from another layer; use nn.ConvTranspose2d, or nn.PixelShuffle{_ANY}",
+    nn.MaxUnpool1d, nn.MaxUnpool2d, nn.MaxUnpool3d,
+)  # fmt: skip
+register_remedy(
+    f"use clipless_dp.layers.L2NormPool2d (L2NormPool1d for signals), which is the same with norm_type=2{_ANY}",
+    nn.LPPool1d, nn.LPPool2d, nn.LPPool3d,
+)  # fmt: skip
+register_remedy(
+    f"use nn.MaxPool1d or nn.MaxPool2d with numbers for its windows{_ANY}",
+    nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d,
+)  # fmt: skip
+register_remedy(
+    "it draws from torch's own generator; use nn.Dropout, whose masks come from the model's",
+    nn.AlphaDropout, nn.FeatureAlphaDropout,
+)  # fmt: skip
+register_remedy(
+    "it draws its slopes from torch's own generator; use nn.LeakyReLU, or nn.PReLU, which learns them",
+    nn.RReLU,
+)  # fmt: skip
+register_remedy(
+    f"use nn.ConvTranspose2d with a stride, or nn.PixelShuffle{_ANY}",
+    nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
 )  # fmt: skip
 register_remedy(
     "recurrent layers have no rule; a certified Lipschitz network reads sequences by nn.Conv1d or linear maps"

@@ -117,7 +117,7 @@ FunctionRuleT = TypeVar("FunctionRuleT", bound=FunctionRule)
 
 _RULES: dict[type[nn.Module], Rule] = {}
 _FUNCTION_RULES: dict[Any, FunctionRule] = {}
-_REMEDIES: dict[type[nn.Module], str] = {}
+_REMEDIES: dict[type[Any], str] = {}
 
 
 def register_rule(*module_types: type[nn.Module]) -> Callable[[RuleT], RuleT]:
@@ -205,7 +205,7 @@ def register_function_rule(
     return decorate
 
 
-def register_remedy(remedy: str, *module_types: type[nn.Module]) -> None:
+def register_remedy(remedy: str, *module_types: type[Any]) -> None:
     """Says what to use in place of module types that have no bound."""
     for module_type in module_types:
         _REMEDIES[module_type] = remedy

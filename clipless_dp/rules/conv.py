@@ -6,8 +6,8 @@ import math
 
 from torch import nn
 
-from clipless_dp.norms import coverage
-from clipless_dp.norms.operators import ConvOperator, Sides
+from clipless_dp.norms import coverage, padded_copies
+from clipless_dp.norms.operators import ConvOperator, CopyPaddedConvOperator, Sides
 from clipless_dp.rules import linear
 from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_rule
 
@@ -39,9 +39,10 @@ def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
 
     Circular padding: the slice of the gradient at offset τ is ``Σ_p g(p) x(sp+τ)ᵀ`` with indices on the torus, and
     N counts each pixel as often as a window or a copy of the pixel in the padding reads it.
+
+    Reflecting and replicating padding: the same N. The layer is ``conv∘pad``, and padding, a matrix of one 1 in each
+    row, has the norm ``√M`` for the most places M that a pixel has: ``‖conv‖ ≤ √M·‖conv on the padded map‖``.
     """
-    if module.padding_mode not in ("zeros", "circular"):
-        raise RuleError(f"padding_mode={module.padding_mode!r} is not supported: use padding_mode='zeros'")
     input_size, padding = _input_size(module, context), _sides(module)
     # Lists, which torch takes as well, could not be looked up.
     stride, dilation = tuple(module.stride), tuple(module.dilation)
@@ -53,15 +54,22 @@ def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
         dilation=dilation,
         padding_mode=module.padding_mode,
     )
-    operator = ConvOperator(
-        input_size, stride, padding, dilation, module.groups, windows, padding_mode=module.padding_mode
-    )
+    if module.padding_mode == "reflect" or module.padding_mode == "replicate":
+        padded = tuple(size + low + high for size, (low, high) in zip(input_size, padding, strict=True))
+        none = ((0, 0),) * len(padded)
+        copies = padded_copies(input_size, padding, module.padding_mode)
+        copied = CopyPaddedConvOperator(padded, stride, none, dilation, module.groups, windows, copies=copies)
+        return _bounds(module, context, copied)
+    mode = module.padding_mode
+    operator = ConvOperator(input_size, stride, padding, dilation, module.groups, windows, padding_mode=mode)
     return _bounds(module, context, operator)
 
 
 @register_rule(nn.ConvTranspose1d, nn.ConvTranspose2d)
 def transposed_convolution_rule(module: TransposedConvolution, context: RuleContext) -> LayerBounds:
-    """The adjoint's norm; ``Δ_W = √N·GX`` with the coverage N of the *output*'s pixels, ``Δ_b = √P·G``.
+    """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ_W = √N·GX``, ``Δ_b = √P·G``, coverage N of the *output*'s pixels.
+
+    The norm is the adjoint's.
 
     Input and cotangent change places: the gradient's slice at offset τ is ``Σ_p x(p) g(sp+τ)ᵀ``, of norm at most
     ``‖x‖‖g_τ‖``, and ``Σ_τ‖g_τ‖²`` counts each output pixel as often as a window reaches it, at most N times.

@@ -16,7 +16,9 @@ _ROUNDING = 1.0 + 1e-12
 
 @register_rule(DistanceLinear)
 def distance_rule(module: DistanceLinear, context: RuleContext) -> LayerBounds:
-    """``Δ_W = sG``, ``Δ_b = G``, ``K = s√out``, ``K_∞ = s·n^{1/p}``, with ``s = n^{-1/p}`` of means, else 1.
+    """``Y = s√out·X + s‖W‖_F + ‖b‖``, ``K = s√out``, ``Δ_W = sG``, ``Δ_b = G``.
+
+    ``K_∞ = s·n^{1/p}``, with ``s = n^{-1/p}`` of means, else 1.
 
     ``v = s·∇‖d‖_p`` has ``‖v‖_{p/(p-1)} = s``: so ``‖v‖₂ ≤ s``, as ``p ≥ 2``, and ``‖v‖₁ ≤ s·n^{1/p}``. Row ``j`` of
     the weight's gradient is ``-g_j v_jᵀ``. Proofs: ``docs/bounds.md``.
@@ -34,7 +36,10 @@ def distance_rule(module: DistanceLinear, context: RuleContext) -> LayerBounds:
 
 @register_rule(SortLinear)
 def sort_rule(module: SortLinear, context: RuleContext) -> LayerBounds:
-    """``Δ_W = cG``, ``Δ_b = G``, ``K = c√out``, ``K_∞ = c``, with ``c = Σ|c_k| = 1`` as the layer computes with."""
+    """``Y = c√out·X + c‖W‖_F + ‖b‖``, ``K = c√out``, ``Δ_W = cG``, ``Δ_b = G``.
+
+    ``K_∞ = c``, with ``c = Σ|c_k| = 1`` as the layer computes with.
+    """
     total = math.fsum(map(abs, module.coefficients))
     return _bounds(module, context, least=total, most=total)
 

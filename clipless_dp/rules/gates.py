@@ -55,7 +55,10 @@ def sample_group_norm_rule(module: SampleGroupNorm, context: RuleContext) -> Lay
 
 @register_rule(CotangentGate)
 def cotangent_gate_rule(module: CotangentGate, context: RuleContext) -> LayerBounds:
-    """The cotangent becomes ``min(G, c)`` when clipping, and ``c·min(1, G/floor)`` when normalising."""
+    """``Y = X``, ``K = 1`` (normalising ``K = c/floor``).
+
+    The cotangent becomes ``min(G, c)`` when clipping, and ``c·min(1, G/floor)`` when normalising.
+    """
     cap = module.limit * rounding_slack(math.prod(context.input_shape))
     if module.mode == "normalize":
         return LayerBounds(
@@ -75,7 +78,10 @@ def cotangent_gate_rule(module: CotangentGate, context: RuleContext) -> LayerBou
 
 @register_rule(GradientGatedLinear)
 def gradient_gated_linear_rule(module: GradientGatedLinear, context: RuleContext) -> LayerBounds:
-    """As the linear layer; the gradients themselves have the gates' caps."""
+    """``Y = ‖W‖X + √T‖b‖``, ``K = ‖W‖``, ``Δ = c``.
+
+    As the linear layer; the gradients themselves have the gates' caps.
+    """
     return _capped(linear_rule(module, context), module, module.weight, module.bias, context)
 
 
@@ -83,7 +89,10 @@ def gradient_gated_linear_rule(module: GradientGatedLinear, context: RuleContext
 def gradient_gated_convolution_rule(
     module: GradientGatedConv1d | GradientGatedConv2d, context: RuleContext
 ) -> LayerBounds:
-    """As the convolution; the gradients themselves have the gates' caps."""
+    """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ = c``.
+
+    As the convolution; the gradients themselves have the gates' caps.
+    """
     return _capped(convolution_rule(module, context), module, module.weight, module.bias, context)
 
 
@@ -91,7 +100,10 @@ def gradient_gated_convolution_rule(
 def gradient_gated_transposed_convolution_rule(
     module: GradientGatedConvTranspose1d | GradientGatedConvTranspose2d, context: RuleContext
 ) -> LayerBounds:
-    """As the transposed convolution; the gradients themselves have the gates' caps."""
+    """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ = c``.
+
+    As the transposed convolution; the gradients themselves have the gates' caps.
+    """
     return _capped(transposed_convolution_rule(module, context), module, module.weight, module.bias, context)
 
 
@@ -123,7 +135,9 @@ def _capped(
 
 @register_rule(Isolated)
 def isolated_rule(module: Isolated, context: RuleContext) -> LayerBounds:
-    """Nothing is known of the network but the gates: each parameter's cap, for each gate that it goes through.
+    """``Y = ∞``, ``K = ∞``, ``Δ = c``.
+
+    Nothing is known of the network but the gates: each parameter's cap, for each gate that it goes through.
 
     What rounding can hide from a cap is that of the norms of what meets the parameter and of what arrives, and of the
     gradient itself.

@@ -11,9 +11,23 @@ import operator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
+
+
+def piece(values: Tensor, function: str, index: int, *settings: Any, **named: Any) -> Tensor:
+    """One of the pieces that a method of tensors makes, so that every value in a graph is a tensor.
+
+    Args:
+        values: ``(B, ...)``.
+        function: name of the method.
+        index: of the piece.
+        settings: arguments of the method.
+        named: the same by name.
+    """
+    found: Tensor = getattr(values, function)(*settings, **named)[index]
+    return found
 
 
 def _rearranged(context: RuleContext) -> LayerBounds:
@@ -107,3 +121,69 @@ def mean_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict
     ratio = math.prod(context.output_shape) / math.prod(context.input_shape)
     constant = math.sqrt(ratio) * (1.0 + 1e-12)
     return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant, lipschitz_inf=1.0)
+
+
+@register_function_rule(torch.sum, "sum", call=lambda input, dim=None, keepdim=False, *, dtype=None: None)
+def entries_sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """Sum over ``n`` entries: ``Y = √n·X``, ``K = √n``."""
+    if kwargs["dtype"] is not None:
+        raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
+    entries = math.prod(context.input_shape) / math.prod(context.output_shape)
+    constant = math.sqrt(entries) * (1.0 + 1e-12)
+    return LayerBounds(
+        output_norm=lambda: constant * context.input_norm, lipschitz=constant, lipschitz_inf=entries * (1.0 + 1e-12)
+    )
+
+
+@register_function_rule(operator.getitem, call=lambda input, index: None)
+def slice_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """Slices ``x[:, 1:3]``, ``x[..., 0]``, ``x[:, None]``: ``Y = X``, ``K = 1``: no entry is taken twice."""
+    if len(context.input_shapes) != 1:
+        raise RuleError("it takes a part of what is no tensor, or at a place that is computed: neither has a bound")
+    index = kwargs["index"]
+    parts = index if isinstance(index, tuple) else (index,)
+    if not all(map(_is_basic, parts)):
+        raise RuleError("only numbers and slices written in the code have a bound: lists and masks may repeat entries")
+    taken = sum(part is not None and part is not Ellipsis for part in parts)
+    # The batch is the ellipsis' own, or a slice that leaves it as it is.
+    kept = taken <= len(context.input_shape) if parts[:1] == (Ellipsis,) else parts[:1] == (slice(None),)
+    if not kept:
+        raise RuleError("it cuts the batch axis; begin with a full slice, x[:, ...]")
+    return _rearranged(context)
+
+
+def _is_basic(part: object) -> bool:
+    if isinstance(part, slice):
+        return all(end is None or isinstance(end, int) for end in (part.start, part.stop, part.step))
+    return part is None or part is Ellipsis or (isinstance(part, int) and not isinstance(part, bool))
+
+
+@register_function_rule(torch.narrow, "narrow", call=lambda input, dim, start, length: None)
+@register_function_rule(torch.select, "select", call=lambda input, dim, index: None)
+def narrow_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """A part of a value along an axis that is not the batch's: ``Y = X``, ``K = 1``."""
+    if not all(isinstance(value, int) for name, value in kwargs.items() if name != "input"):
+        raise RuleError("its place is computed; write numbers")
+    _require_other_axis(context, kwargs["dim"])
+    return _rearranged(context)
+
+
+@register_function_rule(
+    piece,
+    call=lambda input, function, index, *settings, dim=0, split_size_or_sections=None, split_size=None, chunks=None: (
+        None
+    ),
+)
+def piece_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+    """One of the pieces that ``chunk``, ``split`` or ``unbind`` make along an axis: ``Y = X``, ``K = 1``."""
+    settings = kwargs.get("settings", ())
+    _require_other_axis(context, settings[-1] if len(settings) == _AXIS_AT[kwargs["function"]] else kwargs["dim"])
+    return _rearranged(context)
+
+
+_AXIS_AT = {"chunk": 2, "split": 2, "unbind": 1}
+
+
+def _require_other_axis(context: RuleContext, dim: object) -> None:
+    if not isinstance(dim, int) or dim % (len(context.input_shape) + 1) == 0:
+        raise RuleError("it cuts the batch axis; give another one by a number, e.g. dim=1")

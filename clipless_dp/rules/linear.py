@@ -13,7 +13,7 @@ from clipless_dp.rules.base import Deferred, LayerBounds, RuleContext, register_
 
 @register_rule(nn.Linear)
 def linear_rule(module: nn.Linear, context: RuleContext) -> LayerBounds:
-    """:func:`affine_bounds` at T positions.
+    """``Y = ‖W‖X + √T‖b‖``, ``K = ‖W‖``, ``Δ_W = GX``, ``Δ_b = √T·G`` at T positions.
 
     The weight's gradient is ``Σ_t g_t x_tᵀ``, of Frobenius norm at most ``Σ‖g_t‖‖x_t‖ ≤ ‖g‖‖x‖``: ``N = 1``. In the
     maximum norm ``‖W‖`` is the largest ℓ1 norm of a row: the column-sum norm of ``Wᵀ``, which cotangents meet.

@@ -21,7 +21,7 @@ _ROUNDING = 1.0 + 1e-12
 
 @register_rule(SigmoidMix)
 def sigmoid_mix_rule(module: SigmoidMix, context: RuleContext) -> LayerBounds:
-    """``Y = (1-α)A + αB``, ``K = 1-α`` and ``α``, ``Δ = G(A+B)/4``.
+    """``Y = (1-α)A + αB``, ``K = 1-α`` and ``α``, ``Δ_logit = G(A+B)/4``.
 
     The logit's gradient is ``σ'(logit)·⟨g, b - a⟩``, and ``σ' = σ(1-σ) ≤ 1/4``.
     """
@@ -48,13 +48,19 @@ def sigmoid_mix_rule(module: SigmoidMix, context: RuleContext) -> LayerBounds:
 
 @register_rule(ConvexPotential)
 def convex_potential_rule(module: ConvexPotential, context: RuleContext) -> LayerBounds:
-    """:func:`_step_bounds` with the weight as a matrix at T positions: windows of one entry."""
+    """``Y = KX + 2w√T‖b‖``, ``K = max(1, 2w² - 1)``, ``Δ_W = 2G(2wX + √T‖b‖)``, ``Δ_b = 2√T·wG``.
+
+    :func:`_step_bounds` with the weight as a matrix at T positions: windows of one entry.
+    """
     return _step_bounds(module, context, DenseOperator(), math.prod(context.input_shape[:-1]), None)
 
 
 @register_rule(ConvexPotentialConv2d)
 def convex_potential_conv2d_rule(module: ConvexPotentialConv2d, context: RuleContext) -> LayerBounds:
-    """:func:`_step_bounds` with the weight as a convolution with P outputs and coverage N."""
+    """``Y = KX + 2w√P‖b‖``, ``K = max(1, 2w² - 1)``, ``Δ_W = 2√N·G(2wX + √P‖b‖)``, ``Δ_b = 2√P·wG``.
+
+    :func:`_step_bounds` with the weight as a convolution with P outputs and coverage N.
+    """
     if len(context.input_shape) != 3:
         raise RuleError(f"needs inputs (batch, channels, height, width), got {context.input_shape} per sample")
     input_size, padding = context.input_shape[1:], ((module.padding, module.padding),) * 2

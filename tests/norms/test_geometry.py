@@ -120,7 +120,8 @@ def test_circular_coverage_counts_the_pixels_that_padding_copies() -> None:
         {"stride": 0},
         {"dilation": 1.5},
         {"dilation": 9},
-        {"padding_mode": "reflect"},
+        {"padding_mode": "symmetric"},
+        {"padding_mode": "reflect", "padding": 99},
     ],
 )
 def test_malformed_windows_get_a_typed_error(arguments: dict[str, object]) -> None:

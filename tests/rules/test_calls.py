@@ -114,7 +114,7 @@ def test_every_function_rule_of_the_library_names_the_arguments_that_it_covers()
             assert isinstance(rule, base._Called), target
 
 
-UNBOUNDED = {"reshape", "view", "permute"}
+UNBOUNDED = {"reshape", "view", "permute", "piece"}
 
 
 @pytest.mark.parametrize("target", [t for t, rule in base._FUNCTION_RULES.items() if is_builtin(rule)])

@@ -163,14 +163,6 @@ def conv(**options: object) -> nn.Module:
 
 
 REFUSED: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], str], ...] = (
-    ("reflecting padding", lambda: conv(padding_mode="reflect"), (1, 6, 6), "padding_mode"),
-    ("replicating padding", lambda: conv(padding_mode="replicate"), (1, 6, 6), "padding_mode"),
-    (
-        "replicating padding of a signal",
-        lambda: nn.Conv1d(1, 1, 3, 1, 1, padding_mode="replicate"),
-        (1, 6),
-        "padding_mode",
-    ),
     ("centering over the batch", lambda: layers.LayerCentering((0, 1)), (4,), "batch axis"),
     ("centering over a negative batch axis", lambda: layers.LayerCentering((-2,)), (4,), "batch axis"),
     ("centering over no axis, which means all", lambda: layers.LayerCentering(()), (4,), "batch"),

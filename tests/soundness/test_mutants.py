@@ -95,7 +95,7 @@ MUTANTS = (
             "zero padding's norm on a torus",
             conv,
             "convolution_rule",
-            "windows, padding_mode=module.padding_mode",
+            "windows, padding_mode=mode",
             "windows, padding_mode='zeros'",
         ),
         "circular conv1d 3",
@@ -187,7 +187,7 @@ MUTANTS = (
         "LeakyReLU, slope 3",
     ),
     (
-        Mutant("tanh's cap without its √n", activations, "_tanh", "math.sqrt(math.prod(context.input_shape))", "1.0"),
+        Mutant("tanh's cap without its √n", activations, "_bounded_slope", "cap * root", "cap"),
         "tanh, saturated",
     ),
     (
@@ -329,7 +329,7 @@ MUTANTS = (
         "max pooling 3, stride 1",
     ),
     (
-        Mutant("average overlap in average pooling", pooling, "_average_bounds", "columns.max()", "columns.min()"),
+        Mutant("average overlap in average pooling", pooling, "_linear_bounds", "columns.max()", "columns.min()"),
         "average pooling 3, stride 1, padding 1",
     ),
     (
