@@ -49,6 +49,8 @@ PARAMETRISED: dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[int, ..
     nn.EmbeddingBag: (lambda: nn.EmbeddingBag(5, 2), (3,)),
     layers.LinearSpline: (layers.LinearSpline, (4,)),
     layers.Householder: (lambda: layers.Householder(4), (4,)),
+    layers.StructuredLinear: (lambda: layers.StructuredLinear(4, 4), (4,)),
+    layers.Diagonal: (lambda: layers.Diagonal(4), (4,)),
     layers.ChannelBias: (lambda: layers.ChannelBias(4), (4,)),
     layers.DistanceLinear: (lambda: layers.DistanceLinear(4, 4), (4,)),
     layers.SortLinear: (lambda: layers.SortLinear(4, 4), (4,)),
@@ -59,6 +61,8 @@ PARAMETRISED: dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[int, ..
 """One example of each rule that has parameters; layers behind gradient gates have those of the layer itself."""
 
 HAVE_GATES = (
+    layers.GradientGatedStructuredLinear,
+    layers.GradientGatedDiagonal,
     isolation.Isolated,
     gates.GradientGatedLinear,
     gates.GradientGatedConv1d,

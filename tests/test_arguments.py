@@ -239,6 +239,18 @@ SAMPLER: dict[str, Fits] = {
 }
 
 limit = number(1e-8, 1e18, low_too=True, high_too=True)
+CONSTRAINT: dict[str, Fits] = {
+    "limit": limit,
+    "iterations": whole(),
+    "tangent": truth,
+    "signed": truth,
+    "strength": number(),
+    "kind": word("log", "hinge"),
+    "threshold": number(),
+    "rounds": whole(1, 6),
+    "scales": word("unit", "norm", "perron"),
+    "side": word("smaller", "outputs"),
+}
 KINDS = [getattr(constraints, name) for name in constraints.__all__ if inspect.isclass(getattr(constraints, name))]
 KINDS.remove(constraints.Constraint)
 
@@ -284,12 +296,11 @@ TABLES: dict[str, tuple[Any, dict[str, Fits]]] = {
     ),
     **{
         kind.__name__: (
-            lambda data, accountant, kind=kind: (kind, {}),
-            {
-                name: {"limit": limit, "iterations": whole(), "tangent": truth, "signed": truth}[name]
-                for name in inspect.signature(kind.__init__).parameters
-                if name != "self"
-            },
+            lambda data, accountant, kind=kind: (
+                kind,
+                {"strength": 1.0} if "strength" in inspect.signature(kind.__init__).parameters else {},
+            ),
+            {name: CONSTRAINT[name] for name in inspect.signature(kind.__init__).parameters if name != "self"},
         )
         for kind in KINDS
     },

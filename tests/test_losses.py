@@ -410,3 +410,56 @@ def test_loss_functions_that_return_no_tensor_are_told_what_to_return(returned: 
     loss = losses.BoundedLoss(lambda output, target: returned, bound=1.0)  # type: ignore[arg-type,return-value]
     with pytest.raises(InputError, match=r"tensor with one value a sample, shape \(3,\)"):
         loss.per_sample(torch.zeros(3, 2), torch.zeros(3, 2))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7])
+@pytest.mark.parametrize("entries", [1, 3])
+def test_quantisation_keeps_its_bound_and_attains_it(weight: float, entries: int) -> None:
+    loss = losses.Quantization(4, 0.5, weight)
+    outputs = 4 * entries + (4 if weight else 0)
+    bound = loss.gradient_bound((outputs,))
+    assert bound == pytest.approx(math.sqrt(0.25 / entries + 2.0 * weight**2))
+    generator = torch.Generator().manual_seed(0)
+    output = 30.0 * torch.randn(500, outputs, generator=generator, dtype=torch.float64)
+    output.requires_grad_()
+    target = 30.0 * torch.randn(500, entries, generator=generator, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(loss.per_sample(output, target).sum(), output)
+    norms = gradient.norm(dim=1)
+    assert float(norms.max()) <= bound * (1.0 + 1e-12)
+    assert float(norms.max()) >= 0.99 * bound
+    # One point only.
+    moved = gradient[:, : 4 * entries].unflatten(1, (4, entries)).abs().amax(2) > 0.0
+    assert bool((moved.sum(1) == 1).all())
+
+
+def test_points_at_one_place_are_one_winner_and_not_many() -> None:
+    """A mutant's minimum that shares the gradient, or gives each all of it, is seen here."""
+    output = torch.ones(1, 4, requires_grad=True)
+    (gradient,) = torch.autograd.grad(losses.Quantization(4, 0.5).per_sample(output, torch.zeros(1)).sum(), output)
+    assert sorted(gradient.flatten().tolist()) == [0.0, 0.0, 0.0, 0.5]
+
+
+def test_quantisation_finds_both_modes_and_how_likely_they_are() -> None:
+    generator = torch.Generator().manual_seed(0)
+    first = (torch.rand(400, generator=generator) < 0.7).double()
+    target = (2.0 * first - 1.0) + 0.05 * torch.randn(400, generator=generator, dtype=torch.float64)
+    output = torch.tensor([0.1, -0.1, 0.0, 0.0], dtype=torch.float64, requires_grad=True)
+    loss = losses.Quantization(2, 1.0, 0.5)
+    optimizer = torch.optim.Adam([output], 0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        loss.per_sample(output.expand(400, 4), target).mean().backward()
+        optimizer.step()
+    assert output[:2].tolist() == pytest.approx([1.0, -1.0], abs=0.05)
+    assert float(output[2:].softmax(0)[0].detach()) == pytest.approx(float(first.mean()), abs=0.03)
+
+
+def test_quantisation_refuses_other_sizes() -> None:
+    for wrong in ((0,), (2, 0.0), (2, 1.0, -1.0), (2, 1.0, math.nan)):
+        with pytest.raises(ConfigurationError):
+            losses.Quantization(*wrong)
+    for outputs, weight in ((5, 0.0), (2, 1.0)):
+        with pytest.raises(ConfigurationError, match="points"):
+            losses.Quantization(2, 1.0, weight).gradient_bound((outputs,))
+    with pytest.raises(InputError, match="targets"):
+        losses.Quantization(2).per_sample(torch.zeros(3, 4), torch.zeros(3))

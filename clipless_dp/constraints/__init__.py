@@ -8,6 +8,7 @@ from clipless_dp.constraints.coordinates import EntryBound, RowSum
 from clipless_dp.constraints.frobenius import Frobenius
 from clipless_dp.constraints.orthogonal import Orthogonal
 from clipless_dp.constraints.orthogonal_convolution import OrthogonalConvolution
+from clipless_dp.constraints.penalty import LipschitzPenalty
 from clipless_dp.constraints.row_norm import RowNorm
 from clipless_dp.constraints.spectral import Spectral
 from clipless_dp.constraints.spline_variation import SplineVariation
@@ -19,6 +20,7 @@ __all__ = [
     "ConstraintSpec",
     "EntryBound",
     "Frobenius",
+    "LipschitzPenalty",
     "Orthogonal",
     "OrthogonalConvolution",
     "RowNorm",

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from clipless_dp.arguments import shown
 from clipless_dp.constraints.base import Constraint, ConstraintSpec
 from clipless_dp.constraints.frobenius import Frobenius
+from clipless_dp.constraints.penalty import LipschitzPenalty, penalised
 from clipless_dp.constraints.row_norm import RowNorm
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.norms.operators import DiagonalOperator, Operator, TableOperator, VectorOperator
@@ -39,6 +40,7 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
             name: _fitting(spec, acting)
             for name, acting in operators.items()
             if not all(isinstance(operator, VectorOperator) for operator in acting)
+            and (penalised(acting) or not isinstance(spec, LipschitzPenalty))
         }
     if not isinstance(spec, Mapping):
         raise ConfigurationError(f"constraint must be a Constraint, a mapping or None, got {type(spec).__name__}")
@@ -53,6 +55,10 @@ def assign(spec: ConstraintSpec, operators: Mapping[str, tuple[Operator, ...]]) 
         if not matches:
             raise ConfigurationError(f"no parameter matches {pattern!r}; those with a bound are {sorted(operators)}")
         for name in matches:
+            if isinstance(constraint, LipschitzPenalty) and not penalised(operators[name]):
+                raise ConfigurationError(
+                    f"{name!r} is no weight of a linear layer or convolution, of which alone LipschitzPenalty knows"
+                )
             if name not in settled:
                 settled.add(name)
                 if constraint is not None:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from clipless_dp.arguments import flag, whole
+from clipless_dp.constraints import circulant
 from clipless_dp.constraints.base import Constraint, scale_to_limit_
-from clipless_dp.errors import NormError
+from clipless_dp.errors import ConfigurationError, NormError
 from clipless_dp.norms.eigenvalue import trace_bounds
 from clipless_dp.norms.gram import gram_matrix, single_gram_matrix
-from clipless_dp.norms.operators import DenseOperator, Operator
+from clipless_dp.norms.operators import CirculantOperator, DenseOperator, Operator, ToeplitzOperator
 from clipless_dp.norms.rounding import certified_arithmetic, exact_float64, gamma, product_error
 from clipless_dp.norms.single import single_frobenius_bound, single_precision_serves
 from clipless_dp.precision import coarse_products
@@ -40,7 +41,8 @@ class Orthogonal(Constraint):
     Björck's iteration ``W ← W(3I - WᵀW)/2`` (Björck and Bowie 1971) maps singular values in (0, √3) towards 1. It
     is started from the weight itself, which after a small step is nearly orthogonal already, so that one iteration is
     mostly enough. A convolution's kernel is treated as the matrix ``c_out × c_in·k²`` of each group (reshaped-kernel
-    orthogonalisation).
+    orthogonalisation). A circulant matrix, or one of circulant blocks, gets its polar factor, ``ĉ/|ĉ|`` at each
+    frequency, in one step: the nearest orthogonal one of its kind.
 
     Args:
         limit: the largest operator norm, 1 by default.
@@ -71,8 +73,19 @@ class Orthogonal(Constraint):
 
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
-        """Projects the weight in place."""
-        if not all(type(operator) is DenseOperator for operator in operators):
+        """Projects the weight in place.
+
+        Raises:
+            ConfigurationError: it is a Toeplitz or Hankel matrix.
+        """
+        if isinstance(operators[0], ToeplitzOperator):
+            raise ConfigurationError(
+                "a Toeplitz or Hankel matrix has no orthogonal one near it but in special cases: use constraints."
+                "Spectral() for this weight, or structure='circulant', 'skew' or 'block-circulant'"
+            )
+        if isinstance(operators[0], CirculantOperator):
+            circulant.polar_(weight, operators[0], self.limit)
+        elif not all(type(operator) is DenseOperator for operator in operators):
             self._orthogonalize_(weight, operators[0])
         elif self._orthogonalize_dense_(weight):
             return
@@ -81,6 +94,9 @@ class Orthogonal(Constraint):
     @torch.no_grad()
     def initialize_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Starts from the exact polar factor, which later projections only have to follow."""
+        if isinstance(operators[0], (CirculantOperator, ToeplitzOperator)):
+            self.project_(weight, operators)
+            return
         matrices = operators[0].matrix(exact_float64(weight))
         left, _, right = torch.linalg.svd(matrices, full_matrices=False)
         weight.copy_((self.limit * (left @ right)).reshape(weight.shape))
@@ -96,7 +112,11 @@ class Orthogonal(Constraint):
         of its singular values, which for a kernel are far below the limit where windows overlap. ``P`` is linear, so
         that the sum and its noise are projected alike.
         """
-        if self.tangent:
+        if self.tangent and isinstance(operators[0], CirculantOperator):
+            frames = circulant.symbols(weight, operators[0])
+            stepped = tangent_step(frames / typical_size(frames), circulant.symbols(gradient, operators[0]))
+            circulant.write_(stepped, gradient, operators[0])
+        elif self.tangent:
             frame, noisy = operators[0].matrix(weight), operators[0].matrix(gradient)
             gradient.copy_(tangent_step(frame / typical_size(frame), noisy).reshape(gradient.shape))
 

@@ -6,11 +6,16 @@ import torch
 from torch import Tensor
 
 from clipless_dp.constraints.base import Constraint, scale_to_limit_
-from clipless_dp.norms.operators import Operator
+from clipless_dp.constraints.circulant import clip_
+from clipless_dp.norms.operators import CirculantOperator, Operator
 
 
 class Spectral(Constraint):
     """Divides a weight by its certified operator norm wherever that is above the limit.
+
+    Of circulant matrices (:class:`clipless_dp.layers.StructuredLinear`) each eigenvalue above the limit is shortened to
+    it first, ``min(1, limit/|ĉ|)·ĉ``: the nearest circulant within the limit; of circulant blocks each singular value
+    at each frequency.
 
     Args:
         limit: the largest operator norm, 1 by default.
@@ -26,4 +31,7 @@ class Spectral(Constraint):
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects the weight in place."""
+        for operator in operators:
+            if isinstance(operator, CirculantOperator) and operator.norm(weight) > self.limit:
+                clip_(weight, operator, self.limit)
         scale_to_limit_(weight, operators, self.limit)

@@ -147,7 +147,7 @@ class _GatedConvolution(torch.autograd.Function):
         return passed, of_weight, of_bias, *([None] * 12)
 
 
-def _applied(function: Any, *given: Any) -> Tensor:
+def applied(function: Any, *given: Any) -> Tensor:
     """What a function with gates makes; a compiler traces none of those that no gradient comes back through."""
     if torch.compiler.is_compiling():
         trains = any(isinstance(value, Tensor) and value.requires_grad for value in given)
@@ -277,7 +277,7 @@ class GradientGatedLinear(GradientGated, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
-        return _applied(
+        return applied(
             _GatedLinear, input, self.weight, self.bias, *self.gates(), self.chunk, self.joint, *self.counters()
         )
 
@@ -318,7 +318,7 @@ class _GradientGatedTransposed(GradientGated):
 def _convolve(layer: Any, values: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
     geometry = layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups
     gates = *layer.gates(), layer.chunk, layer.joint, *layer.counters()
-    return _applied(_GatedConvolution, values, layer.weight, layer.bias, *geometry, *gates)
+    return applied(_GatedConvolution, values, layer.weight, layer.bias, *geometry, *gates)
 
 
 class GradientGatedConv1d(_GradientGatedConvolution, nn.Conv1d):
@@ -345,6 +345,17 @@ _GATED: dict[type[nn.Module], type[GradientGated]] = {
     nn.ConvTranspose2d: GradientGatedConvTranspose2d,
 }
 _GATED.update({kind: kind for kind in list(_GATED.values())})  # type: ignore[misc]
+
+
+def register_gated_form(kind: type[nn.Module], gated: type[GradientGated]) -> None:
+    """Says which type is the gated form of a layer's type: the same parameters, attributes and values.
+
+    Args:
+        kind: the layer's own type, exactly.
+        gated: a subclass of it, and of :class:`GradientGated`.
+    """
+    _GATED[kind] = gated
+    _GATED[gated] = gated  # type: ignore[index]
 
 
 def can_be_gradient_gated(layer: nn.Module) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clipless_dp.isolation import Isolated
+from clipless_dp.layers import NoiseInjection
 from clipless_dp.modules import kind_of
 from clipless_dp.noise.randomness import BY_CHANNEL, BY_SAMPLE, EVERY_ENTRY, Randomness, empty_noise, live
 from clipless_dp.rules import find_function_rule, find_rule
@@ -83,14 +84,14 @@ def replace_dropout_(graph: fx.GraphModule, source: Randomness) -> None:
 
 
 def may_draw(graph: fx.GraphModule) -> bool:
-    """Whether a part of a traced graph is not torch's or this package's own, and so may draw random numbers itself."""
+    """Whether a part of a traced graph draws random numbers itself: noise, and what is not torch's or ours."""
     for node in graph.graph.nodes:
         if node.op == "call_module":
             leaf = graph.get_submodule(str(node.target))
             rule = None if isinstance(leaf, DrawnDropout) else find_rule(leaf)
             package = kind_of(leaf).__module__.partition(".")[0]
             if (
-                isinstance(leaf, Isolated)
+                isinstance(leaf, (Isolated, NoiseInjection))
                 or package not in ("torch", "clipless_dp")
                 or not (rule is None or is_builtin(rule))
             ):

@@ -8,6 +8,7 @@ from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
+from clipless_dp.layers.noise import NoiseInjection
 from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
 from clipless_dp.layers.padding import SymmetricPad1d, SymmetricPad2d
 from clipless_dp.layers.pooling import (
@@ -21,6 +22,12 @@ from clipless_dp.layers.residual import ConcatResidual, ConvexResidual, GatedRes
 from clipless_dp.layers.sorting import ConcatReLU, FullSort, GroupSort, MaxMin
 from clipless_dp.layers.spline import EffectiveRegions, LinearSpline, SplineRegions, effective_regions
 from clipless_dp.layers.standardisation import SampleGroupNorm
+from clipless_dp.layers.structured import (
+    Diagonal,
+    GradientGatedDiagonal,
+    GradientGatedStructuredLinear,
+    StructuredLinear,
+)
 
 __all__ = [
     "AbsoluteValue",
@@ -36,10 +43,13 @@ __all__ = [
     "ConvexPotentialConv2d",
     "ConvexResidual",
     "CotangentGate",
+    "Diagonal",
     "DistanceLinear",
     "EffectiveRegions",
     "FullSort",
     "GatedResidual",
+    "GradientGatedDiagonal",
+    "GradientGatedStructuredLinear",
     "GroupSort",
     "Householder",
     "L2NormPool1d",
@@ -49,6 +59,7 @@ __all__ = [
     "MaxMin",
     "MixerBlock",
     "MonotoneResidual",
+    "NoiseInjection",
     "Residual",
     "SampleGroupNorm",
     "ScaledAvgPool2d",
@@ -56,6 +67,7 @@ __all__ = [
     "SortLinear",
     "SphereScaling",
     "SplineRegions",
+    "StructuredLinear",
     "SymmetricPad1d",
     "SymmetricPad2d",
     "TokenMixing",

@@ -15,7 +15,7 @@ from clipless_dp.losses.classification import (
     class_scores,
 )
 from clipless_dp.losses.maximum_norm import LInfMargin
-from clipless_dp.losses.regression import Huber, MeanAbsoluteError
+from clipless_dp.losses.regression import Huber, MeanAbsoluteError, Quantization
 from clipless_dp.losses.tokens import CausalCrossEntropy, TokenCrossEntropy
 from clipless_dp.losses.transport import (
     ConvexHingeKR,
@@ -42,6 +42,7 @@ __all__ = [
     "MeanAbsoluteError",
     "MulticlassHinge",
     "OffsetCrossEntropy",
+    "Quantization",
     "SoftHKR",
     "TauCrossEntropy",
     "TokenCrossEntropy",

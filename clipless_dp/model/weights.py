@@ -111,7 +111,9 @@ class Weights:
         ]
 
         def projected(name: str) -> None:
-            self._projected[name] = self._stamp(name, here), self._established(name, here)
+            # A penalty promises none.
+            if math.isfinite(self._constraints[name].limit):
+                self._projected[name] = self._stamp(name, here), self._established(name, here)
 
         # Each weight is stamped before another is touched: what changes it from here on shows.
         here.change_(changes, projected)

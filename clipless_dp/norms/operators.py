@@ -14,10 +14,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from clipless_dp.norms.budget import effort_of
+from clipless_dp.norms.circulant import circle_norm, toeplitz_norm
 from clipless_dp.norms.conv import conv1d_norm, conv2d_norm
 from clipless_dp.norms.dense import dense_norm
 from clipless_dp.norms.geometry import PaddingMode
-from clipless_dp.norms.rounding import exact_float64
+from clipless_dp.norms.rounding import enlarge, exact_float64, normalised, scale_up
+from clipless_dp.norms.symbol import symbol_norm_bound
 
 Sides = tuple[tuple[int, int], ...]
 
@@ -220,3 +223,82 @@ class VectorOperator:
     def matrix(self, weight: Tensor) -> Tensor:
         """``(1, 1, n)``."""
         return weight.reshape(1, 1, -1)
+
+
+@dataclass(frozen=True)
+class CirculantOperator:
+    """A circulant or skew-circulant matrix, a part of one, or circulant blocks, by orthonormal coefficients.
+
+    Each coefficient is spread over the entries of one wrapped diagonal, divided by the root of their number.
+
+    Attributes:
+        points: rows of each whole circulant.
+        filled: entries of each wrapped diagonal that the matrix has.
+        skew: whether diagonals change their sign where they wrap.
+    """
+
+    points: int
+    filled: int
+    skew: bool = False
+
+    def norm(self, weight: Tensor) -> float:
+        """Certified norm, exact but for rounding of a whole circulant: ``(n,)``, or ``(out, in, n)`` of blocks."""
+        if weight.ndim == 1:
+            largest = circle_norm(weight, self.points, odd=self.skew)
+        else:
+            scaled, exponent = normalised(exact_float64(weight))
+            kernel = scaled[None, :, :, None, :]
+            largest = scale_up(symbol_norm_bound(kernel, (1, self.points), effort_of("balanced")), exponent)
+        return enlarge(largest / math.sqrt(self.filled)) if largest > 0.0 else 0.0
+
+    def perturbation(self, weight: Tensor) -> float:
+        """The coefficients' norm is the matrix's Frobenius norm; that of the whole circulant is larger by this."""
+        return math.sqrt(self.points / self.filled)
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """All coefficients in one row: ``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """All coefficients in one row: ``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
+
+
+@dataclass(frozen=True)
+class ToeplitzOperator:
+    """A Toeplitz matrix, or a Hankel matrix, by orthonormal coefficients of its diagonals.
+
+    Attributes:
+        rows: of the matrix.
+        columns: of the matrix.
+    """
+
+    rows: int
+    columns: int
+
+    def norm(self, weight: Tensor) -> float:
+        """Certified norm. The division by roots rounds each tap twice, which :func:`circle_norm`'s allowance covers."""
+        return toeplitz_norm(self.diagonals(exact_float64(weight)))
+
+    def diagonals(self, weight: Tensor) -> Tensor:
+        """The entry of each diagonal."""
+        counts = diagonal_counts(self.rows, self.columns).to(weight.device, weight.dtype)
+        return weight / counts.sqrt()
+
+    def perturbation(self, weight: Tensor) -> float:
+        """The coefficients' norm is the matrix's; those of the circulants that it is a part of are larger by this."""
+        return math.sqrt(self.rows + self.columns - 1)
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """All coefficients in one row: ``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """All coefficients in one row: ``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
+
+
+def diagonal_counts(rows: int, columns: int) -> Tensor:
+    """How many entries each diagonal of a matrix has, from the upper right corner to the lower left one, ``(n,)``."""
+    along = torch.arange(1, rows + columns)
+    return torch.minimum(along, along.flip(0)).clamp(max=min(rows, columns))

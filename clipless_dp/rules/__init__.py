@@ -3,7 +3,18 @@
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from clipless_dp.rules import activations, conv, distance, embedding, gates, graph, linear, pooling, residual
+from clipless_dp.rules import (
+    activations,
+    conv,
+    distance,
+    embedding,
+    gates,
+    graph,
+    linear,
+    pooling,
+    residual,
+    structured,
+)
 from clipless_dp.rules.base import (
     Deferred,
     LayerBounds,
@@ -121,6 +132,7 @@ __all__ = [
     "register_remedy",
     "register_rule",
     "residual",
+    "structured",
     "unsupported_module",
     "value_of",
 ]

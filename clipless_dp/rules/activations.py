@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from clipless_dp.gates import rounding_slack
 from clipless_dp.layers import (
     AbsoluteValue,
     ChannelBias,
@@ -19,6 +20,7 @@ from clipless_dp.layers import (
     LayerCentering,
     LinearSpline,
     MaxMin,
+    NoiseInjection,
 )
 from clipless_dp.layers.monotone import BoxProjection, MonotoneLift
 from clipless_dp.norms.operators import DiagonalOperator, SegmentsOperator, VectorOperator
@@ -289,6 +291,17 @@ def dropout_rule(module: nn.Dropout, context: RuleContext) -> LayerBounds:
         raise RuleError("inplace=True stretches a value that others may hold: use inplace=False")
     stretch = 1.0 / (1.0 - module.p)
     return LayerBounds(output_norm=lambda: stretch * context.input_norm, lipschitz=stretch, lipschitz_inf=stretch)
+
+
+@register_rule(NoiseInjection)
+def noise_injection_rule(module: NoiseInjection, context: RuleContext) -> LayerBounds:
+    """``Y = X + r``, ``K = 1``: a constant of norm at most ``r`` is added, whatever the sample; none in ``eval()``."""
+    radius = module.radius * rounding_slack(math.prod(context.input_shape))
+    return LayerBounds(
+        output_norm=lambda: context.input_norm + radius,
+        lipschitz_inf=1.0,
+        output_norm_inf=lambda: context.input_norm_inf + radius,
+    )
 
 
 @register_function_rule(torch.relu, torch.relu_, torch.abs, "relu", "relu_", "abs", call=lambda input: None)

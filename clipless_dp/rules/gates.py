@@ -82,7 +82,7 @@ def gradient_gated_linear_rule(module: GradientGatedLinear, context: RuleContext
 
     As the linear layer; the gradients themselves have the gates' caps.
     """
-    return _capped(linear_rule(module, context), module, module.weight, module.bias, context)
+    return capped(linear_rule(module, context), module, module.weight, module.bias, context)
 
 
 @register_rule(GradientGatedConv1d, GradientGatedConv2d)
@@ -93,7 +93,7 @@ def gradient_gated_convolution_rule(
 
     As the convolution; the gradients themselves have the gates' caps.
     """
-    return _capped(convolution_rule(module, context), module, module.weight, module.bias, context)
+    return capped(convolution_rule(module, context), module, module.weight, module.bias, context)
 
 
 @register_rule(GradientGatedConvTranspose1d, GradientGatedConvTranspose2d)
@@ -104,10 +104,10 @@ def gradient_gated_transposed_convolution_rule(
 
     As the transposed convolution; the gradients themselves have the gates' caps.
     """
-    return _capped(transposed_convolution_rule(module, context), module, module.weight, module.bias, context)
+    return capped(transposed_convolution_rule(module, context), module, module.weight, module.bias, context)
 
 
-def _capped(
+def capped(
     bounds: LayerBounds, module: GradientGated, weight: Tensor, bias: Tensor | None, context: RuleContext
 ) -> LayerBounds:
     """Adds the caps, each times what rounding can hide from it: of the product of two norms, or of one.

@@ -17,6 +17,7 @@ import torch
 from accounting import ADD_OR_REMOVE_ONE, Accountant, UnreachableTargetError, calibrate_noise_multiplier
 from accounting.errors import warn_caller
 from clipless_dp.arguments import positive, share, whole
+from clipless_dp.constraints import Constraint
 from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
@@ -337,12 +338,17 @@ def _growth(model: DPLipModel) -> dict[str, float]:
     return found
 
 
+def _limited(model: DPLipModel) -> dict[str, Constraint]:
+    """Constraints that promise a limit: penalties do not."""
+    return {name: constraint for name, constraint in model.constraints.items() if math.isfinite(constraint.limit)}
+
+
 def _rate(model: DPLipModel, plan: Plan) -> tuple[float, str]:
     """The learning rate of Adam, and why."""
     modules = list(model.net.modules())
     if model.graph.isolated or any(isinstance(module, GradientGated) for module in modules):
         return _GRADIENT_GATED / math.sqrt(plan.steps), f"{_GRADIENT_GATED:g}/√T behind gradient gates"
-    constraints, growth = model.constraints, _growth(model)
+    constraints, growth = _limited(model), _growth(model)
     free = [name for name in growth if name not in constraints]
     gates = (BallProjection, CotangentGate, SphereScaling)
     if not constraints and any(isinstance(module, gates) for module in modules):
@@ -384,7 +390,7 @@ def step_noise(
         if name not in deviations:
             continue
         step = _ADAM_STEP if settings.optimizer == "adam" else deviations[name][0]
-        constraint = model.constraints.get(name)
+        constraint = _limited(model).get(name)
         if constraint is None:
             weight = model.net.get_parameter(name).detach()
             limit = growth * float(torch.linalg.vector_norm(weight, dtype=torch.float64)) / math.sqrt(weight.numel())

@@ -463,7 +463,7 @@ CONSTRAINT_MUTANTS = (
         Mutant(
             "AOL without the correlations of shifts",
             almost_orthogonal.AlmostOrthogonal,
-            "project_",
+            "_divisors",
             "_correlation_sums(kernel)",
             "kernel.flatten(3).square().sum((1, 3))",
         ),

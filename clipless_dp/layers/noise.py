@@ -1,0 +1,46 @@
+"""Noise on signals: a regulariser and a defence, bounded so that bounds stay finite."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipless_dp.arguments import positive
+from clipless_dp.gates.arithmetic import per_sample, sample_norms, scale_factors
+
+
+class NoiseInjection(nn.Module):
+    """``x + n`` in training mode, ``n`` Gaussian, cut to a ball for each sample; ``Y = X + r``, ``K = 1``.
+
+    Noise of deviation ``std`` on each entry, of norm about ``std·√n`` for ``n`` entries, scaled down to norm ``r``
+    where it is longer (Pinot et al., "Theoretical evidence for adversarial robustness through randomization", NeurIPS
+    2019, inject it uncut, whose norm has no bound). It is no privacy noise and is not accounted: it is drawn anew for
+    each sample and pass and does not depend on any sample, so that bounds of gradients hold for every draw.
+
+    Args:
+        std: deviation of each entry.
+        radius: ``r``, the largest norm of a sample's noise.
+
+    Shape:
+        ``(B, ...)`` to the same shape.
+
+    Raises:
+        ConfigurationError: a number is not positive.
+    """
+
+    def __init__(self, std: float, radius: float) -> None:
+        super().__init__()
+        self.std = positive("std", std)
+        self.radius = positive("radius", radius)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Adds noise while training."""
+        if not self.training:
+            return values
+        noise = torch.randn_like(values) * self.std
+        factors = scale_factors(sample_norms(noise), cap=self.radius, floor=self.radius)
+        return values + noise * per_sample(factors, noise).to(noise.dtype)
+
+    def extra_repr(self) -> str:
+        """Deviation and radius."""
+        return f"std={self.std:g}, radius={self.radius:g}"
