@@ -143,13 +143,15 @@ OTHERS: dict[str, Any] = {
     "tau": 3.0, "label_smoothing": 0.25, "class_weights": (1.0, 2.0), "priors": (0.25, 0.75), "alpha": 0.5,
     "margin": 2.0, "cross_entropy": 0.5, "balanced": True, "delta": 2.0, "penalty": 0.25, "temperature": 2.0,
     "offset": 2.0, "bound": 2.0, "ignore_index": 0, "reduction": "sum", "segments": 4, "strength": 0.25,
-    "pairing": "halves", "order": 2, "signed": False, "lo": -2.0, "hi": 2.0,
+    "pairing": "halves", "order": 2, "signed": False, "lo": -2.0, "hi": 2.0, "kind": "hinge", "threshold": 2.0,
+    "points": 3, "weight": 0.5, "rounds": 2, "scales": "norm", "side": "outputs",
 }  # fmt: skip
 """For each argument of a constraint, a loss or a layer another value than below."""
 
 NEEDED: dict[str, Any] = {
     "limit": 1.0, "kernel_size": 2, "groups": 2, "floor": 0.5, "priors": (0.5, 0.5), "offset": 1.0, "bound": 1.0,
     "function": nn.functional.l1_loss, "lo": -1.0, "hi": 1.0, "strength": 0.5, "channels": 4, "radius": 1.0,
+    "points": 2,
 }  # fmt: skip
 
 KINDS = [
