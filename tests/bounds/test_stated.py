@@ -41,7 +41,8 @@ def wrap(net: nn.Module, entries: int) -> DPLipModel:
 def stated(**changes: Any) -> DPLipModel:
     """A model with a layer whose rule states these numbers, among layers of which ℓ1 norms are carried too."""
     told: dict[str, Any] = {
-        "output_norm": 200.0, "lipschitz": 2.0, "gradients": {"weight": 1.0}, "lipschitz_inf": 2.0, "output_norm_inf": 9.0,
+        "output_norm": 200.0, "lipschitz": 2.0, "gradients": {"weight": 1.0}, "lipschitz_inf": 2.0,
+        "output_norm_inf": 9.0,
     }  # fmt: skip
 
     @register_rule(Scaled)
@@ -124,7 +125,7 @@ def test_no_gradient_passes_its_bound_behind_averages_of_negative_divisors(side:
 def test_the_sum_of_signed_weights_in_place_of_absolute_ones_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     mutant = Mutant("signed weights", pooling, "_average_bounds", "rows.detach().abs().max()", "rows.detach().max()")
     mutant.apply(monkeypatch)
-    with pytest.raises(UnsupportedModuleError, match="AvgPool2d.*lipschitz_inf"):
+    with pytest.raises(UnsupportedModuleError, match=r"AvgPool2d.*lipschitz_inf"):
         largest_ratio(8, -513)
     monkeypatch.setattr("clipless_dp.bounds.sweep.required_sizes", lambda bounds, *place, own: bounds)
     assert largest_ratio(8, -513) > 100.0

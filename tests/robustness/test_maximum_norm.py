@@ -325,6 +325,9 @@ def test_what_does_not_go_with_the_norm_is_refused() -> None:
         certify(model, inputs - 1.0, norm="inf", box=(0.0, 1.0))
     with pytest.raises(ConfigurationError, match="radii"):
         attack_inf(model, inputs, -1.0)
+    for radii in (torch.tensor([0.1, -0.1, 0.1]), torch.full((3,), math.nan), torch.ones(2), torch.ones(3, 1)):
+        with pytest.raises(ConfigurationError, match="radii"):
+            attack_inf(model, inputs, radii)
 
 
 def test_layers_without_an_interval_rule_are_refused_with_a_box() -> None:
