@@ -169,6 +169,12 @@ class _Private(BaseEstimator):  # type: ignore[misc]
         """
         save_checkpoint(path, self._told())
 
+    def __sklearn_clone__(self) -> Any:
+        made = super().__sklearn_clone__()
+        # What was given is one ledger, that all clones spend in: each of a copy's own would hold its part alone.
+        made.accountant = self.accountant
+        return made
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())
         if "predictor_" in state:
@@ -216,7 +222,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
         cosines: of tables, the number of random features.
         preset: name of a preset, or one of your own.
         dataset_size: public number of rows; by default ``N``, which is then taken to be public.
-        accountant: ``"prv"``, ``"rdp"`` or ``"auto"``.
+        accountant: ``"prv"``, ``"rdp"`` or ``"auto"``; of an accountant itself, which clones share, in one process.
         noise: ``"system"``, ``"secure"`` or a source.
         reproducible_seed: for tests: whoever knows it can take the noise away. There is no ``random_state``: noise and
             draws are secret, and two fits differ.

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import nn
 
 from clipless_dp.architectures.parts import isometric_, require_even, require_positive
+from clipless_dp.arguments import members, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.layers import ConvexPotential, Diagonal, DistanceLinear, GroupSort, SortLinear, StructuredLinear
 
@@ -97,8 +98,8 @@ def sort_mlp(
     require_positive(classes=classes)
     if quantile is not None and p != math.inf:
         raise ConfigurationError("p is the exponent of distances: give quantile=None with it")
-    sizes = [_entries(input_shape), *widths, classes]
-    require_positive(**{f"width {index}": size for index, size in enumerate(sizes)})
+    hidden = [whole("each of widths", width) for width in members("widths", widths, "sizes of hidden layers")]
+    sizes = [_entries(input_shape), *hidden, classes]
     parts: list[nn.Module] = [nn.Flatten()] if len(input_shape) > 1 else []
     for entries, width in pairwise(sizes):
         if quantile is None:

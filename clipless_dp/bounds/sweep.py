@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from clipless_dp.bounds.maximum_norm import OF_DISTANCES, MaximumNorms, carries_l1, factor_of
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
+from clipless_dp.bounds.stated import required_sizes
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import CotangentGate, adapting
 from clipless_dp.graph.tracing import TracedNet, function_name
@@ -98,12 +99,13 @@ class Sweep(MaximumNorms):
             assert rule is not None
             if not is_builtin(rule) or getattr(leaf, "reads_weights", False):
                 self._count_as_read(leaf, context.path)
-            return rule(leaf, context)
+            return required_sizes(rule(leaf, context), context.path, context.kind, own=is_builtin(rule))
         function_rule = find_function_rule(node.target)
         assert function_rule is not None
         if not is_builtin(function_rule):
             self._count_as_read(None, context.path)
-        return function_rule(context, node.args, dict(node.kwargs))
+        found = function_rule(context, node.args, dict(node.kwargs))
+        return required_sizes(found, context.path, context.kind, own=is_builtin(function_rule))
 
     def _count_as_read(self, leaf: nn.Module | None, path: str) -> None:
         """A user's rule may read whatever changes, so nothing that it says is kept for later steps.
@@ -273,7 +275,7 @@ class Sweep(MaximumNorms):
             )
             owners[len(layers) - 1] = leaf, bounds
         for name, bound in per_parameter.items():
-            if not bound < LARGEST:
+            if not 0.0 <= bound < LARGEST:
                 raise PrivacyError(
                     f"the gradient bound of {name!r} is {bound:.3g}: activations may overflow, and then no finite "
                     f"noise protects them; constrain the weights or put gates around the layers{self._isolated_parts()}"

@@ -57,6 +57,20 @@ def _joined(parts: list[tuple[slice, slice, Tensor]]) -> Tensor:
     return torch.cat([torch.cat(several, 1) for several in rows.values()])
 
 
+def p_norms(sizes: Tensor, p: float) -> Tensor:
+    """``top·‖sizes/top‖_p`` over the last axis, of its largest entry: powers of entries themselves would underflow.
+
+    Args:
+        sizes: not negative.
+        p: finite or infinite.
+    """
+    top = sizes.amax(-1, keepdim=True)
+    if math.isinf(p):
+        return top.squeeze(-1)
+    top = top.clamp_(min=torch.finfo(sizes.dtype).tiny)
+    return (sizes / top).pow_(p).sum(-1).pow_(1.0 / p) * top.squeeze(-1)
+
+
 class _Distances(torch.autograd.Function):
     """``‖x - w_j‖_p``, or the mean's root of it, with its gradient taken in pieces.
 
@@ -73,10 +87,7 @@ class _Distances(torch.autograd.Function):
             return torch.cdist(inputs, weight, p=math.inf)
         parts = []
         for rows, outputs in _pieces(inputs, weight):
-            sizes = (inputs[rows, None, :] - weight[outputs]).abs_()
-            top = sizes.amax(-1, keepdim=True).clamp_(min=torch.finfo(sizes.dtype).tiny)
-            lengths = (sizes / top).pow_(p).sum(-1).pow_(1.0 / p)
-            parts.append((rows, outputs, lengths * top.squeeze(-1) * scale))
+            parts.append((rows, outputs, p_norms((inputs[rows, None, :] - weight[outputs]).abs_(), p) * scale))
         return _joined(parts)
 
     @staticmethod

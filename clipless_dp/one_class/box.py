@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import shown
+from clipless_dp.arguments import shown, unmasked
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.sampling.cells import readable
 
 _WANTED = (
     "the domain is part of what is released, so it must be public: a range that is known without the data, as of "
@@ -59,6 +61,11 @@ class BoxProjection(nn.Module):
         self.register_buffer("high", torch.tensor(highs).reshape(shape))
         halves = self.reach.double()
         self.radius = math.sqrt(each * float((halves * halves).sum())) * (1.0 + 1e-5)
+        if not (bool((self.low < self.high).all()) and bool((halves > 0.0).all()) and math.isfinite(self.radius)):
+            raise ConfigurationError(
+                f"the domain {shown((low, high))} is empty or infinite in float32, which rows are read in: ends must "
+                "differ there, and be below 3.4e38"
+            )
 
     @property
     def centre(self) -> Tensor:
@@ -105,7 +112,7 @@ def public_box(domain: Any, input_shape: tuple[int, ...]) -> BoxProjection:
 def _ends(name: str, given: Any, input_shape: tuple[int, ...]) -> list[float]:
     listed = given if isinstance(given, (tuple, list)) else [given]
     # Exact types: what comes out of an array or a tensor, numbers of numpy too, was computed from something.
-    if not all(type(end) in (int, float) and math.isfinite(end) for end in listed):
+    if not all(type(end) in (int, float) and math.isfinite(_float(end)) for end in listed):
         raise ConfigurationError(
             f"the {name} end of the domain must be plain finite numbers, written down and not computed, got "
             f"{shown(given)}: {_WANTED}"
@@ -117,21 +124,50 @@ def _ends(name: str, given: Any, input_shape: tuple[int, ...]) -> list[float]:
     return [float(end) for end in listed]
 
 
+def _float(end: float) -> float:
+    try:
+        return float(end)
+    except OverflowError:
+        return math.inf
+
+
 def require_rows(rows: object, input_shape: tuple[int, ...] | None = None) -> Tensor:
-    """Rows ``(N, ...)`` as a float32 tensor.
+    """Rows ``(N, ...)`` as a float32 tensor: an array, a data frame of numbers, a tensor, or lists of numbers.
+
+    Finite numbers beyond float32 become its largest, outside of every box as they are, and never infinite: what passes
+    here once passes again.
 
     Raises:
-        InputError: they are no floating-point numbers of the shape, there are none, or some are not finite.
+        InputError: they are no floating-point numbers of the shape, there are none, or some are not finite or masked.
     """
-    if not isinstance(rows, Tensor):
-        rows = torch.as_tensor(rows)
-    if rows.dim() < 2 or not rows.is_floating_point() or not rows.numel():
-        raise InputError(f"expected floating-point rows (N, ...), got {rows.dtype} {tuple(rows.shape)}")
-    if input_shape is not None and tuple(rows.shape[1:]) != input_shape:
-        raise InputError(f"expected rows (N, {', '.join(map(str, input_shape))}), got {tuple(rows.shape)}")
-    if not bool(rows.isfinite().all()):
+    table = _as_tensor(unmasked("rows", rows))
+    if table.dim() < 2 or not table.is_floating_point() or not table.numel():
+        told = "" if table.is_floating_point() else ": take whole numbers as rows.astype(float), where that is meant"
+        raise InputError(f"expected floating-point rows (N, ...), got {table.dtype} {tuple(table.shape)}{told}")
+    if input_shape is not None and tuple(table.shape[1:]) != input_shape:
+        raise InputError(f"expected rows (N, {', '.join(map(str, input_shape))}), got {tuple(table.shape)}")
+    if not bool(table.isfinite().all()):
         raise InputError(
             "some rows hold NaN or infinite numbers, which lie nowhere in the domain: fill them by a public number, or "
-            "leave these rows out. Nothing was charged"
+            "leave these rows out. Nothing was charged for this call"
         )
-    return rows.detach().float()
+    most = torch.finfo(torch.float32).max
+    return (table.clamp(-most, most) if table.dtype == torch.float64 else table).float()
+
+
+def _as_tensor(rows: object) -> Tensor:
+    if isinstance(rows, Tensor):
+        if rows.layout is not torch.strided:
+            raise InputError(f"expected dense rows (N, ...), got a tensor of layout {rows.layout}: rows.to_dense()")
+        return rows.detach()
+    try:
+        values = np.asarray(readable("rows", rows))
+        return torch.as_tensor(values.astype(values.dtype.newbyteorder("="), copy=not values.flags.writeable))
+    except InputError:
+        raise
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(
+            f"expected floating-point rows (N, ...), got a {type(rows).__name__} that is no array of numbers "
+            f"({reason:.120})"
+        ) from error

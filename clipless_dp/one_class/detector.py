@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
-from clipless_dp.arguments import unmasked
+from clipless_dp.arguments import share, shown, unmasked
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.one_class.fitting import fit_one_class
 from clipless_dp.one_class.model import OneClassModel
@@ -21,6 +21,9 @@ from clipless_dp.sampling import trained_on
 from clipless_dp.statement import PrivacyStatement
 
 _OWN = ("domain", "epsilon", "delta", "margin", "weight", "network", "accountant", "noise", "reproducible_seed")
+
+_FLOATS = [np.float64, np.float32]
+"""Not float32 alone, in which a finite number may be infinite: what lies beyond it counts as the box's end."""
 
 
 class PrivateOutlierDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
@@ -35,7 +38,8 @@ class PrivateOutlierDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         delta: target δ.
         contamination: share of the training rows that may be called outliers, in (0, 0.5]: the threshold is a quantile
             of their scores, charged within ``epsilon``. ``None``: scores below zero are outliers, which costs nothing.
-        margin, weight, network, accountant, dataset_size, noise, reproducible_seed: as there.
+        margin, weight, network, accountant, dataset_size, noise, reproducible_seed: as there. Clones share an
+            accountant that is given, in one process: what all fits of a search spend is in its ledger.
         options: further arguments, such as ``{"epochs": 10}``.
 
     Attributes:
@@ -98,8 +102,8 @@ class PrivateOutlierDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
                 told = "must be a mapping" if not isinstance(options, Mapping) else f"hold {', '.join(sorted(own))}"
                 raise ConfigurationError(f"options {told}: arguments of fit_one_class that the detector has not itself")
             rate = self.contamination
-            if rate is not None and not (isinstance(rate, float) and 0.0 < rate <= 0.5):
-                raise ConfigurationError(f"contamination must lie in (0, 0.5], or be None, got {rate!r:.80}")
+            if rate is not None and share("contamination", rate, "(0, 1)") > 0.5:
+                raise ConfigurationError(f"contamination must lie in (0, 0.5], or be None, got {shown(rate)}")
             self.result_ = fit_one_class(
                 rows, rate=rate, dataset_size=self.dataset_size, **{"progress": False, **named, **options}
             )
@@ -144,11 +148,11 @@ class PrivateOutlierDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             X = X.detach().cpu().numpy()
         unmasked("rows", X)
         if len(getattr(X, "shape", None) or np.asarray(X).shape) > 2:
-            rows = check_array(X, dtype=np.float32, allow_nd=True)
+            rows = check_array(X, dtype=_FLOATS, allow_nd=True)
             if reset:
                 self.n_features_in_ = int(np.prod(rows.shape[1:]))
         else:
-            rows = validate_data(self, X, dtype=np.float32, **({} if reset else {"reset": False}))
+            rows = validate_data(self, X, dtype=_FLOATS, **({} if reset else {"reset": False}))
         if not reset and rows.shape[1:] != self._known().box.input_shape:
             raise InputError(f"expected rows of shape {self._known().box.input_shape}, got {rows.shape[1:]}")
         return torch.tensor(rows)
@@ -162,6 +166,12 @@ class PrivateOutlierDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
         except BaseException:
             self.__dict__ = before
             raise
+
+    def __sklearn_clone__(self) -> PrivateOutlierDetector:
+        made: PrivateOutlierDetector = super().__sklearn_clone__()
+        # What was given is one ledger, that all clones spend in: each of a copy's own would hold its part alone.
+        made.accountant = self.accountant
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())

@@ -191,10 +191,11 @@ def fit_one_class(
     quota = None if rate is None else share("rate", rate, "(0, 1)")
     part = share("threshold_share", threshold_share, "(0, 1)")
     made = OneClassModel(model, box, margin, float(weight), network if isinstance(network, str) else None)
+    made.stated_size = dataset_size is not None
     if not private:
         _train(asked, box(table), reproducible_seed)
         if quota is not None:
-            made.threshold(quota, table)
+            made._threshold(quota, table)
         return made
     assert epsilon is not None
     assert delta is not None
@@ -205,7 +206,7 @@ def fit_one_class(
     made.result = _train_privately(asked, box(table), sigma, (epsilon, delta), ledger, source, reproducible_seed)
     if quota is not None:
         apart = noise if reproducible_seed is None else ReproducibleNoise(derived_seed(reproducible_seed, "threshold"))
-        made.threshold(quota, table, noise_multiplier=of_threshold, dataset_size=size, noise=apart)
+        made._threshold(quota, table, noise_multiplier=of_threshold, dataset_size=size, noise=apart)
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ class OneClassModel(Predicts):
         margin: ``m``: ``f`` is about ``m`` on the set, and ``-m`` at a distance of ``2m`` from it.
         weight: ``λ`` of the loss.
         network: its name, or ``None`` of a module that was given.
-        offset: rows of a lower score are anomalies: 0, half way between the levels, or what :meth:`threshold` released.
         result: of a private training, with the optimizer and its ledger; ``None`` without privacy.
+        stated_size: whether the number of rows was stated for the training; else that of rows counts as public.
     """
 
     model: DPLipModel
@@ -68,8 +68,44 @@ class OneClassModel(Predicts):
     margin: float
     weight: float
     network: str | None = None
-    offset: float = 0.0
     result: FitResult | None = None
+    stated_size: bool = False
+    _offset: float = field(default=0.0, init=False, repr=False)
+    _origin: str = field(default="by default, half way between the levels", init=False, repr=False)
+
+    @property
+    def offset(self) -> float:
+        """Rows of a lower score are anomalies: 0, what :meth:`threshold` released, or :meth:`set_threshold` was told.
+
+        Raises:
+            ConfigurationError: something is assigned to it.
+        """
+        return self._offset
+
+    @offset.setter
+    def offset(self, value: object) -> None:
+        raise ConfigurationError(
+            "a threshold is part of what is released: threshold(rate, rows, noise_multiplier=...) takes one from "
+            "private rows and charges it, set_threshold(value) takes a public number, which is told in the statement"
+        )
+
+    def set_threshold(self, value: float) -> None:
+        """Takes a *public* number as the threshold: nothing is charged, and the statement says so.
+
+        A quantile of the scores of private rows is no public number: :meth:`threshold` releases one.
+
+        Args:
+            value: a plain finite number: what comes out of an array or a tensor was computed from something.
+
+        Raises:
+            ConfigurationError: it is anything else.
+        """
+        if type(value) not in (int, float):
+            raise ConfigurationError(
+                f"the threshold must be a plain number, written down and not computed, got {shown(value)}: "
+                "threshold(rate, rows, noise_multiplier=...) releases one of private rows"
+            )
+        self._offset, self._origin = _finite("threshold", value), "stated to be public, and charged to nobody"
 
     @property
     def epsilon(self) -> float:
@@ -81,14 +117,17 @@ class OneClassModel(Predicts):
         """``L`` of the scores, certified: at most about 1."""
         return self.model.lipschitz_constant()
 
-    @torch.no_grad()
     def scores(self, rows: Any, *, batch_size: int = 4096) -> Tensor:
         """``f`` of rows ``(N, *input_shape)``, ``(N,)``: large where normal.
 
         Raises:
             InputError: the rows are not like those that were trained on, or not finite.
         """
-        table, training = require_rows(rows, self.box.input_shape), self.model.training
+        return self._scores(require_rows(rows, self.box.input_shape), batch_size=batch_size)
+
+    @torch.no_grad()
+    def _scores(self, table: Tensor, *, batch_size: int = 4096) -> Tensor:
+        training = self.model.training
         self.model.eval()
         try:
             return torch.cat([self.model(self.box(some)).reshape(-1) for some in table.split(batch_size)])
@@ -104,7 +143,7 @@ class OneClassModel(Predicts):
         dataset_size: int | None = None,
         noise: NoiseSource | str | None = None,
     ) -> float:
-        """The score that a share of normal rows lies below, which :attr:`offset` becomes.
+        """The score that a share of normal rows lies below, which :attr:`offset` becomes: by noisy counts, within some.
 
         With privacy it is a release of its own, :func:`clipless_dp.statistics.private_quantile` of ``exp(f/R)`` with
         the public bound ``R = |f(0)| + L·radius`` of scores, and goes into the ledger of the training: :attr:`epsilon`
@@ -114,41 +153,68 @@ class OneClassModel(Predicts):
             rate: share in (0, 1).
             rows: normal ones, those of the training say. The result does not keep them.
             noise_multiplier: ``σ`` of the release.
-            dataset_size: public number of rows; by default that of the training.
+            dataset_size: public number of *these* rows, of which the share is taken. By default theirs, which then is
+                taken to be public as that of the training was; where one was stated for the training, it must be here.
             noise: ``"system"``, ``"secure"`` or a source.
 
         Raises:
             ConfigurationError: a private model is asked for a threshold without noise, or an argument is out of range.
             InputError: the rows do not fit.
         """
-        quota = share("rate", rate, "(0, 1)")
-        table = require_rows(rows, self.box.input_shape)
+        return self._threshold(
+            share("rate", rate, "(0, 1)"),
+            require_rows(rows, self.box.input_shape),
+            noise_multiplier=noise_multiplier,
+            dataset_size=dataset_size,
+            noise=noise,
+        )
+
+    def _threshold(
+        self,
+        quota: float,
+        table: Tensor,
+        *,
+        noise_multiplier: float | None = None,
+        dataset_size: int | None = None,
+        noise: NoiseSource | str | None = None,
+    ) -> float:
+        """Of rows that were looked at: behind a training nothing about them refuses any more."""
         if self.result is None:
             if noise_multiplier is not None:
                 raise ConfigurationError("the model was trained without privacy: leave noise_multiplier out")
-            self.offset = float(torch.quantile(self.scores(table).double(), quota))
-            return self.offset
+            self._offset = float(torch.quantile(self._scores(table).double(), quota))
+            self._origin = "a quantile of rows' scores, without privacy"
+            return self._offset
         if noise_multiplier is None:
             raise ConfigurationError(
                 "a threshold of private rows' scores is a statistic of them, which the training has not paid for: give "
                 "noise_multiplier, or fit_one_class(..., rate=...), or stay with a public one, such as 0"
+            )
+        if dataset_size is None and self.stated_size:
+            raise ConfigurationError(
+                "the training was told its number of rows, so that the true one may be private: give dataset_size, the "
+                "public number of these rows"
             )
         optimizer = self.result.optimizer
         bound = self._bound()
         # Row by row: among other numbers of rows a row's score may be rounded otherwise, and a count then moves by more
         # than the row that was added.
         found = private_quantile(
-            (self.scores(table, batch_size=1).double() / bound).exp(),
+            (self._scores(table, batch_size=1).double() / bound).exp(),
             quota,
             lower=math.exp(-1.0),
             upper=math.exp(1.0),
             noise_multiplier=noise_multiplier,
             accountant=optimizer.accountant,
-            dataset_size=optimizer.dataset_size if dataset_size is None else dataset_size,
+            dataset_size=len(table) if dataset_size is None else dataset_size,
             noise=noise,
         )
-        self.offset = bound * math.log(found)
-        return self.offset
+        self._offset = bound * math.log(found)
+        self._origin = (
+            f"a quantile at {quota:.6g} of rows' scores, released with noise multiplier {noise_multiplier:.6g}: an "
+            "entry of its own in the ledger"
+        )
+        return self._offset
 
     def _bound(self) -> float:
         """Of ``|f|`` on the box: of the weights alone."""
@@ -227,6 +293,7 @@ class OneClassModel(Predicts):
             f"One class: rows are positives. Negatives were made up from released weights, public randomness and a box "
             f"that was stated to be public, and were charged to nobody; margin {self.margin:.6g}, weight "
             f"{self.weight:.6g}.",
+            f"Threshold of scores: {self.offset:.6g}, {self._origin}.",
         )
 
     def _private(self) -> FitResult:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -12,18 +12,38 @@ from torch.nn import functional
 
 from clipless_dp.errors import Unsupported, UnsupportedModuleError
 from clipless_dp.gates import CotangentGate
-from clipless_dp.layers import DistanceLinear, FullSort, GroupSort, MaxMin, ScaledAvgPool2d, SortLinear
+from clipless_dp.layers import AbsoluteValue, DistanceLinear, FullSort, GroupSort, MaxMin, ScaledAvgPool2d, SortLinear
+from clipless_dp.layers.distance import p_norms
 from clipless_dp.modules import kind_of
 
-Interval = tuple[Tensor, Tensor]
-"""The lowest and the highest values of each entry."""
+
+class Interval(NamedTuple):
+    """The lowest and the highest values of each entry."""
+
+    low: Tensor
+    high: Tensor
+
 
 _MONOTONE: tuple[type[nn.Module], ...] = (
     *(nn.Identity, nn.ReLU, nn.Tanh, nn.Flatten, nn.Unflatten, nn.Dropout, GroupSort, MaxMin, FullSort),
-    *(nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, ScaledAvgPool2d, CotangentGate),
+    *(nn.MaxPool2d, CotangentGate),
 )
-_FUNCTIONS: tuple[Any, ...] = (torch.flatten, torch.relu, torch.tanh, functional.relu, operator.add, torch.add)
-_METHODS = ("flatten", "reshape", "view", "relu", "tanh", "contiguous", "clone")
+_AVERAGES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d, ScaledAvgPool2d)
+_FUNCTIONS: tuple[Any, ...] = (
+    *(torch.flatten, torch.reshape, torch.relu, torch.tanh, functional.relu, functional.tanh),
+    *(operator.add, torch.add, torch.cat, torch.concat, torch.concatenate, torch.stack),
+    *("flatten", "reshape", "view", "relu", "tanh", "contiguous", "clone", "add"),
+    *(torch.unflatten, "unflatten", torch.mean, "mean", functional.max_pool2d),
+)
+"""Which rise with every entry of every operand."""
+_EITHER_WAY: tuple[Any, ...] = (
+    *(operator.mul, torch.mul, "mul", operator.truediv, torch.div, "div"),
+    *(operator.neg, torch.neg, "neg", functional.avg_pool2d, functional.adaptive_avg_pool2d),
+)
+"""Of one value, whose ends they keep in order or turn around: weights of one sign, and of either."""
+_DIFFERENCES: tuple[Any, ...] = (operator.sub, torch.sub, "sub")
+_SIZES: tuple[Any, ...] = (torch.abs, "abs")
+_SHAPES: tuple[Any, ...] = (getattr, "size")
 _CHUNK = 1 << 20
 
 
@@ -39,7 +59,7 @@ def _through_distances(layer: DistanceLinear | SortLinear, interval: Interval) -
         for kept, sizes in zip(ends, (nearest, farthest), strict=True):
             kept.append(_of_sizes(layer, sizes))
     low, high = (torch.cat(parts) for parts in ends)
-    return (low, high) if layer.bias is None else (low + layer.bias, high + layer.bias)
+    return Interval(low, high) if layer.bias is None else Interval(low + layer.bias, high + layer.bias)
 
 
 def _of_sizes(layer: DistanceLinear | SortLinear, sizes: Tensor) -> Tensor:
@@ -47,8 +67,7 @@ def _of_sizes(layer: DistanceLinear | SortLinear, sizes: Tensor) -> Tensor:
     if isinstance(layer, SortLinear):
         ordered: Tensor = sizes.topk(layer.terms, -1).values * sizes.new_tensor(layer.coefficients)
         return ordered.sum(-1)
-    lengths: Tensor = torch.linalg.vector_norm(sizes, ord=layer.p, dim=-1) * layer.scale
-    return lengths
+    return p_norms(sizes, layer.p) * layer.scale
 
 
 def _through_linear(layer: nn.Linear, interval: Interval) -> Interval:
@@ -56,7 +75,33 @@ def _through_linear(layer: nn.Linear, interval: Interval) -> Interval:
     rising, falling = layer.weight.clamp(min=0.0), layer.weight.clamp(max=0.0)
     low = functional.linear(lowest, rising) + functional.linear(highest, falling, layer.bias)
     high = functional.linear(highest, rising) + functional.linear(lowest, falling, layer.bias)
-    return low, high
+    return Interval(low, high)
+
+
+def _in_order(one: Tensor, other: Tensor) -> Interval:
+    return Interval(torch.minimum(one, other), torch.maximum(one, other))
+
+
+def _sizes(interval: Interval) -> Interval:
+    low, high = interval
+    return Interval(torch.maximum(low, -high).clamp(min=0.0), torch.maximum(-low, high))
+
+
+def _at(value: Any, end: int) -> Any:
+    """Arguments of a call with each interval's one end in its place."""
+    if isinstance(value, Interval):
+        return value[end]
+    if isinstance(value, (tuple, list)):
+        return [_at(one, end) for one in value]
+    return {name: _at(one, end) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _intervals(value: Any) -> list[Interval]:
+    if isinstance(value, Interval):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [found for one in value for found in _intervals(one)] if isinstance(value, (tuple, list)) else []
 
 
 class _Intervals(fx.Interpreter):
@@ -69,29 +114,54 @@ class _Intervals(fx.Interpreter):
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         layer = self.fetch_attr(target)
         kind = kind_of(layer)
+        (value,) = (*args, *kwargs.values())
         if kind in (DistanceLinear, SortLinear):
-            return _through_distances(layer, args[0])
+            return _through_distances(layer, value)
         if kind is nn.Linear:
-            return _through_linear(layer, args[0])
-        if kind in _MONOTONE and not kwargs:
-            return layer(args[0][0]), layer(args[0][1])
+            return _through_linear(layer, value)
+        if kind is AbsoluteValue:
+            return _sizes(value)
+        if kind in _MONOTONE:
+            return Interval(layer(value.low), layer(value.high))
+        if kind in _AVERAGES:
+            # A divisor may be negative.
+            return _in_order(layer(value.low), layer(value.high))
         raise _unknown(str(target), kind.__name__)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target not in _FUNCTIONS or kwargs.get("alpha", 1) != 1:
-            raise _unknown(getattr(target, "__name__", str(target)), "function")
-        return self._ends(lambda chosen: super(_Intervals, self).call_function(target, chosen, kwargs), args)
+        return self._called(
+            target, getattr(target, "__name__", str(target)), "function", super().call_function, args, kwargs
+        )
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target not in _METHODS:
-            raise _unknown(str(target), "method")
-        return self._ends(lambda chosen: super(_Intervals, self).call_method(target, chosen, kwargs), args)
+        return self._called(target, str(target), "method", super().call_method, args, kwargs)
 
-    def _ends(self, run: Callable[[tuple[Any, ...]], Tensor], args: tuple[Any, ...]) -> Interval:
-        def chosen(end: int) -> tuple[Any, ...]:
-            return tuple(one[end] if isinstance(one, tuple) and isinstance(one[0], Tensor) else one for one in args)
+    def _called(
+        self, target: Any, name: str, kind: str, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        operands = _intervals((args, kwargs))
+        if not operands:
+            return run(target, args, kwargs)
+        known = getattr(target, "stands_for", target)
+        if known in _SHAPES:
+            # Which are alike at both ends.
+            return run(target, tuple(_at(args, 0)), _at(kwargs, 0))
+        first = args[0] if args else kwargs.get("input")
+        if kwargs.get("alpha", 1) == 1:
+            if known in _FUNCTIONS or (known in _EITHER_WAY and len(operands) == 1 and not _divides(known, first)):
+                low, high = (run(target, tuple(_at(args, end)), _at(kwargs, end)) for end in (0, 1))
+                return Interval(low, high) if known in _FUNCTIONS else _in_order(low, high)
+            if known in _DIFFERENCES and len(operands) == 2 and isinstance(first, Interval):
+                other = args[1] if len(args) > 1 else kwargs["other"]
+                return Interval(first.low - other.high, first.high - other.low)
+            if known in _SIZES and len(operands) == 1:
+                return _sizes(operands[0])
+        raise _unknown(name, kind)
 
-        return run(chosen(0)), run(chosen(1))
+
+def _divides(function: Any, first: Any) -> bool:
+    """Whether a number is divided by a value, which turns signs around at zero."""
+    return function in (operator.truediv, torch.div, "div") and not isinstance(first, Interval)
 
 
 def _unknown(place: str, kind: str) -> UnsupportedModuleError:
@@ -113,5 +183,5 @@ def output_interval(graph: fx.GraphModule, lowest: Tensor, highest: Tensor) -> I
     Raises:
         UnsupportedModuleError: a layer has no interval rule.
     """
-    found: Interval = _Intervals(graph).run((lowest, highest))
+    found: Interval = _Intervals(graph).run(Interval(lowest, highest))
     return found

@@ -180,8 +180,7 @@ def attack_inf(
     classes = plain.classes(inputs)
     if labels is not None:
         refuse_other_labels(labels, classes)
-    reach = radii.double() if isinstance(radii, Tensor) else torch.tensor(not_negative("radii", radii)).double()
-    reach = reach.cpu().expand(len(inputs))
+    reach = _reaches(radii, len(inputs))
     parts: list[AttackedInf] = []
     for start in range(0, len(inputs), rows):
         some = inputs[start : start + rows].to(plain.device, plain.dtype)
@@ -192,6 +191,20 @@ def attack_inf(
         own = per_sample(reach[start : start + rows].to(some), some)
         parts.append(_descended(plain, some, truth, own, limits, steps, restarts, generator))
     return AttackedInf(*(torch.cat([getattr(part, name) for part in parts]) for name in _FOUND))
+
+
+def _reaches(radii: float | Tensor, count: int) -> Tensor:
+    if not isinstance(radii, Tensor):
+        return torch.tensor(not_negative("radii", radii), dtype=torch.float64).expand(count)
+    if radii.is_complex() or radii.dtype is torch.bool or tuple(radii.shape) not in ((), (count,)):
+        raise ConfigurationError(
+            f"radii must be one number, or one for each of {count} samples, ({count},), got {radii.dtype} "
+            f"{tuple(radii.shape)}"
+        )
+    reach = radii.detach().double().cpu().expand(count)
+    if not bool((reach >= 0.0).all()):
+        raise ConfigurationError("some radii are negative or NaN: leave these samples out, or give 0")
+    return reach
 
 
 _FOUND = ("flipped", "examples", "distances")

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipless_dp.arguments import choice, not_negative
+from clipless_dp.arguments import choice, not_negative, unmasked
 from clipless_dp.errors import ConfigurationError, InputError
 
 Sides = Literal["both", "one"]
@@ -68,7 +68,12 @@ def certified_auroc(
 def _scores(name: str, values: Any) -> NDArray[np.float64]:
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().double().numpy()
-    found = np.asarray(values)
+    try:
+        found = np.asarray(unmasked(name, values))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{name} must be numbers (N,), one at least, got a {type(values).__name__}: {error}"
+        ) from error
     if found.ndim != 1 or found.dtype.kind not in "iuf" or not len(found):
         raise InputError(f"{name} must be numbers (N,), one at least, got {found.dtype} {found.shape}")
     found = found.astype(np.float64)

@@ -87,14 +87,16 @@ def _require_numbers(given: dict[str, Any]) -> None:
 def _linear_bounds(context: RuleContext, pool: Any, axes: int) -> LayerBounds:
     """Schur's test: for a matrix A of non-negative weights ``‖A‖² ≤ max_j (AᵀA1)_j``.
 
-    In the maximum norm it is ``max_i (A1)_i``. For full windows the first is the ``√N/√n_w`` of ``bounds.md``, and near
+    In the maximum norm it is ``max_i (A1)_i``. A negative divisor gives all weights the other sign, of which ``AᵀA``
+    keeps nothing, and ``|A1| = |A|1``. For full windows the first is the ``√N/√n_w`` of ``bounds.md``, and near
     borders it stays exact about divisors.
     """
     with torch.enable_grad():
         ones = torch.ones(1, 1, *_require_maps(context, axes), dtype=torch.float64, requires_grad=True)
         rows = pool(ones)
         (columns,) = torch.autograd.grad(rows, ones, rows.detach())
-    constant, largest = (math.sqrt(float(columns.max())) * (1.0 + 1e-12), float(rows.detach().max()) * (1.0 + 1e-12))
+    constant = math.sqrt(float(columns.max())) * (1.0 + 1e-12)
+    largest = float(rows.detach().abs().max()) * (1.0 + 1e-12)
     return replace(
         _stretched(context, constant, None),
         lipschitz_inf=largest,

@@ -10,8 +10,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from clipless_dp.arguments import positive, share, whole
-from clipless_dp.layers import set_exponent_
+from clipless_dp.arguments import positive, share, shown, whole
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.layers import DistanceLinear, set_exponent_
 from clipless_dp.layers.distance import exponent
 from clipless_dp.losses import LInfMargin
 
@@ -110,9 +111,13 @@ def relaxation(
         lr: of learning rates.
 
     Raises:
-        ConfigurationError: an argument is out of range.
+        ConfigurationError: an argument is out of range, no layer of the network relaxes, or no part of the loss decays.
     """
-    low, high = exponent(first), positive("last", exponent(last))
+    low, high = positive("first", exponent(first)), positive("last", exponent(last))
+    if not isinstance(net, nn.Module) or not any(isinstance(layer, DistanceLinear) for layer in net.modules()):
+        raise ConfigurationError(f"net must be a network with DistanceLinear layers, which relax, got {shown(net)}")
+    if loss is not None and not isinstance(loss, LInfMargin):
+        raise ConfigurationError(f"loss must be LInfMargin, whose cross-entropy decays, or None, got {shown(loss)}")
     until, stages = share("until", until, "(0, 1]"), whole("stages", stages, 2)
 
     def factory(optimizer: Optimizer, steps: int) -> LRScheduler:

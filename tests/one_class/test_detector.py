@@ -18,6 +18,7 @@ from sklearn.preprocessing import FunctionTransformer
 from sklearn.utils.estimator_checks import check_estimator
 
 import clipless_dp
+from accounting import create_accountant
 from clipless_dp import ConfigurationError, InputError, PrivateOutlierDetector
 
 ROWS = np.random.default_rng(0).uniform(-1.0, 1.0, (200, 3))
@@ -105,6 +106,26 @@ def test_arguments_are_checked_and_a_failed_fit_leaves_the_last_one(
     with pytest.raises(ConfigurationError, match=told):
         known.fit(ROWS)
     assert known.result_ is fitted.result_
+
+
+def test_clones_spend_in_the_one_ledger_that_was_given() -> None:
+    ledger = create_accountant("rdp")
+    first = PrivateOutlierDetector(**{**QUICK, "accountant": ledger})
+    clones = [clone(first), clone(make_pipeline(first))[0]]
+    assert all(one.accountant is ledger for one in clones)
+    # What the first has spent of ε is not there for the second.
+    sigmas = [one.fit(ROWS).result_.result.noise_multiplier for one in clones]
+    assert sigmas[1] > 3.0 * sigmas[0]
+    assert len(ledger.ledger.entries) == 2
+    assert ledger.get_epsilon(1e-3) <= 5.0
+
+
+def test_a_finite_number_beyond_float32_counts_as_the_end_of_the_box() -> None:
+    rows = ROWS.copy()
+    rows[0, 0] = 1e39
+    found = PrivateOutlierDetector(**QUICK, contamination=np.float32(0.1)).fit(rows)
+    nearest = rows.clip(-4.0, 4.0)
+    assert np.array_equal(found.score_samples(rows), found.score_samples(nearest))
 
 
 def test_pickles_do_not_hold_the_result(fitted: PrivateOutlierDetector) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -319,16 +320,16 @@ def test_a_threshold_of_private_rows_is_charged_or_refused(private: OneClassMode
         assert abs(float((private.scores(disk(500)) < found).float().mean()) - 0.5) < 0.2
         assert found != exact
     finally:
-        private.offset = 0.0
+        private.set_threshold(0.0)
 
 
 def test_a_row_more_moves_no_other_rows_score_in_a_threshold(private: OneClassModel) -> None:
     rows = disk(40)
     alone = private.scores(rows[1:], batch_size=1)
     assert torch.equal(private.scores(rows, batch_size=1)[1:], alone)
-    with mock.patch.object(OneClassModel, "scores", autospec=True, side_effect=OneClassModel.scores) as asked:
+    with mock.patch.object(OneClassModel, "_scores", autospec=True, side_effect=OneClassModel._scores) as asked:
         private.threshold(0.5, rows, noise_multiplier=50.0)
-    private.offset = 0.0
+    private.set_threshold(0.0)
     assert [call.kwargs for call in asked.call_args_list] == [{"batch_size": 1}]
 
 
@@ -350,7 +351,114 @@ def test_a_threshold_without_privacy_is_the_quantile(plain: OneClassModel) -> No
         found = plain.threshold(0.1, disk(500))
         assert float((plain.scores(disk(500)) < found).float().mean()) == pytest.approx(0.1, abs=0.01)
     finally:
-        plain.offset = 0.0
+        plain.set_threshold(0.0)
+
+
+def beyond_float32() -> Tensor:
+    rows = disk(40).double()
+    rows[0, 0] = 1e39
+    return rows
+
+
+def test_a_row_beyond_float32_trains_and_has_a_threshold_as_the_nearest_point_of_the_box() -> None:
+    """Finite before the cast and infinite after it: the threshold refused it when the training was paid for."""
+    ledger, same = create_accountant("rdp"), beyond_float32()
+    same[0, 0] = 2.0
+    kept = {"batch_size": 20, "rate": 0.1}
+    found = trained(8.0, rows=beyond_float32(), accountant=ledger, **kept)
+    assert found.offset == trained(8.0, rows=same.float(), **kept).offset
+    assert torch.equal(found.scores(beyond_float32()), found.scores(same))
+    assert found.epsilon <= 8.0
+    assert len(ledger.ledger.entries) == 2
+
+
+def test_a_threshold_cannot_be_assigned_and_a_public_one_is_told_in_the_statement(tmp_path: Path) -> None:
+    found = trained(3.0, network="dense")
+    raw = float(found.scores(disk(500)).quantile(0.1))
+    with pytest.raises(ConfigurationError, match="part of what is released"):
+        found.offset = raw
+    for computed in (torch.tensor(raw), np.float64(raw), True, math.nan, "0"):
+        with pytest.raises(ConfigurationError, match="threshold must be"):
+            found.set_threshold(computed)  # type: ignore[arg-type]
+    assert found.offset == 0.0
+    assert "half way between" in found.report().to_markdown()
+    before = found.epsilon
+    found.set_threshold(-0.25)
+    assert (found.offset, found.epsilon) == (-0.25, before)
+    assert "stated to be public" in found.report().to_markdown()
+    found.save(tmp_path / "model.bin")
+    assert "-0.25, stated to be public" in load(tmp_path / "model.bin").statement.to_markdown()
+    found.threshold(0.5, disk(500), noise_multiplier=2.0)
+    assert "released with noise multiplier 2" in found.report().to_markdown()
+    assert "stated to be public, and charged" not in found.report().to_markdown()
+
+
+def test_the_share_of_a_threshold_is_that_of_the_rows_it_is_taken_from() -> None:
+    found, rows = trained(50.0), disk(100, seed=5)
+    found.threshold(0.2, rows, noise_multiplier=0.01)
+    assert float((found.scores(rows) < found.offset).float().mean()) == pytest.approx(0.2, abs=0.03)
+    found = trained(50.0, dataset_size=600)
+    before = found.epsilon
+    with pytest.raises(ConfigurationError, match="give dataset_size"):
+        found.threshold(0.2, rows, noise_multiplier=0.01)
+    assert found.epsilon == before
+    found.threshold(0.2, rows, noise_multiplier=0.01, dataset_size=100)
+    assert float((found.scores(rows) < found.offset).float().mean()) == pytest.approx(0.2, abs=0.03)
+
+
+@pytest.mark.parametrize("size", [300, 2000])
+def test_a_stated_size_that_differs_refuses_nothing_behind_the_training(size: int) -> None:
+    assert trained(8.0, rate=0.1, dataset_size=size).offset != 0.0
+
+
+class Frame:
+    """A data frame, made where a test runs."""
+
+    def __new__(cls, values: Any) -> Any:
+        return pytest.importorskip("pandas").DataFrame(values)
+
+
+def test_frames_arrays_and_lists_of_the_same_rows_are_the_same() -> None:
+    rows = disk(40)
+    expected = trained(rows=rows, epochs=1.0, rate=0.1)
+    again = expected.offset
+    array = rows.double().numpy()
+    array.setflags(write=False)
+    for given in (Frame(rows.numpy()), Frame(array), array, array.astype(">f8"), rows.tolist(), list(rows)):
+        assert torch.equal(expected.scores(given), expected.scores(rows))
+        assert expected.threshold(0.1, given) == expected.offset
+        assert trained(rows=given, epochs=1.0, rate=0.1).offset == again
+
+
+UNREADABLE: dict[str, Callable[[], Any]] = {
+    "text": lambda: "abc",
+    "nothing": lambda: None,
+    "a list of texts": lambda: [["a", "b"]] * 9,
+    "objects": lambda: disk(40).numpy().astype(object),
+    "ragged lists": lambda: [[1.0, 2.0], [1.0]],
+    "a sparse tensor": lambda: disk(40).to_sparse(),
+    "a mapping": lambda: {"a": [1.0], "b": [2.0]},
+    "a frame of texts": lambda: Frame({"a": ["x", "y"], "b": [1.0, 2.0]}),
+    "a frame with a missing cell": lambda: Frame({"a": [1.0, None], "b": [1.0, 2.0]}),
+    "an array with a mask": lambda: np.ma.masked_array(disk(40).numpy(), mask=disk(40).numpy() > 0.0),
+    "numbers that are no reals": lambda: disk(40).numpy().astype(complex),
+    "a set": lambda: {1.0, 2.0},
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_is_no_table_is_refused_by_type_by_every_door(private: OneClassModel, name: str) -> None:
+    rows, before, ledger = UNREADABLE[name](), private.epsilon, create_accountant("rdp")
+    with pytest.raises(InputError):
+        trained(3.0, rows=rows, accountant=ledger)
+    for door in (private.scores, private.certify, lambda rows: private.threshold(0.1, rows, noise_multiplier=1.0)):
+        with pytest.raises(InputError):
+            door(rows)
+    assert private.epsilon == before
+    assert len(ledger) == 0
+    if name not in ("a frame of texts", "a sparse tensor"):
+        with pytest.raises(InputError):
+            certified_auroc(rows, [0.0], 1.0, 0.0)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[CliplessError], str]] = {
@@ -372,6 +480,10 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CliplessError], str]] = {
     ),
     "an empty box": ({"domain": (1.0, 1.0)}, ConfigurationError, "lo < hi"),
     "an infinite box": ({"domain": (-math.inf, 1.0)}, ConfigurationError, "plain finite"),
+    "an end that is no float": ({"domain": (0, 10**400)}, ConfigurationError, "plain finite"),
+    "a box that is empty in float32": ({"domain": (1e8, 1e8 + 1.0)}, ConfigurationError, "domain .* float32"),
+    "a box that is a point in float32": ({"domain": (0.0, 1e-50)}, ConfigurationError, "domain .* float32"),
+    "a box beyond float32": ({"domain": (0.0, 1e39)}, ConfigurationError, "domain .* float32"),
     "a box of other columns": ({"domain": ([0.0] * 3, 1.0)}, ConfigurationError, "3 numbers for 2"),
     "no rows": ({"rows": torch.zeros(0, 2)}, InputError, "floating-point rows"),
     "a missing cell": ({"rows": torch.tensor([[0.0, math.nan]])}, InputError, "Nothing was charged"),

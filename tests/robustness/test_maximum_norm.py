@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clipless_dp import (
     ConfigurationError,
@@ -322,6 +325,9 @@ def test_what_does_not_go_with_the_norm_is_refused() -> None:
         certify(model, inputs - 1.0, norm="inf", box=(0.0, 1.0))
     with pytest.raises(ConfigurationError, match="radii"):
         attack_inf(model, inputs, -1.0)
+    for radii in (torch.tensor([0.1, -0.1, 0.1]), torch.full((3,), math.nan), torch.ones(2), torch.ones(3, 1)):
+        with pytest.raises(ConfigurationError, match="radii"):
+            attack_inf(model, inputs, radii)
 
 
 def test_layers_without_an_interval_rule_are_refused_with_a_box() -> None:
@@ -331,25 +337,111 @@ def test_layers_without_an_interval_rule_are_refused_with_a_box() -> None:
         certify(model, drawn(3, 4), norm="inf", box=(0.0, 1.0))
 
 
-def test_functions_of_code_are_followed_in_intervals() -> None:
-    class Coded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.first, self.second = SortLinear(4, 4), SortLinear(4, 3)
+class Coded(nn.Module):
+    """Two layers with a line of code between."""
 
-        def forward(self, values: Tensor) -> Tensor:
-            hidden = torch.relu(self.first(values.flatten(1)))
-            return self.second(hidden + hidden)
+    def __init__(self, code: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.code = SortLinear(4, 4), SortLinear(4, 3), code
 
-    class Negated(Coded):
-        def forward(self, values: Tensor) -> Tensor:
-            return -super().forward(values)
+    def forward(self, values: Tensor) -> Tensor:
+        return self.second(self.code(self.first(values.flatten(1)), values))
 
-    inputs = drawn(5, 4)
-    boxed = certify(wrap(Coded(), (4,)), inputs, norm="inf", box=(0.0, 1.0)).radii
-    assert bool((boxed >= 0.0).all())
-    with pytest.raises(UnsupportedModuleError, match="neg"):
-        certify(wrap(Negated(), (4,)), inputs, norm="inf", box=(0.0, 1.0))
+
+CODE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a sum": lambda h, x: torch.relu(h) + h,
+    "torch.relu(input=)": lambda h, x: torch.relu(input=h),
+    "torch.flatten(input=)": lambda h, x: torch.flatten(input=h, start_dim=1),
+    "torch.add(other=)": lambda h, x: torch.add(h, other=x),
+    "add of a tensor": lambda h, x: h.add(x),
+    "a shape": lambda h, x: h.reshape(h.shape[0], -1),
+    "a size": lambda h, x: h.view(h.size(0), 4),
+    "a minus": lambda h, x: -h,
+    "a factor": lambda h, x: 0.5 * h,
+    "a negative factor": lambda h, x: h * -2.0,
+    "a negative quotient": lambda h, x: h / -2.0,
+    "a difference": lambda h, x: h - x,
+    "a difference in another order": lambda h, x: torch.sub(other=x, input=h),
+    "absolute values": lambda h, x: torch.abs(h - x),
+    "a concatenation": lambda h, x: torch.cat((h, x), 1).unflatten(1, (2, 4)).mean(1),
+    "an average of a negative divisor": lambda h, x: functional.avg_pool2d(
+        h.unflatten(1, (1, 2, 2)), 1, divisor_override=-2
+    ).flatten(1),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_code_is_followed_in_intervals(name: str) -> None:
+    torch.manual_seed(1)
+    model, inputs = wrap(Coded(CODE[name]), (4,)), drawn(20, 4)
+    assert math.isfinite(model.lipschitz_constant(norm="inf"))
+    plain, low = robustness.plain_network(model), 0.6 * inputs
+    least, most = intervals.output_interval(plain.net[0], low, low + 0.4)
+    for seed in range(20):
+        outputs = plain.outputs(low + 0.4 * drawn(20, 4, seed=seed).round(decimals=seed % 3))
+        assert bool(((outputs >= least - 1e-12) & (outputs <= most + 1e-12)).all())
+    radii = certify(model, inputs, norm="inf", box=(0.0, 1.0)).radii.clamp(max=1.0)
+    attacked = attack_inf(model, inputs, radii * (1.0 - 1e-9), box=(0.0, 1.0), steps=10, restarts=2)
+    assert not bool((attacked.flipped & (radii > 0.0)).any())
+
+
+@pytest.mark.parametrize("divisor", [-4, -1, 4])
+def test_averages_of_a_negative_divisor_turn_intervals_around(divisor: int) -> None:
+    net = nn.Sequential(nn.AvgPool2d(2, divisor_override=divisor), nn.Flatten(), SortLinear(4, 3))
+    model, inputs = wrap(net, (1, 4, 4)), drawn(30, 1, 4, 4)
+    found = certify(model, inputs, norm="inf", box=(0.0, 1.0))
+    assert not bool(found.radii.isinf().any())
+    attacked = attack_inf(model, inputs, found.radii * (1.0 - 1e-9), box=(0.0, 1.0), steps=15, restarts=2)
+    assert not bool((attacked.flipped & (found.radii > 0.0)).any())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    p=st.one_of(st.floats(0.31, 6.0).map(lambda power: 10.0**power), st.just(math.inf)),
+    size=st.floats(-12.0, 12.0).map(lambda power: 10.0**power),
+    entries=st.integers(1, 9),
+    mean=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_an_interval_of_one_point_ends_at_the_layers_output_at_every_exponent_and_scale(
+    p: float, size: float, entries: int, mean: bool, dtype: torch.dtype
+) -> None:
+    layer = DistanceLinear(entries, 3, p=p, mean=mean, bias=False).to(dtype)
+    inputs = (size * drawn(5, entries)).to(dtype)
+    with torch.no_grad():
+        layer.weight.mul_(size)
+        outputs = layer(inputs)
+        for end in intervals._through_distances(layer, intervals.Interval(inputs, inputs)):
+            assert torch.allclose(end, outputs, rtol=1e-5 if dtype is torch.float32 else 1e-12, atol=0.0)
+    assert bool((outputs > 0.0).all())
+
+
+DEFAULT_LAST = 1000.0
+"""The last finite exponent of a relaxation."""
+
+
+def small_distances(size: float, p: float = DEFAULT_LAST) -> tuple[DPLipModel, Tensor]:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = architectures.sort_mlp((8,), 3, widths=(16,), quantile=None, p=p)
+    return wrap(net, (8,)), size * drawn(40, 8)
+
+
+def flipped_within_a_box(size: float) -> int:
+    model, inputs = small_distances(size)
+    radii = certify(model, inputs, norm="inf", box=(0.0, size)).radii
+    attacked = attack_inf(model, inputs, radii.clamp(max=size) * 0.999, box=(0.0, size), steps=30, restarts=2)
+    return int((attacked.flipped & (radii > 0.0)).sum())
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1])
+def test_no_attack_in_a_box_succeeds_at_large_exponents(size: float) -> None:
+    assert flipped_within_a_box(size) == 0
+
+
+def test_powers_that_underflow_in_intervals_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intervals, "p_norms", lambda sizes, p: torch.linalg.vector_norm(sizes, ord=p, dim=-1))
+    assert flipped_within_a_box(0.1) > 0
 
 
 def test_an_empty_gap_is_no_radius() -> None:

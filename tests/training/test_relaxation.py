@@ -108,10 +108,16 @@ def test_an_exponent_that_changes_within_a_pass_is_refused() -> None:
 
 def test_what_is_no_schedule_is_refused() -> None:
     net = torch.nn.Sequential(DistanceLinear(2, 2))
-    for options in ({"first": 1.0}, {"last": math.inf}, {"until": 0.0}, {"stages": 1}):
+    wrong = ({"first": 1.0}, {"last": math.inf}, {"first": math.inf}, {"loss": losses.TauCrossEntropy(1.0)})
+    for options in (*wrong, {"until": 0.0}, {"stages": 1}):
         with pytest.raises(ConfigurationError):
             relaxation(net, **options)  # type: ignore[arg-type]
+    for other in (torch.nn.Linear(2, 2), architectures.sort_mlp((4,), 2), None):
+        with pytest.raises(ConfigurationError, match="DistanceLinear"):
+            relaxation(other)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="quantile"):
         architectures.sort_mlp((4,), 2, p=8.0)
     with pytest.raises(ConfigurationError):
         architectures.sort_mlp((4,), 2, widths=(0,))
+    with pytest.raises(ConfigurationError, match="widths"):
+        architectures.sort_mlp((4,), 2, widths=5)  # type: ignore[arg-type]
