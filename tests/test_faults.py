@@ -333,7 +333,7 @@ def counted(path):
 def test_an_error_of_the_data_set_is_raised_as_it_is_and_every_step_before_it_is_counted(tmp_path, error):
     path, model = tmp_path / "run.pt", gated_model()
     with pytest.raises(type(error)) as raised:
-        fit(model, Failing(400, error), checkpoint=path, **QUICK)
+        fit(model, Failing(470, error), checkpoint=path, **QUICK)
     assert raised.value is error
     optimizer = error.private_optimizer
     assert 6 < optimizer.steps_taken < 12, "within the second epoch, after whose first there is a checkpoint"

@@ -55,8 +55,9 @@ LOST = Mutant("weights lost", Draw, "divisors", "min(stop, end), divisor))", "mi
 
 def test_a_run_that_counts_each_row_in_full_is_refuted(monkeypatch: pytest.MonkeyPatch) -> None:
     LOST.apply(monkeypatch)
-    found = audited(0.95)
-    assert not found.passed, str(found)
+    # One run in twelve goes unnoticed; of honest ones at most one in twenty is refuted.
+    found = [audited(0.95) for _ in range(5)]
+    assert sum(not one.passed for one in found) >= 2, [str(one) for one in found]
 
 
 def test_one_coin_decides_about_all_rows_of_a_person() -> None:
