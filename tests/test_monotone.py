@@ -21,6 +21,7 @@ from clipless_dp.features import TableEncoding
 from clipless_dp.layers import coordinates
 from clipless_dp.layers import monotone as monotone_layers
 from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
+from clipless_dp.layers.pairing import Paired
 from clipless_dp.norms.operators import DenseOperator
 from clipless_dp.tables import TableModel, bounded_table, fit_table, fitting
 from clipless_dp.tables import monotone as monotone_tables
@@ -190,6 +191,22 @@ def householder_refused() -> float:
     return 0.0
 
 
+HALVES = [lambda: layers.MaxMin(pairing="halves"), lambda: layers.GroupSort(2, pairing="halves")]
+GROUPED = [*HALVES, lambda: layers.MaxMin(), lambda: layers.GroupSort(4), lambda: layers.FullSort()]
+
+
+@torch.no_grad()
+def halves_drop(sort: Any = HALVES[0]) -> float:
+    """Of a sort of halves whose pairs cancel out where neighbours would not."""
+    net = nn.Sequential(nn.Linear(4, 4), sort(), nn.Linear(4, 1))
+    for part in (net[0], net[2]):
+        part.weight.zero_()  # type: ignore[operator,union-attr]
+        part.bias.zero_()  # type: ignore[operator,union-attr]
+    net[0].weight[:2, 0] = 1.0  # type: ignore[index,operator]
+    net[2].weight.copy_(torch.tensor([[1.0, 1.0, -1.0, -1.0]]))  # type: ignore[operator,union-attr]
+    return largest_drop(nn.Sequential(BoxProjection(-2.0, 2.0), MonotoneResidual(net, (1, 0, 0, 0))).double())
+
+
 MUTANTS = (
     (
         free_drop,
@@ -270,6 +287,16 @@ MUTANTS = (
         ),
     ),
     (
+        halves_drop,
+        Mutant(
+            "neighbours for halves",
+            Paired,
+            "groups",
+            "self._pairs(torch.arange(channels), 0)",
+            "torch.arange(channels).unflatten(0, (-1, 2)).unbind(1)",
+        ),
+    ),
+    (
         householder_refused,
         Mutant("Householder accepted", coordinates, "reason_against", "nn.LeakyReLU)", "nn.LeakyReLU, Householder)"),
     ),
@@ -277,7 +304,7 @@ MUTANTS = (
 
 
 def test_the_library_itself_passes_what_mutants_are_caught_by() -> None:
-    assert max(free_drop(), limited_drop(), householder_refused()) <= 1e-9
+    assert max(free_drop(), halves_drop(), limited_drop(), householder_refused()) <= 1e-9
 
 
 @pytest.mark.parametrize(("attack", "mutant"), MUTANTS, ids=lambda value: getattr(value, "name", ""))
@@ -288,6 +315,49 @@ def test_mutants_are_caught(attack: Any, mutant: Mutant, monkeypatch: pytest.Mon
     except (pytest.fail.Exception, RuntimeError, IndexError):
         return
     assert drop > 1e-3, mutant.name
+
+
+@pytest.mark.parametrize("make", GROUPED)
+def test_groups_of_a_sort_are_those_in_which_its_forward_pass_moves_values(make: Any) -> None:
+    sort, generator = make(), torch.Generator().manual_seed(0)
+    meets = torch.zeros(8, 8, dtype=torch.bool)
+    for _ in range(200):
+        values = torch.rand(1, 8, generator=generator)
+        meets |= sort(values).T == values
+    told = torch.zeros_like(meets)
+    for group in sort.groups(8):
+        told[group[:, None], group] = True
+    assert torch.equal(meets, told)
+
+
+@pytest.mark.parametrize("sort", HALVES)
+def test_sorts_of_halves_are_paired_as_they_run(sort: Any) -> None:
+    assert halves_drop(sort) <= 1e-9
+    for seed in range(20):
+        torch.manual_seed(seed)
+        net = nn.Sequential(BoxProjection(-2.0, 2.0), MonotoneResidual(chain(4, sort), SIGNS)).double()
+        found = monotone.certificate(net)
+        points = torch.rand(300, 4, dtype=torch.float64) * 4.0 - 2.0
+        slopes = torch.autograd.functional.jacobian(lambda rows, net=net: net(rows).sum(0), points)[0]
+        for feature, seen in zip(found.features, slopes.T, strict=True):
+            assert feature.low <= float(seen.min()) + 1e-12
+            assert float(seen.max()) <= feature.high + 1e-12
+        assert found.holds
+
+
+@pytest.mark.parametrize("make", GROUPED)
+def test_rounding_of_a_sort_is_that_of_the_entries_it_sorts_together(make: Any) -> None:
+    net = nn.Sequential(BoxProjection(-2.0, 2.0), nn.Linear(1, 8), make(), nn.Linear(8, 1))
+    with torch.no_grad():
+        for part in (net[1], net[3]):
+            part.weight.zero_()  # type: ignore[operator,union-attr]
+            part.bias.zero_()  # type: ignore[operator,union-attr]
+        net[1].bias[0] = 2.0**20  # type: ignore[index,operator]
+        for entry in range(8):
+            net[3].weight.zero_()  # type: ignore[operator,union-attr]
+            net[3].weight[0, entry] = 1.0  # type: ignore[index,operator]
+            met = any(0 in group and entry in group for group in make().groups(8).tolist())
+            assert (monotone.certificate(net).rounding > 1e-3) == met
 
 
 @settings(max_examples=25, deadline=None)

@@ -15,7 +15,7 @@ from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import Unsupported, UnsupportedModuleError
 from clipless_dp.gates import GradientGatedLinear
 from clipless_dp.graph.tracing import TracedNet, function_name, place
-from clipless_dp.layers.coordinates import INCREASING, Slopes, pulled_back, reason_against
+from clipless_dp.layers.coordinates import INCREASING, OVERWRITES, Slopes, pulled_back, reason_against, shared
 from clipless_dp.layers.monotone import BoxProjection, MonotoneLift
 from clipless_dp.layers.sorting import FullSort, GroupSort
 from clipless_dp.modules import kind_of
@@ -196,9 +196,9 @@ def _rounded(
         own = {name: exact_float64(weights.whole(one)).cpu() for name, one in named_parameters(leaf).items()}
         return _linear(own["weight"], own.get("bias"), size, error, _product_error(own["weight"].shape[1] + 2, unit))
     if isinstance(leaf, (GroupSort, FullSort)):
-        group = leaf.group_size if isinstance(leaf, GroupSort) else len(size)
-        size, error = (part.unflatten(0, (-1, group)).amax(1, keepdim=True) for part in (size, error))
-        return size.expand(-1, group).flatten(), error.expand(-1, group).flatten()
+        groups = leaf.groups(len(size))
+        size, error = (shared(part[groups].amax(1, keepdim=True), groups) for part in (size, error))
+        return size, error
     least, largest = _scalar(traced, node) or sorted((float(getattr(leaf, "negative_slope", 1.0)), 1.0))
     factor = max(abs(least), abs(largest))
     # A sigmoid has ½ at zero.

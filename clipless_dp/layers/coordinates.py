@@ -71,18 +71,22 @@ class Slopes(NamedTuple):
         low, high = _rounded(ends.amin(0), ends.amax(0), 2.0 * UNIT)
         return Slopes(low, high, self.total * max(abs(least), abs(largest)) * (1.0 + 4.0 * UNIT)).settled()
 
-    def sorted(self, group: int) -> Slopes:
-        """Through a sort of groups of adjacent entries: averages over the group."""
-        low, high = (ends.unflatten(1, (-1, group)) for ends in (self.low, self.high))
-        low, high = (
-            ends.expand(-1, -1, group).flatten(1) for ends in (low.amin(2, keepdim=True), high.amax(2, keepdim=True))
-        )
+    def sorted(self, groups: Tensor) -> Slopes:
+        """Through a sort of groups of entries, of indices ``(groups, size)``: averages over the group."""
+        low, high = self.low[:, groups], self.high[:, groups]
+        low, high = shared(low.amin(2, keepdim=True), groups), shared(high.amax(2, keepdim=True), groups)
         return Slopes(low, high, self.total).settled()
 
     def settled(self) -> Slopes:
         """The same, with the total that the entries allow for if that is less."""
         summed = self.magnitude().sum(1) * (1.0 + gamma(self.low.shape[1]))
         return Slopes(self.low, self.high, torch.minimum(self.total, summed))
+
+
+def shared(values: Tensor, groups: Tensor) -> Tensor:
+    """Gives a value of each group ``(..., groups, 1)`` to all its entries, where these are: ``(..., n)``."""
+    spread = values.expand(*values.shape[:-1], groups.shape[1]).flatten(-2)
+    return spread[..., groups.flatten().argsort()]
 
 
 def _rounded(low: Tensor, high: Tensor, relative: float) -> tuple[Tensor, Tensor]:
@@ -109,6 +113,11 @@ _UNKNOWN = (
     "how its outputs move with single coordinates is not known; of a monotone network the layers are nn.Linear, "
     "nn.ReLU, nn.LeakyReLU, nn.Tanh, layers.GroupSort, MaxMin, FullSort and BoxProjection, on rows (batch, columns)"
 )
+OVERWRITES = (
+    "it overwrites its input, which other parts may read too, so that the network is another function than its graph "
+    "says: use inplace=False"
+)
+"""Why nothing in a network of known slopes works in place."""
 _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
     ((BallProjection, SphereScaling, SampleGroupNorm, nn.LayerNorm, nn.GroupNorm), _SCALES),
     ((nn.modules.batchnorm._BatchNorm, nn.modules.batchnorm._LazyNormBase), _BATCH),
@@ -123,6 +132,8 @@ _REASONS: tuple[tuple[tuple[type[nn.Module], ...], str], ...] = (
 def reason_against(layer: nn.Module) -> str | None:
     """Why a layer cannot be in a network of known slopes; ``None`` if it can."""
     kind = kind_of(layer)
+    if getattr(layer, "inplace", False):
+        return OVERWRITES
     if kind in INCREASING or kind in (*_LINEAR, *_SORTS, FullSort, nn.LeakyReLU):
         return None
     return next((reason for kinds, reason in _REASONS if isinstance(layer, kinds)), _UNKNOWN)
@@ -143,7 +154,7 @@ def pulled_back(layer: nn.Module, slopes: Slopes, weight: Tensor | None = None) 
         return slopes.scaled(*INCREASING[kind])
     if isinstance(layer, nn.LeakyReLU):
         return slopes.scaled(*sorted((layer.negative_slope, 1.0)))
-    return slopes.sorted(layer.group_size if isinstance(layer, GroupSort) else slopes.low.shape[1])
+    return slopes.sorted(cast(GroupSort | FullSort, layer).groups(slopes.low.shape[1]))
 
 
 def parts_of(net: nn.Module, path: str = "") -> list[tuple[str, nn.Module]]:

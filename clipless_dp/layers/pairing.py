@@ -34,6 +34,10 @@ class Paired(Unscripted, nn.Module):
             raise ConfigurationError(f"pairing must be 'adjacent' or 'halves', got {shown(pairing)}")
         self.pairing = pairing
 
+    def groups(self, channels: int) -> Tensor:
+        """Which channels act on each other: indices, ``(groups, size)``, as the forward pass takes them."""
+        return torch.stack(self._pairs(torch.arange(channels), 0), 1)
+
     def _pairs(self, values: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """First and second channel of each pair."""
         size = values.shape[dim] // 2

@@ -50,9 +50,16 @@ class GroupSort(Paired):
         if self.group_size == 2:
             first, second = self._pairs(values, dim)
             return self._joined(torch.minimum(first, second), torch.maximum(first, second), dim)
-        groups = values.unflatten(dim, (channels // self.group_size, self.group_size))
-        ordered: Tensor = groups.sort(dim=dim + 1).values
+        ordered: Tensor = self._larger(values, dim).sort(dim=dim + 1).values
         return ordered.flatten(dim, dim + 1)
+
+    def groups(self, channels: int) -> Tensor:
+        """Which channels are sorted together: indices, ``(groups, group_size)``."""
+        return super().groups(channels) if self.group_size == 2 else self._larger(torch.arange(channels), 0)
+
+    def _larger(self, values: Tensor, dim: int) -> Tensor:
+        """Groups of more than two, along an axis of their own."""
+        return values.unflatten(dim, (values.shape[dim] // self.group_size, self.group_size))
 
     def extra_repr(self) -> str:
         """Group size, axis, and the pairing where it is not of neighbours."""
@@ -91,6 +98,10 @@ class FullSort(nn.Module):
         if self.dim % values.dim() == 0:
             raise ConfigurationError("dim is the batch axis: sorting along it would mix samples")
         return values.sort(dim=self.dim).values
+
+    def groups(self, channels: int) -> Tensor:
+        """Which channels are sorted together: indices, ``(1, channels)``."""
+        return torch.arange(channels)[None]
 
     def extra_repr(self) -> str:
         """The axis."""
