@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.bounds import coordinates
-from clipless_dp.distributed.placement import OneProcess
-from clipless_dp.errors import ConfigurationError
-from clipless_dp.graph.tracing import TracedNet, trace
+from clipless_dp.bounds.tracker import SensitivityTracker
+from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
+from clipless_dp.graph.tracing import WRITTEN_IN_PLACE, TracedNet, function_name, place, trace
 from clipless_dp.layers.coordinates import Slopes
 from clipless_dp.layers.monotone import MonotoneLift, MonotoneResidual
 from clipless_dp.model import DPLipModel
@@ -133,8 +133,11 @@ def certificate(
     else:
         device, dtype = parameter_device_and_dtype(model)
         traced, norm = trace(model, (_columns(model, columns),), device=device, dtype=dtype), math.inf
-        slopes = coordinates.coordinate_slopes(traced, OneProcess())
-        rounding = coordinates.rounding(traced, OneProcess(), dtype)
+        _refuse_written_in_place(traced)
+        coordinates.refuse(traced)
+        # The rules of layers and functions refuse here what they refuse in a wrapped model.
+        tracker = SensitivityTracker(traced, input_norm=norm, cotangent_norm=1.0)
+        slopes, rounding = tracker.coordinate_slopes(), tracker.rounding(dtype)
     signs = _signs(traced, slopes.low.shape[1])
     return _made(slopes, signs, names, norm, 2.0 * rounding, dtype)
 
@@ -163,6 +166,15 @@ def _refuse_ball(traced: TracedNet, norm: float) -> None:
         raise ConfigurationError(
             f"input_norm={norm:g} is below the norm {widest:.4g} of the box's corners: in the box, too, the input gate "
             "would make less of all features where one grows. Leave input_norm out"
+        )
+
+
+def _refuse_written_in_place(traced: TracedNet) -> None:
+    reason = "it is written in place, as h += t, which overwrites a value that other parts may read: write h = h + t"
+    written = [node for node in traced.tensor_nodes() if node.meta.get(WRITTEN_IN_PLACE)]
+    if written:
+        raise UnsupportedModuleError(
+            [Unsupported(place(node), function_name(node), reason) for node in written], monotone=True
         )
 
 

@@ -323,7 +323,7 @@ def test_groups_of_a_sort_are_those_in_which_its_forward_pass_moves_values(make:
     meets = torch.zeros(8, 8, dtype=torch.bool)
     for _ in range(200):
         values = torch.rand(1, 8, generator=generator)
-        meets |= sort(values).T == values
+        meets |= values == sort(values).T
     told = torch.zeros_like(meets)
     for group in sort.groups(8):
         told[group[:, None], group] = True
@@ -573,6 +573,139 @@ def test_layers_that_may_turn_signs_are_refused_with_the_reason(layer: nn.Module
     with pytest.raises(UnsupportedModuleError, match=why) as refused:
         MonotoneResidual(net, SIGNS)
     assert [part.path for part in refused.value.parts] == ["1.0"]
+
+
+class Joined(nn.Module):
+    """A network of its own ``forward``, whose weights are positive: ``c(join(h, tanh(h)))`` with ``h = a(x)``."""
+
+    def __init__(self, join: Any) -> None:
+        super().__init__()
+        self.box, self.a, self.c, self.join = BoxProjection(-4.0, 4.0), nn.Linear(2, 4), nn.Linear(4, 1), join
+        with torch.no_grad():
+            self.a.weight.abs_()
+            self.c.weight.abs_()
+
+    def forward(self, values: Tensor) -> Tensor:
+        inner = self.a(self.box(values))
+        output: Tensor = self.c(self.join(inner, torch.tanh(inner)))
+        return output
+
+
+class Broadcast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.narrow = nn.Linear(4, 1)
+
+    def forward(self, inner: Tensor, tanh: Tensor) -> Tensor:
+        output: Tensor = tanh + self.narrow(inner)
+        return output
+
+
+SUMS: dict[str, Any] = {
+    "h + t": lambda h, t: h + t,
+    "h - t": lambda h, t: h - t,
+    "h - h": lambda h, t: h - h,
+    "t - h": lambda h, t: t - h,
+    "add(input, other)": lambda h, t: torch.add(input=h, other=t),
+    "sub(input, other)": lambda h, t: torch.sub(input=h, other=t),
+    "sub(other, input)": lambda h, t: torch.sub(other=t, input=h),
+    "sub(other, h)": lambda h, t: torch.sub(h, other=t),
+    "sub(x2, x1)": lambda h, t: torch.sub(x2=t, x1=h),
+    "h.sub(other)": lambda h, t: h.sub(other=t),
+    "alpha of 1": lambda h, t: torch.sub(h, t, alpha=1),
+    "mul": lambda h, t: torch.mul(other=-2.0, input=h),
+}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "add alpha": (lambda h, t: torch.add(h, t, alpha=-5.0), "sums|alpha"),
+    "sub alpha": (lambda h, t: torch.sub(h, t, alpha=5.0), "sums|alpha"),
+    "h.add alpha": (lambda h, t: h.add(t, alpha=-5.0), "sums|alpha"),
+    "sub alpha by name": (lambda h, t: torch.sub(other=t, alpha=5.0, input=h), "sums|alpha"),
+    "broadcast": (Broadcast(), "one shape"),
+    "relu in place": (lambda h, t: nn.functional.relu(h, inplace=True) + h, "inplace=False"),
+    "relu in place, by position": (lambda h, t: nn.functional.relu(h, True) + h, "inplace=False"),
+    "relu_": (lambda h, t: h.relu_() + h, "inplace=False"),
+    "torch.relu_": (lambda h, t: torch.relu_(h) + h, "inplace=False"),
+}
+ROUTES = ("wrapped", "plain")
+
+
+def certificate_of(net: nn.Module, route: str) -> monotone.MonotoneCertificate:
+    if route == "plain":
+        return monotone.certificate(net, columns=2)
+    return monotone.certificate(DPLipModel(net, input_shape=(2,), loss=LOSS))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", SUMS)
+def test_operands_are_read_by_name_in_whatever_order_they_are_written(name: str, route: str) -> None:
+    torch.manual_seed(0)
+    net = Joined(SUMS[name]).double()
+    found = certificate_of(net, route)
+    points = torch.rand(500, 2, dtype=torch.float64) * 8.0 - 4.0
+    slopes = torch.autograd.functional.jacobian(lambda rows: net(rows).sum(0), points)[0]
+    for feature, seen in zip(found.features, slopes.T, strict=True):
+        assert feature.low <= float(seen.min()) + 1e-12
+        assert float(seen.max()) <= feature.high + 1e-12
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", REFUSED)
+def test_calls_that_compute_something_else_are_refused_wrapped_or_not(name: str, route: str) -> None:
+    join, why = REFUSED[name]
+    with pytest.raises(UnsupportedModuleError, match=why):
+        certificate_of(Joined(join), route)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "act", [nn.ReLU(inplace=True), nn.LeakyReLU(-1.0, inplace=True), nn.LeakyReLU(0.1, inplace=True)]
+)
+def test_layers_that_overwrite_what_others_read_are_refused_with_the_remedy(act: nn.Module, route: str) -> None:
+    class Own(Joined):
+        def __init__(self) -> None:
+            super().__init__(None)
+            self.act, self.b = act, nn.Linear(4, 4)
+
+        def forward(self, values: Tensor) -> Tensor:
+            inner = self.a(self.box(values))
+            output: Tensor = self.c(self.b(self.act(inner)) + inner)
+            return output
+
+    with pytest.raises(UnsupportedModuleError, match="inplace=False") as refused:
+        certificate_of(Own(), route)
+    assert [part.path for part in refused.value.parts] == ["act"]
+    with pytest.raises(UnsupportedModuleError, match="inplace=False"):
+        MonotoneResidual(nn.Sequential(act, *chain()), SIGNS)
+
+
+def written_in_place(inner: Tensor, tanh: Tensor) -> Tensor:
+    scaled = inner
+    scaled *= -3.0
+    return inner + tanh
+
+
+def test_a_module_that_is_written_in_place_is_refused_and_the_graph_of_a_wrapped_one_is_what_runs() -> None:
+    torch.manual_seed(0)
+    net = Joined(written_in_place).double()
+    with pytest.raises(UnsupportedModuleError, match="write h = h"):
+        monotone.certificate(net, columns=2)
+    model = DPLipModel(Joined(written_in_place), input_shape=(2,), loss=LOSS).double()
+    found = monotone.certificate(model)
+    points = torch.rand(500, 2, dtype=torch.float64) * 8.0 - 4.0
+    slopes = torch.autograd.functional.jacobian(lambda rows: model(rows).sum(0), points)[0]
+    for feature, seen in zip(found.features, slopes.T, strict=True):
+        assert feature.low <= float(seen.min()) + 1e-12
+        assert float(seen.max()) <= feature.high + 1e-12
+
+
+def test_a_layer_that_is_told_later_to_work_in_place_is_refused_from_then_on() -> None:
+    net = monotone_net(SLOPE, sort=nn.ReLU)
+    model = DPLipModel(net, input_shape=(4,), loss=LOSS)
+    assert len(monotone.certificate(model).features) == 4
+    net[1].net[1].inplace = True  # type: ignore[union-attr,index]
+    for one in (net, model):
+        with pytest.raises(UnsupportedModuleError, match="inplace=False"):
+            monotone.certificate(one)
 
 
 def test_gates_of_signals_around_a_monotone_network_are_refused_and_of_gradients_are_not() -> None:

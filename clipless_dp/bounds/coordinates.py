@@ -95,8 +95,8 @@ def _ways(traced: TracedNet, node: fx.Node, slopes: Slopes, weights: Placement) 
     if (scalar := _scalar(traced, node)) is not None:
         return [(sources[0], slopes.scaled(*scalar))]
     if node.op != "call_module":
-        sign = 1.0 if node.target in _SUMS else -1.0
-        return [(sources[0], slopes), (sources[1], slopes.scaled(sign, sign))]
+        sign, read = 1.0 if node.target in _SUMS else -1.0, traced.arguments(node)
+        return [(read["input"], slopes), (read["other"], slopes.scaled(sign, sign))]
     leaf = traced.leaf(node)
     if isinstance(leaf, MonotoneLift):
         return [(sources[0], slopes.linear(leaf.matrix()))]
@@ -126,11 +126,19 @@ def _against(traced: TracedNet, node: fx.Node) -> str | None:
     if node.op == "call_module":
         leaf = traced.leaf(node)
         return None if isinstance(leaf, MonotoneLift) else reason_against(leaf)
+    if traced.overwrites(node):
+        return OVERWRITES
     if _scalar(traced, node) is not None:
         return None
-    if node.target in (*_SUMS, operator.sub, torch.sub, "sub") and len(traced.operands(node)) == 2:
-        return None
+    if node.target in (*_SUMS, operator.sub, torch.sub, "sub"):
+        return None if _is_plain_sum(traced, node) else "only sums and differences of two values of one shape are known"
     return "how its outputs move with single coordinates is not known: use layers that are modules, and sums"
+
+
+def _is_plain_sum(traced: TracedNet, node: fx.Node) -> bool:
+    read = traced.arguments(node)
+    shapes = [traced.shapes.get(read.get(name)) for name in ("input", "other")]  # type: ignore[arg-type]
+    return read.get("alpha") == 1 and shapes[0] is not None and shapes[0] == shapes[1]
 
 
 def has_lift(traced: TracedNet) -> bool:

@@ -12,6 +12,7 @@ from clipless_dp.bounds.sweep import FLOAT64_ROUNDING, Sweep, named_parameters
 from clipless_dp.distributed.placement import Placement
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import CotangentGate, GradientGatedLinear
+from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.modules import kind_of
 from clipless_dp.norms.rounding import above_zero, certified_arithmetic, exact_float64, gamma, row_distances
 
@@ -79,6 +80,8 @@ def _pulled_back(sweep: Sweep, scores: _Scores, weights: Placement) -> _Scores |
     if len(operands) != 1:
         return None
     (source,) = operands
+    if _overwritten_behind(traced, source):
+        return None
     if kind_of(leaf) in _UNCHANGED:
         return _Scores(scores.rows, scores.error, source)
     if kind_of(leaf) not in _LINEAR or len(traced.shapes[source]) != 1:
@@ -94,6 +97,12 @@ def _pulled_back(sweep: Sweep, scores: _Scores, weights: Placement) -> _Scores |
         # Higham 2002, §3.5, for the product; what the rows erred by before is stretched by the weight.
         error = scores.error * size + gamma(len(weight)) * lengths * size
     return _Scores(rows, error, source)
+
+
+def _overwritten_behind(traced: TracedNet, source: fx.Node) -> bool:
+    """Whether something works in place after a value is there: what reads it then may read another."""
+    nodes = list(traced.tensor_nodes())
+    return any(traced.overwrites(node) for node in nodes[nodes.index(source) + 1 :])
 
 
 def forward_error(sweep: Sweep) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, getitem
@@ -18,7 +19,7 @@ from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.graph.shapes import record
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import is_hooked
-from clipless_dp.rules import find_function_rule, find_rule, unsupported_module
+from clipless_dp.rules import find_function_rule, find_rule, named_arguments, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 from clipless_dp.rules.graph import piece
 
@@ -27,6 +28,12 @@ _SHAPE_METHODS = {"size", "dim", "numel"}
 _SPLITS = {torch.chunk: "chunk", torch.split: "split", torch.unbind: "unbind"} | {
     name: name for name in ("chunk", "split", "unbind")
 }
+_IN_PLACE = (
+    *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
+    *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.setitem),
+)
+WRITTEN_IN_PLACE = "written in place"
+"""Marks nodes, in their ``meta``, that work in place where a module runs by itself, not as a graph."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
@@ -83,6 +90,23 @@ class TracedNet:
         fx.node.map_arg((node.args, node.kwargs), lambda arg: found.append(arg) if arg in self.shapes else None)
         return tuple(found)
 
+    def arguments(self, node: fx.Node) -> dict[str, Any]:
+        """The arguments of a function's or a method's call by their names, whatever order they are written in.
+
+        Empty where its rule knows no such call.
+        """
+        return named_arguments(node.target, node.args, node.kwargs) or {}
+
+    def overwrites(self, node: fx.Node) -> bool:
+        """Whether a node works in place: the value that it reads, which others may hold, is another one behind it."""
+        if node.op == "call_module":
+            return bool(getattr(self.leaf(node), "inplace", False))
+        if node.op not in ("call_function", "call_method"):
+            return False
+        read = {**node.kwargs, **self.arguments(node)}
+        of_operator = node.target in _IN_PLACE or function_name(node).endswith("_")
+        return of_operator or bool(read.get("inplace")) or read.get("out") is not None
+
     def leaf(self, node: fx.Node) -> nn.Module:
         """The network's module that a ``call_module`` node calls."""
         run = self.executed(node)
@@ -108,7 +132,30 @@ class TracedNet:
         return fx.GraphModule(copy.deepcopy(held), graph)
 
 
+class _Proxy(fx.Proxy):
+    """Marks what is written in place (``h += t``): the graph, which makes a new value of it, is another function."""
+
+    def _marked(self, value: Any) -> Any:
+        value.node.meta[WRITTEN_IN_PLACE] = True
+        return value
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._marked(self + other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._marked(self - other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._marked(self * other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._marked(self / other)
+
+
 class _Tracer(fx.Tracer):
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return is_leaf(m)
 

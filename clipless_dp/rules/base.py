@@ -162,6 +162,14 @@ class _Called:
     calls: tuple[inspect.Signature, ...]
 
     def __call__(self, context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
+        bound = self.bound(args, kwargs)
+        if bound is None:
+            known = " or ".join(map(str, self.calls))
+            raise RuleError(f"it is called with arguments that its bound does not cover: only {known} has one")
+        return self.rule(context, (), bound)
+
+    def bound(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The arguments by their names, defaults included; ``None`` for a call of no known signature."""
         named = {_OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
         for call in self.calls:
             try:
@@ -169,9 +177,8 @@ class _Called:
             except TypeError:
                 continue
             bound.apply_defaults()
-            return self.rule(context, (), dict(bound.arguments))
-        known = " or ".join(map(str, self.calls))
-        raise RuleError(f"it is called with arguments that its bound does not cover: only {known} has one")
+            return dict(bound.arguments)
+        return None
 
 
 def register_function_rule(
@@ -219,6 +226,16 @@ def find_rule(module: nn.Module) -> Rule | None:
 def find_function_rule(target: Any) -> FunctionRule | None:
     """The rule of a function or of a method's name."""
     return _FUNCTION_RULES.get(getattr(target, "stands_for", target))
+
+
+def named_arguments(target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A call's arguments as the rule of its function reads them: by name, defaults included, however it is written.
+
+    Returns:
+        The arguments; ``None`` where the rule knows no such call, or is a user's own that reads calls as written.
+    """
+    rule = find_function_rule(target)
+    return rule.bound(args, kwargs) if isinstance(rule, _Called) else None
 
 
 def is_builtin(rule: Rule | FunctionRule) -> bool:

@@ -586,3 +586,29 @@ def test_certifying_changes_nothing_of_the_model() -> None:
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.net.parameters())
+
+
+def test_scores_are_not_followed_back_past_a_value_that_is_overwritten() -> None:
+    class Overwritten(nn.Module):
+        """``W(ReLU(h)) = ±Σ|x_i|`` of two copies of each input, ``h = Ax``, where ``WA = 0``."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.c = nn.Linear(2, 4, bias=False), nn.ReLU(inplace=True), nn.Linear(4, 2, bias=False)
+            with torch.no_grad():
+                self.a.weight.copy_(torch.cat((torch.eye(2), -torch.eye(2))))
+                self.c.weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 4))
+
+        def forward(self, values: Tensor) -> Tensor:
+            inner = self.a(values)
+            self.act(inner)
+            output: Tensor = self.c(inner)
+            return output
+
+    model = DPLipModel(Overwritten(), input_shape=(2,), input_norm=10.0, loss=losses.TauCrossEntropy(1.0)).double()
+    rows = torch.randn(200, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        apart = model(rows) - model(torch.zeros_like(rows))
+    seen = ((apart[:, 0] - apart[:, 1]).abs() / rows.norm(dim=1)).max()
+    assert seen > 1.0
+    assert float(seen) <= float(model.margin_constants()[0, 1])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from clipless_dp import (
@@ -447,3 +447,24 @@ def test_powers_that_underflow_in_intervals_are_caught(monkeypatch: pytest.Monke
 def test_an_empty_gap_is_no_radius() -> None:
     caps = maximum_norm.gate_caps(torch.tensor([[3.0, 4.0], [30.0, 40.0]]), 10.0, None)
     assert caps.tolist() == pytest.approx([5.0 / math.sqrt(2.0), 0.0])
+
+
+@torch.no_grad()
+def test_intervals_read_operands_by_name_and_values_that_are_overwritten_as_they_run() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.act, self.b = nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+        def forward(self, values: Tensor) -> Tensor:
+            inner = self.a(values)
+            return torch.add(other=self.b(self.act(inner)), input=inner)
+
+    torch.manual_seed(0)
+    net = Named().double()
+    lowest = -torch.rand(5, 3, dtype=torch.float64)
+    low, high = intervals.output_interval(fx.symbolic_trace(net), lowest, lowest + 1.0)
+    for _ in range(200):
+        outputs = net(lowest + torch.rand_like(lowest))
+        assert bool((low <= outputs + 1e-12).all())
+        assert bool((outputs <= high + 1e-12).all())
