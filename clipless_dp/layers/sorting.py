@@ -59,7 +59,8 @@ class GroupSort(Paired):
 
     def _larger(self, values: Tensor, dim: int) -> Tensor:
         """Groups of more than two, along an axis of their own."""
-        return values.unflatten(dim, (values.shape[dim] // self.group_size, self.group_size))
+        groups: Tensor = values.unflatten(dim, (values.shape[dim] // self.group_size, self.group_size))
+        return groups
 
     def extra_repr(self) -> str:
         """Group size, axis, and the pairing where it is not of neighbours."""
