@@ -825,13 +825,27 @@ def test_a_table_is_monotone_in_raw_columns_whatever_its_data_say_and_stays_so_i
     trained.save(tmp_path / "table.pt")
     loaded = clipless_dp.load(tmp_path / "table.pt")
     assert torch.equal(loaded.scores(rows), trained.scores(rows))
-    assert monotone.certificate(loaded.net[2]).holds  # type: ignore[index]
+    assert loaded.certificate() == copy.deepcopy(loaded).certificate() == trained.predictor().certificate() == found
     file = opened(str(tmp_path / "table.pt"))
     attacked = bounded_table(file.content, file.predictor)
     assert attacked.sensitivity().total == trained.result.optimizer.model.sensitivity().total
     assert torch.equal(attacked.net.get_parameter("1.net.2.weight"), trained.net[2].get_parameter("1.net.2.weight"))
     with pytest.raises(ConfigurationError, match="not trained to be monotone"):
         free.certificate()
+    with pytest.raises(ConfigurationError, match="nothing is certified"):
+        free.predictor().certificate()
+
+
+def test_rounding_of_a_regression_covers_what_the_shift_to_a_far_range_loses() -> None:
+    rows = torch.randn(400, 2, generator=torch.Generator().manual_seed(0))
+    trained = fit_table(
+        rows, 1e6 + torch.sigmoid(2.0 * rows[:, 0]), target_range=(1e6, 1e6 + 1), monotone={0: 1}, **BUDGET
+    )
+    found, step = trained.certificate(), 1e-3
+    more = rows + torch.tensor([step, 0.0])
+    moved = (trained.scores(more).double() - trained.scores(rows).double()).abs().max()
+    assert 0.0 < float(moved) <= found[0].slope * step * 1.01 + found.rounding
+    assert 0.06 < found.rounding < 1.0
 
 
 def test_frames_name_columns_and_regressions_have_signs_too() -> None:

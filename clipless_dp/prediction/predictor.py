@@ -6,7 +6,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from clipless_dp.modules import parameter_device_and_dtype
 from clipless_dp.prediction.links import Link
 from clipless_dp.statement import PrivacyStatement
 from clipless_dp.statement.facts import CHANGED
+
+if TYPE_CHECKING:
+    from clipless_dp.monotone import MonotoneCertificate
 
 
 def checked_classes(classes: Any, outputs: int, link: Link) -> tuple[Any, ...] | None:
@@ -92,6 +95,7 @@ class Predictor:
             properties ``epsilon``, ``delta`` and ``statement`` read it, and raise a :class:`clipless_dp.PrivacyError`
             where private steps that it does not count were taken on the weights. They warn, and the statement says so,
             where weights or buffers are others than those that it is of.
+        slopes: reads off the network how it moves with single columns, or ``None``; see :meth:`certificate`.
     """
 
     net: nn.Module
@@ -103,6 +107,8 @@ class Predictor:
     target_range: tuple[float, float] | None = None
     encode: Callable[[Any], Tensor] | None = field(default=None, repr=False)
     dtype: torch.dtype | None = field(default=None, repr=False)
+    # Of the class too, so that pickles of former versions have it.
+    slopes: Callable[[nn.Module], MonotoneCertificate] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "classes", checked_classes(self.classes, self.outputs, self.link))
@@ -182,6 +188,19 @@ class Predictor:
     def statement(self) -> PrivacyStatement:
         """What was promised, as :func:`clipless_dp.report` says it, the ledger included."""
         return self.promised.statement
+
+    def certificate(self) -> MonotoneCertificate:
+        """Of a table that :func:`clipless_dp.fit_table` trained with ``monotone=``: slopes in each column, as it is.
+
+        Raises:
+            ConfigurationError: it is of another training.
+        """
+        if self.slopes is None:
+            raise ConfigurationError(
+                "nothing is certified of single columns of it: of a table train with fit_table(monotone={column: 1}), "
+                "and of a network of your own ask clipless_dp.monotone.certificate"
+            )
+        return self.slopes(self.net)
 
     def export_net(self) -> nn.Module:
         """All from samples as they are to scores as a plain module, for ``torch.export``, ONNX, ``torch.jit.trace``.

@@ -31,7 +31,7 @@ from clipless_dp.statistics.release import tensor_of
 from clipless_dp.tables.kept import require_same_task
 from clipless_dp.tables.models import TableClassifier, TableRegressor
 from clipless_dp.tables.monotone import learning_rate as monotone_rate
-from clipless_dp.tables.monotone import monotone_model, monotone_net, signs_of
+from clipless_dp.tables.monotone import monotone_model, monotone_net, raw_certificate, signs_of
 from clipless_dp.tables.settings import LABELS_SHARE, STATISTICS_SHARE, learning
 from clipless_dp.tables.tasks import Classes, Numbers, Start, Task, regression_head
 from clipless_dp.training import fit
@@ -315,7 +315,8 @@ def loaded_table(content: Content) -> Predictor:
             layer = monotone_net(signs or ())
     except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
-    return rebuilt(content, nn.Sequential(standardise, expand, layer, head), encode=encode)
+    slopes = None if signs is None else partial(raw_certificate, names=None if encode is None else encode.names)
+    return rebuilt(content, nn.Sequential(standardise, expand, layer, head), encode=encode, slopes=slopes)
 
 
 def bounded_table(content: Content, predictor: Predictor) -> DPLipModel:

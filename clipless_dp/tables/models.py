@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,8 @@ class TableModel(Predicts):
         if classes is not None:
             raise ConfigurationError("the table's labels are known: leave classes out")
         more = {"encode": self.encoding, "dtype": None, "threshold": threshold, **self._known()}
+        if self._signs() is not None:
+            more["slopes"] = partial(raw_certificate, names=None if self.encoding is None else self.encoding.names)
         return predictor_of(self.result, self.net, notes=self.notes, **more)
 
     def _known(self) -> Mapping[str, Any]:
@@ -84,11 +87,7 @@ class TableModel(Predicts):
         Raises:
             ConfigurationError: the table was not trained with ``monotone=``.
         """
-        standardise, _, layer, head = self.net.children()
-        if self._signs() is None:
-            raise ConfigurationError("the table was not trained to be monotone: give fit_table monotone={column: 1}")
-        scale = float(head[1].scale) if isinstance(head, nn.Sequential) else 1.0  # type: ignore[arg-type]
-        return raw_certificate(layer, standardise, scale, None if self.encoding is None else self.encoding.names)
+        return raw_certificate(self.net, None if self.encoding is None else self.encoding.names)
 
     def _signs(self) -> list[int] | None:
         lifts = [part for part in self.net.modules() if isinstance(part, MonotoneLift)]

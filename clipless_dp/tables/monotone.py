@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from numbers import Integral
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
 from clipless_dp.graph import gradient_gated
 from clipless_dp.layers import BoxProjection, MonotoneResidual
+from clipless_dp.layers.monotone import MonotoneLift
 from clipless_dp.losses import Loss
 from clipless_dp.model import DPLipModel
 from clipless_dp.monotone import MonotoneCertificate, certificate
@@ -149,31 +150,58 @@ def learning_rate(rows: int, epsilon: float) -> float:
     return min(3.0, epsilon * rows / 4000.0)
 
 
-def raw_certificate(
-    layer: nn.Module, standardise: Any, scale: float, names: tuple[str, ...] | None
-) -> MonotoneCertificate:
-    """Slopes in the units of the columns as they are.
+def raw_certificate(net: nn.Module, names: tuple[str, ...] | None) -> MonotoneCertificate:
+    """Slopes in the units of the columns and of the answer as they are, and the rounding of all that is computed.
 
     Between its cuts a column ``x`` is ``(x/c - μ)/s``, of slope ``1/(c·s)``, beyond them constant.
 
     Args:
-        layer: the network behind the standardisation.
-        standardise: of the first columns.
-        scale: of the outputs.
+        net: of a table: standardisation, features, the trained layer, and what makes its output the answer.
         names: of the columns.
+
+    Raises:
+        ConfigurationError: the table was not trained to be monotone.
     """
+    standardise, _, layer, head = net.children()
+    if not any(isinstance(part, MonotoneLift) for part in layer.modules()):
+        raise ConfigurationError("the table was not trained to be monotone: give fit_table monotone={column: 1}")
+    affine = cast(Any, head)[1] if isinstance(head, nn.Sequential) else None
+    scale = 1.0 if affine is None else float(affine.scale)
     found = certificate(layer, names=names)
     factors = torch.ones(len(found.features), dtype=torch.float64)
-    if isinstance(standardise.of_numbers, Standardisation):
-        caps, deviation = (
-            part.double().cpu() for part in (standardise.of_numbers.caps, standardise.of_numbers.deviation)
+    # Rows are rounded to the type of the layer, in the box.
+    unit = torch.finfo(getattr(torch, found.dtype)).eps / 2
+    errors = torch.full_like(factors, _SIDE * unit)
+    of_numbers = cast(Any, standardise).of_numbers
+    if isinstance(of_numbers, Standardisation):
+        measured = cast(Any, standardise).measured
+        caps, mean, deviation = (
+            part.double().cpu() for part in (of_numbers.caps, of_numbers.mean, of_numbers.deviation)
         )
         if not (bool((caps > 0.0).all()) and bool((deviation > 0.0).all()) and scale > 0.0):
             raise InputError("a scale of the standardisation is not positive: the file was altered")
-        factors[: standardise.measured] = (1.0 + 1e-12) / (caps * deviation)
+        factors[:measured] = (1.0 + 1e-12) / (caps * deviation)
+        # A quotient of size 1, a difference, a quotient: each rounds once.
+        own = torch.finfo(of_numbers.caps.dtype).eps / 2
+        errors[:measured] += own * ((2.0 + mean.abs()) / deviation + _SIDE) * 1.01
+    before = torch.tensor([one.slope for one in found.features], dtype=torch.float64)
+    rounding = found.rounding + 2.0 * float(before @ errors)
     features = tuple(
         replace(one, low=one.low * by, high=one.high * by)
         for one, by in zip(found.features, (factors * scale).tolist(), strict=True)
     )
+    rounding *= scale
+    if affine is not None:
+        # Of the scale, of the product, and of the sum, at both of the outputs that are compared.
+        size = _largest_output(layer, found)
+        rounding += 2.0 * unit * (3.0 * scale * size + abs(float(affine.shift))) * 1.01
     total = sum(one.slope for one in features)
-    return replace(found, features=features, rounding=found.rounding * scale, total=total)
+    return replace(found, features=features, rounding=rounding, total=total)
+
+
+@torch.no_grad()
+def _largest_output(layer: nn.Module, found: MonotoneCertificate) -> float:
+    """The largest size of an output: it is within reach of that of the middle of the box."""
+    weight = next(layer.parameters())
+    middle = layer(torch.zeros(1, len(found.features), dtype=weight.dtype, device=weight.device))
+    return float(middle.abs().max()) + found.rounding + _SIDE * sum(one.slope for one in found.features)
