@@ -68,8 +68,8 @@ class MonotoneCertificate:
     Attributes:
         features: one for each coordinate of the input.
         input_norm: inputs of at most this Euclidean norm are spoken for; infinite: all finite ones.
-        rounding: in floating-point arithmetic of :attr:`dtype`, a comparison of two outputs may be off by this much at
-            most. Infinite where nothing bounds the inputs, as without a box.
+        rounding: in floating-point arithmetic of :attr:`dtype`, without ``torch.autocast``, a comparison of two outputs
+            may be off by this much at most. Infinite where nothing bounds the inputs, as without a box.
         dtype: that the network computes in.
         total: the most that any output moves if every feature moves by at most one unit.
     """

@@ -718,6 +718,23 @@ def test_gates_of_signals_around_a_monotone_network_are_refused_and_of_gradients
     assert monotone.certificate(DPLipModel(gated, input_shape=(4,), loss=LOSS)).holds
 
 
+def test_a_box_that_comes_late_is_told_to_come_first() -> None:
+    with pytest.raises(ConfigurationError, match="put BoxProjection first"):
+        DPLipModel(nn.Sequential(nn.Flatten(), *monotone_net()), input_shape=(4,), loss=LOSS)
+
+
+def test_slopes_that_follow_weights_are_exported_as_numbers() -> None:
+    torch.manual_seed(0)
+    model = DPLipModel(monotone_net(), input_shape=(4,), loss=LOSS)
+    rows, plain = torch.randn(5, 4), model.export_net()
+    exported = torch.export.export(plain, (rows,)).module()
+    assert torch.equal(exported(rows), model(rows).detach())
+    with torch.no_grad():
+        model.net.get_parameter("1.net.0.weight").mul_(2.0)
+    assert not torch.equal(model(rows).detach(), plain(rows))
+    assert torch.equal(model(rows).detach(), model.export_net()(rows))
+
+
 def test_the_input_gate_s_ball_needs_a_box_before_it() -> None:
     bare = MonotoneResidual(chain(), SIGNS)
     assert monotone.certificate(bare).holds
@@ -841,6 +858,8 @@ def test_rounding_of_a_regression_covers_what_the_shift_to_a_far_range_loses() -
     trained = fit_table(
         rows, 1e6 + torch.sigmoid(2.0 * rows[:, 0]), target_range=(1e6, 1e6 + 1), monotone={0: 1}, **BUDGET
     )
+    with torch.no_grad():
+        trained.net.get_parameter("2.1.net.2.weight").fill_(0.05)
     found, step = trained.certificate(), 1e-3
     more = rows + torch.tensor([step, 0.0])
     moved = (trained.scores(more).double() - trained.scores(rows).double()).abs().max()

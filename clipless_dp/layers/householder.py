@@ -27,7 +27,9 @@ class Householder(Paired):
     ``2π`` in the widths. Fresh ones make four quarters, absolute values in coordinates turned by 45 degrees; with
     ``γ = 2π - ω`` the result is a composition of two of order 1, with ``γ = 0`` it is of order 1.
 
-    Continuous, piecewise orthogonal, hence norm-preserving and 1-Lipschitz.
+    Continuous, piecewise orthogonal, hence norm-preserving and 1-Lipschitz. In float32 the borders between the sectors
+    of order 2 round with the angles, and outputs jump there: by about ``1e-7·|z|`` for angles of size 1, by
+    ``7e-5·|z|`` for 1000. Gradients' bounds do not rest on it.
 
     Args:
         channels: size of the channel axis, even; each pair has angles of its own.

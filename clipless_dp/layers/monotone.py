@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clipless_dp.arguments import number
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.gates.plain import plain_form
 from clipless_dp.layers.coordinates import INCREASING, chain_slopes, parts_of, refuse_parts
 from clipless_dp.modules import Unscripted
 
@@ -159,6 +160,14 @@ class MonotoneLift(Unscripted, nn.Module):
         return f"signs={self.signs}, slope={self.slope}"
 
 
+@plain_form(MonotoneLift)
+def _fixed(lift: MonotoneLift) -> nn.Module:
+    """With the slopes of now as numbers: exporters cannot follow how they are read off the weights."""
+    if not lift.reads_weights:
+        return lift
+    return MonotoneLift(lift.signs, lift.outputs, tuple(lift.bounds().tolist()), None)
+
+
 class MonotoneResidual(nn.Module):
     """``g(x) = f(x) + λ·Σ_i s_i·x_i``: increasing where ``s_i = 1``, decreasing where ``s_i = -1`` (Kitouni 2023, §3).
 
@@ -173,7 +182,8 @@ class MonotoneResidual(nn.Module):
         slope: ``λ``, one for all, or one for each column; fixed then: constraints must keep the slopes of ``f`` below
             it (:class:`clipless_dp.constraints.EntryBound`, :class:`clipless_dp.constraints.RowSum`), and
             :func:`clipless_dp.monotone.certificate` says whether they are. ``None``: what the weights ask for, computed
-            at each pass, in which gradients take it for a constant.
+            at each pass, in which gradients take it for a constant. ``torch.export`` cannot follow that: export what
+            ``export_net()`` of a model or a table returns, in which the slopes are numbers.
 
     Shape:
         ``(B, columns)`` to ``(B, outputs)``.

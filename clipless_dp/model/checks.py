@@ -16,6 +16,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, LossBoundError, PrivacyError
 from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.isolation import Isolated
+from clipless_dp.layers.monotone import BoxProjection
 from clipless_dp.losses import Loss
 from clipless_dp.model.passes import is_unwitnessed
 from clipless_dp.packing import Packing
@@ -49,7 +50,12 @@ def refuse_norm(input_norm: float | None, traced: TracedNet, packing: Packing | 
     if coordinates.has_lift(traced):
         coordinates.refuse(traced)
     if input_norm is None and numbers and not traced.isolated and not coordinates.boxes(traced):
-        raise ConfigurationError("input_norm must be given: a finite number, the cap of a sample's norm")
+        leaves = [traced.leaf(node) for node in traced.tensor_nodes() if node.op == "call_module"]
+        late = any(isinstance(leaf, BoxProjection) for leaf in leaves)
+        raise ConfigurationError(
+            "input_norm must be given: a finite number, the cap of a sample's norm"
+            + ("; or put BoxProjection first, before Flatten and all else that reads the input" if late else "")
+        )
     if input_norm is not None and not (numbers and packing is None):
         raise ConfigurationError(
             "input_norm must be None: the network reads tokens, which have no norm, or several inputs at once"
