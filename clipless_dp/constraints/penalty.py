@@ -122,12 +122,13 @@ def _largest(matrices: Tensor) -> Tensor:
 
 def _top(matrix: Tensor) -> Tensor:
     with torch.no_grad():
-        rows = matrix.square().sum(1)
-        right = matrix[int(rows.argmax())].clone()
+        # Squares of numbers of any size.
+        scaled = matrix / matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+        right = scaled[int(scaled.square().sum(1).argmax())].clone()
         for _ in range(_ROUNDS):
             right /= right.norm()
-            right = matrix.mT @ (matrix @ right)
+            right = scaled.mT @ (scaled @ right)
         right /= right.norm()
-        left = matrix @ right
+        left = scaled @ right
         left /= left.norm()
     return left @ matrix @ right

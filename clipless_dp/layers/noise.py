@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.arguments import positive
+from clipless_dp.arguments import cap
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.arithmetic import per_sample, sample_norms, scale_factors
+from clipless_dp.modules import Unscripted
+
+_MOST = 1e18
 
 
-class NoiseInjection(nn.Module):
+class NoiseInjection(Unscripted, nn.Module):
     """``x + n`` in training mode, ``n`` Gaussian, cut to a ball for each sample; ``Y = X + r``, ``K = 1``.
 
     Noise of deviation ``std`` on each entry, of norm about ``std·√n`` for ``n`` entries, scaled down to norm ``r``
@@ -25,13 +29,14 @@ class NoiseInjection(nn.Module):
         ``(B, ...)`` to the same shape.
 
     Raises:
-        ConfigurationError: a number is not positive.
+        ConfigurationError: a number is not between 1e-8 and 1e18: squares of others leave float32.
     """
 
     def __init__(self, std: float, radius: float) -> None:
         super().__init__()
-        self.std = positive("std", std)
-        self.radius = positive("radius", radius)
+        self.std, self.radius = cap("std", std), cap("radius", radius)
+        if max(self.std, self.radius) > _MOST:
+            raise ConfigurationError(f"std and radius must be at most {_MOST:g}, got {self.std:g} and {self.radius:g}")
 
     def forward(self, values: Tensor) -> Tensor:
         """Adds noise while training."""

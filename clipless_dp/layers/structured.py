@@ -15,12 +15,13 @@ from clipless_dp.gates.arithmetic import zeroed_rows
 from clipless_dp.gates.gradient_layers import Gate, GradientGated, applied, register_gated_form
 from clipless_dp.gates.parts import Part, Rows, gated_pair
 from clipless_dp.gates.plain import plain_form
+from clipless_dp.modules import Unscripted
 from clipless_dp.norms.operators import CirculantOperator, Operator, ToeplitzOperator, diagonal_counts
 
 Structure = Literal["circulant", "skew", "toeplitz", "hankel", "block-circulant"]
 
 
-class StructuredLinear(nn.Module):
+class StructuredLinear(Unscripted, nn.Module):
     """``Wx + b`` with a structured ``W = Σ θ_m B_m``, the ``B_m`` orthonormal in the Frobenius inner product.
 
     ``B_m`` is one over the root of the number of its entries on one diagonal, and 0 elsewhere, where the diagonal is
@@ -173,7 +174,7 @@ class StructuredLinear(nn.Module):
         return f"{sizes}, structure={self.structure!r}{block}, bias={self.bias is not None}"
 
 
-class Diagonal(nn.Module):
+class Diagonal(Unscripted, nn.Module):
     """``d ⊙ x + b``: a factor for each entry of the last axis, the same at all positions; ``K = max|d|``, ``Δ_d = GX``.
 
     Between circulant layers it makes what they cannot: products of ``2n - 1`` of both kinds are dense in all matrices

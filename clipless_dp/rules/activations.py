@@ -227,10 +227,11 @@ def elu_rule(module: nn.ELU, context: RuleContext) -> LayerBounds:
 
 @register_rule(nn.CELU)
 def celu_rule(module: nn.CELU, context: RuleContext) -> LayerBounds:
-    """``α(exp(x/α) - 1)`` below zero, of slope ``exp(x/α)``: ``Y = X``, ``K = 1``."""
-    if not module.alpha > 0.0:
-        raise RuleError(f"alpha={module.alpha} is not positive: its slope is unbounded; use a positive one")
-    return _exponential(context, 1.0)
+    """``α(exp(x/α) - 1)`` below zero, of slope ``exp(x/α)``: ``Y = X``, ``K = 1``, but for rounding."""
+    if not 1e-30 <= module.alpha <= 1e30:
+        raise RuleError(f"alpha={module.alpha} is no positive number from 1e-30 to 1e30: its slope has no bound")
+    # Torch holds 1/α in float32.
+    return _exponential(context, 1.0 + 1.2e-7)
 
 
 @register_rule(nn.SELU)

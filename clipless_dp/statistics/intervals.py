@@ -108,6 +108,8 @@ def private_interval(
     inputs, targets = require_tensor(inputs), require_tensor(targets)
     if len(inputs) != len(targets):
         raise InputError(f"inputs and targets must be of the same rows, got {len(inputs)} and {len(targets)}")
+    if len(targets) == 0 or targets.is_complex():
+        raise InputError(f"expected one row or more of real targets, got {tuple(targets.shape)}, {targets.dtype}")
     size = checked_size(targets.detach().reshape(len(targets), -1).double(), dataset_size)
     halvings = math.ceil(math.log2(points + 1))
     deviation = noise_multiplier * math.sqrt(halvings)

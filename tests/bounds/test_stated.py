@@ -123,7 +123,7 @@ def test_no_gradient_passes_its_bound_behind_averages_of_negative_divisors(side:
 
 
 def test_the_sum_of_signed_weights_in_place_of_absolute_ones_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    mutant = Mutant("signed weights", pooling, "_average_bounds", "rows.detach().abs().max()", "rows.detach().max()")
+    mutant = Mutant("signed weights", pooling, "_linear_bounds", "rows.detach().abs().max()", "rows.detach().max()")
     mutant.apply(monkeypatch)
     with pytest.raises(UnsupportedModuleError, match=r"AvgPool2d.*lipschitz_inf"):
         largest_ratio(8, -513)

@@ -89,6 +89,15 @@ def test_what_is_added_is_the_gradient_of_the_logarithm_of_the_norm(name: str) -
     assert float((found - 0.3 * expected / size).norm()) <= tolerance * float(found.norm())
 
 
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1e160, 1e300])
+def test_it_is_finite_for_weights_of_any_size(size: float) -> None:
+    model = model_of("dense")
+    weight = size * torch.randn(model.net[0].weight.shape, dtype=torch.float64, generator=torch.manual_seed(0))
+    found = torch.zeros_like(weight)
+    LipschitzPenalty(1.0, kind="hinge", threshold=1e-8).project_gradient_(found, weight, model.operators("0.weight"))
+    assert bool(found.isfinite().all())
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_step_against_it_lowers_the_certified_norm(name: str) -> None:
     model = model_of(name)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, layers, losses
+from clipless_dp import ConfigurationError, DPLipModel, gradient_gated, layers, losses
 from clipless_dp.gates.plain import plain_copy
 from clipless_dp.modules import Unscripted
 
@@ -32,10 +32,13 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "ConvexPotentialConv2d": (lambda: layers.ConvexPotentialConv2d(4, 3), MAPS),
     "ConvexResidual": (lambda: layers.ConvexResidual(nn.Linear(4, 4)), ROWS),
     "CotangentGate": (lambda: layers.CotangentGate(0.5), MAPS),
+    "Diagonal": (lambda: layers.Diagonal(4), ROWS),
     "DistanceLinear": (lambda: layers.DistanceLinear(4, 3), ROWS),
     "DistanceLinear, p = 8": (lambda: layers.DistanceLinear(4, 3, p=8.0, mean=True), ROWS),
     "FullSort": (layers.FullSort, MAPS),
     "GatedResidual": (lambda: layers.GatedResidual(nn.Linear(4, 4)), ROWS),
+    "GradientGatedDiagonal": (lambda: gradient_gated(nn.Sequential(layers.Diagonal(4))), ROWS),
+    "GradientGatedStructuredLinear": (lambda: gradient_gated(nn.Sequential(layers.StructuredLinear(4, 3))), ROWS),
     "GroupSort": (lambda: layers.GroupSort(2), MAPS),
     "Householder": (lambda: layers.Householder(4), MAPS),
     "Householder, order 2": (lambda: layers.Householder(4, order=2, pairing="halves"), MAPS),
@@ -46,12 +49,15 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "MaxMin": (layers.MaxMin, MAPS),
     "MixerBlock": (lambda: layers.MixerBlock(4, 3), (4, 3)),
     "MonotoneResidual": (lambda: layers.MonotoneResidual(nn.Sequential(nn.Linear(4, 2)), [1, -1, 0, 0], 2), ROWS),
+    "NoiseInjection": (lambda: layers.NoiseInjection(0.5, 1.0), ROWS),
     "Residual": (lambda: layers.Residual(nn.Linear(4, 4)), ROWS),
     "SampleGroupNorm": (lambda: layers.SampleGroupNorm(2, floor=0.1), MAPS),
     "ScaledAvgPool2d": (lambda: layers.ScaledAvgPool2d(3, 2, 1), MAPS),
     "SigmoidMix": (lambda: _Mixed(), ROWS),
     "SortLinear": (lambda: layers.SortLinear(4, 3, 0.4), ROWS),
     "SphereScaling": (lambda: layers.SphereScaling(0.5), MAPS),
+    "StructuredLinear": (lambda: layers.StructuredLinear(4, 3), ROWS),
+    "StructuredLinear, Toeplitz": (lambda: layers.StructuredLinear(4, 3, "toeplitz"), ROWS),
     "SymmetricPad1d": (lambda: layers.SymmetricPad1d((2, 0)), (2, 7)),
     "SymmetricPad2d": (lambda: layers.SymmetricPad2d((2, 0, 1, 3)), MAPS),
     "TokenMixing": (lambda: layers.TokenMixing(nn.Linear(5, 3)), TOKENS),

@@ -126,7 +126,7 @@ TABLE: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], float, float],
     ("log-sigmoid of 4", nn.LogSigmoid, (4,), 3.0 + 2.0 * math.log(2.0), 1.0),
     ("ELU", lambda: nn.ELU(0.5), (4,), 3.0, 1.0),
     ("steep ELU", lambda: nn.ELU(-2.0), (4,), 6.0, 2.0),
-    ("CELU", lambda: nn.CELU(9.0), (4,), 3.0, 1.0),
+    ("CELU", lambda: nn.CELU(9.0), (4,), 3.0 + 3.6e-7, 1.0 + 1.2e-7),
     ("SELU", nn.SELU, (4,), 3.0 * 1.7580993, 1.7580993),
     ("concatenated ReLU", layers.ConcatReLU, (4,), 3.0, 1.0),
     ("concatenated residual", lambda: layers.ConcatResidual(nn.LeakyReLU(3.0)), (4,), 3.0 * math.sqrt(10.0), 4.0),
@@ -142,6 +142,17 @@ TABLE: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], float, float],
     ("sum of 4", lambda: Traced(lambda x: x.sum(-1)), (3, 4), 6.0, 2.0),
     ("slice", lambda: Traced(lambda x: x[:, 1:]), (4,), 3.0, 1.0),
 )
+
+
+@pytest.mark.parametrize("alpha", [1e-2, 1.0, 9.0, 1e-30, 1e30])
+def test_the_slope_of_celu_holds_as_torch_rounds_it(alpha: float) -> None:
+    layer = nn.CELU(alpha)
+    values = (-alpha * torch.logspace(-12, 1, 200, dtype=torch.float64)).requires_grad_()
+    (slopes,) = torch.autograd.grad(layer(values).sum(), values)
+    assert float(slopes.max()) <= 2.0 * numbers(layer, (200,))[1]
+    for far in (1e-44, 1e38):
+        with pytest.raises(UnsupportedModuleError, match="alpha"):
+            numbers(nn.CELU(far), (4,))
 
 
 @pytest.mark.parametrize(("name", "build", "shape", "output", "slope"), TABLE, ids=[line[0] for line in TABLE])
@@ -240,7 +251,7 @@ REFUSED: tuple[tuple[str, Callable[[], nn.Module], tuple[int, ...], str], ...] =
     ("an offset in place", lambda: nn.Hardtanh(1.0, 2.0, inplace=True), (4,), "inplace=False"),
     ("a steep ELU in place", lambda: nn.ELU(2.0, inplace=True), (4,), "inplace=False"),
     ("SELU in place", lambda: nn.SELU(inplace=True), (4,), "inplace=False"),
-    ("a CELU that grows", lambda: nn.CELU(-1.0), (4,), "positive one"),
+    ("a CELU that grows", lambda: nn.CELU(-1.0), (4,), "no positive number"),
     ("padding by ones", lambda: nn.ConstantPad2d(1, 1.0), (1, 3, 3), "pad by 0"),
     ("padding by ones, functional", lambda: Traced(lambda x: functional.pad(x, (1, 1), value=1.0)), (1, 3), "pad by 0"),
     ("padding of channels", lambda: Traced(lambda x: functional.pad(x, (0, 0, 1, 1))), (2, 3), "pad module"),

@@ -68,3 +68,15 @@ def test_noise_is_drawn_anew_whatever_was_seeded_and_training_steps_are_private(
 def test_bad_numbers_are_refused(wrong: tuple[float, float]) -> None:
     with pytest.raises(ConfigurationError):
         layers.NoiseInjection(*wrong)
+
+
+@pytest.mark.parametrize("numbers", [(3e38, 1.0), (1.0, 3e38), (1e-30, 1.0), (1.0, 1e-35), (0.0, 1.0), (True, 1.0)])
+def test_numbers_whose_squares_leave_float32_are_refused(numbers: tuple[float, float]) -> None:
+    with pytest.raises(ConfigurationError):
+        NoiseInjection(*numbers)
+
+
+def test_the_largest_noise_is_finite_and_within_its_radius() -> None:
+    layer = NoiseInjection(1e18, 1e18)
+    noise = layer(torch.zeros(50, 10_000)).norm(dim=1)
+    assert bool((noise <= 1e18 * (1.0 + 1e-6)).all())

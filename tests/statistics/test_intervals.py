@@ -173,4 +173,7 @@ def test_predictions_of_another_size_are_refused_and_charge_nothing() -> None:
             private_interval(model, data, 0.8, 0.9, **given)
     with pytest.raises(InputError, match="same rows"):
         private_interval(zero, (data[0][:7], data[1]), 0.8, 0.9, **given)
+    for rows in (torch.zeros(0), torch.zeros(300, dtype=torch.complex64)):
+        with pytest.raises(InputError, match="real targets"):
+            private_interval(zero, (data[0][: len(rows)], rows), 0.8, 0.9, **given)
     assert not list(accountant.ledger)
