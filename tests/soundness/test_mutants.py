@@ -178,7 +178,7 @@ MUTANTS = (
     ),
     (
         Mutant(
-            "gradient gates that normalise taken for ones that clip", gate_rules, "_capped", "limit / least *", "1.0 *"
+            "gradient gates that normalise taken for ones that clip", gate_rules, "capped", "limit / least *", "1.0 *"
         ),
         "normalised gradients below floor and cap, conv 1×1",
     ),
