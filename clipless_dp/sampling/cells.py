@@ -214,7 +214,8 @@ def refuse_mapping(name: str, values: Any) -> None:
     Raises:
         InputError: it is one.
     """
-    if isinstance(values, Mapping):
+    # A sparse matrix by its keys is none, and refused where sparse ones are.
+    if isinstance(values, Mapping) and not hasattr(values, "toarray"):
         raise InputError(f"{name} are a {type(values).__name__}: give a data frame, pandas.DataFrame(...), or an array")
 
 
