@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -117,20 +118,14 @@ def forward_error(sweep: Sweep) -> float:
     Returns:
         The bound; infinite where no norm of a value, or no slope, is known.
     """
-    traced = sweep.traced
-    total = 0.0
-    for node in traced.tensor_nodes():
+
+    def values(node: fx.Node, sources: Sequence[fx.Node], n: int) -> float:
         if node.op == "placeholder":
             # The input gate scales: a factor of one norm.
-            n, values = math.prod(traced.shapes[node]), 2.0 * sweep.input_norm
-        else:
-            sources = traced.operands(node)
-            n = max(math.prod(traced.shapes[one]) for one in (node, *sources))
-            values = sweep.norm(node) + sum(sweep.norm(source) for source in sources)
-        slope = sweep.slope(node)
-        if slope > 0.0:
-            total += slope * gamma(n) * math.sqrt(n) * values
-    return total * FLOAT64_ROUNDING if math.isfinite(total) else math.inf
+            return math.sqrt(n) * 2.0 * sweep.input_norm
+        return math.sqrt(n) * (sweep.norm(node) + sum(sweep.norm(source) for source in sources))
+
+    return _accumulated(sweep.traced, sweep.slope, values)
 
 
 def forward_error_inf(sweep: Sweep) -> float:
@@ -143,19 +138,31 @@ def forward_error_inf(sweep: Sweep) -> float:
     Returns:
         The bound; infinite where no size of a value, or no slope, is known.
     """
-    traced = sweep.traced
+
+    def values(node: fx.Node, sources: Sequence[fx.Node], n: int) -> float:
+        if node.op == "placeholder":
+            return 2.0 * sweep.input_norm
+        reached = (sweep.factor_inf(node, position) * sweep.norm_inf(source) for position, source in enumerate(sources))
+        return sweep.norm_inf(node) + sum(reached)
+
+    return _accumulated(sweep.traced, sweep.slope_inf, values)
+
+
+def _accumulated(
+    traced: TracedNet, slope: Callable[[fx.Node], float], values: Callable[[fx.Node, Sequence[fx.Node], int], float]
+) -> float:
+    """What an output may be off by: each value by ``γ_n`` of what it is made of, stretched on its way.
+
+    Args:
+        traced: the network.
+        slope: by how much a change of a value reaches the output at most.
+        values: what a value and its operands, of ``n`` entries at most, amount to.
+    """
     total = 0.0
     for node in traced.tensor_nodes():
-        if node.op == "placeholder":
-            n, values = math.prod(traced.shapes[node]), 2.0 * sweep.input_norm
-        else:
-            sources = traced.operands(node)
+        reached = slope(node)
+        if reached > 0.0:
+            sources = () if node.op == "placeholder" else traced.operands(node)
             n = max(math.prod(traced.shapes[one]) for one in (node, *sources))
-            reached = (
-                sweep.factor_inf(node, position) * sweep.norm_inf(source) for position, source in enumerate(sources)
-            )
-            values = sweep.norm_inf(node) + sum(reached)
-        slope = sweep.slope_inf(node)
-        if slope > 0.0:
-            total += slope * gamma(n) * values
+            total += reached * gamma(n) * values(node, sources, n)
     return total * FLOAT64_ROUNDING if math.isfinite(total) else math.inf
