@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
-from clipless_dp.errors import PrivacyError
+from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.optim.around import OF_TORCH, everything, is_plain, nested, opened, per_class
 from clipless_dp.sampling import fingerprints
 
@@ -147,12 +148,15 @@ def loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[Non
     private by then, are put aside meanwhile.
     """
     before = _noted.get(optimizer) or _Noted(_Marks(()), _Marks(()))
-    loaded: dict[object, list[Any]] = {}
-    for place, _, value in _within((), None, state_dict, None):
-        loaded.setdefault(place[-1], []).append(value)
     elsewhere = before.rest.first_other(_rest(optimizer)) is None
     # A load may leave what it finds, or move it.
     holds = elsewhere and before.own.first_other(_own(optimizer)) is None
+    # What is loaded must not be what was written to: torch's states hold the tensors themselves.
+    written = set() if holds else {_memory(value) for _, _, value in _own(optimizer) if isinstance(value, Tensor)}
+    loaded: dict[object, list[Any]] = {}
+    for place, _, value in _within((), None, state_dict, None):
+        if not (isinstance(value, Tensor) and _memory(value) in written):
+            loaded.setdefault(place[-1], []).append(value)
     parameters = {id(one): one for some in nested(optimizer) for group in some.param_groups for one in group["params"]}
     gradients = [(parameter, parameter.grad) for parameter in parameters.values()]
     try:
@@ -184,22 +188,52 @@ def _is_loaded(found: _Found, loaded: Mapping[object, list[Any]]) -> bool:
     return False
 
 
-def refuse_other_state(optimizer: Optimizer) -> None:
-    """Refuses a state that is neither as it was noted nor that of a new optimizer; one may be cleared at any time.
+def _memory(value: Tensor) -> int:
+    """Where the numbers of a tensor lie; of those that have no place, the tensor itself."""
+    local = placement.local(value)
+    return local.untyped_storage().data_ptr() if _is_dense(local) else id(value)
 
-    Raises:
-        PrivacyError: something else has written to it.
-    """
+
+def first_other(optimizer: Optimizer) -> _Found | None:
+    """What is neither as it was noted nor that of a new optimizer, if anything is; it may be cleared at any time."""
     noted = _noted.get(optimizer)
     if noted is None:
         # A constructor may have made any tensors of its own beside it.
-        other = next((found for found in _values(optimizer) if not _is_new(*found)), None)
-    else:
-        # A plain one reads nothing else.
-        _seen[optimizer] = whole = not is_plain(optimizer)
-        other = noted.own.first_other(_own(optimizer, whole=whole))
-        if other is None and whole:
-            other = noted.rest.first_other(_rest(optimizer))
+        return next((found for found in _values(optimizer) if not _is_new(*found)), None)
+    # A plain one reads nothing else.
+    _seen[optimizer] = whole = not is_plain(optimizer)
+    other = noted.own.first_other(_own(optimizer, whole=whole))
+    return noted.rest.first_other(_rest(optimizer)) if other is None and whole else other
+
+
+def private_state(optimizer: Optimizer) -> dict[str, Any]:
+    """The state to save: what private steps have left, and where something else was written, groups' numbers alone."""
+    state = optimizer.state_dict()
+    if first_other(optimizer) is None:
+        return state
+    warn_caller(
+        f"the state of the base optimizer, a {type(optimizer).__name__}, holds what no private step has left, such as "
+        "a method made that reads gradients as they are: it is left out of what is saved. The ledger is in it; "
+        "momentum and the like begin anew",
+        PrivacyWarning,
+    )
+    groups = [{name: value for name, value in group.items() if _is_plain(value)} for group in state["param_groups"]]
+    return {"state": {}, "param_groups": groups}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def refuse_other_state(optimizer: Optimizer) -> None:
+    """Refuses what :func:`first_other` finds.
+
+    Raises:
+        PrivacyError: something else has written to the state.
+    """
+    other = first_other(optimizer)
     if other is not None:
         place = other[0]
         raise PrivacyError(
@@ -381,9 +415,18 @@ def _is_new(place: _Place, parameter: object, value: Any) -> bool:
     value = value if _is_number(type(value)) else _tensor(value)
     if not isinstance(value, Tensor):
         return place[-1] != "step" or not value
-    if value.numel() == 1:
+    if value.numel() == 1 and (place[-1] == "step" or not _has_one_entry(parameter)):
         return place[-1] != "step" or not bool(value.any())
-    return _is_reset(parameter, value) or bool((value == value.flatten()[0]).all())
+    # One number is as much as a parameter of one entry has.
+    return _is_reset(parameter, value) or (value.numel() > 1 and _is_constant(value))
+
+
+def _has_one_entry(parameter: object) -> bool:
+    return isinstance(parameter, Tensor) and parameter.numel() == 1
+
+
+def _is_constant(value: Tensor) -> bool:
+    return bool((value == value.flatten()[0]).all())
 
 
 def _is_reset(parameter: object, value: Any) -> bool:

@@ -457,9 +457,12 @@ class CliplessDPOptimizer(Around):
         self.base_optimizer.add_param_group({**param_group, "params": params})
 
     def state_dict(self) -> dict[str, Any]:
-        """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only."""
+        """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only.
+
+        A state that something else than private steps has written to is left out, with a warning: no ledger holds it.
+        """
         return {
-            **self.base_optimizer.state_dict(),
+            **base_state.private_state(self.base_optimizer),
             "clipless_dp": {
                 **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
                 **({"caps": self._adaptation.state()} if self.caps else {}),

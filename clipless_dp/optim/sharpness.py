@@ -39,11 +39,11 @@ class _SharpnessAware(Optimizer):
         Raises:
             ConfigurationError: it is that of another optimizer.
         """
-        if any("radius" not in group for group in state_dict.get("param_groups", ())):
+        if any(self.defaults.keys() - group.keys() for group in state_dict.get("param_groups", ())):
             raise ConfigurationError(
                 f"this is the state of another optimizer, as of torch.optim.{type(self).__mro__[2].__name__}, which "
-                f"has no radius and knows no shift: begin with a new {type(self).__name__}, or go on with the "
-                "optimizer that the state is of"
+                f"has no radius and knows no shift, or of one with other settings: begin with a new "
+                f"{type(self).__name__}, or go on with the optimizer that the state is of"
             )
         super().load_state_dict(state_dict)
 
@@ -64,7 +64,7 @@ class _SharpnessAware(Optimizer):
             raise ConfigurationError(f"{type(self).__name__} steps on gradients that are there, without a closure")
         for group in self.param_groups:
             not_negative("radius", group["radius"])
-        self._shift_(-1.0)
+        self._unshift_()
         super().step()
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         # In units of the largest entry, since squares of very small or large numbers are none.
@@ -77,13 +77,16 @@ class _SharpnessAware(Optimizer):
                     # A gradient of zero shifts nothing.
                     shift = torch.nan_to_num(parameter.grad / unit * (length / norm), 0.0, 0.0, 0.0)
                     self.state[parameter]["shift"] = shift
-        self._shift_(1.0)
+                    parameter.add_(shift)
         return None
 
-    def _shift_(self, sign: float) -> None:
-        for state_of, parameter in ((self.state[p], p) for group in self.param_groups for p in group["params"]):
-            if "shift" in state_of:
-                parameter.add_(state_of["shift"], alpha=sign)
+    def _unshift_(self) -> None:
+        """Takes all shifts off, those of parameters that have no gradient by now too: ``ρ`` is of all together."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                shift = self.state[parameter].pop("shift", None) if parameter in self.state else None
+                if shift is not None:
+                    parameter.sub_(shift)
 
 
 def _progress(group: dict[str, Any]) -> float:
@@ -95,7 +98,7 @@ def _progress(group: dict[str, Any]) -> float:
     rate = float(group["lr"])
     peak = max(rate, float(group.get("initial_lr", 0.0)), float(group.get(_PEAK, 0.0)))
     group[_PEAK] = peak
-    return rate / peak if peak > 0.0 else 1.0
+    return max(rate, 0.0) / peak if peak > 0.0 else 1.0
 
 
 _PEAK = "largest_lr"

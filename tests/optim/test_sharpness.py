@@ -249,3 +249,33 @@ def test_a_loop_may_keep_its_notes_on_it_as_on_optimizers_of_torch() -> None:
         optimizer.step()
         base.timings.append(float(number))  # type: ignore[attr-defined]
     assert optimizer.steps_taken == 3
+
+
+@pytest.mark.parametrize(("ours", "base", "settings"), PAIRS)
+def test_parameters_that_are_frozen_later_have_no_shift_and_the_others_no_more_than_the_radius(
+    ours: Any, base: Any, settings: dict[str, float]
+) -> None:
+    shifted = [nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(4)]
+    optimizer = ours(shifted, lr=0.0, radius=0.5, **settings)
+    for trained in shifted:
+        for parameter in shifted:
+            parameter.grad = torch.ones_like(parameter) if parameter is trained else None
+        optimizer.step()
+        assert torch.cat(shifted).norm().item() == pytest.approx(0.5)
+        assert trained.norm().item() == pytest.approx(0.5)
+
+
+def test_a_rate_below_zero_shifts_nothing() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = SharpnessAwareSGD([parameter], lr=0.1, radius=0.5)
+    optimizer.param_groups[0].update(lr=-1.0, initial_lr=0.1)
+    parameter.grad = torch.ones(3)
+    optimizer.step()
+    assert torch.equal(parameter, torch.ones(3))
+
+
+@pytest.mark.parametrize("kinds", [(SharpnessAwareAdam, SharpnessAwareSGD), (SharpnessAwareSGD, SharpnessAwareAdam)])
+def test_the_state_of_the_other_class_is_refused_when_it_is_loaded(kinds: Any) -> None:
+    one, other = (kind([nn.Parameter(torch.ones(2))], lr=0.1, radius=0.1) for kind in kinds)
+    with pytest.raises(ConfigurationError, match="other settings"):
+        other.load_state_dict(one.state_dict())
