@@ -24,7 +24,7 @@ from clipless_dp.features import TableEncoding
 from clipless_dp.loading import rebuilt
 from clipless_dp.prediction import Content, Predictor
 from clipless_dp.sampling import trained_on
-from clipless_dp.sampling.cells import is_missing, readable, refuse_mapping
+from clipless_dp.sampling.cells import is_missing, listed, readable, refuse_mapping
 from clipless_dp.sampling.overlaps import refuse_overlapping_table
 from clipless_dp.sampling.people import number_of, people_of
 from clipless_dp.statement import PrivacyStatement
@@ -290,6 +290,7 @@ class PrivateClassifier(ClassifierMixin, _Private):  # type: ignore[misc]
             return self._fit(X, y, groups)
 
     def _fit(self, X: Any, y: Any, groups: Any) -> PrivateClassifier:
+        X, y = listed(X), listed(y)
         # What is trained on is a copy of these.
         trained_on.note((X, y))
         rows = self._rows(X, reset=True)
@@ -462,6 +463,7 @@ class PrivateRegressor(RegressorMixin, _Private):  # type: ignore[misc]
             return self._fit(X, y, groups)
 
     def _fit(self, X: Any, y: Any, groups: Any) -> PrivateRegressor:
+        X, y = listed(X), listed(y)
         trained_on.note((X, y))
         rows = self._rows(X, reset=True)
         if isinstance(rows, Tensor) and rows.dim() > 2:

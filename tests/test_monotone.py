@@ -931,3 +931,14 @@ def test_units_increase_where_signs_say_so_and_no_data_enter() -> None:
     assert not bool(weight[: 2 * quarter][:, [0, 1, 4]].any())
     assert bool(weight[: 2 * quarter].any())
     assert torch.equal(monotone_tables.chain(signs)[0].weight, weight)
+
+
+def test_where_values_may_leave_what_float32_holds_the_rounding_is_infinite() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(2, 4), layers.MaxMin(), nn.Linear(4, 1))
+    net = nn.Sequential(layers.BoxProjection(1e6, 1e6 + 1.0), layers.MonotoneResidual(body, [1, 1]))
+    assert math.isfinite(monotone.certificate(net).rounding)
+    with torch.no_grad():
+        for parameter in body.parameters():
+            parameter.mul_(1e25)
+    assert math.isinf(monotone.certificate(net).rounding)

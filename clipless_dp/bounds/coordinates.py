@@ -169,16 +169,20 @@ def rounding(traced: TracedNet, weights: Placement, dtype: torch.dtype) -> float
         dtype: of the pass.
 
     Returns:
-        The bound; infinite without a box.
+        The bound; infinite without a box, and where a value may leave what the type holds.
     """
     if not boxes(traced):
         return math.inf
     unit = torch.finfo(dtype).eps / 2
+    largest = 0.0
     known: dict[fx.Node, tuple[Tensor, Tensor]] = {}
     for node in traced.tensor_nodes():
         if node.op == "placeholder":
             continue
-        known[node] = _rounded(traced, node, known, weights, unit)
+        size, error = known[node] = _rounded(traced, node, known, weights, unit)
+        largest = max(largest, float((size.abs() + error).max()))
+    if not largest <= torch.finfo(dtype).max / 2.0:
+        return math.inf
     return float(known[traced.output][1].max()) * (1.0 + 1e-6)
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from clipless_dp.checkpoint import write_text
+from clipless_dp.checkpoint import replacing
 from clipless_dp.datasets import alone
 from clipless_dp.errors import CheckpointError, ConfigurationError
 
@@ -38,9 +38,10 @@ def file_beside(path: str | os.PathLike[str] | None) -> Path | None:
     return None if path is None else Path(f"{os.fspath(path)}{SUFFIX}")
 
 
-def digests_of(contents: Iterable[bytes]) -> list[str]:
-    """A digest of each row by itself."""
-    return [hashlib.blake2b(content, digest_size=_DIGEST).hexdigest() for content in contents]
+def digests_of(contents: Iterable[bytes], names: Sequence[str] = ()) -> list[str]:
+    """A digest of each row by itself, and of what its columns are called."""
+    head = json.dumps([*names]).encode()
+    return [hashlib.blake2b(head + content, digest_size=_DIGEST).hexdigest() for content in contents]
 
 
 def digests_of_samples(inputs: Tensor, targets: Tensor, ids: Sequence[Any] | None = None) -> list[str]:
@@ -113,7 +114,10 @@ class HeldOut:
             # In no order of the rows.
             "rows": dict(sorted(self.rows.items())),
         }
-        write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        with replacing(path) as beside:
+            # Its owner's alone, from the first byte on.
+            beside.touch(mode=0o600)
+            beside.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
     @staticmethod
     def of_model(model: Path, name: str) -> HeldOut:
@@ -150,6 +154,19 @@ class HeldOut:
         """
         path = Path(f"{checkpoint}{SUFFIX}")
         return _read(path)[0] if path.exists() else None
+
+
+def refuse_test_part(model: Path | None, name: str) -> None:
+    """Refuses data with a test part, where the model was trained on data that has none, and rows of it held out.
+
+    Raises:
+        ConfigurationError: rows of that part may have been trained on.
+    """
+    if model is not None and Path(f"{model}{SUFFIX}").exists():
+        raise ConfigurationError(
+            f"{name} says itself which of its rows are for testing, and the model was trained on data that does not: "
+            f"these may be rows that it was trained on. Give the file that train read, or {_UNTRAINED}"
+        )
 
 
 def _digest_of_file(path: Path) -> str:

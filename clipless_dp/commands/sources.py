@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.commands import columns, images
-from clipless_dp.commands.held_out import HeldOut, digests_of, digests_of_samples
+from clipless_dp.commands.held_out import HeldOut, digests_of, digests_of_samples, refuse_test_part
 from clipless_dp.datasets import NAMES, Split, as_inputs, held_out_of, load_dataset, read_npz, split_of
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.features import TableEncoding
@@ -178,6 +178,8 @@ def read_rows(options: argparse.Namespace, known: Known, *, labelled: bool, held
         raise ConfigurationError(f"the model reads {there}, and {name} holds something else")
     if known.encoding is not None:
         return _columns(name, known, options, labelled, held_out)
+    if held_out and has_test(name, kind):
+        refuse_test_part(known.result, name)
     if kind == "folder":
         rows, labels, names = _folder(Path(name), known, options, labelled, held_out)
     else:
@@ -262,7 +264,7 @@ def _columns_to_train(name: str, groups: str | None, options: argparse.Namespace
         label=label,
         target_range=None if options.target_range is None else tuple(options.target_range),
         groups=None if groups is None else table.part(~held_out).cells[groups],
-        held_out=HeldOut(Counter(digests_of(table.part(held_out).contents()))),
+        held_out=HeldOut(Counter(digests_of(table.part(held_out).contents(), table.names))),
     )
 
 
@@ -271,7 +273,7 @@ def _columns(name: str, known: Known, options: argparse.Namespace, labelled: boo
     table = columns.read_table(name, options)
     names = _numbered(table.rows)
     if held_out:
-        chosen = _kept(known, name).chosen(digests_of(table.contents()), name)
+        chosen = _kept(known, name).chosen(digests_of(table.contents(), table.names), name)
         table, names = table.part(chosen), [str(place) for place in chosen.nonzero()[0].tolist()]
     labels = None
     if labelled:

@@ -189,7 +189,8 @@ class PlainNetwork(nn.Module):
             values, known = input_gate(values, self.input_norm)
         else:
             known = values.flatten(1).isfinite().all(1)
-        outputs: Tensor = self.net(values)
+        # The gate keeps what it returned for the way back, which a first layer may overwrite.
+        outputs: Tensor = self.net(values.clone() if values.requires_grad else values)
         if not isinstance(outputs, Tensor) or bool(known.all()):
             return outputs
         return outputs.masked_fill(~per_sample(known, outputs), math.nan)

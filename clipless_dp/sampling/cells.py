@@ -9,7 +9,7 @@ when the column was made is seen no more: what can have been lost there is refus
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from numbers import Real
 from typing import Any
 
@@ -206,6 +206,12 @@ def readable(name: str, values: Any) -> Any:
         raise InputError(f"{name} have several columns of one name: rename them, or give an array (N, columns)")
     sparse = {column: kind.subtype for column, kind in values.dtypes.items() if _is_sparse(kind)}
     return values.astype(sparse) if sparse else values
+
+
+def listed(values: Any) -> Any:
+    """A list of a sequence of another class, which numpy would read and nothing else look into; all else as it is."""
+    is_other = isinstance(values, Sequence) and not isinstance(values, (list, tuple, str, bytes, bytearray, memoryview))
+    return list(values) if is_other else values
 
 
 def refuse_mapping(name: str, values: Any) -> None:

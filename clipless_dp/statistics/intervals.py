@@ -18,6 +18,7 @@ from accounting import Accountant
 from clipless_dp.arguments import positive, share, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
+from clipless_dp.sampling.overlaps import refuse_overlapping_columns
 from clipless_dp.statistics.release import checked_size, released, require_tensor
 
 if TYPE_CHECKING:
@@ -58,7 +59,6 @@ def private_interval(
     points: int = 63,
     lower: float | None = None,
     dataset_size: int | None = None,
-    batch_size: int = 1024,
     noise: NoiseSource | str | None = None,
     file: str | os.PathLike[str] | None = None,
 ) -> PrivateInterval:
@@ -71,9 +71,9 @@ def private_interval(
     "Determination of sample sizes for setting tolerance limits", 1941; proof in docs/bounds.md.)
 
     Args:
-        model: makes predictions of inputs ``(n, ...)``, each row's from that row alone, as a
-            :class:`clipless_dp.DPLipModel` does; a module is in ``eval`` mode meanwhile. It must not have been trained
-            on these rows.
+        model: makes predictions of inputs ``(1, ...)``: each row runs by itself, since its place among others rounds
+            it otherwise, and counts of ties would move with every row; a module is in ``eval`` mode meanwhile. It must
+            not have been trained on these rows.
         held_out: inputs ``(N, ...)`` and targets ``(N,)`` or ``(N, k)``: independent rows of the distribution that the
             interval is for. Of several outputs the farthest counts; a row that has no finite distance is outside.
         content: share of new rows that the interval is to hold, in (0, 1).
@@ -85,13 +85,13 @@ def private_interval(
         lower: the smallest width, public; a thousandth of ``upper`` by default.
         dataset_size: public number of held-out rows; by default ``N``, which is then taken to be public. The interval
             is right where it is at least ``N``.
-        batch_size: rows at once.
         noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
         file: as for :func:`private_moments`.
 
     Raises:
         ConfigurationError: an argument is out of range, or so few rows could vouch for no width, whatever they are.
         InputError: predictions and targets do not have one size.
+        PrivacyError: a row, or a target, lies on another one's in memory.
         CheckpointError: as for :func:`private_moments`.
 
     Guarantee:
@@ -101,7 +101,7 @@ def private_interval(
     content, confidence = share("content", content, "(0, 1)"), share("confidence", confidence, "(0, 1)")
     upper, noise_multiplier = positive("upper", upper), positive("noise_multiplier", noise_multiplier)
     lower = upper / 1000.0 if lower is None else positive("lower", lower)
-    points, batch_size = whole("points", points), whole("batch_size", batch_size)
+    points = whole("points", points)
     if not lower < upper:
         raise ConfigurationError(f"the grid must have 0 < lower < upper, got {lower!r} and {upper!r}")
     inputs, targets = held_out
@@ -110,6 +110,7 @@ def private_interval(
         raise InputError(f"inputs and targets must be of the same rows, got {len(inputs)} and {len(targets)}")
     if len(targets) == 0 or targets.is_complex():
         raise InputError(f"expected one row or more of real targets, got {tuple(targets.shape)}, {targets.dtype}")
+    refuse_overlapping_columns([inputs.detach()], beside=[targets.detach()])
     size = checked_size(targets.detach().reshape(len(targets), -1).double(), dataset_size)
     halvings = math.ceil(math.log2(points + 1))
     deviation = noise_multiplier * math.sqrt(halvings)
@@ -140,7 +141,7 @@ def private_interval(
         return torch.tensor(widths[above] if above < points else math.inf, dtype=torch.float64)
 
     found, _ = released(
-        lambda: _distances(model, inputs, targets, batch_size),
+        lambda: _distances(model, inputs, targets),
         bisected,
         noise_multiplier,
         accountant,
@@ -175,11 +176,11 @@ def needed_count(rows: int, content: float, confidence: float, deviation: float,
 
 
 @torch.no_grad()
-def _distances(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor, batch_size: int) -> Tensor:
+def _distances(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
     """``max_j |y_j - f(x)_j|`` of each row, ``(N,)``; infinite where it is no number."""
     parts: list[Tensor] = []
     with _evaluating(model):
-        for some, truth in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+        for some, truth in zip(inputs.split(1), targets.split(1), strict=True):
             predicted = model(some)
             if not isinstance(predicted, Tensor) or len(predicted) != len(truth) or predicted.numel() != truth.numel():
                 shape = tuple(predicted.shape) if isinstance(predicted, Tensor) else type(predicted).__name__

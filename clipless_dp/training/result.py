@@ -101,7 +101,8 @@ class FitResult(Predicts):
     def epsilon(self) -> float:
         """ε spent by now at :attr:`delta` as it is now, an upper bound, under the accountant's neighbouring relation:
         by default adding or removing one. Further steps by :attr:`optimizer`, and all else that its ledger holds by
-        now, are in it."""
+        now, are in it; steps by another optimizer under another ledger are not (``optimizer.ledger_is_incomplete()``,
+        which ``print`` tells)."""
         accountant, delta = self.optimizer.accountant, self.delta
         entries = accountant.ledger.entries
         if self._at is None or self._at[0] is not accountant or self._at[1:3] != (delta, entries):
@@ -115,9 +116,12 @@ class FitResult(Predicts):
         relation = self.optimizer.accountant.relation.replace("_", "-")
         if self.optimizer.unit == "person":
             relation += " person"
+        # By another optimizer, under another ledger.
+        since = self.optimizer.ledger_is_incomplete()
         return (
             f"{shown}ε = {self.epsilon:.4f} at δ = {self.delta:g} ({relation}), "
             f"σ = {self.noise_multiplier:.4f}, q = {self.sample_rate:.6g}, {self.steps} steps{saved}"
+            f"{'; the model has private steps that this ε does not count' if since else ''}"
         )
 
     def _repr_html_(self) -> str:

@@ -566,3 +566,29 @@ def test_data_with_a_test_part_is_read_there_and_said_to_be(folder, tmp_path):
     held_out = read_rows(options(folder), known, labelled=True, held_out=True)
     assert torch.equal(held_out.rows, whole.test.rows)
     assert torch.equal(held_out.labels, whole.test.labels)
+
+
+def test_a_test_part_of_rows_that_were_trained_on_is_refused_and_the_private_file_is_its_owner_s_alone(tmp_path):
+    X, y, _, data, known = rows_with_timestamps(None, tmp_path)
+    assert file_beside(known.result).stat().st_mode & 0o077 == 0
+    train = data.train
+    np.savez(
+        tmp_path / "b.npz", x_train=X[:9], y_train=y[:9], x_test=np.asarray(train.rows), y_test=np.asarray(train.labels)
+    )
+    with pytest.raises(ConfigurationError, match="says itself which of its rows are for testing"):
+        read_rows(options(tmp_path / "b.npz"), known, labelled=True, held_out=True)
+    assert len(read_rows(options(tmp_path / "b.npz"), known, labelled=True)) == len(train)
+
+
+def test_columns_whose_names_were_exchanged_are_others(tmp_path):
+    generator = np.random.default_rng(0)
+    lines = [
+        f"{a:.6f},{b:.6f},{c}" for a, b, c in zip(*generator.normal(size=(2, 200)), np.arange(200) % 2, strict=True)
+    ]
+    for name, header in (("a", "first,second,y"), ("b", "second,first,y")):
+        (tmp_path / f"{name}.csv").write_text("\n".join([header, *lines]) + "\n")
+    data = read_to_train(options(tmp_path / "a.csv", label="y"))
+    known = known_of(data, tmp_path / "model.pt")
+    assert len(read_rows(options(tmp_path / "a.csv", label="y"), known, labelled=True, held_out=True)) > 0
+    with pytest.raises(ConfigurationError, match="taken for held-out ones"):
+        read_rows(options(tmp_path / "b.csv", label="y"), known, labelled=True, held_out=True)

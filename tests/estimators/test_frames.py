@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserList, deque
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ pytest.importorskip("pandas")
 
 import pandas
 
-from clipless_dp import InputError
+from clipless_dp import InputError, PrivacyError
 from clipless_dp.estimators import PrivateClassifier, PrivateRegressor
 from clipless_dp.features import TableEncoding
 from clipless_dp.tables import fit_table
@@ -159,3 +161,15 @@ def test_what_estimators_cannot_read_is_refused_in_words(name, door):
     make, said = NO_TABLES[name]
     with pytest.raises(InputError, match=said):
         fitted(door, make(), LABELS)
+
+
+@pytest.mark.parametrize("kind", [deque, UserList])
+def test_sequences_of_other_classes_are_looked_at_as_lists_are(kind: Any) -> None:
+    generator = np.random.default_rng(0)
+    rows = [generator.random(3) for _ in range(N)]
+    asked = {**GIVEN, "options": OPTIONS, "classes": (0, 1)}
+    PrivateClassifier(**asked).fit(kind(rows), kind(LABELS.tolist()))
+    series = generator.random(N + 2)
+    for shared in (kind([*rows[:-1], rows[0]]), kind([series[at : at + 3] for at in range(N)])):
+        with pytest.raises(PrivacyError):
+            PrivateClassifier(**asked).fit(shared, LABELS)

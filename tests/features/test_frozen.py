@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, InputError, PrivacyError
-from clipless_dp.features import FrozenFeatures, RandomCosines, told
+from clipless_dp.features import FrozenFeatures, MirroredScattering, RandomCosines, told
 from clipless_dp.features.frozen import fingerprint
 from clipless_dp.sampling import reach
 
@@ -556,3 +556,13 @@ def test_modules_of_installed_packages_are_told_by_their_version_and_what_others
     told._distributions.cache_clear()
     told._version.cache_clear()
     reach.is_installed.cache_clear()
+
+
+def test_features_of_the_library_s_own_that_were_made_under_another_precision_are_computed_again(tmp_path):
+    images = torch.rand(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    front = MirroredScattering((16, 16))
+    with torch.autocast("cpu", torch.bfloat16):
+        FrozenFeatures(front, cache_dir=tmp_path).compute(images)
+    with pytest.warns(UserWarning, match="holds other features than"):
+        found = FrozenFeatures(front, cache_dir=tmp_path).compute(images)
+    torch.testing.assert_close(found, FrozenFeatures(front).compute(images))

@@ -612,3 +612,13 @@ def test_scores_are_not_followed_back_past_a_value_that_is_overwritten() -> None
     seen = ((apart[:, 0] - apart[:, 1]).abs() / rows.norm(dim=1)).max()
     assert seen > 1.0
     assert float(seen) <= float(model.margin_constants()[0, 1])
+
+
+def test_a_first_layer_that_works_in_place_is_attacked_as_any() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.ReLU(inplace=True), nn.Linear(4, 3))
+    model = wrapped(net, (4,))
+    data = 0.5 * torch.randn(6, 4), torch.arange(6) % 3
+    found, attacked = certify(model, data), attack(model, data[0])
+    assert bool(attacked.distances.isfinite().any())
+    assert bool((attacked.distances >= found.radii).all())

@@ -13,7 +13,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from accounting import GaussianRelease, RDPAccountant
-from clipless_dp import ConfigurationError, InputError, ReproducibleNoise
+from clipless_dp import ConfigurationError, InputError, PrivacyError, ReproducibleNoise
 from clipless_dp.noise import SystemNoise
 from clipless_dp.statistics import intervals, private_interval
 from tests.support import gated_model
@@ -131,7 +131,7 @@ def test_wrapped_models_predict_in_eval_mode_and_are_put_back() -> None:
         outputs = model.eval()(inputs)
     model.train()
     given: dict[str, Any] = {"upper": 4.0, "noise_multiplier": 1.0, "accountant": RDPAccountant()}
-    found = private_interval(model, (inputs, outputs + 1.0), 0.8, 0.9, batch_size=7, **given)
+    found = private_interval(model, (inputs, outputs + 1.0), 0.8, 0.9, **given)
     assert model.training
     assert found.width == pytest.approx(1.0, rel=0.12)
     assert found.width >= 1.0
@@ -176,4 +176,34 @@ def test_predictions_of_another_size_are_refused_and_charge_nothing() -> None:
     for rows in (torch.zeros(0), torch.zeros(300, dtype=torch.complex64)):
         with pytest.raises(InputError, match="real targets"):
             private_interval(zero, (data[0][: len(rows)], rows), 0.8, 0.9, **given)
+    assert not list(accountant.ledger)
+
+
+def test_each_row_is_predicted_by_itself() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 1))
+    inputs = torch.randn(400, 16)
+    seen: list[int] = []
+
+    def counted(rows: Tensor) -> Tensor:
+        seen.append(len(rows))
+        return net(rows)
+
+    with torch.no_grad():
+        before = intervals._distances(counted, inputs, torch.zeros(400))
+        after = intervals._distances(counted, torch.cat([torch.randn(1, 16), inputs]), torch.zeros(401))
+    assert set(seen) == {1}
+    assert torch.equal(before, after[1:]), "a row in front moves no other one's"
+
+
+@pytest.mark.parametrize("which", ["windows", "targets of the next row"])
+def test_rows_and_targets_that_lie_on_one_another_are_refused(which: str) -> None:
+    accountant = RDPAccountant()
+    series = torch.randn(304)
+    data = (series.unfold(0, 5, 1), torch.randn(300))
+    if which != "windows":
+        table = torch.randn(301, 3)
+        data = (table[:300], table[1:, 0])
+    with pytest.raises(PrivacyError):
+        private_interval(zero, data, 0.8, 0.9, upper=4.0, noise_multiplier=1.0, accountant=accountant)
     assert not list(accountant.ledger)
