@@ -94,6 +94,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e300
 
 
+def _is_delta(value: Any) -> bool:
+    """None below the smallest numbers that are kept in full, of which no engine computes."""
+    return _is_number(value) and (value == 0.0 or 1e-300 <= value < 1.0)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
@@ -117,9 +122,9 @@ _COMMON: dict[str, Kind] = {
     "findings": _is_texts,
     "not_covered": lambda value: _is_texts(value) and bool(value),
     "epsilon.epsilon": _or_none(_is_number),
-    "epsilon.delta": _is_number,
+    "epsilon.delta": _is_delta,
     "epsilon.curve.*.epsilon": _or_none(_is_number),
-    "epsilon.curve.*.delta": _is_number,
+    "epsilon.curve.*.delta": _is_delta,
     "epsilon.curve.*.lower?": _or_none(_is_number),
     "risk?": _or_none(lambda value: isinstance(value, dict) and bool(value.get("curve"))),
     "about?": lambda value: isinstance(value, dict) and all(map(_is_text, value.values())),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ _SHARES_MOVED = 1e-6
 
 _LOST = 8.0 * float(np.finfo(float).eps)
 _STEPS = ("gaussian_step", "gaussian_vector_step")
+
+UNITS = {
+    "row": "one sample: one row of the training data, its target included",
+    "person": "one person: all rows of the training data that carry their id, targets included",
+}
+"""What a statement calls the unit where whoever states it has no words of their own."""
 
 _LOOKED_AT = 9
 """ε at which a lower bound of δ is computed."""
@@ -168,10 +175,20 @@ def compared(path: str | os.PathLike[str], facts: Mapping[str, Any], accountant:
         for claim in claims
         if not claim.follows
     )
+    own = _own_words(facts)
     if facts["epsilon"]["epsilon"] is None:
-        return Comparison(f"{name} states no epsilon", left)
-    follows = f"{name} states {claims[0].said}: this follows from its ledger"
+        return Comparison(f"{name} states no epsilon{own}", left)
+    follows = f"{name} states {claims[0].said}: this follows from its ledger{own}"
     return Comparison(follows if claims[0].follows else left[0], left)
+
+
+def _own_words(facts: Mapping[str, Any]) -> str:
+    """What is counted, where that has a name of somebody's own, which nothing here can check."""
+    unit = facts.get("unit", "")
+    if not unit or any(_words(unit) == _words(text) for text in UNITS.values()):
+        return ""
+    counted = "people" if facts.get("counted", "row") == "person" else "rows"
+    return f". What is counted are {counted}, of which it calls one {unit!r}"
 
 
 def _require_same(name: str, facts: Mapping[str, Any], ledger: Ledger) -> None:
@@ -188,9 +205,16 @@ def _require_same(name: str, facts: Mapping[str, Any], ledger: Ledger) -> None:
         raise AccountingError(f"{name} promises something to people, and its ledger is about rows: one was altered")
     if isinstance(counted, list) and counted != held.counted:
         raise AccountingError(f"{name} is about {counted}, and its ledger about {held.counted}: one was altered")
+    if any(_words(facts.get("unit", "")) == _words(text) for other, text in UNITS.items() if other not in promised):
+        raise AccountingError(f"{name} names another unit than the one that it counts, {promised}: one was altered")
     for what, stated, kept in _repeated(facts, held):
         if stated != kept:
             raise AccountingError(f"{name} lists other {what} than its ledger holds: one was altered")
+
+
+def _words(text: str) -> list[str]:
+    """What it says, whatever its capitals, spaces and stops."""
+    return re.findall(r"\w+", text.casefold())
 
 
 def _repeated(facts: Mapping[str, Any], held: Recorded) -> Iterator[tuple[str, Any, Any]]:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from clipless_dp.bounds import coordinates
 from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.errors import ConfigurationError, Unsupported, UnsupportedModuleError
-from clipless_dp.graph.tracing import WRITTEN_IN_PLACE, TracedNet, function_name, place, trace
+from clipless_dp.graph.shapes import WRITTEN_IN_PLACE
+from clipless_dp.graph.tracing import TracedNet, function_name, place, trace
 from clipless_dp.layers.coordinates import Slopes
 from clipless_dp.layers.monotone import MonotoneLift, MonotoneResidual
 from clipless_dp.model import DPLipModel

@@ -14,7 +14,7 @@ from clipless_dp.rules.base import Deferred
 _Several = Deferred | Sequence[Deferred]
 
 
-def required_sizes(bounds: LayerBounds, path: str, kind: str, *, own: bool) -> LayerBounds:
+def required_sizes(bounds: LayerBounds, path: str, kind: str, *, operands: int, own: bool) -> LayerBounds:
     """The same bounds, none of which is negative or NaN: numbers are looked at now, deferred ones as they are computed.
 
     A negative one would cancel against those of other ways through the network: what sums up to less than a gradient
@@ -24,11 +24,16 @@ def required_sizes(bounds: LayerBounds, path: str, kind: str, *, own: bool) -> L
         bounds: what a rule has stated.
         path: of the layer.
         kind: its type.
+        operands: how many values the layer reads.
         own: whether the rule is the package's own, whose NaN is a product of zero and an infinite bound: no bound.
 
     Raises:
-        UnsupportedModuleError: one is negative or NaN. Nothing was charged: bounds come before a step's charge.
+        UnsupportedModuleError: one is negative or NaN, or there are not as many as values, or a count is none.
+            Nothing was charged: bounds come before a step's charge.
     """
+
+    def refused(remedy: str) -> UnsupportedModuleError:
+        return UnsupportedModuleError([Unsupported(path, kind, remedy)])
 
     def looked_at(what: str, stated: object) -> float:
         try:
@@ -39,21 +44,30 @@ def required_sizes(bounds: LayerBounds, path: str, kind: str, *, own: bool) -> L
             return number
         if own and math.isnan(number):
             return math.inf
-        remedy = (
+        raise refused(
             f"its rule states {what} = {stated!r:.80}, and bounds are sizes, zero or more: state the largest absolute "
             "value, as of a negative factor abs(factor)"
         )
-        raise UnsupportedModuleError([Unsupported(path, kind, remedy)])
 
     def one(what: str, stated: Deferred) -> Deferred:
         return partial(_computed, stated, partial(looked_at, what)) if callable(stated) else looked_at(what, stated)
 
     def several(what: str, stated: _Several) -> _Several:
-        return tuple(one(what, part) for part in stated) if isinstance(stated, (tuple, list)) else one(what, stated)  # type: ignore[arg-type]
+        if not isinstance(stated, (tuple, list)):
+            return one(what, stated)  # type: ignore[arg-type]
+        if len(stated) != operands and not own:
+            raise refused(
+                f"its rule states {len(stated)} numbers for {what}, and it reads {operands} values: state one number, "
+                "which holds for each, or one for each in their order"
+            )
+        return tuple(one(what, part) for part in stated)
 
     def named(what: str, stated: Mapping[str, float]) -> dict[str, float]:
         return {name: looked_at(f"{what} of {name!r}", number) for name, number in stated.items()}
 
+    for gate, count in bounds.counted.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise refused(f"its rule states that gate {gate!r} counts a sample {count!r} times: state a whole number")
     inf, entry = bounds.lipschitz_inf, bounds.output_norm_inf
     return replace(
         bounds,

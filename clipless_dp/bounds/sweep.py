@@ -93,19 +93,22 @@ class Sweep(MaximumNorms):
         if node.op == "placeholder":
             return None
         context = _Context(self, node)
+        operands = len(self.traced.operands(node))
         if node.op == "call_module":
             leaf = self.traced.leaf(node)
             rule = find_rule(leaf)
             assert rule is not None
             if not is_builtin(rule) or getattr(leaf, "reads_weights", False):
                 self._count_as_read(leaf, context.path)
-            return required_sizes(rule(leaf, context), context.path, context.kind, own=is_builtin(rule))
+            return required_sizes(
+                rule(leaf, context), context.path, context.kind, operands=operands, own=is_builtin(rule)
+            )
         function_rule = find_function_rule(node.target)
         assert function_rule is not None
         if not is_builtin(function_rule):
             self._count_as_read(None, context.path)
         found = function_rule(context, node.args, dict(node.kwargs))
-        return required_sizes(found, context.path, context.kind, own=is_builtin(function_rule))
+        return required_sizes(found, context.path, context.kind, operands=operands, own=is_builtin(function_rule))
 
     def _count_as_read(self, leaf: nn.Module | None, path: str) -> None:
         """A user's rule may read whatever changes, so nothing that it says is kept for later steps.

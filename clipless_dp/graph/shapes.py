@@ -13,6 +13,9 @@ from clipless_dp.isolation import Isolated
 from clipless_dp.isolation.refusals import ON_ZEROS
 from clipless_dp.layers import SampleGroupNorm
 
+WRITTEN_IN_PLACE = "written in place"
+"""Marks nodes, in their ``meta``, that work in place where a module runs by itself, not as a graph."""
+
 _OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
 
 
@@ -24,7 +27,8 @@ class ShapeRecorder(fx.Interpreter):
         public: what other calls return, sizes say.
 
     Raises:
-        ConfigurationError: a node does not take what it is given, or overwrites a gate's value.
+        ConfigurationError: a node does not take what it is given, or overwrites a gate's value; or it reads what
+            ``h += t`` has overwritten where the network runs by itself, while the graph made a new value of it.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -34,9 +38,11 @@ class ShapeRecorder(fx.Interpreter):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.public: dict[fx.Node, Any] = {}
         self._gated: list[tuple[Tensor, int]] = []
+        self._overwritten: list[tuple[Tensor, fx.Node]] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
+        self._refuse_overwritten(n)
         try:
             value = super().run_node(n)
         except Exception as error:
@@ -57,11 +63,26 @@ class ShapeRecorder(fx.Interpreter):
         if isinstance(self._leaf(n), (BallProjection, SphereScaling, SampleGroupNorm)):
             # Its backward rests on what it returned.
             self._gated.append((value, value._version))
+        if n.meta.get(WRITTEN_IN_PLACE):
+            written = n.args[0]
+            assert isinstance(written, fx.Node)
+            self._overwritten.append((self.env[written], n))
         if isinstance(value, Tensor) and n.op != "output":
             self.shapes[n] = tuple(value.shape)
         elif n.op.startswith("call_"):
             self.public[n] = value
         return value
+
+    def _refuse_overwritten(self, node: fx.Node) -> None:
+        read = [value for source in node.all_input_nodes if isinstance(value := self.env[source], Tensor)]
+        for value, writer in self._overwritten:
+            held = value.untyped_storage()._cdata
+            if any(one.untyped_storage()._cdata == held for one in read):
+                raise ConfigurationError(
+                    f"{node.name} reads a value that {writer.name} overwrites before, written in place as h += t: the "
+                    "network by itself would be another function than the graph, of which the bounds are; write "
+                    "h = h + t"
+                )
 
     def _leaf(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None

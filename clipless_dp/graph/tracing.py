@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from clipless_dp.errors import CliplessError, ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.graph.apart import Apart
 from clipless_dp.graph.dropout import DrawnDropout
-from clipless_dp.graph.shapes import record
+from clipless_dp.graph.shapes import WRITTEN_IN_PLACE, record
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import is_hooked
 from clipless_dp.rules import find_function_rule, find_rule, named_arguments, unsupported_module
@@ -32,8 +32,6 @@ _IN_PLACE = (
     *(operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ifloordiv, operator.imod),
     *(operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor, operator.setitem),
 )
-WRITTEN_IN_PLACE = "written in place"
-"""Marks nodes, in their ``meta``, that work in place where a module runs by itself, not as a graph."""
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 

@@ -88,6 +88,15 @@ class AdamBC(Optimizer):
             self.param_groups.pop()
             raise
 
+    def require_settings(self) -> None:
+        """Refuses groups whose settings are out of range; the private optimizer asks before a step is charged.
+
+        Raises:
+            ConfigurationError: one is, or is missing.
+        """
+        for group in self.param_groups:
+            _refuse(group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state of this class.
 
@@ -119,8 +128,8 @@ class AdamBC(Optimizer):
         if closure is not None:
             raise ConfigurationError("AdamBC steps on gradients that are there, without a closure")
         deviations, self._deviations = self._deviations, {}
+        self.require_settings()
         for group in self.param_groups:
-            _refuse(group)
             if any(p.grad is not None and p.grad.layout is not torch.strided for p in group["params"]):
                 raise ConfigurationError("AdamBC takes no sparse gradients: leave out sparse=True")
         for group in self.param_groups:
@@ -152,6 +161,9 @@ class AdamBC(Optimizer):
 
 def _refuse(group: Mapping[str, Any]) -> None:
     """Refuses settings of a group that are out of range."""
+    missing = [name for name in ("lr", "betas", "eps", "weight_decay", "floor") if name not in group]
+    if missing:
+        raise ConfigurationError(f"a parameter group has no {missing[0]} any more: set it")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ConfigurationError(f"betas must be two numbers, (β₁, β₂), got {betas!r}")

@@ -42,7 +42,8 @@ def refuse_settings(base: Optimizer) -> None:
 
     Raises:
         ConfigurationError: a number in a group is NaN, or its learning rate (momentum, ...) is more than its
-            parameters' numbers hold, or a setting of an optimizer of torch's is a tensor of more or fewer than one.
+            parameters' numbers hold, or a setting of an optimizer of torch's is a tensor of more or fewer than one, or
+            an optimizer's own ``require_settings()`` refuses its groups.
         PrivacyError: a ``GradScaler`` has left on one of them whether to skip its step, or a scale.
     """
     for one in everything(base):
@@ -56,6 +57,8 @@ def refuse_settings(base: Optimizer) -> None:
                     "does not read. Nothing was charged"
                 )
         _refuse_groups(one.param_groups, one.defaults.keys() if is_known(one) else ())
+        if hasattr(one, "require_settings"):
+            one.require_settings()
 
 
 def _asks_for_scales(optimizer: Optimizer) -> bool:

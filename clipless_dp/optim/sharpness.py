@@ -33,6 +33,18 @@ class _SharpnessAware(Optimizer):
         not_negative("radius", param_group.get("radius", self.defaults["radius"]))
         super().add_param_group(param_group)
 
+    def require_settings(self) -> None:
+        """Refuses groups whose settings are out of range; the private optimizer asks before a step is charged.
+
+        Raises:
+            ConfigurationError: a radius is, or a setting is missing.
+        """
+        for group in self.param_groups:
+            missing = sorted(self.defaults.keys() - group.keys())
+            if missing:
+                raise ConfigurationError(f"a parameter group has no {missing[0]} any more: set it")
+            not_negative("radius", group["radius"])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state of this class.
 
@@ -62,8 +74,7 @@ class _SharpnessAware(Optimizer):
         """
         if closure is not None:
             raise ConfigurationError(f"{type(self).__name__} steps on gradients that are there, without a closure")
-        for group in self.param_groups:
-            not_negative("radius", group["radius"])
+        self.require_settings()
         self._unshift_()
         super().step()
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]

@@ -9,8 +9,9 @@ from datetime import datetime
 from typing import Any
 
 from accounting import REPLACE_ONE
+from accounting.stated import UNITS
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.statement.facts import UNITS, shown
+from clipless_dp.statement.facts import shown
 from clipless_dp.statement.section import Section
 
 ABOUT = {

@@ -43,12 +43,6 @@ DRAWN = {
 }
 """How batches were drawn, the least trustworthy first."""
 
-UNITS = {
-    "row": "one sample: one row of the training data, its target included",
-    "person": "one person: all rows of the training data that carry their id, targets included",
-}
-"""What a statement calls the unit by default."""
-
 CHANGED = (
     "The model's weights are not those that the last recorded step left, or its buffers are not: something else has "
     "set or trained them since. Unless that read none of the data, as a conversion to another dtype does not, the ε "
@@ -266,6 +260,11 @@ def _weak_records(facts: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"The records of {unnamed} of {sum(entry['count'] for entry in entries)} entries do not say where their "
             "noise came from: they were made by hand or by an earlier version, and were not checked."
+        )
+    if steps["taken"] > steps["recorded"]:
+        yield (
+            f"{steps['taken']} steps were taken and {steps['recorded']} are recorded: the ε shown is not of all "
+            "of them."
         )
     unsampled = sum(entry["count"] for entry in entries if entry["event"] in _STEPS and entry["sample_rate"] == 1.0)
     if unsampled and facts["sampling"]["sample_rate"] < 1.0:

@@ -15,6 +15,7 @@ from typing import Any
 from accounting import Ledger
 from accounting.errors import LedgerFormatError
 from accounting.shape import require_statement
+from accounting.stated import UNITS
 from clipless_dp.arguments import positive, share
 from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
@@ -22,7 +23,7 @@ from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
 from clipless_dp.statement.brief import about_of
 from clipless_dp.statement.described import check_described
-from clipless_dp.statement.facts import CHANGED, UNITS, facts_of
+from clipless_dp.statement.facts import CHANGED, facts_of
 from clipless_dp.statement.ledgers import facts_of_ledger
 
 SUFFIXES = (".md", ".json", ".html")

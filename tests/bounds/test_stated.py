@@ -75,6 +75,19 @@ def test_a_negative_number_or_none_of_a_users_rule_is_refused(name: str, bad: fl
     assert stated(**STATED[name](3.0)).sensitivity().total > 0.0
 
 
+@pytest.mark.parametrize("name", ["lipschitz", "lipschitz_inf"])
+@pytest.mark.parametrize("numbers", [(), (2.0, 0.0), [2.0, 2.0, 2.0]])
+def test_fewer_or_more_factors_than_values_that_are_read_are_refused(name: str, numbers: Any) -> None:
+    with pytest.raises(UnsupportedModuleError, match=rf"{len(numbers)} numbers for .*{name}.*reads 1 values"):
+        stated(**{name: numbers})
+
+
+@pytest.mark.parametrize("count", [-1, 0, 1.5, True, math.nan])
+def test_a_count_that_is_no_number_of_times_is_refused(count: Any) -> None:
+    with pytest.raises(UnsupportedModuleError, match="counts a sample"):
+        stated(counted={"weight": count})
+
+
 @pytest.mark.parametrize("name", ["output_norm", "lipschitz", "lipschitz_inf"])
 def test_one_that_is_computed_later_is_refused_before_anything_is_charged(name: str) -> None:
     value = 2.0
@@ -127,7 +140,7 @@ def test_the_sum_of_signed_weights_in_place_of_absolute_ones_is_caught(monkeypat
     mutant.apply(monkeypatch)
     with pytest.raises(UnsupportedModuleError, match=r"AvgPool2d.*lipschitz_inf"):
         largest_ratio(8, -513)
-    monkeypatch.setattr("clipless_dp.bounds.sweep.required_sizes", lambda bounds, *place, own: bounds)
+    monkeypatch.setattr("clipless_dp.bounds.sweep.required_sizes", lambda bounds, *place, operands, own: bounds)
     assert largest_ratio(8, -513) > 100.0
 
 

@@ -20,7 +20,7 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp.layers import GroupSort
-from clipless_dp.optim import SharpnessAwareAdam, SharpnessAwareSGD
+from clipless_dp.optim import AdamBC, SharpnessAwareAdam, SharpnessAwareSGD
 from tests.support import gated_model, samples
 
 PAIRS = [(SharpnessAwareSGD, torch.optim.SGD, {"momentum": 0.5}), (SharpnessAwareAdam, torch.optim.Adam, {})]
@@ -135,6 +135,37 @@ def test_a_radius_that_is_no_length_is_refused(radius: Any) -> None:
     optimizer = SharpnessAwareSGD([nn.Parameter(torch.ones(2))], lr=0.1, radius=0.1)
     with pytest.raises(ConfigurationError, match="radius"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "radius": radius})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (SharpnessAwareSGD, "radius", -1.0),
+        (SharpnessAwareAdam, "radius", "large"),
+        (SharpnessAwareAdam, "radius", None),
+        (SharpnessAwareSGD, "maximize", None),
+        (AdamBC, "floor", 0.0),
+        (AdamBC, "betas", None),
+    ],
+)
+def test_a_setting_of_a_group_that_is_none_by_now_is_refused_before_the_charge(
+    kind: Any, name: str, value: Any
+) -> None:
+    model, data = gated_model(), samples(200)
+    base = kind(model.net.parameters(), lr=0.05, **({} if kind is AdamBC else {"radius": 0.1}))
+    optimizer = CliplessDPOptimizer(
+        model, base, noise_multiplier=1.0, sample_rate=0.2, dataset_size=200, accountant="rdp"
+    )
+    if value is None:
+        del base.param_groups[0][name]
+    else:
+        base.param_groups[0][name] = value
+    (batch,) = PoissonBatches(data, sample_rate=0.2, steps=1)
+    model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+    with pytest.raises(ConfigurationError, match=name):
+        optimizer.step()
+    assert optimizer.steps_taken == 0
+    assert not optimizer.accountant.ledger
 
 
 def test_a_closure_is_refused() -> None:

@@ -10,10 +10,10 @@ from accounting import GaussianRelease, LaplaceRelease, Ledger, Provenance
 from accounting.cli import main
 from accounting.errors import AccountingError
 from accounting.events import FixedSizeSampling, GaussianStep, GaussianVectorStep, PoissonSampling, ShuffledEpoch
+from accounting.stated import UNITS
 from clipless_dp import CheckpointError, ReproducibleNoise, report
 from clipless_dp.commands.report import statement_of
 from clipless_dp.statement import PrivacyStatement, report_ledger
-from clipless_dp.statement.facts import UNITS
 from tests.statement.test_report import trained
 
 RUNS = ({"run": "a", "sampling": "announced", "noise": "clipless_dp.noise.SystemNoise"}, {"run": "b"})
@@ -138,6 +138,7 @@ REFUSED = {
     "recorded": only(["steps", "recorded"], 1),
     "at least more than at most": only(["epsilon", "curve", 1, "lower"], 99.0),
     "the text of the other unit": only(["unit"], UNITS["person"]),
+    "the text of the other unit, a space behind": only(["unit"], UNITS["person"].upper() + ". "),
 }
 
 
@@ -148,9 +149,35 @@ def test_what_the_ledger_tells_otherwise_is_refused(case, stated, tmp_path, caps
     (tmp_path / "s.json").write_text(json.dumps(facts), "utf-8")
     with pytest.raises(AccountingError, match="was altered"):
         statement_of(tmp_path / "s.json", None)
-    if case != "the text of the other unit":
-        assert main(["explain", str(tmp_path / "s.json")]) == 2
-        assert "was altered" in capsys.readouterr().err
+    assert main(["explain", str(tmp_path / "s.json")]) == 2
+    assert "was altered" in capsys.readouterr().err
+
+
+def test_a_unit_in_words_of_ones_own_is_told_with_what_is_counted(stated, tmp_path, capsys):
+    facts = json.loads(stated["seeded"])
+    facts["unit"] = "one person, with all of their rows"
+    (tmp_path / "s.json").write_text(json.dumps(facts), "utf-8")
+    assert main(["explain", str(tmp_path / "s.json")]) == 0
+    assert "What is counted are rows, of which it calls one 'one person, with all of their rows'" in (
+        capsys.readouterr().out
+    )
+
+
+def test_more_steps_taken_than_recorded_are_a_finding(stated, tmp_path):
+    facts = json.loads(stated["seeded"])
+    facts["steps"]["taken"] = facts["steps"]["recorded"] + 1
+    (tmp_path / "s.json").write_text(json.dumps(facts), "utf-8")
+    assert any("the ε shown is not of all of them" in one for one in statement_of(tmp_path / "s.json", None).findings)
+
+
+def test_a_delta_of_which_no_engine_computes_is_refused_by_both_commands(stated, tmp_path, capsys):
+    facts = json.loads(stated["seeded"])
+    facts["epsilon"]["delta"] = 1e-320
+    (tmp_path / "s.json").write_text(json.dumps(facts), "utf-8")
+    with pytest.raises(CheckpointError, match=r"epsilon\.delta"):
+        statement_of(tmp_path / "s.json", None)
+    assert main(["explain", str(tmp_path / "s.json")]) == 2
+    assert "epsilon.delta cannot be" in capsys.readouterr().err
 
 
 def test_findings_do_not_go_away_with_the_facts_they_are_of(stated, tmp_path):

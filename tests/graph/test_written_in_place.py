@@ -1,0 +1,75 @@
+"""``h += t`` is a new value in the graph: where something goes on to read the one that it overwrites, it is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from clipless_dp import ConfigurationError, DPLipModel, losses
+
+Calls = tuple[nn.Module, nn.Module]
+
+
+class Written(nn.Module):
+    def __init__(self, run: Callable[[Calls, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second, self.run = nn.Linear(4, 4), nn.Linear(4, 4), run
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.run((self.first, self.second), inputs)
+
+
+def alias(parts: Calls, inputs: Tensor) -> Tensor:
+    hidden = kept = parts[0](inputs)
+    hidden += parts[1](inputs)
+    return kept + hidden
+
+
+def view(parts: Calls, inputs: Tensor) -> Tensor:
+    hidden = parts[0](inputs)
+    seen = hidden.unflatten(1, (2, 2)).transpose(1, 2)
+    hidden *= 2.0
+    return hidden + seen.flatten(1)
+
+
+def half(parts: Calls, inputs: Tensor) -> Tensor:
+    hidden = parts[0](inputs)
+    part, _ = hidden.chunk(2, 1)
+    part -= inputs[:, :2]
+    return hidden
+
+
+def residual(parts: Calls, inputs: Tensor) -> Tensor:
+    hidden = parts[0](inputs)
+    kept = hidden
+    branch = parts[1](hidden)
+    branch += kept
+    branch *= 0.5
+    return branch
+
+
+def read_before(parts: Calls, inputs: Tensor) -> Tensor:
+    hidden = parts[0](inputs)
+    branch = parts[1](hidden)
+    hidden += branch
+    return hidden + branch
+
+
+def wrapped(run: Callable[[Calls, Tensor], Tensor]) -> DPLipModel:
+    torch.manual_seed(0)
+    return DPLipModel(Written(run), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+
+
+@pytest.mark.parametrize("run", [alias, view, half])
+def test_what_reads_an_overwritten_value_is_refused_when_it_is_wrapped(run: Callable[[Calls, Tensor], Tensor]) -> None:
+    with pytest.raises(ConfigurationError, match=r"write h = h \+ t"):
+        wrapped(run)
+
+
+@pytest.mark.parametrize("run", [residual, read_before])
+def test_others_are_the_function_that_the_network_is_by_itself(run: Callable[[Calls, Tensor], Tensor]) -> None:
+    model, inputs = wrapped(run), 0.1 * torch.randn(5, 4)
+    assert torch.equal(model(inputs), model.net(inputs))
