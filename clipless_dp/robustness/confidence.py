@@ -113,18 +113,41 @@ def chernoff_lower(sums: Any, draws: int, alpha: float) -> Array:
     return (found - _ROUNDING).clip(0.0, 1.0)
 
 
-def bounded_lower(sums: Any, squares: Any, draws: int, alpha: float) -> Array:
-    """The larger of Bernstein's and of Chernoff's bound, each at ``α/2``; see :func:`bernstein_lower`."""
-    half = split(alpha, 2)
-    lower: Array = np.maximum(bernstein_lower(sums, squares, draws, half), chernoff_lower(sums, draws, half))
+def concentrated_lower(sums: Any, draws: int, alpha: float, spread: float) -> Array:
+    """``m`` with ``P(true mean < m) ≤ α``, of ``h(x + σZ)`` with an ``L``-Lipschitz ``h`` and normal ``Z``.
+
+    ``mean - Lσ√(2·ln(1/α)/n)``. The mean of ``n`` draws is an ``Lσ/√n``-Lipschitz function of their standard normal
+    numbers together, which concentrates as one number of that deviation does (Tsirelson, Ibragimov & Sudakov 1976;
+    Boucheron, Lugosi & Massart 2013, *Concentration inequalities*, theorem 5.6). It knows the constant in place of the
+    variance, and has no term in ``1/n``: where noise is small it is by far the largest of all.
+
+    Args:
+        sums: of ``n`` draws within [0, 1], any shape.
+        draws: ``n``.
+        alpha: of each bound by itself.
+        spread: ``Lσ``.
+    """
+    mean = np.asarray(sums, dtype=np.float64) / draws
+    width = spread * float(np.sqrt(2.0 * np.log(1.0 / alpha) / draws)) * (1.0 + 2.0**-40)
+    return (mean - width - gamma(draws)).clip(0.0, 1.0)
+
+
+def bounded_lower(sums: Any, squares: Any, draws: int, alpha: float, spread: float) -> Array:
+    """The largest of Bernstein's, Chernoff's and the concentrated bound, each at ``α/3``; see the three of them."""
+    third = split(alpha, 3)
+    found = [bernstein_lower(sums, squares, draws, third), chernoff_lower(sums, draws, third)]
+    lower: Array = np.maximum.reduce([*found, concentrated_lower(sums, draws, third, spread)])
     return lower
 
 
-def bounded_upper(sums: Any, squares: Any, draws: int, alpha: float) -> Array:
+def bounded_upper(sums: Any, squares: Any, draws: int, alpha: float, spread: float) -> Array:
     """``m`` with ``P(true mean > m) ≤ α``; see :func:`bounded_lower`."""
-    half = split(alpha, 2)
-    other = 1.0 - chernoff_lower(draws - np.asarray(sums, dtype=np.float64), draws, half)
-    return np.minimum(bernstein_upper(sums, squares, draws, half), other + 2.0**-53).clip(0.0, 1.0)
+    sums = np.asarray(sums, dtype=np.float64)
+    third = split(alpha, 3)
+    others = np.maximum(
+        chernoff_lower(draws - sums, draws, third), concentrated_lower(draws - sums, draws, third, spread)
+    )
+    return np.minimum(bernstein_upper(sums, squares, draws, third), 1.0 - others + 2.0**-53).clip(0.0, 1.0)
 
 
 def _bernstein(sums: Any, squares: Any, draws: int, alpha: float) -> tuple[Array, Array]:

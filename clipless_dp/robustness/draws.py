@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -157,19 +158,21 @@ class Draws:
             return self._partitioned(alpha)
         counted = self.origin.map == "argmax" and method != "bernstein"
         both = method == "lipschitz"
+        # Of other noise than normal numbers nothing of the kind is known.
+        spread = self.slope * self.origin.sigma if self.origin.noise is None else math.inf
         apart = against == "each" and classes > 2
         each = confidence.split(alpha, classes) if apart else alpha
         if counted:
             lower = confidence.clopper_pearson_lower(sums[rows, chosen], self.n, each)
         else:
-            bound = confidence.bounded_lower if both else confidence.bernstein_lower
+            bound = partial(confidence.bounded_lower, spread=spread) if both else confidence.bernstein_lower
             lower = bound(sums[rows, chosen], squares[rows, chosen], self.n, each)
         if not apart:
             return lower, None
         if counted:
             others = confidence.clopper_pearson_upper(sums, self.n, each)
         else:
-            bound = confidence.bounded_upper if both else confidence.bernstein_upper
+            bound = partial(confidence.bounded_upper, spread=spread) if both else confidence.bernstein_upper
             others = bound(sums, squares, self.n, each)
         others[rows, chosen] = 0.0
         return lower, others.max(1)

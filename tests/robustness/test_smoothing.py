@@ -214,10 +214,37 @@ def test_chernoffs_bound_is_where_the_divergence_is_and_reaches_what_counts_do()
     assert divergence == pytest.approx(np.log(1000.0), rel=1e-6)
     assert bool((divergence >= np.log(1000.0)).all())
     assert lower[-1] == pytest.approx(0.001**0.01, abs=1e-11)
-    both = confidence.bounded_lower(sums, sums**2 / 100, 100, 0.001)
-    assert bool((both >= confidence.bernstein_lower(sums, sums**2 / 100, 100, 0.0005)).all())
-    upper = confidence.bounded_upper(100 - sums, (100 - sums) ** 2 / 100, 100, 0.001)
-    assert upper == pytest.approx(1.0 - both, abs=1e-9)
+    for spread in (0.01, 1.0, math.inf):
+        both = confidence.bounded_lower(sums, sums**2 / 100, 100, 0.003, spread)
+        assert bool((both >= confidence.bernstein_lower(sums, sums**2 / 100, 100, 0.001)).all())
+        assert bool((both >= lower).all())
+        upper = confidence.bounded_upper(100 - sums, (100 - sums) ** 2 / 100, 100, 0.003, spread)
+        assert upper == pytest.approx(1.0 - both, abs=1e-9)
+    near = confidence.bounded_lower(np.array([50.0]), np.array([25.0]), 100, 0.003, 0.01)
+    assert near == pytest.approx(0.5 - 0.01 * math.sqrt(2.0 * math.log(1000.0) / 100), abs=1e-9)
+
+
+@pytest.mark.parametrize("n", [10, 100])
+def test_a_lipschitz_functions_mean_is_concentrated_as_one_number_of_its_spread_is_and_no_more(n: int) -> None:
+    random, slope = np.random.default_rng(n), 0.2
+    # A line is the worst of all functions, but for its ends.
+    values = (0.5 + slope * SIGMA * random.standard_normal((200_000 // n, n))).clip(0.0, 1.0)
+    lower = confidence.concentrated_lower(values.sum(1), n, ALPHA, slope * SIGMA)
+    wrong = float((lower > 0.5).mean())
+    assert wrong <= ALPHA
+    # Of half of the spread it is wrong too often.
+    short = values.mean(1) - slope * SIGMA * math.sqrt(0.5 * math.log(1.0 / ALPHA) / n)
+    assert float((short > 0.5).mean()) > ALPHA
+
+
+def test_noise_that_is_not_normal_alone_has_no_such_bound() -> None:
+    sums = np.array([[5_000.0, 5_000.0]])
+    normal = drawn(sums, sums**2 / 10_000, np.array([[1.0, 0.0]]), 1, 10_000, "margin", 0.01)
+    mixed = replace(normal, origin=replace(normal.origin, noise="categories replaced"))
+    first, second = (one.certify(ALPHA, "lipschitz").lower for one in (normal, mixed))
+    assert first is not None
+    assert second is not None
+    assert bool((second < first).all())
 
 
 def test_groups_hold_no_more_than_the_second_class_and_every_class_once() -> None:
