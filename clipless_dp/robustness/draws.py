@@ -45,7 +45,8 @@ class SmoothedCertificate(Certificate):
     Guarantee:
         Let ``h_c`` be what the map makes of score ``c``, and ``h̃_c(x)`` its mean under the noise. For each sample ``x``
         by itself, with probability at least ``1 - α`` over the draws: for every ``x'`` with ``‖x' - x‖ < radii``,
-        ``h̃_c(x')`` is largest at ``predictions`` alone. The noise is taken to be that of real numbers.
+        ``h̃_c(x')`` is largest at ``predictions`` alone; of ``pairs``, ``h̃_Ac(x') > ½`` for ``predictions`` ``A`` and
+        every other ``c``, which holds for no other class. The noise is taken to be that of real numbers.
     """
 
     kind: str = ""
@@ -70,8 +71,11 @@ class SmoothedCertificate(Certificate):
     def claim(self) -> str:
         """See :attr:`Certificate.claim`."""
         noise = f"Gaussian noise of deviation {self.sigma:g}" + ("" if self.noise is None else f" and {self.noise}")
+        answer = (
+            "the class of the largest mean of" if self.map != "pairs" else "the class that is ahead in the means of"
+        )
         return (
-            f"Radii are of the smoothed classifier: the class of the largest mean of {self.map} (temperature "
+            f"Radii are of the smoothed classifier: {answer} {self.map} (temperature "
             f"{self.temperature:g}) under {noise}. Each holds with probability {1.0 - self.alpha:g} or more over "
             f"{self.n} pseudo-random draws, after {self.n0} others that selected the class; the method is {self.kind}. "
             "Where it abstains it counts as wrong."
@@ -93,7 +97,8 @@ class Draws:
         n: number of the others.
         errors: ``(N,)`` what a mean may be off by because scores are computed in float64.
         dropped: ``(N,)`` samples for which some score was not finite.
-        slope: Lipschitz constant of what was averaged; infinite where none is known.
+        slope: Lipschitz constant of what was averaged, the largest; infinite where none is known.
+        slopes: ``(C, C)`` for ``pairs``: of each pair.
         unknown: why none is known, in words.
         scale: by which a radius is multiplied: of raw units.
         origin: a certificate without radii, which says what was drawn from.
@@ -110,6 +115,7 @@ class Draws:
     unknown: str | None
     scale: float
     origin: SmoothedCertificate
+    slopes: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -123,17 +129,20 @@ class Draws:
         alpha = confidence.confidence_of(alpha)
         check_method(method, against, self.origin.map, self.slope, self.unknown)
         chosen = self.selection.argmax(1)
-        lower, upper = self._bounds(chosen.numpy(), alpha, method, against)
-        slope = math.inf
-        if method == "lipschitz":
-            slope = self.slope
-            lower = lower - self.errors.numpy()
-            upper = None if upper is None else upper + self.errors.numpy()
-        lower = np.where(self.dropped.numpy(), 0.0, lower).clip(0.0, 1.0)
+        slope = self.slope if method == "lipschitz" else math.inf
+        if self.origin.map == "pairs":
+            lower, upper, reached = self._against_each(chosen.numpy(), alpha, method)
+        else:
+            lower, upper = self._bounds(chosen.numpy(), alpha, method, against)
+            if method == "lipschitz":
+                lower = lower - self.errors.numpy()
+                upper = None if upper is None else upper + self.errors.numpy()
+            lower = np.where(self.dropped.numpy(), 0.0, lower).clip(0.0, 1.0)
+            # The difference is exact where it matters, from ½ on.
+            upper = None if upper is None else np.minimum(upper, 1.0 - lower)
+            reached = ramps.radii(lower, upper, self.origin.sigma, slope)
         rest = 1.0 - lower
-        # The difference is exact where it matters, from ½ on.
-        upper = None if upper is None else np.minimum(upper, rest)
-        found = torch.from_numpy(ramps.radii(lower, upper, self.origin.sigma, slope))
+        found = torch.from_numpy(reached)
         # A product is off by one rounding.
         radii = found if self.scale == 1.0 else found * self.scale * (1.0 - 2.0**-52)
         radii = radii.masked_fill(self.dropped, 0.0)
@@ -161,7 +170,8 @@ class Draws:
         # Of other noise than normal numbers nothing of the kind is known.
         spread = self.slope * self.origin.sigma if self.origin.noise is None else math.inf
         apart = against == "each" and classes > 2
-        each = confidence.split(alpha, classes) if apart else alpha
+        # Of the others only the bound of the class whose mean is largest in truth has to hold.
+        each = confidence.split(alpha, 2) if apart else alpha
         if counted:
             lower = confidence.clopper_pearson_lower(sums[rows, chosen], self.n, each)
         else:
@@ -177,13 +187,38 @@ class Draws:
         others[rows, chosen] = 0.0
         return lower, others.max(1)
 
+    def _against_each(self, chosen: Array, alpha: float, method: Method) -> tuple[Array, None, Array]:
+        """The least mean of the chosen class against another one, and how far all of them stay above ½.
+
+        Each bound may fail at ``α`` by itself: of a least of several, that of the one which is least in truth counts.
+        """
+        sums, squares, classes = self.sums.numpy(), self.squares.numpy(), self.sums.shape[1]
+        least, reached = np.ones(len(sums)), np.full(len(sums), math.inf)
+        for other in range(classes):
+            for best in sorted({*chosen.tolist()} - {other}):
+                rows = np.flatnonzero(chosen == best)
+                slope = math.inf
+                if method == "lipschitz":
+                    assert self.slopes is not None
+                    slope = float(self.slopes[best, other])
+                    spread = slope * self.origin.sigma if self.origin.noise is None else math.inf
+                    lower = confidence.bounded_lower(sums[rows, other], squares[rows, other], self.n, alpha, spread)
+                    lower = lower - self.errors.numpy()[rows]
+                else:
+                    lower = confidence.bernstein_lower(sums[rows, other], squares[rows, other], self.n, alpha)
+                lower = np.where(self.dropped.numpy()[rows], 0.0, lower).clip(0.0, 1.0)
+                least[rows] = np.minimum(least[rows], lower)
+                reached[rows] = np.minimum(reached[rows], ramps.radii(lower, None, self.origin.sigma, slope))
+        return least, None, reached
+
     def _partitioned(self, alpha: float) -> tuple[Array, Array]:
         sums = self.sums.numpy()
         groups = [confidence.buckets(counts) for counts in self.selection.numpy()]
         first = np.array([row[group[0]].sum() for row, group in zip(sums, groups, strict=True)])
         largest = np.array([max(row[one].sum() for one in group[1:]) for row, group in zip(sums, groups, strict=True)])
-        # Two groups are each other's complement: one bound holds for both.
-        bounds = np.array([1 if len(group) == 2 else len(group) for group in groups])
+        # Two groups are each other's complement: one bound holds for both. Of more, that of the first and that of the
+        # largest in truth have to hold.
+        bounds = np.array([1 if len(group) == 2 else 2 for group in groups])
         each = confidence.split(alpha, bounds)
         lower = confidence.clopper_pearson_lower(first, self.n, each)
         upper = confidence.clopper_pearson_upper(largest, self.n, each)
@@ -200,6 +235,8 @@ def check_method(method: object, against: object, name: Map | str, slope: float,
     choice("against", against, "rest", "each")
     if method == "partition" and against != "rest":
         raise ConfigurationError("method='partition' groups the other classes itself: leave against out")
+    if name == "pairs" and against != "rest":
+        raise ConfigurationError("map='pairs' bounds the mean against each class already: leave against out")
     if method in ("cohen", "partition") and name != "argmax":
         raise ConfigurationError(
             f"method={method!r} bounds shares of predictions, which are counts: use map='argmax', or "
@@ -207,8 +244,8 @@ def check_method(method: object, against: object, name: Map | str, slope: float,
         )
     if method == "lipschitz" and name == "argmax":
         raise ConfigurationError(
-            "method='lipschitz' needs a map with a Lipschitz constant, and argmax jumps: use map='margin', 'softmax' "
-            "or 'sparsemax', or method='cohen'"
+            "method='lipschitz' needs a map with a Lipschitz constant, and argmax jumps: use map='pairs', 'margin', "
+            "'softmax' or 'sparsemax', or method='cohen'"
         )
     if method == "lipschitz" and not math.isfinite(slope):
         raise ConfigurationError(

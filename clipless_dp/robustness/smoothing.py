@@ -19,7 +19,7 @@ from clipless_dp.robustness.confidence import confidence_of
 from clipless_dp.robustness.constants import Constants, Lipschitz
 from clipless_dp.robustness.draws import Against, Draws, Method, SmoothedCertificate, check_method
 from clipless_dp.robustness.frozen import Frozen, unchecked_rounding
-from clipless_dp.robustness.maps import MAPS, Map, mapped, slope
+from clipless_dp.robustness.maps import MAPS, Map, mapped, slope, slopes_of_pairs
 from clipless_dp.robustness.networks import PlainNetwork, Units, generator_of, read, refuse_other_labels, scale_of
 from clipless_dp.training import Data
 
@@ -37,8 +37,10 @@ class Smoothed:
         model: a wrapped model, which certifies its own constant; or any module.
         sigma: deviation ``σ`` of the noise, in units of the input.
         map: what is averaged (:func:`clipless_dp.robustness.maps.mapped`): ``"argmax"``, shares of predictions;
-            ``"softmax"``, ``"sparsemax"`` or ``"margin"``, which have Lipschitz constants. Of the three, ``"margin"``
-            certifies most by ``"lipschitz"``: it is the ramp that this certificate is exact for.
+            ``"softmax"``, ``"sparsemax"``, ``"margin"`` or ``"pairs"``, which have Lipschitz constants. ``"margin"`` is
+            the ramp that ``"lipschitz"`` is exact for; ``"pairs"`` has one for each pair of classes, and answers with
+            the class that is ahead of every other in their means: of many classes it certifies most, since noise
+            raises the largest of many scores, and each pair has a constant of its own.
         temperature: ``τ``, which multiplies the scores before a soft map.
         lipschitz: ``"auto"``: of a wrapped model its own, of others none; ``None``: none; or what is stated of a module
             that is not wrapped, see :func:`margin_constants`.
@@ -96,11 +98,13 @@ class Smoothed:
         * ``"cohen"`` (Cohen et al. 2019, §3.2): ``p_A`` by Clopper and Pearson; ``R = σΦ⁻¹(p_A)``.
         * ``"bernstein"``: any map, by Maurer and Pontil's bound, as Delattre et al. 2024, *The Lipschitz-variance-
           margin tradeoff for enhanced randomized smoothing*, but with the map fixed; the same radius.
-        * ``"lipschitz"``: the mean of a soft map by the larger of that bound and of Chernoff's, each at ``α/2``, and
-          the exact radius for functions of the map's Lipschitz constant (:mod:`clipless_dp.robustness.ramps`), which
-          is above ``σΦ⁻¹(p_A)`` and above ``(p_A - ½)/L``.
-        * ``"partition"``: classes grouped by what the ``n0`` draws counted (:func:`confidence.buckets`), each group
-          bounded at ``α`` over their number; ``R = σ(Φ⁻¹(p_A) - Φ⁻¹(p_B))/2``.
+        * ``"lipschitz"``: the mean of a soft map by the largest of that bound, of Chernoff's and of one by the map's
+          constant (:func:`confidence.concentrated_lower`), each at ``α/3``, and the exact radius for functions of
+          that constant (:mod:`clipless_dp.robustness.ramps`), above ``σΦ⁻¹(p_A)`` and above ``(p_A - ½)/L``.
+        * ``"partition"``: classes grouped by what the ``n0`` draws counted (:func:`confidence.buckets`), the first and
+          the others bounded at ``α/2``; ``R = σ(Φ⁻¹(p_A) - Φ⁻¹(p_B))/2``.
+
+        For ``pairs``, ``p_A`` is against one class, bounded at ``α``, and the radius the least of them.
 
         Args:
             data: pairs of inputs and labels; or inputs alone, ``(N, ...)``.
@@ -108,7 +112,7 @@ class Smoothed:
             n: draws that are certified from, at least 2.
             alpha: with which probability each radius may be wrong, at least 1e-50.
             method: one of the four.
-            against: ``"rest"``: ``p_B = 1 - p_A``; ``"each"``: every class has a bound of its own, at ``α/C``, which
+            against: ``"rest"``: ``p_B = 1 - p_A``; ``"each"``: every class has a bound of its own, at ``α/2``, which
                 certifies more where the others share what ``A`` leaves.
             rng_seed: of the noise, in [0, 2³²).
             batch_size: noisy rows at once.
@@ -167,7 +171,8 @@ class Smoothed:
         if self.map != "argmax":
             first = n // 10
             drawn = self._drawn(inputs, first, n - first, None, **arguments)
-            return drawn.certify(alpha, "bernstein", "each").predictions
+            against: Against = "rest" if self.map == "pairs" else "each"
+            return drawn.certify(alpha, "bernstein", against).predictions
         drawn = self._drawn(inputs, 1, n, None, **arguments)
         top, classes = drawn.sums.topk(2, 1)
         tests = [
@@ -231,6 +236,7 @@ class Smoothed:
             constants.reason,
             smallest,
             origin,
+            slopes_of_pairs(self.temperature, constants) if self.map == "pairs" else None,
         )
 
     def _noisy(self, rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -305,7 +311,7 @@ def _together(
     tally = _Tally(several, frozen, [one.pairs for one in constants], classes, generator, rows)
     with tqdm(total=len(inputs) * (n0 + n), disable=not progress, unit="row", dynamic_ncols=True) as bar:
         first = tally.of(inputs, n0, bar)
-        second = tally.of(inputs, n, bar)
+        second = tally.of(inputs, n, bar, [found.sums.argmax(1) for found in first])
     return [
         one._kept(frozen, known, inputs, labels, before, after, n0, n)
         for one, known, before, after in zip(several, constants, first, second, strict=True)
@@ -341,7 +347,7 @@ class _Tally:
         self.known = frozen.known_error or 0.0
 
     @torch.no_grad()
-    def of(self, inputs: Tensor, draws: int, bar: tqdm[Any]) -> list[_Sums]:
+    def of(self, inputs: Tensor, draws: int, bar: tqdm[Any], selected: Sequence[Tensor] | None = None) -> list[_Sums]:
         found = [_Sums(len(inputs), self.classes) for _ in self.several]
         plain, each = self.plain, min(draws, self.rows)
         together = max(1, self.rows // each)
@@ -353,16 +359,28 @@ class _Tally:
                 rows = self.several[0]._noisy(some.repeat_interleave(chunk, 0), self.generator)
                 scores = plain(rows)
                 error = self.known + unchecked_rounding(rows, scores.cpu(), self.pairs)
-                for sums, smoothed in zip(found, self.several, strict=True):
-                    self._add(sums, slice(start, start + len(some)), smoothed, scores, error)
+                where = slice(start, start + len(some))
+                for number, (sums, smoothed) in enumerate(zip(found, self.several, strict=True)):
+                    chosen = None if selected is None else selected[number][where]
+                    self._add(sums, where, smoothed, scores, error, chosen)
                 done += chunk
                 bar.update(chunk * len(some))
         return found
 
-    def _add(self, found: _Sums, where: slice, smoothed: Smoothed, scores: Tensor, error: Tensor) -> None:
+    def _add(
+        self,
+        found: _Sums,
+        where: slice,
+        smoothed: Smoothed,
+        scores: Tensor,
+        error: Tensor,
+        chosen: Tensor | None,
+    ) -> None:
         count = where.stop - where.start
         finite = scores.isfinite().all(1)
-        values = mapped(scores.masked_fill(~per_sample(finite, scores), 0.0), smoothed.map, smoothed.temperature)
+        known = scores.masked_fill(~per_sample(finite, scores), 0.0)
+        own = None if chosen is None else chosen.to(scores.device).repeat_interleave(len(scores) // count)
+        values = mapped(known, smoothed.map, smoothed.temperature, own)
         values = values.reshape(count, -1, self.classes)
         found.sums[where] += values.sum(1).cpu()
         found.squares[where] += values.square().sum(1).cpu()

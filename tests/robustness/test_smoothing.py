@@ -309,6 +309,8 @@ METHODS: list[tuple[maps.Map, draws.Method]] = [
     ("softmax", "lipschitz"),
     ("sparsemax", "lipschitz"),
     ("margin", "lipschitz"),
+    ("pairs", "lipschitz"),
+    ("pairs", "bernstein"),
 ]
 
 
@@ -321,8 +323,8 @@ def test_radii_of_a_half_space_are_below_the_distance_and_near_it(name: maps.Map
     distances = inputs[:, 0].abs()
     assert bool((found.radii <= distances).all())
     # Softmax at τ = ½ is far from a ramp; Cohen's bound of so many draws is 3 % short at the first.
-    least = 0.9 if name in ("argmax", "sparsemax", "margin") else 0.4
-    if not (name == "softmax" and method == "bernstein"):
+    least = 0.9 if name in ("argmax", "sparsemax", "margin", "pairs") else 0.4
+    if not (name in ("softmax", "pairs") and method == "bernstein"):
         assert bool((found.radii >= least * distances).all())
 
 
@@ -349,6 +351,55 @@ def test_no_smoothed_mean_changes_its_class_within_a_radius() -> None:
     for sign in (1.0, -1.0):
         moved = smoothed.draw(inputs + sign * 0.99 * found.radii[:, None] * directions, 1, 4000, rng_seed=7)
         assert bool((moved.sums.argmax(1) == found.predictions)[found.radii > 0].all())
+
+
+def test_no_pair_changes_its_order_within_a_radius_and_pairs_certify_more_than_margins() -> None:
+    model = seeded(NETWORKS["residual"]).double()
+    inputs = points(12, 5)
+    several = [Smoothed(model, 0.2, map=name, temperature=1.0) for name in ("pairs", "margin")]
+    pairs, margins = draw_together(several, inputs, 50, 4000)
+    found = pairs.certify(1e-3, "lipschitz")
+    certified = found.radii > 0
+    assert int(certified.sum()) >= 6
+    below = margins.certify(1e-3, "lipschitz").radii
+    assert bool((found.radii >= below - 1e-12).all())
+    assert float(found.radii.sum()) > float(below.sum())
+    directions = nn.functional.normalize(points(12, 5, seed=2), dim=1)
+    for sign in (1.0, -1.0):
+        moved = several[0].predict(inputs + sign * 0.99 * found.radii[:, None] * directions, 4000, rng_seed=7)
+        assert bool(((moved == found.predictions) | (moved == -1))[certified].all())
+
+
+@pytest.mark.parametrize("n", [20, 200])
+def test_the_least_of_nine_bounds_is_wrong_no_more_often_than_one_of_them(n: int) -> None:
+    random = np.random.default_rng(n)
+    shares = np.array([0.75, 0.76, 0.8, 0.8, 0.9, 0.9, 0.95, 0.97, 0.99])
+    counts = random.binomial(n, shares, (REPETITIONS, 9))
+    sums = np.concatenate([np.full((REPETITIONS, 1), float(n)), counts], 1)
+    selection = np.tile([1.0, *[0.0] * 9], (REPETITIONS, 1))
+    found = drawn(sums, sums, selection, 1, n, "pairs").certify(ALPHA, "bernstein")
+    assert found.lower is not None
+    assert float((found.radii > SIGMA * norm.ppf(0.75)).double().mean()) <= ALLOWED
+    assert float((found.lower > 0.75).double().mean()) <= ALLOWED
+    # Of the largest in place of the least it would be wrong almost always.
+    largest = confidence.bernstein_lower(counts.max(1), counts.max(1), n, ALPHA)
+    assert n == 20 or float((largest > 0.75).mean()) > 0.9
+
+
+def test_a_pairs_slope_is_its_own_and_never_passed() -> None:
+    factors = torch.tensor([1.0, 3.0, 0.2], dtype=torch.float64)
+    joint = math.sqrt(1.0 + 9.0)
+    smoothed = Smoothed(half_space(*torch.diag(factors).tolist()), SIGMA, map="pairs", temperature=0.5, lipschitz=joint)
+    kept = smoothed.draw(points(3, 3), 5, 10)
+    assert kept.slopes is not None
+    steps = 1e-6 * nn.functional.normalize(points(4000, 3, seed=1), dim=1)
+    own = torch.zeros(4000, dtype=torch.long)
+    for best in range(3):
+        chosen = own + best
+        before = maps.mapped(torch.zeros(4000, 3).double(), "pairs", 0.5, chosen)
+        moved = (maps.mapped(steps * factors, "pairs", 0.5, chosen) - before).abs().amax(0) / 1e-6
+        assert bool((moved <= kept.slopes[best] * (1.0 + 1e-9) + 1e-9).all())
+        assert bool((before[:, best] == 1.0).all())
 
 
 def test_draws_that_are_kept_certify_what_fresh_ones_do_and_chunks_change_nothing_but_noise() -> None:
@@ -383,7 +434,7 @@ def test_several_maps_on_the_same_noise_are_what_each_is_alone() -> None:
 
 def test_answers_abstain_on_the_boundary_and_are_right_off_it() -> None:
     inputs = torch.tensor([[0.0, 2.0], [-0.6, 0.0], [0.4, 1.0]], dtype=torch.float64)
-    for name in ("argmax", "softmax", "margin"):
+    for name in ("argmax", "softmax", "margin", "pairs"):
         smoothed = Smoothed(OPPOSED, SIGMA, map=name, temperature=2.0)
         assert smoothed.predict(inputs, 1000).tolist() == [-1, 1, 0]
     # At the boundary every answer is wrong: they are as rare as α says.
