@@ -32,7 +32,7 @@ import robustness as trained
 import utility
 
 from accounting import create_accountant
-from clipless_dp import DPLipModel, constraints, fit, fit_without_privacy, layers, losses
+from clipless_dp import DPLipModel, GaussianNoise, constraints, fit, fit_without_privacy, layers, losses
 from clipless_dp.datasets import load_dataset
 from clipless_dp.presets import Preset
 from clipless_dp.robustness import counterfactual, metrics, picture, plain_network, quality, saliency, score_gradients
@@ -66,10 +66,12 @@ def behind_pooling(shape: tuple[int, ...], outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), 64), nn.ReLU(), nn.Linear(64, outputs))
 
 
-def by_lipschitz(train: Pair, epsilon: float, seed: int, tau: float) -> nn.Module:
+def by_lipschitz(train: Pair, epsilon: float, seed: int, tau: float, noise: float = 0.0) -> nn.Module:
     torch.manual_seed(seed)
     model = lipschitz(tuple(train[0].shape[1:]), tau)
     arguments = trained.settings("mnist", epsilon)
+    if noise > 0.0:
+        arguments["augment"] = GaussianNoise(noise)
     if math.isinf(epsilon):
         fit_without_privacy(model, train, rng_seed=seed, progress=False, **arguments)
     else:
@@ -224,6 +226,7 @@ def run(method: str, data: tuple[Pair, Pair], epsilon: float, seed: int, options
 METHODS: dict[str, tuple[Callable[[Pair, float, int], nn.Module], float]] = {
     "Lipschitz": (partial(by_lipschitz, tau=8.0), 8.0),
     "Lipschitz, τ = 4": (partial(by_lipschitz, tau=4.0), 4.0),
+    "Lipschitz, noisy views": (partial(by_lipschitz, tau=8.0, noise=0.5), 8.0),
     "DP-SGD": (partial(by_clipping, **CLIPPING), 1.0),
 }
 """Who is compared, and the temperature of its probabilities, which is the loss's."""

@@ -64,7 +64,7 @@ class Candidate:
     settings: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SearchResult:
     """What :func:`private_search` releases. The number of runs is not in it, and neither are the other runs.
 
@@ -83,6 +83,12 @@ class SearchResult:
     epsilon: float
     delta: float
     accountant: Accountant
+
+    def __str__(self) -> str:
+        return f"ε = {self.epsilon:.4f} at δ = {self.delta:g}, score {self.score:.4g}, {dict(self.candidate.settings)}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
 
 
 def private_search(

@@ -186,7 +186,10 @@ def _cells(frame: Any, name: str) -> Cells:
     try:
         column = frame[name]
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise InputError(f"there is no column {name!r} in the {type(frame).__name__}") from error
+        rows = ": give columns, {name: [row[name] for row in rows] for name in rows[0]}"
+        raise InputError(
+            f"there is no column {name!r} in the {type(frame).__name__}{rows if isinstance(frame, list) else ''}"
+        ) from error
     except Exception as error:
         # Each library of data frames has an error of its own.
         raise InputError(f"column {name!r} of the {type(frame).__name__} cannot be read: {error}") from error

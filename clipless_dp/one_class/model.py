@@ -49,7 +49,7 @@ class Above(nn.Module):
         return values.reshape(len(values)) - self.threshold
 
 
-@dataclass
+@dataclass(repr=False)
 class OneClassModel(Predicts):
     """What :func:`clipless_dp.one_class.fit_one_class` has trained.
 
@@ -72,6 +72,10 @@ class OneClassModel(Predicts):
     stated_size: bool = False
     _offset: float = field(default=0.0, init=False, repr=False)
     _origin: str = field(default="by default, half way between the levels", init=False, repr=False)
+
+    def __str__(self) -> str:
+        trained = "trained without privacy" if self.result is None else str(self.result)
+        return f"scores below {self._offset:g} are anomalies ({self._origin}): {trained}"
 
     @property
     def offset(self) -> float:

@@ -98,7 +98,7 @@ class Predictor:
         slopes: reads off the network how it moves with single columns, or ``None``; see :meth:`certificate`.
     """
 
-    net: nn.Module
+    net: nn.Module = field(repr=False)
     link: Link
     outputs: int
     promise: Promise | Callable[[], Promise] = field(repr=False)
@@ -302,7 +302,14 @@ class Predictor:
 
 
 class Predicts(ABC):
-    """Results that predict, and save what predicts to one file."""
+    """Results that predict, and save what predicts to one file; shown in short, since weights and records are long."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
+
+    @abstractmethod
+    def __str__(self) -> str:
+        """What was trained, and the ε that was spent."""
 
     @abstractmethod
     def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:

@@ -38,7 +38,7 @@ FRONT = "front."
 """What tensors of a front-end are called by in a file, before their own names."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trained(Predicts):
     """What :meth:`Preset.fit` returns.
 
@@ -59,6 +59,9 @@ class Trained(Predicts):
     shape: Shape
     change: Callable[[Tensor], Tensor] | None = None
     front: nn.Module | None = None
+
+    def __str__(self) -> str:
+        return f"{self.preset.name}: {self.result}"
 
     def predictor(self, *, classes: Sequence[Any] | None = None, threshold: float | None = None) -> Predictor:
         """See :meth:`clipless_dp.prediction.Predicts.predictor`."""

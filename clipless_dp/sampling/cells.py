@@ -118,7 +118,9 @@ def as_numbers(cells: Cells, name: str) -> npt.NDArray[np.float64]:
         return cells.astype(np.float64)
     gone = absent(cells)
     if cells.dtype.kind != "O" or not all(map(is_number, cells[~gone])):
-        raise InputError(f"{name} must be numbers, and something else is among them")
+        text = any(isinstance(cell, str) for cell in cells[~gone].tolist()) or cells.dtype.kind in "US"
+        read = " (text such as '3', as csv returns it, is none: use pandas.read_csv, or float(cell))" if text else ""
+        raise InputError(f"{name} must be numbers, and something else is among them{read}")
     values = np.full(len(cells), math.nan)
     values[~gone] = [_as_float(cell) for cell in cells[~gone]]
     return values

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from clipless_dp.arguments import shown
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.features import RandomCosines, TableEncoding
 from clipless_dp.gates import CotangentGate
@@ -23,7 +24,7 @@ from clipless_dp.tables.monotone import raw_certificate
 from clipless_dp.training.result import PROBES, FitResult, predictor_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TableModel(Predicts):
     """What :func:`fit_table` trained.
 
@@ -39,6 +40,10 @@ class TableModel(Predicts):
     result: FitResult
     encoding: TableEncoding | None = None
     notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        known = "".join(f", {name.replace('_', ' ')} {shown(value)}" for name, value in self._known().items())
+        return "\n".join([f"{self._columns()} encoded columns{known}: {self.result}", *self.notes])
 
     @torch.no_grad()
     def scores(self, rows: Any, *, batch_size: int = 65_536) -> Tensor:
@@ -129,7 +134,7 @@ class TableModel(Predicts):
         return report(self.result.optimizer, path, **{**options, "notes": [*self.notes, *options.get("notes", ())]})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TableClassifier(TableModel):
     """A :class:`TableModel` of classes.
 
@@ -149,7 +154,7 @@ class TableClassifier(TableModel):
         return [self.classes[index] for index in chosen.tolist()]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TableRegressor(TableModel):
     """A :class:`TableModel` of numbers.
 

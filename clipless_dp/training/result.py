@@ -60,7 +60,7 @@ class EpochRecord:
         return self
 
 
-@dataclass
+@dataclass(repr=False)
 class FitResult(Predicts):
     """What :func:`clipless_dp.fit` has done.
 
