@@ -47,21 +47,10 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.graph.apart import join_
 from clipless_dp.model.register import Register
 from clipless_dp.sampling import Batch, draws, fingerprints
+from tests.support import NoNoise
 
 SIZE, RATE = 40, 0.25
 ROUTES = ("constraint", "signal gates", "gradient gates", "weights")
-
-
-class NoNoise:
-    """Shows the sums that are released."""
-
-    reproducible = False
-
-    def begin_step(self, step: int) -> None:
-        pass
-
-    def standard_normal_(self, out: Tensor) -> Tensor:
-        return out.zero_()
 
 
 def data(count: int = SIZE) -> tuple[Tensor, Tensor]:
