@@ -48,6 +48,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from step import ALLOCATORS, RESULTS, peak_bytes
+from steps import private_step
 
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, gradient_gated, losses, recipes
 from clipless_dp.sampling import PoissonBatchSampler
@@ -336,14 +337,7 @@ def ours(network: Network, *, checkpointed: bool = False) -> Step:
     )
     data = (rows if model.packing is None else model.packing.pack(rows)), labels
     batches = iter(PoissonBatches(data, sample_rate=rate, steps=STEPS, physical_batch_size=1, seed=SEED))
-
-    def step() -> None:
-        given, targets, mask = next(batches)
-        optimizer.zero_grad()
-        model.loss(model(given), targets, mask).backward()
-        optimizer.step()
-
-    return step
+    return private_step(model, optimizer, batches)
 
 
 def opacus(network: Network, *, mode: str, ghost: bool = True) -> Step:

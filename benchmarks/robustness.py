@@ -42,20 +42,19 @@ DELTA = 1e-5
 Pair = tuple[Tensor, Tensor]
 
 
-def mnist(tau: float) -> DPLipModel:
+def pooled(tau: float, shape: tuple[int, ...], norm: float, width: int, cap: float) -> DPLipModel:
     """What the constraints certify: pooling halves distances, nothing after it expands them."""
     net = nn.Sequential(
         *(nn.AvgPool2d(2), nn.Flatten(), layers.LayerCentering(), layers.BallProjection(4.0)),
-        *(nn.Linear(196, 64, bias=False), layers.GroupSort(2), nn.Linear(64, 10, bias=False)),
-        layers.CotangentGate(0.1),
+        *(nn.Linear(math.prod(shape) // 4, width, bias=False), layers.GroupSort(2), nn.Linear(width, 10, bias=False)),
+        layers.CotangentGate(cap),
     )
-    return DPLipModel(
-        net,
-        input_shape=(1, 28, 28),
-        input_norm=28.0,
-        loss=losses.TauCrossEntropy(tau),
-        constraint=constraints.Orthogonal(),
-    )
+    loss = losses.TauCrossEntropy(tau)
+    return DPLipModel(net, input_shape=shape, input_norm=norm, loss=loss, constraint=constraints.Orthogonal())
+
+
+def mnist(tau: float) -> DPLipModel:
+    return pooled(tau, (1, 28, 28), 28.0, 64, 0.1)
 
 
 def two_digits(tau: float) -> DPLipModel:
@@ -74,18 +73,7 @@ def two_digits(tau: float) -> DPLipModel:
 
 def photographs(tau: float) -> DPLipModel:
     """The same as for MNIST, wider."""
-    net = nn.Sequential(
-        *(nn.AvgPool2d(2), nn.Flatten(), layers.LayerCentering(), layers.BallProjection(4.0)),
-        *(nn.Linear(768, 128, bias=False), layers.GroupSort(2), nn.Linear(128, 10, bias=False)),
-        layers.CotangentGate(0.2),
-    )
-    return DPLipModel(
-        net,
-        input_shape=(3, 32, 32),
-        input_norm=56.0,
-        loss=losses.TauCrossEntropy(tau),
-        constraint=constraints.Orthogonal(),
-    )
+    return pooled(tau, (3, 32, 32), 56.0, 128, 0.2)
 
 
 def settings(name: str, epsilon: float) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from steps import private_step
+
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, gated, losses
 from clipless_dp.noise import add_normal_, noise_source
 
@@ -50,14 +52,7 @@ def stepper(width: int, source: str, device: str, steps: int) -> Callable[[], No
     )
     data = torch.rand(SIZE, 784), torch.randint(10, (SIZE,))
     batches = iter(PoissonBatches(data, sample_rate=BATCH / SIZE, steps=steps, device=device))
-
-    def step() -> None:
-        inputs, targets, mask = next(batches)
-        optimizer.zero_grad()
-        model.loss(model(inputs), targets, mask).backward()
-        optimizer.step()
-
-    return step
+    return private_step(model, optimizer, batches)
 
 
 def adder(width: int, source: str, device: str) -> Callable[[], None]:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from clipless_dp.commands import audit, certify, evaluate, explain, export, plan, predict, presets, report, train
+from clipless_dp.commands.options import Formatter
 from clipless_dp.errors import AuditError, CliplessError
 
 COMMANDS = (presets, plan, train, evaluate, predict, certify, explain, audit, report, export)
@@ -42,7 +43,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS:
-        command.add(commands)
+        # What a command says of itself on top of its module is what --help shows.
+        title, _, description = (command.__doc__ or "").partition("\n\n")
+        own = commands.add_parser(
+            command.__name__.rpartition(".")[2],
+            help=title.partition(": ")[2].rstrip("."),
+            description=description.strip() or None,
+            formatter_class=Formatter,
+        )
+        command.add(own)
+        own.set_defaults(run=command.run)
     return parser
 
 

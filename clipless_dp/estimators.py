@@ -1,17 +1,16 @@
-"""Estimators with scikit-learn's conventions: tables, images, numbers; of its package this module alone needs it."""
+"""Estimators with scikit-learn's conventions: tables, images, numbers; they need that package."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.base import ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_array, check_consistent_length, check_is_fitted, column_or_1d, validate_data
 from torch import Tensor
@@ -21,6 +20,7 @@ from clipless_dp.arguments import unmasked
 from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.features import TableEncoding
+from clipless_dp.integrations.scikit_learn import PrivateEstimator
 from clipless_dp.loading import rebuilt
 from clipless_dp.prediction import Content, Predictor
 from clipless_dp.sampling import trained_on
@@ -37,7 +37,7 @@ _CHANNELS = (1, 3)
 _LIVE = ("result_", "predictor_")
 
 
-class _Private(BaseEstimator):  # type: ignore[misc]
+class _Private(PrivateEstimator):
     """What both estimators share: inputs, what was spent, files and pickles."""
 
     def _rows(self, X: Any, *, reset: bool) -> Any:
@@ -101,16 +101,6 @@ class _Private(BaseEstimator):  # type: ignore[misc]
                 raise
             refuse_overlapping_table(X, y, people_of(groups, len(X)))
 
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """What is known of the data and the last fit stays so where another one fails."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            self.__dict__ = before
-            raise
-
     def _asked(self, groups: Any) -> dict[str, Any]:
         """Arguments of ``fit_table``, or of a preset."""
         named = ("epsilon", "delta", "dataset_size", "accountant", "noise", "reproducible_seed")
@@ -169,12 +159,6 @@ class _Private(BaseEstimator):  # type: ignore[misc]
         """
         save_checkpoint(path, self._told())
 
-    def __sklearn_clone__(self) -> Any:
-        made = super().__sklearn_clone__()
-        # What was given is one ledger, that all clones spend in: each of a copy's own would hold its part alone.
-        made.accountant = self.accountant
-        return made
-
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())
         if "predictor_" in state:
@@ -193,7 +177,6 @@ class _Private(BaseEstimator):  # type: ignore[misc]
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.allow_nan = True
-        tags.non_deterministic = self.reproducible_seed is None
         return tags
 
 

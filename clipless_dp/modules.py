@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +48,20 @@ def parameters_of(net: nn.Module) -> list[nn.Parameter]:
     """What ``net.parameters()`` yields, in its order, without a name for each: every step asks."""
     held = (parameter for module in modules_of(net) for parameter in module._parameters.values())
     return list({id(parameter): parameter for parameter in held if parameter is not None}.values())
+
+
+@contextmanager
+def kept_modes(net: object) -> Iterator[list[nn.Module]]:
+    """Yields a network's modules, none of what is no network; behind it each is in the mode that it was in before.
+
+    A network's own ``train()`` brings all of them into one, those too that were frozen by ``eval()`` while it trains.
+    """
+    modes = [(module, module.training) for module in (modules_of(net) if isinstance(net, nn.Module) else ())]
+    try:
+        yield [module for module, _ in modes]
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:

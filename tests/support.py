@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -19,6 +21,8 @@ from scipy import stats
 from torch import Tensor, nn
 
 from clipless_dp import DPLipModel, gated, losses, training
+from clipless_dp.noise import SystemNoise
+from clipless_dp.norms import operators
 
 
 def one_in_two(values: Iterable[Any]) -> list[Any]:
@@ -27,6 +31,55 @@ def one_in_two(values: Iterable[Any]) -> list[Any]:
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * (place % 2))
         for place, value in enumerate(values)
     ]
+
+
+every_copy = pytest.mark.parametrize(
+    "copied",
+    [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))],
+    ids=["copy", "deepcopy", "pickle"],
+)
+"""Runs a test with each way to copy an object as ``copied``."""
+
+SETTINGS: dict[str, Any] = {
+    "noise_multiplier": 1.3,
+    "sample_rate": 0.25,
+    "dataset_size": 40,
+    "accountant": "rdp",
+    "sampling": "poisson",
+}
+"""Of an optimizer for 40 samples."""
+
+
+class NoNoise(SystemNoise):
+    """Shows the sums that are released."""
+
+    def standard_normal_(self, out: Tensor) -> Tensor:
+        return out.zero_()
+
+
+class OwnSGD(torch.optim.Optimizer):
+    """SGD whose code is one's own: it calls a function, given the optimizer, within its step."""
+
+    def __init__(self, parameters: Any, call: Callable[[Any], object] = lambda base: None) -> None:
+        super().__init__(parameters, {"lr": 0.1})
+        self.call = call
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.call(self)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(parameter.grad, alpha=float(group["lr"]))
+
+
+def no_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the test fail that asks for the certified norm of a layer or of a convolution."""
+
+    def refuse(*_: object, **__: object) -> float:
+        pytest.fail("a certificate was computed")
+
+    monkeypatch.setattr(operators, "dense_norm", refuse)
+    monkeypatch.setattr(operators, "conv2d_norm", refuse)
 
 
 def gated_model(*, bias: bool = True, seed: int = 0) -> DPLipModel:

@@ -23,7 +23,7 @@ def carries_l1(traced: TracedNet) -> bool:
 
 
 class MaximumNorms(ABC):
-    """The part of a sweep that is about maximum norms.
+    """The part of a sweep that is about maximum norms, and what slopes in these and in Euclidean norms share.
 
     Args:
         cotangent_norm_l1: the cap of the cotangent's ℓ1 norm at the output; ``None`` without one.
@@ -100,23 +100,32 @@ class MaximumNorms(ABC):
 
     def slope_inf(self, node: fx.Node) -> float:
         """As :meth:`slope`, in maximum norms; infinite where a layer on the way has no constant there."""
-        if node not in self._slopes_inf:
+        return self._summed(node, self._slopes_inf, self.factor_inf)
+
+    def _summed(self, node: fx.Node, known: dict[fx.Node, float], factor: Callable[[fx.Node, int], float]) -> float:
+        """What a slope is in either norm, by that of a node in one of its operands: the consumers' bounds add."""
+        if node not in known:
             total = 1.0 if node is self.traced.output else 0.0
             for consumer, position in self.consumers(node):
-                beyond = self.slope_inf(consumer)
+                beyond = self._summed(consumer, known, factor)
                 if beyond > 0.0:
-                    total += self.factor_inf(consumer, position) * beyond
-            self._slopes_inf[node] = total
-        return self._slopes_inf[node]
+                    total += factor(consumer, position) * beyond
+            known[node] = total
+        return known[node]
 
     def factor_inf(self, node: fx.Node, position: int) -> float:
         """``K_∞`` of a node in one of its operands, infinite where it is not known."""
+        return self._forward(node, position, _factor_inf)
+
+    def _forward(self, node: fx.Node, position: int, factor: Callable[[LayerBounds, int], float | None]) -> float:
+        """What a node's value moves by, of what one of its operands does; infinite where nothing is known of it."""
         bounds = self.bounds(node)
         assert bounds is not None
         if node.op == "call_module" and isinstance(self.traced.leaf(node), CotangentGate):
             return 1.0
-        factor = _factor_inf(bounds, position) if math.isinf(bounds.cotangent_cap) else None
-        return math.inf if factor is None else factor
+        # Any other rule that caps cotangents says nothing of the values that its layer returns.
+        found = factor(bounds, position) if math.isinf(bounds.cotangent_cap) else None
+        return math.inf if found is None else found
 
     def unknown_inf(self) -> list[fx.Node]:
         """Nodes without a Lipschitz constant in the maximum norm."""

@@ -15,7 +15,7 @@ from clipless_dp.bounds.maximum_norm import OF_DISTANCES, MaximumNorms, carries_
 from clipless_dp.bounds.sensitivity import RELATIONS, LayerSensitivity, Relation, Sensitivity
 from clipless_dp.bounds.stated import required_sizes
 from clipless_dp.errors import NormError, PrivacyError
-from clipless_dp.gates import CotangentGate, adapting
+from clipless_dp.gates import adapting
 from clipless_dp.graph.tracing import TracedNet, function_name
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
@@ -158,14 +158,7 @@ class Sweep(MaximumNorms):
 
         It differs from the cotangent's way back where a gate acts on cotangents alone.
         """
-        if node not in self._slopes:
-            total = 1.0 if node is self.traced.output else 0.0
-            for consumer, position in self.consumers(node):
-                beyond = self.slope(consumer)
-                if beyond > 0.0:
-                    total += self._forward_factor(consumer, position) * beyond
-            self._slopes[node] = total
-        return self._slopes[node]
+        return self._summed(node, self._slopes, self._forward_factor)
 
     def reach(self, node: fx.Node) -> float:
         """Bound on how far a node's value moves per unit of the network's input: what its operands' ways add up to."""
@@ -177,12 +170,7 @@ class Sweep(MaximumNorms):
         return self._reaches[node]
 
     def _forward_factor(self, node: fx.Node, position: int) -> float:
-        bounds = self.bounds(node)
-        assert bounds is not None
-        if node.op == "call_module" and isinstance(self.traced.leaf(node), CotangentGate):
-            return 1.0
-        # Any other rule that caps cotangents says nothing of the values that its layer returns.
-        return factor_of(bounds, position) if math.isinf(bounds.cotangent_cap) else math.inf
+        return self._forward(node, position, factor_of)
 
     def free(self, evaluate: Callable[[], float]) -> float:
         """A bound if it follows without reading weights, else infinity."""

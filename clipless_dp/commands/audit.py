@@ -1,9 +1,12 @@
-"""``audit``: attacks on the bounds of a trained model, as it is."""
+"""``audit``: attacks on the bounds that ε rests on.
+
+Tries to break the bounds of a trained model: its own layers, gates, loss and weights, on made-up samples; no data is
+read. Exit status 1 where an attack passes a bound.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from clipless_dp import audit
 from clipless_dp.arguments import whole
@@ -15,21 +18,13 @@ _QUICK = 200
 """Passes of the quick form."""
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    parser = commands.add_parser(
-        "audit",
-        help="attacks on the bounds that ε rests on",
-        description="Tries to break the bounds of a trained model: its own layers, gates, loss and weights, on made-up "
-        "samples; no data is read. Exit status 1 where an attack passes a bound.",
-        formatter_class=shared.Formatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     shared.add_result(parser)
     parser.add_argument("--attempts", type=int, default=_QUICK, help="about so many passes, begun within two seconds")
     parser.add_argument(
         "--full", action="store_true", help="all attacks, gradient ascents too, in place of the quick form"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:

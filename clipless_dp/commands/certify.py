@@ -1,17 +1,19 @@
-"""``certify``: what predictions withstand, for certain, under attack, and behind noise."""
+"""``certify``: what predictions withstand, for certain and under attack.
+
+Prints certified and attacked accuracy of a trained model on held-out samples: by its Lipschitz constant, or with
+--sigma by randomized smoothing, which any model has. With a checkpoint of training, name data and network as they were
+in train.
+"""
 
 from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
 
 from torch import Tensor, nn
 
 from clipless_dp.arguments import positive, share, whole
-from clipless_dp.commands import options as shared
-from clipless_dp.commands.held_out import file_beside
-from clipless_dp.commands.reading import add_options, of_checkpoint, promised
+from clipless_dp.commands.reading import add_options, of_checkpoint, promised, refuse_early
 from clipless_dp.commands.results import Opened, is_result, opened
 from clipless_dp.commands.sources import Part, read_rows
 from clipless_dp.errors import ConfigurationError
@@ -22,28 +24,19 @@ from clipless_dp.robustness.curves import RADII
 _SMOOTHED_ROWS = 100
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    certify = commands.add_parser(
-        "certify",
-        help="what predictions withstand, for certain and under attack",
-        description="Prints certified and attacked accuracy of a trained model on held-out samples: by its Lipschitz "
-        "constant, or with --sigma by randomized smoothing, which any model has. With a checkpoint of training, name "
-        "data and network as they were in train.",
-        formatter_class=shared.Formatter,
-    )
-    command.add_options(certify)
-    certify.add_argument(
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_options(parser)
+    parser.add_argument(
         "--sigma",
         type=float,
         help="smooth by noise of this deviation, in units of the inputs; of columns in standard deviations",
     )
-    certify.add_argument("--draws", type=int, default=1000, help="noisy copies of each sample, with --sigma")
-    certify.add_argument(
+    parser.add_argument("--draws", type=int, default=1000, help="noisy copies of each sample, with --sigma")
+    parser.add_argument(
         "--alpha", type=float, default=1e-3, help="with which probability each smoothed radius may be wrong"
     )
-    add_options(certify)
-    certify.set_defaults(run=run)
+    add_options(parser)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
@@ -54,11 +47,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         ConfigurationError: an option is out of range, or no constant is known of the model.
         InputError: the data does not fit.
     """
-    shared.require_device(options.device)
-    command.check_files(options.out, options.plot)
-    shared.require_writable(
-        [options.out, options.plot], [options.dataset, options.checkpoint, file_beside(options.checkpoint)]
-    )
+    refuse_early(options)
     if not is_result(options.checkpoint):
         if options.sigma is not None:
             raise ConfigurationError("--sigma smooths the model of a result: give the file of train --out")

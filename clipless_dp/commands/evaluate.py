@@ -1,11 +1,14 @@
-"""``evaluate``: how right a trained model is on rows with labels."""
+"""``evaluate``: accuracy, AUROC and a table of the classes on rows with labels.
+
+Prints how right a trained model is on rows that it was not trained on. Of a named data set, or a file or folder with a
+test part, that part is read; of other files all rows, or --held-out.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from clipless_dp.checkpoint import write_text
 from clipless_dp.commands import options as shared
@@ -17,20 +20,12 @@ from clipless_dp.commands.sources import read_rows
 NOT_PRIVATE = "exact figures of these rows, which no ε covers: to be published where the rows are public"
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    parser = commands.add_parser(
-        "evaluate",
-        help="accuracy, AUROC and a table of the classes on rows with labels",
-        description="Prints how right a trained model is on rows that it was not trained on. Of a named data set, or a "
-        "file or folder with a test part, that part is read; of other files all rows, or --held-out.",
-        formatter_class=shared.Formatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     shared.add_result(parser)
     shared.add_data(parser)
     parser.add_argument("--held-out", action="store_true", help="only the fifth of the same file that train left out")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:

@@ -1,13 +1,14 @@
-"""``explain``: what predictions look at, and what would change them."""
+"""``explain``: what predictions look at, and what would change them.
+
+Prints how far predictions on held-out samples are from changing, for certain and along the gradient, and how good maps
+of gradients are. With a checkpoint of training, name data and network as they were in train.
+"""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
-from clipless_dp.commands import options as shared
-from clipless_dp.commands.held_out import file_beside
-from clipless_dp.commands.reading import add_options, of_checkpoint
+from clipless_dp.commands.reading import add_options, of_checkpoint, refuse_early
 from clipless_dp.commands.results import is_result, opened, require_model
 from clipless_dp.commands.sources import read_rows
 from clipless_dp.errors import ConfigurationError
@@ -15,19 +16,10 @@ from clipless_dp.prediction import Whole
 from clipless_dp.robustness import command
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    explain = commands.add_parser(
-        "explain",
-        help="what predictions look at, and what would change them",
-        description="Prints how far predictions on held-out samples are from changing, for certain and along the "
-        "gradient, and how good maps of gradients are. With a checkpoint of training, name data and network as they "
-        "were in train.",
-        formatter_class=shared.Formatter,
-    )
-    command.add_explain_options(explain)
-    add_options(explain)
-    explain.set_defaults(run=run)
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    command.add_explain_options(parser)
+    add_options(parser)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
@@ -38,11 +30,7 @@ def run(options: argparse.Namespace, only: argparse.Namespace) -> None:
         ConfigurationError: an option is out of range, or the model reads features.
         InputError: the data does not fit.
     """
-    shared.require_device(options.device)
-    command.check_files(options.out, options.plot)
-    shared.require_writable(
-        [options.out, options.plot], [options.dataset, options.checkpoint, file_beside(options.checkpoint)]
-    )
+    refuse_early(options)
     if not is_result(options.checkpoint):
         command.explain_checkpoint(*of_checkpoint(options), options)
         return

@@ -1,4 +1,8 @@
-"""``export``: a trained model for other runtimes, with its input gate and gates as ordinary operations."""
+"""``export``: write FILE.pt2, FILE.onnx and what their scores mean.
+
+Writes the model for torch.export.load and, where onnx and onnxscript are installed, for ONNX, for any number of rows;
+and FILE.json, which says what goes in and what scores mean. Each is compared with the model before it is kept.
+"""
 
 from __future__ import annotations
 
@@ -29,20 +33,11 @@ _TOLERANCE = 1e-3
 FORMATS = ("pt2", "onnx")
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    parser = commands.add_parser(
-        "export",
-        help="write FILE.pt2, FILE.onnx and what their scores mean",
-        description="Writes the model for torch.export.load and, where onnx and onnxscript are installed, for ONNX, "
-        "for any number of rows; and FILE.json, which says what goes in and what scores mean. Each is compared with "
-        "the model before it is kept.",
-        formatter_class=shared.Formatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     shared.add_result(parser)
     parser.add_argument("--out", type=Path, metavar="FILE", required=True, help="without an ending")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, help="(default: those that can be written here)")
-    parser.set_defaults(run=run)
 
 
 def _is_statement(file: Path) -> bool:

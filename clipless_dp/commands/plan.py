@@ -1,4 +1,8 @@
-"""``plan``: which settings train would take, and why, from public numbers alone."""
+"""``plan``: which settings train would take, and why.
+
+Prints settings and their reasons from public numbers: how many rows, of which shape, ε and δ. Of a file it reads
+header, shapes and the number of rows; no value decides anything.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,6 @@ import argparse
 import math
 import shlex
 from pathlib import Path
-from typing import Any
 
 from accounting import calibrate_noise_multiplier
 from clipless_dp import presets
@@ -25,24 +28,17 @@ _HELD_OUT = 5
 """Of so many rows of a file about one is held out."""
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    plan = commands.add_parser(
-        "plan",
-        help="which settings train would take, and why",
-        description="Prints settings and their reasons from public numbers: how many rows, of which shape, ε and δ. Of "
-        "a file it reads header, shapes and the number of rows; no value decides anything.",
-        formatter_class=shared.Formatter,
-    )
-    shared.add_data(plan, required=False)
-    plan.add_argument("--rows", type=int, help="public number of training rows (default: four fifths of the file's)")
-    plan.add_argument("--shape", type=int, nargs="+", metavar="SIZE", help="of a sample: columns, or channels H W")
-    plan.add_argument("--epsilon", type=float, required=True, help="target ε")
-    plan.add_argument("--delta", type=float, help="target δ (default: the power of ten below one over the rows)")
-    plan.add_argument("--minutes", type=float, help="time of the run, of a network: measured here and now")
-    plan.add_argument("--preset", choices=(*presets.PRESETS, TABLES), help="(default: by the kind of data)")
-    shared.add_network(plan)
-    plan.set_defaults(run=run, parser=plan)
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    shared.add_data(parser, required=False)
+    parser.add_argument("--rows", type=int, help="public number of training rows (default: four fifths of the file's)")
+    parser.add_argument("--shape", type=int, nargs="+", metavar="SIZE", help="of a sample: columns, or channels H W")
+    parser.add_argument("--epsilon", type=float, required=True, help="target ε")
+    parser.add_argument("--delta", type=float, help="target δ (default: the power of ten below one over the rows)")
+    parser.add_argument("--minutes", type=float, help="time of the run, of a network: measured here and now")
+    parser.add_argument("--preset", choices=(*presets.PRESETS, TABLES), help="(default: by the kind of data)")
+    shared.add_network(parser)
+    parser.set_defaults(parser=parser)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:

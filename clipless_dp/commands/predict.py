@@ -1,4 +1,8 @@
-"""``predict``: a CSV file with a trained model's prediction for each row."""
+"""``predict``: predictions and probabilities of rows, as CSV.
+
+Writes a line for each row, in order: its number or file, the prediction, and the probability of each class as the loss
+has it, not calibrated. Labels are not read.
+"""
 
 from __future__ import annotations
 
@@ -19,22 +23,14 @@ from clipless_dp.commands.sources import Part, read_rows
 from clipless_dp.errors import ConfigurationError
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    parser = commands.add_parser(
-        "predict",
-        help="predictions and probabilities of rows, as CSV",
-        description="Writes a line for each row, in order: its number or file, the prediction, and the probability of "
-        "each class as the loss has it, not calibrated. Labels are not read.",
-        formatter_class=shared.Formatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     shared.add_result(parser)
     shared.add_data(parser)
     parser.add_argument("--out", type=Path, metavar="FILE.csv", help="(default: standard output)")
     parser.add_argument(
         "--threshold", type=float, help="of two classes, the probability above which the second is predicted"
     )
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:

@@ -1,12 +1,10 @@
-"""``presets``: which there are, what they need, and what they reach."""
+"""``presets``: which presets there are, what they need and reach."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from clipless_dp import presets
-from clipless_dp.commands import options as shared
 from clipless_dp.commands.choosing import TABLES, TABLES_PROVENANCE, TABLES_SUMMARY
 from clipless_dp.display import Table
 
@@ -34,13 +32,9 @@ _REACHES = {
 """Test accuracy as ``docs/results.md`` has it."""
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    parser = commands.add_parser(
-        "presets", help="which presets there are, what they need and reach", formatter_class=shared.Formatter
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     parser.add_argument("name", nargs="?", choices=(*presets.PRESETS, TABLES), help="all of one of them")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:

@@ -31,6 +31,20 @@ def add_options(reader: argparse.ArgumentParser) -> None:
     shared.add_device(reader)
 
 
+def refuse_early(options: argparse.Namespace) -> None:
+    """Refuses a device that does not compute and files that cannot be written, before anything is read.
+
+    Raises:
+        CheckpointError: a file to write does not do.
+        ConfigurationError: the device does not compute, or a file to write is one that is read.
+    """
+    shared.require_device(options.device)
+    command.check_files(options.out, options.plot)
+    shared.require_writable(
+        [options.out, options.plot], [options.dataset, options.checkpoint, file_beside(options.checkpoint)]
+    )
+
+
 def of_checkpoint(options: argparse.Namespace) -> tuple[DPLipModel, Split]:
     """The network that options name, without its weights, and the data.
 

@@ -1,11 +1,14 @@
-"""``report``: the privacy statement of a trained model, with who states it."""
+"""``report``: the privacy statement as Markdown, JSON and HTML.
+
+Writes the statement of a result, with who states it; of a statement's JSON file again; of a checkpoint of training, or
+a stored ledger, what was spent, by which mechanisms.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 from accounting import Ledger
 from accounting.errors import LedgerFormatError
@@ -17,15 +20,8 @@ from clipless_dp.statement import PrivacyStatement, report_ledger, statement_fil
 from clipless_dp.statement.followed import followed
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    parser = commands.add_parser(
-        "report",
-        help="the privacy statement as Markdown, JSON and HTML",
-        description="Writes the statement of a result, with who states it; of a statement's JSON file again; of a "
-        "checkpoint of training, or a stored ledger, what was spent, by which mechanisms.",
-        formatter_class=shared.Formatter,
-    )
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
     parser.add_argument(
         "source", type=Path, help="file of train --out or --checkpoint, a statement or a ledger (.json)"
     )
@@ -37,7 +33,6 @@ def add(commands: Any) -> None:
     parser.add_argument("--data-set", help="what it was trained on")
     parser.add_argument("--contact", help="whom to ask")
     parser.add_argument("--delta", type=float, help="δ of a checkpoint's or a ledger's ε (default: 1e-5)")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace, only: argparse.Namespace) -> None:

@@ -1,4 +1,9 @@
-"""``train``: a private classifier or regression of a file, by settings that follow from public numbers."""
+"""``train``: train a classifier or a regression privately.
+
+Trains on data with nothing but ε and δ: columns by charged statistics and one layer, images by features without a
+privacy cost. A preset or a network of your own may be named in its place. About a fifth of the rows is held out where
+the file does not say which, to show what was reached.
+"""
 
 from __future__ import annotations
 
@@ -67,20 +72,12 @@ def _factors(text: str) -> tuple[float, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, two factors such as 1.5:0.7") from None
 
 
-def add(commands: Any) -> None:
-    """Adds the command to a parser."""
-    train = commands.add_parser(
-        "train",
-        help="train a classifier or a regression privately",
-        description="Trains on data with nothing but ε and δ: columns by charged statistics and one layer, images by "
-        "features without a privacy cost. A preset or a network of your own may be named in its place. About a fifth "
-        "of the rows is held out where the file does not say which, to show what was reached.",
-        formatter_class=shared.Formatter,
-    )
-    shared.add_data(train)
+def add(parser: argparse.ArgumentParser) -> None:
+    """What the command takes."""
+    shared.add_data(parser)
     for part in (_add_people, _add_privacy, _add_model, _add_learning, _add_execution, _add_keeping):
-        part(train)
-    train.set_defaults(run=run, parser=train)
+        part(parser)
+    parser.set_defaults(parser=parser)
 
 
 def _add_people(train: argparse.ArgumentParser) -> None:

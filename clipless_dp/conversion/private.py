@@ -22,6 +22,7 @@ from clipless_dp.gates import GradientGated
 from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.isolation import Isolated
 from clipless_dp.model import DPLipModel
+from clipless_dp.modules import kept_modes
 from clipless_dp.noise import Allocation, NoiseSource
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.optim.base_state import has_stepped
@@ -177,7 +178,8 @@ def make_private(
     steps = None if planned is None else max(1, math.ceil(planned * per_epoch - 1e-9))
     rate = batch / size
     loader, changes = poisson_loader(data_loader, rate, per_epoch)
-    model, told = _model(net, data_loader, loss, route, _gates(route, gates, max_grad_norm), input_norm)
+    with kept_modes(net):
+        model, told = _model(net, data_loader, loss, route, _gates(route, gates, max_grad_norm), input_norm)
     if noise_multiplier is None:
         assert epsilon is not None
         assert delta is not None
@@ -268,7 +270,7 @@ def _gates(route: object, gates: Mapping[str, Any] | None, max_grad_norm: float 
 def _model(
     net: nn.Module, loader: DataLoader[Any], loss: Any, route: Route, gates: dict[str, Any], input_norm: float | None
 ) -> tuple[DPLipModel, list[str]]:
-    """The wrapped network, and what became of it in words."""
+    """The wrapped network, left in training, and what became of it in words."""
     if isinstance(net, DPLipModel):
         if loss is not None or gates or input_norm is not None:
             raise ConfigurationError("the model is wrapped already, with a loss and bounds of its own: leave these out")
@@ -280,7 +282,6 @@ def _model(
     known, told = loss_of(loss)
     example = _example(loader)
     numbers = isinstance(example, Tensor) and example.is_floating_point()
-    modes = [(part, part.training) for part in net.modules()]
     if not net.training:
         # Of a network in training, parts that are frozen in evaluation stay so.
         net.train()
@@ -311,9 +312,6 @@ def _model(
             "the loop reshapes them ahead of the network (inputs.view(len(inputs), -1)), let the network do so, with "
             "nn.Flatten() in front"
         ) from error
-    finally:
-        for part, training in modes:
-            part.training = training
     ball = "" if input_norm is None else f"; samples of a norm above {input_norm:g} are projected onto that"
     return model, [f"model: {type(net).__name__}, {how}{ball}", *filter(None, [told])]
 

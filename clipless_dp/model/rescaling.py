@@ -22,9 +22,10 @@ from clipless_dp.gates.gradient_layers import (
 )
 from clipless_dp.graph.tracing import TracedNet, place, trace
 from clipless_dp.model.valid_inputs import random_rows
-from clipless_dp.modules import kind_of, modules_of, parameter_device_and_dtype
+from clipless_dp.modules import kept_modes, kind_of, parameter_device_and_dtype
 from clipless_dp.norms.operators import Operator
 from clipless_dp.rules import find_function_rule, is_builtin
+from clipless_dp.rules.pooling import AVERAGE_POOLS
 
 _SAMPLES = 4
 
@@ -74,12 +75,7 @@ _HOMOGENEOUS: frozenset[type[nn.Module]] = _AFFINE | {
     nn.MaxPool1d,
     nn.MaxPool2d,
     nn.MaxPool3d,
-    nn.AvgPool1d,
-    nn.AvgPool2d,
-    nn.AvgPool3d,
-    nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d,
-    nn.AdaptiveAvgPool3d,
+    *AVERAGE_POOLS,
     nn.ReflectionPad1d,
     nn.ReflectionPad2d,
     nn.ReplicationPad1d,
@@ -181,16 +177,11 @@ def rescaled(
 
 def _outputs(net: nn.Module, rows: Sequence[Tensor], weights: Mapping[str, Tensor]) -> list[Tensor]:
     """Outputs in evaluation mode, in float64: where a weight's own rounding is what differs."""
-    # Each has a mode of its own: a frozen layer is in evaluation mode within a network that trains.
-    modes = [(module, module.training) for module in modules_of(net)]
     held = {**dict(net.named_buffers()), **weights}
     exact = {name: value.double() if value.is_floating_point() else value for name, value in held.items()}
-    try:
+    with kept_modes(net):
         net.eval()
         return [functional_call(net, exact, (some,)).flatten(1) for some in rows]
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _rounded(weights: Mapping[str, Tensor], unit: float) -> dict[str, Tensor]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.base import OutlierMixin
 from sklearn.utils.validation import check_array, check_is_fitted, validate_data
 from torch import Tensor
 
 from clipless_dp.arguments import share, shown, unmasked
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.integrations.scikit_learn import PrivateEstimator
 from clipless_dp.one_class.fitting import fit_one_class
 from clipless_dp.one_class.model import OneClassModel
 from clipless_dp.sampling import trained_on
@@ -26,7 +26,7 @@ _FLOATS = [np.float64, np.float32]
 """Not float32 alone, in which a finite number may be infinite: what lies beyond it counts as the box's end."""
 
 
-class PrivateOutlierDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
+class PrivateOutlierDetector(OutlierMixin, PrivateEstimator):  # type: ignore[misc]
     """Finds what is unlike the rows that it was trained on: :func:`clipless_dp.one_class.fit_one_class`.
 
     Rows of a table ``(N, columns)``, or samples ``(N, ...)``. Each call of ``fit`` spends ``epsilon`` anew.
@@ -157,29 +157,8 @@ class PrivateOutlierDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]
             raise InputError(f"expected rows of shape {self._known().box.input_shape}, got {rows.shape[1:]}")
         return torch.tensor(rows)
 
-    @contextmanager
-    def _as_it_was(self) -> Iterator[None]:
-        """The last fit stays where another one fails."""
-        before = dict(vars(self))
-        try:
-            yield
-        except BaseException:
-            self.__dict__ = before
-            raise
-
-    def __sklearn_clone__(self) -> PrivateOutlierDetector:
-        made: PrivateOutlierDetector = super().__sklearn_clone__()
-        # What was given is one ledger, that all clones spend in: each of a copy's own would hold its part alone.
-        made.accountant = self.accountant
-        return made
-
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())
         # The optimizer, with its ledger that may grow, is in one process only: save result_ to a file instead.
         state.pop("result_", None)
         return state
-
-    def __sklearn_tags__(self) -> Any:
-        tags = super().__sklearn_tags__()
-        tags.non_deterministic = self.reproducible_seed is None
-        return tags

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -183,8 +184,14 @@ class Preset:
         Raises:
             ConfigurationError: the network does not take this shape.
         """
-        try:
+        with self._taking(shape):
             return self.bound(self.network(shape, outputs), shape)
+
+    @contextmanager
+    def _taking(self, shape: Shape) -> Iterator[None]:
+        """What fails within for a reason that is not ours does not take samples of this shape."""
+        try:
+            yield
         except CliplessError:
             raise
         except (RuntimeError, ValueError, IndexError) as error:
@@ -210,7 +217,7 @@ class Preset:
         """
         if self.front is None:
             raise ConfigurationError(f"preset {self.name!r} has no front-end")
-        try:
+        with self._taking(shape):
             if self.recipe is None:
                 return self.front(shape)
             if state is not None or cache_dir is None:
@@ -226,10 +233,6 @@ class Preset:
             made = self.front(shape, None)
             save_checkpoint(path, {"front": dict(made.state_dict())})
             return made
-        except CliplessError:
-            raise
-        except (RuntimeError, ValueError, IndexError) as error:
-            raise ConfigurationError(f"preset {self.name!r} takes no samples of shape {shape}: {error}") from error
 
     def features(
         self,

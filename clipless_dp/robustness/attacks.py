@@ -174,8 +174,22 @@ def _first_flips(victim: Victim, ways: Iterator[Tensor], overshoot: float) -> Te
     return held
 
 
+class _Walk(Attack):
+    """Walks from each sample towards the boundary, and goes a little further."""
+
+    overshoot: float
+
+    def proposals(self, victim: Victim, budgets: Sequence[float]) -> Iterator[Tensor]:
+        """See :meth:`Attack.proposals`; the first flip on each way."""
+        yield _first_flips(victim, self._ways(victim), self.overshoot)
+
+    @abstractmethod
+    def _ways(self, victim: Victim) -> Iterator[Tensor]:
+        """Where each sample is after each step."""
+
+
 @dataclass(frozen=True)
-class DeepFool(Attack):
+class DeepFool(_Walk):
     """Steps to the nearest class boundary of the linearised scores (Moosavi-Dezfooli et al. 2016, alg. 2).
 
     Attributes:
@@ -192,10 +206,6 @@ class DeepFool(Attack):
         whole("steps", self.steps)
         whole("candidates", self.candidates)
         not_negative("overshoot", self.overshoot)
-
-    def proposals(self, victim: Victim, budgets: Sequence[float]) -> Iterator[Tensor]:
-        """See :meth:`Attack.proposals`; the first flip on each way."""
-        yield _first_flips(victim, self._ways(victim), self.overshoot)
 
     def _ways(self, victim: Victim) -> Iterator[Tensor]:
         own = victim.labels[:, None]
@@ -222,7 +232,7 @@ def _gaps(scores: Tensor, own: Tensor, other: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class HKRStep(Attack):
+class HKRStep(_Walk):
     """Newton's step ``x - t·f∇f/‖∇f‖²`` on the margin ``f``, repeated: at an optimum of the hinge-KR loss, where
     ``‖∇f‖ = 1``, one step reaches the boundary (Serrurier et al. 2021, §3.3).
 
@@ -240,10 +250,6 @@ class HKRStep(Attack):
         whole("steps", self.steps)
         positive("t", self.t)
         not_negative("overshoot", self.overshoot)
-
-    def proposals(self, victim: Victim, budgets: Sequence[float]) -> Iterator[Tensor]:
-        """See :meth:`Attack.proposals`; the first flip on each way."""
-        yield _first_flips(victim, self._ways(victim), self.overshoot)
 
     def _ways(self, victim: Victim) -> Iterator[Tensor]:
         current = victim.inputs
@@ -395,11 +401,7 @@ def attack(
     if labels is not None:
         refuse_other_labels(labels, classes)
     parts: list[Attacked] = []
-    for start in range(0, len(inputs), rows):
-        some = inputs[start : start + rows].to(plain.device, plain.dtype)
-        with torch.no_grad():
-            scores = plain(some).nan_to_num(0.0)
-        truth = scores.argmax(1) if labels is None else labels[start : start + rows].to(plain.device)
+    for _, some, truth in plain.parts(inputs, labels, rows):
         lowest, highest = limits_of(box, some)
         victim = Victim(
             lambda values: plain(values / scale), some * scale, truth, lowest * scale, highest * scale, generator

@@ -182,15 +182,11 @@ def attack_inf(
         refuse_other_labels(labels, classes)
     reach = _reaches(radii, len(inputs))
     parts: list[AttackedInf] = []
-    for start in range(0, len(inputs), rows):
-        some = inputs[start : start + rows].to(plain.device, plain.dtype)
-        with torch.no_grad():
-            scores = plain(some).nan_to_num(0.0)
-        truth = scores.argmax(1) if labels is None else labels[start : start + rows].to(plain.device)
+    for part, some, truth in plain.parts(inputs, labels, rows):
         limits = limits_of(box, some)
-        own = per_sample(reach[start : start + rows].to(some), some)
+        own = per_sample(reach[part].to(some), some)
         parts.append(_descended(plain, some, truth, own, limits, steps, restarts, generator))
-    return AttackedInf(*(torch.cat([getattr(part, name) for part in parts]) for name in _FOUND))
+    return AttackedInf(*(torch.cat([getattr(found, name) for found in parts]) for name in _FOUND))
 
 
 def _reaches(radii: float | Tensor, count: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,21 @@ class PlainNetwork(nn.Module):
             raise InputError(f"scores must be floating-point numbers, got {scores.dtype}")
         self.is_single = scores.numel() == len(scores)
         return class_scores(scores)
+
+    def parts(self, inputs: Tensor, labels: Tensor | None, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """So many samples at a time: which these are, as the network takes them, and their classes.
+
+        Args:
+            inputs: ``(N, ...)``.
+            labels: ``(N,)`` the classes; ``None``: those that are predicted.
+            rows: samples at a time.
+        """
+        for start in range(0, len(inputs), rows):
+            part = slice(start, start + rows)
+            some = inputs[part].to(self.device, self.dtype)
+            with torch.no_grad():
+                scores = self(some).nan_to_num(0.0)
+            yield part, some, scores.argmax(1) if labels is None else labels[part].to(self.device)
 
     def classes(self, inputs: Tensor) -> int:
         """How many scores there are of these inputs, by their first row, whose scores must not hang on its company.

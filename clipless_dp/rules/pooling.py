@@ -145,15 +145,18 @@ def _norm_bounds(context: RuleContext, bounds: LayerBounds) -> LayerBounds:
     return replace(bounds, output_norm=output_norm)
 
 
-@register_rule(
+AVERAGE_POOLS = (
     nn.AvgPool1d,
     nn.AvgPool2d,
     nn.AvgPool3d,
     nn.AdaptiveAvgPool1d,
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveAvgPool3d,
-    ScaledAvgPool2d,
 )
+"""Torch's layers that average windows."""
+
+
+@register_rule(*AVERAGE_POOLS, ScaledAvgPool2d)
 def average_pool_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     """``Y = KX``, ``K = √N/√n_w``, by Schur's test on the layer itself: it is linear with weights of one sign."""
     return _linear_bounds(context, module, _axes(module))

@@ -5,24 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING
 
 import torch
 from scipy.stats import binom
-from torch import Tensor, nn
+from torch import Tensor
 
 from accounting import Accountant
 from clipless_dp.arguments import positive, share, whole
 from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.modules import kept_modes
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.sampling.overlaps import refuse_overlapping_columns
 from clipless_dp.statistics.release import checked_size, released, require_tensor
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _ROUNDING = 1.0 + 1e-5
 """Noise is drawn a millionth larger than planned."""
@@ -179,7 +175,9 @@ def needed_count(rows: int, content: float, confidence: float, deviation: float,
 def _distances(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
     """``max_j |y_j - f(x)_j|`` of each row, ``(N,)``; infinite where it is no number."""
     parts: list[Tensor] = []
-    with _evaluating(model):
+    with kept_modes(model) as modules:
+        for part in modules:
+            part.training = False
         for some, truth in zip(inputs.split(1), targets.split(1), strict=True):
             predicted = model(some)
             if not isinstance(predicted, Tensor) or len(predicted) != len(truth) or predicted.numel() != truth.numel():
@@ -191,15 +189,3 @@ def _distances(model: Callable[[Tensor], Tensor], inputs: Tensor, targets: Tenso
             parts.append(apart.abs().amax(1).cpu())
     found = torch.cat(parts)
     return torch.where(found.isfinite(), found, torch.full_like(found, math.inf))
-
-
-@contextmanager
-def _evaluating(model: object) -> Iterator[None]:
-    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode

@@ -69,9 +69,9 @@ MUTANTS = (
         Mutant(
             "the larger of two ways instead of their sum",
             Sweep,
-            "slope",
-            "total += self._forward_factor(consumer, position) * beyond",
-            "total = max(total, self._forward_factor(consumer, position) * beyond)",
+            "_summed",
+            "total += factor(consumer, position) * beyond",
+            "total = max(total, factor(consumer, position) * beyond)",
         ),
         "a residual",
     ),
@@ -79,7 +79,7 @@ MUTANTS = (
         Mutant(
             "a gate's cap taken for its slope",
             Sweep,
-            "_forward_factor",
+            "_forward",
             "return 1.0",
             "return bounds.cotangent_cap",
         ),

@@ -29,7 +29,8 @@ from clipless_dp.constraints import (
 from clipless_dp.norms.gram import single_gram_matrix
 from clipless_dp.norms.operators import ConvOperator, DenseOperator
 from tests.soundness.attack import wrap
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
+from tests.support import no_certificates
 
 TRUTH_ROUNDING = 1e-13
 """LAPACK's float64 singular values err by a small multiple of n·2^-53·‖A‖, below 1e-13 for n < 200."""
@@ -272,11 +273,7 @@ def test_the_row_norm_constraint_shortens_long_rows_only() -> None:
 def test_cheap_constraints_ask_for_no_certificate(constraint: Constraint, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, shape = fresh("conv")
     model = wrap(nn.Sequential(layer), shape, constraint={"0.weight": constraint})
-
-    def refuse(*_: object, **__: object) -> float:
-        raise AssertionError("a certificate was computed")
-
-    monkeypatch.setattr("clipless_dp.norms.operators.conv2d_norm", refuse)
+    no_certificates(monkeypatch)
     model.project_()
     assert model.sensitivity().per_parameter["0.weight"] > 0.0
 
@@ -310,7 +307,7 @@ def test_the_last_orthogonal_step_is_its_own_certificate(
     torch.manual_seed(0)
     constraint = Orthogonal(limit=limit)
     weight = (limit * DENSE_WEIGHTS[family](*shape)).to(dtype)
-    monkeypatch.setattr("clipless_dp.norms.operators.dense_norm", lambda _: pytest.fail("a certificate was computed"))
+    no_certificates(monkeypatch)
     constraint.project_(weight, (DenseOperator(),))
     values = torch.linalg.svdvals(weight.double())
     assert float(values[0]) <= limit * (1.0 + TRUTH_ROUNDING)
@@ -427,13 +424,9 @@ def test_a_float32_gram_matrix_as_far_off_as_it_may_be_does_no_harm(monkeypatch:
     assert worst_of_unlucky_products(monkeypatch) <= 1.0
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        Mutant("its error forgotten", orthogonal, "_difference_in_single", "relative * squares +", "0.0 *"),
-        Mutant("a third of its error", orthogonal, "_last_step_", "size * error +", "size * error / 3.0 +"),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant("its error forgotten", orthogonal, "_difference_in_single", "relative * squares +", "0.0 *"),
+    Mutant("a third of its error", orthogonal, "_last_step_", "size * error +", "size * error / 3.0 +"),
 )
 def test_an_unlucky_gram_matrix_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)

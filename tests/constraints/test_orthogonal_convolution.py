@@ -16,7 +16,7 @@ from clipless_dp.constraints import Constraint, Orthogonal, OrthogonalConvolutio
 from clipless_dp.norms import conv1d_norm, conv2d_norm
 from clipless_dp.norms.operators import ConvOperator
 from tests.soundness.attack import wrap
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 CIRCULAR = {"padding": "same", "padding_mode": "circular"}
 Build = Callable[[], nn.Module]
@@ -257,7 +257,7 @@ def test_kernels_of_coarser_numbers_are_refused_and_stay_as_they_are(dtype: torc
     assert torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS[2:], ids=lambda mutant: mutant.name)
+@with_each(*MUTANTS[2:])
 def test_half_of_the_frequencies_counted_wrongly_are_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 4, 3, bias=False)

@@ -13,7 +13,8 @@ from clipless_dp import CliplessDPSGD, DPLipModel, ReproducibleNoise, losses
 from clipless_dp.constraints import Orthogonal, orthogonal
 from clipless_dp.noise import SystemNoise
 from tests.soundness.attack import per_sample_gradients, wrap
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
+from tests.support import NoNoise
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "square": (lambda: nn.Linear(12, 12, bias=False), (12,)),
@@ -27,11 +28,6 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
         (2, 5, 5),
     ),
 }
-
-
-class NoNoise(SystemNoise):
-    def standard_normal_(self, out: Tensor) -> Tensor:
-        return out.zero_()
 
 
 def model_of(name: str, *, tangent: bool = True, limit: float = 1.0) -> DPLipModel:
@@ -247,7 +243,7 @@ HALF = Mutant("half of the normal part left", orthogonal, "tangent_step", "0.5 *
 ONE_SIDED = Mutant("one of the two terms forgotten", orthogonal, "tangent_step", "(inner + inner.mH)", "(2.0 * inner)")
 
 
-@pytest.mark.parametrize("mutant", [NOT_NORMALISED, TWICE, HALF, ONE_SIDED], ids=lambda mutant: mutant.name)
+@with_each(NOT_NORMALISED, TWICE, HALF, ONE_SIDED)
 def test_the_noises_energy_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     model = model_of("square", limit=2.0)

@@ -66,6 +66,15 @@ def train(made, epochs=1):
             optimizer.zero_grad()
 
 
+def steps_by_labels(made):
+    """How many steps an epoch takes whose batches hold labels by that name."""
+    for batch in made.data_loader:
+        made.loss(made.model(batch), batch["labels"]).backward()
+        made.optimizer.step()
+        made.optimizer.zero_grad()
+    return made.optimizer.steps_taken
+
+
 @pytest.mark.parametrize(
     "given",
     [{}, {"input_norm": 3.0}, {"max_grad_norm": 1.0}, {"route": "signal gates", "input_norm": 3.0}],
@@ -345,11 +354,7 @@ def test_tokens_and_batches_that_are_mappings_train():
 
     rows = [{"ids": torch.randint(0, 9, (5,)), "mask": torch.ones(5), "labels": torch.tensor(i % 3)} for i in range(60)]
     made = private(Named(), loader=DataLoader(rows, batch_size=20))
-    for batch in made.data_loader:
-        made.loss(made.model(batch), batch["labels"]).backward()
-        made.optimizer.step()
-        made.optimizer.zero_grad()
-    assert made.optimizer.steps_taken == 3
+    assert steps_by_labels(made) == 3
 
 
 def test_a_network_keeps_its_mode():
@@ -491,11 +496,7 @@ def test_one_input_by_name_trains_an_ordinary_network_and_weights_of_classes_are
 
     made = private(Named(), loader=DataLoader(rows, batch_size=20), loss=nn.CrossEntropyLoss(weight=torch.ones(3)))
     assert "divides by the sum of their weights" in made.summary()
-    for batch in made.data_loader:
-        made.loss(made.model(batch), batch["labels"]).backward()
-        made.optimizer.step()
-        made.optimizer.zero_grad()
-    assert made.optimizer.steps_taken == 3
+    assert steps_by_labels(made) == 3
 
 
 def test_a_batch_norm_that_is_frozen_in_evaluation_stays_so():

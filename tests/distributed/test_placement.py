@@ -125,12 +125,17 @@ def test_a_release_is_the_noisy_sum_times_the_factor_and_the_same_bits_in_each_p
         torch.testing.assert_close(one, torch.full_like(one, 1.5), rtol=0.0, atol=1e-5)
 
 
-def stopped_after_a_difference():
+def of_ones():
+    """A model, where it is, and gradients of ones, which are its own."""
     model = gated_model()
     here = model.place()
     for parameter in model.net.parameters():
         parameter.grad = torch.ones_like(parameter)
-    gradients = [parameter.grad for parameter in model.net.parameters()]
+    return model, here, [parameter.grad for parameter in model.net.parameters()]
+
+
+def stopped_after_a_difference():
+    model, here, gradients = of_ones()
     said = []
     for attempt in (
         lambda: here.release_(
@@ -163,11 +168,7 @@ def test_where_processes_differ_nothing_is_released_gradients_are_dropped_and_th
 
 
 def another_ledger_in_place_of_the_compared_one():
-    model = gated_model()
-    here = model.place()
-    for parameter in model.net.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    gradients = [parameter.grad for parameter in model.net.parameters()]
+    _, here, gradients = of_ones()
     old = "other" if here.world.rank else "first"
     ledgers = [["first", "second"], ["first", "second", "third"], [old, "second", "third"]]
     for step, lines in enumerate(ledgers):

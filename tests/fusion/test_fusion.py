@@ -18,7 +18,7 @@ from clipless_dp.gates import gradient, sample_norms
 from clipless_dp.model.passes import unwitnessed
 from clipless_dp.training.memory import traffic
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 from tests.support import one_in_two
 
 
@@ -538,7 +538,7 @@ def check_all(monkeypatch: pytest.MonkeyPatch) -> None:
             test_values_and_gradients_are_those_of_the_traced_graph(name, gates)
 
 
-@pytest.mark.parametrize("mutant", one_in_two(MUTANTS), ids=lambda mutant: mutant.name)
+@with_each(*one_in_two(MUTANTS))
 def test_mistakes_are_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):

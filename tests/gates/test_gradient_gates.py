@@ -27,8 +27,8 @@ from clipless_dp.gates import (
     rounding_slack,
 )
 from clipless_dp.gates import gradient as gated_sums
-from clipless_dp.norms import operators
 from tests.soundness.attack import Record, add_or_remove_one, per_sample_gradients, wrap
+from tests.support import no_certificates
 
 LIMIT, BIAS_LIMIT, FLOOR = 0.5, 0.3, 0.01
 SETTINGS: dict[str, Any] = {"limit": LIMIT, "bias_limit": BIAS_LIMIT, "floor": FLOOR}
@@ -479,11 +479,7 @@ def test_gates_lift_small_gradients_and_those_that_cancel_no_further_than_their_
 def test_the_bound_is_the_smaller_of_cap_and_what_is_known_without_a_certificate(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def refuse(*args: object, **kwargs: object) -> float:
-        raise AssertionError("a certificate was computed")
-
-    monkeypatch.setattr(operators, "dense_norm", refuse)
-    monkeypatch.setattr(operators, "conv2d_norm", refuse)
+    no_certificates(monkeypatch)
     _, model = gated_net()
     sensitivity = model.sensitivity()
     for name, bound in sensitivity.per_parameter.items():

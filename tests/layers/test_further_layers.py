@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,9 +18,10 @@ from clipless_dp import ConfigurationError, InputError, UnsupportedModuleError, 
 from clipless_dp.constraints import OrthogonalConvolution, Spectral
 from clipless_dp.norms import coverage, padded_copies
 from clipless_dp.rules import activations, conv, graph, pooling
-from clipless_dp.testing import BoundBroken, LipschitzLayerTestCase
+from clipless_dp.testing import BoundBroken
 from tests.rules.test_rules import numbers
 from tests.soundness.attack import Case, Traced, attack, wrap
+from tests.soundness.cases import OneCase
 from tests.soundness.mutation import Mutant
 
 
@@ -89,20 +90,8 @@ def _one_in_four() -> list[Any]:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
 @pytest.mark.parametrize("case", _one_in_four(), ids=lambda case: case.name)
-class TestEveryFurtherLayer(LipschitzLayerTestCase):
+class TestEveryFurtherLayer(OneCase):
     steps = 2
-    case: ClassVar[Case]
-
-    @pytest.fixture(autouse=True)
-    def _choose(self, case: Case) -> None:
-        type(self).case = case
-
-    def cases(self) -> list[Case]:
-        return [self.case]
-
-    @pytest.mark.slow
-    def test_no_parameters_pass_a_bound(self) -> None:
-        super().test_no_parameters_pass_a_bound()
 
     @pytest.mark.slow
     def test_the_bounds_hold_for_signals_of_other_sizes(self) -> None:

@@ -17,7 +17,7 @@ from clipless_dp import ConfigurationError, DPLipModel, NormError, fit, gradient
 from clipless_dp.constraints import Ball, Constraint, Frobenius, Spectral, SplineVariation, spline_variation
 from clipless_dp.norms.operators import DiagonalOperator, SegmentsOperator
 from clipless_dp.testing import BoundBroken, LipschitzLayerTestCase, attack_parameters
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 SEGMENTS = (SegmentsOperator(),)
 
@@ -223,26 +223,22 @@ def test_after_private_steps_slopes_are_within_the_limit_and_neighbours_joined()
     assert layers.effective_regions(model).mean > 12.0
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        Mutant(
-            "noise added after the proximal step",
-            optim.CliplessDPOptimizer,
-            "step",
-            "self.base_optimizer.step()\n            self.model.project_()",
-            "self.model.project_()\n                self.base_optimizer.step()",
-        ),
-        Mutant("slopes unclipped", SplineVariation, "_store_", "weight.clamp_(-bound, bound)", "pass"),
-        Mutant(
-            "no proximal step",
-            SplineVariation,
-            "project_",
-            "_taut(exact_float64(weight), self.strength)",
-            "exact_float64(weight)",
-        ),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant(
+        "noise added after the proximal step",
+        optim.CliplessDPOptimizer,
+        "step",
+        "self.base_optimizer.step()\n            self.model.project_()",
+        "self.model.project_()\n                self.base_optimizer.step()",
+    ),
+    Mutant("slopes unclipped", SplineVariation, "_store_", "weight.clamp_(-bound, bound)", "pass"),
+    Mutant(
+        "no proximal step",
+        SplineVariation,
+        "project_",
+        "_taut(exact_float64(weight), self.strength)",
+        "exact_float64(weight)",
+    ),
 )
 def test_mutant_caught_in_private_steps(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
@@ -250,14 +246,10 @@ def test_mutant_caught_in_private_steps(mutant: Mutant, monkeypatch: pytest.Monk
         claims_after_private_steps()
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        Mutant("half the strength", spline_variation, "_taut", "sums - strength", "sums - 0.5 * strength"),
-        Mutant("an end not pinched", spline_variation, "_taut", "sums[:, 0], sums[:, -1]", "sums[:, 0], side[:, -1]"),
-        Mutant("other side touched", spline_variation, "_taut", "torch.where(rises, high", "torch.where(~rises, high"),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant("half the strength", spline_variation, "_taut", "sums - strength", "sums - 0.5 * strength"),
+    Mutant("an end not pinched", spline_variation, "_taut", "sums[:, 0], sums[:, -1]", "sums[:, 0], side[:, -1]"),
+    Mutant("other side touched", spline_variation, "_taut", "torch.where(rises, high", "torch.where(~rises, high"),
 )  # fmt: skip
 def test_mutant_caught_in_the_minimiser(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from clipless_dp import DPLipModel, fusion, gated, gradient_gated, layers, losses, model
 from clipless_dp.gates import gradient_layers, signal
 from tests.soundness.attack import bounds_of, wrap
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 ROWS, OWN = 5, 3
 EXACTLY: dict[str, Any] = {"rtol": 0.0, "atol": 0.0, "equal_nan": True}
@@ -297,7 +297,7 @@ def check_all() -> None:
         check_bits(name, dtype)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@with_each(*MUTANTS)
 def test_looks_that_decide_for_others_are_noticed(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     with pytest.raises((AssertionError, RuntimeError)):

@@ -34,7 +34,7 @@ from clipless_dp.noise import SystemNoise
 from clipless_dp.search import Candidate, private_search
 from clipless_dp.statistics import private_fraction
 from clipless_dp.training import sizing
-from tests.support import gated_model, power_cut, samples
+from tests.support import every_copy, gated_model, power_cut, samples
 
 RUN = {
     "epsilon": 50.0, "delta": 1e-3, "epochs": 1, "batch_size": 75, "lr": 0.5, "progress": False, "accountant": "rdp",
@@ -218,7 +218,7 @@ def test_a_net_that_is_wrapped_again_brings_its_runs_after_a_conversion_that_swa
     assert begins(again, LACKS)
 
 
-@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+@every_copy
 def test_a_copy_of_a_parameter_takes_nothing_of_what_is_known_of_it_along(copied):
     parameter = next(train(private(gated_model()), 1).model.net.parameters())
     assert lineage._known_of(parameter).runs

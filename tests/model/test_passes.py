@@ -47,26 +47,28 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.graph.apart import join_
 from clipless_dp.model.register import Register
 from clipless_dp.sampling import Batch, draws, fingerprints
+from tests.support import NoNoise
 
 SIZE, RATE = 40, 0.25
 ROUTES = ("constraint", "signal gates", "gradient gates", "weights")
 
 
-class NoNoise:
-    """Shows the sums that are released."""
-
-    reproducible = False
-
-    def begin_step(self, step: int) -> None:
-        pass
-
-    def standard_normal_(self, out: Tensor) -> Tensor:
-        return out.zero_()
-
-
 def data(count: int = SIZE) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     return torch.randn(count, 6, generator=generator), torch.randint(3, (count,), generator=generator)
+
+
+def loader_of(
+    steps: int, workers: int = 0, kind: type[PoissonBatchSampler] = PoissonBatchSampler
+) -> DataLoader[tuple[Tensor, Tensor]]:
+    dataset = TensorDataset(*data())
+    return DataLoader(
+        dataset,
+        batch_sampler=kind(SIZE, sample_rate=RATE, steps=steps),
+        collate_fn=poisson_collate(dataset),
+        num_workers=workers,
+        multiprocessing_context="forkserver" if workers else None,
+    )
 
 
 def model_of(route: str = "signal gates", *, fused: bool = True) -> DPLipModel:
@@ -272,14 +274,7 @@ def test_one_row_more_or_less_of_a_draw_is_not_the_draw() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_gradients_of_several_draws_of_a_data_loader_are_refused(workers: int) -> None:
-    dataset = TensorDataset(*data())
-    loader = DataLoader(
-        dataset,
-        batch_sampler=PoissonBatchSampler(SIZE, sample_rate=RATE, steps=4),
-        collate_fn=poisson_collate(dataset),
-        num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
-    )
+    loader = loader_of(4, workers)
     model = model_of()
     optimizer = sgd(model)
     for index, (inputs, targets) in enumerate(loader):
@@ -340,12 +335,6 @@ def shuffled(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
     with pytest.warns(PrivacyWarning, match="q = 1"):
         optimizer.step()
     optimizer.zero_grad()
-
-
-def loader_of(steps: int) -> DataLoader[tuple[Tensor, Tensor]]:
-    dataset = TensorDataset(*data())
-    sampler = PoissonBatchSampler(SIZE, sample_rate=RATE, steps=steps)
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=poisson_collate(dataset))
 
 
 def test_draws_that_were_looked_at_with_gradients_off_amplify_nothing() -> None:
@@ -832,14 +821,7 @@ def test_draws_that_are_dropped_before_they_are_read_are_missed(workers: int) ->
         def __iter__(self) -> Iterator[list[int]]:
             return (indices for number, indices in enumerate(super().__iter__()) if number % 3 == 2)
 
-    dataset = TensorDataset(*data())
-    loader = DataLoader(
-        dataset,
-        batch_sampler=Choosing(SIZE, sample_rate=RATE, steps=3),
-        collate_fn=poisson_collate(dataset),
-        num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
-    )
+    loader = loader_of(3, workers, Choosing)
     model = model_of()
     optimizer = sgd(model)
     for inputs, targets in loader:
@@ -1063,14 +1045,7 @@ def test_an_optimizer_that_is_made_forgives_no_draws_of_others() -> None:
 
 
 def test_the_last_draw_that_a_worker_made_is_missed_where_it_was_left() -> None:
-    dataset = TensorDataset(*data())
-    loader = DataLoader(
-        dataset,
-        batch_sampler=PoissonBatchSampler(SIZE, sample_rate=RATE, steps=3),
-        collate_fn=poisson_collate(dataset),
-        num_workers=1,
-        multiprocessing_context="forkserver",
-    )
+    loader = loader_of(3, 1)
     model = model_of()
     optimizer = sgd(model)
     for index, (inputs, targets) in enumerate(loader):

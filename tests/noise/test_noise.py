@@ -26,7 +26,7 @@ from clipless_dp.noise import (
     source_name,
     system_generator,
 )
-from tests.support import noise_on_both_sides_of_a_fork
+from tests.support import every_copy, noise_on_both_sides_of_a_fork
 
 SCHEMES = ("global", "per-layer", "min-variance")
 shares = st.lists(st.tuples(st.floats(1e-3, 1e3), st.integers(1, 10**6)), min_size=1, max_size=8)
@@ -109,11 +109,7 @@ def test_reproducible_noise_is_a_function_of_seed_and_step_and_differs_between_s
     assert not torch.equal(draw(1, 5), draw(2, 5))
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.copy, copy.deepcopy, lambda source: pickle.loads(pickle.dumps(source))],
-    ids=["copy", "deepcopy", "pickle"],
-)
+@every_copy
 def test_copies_of_system_noise_draw_other_noise(copied):
     source = SystemNoise()
     source.standard_normal_(torch.empty(1))

@@ -18,7 +18,7 @@ from clipless_dp.norms.rounding import product_error
 from clipless_dp.norms.single import single_frobenius_bound, single_precision_norm
 from tests.norms.matrices import FAMILIES
 from tests.norms.truth import TRUTH_ROUNDING, spectral
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 SHAPES = [(160, 160), (170, 333), (333, 170)]
 
@@ -111,7 +111,7 @@ def test_the_least_level_that_factorises_is_still_a_bound(monkeypatch: pytest.Mo
     assert worst_below(monkeypatch) <= TRUTH_ROUNDING
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@with_each(*MUTANTS)
 def test_the_least_level_that_factorises_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     # Gram matrices of constants round down by 7e-7.
@@ -125,14 +125,10 @@ def excess(matrix: Tensor) -> float:
     return float(((found.double() - matrix.double() @ matrix.double().mT).abs() / (relative * sizes @ sizes.mT)).max())
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        Mutant("one rounding", gram, "single_gram_matrix", "spans[0][1] + len(spans) - 1", "1"),
-        Mutant("a lost chunk", gram, "single_gram_matrix", "block += left", "block += 0.999 * left"),
-        Mutant("no mirror image", gram, "_mirrored_", "gram[top:below, :top].mT", "0.999 * gram[top:below, :top].mT"),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant("one rounding", gram, "single_gram_matrix", "spans[0][1] + len(spans) - 1", "1"),
+    Mutant("a lost chunk", gram, "single_gram_matrix", "block += left", "block += 0.999 * left"),
+    Mutant("no mirror image", gram, "_mirrored_", "gram[top:below, :top].mT", "0.999 * gram[top:below, :top].mT"),
 )
 def test_constant_matrices_catch(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = [weight for weight, _ in unlucky() if bool((weight == weight[0, 0]).all())]

@@ -16,27 +16,12 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from clipless_dp import CliplessDPOptimizer, ConfigurationError, PrivacyError
-from tests.support import gated_model, samples
+from tests.support import OwnSGD, gated_model, samples
 
 SETTINGS = {"noise_multiplier": 1.0, "sample_rate": 1.0, "dataset_size": 8, "accountant": "rdp", "sampling": "none"}
 
 
-class Own(Optimizer):
-    """SGD whose code is one's own."""
-
-    def __init__(self, parameters, call=lambda base: None):
-        super().__init__(parameters, {"lr": 0.1})
-        self.call = call
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        self.call(self)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.sub_(parameter.grad, alpha=float(group["lr"]))
-
-
-def private(base_of=Own):
+def private(base_of=OwnSGD):
     model = gated_model()
     return model, CliplessDPOptimizer(model, base_of(list(model.net.parameters())), **SETTINGS)
 
@@ -164,7 +149,7 @@ def test_a_gradient_that_is_kept_before_a_step_is_refused_in_whatever_it_is_kept
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 def test_what_a_step_keeps_goes_on_in_whatever_it_is_kept(place, way):
     model, optimizer = private(
-        lambda parameters: Own(parameters, lambda base: place(base, way(largest(base).grad.clone())))
+        lambda parameters: OwnSGD(parameters, lambda base: place(base, way(largest(base).grad.clone())))
     )
     for _ in range(3):
         step(model, optimizer)
@@ -175,7 +160,7 @@ def test_what_a_step_keeps_goes_on_in_whatever_it_is_kept(place, way):
 @pytest.mark.filterwarnings("ignore")
 def test_a_state_of_any_tensors_is_loaded_or_refused_by_a_reason(way):
     model, optimizer = private(
-        lambda parameters: Own(parameters, lambda base: in_state(base, way(largest(base).grad.clone())))
+        lambda parameters: OwnSGD(parameters, lambda base: in_state(base, way(largest(base).grad.clone())))
     )
     step(model, optimizer)
     kept = optimizer.state_dict()
@@ -235,7 +220,7 @@ INNER = {
 def test_an_optimizer_within_another_is_guarded_in_whatever_it_is_kept(keep):
     inner = []
 
-    class Outer(Own):
+    class Outer(OwnSGD):
         def __init__(self, parameters):
             super().__init__(parameters)
             inner.append(SGD(parameters, lr=0.1, momentum=0.9))
@@ -256,7 +241,7 @@ def test_an_optimizer_within_another_is_guarded_in_whatever_it_is_kept(keep):
         optimizer.step()
 
 
-class Keeping(Own):
+class Keeping(OwnSGD):
     """Whose load keeps entries of its own that the file does not have, as they are or as copies."""
 
     copies = False
@@ -276,7 +261,7 @@ class Copying(Keeping):
     copies = True
 
 
-class Moving(Own):
+class Moving(OwnSGD):
     """Whose load moves an attribute into the state."""
 
     def load_state_dict(self, state_dict):
@@ -335,12 +320,12 @@ def test_averages_beside_the_optimizer_or_in_a_hook_of_the_base_one_are_the_reme
     assert optimizer.steps_taken == 3
 
 
-class Scaled(Own):
+class Scaled(OwnSGD):
     grad_scale = 1.0
     found_inf = False
 
 
-class Method(Own):
+class Method(OwnSGD):
     def grad_scale(self):
         return 1.0
 

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from clipless_dp import CliplessDPOptimizer, CliplessDPSGD, ConfigurationError, PrivacyError
 from clipless_dp.noise import SystemNoise
-from tests.support import gated_model, samples
+from tests.support import OwnSGD, gated_model, samples
 
 
 class Fault(Exception):
@@ -156,21 +156,6 @@ def weights(model):
     return [parameter.detach().clone() for parameter in model.net.parameters()]
 
 
-class Own(torch.optim.Optimizer):
-    """SGD that calls a function within its step."""
-
-    def __init__(self, parameters, call):
-        super().__init__(parameters, {"lr": 0.1})
-        self.call = call
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        self.call(self)
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter -= group["lr"] * parameter.grad
-
-
 def plain(model):
     inputs, targets = samples(8)
     return torch.nn.functional.cross_entropy(model.net(inputs), targets)
@@ -197,7 +182,7 @@ def test_a_base_optimizer_that_passes_batches_within_its_step_is_refused_before_
                 outputs = torch.func.functional_call(model.net, copies, (inputs,))
                 torch.nn.functional.cross_entropy(outputs, targets).backward()
 
-    model, optimizer = around(lambda parameters: Own(parameters, passes if place == "step" else lambda base: None))
+    model, optimizer = around(lambda parameters: OwnSGD(parameters, passes if place == "step" else lambda base: None))
     if place == "before":
         optimizer.base_optimizer.register_step_pre_hook(passes)
     elif place == "after":
@@ -256,7 +241,7 @@ def slope_of_functions(model):
 @pytest.mark.parametrize("look", [slope, slope_of_a_layer, slope_along, slope_of_functions])
 def test_a_base_optimizer_that_calls_the_network_without_gradients_is_refused_too(look):
     """A slope along one direction is a part of the gradient, and so is what a line search sees."""
-    model, optimizer = around(lambda parameters: Own(parameters, lambda base: look(model)))
+    model, optimizer = around(lambda parameters: OwnSGD(parameters, lambda base: look(model)))
     start = weights(model)
     with pytest.raises(PrivacyError, match="calls the network or computes gradients within its step"):
         optimizer.step()
@@ -278,7 +263,7 @@ def test_calls_of_other_networks_and_of_other_threads_are_free_while_a_base_opti
         thread.join()
         assert found
 
-    model, optimizer = around(lambda parameters: Own(parameters, meanwhile))
+    model, optimizer = around(lambda parameters: OwnSGD(parameters, meanwhile))
     optimizer.step()
     assert optimizer.steps_taken == 1
     assert other.register.passes
@@ -355,7 +340,7 @@ def test_groups_and_state_are_those_of_the_base_optimizer_at_any_time():
     assert optimizer.param_groups is base.param_groups
 
 
-class Curved(Own):
+class Curved(OwnSGD):
     """Keeps squares of gradients by a method of its own, as Sophia does."""
 
     def __init__(self, parameters):
@@ -480,7 +465,7 @@ def test_an_optimizer_that_nothing_can_guard_is_refused_as_a_base_and_goes_aroun
     assert private.weights_are_counted()
 
 
-class Free(Own):
+class Free(OwnSGD):
     """Changes weights between those to train and those to predict with, as schedule-free optimizers do."""
 
     def __init__(self, parameters):
@@ -573,7 +558,7 @@ def test_an_optimizer_within_the_base_one_that_has_stepped_before_is_refused():
         CliplessDPOptimizer(model, Outer(inner), **SETTINGS)
 
 
-class Keeping(Own):
+class Keeping(OwnSGD):
     """Keeps tensors of its own in attributes, groups and parameters, and changes them in its step."""
 
     def __init__(self, parameters):

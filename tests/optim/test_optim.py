@@ -28,24 +28,11 @@ from clipless_dp import (
 )
 from clipless_dp.noise import SystemNoise, allocation, effective_noise_multiplier
 from clipless_dp.precision import coarse_products, full_precision
-from tests.support import gated_model, samples
-
-SETTINGS = {
-    "noise_multiplier": 1.3,
-    "sample_rate": 0.25,
-    "dataset_size": 40,
-    "accountant": "rdp",
-    "sampling": "poisson",
-}
+from tests.support import SETTINGS, NoNoise, gated_model, samples
 
 
 def sgd(model: DPLipModel, **changes: object) -> CliplessDPSGD:
     return CliplessDPSGD(model, lr=1.0, **{**SETTINGS, **changes})  # type: ignore[arg-type]
-
-
-class NoNoise(SystemNoise):
-    def standard_normal_(self, out):
-        return out.zero_()
 
 
 def accumulate(model: DPLipModel, count: int = 10, seed: int = 0) -> None:

@@ -28,7 +28,7 @@ from clipless_dp.optim import accumulation
 from clipless_dp.sampling import StreamedBatches, people
 from clipless_dp.training import compiled_loss
 from tests.soundness.attack import wrap
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 TOLERANCE = 1e-6
 """Float64 sums of some dozen rows round by under 1e-13; the gates' slack is 1e-11 of a cap."""
@@ -213,7 +213,7 @@ MUTANTS = [
 ]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@with_each(*MUTANTS)
 def test_mutants_of_the_weights_are_seen(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     try:

@@ -12,7 +12,7 @@ from clipless_dp import ConfigurationError, InputError, layers
 from clipless_dp.robustness import certify, counterfactual, counterfactuals, networks, plain_network
 from clipless_dp.robustness.counterfactuals import Form
 from tests.robustness.nets import NETWORKS, points, seeded, wrapped
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 FORMS: tuple[Form, ...] = ("gradient", "newton")
 
@@ -86,20 +86,16 @@ def test_a_signed_distance_is_walked_to_the_sphere_from_inside_and_outside(form:
     assert not bool(again.reached.any())
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        Mutant(
-            "sign of f dropped",
-            counterfactuals,
-            "_gap",
-            "(scores.gather(1, own) - scores.gather(1, other)).squeeze(1)",
-            "(lambda f: f + (f.abs() - f).detach())(scores[:, 1] - scores[:, 0])",
-        ),
-        Mutant("the slope for its square", counterfactuals, "_step", ".square()", ""),
-        Mutant("a single output counted twice", counterfactuals, "_gap", "apart / 2.0", "apart"),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant(
+        "sign of f dropped",
+        counterfactuals,
+        "_gap",
+        "(scores.gather(1, own) - scores.gather(1, other)).squeeze(1)",
+        "(lambda f: f + (f.abs() - f).detach())(scores[:, 1] - scores[:, 0])",
+    ),
+    Mutant("the slope for its square", counterfactuals, "_step", ".square()", ""),
+    Mutant("a single output counted twice", counterfactuals, "_gap", "apart / 2.0", "apart"),
 )
 def test_a_mutant_misses_the_boundary(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     nets: tuple[tuple[nn.Module, Form], ...] = ((HalfSpace(7.0), "newton"), (SignedDistance(), "gradient"))

@@ -25,7 +25,7 @@ from clipless_dp import (
 )
 from clipless_dp.layers import DistanceLinear, SortLinear
 from clipless_dp.robustness import attack_inf, certify, constants, intervals, maximum_norm
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 FAR = 1e3
 
@@ -236,19 +236,15 @@ def test_units_scale_radii() -> None:
     assert torch.allclose(scaled.radii, 0.5 * plain.radii)
 
 
-@pytest.mark.parametrize(
-    ("mutant"),
-    [
-        Mutant("r in place of 2r", constants, "constants_of", "2.0 * joint * R", "joint * R"),
-        Mutant(
-            "√2r in place of 2r",
-            constants,
-            "constants_of",
-            "2.0 * joint * ROUNDING, max",
-            "1.4 * joint * ROUNDING, max",
-        ),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant("r in place of 2r", constants, "constants_of", "2.0 * joint * R", "joint * R"),
+    Mutant(
+        "√2r in place of 2r",
+        constants,
+        "constants_of",
+        "2.0 * joint * ROUNDING, max",
+        "1.4 * joint * ROUNDING, max",
+    ),
 )
 def test_an_attack_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from clipless_dp import ConfigurationError, InputError
 from clipless_dp.robustness import metrics, saliency, score_gradients
 from tests.robustness.nets import NETWORKS, points, seeded
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 
 class Sum(nn.Module):
@@ -56,20 +56,16 @@ def test_deletion_and_insertion_are_what_they_are_by_hand() -> None:
     assert filled.scores.tolist() == [[7.0, 4.0]]
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        Mutant("ascending sort", metrics, "_ranks", "descending=True", "descending=False"),
-        Mutant(
-            "channels deleted apart",
-            metrics,
-            "_as_pixels",
-            "return mask.unsqueeze(1)",
-            "return mask.unsqueeze(1) & (torch.arange(inputs.shape[1]) == 0)[None, :, None, None]",
-        ),
-        Mutant("the order for the ranks", metrics, "_ranks", ".argsort(dim=1)", ""),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant("ascending sort", metrics, "_ranks", "descending=True", "descending=False"),
+    Mutant(
+        "channels deleted apart",
+        metrics,
+        "_as_pixels",
+        "return mask.unsqueeze(1)",
+        "return mask.unsqueeze(1) & (torch.arange(inputs.shape[1]) == 0)[None, :, None, None]",
+    ),
+    Mutant("the order for the ranks", metrics, "_ranks", ".argsort(dim=1)", ""),
 )
 def test_a_mutant_of_deletion_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.tensor([5.0, 0.0, 2.0, 1.0], dtype=torch.float64).expand(2, 1, 4)
@@ -165,13 +161,9 @@ def test_perturbations_go_both_ways() -> None:
     assert 0.4 < float(seen.abs().max()) <= 0.5
 
 
-@pytest.mark.parametrize(
-    "mutant",
-    [
-        Mutant("one-sided noise", metrics, "stability", "(2.0 * torch.rand(", "(1.0 + torch.rand("),
-        Mutant("one way alone", metrics, "stability", "(moved, -moved)", "(moved, moved)"),
-    ],
-    ids=lambda mutant: mutant.name,
+@with_each(
+    Mutant("one-sided noise", metrics, "stability", "(2.0 * torch.rand(", "(1.0 + torch.rand("),
+    Mutant("one way alone", metrics, "stability", "(moved, -moved)", "(moved, moved)"),
 )
 def test_a_mutant_of_stability_is_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from clipless_dp import ConfigurationError, InputError
 from clipless_dp.robustness import Smoothed, several
 from tests.robustness.nets import points
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 REPETITIONS = 10_000
 ALPHA = 0.05
@@ -217,7 +217,7 @@ def test_without_a_mutant_no_bound_is_above_what_is_true() -> None:
     assert not broken()
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@with_each(*MUTANTS)
 def test_mutants_of_the_dual_are_caught_by_name(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     assert broken(), mutant.name

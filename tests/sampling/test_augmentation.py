@@ -31,15 +31,8 @@ from clipless_dp import (
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.sampling import augmentation as augmentation_module
 from clipless_dp.sampling.augmentation import views
-from tests.support import gated_model, samples
+from tests.support import SETTINGS, gated_model, samples
 
-SETTINGS = {
-    "noise_multiplier": 1.3,
-    "sample_rate": 0.25,
-    "dataset_size": 40,
-    "accountant": "rdp",
-    "sampling": "poisson",
-}
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
 MULTIPLICITY = 4
 

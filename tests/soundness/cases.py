@@ -5,13 +5,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from clipless_dp import layers
 from clipless_dp.gates import gradient_gated_layer
+from clipless_dp.testing import LipschitzLayerTestCase
 from tests.soundness.attack import Case, Traced
+
+
+class OneCase(LipschitzLayerTestCase):
+    """All checks on the case that a test is parametrized with, the patient one among the slow tests."""
+
+    @pytest.fixture(autouse=True)
+    def _choose(self, case: Any) -> None:
+        self.case = self.of(case)
+
+    def of(self, case: Any) -> Case:
+        """The case to check."""
+        return case
+
+    def cases(self) -> list[Case]:
+        return [self.case]
+
+    @pytest.mark.slow
+    def test_no_parameters_pass_a_bound(self) -> None:
+        super().test_no_parameters_pass_a_bound()
 
 
 def _linear(name: str, features: tuple[int, int], shape: tuple[int, ...], *, bias: bool = True) -> Case:

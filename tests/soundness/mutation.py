@@ -43,3 +43,8 @@ class Mutant:
         code = compile(f"from __future__ import annotations\n{source.replace(self.old, self.new)}", "<mutant>", "exec")
         exec(code, module.__dict__, names)
         monkeypatch.setattr(self.owner, self.function, names[self.function])
+
+
+def with_each(*mutants: Mutant) -> pytest.MarkDecorator:
+    """Runs a test with each as ``mutant``, in its name too."""
+    return pytest.mark.parametrize("mutant", mutants, ids=lambda mutant: mutant.name)

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from clipless_dp import DPLipModel, losses
-from clipless_dp.testing import LipschitzLayerTestCase
 from tests.soundness.attack import Case, Record, add_or_remove_one, ascend, attack, brute_force, observed
-from tests.soundness.cases import CASES, case_named
+from tests.soundness.cases import CASES, OneCase, case_named
 from tests.support import one_in_two
 
 # Neighbours in the list share their rule.
@@ -17,20 +16,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 
 
 @cases
-class TestEveryRule(LipschitzLayerTestCase):
+class TestEveryRule(OneCase):
     # The slow adversary below climbs sixty.
     steps = 3
-
-    @pytest.fixture(autouse=True)
-    def _choose(self, case: Case) -> None:
-        self.case = case
-
-    def cases(self) -> list[Case]:
-        return [self.case]
-
-    @pytest.mark.slow
-    def test_no_parameters_pass_a_bound(self) -> None:
-        super().test_no_parameters_pass_a_bound()
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp.bounds.sweep import Sweep
-from tests.soundness.mutation import Mutant
+from tests.soundness.mutation import Mutant, with_each
 
 ROWS = 5
 TOLERANCE = 1e-6
@@ -323,7 +323,7 @@ def test_no_sample_of_many_random_networks_passes_a_bound() -> None:
 MUTANTS = (Mutant("min(c, Δ_free) of gates that normalise", Sweep, "_gradient", " * stretch", ""),)
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+@with_each(*MUTANTS)
 def test_the_attack_on_random_networks_finds(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     mutant.apply(monkeypatch)
     assert any(ratio > 1.0 + TOLERANCE for seed in range(120) for ratio, _ in ratios(seed))

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from accounting import GaussianRelease, RDPAccountant
 from clipless_dp import ConfigurationError, InputError, PrivacyError, ReproducibleNoise
-from clipless_dp.noise import SystemNoise
 from clipless_dp.statistics import intervals, private_interval
-from tests.support import gated_model
+from tests.support import NoNoise, gated_model
 
 NORMAL = NormalDist()
 
@@ -28,11 +27,6 @@ class Wrong(ReproducibleNoise):
 
     def standard_normal_(self, out: Tensor) -> Tensor:
         return super().standard_normal_(out).mul_(self.factor)
-
-
-class NoNoise(SystemNoise):
-    def standard_normal_(self, out: Tensor) -> Tensor:
-        return out.zero_()
 
 
 def zero(inputs: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 from clipless_dp import fit
 from clipless_dp.model import DPLipModel
 from clipless_dp.search import Candidate, private_search
-from tests.support import gated_model, samples
+from tests.support import every_copy, gated_model, samples
 
 MANY = 0x5EED_0F_BAD
 
@@ -96,11 +96,7 @@ def test_a_count_that_is_left_in_the_files_is_noticed(monkeypatch):
             check_that_files_hold_no_count(pickled)
 
 
-@pytest.mark.parametrize(
-    "copied",
-    [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
-    ids=["copy", "deepcopy", "pickle"],
-)
+@every_copy
 def test_copies_start_from_zero_and_count_for_themselves(copied):
     model = counted_model()
     other = copied(model)

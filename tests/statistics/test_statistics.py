@@ -18,19 +18,9 @@ from clipless_dp import (
 from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 from clipless_dp.noise import adding
 from clipless_dp.statistics import private_fraction, private_moments, private_quantile, private_standardisation
-from tests.support import gated_model, samples
+from tests.support import NoNoise, gated_model, samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "progress": False}
-
-
-class NoNoise:
-    reproducible = True
-
-    def begin_step(self, step: int) -> None:
-        pass
-
-    def standard_normal_(self, out: torch.Tensor) -> torch.Tensor:
-        return out.zero_()
 
 
 def largest_change(norm: float = 3.0) -> float:
