@@ -56,9 +56,12 @@ def kept_modes(net: object) -> Iterator[list[nn.Module]]:
 
     A network's own ``train()`` brings all of them into one, those too that were frozen by ``eval()`` while it trains.
     """
-    modes = [(module, module.training) for module in (modules_of(net) if isinstance(net, nn.Module) else ())]
+    found = modules_of(net) if isinstance(net, nn.Module) else []
+    # A network of which nothing is known is no part of what runs it, which takes its parts alone.
+    hidden = [module.__dict__["__wrapped__"] for module in found if "__wrapped__" in module.__dict__]
+    modes = [(module, module.training) for module in (*found, *hidden)]
     try:
-        yield [module for module, _ in modes]
+        yield found
     finally:
         for module, training in modes:
             module.training = training

@@ -40,7 +40,7 @@ from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
-from clipless_dp.modules import Unscripted, modules_of, parameter_device_and_dtype, parameters_of
+from clipless_dp.modules import Unscripted, kept_modes, modules_of, parameter_device_and_dtype, parameters_of
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.packing import Packing, Structure
@@ -554,13 +554,12 @@ class DPLipModel(Unscripted, nn.Module):
         if not self.placement.is_whole:
             raise ConfigurationError("each rank holds a part of the weights: gather them before they are exported")
         inputs = self.random_inputs(exported.ROWS, torch.Generator().manual_seed(0))
-        counted, training = self.nonfinite_samples.clone(), self.training
+        counted = self.nonfinite_samples.clone()
         devices = [inputs.device] if inputs.is_cuda else []
         try:
-            with torch.random.fork_rng(devices=devices), passes.unwitnessed():
+            with torch.random.fork_rng(devices=devices), passes.unwitnessed(), kept_modes(self):
                 return exported.export_net(self.graph, self.input_norm, inputs, self.eval()._run)
         finally:
-            self.train(training)
             self.nonfinite_samples.copy_(counted)
 
     def tightness(self, batch: tuple[Tensor | Structure, Tensor]) -> TightnessReport:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from clipless_dp.arguments import share, shown, whole
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.modules import kept_modes
 from clipless_dp.noise import NoiseSource
 from clipless_dp.one_class.box import BoxProjection, require_rows
 from clipless_dp.one_class.networks import convolutional_distance, dense_distance
@@ -131,12 +132,9 @@ class OneClassModel(Predicts):
 
     @torch.no_grad()
     def _scores(self, table: Tensor, *, batch_size: int = 4096) -> Tensor:
-        training = self.model.training
-        self.model.eval()
-        try:
+        with kept_modes(self.model):
+            self.model.eval()
             return torch.cat([self.model(self.box(some)).reshape(-1) for some in table.split(batch_size)])
-        finally:
-            self.model.train(training)
 
     def threshold(
         self,

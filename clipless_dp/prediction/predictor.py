@@ -19,7 +19,7 @@ from clipless_dp.checkpoint import save_checkpoint
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, PrivacyWarning
 from clipless_dp.gates.plain import plain_copy
 from clipless_dp.model import lineage
-from clipless_dp.modules import parameter_device_and_dtype
+from clipless_dp.modules import kept_modes, parameter_device_and_dtype
 from clipless_dp.prediction.links import Link
 from clipless_dp.statement import PrivacyStatement
 from clipless_dp.statement.facts import CHANGED
@@ -226,16 +226,13 @@ class Predictor:
         """
         size = whole("batch_size", batch_size)
         inputs = self._inputs(rows)
-        training = self.net.training
-        self.net.eval()
-        try:
+        with kept_modes(self.net):
+            self.net.eval()
             if not isinstance(inputs, Tensor):
                 return self._read(self.net(inputs))
             if not len(inputs):
                 raise InputError("there is no row to predict")
             return torch.cat([self._read(self.net(some)) for some in inputs.split(size)])
-        finally:
-            self.net.train(training)
 
     def predict_proba(self, rows: Any) -> Tensor:
         """Probabilities ``(N, C)`` of the classes, by the loss that the model was trained by; not calibrated.

@@ -15,6 +15,7 @@ from clipless_dp.arguments import whole
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.scores import Scores
 from clipless_dp.model.wrapped import require_wrapped
+from clipless_dp.modules import kept_modes
 from clipless_dp.sampling import Samples
 
 Data = Dataset[Any] | tuple[Any, Any] | Mapping[str, Any] | Sequence[Any] | Samples
@@ -95,10 +96,7 @@ def _outputs(model: DPLipModel, dataset: Data, batch_size: int) -> Generator[tup
     batch_size = whole("batch_size", batch_size)
     samples = Samples.of(dataset, model.packing)
     device, _ = model.device_and_dtype()
-    training = model.training
-    model.eval()
-    try:
+    with kept_modes(model):
+        model.eval()
         for inputs, targets in samples.parts(batch_size):
             yield model(inputs.to(device)), targets.to(device)
-    finally:
-        model.train(training)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.model.compiled import compiled_loss
+from clipless_dp.modules import kept_modes
 from clipless_dp.optim import accumulation
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches
 from clipless_dp.sampling.batches import usual_rows
@@ -75,15 +76,11 @@ def _blank(shown: tuple[Tensor, Tensor], rows: int, device: torch.device) -> Bat
 @contextmanager
 def _rehearsal(run: Run) -> Iterator[None]:
     """Forward and backward passes within leave nothing behind: no gradients, no mode, no state of random numbers."""
-    training = run.model.training
     device, _ = run.model.device_and_dtype()
-    try:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), run.model.register.rehearsing(), kept_modes(run.model):
         run.model.train()
-        devices = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), run.model.register.rehearsing():
-            yield
-    finally:
-        run.model.train(training)
+        yield
 
 
 def _compile(run: Run, backend: str, blank: Batch) -> None:
