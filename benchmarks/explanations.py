@@ -226,7 +226,7 @@ def run(method: str, data: tuple[Pair, Pair], epsilon: float, seed: int, options
 METHODS: dict[str, tuple[Callable[[Pair, float, int], nn.Module], float]] = {
     "Lipschitz": (partial(by_lipschitz, tau=8.0), 8.0),
     "Lipschitz, τ = 4": (partial(by_lipschitz, tau=4.0), 4.0),
-    "Lipschitz, noisy views": (partial(by_lipschitz, tau=8.0, noise=0.5), 8.0),
+    "Lipschitz, noisy views": (partial(by_lipschitz, tau=8.0, noise=0.75), 8.0),
     "DP-SGD": (partial(by_clipping, **CLIPPING), 1.0),
 }
 """Who is compared, and the temperature of its probabilities, which is the loss's."""
