@@ -128,7 +128,8 @@ class OneClassModel(Predicts):
         Raises:
             InputError: the rows are not like those that were trained on, or not finite.
         """
-        return self._scores(require_rows(rows, self.box.input_shape), batch_size=batch_size)
+        size = whole("batch_size", batch_size)
+        return self._scores(require_rows(rows, self.box.input_shape), batch_size=size)
 
     @torch.no_grad()
     def _scores(self, table: Tensor, *, batch_size: int = 4096) -> Tensor:

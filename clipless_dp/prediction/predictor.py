@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from accounting import Ledger
-from accounting.errors import LedgerFormatError, warn_caller
+from accounting.errors import AccountingError, LedgerFormatError, warn_caller
 from clipless_dp.arguments import share, unmasked, whole
 from clipless_dp.checkpoint import save_checkpoint
-from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, PrivacyWarning
+from clipless_dp.errors import CliplessError, ConfigurationError, InputError, PrivacyError, PrivacyWarning
 from clipless_dp.gates.plain import plain_copy
 from clipless_dp.model import lineage
 from clipless_dp.modules import kept_modes, parameter_device_and_dtype
@@ -302,7 +302,11 @@ class Predicts(ABC):
     """Results that predict, and save what predicts to one file; shown in short, since weights and records are long."""
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__}: {self}>"
+        try:
+            return f"<{type(self).__name__}: {self}>"
+        except (CliplessError, AccountingError) as error:
+            # What is looked at in a debugger is shown, whatever was set.
+            return f"<{type(self).__name__}: {type(error).__name__}: {error}>"
 
     @abstractmethod
     def __str__(self) -> str:

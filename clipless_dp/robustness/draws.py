@@ -249,6 +249,6 @@ def check_method(method: object, against: object, name: Map | str, slope: float,
         )
     if method == "lipschitz" and not math.isfinite(slope):
         raise ConfigurationError(
-            f"method='lipschitz' needs a finite Lipschitz constant of the scores, and there is none: {unknown}. Use "
-            "method='bernstein', which needs none"
+            f"method='lipschitz' needs finite Lipschitz constants of the scores, and not all are: "
+            f"{unknown or 'one is stated to be infinite'}. Use method='bernstein', which needs none"
         )

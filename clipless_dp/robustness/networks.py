@@ -132,6 +132,7 @@ class PlainNetwork(nn.Module):
 
         Raises:
             InputError: the network returns anything but ``(B, C)`` or ``(B,)`` of floating-point numbers.
+            ConfigurationError: it casts them to a coarser type than it computes in.
         """
         scores = self.outputs(inputs)
         if not isinstance(scores, Tensor) or scores.dim() not in (1, 2) or len(scores) != len(inputs):
@@ -139,6 +140,11 @@ class PlainNetwork(nn.Module):
             raise InputError(f"expected scores (batch, classes) or (batch,), got {found}")
         if not scores.is_floating_point():
             raise InputError(f"scores must be floating-point numbers, got {scores.dtype}")
+        if torch.finfo(scores.dtype).eps > torch.finfo(self.dtype).eps:
+            raise ConfigurationError(
+                f"the network computes in {self.dtype} and returns scores in {scores.dtype}, rounded further than any "
+                "bound knows: leave out what casts them, as scores.float() does"
+            )
         self.is_single = scores.numel() == len(scores)
         return class_scores(scores)
 

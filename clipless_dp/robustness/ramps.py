@@ -81,6 +81,8 @@ def radii(lower: Array, upper: Array | None, sigma: float, lipschitz: float = ma
     if lipschitz == 0.0:
         ahead = lower > (0.5 if upper is None else upper)
         return np.where(ahead, math.inf, 0.0)
+    # A larger constant certifies less, and the inverse of a smaller one is no number.
+    lipschitz = max(lipschitz, 1e-150)
     if lipschitz * sigma > _STEEPEST:
         gap = ndtri(lower) if upper is None else 0.5 * (ndtri(lower) - ndtri(upper))
         size = np.abs(ndtri(lower)) if upper is None else np.abs(ndtri(lower)) + np.abs(ndtri(upper))

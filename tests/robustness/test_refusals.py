@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -219,3 +221,20 @@ def test_a_network_that_cannot_be_copied_stays_as_it_is() -> None:
     with pytest.raises(CliplessError):
         certify(net, DATA, lipschitz=1.0)
     assert (net.weight.dtype, net.weight.requires_grad, net.training) == (torch.float32, True, True)
+
+
+@pytest.mark.parametrize("coarser", [torch.float32, torch.bfloat16])
+def test_scores_in_a_coarser_type_than_the_pass_are_refused(coarser: torch.dtype) -> None:
+    class Cast(nn.Module):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return (inputs + 1000.0).to(coarser)
+
+    inputs = torch.randn(4, 3, dtype=torch.float64)
+    calls: list[Callable[[], Any]] = [
+        lambda: certify(Cast(), inputs, lipschitz=1.0),
+        lambda: Smoothed(Cast(), 0.5).certify(inputs, 5, 20),
+        lambda: Smoothed(Cast(), 0.5, map="pairs", lipschitz=1.0).certify(inputs, 5, 20, method="lipschitz"),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigurationError, match="leave out what casts them"):
+            call()
