@@ -3,7 +3,12 @@
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.absolute import AbsoluteValue
 from clipless_dp.layers.centering import BiasedCentering, ChannelBias, LayerCentering
-from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
+from clipless_dp.layers.convex_potential import (
+    ConvexPotential,
+    ConvexPotentialConv2d,
+    GradientGatedConvexPotential,
+    GradientGatedConvexPotentialConv2d,
+)
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
@@ -48,6 +53,8 @@ __all__ = [
     "EffectiveRegions",
     "FullSort",
     "GatedResidual",
+    "GradientGatedConvexPotential",
+    "GradientGatedConvexPotentialConv2d",
     "GradientGatedDiagonal",
     "GradientGatedStructuredLinear",
     "GroupSort",

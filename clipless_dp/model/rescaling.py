@@ -67,6 +67,8 @@ _HOMOGENEOUS: frozenset[type[nn.Module]] = _AFFINE | {
     layers.SigmoidMix,
     layers.ConvexPotential,
     layers.ConvexPotentialConv2d,
+    layers.GradientGatedConvexPotential,
+    layers.GradientGatedConvexPotentialConv2d,
     layers.CotangentGate,
     layers.ScaledAvgPool2d,
     layers.ConcatReLU,

@@ -134,6 +134,7 @@ class Drawn:
             else:
                 layer = nn.ConvTranspose2d(channels, made, taps, self.choice(1, 2), bias=self.choice(True, False))
             parts += [*self.maybe(self.gate), layer, *self.maybe(self.gate), self.activation(made, 1)]
+            parts += self.maybe(lambda made=made: layers.ConvexPotentialConv2d(made, self.choice(1, 3), 2), 0.2)
             parts += self.maybe(
                 lambda: self.choice(nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), layers.L2NormPool2d(2, padding=1))
             )
@@ -181,7 +182,8 @@ class Drawn:
                     )
 
     def gradient_gates(self, net: nn.Module) -> nn.Module:
-        names = [name for name, part in net.named_modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+        kinds = nn.Linear, nn.Conv1d, nn.Conv2d, layers.ConvexPotential, layers.ConvexPotentialConv2d
+        names = [name for name, part in net.named_modules() if isinstance(part, kinds)]
         for mode in ("normalize", "clip"):
             net = gradient_gated(
                 net,
