@@ -15,7 +15,7 @@ from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
 from clipless_dp.layers.noise import NoiseInjection
 from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
-from clipless_dp.layers.padding import SymmetricPad1d, SymmetricPad2d
+from clipless_dp.layers.padding import PadChannels, SymmetricPad1d, SymmetricPad2d
 from clipless_dp.layers.pooling import (
     AdaptiveL2NormPool1d,
     AdaptiveL2NormPool2d,
@@ -67,6 +67,7 @@ __all__ = [
     "MixerBlock",
     "MonotoneResidual",
     "NoiseInjection",
+    "PadChannels",
     "Residual",
     "SampleGroupNorm",
     "ScaledAvgPool2d",

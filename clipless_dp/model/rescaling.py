@@ -72,6 +72,7 @@ _HOMOGENEOUS: frozenset[type[nn.Module]] = _AFFINE | {
     layers.CotangentGate,
     layers.ScaledAvgPool2d,
     layers.ConcatReLU,
+    layers.PadChannels,
     layers.SymmetricPad1d,
     layers.SymmetricPad2d,
     nn.MaxPool1d,

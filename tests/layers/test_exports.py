@@ -55,6 +55,7 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "MixerBlock": (lambda: layers.MixerBlock(4, 3), (4, 3)),
     "MonotoneResidual": (lambda: layers.MonotoneResidual(nn.Sequential(nn.Linear(4, 2)), [1, -1, 0, 0], 2), ROWS),
     "NoiseInjection": (lambda: layers.NoiseInjection(0.5, 1.0), ROWS),
+    "PadChannels": (lambda: layers.PadChannels(7), MAPS),
     "ConvexPotentialConv2d, strided": (lambda: layers.ConvexPotentialConv2d(4, 3, 2, stride=2), MAPS),
     "Residual": (lambda: layers.Residual(nn.Linear(4, 4)), ROWS),
     "SampleGroupNorm": (lambda: layers.SampleGroupNorm(2, floor=0.1), MAPS),
