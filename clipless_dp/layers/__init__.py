@@ -10,6 +10,7 @@ from clipless_dp.layers.convex_potential import (
     GradientGatedConvexPotentialConv2d,
 )
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
+from clipless_dp.layers.highway import Highway, StopGradient
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
@@ -58,6 +59,7 @@ __all__ = [
     "GradientGatedDiagonal",
     "GradientGatedStructuredLinear",
     "GroupSort",
+    "Highway",
     "Householder",
     "L2NormPool1d",
     "L2NormPool2d",
@@ -75,6 +77,7 @@ __all__ = [
     "SortLinear",
     "SphereScaling",
     "SplineRegions",
+    "StopGradient",
     "StructuredLinear",
     "SymmetricPad1d",
     "SymmetricPad2d",

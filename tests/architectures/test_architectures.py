@@ -32,6 +32,7 @@ IMAGES: dict[str, Callable[[tuple[int, ...]], nn.Sequential]] = {
     "lipvgg": lambda shape: architectures.lipvgg(shape, 4, widths=(4, 6), hidden=8),
     "lipvgg, average": lambda shape: architectures.lipvgg(shape, 4, widths=(4, 6), hidden=8, pooling="average"),
     "lipresnet": lambda shape: architectures.lipresnet(shape, 4, widths=(4, 6), blocks=1),
+    "lipresnet, truncated": lambda shape: architectures.lipresnet(shape, 4, widths=(4,), blocks=2, paths=1),
     "mixer": lambda shape: architectures.mixer(shape, 4, channels=6, depth=1),
     "lipsll": lambda shape: architectures.lipsll(shape, 4, 2, 1, 4, 5),
     "lipsll, strided": lambda shape: architectures.lipsll(shape, 4, 1, 1, 4, 5, kernel_size=2, stride=2),
@@ -223,6 +224,7 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "fewer channels than the image": (lambda: architectures.lipsll((3, 8, 8), 2, width=2), "width must be a whole"),
     "an unknown size": (lambda: architectures.lipsll((3, 8, 8), 2, size="XXL"), "size must be"),  # type: ignore[arg-type]
     "no stride": (lambda: architectures.lipsll((3, 8, 8), 2, 1, 1, 4, 4, stride=0), "stride must be positive"),
+    "paths below none": (lambda: architectures.lipresnet((1, 8, 8), 2, paths=-1), "paths must be a whole number"),
     "alpha above one": (lambda: architectures.mixer((1, 8, 8), 2, alpha=1.5), "alpha must lie in"),
 }
 
