@@ -88,7 +88,8 @@ def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effo
         even = (correlations + correlations.mT).flatten(2)
         even[:, 0] *= 0.5
         odd = (correlations - correlations.mT).flatten(2)
-        coarse = _coarse_grid(correlations, taps, grid_high * grid_wide, effort) if rows >= _COARSE_FROM else None
+        searched = rows >= _COARSE_FROM and effort.between > 0.0
+        coarse = _coarse_grid(correlations, taps, grid_high * grid_wide, effort) if searched else None
         if coarse is not None:
             found = _between_frequencies(even, odd, coarse, taps, effort, error)
             if found is not None:

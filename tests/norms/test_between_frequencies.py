@@ -152,7 +152,7 @@ def test_a_tone_halfway_between_two_points_attains_the_bound(degree: int, densit
 
 
 def between_points(size: float) -> Tensor:
-    """A kernel that is nearly a shift: eigenvalues ``1 + 2ε·cos(2ω ± π/4) + ε²``, largest between points of the grid."""
+    """A kernel that is nearly a shift: eigenvalues ``1 + 2ε·cos(2ω ± π/4) + ε²``, largest between a grid's points."""
     kernel = torch.zeros(24, 24, 3, 3, dtype=torch.float64)
     kernel[..., 1, 0] = torch.eye(24)
     turn = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=torch.float64) * math.sqrt(0.5)
