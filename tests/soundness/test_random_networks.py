@@ -119,7 +119,9 @@ class Drawn:
             ]
             parts += [self.activation(made, 1)]
             if self.random.random() < 0.3:
-                parts += [self.choice(layers.Residual(nn.Linear(made, made)), layers.ConvexPotential(made))]
+                blocks = [nn.Linear(made, made) for _ in range(3)]
+                highway = layers.Highway(blocks, self.choice(0, 1, 2), self.choice(None, 0.4))
+                parts += [self.choice(layers.Residual(blocks[0]), layers.ConvexPotential(made), highway)]
             width = made
         return nn.Sequential(*parts, nn.Linear(width, 3)), shape, False
 
