@@ -77,6 +77,9 @@ class ConvexPotentialConv2d(nn.Module):
         ConfigurationError: a size is not positive, or the padding is negative.
     """
 
+    # Of the class, so that pickles of former versions have it, and are told as what is made now.
+    stride: int = 1
+
     def __init__(
         self,
         channels: int,
@@ -91,7 +94,8 @@ class ConvexPotentialConv2d(nn.Module):
         self.channels = channels
         self.hidden = channels if hidden is None else hidden
         self.kernel_size = kernel_size
-        self.stride = stride
+        if stride != 1:
+            self.stride = stride
         default = kernel_size // 2 if stride == 1 else (kernel_size - 1) // 2
         self.padding = default if padding is None else padding
         if min(self.channels, self.hidden, kernel_size, stride) < 1 or self.padding < 0:
