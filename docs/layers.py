@@ -61,6 +61,8 @@ PARAMETRISED: dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[int, ..
 """One example of each rule that has parameters; layers behind gradient gates have those of the layer itself."""
 
 HAVE_GATES = (
+    layers.GradientGatedConvexPotential,
+    layers.GradientGatedConvexPotentialConv2d,
     layers.GradientGatedStructuredLinear,
     layers.GradientGatedDiagonal,
     isolation.Isolated,

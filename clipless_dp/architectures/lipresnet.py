@@ -14,7 +14,7 @@ from clipless_dp.architectures.parts import (
     require_even,
     require_positive,
 )
-from clipless_dp.layers import ConvexResidual, GroupSort
+from clipless_dp.layers import ConvexResidual, GroupSort, Highway
 
 
 def lipresnet(
@@ -25,6 +25,7 @@ def lipresnet(
     blocks: int = 2,
     patch_size: int | None = None,
     alpha: float = 0.5,
+    paths: int | None = None,
 ) -> nn.Sequential:
     """Patches, stages of convex residual 3×3 convolutions with maps halved between them, and a dense layer (He, Zhang,
     Ren and Sun, "Deep residual learning for image recognition", CVPR 2016, with convex combinations in place of sums).
@@ -39,9 +40,11 @@ def lipresnet(
         blocks: residual blocks of each stage.
         patch_size: side of the patches that the first layer reads; by default such that there are at most 8 in a row.
         alpha: weight of a block's convolution.
+        paths: through how many of a stage's blocks gradients go at most (:class:`~clipless_dp.layers.Highway`), which
+            makes Δ smaller and biases gradients; ``None``: through all.
 
     Raises:
-        ConfigurationError: a size or ``alpha`` is out of range.
+        ConfigurationError: a size, ``alpha`` or ``paths`` is out of range.
     """
     channels, *sides = image_size(input_shape)
     size = (sides[0], sides[1])
@@ -52,7 +55,11 @@ def lipresnet(
     for stage, width in enumerate(widths):
         entry, size = patches(channels, width, size, 2 if stage else patch)
         parts.append(entry)
-        parts += [ConvexResidual(_convolution(width), alpha) for _ in range(blocks)]
+        convolutions = [_convolution(width) for _ in range(blocks)]
+        if paths is None:
+            parts += [ConvexResidual(convolution, alpha) for convolution in convolutions]
+        else:
+            parts.append(Highway(convolutions, paths, alpha))
         channels = width
     return isometric_(nn.Sequential(*parts, nn.Flatten(), nn.Linear(channels * size[0] * size[1], classes)))
 

@@ -9,7 +9,7 @@ from clipless_dp.constraints.frobenius import Frobenius
 from clipless_dp.constraints.orthogonal import Orthogonal
 from clipless_dp.constraints.orthogonal_convolution import OrthogonalConvolution
 from clipless_dp.constraints.penalty import LipschitzPenalty
-from clipless_dp.constraints.row_norm import RowNorm
+from clipless_dp.constraints.row_norm import RowNorm, UnitRows
 from clipless_dp.constraints.spectral import Spectral
 from clipless_dp.constraints.spline_variation import SplineVariation
 
@@ -27,5 +27,6 @@ __all__ = [
     "RowSum",
     "Spectral",
     "SplineVariation",
+    "UnitRows",
     "assign",
 ]

@@ -41,7 +41,7 @@ class EntryBound(Constraint):
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Clips the weight in place."""
-        _require_dense(self, operators)
+        require_dense(self, operators)
         limit = _rounded_down(self.limit, weight.dtype)
         exact_float64(weight)
         weight.clamp_(-limit if self.signed else 0.0, limit)
@@ -77,7 +77,7 @@ class RowSum(Constraint):
     @torch.no_grad()
     def project_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Projects the rows in place."""
-        _require_dense(self, operators)
+        require_dense(self, operators)
         exact = exact_float64(weight)
         above = exact.abs().sum(1) > self._within(weight)
         if bool(above.any()):
@@ -97,11 +97,12 @@ class RowSum(Constraint):
         return self.limit * (1.0 - gamma(weight.shape[1]))
 
 
-def _require_dense(constraint: Constraint, operators: tuple[Operator, ...]) -> None:
+def require_dense(constraint: Constraint, operators: tuple[Operator, ...]) -> None:
+    """Raises :class:`ConfigurationError` for weights of which rows and entries say nothing of the operator."""
     if any(type(operator) is not DenseOperator for operator in operators):
         raise ConfigurationError(
-            f"{type(constraint).__name__} is of the weights of dense layers (nn.Linear), whose entries are slopes in "
-            "single coordinates: name them, constraint={'0.weight': ...}, and give other parameters other constraints"
+            f"{type(constraint).__name__} is of the weights of dense layers (nn.Linear), which map numbers to numbers: "
+            "name them, constraint={'0.weight': ...}, and give other parameters other constraints"
         )
 
 

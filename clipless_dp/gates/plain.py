@@ -155,11 +155,16 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def _of_gradients(layer: nn.Module) -> nn.Module:
-    """Torch's own layer, with the very same parameters."""
-    made = _PLAIN[type(layer)].__new__(_PLAIN[type(layer)])
+def plain_twin(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A layer of the type that another one is the gated form of, with the very same parameters."""
+    made = kind.__new__(kind)
     made.__dict__.update(layer.__dict__)
     return made
+
+
+def _of_gradients(layer: nn.Module) -> nn.Module:
+    """Torch's own layer."""
+    return plain_twin(layer, _PLAIN[type(layer)])
 
 
 _FORMS.update(dict.fromkeys(_PLAIN, _of_gradients))

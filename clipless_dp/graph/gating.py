@@ -117,10 +117,10 @@ def gradient_gated(
 ) -> fx.GraphModule | Isolated:
     """Puts a network's trainable parameters behind gradient gates, which cap their per-sample gradients.
 
-    Any network will do. Where all of it has rules, its linear layers and convolutions are gated, and the rest is
-    bounded as ever (``isolation="graph"``). Where a part has none, such as attention, normalisation or a recurrent
-    layer, all of it runs sample by sample, under ``torch.func.vmap``, and each trainable parameter is behind gates
-    (:class:`clipless_dp.isolation.Isolated`); nothing else is claimed of it then, no Lipschitz constant either.
+    Any network will do. Where all of it has rules, its linear layers, convolutions and convex potentials are gated, and
+    the rest is bounded as ever (``isolation="graph"``). Where a part has none, such as attention, normalisation or a
+    recurrent layer, all of it runs sample by sample, under ``torch.func.vmap``, and each trainable parameter is behind
+    gates (:class:`clipless_dp.isolation.Isolated`); nothing else is claimed of it then, no Lipschitz constant either.
 
     Nothing that flows is changed: activations and cotangents are the network's own, so no layer's gradient is biased
     by another's gate. Only each sample's share of the gated parameter's own gradient is scaled. The layer's

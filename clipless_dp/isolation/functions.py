@@ -29,6 +29,7 @@ from clipless_dp.gates.gradient import (
     vector_weight_gradient,
 )
 from clipless_dp.gates.parts import Part, Rows, Table, Transposed, gated_pair, linear_parts
+from clipless_dp.gates.steps import returned, taken
 from clipless_dp.isolation.joint import Together
 
 
@@ -333,6 +334,41 @@ class GatedConvolution(_Gated):
         return _Gated.rule(GatedConvolution, info, in_dims, values, rest)
 
 
+class GatedStep(_Gated):
+    """``x - 2Wᵀ relu(Wx + b)`` of ``(B, ..., features)``, or of maps: one gate for both places where ``W`` is read."""
+
+    @staticmethod
+    def forward(
+        sample: Any, values: Tensor, weight: Tensor, bias: Tensor | None, gates: Affine, *counters: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return taken(values, weight, bias, *gates.settings)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _, values, weight, bias, ctx.gates, *_ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(values, weight, bias, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = arriving[0]
+        if cotangents is None:
+            return (None,) * 7
+        gates: Affine = ctx.gates
+        needed = ctx.needs_input_grad
+        wants = needed[1], gates.weight is not None and needed[2], gates.bias is not None and needed[3]
+        values, weight, bias, hidden = ctx.saved_tensors
+        (windows,) = gates.settings
+        passed, *parts = returned(values, weight, bias, hidden, cotangents, windows, 0, wants)
+        of_weight, of_bias, *counts = gates.sums((parts[0], parts[1]), needed[5:])
+        return None, passed, of_weight, of_bias, None, *counts
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        return _Gated.rule(GatedStep, info, in_dims, values, rest)
+
+
 class Expanded(_Gated):
     """A copy of a parameter for each sample, whose gradients are capped and summed: for whatever is done with it."""
 
@@ -437,5 +473,5 @@ class Attention(torch.autograd.Function):
         return out.reshape(*leading, *out.shape[-3:]), 0
 
 
-GATES = (GatedLinear, GatedEmbedding, GatedConvolution, Expanded)
+GATES = (GatedLinear, GatedEmbedding, GatedConvolution, GatedStep, Expanded)
 """Those through which a gradient may come to a parameter."""

@@ -13,12 +13,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipless_dp.errors import InputError
+from clipless_dp.gates.steps import convex_step
 from clipless_dp.isolation.dispatch import applied
 from clipless_dp.isolation.functions import (
     Attention,
     GatedConvolution,
     GatedEmbedding,
     GatedLinear,
+    GatedStep,
 )
 from clipless_dp.isolation.gating import Gating, handles
 from clipless_dp.isolation.normalisations import GatedGroupNorm, GatedLayerNorm
@@ -210,6 +212,27 @@ def _convolution(
 
 
 handles(torch.conv1d, torch.conv2d, torch.conv3d)(_convolution)
+
+
+@handles(convex_step, always=True)
+def step(run: Gating, values: Tensor, weight: Tensor, bias: Tensor | None, windows: tuple[int, int] | None) -> Any:
+    """``x - 2Wᵀ relu(Wx + b)``, at several positions or on one map."""
+    if _differs(weight) or _differs(bias):
+        return NotImplemented
+    values = run.expanded(values)
+    alone = windows is None or values.dim() == 3
+    if not alone and values.shape[0] != 1:
+        return NotImplemented
+    of_weight, of_bias = run.name_of(weight), run.name_of(bias)
+    sizes = values.shape[:-1] if windows is None else [size + 2 * windows[0] for size in values.shape[-2:]]
+    positions = math.prod(sizes)
+    # The weight meets what enters and what comes back.
+    met = 2 * positions * max(weight.shape[0], math.prod(weight.shape[1:]))
+    gates = run.gates("step", (of_weight, met), (of_bias, positions * weight.shape[0]), (windows,))
+    counters = run.counter(of_weight), run.counter(of_bias)
+    operands = run.source(weight), run.source(bias), gates, *counters
+    made = applied(GatedStep, run.sample, values if alone else values.squeeze(0), *operands)
+    return made if alone else made.unsqueeze(0)
 
 
 @handles(functional.scaled_dot_product_attention, always=True)

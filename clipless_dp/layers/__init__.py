@@ -3,14 +3,20 @@
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.absolute import AbsoluteValue
 from clipless_dp.layers.centering import BiasedCentering, ChannelBias, LayerCentering
-from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
+from clipless_dp.layers.convex_potential import (
+    ConvexPotential,
+    ConvexPotentialConv2d,
+    GradientGatedConvexPotential,
+    GradientGatedConvexPotentialConv2d,
+)
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
+from clipless_dp.layers.highway import Highway, StopGradient
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
 from clipless_dp.layers.noise import NoiseInjection
 from clipless_dp.layers.orthogonal import adaptive_orthogonal_conv2d, from_orthogonium, orthogonal_
-from clipless_dp.layers.padding import SymmetricPad1d, SymmetricPad2d
+from clipless_dp.layers.padding import PadChannels, SymmetricPad1d, SymmetricPad2d
 from clipless_dp.layers.pooling import (
     AdaptiveL2NormPool1d,
     AdaptiveL2NormPool2d,
@@ -48,9 +54,12 @@ __all__ = [
     "EffectiveRegions",
     "FullSort",
     "GatedResidual",
+    "GradientGatedConvexPotential",
+    "GradientGatedConvexPotentialConv2d",
     "GradientGatedDiagonal",
     "GradientGatedStructuredLinear",
     "GroupSort",
+    "Highway",
     "Householder",
     "L2NormPool1d",
     "L2NormPool2d",
@@ -60,6 +69,7 @@ __all__ = [
     "MixerBlock",
     "MonotoneResidual",
     "NoiseInjection",
+    "PadChannels",
     "Residual",
     "SampleGroupNorm",
     "ScaledAvgPool2d",
@@ -67,6 +77,7 @@ __all__ = [
     "SortLinear",
     "SphereScaling",
     "SplineRegions",
+    "StopGradient",
     "StructuredLinear",
     "SymmetricPad1d",
     "SymmetricPad2d",

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates.gradient_layers import Gate, GradientGated, applied, register_gated_form
+from clipless_dp.gates.parts import gated_pair
+from clipless_dp.gates.plain import plain_form, plain_twin
+from clipless_dp.gates.steps import Windows, convex_step, returned, taken
 
 
 class ConvexPotential(nn.Module):
@@ -44,8 +48,7 @@ class ConvexPotential(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Takes the step."""
-        hidden = functional.relu(functional.linear(values, self.weight, self.bias))
-        return values - 2.0 * functional.linear(hidden, self.weight.t())
+        return convex_step(values, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes."""
@@ -53,14 +56,19 @@ class ConvexPotential(nn.Module):
 
 
 class ConvexPotentialConv2d(nn.Module):
-    """:class:`ConvexPotential` whose ``W`` is a convolution of stride 1.
+    """:class:`ConvexPotential` whose ``W`` is a convolution.
+
+    With a stride the map keeps its size, and there are fewer hidden positions: windows that do not overlap, ``stride =
+    kernel_size``, have a Δ of ``4GX`` at norm 1, where ``k × k`` windows at every pixel have ``4k·GX``. Followed by
+    ``nn.PixelUnshuffle`` or :class:`ScaledAvgPool2d`, it is a strided block.
 
     Args:
         channels: of the input and the output.
         kernel_size: of the convolution.
         hidden: channels between; ``channels`` by default.
-        padding: zeros on each side; half the kernel by default.
+        padding: zeros on each side; half the kernel by default, with a stride ``(kernel_size - 1) // 2``.
         bias: whether there is a ``b``, one entry for each hidden channel.
+        stride: of the convolution.
 
     Shape:
         ``(B, channels, H, W)`` to the same shape; ``weight`` is ``(hidden, channels, k, k)``, ``bias`` ``(hidden,)``.
@@ -68,6 +76,9 @@ class ConvexPotentialConv2d(nn.Module):
     Raises:
         ConfigurationError: a size is not positive, or the padding is negative.
     """
+
+    # Of the class, so that pickles of former versions have it, and are told as what is made now.
+    stride: int = 1
 
     def __init__(
         self,
@@ -77,16 +88,20 @@ class ConvexPotentialConv2d(nn.Module):
         *,
         padding: int | None = None,
         bias: bool = True,
+        stride: int = 1,
     ) -> None:
         super().__init__()
         self.channels = channels
         self.hidden = channels if hidden is None else hidden
         self.kernel_size = kernel_size
-        self.padding = kernel_size // 2 if padding is None else padding
-        if min(self.channels, self.hidden, kernel_size) < 1 or self.padding < 0:
+        if stride != 1:
+            self.stride = stride
+        default = kernel_size // 2 if stride == 1 else (kernel_size - 1) // 2
+        self.padding = default if padding is None else padding
+        if min(self.channels, self.hidden, kernel_size, stride) < 1 or self.padding < 0:
             raise ConfigurationError(
                 f"sizes must be positive and padding at least 0, got channels={channels}, hidden={hidden}, "
-                f"kernel_size={kernel_size}, padding={padding}"
+                f"kernel_size={kernel_size}, padding={padding}, stride={stride}"
             )
         self.weight = nn.Parameter(torch.empty(self.hidden, channels, kernel_size, kernel_size))
         # A Gaussian matrix of these sizes and this deviation has norm about 1; constraints see to the rest.
@@ -96,12 +111,94 @@ class ConvexPotentialConv2d(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """Takes the step."""
-        hidden = functional.relu(functional.conv2d(values, self.weight, self.bias, padding=self.padding))
-        return values - 2.0 * functional.conv_transpose2d(hidden, self.weight, padding=self.padding)
+        return convex_step(values, self.weight, self.bias, (self.padding, self.stride))
 
     def extra_repr(self) -> str:
         """Sizes."""
         return (
             f"channels={self.channels}, kernel_size={self.kernel_size}, hidden={self.hidden}, "
             f"padding={self.padding}, bias={self.bias is not None}"
+            + (f", stride={self.stride}" if self.stride > 1 else "")
         )
+
+
+class _GatedStep(torch.autograd.Function):
+    """A step whose weight's and bias's gradients are gated; the input's is the ordinary one."""
+
+    @staticmethod
+    def forward(
+        values: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        windows: Windows | None,
+        gate: Gate,
+        bias_gate: Gate,
+        chunk: int,
+        joint: bool,
+        *counters: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        return taken(values, weight, bias, windows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        values, weight, bias, ctx.windows, ctx.gate, ctx.bias_gate, ctx.chunk, ctx.joint, *_ = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(values, weight, bias, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+        cotangents = arriving[0]
+        if cotangents is None:
+            return (None,) * 10
+        wants = ctx.needs_input_grad[:3]
+        values, weight, bias, hidden = ctx.saved_tensors
+        passed, *parts = returned(values, weight, bias, hidden, cotangents, ctx.windows, ctx.chunk, wants)
+        gates = ctx.gate, ctx.bias_gate
+        sums, counts = gated_pair((parts[0], parts[1]), gates, joint=ctx.joint, counted=ctx.needs_input_grad[8:])
+        return passed, *sums, *([None] * 5), *counts
+
+
+def _gated_step(layer: Any, values: Tensor, windows: Windows | None) -> Tensor:
+    gates = *layer.gates(), layer.chunk, layer.joint, *layer.counters()
+    made: Any = applied(_GatedStep, values, layer.weight, layer.bias, windows, *gates)
+    output: Tensor = made[0]
+    return output
+
+
+class GradientGatedConvexPotential(GradientGated, ConvexPotential):
+    """:class:`ConvexPotential` behind gradient gates; made by :func:`clipless_dp.gradient_gated`."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """As the plain layer."""
+        return _gated_step(self, values, None)
+
+    def extra_repr(self) -> str:
+        """The layer's and the gate's settings."""
+        return f"{super().extra_repr()}, {self.gate_repr()}"
+
+
+class GradientGatedConvexPotentialConv2d(GradientGated, ConvexPotentialConv2d):
+    """:class:`ConvexPotentialConv2d` behind gradient gates; made by :func:`clipless_dp.gradient_gated`."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """As the plain layer."""
+        return _gated_step(self, values, (self.padding, self.stride))
+
+    def extra_repr(self) -> str:
+        """The layer's and the gate's settings."""
+        return f"{super().extra_repr()}, {self.gate_repr()}"
+
+
+register_gated_form(ConvexPotential, GradientGatedConvexPotential)
+register_gated_form(ConvexPotentialConv2d, GradientGatedConvexPotentialConv2d)
+
+
+@plain_form(GradientGatedConvexPotential)
+def _plain_dense(layer: GradientGatedConvexPotential) -> nn.Module:
+    return plain_twin(layer, ConvexPotential)
+
+
+@plain_form(GradientGatedConvexPotentialConv2d)
+def _plain_convolution(layer: GradientGatedConvexPotentialConv2d) -> nn.Module:
+    return plain_twin(layer, ConvexPotentialConv2d)

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from clipless_dp.arguments import whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.modules import Unscripted
 
@@ -74,3 +76,38 @@ class SymmetricPad2d(_SymmetricPad):
 
     def __init__(self, padding: int | tuple[int, int, int, int]) -> None:
         super().__init__(padding if isinstance(padding, tuple) else (padding,) * 4)
+
+
+class PadChannels(Unscripted, nn.Module):
+    """Adds channels of zeros behind those that there are: an isometry, by which residual layers start wide.
+
+    The entry of the networks of Araujo, Havens, Delattre, Allauzen and Hu, "A unified algebraic perspective on
+    Lipschitz neural networks", ICLR 2023, §5: it has no weights, so that nothing in front of the first residual layer
+    is charged.
+
+    Args:
+        channels: of the output, at least those of the input.
+
+    Shape:
+        ``(B, C, ...)`` to ``(B, channels, ...)``.
+
+    Raises:
+        ConfigurationError: the number is not positive.
+        InputError: the input has more channels, or none.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = whole("channels", channels)
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Adds the channels."""
+        if values.dim() < 2 or values.shape[1] > self.channels:
+            raise InputError(
+                f"needs inputs (batch, channels, ...) of at most {self.channels} channels, got {tuple(values.shape)}"
+            )
+        return functional.pad(values, (0, 0) * (values.dim() - 2) + (0, self.channels - values.shape[1]))
+
+    def extra_repr(self) -> str:
+        """The number of channels."""
+        return f"channels={self.channels}"

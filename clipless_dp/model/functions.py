@@ -26,6 +26,9 @@ _DEPTH = 8
 _PASSED = (CotangentGate, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 """What returns its input in ``eval`` mode."""
 
+_GATES = frozenset({"limit", "bias_limit", "mode", "floor", "chunk", "joint", "adaptive"})
+"""What a gradient gate adds to its layer, and no value depends on."""
+
 _UNUSED = frozenset({*vars(nn.Module()), "inplace"})
 """What is told apart elsewhere (weights, children), or changes no value."""
 
@@ -142,12 +145,16 @@ def _module(module: nn.Module, above: tuple[int, ...]) -> list[Any]:
             continue
         kind = kind_of(part)
         if isinstance(part, GradientGated):
-            kind = next(base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules"))
+            # The layer that it is the gated form of.
+            kind = next(
+                base for base in kind.__mro__ if issubclass(base, nn.Module) and not issubclass(base, GradientGated)
+            )
         own = vars(part)
         if kind.__module__.startswith("torch.nn.modules") and issubclass(kind, (nn.Linear, nn.modules.conv._ConvNd)):
             settings: Mapping[str, Any] = {key: getattr(part, key, None) for key in kind.__constants__}
         else:
-            settings = {key: own[key] for key in own if key not in _UNUSED and not key.startswith("__")}
+            unused = _UNUSED | _GATES if isinstance(part, GradientGated) else _UNUSED
+            settings = {key: own[key] for key in own if key not in unused and not key.startswith("__")}
         unsaved = {
             key: part._buffers[key] for key in part._non_persistent_buffers_set if not isinstance(part, GradientGated)
         }

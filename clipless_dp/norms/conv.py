@@ -56,7 +56,7 @@ def conv2d_norm(
         transposed: Whether the layer is the transposed convolution.
         output_padding: Of a transposed convolution.
         padding_mode: `"zeros"` or `"circular"`.
-        budget: `"cheap"`, `"balanced"` (default) or `"tight"`, see :func:`~clipless_dp.norms.dense_norm`.
+        budget: `"cheap"`, `"coarse"`, `"balanced"` (default) or `"tight"`, see :func:`~clipless_dp.norms.dense_norm`.
 
     Returns:
         A float `b` with `‖conv(x)‖₂ <= b‖x‖₂` for every input x of that size (no bias); 0.0 for a zero
@@ -137,7 +137,7 @@ def conv1d_norm(
         transposed: Whether the layer is the transposed convolution.
         output_padding: Of a transposed convolution.
         padding_mode: `"zeros"` or `"circular"`.
-        budget: `"cheap"`, `"balanced"` (default) or `"tight"`.
+        budget: `"cheap"`, `"coarse"`, `"balanced"` (default) or `"tight"`.
 
     Returns:
         A float `b` with `‖conv(x)‖₂ <= b‖x‖₂` for every input x of that length (no bias).

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clipless_dp.norms.budget import effort_of
+from clipless_dp.norms.budget import Budget, effort_of
 from clipless_dp.norms.circulant import circle_norm, toeplitz_norm
 from clipless_dp.norms.conv import conv1d_norm, conv2d_norm
 from clipless_dp.norms.dense import dense_norm
@@ -85,9 +85,10 @@ class ConvOperator:
     transposed: bool = False
     output_padding: tuple[int, ...] | int = 0
 
-    def norm(self, weight: Tensor) -> float:
+    def norm(self, weight: Tensor, budget: Budget = "balanced") -> float:
         """Certified operator norm."""
         geometry: dict[str, Any] = {
+            "budget": budget,
             "input_size": self.input_size,
             "stride": self.stride,
             "padding": self.padding,
@@ -125,9 +126,9 @@ class CopyPaddedConvOperator(ConvOperator):
 
     copies: int = 1
 
-    def norm(self, weight: Tensor) -> float:
+    def norm(self, weight: Tensor, budget: Budget = "balanced") -> float:
         """``√M`` times the certified norm on the padded map: padding has the norm ``√M``."""
-        return math.sqrt(self.copies) * (1.0 + 1e-12) * super().norm(weight)
+        return math.sqrt(self.copies) * (1.0 + 1e-12) * super().norm(weight, budget)
 
 
 @dataclass(frozen=True)

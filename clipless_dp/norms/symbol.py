@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,6 +20,18 @@ _CHUNK_ENTRIES = 1 << 17
 
 _CACHED_ENTRIES = 1 << 16
 """Entries of phases, half a MiB for each of sine and cosine, that are kept for the next step."""
+
+_COARSE_FROM = 24
+"""Rows from which a coarse grid is worth looking for: fewer are certified at all frequencies as fast."""
+
+_DENSITIES = (4, 6, 8, 12)
+"""Points of a coarse grid for each tap but one."""
+
+_WORTH = 0.7
+"""Share of the frequencies that a coarse grid may have, each of which is certified twice."""
+
+_SPREAD = 4.5
+"""Root mean squares that the eigenvalues of a random Hermitian matrix span, and a little more."""
 
 _PAIRED_TAPS, _PAIRED_ROWS = 25, 512
 """Taps, and rows times taps, up to which all products of two taps cost less than a product for each difference."""
@@ -68,7 +80,7 @@ def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effo
     with certified_arithmetic(kernel):
         if kernel.shape[1] > kernel.shape[2]:
             kernel = kernel.transpose(1, 2)
-        groups, rows, columns = kernel.shape[:3]
+        rows, columns = kernel.shape[1:3]
         correlations = _correlations(kernel)
         count = taps[0] * taps[1]
         squares = float(kernel.square().flatten(1).sum(-1).max()) * (1.0 + gamma(kernel[0].numel()))
@@ -76,13 +88,107 @@ def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effo
         even = (correlations + correlations.mT).flatten(2)
         even[:, 0] *= 0.5
         odd = (correlations - correlations.mT).flatten(2)
-        chunk = max(1, _CHUNK_ENTRIES // (groups * rows * rows))
+        searched = rows >= _COARSE_FROM and effort.between > 0.0
+        coarse = _coarse_grid(correlations, taps, grid_high * grid_wide, effort) if searched else None
+        if coarse is not None:
+            found = _between_frequencies(even, odd, coarse, taps, effort, error)
+            if found is not None:
+                return enlarge(math.sqrt(found), 8)
         bound = 0.0
-        for cosine, sine in _phases(grid_high, grid_wide, taps, chunk, kernel.device):
-            real, imaginary = cosine @ even, sine @ odd
-            grams = torch.complex(real, imaginary) if rows > 1 else real
-            bound = largest_eigenvalue_bound(grams.reshape(-1, rows, rows), effort, bound)
+        for grams in _grams(even, odd, (grid_high, grid_wide), taps):
+            bound = largest_eigenvalue_bound(grams, effort, bound)
     return enlarge(math.sqrt(enlarge(bound + error)) * factor_high * factor_wide, 8)
+
+
+def _grams(even: Tensor, odd: Tensor, grid: tuple[int, int], taps: tuple[int, int]) -> Iterator[Tensor]:
+    """The Gram matrices at one of each pair ±ω of frequencies of a grid, some at a time: ``(count, rows, rows)``."""
+    groups, _, entries = even.shape
+    rows = math.isqrt(entries)
+    chunk = max(1, _CHUNK_ENTRIES // (groups * entries))
+    for cosine, sine in _phases(*grid, taps, chunk, even.device):
+        real, imaginary = cosine @ even, sine @ odd
+        grams = torch.complex(real, imaginary) if rows > 1 else real
+        yield grams.reshape(-1, rows, rows)
+
+
+def _coarse_grid(
+    correlations: Tensor, taps: tuple[int, int], frequencies: int, effort: Effort
+) -> tuple[int, int] | None:
+    """The coarsest grid on which :func:`_between_frequencies` should be as tight as it must; ``None`` for none.
+
+    Eigenvalues of nearly orthogonal kernels lie around their mean as those of random matrices do, within about two root
+    mean squares: a guess, by Parseval's identity, that certifies nothing.
+    """
+    groups, _, rows, _ = correlations.shape
+    mean = float(correlations[:, 0].diagonal(dim1=1, dim2=2).mean())
+    squares = 2.0 * correlations.square().sum() - correlations[:, 0].square().sum()
+    variance = float(squares) / (groups * rows) - mean**2
+    spread = _SPREAD * math.sqrt(max(variance, 0.0))
+    for density in _DENSITIES:
+        grid = tuple(max(1, density * (count - 1)) for count in taps)
+        if 2.0 * math.prod(grid) > _WORTH * frequencies:
+            return None
+        share = _share_between(taps, grid)
+        if share * spread <= effort.between * mean:
+            return grid[0], grid[1]
+    return None
+
+
+def _share_between(taps: tuple[int, int], grid: Sequence[int]) -> float:
+    """By which share of what eigenvalues on a grid span those between its points may pass the largest of them."""
+    product = 1.0
+    for count, points in zip(taps, grid, strict=True):
+        product *= 0.5 * (1.0 + math.cos(math.pi * (count - 1) / points))
+    return enlarge((1.0 - product) / (2.0 * product - 1.0), 32)
+
+
+def _between_frequencies(
+    even: Tensor, odd: Tensor, grid: tuple[int, int], taps: tuple[int, int], effort: Effort, error: float
+) -> float | None:
+    """Upper bound of the eigenvalues of all Gram matrices, from the largest and the smallest ones on a coarse grid.
+
+    Args:
+        even: symmetric parts of the coefficients, ``(groups, differences, rows·rows)``.
+        odd: skew-symmetric ones.
+        grid: its points on each axis, more than twice the taps but one.
+        taps: of the kernel.
+        effort: what it may cost.
+        error: of each computed Gram matrix.
+
+    Returns:
+        ``P + (P - l)·(1 - C)/(2C - 1)``, ``C = Π(1 + cos(mπ/M))/2`` over axes, with upper and lower bounds ``P`` and
+        ``l`` of the eigenvalues on the grid of ``M`` points an axis, ``m`` the taps but one; ``None`` where that is
+        looser than it may be.
+
+    Guarantee: let ``[l*, P*]`` hold all eigenvalues at all real frequencies, ``R = P* - l*``, and ``u`` be an
+    eigenvector of ``P*`` at ``(ω₁*, ω₂*)``. ``f = u*Gu`` is a real trigonometric polynomial of degree ``m₁`` in ``ω₁``
+    and ``m₂`` in ``ω₂``, between ``l*`` and ``P*``. By the Bernstein–Szegő inequality (:func:`symbol_norm_bound`), of a
+    polynomial less the middle of what it lies between, one that has a maximum ``s`` and nothing below ``l*`` on a line
+    is at least ``l* + (s - l*)(1 + cos(mπ/M))/2`` at a point of the grid next to it. Along ``ω₁`` first, then along
+    ``ω₂`` from what is reached: ``P ≥ l* + CR``. For the smallest eigenvalue likewise ``l ≤ P* - CR``. The difference
+    gives ``R ≤ (P - l)/(2C - 1)`` for ``C > ½``, and the first one ``P* ≤ P + (1 - C)R``. Computed Gram matrices are
+    off by at most ``error``, which is added to ``P`` and taken off ``l``.
+    """
+    largest = 0.0
+    for grams in _grams(even, odd, grid, taps):
+        largest = largest_eigenvalue_bound(grams, effort, largest)
+    below = 0.0
+    for grams in _grams(even, odd, grid, taps):
+        # What lies below the largest one is a Gram matrix's largest eigenvalue again.
+        below = largest_eigenvalue_bound(_mirrored(grams, largest), effort, below)
+    # The diagonals' subtraction rounds each entry once.
+    rounding = error + gamma(2) * largest
+    span = enlarge(below + 2.0 * rounding)
+    beyond = _share_between(taps, grid) * span
+    found = enlarge(largest + rounding + beyond, 8)
+    return found if beyond <= effort.between * largest else None
+
+
+def _mirrored(grams: Tensor, level: float) -> Tensor:
+    """``level·I - G``, in place."""
+    grams = grams.neg_()
+    grams.diagonal(dim1=-2, dim2=-1).add_(level)
+    return grams
 
 
 def _grid(taps: int, torus: int | None, effort: Effort) -> tuple[int, float]:

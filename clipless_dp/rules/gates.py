@@ -23,7 +23,7 @@ from clipless_dp.gates import (
     rounding_slack,
 )
 from clipless_dp.isolation import Cap, Isolated
-from clipless_dp.layers import SampleGroupNorm
+from clipless_dp.layers import SampleGroupNorm, StopGradient
 from clipless_dp.rules.base import LayerBounds, RuleContext, register_rule
 from clipless_dp.rules.conv import convolution_rule, transposed_convolution_rule
 from clipless_dp.rules.linear import linear_rule
@@ -71,6 +71,17 @@ def cotangent_gate_rule(module: CotangentGate, context: RuleContext) -> LayerBou
     return LayerBounds(
         output_norm=lambda: context.input_norm,
         cotangent_cap=cap,
+        lipschitz_inf=1.0,
+        output_norm_inf=lambda: context.input_norm_inf,
+    )
+
+
+@register_rule(StopGradient)
+def stop_gradient_rule(module: StopGradient, context: RuleContext) -> LayerBounds:
+    """``Y = X``, ``K = 1``, and the cotangent becomes 0."""
+    return LayerBounds(
+        output_norm=lambda: context.input_norm,
+        cotangent_cap=0.0,
         lipschitz_inf=1.0,
         output_norm_inf=lambda: context.input_norm_inf,
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from clipless_dp.layers import PadChannels
 from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_function_rule, register_rule
 
 
@@ -49,6 +50,12 @@ def permutation_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
     """``Y = X``, ``K = 1``: each output is one input, and each input one output."""
     if len(context.input_shape) < 3:
         raise RuleError(f"needs inputs (batch, channels, height, width), got {context.input_shape} per sample")
+    return _rearranged(context)
+
+
+@register_rule(PadChannels)
+def pad_channels_rule(module: PadChannels, context: RuleContext) -> LayerBounds:
+    """``Y = X``, ``K = 1``: each output is one input, or zero, and each input one output."""
     return _rearranged(context)
 
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import math
 
-from clipless_dp.layers import ConvexPotential, ConvexPotentialConv2d, SigmoidMix
+from clipless_dp.layers import (
+    ConvexPotential,
+    ConvexPotentialConv2d,
+    GradientGatedConvexPotential,
+    GradientGatedConvexPotentialConv2d,
+    SigmoidMix,
+)
 from clipless_dp.norms import coverage, output_size
 from clipless_dp.norms.operators import (
     ConvOperator,
@@ -14,6 +20,7 @@ from clipless_dp.norms.operators import (
     VectorOperator,
 )
 from clipless_dp.rules.base import Deferred, LayerBounds, RuleContext, RuleError, register_rule
+from clipless_dp.rules.gates import capped
 
 _ROUNDING = 1.0 + 1e-12
 """Covers the few roundings of a polynomial of certified norms."""
@@ -64,10 +71,30 @@ def convex_potential_conv2d_rule(module: ConvexPotentialConv2d, context: RuleCon
     if len(context.input_shape) != 3:
         raise RuleError(f"needs inputs (batch, channels, height, width), got {context.input_shape} per sample")
     input_size, padding = context.input_shape[1:], ((module.padding, module.padding),) * 2
-    windows = coverage(input_size, module.kernel_size, padding=padding)
-    weight = ConvOperator(input_size, (1, 1), padding, (1, 1), 1, windows)
-    positions = math.prod(output_size(input_size, module.kernel_size, padding=padding))
+    windows = coverage(input_size, module.kernel_size, stride=module.stride, padding=padding)
+    weight = ConvOperator(input_size, (module.stride,) * 2, padding, (1, 1), 1, windows)
+    positions = math.prod(output_size(input_size, module.kernel_size, stride=module.stride, padding=padding))
     return _step_bounds(module, context, weight, positions, windows)
+
+
+@register_rule(GradientGatedConvexPotential)
+def gradient_gated_convex_potential_rule(module: GradientGatedConvexPotential, context: RuleContext) -> LayerBounds:
+    """``Y = KX + 2w√T‖b‖``, ``K = max(1, 2w² - 1)``, ``Δ = c``.
+
+    As the plain layer; the gradients themselves have the gates' caps.
+    """
+    return capped(convex_potential_rule(module, context), module, module.weight, module.bias, context)
+
+
+@register_rule(GradientGatedConvexPotentialConv2d)
+def gradient_gated_convex_potential_conv2d_rule(
+    module: GradientGatedConvexPotentialConv2d, context: RuleContext
+) -> LayerBounds:
+    """``Y = KX + 2w√P‖b‖``, ``K = max(1, 2w² - 1)``, ``Δ = c``.
+
+    As the plain layer; the gradients themselves have the gates' caps.
+    """
+    return capped(convex_potential_conv2d_rule(module, context), module, module.weight, module.bias, context)
 
 
 def _step_bounds(

@@ -23,6 +23,7 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp.architectures import parts
+from clipless_dp.architectures.lipsll import _NAMED
 from clipless_dp.norms import conv2d_norm
 
 IMAGES: dict[str, Callable[[tuple[int, ...]], nn.Sequential]] = {
@@ -31,7 +32,10 @@ IMAGES: dict[str, Callable[[tuple[int, ...]], nn.Sequential]] = {
     "lipvgg": lambda shape: architectures.lipvgg(shape, 4, widths=(4, 6), hidden=8),
     "lipvgg, average": lambda shape: architectures.lipvgg(shape, 4, widths=(4, 6), hidden=8, pooling="average"),
     "lipresnet": lambda shape: architectures.lipresnet(shape, 4, widths=(4, 6), blocks=1),
+    "lipresnet, truncated": lambda shape: architectures.lipresnet(shape, 4, widths=(4,), blocks=2, paths=1),
     "mixer": lambda shape: architectures.mixer(shape, 4, channels=6, depth=1),
+    "lipsll": lambda shape: architectures.lipsll(shape, 4, 2, 1, 4, 5),
+    "lipsll, strided": lambda shape: architectures.lipsll(shape, 4, 1, 1, 4, 5, kernel_size=2, stride=2),
 }
 TABLES: dict[str, Callable[[tuple[int, ...]], nn.Sequential]] = {
     "mlp": lambda shape: architectures.mlp(shape, 4, widths=(12, 8)),
@@ -144,7 +148,7 @@ def test_a_private_step_moves_every_weight_and_keeps_it_within_its_limit(name: s
     assert all(not torch.equal(before[key], value) for key, value in model.net.named_parameters())
     if route == "gated":
         # A residual layer reads its weight twice, so that its own norm enters even between gates.
-        assert name == "residual mlp" or model.sensitivity().per_parameter == sensitivity
+        assert name.startswith(("residual mlp", "lipsll")) or model.sensitivity().per_parameter == sensitivity
     else:
         for key, constraint in model.constraints.items():
             assert constraint.holds(model.net.get_parameter(key).detach(), model.operators(key))
@@ -217,6 +221,10 @@ BAD: dict[str, tuple[Callable[[], Any], str]] = {
     "no block": (lambda: architectures.lipresnet((1, 8, 8), 2, blocks=0), "blocks must be positive"),
     "no depth": (lambda: architectures.mixer((1, 8, 8), 2, depth=0), "depth must be positive"),
     "an empty patch": (lambda: architectures.mixer((1, 8, 8), 2, patch_size=0), "patch_size must be positive"),
+    "fewer channels than the image": (lambda: architectures.lipsll((3, 8, 8), 2, width=2), "width must be a whole"),
+    "an unknown size": (lambda: architectures.lipsll((3, 8, 8), 2, size="XXL"), "size must be"),  # type: ignore[arg-type]
+    "no stride": (lambda: architectures.lipsll((3, 8, 8), 2, 1, 1, 4, 4, stride=0), "stride must be positive"),
+    "paths below none": (lambda: architectures.lipresnet((1, 8, 8), 2, paths=-1), "paths must be a whole number"),
     "alpha above one": (lambda: architectures.mixer((1, 8, 8), 2, alpha=1.5), "alpha must lie in"),
 }
 
@@ -226,6 +234,48 @@ def test_sizes_out_of_range_are_refused_by_name(name: str) -> None:
     build, message = BAD[name]
     with pytest.raises(ConfigurationError, match=message):
         build()
+
+
+@pytest.mark.parametrize(("size", "sizes"), [("S", (20, 7, 45)), ("M", (30, 10, 60)), ("L", (50, 10, 90))])
+def test_named_sizes_are_the_papers(size: Any, sizes: tuple[int, int, int]) -> None:
+    net = architectures.lipsll((3, 8, 8), 10, inner=2, size=size)
+    convolutions = [part for part in net.modules() if isinstance(part, layers.ConvexPotentialConv2d)]
+    dense = [part for part in net.modules() if isinstance(part, layers.ConvexPotential)]
+    assert (len(convolutions), len(dense), convolutions[0].channels) == sizes
+    assert dense[0].features == sizes[2] * 2 * 2
+    assert _NAMED["XL"] == (70, 15, 120, 2048)
+
+
+@pytest.mark.parametrize("side", [1, 3, 5, 8, 9, 29, 30, 31, 32])
+def test_averages_before_the_dense_layers_read_every_pixel(side: int) -> None:
+    net = architectures.lipsll((1, side, side), 2, 1, 0, 1, 1)
+    with torch.no_grad():
+        net.body[1].weight.zero_()  # type: ignore[index, union-attr, operator]
+    image = torch.zeros(1, 1, side, side, requires_grad=True)
+    net.body(image).sum().backward()
+    assert image.grad is not None
+    assert bool((image.grad == image.grad[0, 0, 0, 0]).all())
+    assert float(image.grad.max()) > 0.0
+
+
+def test_rows_of_norm_one_and_scaled_potentials_make_scores_that_each_are_one_lipschitz() -> None:
+    torch.manual_seed(0)
+    net = architectures.lipsll((2, 8, 4), 3, 2, 2, 4, 6)
+    limits = {"head": constraints.UnitRows(), "*": constraints.AlmostOrthogonal(scales="norm", side="outputs")}
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    loss = losses.TauCrossEntropy(4.0)
+    model = DPLipModel(net, input_shape=(2, 8, 4), input_norm=3.0, loss=loss, constraint=limits).double()
+    point = torch.randn(2, 8, 4, dtype=torch.float64)
+    jacobian = torch.autograd.functional.jacobian(lambda x: net(x.unsqueeze(0)).squeeze(0), point).reshape(3, -1)
+    assert float(jacobian.norm(dim=1).max()) <= 1.0 + 1e-6
+    pairs = model.margin_constants()
+    rows = net.head.weight.detach()  # type: ignore[union-attr, operator]
+    assert torch.allclose(rows.norm(dim=1), torch.ones(3, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(pairs, torch.cdist(rows, rows), rtol=1e-6, atol=1e-6)
+    assert float(pairs.max()) <= 2.0 + 1e-6
+    assert float((jacobian[0] - jacobian[1]).norm()) <= float(pairs[0, 1]) * (1.0 + 1e-9)
 
 
 def test_a_mixer_block_without_biases_has_none() -> None:

@@ -6,13 +6,15 @@ import copy
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, layers
-from clipless_dp.constraints import Constraint, Orthogonal, OrthogonalConvolution, orthogonal_convolution
+from clipless_dp.constraints import Constraint, Orthogonal, OrthogonalConvolution, Spectral, orthogonal_convolution
+from clipless_dp.constraints.base import scale_to_limit_
 from clipless_dp.norms import conv1d_norm, conv2d_norm
 from clipless_dp.norms.operators import ConvOperator
 from tests.soundness.attack import wrap
@@ -335,3 +337,21 @@ def test_a_convolution_that_orthogonium_refuses_gives_a_typed_error() -> None:
 def test_one_axis_is_certified_as_one() -> None:
     layer = layers.orthogonal_(nn.Conv1d(4, 6, 5))
     assert conv1d_norm(layer.weight, input_size=12) <= 1.001  # the balanced budget's slack
+
+
+@pytest.mark.parametrize("kind", [OrthogonalConvolution, Orthogonal, Spectral])
+@pytest.mark.parametrize("size", [0.0, 1e-4, 1e-3, 1e-2])
+def test_wide_kernels_that_were_projected_hold_and_stay_as_they_are(kind: Any, size: float) -> None:
+    """Whichever certificate is the larger one: a loaded weight is not divided again."""
+    operator = ConvOperator((30, 30), (1, 1), ((1, 1), (1, 1)), (1, 1), 1, 9)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        weight = layers.orthogonal_(nn.Conv2d(24, 24, 3, padding=1, bias=False)).weight.detach()
+        weight = 1.05 * (weight + size * weight.std() * torch.randn_like(weight))
+        constraint = kind()
+        constraint.project_(weight, (operator,))
+        assert constraint.holds(weight, (operator,))
+        again = weight.clone()
+        scale_to_limit_(again, (operator,), 1.0)
+        assert torch.equal(again, weight)
+        assert operator.norm(weight) <= 1.0 + 5e-4

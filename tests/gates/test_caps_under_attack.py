@@ -20,6 +20,7 @@ from clipless_dp import (
     ReproducibleNoise,
     gated,
     gradient_gated,
+    layers,
     losses,
 )
 from clipless_dp.gates import adapting_in, parts
@@ -75,6 +76,7 @@ ISOLATED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "one for both": (OneForBoth, (5,)),
     "crossed": (Crossed, (5,)),
     "again": (Again, (5,)),
+    "steps": (lambda: nn.Sequential(layers.ConvexPotential(6, 4), layers.ConvexPotential(6), nn.Linear(6, 3)), (6,)),
     # Forty positions: the samples' gradients are formed.
     "tokens": (
         lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2), nn.Flatten(), nn.Linear(80, 3)),
@@ -84,6 +86,17 @@ ISOLATED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 TRACED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "traced": (lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)), (6,)),
     "traced again": (repeated, (6,)),
+    "traced steps": (
+        lambda: nn.Sequential(
+            layers.ConvexPotentialConv2d(2, hidden=3),
+            nn.Flatten(2),
+            layers.ConvexPotential(9),
+            nn.Flatten(),
+            layers.ConvexPotential(18, 5),
+            nn.Linear(18, 3),
+        ),
+        (2, 3, 3),
+    ),
     "traced maps": (
         lambda: nn.Sequential(
             nn.Conv2d(2, 4, 3), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2), nn.Flatten(), nn.Linear(50, 3)

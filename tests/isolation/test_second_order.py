@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, gradient_gated, losses, passes
+from clipless_dp import DPLipModel, gradient_gated, layers, losses, passes
 
 ROWS = 5
 
@@ -37,6 +37,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "group norm": (lambda: nn.GroupNorm(2, 4), (4, 6)),
     "group norm of maps": (lambda: nn.GroupNorm(2, 4), (4, 3, 2)),
     "group norm of a vector": (lambda: nn.GroupNorm(4, 24), (24,)),
+    "a convex potential": (lambda: layers.ConvexPotential(24, 5), (24,)),
+    "a convex potential of tokens": (lambda: layers.ConvexPotential(6, 5), (4, 6)),
+    "a convex potential of maps": (lambda: layers.ConvexPotentialConv2d(4, hidden=2), (4, 3, 2)),
 }
 
 

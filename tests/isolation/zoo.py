@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipless_dp import layers
+
 ROWS = 5
 TOKENS = 7
 WORDS = 23
@@ -182,6 +184,11 @@ ZOO: dict[str, Callable[[], Case]] = {
     "layer norm, GELU": lambda: Case(
         nn.Sequential(nn.Linear(6, WIDTH), nn.LayerNorm(WIDTH), nn.GELU(), nn.Linear(WIDTH, 3)), signals(6)
     ),
+    "convex potentials": lambda: Case(
+        nn.Sequential(layers.ConvexPotential(6, 4), nn.LayerNorm(6), layers.ConvexPotential(6), nn.Linear(6, 3)),
+        signals(6),
+    ),
+    "convex potentials of tokens": lambda: Case(Mean(layers.ConvexPotential(WIDTH, 5)), tokens()),
     "transformer encoder": lambda: Case(Mean(encoder()), tokens()),
     "norms first": lambda: Case(Mean(encoder(norm_first=True, activation="gelu")), tokens()),
     "self-attention": lambda: Case(Mean(SelfAttention()), tokens()),

@@ -26,7 +26,7 @@ from tests.norms.truth import (
     spectral,
 )
 
-BUDGETS = ("cheap", "balanced", "tight")
+BUDGETS = ("cheap", "coarse", "balanced", "tight")
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,6 +110,27 @@ THE_SAME = {
     "with gates of other caps": lambda: gradient_gated(net_of(nn.LeakyReLU(0.01)), limit=3.0, isolation="graph"),
     "in place": lambda: net_of(nn.LeakyReLU(0.01, inplace=True)),
 }
+
+
+STEPS: dict[str, Callable[[], nn.Module]] = {
+    "convex potential": lambda: layers.ConvexPotential(6, 4),
+    "circulant": lambda: layers.StructuredLinear(6, 6),
+    "diagonal": lambda: layers.Diagonal(6),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_layers_behind_gates_of_gradients_are_the_same_function_as_without_and_no_other(name: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(STEPS[name](), nn.Linear(6, 3))
+    found = {
+        function_of(gradient_gated(net, limit=limit, isolation="graph").get_submodule("0")) for limit in (1.0, 3.0)
+    }
+    assert found == {function_of(net[0])}
+    others = (layers.ConvexPotential(6, 5), layers.ConvexPotentialConv2d(6), layers.StructuredLinear(6, 6, "skew"))
+    assert not any(function_of(other) in found for other in others)
+    strided = layers.ConvexPotentialConv2d(6, 2, padding=0, stride=2)
+    assert function_of(strided) != function_of(layers.ConvexPotentialConv2d(6, 2, padding=0))
 
 
 def certified_with(network: nn.Module, weights: nn.Module) -> tuple[DPLipModel, Curve]:

@@ -415,6 +415,8 @@ GRAPH_CASES = (
     Case("convex potential 3×3", lambda: layers.ConvexPotentialConv2d(1, hidden=2), (1, 7, 7)),
     Case("convex potential 3×3, no bias", lambda: layers.ConvexPotentialConv2d(2, hidden=1, bias=False), (2, 6, 6)),
     Case("convex potential 4×4, padding 0", lambda: layers.ConvexPotentialConv2d(1, 4, 2, padding=0), (1, 8, 8)),
+    Case("convex potential 3×3, stride 2", lambda: layers.ConvexPotentialConv2d(1, hidden=2, stride=2), (1, 6, 7)),
+    Case("convex potential 2×2, stride 2", lambda: layers.ConvexPotentialConv2d(2, 2, 2, stride=2), (2, 4, 5)),
     Case("convex potential 5×5 on a 2×2 map", lambda: layers.ConvexPotentialConv2d(2, 5), (2, 2, 2)),
     Case("pixel unshuffle", lambda: nn.PixelUnshuffle(2), (2, 4, 6)),
     Case("pixel shuffle", lambda: nn.PixelShuffle(2), (4, 2, 3)),

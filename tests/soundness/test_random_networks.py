@@ -119,7 +119,9 @@ class Drawn:
             ]
             parts += [self.activation(made, 1)]
             if self.random.random() < 0.3:
-                parts += [self.choice(layers.Residual(nn.Linear(made, made)), layers.ConvexPotential(made))]
+                blocks = [nn.Linear(made, made) for _ in range(3)]
+                highway = layers.Highway(blocks, self.choice(0, 1, 2), self.choice(None, 0.4))
+                parts += [self.choice(layers.Residual(blocks[0]), layers.ConvexPotential(made), highway)]
             width = made
         return nn.Sequential(*parts, nn.Linear(width, 3)), shape, False
 
@@ -134,6 +136,7 @@ class Drawn:
             else:
                 layer = nn.ConvTranspose2d(channels, made, taps, self.choice(1, 2), bias=self.choice(True, False))
             parts += [*self.maybe(self.gate), layer, *self.maybe(self.gate), self.activation(made, 1)]
+            parts += self.maybe(lambda made=made: layers.ConvexPotentialConv2d(made, self.choice(1, 3), 2), 0.2)
             parts += self.maybe(
                 lambda: self.choice(nn.MaxPool2d(2, 1), nn.AvgPool2d(2, 1), layers.L2NormPool2d(2, padding=1))
             )
@@ -181,7 +184,8 @@ class Drawn:
                     )
 
     def gradient_gates(self, net: nn.Module) -> nn.Module:
-        names = [name for name, part in net.named_modules() if isinstance(part, (nn.Linear, nn.Conv1d, nn.Conv2d))]
+        kinds = nn.Linear, nn.Conv1d, nn.Conv2d, layers.ConvexPotential, layers.ConvexPotentialConv2d
+        names = [name for name, part in net.named_modules() if isinstance(part, kinds)]
         for mode in ("normalize", "clip"):
             net = gradient_gated(
                 net,
