@@ -51,6 +51,7 @@ PARAMETRISED: dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[int, ..
     layers.Householder: (lambda: layers.Householder(4), (4,)),
     layers.StructuredLinear: (lambda: layers.StructuredLinear(4, 4), (4,)),
     layers.Diagonal: (lambda: layers.Diagonal(4), (4,)),
+    layers.CausalMixing: (lambda: layers.CausalMixing(4), (4, 2)),
     layers.ChannelBias: (lambda: layers.ChannelBias(4), (4,)),
     layers.DistanceLinear: (lambda: layers.DistanceLinear(4, 4), (4,)),
     layers.SortLinear: (lambda: layers.SortLinear(4, 4), (4,)),

@@ -2,6 +2,7 @@
 
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.absolute import AbsoluteValue
+from clipless_dp.layers.causal import CausalMixing
 from clipless_dp.layers.centering import BiasedCentering, ChannelBias, LayerCentering
 from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
@@ -36,6 +37,7 @@ __all__ = [
     "BallProjection",
     "BiasedCentering",
     "BoxProjection",
+    "CausalMixing",
     "ChannelBias",
     "ConcatReLU",
     "ConcatResidual",

@@ -5,6 +5,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from clipless_dp.rules import (
     activations,
+    causal,
     conv,
     distance,
     embedding,
@@ -119,6 +120,7 @@ __all__ = [
     "RuleContext",
     "RuleError",
     "activations",
+    "causal",
     "conv",
     "distance",
     "embedding",

@@ -25,6 +25,8 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "BiasedCentering": (lambda: layers.BiasedCentering(4, (-2, -1)), MAPS),
     "BoxProjection": (lambda: layers.BoxProjection(-0.5, 1.0), MAPS),
     "BoxProjection of columns": (lambda: layers.BoxProjection([-1.0, 0.0, 0.2, -3.0], 0.5), ROWS),
+    "CausalMixing": (lambda: layers.CausalMixing(5), TOKENS),
+    "CausalMixing, squares": (lambda: layers.CausalMixing(5, "squares"), TOKENS),
     "ChannelBias": (lambda: layers.ChannelBias(4), MAPS),
     "ConcatReLU": (layers.ConcatReLU, MAPS),
     "ConcatResidual": (lambda: layers.ConcatResidual(nn.Linear(4, 2)), ROWS),
