@@ -6,6 +6,7 @@ from clipless_dp.layers.causal import CausalMixing
 from clipless_dp.layers.centering import BiasedCentering, ChannelBias, LayerCentering
 from clipless_dp.layers.convex_potential import ConvexPotential, ConvexPotentialConv2d
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
+from clipless_dp.layers.forward_only import Foton, Pepita
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
 from clipless_dp.layers.monotone import BoxProjection, MonotoneResidual
@@ -48,6 +49,7 @@ __all__ = [
     "Diagonal",
     "DistanceLinear",
     "EffectiveRegions",
+    "Foton",
     "FullSort",
     "GatedResidual",
     "GradientGatedDiagonal",
@@ -62,6 +64,7 @@ __all__ = [
     "MixerBlock",
     "MonotoneResidual",
     "NoiseInjection",
+    "Pepita",
     "Residual",
     "SampleGroupNorm",
     "ScaledAvgPool2d",

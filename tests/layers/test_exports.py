@@ -37,6 +37,7 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "Diagonal": (lambda: layers.Diagonal(4), ROWS),
     "DistanceLinear": (lambda: layers.DistanceLinear(4, 3), ROWS),
     "DistanceLinear, p = 8": (lambda: layers.DistanceLinear(4, 3, p=8.0, mean=True), ROWS),
+    "Foton": (lambda: layers.Foton(_sequence(), 1.0), ROWS),
     "FullSort": (layers.FullSort, MAPS),
     "GatedResidual": (lambda: layers.GatedResidual(nn.Linear(4, 4)), ROWS),
     "GradientGatedDiagonal": (lambda: gradient_gated(nn.Sequential(layers.Diagonal(4))), ROWS),
@@ -52,6 +53,7 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "MixerBlock": (lambda: layers.MixerBlock(4, 3), (4, 3)),
     "MonotoneResidual": (lambda: layers.MonotoneResidual(nn.Sequential(nn.Linear(4, 2)), [1, -1, 0, 0], 2), ROWS),
     "NoiseInjection": (lambda: layers.NoiseInjection(0.5, 1.0), ROWS),
+    "Pepita": (lambda: layers.Pepita(_sequence(), 1.0), ROWS),
     "Residual": (lambda: layers.Residual(nn.Linear(4, 4)), ROWS),
     "SampleGroupNorm": (lambda: layers.SampleGroupNorm(2, floor=0.1), MAPS),
     "ScaledAvgPool2d": (lambda: layers.ScaledAvgPool2d(3, 2, 1), MAPS),
@@ -68,6 +70,10 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "AvgPool2d": (lambda: nn.AvgPool2d((3, 2), 2, 1, divisor_override=1), MAPS),
     "AvgPool2d, ceil_mode": (lambda: nn.AvgPool2d(2, 3, ceil_mode=True, divisor_override=5), (4, 6, 7)),
 }
+
+
+def _sequence() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Dropout(0.1), nn.Linear(5, 3))
 
 
 class _Mixed(nn.Module):
