@@ -27,6 +27,7 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp.layers import Foton, FullSort, GroupSort, Pepita, forward_only
+from clipless_dp.model.description import settings_of
 from clipless_dp.model.slopes import loss_slopes
 from tests.support import samples
 
@@ -500,3 +501,9 @@ def test_a_constraint_holds_the_weights_within_and_a_step_keeps_the_bound() -> N
         norms = [float(torch.linalg.matrix_norm(p.detach(), 2)) for p in model.net.parameters() if p.dim() == 2]
         assert max(norms) <= 1.0
     assert _bounds(model)["0.weight"] == pytest.approx(3.0 * math.sqrt(2.0), rel=1e-6)
+
+
+def test_a_description_tells_of_the_layers_within() -> None:
+    told = [settings_of(wrapped(Foton(net(nn.LeakyReLU(slope)), 1.0))) for slope in (0.1, 0.2)]
+    assert told[0] != told[1]
+    assert told[0] == settings_of(wrapped(Foton(net(nn.LeakyReLU(0.1)), 1.0)))
