@@ -36,7 +36,7 @@ class CausalMixing(Unscripted, nn.Module):
             ``‖B‖ ≤ cβ``; of ``A`` the limit is ``α`` itself. So ``K ≤ α/(1 - β)``.
 
     Attributes:
-        weight: the entries of ``A``, diagonal by diagonal from the main one down; at first of norm 1.
+        weight: the entries of ``A``, diagonal by diagonal from the main one down; at first near the identity, of norm 1.
         feedback: those of ``B``, from the first below; at first of norm ``β``.
         steps: the steps of ``B``.
 
@@ -67,9 +67,11 @@ class CausalMixing(Unscripted, nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws the entries anew."""
+        """Draws the entries anew: ``A`` near the identity, so that tokens come through, ``B`` of any signs."""
+        nn.init.normal_(self.weight, std=0.1)
+        self.weight[: self.tokens] += 1.0
+        nn.init.normal_(self.feedback)
         for values, operator in ((self.weight, self.operator()), (self.feedback, self.feedback_operator())):
-            nn.init.normal_(values)
             norm = operator.norm(values)
             if norm > 0.0:
                 values.div_(norm)
