@@ -10,6 +10,7 @@ from torch import Tensor
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import passes
 from clipless_dp.model.wrapped import DPLipModel
+from clipless_dp.modules import kept_modes
 from clipless_dp.sampling.adversarial import Beside
 
 
@@ -57,15 +58,12 @@ def loss_slopes(model: DPLipModel, inputs: Tensor, targets: Tensor, mask: Tensor
     if len(inputs) != len(targets):
         raise ConfigurationError(f"slopes are of all {len(targets)} rows at once, in their order, got {len(inputs)}")
     counted = model.nonfinite_samples.clone()
-    modes = [(part, part.training) for part in model.modules()]
     try:
-        model.eval()
-        with torch.enable_grad(), passes.viewing():
+        with torch.enable_grad(), passes.viewing(), kept_modes(model):
+            model.eval()
             values = inputs.detach().requires_grad_()
             total = model.loss(model(values), targets, mask)
             (found,) = torch.autograd.grad(total, values)
     finally:
-        for part, training in modes:
-            part.training = training
         model.nonfinite_samples.copy_(counted)
     return found

@@ -291,6 +291,17 @@ def test_views_cost_no_privacy_and_leave_no_trace_but_gradients() -> None:
     assert counts == [0, 0]
 
 
+def test_parts_stay_in_the_modes_they_were_in_and_dropout_is_off_in_the_attack() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 64), nn.Dropout(0.5), nn.Linear(64, 3)).double()
+    model = DPLipModel(net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(2.0))
+    model.train()
+    net[0].eval()
+    first, other = (seen(model, FromTheSample(0.5), batch(), seed) for seed in (3, 4))
+    assert torch.equal(first, other)
+    assert [part.training for part in net] == [False, True, True]
+
+
 def test_a_sample_without_a_finite_loss_is_dropped_once_for_each_view_and_others_are_attacked() -> None:
     model = wrapped()
     inputs, targets, mask = batch(6)
