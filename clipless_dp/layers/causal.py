@@ -36,7 +36,7 @@ class CausalMixing(Unscripted, nn.Module):
             ``‖B‖ ≤ cβ``; of ``A`` the limit is ``α`` itself. So ``K ≤ α/(1 - β)``.
 
     Attributes:
-        weight: the entries of ``A``, diagonal by diagonal from the main one down; at first near the identity, of norm 1.
+        weight: the entries of ``A``, diagonal by diagonal from the main one down; at first about the identity.
         feedback: those of ``B``, from the first below; at first of norm ``β``.
         steps: the steps of ``B``.
 
