@@ -345,7 +345,8 @@ def page(rows: list[dict[str, Any]], asked: argparse.Namespace) -> str:
         f"Private MNIST at ε = {EPSILON:g}, δ = {DELTA:g}: images averaged to 14 × 14, two hidden layers of {WIDTH} "
         f"(structured ones: of 196; causal mixing: of {WIDTH} channels), {asked.epochs} epochs, batches of 2,048, "
         f"{seeds}, test images once. No setting is tuned for any row: learning rate and optimizer are what `fit` takes "
-        f"from public numbers, and behind constraints the loss's gradient is capped at {CAP:g}. So rows tell what a family costs at one price and effort, not what its best would be. A "
+        f"from public numbers, and behind constraints the loss's gradient is capped at {CAP:g}. So rows tell "
+        "what a family costs at one price and effort, not what its best would be. A "
         "step's time is the median ratio to plain SGD steps of a ReLU network of the same widths, taken before and "
         "behind it, in processor time of one thread, views and projections included; torch "
         f"{torch.__version__}. Made by `python benchmarks/families.py --data-dir DIR`.",
