@@ -29,6 +29,7 @@ from clipless_dp import (
 from clipless_dp.layers import Foton, FullSort, GroupSort, Pepita, forward_only
 from clipless_dp.model.description import settings_of
 from clipless_dp.model.slopes import loss_slopes
+from clipless_dp.testing import LipschitzLayerTestCase
 from tests.support import samples
 
 SETTINGS: dict[str, Any] = {"noise_multiplier": 1.0, "sample_rate": 0.5, "dataset_size": 40, "sampling": "poisson"}
@@ -244,6 +245,32 @@ def test_bounds_are_attained_so_that_none_of_their_factors_can_go() -> None:
     assert _bounds(model)["0.weight"] == pytest.approx(1.3 * 1.3**3 * 3.0, rel=1e-3)
     assert _bounds(model)["1.weight"] == pytest.approx(1.3**2 * 1.3**3 * 1.3 * 3.0, rel=1e-3)
     assert _bounds(model)["2.weight"] == pytest.approx(1.3**2 * 3.0, rel=1e-3)
+
+
+class TestFoton(LipschitzLayerTestCase):
+    shapes = ((3,),)
+    steps = 1
+
+    def build(self, shape: tuple[int, ...]) -> nn.Module:
+        return Foton(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)))
+
+
+@pytest.mark.slow
+class TestCapped(LipschitzLayerTestCase):
+    shapes = ((6,), (2, 3))
+    steps = 2
+
+    def build(self, shape: tuple[int, ...]) -> nn.Module:
+        return Foton(nn.Sequential(nn.Flatten(), *net(nn.Tanh()).float()), 0.3)
+
+
+@pytest.mark.slow
+class TestPepita(LipschitzLayerTestCase):
+    shapes = ((6,),)
+    steps = 2
+
+    def build(self, shape: tuple[int, ...]) -> nn.Module:
+        return Pepita(net(nn.ReLU()).float(), 0.3)
 
 
 @pytest.mark.parametrize("layer", [nn.Identity(), nn.ReLU(), GroupSort(8)], ids=repr)
