@@ -51,6 +51,9 @@ PARAMETRISED: dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[int, ..
     layers.Householder: (lambda: layers.Householder(4), (4,)),
     layers.StructuredLinear: (lambda: layers.StructuredLinear(4, 4), (4,)),
     layers.Diagonal: (lambda: layers.Diagonal(4), (4,)),
+    layers.Foton: (lambda: layers.Foton(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))), (4,)),
+    layers.Pepita: (lambda: layers.Pepita(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)), 1.0), (4,)),
+    layers.CausalMixing: (lambda: layers.CausalMixing(4), (4, 2)),
     layers.ChannelBias: (lambda: layers.ChannelBias(4), (4,)),
     layers.DistanceLinear: (lambda: layers.DistanceLinear(4, 4), (4,)),
     layers.SortLinear: (lambda: layers.SortLinear(4, 4), (4,)),
@@ -63,6 +66,8 @@ PARAMETRISED: dict[type[nn.Module], tuple[Callable[[], nn.Module], tuple[int, ..
 HAVE_GATES = (
     layers.GradientGatedConvexPotential,
     layers.GradientGatedConvexPotentialConv2d,
+    layers.Foton,
+    layers.Pepita,
     layers.GradientGatedStructuredLinear,
     layers.GradientGatedDiagonal,
     isolation.Isolated,

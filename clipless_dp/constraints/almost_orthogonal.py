@@ -11,7 +11,13 @@ from torch.nn import functional
 from clipless_dp.arguments import choice, whole
 from clipless_dp.constraints.base import Constraint, scale_to_limit_
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.norms.operators import CirculantOperator, ConvOperator, Operator, ToeplitzOperator
+from clipless_dp.norms.operators import (
+    CirculantOperator,
+    ConvOperator,
+    Operator,
+    ToeplitzOperator,
+    TriangularOperator,
+)
 
 _MOST_ROUNDS = 6
 """A dense weight's largest divisor is then at most ``n^(1/128)`` of its norm: 3.7 % above it for ``n = 100``."""
@@ -74,11 +80,15 @@ class AlmostOrthogonal(Constraint):
         """Projects the weight in place.
 
         Raises:
-            ConfigurationError: it is a circulant or Toeplitz matrix.
+            ConfigurationError: it is a circulant or Toeplitz matrix, or one of causal mixing.
         """
         if isinstance(operators[0], (CirculantOperator, ToeplitzOperator)):
             raise ConfigurationError(
                 "the almost-orthogonal diagonal breaks a circulant or Toeplitz structure: use constraints.Spectral()"
+            )
+        if isinstance(operators[0], TriangularOperator):
+            raise ConfigurationError(
+                "sparse triangular matrices are held by constraints.Spectral(): give it to the weights of causal mixing"
             )
         kernel = operators[0].kernel(weight.double())
         # The rows of a transposed convolution's kernel are its inputs.

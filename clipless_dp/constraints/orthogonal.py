@@ -14,7 +14,13 @@ from clipless_dp.constraints.base import Constraint, scale_to_limit_
 from clipless_dp.errors import ConfigurationError, NormError
 from clipless_dp.norms.eigenvalue import trace_bounds
 from clipless_dp.norms.gram import gram_matrix, single_gram_matrix
-from clipless_dp.norms.operators import CirculantOperator, DenseOperator, Operator, ToeplitzOperator
+from clipless_dp.norms.operators import (
+    CirculantOperator,
+    DenseOperator,
+    Operator,
+    ToeplitzOperator,
+    TriangularOperator,
+)
 from clipless_dp.norms.rounding import certified_arithmetic, exact_float64, gamma, product_error
 from clipless_dp.norms.single import single_frobenius_bound, single_precision_serves
 from clipless_dp.precision import coarse_products
@@ -82,8 +88,13 @@ class Orthogonal(Constraint):
         """Projects the weight in place.
 
         Raises:
-            ConfigurationError: it is a Toeplitz or Hankel matrix.
+            ConfigurationError: it is a Toeplitz or Hankel matrix, or one of causal mixing.
         """
+        if isinstance(operators[0], TriangularOperator):
+            raise ConfigurationError(
+                "a sparse triangular matrix is orthogonal only where it is a diagonal of signs: use constraints."
+                "Spectral() for the weights of causal mixing"
+            )
         if isinstance(operators[0], ToeplitzOperator):
             raise ConfigurationError(
                 "a Toeplitz or Hankel matrix has no orthogonal one near it but in special cases: use constraints."
@@ -100,7 +111,7 @@ class Orthogonal(Constraint):
     @torch.no_grad()
     def initialize_(self, weight: Tensor, operators: tuple[Operator, ...]) -> None:
         """Starts from the polar factor, which later projections only have to follow."""
-        if isinstance(operators[0], (CirculantOperator, ToeplitzOperator)):
+        if isinstance(operators[0], (CirculantOperator, ToeplitzOperator, TriangularOperator)):
             self.project_(weight, operators)
             return
         with certified_arithmetic(weight):

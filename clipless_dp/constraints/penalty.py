@@ -12,7 +12,14 @@ from clipless_dp.arguments import choice, positive
 from clipless_dp.constraints import circulant
 from clipless_dp.constraints.base import Constraint
 from clipless_dp.norms.conv import polyphase
-from clipless_dp.norms.operators import CirculantOperator, ConvOperator, DenseOperator, Operator, ToeplitzOperator
+from clipless_dp.norms.operators import (
+    CirculantOperator,
+    ConvOperator,
+    DenseOperator,
+    Operator,
+    ToeplitzOperator,
+    TriangularOperator,
+)
 from clipless_dp.norms.rounding import exact_float64
 
 _ROUNDS = 20
@@ -89,13 +96,16 @@ class LipschitzPenalty(Constraint):
 
 def penalised(operators: tuple[Operator, ...]) -> bool:
     """Whether a parameter is a weight whose norm a penalty knows."""
-    return isinstance(operators[0], (DenseOperator, ConvOperator, CirculantOperator, ToeplitzOperator))
+    known = DenseOperator, ConvOperator, CirculantOperator, ToeplitzOperator, TriangularOperator
+    return isinstance(operators[0], known)
 
 
 def _norm(weight: Tensor, operator: Operator) -> Tensor:
     """An estimate of the operator norm, from below, whose gradient is that of the norm."""
     if isinstance(operator, DenseOperator):
         return _top(weight)
+    if isinstance(operator, TriangularOperator):
+        return _top(operator.dense(weight)) / operator.unit
     if isinstance(operator, ConvOperator):
         missing = 2 - len(operator.stride)
         kernel = operator.kernel(weight)

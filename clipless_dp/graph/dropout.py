@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clipless_dp.isolation import Isolated
-from clipless_dp.layers import NoiseInjection
+from clipless_dp.layers import Foton, NoiseInjection, Pepita
 from clipless_dp.modules import kind_of
 from clipless_dp.noise.randomness import BY_CHANNEL, BY_SAMPLE, EVERY_ENTRY, Randomness, empty_noise, live
 from clipless_dp.rules import find_function_rule, find_rule
@@ -91,7 +91,7 @@ def may_draw(graph: fx.GraphModule) -> bool:
             rule = None if isinstance(leaf, DrawnDropout) else find_rule(leaf)
             package = kind_of(leaf).__module__.partition(".")[0]
             if (
-                isinstance(leaf, (Isolated, NoiseInjection))
+                isinstance(leaf, (Isolated, NoiseInjection, Foton, Pepita))
                 or package not in ("torch", "clipless_dp")
                 or not (rule is None or is_builtin(rule))
             ):

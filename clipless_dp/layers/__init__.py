@@ -2,6 +2,7 @@
 
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.layers.absolute import AbsoluteValue
+from clipless_dp.layers.causal import CausalMixing
 from clipless_dp.layers.centering import BiasedCentering, ChannelBias, LayerCentering
 from clipless_dp.layers.convex_potential import (
     ConvexPotential,
@@ -10,6 +11,7 @@ from clipless_dp.layers.convex_potential import (
     GradientGatedConvexPotentialConv2d,
 )
 from clipless_dp.layers.distance import DistanceLinear, SortLinear, set_exponent_
+from clipless_dp.layers.forward_only import Foton, Pepita
 from clipless_dp.layers.highway import Highway, StopGradient
 from clipless_dp.layers.householder import Householder
 from clipless_dp.layers.mixing import MixerBlock, TokenMixing, Tokens
@@ -42,6 +44,7 @@ __all__ = [
     "BallProjection",
     "BiasedCentering",
     "BoxProjection",
+    "CausalMixing",
     "ChannelBias",
     "ConcatReLU",
     "ConcatResidual",
@@ -52,6 +55,7 @@ __all__ = [
     "Diagonal",
     "DistanceLinear",
     "EffectiveRegions",
+    "Foton",
     "FullSort",
     "GatedResidual",
     "GradientGatedConvexPotential",
@@ -70,6 +74,7 @@ __all__ = [
     "MonotoneResidual",
     "NoiseInjection",
     "PadChannels",
+    "Pepita",
     "Residual",
     "SampleGroupNorm",
     "ScaledAvgPool2d",

@@ -51,6 +51,10 @@ def settings_of(model: Any) -> dict[str, Any]:
     objects = _objects(model)
     first = vars(model).get("_first", objects)
     layers = {".".join(leaf.path): leaf.module for leaf in model._watch.leaves}
+    for leaf in model._watch.leaves:
+        if leaf.within:
+            within = leaf.module.named_modules(remove_duplicate=False)
+            layers |= {".".join((*leaf.path, name)): part for name, part in within if name}
     return {
         "input_norm": float(model.input_norm),
         **({} if model.packing is None else {"inputs": model.packing.described()}),

@@ -15,7 +15,7 @@ from clipless_dp.gates import input_gate, presence_gate, sample_norms, table_gat
 from clipless_dp.gates.arithmetic import can_look, largest_norm
 from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.isolation import Isolated
-from clipless_dp.model.passes import is_unwitnessed
+from clipless_dp.model import passes
 from clipless_dp.model.row_invariance import RowInvariance, Twin, Values, copied
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.modules import modules_of, parameter_device_and_dtype
@@ -71,7 +71,7 @@ class Network:
         fused = FusedNet.can_run(inputs) and not predicts
         net = self.fused.module if fused else self._traced.module
         # Without gradients too, while training: a checkpointed pass is computed so first.
-        enabled = (torch.is_grad_enabled() or training) and not is_unwitnessed() and not torch.compiler.is_compiling()
+        enabled = (torch.is_grad_enabled() or training) and passes.chooses_rows() and not torch.compiler.is_compiling()
         if not (enabled and self.chooses_rows(inputs.device)):
             return self.values(net, fused, inputs)
         return self.rows.run(partial(self.values, net, fused), inputs, lambda: self._twin(net, fused, inputs))

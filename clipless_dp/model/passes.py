@@ -28,6 +28,7 @@ class _Declared(threading.local):
     beside: Draw | None = None
     public = False
     unwitnessed = False
+    alike = False
 
 
 _declared = _Declared()
@@ -232,6 +233,18 @@ def unwitnessed() -> Iterator[None]:
     """Passes within may be differentiated as often as one likes; what they add to a ``.grad`` is refused by a step."""
     with declaring(unwitnessed=True):
         yield
+
+
+@contextmanager
+def viewing() -> Iterator[None]:
+    """As :func:`unwitnessed`, for views of rows: passes run as those of the rows themselves do."""
+    with declaring(unwitnessed=True, alike=True):
+        yield
+
+
+def chooses_rows() -> bool:
+    """Whether a pass now may run at numbers of rows that are chosen for it."""
+    return _declared.alike or not _declared.unwitnessed
 
 
 def is_unwitnessed() -> bool:

@@ -24,9 +24,18 @@ from clipless_dp.modules import (
 )
 from clipless_dp.precision import coarse_products
 
+_Held = list[tuple[dict[str, nn.Module | None], tuple[tuple[str, nn.Module | None], ...]]]
+"""Of each of some modules its children, and what these were."""
+
 
 class Leaf:
-    """A bounded module, where it was found, and the settings that its bounds rest on."""
+    """A bounded module, where it was found, and the settings that its bounds rest on.
+
+    Attributes:
+        within: the layers within it, of which the bounds of this package's own follow.
+        held: which modules they hold.
+        kinds: what they are.
+    """
 
     def __init__(self, path: tuple[str, ...], module: nn.Module) -> None:
         self.path = path
@@ -34,9 +43,17 @@ class Leaf:
         self.kind = kind_of(module)
         self._parts = _watched(module)
         self._parameters = parameters_of(module)
-        self.settings = Settings(module)
         origin = self.kind.__module__
         self.is_ours = origin.partition(".")[0] in ("torch", "clipless_dp") and "testing" not in origin
+        self.within = self._parts[1:] if self.is_ours else []
+        self._settings = [Settings(part) for part in (module, *self.within)]
+        holding = [part for part in (module, *self.within) if part._modules and self.within]
+        self.held = [(part._modules, tuple(part._modules.items())) for part in holding]
+        self.kinds = [(part, type(part)) for part in self.within]
+
+    def settings_hold(self) -> bool:
+        """Whether the module is set as it was, and what is within it."""
+        return all(settings.hold() for settings in self._settings)
 
     def is_altered(self, net: nn.Module, whole: bool) -> bool:
         """Whether the module was replaced, or anything in it hooked, but by what gathers weights that are not whole."""
@@ -52,7 +69,17 @@ class Leaf:
             return kind_of(module) is not self.kind or is_hooked(module, besides=known) or inside
         if type(module) is not self.kind or any(runs_hooks(part) for part in self._parts):
             return True
+        if not (_are_held(self.held) and _are_kinds(self.kinds)):
+            return True
         return any(has_hooks(parameter) for parameter in self._parameters)
+
+
+def _are_held(held: _Held) -> bool:
+    return all(tuple(now.items()) == then for now, then in held)
+
+
+def _are_kinds(kinds: list[tuple[nn.Module, type[nn.Module]]]) -> bool:
+    return all(type(module) is kind for module, kind in kinds)
 
 
 def _watched(leaf: nn.Module) -> list[nn.Module]:
@@ -95,6 +122,8 @@ class Watch:
         parts = list(dict.fromkeys(part for leaf in leaves for part in _watched(leaf.module)))
         self._edges = list(edges.values())
         self._kinds = [(leaf.module, leaf.kind) for leaf in leaves]
+        self._kinds += [one for leaf in leaves for one in leaf.kinds]
+        self._held = [one for leaf in leaves for one in leaf.held]
         kinds = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
         self._hooks = [getattr(part, kind) for part in parts for kind in kinds]
         self._attributes = [vars(part) for part in parts]
@@ -132,11 +161,11 @@ class Watch:
 
     def settings_hold(self) -> bool:
         """Whether all layers are set as they were."""
-        return all(leaf.settings.hold() for leaf in self.leaves)
+        return all(leaf.settings_hold() for leaf in self.leaves)
 
     def refuse_other_settings(self) -> None:
         """Refuses settings that changed while a pass was under way; a layer of a user's own may keep what it saw."""
-        if not all(leaf.settings.hold() for leaf in self.leaves if leaf.is_ours):
+        if not all(leaf.settings_hold() for leaf in self.leaves if leaf.is_ours):
             raise PrivacyError(
                 "the settings of a layer or a gate were changed between a forward pass and its backward pass, so that "
                 "no one bound holds for it: change them between steps"
@@ -147,7 +176,8 @@ class Watch:
         return not (
             any(self._hooks)
             or any("forward" in own for own in self._attributes)
-            or any(type(module) is not kind for module, kind in self._kinds)
+            or not _are_kinds(self._kinds)
+            or not _are_held(self._held)
             or any(held.get(name) is not below for held, name, below in self._edges)
             or any(has_hooks(parameter) for parameter in self._parameters)
         )

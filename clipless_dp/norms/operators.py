@@ -299,6 +299,50 @@ class ToeplitzOperator:
         return weight.reshape(1, 1, -1)
 
 
+@dataclass(frozen=True)
+class TriangularOperator:
+    """A square matrix, divided by a number, of the entries of some diagonals on and below the main one.
+
+    Attributes:
+        rows: of the matrix, and columns.
+        steps: how far below the main diagonal each is, less than ``rows``.
+        unit: what the matrix is divided by: a limit of 1 then holds its norm at this.
+    """
+
+    rows: int
+    steps: tuple[int, ...]
+    unit: float = 1.0
+
+    @property
+    def entries(self) -> int:
+        """How many numbers the weight has."""
+        return sum(self.rows - step for step in self.steps)
+
+    def dense(self, weight: Tensor) -> Tensor:
+        """The matrix, not divided, of entries diagonal by diagonal: ``(entries,)`` to ``(rows, rows)``."""
+        found = weight.new_zeros(self.rows, self.rows)
+        for step, diagonal in zip(self.steps, weight.split([self.rows - step for step in self.steps]), strict=True):
+            found = found + torch.diag_embed(diagonal, -step)
+        return found
+
+    def norm(self, weight: Tensor) -> float:
+        """Certified spectral norm, divided by the unit."""
+        norm = dense_norm(self.dense(weight))
+        return enlarge(norm / self.unit) if norm > 0.0 else 0.0
+
+    def perturbation(self, weight: Tensor) -> float:
+        """The entries' norm is the matrix's Frobenius norm."""
+        return 1.0 / self.unit
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """All entries in one row: ``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """All entries in one row: ``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
+
+
 def diagonal_counts(rows: int, columns: int) -> Tensor:
     """How many entries each diagonal of a matrix has, from the upper right corner to the lower left one, ``(n,)``."""
     along = torch.arange(1, rows + columns)

@@ -13,6 +13,7 @@ from clipless_dp.distributed.placement import Placement, agree
 from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.model import DPLipModel, passes
 from clipless_dp.model.register import Register
+from clipless_dp.model.slopes import beside as beside_rows
 from clipless_dp.optim.charging import NO_PEOPLE
 from clipless_dp.packing import Structure
 from clipless_dp.sampling.augmentation import Augmentation, views
@@ -75,7 +76,9 @@ def accumulate(
             pieces += [(inputs[:0], targets[:0], mask[:0])] * (count - len(pieces))
             for _ in range(multiplicity):
                 for some, wanted, counts in pieces:
-                    seen = some if augment is None or not len(some) else views(augment, some, counts, model.randomness)
+                    seen = some
+                    if augment is not None and len(some):
+                        seen = views(augment, some, counts, model.randomness, beside_rows(model, wanted))
                     with _one_pass(register, seen, counts):
                         value = model.loss(model(seen), wanted, counts) if loss is None else loss(seen, wanted, counts)
                         value.backward()

@@ -207,7 +207,8 @@ class CliplessDPOptimizer(Around):
             batch: inputs, or several by name or in order, targets and mask of one draw, such as
                 :class:`clipless_dp.sampling.Batch`; without a mask all rows count, as those of a ``DataLoader``.
             augment: makes a view: a function of one sample, or a :class:`clipless_dp.RowAugmentation`. Each view must
-                depend on its sample and fresh randomness only.
+                depend on its sample and fresh randomness only; that of a
+                :class:`clipless_dp.sampling.LabelledAugmentation` on its target and the weights, too.
             multiplicity: ``K``, views of each sample.
             micro_batch_size: rows processed at once; bounds the memory.
             loss: another way to compute ``model.loss(model(inputs), targets, mask)``, such as a compiled one.

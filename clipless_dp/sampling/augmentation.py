@@ -4,119 +4,41 @@ from __future__ import annotations
 
 import copy
 import secrets
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from types import CellType, CodeType, FunctionType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.weak import WeakIdKeyDictionary
 
-from clipless_dp.arguments import positive, whole
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.noise.randomness import Randomness, current_generator
+from clipless_dp.noise.randomness import Randomness
 from clipless_dp.noise.randomness import shared as shared_randomness
 from clipless_dp.sampling import draws, memory, trained_on
+from clipless_dp.sampling.adversarial import Adversarial, Beside, LabelledAugmentation
 from clipless_dp.sampling.generators import random_states, set_random_states
 from clipless_dp.sampling.reach import ATOMS, reachable
+from clipless_dp.sampling.transforms import GaussianNoise, OfLabels, OfRows, RowAugmentation, ShiftAndFlip
 
+__all__ = ["Adversarial", "Augmentation", "Beside", "GaussianNoise", "LabelledAugmentation", "RowAugmentation"]
+__all__ += ["ShiftAndFlip", "refuse_own_generators", "views"]
 
-class RowAugmentation(ABC):
-    """Views of a whole batch at once, for speed; each row's view must come from that row and fresh randomness alone.
-
-    A view that sees other rows (mixup, statistics of the batch) puts one sample into several gradients, which no bound
-    covers: where one is seen, it is refused (:func:`views`). A function of one sample sees no other.
-    """
-
-    @abstractmethod
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """One view of each row.
-
-        Args:
-            inputs: ``(rows, *input_shape)``; rows of padding hold no numbers, and their views do not count.
-
-        Returns:
-            A tensor of the same shape, dtype and device; the argument is left as it is.
-        """
-
-
-Augmentation = RowAugmentation | Callable[[Tensor], Tensor]
-
-
-class ShiftAndFlip(RowAugmentation):
-    """Shifts each image by up to ``shift`` pixels along each axis, zeros entering, and mirrors half of the images.
-
-    The crops with padding and reflections of De et al. 2022, "Unlocking high-accuracy differentially private image
-    classification through scale", §3.
-
-    Args:
-        shift: the largest shift in pixels, at least 0.
-        flip: whether to mirror left and right.
-
-    Shape:
-        ``(rows, C, H, W)``.
-    """
-
-    def __init__(self, shift: int = 4, *, flip: bool = True) -> None:
-        self.shift = whole("shift", shift, 0)
-        self.flip = flip
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """See :class:`RowAugmentation`."""
-        if inputs.dim() != 4:
-            raise ConfigurationError(f"ShiftAndFlip takes images (rows, C, H, W), got {tuple(inputs.shape)}")
-        count, channels, height, width = inputs.shape
-        device = inputs.device
-        generator = current_generator(device)
-        padded = functional.pad(inputs, (self.shift,) * 4)
-        down, right = torch.randint(2 * self.shift + 1, (2, count, 1), generator=generator, device=device)
-        rows = torch.arange(height, device=device) + down
-        columns = torch.arange(width, device=device).expand(count, -1)
-        if self.flip:
-            mirrored = torch.rand(count, 1, generator=generator, device=device) < 0.5
-            columns = torch.where(mirrored, width - 1 - columns, columns)
-        columns = columns + right
-        return padded[
-            torch.arange(count, device=device).view(-1, 1, 1, 1),
-            torch.arange(channels, device=device).view(1, -1, 1, 1),
-            rows.view(count, 1, height, 1),
-            columns.view(count, 1, 1, width),
-        ]
-
-
-class GaussianNoise(RowAugmentation):
-    """Adds Gaussian noise to every entry: networks that are smoothed are trained on what they will see.
-
-    The augmentation of Cohen et al. 2019, "Certified adversarial robustness via randomized smoothing", §3.3. As any
-    view it costs no privacy, and several views of a sample share its one gradient. It is no protection of the sample:
-    that is the noise of the optimizer.
-
-    Args:
-        sigma: deviation, in units of the input.
-
-    Shape:
-        ``(rows, ...)`` of floating-point numbers.
-    """
-
-    def __init__(self, sigma: float) -> None:
-        self.sigma = positive("sigma", sigma)
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """See :class:`RowAugmentation`."""
-        if not inputs.is_floating_point():
-            raise ConfigurationError(f"GaussianNoise takes floating-point inputs, got {inputs.dtype}")
-        generator = current_generator(inputs.device)
-        noise = torch.randn(inputs.shape, generator=generator, device=inputs.device, dtype=inputs.dtype)
-        return inputs + self.sigma * noise
+Augmentation = RowAugmentation | LabelledAugmentation | Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomness | None = None) -> Tensor:
+def views(
+    augment: Augmentation,
+    inputs: Tensor,
+    mask: Tensor,
+    source: Randomness | None = None,
+    beside: Beside | None = None,
+) -> Tensor:
     """One view of each sample.
 
     The global generators of torch, numpy and Python are seeded from the source before, and restored afterwards: what a
@@ -124,14 +46,16 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
 
     Args:
         augment: a function of one sample, called once for each, so that it cannot see two of them; or a
-            :class:`RowAugmentation`.
+            :class:`RowAugmentation`, or a :class:`LabelledAugmentation`.
         inputs: ``(rows, *input_shape)``.
         mask: boolean ``(rows,)``; padding is not shown to a function of one sample.
         source: of the random numbers; by default one that the operating system seeds.
+        beside: targets and slopes, which labelled views are made by.
 
     A :class:`RowAugmentation` is looked at in the first batch of two rows and in one of :data:`EVERY` later ones: half
     of the rows are overwritten, then the other half, and under the same random numbers all other views must be the same
-    bits.
+    bits. So is a labelled one, with targets of other rows in the rows that are overwritten; its views, which come out
+    of a network, must be the same up to rounding. :class:`Adversarial` itself is row by row by its formulas.
 
     An augmentation must leave behind nothing that later views could read: what it reaches
     (:func:`clipless_dp.sampling.reach.reachable`) is compared around its first call and one of :data:`EVERY` later
@@ -142,25 +66,27 @@ def views(augment: Augmentation, inputs: Tensor, mask: Tensor, source: Randomnes
 
     Raises:
         ConfigurationError: a view has another shape than its sample, or is no tensor, or a batch is held, or there is a
-            generator of its own.
+            generator of its own; or labelled views are asked for where there are no labels.
         PrivacyError: a view depends on other rows, the argument was changed, or the augmentation keeps a state, or
             reaches data that is trained on (:mod:`clipless_dp.sampling.trained_on`).
     """
     memory.refuse_refused(augment, f"augment={augment!r}")
+    if isinstance(augment, OfLabels) and beside is None:
+        raise ConfigurationError(f"augment={augment!r} makes views by labels and slopes, which fit and accumulate give")
     source = source or shared_randomness
     near = [*_near(augment)]
     if not _is_due(augment, near):
         _refuse_data(augment, near, inputs)
         with source.visit(inputs.device):
-            return _views(augment, inputs, mask)
+            return _views(augment, inputs, mask, beside)
     reached = [value for value, *_ in reachable(augment)]
     _refuse_generators(augment, reached, "augment")
     _refuse_data(augment, [*near, *reached], inputs)
     _note_looked(near)
     # Whole batches are not counted: on an accelerator that would wait for it.
-    look = _Look(augment, len(inputs) if isinstance(augment, RowAugmentation) else int(mask.sum()))
+    look = _Look(augment, len(inputs) if isinstance(augment, OfRows) else int(mask.sum()))
     with source.visit(inputs.device):
-        made = _views(augment, inputs, mask, look.after_row)
+        made = _views(augment, inputs, mask, beside, look.after_row)
     look.refuse_memory(inputs, mask, source)
     return made
 
@@ -282,6 +208,9 @@ class _Look:
         function no other."""
         if self._fresh is None or not len(rows) or not memory.is_made_once(changes):
             return False
+        if isinstance(self._augment, OfLabels):
+            # Nothing is kept: copies would need labels and slopes for what they are called on.
+            return False
         states: list[memory.State] = []
         with source.visit(rows.device):
             noise = torch.rand(rows.shape, device=rows.device).to(rows.dtype)
@@ -293,7 +222,7 @@ class _Look:
                 counts = torch.ones(len(values), dtype=torch.bool, device=values.device)
                 for _ in range(times):
                     with source.visit(values.device):
-                        _views(own, values.clone(), counts)
+                        _views(own, values.clone(), counts, None)
 
             found = memory.state_of_copy(self._augment, self._fresh, changes, call)
             if found is None:
@@ -306,9 +235,15 @@ def _name_of(augment: Any) -> str:
     return str(getattr(augment, "__qualname__", type(augment).__qualname__)).rpartition(">.")[2]
 
 
-def _views(augment: Augmentation, inputs: Tensor, mask: Tensor, after_row: Callable[[], None] | None = None) -> Tensor:
-    if isinstance(augment, RowAugmentation):
-        return _views_of_rows(augment, inputs, mask)
+def _views(
+    augment: Augmentation,
+    inputs: Tensor,
+    mask: Tensor,
+    beside: Beside | None,
+    after_row: Callable[[], None] | None = None,
+) -> Tensor:
+    if isinstance(augment, OfRows):
+        return _views_of_rows(augment, inputs, mask, beside)
     rows = []
     for row, counts in zip(inputs, mask.tolist(), strict=True):
         # A copy, since what is changed in place would change the sample's other views.
@@ -340,8 +275,9 @@ _passed: Any = WeakIdKeyDictionary()
 """The augmentations that were looked at."""
 
 
-def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Tensor:
+def _views_of_rows(augment: OfRows, inputs: Tensor, mask: Tensor, beside: Beside | None) -> Tensor:
     due = inputs.device.type != "meta" and (augment not in _passed or secrets.randbelow(EVERY) == 0)
+    due = due and not _is_proved(augment)
     rows = mask.nonzero().flatten() if due else mask[:0]
     looks = len(rows) > 1
     before = random_states(inputs.device) if looks else None
@@ -349,7 +285,7 @@ def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Te
     # Each look starts from the attributes that this call starts from.
     copies = [_copied(augment) for _ in range(3)] if looks else []
     version = inputs._version
-    made = augment(inputs)
+    made = _made(augment, inputs, mask, beside)
     if not isinstance(made, Tensor) or made.shape != inputs.shape:
         raise _misshapen(augment, made, inputs.shape)
     if inputs._version != version or (kept is not None and not bool(_same(inputs, kept).all())):
@@ -360,15 +296,23 @@ def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Te
     if kept is None or before is None:
         return made
     after = random_states(inputs.device)
+    alike = partial(_close, moved=made - kept) if isinstance(augment, OfLabels) else _same
+    strangers: Beside | None = None
     try:
         halves = rows[torch.randperm(len(rows), device=rows.device)].tensor_split(2)
         for copy_, changed, other in zip(copies, halves, halves[::-1], strict=False):
             strange = kept.clone()
             strange[changed] = 0
             strange[changed] += (kept[changed].flatten(1) == 0).all(1).reshape(-1, *[1] * (kept.dim() - 1)).to(kept)
-            if bool(_same(_repeated(copy_, strange, before), made)[other].all()):
+            if beside is not None:
+                targets = beside.targets.clone()
+                targets[changed] = beside.targets[
+                    other[torch.randint(len(other), (len(changed),), device=other.device)]
+                ]
+                strangers = beside._replace(targets=targets)
+            if bool(alike(_repeated(copy_, strange, mask, strangers, before), made)[other].all()):
                 continue
-            if not bool(_same(_repeated(copies[2], kept, before), made)[other].all()):
+            if not bool(alike(_repeated(copies[2], kept, mask, beside, before), made)[other].all()):
                 raise PrivacyError(
                     f"augment={augment!r} gives two views of the same rows under the same random numbers: it keeps a "
                     "state outside of its own attributes, through which rows may meet, or draws from elsewhere. Draw "
@@ -385,12 +329,33 @@ def _views_of_rows(augment: RowAugmentation, inputs: Tensor, mask: Tensor) -> Te
     return made
 
 
-def _repeated(augment: RowAugmentation, inputs: Tensor, states: tuple[Any, ...]) -> Tensor:
+def _is_proved(augment: object) -> bool:
+    """Whether views are this package's own, whose formulas have one row each; a subclass may do anything."""
+    return type(augment) is Adversarial and _methods() == _ADVERSARIAL and vars(augment).keys() == _SETTINGS
+
+
+def _methods() -> dict[str, Any]:
+    return {name: value for name, value in vars(Adversarial).items() if isinstance(value, FunctionType)}
+
+
+_ADVERSARIAL = _methods()
+_SETTINGS = vars(Adversarial(1.0)).keys()
+
+
+def _made(augment: Any, inputs: Tensor, mask: Tensor, beside: Beside | None) -> Any:
+    if not isinstance(augment, OfLabels):
+        return augment(inputs)
+    assert beside is not None
+    targets, slopes = beside
+    return cast(Any, augment)(inputs, targets.clone(), lambda values: slopes(values, targets, mask))
+
+
+def _repeated(augment: OfRows, inputs: Tensor, mask: Tensor, beside: Beside | None, states: tuple[Any, ...]) -> Tensor:
     set_random_states(states, inputs.device)
-    return augment(inputs.clone())
+    return cast(Tensor, _made(augment, inputs.clone(), mask, beside))
 
 
-def _copied(augment: RowAugmentation) -> RowAugmentation:
+def _copied(augment: OfRows) -> OfRows:
     try:
         return copy.deepcopy(augment)
     except Exception:
@@ -400,6 +365,12 @@ def _copied(augment: RowAugmentation) -> RowAugmentation:
 def _same(first: Tensor, second: Tensor) -> Tensor:
     """Which rows are the same, ``(rows,)``; a NaN is the same as another."""
     return ((first == second) | ((first != first) & (second != second))).flatten(1).all(1)
+
+
+def _close(first: Tensor, second: Tensor, moved: Tensor) -> Tensor:
+    """Which rows are the same up to the rounding of a network's passes, relative to how far views move, ``(rows,)``."""
+    error = 1e-3 * float(moved.abs().nan_to_num(0.0, 0.0, 0.0).max())
+    return torch.isclose(first, second, rtol=1e-6, atol=error, equal_nan=True).flatten(1).all(1)
 
 
 def _refuse_data(augment: Augmentation, values: Iterable[object], inputs: Tensor) -> None:
@@ -422,7 +393,7 @@ _FEW = 64
 def _near(augment: Any) -> Iterator[object]:
     """What an augmentation holds, and small containers of it: few things, however much it reaches."""
     function = getattr(augment, "__func__", augment)
-    if isinstance(augment, RowAugmentation):
+    if isinstance(augment, OfRows):
         function = type(augment).__call__
     code, named = getattr(function, "__code__", None), getattr(function, "__globals__", {})
     waiting = [*_held(augment), *(_held(function) if function is not augment else ())]

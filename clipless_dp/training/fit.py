@@ -17,6 +17,7 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.averaging import WeightAverage
 from clipless_dp.model.description import settings_of
+from clipless_dp.model.slopes import beside
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, ReproducibleNoise
 from clipless_dp.optim import CliplessDPOptimizer
@@ -192,8 +193,9 @@ def _check(model: DPLipModel, dataset: Data, asked: Asked) -> _Checked:
     if learning.augment is not None:
         refuse_own_generators(learning.augment)
         device, _ = model.device_and_dtype()
-        shown = samples.first[0].to(device)
-        model.check_inputs(views(learning.augment, shown, torch.ones(1, dtype=torch.bool, device=device)))
+        shown, target = (part.to(device) for part in samples.first)
+        one = torch.ones(1, dtype=torch.bool, device=device)
+        model.check_inputs(views(learning.augment, shown, one, beside=beside(model, target)))
     average = None if learning.ema is None else WeightAverage(model, learning.ema)
     path = keeping.path
     if path is not None:

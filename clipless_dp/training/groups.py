@@ -134,7 +134,9 @@ class Learning(_Checked):
         scheduler: builds a scheduler from the optimizer and the number of steps, called once a step.
         allocation: how noise is shared among parameters, see ``clipless_dp.noise.allocate``.
         augment: makes random views of training samples: a function of one sample, or a
-            :class:`clipless_dp.RowAugmentation`; see :meth:`clipless_dp.CliplessDPOptimizer.accumulate`.
+            :class:`clipless_dp.RowAugmentation`, such as :class:`clipless_dp.ShiftAndFlip`; or a
+            :class:`clipless_dp.sampling.LabelledAugmentation`, which is given labels and slopes, too, such as
+            :class:`clipless_dp.sampling.Adversarial`; see :meth:`clipless_dp.CliplessDPOptimizer.accumulate`.
         multiplicity: views of each sample in each step, averaged in its own gradient: ε is the same for any number,
             time is proportional. Counts of rejected samples then count views.
         ema: decay of an exponential moving average of the weights (:class:`clipless_dp.WeightAverage`), free of privacy

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from accounting import ADD_OR_REMOVE_ONE, Accountant, UnreachableTargetError, calibrate_noise_multiplier
 from accounting.errors import warn_caller
@@ -22,6 +23,7 @@ from clipless_dp.display import Table, Tabular
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.gates.gradient_layers import GradientGated
+from clipless_dp.layers import Foton, Pepita
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import allocate
@@ -338,6 +340,10 @@ def _growth(model: DPLipModel) -> dict[str, float]:
     return found
 
 
+def _caps_gradients(module: nn.Module) -> bool:
+    return isinstance(module, GradientGated) or (isinstance(module, (Foton, Pepita)) and module.limit is not None)
+
+
 def _limited(model: DPLipModel) -> dict[str, Constraint]:
     """Constraints that promise a limit: penalties do not."""
     return {name: constraint for name, constraint in model.constraints.items() if math.isfinite(constraint.limit)}
@@ -346,7 +352,7 @@ def _limited(model: DPLipModel) -> dict[str, Constraint]:
 def _rate(model: DPLipModel, plan: Plan) -> tuple[float, str]:
     """The learning rate of Adam, and why."""
     modules = list(model.net.modules())
-    if model.graph.isolated or any(isinstance(module, GradientGated) for module in modules):
+    if model.graph.isolated or any(map(_caps_gradients, modules)):
         return _GRADIENT_GATED / math.sqrt(plan.steps), f"{_GRADIENT_GATED:g}/√T behind gradient gates"
     constraints, growth = _limited(model), _growth(model)
     free = [name for name in growth if name not in constraints]

@@ -25,6 +25,8 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "BiasedCentering": (lambda: layers.BiasedCentering(4, (-2, -1)), MAPS),
     "BoxProjection": (lambda: layers.BoxProjection(-0.5, 1.0), MAPS),
     "BoxProjection of columns": (lambda: layers.BoxProjection([-1.0, 0.0, 0.2, -3.0], 0.5), ROWS),
+    "CausalMixing": (lambda: layers.CausalMixing(5), TOKENS),
+    "CausalMixing, squares": (lambda: layers.CausalMixing(5, "squares"), TOKENS),
     "ChannelBias": (lambda: layers.ChannelBias(4), MAPS),
     "ConcatReLU": (layers.ConcatReLU, MAPS),
     "ConcatResidual": (lambda: layers.ConcatResidual(nn.Linear(4, 2)), ROWS),
@@ -35,6 +37,7 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "Diagonal": (lambda: layers.Diagonal(4), ROWS),
     "DistanceLinear": (lambda: layers.DistanceLinear(4, 3), ROWS),
     "DistanceLinear, p = 8": (lambda: layers.DistanceLinear(4, 3, p=8.0, mean=True), ROWS),
+    "Foton": (lambda: layers.Foton(_sequence(), 1.0), ROWS),
     "FullSort": (layers.FullSort, MAPS),
     "GatedResidual": (lambda: layers.GatedResidual(nn.Linear(4, 4)), ROWS),
     "GradientGatedConvexPotential": (lambda: gradient_gated(nn.Sequential(layers.ConvexPotential(4, 3))), TOKENS),
@@ -58,6 +61,7 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "NoiseInjection": (lambda: layers.NoiseInjection(0.5, 1.0), ROWS),
     "PadChannels": (lambda: layers.PadChannels(7), MAPS),
     "ConvexPotentialConv2d, strided": (lambda: layers.ConvexPotentialConv2d(4, 3, 2, stride=2), MAPS),
+    "Pepita": (lambda: layers.Pepita(_sequence(), 1.0), ROWS),
     "Residual": (lambda: layers.Residual(nn.Linear(4, 4)), ROWS),
     "SampleGroupNorm": (lambda: layers.SampleGroupNorm(2, floor=0.1), MAPS),
     "ScaledAvgPool2d": (lambda: layers.ScaledAvgPool2d(3, 2, 1), MAPS),
@@ -75,6 +79,10 @@ LAYERS: dict[str, tuple[Build, tuple[int, ...]]] = {
     "AvgPool2d": (lambda: nn.AvgPool2d((3, 2), 2, 1, divisor_override=1), MAPS),
     "AvgPool2d, ceil_mode": (lambda: nn.AvgPool2d(2, 3, ceil_mode=True, divisor_override=5), (4, 6, 7)),
 }
+
+
+def _sequence() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Dropout(0.1), nn.Linear(5, 3))
 
 
 class _Mixed(nn.Module):

@@ -72,12 +72,13 @@ def differing(one: Any, other: Any) -> list[str]:
 
 def around(layer: Any = None, loss: Any = None, constraint: Any = None) -> Any:
     """As much of a model as a description reads."""
+    leaf = SimpleNamespace(path=("layer",), module=nn.ReLU() if layer is None else layer, within=[])
     return SimpleNamespace(
         input_norm=1.0,
         packing=None,
         loss_function=loss,
         constraints={"weight": constraint},
-        _watch=SimpleNamespace(leaves=[SimpleNamespace(path=("layer",), module=nn.ReLU() if layer is None else layer)]),
+        _watch=SimpleNamespace(leaves=[leaf]),
     )
 
 
