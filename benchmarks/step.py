@@ -62,11 +62,24 @@ def network(kind: str) -> nn.Sequential:
     """A network for 28×28 images in ten classes, with the same weights at each call.
 
     Args:
-        kind: ``"mlp"``: 784-512-512-10; ``"cnn"``: the convolutional one of ``benchmarks/accuracy.py``;
-            ``"mlp-256x3"``: three hidden layers of 256; ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14.
+        kind: ``"mlp"``: 784-512-512-10; ``"wide"``: 784-2048-2048-10; ``"cnn"``: the convolutional one of
+            ``benchmarks/accuracy.py``; ``"cnn5"``: convolutions of 5×5 in steps of one, 1→16 at 28×28 and 16→32 at 14×14;
+            ``"vgg"``: of 3×3, 1→64→64 at 28×28 and 64→128→128 at 14×14; ``"mlp-256x3"``: three hidden layers of 256;
+            ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14.
     """
     torch.manual_seed(0)
-    family, _, size = kind.partition("-")
+    if kind in ("cnn5", "vgg"):
+        blocks, taps, width = (([16], [32]), 5, 32) if kind == "cnn5" else (([64, 64], [128, 128]), 3, 256)
+        layers: list[nn.Module] = []
+        channels = 1
+        for block in blocks:
+            for outputs in block:
+                layers += [nn.Conv2d(channels, outputs, taps, padding=taps // 2, bias=False), nn.ReLU()]
+                channels = outputs
+            layers.append(nn.MaxPool2d(2))
+        head = [nn.Flatten(), nn.Linear(49 * channels, width), nn.ReLU(), nn.Linear(width, 10)]
+        return nn.Sequential(*layers, *head)
+    family, _, size = ("mlp-2048x2" if kind == "wide" else kind).partition("-")
     if family == "mlp":
         width, depth = map(int, (size or "512x2").split("x"))
         widths = [784, *[width] * depth]
