@@ -377,8 +377,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['machine']}, {report['threads']} thread(s), torch {report['torch']}, {report['rounds']} rounds of "
         f"{report['repeats']} steps. Regenerate with `python benchmarks/step.py`.",
         "",
-        "Time of a whole step, sampling included; medians of interleaved rounds. `ratio` is to the fastest plain SGD of "
-        "the table (as it is, channels last, compiled) in the same round, with its quartiles; `of fastest` compares "
+        "Time of a whole step, sampling included; medians of interleaved rounds. `ratio` is to the fastest plain SGD "
+        "of the table (as it is, channels last, compiled) in the same round, with its quartiles; `of fastest` compares "
         "each one's fastest round; `to SGD as it is` and `to Opacus` (its fastest mode) are further ratios in the same "
         "round. Peak: bytes held by tensors, the data set left out, and their ratio to the fastest plain SGD's. `keeps "
         "memory`: the C library's allocator told not to hand memory back.",

@@ -5,15 +5,16 @@ that meets several (tokens, pixels) has ``Σ_t g_t x_tᵀ``, whose norm is compu
 the samples' gradients themselves, or, where a sample has few positions, from ``Σ_ts ⟨g_t, g_s⟩⟨x_t, x_s⟩``. The chunk's
 scaled sum is all that is kept of it.
 
-A convolution's gradients are formed from windows that are laid out in memory, or, where torch has a kernel for it, as
-the weight gradient of one convolution whose groups are the samples: nothing is laid out then.
+A convolution's gradients are formed from windows that are laid out in memory; or row by row of the kernel, for which
+the windows' rows are enough; or, where torch has a kernel for it, as the weight gradient of one convolution whose
+groups are the samples, for which nothing is laid out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -44,6 +45,9 @@ _TOKEN_GRAM_GAIN = 60.0
 
 _LANES = 16
 """Numbers of float32 in a processor's widest vector."""
+
+_ROW_ENTRIES = 128
+"""Columns from which products of a kernel's single rows are as fast as those of the whole kernel."""
 
 _CHANNELS = 8
 """Torch's kernels for a convolution's weight gradient take channels of a group by so many; others it does slowly."""
@@ -362,8 +366,10 @@ class Kernel:
         gram = _prefers_gram(positions, inputs, outputs // groups, _GRAM_GAIN)
         self._shape = groups, outputs // groups, inputs
         self._geometry = list(kernel), list(stride), list(padding), list(dilation), groups
-        self._grouped = not gram and _prefers_grouped(values, cotangents, *self._geometry)
-        laid_out = values[0].numel() + outputs * positions if self._grouped else groups * positions * inputs
+        self._way: _Way = "windows" if gram else _way(values, cotangents, *self._geometry)
+        laid_out = groups * positions * inputs
+        if self._way != "windows":
+            laid_out = math.prod(values.shape[1:]) * (kernel[-1] if self._way == "rows" else 1) + outputs * positions
         held = laid_out + (2 * groups * positions**2 if gram else outputs * inputs)
         self._rows = _chunk_rows(chunk, held, values.device)
         self._values, self._lengths = zeroed_rows(values)
@@ -381,19 +387,22 @@ class Kernel:
             for some, arriving, own in parts
         )
 
-    def _by_groups(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of each chunk the samples' gradients, ``(b, O·C/groups·prod(kernel))``, and what they count as, ``(b,)``."""
+    def _whole(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each chunk the samples' gradients, ``(b, ...)``, and what they count as, ``(b,)``; not from windows."""
         rows, scales = self._rows, self._lengths * self.present
-        for some, arriving, own in zip(
-            self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True
-        ):
-            gradients = _grouped_gradients(some, arriving, *self._geometry)
+        by_rows = _ByRows(self._values, self._sizes, *self._geometry[:4]) if self._way == "rows" else None
+        parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
+        for some, arriving, own in parts:
+            if by_rows is None:
+                gradients = _grouped_gradients(some, arriving, *self._geometry)
+            else:
+                gradients = by_rows(some, arriving)
             yield gradients, torch.maximum(sample_norms(gradients), CANCELLED * own)
 
     def norms(self) -> Tensor:
         """As of :class:`Tokens`."""
-        if self._grouped:
-            return torch.cat([norms for _, norms in self._by_groups()])
+        if self._way != "windows":
+            return torch.cat([norms for _, norms in self._whole()])
         return torch.cat([norms for _, _, norms in _formed(self._chunks(), self._shape)])
 
     def total(self, factors: Tensor) -> Tensor:
@@ -411,18 +420,24 @@ class Kernel:
         """The gated sum, ``(O, C/groups, *kernel)``, and what each sample's gradient counts as, ``(B,)``."""
         kernel, *_ = self._geometry
         groups, outputs, inputs = self._shape
-        if self._grouped:
+        if self._way != "windows":
             whole, counted = self._values.new_zeros(groups * outputs * inputs), []
-            for gradients, norms in self._by_groups():
+            for gradients, norms in self._whole():
                 counted.append(norms)
-                whole.addmv_(gradients.mT, scale_factors(norms, cap=limit, floor=least))
+                whole.addmv_(gradients.flatten(1).mT, scale_factors(norms, cap=limit, floor=least))
+            if self._way == "rows":
+                whole = whole.reshape(kernel[0], outputs, kernel[1], -1).permute(1, 3, 0, 2).contiguous()
             return whole.reshape(groups * outputs, -1, *kernel), torch.cat(counted)
         total, found = _gated_sum(self._chunks(), self._shape, limit, least)
         gradient = total.reshape(groups * outputs, *kernel, -1).movedim(-1, 1).contiguous()
         return gradient, torch.cat(found)
 
 
-def _prefers_grouped(
+_Way = Literal["windows", "rows", "groups"]
+"""From what a convolution's gradients are formed: see the head of this file."""
+
+
+def _way(
     values: Tensor,
     cotangents: Tensor,
     kernel: list[int],
@@ -430,22 +445,30 @@ def _prefers_grouped(
     padding: list[int],
     dilation: list[int],
     groups: int,
-) -> bool:
-    """Whether the samples' gradients are formed by one convolution, whose groups they are.
+) -> _Way:
+    """How the samples' gradients are formed, which is a matter of time alone.
 
-    Where torch's own kernels do that without laying windows out: on a CPU, in float32, with whole vectors of channels.
-    Steps above one and kernels of one entry have few windows to lay out.
+    Steps above one and kernels of one entry leave few windows to lay out. Rows are for many channels that lie in memory
+    channels last. Groups are for what torch's own kernels do: on a CPU, in float32, with whole vectors of channels.
     """
-    return (
+    usual = (
         values.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and len(values) > 0
+        and math.prod(stride) == 1 < math.prod(kernel)
+    )
+    if usual and groups == 1 and is_interleaved(values) and kernel[-1] * values.shape[1] >= _ROW_ENTRIES:
+        return "rows"
+    if (
+        usual
         and values.dtype == cotangents.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-        and not torch.is_grad_enabled()
         and values.shape[1] // groups % _CHANNELS == cotangents.shape[1] // groups % _CHANNELS == 0
-        and math.prod(stride) == 1 < math.prod(kernel)
         and _makes_positions(values, cotangents, kernel, stride, padding, dilation)
-    )
+    ):
+        return "groups"
+    return "windows"
 
 
 def _makes_positions(
@@ -456,12 +479,12 @@ def _makes_positions(
     padding: list[int],
     dilation: list[int],
 ) -> bool:
-    """Whether there is a sample, and a cotangent for each window: the output padding of a transposed one adds some."""
+    """Whether there is a cotangent for each window: the output padding of a transposed convolution adds some."""
     windows = [
         (size + 2 * side - step * (taps - 1) - 1) // move + 1
         for size, side, step, taps, move in zip(values.shape[2:], padding, dilation, kernel, stride, strict=True)
     ]
-    return len(values) > 0 and windows == list(cotangents.shape[2:])
+    return windows == list(cotangents.shape[2:])
 
 
 def _grouped_gradients(
@@ -473,7 +496,11 @@ def _grouped_gradients(
     dilation: list[int],
     groups: int,
 ) -> Tensor:
-    """Each sample's gradient, ``(b, O·C/groups·prod(kernel))``: that of one convolution with ``b·groups`` groups."""
+    """Each sample's gradient, ``(b, O·C/groups·prod(kernel))``: that of one convolution with ``b·groups`` groups.
+
+    The samples' channels side by side, ``(1, b·C, *size)``, are the memory of the batch itself, and a group's weight
+    meets its own sample alone.
+    """
     samples, channels = values.shape[:2]
     weight = values.new_empty(samples * cotangents.shape[1], channels // groups, *kernel)
     seen, met = (maps.contiguous().flatten(0, 1).unsqueeze(0) for maps in (values, cotangents))
@@ -482,6 +509,57 @@ def _grouped_gradients(
         [False, True, False],
     )[1]  # fmt: skip
     return gradients.reshape(samples, -1)
+
+
+class _ByRows:
+    """Samples' gradients of a kernel row by row, in steps of one, from maps ``(b, C, H, W)`` that lie channels last.
+
+    What a row of the kernel meets lies together where the maps' rows of windows do, ``(b, H', positions, kw·C)`` with
+    ``H'`` the padded height: row ``i`` meets ``positions`` times as many of them from the ``i``-th on. So each entry is
+    copied ``kw`` times in place of ``kh·kw``, and the products of all rows read the same copy.
+
+    Args:
+        values: all of the maps.
+        sizes: of what the convolution returns, ``(positions down, positions across)``.
+        kernel: ``(kh, kw)``, with ``stride``, which is one, ``padding`` and ``dilation``.
+    """
+
+    def __init__(
+        self,
+        values: Tensor,
+        sizes: Sequence[int],
+        kernel: list[int],
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+    ) -> None:
+        self._sizes, self._kernel, self._padding, self._dilation = sizes, kernel, padding, dilation
+        self._laid_out: Tensor | None = None
+        self._held: Tensor | None = None
+
+    def __call__(self, maps: Tensor, cotangents: Tensor) -> Tensor:
+        """The gradients, ``(b, kh, O, kw·C)``, in memory that the next call takes; the first has the most samples."""
+        (down, across), (tall, wide) = self._sizes, self._kernel
+        (above, side), (apart, step) = self._padding, self._dilation
+        samples, channels, height, width = maps.shape
+        outputs = cotangents.shape[1]
+        if self._laid_out is None or self._held is None:
+            # Zero where windows reach beyond the maps, and never written there.
+            self._laid_out = maps.new_zeros(samples, height + 2 * above, across, wide, channels)
+            self._held = maps.new_empty(samples, tall, outputs, wide * channels)
+        laid_out, held = self._laid_out[:samples], self._held[:samples]
+        source = maps.permute(0, 2, 3, 1)
+        for tap in range(wide):
+            first = step * tap - side
+            start, stop = max(0, -first), min(across, width - first)
+            if start < stop:
+                laid_out[:, above : above + height, start:stop, tap].copy_(source[:, :, start + first : stop + first])
+        windows = laid_out.reshape(samples, -1, wide * channels)
+        arriving = _positions_last(cotangents)
+        for row in range(tall):
+            met = windows[:, row * apart * across :][:, : down * across]
+            torch.bmm(arriving, met, out=held[:, row])
+        return held
 
 
 def _windows(
