@@ -15,11 +15,9 @@ from torch.nn import functional
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap, zeroed_rows
+from clipless_dp.gates.convolutions import Kernel, convolution_operator, convolution_weight_gradient
 from clipless_dp.gates.gradient import (
-    Kernel,
     bias_gradient,
-    convolution_operator,
-    convolution_weight_gradient,
     token_operator,
     token_weight_gradient,
     vector_weight_gradient,

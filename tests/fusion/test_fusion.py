@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
-from clipless_dp.gates import gradient, sample_norms
+from clipless_dp.gates import convolutions, sample_norms
 from clipless_dp.model.passes import unwitnessed
 from clipless_dp.training.memory import traffic
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
@@ -580,7 +580,7 @@ MUTANTS = (
         "passed = cotangents @ weight",
         "passed = (0.5 * cotangents) @ weight",
     ),
-    Mutant("positions in another order", gradient, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
+    Mutant("positions in another order", convolutions, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
     Mutant(
         "tiles of another block",
         fusion.chain,
