@@ -102,7 +102,7 @@ class Kernel:
     def _whole(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each chunk the samples' gradients, ``(b, ...)``, and what they count as, ``(b,)``; not from windows."""
         rows, scales = self._rows, self._lengths * self.present
-        by_rows = _ByRows(self._values, self._sizes, *self._geometry[:4]) if self._way == "rows" else None
+        by_rows = _ByRows(self._sizes, *self._geometry[:4]) if self._way == "rows" else None
         parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
         for some, arriving, own in parts:
             if by_rows is None:
@@ -231,14 +231,12 @@ class _ByRows:
     copied ``kw`` times in place of ``kh·kw``, and the products of all rows read the same copy.
 
     Args:
-        values: all of the maps.
         sizes: of what the convolution returns, ``(positions down, positions across)``.
         kernel: ``(kh, kw)``, with ``stride``, which is one, ``padding`` and ``dilation``.
     """
 
     def __init__(
         self,
-        values: Tensor,
         sizes: Sequence[int],
         kernel: list[int],
         stride: list[int],
