@@ -175,11 +175,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+_KEEP_ORDER = (CotangentGate, BallProjection, SphereScaling, nn.Conv2d, GradientGatedConv2d)
+
+
 def _pooled(traced: TracedNet, node: fx.Node) -> bool:
-    """Whether a max pooling follows, with nothing but gates and ReLUs between."""
+    """Whether a max pooling follows, with nothing but convolutions, gates and ReLUs between."""
     following = _only_user(node)
     while following is not None and (
-        type(_leaf(traced, following)) is CotangentGate or _rectifies(traced, following) or following.target == "clone"
+        type(_leaf(traced, following)) in _KEEP_ORDER or _rectifies(traced, following) or following.target == "clone"
     ):
         following = _only_user(following)
     return following is not None and type(_leaf(traced, following)) is nn.MaxPool2d
