@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
-from clipless_dp.gates import BallProjection, CotangentGate, GradientGatedLinear, SphereScaling
+from clipless_dp.gates import BallProjection, CotangentGate, GradientGatedConv2d, GradientGatedLinear, SphereScaling
 
 _BLOCK_ENTRIES = 1 << 17
 """Entries of an activation at once on each thread: in float32 half a megabyte, so that two fit a core's cache."""
@@ -141,7 +140,10 @@ class Interleaved(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """As the layer itself."""
-        output: Tensor = functional_call(self.layer, {"weight": channels_last(self.layer.weight)}, (values,))
+        layer, weight = self.layer, channels_last(self.layer.weight)
+        if isinstance(layer, GradientGatedConv2d):
+            return layer.with_weight(values, weight)
+        output: Tensor = layer._conv_forward(values, weight, layer.bias)
         return output
 
 
