@@ -72,6 +72,7 @@ class Kernel:
         groups: int,
         chunk: int,
     ) -> None:
+        cotangents = _for_each_window(cotangents, values.shape[2:], kernel, stride, padding, dilation)
         channels, outputs = values.shape[1], cotangents.shape[1]
         self._sizes = cotangents.shape[2:]
         positions, inputs = math.prod(self._sizes), channels // groups * math.prod(kernel)
@@ -177,26 +178,28 @@ def _way(
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and values.shape[1] // groups % _CHANNELS == cotangents.shape[1] // groups % _CHANNELS == 0
-        and _makes_positions(values, cotangents, kernel, stride, padding, dilation)
     ):
         return "groups"
     return "windows"
 
 
-def _makes_positions(
-    values: Tensor,
+def _for_each_window(
     cotangents: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-) -> bool:
-    """Whether there is a cotangent for each window: the output padding of a transposed convolution adds some."""
+    size: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Tensor:
+    """Cotangents with zeros for windows that have none: the output padding of a transposed convolution adds some."""
     windows = [
-        (size + 2 * side - step * (taps - 1) - 1) // move + 1
-        for size, side, step, taps, move in zip(values.shape[2:], padding, dilation, kernel, stride, strict=True)
+        (entries + 2 * side - step * (taps - 1) - 1) // move + 1
+        for entries, side, step, taps, move in zip(size, padding, dilation, kernel, stride, strict=True)
     ]
-    return windows == list(cotangents.shape[2:])
+    missing = [count - there for count, there in zip(windows, cotangents.shape[2:], strict=True)]
+    if not any(missing):
+        return cotangents
+    return functional.pad(cotangents, [side for count in reversed(missing) for side in (0, count)])
 
 
 def _grouped_gradients(

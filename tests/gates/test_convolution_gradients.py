@@ -161,9 +161,6 @@ def test_which_way_is_taken_changes_where_it_should() -> None:
             "rows",
         ]
         assert [chosen(wide, 16), chosen(wide.double(), 16), chosen(wide, 48, groups=2)] == ["rows", "rows", "groups"]
-        # More cotangents than there are windows, as the output padding of a transposed convolution has it.
-        sizes = [3, 3], [1, 1], [1, 1], [1, 1], 1
-        assert convolutions._way(maps, torch.zeros(2, 16, 8, 9), *sizes) == "windows"
     # Where the gradient is differentiated again.
     assert chosen(torch.zeros(2, 8, 9, 9), 16) == "windows"
 
@@ -195,6 +192,39 @@ def test_a_single_sample_never_passes_its_cap_in_float32_whatever_its_company(
     assert not alone[2].any()
     # The others are as they are without the samples that are dropped.
     assert float((total - sum(alone)).norm()) <= 1e-4 * max(float(one.norm()) for one in alone) + 1e-30
+
+
+@pytest.mark.parametrize("joint", [None, "layer"])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.ConvTranspose2d(2, 4, 2, dilation=3, output_padding=2, groups=2), (2, 3, 3)),
+        (nn.ConvTranspose2d(8, 8, 3, padding=1, dilation=3, output_padding=(2, 1)), (8, 6, 6)),
+        (nn.ConvTranspose1d(8, 16, 3, stride=2, dilation=4, output_padding=3), (8, 9)),
+        (nn.Conv1d(8, 16, 3, padding=1), (8, 24)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_windows_that_nothing_comes_back_from_add_nothing(
+    joint: Any, layer: nn.Module, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """The output padding of a transposed layer makes more windows than there are cotangents."""
+    layer, limit = layer.to(dtype), 0.5
+    gate = gradient_gated_layer(layer, limit, mode="clip", joint=joint)
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(4, *shape, generator=generator, dtype=dtype)
+    cotangents = torch.randn(layer(values).shape, generator=generator, dtype=dtype)
+    found = torch.autograd.grad(gate(values), list(layer.parameters()), cotangents)
+    expected_sums = [torch.zeros_like(one) for one in found]
+    for sample, arriving in zip(values.split(1), cotangents.split(1), strict=True):
+        alone = torch.autograd.grad(layer(sample), list(layer.parameters()), arriving)
+        norms = [float(one.norm()) for one in alone]
+        counted = [math.hypot(*norms)] * 2 if joint else norms
+        for total, one, norm in zip(expected_sums, alone, counted, strict=True):
+            total += one * min(1.0, limit / norm)
+    for one, total in zip(found, expected_sums, strict=True):
+        # Products of up to 300 terms: γ ≈ 2e-5 in float32.
+        assert float((one - total).norm()) <= (1e-4 if dtype == torch.float32 else 1e-12) * float(total.norm())
 
 
 MUTANTS = (
