@@ -44,6 +44,9 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear 512-512, 16 tokens": (lambda: nn.Linear(512, 512), (16, 512)),
     "conv 1-16, 8×8, stride 2, on 28×28": (lambda: nn.Conv2d(1, 16, 8, stride=2, padding=3), (1, 28, 28)),
     "conv 16-32, 4×4, stride 2, on 13×13": (lambda: nn.Conv2d(16, 32, 4, stride=2), (16, 13, 13)),
+    "conv 1-16, 5×5, on 28×28": (lambda: nn.Conv2d(1, 16, 5, padding=2), (1, 28, 28)),
+    "conv 16-32, 5×5, on 14×14": (lambda: nn.Conv2d(16, 32, 5, padding=2), (16, 14, 14)),
+    "conv 64-64, 3×3, on 28×28": (lambda: nn.Conv2d(64, 64, 3, padding=1), (64, 28, 28)),
     "conv 64-64, 3×3, on 16×16": (lambda: nn.Conv2d(64, 64, 3, padding=1), (64, 16, 16)),
     "conv 256-256, 3×3, on 4×4": (lambda: nn.Conv2d(256, 256, 3, padding=1), (256, 4, 4)),
 }

@@ -1,12 +1,15 @@
 """One training step, sampling included: plain SGD, SGD with noise, this library's routes, and the clipping libraries.
 
     python benchmarks/step.py                                   # all, 2 allocators; writes results/step.{json,md}
+    python benchmarks/step.py --networks cnn5 --batches 256 --allocators "keeps memory"
     python benchmarks/step.py --quick --networks mlp --batches 256
 
 The same network, data, expected batch and device for all. Contenders take turns, in a new random order each round, so
 that what else the machine does hits all alike; the figures are medians over rounds of the time of one step, and of its
-ratio to plain SGD in the same round. Each network and batch size runs in a process of its own. Memory is the
-peak of the bytes that tensors hold during a step (weights, gradients and batch included, the data set not).
+ratio to the fastest plain SGD of that cell in the same round: as it is, channels last, or compiled, whichever has the
+lowest median. Beside it is the ratio to Opacus's fastest mode. Each network and batch size runs in a process of its
+own. Memory is the peak of the bytes that tensors hold during a step (weights, gradients and batch included, the data
+set not). docs/speed.md has the method.
 
 On the CPU everything is run twice: with the C library's default allocator, which hands large blocks back to the system
 at every step and pays for their pages anew, and with one that keeps them, as a GPU's caching allocator does
@@ -53,6 +56,17 @@ ALLOCATORS: dict[str, dict[str, str]] = {
     "keeps memory": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "67108864"},
 }
 BASELINE = "SGD"
+PLAIN = (BASELINE, "SGD, channels last", "SGD, compiled")
+OPACUS = ("Opacus, hooks", "Opacus, ghost")
+CELLS: dict[str, tuple[int, ...]] = {
+    "mlp": (256, 2048),
+    "wide": (512,),
+    "cnn5": (256, 2048),
+    "vgg": (128,),
+    "cnn": (256, 2048),
+}
+"""Networks by name, and the batch sizes that each is timed at."""
+USUAL = ("mlp", "wide", "cnn5", "vgg")
 
 Step = Callable[[], None]
 Data = tuple[Tensor, Tensor]
@@ -62,11 +76,24 @@ def network(kind: str) -> nn.Sequential:
     """A network for 28×28 images in ten classes, with the same weights at each call.
 
     Args:
-        kind: ``"mlp"``: 784-512-512-10; ``"cnn"``: the convolutional one of ``benchmarks/accuracy.py``;
-            ``"mlp-256x3"``: three hidden layers of 256; ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14.
+        kind: ``"mlp"``: 784-512-512-10; ``"wide"``: 784-2048-2048-10; ``"cnn"``: the convolutional one of
+            ``benchmarks/accuracy.py``; ``"cnn5"``: convolutions of 5×5 in steps of one, 1→16 at 28×28 and 16→32
+            at 14×14; ``"vgg"``: of 3×3, 1→64→64 at 28×28 and 64→128→128 at 14×14; ``"mlp-256x3"``: three hidden
+            layers of 256; ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14.
     """
     torch.manual_seed(0)
-    family, _, size = kind.partition("-")
+    if kind in ("cnn5", "vgg"):
+        blocks, taps, width = (([16], [32]), 5, 32) if kind == "cnn5" else (([64, 64], [128, 128]), 3, 256)
+        layers: list[nn.Module] = []
+        channels = 1
+        for block in blocks:
+            for outputs in block:
+                layers += [nn.Conv2d(channels, outputs, taps, padding=taps // 2, bias=False), nn.ReLU()]
+                channels = outputs
+            layers.append(nn.MaxPool2d(2))
+        head = [nn.Flatten(), nn.Linear(49 * channels, width), nn.ReLU(), nn.Linear(width, 10)]
+        return nn.Sequential(*layers, *head)
+    family, _, size = ("mlp-2048x2" if kind == "wide" else kind).partition("-")
     if family == "mlp":
         width, depth = map(int, (size or "512x2").split("x"))
         widths = [784, *[width] * depth]
@@ -237,6 +264,7 @@ CONTENDERS: dict[str, Callable[[str, Data, int], Step]] = {
     "gated, channels last": lambda *given: clipless(*given, route="gated", channels_last=True),
     "gated, compiled": lambda *given: clipless(*given, route="gated", compiled=True),
     "gradient gates": lambda *given: clipless(*given, route="gradient gates"),
+    "gradient gates, channels last": lambda *given: clipless(*given, route="gradient gates", channels_last=True),
     "gradient gates, compiled": lambda *given: clipless(*given, route="gradient gates", compiled=True),
     "spectral": lambda *given: clipless(*given, route="spectral"),
     "spectral, channels last": lambda *given: clipless(*given, route="spectral", channels_last=True),
@@ -305,10 +333,11 @@ def measure(
                 step()
             synchronize(device)
             times[name][turn] = (time.perf_counter() - start) / repeats
+    best, opacus = fastest(times, PLAIN), fastest(times, OPACUS)
+    assert best is not None
     rows = []
-    for name in steps:
-        own, base = times[name], times[BASELINE]
-        ratios = [own[turn] / base[turn] for turn in own]
+    for name, own in times.items():
+        ratios = _ratios(own, times[best])
         low, _, high = statistics.quantiles(ratios, n=4)
         rows.append(
             {
@@ -317,12 +346,28 @@ def measure(
                 "fastest": 1e3 * min(own.values()),
                 "ratio": statistics.median(ratios),
                 "ratio_quartiles": [low, high],
-                "ratio_of_fastest": min(own.values()) / min(base.values()),
+                "ratio_of_fastest": min(own.values()) / min(times[best].values()),
+                "plain_ratio": statistics.median(_ratios(own, times[BASELINE])),
+                "opacus_ratio": None if opacus is None else statistics.median(_ratios(own, times[opacus])),
                 "peak_bytes": peaks[name],
-                "peak_ratio": peaks[name] / peaks[BASELINE],
+                "peak_ratio": peaks[name] / peaks[best],
             }
         )
-    return {"network": kind, "batch": batch, "rows": rows, "skipped": skipped}
+    return {"network": kind, "batch": batch, "best": best, "opacus": opacus, "rows": rows, "skipped": skipped}
+
+
+def fastest(times: dict[str, dict[int, float]], names: tuple[str, ...]) -> str | None:
+    """Which of some contenders has the lowest median; ``None`` where none of them ran."""
+    return min(
+        (name for name in names if name in times),
+        key=lambda name: statistics.median(times[name].values()),
+        default=None,
+    )
+
+
+def _ratios(own: dict[int, float], base: dict[int, float]) -> list[float]:
+    """Of the rounds that both took part in; the first one is always among them."""
+    return [own[turn] / base[turn] for turn in own if turn in base]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -332,32 +377,38 @@ def markdown(report: dict[str, Any]) -> str:
         f"{report['machine']}, {report['threads']} thread(s), torch {report['torch']}, {report['rounds']} rounds of "
         f"{report['repeats']} steps. Regenerate with `python benchmarks/step.py`.",
         "",
-        "Time of a whole step, sampling included: median over interleaved rounds; ratios are to plain SGD in the same "
-        "round, with their quartiles; `of fastest` compares each one's fastest round. Peak: bytes held by tensors, the "
-        "data set left out. `keeps memory`: the C library's allocator told not to hand memory back.",
+        "Time of a whole step, sampling included; medians of interleaved rounds. `ratio` is to the fastest plain SGD "
+        "of the table (as it is, channels last, compiled) in the same round, with its quartiles; `of fastest` compares "
+        "each one's fastest round; `to SGD as it is` and `to Opacus` (its fastest mode) are further ratios in the same "
+        "round. Peak: bytes held by tensors, the data set left out, and their ratio to the fastest plain SGD's. `keeps "
+        "memory`: the C library's allocator told not to hand memory back.",
     ]
     for run in report["runs"]:
         lines += [
             "",
             f"## {run['network']}, batch {run['batch']}, allocator: {run['allocator']}",
             "",
-            "| contender | ms | ratio | quartiles | of fastest | peak MB | peak ratio |",
-            "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+            f"Fastest plain SGD: {run['best']}. Fastest mode of Opacus: {run['opacus'] or 'not run'}.",
+            "",
+            "| contender | ms | ratio | quartiles | of fastest | to SGD as it is | to Opacus | peak MB | peak ratio |",
+            "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
-        lines += [
-            f"| {row['contender']} | {row['milliseconds']:.2f} | {row['ratio']:.3f} "
-            f"| {row['ratio_quartiles'][0]:.2f}–{row['ratio_quartiles'][1]:.2f} | {row['ratio_of_fastest']:.3f} "
-            f"| {row['peak_bytes'] / 1e6:.1f} | {row['peak_ratio']:.2f} |"
-            for row in run["rows"]
-        ]
+        for row in run["rows"]:
+            to_opacus = "–" if row["opacus_ratio"] is None else f"{row['opacus_ratio']:.3f}"
+            low, high = row["ratio_quartiles"]
+            lines.append(
+                f"| {row['contender']} | {row['milliseconds']:.2f} | {row['ratio']:.3f} | {low:.2f}–{high:.2f} "
+                f"| {row['ratio_of_fastest']:.3f} | {row['plain_ratio']:.3f} | {to_opacus} "
+                f"| {row['peak_bytes'] / 1e6:.1f} | {row['peak_ratio']:.2f} |"
+            )
         lines += [f"\nNot run: {name} ({reason})." for name, reason in run["skipped"].items()]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--networks", nargs="+", choices=["mlp", "cnn"], default=["mlp", "cnn"])
-    parser.add_argument("--batches", nargs="+", type=int, default=[256, 2048])
+    parser.add_argument("--networks", nargs="+", choices=list(CELLS), default=list(USUAL))
+    parser.add_argument("--batches", nargs="+", type=int, help="by default each network's own")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--allocators", nargs="+", choices=list(ALLOCATORS), default=list(ALLOCATORS))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -372,7 +423,11 @@ def main() -> None:
         options.rounds, options.repeats = 5, 2
         options.contenders = [name for name in options.contenders if "compiled" not in name]
     contenders = list(dict.fromkeys([BASELINE, *options.contenders]))
-    if options.child is not None:
+    if options.child is None:
+        # What ratios are to: every way of running plain SGD, unless one has to be quick.
+        plain = [name for name in PLAIN if not options.quick or "compiled" not in name]
+        contenders = list(dict.fromkeys([*plain, *contenders]))
+    else:
         kind, batch = options.child
         torch.set_num_threads(options.threads)
         warnings.simplefilter("ignore")
@@ -383,7 +438,7 @@ def main() -> None:
     runs = []
     allocators = options.allocators if options.device == "cpu" else ["default"]
     for kind in options.networks:
-        for batch in options.batches:
+        for batch in options.batches or CELLS[kind]:
             for allocator in allocators:
                 settings = ["--threads", str(options.threads), "--rounds", str(options.rounds)]
                 settings += ["--repeats", str(options.repeats), "--device", options.device]

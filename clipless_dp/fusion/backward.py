@@ -199,7 +199,8 @@ def passed_convolution(
     weights: list[Tensor] = []
     passed: Tensor | None = None
     wanted = needed[0] and stage.before is not None and stage.rectified and stage.layer.bias is None
-    larger = max(cotangents, kept.values, key=Tensor.numel)
+    maps = cotangents if kept.largest is None else cotangents.new_empty(()).expand(len(cotangents), *kept.size)
+    larger = max(maps, kept.values, key=Tensor.numel)
     for rows in blocks(larger, _CONVOLUTION_ENTRIES):
         arriving, made = cotangents[rows], None if output is None else output[rows]
         if shares is not None:
@@ -211,8 +212,11 @@ def passed_convolution(
         counted = slice(rows.start, min(rows.stop, kept.rows))
         if not any(needed[:2]) or counted.start >= counted.stop:
             continue
+        arrived = into[: counted.stop - counted.start]
+        if kept.largest is not None:
+            arrived = stage.spread(arrived, kept.largest[counted], kept.size)
         leaving, gradient, _ = torch.ops.aten.convolution_backward(
-            into[: counted.stop - counted.start],
+            arrived,
             kept.values[counted],
             weight,
             None,

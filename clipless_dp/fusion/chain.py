@@ -92,9 +92,14 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
 
 def _left(
     stage: Stage, kept: Kept, weight: Tensor, bias: Tensor | None, measured: bool
-) -> tuple[Tensor, Tensor | None]:
-    """A stage's output, and the samples' norms where the next stage wants them."""
+) -> tuple[Tensor, Tensor | None, Kept]:
+    """A stage's output, the samples' norms where the next stage wants them, and what is kept."""
     output = stage.apply(kept.values, weight, bias if kept.scales is None else None)
+    if stage.pool is not None:
+        # Scales are not negative and a channel has one bias, so that the same entries are the largest before and after.
+        size = output.shape[1:]
+        output, largest = stage.pooled(output)
+        kept = kept._replace(largest=largest, size=size)
     if kept.rows < len(output):
         assert kept.lost is not None
         output.index_fill_(0, kept.lost, 0.0)
@@ -111,7 +116,7 @@ def _left(
             block.relu_()
         if measured:
             norms.append(sample_norms(block))
-    return output, torch.cat(norms) if measured else None
+    return output, torch.cat(norms) if measured else None, kept
 
 
 class _ChainFunction(torch.autograd.Function):
@@ -122,6 +127,7 @@ class _ChainFunction(torch.autograd.Function):
         ctx: Any, values: Tensor, entry: Entry | None, stages: tuple[Stage, ...], *parameters: Tensor | None
     ) -> Tensor:
         ctx.stages, ctx.radius, ctx.rows = stages, None if entry is None else entry.radius, []
+        pools: list[tuple[Tensor | None, torch.Size]] = []
         saved: list[Tensor | None] = [values, *parameters]
         hidden: list[Tensor | None] = []
         signal, norms = values, None
@@ -133,10 +139,11 @@ class _ChainFunction(torch.autograd.Function):
             weight, bias = parameters[2 * index : 2 * index + 2]
             weight = channels_last(cast(Tensor, weight)) if stage.interleaved else weight
             measured = index + 1 < len(stages) and stages[index + 1].measures
-            signal, norms = _left(stage, kept, cast(Tensor, weight), bias, measured)
+            signal, norms, kept = _left(stage, kept, cast(Tensor, weight), bias, measured)
+            pools.append((kept.largest, kept.size))
         ctx.save_for_backward(*saved, signal if stages[-1].rectified else None)
         # Nobody else knows them. Each is let go on the way back once it is used, as between modules of their own.
-        ctx.hidden = hidden
+        ctx.hidden, ctx.pools = hidden, pools
         return signal
 
     @staticmethod
@@ -151,9 +158,10 @@ class _ChainFunction(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(parameters)
         output, owned, shares = states.pop(), False, None
         hidden, ctx.hidden = ctx.hidden, None
+        pools, ctx.pools = ctx.pools, None
         for index in reversed(range(len(stages))):
             signal, (scales, norms, lost) = hidden.pop(), states[3 * index : 3 * index + 3]
-            kept = Kept(values if signal is None else signal, scales, norms, lost, ctx.rows[index])
+            kept = Kept(values if signal is None else signal, scales, norms, lost, ctx.rows[index], *pools.pop())
             needed = index > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
             passed = passed_convolution if not isinstance(stages[index].layer, nn.Linear) else passed_linear
             weight = channels_last(parameters[2 * index]) if stages[index].interleaved else parameters[2 * index]

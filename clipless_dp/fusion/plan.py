@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from clipless_dp.fusion.chain import Chain
-from clipless_dp.fusion.stages import Interleaved, Stage
+from clipless_dp.fusion.stages import Interleaved, Stage, pools_tiles
 from clipless_dp.gates import BallProjection, CotangentGate, GradientGatedConv2d, GradientGatedLinear, SphereScaling
 from clipless_dp.graph.tracing import TracedNet
 
@@ -34,6 +34,7 @@ class FusedNet:
         modules: dict[str, nn.Module] = {}
         copies: dict[fx.Node, fx.Node] = {}
         entry: fx.Node | None = None
+        late = _late(traced, fused)
         self.takes_entry = False
         every = [stage for _, stages in found for stage in stages]
         self.beats_compiled = any(stage.before or stage.behind or stage.interleaved for stage in every)
@@ -48,6 +49,8 @@ class FusedNet:
                 copies[node] = graph.call_module(name, (copies[source], entry) if heading else (copies[source],))
             elif node in fused:
                 continue
+            elif node in late:
+                copies[node] = copies[node.all_input_nodes[0]]
             elif type(_leaf(traced, node)) in (nn.Conv2d, GradientGatedConv2d) and _pooled(traced, node):
                 name = f"interleaved_{len(modules)}"
                 modules[name] = Interleaved(cast(nn.Conv2d, traced.leaf(node)))
@@ -59,6 +62,8 @@ class FusedNet:
                     entry = graph.placeholder("entry", default_value=None)
                 elif node.op == "call_module":
                     modules[str(node.target)] = traced.executed(node)
+                if any(source in late for source in node.all_input_nodes):
+                    copies[node] = graph.call_function(torch.relu, (copies[node],))
         self.module = fx.GraphModule(modules, graph)
 
     @staticmethod
@@ -83,6 +88,20 @@ def _is_input(traced: TracedNet, node: fx.Node) -> bool:
             return False
         (node,) = node.all_input_nodes
     return False
+
+
+def _late(traced: TracedNet, fused: set[fx.Node]) -> set[fx.Node]:
+    """ReLUs, and the copies that they may overwrite, that a max pooling follows: it leaves them less to do.
+
+    The largest entry of a window is the same before and after, and where it is negative nothing is passed back.
+    """
+    found: set[fx.Node] = set()
+    for node in traced.module.graph.nodes:
+        relu = _rectified(traced, node)
+        after = _only_user(relu[-1]) if relu else None
+        if after is not None and type(_leaf(traced, after)) is nn.MaxPool2d and not fused.intersection([*relu, after]):
+            found.update(relu)
+    return found
 
 
 def _chains(traced: TracedNet) -> list[tuple[list[fx.Node], tuple[Stage, ...]]]:
@@ -112,7 +131,7 @@ def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | No
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
         return None
     nodes = [node]
-    before, behind, rectified = _leaf(traced, node.all_input_nodes[0]), None, False
+    before, behind = _leaf(traced, node.all_input_nodes[0]), None
     if type(before) in (BallProjection, SphereScaling) and len(node.all_input_nodes[0].users) == 1:
         nodes.insert(0, node.all_input_nodes[0])
     else:
@@ -122,16 +141,30 @@ def _stage(traced: TracedNet, node: fx.Node) -> tuple[list[fx.Node], Stage] | No
         behind = _leaf(traced, following)
         nodes.append(following)
         following = _only_user(following)
-    skipped = []
-    if following is not None and following.op == "call_method" and following.target == "clone":
-        skipped, following = [following], _only_user(following)
-    if following is not None and _rectifies(traced, following):
-        nodes += [*skipped, following]
-        rectified = True
+    relu = _rectified(traced, following)
+    nodes += relu
+    following = _only_user(nodes[-1])
+    pool = None if following is None else _leaf(traced, following)
+    if following is not None and isinstance(layer, nn.Conv2d) and pools_tiles(pool):
+        nodes.append(following)
+        behind_pool = [] if relu else _rectified(traced, _only_user(following))
+        nodes += behind_pool
+        relu = relu or behind_pool
+    else:
+        pool = None
     interleaved = isinstance(layer, nn.Conv2d) and _pooled(traced, node)
     if len(nodes) == 1 and isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         return None
-    return nodes, Stage(cast(Any, layer), cast(Any, before), cast(Any, behind), rectified, interleaved)
+    gates = cast(Any, before), cast(Any, behind)
+    return nodes, Stage(cast(Any, layer), *gates, bool(relu), interleaved, cast("nn.MaxPool2d | None", pool))
+
+
+def _rectified(traced: TracedNet, node: fx.Node | None) -> list[fx.Node]:
+    """A ReLU and the copy that it may overwrite, from the first of both on; empty where there is none."""
+    copied: list[fx.Node] = []
+    if node is not None and node.op == "call_method" and node.target == "clone":
+        copied, node = [node], _only_user(node)
+    return [*copied, node] if node is not None and _rectifies(traced, node) else []
 
 
 def _leaf(traced: TracedNet, node: fx.Node) -> nn.Module | None:
@@ -142,11 +175,14 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+_KEEP_ORDER = (CotangentGate, BallProjection, SphereScaling, nn.Conv2d, GradientGatedConv2d)
+
+
 def _pooled(traced: TracedNet, node: fx.Node) -> bool:
-    """Whether a max pooling follows, with nothing but gates and ReLUs between."""
+    """Whether a max pooling follows, with nothing but convolutions, gates and ReLUs between."""
     following = _only_user(node)
     while following is not None and (
-        type(_leaf(traced, following)) is CotangentGate or _rectifies(traced, following) or following.target == "clone"
+        type(_leaf(traced, following)) in _KEEP_ORDER or _rectifies(traced, following) or following.target == "clone"
     ):
         following = _only_user(following)
     return following is not None and type(_leaf(traced, following)) is nn.MaxPool2d

@@ -8,10 +8,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 
-from clipless_dp.gates import BallProjection, CotangentGate, GradientGatedLinear, SphereScaling
+from clipless_dp.gates import BallProjection, CotangentGate, GradientGatedConv2d, GradientGatedLinear, SphereScaling
 
 _BLOCK_ENTRIES = 1 << 17
 """Entries of an activation at once on each thread: in float32 half a megabyte, so that two fit a core's cache."""
@@ -40,6 +39,7 @@ class Stage(NamedTuple):
         behind: the gate on its output's cotangent.
         rectified: whether a ReLU follows.
         interleaved: whether maps are to lie in memory channels last.
+        pool: the max pooling that follows, of maps in tiles. It is first: what else is done is done to what it leaves.
     """
 
     layer: nn.Linear | nn.Conv1d | nn.Conv2d
@@ -47,6 +47,7 @@ class Stage(NamedTuple):
     behind: CotangentGate | None
     rectified: bool
     interleaved: bool
+    pool: nn.MaxPool2d | None = None
 
     @property
     def gradient_gate(self) -> GradientGatedLinear | None:
@@ -89,7 +90,42 @@ class Stage(NamedTuple):
         values = values if self.before is None else self.before(values)
         values = self.layer(values)
         values = values if self.behind is None else self.behind(values)
-        return torch.relu(values) if self.rectified else values
+        values = torch.relu(values) if self.rectified else values
+        return values if self.pool is None else cast(Tensor, self.pool(values))
+
+    def pooled(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest entry of each tile, and its index."""
+        found: tuple[Tensor, Tensor] = torch.ops.aten.max_pool2d_with_indices(maps, *_tiling(cast(Any, self.pool)))
+        return found
+
+    def spread(self, cotangents: Tensor, indices: Tensor, size: torch.Size) -> Tensor:
+        """Cotangents of the largest entries as those of maps of some size."""
+        # Of the maps their size and order are read, and nothing else.
+        shape = len(cotangents), *size
+        maps = torch.empty(shape, dtype=cotangents.dtype, device=cotangents.device, memory_format=torch.channels_last)
+        found: Tensor = torch.ops.aten.max_pool2d_with_indices_backward(
+            cotangents, maps, *_tiling(cast(Any, self.pool)), indices
+        )
+        return found
+
+
+def _pair(number: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (number, number) if isinstance(number, int) else tuple(number)
+
+
+def _tiling(pool: nn.MaxPool2d) -> tuple[Any, ...]:
+    sizes = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    return *(list(_pair(size)) for size in sizes), pool.ceil_mode
+
+
+def pools_tiles(pool: nn.Module | None) -> bool:
+    """Whether it is a max pooling that reads each entry once at most: cotangents that it spreads keep their norm."""
+    return (
+        type(pool) is nn.MaxPool2d
+        and _pair(pool.kernel_size) == _pair(pool.stride)
+        and _tiling(pool)[2:] == ([0, 0], [1, 1], False)
+        and not pool.return_indices
+    )
 
 
 class Interleaved(nn.Module):
@@ -104,7 +140,10 @@ class Interleaved(nn.Module):
 
     def forward(self, values: Tensor) -> Tensor:
         """As the layer itself."""
-        output: Tensor = functional_call(self.layer, {"weight": channels_last(self.layer.weight)}, (values,))
+        layer, weight = self.layer, channels_last(self.layer.weight)
+        if isinstance(layer, GradientGatedConv2d):
+            return layer.with_weight(values, weight)
+        output: Tensor = layer._conv_forward(values, weight, layer.bias)
         return output
 
 
@@ -130,6 +169,8 @@ class Kept(NamedTuple):
         norms: of its input, ``(B,)``.
         lost: indices of the samples that the gates made zero, or would shrink by more than 1e27.
         rows: as above.
+        largest: where a pooling follows, the indices of its tiles' largest entries.
+        size: of the maps that it pools, without the axis of samples.
     """
 
     values: Tensor
@@ -137,3 +178,5 @@ class Kept(NamedTuple):
     norms: Tensor | None
     lost: Tensor | None
     rows: int
+    largest: Tensor | None = None
+    size: torch.Size = torch.Size()

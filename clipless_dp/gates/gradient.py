@@ -8,18 +8,13 @@ scaled sum is all that is kept of it.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from clipless_dp.gates.arithmetic import (
     UNDERFLOW,
-    is_interleaved,
-    per_sample,
     sample_norms,
     scale_factors,
     zeroed_rows,
@@ -33,11 +28,14 @@ _CHUNK_ENTRIES = {"cpu": 1 << 20}
 _CHUNK_ENTRIES_ELSEWHERE = 1 << 26
 """Entries of windows and per-sample gradients at once: 4 MiB on a CPU, elsewhere 256 MiB."""
 
-_GRAM_GAIN = 8.0
+GRAM_GAIN = 8.0
 """Products of matrices that take as long as an entry of a per-sample gradient takes to be written and read twice."""
 
 _TOKEN_GRAM_GAIN = 60.0
 """The same for tokens, whose factors go into one product of all samples."""
+
+_LANES = 16
+"""Numbers of float32 in a processor's widest vector."""
 
 
 def vector_weight_gradient(
@@ -80,10 +78,13 @@ Chunk = tuple[Tensor, Tensor, Tensor]
 """Of some samples ``(b, groups, T, K)`` that the weight meets, cotangents ``(b, groups, O, T)`` and ``‖x‖‖g‖``."""
 
 
-def _formed(chunks: Iterator[Chunk], shape: tuple[int, int, int]) -> Iterator[tuple[Chunk, Tensor | None, Tensor]]:
+def chunk_gradients(
+    chunks: Iterator[Chunk], shape: tuple[int, int, int]
+) -> Iterator[tuple[Chunk, Tensor | None, Tensor]]:
     """Of each chunk what the samples' gradients count as, ``(b,)``, and the gradients, where these have to be formed.
 
-    The latter are of shape ``(b, groups·O·K)``, in memory that the next chunk's take.
+    The latter are of shape ``(b, groups·O·K)``, or ``(b, groups·K·O)`` where outputs come last, in memory that the next
+    chunk's take.
 
     Args:
         chunks: of some samples each.
@@ -92,22 +93,24 @@ def _formed(chunks: Iterator[Chunk], shape: tuple[int, int, int]) -> Iterator[tu
     groups, outputs, inputs = shape
     held: Tensor | None = None
     for rows, cotangents, scales in chunks:
-        if _prefers_gram(rows.shape[2], inputs, outputs, _GRAM_GAIN):
+        if prefers_gram(rows.shape[2], inputs, outputs, GRAM_GAIN):
             yield (rows, cotangents, scales), None, torch.maximum(_gram_norms(rows, cotangents), CANCELLED * scales)
             continue
         first, second = cotangents.flatten(0, 1), rows.flatten(0, 1)
+        if _outputs_last(outputs, inputs):
+            first, second = second.mT, first.mT
         if torch.is_grad_enabled():
             gradients = torch.bmm(first, second)
         else:
             # Memory that is written before stays in the processor's caches.
-            held = first.new_empty(len(first), outputs, inputs) if held is None else held
+            held = first.new_empty(len(first), first.shape[1], second.shape[2]) if held is None else held
             gradients = torch.bmm(first, second, out=held[: len(first)])
         gradients = gradients.reshape(len(rows), groups * outputs * inputs)
         norms = torch.maximum(sample_norms(gradients), CANCELLED * scales)
         yield (rows, cotangents, scales), gradients, norms
 
 
-def _gated_sum(
+def gated_sum(
     chunks: Iterator[Chunk], shape: tuple[int, int, int], limit: float, least: float
 ) -> tuple[Tensor, list[Tensor]]:
     """``Σ_b factor_b·G_b``.
@@ -123,9 +126,11 @@ def _gated_sum(
     """
     total: Tensor | None = None
     found: list[Tensor] = []
-    for (rows, cotangents, _), gradients, norms in _formed(chunks, shape):
+    formed = False
+    for (rows, cotangents, _), gradients, norms in chunk_gradients(chunks, shape):
         found.append(norms)
         factors = scale_factors(norms, cap=limit, floor=least)
+        formed = gradients is not None
         if gradients is None:
             part = _scaled_sum(rows, cotangents, factors)
             total = part if total is None else total + part
@@ -133,7 +138,18 @@ def _gated_sum(
             total = factors @ gradients if total is None else _add_product(total, gradients.mT, factors)
     if total is None:
         raise ValueError("there are no chunks")
+    groups, outputs, inputs = shape
+    if formed and _outputs_last(outputs, inputs):
+        return total.reshape(groups, inputs, outputs).mT, found
     return total.reshape(shape), found
+
+
+def _outputs_last(outputs: int, inputs: int) -> bool:
+    """Whether gradients are formed transposed: where that fills the processor's vectors, and the usual order does not.
+
+    Products of small matrices take a quarter less time then.
+    """
+    return outputs % _LANES == 0 and inputs % _LANES != 0
 
 
 def _add_product(total: Tensor, matrix: Tensor, factors: Tensor) -> Tensor:
@@ -161,11 +177,12 @@ def _scaled_sum(rows: Tensor, cotangents: Tensor, factors: Tensor) -> Tensor:
     return scaled @ rows.permute(1, 0, 2, 3).reshape(groups, -1, inputs)
 
 
-def _prefers_gram(positions: int, inputs: int, outputs: int, gain: float) -> bool:
+def prefers_gram(positions: int, inputs: int, outputs: int, gain: float) -> bool:
+    """Whether a norm is computed from products of positions: it takes less time than a gradient of ``K·O`` entries."""
     return 2 * positions**2 * (inputs + outputs) <= gain * inputs * outputs
 
 
-def _chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
+def chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
     """Samples at once: as asked for, or as many as the default memory holds."""
     return chunk if chunk > 0 else max(1, _CHUNK_ENTRIES.get(device.type, _CHUNK_ENTRIES_ELSEWHERE) // max(entries, 1))
 
@@ -202,9 +219,9 @@ class Tokens:
     def __init__(self, values: Tensor, cotangents: Tensor, chunk: int, sizes: Tensor | None = None) -> None:
         _, positions, inputs = values.shape
         outputs = cotangents.shape[2]
-        self._gram = _prefers_gram(positions, inputs, outputs, _TOKEN_GRAM_GAIN)
+        self._gram = prefers_gram(positions, inputs, outputs, _TOKEN_GRAM_GAIN)
         held = 2 * positions**2 if self._gram else inputs * outputs
-        self._rows = _chunk_rows(chunk, held, values.device)
+        self._rows = chunk_rows(chunk, held, values.device)
         self._shape = 1, outputs, inputs
         self._values, self._lengths = zeroed_rows(values)
         self._cotangents, self.present = zeroed_rows(cotangents, sizes)
@@ -219,7 +236,7 @@ class Tokens:
         if self._gram:
             norms = _token_norms(self._values, self._cotangents, self._lengths, self.present, self._rows)
             return torch.maximum(norms, CANCELLED * self._lengths * self.present)
-        return torch.cat([norms for _, _, norms in _formed(self._chunks(), self._shape)])
+        return torch.cat([norms for _, _, norms in chunk_gradients(self._chunks(), self._shape)])
 
     def total(self, factors: Tensor) -> Tensor:
         """``Σ_b factor_b·G_b``, ``(O, K)``, of factors ``(B,)``."""
@@ -237,7 +254,7 @@ class Tokens:
         if self._gram:
             norms = self.norms()
             return self.total(scale_factors(norms, cap=limit, floor=least)), norms
-        total, found = _gated_sum(self._chunks(), self._shape, limit, least)
+        total, found = gated_sum(self._chunks(), self._shape, limit, least)
         return total.squeeze(0), torch.cat(found)
 
 
@@ -286,146 +303,15 @@ def table_sum(tokens: Tensor, cotangents: Tensor, rows: int, factors: Tensor) ->
     return total
 
 
-def _positions_last(maps: Tensor) -> Tensor:
-    """``(B, C, H, W)`` to ``(B, C, H·W)``, without a copy where the maps lie in memory channels last."""
-    return maps.permute(0, 2, 3, 1).flatten(1, 2).mT if is_interleaved(maps) else maps.flatten(2)
-
-
-def convolution_weight_gradient(
-    values: Tensor,
-    cotangents: Tensor,
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-    limit: float,
-    least: float,
-    chunk: int,
-) -> Tensor:
-    """The gated sum for a convolution: ``(B, C, *size)`` and ``(B, O, *positions)`` to ``(O, C/groups, *kernel)``."""
-    return Kernel(values, cotangents, kernel, stride, padding, dilation, groups, chunk).gated(limit, least)[0]
-
-
-class Kernel:
-    """What comes back to a convolution's weight, sample by sample.
-
-    Args:
-        values: what windows are cut from, ``(B, C, *size)``.
-        cotangents: what arrives at each window, ``(B, O, *positions)``.
-        kernel: its size, with ``stride``, ``padding``, ``dilation`` and ``groups``.
-        chunk: samples at once; 0: as many as fit a small memory.
-
-    Attributes:
-        present: ``(B,)``, positive where anything came back to the sample.
-    """
-
-    def __init__(
-        self,
-        values: Tensor,
-        cotangents: Tensor,
-        kernel: Sequence[int],
-        stride: Sequence[int],
-        padding: Sequence[int],
-        dilation: Sequence[int],
-        groups: int,
-        chunk: int,
-    ) -> None:
-        channels, outputs = values.shape[1], cotangents.shape[1]
-        self._sizes = cotangents.shape[2:]
-        positions, inputs = math.prod(self._sizes), channels // groups * math.prod(kernel)
-        gram = _prefers_gram(positions, inputs, outputs // groups, _GRAM_GAIN)
-        held = groups * positions * inputs + (2 * groups * positions**2 if gram else outputs * inputs)
-        self._rows = _chunk_rows(chunk, held, values.device)
-        self._shape = groups, outputs // groups, inputs
-        self._geometry = list(kernel), list(stride), list(padding), list(dilation), groups
-        self._values, self._lengths = zeroed_rows(values)
-        self._cotangents, self.present = zeroed_rows(cotangents)
-
-    def _chunks(self) -> Iterator[Chunk]:
-        rows, scales = self._rows, self._lengths * self.present
-        parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
-        return (
-            (
-                _windows(some, self._sizes, *self._geometry),
-                _positions_last(arriving).unflatten(1, self._shape[:2]),
-                own,
-            )
-            for some, arriving, own in parts
-        )
-
-    def norms(self) -> Tensor:
-        """As of :class:`Tokens`."""
-        return torch.cat([norms for _, _, norms in _formed(self._chunks(), self._shape)])
-
-    def total(self, factors: Tensor) -> Tensor:
-        """``Σ_b factor_b·G_b``, ``(O, C/groups, *kernel)``, of factors ``(B,)``."""
-        kernel, stride, padding, dilation, groups = self._geometry
-        scaled = self._cotangents * per_sample(factors.to(self._cotangents.dtype), self._cotangents)
-        weight = scaled.new_empty(scaled.shape[1], self._values.shape[1] // groups, *kernel)
-        found: Tensor = torch.ops.aten.convolution_backward(
-            scaled, self._values, weight, None, stride, padding, dilation, False, [0] * len(kernel), groups,
-            [False, True, False],
-        )[1]  # fmt: skip
-        return found
-
-    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
-        """The gated sum, ``(O, C/groups, *kernel)``, and what each sample's gradient counts as, ``(B,)``."""
-        kernel, *_ = self._geometry
-        total, found = _gated_sum(self._chunks(), self._shape, limit, least)
-        groups, outputs, _ = self._shape
-        gradient = total.reshape(groups * outputs, *kernel, -1).movedim(-1, 1).contiguous()
-        return gradient, torch.cat(found)
-
-
-def _windows(
-    maps: Tensor,
-    sizes: Sequence[int],
-    kernel: list[int],
-    stride: list[int],
-    padding: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    """What a kernel meets at each position: ``(b, C, *size)`` to ``(b, groups, T, prod(kernel)·C/groups)``."""
-    axes, channels = len(kernel), maps.shape[1]
-    # Channels last: what one row of a window reads lies together, and is copied at once.
-    windows = functional.pad(maps.movedim(1, -1), (0, 0, *(side for side in reversed(padding) for _ in range(2))))
-    windows = windows.contiguous()
-    for axis, (step, taps, move) in enumerate(zip(dilation, kernel, stride, strict=True), start=1):
-        windows = windows.unfold(axis, step * (taps - 1) + 1, move).narrow(axis, 0, sizes[axis - 1])
-    thinned: Any = (..., *(slice(None, None, step) for step in dilation))
-    windows = windows[thinned]
-    # (b, *size, C, *kernel) to (b, groups, *size, *kernel, C/groups).
-    windows = windows.unflatten(axes + 1, (groups, channels // groups)).movedim(axes + 1, 1).movedim(axes + 2, -1)
-    inputs = channels // groups * math.prod(kernel)
-    return cast(Tensor, windows.reshape(len(maps), groups, math.prod(sizes), inputs))
-
-
-# Loops over chunks depend on the batch size: compiled graphs hold them as one opaque operator.
+# A loop over chunks depends on the batch size: compiled graphs hold it as one opaque operator.
 token_operator = torch.library.custom_op(
     "clipless_dp::token_weight_gradient",
     token_weight_gradient,
     mutates_args=(),
     schema="(Tensor values, Tensor cotangents, float limit, float least, int chunk) -> Tensor",
 )
-convolution_operator = torch.library.custom_op(
-    "clipless_dp::convolution_weight_gradient",
-    convolution_weight_gradient,
-    mutates_args=(),
-    schema=(
-        "(Tensor values, Tensor cotangents, int[] kernel, int[] stride, int[] padding, int[] dilation, int groups, "
-        "float limit, float least, int chunk) -> Tensor"
-    ),
-)
 
 
 @token_operator.register_fake
 def _(values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int) -> Tensor:
     return values.new_empty(cotangents.shape[2], values.shape[2])
-
-
-@convolution_operator.register_fake
-def _(values: Tensor, cotangents: Tensor, kernel: list[int], *settings: Any) -> Tensor:
-    groups = settings[3]
-    return values.new_empty(cotangents.shape[1], values.shape[1] // groups, *kernel)

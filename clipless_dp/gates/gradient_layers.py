@@ -15,11 +15,9 @@ from torch.nn import functional
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap, zeroed_rows
+from clipless_dp.gates.convolutions import Kernel, convolution_operator, convolution_weight_gradient
 from clipless_dp.gates.gradient import (
-    Kernel,
     bias_gradient,
-    convolution_operator,
-    convolution_weight_gradient,
     token_operator,
     token_weight_gradient,
     vector_weight_gradient,
@@ -289,13 +287,17 @@ class GradientGatedLinear(GradientGated, nn.Linear):
 class _GradientGatedConvolution(GradientGated):
     def forward(self, input: Tensor) -> Tensor:
         """As torch's own layer."""
+        return self.with_weight(input, cast(nn.Conv2d, self).weight)
+
+    def with_weight(self, input: Tensor, weight: Tensor) -> Tensor:
+        """The same with a weight in place of the layer's own, in another order in memory for one."""
         layer = cast(nn.Conv2d, self)
         padding = layer.padding
         if layer.padding_mode != "zeros" or isinstance(padding, str):
             mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
             input = functional.pad(input, layer._reversed_padding_repeated_twice, mode=mode)
             padding = (0,) * len(layer.kernel_size)
-        return _convolve(layer, input, padding, layer.output_padding)
+        return _convolve(layer, input, weight, padding, layer.output_padding)
 
     def extra_repr(self) -> str:
         """The layer's and the gate's settings."""
@@ -308,17 +310,19 @@ class _GradientGatedTransposed(GradientGated):
         layer = cast(nn.ConvTranspose2d, self)
         settings = layer.stride, layer.padding, layer.kernel_size, len(layer.kernel_size), layer.dilation
         extra = layer._output_padding(input, output_size, *settings)  # type: ignore[arg-type]
-        return _convolve(layer, input, cast("tuple[int, ...]", layer.padding), tuple(extra))
+        return _convolve(layer, input, layer.weight, cast("tuple[int, ...]", layer.padding), tuple(extra))
 
     def extra_repr(self) -> str:
         """The layer's and the gate's settings."""
         return f"{super().extra_repr()}, {self.gate_repr()}"  # type: ignore[misc]
 
 
-def _convolve(layer: Any, values: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]) -> Tensor:
+def _convolve(
+    layer: Any, values: Tensor, weight: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]
+) -> Tensor:
     geometry = layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups
     gates = *layer.gates(), layer.chunk, layer.joint, *layer.counters()
-    return applied(_GatedConvolution, values, layer.weight, layer.bias, *geometry, *gates)
+    return applied(_GatedConvolution, values, weight, layer.bias, *geometry, *gates)
 
 
 class GradientGatedConv1d(_GradientGatedConvolution, nn.Conv1d):

@@ -19,11 +19,10 @@ from torch.nn import functional
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.gates.arithmetic import sample_norms, scale_factors, zeroed_rows
+from clipless_dp.gates.convolutions import Kernel, convolution_weight_gradient
 from clipless_dp.gates.gradient import (
     CANCELLED,
-    Kernel,
     bias_gradient,
-    convolution_weight_gradient,
     table_gradient,
     token_weight_gradient,
     vector_weight_gradient,

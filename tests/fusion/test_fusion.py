@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from clipless_dp import DPLipModel, PrivacyError, fusion, gated, gradient_gated, layers
-from clipless_dp.gates import gradient, sample_norms
+from clipless_dp.gates import convolutions, sample_norms
 from clipless_dp.model.passes import unwitnessed
 from clipless_dp.training.memory import traffic
 from tests.soundness.attack import bounds_of, per_sample_gradients, wrap
@@ -75,6 +75,22 @@ def pooled() -> nn.Module:
     )
 
 
+def tiled() -> nn.Module:
+    """Poolings that run in one with the layers before and behind them, ReLUs on either side of them, rows left over."""
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1, bias=False),
+        nn.MaxPool2d((1, 3)),
+        nn.ReLU(),
+        nn.Conv2d(6, 4, 1),
+        nn.MaxPool2d(2, 2, 0),
+        nn.Flatten(),
+        nn.Linear(8, 3),
+    )
+
+
 def tokens() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 5), nn.Flatten(), nn.Linear(15, 3))
 
@@ -122,6 +138,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] 
     "bare": (bare, (6,), [3]),
     "convolutional": (convolutional, (2, 14, 14), [1, 2, 1]),
     "pooled": (pooled, (1, 9, 9), [1, 1, 1]),
+    "tiled": (tiled, (2, 9, 13), [3, 1]),
     "tokens": (tokens, (3, 4), [2, 1]),
     "sequences": (sequences, (2, 9), [2, 1]),
     "branches": (Branches, (5,), [1, 1, 1]),
@@ -194,8 +211,10 @@ def test_layers_between_gates_run_as_chains_as_long_as_values_have_one_consumer(
     assert model._network.fused.takes_entry == (name != "capped maps")
 
 
-@pytest.mark.parametrize("name", ["pooled", "capped maps"])
-def test_maps_that_are_pooled_lie_channels_last_and_parameters_as_before(name: str) -> None:
+@pytest.mark.parametrize(("name", "count"), [("pooled", 2), ("tiled", 3), ("capped maps", 3)])
+def test_maps_that_are_pooled_lie_channels_last_and_parameters_as_before(
+    name: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of(name, dtype=torch.float32)
     pools: list[Tensor] = []
 
@@ -205,9 +224,15 @@ def test_maps_that_are_pooled_lie_channels_last_and_parameters_as_before(name: s
                 pools.append(args[0])
             return super().call_module(target, args, kwargs)
 
+    def recorded(self: Any, maps: Tensor) -> tuple[Tensor, Tensor]:
+        pools.append(maps)
+        return in_one(self, maps)
+
+    in_one = fusion.stages.Stage.pooled
+    monkeypatch.setattr(fusion.stages.Stage, "pooled", recorded)
     inputs, targets = batch_of(model, 4, "none")
     Recorder(model._network.fused.module).run(inputs)
-    assert len(pools) == (2 if name == "pooled" else 3)
+    assert len(pools) == count
     assert all(pool.is_contiguous(memory_format=torch.channels_last) for pool in pools)
     model.loss(model(inputs), targets).backward()
     for parameter in model.net.parameters():
@@ -231,6 +256,7 @@ def test_values_and_gradients_are_those_of_the_traced_graph(name: str, gates: st
 
 
 WEIGHTED = (nn.Conv2d, nn.Linear)
+TILES = [nn.ReLU(), nn.MaxPool2d(2)]
 
 
 @st.composite
@@ -242,7 +268,9 @@ def networks(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
     for _ in range(draw(st.integers(0, 2))):
         width, kernel, stride = draw(st.integers(1, 5)), draw(st.integers(1, 3)), draw(st.integers(1, 2))
         parts += [nn.Conv2d(channels, width, kernel, stride=stride, padding=kernel // 2, bias=draw(st.booleans()))]
-        parts += draw(st.sampled_from(([], [nn.ReLU()], [nn.ReLU(), nn.MaxPool2d(2, 1)], [nn.MaxPool2d(2), nn.ReLU()])))
+        parts += draw(
+            st.sampled_from(([], [nn.ReLU()], [nn.ReLU(), nn.MaxPool2d(2, 1)], [nn.MaxPool2d(2), nn.ReLU()], TILES))
+        )
         channels = width
         if nn.Sequential(*parts)(torch.zeros(1, *shape)).shape[-1] < 4:
             break
@@ -414,6 +442,33 @@ def test_a_chain_lets_go_of_each_activation_once_it_is_used() -> None:
     assert 8 * size < peak <= 14 * size
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kernel=st.integers(1, 4),
+    stride=st.integers(1, 4),
+    dilation=st.integers(1, 2),
+    padding=st.integers(0, 2),
+    ceil=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_a_relu_and_a_max_pooling_in_either_order_pass_back_the_same_to_the_bit(
+    kernel: int, stride: int, dilation: int, padding: int, ceil: bool, seed: int
+) -> None:
+    pool = nn.MaxPool2d(kernel, stride, min(padding, kernel // 2), dilation, ceil_mode=ceil)
+    generator = torch.Generator().manual_seed(seed)
+    # Of few numbers, so that many tie, zeros of both signs among them.
+    maps = torch.randint(-2, 3, (3, 2, 9, 8), generator=generator).double() * torch.tensor([1.0, -1.0]).reshape(2, 1, 1)
+    maps[2, 0, 4, 4] = math.nan
+    found = []
+    for run in (lambda values: pool(torch.relu(values)), lambda values: torch.relu(pool(values))):
+        values = maps.clone().requires_grad_(True)
+        output = run(values)
+        cotangents = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        found.append((output.detach(), *torch.autograd.grad(output, values, cotangents)))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_graph_that_is_passed_twice_gives_the_same_gradients_twice(name: str) -> None:
     model = model_of(name)
@@ -525,7 +580,15 @@ MUTANTS = (
         "passed = cotangents @ weight",
         "passed = (0.5 * cotangents) @ weight",
     ),
-    Mutant("positions in another order", gradient, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
+    Mutant("positions in another order", convolutions, "_positions_last", "(0, 2, 3, 1)", "(0, 3, 2, 1)"),
+    Mutant(
+        "tiles of another block",
+        fusion.chain,
+        "passed_convolution",
+        "kept.largest[counted]",
+        "kept.largest[: len(arrived)]",
+    ),
+    Mutant("windows that overlap", fusion.plan, "pools_tiles", "_pair(pool.kernel_size) == _pair(pool.stride)", "True"),
     Mutant("only the last block's bias", fusion.backward, "_total", "parts[0].add_(part)", "parts[0].copy_(part)"),
 )
 

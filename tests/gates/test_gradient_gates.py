@@ -26,6 +26,7 @@ from clipless_dp.gates import (
     gradient_layers,
     rounding_slack,
 )
+from clipless_dp.gates import convolutions as gated_kernels
 from clipless_dp.gates import gradient as gated_sums
 from tests.soundness.attack import Record, add_or_remove_one, per_sample_gradients, wrap
 from tests.support import no_certificates
@@ -46,6 +47,11 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "groups": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), (4, 5, 5)),
     "groups, few positions": (lambda: nn.Conv2d(8, 12, 3, groups=2), (8, 4, 3)),
     "depthwise": (lambda: nn.Conv2d(3, 3, 3, groups=3, padding=1), (3, 4, 4)),
+    "whole vectors": (lambda: nn.Conv2d(8, 16, 3, padding=1), (8, 5, 6)),
+    "whole vectors, groups, dilation": (
+        lambda: nn.Conv2d(16, 16, (2, 3), groups=2, dilation=2, bias=False),
+        (16, 6, 8),
+    ),
     "same": (lambda: nn.Conv2d(2, 2, (4, 3), padding="same"), (2, 5, 5)),
     "circular": (lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular", stride=2), (2, 6, 6)),
     "signal": (lambda: nn.Conv1d(2, 3, 3, stride=2, padding=1), (2, 8)),
@@ -124,7 +130,7 @@ def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_unto
 
 def test_both_ways_of_computing_a_norm_are_among_the_layers_under_test(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: set[tuple[str, bool]] = set()
-    prefers_gram = gated_sums._prefers_gram
+    prefers_gram = gated_sums.prefers_gram
 
     def noted(positions: int, inputs: int, outputs: int, gain: float) -> bool:
         answer = prefers_gram(positions, inputs, outputs, gain)
@@ -132,7 +138,8 @@ def test_both_ways_of_computing_a_norm_are_among_the_layers_under_test(monkeypat
         ways.add(("tokens" if tokens else "groups" if "groups" in name else "map", answer))
         return answer
 
-    monkeypatch.setattr(gated_sums, "_prefers_gram", noted)
+    for place in (gated_sums, gated_kernels):
+        monkeypatch.setattr(place, "prefers_gram", noted)
     for name in LAYERS:
         layer, shape = built(name)
         backward(gradient_gated_layer(layer, 1.0), *signals(layer, shape))
@@ -262,7 +269,7 @@ def test_no_weight_breaks_the_bounds_of_a_gradient_gated_network(mode: str, size
 @contextmanager
 def mutant(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> Iterator[None]:
     with monkeypatch.context() as patched:
-        for place in (gated_sums, gradient_layers):
+        for place in (gated_sums, gated_kernels, gradient_layers):
             if hasattr(place, name):
                 patched.setattr(place, name, value)
         yield
@@ -324,9 +331,9 @@ MUTANTS = [
     ("scale_factors", of_the_batch, "map"),
     ("bias_gradient", plain_bias, "vector"),
     ("vector_weight_gradient", of_cotangent_alone, "vector"),
-    ("_gated_sum", each_group_by_itself, "groups"),
-    ("_gated_sum", positions_by_themselves, "map"),
-    ("_gated_sum", positions_by_themselves, "many tokens"),
+    ("gated_sum", each_group_by_itself, "groups"),
+    ("gated_sum", positions_by_themselves, "map"),
+    ("gated_sum", positions_by_themselves, "many tokens"),
     ("_token_norms", tokens_by_themselves, "few tokens"),
     ("token_weight_gradient", drops_the_rest, "many tokens"),
 ]
