@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from . import _validation as check
+from .answers import Answers
 from .bounds import PrivacyBound, rounded_up
 from .errors import (
     EngineRangeError,
@@ -22,6 +24,7 @@ from .errors import (
 )
 from .events import ADD_OR_REMOVE_ONE, Event, GaussianStep, NoSampling, PoissonSampling, Relation
 from .gaussian import gaussian_delta, gaussian_epsilon
+from .growing import Limit
 from .laplace import laplace_delta, laplace_epsilon
 from .ledger import FORMAT as LEDGER_FORMAT
 from .ledger import Ledger
@@ -34,7 +37,7 @@ __all__ = ["Accountant", "AutoAccountant", "PRVAccountant", "RDPAccountant", "cr
 
 _FORMAT = "accounting.state"
 _VERSION = 1
-_OF_THE_LEDGER = ("ledger", "_ledger", "_by_hand", "_process")
+_OF_THE_LEDGER = ("ledger", "_ledger", "_by_hand", "_process", "_answers")
 _RDP_PHASES = 1024
 _PRV_PHASES = 256
 _CLOSE = 2e-4
@@ -76,6 +79,8 @@ class Accountant(ABC):
         self._ledger = ledger
         self._by_hand: Provenance | None = None
         self._process = os.getpid()
+        self._answers = Answers(ledger)
+        self._fallbacks = 0
 
     def _provenance(self, given: Provenance | None) -> Provenance:
         """The provenance of an event: what nobody else takes is this accountant's, of this process."""
@@ -137,7 +142,7 @@ class Accountant(ABC):
         self.ledger.append(event, count, self._provenance(provenance))
 
     def get_epsilon(self, delta: float, *, group_size: int = 1) -> PrivacyBound:
-        """Returns the ε of everything recorded, at δ.
+        """Returns the ε of everything recorded, at δ; the same question again is answered from memory.
 
         Args:
             delta: In (0, 1), best well below one over the number of records.
@@ -153,28 +158,96 @@ class Accountant(ABC):
             MixedUnitsError: When some lines are about rows and others about people.
             UnsupportedEventError: When this accountant does not cover an event of the ledger, for groups of this size.
         """
+        delta = self._checked(delta)
+        group_size = check.count(group_size, "group_size", 1)
+
+        def answer(terms: Terms) -> PrivacyBound:
+            return self._bound(terms, 0.0, 0.0, delta, "exact") if terms.empty else self._epsilon(terms, delta)
+
+        return self._kept("epsilon", delta, group_size, answer)
+
+    def fits(
+        self, *, target_epsilon: float, delta: float, noise_multiplier: float, sample_rate: float, steps: int = 1
+    ) -> bool:
+        """Whether everything recorded and so many further steps keep within ε, at δ. Nothing is recorded.
+
+        Asked after every step of a schedule whose noise changes it composes only the new step with what it kept of the
+        question before, which takes milliseconds (`accounting.growing`): a certified upper bound too, which says yes
+        where ε is below the target by 0.2 % and more. Nearer to it, and wherever that bound says nothing, `get_epsilon`
+        decides.
+
+        Args:
+            target_epsilon: Positive and finite.
+            delta: In (0, 1).
+            noise_multiplier: σ of each further step, as for `step`.
+            sample_rate: q of each further step, as for `step`.
+            steps: How many, perhaps 0.
+
+        Raises:
+            InvalidParameterError: When a value lies outside its range.
+            MixedUnitsError: When some lines are about rows and others about people.
+
+        Guarantee:
+            Yes is said only where the tight ε of all of it does not exceed the target.
+        """
+        limit = Limit(check.target_epsilon(target_epsilon), self._checked(delta))
+        sigma, q = check.noise_multiplier(noise_multiplier), check.sample_rate(sample_rate)
+        n = check.count(steps, "steps")
+        # What others derive from these may answer otherwise.
+        if type(self) in (RDPAccountant, PRVAccountant, AutoAccountant):
+            recorded = self._answers.collection(1)
+            trial = recorded.copy()
+            if n:
+                trial.add([(GaussianStep(sigma, NoSampling() if q == 1.0 else PoissonSampling(q)), n)])
+            terms, renyi = trial.terms(), isinstance(self, RDPAccountant)
+            if terms.empty or self._answers.surely_within(limit, recorded.terms, terms, renyi=renyi):
+                return True
+            epsilon = self._upper_epsilon(terms, limit.delta)
+        else:
+            probe = copy.deepcopy(self)
+            if n:
+                provenance = Provenance(unit=min(self.ledger.units, default=""))
+                probe.step(noise_multiplier=sigma, sample_rate=q, steps=n, provenance=provenance)
+            epsilon = float(probe.get_epsilon(limit.delta))
+        # Not "greater": a NaN fits no target.
+        return epsilon <= limit.epsilon
+
+    def _checked(self, delta: float) -> float:
+        """δ, once it is one, of a ledger that is about one unit."""
         delta = check.delta(delta)
         self.ledger.require_one_unit()
-        group_size = check.count(group_size, "group_size", 1)
         if self.dataset_size is not None and delta > 1.0 / self.dataset_size:
             warn_caller(
                 f"delta={delta:g} exceeds 1/{self.dataset_size}: publishing one record at random would "
                 "satisfy it; choose it well below one over the number of records",
                 LargeDeltaWarning,
             )
-        terms = collect(self.ledger, self.relation, group_size)
-        if terms.empty:
-            return self._bound(terms, 0.0, 0.0, delta, "exact")
-        return self._epsilon(terms, delta)
+        return delta
+
+    def _kept(self, question: str, at: float, group_size: int, answer: Callable[[Terms], PrivacyBound]) -> PrivacyBound:
+        """The answer that was given already of the same ledger, or a new one."""
+        answers, fallbacks = self._answers, self._fallbacks
+        # The state first: what others record meanwhile may be in the answer, and is not lacking.
+        key = (answers.state(), type(self), question, at, group_size)
+        bound = answers.bound(key)
+        if bound is None:
+            bound = answer(answers.collection(group_size).terms())
+            if self._fallbacks == fallbacks:
+                # What is warned of is warned of again.
+                answers.keep(key, bound)
+        return bound
 
     def get_delta(self, epsilon: float, *, group_size: int = 1) -> PrivacyBound:
         """Returns the δ of everything recorded, at ε ≥ 0; `group_size` and attributes as for `get_epsilon`."""
         epsilon = check.epsilon(epsilon)
         self.ledger.require_one_unit()
-        terms = collect(self.ledger, self.relation, check.count(group_size, "group_size", 1))
-        if terms.empty or epsilon == math.inf:
-            return self._bound(terms, 0.0, 0.0, epsilon, "exact")
-        return self._delta(terms, epsilon)
+
+        def answer(terms: Terms) -> PrivacyBound:
+            if terms.empty or epsilon == math.inf:
+                return self._bound(terms, 0.0, 0.0, epsilon, "exact")
+            return self._delta(terms, epsilon)
+
+        return self._kept("delta", epsilon, check.count(group_size, "group_size", 1), answer)
 
     def epsilon_curve(self, deltas: Iterable[float], *, group_size: int = 1) -> list[PrivacyBound]:
         """Returns ε at each δ; `group_size` as for `get_epsilon`."""
@@ -278,10 +351,15 @@ class Accountant(ABC):
         )
 
     def _fallback(self, reason: str) -> None:
+        self._fallbacks += 1
         warn_caller(
             f"the {self.mechanism} engine has no certified answer ({reason}); the Rényi bound is returned",
             FallbackWarning,
         )
+
+    def _upper_epsilon(self, terms: Terms, delta: float) -> float:
+        """The upper end of `_epsilon`, which may come at less cost."""
+        return float(self._epsilon(terms, delta))
 
     @abstractmethod
     def _epsilon(self, terms: Terms, delta: float) -> PrivacyBound: ...
@@ -349,6 +427,12 @@ class PRVAccountant(Accountant):
     mechanism = "prv"
 
     def _epsilon(self, terms: Terms, delta: float) -> PrivacyBound:
+        return self._composed_epsilon(terms, delta)
+
+    def _upper_epsilon(self, terms: Terms, delta: float) -> float:
+        return float(self._composed_epsilon(terms, delta, bracket=False))
+
+    def _composed_epsilon(self, terms: Terms, delta: float, *, bracket: bool = True) -> PrivacyBound:
         if terms.gaussian_only:
             lower = gaussian_epsilon(terms.mu, delta, lower=True)
             return self._bound(terms, gaussian_epsilon(terms.mu, delta), lower, delta, "analytic-gaussian")
@@ -363,7 +447,7 @@ class PRVAccountant(Accountant):
         if rdp == 0.0:
             return self._bound(terms, 0.0, 0.0, delta, "rdp")
         try:
-            lower, upper = compose_epsilon(directions, delta, guess=(epsilon, order - 1.0))
+            lower, upper = compose_epsilon(directions, delta, guess=(epsilon, order - 1.0), bracket=bracket)
             lower, upper = max(lower, known[0]), min(upper, known[1])
         except EngineRangeError as error:
             if terms.fixed:
@@ -426,6 +510,9 @@ class AutoAccountant(PRVAccountant):
 
     def _epsilon(self, terms: Terms, delta: float) -> PrivacyBound:
         return _rdp_epsilon(self, terms, delta) if terms.renyi_only else super()._epsilon(terms, delta)
+
+    def _upper_epsilon(self, terms: Terms, delta: float) -> float:
+        return float(self._epsilon(terms, delta)) if terms.renyi_only else super()._upper_epsilon(terms, delta)
 
     def _delta(self, terms: Terms, epsilon: float) -> PrivacyBound:
         return _rdp_delta(self, terms, epsilon) if terms.renyi_only else super()._delta(terms, epsilon)

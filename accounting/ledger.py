@@ -161,6 +161,11 @@ class Ledger:
         closed = self._closed
         return closed, self._record[closed.lines :]
 
+    def lines_from(self, number: int) -> tuple[list[Line], list[Line]]:
+        """The lines from this number on: first those that do not change any more, then the others."""
+        closed, open_lines = self._totals()
+        return self._record[number : closed.lines], open_lines
+
     def _compact(self) -> None:
         """Puts equal neighbours together, unless that is being done already, by a thread or below a signal handler."""
         if len(self._record) - self._closed.lines < 2:
