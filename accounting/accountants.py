@@ -166,6 +166,20 @@ class Accountant(ABC):
 
         return self._kept("epsilon", delta, group_size, answer)
 
+    def upper_epsilon(self, delta: float) -> float:
+        """Returns the certified upper bound alone, the number that `get_epsilon` is: in half its time or less."""
+        # What others derive from these may answer otherwise.
+        if type(self) not in (RDPAccountant, PRVAccountant, AutoAccountant):
+            return float(self.get_epsilon(delta))
+        delta = self._checked(delta)
+        if (whole := self._answers.bound((self._answers.state(), type(self), "epsilon", delta, 1))) is not None:
+            return float(whole)
+
+        def answer(terms: Terms) -> PrivacyBound:
+            return self._bound(terms, 0.0 if terms.empty else self._upper_epsilon(terms, delta), 0.0, delta, "upper")
+
+        return float(self._kept("upper epsilon", delta, 1, answer))
+
     def fits(
         self, *, target_epsilon: float, delta: float, noise_multiplier: float, sample_rate: float, steps: int = 1
     ) -> bool:

@@ -111,10 +111,10 @@ class Answers:
         for sums in kept.sums:
             grown = sums.reaching(trial)
             if grown is not None:
-                if not grown.within():
-                    break
-                self._grown = _Grown(limit, (grown, sums), kept.tried)
-                return True
+                # Another layout would not tell more.
+                if within := grown.within():
+                    self._grown = _Grown(limit, (grown, sums), kept.tried)
+                return within
         steps = sum(trial.poisson.values())
         if steps <= _GROWTH * kept.tried:
             return False

@@ -34,7 +34,7 @@ _MOST_SIZE = 1 << 18
 _MOST_AHEAD = 4096.0
 _FEW = 16
 _ROOM = 1.5
-_LONGER = 2.0
+_LEAST_AHEAD = 2.0
 _LOG_OUTSIDE = -21.0
 _LOG_SEEN = math.log(1e-6)
 """A δ down to which nothing needs to be tilted: float64 noise is far below."""
@@ -112,7 +112,7 @@ class _Direction:
     def grown(self, pair: DominatingPair, n: int) -> _Direction | None:
         """The sum with n more of a loss, where it fits the layout."""
         spectrum = self.spectrum
-        if spectrum.steps + n > _LONGER * self.laboratory.steps:
+        if spectrum.steps + n > self.laboratory.steps:
             return None
         loss = self.laboratory.discrete(pair, spectrum.width, Laboratory.coarse(self.saddle), _TOLERANCE)
         if not loss.mass.any():
@@ -188,7 +188,7 @@ class Growing:
         if terms.renyi_only or not terms.poisson:
             return None
         cumulant = terms.cumulant(fixed_as_guess=True)
-        share = min(max(_room(limit, cumulant), _LONGER), _MOST_AHEAD)
+        share = min(max(_room(limit, cumulant), _LEAST_AHEAD), _MOST_AHEAD)
         _, order = rdp_to_epsilon(lambda t: share * cumulant(t), limit.delta, max_order=terms.max_order)
         found: list[_Direction] = []
         try:

@@ -61,7 +61,7 @@ class Budget:
                     epsilon, delta = self.limit
                     raise BudgetExhaustedError(
                         f"one more step would exceed the budget of ε = {epsilon:g} at δ = {delta:g}: "
-                        f"{float(accountant.get_epsilon(delta)):.6g} is spent. Nothing of this step was "
+                        f"{accountant.upper_epsilon(delta):.6g} is spent. Nothing of this step was "
                         "released; stop here"
                     )
             kept = self._allowance

@@ -234,6 +234,7 @@ def test_what_others_derive_is_asked_itself():
         accountant.step(noise_multiplier=sigma, sample_rate=0.01)
     target = 1.2 * float(PRVAccountant.get_epsilon(accountant, DELTA))
     assert not accountant.fits(target_epsilon=target, delta=DELTA, noise_multiplier=1.0, sample_rate=0.01)
+    assert accountant.upper_epsilon(DELTA) == float(accountant.get_epsilon(DELTA))
     assert accountant.fits(target_epsilon=2.5 * target, delta=DELTA, noise_multiplier=1.0, sample_rate=0.01)
 
 
@@ -380,7 +381,12 @@ def test_an_upper_bound_that_is_asked_for_alone_is_the_one_that_comes_with_a_low
         for relation in RELATIONS:
             accountant = recorded(kind, schedule(12), relation=relation)
             terms = collect(accountant.ledger, relation)
-            assert accountant._upper_epsilon(terms, DELTA) == float(accountant.get_epsilon(DELTA))
+            alone = accountant.upper_epsilon(DELTA)
+            assert accountant._upper_epsilon(terms, DELTA) == alone == float(accountant.get_epsilon(DELTA))
+            assert accountant.upper_epsilon(DELTA) == alone
+            accountant.step(noise_multiplier=1.0, sample_rate=0.01)
+            assert accountant.upper_epsilon(DELTA) > alone
+    assert create_accountant("prv").upper_epsilon(DELTA) == 0.0
 
 
 def test_a_fallback_of_the_lower_bound_leaves_the_upper_one(monkeypatch):
