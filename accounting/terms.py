@@ -181,12 +181,7 @@ class Terms:
 
     def pairs(self, sigma: float, q: float) -> list[DominatingPair]:
         """The pairs of a Poisson-sampled step, one for each direction of the relation."""
-        k = self.group_size
-        if self.relation == REPLACE_ONE:
-            return [ReplaceGroupPoissonPair(sigma, q, k) if k > 1 else ReplaceOnePoissonPair(sigma, q)]
-        if k > 1:
-            return [GroupPoissonPair(sigma, q, k, adding) for adding in (False, True)]
-        return [PoissonGaussianPair(sigma, q, adding) for adding in (False, True)]
+        return _pairs(self.relation, self.group_size, sigma, q)
 
     def grouped(self, limit: int) -> Terms:
         """Returns terms with at most `limit` distinct Poisson phases, never of smaller loss.
@@ -232,6 +227,15 @@ def _sampled(relation: Relation, group_size: int) -> Callable[[float, float, Arr
     if group_size > 1:
         return partial(group_cumulant, group_size=group_size, replacing=relation == REPLACE_ONE)
     return replace_one_cumulant if relation == REPLACE_ONE else subsampled_gaussian_cumulant
+
+
+def _pairs(relation: Relation, group_size: int, sigma: float, q: float) -> list[DominatingPair]:
+    """See `Terms.pairs`."""
+    if relation == REPLACE_ONE:
+        return [ReplaceGroupPoissonPair(sigma, q, group_size) if group_size > 1 else ReplaceOnePoissonPair(sigma, q)]
+    if group_size > 1:
+        return [GroupPoissonPair(sigma, q, group_size, adding) for adding in (False, True)]
+    return [PoissonGaussianPair(sigma, q, adding) for adding in (False, True)]
 
 
 def _largest(cumulants: list[Cumulant]) -> Cumulant:
