@@ -38,7 +38,7 @@ __all__ = ["FORMAT", "VERSION", "Ledger", "Line"]
 FORMAT = "accounting.ledger"
 VERSION = 2
 _READ = (1, VERSION)
-_LOOSE = 64
+_LOOSE = 16
 """Lines that may wait for being put together."""
 
 
