@@ -44,9 +44,7 @@ def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
     compile = execution.compile
     if compile is True and (reason := run.model.why_eager):
         compile = False
-        _say(
-            run, f"compile=True is left out: {reason}. The name of a backend, compile='inductor', compiles nevertheless"
-        )
+        _say(run, f"compile=True is left out: {reason}")
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows. Of
     # people's rows each class of weights is a pass, of as many rows as were drawn.
     one_shape = bool(compile) and device.type != "cpu" and run.people is None
@@ -130,7 +128,7 @@ def _keep_faster(run: Run, eager: BatchLoss, rows: int) -> None:
     if share <= 1.0:
         return
     measured = (
-        f"compiled passes take {share:.2f} times as long as eager ones here, by the median of passes in turns over "
+        f"compiled passes take {share:.3f} times as long as eager ones here, by the median of passes in turns over "
         f"{rows} rows of zeros"
     )
     if run.asked.privacy.reproducible_seed is not None:
