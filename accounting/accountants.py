@@ -18,7 +18,6 @@ from .errors import (
     FallbackWarning,
     InvalidParameterError,
     LargeDeltaWarning,
-    LedgerFormatError,
     UnsupportedEventError,
     warn_caller,
 )
@@ -26,17 +25,15 @@ from .events import ADD_OR_REMOVE_ONE, Event, GaussianStep, NoSampling, PoissonS
 from .gaussian import gaussian_delta, gaussian_epsilon
 from .growing import Limit
 from .laplace import laplace_delta, laplace_epsilon
-from .ledger import FORMAT as LEDGER_FORMAT
 from .ledger import Ledger
 from .provenance import Provenance, new_run
 from .prv import compose_delta, compose_deltas, compose_epsilon
 from .rdp import rdp_to_delta, rdp_to_epsilon
+from .states import FORMAT, VERSION, read_ledger
 from .terms import Terms, collect
 
 __all__ = ["Accountant", "AutoAccountant", "PRVAccountant", "RDPAccountant", "create_accountant"]
 
-_FORMAT = "accounting.state"
-_VERSION = 1
 _OF_THE_LEDGER = ("ledger", "_ledger", "_by_hand", "_process", "_answers")
 _RDP_PHASES = 1024
 _PRV_PHASES = 256
@@ -159,26 +156,20 @@ class Accountant(ABC):
             UnsupportedEventError: When this accountant does not cover an event of the ledger, for groups of this size.
         """
         delta = self._checked(delta)
-        group_size = check.count(group_size, "group_size", 1)
-
-        def answer(terms: Terms) -> PrivacyBound:
-            return self._bound(terms, 0.0, 0.0, delta, "exact") if terms.empty else self._epsilon(terms, delta)
-
-        return self._kept("epsilon", delta, group_size, answer)
+        return self._kept("epsilon", delta, check.count(group_size, "group_size", 1), self._epsilon)
 
     def upper_epsilon(self, delta: float) -> float:
         """Returns the certified upper bound alone, the number that `get_epsilon` is: in half its time or less."""
-        # What others derive from these may answer otherwise.
-        if type(self) not in (RDPAccountant, PRVAccountant, AutoAccountant):
+        if not self._is_own:
             return float(self.get_epsilon(delta))
         delta = self._checked(delta)
         if (whole := self._answers.bound((self._answers.state(), type(self), "epsilon", delta, 1))) is not None:
             return float(whole)
 
-        def answer(terms: Terms) -> PrivacyBound:
-            return self._bound(terms, 0.0 if terms.empty else self._upper_epsilon(terms, delta), 0.0, delta, "upper")
+        def upper(terms: Terms, delta: float) -> PrivacyBound:
+            return self._bound(terms, self._upper_epsilon(terms, delta), 0.0, delta, "upper")
 
-        return float(self._kept("upper epsilon", delta, 1, answer))
+        return float(self._kept("upper epsilon", delta, 1, upper))
 
     def fits(
         self, *, target_epsilon: float, delta: float, noise_multiplier: float, sample_rate: float, steps: int = 1
@@ -187,14 +178,13 @@ class Accountant(ABC):
 
         Asked after every step of a schedule whose noise changes it composes only the new step with what it kept of the
         question before, which takes milliseconds (`accounting.growing`): a certified upper bound too, which says yes
-        where ε is below the target by 0.2 % and more. Nearer to it, and wherever that bound says nothing, `get_epsilon`
-        decides.
+        where ε is 0.2 % below the target. Nearer to it, and where that bound says nothing, `upper_epsilon` decides.
 
         Args:
             target_epsilon: Positive and finite.
             delta: In (0, 1).
-            noise_multiplier: σ of each further step, as for `step`.
-            sample_rate: q of each further step, as for `step`.
+            noise_multiplier: σ of each further step.
+            sample_rate: q of each further step.
             steps: How many, perhaps 0.
 
         Raises:
@@ -207,24 +197,21 @@ class Accountant(ABC):
         limit = Limit(check.target_epsilon(target_epsilon), self._checked(delta))
         sigma, q = check.noise_multiplier(noise_multiplier), check.sample_rate(sample_rate)
         n = check.count(steps, "steps")
-        # What others derive from these may answer otherwise.
-        if type(self) in (RDPAccountant, PRVAccountant, AutoAccountant):
-            recorded = self._answers.collection(1)
-            trial = recorded.copy()
-            if n:
-                trial.add([(GaussianStep(sigma, NoSampling() if q == 1.0 else PoissonSampling(q)), n)])
-            terms, renyi = trial.terms(), isinstance(self, RDPAccountant)
-            if terms.empty or self._answers.surely_within(limit, recorded.terms, terms, renyi=renyi):
-                return True
-            epsilon = self._upper_epsilon(terms, limit.delta)
-        else:
-            probe = copy.deepcopy(self)
-            if n:
-                provenance = Provenance(unit=min(self.ledger.units, default=""))
-                probe.step(noise_multiplier=sigma, sample_rate=q, steps=n, provenance=provenance)
-            epsilon = float(probe.get_epsilon(limit.delta))
-        # Not "greater": a NaN fits no target.
-        return epsilon <= limit.epsilon
+        if self._is_own:
+            trial: list[tuple[Event, int]] = (
+                [(GaussianStep(sigma, NoSampling() if q == 1.0 else PoissonSampling(q)), n)] if n else []
+            )
+            return self._answers.fits(limit, trial, self._upper_epsilon, renyi=isinstance(self, RDPAccountant))
+        probe = copy.deepcopy(self)
+        if n:
+            provenance = Provenance(unit=min(self.ledger.units, default=""))
+            probe.step(noise_multiplier=sigma, sample_rate=q, steps=n, provenance=provenance)
+        return float(probe.get_epsilon(limit.delta)) <= limit.epsilon
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether it is no class that others derive from these, which may answer otherwise."""
+        return type(self) in (RDPAccountant, PRVAccountant, AutoAccountant)
 
     def _checked(self, delta: float) -> float:
         """δ, once it is one, of a ledger that is about one unit."""
@@ -238,14 +225,18 @@ class Accountant(ABC):
             )
         return delta
 
-    def _kept(self, question: str, at: float, group_size: int, answer: Callable[[Terms], PrivacyBound]) -> PrivacyBound:
+    def _kept(
+        self, question: str, at: float, group_size: int, answer: Callable[[Terms, float], PrivacyBound]
+    ) -> PrivacyBound:
         """The answer that was given already of the same ledger, or a new one."""
         answers, fallbacks = self._answers, self._fallbacks
         # The state first: what others record meanwhile may be in the answer, and is not lacking.
         key = (answers.state(), type(self), question, at, group_size)
         bound = answers.bound(key)
         if bound is None:
-            bound = answer(answers.collection(group_size).terms())
+            terms = answers.collection(group_size).terms()
+            nothing = terms.empty or (question == "delta" and at == math.inf)
+            bound = self._bound(terms, 0.0, 0.0, at, "exact") if nothing else answer(terms, at)
             if self._fallbacks == fallbacks:
                 # What is warned of is warned of again.
                 answers.keep(key, bound)
@@ -255,13 +246,7 @@ class Accountant(ABC):
         """Returns the δ of everything recorded, at ε ≥ 0; `group_size` and attributes as for `get_epsilon`."""
         epsilon = check.epsilon(epsilon)
         self.ledger.require_one_unit()
-
-        def answer(terms: Terms) -> PrivacyBound:
-            if terms.empty or epsilon == math.inf:
-                return self._bound(terms, 0.0, 0.0, epsilon, "exact")
-            return self._delta(terms, epsilon)
-
-        return self._kept("delta", epsilon, check.count(group_size, "group_size", 1), answer)
+        return self._kept("delta", epsilon, check.count(group_size, "group_size", 1), self._delta)
 
     def epsilon_curve(self, deltas: Iterable[float], *, group_size: int = 1) -> list[PrivacyBound]:
         """Returns ε at each δ; `group_size` as for `get_epsilon`."""
@@ -290,12 +275,7 @@ class Accountant(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings and lists, fit for JSON and for weights-only checkpoints."""
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "mechanism": self.mechanism,
-            "ledger": self.ledger.state_dict(),
-        }
+        return {"format": FORMAT, "version": VERSION, "mechanism": self.mechanism, "ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replaces the ledger by that of a `state_dict`; to keep both, merge it with `ledger_of`.
@@ -315,27 +295,7 @@ class Accountant(ABC):
         Raises:
             LedgerFormatError: As `load_state_dict` does.
         """
-        if not isinstance(state, Mapping):
-            raise LedgerFormatError(f"not an accountant state but {type(state).__name__}")
-        if state.get("format") == _FORMAT:
-            if state.get("version") != _VERSION:
-                raise LedgerFormatError(
-                    f"unknown state version {state.get('version')!r}: this release reads version {_VERSION}; "
-                    "update the package that reads it"
-                )
-            ledger = Ledger.from_state_dict(state.get("ledger", {}))
-        elif state.get("format") == LEDGER_FORMAT:
-            ledger = Ledger.from_state_dict(state)
-        elif "format" not in state and "history" in state:
-            ledger = _from_history(state["history"])
-        else:
-            raise LedgerFormatError(f"not an accountant state: format {state.get('format')!r}")
-        if ledger.relation != self.relation:
-            raise LedgerFormatError(
-                f"the state is about {ledger.relation!r}, this accountant about {self.relation!r}: "
-                f"create it with relation={ledger.relation!r}"
-            )
-        return ledger
+        return read_ledger(state, self.relation)
 
     def to_opacus(self) -> dict[str, Any]:
         """Returns the state dict of Opacus' accountant of the same kind, which is about rows.
@@ -383,19 +343,6 @@ class Accountant(ABC):
 
     def _deltas(self, terms: Terms, epsilons: list[float]) -> list[PrivacyBound]:
         return [self._delta(terms, epsilon) for epsilon in epsilons]
-
-
-def _from_history(history: Any) -> Ledger:
-    ledger = Ledger()
-    if not isinstance(history, (list, tuple)):
-        raise LedgerFormatError(f"history is no list of (noise_multiplier, sample_rate, steps) but {history!r}")
-    for entry in history:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-            raise LedgerFormatError(f"history entry {entry!r} is not (noise_multiplier, sample_rate, steps)")
-        sigma, q, n = entry
-        sampling = NoSampling() if q == 1.0 else PoissonSampling(q)
-        ledger.append(GaussianStep(sigma, sampling), n)
-    return ledger
 
 
 def _rdp_epsilon(self: Accountant, terms: Terms, delta: float) -> PrivacyBound:

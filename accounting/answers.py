@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .bounds import PrivacyBound
+from .events import Event
 from .growing import Growing, GrowingRenyi, Limit
 from .ledger import Ledger
 from .terms import Collection, Terms
@@ -93,6 +94,26 @@ class Answers:
             collection = collection.copy()
         collection.add((line.event, line.count) for line in open_lines)
         return collection
+
+    def fits(
+        self, limit: Limit, trial: list[tuple[Event, int]], upper: Callable[[Terms, float], float], *, renyi: bool
+    ) -> bool:
+        """Whether everything recorded and a trial keep the limit.
+
+        Args:
+            limit: What is not to be exceeded.
+            trial: Events and their counts.
+            upper: (terms, δ) ↦ a certified upper bound of ε, composed anew.
+            renyi: Whether Rényi accounting is to tell.
+        """
+        recorded = self.collection(1)
+        both = recorded.copy()
+        both.add(trial)
+        terms = both.terms()
+        if terms.empty or self.surely_within(limit, recorded.terms, terms, renyi=renyi):
+            return True
+        # Not "greater": a NaN fits no target.
+        return upper(terms, limit.delta) <= limit.epsilon
 
     def surely_within(self, limit: Limit, recorded: Callable[[], Terms], trial: Terms, *, renyi: bool) -> bool:
         """Whether a trial certainly keeps the limit, told by sums that grow with the ledger; no says nothing.
