@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from . import _validation as check
+from .answers import Answers
 from .bounds import PrivacyBound, rounded_up
 from .errors import (
     EngineRangeError,
     FallbackWarning,
     InvalidParameterError,
     LargeDeltaWarning,
-    LedgerFormatError,
     UnsupportedEventError,
     warn_caller,
 )
 from .events import ADD_OR_REMOVE_ONE, Event, GaussianStep, NoSampling, PoissonSampling, Relation
 from .gaussian import gaussian_delta, gaussian_epsilon
+from .growing import Limit
 from .laplace import laplace_delta, laplace_epsilon
-from .ledger import FORMAT as LEDGER_FORMAT
 from .ledger import Ledger
 from .provenance import Provenance, new_run
 from .prv import compose_delta, compose_deltas, compose_epsilon
 from .rdp import rdp_to_delta, rdp_to_epsilon
+from .states import FORMAT, VERSION, read_ledger
 from .terms import Terms, collect
 
 __all__ = ["Accountant", "AutoAccountant", "PRVAccountant", "RDPAccountant", "create_accountant"]
 
-_FORMAT = "accounting.state"
-_VERSION = 1
-_OF_THE_LEDGER = ("ledger", "_ledger", "_by_hand", "_process")
+_OF_THE_LEDGER = ("ledger", "_ledger", "_by_hand", "_process", "_answers")
 _RDP_PHASES = 1024
 _PRV_PHASES = 256
 _CLOSE = 2e-4
@@ -76,6 +76,8 @@ class Accountant(ABC):
         self._ledger = ledger
         self._by_hand: Provenance | None = None
         self._process = os.getpid()
+        self._answers = Answers(ledger)
+        self._fallbacks = 0
 
     def _provenance(self, given: Provenance | None) -> Provenance:
         """The provenance of an event: what nobody else takes is this accountant's, of this process."""
@@ -137,7 +139,7 @@ class Accountant(ABC):
         self.ledger.append(event, count, self._provenance(provenance))
 
     def get_epsilon(self, delta: float, *, group_size: int = 1) -> PrivacyBound:
-        """Returns the ε of everything recorded, at δ.
+        """Returns the ε of everything recorded, at δ; the same question again is answered from memory.
 
         Args:
             delta: In (0, 1), best well below one over the number of records.
@@ -153,28 +155,98 @@ class Accountant(ABC):
             MixedUnitsError: When some lines are about rows and others about people.
             UnsupportedEventError: When this accountant does not cover an event of the ledger, for groups of this size.
         """
+        delta = self._checked(delta)
+        return self._kept("epsilon", delta, check.count(group_size, "group_size", 1), self._epsilon)
+
+    def upper_epsilon(self, delta: float) -> float:
+        """Returns the certified upper bound alone, the number that `get_epsilon` is: in half its time or less."""
+        if not self._is_own:
+            return float(self.get_epsilon(delta))
+        delta = self._checked(delta)
+        if (whole := self._answers.bound((self._answers.state(), type(self), "epsilon", delta, 1))) is not None:
+            return float(whole)
+
+        def upper(terms: Terms, delta: float) -> PrivacyBound:
+            return self._bound(terms, self._upper_epsilon(terms, delta), 0.0, delta, "upper")
+
+        return float(self._kept("upper epsilon", delta, 1, upper))
+
+    def fits(
+        self, *, target_epsilon: float, delta: float, noise_multiplier: float, sample_rate: float, steps: int = 1
+    ) -> bool:
+        """Whether everything recorded and so many further steps keep within ε, at δ. Nothing is recorded.
+
+        Asked after every step of a schedule whose noise changes it composes only the new step with what it kept of the
+        question before, which takes milliseconds (`accounting.growing`): a certified upper bound too, which says yes
+        where ε is 0.2 % below the target. Nearer to it, and where that bound says nothing, `upper_epsilon` decides.
+
+        Args:
+            target_epsilon: Positive and finite.
+            delta: In (0, 1).
+            noise_multiplier: σ of each further step.
+            sample_rate: q of each further step.
+            steps: How many, perhaps 0.
+
+        Raises:
+            InvalidParameterError: When a value lies outside its range.
+            MixedUnitsError: When some lines are about rows and others about people.
+
+        Guarantee:
+            Yes is said only where the tight ε of all of it does not exceed the target.
+        """
+        limit = Limit(check.target_epsilon(target_epsilon), self._checked(delta))
+        sigma, q = check.noise_multiplier(noise_multiplier), check.sample_rate(sample_rate)
+        n = check.count(steps, "steps")
+        if self._is_own:
+            trial: list[tuple[Event, int]] = (
+                [(GaussianStep(sigma, NoSampling() if q == 1.0 else PoissonSampling(q)), n)] if n else []
+            )
+            return self._answers.fits(limit, trial, self._upper_epsilon, renyi=isinstance(self, RDPAccountant))
+        probe = copy.deepcopy(self)
+        if n:
+            provenance = Provenance(unit=min(self.ledger.units, default=""))
+            probe.step(noise_multiplier=sigma, sample_rate=q, steps=n, provenance=provenance)
+        return float(probe.get_epsilon(limit.delta)) <= limit.epsilon
+
+    @property
+    def _is_own(self) -> bool:
+        """Whether it is no class that others derive from these, which may answer otherwise."""
+        return type(self) in (RDPAccountant, PRVAccountant, AutoAccountant)
+
+    def _checked(self, delta: float) -> float:
+        """δ, once it is one, of a ledger that is about one unit."""
         delta = check.delta(delta)
         self.ledger.require_one_unit()
-        group_size = check.count(group_size, "group_size", 1)
         if self.dataset_size is not None and delta > 1.0 / self.dataset_size:
             warn_caller(
                 f"delta={delta:g} exceeds 1/{self.dataset_size}: publishing one record at random would "
                 "satisfy it; choose it well below one over the number of records",
                 LargeDeltaWarning,
             )
-        terms = collect(self.ledger, self.relation, group_size)
-        if terms.empty:
-            return self._bound(terms, 0.0, 0.0, delta, "exact")
-        return self._epsilon(terms, delta)
+        return delta
+
+    def _kept(
+        self, question: str, at: float, group_size: int, answer: Callable[[Terms, float], PrivacyBound]
+    ) -> PrivacyBound:
+        """The answer that was given already of the same ledger, or a new one."""
+        answers, fallbacks = self._answers, self._fallbacks
+        # The state first: what others record meanwhile may be in the answer, and is not lacking.
+        key = (answers.state(), type(self), question, at, group_size)
+        bound = answers.bound(key)
+        if bound is None:
+            terms = answers.collection(group_size).terms()
+            nothing = terms.empty or (question == "delta" and at == math.inf)
+            bound = self._bound(terms, 0.0, 0.0, at, "exact") if nothing else answer(terms, at)
+            if self._fallbacks == fallbacks:
+                # What is warned of is warned of again.
+                answers.keep(key, bound)
+        return bound
 
     def get_delta(self, epsilon: float, *, group_size: int = 1) -> PrivacyBound:
         """Returns the δ of everything recorded, at ε ≥ 0; `group_size` and attributes as for `get_epsilon`."""
         epsilon = check.epsilon(epsilon)
         self.ledger.require_one_unit()
-        terms = collect(self.ledger, self.relation, check.count(group_size, "group_size", 1))
-        if terms.empty or epsilon == math.inf:
-            return self._bound(terms, 0.0, 0.0, epsilon, "exact")
-        return self._delta(terms, epsilon)
+        return self._kept("delta", epsilon, check.count(group_size, "group_size", 1), self._delta)
 
     def epsilon_curve(self, deltas: Iterable[float], *, group_size: int = 1) -> list[PrivacyBound]:
         """Returns ε at each δ; `group_size` as for `get_epsilon`."""
@@ -203,12 +275,7 @@ class Accountant(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain numbers, strings and lists, fit for JSON and for weights-only checkpoints."""
-        return {
-            "format": _FORMAT,
-            "version": _VERSION,
-            "mechanism": self.mechanism,
-            "ledger": self.ledger.state_dict(),
-        }
+        return {"format": FORMAT, "version": VERSION, "mechanism": self.mechanism, "ledger": self.ledger.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replaces the ledger by that of a `state_dict`; to keep both, merge it with `ledger_of`.
@@ -228,27 +295,7 @@ class Accountant(ABC):
         Raises:
             LedgerFormatError: As `load_state_dict` does.
         """
-        if not isinstance(state, Mapping):
-            raise LedgerFormatError(f"not an accountant state but {type(state).__name__}")
-        if state.get("format") == _FORMAT:
-            if state.get("version") != _VERSION:
-                raise LedgerFormatError(
-                    f"unknown state version {state.get('version')!r}: this release reads version {_VERSION}; "
-                    "update the package that reads it"
-                )
-            ledger = Ledger.from_state_dict(state.get("ledger", {}))
-        elif state.get("format") == LEDGER_FORMAT:
-            ledger = Ledger.from_state_dict(state)
-        elif "format" not in state and "history" in state:
-            ledger = _from_history(state["history"])
-        else:
-            raise LedgerFormatError(f"not an accountant state: format {state.get('format')!r}")
-        if ledger.relation != self.relation:
-            raise LedgerFormatError(
-                f"the state is about {ledger.relation!r}, this accountant about {self.relation!r}: "
-                f"create it with relation={ledger.relation!r}"
-            )
-        return ledger
+        return read_ledger(state, self.relation)
 
     def to_opacus(self) -> dict[str, Any]:
         """Returns the state dict of Opacus' accountant of the same kind, which is about rows.
@@ -278,10 +325,15 @@ class Accountant(ABC):
         )
 
     def _fallback(self, reason: str) -> None:
+        self._fallbacks += 1
         warn_caller(
             f"the {self.mechanism} engine has no certified answer ({reason}); the Rényi bound is returned",
             FallbackWarning,
         )
+
+    def _upper_epsilon(self, terms: Terms, delta: float) -> float:
+        """The upper end of `_epsilon`, which may come at less cost."""
+        return float(self._epsilon(terms, delta))
 
     @abstractmethod
     def _epsilon(self, terms: Terms, delta: float) -> PrivacyBound: ...
@@ -291,19 +343,6 @@ class Accountant(ABC):
 
     def _deltas(self, terms: Terms, epsilons: list[float]) -> list[PrivacyBound]:
         return [self._delta(terms, epsilon) for epsilon in epsilons]
-
-
-def _from_history(history: Any) -> Ledger:
-    ledger = Ledger()
-    if not isinstance(history, (list, tuple)):
-        raise LedgerFormatError(f"history is no list of (noise_multiplier, sample_rate, steps) but {history!r}")
-    for entry in history:
-        if not isinstance(entry, (list, tuple)) or len(entry) != 3:
-            raise LedgerFormatError(f"history entry {entry!r} is not (noise_multiplier, sample_rate, steps)")
-        sigma, q, n = entry
-        sampling = NoSampling() if q == 1.0 else PoissonSampling(q)
-        ledger.append(GaussianStep(sigma, sampling), n)
-    return ledger
 
 
 def _rdp_epsilon(self: Accountant, terms: Terms, delta: float) -> PrivacyBound:
@@ -349,6 +388,12 @@ class PRVAccountant(Accountant):
     mechanism = "prv"
 
     def _epsilon(self, terms: Terms, delta: float) -> PrivacyBound:
+        return self._composed_epsilon(terms, delta)
+
+    def _upper_epsilon(self, terms: Terms, delta: float) -> float:
+        return float(self._composed_epsilon(terms, delta, bracket=False))
+
+    def _composed_epsilon(self, terms: Terms, delta: float, *, bracket: bool = True) -> PrivacyBound:
         if terms.gaussian_only:
             lower = gaussian_epsilon(terms.mu, delta, lower=True)
             return self._bound(terms, gaussian_epsilon(terms.mu, delta), lower, delta, "analytic-gaussian")
@@ -363,7 +408,7 @@ class PRVAccountant(Accountant):
         if rdp == 0.0:
             return self._bound(terms, 0.0, 0.0, delta, "rdp")
         try:
-            lower, upper = compose_epsilon(directions, delta, guess=(epsilon, order - 1.0))
+            lower, upper = compose_epsilon(directions, delta, guess=(epsilon, order - 1.0), bracket=bracket)
             lower, upper = max(lower, known[0]), min(upper, known[1])
         except EngineRangeError as error:
             if terms.fixed:
@@ -426,6 +471,9 @@ class AutoAccountant(PRVAccountant):
 
     def _epsilon(self, terms: Terms, delta: float) -> PrivacyBound:
         return _rdp_epsilon(self, terms, delta) if terms.renyi_only else super()._epsilon(terms, delta)
+
+    def _upper_epsilon(self, terms: Terms, delta: float) -> float:
+        return float(self._epsilon(terms, delta)) if terms.renyi_only else super()._upper_epsilon(terms, delta)
 
     def _delta(self, terms: Terms, epsilon: float) -> PrivacyBound:
         return _rdp_delta(self, terms, epsilon) if terms.renyi_only else super()._delta(terms, epsilon)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 
 from . import _validation as check
 from .accountants import Accountant, create_accountant
-from .errors import InvalidParameterError, UnreachableTargetError
+from .errors import AccountingError, InvalidParameterError, UnreachableTargetError
 from .events import ADD_OR_REMOVE_ONE, Relation
 from .ledger import Ledger
+from .terms import collect
 
 __all__ = [
     "calibrate_ledger",
@@ -22,6 +25,9 @@ _MAX_NOISE = 1e9
 _MIN_NOISE = 1e-3
 _MAX_STEPS = 10**9
 _RELATIVE = 1e-4
+_MANY_LINES = 48
+_FEW_PHASES = 32
+_NEAR_GUESS = 5e-4
 
 
 def calibrate_noise_multiplier(
@@ -65,7 +71,7 @@ def calibrate_noise_multiplier(
     def epsilon(sigma: float) -> float:
         probe = _after(before)
         probe.step(noise_multiplier=sigma, sample_rate=q, steps=n)
-        return float(probe.get_epsilon(delta, group_size=group_size))
+        return _upper(probe, delta, group_size)
 
     return _smallest_sufficient(epsilon, target)
 
@@ -105,12 +111,17 @@ def calibrate_ledger(
         create_accountant(accountant, relation=ledger.relation) if spent is None else spent, target, delta, group_size
     )
 
-    def epsilon(factor: float) -> float:
+    def epsilon(factor: float, *, rough: bool = False) -> float:
         probe = _after(before)
         probe.ledger = probe.ledger.merge(_of_any_unit(ledger.scaled(factor)))
-        return float(probe.get_epsilon(delta, group_size=group_size))
+        return _upper(probe, delta, group_size, rough=rough)
 
-    factor = _smallest_sufficient(epsilon, target)
+    guess = None
+    if len(ledger.entries) > _MANY_LINES:
+        # Many distinct steps take long to compose: where to look is found by a few that are about the same.
+        with suppress(AccountingError):
+            guess = _smallest_sufficient(partial(epsilon, rough=True), target)
+    factor = _smallest_sufficient(epsilon, target, guess)
     return factor, ledger.scaled(factor)
 
 
@@ -208,7 +219,7 @@ def calibrate_sample_rate(
 
 def _unspent(spent: Accountant, target: float, delta: float, group_size: int) -> Accountant:
     """The accountant, once it is known to leave something of the target."""
-    if not (already := float(_after(spent).get_epsilon(delta, group_size=group_size))) < target:
+    if not (already := _upper(_after(spent), delta, group_size)) < target:
         raise UnreachableTargetError(
             f"what was spent before amounts to epsilon={already!r} at this delta, which leaves nothing of {target!r}"
         )
@@ -227,28 +238,44 @@ def _of_any_unit(ledger: Ledger) -> Ledger:
     return ledger.about("") if len(ledger.units) < 2 else ledger.copy()
 
 
-def _smallest_sufficient(epsilon: Callable[[float], float], target: float) -> float:
-    """Returns the smallest x, to a relative 1e-4, with epsilon(x) ≤ target, for a decreasing epsilon."""
-    low, high = 0.0, 1.0
-    value_high = epsilon(high)
+def _upper(probe: Accountant, delta: float, group_size: int, *, rough: bool = False) -> float:
+    """What the accountant would answer, without the lower bound that would come with it; or, if rough, about that."""
+    probe.ledger.require_one_unit()
+    terms = collect(probe.ledger, probe.relation, check.count(group_size, "group_size", 1))
+    if terms.empty:
+        return 0.0
+    return probe._upper_epsilon(terms.rough(_FEW_PHASES) if rough else terms, delta)
+
+
+def _smallest_sufficient(epsilon: Callable[[float], float], target: float, guess: float | None = None) -> float:
+    """Returns the smallest x, to a relative 1e-4, with epsilon(x) ≤ target, for a decreasing epsilon.
+
+    Args:
+        epsilon: The function.
+        target: Positive.
+        guess: About where it is.
+    """
+    low, high = 0.0, 1.0 if guess is None else guess * (1.0 + _NEAR_GUESS)
+    value_low, value_high = math.inf, epsilon(high)
+    # From a guess in steps that grow, until they double.
+    width = 1.0 if guess is None else 2.0 * _NEAR_GUESS
     while value_high > target:
-        low, high = high, 2.0 * high
+        low, value_low, high = high, value_high, high * (1.0 + width)
         if high > _MAX_NOISE:
             raise UnreachableTargetError(
                 f"epsilon={target!r} is not reached with noise times {high!r}: "
                 "take fewer steps, a smaller sample_rate, or a larger delta"
             )
-        value_high = epsilon(high)
+        value_high, width = epsilon(high), min(4.0 * width, 1.0)
     while low == 0.0:
-        middle = 0.5 * high
+        middle = high / (1.0 + width)
         if middle < _MIN_NOISE:
             return high
-        value = epsilon(middle)
+        value, width = epsilon(middle), min(4.0 * width, 1.0)
         if value > target:
-            low = middle
+            low, value_low = middle, value
         else:
             high, value_high = middle, value
-    value_low = epsilon(low)
     # ε is close to a power of σ: secant steps in the logarithms, kept inside the bracket.
     for iteration in range(100):
         if high - low <= _RELATIVE * high:
@@ -256,11 +283,11 @@ def _smallest_sufficient(epsilon: Callable[[float], float], target: float) -> fl
         middle = math.sqrt(low * high)
         if iteration % 3 != 2 and value_high > 0.0 and math.isfinite(value_low) and value_low > value_high:
             share = math.log(value_low / target) / math.log(value_low / value_high)
-            guess = math.exp(math.log(low) + share * math.log(high / low))
+            near = math.exp(math.log(low) + share * math.log(high / low))
             nudge = 0.4 * _RELATIVE * (1.0 if iteration % 2 == 0 else -1.0)
-            guess *= 1.0 + nudge
-            if low < guess < high:
-                middle = guess
+            near *= 1.0 + nudge
+            if low < near < high:
+                middle = near
         value = epsilon(middle)
         if value <= target:
             high, value_high = middle, value

@@ -38,7 +38,7 @@ __all__ = ["FORMAT", "VERSION", "Ledger", "Line"]
 FORMAT = "accounting.ledger"
 VERSION = 2
 _READ = (1, VERSION)
-_LOOSE = 64
+_LOOSE = 16
 """Lines that may wait for being put together."""
 
 
@@ -160,6 +160,11 @@ class Ledger:
         self._compact()
         closed = self._closed
         return closed, self._record[closed.lines :]
+
+    def lines_from(self, number: int) -> tuple[list[Line], list[Line]]:
+        """The lines from this number on: first those that do not change any more, then the others."""
+        closed, open_lines = self._totals()
+        return self._record[number : closed.lines], open_lines
 
     def _compact(self) -> None:
         """Puts equal neighbours together, unless that is being done already, by a thread or below a signal handler."""

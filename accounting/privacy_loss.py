@@ -26,7 +26,7 @@ from scipy import fft
 from .errors import EngineRangeError
 from .pairs import DominatingPair
 
-__all__ = ["Composition", "DiscreteLoss", "Side", "discretise", "loss_edges"]
+__all__ = ["Composition", "DiscreteLoss", "Side", "Spectrum", "discretise", "loss_edges"]
 
 Array = NDArray[np.float64]
 Index = NDArray[np.int64]
@@ -63,6 +63,11 @@ class DiscreteLoss:
     def loss(self) -> Array:
         """Privacy loss of every atom, shape (atoms,)."""
         return (self.index * self.width + self.offset).astype(np.float64)
+
+    @property
+    def reach(self) -> float:
+        """Size of the largest atom's loss."""
+        return float(np.abs(self.loss[[0, -1]]).max())
 
     def cumulant(self, t: Array) -> Array:
         """Returns log Σ mass · e^{t·loss} for every t, shape (t,)."""
@@ -268,56 +273,125 @@ class Composition:
 
     def tilted(self, t: float, log_outside: float = -21.0, *, extended: bool = False) -> TiltedProfile:
         """Composes under the tilt t ≥ 0, in extended precision on request, where the platform has it."""
-        real: Any = _EXTENDED if extended else np.float64
-        ulp = float(np.finfo(real).eps)
-        # π of the precision used: the phase is reduced by many turns.
-        turn = 8.0 * np.arctan(real(1.0))
         bottom, top = self.window(t, log_outside)
-        start = math.floor((bottom - self.offset) / self.width)
         size = int(fft.next_fast_len(int((top - bottom) / self.width) + 3, real=True))
+        spectrum = Spectrum.empty(self.width, t, size, extended=extended)
+        for loss, n in self.parts:
+            spectrum = spectrum.times(loss, n)
+        return spectrum.profile(self.side, bottom, log_outside, infinite=self.infinite, offset=self.offset)
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Product of the transforms of tilted losses on one circular grid, with what rounding may have done to it.
+
+    A further loss makes another spectrum and leaves this one as it is, so that a composition grows by one transform
+    and whoever is interrupted has the one or the other.
+
+    Attributes:
+        width: Grid width h.
+        t: The tilt.
+        size: Points of the circular grid.
+        log_total: Log modulus of the product at every frequency, shape (size // 2 + 1,), float64 or extended.
+        log_bound: Log of a bound of it that counts the rounding of every factor.
+        phase: Its angle, up to whole turns.
+        factors: How many transforms were multiplied, each once however often it counts.
+        steps: How many losses are composed.
+        extreme: Largest exponent of a tilt.
+        cumulant: K(t) of the sum.
+    """
+
+    width: float
+    t: float
+    size: int
+    log_total: Any
+    log_bound: Any
+    phase: Any
+    factors: int = 0
+    steps: int = 0
+    extreme: float = 0.0
+    cumulant: float = 0.0
+
+    @classmethod
+    def empty(cls, width: float, t: float, size: int, *, extended: bool = False) -> Spectrum:
+        """The spectrum of no loss at all, in extended precision on request, where the platform has it."""
+        real: Any = _EXTENDED if extended else np.float64
         bins = size // 2 + 1
-        log_total, log_bound, phase = (np.zeros(bins, dtype=real) for _ in range(3))
+        none = np.zeros(bins, dtype=real)
+        return cls(width, t, size, none, none, none)
+
+    @property
+    def _ulp(self) -> float:
+        return float(np.finfo(self.log_total.dtype).eps)
+
+    @property
+    def _forward_error(self) -> float:
         # Every output of the transform is a sum of at most log2(size) rounded butterflies of
         # unit total weight; 8 ulp a level covers complex products and twiddle factors.
-        forward_error = 8.0 * ulp * (math.log2(size) + 4.0)
-        steps = 0
-        extreme = 0.0
-        cumulant = 0.0
-        for loss, n in self.parts:
-            exponent = t * loss.loss
-            shift = float(exponent.max())
-            weight = loss.mass * np.exp(exponent - shift)
-            total = float(weight.sum())
-            cumulant += n * (shift + math.log(total))
-            image = np.bincount(loss.index % size, weights=weight / total, minlength=size)
-            spectrum = fft.rfft(image.astype(real))
-            modulus = np.abs(spectrum)
-            with np.errstate(divide="ignore"):
-                log_total += n * np.log(modulus)
-            log_bound += n * np.log(modulus + forward_error + 4.0 * ulp)
-            phase += np.remainder(n * np.angle(spectrum), turn)
-            steps += n
-            extreme = max(extreme, float(np.abs(exponent - shift).max()), abs(shift))
-        # n·angle loses n·π·ulp; the exponential of n·log loses its own magnitude in ulp.
-        magnitude = np.exp(log_total)
-        rotation = 8.0 * ulp * (steps + 1.0)
-        live = log_bound > -200.0
-        spectrum_error = np.where(live, np.exp(log_bound) * -np.expm1(np.minimum(log_total - log_bound, 0.0)), 1e-80)
-        spectrum_error += magnitude * (rotation + 4.0 * ulp * np.abs(np.maximum(log_total, -200.0)))
-        composed = fft.irfft(magnitude * np.exp(1j * phase), n=size)
-        error = (2.0 * float(spectrum_error.sum()) + forward_error * 2.0 * float(magnitude.sum())) / size
+        return 8.0 * self._ulp * (math.log2(self.size) + 4.0)
+
+    def times(self, loss: DiscreteLoss, n: int) -> Spectrum:
+        """Returns the spectrum with n more of a loss, which has finite mass, on a grid of the same width."""
+        real, ulp = self.log_total.dtype.type, self._ulp
+        # π of the precision used: the phase is reduced by many turns.
+        turn = 8.0 * np.arctan(real(1.0))
+        exponent = self.t * loss.loss
+        shift = float(exponent.max())
+        weight = loss.mass * np.exp(exponent - shift)
+        total = float(weight.sum())
+        image = np.bincount(loss.index % self.size, weights=weight / total, minlength=self.size)
+        spectrum = fft.rfft(image.astype(real))
+        modulus = np.abs(spectrum)
+        with np.errstate(divide="ignore"):
+            log_total = self.log_total + n * np.log(modulus)
+        return Spectrum(
+            self.width,
+            self.t,
+            self.size,
+            log_total,
+            self.log_bound + n * np.log(modulus + self._forward_error + 4.0 * ulp),
+            self.phase + np.remainder(n * np.angle(spectrum), turn),
+            self.factors + 1,
+            self.steps + n,
+            max(self.extreme, float(np.abs(exponent - shift).max()), abs(shift)),
+            self.cumulant + n * (shift + math.log(total)),
+        )
+
+    def profile(
+        self, side: Side, bottom: float, log_outside: float, *, infinite: float, offset: float = 0.0
+    ) -> TiltedProfile:
+        """Transforms back, onto the window of the grid that begins at `bottom`.
+
+        Args:
+            side: Direction in which the answers are to be certified.
+            bottom: Where the window begins.
+            log_outside: Log of the tilted mass that lies on either side of the window at most.
+            infinite: Mass of the sum at +∞.
+            offset: Loss of the grid point of index 0.
+        """
+        ulp, size = self._ulp, self.size
+        start = math.floor((bottom - offset) / self.width)
+        # n·angle loses n·π·ulp; the exponential of n·log loses its own magnitude in ulp, and so does every addition.
+        magnitude = np.exp(self.log_total)
+        rotation = 8.0 * ulp * (self.steps + 1.0)
+        live = self.log_bound > -200.0
+        shrunk = -np.expm1(np.minimum(self.log_total - self.log_bound, 0.0))
+        error_there = np.where(live, np.exp(self.log_bound) * shrunk, 1e-80)
+        logarithm = (4.0 + self.factors) * ulp * np.abs(np.maximum(self.log_total, -200.0))
+        error_there = error_there + magnitude * (rotation + logarithm)
+        composed = fft.irfft(magnitude * np.exp(1j * self.phase), n=size)
+        error = (2.0 * float(error_there.sum()) + self._forward_error * 2.0 * float(magnitude.sum())) / size
         composed = np.roll(composed.astype(np.float64), -(start % size))
-        relative = 16.0 * _ULP * (steps + 1.0) * (1.0 + min(extreme, 700.0))
         return TiltedProfile(
-            side=self.side,
-            t=t,
-            log_scale=cumulant,
-            loss=((start + np.arange(size)) * self.width + self.offset).astype(np.float64),
+            side=side,
+            t=self.t,
+            log_scale=self.cumulant,
+            loss=((start + np.arange(size)) * self.width + offset).astype(np.float64),
             mass=composed,
             error=error,
             outside=math.exp(log_outside),
-            relative=relative,
-            infinite=self.infinite,
+            relative=16.0 * _ULP * (self.steps + 1.0) * (1.0 + min(self.extreme, 700.0)),
+            infinite=infinite,
         )
 
 

@@ -4,48 +4,61 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .errors import EngineRangeError
-from .pairs import DominatingPair
+from .pairs import DominatingPair, PoissonGaussianPair, ReplaceOnePoissonPair
 from .privacy_loss import Composition, DiscreteLoss, Side, TiltedProfile, discretise, loss_edges
 
-__all__ = ["compose_delta", "compose_deltas", "compose_epsilon"]
+__all__ = ["COARSE", "Laboratory", "compose_delta", "compose_deltas", "compose_epsilon"]
 
 Array = NDArray[np.float64]
 Parts = Sequence[tuple[DominatingPair, int]]
 
 _TOLERANCE = 2e-4
-_COARSE = 1e-2
+COARSE = 1e-2
+"""Relative error of a composition that only finds the grid for another one."""
 _MAX_SIZE = 1 << 21
 _LARGE = 1 << 16
 _LARGEST_EPSILON = 1e8
 _NEAR = 24
 _MOST_EQUAL = 1 << 17
 _CONCENTRATED = 0.1
+_MANY = 64
+"""Distinct losses above which those of nearly the same noise share what nothing but tightness hangs on."""
+_NEARLY = 64.0
 _LOG_OUTSIDE = -30.0
 _ULP = float(np.finfo(float).eps)
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=2048)
 def _discrete(
-    pair: DominatingPair, width: float, t: float, log_tail: float, tolerance: float, side: Side
+    pair: DominatingPair, width: float, t: float, log_tail: float, tolerance: float, side: Side, many: bool = False
 ) -> DiscreteLoss:
     low, high = pair.reach(log_tail)
     core = offset = 0.0
     if side == "lower":
         # Balancing the lower form needs equal bins where the mass is; its tails may be sparse.
-        upper = _discrete(pair, width, t, log_tail, tolerance, "upper")
+        upper = _discrete(pair, width, t, log_tail, tolerance, "upper", many)
         # Bounded losses whose ε lies near their end ask for tiny cells: elsewhere, any bins are valid.
         core = min(8.0 * upper.root_mean_square(t), _MOST_EQUAL * width)
-        offset = _offset(pair, width)
+        # Any shift is valid, and one that was sought for nearly the same noise is nearly as good.
+        offset = _offset(_nearly(pair) if many else pair, width)
     index = loss_edges(low - offset, high - offset, width, t, tolerance, core)
     if len(index) < 2:
         index = np.array([index[0], index[0] + 1])
     return discretise(pair, index, width, side, offset)
+
+
+def _nearly(pair: DominatingPair) -> DominatingPair:
+    """Returns the pair whose noise is the nearest of a grid of 1 %, or the pair itself where it is of another kind."""
+    if not isinstance(pair, PoissonGaussianPair | ReplaceOnePoissonPair):
+        return pair
+    return replace(pair, noise_multiplier=2.0 ** (round(_NEARLY * math.log2(pair.noise_multiplier)) / _NEARLY))
 
 
 @lru_cache(maxsize=1024)
@@ -72,7 +85,7 @@ def _offset(pair: DominatingPair, width: float) -> float:
     return best
 
 
-class _Laboratory:
+class Laboratory:
     """Compositions of one ledger at varying tilt and grid width."""
 
     def __init__(self, parts: Parts, side: Side, log_delta: float) -> None:
@@ -99,7 +112,7 @@ class _Laboratory:
         wanted = math.sqrt(12.0 * tolerance * scale / (self.steps * (t + 1.0)))
         # A coarse ladder of widths and tilts lets nearby queries share their discretisations.
         width = 2.0 ** (0.5 * math.floor(2.0 * math.log2(min(wanted, 0.25 / max(t, 1e-9)))))
-        coarse_t = 2.0 ** math.ceil(math.log2(max(t, 1e-6)))
+        coarse_t = self.coarse(t)
         composition = self._at(width, coarse_t, tolerance)
         size = composition.size(t)
         while size > _LARGE:
@@ -113,9 +126,17 @@ class _Laboratory:
             size = composition.size(t)
         return composition
 
+    @staticmethod
+    def coarse(t: float) -> float:
+        """Returns the tilt, of a ladder, that the edges of losses are laid out for."""
+        return float(2.0 ** math.ceil(math.log2(max(t, 1e-6))))
+
     def _at(self, width: float, t: float, tolerance: float) -> Composition:
-        losses = [(_discrete(pair, width, t, self.log_tail, tolerance, self.side), n) for pair, n in self.parts]
-        return Composition(losses, self.side)
+        return Composition([(self.discrete(pair, width, t, tolerance), n) for pair, n in self.parts], self.side)
+
+    def discrete(self, pair: DominatingPair, width: float, t: float, tolerance: float) -> DiscreteLoss:
+        """Returns the loss of one pair on the grid, its edges laid out for tilts up to t."""
+        return _discrete(pair, width, t, self.log_tail, tolerance, self.side, len(self.parts) > _MANY)
 
     def profile(self, composition: Composition, epsilon: float, t: float, tolerance: float) -> TiltedProfile:
         """Composes under the tilt, in extended precision and on a wider window where δ near ε asks for it."""
@@ -130,9 +151,13 @@ class _Laboratory:
 
     def rounding(self, composition: Composition) -> float:
         """Bound of the error in ε from the rounding of the bin edges, a few ulp of each loss a step."""
-        reach = max(float(np.abs(loss.loss[[0, -1]]).max()) for loss, _ in composition.parts)
-        off = math.fsum(n * loss.edge_error for loss, n in composition.parts)
-        return 8.0 * _ULP * self.steps * (1.0 + reach) + off
+        reach = max(loss.reach for loss, _ in composition.parts)
+        return self.rounding_of(self.steps, reach, math.fsum(n * loss.edge_error for loss, n in composition.parts))
+
+    @staticmethod
+    def rounding_of(steps: int, reach: float, edges: float) -> float:
+        """That error, by the number of steps, the largest loss, and the sum of what the edges may be off besides."""
+        return 8.0 * _ULP * steps * (1.0 + reach) + edges
 
     def epsilon(self, delta: float, epsilon: float, t: float, tolerance: float) -> tuple[float, float, bool]:
         """Returns (ε, tilt, whether ε is bracketed or a certified 0)."""
@@ -166,7 +191,7 @@ class _Laboratory:
         """Returns a tilt under which the mean of the sum is near ε, starting from a guess."""
         t = max(t, 1e-3)
         for _ in range(4):
-            composition = self.composition(epsilon, t, _COARSE)
+            composition = self.composition(epsilon, t, COARSE)
             if composition.empty or composition.maximum <= epsilon:
                 return t
             mean, variance = composition.moments(t)
@@ -211,7 +236,12 @@ class _Laboratory:
 
 
 def compose_epsilon(
-    directions: Sequence[Parts], delta: float, *, guess: tuple[float, float], tolerance: float = _TOLERANCE
+    directions: Sequence[Parts],
+    delta: float,
+    *,
+    guess: tuple[float, float],
+    tolerance: float = _TOLERANCE,
+    bracket: bool = True,
 ) -> tuple[float, float]:
     """Returns certified (lower, upper) bounds of the ε of a composition.
 
@@ -220,6 +250,7 @@ def compose_epsilon(
         delta: In (0, 1).
         guess: Approximate (ε, tilt), from Rényi accounting.
         tolerance: Relative error that the grid is laid out for.
+        bracket: Whether the lower bound is wanted, which takes as long as the upper one; else it is 0.
 
     Raises:
         EngineRangeError: When no tilt brackets δ, or ε is beyond use.
@@ -230,7 +261,7 @@ def compose_epsilon(
     coarse = []
     # The grid follows from the answer; a coarse composition finds both to a per cent, cheaply.
     for parts in directions:
-        epsilon, t, found = _Laboratory(parts, "upper", log_delta).epsilon(delta, *guess, _COARSE)
+        epsilon, t, found = Laboratory(parts, "upper", log_delta).epsilon(delta, *guess, COARSE)
         if not found:
             raise EngineRangeError(f"numerical composition could not bracket delta={delta!r}")
         coarse.append((epsilon, t, parts))
@@ -240,18 +271,22 @@ def compose_epsilon(
         # Coarse or not, these are upper bounds: the direction that matters less may stay coarse.
         if epsilon <= upper or epsilon == 0.0:
             continue
-        laboratory = _Laboratory(parts, "upper", log_delta)
+        laboratory = Laboratory(parts, "upper", log_delta)
         if t > 0.0:
-            t = _best_tilt(laboratory.composition(epsilon, t, _COARSE), t, log_delta)
+            t = _best_tilt(laboratory.composition(epsilon, t, COARSE), t, log_delta)
         fine, t, found = laboratory.epsilon(delta, epsilon, t, tolerance)
         if found and fine < epsilon:
             epsilon = fine
         if epsilon > upper:
             upper, worst = epsilon, (epsilon, t, parts)
-    if upper == 0.0:
-        return 0.0, 0.0
+    if upper == 0.0 or not bracket:
+        return 0.0, upper
     epsilon, t, parts = worst
-    lower, _, found = _Laboratory(parts, "lower", log_delta).epsilon(delta, epsilon, t, tolerance)
+    try:
+        lower, _, found = Laboratory(parts, "lower", log_delta).epsilon(delta, epsilon, t, tolerance)
+    except EngineRangeError:
+        # An upper bound holds without a lower one.
+        return 0.0, upper
     return min(lower, upper) if found else 0.0, upper
 
 
@@ -274,9 +309,9 @@ def compose_delta(
     for parts in directions:
         log_delta = math.log(max(guess[0], 1e-290)) - 7.0
         for _ in range(4):
-            laboratory = _Laboratory(parts, "upper", log_delta)
+            laboratory = Laboratory(parts, "upper", log_delta)
             t = laboratory.saddle(epsilon, guess[1])
-            value, infinite = laboratory.delta(epsilon, t, _COARSE)
+            value, infinite = laboratory.delta(epsilon, t, COARSE)
             # The Rényi bound may exceed δ by orders of magnitude; tails are cut relative to δ.
             if infinite <= 1e-3 * value or value < 1e-290:
                 break
@@ -291,9 +326,9 @@ def compose_delta(
     upper = 0.0
     for parts, rough in zip(directions, coarse_values, strict=True):
         # Coarse or not, these are upper bounds.
-        value, _ = _Laboratory(parts, "upper", log_delta).delta(epsilon, t, tolerance)
+        value, _ = Laboratory(parts, "upper", log_delta).delta(epsilon, t, tolerance)
         upper = max(upper, min(value, rough))
-    lower, _ = _Laboratory(worst, "lower", log_delta).delta(epsilon, t, tolerance)
+    lower, _ = Laboratory(worst, "lower", log_delta).delta(epsilon, t, tolerance)
     return min(lower, upper), upper
 
 
@@ -314,7 +349,7 @@ def compose_deltas(
     """
     largest = [0.0] * len(epsilons)
     for parts in directions:
-        laboratory = _Laboratory(parts, "upper", _LOG_OUTSIDE)
+        laboratory = Laboratory(parts, "upper", _LOG_OUTSIDE)
         composition = laboratory.composition(0.0, 0.0, tolerance)
         if composition.empty:
             return [1.0] * len(epsilons)

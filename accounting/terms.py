@@ -46,7 +46,7 @@ from .rdp import (
 )
 from .selection import AnyOf, PrivateSelection
 
-__all__ = ["Terms", "collect"]
+__all__ = ["Collection", "Terms", "collect"]
 
 Array = NDArray[np.float64]
 Phases = dict[tuple[float, float], int]
@@ -76,6 +76,17 @@ class Terms:
     selections: list[tuple[PrivateSelection, Terms, int]] = field(default_factory=list)
     choices: list[tuple[list[Terms], int]] = field(default_factory=list)
     grouping: float = 0.0
+
+    def copy(self) -> Terms:
+        """Returns terms of their own."""
+        return replace(
+            self,
+            poisson=dict(self.poisson),
+            fixed=dict(self.fixed),
+            laplace=dict(self.laplace),
+            selections=self.selections[:],
+            choices=self.choices[:],
+        )
 
     @property
     def empty(self) -> bool:
@@ -163,10 +174,14 @@ class Terms:
         both += [(LaplacePair(scale), n) for scale, n in self.laplace.items()]
         if not self.poisson:
             return [both]
-        pairs = [_pairs(self.relation, self.group_size, sigma, q) for sigma, q in self.poisson]
+        pairs = [self.pairs(sigma, q) for sigma, q in self.poisson]
         return [
             both + list(zip(direction, self.poisson.values(), strict=True)) for direction in zip(*pairs, strict=True)
         ]
+
+    def pairs(self, sigma: float, q: float) -> list[DominatingPair]:
+        """The pairs of a Poisson-sampled step, one for each direction of the relation."""
+        return _pairs(self.relation, self.group_size, sigma, q)
 
     def grouped(self, limit: int) -> Terms:
         """Returns terms with at most `limit` distinct Poisson phases, never of smaller loss.
@@ -188,6 +203,23 @@ class Terms:
                 return replace(self, poisson=phases, grouping=width)
             width *= 1.5
 
+    def rough(self, limit: int) -> Terms:
+        """Returns terms of about the same loss with at most `limit` distinct Poisson phases: a guess, and no bound.
+
+        Neighbouring σ of one q become one, which keeps Σ n/σ².
+        """
+        width = 1e-3
+        while len(self.poisson) > limit:
+            found: dict[tuple[int, float], tuple[float, int]] = {}
+            for (sigma, q), n in self.poisson.items():
+                key = round(math.log(sigma) / width), q
+                inverse, count = found.get(key, (0.0, 0))
+                found[key] = inverse + n / sigma**2, count + n
+            if len(found) <= limit or width > 1e3:
+                return replace(self, poisson={(math.sqrt(n / inverse), q): n for (_, q), (inverse, n) in found.items()})
+            width *= 1.5
+        return self
+
 
 @lru_cache(maxsize=64)
 def _sampled(relation: Relation, group_size: int) -> Callable[[float, float, Array], Array]:
@@ -198,7 +230,7 @@ def _sampled(relation: Relation, group_size: int) -> Callable[[float, float, Arr
 
 
 def _pairs(relation: Relation, group_size: int, sigma: float, q: float) -> list[DominatingPair]:
-    """The pairs of a Poisson-sampled step, one for each direction of the relation."""
+    """See `Terms.pairs`."""
     if relation == REPLACE_ONE:
         return [ReplaceGroupPoissonPair(sigma, q, group_size) if group_size > 1 else ReplaceOnePoissonPair(sigma, q)]
     if group_size > 1:
@@ -231,59 +263,81 @@ def _memoised(function: Any, sigma: float, q: float, t: Array, key: bytes) -> Ar
     return _memory[entry]
 
 
-def collect(entries: Iterable[tuple[Any, int]], relation: Relation, group_size: int = 1) -> Terms:
-    """Returns the terms of a ledger's lines.
+class Collection:
+    """Lines of a ledger as they come in.
 
     Args:
-        entries: The lines, (event, count).
         relation: The neighbouring relation.
         group_size: k: neighbours differ by so many rows. What all of them enter changes k times as much.
-
-    Raises:
-        UnsupportedEventError: When an event, or its sampling under this relation, is not understood.
     """
-    terms = Terms(relation, group_size)
-    sensitivity = CHANGE_OF_A_SUM[relation] * group_size
-    squares = []
-    for event, n in flatten(entries):
-        if isinstance(event, (GaussianStep, GaussianVectorStep)):
-            sigma, sampling = event.noise_multiplier, event.sampling
-            if isinstance(sampling, PoissonSampling):
-                q = sampling.sample_rate
-                if 0.0 < q < 1.0:
-                    terms.poisson[sigma, q] = terms.poisson.get((sigma, q), 0) + n
-                elif q == 1.0:
+
+    def __init__(self, relation: Relation, group_size: int = 1) -> None:
+        self._terms = Terms(relation, group_size)
+        self._squares: list[float] = []
+
+    def copy(self) -> Collection:
+        """Returns another one to go on with."""
+        collection = Collection(self._terms.relation, self._terms.group_size)
+        collection._terms, collection._squares = self._terms.copy(), self._squares[:]
+        return collection
+
+    def terms(self) -> Terms:
+        """Returns the terms of all lines so far."""
+        return replace(self._terms.copy(), mu=math.sqrt(math.fsum(self._squares)))
+
+    def add(self, entries: Iterable[tuple[Any, int]]) -> None:
+        """Adds lines, (event, count).
+
+        Raises:
+            UnsupportedEventError: When an event, or its sampling under this relation, is not understood.
+        """
+        terms, squares = self._terms, self._squares
+        relation, group_size = terms.relation, terms.group_size
+        sensitivity = CHANGE_OF_A_SUM[relation] * group_size
+        for event, n in flatten(entries):
+            if isinstance(event, (GaussianStep, GaussianVectorStep)):
+                sigma, sampling = event.noise_multiplier, event.sampling
+                if isinstance(sampling, PoissonSampling):
+                    q = sampling.sample_rate
+                    if 0.0 < q < 1.0:
+                        terms.poisson[sigma, q] = terms.poisson.get((sigma, q), 0) + n
+                    elif q == 1.0:
+                        squares.append(n * (sensitivity / sigma) ** 2)
+                elif isinstance(sampling, NoSampling):
                     squares.append(n * (sensitivity / sigma) ** 2)
-            elif isinstance(sampling, NoSampling):
-                squares.append(n * (sensitivity / sigma) ** 2)
-            elif isinstance(sampling, FixedSizeSampling):
-                if relation != REPLACE_ONE:
-                    raise UnsupportedEventError(
-                        f"{event!r} under {relation!r}: a fixed batch size has no neighbours of another size; "
-                        "use a replace_one ledger, or draw the batches by Poisson sampling"
-                    )
-                q = sampling.sample_rate
-                if q == 1.0:
-                    squares.append(n * (sensitivity / sigma) ** 2)
-                elif q > 0.0:
-                    if group_size > 1:
+                elif isinstance(sampling, FixedSizeSampling):
+                    if relation != REPLACE_ONE:
                         raise UnsupportedEventError(
-                            f"{event!r} for a person with {group_size} rows: fixed-size batches are covered row by row "
-                            "only; draw them by Poisson sampling, or let one person be one row"
+                            f"{event!r} under {relation!r}: a fixed batch size has no neighbours of another size; "
+                            "use a replace_one ledger, or draw the batches by Poisson sampling"
                         )
-                    terms.fixed[sigma, q] = terms.fixed.get((sigma, q), 0) + n
+                    q = sampling.sample_rate
+                    if q == 1.0:
+                        squares.append(n * (sensitivity / sigma) ** 2)
+                    elif q > 0.0:
+                        if group_size > 1:
+                            raise UnsupportedEventError(
+                                f"{event!r} for a person with {group_size} rows: fixed-size batches are covered row by "
+                                "row only; draw them by Poisson sampling, or let one person be one row"
+                            )
+                        terms.fixed[sigma, q] = terms.fixed.get((sigma, q), 0) + n
+                else:
+                    raise UnsupportedEventError(f"unknown sampling {sampling!r} of {event!r}")
+            elif isinstance(event, (GaussianRelease, ShuffledEpoch)):
+                squares.append(n * (sensitivity / event.noise_multiplier) ** 2)
+            elif isinstance(event, LaplaceRelease):
+                scale = event.noise_multiplier / sensitivity
+                terms.laplace[scale] = terms.laplace.get(scale, 0) + n
+            elif isinstance(event, PrivateSelection):
+                terms.selections.append((event, collect(event.trial, relation, group_size), n))
+            elif isinstance(event, AnyOf):
+                terms.choices.append(([collect(events, relation, group_size) for events in event.alternatives], n))
             else:
-                raise UnsupportedEventError(f"unknown sampling {sampling!r} of {event!r}")
-        elif isinstance(event, (GaussianRelease, ShuffledEpoch)):
-            squares.append(n * (sensitivity / event.noise_multiplier) ** 2)
-        elif isinstance(event, LaplaceRelease):
-            scale = event.noise_multiplier / sensitivity
-            terms.laplace[scale] = terms.laplace.get(scale, 0) + n
-        elif isinstance(event, PrivateSelection):
-            terms.selections.append((event, collect(event.trial, relation, group_size), n))
-        elif isinstance(event, AnyOf):
-            terms.choices.append(([collect(events, relation, group_size) for events in event.alternatives], n))
-        else:
-            raise UnsupportedEventError(f"no engine understands the event {event!r}")
-    terms.mu = math.sqrt(math.fsum(squares))
-    return terms
+                raise UnsupportedEventError(f"no engine understands the event {event!r}")
+
+
+def collect(entries: Iterable[tuple[Any, int]], relation: Relation, group_size: int = 1) -> Terms:
+    """Returns the terms of a ledger's lines; arguments and errors are those of `Collection`."""
+    collection = Collection(relation, group_size)
+    collection.add(entries)
+    return collection.terms()

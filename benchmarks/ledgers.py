@@ -3,6 +3,7 @@
     python benchmarks/ledgers.py              # grid and times
     python benchmarks/ledgers.py --only grid --configurations 320
     python benchmarks/ledgers.py --only speed
+    python benchmarks/ledgers.py --only schedules                    # noise schedules: results/schedules.{json,md}
 
 Every configuration of the grid is answered by the "auto" accountant and checked against references
 that share no step with its engine:
@@ -263,13 +264,83 @@ def speed() -> dict[str, float]:
     }
 
 
+def schedules(steps: int = 250, stages: int = 400) -> dict[str, float]:
+    """Processor time of what a noise schedule asks of accounting: budgets, the same question again, and `fit`."""
+    import torch
+    from torch import nn
+
+    from clipless_dp import DPLipModel, fit, gated, losses
+    from clipless_dp.optim.budget import Budget
+    from clipless_dp.training import noise_stages
+
+    def sigmas(count: int) -> list[float]:
+        return [1.5 * (0.7 / 1.5) ** (i / count) for i in range(count)]
+
+    result: dict[str, float] = {}
+    accountant = create_accountant("prv")
+    for sigma in sigmas(steps):
+        accountant.step(noise_multiplier=sigma, sample_rate=0.01)
+    start = time.process_time()
+    target = float(accountant.get_epsilon(1e-5))
+    result[f"a query at {steps} distinct sigma"] = time.process_time() - start
+    start = time.process_time()
+    for _ in range(3):
+        accountant.get_epsilon(1e-5)
+    result["the same query again"] = (time.process_time() - start) / 3
+
+    # The whole of a budget is used, so that the last steps are near it.
+    budget, accountant, times = Budget((1.0005 * target, 1e-5)), create_accountant("prv"), []
+    for sigma in sigmas(steps):
+        start = time.process_time()
+        budget.require(accountant, sigma, 0.01)
+        times.append(time.process_time() - start)
+        accountant.step(noise_multiplier=sigma, sample_rate=0.01)
+    result[f"a budget of {steps} steps with a new sigma each, a step: mean"] = sum(times) / len(times)
+    result["the same: median"] = float(np.median(times))
+    result["the same: largest"] = max(times)
+
+    torch.manual_seed(0)
+    inputs = torch.randn(4000, 20)
+    data = inputs, (inputs[:, 0] > 0).long()
+    seconds = []
+    for schedule in (None, noise_stages(1.5, 0.7, stages)):
+        net = gated(nn.Sequential(nn.Linear(20, 16), nn.ReLU(), nn.Linear(16, 2)))
+        model = DPLipModel(net, input_shape=(20,), input_norm=5.0, loss=losses.TauCrossEntropy(4.0))
+        start = time.process_time()
+        fit(
+            model,
+            data,
+            epsilon=2.0,
+            delta=1e-5,
+            epochs=stages / 40,
+            batch_size=100,
+            lr=0.1,
+            noise_schedule=schedule,
+            progress=False,
+        )
+        seconds.append(time.process_time() - start)
+    result["fit of 400 steps"] = seconds[0]
+    result[f"fit of 400 steps and {stages} stages of noise"] = seconds[1]
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["grid", "speed"])
+    parser.add_argument("--only", choices=["grid", "speed", "schedules"])
     parser.add_argument("--configurations", type=int, default=320)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     RESULTS.mkdir(exist_ok=True)
+    if options.only == "schedules":
+        figures = schedules()
+        (RESULTS / "schedules.json").write_text(json.dumps(figures, indent=1) + "\n")
+        table = ["# What noise schedules ask of accounting", ""]
+        table += [f"Python {platform.python_version()}, NumPy {np.__version__}, one core, processor time.", ""]
+        table += ["| question | processor time |", "| --- | --- |"]
+        table += [f"| {name} | {1e3 * value:.3g} ms |" for name, value in figures.items()]
+        (RESULTS / "schedules.md").write_text("\n".join([*table, ""]))
+        print("\n".join(table))
+        return
     path = RESULTS / "accounting.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     results["python"], results["numpy"] = platform.python_version(), np.__version__

@@ -32,15 +32,18 @@ class Unscripted:
 
 def modules_of(net: nn.Module) -> list[nn.Module]:
     """What ``net.modules()`` yields, in its order, without a name for each: every step asks."""
-    found: dict[nn.Module, None] = {}
-
-    def collect(module: nn.Module) -> None:
-        found[module] = None
-        for child in module._modules.values():
+    found: dict[nn.Module, None] = {net: None}
+    # Of each module that is being looked into, the children that are left.
+    left = [iter(net._modules.values())]
+    while left:
+        for child in left[-1]:
             if child is not None and child not in found:
-                collect(child)
-
-    collect(net)
+                found[child] = None
+                if child._modules:
+                    left.append(iter(child._modules.values()))
+                    break
+        else:
+            left.pop()
     return list(found)
 
 

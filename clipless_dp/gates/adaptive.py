@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.arithmetic import checked_cap
+from clipless_dp.modules import modules_of
 
 RAMP = 0.1
 """Share of the cap over which a sample goes from below to above. Without it rounding, which depends on a sample's
@@ -151,6 +152,9 @@ def set_adapting(module: nn.Module, caps: Adapting | None) -> None:
 
 def adapting_in(net: nn.Module) -> dict[str, Adapting]:
     """The caps that adapt within a network, by the paths of their modules."""
+    if not any(_PLACE in module.__dict__ for module in modules_of(net)):
+        # Every step asks.
+        return {}
     return {path: found for path, part in net.named_modules() if (found := adapting(part)) is not None}
 
 

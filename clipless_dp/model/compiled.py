@@ -31,8 +31,13 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
         see :meth:`clipless_dp.model.rowwise.RowLosses.rehearse`.
 
     Raises:
-        ConfigurationError: caps of the model adapt: these are counted in eager passes.
+        ConfigurationError: caps of the model adapt: these are counted in eager passes; or it runs sample by sample.
     """
+    if model.graph.isolated:
+        raise ConfigurationError(
+            "a network that runs sample by sample is not compiled, as its operations would run unseen: train without "
+            "compile, or wrap it with isolation='graph', where its parts have rules"
+        )
     if adapting_in(model.net):
         raise ConfigurationError("caps that adapt are counted in eager passes: train without compile")
 

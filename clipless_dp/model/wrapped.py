@@ -440,16 +440,32 @@ class DPLipModel(Unscripted, nn.Module):
 
     @property
     def compiling_pays(self) -> bool:
-        """Whether a compiled graph may be faster than ``forward`` as it is.
+        """Whether a compiled graph may be faster than ``forward`` as it is; :attr:`why_eager` says why not."""
+        return not self.why_eager
+
+    @property
+    def why_eager(self) -> str:
+        """Why a compiled graph cannot be faster than ``forward`` as it is, in words; empty where it may be.
 
         Not on a CPU with signal gates around layers, or with convolutions in front of a max pooling: what is fused for
         the CPU is not for compiled graphs, which take 1.5 times and more of its time. Nor where a network is isolated,
         which runs as it is, or where caps adapt, which are counted in eager passes.
         """
-        if self.graph.isolated or adapting_in(self.net):
-            return False
+        if self.graph.isolated:
+            return (
+                "the network runs sample by sample, and is not compiled, as its operations would run unseen: "
+                "isolation='graph' may be, where its parts have rules"
+            )
+        if adapting_in(self.net):
+            return "its caps adapt, and are counted in eager passes"
         device, dtype = self.device_and_dtype()
-        return not (self._network.fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)))
+        if self._network.fused.beats_compiled and FusedNet.can_run(torch.empty(0, device=device, dtype=dtype)):
+            return (
+                "its gates or pooled convolutions run as operations fused by hand on a CPU, and compiled graphs took "
+                "1.5 to 1.9 times as long (benchmarks/step.py). The name of a backend, compile='inductor', compiles "
+                "nevertheless"
+            )
+        return ""
 
     @property
     def row_invariant(self) -> bool | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipless_dp.noise.secure import SecureNoise
-from clipless_dp.noise.sources import NoiseSource
+from clipless_dp.noise.sources import NoiseSource, SystemNoise
 
 _BLOCK = 1 << 17
 """Numbers drawn at once on the CPU: enough for two threads in each operation, few enough to stay in their caches and
@@ -63,13 +63,13 @@ def add_normal_(
         return
     sizes = [tensor.numel() for tensor in tensors]
     block = max(_BLOCK, sum(sizes) // 16) if tensors[0].device.type == "cpu" else _DEVICE_BLOCK
-    buffer = tensors[0].new_empty(0)
+    draw = _Drawing(tensors[0], source, sum(sizes))
     gathered: list[tuple[Tensor, float, int]] = []
     waiting = 0
     for tensor, deviation, size in zip(tensors, deviations, sizes, strict=True):
         if 8 * size <= block or not tensor.is_contiguous():
             if waiting + size > block:
-                _add_gathered_(gathered, source, factor)
+                _add_gathered_(gathered, draw, factor)
                 gathered, waiting = [], 0
             gathered.append((tensor, deviation, size))
             waiting += size
@@ -78,21 +78,52 @@ def add_normal_(
         # Even, as numbers come in pairs.
         length = 2 * math.ceil(size / max(1, round(size / block)) / 2)
         for part in flat.split(length) if length < size else (flat,):
-            room = len(part)
-            buffer = buffer if len(buffer) >= room else buffer.new_empty(room)
-            drawn = buffer if len(buffer) == room else buffer[:room]
-            source.standard_normal_(drawn)
-            part.add_(drawn, alpha=deviation).mul_(factor)
-    _add_gathered_(gathered, source, factor)
+            part.add_(draw(part.numel()), alpha=deviation).mul_(factor)
+    _add_gathered_(gathered, draw, factor)
 
 
-def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], source: NoiseSource, factor: float) -> None:
+def draw_ahead(tensors: Sequence[Tensor], source: NoiseSource) -> None:
+    """Has the numbers of the next step drawn meanwhile, where these tensors tell how many it takes.
+
+    Of the operating system's noise alone: what else a source does when it is asked, it is to do then.
+    """
+    if type(source) is SystemNoise and tensors and tensors[0].device.type == "cpu":
+        source.ahead.begin(source.standard_normal_, sum(tensor.numel() for tensor in tensors), tensors[0].dtype)
+
+
+class _Drawing:
+    """Blocks of standard normal numbers, which were drawn ahead or are now; each is valid until the next one.
+
+    Args:
+        like: a tensor of the device and type.
+        source: draws the numbers.
+        total: how many are asked for in all.
+    """
+
+    def __init__(self, like: Tensor, source: NoiseSource, total: int) -> None:
+        self._source, self._used = source, 0
+        self._ready = None
+        if type(source) is SystemNoise and like.device.type == "cpu":
+            self._ready = source.ahead.take(total, like.dtype)
+        self._buffer = like.new_empty(0)
+
+    def __call__(self, count: int) -> Tensor:
+        if self._ready is not None:
+            self._used += count
+            return self._ready[self._used - count : self._used]
+        if len(self._buffer) < count:
+            self._buffer = self._buffer.new_empty(count)
+        drawn = self._buffer if len(self._buffer) == count else self._buffer[:count]
+        self._source.standard_normal_(drawn)
+        return drawn
+
+
+def _add_gathered_(parts: Sequence[tuple[Tensor, float, int]], draw: _Drawing, factor: float) -> None:
     """The same for tensors with their deviations and sizes, from one draw."""
     if not parts:
         return
     targets, deviations, sizes = zip(*parts, strict=True)
-    drawn = targets[0].new_empty(sum(sizes))
-    source.standard_normal_(drawn)
+    drawn = draw(sum(sizes))
     shaped = [
         part if target.dim() == 1 else part.view(target.shape)
         for part, target in zip(drawn.split_with_sizes(sizes), targets, strict=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 
-from accounting import Accountant, Ledger, Provenance
+from accounting import Accountant, Ledger
 from clipless_dp.arguments import positive, share, shown
 from clipless_dp.errors import BudgetExhaustedError, ConfigurationError
 
@@ -29,16 +28,13 @@ class Budget:
         if self.limit is None:
             return True
         epsilon, delta = self.limit
-        trial = copy.deepcopy(accountant)
-        if steps:
-            trial.step(
-                noise_multiplier=noise_multiplier,
-                sample_rate=sample_rate,
-                steps=steps,
-                provenance=Provenance(unit=min(trial.ledger.units, default="")),
-            )
-        # Not "greater": a NaN fits no budget.
-        fits = float(trial.get_epsilon(delta)) <= epsilon
+        fits = accountant.fits(
+            target_epsilon=epsilon,
+            delta=delta,
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            steps=steps,
+        )
         if fits:
             self._allowance = _Allowance((noise_multiplier, sample_rate), steps, _recorded(accountant), steps)
         return fits
@@ -65,7 +61,7 @@ class Budget:
                     epsilon, delta = self.limit
                     raise BudgetExhaustedError(
                         f"one more step would exceed the budget of ε = {epsilon:g} at δ = {delta:g}: "
-                        f"{float(accountant.get_epsilon(delta)):.6g} is spent. Nothing of this step was "
+                        f"{accountant.upper_epsilon(delta):.6g} is spent. Nothing of this step was "
                         "released; stop here"
                     )
             kept = self._allowance

@@ -332,7 +332,7 @@ class CliplessDPOptimizer(Around):
 
     def get_epsilon(self, delta: float) -> float:
         """ε spent so far at this δ, an upper bound, under add-or-remove-one adjacency."""
-        return float(self.accountant.get_epsilon(delta))
+        return self.accountant.upper_epsilon(delta)
 
     @property
     def noise_sources(self) -> tuple[str, ...]:

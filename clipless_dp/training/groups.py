@@ -186,7 +186,9 @@ class Execution(_Checked):
         compile: runs forward pass, loss and backward pass as one compiled graph, see
             :func:`clipless_dp.training.compiled_loss`: ``True``, or the name of a backend of ``torch.compile``. Noise,
             update and projections stay as they are: few large operations, which draw from generators of their own.
-            ``True`` compiles where that pays (:attr:`clipless_dp.DPLipModel.compiling_pays`); a name always does.
+            ``True`` compiles where that may pay (:attr:`clipless_dp.DPLipModel.compiling_pays`), and on a CPU keeps
+            what is faster on rows of zeros, which tell nothing of the data; what is left out is warned of, with the
+            reason. A name always compiles.
     """
 
     micro_batch_size: int | None = None

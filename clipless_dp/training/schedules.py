@@ -39,7 +39,7 @@ def noise_stages(first: float, last: float, count: int = 10) -> NoiseSchedule:
     Args:
         first: positive factor of the first stage.
         last: positive factor of the last stage.
-        count: stages, at least 2; few keep the accounting fast.
+        count: stages, at least 2; the accounting of hundreds takes some seconds in all.
 
     Raises:
         ConfigurationError: an argument is out of range.

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from accounting.errors import warn_caller
 from clipless_dp.errors import CliplessError, ConfigurationError
-from clipless_dp.model.compiled import compiled_loss
+from clipless_dp.model.compiled import BatchLoss, compiled_loss
 from clipless_dp.modules import kept_modes
 from clipless_dp.optim import accumulation
 from clipless_dp.sampling import Batch, PoissonBatches, Samples, StreamedBatches
@@ -18,6 +21,9 @@ from clipless_dp.sampling.batches import usual_rows
 from clipless_dp.sampling.streaming import AHEAD
 from clipless_dp.training.memory import rows_within, traffic
 from clipless_dp.training.run import Run
+
+_FEWEST_TURNS, _MOST_TURNS, _SECONDS = 5, 31, 2.0
+"""Passes of which the faster kind is kept: not fewer, not more, and none begun later."""
 
 
 def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
@@ -35,7 +41,10 @@ def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
     """
     device, _ = run.model.device_and_dtype()
     execution, plan = run.asked.execution, run.plan
-    compile = execution.compile if isinstance(execution.compile, str) or run.model.compiling_pays else False
+    compile = execution.compile
+    if compile is True and (reason := run.model.why_eager):
+        compile = False
+        _say(run, f"compile=True is left out: {reason}")
     # Other devices capture and tune graphs for one shape; compiled for the CPU, a graph takes any number of rows. Of
     # people's rows each class of weights is a pass, of as many rows as were drawn.
     one_shape = bool(compile) and device.type != "cpu" and run.people is None
@@ -46,7 +55,11 @@ def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
     padding = usual if one_shape else max(8, math.isqrt(plan.batch_size) // 2)
     rows = execution.micro_batch_size
     if compile:
+        eager = run.loss
         _compile(run, "inductor" if compile is True else compile, _blank(run.shown, rows or padding, device))
+        if compile is True and device.type == "cpu":
+            # Of a memory that is bounded, no more is taken before it is known how many rows fit.
+            _keep_faster(run, eager, rows or (usual if execution.memory_budget is None else padding))
     if execution.memory_budget is not None:
         rows = _micro_batch_size(run, execution.memory_budget, usual, AHEAD if stream else 1)
     if one_shape:
@@ -101,6 +114,50 @@ def _compile(run: Run, backend: str, blank: Batch) -> None:
             f"the model could not be compiled ({type(error).__name__}: {summary}); the default backend needs a C++ "
             "compiler on the CPU. Train with compile=False, or name another backend"
         ) from error
+
+
+def _keep_faster(run: Run, eager: BatchLoss, rows: int) -> None:
+    """Goes back to eager passes where compiled ones take longer on rows that count for nothing, and says so.
+
+    A run with a ``reproducible_seed`` stays compiled: a clock is not to decide what its numbers are.
+    """
+    device, _ = run.model.device_and_dtype()
+    blank, compiled = _blank(run.shown, rows, device), run.loss
+    with _rehearsal(run):
+        share = run.here.from_first(lambda: _share(compiled, eager, blank))
+    if share <= 1.0:
+        return
+    measured = (
+        f"compiled passes take {share:.3f} times as long as eager ones here, by the median of passes in turns over "
+        f"{rows} rows of zeros"
+    )
+    if run.asked.privacy.reproducible_seed is not None:
+        _say(run, f"{measured}. They are kept, as reproducible_seed asks for the same numbers on every machine")
+        return
+    run.loss = eager
+    _say(run, f"compile=True is left out: {measured}. The name of a backend, compile='inductor', compiles nevertheless")
+
+
+def _share(compiled: BatchLoss, eager: BatchLoss, blank: Batch) -> float:
+    """How many times as long compiled passes take as eager ones: the median of several, in turns."""
+
+    def seconds(loss: BatchLoss) -> float:
+        start = time.perf_counter()
+        loss(*blank).backward()
+        return time.perf_counter() - start
+
+    # What is set up at the first pass of a size is no part of it.
+    seconds(compiled), seconds(eager)
+    shares: list[float] = []
+    start = time.perf_counter()
+    while len(shares) < _FEWEST_TURNS or (len(shares) < _MOST_TURNS and time.perf_counter() - start < _SECONDS):
+        shares.append(seconds(compiled) / seconds(eager))
+    return statistics.median(shares)
+
+
+def _say(run: Run, message: str) -> None:
+    if run.here.world.rank == 0:
+        warn_caller(message, UserWarning)
 
 
 def _fits(samples: Samples, device: torch.device, ranks: int) -> bool:

@@ -6,6 +6,7 @@ import math
 import pickle
 import struct
 import threading
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -516,11 +517,61 @@ def test_on_a_cpu_what_runs_fused_is_compiled_by_name_only(build, compiled, monk
         return lambda inputs, targets, mask: model.loss(model(inputs), targets, mask)
 
     monkeypatch.setattr(sizing, "compiled_loss", asking)
+    monkeypatch.setattr(sizing, "_share", lambda *passes: 0.9)
     for compile in (True, "inductor"):
         model = build()
         data = torch.randn(300, *model.input_shape), torch.arange(300) % 3
-        fit(model, data, compile=compile, **RUN)
+        said = pytest.warns(UserWarning, match="left out: its gates or pooled convolutions")
+        with nullcontext() if compiled or compile != True else said:  # noqa: E712
+            fit(model, data, compile=compile, **RUN)
     assert asked == ["inductor"] * (1 + compiled)
+
+
+@pytest.mark.parametrize(("share", "seed", "kept"), [(1.3, None, False), (1.3, 5, True), (0.8, None, True)])
+def test_on_a_cpu_compile_keeps_what_is_faster_and_says_so(share, seed, kept, monkeypatch):
+    """Only a run that is to be reproduced keeps what is slower, and says that too."""
+    compiled, measured = [], []
+
+    def counting(model, backend):
+        def loss(inputs, targets, mask):
+            compiled.append(bool(mask.any()))
+            return model.loss(model(inputs), targets, mask)
+
+        return loss
+
+    def asking(own, other, blank):
+        original(own, other, blank)
+        measured.append(blank)
+        return share
+
+    original = sizing._share
+    monkeypatch.setattr(sizing, "compiled_loss", counting)
+    monkeypatch.setattr(sizing, "_share", asking)
+    model = constrained_model()
+    data = torch.randn(300, *model.input_shape), torch.arange(300) % 3
+    said = pytest.warns(UserWarning, match=f"{share:.3f} times as long" + (".*They are kept" if seed else ""))
+    with said if share > 1.0 else nullcontext():
+        result = fit(model, data, compile=True, reproducible_seed=seed, **RUN)
+    assert any(compiled) == kept
+    # Nothing of the data, no charge, and nothing left behind.
+    ((inputs, _, mask),) = measured
+    assert not inputs.any()
+    assert not mask.any()
+    assert len(result.optimizer.accountant) == result.steps == 36
+
+
+def test_what_compile_leaves_out_of_networks_that_run_sample_by_sample_is_said():
+    def build():
+        net = gradient_gated(nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), isolation="vmap")
+        return DPLipModel(net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0))
+
+    assert build().graph.isolated
+    with pytest.warns(UserWarning, match="left out: the network runs sample by sample") as said:
+        fit(build(), samples(300), compile=True, **RUN)
+    # No backend's name would help.
+    assert not any("inductor" in str(one.message) for one in said)
+    with pytest.raises(ConfigurationError, match="sample by sample"):
+        fit(build(), samples(300), compile="eager", **RUN)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*Dynamo.*:UserWarning")
