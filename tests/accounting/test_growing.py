@@ -406,3 +406,25 @@ def test_a_fallback_of_the_lower_bound_leaves_the_upper_one(monkeypatch):
         bound = again.get_epsilon(DELTA)
     assert math.isfinite(bound)
     assert (float(bound), bound.lower) == (expected, 0.0)
+
+
+@pytest.mark.parametrize("kind", [Growing, GrowingRenyi])
+def test_many_steps_at_once_count_as_one_by_one(kind):
+    sigmas, limit = schedule(10, 2.0, 1.0), Limit(1.0, DELTA)
+    begin = kind.towards(limit, replace(terms_of(sigmas, 0.02), poisson=dict.fromkeys(((s, 0.02) for s in sigmas), 9)))
+    at_once = begin.reaching(replace(begin.terms, poisson={**begin.terms.poisson, (1.5, 0.02): 40}))
+    one_by_one = begin
+    for count in range(1, 41):
+        one_by_one = one_by_one.reaching(replace(begin.terms, poisson={**begin.terms.poisson, (1.5, 0.02): count}))
+    if kind is GrowingRenyi:
+        np.testing.assert_allclose(at_once.cumulants, one_by_one.cumulants, rtol=1e-9)
+        assert (at_once.cumulants > begin.cumulants).all()
+        return
+    for first, second, before in zip(at_once.directions, one_by_one.directions, begin.directions, strict=True):
+        assert first.spectrum.steps == second.spectrum.steps == 130
+        assert first.delta(0.8) == pytest.approx(second.delta(0.8), rel=1e-4)
+        assert first.delta(0.8) > 1.05 * before.delta(0.8)
+        # As a composition anew.
+        anew = kind.towards(limit, at_once.terms)
+        place = at_once.directions.index(first)
+        assert anew.directions[place].delta(0.8) == pytest.approx(first.delta(0.8), rel=0.02)
