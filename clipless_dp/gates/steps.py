@@ -10,7 +10,8 @@ from torch.nn import functional
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from clipless_dp.gates.arithmetic import UNDERFLOW, per_sample, sample_norms, sample_products, zeroed_rows
-from clipless_dp.gates.gradient import CANCELLED, Kernel, Tokens
+from clipless_dp.gates.convolutions import Kernel
+from clipless_dp.gates.gradient import CANCELLED, Tokens
 from clipless_dp.gates.parts import Part, Rows, _Simple
 
 Windows = tuple[int, int]
