@@ -1,4 +1,4 @@
-"""Buffers that a pass must leave as they are: files hold them, and no noise is on what a layer writes there."""
+"""Buffers that a pass must leave as they are: files hold them, or the next pass reads them, without any noise."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clipless_dp.errors import PrivacyError
+from accounting.errors import warn_caller
+from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.modules import kind_of
 
 
-def _held(net: nn.Module) -> list[tuple[str, dict[str, Tensor | None], str]]:
-    """Where the buffers are that a state holds, but for this package's own, and what torch derives from weights."""
+def _held(net: nn.Module) -> list[tuple[str, dict[str, Tensor | None], str, bool]]:
+    """Where buffers are, and whether a state holds them; but for this package's, and what torch derives of weights."""
     return [
-        (f"{path}.{name}".lstrip("."), part._buffers, name)
+        (f"{path}.{name}".lstrip("."), part._buffers, name, name not in part._non_persistent_buffers_set)
         for path, part in net.named_modules()
         if not kind_of(part).__module__.startswith(("clipless_dp.", "torch.nn.utils."))
         or ".testing" in kind_of(part).__module__
         for name in part._buffers
-        if name not in part._non_persistent_buffers_set
     ]
 
 
@@ -38,7 +38,10 @@ def _same(old: Tensor, new: Tensor | None) -> bool:
 
 @contextmanager
 def buffers_unwritten(net: nn.Module) -> Iterator[None]:
-    """Within, what runs leaves persistent buffers as they are, bit by bit.
+    """Within, what runs leaves buffers as they are, bit by bit: what it writes to those of no file is taken back.
+
+    Else a layer whose rule is true whatever they hold might carry to the next batch what it has seen in this one. What
+    is made where there was nothing, as a mask of the inputs' shape, is made anew each time.
 
     Args:
         net: a network, or a layer of one.
@@ -47,20 +50,32 @@ def buffers_unwritten(net: nn.Module) -> Iterator[None]:
         PrivacyError: one was written, and is as it was before.
     """
     before = []
-    for path, where, name in _held(net):
+    for path, where, name, saved in _held(net):
         value = where[name]
         if value is None or (value.layout is torch.strided and value.device.type != "meta"):
-            before.append((path, where, name, value, None if value is None else value.detach().clone()))
+            before.append((path, where, name, saved, value, None if value is None else value.detach().clone()))
     yield
-    written = []
-    for path, where, name, value, copy in before:
+    written, taken_back = [], []
+    for path, where, name, saved, value, copy in before:
         now = where.get(name)
         if (now is not None) if copy is None else not _same(copy, now):
+            if not saved:
+                # Another tensor: the way back may need what was written.
+                where[name] = copy
+                taken_back += [path] if copy is not None else []
+                continue
             written.append(path)
             if value is not None and copy is not None:
                 with torch.no_grad():
                     value.data.copy_(copy)
             where[name] = value
+    if taken_back:
+        warn_caller(
+            f"a pass wrote the buffer {', '.join(map(repr, taken_back))} of the network, which is as it was again: the "
+            "next pass would read what follows from samples, which no noise is on. A setting that changes from step to "
+            "step is set outside of passes",
+            PrivacyWarning,
+        )
     if written:
         raise PrivacyError(
             f"a pass wrote the buffer {', '.join(map(repr, written))} of the network: files of the model hold it, and "

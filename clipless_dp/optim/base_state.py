@@ -10,8 +10,9 @@ which schedules change.
 
 from __future__ import annotations
 
+import hashlib
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any, NamedTuple
@@ -21,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_leaves_with_path, tree_map_only
 
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
-from clipless_dp.errors import PrivacyError, PrivacyWarning
-from clipless_dp.optim.around import OF_TORCH, everything, is_plain, nested, opened, per_class
+from clipless_dp.errors import ConfigurationError, PrivacyError, PrivacyWarning
+from clipless_dp.optim.around import OF_TORCH, everything, is_known, is_plain, nested, opened, per_class
 from clipless_dp.sampling import fingerprints
 
 _Place = tuple[object, ...]
@@ -199,7 +201,7 @@ def first_other(optimizer: Optimizer) -> _Found | None:
     noted = _noted.get(optimizer)
     if noted is None:
         # A constructor may have made any tensors of its own beside it.
-        return next((found for found in _values(optimizer) if not _is_new(*found)), None)
+        return next(_not_new(optimizer), None)
     # A plain one reads nothing else.
     _seen[optimizer] = whole = not is_plain(optimizer)
     other = noted.own.first_other(_own(optimizer, whole=whole))
@@ -210,21 +212,93 @@ def private_state(optimizer: Optimizer) -> dict[str, Any]:
     """The state to save: what private steps have left, and where something else was written, groups' numbers alone."""
     state = optimizer.state_dict()
     if first_other(optimizer) is None:
-        return state
+        # Copies: torch hands out the tensors themselves, which something else may write to before they are saved.
+        copied: dict[str, Any] = tree_map_only(Tensor, lambda value: value.detach().clone(), state)
+        return copied
     warn_caller(
         f"the state of the base optimizer, a {type(optimizer).__name__}, holds what no private step has left, such as "
         "a method made that reads gradients as they are: it is left out of what is saved. The ledger is in it; "
         "momentum and the like begin anew",
         PrivacyWarning,
     )
-    groups = [{name: value for name, value in group.items() if _is_plain(value)} for group in state["param_groups"]]
+    groups = [
+        {name: value for name, value in group.items() if name == "params" or _is_setting(value)}
+        for group in state["param_groups"]
+    ]
     return {"state": {}, "param_groups": groups}
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, (bool, int, float, str))
+def _is_setting(value: object) -> bool:
+    """Whether a value has no more numbers than a setting may have."""
+    parts = tree_leaves(value)
+    return len(parts) <= _SETTINGS and all(one is None or isinstance(one, (bool, int, float, str)) for one in parts)
+
+
+def digest(state: object) -> str:
+    """What tells a state by its tensors and numbers: the same wherever they lie.
+
+    Of tensors that are sharded, and of groups, whose settings loops change, it tells nothing.
+
+    Args:
+        state: the ``"state"`` of an optimizer's ``state_dict()``.
+    """
+    told = hashlib.sha256()
+    for place, value in sorted(
+        ((str(place), value) for place, value in tree_leaves_with_path(state)), key=lambda pair: pair[0]
+    ):
+        if isinstance(value, Tensor) and placement.local(value) is value and _is_dense(value):
+            value = value.detach().cpu().contiguous()
+            told.update(f"{place} {value.dtype} {tuple(value.shape)}".encode())
+            told.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        elif type(value) in (bool, int, float):
+            told.update(f"{place} {value!r}".encode())
+    return told.hexdigest()
+
+
+_SHAPED = frozenset(
+    {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "grad_avg", "sum", "prev"}
+)
+"""What optimizers of torch's keep in a parameter's shape."""
+
+
+_TELLING = frozenset({
+    "lr", "betas", "amsgrad", "momentum", "dampening", "nesterov", "centered", "alpha", "rho", "lr_decay", "etas",
+    "lambd", "momentum_decay", "beta2_decay", "radius",
+})  # fmt: skip
+"""By what groups of one class are told from those of another; versions of torch have added others."""
+
+
+def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Refuses a state that a known optimizer would load and then fail on, or not load.
+
+    Raises:
+        ConfigurationError: the state is incomplete, or of other parameters or another class.
+    """
+    kind = f"the base optimizer, a {type(optimizer).__name__}"
+    if not is_known(optimizer):
+        return
+    groups, state = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)):
+        raise ConfigurationError(f"this state has no 'state' or no 'param_groups' of {kind}: load it as it was saved")
+    sizes = [len(group["params"]) for group in optimizer.param_groups]
+    if [len(group.get("params", ())) for group in groups] != sizes:
+        raise ConfigurationError(f"this state is of other groups of parameters than those of {kind}")
+    for group in groups:
+        if missing := sorted(_TELLING & optimizer.defaults.keys() - group.keys()):
+            raise ConfigurationError(
+                f"this is the state of another optimizer, which has no {missing[0]}, than {kind}: begin with a new "
+                "one, or go on with the optimizer that the state is of"
+            )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = [place for group in groups for place in group["params"]]
+    for place, parameter in zip(places, parameters, strict=True):
+        held = state.get(place)
+        for name, value in held.items() if isinstance(held, Mapping) else ():
+            if name in _SHAPED and isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise ConfigurationError(
+                    f"{name} in this state has the shape {tuple(value.shape)}, and its parameter "
+                    f"{tuple(parameter.shape)}: it is of another network"
+                )
 
 
 def refuse_other_state(optimizer: Optimizer) -> None:
@@ -256,7 +330,24 @@ def has_stepped(optimizer: Optimizer) -> bool:
     """Whether the state, or a schedule's note, tells that an optimizer has taken steps."""
     # torch's schedules note it, also of those that keep no state.
     noted = bool(getattr(optimizer, "_opt_called", False))
-    return noted or not all(_is_new(*found) for found in _values(optimizer))
+    return noted or next(_not_new(optimizer), None) is not None
+
+
+def _not_new(optimizer: Optimizer) -> Iterator[_Found]:
+    """What no constructor has left."""
+    # Such as the accumulator that Adagrad begins from.
+    public = {value for one in everything(optimizer) for value in one.defaults.values() if type(value) in (int, float)}
+    for place, parameter, value in _values(optimizer):
+        if not _is_new(place, parameter, value) and not _is_one_of(public, place, value):
+            yield place, parameter, value
+
+
+def _is_one_of(numbers: Collection[float], place: _Place, value: Any) -> bool:
+    """Whether a tensor of one entry is one of some numbers."""
+    if place[-1] == "step" or not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
+        return False
+    held = placement.local(value.detach()).reshape(-1)
+    return any(bool((held == torch.tensor(number).to(held)).all()) for number in numbers)
 
 
 def _values(optimizer: Optimizer) -> Iterator[_Found]:

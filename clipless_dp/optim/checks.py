@@ -57,8 +57,27 @@ def refuse_settings(base: Optimizer) -> None:
                     "does not read. Nothing was charged"
                 )
         _refuse_groups(one.param_groups, one.defaults.keys() if is_known(one) else ())
+        if is_known(one):
+            _refuse_unrunnable(one)
         if hasattr(one, "require_settings"):
             one.require_settings()
+
+
+def _refuse_unrunnable(optimizer: Optimizer) -> None:
+    """Refuses what fails within a step of torch's."""
+    for index, group in enumerate(optimizer.param_groups):
+        if missing := sorted(optimizer.defaults.keys() - group.keys()):
+            raise ConfigurationError(
+                f"parameter group {index} of a {type(optimizer).__name__} has no {missing[0]}: set it. Nothing was "
+                "charged"
+            )
+        of_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
+        for name, fails in (("differentiable", True), ("capturable", of_cpu)):
+            if fails and group.get(name):
+                raise ConfigurationError(
+                    f"{name}=True of a {type(optimizer).__name__} does not go with private steps"
+                    f"{' on a CPU' if name == 'capturable' else ''}: leave it out. Nothing was charged"
+                )
 
 
 def _asks_for_scales(optimizer: Optimizer) -> bool:

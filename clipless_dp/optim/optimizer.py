@@ -462,9 +462,11 @@ class CliplessDPOptimizer(Around):
 
         A state that something else than private steps has written to is left out, with a warning: no ledger holds it.
         """
+        base = base_state.private_state(self.base_optimizer)
         return {
-            **base_state.private_state(self.base_optimizer),
+            **base,
             "clipless_dp": {
+                "state": base_state.digest(base.get("state")),
                 **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
                 **({"caps": self._adaptation.state()} if self.caps else {}),
             },
@@ -478,19 +480,26 @@ class CliplessDPOptimizer(Around):
         one by itself, known only to be the same when the very same state is loaded twice.
 
         Raises:
-            ConfigurationError: the state is not one of this class, or of an unknown format, or the base optimizer does
-                not load it.
+            ConfigurationError: the state is not one of this class, or of an unknown format, or not as it was saved, or
+                of another base optimizer, or of other parameters, or the base optimizer does not load it.
         """
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
         caps = self._adaptation.checked(state_dict["clipless_dp"].get("caps"))
         refuse_other_units(saved.ledger, self.unit)
+        base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
+        base_state.require_loadable(self.base_optimizer, base)
+        # Former versions do not tell.
+        if state_dict["clipless_dp"].get("state", told := base_state.digest(base.get("state"))) != told:
+            raise ConfigurationError(
+                "what this state holds of the base optimizer is not what was saved beside its ledger: load it as "
+                "state_dict() returned it"
+            )
         self.accountant.ledger = saved.ledger.merge(self.accountant.ledger)
         self.steps_taken = saved.steps_taken
         self._books.take(saved)
         self._adaptation.take(caps)
         # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here,
         # too, which this ledger does not know.
-        base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
         kind = type(self.base_optimizer).__name__
         with base_state.loading(self.base_optimizer, base):
             try:

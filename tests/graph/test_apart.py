@@ -16,6 +16,7 @@ from clipless_dp import (
     DPLipModel,
     PoissonBatches,
     PrivacyError,
+    PrivacyWarning,
     fit,
     gated,
     gradient_gated,
@@ -198,6 +199,14 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 def test_a_side_loss_on_what_a_layer_keeps_is_refused_and_adds_nothing(kept_in: str, accumulated: bool) -> None:
     model = model_of(NETS[kept_in]())
     optimizer = sgd(model)
+    if kept_in == "a buffer":
+        # What a pass writes there is taken back: nothing is left to make a loss of.
+        before = last_kept(model).detach().clone()
+        with pytest.warns(PrivacyWarning, match="as it was again"):
+            model(data()[0])
+        assert not last_kept(model).requires_grad
+        assert torch.equal(last_kept(model), before)
+        return
 
     def loss(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
         value = model.loss(model(inputs), targets, mask)
@@ -455,3 +464,38 @@ def test_no_file_is_written_of_what_a_layer_adds_to_the_state(tmp_path):
     with pytest.raises(PrivacyError, match="_extra_state"):
         result.save(tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
+
+
+class Remembering(Own):
+    """True to its rule whatever the buffer holds; what it holds is of the batch before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.ones(()), persistent=False)
+        self.register_buffer("made", None, persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        sign = torch.sign(self.seen)
+        self.seen.copy_(1.0 - values.detach().norm())
+        self.made = torch.ones_like(values)
+        return super().forward(values) * sign * self.made
+
+
+@register_rule(Remembering)
+def _remembering_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: 2.0 * context.input_norm, lipschitz=2.0)
+
+
+def test_what_a_layer_has_seen_in_a_batch_does_not_reach_the_next_one() -> None:
+    model = model_of(net_of(Remembering()))
+    inputs, targets = data()
+    before = model.net[1].seen.clone()
+    with pytest.warns(PrivacyWarning, match=r"'1\.seen'.*as it was again"):
+        first = model(inputs)
+    model.loss(first, targets).backward()
+    gradients = [parameter.grad.clone() for parameter in model.net.parameters() if parameter.grad is not None]
+    assert gradients
+    assert torch.equal(model.net[1].seen, before)
+    model.register.drop()
+    with pytest.warns(PrivacyWarning, match="as it was again"):
+        assert torch.equal(model(inputs), first)

@@ -251,7 +251,7 @@ def test_the_state_of_the_optimizer_of_torch_is_refused_before_any_charge(
         )
 
     optimizer = private(ours, radius=0.1)
-    with pytest.raises(ConfigurationError, match=f"state of another optimizer, as of torch.optim.{base.__name__}"):
+    with pytest.raises(ConfigurationError, match="state of another optimizer"):
         optimizer.load_state_dict(private(base).state_dict())
     assert len(optimizer.accountant) == 0
     optimizer.load_state_dict(private(ours, radius=0.2).state_dict())
