@@ -336,17 +336,26 @@ def has_stepped(optimizer: Optimizer) -> bool:
 def _not_new(optimizer: Optimizer) -> Iterator[_Found]:
     """What no constructor has left."""
     # Such as the accumulator that Adagrad begins from.
-    public = {value for one in everything(optimizer) for value in one.defaults.values() if type(value) in (int, float)}
+    parts = [*everything(optimizer)]
+    public = {value for one in parts for value in one.defaults.values() if type(value) in (int, float)}
     for place, parameter, value in _values(optimizer):
-        if not _is_new(place, parameter, value) and not _is_one_of(public, place, value):
+        number = place[1][0] if place[0] == "the state" and isinstance(place[1], tuple) else None
+        if isinstance(number, int) and is_known(parts[number]) and _is_moment(place, value):
+            # These fill it with zeros, or with a setting.
+            is_new = _is_one_of({0.0, *public}, value)
+        else:
+            is_new = _is_new(place, parameter, value) or (_is_moment(place, value) and _is_one_of(public, value))
+        if not is_new:
             yield place, parameter, value
 
 
-def _is_one_of(numbers: Collection[float], place: _Place, value: Any) -> bool:
-    """Whether a tensor of one entry is one of some numbers."""
-    if place[-1] == "step" or not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-        return False
-    held = placement.local(value.detach()).reshape(-1)
+def _is_moment(place: _Place, value: Any) -> bool:
+    return place[-1] != "step" and isinstance(value, Tensor) and value.is_floating_point() and _is_dense(value)
+
+
+def _is_one_of(numbers: Collection[float], value: Tensor) -> bool:
+    """Whether a tensor is one of some numbers throughout."""
+    held = placement.local(value.detach())
     return any(bool((held == torch.tensor(number).to(held)).all()) for number in numbers)
 
 

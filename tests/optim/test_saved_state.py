@@ -249,3 +249,14 @@ def test_an_accumulator_that_begins_from_a_setting_is_new_also_for_parameters_of
     assert base_state.has_stepped(other)
     with pytest.raises(PrivacyError, match="sum"):
         private(model, other)
+
+
+def test_momentum_of_one_number_throughout_from_raw_steps_is_no_beginning() -> None:
+    net = nn.Sequential(nn.Linear(6, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0), constraint=Spectral())
+    base = torch.optim.SGD([net[0].bias], lr=0.0, momentum=0.9)
+    (100.0 * net(DATA[0]).sum()).backward()
+    base.step()
+    net.zero_grad()
+    with pytest.raises(PrivacyError, match="momentum_buffer"):
+        private(model, base)
