@@ -150,7 +150,7 @@ def _array_of(values: Any) -> Any:
             if isinstance(found, np.ndarray) or getattr(getattr(values, "dtype", None), "kind", "f") not in "biuf":
                 return found
             return values.to_numpy()
-        if hasattr(values, "__array__"):
+        if hasattr(values, "__array__") or hasattr(values, "__array_interface__"):
             return np.asarray(values)
         return np.asarray(memoryview(values))
     except Exception:

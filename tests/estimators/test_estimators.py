@@ -454,6 +454,16 @@ class _GivesArray:
         return self.values[at]
 
 
+class _HasInterface:
+    """As libraries give memory away that know no numpy."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        self.values, self.shape, self.__array_interface__ = values, values.shape, values.__array_interface__
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
 LYING = {
     "one row for all": lambda: np.broadcast_to(_windows()[:1].copy(), (80, 4)),
     "windows": _windows,
@@ -470,6 +480,7 @@ LYING = {
     ],
     "a buffer of windows": lambda: memoryview(_windows()),
     "what gives an array of windows": lambda: _GivesArray(_windows()),
+    "what tells where an array of windows is": lambda: _HasInterface(_windows()),
     "a list of buffers": lambda: [memoryview(row) for row in _windows()],
     "columns of pandas' own types, one step later": lambda: _own_columns(_numbers()),
     "a frame that was drawn with replacement": lambda: _frame().sample(80, replace=True, random_state=0),
