@@ -40,13 +40,13 @@ def about_of(former: Mapping[str, str], about: Mapping[str, str | None]) -> dict
             raise ConfigurationError(f"a statement says {', '.join(ABOUT)} of who states it, not {name}")
         if text is None:
             continue
-        if not isinstance(text, str) or not text.strip() or any(map(_is_control, text)):
+        if not isinstance(text, str) or not text.strip() or any(map(is_control, text)):
             raise ConfigurationError(f"{name} must be a text of one line, without control characters, got {text!r}")
         told[name] = text.strip()
     return told
 
 
-def _is_control(character: str) -> bool:
+def is_control(character: str) -> bool:
     """Whether it ends a line, is no text, is not seen, or turns what stands behind it round."""
     return unicodedata.category(character) in _CONTROLS and character not in _JOINERS
 

@@ -21,7 +21,7 @@ from clipless_dp.checkpoint import check_writable
 from clipless_dp.errors import CheckpointError, ConfigurationError
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.statement import render
-from clipless_dp.statement.brief import about_of
+from clipless_dp.statement.brief import about_of, is_control
 from clipless_dp.statement.described import check_described
 from clipless_dp.statement.facts import CHANGED, facts_of
 from clipless_dp.statement.ledgers import facts_of_ledger
@@ -243,8 +243,8 @@ def report(
         )
     unit = UNITS[getattr(optimizer, "unit", "row")] if unit is None else unit
     for name, text in (("unit", unit), ("title", title)):
-        if not _is_text(text):
-            raise ConfigurationError(f"{name} must be a string that UTF-8 can hold, got {text!r}")
+        if not _is_text(text) or not text.strip() or any(map(is_control, text)):
+            raise ConfigurationError(f"{name} must be a text of one line, without control characters, got {text!r}")
     if not isinstance(notes, (tuple, list)) or not all(map(_is_text, notes)):
         raise ConfigurationError(f"notes must be a list of strings that UTF-8 can hold, got {notes!r}")
     if robustness is not None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import html
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -122,14 +122,18 @@ def test_the_three_forms_say_the_same_and_the_page_needs_nothing_else(tmp_path):
 
 def test_no_name_or_note_writes_a_heading_of_its_own() -> None:
     sly = "fine\n\n## Certified by nobody\r# twice\u2028* and more"
-    plain, text = (report(trained(), unit=one, notes=[one]).to_markdown() for one in ("fine", sly))
+    made = [report(trained(), notes=[one]) for one in ("fine", sly)]
+    # Files may say anything.
+    files = zip(made, ("fine", sly), strict=True)
+    plain, text = (replace(one, facts={**one.facts, "unit": unit}).to_markdown() for one, unit in files)
     headings = [[line for line in some.splitlines() if line.startswith(("#", "*"))] for some in (plain, text)]
     assert len(headings[0]) == len(headings[1])
     assert r"* fine  ## Certified by nobody # twice \* and more" in headings[1]
 
 
 def test_tables_in_markdown_have_as_many_cells_in_every_row():
-    lines = report(trained(), unit="a | b\nc").to_markdown().splitlines()
+    stated = report(trained())
+    lines = replace(stated, facts={**stated.facts, "unit": "a | b\nc"}).to_markdown().splitlines()
     tables = "\n".join(line if line.startswith("|") else "" for line in lines).split("\n\n")
     widths = [{len(re.findall(r"(?<!\\)\|", row)) for row in table.split("\n") if row} for table in tables]
     assert len([width for width in widths if width]) >= 6
@@ -307,3 +311,10 @@ def test_learning_rates_are_stated_in_full_and_in_brief():
         "0.2",
         "0.1",
     ]
+
+
+@pytest.mark.parametrize("name", ["unit", "title"])
+@pytest.mark.parametrize("text", ["", "  ", "one row\nEpsilon: 0.1", "one\u202eelpoep", "a\u200bb", 3])
+def test_a_text_that_would_not_read_as_it_is_written_is_refused(name, text):
+    with pytest.raises(ConfigurationError, match=name):
+        report(trained(), **{name: text})
