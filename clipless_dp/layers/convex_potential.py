@@ -78,7 +78,8 @@ class ConvexPotentialConv2d(nn.Module):
     """
 
     # Of the class, so that pickles of former versions have it, and are told as what is made now.
-    stride: int = 1
+    stride = 1
+    __constants__ = ("stride",)
 
     def __init__(
         self,
