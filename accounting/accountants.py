@@ -228,16 +228,19 @@ class Accountant(ABC):
     def _kept(
         self, question: str, at: float, group_size: int, answer: Callable[[Terms, float], PrivacyBound]
     ) -> PrivacyBound:
-        """The answer that was given already of the same ledger, or a new one."""
+        """The answer that was given already of the same ledger, or a new one.
+
+        Of classes that others derive a new one each time: theirs may hang on more than the ledger.
+        """
         answers, fallbacks = self._answers, self._fallbacks
         # The state first: what others record meanwhile may be in the answer, and is not lacking.
         key = (answers.state(), type(self), question, at, group_size)
-        bound = answers.bound(key)
+        bound = answers.bound(key) if self._is_own else None
         if bound is None:
             terms = answers.collection(group_size).terms()
             nothing = terms.empty or (question == "delta" and at == math.inf)
             bound = self._bound(terms, 0.0, 0.0, at, "exact") if nothing else answer(terms, at)
-            if self._fallbacks == fallbacks:
+            if self._fallbacks == fallbacks and self._is_own:
                 # What is warned of is warned of again.
                 answers.keep(key, bound)
         return bound

@@ -58,7 +58,7 @@ class Kernel:
         chunk: samples at once; 0: as many as fit a small memory.
 
     Attributes:
-        present: ``(B,)``, positive where anything came back to the sample.
+        present: ``(B,)``, positive where anything came back to the sample: no norm, which may be set to what says so.
     """
 
     def __init__(
@@ -86,10 +86,11 @@ class Kernel:
         held = laid_out + (2 * groups * positions**2 if gram else outputs * inputs)
         self._rows = chunk_rows(chunk, held, values.device)
         self._values, self._lengths = zeroed_rows(values)
-        self._cotangents, self.present = zeroed_rows(cotangents)
+        self._cotangents, self._arrived = zeroed_rows(cotangents)
+        self.present = self._arrived
 
     def _chunks(self) -> Iterator[Chunk]:
-        rows, scales = self._rows, self._lengths * self.present
+        rows, scales = self._rows, self._lengths * self._arrived
         parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
         return (
             (
@@ -102,7 +103,7 @@ class Kernel:
 
     def _whole(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each chunk the samples' gradients, ``(b, ...)``, and what they count as, ``(b,)``; not from windows."""
-        rows, scales = self._rows, self._lengths * self.present
+        rows, scales = self._rows, self._lengths * self._arrived
         by_rows = _ByRows(self._sizes, *self._geometry[:4]) if self._way == "rows" else None
         parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
         for some, arriving, own in parts:

@@ -213,7 +213,7 @@ class Tokens:
         sizes: the norms of the cotangents, ``(B,)``, where they are known.
 
     Attributes:
-        present: ``(B,)``, positive where anything came back to the sample.
+        present: ``(B,)``, positive where anything came back to the sample: no norm, which may be set to what says so.
     """
 
     def __init__(self, values: Tensor, cotangents: Tensor, chunk: int, sizes: Tensor | None = None) -> None:
@@ -224,18 +224,19 @@ class Tokens:
         self._rows = chunk_rows(chunk, held, values.device)
         self._shape = 1, outputs, inputs
         self._values, self._lengths = zeroed_rows(values)
-        self._cotangents, self.present = zeroed_rows(cotangents, sizes)
+        self._cotangents, self._arrived = zeroed_rows(cotangents, sizes)
+        self.present = self._arrived
 
     def _chunks(self) -> Iterator[Chunk]:
-        rows, scales = self._rows, self._lengths * self.present
+        rows, scales = self._rows, self._lengths * self._arrived
         parts = zip(self._values.split(rows), self._cotangents.split(rows), scales.split(rows), strict=True)
         return ((some.unsqueeze(1), arriving.mT.unsqueeze(1), own) for some, arriving, own in parts)
 
     def norms(self) -> Tensor:
         """What each sample's gradient counts as, ``(B,)``: at least its norm, up to the rounding that rules include."""
         if self._gram:
-            norms = _token_norms(self._values, self._cotangents, self._lengths, self.present, self._rows)
-            return torch.maximum(norms, CANCELLED * self._lengths * self.present)
+            norms = _token_norms(self._values, self._cotangents, self._lengths, self._arrived, self._rows)
+            return torch.maximum(norms, CANCELLED * self._lengths * self._arrived)
         return torch.cat([norms for _, _, norms in chunk_gradients(self._chunks(), self._shape)])
 
     def total(self, factors: Tensor) -> Tensor:

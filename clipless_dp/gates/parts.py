@@ -22,7 +22,7 @@ class Part(Protocol):
     """The samples' gradients of one parameter, in one use of it.
 
     Attributes:
-        present: ``(B,)``, positive where anything came back to the sample.
+        present: ``(B,)``, positive where anything came back to the sample: for counts alone, no norm is made of it.
     """
 
     present: Tensor
@@ -79,11 +79,12 @@ class Outer(_Simple):
 
     def __init__(self, values: Tensor, cotangents: Tensor) -> None:
         self._values, self._lengths = zeroed_rows(values)
-        self._cotangents, self.present = zeroed_rows(cotangents)
+        self._cotangents, self._arrived = zeroed_rows(cotangents)
+        self.present = self._arrived
 
     def norms(self) -> Tensor:
         """As :class:`Part`."""
-        return (self._lengths + UNDERFLOW) * (self.present + UNDERFLOW)
+        return (self._lengths + UNDERFLOW) * (self._arrived + UNDERFLOW)
 
     def total(self, factors: Tensor) -> Tensor:
         """As :class:`Part`."""

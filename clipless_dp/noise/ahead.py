@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -41,11 +42,29 @@ class _Drawn:
     thread: threading.Thread | None = None
 
 
+_every: WeakSet[Ahead] = WeakSet()
+
+
+def _forget_in_child() -> None:
+    for one in [*_every]:
+        one.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    # Numbers of processes may be given again.
+    os.register_at_fork(after_in_child=_forget_in_child)
+
+
 class Ahead:
     """Numbers that were drawn ahead, by how many and of which type."""
 
     def __init__(self) -> None:
         self._drawn: dict[tuple[int, torch.dtype], _Drawn] = {}
+        _every.add(self)
+
+    def forget(self) -> None:
+        """Lets go of all numbers: in a forked process they are its parent's."""
+        self._drawn = {}
 
     def begin(self, fill: Callable[[Tensor], object], count: int, dtype: torch.dtype) -> None:
         """Has a thread draw so many numbers, unless they are there, are too many, or no core is left for it.

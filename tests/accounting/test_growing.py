@@ -428,3 +428,19 @@ def test_many_steps_at_once_count_as_one_by_one(kind):
         anew = kind.towards(limit, at_once.terms)
         place = at_once.directions.index(first)
         assert anew.directions[place].delta(0.8) == pytest.approx(first.delta(0.8), rel=0.02)
+
+
+def test_an_accountant_of_a_users_own_is_asked_anew_each_time():
+    class WithMargin(PRVAccountant):
+        factor = 1.0
+
+        def _epsilon(self, terms, delta):
+            bound = super()._epsilon(terms, delta)
+            return self._bound(terms, self.factor * float(bound), 0.0, delta, "margin")
+
+    accountant = WithMargin()
+    accountant.step(noise_multiplier=2.0, sample_rate=0.01, steps=100)
+    before = float(accountant.get_epsilon(1e-5)), accountant.upper_epsilon(1e-5)
+    accountant.factor = 2.0
+    after = float(accountant.get_epsilon(1e-5)), accountant.upper_epsilon(1e-5)
+    assert after == pytest.approx([2.0 * one for one in before])

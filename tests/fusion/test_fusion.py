@@ -634,3 +634,27 @@ def test_what_is_left_of_dropped_samples_is_noticed(
     mutant.apply(monkeypatch)
     with pytest.raises(AssertionError):
         check()
+
+
+@pytest.mark.parametrize("gate", [gated, gradient_gated])
+def test_maps_of_one_channel_that_torch_reads_beyond_are_not_laid_channels_last(gate: Callable[..., nn.Module]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 1, 1), nn.Conv2d(1, 4, (1, 3), (1, 2)),
+        nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+    model = wrap(gate(net), (4, 12, 8))
+    assert not any(isinstance(part, fusion.Interleaved) for part in model._network.fused.module.modules())
+    bounds = model.sensitivity().per_parameter
+    for turn in range(8):
+        rows, cotangents = torch.randn(17, 4, 12, 8), torch.randn(17, 4)
+        kept = torch.arange(17) != turn
+
+        def gradients(which: Tensor, rows: Tensor = rows, cotangents: Tensor = cotangents) -> dict[str, Tensor]:
+            model.zero_grad()
+            model(rows[which]).backward(nn.functional.normalize(cotangents[which], dim=1))
+            return {name: one.grad.clone() for name, one in model.net.named_parameters() if one.grad is not None}
+
+        whole, without = gradients(torch.ones(17, dtype=torch.bool)), gradients(kept)
+        for name, gradient in whole.items():
+            assert float((gradient - without[name]).norm()) <= bounds[name] * (1.0 + 1e-4)

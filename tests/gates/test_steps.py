@@ -302,3 +302,40 @@ def test_compiled_steps_gate_as_they_do_uncompiled() -> None:
         run: Any = torch.compile(gate, backend="aot_eager")
         found: tuple[Tensor, ...] = torch.autograd.grad(run(values), list(gate.parameters()), cotangents)
         assert_close(dict(zip(expected, found, strict=True)), expected)
+
+
+@both_modes
+@pytest.mark.parametrize("joint", [None, "layer"])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1e3, 1e6])
+def test_neighbouring_tokens_that_are_nearly_alike_pass_no_cap_whatever_the_size_of_values(
+    mode: Any, joint: Any, size: float
+) -> None:
+    # Their gradient is what products of norms have lost, which is in proportion to what arrives, not to ‖g‖.
+    torch.manual_seed(0)
+    layer = layers.ConvexPotential(128)
+    with torch.no_grad():
+        layer.weight.mul_(10.0 / torch.linalg.matrix_norm(layer.weight, 2))
+    net = gradient_gated(nn.Sequential(layer), limit=0.01, mode=mode, joint=joint)
+    model = wrap(net, (2, 128), input_norm=size)
+    bounds = model.sensitivity()
+    for apart in (1e-2, 1e-3, 1e-4):
+        token, cotangent = nn.functional.normalize(torch.randn(2, 1, 128), dim=2)
+        values = torch.cat([token, token * (1.0 + apart)]).unsqueeze(0).reshape(1, 2, 128) * size / 1.5
+        cotangents = torch.cat([cotangent, -cotangent]).reshape(1, 2, 128) / 1.5
+        model.zero_grad()
+        model(values).backward(cotangents)
+        squares = sum(float(one.grad.double().square().sum()) for one in model.net.parameters() if one.grad is not None)
+        assert math.sqrt(squares) <= bounds.total * (1.0 + 1e-5)
+
+
+@pytest.mark.parametrize("joint", [None, "layer"])
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_a_transposed_convolution_releases_its_whole_cap_however_large_cotangents_are(joint: Any, size: float) -> None:
+    torch.manual_seed(0)
+    net = gradient_gated(nn.Sequential(nn.ConvTranspose2d(3, 2, 3, stride=2, bias=False)), limit=1e-4, joint=joint)
+    model = wrap(net.double(), (3, 4, 4), input_norm=1e5, cotangent_norm=1e5)
+    outputs = model(torch.randn(1, 3, 4, 4, dtype=torch.float64))
+    outputs.backward(torch.randn_like(outputs) * size)
+    (gradient,) = (one.grad for one in model.net.parameters())
+    assert gradient is not None
+    assert float(gradient.norm()) == pytest.approx(1e-4, rel=1e-6)
