@@ -466,7 +466,8 @@ class CliplessDPOptimizer(Around):
         return {
             **base,
             "clipless_dp": {
-                "state": base_state.digest(base.get("state")),
+                # Of parts, which files hold as wholes and others load as parts, none is told.
+                "state": base_state.digest(base.get("state")) if self.placement.is_whole else None,
                 **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
                 **({"caps": self._adaptation.state()} if self.caps else {}),
             },
@@ -489,7 +490,8 @@ class CliplessDPOptimizer(Around):
         base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
         base_state.require_loadable(self.base_optimizer, base)
         # Former versions do not tell.
-        if state_dict["clipless_dp"].get("state", told := base_state.digest(base.get("state"))) != told:
+        told = state_dict["clipless_dp"].get("state") if self.placement.is_whole else None
+        if told is not None and told != base_state.digest(base.get("state")):
             raise ConfigurationError(
                 "what this state holds of the base optimizer is not what was saved beside its ledger: load it as "
                 "state_dict() returned it"
