@@ -228,10 +228,7 @@ class Accountant(ABC):
     def _kept(
         self, question: str, at: float, group_size: int, answer: Callable[[Terms, float], PrivacyBound]
     ) -> PrivacyBound:
-        """The answer that was given already of the same ledger, or a new one.
-
-        Of classes that others derive a new one each time: theirs may hang on more than the ledger.
-        """
+        """The answer given already for the same ledger, or a new one: always for others' classes, which know more."""
         answers, fallbacks = self._answers, self._fallbacks
         # The state first: what others record meanwhile may be in the answer, and is not lacking.
         key = (answers.state(), type(self), question, at, group_size)

@@ -10,17 +10,21 @@ from torch import Tensor, nn
 
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
+from clipless_dp.isolation import Isolated
 from clipless_dp.modules import kind_of
 
 
 def _held(net: nn.Module) -> list[tuple[str, dict[str, Tensor | None], str, bool]]:
     """Where buffers are, and whether a state holds them; but for this package's, and what torch derives of weights."""
+    apart = [f"{path}." if path else "" for path, part in net.named_modules() if isinstance(part, Isolated)]
     return [
         (f"{path}.{name}".lstrip("."), part._buffers, name, name not in part._non_persistent_buffers_set)
         for path, part in net.named_modules()
         if not kind_of(part).__module__.startswith(("clipless_dp.", "torch.nn.utils."))
         or ".testing" in kind_of(part).__module__
         for name in part._buffers
+        # What a network that runs sample by sample keeps for its next call is refused there.
+        if name not in part._non_persistent_buffers_set or not any(path.startswith(one) for one in apart)
     ]
 
 

@@ -10,7 +10,6 @@ which schedules change.
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_leaves_with_path, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
-from clipless_dp.errors import ConfigurationError, PrivacyError, PrivacyWarning
+from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.optim.around import OF_TORCH, everything, is_known, is_plain, nested, opened, per_class
 from clipless_dp.sampling import fingerprints
 
@@ -232,73 +231,6 @@ def _is_setting(value: object) -> bool:
     """Whether a value has no more numbers than a setting may have."""
     parts = tree_leaves(value)
     return len(parts) <= _SETTINGS and all(one is None or isinstance(one, (bool, int, float, str)) for one in parts)
-
-
-def digest(state: object) -> str:
-    """What tells a state by its tensors and numbers: the same wherever they lie.
-
-    Of tensors that are sharded, and of groups, whose settings loops change, it tells nothing.
-
-    Args:
-        state: the ``"state"`` of an optimizer's ``state_dict()``.
-    """
-    told = hashlib.sha256()
-    for place, value in sorted(
-        ((str(place), value) for place, value in tree_leaves_with_path(state)), key=lambda pair: pair[0]
-    ):
-        if isinstance(value, Tensor) and placement.local(value) is value and _is_dense(value):
-            value = value.detach().cpu().contiguous()
-            told.update(f"{place} {value.dtype} {tuple(value.shape)}".encode())
-            told.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        elif type(value) in (bool, int, float):
-            told.update(f"{place} {value!r}".encode())
-    return told.hexdigest()
-
-
-_SHAPED = frozenset(
-    {"momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "grad_avg", "sum", "prev"}
-)
-"""What optimizers of torch's keep in a parameter's shape."""
-
-
-_TELLING = frozenset({
-    "lr", "betas", "amsgrad", "momentum", "dampening", "nesterov", "centered", "alpha", "rho", "lr_decay", "etas",
-    "lambd", "momentum_decay", "beta2_decay", "radius",
-})  # fmt: skip
-"""By what groups of one class are told from those of another; versions of torch have added others."""
-
-
-def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Refuses a state that a known optimizer would load and then fail on, or not load.
-
-    Raises:
-        ConfigurationError: the state is incomplete, or of other parameters or another class.
-    """
-    kind = f"the base optimizer, a {type(optimizer).__name__}"
-    if not is_known(optimizer):
-        return
-    groups, state = state_dict.get("param_groups"), state_dict.get("state")
-    if not isinstance(state, Mapping) or not isinstance(groups, (list, tuple)):
-        raise ConfigurationError(f"this state has no 'state' or no 'param_groups' of {kind}: load it as it was saved")
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    if [len(group.get("params", ())) for group in groups] != sizes:
-        raise ConfigurationError(f"this state is of other groups of parameters than those of {kind}")
-    for group in groups:
-        if missing := sorted(_TELLING & optimizer.defaults.keys() - group.keys()):
-            raise ConfigurationError(
-                f"this is the state of another optimizer, which has no {missing[0]}, than {kind}: begin with a new "
-                "one, or go on with the optimizer that the state is of"
-            )
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    places = [place for group in groups for place in group["params"]]
-    for place, parameter in zip(places, parameters, strict=True):
-        held = state.get(place)
-        for name, value in held.items() if isinstance(held, Mapping) else ():
-            if name in _SHAPED and isinstance(value, Tensor) and value.shape != parameter.shape:
-                raise ConfigurationError(
-                    f"{name} in this state has the shape {tuple(value.shape)}, and its parameter "
-                    f"{tuple(parameter.shape)}: it is of another network"
-                )
 
 
 def refuse_other_state(optimizer: Optimizer) -> None:

@@ -25,7 +25,7 @@ from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.surroundings import without_gradients
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
-from clipless_dp.optim import accumulation, base_state, checks
+from clipless_dp.optim import accumulation, base_state, checks, loadable
 from clipless_dp.optim.adam import tell_noise
 from clipless_dp.optim.adaptation import Adaptation, CapRecord
 from clipless_dp.optim.around import Around, Setting
@@ -467,7 +467,7 @@ class CliplessDPOptimizer(Around):
             **base,
             "clipless_dp": {
                 # Of parts, which files hold as wholes and others load as parts, none is told.
-                "state": base_state.digest(base.get("state")) if self.placement.is_whole else None,
+                "state": loadable.digest(base.get("state")) if self.placement.is_whole else None,
                 **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
                 **({"caps": self._adaptation.state()} if self.caps else {}),
             },
@@ -488,10 +488,10 @@ class CliplessDPOptimizer(Around):
         caps = self._adaptation.checked(state_dict["clipless_dp"].get("caps"))
         refuse_other_units(saved.ledger, self.unit)
         base = {key: value for key, value in state_dict.items() if key != "clipless_dp"}
-        base_state.require_loadable(self.base_optimizer, base)
+        loadable.require_loadable(self.base_optimizer, base)
         # Former versions do not tell.
         told = state_dict["clipless_dp"].get("state") if self.placement.is_whole else None
-        if told is not None and told != base_state.digest(base.get("state")):
+        if told is not None and told != loadable.digest(base.get("state")):
             raise ConfigurationError(
                 "what this state holds of the base optimizer is not what was saved beside its ledger: load it as "
                 "state_dict() returned it"

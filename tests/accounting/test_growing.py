@@ -100,6 +100,7 @@ def test_a_grown_bound_of_delta_is_never_below_the_certified_lower_one(
         assert accountant.get_epsilon(delta).lower <= epsilon
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("relation", RELATIONS)
 @pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-9])
 def test_a_grown_bound_agrees_with_the_inverse_laplace_transform_and_lies_above_it(relation, delta):
@@ -169,6 +170,7 @@ def test_sums_do_not_reach_ledgers_that_lack_some_of_them_or_hold_other_releases
     assert (3.0, 0.01) not in sums.terms.poisson
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rdp", "prv", "auto"])
 @pytest.mark.parametrize("relation", RELATIONS)
 def test_steps_fit_until_composing_anew_says_that_the_next_does_not(kind, relation):
@@ -362,6 +364,7 @@ def test_rough_terms_cost_about_the_same_and_are_few():
     assert Terms(ADD_OR_REMOVE_ONE).rough(16).empty
 
 
+@pytest.mark.slow
 def test_a_plan_of_many_kinds_of_steps_meets_its_target_closely():
     plan = recorded("prv", schedule(50)).ledger
     for kind in ("rdp", "auto"):
