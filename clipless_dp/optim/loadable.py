@@ -28,7 +28,8 @@ def digest(state: object) -> str:
     parts = [(str(place), value) for place, value in tree_leaves_with_path(state)]
     for place, value in sorted(parts, key=lambda pair: pair[0]):
         if isinstance(value, Tensor):
-            if placement.local(value) is not value or value.layout is not torch.strided or value.is_quantized:
+            dense = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+            if not dense or placement.local(value) is not value:
                 continue
             held = value.detach().cpu().contiguous()
             told.update(f"{place} {held.dtype} {tuple(held.shape)}".encode())
