@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--sigma", type=float, nargs="+", default=[0.1, 0.25, 0.5])
     parser.add_argument("--augment", type=float, help="train on views with noise of this deviation")
     parser.add_argument("--network", choices=["orthogonal", "relu"], default="orthogonal")
+    parser.add_argument("--seed", type=int, default=0, help="of the training")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--held-out", type=int, default=100)
     parser.add_argument("--select", type=int, default=100)
@@ -131,7 +132,7 @@ def main() -> None:
     inputs, labels = nn.AvgPool2d(2)(data.test[0]), data.test[1]
     test = inputs[: options.samples], labels[: options.samples]
     held_out = inputs[len(inputs) - options.held_out :], labels[len(inputs) - options.held_out :]
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     model = mnist(8.0) if options.network == "orthogonal" else loose()
     arguments = settings("mnist", options.epsilon)
     if options.epochs is not None:
@@ -139,9 +140,8 @@ def main() -> None:
     if options.augment is not None:
         arguments["augment"] = GaussianNoise(options.augment)
     start = time.perf_counter()
-    print(
-        fit(model, data.train, epsilon=options.epsilon, delta=DELTA, reproducible_seed=0, progress=False, **arguments)
-    )
+    arguments |= {"epsilon": options.epsilon, "delta": DELTA, "reproducible_seed": options.seed, "progress": False}
+    print(fit(model, data.train, **arguments))
     trained = time.perf_counter() - start
     with_ball = certify(model, (data.test[0][: options.samples], labels[: options.samples]))
     model = deployed(model)
@@ -150,6 +150,7 @@ def main() -> None:
     summary: dict[str, Any] = {
         "data set": f"MNIST, the first {options.samples} test images",
         "network": options.network,
+        "seed": options.seed,
         "epsilon": options.epsilon,
         "delta": DELTA,
         "epochs": arguments["epochs"],

@@ -92,7 +92,7 @@ class AdamBC(Optimizer):
         """Refuses groups whose settings are out of range; the private optimizer asks before a step is charged.
 
         Raises:
-            ConfigurationError: one is, or is missing.
+            ConfigurationError: one is.
         """
         for group in self.param_groups:
             _refuse(group)
@@ -161,9 +161,6 @@ class AdamBC(Optimizer):
 
 def _refuse(group: Mapping[str, Any]) -> None:
     """Refuses settings of a group that are out of range."""
-    missing = [name for name in ("lr", "betas", "eps", "weight_decay", "floor") if name not in group]
-    if missing:
-        raise ConfigurationError(f"a parameter group has no {missing[0]} any more: set it")
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise ConfigurationError(f"betas must be two numbers, (β₁, β₂), got {betas!r}")

@@ -71,13 +71,13 @@ def _refuse_unrunnable(optimizer: Optimizer) -> None:
                 f"parameter group {index} of a {type(optimizer).__name__} has no {missing[0]}: set it. Nothing was "
                 "charged"
             )
-        of_cpu = any(parameter.device.type == "cpu" for parameter in group["params"])
-        for name, fails in (("differentiable", True), ("capturable", of_cpu)):
-            if fails and group.get(name):
-                raise ConfigurationError(
-                    f"{name}=True of a {type(optimizer).__name__} does not go with private steps"
-                    f"{' on a CPU' if name == 'capturable' else ''}: leave it out. Nothing was charged"
-                )
+        on_cpu = group.get("capturable") and any(one.device.type == "cpu" for one in group["params"])
+        if on_cpu or group.get("differentiable"):
+            name, where = ("capturable", " on a CPU") if on_cpu else ("differentiable", "")
+            raise ConfigurationError(
+                f"{name}=True of a {type(optimizer).__name__} does not go with private steps{where}: leave it out. "
+                "Nothing was charged"
+            )
 
 
 def _asks_for_scales(optimizer: Optimizer) -> bool:

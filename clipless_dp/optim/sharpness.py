@@ -37,12 +37,9 @@ class _SharpnessAware(Optimizer):
         """Refuses groups whose settings are out of range; the private optimizer asks before a step is charged.
 
         Raises:
-            ConfigurationError: a radius is, or a setting is missing.
+            ConfigurationError: a radius is.
         """
         for group in self.param_groups:
-            missing = sorted(self.defaults.keys() - group.keys())
-            if missing:
-                raise ConfigurationError(f"a parameter group has no {missing[0]} any more: set it")
             not_negative("radius", group["radius"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
