@@ -196,14 +196,14 @@ def _pooled(traced: TracedNet, node: fx.Node) -> bool:
 
     In no network with a convolution that torch's kernel for maps channels last gets wrong, of whatever layer's maps.
     """
-    if any(_reads_beyond(traced, one) for one in traced.tensor_nodes()):
-        return False
     following = _only_user(node)
     while following is not None and (
         type(_leaf(traced, following)) in _KEEP_ORDER or _rectifies(traced, following) or following.target == "clone"
     ):
         following = _only_user(following)
-    return following is not None and type(_leaf(traced, following)) is nn.MaxPool2d
+    if following is None or type(_leaf(traced, following)) is not nn.MaxPool2d:
+        return False
+    return not any(_reads_beyond(traced, one) for one in traced.tensor_nodes())
 
 
 def _rectifies(traced: TracedNet, node: fx.Node) -> bool:

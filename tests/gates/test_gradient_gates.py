@@ -111,13 +111,10 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert float((value - expected[name]).norm()) <= tolerance * max(1.0, float(expected[name].norm())), name
 
 
-@every_layer
-@both_modes
-@pytest.mark.parametrize("chunk", [None, 3])
-def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_untouched(
-    name: str, mode: str, chunk: int | None
-) -> None:
-    layer, shape = built(name)
+def assert_gated_one_by_one(
+    layer: nn.Module, shape: tuple[int, ...], mode: Any, chunk: int | None
+) -> tuple[nn.Module, Tensor, Tensor]:
+    """The gate with its signals, once sums are those of gradients gated one by one, and cotangents pass untouched."""
     gate = gradient_gated_layer(layer, mode=mode, chunk=chunk, **SETTINGS)
     values, cotangents = signals(layer, shape)
     assert torch.equal(gate(values), layer(values))
@@ -126,6 +123,16 @@ def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_unto
     # The same matrix products; torch may order them differently for the input's gradient alone.
     assert torch.allclose(passed, expected, rtol=1e-13, atol=1e-13)
     assert_close(found, one_by_one(layer, values, cotangents, mode))
+    return gate, values, cotangents
+
+
+@every_layer
+@both_modes
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_untouched(
+    name: str, mode: str, chunk: int | None
+) -> None:
+    assert_gated_one_by_one(*built(name), mode, chunk)
 
 
 def test_both_ways_of_computing_a_norm_are_among_the_layers_under_test(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,16 @@ from clipless_dp import CliplessDPSGD, DPLipModel, constraints, gradient_gated, 
 from clipless_dp.gates import gradient_gated_layer, rounding_slack, steps
 from clipless_dp.gates.plain import plain_copy
 from clipless_dp.layers import convex_potential
-from tests.gates.test_gradient_gates import BIAS_LIMIT, LIMIT, SETTINGS, assert_close, backward, one_by_one, signals
+from tests.gates.test_gradient_gates import (
+    BIAS_LIMIT,
+    LIMIT,
+    SETTINGS,
+    assert_close,
+    assert_gated_one_by_one,
+    backward,
+    one_by_one,
+    signals,
+)
 from tests.soundness.attack import Record, add_or_remove_one, wrap
 from tests.soundness.mutation import Mutant
 
@@ -54,14 +63,7 @@ def built(name: str) -> tuple[nn.Module, tuple[int, ...]]:
 def test_the_sum_is_that_of_gradients_gated_one_by_one_and_the_cotangent_is_untouched(
     name: str, mode: Any, chunk: int | None
 ) -> None:
-    layer, shape = built(name)
-    gate = gradient_gated_layer(layer, mode=mode, chunk=chunk, **SETTINGS)
-    values, cotangents = signals(layer, shape)
-    assert torch.equal(gate(values), layer(values))
-    passed, found = backward(gate, values, cotangents)
-    expected, _ = backward(layer, values, cotangents)
-    assert torch.allclose(passed, expected, rtol=1e-13, atol=1e-13)
-    assert_close(found, one_by_one(layer, values, cotangents, mode))
+    gate, values, cotangents = assert_gated_one_by_one(*built(name), mode, chunk)
     assert all(not bool(value.any()) for value in backward(gate, values[:0], cotangents[:0])[1].values())
 
 
