@@ -341,14 +341,9 @@ class GradientGatedConvTranspose2d(_GradientGatedTransposed, nn.ConvTranspose2d)
     """``nn.ConvTranspose2d`` behind gradient gates; made by :func:`clipless_dp.gradient_gated`."""
 
 
-_GATED: dict[type[nn.Module], type[GradientGated]] = {
-    nn.Linear: GradientGatedLinear,
-    nn.Conv1d: GradientGatedConv1d,
-    nn.Conv2d: GradientGatedConv2d,
-    nn.ConvTranspose1d: GradientGatedConvTranspose1d,
-    nn.ConvTranspose2d: GradientGatedConvTranspose2d,
-}
-_GATED.update({kind: kind for kind in list(_GATED.values())})  # type: ignore[misc]
+_GATED: dict[type[nn.Module], type[GradientGated]] = {}
+UNGATED: dict[type[nn.Module], type[nn.Module]] = {}
+"""The layer's own type of each gated form."""
 
 
 def register_gated_form(kind: type[nn.Module], gated: type[GradientGated]) -> None:
@@ -360,6 +355,14 @@ def register_gated_form(kind: type[nn.Module], gated: type[GradientGated]) -> No
     """
     _GATED[kind] = gated
     _GATED[gated] = gated  # type: ignore[index]
+    UNGATED[gated] = kind  # type: ignore[index]
+
+
+register_gated_form(nn.Linear, GradientGatedLinear)
+register_gated_form(nn.Conv1d, GradientGatedConv1d)
+register_gated_form(nn.Conv2d, GradientGatedConv2d)
+register_gated_form(nn.ConvTranspose1d, GradientGatedConvTranspose1d)
+register_gated_form(nn.ConvTranspose2d, GradientGatedConvTranspose2d)
 
 
 def can_be_gradient_gated(layer: nn.Module) -> bool:

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from clipless_dp.gates.arithmetic import LARGEST_NORM, largest_norm, per_sample
-from clipless_dp.gates.gradient_layers import (
-    GradientGatedConv1d,
-    GradientGatedConv2d,
-    GradientGatedConvTranspose1d,
-    GradientGatedConvTranspose2d,
-    GradientGatedLinear,
-)
+from clipless_dp.gates.gradient_layers import UNGATED
 from clipless_dp.gates.signal import BallProjection, CotangentGate, SphereScaling
 from clipless_dp.modules import Unscripted
 
@@ -60,6 +54,9 @@ def _replaced(part: nn.Module, known: dict[int, nn.Module]) -> nn.Module:
         return known[id(part)]
     if (form := _FORMS.get(type(part))) is not None:
         known[id(part)] = form(part)
+        return known[id(part)]
+    if (kind := UNGATED.get(type(part))) is not None:
+        known[id(part)] = _twin(part, kind)
         return known[id(part)]
     known[id(part)] = part
     for name, child in list(part._modules.items()):
@@ -146,25 +143,8 @@ def _of_cotangents(gate: CotangentGate) -> nn.Module:
     return nn.Identity()
 
 
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    GradientGatedLinear: nn.Linear,
-    GradientGatedConv1d: nn.Conv1d,
-    GradientGatedConv2d: nn.Conv2d,
-    GradientGatedConvTranspose1d: nn.ConvTranspose1d,
-    GradientGatedConvTranspose2d: nn.ConvTranspose2d,
-}
-
-
-def plain_twin(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _twin(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
     """A layer of the type that another one is the gated form of, with the very same parameters."""
     made = kind.__new__(kind)
     made.__dict__.update(layer.__dict__)
     return made
-
-
-def _of_gradients(layer: nn.Module) -> nn.Module:
-    """Torch's own layer."""
-    return plain_twin(layer, _PLAIN[type(layer)])
-
-
-_FORMS.update(dict.fromkeys(_PLAIN, _of_gradients))

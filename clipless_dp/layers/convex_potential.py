@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.gradient_layers import Gate, GradientGated, applied, register_gated_form
 from clipless_dp.gates.parts import gated_pair
-from clipless_dp.gates.plain import plain_form, plain_twin
 from clipless_dp.gates.steps import Windows, convex_step, returned, taken
 
 
@@ -193,13 +192,3 @@ class GradientGatedConvexPotentialConv2d(GradientGated, ConvexPotentialConv2d):
 
 register_gated_form(ConvexPotential, GradientGatedConvexPotential)
 register_gated_form(ConvexPotentialConv2d, GradientGatedConvexPotentialConv2d)
-
-
-@plain_form(GradientGatedConvexPotential)
-def _plain_dense(layer: GradientGatedConvexPotential) -> nn.Module:
-    return plain_twin(layer, ConvexPotential)
-
-
-@plain_form(GradientGatedConvexPotentialConv2d)
-def _plain_convolution(layer: GradientGatedConvexPotentialConv2d) -> nn.Module:
-    return plain_twin(layer, ConvexPotentialConv2d)

@@ -14,7 +14,6 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.arithmetic import zeroed_rows
 from clipless_dp.gates.gradient_layers import Gate, GradientGated, applied, register_gated_form
 from clipless_dp.gates.parts import Part, Rows, gated_pair
-from clipless_dp.gates.plain import plain_form, plain_twin
 from clipless_dp.modules import Unscripted
 from clipless_dp.norms.operators import CirculantOperator, Operator, ToeplitzOperator, diagonal_counts
 
@@ -306,13 +305,3 @@ class GradientGatedDiagonal(GradientGated, Diagonal):
 
 register_gated_form(StructuredLinear, GradientGatedStructuredLinear)
 register_gated_form(Diagonal, GradientGatedDiagonal)
-
-
-@plain_form(GradientGatedStructuredLinear)
-def _plain_structured(layer: GradientGatedStructuredLinear) -> nn.Module:
-    return plain_twin(layer, StructuredLinear)
-
-
-@plain_form(GradientGatedDiagonal)
-def _plain_diagonal(layer: GradientGatedDiagonal) -> nn.Module:
-    return plain_twin(layer, Diagonal)
