@@ -52,6 +52,13 @@ _TELLING = frozenset({
 """By what groups of one class are told from those of another; versions of torch have added others."""
 
 
+_NEEDED: dict[type[Optimizer], str] = {
+    torch.optim.Adam: "exp_avg_sq", torch.optim.AdamW: "exp_avg_sq", torch.optim.RAdam: "exp_avg_sq",
+    torch.optim.NAdam: "mu_product", torch.optim.Adamax: "exp_inf",
+}  # fmt: skip
+"""What a class that has begun a parameter's state reads of it, and those of the same settings have not."""
+
+
 def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Refuses a state that a known optimizer would load and then fail on, or not load.
 
@@ -75,8 +82,14 @@ def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Non
             )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     places = [place for group in groups for place in group["params"]]
+    needed = next((name for kind_of, name in _NEEDED.items() if isinstance(optimizer, kind_of)), None)
     for place, parameter in zip(places, parameters, strict=True):
         held = state.get(place)
+        if needed is not None and held and needed not in held:
+            raise ConfigurationError(
+                f"this is the state of another optimizer, which keeps no {needed}, than {kind}: begin with a new one, "
+                "or go on with the optimizer that the state is of"
+            )
         for name, value in held.items() if isinstance(held, Mapping) else ():
             if name in _SHAPED and isinstance(value, Tensor) and value.shape != parameter.shape:
                 raise ConfigurationError(
