@@ -184,7 +184,10 @@ def read_npz(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         ConfigurationError: it cannot be read.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        with path.open("rb") as file:
+            archive = np.load(file, allow_pickle=False)
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise ValueError("it holds one array, and no archive of named ones")
             return {key: archive[key] for key in archive.files}
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigurationError(f"cannot read {path}: {error}") from error

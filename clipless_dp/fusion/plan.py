@@ -178,32 +178,17 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 _KEEP_ORDER = (CotangentGate, BallProjection, SphereScaling, nn.Conv2d, GradientGatedConv2d)
 
 
-def _reads_beyond(traced: TracedNet, node: fx.Node) -> bool:
-    """Whether torch 2.13 reads beyond a map there, in memory of other rows, where it lies channels last.
-
-    It does in float32 on a CPU, of maps of one channel, where steps along rows are of two or more, and outputs one
-    column wide.
-    """
-    layer = _leaf(traced, node)
-    if not isinstance(layer, (nn.Conv2d, GradientGatedConv2d)) or traced.shapes[node.all_input_nodes[0]][0] != 1:
-        return False
-    stride = layer.stride if isinstance(layer.stride, int) else layer.stride[-1]
-    return traced.shapes[node][-1] == 1 and stride > 1
-
-
 def _pooled(traced: TracedNet, node: fx.Node) -> bool:
     """Whether a max pooling follows, with nothing but convolutions, gates and ReLUs between.
 
-    In no network with a convolution that torch's kernel for maps channels last gets wrong, of whatever layer's maps.
+    In no network with a convolution that torch's kernel for maps channels last gets wrong.
     """
-    following = _only_user(node)
+    following = None if traced.reads_beyond else _only_user(node)
     while following is not None and (
         type(_leaf(traced, following)) in _KEEP_ORDER or _rectifies(traced, following) or following.target == "clone"
     ):
         following = _only_user(following)
-    if following is None or type(_leaf(traced, following)) is not nn.MaxPool2d:
-        return False
-    return not any(_reads_beyond(traced, one) for one in traced.tensor_nodes())
+    return following is not None and type(_leaf(traced, following)) is nn.MaxPool2d
 
 
 def _rectifies(traced: TracedNet, node: fx.Node) -> bool:

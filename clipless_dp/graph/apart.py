@@ -33,6 +33,13 @@ def is_known(module: nn.Module) -> bool:
     return not isinstance(module, Isolated) and all(_is_known(kind_of(part).__module__) for part in module.modules())
 
 
+def is_own(called: object) -> bool:
+    """Whether a module or a function is a user's own, with a rule."""
+    if isinstance(called, nn.Module):
+        return not (isinstance(called, Isolated) or is_known(called))
+    return callable(called) and not _is_known(_origin(called))
+
+
 def _is_known(origin: str | None) -> bool:
     package, *rest = (origin or "").split(".")
     return package in ("torch", "clipless_dp") and "testing" not in rest

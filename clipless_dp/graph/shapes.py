@@ -9,6 +9,8 @@ from torch import Tensor, fx, nn
 
 from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gates import BallProjection, SphereScaling
+from clipless_dp.graph.apart import is_own
+from clipless_dp.graph.layouts import FreshLayouts
 from clipless_dp.isolation import Isolated
 from clipless_dp.isolation.refusals import ON_ZEROS
 from clipless_dp.layers import SampleGroupNorm
@@ -16,6 +18,10 @@ from clipless_dp.layers import SampleGroupNorm
 WRITTEN_IN_PLACE = "written in place"
 """Marks nodes, in their ``meta``, that work in place where a module runs by itself, not as a graph."""
 
+_IN_PLACE = (
+    "overwrites before, written in place as h += t: the network by itself, and what is exported, would be another "
+    "function than the graph, of which the bounds are"
+)
 _OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
 
 
@@ -25,10 +31,12 @@ class ShapeRecorder(fx.Interpreter):
     Attributes:
         shapes: of each tensor-valued node, the batch axis included.
         public: what other calls return, sizes say.
+        layouts: notes convolutions that layouts in memory matter to.
 
     Raises:
         ConfigurationError: a node does not take what it is given, or overwrites a gate's value; or it reads what
-            ``h += t`` has overwritten where the network runs by itself, while the graph made a new value of it.
+            ``h += t``, or a layer of a user's own, has overwritten where the network runs by itself, while the graph
+            made a new value of it, or handed it a copy.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -37,12 +45,15 @@ class ShapeRecorder(fx.Interpreter):
         self.extra_traceback = False
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.public: dict[fx.Node, Any] = {}
+        self.layouts = FreshLayouts()
         self._gated: list[tuple[Tensor, int]] = []
         self._overwritten: list[tuple[Tensor, fx.Node]] = []
+        self._stale: dict[fx.Node, fx.Node] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs one node."""
         self._refuse_overwritten(n)
+        read = [(value, value._version) for value in self._operands(n)]
         try:
             value = super().run_node(n)
         except Exception as error:
@@ -58,6 +69,13 @@ class ShapeRecorder(fx.Interpreter):
                 ) from error
             reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
+        if is_own(self._leaf(n) or n.target):
+            for held in (one.untyped_storage()._cdata for one, version in read if one._version != version):
+                # Nodes, not memory: what it returns may lie there.
+                self._stale.update({
+                    node: n for node, one in self.env.items()
+                    if isinstance(one, Tensor) and one.untyped_storage()._cdata == held
+                })  # fmt: skip
         if any(gated._version != version for gated, version in self._gated):
             raise ConfigurationError(f"{_OVERWRITTEN} at {n.target} ({n.name})")
         if isinstance(self._leaf(n), (BallProjection, SphereScaling, SampleGroupNorm)):
@@ -74,15 +92,19 @@ class ShapeRecorder(fx.Interpreter):
         return value
 
     def _refuse_overwritten(self, node: fx.Node) -> None:
-        read = [value for source in node.all_input_nodes if isinstance(value := self.env[source], Tensor)]
         for value, writer in self._overwritten:
             held = value.untyped_storage()._cdata
-            if any(one.untyped_storage()._cdata == held for one in read):
+            if any(one.untyped_storage()._cdata == held for one in self._operands(node)):
+                raise ConfigurationError(f"{node.name} reads a value that {writer.name} {_IN_PLACE}; write h = h + t")
+        for source in node.all_input_nodes:
+            if source in self._stale:
                 raise ConfigurationError(
-                    f"{node.name} reads a value that {writer.name} overwrites before, written in place as h += t: the "
-                    "network by itself would be another function than the graph, of which the bounds are; write "
-                    "h = h + t"
+                    f"{node.name} reads a value that {self._stale[source].name}, of your own, {_IN_PLACE}; write "
+                    "x = 3 * x for x.mul_(3)"
                 )
+
+    def _operands(self, node: fx.Node) -> list[Tensor]:
+        return [value for source in node.all_input_nodes if isinstance(value := self.env[source], Tensor)]
 
     def _leaf(self, node: fx.Node) -> nn.Module | None:
         return self.module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -93,6 +115,6 @@ def record(module: fx.GraphModule, shape: tuple[int, ...], device: torch.device,
     recorder = ShapeRecorder(module)
     devices = [device] if device.type == "cuda" else []
     # With gradients enabled, because autograd is what refuses in-place changes of gated values.
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.layouts:
         recorder.run(torch.zeros(shape, device=device, dtype=dtype))
     return recorder

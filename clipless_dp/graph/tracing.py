@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 from clipless_dp.errors import CliplessError, ConfigurationError, Unsupported, UnsupportedModuleError
 from clipless_dp.graph.apart import Apart
 from clipless_dp.graph.dropout import DrawnDropout
+from clipless_dp.graph.layouts import TRANSPOSED
 from clipless_dp.graph.shapes import WRITTEN_IN_PLACE, record
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import is_hooked
@@ -47,6 +48,7 @@ class TracedNet:
         reads: the dtype of what it reads.
         isolated: the networks in it of which nothing is known.
         limits: where these read it, for each entry of a sample the length of the table that it is looked up in, or 0.
+        reads_beyond: whether it has a convolution of :class:`FreshLayouts`.
     """
 
     module: fx.GraphModule
@@ -56,6 +58,7 @@ class TracedNet:
     reads: torch.dtype = torch.float32
     isolated: tuple[Isolated, ...] = ()
     limits: tuple[int, ...] = ()
+    reads_beyond: bool = False
 
     @property
     def output(self) -> fx.Node:
@@ -265,7 +268,10 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         shapes[node] = first[1:]
     _refuse(mixing)
     names = {id(parameter): name for name, parameter in net.named_parameters()}
-    traced = TracedNet(module, shapes, names, vocabulary, kind, tuple(isolated), limits)
+    layouts = recorders[0].layouts
+    if layouts.transposed:
+        raise ConfigurationError(f"the network has {TRANSPOSED}")
+    traced = TracedNet(module, shapes, names, vocabulary, kind, tuple(isolated), limits, layouts.met)
     if not isinstance(_output_value(module), fx.Node) or traced.output not in shapes:
         raise ConfigurationError("the network must return one tensor")
     return traced

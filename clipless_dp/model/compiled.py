@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import adapting_in
+from clipless_dp.graph.layouts import NOT_COMPILED
 from clipless_dp.model.wrapped import DPLipModel
 
 BatchLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -31,13 +32,16 @@ def compiled_loss(model: DPLipModel, backend: str = "inductor") -> BatchLoss:
         see :meth:`clipless_dp.model.rowwise.RowLosses.rehearse`.
 
     Raises:
-        ConfigurationError: caps of the model adapt: these are counted in eager passes; or it runs sample by sample.
+        ConfigurationError: caps of the model adapt: these are counted in eager passes; or it runs sample by sample,
+            or has a convolution that layouts in memory matter to.
     """
     if model.graph.isolated:
         raise ConfigurationError(
             "a network that runs sample by sample is not compiled, as its operations would run unseen: train without "
             "compile, or wrap it with isolation='graph', where its parts have rules"
         )
+    if model.graph.reads_beyond:
+        raise ConfigurationError(NOT_COMPILED)
     if adapting_in(model.net):
         raise ConfigurationError("caps that adapt are counted in eager passes: train without compile")
 

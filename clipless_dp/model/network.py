@@ -10,9 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from clipless_dp.errors import ConfigurationError
 from clipless_dp.fusion import Entry, FusedNet
 from clipless_dp.gates import input_gate, presence_gate, sample_norms, table_gate, token_gate
 from clipless_dp.gates.arithmetic import can_look, largest_norm
+from clipless_dp.graph.layouts import NOT_COMPILED, FreshLayouts
 from clipless_dp.graph.tracing import TracedNet
 from clipless_dp.isolation import Isolated
 from clipless_dp.model import passes
@@ -78,6 +80,14 @@ class Network:
 
     def values(self, net: Callable[..., Tensor], fused: bool, inputs: Tensor) -> Values:
         """Input gate and network, in the form that is given."""
+        if self._traced.reads_beyond:
+            if torch.compiler.is_compiling():
+                raise ConfigurationError(NOT_COMPILED)
+            with FreshLayouts():
+                return self._values(net, fused, inputs)
+        return self._values(net, fused, inputs)
+
+    def _values(self, net: Callable[..., Tensor], fused: bool, inputs: Tensor) -> Values:
         if fused and self.fused.takes_entry and self._has_cap and not inputs.requires_grad:
             norms = sample_norms(inputs)
             finite = norms <= largest_norm(self._cap, norms.dtype)

@@ -46,6 +46,14 @@ _LEFT_OUT = (
     "on a batch. Freeze parameters by requires_grad_(False)"
 )
 
+_IN_STEP = (
+    "it would be released without noise, or without being counted. Nothing of it was added. Take passes and steps in "
+    "turn, with a lock of your own around both where several threads train one model"
+)
+
+_PATIENCE = 60.0
+"""Seconds that a pass waits for another thread's step."""
+
 _MOST_OPEN = 4096
 """Compiled passes that wait for a backward pass; those that never get one are forgotten."""
 
@@ -72,6 +80,8 @@ class Register:
         passes: those that have added to the gradients.
         noted: the gradients as the register left them.
         lock: held while the network runs on aliases of its parameters.
+        gradients: held where gradients are filled or looked at; by a step, from its look at them to the end of its
+            update.
         key: names it in compiled graphs.
         taker: the optimizer that the last gradients of passes went to, as long as it lives.
     """
@@ -84,6 +94,8 @@ class Register:
         self._owed: list[Owed] = []
         self._filled: set[int] = set()
         self.lock = threading.RLock()
+        self.gradients = threading.RLock()
+        self._stepping = False
         self.key = next(_keys)
         self.noted = Noted()
         self._taint: str | None = None
@@ -124,6 +136,30 @@ class Register:
 
     def _trains(self) -> tuple[bool, ...]:
         return tuple([parameter.requires_grad for parameter in self.parameters])
+
+    @contextmanager
+    def stepping(self) -> Iterator[None]:
+        """A step is under way within: what passes of other threads have computed waits for its end."""
+        with self.lock, self.gradients:
+            before, self._stepping = self._stepping, True
+            try:
+                yield
+            finally:
+                self._stepping = before
+
+    @contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        # A thread of the engine may deliver what a hook of this very step waits for.
+        if not self.gradients.acquire(timeout=_PATIENCE):
+            raise PrivacyError(f"a step of another thread took longer than {_PATIENCE:g} s: {_IN_STEP}")
+        try:
+            if self._stepping:
+                raise PrivacyError(
+                    f"a pass was back-propagated while a step was under way, in a hook of it: {_IN_STEP}"
+                )
+            yield
+        finally:
+            self.gradients.release()
 
     def running(self, begun: Pass) -> AbstractContextManager[None]:
         """With the lock held, the network reads aliases of its parameters within, whose gradients are delivered."""
@@ -184,7 +220,16 @@ class Register:
             closing: the pass.
             gradients: one for each parameter.
             nodes: through which autograd would add them.
+
+        Raises:
+            PrivacyError: a step is under way, and gets no gradients but those that it has looked at.
         """
+        with self._between_steps():
+            return self._delivered(closing, gradients, nodes)
+
+    def _delivered(
+        self, closing: Pass, gradients: Sequence[Tensor | None], nodes: Sequence[Any]
+    ) -> list[Tensor | None]:
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
         counted, left_out = False, False
@@ -331,6 +376,10 @@ class Register:
 
     def reconcile(self) -> None:
         """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
+        with self.gradients:
+            self._reconcile()
+
+    def _reconcile(self) -> None:
         self.unhook()
         if self.counts and all(p.grad is None for p in self.parameters[: len(self.parameters) - len(self.counts)]):
             # Who clears the parameters' gradients knows of no others.
@@ -380,6 +429,10 @@ class Register:
 
     def drop(self) -> None:
         """Drops the gradients, so that no later step releases them. What was computed stays owed."""
+        with self.gradients:
+            self._drop()
+
+    def _drop(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
         self.noted.clear()

@@ -121,6 +121,8 @@ class Adaptation:
                 "the state is of a model whose caps adapt in other layers, or nowhere: wrap the network with the gates "
                 "that it was trained with"
             )
+        if missing := {"names", "caps", "below"} - state.keys():
+            raise ConfigurationError(f"the state of caps that adapt has no {min(missing)}: load it as it was saved")
         return {**state, "now": checked_state(state["now"])}
 
     def take(self, state: dict[str, Any] | None) -> None:

@@ -173,8 +173,24 @@ def everything(optimizer: Optimizer) -> list[Optimizer]:
     return [optimizer, *(one for one in nested(optimizer) if one is not optimizer)]
 
 
-_TORCH = ("SGD", "ASGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "Adagrad", "RMSprop", "Rprop")
-_KNOWN = frozenset({*(getattr(torch.optim, name) for name in _TORCH), AdamBC, SharpnessAwareAdam, SharpnessAwareSGD})
+_TORCH = (
+    "SGD",
+    "ASGD",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "Adadelta",
+    "Adafactor",
+    "Adagrad",
+    "RMSprop",
+    "Rprop",
+)
+_KNOWN = frozenset({
+    *(getattr(torch.optim, name) for name in _TORCH if hasattr(torch.optim, name)),
+    AdamBC, SharpnessAwareAdam, SharpnessAwareSGD,
+})  # fmt: skip
 
 
 def is_known(optimizer: Optimizer) -> bool:

@@ -10,6 +10,7 @@ which schedules change.
 
 from __future__ import annotations
 
+import copy
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
@@ -84,7 +85,7 @@ class _Marks:
         # Of one tensor some numbers: what is written beneath the counters goes into all of a kind, as a rule.
         some = [value for _, _, value in values if isinstance(value, Tensor) and value.numel() > 1]
         chosen = secrets.choice(some) if some else None
-        self._looked_at = chosen if chosen is None or _is_dense(chosen) else None
+        self._looked_at = chosen if chosen is None or is_dense(placement.local(chosen)) else None
         self._sample = None if self._looked_at is None else fingerprints.sample(placement.local(self._looked_at))
 
     def add(self, found: Iterable[_Found]) -> None:
@@ -96,8 +97,11 @@ class _Marks:
         values = [*found]
         if self._numbers_hold() and all(self._fit(place, value) for place, _, value in values):
             return None
-        others = (one for one in values if not (_is_reset(*one[1:]) or self._fit(one[0], one[2])))
-        return next(others, None)
+        return next(self.others(values), None)
+
+    def others(self, found: Iterable[_Found]) -> Iterator[_Found]:
+        """All of these values."""
+        return (one for one in found if not (_is_reset(*one[1:]) or self._fit(one[0], one[2])))
 
     def _numbers_hold(self) -> bool:
         some = self._looked_at
@@ -136,7 +140,8 @@ def note(optimizer: Optimizer) -> None:
     """The state is one that a private step has left."""
     before = _noted.get(optimizer)
     whole = before is None or _seen.get(optimizer, False)
-    rest = _Marks(_rest(optimizer)) if before is None or whole else before.rest
+    # Gradients have their noise by now, and may be kept as they are; the next ones have not.
+    rest = _Marks(_rest(optimizer, gradients=True)) if before is None or whole else before.rest
     _noted[optimizer] = _Noted(_Marks(_own(optimizer, whole=whole)), rest)
 
 
@@ -192,7 +197,7 @@ def _is_loaded(found: _Found, loaded: Mapping[object, list[Any]]) -> bool:
 def _memory(value: Tensor) -> int:
     """Where the numbers of a tensor lie; of those that have no place, the tensor itself."""
     local = placement.local(value)
-    return local.untyped_storage().data_ptr() if _is_dense(local) else id(value)
+    return local.untyped_storage().data_ptr() if is_dense(local) else id(value)
 
 
 def first_other(optimizer: Optimizer) -> _Found | None:
@@ -210,21 +215,48 @@ def first_other(optimizer: Optimizer) -> _Found | None:
 def private_state(optimizer: Optimizer) -> dict[str, Any]:
     """The state to save: what private steps have left, and where something else was written, groups' numbers alone."""
     state = optimizer.state_dict()
-    if first_other(optimizer) is None:
-        # Copies: torch hands out the tensors themselves, which something else may write to before they are saved.
-        copied: dict[str, Any] = tree_map_only(Tensor, lambda value: value.detach().clone(), state)
-        return copied
+    noted, known = _noted.get(optimizer), first_other(optimizer) is None
+    # Gradients that are there may be those of a pass.
+    beside = [*noted.rest.others(_rest(optimizer, gradients=True))] if known and noted is not None else []
+    if known and (not beside or is_plain(optimizer)):
+        # What a plain one's groups have besides, its steps do not read, and refuse nothing of it.
+        left_out = {(place[1], place[2]) for place, *_ in beside if place[0] == _GROUP}
+        groups = [
+            {name: value for name, value in group.items() if ((0, at), name) not in left_out}
+            for at, group in enumerate(state["param_groups"])
+        ]
+        if left_out:
+            warn_caller(
+                f"{', '.join(sorted({repr(name) for _, name in left_out}))} in groups of the base optimizer changed "
+                "between private steps, and may hold what no noise is on: left out of what is saved. Keep it beside "
+                "the optimizer",
+                PrivacyWarning,
+            )
+        try:
+            return _copied({**state, "param_groups": groups})
+        except (RuntimeError, TypeError):
+            # What cannot be copied may be written to before it is saved.
+            pass
     warn_caller(
         f"the state of the base optimizer, a {type(optimizer).__name__}, holds what no private step has left, such as "
         "a method made that reads gradients as they are: it is left out of what is saved. The ledger is in it; "
         "momentum and the like begin anew",
         PrivacyWarning,
     )
-    groups = [
-        {name: value for name, value in group.items() if name == "params" or _is_setting(value)}
-        for group in state["param_groups"]
+    return {"state": {}, "param_groups": _settings_of(state["param_groups"])}
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """A copy: torch hands out what it holds, which something else may write to before it is saved."""
+    tensors = [value for _, _, value in _within((), None, state, None) if isinstance(value, Tensor)]
+    # Their numbers alone, not what hangs on them.
+    return copy.deepcopy(state, {id(value): value.detach().clone() for value in tensors})
+
+
+def _settings_of(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {name: value for name, value in group.items() if name == "params" or _is_setting(value)} for group in groups
     ]
-    return {"state": {}, "param_groups": groups}
 
 
 def _is_setting(value: object) -> bool:
@@ -282,7 +314,7 @@ def _not_new(optimizer: Optimizer) -> Iterator[_Found]:
 
 
 def _is_moment(place: _Place, value: Any) -> bool:
-    return place[-1] != "step" and isinstance(value, Tensor) and value.is_floating_point() and _is_dense(value)
+    return place[-1] != "step" and isinstance(value, Tensor) and value.is_floating_point() and is_dense(value)
 
 
 def _is_one_of(numbers: Collection[float], value: Tensor) -> bool:
@@ -319,14 +351,17 @@ def _own(optimizer: Optimizer, number: int = 0, *, whole: bool = True) -> Iterat
 _ORDINARY = frozenset({Tensor, bool, int, float})
 
 
-def _rest(optimizer: Optimizer) -> Iterator[_Found]:
-    """All that is beside an optimizer's own state: states within, and tensors in attributes, parameters and groups."""
+def _rest(optimizer: Optimizer, *, gradients: bool = False) -> Iterator[_Found]:
+    """All that is beside an optimizer's own state: states within, and tensors in attributes, parameters and groups.
+
+    With parameters' gradients where one of these holds them, or without: a step has them noised before it is taken.
+    """
     optimizers = nested(optimizer)
     for number, some in enumerate(optimizers):
         if some is not optimizer:
             yield from _own(some, number)
     # Which are as private.
-    known = _known(optimizers)
+    known = _known(optimizers, gradients=not gradients)
     parameters = {id(one): one for some in optimizers for group in some.param_groups for one in group["params"]}
     places: list[tuple[_Place, object, Mapping[str, Any]]] = []
     for number, some in enumerate(optimizers):
@@ -417,9 +452,9 @@ def know(model: nn.Module) -> None:
     _wrapped.update((id(module), module) for module in model.modules())
 
 
-def _known(optimizers: Iterable[Optimizer]) -> dict[int, Any]:
+def _known(optimizers: Iterable[Optimizer], *, gradients: bool = True) -> dict[int, Any]:
     parameters = {id(one): one for some in optimizers for group in some.param_groups for one in group["params"]}
-    return {**parameters, **{id(one.grad): one.grad for one in parameters.values()}}
+    return {**parameters, **{id(one.grad): one.grad for one in parameters.values() if gradients}}
 
 
 def _tensor(value: Any) -> Tensor:
@@ -438,8 +473,14 @@ def _tensor(value: Any) -> Tensor:
     return torch.from_numpy(array.astype(np.complex128 if array.dtype.kind == "c" else np.float64))
 
 
-def _is_dense(tensor: Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+_OF_NUMBERS = (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
+"""Others may have their numbers elsewhere, as 8-bit moments do."""
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in one memory, and can be read there."""
+    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return plain and not tensor.is_meta and type(tensor) in _OF_NUMBERS
 
 
 def _is_new(place: _Place, parameter: object, value: Any) -> bool:
@@ -472,7 +513,7 @@ def _is_reset(parameter: object, value: Any) -> bool:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    if not (_is_dense(one) and _is_dense(other)):
+    if not (is_dense(one) and is_dense(other)):
         one, other = _tensor(one), _tensor(other)
     return one.shape == other.shape and _equal(one, other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Real
@@ -14,7 +15,7 @@ from torch.optim import LBFGS, Optimizer, SparseAdam
 
 from clipless_dp.arguments import choice, shown
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.optim.around import everything, guardable, is_known
+from clipless_dp.optim.around import everything, guardable, is_known, per_class
 from clipless_dp.optim.charging import Sampling
 from clipless_dp.sampling.people import Unit
 
@@ -66,11 +67,22 @@ def refuse_settings(base: Optimizer) -> None:
 def _refuse_unrunnable(optimizer: Optimizer) -> None:
     """Refuses what fails within a step of torch's."""
     for index, group in enumerate(optimizer.param_groups):
-        if missing := sorted(optimizer.defaults.keys() - group.keys()):
+        added = {"differentiable"} - _settings_of(type(optimizer))
+        if missing := sorted(optimizer.defaults.keys() - group.keys() - added):
             raise ConfigurationError(
                 f"parameter group {index} of a {type(optimizer).__name__} has no {missing[0]}: set it. Nothing was "
                 "charged"
             )
+        for name, default in optimizer.defaults.items():
+            value, pair = group.get(name, default), isinstance(default, tuple)
+            numbers = isinstance(value, (tuple, list)) and len(value) == len(default) if pair else value is None
+            if not (
+                numbers or (isinstance(value, (Real, Tensor)) and not pair) or not isinstance(default, (Real, tuple))
+            ):
+                raise ConfigurationError(
+                    f"{name} of parameter group {index} of a {type(optimizer).__name__} is {shown(value)}: give "
+                    f"{'as many numbers as' if pair else 'a number as'} {default}. Nothing was charged"
+                )
         on_cpu = group.get("capturable") and any(one.device.type == "cpu" for one in group["params"])
         if on_cpu or group.get("differentiable"):
             name, where = ("capturable", " on a CPU") if on_cpu else ("differentiable", "")
@@ -78,6 +90,12 @@ def _refuse_unrunnable(optimizer: Optimizer) -> None:
                 f"{name}=True of a {type(optimizer).__name__} does not go with private steps{where}: leave it out. "
                 "Nothing was charged"
             )
+
+
+@per_class
+def _settings_of(kind: type) -> frozenset[str]:
+    """What a class takes as settings: loading a state, torch adds ``differentiable`` to the defaults of any."""
+    return frozenset(inspect.signature(kind).parameters)
 
 
 def _asks_for_scales(optimizer: Optimizer) -> bool:

@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from accounting import Accountant, create_accountant
-from clipless_dp.arguments import multiplier, require_accountant, share, whole
+from clipless_dp.arguments import multiplier, require_accountant, share, shown, whole
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
@@ -313,7 +313,7 @@ class CliplessDPOptimizer(Around):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad():
+        with torch.no_grad(), self.model.register.stepping():
             try:
                 self._release()
             except BaseException:
@@ -437,9 +437,10 @@ class CliplessDPOptimizer(Around):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
-        self.base_optimizer.zero_grad(set_to_none=set_to_none)
-        self._adaptation.drop()
-        self.model.register.reconcile()
+        with self.model.register.gradients:
+            self.base_optimizer.zero_grad(set_to_none=set_to_none)
+            self._adaptation.drop()
+            self.model.register.reconcile()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of ``model.net``.
@@ -484,6 +485,8 @@ class CliplessDPOptimizer(Around):
             ConfigurationError: the state is not one of this class, or of an unknown format, or not as it was saved, or
                 of another base optimizer, or of other parameters, or the base optimizer does not load it.
         """
+        if not isinstance(state_dict, Mapping):
+            raise ConfigurationError(f"a state is what state_dict() returned, got {shown(state_dict)}")
         saved = SavedBooks.read(state_dict.get("clipless_dp"), self.accountant)
         caps = self._adaptation.checked(state_dict["clipless_dp"].get("caps"))
         refuse_other_units(saved.ledger, self.unit)
@@ -506,14 +509,14 @@ class CliplessDPOptimizer(Around):
         with base_state.loading(self.base_optimizer, base):
             try:
                 self.base_optimizer.load_state_dict(copy.deepcopy(base))
-            except (RuntimeError, TypeError) as error:
+            except Exception as error:
                 if isinstance(error, CliplessError):
                     raise
                 raise ConfigurationError(
-                    f"{kind} does not load its state: torch does not copy or cast some "
-                    "kinds of values in it (arrays of numpy, compressed, quantised and nested tensors). Keep dense "
-                    "tensors in the state, or give the optimizer a load_state_dict of its own. The ledger was loaded, "
-                    "the state was not"
+                    f"{kind} does not load its state ({type(error).__name__}: {error}): it is another optimizer's, or "
+                    "torch does not copy or cast some kinds of values in it (arrays of numpy, compressed, quantised "
+                    "and nested tensors). Keep dense tensors in the state, or give the optimizer a load_state_dict of "
+                    "its own. The ledger was loaded, the state was not"
                 ) from error
 
     def _require_protected(self, parameters: Iterable[Tensor] | None = None) -> dict[str, nn.Parameter]:

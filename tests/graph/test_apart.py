@@ -396,6 +396,11 @@ class Written(Own):
             self.rows.data.add_(len(values))
         elif self.how == "in place of none":
             self.later = values.detach()
+        elif self.how == "at the first rows that are none of zeros" and bool(values.any()):
+            self.register_buffer("first", values[0].detach().clone())
+        elif self.how == "before an error":
+            self.last.copy_(values[0].detach())
+            raise KeyboardInterrupt
         elif self.how == "on the way back":
             values = Noting.apply(values, self)
         return super().forward(values)
@@ -419,7 +424,16 @@ def _written_rule(module: Written, context: RuleContext) -> LayerBounds:
 
 
 @pytest.mark.parametrize("wrap", [gated, gradient_gated])
-@pytest.mark.parametrize("how", ["in place", "behind autograd's back", "in place of none", "on the way back"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "in place",
+        "behind autograd's back",
+        "in place of none",
+        "on the way back",
+        "at the first rows that are none of zeros",
+    ],
+)
 def test_a_pass_that_writes_a_buffer_is_refused_and_nothing_of_it_stays(how, wrap, monkeypatch):
     layer = Written()
     model = model_of(wrap(net_of(layer)))
@@ -436,6 +450,14 @@ def test_a_pass_that_writes_a_buffer_is_refused_and_nothing_of_it_stays(how, wra
     monkeypatch.setattr(Written, "how", "not at all")
     layer.last.fill_(0.5)
     model(inputs)
+
+
+def test_of_a_pass_that_ends_in_an_error_no_buffer_keeps_anything(monkeypatch):
+    model = model_of(gated(net_of(layer := Written())))
+    monkeypatch.setattr(Written, "how", "before an error")
+    with pytest.raises(KeyboardInterrupt):
+        model(data()[0])
+    assert not bool(layer.last.any())
 
 
 def test_evaluation_writes_no_buffer_either(monkeypatch):

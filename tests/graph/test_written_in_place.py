@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, losses
+from clipless_dp import ConfigurationError, DPLipModel, LayerBounds, losses, register_rule
+from clipless_dp.rules import RuleContext
 
 Calls = tuple[nn.Module, nn.Module]
 
@@ -72,4 +73,41 @@ def test_what_reads_an_overwritten_value_is_refused_when_it_is_wrapped(run: Call
 @pytest.mark.parametrize("run", [residual, read_before])
 def test_others_are_the_function_that_the_network_is_by_itself(run: Callable[[Calls, Tensor], Tensor]) -> None:
     model, inputs = wrapped(run), 0.1 * torch.randn(5, 4)
+    assert torch.equal(model(inputs), model.net(inputs))
+
+
+class Tripled(nn.Module):
+    """A layer of a user's own that overwrites its input, of which the graph hands it a copy."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values.mul_(3.0)
+
+
+@register_rule(Tripled)
+def _tripled_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: 3.0 * context.input_norm, lipschitz=3.0)
+
+
+class Around(nn.Module):
+    def __init__(self, read: Callable[[Tensor], Tensor] | None) -> None:
+        super().__init__()
+        self.first, self.tripled, self.read = nn.Linear(4, 4, bias=False), Tripled(), read
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs)
+        kept = hidden if self.read is None else self.read(hidden)
+        tripled: Tensor = self.tripled(hidden)
+        return tripled if self.read is None else tripled + kept
+
+
+@pytest.mark.parametrize("read", [lambda hidden: hidden, lambda hidden: hidden.unflatten(1, (2, 2)).flatten(1)])
+def test_what_reads_the_input_that_a_layer_has_overwritten_is_refused(read: Callable[[Tensor], Tensor]) -> None:
+    with pytest.raises(ConfigurationError, match="of your own, overwrites before"):
+        DPLipModel(Around(read), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+
+
+def test_a_layer_whose_input_nothing_else_reads_may_overwrite_it() -> None:
+    torch.manual_seed(0)
+    model = DPLipModel(Around(None), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+    inputs = 0.1 * torch.randn(5, 4)
     assert torch.equal(model(inputs), model.net(inputs))

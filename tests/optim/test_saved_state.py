@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,7 +24,7 @@ from clipless_dp import (
     losses,
 )
 from clipless_dp.constraints import Spectral
-from clipless_dp.optim import base_state
+from clipless_dp.optim import AdamBC, SharpnessAwareAdam, SharpnessAwareSGD, base_state
 from tests.support import gated_model, samples
 
 DATA = samples(200)
@@ -221,6 +224,157 @@ def test_the_state_of_another_class_is_refused_before_anything_is_loaded_or_runs
     assert other.steps_taken == 1
     step(other)
     assert other.steps_taken == 2
+
+
+class Curvature:
+    """What no pytree opens."""
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+
+class Objects(Sophia):
+    """Keeps its curvature in objects, or in arrays."""
+
+    make: Any = Curvature
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["curvature"] = self.make(parameter.grad.clone())
+
+    def update_hessian(self) -> None:
+        for parameter, state in self.state.items():
+            held = state["curvature"]
+            (held.value if isinstance(held, Curvature) else torch.from_numpy(held)).copy_(parameter.grad)
+
+
+def found_in(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, dict):
+        return [one for part in value.values() for one in found_in(part)]
+    if isinstance(value, (list, tuple)):
+        return [one for part in value for one in found_in(part)]
+    if isinstance(value, Curvature):
+        return found_in(value.value)
+    array = isinstance(value, np.ndarray)
+    return [torch.from_numpy(value)] if array else [value] if isinstance(value, torch.Tensor) else []
+
+
+@pytest.mark.parametrize("make", [Curvature, lambda value: value.numpy()], ids=["objects", "arrays"])
+def test_what_is_written_after_a_state_was_handed_out_is_not_in_it(make: Any) -> None:
+    model = gated_model()
+    base = Objects(model.net.parameters(), lr=0.1)
+    base.make = make
+    optimizer = private(model, base)
+    step(optimizer)
+    saved, raw = optimizer.state_dict(), []
+    assert len(found_in(saved["state"])) == 4
+
+    def between() -> None:
+        base.update_hessian()
+        raw.extend(parameter.grad.clone() for parameter in model.net.parameters())
+
+    with pytest.raises(PrivacyError, match="curvature"):
+        step(optimizer, between)
+    kept = found_in(saved["state"])
+    assert not any(one.shape == other.shape and torch.equal(one, other) for one in kept for other in raw)
+    # Nor is what was altered vouched for.
+    kept[0].add_(1.0)
+    with pytest.raises(ConfigurationError, match="not what was saved beside its ledger"):
+        optimizer.load_state_dict(saved)
+
+
+class Previous(torch.optim.SGD):
+    """Keeps the gradients of its last step, which are private, as they are."""
+
+    where: str = "group"
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            last = [parameter.grad for parameter in group["params"]]
+            if self.where == "group":
+                group["last"] = last
+            elif self.where == "attribute":
+                self.last = last
+            else:
+                for parameter in group["params"]:
+                    parameter.last = parameter.grad
+
+
+@pytest.mark.parametrize("where", ["group", "attribute", "attribute of a parameter"])
+def test_gradients_of_the_last_step_may_be_kept_and_those_of_a_pass_are_not_saved(where: str) -> None:
+    model = gated_model()
+    base = Previous(model.net.parameters(), lr=0.1)
+    base.where = where
+    optimizer = private(model, base)
+    for _ in range(3):
+        step(optimizer)
+    assert optimizer.steps_taken == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        honest = optimizer.state_dict()
+    assert ("last" in honest["param_groups"][0]) == (where == "group")
+    batch = next(iter(PoissonBatches(DATA, sample_rate=0.2, steps=1)))
+    # What is kept is the very tensor that the next pass fills.
+    optimizer.zero_grad(set_to_none=False)
+    model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+    raw = [parameter.grad.clone() for parameter in model.net.parameters()]
+    with pytest.warns(PrivacyWarning, match="left out of what is saved"):
+        saved = optimizer.state_dict()
+    assert not any(torch.equal(one, other) for one in found_in(saved) for other in raw if one.shape == other.shape)
+
+
+OF_TORCH = (
+    "SGD", "ASGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "Adadelta", "Adagrad", "RMSprop", "Rprop", "Adafactor",
+)  # fmt: skip
+KNOWN = {
+    **{name: partial(getattr(torch.optim, name), lr=0.01) for name in OF_TORCH if hasattr(torch.optim, name)},
+    "AdamBC": partial(AdamBC, lr=0.01),
+    "SharpnessAwareSGD": partial(SharpnessAwareSGD, lr=0.01, radius=0.05),
+    "SharpnessAwareAdam": partial(SharpnessAwareAdam, lr=0.01, radius=0.05),
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_every_optimizer_that_is_known_goes_on_from_its_own_state(name: str) -> None:
+    model, again = gated_model(), gated_model()
+    optimizer = private(model, KNOWN[name](model.net.parameters()))
+    step(optimizer)
+    again.net.load_state_dict(model.net.state_dict())
+    resumed = private(again, KNOWN[name](again.net.parameters()))
+    resumed.load_state_dict(optimizer.state_dict())
+    step(resumed)
+    assert resumed.steps_taken == 2
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if name != "SGD"])
+def test_states_of_other_shapes_are_refused_before_the_ledger_is_known(name: str) -> None:
+    narrow = gated(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
+    other = DPLipModel(narrow, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    model = gated_model()
+    optimizer = private(model, KNOWN[name](model.net.parameters()))
+    step(optimizer)
+    fresh = private(other, KNOWN[name](other.net.parameters()))
+    with pytest.raises(ConfigurationError, match="of another network"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.accountant.ledger
+
+
+@pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD"])
+@pytest.mark.parametrize("loading", ["AdamBC", "Adafactor"])
+def test_ours_and_adafactor_refuse_other_states_before_the_ledger_is_known(name: str, loading: str) -> None:
+    if loading not in KNOWN:
+        pytest.skip("this torch has no Adafactor")
+    model, second = gated_model(), gated_model()
+    optimizer = private(model, KNOWN[name](model.net.parameters()))
+    step(optimizer)
+    fresh = private(second, KNOWN[loading](second.net.parameters()))
+    with pytest.raises(ConfigurationError, match="state of another optimizer"):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.accountant.ledger
 
 
 def test_a_state_of_another_width_is_refused_before_anything_is_loaded() -> None:

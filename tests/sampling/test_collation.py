@@ -771,7 +771,8 @@ class OneBuffer(Dataset):  # type: ignore[type-arg]
     def __getitem__(self, index: int) -> Any:
         made = self.held.copy() if self.anew and isinstance(self.held, (list, np.ndarray)) else self.held
         made = made.clone() if self.anew and isinstance(made, Tensor) else made
-        made[:] = self.rows[index].tolist() if isinstance(made, list) else self.rows[index]
+        row = self.rows[index]
+        made[:] = row.tolist() if isinstance(made, list) else row if isinstance(made, Tensor) else row.numpy()
         return made, index
 
 
