@@ -17,8 +17,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, cast
-from weakref import ReferenceType, WeakValueDictionary, ref
+from typing import Any, Protocol, cast
+from weakref import ReferenceType, WeakSet, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,13 @@ def count_from(start: int) -> None:
     _keys = itertools.count(start)
 
 
+class BeforePass(Protocol):
+    """Somebody who is told."""
+
+    def before_pass(self) -> None:
+        """Private gradients are about to be computed: what they might decide is noted as it is."""
+
+
 class Register:
     """The passes of one model since its gradients were last empty.
 
@@ -84,6 +91,7 @@ class Register:
             update.
         key: names it in compiled graphs.
         taker: the optimizer that the last gradients of passes went to, as long as it lives.
+        before_passes: called before the first pass since gradients were empty, by whoever steps on them.
     """
 
     taker: ReferenceType[object] | None = None
@@ -95,6 +103,7 @@ class Register:
         self._filled: set[int] = set()
         self.lock = threading.RLock()
         self.gradients = threading.RLock()
+        self.before_passes: WeakSet[BeforePass] = WeakSet()
         self._stepping = False
         self.key = next(_keys)
         self.noted = Noted()
@@ -129,6 +138,9 @@ class Register:
         model = self._model()
         assert model is not None
         with self.lock:
+            if not self.passes:
+                for one in self.before_passes:
+                    one.before_pass()
             rests_on = model.bounds_of_pass()
         begun = opened(inputs, *rests_on, self.names())
         begun.trains = self._trains()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import secrets
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Number
 from typing import Any, NamedTuple
@@ -95,9 +95,19 @@ class _Marks:
     def first_other(self, found: Iterable[_Found]) -> _Found | None:
         """The first value that is not as it was left, nor reset, if there is one; some may be gone."""
         values = [*found]
-        if self._numbers_hold() and all(self._fit(place, value) for place, _, value in values):
-            return None
-        return next(self.others(values), None)
+        return None if self.hold(values) else next(self.others(values), None)
+
+    def hold(self, values: Sequence[_Found]) -> bool:
+        """Whether all of these values are as they were left; some may be gone."""
+        return self._numbers_hold() and all(self._fit(place, value) for place, _, value in values)
+
+    def lack(self, values: Sequence[_Found]) -> _Place | None:
+        """Where something was left that is not among these any more, or not as it was, if there is such a place."""
+        there = {place for place, *_ in values}
+        gone = next((place for place in self._held if place not in there), None)
+        if gone is not None or self.hold(values):
+            return gone
+        return next((place for place, _, value in values if not self._fit(place, value)), None)
 
     def others(self, found: Iterable[_Found]) -> Iterator[_Found]:
         """All of these values."""
@@ -143,6 +153,29 @@ def note(optimizer: Optimizer) -> None:
     # Gradients have their noise by now, and may be kept as they are; the next ones have not.
     rest = _Marks(_rest(optimizer, gradients=True)) if before is None or whole else before.rest
     _noted[optimizer] = _Noted(_Marks(_own(optimizer, whole=whole)), rest)
+
+
+def settle_resets(optimizer: Optimizer) -> None:
+    """What was cleared since the last step was so before private gradients are computed that might have decided it."""
+    noted = _noted.get(optimizer)
+    if noted is not None and noted.own.lack(own := [*_own(optimizer)]) and noted.own.first_other(own) is None:
+        _noted[optimizer] = noted._replace(own=_Marks(own))
+
+
+def refuse_resets(optimizer: Optimizer) -> None:
+    """Refuses what was cleared since :func:`settle_resets`.
+
+    Raises:
+        PrivacyError: something was.
+    """
+    noted = _noted.get(optimizer)
+    place = None if noted is None else noted.own.lack([*_own(optimizer)])
+    if place is not None:
+        raise PrivacyError(
+            f"{place[2]!r} in the state of the base optimizer, a {type(optimizer).__name__}, was cleared between a "
+            "pass and its step: a restart that private gradients decide releases them without noise. Clear it before "
+            "the pass, where public numbers decide. Nothing was released"
+        )
 
 
 @contextmanager

@@ -174,6 +174,8 @@ class CliplessDPOptimizer(Around):
         self._guard()
         base_state.know(model)
         base_state.note(base_optimizer)
+        self._takes: list[int] | None = None
+        model.register.before_passes.add(self)
 
     @property
     def unit(self) -> Unit:
@@ -328,6 +330,7 @@ class CliplessDPOptimizer(Around):
                 # Whatever part of the update was applied, the ledger counts it.
                 lineage.of(self.model).settle(self._protected.named)
                 base_state.note(self.base_optimizer)
+                self._takes = None
         return loss
 
     def get_epsilon(self, delta: float) -> float:
@@ -506,6 +509,9 @@ class CliplessDPOptimizer(Around):
         # A copy: torch takes tensors as they are, and what another optimizer goes on to add to its own would be here,
         # too, which this ledger does not know.
         kind = type(self.base_optimizer).__name__
+        if self.model.register.passes:
+            # Whether to go back may have been decided by gradients that wait for their step: statements tell.
+            lineage.of(self.model).changed += 1
         with base_state.loading(self.base_optimizer, base):
             try:
                 self.base_optimizer.load_state_dict(copy.deepcopy(base))
@@ -526,6 +532,22 @@ class CliplessDPOptimizer(Around):
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return self._protected.including(parameters)
 
+    def before_pass(self) -> None:
+        """Private gradients are about to be computed: what they might decide is noted as it is."""
+        self._takes = [id(one) for group in self.base_optimizer.param_groups for one in group["params"]]
+        base_state.settle_resets(self.base_optimizer)
+
+    def _refuse_choices(self) -> None:
+        """Refuses a step whose parameters, or what is kept of them, changed since its first pass began."""
+        if self._takes is not None:
+            base_state.refuse_resets(self.base_optimizer)
+            if self._takes != [id(one) for group in self.base_optimizer.param_groups for one in group["params"]]:
+                raise PrivacyError(
+                    "parameters were taken out of the optimizer's groups, or put into others, between a pass and its "
+                    "step: a choice by private gradients releases them without noise. Choose before the pass, by "
+                    "public numbers. Nothing was released"
+                )
+
     def _release(self) -> None:
         """Records the event, then turns the summed gradients into private averages."""
         named = self._require_protected()
@@ -535,6 +557,8 @@ class CliplessDPOptimizer(Around):
         refuse_other_units(self.accountant.ledger, self.unit)
         register = self.model.register
         passed = register.witnessed()
+        if passed:
+            self._refuse_choices()
         terms = self._terms()
         if not passed:
             taker = None if register.taker is None else register.taker()

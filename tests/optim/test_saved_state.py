@@ -106,9 +106,38 @@ def test_a_state_that_is_loaded_between_passes_and_step_holds_no_raw_gradients(w
         base.update_hessian()
         optimizer.load_state_dict(saved if when == "before" else optimizer.state_dict())
 
-    # What was saved before is a copy, in which they are not.
-    step(optimizer, between)
+    if when == "before":
+        # A copy, in which they are not; statements tell that a state was loaded behind a pass.
+        step(optimizer, between)
+        assert optimizer.uncounted_changes == 1
+    else:
+        # All of it was left out, and what is cleared behind a pass may be a choice by what came in.
+        with pytest.raises(PrivacyError, match="cleared between a pass and its step"):
+            step(optimizer, between)
     assert base.held() == 0.0
+
+
+@pytest.mark.parametrize("clear", ["momentum", "all", "parameters"])
+def test_what_is_cleared_behind_a_pass_is_refused_and_what_is_cleared_before_it_is_not(clear: str) -> None:
+    _, base, optimizer = begun()
+
+    def change() -> None:
+        if clear == "all":
+            base.state.clear()
+        elif clear == "momentum":
+            for state in base.state.values():
+                state["momentum_buffer"].zero_()
+        else:
+            group = base.param_groups[0]
+            group["params"] = group["params"][:-1]
+
+    with pytest.raises(PrivacyError, match="between a pass and its step"):
+        step(optimizer, change)
+    _, base, optimizer = begun()
+    change()
+    step(optimizer)
+    step(optimizer)
+    assert optimizer.steps_taken == 3
 
 
 def test_momentum_of_a_parameter_of_one_entry_is_no_beginning() -> None:
