@@ -171,12 +171,30 @@ MIXED = {
     "*.feedback": constraints.Spectral(),
     "*": constraints.Orthogonal(),
 }
+CONVEX = {
+    "*head.weight": constraints.UnitRows(),
+    "*": constraints.AlmostOrthogonal(scales="norm", side="outputs"),
+}
 ROUNDS = constraints.AlmostOrthogonal(rounds=4, scales="perron")
 
 
 def residual(size: int, classes: int) -> nn.Module:
     """A dense layer, two convex potentials, a dense layer."""
     return architectures.residual_mlp((size,), classes, width=WIDTH, depth=2)
+
+
+def truncated(size: int, classes: int, paths: int) -> nn.Sequential:
+    """Three residual blocks, through ``paths`` of which gradients go at most."""
+    blocks = [nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), layers.GroupSort(2)) for _ in range(3)]
+    first, last = nn.Linear(size, WIDTH, bias=False), nn.Linear(WIDTH, classes, bias=False)
+    return isometric_(nn.Sequential(first, layers.GroupSort(2), layers.Highway(blocks, paths), last))
+
+
+def convex(size: int, classes: int) -> nn.Sequential:
+    """Convex-potential convolutions and dense layers, of images."""
+    side = math.isqrt(size)
+    net = architectures.lipsll((1, side, side), classes, depth=2, dense=2, width=16, inner=WIDTH)
+    return nn.Sequential(nn.Unflatten(1, (1, side, side)), net)
 
 
 def splines(size: int, classes: int) -> nn.Sequential:
@@ -214,6 +232,18 @@ FAMILIES: dict[str, Family] = {
     "convex potential, gated": Family(
         "the same, sample by sample behind gradient gates",
         lambda s, c: gradient_gated(residual(s, c), isolation="vmap"),
+    ),
+    "lipsll": constrained("convex potentials: two convolutions of 16 channels, two dense layers", CONVEX, convex),
+    "lipsll, gated": Family("the same behind gradient gates", lambda s, c: gradient_gated(convex(s, c)), CONVEX),
+    "unit rows": constrained(
+        "orthogonal, the last layer's rows of norm 1 each",
+        {"*.4.weight": constraints.UnitRows(), "*": constraints.Orthogonal()},
+    ),
+    "highway": constrained(
+        "three residual blocks, gradients through one at most", constraints.Spectral(), partial(truncated, paths=1)
+    ),
+    "highway, all paths": constrained(
+        "the same, gradients through all", constraints.Spectral(), partial(truncated, paths=3)
     ),
     "circulant": constrained("two circulant-diagonal ones", constraints.Orthogonal(), partial(structured, "circulant")),
     "Toeplitz": constrained("two Toeplitz layers", constraints.Spectral(), partial(structured, "toeplitz")),
