@@ -16,6 +16,18 @@ from clipless_dp.model.own_loss import leaves_beside
 from clipless_dp.sampling import draws, fingerprints
 from clipless_dp.sampling.series import Draw, Rows
 
+SPENT = (
+    "What is done with private gradients, their norm or their direction, would decide what a step releases (skipped "
+    "batches, sharpness-aware steps), and no noise covers that. Take the step with what came in; skip_draw() says that "
+    "a batch is left out for another reason, clipless_dp.passes.unwitnessed() that nothing of a pass trains anything, "
+    "passes.public() that its rows are nobody's, such as a generator's"
+)
+
+LEFT_OUT = (
+    "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must not depend "
+    "on a batch. Freeze parameters by requires_grad_(False)"
+)
+
 DROPPED = "The gradients are dropped; nothing was released"
 
 

@@ -17,8 +17,8 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Protocol, cast
-from weakref import ReferenceType, WeakSet, WeakValueDictionary, ref
+from typing import Any, cast
+from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -30,29 +30,10 @@ from clipless_dp.errors import PrivacyError
 from clipless_dp.model.door import Aliases
 from clipless_dp.model.noted import Noted
 from clipless_dp.model.owed import Owed, for_all
-from clipless_dp.model.passes import DROPPED, Pass, Watched, declaring, joined, opened
+from clipless_dp.model.passes import DROPPED, LEFT_OUT, SPENT, Pass, Watched, declaring, joined, opened
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
+from clipless_dp.model.turns import Turns, in_turn
 from clipless_dp.sampling.series import Draw, Rows
-
-_SPENT = (
-    "What is done with private gradients, their norm or their direction, would decide what a step releases (skipped "
-    "batches, sharpness-aware steps), and no noise covers that. Take the step with what came in; skip_draw() says that "
-    "a batch is left out for another reason, clipless_dp.passes.unwitnessed() that nothing of a pass trains anything, "
-    "passes.public() that its rows are nobody's, such as a generator's"
-)
-
-_LEFT_OUT = (
-    "backward(inputs=...) filled the gradients of some parameters and left others out: which they are must not depend "
-    "on a batch. Freeze parameters by requires_grad_(False)"
-)
-
-_IN_STEP = (
-    "it would be released without noise, or without being counted. Nothing of it was added. Take passes and steps in "
-    "turn, with a lock of your own around both where several threads train one model"
-)
-
-_PATIENCE = 60.0
-"""Seconds that a pass waits for another thread's step."""
 
 _MOST_OPEN = 4096
 """Compiled passes that wait for a backward pass; those that never get one are forgotten."""
@@ -65,13 +46,6 @@ def count_from(start: int) -> None:
     """Registers and passes to come are numbered from here on, so that no number tells how many there were."""
     global _keys
     _keys = itertools.count(start)
-
-
-class BeforePass(Protocol):
-    """Somebody who is told."""
-
-    def before_pass(self) -> None:
-        """Private gradients are about to be computed: what they might decide is noted as it is."""
 
 
 class Register:
@@ -87,11 +61,9 @@ class Register:
         passes: those that have added to the gradients.
         noted: the gradients as the register left them.
         lock: held while the network runs on aliases of its parameters.
-        gradients: held where gradients are filled or looked at; by a step, from its look at them to the end of its
-            update.
+        turns: of passes and steps.
         key: names it in compiled graphs.
         taker: the optimizer that the last gradients of passes went to, as long as it lives.
-        before_passes: called before the first pass since gradients were empty, by whoever steps on them.
     """
 
     taker: ReferenceType[object] | None = None
@@ -102,9 +74,7 @@ class Register:
         self._owed: list[Owed] = []
         self._filled: set[int] = set()
         self.lock = threading.RLock()
-        self.gradients = threading.RLock()
-        self.before_passes: WeakSet[BeforePass] = WeakSet()
-        self._stepping = False
+        self.turns = Turns(self.lock)
         self.key = next(_keys)
         self.noted = Noted()
         self._taint: str | None = None
@@ -139,8 +109,7 @@ class Register:
         assert model is not None
         with self.lock:
             if not self.passes:
-                for one in self.before_passes:
-                    one.before_pass()
+                self.turns.begin()
             rests_on = model.bounds_of_pass()
         begun = opened(inputs, *rests_on, self.names())
         begun.trains = self._trains()
@@ -148,30 +117,6 @@ class Register:
 
     def _trains(self) -> tuple[bool, ...]:
         return tuple([parameter.requires_grad for parameter in self.parameters])
-
-    @contextmanager
-    def stepping(self) -> Iterator[None]:
-        """A step is under way within: what passes of other threads have computed waits for its end."""
-        with self.lock, self.gradients:
-            before, self._stepping = self._stepping, True
-            try:
-                yield
-            finally:
-                self._stepping = before
-
-    @contextmanager
-    def _between_steps(self) -> Iterator[None]:
-        # A thread of the engine may deliver what a hook of this very step waits for.
-        if not self.gradients.acquire(timeout=_PATIENCE):
-            raise PrivacyError(f"a step of another thread took longer than {_PATIENCE:g} s: {_IN_STEP}")
-        try:
-            if self._stepping:
-                raise PrivacyError(
-                    f"a pass was back-propagated while a step was under way, in a hook of it: {_IN_STEP}"
-                )
-            yield
-        finally:
-            self.gradients.release()
 
     def running(self, begun: Pass) -> AbstractContextManager[None]:
         """With the lock held, the network reads aliases of its parameters within, whose gradients are delivered."""
@@ -225,6 +170,7 @@ class Register:
             raise
 
     @torch.no_grad()
+    @in_turn
     def deliver(self, closing: Pass, gradients: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         """Adds the gradients of a pass to those of the parameters; returns those that somebody else asked for.
 
@@ -236,12 +182,6 @@ class Register:
         Raises:
             PrivacyError: a step is under way, and gets no gradients but those that it has looked at.
         """
-        with self._between_steps():
-            return self._delivered(closing, gradients, nodes)
-
-    def _delivered(
-        self, closing: Pass, gradients: Sequence[Tensor | None], nodes: Sequence[Any]
-    ) -> list[Tensor | None]:
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()
         counted, left_out = False, False
@@ -277,7 +217,7 @@ class Register:
                 given.add(gradient.data_ptr())
                 self.noted.note(parameter)
         if counted and left_out:
-            self._taint = _LEFT_OUT
+            self._taint = LEFT_OUT
         if added:
             torch._foreach_add_([cast(Tensor, parameter.grad) for parameter, _ in added], [own for _, own in added])
             for parameter, _ in added:
@@ -287,8 +227,6 @@ class Register:
     def owed(self) -> list[Pass]:
         """The passes whose private gradients were computed, here or by another wrapper, and that are not settled."""
         self._owed = for_all(self.parameters, self._owed)
-        if len(self._owed) == 1:
-            return list(self._owed[0].passes)
         return list({id(one): one for some in self._owed for one in some.passes}.values())
 
     def names(self) -> frozenset[int]:
@@ -383,12 +321,12 @@ class Register:
         self.passes += came
         model = self._model()
         if not self.sharded and model is not None and self._awaited & model.reached(came[0]):
-            self._taint = _LEFT_OUT
+            self._taint = LEFT_OUT
         self._awaited = set()
 
     def reconcile(self) -> None:
         """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
-        with self.gradients:
+        with self.turns.gradients:
             self._reconcile()
 
     def _reconcile(self) -> None:
@@ -424,7 +362,7 @@ class Register:
             self.passes, self._taint = [], None
             self._filled.clear()
         elif emptied:
-            self._taint = "the gradients of some parameters were dropped, and those of others kept. " + _SPENT
+            self._taint = "the gradients of some parameters were dropped, and those of others kept. " + SPENT
 
     def note_all(self, *, sampled: bool = True) -> None:
         """Takes the gradients as they are for the register's own; those that are private need not be sampled."""
@@ -441,15 +379,12 @@ class Register:
 
     def drop(self) -> None:
         """Drops the gradients, so that no later step releases them. What was computed stays owed."""
-        with self.gradients:
-            self._drop()
-
-    def _drop(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = None
-        self.noted.clear()
-        self.passes, self._pending, self._taint = [], [], None
-        self._filled.clear()
+        with self.turns.gradients:
+            for parameter in self.parameters:
+                parameter.grad = None
+            self.noted.clear()
+            self.passes, self._pending, self._taint = [], [], None
+            self._filled.clear()
 
     @contextmanager
     def apart(
@@ -480,8 +415,7 @@ class Register:
         before = [parameter.grad for parameter in parameters]
         earlier, self.passes = self.passes, []
         owed = {id(one) for one in self.owed()}
-        filled, self._filled = self._filled, set()
-        taint = self._taint
+        taint, filled, self._filled = self._taint, self._filled, set()
         noted = self.noted.put_aside()
 
         def computed() -> list[Pass]:
@@ -494,7 +428,7 @@ class Register:
                 yield
             self.reconcile()
             if self._taint is None and not public and len(computed()) != len(self.passes):
-                self._taint = "the loss computed private gradients and did not leave them in place. " + _SPENT
+                self._taint = "the loss computed private gradients and did not leave them in place. " + SPENT
             if self._taint is not None and taint is None:
                 raise PrivacyError(f"{self._taint}. Of this batch nothing was added")
             if views * divisor > 1:
@@ -546,9 +480,9 @@ class Register:
             missing = [one for one in self.owed() if id(one) not in there]
             if any(not one.lost for one in missing):
                 reason = "private gradients were computed that are not in this step: they were dropped or read. "
-                reason += _SPENT
+                reason += SPENT
             elif missing and not all(one.public or one.is_of_open_draw() for one in self.passes):
-                reason = "rows of no draw come after a draw that was left out with a refused step. " + _SPENT
+                reason = "rows of no draw come after a draw that was left out with a refused step. " + SPENT
             elif any(one.trains != self._trains() for some in self.passes for one in some.private_parts()):
                 reason = (
                     "requires_grad of a parameter was changed between a pass and its step: what trains must not depend "

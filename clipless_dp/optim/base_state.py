@@ -14,29 +14,36 @@ import copy
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from numbers import Number
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakValueDictionary, ref
+from weakref import WeakKeyDictionary, ref
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from accounting.errors import warn_caller
 from clipless_dp.distributed import placement
 from clipless_dp.errors import PrivacyError, PrivacyWarning
-from clipless_dp.optim.around import OF_TORCH, everything, is_known, is_plain, nested, opened, per_class
+from clipless_dp.optim.around import everything, is_known, is_plain, nested
+from clipless_dp.optim.holdings import (
+    GROUP,
+    SETTINGS,
+    Found,
+    Place,
+    are_equal,
+    are_same,
+    as_tensor,
+    bits_of,
+    is_array,
+    is_dense,
+    is_number,
+    own_of,
+    rest_of,
+    values_of,
+    within,
+)
 from clipless_dp.sampling import fingerprints
-
-_Place = tuple[object, ...]
-"""In what of the base optimizer, of which part of that, and under which name; and further within."""
-
-_Found = tuple[_Place, object, Any]
-
-_Known = Mapping[int, object]
-"""Parameters and gradients, by their identities."""
 
 
 class _Mark(NamedTuple):
@@ -50,26 +57,7 @@ class _Mark(NamedTuple):
 def _mark_of(value: object) -> object:
     if isinstance(value, Tensor):
         return _Mark(ref(value), _version(value), None)
-    return _Mark(None, 0, _bits(value)) if _is_array(type(value)) else value
-
-
-def _bits(value: Any) -> object:
-    if not isinstance(value, (np.ndarray, np.generic)):
-        return bytes(value)
-    array = np.asarray(value)
-    return array.dtype.str, array.shape, array.tobytes()
-
-
-@per_class
-def _is_array(kind: type) -> bool:
-    """Whether values of a class are arrays, of whatever numbers, or bytes."""
-    of_numpy = issubclass(kind, (np.ndarray, np.generic)) and not _is_number(kind) and not issubclass(kind, np.str_)
-    return of_numpy or issubclass(kind, (bytes, bytearray, memoryview))
-
-
-@per_class
-def _is_number(kind: type) -> bool:
-    return issubclass(kind, (Number, np.number, np.bool_))
+    return _Mark(None, 0, bits_of(value)) if is_array(type(value)) else value
 
 
 class _Marks:
@@ -79,7 +67,7 @@ class _Marks:
         found: where they are, and they.
     """
 
-    def __init__(self, found: Iterable[_Found]) -> None:
+    def __init__(self, found: Iterable[Found]) -> None:
         values = [*found]
         self._held = {place: _mark_of(value) for place, _, value in values}
         # Of one tensor some numbers: what is written beneath the counters goes into all of a kind, as a rule.
@@ -88,20 +76,20 @@ class _Marks:
         self._looked_at = chosen if chosen is None or is_dense(placement.local(chosen)) else None
         self._sample = None if self._looked_at is None else fingerprints.sample(placement.local(self._looked_at))
 
-    def add(self, found: Iterable[_Found]) -> None:
+    def add(self, found: Iterable[Found]) -> None:
         """These are there now, in place of what was there, if anything was."""
         self._held.update((place, _mark_of(value)) for place, _, value in found)
 
-    def first_other(self, found: Iterable[_Found]) -> _Found | None:
+    def first_other(self, found: Iterable[Found]) -> Found | None:
         """The first value that is not as it was left, nor reset, if there is one; some may be gone."""
         values = [*found]
         return None if self.hold(values) else next(self.others(values), None)
 
-    def hold(self, values: Sequence[_Found]) -> bool:
+    def hold(self, values: Sequence[Found]) -> bool:
         """Whether all of these values are as they were left; some may be gone."""
         return self._numbers_hold() and all(self._fit(place, value) for place, _, value in values)
 
-    def lack(self, values: Sequence[_Found]) -> _Place | None:
+    def lack(self, values: Sequence[Found]) -> Place | None:
         """Where something was left that is not among these any more, or not as it was, if there is such a place."""
         there = {place for place, *_ in values}
         gone = next((place for place in self._held if place not in there), None)
@@ -109,7 +97,7 @@ class _Marks:
             return gone
         return next((place for place, _, value in values if not self._fit(place, value)), None)
 
-    def others(self, found: Iterable[_Found]) -> Iterator[_Found]:
+    def others(self, found: Iterable[Found]) -> Iterator[Found]:
         """All of these values."""
         return (one for one in found if not (_is_reset(*one[1:]) or self._fit(one[0], one[2])))
 
@@ -117,20 +105,20 @@ class _Marks:
         some = self._looked_at
         return some is None or self._sample is None or fingerprints.sample(placement.local(some)) == self._sample
 
-    def _fit(self, place: _Place, value: Any) -> bool:
+    def _fit(self, place: Place, value: Any) -> bool:
         """Whether a value is the one that was there, or holds what that did."""
         mark = self._held.get(place)
         if not isinstance(mark, _Mark):
-            return mark is value or (not isinstance(value, Tensor) and not _is_array(type(value)) and mark == value)
+            return mark is value or (not isinstance(value, Tensor) and not is_array(type(value)) and mark == value)
         if mark.tensor is None:
-            return _is_array(type(value)) and _bits(value) == mark.bits
+            return is_array(type(value)) and bits_of(value) == mark.bits
         known = mark.tensor()
         if known is None or not isinstance(value, Tensor) or _version(known) != mark.version:
             return False
         if known is value:
             return value is not self._looked_at or self._numbers_hold()
         # Swapped to and fro.
-        return known.dtype == value.dtype and _same(known, value)
+        return known.dtype == value.dtype and are_same(known, value)
 
 
 class _Noted(NamedTuple):
@@ -151,14 +139,14 @@ def note(optimizer: Optimizer) -> None:
     before = _noted.get(optimizer)
     whole = before is None or _seen.get(optimizer, False)
     # Gradients have their noise by now, and may be kept as they are; the next ones have not.
-    rest = _Marks(_rest(optimizer, gradients=True)) if before is None or whole else before.rest
-    _noted[optimizer] = _Noted(_Marks(_own(optimizer, whole=whole)), rest)
+    rest = _Marks(rest_of(optimizer, gradients=True)) if before is None or whole else before.rest
+    _noted[optimizer] = _Noted(_Marks(own_of(optimizer, whole=whole)), rest)
 
 
 def settle_resets(optimizer: Optimizer) -> None:
     """What was cleared since the last step was so before private gradients are computed that might have decided it."""
     noted = _noted.get(optimizer)
-    if noted is not None and noted.own.lack(own := [*_own(optimizer)]) and noted.own.first_other(own) is None:
+    if noted is not None and noted.own.lack(own := [*own_of(optimizer)]) and noted.own.first_other(own) is None:
         _noted[optimizer] = noted._replace(own=_Marks(own))
 
 
@@ -169,7 +157,7 @@ def refuse_resets(optimizer: Optimizer) -> None:
         PrivacyError: something was.
     """
     noted = _noted.get(optimizer)
-    place = None if noted is None else noted.own.lack([*_own(optimizer)])
+    place = None if noted is None else noted.own.lack([*own_of(optimizer)])
     if place is not None:
         raise PrivacyError(
             f"{place[2]!r} in the state of the base optimizer, a {type(optimizer).__name__}, was cleared between a "
@@ -187,13 +175,13 @@ def loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[Non
     private by then, are put aside meanwhile.
     """
     before = _noted.get(optimizer) or _Noted(_Marks(()), _Marks(()))
-    elsewhere = before.rest.first_other(_rest(optimizer)) is None
+    elsewhere = before.rest.first_other(rest_of(optimizer)) is None
     # A load may leave what it finds, or move it.
-    holds = elsewhere and before.own.first_other(_own(optimizer)) is None
+    holds = elsewhere and before.own.first_other(own_of(optimizer)) is None
     # What is loaded must not be what was written to: torch's states hold the tensors themselves.
-    written = set() if holds else {_memory(value) for _, _, value in _own(optimizer) if isinstance(value, Tensor)}
+    written = set() if holds else {_memory(value) for _, _, value in own_of(optimizer) if isinstance(value, Tensor)}
     loaded: dict[object, list[Any]] = {}
-    for place, _, value in _within((), None, state_dict, None):
+    for place, _, value in within((), None, state_dict, None):
         if not (isinstance(value, Tensor) and _memory(value) in written):
             loaded.setdefault(place[-1], []).append(value)
     parameters = {id(one): one for some in nested(optimizer) for group in some.param_groups for one in group["params"]}
@@ -206,22 +194,22 @@ def loading(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Iterator[Non
         for parameter, gradient in gradients:
             parameter.grad = gradient
     if holds:
-        _noted[optimizer] = _Noted(_Marks(_own(optimizer)), _Marks(_rest(optimizer)))
+        _noted[optimizer] = _Noted(_Marks(own_of(optimizer)), _Marks(rest_of(optimizer)))
         return
-    before.own.add(one for one in _own(optimizer) if _is_loaded(one, loaded))
-    before.rest.add(one for one in _rest(optimizer) if one[0][0] == _GROUP and _is_loaded(one, loaded))
+    before.own.add(one for one in own_of(optimizer) if _is_loaded(one, loaded))
+    before.rest.add(one for one in rest_of(optimizer) if one[0][0] == GROUP and _is_loaded(one, loaded))
     _noted[optimizer] = before
 
 
-def _is_loaded(found: _Found, loaded: Mapping[object, list[Any]]) -> bool:
+def _is_loaded(found: Found, loaded: Mapping[object, list[Any]]) -> bool:
     """Whether a value is one of those of its name that were loaded, up to the dtype of a parameter."""
     place, _, value = found
     for other in loaded.get(place[-1], ()):
         if isinstance(value, Tensor) and isinstance(other, Tensor):
-            if _same(value, other):
+            if are_same(value, other):
                 return True
         elif type(value) is type(other) and (
-            _bits(value) == _bits(other) if _is_array(type(value)) else value == other
+            bits_of(value) == bits_of(other) if is_array(type(value)) else value == other
         ):
             return True
     return False
@@ -233,7 +221,7 @@ def _memory(value: Tensor) -> int:
     return local.untyped_storage().data_ptr() if is_dense(local) else id(value)
 
 
-def first_other(optimizer: Optimizer) -> _Found | None:
+def first_other(optimizer: Optimizer) -> Found | None:
     """What is neither as it was noted nor that of a new optimizer, if anything is; it may be cleared at any time."""
     noted = _noted.get(optimizer)
     if noted is None:
@@ -241,8 +229,8 @@ def first_other(optimizer: Optimizer) -> _Found | None:
         return next(_not_new(optimizer), None)
     # A plain one reads nothing else.
     _seen[optimizer] = whole = not is_plain(optimizer)
-    other = noted.own.first_other(_own(optimizer, whole=whole))
-    return noted.rest.first_other(_rest(optimizer)) if other is None and whole else other
+    other = noted.own.first_other(own_of(optimizer, whole=whole))
+    return noted.rest.first_other(rest_of(optimizer)) if other is None and whole else other
 
 
 def private_state(optimizer: Optimizer) -> dict[str, Any]:
@@ -250,10 +238,10 @@ def private_state(optimizer: Optimizer) -> dict[str, Any]:
     state = optimizer.state_dict()
     noted, known = _noted.get(optimizer), first_other(optimizer) is None
     # Gradients that are there may be those of a pass.
-    beside = [*noted.rest.others(_rest(optimizer, gradients=True))] if known and noted is not None else []
+    beside = [*noted.rest.others(rest_of(optimizer, gradients=True))] if known and noted is not None else []
     if known and (not beside or is_plain(optimizer)):
         # What a plain one's groups have besides, its steps do not read, and refuse nothing of it.
-        left_out = {(place[1], place[2]) for place, *_ in beside if place[0] == _GROUP}
+        left_out = {(place[1], place[2]) for place, *_ in beside if place[0] == GROUP}
         groups = [
             {name: value for name, value in group.items() if ((0, at), name) not in left_out}
             for at, group in enumerate(state["param_groups"])
@@ -281,7 +269,7 @@ def private_state(optimizer: Optimizer) -> dict[str, Any]:
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
     """A copy: torch hands out what it holds, which something else may write to before it is saved."""
-    tensors = [value for _, _, value in _within((), None, state, None) if isinstance(value, Tensor)]
+    tensors = [value for _, _, value in within((), None, state, None) if isinstance(value, Tensor)]
     # Their numbers alone, not what hangs on them.
     return copy.deepcopy(state, {id(value): value.detach().clone() for value in tensors})
 
@@ -295,7 +283,7 @@ def _settings_of(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def _is_setting(value: object) -> bool:
     """Whether a value has no more numbers than a setting may have."""
     parts = tree_leaves(value)
-    return len(parts) <= _SETTINGS and all(one is None or isinstance(one, (bool, int, float, str)) for one in parts)
+    return len(parts) <= SETTINGS and all(one is None or isinstance(one, (bool, int, float, str)) for one in parts)
 
 
 def refuse_other_state(optimizer: Optimizer) -> None:
@@ -330,12 +318,12 @@ def has_stepped(optimizer: Optimizer) -> bool:
     return noted or next(_not_new(optimizer), None) is not None
 
 
-def _not_new(optimizer: Optimizer) -> Iterator[_Found]:
+def _not_new(optimizer: Optimizer) -> Iterator[Found]:
     """What no constructor has left."""
     # Such as the accumulator that Adagrad begins from.
     parts = [*everything(optimizer)]
     public = {value for one in parts for value in one.defaults.values() if type(value) in (int, float)}
-    for place, parameter, value in _values(optimizer):
+    for place, parameter, value in values_of(optimizer):
         number = place[1][0] if place[0] == "the state" and isinstance(place[1], tuple) else None
         if isinstance(number, int) and is_known(parts[number]) and _is_moment(place, value):
             # These fill it with zeros, or with a setting.
@@ -346,7 +334,7 @@ def _not_new(optimizer: Optimizer) -> Iterator[_Found]:
             yield place, parameter, value
 
 
-def _is_moment(place: _Place, value: Any) -> bool:
+def _is_moment(place: Place, value: Any) -> bool:
     return place[-1] != "step" and isinstance(value, Tensor) and value.is_floating_point() and is_dense(value)
 
 
@@ -356,169 +344,9 @@ def _is_one_of(numbers: Collection[float], value: Tensor) -> bool:
     return any(bool((held == torch.tensor(number).to(held)).all()) for number in numbers)
 
 
-def _values(optimizer: Optimizer) -> Iterator[_Found]:
-    """Tensors and numbers of the states of all optimizers that take part."""
-    for number, one in enumerate(everything(optimizer)):
-        yield from _own(one, number)
-
-
-def _own(optimizer: Optimizer, number: int = 0, *, whole: bool = True) -> Iterator[_Found]:
-    """Tensors and numbers of one state: where they are, of which parameter, and they.
-
-    Whole: with what tensors have beside their numbers, which a plain optimizer does not read.
-    """
-    known: _Known | None = None
-    for key, held in optimizer.state.items():
-        place = "the state", (number, key if isinstance(key, str) else id(key))
-        for name, value in held.items() if isinstance(held, dict) else (("", held),):
-            if type(value) in _ORDINARY:
-                yield (*place, name), key, value
-                if whole and type(value) is Tensor and ((value.is_leaf and value.grad is not None) or vars(value)):
-                    known = known or _known([optimizer])
-                    yield from _within((*place, name), key, value, known)
-            else:
-                known = known or (_known([optimizer]) if whole else None)
-                yield from _within((*place, name), key, value, known)
-
-
-_ORDINARY = frozenset({Tensor, bool, int, float})
-
-
-def _rest(optimizer: Optimizer, *, gradients: bool = False) -> Iterator[_Found]:
-    """All that is beside an optimizer's own state: states within, and tensors in attributes, parameters and groups.
-
-    With parameters' gradients where one of these holds them, or without: a step has them noised before it is taken.
-    """
-    optimizers = nested(optimizer)
-    for number, some in enumerate(optimizers):
-        if some is not optimizer:
-            yield from _own(some, number)
-    # Which are as private.
-    known = _known(optimizers, gradients=not gradients)
-    parameters = {id(one): one for some in optimizers for group in some.param_groups for one in group["params"]}
-    places: list[tuple[_Place, object, Mapping[str, Any]]] = []
-    for number, some in enumerate(optimizers):
-        places.append((("an attribute", number), None, {k: v for k, v in vars(some).items() if k not in OF_TORCH}))
-        places += [((_GROUP, (number, at)), None, group) for at, group in enumerate(some.param_groups)]
-    places += [(("an attribute of a parameter", key), one, one.__dict__) for key, one in parameters.items()]
-    for place, owner, held in places:
-        for name, value in held.items():
-            if _is_kept(type(value)) and name != "params":
-                yield from _beside((*place, name), owner, value, known)
-
-
-def _beside(place: _Place, owner: object, value: Any, known: _Known) -> Iterator[_Found]:
-    """What counts in an attribute or an entry of a group: all but a few numbers, and what is known."""
-    numbers = []
-    for found in _within(place, owner, value, known, settings=True):
-        if _size(found[2]) > 1:
-            yield found
-        else:
-            numbers.append(found)
-    if len(numbers) > _SETTINGS:
-        yield from numbers
-
-
-_GROUP = "a group"
-_SETTINGS = 4
-"""How many numbers an attribute or an entry of a group may have that change from step to step, as three betas do."""
-
-
-def _size(value: Any) -> int:
-    if isinstance(value, Tensor):
-        return value.numel()
-    return 1 if _is_number(type(value)) else np.size(value) if isinstance(value, np.ndarray) else 2
-
-
-@per_class
-def _is_kept(kind: type) -> bool:
-    return issubclass(kind, Tensor) or _is_array(kind) or opened(kind) is not None
-
-
-def _within(
-    place: _Place,
-    key: object,
-    value: Any,
-    known: _Known | None,
-    around: tuple[int, ...] = (),
-    *,
-    settings: bool = False,
-) -> Iterator[_Found]:
-    """Tensors, arrays and numbers within; where numbers are settings, those of objects and modules are left out.
-
-    ``known`` are parameters and gradients, which are not looked into; ``None``: no tensor is.
-    """
-    kind = type(value)
-    if isinstance(value, Tensor):
-        is_known = known is not None and id(value) in known
-        if not (settings and is_known):
-            yield place, key, value
-        if is_known or known is None or kind not in (Tensor, nn.Parameter):
-            return
-        held = [*vars(value).items(), *((("grad", value.grad),) if value.is_leaf else ())]
-    elif _is_number(kind) or (_is_array(kind) and not (isinstance(value, np.ndarray) and value.dtype.hasobject)):
-        yield place, key, value
-        return
-    elif id(value) in around or _wrapped.get(id(value)) is value:
-        return
-    elif (parts := opened(kind)) is not None:
-        held = [*parts(value)]
-    elif isinstance(value, (Optimizer, type)) or callable(value):
-        return
-    else:
-        held = [(name, one) for name, one in _attributes(value) if not (settings and _is_number(type(one)))]
-    for name, one in held:
-        if one is not None:
-            yield from _within((*place, name), key, one, known, (*around, id(value)), settings=settings)
-
-
-def _attributes(value: object) -> Iterable[tuple[str, Any]]:
-    return getattr(value, "__dict__", {}).items()
-
-
-_wrapped: WeakValueDictionary[int, nn.Module] = WeakValueDictionary()
-"""Networks that private optimizers are made for, with all modules of theirs, which base optimizers may know."""
-
-
-def know(model: nn.Module) -> None:
-    """A network is one that is trained: what its modules hold is none of an optimizer's."""
-    _wrapped.update((id(module), module) for module in model.modules())
-
-
-def _known(optimizers: Iterable[Optimizer], *, gradients: bool = True) -> dict[int, Any]:
-    parameters = {id(one): one for some in optimizers for group in some.param_groups for one in group["params"]}
-    return {**parameters, **{id(one.grad): one.grad for one in parameters.values() if gradients}}
-
-
-def _tensor(value: Any) -> Tensor:
-    """Numbers that torch compares; a copy of arrays, since those of some kinds and strides are none of torch's."""
-    if isinstance(value, Tensor):
-        if value.is_meta:
-            return torch.zeros(())
-        if value.is_nested:
-            return torch.cat([part.flatten() for part in value.unbind()])
-        if value.is_quantized:
-            return value.dequantize()
-        return value if value.layout is torch.strided else value.to_dense()
-    array = np.asarray(value) if isinstance(value, (np.ndarray, np.generic)) else np.array([*bytes(value)], np.uint8)
-    if array.dtype.kind not in "fiubc":
-        array = np.array([*array.tobytes()], np.uint8)
-    return torch.from_numpy(array.astype(np.complex128 if array.dtype.kind == "c" else np.float64))
-
-
-_OF_NUMBERS = (Tensor, nn.Parameter, getattr(nn, "Buffer", Tensor))
-"""Others may have their numbers elsewhere, as 8-bit moments do."""
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers lie in one memory, and can be read there."""
-    plain = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
-    return plain and not tensor.is_meta and type(tensor) in _OF_NUMBERS
-
-
-def _is_new(place: _Place, parameter: object, value: Any) -> bool:
+def _is_new(place: Place, parameter: object, value: Any) -> bool:
     """Whether a constructor may have left this: no steps yet, one number throughout, or the parameter itself."""
-    value = value if _is_number(type(value)) else _tensor(value)
+    value = value if is_number(type(value)) else as_tensor(value)
     if not isinstance(value, Tensor):
         return place[-1] != "step" or not value
     if value.numel() == 1 and (place[-1] == "step" or not _has_one_entry(parameter)):
@@ -537,20 +365,9 @@ def _is_constant(value: Tensor) -> bool:
 
 def _is_reset(parameter: object, value: Any) -> bool:
     """Whether a number is zero, or a tensor is of zeros or a copy of the parameter."""
-    value = value if _is_number(type(value)) else _tensor(value)
+    value = value if is_number(type(value)) else as_tensor(value)
     if not isinstance(value, Tensor):
         return not value
-    if isinstance(parameter, Tensor) and value.shape == parameter.shape and _equal(value, parameter):
+    if isinstance(parameter, Tensor) and value.shape == parameter.shape and are_equal(value, parameter):
         return True
     return not bool(value.detach().any())
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    if not (is_dense(one) and is_dense(other)):
-        one, other = _tensor(one), _tensor(other)
-    return one.shape == other.shape and _equal(one, other)
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    with torch.no_grad():
-        return bool((one.detach() == other.detach().to(one.device, one.dtype)).all())

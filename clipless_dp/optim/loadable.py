@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves_with_path
 from clipless_dp.arguments import shown
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.optim import base_state
 from clipless_dp.optim.adam import AdamBC
 from clipless_dp.optim.around import is_known
+from clipless_dp.optim.holdings import is_dense
 
 
 def _leaves(place: str, value: object, around: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
@@ -41,7 +41,7 @@ def digest(state: object) -> str:
     told = hashlib.sha256()
     for place, value in sorted(_leaves("", state), key=lambda pair: pair[0]):
         if isinstance(value, Tensor):
-            if not base_state.is_dense(value) or placement.local(value) is not value:
+            if not is_dense(value) or placement.local(value) is not value:
                 continue
             held = value.detach().cpu().contiguous()
             told.update(f"{place} {held.dtype} {tuple(held.shape)}".encode())

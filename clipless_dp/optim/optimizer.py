@@ -25,7 +25,7 @@ from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.surroundings import without_gradients
 from clipless_dp.model.wrapped import require_wrapped
 from clipless_dp.noise import Allocation, NoiseSource, checked_allocation, noise_source, source_name
-from clipless_dp.optim import accumulation, base_state, checks, loadable
+from clipless_dp.optim import accumulation, base_state, checks, holdings, loadable
 from clipless_dp.optim.adam import tell_noise
 from clipless_dp.optim.adaptation import Adaptation, CapRecord
 from clipless_dp.optim.around import Around, Setting
@@ -172,10 +172,10 @@ class CliplessDPOptimizer(Around):
         model.sensitivity()
         self._books.open(self._require_protected())
         self._guard()
-        base_state.know(model)
+        holdings.know(model)
         base_state.note(base_optimizer)
         self._takes: list[int] | None = None
-        model.register.before_passes.add(self)
+        model.register.turns.steppers.add(self)
 
     @property
     def unit(self) -> Unit:
@@ -315,7 +315,7 @@ class CliplessDPOptimizer(Around):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.no_grad(), self.model.register.stepping():
+        with torch.no_grad(), self.model.register.turns.stepping():
             try:
                 self._release()
             except BaseException:
@@ -440,7 +440,7 @@ class CliplessDPOptimizer(Around):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
-        with self.model.register.gradients:
+        with self.model.register.turns.gradients:
             self.base_optimizer.zero_grad(set_to_none=set_to_none)
             self._adaptation.drop()
             self.model.register.reconcile()
