@@ -152,7 +152,7 @@ def _correlation_sums(kernel: Tensor) -> Tensor:
         return (kernel.mT @ kernel).abs().sum(2)
     filters = kernel.transpose(1, 2).reshape(groups * columns, rows, *taps)
     maps = kernel.movedim(2, 0).reshape(columns, groups * rows, *taps)
-    correlate = functional.conv1d if len(taps) == 1 else functional.conv2d
+    correlate = (functional.conv1d, functional.conv2d, functional.conv3d)[len(taps) - 1]
     shifts: Tensor = correlate(maps, filters, padding=[size - 1 for size in taps], groups=groups)
     sizes = shifts.abs().reshape(columns, groups, -1)
     return sizes.sum(2).t()

@@ -45,7 +45,7 @@ class OrthogonalConvolution(Orthogonal):
         on orthogonality.
 
     Raises:
-        ConfigurationError: on projecting, a kernel is neither float32 nor float64.
+        ConfigurationError: on projecting, a kernel is neither float32 nor float64, or is over volumes.
 
     What stays norm-preserving:
         Nothing exactly: after a noisy step the singular values lie within a small interval below the limit. The
@@ -97,6 +97,10 @@ class _Symbol:
         if weight.dtype not in (torch.float32, torch.float64):
             raise ConfigurationError(
                 f"kernels are orthogonalised in float32 or float64, got {weight.dtype}: convert the kernel first"
+            )
+        if len(operator.stride) > 2:
+            raise ConfigurationError(
+                "kernels over volumes are not orthogonalised: use constraints.Spectral() or AlmostOrthogonal()"
             )
         shape = weight.shape
         missing = 2 - len(operator.stride)

@@ -97,7 +97,8 @@ class LipschitzPenalty(Constraint):
 def penalised(operators: tuple[Operator, ...]) -> bool:
     """Whether a parameter is a weight whose norm a penalty knows."""
     known = DenseOperator, ConvOperator, CirculantOperator, ToeplitzOperator, TriangularOperator
-    return isinstance(operators[0], known)
+    over_volumes = isinstance(operators[0], ConvOperator) and len(operators[0].stride) > 2
+    return isinstance(operators[0], known) and not over_volumes
 
 
 def _norm(weight: Tensor, operator: Operator) -> Tensor:

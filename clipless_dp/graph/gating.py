@@ -230,6 +230,9 @@ def _refuse_other_than_modules(net: object) -> None:
 
 def _has_rules(net: nn.Module) -> bool:
     """Whether each part of a network has a rule, or might have one: what is a single layer is not traced."""
+    if any(isinstance(part, nn.Conv3d) for part in net.modules()):
+        # They have a rule and no gates of their own: sample by sample their gradients are capped.
+        return False
     if is_leaf(net):
         return find_rule(net) is not None
     try:

@@ -21,6 +21,7 @@ from clipless_dp.norms.dense import dense_norm
 from clipless_dp.norms.geometry import PaddingMode
 from clipless_dp.norms.rounding import enlarge, exact_float64, normalised, scale_up
 from clipless_dp.norms.symbol import symbol_norm_bound
+from clipless_dp.norms.volumes import conv3d_norm
 
 Sides = tuple[tuple[int, int], ...]
 
@@ -68,10 +69,10 @@ class DenseOperator:
 
 @dataclass(frozen=True)
 class ConvOperator:
-    """A convolution, or a transposed one, on signals or maps of one size.
+    """A convolution on signals, maps or volumes of one size, or a transposed one on the former two.
 
     Attributes:
-        input_size: pixels of each axis, one axis or two.
+        input_size: pixels of each axis, one to three.
         coverage: ``N``: of the input's pixels by the windows, or of the *output's* where transposed.
     """
 
@@ -95,9 +96,10 @@ class ConvOperator:
             "dilation": self.dilation,
             "groups": self.groups,
             "padding_mode": self.padding_mode,
-            "transposed": self.transposed,
-            "output_padding": self.output_padding,
         }
+        if len(self.input_size) == 3:
+            return conv3d_norm(weight, **geometry)
+        geometry.update(transposed=self.transposed, output_padding=self.output_padding)
         return conv1d_norm(weight, **geometry) if len(self.input_size) == 1 else conv2d_norm(weight, **geometry)
 
     def perturbation(self, weight: Tensor) -> float:

@@ -82,8 +82,8 @@ register_remedy(
 )
 register_remedy(
     "its norm is not certified in three dimensions; in a certified Lipschitz network fold one axis into the channels "
-    f"(flatten(1, 2)) and use nn.Conv2d, or nn.MaxPool3d and nn.AvgPool3d, which have rules{_ANY}",
-    nn.Conv3d, nn.ConvTranspose3d,
+    f"(flatten(1, 2)) and use nn.ConvTranspose2d{_ANY}",
+    nn.ConvTranspose3d,
 )  # fmt: skip
 register_remedy(
     f"it reads the places of maxima from another layer; use nn.ConvTranspose2d, or nn.PixelShuffle{_ANY}",

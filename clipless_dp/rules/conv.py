@@ -1,4 +1,4 @@
-"""Convolutions and transposed convolutions, on signals and on maps."""
+"""Convolutions on signals, maps and volumes, and transposed ones on the former two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clipless_dp.norms.operators import ConvOperator, CopyPaddedConvOperator, Si
 from clipless_dp.rules import linear
 from clipless_dp.rules.base import LayerBounds, RuleContext, RuleError, register_rule
 
-Convolution = nn.Conv1d | nn.Conv2d
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 TransposedConvolution = nn.ConvTranspose1d | nn.ConvTranspose2d
 
 
@@ -28,12 +28,12 @@ def _sides(module: Convolution | TransposedConvolution) -> Sides:
 def _input_size(module: Convolution | TransposedConvolution, context: RuleContext) -> tuple[int, ...]:
     axes = len(module.kernel_size)
     if len(context.input_shape) != axes + 1:
-        names = "length" if axes == 1 else "height, width"
+        names = ("length", "height, width", "depth, height, width")[axes - 1]
         raise RuleError(f"needs inputs (batch, channels, {names}), got {context.input_shape} per sample")
     return context.input_shape[1:]
 
 
-@register_rule(nn.Conv1d, nn.Conv2d)
+@register_rule(nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
     """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ_W = √N·GX``, ``Δ_b = √P·G``, P output positions, coverage N.
 
@@ -44,6 +44,8 @@ def convolution_rule(module: Convolution, context: RuleContext) -> LayerBounds:
     row, has the norm ``√M`` for the most places M that a pixel has: ``‖conv‖ ≤ √M·‖conv on the padded map‖``.
     """
     input_size, padding = _input_size(module, context), _sides(module)
+    if module.padding_mode == "circular" and len(input_size) == 3:
+        raise RuleError("padding_mode='circular' has no certified norm over volumes; use 'zeros' or 'replicate'")
     # Lists, which torch takes as well, could not be looked up.
     stride, dilation = tuple(module.stride), tuple(module.dilation)
     windows = coverage(

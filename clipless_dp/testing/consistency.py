@@ -164,7 +164,9 @@ def check_layouts(case: Case) -> None:
             _run(model, model, inputs[:1].expand_as(inputs), targets[:1].expand_as(targets)),
         ),
     }
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    # Of kernels over volumes torch knows this order by another name, and by no other.
+    over_volumes = any(parameter.dim() == 5 for parameter in model.parameters())
+    model.to(memory_format=torch.channels_last_3d if over_volumes else torch.channels_last)  # type: ignore[call-overload]
     found["channels-last"] = expected, _run(model, model, _channels_last(inputs), _channels_last(targets))
     # Noise is drawn in the order of memory.
     if not _draws_noise(model, inputs):
@@ -232,7 +234,8 @@ def _strided(values: Tensor) -> Tensor:
 
 
 def _channels_last(values: Tensor) -> Tensor:
-    return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+    order = {4: torch.channels_last, 5: torch.channels_last_3d}.get(values.dim())
+    return values if order is None else values.contiguous(memory_format=order)
 
 
 def _expect_refusal(name: str, attempt: Callable[[], Any]) -> None:

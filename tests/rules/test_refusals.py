@@ -45,7 +45,7 @@ RUN: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "GLU": (lambda: nn.GLU(1), (4,)),
     "Threshold": (lambda: nn.Threshold(0.1, 0.0), (4,)),
     "Hardshrink": (nn.Hardshrink, (4,)),
-    "Conv3d": (lambda: nn.Conv3d(1, 2, 2), (1, 3, 3, 3)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(1, 2, 2), (1, 3, 3, 3)),
     "LPPool2d": (lambda: nn.LPPool2d(2, 2), (1, 4, 4)),
     "AdaptiveMaxPool2d": (lambda: nn.AdaptiveMaxPool2d(2), (1, 4, 4)),
     "Upsample": (lambda: nn.Upsample(scale_factor=2), (1, 4, 4)),
