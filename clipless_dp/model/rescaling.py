@@ -40,6 +40,7 @@ _AFFINE: frozenset[type[nn.Module]] = frozenset(
         nn.Linear,
         nn.Conv1d,
         nn.Conv2d,
+        nn.Conv3d,
         nn.ConvTranspose1d,
         nn.ConvTranspose2d,
         nn.Embedding,
