@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
+from clipless_dp.arguments import shown
 from clipless_dp.errors import Unsupported, UnsupportedModuleError
 from clipless_dp.rules import LayerBounds
 from clipless_dp.rules.base import Deferred
@@ -28,12 +29,15 @@ def required_sizes(bounds: LayerBounds, path: str, kind: str, *, operands: int, 
         own: whether the rule is the package's own, whose NaN is a product of zero and an infinite bound: no bound.
 
     Raises:
-        UnsupportedModuleError: one is negative or NaN, or there are not as many as values, or a count is none.
-            Nothing was charged: bounds come before a step's charge.
+        UnsupportedModuleError: it is none, or one is negative or NaN, or there are not as many as values, or a count is
+            none. Nothing was charged: bounds come before a step's charge.
     """
 
     def refused(remedy: str) -> UnsupportedModuleError:
         return UnsupportedModuleError([Unsupported(path, kind, remedy)])
+
+    if not isinstance(bounds, LayerBounds):
+        raise refused(f"its rule returns {shown(bounds)}: return a LayerBounds, whose numbers may be deferred")
 
     def looked_at(what: str, stated: object) -> float:
         try:

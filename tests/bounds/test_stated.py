@@ -82,6 +82,13 @@ def test_fewer_or_more_factors_than_values_that_are_read_are_refused(name: str, 
         stated(**{name: numbers})
 
 
+@pytest.mark.parametrize("returned", [None, 2.0, (2.0, 3.0)])
+def test_a_rule_that_returns_no_bounds_is_refused_in_words(returned: Any) -> None:
+    register_rule(Scaled)(lambda module, context: returned)
+    with pytest.raises(UnsupportedModuleError, match=r"return a LayerBounds"):
+        wrap(nn.Sequential(nn.Linear(4, 4), Scaled(), nn.Linear(4, 3)), 4)
+
+
 @pytest.mark.parametrize("count", [-1, 0, 1.5, True, math.nan])
 def test_a_count_that_is_no_number_of_times_is_refused(count: Any) -> None:
     with pytest.raises(UnsupportedModuleError, match="counts a sample"):
