@@ -38,16 +38,49 @@ def _parameters(net: nn.Module) -> list[tuple[str, dict[str, Any], str, bool]]:
     ]
 
 
+def _own_parameters(net: nn.Module) -> list[tuple[str, dict[str, Any], str, bool]]:
+    """Where those of layers of a user's own are, whose code may write to them."""
+    return [
+        (f"{path}.{name}".lstrip("."), part._parameters, name, True)
+        for path, part in net.named_modules()
+        if kind_of(part).__module__.partition(".")[0] not in ("torch", "clipless_dp")
+        for name in part._parameters
+    ]
+
+
+def _is_dense(value: Tensor) -> bool:
+    plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
+    return plain and value.device.type != "meta"
+
+
 def _bits(value: Tensor) -> Tensor:
     return value.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
-def _same(old: Tensor, new: Tensor | None) -> bool:
-    return (
-        new is not None
-        and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
-        and torch.equal(_bits(old), _bits(new))
-    )
+class _Kept:
+    """A buffer or a parameter as it was."""
+
+    def __init__(self, value: Tensor | None) -> None:
+        self._value = value
+        self._version = -1 if value is None else value._version
+        self.copy = None if value is None else value.detach().clone()
+
+    def is_there(self, now: Tensor | None) -> bool:
+        """Whether it is as it was, bit by bit; of others than dense ones, whether nothing wrote to it."""
+        if self._value is None or self.copy is None or now is None:
+            return now is self._value
+        if not (_is_dense(self.copy) and _is_dense(now)):
+            return now is self._value and now._version == self._version
+        like = (self.copy.shape, self.copy.dtype, self.copy.device) == (now.shape, now.dtype, now.device)
+        return like and torch.equal(_bits(self.copy), _bits(now))
+
+    def restored(self) -> Tensor | None:
+        """The same tensor with the numbers that it had, or a copy where it is not dense."""
+        if self._value is None or self.copy is None or not _is_dense(self.copy):
+            return self.copy
+        with torch.no_grad():
+            self._value.data.copy_(self.copy)
+        return self._value
 
 
 @contextmanager
@@ -63,30 +96,24 @@ def buffers_unwritten(net: nn.Module) -> Iterator[None]:
     Raises:
         PrivacyError: one was written, and is as it was before.
     """
-    before, there = [], _held(net)
-    known = {(id(where), name) for _, where, name, *_ in (*there, *_parameters(net))}
-    for path, where, name, saved in there:
-        value = where[name]
-        if value is None or (value.layout is torch.strided and value.device.type != "meta"):
-            before.append((path, where, name, saved, value, None if value is None else value.detach().clone()))
+    there = [*_held(net), *_own_parameters(net)]
+    known = {(id(where), name) for _, where, name, _ in (*there, *_parameters(net))}
+    before = [(place, _Kept(place[1][place[2]])) for place in there]
     written, taken_back = [], []
     try:
         yield
     finally:
         # After an error, too: what a pass has written by then is of its samples.
-        for path, where, name, saved, value, copy in before:
-            now = where.get(name)
-            if (now is not None) if copy is None else not _same(copy, now):
-                if not saved:
-                    # Another tensor: the way back may need what was written.
-                    where[name] = copy
-                    taken_back += [path] if copy is not None else []
-                    continue
-                written.append(path)
-                if value is not None and copy is not None:
-                    with torch.no_grad():
-                        value.data.copy_(copy)
-                where[name] = value
+        for (path, where, name, saved), kept in before:
+            if kept.is_there(where.get(name)):
+                continue
+            if not saved:
+                # Another tensor: the way back may need what was written.
+                where[name] = kept.copy
+                taken_back += [path] if kept.copy is not None else []
+                continue
+            written.append(path)
+            where[name] = kept.restored()
         for path, where, name, saved in (*_held(net), *_parameters(net)):
             if (id(where), name) not in known:
                 # Made by this pass; as a mask of the inputs' shape is, anew each time.
@@ -101,7 +128,7 @@ def buffers_unwritten(net: nn.Module) -> Iterator[None]:
         )
     if written:
         raise PrivacyError(
-            f"a pass wrote the buffer {', '.join(map(repr, written))} of the network, or made it: files of the model "
-            "hold it, and what follows from samples is there without noise. Keep it out of buffers, or let it be a "
-            "public constant that code outside of passes sets. The buffer is as it was"
+            f"a pass wrote the buffer or parameter {', '.join(map(repr, written))} of the network, or made it: files "
+            "of the model hold it, and what follows from samples is there without noise. Keep it out of them, or let "
+            "it be a public constant that code outside of passes sets. It is as it was"
         )

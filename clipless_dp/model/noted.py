@@ -9,6 +9,8 @@ from weakref import ref
 from torch import Tensor, nn
 
 from clipless_dp.distributed import placement
+from clipless_dp.errors import PrivacyError
+from clipless_dp.model.turns import IN_STEP
 from clipless_dp.sampling import fingerprints
 
 
@@ -77,6 +79,15 @@ class Noted:
             before = self._buffers.get(part.untyped_storage().data_ptr())
             return known.version == gradient._version and before in (None, part._version - 1)
         return known.version == gradient._version - 1
+
+    def require(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Refuses gradients that are not those that were noted last, or have changed since.
+
+        Raises:
+            PrivacyError: one is.
+        """
+        if not all(parameter.grad is None or self.knows(parameter) for parameter in parameters):
+            raise PrivacyError(f"gradients were changed while a step was under way: {IN_STEP}")
 
     def forget(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is gone."""

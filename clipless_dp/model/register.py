@@ -96,6 +96,7 @@ class Register:
         """Notes where the parameters of the network are held."""
         self._aliases = Aliases(net)
         self.parameters, self.counts = self._aliases.parameters, self._aliases.counts
+        self.turns.follow(self.parameters)
 
     @_disable_dynamo
     def open(self, inputs: Tensor) -> Pass:
@@ -108,7 +109,7 @@ class Register:
         model = self._model()
         assert model is not None
         with self.lock:
-            if not self.passes:
+            if not self.owed():
                 self.turns.begin()
             rests_on = model.bounds_of_pass()
         begun = opened(inputs, *rests_on, self.names())
@@ -326,7 +327,7 @@ class Register:
 
     def reconcile(self) -> None:
         """Follows what was done to the gradients elsewhere: those that are gone are forgotten, changed ones taint."""
-        with self.turns.gradients:
+        with self.turns.holding():
             self._reconcile()
 
     def _reconcile(self) -> None:
@@ -379,7 +380,7 @@ class Register:
 
     def drop(self) -> None:
         """Drops the gradients, so that no later step releases them. What was computed stays owed."""
-        with self.turns.gradients:
+        with self.turns.holding():
             for parameter in self.parameters:
                 parameter.grad = None
             self.noted.clear()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from weakref import WeakSet
 
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
 from clipless_dp.errors import PrivacyError
 
-_IN_STEP = (
+IN_STEP = (
     "it would be released without noise, or without being counted. Nothing of it was added. Take passes and steps in "
     "turn, with a lock of your own around both where several threads train one model"
 )
@@ -27,23 +31,42 @@ class BeforePass(Protocol):
         """Private gradients are about to be computed: what they might decide is noted as it is."""
 
 
+class _Shared:
+    """The lock of some parameters, whichever models they are in: a network may be wrapped more than once."""
+
+    def __init__(self) -> None:
+        self.number = next(_numbers)
+        self.lock = threading.RLock()
+
+
+_numbers = itertools.count()
+_locks: MutableMapping[Tensor, _Shared] = WeakIdKeyDictionary()
+_stepped: set[int] = set()
+"""Parameters of which a step is under way, by their identities."""
+
+
 class Turns:
-    """Of one model.
+    """Of one model, and of others that share parameters with it.
 
     Args:
         running: held while the network runs on aliases of its parameters.
 
     Attributes:
-        gradients: held where gradients are filled or looked at; by a step, from its look at them to the end of its
-            update. Behind ``running``, where somebody holds both.
-        steppers: told before the first pass since gradients were empty.
+        steppers: told before the first pass of a step.
     """
 
     def __init__(self, running: threading.RLock) -> None:
         self._running = running
-        self.gradients = threading.RLock()
+        self._parameters: Sequence[Tensor] = ()
+        self._held: list[_Shared] = []
         self.steppers: WeakSet[BeforePass] = WeakSet()
-        self._stepping = False
+
+    def follow(self, parameters: Sequence[Tensor]) -> None:
+        """These are the model's."""
+        own = _Shared()
+        found = {one.number: one for one in (_locks.setdefault(parameter, own) for parameter in parameters)}
+        # In one order everywhere, so that nobody waits for somebody who waits.
+        self._parameters, self._held = parameters, [one for _, one in sorted(found.items())]
 
     def begin(self) -> None:
         """The first pass of a step begins."""
@@ -51,33 +74,42 @@ class Turns:
             one.before_pass()
 
     @contextmanager
+    def holding(self, patience: float = -1.0) -> Iterator[None]:
+        """Gradients are filled, or looked at, within: by a step, from its look at them to the end of its update.
+
+        Raises:
+            PrivacyError: another thread holds them for longer than ``patience``, in seconds.
+        """
+        with ExitStack() as stack:
+            for one in self._held:
+                if not one.lock.acquire(timeout=patience):
+                    raise PrivacyError(f"a step of another thread took longer than {patience:g} s: {IN_STEP}")
+                stack.callback(one.lock.release)
+            yield
+
+    @contextmanager
     def stepping(self) -> Iterator[None]:
         """A step is under way within: what passes of other threads have computed waits for its end."""
-        with self._running, self.gradients:
-            before, self._stepping = self._stepping, True
+        with self._running, self.holding():
+            own = {*map(id, self._parameters)} - _stepped
+            _stepped.update(own)
             try:
                 yield
             finally:
-                self._stepping = before
+                _stepped.difference_update(own)
 
     @contextmanager
     def passing(self) -> Iterator[None]:
         """Gradients of a pass are filled within.
 
         Raises:
-            PrivacyError: a step is under way.
+            PrivacyError: a step of the same parameters is under way.
         """
         # A thread of the engine may deliver what a hook of this very step waits for.
-        if not self.gradients.acquire(timeout=_PATIENCE):
-            raise PrivacyError(f"a step of another thread took longer than {_PATIENCE:g} s: {_IN_STEP}")
-        try:
-            if self._stepping:
-                raise PrivacyError(
-                    f"a pass was back-propagated while a step was under way, in a hook of it: {_IN_STEP}"
-                )
+        with self.holding(_PATIENCE):
+            if _stepped and not _stepped.isdisjoint(map(id, self._parameters)):
+                raise PrivacyError(f"a pass was back-propagated while a step was under way, in its hook: {IN_STEP}")
             yield
-        finally:
-            self.gradients.release()
 
 
 class _Taking(Protocol):

@@ -25,7 +25,7 @@ _FREQUENCIES = 64
 def conv3d_norm(
     weight: Tensor,
     *,
-    input_size: Sequence[int],
+    input_size: IntOrTuple,
     stride: IntOrTuple = 1,
     padding: PaddingLike = 0,
     dilation: IntOrTuple = 1,
@@ -37,7 +37,7 @@ def conv3d_norm(
 
     Args:
         weight: Shape (out, in/groups, kd, kh, kw).
-        input_size: Depth, height and width of the layer's input.
+        input_size: Depth, height and width of the layer's input, or one integer for all.
         stride: Step of the windows, one integer or one per axis.
         padding: An integer, one per axis, `"same"`, `"valid"`, or one (low, high) pair per axis.
         dilation: Spacing of the kernel's taps.
@@ -80,7 +80,7 @@ def conv3d_norm(
     taps = tuple(weight.shape[2:])
     if weight.numel() == 0:
         return 0.0
-    sizes = as_tuple(tuple(input_size), 3, "input_size", minimum=1)
+    sizes = as_tuple(input_size, 3, "input_size", minimum=1)
     strides = as_tuple(stride, 3, "stride", minimum=1)
     dilations = as_tuple(dilation, 3, "dilation", minimum=1)
     sides = as_padding(padding, taps, strides, dilations)

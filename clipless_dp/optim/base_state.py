@@ -146,8 +146,14 @@ def note(optimizer: Optimizer) -> None:
 def settle_resets(optimizer: Optimizer) -> None:
     """What was cleared since the last step was so before private gradients are computed that might have decided it."""
     noted = _noted.get(optimizer)
-    if noted is not None and noted.own.lack(own := [*own_of(optimizer)]) and noted.own.first_other(own) is None:
-        _noted[optimizer] = noted._replace(own=_Marks(own))
+    if noted is None:
+        return
+    own, rest = _looked_at(optimizer)
+    if noted.own.lack(own) and noted.own.first_other(own) is None:
+        noted = noted._replace(own=_Marks(own))
+    if rest is not None and noted.rest.lack(rest) and noted.rest.first_other(rest) is None:
+        noted = noted._replace(rest=_Marks(rest))
+    _noted[optimizer] = noted
 
 
 def refuse_resets(optimizer: Optimizer) -> None:
@@ -157,13 +163,22 @@ def refuse_resets(optimizer: Optimizer) -> None:
         PrivacyError: something was.
     """
     noted = _noted.get(optimizer)
-    place = None if noted is None else noted.own.lack([*own_of(optimizer)])
+    if noted is None:
+        return
+    own, rest = _looked_at(optimizer)
+    place = noted.own.lack(own) or (None if rest is None else noted.rest.lack(rest))
     if place is not None:
         raise PrivacyError(
-            f"{place[2]!r} in the state of the base optimizer, a {type(optimizer).__name__}, was cleared between a "
+            f"{place[2]!r} in {place[0]} of the base optimizer, a {type(optimizer).__name__}, was cleared between a "
             "pass and its step: a restart that private gradients decide releases them without noise. Clear it before "
             "the pass, where public numbers decide. Nothing was released"
         )
+
+
+def _looked_at(optimizer: Optimizer) -> tuple[list[Found], list[Found] | None]:
+    """What is in its own state, and beside it where its steps read that; gradients are no part of either."""
+    rest = None if is_plain(optimizer) else [*rest_of(optimizer)]
+    return [*own_of(optimizer, whole=rest is not None)], rest
 
 
 @contextmanager

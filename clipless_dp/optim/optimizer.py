@@ -32,7 +32,7 @@ from clipless_dp.optim.around import Around, Setting
 from clipless_dp.optim.books import Books, Rates, SavedBooks
 from clipless_dp.optim.budget import Budget
 from clipless_dp.optim.charging import Sampling, Terms, charge, leave_out, refuse_to_step_after
-from clipless_dp.optim.parameters import Protected, to_release
+from clipless_dp.optim.parameters import Protected, Taken, to_release
 from clipless_dp.optim.plan import NoisePlan
 from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
@@ -324,6 +324,7 @@ class CliplessDPOptimizer(Around):
                 raise
             try:
                 with self._base_may_step(self.model, self.model.register.parameters, self._protected.including):
+                    self.model.register.noted.require(self.model.register.parameters)
                     self.base_optimizer.step()
                 self.model.project_()
             finally:
@@ -440,7 +441,7 @@ class CliplessDPOptimizer(Around):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
-        with self.model.register.turns.gradients:
+        with self.model.register.turns.holding():
             self.base_optimizer.zero_grad(set_to_none=set_to_none)
             self._adaptation.drop()
             self.model.register.reconcile()
@@ -584,10 +585,13 @@ class CliplessDPOptimizer(Around):
         draws.forget_left_out(terms.names)
         if passed:
             register.taker = ref(self)
+        if passed:
+            register.noted.require(register.parameters)
         gradients, scales = to_release(named, deviations, passed=bool(passed))
         # Further coordinates of the same release.
         counts = self._adaptation.sums(passed=bool(passed)) if of_counts else []
         gradients, scales = [*gradients, *counts], [*scales, *[of_counts] * len(counts)]
+        taken = Taken(register.parameters)
         self.placement.release_(
             gradients,
             scales,
@@ -597,6 +601,7 @@ class CliplessDPOptimizer(Around):
             ledger=lambda: self.accountant.ledger.entries,
             weights=lambda: [stamp(parameter)[2:] for parameter in self.model.net.parameters()],
         )
+        taken.put_back()
         if of_counts:
             self._adaptation.adapt_(sensitivity.counted)
         else:

@@ -45,6 +45,33 @@ class Protected:
         return self.named
 
 
+class Taken:
+    """Gradients that are put aside while they are charged or noised: what comes to ``.grad`` meanwhile shows.
+
+    Args:
+        parameters: whose gradients they are.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]) -> None:
+        self._held = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter, _ in self._held:
+            parameter.grad = None
+
+    def put_back(self) -> None:
+        """They are there again.
+
+        Raises:
+            PrivacyError: others are.
+        """
+        for parameter, gradient in self._held:
+            if parameter.grad is not None:
+                raise PrivacyError(
+                    "gradients came in while a step was under way, from another thread's loss of model.net or an "
+                    "exported copy, say: they have no bound. Call model(...), and take passes and steps in turn"
+                )
+            parameter.grad = gradient
+
+
 def to_release(
     named: Mapping[str, nn.Parameter], deviations: Mapping[int, float], *, passed: bool
 ) -> tuple[list[Tensor], list[float]]:

@@ -164,9 +164,11 @@ def check_layouts(case: Case) -> None:
             _run(model, model, inputs[:1].expand_as(inputs), targets[:1].expand_as(targets)),
         ),
     }
-    # Of kernels over volumes torch knows this order by another name, and by no other.
-    over_volumes = any(parameter.dim() == 5 for parameter in model.parameters())
-    model.to(memory_format=torch.channels_last_3d if over_volumes else torch.channels_last)  # type: ignore[call-overload]
+    # Of maps and of volumes torch knows it by two names, neither of which goes for both.
+    axes = {parameter.dim() for parameter in model.parameters()} & {4, 5}
+    if axes != {4, 5}:
+        order = torch.channels_last_3d if axes == {5} else torch.channels_last
+        model.to(memory_format=order)  # type: ignore[call-overload]
     found["channels-last"] = expected, _run(model, model, _channels_last(inputs), _channels_last(targets))
     # Noise is drawn in the order of memory.
     if not _draws_noise(model, inputs):

@@ -85,6 +85,7 @@ def test_frequencies_that_are_left_out_are_paid_for(monkeypatch: pytest.MonkeyPa
         ({"input_size": (2, 2, 2)}, "no window fits"),
         ({"weight": torch.full((3, 2, 3, 3, 3), torch.nan)}, "NaN"),
         ({"weight": torch.ones(3, 2, 3, 3)}, "5 dimensions"),
+        ({"input_size": (4, 4)}, "input_size"),
     ],
 )
 def test_other_kernels_and_paddings_are_refused(given: dict[str, Any], words: str) -> None:

@@ -406,6 +406,47 @@ def test_ours_and_adafactor_refuse_other_states_before_the_ledger_is_known(name:
     assert not fresh.accountant.ledger
 
 
+@pytest.mark.parametrize("where", ["an attribute", "an inner optimizer"])
+def test_what_is_cleared_beside_the_state_behind_a_pass_is_refused(where: str) -> None:
+    class Beside(torch.optim.SGD):
+        def __init__(self, parameters: Any) -> None:
+            super().__init__(parameters, lr=0.1)
+            self.slow = [torch.ones(3)]
+            self.inner = torch.optim.Adam([parameter for group in self.param_groups for parameter in group["params"]])
+
+        def step(self, closure: Any = None) -> None:
+            self.inner.step()
+            self.slow = [one + 1.0 for one in self.slow]
+
+    model = gated_model()
+    base = Beside(model.net.parameters())
+    optimizer = private(model, base)
+    step(optimizer)
+
+    def clear() -> None:
+        if where == "an attribute":
+            base.slow[0].zero_()
+        else:
+            base.inner.state.clear()
+
+    with pytest.raises(PrivacyError, match="between a pass and its step"):
+        step(optimizer, clear)
+
+
+def test_what_is_cleared_between_micro_batches_is_refused() -> None:
+    _, base, optimizer = begun()
+    for batch in PoissonBatches(DATA, sample_rate=0.2, steps=1):
+        first, *others = batch.split(7)
+        optimizer.zero_grad()
+        optimizer.accumulate(first)
+        for state in base.state.values():
+            state["momentum_buffer"].zero_()
+        for other in others:
+            optimizer.accumulate(other)
+        with pytest.raises(PrivacyError, match="between a pass and its step"):
+            optimizer.step()
+
+
 def test_a_state_of_another_width_is_refused_before_anything_is_loaded() -> None:
     first = gated_model()
     narrow = gated(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))

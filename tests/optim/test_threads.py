@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from clipless_dp import CliplessDPOptimizer, DPLipModel, PrivacyError, ReproducibleNoise
+from clipless_dp import CliplessDPOptimizer, DPLipModel, PrivacyError, ReproducibleNoise, losses
 from tests.support import gated_model, samples
 
 INPUTS, TARGETS = samples(40)
@@ -41,12 +41,18 @@ def weights(model: DPLipModel) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.net.parameters()])
 
 
-def test_a_pass_of_another_thread_waits_until_the_step_is_over() -> None:
+@pytest.mark.parametrize("wrapper", ["the same", "another of the same network"])
+def test_a_pass_of_another_thread_waits_until_the_step_is_over(wrapper: str) -> None:
     found = []
     for other in (False, True):
         model, optimizer, noise = begun()
         rows, came = 2.0 * INPUTS.flip(0), threading.Event()
-        value = model.loss(model(rows), TARGETS)
+        passing = model
+        if wrapper != "the same":
+            passing = DPLipModel(
+                model.net, input_shape=model.input_shape, input_norm=model.input_norm, loss=losses.TauCrossEntropy(2.0)
+            )
+        value = passing.loss(passing(rows), TARGETS)
 
         def come_back(value: torch.Tensor = value, came: threading.Event = came) -> None:
             value.backward()
