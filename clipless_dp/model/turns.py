@@ -6,7 +6,7 @@ import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -37,6 +37,24 @@ class _Shared:
     def __init__(self) -> None:
         self.number = next(_numbers)
         self.lock = threading.RLock()
+
+
+class _Holding(AbstractContextManager[None]):
+    """With some locks, taken in their order; several times in each step."""
+
+    def __init__(self, locks: Sequence[_Shared], patience: float) -> None:
+        self._locks, self._patience, self._taken = locks, patience, 0
+
+    def __enter__(self) -> None:
+        for one in self._locks:
+            if not one.lock.acquire(timeout=self._patience):
+                self.__exit__()
+                raise PrivacyError(f"a step of another thread took longer than {self._patience:g} s: {IN_STEP}")
+            self._taken += 1
+
+    def __exit__(self, *_: object) -> None:
+        for one in self._locks[: self._taken]:
+            one.lock.release()
 
 
 _numbers = itertools.count()
@@ -73,19 +91,13 @@ class Turns:
         for one in self.steppers:
             one.before_pass()
 
-    @contextmanager
-    def holding(self, patience: float = -1.0) -> Iterator[None]:
+    def holding(self, patience: float = -1.0) -> AbstractContextManager[None]:
         """Gradients are filled, or looked at, within: by a step, from its look at them to the end of its update.
 
         Raises:
-            PrivacyError: another thread holds them for longer than ``patience``, in seconds.
+            PrivacyError: on entering: another thread holds them for longer than ``patience``, in seconds.
         """
-        with ExitStack() as stack:
-            for one in self._held:
-                if not one.lock.acquire(timeout=patience):
-                    raise PrivacyError(f"a step of another thread took longer than {patience:g} s: {IN_STEP}")
-                stack.callback(one.lock.release)
-            yield
+        return _Holding(self._held, patience)
 
     @contextmanager
     def stepping(self) -> Iterator[None]:
