@@ -7,6 +7,7 @@ computed may move the weights that another one passes by.
 from __future__ import annotations
 
 import itertools
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -26,11 +27,13 @@ class Owed:
 
     Attributes:
         key: by which draws that were left out know these parameters.
+        lock: held where their gradients are filled or looked at, see :class:`clipless_dp.model.turns.Turns`.
         passes: whose gradients were computed, and neither released nor skipped.
     """
 
     def __init__(self) -> None:
         self.key = next(_keys)
+        self.lock = threading.RLock()
         self.passes: list[Pass] = []
 
     def note(self, computed: Pass) -> None:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import threading
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from weakref import WeakSet
 
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.model.owed import Owed, for_all
 
 IN_STEP = (
     "it would be released without noise, or without being counted. Nothing of it was added. Take passes and steps in "
@@ -31,18 +30,10 @@ class BeforePass(Protocol):
         """Private gradients are about to be computed: what they might decide is noted as it is."""
 
 
-class _Shared:
-    """The lock of some parameters, whichever models they are in: a network may be wrapped more than once."""
-
-    def __init__(self) -> None:
-        self.number = next(_numbers)
-        self.lock = threading.RLock()
-
-
 class _Holding(AbstractContextManager[None]):
     """With some locks, taken in their order; several times in each step."""
 
-    def __init__(self, locks: Sequence[_Shared], patience: float) -> None:
+    def __init__(self, locks: Sequence[Owed], patience: float) -> None:
         self._locks, self._patience, self._taken = locks, patience, 0
 
     def __enter__(self) -> None:
@@ -57,8 +48,6 @@ class _Holding(AbstractContextManager[None]):
             one.lock.release()
 
 
-_numbers = itertools.count()
-_locks: MutableMapping[Tensor, _Shared] = WeakIdKeyDictionary()
 _stepped: set[int] = set()
 """Parameters of which a step is under way, by their identities."""
 
@@ -76,15 +65,13 @@ class Turns:
     def __init__(self, running: threading.RLock) -> None:
         self._running = running
         self._parameters: Sequence[Tensor] = ()
-        self._held: list[_Shared] = []
+        self._held: list[Owed] = []
         self.steppers: WeakSet[BeforePass] = WeakSet()
 
     def follow(self, parameters: Sequence[Tensor]) -> None:
         """These are the model's."""
-        own = _Shared()
-        found = {one.number: one for one in (_locks.setdefault(parameter, own) for parameter in parameters)}
         # In one order everywhere, so that nobody waits for somebody who waits.
-        self._parameters, self._held = parameters, [one for _, one in sorted(found.items())]
+        self._parameters, self._held = parameters, sorted(for_all(parameters, self._held), key=lambda one: one.key)
 
     def begin(self) -> None:
         """The first pass of a step begins."""
