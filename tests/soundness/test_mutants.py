@@ -152,7 +152,7 @@ MUTANTS = (
         Mutant(
             "input gate removed",
             Network,
-            "values",
+            "_values",
             "input_gate(inputs, self._cap)",
             "(inputs, torch.ones(len(inputs), dtype=torch.bool))",
         ),
