@@ -89,9 +89,14 @@ class _Marks:
         """Whether all of these values are as they were left; some may be gone."""
         return self._numbers_hold() and all(self._fit(place, value) for place, _, value in values)
 
-    def lack(self, values: Sequence[Found]) -> Place | None:
-        """Where something was left that is not among these any more, or not as it was, if there is such a place."""
-        there = {place for place, *_ in values}
+    def lack(self, values: Sequence[Found], besides: Iterable[Found] = ()) -> Place | None:
+        """Where something was left that is not among these any more, or not as it was, if there is such a place.
+
+        Args:
+            values: what is there.
+            besides: what is there too, and may be another by now.
+        """
+        there = {place for place, *_ in (*values, *besides)}
         gone = next((place for place in self._held if place not in there), None)
         if gone is not None or self.hold(values):
             return gone
@@ -148,10 +153,13 @@ def settle_resets(optimizer: Optimizer) -> None:
     noted = _noted.get(optimizer)
     if noted is None:
         return
-    own, rest = _looked_at(optimizer)
+    whole = not is_plain(optimizer)
+    own = [*own_of(optimizer, whole=whole)]
     if noted.own.lack(own) and noted.own.first_other(own) is None:
         noted = noted._replace(own=_Marks(own))
-    if rest is not None and noted.rest.lack(rest) and noted.rest.first_other(rest) is None:
+    # A gradient of the last step that something keeps has its noise, and may be in its parameter still.
+    rest = [*rest_of(optimizer, gradients=True)] if whole else []
+    if whole and noted.rest.lack(rest) and noted.rest.first_other(rest) is None:
         noted = noted._replace(rest=_Marks(rest))
     _noted[optimizer] = noted
 
@@ -165,20 +173,17 @@ def refuse_resets(optimizer: Optimizer) -> None:
     noted = _noted.get(optimizer)
     if noted is None:
         return
-    own, rest = _looked_at(optimizer)
-    place = noted.own.lack(own) or (None if rest is None else noted.rest.lack(rest))
+    whole = not is_plain(optimizer)
+    place = noted.own.lack([*own_of(optimizer, whole=whole)])
+    if place is None and whole:
+        # Gradients that are there are noised before they are read.
+        place = noted.rest.lack([*rest_of(optimizer)], besides=rest_of(optimizer, gradients=True))
     if place is not None:
         raise PrivacyError(
             f"{place[2]!r} in {place[0]} of the base optimizer, a {type(optimizer).__name__}, was cleared between a "
             "pass and its step: a restart that private gradients decide releases them without noise. Clear it before "
             "the pass, where public numbers decide. Nothing was released"
         )
-
-
-def _looked_at(optimizer: Optimizer) -> tuple[list[Found], list[Found] | None]:
-    """What is in its own state, and beside it where its steps read that; gradients are no part of either."""
-    rest = None if is_plain(optimizer) else [*rest_of(optimizer)]
-    return [*own_of(optimizer, whole=rest is not None)], rest
 
 
 @contextmanager

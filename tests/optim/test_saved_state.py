@@ -334,6 +334,21 @@ class Previous(torch.optim.SGD):
 
 
 @pytest.mark.parametrize("where", ["group", "attribute", "attribute of a parameter"])
+@pytest.mark.parametrize("to_none", [True, False])
+def test_they_may_be_kept_where_gradients_are_cleared_between_forward_and_backward(where: str, to_none: bool) -> None:
+    model = gated_model()
+    base = Previous(model.net.parameters(), lr=0.1)
+    base.where = where
+    optimizer = private(model, base)
+    for batch in PoissonBatches(DATA, sample_rate=0.2, steps=4):
+        value = model.loss(model(batch.inputs), batch.targets, batch.mask)
+        optimizer.zero_grad(set_to_none=to_none)
+        value.backward()
+        optimizer.step()
+    assert optimizer.steps_taken == 4
+
+
+@pytest.mark.parametrize("where", ["group", "attribute", "attribute of a parameter"])
 def test_gradients_of_the_last_step_may_be_kept_and_those_of_a_pass_are_not_saved(where: str) -> None:
     model = gated_model()
     base = Previous(model.net.parameters(), lr=0.1)
