@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from clipless_dp.norms.geometry import Axis
+
 TRANSPOSED = (
     "a transposed convolution, by itself or of a convex potential, that makes maps of one channel of maps one column "
     "wide, with a stride of two or more along rows: on its way back torch may read beyond a map, in other samples' "
     "memory. Use stride 1 along rows, or turn the maps around it (x.transpose(2, 3))"
 )
-
 
 NOT_COMPILED = (
     "the network has a convolution of maps of one channel with a stride of two or more along rows and outputs one "
@@ -46,16 +47,12 @@ class FreshLayouts(TorchDispatchMode):
             if transposed and steps and weight.shape[1] == 1 and values.shape[-1] == 1:
                 self.transposed = True
             elif not transposed and steps and weight.shape[1] == 1:
-                self.met = self.met or _columns(values, weight, stride, rest) == 1
+                padding, dilation = rest[0][-1], rest[1][-1]
+                row = Axis(values.shape[-1], weight.shape[-1], stride[-1], dilation, padding, padding)
+                self.met = self.met or row.outputs() == 1
                 if groups == 1:
                     args = _fresh(values), _fresh(weight), bias, stride, *rest
         return func(*args, **(kwargs or {}))
-
-
-def _columns(values: Tensor, weight: Tensor, stride: Any, rest: Any) -> int:
-    """How wide outputs are."""
-    padding, dilation = rest[0][-1], rest[1][-1]
-    return int((values.shape[-1] + 2 * padding - dilation * (weight.shape[-1] - 1) - 1) // stride[-1] + 1)
 
 
 def _fresh(values: Tensor) -> Tensor:

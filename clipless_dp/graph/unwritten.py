@@ -29,21 +29,12 @@ def _held(net: nn.Module) -> list[tuple[str, dict[str, Any], str, bool]]:
     ]
 
 
-def _parameters(net: nn.Module) -> list[tuple[str, dict[str, Any], str, bool]]:
-    """Where parameters are, as :func:`_held` tells it of buffers."""
+def _parameters(net: nn.Module, *, own: bool = False) -> list[tuple[str, dict[str, Any], str, bool]]:
+    """Where parameters are, as :func:`_held` tells it of buffers; or of a user's own layers alone."""
     return [
         (f"{path}.{name}".lstrip("."), part._parameters, name, True)
         for path, part in net.named_modules()
-        for name in part._parameters
-    ]
-
-
-def _own_parameters(net: nn.Module) -> list[tuple[str, dict[str, Any], str, bool]]:
-    """Where those of layers of a user's own are, whose code may write to them."""
-    return [
-        (f"{path}.{name}".lstrip("."), part._parameters, name, True)
-        for path, part in net.named_modules()
-        if kind_of(part).__module__.partition(".")[0] not in ("torch", "clipless_dp")
+        if not own or kind_of(part).__module__.partition(".")[0] not in ("torch", "clipless_dp")
         for name in part._parameters
     ]
 
@@ -96,7 +87,7 @@ def buffers_unwritten(net: nn.Module) -> Iterator[None]:
     Raises:
         PrivacyError: one was written, and is as it was before.
     """
-    there = [*_held(net), *_own_parameters(net)]
+    there = [*_held(net), *_parameters(net, own=True)]
     known = {(id(where), name) for _, where, name, _ in (*there, *_parameters(net))}
     before = [(place, _Kept(place[1][place[2]])) for place in there]
     written, taken_back = [], []

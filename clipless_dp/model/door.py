@@ -15,6 +15,9 @@ from clipless_dp.gates import counts_of
 Deliver = Callable[[Sequence[Tensor | None], Sequence[Any]], list[Tensor | None]]
 """Takes gradients, and the nodes through which autograd would add them; returns those that somebody else asked for."""
 
+Turn = Callable[[], AbstractContextManager[None]]
+"""Within what it returns gradients may be delivered: a step gets none but those that it has looked at."""
+
 
 class Aliases:
     """Where the parameters of a network are held, and what is there in their place for the time of a pass.
@@ -45,8 +48,8 @@ class Aliases:
             self.parameters.append(held[name])
             self.counts.append(held[name])
 
-    def running(self, deliver: Deliver) -> AbstractContextManager[None]:
-        """The network reads aliases within, whose gradients are delivered.
+    def running(self, deliver: Deliver, turn: Turn) -> AbstractContextManager[None]:
+        """The network reads aliases within, whose gradients are delivered in turn.
 
         Raises:
             PrivacyError: a parameter is not where it was.
@@ -54,7 +57,7 @@ class Aliases:
         parameters = self.parameters
         if any(held.get(name) is not parameters[index] for held, name, index in self._places):
             raise PrivacyError("a parameter of model.net was removed or replaced after wrapping: wrap the network anew")
-        return self._holding(_Door.apply(deliver, *parameters) if parameters else ())  # type: ignore[no-untyped-call]
+        return self._holding(_Door.apply(deliver, turn, *parameters) if parameters else ())  # type: ignore[no-untyped-call]
 
     def resting(self) -> AbstractContextManager[None]:
         """The network holds its parameters within, in the middle of a pass too."""
@@ -76,8 +79,8 @@ class _Door(torch.autograd.Function):
     """The parameters as the network sees them; what comes back is delivered."""
 
     @staticmethod
-    def forward(ctx: Any, deliver: Deliver, *parameters: Tensor) -> tuple[Tensor, ...]:
-        ctx.deliver = deliver
+    def forward(ctx: Any, deliver: Deliver, turn: Turn, *parameters: Tensor) -> tuple[Tensor, ...]:
+        ctx.deliver, ctx.turn = deliver, turn
         ctx.set_materialize_grads(False)
         made = tuple(parameter if parameter.requires_grad else parameter.detach() for parameter in parameters)
         # Else all that is frozen would be differentiated for nothing.
@@ -87,4 +90,5 @@ class _Door(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         nodes = [node for node, _ in ctx.next_functions]
-        return None, *ctx.deliver(gradients, nodes[-len(gradients) :])
+        with ctx.turn():
+            return None, None, *ctx.deliver(gradients, nodes[-len(gradients) :])

@@ -32,7 +32,7 @@ from clipless_dp.model.noted import Noted
 from clipless_dp.model.owed import Owed, for_all
 from clipless_dp.model.passes import DROPPED, LEFT_OUT, SPENT, Pass, Watched, declaring, joined, opened
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
-from clipless_dp.model.turns import Turns, in_turn
+from clipless_dp.model.turns import Turns
 from clipless_dp.sampling.series import Draw, Rows
 
 _MOST_OPEN = 4096
@@ -121,7 +121,7 @@ class Register:
 
     def running(self, begun: Pass) -> AbstractContextManager[None]:
         """With the lock held, the network reads aliases of its parameters within, whose gradients are delivered."""
-        return self._aliases.running(partial(self.deliver, begun))
+        return self._aliases.running(partial(self.deliver, begun), self.turns.passing)
 
     def resting(self) -> AbstractContextManager[None]:
         """The network holds its parameters within, in the middle of a pass too."""
@@ -171,7 +171,6 @@ class Register:
             raise
 
     @torch.no_grad()
-    @in_turn
     def deliver(self, closing: Pass, gradients: Sequence[Tensor | None], nodes: Sequence[Any]) -> list[Tensor | None]:
         """Adds the gradients of a pass to those of the parameters; returns those that somebody else asked for.
 
@@ -179,9 +178,6 @@ class Register:
             closing: the pass.
             gradients: one for each parameter.
             nodes: through which autograd would add them.
-
-        Raises:
-            PrivacyError: a step is under way, and gets no gradients but those that it has looked at.
         """
         returned: list[Tensor | None] = [None] * len(gradients)
         self.reconcile()

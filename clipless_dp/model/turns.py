@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Protocol
 from weakref import WeakSet
 
 from torch import Tensor
@@ -109,25 +108,3 @@ class Turns:
             if _stepped and not _stepped.isdisjoint(map(id, self._parameters)):
                 raise PrivacyError(f"a pass was back-propagated while a step was under way, in its hook: {IN_STEP}")
             yield
-
-
-class _Taking(Protocol):
-    turns: Turns
-
-
-Holder = TypeVar("Holder", bound=_Taking)
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
-
-
-def in_turn(
-    method: Callable[Concatenate[Holder, Given], Made],
-) -> Callable[Concatenate[Holder, Given], Made]:
-    """A method within which gradients of a pass are filled, see :meth:`Turns.passing`."""
-
-    @functools.wraps(method)
-    def taken(self: Holder, /, *args: Given.args, **kwargs: Given.kwargs) -> Made:
-        with self.turns.passing():
-            return method(self, *args, **kwargs)
-
-    return taken

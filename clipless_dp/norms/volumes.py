@@ -88,8 +88,13 @@ def conv3d_norm(
     axes = [Axis(size, tap, step, spread, *side) for size, tap, step, spread, side in geometry]
     if any(axis.outputs() < 1 for axis in axes):
         raise NormError(f"no window fits: kernel_size={taps} on input_size={sizes}")
-    cut = cut_to_incidence(axes[0], axes[0].outputs())
     exact = exact_float64(weight)
+    if (
+        exact.shape[1] * count * math.prod(sizes) * len(exact) * math.prod(axis.outputs() for axis in axes)
+        <= _WRITTEN_OUT
+    ):
+        return dense_norm(_explicit(exact, sizes, strides, sides, dilations, count), budget=budget)
+    cut = cut_to_incidence(axes[0], axes[0].outputs())
     if cut is None:
         return 0.0
     used = torch.tensor(cut.used, device=exact.device, dtype=exact.dtype)
@@ -99,10 +104,6 @@ def conv3d_norm(
     if not bool(kernel.any()):
         return 0.0
     with certified_arithmetic(kernel):
-        columns, rows = math.prod(sizes) * kernel.shape[1] * count, math.prod(axis.outputs() for axis in axes)
-        if columns * rows * kernel.shape[0] <= _WRITTEN_OUT:
-            matrix = _explicit(exact, sizes, strides, sides, dilations, count)
-            return dense_norm(matrix, budget=budget)
         grouped = kernel.reshape(count, -1, *kernel.shape[1:3], taps[1] * taps[2])
         phases = polyphase(grouped, (cut.stride, 1), (cut.dilation, 1))
         step = cut.dilation // math.gcd(cut.stride, cut.dilation)
@@ -152,13 +153,13 @@ def _symbols(phases: Tensor, places: int) -> Iterator[Tensor]:
     """
     taps = torch.arange(phases.shape[3], dtype=torch.float64, device=phases.device)
     for place in range(places // 2 + 1):
-        # Whole turns are taken out first, so that the angle is exact up to its own rounding.
-        angles = 2.0 * math.pi / places * torch.remainder(taps * place, places)
-        real = torch.einsum("goitk,t->goik", phases, angles.cos())
         if place == 0 or 2 * place == places:
             # A sum, or an alternating one: real, and exact in its factors.
             yield torch.einsum("goitk,t->goik", phases, 1.0 - 2.0 * (taps % 2) if place else torch.ones_like(taps))
             continue
+        # Whole turns are taken out first, so that the angle is exact up to its own rounding.
+        angles = 2.0 * math.pi / places * torch.remainder(taps * place, places)
+        real = torch.einsum("goitk,t->goik", phases, angles.cos())
         imaginary = torch.einsum("goitk,t->goik", phases, angles.sin())
         upper, lower = torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)
         yield torch.cat([upper, lower], 1)

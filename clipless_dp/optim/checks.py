@@ -67,7 +67,7 @@ def refuse_settings(base: Optimizer) -> None:
 def _refuse_unrunnable(optimizer: Optimizer) -> None:
     """Refuses what fails within a step of torch's."""
     for index, group in enumerate(optimizer.param_groups):
-        added = {"differentiable"} - _settings_of(type(optimizer))
+        added = {"differentiable"} - _arguments_of(type(optimizer))
         if missing := sorted(optimizer.defaults.keys() - group.keys() - added):
             raise ConfigurationError(
                 f"parameter group {index} of a {type(optimizer).__name__} has no {missing[0]}: set it. Nothing was "
@@ -93,7 +93,7 @@ def _refuse_unrunnable(optimizer: Optimizer) -> None:
 
 
 @per_class
-def _settings_of(kind: type) -> frozenset[str]:
+def _arguments_of(kind: type) -> frozenset[str]:
     """What a class takes as settings: loading a state, torch adds ``differentiable`` to the defaults of any."""
     return frozenset(inspect.signature(kind).parameters)
 
