@@ -30,7 +30,7 @@ def begun() -> tuple[DPLipModel, CliplessDPOptimizer, Waiting]:
     model, noise = gated_model(), Waiting(0)
     base = torch.optim.SGD(model.net.parameters(), lr=1.0)
     settings: dict[str, Any] = {"sample_rate": 1.0, "dataset_size": 40, "sampling": "none", "accountant": "rdp"}
-    settings["allocation"] = "uniform"
+    settings["allocation"] = "global"
     return model, CliplessDPOptimizer(model, base, noise_multiplier=1.0, noise=noise, **settings), noise
 
 
