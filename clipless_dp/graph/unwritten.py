@@ -39,13 +39,38 @@ def _parameters(net: nn.Module, *, own: bool = False) -> list[tuple[str, dict[st
     ]
 
 
-def _is_dense(value: Tensor) -> bool:
-    plain = value.layout is torch.strided and not value.is_quantized and not value.is_nested
-    return plain and value.device.type != "meta"
+def _parts(value: Tensor) -> list[Tensor]:
+    """The dense tensors that a tensor of any layout has its numbers in; of one without numbers, none."""
+    value = value.detach()
+    if value.is_meta:
+        return []
+    if value.is_nested:
+        return [part for one in value.unbind() for part in _parts(one)]
+    if value.is_quantized:
+        return [value.int_repr()]
+    if value.layout is torch.sparse_coo:
+        return [value._indices(), value._values()]
+    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [value.crow_indices(), value.col_indices(), value.values()]
+    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [value.ccol_indices(), value.row_indices(), value.values()]
+    return [(value if value.layout is torch.strided else value.to_dense()).resolve_conj().resolve_neg()]
 
 
 def _bits(value: Tensor) -> Tensor:
-    return value.detach().contiguous().reshape(-1).view(torch.uint8)
+    return value.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    """Whether tensors are the same bit by bit."""
+    if any(getattr(one, name) != getattr(other, name) for name in ("dtype", "device", "layout")):
+        return False
+    if one.is_nested != other.is_nested or (not one.is_nested and one.shape != other.shape):
+        return False
+    parts = _parts(one), _parts(other)
+    return [part.shape for part in parts[0]] == [part.shape for part in parts[1]] and all(
+        torch.equal(_bits(first), _bits(second)) for first, second in zip(*parts, strict=True)
+    )
 
 
 class _Kept:
@@ -53,25 +78,25 @@ class _Kept:
 
     def __init__(self, value: Tensor | None) -> None:
         self._value = value
-        self._version = -1 if value is None else value._version
         self.copy = None if value is None else value.detach().clone()
 
     def is_there(self, now: Tensor | None) -> bool:
-        """Whether it is as it was, bit by bit; of others than dense ones, whether nothing wrote to it."""
-        if self._value is None or self.copy is None or now is None:
-            return now is self._value
-        if not (_is_dense(self.copy) and _is_dense(now)):
-            return now is self._value and now._version == self._version
-        like = (self.copy.shape, self.copy.dtype, self.copy.device) == (now.shape, now.dtype, now.device)
-        return like and torch.equal(_bits(self.copy), _bits(now))
+        """Whether it is as it was, bit by bit."""
+        if self.copy is None or now is None:
+            return now is self.copy
+        return _are_same(self.copy, now)
 
     def restored(self) -> Tensor | None:
-        """The same tensor with the numbers that it had, or a copy where it is not dense."""
-        if self._value is None or self.copy is None or not _is_dense(self.copy):
+        """The same tensor with the numbers that it had; a copy where they cannot be written there."""
+        if self._value is None or self.copy is None:
+            return None
+        try:
+            with torch.no_grad():
+                self._value.data.copy_(self.copy)
+        except RuntimeError:
+            # Of another size by now, or with several entries in one place, or made in inference mode.
             return self.copy
-        with torch.no_grad():
-            self._value.data.copy_(self.copy)
-        return self._value
+        return self._value if _are_same(self._value, self.copy) else self.copy
 
 
 @contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from copy import deepcopy
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +25,7 @@ from clipless_dp import (
     gradient_gated,
     losses,
 )
+from clipless_dp.graph import unwritten
 from clipless_dp.graph.apart import join_
 from clipless_dp.rules import LayerBounds, RuleContext, register_function_rule, register_rule
 
@@ -531,3 +535,83 @@ def test_what_a_layer_has_seen_in_a_batch_does_not_reach_the_next_one() -> None:
     model.register.drop()
     with pytest.warns(PrivacyWarning, match="as it was again"):
         assert torch.equal(model(inputs), first)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    QUANTISED = torch.quantize_per_tensor(torch.zeros(8), 0.1, 0, torch.qint8)
+    COMPRESSED = torch.zeros(2, 4).to_sparse_csr()
+with torch.inference_mode():
+    INFERRED = torch.zeros(8)
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "dense": lambda: torch.zeros(8),
+    "quantised": QUANTISED.clone,
+    "sparse": lambda: torch.zeros(8).to_sparse(),
+    "compressed": COMPRESSED.clone,
+    "expanded": lambda: torch.zeros(1).expand(8),
+    "conjugated": lambda: torch.zeros(8, dtype=torch.complex64).conj(),
+    "made in inference mode": lambda: INFERRED,
+    "complex": lambda: torch.zeros(8, dtype=torch.complex64),
+    "none": lambda: torch.zeros(0),
+}
+
+
+class OfAnyKind(Own):
+    """With a buffer of some kind, to which it does something."""
+
+    write: Callable[[dict[str, Any], Tensor], None] | None = None
+
+    def __init__(self, kind: str, persistent: bool) -> None:
+        super().__init__()
+        self.register_buffer("kept", KINDS[kind](), persistent=persistent)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if OfAnyKind.write is not None:
+            OfAnyKind.write(self._buffers, values.detach())
+        return super().forward(values)
+
+
+@register_rule(OfAnyKind)
+def _of_any_kind_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: 10.0, lipschitz=10.0)
+
+
+def put(held: dict[str, Any], values: Tensor) -> None:
+    held["kept"] = values[0].clone()
+
+
+def resize(held: dict[str, Any], values: Tensor) -> None:
+    held["kept"].resize_(5).fill_(float(values.sum()))
+
+
+def behind(held: dict[str, Any], values: Tensor) -> None:
+    held["kept"].data.copy_(values[0])
+
+
+WRITES = {
+    "put": (put, [*KINDS]),
+    "resize": (resize, ["dense", "complex"]),
+    "behind": (behind, ["dense", "quantised", "complex", "conjugated"]),
+}
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_buffers_of_every_kind_that_nothing_writes_pass(kind: str, persistent: bool) -> None:
+    model = model_of(gated(net_of(OfAnyKind(kind, persistent))))
+    inputs, targets = data()
+    model.loss(model(inputs), targets).backward()
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+@pytest.mark.parametrize(("how", "kind"), [(how, kind) for how, (_, kinds) in WRITES.items() for kind in kinds])
+@pytest.mark.filterwarnings("ignore:a pass wrote the buffer:clipless_dp.PrivacyWarning")
+def test_buffers_of_every_kind_are_as_they_were_behind_a_pass_that_writes_them(
+    how: str, kind: str, persistent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(gated(net_of(layer := OfAnyKind(kind, persistent))))
+    before = layer.kept.detach().clone()
+    monkeypatch.setattr(OfAnyKind, "write", staticmethod(WRITES[how][0]))
+    with pytest.raises(PrivacyError, match="wrote the buffer") if persistent else nullcontext():
+        model(data()[0])
+    assert unwritten._are_same(before, layer.kept)
