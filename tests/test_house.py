@@ -16,7 +16,10 @@ from typing import NamedTuple
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+import clipless_dp
+
+ROOT = Path(clipless_dp.__file__).parents[1]
+"""Where the packages are, installed or not."""
 
 FLOORS = (
     # Ground.

@@ -113,8 +113,9 @@ def passed_linear(
     shares: Tensor | None,
     owned: bool,
     needed: Needed,
+    weights: Tensor | None = None,
 ) -> Passed:
-    """One linear layer; the gate's Jacobian is left to whoever reads the result next."""
+    """One linear layer, for rows of these weights; the gate's Jacobian is left to whoever reads the result next."""
     gate = stage.gradient_gate
     gated = cotangents if owned else torch.empty_like(cotangents, memory_format=torch.contiguous_format)
     biases: list[Tensor] = []
@@ -128,7 +129,7 @@ def passed_linear(
         biases += [] if bias is None else [bias]
         sizes += [] if gate is None else [sample_norms(into)]
     if gate is not None:
-        return _passed_gated(stage, gate, kept, weight, gated, torch.cat(sizes), needed)
+        return _passed_gated(stage, gate, kept, weight, gated, torch.cat(sizes), needed, weights)
     gradient = _outer(gated, kept.values, kept.rows) if needed[1] else None
     passed = gated @ weight if needed[0] else None
     if passed is not None and kept.lost is not None:
@@ -144,12 +145,13 @@ def _passed_gated(
     cotangents: Tensor,
     norms: Tensor,
     needed: Needed,
+    weights: Tensor | None,
 ) -> Passed:
     """What is left of a layer with gradient gates, from cotangents ``(B, O)`` of these norms, which are overwritten."""
     gradient, bias = None, None
     counted, sizes = zeroed_rows(cotangents, norms)
     if needed[2]:
-        bias = bias_gradient(counted, sizes, *gate.gates()[1])
+        bias = bias_gradient(counted, sizes, *gate.gates()[1], weights)
     if kept.scales is not None:
         cotangents.mul_(per_sample(kept.scales, cotangents))
     passed = cotangents @ weight if needed[0] else None
@@ -160,8 +162,9 @@ def _passed_gated(
         if bool(lengths[rows].isnan().any()):
             values = values.index_fill(0, lengths.isnan().nonzero().flatten(), 0.0)
         arrived = drop_rows_(cotangents, norms, LARGEST_NORM)[rows]
+        own = None if weights is None else weights[rows]
         gradient = vector_weight_gradient(
-            values[rows], arrived, lengths[rows], sizes[rows], *gate.gates()[0], into=arrived
+            values[rows], arrived, lengths[rows], sizes[rows], *gate.gates()[0], own, into=arrived
         )
     return cotangents if passed is None else passed, gradient, bias, _left_over(stage, kept, passed)
 

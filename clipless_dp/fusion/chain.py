@@ -11,6 +11,7 @@ compare with.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from clipless_dp.fusion.backward import passed_convolution, passed_linear
 from clipless_dp.fusion.stages import Entry, Kept, Stage, blocks, channels_last
-from clipless_dp.gates import input_gate
+from clipless_dp.gates import input_gate, weights_of
 from clipless_dp.gates.arithmetic import (
     LARGEST_NORM,
     largest_norm,
@@ -127,6 +128,7 @@ class _ChainFunction(torch.autograd.Function):
         ctx: Any, values: Tensor, entry: Entry | None, stages: tuple[Stage, ...], *parameters: Tensor | None
     ) -> Tensor:
         ctx.stages, ctx.radius, ctx.rows = stages, None if entry is None else entry.radius, []
+        ctx.weights = weights_of(values)
         pools: list[tuple[Tensor | None, torch.Size]] = []
         saved: list[Tensor | None] = [values, *parameters]
         hidden: list[Tensor | None] = []
@@ -163,7 +165,8 @@ class _ChainFunction(torch.autograd.Function):
             signal, (scales, norms, lost) = hidden.pop(), states[3 * index : 3 * index + 3]
             kept = Kept(values if signal is None else signal, scales, norms, lost, ctx.rows[index], *pools.pop())
             needed = index > 0 or ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + 2 * index : 5 + 2 * index]
-            passed = passed_convolution if not isinstance(stages[index].layer, nn.Linear) else passed_linear
+            is_linear = isinstance(stages[index].layer, nn.Linear)
+            passed = partial(passed_linear, weights=ctx.weights) if is_linear else passed_convolution
             weight = channels_last(parameters[2 * index]) if stages[index].interleaved else parameters[2 * index]
             cotangents, gradients[2 * index], gradients[2 * index + 1], shares = passed(
                 stages[index], kept, weight, output, cotangents, shares, owned, needed

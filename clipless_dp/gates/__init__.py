@@ -11,7 +11,9 @@ from clipless_dp.gates.gradient_layers import (
     GradientGatedLinear,
     can_be_gradient_gated,
     gradient_gated_layer,
+    takes_row_weights,
 )
+from clipless_dp.gates.row_weights import weighing, weights_from, weights_of
 from clipless_dp.gates.signal import (
     BallProjection,
     CotangentGate,
@@ -51,5 +53,9 @@ __all__ = [
     "rounding_slack",
     "sample_norms",
     "table_gate",
+    "takes_row_weights",
     "token_gate",
+    "weighing",
+    "weights_from",
+    "weights_of",
 ]

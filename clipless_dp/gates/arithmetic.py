@@ -106,14 +106,15 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scale_factors(norms: Tensor, *, cap: float, floor: float) -> Tensor:
-    """What a gate multiplies each sample by, of norms ``(B,)``: ``cap/max(norm, floor)``.
+def scale_factors(norms: Tensor, *, cap: float, floor: float, weights: Tensor | None = None) -> Tensor:
+    """What a gate multiplies each sample by, of norms ``(B,)``: ``cap/max(norm, floor)``, times weights ``(B,)``.
 
     In one division, so that it is 1 exactly where norm and floor are the cap. Zero where there is no norm, or one above
     :func:`largest_norm`, whose factor would lose digits.
     """
     factors = torch.full_like(norms, cap) / norms.clamp(min=floor)
-    return torch.where(norms <= largest_norm(cap, norms.dtype), factors, 0.0)
+    factors = torch.where(norms <= largest_norm(cap, norms.dtype), factors, 0.0)
+    return factors if weights is None else factors * weights
 
 
 def largest_norm(cap: float, dtype: torch.dtype) -> float:

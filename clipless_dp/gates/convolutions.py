@@ -43,9 +43,10 @@ def convolution_weight_gradient(
     limit: float,
     least: float,
     chunk: int,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The gated sum for a convolution: ``(B, C, *size)`` and ``(B, O, *positions)`` to ``(O, C/groups, *kernel)``."""
-    return Kernel(values, cotangents, kernel, stride, padding, dilation, groups, chunk).gated(limit, least)[0]
+    return Kernel(values, cotangents, kernel, stride, padding, dilation, groups, chunk).gated(limit, least, weights)[0]
 
 
 class Kernel:
@@ -130,19 +131,21 @@ class Kernel:
         )[1]  # fmt: skip
         return found
 
-    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
-        """The gated sum, ``(O, C/groups, *kernel)``, and what each sample's gradient counts as, ``(B,)``."""
+    def gated(self, limit: float, least: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gated sum, ``(O, C/groups, *kernel)``, and what each sample's gradient counts as; all else ``(B,)``."""
         kernel, *_ = self._geometry
         groups, outputs, inputs = self._shape
         if self._way != "windows":
-            whole, counted = self._values.new_zeros(groups * outputs * inputs), []
+            whole, counted, done = self._values.new_zeros(groups * outputs * inputs), [], 0
             for gradients, norms in self._whole():
                 counted.append(norms)
-                whole.addmv_(gradients.flatten(1).mT, scale_factors(norms, cap=limit, floor=least))
+                own = None if weights is None else weights[done : done + len(norms)]
+                whole.addmv_(gradients.flatten(1).mT, scale_factors(norms, cap=limit, floor=least, weights=own))
+                done += len(norms)
             if self._way == "rows":
                 whole = whole.reshape(kernel[0], outputs, kernel[1], -1).permute(1, 3, 0, 2).contiguous()
             return whole.reshape(groups * outputs, -1, *kernel), torch.cat(counted)
-        total, found = gated_sum(self._chunks(), self._shape, limit, least)
+        total, found = gated_sum(self._chunks(), self._shape, limit, least, weights)
         gradient = total.reshape(groups * outputs, *kernel, -1).movedim(-1, 1).contiguous()
         return gradient, torch.cat(found)
 

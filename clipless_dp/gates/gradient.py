@@ -45,6 +45,7 @@ def vector_weight_gradient(
     sizes: Tensor,
     limit: float,
     least: float,
+    weights: Tensor | None = None,
     *,
     into: Tensor | None = None,
 ) -> Tensor:
@@ -57,21 +58,26 @@ def vector_weight_gradient(
         sizes: ``‖g‖``, of shape ``(B,)``; NaN drops a sample.
         limit: the cap.
         least: the norm below which samples are not scaled further up.
+        weights: of the rows, see :mod:`clipless_dp.gates.row_weights`.
         into: where the gated cotangents go; may be ``cotangents``.
 
     Returns:
         ``(O, K)``.
     """
-    factors = scale_factors((lengths + UNDERFLOW) * (sizes + UNDERFLOW), cap=limit, floor=least)
+    norms = (lengths + UNDERFLOW) * (sizes + UNDERFLOW)
+    factors = scale_factors(norms, cap=limit, floor=least, weights=weights)
     return torch.mul(cotangents, factors.unsqueeze(1), out=into).t() @ values
 
 
-def bias_gradient(cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:
+def bias_gradient(
+    cotangents: Tensor, sizes: Tensor, limit: float, least: float, weights: Tensor | None = None
+) -> Tensor:
     """The gated sum of a bias: ``(B, O, T)`` of norms ``(B,)``, or ``(B, O)``, to ``(O,)``."""
-    if cotangents.dim() == 2:
-        return scale_factors(sizes, cap=limit, floor=least) @ cotangents
-    gradients = cotangents.sum(2)
-    return scale_factors(torch.maximum(sample_norms(gradients), CANCELLED * sizes), cap=limit, floor=least) @ gradients
+    gradients, norms = cotangents, sizes
+    if cotangents.dim() > 2:
+        gradients = cotangents.sum(2)
+        norms = torch.maximum(sample_norms(gradients), CANCELLED * sizes)
+    return scale_factors(norms, cap=limit, floor=least, weights=weights) @ gradients
 
 
 Chunk = tuple[Tensor, Tensor, Tensor]
@@ -111,7 +117,7 @@ def chunk_gradients(
 
 
 def gated_sum(
-    chunks: Iterator[Chunk], shape: tuple[int, int, int], limit: float, least: float
+    chunks: Iterator[Chunk], shape: tuple[int, int, int], limit: float, least: float, weights: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
     """``Σ_b factor_b·G_b``.
 
@@ -120,16 +126,18 @@ def gated_sum(
         shape: ``(groups, O, K)``.
         limit: the cap.
         least: the norm below which samples are not scaled further up.
+        weights: of the rows, ``(B,)``.
 
     Returns:
         ``(groups, O, K)``, and what the samples' gradients count as, ``(b,)`` for each chunk.
     """
     total: Tensor | None = None
     found: list[Tensor] = []
-    formed = False
+    formed, done = False, 0
     for (rows, cotangents, _), gradients, norms in chunk_gradients(chunks, shape):
         found.append(norms)
-        factors = scale_factors(norms, cap=limit, floor=least)
+        own = None if weights is None else weights[done : done + len(norms)]
+        factors, done = scale_factors(norms, cap=limit, floor=least, weights=own), done + len(norms)
         formed = gradients is not None
         if gradients is None:
             part = _scaled_sum(rows, cotangents, factors)
@@ -188,7 +196,13 @@ def chunk_rows(chunk: int, entries: int, device: torch.device) -> int:
 
 
 def token_weight_gradient(
-    values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int, sizes: Tensor | None = None
+    values: Tensor,
+    cotangents: Tensor,
+    limit: float,
+    least: float,
+    chunk: int,
+    sizes: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """The gated sum for several vectors a sample: ``(B, T, K)`` and ``(B, T, O)`` to ``(O, K)``.
 
@@ -199,8 +213,9 @@ def token_weight_gradient(
         least: the norm below which samples are not scaled further up.
         chunk: samples at once; 0: as many as fit a small memory.
         sizes: the norms of the cotangents, ``(B,)``, where they are known.
+        weights: of the rows, ``(B,)``.
     """
-    return Tokens(values, cotangents, chunk, sizes).gated(limit, least)[0]
+    return Tokens(values, cotangents, chunk, sizes).gated(limit, least, weights)[0]
 
 
 class Tokens:
@@ -250,12 +265,12 @@ class Tokens:
             cotangents = cotangents * factors
         return cotangents.reshape(-1, outputs).t() @ values.reshape(-1, inputs)
 
-    def gated(self, limit: float, least: float) -> tuple[Tensor, Tensor]:
-        """The gated sum, ``(O, K)``, and what each sample's gradient counts as, ``(B,)``."""
+    def gated(self, limit: float, least: float, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The gated sum, ``(O, K)``, and what each sample's gradient counts as; all else ``(B,)``."""
         if self._gram:
             norms = self.norms()
-            return self.total(scale_factors(norms, cap=limit, floor=least)), norms
-        total, found = gated_sum(self._chunks(), self._shape, limit, least)
+            return self.total(scale_factors(norms, cap=limit, floor=least, weights=weights)), norms
+        total, found = gated_sum(self._chunks(), self._shape, limit, least, weights)
         return total.squeeze(0), torch.cat(found)
 
 

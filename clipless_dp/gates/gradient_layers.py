@@ -23,6 +23,7 @@ from clipless_dp.gates.gradient import (
     vector_weight_gradient,
 )
 from clipless_dp.gates.parts import Part, Rows, gated_pair, linear_parts
+from clipless_dp.gates.row_weights import weights_of
 from clipless_dp.gates.signal import GateMode
 
 Gate = tuple[float, float]
@@ -41,43 +42,48 @@ class _GatedLinear(torch.autograd.Function):
         bias_gate: Gate,
         chunk: int,
         joint: bool,
+        weights: Tensor | None,
         *counters: Tensor | None,
     ) -> Tensor:
         return functional.linear(values, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, weight, _, ctx.gate, ctx.bias_gate, ctx.chunk, ctx.joint, *_ = inputs
+        values, weight, _, ctx.gate, ctx.bias_gate, ctx.chunk, ctx.joint, ctx.weights, *_ = inputs
         ctx.save_for_backward(values, weight)
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
         (cotangents,) = arriving
         values, weight = ctx.saved_tensors
+        gate: Gate = ctx.gate
+        bias_gate: Gate = ctx.bias_gate
         passed = cotangents @ weight if ctx.needs_input_grad[0] else None
         of_weight, of_bias = None, None
-        counted = ctx.needs_input_grad[7:]
+        counted = ctx.needs_input_grad[8:]
         if ctx.joint or any(counted):
             parts = linear_parts(
                 values if ctx.needs_input_grad[1] else None, cotangents, bias=ctx.needs_input_grad[2], chunk=ctx.chunk
             )
-            sums, counts = gated_pair(parts, (ctx.gate, ctx.bias_gate), joint=ctx.joint, counted=counted)
-            return passed, *sums, None, None, None, None, *counts
+            sums, counts = gated_pair(parts, (gate, bias_gate), joint=ctx.joint, counted=counted)
+            return passed, *sums, *([None] * 5), *counts
         if values.dim() == 2:
             arrived, sizes = zeroed_rows(cotangents)
             if ctx.needs_input_grad[1]:
                 met, lengths = zeroed_rows(values)
-                of_weight = vector_weight_gradient(met, arrived, lengths, sizes, *ctx.gate)
+                of_weight = vector_weight_gradient(met, arrived, lengths, sizes, *gate, weights=ctx.weights)
             if ctx.needs_input_grad[2]:
-                of_bias = bias_gradient(arrived, sizes, *ctx.bias_gate)
+                of_bias = bias_gradient(arrived, sizes, *bias_gate, weights=ctx.weights)
         else:
             tokens, arrived = values.flatten(1, -2), cotangents.flatten(1, -2)
             if ctx.needs_input_grad[1]:
-                gated: Any = token_operator if torch.compiler.is_compiling() else token_weight_gradient
-                of_weight = gated(tokens, arrived, *ctx.gate, ctx.chunk)
+                if torch.compiler.is_compiling():
+                    of_weight = token_operator(tokens, arrived, *gate, ctx.chunk)
+                else:
+                    of_weight = token_weight_gradient(tokens, arrived, *gate, chunk=ctx.chunk, weights=ctx.weights)
             if ctx.needs_input_grad[2]:
-                of_bias = bias_gradient(*zeroed_rows(arrived.mT), *ctx.bias_gate)
-        return passed, of_weight, of_bias, *([None] * 6)
+                of_bias = bias_gradient(*zeroed_rows(arrived.mT), *bias_gate, weights=ctx.weights)
+        return passed, of_weight, of_bias, *([None] * 7)
 
 
 class _GatedConvolution(torch.autograd.Function):
@@ -98,6 +104,7 @@ class _GatedConvolution(torch.autograd.Function):
         bias_gate: Gate,
         chunk: int,
         joint: bool,
+        weights: Tensor | None,
         *counters: Tensor | None,
     ) -> Tensor:
         return torch.ops.aten.convolution(  # type: ignore[no-any-return]
@@ -106,29 +113,32 @@ class _GatedConvolution(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        values, weight, _, *ctx.geometry, ctx.gate, ctx.bias_gate, ctx.chunk, ctx.joint, _, _ = inputs
+        values, weight, _, *ctx.geometry, ctx.gate, ctx.bias_gate, ctx.chunk, ctx.joint, ctx.weights, _, _ = inputs
         ctx.save_for_backward(values, weight)
 
     @staticmethod
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
         (cotangents,) = arriving
         values, weight = ctx.saved_tensors
+        gate: Gate = ctx.gate
+        bias_gate: Gate = ctx.bias_gate
         stride, padding, dilation, transposed, _, groups = ctx.geometry
         passed, of_weight, of_bias = None, None, None
         if ctx.needs_input_grad[0]:
             passed = torch.ops.aten.convolution_backward(
                 cotangents, values, weight, None, *ctx.geometry, [True, False, False]
             )[0]
-        counted = ctx.needs_input_grad[13:]
+        counted = ctx.needs_input_grad[14:]
         if ctx.joint or any(counted):
             parts = _convolution_parts(ctx, values, weight, cotangents)
-            sums, counts = gated_pair(parts, (ctx.gate, ctx.bias_gate), joint=ctx.joint, counted=counted)
-            return passed, *sums, *([None] * 10), *counts
+            sums, counts = gated_pair(parts, (gate, bias_gate), joint=ctx.joint, counted=counted)
+            return passed, *sums, *([None] * 11), *counts
         if ctx.needs_input_grad[1]:
             # In a transposed convolution the windows are the output's, and the input says what they are multiplied by.
             seen, met = (cotangents, values) if transposed else (values, cotangents)
             flat = values.dim() == 3
-            gated: Any = convolution_operator if torch.compiler.is_compiling() else convolution_weight_gradient
+            compiled = torch.compiler.is_compiling()
+            gated: Any = convolution_operator if compiled else convolution_weight_gradient
             of_weight = gated(
                 seen.unsqueeze(2) if flat else seen,
                 met.unsqueeze(2) if flat else met,
@@ -137,23 +147,42 @@ class _GatedConvolution(torch.autograd.Function):
                 [0] * flat + list(padding),
                 [1] * flat + list(dilation),
                 groups,
-                *ctx.gate,
+                *gate,
                 ctx.chunk,
+                *([] if compiled else [ctx.weights]),
             ).reshape(weight.shape)
         if ctx.needs_input_grad[2]:
-            of_bias = bias_gradient(*zeroed_rows(cotangents.flatten(2)), *ctx.bias_gate)
-        return passed, of_weight, of_bias, *([None] * 12)
+            of_bias = bias_gradient(*zeroed_rows(cotangents.flatten(2)), *bias_gate, weights=ctx.weights)
+        return passed, of_weight, of_bias, *([None] * 13)
 
 
 def applied(function: Any, *given: Any) -> Tensor:
-    """What a function with gates makes; a compiler traces none of those that no gradient comes back through."""
+    """What a function with gates makes; a compiler traces none of those that no gradient comes back through.
+
+    Args:
+        function: of autograd.
+        given: all that it takes, none left to a default.
+    """
+    output: Tensor
     if torch.compiler.is_compiling():
         trains = any(isinstance(value, Tensor) and value.requires_grad for value in given)
-        if not (trains and torch.is_grad_enabled()):
-            made: Tensor = function.forward(*given)
-            return made
-    output: Tensor = function.apply(*given)
+        output = (function.apply if trains and torch.is_grad_enabled() else function.forward)(*given)
+    elif torch._C._are_functorch_transforms_active():
+        output = function.apply(*given)
+    else:
+        # torch's own would bind what is given to a signature first, at each call.
+        output = super(torch.autograd.Function, function).apply(*given)
     return output
+
+
+def _of_rows(layer: GradientGated, rows: Tensor) -> tuple[Tensor | None, ...]:
+    """The weights of rows that a layer meets, and what its gates leave their counts in."""
+    return None if torch.compiler.is_compiling() else weights_of(rows), *layer.counters()
+
+
+def takes_row_weights(layer: nn.Module) -> bool:
+    """Whether all gradients of a layer's parameters are multiplied by the weights of rows, see :mod:`.row_weights`."""
+    return type(layer) in _WEIGHING and not (layer.joint or layer.adaptive)
 
 
 def _convolution_parts(ctx: Any, values: Tensor, weight: Tensor, cotangents: Tensor) -> tuple[Part | None, Part | None]:
@@ -276,7 +305,7 @@ class GradientGatedLinear(GradientGated, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """As ``nn.Linear``."""
         return applied(
-            _GatedLinear, input, self.weight, self.bias, *self.gates(), self.chunk, self.joint, *self.counters()
+            _GatedLinear, input, self.weight, self.bias, *self.gates(), self.chunk, self.joint, *_of_rows(self, input)
         )
 
     def extra_repr(self) -> str:
@@ -321,7 +350,7 @@ def _convolve(
     layer: Any, values: Tensor, weight: Tensor, padding: tuple[int, ...], output_padding: tuple[int, ...]
 ) -> Tensor:
     geometry = layer.stride, padding, layer.dilation, layer.transposed, output_padding, layer.groups
-    gates = *layer.gates(), layer.chunk, layer.joint, *layer.counters()
+    gates = *layer.gates(), layer.chunk, layer.joint, *_of_rows(layer, values)
     return applied(_GatedConvolution, values, weight, layer.bias, *geometry, *gates)
 
 
@@ -340,6 +369,14 @@ class GradientGatedConvTranspose1d(_GradientGatedTransposed, nn.ConvTranspose1d)
 class GradientGatedConvTranspose2d(_GradientGatedTransposed, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` behind gradient gates; made by :func:`clipless_dp.gradient_gated`."""
 
+
+_WEIGHING = (
+    GradientGatedLinear,
+    GradientGatedConv1d,
+    GradientGatedConv2d,
+    GradientGatedConvTranspose1d,
+    GradientGatedConvTranspose2d,
+)
 
 _GATED: dict[type[nn.Module], type[GradientGated]] = {}
 UNGATED: dict[type[nn.Module], type[nn.Module]] = {}

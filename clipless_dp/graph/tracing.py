@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, getitem
 from typing import Any
@@ -19,7 +19,7 @@ from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.graph.layouts import TRANSPOSED
 from clipless_dp.graph.shapes import WRITTEN_IN_PLACE, record
 from clipless_dp.isolation import Isolated
-from clipless_dp.modules import is_hooked
+from clipless_dp.modules import is_hooked, parameters_of
 from clipless_dp.rules import find_function_rule, find_rule, named_arguments, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 from clipless_dp.rules.graph import piece
@@ -116,6 +116,19 @@ class TracedNet:
     def executed(self, node: fx.Node) -> nn.Module:
         """What runs there: the same, but for what draws its random numbers elsewhere, or runs in a graph of its own."""
         return self.module.get_submodule(str(node.target))
+
+    def trains_in_layers(self, wanted: Callable[[nn.Module], bool]) -> bool:
+        """Whether all parameters that train are held, and read, by layers that are wanted alone."""
+        for node in self.module.graph.nodes:
+            if node.op == "call_module":
+                layer = self.leaf(node)
+                if not wanted(layer) and any(parameter.requires_grad for parameter in parameters_of(layer)):
+                    return False
+            elif node.op == "get_attr":
+                held = attrgetter(str(node.target))(self.module)
+                if isinstance(held, nn.Parameter) and held.requires_grad:
+                    return False
+        return True
 
     def copied(self) -> fx.GraphModule:
         """A copy of the network as the graph runs it, with layers of its own, and torch's dropout."""

@@ -390,6 +390,7 @@ class Register:
         beside: Draw | None,
         *,
         views: int = 1,
+        divided: Sequence[tuple[Rows, int]] = (),
         divisor: int = 1,
         public: bool = False,
         unseen: bool = False,
@@ -402,7 +403,8 @@ class Register:
             rows: what comes in.
             beside: see :class:`Pass`.
             views: how often each row comes in; the gradients are divided by it.
-            divisor: what they are divided by besides: of how many of a person's rows each is one.
+            divided: which of the rows the passes within divide by what by themselves.
+            divisor: what the gradients are divided by besides: of how many of a person's rows each is one.
             public: see :class:`Pass`.
             unseen: whether no code of a user's runs within that could look at a gradient. Then nothing is owed where
                 memory was too small, and the same rows may be passed in smaller pieces.
@@ -450,7 +452,7 @@ class Register:
             one.parts = [part for whole in made for part in whole.parts or [whole]]
             one.divided = [some for whole in made for some in whole.divided]
             if rows is not None and not one.divided:
-                one.divided = [(rows, divisor)]
+                one.divided = divided or [(rows, divisor)]
             self._strike(computed())
             self._note_computed(one)
         self._taint = self._taint or taint

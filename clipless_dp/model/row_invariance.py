@@ -14,11 +14,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipless_dp.gates import weighing, weights_of
 
 _REFERENCES = (64, 48, 96, 72, 32, 24, 16)
 """Rows of the pass that others must agree with, if nothing is said of how many are expected; the first in which all
@@ -118,9 +121,12 @@ class RowInvariance:
         spatial = inputs.dim() == 4 and not inputs.is_contiguous()
         last = spatial and inputs.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if last else torch.contiguous_format
-        sizes = self._sizes(count, (torch.get_num_threads(), layout), twin)
+        weights = weights_of(inputs)
+        with weighing(None):
+            sizes = self._sizes(count, (torch.get_num_threads(), layout), twin)
         missing = sum(sizes) - count
         if missing:
+            weights = None if weights is None else torch.cat((weights, weights.new_zeros(missing)))
             # Zeros, whose outputs are dropped: nothing flows back to them.
             inputs = torch.cat((inputs, inputs.new_zeros(missing, *inputs.shape[1:])))
         inputs = inputs.contiguous(memory_format=layout)
@@ -128,7 +134,11 @@ class RowInvariance:
             inputs = inputs.clone()
         if sizes == [count]:
             return run(inputs)
-        parts = [run(part) for part in inputs.split(sizes)]
+        parts = []
+        weighed = repeat(None, len(sizes)) if weights is None else weights.split(sizes)
+        for part, own in zip(inputs.split(sizes), weighed, strict=True):
+            with weighing(own):
+                parts.append(run(part))
         outputs = torch.cat([part.outputs for part in parts]) if len(parts) > 1 else parts[0].outputs
         finite = torch.cat([part.finite for part in parts]) if len(parts) > 1 else parts[0].finite
         return Values(outputs[:count], finite[:count], all(part.whole for part in parts))

@@ -22,7 +22,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, UnsupportedModuleError
 from clipless_dp.fusion import FusedNet
-from clipless_dp.gates import adapting, adapting_in, cotangent_gate_l1, rounding_slack
+from clipless_dp.gates import adapting, adapting_in, cotangent_gate_l1, rounding_slack, takes_row_weights
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
@@ -437,6 +437,17 @@ class DPLipModel(Unscripted, nn.Module):
         """The parameters (by ``id``) that a pass has gradients of, if any of them can contribute."""
         bounds = {} if begun.sensitivity is None else begun.sensitivity.per_parameter
         return {id(self.net.get_parameter(name)) for name, bound in bounds.items() if bound > 0.0}
+
+    @property
+    def takes_row_weights(self) -> bool:
+        """Whether rows of several weights may come in one pass: gates multiply what they return of each by its own.
+
+        So it is where all that trains is the parameters of linear layers and convolutions behind gradient gates of
+        their own, neither joint nor adaptive, and the pass is not compiled.
+        """
+        if not self.placement.is_whole or self._compiled_call_impl is not None or self.graph.isolated:
+            return False
+        return self.graph.trains_in_layers(takes_row_weights)
 
     @property
     def compiling_pays(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from clipless_dp.arguments import function, shown, whole
 from clipless_dp.distributed.placement import Placement, agree
 from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.gates import weighing, weights_from
 from clipless_dp.model import DPLipModel, passes
 from clipless_dp.model.register import Register
 from clipless_dp.model.slopes import beside as beside_rows
@@ -63,33 +65,46 @@ def accumulate(
     here.reshard_()
     unseen = loss is None and augment is None
 
-    def passed(start: int, stop: int, divisor: int) -> Tensor:
-        """The loss of some rows, whose gradients are divided by one number."""
+    def passed(classes: Sequence[tuple[int, int, int]]) -> Tensor:
+        """The loss of the rows of consecutive classes: of one, or of several that gates weigh row by row."""
+        start, stop, divisor = classes[0][0], classes[-1][1], classes[0][2]
+        weights: Tensor | None = None
+        divided: list[tuple[Rows, int]] = []
+        if len(classes) > 1:
+            dtype = torch.promote_types(model.device_and_dtype()[1], torch.float32)
+            weights = weights_from([(end - begin, by) for begin, end, by in classes], dtype).to(inputs.device)
+            divisor, divided = 1, [(rows.part(begin, end), by) for begin, end, by in classes]
         total = torch.zeros((), device=inputs.device)
-        parts = (part[start:stop].split(size) for part in (inputs, targets, mask))
-        pieces = list(zip(*parts, strict=True))
+        parts = [part[start:stop].split(size) for part in (inputs, targets, mask)]
+        weighed = repeat(None, len(parts[0])) if weights is None else weights.split(size)
+        pieces = list(zip(*parts, weighed, strict=True))
         own = rows.part(start, stop)
         with (
             here.passing(len(pieces)) as count,
-            register.apart(own, beside, views=multiplicity, divisor=divisor, unseen=unseen),
+            register.apart(own, beside, views=multiplicity, divisor=divisor, divided=divided, unseen=unseen),
         ):
-            pieces += [(inputs[:0], targets[:0], mask[:0])] * (count - len(pieces))
+            pieces += [(inputs[:0], targets[:0], mask[:0], None)] * (count - len(pieces))
             for _ in range(multiplicity):
-                for some, wanted, counts in pieces:
+                for some, wanted, counts, weighs in pieces:
                     seen = some
                     if augment is not None and len(some):
                         seen = views(augment, some, counts, model.randomness, beside_rows(model, wanted))
                     with _one_pass(register, seen, counts):
-                        value = model.loss(model(seen), wanted, counts) if loss is None else loss(seen, wanted, counts)
+                        if loss is None:
+                            with weighing(weighs):
+                                output = model(seen)
+                            value = model.loss(output, wanted, counts)
+                        else:
+                            value = loss(seen, wanted, counts)
                         value.backward()
                     total += value.detach()
         return total / multiplicity
 
-    if len(spans) == 1:
-        return passed(*spans[0])
+    if len(spans) == 1 or (loss is None and spans and model.takes_row_weights):
+        return passed(spans)
     # One batch to whoever asks: after an error in a later class nothing of an earlier one stays.
     with register.apart(rows, beside, unseen=unseen):
-        return torch.stack([passed(*span) for span in spans]).sum()
+        return torch.stack([passed([span]) for span in spans]).sum()
 
 
 @contextmanager

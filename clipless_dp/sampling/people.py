@@ -162,7 +162,7 @@ class People:
         With weights of ``"mean"``, ``k = min(n, m)`` of a person's ``n`` rows enter, and weigh ``1/m`` each if
         ``k = m``. Else, with ``p ≤ k < 2p`` for a power of two ``p``, ``2p - k`` of them weigh ``1/p`` and the other
         ``2k - 2p`` half as much, which is ``1`` together. Which ones is as random as which rows enter, so that the
-        expectation is the mean of all ``n``. There are few classes, each of which is passed by itself.
+        expectation is the mean of all ``n``. There are few classes, each of which may be a pass by itself.
 
         Args:
             people: their numbers, each once.

@@ -10,6 +10,7 @@ import heapq
 import importlib.util
 import math
 import os
+import pathlib
 import random
 import sys
 import warnings
@@ -75,7 +76,10 @@ _LIBRARIES = (
 )
 """Packages whose code is not read for the names of globals; the attributes of their objects are looked at."""
 
-ATOMS = (bool, int, float, complex, str, bytes, bytearray, range, slice, type(None), type(Ellipsis))
+_PATHS = (pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePosixPath, pathlib.PureWindowsPath)
+"""Values, which from Python 3.12 on find their parts out when they are first asked for them."""
+
+ATOMS = (bool, int, float, complex, str, bytes, bytearray, range, slice, type(None), type(Ellipsis), *_PATHS)
 
 CONTAINERS = (list, tuple, set, frozenset, deque)
 

@@ -54,7 +54,7 @@ class Run:
         saved: whether the latest checkpoint could be written.
         seen: the identity of the file that this run read or wrote last.
         people: whose the rows are, where the promise is about people.
-        loss: of a batch, compiled or not.
+        loss: of a batch, where it is compiled.
         signal_to_noise: what moved the weights since the last record.
     """
 
@@ -75,15 +75,12 @@ class Run:
     saved_events: int = -1
     seen: tuple[int, ...] | None = None
     given: int = field(init=False)
-    loss: BatchLoss = field(init=False)
+    loss: BatchLoss | None = None
     signal_to_noise: SignalToNoise = field(init=False)
 
     def __post_init__(self) -> None:
         self.given = len(self.optimizer.accountant)
         self.signal_to_noise = SignalToNoise(self.optimizer)
-        # Of the model alone: what holds the run itself would keep its data in memory.
-        model = self.model
-        self.loss = lambda inputs, targets, mask: model.loss(model(inputs), targets, mask)
 
     @property
     def model(self) -> DPLipModel:

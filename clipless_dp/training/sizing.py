@@ -55,11 +55,10 @@ def rehearse(run: Run, samples: Samples) -> PoissonBatches | StreamedBatches:
     padding = usual if one_shape else max(8, math.isqrt(plan.batch_size) // 2)
     rows = execution.micro_batch_size
     if compile:
-        eager = run.loss
-        _compile(run, "inductor" if compile is True else compile, _blank(run.shown, rows or padding, device))
+        compiled = _compile(run, "inductor" if compile is True else compile, _blank(run.shown, rows or padding, device))
         if compile is True and device.type == "cpu":
             # Of a memory that is bounded, no more is taken before it is known how many rows fit.
-            _keep_faster(run, eager, rows or (usual if execution.memory_budget is None else padding))
+            _keep_faster(run, compiled, rows or (usual if execution.memory_budget is None else padding))
     if execution.memory_budget is not None:
         rows = _micro_batch_size(run, execution.memory_budget, usual, AHEAD if stream else 1)
     if one_shape:
@@ -96,7 +95,7 @@ def _rehearsal(run: Run) -> Iterator[None]:
         yield
 
 
-def _compile(run: Run, backend: str, blank: Batch) -> None:
+def _compile(run: Run, backend: str, blank: Batch) -> BatchLoss:
     """Compiles, and runs on rows that count for nothing, so that what fails does so before anything is spent.
 
     Raises:
@@ -104,8 +103,9 @@ def _compile(run: Run, backend: str, blank: Batch) -> None:
     """
     try:
         with _rehearsal(run):
-            run.loss = compiled_loss(run.model, backend)
-            run.loss(*blank).backward()
+            run.loss = compiled = compiled_loss(run.model, backend)
+            compiled(*blank).backward()
+            return compiled
     except CliplessError:
         raise
     except Exception as error:
@@ -116,13 +116,17 @@ def _compile(run: Run, backend: str, blank: Batch) -> None:
         ) from error
 
 
-def _keep_faster(run: Run, eager: BatchLoss, rows: int) -> None:
+def _keep_faster(run: Run, compiled: BatchLoss, rows: int) -> None:
     """Goes back to eager passes where compiled ones take longer on rows that count for nothing, and says so.
 
     A run with a ``reproducible_seed`` stays compiled: a clock is not to decide what its numbers are.
     """
     device, _ = run.model.device_and_dtype()
-    blank, compiled = _blank(run.shown, rows, device), run.loss
+    blank, model = _blank(run.shown, rows, device), run.model
+
+    def eager(inputs: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        return model.loss(model(inputs), targets, mask)
+
     with _rehearsal(run):
         share = run.here.from_first(lambda: _share(compiled, eager, blank))
     if share <= 1.0:
@@ -134,7 +138,7 @@ def _keep_faster(run: Run, eager: BatchLoss, rows: int) -> None:
     if run.asked.privacy.reproducible_seed is not None:
         _say(run, f"{measured}. They are kept, as reproducible_seed asks for the same numbers on every machine")
         return
-    run.loss = eager
+    run.loss = None
     _say(run, f"compile=True is left out: {measured}. The name of a backend, compile='inductor', compiles nevertheless")
 
 
