@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -49,8 +49,17 @@ def modules_of(net: nn.Module) -> list[nn.Module]:
 
 def parameters_of(net: nn.Module) -> list[nn.Parameter]:
     """What ``net.parameters()`` yields, in its order, without a name for each: every step asks."""
-    held = (parameter for module in modules_of(net) for parameter in module._parameters.values())
-    return list({id(parameter): parameter for parameter in held if parameter is not None}.values())
+    return parameters_in(modules_of(net))
+
+
+def parameters_in(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """The parameters that these modules hold themselves, each once."""
+    found: dict[int, nn.Parameter] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                found[id(parameter)] = parameter
+    return list(found.values())
 
 
 @contextmanager

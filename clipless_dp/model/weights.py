@@ -18,7 +18,7 @@ from clipless_dp.distributed.placement import Change, Placement, local
 from clipless_dp.errors import NormError, PrivacyError
 from clipless_dp.gates import adapting
 from clipless_dp.model.rescaling import shrinkage
-from clipless_dp.modules import modules_of, parameters_of
+from clipless_dp.modules import modules_of, parameters_in
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.sampling.fingerprints import fingerprint
@@ -153,10 +153,9 @@ class Weights:
     ) -> tuple[Sensitivity, dict[str, Stamp]]:
         """The bounds, and stamps of the weights that they rest on."""
         limits, stamps = self.limits(here)
-        caps = tuple(
-            tuple(found.caps.values()) for part in modules_of(self._net) if (found := adapting(part)) is not None
-        )
-        key = (relation, tuple(sorted(limits.items())), tuple(p.requires_grad for p in parameters_of(self._net)), caps)
+        parts = modules_of(self._net)
+        caps = tuple([tuple(found.caps.values()) for part in parts if (found := adapting(part)) is not None])
+        key = relation, tuple(sorted(limits.items())), tuple([p.requires_grad for p in parameters_in(parts)]), caps
         known = self._kept.get(relation)
         if known is not None and known[0] == key:
             _, sensitivity, read = known

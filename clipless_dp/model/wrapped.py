@@ -40,7 +40,7 @@ from clipless_dp.model.rowwise import RowLosses
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
-from clipless_dp.modules import Unscripted, kept_modes, modules_of, parameter_device_and_dtype, parameters_of
+from clipless_dp.modules import Unscripted, kept_modes, modules_of, parameter_device_and_dtype, parameters_in
 from clipless_dp.noise.randomness import Randomness
 from clipless_dp.norms.operators import Operator
 from clipless_dp.packing import Packing, Structure
@@ -705,11 +705,12 @@ class DPLipModel(Unscripted, nn.Module):
         here = self.placement
         here.reshard_()
         self.register.unhook()
-        if any(caps.counts is None for caps in map(adapting, modules_of(self.net)) if caps is not None):
+        parts = modules_of(self.net)
+        if any(caps.counts is None for caps in map(adapting, parts) if caps is not None):
             self._count_()
             self.register.follow(self.net)
         self._watch.refuse_interference(here.is_whole)
-        held = parameters_of(self.net)
+        held = parameters_in(parts)
         self._watch.refuse_moved(held)
         unknown = any(id(parameter) not in self._traced.names for parameter in held)
         if here.check(self.net, unknown):

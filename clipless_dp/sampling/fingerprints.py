@@ -124,7 +124,7 @@ def _in_memory(values: Tensor) -> Tensor | None:
         values = values.conj()
     if values.is_neg():
         values = torch._neg_view(values)
-    if hasattr(values, "to_local"):
+    if type(values) is not Tensor and hasattr(values, "to_local"):
         return _in_memory(values.to_local())
     if not values.is_contiguous():
         values = values.permute(sorted(range(values.dim()), key=values.stride, reverse=True))
