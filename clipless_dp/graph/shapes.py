@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -70,7 +71,9 @@ class ShapeRecorder(fx.Interpreter):
             reason = _OVERWRITTEN if "modified inplace" in summary else "input_shape does not fit the network"
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
         if is_own(self._leaf(n) or n.target):
-            for held in (one.untyped_storage()._cdata for one, version in read if one._version != version):
+            unseen = self._overwritten_unseen(n)
+            written = [one for one, version in read if one._version != version or any(one is own for own in unseen)]
+            for held in (one.untyped_storage()._cdata for one in written):
                 # Nodes, not memory: what it returns may lie there.
                 self._stale.update({
                     node: n for node, one in self.env.items()
@@ -102,6 +105,27 @@ class ShapeRecorder(fx.Interpreter):
                     f"{node.name} reads a value that {self._stale[source].name}, of your own, {_IN_PLACE}; write "
                     "x = 3 * x for x.mul_(3)"
                 )
+
+    def _overwritten_unseen(self, node: fx.Node) -> list[Tensor]:
+        """What a call of a user's own overwrites where no counter of versions tells: by ``.data``, ``out=``, or NumPy.
+
+        On zeros, multiplied say, it would not show either: it is called on copies that hold random numbers.
+        """
+        copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+        def copied(value: Any) -> Any:
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                return value
+            if id(value) not in copies:
+                numbers = torch.rand_like(value, requires_grad=False) - 0.5
+                copies[id(value)] = value, numbers, numbers.clone()
+            return copies[id(value)][1]
+
+        args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(node), copied)
+        # Where it takes no such numbers, what it has overwritten before counts.
+        with suppress(Exception):
+            getattr(self, node.op)(node.target, args, kwargs)
+        return [value for value, numbers, before in copies.values() if not torch.equal(numbers, before)]
 
     def _operands(self, node: fx.Node) -> list[Tensor]:
         return [value for source in node.all_input_nodes if isinstance(value := self.env[source], Tensor)]

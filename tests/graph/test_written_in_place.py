@@ -79,8 +79,44 @@ def test_others_are_the_function_that_the_network_is_by_itself(run: Callable[[Ca
 class Tripled(nn.Module):
     """A layer of a user's own that overwrites its input, of which the graph hands it a copy."""
 
+    def __init__(self, triple: Callable[[Tensor], Tensor] = lambda values: values.mul_(3.0)) -> None:
+        super().__init__()
+        self.triple = triple
+
     def forward(self, values: Tensor) -> Tensor:
-        return values.mul_(3.0)
+        return self.triple(values)
+
+
+def by_data(values: Tensor) -> Tensor:
+    values.data *= 3.0
+    return values
+
+
+def by_out(values: Tensor) -> Tensor:
+    with torch.no_grad():
+        torch.mul(values, 3.0, out=values.data)
+    return values
+
+
+def by_numpy(values: Tensor) -> Tensor:
+    held = values.detach().numpy()
+    held *= 3.0
+    return values * 1.0
+
+
+def where_it_is_not_zero(values: Tensor) -> Tensor:
+    if bool((values != 0).any()):
+        values.mul_(3.0)
+    return values
+
+
+TRIPLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "in place": lambda values: values.mul_(3.0),
+    "by its data": by_data,
+    "by out": by_out,
+    "by NumPy": by_numpy,
+    "where it is not zero": where_it_is_not_zero,
+}
 
 
 @register_rule(Tripled)
@@ -89,9 +125,9 @@ def _tripled_rule(module: nn.Module, context: RuleContext) -> LayerBounds:
 
 
 class Around(nn.Module):
-    def __init__(self, read: Callable[[Tensor], Tensor] | None) -> None:
+    def __init__(self, read: Callable[[Tensor], Tensor] | None, triple: str = "in place") -> None:
         super().__init__()
-        self.first, self.tripled, self.read = nn.Linear(4, 4, bias=False), Tripled(), read
+        self.first, self.tripled, self.read = nn.Linear(4, 4, bias=False), Tripled(TRIPLE[triple]), read
 
     def forward(self, inputs: Tensor) -> Tensor:
         hidden = self.first(inputs)
@@ -101,9 +137,12 @@ class Around(nn.Module):
 
 
 @pytest.mark.parametrize("read", [lambda hidden: hidden, lambda hidden: hidden.unflatten(1, (2, 2)).flatten(1)])
-def test_what_reads_the_input_that_a_layer_has_overwritten_is_refused(read: Callable[[Tensor], Tensor]) -> None:
+@pytest.mark.parametrize("triple", TRIPLE)
+def test_what_reads_the_input_that_a_layer_has_overwritten_is_refused(
+    triple: str, read: Callable[[Tensor], Tensor]
+) -> None:
     with pytest.raises(ConfigurationError, match="of your own, overwrites before"):
-        DPLipModel(Around(read), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+        DPLipModel(Around(read, triple), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
 
 
 def test_a_layer_whose_input_nothing_else_reads_may_overwrite_it() -> None:
