@@ -95,13 +95,14 @@ def is_hooked(leaf: nn.Module, *, besides: object = None) -> bool:
 
 
 def runs_hooks(module: nn.Module) -> bool:
-    """Whether a call of a module runs hooks, or a forward set on the instance."""
+    """Whether a call of a module runs hooks, or a forward set on the instance, or a compiled one."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in module.__dict__
+        or module._compiled_call_impl is not None
     )
 
 
@@ -136,7 +137,7 @@ def bits_of(value: Tensor) -> int:
 def parts_of(value: Tensor) -> list[Tensor]:
     """The tensors that hold a tensor's numbers, and where these are."""
     if value.is_quantized:
-        return [value.int_repr()]
+        return [value.int_repr(), *_scales_of(value)]
     if value.is_nested:
         return [part for one in value.unbind() for part in parts_of(one)]
     if value.layout == torch.sparse_coo:
@@ -147,6 +148,14 @@ def parts_of(value: Tensor) -> list[Tensor]:
     if value.layout in (torch.sparse_csc, torch.sparse_bsc):
         return [value.ccol_indices(), value.row_indices(), value.values()]
     return [value if value.layout == torch.strided else value.to_dense()]
+
+
+def _scales_of(value: Tensor) -> list[Tensor]:
+    """What a quantised tensor's codes are multiplied by and counted from, which are numbers as well."""
+    if value.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        return [torch.tensor([value.q_scale(), value.q_zero_point()], dtype=torch.float64)]
+    axis = torch.tensor([value.q_per_channel_axis()])
+    return [value.q_per_channel_scales(), value.q_per_channel_zero_points(), axis]
 
 
 def parameter_device_and_dtype(net: nn.Module) -> tuple[torch.device, torch.dtype]:

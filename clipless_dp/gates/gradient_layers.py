@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, set_adapting
 from clipless_dp.gates.arithmetic import FLOOR_SHARE, checked_cap, zeroed_rows
 from clipless_dp.gates.convolutions import Kernel, convolution_operator, convolution_weight_gradient
@@ -177,7 +177,10 @@ def applied(function: Any, *given: Any) -> Tensor:
 
 def _of_rows(layer: GradientGated, rows: Tensor) -> tuple[Tensor | None, ...]:
     """The weights of rows that a layer meets, and what its gates leave their counts in."""
-    return None if torch.compiler.is_compiling() else weights_of(rows), *layer.counters()
+    weights = None if torch.compiler.is_compiling() else weights_of(rows)
+    if weights is not None and not takes_row_weights(cast(nn.Module, layer)):
+        raise PrivacyError("the gates of this layer take no weights of rows, which a person has whose rows come in")
+    return weights, *layer.counters()
 
 
 def takes_row_weights(layer: nn.Module) -> bool:
@@ -422,5 +425,7 @@ def gradient_gated_layer(layer: nn.Module, limit: float | AdaptiveLimit, **setti
     kind = _GATED[type(layer)]
     gated = cast(Any, kind).__new__(kind)
     gated.__dict__.update(layer.__dict__)
+    # Of the layer without gates.
+    gated.__dict__.pop("_compiled_call_impl", None)
     gated.set_gate(limit, **settings)
     return cast(nn.Module, gated)

@@ -12,6 +12,7 @@ from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gates import BallProjection, SphereScaling
 from clipless_dp.graph.apart import is_own
 from clipless_dp.graph.layouts import FreshLayouts
+from clipless_dp.graph.unwritten import unnoticed
 from clipless_dp.isolation import Isolated
 from clipless_dp.isolation.refusals import ON_ZEROS
 from clipless_dp.layers import SampleGroupNorm
@@ -72,8 +73,8 @@ class ShapeRecorder(fx.Interpreter):
             raise ConfigurationError(f"{reason} at {n.target} ({n.name}): {summary}") from error
         if is_own(self._leaf(n) or n.target):
             unseen = self._overwritten_unseen(n)
-            written = [one for one, version in read if one._version != version or any(one is own for own in unseen)]
-            for held in (one.untyped_storage()._cdata for one in written):
+            changed = [one for one, version in read if one._version != version or any(one is own for own in unseen)]
+            for held in (one.untyped_storage()._cdata for one in changed):
                 # Nodes, not memory: what it returns may lie there.
                 self._stale.update({
                     node: n for node, one in self.env.items()
@@ -123,7 +124,7 @@ class ShapeRecorder(fx.Interpreter):
 
         args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(node), copied)
         # Where it takes no such numbers, what it has overwritten before counts.
-        with suppress(Exception):
+        with unnoticed(self._leaf(node)), suppress(Exception):
             getattr(self, node.op)(node.target, args, kwargs)
         return [value for value, numbers, before in copies.values() if not torch.equal(numbers, before)]
 

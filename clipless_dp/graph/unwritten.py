@@ -2,59 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
+from clipless_dp.interrupts import completed
 from clipless_dp.isolation import Isolated
-from clipless_dp.modules import kind_of
+from clipless_dp.modules import kind_of, parts_of
+
+_Place = tuple[str, dict[str, Any], str, bool]
+"""What it is called, what holds it under which name, and whether a state has it."""
 
 
-def _held(net: nn.Module) -> list[tuple[str, dict[str, Any], str, bool]]:
-    """Where buffers are, and whether a state holds them; but for this package's, and what torch derives of weights."""
+def _kind(part: nn.Module) -> type[nn.Module]:
+    """Its type, without those that torch makes of it where it is split or parametrised."""
+    return type(part).__mro__[1] if parametrize.is_parametrized(part) else kind_of(part)
+
+
+def _held(net: nn.Module) -> list[_Place]:
+    """Where buffers are; but for what torch's parametrisations derive of weights."""
     apart = [f"{path}." if path else "" for path, part in net.named_modules() if isinstance(part, Isolated)]
     return [
         (f"{path}.{name}".lstrip("."), part._buffers, name, name not in part._non_persistent_buffers_set)
         for path, part in net.named_modules()
-        if not kind_of(part).__module__.startswith(("clipless_dp.", "torch.nn.utils."))
-        or ".testing" in kind_of(part).__module__
+        if not _kind(part).__module__.startswith("torch.nn.utils.parametrizations")
         for name in part._buffers
         # What a network that runs sample by sample keeps for its next call is refused there.
         if name not in part._non_persistent_buffers_set or not any(path.startswith(one) for one in apart)
     ]
 
 
-def _parameters(net: nn.Module, *, own: bool = False) -> list[tuple[str, dict[str, Any], str, bool]]:
-    """Where parameters are, as :func:`_held` tells it of buffers; or of a user's own layers alone."""
+def _parameters(net: nn.Module, own: Iterable[nn.Module] | None = None) -> list[_Place]:
+    """Where parameters are; or those that code of a user's own may write: all within such layers, and its modules'."""
+    inside = None if own is None else {id(part) for layer in own for part in layer.modules()}
     return [
         (f"{path}.{name}".lstrip("."), part._parameters, name, True)
         for path, part in net.named_modules()
-        if not own or kind_of(part).__module__.partition(".")[0] not in ("torch", "clipless_dp")
+        if inside is None
+        or id(part) in inside
+        or _kind(part).__module__.partition(".")[0] not in ("torch", "clipless_dp")
         for name in part._parameters
     ]
 
 
 def _parts(value: Tensor) -> list[Tensor]:
     """The dense tensors that a tensor of any layout has its numbers in; of one without numbers, none."""
+    return [] if value.is_meta else [part.resolve_conj().resolve_neg() for part in parts_of(value.detach())]
+
+
+def _memory(value: Tensor) -> list[tuple[int, int]]:
+    """Where the numbers lie, and how much memory there is around them: files of torch hold all of it."""
     value = value.detach()
     if value.is_meta:
         return []
-    if value.is_nested:
-        return [part for one in value.unbind() for part in _parts(one)]
-    if value.is_quantized:
-        return [value.int_repr()]
-    if value.layout is torch.sparse_coo:
-        return [value._indices(), value._values()]
-    if value.layout in (torch.sparse_csr, torch.sparse_bsr):
-        return [value.crow_indices(), value.col_indices(), value.values()]
-    if value.layout in (torch.sparse_csc, torch.sparse_bsc):
-        return [value.ccol_indices(), value.row_indices(), value.values()]
-    return [(value if value.layout is torch.strided else value.to_dense()).resolve_conj().resolve_neg()]
+    sparse = not value.is_nested and value.layout is not torch.strided
+    storages = [part.untyped_storage() for part in (parts_of(value) if sparse else [value])]
+    return [(storage.data_ptr(), storage.nbytes()) for storage in storages]
 
 
 def _bits(value: Tensor) -> Tensor:
@@ -78,7 +88,10 @@ class _Kept:
 
     def __init__(self, value: Tensor | None) -> None:
         self._value = value
-        self.copy = None if value is None else value.detach().clone()
+        self._memory = None if value is None else _memory(value)
+        # One that is made in inference mode could not be written to by passes to come.
+        with torch.inference_mode(False):
+            self.copy = None if value is None else value.detach().clone()
 
     def is_there(self, now: Tensor | None) -> bool:
         """Whether it is as it was, bit by bit."""
@@ -86,21 +99,80 @@ class _Kept:
             return now is self.copy
         return _are_same(self.copy, now)
 
+    def lies_there(self, now: Tensor | None) -> bool:
+        """Whether it is in the memory that it was in, beside which there may be something else in another one."""
+        return now is None or _memory(now) == self._memory
+
+    @torch.no_grad()
     def restored(self) -> Tensor | None:
         """The same tensor with the numbers that it had; a copy where they cannot be written there."""
         if self._value is None or self.copy is None:
             return None
-        try:
-            with torch.no_grad():
+        if self.lies_there(self._value):
+            with suppress(RuntimeError):
+                # Of another size by now, or with several entries in one place, or made in inference mode.
                 self._value.data.copy_(self.copy)
-        except RuntimeError:
-            # Of another size by now, or with several entries in one place, or made in inference mode.
-            return self.copy
+        else:
+            with suppress(RuntimeError):
+                self._value.data = self.copy
         return self._value if _are_same(self._value, self.copy) else self.copy
 
 
+class _Before:
+    """What a network held before a pass.
+
+    Args:
+        net: the network.
+        own: its layers of a user's own.
+    """
+
+    def __init__(self, net: nn.Module, own: Iterable[nn.Module]) -> None:
+        there = [*_held(net), *_parameters(net, own)]
+        self._net = net
+        self._known = {(id(where), name) for _, where, name, _ in (*there, *_parameters(net))}
+        self._kept = [(place, _Kept(place[1][place[2]])) for place in there]
+        self.written: dict[str, None] = {}
+        self.taken_back: dict[str, None] = {}
+
+    def settle(self) -> None:
+        """Puts all back, and notes what was written; it may be called again."""
+        for (path, where, name, saved), kept in self._kept:
+            now = where.get(name)
+            if kept.is_there(now):
+                if not kept.lies_there(now):
+                    where[name] = kept.restored()
+                continue
+            if not saved:
+                self.taken_back.update({path: None} if kept.copy is not None else {})
+                # Another tensor: the way back may need what was written.
+                where[name] = kept.copy
+                continue
+            self.written[path] = None
+            where[name] = kept.restored()
+        for path, where, name, saved in (*_held(self._net), *_parameters(self._net)):
+            if (id(where), name) not in self._known:
+                self.written.update({path: None} if saved else {})
+                # Made by this pass; as a mask of the inputs' shape is, anew each time.
+                del where[name]
+
+
 @contextmanager
-def buffers_unwritten(net: nn.Module) -> Iterator[None]:
+def unnoticed(layer: nn.Module | None) -> Iterator[None]:
+    """Within, a layer runs and what it holds is as before afterwards, whatever it writes."""
+    before = None if layer is None else _Before(layer, (layer,))
+    try:
+        yield
+    finally:
+        if before is not None:
+            completed(before.settle)
+
+
+_unsettled: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()
+"""What passes began with that have not come to their end, or were interrupted at it."""
+
+
+@contextmanager
+def buffers_unwritten(net: nn.Module, own: Iterable[nn.Module] | None = None) -> Iterator[None]:
     """Within, what runs leaves buffers as they are, bit by bit: what it writes to those of no file is taken back.
 
     Else a layer whose rule is true whatever they hold might carry to the next batch what it has seen in this one. What
@@ -108,33 +180,22 @@ def buffers_unwritten(net: nn.Module) -> Iterator[None]:
 
     Args:
         net: a network, or a layer of one.
+        own: its layers of a user's own, whose parameters are looked at too; by default itself.
 
     Raises:
         PrivacyError: one was written, and is as it was before.
     """
-    there = [*_held(net), *_parameters(net, own=True)]
-    known = {(id(where), name) for _, where, name, _ in (*there, *_parameters(net))}
-    before = [(place, _Kept(place[1][place[2]])) for place in there]
-    written, taken_back = [], []
+    interrupted = _unsettled.pop(net, None)
+    if interrupted is not None:
+        interrupted.settle()
+    _unsettled[net] = before = _Before(net, (net,) if own is None else own)
     try:
         yield
     finally:
         # After an error, too: what a pass has written by then is of its samples.
-        for (path, where, name, saved), kept in before:
-            if kept.is_there(where.get(name)):
-                continue
-            if not saved:
-                # Another tensor: the way back may need what was written.
-                where[name] = kept.copy
-                taken_back += [path] if kept.copy is not None else []
-                continue
-            written.append(path)
-            where[name] = kept.restored()
-        for path, where, name, saved in (*_held(net), *_parameters(net)):
-            if (id(where), name) not in known:
-                # Made by this pass; as a mask of the inputs' shape is, anew each time.
-                del where[name]
-                written += [path] if saved else []
+        completed(before.settle)
+        _unsettled.pop(net, None)
+    taken_back, written = before.taken_back, before.written
     if taken_back:
         warn_caller(
             f"a pass wrote the buffer {', '.join(map(repr, taken_back))} of the network, which is as it was again: the "

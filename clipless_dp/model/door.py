@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
+from weakref import ReferenceType, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.gates import counts_of
+from clipless_dp.interrupts import completed
 
 Deliver = Callable[[Sequence[Tensor | None], Sequence[Any]], list[Tensor | None]]
 """Takes gradients, and the nodes through which autograd would add them; returns those that somebody else asked for."""
 
 Turn = Callable[[], AbstractContextManager[None]]
 """Within what it returns gradients may be delivered: a step gets none but those that it has looked at."""
+
+
+class _Pass:
+    """One that is under way, as long as something holds it."""
 
 
 class Aliases:
@@ -47,6 +53,9 @@ class Aliases:
             self._places.append((cast(Any, held), name, len(self.parameters)))
             self.parameters.append(held[name])
             self.counts.append(held[name])
+        self._swapped = False
+        self._under_way: WeakSet[_Pass] = WeakSet()
+        self._aliases: list[ReferenceType[Tensor]] = []
 
     def running(self, deliver: Deliver, turn: Turn) -> AbstractContextManager[None]:
         """The network reads aliases within, whose gradients are delivered in turn.
@@ -63,16 +72,34 @@ class Aliases:
         """The network holds its parameters within, in the middle of a pass too."""
         return self._holding(self.parameters)
 
+    def mend(self) -> None:
+        """Puts the parameters back where a pass that was interrupted at its end has left aliases."""
+        if not self._swapped or self._under_way:
+            return
+        aliases = {id(alias) for one in self._aliases if (alias := one()) is not None}
+        for held, name, index in self._places:
+            if id(held.get(name)) in aliases:
+                held[name] = self.parameters[index]
+        self._swapped = False
+
     @contextmanager
     def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
-        kept = [held.get(name) for held, name, _ in self._places]
+        kept, swapped, one = [held.get(name) for held, name, _ in self._places], self._swapped, _Pass()
+
+        def put_back() -> None:
+            for (held, name, _), value in zip(self._places, kept, strict=True):
+                held[name] = value
+            self._swapped = swapped
+            self._under_way.discard(one)
+
         try:
+            self._under_way.add(one)
+            self._aliases, self._swapped = [*map(ref, values)], True
             for held, name, index in self._places:
                 held[name] = values[index]
             yield
         finally:
-            for (held, name, _), value in zip(self._places, kept, strict=True):
-                held[name] = value
+            completed(put_back)
 
 
 class _Door(torch.autograd.Function):

@@ -36,6 +36,7 @@ class _Declared(threading.local):
 
     tensor: Tensor | None = None
     fingerprint: object = None
+    weights: Tensor | None = None
     rows: Rows | None = None
     beside: Draw | None = None
     public = False
@@ -62,12 +63,15 @@ class Pass:
         lost: whether its draw was left out for good, together with its gradients.
         beside_inputs: what would fill gradients of what the inputs were computed from.
         divided: which of its rows came in by :meth:`Register.apart`, and what their gradients were divided by.
+        weights: of its rows, ``(B,)``, by which gates are to multiply; ``None`` where all are whole.
+        weighed: whether a forward pass gave its layers these.
     """
 
     trains: tuple[bool, ...] = ()
     parts: Sequence[Pass] = ()
     lost = False
     divided: Sequence[tuple[Rows, int]] = ()
+    weighed = False
 
     def __init__(
         self,
@@ -88,6 +92,7 @@ class Pass:
         learned = inputs is not None and inputs.requires_grad and not public
         self.beside_inputs = leaves_beside(inputs) if learned and inputs is not None else []
         self.declared = _declared.tensor is not None and inputs is _declared.tensor
+        self.weights = _declared.weights if self.declared else None
         self._inputs = None if inputs is None else (inputs, _fingerprint_of(rows, inputs))
 
     def private_parts(self) -> Sequence[Pass]:
@@ -228,9 +233,9 @@ def declaring(**values: Any) -> Iterator[None]:
         vars(_declared).update(before)
 
 
-def announcing(seen: Tensor) -> AbstractContextManager[None]:
-    """Passes within of this very tensor are of the rows that are declared."""
-    return declaring(tensor=seen, fingerprint=_announced(seen))
+def announcing(seen: Tensor, weights: Tensor | None = None) -> AbstractContextManager[None]:
+    """Passes within of this very tensor are of the rows that are declared, and of these weights, ``(B,)``."""
+    return declaring(tensor=seen, fingerprint=_announced(seen), weights=weights)
 
 
 @contextmanager

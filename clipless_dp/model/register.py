@@ -63,6 +63,7 @@ class Register:
         lock: held while the network runs on aliases of its parameters.
         turns: of passes and steps.
         key: names it in compiled graphs.
+        aliases: of the parameters, for the time of a pass.
         taker: the optimizer that the last gradients of passes went to, as long as it lives.
     """
 
@@ -94,8 +95,8 @@ class Register:
 
     def follow(self, net: nn.Module) -> None:
         """Notes where the parameters of the network are held."""
-        self._aliases = Aliases(net)
-        self.parameters, self.counts = self._aliases.parameters, self._aliases.counts
+        self.aliases = Aliases(net)
+        self.parameters, self.counts = self.aliases.parameters, self.aliases.counts
         self.turns.follow(self.parameters)
 
     @_disable_dynamo
@@ -121,11 +122,11 @@ class Register:
 
     def running(self, begun: Pass) -> AbstractContextManager[None]:
         """With the lock held, the network reads aliases of its parameters within, whose gradients are delivered."""
-        return self._aliases.running(partial(self.deliver, begun), self.turns.passing)
+        return self.aliases.running(partial(self.deliver, begun), self.turns.passing)
 
     def resting(self) -> AbstractContextManager[None]:
         """The network holds its parameters within, in the middle of a pass too."""
-        return self._aliases.resting()
+        return self.aliases.resting()
 
     def enter(self, entering: Pass, norms: Tensor | None = None) -> None:
         """A backward pass begins at the outermost gate.

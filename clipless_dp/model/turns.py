@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
-from weakref import WeakSet
+from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor
 
@@ -47,8 +47,12 @@ class _Holding(AbstractContextManager[None]):
             one.lock.release()
 
 
-_stepped: set[int] = set()
-"""Parameters of which a step is under way, by their identities."""
+class _Step:
+    """A step that is under way, as long as something holds it."""
+
+
+_stepped: WeakValueDictionary[int, _Step] = WeakValueDictionary()
+"""The steps of parameters, by the identities of these; of one that was interrupted at its end nothing stays."""
 
 
 class Turns:
@@ -88,13 +92,16 @@ class Turns:
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """A step is under way within: what passes of other threads have computed waits for its end."""
+        step = _Step()
         with self._running, self.holding():
-            own = {*map(id, self._parameters)} - _stepped
-            _stepped.update(own)
             try:
+                for one in map(id, self._parameters):
+                    _stepped.setdefault(one, step)
                 yield
             finally:
-                _stepped.difference_update(own)
+                for one in map(id, self._parameters):
+                    if _stepped.get(one) is step:
+                        del _stepped[one]
 
     @contextmanager
     def passing(self) -> Iterator[None]:
@@ -105,6 +112,6 @@ class Turns:
         """
         # A thread of the engine may deliver what a hook of this very step waits for.
         with self.holding(_PATIENCE):
-            if _stepped and not _stepped.isdisjoint(map(id, self._parameters)):
+            if len(_stepped) and any(id(one) in _stepped for one in self._parameters):
                 raise PrivacyError(f"a pass was back-propagated while a step was under way, in its hook: {IN_STEP}")
             yield

@@ -135,9 +135,11 @@ class Watch:
             for leaf in self.leaves:
                 if leaf.is_altered(self._net, whole):
                     raise PrivacyError(
-                        f"the module {'.'.join(('model.net', *leaf.path))!r} was replaced or given hooks after "
-                        "wrapping, or a parameter of it was (register_hook, also one that only looks): the bounds are "
-                        "not its own. Wrap the changed network in a new DPLipModel"
+                        f"the module {'.'.join(('model.net', *leaf.path))!r} was replaced or given hooks, or a "
+                        "parameter of it was (register_hook, also one that only looks; spectral_norm, weight_norm and "
+                        "prune of torch.nn.utils, where those of torch.nn.utils.parametrizations have none), or "
+                        "compiled by itself, where its .compile() was called: the "
+                        "bounds are not its own. Wrap the changed network in a new DPLipModel"
                     )
         remedy = coarse_products(self._device)
         if remedy is not None:
@@ -175,7 +177,7 @@ class Watch:
         """Whether all modules are where they were, of their kinds, and nothing is hooked."""
         return not (
             any(self._hooks)
-            or any("forward" in own for own in self._attributes)
+            or any("forward" in own or own.get("_compiled_call_impl") is not None for own in self._attributes)
             or not _are_kinds(self._kinds)
             or not _are_held(self._held)
             or any(held.get(name) is not below for held, name, below in self._edges)

@@ -172,6 +172,15 @@ class Weights:
             self._kept[relation] = key, sensitivity, read
         return sensitivity, {**stamps, **read}
 
+    def sensitivity_at_limits(self, here: Placement) -> Sensitivity:
+        """The bounds as behind a projection, of weights for which the constraints hold, though it may be long ago."""
+        limits, _ = self.limits(here)
+        for name, constraint in self._trained():
+            values, operators = self._values(name), self._tracker.operators[name]
+            if math.isfinite(constraint.limit) and constraint.holds(values, operators):
+                limits[name] = self._established(name, here)
+        return self._tracker.evaluate(limits, "add-or-remove-one", whole=here.is_whole)[0]
+
     def marks(self, names: Iterable[str]) -> dict[str, object]:
         """As stamps, but faster: for the time between a forward pass and its backward pass."""
         return {name: self._mark(name) for name in names}

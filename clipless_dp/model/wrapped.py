@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -22,7 +22,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, UnsupportedModuleError
 from clipless_dp.fusion import FusedNet
-from clipless_dp.gates import adapting, adapting_in, cotangent_gate_l1, rounding_slack, takes_row_weights
+from clipless_dp.gates import adapting, adapting_in, cotangent_gate_l1, rounding_slack, takes_row_weights, weighing
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
@@ -222,16 +222,22 @@ class DPLipModel(Unscripted, nn.Module):
         return self._run(inputs, net, opened)
 
     def _run(self, inputs: Tensor, net: _Net | None = None, opened: _Opened = None) -> Tensor:
-        if isinstance(opened, passes.Pass) and not self.register.sharded:
-            with self.register.lock, self.register.running(opened):
-                return self._gated(inputs, net, opened)
-        return self._gated(inputs, net, opened)
+        looks = self._has_own_layers and self.placement.is_whole and not torch.compiler.is_compiling()
+        # Around the aliases of parameters, as layers of a user's own write to what is there without them.
+        with self._unwritten() if looks else nullcontext():
+            if isinstance(opened, passes.Pass) and not self.register.sharded:
+                with self.register.lock, self.register.running(opened):
+                    return self._gated(inputs, net, opened)
+            return self._gated(inputs, net, opened)
 
     def _gated(self, inputs: Tensor, net: _Net | None, opened: _Opened) -> Tensor:
         if net is None:
-            looks = self._has_own_layers and self.placement.is_whole and not torch.compiler.is_compiling()
-            with buffers_unwritten(self.net) if looks else nullcontext():
+            weights = opened.weights if isinstance(opened, passes.Pass) else None
+            with nullcontext() if weights is None else weighing(weights):
                 outputs, finite, whole = self._network.run(inputs, training=self.training)
+            if weights is not None:
+                # What another road of calls has left out, a compiled graph say, is refused.
+                cast(passes.Pass, opened).weighed = True
         else:
             outputs, finite, whole = self._network.values(net, False, inputs)
         if self._cotangent_norm_l1 is not None:
@@ -248,6 +254,13 @@ class DPLipModel(Unscripted, nn.Module):
         if own is not None:
             own.return_(returned)
         return returned
+
+    @contextmanager
+    def _unwritten(self) -> Iterator[None]:
+        own = [leaf.module for leaf in self._watch.leaves if not leaf.is_ours]
+        # With the lock, as a step of another thread writes parameters by right.
+        with self.register.lock, buffers_unwritten(self.net, own):
+            yield
 
     def _enter(self, entering: passes.Pass, norms: Tensor | None, other: bool) -> None:
         enter = self.register.enter_by_engine if self.register.sharded else self.register.enter
@@ -401,6 +414,12 @@ class DPLipModel(Unscripted, nn.Module):
             self._follow_changes()
             return self._weights.sensitivity(self.placement, relation)[0]
 
+    def sensitivity_at_limits(self) -> Sensitivity:
+        """The same by the limits of constraints that hold, which norms may be below: as behind a projection."""
+        with self.register.lock:
+            self._follow_changes()
+            return self._weights.sensitivity_at_limits(self.placement)
+
     def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
         """The bounds that hold for a pass that begins now, and a fingerprint of what they rest on.
 
@@ -443,11 +462,12 @@ class DPLipModel(Unscripted, nn.Module):
         """Whether rows of several weights may come in one pass: gates multiply what they return of each by its own.
 
         So it is where all that trains is the parameters of linear layers and convolutions behind gradient gates of
-        their own, neither joint nor adaptive, and the pass is not compiled.
+        their own, neither joint nor adaptive, and the pass is neither compiled nor of a subclass's own.
         """
-        if not self.placement.is_whole or self._compiled_call_impl is not None or self.graph.isolated:
+        plain = type(self).forward is DPLipModel.forward and type(self).__call__ is nn.Module.__call__
+        if not plain or "forward" in vars(self) or self._compiled_call_impl is not None or not self.placement.is_whole:
             return False
-        return self.graph.trains_in_layers(takes_row_weights)
+        return not self.graph.isolated and self.graph.trains_in_layers(takes_row_weights)
 
     @property
     def compiling_pays(self) -> bool:
@@ -704,6 +724,7 @@ class DPLipModel(Unscripted, nn.Module):
         """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
         here = self.placement
         here.reshard_()
+        self.register.aliases.mend()
         self.register.unhook()
         parts = modules_of(self.net)
         if any(caps.counts is None for caps in map(adapting, parts) if caps is not None):

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipless_dp.arguments import function, shown, whole
 from clipless_dp.distributed.placement import Placement, agree
 from clipless_dp.errors import ConfigurationError, PrivacyError
-from clipless_dp.gates import weighing, weights_from
+from clipless_dp.gates import weights_from
 from clipless_dp.model import DPLipModel, passes
 from clipless_dp.model.register import Register
 from clipless_dp.model.slopes import beside as beside_rows
@@ -89,18 +89,15 @@ def accumulate(
                     seen = some
                     if augment is not None and len(some):
                         seen = views(augment, some, counts, model.randomness, beside_rows(model, wanted))
-                    with _one_pass(register, seen, counts):
-                        if loss is None:
-                            with weighing(weighs):
-                                output = model(seen)
-                            value = model.loss(output, wanted, counts)
-                        else:
-                            value = loss(seen, wanted, counts)
+                    with _one_pass(register, seen, counts, weighs):
+                        value = model.loss(model(seen), wanted, counts) if loss is None else loss(seen, wanted, counts)
                         value.backward()
                     total += value.detach()
         return total / multiplicity
 
-    if len(spans) == 1 or (loss is None and spans and model.takes_row_weights):
+    # What is called is to be the model itself, and not something that stands for it.
+    weighs = loss is None and isinstance(model, DPLipModel) and model.takes_row_weights
+    if len(spans) == 1 or (weighs and spans and spans[0][0] < spans[-1][1]):
         return passed(spans)
     # One batch to whoever asks: after an error in a later class nothing of an earlier one stays.
     with register.apart(rows, beside, unseen=unseen):
@@ -108,20 +105,21 @@ def accumulate(
 
 
 @contextmanager
-def _one_pass(register: Register, seen: Tensor, counts: Tensor) -> Iterator[None]:
+def _one_pass(register: Register, seen: Tensor, counts: Tensor, weights: Tensor | None) -> Iterator[None]:
     """Within ``register.apart``, one pass of this tensor and nothing else, forth and back.
 
     Args:
         register: of the model's passes.
         seen: the rows.
         counts: boolean, which of them count; a loss may leave a piece out of which none does.
+        weights: of the rows, ``(B,)``, which gates multiply by.
 
     Raises:
-        PrivacyError: the model was passed other rows, or these more than once or not at all.
+        PrivacyError: the model was passed other rows, or these more than once or not at all, or without their weights.
     """
     register.unhook()
     before = len(register.passes)
-    with passes.announcing(seen):
+    with passes.announcing(seen, weights):
         yield
     register.unhook()
     made = register.passes[before:]
@@ -129,6 +127,11 @@ def _one_pass(register: Register, seen: Tensor, counts: Tensor) -> Iterator[None
         raise PrivacyError(
             "the loss passed the model other rows than those that it was given, or passed them more than once, "
             "so that they would count twice: call the model once, on the very tensor that comes in"
+        )
+    if weights is not None and not all(some.weighed for some in made):
+        raise PrivacyError(
+            "rows of people came back at full weight, as a compiled graph, or code around the model's pass, has left "
+            "their weights out: pass them with accumulate(batch, loss=lambda x, y, mask: model.loss(model(x), y, mask))"
         )
     if not made and bool(counts.any()):
         raise PrivacyError(

@@ -198,6 +198,11 @@ def is_known(optimizer: Optimizer) -> bool:
     return type(optimizer) in _KNOWN
 
 
+def is_made_of_known(optimizer: Optimizer) -> bool:
+    """Whether its class is made of one of these, if it is none itself."""
+    return isinstance(optimizer, tuple(_KNOWN))
+
+
 def is_plain(optimizer: Optimizer) -> bool:
     """Whether no code of others runs in its step, which reads parameters, gradients, groups and ``state``."""
     own = vars(optimizer)

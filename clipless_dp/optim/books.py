@@ -274,6 +274,9 @@ class Books:
         _, there = self._bounds_there
         self._bounds_there = None
         changes = self._lineage.bounds.changes
+        if different(there, here.per_parameter):
+            # Weights that were loaded are known by their norms, those that a step has projected by the limits.
+            here = self._model.sensitivity_at_limits()
         changes += [line for line in different(there, here.per_parameter) if line not in changes]
 
     def state(self, accountant: Accountant, steps_taken: int, *, bits: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from clipless_dp.arguments import shown
 from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.optim.adam import AdamBC
-from clipless_dp.optim.around import is_known
+from clipless_dp.optim.around import is_known, is_made_of_known
 from clipless_dp.optim.holdings import is_dense
 
 
@@ -68,6 +68,13 @@ _NEEDED: dict[type[Optimizer], str] = {
 """What a class that has begun a parameter's state reads of it, and those of the same settings have not."""
 
 
+_SHAPED = frozenset({
+    "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg", "sum", "ax",
+    "acc_delta", "prev", "step_size",
+})  # fmt: skip
+"""What torch's classes, and those that are made of them, keep of a parameter's shape."""
+
+
 def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Refuses a state that a known optimizer would load and then fail on, or not load.
 
@@ -87,9 +94,7 @@ def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Non
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     if [len(group["params"]) for group in groups] != sizes:
         raise ConfigurationError(f"this state is of other groups of parameters than those of {kind}")
-    if not known:
-        return
-    for group in groups:
+    for group in groups if known else ():
         if missing := sorted(_TELLING & optimizer.defaults.keys() - group.keys()):
             raise ConfigurationError(
                 f"this is the state of another optimizer, which has no {missing[0]}, than {kind}: begin with a new "
@@ -97,10 +102,12 @@ def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Non
             )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     places = [place for group in groups for place in group["params"]]
-    needed = next((name for kind_of, name in _NEEDED.items() if isinstance(optimizer, kind_of)), None)
+    needed = next((name for kind_of, name in _NEEDED.items() if known and isinstance(optimizer, kind_of)), None)
     for place, parameter in zip(places, parameters, strict=True):
         held = state.get(place)
         if held is not None and not isinstance(held, Mapping):
+            if not known:
+                continue
             raise ConfigurationError(f"what this state holds of a parameter is {shown(held)}: load it as it was saved")
         if needed is not None and held and needed not in held:
             raise ConfigurationError(
@@ -108,7 +115,8 @@ def require_loadable(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> Non
                 "or go on with the optimizer that the state is of"
             )
         for name, value in (held or {}).items():
-            if isinstance(value, Tensor) and value.dim() and not _fits(name, value, parameter):
+            told = known or (name in _SHAPED and is_made_of_known(optimizer))
+            if told and isinstance(value, Tensor) and value.dim() and not _fits(name, value, parameter):
                 raise ConfigurationError(
                     f"{name} in this state has the shape {tuple(value.shape)}, and its parameter "
                     f"{tuple(parameter.shape)}: it is of another network"

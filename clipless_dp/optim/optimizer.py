@@ -21,6 +21,7 @@ from clipless_dp.bounds.stamp import stamp
 from clipless_dp.distributed import placement
 from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError
 from clipless_dp.gates import AdaptiveLimit
+from clipless_dp.interrupts import completed
 from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.model.surroundings import without_gradients
 from clipless_dp.model.wrapped import require_wrapped
@@ -275,8 +276,9 @@ class CliplessDPOptimizer(Around):
     def _leave_out(self, *, said: bool) -> None:
         """What came in is dropped, and no step takes it any more."""
         register = self.model.register
-        self._books.note_skipped(leave_out(register.owed(), self._terms(), said=said))
+        # First of all: what is interrupted behind it leaves no gradient that is not private.
         register.drop()
+        self._books.note_skipped(leave_out(register.owed(), self._terms(), said=said))
 
     def _terms(self) -> Terms:
         several = self.placement.world.size > 1
@@ -320,7 +322,7 @@ class CliplessDPOptimizer(Around):
                 self._release()
             except BaseException:
                 # What is refused, or was interrupted, must not be released together with what comes next.
-                self._leave_out(said=False)
+                completed(lambda: self._leave_out(said=False))
                 raise
             try:
                 with self._base_may_step(self.model, self.model.register.parameters, self._protected.including):
@@ -329,10 +331,14 @@ class CliplessDPOptimizer(Around):
                 self.model.project_()
             finally:
                 # Whatever part of the update was applied, the ledger counts it.
-                lineage.of(self.model).settle(self._protected.named)
-                base_state.note(self.base_optimizer)
-                self._takes = None
+                completed(self._settle)
         return loss
+
+    def _settle(self) -> None:
+        """Weights, and what the base optimizer keeps, are what this step leaves."""
+        lineage.of(self.model).settle(self._protected.named)
+        base_state.note(self.base_optimizer)
+        self._takes = None
 
     def get_epsilon(self, delta: float) -> float:
         """ε spent so far at this δ, an upper bound, under add-or-remove-one adjacency."""

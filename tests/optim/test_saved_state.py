@@ -462,13 +462,18 @@ def test_what_is_cleared_between_micro_batches_is_refused() -> None:
             optimizer.step()
 
 
-def test_a_state_of_another_width_is_refused_before_anything_is_loaded() -> None:
+class MadeOfAdam(torch.optim.Adam):
+    """As one with a schedule or a log of its own."""
+
+
+@pytest.mark.parametrize("made", [CLASSES["Adam"], MadeOfAdam])
+def test_a_state_of_another_width_is_refused_before_anything_is_loaded(made: Any) -> None:
     first = gated_model()
     narrow = gated(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
     second = DPLipModel(narrow, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
-    optimizer = private(first, CLASSES["Adam"](first.net.parameters()))
+    optimizer = private(first, made(first.net.parameters()))
     step(optimizer)
-    other = private(second, CLASSES["Adam"](second.net.parameters()))
+    other = private(second, made(second.net.parameters()))
     with pytest.raises(ConfigurationError, match="of another network"):
         other.load_state_dict(optimizer.state_dict())
     assert not other.accountant.ledger

@@ -10,11 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipless_dp import AdaptiveLimit, DPLipModel, PrivacyError, constraints, gradient_gated
+from clipless_dp import (
+    AdaptiveLimit,
+    CliplessDPSGD,
+    DPLipModel,
+    PoissonBatches,
+    PrivacyError,
+    constraints,
+    gradient_gated,
+)
 from clipless_dp.fusion import backward
-from clipless_dp.gates import convolutions, gradient, gradient_layers, row_weights, weighing, weights_from
+from clipless_dp.gates import (
+    GradientGated,
+    convolutions,
+    gradient,
+    gradient_layers,
+    row_weights,
+    weighing,
+    weights_from,
+)
 from clipless_dp.model.row_invariance import RowInvariance, Values
-from tests.people.test_company import ROUTES, TOLERANCE, Route, dense, maps, model_of, ratio, summed
+from tests.people.test_company import CAP, ROUTES, TOLERANCE, Route, dense, maps, model_of, ratio, summed
+from tests.soundness.attack import wrap
 from tests.soundness.mutation import Mutant
 
 SIZES = (1, 2, 4, 3, 4, 1, 7)
@@ -250,3 +267,75 @@ def test_a_chunk_of_rows_has_their_weights_and_not_the_first_ones(monkeypatch: p
         assert not torch.allclose(found, summed(route, rows, targets, ids, seed=3), rtol=1e-3)
     in_classes(monkeypatch)
     torch.testing.assert_close(found, summed(route, rows, targets, ids, seed=3), rtol=1e-10, atol=1e-15)
+
+
+class Compiled(DPLipModel):
+    """Whose pass runs as a graph."""
+
+    def forward(self, inputs: Any = None, **named: Tensor) -> Tensor:
+        return super().forward(inputs, **named)
+
+
+def compiled(model: DPLipModel, how: str) -> Any:
+    if how == "in place":
+        model.compile(backend="eager")
+    elif how == "its forward":
+        model.forward = torch.compile(model.forward, backend="eager")  # type: ignore[method-assign]
+    elif how == "a subclass":
+        model.__class__ = Compiled
+    return torch.compile(model, backend="eager") if how == "around" else model
+
+
+@pytest.mark.parametrize("how", ["in place", "its forward", "around", "a subclass"])
+def test_a_model_whose_pass_is_another_one_is_passed_weight_by_weight(how: str) -> None:
+    route = ROUTES["normalising gradient gates"]
+    rows, targets, ids = rows_of(route, SIZES, 3.0)
+    expected = summed(route, rows, targets, ids, seed=3)
+    called = compiled(model := model_of(route), how)
+    optimizer = CliplessDPSGD(
+        called, lr=0.1, noise_multiplier=1.0, sample_rate=1.0, dataset_size=len(SIZES), unit="person"
+    )
+    (batch,) = PoissonBatches(
+        (rows, targets), sample_rate=1.0, steps=1, groups=ids, rows_per_group=CAP, group_weights="mean", seed=3
+    )
+    optimizer.accumulate(batch)
+    found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-15)
+
+
+def test_a_pass_that_leaves_the_weights_out_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever made it so: what gates were to multiply by is not inferred, but witnessed by the pass."""
+    route = ROUTES["normalising gradient gates"]
+    monkeypatch.setattr(DPLipModel, "takes_row_weights", True)
+    model = model_of(route)
+    model.compile(backend="eager")
+    monkeypatch.setattr("tests.people.test_company.model_of", lambda route: model)
+    with pytest.raises(PrivacyError, match="at full weight"):
+        summed(route, *rows_of(route, SIZES, 3.0), seed=3)
+
+
+def test_settings_may_change_between_draws_of_people() -> None:
+    route = ROUTES["normalising gradient gates"]
+    rows, targets, ids = rows_of(route, SIZES, 3.0)
+    model = model_of(route)
+    optimizer = CliplessDPSGD(
+        model, lr=0.1, noise_multiplier=1.0, sample_rate=1.0, dataset_size=len(SIZES), unit="person"
+    )
+    for step, batch in enumerate(PoissonBatches((rows, targets), sample_rate=1.0, steps=2, groups=ids)):
+        for layer in model.net.modules():
+            if isinstance(layer, GradientGated):
+                layer.set_gate(0.1 + step)
+        optimizer.accumulate(batch)
+        optimizer.step()
+    assert optimizer.steps_taken == 2
+
+
+def test_layers_that_were_compiled_are_gated_all_the_same() -> None:
+    plain = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    for layer in plain:
+        layer.compile(backend="eager")
+    model = wrap(gradient_gated(plain, limit=1e-3).double(), (6,), input_norm=4.0, cotangent_norm=1.0)
+    rows = torch.full((1, 6), 2.0, dtype=torch.float64)
+    model.loss(model(rows), torch.ones(1, 3, dtype=torch.float64)).backward()
+    found = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+    assert float(found.norm()) <= model.sensitivity().total * (1.0 + TOLERANCE)

@@ -1,0 +1,269 @@
+"""A pass leaves what files hold as it was: parameters of a user's own layers too, whoever holds them, and memory."""
+
+from __future__ import annotations
+
+import io
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from clipless_dp import (
+    CliplessDPSGD,
+    DPLipModel,
+    LayerBounds,
+    PrivacyError,
+    layers,
+    losses,
+    register_rule,
+)
+from clipless_dp.graph import unwritten
+from clipless_dp.interrupts import completed
+from clipless_dp.recipes import convert_batchnorm
+from clipless_dp.rules import RuleContext
+
+ROWS = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+TARGETS = torch.arange(8) % 3
+
+
+class Own(nn.Module):
+    """A layer of a user's own that holds torch's and this package's, and does something to them.
+
+    Attributes:
+        writing: whether it does; no setting of the layer's own, of which the network would be traced anew.
+    """
+
+    writing = False
+
+    def __init__(self, write: Callable[[Any, Tensor], object]) -> None:
+        super().__init__()
+        self.write = write
+        self.codes = nn.Embedding(4, 6).requires_grad_(False)
+        self.listed = nn.ParameterList([nn.Parameter(torch.zeros(6), requires_grad=False)])
+        self.normed = parametrizations.weight_norm(nn.BatchNorm1d(6).requires_grad_(False))
+        norm = nn.BatchNorm1d(6)
+        self.frozen = convert_batchnorm(nn.Sequential(norm), "frozen").requires_grad_(False)
+        self.scale = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("memory", torch.empty(0, 6))
+        self.register_buffer("one", torch.ones(1, 6))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.register_buffer("codes_of", torch.quantize_per_tensor(torch.zeros(6), 0.1, 0, torch.qint8))
+        self.register_buffer("mean", torch.zeros(6), persistent=False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if Own.writing:
+            self.write(self, values.detach())
+        return values * 1.0
+
+
+@pytest.fixture(autouse=True)
+def _at_rest() -> Iterator[None]:
+    yield
+    Own.writing = False
+
+
+@register_rule(Own)
+def _own_rule(module: Own, context: RuleContext) -> LayerBounds:
+    nothing = dict.fromkeys(dict(module.named_parameters()), 0.0)
+    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0, gradients=nothing)
+
+
+def moving_average(own: Own, rows: Tensor) -> None:
+    own.codes.weight.data.mul_(0.9).add_(rows.mean(0), alpha=0.1)
+
+
+def observed_range(own: Own, rows: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        own.codes_of = torch.quantize_per_tensor(torch.zeros(6), float(rows.max()), 0, torch.qint8)
+
+
+WRITES: dict[str, Callable[[Any, Tensor], object]] = {
+    "an embedding's moving average": moving_average,
+    "a parameter of a list": lambda own, rows: own.listed[0].data.copy_(rows[0]),
+    "statistics of a parametrised norm": lambda own, rows: own.normed(rows),
+    "statistics of a frozen norm": lambda own, rows: own.frozen.get_submodule("0").running_mean.copy_(rows[0]),
+    "the range of a quantised buffer": observed_range,
+}
+
+
+def model_of(write: Callable[[Any, Tensor], object], **learned: Any) -> tuple[DPLipModel, Own]:
+    torch.manual_seed(0)
+    own = Own(write)
+    net = nn.Sequential(own, nn.Linear(6, 8), layers.GroupSort(2), nn.Linear(8, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0))
+    Own.writing = True
+    return model, own
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_what_a_layer_writes_to_those_within_it_is_refused_and_put_back(name: str) -> None:
+    model, own = model_of(WRITES[name])
+    before = {key: value.clone() for key, value in own.state_dict().items()}
+    with pytest.raises(PrivacyError, match="wrote the buffer or parameter"):
+        model(ROWS)
+    assert all(unwritten._are_same(value, before[key]) for key, value in own.state_dict().items())
+
+
+def emptied(own: Own, rows: Tensor) -> None:
+    own.memory = rows[:0]
+
+
+def cut_off(own: Own, rows: Tensor) -> None:
+    own.one = torch.cat([own.one, rows])[:1]
+
+
+def cut_off_data(own: Own, rows: Tensor) -> None:
+    own.scale.data = torch.cat([own.scale.data, rows.flatten()])[:3]
+
+
+@pytest.mark.parametrize("write", [emptied, cut_off, cut_off_data])
+def test_files_hold_no_row_beside_numbers_that_are_as_they_were(write: Callable[[Any, Tensor], object]) -> None:
+    model, _ = model_of(write)
+    model.loss(model(ROWS), TARGETS).backward()
+    file = io.BytesIO()
+    torch.save(model.net.state_dict(), file)
+    assert ROWS[5].numpy().tobytes() not in file.getvalue()
+
+
+def test_a_file_of_a_slice_would_hold_the_row() -> None:
+    """Else the test before could not fail."""
+    file = io.BytesIO()
+    torch.save({"one": torch.cat([torch.ones(1, 6), ROWS])[:1]}, file)
+    assert ROWS[5].numpy().tobytes() in file.getvalue()
+
+
+def average(own: Own, rows: Tensor) -> None:
+    own.mean.copy_(rows.mean(0))
+
+
+@pytest.mark.filterwarnings("ignore:a pass wrote the buffer:clipless_dp.PrivacyWarning")
+def test_a_buffer_that_is_put_back_in_inference_mode_can_be_written_to_later() -> None:
+    model, own = model_of(average)
+    with torch.inference_mode():
+        model(ROWS)
+    model.loss(model(ROWS), TARGETS).backward()
+    assert not own.mean.any()
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_interruption_leaves_nothing_undone(times: int) -> None:
+    done: list[int] = []
+
+    def settle() -> None:
+        done.append(len(done))
+        if len(done) <= times:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        completed(settle)
+    assert len(done) == times + 1
+
+
+@pytest.mark.filterwarnings("ignore:a pass wrote the buffer:clipless_dp.PrivacyWarning")
+def test_what_an_interrupted_pass_has_left_is_put_back_by_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+
+    def write(own: Own, rows: Tensor) -> None:
+        seen.append(own.mean.clone())
+        average(own, rows)
+
+    model, own = model_of(write)
+
+    def interrupted(settle: Callable[[], object]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unwritten, "completed", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(ROWS)
+    assert own.mean.any()
+    model(ROWS)
+    assert not any(one.any() for one in seen)
+    assert not own.mean.any()
+
+
+def test_a_pass_that_was_interrupted_where_parameters_come_back_leaves_the_model_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from clipless_dp.model import door
+
+    model, _ = model_of(lambda own, rows: None)
+    held = dict(model.net.named_parameters())
+
+    def interrupted(settle: Callable[[], object]) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(door, "completed", interrupted)
+        try:
+            model(ROWS)
+        except KeyboardInterrupt:
+            left = True
+    assert left
+    model.loss(model(ROWS), TARGETS).backward()
+    assert all(parameter is held[name] for name, parameter in model.net.named_parameters())
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((6,), 0.5))
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * self.weight.clamp(-1.0, 1.0)
+
+
+@register_rule(Weighted)
+def _weighted_rule(module: Weighted, context: RuleContext) -> LayerBounds:
+    bound = {"weight": lambda: context.input_norm}
+    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0, gradients=bound)
+
+
+def test_an_evaluation_in_another_thread_takes_no_step_back() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(own := Weighted(), nn.Linear(6, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0))
+    optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.5, dataset_size=16, sampling="poisson")
+    stop, failed = threading.Event(), []
+
+    def evaluate() -> None:
+        try:
+            while not stop.is_set():
+                with torch.no_grad():
+                    model(ROWS)
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=evaluate)
+    thread.start()
+    try:
+        for _ in range(30):
+            optimizer.zero_grad()
+            model.loss(model(ROWS), TARGETS).backward()
+            before = own.weight.detach().clone()
+            optimizer.step()
+            left = own.weight.detach().clone()
+            with torch.no_grad():
+                model(ROWS)
+            assert not torch.equal(left, before)
+            assert torch.equal(own.weight, left)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failed
+    assert optimizer.weights_are_counted()
+    assert not optimizer.uncounted_changes
+
+
+def test_a_layer_that_is_compiled_by_itself_is_refused() -> None:
+    model, _ = model_of(lambda own, rows: None)
+    model.net[1].compile(backend="eager")
+    with pytest.raises(PrivacyError, match=r"\.compile\(\) was called"):
+        model(ROWS)
