@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clipless_dp.norms.budget import Effort
 from clipless_dp.norms.dense import matrix_norm_bound
-from clipless_dp.norms.deviations import single_deviations_serve, single_extremes
+from clipless_dp.norms.deviations import single_deviations_serve, single_extremes, single_rounding
 from clipless_dp.norms.eigenvalue import largest_eigenvalue_bound
 from clipless_dp.norms.rounding import certified_arithmetic, enlarge, gamma, product_error
 
@@ -27,6 +27,9 @@ _CACHED_ENTRIES = 1 << 16
 
 _COARSE_FROM = 24
 """Rows from which a coarse grid is worth looking for: fewer are certified at all frequencies as fast."""
+
+_SINGLE_FROM = 160
+"""Rows from which float32 factorisations at all frequencies take less time than float64 ones, half of it at 256."""
 
 _DENSITIES = (4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)
 """Points of a coarse grid for each tap but one."""
@@ -99,8 +102,14 @@ def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effo
             if found is not None:
                 return enlarge(math.sqrt(found), 8)
         bound = 0.0
-        for grams in _grams(even, odd, (grid_high, grid_wide), taps):
-            bound = largest_eigenvalue_bound(grams, effort, bound)
+        grid = (grid_high, grid_wide)
+        if _single_at_all(rows, effort) and single_deviations_serve(rows, kernel.device):
+            batches, centre, lost = _deviations(even, odd, grid, taps, error)
+            (above,) = single_extremes(batches, 2.0 * effort.tolerance * centre, (1.0,))
+            bound = centre + above + lost
+        else:
+            for grams in _grams(even, odd, grid, taps):
+                bound = largest_eigenvalue_bound(grams, effort, bound)
     return enlarge(math.sqrt(enlarge(bound + error)) * factor_high * factor_wide, 8)
 
 
@@ -190,10 +199,29 @@ def _between_frequencies(
     return found if beyond <= effort.between * largest else None
 
 
+def _single_at_all(rows: int, effort: Effort) -> bool:
+    """Whether float32 factorisations at all frequencies pay, and lose no more than they may."""
+    return rows >= _SINGLE_FROM and rows * single_rounding(rows) <= effort.single
+
+
 def _between_in_single(
     even: Tensor, odd: Tensor, grid: tuple[int, int], taps: tuple[int, int], effort: Effort, error: float
 ) -> float | None:
-    """:func:`_between_frequencies` from float32 factorisations of what the Gram matrices differ from ``aI`` by.
+    """:func:`_between_frequencies` from float32 factorisations."""
+    batches, centre, lost = _deviations(even, odd, grid, taps, error)
+    share = _share_between(taps, grid)
+    # At most half of what may be lost between the grid's points goes to guesses that are not close.
+    slack = centre * min(2.0 * effort.tolerance, effort.between / (4.0 * share))
+    above, below = (enlarge(one + lost) for one in single_extremes(batches, slack))
+    beyond = share * (above + below)
+    found = enlarge(centre + above + beyond, 8)
+    return found if beyond <= effort.between * (centre + above) else None
+
+
+def _deviations(
+    even: Tensor, odd: Tensor, grid: tuple[int, int], taps: tuple[int, int], error: float
+) -> tuple[Iterator[Tensor], float, float]:
+    """What the Gram matrices on a grid differ from ``aI`` by, in float32, some at a time; ``a``; and their error.
 
     Guarantee: ``a`` is any number, here the mean eigenvalue. Coefficients without it are small, so that little is lost
     where they are rounded to float32, as are the cosines: each entry of the sum of ``D`` of them errs by at most
@@ -209,14 +237,7 @@ def _between_in_single(
     sizes = torch.linalg.vector_norm(even, dim=2) + torch.linalg.vector_norm(odd, dim=2)
     lost = 2.0 * product_error(even.shape[1] + 8) * float(sizes.sum(1).max()) + even.numel() * 2.0**-120
     lost += error + gamma(2) * top
-    batches = _grams(even.float(), odd.float(), grid, taps)
-    share = _share_between(taps, grid)
-    # At most half of what may be lost between the grid's points goes to guesses that are not close.
-    slack = centre * min(2.0 * effort.tolerance, effort.between / (4.0 * share))
-    above, below = (enlarge(one + lost) for one in single_extremes(batches, slack))
-    beyond = share * (above + below)
-    found = enlarge(centre + above + beyond, 8)
-    return found if beyond <= effort.between * (centre + above) else None
+    return _grams(even.float(), odd.float(), grid, taps), centre, lost
 
 
 def _mirrored(grams: Tensor, level: float) -> Tensor:

@@ -135,6 +135,38 @@ def test_convolutions_are_bounded_by_them_as_by_float64(
     assert tight * (1.0 - (1e-8 if channels == 40 else 5e-4)) <= found <= tight * (1.0 + 1.3e-3)
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1.0, 1e15])
+@pytest.mark.parametrize("kind", ["random", "near", "of rank one", "one tap", "more outputs"])
+def test_projections_of_kernels_far_from_orthogonal_divide_by_no_less_than_the_norm(
+    kind: str, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As wide as it serves for, but for time: fewer rows are on the same way.
+    monkeypatch.setattr(symbol, "_SINGLE_FROM", 20)
+    calls = []
+    honest = symbol.single_extremes
+    monkeypatch.setattr(symbol, "single_extremes", lambda *args: calls.append(len(args)) or honest(*args))
+    generator = torch.Generator().manual_seed(0)
+    kernel = torch.randn(40 if kind == "more outputs" else 24, 24, 3, 3, generator=generator)
+    if kind == "near":
+        torch.manual_seed(0)
+        kernel = orthogonal_(nn.Conv2d(24, 24, 3, bias=False)).weight.detach() + 0.02 * kernel
+    elif kind == "of rank one":
+        kernel = kernel[:1] * kernel[:, :1, :1, :1]
+    elif kind == "one tap":
+        kernel = kernel * (torch.arange(9).reshape(3, 3) == 5)
+    kernel = scale * kernel
+    found = conv2d_norm(kernel, input_size=(30, 30), padding=1, budget="coarse")
+    tight = conv2d_norm(kernel, input_size=(30, 30), padding=1, budget="tight")
+    symbols = torch.fft.fft2(kernel.double(), s=(31, 31)).permute(2, 3, 0, 1)
+    true = float(torch.linalg.matrix_norm(symbols, 2).max())
+    if tight < 0.999 * true:
+        # A kernel of one tap needs no circle.
+        true = tight
+    assert true * (1.0 - 1e-13) <= found <= true * (1.0 + 2e-3)
+    # What is not near orthogonality has one side only.
+    assert 3 in calls or kind in ("of rank one", "one tap")
+
+
 def test_products_coarser_than_float32_are_not_relied_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert deviations.single_deviations_serve(256, torch.device("cpu"))
     monkeypatch.setattr(deviations, "coarse_products", lambda _: "TF32, say")
