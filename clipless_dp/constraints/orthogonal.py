@@ -255,12 +255,12 @@ def overshoot(matrices: Tensor) -> Tensor:
     gram = (matrices / size).mH @ (matrices / size)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     residual = gram - identity
-    if float(torch.linalg.matrix_norm(residual).amax()) <= 1.0:
+    if float(frobenius(residual).amax()) <= 1.0:
         # Near orthogonality ‖W‖² is at most 1 + ‖G - I‖_F: nothing lies outside.
         return size
     residual = residual @ residual
-    whole = torch.linalg.matrix_norm(residual + 2.0 * gram - identity, keepdim=True).sqrt()
-    beyond = 1.0 + torch.linalg.matrix_norm(residual, keepdim=True).sqrt()
+    whole = frobenius(residual + 2.0 * gram - identity).sqrt()
+    beyond = 1.0 + frobenius(residual).sqrt()
     return size * (torch.minimum(whole, beyond) / 2.0).clamp(min=1.0).sqrt()
 
 
@@ -290,9 +290,17 @@ def tangent_step(frames: Tensor, noisy: Tensor) -> Tensor:
     return kept
 
 
+def frobenius(matrices: Tensor) -> Tensor:
+    """Frobenius norm of each of ``(..., rows, columns)``, one number in place of each matrix; complex ones read as real
+    numbers, which torch reduces a hundred times faster."""
+    entries = torch.view_as_real(matrices.resolve_conj()) if matrices.is_complex() else matrices[..., None]
+    norms: Tensor = torch.linalg.vector_norm(entries, dim=(-3, -2, -1))
+    return norms[..., None, None]
+
+
 def typical_size(matrices: Tensor) -> Tensor:
     """Root mean square of each matrix's singular values; the smallest positive number for zeros."""
-    size: Tensor = torch.linalg.matrix_norm(matrices, keepdim=True) / math.sqrt(max(1, min(matrices.shape[-2:])))
+    size: Tensor = frobenius(matrices) / math.sqrt(max(1, min(matrices.shape[-2:])))
     return size.clamp(min=torch.finfo(size.dtype).tiny)
 
 

@@ -22,6 +22,7 @@ class Effort:
         explicit_flops: Largest cost of writing a convolution out as a matrix, in multiply-adds.
         between: Relative slack of the squared norm that a coarse grid may cost where all singular values are nearly the
             same, as those of orthogonal convolutions.
+        single: Relative slack of the squared norm that the rounding of float32 factorisations may cost elsewhere.
     """
 
     factorise: bool
@@ -29,11 +30,12 @@ class Effort:
     riesz_slack: float
     explicit_flops: float
     between: float = 0.0
+    single: float = 0.0
 
 
 _EFFORTS: dict[str, Effort] = {
     "cheap": Effort(factorise=False, tolerance=1e-1, riesz_slack=1e-1, explicit_flops=0.0),
-    "coarse": Effort(factorise=True, tolerance=2.5e-4, riesz_slack=5e-3, explicit_flops=1e8, between=2e-3),
+    "coarse": Effort(factorise=True, tolerance=2.5e-4, riesz_slack=5e-3, explicit_flops=1e8, between=2e-3, single=8e-3),
     "balanced": Effort(factorise=True, tolerance=2.5e-4, riesz_slack=5e-3, explicit_flops=1e8, between=7e-4),
     "tight": Effort(factorise=True, tolerance=1e-9, riesz_slack=5e-4, explicit_flops=1e10),
 }

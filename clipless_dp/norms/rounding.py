@@ -66,6 +66,11 @@ def product_error(terms: int, unit: float = SINGLE_UNIT) -> float:
     return share / (1.0 - share) * (1.0 + 4.0 * UNIT) if share < 0.5 else math.inf
 
 
+def single_number(value: float) -> float:
+    """The float32 number next to a value, as torch rounds a scalar that it adds to a float32 tensor."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
 def enlarge(value: float, roundings: int = 4) -> float:
     """Enlarges a non-negative float by as many relative roundings, so that it stays above the exact value."""
     return value * (1.0 + 2.0 * (roundings + 1) * UNIT) + 5e-324

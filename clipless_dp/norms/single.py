@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipless_dp.norms.eigenvalue import ritz_values
 from clipless_dp.norms.gram import single_gram_matrix
-from clipless_dp.norms.rounding import SINGLE_UNIT, certified_arithmetic, enlarge, product_error
+from clipless_dp.norms.rounding import SINGLE_UNIT, certified_arithmetic, enlarge, product_error, single_number
 from clipless_dp.precision import coarse_products
 
 _FROM, _TO = 160, 2048
@@ -98,7 +98,7 @@ def _squared_norm_bound(matrix: Tensor, slack: float, enough: float) -> float:
     for estimate, residual in ritz_values(gram):
         if residual <= enough * estimate:
             break
-    level = _rounded_up(estimate * (1.0 + slack))
+    level = single_number(estimate * (1.0 + slack))
     if not 0.0 < level < math.inf:
         return math.inf
     shifted = gram.neg_()
@@ -111,11 +111,6 @@ def _squared_norm_bound(matrix: Tensor, slack: float, enough: float) -> float:
     bound = level + 2.0 * SINGLE_UNIT * largest + rounding / (1.0 - rounding) * trace
     bound += relative * squares + matrix.numel() * 2.0**-120 * (1.0 + level)
     return enlarge(bound, len(matrix) + 16)
-
-
-def _rounded_up(value: float) -> float:
-    """A float32 number of about this size, as torch would round a scalar that it adds to a float32 tensor."""
-    return float(torch.tensor(value, dtype=torch.float32))
 
 
 def _factorised(matrix: Tensor) -> tuple[bool, float]:

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from clipless_dp.norms.budget import Effort
 from clipless_dp.norms.dense import matrix_norm_bound
+from clipless_dp.norms.deviations import single_deviations_serve, single_extremes, single_rounding
 from clipless_dp.norms.eigenvalue import largest_eigenvalue_bound
-from clipless_dp.norms.rounding import certified_arithmetic, enlarge, gamma
+from clipless_dp.norms.rounding import certified_arithmetic, enlarge, gamma, product_error
 
 _CHUNK_ENTRIES = 1 << 17
 """Complex entries of Gram matrices held at once: 2 MiB, about a core's cache."""
+
+_SINGLE_ENTRIES = 1 << 19
+"""The same of float32 ones, which are formed once and factorised twice."""
 
 _CACHED_ENTRIES = 1 << 16
 """Entries of phases, half a MiB for each of sine and cosine, that are kept for the next step."""
@@ -24,13 +28,16 @@ _CACHED_ENTRIES = 1 << 16
 _COARSE_FROM = 24
 """Rows from which a coarse grid is worth looking for: fewer are certified at all frequencies as fast."""
 
-_DENSITIES = (4, 6, 8, 12)
+_SINGLE_FROM = 160
+"""Rows from which float32 factorisations at all frequencies take less time than float64 ones, half of it at 256."""
+
+_DENSITIES = (4.0, 4.5, 5.0, 6.0, 7.0, 8.0, 10.0, 12.0)
 """Points of a coarse grid for each tap but one."""
 
 _WORTH = 0.7
 """Share of the frequencies that a coarse grid may have, each of which is certified twice."""
 
-_SPREAD = 4.5
+_SPREAD = 5.0
 """Root mean squares that the eigenvalues of a random Hermitian matrix span, and a little more."""
 
 _PAIRED_TAPS, _PAIRED_ROWS = 25, 512
@@ -95,8 +102,14 @@ def symbol_norm_bound(kernel: Tensor, torus: tuple[int | None, int | None], effo
             if found is not None:
                 return enlarge(math.sqrt(found), 8)
         bound = 0.0
-        for grams in _grams(even, odd, (grid_high, grid_wide), taps):
-            bound = largest_eigenvalue_bound(grams, effort, bound)
+        grid = (grid_high, grid_wide)
+        if _single_at_all(rows, effort) and single_deviations_serve(rows, kernel.device):
+            batches, centre, lost = _deviations(even, odd, grid, taps, error)
+            (above,) = single_extremes(batches, 2.0 * effort.tolerance * centre, (1.0,))
+            bound = centre + above + lost
+        else:
+            for grams in _grams(even, odd, grid, taps):
+                bound = largest_eigenvalue_bound(grams, effort, bound)
     return enlarge(math.sqrt(enlarge(bound + error)) * factor_high * factor_wide, 8)
 
 
@@ -104,9 +117,9 @@ def _grams(even: Tensor, odd: Tensor, grid: tuple[int, int], taps: tuple[int, in
     """The Gram matrices at one of each pair ±ω of frequencies of a grid, some at a time: ``(count, rows, rows)``."""
     groups, _, entries = even.shape
     rows = math.isqrt(entries)
-    chunk = max(1, _CHUNK_ENTRIES // (groups * entries))
+    chunk = max(1, (_CHUNK_ENTRIES if even.dtype == torch.float64 else _SINGLE_ENTRIES) // (groups * entries))
     for cosine, sine in _phases(*grid, taps, chunk, even.device):
-        real, imaginary = cosine @ even, sine @ odd
+        real, imaginary = cosine.to(even.dtype) @ even, sine.to(even.dtype) @ odd
         grams = torch.complex(real, imaginary) if rows > 1 else real
         yield grams.reshape(-1, rows, rows)
 
@@ -125,7 +138,7 @@ def _coarse_grid(
     variance = float(squares) / (groups * rows) - mean**2
     spread = _SPREAD * math.sqrt(max(variance, 0.0))
     for density in _DENSITIES:
-        grid = tuple(max(1, density * (count - 1)) for count in taps)
+        grid = tuple(max(1, math.ceil(density * (count - 1))) for count in taps)
         if 2.0 * math.prod(grid) > _WORTH * frequencies:
             return None
         share = _share_between(taps, grid)
@@ -169,6 +182,8 @@ def _between_frequencies(
     gives ``R ≤ (P - l)/(2C - 1)`` for ``C > ½``, and the first one ``P* ≤ P + (1 - C)R``. Computed Gram matrices are
     off by at most ``error``, which is added to ``P`` and taken off ``l``.
     """
+    if single_deviations_serve(math.isqrt(even.shape[-1]), even.device):
+        return _between_in_single(even, odd, grid, taps, effort, error)
     largest = 0.0
     for grams in _grams(even, odd, grid, taps):
         largest = largest_eigenvalue_bound(grams, effort, largest)
@@ -182,6 +197,47 @@ def _between_frequencies(
     beyond = _share_between(taps, grid) * span
     found = enlarge(largest + rounding + beyond, 8)
     return found if beyond <= effort.between * largest else None
+
+
+def _single_at_all(rows: int, effort: Effort) -> bool:
+    """Whether float32 factorisations at all frequencies pay, and lose no more than they may."""
+    return rows >= _SINGLE_FROM and rows * single_rounding(rows) <= effort.single
+
+
+def _between_in_single(
+    even: Tensor, odd: Tensor, grid: tuple[int, int], taps: tuple[int, int], effort: Effort, error: float
+) -> float | None:
+    """:func:`_between_frequencies` from float32 factorisations."""
+    batches, centre, lost = _deviations(even, odd, grid, taps, error)
+    share = _share_between(taps, grid)
+    # At most half of what may be lost between the grid's points goes to guesses that are not close.
+    slack = centre * min(2.0 * effort.tolerance, effort.between / (4.0 * share))
+    above, below = (enlarge(one + lost) for one in single_extremes(batches, slack))
+    beyond = share * (above + below)
+    found = enlarge(centre + above + beyond, 8)
+    return found if beyond <= effort.between * (centre + above) else None
+
+
+def _deviations(
+    even: Tensor, odd: Tensor, grid: tuple[int, int], taps: tuple[int, int], error: float
+) -> tuple[Iterator[Tensor], float, float]:
+    """What the Gram matrices on a grid differ from ``aI`` by, in float32, some at a time; ``a``; and their error.
+
+    Guarantee: ``a`` is any number, here the mean eigenvalue. Coefficients without it are small, so that little is lost
+    where they are rounded to float32, as are the cosines: each entry of the sum of ``D`` of them errs by at most
+    ``γ_{D+8}`` times the sum of their sizes, the matrix by at most that times ``Σ‖·‖_F``, and ``a``'s subtraction by
+    float64's unit roundoff.
+    """
+    rows = math.isqrt(even.shape[-1])
+    even = even.clone()
+    diagonal = even[:, 0, :: rows + 1]
+    centre = float(diagonal.mean())
+    top = float(diagonal.abs().max()) + abs(centre)
+    diagonal -= centre
+    sizes = torch.linalg.vector_norm(even, dim=2) + torch.linalg.vector_norm(odd, dim=2)
+    lost = 2.0 * product_error(even.shape[1] + 8) * float(sizes.sum(1).max()) + even.numel() * 2.0**-120
+    lost += error + gamma(2) * top
+    return _grams(even.float(), odd.float(), grid, taps), centre, lost
 
 
 def _mirrored(grams: Tensor, level: float) -> Tensor:

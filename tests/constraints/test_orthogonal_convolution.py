@@ -155,6 +155,47 @@ def test_the_steady_state_of_a_hundred_noisy_steps_is_near_orthogonality() -> No
     assert min(low for low, _ in found) > 0.92
 
 
+@pytest.mark.parametrize("name", ["square 3×3", "more outputs", "fewer outputs", "strided, more outputs", "1-d"])
+def test_longer_steps_leave_less_behind_than_as_many_plain_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def narrowest() -> float:
+        steps = noisy_steps(name, OrthogonalConvolution(iterations=3), steps=4, size=0.05, cases=ON_A_CIRCLE)
+        return min(low / high for low, high in steps)
+
+    found = narrowest()
+    monkeypatch.setattr(orthogonal_convolution, "_LENGTHS", (1.0,))
+    assert 1.0 - found < 0.95 * (1.0 - narrowest())
+
+
+@pytest.mark.parametrize("name", ["patches", "one tap"])
+def test_where_nothing_is_cut_off_the_nearest_orthogonal_matrix_is_found(name: str) -> None:
+    cases = {**ON_A_CIRCLE, "one tap": (lambda: nn.Conv2d(9, 5, 1, bias=False), (9, 4, 4))}
+    layer, shape = fresh(cases, name)
+    weight = layers.orthogonal_(layer).weight.detach()  # type: ignore[type-var]
+    weight.add_(0.02 * torch.randn_like(weight))
+    left, _, right = torch.linalg.svd(weight.double().flatten(1), full_matrices=False)
+    wrap(layer, shape, constraint=OrthogonalConvolution())
+    found = weight.double().flatten(1)
+    # Up to the certificate's division.
+    torch.testing.assert_close(found / found.norm() * math.sqrt(len(left.T)), left @ right, rtol=0.0, atol=2e-5)
+
+
+def test_longer_steps_move_no_singular_value_by_more_than_half_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(orthogonal_convolution, "_LENGTHS", (3.0,))
+
+    def smallest() -> float:
+        layer, shape = fresh(ON_A_CIRCLE, "square 3×3")
+        weight = layers.orthogonal_(layer).weight.detach()  # type: ignore[type-var]
+        # One direction is 1.35 times as large at all frequencies: a step of 3/2 would turn its sign.
+        weight[0] *= 1.35
+        operators = (ConvOperator((6, 6), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=1, coverage=9),)
+        OrthogonalConvolution(iterations=1).project_(weight, operators)
+        return float(singular_values(layer, shape)[-1])
+
+    assert smallest() > 0.6
+    MUTANTS[4].apply(monkeypatch)
+    assert smallest() < 0.4
+
+
 def test_an_ordinary_kernel_is_taken_most_of_the_way() -> None:
     layer, shape = fresh(ON_A_CIRCLE, "more outputs")
     wrap(layer, shape, constraint=OrthogonalConvolution())
@@ -220,6 +261,7 @@ MUTANTS = (
     ),
     Mutant("the frequency zero counted twice", orthogonal_convolution, "_counts", "counts[0] = 1.0", "pass"),
     Mutant("one of two mirrored frequencies", orthogonal_convolution, "_counts", ", 2.0)", ", 1.0)"),
+    Mutant("long steps far away", orthogonal_convolution._Symbol, "orthogonalize_", "max(1.0, 1.0 /", "max(9.0, 1.0 /"),
 )
 
 
@@ -259,7 +301,7 @@ def test_kernels_of_coarser_numbers_are_refused_and_stay_as_they_are(dtype: torc
     assert torch.equal(weight, before)
 
 
-@with_each(*MUTANTS[2:])
+@with_each(*MUTANTS[2:4])
 def test_half_of_the_frequencies_counted_wrongly_are_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     layer = nn.Conv2d(4, 4, 3, bias=False)
