@@ -130,10 +130,6 @@ class GatedLayerNorm(_Gated):
         of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
         return None, passed, of_weight, of_bias, None, *counts
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedLayerNorm, info, in_dims, values, rest)
-
 
 class GatedGroupNorm(_Gated):
     """Group normalisation of ``(B, C, ...)``; settings: groups, epsilon.
@@ -203,7 +199,3 @@ class GatedGroupNorm(_Gated):
         ]
         of_weight, of_bias, *counts = _row_gradients(gates, of_both, (channels,), ctx.needs_input_grad[5:])
         return None, passed, of_weight, of_bias, None, *counts
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedGroupNorm, info, in_dims, values, rest)
