@@ -9,20 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import (
-    CliplessDPSGD,
-    DPLipModel,
-    PoissonBatches,
-    ReproducibleNoise,
-    ShiftAndFlip,
-    constraints,
-    fit,
-    gated,
-    gradient_gated,
-    layers,
-    losses,
-)
+from clipless_dp import constraints, layers, losses
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling, input_gate, sample_norms
+from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import ReproducibleNoise
+from clipless_dp.optim import CliplessDPSGD
+from clipless_dp.sampling import PoissonBatches, ShiftAndFlip
+from clipless_dp.training import fit
 
 LAST = torch.channels_last
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
