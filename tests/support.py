@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,7 +33,7 @@ def one_in_two(values: Iterable[Any]) -> list[Any]:
     ]
 
 
-def with_each_of(names: str, table: Mapping[str, tuple[Any, ...]]) -> pytest.MarkDecorator:
+def with_each_of(names: str, table: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
     """Runs a test with each entry of a table as these arguments, under its key."""
     return pytest.mark.parametrize(names, [*table.values()], ids=[*table])
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -85,7 +85,13 @@ def _differentiably(ctx: Any, normalised: Callable[[Tensor], Tensor], cotangents
 
 
 class _GatedNorm(_Gated):
-    """What both normalisations do on their way back; results are what is normalised, its mean and its scale."""
+    """What both normalisations do on their way back; results are what is normalised, its mean and its scale.
+
+    Attributes:
+        plain: torch's function, without gates.
+    """
+
+    plain: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -102,7 +108,8 @@ class _GatedNorm(_Gated):
             return (None,) * 7
         gates: Affine = ctx.gates
         if torch.is_grad_enabled():
-            return _differentiably(ctx, lambda met: cls.normalised(met, *gates.settings), cotangents)
+            over, eps = gates.settings
+            return _differentiably(ctx, lambda met: cls.plain(met, over, None, None, eps), cotangents)
         caps = [
             cap if needed else None
             for cap, needed in zip((gates.weight, gates.bias), ctx.needs_input_grad[2:4], strict=True)
@@ -110,11 +117,6 @@ class _GatedNorm(_Gated):
         passed, of_both, shape = cls.own(ctx, cotangents, caps)
         of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
         return None, passed, of_weight, of_bias, None, *counts
-
-    @staticmethod
-    def normalised(values: Tensor, over: Any, eps: float) -> Tensor:
-        """What the affine map is of, by torch's function."""
-        raise NotImplementedError
 
     @staticmethod
     def own(
@@ -127,16 +129,14 @@ class _GatedNorm(_Gated):
 class GatedLayerNorm(_GatedNorm):
     """Layer normalisation over the last axes of ``(B, ..., *shape)``."""
 
+    plain = staticmethod(functional.layer_norm)
+
     @staticmethod
     def forward(
         sample: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, gates: Affine, *counters: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         shape, eps = gates.settings
         return torch.native_layer_norm(values, shape, weight, bias, eps)
-
-    @staticmethod
-    def normalised(values: Tensor, over: Any, eps: float) -> Tensor:
-        return functional.layer_norm(values, over, None, None, eps)
 
     @staticmethod
     def own(
@@ -166,6 +166,8 @@ class GatedGroupNorm(_GatedNorm):
     ``‖g‖``.
     """
 
+    plain = staticmethod(functional.group_norm)
+
     @staticmethod
     def forward(
         sample: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, gates: Affine, *counters: Tensor | None
@@ -175,10 +177,6 @@ class GatedGroupNorm(_GatedNorm):
         batch, channels = values.shape[:2]
         positions = values[0, 0].numel()
         return torch.native_group_norm(values, weight, bias, batch, channels, positions, groups, eps)
-
-    @staticmethod
-    def normalised(values: Tensor, over: Any, eps: float) -> Tensor:
-        return functional.group_norm(values, over, None, None, eps)
 
     @staticmethod
     def own(
