@@ -19,11 +19,10 @@ from clipless_dp.constraints import OrthogonalConvolution, Spectral
 from clipless_dp.norms import coverage, padded_copies
 from clipless_dp.rules import activations, conv, graph, pooling
 from clipless_dp.testing import BoundBroken
-from tests.rules.test_rules import assert_numbers, numbers
+from tests.rules.test_rules import numbers, numbers_are_those_of
 from tests.soundness.attack import Case, Traced, attack, wrap
 from tests.soundness.cases import OneCase
 from tests.soundness.mutation import Mutant
-from tests.support import with_each_of
 
 
 def _function(name: str, function: Callable[[Tensor], Tensor], shape: tuple[int, ...] = (4,), **options: Any) -> Case:
@@ -145,11 +144,7 @@ def test_the_slope_of_celu_holds_as_torch_rounds_it(alpha: float) -> None:
             numbers(nn.CELU(far), (4,))
 
 
-@with_each_of("build, shape, output, slope", {name: line for name, *line in TABLE})
-def test_the_rules_numbers_are_those_by_hand(
-    build: Callable[[], nn.Module], shape: tuple[int, ...], output: float, slope: float
-) -> None:
-    assert_numbers(build(), shape, output, slope, below=1e-7, above=1e-7)
+test_the_rules_numbers_are_those_by_hand = numbers_are_those_of(TABLE, below=1e-7, above=1e-7)
 
 
 def test_a_bias_of_channels_adds_the_root_of_its_positions() -> None:
