@@ -8,7 +8,8 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 from . import _validation as check
 from .answers import Answers
@@ -373,6 +374,16 @@ class RDPAccountant(Accountant):
         return _rdp_delta(self, terms, epsilon)
 
 
+class _Question(NamedTuple):
+    """What answers a question, for ε or for δ; `nothing` is the answer that promises nothing."""
+
+    gaussian: Callable[..., float]
+    laplace: Callable[..., tuple[float, float]]
+    rdp: Callable[..., tuple[float, float]]
+    compose: Callable[..., tuple[float, float]]
+    nothing: float = math.inf
+
+
 class PRVAccountant(Accountant):
     """Numerical composition of privacy losses: tight, with certified bounds on both sides.
 
@@ -394,55 +405,39 @@ class PRVAccountant(Accountant):
         return float(self._composed_epsilon(terms, delta, bracket=False))
 
     def _composed_epsilon(self, terms: Terms, delta: float, *, bracket: bool = True) -> PrivacyBound:
-        if terms.gaussian_only:
-            lower = gaussian_epsilon(terms.mu, delta, lower=True)
-            return self._bound(terms, gaussian_epsilon(terms.mu, delta), lower, delta, "analytic-gaussian")
-        known = laplace_epsilon(terms.laplace, delta) if terms.laplace_only else (0.0, math.inf)
-        if known[1] - known[0] <= _CLOSE * known[1] < math.inf:
-            return self._bound(terms, known[1], known[0], delta, "analytic-laplace")
-        terms = terms.grouped(_PRV_PHASES)
-        directions = terms.directions()
-        epsilon, order = rdp_to_epsilon(terms.cumulant(fixed_as_guess=True), delta, max_order=terms.max_order)
-        # Fixed-size steps have no certified Rényi bound; there the number only guides the composition.
-        rdp = math.inf if terms.fixed else epsilon
-        if rdp == 0.0:
-            return self._bound(terms, 0.0, 0.0, delta, "rdp")
-        try:
-            lower, upper = compose_epsilon(directions, delta, guess=(epsilon, order - 1.0), bracket=bracket)
-            lower, upper = max(lower, known[0]), min(upper, known[1])
-        except EngineRangeError as error:
-            if terms.fixed:
-                raise
-            self._fallback(str(error))
-            return self._bound(terms, rdp, 0.0, delta, "rdp")
-        if upper >= rdp:
-            return self._bound(terms, rdp, lower, delta, "rdp")
-        return self._bound(terms, upper, lower, delta, "prv")
+        compose = partial(compose_epsilon, bracket=bracket)
+        return self._composed(terms, delta, _Question(gaussian_epsilon, laplace_epsilon, rdp_to_epsilon, compose))
 
     def _delta(self, terms: Terms, epsilon: float) -> PrivacyBound:
+        question = _Question(gaussian_delta, laplace_delta, rdp_to_delta, compose_delta, nothing=1.0)
+        return self._composed(terms, epsilon, question)
+
+    def _composed(self, terms: Terms, at: float, question: _Question) -> PrivacyBound:
+        """ε at a δ, or δ at an ε."""
         if terms.gaussian_only:
-            lower = gaussian_delta(terms.mu, epsilon, lower=True)
-            return self._bound(terms, gaussian_delta(terms.mu, epsilon), lower, epsilon, "analytic-gaussian")
-        known = laplace_delta(terms.laplace, epsilon) if terms.laplace_only else (0.0, math.inf)
+            lower = question.gaussian(terms.mu, at, lower=True)
+            return self._bound(terms, question.gaussian(terms.mu, at), lower, at, "analytic-gaussian")
+        known = question.laplace(terms.laplace, at) if terms.laplace_only else (0.0, math.inf)
         if known[1] - known[0] <= _CLOSE * known[1] < math.inf:
-            return self._bound(terms, known[1], known[0], epsilon, "analytic-laplace")
+            return self._bound(terms, known[1], known[0], at, "analytic-laplace")
         terms = terms.grouped(_PRV_PHASES)
         directions = terms.directions()
-        delta, order = rdp_to_delta(terms.cumulant(fixed_as_guess=True), epsilon, max_order=terms.max_order)
-        rdp = 1.0 if terms.fixed else delta
+        guess, order = question.rdp(terms.cumulant(fixed_as_guess=True), at, max_order=terms.max_order)
+        # Fixed-size steps have no certified Rényi bound; there the number only guides the composition.
+        rdp = question.nothing if terms.fixed else guess
         if rdp == 0.0:
-            return self._bound(terms, 0.0, 0.0, epsilon, "rdp")
+            return self._bound(terms, 0.0, 0.0, at, "rdp")
         try:
-            lower, upper = compose_delta(directions, epsilon, guess=(delta, order - 1.0))
+            lower, upper = question.compose(directions, at, guess=(guess, order - 1.0))
             lower, upper = max(lower, known[0]), min(upper, known[1])
         except EngineRangeError as error:
             if terms.fixed:
                 raise
             self._fallback(str(error))
-            return self._bound(terms, rdp, 0.0, epsilon, "rdp")
+            return self._bound(terms, rdp, 0.0, at, "rdp")
         if upper >= rdp:
-            return self._bound(terms, rdp, lower, epsilon, "rdp")
-        return self._bound(terms, upper, lower, epsilon, "prv")
+            return self._bound(terms, rdp, lower, at, "rdp")
+        return self._bound(terms, upper, lower, at, "prv")
 
     def _deltas(self, terms: Terms, epsilons: list[float]) -> list[PrivacyBound]:
         if terms.gaussian_only or terms.renyi_only:

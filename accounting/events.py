@@ -8,7 +8,7 @@ Replacing a record removes one and adds another, so it can change it twice as mu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -47,8 +47,17 @@ class Event(Protocol):
     kind: ClassVar[str]
 
 
+class _Checked:
+    """A dataclass whose fields are checked, and made plain numbers, by their names."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in _CHECKS:
+                object.__setattr__(self, name, _CHECKS[name](value))
+
+
 @dataclass(frozen=True)
-class PoissonSampling:
+class PoissonSampling(_Checked):
     """Every record joins the batch independently with probability `sample_rate`, and none is dropped.
 
     A batch that is cut when it grows too long, a shuffled loader and a fixed batch size are *not*
@@ -57,9 +66,6 @@ class PoissonSampling:
 
     kind: ClassVar[str] = "poisson"
     sample_rate: float
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "sample_rate", check.sample_rate(self.sample_rate))
 
 
 @dataclass(frozen=True)
@@ -92,13 +98,22 @@ class FixedSizeSampling:
 Sampling = PoissonSampling | NoSampling | FixedSizeSampling
 
 
-def _require_sampling(sampling: object) -> None:
+def _known_sampling(sampling: object) -> object:
     if not isinstance(sampling, Sampling):
         raise InvalidParameterError(f"sampling must be one of the classes of accounting.events, got {sampling!r}")
+    return sampling
+
+
+_CHECKS: dict[str, Callable[[Any], object]] = {
+    "noise_multiplier": check.noise_multiplier,
+    "sample_rate": check.sample_rate,
+    "count": lambda count: check.count(count, "count"),
+    "sampling": _known_sampling,
+}
 
 
 @dataclass(frozen=True)
-class GaussianStep:
+class GaussianStep(_Checked):
     """A sum over the drawn records, plus Gaussian noise: one step of DP-SGD.
 
     Attributes:
@@ -110,13 +125,9 @@ class GaussianStep:
     noise_multiplier: float
     sampling: Sampling = field(default_factory=NoSampling)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", check.noise_multiplier(self.noise_multiplier))
-        _require_sampling(self.sampling)
-
 
 @dataclass(frozen=True)
-class GaussianVectorStep:
+class GaussianVectorStep(_Checked):
     """Several Gaussian releases computed on *one* draw of records, as the layers of one step.
 
     The parts are composed before amplification: sampling hides the record from all of them at once
@@ -136,7 +147,7 @@ class GaussianVectorStep:
         if not parts:
             raise InvalidParameterError("noise_multipliers must not be empty")
         object.__setattr__(self, "noise_multipliers", parts)
-        _require_sampling(self.sampling)
+        super().__post_init__()
 
     @property
     def noise_multiplier(self) -> float:
@@ -145,7 +156,7 @@ class GaussianVectorStep:
 
 
 @dataclass(frozen=True)
-class GaussianRelease:
+class GaussianRelease(_Checked):
     """A statistic of all records, released once with Gaussian noise.
 
     Attributes:
@@ -158,12 +169,9 @@ class GaussianRelease:
     noise_multiplier: float
     identity: str = ""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", check.noise_multiplier(self.noise_multiplier))
-
 
 @dataclass(frozen=True)
-class LaplaceRelease:
+class LaplaceRelease(_Checked):
     """A statistic of all records, released once with Laplace noise.
 
     Attributes:
@@ -173,12 +181,9 @@ class LaplaceRelease:
     kind: ClassVar[str] = "laplace_release"
     noise_multiplier: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", check.noise_multiplier(self.noise_multiplier))
-
 
 @dataclass(frozen=True)
-class ShuffledEpoch:
+class ShuffledEpoch(_Checked):
     """One pass over shuffled data in batches, with the same noise on each.
 
     Every record takes part in exactly one batch of the pass, so the pass costs as much as one
@@ -190,20 +195,14 @@ class ShuffledEpoch:
     kind: ClassVar[str] = "shuffled_epoch"
     noise_multiplier: float
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "noise_multiplier", check.noise_multiplier(self.noise_multiplier))
-
 
 @dataclass(frozen=True)
-class Repeat:
+class Repeat(_Checked):
     """An event that happened `count` times."""
 
     kind: ClassVar[str] = "repeat"
     event: Event
     count: int
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "count", check.count(self.count, "count"))
 
 
 def repeat(event: Event, count: int) -> Repeat:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,40 +31,45 @@ Complex = NDArray[np.complex128]
 _BLOCK = 1 << 21
 
 
+@dataclass(frozen=True, eq=False)
 class Inversion:
     """Samples of M along a line Re z = t, from which δ at any ε follows.
 
     Attributes:
         t: The line.
-        truncation: Size of the last sample relative to the first: how far the integrand has decayed.
+        points: Where the samples are.
+        log_moment: The logarithm of each.
+        step: From one point to the next.
+        relative_error: Of the samples.
     """
 
-    def __init__(
-        self, t: float, points: Complex, log_moment: Complex, step: float, relative_error: float = 1e-12
-    ) -> None:
-        self.t = t
-        self._points = points
-        self._log_moment = log_moment
-        self._step = step
-        self._relative_error = relative_error
-        self.truncation = math.exp(min(float((log_moment[-1] - log_moment[0]).real), 0.0))
+    t: float
+    points: Complex
+    log_moment: Complex
+    step: float
+    relative_error: float = 1e-12
+
+    @property
+    def truncation(self) -> float:
+        """Size of the last sample relative to the first: how far the integrand has decayed."""
+        return math.exp(min(float((self.log_moment[-1] - self.log_moment[0]).real), 0.0))
 
     def delta(self, epsilon: float) -> float:
         """Returns δ(ε), accurate where `truncation` is small and ε is near the saddle point."""
-        z = self._points
-        exponent = self._log_moment - z * epsilon
+        z = self.points
+        exponent = self.log_moment - z * epsilon
         peak = float(exponent[0].real)
         values = np.exp(exponent - peak) / (z * (z + 1.0))
         # Half the real line by symmetry; the point on the axis counts half.
         total = float(values.real.sum()) - 0.5 * float(values[0].real)
-        return math.exp(peak) * total * self._step / math.pi
+        return math.exp(peak) * total * self.step / math.pi
 
     def noise(self, epsilon: float) -> float:
         """Returns an estimate of the rounding error of `delta`, relative to the absolute integrand."""
-        z = self._points
-        exponent = (self._log_moment - z * epsilon).real
+        z = self.points
+        exponent = (self.log_moment - z * epsilon).real
         values = np.exp(exponent) / np.abs(z * (z + 1.0))
-        return self._relative_error * float(values.sum()) * self._step / math.pi
+        return self.relative_error * float(values.sum()) * self.step / math.pi
 
 
 def invert(terms: Terms, t: float, *, max_points: int = 16384, seconds: float = 2.0) -> list[Inversion]:

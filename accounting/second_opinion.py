@@ -12,19 +12,9 @@ from dataclasses import dataclass
 from tabulate import tabulate
 
 from . import _validation as check
+from . import events
 from .accountants import AutoAccountant, RDPAccountant
-from .events import (
-    ADD_OR_REMOVE_ONE,
-    Event,
-    GaussianRelease,
-    GaussianStep,
-    GaussianVectorStep,
-    LaplaceRelease,
-    NoSampling,
-    PoissonSampling,
-    ShuffledEpoch,
-    flatten,
-)
+from .events import ADD_OR_REMOVE_ONE, Event, flatten
 from .ledger import Ledger
 
 _ERROR = 0.01
@@ -173,10 +163,10 @@ def _too_long(ledger: Ledger, delta: float, phases: int) -> str:
     """
     if phases > _MOST_PHASES:
         return f"{phases} different events, of which {_MOST_PHASES} are as many as it takes in reasonable time"
-    events = list(flatten(ledger.entries))
-    total = sum(count for _, count in events)
+    entries = list(flatten(ledger.entries))
+    total = sum(count for _, count in entries)
     farthest = max(
-        _renyi(events, delta / 4000.0), *(_renyi([(event, 1)], delta / (8000.0 * total)) for event, _ in events)
+        _renyi(entries, delta / 4000.0), *(_renyi([(event, 1)], delta / (8000.0 * total)) for event, _ in entries)
     )
     places = phases * 2.0 * (farthest + 3.0) / _ERROR * math.sqrt(0.5 * total * math.log(12e3 / delta))
     if places > _MOST_PLACES:
@@ -184,9 +174,9 @@ def _too_long(ledger: Ledger, delta: float, phases: int) -> str:
     return ""
 
 
-def _renyi(events: list[tuple[Event, int]], delta: float) -> float:
+def _renyi(entries: list[tuple[Event, int]], delta: float) -> float:
     accountant = RDPAccountant()
-    for event, count in events:
+    for event, count in entries:
         accountant.record(event, count)
     return float(accountant.get_epsilon(max(delta, sys.float_info.min)))
 
@@ -197,13 +187,15 @@ def _known(ledger: Ledger) -> tuple[dict[tuple[float, float], int], dict[float, 
     scales: dict[float, int] = {}
     unknown = [] if ledger.relation == ADD_OR_REMOVE_ONE else [f"neighbours by {ledger.relation}"]
     for event, count in flatten(ledger.entries):
-        sampling = event.sampling if isinstance(event, (GaussianStep, GaussianVectorStep)) else None
-        if isinstance(event, LaplaceRelease):
+        sampling = event.sampling if isinstance(event, (events.GaussianStep, events.GaussianVectorStep)) else None
+        if isinstance(event, events.LaplaceRelease):
             scales[event.noise_multiplier] = scales.get(event.noise_multiplier, 0) + count
-        elif isinstance(sampling, PoissonSampling):
+        elif isinstance(sampling, events.PoissonSampling):
             key = event.noise_multiplier, sampling.sample_rate
             steps[key] = steps.get(key, 0) + count
-        elif isinstance(sampling, NoSampling) or isinstance(event, (GaussianRelease, ShuffledEpoch)):
+        elif isinstance(sampling, events.NoSampling) or isinstance(
+            event, (events.GaussianRelease, events.ShuffledEpoch)
+        ):
             key = event.noise_multiplier, 1.0
             steps[key] = steps.get(key, 0) + count
         else:

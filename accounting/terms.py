@@ -11,21 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import events
 from .errors import UnsupportedEventError
-from .events import (
-    CHANGE_OF_A_SUM,
-    REPLACE_ONE,
-    FixedSizeSampling,
-    GaussianRelease,
-    GaussianStep,
-    GaussianVectorStep,
-    LaplaceRelease,
-    NoSampling,
-    PoissonSampling,
-    Relation,
-    ShuffledEpoch,
-    flatten,
-)
+from .events import CHANGE_OF_A_SUM, REPLACE_ONE, Relation, flatten
 from .groups import GroupPoissonPair, ReplaceGroupPoissonPair
 from .pairs import (
     DominatingPair,
@@ -295,17 +283,17 @@ class Collection:
         relation, group_size = terms.relation, terms.group_size
         sensitivity = CHANGE_OF_A_SUM[relation] * group_size
         for event, n in flatten(entries):
-            if isinstance(event, (GaussianStep, GaussianVectorStep)):
+            if isinstance(event, (events.GaussianStep, events.GaussianVectorStep)):
                 sigma, sampling = event.noise_multiplier, event.sampling
-                if isinstance(sampling, PoissonSampling):
+                if isinstance(sampling, events.PoissonSampling):
                     q = sampling.sample_rate
                     if 0.0 < q < 1.0:
                         terms.poisson[sigma, q] = terms.poisson.get((sigma, q), 0) + n
                     elif q == 1.0:
                         squares.append(n * (sensitivity / sigma) ** 2)
-                elif isinstance(sampling, NoSampling):
+                elif isinstance(sampling, events.NoSampling):
                     squares.append(n * (sensitivity / sigma) ** 2)
-                elif isinstance(sampling, FixedSizeSampling):
+                elif isinstance(sampling, events.FixedSizeSampling):
                     if relation != REPLACE_ONE:
                         raise UnsupportedEventError(
                             f"{event!r} under {relation!r}: a fixed batch size has no neighbours of another size; "
@@ -323,15 +311,15 @@ class Collection:
                         terms.fixed[sigma, q] = terms.fixed.get((sigma, q), 0) + n
                 else:
                     raise UnsupportedEventError(f"unknown sampling {sampling!r} of {event!r}")
-            elif isinstance(event, (GaussianRelease, ShuffledEpoch)):
+            elif isinstance(event, (events.GaussianRelease, events.ShuffledEpoch)):
                 squares.append(n * (sensitivity / event.noise_multiplier) ** 2)
-            elif isinstance(event, LaplaceRelease):
+            elif isinstance(event, events.LaplaceRelease):
                 scale = event.noise_multiplier / sensitivity
                 terms.laplace[scale] = terms.laplace.get(scale, 0) + n
             elif isinstance(event, PrivateSelection):
                 terms.selections.append((event, collect(event.trial, relation, group_size), n))
             elif isinstance(event, AnyOf):
-                terms.choices.append(([collect(events, relation, group_size) for events in event.alternatives], n))
+                terms.choices.append(([collect(several, relation, group_size) for several in event.alternatives], n))
             else:
                 raise UnsupportedEventError(f"no engine understands the event {event!r}")
 

@@ -394,12 +394,18 @@ def page(rows: list[dict[str, Any]], asked: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """See above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of(text: str | None, *, epochs: int) -> argparse.ArgumentParser:
+    """What a benchmark of trained networks is asked: where data is, whether a look is enough, how long to train."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    return parser
+
+
+def main() -> None:
+    """See above."""
+    parser = parser_of(__doc__, epochs=5)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rows", nargs="+", choices=[*FAMILIES], default=[*FAMILIES], metavar="FAMILY")
     asked = parser.parse_args()

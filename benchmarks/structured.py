@@ -23,6 +23,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from families import parser_of
+
 from clipless_dp import CliplessDPSGD, DPLipModel, architectures, constraints, evaluate, fit, layers, losses
 from clipless_dp.datasets import Split, load_dataset
 
@@ -90,10 +92,7 @@ def row(kind: str, split: Split, asked: argparse.Namespace) -> dict[str, Any]:
 
 def main() -> None:
     """See above."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--epochs", type=int, default=10)
+    parser = parser_of(__doc__, epochs=10)
     parser.add_argument("--lr", type=float, default=2.0)
     parser.add_argument("--layers", nargs="+", choices=("circulant", "dense"), default=["circulant", "dense"])
     asked = parser.parse_args()

@@ -9,7 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,7 +20,7 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from clipless_dp import DPLipModel, gated, losses, training
+from clipless_dp import DPLipModel, constraints, gated, losses, training
 from clipless_dp.noise import SystemNoise
 from clipless_dp.norms import operators
 
@@ -31,6 +31,11 @@ def one_in_two(values: Iterable[Any]) -> list[Any]:
         pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=[pytest.mark.slow] * (place % 2))
         for place, value in enumerate(values)
     ]
+
+
+def with_each_of(names: str, table: Mapping[str, Sequence[Any]]) -> pytest.MarkDecorator:
+    """Runs a test with each entry of a table as these arguments, under its key."""
+    return pytest.mark.parametrize(names, [*table.values()], ids=[*table])
 
 
 every_copy = pytest.mark.parametrize(
@@ -48,6 +53,19 @@ SETTINGS: dict[str, Any] = {
     "sampling": "poisson",
 }
 """Of an optimizer for 40 samples."""
+
+
+EIGHT_ROWS: dict[str, Any] = {
+    **SETTINGS,
+    "noise_multiplier": 1.0,
+    "sample_rate": 1.0,
+    "dataset_size": 8,
+    "sampling": "none",
+}
+"""Of an optimizer for 8 samples, all of which are in each step."""
+
+QUICK = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 20, "accountant": "rdp", "progress": False}
+"""Of a training on some tens of samples."""
 
 
 class NoNoise(SystemNoise):
@@ -94,6 +112,15 @@ def samples(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(count, 6, generator=generator)
     return inputs, inputs[:, :3].argmax(1)
+
+
+def assert_projected(constraint: constraints.Constraint, weight: Tensor, operators: Any) -> None:
+    """The constraint holds for a matrix, bounds its norm as it says, and projects it on itself."""
+    assert constraint.holds(weight, operators)
+    assert float(torch.linalg.matrix_norm(weight.double(), 2)) <= constraint.implied(*weight.shape)
+    again = weight.clone()
+    constraint.project_(again, operators)
+    assert torch.equal(again, weight)
 
 
 def protected(history: list[training.EpochRecord]) -> list[training.EpochRecord]:

@@ -21,25 +21,14 @@ from torch.utils.data import Dataset
 
 import clipless_dp
 from accounting import Accountant, AccountingError, InvalidParameterError, create_accountant
-from clipless_dp import (
-    CliplessDPOptimizer,
-    CliplessDPSGD,
-    CliplessError,
-    ConfigurationError,
-    DPLipModel,
-    PoissonBatches,
-    PoissonBatchSampler,
-    StreamedBatches,
-    UnsupportedModuleError,
-    WeightAverage,
-    constraints,
-    evaluate,
-    fit,
-    gated,
-    gradient_gated,
-    losses,
-)
+from clipless_dp import CliplessError, constraints, losses
+from clipless_dp.errors import ConfigurationError, UnsupportedModuleError
+from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.model import DPLipModel, WeightAverage
+from clipless_dp.optim import CliplessDPOptimizer, CliplessDPSGD
+from clipless_dp.sampling import PoissonBatches, PoissonBatchSampler, StreamedBatches
 from clipless_dp.sampling.people import ROWS_PER_GROUP
+from clipless_dp.training import evaluate, fit
 from tests.support import gated_model, samples
 
 Fits = Callable[[Any], bool]

@@ -26,7 +26,7 @@ from clipless_dp.norms.operators import DenseOperator
 from clipless_dp.tables import TableModel, bounded_table, fit_table, fitting
 from clipless_dp.tables import monotone as monotone_tables
 from tests.soundness.mutation import Mutant
-from tests.support import one_in_two
+from tests.support import assert_projected, one_in_two
 
 SIGNS = (1, -1, 0, 1)
 SORTS = (
@@ -435,12 +435,8 @@ def test_rows_are_projected_on_the_l1_ball_and_entries_are_clipped_rounding_incl
             assert row == pytest.approx(expected, rel=1e-5, abs=1e-5 * max(1.0, limit))
     assert all(abs(Fraction(one)) <= Fraction(limit) for row in clipped.tolist() for one in row)
     assert torch.equal(clipped, torch.where(weight.abs() <= limit, weight, clipped))
-    for constraint, projected in ((row_sum, summed), (entry, clipped)):
-        assert constraint.holds(projected, operators)
-        assert float(torch.linalg.matrix_norm(projected.double(), 2)) <= constraint.implied(rows, columns)
-        again = projected.clone()
-        constraint.project_(again, operators)
-        assert torch.equal(again, projected)
+    assert_projected(row_sum, summed, operators)
+    assert_projected(entry, clipped, operators)
 
 
 def test_entries_of_one_sign_are_clipped_at_zero_and_only_dense_weights_have_such_limits() -> None:

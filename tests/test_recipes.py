@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from clipless_dp import ConfigurationError, DPLipModel, gradient_gated, losses, recipes
 from clipless_dp.recipes import LoRALinear
+from tests.support import with_each_of
 
 ROUNDING = 1e-12
 """Of sums of at most a hundred products of numbers near one, in float64."""
@@ -468,9 +470,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_is_refused_with_what_to_do(case: str) -> None:
-    ask, message = REFUSED[case]
+@with_each_of("ask, message", REFUSED)
+def test_is_refused_with_what_to_do(ask: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         ask()
 

@@ -14,7 +14,7 @@ from clipless_dp.model import DPLipModel
 from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from clipless_dp.search import Candidate, private_search
 
-from .support import gated_model, samples
+from .support import SETTINGS, gated_model, samples
 
 TARGET = {"epsilon": 4.0, "delta": 1e-3}
 SEARCH = {**TARGET, "mean_runs": 3.0}
@@ -165,15 +165,8 @@ def test_runs_do_not_warn_and_the_result_does_when_it_is_trained_on(five_runs):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = private_search([SMALL], (inputs, targets), validation=samples(20), **SEARCH)
-    optimizer = CliplessDPSGD(
-        result.model,
-        lr=0.1,
-        noise_multiplier=1.0,
-        sample_rate=0.1,
-        dataset_size=300,
-        accountant="rdp",
-        sampling="poisson",
-    )
+    told = {**SETTINGS, "noise_multiplier": 1.0, "sample_rate": 0.1, "dataset_size": 300}
+    optimizer = CliplessDPSGD(result.model, lr=0.1, **told)
     result.model.loss(result.model(inputs[1:20]), targets[1:20]).backward()
     with pytest.warns(PrivacyWarning, match="does not include"):
         optimizer.step()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +33,7 @@ _NOT_IN_MAXIMUM_NORM = (
 )
 
 
+@dataclass(eq=False, repr=False)
 class SensitivityTracker:
     """Composes the layers' bounds over a traced network.
 
@@ -46,20 +48,14 @@ class SensitivityTracker:
         UnsupportedModuleError: a rule refuses a layer's configuration, or leaves out one of its parameters.
     """
 
-    def __init__(
-        self,
-        traced: TracedNet,
-        *,
-        input_norm: float,
-        cotangent_norm: float,
-        weights: Placement | None = None,
-        cotangent_norm_l1: float | None = None,
-    ) -> None:
-        self.traced = traced
-        self.input_norm = input_norm
-        self.cotangent_norm = cotangent_norm
-        self.cotangent_norm_l1 = cotangent_norm_l1
-        self.weights: Placement = OneProcess() if weights is None else weights
+    traced: TracedNet
+    _: KW_ONLY
+    input_norm: float
+    cotangent_norm: float
+    weights: Placement = field(default_factory=OneProcess)
+    cotangent_norm_l1: float | None = None
+
+    def __post_init__(self) -> None:
         self._certificates: dict[tuple[int, Operator], tuple[Stamp, float]] = {}
         self.operators: dict[str, tuple[Operator, ...]] = {}
         self.operators = self._collect_operators()

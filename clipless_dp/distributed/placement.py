@@ -9,14 +9,14 @@ behind it. What has no model (samplers, statistics) asks for the processes alone
 others, which are as trivial in one process.
 """
 
-# Methods are documented in the protocol, not again in each of its implementations.
+# Methods are documented in the base, not again in each of its subclasses.
 # ruff: noqa: D102
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -62,30 +62,30 @@ class Change(NamedTuple):
     tensors: Sequence[Tensor]
 
 
-class Placement(Protocol):
-    """Where a model is.
+class Placement:
+    """Where a model is, and what follows from that: here, of one process that holds all weights.
 
     Attributes:
         world: this process among those that train the model together.
         is_whole: whether each of them holds all weights.
     """
 
-    world: World
-    is_whole: bool
+    world = World(0, 1)
+    is_whole = True
 
     # Weights.
 
     def held(self, parameter: Tensor, /) -> Tensor:
         """What this process holds of a parameter."""
-        ...
+        return parameter
 
     def whole(self, tensor: Tensor, /) -> Tensor:
         """All of a tensor. Processes that hold parts call it together."""
-        ...
+        return tensor
 
     def on_any_part(self, conditions: Sequence[bool], /) -> Sequence[bool]:
         """Of each condition, whether it holds in any process that holds a part of the weights."""
-        ...
+        return conditions
 
     def change_(self, changes: Sequence[Change], changed: Callable[[str], None] | None = None) -> None:
         """Changes tensors as wholes; ``changed`` is told the name of each before another is touched, if that may be.
@@ -93,7 +93,10 @@ class Placement(Protocol):
         Raises:
             RankError: a function failed in another process, whose own error says why, or another process is gone.
         """
-        ...
+        for name, function, tensors in changes:
+            function(*tensors)
+            if changed is not None:
+                changed(name)
 
     # Passes.
 
@@ -110,11 +113,12 @@ class Placement(Protocol):
         Raises:
             ConfigurationError: they are not where they may be.
         """
-        ...
+        if unknown and has_shards(net):
+            shards.refuse_partly_sharded()
+        return False
 
     def reshard_(self) -> None:
         """Gives back what passes without a backward pass have left of the weights of others."""
-        ...
 
     def opened(self, graph: fx.GraphModule) -> nn.Module | None:
         """What a pass that begins runs in place of the graph as the model has prepared it; ``None``: the latter.
@@ -122,7 +126,7 @@ class Placement(Protocol):
         Raises:
             ConfigurationError: the weights are split in a way that the graph cannot follow.
         """
-        ...
+        return None
 
     def passing(self, count: int) -> AbstractContextManager[int]:
         """For so many forward and backward passes: yields how many are to be made, the last of them over no rows.
@@ -130,7 +134,7 @@ class Placement(Protocol):
         Raises:
             RankError: another process is gone.
         """
-        ...
+        return nullcontext(count)
 
     # Steps.
 
@@ -144,7 +148,6 @@ class Placement(Protocol):
         Raises:
             RankError: something differs, or another process is gone.
         """
-        ...
 
     def require_ready(self) -> None:
         """Makes sure that a step may be taken.
@@ -153,7 +156,7 @@ class Placement(Protocol):
             PrivacyError: there are other processes than before, or gradients are not the sums that noise is for.
             RankError: a step has failed.
         """
-        ...
+        require_same(self.world)
 
     def release_(
         self,
@@ -181,17 +184,31 @@ class Placement(Protocol):
             RankError: something differs, which is found before anything is released, or another process is gone. The
                 gradients are dropped then, and there is no further step.
         """
-        ...
+        fields = {"steps taken": step, "bounds or noise": deviations}
+        with self._agreed(fields, ledger, weights):
+            self._noisy_(gradients, deviations, source, factor)
+
+    def _agreed(
+        self, fields: Mapping[str, object], ledger: Callable[[], Sequence[object]], weights: Callable[[], object]
+    ) -> AbstractContextManager[None]:
+        """Compares what a release depends on; within, it is made."""
+        return nullcontext()
+
+    def _noisy_(
+        self, gradients: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource, factor: float
+    ) -> None:
+        add_normal_(gradients, deviations, source, factor)
+        draw_ahead(gradients, source)
 
     # Everything else.
 
     def total(self, values: Tensor) -> Tensor:
         """The sum over the processes, without noise: for the data's owner only."""
-        ...
+        return values
 
     def on_any(self, condition: bool) -> bool:
         """Whether a condition holds in any process, so that all can act on it at the same step."""
-        ...
+        return condition
 
     def from_first(
         self,
@@ -209,7 +226,9 @@ class Placement(Protocol):
         Raises:
             RankError: it failed there, and the error there says why, or another process is gone.
         """
-        ...
+        if like is not None and not self.is_whole:
+            return shards.scattered(make, like)
+        return make() if self.world.size == 1 else from_first(make, device)
 
     def collected(self, make: Callable[[], Value]) -> Value | None:
         """A state with whole tensors, in the first process, which writes it; ``None`` in the others.
@@ -217,83 +236,14 @@ class Placement(Protocol):
         Raises:
             RankError: another process is gone.
         """
-        ...
+        return make()
 
 
-class OneProcess:
+class OneProcess(Placement):
     """One process, which holds all weights."""
 
-    world = World(0, 1)
-    is_whole = True
 
-    def held(self, parameter: Tensor, /) -> Tensor:
-        return parameter
-
-    def whole(self, tensor: Tensor, /) -> Tensor:
-        return tensor
-
-    def on_any_part(self, conditions: Sequence[bool], /) -> Sequence[bool]:
-        return conditions
-
-    def change_(self, changes: Sequence[Change], changed: Callable[[str], None] | None = None) -> None:
-        for name, function, tensors in changes:
-            function(*tensors)
-            if changed is not None:
-                changed(name)
-
-    def check(self, net: nn.Module, unknown: bool) -> bool:
-        if unknown and has_shards(net):
-            shards.refuse_partly_sharded()
-        return False
-
-    def reshard_(self) -> None:
-        pass
-
-    def opened(self, graph: fx.GraphModule) -> nn.Module | None:
-        return None
-
-    def passing(self, count: int) -> AbstractContextManager[int]:
-        return nullcontext(count)
-
-    def join(self, fields: Mapping[str, object], settle: Callable[[], None]) -> None:
-        pass
-
-    def require_ready(self) -> None:
-        require_same(self.world)
-
-    def release_(
-        self,
-        gradients: Sequence[Tensor],
-        deviations: Sequence[float],
-        source: NoiseSource,
-        factor: float,
-        *,
-        step: int,
-        ledger: Callable[[], Sequence[object]],
-        weights: Callable[[], object],
-    ) -> None:
-        add_normal_(gradients, deviations, source, factor)
-        draw_ahead(gradients, source)
-
-    def total(self, values: Tensor) -> Tensor:
-        return values
-
-    def on_any(self, condition: bool) -> bool:
-        return condition
-
-    def from_first(
-        self,
-        make: Callable[[], Value],
-        device: torch.device | str = "cpu",
-        like: Callable[[tuple[Any, ...]], Tensor | None] | None = None,
-    ) -> Value:
-        return make()
-
-    def collected(self, make: Callable[[], Value]) -> Value | None:
-        return make()
-
-
-class Replicated(OneProcess):
+class Replicated(Placement):
     """Several processes that each hold all weights, and sum their gradients in the first, which adds the noise.
 
     Args:
@@ -320,17 +270,10 @@ class Replicated(OneProcess):
         if self._stopped:
             raise RankError("a step of this run has failed: start all ranks again from the last checkpoint")
 
-    def release_(
-        self,
-        gradients: Sequence[Tensor],
-        deviations: Sequence[float],
-        source: NoiseSource,
-        factor: float,
-        *,
-        step: int,
-        ledger: Callable[[], Sequence[object]],
-        weights: Callable[[], object],
-    ) -> None:
+    @contextmanager
+    def _agreed(
+        self, fields: Mapping[str, object], ledger: Callable[[], Sequence[object]], weights: Callable[[], object]
+    ) -> Iterator[None]:
         lines = ledger()
         # Lines are compared once, but for the last, which grows; all of them once another ledger was loaded.
         known = len(self._compared) if lines[: len(self._compared)] == self._compared else 0
@@ -338,19 +281,23 @@ class Replicated(OneProcess):
         try:
             agree(
                 {
-                    "steps taken": step,
+                    **fields,
                     "ledger": (len(lines), lines[known:]),
-                    "bounds or noise": deviations,
                     "weights": not self.is_whole or weights(),
                 }
             )
-            self._sum(gradients, deviations, source)
+            yield
         except BaseException:
             for parameter in self._model.parameters():
                 parameter.grad = None
             raise
         self._compared = lines[:-1]
         self._stopped = False
+
+    def _noisy_(
+        self, gradients: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource, factor: float
+    ) -> None:
+        self._sum(gradients, deviations, source)
         torch._foreach_mul_(list(gradients), factor)
 
     def _sum(self, gradients: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource) -> None:
@@ -361,14 +308,6 @@ class Replicated(OneProcess):
 
     def on_any(self, condition: bool) -> bool:
         return on_any(condition)
-
-    def from_first(
-        self,
-        make: Callable[[], Value],
-        device: torch.device | str = "cpu",
-        like: Callable[[tuple[Any, ...]], Tensor | None] | None = None,
-    ) -> Value:
-        return from_first(make, device)
 
     def collected(self, make: Callable[[], Value]) -> Value | None:
         return make() if self.world.rank == 0 else None
@@ -441,14 +380,6 @@ class Sharded(Replicated):
         add_normal_(drawn, deviations, source)
         for gradient, noise in zip(gradients, drawn, strict=True):
             local(gradient).add_(local(shards.split(noise, gradient)))
-
-    def from_first(
-        self,
-        make: Callable[[], Value],
-        device: torch.device | str = "cpu",
-        like: Callable[[tuple[Any, ...]], Tensor | None] | None = None,
-    ) -> Value:
-        return from_first(make, device) if like is None else shards.scattered(make, like)
 
     def collected(self, make: Callable[[], Value]) -> Value | None:
         state = shards.gathered(make())

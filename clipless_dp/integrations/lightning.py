@@ -113,28 +113,20 @@ def _is_private(optimizer: Any) -> bool:
 
 def _refused(trainer: Any) -> list[str]:
     """What of a ``lightning.Trainer`` would break the guarantee, each with its remedy."""
-    wrong = []
-    if trainer.accumulate_grad_batches != 1:
-        wrong.append(
-            f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a step is one draw; raise the sample rate, "
-            "and pass a draw in pieces by manual optimization: optimizer.accumulate(batch, micro_batch_size=...)"
-        )
-    if trainer.gradient_clip_val:
-        wrong.append(f"gradient_clip_val={trainer.gradient_clip_val}: {_CLIPPED}")
-    if str(trainer.precision) not in _PRECISIONS:
-        wrong.append(
-            f"precision={trainer.precision!r}: gradients are summed in the weights' own precision, which bounds are "
-            "of, and no step may be skipped: use '32-true'"
-        )
-    if trainer.world_size != 1:
-        wrong.append(
-            f"{trainer.world_size} processes: a strategy deals out draws and averages gradients; train with "
-            "clipless_dp.fit under torchrun"
-        )
-    if trainer.overfit_batches:
-        wrong.append(f"overfit_batches={trainer.overfit_batches}: {_POISSON}")
     optimizers = _optimizers(trainer)
-    if len(optimizers) != 1 or not _is_private(optimizers[0]):
-        kinds = [type(one).__name__ for one in optimizers]
-        wrong.append(f"the optimizers {kinds}: configure_optimizers returns one CliplessDPOptimizer")
-    return wrong
+    kinds = [type(one).__name__ for one in optimizers]
+    pieces, clipped, overfitted = trainer.accumulate_grad_batches, trainer.gradient_clip_val, trainer.overfit_batches
+    found = {
+        f"accumulate_grad_batches={pieces}: a step is one draw; raise the sample rate, and pass a draw in pieces by "
+        "manual optimization: optimizer.accumulate(batch, micro_batch_size=...)": pieces != 1,
+        f"gradient_clip_val={clipped}: {_CLIPPED}": clipped,
+        f"precision={trainer.precision!r}: gradients are summed in the weights' own precision, which bounds are of, "
+        "and no step may be skipped: use '32-true'": str(trainer.precision) not in _PRECISIONS,
+        f"{trainer.world_size} processes: a strategy deals out draws and averages gradients; train with "
+        "clipless_dp.fit under torchrun": trainer.world_size != 1,
+        f"overfit_batches={overfitted}: {_POISSON}": overfitted,
+        f"the optimizers {kinds}: configure_optimizers returns one CliplessDPOptimizer": (
+            len(optimizers) != 1 or not _is_private(optimizers[0])
+        ),
+    }
+    return [message for message, wrong in found.items() if wrong]

@@ -166,14 +166,14 @@ class _Gated(torch.autograd.Function):
         made: Any = cls.apply(None, values, *rest)  # type: ignore[no-untyped-call]
         return cast(Tensor, made[0] if isinstance(made, tuple) else made)
 
-    @staticmethod
-    def rule(kind: type[_Gated], info: Any, in_dims: Any, values: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, int]:
-        """The rule for ``vmap``."""
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> Any:
+        """The rule: all samples at once, with their axis in front."""
         if any(isinstance(dim, int) for dim in in_dims[2:]):
             raise PrivacyError("a parameter behind a gradient gate must be the same for all samples")
         dim = in_dims[1]
         moved = values.unsqueeze(0).expand(info.batch_size, *values.shape) if dim is None else values.movedim(dim, 0)
-        return kind.batched(moved, rest), 0
+        return cls.batched(moved, rest), 0
 
 
 class GatedLinear(_Gated):
@@ -229,10 +229,6 @@ class GatedLinear(_Gated):
         of_weight = of_weight.mT if transposed and of_weight is not None else of_weight
         return None, passed, of_weight, of_bias, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedLinear, info, in_dims, values, rest)
-
 
 class GatedEmbedding(_Gated):
     """Rows of a table by their numbers, ``(B, ...)`` integers; the row ``padding`` takes no gradient."""
@@ -263,10 +259,6 @@ class GatedEmbedding(_Gated):
             found, _, counts, _ = gates.sums((Table(flat, arrived, ctx.rows), None), counted)
             return None, None, found, None, counts
         return None, None, table_gradient(flat, arrived, ctx.rows, cap.limit, cap.least), None, None
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedEmbedding, info, in_dims, values, rest)
 
 
 class GatedConvolution(_Gated):
@@ -328,10 +320,6 @@ class GatedConvolution(_Gated):
             of_bias = bias_gradient(*zeroed_rows(cotangents.flatten(2)), gates.bias.limit, gates.bias.least)
         return None, passed, of_weight, of_bias, None, None, None
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedConvolution, info, in_dims, values, rest)
-
 
 class GatedStep(_Gated):
     """``x - 2Wᵀ relu(Wx + b)`` of ``(B, ..., features)``, or of maps: one gate for both places where ``W`` is read."""
@@ -362,10 +350,6 @@ class GatedStep(_Gated):
         passed, *parts = returned(values, weight, bias, hidden, cotangents, windows, 0, wants)
         of_weight, of_bias, *counts = gates.sums((parts[0], parts[1]), needed[5:])
         return None, passed, of_weight, of_bias, None, *counts
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedStep, info, in_dims, values, rest)
 
 
 class Expanded(_Gated):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -84,20 +84,14 @@ def _differentiably(ctx: Any, normalised: Callable[[Tensor], Tensor], cotangents
     return None, passed, of_weight, of_bias, None, *counts
 
 
-class GatedLayerNorm(_Gated):
-    """Layer normalisation over the last axes of ``(B, ..., *shape)``."""
+class _GatedNorm(_Gated):
+    """What both normalisations do on their way back; results are what is normalised, its mean and its scale.
 
-    @staticmethod
-    def forward(
-        sample: Any,
-        values: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        gates: Affine,
-        *counters: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        shape, eps = gates.settings
-        return torch.native_layer_norm(values, shape, weight, bias, eps)
+    Attributes:
+        plain: torch's function, without gates.
+    """
+
+    plain: ClassVar[Callable[..., Tensor]]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -107,35 +101,63 @@ class GatedLayerNorm(_Gated):
         ctx.mark_non_differentiable(mean, scale)
         ctx.save_for_backward(values, weight, bias, mean, scale)
 
-    @staticmethod
-    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
+    @classmethod
+    def backward(cls, ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
         cotangents = arriving[0]
         if cotangents is None:
             return (None,) * 7
-        values, weight, bias, mean, scale = ctx.saved_tensors
         gates: Affine = ctx.gates
-        shape, eps = gates.settings
         if torch.is_grad_enabled():
-            return _differentiably(ctx, lambda met: functional.layer_norm(met, shape, None, None, eps), cotangents)
+            over, eps = gates.settings
+            return _differentiably(ctx, lambda met: cls.plain(met, over, None, None, eps), cotangents)
+        caps = [
+            cap if needed else None
+            for cap, needed in zip((gates.weight, gates.bias), ctx.needs_input_grad[2:4], strict=True)
+        ]
+        passed, of_both, shape = cls.own(ctx, cotangents, caps)
+        of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
+        return None, passed, of_weight, of_bias, None, *counts
+
+    @staticmethod
+    def own(
+        ctx: Any, cotangents: Tensor, caps: Sequence[Cap | None]
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None], tuple[int, ...]]:
+        """What passes on, the samples' own gradients of weight and bias that have caps, and their shape."""
+        raise NotImplementedError
+
+
+class GatedLayerNorm(_GatedNorm):
+    """Layer normalisation over the last axes of ``(B, ..., *shape)``."""
+
+    plain = staticmethod(functional.layer_norm)
+
+    @staticmethod
+    def forward(
+        sample: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, gates: Affine, *counters: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        shape, eps = gates.settings
+        return torch.native_layer_norm(values, shape, weight, bias, eps)
+
+    @staticmethod
+    def own(
+        ctx: Any, cotangents: Tensor, caps: Sequence[Cap | None]
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None], tuple[int, ...]]:
+        values, weight, bias, mean, scale = ctx.saved_tensors
+        shape, _ = ctx.gates.settings
         passed = None
         if ctx.needs_input_grad[1]:
             passed = torch.ops.aten.native_layer_norm_backward(
                 cotangents.contiguous(), values, shape, mean, scale, weight, bias, [True, False, False]
             )[0]
         of_both: list[tuple[Tensor, Tensor] | None] = [None, None]
-        if gates.weight is not None and ctx.needs_input_grad[2]:
+        if caps[0] is not None:
             of_both[0] = _own(torch.addcmul(-mean * scale, values, scale).mul_(cotangents), shape)
-        if gates.bias is not None and ctx.needs_input_grad[3]:
+        if caps[1] is not None:
             of_both[1] = _own(cotangents, shape)
-        of_weight, of_bias, *counts = _row_gradients(gates, of_both, shape, ctx.needs_input_grad[5:])
-        return None, passed, of_weight, of_bias, None, *counts
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedLayerNorm, info, in_dims, values, rest)
+        return passed, of_both, shape
 
 
-class GatedGroupNorm(_Gated):
+class GatedGroupNorm(_GatedNorm):
     """Group normalisation of ``(B, C, ...)``; settings: groups, epsilon.
 
     To torch's kernel the channels of all samples are channels of one sample, on the way back: what it sums up for each
@@ -144,14 +166,11 @@ class GatedGroupNorm(_Gated):
     ``‖g‖``.
     """
 
+    plain = staticmethod(functional.group_norm)
+
     @staticmethod
     def forward(
-        sample: Any,
-        values: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        gates: Affine,
-        *counters: Tensor | None,
+        sample: Any, values: Tensor, weight: Tensor | None, bias: Tensor | None, gates: Affine, *counters: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         groups, eps = gates.settings
         values = values.contiguous()
@@ -160,28 +179,12 @@ class GatedGroupNorm(_Gated):
         return torch.native_group_norm(values, weight, bias, batch, channels, positions, groups, eps)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, values, weight, _, ctx.gates, *_ = inputs
-        _, mean, scale = output
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(mean, scale)
-        ctx.save_for_backward(values, weight, mean, scale)
-
-    @staticmethod
-    def backward(ctx: Any, *arriving: Tensor | None) -> tuple[Tensor | None, ...]:
-        cotangents = arriving[0]
-        if cotangents is None:
-            return (None,) * 7
-        values, weight, mean, scale = ctx.saved_tensors
-        gates: Affine = ctx.gates
-        groups, eps = gates.settings
-        if torch.is_grad_enabled():
-            return _differentiably(ctx, lambda met: functional.group_norm(met, groups, None, None, eps), cotangents)
+    def own(
+        ctx: Any, cotangents: Tensor, caps: Sequence[Cap | None]
+    ) -> tuple[Tensor | None, list[tuple[Tensor, Tensor] | None], tuple[int, ...]]:
+        values, weight, _, mean, scale = ctx.saved_tensors
+        groups, _ = ctx.gates.settings
         batch, channels = values.shape[:2]
-        caps = [
-            cap if cap is not None and needed else None
-            for cap, needed in zip((gates.weight, gates.bias), ctx.needs_input_grad[2:4], strict=True)
-        ]
         passed, *sums = torch.ops.aten.native_group_norm_backward(
             cotangents.contiguous().reshape(1, batch * channels, -1),
             values.contiguous().reshape(1, batch * channels, -1),
@@ -195,15 +198,9 @@ class GatedGroupNorm(_Gated):
             [ctx.needs_input_grad[1], caps[0] is not None, caps[1] is not None],
         )
         passed = None if passed is None else passed.reshape(values.shape)
-        if all(cap is None for cap in caps):
-            return None, passed, None, None, None, None, None
-        sizes = sample_norms(cotangents)
+        sizes = None if caps == [None, None] else sample_norms(cotangents)
         of_both = [
-            None if cap is None else (one.reshape(batch, channels), sizes) for cap, one in zip(caps, sums, strict=True)
+            None if cap is None or sizes is None else (one.reshape(batch, channels), sizes)
+            for cap, one in zip(caps, sums, strict=True)
         ]
-        of_weight, of_bias, *counts = _row_gradients(gates, of_both, (channels,), ctx.needs_input_grad[5:])
-        return None, passed, of_weight, of_bias, None, *counts
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, sample: Tensor, values: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        return _Gated.rule(GatedGroupNorm, info, in_dims, values, rest)
+        return passed, of_both, (channels,)

@@ -7,7 +7,7 @@ have one gate each for all of them, and those that meet the state are copies for
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,26 +22,35 @@ from clipless_dp.isolation.layers import linear
 from clipless_dp.isolation.recurrence import GatedRecurrence, Recurrence
 
 
-def _parts(
-    weights: Sequence[Tensor], biased: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """``W_ih``, ``W_hh``, ``b_ih``, ``b_hh`` and ``W_hr`` of one direction; ``None`` where there is none."""
-    of_input, of_state, *rest = weights
-    biases = rest[:2] if biased else [None, None]
-    return of_input, of_state, biases[0], biases[1], rest[2 * biased] if len(rest) > 2 * biased else None
+class _Direction(NamedTuple):
+    """One direction of one layer.
+
+    Attributes:
+        values: ``(T, B, K)``.
+        state: at its beginning.
+        weights: those of it, one after the other.
+        biased: whether there are biases among them.
+        back: whether it runs from the last step to the first.
+    """
+
+    values: Tensor
+    state: tuple[Tensor, ...]
+    weights: Sequence[Tensor]
+    biased: bool
+    back: bool
+
+    def parts(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """``W_ih``, ``W_hh``, ``b_ih``, ``b_hh`` and ``W_hr``; ``None`` where there is none."""
+        of_input, of_state, *rest = self.weights
+        biases = rest[:2] if self.biased else [None, None]
+        behind = rest[2 * self.biased :]
+        return of_input, of_state, biases[0], biases[1], behind[0] if behind else None
 
 
-def _one_way(
-    run: Gating,
-    cell: Equation,
-    values: Tensor,
-    state: tuple[Tensor, ...],
-    weights: Sequence[Tensor],
-    biased: bool,
-    back: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One direction of one layer, over ``(T, B, K)``, step by step."""
-    of_input, of_state, bias_of_input, bias_of_state, projection = _parts(weights, biased)
+def _one_way(run: Gating, cell: Equation, way: _Direction) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The outputs ``(T, B, P)`` and the state at the end, step by step."""
+    of_input, of_state, bias_of_input, bias_of_state, projection = way.parts()
+    values, state = way.values, way.state
     if any(run.name_of(one) is not None for one in (of_input, bias_of_input)):
         entering = linear(run, values, of_input, bias_of_input)
         if entering is NotImplemented:
@@ -55,22 +64,15 @@ def _one_way(
         state,
         lambda hidden: functional.linear(hidden, of_state, bias_of_state),
         None if projection is None else lambda hidden: functional.linear(hidden, projection),
-        back,
+        way.back,
     )
     return torch.stack(made), state
 
 
-def _at_once(
-    run: Gating,
-    kind: str,
-    values: Tensor,
-    state: tuple[Tensor, ...],
-    weights: Sequence[Tensor],
-    biased: bool,
-    back: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _at_once(run: Gating, kind: str, way: _Direction) -> tuple[Tensor, tuple[Tensor, ...]]:
     """The same by one gated function, whose parameters each have one gate for the whole of their gradients."""
-    of_input, of_state, *biases, projection = parts = _parts(weights, biased)
+    of_input, of_state, *biases, projection = parts = way.parts()
+    values, state = way.values, way.state
     steps, sequences, inputs = values.shape
     width = state[0].shape[-1]
     positions = steps * sequences
@@ -94,18 +96,18 @@ def _at_once(
         values.transpose(0, 1),
         torch.cat(state, -1),
         *(run.source(one) for one in parts),
-        Recurrence(kind, back, gates),
+        Recurrence(kind, way.back, gates),
         *map(run.counter, named),
     )
     return output.transpose(0, 1), end.split([part.shape[-1] for part in state], -1)
 
 
-def _steps_by_copies(values: Tensor, weights: Sequence[Tensor]) -> bool:
+def _steps_by_copies(way: _Direction) -> bool:
     """Whether steps must run one by one: weights differ from sample to sample, or a call has one step only.
 
     Who calls a layer once for each step has one gate for all of them that way.
     """
-    return values.shape[0] < 2 or any(torch._C._functorch.is_batchedtensor(weight) for weight in weights)
+    return len(way.values) < 2 or any(torch._C._functorch.is_batchedtensor(weight) for weight in way.weights)
 
 
 def _recurrent(cell: Equation, parts: int, kind: str) -> Callable[..., Any]:
@@ -142,11 +144,11 @@ def _recurrent(cell: Equation, parts: int, kind: str) -> Callable[..., Any]:
             for way in range(ways):
                 index = layer * ways + way
                 own = params[index * each : (index + 1) * each]
-                state = tuple(part[index] for part in begin)
-                if _steps_by_copies(values, own):
-                    output, end = _one_way(run, cell, values, state, own, has_biases, way == 1)
+                direction = _Direction(values, tuple(part[index] for part in begin), own, has_biases, way == 1)
+                if _steps_by_copies(direction):
+                    output, end = _one_way(run, cell, direction)
                 else:
-                    output, end = _at_once(run, kind, values, state, own, has_biases, way == 1)
+                    output, end = _at_once(run, kind, direction)
                 outputs.append(output)
                 ends.append(end)
             values = outputs[0] if ways == 1 else torch.cat(outputs, -1)

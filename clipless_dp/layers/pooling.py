@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,14 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates.plain import plain_form
 from clipless_dp.modules import Unscripted
 from clipless_dp.norms.geometry import Axis
+
+Pair: TypeAlias = int | tuple[int, int]
+"""Of both axes, or of each."""
+
+
+def _pair(value: Pair) -> tuple[int, int]:
+    first, second = value if isinstance(value, Sequence) else (value, value)
+    return first, second
 
 
 def _root(squares: Tensor) -> Tensor:
@@ -127,8 +135,8 @@ class AdaptiveL2NormPool2d(_AdaptiveL2NormPool):
         ``(B, C, H, W)`` to ``(B, C, *output_size)``.
     """
 
-    def __init__(self, output_size: int | tuple[int, int] = 1) -> None:
-        super().__init__(output_size if isinstance(output_size, tuple) else (output_size, output_size))
+    def __init__(self, output_size: Pair = 1) -> None:
+        super().__init__(_pair(output_size))
 
 
 class L2NormPool2d(Unscripted, nn.Module):
@@ -145,19 +153,14 @@ class L2NormPool2d(Unscripted, nn.Module):
         ``(B, C, H, W)`` to ``(B, C, H', W')``.
     """
 
-    def __init__(
-        self,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] | None = None,
-        padding: int | tuple[int, int] = 0,
-    ) -> None:
+    def __init__(self, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0) -> None:
         super().__init__()
-        self.kernel_size = kernel_size if isinstance(kernel_size, tuple) else (kernel_size, kernel_size)
+        self.kernel_size = _pair(kernel_size)
         if min(self.kernel_size) < 1:
             raise ConfigurationError(f"kernel_size must be positive, got {kernel_size}")
         stride = self.kernel_size if stride is None else stride
-        self.stride = stride if isinstance(stride, tuple) else (stride, stride)
-        self.padding = padding if isinstance(padding, tuple) else (padding, padding)
+        self.stride = _pair(stride)
+        self.padding = _pair(padding)
 
     def forward(self, values: Tensor) -> Tensor:
         """Pools each channel."""
@@ -186,17 +189,13 @@ class ScaledAvgPool2d(Unscripted, nn.AvgPool2d):
     """
 
     def __init__(
-        self,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] | None = None,
-        padding: int | tuple[int, int] = 0,
-        ceil_mode: bool = False,
+        self, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0, ceil_mode: bool = False
     ) -> None:
         super().__init__(kernel_size, stride, padding, ceil_mode)
 
     def forward(self, values: Tensor) -> Tensor:
         """Pools each channel."""
-        window = self.kernel_size if isinstance(self.kernel_size, tuple) else (self.kernel_size, self.kernel_size)
+        window = _pair(self.kernel_size)
         return math.sqrt(math.prod(window)) * super().forward(values)
 
 
@@ -218,10 +217,6 @@ class _WindowSums(Unscripted, nn.Module):
             sides += [pad, pad + max(missing, 0)]
         averages = functional.avg_pool2d(functional.pad(values, sides), self.kernel, self.stride)
         return averages * (math.prod(self.kernel) / cast(int, self.divisor))
-
-
-def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return (value, value) if isinstance(value, int) else tuple(value)
 
 
 @plain_form(nn.AvgPool2d)

@@ -9,6 +9,11 @@ from clipless_dp.errors import ConfigurationError
 from clipless_dp.layers.pairing import Paired, Pairing
 
 
+def _refuse_batch(dim: int) -> None:
+    if dim == 0:
+        raise ConfigurationError("dim is the batch axis, along which samples would mix; use dim=1")
+
+
 class GroupSort(Paired):
     """Sorts each group of adjacent channels in ascending order (Anil, Lucas and Grosse 2019, §4).
 
@@ -32,8 +37,7 @@ class GroupSort(Paired):
             raise ConfigurationError(f"pairing={pairing!r} makes groups of two, got group_size={group_size}")
         if group_size < 2:
             raise ConfigurationError(f"group_size must be at least 2, got {group_size}")
-        if dim == 0:
-            raise ConfigurationError("dim=0 is the batch axis: sorting along it would mix samples")
+        _refuse_batch(dim)
         self.group_size = group_size
         self.dim = dim
 
@@ -41,8 +45,7 @@ class GroupSort(Paired):
         """Sorts within groups."""
         dim = self.dim % values.dim()
         channels = values.shape[dim]
-        if dim == 0:
-            raise ConfigurationError("dim is the batch axis: sorting along it would mix samples")
+        _refuse_batch(dim)
         if channels % self.group_size:
             raise ConfigurationError(
                 f"group_size={self.group_size} does not divide the {channels} channels of axis {dim}"
@@ -75,7 +78,20 @@ class MaxMin(GroupSort):
         super().__init__(2, dim, pairing=pairing)
 
 
-class FullSort(nn.Module):
+class _Channels(nn.Module):
+    """What is done along one axis of channels."""
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        _refuse_batch(dim)
+        self.dim = dim
+
+    def extra_repr(self) -> str:
+        """The axis."""
+        return f"dim={self.dim}"
+
+
+class FullSort(_Channels):
     """Sorts all channels in ascending order: :class:`GroupSort` with a single group.
 
     Args:
@@ -88,28 +104,17 @@ class FullSort(nn.Module):
         ConfigurationError: ``dim`` is the batch axis.
     """
 
-    def __init__(self, dim: int = 1) -> None:
-        super().__init__()
-        if dim == 0:
-            raise ConfigurationError("dim=0 is the batch axis: sorting along it would mix samples")
-        self.dim = dim
-
     def forward(self, values: Tensor) -> Tensor:
         """Sorts the channels."""
-        if self.dim % values.dim() == 0:
-            raise ConfigurationError("dim is the batch axis: sorting along it would mix samples")
+        _refuse_batch(self.dim % values.dim())
         return values.sort(dim=self.dim).values
 
     def groups(self, channels: int) -> Tensor:
         """Which channels are sorted together: indices, ``(1, channels)``."""
         return torch.arange(channels)[None]
 
-    def extra_repr(self) -> str:
-        """The axis."""
-        return f"dim={self.dim}"
 
-
-class ConcatReLU(nn.Module):
+class ConcatReLU(_Channels):
     """``relu(x)`` and ``relu(-x)``, one after the other along an axis (Shang et al. 2016): norm-preserving.
 
     Args:
@@ -119,16 +124,6 @@ class ConcatReLU(nn.Module):
         ``(B, C, ...)`` to ``(B, 2C, ...)``.
     """
 
-    def __init__(self, dim: int = 1) -> None:
-        super().__init__()
-        if dim == 0:
-            raise ConfigurationError("dim=0 is the batch axis, along which samples would be joined; use dim=1")
-        self.dim = dim
-
     def forward(self, values: Tensor) -> Tensor:
         """Joins both halves."""
         return torch.cat([values.relu(), (-values).relu()], self.dim)
-
-    def extra_repr(self) -> str:
-        """The axis."""
-        return f"dim={self.dim}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -47,6 +48,7 @@ class _Declared(threading.local):
 _declared = _Declared()
 
 
+@dataclass(eq=False, repr=False)
 class Pass:
     """One forward pass, and the backward pass through it.
 
@@ -67,33 +69,25 @@ class Pass:
         weighed: whether a forward pass gave its layers these.
     """
 
-    trains: tuple[bool, ...] = ()
-    parts: Sequence[Pass] = ()
-    lost = False
-    divided: Sequence[tuple[Rows, int]] = ()
-    weighed = False
+    sensitivity: Sensitivity | None
+    fingerprint: object
+    rows: Rows | None
+    beside: Draw | None = field(kw_only=True)
+    public: bool = field(kw_only=True)
+    inputs: InitVar[Tensor | None] = field(default=None, kw_only=True)
+    entered: bool = field(default=False, init=False)
+    trains: tuple[bool, ...] = field(default=(), init=False)
+    parts: Sequence[Pass] = field(default=(), init=False)
+    lost: bool = field(default=False, init=False)
+    divided: Sequence[tuple[Rows, int]] = field(default=(), init=False)
+    weighed: bool = field(default=False, init=False)
 
-    def __init__(
-        self,
-        sensitivity: Sensitivity | None,
-        fingerprint: object,
-        rows: Rows | None,
-        *,
-        beside: Draw | None,
-        public: bool,
-        inputs: Tensor | None = None,
-    ) -> None:
-        self.sensitivity = sensitivity
-        self.fingerprint = fingerprint
-        self.rows = rows
-        self.beside = beside
-        self.public = public
-        self.entered = False
-        learned = inputs is not None and inputs.requires_grad and not public
+    def __post_init__(self, inputs: Tensor | None) -> None:
+        learned = inputs is not None and inputs.requires_grad and not self.public
         self.beside_inputs = leaves_beside(inputs) if learned and inputs is not None else []
         self.declared = _declared.tensor is not None and inputs is _declared.tensor
         self.weights = _declared.weights if self.declared else None
-        self._inputs = None if inputs is None else (inputs, _fingerprint_of(rows, inputs))
+        self._inputs = None if inputs is None else (inputs, _fingerprint_of(self.rows, inputs))
 
     def private_parts(self) -> Sequence[Pass]:
         """The passes of private rows that it stands for."""

@@ -8,6 +8,7 @@ the constraints.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,8 +47,28 @@ class Operator(Protocol):
         ...
 
 
+class _Untapped(ABC):
+    """What a kernel without taps is as a matrix."""
+
+    @abstractmethod
+    def kernel(self, weight: Tensor) -> Tensor:
+        """See :meth:`Operator.kernel`."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """As :meth:`kernel`, which has no taps."""
+        return self.kernel(weight)
+
+
+class _Numbers(_Untapped):
+    """Numbers that are no matrix's entries in place."""
+
+    def kernel(self, weight: Tensor) -> Tensor:
+        """All of them in one row: ``(1, 1, n)``."""
+        return weight.reshape(1, 1, -1)
+
+
 @dataclass(frozen=True)
-class DenseOperator:
+class DenseOperator(_Untapped):
     """``x ↦ Wx``, at any number of positions."""
 
     def norm(self, weight: Tensor) -> float:
@@ -59,10 +80,6 @@ class DenseOperator:
         return 1.0
 
     def kernel(self, weight: Tensor) -> Tensor:
-        """``(1, out, in)``."""
-        return weight.unsqueeze(0)
-
-    def matrix(self, weight: Tensor) -> Tensor:
         """``(1, out, in)``."""
         return weight.unsqueeze(0)
 
@@ -184,7 +201,7 @@ class SigmoidOperator(DiagonalOperator):
 
 
 @dataclass(frozen=True)
-class TableOperator:
+class TableOperator(_Untapped):
     """A table whose rows are looked up one at a time: its norm is that of its longest row."""
 
     def norm(self, weight: Tensor) -> float:
@@ -201,13 +218,9 @@ class TableOperator:
         """Each row a group: ``(rows, 1, d)``."""
         return weight.unsqueeze(1)
 
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Each row a group: ``(rows, 1, d)``."""
-        return weight.unsqueeze(1)
-
 
 @dataclass(frozen=True)
-class VectorOperator:
+class VectorOperator(_Numbers):
     """A vector that is added: its norm is Euclidean."""
 
     def norm(self, weight: Tensor) -> float:
@@ -219,17 +232,9 @@ class VectorOperator:
         """Exact."""
         return 1.0
 
-    def kernel(self, weight: Tensor) -> Tensor:
-        """``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
-
 
 @dataclass(frozen=True)
-class CirculantOperator:
+class CirculantOperator(_Numbers):
     """A circulant or skew-circulant matrix, a part of one, or circulant blocks, by orthonormal coefficients.
 
     Each coefficient is spread over the entries of one wrapped diagonal, divided by the root of their number.
@@ -258,17 +263,9 @@ class CirculantOperator:
         """The coefficients' norm is the matrix's Frobenius norm; that of the whole circulant is larger by this."""
         return math.sqrt(self.points / self.filled)
 
-    def kernel(self, weight: Tensor) -> Tensor:
-        """All coefficients in one row: ``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """All coefficients in one row: ``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
-
 
 @dataclass(frozen=True)
-class ToeplitzOperator:
+class ToeplitzOperator(_Numbers):
     """A Toeplitz matrix, or a Hankel matrix, by orthonormal coefficients of its diagonals.
 
     Attributes:
@@ -292,17 +289,9 @@ class ToeplitzOperator:
         """The coefficients' norm is the matrix's; those of the circulants that it is a part of are larger by this."""
         return math.sqrt(self.rows + self.columns - 1)
 
-    def kernel(self, weight: Tensor) -> Tensor:
-        """All coefficients in one row: ``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """All coefficients in one row: ``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
-
 
 @dataclass(frozen=True)
-class TriangularOperator:
+class TriangularOperator(_Numbers):
     """A square matrix, divided by a number, of the entries of some diagonals on and below the main one.
 
     Attributes:
@@ -335,14 +324,6 @@ class TriangularOperator:
     def perturbation(self, weight: Tensor) -> float:
         """The entries' norm is the matrix's Frobenius norm."""
         return 1.0 / self.unit
-
-    def kernel(self, weight: Tensor) -> Tensor:
-        """All entries in one row: ``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """All entries in one row: ``(1, 1, n)``."""
-        return weight.reshape(1, 1, -1)
 
 
 def diagonal_counts(rows: int, columns: int) -> Tensor:

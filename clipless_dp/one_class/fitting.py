@@ -195,7 +195,7 @@ def fit_one_class(
     if not private:
         _train(asked, box(table), reproducible_seed)
         if quota is not None:
-            made._threshold(quota, table)
+            made._threshold(quota, table, None, None, None)
         return made
     assert epsilon is not None
     assert delta is not None
@@ -206,7 +206,7 @@ def fit_one_class(
     made.result = _train_privately(asked, box(table), sigma, (epsilon, delta), ledger, source, reproducible_seed)
     if quota is not None:
         apart = noise if reproducible_seed is None else ReproducibleNoise(derived_seed(reproducible_seed, "threshold"))
-        made._threshold(quota, table, noise_multiplier=of_threshold, dataset_size=size, noise=apart)
+        made._threshold(quota, table, of_threshold, size, apart)
     return made
 
 

@@ -167,19 +167,18 @@ class OneClassModel(Predicts):
         return self._threshold(
             share("rate", rate, "(0, 1)"),
             require_rows(rows, self.box.input_shape),
-            noise_multiplier=noise_multiplier,
-            dataset_size=dataset_size,
-            noise=noise,
+            noise_multiplier,
+            dataset_size,
+            noise,
         )
 
     def _threshold(
         self,
         quota: float,
         table: Tensor,
-        *,
-        noise_multiplier: float | None = None,
-        dataset_size: int | None = None,
-        noise: NoiseSource | str | None = None,
+        noise_multiplier: float | None,
+        dataset_size: int | None,
+        noise: NoiseSource | str | None,
     ) -> float:
         """Of rows that were looked at: behind a training nothing about them refuses any more."""
         if self.result is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from clipless_dp.arguments import learning_rate, not_negative, positive, share
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.optim.no_closure import NoClosure
 
 
-class AdamBC(Optimizer):
+class AdamBC(NoClosure):
     """AdamW for private gradients: what the noise adds to the second moment is taken off (Tang, Panickssery & Lécuyer
     2024, *DP-AdamBC*, Algorithm 1).
 
@@ -62,7 +63,7 @@ class AdamBC(Optimizer):
             "weight_decay": weight_decay,
             "floor": floor,
         }
-        _refuse(defaults)
+        self._refuse(defaults)
         self._deviations: dict[int, float] = {}
         super().__init__(params, defaults)
 
@@ -81,21 +82,24 @@ class AdamBC(Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _refuse(self.param_groups[-1])
+            self._refuse(self.param_groups[-1])
             if any(parameter.is_complex() for parameter in self.param_groups[-1]["params"]):
                 raise ConfigurationError("AdamBC is for real parameters: see torch.view_as_real")
         except ConfigurationError:
             self.param_groups.pop()
             raise
 
-    def require_settings(self) -> None:
-        """Refuses groups whose settings are out of range; the private optimizer asks before a step is charged.
-
-        Raises:
-            ConfigurationError: one is.
-        """
-        for group in self.param_groups:
-            _refuse(group)
+    @staticmethod
+    def _refuse(group: Mapping[str, Any]) -> None:
+        """Refuses settings of a group that are out of range."""
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ConfigurationError(f"betas must be two numbers, (β₁, β₂), got {betas!r}")
+        for place, beta in enumerate(betas):
+            share(f"betas[{place}]", beta, "[0, 1)")
+        positive("eps", group["eps"])
+        not_negative("weight_decay", group["weight_decay"])
+        positive("floor", group["floor"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state of this class.
@@ -111,34 +115,17 @@ class AdamBC(Optimizer):
             )
         super().load_state_dict(state_dict)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update.
-
-        Raises:
-            ConfigurationError: a closure is given: passes come before the noise; or a group's setting is out of range,
-                or a gradient is sparse.
-        """
-        if closure is not None:
-            raise ConfigurationError("AdamBC steps on gradients that are there, without a closure")
+    def _update_(self) -> None:
         deviations, self._deviations = self._deviations, {}
-        self.require_settings()
         for group in self.param_groups:
             if any(p.grad is not None and p.grad.layout is not torch.strided for p in group["params"]):
                 raise ConfigurationError("AdamBC takes no sparse gradients: leave out sparse=True")
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update_(parameter, parameter.grad, group, deviations.get(id(parameter), 0.0) ** 2)
-        return None
+                    self._move_(parameter, parameter.grad, group, deviations.get(id(parameter), 0.0) ** 2)
 
-    def _update_(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any], variance: float) -> None:
+    def _move_(self, parameter: Tensor, gradient: Tensor, group: Mapping[str, Any], variance: float) -> None:
         state = self.state[parameter]
         if not state:
             state["step"], state["noise"] = 0, 0.0
@@ -157,18 +144,6 @@ class AdamBC(Optimizer):
         parameter.addcdiv_(
             state["exp_avg"], squares.sqrt_().add_(group["eps"]), value=-rate / (1.0 - first ** state["step"])
         )
-
-
-def _refuse(group: Mapping[str, Any]) -> None:
-    """Refuses settings of a group that are out of range."""
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise ConfigurationError(f"betas must be two numbers, (β₁, β₂), got {betas!r}")
-    for place, beta in enumerate(betas):
-        share(f"betas[{place}]", beta, "[0, 1)")
-    positive("eps", group["eps"])
-    not_negative("weight_decay", group["weight_decay"])
-    positive("floor", group["floor"])
 
 
 def tell_noise(optimizer: Optimizer, deviations: Mapping[int, float]) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, overload
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam
 
 from clipless_dp.arguments import learning_rate, not_negative
 from clipless_dp.errors import ConfigurationError
+from clipless_dp.optim.no_closure import NoClosure
 
 
-class _SharpnessAware(Optimizer):
+class _SharpnessAware(NoClosure):
     """What both classes below do around the step of torch's optimizer whose subclass they are."""
 
     def __init__(self, params: Any, lr: float = 1e-3, *, radius: float, **settings: Any) -> None:
@@ -33,14 +34,8 @@ class _SharpnessAware(Optimizer):
         not_negative("radius", param_group.get("radius", self.defaults["radius"]))
         super().add_param_group(param_group)
 
-    def require_settings(self) -> None:
-        """Refuses groups whose settings are out of range; the private optimizer asks before a step is charged.
-
-        Raises:
-            ConfigurationError: a radius is.
-        """
-        for group in self.param_groups:
-            not_negative("radius", group["radius"])
+    def _refuse(self, group: Mapping[str, Any]) -> None:
+        not_negative("radius", group["radius"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores a state of this class.
@@ -49,31 +44,18 @@ class _SharpnessAware(Optimizer):
             ConfigurationError: it is that of another optimizer.
         """
         if any(self.defaults.keys() - group.keys() for group in state_dict.get("param_groups", ())):
+            around = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("torch."))
             raise ConfigurationError(
-                f"this is the state of another optimizer, as of torch.optim.{type(self).__mro__[2].__name__}, which "
+                f"this is the state of another optimizer, as of torch.optim.{around.__name__}, which "
                 f"has no radius and knows no shift, or of one with other settings: begin with a new "
                 f"{type(self).__name__}, or go on with the optimizer that the state is of"
             )
         super().load_state_dict(state_dict)
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of the weights without their shift, which are then shifted anew.
-
-        Raises:
-            ConfigurationError: a closure is given: passes come before the noise; or a radius is out of range.
-        """
-        if closure is not None:
-            raise ConfigurationError(f"{type(self).__name__} steps on gradients that are there, without a closure")
-        self.require_settings()
+    def _update_(self) -> None:
+        """One update of the weights without their shift, which are then shifted anew."""
         self._unshift_()
-        super().step()
+        super(NoClosure, self).step()
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None and p.numel()]
         # In units of the largest entry, since squares of very small or large numbers are none.
         unit = torch.stack([torch.linalg.vector_norm(one, math.inf) for one in gradients]).max() if gradients else 1.0
@@ -86,7 +68,6 @@ class _SharpnessAware(Optimizer):
                     shift = torch.nan_to_num(parameter.grad / unit * (length / norm), 0.0, 0.0, 0.0)
                     self.state[parameter]["shift"] = shift
                     parameter.add_(shift)
-        return None
 
     def _unshift_(self) -> None:
         """Takes all shifts off, those of parameters that have no gradient by now too: ``ρ`` is of all together."""

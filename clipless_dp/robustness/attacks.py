@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -107,6 +107,23 @@ class Attack(ABC):
         return type(self).__name__
 
 
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
+    **dict.fromkeys(("steps", "restarts", "candidates", "searches"), whole),
+    **dict.fromkeys(("t", "lr", "first"), positive),
+    "step": lambda name, value: value if value is None else positive(name, value),
+    "overshoot": not_negative,
+}
+
+
+class _Checked(Attack):
+    """A dataclass whose fields are checked by their names."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if name in _CHECKS:
+                _CHECKS[name](name, value)
+
+
 @dataclass(frozen=True)
 class FGM(Attack):
     """One step against the margin's gradient, of each budget's length (Goodfellow et al. 2015, in Euclidean norm)."""
@@ -120,7 +137,7 @@ class FGM(Attack):
 
 
 @dataclass(frozen=True)
-class PGD(Attack):
+class PGD(_Checked):
     """Normalised steps against the margin's gradient, projected on each budget's ball (Madry et al. 2018, §2).
 
     Attributes:
@@ -132,12 +149,6 @@ class PGD(Attack):
     steps: int = 40
     restarts: int = 2
     step: float | None = None
-
-    def __post_init__(self) -> None:
-        whole("steps", self.steps)
-        whole("restarts", self.restarts)
-        if self.step is not None:
-            positive("step", self.step)
 
     def proposals(self, victim: Victim, budgets: Sequence[float]) -> Iterator[Tensor]:
         """See :meth:`Attack.proposals`; the lowest margin on each way."""
@@ -174,7 +185,7 @@ def _first_flips(victim: Victim, ways: Iterator[Tensor], overshoot: float) -> Te
     return held
 
 
-class _Walk(Attack):
+class _Walk(_Checked):
     """Walks from each sample towards the boundary, and goes a little further."""
 
     overshoot: float
@@ -201,11 +212,6 @@ class DeepFool(_Walk):
     steps: int = 20
     candidates: int = 10
     overshoot: float = 0.02
-
-    def __post_init__(self) -> None:
-        whole("steps", self.steps)
-        whole("candidates", self.candidates)
-        not_negative("overshoot", self.overshoot)
 
     def _ways(self, victim: Victim) -> Iterator[Tensor]:
         own = victim.labels[:, None]
@@ -246,11 +252,6 @@ class HKRStep(_Walk):
     t: float = 1.0
     overshoot: float = 0.02
 
-    def __post_init__(self) -> None:
-        whole("steps", self.steps)
-        positive("t", self.t)
-        not_negative("overshoot", self.overshoot)
-
     def _ways(self, victim: Victim) -> Iterator[Tensor]:
         current = victim.inputs
         for _ in range(self.steps):
@@ -263,7 +264,7 @@ class HKRStep(_Walk):
 
 
 @dataclass(frozen=True)
-class CarliniWagner(Attack):
+class CarliniWagner(_Checked):
     """Least ``‖δ‖² + c·max(0, margin)`` by Adam, with a binary search over ``c`` (Carlini and Wagner 2017, §V and VI).
 
     In place of a change of variables, steps are cut at the box.
@@ -279,12 +280,6 @@ class CarliniWagner(Attack):
     searches: int = 5
     lr: float = 0.1
     first: float = 1.0
-
-    def __post_init__(self) -> None:
-        whole("steps", self.steps)
-        whole("searches", self.searches)
-        positive("lr", self.lr)
-        positive("first", self.first)
 
     def proposals(self, victim: Victim, budgets: Sequence[float]) -> Iterator[Tensor]:
         """See :meth:`Attack.proposals`; the nearest flip, or else the lowest margin, for each ``c``."""

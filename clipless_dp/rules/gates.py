@@ -9,19 +9,8 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from clipless_dp.gates import (
-    BallProjection,
-    CotangentGate,
-    GradientGated,
-    GradientGatedConv1d,
-    GradientGatedConv2d,
-    GradientGatedConvTranspose1d,
-    GradientGatedConvTranspose2d,
-    GradientGatedLinear,
-    SphereScaling,
-    adapting,
-    rounding_slack,
-)
+from clipless_dp import gates
+from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling, adapting, rounding_slack
 from clipless_dp.isolation import Cap, Isolated
 from clipless_dp.layers import SampleGroupNorm, StopGradient
 from clipless_dp.rules.base import LayerBounds, RuleContext, register_rule
@@ -87,8 +76,8 @@ def stop_gradient_rule(module: StopGradient, context: RuleContext) -> LayerBound
     )
 
 
-@register_rule(GradientGatedLinear)
-def gradient_gated_linear_rule(module: GradientGatedLinear, context: RuleContext) -> LayerBounds:
+@register_rule(gates.GradientGatedLinear)
+def gradient_gated_linear_rule(module: gates.GradientGatedLinear, context: RuleContext) -> LayerBounds:
     """``Y = ‖W‖X + √T‖b‖``, ``K = ‖W‖``, ``Δ = c``.
 
     As the linear layer; the gradients themselves have the gates' caps.
@@ -96,9 +85,9 @@ def gradient_gated_linear_rule(module: GradientGatedLinear, context: RuleContext
     return capped(linear_rule(module, context), module, module.weight, module.bias, context)
 
 
-@register_rule(GradientGatedConv1d, GradientGatedConv2d)
+@register_rule(gates.GradientGatedConv1d, gates.GradientGatedConv2d)
 def gradient_gated_convolution_rule(
-    module: GradientGatedConv1d | GradientGatedConv2d, context: RuleContext
+    module: gates.GradientGatedConv1d | gates.GradientGatedConv2d, context: RuleContext
 ) -> LayerBounds:
     """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ = c``.
 
@@ -107,9 +96,9 @@ def gradient_gated_convolution_rule(
     return capped(convolution_rule(module, context), module, module.weight, module.bias, context)
 
 
-@register_rule(GradientGatedConvTranspose1d, GradientGatedConvTranspose2d)
+@register_rule(gates.GradientGatedConvTranspose1d, gates.GradientGatedConvTranspose2d)
 def gradient_gated_transposed_convolution_rule(
-    module: GradientGatedConvTranspose1d | GradientGatedConvTranspose2d, context: RuleContext
+    module: gates.GradientGatedConvTranspose1d | gates.GradientGatedConvTranspose2d, context: RuleContext
 ) -> LayerBounds:
     """``Y = ‖conv‖X + √P‖b‖``, ``K = ‖conv‖``, ``Δ = c``.
 
@@ -119,7 +108,7 @@ def gradient_gated_transposed_convolution_rule(
 
 
 def capped(
-    bounds: LayerBounds, module: GradientGated, weight: Tensor, bias: Tensor | None, context: RuleContext
+    bounds: LayerBounds, module: gates.GradientGated, weight: Tensor, bias: Tensor | None, context: RuleContext
 ) -> LayerBounds:
     """Adds the caps, each times what rounding can hide from it: of the product of two norms, or of one.
 
@@ -128,11 +117,11 @@ def capped(
     sum over positions counts as. A factor's own rounding is within the slack of one entry.
     """
     lengths = rounding_slack(math.prod(context.input_shape)) * rounding_slack(math.prod(context.output_shape))
-    gates = module.gates()
-    stretches = [limit / least * rounding_slack(1) for limit, least in gates]
-    limits = {"weight": gates[0][0] * lengths * rounding_slack(weight.numel())}
+    both = module.gates()
+    stretches = [limit / least * rounding_slack(1) for limit, least in both]
+    limits = {"weight": both[0][0] * lengths * rounding_slack(weight.numel())}
     if bias is not None:
-        limits["bias"] = gates[1][0] * rounding_slack(bias.numel())
+        limits["bias"] = both[1][0] * rounding_slack(bias.numel())
     counted = {} if (caps := adapting(cast(nn.Module, module))) is None else dict.fromkeys(caps.caps, 1)
     trained = {name for name, part in (("weight", weight), ("bias", bias)) if part is not None and part.requires_grad}
     return replace(

@@ -120,12 +120,17 @@ def concatenation_function_rule(context: RuleContext, args: tuple[Any, ...], kwa
     )
 
 
+def _entries(context: RuleContext, kwargs: dict[str, Any]) -> float:
+    """How many entries each one of a mean, or of a sum, is of."""
+    if kwargs["dtype"] is not None:
+        raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
+    return math.prod(context.input_shape) / math.prod(context.output_shape)
+
+
 @register_function_rule(torch.mean, "mean", call=lambda input, dim=None, keepdim=False, *, dtype=None: None)
 def mean_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Mean over ``n`` entries: ``Y = X/√n``, ``K = 1/√n``."""
-    if kwargs["dtype"] is not None:
-        raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
-    ratio = math.prod(context.output_shape) / math.prod(context.input_shape)
+    ratio = 1.0 / _entries(context, kwargs)
     constant = math.sqrt(ratio) * (1.0 + 1e-12)
     return LayerBounds(output_norm=lambda: constant * context.input_norm, lipschitz=constant, lipschitz_inf=1.0)
 
@@ -133,9 +138,7 @@ def mean_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict
 @register_function_rule(torch.sum, "sum", call=lambda input, dim=None, keepdim=False, *, dtype=None: None)
 def entries_sum_function_rule(context: RuleContext, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LayerBounds:
     """Sum over ``n`` entries: ``Y = √n·X``, ``K = √n``."""
-    if kwargs["dtype"] is not None:
-        raise RuleError("dtype is not supported: the bounds do not cover a coarser rounding")
-    entries = math.prod(context.input_shape) / math.prod(context.output_shape)
+    entries = _entries(context, kwargs)
     constant = math.sqrt(entries) * (1.0 + 1e-12)
     return LayerBounds(
         output_norm=lambda: constant * context.input_norm, lipschitz=constant, lipschitz_inf=entries * (1.0 + 1e-12)

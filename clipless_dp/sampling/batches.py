@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from clipless_dp import arguments
 from clipless_dp.arguments import whole
 from clipless_dp.packing import Packing, Structure
 from clipless_dp.sampling import draws, trained_on
-from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, column_of, people_of
+from clipless_dp.sampling.people import ROWS_PER_GROUP, GroupWeights, People, column_of, people_of
 from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
 from clipless_dp.sampling.samples import Samples
 from clipless_dp.sampling.samples import count as samples_in
@@ -62,7 +63,56 @@ def checked_rows(rows: int | None, count: int, sample_rate: float) -> int:
     return usual_rows(count, sample_rate) if rows is None else whole("physical_batch_size", rows)
 
 
-class PoissonBatches:
+class Batches(ABC):
+    """Poisson batches of a data set, wherever that is: arguments and errors as :class:`PoissonBatches`."""
+
+    sampler: PoissonBatchSampler
+    packing: Packing | None
+
+    def __init__(
+        self,
+        dataset: Dataset[Any] | Sequence[Any] | Mapping[str, Any] | Samples,
+        *,
+        sample_rate: float,
+        steps: int,
+        device: torch.device | str | None = None,
+        physical_batch_size: int | None = None,
+        seed: int | None = None,
+        start: int = 0,
+        groups: Any = None,
+        rows_per_group: int = ROWS_PER_GROUP,
+        group_weights: GroupWeights = "mean",
+    ) -> None:
+        if physical_batch_size is not None:
+            physical_batch_size = whole("physical_batch_size", physical_batch_size)
+        self._device = arguments.device("device", device)
+        refuse_draws(sample_rate, steps, seed, start)
+        dataset, groups = column_of(dataset, groups)
+        people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
+        samples = self._taken(dataset, people)
+        self.packing = samples.packing
+        units = len(samples) if people is None else people.count
+        self.sampler = PoissonBatchSampler(
+            units, sample_rate=sample_rate, steps=steps, seed=seed, start=start, groups=people
+        )
+        self.physical_batch_size = checked_rows(physical_batch_size, self._part(samples), self.sampler.sample_rate)
+
+    @abstractmethod
+    def _taken(self, dataset: Any, people: People | None) -> Samples:
+        """The samples, once they are known to be some that may be trained on."""
+
+    @abstractmethod
+    def _part(self, samples: Samples) -> int:
+        """Takes this process's own part of the samples, and says of how many."""
+
+    @abstractmethod
+    def __iter__(self) -> Generator[Batch, None, None]: ...
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+class PoissonBatches(Batches):
     """Poisson batches of a data set held on the device, in static shapes.
 
     Each iteration yields one whole draw, never a part and never truncated. It is padded to
@@ -100,44 +150,20 @@ class PoissonBatches:
         optimizers of this process, which charge amplification only for announced draws.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any] | Sequence[Any] | Mapping[str, Any] | Samples,
-        *,
-        sample_rate: float,
-        steps: int,
-        device: torch.device | str | None = None,
-        physical_batch_size: int | None = None,
-        seed: int | None = None,
-        start: int = 0,
-        groups: Any = None,
-        rows_per_group: int = ROWS_PER_GROUP,
-        group_weights: GroupWeights = "mean",
-    ) -> None:
-        if physical_batch_size is not None:
-            physical_batch_size = whole("physical_batch_size", physical_batch_size)
-        device = arguments.device("device", device)
-        refuse_draws(sample_rate, steps, seed, start)
-        dataset, groups = column_of(dataset, groups)
-        people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
-        samples = Samples.to_train_on(dataset, people=people)
+    def _taken(self, dataset: Any, people: People | None) -> Samples:
+        return Samples.to_train_on(dataset, people=people)
+
+    def _part(self, samples: Samples) -> int:
+        people = self.sampler.people
         inputs, targets = samples.all(in_order=people is not None)
-        self.packing = samples.packing
-        units = len(inputs) if people is None else people.count
-        self.sampler = PoissonBatchSampler(
-            units, sample_rate=sample_rate, steps=steps, seed=seed, start=start, groups=people
-        )
         rank, ranks = self.sampler.world
         self._own = None if people is None else people.rows_of(rank, ranks)
         own = slice(rank, None, ranks) if self._own is None else self._own
-        self._inputs = inputs[own].to(device)
-        self._targets = targets[own].to(device)
+        self._inputs = inputs[own].to(self._device)
+        self._targets = targets[own].to(self._device)
         # On another device, or of several processes, these are copies.
         trained_on.note(None, (self._inputs, self._targets))
-        self.physical_batch_size = checked_rows(physical_batch_size, len(self._inputs), self.sampler.sample_rate)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
+        return len(self._inputs)
 
     def __iter__(self) -> Generator[Batch, None, None]:
         made = self.sampler.numbered()

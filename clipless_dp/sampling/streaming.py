@@ -5,34 +5,24 @@ from __future__ import annotations
 import queue
 import sqlite3
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from clipless_dp import arguments
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.sampling import draws
-from clipless_dp.sampling.batches import Batch, checked_rows, padded_batch
-from clipless_dp.sampling.people import (
-    ROWS_PER_GROUP,
-    Classes,
-    GroupWeights,
-    column_of,
-    people_of,
-)
-from clipless_dp.sampling.sampler import PoissonBatchSampler, refuse_draws
+from clipless_dp.sampling.batches import Batch, Batches, padded_batch
+from clipless_dp.sampling.people import Classes, People
 from clipless_dp.sampling.samples import Samples
-from clipless_dp.sampling.samples import count as samples_in
 
 AHEAD = 3
 """Draws that a stream holds on the device at once: one in use, one waiting, one arriving."""
 
 
-class StreamedBatches:
+class StreamedBatches(Batches):
     """:class:`clipless_dp.PoissonBatches` of a data set that fits neither the device nor, perhaps, memory.
 
     A thread draws, reads the samples of one draw, pads them, and copies them to the device while the step before is
@@ -66,48 +56,18 @@ class StreamedBatches:
         As :class:`clipless_dp.PoissonBatches`.
     """
 
-    def __init__(
-        self,
-        dataset: Dataset[Any] | Sequence[Any] | Mapping[str, Any] | Samples,
-        *,
-        sample_rate: float,
-        steps: int,
-        device: torch.device | str | None = None,
-        physical_batch_size: int | None = None,
-        seed: int | None = None,
-        start: int = 0,
-        groups: Any = None,
-        rows_per_group: int = ROWS_PER_GROUP,
-        group_weights: GroupWeights = "mean",
-    ) -> None:
-        if physical_batch_size is not None:
-            physical_batch_size = arguments.whole("physical_batch_size", physical_batch_size)
-        self._device = arguments.device("device", device)
-        refuse_draws(sample_rate, steps, seed, start)
-        dataset, groups = column_of(dataset, groups)
-        people = people_of(groups, samples_in(dataset), rows_per_group, group_weights)
+    def _taken(self, dataset: Any, people: People | None) -> Samples:
         self._samples = Samples.of(dataset)
         if self._samples.tensors is not None and self._samples.tensors[0].device.type != "cpu":
             raise ConfigurationError(
                 "the data is on a device already, so there is nothing to stream: use PoissonBatches"
             )
         Samples.to_train_on(self._samples, people=people)
-        self.packing = self._samples.packing
-        count = len(self._samples)
-        self.sampler = PoissonBatchSampler(
-            count if people is None else people.count,
-            sample_rate=sample_rate,
-            steps=steps,
-            seed=seed,
-            start=start,
-            groups=people,
-        )
-        rank, ranks = self.sampler.world
-        own = len(range(rank, count, ranks))
-        self.physical_batch_size = checked_rows(physical_batch_size, own, self.sampler.sample_rate)
+        return self._samples
 
-    def __len__(self) -> int:
-        return len(self.sampler)
+    def _part(self, samples: Samples) -> int:
+        rank, ranks = self.sampler.world
+        return len(range(rank, len(samples), ranks))
 
     def __iter__(self) -> Generator[Batch, None, None]:
         ready: queue.Queue[_Read] = queue.Queue(maxsize=AHEAD - 2)

@@ -16,7 +16,7 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.sampling.people import people_of
 from clipless_dp.statistics.moments import MOMENTS_SENSITIVITY, Moments, moment_sums, moments_of
-from clipless_dp.statistics.release import checked_size, chunks, released, require_tensor, shares_of
+from clipless_dp.statistics.release import Charge, checked_size, chunks, require_tensor, shares_of
 
 
 class Standardisation(nn.Module):
@@ -113,11 +113,7 @@ def private_standardisation(
         lower: public lower end of the range of magnitudes, positive.
         upper: public upper end, above ``lower``. A wide range costs little: ``h`` grows with the logarithm of the
             number of octaves.
-        dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
-        file: as for :func:`private_moments`.
-        groups: whose each record is, an id for each: then the release is about people, as is ``dataset_size``. A
-            person's records weigh one over their number, so that all of them together count as one record.
+        dataset_size, noise, file, groups: as for :func:`private_moments`.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -139,10 +135,9 @@ def private_standardisation(
     if not (1e-8 <= lower < upper <= 1e18):
         raise ConfigurationError(f"the range must have 1e-8 <= lower < upper <= 1e18, got {lower!r} and {upper!r}")
     columns = values.shape[1]
-    settings: dict[str, object] = {
+    settings = {
         "statistic": "standardisation",
         "range": [lower, upper],
-        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(values.dtype),
         "columns": columns,
@@ -157,15 +152,10 @@ def private_standardisation(
             sums += moment_sums(_capped(rows.double(), caps).nan_to_num(0.0), norm, *shares)
         return torch.cat([caps[None], noisy(sums, part * MOMENTS_SENSITIVITY, source)])
 
-    numbers, release = released(
+    numbers, release = Charge(noise_multiplier, accountant, noise, file, people).released(
         lambda: (values.detach(), shares_of(values, people)),
         drawn,
-        noise_multiplier,
-        accountant,
-        noise,
-        file,
         settings,
-        people,
     )
     caps, sums = numbers[0].cpu(), numbers[1:].cpu()
     return Standardisation(caps, moments_of(sums, norm, size, 1, part, release)).to(values.device)

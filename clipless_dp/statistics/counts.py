@@ -14,7 +14,7 @@ from clipless_dp.arguments import positive
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.sampling.people import people_of
-from clipless_dp.statistics.release import checked_size, released, require_tensor, shares_of
+from clipless_dp.statistics.release import Charge, checked_size, require_tensor, shares_of
 
 _HALVINGS = 20
 
@@ -47,11 +47,7 @@ def private_quantile(
         upper: public upper end, above ``lower``.
         noise_multiplier: ``σ`` of all counts together.
         accountant: records the release.
-        dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
-        file: as for :func:`private_moments`.
-        groups: whose each record is, an id for each: then the release is about people, as is ``dataset_size``. A
-            person's records weigh one over their number, so that all of them together count as one record.
+        dataset_size, noise, file, groups: as for :func:`private_moments`.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -77,11 +73,10 @@ def private_quantile(
         raise ConfigurationError(f"quantile must lie in (0, 1), got {quantile!r}")
     if not lower < upper:
         raise ConfigurationError(f"the range must have 0 < lower < upper, got {lower!r} and {upper!r}")
-    settings: dict[str, object] = {
+    settings = {
         "statistic": "quantile",
         "quantile": quantile,
         "range": [lower, upper],
-        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(values.dtype),
     }
@@ -97,15 +92,10 @@ def private_quantile(
             low, high = (middle, high) if count < quantile * size else (low, middle)
         return torch.tensor(math.exp(0.5 * (low + high)), dtype=torch.float64)
 
-    found, _ = released(
+    found, _ = Charge(noise_multiplier, accountant, noise, file, people).released(
         lambda: (values.detach().double(), shares_of(values, people)),
         bisected,
-        noise_multiplier,
-        accountant,
-        noise,
-        file,
         settings,
-        people,
     )
     return float(found)
 
@@ -126,11 +116,7 @@ def private_fraction(
         flags: ``(N,)``, ``True`` or 1 where a record has it, ``False`` or 0 where not.
         noise_multiplier: ``σ``: the count gets noise of standard deviation ``σ``; a record changes it by at most 1.
         accountant: records the release, under its own neighbouring relation.
-        dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
-        file: as for :func:`private_moments`.
-        groups: whose each record is, an id for each: then the release is about people, as is ``dataset_size``. A
-            person's records weigh one over their number, so that all of them together count as one record.
+        dataset_size, noise, file, groups: as for :func:`private_moments`.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -152,21 +138,15 @@ def private_fraction(
     people = people_of(groups, len(exact))
     size = checked_size(exact[:, None], dataset_size, people)
     noise_multiplier = positive("noise_multiplier", noise_multiplier)
-    settings: dict[str, object] = {
+    settings = {
         "statistic": "fraction",
-        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(flags.dtype),
     }
-    count, _ = released(
+    count, _ = Charge(noise_multiplier, accountant, noise, file, people).released(
         lambda: exact.sum() if people is None else exact @ people.shares(exact.device),
         lambda count, source: noisy(count, noise_multiplier, source),
-        noise_multiplier,
-        accountant,
-        noise,
-        file,
         settings,
-        people,
     )
     least = min(0.5, noise_multiplier / size)
     return min(max(float(count) / size, least), 1.0 - least)

@@ -18,7 +18,7 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.modules import kept_modes
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.sampling.overlaps import refuse_overlapping_columns
-from clipless_dp.statistics.release import checked_size, released, require_tensor
+from clipless_dp.statistics.release import Charge, checked_size, require_tensor
 
 _ROUNDING = 1.0 + 1e-5
 """Noise is drawn a millionth larger than planned."""
@@ -116,13 +116,12 @@ def private_interval(
             f"no width could be known to hold {content:g} of the rows with confidence {confidence:g}: that takes a "
             f"count of {least:.0f} of {size} rows. Give more rows, or a smaller content, confidence or noise_multiplier"
         )
-    settings: dict[str, object] = {
+    settings = {
         "statistic": "interval",
         "content": content,
         "confidence": confidence,
         "range": [lower, upper],
         "points": points,
-        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(targets.dtype),
     }
@@ -136,13 +135,9 @@ def private_interval(
             below, above = (middle, above) if count < least else (below, middle)
         return torch.tensor(widths[above] if above < points else math.inf, dtype=torch.float64)
 
-    found, _ = released(
+    found, _ = Charge(noise_multiplier, accountant, noise, file).released(
         lambda: _distances(model, inputs, targets),
         bisected,
-        noise_multiplier,
-        accountant,
-        noise,
-        file,
         settings,
     )
     return PrivateInterval(float(found), content, confidence)

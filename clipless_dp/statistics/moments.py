@@ -16,7 +16,7 @@ from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.gates import sample_norms
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.sampling.people import people_of
-from clipless_dp.statistics.release import checked_size, chunks, released, require_tensor, shares_of
+from clipless_dp.statistics.release import Charge, checked_size, chunks, require_tensor, shares_of
 
 MOMENTS_SENSITIVITY = math.sqrt(2.0)
 
@@ -105,23 +105,17 @@ def private_moments(
     noise_multiplier, norm = positive("noise_multiplier", noise_multiplier), positive("norm", norm)
     if not 1e-8 <= norm <= 1e18:
         raise ConfigurationError(f"norm must lie in [1e-8, 1e18], got {norm!r}")
-    settings: dict[str, object] = {
+    settings = {
         "statistic": "moments",
         "norm": norm,
-        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(values.dtype),
         "shape": list(values.shape[1:]),
     }
-    sums, release = released(
+    sums, release = Charge(noise_multiplier, accountant, noise, file, people).released(
         lambda: moment_sums(values, norm, shares_of(values, people)),
         lambda exact, source: noisy(exact, noise_multiplier * MOMENTS_SENSITIVITY, source),
-        noise_multiplier,
-        accountant,
-        noise,
-        file,
         settings,
-        people,
     )
     return moments_of(sums.cpu(), norm, size, values[0, 0].numel(), noise_multiplier, release)
 

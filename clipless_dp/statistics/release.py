@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -122,58 +122,65 @@ def chunks(values: Tensor, shares: Tensor | None) -> Iterator[tuple[Tensor, ...]
     return zip(*(part.split(rows) for part in parts), strict=True)
 
 
-def released(
-    exact: Callable[[], Exact],
-    draw: Callable[[Exact, NoiseSource], Tensor],
-    noise_multiplier: float,
-    accountant: Accountant,
-    noise: NoiseSource | str | None,
-    file: str | os.PathLike[str] | None,
-    settings: dict[str, object],
-    people: People | None = None,
-) -> tuple[Tensor, GaussianRelease]:
-    """What a statistic releases, and the event that paid for it: from the file if it is there, else in a new release.
+@dataclass(frozen=True)
+class Charge:
+    """What pays for one statistic, and where it is kept.
 
-    Args:
-        exact: what is computed of the data beforehand: where that fails, nothing has been charged.
-        draw: makes what is released of it, with noise of a source, once the release is in the ledger.
-        noise_multiplier: ``σ`` of all that ``draw`` releases.
+    Attributes:
+        noise_multiplier: ``σ`` of all that is released.
         accountant: records the release.
         noise: as for :func:`clipless_dp.statistics.private_moments`.
         file: as there.
-        settings: what the file must agree with, ``noise_multiplier`` among it.
         people: whose the records are, where the release is about people.
-
-    Raises:
-        ConfigurationError: the noise is no source, or several processes train together and there is no file yet, or the
-            accountant's ledger is about another unit.
-        CheckpointError: the file belongs to other settings, is damaged or cannot be written.
     """
-    unit: Unit = "row" if people is None else "person"
-    refuse_other_units(require_accountant(accountant).ledger, unit)
-    if people is not None:
-        settings = {**settings, "unit": unit}
-    path = None if file is None else Path(file)
-    if path is not None and path.exists():
-        return _reread(path, settings, accountant, unit)
-    source = noise_source(noise)
-    source.begin_step(0)
-    if placement.world().size > 1:
-        raise ConfigurationError(
-            "each of several processes would release a statistic of its own, and each ledger count one: release it in "
-            "one process with file=..., which all ranks then read"
-        )
-    if path is not None:
-        check_writable(path)
-    prepared = exact()
-    name = source_name(type(source))
-    release = GaussianRelease(noise_multiplier, identity=new_run())
-    accountant.record(release, provenance=_provenance(release, name, unit))
-    drawn = draw(prepared, source)
-    if path is not None:
-        kept = {"settings": settings, "released": drawn.cpu(), "identity": release.identity, "noise": name}
-        save_checkpoint(path, kept)
-    return drawn, release
+
+    noise_multiplier: float
+    accountant: Accountant
+    noise: NoiseSource | str | None
+    file: str | os.PathLike[str] | None
+    people: People | None = None
+
+    def released(
+        self, exact: Callable[[], Exact], draw: Callable[[Exact, NoiseSource], Tensor], settings: Mapping[str, object]
+    ) -> tuple[Tensor, GaussianRelease]:
+        """What a statistic releases, and the event that paid for it: from the file if there is one, else a new release.
+
+        Args:
+            exact: what is computed of the data beforehand: where that fails, nothing has been charged.
+            draw: makes what is released of it, with noise of a source, once the release is in the ledger.
+            settings: what the file must agree with, beside ``noise_multiplier`` and the unit.
+
+        Raises:
+            ConfigurationError: the noise is no source, or several processes train together and there is no file yet,
+                or the accountant's ledger is about another unit.
+            CheckpointError: the file belongs to other settings, is damaged or cannot be written.
+        """
+        unit: Unit = "row" if self.people is None else "person"
+        refuse_other_units(require_accountant(self.accountant).ledger, unit)
+        settings = {**settings, "noise_multiplier": self.noise_multiplier}
+        if self.people is not None:
+            settings["unit"] = unit
+        path = None if self.file is None else Path(self.file)
+        if path is not None and path.exists():
+            return _reread(path, settings, self.accountant, unit)
+        source = noise_source(self.noise)
+        source.begin_step(0)
+        if placement.world().size > 1:
+            raise ConfigurationError(
+                "each of several processes would release a statistic of its own, and each ledger count one: release it "
+                "in one process with file=..., which all ranks then read"
+            )
+        if path is not None:
+            check_writable(path)
+        prepared = exact()
+        name = source_name(type(source))
+        release = GaussianRelease(self.noise_multiplier, identity=new_run())
+        self.accountant.record(release, provenance=_provenance(release, name, unit))
+        drawn = draw(prepared, source)
+        if path is not None:
+            kept = {"settings": settings, "released": drawn.cpu(), "identity": release.identity, "noise": name}
+            save_checkpoint(path, kept)
+        return drawn, release
 
 
 def _reread(

@@ -13,7 +13,7 @@ from clipless_dp.arguments import positive, whole
 from clipless_dp.errors import ConfigurationError, InputError
 from clipless_dp.noise import NoiseSource, noisy
 from clipless_dp.sampling.people import people_of
-from clipless_dp.statistics.release import checked_size, released, require_tensor, shares_of
+from clipless_dp.statistics.release import Charge, checked_size, require_tensor, shares_of
 
 
 def private_shares(
@@ -37,10 +37,7 @@ def private_shares(
         classes: how many classes, a public number, two or more.
         noise_multiplier: ``σ``: each count gets noise of standard deviation ``σ``.
         accountant: records the release, under its own neighbouring relation.
-        dataset_size: public number of records; by default ``N``, which is then taken to be public.
-        noise: ``"system"``, the default, ``"secure"`` or a source, see :class:`clipless_dp.CliplessDPOptimizer`.
-        file: as for :func:`private_moments`.
-        groups: as for :func:`private_fraction`.
+        dataset_size, noise, file, groups: as for :func:`private_moments`.
 
     Raises:
         ConfigurationError: an argument is out of range, or several processes train together and there is no file yet.
@@ -66,10 +63,9 @@ def private_shares(
     people = people_of(groups, len(exact))
     size = checked_size(exact[:, None].double(), dataset_size, people)
     noise_multiplier = positive("noise_multiplier", noise_multiplier)
-    settings: dict[str, object] = {
+    settings = {
         "statistic": "shares",
         "classes": classes,
-        "noise_multiplier": noise_multiplier,
         "dataset_size": size,
         "dtype": str(labels.dtype),
     }
@@ -79,15 +75,10 @@ def private_shares(
         counts = torch.zeros(classes, dtype=torch.float64, device=exact.device)
         return counts.index_add_(0, exact, torch.ones_like(exact, dtype=torch.float64) if weights is None else weights)
 
-    counts, _ = released(
+    counts, _ = Charge(noise_multiplier, accountant, noise, file, people).released(
         counted,
         lambda counts, source: noisy(counts, noise_multiplier, source),
-        noise_multiplier,
-        accountant,
-        noise,
-        file,
         settings,
-        people,
     )
     lifted = counts.cpu().clamp(min=min(noise_multiplier, size / classes))
     return tuple((lifted / lifted.sum()).tolist())

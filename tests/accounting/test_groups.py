@@ -17,30 +17,11 @@ from scipy.stats import binom
 
 import accounting.accountants
 import accounting.terms
-from accounting import (
-    ADD_OR_REMOVE_ONE,
-    REPLACE_ONE,
-    AnyOf,
-    FixedSizeSampling,
-    GaussianRelease,
-    GaussianStep,
-    GaussianVectorStep,
-    InvalidParameterError,
-    LaplaceRelease,
-    NoSampling,
-    PoissonSampling,
-    PrivateSelection,
-    PRVAccountant,
-    RDPAccountant,
-    ShuffledEpoch,
-    UnsupportedEventError,
-    calibrate_ledger,
-    calibrate_noise_multiplier,
-    calibrate_sample_rate,
-    calibrate_steps,
-    create_accountant,
-)
+from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE, events
+from accounting.accountants import PRVAccountant, RDPAccountant, create_accountant
+from accounting.calibration import calibrate_ledger, calibrate_noise_multiplier, calibrate_sample_rate, calibrate_steps
 from accounting.cli import main
+from accounting.errors import InvalidParameterError, UnsupportedEventError
 from accounting.gaussian import gaussian_epsilon
 from accounting.groups import GroupPoissonPair, ReplaceGroupPoissonPair, binomial_log_weights, log_likelihood_ratio
 from accounting.inversion import invert
@@ -48,6 +29,7 @@ from accounting.pairs import PoissonGaussianPair, ReplaceOnePoissonPair
 from accounting.privacy_loss import discretise, loss_edges
 from accounting.prv import compose_epsilon
 from accounting.rdp import group_cumulant, rdp_to_epsilon
+from accounting.selection import AnyOf, PrivateSelection
 from accounting.terms import collect
 
 REFERENCE = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "groups.json").read_text())
@@ -261,7 +243,7 @@ def test_mutant_mean_number_of_rows_in_place_of_its_law_is_caught():
 @pytest.mark.parametrize("kind", ["prv", "rdp", "auto"])
 def test_a_group_of_one_row_has_the_epsilon_of_a_row_to_the_last_digit(kind, relation):
     engine = accountant(kind, [(1.1, 0.013, 700), (6.0, 1.0, 3)], relation)
-    engine.record(LaplaceRelease(9.0))
+    engine.record(events.LaplaceRelease(9.0))
     one, row = engine.get_epsilon(1e-6, group_size=1), engine.get_epsilon(1e-6)
     assert (one.upper.hex(), one.lower.hex()) == (row.upper.hex(), row.lower.hex())
     pairs = {type(pair) for direction in collect(engine.ledger, relation, 1).directions() for pair, _ in direction}
@@ -288,14 +270,18 @@ def test_the_pairs_of_a_group_of_one_are_those_of_a_row(sigma, q, n):
 @pytest.mark.parametrize("k", [2, 10, pytest.param(100, marks=pytest.mark.slow)])
 def test_releases_of_all_rows_cost_a_group_k_sensitivities_exactly(k, relation):
     change = 2.0 if relation == REPLACE_ONE else 1.0
-    for event in (GaussianRelease(30.0), GaussianStep(30.0, NoSampling()), ShuffledEpoch(30.0)):
+    for event in (
+        events.GaussianRelease(30.0),
+        events.GaussianStep(30.0, events.NoSampling()),
+        events.ShuffledEpoch(30.0),
+    ):
         engine = PRVAccountant(relation=relation)
         engine.record(event, 4)
         bound = engine.get_epsilon(1e-6, group_size=k)
         assert bound.engine == "analytic-gaussian"
         assert bound.upper == pytest.approx(gaussian_epsilon(change * k * 2.0 / 30.0, 1e-6), rel=1e-9)
     engine = PRVAccountant(relation=relation)
-    engine.record(LaplaceRelease(50.0))
+    engine.record(events.LaplaceRelease(50.0))
     bound = engine.get_epsilon(1e-3, group_size=k)
     # δ(ε) of one Laplace release is 1 − e^{(ε − k/b)/2}; 1e-3 is the grid.
     exact = change * k / 50.0 + 2.0 * math.log1p(-1e-3)
@@ -304,21 +290,21 @@ def test_releases_of_all_rows_cost_a_group_k_sensitivities_exactly(k, relation):
 
 def test_layers_on_one_draw_cost_a_group_what_their_joint_noise_costs():
     vector, single = PRVAccountant(), PRVAccountant()
-    step = GaussianVectorStep((6.0, 4.0), PoissonSampling(0.02))
+    step = events.GaussianVectorStep((6.0, 4.0), events.PoissonSampling(0.02))
     vector.record(step, 200)
     single.step(noise_multiplier=step.noise_multiplier, sample_rate=0.02, steps=200)
     assert vector.get_epsilon(1e-6, group_size=5) == single.get_epsilon(1e-6, group_size=5)
 
 
 def test_mixed_ledgers_of_groups_lie_between_their_parts_and_their_sum():
-    steps, release = (GaussianStep(3.0, PoissonSampling(0.01)), 500), (GaussianRelease(50.0), 1)
+    steps, release = (events.GaussianStep(3.0, events.PoissonSampling(0.01)), 500), (events.GaussianRelease(50.0), 1)
     whole, alone = PRVAccountant(), []
     for event, count in (steps, release):
         single = PRVAccountant()
         single.record(event, count)
         whole.record(event, count)
         alone.append(single)
-    whole.record(LaplaceRelease(40.0))
+    whole.record(events.LaplaceRelease(40.0))
     bound = whole.get_epsilon(2e-6, group_size=6)
     assert bound.lower >= max(one.get_epsilon(2e-6, group_size=6).lower for one in alone)
     # Basic composition: half of δ each, and the pure ε of six rows of the Laplace release.
@@ -432,10 +418,10 @@ def test_a_groups_epsilon_grows_with_its_rows_and_is_at_most_that_of_all_rows_wh
 
 
 def test_searches_and_choices_count_groups_in_their_trials():
-    trial = ((GaussianStep(8.0, PoissonSampling(0.02)), 200),)
+    trial = ((events.GaussianStep(8.0, events.PoissonSampling(0.02)), 200),)
     search, choice = RDPAccountant(), create_accountant("auto")
     search.record(PrivateSelection(trial, 5.0, 1.0))
-    choice.record(AnyOf((trial, ((GaussianStep(9.0, PoissonSampling(0.02)), 200),))))
+    choice.record(AnyOf((trial, ((events.GaussianStep(9.0, events.PoissonSampling(0.02)), 200),))))
     once = accountant("rdp", [(8.0, 0.02, 200)])
     for k in (1, 6):
         assert search.get_epsilon(1e-6, group_size=k) > once.get_epsilon(1e-6, group_size=k)
@@ -471,7 +457,7 @@ def test_a_group_too_large_for_the_mixture_is_refused_where_it_matters_only():
 
 def test_fixed_size_batches_are_refused_for_groups_and_say_what_to_do():
     engine = PRVAccountant(relation=REPLACE_ONE)
-    engine.record(GaussianStep(2.0, FixedSizeSampling(10, 1000)), 5)
+    engine.record(events.GaussianStep(2.0, events.FixedSizeSampling(10, 1000)), 5)
     assert engine.get_epsilon(1e-6, group_size=1) > 0.0
     with pytest.raises(UnsupportedEventError, match="draw them by Poisson sampling"):
         engine.get_epsilon(1e-6, group_size=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from unittest import mock
 
 import torch
@@ -75,21 +76,12 @@ class RepeatedNoise(SystemNoise):
 
 
 @contextmanager
-def no_noise(**changes):
-    scenario = Scenario(noise=ScaledNoise, **changes)
+def with_noise(noise: type[NoiseSource], **changes):
+    scenario = Scenario(noise=noise, **changes)
     yield scenario.optimizer, scenario.batches
 
 
-@contextmanager
-def quarter_of_the_noise(**changes):
-    scenario = Scenario(noise=QuarterNoise, **changes)
-    yield scenario.optimizer, scenario.batches
-
-
-@contextmanager
-def noise_used_again_in_each_step(**changes):
-    scenario = Scenario(noise=RepeatedNoise, **changes)
-    yield scenario.optimizer, scenario.batches
+no_noise = partial(with_noise, ScaledNoise)
 
 
 @contextmanager
@@ -170,10 +162,10 @@ def whole_data_in_each_batch(**changes):
 
 MUTANTS: dict[str, Mutant] = {
     "no noise": no_noise,
-    "a quarter of the noise": quarter_of_the_noise,
+    "a quarter of the noise": partial(with_noise, QuarterNoise),
     "sensitivity over the batch size": sensitivity_over_the_batch_size,
     "gates off": gates_off,
-    "noise used again in each step": noise_used_again_in_each_step,
+    "noise used again in each step": partial(with_noise, RepeatedNoise),
     "mean over the actual batch": mean_over_the_actual_batch,
     "whole data in each batch": whole_data_in_each_batch,
     "shuffled batches": shuffled_batches,

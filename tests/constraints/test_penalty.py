@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from clipless_dp import CliplessDPSGD, ConfigurationError, DPLipModel, ReproducibleNoise, constraints, layers, losses
 from clipless_dp.constraints import LipschitzPenalty
 from clipless_dp.optim.optimizer import CliplessDPOptimizer
+from tests.support import SETTINGS
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "dense": (lambda: nn.Linear(7, 5), (7,)),
@@ -43,11 +44,8 @@ def stepped(name: str, constraint: Any, *, steps: int = 1) -> tuple[Tensor, Tens
     optimizer = CliplessDPSGD(
         model,
         lr=1.0,
-        noise_multiplier=2.0,
-        sample_rate=0.5,
-        dataset_size=8,
-        sampling="poisson",
         noise=ReproducibleNoise(3),
+        **{**SETTINGS, "noise_multiplier": 2.0, "sample_rate": 0.5, "dataset_size": 8},
     )
     before = model.net[0].weight.detach().clone()
     generator = torch.Generator().manual_seed(1)

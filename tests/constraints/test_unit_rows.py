@@ -14,6 +14,7 @@ from torch import nn
 from clipless_dp import ConfigurationError, DPLipModel, NormError, constraints, layers, losses, robustness
 from clipless_dp.norms.operators import DenseOperator
 from tests.soundness.attack import wrap
+from tests.support import assert_projected
 
 DENSE = (DenseOperator(),)
 
@@ -46,11 +47,7 @@ def test_rows_get_the_norm_in_exact_arithmetic_and_never_more(
             assert row == pytest.approx([one / length * limit for one in before], rel=1e-5, abs=1e-6 * limit)
         else:
             assert not any(row)
-    assert constraint.holds(projected, DENSE)
-    assert float(torch.linalg.matrix_norm(projected.double(), 2)) <= constraint.implied(rows, columns)
-    again = projected.clone()
-    constraint.project_(again, DENSE)
-    assert torch.equal(again, projected)
+    assert_projected(constraint, projected, DENSE)
 
 
 def test_rows_that_have_the_norm_and_rows_of_zeros_stay_and_others_move_alone() -> None:

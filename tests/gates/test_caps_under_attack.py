@@ -12,18 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipless_dp import (
-    AdaptiveLimit,
-    CliplessDPSGD,
-    ConfigurationError,
-    DPLipModel,
-    ReproducibleNoise,
-    gated,
-    gradient_gated,
-    layers,
-    losses,
-)
-from clipless_dp.gates import adapting_in, parts
+from clipless_dp import layers, losses
+from clipless_dp.errors import ConfigurationError
+from clipless_dp.gates import AdaptiveLimit, adapting_in, parts
+from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import ReproducibleNoise
+from clipless_dp.optim import CliplessDPSGD
 from tests.gates.test_joint_caps import NETS
 from tests.soundness.attack import inner_product
 

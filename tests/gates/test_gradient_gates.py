@@ -201,27 +201,29 @@ def test_any_geometry_gates_each_sample_and_no_single_gradient_passes_its_cap(
             assert float(gradient.norm()) <= (BIAS_LIMIT if name == "bias" else LIMIT) * (1.0 + 1e-12)
 
 
-@given(
-    name=st.sampled_from(sorted(LAYERS)),
-    mode=st.sampled_from(["clip", "normalize"]),
-    size=st.sampled_from([1e-30, 1e-19, 1e-9, 1.0, 1e9, 1e17]),
-    other=st.sampled_from([1e-30, 1e-19, 1e-9, 1.0, 1e9, 1e17]),
-    seed=st.integers(0, 99),
-)
+def assert_float32_below_the_cap(plain: nn.Module, mode: Any, values: Tensor, cotangents: Tensor) -> None:
+    """For gradients of one sample, of float64 signals, in float32."""
+    gate = gradient_gated_layer(plain.float(), mode=mode, **SETTINGS)
+    _, found = backward(gate.float(), values.float(), cotangents.float())
+    for parameter, gradient in found.items():
+        cap = BIAS_LIMIT if parameter == "bias" else LIMIT
+        # The rule's slack, and float32 products of under 100 terms: γ_100 ≈ 6e-6.
+        slack = rounding_slack(values.numel()) * rounding_slack(cotangents.numel()) * rounding_slack(gradient.numel())
+        assert float(gradient.double().norm()) <= cap * slack * (1.0 + 1e-5)
+
+
+any_modes = st.sampled_from(["clip", "normalize"])
+any_sizes = st.sampled_from([1e-30, 1e-19, 1e-9, 1.0, 1e9, 1e17])
+
+
+@given(name=st.sampled_from(sorted(LAYERS)), mode=any_modes, size=any_sizes, other=any_sizes, seed=st.integers(0, 99))
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 def test_float32_gradients_of_any_size_stay_below_the_cap_and_its_slack(
     name: str, mode: str, size: float, other: float, seed: int
 ) -> None:
     plain, shape = built(name)
-    gate = gradient_gated_layer(plain.float(), mode=mode, **SETTINGS)
-    values, cotangents = signals(plain.double(), shape, 1, seed)
-    values, cotangents = (values * size).float(), (cotangents / cotangents.norm() * other).float()
-    _, found = backward(gate.float(), values, cotangents)
-    for parameter, gradient in found.items():
-        cap = BIAS_LIMIT if parameter == "bias" else LIMIT
-        # The rule's slack, and float32 products of under 100 positions: γ_100 ≈ 6e-6.
-        slack = rounding_slack(values.numel()) * rounding_slack(cotangents.numel()) * rounding_slack(gradient.numel())
-        assert float(gradient.double().norm()) <= cap * slack * (1.0 + 1e-5)
+    values, cotangents = signals(plain, shape, 1, seed)
+    assert_float32_below_the_cap(plain, mode, values * size, cotangents / cotangents.norm() * other)
 
 
 def test_factors_too_small_for_float32_drop_the_sample_rather_than_round_it_above_the_cap() -> None:
@@ -298,29 +300,28 @@ def of_cotangent_alone(
     return (cotangents * factors[:, None]).t() @ values
 
 
-def each_group_by_itself(
-    chunks: Any, shape: tuple[int, ...], limit: float, least: float
-) -> tuple[Tensor | float, list[Tensor]]:
-    total: Tensor | float = 0.0
-    scales = []
-    for rows, cotangents, own in chunks:
-        scales.append(own)
-        found = cotangents @ rows
-        total = total + (found * (limit / found.flatten(2).norm(dim=2).clamp(min=least))[..., None, None]).sum(0)
-    return total, scales
+def summed_by(norms_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor | float, list[Tensor]]]:
+    """Sums of gradients with other norms: a function of inputs and cotangents, which broadcasts to their product."""
+
+    def gated_sum(chunks: Any, shape: tuple[int, ...], limit: float, least: float) -> tuple[Any, list[Tensor]]:
+        total: Tensor | float = 0.0
+        scales = []
+        for rows, cotangents, own in chunks:
+            scales.append(own)
+            factors = limit / norms_of(rows, cotangents).clamp(min=least)
+            total = total + (cotangents @ rows * factors).sum(0)
+        return total, scales
+
+    return gated_sum
 
 
-def positions_by_themselves(
-    chunks: Any, shape: tuple[int, ...], limit: float, least: float
-) -> tuple[Tensor | float, list[Tensor]]:
-    """Sums squares over positions, as if no two of them shared a direction."""
-    total: Tensor | float = 0.0
-    scales = []
-    for rows, cotangents, own in chunks:
-        scales.append(own)
-        norms = (rows.norm(dim=3) * cotangents.norm(dim=2)).square().sum((1, 2)).sqrt()
-        total = total + ((cotangents @ rows) * (limit / norms.clamp(min=least))[:, None, None, None]).sum(0)
-    return total, scales
+each_group_by_itself = summed_by(lambda rows, cotangents: (cotangents @ rows).flatten(2).norm(dim=2)[..., None, None])
+
+
+@summed_by
+def positions_by_themselves(rows: Tensor, cotangents: Tensor) -> Tensor:
+    """Squares are summed over positions, as if no two of them shared a direction."""
+    return (rows.norm(dim=3) * cotangents.norm(dim=2)).square().sum((1, 2)).sqrt()[:, None, None, None]
 
 
 def tokens_by_themselves(values: Tensor, cotangents: Tensor, *rest: Any) -> Tensor:

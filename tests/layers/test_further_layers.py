@@ -19,7 +19,7 @@ from clipless_dp.constraints import OrthogonalConvolution, Spectral
 from clipless_dp.norms import coverage, padded_copies
 from clipless_dp.rules import activations, conv, graph, pooling
 from clipless_dp.testing import BoundBroken
-from tests.rules.test_rules import numbers
+from tests.rules.test_rules import numbers, numbers_are_those_of
 from tests.soundness.attack import Case, Traced, attack, wrap
 from tests.soundness.cases import OneCase
 from tests.soundness.mutation import Mutant
@@ -144,13 +144,7 @@ def test_the_slope_of_celu_holds_as_torch_rounds_it(alpha: float) -> None:
             numbers(nn.CELU(far), (4,))
 
 
-@pytest.mark.parametrize(("name", "build", "shape", "output", "slope"), TABLE, ids=[line[0] for line in TABLE])
-def test_the_rules_numbers_are_those_by_hand(
-    name: str, build: Callable[[], nn.Module], shape: tuple[int, ...], output: float, slope: float
-) -> None:
-    reached, passed = numbers(build(), shape)
-    assert output * (1.0 - 1e-7) <= reached <= output * (1.0 + 1e-7)
-    assert 0.5 * slope * (1.0 - 1e-7) <= passed <= 0.5 * slope * (1.0 + 1e-7)
+test_the_rules_numbers_are_those_by_hand = numbers_are_those_of(TABLE, below=1e-7, above=1e-7)
 
 
 def test_a_bias_of_channels_adds_the_root_of_its_positions() -> None:

@@ -192,49 +192,44 @@ def test_a_pure_tone_of_two_signs_reaches_all_but_the_root_of_two() -> None:
     assert reached == pytest.approx(math.sqrt(0.5), rel=1e-12)
 
 
-class TestCirculant(LipschitzLayerTestCase):
+class Structured(LipschitzLayerTestCase):
+    """Attributes: ``made``, what a layer of this kind is made with besides its inputs."""
+
+    shapes = ((5,),)
+    steps = 2
+    # A single corner entry of a Toeplitz matrix is a diagonal of its own.
+    attained: ClassVar = {"weight": 0.99}
+    made: ClassVar[dict[str, Any]] = {}
+
+    def build(self, shape: tuple[int, ...]) -> nn.Module:
+        return StructuredLinear(shape[-1], **self.made)
+
+
+class TestCirculant(Structured):
     shapes = ((6,), (2, 5))
     attained: ClassVar = {"weight": 0.99, "bias": 0.99}
-    steps = 2
 
     def build(self, shape: tuple[int, ...]) -> nn.Module:
         return StructuredLinear(shape[-1], shape[-1])
 
 
-class TestSkewCirculant(LipschitzLayerTestCase):
-    shapes = ((5,),)
-    steps = 2
-
-    def build(self, shape: tuple[int, ...]) -> nn.Module:
-        return StructuredLinear(shape[-1], 3, "skew")
+class TestSkewCirculant(Structured):
+    attained: ClassVar = {}
+    made: ClassVar = {"out_features": 3, "structure": "skew"}
 
 
-class TestToeplitz(LipschitzLayerTestCase):
-    shapes = ((5,),)
-    steps = 2
-    # A single corner entry is a diagonal of its own.
-    attained: ClassVar = {"weight": 0.99}
-
-    def build(self, shape: tuple[int, ...]) -> nn.Module:
-        return StructuredLinear(shape[-1], 6, "toeplitz")
+class TestToeplitz(Structured):
+    made: ClassVar = {"out_features": 6, "structure": "toeplitz"}
 
 
-class TestHankel(LipschitzLayerTestCase):
-    shapes = ((5,),)
-    steps = 2
-    attained: ClassVar = {"weight": 0.99}
-
-    def build(self, shape: tuple[int, ...]) -> nn.Module:
-        return StructuredLinear(shape[-1], 3, "hankel", bias=False)
+class TestHankel(Structured):
+    made: ClassVar = {"out_features": 3, "structure": "hankel", "bias": False}
 
 
-class TestBlocks(LipschitzLayerTestCase):
+class TestBlocks(Structured):
     shapes = ((6,),)
-    steps = 2
     attained: ClassVar = {"weight": 0.9}
-
-    def build(self, shape: tuple[int, ...]) -> nn.Module:
-        return StructuredLinear(shape[-1], 4, "block-circulant", 2)
+    made: ClassVar = {"out_features": 4, "structure": "block-circulant", "block": 2}
 
 
 class TestDiagonal(LipschitzLayerTestCase):

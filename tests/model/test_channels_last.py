@@ -9,20 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import (
-    CliplessDPSGD,
-    DPLipModel,
-    PoissonBatches,
-    ReproducibleNoise,
-    ShiftAndFlip,
-    constraints,
-    fit,
-    gated,
-    gradient_gated,
-    layers,
-    losses,
-)
+from clipless_dp import constraints, layers, losses
 from clipless_dp.gates import BallProjection, CotangentGate, SphereScaling, input_gate, sample_norms
+from clipless_dp.graph import gated, gradient_gated
+from clipless_dp.model import DPLipModel
+from clipless_dp.noise import ReproducibleNoise
+from clipless_dp.optim import CliplessDPSGD
+from clipless_dp.sampling import PoissonBatches, ShiftAndFlip
+from clipless_dp.training import fit
+from tests.support import SETTINGS
 
 LAST = torch.channels_last
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}
@@ -120,16 +115,8 @@ def test_steps_bounds_and_certificates_are_the_same(route) -> None:
     found = []
     for order in (torch.contiguous_format, LAST):
         model = model_of(route, torch.float64).to(memory_format=order)
-        optimizer = CliplessDPSGD(
-            model,
-            lr=0.5,
-            momentum=0.9,
-            noise_multiplier=1.0,
-            sample_rate=0.3,
-            dataset_size=100,
-            accountant="rdp",
-            noise=ReproducibleNoise(3),
-        )
+        told = {**SETTINGS, "sample_rate": 0.3, "dataset_size": 100}
+        optimizer = CliplessDPSGD(model, lr=0.5, momentum=0.9, noise=ReproducibleNoise(3), **told)
         totals = []
         for batch in PoissonBatches(images(torch.float64), sample_rate=0.3, steps=3, seed=4):
             optimizer.zero_grad()

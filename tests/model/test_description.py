@@ -13,23 +13,17 @@ import pytest
 import torch
 from torch import nn
 
-from clipless_dp import (
-    AdaptiveLimit,
-    CliplessDPSGD,
-    DPLipModel,
-    PoissonBatches,
-    constraints,
-    fit,
-    gated,
-    gradient_gated,
-    layers,
-    losses,
-    report,
-)
+from clipless_dp import constraints, layers, losses
 from clipless_dp.errors import CheckpointError
-from clipless_dp.gates import GradientGated
+from clipless_dp.gates import AdaptiveLimit, GradientGated
+from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.isolation import Isolated
+from clipless_dp.model import DPLipModel
 from clipless_dp.model.description import differences, settings_of
+from clipless_dp.optim import CliplessDPSGD
+from clipless_dp.sampling import PoissonBatches
+from clipless_dp.statement import report
+from clipless_dp.training import fit
 
 from ..support import samples
 

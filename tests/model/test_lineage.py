@@ -14,26 +14,17 @@ import torch
 from torch import nn
 
 from accounting import Ledger, create_accountant
-from clipless_dp import (
-    BudgetExhaustedError,
-    CheckpointError,
-    CliplessDPSGD,
-    ConfigurationError,
-    DPLipModel,
-    PoissonBatches,
-    PrivacyError,
-    PrivacyWarning,
-    WeightAverage,
-    fit,
-    gated,
-    losses,
-    report,
-)
-from clipless_dp.model import lineage, sums
+from clipless_dp import losses
+from clipless_dp.errors import BudgetExhaustedError, CheckpointError, ConfigurationError, PrivacyError, PrivacyWarning
+from clipless_dp.graph import gated
+from clipless_dp.model import DPLipModel, WeightAverage, lineage, sums
 from clipless_dp.noise import SystemNoise
+from clipless_dp.optim import CliplessDPSGD
+from clipless_dp.sampling import PoissonBatches
 from clipless_dp.search import Candidate, private_search
+from clipless_dp.statement import report
 from clipless_dp.statistics import private_fraction
-from clipless_dp.training import sizing
+from clipless_dp.training import fit, sizing
 from tests.support import every_copy, gated_model, power_cut, samples
 
 RUN = {

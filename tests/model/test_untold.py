@@ -17,9 +17,8 @@ from clipless_dp.gates import CotangentGate
 from clipless_dp.model import description
 from clipless_dp.model.description import UNTOLD, differences, settings_of
 
-from ..support import samples
+from ..support import QUICK, samples
 
-RUN = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 20, "accountant": "rdp", "progress": False}
 DATA = samples(60)
 
 KEEP = {
@@ -84,7 +83,7 @@ def kept_by(model: DPLipModel) -> set[str]:
 def test_what_a_layer_keeps_of_samples_is_in_no_checkpoint_state_or_statement(how: str, tmp_path: Path) -> None:
     model = model_of(how)
     made_up = kept_by(model)
-    result = fit(model, DATA, lr=0.5, audit=False, checkpoint=tmp_path / "c.pt", **RUN)
+    result = fit(model, DATA, lr=0.5, audit=False, checkpoint=tmp_path / "c.pt", **QUICK)
     found, kept = load_checkpoint(tmp_path / "c.pt"), kept_by(model) - made_up
     assert kept
     result.save(tmp_path / "a.pt")
@@ -93,7 +92,7 @@ def test_what_a_layer_keeps_of_samples_is_in_no_checkpoint_state_or_statement(ho
     words += report(result.optimizer).to_json() + report(result.optimizer).to_markdown()
     assert not [one for one in kept if one in words]
     # Whoever goes on from the checkpoint is not refused for it.
-    again = fit(model_of(how), DATA, lr=0.5, audit=False, checkpoint=tmp_path / "c.pt", **RUN)
+    again = fit(model_of(how), DATA, lr=0.5, audit=False, checkpoint=tmp_path / "c.pt", **QUICK)
     assert again.steps == result.steps
 
 
@@ -101,7 +100,7 @@ def test_what_a_layer_keeps_of_samples_is_in_no_checkpoint_state_or_statement(ho
 def test_it_is_not_told_after_copies_and_where_the_network_is_wrapped_again(how: str) -> None:
     model = model_of(how)
     made_up = kept_by(model)
-    fit(model, DATA, lr=0.5, audit=False, **RUN)
+    fit(model, DATA, lr=0.5, audit=False, **QUICK)
     others = [
         copy.deepcopy(model),
         pickle.loads(pickle.dumps(model)),
@@ -158,7 +157,7 @@ def test_what_an_object_within_a_loss_keeps_is_not_told() -> None:
 
 def test_of_a_model_that_a_former_version_has_pickled_nothing_is_told_of_objects_of_a_users_own() -> None:
     model = model_of("text")
-    fit(model, DATA, lr=0.5, audit=False, **RUN)
+    fit(model, DATA, lr=0.5, audit=False, **QUICK)
     layer = next(part for part in model.net.modules() if isinstance(part, Keeps))
     del model.__dict__["_first"], layer.__dict__[description._FIRST]
     other = pickle.loads(pickle.dumps(model))

@@ -18,28 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipless_dp import (
-    CliplessDPSGD,
-    ConfigurationError,
-    DPLipModel,
-    LayerBounds,
-    PoissonBatches,
-    PrivacyError,
-    RowAugmentation,
-    ShiftAndFlip,
-    fit,
-    gated,
-    gradient_gated,
-    losses,
-    register_rule,
-)
+from clipless_dp import losses
+from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.graph import gated, gradient_gated
 from clipless_dp.graph.dropout import DrawnDropout
+from clipless_dp.model import DPLipModel
 from clipless_dp.noise import randomness
 from clipless_dp.noise.box_muller import seeded_streams, system_streams
 from clipless_dp.noise.randomness import Moment, Randomness
-from clipless_dp.rules import base
+from clipless_dp.optim import CliplessDPSGD
+from clipless_dp.rules import LayerBounds, base, register_rule
+from clipless_dp.sampling import PoissonBatches, RowAugmentation, ShiftAndFlip
 from clipless_dp.sampling.augmentation import views
-from clipless_dp.training import compiled_loss
+from clipless_dp.training import compiled_loss, fit
 from tests.support import samples
 
 RUN = {"epsilon": 4.0, "delta": 1e-3, "epochs": 2, "batch_size": 50, "lr": 0.5, "progress": False, "accountant": "rdp"}

@@ -16,14 +16,12 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import StepLR
 
 from clipless_dp import CliplessDPOptimizer, ConfigurationError, PrivacyError
-from tests.support import OwnSGD, gated_model, samples
-
-SETTINGS = {"noise_multiplier": 1.0, "sample_rate": 1.0, "dataset_size": 8, "accountant": "rdp", "sampling": "none"}
+from tests.support import EIGHT_ROWS, OwnSGD, gated_model, samples
 
 
 def private(base_of=OwnSGD):
     model = gated_model()
-    return model, CliplessDPOptimizer(model, base_of(list(model.net.parameters())), **SETTINGS)
+    return model, CliplessDPOptimizer(model, base_of(list(model.net.parameters())), **EIGHT_ROWS)
 
 
 def pass_rows(model):

@@ -15,7 +15,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from clipless_dp import CliplessDPOptimizer, CliplessDPSGD, ConfigurationError, PrivacyError
 from clipless_dp.noise import SystemNoise
-from tests.support import OwnSGD, gated_model, samples
+from tests.support import EIGHT_ROWS, OwnSGD, gated_model, samples
 
 
 class Fault(Exception):
@@ -41,16 +41,7 @@ def with_gradients(hooks):
         return lambda *_: hooks.get(place, lambda: None)()
 
     model = gated_model()
-    optimizer = CliplessDPSGD(
-        model,
-        lr=0.1,
-        noise_multiplier=1.0,
-        sample_rate=1.0,
-        dataset_size=8,
-        accountant="rdp",
-        sampling="none",
-        noise=Source(call("noise")),
-    )
+    optimizer = CliplessDPSGD(model, lr=0.1, noise=Source(call("noise")), **EIGHT_ROWS)
     optimizer.register_step_pre_hook(call("before"))
     optimizer.base_optimizer.register_step_pre_hook(call("update"))
     optimizer.base_optimizer.register_step_post_hook(call("projection"))
@@ -141,13 +132,10 @@ def test_a_base_optimizer_steps_inside_of_private_steps_alone_however_many_are_a
         base.step()
 
 
-SETTINGS = {"noise_multiplier": 1.0, "sample_rate": 1.0, "dataset_size": 8, "accountant": "rdp", "sampling": "none"}
-
-
 def around(base_of):
     """A private optimizer around what a function makes of the parameters, with the gradients of a few samples."""
     model = gated_model()
-    optimizer = CliplessDPOptimizer(model, base_of(list(model.net.parameters())), **SETTINGS)
+    optimizer = CliplessDPOptimizer(model, base_of(list(model.net.parameters())), **EIGHT_ROWS)
     pass_rows(model)
     return model, optimizer
 
@@ -392,7 +380,7 @@ def test_what_anything_but_a_private_step_has_written_to_the_state_of_the_base_o
     assert len(optimizer.accountant) == 1
     # Another optimizer made around it does not forget.
     with pytest.raises(PrivacyError, match="not left by a private step"):
-        CliplessDPOptimizer(model, optimizer.base_optimizer, **SETTINGS)
+        CliplessDPOptimizer(model, optimizer.base_optimizer, **EIGHT_ROWS)
     optimizer.base_optimizer.state.clear()
     optimizer.skip_draw()
     pass_rows(model)
@@ -411,7 +399,7 @@ def test_a_state_that_private_steps_have_left_may_be_kept_reset_copied_and_loade
 
     optimizer.step()
     optimizer.zero_grad()
-    step(CliplessDPOptimizer(model, base, **{**SETTINGS, "accountant": optimizer.accountant}))
+    step(CliplessDPOptimizer(model, base, **{**EIGHT_ROWS, "accountant": optimizer.accountant}))
     optimizer.load_state_dict(optimizer.state_dict())
     step()
     base.load_state_dict(base.state_dict())
@@ -435,12 +423,12 @@ def test_a_base_optimizer_that_has_stepped_before_is_refused_and_a_new_one_is_no
     options = {"momentum": 0.9} if kind is torch.optim.SGD else {}
     model = gated_model()
     base = kind(model.net.parameters(), lr=0.1, **options)
-    CliplessDPOptimizer(model, base, **SETTINGS)
+    CliplessDPOptimizer(model, base, **EIGHT_ROWS)
     base = kind(model.net.parameters(), lr=0.1, **options)
     plain(model).backward()
     base.step()
     with pytest.raises(PrivacyError, match="not left by a private step"):
-        CliplessDPOptimizer(model, base, **SETTINGS)
+        CliplessDPOptimizer(model, base, **EIGHT_ROWS)
 
 
 class Unmade(torch.optim.Optimizer):
@@ -457,8 +445,8 @@ def test_an_optimizer_that_nothing_can_guard_is_refused_as_a_base_and_goes_aroun
     model = gated_model()
     base = torch.optim.SGD(model.net.parameters(), lr=0.1)
     with pytest.raises(ConfigurationError, match="put it around the private one"):
-        CliplessDPOptimizer(model, Unmade(base), **SETTINGS)
-    private = CliplessDPOptimizer(model, base, **SETTINGS)
+        CliplessDPOptimizer(model, Unmade(base), **EIGHT_ROWS)
+    private = CliplessDPOptimizer(model, base, **EIGHT_ROWS)
     pass_rows(model)
     Unmade(private).step()
     assert private.steps_taken == 1
@@ -555,7 +543,7 @@ def test_an_optimizer_within_the_base_one_that_has_stepped_before_is_refused():
     plain(model).backward()
     inner.step()
     with pytest.raises(PrivacyError, match="not left by a private step"):
-        CliplessDPOptimizer(model, Outer(inner), **SETTINGS)
+        CliplessDPOptimizer(model, Outer(inner), **EIGHT_ROWS)
 
 
 class Keeping(OwnSGD):
@@ -701,7 +689,7 @@ def test_optimizers_in_a_list_that_have_stepped_before_or_are_put_there_later_ar
     plain(model).backward()
     base.optimizers[0].step()
     with pytest.raises(PrivacyError, match="not left by a private step"):
-        CliplessDPOptimizer(model, base, **SETTINGS)
+        CliplessDPOptimizer(model, base, **EIGHT_ROWS)
     model, optimizer = around(lambda parameters: Several(parameters, list))
     late = torch.optim.SGD(model.net.parameters(), lr=0.1, momentum=0.9)
     optimizer.base_optimizer.optimizers.append(late)
@@ -808,7 +796,7 @@ def test_tensors_from_before_are_free_when_code_comes_into_steps_later_and_later
     groups = [{"params": list(model.net.parameters()), "mask": torch.rand(5)}]
     base = torch.optim.SGD(groups, lr=0.1)
     base.anchors = [parameter.detach().clone() for parameter in model.net.parameters()]
-    optimizer = CliplessDPOptimizer(model, base, **SETTINGS)
+    optimizer = CliplessDPOptimizer(model, base, **EIGHT_ROWS)
 
     def step():
         pass_rows(model)
@@ -863,7 +851,7 @@ def test_a_setting_of_several_numbers_is_refused_before_anything_is_charged(kind
     with pytest.raises(ConfigurationError, match=f"{name} of parameter group 0 is not one number"):
         optimizer.step()
     with pytest.raises(ConfigurationError, match=f"{name} of parameter group 0 is not one number"):
-        CliplessDPOptimizer(model, optimizer.base_optimizer, **SETTINGS)
+        CliplessDPOptimizer(model, optimizer.base_optimizer, **EIGHT_ROWS)
     assert len(optimizer.accountant) == 0
     assert all(map(torch.equal, start, weights(model)))
     group[name] = before

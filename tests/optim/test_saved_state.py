@@ -394,17 +394,22 @@ def test_every_optimizer_that_is_known_goes_on_from_its_own_state(name: str) -> 
     assert resumed.steps_taken == 2
 
 
+def assert_refused_before_the_ledger(name: str, other: DPLipModel, loading: str, message: str) -> None:
+    """Of one optimizer's state, when another one that is around another model loads it."""
+    model = gated_model()
+    optimizer = private(model, KNOWN[name](model.net.parameters()))
+    step(optimizer)
+    fresh = private(other, KNOWN[loading](other.net.parameters()))
+    with pytest.raises(ConfigurationError, match=message):
+        fresh.load_state_dict(optimizer.state_dict())
+    assert not fresh.accountant.ledger
+
+
 @pytest.mark.parametrize("name", [name for name in KNOWN if name != "SGD"])
 def test_states_of_other_shapes_are_refused_before_the_ledger_is_known(name: str) -> None:
     narrow = gated(nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3)))
     other = DPLipModel(narrow, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
-    model = gated_model()
-    optimizer = private(model, KNOWN[name](model.net.parameters()))
-    step(optimizer)
-    fresh = private(other, KNOWN[name](other.net.parameters()))
-    with pytest.raises(ConfigurationError, match="of another network"):
-        fresh.load_state_dict(optimizer.state_dict())
-    assert not fresh.accountant.ledger
+    assert_refused_before_the_ledger(name, other, name, "of another network")
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SGD"])
@@ -412,13 +417,7 @@ def test_states_of_other_shapes_are_refused_before_the_ledger_is_known(name: str
 def test_ours_and_adafactor_refuse_other_states_before_the_ledger_is_known(name: str, loading: str) -> None:
     if loading not in KNOWN:
         pytest.skip("this torch has no Adafactor")
-    model, second = gated_model(), gated_model()
-    optimizer = private(model, KNOWN[name](model.net.parameters()))
-    step(optimizer)
-    fresh = private(second, KNOWN[loading](second.net.parameters()))
-    with pytest.raises(ConfigurationError, match="state of another optimizer"):
-        fresh.load_state_dict(optimizer.state_dict())
-    assert not fresh.accountant.ledger
+    assert_refused_before_the_ledger(name, gated_model(), loading, "state of another optimizer")
 
 
 @pytest.mark.parametrize("where", ["an attribute", "an inner optimizer"])

@@ -101,7 +101,7 @@ def test_private_steps_take_it_as_any_base_optimizer(kind: Any, constraint: cons
         loss = losses.TauCrossEntropy(2.0)
         model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=loss, constraint=constraint)
     # Torch's class has stepped before: its step carries hooks of its own then.
-    kind.__mro__[2]([nn.Parameter(torch.ones(1))], lr=0.1).step()
+    kind.__bases__[1]([nn.Parameter(torch.ones(1))], lr=0.1).step()
     base = kind(model.net.parameters(), lr=0.05, radius=0.1)
     optimizer = CliplessDPOptimizer(
         model, base, noise_multiplier=1.0, sample_rate=0.2, dataset_size=200, accountant="rdp"

@@ -28,9 +28,8 @@ from clipless_dp.model import lineage
 from clipless_dp.prediction import Predictor, Promise
 from clipless_dp.statement.facts import CHANGED
 from clipless_dp.tables import fit_table
-from tests.support import samples
+from tests.support import QUICK, samples
 
-RUN = {"epsilon": 3.0, "delta": 1e-3, "epochs": 1, "batch_size": 20, "accountant": "rdp", "progress": False}
 DATA = samples(60)
 
 
@@ -51,7 +50,7 @@ def build(seed=0, norm=1.0):
 
 
 def trained(**given):
-    return fit(build(), DATA, lr=0.5, audit=False, **{**RUN, **given})
+    return fit(build(), DATA, lr=0.5, audit=False, **{**QUICK, **given})
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def test_a_buffer_that_is_set_between_steps_counts_and_the_next_step_leaves_it(t
 
 def table(tmp_path=None, **given):
     rows = torch.randn(60, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 100
-    return fit_table(rows, (rows[:, 0] > 0).long(), cosines=8, audit=False, **{**RUN, **given}), rows
+    return fit_table(rows, (rows[:, 0] > 0).long(), cosines=8, audit=False, **{**QUICK, **given}), rows
 
 
 def test_statistics_of_a_table_are_held_against_those_that_were_charged(tmp_path):
@@ -241,7 +240,7 @@ def test_a_module_that_calls_a_part_of_it_net_is_known_as_a_whole(tmp_path):
         return gradient_gated(Named(seed))
 
     model = DPLipModel(of(0), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
-    fit(model, DATA, lr=0.5, audit=False, **RUN).save(tmp_path / "a.pt")
+    fit(model, DATA, lr=0.5, audit=False, **QUICK).save(tmp_path / "a.pt")
     loaded = load(tmp_path / "a.pt", net=of(1))
     with torch.no_grad():
         next(value for name, value in loaded.net.named_parameters() if "head" in name).add_(1.0)
@@ -350,7 +349,7 @@ def test_a_promise_of_before_that_is_put_into_a_predictor_does_not_count_a_later
         "read back": replace(before, statement=pickle.loads(pickle.dumps(before.statement)), runs=None),
     }[given]
     assert replace(predictor, promise=promise).epsilon == before.epsilon
-    fit(result.optimizer.model, DATA, lr=0.5, audit=False, **{**RUN, "accountant": result.optimizer.accountant})
+    fit(result.optimizer.model, DATA, lr=0.5, audit=False, **{**QUICK, "accountant": result.optimizer.accountant})
     late = [replace(predictor, promise=promise), replace(predictor, promise=promise, threshold=None)]
     for one in late:
         with pytest.raises(PrivacyError, match="does not count"):

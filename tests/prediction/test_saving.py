@@ -36,9 +36,9 @@ from clipless_dp.checkpoint import load_checkpoint, save_checkpoint
 from clipless_dp.features import TableEncoding
 from clipless_dp.prediction import Link
 from clipless_dp.tables import fit_table
-from tests.support import samples
+from tests.support import QUICK, samples
 
-RUN = {"epsilon": 3.0, "delta": 1e-3, "epochs": 2, "batch_size": 20, "accountant": "rdp", "progress": False}
+RUN = {**QUICK, "epochs": 2}
 DATA = samples(60)
 ROWS = torch.randn(9, 6, generator=torch.Generator().manual_seed(5)) * 3
 

@@ -33,7 +33,7 @@ from clipless_dp.robustness import (
 )
 from tests.robustness.nets import dense, points, wrapped
 from tests.robustness.test_statement import NETWORK, checkpoint, trained  # noqa: F401
-from tests.support import samples
+from tests.support import samples, with_each_of
 
 NET = nn.Linear(4, 3)
 DATA = points(4, 4), torch.zeros(4, dtype=torch.long)
@@ -135,9 +135,8 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_what_is_given_wrongly_is_refused_in_words(name: str) -> None:
-    call, said = WRONG[name]
+@with_each_of("call, said", WRONG)
+def test_what_is_given_wrongly_is_refused_in_words(call: Callable[[], object], said: str) -> None:
     with pytest.raises(CliplessError, match=said):
         call()
 

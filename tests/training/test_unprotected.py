@@ -11,20 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import (
-    CliplessDPSGD,
-    ConfigurationError,
-    DPLipModel,
-    InputError,
-    PoissonBatches,
-    PrivacyError,
-    constraints,
-    fit,
-    fit_without_privacy,
-    layers,
-    losses,
-    report,
-)
+from clipless_dp import constraints, layers, losses
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.model import DPLipModel
+from clipless_dp.optim import CliplessDPSGD
+from clipless_dp.sampling import PoissonBatches
+from clipless_dp.statement import report
+from clipless_dp.training import fit, fit_without_privacy
 from tests.support import samples
 
 
