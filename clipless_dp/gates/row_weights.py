@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -25,14 +25,20 @@ class _Now(threading.local):
 _now = _Now()
 
 
-@contextmanager
-def weighing(weights: Tensor | None) -> Iterator[None]:
-    """Forward passes of this thread within are of rows of these weights, ``(B,)``; ``None``: of whole ones."""
-    before, _now.weights = _now.weights, weights
-    try:
-        yield
-    finally:
-        _now.weights = before
+class weighing(AbstractContextManager[None]):
+    """Forward passes of this thread within are of rows of these weights, ``(B,)``; ``None``: of whole ones.
+
+    No generator, which might end at any time, within another pass, where it was interrupted before it began.
+    """
+
+    def __init__(self, weights: Tensor | None) -> None:
+        self._weights = weights
+
+    def __enter__(self) -> None:
+        self._before, _now.weights = _now.weights, self._weights
+
+    def __exit__(self, *_: object) -> None:
+        _now.weights = self._before
 
 
 def weights_of(rows: Tensor) -> Tensor | None:

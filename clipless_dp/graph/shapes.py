@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from clipless_dp.errors import CliplessError, ConfigurationError
-from clipless_dp.gates import BallProjection, SphereScaling
+from clipless_dp.gates import BallProjection, SphereScaling, weighing
 from clipless_dp.graph.apart import is_own
 from clipless_dp.graph.layouts import FreshLayouts
 from clipless_dp.graph.unwritten import unnoticed
@@ -140,6 +140,6 @@ def record(module: fx.GraphModule, shape: tuple[int, ...], device: torch.device,
     recorder = ShapeRecorder(module)
     devices = [device] if device.type == "cuda" else []
     # With gradients enabled, because autograd is what refuses in-place changes of gated values.
-    with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.layouts:
+    with torch.random.fork_rng(devices=devices), torch.enable_grad(), recorder.layouts, weighing(None):
         recorder.run(torch.zeros(shape, device=device, dtype=dtype))
     return recorder

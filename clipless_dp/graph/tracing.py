@@ -19,7 +19,7 @@ from clipless_dp.graph.dropout import DrawnDropout
 from clipless_dp.graph.layouts import TRANSPOSED
 from clipless_dp.graph.shapes import WRITTEN_IN_PLACE, record
 from clipless_dp.isolation import Isolated
-from clipless_dp.modules import is_hooked, parameters_of
+from clipless_dp.modules import is_hooked, modules_of, parameters_of
 from clipless_dp.rules import find_function_rule, find_rule, named_arguments, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 from clipless_dp.rules.graph import piece
@@ -118,11 +118,12 @@ class TracedNet:
         return self.module.get_submodule(str(node.target))
 
     def trains_in_layers(self, wanted: Callable[[nn.Module], bool]) -> bool:
-        """Whether all parameters that train are held, and read, by layers that are wanted alone."""
+        """Whether all parameters that train are held, and read, by layers that are wanted alone, none within others."""
         for node in self.module.graph.nodes:
             if node.op == "call_module":
                 layer = self.leaf(node)
-                if not wanted(layer) and any(parameter.requires_grad for parameter in parameters_of(layer)):
+                trains = any(parameter.requires_grad for parameter in parameters_of(layer))
+                if not wanted(layer) and (trains or any(map(wanted, modules_of(layer)))):
                     return False
             elif node.op == "get_attr":
                 held = attrgetter(str(node.target))(self.module)

@@ -233,7 +233,8 @@ class DPLipModel(Unscripted, nn.Module):
     def _gated(self, inputs: Tensor, net: _Net | None, opened: _Opened) -> Tensor:
         if net is None:
             weights = opened.weights if isinstance(opened, passes.Pass) else None
-            with nullcontext() if weights is None else weighing(weights):
+            # Said of whole rows, too: an interrupted pass may have left its own.
+            with weighing(weights):
                 outputs, finite, whole = self._network.run(inputs, training=self.training)
             if weights is not None:
                 # What another road of calls has left out, a compiled graph say, is refused.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from clipless_dp import (
     AdaptiveLimit,
     CliplessDPSGD,
     DPLipModel,
+    LayerBounds,
     PoissonBatches,
     PrivacyError,
     constraints,
     gradient_gated,
+    register_rule,
 )
 from clipless_dp.fusion import backward
 from clipless_dp.gates import (
@@ -30,6 +33,7 @@ from clipless_dp.gates import (
     weights_from,
 )
 from clipless_dp.model.row_invariance import RowInvariance, Values
+from clipless_dp.rules import RuleContext
 from tests.people.test_company import CAP, ROUTES, TOLERANCE, Route, dense, maps, model_of, ratio, summed
 from tests.soundness.attack import wrap
 from tests.soundness.mutation import Mutant
@@ -339,3 +343,44 @@ def test_layers_that_were_compiled_are_gated_all_the_same() -> None:
     model.loss(model(rows), torch.ones(1, 3, dtype=torch.float64)).backward()
     found = torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
     assert float(found.norm()) <= model.sensitivity().total * (1.0 + TOLERANCE)
+
+
+class Pooling(nn.Module):
+    """A frozen layer of a user's own, in which a gated network meets tokens as rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.within = gradient_gated(nn.Sequential(nn.Linear(2, 2))).requires_grad_(False)
+
+    def forward(self, values: Tensor) -> Tensor:
+        found: Tensor = self.within(values.reshape(-1, 2)).reshape(values.shape)
+        return found
+
+
+@register_rule(Pooling)
+def _pooling_rule(module: Pooling, context: RuleContext) -> LayerBounds:
+    nothing = dict.fromkeys(dict(module.named_parameters()), 0.0)
+    return LayerBounds(output_norm=lambda: 10.0 * context.input_norm, lipschitz=10.0, gradients=nothing)
+
+
+def test_gates_within_a_layer_of_a_users_own_meet_whole_rows() -> None:
+    route = Route(lambda: nn.Sequential(Pooling(), gradient_gated(dense(), limit=0.3)))
+    assert not model_of(route).takes_row_weights
+    assert math.isfinite(float(summed(route, *rows_of(route, SIZES, 1.0), seed=3).norm()))
+
+
+def test_what_an_interrupted_pass_leaves_weighs_no_later_one() -> None:
+    route = ROUTES["normalising gradient gates"]
+    rows, targets, _ = rows_of(route, SIZES, 3.0)
+
+    def gradient() -> Tensor:
+        model = model_of(route)
+        model.loss(model(rows), targets).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    expected = gradient()
+    weighing(weights_from([(len(rows), 2)], torch.float64)).__enter__()
+    try:
+        assert torch.equal(gradient(), expected)
+    finally:
+        row_weights._now.weights = None
