@@ -15,6 +15,9 @@ _BLOCK = 1 << 17
 """Numbers drawn at once on the CPU: enough for two threads in each operation, few enough to stay in their caches and
 not to add to the peak of memory, which lies in the backward pass. Where there are many more, a sixteenth of them."""
 
+_AT_ONCE = 1 << 19
+"""So many of the operating system's are drawn at once, where that is all: each draw costs as much as ten thousand."""
+
 _DEVICE_BLOCK = 1 << 26
 """Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads."""
 
@@ -105,6 +108,8 @@ class _Drawing:
         self._ready = None
         if type(source) is SystemNoise and like.device.type == "cpu":
             self._ready = source.ahead.take(total, like.dtype)
+            if self._ready is None and total <= _AT_ONCE and like.dtype in (torch.float32, torch.float64):
+                self._ready = source.standard_normal_(like.new_empty(total + total % 2))
         self._buffer = like.new_empty(0)
 
     def __call__(self, count: int) -> Tensor:
