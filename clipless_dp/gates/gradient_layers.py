@@ -30,6 +30,10 @@ Gate = tuple[float, float]
 """The cap ``c``, and the norm ``n`` below which a gradient is scaled by ``c/n`` only (``n = c``: clipping)."""
 
 
+def _gates_of(ctx: Any) -> tuple[Gate, Gate]:
+    return ctx.gate, ctx.bias_gate
+
+
 class _GatedLinear(torch.autograd.Function):
     """A linear layer whose parameters' gradients are gated; the input's is the ordinary one."""
 
@@ -56,8 +60,7 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
         (cotangents,) = arriving
         values, weight = ctx.saved_tensors
-        gate: Gate = ctx.gate
-        bias_gate: Gate = ctx.bias_gate
+        gate, bias_gate = _gates_of(ctx)
         passed = cotangents @ weight if ctx.needs_input_grad[0] else None
         of_weight, of_bias = None, None
         counted = ctx.needs_input_grad[8:]
@@ -120,8 +123,7 @@ class _GatedConvolution(torch.autograd.Function):
     def backward(ctx: Any, *arriving: Tensor) -> tuple[Tensor | None, ...]:
         (cotangents,) = arriving
         values, weight = ctx.saved_tensors
-        gate: Gate = ctx.gate
-        bias_gate: Gate = ctx.bias_gate
+        gate, bias_gate = _gates_of(ctx)
         stride, padding, dilation, transposed, _, groups = ctx.geometry
         passed, of_weight, of_bias = None, None, None
         if ctx.needs_input_grad[0]:

@@ -234,7 +234,7 @@ class DPLipModel(Unscripted, nn.Module):
         if net is None:
             weights = opened.weights if isinstance(opened, passes.Pass) else None
             # Said of whole rows, too: an interrupted pass may have left its own.
-            with weighing(weights):
+            with nullcontext() if torch.compiler.is_compiling() else weighing(weights):
                 outputs, finite, whole = self._network.run(inputs, training=self.training)
             if weights is not None:
                 # What another road of calls has left out, a compiled graph say, is refused.
