@@ -18,8 +18,10 @@ from clipless_dp import (
     DPLipModel,
     LayerBounds,
     PoissonBatches,
+    constraints,
     fit,
     gradient_gated,
+    layers,
     losses,
     register_rule,
     report,
@@ -282,3 +284,42 @@ def test_a_number_of_calls_is_no_setting_and_other_whole_numbers_are(tmp_path: A
     for owner, name in ((optimizer.model.net.get_submodule("0"), "width"), (optimizer.model.loss_function, "level")):
         setattr(owner, name, 9)
     assert len(optimizer.changed_settings()) == 2
+
+
+def by_hand(before: constraints.Constraint, behind: constraints.Constraint) -> CliplessDPSGD:
+    """Weights and state of one run, put by hand into a network and an optimizer of another."""
+
+    def made(constraint: constraints.Constraint) -> tuple[DPLipModel, CliplessDPSGD]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 8), layers.GroupSort(2), nn.Linear(8, 3))
+        model = DPLipModel(
+            net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(4.0), constraint=constraint
+        )
+        return model, CliplessDPSGD(
+            model, lr=0.1, noise_multiplier=1.0, sample_rate=0.25, dataset_size=256, sampling="poisson"
+        )
+
+    def step(model: DPLipModel, optimizer: CliplessDPSGD) -> None:
+        optimizer.zero_grad()
+        model.loss(model(torch.randn(8, 6)), torch.arange(8) % 3).backward()
+        optimizer.step()
+
+    model, optimizer = made(before)
+    step(model, optimizer)
+    again, other = made(behind)
+    again.net.load_state_dict(model.net.state_dict())
+    other.load_state_dict(optimizer.state_dict())
+    step(again, other)
+    return other
+
+
+@pytest.mark.parametrize("kind", [constraints.Spectral, constraints.Orthogonal, constraints.Frobenius])
+def test_weights_that_are_loaded_by_hand_under_their_constraint_are_no_finding(
+    kind: Callable[[], constraints.Constraint],
+) -> None:
+    assert not by_hand(kind(), kind()).changed_bounds()
+
+
+def test_weights_that_were_trained_under_a_larger_limit_are_a_finding() -> None:
+    (line,) = by_hand(constraints.Spectral(1.5), constraints.Spectral(1.4)).changed_bounds()
+    assert "there" in line
