@@ -552,7 +552,7 @@ class CliplessDPOptimizer(Around):
                 raise PrivacyError(
                     "parameters were taken out of the optimizer's groups, or put into others, between a pass and its "
                     "step: a choice by private gradients releases them without noise. Choose before the pass, by "
-                    "public numbers. Nothing was released"
+                    "public numbers, and behind a refused step call skip_draw() first. Nothing was released"
                 )
 
     def _release(self) -> None:

@@ -507,3 +507,19 @@ def test_momentum_of_one_number_throughout_from_raw_steps_is_no_beginning() -> N
     net.zero_grad()
     with pytest.raises(PrivacyError, match="momentum_buffer"):
         private(model, base)
+
+
+def test_behind_a_refused_step_and_a_skipped_draw_momentum_may_be_cleared() -> None:
+    model, base, optimizer = begun()
+    for step_number, batch in enumerate(PoissonBatches(DATA, sample_rate=0.2, steps=3)):
+        optimizer.zero_grad()
+        model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
+        if step_number == 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            with pytest.raises(PrivacyError):
+                optimizer.step()
+            optimizer.skip_draw()
+            base.state.clear()
+        else:
+            optimizer.step()
+    assert optimizer.skipped_draws == 1
