@@ -182,7 +182,8 @@ def refuse_resets(optimizer: Optimizer) -> None:
         raise PrivacyError(
             f"{place[2]!r} in {place[0]} of the base optimizer, a {type(optimizer).__name__}, was cleared between a "
             "pass and its step: a restart that private gradients decide releases them without noise. Clear it before "
-            "the pass, where public numbers decide, and call skip_draw() first behind a refused step. Nothing was released"
+            "the pass, where public numbers decide, and behind a refused step call skip_draw() first. Nothing was "
+            "released"
         )
 
 
