@@ -120,8 +120,10 @@ class Apart(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's value; in a compiled graph the layer itself."""
-        if torch.compiler.is_compiling() or not self._wanted():
+        if torch.compiler.is_compiling():
             return self.layer(*args, **kwargs)
+        if not self._wanted():
+            return _on_copies(self.layer, args, kwargs)
         return _run_apart(self.layer, self.layer, self._resting, args, kwargs)
 
 
@@ -130,13 +132,21 @@ def _apart(
 ) -> Callable[..., Any]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not wanted():
+        if torch.compiler.is_compiling():
             return function(*args, **kwargs)
+        if not wanted():
+            return _on_copies(function, args, kwargs)
         return _run_apart(function, None, resting, args, kwargs)
 
     # Rules are found by it.
     run.stands_for = function  # type: ignore[attr-defined]
     return run
+
+
+def _on_copies(call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What it makes of copies: in the graph, of which the bounds are, nothing overwrites what others read."""
+    copies, named = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    return call(*copies, **named)
 
 
 def _run_apart(
@@ -153,7 +163,7 @@ def _run_apart(
     parameters = list({id(value): value for _, _, value in held}.values())
     if not any(value.requires_grad for value in (*inputs, *parameters)):
         with resting():
-            return call(*args, **kwargs)
+            return _on_copies(call, args, kwargs)
     returned: list[Any] = []
 
     def run(inner: tuple[Tensor, ...]) -> list[Tensor]:

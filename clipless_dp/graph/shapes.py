@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -25,6 +26,15 @@ _IN_PLACE = (
     "function than the graph, of which the bounds are"
 )
 _OVERWRITTEN = "a gate's value cannot be overwritten, use inplace=False"
+
+
+_KINDS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda uniform: uniform - 0.5,
+    lambda uniform: uniform,
+    lambda uniform: (uniform > 0.5).to(uniform.dtype),
+    lambda uniform: 1e3 * (uniform - 0.5),
+)
+"""Of uniform numbers: of both signs, positive ones, zeros and ones, and large ones."""
 
 
 class ShapeRecorder(fx.Interpreter):
@@ -110,15 +120,19 @@ class ShapeRecorder(fx.Interpreter):
     def _overwritten_unseen(self, node: fx.Node) -> list[Tensor]:
         """What a call of a user's own overwrites where no counter of versions tells: by ``.data``, ``out=``, or NumPy.
 
-        On zeros, multiplied say, it would not show either: it is called on copies that hold random numbers.
+        On zeros, multiplied say, it would not show either: it is called on random numbers of several kinds. (Passes of
+        the model hand it copies; the network by itself, and what is exported, does not.)
         """
+        return [value for kind in _KINDS for value in self._overwritten_of(node, kind)]
+
+    def _overwritten_of(self, node: fx.Node, kind: Callable[[Tensor], Tensor]) -> list[Tensor]:
         copies: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
         def copied(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             if id(value) not in copies:
-                numbers = torch.rand_like(value, requires_grad=False) - 0.5
+                numbers = kind(torch.rand_like(value, requires_grad=False))
                 copies[id(value)] = value, numbers, numbers.clone()
             return copies[id(value)][1]
 

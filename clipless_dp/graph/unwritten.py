@@ -27,12 +27,12 @@ def _kind(part: nn.Module) -> type[nn.Module]:
 
 
 def _held(net: nn.Module) -> list[_Place]:
-    """Where buffers are; but for what torch's parametrisations derive of weights."""
+    """Where buffers are; but for what torch's parametrisations derive of weights, and what isolation looks after."""
     apart = [f"{path}." if path else "" for path, part in net.named_modules() if isinstance(part, Isolated)]
     return [
         (f"{path}.{name}".lstrip("."), part._buffers, name, name not in part._non_persistent_buffers_set)
         for path, part in net.named_modules()
-        if not _kind(part).__module__.startswith("torch.nn.utils.parametrizations")
+        if not (isinstance(part, Isolated) or _kind(part).__module__.startswith("torch.nn.utils.parametrizations"))
         for name in part._buffers
         # What a network that runs sample by sample keeps for its next call is refused there.
         if name not in part._non_persistent_buffers_set or not any(path.startswith(one) for one in apart)
@@ -83,6 +83,16 @@ def _are_same(one: Tensor, other: Tensor) -> bool:
     )
 
 
+def _around(value: Tensor) -> Tensor | None:
+    """All bytes of the memory that a tensor is a part of; ``None`` of one that is all of it."""
+    if value.is_meta or value.is_nested or value.layout is not torch.strided:
+        return None
+    storage = value.untyped_storage()
+    if storage.nbytes() <= value.numel() * value.element_size():
+        return None
+    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(storage)
+
+
 class _Kept:
     """A buffer or a parameter as it was."""
 
@@ -92,6 +102,8 @@ class _Kept:
         # One that is made in inference mode could not be written to by passes to come.
         with torch.inference_mode(False):
             self.copy = None if value is None else value.detach().clone()
+            around = None if value is None else _around(value.detach())
+            self._around = None if around is None else around.clone()
 
     def is_there(self, now: Tensor | None) -> bool:
         """Whether it is as it was, bit by bit."""
@@ -101,14 +113,20 @@ class _Kept:
 
     def lies_there(self, now: Tensor | None) -> bool:
         """Whether it is in the memory that it was in, beside which there may be something else in another one."""
-        return now is None or _memory(now) == self._memory
+        if now is None or _memory(now) != self._memory:
+            return now is None
+        around = _around(now.detach())
+        return around is None or self._around is None or torch.equal(around, self._around)
 
     @torch.no_grad()
     def restored(self) -> Tensor | None:
         """The same tensor with the numbers that it had; a copy where they cannot be written there."""
         if self._value is None or self.copy is None:
             return None
-        if self.lies_there(self._value):
+        if _memory(self._value) == self._memory:
+            around = _around(self._value.detach())
+            if around is not None and self._around is not None:
+                around.copy_(self._around)
             with suppress(RuntimeError):
                 # Of another size by now, or with several entries in one place, or made in inference mode.
                 self._value.data.copy_(self.copy)
@@ -133,6 +151,7 @@ class _Before:
         self._kept = [(place, _Kept(place[1][place[2]])) for place in there]
         self.written: dict[str, None] = {}
         self.taken_back: dict[str, None] = {}
+        self.is_settled = False
 
     def settle(self) -> None:
         """Puts all back, and notes what was written; it may be called again."""
@@ -154,6 +173,7 @@ class _Before:
                 self.written.update({path: None} if saved else {})
                 # Made by this pass; as a mask of the inputs' shape is, anew each time.
                 del where[name]
+        self.is_settled = True
 
 
 @contextmanager
@@ -186,7 +206,7 @@ def buffers_unwritten(net: nn.Module, own: Iterable[nn.Module] | None = None) ->
         PrivacyError: one was written, and is as it was before.
     """
     interrupted = _unsettled.pop(net, None)
-    if interrupted is not None:
+    if interrupted is not None and not interrupted.is_settled:
         interrupted.settle()
     _unsettled[net] = before = _Before(net, (net,) if own is None else own)
     try:

@@ -259,8 +259,8 @@ class DPLipModel(Unscripted, nn.Module):
     @contextmanager
     def _unwritten(self) -> Iterator[None]:
         own = [leaf.module for leaf in self._watch.leaves if not leaf.is_ours]
-        # With the lock, as a step of another thread writes parameters by right.
-        with self.register.lock, buffers_unwritten(self.net, own):
+        # In turn, as a step of another thread, through another wrapper say, writes parameters by right.
+        with self.register.lock, self.register.turns.holding(), buffers_unwritten(self.net, own):
             yield
 
     def _enter(self, entering: passes.Pass, norms: Tensor | None, other: bool) -> None:

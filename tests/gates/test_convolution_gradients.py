@@ -242,7 +242,7 @@ MUTANTS = (
         "factors of the cap alone",
         convolutions.Kernel,
         "gated",
-        "scale_factors(norms, cap=limit, floor=least)",
+        "scale_factors(norms, cap=limit, floor=least, weights=own)",
         "limit / norms",
     ),
     Mutant(

@@ -284,17 +284,17 @@ def mutant(monkeypatch: pytest.MonkeyPatch, name: str, value: Any) -> Iterator[N
         yield
 
 
-def of_the_batch(norms: Tensor, *, cap: float, floor: float) -> Tensor:
+def of_the_batch(norms: Tensor, *, cap: float, floor: float, weights: None = None) -> Tensor:
     """Clips the batch, not its samples."""
     return (cap / norms.norm().clamp(min=floor)).expand_as(norms)
 
 
-def plain_bias(cotangents: Tensor, sizes: Tensor, limit: float, least: float) -> Tensor:
+def plain_bias(cotangents: Tensor, sizes: Tensor, limit: float, least: float, weights: None = None) -> Tensor:
     return cotangents.sum(0)
 
 
 def of_cotangent_alone(
-    values: Tensor, cotangents: Tensor, lengths: Tensor, sizes: Tensor, limit: float, least: float
+    values: Tensor, cotangents: Tensor, lengths: Tensor, sizes: Tensor, limit: float, least: float, weights: None = None
 ) -> Tensor:
     factors = limit / sizes.clamp(min=least)
     return (cotangents * factors[:, None]).t() @ values
@@ -303,7 +303,9 @@ def of_cotangent_alone(
 def summed_by(norms_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., tuple[Tensor | float, list[Tensor]]]:
     """Sums of gradients with other norms: a function of inputs and cotangents, which broadcasts to their product."""
 
-    def gated_sum(chunks: Any, shape: tuple[int, ...], limit: float, least: float) -> tuple[Any, list[Tensor]]:
+    def gated_sum(
+        chunks: Any, shape: tuple[int, ...], limit: float, least: float, weights: None = None
+    ) -> tuple[Any, list[Tensor]]:
         total: Tensor | float = 0.0
         scales = []
         for rows, cotangents, own in chunks:
@@ -328,7 +330,9 @@ def tokens_by_themselves(values: Tensor, cotangents: Tensor, *rest: Any) -> Tens
     return (values.norm(dim=2) * cotangents.norm(dim=2)).norm(dim=1)
 
 
-def drops_the_rest(values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int) -> Tensor:
+def drops_the_rest(
+    values: Tensor, cotangents: Tensor, limit: float, least: float, chunk: int, weights: None = None
+) -> Tensor:
     whole = len(values) // chunk * chunk
     return TOKENS(values[:whole], cotangents[:whole], limit, least, chunk)
 

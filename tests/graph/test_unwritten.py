@@ -55,6 +55,7 @@ class Own(nn.Module):
             warnings.simplefilter("ignore")
             self.register_buffer("codes_of", torch.quantize_per_tensor(torch.zeros(6), 0.1, 0, torch.qint8))
         self.register_buffer("mean", torch.zeros(6), persistent=False)
+        self.register_buffer("queue", torch.zeros(64, 6)[:0])
 
     def forward(self, values: Tensor) -> Tensor:
         if Own.writing:
@@ -267,3 +268,76 @@ def test_a_layer_that_is_compiled_by_itself_is_refused() -> None:
     model.net[1].compile(backend="eager")
     with pytest.raises(PrivacyError, match=r"\.compile\(\) was called"):
         model(ROWS)
+
+
+RING = torch.zeros(64, 6)
+
+
+def ring(own: Own, rows: Tensor) -> None:
+    RING[10 : 10 + len(rows)] = rows
+
+
+def test_memory_that_a_buffer_is_a_part_of_is_as_it_was_too() -> None:
+    model, own = model_of(ring)
+    RING.zero_()
+    own.queue = RING[:0]
+    model(ROWS)
+    file = io.BytesIO()
+    torch.save(model.net.state_dict(), file)
+    assert ROWS[5].numpy().tobytes() not in file.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:a pass wrote the buffer:clipless_dp.PrivacyWarning")
+def test_weights_that_are_loaded_behind_an_interrupted_pass_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, own = model_of(average)
+    settle, calls = unwritten._Before.settle, []
+
+    def interrupted(before: Any) -> None:
+        settle(before)
+        calls.append(before)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(unwritten._Before, "settle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model(ROWS)
+    with torch.no_grad():
+        own.codes.weight.fill_(0.25)
+    model(ROWS)
+    assert bool((own.codes.weight == 0.25).all())
+
+
+class Unlimited(nn.Module):
+    """Overwrites what is larger than anything that it is tried on."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        values.data[values.data > 1e6] = 0.0
+        return values * 1.0
+
+
+@register_rule(Unlimited)
+def _unlimited_rule(module: Unlimited, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0)
+
+
+class BothWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.linear = Unlimited(), nn.Linear(6, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        changed: Tensor = self.own(inputs)
+        output: Tensor = self.linear(changed + inputs)
+        return output
+
+
+def test_what_a_layer_overwrites_is_a_copy_in_every_pass() -> None:
+    torch.manual_seed(0)
+    model = DPLipModel(BothWays(), input_shape=(6,), input_norm=1e9, loss=losses.TauCrossEntropy(2.0))
+    rows = 1e8 * ROWS
+    trained = model(rows).detach()
+    with torch.no_grad():
+        assert torch.equal(model(rows), trained)
+    expected = model.net.linear(torch.where(rows > 1e6, 0.0, rows) + rows)
+    torch.testing.assert_close(trained, expected.detach())
