@@ -68,7 +68,10 @@ def _memory(value: Tensor) -> list[tuple[int, int]]:
 
 
 def _bits(value: Tensor) -> Tensor:
-    return value.contiguous().reshape(-1).view(torch.uint8)
+    """The numbers of a dense tensor as integers, as wide ones as fit: a byte takes as long to be compared as eight."""
+    flat = value.contiguous().reshape(-1)
+    sizes = flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size()
+    return flat.view(torch.uint8 if any(size % 8 for size in sizes) else torch.int64)
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
