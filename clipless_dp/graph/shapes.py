@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,6 @@ from clipless_dp.errors import CliplessError, ConfigurationError
 from clipless_dp.gates import BallProjection, SphereScaling, weighing
 from clipless_dp.graph.apart import is_own
 from clipless_dp.graph.layouts import FreshLayouts
-from clipless_dp.graph.unwritten import unnoticed
 from clipless_dp.isolation import Isolated
 from clipless_dp.isolation.refusals import ON_ZEROS
 from clipless_dp.layers import SampleGroupNorm
@@ -120,8 +120,8 @@ class ShapeRecorder(fx.Interpreter):
     def _overwritten_unseen(self, node: fx.Node) -> list[Tensor]:
         """What a call of a user's own overwrites where no counter of versions tells: by ``.data``, ``out=``, or NumPy.
 
-        On zeros, multiplied say, it would not show either: it is called on random numbers of several kinds. (Passes of
-        the model hand it copies; the network by itself, and what is exported, does not.)
+        On zeros, multiplied say, it would not show either: a copy of it is called on random numbers of several kinds.
+        (Passes of the model hand it copies; the network by itself, and what is exported, does not.)
         """
         return [value for kind in _KINDS for value in self._overwritten_of(node, kind)]
 
@@ -138,8 +138,12 @@ class ShapeRecorder(fx.Interpreter):
 
         args, kwargs = fx.node.map_aggregate(self.fetch_args_kwargs_from_env(node), copied)
         # Where it takes no such numbers, what it has overwritten before counts.
-        with unnoticed(self._leaf(node)), suppress(Exception):
-            getattr(self, node.op)(node.target, args, kwargs)
+        with suppress(Exception):
+            called = self._leaf(node)
+            if called is None:
+                getattr(self, node.op)(node.target, args, kwargs)
+            else:
+                copy.deepcopy(called)(*args, **kwargs)
         return [value for value, numbers, before in copies.values() if not torch.equal(numbers, before)]
 
     def _operands(self, node: fx.Node) -> list[Tensor]:

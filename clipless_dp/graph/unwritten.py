@@ -179,17 +179,6 @@ class _Before:
         self.is_settled = True
 
 
-@contextmanager
-def unnoticed(layer: nn.Module | None) -> Iterator[None]:
-    """Within, a layer runs and what it holds is as before afterwards, whatever it writes."""
-    before = None if layer is None else _Before(layer, (layer,))
-    try:
-        yield
-    finally:
-        if before is not None:
-            completed(before.settle)
-
-
 _unsettled: WeakKeyDictionary[nn.Module, _Before] = WeakKeyDictionary()
 """What passes began with that have not come to their end, or were interrupted at it."""
 
