@@ -137,7 +137,7 @@ def test_what_a_parameter_is_read_by_besides_its_layer_decides_too() -> None:
     assert not model.takes_row_weights
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 9), min_size=4, max_size=9).filter(lambda sizes: 2 * max(sizes) <= sum(sizes)),
     scale=st.floats(-4, 4),
