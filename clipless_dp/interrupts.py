@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
+class UnderWay:
+    """Something that is under way, as long as anything holds it: of what was interrupted at its end nothing stays."""
+
+
 def completed(settle: Callable[[], object]) -> None:
     """Calls a function, and from its beginning again where it is interrupted; the interruption is raised behind it.
 

@@ -12,17 +12,13 @@ from torch import Tensor, nn
 
 from clipless_dp.errors import PrivacyError
 from clipless_dp.gates import counts_of
-from clipless_dp.interrupts import completed
+from clipless_dp.interrupts import UnderWay, completed
 
 Deliver = Callable[[Sequence[Tensor | None], Sequence[Any]], list[Tensor | None]]
 """Takes gradients, and the nodes through which autograd would add them; returns those that somebody else asked for."""
 
 Turn = Callable[[], AbstractContextManager[None]]
 """Within what it returns gradients may be delivered: a step gets none but those that it has looked at."""
-
-
-class _Pass:
-    """One that is under way, as long as something holds it."""
 
 
 class Aliases:
@@ -54,7 +50,7 @@ class Aliases:
             self.parameters.append(held[name])
             self.counts.append(held[name])
         self._swapped = False
-        self._under_way: WeakSet[_Pass] = WeakSet()
+        self._under_way: WeakSet[UnderWay] = WeakSet()
         self._aliases: list[ReferenceType[Tensor]] = []
 
     def running(self, deliver: Deliver, turn: Turn) -> AbstractContextManager[None]:
@@ -84,7 +80,7 @@ class Aliases:
 
     @contextmanager
     def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
-        kept, swapped, one = [held.get(name) for held, name, _ in self._places], self._swapped, _Pass()
+        kept, swapped, one = [held.get(name) for held, name, _ in self._places], self._swapped, UnderWay()
 
         def put_back() -> None:
             for (held, name, _), value in zip(self._places, kept, strict=True):

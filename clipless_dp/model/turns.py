@@ -11,6 +11,7 @@ from weakref import WeakSet, WeakValueDictionary
 from torch import Tensor
 
 from clipless_dp.errors import PrivacyError
+from clipless_dp.interrupts import UnderWay
 from clipless_dp.model.owed import Owed, for_all
 
 IN_STEP = (
@@ -47,12 +48,8 @@ class _Holding(AbstractContextManager[None]):
             one.lock.release()
 
 
-class _Step:
-    """A step that is under way, as long as something holds it."""
-
-
-_stepped: WeakValueDictionary[int, _Step] = WeakValueDictionary()
-"""The steps of parameters, by the identities of these; of one that was interrupted at its end nothing stays."""
+_stepped: WeakValueDictionary[int, UnderWay] = WeakValueDictionary()
+"""The steps of parameters, by the identities of these."""
 
 
 class Turns:
@@ -92,7 +89,7 @@ class Turns:
     @contextmanager
     def stepping(self) -> Iterator[None]:
         """A step is under way within: what passes of other threads have computed waits for its end."""
-        step = _Step()
+        step = UnderWay()
         with self._running, self.holding():
             try:
                 for one in map(id, self._parameters):
