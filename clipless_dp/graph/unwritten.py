@@ -67,11 +67,12 @@ def _memory(value: Tensor) -> list[tuple[int, int]]:
     return [(storage.data_ptr(), storage.nbytes()) for storage in storages]
 
 
-def _bits(value: Tensor) -> Tensor:
-    """The numbers of a dense tensor as integers, as wide ones as fit: a byte takes as long to be compared as eight."""
-    flat = value.contiguous().reshape(-1)
-    sizes = flat.numel() * flat.element_size(), flat.storage_offset() * flat.element_size()
-    return flat.view(torch.uint8 if any(size % 8 for size in sizes) else torch.int64)
+def _are_same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether dense tensors are: as integers as wide as both allow, of which a byte takes as long as eight."""
+    flat = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    sizes = [value.element_size() * count for value in flat for count in (value.numel(), value.storage_offset())]
+    width = torch.uint8 if any(size % 8 for size in sizes) else torch.int64
+    return torch.equal(flat[0].view(width), flat[1].view(width))
 
 
 def _are_same(one: Tensor, other: Tensor) -> bool:
@@ -81,9 +82,7 @@ def _are_same(one: Tensor, other: Tensor) -> bool:
     if one.is_nested != other.is_nested or (not one.is_nested and one.shape != other.shape):
         return False
     parts = _parts(one), _parts(other)
-    return [part.shape for part in parts[0]] == [part.shape for part in parts[1]] and all(
-        torch.equal(_bits(first), _bits(second)) for first, second in zip(*parts, strict=True)
-    )
+    return [part.shape for part in parts[0]] == [part.shape for part in parts[1]] and all(map(_are_same_bits, *parts))
 
 
 def _around(value: Tensor) -> Tensor | None:
@@ -133,7 +132,8 @@ class _Kept:
             with suppress(RuntimeError):
                 # Of another size by now, or with several entries in one place, or made in inference mode.
                 self._value.data.copy_(self.copy)
-        else:
+        if _memory(self._value) != self._memory or not _are_same(self._value, self.copy):
+            # In place of other memory, too, in which there may be something beside the same numbers.
             with suppress(RuntimeError):
                 self._value.data = self.copy
         return self._value if _are_same(self._value, self.copy) else self.copy

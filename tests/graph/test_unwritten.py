@@ -341,3 +341,17 @@ def test_what_a_layer_overwrites_is_a_copy_in_every_pass() -> None:
         assert torch.equal(model(rows), trained)
     expected = model.net.linear(torch.where(rows > 1e6, 0.0, rows) + rows)
     torch.testing.assert_close(trained, expected.detach())
+
+
+@pytest.mark.parametrize("start", range(5))
+@pytest.mark.parametrize("count", range(1, 5))
+def test_parts_of_one_memory_are_the_same_wherever_they_begin(start: int, count: int) -> None:
+    model, own = model_of(lambda own, rows: None)
+    memory = torch.arange(16.0)
+    own.scale.data = memory[start : start + count]
+    own.one = memory[start + 4 : start + 4 + count]
+    for _ in range(2):
+        model.loss(model(ROWS), TARGETS).backward()
+    assert own.one.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+    assert own.scale.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
+    assert isinstance(own.scale, nn.Parameter)
