@@ -97,6 +97,11 @@ class Constraint(ABC):
 ConstraintSpec = Constraint | Mapping[str, Constraint | None] | None
 
 
+_BETWEEN_CERTIFICATES = 5e-5
+"""By how much the certificate of a kernel and that of a multiple of it may differ: levels are searched for. So much is
+taken off, that a projected kernel holds when it is looked at again, after loading say, and does not move."""
+
+
 def scale_to_limit_(weight: Tensor, operators: tuple[Operator, ...], limit: float) -> None:
     """Divides a weight by its certified norm where that is above the limit.
 
@@ -117,7 +122,8 @@ def scale_to_limit_(weight: Tensor, operators: tuple[Operator, ...], limit: floa
             frobenius = math.sqrt(min(weight.shape)) * norm
         else:
             frobenius = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-        slack = 2.0 * unit * operator.perturbation(weight) * frobenius + 1e-12 * norm
+        again = _BETWEEN_CERTIFICATES if isinstance(operator, ConvOperator) else 1e-12
+        slack = 2.0 * unit * operator.perturbation(weight) * frobenius + again * norm
         weight.mul_(limit / (norm + 2.0 * unit * norm + slack))
 
 

@@ -397,3 +397,27 @@ def test_wide_kernels_that_were_projected_hold_and_stay_as_they_are(kind: Any, s
         scale_to_limit_(again, (operator,), 1.0)
         assert torch.equal(again, weight)
         assert operator.norm(weight) <= 1.0 + 5e-4
+
+
+def not_held(constraint: Constraint, dtype: torch.dtype) -> int:
+    """Of random kernels, how many do not hold behind a projection, so that a load would move them."""
+    torch.manual_seed(0)
+    count = 0
+    for turn in range(60):
+        channels, size = (16, 24, 48)[turn % 3], (4, 7, 8, 16)[turn % 4]
+        operator = ConvOperator((size, size), (1, 1), ((1, 1), (1, 1)), (1, 1), groups=1, coverage=9)
+        weight = torch.randn(channels, channels, 3, 3, dtype=dtype)
+        constraint.project_(weight, (operator,))
+        count += not constraint.holds(weight, (operator,))
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("constraint", [Spectral(), OrthogonalConvolution()])
+def test_a_projected_kernel_holds_when_it_is_certified_again(constraint: Constraint, dtype: torch.dtype) -> None:
+    assert not_held(constraint, dtype) == 0
+
+
+def test_without_what_certificates_of_multiples_differ_by_some_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipless_dp.constraints.base._BETWEEN_CERTIFICATES", 1e-12)
+    assert not_held(Spectral(), torch.float64) > 0
