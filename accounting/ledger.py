@@ -190,7 +190,8 @@ class Ledger:
         if not run:
             return 0
         closed = self._closed
-        return closed.counts.get(run, 0) + sum(line.count for line in self._record[closed.lines :] if line.key == run)
+        # A list, not a generator: every step asks.
+        return closed.counts.get(run, 0) + sum([line.count for line in self._record[closed.lines :] if line.key == run])
 
     @property
     def runs(self) -> dict[str, int]:
@@ -244,7 +245,7 @@ class Ledger:
     def units(self) -> set[Unit]:
         """What the lines are about: `"person"`, or, empty, a record; of a ledger without lines nothing."""
         closed = self._closed
-        return {*closed.units, *(line.provenance.unit for line in self._record[closed.lines :])}
+        return {*closed.units, *[line.provenance.unit for line in self._record[closed.lines :]]}
 
     def require_one_unit(self) -> None:
         """Refuses a ledger of rows and people, as an earlier version may have written, and as a file may hold.

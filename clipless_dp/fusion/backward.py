@@ -12,6 +12,7 @@ from clipless_dp.gates import GradientGatedLinear
 from clipless_dp.gates.arithmetic import (
     LARGEST_NORM,
     LARGEST_RATIO,
+    are_within,
     drop_rows_,
     largest_norm,
     per_sample,
@@ -74,7 +75,7 @@ def _arrived(
             norms = torch.where(norms <= largest, norms, 0.0)
         if gate.mode == "normalize" or not most <= gate.limit:
             floor = gate.floor if gate.mode == "normalize" else gate.limit
-            shares = factors = scale_factors(norms, cap=gate.limit, floor=floor)
+            shares = factors = scale_factors(norms, cap=gate.limit, floor=floor, within=True)
             if scales is not None:
                 # One pass for both factors. Where float32 has no exact product of them, the sample passes nothing: none
                 # whose share is 1, so that what is done where nothing is clipped is the same.
@@ -149,7 +150,8 @@ def _passed_gated(
 ) -> Passed:
     """What is left of a layer with gradient gates, from cotangents ``(B, O)`` of these norms, which are overwritten."""
     gradient, bias = None, None
-    counted, sizes = zeroed_rows(cotangents, norms)
+    within = are_within(norms, LARGEST_NORM)
+    counted, sizes = (cotangents, norms) if within else zeroed_rows(cotangents, norms)
     if needed[2]:
         bias = bias_gradient(counted, sizes, *gate.gates()[1], weights)
     if kept.scales is not None:
@@ -158,14 +160,16 @@ def _passed_gated(
     if passed is not None and kept.lost is not None:
         passed.index_fill_(0, kept.lost, 0.0)
     if needed[1]:
-        lengths, values, rows = _lengths(stage, kept), kept.values, slice(0, kept.rows)
-        if bool(lengths[rows].isnan().any()):
+        lengths, values = _lengths(stage, kept), kept.values
+        arrived = cotangents if within else drop_rows_(cotangents, norms, LARGEST_NORM)
+        if kept.rows < values.shape[0]:
+            rows = slice(0, kept.rows)
+            values, arrived, lengths, sizes = values[rows], arrived[rows], lengths[rows], sizes[rows]
+            weights = None if weights is None else weights[rows]
+        if not are_within(lengths, LARGEST_NORM):
+            lengths = torch.where(lengths <= LARGEST_NORM, lengths, torch.nan)
             values = values.index_fill(0, lengths.isnan().nonzero().flatten(), 0.0)
-        arrived = drop_rows_(cotangents, norms, LARGEST_NORM)[rows]
-        own = None if weights is None else weights[rows]
-        gradient = vector_weight_gradient(
-            values[rows], arrived, lengths[rows], sizes[rows], *gate.gates()[0], own, into=arrived
-        )
+        gradient = vector_weight_gradient(values, arrived, lengths, sizes, *gate.gates()[0], weights, into=arrived)
     return cotangents if passed is None else passed, gradient, bias, _left_over(stage, kept, passed)
 
 
@@ -180,11 +184,11 @@ def _outer(cotangents: Tensor, values: Tensor, rows: int) -> Tensor:
 
 
 def _lengths(stage: Stage, kept: Kept) -> Tensor:
-    """Norms ``(B,)`` of what the weight meets, behind the gates; NaN where they are no number up to 1e18."""
+    """Norms ``(B,)`` of what the weight meets, behind the gates."""
     norms = sample_norms(kept.values) if kept.norms is None else kept.norms
-    if stage.before is not None:
-        norms = norms * scale_factors(norms, cap=stage.before.radius, floor=stage.floor)
-    return torch.where(norms <= LARGEST_NORM, norms, torch.nan)
+    if stage.before is None:
+        return norms
+    return norms * scale_factors(norms, cap=stage.before.radius, floor=stage.floor)
 
 
 def passed_convolution(

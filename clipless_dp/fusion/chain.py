@@ -63,22 +63,24 @@ def _entered(stage: Stage, values: Tensor, norms: Tensor | None, entry: Entry | 
     ball: Tensor | None = None
     if entry is not None:
         raw, radius, whole = entry
-        ball = scale_factors(raw, cap=radius, floor=radius)
+        ball = scale_factors(raw, cap=radius, floor=radius, within=whole)
         norms = raw * ball if whole else torch.where(raw <= largest_norm(radius, raw.dtype), raw * ball, torch.nan)
     if stage.before is None and ball is None:
-        return Kept(values, None, norms, None, len(values))
+        return Kept(values, None, norms, None, values.shape[0])
     if norms is None:
         norms = sample_norms(values)
+    most = float(norms.max())
     if stage.before is None:
         scales, limit = ball, torch.finfo(norms.dtype).max
     else:
-        scales, limit = scale_factors(norms, cap=stage.before.radius, floor=stage.floor), LARGEST_NORM
+        cap, limit = stage.before.radius, LARGEST_NORM
+        scales = scale_factors(norms, cap=cap, floor=stage.floor, within=most <= largest_norm(cap, norms.dtype))
         scales = scales if ball is None else scales.mul_(ball)
     assert scales is not None
     # Each row's own numbers decide what becomes of it; the look at all of them only saves the search. Without an input
     # gate no scale is this small: caps are at least 1e-8, norms at most 1e18.
-    if float(norms.max()) <= limit and (ball is None or float(scales.min()) >= _SMALLEST_SCALE):
-        return Kept(values, scales, norms, None, len(values))
+    if most <= limit and (ball is None or float(scales.min()) >= _SMALLEST_SCALE):
+        return Kept(values, scales, norms, None, values.shape[0])
     lost = (~((norms <= limit) & (scales >= _SMALLEST_SCALE))).nonzero().flatten()
     rows = len(values) - len(lost)
     if owned:
@@ -101,7 +103,7 @@ def _left(
         size = output.shape[1:]
         output, largest = stage.pooled(output)
         kept = kept._replace(largest=largest, size=size)
-    if kept.rows < len(output):
+    if kept.rows < output.shape[0]:
         assert kept.lost is not None
         output.index_fill_(0, kept.lost, 0.0)
     norms: list[Tensor] = []

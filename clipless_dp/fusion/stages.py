@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -152,12 +151,14 @@ def channels_last(weight: Tensor) -> Tensor:
     return weight.to(memory_format=torch.channels_last)
 
 
-def blocks(values: Tensor, limit: int = 0) -> Iterator[slice]:
+def blocks(values: Tensor, limit: int = 0) -> list[slice]:
     """Rows of a batch in parts of about one size, with so many entries."""
-    batch = len(values)
-    count = max(1, min(batch, round(values.numel() / ((limit or _BLOCK_ENTRIES) * torch.get_num_threads()))))
+    batch = values.shape[0]
+    count = min(batch, round(values.numel() / ((limit or _BLOCK_ENTRIES) * torch.get_num_threads())))
+    if count <= 1:
+        return [slice(0, batch)]
     step = math.ceil(batch / count)
-    return (slice(start, min(start + step, batch)) for start in range(0, batch, step))
+    return [slice(start, min(start + step, batch)) for start in range(0, batch, step)]
 
 
 class Kept(NamedTuple):

@@ -1,6 +1,14 @@
 """Gates: what caps a sample's signal, forwards or backwards, or its gradients of a layer's parameters."""
 
-from clipless_dp.gates.adaptive import Adapting, AdaptiveLimit, adapting, adapting_in, checked_state, counts_of
+from clipless_dp.gates.adaptive import (
+    Adapting,
+    AdaptiveLimit,
+    adapting,
+    adapting_among,
+    adapting_in,
+    checked_state,
+    counts_of,
+)
 from clipless_dp.gates.arithmetic import rounding_slack, sample_norms
 from clipless_dp.gates.gradient_layers import (
     GradientGated,
@@ -41,6 +49,7 @@ __all__ = [
     "GradientGatedLinear",
     "SphereScaling",
     "adapting",
+    "adapting_among",
     "adapting_in",
     "can_be_gradient_gated",
     "checked_state",

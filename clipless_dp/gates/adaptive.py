@@ -9,7 +9,7 @@ Learning with Adaptive Clipping*, algorithm 1). ``docs/adaptive.md`` has the pro
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass
 from typing import cast
 
@@ -150,10 +150,14 @@ def set_adapting(module: nn.Module, caps: Adapting | None) -> None:
         vars(module)[_PLACE] = caps
 
 
+def adapting_among(modules: Iterable[nn.Module]) -> list[Adapting]:
+    """The caps that adapt of the gates of these modules: every step asks."""
+    return [cast(Adapting, module.__dict__[_PLACE]) for module in modules if _PLACE in module.__dict__]
+
+
 def adapting_in(net: nn.Module) -> dict[str, Adapting]:
     """The caps that adapt within a network, by the paths of their modules."""
-    if not any(_PLACE in module.__dict__ for module in modules_of(net)):
-        # Every step asks.
+    if not adapting_among(modules_of(net)):
         return {}
     return {path: found for path, part in net.named_modules() if (found := adapting(part)) is not None}
 

@@ -106,14 +106,18 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def scale_factors(norms: Tensor, *, cap: float, floor: float, weights: Tensor | None = None) -> Tensor:
+def scale_factors(
+    norms: Tensor, *, cap: float, floor: float, weights: Tensor | None = None, within: bool | None = None
+) -> Tensor:
     """What a gate multiplies each sample by, of norms ``(B,)``: ``cap/max(norm, floor)``, times weights ``(B,)``.
 
     In one division, so that it is 1 exactly where norm and floor are the cap. Zero where there is no norm, or one above
-    :func:`largest_norm`, whose factor would lose digits.
+    :func:`largest_norm`, whose factor would lose digits. Who has looked says whether there is none such: ``within``.
     """
     factors = torch.full_like(norms, cap) / norms.clamp(min=floor)
-    factors = torch.where(norms <= largest_norm(cap, norms.dtype), factors, 0.0)
+    largest = largest_norm(cap, norms.dtype)
+    if not (are_within(norms, largest) if within is None else within):
+        factors = torch.where(norms <= largest, factors, 0.0)
     return factors if weights is None else factors * weights
 
 
@@ -132,6 +136,16 @@ def can_look(values: Tensor) -> bool:
     return values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def are_within(norms: Tensor, largest: float) -> bool:
+    """Whether all norms ``(B,)`` are numbers up to ``largest``, where that can be seen: nearly always they are.
+
+    What is done where one is not leaves the others as they are, and need not be done where none is.
+    """
+    if not can_look(norms) or not norms.shape[0] or torch._C._functorch.is_functorch_wrapped_tensor(norms):
+        return False
+    return float((norms.detach() if norms.requires_grad else norms).max()) <= largest
+
+
 def is_dense(values: Tensor) -> bool:
     """Whether values lie in memory without gaps and repetitions, so that an elementwise product lies as they do."""
     return (
@@ -144,8 +158,7 @@ def is_dense(values: Tensor) -> bool:
 def drop_rows_(values: Tensor, norms: Tensor, largest: float) -> Tensor:
     """Zeroes the rows of a fresh tensor whose norms ``(B,)`` are above ``largest`` or NaN, whatever they hold."""
     if can_look(values):
-        # Nearly always there is nothing to do.
-        if len(norms) and not float(norms.detach().max()) <= largest:
+        if not are_within(norms, largest):
             values.index_fill_(0, (~(norms.detach() <= largest)).nonzero().flatten(), 0.0)
         return values
     kept = per_sample(norms <= largest, values)

@@ -30,7 +30,7 @@ States of before hold the first of the sums alone, which does not see the order,
 """
 
 
-@dataclass
+@dataclass(eq=False)
 class _Trace:
     """What is known of one parameter, or buffer, whichever networks it is in.
 
@@ -88,7 +88,8 @@ class _Held:
 
 def _known_of(parameter: Tensor) -> _Trace | None:
     held = parameter.__dict__.get(_Held.NAME)
-    return held.trace if isinstance(held, _Held) and held.owner == id(parameter) else None
+    # Several times in each step.
+    return held.trace if type(held) is _Held and held.owner == id(parameter) else None
 
 
 def _trace_of(parameter: Tensor) -> _Trace:
@@ -251,7 +252,7 @@ class Lineage:
     def keep(self) -> None:
         """Hangs what is known of parameters on them again: torch may have swapped their attributes, too."""
         net = self._net()
-        if net is not None and any(_known_of(parameter) is None for parameter in parameters_of(net)):
+        if net is not None and None in map(_known_of, parameters_of(net)):
             for name, parameter in net.named_parameters():
                 owner, trace = self._names.get(name, (0, None))
                 if trace is not None and owner == id(parameter) and _known_of(parameter) is None:
@@ -259,17 +260,22 @@ class Lineage:
 
     def settle(self, named: Mapping[str, nn.Parameter]) -> None:
         """These are the weights that the last step left."""
-        self.keep()
+        traces = self._traces(named)
         # Sums stay on the device, so that nothing waits for it.
-        for parameter in named.values():
-            _settle(_trace_of(parameter), parameter, counted=True)
-        if len(named) != len(self._names) or any(
-            (held := self._names.get(name)) is None or held[1] is not _known_of(parameter)
-            for name, parameter in named.items()
-        ):
+        for parameter, trace in zip(named.values(), traces, strict=True):
+            _settle(_trace_of(parameter) if trace is None else trace, parameter, counted=True)
+        if None in traces or [*self._names] != [*named] or [held for _, held in self._names.values()] != traces:
             self._hold(named)
         self.settle_buffers()
         self._loaded = {}, {}
+
+    def _traces(self, named: Mapping[str, nn.Parameter]) -> list[_Trace | None]:
+        """What is known of each of the network's parameters, hung on them again where torch has swapped it off."""
+        traces = [*map(_known_of, named.values())]
+        if None in traces:
+            self.keep()
+            traces = [*map(_known_of, named.values())]
+        return traces
 
     def leave(self) -> None:
         """Weights and buffers are those that a file says that a step left."""
@@ -397,10 +403,13 @@ class Lineage:
             quick: trust autograd's counters of changes, and some of the entries, where they say that there was none.
             buffers: whether those that files hold, statistics beside the network included, must be the same too.
         """
-        self.keep()
+        traces = self._traces(named)
         if self.started and named.keys() != self._names.keys():
             return False
-        if not all(self._as_known(name, parameter, quick=quick) for name, parameter in named.items()):
+        if not all(
+            self._as_known(name, parameter, trace, quick=quick)
+            for (name, parameter), trace in zip(named.items(), traces, strict=True)
+        ):
             return False
         beside = [of(module) for one in self._beside if (module := one()) is not None]
         return not buffers or all(known.buffers_unchanged(quick=quick) for known in (self, *beside))
@@ -419,8 +428,8 @@ class Lineage:
             _is_followed(self._buffers[name], buffer, quick=quick) for name, buffer in here.items()
         )
 
-    def _as_known(self, name: str, parameter: nn.Parameter, *, quick: bool) -> bool:
-        trace, held = _known_of(parameter), self._names.get(name)
+    def _as_known(self, name: str, parameter: nn.Parameter, trace: _Trace | None, *, quick: bool) -> bool:
+        held = self._names.get(name)
         if held is None or held[1] is trace:
             if trace is None or not trace.known:
                 return True

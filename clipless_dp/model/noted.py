@@ -31,14 +31,15 @@ class Noted:
 
     def __init__(self) -> None:
         self.sharded = False
-        self._held: dict[nn.Parameter, _Held] = {}
+        # By the parameters' identities: what is held knows its gradient itself.
+        self._held: dict[int, _Held] = {}
         self._buffers: dict[int, int] = {}
 
     def note(self, parameter: nn.Parameter, *, sampled: bool = True) -> None:
         """Takes a gradient as it is; that of a private one need not be sampled."""
         gradient = parameter.grad
         assert gradient is not None
-        self._held[parameter] = _Held(
+        self._held[id(parameter)] = _Held(
             ref(gradient), gradient._version, fingerprints.sample(gradient) if sampled else None
         )
         if self.sharded:
@@ -56,7 +57,7 @@ class Noted:
 
     def knows(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient is the tensor that was noted, and none of torch's operations has changed it."""
-        known, gradient = self._held.get(parameter), cast(Tensor, parameter.grad)
+        known, gradient = self._held.get(id(parameter)), cast(Tensor, parameter.grad)
         if known is None or known.gradient() is not gradient or known.version != gradient._version:
             return False
         if not self.sharded:
@@ -66,12 +67,12 @@ class Noted:
 
     def has_values(self, parameter: nn.Parameter) -> bool:
         """Of a gradient that is known: whether its values are those that were sampled."""
-        sample = self._held[parameter].sample
+        sample = self._held[id(parameter)].sample
         return sample is None or sample == fingerprints.sample(cast(Tensor, parameter.grad))
 
     def was_added_to(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient is as it was noted but for one operation, or new."""
-        known, gradient = self._held.get(parameter), cast(Tensor, parameter.grad)
+        known, gradient = self._held.get(id(parameter)), cast(Tensor, parameter.grad)
         if known is None or known.gradient() is None:
             return True
         if self.sharded:
@@ -91,17 +92,17 @@ class Noted:
 
     def forget(self, parameter: nn.Parameter) -> None:
         """The gradient of a parameter is gone."""
-        self._held.pop(parameter, None)
+        self._held.pop(id(parameter), None)
 
     def clear(self) -> None:
         """All are gone, or no longer known."""
         self._held.clear()
 
-    def put_aside(self) -> dict[nn.Parameter, _Held]:
+    def put_aside(self) -> dict[int, _Held]:
         """Begins anew; returns what is known, for :meth:`put_back`."""
         before, self._held = self._held, {}
         return before
 
-    def put_back(self, before: dict[nn.Parameter, _Held]) -> None:
+    def put_back(self, before: dict[int, _Held]) -> None:
         """Knows what was put aside, and nothing else."""
         self._held = before

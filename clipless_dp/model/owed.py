@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -66,7 +66,7 @@ def _of(parameter: Tensor) -> Owed | None:
     return hung.owed if isinstance(hung, _Hung) and hung.owner == id(parameter) else None
 
 
-def for_all(parameters: Iterable[Tensor], known: Iterable[Owed]) -> list[Owed]:
+def for_all(parameters: Sequence[Tensor], known: Iterable[Owed]) -> list[Owed]:
     """What is owed for any of these parameters, those that nothing is known of included.
 
     Args:
@@ -74,6 +74,15 @@ def for_all(parameters: Iterable[Tensor], known: Iterable[Owed]) -> list[Owed]:
         known: what was found before, which torch may have swapped off its parameters.
     """
     found = {one.key: one for one in known}
+    if len(found) == 1:
+        # Nearly always all are of one: several times in each step.
+        (only,) = found.values()
+        for parameter in parameters:
+            hung = parameter.__dict__.get(_Hung.NAME)
+            if type(hung) is not _Hung or hung.owed is not only or hung.owner != id(parameter):
+                break
+        else:
+            return [only]
     bare = []
     for parameter in parameters:
         one = _of(parameter)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from enum import Enum
+from itertools import repeat
+from operator import is_
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType, NoneType
 from typing import Any, cast
 
@@ -72,24 +74,26 @@ class Settings:
         self._count = len(values)
         own = [(name, values[name]) for name in self._known]
         # What cannot change in place is the same as long as it is the same object.
-        self._fixed = [(name, value) for name, value in own if _is_fixed(value)]
+        fixed = [(name, value) for name, value in own if _is_fixed(value)]
         self._lists = [(value, list(value)) for _, value in own if type(value) is list and all(map(_is_fixed, value))]
-        self._fixed += [(name, value) for name, value in own if any(value is some for some, _ in self._lists)]
-        self._quick = len(self._fixed) == len(own)
+        fixed += [(name, value) for name, value in own if any(value is some for some, _ in self._lists)]
+        self._names, self._values = [name for name, _ in fixed], [value for _, value in fixed]
+        self._quick = len(fixed) == len(own)
 
     def hold(self) -> bool:
         """Whether the module is still set so."""
         values = vars(self._module)
-        if self._quick and len(values) == self._count:
-            for name, value in self._fixed:
-                if values.get(name, self) is not value:
+        # Without a call for each, as every pass asks twice; what is absent is nobody's value.
+        if (
+            self._quick
+            and len(values) == self._count
+            and all(map(is_, map(values.get, self._names, repeat(self)), self._values))
+        ):
+            for value, entries in self._lists:
+                if value != entries:
                     break
             else:
-                for value, entries in self._lists:
-                    if value != entries:
-                        break
-                else:
-                    return True
+                return True
         return settings_of(self._module) == self._known
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from clipless_dp.sampling import fingerprints
 
 INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 
+Array = np.ndarray[Any, Any]
 Mark = tuple[int, int, bytes | None]
 
 _BOTH = 1 << 128
@@ -28,6 +30,8 @@ class Numbers:
         self._patterns = values.view(INTEGERS[values.element_size()])
         self._dtype = torch.int64 if values.element_size() == 8 else torch.int32
         self._flat = self._patterns.reshape(-1) if self._patterns.is_contiguous() else None
+        # Of a few numbers, torch takes ten times as long.
+        self._array = self._flat.numpy() if self._flat is not None and self._flat.is_cpu else None
         self._weights = _weights(min(values.numel(), _COLUMNS), self._dtype, values.device)
         self._sampled = fingerprints.sampled(values)
 
@@ -42,6 +46,9 @@ class Numbers:
 
     def sums(self) -> Sums:
         """The sums now, on the device where the numbers are."""
+        if self._array is not None:
+            kind = np.int64 if self._dtype == torch.int64 else np.int32
+            return Sums(_sums_of_columns(self._array, kind), self._weights)
         columns = self._patterns.reshape(-1) if self._flat is None else self._flat
         whole = len(columns) // _COLUMNS * _COLUMNS
         if whole:
@@ -51,6 +58,17 @@ class Numbers:
         else:
             columns = columns.to(self._dtype, copy=True)
         return Sums(columns, self._weights)
+
+
+def _sums_of_columns(patterns: Array, dtype: type[np.signedinteger[Any]]) -> Array:
+    """As torch makes them."""
+    whole = patterns.size // _COLUMNS * _COLUMNS
+    if not whole:
+        return patterns.astype(dtype)
+    columns: Array = np.add.reduce(patterns[:whole].reshape(-1, _COLUMNS), axis=0, dtype=dtype)
+    rest = patterns[whole:]
+    columns[: rest.size] += rest
+    return columns
 
 
 _COLUMNS = 16381
@@ -74,23 +92,27 @@ class Sums:
     """Sums of one parameter's bit patterns, on its device; every step makes them, and few are ever asked for.
 
     Args:
-        columns: sums of those in a column.
+        columns: sums of those in a column, of a CPU's numbers an array.
         weights: of the columns.
     """
 
-    def __init__(self, columns: Tensor, weights: Tensor) -> None:
+    def __init__(self, columns: Tensor | Array, weights: Tensor) -> None:
         self._columns = columns
         self._weights = weights
+
+    def _tensor(self) -> Tensor:
+        return self._columns if isinstance(self._columns, Tensor) else torch.from_numpy(self._columns)
 
     @property
     def first(self) -> Tensor:
         """The sum of all, modulo 2³² (2⁶⁴ for numbers as long)."""
-        return self._columns.sum(dtype=self._columns.dtype)
+        columns = self._tensor()
+        return columns.sum(dtype=columns.dtype)
 
     @property
     def second(self) -> Tensor:
         """That of those in a column, modulo as much, times its weight, modulo as much again: this sees the order."""
-        products = self._columns * self._weights
+        products = self._tensor() * self._weights
         if products.dtype == torch.int64:
             # Their carries are lost, as those of shorter ones: without that, doubling all numbers might not be seen.
             products = products >> 32

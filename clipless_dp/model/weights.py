@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -16,9 +16,9 @@ from clipless_dp.bounds.tracker import SensitivityTracker
 from clipless_dp.constraints import Constraint
 from clipless_dp.distributed.placement import Change, Placement, local
 from clipless_dp.errors import NormError, PrivacyError
-from clipless_dp.gates import adapting
+from clipless_dp.gates import adapting_among
 from clipless_dp.model.rescaling import shrinkage
-from clipless_dp.modules import modules_of, parameters_in
+from clipless_dp.modules import parameters_in
 from clipless_dp.norms.operators import Operator
 from clipless_dp.norms.rounding import exact_float64
 from clipless_dp.sampling.fingerprints import fingerprint
@@ -149,12 +149,17 @@ class Weights:
         return limits, stamps
 
     def sensitivity(
-        self, here: Placement, relation: Relation = "add-or-remove-one"
+        self, here: Placement, parts: Sequence[nn.Module], relation: Relation = "add-or-remove-one"
     ) -> tuple[Sensitivity, dict[str, Stamp]]:
-        """The bounds, and stamps of the weights that they rest on."""
+        """The bounds, and stamps of the weights that they rest on.
+
+        Args:
+            here: where the model is.
+            parts: the network's modules.
+            relation: what neighbours are.
+        """
         limits, stamps = self.limits(here)
-        parts = modules_of(self._net)
-        caps = tuple([tuple(found.caps.values()) for part in parts if (found := adapting(part)) is not None])
+        caps = tuple([tuple(found.caps.values()) for found in adapting_among(parts)])
         key = relation, tuple(sorted(limits.items())), tuple([p.requires_grad for p in parameters_in(parts)]), caps
         known = self._kept.get(relation)
         if known is not None and known[0] == key:

@@ -22,7 +22,14 @@ from clipless_dp.distributed import placement
 from clipless_dp.distributed.placement import OneProcess, Placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError, UnsupportedModuleError
 from clipless_dp.fusion import FusedNet
-from clipless_dp.gates import adapting, adapting_in, cotangent_gate_l1, rounding_slack, takes_row_weights, weighing
+from clipless_dp.gates import (
+    adapting_among,
+    adapting_in,
+    cotangent_gate_l1,
+    rounding_slack,
+    takes_row_weights,
+    weighing,
+)
 from clipless_dp.graph.apart import join_, set_apart_
 from clipless_dp.graph.dropout import may_draw, replace_dropout_
 from clipless_dp.graph.tracing import TracedNet, trace
@@ -412,8 +419,9 @@ class DPLipModel(Unscripted, nn.Module):
             PrivacyError: a submodule was replaced after wrapping, or a bound is not finite.
         """
         with self.register.lock:
-            self._follow_changes()
-            return self._weights.sensitivity(self.placement, relation)[0]
+            # Weights are those of a new trace where settings were changed.
+            parts = self._follow_changes()
+            return self._weights.sensitivity(self.placement, parts, relation)[0]
 
     def sensitivity_at_limits(self) -> Sensitivity:
         """The same by the limits of constraints that hold, which norms may be below: as behind a projection."""
@@ -431,8 +439,8 @@ class DPLipModel(Unscripted, nn.Module):
         """
         if not self.placement.is_whole:
             return None, (self._watch, self._weights.marks_of_parts(self.register.parameters))
-        self._follow_changes()
-        sensitivity, stamps = self._weights.sensitivity(self.placement)
+        parts = self._follow_changes()
+        sensitivity, stamps = self._weights.sensitivity(self.placement, parts)
         return sensitivity, (self._watch, self._weights.marks(stamps))
 
     def check_pass(self, fingerprint: object) -> None:
@@ -721,14 +729,18 @@ class DPLipModel(Unscripted, nn.Module):
         """The linear operators that a parameter of ``net`` acts as."""
         return self._tracker.operators.get(name, ())
 
-    def _follow_changes(self) -> None:
-        """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers."""
+    def _follow_changes(self) -> list[nn.Module]:
+        """Traces anew when a layer's settings (a dropout rate, a gate's value) were changed; refuses other layers.
+
+        Returns:
+            The network's modules.
+        """
         here = self.placement
         here.reshard_()
         self.register.aliases.mend()
         self.register.unhook()
         parts = modules_of(self.net)
-        if any(caps.counts is None for caps in map(adapting, parts) if caps is not None):
+        if any(caps.counts is None for caps in adapting_among(parts)):
             self._count_()
             self.register.follow(self.net)
         self._watch.refuse_interference(here.is_whole)
@@ -754,6 +766,7 @@ class DPLipModel(Unscripted, nn.Module):
             self._trace()
             self.settle_()
             self.changes += 1
+        return parts
 
     def check_inputs(self, inputs: Tensor) -> None:
         """Raises :class:`InputError` where a batch does not fit the model, :class:`PrivacyError` under autocast."""

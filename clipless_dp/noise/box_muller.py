@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 import torch
@@ -62,28 +65,30 @@ class NormalNumbers:
             dtype = out.dtype if out.dtype == torch.float64 else torch.float32
             return out.copy_(self.fill_(torch.empty(out.shape, dtype=dtype, device=out.device)))
         flat = out.view(-1)
-        count = len(flat)
+        count = flat.shape[0]
         if count % 2:
             flat.copy_(self.fill_(flat.new_empty(count + 1))[:count])
             return out
         # All in the memory of the result, but for the cosines: the integers become floats where they are.
         self._words(flat.view(torch.int32))
         pairs = count // 2
-        radius, angle = flat.view(2, pairs)
+        radius, angle = flat.view(2, pairs).unbind()
         if out.dtype == torch.float32 and _has_unsigned_integers(out.device):
             step, _, offset = _scale(32, _TAIL)
             radius.copy_(radius.view(torch.uint32))
             torch.add(offset, radius, alpha=step, out=radius)
         else:
             _uniform_(radius)
-        radius.log_().mul_(-2.0).sqrt_()
+        _apply_("log", radius)
+        radius.mul_(-2.0).sqrt_()
         while self._ahead < pairs:
             radius[self._ahead] = math.sqrt(-2.0 * math.log(_TAIL * self._uniform(_TAIL_WORDS)))
             self._ahead += 1 + self._pairs_between()
         self._ahead -= pairs
         integers, turn = (torch.int64, 2.0**-63) if out.dtype == torch.float64 else (torch.int32, 2.0**-31)
-        cosine = torch.cos(angle.copy_(angle.view(integers)).mul_(math.pi * turn))
-        angle.sin_().mul_(radius)
+        angle.copy_(angle.view(integers)).mul_(math.pi * turn)
+        cosine = _apply_("cos", angle.clone())
+        _apply_("sin", angle).mul_(radius)
         radius.mul_(cosine)
         return out
 
@@ -99,6 +104,27 @@ class NormalNumbers:
         for word in reversed(drawn.tolist()):
             value = (value + word % 2**32) * 2.0**-32
         return value
+
+
+def _apply_(name: str, values: Tensor) -> Tensor:
+    """A function of each number, in place. NumPy's, of float32 on x86, take 40 % of torch's time, to 4 units in the
+    last place; which of the two it is depends on the machine alone, and not on the number of threads."""
+    if not (_IS_X86 and values.is_cpu and values.dtype == torch.float32):
+        return cast(Tensor, getattr(values, f"{name}_")())
+    function, array = getattr(np, name), values.numpy()
+    threads = torch.get_num_threads() if array.size >= _SHARED else 1
+    if threads == 1:
+        function(array, out=array)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(lambda part: function(part, out=part), np.array_split(array, threads)):
+                pass
+    return values
+
+
+_IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+_SHARED = 1 << 19
+"""Numbers that are shared among threads, which have to be started for it."""
 
 
 @lru_cache

@@ -92,9 +92,8 @@ class Adaptation:
 
     def drop(self) -> None:
         """Drops counts that were not released."""
-        for some in self._all().values():
-            if some.counts is not None:
-                some.counts.grad = None
+        for counts in self._model.register.counts:
+            counts.grad = None
 
     def state(self) -> dict[str, Any]:
         """What :meth:`take` reads: plain values and tensors only."""

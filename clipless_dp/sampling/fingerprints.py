@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 _SAMPLED = 128
 """Entries that are looked at: each is a miss of the cache."""
@@ -34,15 +34,15 @@ def fingerprint(values: Tensor) -> object:
 
     What is written through ``.data``, or an array that shares memory, counts no versions. ``None`` on other devices.
     """
-    flat = _in_memory(values)
-    if flat is None:
+    array = _array_of(values)
+    if array is None:
         return None
-    if values.dim() < 2 or values.stride(0) < max(values.stride()) or flat.numel() <= 8 * _PRIME:
-        return _sums_of_bits(flat)
-    some = _as_array(flat)[_places(len(values), flat.numel())]
+    if values.dim() < 2 or values.stride(0) < max(values.stride()) or array.size <= 8 * _PRIME:
+        return _sums_of_bits(values)
+    some = array[_places(values.shape[0], array.size)]
     # Padding is not zero, whatever the samples are.
     sparse = np.count_nonzero(some) < 0.9 * some.size or _repeats_one_value(some)
-    return _sums_of_bits(flat) if sparse else some.tobytes()
+    return _sums_of_bits(values) if sparse else some.tobytes()
 
 
 def _repeats_one_value(some: np.ndarray[Any, Any]) -> bool:
@@ -71,12 +71,12 @@ def of_rows(values: Tensor) -> list[bytes]:
 
 def sample(values: Tensor) -> object:
     """As :func:`fingerprint`, by some of the entries, where few of them are zero."""
-    flat = _in_memory(values)
-    if flat is None:
+    array = _array_of(values)
+    if array is None:
         return None
-    some = _some(flat)
+    some = array[:: _step(array.size)]
     sparse = np.count_nonzero(some) < (1.0 - _SPARSE) * some.size
-    return _sums_of_bits(flat) if sparse else some.tobytes()
+    return _sums_of_bits(values) if sparse else some.tobytes()
 
 
 def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
@@ -84,7 +84,8 @@ def sampled(values: Tensor) -> np.ndarray[Any, Any] | None:
     flat = _in_memory(values)
     if flat is None or flat.untyped_storage().data_ptr() != values.untyped_storage().data_ptr():
         return None
-    return _some(flat)
+    entries = _as_array(flat)
+    return entries[:: _step(entries.size)]
 
 
 _SECRET = secrets.randbits(64)
@@ -103,9 +104,18 @@ def _places(rows: int, size: int) -> np.ndarray[Any, Any]:
     return found
 
 
-def _some(flat: Tensor) -> np.ndarray[Any, Any]:
-    entries = _as_array(flat)
-    return entries[:: _step(entries.size)]
+def _array_of(values: Tensor) -> np.ndarray[Any, Any] | None:
+    """As :func:`_in_memory`, for NumPy: at once where nothing has to be done, as several times in each step."""
+    plain = type(values) in _DENSE and values.dtype in _COMMON and values.is_cpu and values.layout is torch.strided
+    if plain and not values.is_nested and values.is_contiguous() and not values.is_neg():
+        array: np.ndarray[Any, Any] = (values.detach() if values.requires_grad else values).numpy()
+        return array.reshape(-1)
+    flat = _in_memory(values)
+    return None if flat is None else _as_array(flat)
+
+
+_DENSE = frozenset({Tensor, nn.Parameter})
+_COMMON = frozenset({torch.float32, torch.float64})
 
 
 def _as_array(flat: Tensor) -> np.ndarray[Any, Any]:
@@ -131,7 +141,9 @@ def _in_memory(values: Tensor) -> Tensor | None:
     return values.reshape(-1)
 
 
-def _sums_of_bits(flat: Tensor) -> bytes:
+def _sums_of_bits(values: Tensor) -> bytes:
+    flat = _in_memory(values)
+    assert flat is not None
     size = flat.element_size()
     patterns = flat.view(_INTEGERS[size])
     if flat.numel() * size <= 8 * _PRIME:
