@@ -78,10 +78,6 @@ class Sweep(MaximumNorms):
         self._slopes: dict[fx.Node, float] = {}
         self._reaches: dict[fx.Node, float] = {}
         self._certified: dict[tuple[str, Operator], float] = {}
-        self._consumers: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
-        for node in self.traced.tensor_nodes():
-            for position, source in enumerate(self.traced.operands(node)):
-                self._consumers.setdefault(source, []).append((node, position))
 
     def bounds(self, node: fx.Node) -> LayerBounds | None:
         """The rule's answer for a node; ``None`` for the network's input."""
@@ -129,7 +125,7 @@ class Sweep(MaximumNorms):
 
     def consumers(self, node: fx.Node) -> Sequence[tuple[fx.Node, int]]:
         """Which nodes read a value, and at which place."""
-        return self._consumers.get(node, ())
+        return self.traced.consumers.get(node, ())
 
     def cotangent(self, node: fx.Node) -> float:
         """``G``: bound on the norm of the cotangent that arrives at a node's value: its consumers' bounds add."""

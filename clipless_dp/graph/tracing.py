@@ -6,6 +6,7 @@ import copy
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from operator import attrgetter, getitem
 from typing import Any
 
@@ -60,7 +61,7 @@ class TracedNet:
     limits: tuple[int, ...] = ()
     reads_beyond: bool = False
 
-    @property
+    @cached_property
     def output(self) -> fx.Node:
         """The node whose value the network returns."""
         node = next(node for node in self.module.graph.nodes if node.op == "output").args[0]
@@ -87,9 +88,26 @@ class TracedNet:
 
     def operands(self, node: fx.Node) -> tuple[fx.Node, ...]:
         """The tensor-valued arguments of a node, in order, repeated where an argument is."""
-        found: list[fx.Node] = []
-        fx.node.map_arg((node.args, node.kwargs), lambda arg: found.append(arg) if arg in self.shapes else None)
-        return tuple(found)
+        known = self._operands.get(node)
+        if known is None:
+            found: list[fx.Node] = []
+            fx.node.map_arg((node.args, node.kwargs), lambda arg: found.append(arg) if arg in self.shapes else None)
+            self._operands[node] = known = tuple(found)
+        return known
+
+    @cached_property
+    def _operands(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
+        # The graph stays as it was traced; bounds are asked for in each step.
+        return {}
+
+    @cached_property
+    def consumers(self) -> dict[fx.Node, list[tuple[fx.Node, int]]]:
+        """Which nodes read a value, and at which place."""
+        found: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
+        for node in self.tensor_nodes():
+            for position, source in enumerate(self.operands(node)):
+                found.setdefault(source, []).append((node, position))
+        return found
 
     def arguments(self, node: fx.Node) -> dict[str, Any]:
         """The arguments of a function's or a method's call by their names, whatever order they are written in.
