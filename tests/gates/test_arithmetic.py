@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from clipless_dp.gates import BallProjection, SphereScaling
-from clipless_dp.gates.arithmetic import LARGEST_RATIO, largest_norm, scale_factors, tangent_part
+from clipless_dp.gates.arithmetic import LARGEST_RATIO, are_within, largest_norm, scale_factors, tangent_part
 
 CAPS = [1e-8, 0.1, 1.0 / 3.0, 1.0, 7.3, 1e6]
 
@@ -29,6 +29,32 @@ def test_a_norm_that_no_factor_scales_to_the_cap_has_the_factor_zero(cap: float,
     assert (scale_factors(norms, cap=cap, floor=cap) > 0.0).tolist() == [True, False, False]
     above = torch.tensor([1.01 * LARGEST_RATIO * cap], dtype=dtype)
     assert float(scale_factors(above, cap=cap, floor=cap)) == 0.0
+
+
+@pytest.mark.parametrize("largest", [1e-8, 1.0, 1e18])
+def test_norms_are_within_a_bound_only_where_each_is_a_number_up_to_it(largest: float) -> None:
+    fits = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64) * largest
+    assert are_within(fits, largest)
+    assert are_within(fits.requires_grad_(), largest)
+    for other in (math.nextafter(largest, math.inf), math.inf, math.nan):
+        for place in range(3):
+            norms = fits.detach().clone()
+            norms[place] = other
+            assert not are_within(norms, largest)
+
+
+def test_norms_that_cannot_be_looked_at_are_not_said_to_be_within() -> None:
+    assert not are_within(torch.ones(0), 1.0)
+    assert not are_within(torch.ones(2, device="meta"), 1.0)
+    told: list[bool] = []
+
+    def look(norm: torch.Tensor) -> torch.Tensor:
+        told.append(are_within(norm[None], 1.0))
+        return scale_factors(norm[None], cap=1.0, floor=1.0)
+
+    factors = torch.func.vmap(look)(torch.tensor([0.5, 2.0, math.nan]))
+    assert told == [False]
+    assert factors.flatten().tolist() == [1.0, 0.5, 0.0]
 
 
 def test_the_tangent_part_is_the_jacobian_of_scaling_to_the_sphere_and_the_identity_below_the_floor() -> None:

@@ -290,6 +290,19 @@ def test_weights_in_another_order_are_not_those_that_a_step_left(change):
     assert begins(optimizer, FOREIGN)
 
 
+@pytest.mark.parametrize("size", [1, 255, sums._COLUMNS - 1, sums._COLUMNS, sums._COLUMNS + 1, 5 * sums._COLUMNS + 77])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_sums_by_numpy_are_those_by_torch(size: int, dtype: torch.dtype) -> None:
+    # Large exponents, so that sums of bit patterns run over.
+    numbers = numbers_of((torch.randn(size) * 1e30).to(dtype))
+    by_numpy = numbers.sums()
+    assert not isinstance(by_numpy._columns, torch.Tensor)
+    numbers._array = None
+    by_torch = numbers.sums()
+    assert torch.equal(by_numpy._tensor(), by_torch._tensor())
+    assert int(by_numpy) == int(by_torch)
+
+
 def test_a_state_that_holds_the_first_sums_alone_is_accepted_with_its_weights_and_with_no_others():
     first = train(private(gated_model()), 2)
     state, weights = copy.deepcopy(first.state_dict()), first.model.net.state_dict()

@@ -306,3 +306,47 @@ def test_a_source_that_fails_lets_the_draw_fail():
 
     with pytest.raises(OSError, match="no entropy"):
         NormalNumbers(failing, seeded_words(0)).fill_(torch.empty(8))
+
+
+def all_words(step: int) -> np.ndarray:
+    """Words of the radii's whole range, and the ends of it one by one."""
+    ends = np.arange(200_000, dtype=np.uint64)
+    return np.concatenate([ends, np.arange(0, 2**32, step, dtype=np.uint64), 2**32 - 1 - ends]).astype(np.uint32)
+
+
+def test_no_word_gives_a_radius_without_a_number_and_every_function_is_good_to_four_units():
+    step, _, offset = box_muller._scale(32, box_muller._TAIL)
+    uniform = torch.from_numpy(all_words(4001)).float().mul(step).add(offset)
+    assert uniform.min() > 0
+    assert uniform.max() <= 1
+    logarithm = box_muller._apply_("log", uniform.clone())
+    assert (logarithm <= 0).all()
+    assert torch.isfinite((-2.0 * logarithm).sqrt()).all()
+    inside = uniform < 1
+    exact = uniform.double().log()
+    assert ((logarithm.double() - exact).abs() <= 3e-7 * exact.abs())[inside].all()
+    angle = torch.from_numpy(all_words(4001).view(np.int32)).float().mul(math.pi * 2.0**-31)
+    for name in ("sin", "cos"):
+        found = box_muller._apply_(name, angle.clone())
+        assert (found.abs() <= 1).all()
+        assert (found.double() - getattr(angle.double(), name)()).abs().max() <= 2.0**-23
+
+
+@pytest.mark.parametrize("name", ["log", "sin", "cos"])
+@pytest.mark.parametrize("count", [1, 7, 1000, 4097])
+def test_the_numbers_of_a_part_are_those_of_the_whole_however_many_threads_there_are(name, count, monkeypatch):
+    values = torch.rand(count, generator=torch.Generator().manual_seed(count))
+    whole = box_muller._apply_(name, values.clone())
+    parts = torch.cat([box_muller._apply_(name, part.clone()) for part in values.split(3)])
+    assert torch.equal(whole, parts)
+    monkeypatch.setattr(box_muller, "_SHARED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    assert torch.equal(box_muller._apply_(name, values.clone()), whole)
+
+
+def test_machines_on_which_numpy_is_slower_have_the_same_numbers_up_to_rounding(monkeypatch):
+    here = filled(seeded_words(5))
+    monkeypatch.setattr(box_muller, "_IS_X86", not box_muller._IS_X86)
+    there = filled(seeded_words(5))
+    assert np.abs(there - here).max() <= 4e-6
+    assert looks_standard_normal(there)

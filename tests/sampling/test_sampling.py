@@ -505,3 +505,33 @@ def test_entries_of_short_floats_are_looked_at(dtype):
     before = fingerprints.sample(values)
     values.view(torch.int8)[0] += 1
     assert fingerprints.sample(values) != before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "laid",
+    [
+        lambda values: values,
+        lambda values: values.mT,
+        lambda values: values[1:],
+        lambda values: values[:, ::2],
+        lambda values: values[:1].expand(6, -1),
+        lambda values: values.flatten()[5],
+    ],
+    ids=["whole", "transposed", "rows", "gaps", "repeated", "a number"],
+)
+def test_the_entries_that_are_looked_at_do_not_depend_on_the_way_to_them(laid, dtype):
+    values = laid(torch.arange(60).view(6, 10).to(dtype))
+    at_once, slowly = fingerprints._array_of(values), fingerprints._as_array(fingerprints._in_memory(values))
+    assert at_once.dtype == slowly.dtype
+    assert np.array_equal(at_once, slowly)
+
+
+def test_numbers_whose_sign_is_changed_lazily_are_looked_at():
+    values = torch.randn(64, 2)
+    lazy = torch.view_as_complex(values).conj().imag
+    assert lazy.is_neg()
+    before = fingerprints.sample(lazy)
+    assert fingerprints.sample(lazy) == before
+    values[:, 1] += 1
+    assert fingerprints.sample(lazy) != before
