@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 import os
 import platform
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from typing import cast
 
@@ -113,12 +114,26 @@ def _apply_(name: str, values: Tensor) -> Tensor:
         return cast(Tensor, getattr(values, f"{name}_")())
     function, array = getattr(np, name), values.numpy()
     threads = torch.get_num_threads() if array.size >= _SHARED else 1
-    if threads == 1:
-        function(array, out=array)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(lambda part: function(part, out=part), np.array_split(array, threads)):
-                pass
+    parts = np.array_split(array, threads)
+    done: list[int] = []
+
+    def take(place: int) -> None:
+        function(parts[place], out=parts[place])
+        done.append(place)
+
+    started: list[threading.Thread] = []
+    with suppress(RuntimeError):
+        # No further thread, or the interpreter ends: what is left is done here, and none twice.
+        for place in range(1, threads):
+            thread = threading.Thread(target=take, args=(place,), name="clipless-dp noise")
+            thread.start()
+            started.append(thread)
+    for place in (0, *range(1 + len(started), threads)):
+        take(place)
+    for thread in started:
+        thread.join()
+    if len(done) != threads:
+        raise RuntimeError("a thread that draws noise has failed: its numbers are not used")
     return values
 
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from clipless_dp.errors import ConfigurationError
+from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates import Adapting, AdaptiveLimit, adapting_in, checked_state
 from clipless_dp.model import DPLipModel
 
@@ -58,6 +58,22 @@ class Adaptation:
         if len(shares) > 1:
             raise ConfigurationError(f"the caps of one model take one share of its noise, not {sorted(shares)}")
         return shares.pop() if shares else 0.0
+
+    def refuse_others(self, counted: Iterable[str]) -> None:
+        """Refuses gates that were set anew between a pass, which has counted for these, and its step.
+
+        Raises:
+            PrivacyError: one was: its counts are gone.
+        """
+        held = {id(one) for one in self._model.register.counts}
+        known = {
+            _name(place, gate) for place, some in self._all().items() if id(some.counts) in held for gate in some.caps
+        }
+        if other := sorted(set(counted) - known):
+            raise PrivacyError(
+                f"the caps of {', '.join(other)} were set anew between a pass and its step, and what their gates had "
+                "counted is gone: set them before the pass, or behind the step. Nothing was released"
+            )
 
     def sums(self, *, passed: bool) -> list[Tensor]:
         """What is to be released: the sums of the counts, in place."""

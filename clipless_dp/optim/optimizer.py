@@ -571,6 +571,8 @@ class CliplessDPOptimizer(Around):
             taker = None if register.taker is None else register.taker()
             refuse_to_step_after(None if taker is self else taker, terms)
         sensitivity = passes.joined(passed, self.model.sensitivity)
+        if sensitivity.counted:
+            self._adaptation.refuse_others(sensitivity.counted)
         deviations, of_counts, spent = self._deviations(sensitivity, named)
         charged = charge([some for some in passed if not some.public], terms)
         spent *= charged.share

@@ -350,3 +350,30 @@ def test_machines_on_which_numpy_is_slower_have_the_same_numbers_up_to_rounding(
     there = filled(seeded_words(5))
     assert np.abs(there - here).max() <= 4e-6
     assert looks_standard_normal(there)
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_numbers_are_the_same_where_threads_cannot_be_started(left, monkeypatch):
+    values = torch.rand(1001, generator=torch.Generator().manual_seed(0))
+    once = box_muller._apply_("log", values.clone())
+    monkeypatch.setattr(box_muller, "_SHARED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    honest, started = box_muller.threading.Thread.start, []
+
+    def start(thread):
+        if len(started) == left:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        started.append(thread)
+        honest(thread)
+
+    monkeypatch.setattr(box_muller.threading.Thread, "start", start)
+    assert torch.equal(box_muller._apply_("log", values.clone()), once)
+    assert len(started) == left
+
+
+def test_numbers_of_a_thread_that_failed_are_not_used(monkeypatch):
+    monkeypatch.setattr(box_muller, "_SHARED", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(box_muller.threading.Thread, "run", lambda thread: None)
+    with pytest.raises(RuntimeError, match="thread that draws noise"):
+        box_muller._apply_("log", torch.rand(100))
