@@ -23,7 +23,7 @@ _DEVICE_BLOCK = 1 << 26
 
 RELEASE_MARGIN = 1.0 + 1e-6
 """Noise is drawn this much larger than recorded, so that rounding, of the numbers, sums, scales and factors, never makes
-it smaller: a number of float32 is within 5e-7 of itself, of which a radius has 2e-7, a sine 2e-7."""
+it smaller: of the numbers of float32 a radius is within 2e-7 of itself, a sine within 3e-7."""
 
 
 def noisy(exact: Tensor | float, deviation: float, source: NoiseSource) -> Tensor:

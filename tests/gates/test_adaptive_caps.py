@@ -491,7 +491,7 @@ def test_poisson_batches_of_all_sizes_are_released_alike() -> None:
 @pytest.mark.parametrize("cap", [0.5, AdaptiveLimit()], ids=["fixed", "adaptive again"])
 def test_caps_that_are_set_anew_between_a_pass_and_its_step_are_refused_before_the_charge(cap) -> None:
     net = gradient_gated(nn.Sequential(nn.Linear(6, 3)), limit=DYNAMIC)
-    model = DPLipModel(net, input_shape=(6,), loss=losses.TauCrossEntropy())
+    model = DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy())
     optimizer = CliplessDPSGD(model, lr=0.1, noise_multiplier=1.0, sample_rate=0.5, dataset_size=20)
     data = torch.randn(20, 6), torch.arange(20) % 3
     for step, batch in enumerate(PoissonBatches(data, sample_rate=0.5, steps=3)):
