@@ -22,8 +22,8 @@ _DEVICE_BLOCK = 1 << 26
 """Numbers drawn at once elsewhere, where each launch of a kernel costs more than what it reads."""
 
 RELEASE_MARGIN = 1.0 + 1e-6
-"""Noise is drawn this much larger than recorded, so that rounding, of the numbers, sums, scales and factors, never makes
-it smaller: of the numbers of float32 a radius is within 2e-7 of itself, a sine within 3e-7."""
+"""Noise is drawn this much larger than recorded, so that no rounding, of numbers, sums, scales and factors, makes it
+smaller: of the numbers of float32 a radius is within 2e-7 of itself, a sine within 3e-7."""
 
 
 def noisy(exact: Tensor | float, deviation: float, source: NoiseSource) -> Tensor:

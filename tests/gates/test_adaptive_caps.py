@@ -498,7 +498,7 @@ def test_caps_that_are_set_anew_between_a_pass_and_its_step_are_refused_before_t
         optimizer.zero_grad()
         model.loss(model(batch.inputs), batch.targets, batch.mask).backward()
         if step == 1:
-            model.net[0].set_gate(cap)
+            model.net.get_submodule("0").set_gate(cap)
             with pytest.raises(PrivacyError, match="set anew between a pass and its step"):
                 optimizer.step()
         else:
