@@ -39,6 +39,7 @@ from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
 from clipless_dp.sampling.people import Unit, refuse_other_units
+from clipless_dp.uncompiled import uncompiled
 
 
 class CliplessDPOptimizer(Around):
@@ -192,6 +193,7 @@ class CliplessDPOptimizer(Around):
     def budget(self, value: tuple[float, float] | None) -> None:
         self._budget = Budget(value)
 
+    @uncompiled
     def accumulate(
         self,
         batch: tuple[Tensor | Structure, Tensor, Tensor] | tuple[Tensor | Structure, Tensor],
@@ -240,6 +242,7 @@ class CliplessDPOptimizer(Around):
             unit=self.unit,
         )
 
+    @uncompiled
     def accumulate_public(
         self,
         batch: tuple[Tensor | Structure, Tensor],
@@ -263,6 +266,7 @@ class CliplessDPOptimizer(Around):
         """
         return accumulation.accumulate_public(self.model, batch, loss)
 
+    @uncompiled
     def skip_draw(self) -> None:
         """Says that the draws in hand are not trained on, so that other rows may be: on public data, say.
 
@@ -445,6 +449,7 @@ class CliplessDPOptimizer(Around):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             return partial(self._switch, name, mode)
 
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         with self.model.register.turns.holding():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections import deque
 from threading import Thread
 from types import SimpleNamespace
@@ -13,8 +14,16 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from clipless_dp import CliplessDPOptimizer, CliplessDPSGD, ConfigurationError, PrivacyError
-from clipless_dp.noise import SystemNoise
+from clipless_dp import (
+    CliplessDPOptimizer,
+    CliplessDPSGD,
+    ConfigurationError,
+    DPLipModel,
+    PrivacyError,
+    gradient_gated,
+    losses,
+)
+from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from tests.support import EIGHT_ROWS, OwnSGD, gated_model, samples
 
 
@@ -612,6 +621,52 @@ def test_of_a_compiled_step_the_private_part_runs_as_it_is():
     step()
     assert optimizer.steps_taken == len(optimizer.accountant) == 1
     assert not all(map(torch.equal, start, weights(model)))
+
+
+def way_of_training(make, backend, entries):
+    """Weights and ledger behind two draws, of a loop whose every step is one function."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = gated_model()
+    if make == "gradient-gated":
+        net = gradient_gated(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)))
+        model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    optimizer = CliplessDPSGD(model, lr=0.1, noise=ReproducibleNoise(1), **EIGHT_ROWS)
+
+    def step(inputs, targets):
+        optimizer.zero_grad()
+        if entries == "accumulate":
+            optimizer.accumulate((inputs, targets))
+        else:
+            model.loss(model(inputs), targets).backward()
+        optimizer.step()
+
+    run = step if backend is None else torch.compile(step, backend=backend)
+    with warnings.catch_warnings():
+        # Of torch's, about graphs that break.
+        warnings.simplefilter("ignore")
+        for seed in range(2):
+            run(*samples(8, seed=seed))
+    torch._dynamo.reset()
+    return weights(model), optimizer.accountant.ledger.lines
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("entries", ["backward", "accumulate"])
+@pytest.mark.parametrize("make", ["gated", pytest.param("gradient-gated", marks=pytest.mark.slow)])
+def test_a_loop_that_is_compiled_as_a_whole_trains_and_charges_as_it_does_by_itself(make, entries, backend):
+    (expected, of_itself), (found, charged) = (way_of_training(make, one, entries) for one in (None, backend))
+    assert all(map(torch.allclose, expected, found))
+    assert [(line.event, line.count) for line in charged] == [(line.event, line.count) for line in of_itself]
+
+
+@pytest.mark.parametrize("name", ["zero_grad", "accumulate", "skip_draw"])
+def test_no_graph_is_made_of_what_keeps_the_books_and_the_error_says_what_to_compile(name):
+    torch._dynamo.reset()
+    _, optimizer = around(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    given = (samples(8),) if name == "accumulate" else ()
+    with pytest.raises(Exception, match="compile the model, or a function of the model and its loss"):
+        torch.compile(lambda: getattr(optimizer, name)(*given), backend="eager", fullgraph=True)()
 
 
 class Several(torch.optim.Optimizer):
