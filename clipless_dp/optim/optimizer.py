@@ -477,17 +477,22 @@ class CliplessDPOptimizer(Around):
         """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only.
 
         A state that something else than private steps has written to is left out, with a warning: no ledger holds it.
+
+        Raises:
+            PrivacyError: the base optimizer is in the middle of a step.
         """
-        base = base_state.private_state(self.base_optimizer)
-        return {
-            **base,
-            "clipless_dp": {
-                # Of parts, which files hold as wholes and others load as parts, none is told.
-                "state": loadable.digest(base.get("state")) if self.placement.is_whole else None,
-                **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
-                **({"caps": self._adaptation.state()} if self.caps else {}),
-            },
-        }
+        self._refuse_within_step("state_dict()")
+        with self.model.register.lock, self.model.register.turns.holding():
+            base = base_state.private_state(self.base_optimizer)
+            return {
+                **base,
+                "clipless_dp": {
+                    # Of parts, which files hold as wholes and others load as parts, none is told.
+                    "state": loadable.digest(base.get("state")) if self.placement.is_whole else None,
+                    **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
+                    **({"caps": self._adaptation.state()} if self.caps else {}),
+                },
+            }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state and the ledger.

@@ -337,6 +337,24 @@ def test_groups_and_state_are_those_of_the_base_optimizer_at_any_time():
     assert optimizer.param_groups is base.param_groups
 
 
+@pytest.mark.parametrize("place", ["pre", "post"])
+def test_a_state_that_a_hook_of_the_base_step_asks_for_is_refused_with_where_to_ask_instead(place):
+    model, optimizer = around(lambda parameters: torch.optim.Adam(parameters, lr=0.1))
+    register = getattr(optimizer.base_optimizer, f"register_step_{place}_hook")
+    handle = register(lambda *_: optimizer.state_dict())
+    with pytest.raises(PrivacyError, match="register_step_post_hook"):
+        optimizer.step()
+    # Its gradients had their noise by then.
+    assert len(optimizer.accountant) == 1
+    handle.remove()
+    saved = []
+    optimizer.register_step_post_hook(lambda *_: saved.append(optimizer.state_dict()))
+    optimizer.zero_grad()
+    pass_rows(model)
+    optimizer.step()
+    assert saved[0]["clipless_dp"]["steps_taken"] == optimizer.steps_taken == 2
+
+
 class Curved(OwnSGD):
     """Keeps squares of gradients by a method of its own, as Sophia does."""
 
