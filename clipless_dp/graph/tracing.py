@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -185,7 +186,29 @@ class _Proxy(fx.Proxy):
         return self._marked(self / other)
 
 
+_tracing = threading.RLock()
+"""Held while a network is traced: torch puts wrappers around all modules meanwhile, and takes them off in order."""
+
+
 class _Tracer(fx.Tracer):
+    """Leaves what other threads do with modules meanwhile as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -208,7 +231,8 @@ def symbolic_trace(net: nn.Module) -> fx.GraphModule:
     """
     root = nn.Sequential(net) if is_leaf(net) else net
     try:
-        graph = _Tracer().trace(root)
+        with _tracing:
+            graph = _Tracer().trace(root)
     except Exception as error:
         parts = [
             unsupported_module(path, module)

@@ -370,13 +370,13 @@ class CliplessDPOptimizer(Around):
 
     def noise_deviations(self) -> dict[str, float]:
         """``σ_θ`` of the noise on each parameter's summed gradient, at the current bounds, by name in ``model.net``."""
-        named = self._require_protected()
+        named = self._settled()
         deviations, _, _ = self._deviations(self.model.sensitivity(), named)
         return {name: deviations[id(parameter)] for name, parameter in named.items() if id(parameter) in deviations}
 
     def count_deviation(self) -> float:
         """``σ_b`` of the noise on each count of a cap that adapts, in samples; zero where none does."""
-        return self._deviations(self.model.sensitivity(), self._require_protected())[1]
+        return self._deviations(self.model.sensitivity(), self._settled())[1]
 
     @property
     def caps(self) -> dict[str, float]:
@@ -399,7 +399,7 @@ class CliplessDPOptimizer(Around):
 
     def weights_are_counted(self) -> bool:
         """Whether the model's weights are those that the last step left, bit by bit, or an average of such."""
-        return lineage.of(self.model).unchanged(self._require_protected())
+        return self.model.register.turns.settled(lambda: lineage.of(self.model).unchanged(self._require_protected()))
 
     @property
     def uncounted_changes(self) -> int:
@@ -548,6 +548,10 @@ class CliplessDPOptimizer(Around):
         if parameters is None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return self._protected.including(parameters)
+
+    def _settled(self) -> dict[str, nn.Parameter]:
+        """The same of all of them, where no pass of another thread has them in hand."""
+        return self.model.register.turns.settled(self._require_protected)
 
     def before_pass(self) -> None:
         """Private gradients are about to be computed: what they might decide is noted as it is."""
