@@ -22,6 +22,7 @@ from clipless_dp.graph.layouts import TRANSPOSED
 from clipless_dp.graph.shapes import WRITTEN_IN_PLACE, record
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import is_hooked, modules_of, parameters_of
+from clipless_dp.noise.randomness import left_alone
 from clipless_dp.rules import find_function_rule, find_rule, named_arguments, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 from clipless_dp.rules.graph import piece
@@ -270,6 +271,7 @@ def _take_pieces_apart(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+@left_alone()
 def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> TracedNet:
     """Traces a network and checks that each part is supported and keeps samples apart.
 
@@ -278,6 +280,8 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         input_shape: shape of one sample, without the batch axis.
         device: where the network's parameters are.
         dtype: their dtype.
+
+    Generators that all code shares are behind it where they were.
 
     Raises:
         UnsupportedModuleError: lists every part without a rule, or that mixes samples.
