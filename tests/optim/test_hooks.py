@@ -368,6 +368,54 @@ class Curved(OwnSGD):
             held["hessian"] = held.get("hessian", 0.0) + parameter.grad.square()
 
 
+class CountsClearings(OwnSGD):
+    """Writes to its state where gradients are cleared, of them too."""
+
+    def __init__(self, parameters, keeps=False):
+        super().__init__(parameters, lambda base: None)
+        self.keeps = keeps
+
+    def zero_grad(self, set_to_none=True):
+        for parameter in self.param_groups[0]["params"]:
+            held = self.state[parameter]
+            held["cleared"] = held.get("cleared", 0) + 1
+            if self.keeps and parameter.grad is not None:
+                held["before"] = parameter.grad.clone()
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_the_base_writes_where_private_gradients_are_cleared_is_its_own(keeps, set_to_none):
+    model, optimizer = around(lambda parameters: CountsClearings(parameters, keeps))
+    optimizer.step()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none)
+        pass_rows(model)
+        optimizer.step()
+    assert optimizer.steps_taken == 4
+
+
+def test_what_the_base_writes_where_raw_gradients_are_cleared_is_refused():
+    model, optimizer = around(lambda parameters: CountsClearings(parameters, True))
+    optimizer.step()
+    optimizer.zero_grad()
+    pass_rows(model)
+    optimizer.zero_grad()
+    pass_rows(model)
+    with pytest.raises(PrivacyError):
+        optimizer.step()
+    # By hand, which no pass tells of.
+    optimizer.skip_draw()
+    optimizer.base_optimizer.state.clear()
+    for parameter in model.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.zero_grad()
+    pass_rows(model)
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
+
+
 def assign_momentum(base):
     for parameter in base.param_groups[0]["params"]:
         base.state[parameter]["momentum_buffer"] = parameter.grad.clone()
