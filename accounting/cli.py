@@ -21,7 +21,7 @@ from .events import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from .ledger import Ledger
 from .risk import FALSE_POSITIVE_RATES, TradeOff, trade_off
 from .second_opinion import second_opinion
-from .stated import compared, facts_stated
+from .stated import UNTOLD, compared, facts_stated, settings_beside
 
 __all__ = ["main"]
 
@@ -359,8 +359,10 @@ def _explain(options: argparse.Namespace) -> str:
     deltas = options.delta or list(dict.fromkeys([*own_deltas, *_DELTAS]))
     bounds = _of(ledger, options).epsilon_curve(deltas, group_size=options.group_size)
     shown = [ledger.table(), "", *map(_line, bounds)]
-    for found in compared_with.values():
+    for path, found in compared_with.items():
         shown += ["", str(found)]
+        if "sampling" in stated[path]:
+            shown += [*settings_beside(stated[path]), UNTOLD]
     if options.second_opinion:
         if options.group_size != 1:
             raise InvalidParameterError("others know no groups: ask for a second opinion without --group-size")

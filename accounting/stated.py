@@ -29,6 +29,9 @@ _MOVED = 1e-9
 _SHARES_MOVED = 1e-6
 """The same of rates and of δ, which are sums of many terms."""
 
+_CLOSE = 1e-6
+"""The same of settings, which are quotients and sums of few."""
+
 _LOST = 8.0 * float(np.finfo(float).eps)
 _STEPS = ("gaussian_step", "gaussian_vector_step")
 
@@ -37,6 +40,12 @@ UNITS = {
     "person": "one person: all rows of the training data that carry their id, targets included",
 }
 """What a statement calls the unit where whoever states it has no words of their own."""
+
+UNTOLD = (
+    "Whoever states this answers for the rest, which no ledger tells: for whom or what one unit stands, the size of "
+    "the data set, bounds, the noise by parameter, the accountant's name, learning rates, weights, audits and notes."
+)
+"""Of which facts a ledger decides nothing."""
 
 _LOOKED_AT = 9
 """ε at which a lower bound of δ is computed."""
@@ -180,6 +189,55 @@ def compared(path: str | os.PathLike[str], facts: Mapping[str, Any], accountant:
         return Comparison(f"{name} states no epsilon{own}", left)
     follows = f"{name} states {claims[0].said}: this follows from its ledger{own}"
     return Comparison(follows if claims[0].follows else left[0], left)
+
+
+def settings_beside(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Where settings that a statement of a result shows are not those of its steps.
+
+    Args:
+        facts: what it states, by :func:`accounting.shape.require_statement`.
+    """
+    sampling, noise, bounds = facts["sampling"], facts["noise"], facts["bounds"]
+    recorded_steps, taken = facts["steps"]["recorded"], facts["steps"]["taken"]
+    steps = [entry for entry in facts["steps"]["entries"] if entry["event"] in _STEPS]
+    rate, size = sampling["sample_rate"], sampling["expected_batch_size"]
+    if taken > recorded_steps:
+        yield f"{taken} steps were taken and {recorded_steps} are recorded: the ε shown is not of all of them."
+    unsampled = sum(entry["count"] for entry in steps if entry["sample_rate"] == 1.0)
+    if unsampled and rate < 1.0:
+        yield (
+            f"{unsampled} of {recorded_steps} steps were charged without amplification by sampling (q = 1), since "
+            "no Poisson draw was announced for them: the ε shown holds, and is larger than it need be."
+        )
+    charged = {entry["sample_rate"] for entry in steps} - {1.0}
+    if charged and not any(math.isclose(rate, one, rel_tol=_CLOSE) for one in charged):
+        yield f"The sample rate shown, {rate:.6g}, is that of no step in the ledger: each was charged by its own."
+    if not math.isclose(size, rate * facts["dataset_size"], rel_tol=_CLOSE):
+        yield f"The expected batch size shown, {size:.6g}, is not the sample rate times the size of the data set."
+    largest = max(bounds["per_parameter"].values(), default=0.0)
+    if bounds["total"] < largest * (1.0 - _CLOSE):
+        yield f"The bound of all layers together, {bounds['total']:.4g}, is below that of one of them, {largest:.4g}."
+    deviations = noise["deviations"]
+    if unbounded := sorted(deviations.keys() - bounds["per_parameter"].keys()):
+        yield f"Noise is shown for parameters of which no bound is: {', '.join(unbounded)}."
+    # Batches of no draw are charged at half of the noise that they had. Of what a step releases, counts of caps that
+    # adapt take a share, so that gradients have more noise than σ says.
+    strongest = max(
+        ((entry["noise_multiplier"] or 0.0) * (2.0 if entry["sample_rate"] == 1.0 else 1.0) for entry in steps),
+        default=math.inf,
+    )
+    shares = [
+        bounds["per_parameter"].get(name, 0.0) / deviation for name, deviation in deviations.items() if deviation > 0.0
+    ]
+    if "adaptive_caps" not in facts and shares and math.hypot(*shares) * strongest * 1.01 < 1.0:
+        yield (
+            "The noise shown by parameter is more than that of any step in the ledger, whose noise multipliers are at "
+            f"most {strongest:.4g}: ε is that of the ledger."
+        )
+    engine, accountant = facts["epsilon"].get("engine"), facts.get("accountant")
+    named = accountant.get("engine") if isinstance(accountant, Mapping) else None
+    if engine is not None and named != engine:
+        yield f"The engine shown beside the accountant's name, {named}, is not that of ε, {engine}."
 
 
 def _own_words(facts: Mapping[str, Any]) -> str:

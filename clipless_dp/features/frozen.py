@@ -130,12 +130,23 @@ class FrozenFeatures(nn.Module):
 
         Raises:
             PrivacyError: a part of the module was put into training mode.
-            InputError: what comes out is not one tensor with a row for each sample.
+            InputError: what comes out is not one tensor with a row for each sample, or the inputs are of a dtype that
+                the module does not take.
         """
         training = [name or type(part).__name__ for name, part in self.module.named_modules() if part.training]
         if training:
             raise PrivacyError(f"{training} are in training mode, where samples may mix: call eval()")
-        features = self.module(inputs)
+        try:
+            features = self.module(inputs)
+        except (RuntimeError, TypeError) as error:
+            wanted = {value.dtype for value in self.module.parameters() if value.is_floating_point()}
+            if isinstance(inputs, Tensor) and len(wanted) == 1 and inputs.dtype not in wanted:
+                (dtype,) = wanted
+                raise InputError(
+                    f"the module, of {dtype}, fails on inputs of {inputs.dtype} ({error}): convert them first, by "
+                    f"inputs.to({dtype}), or the module"
+                ) from error
+            raise
         if not isinstance(features, Tensor) or features.dim() == 0 or len(features) != len(inputs):
             shown = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             raise InputError(f"the module must return one tensor with {len(inputs)} rows, got {shown}")
@@ -168,9 +179,14 @@ class FrozenFeatures(nn.Module):
 
         Raises:
             PrivacyError: the features of a sample depend on its company, on chance, or on what was computed before.
-            InputError: there is no sample, the module's output is not as in :meth:`forward`, or it fails on rows unlike
-                the data.
+            InputError: there is no sample, the inputs are not dense, the module does not take their dtype, its output
+                is not as in :meth:`forward`, or it fails on rows unlike the data.
         """
+        if isinstance(inputs, Tensor) and (inputs.is_nested or inputs.layout != torch.strided or inputs.is_quantized):
+            raise InputError(
+                f"inputs must be a dense tensor (N, ...), got a {'nested' if inputs.is_nested else inputs.layout} "
+                "one: make it dense first, by to_dense(), to_padded_tensor() or dequantize()"
+            )
         if not isinstance(inputs, Tensor) or inputs.dim() == 0 or len(inputs) == 0:
             raise InputError("inputs must be a tensor (N, ...) with at least one sample")
         if isinstance(self.module, Composed) and _is_own(self.module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +22,7 @@ from clipless_dp.graph.layouts import TRANSPOSED
 from clipless_dp.graph.shapes import WRITTEN_IN_PLACE, record
 from clipless_dp.isolation import Isolated
 from clipless_dp.modules import is_hooked, modules_of, parameters_of
+from clipless_dp.noise.randomness import left_alone
 from clipless_dp.rules import find_function_rule, find_rule, named_arguments, unsupported_module
 from clipless_dp.rules.embedding import TABLES, refusal
 from clipless_dp.rules.graph import piece
@@ -185,7 +187,29 @@ class _Proxy(fx.Proxy):
         return self._marked(self / other)
 
 
+_tracing = threading.RLock()
+"""Held while a network is traced: torch puts wrappers around all modules meanwhile, and takes them off in order."""
+
+
 class _Tracer(fx.Tracer):
+    """Leaves what other threads do with modules meanwhile as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._thread = threading.get_ident()
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
@@ -208,7 +232,8 @@ def symbolic_trace(net: nn.Module) -> fx.GraphModule:
     """
     root = nn.Sequential(net) if is_leaf(net) else net
     try:
-        graph = _Tracer().trace(root)
+        with _tracing:
+            graph = _Tracer().trace(root)
     except Exception as error:
         parts = [
             unsupported_module(path, module)
@@ -246,6 +271,7 @@ def _take_pieces_apart(graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+@left_alone()
 def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device, dtype: torch.dtype) -> TracedNet:
     """Traces a network and checks that each part is supported and keeps samples apart.
 
@@ -254,6 +280,8 @@ def trace(net: nn.Module, input_shape: tuple[int, ...], *, device: torch.device,
         input_shape: shape of one sample, without the batch axis.
         device: where the network's parameters are.
         dtype: their dtype.
+
+    Generators that all code shares are behind it where they were.
 
     Raises:
         UnsupportedModuleError: lists every part without a rule, or that mixes samples.

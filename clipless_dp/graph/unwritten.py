@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -10,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from accounting.errors import warn_caller
 from clipless_dp.errors import PrivacyError, PrivacyWarning
@@ -139,6 +141,63 @@ class _Kept:
         return self._value if _are_same(self._value, self.copy) else self.copy
 
 
+def _adds(part: nn.Module) -> bool:
+    """Whether code of a user's own adds something to its state beside parameters and buffers."""
+    kind = _kind(part)
+    if kind.__module__.partition(".")[0] in ("torch", "clipless_dp"):
+        return False
+    return any(
+        getattr(kind, name) is not getattr(nn.Module, name) for name in ("get_extra_state", "_save_to_state_dict")
+    )
+
+
+class _Added:
+    """What a layer adds to its state, which files hold.
+
+    Args:
+        path: of the layer.
+        part: the layer.
+    """
+
+    def __init__(self, path: str, part: nn.Module) -> None:
+        self.path, self._part = path, part
+        self._values, self._kinds = self._now()
+        self._values = [value.clone() if isinstance(value, Tensor) else value for value in self._values]
+
+    def _now(self) -> tuple[list[Any], Any]:
+        """Tensors, and bytes of all else, and how these lie in one another."""
+        state: dict[str, Any] = {}
+        self._part._save_to_state_dict(state, "", False)
+        held = self._part._parameters.keys() | self._part._buffers.keys()
+        found, kinds = pytree.tree_flatten({name: value for name, value in state.items() if name not in held})
+        try:
+            return [one.detach() if isinstance(one, Tensor) else pickle.dumps(one) for one in found], kinds
+        except Exception as error:
+            raise PrivacyError(
+                f"what {self.path!r} adds to its state (get_extra_state) cannot be pickled, so that nothing tells "
+                f"whether it is of samples: let it be numbers, text and tensors: {error}"
+            ) from error
+
+    def is_there(self) -> bool:
+        """Whether it is as it was."""
+        try:
+            now, kinds = self._now()
+        except PrivacyError:
+            return False
+        return kinds == self._kinds and all(
+            type(one) is type(other) and (_are_same(one, other) if isinstance(one, Tensor) else one == other)
+            for one, other in zip(now, self._values, strict=True)
+        )
+
+    def restore(self) -> None:
+        """Gives it back to the layer, where this takes it."""
+        values = [value if isinstance(value, Tensor) else pickle.loads(value) for value in self._values]
+        state = pytree.tree_unflatten(values, self._kinds)
+        if "_extra_state" in state:
+            with suppress(Exception):
+                self._part.set_extra_state(state["_extra_state"])
+
+
 class _Before:
     """What a network held before a pass.
 
@@ -152,6 +211,8 @@ class _Before:
         self._net = net
         self._known = {(id(where), name) for _, where, name, _ in (*there, *_parameters(net))}
         self._kept = [(place, _Kept(place[1][place[2]])) for place in there]
+        self._added = [_Added(path, part) for path, part in net.named_modules() if _adds(part)]
+        self.added: dict[str, bool] = {}
         self.written: dict[str, None] = {}
         self.taken_back: dict[str, None] = {}
         self.is_settled = False
@@ -176,6 +237,10 @@ class _Before:
                 self.written.update({path: None} if saved else {})
                 # Made by this pass; as a mask of the inputs' shape is, anew each time.
                 del where[name]
+        for one in self._added:
+            if not one.is_there():
+                one.restore()
+                self.added[one.path] = one.is_there()
         self.is_settled = True
 
 
@@ -195,7 +260,7 @@ def buffers_unwritten(net: nn.Module, own: Iterable[nn.Module] | None = None) ->
         own: its layers of a user's own, whose parameters are looked at too; by default itself.
 
     Raises:
-        PrivacyError: one was written, and is as it was before.
+        PrivacyError: one was written, and is as it was before; or what a layer adds to its state is another.
     """
     interrupted = _unsettled.pop(net, None)
     if interrupted is not None and not interrupted.is_settled:
@@ -220,4 +285,13 @@ def buffers_unwritten(net: nn.Module, own: Iterable[nn.Module] | None = None) ->
             f"a pass wrote the buffer or parameter {', '.join(map(repr, written))} of the network, or made it: files "
             "of the model hold it, and what follows from samples is there without noise. Keep it out of them, or let "
             "it be a public constant that code outside of passes sets. It is as it was"
+        )
+    if before.added:
+        as_before = "It is as it was"
+        if not all(before.added.values()):
+            as_before = "It stays there, as no set_extra_state takes the former one back: throw the layer away"
+        raise PrivacyError(
+            f"a pass changed what {', '.join(map(repr, before.added))} adds to its state (get_extra_state): files of "
+            "the model hold it, and what follows from samples is there without noise. Keep what a layer has seen out "
+            f"of it. {as_before}"
         )

@@ -68,11 +68,23 @@ def refuse_parts(net: nn.Module) -> None:
         raise UnsupportedModuleError(parts, isolated=True)
 
 
+def _is_reset(part: nn.modules.batchnorm._BatchNorm) -> bool:
+    mean = part.running_mean
+    return part.momentum is None and mean is not None and not mean.is_meta and not bool(mean.any())
+
+
 def _remedy(part: nn.Module) -> str | None:
     if isinstance(part, STATISTICS) and (part.training or part.running_mean is None):
         return (
             "its statistics are of a batch, in which samples meet: clipless_dp.recipes.convert_batchnorm(net) "
             "makes group normalisation of it, or freezes them; statistics frozen by eval() stay as they are"
+        )
+    if isinstance(part, STATISTICS) and _is_reset(part):
+        return (
+            "it has no statistics yet and is set to average those of all batches (momentum=None), as "
+            "torch.optim.swa_utils.update_bn leaves it before its first batch, while statistics are frozen here and "
+            "learn nothing, in copies and averages neither: load the former ones (load_state_dict) and leave update_bn "
+            "out; of a new one set momentum to a number"
         )
     if isinstance(part, parametrizations._SpectralNorm) and part.training:
         return (

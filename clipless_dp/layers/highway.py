@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from clipless_dp.arguments import whole
+from clipless_dp.arguments import shown, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates import CotangentGate
 from clipless_dp.gates.plain import plain_form
@@ -83,12 +83,16 @@ class Highway(Unscripted, nn.Module):
 
     def __init__(self, blocks: Iterable[nn.Module], paths: int = 1, alpha: float | None = None) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        given = [*blocks] if isinstance(blocks, Iterable) else None
+        if given is None or not all(isinstance(one, nn.Module) for one in given):
+            got = shown(blocks if given is None else given)
+            raise ConfigurationError(f"blocks must be a list of modules, got {got}")
+        self.blocks = nn.ModuleList(given)
         self.paths = whole("paths", paths, 0)
         if not len(self.blocks):
             raise ConfigurationError("there must be a block at least")
-        if alpha is not None and not 0.0 <= alpha <= 1.0:
-            raise ConfigurationError(f"alpha must lie in [0, 1], got {alpha}")
+        if alpha is not None and not (isinstance(alpha, (int, float)) and 0.0 <= alpha <= 1.0):
+            raise ConfigurationError(f"alpha must lie in [0, 1], got {shown(alpha)}")
         random = [part for part in self.blocks.modules() if isinstance(part, _RANDOM)]
         if random:
             raise ConfigurationError(

@@ -126,7 +126,13 @@ def checked_shape(shape: object) -> tuple[int, ...]:
 
 
 def _refuse_valueless(net: nn.Module) -> None:
-    """Refuses parameters without values to certify, or that autograd cannot follow."""
+    """Refuses parameters without values to certify, or that autograd cannot follow, and nested tensors."""
+    for name, held in (*net.named_parameters(), *net.named_buffers()):
+        if held.is_nested:
+            raise ConfigurationError(
+                f"{name!r} is a nested tensor, whose memory cannot be compared: hold its parts in tensors of their "
+                "own, or padded ones and their lengths"
+            )
     for name, parameter in net.named_parameters():
         if nn.parameter.is_lazy(parameter):
             # Its module is refused by name.

@@ -13,6 +13,7 @@ from clipless_dp.gates.arithmetic import drop_rows_, largest_norm, per_sample, s
 from clipless_dp.model.own_loss import Own
 from clipless_dp.model.register import registers
 from clipless_dp.precision import outside_autocast
+from clipless_dp.uncompiled import uncompiled
 
 Enter = Callable[[Tensor | None, bool], None]
 """Told that a backward pass begins; with the norms of its cotangents, where a look at them waits for no device; and
@@ -67,10 +68,12 @@ def outermost_gate(values: Tensor, limit: float, enter: Enter | Tensor | None, o
     return gated
 
 
+@uncompiled
 def _open_compiled(inputs: Tensor, key: int) -> Tensor:
     return torch.tensor([key, registers[key].open_compiled(inputs)])
 
 
+@uncompiled
 def _enter_compiled(norms: Tensor, token: Tensor) -> Tensor:
     key, number = token.tolist()
     # Within the operator gradients are off, whatever they are around it.

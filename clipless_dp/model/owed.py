@@ -11,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
+from weakref import WeakSet
 
 from torch import Tensor
 
@@ -29,12 +30,14 @@ class Owed:
         key: by which draws that were left out know these parameters.
         lock: held where their gradients are filled or looked at, see :class:`clipless_dp.model.turns.Turns`.
         passes: whose gradients were computed, and neither released nor skipped.
+        wrappers: what turns are taken by, of each model that has such parameters.
     """
 
     def __init__(self) -> None:
         self.key = next(_keys)
         self.lock = threading.RLock()
         self.passes: list[Pass] = []
+        self.wrappers: WeakSet[object] = WeakSet()
 
     def note(self, computed: Pass) -> None:
         """Notes a pass once."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
 from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor
@@ -21,6 +23,13 @@ IN_STEP = (
 
 _PATIENCE = 60.0
 """Seconds that a pass waits for another thread's step."""
+
+
+_TRIES, _PAUSE = 50, 0.005
+"""How often, and after how many seconds, weights are looked at again that a pass of another wrapper has in hand."""
+
+_Found = TypeVar("_Found")
+_Given = ParamSpec("_Given")
 
 
 class BeforePass(Protocol):
@@ -72,6 +81,24 @@ class Turns:
         """These are the model's."""
         # In one order everywhere, so that nobody waits for somebody who waits.
         self._parameters, self._held = parameters, sorted(for_all(parameters, self._held), key=lambda one: one.key)
+        for one in self._held:
+            one.wrappers.add(self)
+
+    def settled(self, look: Callable[[], _Found]) -> _Found:
+        """What a look at the weights says while no pass or step of another thread has them in hand.
+
+        A pass of another wrapper takes no turn with those of this one, and lends the network aliases meanwhile: what
+        fails is tried again, where there is another one.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                with self._running, self.holding():
+                    return look()
+            except Exception:
+                if not (left and any(len(one.wrappers) > 1 for one in self._held)):
+                    raise
+            time.sleep(_PAUSE)
+        raise AssertionError("unreachable")
 
     def begin(self) -> None:
         """The first pass of a step begins."""
@@ -112,3 +139,28 @@ class Turns:
             if len(_stepped) and any(id(one) in _stepped for one in self._parameters):
                 raise PrivacyError(f"a pass was back-propagated while a step was under way, in its hook: {IN_STEP}")
             yield
+
+
+class _Registered(Protocol):
+    @property
+    def turns(self) -> Turns: ...
+
+
+class _Wrapper(Protocol):
+    @property
+    def register(self) -> _Registered: ...
+
+
+_Model = TypeVar("_Model", bound=_Wrapper)
+
+
+def in_turn(
+    method: Callable[Concatenate[_Model, _Given], _Found],
+) -> Callable[Concatenate[_Model, _Given], _Found]:
+    """Lets a method of a wrapped model look at its weights by :meth:`Turns.settled`."""
+
+    @functools.wraps(method)
+    def run(model: _Model, /, *args: _Given.args, **kwargs: _Given.kwargs) -> _Found:
+        return model.register.turns.settled(functools.partial(method, model, *args, **kwargs))
+
+    return run

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -44,6 +45,7 @@ from clipless_dp.model.own_loss import Between, Own, guarded
 from clipless_dp.model.register import Register
 from clipless_dp.model.rescaling import rescaled
 from clipless_dp.model.rowwise import RowLosses
+from clipless_dp.model.turns import in_turn
 from clipless_dp.model.valid_inputs import random_rows
 from clipless_dp.model.watch import Watch
 from clipless_dp.model.weights import Weights
@@ -409,6 +411,7 @@ class DPLipModel(Unscripted, nn.Module):
         """
         return self._dropped_samples
 
+    @in_turn
     def sensitivity(self, relation: Relation = "add-or-remove-one") -> Sensitivity:
         """Per-sample gradient bounds at the current weights.
 
@@ -418,16 +421,15 @@ class DPLipModel(Unscripted, nn.Module):
         Raises:
             PrivacyError: a submodule was replaced after wrapping, or a bound is not finite.
         """
-        with self.register.lock:
-            # Weights are those of a new trace where settings were changed.
-            parts = self._follow_changes()
-            return self._weights.sensitivity(self.placement, parts, relation)[0]
+        # Weights are those of a new trace where settings were changed.
+        parts = self._follow_changes()
+        return self._weights.sensitivity(self.placement, parts, relation)[0]
 
+    @in_turn
     def sensitivity_at_limits(self) -> Sensitivity:
         """The same by the limits of constraints that hold, which norms may be below: as behind a projection."""
-        with self.register.lock:
-            self._follow_changes()
-            return self._weights.sensitivity_at_limits(self.placement)
+        self._follow_changes()
+        return self._weights.sensitivity_at_limits(self.placement)
 
     def bounds_of_pass(self) -> tuple[Sensitivity | None, object]:
         """The bounds that hold for a pass that begins now, and a fingerprint of what they rest on.
@@ -516,6 +518,7 @@ class DPLipModel(Unscripted, nn.Module):
         device, _ = self.device_and_dtype()
         return self._network.rows.found if self.placement.is_whole and self._network.chooses_rows(device) else False
 
+    @in_turn
     def lipschitz_constant(self, *, norm: Literal[2, "inf"] | tuple[float, float] = 2) -> float:
         """Certified Lipschitz constant of the network at the current weights, from behind the input gate.
 
@@ -550,6 +553,7 @@ class DPLipModel(Unscripted, nn.Module):
         except UnsupportedModuleError:
             return None
 
+    @in_turn
     def coordinate_slopes(self) -> Slopes:
         """Bounds of the slopes of each output in each coordinate of the input, at the current weights.
 
@@ -559,6 +563,7 @@ class DPLipModel(Unscripted, nn.Module):
         self._follow_changes()
         return self._tracker.coordinate_slopes()
 
+    @in_turn
     def coordinate_rounding(self) -> float:
         """How far an output in the model's dtype may lie from that of real arithmetic; infinite without a box in front.
 
@@ -568,6 +573,7 @@ class DPLipModel(Unscripted, nn.Module):
         self.coordinate_slopes()
         return self._tracker.rounding(self.device_and_dtype()[1])
 
+    @in_turn
     def margin_constants(self) -> Tensor:
         """Certified Lipschitz constants of the differences of scores: ``K_ij`` for ``f_i - f_j``, at most ``√2·L``.
 
@@ -581,6 +587,7 @@ class DPLipModel(Unscripted, nn.Module):
         self._follow_changes()
         return self._tracker.margin_constants(self._weights.limits(self.placement)[0])
 
+    @in_turn
     def forward_error(self, *, norm: Literal[2, "inf"] = 2) -> float:
         """How far scores of a float64 forward pass may lie from those of real arithmetic, in Euclidean norm.
 
@@ -791,6 +798,14 @@ class DPLipModel(Unscripted, nn.Module):
         self._trace()
         self.settle_()
         return self
+
+    @in_turn
+    def __deepcopy__(self, memo: dict[int, Any]) -> DPLipModel:
+        # What fails half-way, by a pass of another wrapper, leaves no halves behind.
+        own = {**memo, id(self): (made := type(self).__new__(type(self)))}
+        made.__setstate__(copy.deepcopy(self.__getstate__(), own))
+        memo.update(own)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
         derived = {"register", "_traced", "_tracker", "_network", "_weights", "_watch", "_placement", "_placement_of"}

@@ -222,6 +222,25 @@ class Randomness:
             return function(inputs)
 
 
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """Behind it the generators of torch (of the CPU), numpy and Python are where they were, whatever was drawn within.
+
+    For runs on made-up rows. Not while another thread's pass has these generators follow a source of its own.
+    """
+    if not _global.acquire(blocking=False):
+        yield
+        return
+    before = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        _global.release()
+
+
 class _Visits(threading.local):
     """How many visits this thread is in."""
 

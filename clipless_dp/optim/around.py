@@ -309,6 +309,22 @@ class Around(Optimizer):
             for handle in handles:
                 handle.remove()
 
+    def _refuse_within_step(self, call: str) -> None:
+        """Refuses a call from a hook of the other one's step.
+
+        Raises:
+            PrivacyError: it is one.
+        """
+        # Within the step of a plain one nobody's code runs, but for handlers of signals, who save what there is.
+        if any(one is self.base_optimizer for one in _stepping.get()) and not is_plain(self.base_optimizer):
+            raise PrivacyError(
+                f"{call} of the private optimizer was called within the step of the base one, in a hook say, where "
+                "weights and state are half of this step and half of the one before: call it behind step(), or in a "
+                "hook of the private optimizer (register_step_post_hook), where all of this step is in it. The step "
+                "is charged, as its gradients have their noise; what of its update was made stays, which the ledger "
+                "covers"
+            )
+
     def __getstate__(self) -> NoReturn:
         raise ConfigurationError(
             "an optimizer is not copied or pickled, since two copies would charge the same draws: save state_dict() "

@@ -165,6 +165,7 @@ class Books:
         self._settings: dict[str, Any] = {}
         self._other_settings: list[str] = []
         self._bounds_there: tuple[lineage.Bits, dict[str, float]] | None = None
+        self._bounds_loaded: tuple[lineage.Bits, dict[str, float]] | None = None
         self._name = new_run()
         self.skipped: dict[str, int] = {}
 
@@ -234,7 +235,7 @@ class Books:
         """A step was recorded in the ledger, with these weights before it, these bounds, and rates of these groups."""
         self.run.taken += 1
         self._hold_against_loaded(sensitivity)
-        self._bounds_there = None
+        self._bounds_there = self._bounds_loaded = None
         self._lineage.bounds.note(sensitivity)
         known = self._lineage
         if self._inherited:
@@ -291,6 +292,10 @@ class Books:
         # First what they are held against: a state that was loaded is saved again with what that showed.
         changed = self.changed_bounds() if known is not None else []
         bounds = None if known is None else dict(self._model.sensitivity().per_parameter)
+        if bounds is not None and self._bounds_loaded is not None and self._lineage.are(self._bounds_loaded[0]):
+            # Until a step: those of weights that were loaded are by their norms, and may be below what steps are held
+            # against.
+            bounds |= self._bounds_loaded[1]
         taken = self._lineage.bounds.record()
         return {
             "bounds": bounds,
@@ -321,7 +326,7 @@ class Books:
         known.changed = max(known.changed, saved.uncounted_changes)
         known.bounds.take(saved.bounds_taken)
         if saved.weights is not None and saved.bounds is not None:
-            self._bounds_there = saved.weights, saved.bounds
+            self._bounds_there = self._bounds_loaded = saved.weights, saved.bounds
         changed = list(saved.changed_settings)
         if saved.settings is not None:
             changed += differences(saved.settings, self._settings)

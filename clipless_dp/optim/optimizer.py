@@ -39,6 +39,7 @@ from clipless_dp.packing import Structure
 from clipless_dp.sampling import draws
 from clipless_dp.sampling.augmentation import Augmentation
 from clipless_dp.sampling.people import Unit, refuse_other_units
+from clipless_dp.uncompiled import uncompiled
 
 
 class CliplessDPOptimizer(Around):
@@ -176,6 +177,7 @@ class CliplessDPOptimizer(Around):
         holdings.know(model)
         base_state.note(base_optimizer)
         self._takes: list[int] | None = None
+        self._clears_itself = type(base_optimizer).zero_grad is not Optimizer.zero_grad
         model.register.turns.steppers.add(self)
 
     @property
@@ -192,6 +194,7 @@ class CliplessDPOptimizer(Around):
     def budget(self, value: tuple[float, float] | None) -> None:
         self._budget = Budget(value)
 
+    @uncompiled
     def accumulate(
         self,
         batch: tuple[Tensor | Structure, Tensor, Tensor] | tuple[Tensor | Structure, Tensor],
@@ -240,6 +243,7 @@ class CliplessDPOptimizer(Around):
             unit=self.unit,
         )
 
+    @uncompiled
     def accumulate_public(
         self,
         batch: tuple[Tensor | Structure, Tensor],
@@ -263,6 +267,7 @@ class CliplessDPOptimizer(Around):
         """
         return accumulation.accumulate_public(self.model, batch, loss)
 
+    @uncompiled
     def skip_draw(self) -> None:
         """Says that the draws in hand are not trained on, so that other rows may be: on public data, say.
 
@@ -366,13 +371,13 @@ class CliplessDPOptimizer(Around):
 
     def noise_deviations(self) -> dict[str, float]:
         """``σ_θ`` of the noise on each parameter's summed gradient, at the current bounds, by name in ``model.net``."""
-        named = self._require_protected()
+        named = self._settled()
         deviations, _, _ = self._deviations(self.model.sensitivity(), named)
         return {name: deviations[id(parameter)] for name, parameter in named.items() if id(parameter) in deviations}
 
     def count_deviation(self) -> float:
         """``σ_b`` of the noise on each count of a cap that adapts, in samples; zero where none does."""
-        return self._deviations(self.model.sensitivity(), self._require_protected())[1]
+        return self._deviations(self.model.sensitivity(), self._settled())[1]
 
     @property
     def caps(self) -> dict[str, float]:
@@ -395,7 +400,7 @@ class CliplessDPOptimizer(Around):
 
     def weights_are_counted(self) -> bool:
         """Whether the model's weights are those that the last step left, bit by bit, or an average of such."""
-        return lineage.of(self.model).unchanged(self._require_protected())
+        return self.model.register.turns.settled(lambda: lineage.of(self.model).unchanged(self._require_protected()))
 
     @property
     def uncounted_changes(self) -> int:
@@ -445,12 +450,22 @@ class CliplessDPOptimizer(Around):
                 raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
             return partial(self._switch, name, mode)
 
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         with self.model.register.turns.holding():
+            counts = self._clears_itself and self._is_between_steps()
             self.base_optimizer.zero_grad(set_to_none=set_to_none)
+            if counts:
+                base_state.note(self.base_optimizer)
             self._adaptation.drop()
             self.model.register.reconcile()
+
+    def _is_between_steps(self) -> bool:
+        """Whether all gradients that are there have their noise, and the state is as the last step left it."""
+        register = self.model.register
+        known = all(one.grad is None or register.noted.knows(one) for one in register.parameters)
+        return known and not register.owed() and base_state.first_other(self.base_optimizer) is None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of ``model.net``.
@@ -472,17 +487,22 @@ class CliplessDPOptimizer(Around):
         """The base optimizer's state, with the ledger under ``"clipless_dp"``; plain values and tensors only.
 
         A state that something else than private steps has written to is left out, with a warning: no ledger holds it.
+
+        Raises:
+            PrivacyError: the base optimizer is in the middle of a step.
         """
-        base = base_state.private_state(self.base_optimizer)
-        return {
-            **base,
-            "clipless_dp": {
-                # Of parts, which files hold as wholes and others load as parts, none is told.
-                "state": loadable.digest(base.get("state")) if self.placement.is_whole else None,
-                **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
-                **({"caps": self._adaptation.state()} if self.caps else {}),
-            },
-        }
+        self._refuse_within_step("state_dict()")
+        with self.model.register.lock, self.model.register.turns.holding():
+            base = base_state.private_state(self.base_optimizer)
+            return {
+                **base,
+                "clipless_dp": {
+                    # Of parts, which files hold as wholes and others load as parts, none is told.
+                    "state": loadable.digest(base.get("state")) if self.placement.is_whole else None,
+                    **self._books.state(self.accountant, self.steps_taken, bits=self.placement.is_whole),
+                    **({"caps": self._adaptation.state()} if self.caps else {}),
+                },
+            }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the state and the ledger.
@@ -538,6 +558,10 @@ class CliplessDPOptimizer(Around):
         if parameters is None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         return self._protected.including(parameters)
+
+    def _settled(self) -> dict[str, nn.Parameter]:
+        """The same of all of them, where no pass of another thread has them in hand."""
+        return self.model.register.turns.settled(self._require_protected)
 
     def before_pass(self) -> None:
         """Private gradients are about to be computed: what they might decide is noted as it is."""

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from clipless_dp.arguments import choice, positive, whole
+from clipless_dp.arguments import choice, positive, shown, whole
 from clipless_dp.errors import ConfigurationError
 from clipless_dp.gates.arithmetic import per_sample, sample_norms
 from clipless_dp.noise.randomness import current_generator
@@ -103,11 +103,7 @@ class Adversarial(LabelledAugmentation):
         self.steps = whole("steps", steps)
         self.step = 2.5 / self.steps if step is None else positive("step", step)
         self.floor = positive("floor", floor)
-        if box is not None:
-            if len(box) != 2 or not float(box[0]) < float(box[1]):
-                raise ConfigurationError(f"box must be two numbers, the lower one first, got {box!r}")
-            box = float(box[0]), float(box[1])
-        self.box = box
+        self.box = None if box is None else _checked_box(box)
 
     def __call__(self, inputs: Tensor, targets: Tensor, slopes: Slopes) -> Tensor:
         """See :class:`LabelledAugmentation`."""
@@ -146,3 +142,13 @@ class Adversarial(LabelledAugmentation):
 
     def __repr__(self) -> str:
         return f"Adversarial(radius={self.radius:g}, norm={self.norm!r}, steps={self.steps})"
+
+
+def _checked_box(box: Any) -> tuple[float, float]:
+    try:
+        least, most = (float(one) for one in box)
+        if least < most:
+            return least, most
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    raise ConfigurationError(f"box must be two numbers, the lower one first, got {shown(box)}")

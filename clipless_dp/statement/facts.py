@@ -14,7 +14,7 @@ import torch
 
 from accounting import ADD_OR_REMOVE_ONE
 from accounting.errors import MixedUnitsError
-from accounting.stated import recorded
+from accounting.stated import recorded, settings_beside
 from clipless_dp.model import DPLipModel
 from clipless_dp.model.functions import answers_of_graph, function_of
 from clipless_dp.modules import digest_of
@@ -25,7 +25,6 @@ from clipless_dp.version import __version__
 
 STATEMENT_FORMAT = 2
 STATEMENT_KIND = "clipless_dp.privacy_statement"
-_CLOSE = 1e-6
 _STEPS = ("gaussian_step", "gaussian_vector_step")
 _NOISE = {
     source_name(SystemNoise): "a generator whose whole state comes from the operating system; seeds set by user code "
@@ -261,18 +260,7 @@ def _weak_records(facts: Mapping[str, Any]) -> Iterator[str]:
             f"The records of {unnamed} of {sum(entry['count'] for entry in entries)} entries do not say where their "
             "noise came from: they were made by hand or by an earlier version, and were not checked."
         )
-    if steps["taken"] > steps["recorded"]:
-        yield (
-            f"{steps['taken']} steps were taken and {steps['recorded']} are recorded: the ε shown is not of all "
-            "of them."
-        )
-    unsampled = sum(entry["count"] for entry in entries if entry["event"] in _STEPS and entry["sample_rate"] == 1.0)
-    if unsampled and facts["sampling"]["sample_rate"] < 1.0:
-        yield (
-            f"{unsampled} of {steps['recorded']} steps were charged without amplification by sampling (q = 1), since "
-            "no Poisson draw was announced for them: the ε shown holds, and is larger than it need be."
-        )
-    yield from _weak_settings(facts)
+    yield from settings_beside(facts)
     drawn = facts["sampling"].get("drawn", {})
     if "seeded" in drawn:
         yield (
@@ -295,31 +283,6 @@ def _weak_records(facts: Mapping[str, Any]) -> Iterator[str]:
             f"Dropout masks and random views of {masks} of {steps['recorded']} steps, if there were any, are a "
             "function of a seed: for whoever learns it they depend on who else is in a batch, and a sample may change "
             "those of all others. Such a run is for experiments."
-        )
-
-
-def _weak_settings(facts: Mapping[str, Any]) -> Iterator[str]:
-    """Where settings that are shown are not those of the steps, each of which was charged by its own."""
-    steps = [entry for entry in facts["steps"]["entries"] if entry["event"] in _STEPS]
-    sampling, noise, bounds = facts["sampling"], facts["noise"], facts["bounds"]
-    rate, size = sampling["sample_rate"], sampling["expected_batch_size"]
-    charged = {entry["sample_rate"] for entry in steps} - {1.0}
-    if charged and not any(math.isclose(rate, one, rel_tol=_CLOSE) for one in charged):
-        yield f"The sample rate shown, {rate:.6g}, is that of no step in the ledger: each was charged by its own."
-    if not math.isclose(size, rate * facts["dataset_size"], rel_tol=_CLOSE):
-        yield f"The expected batch size shown, {size:.6g}, is not the sample rate times the size of the data set."
-    largest = max(bounds["per_parameter"].values(), default=0.0)
-    if bounds["total"] < largest * (1.0 - _CLOSE):
-        yield f"The bound of all layers together, {bounds['total']:.4g}, is below that of one of them, {largest:.4g}."
-    # Of what a step releases, counts of caps that adapt take a share, so that gradients have more noise than σ says.
-    strongest = max((entry["noise_multiplier"] or 0.0 for entry in steps), default=math.inf)
-    shares = [
-        bounds["per_parameter"][name] / deviation for name, deviation in noise["deviations"].items() if deviation > 0.0
-    ]
-    if "adaptive_caps" not in facts and shares and math.hypot(*shares) * strongest * 1.01 < 1.0:
-        yield (
-            "The noise shown by parameter is more than that of any step in the ledger, whose noise multipliers are at "
-            f"most {strongest:.4g}: ε is that of the ledger."
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from accounting import ADD_OR_REMOVE_ONE, REPLACE_ONE
 from accounting.risk import percent
+from accounting.stated import UNTOLD
 from clipless_dp.statement.brief import best_guess, brief_sections, found_section, protected, question, tier
 from clipless_dp.statement.facts import DRAWN, noise_in_words, shown
 from clipless_dp.statement.section import Section
@@ -75,9 +76,7 @@ def _checking(facts: Mapping[str, Any]) -> Section:
             'STATEMENT.json" of the package that comes with clipless_dp, or with another accountant. That the steps '
             "were what the ledger says is shown by the code of the training, which is open, and by audits.",
             "ε and the risk, the neighbouring data sets, the steps, how batches were drawn and where noise came from "
-            "follow from the ledger. Whoever states this answers for the rest, which no ledger tells: for whom or what "
-            "one unit stands, the size of the data set, bounds, the noise by parameter, learning rates, weights, "
-            "audits and notes.",
+            f"follow from the ledger. {UNTOLD}",
         ),
         rows=(
             *((name, version) for name, version in facts["versions"].items()),

@@ -467,6 +467,22 @@ def test_a_part_in_training_mode_is_refused():
         frozen.compute(INPUTS)
 
 
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (torch.Tensor.half, "fails on inputs of torch.float16.*convert"),
+        (torch.Tensor.int, "fails on inputs of torch.int32.*convert"),
+        (torch.Tensor.to_sparse, "make it dense"),
+        (torch.Tensor.to_sparse_csr, "make it dense"),
+        (lambda values: torch.nested.nested_tensor([values]), "make it dense"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested:UserWarning", "ignore:Sparse CSR:UserWarning")
+def test_inputs_of_another_dtype_or_layout_are_refused_in_words(make, words):
+    with pytest.raises(InputError, match=words):
+        FrozenFeatures(nn.Linear(4, 3)).compute(make(torch.ones(8, 4)))
+
+
 def test_bad_arguments_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="Module"):
         FrozenFeatures(torch.tanh)

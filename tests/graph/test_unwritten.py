@@ -18,6 +18,7 @@ from clipless_dp import (
     DPLipModel,
     LayerBounds,
     PrivacyError,
+    gradient_gated,
     layers,
     losses,
     register_rule,
@@ -267,6 +268,90 @@ def test_a_layer_that_is_compiled_by_itself_is_refused() -> None:
     model, _ = model_of(lambda own, rows: None)
     model.net[1].compile(backend="eager")
     with pytest.raises(PrivacyError, match=r"\.compile\(\) was called"):
+        model(ROWS)
+
+
+class Telling(nn.Module):
+    """Has something beside parameters and buffers in its state, in one of several forms."""
+
+    form, takes_back = "constant", True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: Any = torch.zeros(6)
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.form == "a row":
+            self.held = values[0].detach().clone()
+        elif self.form == "a row in place":
+            self.held.copy_(values[0].detach())
+        elif self.form == "numbers within":
+            self.held = {"seen": [1, values[0].tolist()]}
+        elif self.form == "an array":
+            self.held = (values[0].detach().numpy(),)
+        return values * 1.0
+
+    def get_extra_state(self) -> Any:
+        return {"version": 3, "shape": (6,), "held": self.held}
+
+    def set_extra_state(self, state: Any) -> None:
+        if self.takes_back:
+            self.held = state["held"]
+
+
+@register_rule(Telling)
+def _telling_rule(module: Telling, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0)
+
+
+def telling_model() -> tuple[DPLipModel, Telling]:
+    net = nn.Sequential(nn.Linear(6, 6), own := Telling(), nn.Linear(6, 3))
+    return DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0)), own
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("takes_back", [True, False])
+@pytest.mark.parametrize("form", ["a row", "a row in place", "numbers within", "an array"])
+def test_what_a_layer_adds_to_its_state_of_a_pass_is_refused(
+    form: str, takes_back: bool, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, own = telling_model()
+    with torch.set_grad_enabled(training):
+        for _ in range(2):
+            model(ROWS)
+        monkeypatch.setattr(Telling, "form", form)
+        monkeypatch.setattr(Telling, "takes_back", takes_back)
+        with pytest.raises(PrivacyError, match="It is as it was" if takes_back else "throw the layer away"):
+            model(ROWS)
+    assert (str(own.held) == str(torch.zeros(6))) == takes_back
+
+
+class Isolating(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.linear = Telling(), nn.Linear(6, 3)
+
+    def forward(self, values: Tensor) -> Tensor:
+        output: Tensor = self.linear(torch.special.erf(self.own(values)))
+        return output
+
+
+def test_so_it_is_in_a_network_that_runs_sample_by_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Isolating()
+    isolated = gradient_gated(net, isolation="vmap")
+    model = DPLipModel(isolated, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0))
+    model(ROWS)
+    monkeypatch.setattr(Telling, "form", "a row")
+    for _ in range(2):
+        with pytest.raises(PrivacyError, match="keeps something"):
+            model(ROWS)
+        assert torch.equal(net.own.held, torch.zeros(6))
+
+
+def test_what_cannot_be_compared_in_a_state_is_refused_in_words() -> None:
+    model, own = telling_model()
+    own.held = lambda: None
+    with pytest.raises(PrivacyError, match="cannot be pickled"):
         model(ROWS)
 
 

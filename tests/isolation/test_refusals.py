@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import swa_utils
 
 from clipless_dp import CliplessDPSGD, DPLipModel, gradient_gated, losses, passes
 from clipless_dp.errors import CliplessError, ConfigurationError, PrivacyError, UnsupportedModuleError
@@ -390,3 +391,22 @@ def test_names_and_state_dicts_are_those_of_the_network() -> None:
     fresh = Net(plain)
     fresh.load_state_dict(model.net.state_dict())
     assert torch.equal(fresh.first.weight, net.first.weight)
+
+
+@pytest.mark.parametrize("kind", ["the model", "its network", "an average"])
+def test_update_bn_which_empties_statistics_that_stay_frozen_is_refused_with_what_to_do(kind: str) -> None:
+    norm = nn.BatchNorm1d(4)
+    norm(torch.randn(32, 4))
+    net = nn.Sequential(nn.Linear(4, 4), norm.eval().requires_grad_(False), nn.Linear(4, 2))
+    model = DPLipModel(gradient_gated(net), input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy(1.0))
+    saved = {name: value.clone() for name, value in model.state_dict().items()}
+    averaged = swa_utils.AveragedModel(model)
+    given = {"the model": model, "its network": model.net, "an average": averaged}[kind]
+    with pytest.raises(UnsupportedModuleError, match="update_bn"):
+        swa_utils.update_bn([torch.randn(8, 4)], given)
+    (averaged.module if kind == "an average" else model).load_state_dict(saved)
+    given(torch.randn(8, 4))
+    # Nothing else is asked about, a new norm neither.
+    norm.reset_running_stats()
+    norm.momentum = 0.1
+    model(torch.randn(8, 4))

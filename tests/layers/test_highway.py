@@ -217,6 +217,9 @@ def test_truncated_networks_train_and_say_what_they_are() -> None:
     ("blocks", "options", "words"),
     [
         ([], {}, "a block at least"),
+        ([3], {}, "list of modules"),
+        (nn.Linear(2, 2), {}, "list of modules"),
+        ([nn.Linear(2, 2)], {"alpha": "x"}, "alpha"),
         ([nn.Linear(2, 2)], {"paths": -1}, "paths"),
         ([nn.Linear(2, 2)], {"paths": 1.0}, "paths"),
         ([nn.Linear(2, 2)], {"alpha": 1.5}, "alpha"),
@@ -224,6 +227,6 @@ def test_truncated_networks_train_and_say_what_they_are() -> None:
         ([layers.NoiseInjection(0.1, 1.0)], {}, "NoiseInjection"),
     ],
 )
-def test_bad_blocks_and_numbers_are_refused(blocks: list[nn.Module], options: dict[str, Any], words: str) -> None:
+def test_bad_blocks_and_numbers_are_refused(blocks: Any, options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigurationError, match=words):
         Highway(blocks, **options)

@@ -286,8 +286,8 @@ def test_a_number_of_calls_is_no_setting_and_other_whole_numbers_are(tmp_path: A
     assert len(optimizer.changed_settings()) == 2
 
 
-def by_hand(before: constraints.Constraint, behind: constraints.Constraint) -> CliplessDPSGD:
-    """Weights and state of one run, put by hand into a network and an optimizer of another."""
+def by_hand(before: constraints.Constraint, *behind: constraints.Constraint, steps: bool = True) -> CliplessDPSGD:
+    """Weights and state of one run, put by hand into a network and an optimizer of others, which save them again."""
 
     def made(constraint: constraints.Constraint) -> tuple[DPLipModel, CliplessDPSGD]:
         torch.manual_seed(0)
@@ -306,11 +306,14 @@ def by_hand(before: constraints.Constraint, behind: constraints.Constraint) -> C
 
     model, optimizer = made(before)
     step(model, optimizer)
-    again, other = made(behind)
-    again.net.load_state_dict(model.net.state_dict())
-    other.load_state_dict(optimizer.state_dict())
-    step(again, other)
-    return other
+    for constraint in behind:
+        again, other = made(constraint)
+        again.net.load_state_dict(model.net.state_dict())
+        other.load_state_dict(optimizer.state_dict())
+        model, optimizer = again, other
+    if steps:
+        step(model, optimizer)
+    return optimizer
 
 
 @pytest.mark.parametrize("kind", [constraints.Spectral, constraints.Orthogonal, constraints.Frobenius])
@@ -318,8 +321,17 @@ def test_weights_that_are_loaded_by_hand_under_their_constraint_are_no_finding(
     kind: Callable[[], constraints.Constraint],
 ) -> None:
     assert not by_hand(kind(), kind()).changed_bounds()
+    assert not by_hand(kind(), kind(), kind()).changed_bounds()
 
 
 def test_weights_that_were_trained_under_a_larger_limit_are_a_finding() -> None:
     (line,) = by_hand(constraints.Spectral(1.5), constraints.Spectral(1.4)).changed_bounds()
+    assert "there" in line
+
+
+@pytest.mark.parametrize("steps", [True, False])
+@pytest.mark.parametrize("times", [1, 2])
+def test_so_they_are_where_their_state_was_loaded_and_saved_again_before_any_step(times: int, steps: bool) -> None:
+    limits = [1.5] * (1 + times) + [1.4]
+    (line,) = by_hand(*map(constraints.Spectral, limits), steps=steps).changed_bounds()
     assert "there" in line

@@ -38,6 +38,12 @@ def inputs_of_inference_mode() -> Tensor:
         return data()[0].clone()
 
 
+def nested(layout: torch.layout) -> DPLipModel:
+    net = nn.Linear(8, 3)
+    net.register_buffer("parts", torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout))
+    return model_of(net)
+
+
 CALLS: dict[str, tuple[Callable[[], object], type[CliplessError], str]] = {
     "jit.trace": (lambda: torch.jit.trace(model_of(), data()[0]), ConfigurationError, "trace model.export_net"),
     "sparse": (lambda: model_of()(data()[0].to_sparse()), InputError, "to_dense"),
@@ -50,11 +56,13 @@ CALLS: dict[str, tuple[Callable[[], object], type[CliplessError], str]] = {
     "a number as shape": (lambda: model_of(shape=8), ConfigurationError, "input_shape"),
     "fractions": (lambda: model_of(shape=(8.5,)), ConfigurationError, "input_shape"),
     "text": (lambda: model_of(shape="8"), ConfigurationError, "input_shape"),
+    "a nested buffer": (lambda: nested(torch.strided), ConfigurationError, "nested tensor"),
+    "a jagged buffer": (lambda: nested(torch.jagged), ConfigurationError, "nested tensor"),
     "meta parameters": (lambda: model_of(nn.Linear(8, 3, device="meta")), ConfigurationError, "meta device"),
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The PyTorch API of nested tensors:UserWarning")
 @pytest.mark.parametrize("call", CALLS)
 def test_calls_that_no_pass_covers_are_refused_in_words(call: str) -> None:
     run, kind, words = CALLS[call]

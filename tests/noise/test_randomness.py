@@ -71,6 +71,26 @@ def seed_everything() -> None:
     np.random.seed(5)
 
 
+class Draws(Jitter):
+    """Draws from all generators that code shares."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * torch.rand(()) * random.random() * float(np.random.rand())
+
+
+@pytest.mark.parametrize("wrap", [gated, lambda net: net])
+def test_wrapping_a_layer_that_draws_and_tracing_it_anew_leave_the_generators_of_the_user_as_they_were(wrap):
+    register_rule(Draws)(jitter_rule)
+    net = wrap(nn.Sequential(nn.Linear(6, 6), Draws(), nn.Linear(6, 3)))
+    seed_everything()
+    before = digest()[1:]
+    model = DPLipModel(net, input_shape=(6,), input_norm=3.0, loss=losses.TauCrossEntropy(2.0))
+    copy.deepcopy(model)
+    model.sensitivity()
+    assert digest()[1:] == before
+    del base._RULES[Draws]
+
+
 @pytest.mark.parametrize("layer", [nn.Dropout(0.5), Jitter()], ids=["dropout", "own layer"])
 @pytest.mark.parametrize("wrap", [gated, gradient_gated, lambda net: net], ids=["gates", "gradient gates", "none"])
 def test_no_seed_of_torch_makes_a_pass_predictable(layer, wrap):

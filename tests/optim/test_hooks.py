@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections import deque
 from threading import Thread
 from types import SimpleNamespace
@@ -13,8 +14,16 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from clipless_dp import CliplessDPOptimizer, CliplessDPSGD, ConfigurationError, PrivacyError
-from clipless_dp.noise import SystemNoise
+from clipless_dp import (
+    CliplessDPOptimizer,
+    CliplessDPSGD,
+    ConfigurationError,
+    DPLipModel,
+    PrivacyError,
+    gradient_gated,
+    losses,
+)
+from clipless_dp.noise import ReproducibleNoise, SystemNoise
 from tests.support import EIGHT_ROWS, OwnSGD, gated_model, samples
 
 
@@ -328,6 +337,24 @@ def test_groups_and_state_are_those_of_the_base_optimizer_at_any_time():
     assert optimizer.param_groups is base.param_groups
 
 
+@pytest.mark.parametrize("place", ["pre", "post"])
+def test_a_state_that_a_hook_of_the_base_step_asks_for_is_refused_with_where_to_ask_instead(place):
+    model, optimizer = around(lambda parameters: torch.optim.Adam(parameters, lr=0.1))
+    register = getattr(optimizer.base_optimizer, f"register_step_{place}_hook")
+    handle = register(lambda *_: optimizer.state_dict())
+    with pytest.raises(PrivacyError, match="register_step_post_hook"):
+        optimizer.step()
+    # Its gradients had their noise by then.
+    assert len(optimizer.accountant) == 1
+    handle.remove()
+    saved = []
+    optimizer.register_step_post_hook(lambda *_: saved.append(optimizer.state_dict()))
+    optimizer.zero_grad()
+    pass_rows(model)
+    optimizer.step()
+    assert saved[0]["clipless_dp"]["steps_taken"] == optimizer.steps_taken == 2
+
+
 class Curved(OwnSGD):
     """Keeps squares of gradients by a method of its own, as Sophia does."""
 
@@ -339,6 +366,54 @@ class Curved(OwnSGD):
         for parameter in self.param_groups[0]["params"]:
             held = self.state[parameter]
             held["hessian"] = held.get("hessian", 0.0) + parameter.grad.square()
+
+
+class CountsClearings(OwnSGD):
+    """Writes to its state where gradients are cleared, of them too."""
+
+    def __init__(self, parameters, keeps=False):
+        super().__init__(parameters, lambda base: None)
+        self.keeps = keeps
+
+    def zero_grad(self, set_to_none=True):
+        for parameter in self.param_groups[0]["params"]:
+            held = self.state[parameter]
+            held["cleared"] = held.get("cleared", 0) + 1
+            if self.keeps and parameter.grad is not None:
+                held["before"] = parameter.grad.clone()
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+@pytest.mark.parametrize("keeps", [True, False])
+def test_what_the_base_writes_where_private_gradients_are_cleared_is_its_own(keeps, set_to_none):
+    model, optimizer = around(lambda parameters: CountsClearings(parameters, keeps))
+    optimizer.step()
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none)
+        pass_rows(model)
+        optimizer.step()
+    assert optimizer.steps_taken == 4
+
+
+def test_what_the_base_writes_where_raw_gradients_are_cleared_is_refused():
+    model, optimizer = around(lambda parameters: CountsClearings(parameters, True))
+    optimizer.step()
+    optimizer.zero_grad()
+    pass_rows(model)
+    optimizer.zero_grad()
+    pass_rows(model)
+    with pytest.raises(PrivacyError):
+        optimizer.step()
+    # By hand, which no pass tells of.
+    optimizer.skip_draw()
+    optimizer.base_optimizer.state.clear()
+    for parameter in model.net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.zero_grad()
+    pass_rows(model)
+    with pytest.raises(PrivacyError, match="not left by a private step"):
+        optimizer.step()
 
 
 def assign_momentum(base):
@@ -612,6 +687,52 @@ def test_of_a_compiled_step_the_private_part_runs_as_it_is():
     step()
     assert optimizer.steps_taken == len(optimizer.accountant) == 1
     assert not all(map(torch.equal, start, weights(model)))
+
+
+def way_of_training(make, backend, entries):
+    """Weights and ledger behind two draws, of a loop whose every step is one function."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = gated_model()
+    if make == "gradient-gated":
+        net = gradient_gated(torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)))
+        model = DPLipModel(net, input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0))
+    optimizer = CliplessDPSGD(model, lr=0.1, noise=ReproducibleNoise(1), **EIGHT_ROWS)
+
+    def step(inputs, targets):
+        optimizer.zero_grad()
+        if entries == "accumulate":
+            optimizer.accumulate((inputs, targets))
+        else:
+            model.loss(model(inputs), targets).backward()
+        optimizer.step()
+
+    run = step if backend is None else torch.compile(step, backend=backend)
+    with warnings.catch_warnings():
+        # Of torch's, about graphs that break.
+        warnings.simplefilter("ignore")
+        for seed in range(2):
+            run(*samples(8, seed=seed))
+    torch._dynamo.reset()
+    return weights(model), optimizer.accountant.ledger.lines
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("entries", ["backward", "accumulate"])
+@pytest.mark.parametrize("make", ["gated", pytest.param("gradient-gated", marks=pytest.mark.slow)])
+def test_a_loop_that_is_compiled_as_a_whole_trains_and_charges_as_it_does_by_itself(make, entries, backend):
+    (expected, of_itself), (found, charged) = (way_of_training(make, one, entries) for one in (None, backend))
+    assert all(map(torch.allclose, expected, found))
+    assert [(line.event, line.count) for line in charged] == [(line.event, line.count) for line in of_itself]
+
+
+@pytest.mark.parametrize("name", ["zero_grad", "accumulate", "skip_draw"])
+def test_no_graph_is_made_of_what_keeps_the_books_and_the_error_says_what_to_compile(name):
+    torch._dynamo.reset()
+    _, optimizer = around(lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    given = (samples(8),) if name == "accumulate" else ()
+    with pytest.raises(Exception, match="compile the model, or a function of the model and its loss"):
+        torch.compile(lambda: getattr(optimizer, name)(*given), backend="eager", fullgraph=True)()
 
 
 class Several(torch.optim.Optimizer):

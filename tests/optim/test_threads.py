@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -119,3 +121,94 @@ def test_threads_that_pass_and_step_as_they_like_release_nothing_without_noise()
         thread.join()
     # What is released neither noised nor divided is forty times as much as one.
     assert 0.0 < largest <= 10.0
+
+
+def wrapped_again(model: DPLipModel) -> DPLipModel:
+    return DPLipModel(
+        model.net, input_shape=model.input_shape, input_norm=model.input_norm, loss=losses.TauCrossEntropy(2.0)
+    )
+
+
+LOOKS: dict[str, Callable[[DPLipModel, CliplessDPOptimizer], object]] = {
+    "lipschitz_constant": lambda model, _: model.lipschitz_constant(),
+    "margin_constants": lambda model, _: model.margin_constants(),
+    "sensitivity": lambda model, _: model.sensitivity(),
+    "deepcopy": lambda model, _: copy.deepcopy(model),
+    "state_dict": lambda _, optimizer: optimizer.state_dict(),
+    "what a statement asks": lambda _, optimizer: (optimizer.weights_are_counted(), optimizer.noise_deviations()),
+}
+
+
+@pytest.mark.parametrize("wrapper", ["the same", "another of the same network"])
+@pytest.mark.parametrize("look", LOOKS)
+def test_looks_at_the_weights_in_a_thread_beside_training_are_answered_and_disturb_nothing(
+    look: str, wrapper: str
+) -> None:
+    model, optimizer, noise = begun()
+    noise.call = lambda: None
+    looked_at = model if wrapper == "the same" else wrapped_again(model)
+    stop, failed, answers = threading.Event(), [], []
+
+    def ask() -> None:
+        try:
+            while not stop.is_set():
+                answers.append(LOOKS[look](looked_at, optimizer) is not None)
+        except Exception as error:
+            failed.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        steps = 0
+        while steps < 12 or (len(answers) < 12 and not failed):
+            optimizer.zero_grad()
+            passed(model, INPUTS)
+            optimizer.step()
+            steps += 1
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert not failed
+    assert all(answers)
+    assert optimizer.steps_taken == steps
+    assert optimizer.weights_are_counted()
+    assert not optimizer.uncounted_changes
+
+
+def test_what_other_threads_run_while_a_network_is_traced_is_run_as_it_is() -> None:
+    """Torch puts wrappers around all modules of the process meanwhile."""
+    entered, go_on, found = threading.Event(), threading.Event(), []
+    layer = torch.nn.Linear(6, 6)
+
+    class Slow(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(6, 6), torch.nn.Linear(6, 3)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            entered.set()
+            assert go_on.wait(10.0)
+            output: torch.Tensor = self.second(self.first(inputs))
+            return output
+
+    def wrap() -> None:
+        found.append(DPLipModel(Slow(), input_shape=(6,), input_norm=1.0, loss=losses.TauCrossEntropy(2.0)))
+
+    thread = threading.Thread(target=wrap)
+    thread.start()
+    try:
+        assert entered.wait(10.0)
+        expected = torch.nn.functional.linear(INPUTS, layer.weight, layer.bias)
+        assert torch.equal(layer(INPUTS), expected)
+        # A second trace waits for the first to take its wrappers off.
+        second = threading.Thread(target=lambda: found.append(gated_model()))
+        second.start()
+    finally:
+        go_on.set()
+        thread.join()
+    second.join()
+    assert len(found) == 2
+    assert all(bool(torch.isfinite(one(INPUTS)).all()) for one in found)

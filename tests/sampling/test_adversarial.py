@@ -380,3 +380,9 @@ def test_slopes_of_some_rows_only_are_refused() -> None:
 def test_settings_out_of_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         Adversarial(**arguments)
+
+
+@pytest.mark.parametrize("box", [3, True, (None, 1.0), ("a", "b"), (torch.zeros(3), torch.ones(3)), (1.0, 0.0), (0.0,)])
+def test_what_is_no_box_is_refused_in_words(box: Any) -> None:
+    with pytest.raises(ConfigurationError, match="box must be two numbers"):
+        Adversarial(0.1, box=box)

@@ -10,11 +10,12 @@ from accounting import GaussianRelease, LaplaceRelease, Ledger, Provenance
 from accounting.cli import main
 from accounting.errors import AccountingError
 from accounting.events import FixedSizeSampling, GaussianStep, GaussianVectorStep, PoissonSampling, ShuffledEpoch
-from accounting.stated import UNITS
-from clipless_dp import CheckpointError, ReproducibleNoise, report
+from accounting.stated import UNITS, UNTOLD
+from clipless_dp import CheckpointError, PrivacyWarning, ReproducibleNoise, report
 from clipless_dp.commands.report import statement_of
 from clipless_dp.statement import PrivacyStatement, report_ledger
 from tests.statement.test_report import trained
+from tests.support import samples
 
 RUNS = ({"run": "a", "sampling": "announced", "noise": "clipless_dp.noise.SystemNoise"}, {"run": "b"})
 POISSON = GaussianStep(1.2, PoissonSampling(0.05))
@@ -86,6 +87,15 @@ def of_merged_ledgers():
     return optimizer
 
 
+def of_no_draw():
+    optimizer = trained(0)
+    inputs, targets = samples(50)
+    optimizer.model.loss(optimizer.model(inputs), targets).backward()
+    with pytest.warns(PrivacyWarning, match="q = 1"):
+        optimizer.step()
+    return optimizer
+
+
 OPTIMIZERS = {
     "rdp": trained,
     "prv": lambda: trained(accountant="prv"),
@@ -100,6 +110,12 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_what_an_optimizer_states_is_not_contradicted_and_no_finding_is_added(case, tmp_path):
     followed_again(report(OPTIMIZERS[case](), delta=1e-3), tmp_path)
+
+
+def test_the_noise_of_batches_of_no_draw_which_are_charged_at_half_of_it_is_no_finding():
+    findings = report(of_no_draw(), delta=1e-3).findings
+    assert any("q = 1" in one for one in findings)
+    assert not any("The noise shown" in one for one in findings)
 
 
 @pytest.fixture(scope="module")
@@ -204,17 +220,39 @@ FOUND = {
         "more than that of any step",
     ),
     "total": (only(["bounds", "total"], 1e-9), "is below that of one of them"),
+    "steps taken": (only(["steps", "taken"], 6), "6 steps were taken and 5 are recorded"),
+    "engine": (only(["accountant", "engine"], "prv"), "is not that of ε"),
+}
+NO_PAGE = {"bounds": (only(["bounds", "per_parameter"], {}), "of which no bound is")}
+OTHERS = {
     "weights": (only(["weights"], None), "not said whether the model's weights"),
     "weights gone": (lambda facts: facts.pop("weights"), "not said whether the model's weights"),
     "an audit": (only(["audits"], [{"kind": "A", "passed": False, "text": "x"}]), "An audit failed"),
 }
 
 
-@pytest.mark.parametrize("case", FOUND)
+@pytest.mark.parametrize("case", FOUND | NO_PAGE)
+def test_settings_that_are_not_those_of_the_steps_are_told_beside_an_epsilon_that_follows(
+    case, stated, tmp_path, capsys
+):
+    edit, words = (FOUND | NO_PAGE)[case]
+    for edited in (False, True):
+        facts = json.loads(stated["plain"])
+        if edited:
+            edit(facts)
+        (tmp_path / "s.json").write_text(json.dumps(facts), "utf-8")
+        assert main(["explain", str(tmp_path / "s.json")]) == 0
+        told = capsys.readouterr().out
+        assert "this follows from its ledger" in told
+        assert UNTOLD in told
+        assert (words in told) == edited
+
+
+@pytest.mark.parametrize("case", FOUND | OTHERS)
 def test_what_does_not_agree_with_itself_is_a_finding(case, stated, tmp_path):
     facts = json.loads(stated["plain"])
     assert facts["findings"] == []
-    edit, words = FOUND[case]
+    edit, words = (FOUND | OTHERS)[case]
     edit(facts)
     (tmp_path / "s.json").write_text(json.dumps(facts), "utf-8")
     assert any(words in finding for finding in statement_of(tmp_path / "s.json", None).findings)
