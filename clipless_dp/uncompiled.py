@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch._C._dynamo import eval_frame
+from torch._compile import _disable_dynamo
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -18,10 +19,14 @@ WHY = (
 def uncompiled(function: _Function) -> _Function:
     """The same function, which compilers do not record, nor what it calls: graphs break around it.
 
-    What ``torch.compiler.disable`` makes is another function around it, which takes microseconds in each call.
+    What ``torch.compiler.disable`` makes is another function around it, which takes microseconds in each call; it is
+    taken where a version of torch does not have what is needed for less.
     """
+    try:
+        skip = eval_frame._FrameAction.SKIP
+        eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
+    except AttributeError:
+        return cast(_Function, _disable_dynamo(function))
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     function._torchdynamo_disable_msg = WHY  # type: ignore[attr-defined]
-    skip = eval_frame._FrameAction.SKIP
-    eval_frame.set_code_exec_strategy(function.__code__, eval_frame._FrameExecStrategy(skip, skip))
     return function

@@ -9,7 +9,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import unserializable_hook
 
@@ -18,6 +17,7 @@ from clipless_dp.errors import PrivacyError, PrivacyWarning
 from clipless_dp.gates.arithmetic import flat_rows
 from clipless_dp.model.rowwise import EVERY, random_numbers
 from clipless_dp.sampling import fingerprints
+from clipless_dp.uncompiled import uncompiled
 
 _ROUNDING = 1e-5
 """Of the largest number: sums of several terms in another order differ by some 1e-6 in float32."""
@@ -142,7 +142,7 @@ _CHOOSING = frozenset({"IndexBackward0", "IndexSelectBackward0", "MaskedSelectBa
 """Operations by which rows are chosen for what is in them, as slices are not."""
 
 
-@_disable_dynamo
+@uncompiled
 def guarded(values: Tensor, drop: Callable[[], None]) -> Tensor:
     """A copy, whose hooks may look at what comes back to it and not change it.
 

@@ -22,7 +22,6 @@ from weakref import ReferenceType, WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 
 from clipless_dp.bounds.sensitivity import Sensitivity
 from clipless_dp.distributed import placement
@@ -34,6 +33,7 @@ from clipless_dp.model.passes import DROPPED, LEFT_OUT, SPENT, Pass, Watched, de
 from clipless_dp.model.surroundings import is_out_of_memory, refuse_interference
 from clipless_dp.model.turns import Turns
 from clipless_dp.sampling.series import Draw, Rows
+from clipless_dp.uncompiled import uncompiled
 
 _MOST_OPEN = 4096
 """Compiled passes that wait for a backward pass; those that never get one are forgotten."""
@@ -99,7 +99,7 @@ class Register:
         self.parameters, self.counts = self.aliases.parameters, self.aliases.counts
         self.turns.follow(self.parameters)
 
-    @_disable_dynamo
+    @uncompiled
     def open(self, inputs: Tensor) -> Pass:
         """A pass of these rows.
 

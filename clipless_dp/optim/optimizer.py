@@ -11,7 +11,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from accounting import Accountant, create_accountant
@@ -301,7 +300,7 @@ class CliplessDPOptimizer(Around):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @_disable_dynamo
+    @uncompiled
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One private update; of what ``torch.compile`` is called around, a compiler takes no part of it.
 
