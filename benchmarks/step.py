@@ -34,6 +34,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from clipless_dp import CliplessDPSGD, DPLipModel, PoissonBatches, constraints, gated, gradient_gated, losses
+from clipless_dp.noise import SystemNoise
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatchSampler
 from clipless_dp.training import compiled_loss
@@ -68,8 +70,19 @@ CELLS: dict[str, tuple[int, ...]] = {
 """Networks by name, and the batch sizes that each is timed at."""
 USUAL = ("mlp", "wide", "cnn5", "vgg")
 
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
+"""Processor time is that of all threads of the process: on a machine that others use, of one thread, the steadier."""
+
 Step = Callable[[], None]
 Data = tuple[Tensor, Tensor]
+
+
+class MeanOfTokens(nn.Module):
+    """``(B, T, K)`` to ``(B, K)``."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """The mean."""
+        return values.mean(1)
 
 
 def network(kind: str) -> nn.Sequential:
@@ -79,7 +92,8 @@ def network(kind: str) -> nn.Sequential:
         kind: ``"mlp"``: 784-512-512-10; ``"wide"``: 784-2048-2048-10; ``"cnn"``: the convolutional one of
             ``benchmarks/accuracy.py``; ``"cnn5"``: convolutions of 5×5 in steps of one, 1→16 at 28×28 and 16→32
             at 14×14; ``"vgg"``: of 3×3, 1→64→64 at 28×28 and 64→128→128 at 14×14; ``"mlp-256x3"``: three hidden
-            layers of 256; ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14.
+            layers of 256; ``"cnn-16x3"``: three convolutions of 16 channels, at 14×14; ``"tokens-256x3x16"``: three
+            layers of 256 on each of 16 tokens, which are the image's pixels in turn, and one on their mean.
     """
     torch.manual_seed(0)
     if kind in ("cnn5", "vgg"):
@@ -99,6 +113,12 @@ def network(kind: str) -> nn.Sequential:
         widths = [784, *[width] * depth]
         hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
         return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, 10))
+    if family == "tokens":
+        width, depth, tokens = map(int, size.split("x"))
+        widths = [784 // tokens, *[width] * depth]
+        hidden = [layer for pair in pairwise(widths) for layer in (nn.Linear(*pair), nn.ReLU())]
+        cut = nn.Flatten(), nn.Unflatten(1, (tokens, 784 // tokens))
+        return nn.Sequential(*cut, *hidden, MeanOfTokens(), nn.Linear(width, 10))
     if size:
         width, depth = map(int, size.split("x"))
         maps = [nn.Conv2d(1, width, 5, stride=2, padding=2, bias=False), nn.ReLU()]
@@ -162,8 +182,23 @@ def sgd(
     return step
 
 
+def numpy_noise() -> SystemNoise:
+    """The system's noise as it is where the optional package ``cryptography`` is not installed."""
+    source = SystemNoise()
+    with mock.patch.dict(sys.modules, {"cryptography.hazmat.primitives.ciphers": None}):
+        source.standard_normal_(torch.empty(2))  # It keeps the generator that it makes for its first numbers.
+    return source
+
+
 def clipless(
-    kind: str, data: Data, batch: int, *, route: str, compiled: bool = False, channels_last: bool = False
+    kind: str,
+    data: Data,
+    batch: int,
+    *,
+    route: str,
+    compiled: bool = False,
+    channels_last: bool = False,
+    cryptography: bool = True,
 ) -> Step:
     net = network(kind).to(memory_format=torch.channels_last if channels_last else None)
     gates = {"gated": gated, "gradient gates": gradient_gated}.get(route)
@@ -176,7 +211,12 @@ def clipless(
     ).to(data[0].device)
     rate = batch / len(data[0])
     optimizer = CliplessDPSGD(
-        model, lr=RATE_OF_LEARNING, noise_multiplier=NOISE, sample_rate=rate, dataset_size=len(data[0])
+        model,
+        lr=RATE_OF_LEARNING,
+        noise_multiplier=NOISE,
+        sample_rate=rate,
+        dataset_size=len(data[0]),
+        noise="system" if cryptography else numpy_noise(),
     )
     # The rows of `fit`: draws are padded to a small multiple.
     rows = max(8, int(batch**0.5) // 2)
@@ -262,6 +302,7 @@ CONTENDERS: dict[str, Callable[[str, Data, int], Step]] = {
     "SGD + noise": lambda *given: sgd(*given, noise=True),
     "gated": lambda *given: clipless(*given, route="gated"),
     "gated, channels last": lambda *given: clipless(*given, route="gated", channels_last=True),
+    "gated, without cryptography": lambda *given: clipless(*given, route="gated", cryptography=False),
     "gated, compiled": lambda *given: clipless(*given, route="gated", compiled=True),
     "gradient gates": lambda *given: clipless(*given, route="gradient gates"),
     "gradient gates, channels last": lambda *given: clipless(*given, route="gradient gates", channels_last=True),
@@ -301,7 +342,13 @@ def peak_bytes(build: Callable[[], Step], device: torch.device) -> int:
 
 
 def measure(
-    kind: str, batch: int, device: torch.device, rounds: int, repeats: int, chosen: list[str]
+    kind: str,
+    batch: int,
+    device: torch.device,
+    rounds: int,
+    repeats: int,
+    chosen: list[str],
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Any]:
     """Times of one step of each contender, taking turns."""
     torch.manual_seed(0)
@@ -328,11 +375,11 @@ def measure(
                 continue
             step = steps[name]
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             for _ in range(repeats):
                 step()
             synchronize(device)
-            times[name][turn] = (time.perf_counter() - start) / repeats
+            times[name][turn] = (clock() - start) / repeats
     best, opacus = fastest(times, PLAIN), fastest(times, OPACUS)
     assert best is not None
     rows = []
@@ -375,7 +422,7 @@ def markdown(report: dict[str, Any]) -> str:
         "# One training step",
         "",
         f"{report['machine']}, {report['threads']} thread(s), torch {report['torch']}, {report['rounds']} rounds of "
-        f"{report['repeats']} steps. Regenerate with `python benchmarks/step.py`.",
+        f"{report['repeats']} steps, {report['clock']} time. Regenerate with `python benchmarks/step.py`.",
         "",
         "Time of a whole step, sampling included; medians of interleaved rounds. `ratio` is to the fastest plain SGD "
         "of the table (as it is, channels last, compiled) in the same round, with its quartiles; `of fastest` compares "
@@ -415,6 +462,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--repeats", type=int, default=3, help="steps of each contender in each round")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="wall")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing compiled, nothing written")
     parser.add_argument("--out", type=Path, default=RESULTS / "step.json", help="JSON; the table goes beside it")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
@@ -433,7 +481,8 @@ def main() -> None:
         warnings.simplefilter("ignore")
         with full_precision():
             device = torch.device(options.device)
-            print(json.dumps(measure(kind, int(batch), device, options.rounds, options.repeats, contenders)))
+            clock = CLOCKS[options.clock]
+            print(json.dumps(measure(kind, int(batch), device, options.rounds, options.repeats, contenders, clock)))
         return
     runs = []
     allocators = options.allocators if options.device == "cpu" else ["default"]
@@ -441,7 +490,7 @@ def main() -> None:
         for batch in options.batches or CELLS[kind]:
             for allocator in allocators:
                 settings = ["--threads", str(options.threads), "--rounds", str(options.rounds)]
-                settings += ["--repeats", str(options.repeats), "--device", options.device]
+                settings += ["--repeats", str(options.repeats), "--device", options.device, "--clock", options.clock]
                 command = [
                     sys.executable,
                     __file__,
@@ -464,6 +513,7 @@ def main() -> None:
         "torch": torch.__version__,
         "rounds": options.rounds,
         "repeats": options.repeats,
+        "clock": options.clock,
         "runs": runs,
     }
     text = markdown(report)

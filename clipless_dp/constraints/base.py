@@ -90,6 +90,10 @@ class Constraint(ABC):
         as long as it reads nothing but the gradient, the weight and what is public.
         """
 
+    def changes_gradients(self) -> bool:
+        """Whether :meth:`project_gradient_` may do anything: where not, parts of weights are not gathered for it."""
+        return type(self).project_gradient_ is not Constraint.project_gradient_
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(limit={self.limit:g})"
 

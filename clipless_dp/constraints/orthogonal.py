@@ -139,6 +139,10 @@ class Orthogonal(Constraint):
             frame, noisy = operators[0].matrix(weight), operators[0].matrix(gradient)
             gradient.copy_(tangent_step(frame / typical_size(frame), noisy).reshape(gradient.shape))
 
+    def changes_gradients(self) -> bool:
+        """Where ``tangent`` asks for it, or a subclass's :meth:`project_gradient_` is its own."""
+        return self.tangent or type(self).project_gradient_ is not Orthogonal.project_gradient_
+
     def _orthogonalize_(self, weight: Tensor, operator: Operator) -> None:
         current = operator.matrix(weight)
         # The division by the certified norm left all singular values at one size, far below the limit for kernels.

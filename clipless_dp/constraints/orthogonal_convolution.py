@@ -84,6 +84,10 @@ class OrthogonalConvolution(Orthogonal):
         elif self.tangent:
             _Symbol(operator, weight).project_(gradient, weight, self.iterations)
 
+    def changes_gradients(self) -> bool:
+        """Where ``tangent`` asks for it, or a subclass's :meth:`project_gradient_` is its own."""
+        return self.tangent or type(self).project_gradient_ is not OrthogonalConvolution.project_gradient_
+
     def _orthogonalize_(self, weight: Tensor, operator: Operator) -> None:
         if isinstance(operator, ConvOperator):
             _Symbol(operator, weight).orthogonalize_(weight, self.limit, self.iterations)

@@ -133,7 +133,7 @@ class Weights:
         changes: list[Change] = []
         for name, constraint in self._trained():
             gradient = self._net.get_parameter(name).grad
-            if gradient is not None and type(constraint).project_gradient_ is not Constraint.project_gradient_:
+            if gradient is not None and constraint.changes_gradients():
                 change = partial(_project_gradient_, name, constraint, self._tracker.operators[name])
                 changes.append(Change(name, change, (gradient, self._values(name))))
         here.change_(changes)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from clipless_dp import CliplessDPSGD, DPLipModel, ReproducibleNoise, losses
-from clipless_dp.constraints import Orthogonal, orthogonal
+from clipless_dp.constraints import LipschitzPenalty, Orthogonal, OrthogonalConvolution, Spectral, orthogonal
 from clipless_dp.noise import SystemNoise
 from tests.soundness.attack import per_sample_gradients, wrap
 from tests.soundness.mutation import Mutant, with_each
@@ -254,3 +255,34 @@ def test_the_adversary_catches_a_projector_that_is_not_normalised(monkeypatch: p
     model = attacked("square", 3.0)
     NOT_NORMALISED.apply(monkeypatch)
     assert adversary(model) > 1.1
+
+
+class _Own(Orthogonal):
+    """Sees gradients though it asks for no tangent space."""
+
+    def project_gradient_(self, gradient: Tensor, weight: Tensor, operators: Any) -> None:
+        gradient.zero_()
+
+
+@pytest.mark.parametrize("name", ["square", "conv"])
+@pytest.mark.parametrize("constraint", [Orthogonal(), OrthogonalConvolution()])
+def test_a_constraint_that_leaves_gradients_alone_says_so(constraint: Orthogonal, name: str) -> None:
+    assert not constraint.changes_gradients()
+    build, shape = LAYERS[name]
+    model = wrap(nn.Sequential(build()), shape, constraint=constraint)
+    weight = model.net.get_parameter("0.weight")
+    gradient = torch.randn_like(weight)
+    before = gradient.clone()
+    constraint.project_gradient_(gradient, weight, model.operators("0.weight"))
+    assert torch.equal(gradient, before)
+    assert type(constraint)(tangent=True).changes_gradients()
+    assert LipschitzPenalty(0.1).changes_gradients()
+    assert not Spectral().changes_gradients()
+
+
+def test_a_constraint_of_a_users_own_meets_gradients_whatever_it_inherits() -> None:
+    model = wrap(nn.Sequential(nn.Linear(4, 4, bias=False)), (4,), constraint=_Own())
+    weight = model.net.get_parameter("0.weight")
+    weight.grad = torch.ones_like(weight)
+    model.project_gradients_()
+    assert not bool(weight.grad.any())
