@@ -41,12 +41,13 @@ def single_precision_serves(matrix: Tensor) -> bool:
 
 
 def single_frobenius_bound(matrix: Tensor) -> float:
-    """Upper bound of the Frobenius norm of a float32 matrix, from float32 sums where these are precise enough."""
-    rounding = product_error(matrix.numel() + 4)
+    """Upper bound of the Frobenius norm of a float32 matrix, from float32 sums of each row's squares."""
+    rounding = product_error(matrix.shape[1] + 4)
     if rounding > 0.1:
         return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) * (1.0 + 1e-6)
-    # The last term is for squares that underflow.
-    return float(torch.linalg.vector_norm(matrix)) * (1.0 + 2.0 * rounding) + math.sqrt(matrix.numel()) * 2.0**-62
+    # Squares that underflow lose less than the last term. Norms of rows are added up in float64.
+    rows = torch.linalg.vector_norm(matrix, dim=1).double()
+    return float(torch.linalg.vector_norm(rows)) * (1.0 + 2.0 * rounding) + math.sqrt(matrix.numel()) * 2.0**-62
 
 
 def single_precision_norm(weight: Tensor) -> float | None:

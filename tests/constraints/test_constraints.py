@@ -452,8 +452,8 @@ def test_one_singular_value_that_stands_out_does_not_collapse(longest: float) ->
     Orthogonal().project_(weight, (DenseOperator(),))
     values = torch.linalg.svdvals(weight.double())
     assert float(values[0]) <= 1.0
-    # Its weight is divided by what stands out, and comes back in four iterations.
-    assert float(values[-1]) > 0.97
+    # f(1.4) = 0.73 and f(f(1.4)) = 0.9; beyond √2 the weight is divided by what stands out first.
+    assert float(values[-1]) > 0.85
 
 
 def far_from_one_step(monkeypatch: pytest.MonkeyPatch) -> float:
