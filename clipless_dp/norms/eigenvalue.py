@@ -24,6 +24,9 @@ _HALVED_FROM = 256
 _SMALL_ENTRIES = 1 << 15
 """Entries of all matrices together up to which factorising all costs less than choosing (measured likewise)."""
 
+_DENSE_TO = 20
+"""Rows up to which a tridiagonal matrix is treated as any other in less time (measured likewise)."""
+
 _ROUNDS = 48
 
 
@@ -285,6 +288,9 @@ def _tridiagonal_top(alphas: list[float], betas: list[float]) -> tuple[float, fl
         betas: Beside it; the last one is not read.
     """
     last = len(alphas) - 1
+    if last < _DENSE_TO:
+        values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas[:-1], -1))
+        return float(values[-1]), 1.0 / max(float(vectors[-1, -1]) ** 2, 1e-300)
     values, vectors = eigh_tridiagonal(
         np.asarray(alphas), np.asarray(betas[:-1]), select="i", select_range=(last, last), check_finite=False
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -18,8 +19,8 @@ _FROM, _TO = 160, 2048
 _CHUNK, _ROUNDED = 392, 1 << 18
 """Most columns of one product, and most times rows: more would err by more than 0.8 % of the norm at worst."""
 
-_BLOCK = 96
-"""Rows that are factorised at once (measured on one CPU core)."""
+_BLOCK, _WHOLE_TO = 96, 256
+"""Rows that are factorised at once, of a matrix with more rows than the second number (measured on one CPU core)."""
 
 _ATTEMPTS = (1e-2, 2.5e-2), (2e-2, 1e-3)
 """Relative slack of the squared norm above an estimate from below, and the residual at which the estimate stops."""
@@ -40,12 +41,13 @@ def single_precision_serves(matrix: Tensor) -> bool:
 
 
 def single_frobenius_bound(matrix: Tensor) -> float:
-    """Upper bound of the Frobenius norm of a float32 matrix, from float32 sums where these are precise enough."""
-    rounding = product_error(matrix.numel() + 4)
+    """Upper bound of the Frobenius norm of a float32 matrix, from float32 sums of each row's squares."""
+    rounding = product_error(matrix.shape[1] + 4)
     if rounding > 0.1:
         return float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) * (1.0 + 1e-6)
-    # The last term is for squares that underflow.
-    return float(torch.linalg.vector_norm(matrix)) * (1.0 + 2.0 * rounding) + math.sqrt(matrix.numel()) * 2.0**-62
+    # Squares that underflow lose less than the last term. Norms of rows are added up in float64.
+    rows = torch.linalg.vector_norm(matrix, dim=1).double()
+    return float(torch.linalg.vector_norm(rows)) * (1.0 + 2.0 * rounding) + math.sqrt(matrix.numel()) * 2.0**-62
 
 
 def single_precision_norm(weight: Tensor) -> float | None:
@@ -66,7 +68,7 @@ def single_precision_norm(weight: Tensor) -> float | None:
     Guarantee: with ``ε`` the relative error of the Gram matrix (:func:`~clipless_dp.norms.gram.single_gram_matrix`),
     ``S`` the computed one below the diagonal and its mirror image above, ``‖WWᵀ - S‖ ≤ ε‖W‖_F²``, since it errs entry
     by entry. Let ``A = fl(λI - S)``, off by ``u|A_ii|/(1-u)`` on the diagonal. By :func:`_factorised`
-    ``A + ΔA ⪰ 0`` with ``‖ΔA‖ ≤ γ/(1-γ)·tr A``. Hence ``λ_max(WWᵀ) ≤ λ + u/(1-u)·max A_ii + γ/(1-γ)·tr A + ε‖W‖_F²``,
+    ``A + ΔA ⪰ 0`` with a bound of ``‖ΔA‖``. Hence ``λ_max(WWᵀ) ≤ λ + u/(1-u)·max A_ii + ‖ΔA‖ + ε‖W‖_F²``,
     where ``‖W‖_F² ≤ tr S/(1-ε)``. Underflow loses less than ``2⁻¹²⁶`` in a product and ``2⁻¹²⁶√λ`` in a quotient; sizes
     are refused outside of ``2^±12``, so that ``rows·columns·2⁻¹²⁰(1 + λ)`` makes up for all of it.
     """
@@ -77,19 +79,21 @@ def single_precision_norm(weight: Tensor) -> float | None:
     if len(matrix) > _TO:
         return None
     with certified_arithmetic(matrix):
+        gram = None
         for slack, enough in _ATTEMPTS:
-            squared = _squared_norm_bound(matrix, slack, enough)
+            if gram is None or len(gram) > _WHOLE_TO:
+                gram, relative = single_gram_matrix(matrix, min(_CHUNK, _ROUNDED // len(matrix)))
+            squared = _squared_norm_bound(gram, relative, matrix.shape[1], slack, enough)
             if squared < math.inf:
                 return enlarge(math.sqrt(squared))
     return None
 
 
-def _squared_norm_bound(matrix: Tensor, slack: float, enough: float) -> float:
+def _squared_norm_bound(gram: Tensor, relative: float, columns: int, slack: float, enough: float) -> float:
     """A bound of ``‖W‖²``; infinity if sizes are extreme, there is no estimate, or no factorisation so far above it.
 
-    Proof: :func:`single_precision_norm`.
+    Proof: :func:`single_precision_norm`. A Gram matrix that is large is overwritten.
     """
-    gram, relative = single_gram_matrix(matrix, min(_CHUNK, _ROUNDED // len(matrix)))
     squares = float(gram.diagonal().sum(dtype=torch.float64)) / (1.0 - relative)
     # A NaN or an infinity fails the comparison as well.
     if not 2.0**-24 <= squares <= 2.0**24:
@@ -101,41 +105,53 @@ def _squared_norm_bound(matrix: Tensor, slack: float, enough: float) -> float:
     level = single_number(estimate * (1.0 + slack))
     if not 0.0 < level < math.inf:
         return math.inf
-    shifted = gram.neg_()
+    rows = len(gram)
+    shifted = gram.neg() if rows <= _WHOLE_TO else gram.neg_()
     shifted.diagonal().add_(level)
     diagonal = shifted.diagonal().double()
-    trace, largest = float(diagonal.sum()), float(diagonal.abs().max())
-    factorised, rounding = _factorised(shifted)
-    if not factorised:
+    sizes = diagonal.abs()
+    largest, rounding = float(sizes.max()), float(sizes @ _relative_errors(rows))
+    if not _factorised(shifted):
         return math.inf
-    bound = level + 2.0 * SINGLE_UNIT * largest + rounding / (1.0 - rounding) * trace
-    bound += relative * squares + matrix.numel() * 2.0**-120 * (1.0 + level)
-    return enlarge(bound, len(matrix) + 16)
+    bound = level + 2.0 * SINGLE_UNIT * largest + rounding
+    bound += relative * squares + rows * columns * 2.0**-120 * (1.0 + level)
+    return enlarge(bound, rows + 16)
 
 
-def _factorised(matrix: Tensor) -> tuple[bool, float]:
-    """Whether Cholesky runs to completion on a float32 matrix, which it overwrites, and the rounding of doing so.
+@functools.lru_cache(maxsize=32)
+def _relative_errors(rows: int) -> Tensor:
+    """``c_j/(1 - c_j)`` of :func:`_factorised`."""
+    terms = range(4, rows + 4) if rows <= _WHOLE_TO else [_BLOCK + -(-rows // _BLOCK) + 2] * rows
+    errors = [product_error(count) for count in terms]
+    return torch.tensor([error / (1.0 - error) for error in errors], dtype=torch.float64, device="cpu")
+
+
+def _factorised(matrix: Tensor) -> bool:
+    """Whether Cholesky runs to completion on a float32 matrix, which it overwrites if it is large.
 
     Args:
-        matrix: Shape (r, r); the lower triangle is read.
+        matrix: Shape (r, r), ``A``; the lower triangle is read.
 
-    Returns:
-        Whether all pivots were positive, and ``γ`` with ``RᵀR = A + ΔA``, ``|ΔA| ≤ γ|R|ᵀ|R|`` for the factor ``R``.
-
-    Guarantee: what reaches an entry of block row I from the block rows before are products of b terms each, computed
-    apart (error ``γ_b``) and subtracted one by one (``γ_{r/b}``); within the block, b more terms and a division or
-    root (``γ_{b+1}``, Higham 2002, Lemma 8.4 and Theorem 10.3). Together ``γ_{b + r/b + 2}``. As
-    ``(RᵀR)_ii ≤ A_ii + γ(RᵀR)_ii``, ``‖ΔA‖ ≤ γ‖R‖_F² ≤ γ/(1-γ)·tr A``.
+    Guarantee: if so, there is ``R`` with ``RᵀR = A + ΔA`` and ``‖ΔA‖ ≤ Σ_j c_j/(1 - c_j)·A_jj`` for the numbers of
+    :func:`_relative_errors`. Entry ``i ≤ j`` of a matrix that is factorised at once is a sum of i products and a term,
+    in any order, then divided by a number, perhaps through its inverse, or its root: ``|ΔA_ij| ≤ c_i Σ_k|R_ki||R_kj|``
+    with ``c_i = γ_{i+3}`` (Higham 2002, Lemma 8.4 and Theorem 10.3). Larger ones are factorised by blocks, so that sums
+    are short: what reaches an entry of block row I from the block rows before are products of b terms each, computed
+    apart (error ``γ_b``) and subtracted one by one (``γ_{r/b}``); within the block, b more terms and a division or root
+    (``γ_{b+1}``): ``c_i = γ_{b + r/b + 2}`` for all. As ``c_i ≤ √(c_i c_j)``, ``|ΔA| ≤ |S|ᵀ|S|`` where ``S`` has the
+    columns ``√c_j R_j``, so that ``‖ΔA‖ ≤ Σ_j c_j‖R_j‖²``, and ``‖R_j‖² ≤ A_jj + c_j‖R_j‖²``.
     """
     size = len(matrix)
-    rounding = product_error(_BLOCK + -(-size // _BLOCK) + 2)
-    for first in range(0, size, _BLOCK):
-        last = min(first + _BLOCK, size)
+    block = size if size <= _WHOLE_TO else _BLOCK
+    for first in range(0, size, block):
+        last = min(first + block, size)
         factor, info = torch.linalg.cholesky_ex(matrix[first:last, first:last])
         if int(info) != 0 or not float(factor.diagonal().amin()) > 0.0:
-            return False, rounding
+            return False
+        if last == size:
+            break
         solved = torch.linalg.solve_triangular(factor, matrix[last:, first:last].mT, upper=False)
-        for top in range(last, size, 2 * _BLOCK):
-            below = min(top + 2 * _BLOCK, size)
+        for top in range(last, size, 2 * block):
+            below = min(top + 2 * block, size)
             matrix[top:below, last:below].sub_(solved[:, top - last : below - last].mT @ solved[:, : below - last])
-    return True, rounding
+    return True

@@ -26,7 +26,7 @@ from clipless_dp.constraints import (
     almost_orthogonal,
     orthogonal,
 )
-from clipless_dp.norms.gram import single_gram_matrix
+from clipless_dp.norms.gram import single_gram_matrix, sizes_gram_bound
 from clipless_dp.norms.operators import ConvOperator, DenseOperator
 from tests.soundness.attack import wrap
 from tests.soundness.mutation import Mutant, with_each
@@ -402,6 +402,86 @@ def test_weights_near_the_limit_catch(mutant: Mutant, spread: float, monkeypatch
     assert not worst() <= 1.0 + TRUTH_ROUNDING
 
 
+def as_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Treats weights of 200 rows as those of more than a thousand."""
+    monkeypatch.setattr(orthogonal, "_LARGE", 100)
+    monkeypatch.setattr(orthogonal, "_TERMS", 64)
+
+
+@pytest.mark.parametrize("family", DENSE_WEIGHTS)
+@pytest.mark.parametrize("shape", [(200, 200), (300, 260), (257, 400)], ids=str)
+def test_the_last_orthogonal_step_of_a_large_weight_is_its_own_certificate(
+    family: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    as_large_ones(monkeypatch)
+    weight = DENSE_WEIGHTS[family](*shape).float()
+    no_certificates(monkeypatch)
+    Orthogonal().project_(weight, (DenseOperator(),))
+    values = torch.linalg.svdvals(weight.double())
+    assert float(values[0]) <= 1.0 + TRUTH_ROUNDING
+    assert Orthogonal().holds(weight, (DenseOperator(),))
+    if family in ("orthogonal", "nearly"):
+        assert float(values[-1]) > 0.998
+
+
+def test_a_large_weight_is_taken_back_in_float32_where_the_frobenius_norm_says_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    as_large_ones(monkeypatch)
+    start = near_orthogonal(300, 300, 0.0)
+    for name in ("_difference_", "scale_to_limit_"):
+        monkeypatch.setattr(orthogonal, name, lambda *_: pytest.fail("float32 and Björck's steps are enough"))
+    # Root mean squares of the eigenvalues of WᵀW - I of 0.06 and 0.15: Frobenius norms of 1 and 2.6.
+    for noise, least in ((2.5e-3, 0.99), (6e-3, 0.98)):
+        weight = (start + noise * torch.randn(300, 300, dtype=torch.float64)).float()
+        Orthogonal().project_(weight, (DenseOperator(),))
+        values = torch.linalg.svdvals(weight.double())
+        assert float(values[0]) <= 1.0
+        assert float(values[-1]) > least
+
+
+@pytest.mark.parametrize("longest", [1.4, 1.6, 1.72, 1.9])
+def test_one_singular_value_that_stands_out_does_not_collapse(longest: float) -> None:
+    torch.manual_seed(0)
+    left, right = (near_orthogonal(200, 200, 0.0) for _ in range(2))
+    sizes = torch.ones(200, dtype=torch.float64)
+    sizes[3] = longest
+    weight = (left * sizes @ right).float()
+    Orthogonal().project_(weight, (DenseOperator(),))
+    values = torch.linalg.svdvals(weight.double())
+    assert float(values[0]) <= 1.0
+    # f(1.4) = 0.73 and f(f(1.4)) = 0.9; beyond √2 the weight is divided by what stands out first.
+    assert float(values[-1]) > 0.85
+
+
+def far_from_one_step(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Largest distance of an entry from that of ``W - (WWᵀ - I)W/2``, of a product in pieces."""
+    as_large_ones(monkeypatch)
+    torch.manual_seed(0)
+    weight = near_orthogonal(200, 260, 0.06).float()
+    exact = weight.double()
+    expected = 1.5 * exact - 0.5 * exact @ exact.mT @ exact
+    difference = orthogonal._difference_in_single(weight)
+    assert difference is not None
+    orthogonal._last_step_(weight, difference)
+    return float((weight.double() - expected).abs().max())
+
+
+def test_a_product_in_pieces_is_that_of_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert far_from_one_step(monkeypatch) <= 1e-6
+
+
+@with_each(
+    Mutant("a piece of what is new", orthogonal, "_last_step_", "part.clone() if pieces > 1 else part", "part"),
+    Mutant("pieces in another order", orthogonal, "_last_step_", "before.split(terms)", "before.split(terms)[::-1]"),
+)
+def test_one_step_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant.apply(monkeypatch)
+    assert far_from_one_step(monkeypatch) > 1e-4
+
+
 def worst_of_unlucky_products(monkeypatch: pytest.MonkeyPatch) -> float:
     """Norm after a step whose Gram matrix is as far off as it may be, in the direction that hurts."""
     torch.manual_seed(0)
@@ -411,8 +491,9 @@ def worst_of_unlucky_products(monkeypatch: pytest.MonkeyPatch) -> float:
 
     def unlucky(matrix: Tensor, chunk: int) -> tuple[Tensor, float]:
         gram, relative = single_gram_matrix(matrix, chunk)
+        most = len(gram) if len(gram) <= orthogonal._LARGE else sizes_gram_bound(matrix)
         # Ten times the error, so that other allowances do not hide it.
-        return gram - 10.0 * relative * len(gram) * torch.outer(direction, direction), 10.0 * relative
+        return gram - 10.0 * relative * most * torch.outer(direction, direction), 10.0 * relative
 
     monkeypatch.setattr(orthogonal, "single_gram_matrix", unlucky)
     monkeypatch.setattr(orthogonal, "scale_to_limit_", lambda *_: None)
@@ -420,15 +501,26 @@ def worst_of_unlucky_products(monkeypatch: pytest.MonkeyPatch) -> float:
     return float(torch.linalg.svdvals(weight.double())[0])
 
 
-def test_a_float32_gram_matrix_as_far_off_as_it_may_be_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("large", [False, True])
+def test_a_float32_gram_matrix_as_far_off_as_it_may_be_does_no_harm(
+    large: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if large:
+        as_large_ones(monkeypatch)
     assert worst_of_unlucky_products(monkeypatch) <= 1.0
 
 
-@with_each(
-    Mutant("its error forgotten", orthogonal, "_difference_in_single", "relative * squares +", "0.0 *"),
+UNLUCKY_MUTANTS = (
+    Mutant("its error forgotten", orthogonal, "_difference_in_single", "relative * sizes +", "0.0 *"),
     Mutant("a third of its error", orthogonal, "_last_step_", "size * error +", "size * error / 3.0 +"),
 )
-def test_an_unlucky_gram_matrix_catches(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+
+
+@pytest.mark.parametrize("large", [False, True])
+@with_each(*UNLUCKY_MUTANTS)
+def test_an_unlucky_gram_matrix_catches(mutant: Mutant, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        as_large_ones(monkeypatch)
     mutant.apply(monkeypatch)
     assert worst_of_unlucky_products(monkeypatch) > 1.0
 

@@ -76,12 +76,60 @@ def test_a_frobenius_norm_from_float32_sums_is_not_below_the_truth() -> None:
         assert single_frobenius_bound(matrix) >= float(torch.linalg.vector_norm(matrix.double()))
 
 
+SIZED = [
+    torch.full((300, 700), 0.1),
+    torch.full((300, 200), 0.7),
+    torch.randn(200, 300, generator=torch.Generator().manual_seed(0)),
+    torch.diag(torch.arange(300.0, 0.0, -1.0)),
+    -torch.ones(1, 1),
+]
+
+
+def worst_of_sizes() -> float:
+    """Largest relative error below the truth of the bound of ``‖|M||M|ᵀ‖``."""
+    return max(1.0 - gram.sizes_gram_bound(matrix) / spectral(matrix.abs()) ** 2 for matrix in (*SIZED, SIZED[2].mT))
+
+
+def test_the_norm_of_sizes_is_not_below_the_truth_and_less_than_that_of_frobenius() -> None:
+    assert worst_of_sizes() <= TRUTH_ROUNDING
+    assert gram.sizes_gram_bound(SIZED[2]) <= 0.75 * float(SIZED[2].double().square().sum())
+
+
+@with_each(
+    Mutant("no rounding", gram, "sizes_gram_bound", "(1.0 + 2.0 *", "(1.0 - 0.0 *"),
+    Mutant("signs", gram, "sizes_gram_bound", "part.abs() @ sums", "part @ sums"),
+    Mutant(
+        "the last rows only",
+        gram,
+        "sizes_gram_bound",
+        "max(float((part.abs() @ sums).amax()) for part in parts)",
+        "float((parts[-1][-1:].abs() @ sums).amax())",
+    ),
+)
+def test_constant_and_uneven_matrices_catch(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant.apply(monkeypatch)
+    assert worst_of_sizes() > 1e-8
+
+
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_blocks_of_large_gram_matrices_are_those_of_small_ones(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(1100, 70)
+    found, relative = single_gram_matrix(matrix, chunk)
+    monkeypatch.setattr(gram, "_WIDE_FROM", 2000)
+    known, same = single_gram_matrix(matrix, chunk)
+    assert relative == same
+    assert torch.allclose(found, known, rtol=1e-5, atol=1e-4)
+
+
 @functools.cache
 def unlucky() -> list[tuple[Tensor, float]]:
     """Sums that float32 rounds the same way again and again, and spectra that a factorisation barely misses."""
     torch.manual_seed(0)
     constants = [torch.full((160, 1024), value) for value in (0.1, 0.3, 0.7, 1.0 + 2.0**-12, 1.0 + 2.0**-20)]
-    flat = [FAMILIES[family](200, 200).float() for family in ("orthogonal", "clustered", "hidden_top", "gaussian")]
+    spectra = ("orthogonal", "clustered", "hidden_top", "gaussian")
+    # Those of more than 256 rows are factorised by blocks.
+    flat = [FAMILIES[family](rows, rows).float() for family in spectra for rows in (200, 290)]
     return [(weight, spectral(weight)) for weight in constants + flat]
 
 
@@ -100,10 +148,11 @@ def worst_below(monkeypatch: pytest.MonkeyPatch) -> float:
 
 
 MUTANTS = (
-    Mutant("no rounding", single, "_squared_norm_bound", "enlarge(bound, len(matrix) + 16)", "level"),
+    Mutant("no rounding", single, "_squared_norm_bound", "enlarge(bound, rows + 16)", "level"),
     Mutant("half an update", single, "_factorised", ".mT @ solved", ".mT @ (0.5 * solved)"),
     Mutant("the first block only", single, "_factorised", "matrix[top:below, last:below].sub_(", "id("),
-    Mutant("not shifted", single, "_squared_norm_bound", "gram.neg_()", "gram.neg_().mul_(0.9)"),
+    Mutant("nobody looks at pivots", single, "_factorised", "int(info) != 0 or not", "False and"),
+    Mutant("not shifted", single, "_squared_norm_bound", "gram.neg() if", "gram.neg().mul_(0.9) if"),
 )
 
 
@@ -180,5 +229,5 @@ def test_float32_is_used_where_it_serves_only() -> None:
 
 def test_where_no_factorisation_succeeds_float32_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(single, "_factorised", lambda matrix: (False, 0.0))
+    monkeypatch.setattr(single, "_factorised", lambda matrix: False)
     assert single_precision_norm(torch.randn(200, 300)) is None
