@@ -6,6 +6,7 @@ from clipless_dp.features.frozen import FrozenFeatures
 from clipless_dp.features.leaves import dead_leaves
 from clipless_dp.features.patches import PatchDictionary
 from clipless_dp.features.scattering import NaturalStandardisation, Scattering2d
+from clipless_dp.features.strokes import strokes
 from clipless_dp.features.vectors import GroupedScattering, MirroredScattering, OpponentColours
 from clipless_dp.features.whitening import JoinedFeatures, SyntheticWhitening
 
@@ -22,4 +23,5 @@ __all__ = [
     "SyntheticWhitening",
     "TableEncoding",
     "dead_leaves",
+    "strokes",
 ]

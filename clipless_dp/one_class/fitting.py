@@ -18,13 +18,15 @@ from clipless_dp.arguments import choice, learning_rate, positive, require_accou
 from clipless_dp.audit.gradients import sensitivity
 from clipless_dp.constraints import ConstraintSpec, Orthogonal
 from clipless_dp.distributed import placement
-from clipless_dp.errors import ConfigurationError, PrivacyError
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
+from clipless_dp.features import FrozenFeatures
 from clipless_dp.losses import ConvexHingeKR
 from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.one_class.box import BoxProjection, public_box, require_rows
+from clipless_dp.one_class.front import FixedFeatures, around, computed, fixed
 from clipless_dp.one_class.model import NETWORKS, OneClassModel
-from clipless_dp.one_class.sampler import BoundarySampler
+from clipless_dp.one_class.sampler import BoundarySampler, PublicNegatives
 from clipless_dp.optim import CliplessDPOptimizer
 from clipless_dp.precision import full_precision
 from clipless_dp.sampling import PoissonBatches, trained_on
@@ -67,7 +69,7 @@ class _Asked:
 
     model: DPLipModel
     box: BoxProjection
-    sampler: BoundarySampler
+    sampler: BoundarySampler | PublicNegatives
     level: float
     plan: Plan
     negatives: int
@@ -77,7 +79,7 @@ class _Asked:
 
     def made_up(self) -> tuple[Tensor, Tensor]:
         """Negatives at the weights of now, and their labels."""
-        points = self.sampler.draw(self.negatives, level=self.level)
+        points = self.sampler.negatives(self.negatives, level=self.level)
         return points, torch.full((self.negatives,), _NEGATIVE)
 
 
@@ -91,15 +93,17 @@ def fit_one_class(
     margin: float | None = None,
     weight: float = 100.0,
     network: str | nn.Module = "dense",
+    features: nn.Module | None = None,
     constraint: ConstraintSpec = None,
     epochs: float | None = None,
     batch_size: int | None = None,
     negatives: int | None = None,
+    public_negatives: Any = None,
     lr: float | None = None,
     optimizer: OptimizerFactory | None = None,
     scheduler: SchedulerFactory = linear_decay,
-    walk_steps: int = 8,
-    walk_damping: float = 1.0,
+    walk_steps: int | None = None,
+    walk_damping: float | None = None,
     level: float | None = None,
     rate: float | None = None,
     threshold_share: float = 0.1,
@@ -112,7 +116,9 @@ def fit_one_class(
     """Learns the signed distance of a set from rows of it: positive inside, negative outside, 1-Lipschitz.
 
     Rows are positives. Negatives are made up (:class:`BoundarySampler`): points of the public box that walk towards the
-    level ``-m`` of the network. The loss is :func:`one_class_loss` of both; at its optimum ``f`` is about ``m`` on the
+    level ``-m`` of the network. Or they are drawn uniformly, with replacement, from public rows that you give, such as
+    images of :func:`clipless_dp.features.strokes`: in many dimensions, where next to nothing of the box is like a row,
+    these tell far more. The loss is :func:`one_class_loss` of both; at its optimum ``f`` is about ``m`` on the
     set, and falls by one for each unit of distance from it until ``-m`` (Béthune et al., "Robust one-class
     classification with signed distance function using 1-Lipschitz neural networks", ICML 2023).
 
@@ -129,17 +135,26 @@ def fit_one_class(
         delta: target δ.
         margin: ``m``, in units of the rows; by default :data:`HALF_DIAGONALS` of half of the box's diagonal.
         weight: ``λ``: larger ones separate better, smaller ones are more robust.
-        network: ``"dense"`` (:func:`dense_distance`), ``"convolutional"`` (:func:`convolutional_distance`), or a module
-            of one output, from samples that are seen from the centre of the box.
+        network: ``"dense"`` (:func:`dense_distance`), ``"linear"`` (:func:`linear_distance`), ``"convolutional"``
+            (:func:`convolutional_distance`), or a module of one output, from samples that are seen from the centre of
+            the box; behind features, from these, as :class:`FixedFeatures` makes them.
+        features: a fixed module that runs before the network, such as :class:`clipless_dp.features.Scattering2d`: with
+            an attribute ``lipschitz``, a finite constant, which certificates count; stated, not checked, where it is no
+            module of this package. It takes rows ``(N, *input_shape)`` of the box, each by itself, and no private
+            data may have entered it. Features of all rows are computed once.
         constraint: of the network; by default :class:`clipless_dp.constraints.Orthogonal` on all weights.
         epochs: passes over the rows, in expectation.
         batch_size: expected positives of a step.
-        negatives: of a step, at least ``batch_size``; by default that.
+        negatives: number of them in a step, at least ``batch_size``; by default that.
+        public_negatives: rows ``(M, *input_shape)`` that are *public*, nobody's data: none of them may be a row of the
+            private ones. Then nothing walks. Where there are features, the mean of theirs is the middle of what the
+            network sees, and the largest distance from it the radius, beyond which rows are projected.
         lr: learning rate of the default optimizer, Adam with ε and RMSprop without.
         optimizer: makes another one from the parameters.
         scheduler: builds a scheduler from the optimizer and the number of steps.
-        walk_steps: ``T`` of :func:`newton_walk`.
-        walk_damping: ``c`` of it, in (0, T]; more of it is for many dimensions, where uniform points lie far away.
+        walk_steps: ``T`` of :func:`newton_walk`; by default 8.
+        walk_damping: ``c`` of it, in (0, T], by default 1; more of it is for many dimensions, where uniform points lie
+            far away.
         level: of ``f``, up to which negatives walk, in [-m, m); by default ``-m``, at which the loss has its optimum at
             the signed distance, and negatives press on it by ``1/λ`` alone. Above it they press with the whole hinge:
             that tells more apart in few steps and many dimensions, but ``m - f`` estimates no distance then.
@@ -155,7 +170,9 @@ def fit_one_class(
     Raises:
         ConfigurationError: an argument is out of range, the domain may have been computed from data, or δ is missing.
             Nothing was charged then, nor by any of the following.
-        InputError: rows are no finite floating-point numbers, or do not fit the network.
+        InputError: rows, or public negatives, are no finite floating-point numbers, or do not fit the network; or a
+            public negative is one of the rows.
+        PrivacyError: features of a sample depend on other samples.
         UnsupportedModuleError: a layer of the network has no bound, as those that take statistics of a batch.
         AuditError: an attack passed a bound.
 
@@ -173,27 +190,33 @@ def fit_one_class(
     table = require_rows(rows)
     box = public_box(domain, tuple(table.shape[1:]))
     size = public_size(dataset_size, len(table))
-    margin = box.radius * HALF_DIAGONALS if margin is None else positive("margin", margin)
+    public = None if public_negatives is None else _public(public_negatives, box, (walk_steps, walk_damping, level))
+    points = box(table)
+    _refuse_private(public, points)
+    front, frozen, public = _features(features, box, public)
+    radius = box.radius if front is None else front.radius
+    margin = radius * HALF_DIAGONALS if margin is None else positive("margin", margin)
     loss = one_class_loss(margin, weight)
-    model = _model(network, box, loss, Orthogonal(tangent=True) if constraint is None else constraint)
+    shape = box.input_shape if front is None else front.feature_shape
+    model = _model(network, shape, radius, loss, Orthogonal(tangent=True) if constraint is None else constraint)
     plan = _plan(private, size, epochs, batch_size)
-    count = plan.batch_size if negatives is None else whole("negatives", negatives)
-    if count < plan.batch_size:
-        raise ConfigurationError(
-            f"{count} negatives for {plan.batch_size} positives expected: a sum of fewer would have to be weighed up, "
-            "which the gate at the output undoes. Give at least as many negatives"
-        )
+    count = _number(negatives, plan.batch_size)
     step = learning_rate("lr", (2e-2 if private else 1e-3) if lr is None else lr)
     chosen = optimizer or _usual(private, step)
     seed = None if reproducible_seed is None else derived_seed(reproducible_seed, "negatives")
-    sampler = BoundarySampler(model, box, steps=walk_steps, damping=walk_damping, seed=seed)
+    sampler = _sampler(public, model, box, front, (walk_steps, walk_damping), seed)
     asked = _Asked(model, box, sampler, _level(level, margin), plan, count, chosen, scheduler, progress)
     quota = None if rate is None else share("rate", rate, "(0, 1)")
     part = share("threshold_share", threshold_share, "(0, 1)")
     made = OneClassModel(model, box, margin, float(weight), network if isinstance(network, str) else None)
     made.stated_size = dataset_size is not None
+    made.features, made.public_negatives = front, None if public is None else len(public)
+    if front is not None and frozen is not None:
+        points = front.seen(computed(frozen, box, points))
+        # Each step would refuse them, once it is charged.
+        _refuse_private(public, points)
     if not private:
-        _train(asked, box(table), reproducible_seed)
+        _train(asked, points, reproducible_seed)
         if quota is not None:
             made._threshold(quota, table, None, None, None)
         return made
@@ -203,7 +226,7 @@ def fit_one_class(
     source = noise if reproducible_seed is None else ReproducibleNoise(reproducible_seed)
     of_threshold = None if quota is None else _threshold_noise(epsilon, delta, part)
     sigma = plan.noise_multiplier(epsilon, delta, _with_release(require_accountant(ledger), of_threshold))
-    made.result = _train_privately(asked, box(table), sigma, (epsilon, delta), ledger, source, reproducible_seed)
+    made.result = _train_privately(asked, points, sigma, (epsilon, delta), ledger, source, reproducible_seed)
     if quota is not None:
         apart = noise if reproducible_seed is None else ReproducibleNoise(derived_seed(reproducible_seed, "threshold"))
         made._threshold(quota, table, of_threshold, size, apart)
@@ -227,12 +250,60 @@ def _promised(epsilon: Any, delta: Any, noise: Any, seed: Any) -> bool:
     return True
 
 
-def _model(network: str | nn.Module, box: BoxProjection, loss: ConvexHingeKR, constraint: ConstraintSpec) -> DPLipModel:
-    if isinstance(network, nn.Module):
-        net = network
-    else:
-        net = NETWORKS[choice("network", network, *NETWORKS)](box.input_shape)
-    model = DPLipModel(net, input_shape=box.input_shape, input_norm=box.radius, loss=loss, constraint=constraint)
+def _public(given: Any, box: BoxProjection, walk: tuple[object, ...]) -> Tensor:
+    """Public rows from the centre of the box.
+
+    Raises:
+        ConfigurationError: settings of a walk are given, too.
+        InputError: they are no finite rows of the shape.
+    """
+    if walk != (None, None, None):
+        raise ConfigurationError(
+            "walk_steps, walk_damping and level are of negatives that walk, and public_negatives stay where they are: "
+            "leave one or the other out"
+        )
+    try:
+        found: Tensor = box(require_rows(given, box.input_shape))
+    except InputError as error:
+        raise InputError(f"public_negatives: {error}") from error
+    return found
+
+
+def _refuse_private(public: Tensor | None, points: Tensor) -> None:
+    """Refuses public rows among which one of the private ones is, both from the centre of the box, or both as features.
+
+    Raises:
+        InputError: there is one.
+    """
+    if public is None:
+        return
+    theirs = {row.tobytes() for row in public.flatten(1).cpu().numpy()}
+    if any(row.tobytes() in theirs for row in points.flatten(1).cpu().numpy()):
+        raise InputError(
+            "a row of public_negatives is one of the rows that are trained on: public rows are nobody's data, such as "
+            "noise or images of features.strokes. Nothing was charged for this call"
+        )
+
+
+def _features(
+    features: nn.Module | None, box: BoxProjection, public: Tensor | None
+) -> tuple[FixedFeatures | None, FrozenFeatures | None, Tensor | None]:
+    """What runs between box and network, what computes it of many rows, and public rows as the network sees them."""
+    if features is None:
+        return None, None, public
+    module, frozen = fixed(features)
+    if public is None:
+        return around(module, box, None, frozen), frozen, None
+    found = computed(frozen, box, public)
+    front = around(module, box, found, frozen)
+    return front, frozen, front.seen(found)
+
+
+def _model(
+    network: str | nn.Module, shape: tuple[int, ...], radius: float, loss: ConvexHingeKR, constraint: ConstraintSpec
+) -> DPLipModel:
+    net = network if isinstance(network, nn.Module) else NETWORKS[choice("network", network, *NETWORKS)](shape)
+    model = DPLipModel(net, input_shape=shape, input_norm=radius, loss=loss, constraint=constraint)
     if math.prod(model.output_shape) != 1:
         raise ConfigurationError(f"the network must have one output, the distance, got {tuple(model.output_shape)}")
     if not math.isfinite(model.lipschitz_constant()):
@@ -248,6 +319,31 @@ def _plan(private: bool, size: int, epochs: float | None, batch_size: int | None
     if epochs is None:
         epochs = max(1.0, (300 if private else 1000) * batch / size)
     return Plan.of(positive("epochs", epochs), batch, size)
+
+
+def _sampler(
+    public: Tensor | None,
+    model: DPLipModel,
+    box: BoxProjection,
+    front: FixedFeatures | None,
+    walk: tuple[int | None, float | None],
+    seed: int | None,
+) -> BoundarySampler | PublicNegatives:
+    if public is not None:
+        return PublicNegatives(public, seed=seed)
+    steps, damping = 8 if walk[0] is None else walk[0], 1.0 if walk[1] is None else walk[1]
+    return BoundarySampler(model, box, steps=steps, damping=damping, seed=seed, features=front)
+
+
+def _number(negatives: int | None, expected: int) -> int:
+    """Negatives of a step."""
+    count = expected if negatives is None else whole("negatives", negatives)
+    if count < expected:
+        raise ConfigurationError(
+            f"{count} negatives for {expected} positives expected: a sum of fewer would have to be weighed up, which "
+            "the gate at the output undoes. Give at least as many negatives"
+        )
+    return count
 
 
 def _level(level: float | None, margin: float) -> float:
@@ -324,7 +420,7 @@ def _train_privately(
         budget=budget,
     )
     schedule = asked.scheduler(optimizer, plan.steps)
-    audits = [sensitivity(model, attempts=_ATTEMPTS, like=asked.sampler.draw(1, level=asked.level)[0])]
+    audits = [sensitivity(model, attempts=_ATTEMPTS, like=asked.sampler.negatives(1, level=asked.level)[0])]
     batches = PoissonBatches(
         (rows, torch.full((len(rows),), _POSITIVE)),
         sample_rate=plan.sample_rate,

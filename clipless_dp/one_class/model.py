@@ -17,7 +17,8 @@ from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.modules import kept_modes
 from clipless_dp.noise import NoiseSource
 from clipless_dp.one_class.box import BoxProjection, require_rows
-from clipless_dp.one_class.networks import convolutional_distance, dense_distance
+from clipless_dp.one_class.front import FixedFeatures, fixed, rebuilt_front, settings_of
+from clipless_dp.one_class.networks import convolutional_distance, dense_distance, linear_distance
 from clipless_dp.one_class.sampler import BoundarySampler, newton_walk
 from clipless_dp.prediction import ODD, Content, Predictor, Predicts, Probe, content_of, rebuilt
 from clipless_dp.robustness import Certificate, certify
@@ -29,6 +30,7 @@ from clipless_dp.training.result import PROBES, predictor_of
 
 NETWORKS: dict[str, Callable[[tuple[int, ...]], nn.Sequential]] = {
     "dense": dense_distance,
+    "linear": linear_distance,
     "convolutional": convolutional_distance,
 }
 """By the names that :func:`clipless_dp.one_class.fit_one_class` takes and files hold."""
@@ -62,6 +64,8 @@ class OneClassModel(Predicts):
         network: its name, or ``None`` of a module that was given.
         result: of a private training, with the optimizer and its ledger; ``None`` without privacy.
         stated_size: whether the number of rows was stated for the training; else that of rows counts as public.
+        features: what runs between the box and the network; ``None``: nothing does.
+        public_negatives: of how many public rows negatives were drawn; ``None``: they were made up.
     """
 
     model: DPLipModel
@@ -71,6 +75,8 @@ class OneClassModel(Predicts):
     network: str | None = None
     result: FitResult | None = None
     stated_size: bool = False
+    features: FixedFeatures | None = None
+    public_negatives: int | None = None
     _offset: float = field(default=0.0, init=False, repr=False)
     _origin: str = field(default="by default, half way between the levels", init=False, repr=False)
 
@@ -119,10 +125,15 @@ class OneClassModel(Predicts):
 
     @property
     def lipschitz(self) -> float:
-        """``L`` of the scores, certified: at most about 1."""
-        return self.model.lipschitz_constant()
+        """``L`` of the scores, certified, in the units of the rows: at most about 1, times that of the features."""
+        return self.model.lipschitz_constant() * (1.0 if self.features is None else self.features.lipschitz)
 
-    def scores(self, rows: Any, *, batch_size: int = 4096) -> Tensor:
+    @property
+    def front(self) -> nn.Module:
+        """What rows go through before the network: the box, and the features."""
+        return self.box if self.features is None else _Front(self.box, self.features)
+
+    def scores(self, rows: Any, *, batch_size: int = 1024) -> Tensor:
         """``f`` of rows ``(N, *input_shape)``, ``(N,)``: large where normal.
 
         Raises:
@@ -135,7 +146,8 @@ class OneClassModel(Predicts):
     def _scores(self, table: Tensor, *, batch_size: int = 4096) -> Tensor:
         with kept_modes(self.model):
             self.model.eval()
-            return torch.cat([self.model(self.box(some)).reshape(-1) for some in table.split(batch_size)])
+            front = self.front
+            return torch.cat([self.model(front(some)).reshape(-1) for some in table.split(batch_size)])
 
     def threshold(
         self,
@@ -221,8 +233,9 @@ class OneClassModel(Predicts):
     def _bound(self) -> float:
         """Of ``|f|`` on the box: of the weights alone."""
         centre = self.model.random_inputs(1, torch.Generator().manual_seed(0)).cpu() * 0.0
+        radius = self.box.radius if self.features is None else self.features.radius
         with torch.no_grad():
-            return abs(float(self.model(centre))) + self.lipschitz * self.box.radius + 1e-6
+            return abs(float(self.model(centre))) + self.model.lipschitz_constant() * radius + 1e-6
 
     def certify(self, rows: Any, *, threshold: float | None = None, batch_size: int = 1024) -> Certificate:
         """How far each row may be moved before its side of the threshold can change: ``|f - t|/L``, rounded down.
@@ -237,9 +250,10 @@ class OneClassModel(Predicts):
         table = require_rows(rows, self.box.input_shape)
         cut = self.offset if threshold is None else _finite("threshold", threshold)
         if cut == 0.0:
-            return certify(self.model, table, front=self.box, batch_size=batch_size)
+            return certify(self.model, table, front=self.front, batch_size=batch_size)
         net = nn.Sequential(self.model.net, Above(cut))
-        return certify(net, table, front=self.box, lipschitz=self.lipschitz, batch_size=batch_size)
+        own = self.model.lipschitz_constant()
+        return certify(net, table, front=self.front, lipschitz=own, batch_size=batch_size)
 
     def sample_boundary(
         self, count: int, *, level: float | None = None, steps: int = 16, rng_seed: int | None = None
@@ -254,7 +268,7 @@ class OneClassModel(Predicts):
         """
         number, times = whole("count", count), whole("steps", steps)
         cut = self.offset if level is None else _finite("level", level)
-        sampler = BoundarySampler(self.model, self.box)
+        sampler = BoundarySampler(self.model, self.box, features=self.features)
         generator = torch.Generator()
         if rng_seed is None:
             generator.seed()
@@ -277,7 +291,8 @@ class OneClassModel(Predicts):
 
     def net(self) -> nn.Sequential:
         """From rows as they are to ``f - offset``, ``(B,)``: below zero are anomalies. It shares the weights."""
-        return nn.Sequential(self.box, self.model.net, Above(self.offset))
+        before = [self.box] if self.features is None else [self.box, self.features]
+        return nn.Sequential(*before, self.model.net, Above(self.offset))
 
     def report(self, path: str | os.PathLike[str] | None = None, **options: Any) -> PrivacyStatement:
         """:func:`clipless_dp.report` of the training, with what was public among its notes.
@@ -291,10 +306,24 @@ class OneClassModel(Predicts):
     @property
     def notes(self) -> tuple[str, ...]:
         """What was public, for a statement."""
+        negatives = (
+            "made up from released weights, public randomness and a box that was stated to be public"
+            if self.public_negatives is None
+            else f"drawn by public randomness from {self.public_negatives} rows that were stated to be public, as was "
+            "the box"
+        )
+        features = (
+            ()
+            if self.features is None
+            else (
+                f"Rows were seen through {type(self.features.features).__name__}, a fixed module that was stated to be "
+                f"public, whose Lipschitz constant is {self.features.lipschitz:.6g}.",
+            )
+        )
         return (
-            f"One class: rows are positives. Negatives were made up from released weights, public randomness and a box "
-            f"that was stated to be public, and were charged to nobody; margin {self.margin:.6g}, weight "
-            f"{self.weight:.6g}.",
+            f"One class: rows are positives. Negatives were {negatives}, and were charged to nobody; margin "
+            f"{self.margin:.6g}, weight {self.weight:.6g}.",
+            *features,
             f"Threshold of scores: {self.offset:.6g}, {self._origin}.",
         )
 
@@ -316,6 +345,8 @@ class OneClassModel(Predicts):
         if classes is not None or threshold is not None:
             raise ConfigurationError("a one-class model knows its threshold, and has no classes: leave them out")
         lineage.of(self.model).goes_with(self.box)
+        if self.features is not None:
+            lineage.of(self.model).goes_with(self.features)
         return predictor_of(result, self.net(), notes=self.notes)
 
     def content(
@@ -331,6 +362,7 @@ class OneClassModel(Predicts):
             "high": self.box.high.flatten().tolist(),
             "shape": list(self.box.input_shape),
             "network": self.network,
+            "features": settings_of(self.features),
             "offset": self.offset,
             "margin": self.margin,
             "weight": self.weight,
@@ -345,12 +377,26 @@ def _finite(name: str, value: object) -> float:
     return number
 
 
-def loaded_one_class(content: Content, net: nn.Module | None = None) -> Predictor:
+class _Front(nn.Module):
+    """Box and features, with their constant."""
+
+    def __init__(self, box: BoxProjection, features: FixedFeatures) -> None:
+        super().__init__()
+        self.box, self.features = box, features
+        self.lipschitz = features.lipschitz
+
+    def forward(self, rows: Tensor) -> Tensor:
+        seen: Tensor = self.features(self.box(rows))
+        return seen
+
+
+def loaded_one_class(content: Content, net: nn.Module | None = None, features: nn.Module | None = None) -> Predictor:
     """What predicts, of the file of a :class:`OneClassModel`: scores are ``f - offset``.
 
     Args:
         content: of the file.
         net: the network as it was for training, where a module was given then.
+        features: those of the training, where they are no :class:`clipless_dp.features.Scattering2d`.
 
     Raises:
         ConfigurationError: it is missing, or there must be none.
@@ -362,6 +408,19 @@ def loaded_one_class(content: Content, net: nn.Module | None = None) -> Predicto
         low, high = ([float(end) for end in settings[name]] for name in ("low", "high"))
         name, offset = settings["network"], float(settings["offset"])
         box = BoxProjection(low, high, shape)
+        of_features = settings.get("features")
+        is_known = of_features is None or of_features["scattering"] is not None
+    except ODD as error:
+        raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
+    if is_known == (features is not None):
+        raise ConfigurationError(
+            f"{content.name} is of a one-class model, whose features are known: leave features out"
+            if is_known
+            else f"{content.name} holds no code of its features: load(path, features=module), as it was for training"
+        )
+    module = None if features is None else fixed(features)[0]
+    try:
+        front = None if of_features is None else rebuilt_front(of_features, box, module)
     except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     if (name is None) != (net is not None):
@@ -373,6 +432,7 @@ def loaded_one_class(content: Content, net: nn.Module | None = None) -> Predicto
     if net is None:
         if name not in NETWORKS:
             raise CheckpointError(f"{content.name} is of the network {name!r:.99}, which this version does not know")
-        net = NETWORKS[name](shape)
+        net = NETWORKS[name](shape if front is None else front.feature_shape)
     inner = net.net if isinstance(net, DPLipModel) else net
-    return rebuilt(content, nn.Sequential(box, inner, Above(offset)))
+    before = [box] if front is None else [box, front]
+    return rebuilt(content, nn.Sequential(*before, inner, Above(offset)))

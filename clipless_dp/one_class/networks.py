@@ -37,6 +37,22 @@ def dense_distance(input_shape: tuple[int, ...], *, widths: Sequence[int] = (128
     return isometric_(nn.Sequential(*parts, nn.Linear(size, 1)))
 
 
+def linear_distance(input_shape: tuple[int, ...]) -> nn.Sequential:
+    """One row of norm 1 and an offset: the distance from a half-space, for features that a plane can tell apart.
+
+    Args:
+        input_shape: of one sample.
+
+    Raises:
+        ConfigurationError: a size is out of range.
+    """
+    if not input_shape:
+        raise ConfigurationError("input_shape must hold sizes, got none")
+    require_positive(smallest_size=min(input_shape))
+    parts: list[nn.Module] = [nn.Flatten()] if len(input_shape) > 1 else []
+    return isometric_(nn.Sequential(*parts, nn.Linear(math.prod(input_shape), 1)))
+
+
 def convolutional_distance(
     input_shape: tuple[int, ...], *, channels: Sequence[int] = (16, 32), width: int = 128
 ) -> nn.Sequential:

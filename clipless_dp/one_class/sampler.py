@@ -12,6 +12,7 @@ from clipless_dp.errors import ConfigurationError, PrivacyError
 from clipless_dp.gates.arithmetic import per_sample
 from clipless_dp.model import DPLipModel
 from clipless_dp.one_class.box import BoxProjection
+from clipless_dp.one_class.front import FixedFeatures
 from clipless_dp.robustness.networks import plain_network, value_and_gradient
 
 _TINY = 1e-8
@@ -67,13 +68,21 @@ class BoundarySampler:
         steps: ``T``.
         damping: ``c`` in (0, T].
         seed: of the public randomness; ``None``: another one each time.
+        features: what runs between the box and the model; ``None``: nothing does.
 
     Raises:
         ConfigurationError: an argument is out of range, or the model cannot be copied.
     """
 
     def __init__(
-        self, model: DPLipModel, box: BoxProjection, *, steps: int = 8, damping: float = 1.0, seed: int | None = None
+        self,
+        model: DPLipModel,
+        box: BoxProjection,
+        *,
+        steps: int = 8,
+        damping: float = 1.0,
+        seed: int | None = None,
+        features: FixedFeatures | None = None,
     ) -> None:
         self._steps, self._damping = whole("walk_steps", steps), positive("walk_damping", damping)
         if self._damping > self._steps:
@@ -84,11 +93,8 @@ class BoundarySampler:
         self._model, self._box = model, box
         self._plain = plain_network(model, dtype=None)
         self._pairs = self._paired()
-        self._generator = torch.Generator()
-        if seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(seed % 2**63)
+        self._features = features
+        self._generator = _generator(seed)
 
     def _paired(self) -> list[tuple[Tensor, Tensor]]:
         """Tensors of the copy, and those of the model that they follow."""
@@ -100,7 +106,11 @@ class BoundarySampler:
 
     def scores(self, points: Tensor) -> Tensor:
         """``f`` of points that are seen from the centre of the box, ``(B,)``."""
-        return self._plain.outputs(points).reshape(len(points))
+        return self._plain.outputs(self.seen(points)).reshape(len(points))
+
+    def seen(self, points: Tensor) -> Tensor:
+        """What the model sees of such points."""
+        return points if self._features is None else self._features(points)
 
     def follow(self) -> None:
         """Takes over the weights that the model has now."""
@@ -122,3 +132,32 @@ class BoundarySampler:
             damping=self._damping,
             lengths=lengths,
         )
+
+    def negatives(self, count: int, *, level: float) -> Tensor:
+        """The same as the model sees them."""
+        with torch.no_grad():
+            return self.seen(self.draw(count, level=level))
+
+
+class PublicNegatives:
+    """Draws negatives for the training of one model uniformly from public rows, with replacement.
+
+    Args:
+        rows: as the model sees them, ``(M, ...)``.
+        seed: of the public randomness; ``None``: another one each time.
+    """
+
+    def __init__(self, rows: Tensor, *, seed: int | None = None) -> None:
+        self._rows, self._generator = rows, _generator(seed)
+
+    def negatives(self, count: int, *, level: float) -> Tensor:
+        """So many rows; the level counts for nothing."""
+        return self._rows[torch.randint(len(self._rows), (count,), generator=self._generator)]
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    return generator.manual_seed(seed % 2**63)
