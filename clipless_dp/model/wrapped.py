@@ -801,10 +801,15 @@ class DPLipModel(Unscripted, nn.Module):
 
     @in_turn
     def __deepcopy__(self, memo: dict[int, Any]) -> DPLipModel:
-        # What fails half-way, by a pass of another wrapper, leaves no halves behind.
-        own = {**memo, id(self): (made := type(self).__new__(type(self)))}
-        made.__setstate__(copy.deepcopy(self.__getstate__(), own))
-        memo.update(own)
+        known, made = {*memo}, type(self).__new__(type(self))
+        memo[id(self)] = made
+        try:
+            made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        except BaseException:
+            # What fails half-way, by a pass of another wrapper, leaves no halves behind.
+            for key in memo.keys() - known:
+                del memo[key]
+            raise
         return made
 
     def __getstate__(self) -> dict[str, Any]:
