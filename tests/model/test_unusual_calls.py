@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from clipless_dp import ConfigurationError, DPLipModel, InputError, PoissonBatches, layers, losses
+from clipless_dp import ConfigurationError, DPLipModel, InputError, PoissonBatches, gated, layers, losses
 from clipless_dp.errors import CliplessError
 
 
@@ -101,3 +103,18 @@ def test_a_shared_spline_compiles_as_one_graph() -> None:
     compiled = torch.compile(lambda x, y: model.loss(model(x), y), fullgraph=True, backend="aot_eager")
     # The same float32 sums in other orders.
     torch.testing.assert_close(compiled(inputs, targets), model.loss(model(inputs), targets), rtol=1e-5, atol=1e-5)
+
+
+def test_a_deep_copy_of_what_holds_models_copies_all_beside_them() -> None:
+    def model() -> DPLipModel:
+        net = gated(nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)))
+        return DPLipModel(net, input_shape=(4,), input_norm=1.0, loss=losses.TauCrossEntropy())
+
+    for _ in range(20):
+        held: list[Any] = [model(), [object() for _ in range(20)], model(), {key: {} for key in range(50)}]
+        held.append(held[0])
+        copied = copy.deepcopy(held)
+        assert copied[4] is copied[0] is not held[0]
+        assert type(copied[2]) is DPLipModel
+        assert all(type(one) is object for one in copied[1])
+        assert copied[3] == held[3]
