@@ -14,13 +14,7 @@ from clipless_dp.tables import loaded_table
 from clipless_dp.training.result import loaded_fit
 
 
-def load(
-    path: str | os.PathLike[str],
-    *,
-    net: nn.Module | None = None,
-    preset: Preset | None = None,
-    features: nn.Module | None = None,
-) -> Predictor:
+def load(path: str | os.PathLike[str], *, net: nn.Module | None = None, preset: Preset | None = None) -> Predictor:
     """What predicts, from the file that ``save`` of a result has written: of ``fit``, ``fit_table``, ...
 
     The file is read with ``weights_only=True``, so that nothing in it is run, once its digest has been checked: that
@@ -32,7 +26,6 @@ def load(
         net: of a result of :func:`clipless_dp.fit`, the network as it was for training, gates included, with any
             weights: a :class:`clipless_dp.DPLipModel`, or what was in one. It is given the weights of the file.
         preset: of a preset of your own, that one.
-        features: of a one-class model with features that are no :class:`clipless_dp.features.Scattering2d`, these.
 
     Returns:
         A :class:`clipless_dp.prediction.Predictor`: ``predict``, ``predict_proba`` and ``scores`` of samples as they
@@ -40,21 +33,14 @@ def load(
 
     Raises:
         CheckpointError: the file is damaged, foreign, newer, or a checkpoint of training; or it is of another network.
-        ConfigurationError: ``net``, ``preset`` or ``features`` is missing, or does not belong to this kind of file.
+        ConfigurationError: ``net`` or ``preset`` is missing, or does not belong to this kind of file.
         FileNotFoundError: there is no such file.
     """
-    return rebuilt(read_result(path), net, preset, features)
+    return rebuilt(read_result(path), net, preset)
 
 
-def rebuilt(
-    content: Content,
-    net: nn.Module | None = None,
-    preset: Preset | None = None,
-    features: nn.Module | None = None,
-) -> Predictor:
+def rebuilt(content: Content, net: nn.Module | None = None, preset: Preset | None = None) -> Predictor:
     """As :func:`load`, of what a file holds."""
-    if features is not None and content.made_by != "one class":
-        raise ConfigurationError(f"{content.name} is of a {content.made_by}: leave features out")
     if content.made_by == "fit":
         if net is None:
             raise ConfigurationError(
@@ -67,7 +53,7 @@ def rebuilt(
     if content.made_by == "one class":
         if preset is not None:
             raise ConfigurationError(f"{content.name} is of a one-class model: leave preset out")
-        return loaded_one_class(content, net, features)
+        return loaded_one_class(content, net)
     if net is not None:
         raise ConfigurationError(f"{content.name} is of a {content.made_by}, whose network is known: leave net out")
     if content.made_by == "preset":

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from clipless_dp.arguments import whole
+from clipless_dp.arguments import shown, whole
+from clipless_dp.errors import ConfigurationError
 
 _BLOCK = 50
 """Images from one generator: so the first ones are the same, however many are asked for."""
@@ -18,6 +19,9 @@ _MOST: Final = 3
 
 _ALONG = 80
 """Points of a stroke, at which the pen is set down."""
+
+_DISTANCES = 1 << 24
+"""From pixels to points of strokes, at once."""
 
 _BOX, _THINNEST, _THICKEST = 20.0 / 28.0, 0.8 / 28.0, 1.6 / 28.0
 """Of the image's shorter side: what is drawn lies in a square of so much, and the pen's width is between these."""
@@ -46,12 +50,14 @@ def strokes(count: int, image_size: tuple[int, int], *, seed: int = 0, progress:
     Raises:
         ConfigurationError: an argument is out of range.
     """
-    count, seed = whole("count", count), whole("seed", seed, 0)
+    count, seed = whole("count", count), whole("seed", seed, 0, 1 << 38)
+    if not isinstance(image_size, (tuple, list)) or len(image_size) != 2:
+        raise ConfigurationError(f"image_size must be (height, width), got {shown(image_size)}")
     height, width = (whole("image_size", size) for size in image_size)
     blocks = []
     with tqdm(total=count, disable=None if progress else True, unit="image", desc="strokes") as bar:
         for block in range(-(-count // _BLOCK)):
-            generator = torch.Generator().manual_seed((seed << 24) + block)
+            generator = torch.Generator("cpu").manual_seed((seed << 24) + block)
             blocks.append(_drawn(height, width, generator))
             bar.update(min(_BLOCK, count - block * _BLOCK))
     return torch.cat(blocks)[:count]
@@ -61,22 +67,29 @@ def _drawn(height: int, width: int, generator: torch.Generator) -> Tensor:
     """One block of images."""
     points, drawn, pen = _curves(generator)
     side = float(min(height, width))
-    points = points * side + torch.tensor([0.5 * height, 0.5 * width])
-    pixels = torch.cartesian_prod(torch.arange(height) + 0.5, torch.arange(width) + 0.5)
+    points = points * side + points.new_tensor([0.5 * height, 0.5 * width])
+    pixels = torch.cartesian_prod(*(_axis(size) + 0.5 for size in (height, width)))
     # What is not drawn is far away.
     points = torch.where(drawn[:, :, None, None], points, -1e4).flatten(1, 2)
-    distance = torch.cdist(pixels.expand(_BLOCK, -1, -1), points).amin(2) / (pen * side)[:, None]
+    # A few images at once: of each, the distances of all pixels from all points.
+    some = max(1, _DISTANCES // (pixels.shape[0] * points.shape[1]))
+    nearest = [torch.cdist(pixels.expand(len(part), -1, -1), part).amin(2) for part in points.split(some)]
+    distance = torch.cat(nearest) / (pen * side)[:, None]
     ink = (1.5 * (-0.5 * distance.square()).exp()).clamp(max=1.0)
     return ink.mul(255.0).round().byte().reshape(_BLOCK, 1, height, width)
+
+
+def _axis(size: int) -> Tensor:
+    return torch.arange(size, dtype=torch.float32, device="cpu")
 
 
 def _curves(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Points ``(B, strokes, P, 2)`` in units of the side, from the middle; which strokes are drawn; widths ``(B,)``."""
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(_BLOCK, *shape, generator=generator)
+        return torch.rand(_BLOCK, *shape, generator=generator, dtype=torch.float32, device="cpu")
 
-    drawn = torch.arange(_MOST) <= (_MOST * uniform(1)).floor()
+    drawn = _axis(_MOST) <= (_MOST * uniform(1)).floor()
     pen = _THINNEST + (_THICKEST - _THINNEST) * uniform()
     ends = uniform(_MOST, 4, 2)
     joined, closed = uniform(_MOST) < 0.6, uniform(_MOST) < 0.2
@@ -84,7 +97,7 @@ def _curves(generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         if stroke:
             ends[:, stroke, 0] = torch.where(joined[:, stroke, None], ends[:, stroke - 1, 3], ends[:, stroke, 0])
         ends[:, stroke, 3] = torch.where(closed[:, stroke, None], ends[:, stroke, 0], ends[:, stroke, 3])
-    t = torch.linspace(0.0, 1.0, _ALONG)
+    t = torch.linspace(0.0, 1.0, _ALONG, dtype=torch.float32, device="cpu")
     shares = torch.stack([(1 - t) ** 3, 3 * (1 - t) ** 2 * t, 3 * (1 - t) * t**2, t**3])
     points = torch.einsum("kp,bskc->bspc", shares, ends)
     seen = drawn[:, :, None, None]

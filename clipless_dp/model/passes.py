@@ -34,7 +34,10 @@ DROPPED = "The gradients are dropped; nothing was released"
 
 
 class _Declared(threading.local):
-    """What the passes of this thread are told about their rows, and whether they are passes at all."""
+    """What the passes of this thread are told about their rows, and whether they are passes at all.
+
+    Public rows that this package has made up itself need not be compared with those of draws.
+    """
 
     tensor: Tensor | None = None
     fingerprint: object = None
@@ -42,6 +45,7 @@ class _Declared(threading.local):
     rows: Rows | None = None
     beside: Draw | None = None
     public = False
+    made_up = False
     unwitnessed = False
     alike = False
 
@@ -171,7 +175,8 @@ def opened(
         InputError: rows that were declared public are those of the draw in hand.
     """
     if _declared.public:
-        _refuse_private_rows(inputs)
+        if not _declared.made_up:
+            _refuse_private_rows(inputs)
         return Pass(sensitivity, fingerprint, None, beside=None, public=True, inputs=inputs)
     if inputs is _declared.tensor:
         if _announced(inputs) != _declared.fingerprint:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from clipless_dp.distributed import placement
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.features import FrozenFeatures
 from clipless_dp.losses import ConvexHingeKR
-from clipless_dp.model import DPLipModel, lineage
+from clipless_dp.model import DPLipModel, lineage, passes
 from clipless_dp.noise import NoiseSource, ReproducibleNoise, derived_seed
 from clipless_dp.one_class.box import BoxProjection, public_box, require_rows
 from clipless_dp.one_class.front import FixedFeatures, around, computed, fixed
@@ -138,10 +139,9 @@ def fit_one_class(
         network: ``"dense"`` (:func:`dense_distance`), ``"linear"`` (:func:`linear_distance`), ``"convolutional"``
             (:func:`convolutional_distance`), or a module of one output, from samples that are seen from the centre of
             the box; behind features, from these, as :class:`FixedFeatures` makes them.
-        features: a fixed module that runs before the network, such as :class:`clipless_dp.features.Scattering2d`: with
-            an attribute ``lipschitz``, a finite constant, which certificates count; stated, not checked, where it is no
-            module of this package. It takes rows ``(N, *input_shape)`` of the box, each by itself, and no private
-            data may have entered it. Features of all rows are computed once.
+        features: a :class:`clipless_dp.features.Scattering2d` that runs before the network, or a
+            :class:`clipless_dp.features.FrozenFeatures` of one, which keeps what it has computed: the same is made
+            anew by its arguments, and certificates count its constant. Features of all rows are computed once.
         constraint: of the network; by default :class:`clipless_dp.constraints.Orthogonal` on all weights.
         epochs: passes over the rows, in expectation.
         batch_size: expected positives of a step.
@@ -192,7 +192,7 @@ def fit_one_class(
     size = public_size(dataset_size, len(table))
     public = None if public_negatives is None else _public(public_negatives, box, (walk_steps, walk_damping, level))
     points = box(table)
-    _refuse_private(public, points)
+    _refuse_same_memory(public_negatives, rows)
     front, frozen, public = _features(features, box, public)
     radius = box.radius if front is None else front.radius
     margin = radius * HALF_DIAGONALS if margin is None else positive("margin", margin)
@@ -213,8 +213,6 @@ def fit_one_class(
     made.features, made.public_negatives = front, None if public is None else len(public)
     if front is not None and frozen is not None:
         points = front.seen(computed(frozen, box, points))
-        # Each step would refuse them, once it is charged.
-        _refuse_private(public, points)
     if not private:
         _train(asked, points, reproducible_seed)
         if quota is not None:
@@ -269,19 +267,19 @@ def _public(given: Any, box: BoxProjection, walk: tuple[object, ...]) -> Tensor:
     return found
 
 
-def _refuse_private(public: Tensor | None, points: Tensor) -> None:
-    """Refuses public rows among which one of the private ones is, both from the centre of the box, or both as features.
+def _refuse_same_memory(public: Any, rows: Any) -> None:
+    """Refuses public rows that lie where the private ones do: one has been taken for the other.
+
+    By what is in them they are not compared: a public row may be like a private one, and whether one is is private.
 
     Raises:
-        InputError: there is one.
+        InputError: they do.
     """
-    if public is None:
-        return
-    theirs = {row.tobytes() for row in public.flatten(1).cpu().numpy()}
-    if any(row.tobytes() in theirs for row in points.flatten(1).cpu().numpy()):
+    arrays = [one.detach().cpu().numpy() if isinstance(one, Tensor) else one for one in (public, rows)]
+    if all(isinstance(one, np.ndarray) for one in arrays) and np.may_share_memory(*arrays):
         raise InputError(
-            "a row of public_negatives is one of the rows that are trained on: public rows are nobody's data, such as "
-            "noise or images of features.strokes. Nothing was charged for this call"
+            "public_negatives lie in the memory of the rows that are trained on: public rows are nobody's data, such "
+            "as noise or images of features.strokes. Nothing was charged for this call"
         )
 
 
@@ -291,11 +289,11 @@ def _features(
     """What runs between box and network, what computes it of many rows, and public rows as the network sees them."""
     if features is None:
         return None, None, public
-    module, frozen = fixed(features)
+    frozen = fixed(features)
     if public is None:
-        return around(module, box, None, frozen), frozen, None
+        return around(box, None, frozen), frozen, None
     found = computed(frozen, box, public)
-    front = around(module, box, found, frozen)
+    front = around(box, found, frozen)
     return front, frozen, front.seen(found)
 
 
@@ -467,4 +465,6 @@ def add_negatives(optimizer: CliplessDPOptimizer, points: tuple[Tensor, Tensor],
     model, inverse = optimizer.model, expected / len(points[0])
     if inverse > 1.0 + 1e-9:
         raise PrivacyError(f"{len(points[0])} negatives do not balance {expected:g} positives")
-    optimizer.accumulate_public(points, loss=lambda inputs, targets: inverse * model.loss(model(inputs), targets))
+    # Where these come from is known, and one may be like a positive: both at a corner of the box, say.
+    with passes.declaring(made_up=True):
+        optimizer.accumulate_public(points, loss=lambda inputs, targets: inverse * model.loss(model(inputs), targets))

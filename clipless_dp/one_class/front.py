@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from clipless_dp.arguments import shown
-from clipless_dp.errors import ConfigurationError, InputError
+from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.features import FrozenFeatures, Scattering2d
 from clipless_dp.gates.arithmetic import per_sample
+from clipless_dp.modules import is_hooked
 from clipless_dp.one_class.box import BoxProjection
 
+_Arguments = tuple[tuple[int, int], int, int, Any]
 _SLACK = 1.0 + 1e-5
 
 
@@ -26,23 +26,22 @@ class FixedFeatures(nn.Module):
     certified behind it holds for rows, divided by ``L_F``.
 
     Args:
-        features: ``F``, which takes each sample by itself: copied, frozen, in evaluation mode.
+        features: ``F``, which takes each sample by itself: frozen, in evaluation mode.
         centre: of the box: forward takes rows as they are seen from it.
         middle: ``μ``, public: of the features of one sample.
         radius: of the ball, public.
 
     Attributes:
-        lipschitz: ``L_F``, that of the features.
         feature_shape: of one sample's features.
     """
 
     centre: Tensor
     middle: Tensor
 
-    def __init__(self, features: nn.Module, centre: Tensor, middle: Tensor, radius: float) -> None:
+    def __init__(self, features: Scattering2d, centre: Tensor, middle: Tensor, radius: float) -> None:
         super().__init__()
         self.features, self.radius = features, radius
-        self.lipschitz = constant_of(features)
+        self._arguments = arguments_of(features)
         self.register_buffer("centre", centre.clone(), persistent=False)
         self.register_buffer("middle", middle.clone())
         self.feature_shape = tuple(middle.shape)
@@ -50,6 +49,22 @@ class FixedFeatures(nn.Module):
     def forward(self, points: Tensor) -> Tensor:
         """What the network sees of points of the box, from its centre."""
         return self.seen(self.features(points + self.centre))
+
+    @property
+    def lipschitz(self) -> float:
+        """``L_F``, of features that are as they were made.
+
+        Raises:
+            PrivacyError: they were changed since, or hooked: no constant is known of them.
+        """
+        made, held = _made(self._arguments), self.features
+        same = type(held) is Scattering2d and arguments_of(held) == self._arguments and not is_hooked(held)
+        if not same or held.lipschitz != made.lipschitz or not _are_same(held, made):
+            raise PrivacyError(
+                "the features before the network are not as they were made, so that no certificate speaks for them: "
+                "load the file of the model, or train with other features"
+            )
+        return made.lipschitz
 
     def seen(self, features: Tensor) -> Tensor:
         """The same of features that were computed before."""
@@ -62,38 +77,39 @@ class FixedFeatures(nn.Module):
         return f"radius={self.radius:.6g}"
 
 
-def fixed(features: object) -> tuple[nn.Module, FrozenFeatures]:
-    """A frozen copy of a module, and what computes its features of a data set, once it is known to be fit for that.
+def fixed(features: object) -> FrozenFeatures:
+    """What computes a transform's features of a data set: of one made anew, by the arguments of what is given.
+
+    Nothing of the module that was given is kept, so that what somebody has changed of it, or hung on it, is not there.
 
     Raises:
-        ConfigurationError: it is no module with a finite constant, or cannot be copied.
+        ConfigurationError: it is no scattering transform. Of any other module nobody knows here whether it is as steep
+            as it says, or keeps something of the rows that it sees, which files would hold without noise.
     """
     module = features.module if isinstance(features, FrozenFeatures) else features
-    if not isinstance(module, nn.Module):
+    if type(module) is not Scattering2d:
         raise ConfigurationError(
-            f"features must be a module that takes rows (N, ...), such as features.Scattering2d, got {shown(features)}"
+            f"features must be a features.Scattering2d, or a FrozenFeatures of one, got {shown(features)}: features of "
+            "other modules are rows, which you compute first, by FrozenFeatures(module).compute(rows), and which "
+            "certificates are then about"
         )
-    constant_of(module)
-    if isinstance(features, FrozenFeatures):
-        return copy.deepcopy(module), features
-    computed = FrozenFeatures(copy.deepcopy(module))
-    return computed.module, computed
+    made = _made(arguments_of(module))
+    if not isinstance(features, FrozenFeatures):
+        return FrozenFeatures(made)
+    return FrozenFeatures(
+        made, cache_dir=features.cache_dir, batch_size=features.batch_size, progress=features.progress
+    )
 
 
-def constant_of(features: nn.Module) -> float:
-    """The attribute ``lipschitz``.
+def arguments_of(features: Scattering2d) -> _Arguments:
+    """Those by which the same is made."""
+    return features.image_size, features.scales, features.angles, features.padding
 
-    Raises:
-        ConfigurationError: there is none, or it is not a positive finite number.
-    """
-    found = getattr(features, "lipschitz", None)
-    number = math.nan if isinstance(found, bool) or not isinstance(found, (int, float)) else float(found)
-    if not (math.isfinite(number) and number > 0.0):
-        raise ConfigurationError(
-            f"{type(features).__name__} has lipschitz={shown(found)}: features need an attribute lipschitz, a finite "
-            "number c with ‖F(x) - F(y)‖ ≤ c·‖x - y‖, as features.Scattering2d has: it goes into all certificates"
-        )
-    return number
+
+def _made(arguments: _Arguments) -> Scattering2d:
+    size, *rest = arguments
+    made = Scattering2d((int(size[0]), int(size[1])), *rest)
+    return made.requires_grad_(False).eval()
 
 
 def computed(frozen: FrozenFeatures, box: BoxProjection, points: Tensor) -> Tensor:
@@ -112,19 +128,24 @@ def computed(frozen: FrozenFeatures, box: BoxProjection, points: Tensor) -> Tens
     return found
 
 
-def around(module: nn.Module, box: BoxProjection, negatives: Tensor | None, frozen: FrozenFeatures) -> FixedFeatures:
+def _are_same(held: nn.Module, made: nn.Module) -> bool:
+    own, its = dict(held.named_buffers()), dict(made.named_buffers())
+    return own.keys() == its.keys() and all(torch.equal(own[name].cpu(), its[name]) for name in own)
+
+
+def around(box: BoxProjection, negatives: Tensor | None, frozen: FrozenFeatures) -> FixedFeatures:
     """The front whose middle and radius tell of no row: of public negatives' features, or of the box alone.
 
     Args:
-        module: ``F``.
         box: that rows lie in.
         negatives: features of public rows, ``(M, ...)``: their mean is the middle, their largest distance from it the
             radius. ``None``: the features of the box's centre, and as far as those of the box can be from them.
         frozen: computes features.
     """
+    module = cast(Scattering2d, frozen.module)
     if negatives is None:
         middle = computed(frozen, box, torch.zeros(1, *box.input_shape))[0]
-        return FixedFeatures(module, box.centre, middle, constant_of(module) * box.radius)
+        return FixedFeatures(module, box.centre, middle, module.lipschitz * box.radius)
     middle = negatives.double().mean(0).float()
     radius = float((negatives - middle).flatten(1).norm(dim=1).max()) * _SLACK
     if not radius > 0.0:
@@ -133,20 +154,20 @@ def around(module: nn.Module, box: BoxProjection, negatives: Tensor | None, froz
 
 
 def settings_of(front: FixedFeatures | None) -> dict[str, Any] | None:
-    """What a file holds of the front: the arguments of a scattering transform; of other modules, the radius alone."""
+    """What a file holds of the front: the arguments of the transform, and the radius."""
     if front is None:
         return None
-    found: dict[str, Any] = {"radius": front.radius, "shape": list(front.feature_shape), "scattering": None}
-    if type(front.features) is Scattering2d:
-        one = front.features
-        found["scattering"] = [list(one.image_size), one.scales, one.angles, one.padding]
-    return found
+    size, scales, angles, padding = arguments_of(front.features)
+    return {
+        "radius": front.radius,
+        "shape": list(front.feature_shape),
+        "scattering": [list(size), scales, angles, padding],
+    }
 
 
-def rebuilt_front(settings: Mapping[str, Any], box: BoxProjection, module: nn.Module | None) -> FixedFeatures:
-    """The front of a file, before it is given its middle; the module of features that are not known by their name."""
-    if module is None:
-        size, scales, angles, padding = settings["scattering"]
-        module = Scattering2d((int(size[0]), int(size[1])), int(scales), int(angles), padding)
+def rebuilt_front(settings: Mapping[str, Any], box: BoxProjection) -> FixedFeatures:
+    """The front of a file, before it is given its middle."""
+    size, scales, angles, padding = settings["scattering"]
+    made = _made(((int(size[0]), int(size[1])), int(scales), int(angles), padding))
     middle = torch.zeros(*(int(side) for side in settings["shape"]))
-    return FixedFeatures(module.requires_grad_(False).eval(), box.centre, middle, float(settings["radius"]))
+    return FixedFeatures(made, box.centre, middle, float(settings["radius"]))

@@ -17,7 +17,7 @@ from clipless_dp.model import DPLipModel, lineage
 from clipless_dp.modules import kept_modes
 from clipless_dp.noise import NoiseSource
 from clipless_dp.one_class.box import BoxProjection, require_rows
-from clipless_dp.one_class.front import FixedFeatures, fixed, rebuilt_front, settings_of
+from clipless_dp.one_class.front import FixedFeatures, rebuilt_front, settings_of
 from clipless_dp.one_class.networks import convolutional_distance, dense_distance, linear_distance
 from clipless_dp.one_class.sampler import BoundarySampler, newton_walk
 from clipless_dp.prediction import ODD, Content, Predictor, Predicts, Probe, content_of, rebuilt
@@ -316,8 +316,8 @@ class OneClassModel(Predicts):
             ()
             if self.features is None
             else (
-                f"Rows were seen through {type(self.features.features).__name__}, a fixed module that was stated to be "
-                f"public, whose Lipschitz constant is {self.features.lipschitz:.6g}.",
+                f"Rows were seen through {type(self.features.features).__name__}, a fixed transform, whose Lipschitz "
+                f"constant is {self.features.lipschitz:.6g}.",
             )
         )
         return (
@@ -390,13 +390,12 @@ class _Front(nn.Module):
         return seen
 
 
-def loaded_one_class(content: Content, net: nn.Module | None = None, features: nn.Module | None = None) -> Predictor:
+def loaded_one_class(content: Content, net: nn.Module | None = None) -> Predictor:
     """What predicts, of the file of a :class:`OneClassModel`: scores are ``f - offset``.
 
     Args:
         content: of the file.
         net: the network as it was for training, where a module was given then.
-        features: those of the training, where they are no :class:`clipless_dp.features.Scattering2d`.
 
     Raises:
         ConfigurationError: it is missing, or there must be none.
@@ -409,18 +408,7 @@ def loaded_one_class(content: Content, net: nn.Module | None = None, features: n
         name, offset = settings["network"], float(settings["offset"])
         box = BoxProjection(low, high, shape)
         of_features = settings.get("features")
-        is_known = of_features is None or of_features["scattering"] is not None
-    except ODD as error:
-        raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
-    if is_known == (features is not None):
-        raise ConfigurationError(
-            f"{content.name} is of a one-class model, whose features are known: leave features out"
-            if is_known
-            else f"{content.name} holds no code of its features: load(path, features=module), as it was for training"
-        )
-    module = None if features is None else fixed(features)[0]
-    try:
-        front = None if of_features is None else rebuilt_front(of_features, box, module)
+        front = None if of_features is None else rebuilt_front(of_features, box)
     except ODD as error:
         raise CheckpointError(f"{content.name} is incomplete or altered: {error!r}") from error
     if (name is None) != (net is not None):
