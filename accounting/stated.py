@@ -206,10 +206,12 @@ def settings_beside(facts: Mapping[str, Any]) -> Iterator[str]:
     unsampled = sum(entry["count"] for entry in steps if entry["sample_rate"] == 1.0)
     if unsampled and rate < 1.0:
         yield (
-            f"{unsampled} of {recorded_steps} steps were charged without amplification by sampling (q = 1), since "
-            "no Poisson draw was announced for them: the ε shown holds, and is larger than it need be."
+            f"{unsampled} of {recorded_steps} steps were charged without amplification by sampling (q = 1), as full "
+            "batches, or since no Poisson draw was announced for them, where the ε shown is larger than it need be."
         )
-    charged = {entry["sample_rate"] for entry in steps} - {1.0}
+    charged = {entry["sample_rate"] for entry in steps}
+    # Any may be charged at one.
+    charged -= {1.0} if rate < 1.0 else set()
     if charged and not any(math.isclose(rate, one, rel_tol=_CLOSE) for one in charged):
         yield f"The sample rate shown, {rate:.6g}, is that of no step in the ledger: each was charged by its own."
     if not math.isclose(size, rate * facts["dataset_size"], rel_tol=_CLOSE):
@@ -316,8 +318,8 @@ def _epsilons(summary: Mapping[str, Any], accountant: Accountant) -> Iterator[_C
         most = min(epsilon, bound.upper)
         if least is not None and _number(least, "what epsilon is at least") > most * (1.0 + _MOVED):
             raise AccountingError(
-                f"epsilon is stated to be at least {rounded_up(least)} at delta = {delta:g}, and is at most "
-                f"{rounded_up(most)} there: one was altered"
+                f"epsilon is stated to be at least {rounded_up(_number(least, 'epsilon'))} at delta = {delta:g}, and "
+                f"is at most {rounded_up(most)} there: one was altered"
             )
         said = f"epsilon = {rounded_up(epsilon)} at delta = {delta:g}"
         yield _Claim(said, epsilon, bound.lower, bound.upper, bound.engine)

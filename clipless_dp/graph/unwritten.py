@@ -146,9 +146,15 @@ def _adds(part: nn.Module) -> bool:
     kind = _kind(part)
     if kind.__module__.partition(".")[0] in ("torch", "clipless_dp"):
         return False
-    return any(
-        getattr(kind, name) is not getattr(nn.Module, name) for name in ("get_extra_state", "_save_to_state_dict")
-    )
+    return _is_hooked(part) or any(getattr(kind, name) is not getattr(nn.Module, name) for name in _SAVING)
+
+
+_SAVING = ("get_extra_state", "_save_to_state_dict", "state_dict")
+
+
+def _is_hooked(part: nn.Module) -> bool:
+    """Whether hooks write to what files hold of a layer."""
+    return bool(part._state_dict_hooks or part._state_dict_pre_hooks)
 
 
 class _Added:
@@ -167,7 +173,10 @@ class _Added:
     def _now(self) -> tuple[list[Any], Any]:
         """Tensors, and bytes of all else, and how these lie in one another."""
         state: dict[str, Any] = {}
-        self._part._save_to_state_dict(state, "", False)
+        if _is_hooked(self._part) or type(self._part).state_dict is not nn.Module.state_dict:
+            state = {**self._part.state_dict()}
+        else:
+            self._part._save_to_state_dict(state, "", False)
         held = self._part._parameters.keys() | self._part._buffers.keys()
         found, kinds = pytree.tree_flatten({name: value for name, value in state.items() if name not in held})
         try:

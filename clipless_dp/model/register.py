@@ -288,6 +288,7 @@ class Register:
             if parameter.requires_grad
         ]
 
+    @uncompiled
     def _added_by_engine(self, parameter: Tensor) -> None:
         """Notes a gradient right where it was added to, once for a backward pass."""
         held = cast(nn.Parameter, parameter)

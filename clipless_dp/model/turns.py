@@ -46,11 +46,17 @@ class _Holding(AbstractContextManager[None]):
         self._locks, self._patience, self._taken = locks, patience, 0
 
     def __enter__(self) -> None:
+        if not self.is_taken():
+            raise PrivacyError(f"a step of another thread took longer than {self._patience:g} s: {IN_STEP}")
+
+    def is_taken(self) -> bool:
+        """Whether all of them could be taken; else none is."""
         for one in self._locks:
             if not one.lock.acquire(timeout=self._patience):
                 self.__exit__()
-                raise PrivacyError(f"a step of another thread took longer than {self._patience:g} s: {IN_STEP}")
+                return False
             self._taken += 1
+        return True
 
     def __exit__(self, *_: object) -> None:
         for one in self._locks[: self._taken]:
@@ -92,13 +98,32 @@ class Turns:
         """
         for left in reversed(range(_TRIES)):
             try:
-                with self._running, self.holding():
+                with self.resting():
                     return look()
-            except Exception:
+            except (PrivacyError, NameError, AttributeError, RuntimeError):
+                # By what a pass in hand leaves: parameters that are not there, or others.
                 if not (left and any(len(one.wrappers) > 1 for one in self._held)):
                     raise
             time.sleep(_PAUSE)
         raise AssertionError("unreachable")
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """No pass or step of another thread is under way within.
+
+        A step of another wrapper holds what they share, and may wait for what is this one's alone, in a hook: so this
+        one is let go of until the other is free.
+        """
+        while True:
+            with self._running:
+                shared = _Holding(self._held, _PAUSE)
+                if shared.is_taken():
+                    try:
+                        yield
+                    finally:
+                        shared.__exit__()
+                    return
+            time.sleep(_PAUSE)
 
     def begin(self) -> None:
         """The first pass of a step begins."""

@@ -275,8 +275,8 @@ def _refuse_same_memory(public: Any, rows: Any) -> None:
     Raises:
         InputError: they do.
     """
-    arrays = [one.detach().cpu().numpy() if isinstance(one, Tensor) else one for one in (public, rows)]
-    if all(isinstance(one, np.ndarray) for one in arrays) and np.may_share_memory(*arrays):
+    first, second = (one.detach().cpu().numpy() if isinstance(one, Tensor) else one for one in (public, rows))
+    if isinstance(first, np.ndarray) and isinstance(second, np.ndarray) and np.may_share_memory(first, second):
         raise InputError(
             "public_negatives lie in the memory of the rows that are trained on: public rows are nobody's data, such "
             "as noise or images of features.strokes. Nothing was charged for this call"

@@ -176,7 +176,6 @@ class CliplessDPOptimizer(Around):
         holdings.know(model)
         base_state.note(base_optimizer)
         self._takes: list[int] | None = None
-        self._clears_itself = type(base_optimizer).zero_grad is not Optimizer.zero_grad
         model.register.turns.steppers.add(self)
 
     @property
@@ -453,18 +452,9 @@ class CliplessDPOptimizer(Around):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients. Those that no step took are missed by the next one, which is refused."""
         with self.model.register.turns.holding():
-            counts = self._clears_itself and self._is_between_steps()
             self.base_optimizer.zero_grad(set_to_none=set_to_none)
-            if counts:
-                base_state.note(self.base_optimizer)
             self._adaptation.drop()
             self.model.register.reconcile()
-
-    def _is_between_steps(self) -> bool:
-        """Whether all gradients that are there have their noise, and the state is as the last step left it."""
-        register = self.model.register
-        known = all(one.grad is None or register.noted.knows(one) for one in register.parameters)
-        return known and not register.owed() and base_state.first_other(self.base_optimizer) is None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters of ``model.net``.
@@ -491,7 +481,7 @@ class CliplessDPOptimizer(Around):
             PrivacyError: the base optimizer is in the middle of a step.
         """
         self._refuse_within_step("state_dict()")
-        with self.model.register.lock, self.model.register.turns.holding():
+        with self.model.register.turns.resting():
             base = base_state.private_state(self.base_optimizer)
             return {
                 **base,

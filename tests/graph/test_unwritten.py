@@ -440,3 +440,41 @@ def test_parts_of_one_memory_are_the_same_wherever_they_begin(start: int, count:
     assert own.one.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     assert own.scale.untyped_storage().data_ptr() == memory.untyped_storage().data_ptr()
     assert isinstance(own.scale, nn.Parameter)
+
+
+class _AddsByHook(nn.Module):
+    """What writes rows of the batch into the state, by a hook of it or by a state_dict of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.kept = torch.zeros(0)
+        self.way = way
+        if way == "behind":
+            self.register_state_dict_post_hook(_AddsByHook.add)
+
+    @staticmethod
+    def add(module: Any, state: dict[str, Any], prefix: str, metadata: object) -> None:
+        state[f"{prefix}rows"] = module.kept
+
+    def state_dict(self, *args: Any, **named: Any) -> dict[str, Any]:
+        state: dict[str, Any] = super().state_dict(*args, **named)
+        if self.way == "own":
+            state[f"{named.get('prefix', '')}rows"] = self.kept
+        return state
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.kept = inputs[0].detach().clone()
+        return inputs * 1.0
+
+
+@register_rule(_AddsByHook)
+def _adding_rule(module: _AddsByHook, context: RuleContext) -> LayerBounds:
+    return LayerBounds(output_norm=lambda: context.input_norm, lipschitz=1.0)
+
+
+@pytest.mark.parametrize("way", ["behind", "own"])
+def test_rows_that_a_layer_adds_to_its_state_by_hooks_are_refused(way: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 6), _AddsByHook(way), nn.Linear(6, 3))
+    model = DPLipModel(net, input_shape=(6,), input_norm=4.0, loss=losses.TauCrossEntropy(2.0))
+    with pytest.raises(PrivacyError, match="adds to its state"):
+        model(ROWS)

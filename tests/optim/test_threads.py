@@ -6,6 +6,7 @@ import contextlib
 import copy
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from clipless_dp import CliplessDPOptimizer, DPLipModel, PrivacyError, ReproducibleNoise, losses
-from tests.support import gated_model, samples
+from tests.support import OwnSGD, gated_model, samples
 
 INPUTS, TARGETS = samples(40)
 
@@ -212,3 +213,40 @@ def test_what_other_threads_run_while_a_network_is_traced_is_run_as_it_is() -> N
     second.join()
     assert len(found) == 2
     assert all(bool(torch.isfinite(one(INPUTS)).all()) for one in found)
+
+
+@pytest.mark.parametrize("asked", ["lipschitz_constant", "state_dict"])
+def test_two_wrappers_whose_steps_and_looks_cross_do_not_wait_for_each_other(asked: str) -> None:
+    """A hook of one wrapper's step asks what a thread is asking of the other one, who waits for the step."""
+    (first, other, _), settings = begun(), {"sample_rate": 1.0, "dataset_size": 40, "sampling": "none"}
+    second = DPLipModel(first.net, input_shape=first.input_shape, input_norm=1.0, loss=losses.TauCrossEntropy())
+    base = OwnSGD(list(second.net.parameters()))
+    optimizer = CliplessDPOptimizer(second, base, noise_multiplier=1.0, accountant="rdp", **settings)
+    look = first.lipschitz_constant if asked == "lipschitz_constant" else other.state_dict
+    inside, done = threading.Event(), threading.Event()
+
+    def hook(*_: object) -> None:
+        inside.set()
+        time.sleep(0.05)
+        # Weights in the middle of a step are shown to nobody.
+        with contextlib.suppress(PrivacyError):
+            look()
+
+    base.register_step_post_hook(hook)
+
+    def train() -> None:
+        optimizer.step()
+        done.set()
+
+    def ask() -> None:
+        inside.wait(20.0)
+        while not done.is_set():
+            look()
+
+    threads = [threading.Thread(target=train, daemon=True), threading.Thread(target=ask, daemon=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20.0)
+    assert not any(thread.is_alive() for thread in threads)
+    assert optimizer.steps_taken == 1
