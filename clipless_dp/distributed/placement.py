@@ -27,7 +27,7 @@ from clipless_dp.distributed.replicated import refuse_averages
 from clipless_dp.distributed.shards import local
 from clipless_dp.distributed.units import has_shards, hooks_of_sharding, is_sharded, refuse_shards, reshard_
 from clipless_dp.errors import PrivacyError, RankError
-from clipless_dp.noise.adding import add_normal_, draw_ahead
+from clipless_dp.noise.adding import add_normal_
 from clipless_dp.noise.sources import NoiseSource
 
 __all__ = [
@@ -198,7 +198,6 @@ class Placement:
         self, gradients: Sequence[Tensor], deviations: Sequence[float], source: NoiseSource, factor: float
     ) -> None:
         add_normal_(gradients, deviations, source, factor)
-        draw_ahead(gradients, source)
 
     # Everything else.
 

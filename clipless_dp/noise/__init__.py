@@ -1,6 +1,6 @@
 """Noise: where random numbers come from, how noise is shared among parameters, and the one way to add it."""
 
-from clipless_dp.noise.adding import RELEASE_MARGIN, add_normal_, draw_ahead, noisy
+from clipless_dp.noise.adding import RELEASE_MARGIN, add_normal_, noisy
 from clipless_dp.noise.allocation import (
     Allocation,
     allocate,
@@ -32,7 +32,6 @@ __all__ = [
     "allocate",
     "checked_allocation",
     "derived_seed",
-    "draw_ahead",
     "drawn_deviations",
     "effective_noise_multiplier",
     "noise_source",

@@ -85,17 +85,8 @@ def add_normal_(
     _add_gathered_(gathered, draw, factor)
 
 
-def draw_ahead(tensors: Sequence[Tensor], source: NoiseSource) -> None:
-    """Has the numbers of the next step drawn meanwhile, where these tensors tell how many it takes.
-
-    Of the operating system's noise alone: what else a source does when it is asked, it is to do then.
-    """
-    if type(source) is SystemNoise and tensors and tensors[0].device.type == "cpu":
-        source.ahead.begin(source.standard_normal_, sum(tensor.numel() for tensor in tensors), tensors[0].dtype)
-
-
 class _Drawing:
-    """Blocks of standard normal numbers, which were drawn ahead or are now; each is valid until the next one.
+    """Blocks of standard normal numbers; each is valid until the next one.
 
     Args:
         like: a tensor of the device and type.
@@ -106,10 +97,9 @@ class _Drawing:
     def __init__(self, like: Tensor, source: NoiseSource, total: int) -> None:
         self._source, self._used = source, 0
         self._ready = None
-        if type(source) is SystemNoise and like.device.type == "cpu":
-            self._ready = source.ahead.take(total, like.dtype)
-            if self._ready is None and total <= _AT_ONCE and like.dtype in (torch.float32, torch.float64):
-                self._ready = source.standard_normal_(like.new_empty(total + total % 2))
+        at_once = total <= _AT_ONCE and like.device.type == "cpu" and like.dtype in (torch.float32, torch.float64)
+        if type(source) is SystemNoise and at_once:
+            self._ready = source.standard_normal_(like.new_empty(total + total % 2))
         self._buffer = like.new_empty(0)
 
     def __call__(self, count: int) -> Tensor:

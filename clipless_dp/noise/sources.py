@@ -14,7 +14,6 @@ from torch import Tensor
 
 from clipless_dp.arguments import shown, whole
 from clipless_dp.errors import ConfigurationError
-from clipless_dp.noise.ahead import Ahead
 from clipless_dp.noise.box_muller import NormalNumbers, Words, generator_words, seeded_words, system_words
 from clipless_dp.noise.secure import SecureNoise
 
@@ -100,15 +99,11 @@ class SystemNoise:
     :class:`clipless_dp.noise.box_muller.NormalNumbers`. No state is ever saved: it would let a reader of a checkpoint
     subtract the noise. Nor is it copied: copies and forked processes start afresh, since noise that two runs share
     cancels between them. Threads that share a source draw one after the other.
-
-    Attributes:
-        ahead: numbers of the next step that were drawn during this one, see :mod:`clipless_dp.noise.ahead`.
     """
 
     reproducible = False
 
     def __init__(self) -> None:
-        self.ahead = Ahead()
         self._start_afresh()
 
     def __reduce__(self) -> tuple[type[SystemNoise], tuple[()]]:
