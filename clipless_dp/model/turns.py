@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Concatenate, ParamSpec, Protocol, TypeVar
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, cast
 from weakref import WeakSet, WeakValueDictionary
 
 from torch import Tensor
@@ -27,6 +27,8 @@ _PATIENCE = 60.0
 
 _TRIES, _PAUSE = 50, 0.005
 """How often, and after how many seconds, weights are looked at again that a pass of another wrapper has in hand."""
+_QUIET = 6
+"""How often where no pass of another wrapper is seen."""
 
 _Found = TypeVar("_Found")
 _Given = ParamSpec("_Given")
@@ -96,16 +98,27 @@ class Turns:
         A pass of another wrapper takes no turn with those of this one, and lends the network aliases meanwhile: what
         fails is tried again, where there is another one.
         """
-        for left in reversed(range(_TRIES)):
+        others = {id(one): one for some in self._held for one in some.wrappers if one is not self}
+        left, quiet = (_TRIES, _QUIET) if others else (1, 1)
+        while left and quiet:
             try:
                 with self.resting():
                     return look()
-            except (PrivacyError, NameError, AttributeError, RuntimeError):
-                # By what a pass in hand leaves: parameters that are not there, or others.
-                if not (left and any(len(one.wrappers) > 1 for one in self._held)):
+            except Exception:
+                left -= 1
+                # A pass may just have ended.
+                quiet -= not any(cast(Turns, one)._is_busy() for one in others.values())
+                if not (left and quiet):
                     raise
             time.sleep(_PAUSE)
         raise AssertionError("unreachable")
+
+    def _is_busy(self) -> bool:
+        """Whether another thread's pass is under way."""
+        free = self._running.acquire(blocking=False)
+        if free:
+            self._running.release()
+        return not free
 
     @contextmanager
     def resting(self) -> Iterator[None]:
