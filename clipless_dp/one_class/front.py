@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ from clipless_dp.arguments import shown
 from clipless_dp.errors import ConfigurationError, InputError, PrivacyError
 from clipless_dp.features import FrozenFeatures, Scattering2d
 from clipless_dp.gates.arithmetic import per_sample
+from clipless_dp.model.settings import settings_of as settings_of_module
 from clipless_dp.modules import is_hooked
 from clipless_dp.one_class.box import BoxProjection
 
@@ -52,14 +54,16 @@ class FixedFeatures(nn.Module):
 
     @property
     def lipschitz(self) -> float:
-        """``L_F``, of features that are as they were made.
+        """``L_F``, of features, and what is around them, that are as they were made.
 
         Raises:
             PrivacyError: they were changed since, or hooked: no constant is known of them.
         """
-        made, held = _made(self._arguments), self.features
-        same = type(held) is Scattering2d and arguments_of(held) == self._arguments and not is_hooked(held)
-        if not same or held.lipschitz != made.lipschitz or not _are_same(held, made):
+        plain = type(self) is FixedFeatures and settings_of_module(self).keys() == _OWN and not is_hooked(self)
+        # Another ball, or middle, moves no two points apart either.
+        plain = plain and isinstance(self.radius, float) and 0.0 < self.radius < math.inf
+        made = _made(self._arguments)
+        if not plain or not _are_same(self.features, made):
             raise PrivacyError(
                 "the features before the network are not as they were made, so that no certificate speaks for them: "
                 "load the file of the model, or train with other features"
@@ -128,7 +132,13 @@ def computed(frozen: FrozenFeatures, box: BoxProjection, points: Tensor) -> Tens
     return found
 
 
+_OWN = {"radius", "_arguments", "feature_shape"}
+"""What a front sets on itself."""
+
+
 def _are_same(held: nn.Module, made: nn.Module) -> bool:
+    if type(held) is not type(made) or is_hooked(held) or settings_of_module(held) != settings_of_module(made):
+        return False
     own, its = dict(held.named_buffers()), dict(made.named_buffers())
     return own.keys() == its.keys() and all(torch.equal(own[name].cpu(), its[name]) for name in own)
 
@@ -157,6 +167,8 @@ def settings_of(front: FixedFeatures | None) -> dict[str, Any] | None:
     """What a file holds of the front: the arguments of the transform, and the radius."""
     if front is None:
         return None
+    # Of features that are as they were made: a file has no others.
+    _ = front.lipschitz
     size, scales, angles, padding = arguments_of(front.features)
     return {
         "radius": front.radius,

@@ -103,11 +103,11 @@ def test_scores_move_no_faster_than_rows(plain: OneClassModel) -> None:
 
 
 def test_points_of_the_boundary_lie_on_it(plain: OneClassModel) -> None:
-    points = plain.sample_boundary(200, rng_seed=0, steps=30)
+    points = plain.sample_boundary(200, rng_seed=0, steps=100)
     assert float((plain.scores(points) - plain.offset).abs().median()) < 1e-3
     assert float((points.norm(dim=1) - (1.0 + MARGIN)).abs().median()) < 0.1
     assert bool(((points >= DOMAIN[0]) & (points <= DOMAIN[1])).all())
-    other = plain.sample_boundary(50, level=-0.1, rng_seed=0, steps=30)
+    other = plain.sample_boundary(50, level=-0.1, rng_seed=0, steps=100)
     assert float((plain.scores(other) + 0.1).abs().median()) < 1e-3
 
 

@@ -231,9 +231,24 @@ def test_no_attack_on_pixels_comes_below_the_certificate(padding: Any) -> None:
     assert sure_auroc <= certified_auroc(*attacked, model.lipschitz, 0.0)
 
 
-@pytest.mark.parametrize("altered", ["buffer", "constant", "hook", "another", "forward"])
-def test_altered_features_are_certified_by_nobody(altered: str) -> None:
-    model = trained()
+@pytest.mark.parametrize(
+    "altered",
+    [
+        "buffer",
+        "constant",
+        "hook",
+        "another",
+        "forward",
+        "method",
+        "front hook",
+        "front forward",
+        "seen",
+        "class",
+        "ball",
+    ],
+)
+def test_altered_features_are_certified_and_saved_by_nobody(altered: str, tmp_path: Path) -> None:
+    model = trained(8.0, epochs=1.0)
     front = model.features
     assert front is not None
     if altered == "buffer":
@@ -245,8 +260,22 @@ def test_altered_features_are_certified_by_nobody(altered: str) -> None:
         front.features.register_forward_hook(lambda module, inputs, output: 5.0 * output)
     elif altered == "another":
         front.features = Scattering2d((SIDE, SIDE), 1, 4, "reflect")
-    else:
+    elif altered == "forward":
         front.features.forward = lambda images: 5.0 * images  # type: ignore[method-assign]
+    elif altered == "method":
+        vars(front.features)["_averaged"] = lambda *values: 5.0 * values[0]
+    elif altered == "front hook":
+        front.register_forward_hook(lambda module, inputs, output: 5.0 * output)
+    elif altered == "front forward":
+        front.forward = lambda points: 5.0 * points  # type: ignore[method-assign]
+    elif altered == "seen":
+        front.seen = lambda features: 5.0 * features  # type: ignore[method-assign]
+    elif altered == "class":
+        front.__class__ = type("Other", (FixedFeatures,), {"seen": lambda self, features: 5.0 * features})
+    else:
+        front.radius = -1.0
+    with pytest.raises(CliplessError):
+        model.save(tmp_path / "model.bin")
     with pytest.raises(PrivacyError, match="not as they were made"):
         _ = model.lipschitz
     with pytest.raises(PrivacyError, match="not as they were made"):
